@@ -1,0 +1,1 @@
+"""Clients of Perigee's services: generated stubs, typed async clients and errors."""

@@ -1,0 +1,178 @@
+"""The errors of Perigee: raised by the services, and again by the clients that called them.
+
+Each class stands for one canonical gRPC code. `to_status` and `from_rpc_error` translate to and from
+`google.rpc.Status`, whose details carry field violations and retry hints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import code_pb2, error_details_pb2, status_pb2
+
+STATUS_DETAILS_KEY = "grpc-status-details-bin"
+
+
+@dataclass(frozen=True)
+class FieldViolation:
+    """A request or configuration field and what is wrong with it."""
+
+    field: str
+    description: str
+
+
+class PerigeeError(Exception):
+    """Base of all errors; `retry_after_s` is a hint when the call may be tried again."""
+
+    code: ClassVar[grpc.StatusCode] = grpc.StatusCode.UNKNOWN
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class InvalidArgumentError(PerigeeError):
+    """The request is wrong whatever the state of the service; `violations` name the fields."""
+
+    code = grpc.StatusCode.INVALID_ARGUMENT
+
+    def __init__(self, message: str, *, violations: Sequence[FieldViolation] = ()) -> None:
+        super().__init__(message)
+        self.violations = tuple(violations)
+
+    @classmethod
+    def of(cls, field: str, description: str) -> InvalidArgumentError:
+        """One violation, with the message made from it."""
+        return cls(f"{field}: {description}", violations=[FieldViolation(field, description)])
+
+
+class UnauthenticatedError(PerigeeError):
+    """The call carries no valid token."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
+class PermissionDeniedError(PerigeeError):
+    """The caller may not do this."""
+
+    code = grpc.StatusCode.PERMISSION_DENIED
+
+
+class NotFoundError(PerigeeError):
+    """What the request names does not exist."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class AlreadyExistsError(PerigeeError):
+    """What the request creates exists with other contents."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
+class FailedPreconditionError(PerigeeError):
+    """The service is not in the state that the request needs."""
+
+    code = grpc.StatusCode.FAILED_PRECONDITION
+
+
+class AbortedError(PerigeeError):
+    """A concurrent change won; start again from fresh state."""
+
+    code = grpc.StatusCode.ABORTED
+
+
+class ResourceExhaustedError(PerigeeError):
+    """A bounded queue or a quota is full."""
+
+    code = grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+class UnavailableError(PerigeeError):
+    """The service, or one that it needs, cannot be reached."""
+
+    code = grpc.StatusCode.UNAVAILABLE
+
+
+class DeadlineExceededError(PerigeeError):
+    """The call did not finish before its deadline."""
+
+    code = grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+class DataLossError(PerigeeError):
+    """Data arrived or was read damaged."""
+
+    code = grpc.StatusCode.DATA_LOSS
+
+
+class UnimplementedError(PerigeeError):
+    """The service does not offer this call."""
+
+    code = grpc.StatusCode.UNIMPLEMENTED
+
+
+class CancelledError(PerigeeError):
+    """The caller went away."""
+
+    code = grpc.StatusCode.CANCELLED
+
+
+class InternalError(PerigeeError):
+    """A fault of the service itself."""
+
+    code = grpc.StatusCode.INTERNAL
+
+
+_CLASS_BY_CODE: dict[grpc.StatusCode, type[PerigeeError]] = {
+    cls.code: cls for cls in PerigeeError.__subclasses__()
+}
+
+
+def to_status(error: PerigeeError) -> status_pb2.Status:
+    """The error as google.rpc.Status: BadRequest for violations, RetryInfo for a retry hint."""
+    status = status_pb2.Status(code=code_pb2.Code.Value(error.code.name), message=error.message)
+    if isinstance(error, InvalidArgumentError) and error.violations:
+        bad_request = error_details_pb2.BadRequest()
+        for violation in error.violations:
+            bad_request.field_violations.add(field=violation.field, description=violation.description)
+        status.details.append(_pack(bad_request))
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(round(error.retry_after_s * 1000))
+        status.details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+    return status
+
+
+def from_rpc_error(error: grpc.aio.AioRpcError, target: str) -> PerigeeError:
+    """The error that a failed call stands for; `target` names the peer when it could not be reached."""
+    message = error.details() or error.code().name
+    if error.code() is grpc.StatusCode.UNAVAILABLE:
+        message = f"{target} cannot be reached: {message}"
+    violations: list[FieldViolation] = []
+    retry_after_s: float | None = None
+    for key, value in error.trailing_metadata() or ():
+        if key != STATUS_DETAILS_KEY:
+            continue
+        assert isinstance(value, bytes)
+        for detail in status_pb2.Status.FromString(value).details:
+            bad_request, retry_info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
+            if detail.Unpack(bad_request):
+                violations += [FieldViolation(v.field, v.description) for v in bad_request.field_violations]
+            elif detail.Unpack(retry_info):
+                retry_after_s = retry_info.retry_delay.ToMilliseconds() / 1000
+    error_class = _CLASS_BY_CODE.get(error.code(), PerigeeError)
+    if error_class is InvalidArgumentError:
+        return InvalidArgumentError(message, violations=violations)
+    return error_class(message, retry_after_s=retry_after_s)
+
+
+def _pack(message: error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

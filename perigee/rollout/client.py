@@ -1,0 +1,34 @@
+"""Typed client of a rollout worker."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from perigee.rollout.v1 import rollout_pb2 as pb
+from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceAsyncStub, RolloutServiceStub
+from perigee.rpc import ChannelOptions, ServiceClient
+
+
+class RolloutClient(ServiceClient):
+    """Client of a rollout worker (`perigee.rollout.v1.RolloutService`); every call takes its deadline in seconds."""
+
+    service_name = "perigee.rollout.v1.RolloutService"
+    idempotent = ("GetState",)
+
+    def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
+        super().__init__(target, options)
+        self._stub: RolloutServiceAsyncStub = RolloutServiceStub(self.channel)
+
+    def generate(self, request: pb.GenerateRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.GenerateResponse]:
+        """Generates from prompts in the request and streams the tokens to the caller."""
+        return self._stream(self._stub.Generate, request, timeout_s)
+
+    def extend_trajectories(self, request: pb.ExtendTrajectoriesRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.ExtendTrajectoriesResponse]:
+        """Continues leased trajectories: tokens come from and go to the buffer directly; the caller gets
+        progress and the text of responses that ended.
+        """
+        return self._stream(self._stub.ExtendTrajectories, request, timeout_s)
+
+    async def get_state(self, request: pb.GetStateRequest, *, timeout_s: float = 20.0) -> pb.GetStateResponse:
+        """Tells the state of the service."""
+        return await self._unary(self._stub.GetState, request, timeout_s)

@@ -1,0 +1,30 @@
+"""Typed client of the code sandbox."""
+
+from __future__ import annotations
+
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceAsyncStub, SandboxServiceStub
+from perigee.rpc import ChannelOptions, ServiceClient
+
+
+class SandboxClient(ServiceClient):
+    """Client of the code sandbox (`perigee.sandbox.v1.SandboxService`); every call takes its deadline in seconds."""
+
+    service_name = "perigee.sandbox.v1.SandboxService"
+    idempotent = ("ListRuntimes", "Judge", "Execute")
+
+    def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
+        super().__init__(target, options)
+        self._stub: SandboxServiceAsyncStub = SandboxServiceStub(self.channel)
+
+    async def execute(self, request: pb.ExecuteRequest, *, timeout_s: float = 60.0) -> pb.ExecuteResponse:
+        """Runs one program once."""
+        return await self._unary(self._stub.Execute, request, timeout_s)
+
+    async def judge(self, request: pb.JudgeRequest, *, timeout_s: float = 60.0) -> pb.JudgeResponse:
+        """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""
+        return await self._unary(self._stub.Judge, request, timeout_s)
+
+    async def list_runtimes(self, request: pb.ListRuntimesRequest, *, timeout_s: float = 20.0) -> pb.ListRuntimesResponse:
+        """Lists the languages with their versions and limits."""
+        return await self._unary(self._stub.ListRuntimes, request, timeout_s)

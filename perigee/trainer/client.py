@@ -1,0 +1,48 @@
+"""Typed client of the trainer."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from perigee.trainer.v1 import trainer_pb2 as pb
+from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceAsyncStub, TrainerServiceStub
+from perigee.rpc import ChannelOptions, ServiceClient
+
+
+class TrainerClient(ServiceClient):
+    """Client of the trainer (`perigee.trainer.v1.TrainerService`); every call takes its deadline in seconds."""
+
+    service_name = "perigee.trainer.v1.TrainerService"
+    idempotent = ("GetState", "SaveCheckpoint", "LoadCheckpoint", "ExportModel")
+
+    def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
+        super().__init__(target, options)
+        self._stub: TrainerServiceAsyncStub = TrainerServiceStub(self.channel)
+
+    async def get_state(self, request: pb.GetStateRequest, *, timeout_s: float = 20.0) -> pb.GetStateResponse:
+        """Tells the state of the service."""
+        return await self._unary(self._stub.GetState, request, timeout_s)
+
+    def fine_tune(self, request: pb.FineTuneRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.FineTuneResponse]:
+        """Supervised fine-tuning on packed sequences."""
+        return self._stream(self._stub.FineTune, request, timeout_s)
+
+    def train(self, request: pb.TrainRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.TrainResponse]:
+        """One iteration of policy optimization on complete groups, read from the buffer."""
+        return self._stream(self._stub.Train, request, timeout_s)
+
+    async def push_weights(self, request: pb.PushWeightsRequest, *, timeout_s: float = 600.0) -> pb.PushWeightsResponse:
+        """Pushes the held version to rollout workers, each to its own outcome."""
+        return await self._unary(self._stub.PushWeights, request, timeout_s)
+
+    async def save_checkpoint(self, request: pb.SaveCheckpointRequest, *, timeout_s: float = 600.0) -> pb.SaveCheckpointResponse:
+        """Writes the held version atomically."""
+        return await self._unary(self._stub.SaveCheckpoint, request, timeout_s)
+
+    async def load_checkpoint(self, request: pb.LoadCheckpointRequest, *, timeout_s: float = 600.0) -> pb.LoadCheckpointResponse:
+        """Restores a version from its checkpoint, or the newest when none is named."""
+        return await self._unary(self._stub.LoadCheckpoint, request, timeout_s)
+
+    async def export_model(self, request: pb.ExportModelRequest, *, timeout_s: float = 600.0) -> pb.ExportModelResponse:
+        """Writes the policy as a Hugging Face folder."""
+        return await self._unary(self._stub.ExportModel, request, timeout_s)

@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Regenerates the gRPC stubs under perigee/ (or under the folder given) from protos/.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${1:-.}
+bin=${VENV:-.venv}/bin
+export PATH="$PWD/$bin:$PATH"
+find protos -name '*.proto' -print0 | sort -z | xargs -0 "$bin/python" -m grpc_tools.protoc -Iprotos \
+  --python_out="$out" --mypy_out="$out" --grpc_python_out="$out" --mypy_grpc_out="$out"
