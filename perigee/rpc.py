@@ -15,8 +15,8 @@ from perigee.errors import from_rpc_error
 # No unary message passes this size; streams are cut into pieces below it.
 MAX_MESSAGE_BYTES = 4 << 20
 
-RequestT = TypeVar("RequestT", bound=Message, contravariant=True)
-ResponseT = TypeVar("ResponseT", bound=Message, covariant=True)
+RequestT = TypeVar("RequestT", bound=Message)
+ResponseT = TypeVar("ResponseT", bound=Message)
 Metadata = Sequence[tuple[str, str | bytes]]
 
 
@@ -47,7 +47,9 @@ class StreamCall(Protocol[RequestT, ResponseT]):
     ) -> grpc.aio.UnaryStreamCall[RequestT, ResponseT]: ...
 
 
-def open_channel(target: str, options: ChannelOptions, service_name: str, idempotent: Sequence[str]) -> grpc.aio.Channel:
+def open_channel(
+    target: str, options: ChannelOptions, service_name: str, idempotent: Sequence[str]
+) -> grpc.aio.Channel:
     """A channel to `target` that retries the methods in `idempotent` while the service is unavailable."""
     channel_options = [
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
-from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceAsyncStub, CoordinatorServiceStub
+from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceStub
 from perigee.rpc import ChannelOptions, ServiceClient
+
+if TYPE_CHECKING:
+    from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceAsyncStub
 
 
 class CoordinatorClient(ServiceClient):
-    """Client of the coordinator (`perigee.coordinator.v1.CoordinatorService`); every call takes its deadline in seconds."""
+    """Client of the coordinator (`perigee.coordinator.v1.CoordinatorService`)."""
 
     service_name = "perigee.coordinator.v1.CoordinatorService"
     idempotent = ("RegisterWorker", "RenewLease", "DeregisterWorker", "StartRun", "StopRun", "GetStatus")
@@ -19,7 +23,9 @@ class CoordinatorClient(ServiceClient):
         super().__init__(target, options)
         self._stub: CoordinatorServiceAsyncStub = CoordinatorServiceStub(self.channel)
 
-    async def register_worker(self, request: pb.RegisterWorkerRequest, *, timeout_s: float = 20.0) -> pb.RegisterWorkerResponse:
+    async def register_worker(
+        self, request: pb.RegisterWorkerRequest, *, timeout_s: float = 20.0
+    ) -> pb.RegisterWorkerResponse:
         """A rollout worker announces itself; again after its lease is lost."""
         return await self._unary(self._stub.RegisterWorker, request, timeout_s)
 
@@ -27,7 +33,9 @@ class CoordinatorClient(ServiceClient):
         """NOT_FOUND when the lease is lost: register again."""
         return await self._unary(self._stub.RenewLease, request, timeout_s)
 
-    async def deregister_worker(self, request: pb.DeregisterWorkerRequest, *, timeout_s: float = 20.0) -> pb.DeregisterWorkerResponse:
+    async def deregister_worker(
+        self, request: pb.DeregisterWorkerRequest, *, timeout_s: float = 20.0
+    ) -> pb.DeregisterWorkerResponse:
         """Gives up the lease."""
         return await self._unary(self._stub.DeregisterWorker, request, timeout_s)
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 from perigee.rollout.v1 import rollout_pb2 as pb
-from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceAsyncStub, RolloutServiceStub
+from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from perigee.rpc import ChannelOptions, ServiceClient
+
+if TYPE_CHECKING:
+    from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceAsyncStub
 
 
 class RolloutClient(ServiceClient):
-    """Client of a rollout worker (`perigee.rollout.v1.RolloutService`); every call takes its deadline in seconds."""
+    """Client of a rollout worker (`perigee.rollout.v1.RolloutService`)."""
 
     service_name = "perigee.rollout.v1.RolloutService"
     idempotent = ("GetState",)
@@ -23,7 +27,9 @@ class RolloutClient(ServiceClient):
         """Generates from prompts in the request and streams the tokens to the caller."""
         return self._stream(self._stub.Generate, request, timeout_s)
 
-    def extend_trajectories(self, request: pb.ExtendTrajectoriesRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.ExtendTrajectoriesResponse]:
+    def extend_trajectories(
+        self, request: pb.ExtendTrajectoriesRequest, *, timeout_s: float = 600.0
+    ) -> AsyncIterator[pb.ExtendTrajectoriesResponse]:
         """Continues leased trajectories: tokens come from and go to the buffer directly; the caller gets
         progress and the text of responses that ended.
         """

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from perigee.sandbox.v1 import sandbox_pb2 as pb
-from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceAsyncStub, SandboxServiceStub
+from typing import TYPE_CHECKING
+
 from perigee.rpc import ChannelOptions, ServiceClient
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
+
+if TYPE_CHECKING:
+    from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceAsyncStub
 
 
 class SandboxClient(ServiceClient):
-    """Client of the code sandbox (`perigee.sandbox.v1.SandboxService`); every call takes its deadline in seconds."""
+    """Client of the code sandbox (`perigee.sandbox.v1.SandboxService`)."""
 
     service_name = "perigee.sandbox.v1.SandboxService"
     idempotent = ("ListRuntimes", "Judge", "Execute")
@@ -25,6 +30,8 @@ class SandboxClient(ServiceClient):
         """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""
         return await self._unary(self._stub.Judge, request, timeout_s)
 
-    async def list_runtimes(self, request: pb.ListRuntimesRequest, *, timeout_s: float = 20.0) -> pb.ListRuntimesResponse:
+    async def list_runtimes(
+        self, request: pb.ListRuntimesRequest, *, timeout_s: float = 20.0
+    ) -> pb.ListRuntimesResponse:
         """Lists the languages with their versions and limits."""
         return await self._unary(self._stub.ListRuntimes, request, timeout_s)

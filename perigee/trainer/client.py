@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
-from perigee.trainer.v1 import trainer_pb2 as pb
-from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceAsyncStub, TrainerServiceStub
 from perigee.rpc import ChannelOptions, ServiceClient
+from perigee.trainer.v1 import trainer_pb2 as pb
+from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceStub
+
+if TYPE_CHECKING:
+    from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceAsyncStub
 
 
 class TrainerClient(ServiceClient):
-    """Client of the trainer (`perigee.trainer.v1.TrainerService`); every call takes its deadline in seconds."""
+    """Client of the trainer (`perigee.trainer.v1.TrainerService`)."""
 
     service_name = "perigee.trainer.v1.TrainerService"
     idempotent = ("GetState", "SaveCheckpoint", "LoadCheckpoint", "ExportModel")
@@ -35,11 +39,15 @@ class TrainerClient(ServiceClient):
         """Pushes the held version to rollout workers, each to its own outcome."""
         return await self._unary(self._stub.PushWeights, request, timeout_s)
 
-    async def save_checkpoint(self, request: pb.SaveCheckpointRequest, *, timeout_s: float = 600.0) -> pb.SaveCheckpointResponse:
+    async def save_checkpoint(
+        self, request: pb.SaveCheckpointRequest, *, timeout_s: float = 600.0
+    ) -> pb.SaveCheckpointResponse:
         """Writes the held version atomically."""
         return await self._unary(self._stub.SaveCheckpoint, request, timeout_s)
 
-    async def load_checkpoint(self, request: pb.LoadCheckpointRequest, *, timeout_s: float = 600.0) -> pb.LoadCheckpointResponse:
+    async def load_checkpoint(
+        self, request: pb.LoadCheckpointRequest, *, timeout_s: float = 600.0
+    ) -> pb.LoadCheckpointResponse:
         """Restores a version from its checkpoint, or the newest when none is named."""
         return await self._unary(self._stub.LoadCheckpoint, request, timeout_s)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from perigee.weights.v1 import weights_pb2 as pb
-from perigee.weights.v1.weights_pb2_grpc import WeightReceiverServiceAsyncStub, WeightReceiverServiceStub
+from typing import TYPE_CHECKING
+
 from perigee.rpc import ChannelOptions, ServiceClient
+from perigee.weights.v1 import weights_pb2 as pb
+from perigee.weights.v1.weights_pb2_grpc import WeightReceiverServiceStub
+
+if TYPE_CHECKING:
+    from perigee.weights.v1.weights_pb2_grpc import WeightReceiverServiceAsyncStub
 
 
 class WeightReceiverClient(ServiceClient):
-    """Client of the weight receiver of a rollout worker (`perigee.weights.v1.WeightReceiverService`); every call takes its deadline in seconds."""
+    """Client of the weight receiver of a rollout worker (`perigee.weights.v1.WeightReceiverService`)."""
 
     service_name = "perigee.weights.v1.WeightReceiverService"
     idempotent = ("Abort",)

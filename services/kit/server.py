@@ -1,0 +1,193 @@
+"""The process of a service: one gRPC server with health, reflection, metrics, and an orderly end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import grpc
+import uvloop
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_server_interceptor
+from prometheus_client import start_http_server
+
+from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
+from perigee.rpc import MAX_MESSAGE_BYTES, ChannelOptions, ServiceClient
+from services.kit.config import ServerConfig, ServiceConfig, show
+from services.kit.interceptors import CallInterceptor
+from services.kit.telemetry import get_logger, request_histogram, start_logging, start_tracing, stop_tracing
+
+log = get_logger(__name__)
+
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+ConfigT = TypeVar("ConfigT", bound=ServiceConfig)
+ClientT = TypeVar("ClientT", bound=ServiceClient)
+
+
+class App(Generic[ConfigT]):
+    """What a service's lifespan works with: configuration, the server to add to, readiness, clients of peers."""
+
+    def __init__(self, config: ConfigT, server: grpc.aio.Server, address: str, stack: AsyncExitStack) -> None:
+        self.config = config
+        self.server = server
+        self.address = address
+        self.name = config.section
+        self._stack = stack
+        self._names: list[str] = []
+        self._health = health_aio.HealthServicer()
+        self._publishing: asyncio.Task[None] | None = None
+        self._statuses: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+
+    def add(self, full_name: str, add_to_server: Callable[[Any, grpc.aio.Server], None], servicer: object) -> None:
+        """Serves `servicer` under `full_name`, not ready until `set_ready`."""
+        add_to_server(servicer, self.server)
+        self._names.append(full_name)
+        self.set_ready(full_name, False)
+
+    def set_ready(self, full_name: str, ready: bool) -> None:
+        """Tells the readiness of a service to grpc.health.v1."""
+        self._statuses.put_nowait((full_name, SERVING if ready else NOT_SERVING))
+
+    def connect(self, client_class: Callable[[str, ChannelOptions], ClientT], target: str) -> ClientT:
+        """A client of a peer with this service's token, certificates and traces; closed when the service ends."""
+        server = self.config.server
+        options = ChannelOptions(
+            token=server.token.get_secret_value() if server.token else None,
+            ca_file=server.tls_ca_file,
+            cert_file=server.tls_cert_file if server.tls_ca_file else None,
+            key_file=server.tls_key_file if server.tls_ca_file else None,
+            interceptors=_trace_calls() if self.config.telemetry.otlp_endpoint else (),
+        )
+        client = client_class(target, options)
+        self._stack.push_async_callback(client.close)
+        return client
+
+    async def start(self) -> None:
+        """Begins to listen; liveness ("") is SERVING from here on."""
+        health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
+        reflection.enable_server_reflection((*self._names, health_name, reflection.SERVICE_NAME), self.server)
+        await self.server.start()
+        self.set_ready("", True)
+        self._publishing = asyncio.create_task(self._publish_statuses())
+
+    async def drain(self) -> None:
+        """Says NOT_SERVING, lets calls in flight finish within `drain_seconds`, then stops."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(self.config.server.drain_seconds)
+        if self._publishing is not None:
+            self._publishing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._publishing
+
+    async def _publish_statuses(self) -> None:
+        while True:
+            await self._health.set(*await self._statuses.get())
+
+
+Lifespan = Callable[[App[ConfigT]], AbstractAsyncContextManager[None]]
+
+
+def run(config: ConfigT, lifespan: Lifespan[ConfigT]) -> None:
+    """Serves until SIGTERM or SIGINT, then drains; a PerigeeError ends the process with one line and exit code 1."""
+    start_logging(config.section, config.telemetry)
+    start_tracing(config.section, config.telemetry)
+    log.info("configuration", **{config.section: show(config)})
+    try:
+        uvloop.run(_run_until_signal(config, lifespan))
+    except PerigeeError as error:
+        print(f"{config.section}: {error.message}", file=sys.stderr)
+        raise SystemExit(1) from error
+    finally:
+        stop_tracing()
+
+
+@asynccontextmanager
+async def serving(config: ConfigT, lifespan: Lifespan[ConfigT]) -> AsyncIterator[App[ConfigT]]:
+    """A running server for as long as the block lasts; `address` of the App is where it listens."""
+    async with AsyncExitStack() as stack:
+        server = _build_server(config)
+        app = App(config, server, _bind(server, config.server), stack)
+        async with lifespan(app):
+            await app.start()
+            try:
+                yield app
+            finally:
+                await app.drain()
+
+
+async def _run_until_signal(config: ConfigT, lifespan: Lifespan[ConfigT]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    if config.server.metrics_port is not None:
+        start_http_server(config.server.metrics_port, config.server.host)
+    async with serving(config, lifespan) as app:
+        log.info("listening", address=app.address)
+        await stop.wait()
+        log.info("draining", seconds=config.server.drain_seconds)
+
+
+def _trace_calls() -> list[grpc.aio.ClientInterceptor]:
+    return list(aio_client_interceptors())  # type: ignore[no-untyped-call]
+
+
+def _build_server(config: ServiceConfig) -> grpc.aio.Server:
+    token = config.server.token.get_secret_value() if config.server.token else None
+    interceptors: list[grpc.aio.ServerInterceptor] = [
+        CallInterceptor(token, config.server.max_concurrent_rpcs, request_histogram(config.section))
+    ]
+    if config.telemetry.otlp_endpoint is not None:
+        interceptors.insert(0, aio_server_interceptor())  # type: ignore[no-untyped-call]
+    options = [
+        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.so_reuseport", 0),
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+    return grpc.aio.server(interceptors=interceptors, options=options)
+
+
+def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
+    loopback = _is_loopback(config.host)
+    if not loopback and config.token is None:
+        raise InvalidArgumentError.of("server.token", f"is required to listen on {config.host}: set PERIGEE_TOKEN")
+    target = f"{config.host}:{config.port}"
+    try:
+        if config.tls_cert_file and config.tls_key_file:
+            port = server.add_secure_port(target, _credentials(config))
+        else:
+            port = server.add_insecure_port(target)
+    except RuntimeError as error:
+        raise UnavailableError(f"server.port: {target} cannot be bound; choose another port") from error
+    return f"{config.host}:{port}"
+
+
+def _credentials(config: ServerConfig) -> grpc.ServerCredentials:
+    assert config.tls_cert_file is not None
+    assert config.tls_key_file is not None
+    pair = (Path(config.tls_key_file).read_bytes(), Path(config.tls_cert_file).read_bytes())
+    roots = Path(config.tls_ca_file).read_bytes() if config.tls_ca_file else None
+    return grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
