@@ -129,9 +129,7 @@ class InternalError(PerigeeError):
     code = grpc.StatusCode.INTERNAL
 
 
-_CLASS_BY_CODE: dict[grpc.StatusCode, type[PerigeeError]] = {
-    cls.code: cls for cls in PerigeeError.__subclasses__()
-}
+_CLASS_BY_CODE: dict[grpc.StatusCode, type[PerigeeError]] = {cls.code: cls for cls in PerigeeError.__subclasses__()}
 
 
 def to_status(error: PerigeeError) -> status_pb2.Status:

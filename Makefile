@@ -1,0 +1,58 @@
+# make run: set up and train the arithmetic recipe. make test: set up and run every check and test.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+# uv does not read pip's configuration; a folder of wheels named there is honoured here.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+EXTRAS := cli services buffer coordinator reward weights rollout-cpu trainer
+
+.PHONY: help setup system run test unit lint format protos lock clean
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: system $(VENV)/.installed ## Install everything into .venv
+
+system:
+	@tools/system-packages.sh
+
+$(VENV)/.installed: constraints.txt pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not there: install Python 3.11, or name it with make PYTHON=..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep -m1 '^uv==' constraints.txt)"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode -r constraints.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	@touch $@
+
+run: setup ## Train examples/arithmetic through all services and show that it got better
+	$(BIN)/perigee train examples/arithmetic
+
+test: setup lint ## Run every check and test
+	$(BIN)/python -m pytest
+
+unit: setup ## Run the tests that need no server
+	$(BIN)/python -m pytest tests/unit
+
+lint: setup ## Check style, types and the contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict perigee services
+	$(BIN)/buf lint
+
+format: setup ## Format the code and the protos
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/buf format -w
+
+protos: setup ## Regenerate the gRPC stubs
+	tools/protos.sh
+
+lock: setup ## Pin every dependency anew in constraints.txt
+	$(BIN)/uv pip compile --quiet --python-version 3.11 $(EXTRAS:%=--extra %) --group dev --excludes tools/unneeded.txt \
+		--no-header --no-annotate --no-emit-find-links pyproject.toml | sed 's/+cpu$$//' > constraints.txt.new
+	mv constraints.txt.new constraints.txt
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
