@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-.}
-bin=${VENV:-.venv}/bin
-export PATH="$PWD/$bin:$PATH"
+bin=$(realpath "${VENV:-.venv}")/bin
+export PATH="$bin:$PATH"
 find protos -name '*.proto' -print0 | sort -z | xargs -0 "$bin/python" -m grpc_tools.protoc -Iprotos \
   --python_out="$out" --mypy_out="$out" --grpc_python_out="$out" --mypy_grpc_out="$out"

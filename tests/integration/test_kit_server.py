@@ -1,0 +1,168 @@
+"""The chassis, with a real server and client: errors, token, limits, health, drain, traces."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, ClassVar
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from opentelemetry import trace
+from opentelemetry.instrumentation.grpc import aio_client_interceptors
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+from perigee.errors import (
+    FieldViolation,
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+    UnavailableError,
+)
+from perigee.reward.client import RewardClient
+from perigee.reward.v1 import reward_pb2 as pb
+from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer, add_RewardServiceServicer_to_server
+from perigee.rpc import ChannelOptions
+from services.kit.config import ServerConfig, ServiceConfig, TelemetryConfig
+from services.kit.server import App, serving
+
+FULL_NAME = "perigee.reward.v1.RewardService"
+
+
+class ProbeConfig(ServiceConfig):
+    section: ClassVar[str] = "probe"
+
+
+class Probe(RewardServiceServicer):
+    """Answers with what the first item's id asks for."""
+
+    def __init__(self) -> None:
+        self.release = asyncio.Event()
+
+    async def ListVerifiers(self, request: pb.ListVerifiersRequest, context: Any) -> pb.ListVerifiersResponse:
+        return pb.ListVerifiersResponse()
+
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResponse]:
+        match request.items[0].id:
+            case "invalid":
+                raise InvalidArgumentError.of("items[0].id", "must be a number")
+            case "full":
+                raise ResourceExhaustedError("The queue is full.", retry_after_s=2.5)
+            case "bug":
+                raise ZeroDivisionError("division by zero")
+            case "wait":
+                yield pb.ScoreResponse(id="started")
+                await self.release.wait()
+        yield pb.ScoreResponse(id="done")
+
+
+@asynccontextmanager
+async def probe_server(**server: Any) -> AsyncIterator[tuple[App[ProbeConfig], Probe]]:
+    probe = Probe()
+
+    @asynccontextmanager
+    async def lifespan(app: App[ProbeConfig]) -> AsyncIterator[None]:
+        app.add(FULL_NAME, add_RewardServiceServicer_to_server, probe)
+        app.set_ready(FULL_NAME, True)
+        yield
+
+    async with serving(ProbeConfig(server=ServerConfig(**server)), lifespan) as app:
+        yield app, probe
+
+
+async def score(client: RewardClient, item_id: str) -> list[str]:
+    request = pb.ScoreRequest(items=[pb.ScoreItem(id=item_id)])
+    return [response.id async for response in client.score(request, timeout_s=10)]
+
+
+async def test_domain_errors_arrive_as_the_classes_that_were_raised() -> None:
+    async with probe_server() as (app, _), RewardClient.connect(app.address) as client:
+        with pytest.raises(InvalidArgumentError) as invalid:
+            await score(client, "invalid")
+        assert invalid.value.violations == (FieldViolation("items[0].id", "must be a number"),)
+        with pytest.raises(ResourceExhaustedError) as full:
+            await score(client, "full")
+        assert full.value.retry_after_s == 2.5
+        with pytest.raises(InternalError, match="ZeroDivisionError"):
+            await score(client, "bug")
+
+
+async def test_a_call_without_the_token_is_refused_but_health_answers() -> None:
+    async with probe_server(token="right") as (app, _):
+        for token in (None, "wrong"):
+            async with RewardClient.connect(app.address, token=token) as client:
+                with pytest.raises(UnauthenticatedError):
+                    await client.list_verifiers(pb.ListVerifiersRequest())
+        async with RewardClient.connect(app.address, token="right") as client:
+            await client.list_verifiers(pb.ListVerifiersRequest())
+        async with grpc.aio.insecure_channel(app.address) as channel:
+            health = health_pb2_grpc.HealthStub(channel)
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=FULL_NAME), timeout=5)
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_off_loopback_a_server_without_a_token_does_not_start() -> None:
+    with pytest.raises(InvalidArgumentError, match=r"server\.token"):
+        async with probe_server(host="0.0.0.0"):
+            pass
+
+
+async def test_a_port_in_use_is_named() -> None:
+    async with probe_server() as (app, _):
+        port = int(app.address.rsplit(":", 1)[1])
+        with pytest.raises(UnavailableError, match=f"{port} cannot be bound"):
+            async with probe_server(port=port):
+                pass
+
+
+async def test_calls_beyond_the_limit_are_refused_with_a_hint() -> None:
+    async with probe_server(max_concurrent_rpcs=1) as (app, probe), RewardClient.connect(app.address) as client:
+        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=10)
+        assert (await anext(waiting)).id == "started"
+        with pytest.raises(ResourceExhaustedError) as refused:
+            await client.list_verifiers(pb.ListVerifiersRequest())
+        assert refused.value.retry_after_s == 1.0
+        probe.release.set()
+        assert [response.id async for response in waiting] == ["done"]
+        await client.list_verifiers(pb.ListVerifiersRequest())
+
+
+async def test_calls_in_flight_finish_while_the_server_drains() -> None:
+    async with probe_server(drain_seconds=10) as (app, probe), RewardClient.connect(app.address) as client:
+        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=10)
+        assert (await anext(waiting)).id == "started"
+        draining = asyncio.create_task(app.drain())
+        await asyncio.sleep(0)
+        probe.release.set()
+        assert [response.id async for response in waiting] == ["done"]
+        await draining
+
+
+async def test_an_unreachable_service_is_named() -> None:
+    async with RewardClient.connect("127.0.0.1:1") as client:
+        with pytest.raises(UnavailableError, match=r"RewardService at 127\.0\.0\.1:1 cannot be reached"):
+            await client.list_verifiers(pb.ListVerifiersRequest(), timeout_s=5)
+
+
+async def test_one_trace_spans_caller_and_service() -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    trace.set_tracer_provider(provider)
+
+    @asynccontextmanager
+    async def lifespan(app: App[ProbeConfig]) -> AsyncIterator[None]:
+        app.add(FULL_NAME, add_RewardServiceServicer_to_server, Probe())
+        yield
+
+    # The endpoint is never dialled: this test's provider records the spans.
+    traced = ProbeConfig(telemetry=TelemetryConfig(otlp_endpoint="127.0.0.1:1"))
+    options = ChannelOptions(interceptors=aio_client_interceptors())
+    async with serving(traced, lifespan) as app, RewardClient(app.address, options) as client:
+        await client.list_verifiers(pb.ListVerifiersRequest())
+    spans = exporter.get_finished_spans()
+    assert {span.kind.name for span in spans} == {"CLIENT", "SERVER"}
+    assert len({span.context.trace_id for span in spans if span.context}) == 1

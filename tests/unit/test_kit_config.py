@@ -1,0 +1,99 @@
+"""Configuration: precedence, unknown keys, and messages that name the field."""
+
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perigee.errors import InvalidArgumentError
+from services.kit.config import Model, ServiceConfig, load_config, merge, nest, parse_override, show, validate
+
+
+class Nested(Model):
+    depth: int = 1
+
+
+class ExampleConfig(ServiceConfig):
+    section: ClassVar[str] = "example"
+    environment_aliases: ClassVar[dict[str, str]] = {"EXAMPLE_URL": "url"}
+    url: str = "none"
+    workers: int = 1
+    nested: Nested = Nested()
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("example: {url: from-file, workers: 2, nested: {depth: 2}}\nother: {x: 1}\n")
+    return path
+
+
+def test_a_section_is_read_from_the_recipe(recipe: Path) -> None:
+    config = load_config(ExampleConfig, ["--config", str(recipe)])
+    assert (config.url, config.workers, config.nested.depth) == ("from-file", 2, 2)
+
+
+def test_environment_is_above_the_file_and_set_above_both(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERIGEE_EXAMPLE__WORKERS", "3")
+    monkeypatch.setenv("PERIGEE_EXAMPLE__NESTED__DEPTH", "3")
+    monkeypatch.setenv("EXAMPLE_URL", "from-alias")
+    config = load_config(ExampleConfig, ["--config", str(recipe), "--set", "nested.depth=4"])
+    assert (config.url, config.workers, config.nested.depth) == ("from-alias", 3, 4)
+
+
+def test_the_token_comes_from_the_environment_and_is_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERIGEE_TOKEN", "secret-token")
+    config = load_config(ExampleConfig, [])
+    assert config.server.token is not None
+    assert config.server.token.get_secret_value() == "secret-token"
+    assert "secret-token" not in str(show(config))
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("workerz=3", "example.workerz: unknown key; did you mean workers?"),
+        ("nested.dept=3", "example.nested.dept: unknown key; did you mean depth?"),
+        ("server.prot=3", "example.server.prot: unknown key; did you mean port?"),
+        ("workers=many", "example.workers: "),
+        ("workers", "--set: 'workers' is not of the form a.b=c"),
+    ],
+)
+def test_a_wrong_configuration_ends_in_one_line_that_names_the_field(
+    override: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load_config(ExampleConfig, ["--set", override])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert sentence in lines[0]
+
+
+def test_a_recipe_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(ExampleConfig, ["--config", str(tmp_path / "absent.yaml")])
+    assert "absent.yaml: cannot be read" in capsys.readouterr().err
+
+
+def test_validation_carries_every_violation() -> None:
+    with pytest.raises(InvalidArgumentError) as error:
+        validate(ExampleConfig, {"workers": "x", "nested": {"depth": "y"}}, "recipe.yaml", "example")
+    assert [violation.field for violation in error.value.violations] == ["example.workers", "example.nested.depth"]
+
+
+KEYS = st.lists(st.from_regex(r"[a-z]{1,5}", fullmatch=True), min_size=1, max_size=4)
+
+
+@given(keys=KEYS, value=st.integers())
+def test_an_override_is_the_nested_value(keys: list[str], value: int) -> None:
+    assert parse_override(f"{'.'.join(keys)}={value}") == nest(keys, value)
+
+
+@given(first=st.dictionaries(st.text(), st.integers()), second=st.dictionaries(st.text(), st.integers()))
+def test_merging_flat_mappings_is_dictionary_union(first: dict[str, int], second: dict[str, int]) -> None:
+    merged = dict(first)
+    merge(merged, second)
+    assert merged == first | second
