@@ -1,0 +1,1 @@
+"""The two domains of the arithmetic recipe: integer expressions and one-line functions."""

@@ -1,0 +1,79 @@
+"""The math domain: left-nested integer expressions, answered one operation at a time.
+
+A prompt is `((4+5)*3)-6=`. Every intermediate value lies in 0..99, so that a step is a fact the model
+can learn, and the number of operations is the difficulty. Warm-up responses come in three styles:
+
+- verbose: `4+5=9;9*3=27;27-6=21#21`
+- terse:   `9;27;21#21`
+- direct:  `#21`
+
+Longer styles are the more reliable; which one to use is left to reinforcement learning.
+"""
+
+import operator
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tasks.problem import ANSWER_MARKER, Problem
+
+STYLES = ("verbose", "terse", "direct")
+LARGEST_VALUE = 99
+LARGEST_OPERAND = 9
+
+_OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operation: `left symbol right = value`."""
+
+    left: int
+    symbol: str
+    right: int
+    value: int
+
+
+def draw_steps(rng: random.Random, operations: int) -> list[Step]:
+    """Draws a chain of `operations` steps, each starting from the value of the one before."""
+    steps: list[Step] = []
+    value = rng.randint(1, LARGEST_OPERAND)
+    while len(steps) < operations:
+        symbol = rng.choice(tuple(_OPERATIONS))
+        right = rng.randint(1 if symbol != "*" else 2, LARGEST_OPERAND)
+        result = _OPERATIONS[symbol](value, right)
+        if 0 <= result <= LARGEST_VALUE:
+            steps.append(Step(value, symbol, right, result))
+            value = result
+    return steps
+
+
+def render_prompt(steps: Sequence[Step]) -> str:
+    """Returns the expression of a chain, left-nested and ending in an equals sign."""
+    text = str(steps[0].left)
+    for index, step in enumerate(steps):
+        text = f"{text if index == 0 else f'({text})'}{step.symbol}{step.right}"
+    return f"{text}="
+
+
+def render_response(steps: Sequence[Step], style: str) -> str:
+    """Returns the chain of thought of a style, the answer marker, and the answer."""
+    if style == "verbose":
+        thoughts = [f"{step.left}{step.symbol}{step.right}={step.value}" for step in steps]
+    elif style == "terse":
+        thoughts = [str(step.value) for step in steps]
+    elif style == "direct":
+        thoughts = []
+    else:
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, not {style!r}")
+    return f"{';'.join(thoughts)}{ANSWER_MARKER}{steps[-1].value}"
+
+
+def make_problem(steps: Sequence[Step]) -> Problem:
+    """Returns the problem of a chain, with the value of the expression as its answer."""
+    return Problem(
+        domain="math",
+        prompt=render_prompt(steps),
+        difficulty=float(len(steps)),
+        verification={"verifier": "math", "answer": str(steps[-1].value)},
+    )
