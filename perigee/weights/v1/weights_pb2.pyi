@@ -107,22 +107,26 @@ class PrepareResponse(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     TRANSFER_ID_FIELD_NUMBER: _builtins.int
+    RECEIVER_ID_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The Mooncake session to dial."""
     address: _builtins.int
     """Address of the spare buffer in the receiver."""
     transfer_id: _builtins.str
     """Names this preparation; a newer one voids it."""
+    receiver_id: _builtins.str
+    """Names the receiver for as long as it runs, since another may come to listen at the same session."""
     def __init__(
         self,
         *,
         session: _builtins.str = ...,
         address: _builtins.int = ...,
         transfer_id: _builtins.str = ...,
+        receiver_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "session", b"session", "transfer_id", b"transfer_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "receiver_id", b"receiver_id", "session", b"session", "transfer_id", b"transfer_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

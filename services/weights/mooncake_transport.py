@@ -1,0 +1,81 @@
+"""Weights over Mooncake's transfer engine: TCP, or RDMA where the configuration says so."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from perigee.errors import FailedPreconditionError, InternalError, UnavailableError
+from services.weights.config import WeightsConfig
+from services.weights.transport import Transport, WriteState
+
+if TYPE_CHECKING:
+    from mooncake.engine import TransferEngine
+
+# transfer_check_status: 1 done, 0 pending; -1 failed and -2 timed out are both final.
+STATES = {1: WriteState.DONE, 0: WriteState.PENDING, -1: WriteState.FAILED, -2: WriteState.FAILED}
+
+
+def set_environment(config: WeightsConfig) -> None:
+    """Sets Mooncake's process-wide settings, which it reads when its first engine starts.
+
+    A variable that the operator set stays as it is, except the one that decides between TCP and RDMA.
+    """
+    # Without these two Mooncake picks whatever it finds, and a missing card would degrade to TCP in silence.
+    chosen, other = ("MC_FORCE_HCA", "MC_FORCE_TCP") if config.transport == "rdma" else ("MC_FORCE_TCP", "MC_FORCE_HCA")
+    os.environ[chosen] = "1"
+    os.environ.pop(other, None)
+    os.environ.setdefault("MC_TCP_PROGRESS_TIMEOUT_SEC", str(round(config.progress_timeout_s)))
+    os.environ.setdefault("MC_TCP_SLICE_SIZE", str(config.slice_bytes))
+    os.environ.setdefault("MC_MIN_RPC_PORT", str(config.min_rpc_port))
+    os.environ.setdefault("MC_MAX_RPC_PORT", str(config.max_rpc_port))
+    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+
+
+class MooncakeTransport(Transport):
+    """One TransferEngine.
+
+    Opening takes a millisecond; closing takes a second, during which no other Python thread runs.
+    """
+
+    def __init__(self, config: WeightsConfig) -> None:
+        set_environment(config)
+        from mooncake.engine import TransferEngine  # reads the environment
+
+        self._engine: TransferEngine | None = TransferEngine()
+        if self._engine.initialize(config.host, "P2PHANDSHAKE", config.transport, config.device):
+            raise FailedPreconditionError(
+                f"weights.transport: Mooncake cannot start {config.transport} on {config.host} "
+                f"(device {config.device or 'any'}, ports {config.min_rpc_port}-{config.max_rpc_port}); "
+                "check weights.device, weights.host and the port range"
+            )
+        self._session = f"{config.host}:{self._engine.get_rpc_port()}"
+
+    @property
+    def session(self) -> str:
+        return self._session
+
+    def register(self, address: int, size: int) -> None:
+        if self._open_engine().register_memory(address, size):
+            raise InternalError(f"Mooncake cannot register {size} bytes; check the memlock limit (ulimit -l)")
+
+    def unregister(self, address: int) -> None:
+        if self._open_engine().unregister_memory(address):
+            raise InternalError("Mooncake cannot unregister a weight buffer")
+
+    def submit_write(self, session: str, source: int, target: int, size: int) -> int:
+        write: int = self._open_engine().transfer_submit_write(session, source, target, size)
+        if write == 0:
+            raise UnavailableError(f"the weight buffer at {session} cannot be reached")
+        return write
+
+    def poll(self, write: int) -> WriteState:
+        return STATES[self._open_engine().transfer_check_status(write)]
+
+    def close(self) -> None:
+        self._engine = None
+
+    def _open_engine(self) -> TransferEngine:
+        if self._engine is None:
+            raise InternalError("the weight transport is closed")
+        return self._engine
