@@ -1,0 +1,66 @@
+"""Configuration of the buffer service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field, SecretStr
+
+from services.kit.config import Model, ServiceConfig
+
+
+class LocalServerConfig(Model):
+    """The Valkey server that the buffer starts when no `redis_url` is given."""
+
+    fsync: Literal["always", "everysec"] = "always"
+    """`always` syncs the append-only file before a write is answered; `everysec` waits where it must."""
+    max_memory_mb: int = Field(0, ge=0)
+    """Memory that the server may use, in MiB; 0 sets no limit. A full server refuses writes and drops nothing."""
+    start_timeout_s: float = Field(60.0, gt=0)
+    """Seconds until the server must answer, the reading of its append-only file included."""
+    stop_timeout_s: float = Field(30.0, gt=0)
+    """Seconds that the server has to end after it was asked to; then it is killed."""
+
+
+class LimitsConfig(Model):
+    """What one request may hold."""
+
+    chunks: int = Field(8192, ge=1)
+    """Chunks of one AppendChunks call."""
+    groups: int = Field(4096, ge=1)
+    """Groups of one CreateGroups call."""
+    trajectories: int = Field(16384, ge=1)
+    """Trajectories that one call may name."""
+    trajectory_tokens: int = Field(1 << 20, ge=1)
+    """Response tokens of one trajectory."""
+
+
+class BufferConfig(ServiceConfig):
+    """The buffer service."""
+
+    section: ClassVar[str] = "buffer"
+    environment_aliases: ClassVar[dict[str, str]] = {"PERIGEE_REDIS_URL": "redis_url"}
+
+    redis_url: SecretStr = SecretStr("")
+    """redis://, rediss:// or unix:// URL of Redis (7.0 or later) or Valkey; empty starts a server in `data_path`."""
+    data_path: Path = Path("buffer")
+    """Folder of the server that the buffer starts."""
+    local_server: LocalServerConfig = LocalServerConfig()
+    """The server that the buffer starts."""
+    durability: Literal["segments", "commits", "none"] = "segments"
+    """What is on disk before it is answered: verdicts, commits and ended segments; not the segments; or nothing."""
+    durability_timeout_s: float = Field(10.0, gt=0)
+    """Seconds to wait for the disk; then the call fails as UNAVAILABLE and may be sent again."""
+    request_timeout_s: float = Field(15.0, gt=0)
+    """Seconds that one command of Redis may take."""
+    connections: int = Field(32, ge=1)
+    """Connections to Redis at most."""
+    read_piece_tokens: int = Field(32768, ge=1, le=262144)
+    """Tokens of one piece that ReadTrajectories streams."""
+    page_trajectories: int = Field(1024, ge=1, le=16384)
+    """Trajectories of one page that ListGroups streams; a larger group is a page of its own."""
+    page_prompts: int = Field(1000, ge=1, le=10000)
+    """Prompts of one page of ListPromptStatistics."""
+    limits: LimitsConfig = LimitsConfig()
+    """What one request may hold."""

