@@ -1,0 +1,1 @@
+"""The command line `perigee`: local stack, training runs with a live view, status, reports."""

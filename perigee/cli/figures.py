@@ -1,0 +1,85 @@
+"""The figures of a run in words: what a snapshot says, as text for the views."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from perigee.coordinator.v1 import coordinator_pb2 as pb
+
+# Units of a snapshot's phase_done and phase_total.
+_UNITS: Mapping[int, str] = {
+    pb.RUN_PHASE_WARMUP: "steps",
+    pb.RUN_PHASE_EVALUATION: "problems",
+    pb.RUN_PHASE_ROLLOUT: "trajectories",
+    pb.RUN_PHASE_SCORING: "responses",
+    pb.RUN_PHASE_TRAINING: "steps",
+    pb.RUN_PHASE_WEIGHTS: "workers",
+}
+# Key in the metrics, label, format.
+_FIGURES = (
+    ("reward/mean", "reward", "{:.3f}"),
+    ("accuracy/overall", "accuracy", "{:.3f}"),
+    ("response_length/mean", "length", "{:.1f}"),
+    ("response_length/p95", "length p95", "{:.0f}"),
+    ("tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("share_partial", "partial", "{:.1%}"),
+    ("share_repeated", "repeated", "{:.1%}"),
+)
+
+
+def phase_name(phase: int) -> str:
+    """The phase in lower case: rollout, training, ..."""
+    return pb.RunPhase.Name(pb.RunPhase.ValueType(phase)).removeprefix("RUN_PHASE_").lower()
+
+
+def progress_line(snapshot: pb.RunSnapshot) -> str:
+    """Where the run stands, and how much of the phase is done when that is known."""
+    parts = [f"iteration {snapshot.iteration} of {snapshot.iterations}", f"policy version {snapshot.policy_version}"]
+    if snapshot.phase_total:
+        parts.append(f"{snapshot.phase_done:,} of {snapshot.phase_total:,} {_UNITS.get(snapshot.phase, '')}".rstrip())
+    parts.append(f"{format_seconds(snapshot.elapsed_seconds)} since the start")
+    return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure of an iteration: its key in the metrics, a short label, and its value as text."""
+
+    key: str
+    label: str
+    text: str
+
+
+def result_line(snapshot: pb.RunSnapshot) -> str:
+    """The figures of the latest iteration in one line; what the metrics lack is left out."""
+    metrics = snapshot.metrics
+    parts = [f"iteration {metrics['iteration']:.0f} of {snapshot.iterations}"]
+    parts += [f"{figure.label} {figure.text}" for figure in figures(metrics)]
+    phases = phase_seconds(metrics)
+    if phases:
+        parts.append(" ".join(f"{name} {seconds:.1f}s" for name, seconds in phases.items()))
+    return "  ".join(parts)
+
+
+def figures(metrics: Mapping[str, float]) -> list[Figure]:
+    """The figures of an iteration; what the metrics lack is left out."""
+    return [Figure(key, label, form.format(metrics[key])) for key, label, form in _FIGURES if key in metrics]
+
+
+def phase_seconds(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of each phase of the iteration."""
+    return {
+        key.split("/")[1]: value
+        for key, value in metrics.items()
+        if key.startswith("phases/") and key.endswith("/seconds")
+    }
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration for people: 8.2 s, 3 m 05 s, 2 h 07 m."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} m {seconds % 60:02.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} m"

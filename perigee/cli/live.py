@@ -1,0 +1,147 @@
+"""The live view on a terminal: figures of the run, phases, workers and the latest notes, drawn in place."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from perigee.cli.figures import figures, format_seconds, phase_name, phase_seconds, progress_line
+from perigee.cli.view import PlainView, View
+from perigee.coordinator.v1 import coordinator_pb2 as pb
+
+REFRESH_PER_SECOND = 4
+NOTES_SHOWN = 4
+TREND_LENGTH = 40
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_PHASE_COLORS = {"rollout": "blue", "scoring": "cyan", "training": "magenta", "weights": "yellow", "commit": "green"}
+
+
+def open_view(plain: bool) -> View:
+    """The live view on a terminal, plain lines elsewhere or when they are asked for."""
+    console = Console()
+    return LiveView(console) if console.is_terminal and not plain else PlainView(sys.stdout)
+
+
+class LiveView(View):
+    """Redraws one panel in place."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self._render)
+        self._notes: deque[str] = deque(maxlen=NOTES_SHOWN)
+        self._snapshot: pb.RunSnapshot | None = None
+        self._received_at = time.monotonic()
+        self._trends: dict[str, deque[float]] = {}
+        self._iteration: float | None = None
+
+    def __enter__(self) -> Self:
+        self._live.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.__exit__(kind, error, trace)
+
+    def note(self, text: str) -> None:
+        """Adds the line to the latest notes."""
+        self._notes.append(text)
+
+    def show(self, snapshot: pb.RunSnapshot) -> None:
+        """Takes the snapshot for the next drawing."""
+        self._snapshot, self._received_at = snapshot, time.monotonic()
+        iteration = snapshot.metrics.get("iteration")
+        if iteration is None or iteration == self._iteration:
+            return
+        self._iteration = iteration
+        for key, value in snapshot.metrics.items():
+            self._trends.setdefault(key, deque(maxlen=TREND_LENGTH)).append(value)
+
+    def _render(self) -> RenderableType:
+        notes = Text("\n".join(self._notes), style="dim", overflow="ellipsis", no_wrap=True)
+        snapshot = self._snapshot
+        if snapshot is None:
+            return Panel(notes, title="perigee", title_align="left", border_style="blue")
+        parts: list[RenderableType] = [self._phase_row(snapshot), Text()]
+        if snapshot.metrics:
+            parts += [self._figure_table(snapshot), Text()]
+        parts += [_worker_table(snapshot), Text(), notes]
+        title = f"perigee · {snapshot.run_id} · {format_seconds(self._since(snapshot.elapsed_seconds))}"
+        return Panel(Group(*parts), title=title, title_align="left", border_style="blue")
+
+    def _since(self, seconds: float) -> float:
+        """Seconds of the snapshot, counted on since it came."""
+        ended = self._snapshot is not None and self._snapshot.phase >= pb.RUN_PHASE_FINISHED
+        return seconds if ended else seconds + time.monotonic() - self._received_at
+
+    def _phase_row(self, snapshot: pb.RunSnapshot) -> RenderableType:
+        row = Table.grid(padding=(0, 2))
+        name = phase_name(snapshot.phase)
+        cells: list[RenderableType] = [Text(name, style=f"bold {_PHASE_COLORS.get(name, 'white')}")]
+        if snapshot.phase_total:
+            cells.append(ProgressBar(total=snapshot.phase_total, completed=snapshot.phase_done, width=24))
+        cells += [Text(progress_line(snapshot)), Text(format_seconds(self._since(snapshot.phase_seconds)), style="dim")]
+        row.add_row(*cells)
+        return row
+
+    def _figure_table(self, snapshot: pb.RunSnapshot) -> RenderableType:
+        table = Table.grid(padding=(0, 2))
+        for figure in figures(snapshot.metrics):
+            trend = self._trends.get(figure.key, deque())
+            table.add_row(
+                Text(figure.label, style="dim"),
+                Text(figure.text, style="bold"),
+                Text(sparkline(list(trend)), style="blue"),
+            )
+        phases = phase_seconds(snapshot.metrics)
+        if phases:
+            table.add_row(
+                Text("phases", style="dim"),
+                Text(format_seconds(sum(phases.values())), style="bold"),
+                _phase_bar(phases),
+            )
+        return table
+
+
+def sparkline(values: list[float]) -> str:
+    """The values as block characters, lowest to highest."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    scale = (len(_BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(_BLOCKS[round((value - low) * scale)] for value in values)
+
+
+def _phase_bar(phases: dict[str, float]) -> Text:
+    bar = Text()
+    total = sum(phases.values()) or 1.0
+    for name, seconds in phases.items():
+        bar.append("━" * max(1, round(30 * seconds / total)), style=_PHASE_COLORS.get(name, "white"))
+        bar.append(f" {name} {seconds:.1f}s  ", style="dim")
+    return bar
+
+
+def _worker_table(snapshot: pb.RunSnapshot) -> RenderableType:
+    if not snapshot.workers:
+        return Text("no rollout worker is registered", style="yellow")
+    table = Table.grid(padding=(0, 2))
+    for worker in snapshot.workers:
+        state = Text("ready", style="green") if worker.ready else Text("not ready", style="yellow")
+        table.add_row(
+            Text(worker.worker_id),
+            Text(worker.address, style="dim"),
+            state,
+            Text(f"{worker.running} running"),
+            Text(f"version {worker.policy_version}"),
+        )
+    return table

@@ -1,0 +1,197 @@
+"""The commands of `perigee` and how they end: exit code 0, or one line on standard error that says what to do."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError
+
+app = typer.Typer(
+    name="perigee",
+    help="Reinforcement-learning post-training of reasoning language models, as independent services.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe.")]
+RunsOption = Annotated[Path, typer.Option("--runs-dir", envvar="PERIGEE_RUNS_DIR", help="Where run folders are made.")]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="Rollout workers; the recipe's by default.")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the run and of its data.")]
+PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+CoordinatorOption = Annotated[
+    str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="The coordinator of a running stack.")
+]
+
+
+@app.command()
+def up(
+    recipe: RecipeArgument = None,
+    workers: WorkersOption = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", metavar="SERVICE", help="Start just this; repeat.")
+    ] = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = Path("runs"),
+    debug: DebugOption = False,
+) -> None:
+    """Start the local stack and keep it up until Ctrl-C; without a recipe, the services that need no model."""
+    _end(lambda: _up(recipe, workers, only or [], overrides or [], runs_dir), debug)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument = None,
+    resume: Annotated[str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")] = None,
+    workers: WorkersOption = None,
+    seed: SeedOption = None,
+    overrides: SetOption = None,
+    coordinator: CoordinatorOption = None,
+    runs_dir: RunsOption = Path("runs"),
+    plain: PlainOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Train a recipe: start the stack, run to the end, write the report, stop the stack."""
+    sets = [*(overrides or []), *([f"run.seed={seed}"] if seed is not None else [])]
+    _end(lambda: _train(recipe, resume, workers, sets, coordinator, runs_dir, plain), debug)
+
+
+@app.command()
+def status(
+    coordinator: CoordinatorOption = None, runs_dir: RunsOption = Path("runs"), debug: DebugOption = False
+) -> None:
+    """Show services, workers and the run of the newest stack, or of the coordinator named."""
+    _end(lambda: _status(coordinator, runs_dir), debug)
+
+
+@app.command()
+def report(
+    run: Annotated[str, typer.Argument(help="A run's id, its folder, or latest.")] = "latest",
+    runs_dir: RunsOption = Path("runs"),
+    debug: DebugOption = False,
+) -> None:
+    """Write report.html of a run anew from its records."""
+    _end(lambda: _report(run, runs_dir), debug)
+
+
+def main() -> None:
+    """Entry point of the program."""
+    app()
+
+
+def _up(recipe_path: Path | None, workers: int | None, only: list[str], overrides: list[str], runs_dir: Path) -> int:
+    from perigee.cli import up as command
+    from perigee.cli.interrupt import Interrupt, run_interruptible
+    from perigee.cli.prepare import open_new_run
+    from perigee.cli.view import PlainView
+
+    found = command.find_up_recipe(recipe_path, overrides)
+    services = command.choose_services(found, only)
+    run, checked = open_new_run(runs_dir, found or command.empty_recipe(overrides))
+
+    async def work(interrupt: Interrupt) -> int:
+        await command.up(run, checked, services, workers or checked.head.local.workers, PlainView(), interrupt)
+        return 0
+
+    code = run_interruptible(work)
+    return 0 if code > 128 else code  # being told to end is how this command ends
+
+
+def _train(
+    recipe_path: Path | None,
+    resume: str | None,
+    workers: int | None,
+    overrides: list[str],
+    coordinator: str | None,
+    runs_dir: Path,
+    plain: bool,
+) -> int:
+    from perigee.cli import train as command
+    from perigee.cli.interrupt import Interrupt, run_interruptible
+    from perigee.cli.live import open_view
+
+    options = command.TrainOptions(recipe_path, resume, overrides, runs_dir, workers, coordinator)
+    run, recipe = command.open_run(options)
+
+    async def work(interrupt: Interrupt) -> int:
+        with open_view(plain) as view:
+            await command.train(options, run, recipe, view, interrupt)
+        return 0
+
+    again = f"perigee train --resume {run.run_id}" + ("" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}")
+    try:
+        code = run_interruptible(work)
+    except PerigeeError as error:
+        raise type(error)(f"{error.message}; go on with: {again}") from error
+    if code:
+        print(f"stopped; go on with: {again}", file=sys.stderr)
+        return code
+    from perigee.report.write import write_report
+
+    page = write_report(run.path)
+    for line in page.headline:
+        print(line)
+    print(f"report: {page.path}")
+    return 0
+
+
+def _status(coordinator: str | None, runs_dir: Path) -> int:
+    from perigee.cli import status as command
+    from perigee.cli.run_folder import find_stack
+
+    addresses: dict[str, str] = {}
+    if coordinator is None:
+        found = find_stack(runs_dir)
+        if found is None:
+            raise NotFoundError(
+                f"no stack runs below {runs_dir}; name one with --coordinator, or start one: perigee up RECIPE"
+            )
+        addresses = dict(found[1].addresses)
+        coordinator = addresses.get("coordinator")
+
+    async def work() -> list[str]:
+        services = await command.read_services(addresses)
+        answer = await command.read_coordinator(coordinator) if coordinator else None
+        return command.status_lines(services, answer)
+
+    for line in asyncio.run(work()):
+        print(line)
+    return 0
+
+
+def _report(name: str, runs_dir: Path) -> int:
+    from perigee.cli.run_folder import find_run
+    from perigee.report.write import write_report
+
+    print(write_report(find_run(runs_dir, name).path).path)
+    return 0
+
+
+def _end(command: Callable[[], int], debug: bool) -> None:
+    if debug:
+        raise typer.Exit(command())
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused connection is told in our words
+    try:
+        code = command()
+    except PerigeeError as error:
+        print(f"perigee: {error.message}", file=sys.stderr)
+        code = 2 if isinstance(error, InvalidArgumentError) else 1
+    except OSError as error:
+        print(f"perigee: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
+        code = 1
+    raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""One service of the local stack as a process tree below a guard: start, end, and the error that it died of."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# A service that got SIGTERM has this long before SIGKILL.
+GRACE_S = 15.0
+# The guard itself is waited for this much longer before its whole group is killed.
+GUARD_MARGIN_S = 6.0
+LOG_TAIL_BYTES = 64 << 10
+
+_GUARD = str(Path(__file__).with_name("guard.py"))
+# The last line of a traceback, a line of the logging module, and the one line that a service prints when it gives up.
+_ERROR_LINE = re.compile(
+    r"^(?:(?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt)\b.*|(?:ERROR|CRITICAL)\b.*|"
+    r"(?:coordinator|buffer|rollout|trainer|reward|sandbox): .*)"
+)
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program of the local stack: what to run, and the file that takes its output."""
+
+    name: str
+    arguments: Sequence[str]
+    log_path: Path
+
+
+class GuardedProcess:
+    """A started command. Its whole process tree ends with it, and with this process, however either ends."""
+
+    def __init__(self, command: Command, process: asyncio.subprocess.Process) -> None:
+        self.command = command
+        self._process = process
+
+    @classmethod
+    async def start(cls, command: Command) -> GuardedProcess:
+        """Starts the command in a session of its own, below a guard.
+
+        To be called in the main thread: the kernel ties the guard to the life of the thread that starts it.
+        """
+        command.log_path.parent.mkdir(parents=True, exist_ok=True)
+        guard = [sys.executable, "-I", "-S", _GUARD, str(os.getpid()), str(GRACE_S), str(command.log_path)]
+        process = await asyncio.create_subprocess_exec(
+            *guard, *command.arguments, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
+        )
+        return cls(command, process)
+
+    @property
+    def pid(self) -> int:
+        """Process id of the guard, which leads the session."""
+        return self._process.pid
+
+    @property
+    def exit_code(self) -> int | None:
+        """The guard's exit code as the operating system tells it; None while it runs."""
+        return self._process.returncode
+
+    async def wait(self) -> int:
+        """Waits until the command and all that it started have ended; returns its exit code."""
+        code = await self._process.wait()
+        if code < 0:  # the guard itself was killed: its group may have outlived it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
+            return 128 - code
+        return code
+
+    async def stop(self) -> None:
+        """SIGTERM, then SIGKILL for what is left after GRACE_S; returns when the tree has ended."""
+        self._signal(signal.SIGTERM)
+        try:
+            await asyncio.wait_for(self.wait(), GRACE_S + GUARD_MARGIN_S)
+        except TimeoutError:
+            self.kill()
+            await self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL at once to the guard's process group."""
+        if self.exit_code is None:
+            os.killpg(self.pid, signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self.exit_code is None:
+            self._process.send_signal(number)
+
+
+def describe_end(command: Command, exit_code: int) -> str:
+    """One sentence: which command ended, how, the error in its log, and where the log is."""
+    how = (
+        f"was ended by {signal.Signals(exit_code - 128).name}"
+        if exit_code > 128
+        else f"ended with exit code {exit_code}"
+    )
+    error = last_error(read_tail(command.log_path))
+    return f"{command.name} {how}{f': {error}' if error else ''} (log: {command.log_path})"
+
+
+def read_tail(path: Path) -> list[str]:
+    """The last lines of a log, LOG_TAIL_BYTES at most; none when there is no log."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def last_error(lines: Iterable[str]) -> str:
+    """The last line of a log that names an error, else its last line, else nothing; at most 300 characters."""
+    filled = [line.strip() for line in lines if line.strip()]
+    for line in reversed(filled):
+        if found := _error_in(line):
+            return found[:300]
+    return filled[-1][:300] if filled else ""
+
+
+def _error_in(line: str) -> str:
+    if not line.startswith("{"):
+        return line if _ERROR_LINE.match(line) else ""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return ""
+    if not isinstance(record, dict) or record.get("level") not in ("error", "critical"):
+        return ""
+    exception = str(record.get("exception") or "").strip()
+    parts = [str(record.get("event", "")), str(record.get("error") or exception.rpartition("\n")[2])]
+    return ": ".join(part for part in parts if part)

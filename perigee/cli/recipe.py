@@ -1,0 +1,149 @@
+"""Recipes: one YAML file that configures a run and every service, read, overridden, expanded and checked as a whole."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from perigee.errors import InvalidArgumentError
+from services.kit.config import Model, ServiceConfig, merge, parse_override, read_yaml, validate
+
+RECIPE_FILE = "recipe.yaml"
+# The services in the order in which they are started.
+SERVICES = ("buffer", "sandbox", "reward", "trainer", "coordinator", "rollout")
+_CONFIG_CLASSES = {
+    "run": "services.coordinator.run_config:RunConfig",
+    **{name: f"services.{name}.config:{name.capitalize()}Config" for name in SERVICES},
+}
+
+
+class LocalConfig(Model):
+    """How the local stack is made up."""
+
+    workers: int = Field(1, ge=1, le=64)
+    """Rollout workers to start."""
+
+
+class RecipeHead(Model):
+    """The top level of a recipe beside the sections of the run and the services."""
+
+    name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
+    """Begins the ids of the recipe's runs."""
+    description: str = ""
+    """What the recipe is about, for readers and the report."""
+    prepare: str | None = None
+    """A Python script beside the recipe, run once as `python SCRIPT --out DIR --seed N` to fill `{data}`."""
+    local: LocalConfig = LocalConfig()
+    """How the local stack is made up."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A checked recipe; `values` is what it holds in full, with overrides and without expansion."""
+
+    path: Path
+    head: RecipeHead
+    values: Mapping[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run, 0 when the recipe names none."""
+        return int(self.values.get("run", {}).get("seed", 0))
+
+    @property
+    def prepare_path(self) -> Path | None:
+        """The script that makes the run's data, if any."""
+        return None if self.head.prepare is None else self.path.parent / self.head.prepare
+
+    def expand(self, run_path: Path) -> dict[str, Any]:
+        """The values with `{data}`, `{run}` and `{recipe}` replaced by the folders of data, run and recipe."""
+        folders = {
+            "{data}": str(run_path / "data"),
+            "{run}": str(run_path),
+            "{recipe}": str(self.path.parent.absolute()),
+        }
+        expanded = map_strings(self.values, lambda text: _replace_all(text, folders))
+        assert isinstance(expanded, dict)
+        if self.prepare_path is not None:
+            expanded["prepare"] = str(self.prepare_path.absolute())
+        return expanded
+
+
+def find_recipe(path: Path) -> Path:
+    """The recipe file that `path`, a file or a folder, stands for. Raises InvalidArgumentError when there is none."""
+    file = path / RECIPE_FILE if path.is_dir() else path
+    if not file.is_file():
+        hint = f"no {RECIPE_FILE} in this folder" if path.is_dir() else "no such file"
+        raise InvalidArgumentError.of(str(path), f"{hint}; name a recipe file or a folder that holds {RECIPE_FILE}")
+    return file
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe, lays `a.b=c` overrides over it and checks all of it.
+
+    Raises InvalidArgumentError whose one-line message names the file, the field and what to do.
+    """
+    values = read_yaml(path)
+    for override in overrides:
+        merge(values, parse_override(override))
+    return check_recipe(path, values)
+
+
+def check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
+    """The values as a recipe, each section checked against its service's configuration class.
+
+    Raises InvalidArgumentError whose one-line message names the file, the field and what to do.
+    """
+    source = path.name
+    known = [*RecipeHead.model_fields, *_CONFIG_CLASSES]
+    for section in values:
+        if section not in known:
+            near = difflib.get_close_matches(str(section), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(known)}"
+            raise InvalidArgumentError.of(f"{source}: {section}", f"unknown key; {hint}")
+    head = validate(RecipeHead, {key: value for key, value in values.items() if key not in _CONFIG_CLASSES}, source, "")
+    for section in _CONFIG_CLASSES:
+        if section not in values:
+            continue
+        section_values = {} if values[section] is None else values[section]
+        if not isinstance(section_values, dict):
+            raise InvalidArgumentError.of(f"{source}: {section}", "must be a mapping of keys to values")
+        validate(config_class(section), section_values, source, section)
+    return Recipe(path=path, head=head, values=values)
+
+
+def config_class(section: str) -> type[Model]:
+    """The configuration class of a section, imported when it is asked for."""
+    module_name, _, class_name = _CONFIG_CLASSES[section].partition(":")
+    found = getattr(importlib.import_module(module_name), class_name)
+    assert issubclass(found, Model | ServiceConfig)
+    return found  # type: ignore[no-any-return]
+
+
+def dump_yaml(values: Mapping[str, Any]) -> str:
+    """YAML that keeps the order of the keys."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+
+
+def map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """A copy of nested mappings and lists with `change` applied to every string value."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [map_strings(item, change) for item in value]
+    return value
+
+
+def _replace_all(text: str, replacements: Mapping[str, str]) -> str:
+    for old, new in replacements.items():
+        text = text.replace(old, new)
+    return text

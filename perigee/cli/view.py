@@ -1,0 +1,69 @@
+"""What a person sees while a run goes on: the interface of the views, and the one for plain lines."""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from types import TracebackType
+from typing import Self, TextIO
+
+from perigee.cli.figures import phase_name, progress_line, result_line
+from perigee.coordinator.v1 import coordinator_pb2 as pb
+
+
+class View(ABC):
+    """Shows notes and snapshots of a run; a context manager, so that the terminal is left as it was found."""
+
+    @abstractmethod
+    def note(self, text: str) -> None:
+        """Shows one line about what the program does."""
+
+    @abstractmethod
+    def show(self, snapshot: pb.RunSnapshot) -> None:
+        """Shows the state of the run."""
+
+    def stopping(self) -> None:
+        """Tells that the services are being ended."""
+        self.note("stopping the services")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+
+class PlainView(View):
+    """One line per note, phase outside the iterations, and iteration: for logs and pipes."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._phase: tuple[int, int] | None = None
+        self._iteration: float | None = None
+
+    def note(self, text: str) -> None:
+        """Prints the line."""
+        print(text, file=self._stream, flush=True)
+
+    def show(self, snapshot: pb.RunSnapshot) -> None:
+        """Prints a line when an iteration was committed, and one when a phase other than its own begins."""
+        iteration = snapshot.metrics.get("iteration")
+        if iteration is not None and iteration != self._iteration:
+            self._iteration = iteration
+            self.note(result_line(snapshot))
+        phase = (snapshot.phase, snapshot.iteration)
+        if phase != self._phase:
+            self._phase = phase
+            if snapshot.phase not in _ITERATION_PHASES:
+                self.note(f"{phase_name(snapshot.phase)}: {progress_line(snapshot)}")
+
+
+_ITERATION_PHASES = (
+    pb.RUN_PHASE_ROLLOUT,
+    pb.RUN_PHASE_SCORING,
+    pb.RUN_PHASE_TRAINING,
+    pb.RUN_PHASE_WEIGHTS,
+    pb.RUN_PHASE_COMMIT,
+)

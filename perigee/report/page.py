@@ -1,0 +1,193 @@
+"""The page: headline, plots with a sentence each, tables; plotly's script once, so that it opens without a network."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from perigee.report import plots
+from perigee.report.headline import Change, changes
+from perigee.report.records import OVERALL, RunRecords, flatten
+
+TEMPLATE = Path(__file__).with_name("page.html")
+SECRET_KEYS = ("token", "password", "secret")
+
+
+@dataclass(frozen=True)
+class Section:
+    """A plot with its title, what it shows, and what is said when the records do not hold it."""
+
+    id: str
+    title: str
+    caption: str
+    draw: Callable[[RunRecords], go.Figure | None]
+
+
+SECTIONS = (
+    Section(
+        "accuracy",
+        "Held-out accuracy",
+        "Problems kept out of all training data. Bands and bars are 95% intervals; sampled answers at temperature 1.",
+        plots.plot_accuracy,
+    ),
+    Section(
+        "reward",
+        "Reward",
+        "Mean reward of the trajectories that were scored in an iteration.",
+        plots.plot_reward,
+    ),
+    Section("length", "Response length", "Tokens of finished responses.", plots.plot_length),
+    Section(
+        "shares",
+        "Partial and repeated trajectories",
+        "Partial: stopped by the iteration's token budget and resumed later. Repeated: cut for repeating themselves.",
+        plots.plot_shares,
+    ),
+    Section(
+        "staleness",
+        "Tokens per policy version",
+        "Tokens of the trained trajectories by how many policy versions old they were when they were trained on.",
+        plots.plot_staleness,
+    ),
+    Section(
+        "timeline",
+        "Phases of the iterations",
+        "Responses are scored as they finish, while others are still being generated.",
+        plots.plot_timeline,
+    ),
+    Section(
+        "logprobs",
+        "Engine against trainer",
+        "Largest difference of the two engines' log-probabilities of the same token; the dashed line is 0.001.",
+        plots.plot_logprob_difference,
+    ),
+)
+
+
+def render_page(records: RunRecords) -> str:
+    """The whole page as HTML."""
+    figures: dict[str, Any] = {}
+    parts = [_header(records), _cards(records), _accuracy_table(changes(records))]
+    for section in SECTIONS:
+        figure = section.draw(records)
+        parts.append(f"<h2>{section.title}</h2><p class='quiet'>{section.caption}</p>")
+        if figure is None:
+            parts.append("<p class='missing'>The records of this run hold no such figures.</p>")
+        else:
+            figures[section.id] = json.loads(figure.to_json())
+            parts.append(f"<figure id='{section.id}'></figure>")
+    parts += [_totals(records), _configuration(records.recipe)]
+    return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=html.escape(f"{records.run_id} · Perigee"),
+        body="\n".join(parts),
+        plotly=get_plotlyjs(),
+        # A closing tag inside a string would end the script.
+        plots=json.dumps(figures).replace("</", "<\\/"),
+    )
+
+
+def _header(records: RunRecords) -> str:
+    description = html.escape(str(records.recipe.get("description", "")))
+    count = len(records.iterations)
+    facts = [f"{count} iteration{'' if count == 1 else 's'}"]
+    if tokens := records.summary.get("tokens_generated"):
+        facts.append(f"{tokens:,} tokens generated")
+    if trained := records.summary.get("trajectories_trained"):
+        facts.append(f"{trained:,} trajectories trained")
+    if not records.summary:
+        facts.append("not finished: figures so far")
+    lines = [f"<h1>{html.escape(records.run_id)}</h1>"]
+    lines += [f"<p>{description}</p>"] if description else []
+    return "\n".join([*lines, f"<p class='quiet'>{' · '.join(facts)}</p>"])
+
+
+def _cards(records: RunRecords) -> str:
+    cards = []
+    for change in changes(records):
+        if change.domain != OVERALL:
+            continue
+        gain = change.after.mean - change.before.mean
+        cards.append(
+            f"<div class='card'><div class='name'>Accuracy, {change.kind}</div>"
+            f"<div class='value'>{change.before.mean:.1%}<span class='arrow'>→</span>{change.after.mean:.1%}</div>"
+            f"<div class='{'gain' if gain >= 0 else 'loss'}'>{gain * 100:+.1f} points"
+            f"{', intervals apart' if change.is_apart else ''}</div></div>"
+        )
+    for key, name, form in (
+        ("max_logprob_difference", "Largest logprob difference", "{:.1e}"),
+        ("seconds/total", "Time in all", "{:,.0f} s"),
+    ):
+        value = flatten(records.summary).get(key)
+        if isinstance(value, int | float):
+            cards.append(
+                f"<div class='card'><div class='name'>{name}</div><div class='value'>{form.format(value)}</div></div>"
+            )
+    return f"<div class='cards'>{''.join(cards)}</div>" if cards else ""
+
+
+def _accuracy_table(found: list[Change]) -> str:
+    if not found:
+        return "<p class='missing'>Fewer than two evaluations: there is no accuracy to compare.</p>"
+    rows = []
+    for change in found:
+        cells = [change.domain, change.kind]
+        for estimate in (change.before, change.after):
+            bounds = ""
+            if estimate.low is not None and estimate.high is not None:
+                bounds = f" <span class='quiet'>{estimate.low:.1%} to {estimate.high:.1%}</span>"
+            cells.append(f"{estimate.mean:.1%}{bounds}")
+        cells.append(f"{(change.after.mean - change.before.mean) * 100:+.1f}")
+        rows.append("".join(f"<td>{cell}</td>" for cell in cells))
+    head = "".join(f"<th>{name}</th>" for name in ("Domain", "Answers", "Before", "After", "Points"))
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _totals(records: RunRecords) -> str:
+    shown = {key: value for key, value in flatten(records.summary).items() if not key.startswith("accuracy_")}
+    if not shown:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(key.replace('/', ' / '))}</td><td class='number'>{_format(value)}</td></tr>"
+        for key, value in shown.items()
+        if not isinstance(value, list)
+    )
+    return f"<h2>Totals</h2><table>{rows}</table>"
+
+
+def _configuration(recipe: Mapping[str, Any]) -> str:
+    if not recipe:
+        return ""
+    parts = ["<h2>Configuration</h2><p class='quiet'>The recipe as it ran; fields not named keep their defaults.</p>"]
+    top = {key: value for key, value in recipe.items() if not isinstance(value, Mapping)}
+    for name, values in [("recipe", top), *((k, v) for k, v in recipe.items() if isinstance(v, Mapping))]:
+        rows = "".join(
+            f"<tr><td>{html.escape(key.replace('/', '.'))}</td><td><code>{html.escape(_show(key, value))}</code></td></tr>"
+            for key, value in flatten(values).items()
+        )
+        parts.append(
+            f"<details{' open' if name == 'run' else ''}><summary>{html.escape(name)}</summary>"
+            f"<table>{rows}</table></details>"
+        )
+    return "\n".join(parts)
+
+
+def _show(key: str, value: Any) -> str:
+    if any(secret in key.rpartition("/")[2] for secret in SECRET_KEYS) and isinstance(value, str):
+        return "(not shown)"
+    return json.dumps(value) if isinstance(value, list | bool) or value is None else str(value)
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return html.escape(str(value))
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.4g}"

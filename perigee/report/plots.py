@@ -1,0 +1,228 @@
+"""The plots of the report: each takes the records and returns a figure, or None when they do not hold what it shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from perigee.report.records import OVERALL, Evaluation, Iteration, RunRecords
+from perigee.report.style import (
+    AGE_COLORS,
+    BLUE,
+    DOMAIN_COLORS,
+    GREY,
+    ORANGE,
+    PHASE_COLORS,
+    RED,
+    label_end,
+    new_figure,
+    style_axes,
+    with_alpha,
+)
+
+SMOOTHING = 5
+Points = tuple[list[int], list[float]]
+
+
+def plot_accuracy(records: RunRecords) -> go.Figure | None:
+    """Held-out accuracy per domain: greedy, and sampled with its 95% interval."""
+    evaluations = records.evaluations
+    names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.domains))
+    if not names:
+        return None
+    colors = {OVERALL: BLUE, **dict(zip([n for n in names if n != OVERALL], DOMAIN_COLORS, strict=False))}
+    figure = make_subplots(cols=len(names), shared_yaxes=True, horizontal_spacing=0.07, subplot_titles=names)
+    for column, name in enumerate(names, start=1):
+        color = colors.get(name, GREY)
+        _add_sampled(figure, evaluations, name, color, column)
+        _add_greedy(figure, evaluations, name, color, column)
+    base = new_figure(height=340)
+    figure.update_layout(base.layout)
+    figure.update_layout(hovermode="closest", margin={"t": 36, "r": 24})
+    style_axes(figure)
+    figure.update_xaxes(title_text="iteration")
+    figure.update_yaxes(tickformat=".0%", rangemode="tozero")
+    return figure
+
+
+def _add_sampled(figure: go.Figure, evaluations: Sequence[Evaluation], name: str, color: str, column: int) -> None:
+    points = [(e.iteration, e.sampled[name]) for e in evaluations if name in e.sampled]
+    if not points:
+        return
+    x = [iteration for iteration, _ in points]
+    bounded = [(i, e.low, e.high) for i, e in points if e.low is not None and e.high is not None]
+    band_x = [i for i, _, _ in bounded] + [i for i, _, _ in reversed(bounded)]
+    band_y = [high for _, _, high in bounded] + [low for _, low, _ in reversed(bounded)]
+    figure.add_scatter(
+        x=band_x, y=band_y, fill="toself", fillcolor=with_alpha(color, 0.18), line_width=0, hoverinfo="skip",
+        mode="lines", row=1, col=column,
+    )  # fmt: skip
+    text = [_interval_text("sampled", e.mean, e.low, e.high) for _, e in points]
+    figure.add_scatter(
+        x=x, y=[e.mean for _, e in points], mode="lines+markers", line={"color": color, "width": 2.5},
+        marker={"size": 6}, hovertext=text, hoverinfo="text", row=1, col=column,
+    )  # fmt: skip
+    figure.add_annotation(
+        x=x[-1], y=points[-1][1].mean, text="sampled", showarrow=False, xanchor="right", yanchor="top", yshift=-8,
+        font={"color": color, "size": 12}, row=1, col=column,
+    )  # fmt: skip
+
+
+def _add_greedy(figure: go.Figure, evaluations: Sequence[Evaluation], name: str, color: str, column: int) -> None:
+    points = [(e.iteration, e.greedy[name]) for e in evaluations if name in e.greedy]
+    if not points:
+        return
+    bounds = None
+    if all(e.low is not None and e.high is not None for _, e in points):
+        bounds = {
+            "type": "data", "symmetric": False, "width": 3, "thickness": 1,
+            "array": [(e.high or e.mean) - e.mean for _, e in points],
+            "arrayminus": [e.mean - (e.low or 0.0) for _, e in points],
+        }  # fmt: skip
+    figure.add_scatter(
+        x=[i for i, _ in points], y=[e.mean for _, e in points], error_y=bounds, mode="lines+markers",
+        line={"color": color, "width": 1.5, "dash": "dot"}, marker={"symbol": "diamond-open", "size": 8},
+        hovertext=[_interval_text("greedy", e.mean, e.low, e.high) for _, e in points], hoverinfo="text",
+        row=1, col=column,
+    )  # fmt: skip
+    figure.add_annotation(
+        x=points[-1][0], y=points[-1][1].mean, text="greedy", showarrow=False, xanchor="right", yanchor="bottom",
+        yshift=8, font={"color": color, "size": 12}, row=1, col=column,
+    )  # fmt: skip
+
+
+def _interval_text(kind: str, mean: float, low: float | None, high: float | None) -> str:
+    return f"{kind} {mean:.1%}" + (f" ({low:.1%} to {high:.1%})" if low is not None and high is not None else "")
+
+
+def plot_reward(records: RunRecords) -> go.Figure | None:
+    """Mean reward of an iteration, and its moving mean."""
+    x, y = _points(records.iterations, "reward/mean")
+    if not x:
+        return None
+    figure = new_figure()
+    figure.add_scatter(x=x, y=y, mode="lines", line={"color": with_alpha(BLUE, 0.45), "width": 1.2}, name="iteration")
+    smooth = moving_mean(y, SMOOTHING)
+    figure.add_scatter(x=x, y=smooth, mode="lines", line={"color": BLUE, "width": 2.5}, name=f"mean of {SMOOTHING}")
+    label_end(figure, x[-1], smooth[-1], f"mean of {SMOOTHING}", BLUE)
+    figure.update_xaxes(title_text="iteration")
+    figure.update_yaxes(title_text="reward")
+    return figure
+
+
+def plot_length(records: RunRecords) -> go.Figure | None:
+    """Response length: mean and 95th percentile."""
+    return _plot_lines(
+        records, (("response_length/mean", "mean", BLUE), ("response_length/p95", "p95", ORANGE)), "tokens"
+    )
+
+
+def plot_shares(records: RunRecords) -> go.Figure | None:
+    """Shares of trajectories that stayed partial, and that were cut for repeating themselves."""
+    figure = _plot_lines(
+        records, (("share_partial", "partial", BLUE), ("share_repeated", "repeated", RED)), "share of trajectories"
+    )
+    if figure is not None:
+        figure.update_yaxes(tickformat=".0%")
+    return figure
+
+
+def plot_logprob_difference(records: RunRecords) -> go.Figure | None:
+    """Largest difference between the engine's and the trainer's logprobs of the same token."""
+    figure = _plot_lines(records, (("max_logprob_difference", "largest", BLUE),), "nats")
+    if figure is not None:
+        figure.add_hline(y=1e-3, line={"color": RED, "width": 1, "dash": "dash"})
+        figure.update_yaxes(type="log", exponentformat="power")
+    return figure
+
+
+def plot_staleness(records: RunRecords) -> go.Figure | None:
+    """Tokens of an iteration's training by how many versions before the newest one they were generated."""
+    stacks = [(row.number, ages) for row in records.iterations if (ages := tokens_by_age(row))]
+    if not stacks:
+        return None
+    figure = new_figure(barmode="stack", bargap=0.12)
+    oldest = len(AGE_COLORS) - 1
+    for age, color in enumerate(AGE_COLORS):
+        counts = [sum(n for a, n in ages.items() if min(a, oldest) == age) for _, ages in stacks]
+        if any(counts):
+            name = f"{age}{' or more' if age == oldest else ''} version{'' if age == 1 else 's'} old"
+            figure.add_bar(x=[number for number, _ in stacks], y=counts, marker_color=color, name=name)
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
+    figure.update_layout(margin={"t": 40, "r": 24})
+    figure.update_xaxes(title_text="iteration")
+    figure.update_yaxes(title_text="tokens trained")
+    return figure
+
+
+def tokens_by_age(row: Iteration) -> dict[int, float]:
+    """Tokens by age in versions, counted from the newest version among them."""
+    by_version = {int(version): count for version, count in row.below("tokens_by_version").items()}
+    if not by_version:
+        return {}
+    newest = max(by_version)
+    return {newest - version: count for version, count in by_version.items()}
+
+
+def plot_timeline(records: RunRecords) -> go.Figure | None:
+    """Phases of each iteration from its start, one row per iteration."""
+    spans = [(row.number, phase, *span) for row in records.iterations for phase, span in phase_spans(row).items()]
+    if not spans:
+        return None
+    rows = len({number for number, *_ in spans})
+    figure = new_figure(height=min(900, 120 + 14 * rows), barmode="overlay", bargap=0.25, hovermode="closest")
+    for phase in [name for name in PHASE_COLORS if any(span[1] == name for span in spans)]:
+        own = [(number, start, seconds) for number, name, start, seconds in spans if name == phase]
+        figure.add_bar(
+            orientation="h", y=[n for n, _, _ in own], base=[start for _, start, _ in own],
+            x=[seconds for _, _, seconds in own], marker_color=PHASE_COLORS[phase], marker_line_width=0, name=phase,
+            # Scoring goes on while trajectories are still being generated: a thinner bar keeps both in sight.
+            width=0.32 if phase == "scoring" else 0.75,
+            hovertemplate=f"iteration %{{y}}: {phase} %{{x:.2f}} s from %{{base:.2f}} s<extra></extra>",
+        )  # fmt: skip
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0})
+    figure.update_layout(margin={"t": 40, "r": 24})
+    figure.update_xaxes(title_text="seconds since the iteration began", showgrid=True)
+    figure.update_yaxes(title_text="iteration", autorange="reversed", showgrid=False)
+    return figure
+
+
+def phase_spans(row: Iteration) -> dict[str, tuple[float, float]]:
+    """Start and length in seconds of each phase; phases without a start follow one another."""
+    phases = row.below("phases")
+    spans: dict[str, tuple[float, float]] = {}
+    end = 0.0
+    for name in dict.fromkeys(key.partition("/")[0] for key in phases):
+        seconds = phases.get(f"{name}/seconds", phases.get(name, 0.0))
+        start = phases.get(f"{name}/start", end)
+        spans[name] = (start, seconds)
+        end = start + seconds
+    return spans
+
+
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of each value and those before it, `window` at most."""
+    return [
+        sum(values[max(0, index + 1 - window) : index + 1]) / min(window, index + 1) for index in range(len(values))
+    ]
+
+
+def _plot_lines(records: RunRecords, lines: Sequence[tuple[str, str, str]], unit: str) -> go.Figure | None:
+    found = [(_points(records.iterations, key), name, color) for key, name, color in lines]
+    if not any(points[0] for points, _, _ in found):
+        return None
+    figure = new_figure()
+    for (x, y), name, color in found:
+        if x:
+            figure.add_scatter(x=x, y=y, mode="lines", line={"color": color, "width": 2}, name=name)
+            label_end(figure, x[-1], y[-1], name, color)
+    figure.update_xaxes(title_text="iteration")
+    figure.update_yaxes(title_text=unit, rangemode="tozero")
+    return figure
+
+
+def _points(iterations: Sequence[Iteration], key: str) -> Points:
+    pairs = [(row.number, value) for row in iterations if (value := row.get(key)) is not None]
+    return [number for number, _ in pairs], [value for _, value in pairs]
