@@ -1,0 +1,78 @@
+"""Core attention and rotary embedding of packed micro-batches, in the places of Megatron's local spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from services.trainer.packed import PackedLayout, pad, unpad
+
+
+class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is untyped
+    """Causal attention within each sequence of a pack, by torch's scaled dot product kernels."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config=config)
+        self.scale = softmax_scale
+        self.grouped = config.num_attention_heads != config.num_query_groups
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: PackedLayout | None = None,
+    ) -> torch.Tensor:
+        """[T, 1, heads, d] query and [T, 1, groups, d] key and value to [T, 1, heads * d]."""
+        assert packed_seq_params is not None, "packed micro-batches only"
+        layout = packed_seq_params
+        query_NHLD, key_NGLD, value_NGLD = (pad(x.squeeze(1), layout).transpose(1, 2) for x in (query, key, value))
+        context_NHLD = F.scaled_dot_product_attention(
+            query_NHLD, key_NGLD, value_NGLD, is_causal=True, scale=self.scale, enable_gqa=self.grouped
+        )
+        return unpad(context_NHLD.transpose(1, 2).flatten(2), layout).unsqueeze(1)
+
+    def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
+        """Nothing: attention has no weights."""
+        return {}
+
+
+class PackedRotary(torch.nn.Module):
+    """Rotary angles of each token's position in its own sequence, exact for any pack.
+
+    Megatron's table runs over the pack as a whole; angles at large positions lose float32 precision, which would
+    set the trainer's log-probabilities apart from the engine's.
+    """
+
+    def __init__(self, inverse_frequencies_D: torch.Tensor) -> None:
+        super().__init__()
+        self.inverse_frequencies_D = inverse_frequencies_D
+
+    def get_rotary_seq_len(
+        self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, layout: PackedLayout
+    ) -> PackedLayout:
+        """Megatron asks for a length and hands it to `forward`; the layout says more."""
+        return layout
+
+    def forward(self, layout: PackedLayout, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
+        """Angles [T, 1, 1, d], the two halves alike."""
+        frequencies_D = self.inverse_frequencies_D.to(layout.positions_T.device)
+        angles_TD = torch.outer(layout.positions_T.float(), frequencies_D)
+        return torch.cat((angles_TD, angles_TD), dim=-1)[:, None, None, :]

@@ -1,0 +1,50 @@
+"""Configuration of the trainer."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from services.kit.config import ServiceConfig
+from services.weights.config import WeightsConfig
+
+
+class TrainerConfig(ServiceConfig):
+    """The `trainer` section of a recipe."""
+
+    section: ClassVar[str] = "trainer"
+
+    model: str
+    """Hugging Face folder of the base model, policy version 0: config.json, tokenizer.json, safetensors weights."""
+    run_path: str
+    """Folder of the run; checkpoints go to its subfolder `checkpoints`."""
+    buffer_address: str = "127.0.0.1:50052"
+    """host:port of the replay buffer that trajectories are read from."""
+    tensor_parallel: int = Field(1, ge=1)
+    """Processes that each layer's matrices are split over."""
+    pipeline_parallel: int = Field(1, ge=1)
+    """Processes that the layers are divided over."""
+    data_parallel: int = Field(1, ge=1)
+    """Copies of the model that share each step's sequences."""
+    threads: int | None = Field(None, ge=1)
+    """CPU threads of each process; all cores divided by the processes when unset."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the weights and activations; gradients and optimizer state are always float32."""
+    max_sequence_length: int | None = Field(None, ge=2)
+    """Longest prompt and response together, in tokens; the model's own limit when unset."""
+    keep_checkpoints: int = Field(3, ge=2)
+    """Checkpoints kept; at least 2, so that an interrupted iteration finds the version that it started from."""
+    max_shard_bytes: int = Field(4 << 30, ge=1 << 20)
+    """Largest safetensors file of a checkpoint."""
+    buffer_timeout_s: float = Field(120.0, gt=0)
+    """Deadline of one read of up to 256 trajectories from the buffer."""
+    seed: int = 0
+    """Seed of the order of groups over optimizer steps."""
+    weights: WeightsConfig = WeightsConfig()
+    """How weights travel to rollout workers."""
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
