@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tasks import expressions, functions
-from tasks.problem import draw_size
+from tasks.problem import draw_share
 
 seeds = st.integers(0, 2**32)
 
@@ -31,7 +31,7 @@ def test_verbose_thoughts_are_true_equations_in_order(seed: int, operations: int
     thoughts, answer = split_response(expressions.render_response(steps, "verbose"))
     equations = [thought.split("=") for thought in thoughts.split(";")]
     assert len(equations) == operations
-    assert all(eval(left) == int(value) and 0 <= int(value) <= 99 for left, value in equations)
+    assert all(eval(left) == int(value) and 0 <= int(value) <= expressions.LARGEST_VALUE for left, value in equations)
     assert int(answer) == int(equations[-1][1])
 
 
@@ -87,6 +87,6 @@ def test_unknown_style_is_refused() -> None:
 
 def test_sizes_are_drawn_by_their_shares() -> None:
     rng = random.Random(0)
-    drawn = [draw_size(rng, ((1, 3.0), (2, 1.0))) for _ in range(4000)]
+    drawn = [draw_share(rng, ((1, 3.0), (2, 1.0))) for _ in range(4000)]
     assert set(drawn) == {1, 2}
     assert 0.72 < drawn.count(1) / len(drawn) < 0.78

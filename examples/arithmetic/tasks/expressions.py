@@ -1,6 +1,6 @@
 """The math domain: left-nested integer expressions, answered one operation at a time.
 
-A prompt is `((4+5)*3)-6=`. Every intermediate value lies in 0..99, so that a step is a fact the model
+A prompt is `((4+5)*3)-6=`. Every intermediate value lies in 0..49, so that a step is a fact the model
 can learn, and the number of operations is the difficulty. Warm-up responses come in three styles:
 
 - verbose: `4+5=9;9*3=27;27-6=21#21`
@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from tasks.problem import ANSWER_MARKER, Problem
 
 STYLES = ("verbose", "terse", "direct")
-LARGEST_VALUE = 99
+LARGEST_VALUE = 49
 LARGEST_OPERAND = 9
 
 _OPERATIONS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+_SYMBOL_WEIGHTS = (2, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def draw_steps(rng: random.Random, operations: int) -> list[Step]:
     steps: list[Step] = []
     value = rng.randint(1, LARGEST_OPERAND)
     while len(steps) < operations:
-        symbol = rng.choice(tuple(_OPERATIONS))
+        symbol = rng.choices(tuple(_OPERATIONS), _SYMBOL_WEIGHTS)[0]
         right = rng.randint(1 if symbol != "*" else 2, LARGEST_OPERAND)
         result = _OPERATIONS[symbol](value, right)
         if 0 <= result <= LARGEST_VALUE:

@@ -3,10 +3,12 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar, cast
 
 # What follows the last marker of a response is the answer.
 ANSWER_MARKER = "#"
+
+ValueT = TypeVar("ValueT")
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Example:
     response: str
 
 
-def draw_size(rng: random.Random, shares: Sequence[tuple[int, float]]) -> int:
-    """Draws a size from (size, share) pairs; shares are relative."""
-    sizes, weights = zip(*shares, strict=True)
-    return int(rng.choices(sizes, weights)[0])
+def draw_share(rng: random.Random, shares: Sequence[tuple[ValueT, float]]) -> ValueT:
+    """Draws a value from (value, share) pairs; shares are relative."""
+    values, weights = zip(*shares, strict=True)
+    return cast(ValueT, rng.choices(values, weights)[0])

@@ -9,17 +9,39 @@ from collections.abc import Callable, Set
 from dataclasses import dataclass
 
 from tasks import expressions, functions
-from tasks.problem import Example, Problem, draw_size
+from tasks.problem import Example, Problem, draw_share
 
-Shares = tuple[tuple[int, float], ...]
+Sizes = tuple[tuple[int, float], ...]
+Styles = tuple[tuple[str, float], ...]
 
-EXPRESSION_SHARES: Shares = ((2, 0.32), (3, 0.28), (4, 0.18), (5, 0.09), (6, 0.06), (7, 0.04), (8, 0.03))
-FUNCTION_SHARES: Shares = ((1, 0.20), (2, 0.40), (3, 0.24), (4, 0.11), (5, 0.05))
-EASY_EXPRESSION_SHARES: Shares = ((2, 0.4), (3, 0.35), (4, 0.25))
-EASY_FUNCTION_SHARES: Shares = ((1, 0.4), (2, 0.6))
+EXPRESSION_SIZES: Sizes = ((2, 0.32), (3, 0.28), (4, 0.18), (5, 0.09), (6, 0.06), (7, 0.04), (8, 0.03))
+FUNCTION_SIZES: Sizes = ((1, 0.20), (2, 0.40), (3, 0.24), (4, 0.11), (5, 0.05))
 
-EXPRESSION_STYLE_SHARES = {"verbose": 0.5, "terse": 0.25, "direct": 0.25}
-FUNCTION_STYLE_SHARES = {"growing": 0.5, "direct": 0.5}
+
+@dataclass(frozen=True)
+class WarmupMix:
+    """What the examples of a warm-up stage are: shares of sizes and of styles in either domain."""
+
+    expression_sizes: Sizes
+    expression_styles: Styles
+    function_sizes: Sizes
+    function_styles: Styles
+
+
+# First short problems, mostly thought out: single operations are learnt from written equations.
+EASY_MIX = WarmupMix(
+    expression_sizes=((1, 0.25), (2, 0.3), (3, 0.25), (4, 0.2)),
+    expression_styles=(("verbose", 0.7), ("terse", 0.3)),
+    function_sizes=((1, 0.4), (2, 0.6)),
+    function_styles=(("growing", 0.6), ("direct", 0.4)),
+)
+# Then all sizes, and answers without a thought more often than not.
+FULL_MIX = WarmupMix(
+    expression_sizes=EXPRESSION_SIZES,
+    expression_styles=(("verbose", 0.35), ("terse", 0.2), ("direct", 0.45)),
+    function_sizes=FUNCTION_SIZES,
+    function_styles=(("growing", 0.5), ("direct", 0.5)),
+)
 
 
 @dataclass(frozen=True)
@@ -39,19 +61,19 @@ def make_sets(rng: random.Random, heldout_size: int, pool_size: int, warmup_size
     return Sets(
         heldout=heldout,
         pool=_draw_problems(rng, pool_size, excluded=held_prompts),
-        warmup_easy=_draw_examples(rng, warmup_size, EASY_EXPRESSION_SHARES, EASY_FUNCTION_SHARES, held_prompts),
-        warmup_full=_draw_examples(rng, warmup_size, EXPRESSION_SHARES, FUNCTION_SHARES, held_prompts),
+        warmup_easy=_draw_examples(rng, warmup_size, EASY_MIX, held_prompts),
+        warmup_full=_draw_examples(rng, warmup_size, FULL_MIX, held_prompts),
     )
 
 
 def draw_expression_problem(rng: random.Random) -> Problem:
     """Draws a problem of the math domain."""
-    return expressions.make_problem(expressions.draw_steps(rng, draw_size(rng, EXPRESSION_SHARES)))
+    return expressions.make_problem(expressions.draw_steps(rng, draw_share(rng, EXPRESSION_SIZES)))
 
 
 def draw_function_problem(rng: random.Random) -> Problem:
     """Draws a problem of the code domain."""
-    return functions.make_problem(functions.draw_steps(rng, draw_size(rng, FUNCTION_SHARES)))
+    return functions.make_problem(functions.draw_steps(rng, draw_share(rng, FUNCTION_SIZES)))
 
 
 def _draw_problems(rng: random.Random, size: int, excluded: Set[str]) -> list[Problem]:
@@ -73,28 +95,24 @@ def _draw_distinct(
     return list(problems.values())
 
 
-def _draw_examples(
-    rng: random.Random, size: int, expression_shares: Shares, function_shares: Shares, excluded: Set[str]
-) -> list[Example]:
+def _draw_examples(rng: random.Random, size: int, mix: WarmupMix, excluded: Set[str]) -> list[Example]:
     examples: list[Example] = []
     while len(examples) < size:
-        math = len(examples) % 2 == 0
-        example = (
-            _draw_expression_example(rng, expression_shares) if math else _draw_function_example(rng, function_shares)
-        )
+        is_math = len(examples) % 2 == 0
+        example = _draw_expression_example(rng, mix) if is_math else _draw_function_example(rng, mix)
         if example.prompt not in excluded:
             examples.append(example)
     rng.shuffle(examples)
     return examples
 
 
-def _draw_expression_example(rng: random.Random, shares: Shares) -> Example:
-    steps = expressions.draw_steps(rng, draw_size(rng, shares))
-    style = rng.choices(tuple(EXPRESSION_STYLE_SHARES), tuple(EXPRESSION_STYLE_SHARES.values()))[0]
+def _draw_expression_example(rng: random.Random, mix: WarmupMix) -> Example:
+    steps = expressions.draw_steps(rng, draw_share(rng, mix.expression_sizes))
+    style = draw_share(rng, mix.expression_styles)
     return Example(expressions.render_prompt(steps), expressions.render_response(steps, style))
 
 
-def _draw_function_example(rng: random.Random, shares: Shares) -> Example:
-    steps = functions.draw_steps(rng, draw_size(rng, shares))
-    style = rng.choices(tuple(FUNCTION_STYLE_SHARES), tuple(FUNCTION_STYLE_SHARES.values()))[0]
+def _draw_function_example(rng: random.Random, mix: WarmupMix) -> Example:
+    steps = functions.draw_steps(rng, draw_share(rng, mix.function_sizes))
+    style = draw_share(rng, mix.function_styles)
     return Example(functions.render_prompt(steps), functions.render_response(steps, style))
