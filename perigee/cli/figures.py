@@ -20,8 +20,8 @@ _UNITS: Mapping[int, str] = {
 _FIGURES = (
     ("reward/mean", "reward", "{:.3f}"),
     ("accuracy/overall", "accuracy", "{:.3f}"),
-    ("response_length/mean", "length", "{:.1f}"),
-    ("response_length/p95", "length p95", "{:.0f}"),
+    ("response_tokens/mean", "length", "{:.1f}"),
+    ("response_tokens/p95", "length p95", "{:.0f}"),
     ("tokens_per_second", "tokens/s", "{:,.0f}"),
     ("share_partial", "partial", "{:.1%}"),
     ("share_repeated", "repeated", "{:.1%}"),

@@ -23,7 +23,14 @@ REFRESH_PER_SECOND = 4
 NOTES_SHOWN = 4
 TREND_LENGTH = 40
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_PHASE_COLORS = {"rollout": "blue", "scoring": "cyan", "training": "magenta", "weights": "yellow", "commit": "green"}
+_PHASE_COLORS = {
+    "rollout": "blue",
+    "scoring": "cyan",
+    "training": "magenta",
+    "checkpoint": "red",
+    "weights": "yellow",
+    "commit": "green",
+}
 
 
 def open_view(plain: bool) -> View:

@@ -63,7 +63,7 @@ def train(
     debug: DebugOption = False,
 ) -> None:
     """Train a recipe: start the stack, run to the end, write the report, stop the stack."""
-    sets = [*(overrides or []), *([f"run.seed={seed}"] if seed is not None else [])]
+    sets = [*(overrides or []), *([f"run.seed={seed}", f"trainer.seed={seed}"] if seed is not None else [])]
     _end(lambda: _train(recipe, resume, workers, sets, coordinator, runs_dir, plain), debug)
 
 

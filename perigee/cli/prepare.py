@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from perigee.cli.process import Command, GuardedProcess, describe_end
 from perigee.cli.recipe import Recipe, check_recipe, dump_yaml, load_recipe
 from perigee.cli.run_folder import RunFolder, find_run, new_run, write_atomic
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
-from services.kit.config import merge, parse_override
 
 
 def open_new_run(runs_path: Path, recipe: Recipe) -> tuple[RunFolder, Recipe]:
@@ -34,10 +35,7 @@ def open_old_run(runs_path: Path, name: str, overrides: list[str]) -> tuple[RunF
     run = find_run(runs_path, name)
     if (stack := run.read_stack()) is not None:
         raise InvalidArgumentError.of(run.run_id, f"is running already, in process {stack.pid}")
-    values = dict(load_recipe(run.recipe_path).values)
-    for override in overrides:
-        merge(values, parse_override(override))
-    return run, _write_recipe(run, values)
+    return run, _write_recipe(run, load_recipe(run.recipe_path, overrides).values)
 
 
 async def prepare_data(run: RunFolder, recipe: Recipe) -> None:
@@ -63,7 +61,7 @@ async def prepare_data(run: RunFolder, recipe: Recipe) -> None:
     aside.rename(run.data_path)
 
 
-def _write_recipe(run: RunFolder, values: dict[str, object]) -> Recipe:
+def _write_recipe(run: RunFolder, values: Mapping[str, Any]) -> Recipe:
     recipe = check_recipe(run.recipe_path, values)
     write_atomic(run.recipe_path, dump_yaml(values))
     return recipe

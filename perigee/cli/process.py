@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # A service that got SIGTERM has this long before SIGKILL.
-GRACE_S = 15.0
+GRACE_S = 40.0
 # The guard itself is waited for this much longer before its whole group is killed.
 GUARD_MARGIN_S = 6.0
 LOG_TAIL_BYTES = 64 << 10

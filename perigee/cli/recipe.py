@@ -22,6 +22,13 @@ _CONFIG_CLASSES = {
     "run": "services.coordinator.run_config:RunConfig",
     **{name: f"services.{name}.config:{name.capitalize()}Config" for name in SERVICES},
 }
+# What the folder of a run gives to the services when the recipe does not say otherwise.
+RUN_FOLDER_VALUES: Mapping[str, Mapping[str, str]] = {
+    "buffer": {"data_path": "{run}/buffer"},
+    "trainer": {"run_path": "{run}"},
+    # A restarted coordinator goes on with the run without being asked.
+    "coordinator": {"run_path": "{run}"},
+}
 
 
 class LocalConfig(Model):
@@ -90,9 +97,19 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises InvalidArgumentError whose one-line message names the file, the field and what to do.
     """
-    values = read_yaml(path)
+    return build_recipe(path, read_yaml(path), overrides)
+
+
+def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
+    """The values with overrides, and with the folder values that they lack, as a checked recipe.
+
+    Raises InvalidArgumentError whose one-line message names the file, the field and what to do.
+    """
     for override in overrides:
         merge(values, parse_override(override))
+    for section, defaults in RUN_FOLDER_VALUES.items():
+        if isinstance(values.setdefault(section, {}), dict):
+            values[section] = {**defaults, **values[section]}
     return check_recipe(path, values)
 
 

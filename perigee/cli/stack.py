@@ -70,8 +70,6 @@ def plan_stack(
         sets += [f"{peer}_address={addresses[peer]}" for peer in PEERS.get(service, ()) if peer in addresses]
         if service == "rollout":
             sets.append(f"worker_id={name}")
-        if service == "coordinator":  # a restarted one goes on with the run without being asked
-            sets.append(f"run_path={run.path}")
         arguments = [sys.executable, "-m", f"services.{service}", "--config", str(run.recipe_path)]
         for override in sets:
             arguments += ["--set", override]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from perigee.cli.interrupt import Interrupt
 from perigee.cli.prepare import prepare_data
-from perigee.cli.recipe import RECIPE_FILE, SERVICES, Recipe, check_recipe, find_recipe, load_recipe
+from perigee.cli.recipe import RECIPE_FILE, SERVICES, Recipe, build_recipe, find_recipe, load_recipe
 from perigee.cli.run_folder import RunFolder
 from perigee.cli.stack import LocalStack, plan_stack
 from perigee.cli.view import View
@@ -41,12 +41,7 @@ def find_up_recipe(path: Path | None, overrides: Sequence[str]) -> Recipe | None
 
 def empty_recipe(overrides: Sequence[str]) -> Recipe:
     """A recipe with nothing but overrides, for services that need none."""
-    from services.kit.config import merge, parse_override
-
-    values: dict[str, object] = {"name": "up"}
-    for override in overrides:
-        merge(values, parse_override(override))
-    return check_recipe(Path("--set"), values)
+    return build_recipe(Path("--set"), {"name": "up"}, overrides)
 
 
 async def up(

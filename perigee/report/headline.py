@@ -57,9 +57,8 @@ def headline_lines(records: RunRecords) -> list[str]:
     for change in changes(records):
         apart = "" if not change.is_apart else "  intervals apart"
         gain = change.after.mean - change.before.mean
-        lines.append(
-            f"{change.domain:<10} {change.kind:<8} {describe(change.before)} -> {describe(change.after)}  {gain:+.3f}{apart}"
-        )
+        means = f"{describe(change.before)} -> {describe(change.after)}"
+        lines.append(f"{change.domain:<10} {change.kind:<8} {means}  {gain:+.3f}{apart}")
     return lines or ["no accuracy to compare: the run holds fewer than two evaluations"]
 
 

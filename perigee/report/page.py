@@ -48,7 +48,8 @@ SECTIONS = (
     Section(
         "shares",
         "Partial and repeated trajectories",
-        "Partial: stopped by the iteration's token budget and resumed later. Repeated: cut for repeating themselves.",
+        "Partial: stopped by the token budget and resumed later. Several versions: trained with tokens of more than one "
+        "policy version. Repeated: cut for repeating themselves.",
         plots.plot_shares,
     ),
     Section(
@@ -168,10 +169,11 @@ def _configuration(recipe: Mapping[str, Any]) -> str:
     parts = ["<h2>Configuration</h2><p class='quiet'>The recipe as it ran; fields not named keep their defaults.</p>"]
     top = {key: value for key, value in recipe.items() if not isinstance(value, Mapping)}
     for name, values in [("recipe", top), *((k, v) for k, v in recipe.items() if isinstance(v, Mapping))]:
-        rows = "".join(
-            f"<tr><td>{html.escape(key.replace('/', '.'))}</td><td><code>{html.escape(_show(key, value))}</code></td></tr>"
+        cells = [
+            f"<td>{html.escape(key.replace('/', '.'))}</td><td><code>{html.escape(_show(key, value))}</code></td>"
             for key, value in flatten(values).items()
-        )
+        ]
+        rows = "".join(f"<tr>{cell}</tr>" for cell in cells)
         parts.append(
             f"<details{' open' if name == 'run' else ''}><summary>{html.escape(name)}</summary>"
             f"<table>{rows}</table></details>"

@@ -12,6 +12,7 @@ from perigee.report.style import (
     AGE_COLORS,
     BLUE,
     DOMAIN_COLORS,
+    GREEN,
     GREY,
     ORANGE,
     PHASE_COLORS,
@@ -115,16 +116,20 @@ def plot_reward(records: RunRecords) -> go.Figure | None:
 def plot_length(records: RunRecords) -> go.Figure | None:
     """Response length: mean and 95th percentile."""
     return _plot_lines(
-        records, (("response_length/mean", "mean", BLUE), ("response_length/p95", "p95", ORANGE)), "tokens"
+        records, (("response_tokens/mean", "mean", BLUE), ("response_tokens/p95", "p95", ORANGE)), "tokens"
     )
 
 
 def plot_shares(records: RunRecords) -> go.Figure | None:
     """Shares of trajectories that stayed partial, and that were cut for repeating themselves."""
-    figure = _plot_lines(
-        records, (("share_partial", "partial", BLUE), ("share_repeated", "repeated", RED)), "share of trajectories"
+    lines = (
+        ("share_partial", "partial", BLUE),
+        ("share_multi_version", "several versions", GREEN),
+        ("share_repeated", "repeated", RED),
     )
+    figure = _plot_lines(records, lines, "share of trajectories")
     if figure is not None:
+        figure.update_layout(margin={"r": 130})
         figure.update_yaxes(tickformat=".0%")
     return figure
 

@@ -93,13 +93,12 @@ def read_records(path: Path) -> RunRecords:
     evaluations = [_read_evaluation(row) for row in _read_lines(path / "evaluations.jsonl")]
     summary = _read_json(path / "summary.json")
     if not rows and not evaluations and not summary:
-        raise InvalidArgumentError.of(
-            str(path), "holds no metrics.jsonl, evaluations.jsonl or summary.json to report on"
-        )
+        raise InvalidArgumentError.of(str(path), "holds no metrics.jsonl, evaluations.jsonl or summary.json")
     return RunRecords(
         path=path,
-        iterations=[Iteration(int(row.get("iteration", index)), row) for index, row in enumerate(rows, start=1)],
-        evaluations=sorted(evaluations, key=lambda evaluation: evaluation.iteration),
+        iterations=[_read_iteration(index, row) for index, row in enumerate(rows, start=1)],
+        # The last evaluation of an iteration stands: the final one follows one on the way.
+        evaluations=sorted({e.iteration: e for e in evaluations}.values(), key=lambda e: e.iteration),
         summary=summary,
         recipe=_read_recipe(path / "recipe.yaml"),
     )
@@ -114,6 +113,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def _read_iteration(index: int, row: dict[str, Any]) -> Iteration:
+    trained = row.get("trajectories_trained")
+    if trained and "trajectories_multi_version" in row:
+        row["share_multi_version"] = row["trajectories_multi_version"] / trained
+    return Iteration(int(row.get("iteration", index)), row)
 
 
 def _read_evaluation(row: Mapping[str, Any]) -> Evaluation:
@@ -142,9 +148,8 @@ def _read_estimate(value: Any) -> Estimate | None:
 def _read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
     if not path.is_file():
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    # A last line without an end was cut by a crash, or is being written.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         try:
             row = json.loads(line)
         except ValueError as error:

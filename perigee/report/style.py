@@ -12,7 +12,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = (
 )  # fmt: skip
 DOMAIN_COLORS = (ORANGE, GREEN, PURPLE, SKY, RED)
 PHASE_COLORS = {
-    "warmup": RED, "evaluation": PURPLE, "rollout": BLUE, "scoring": SKY, "training": ORANGE, "weights": GREEN,
+    "preparation": RED, "rollout": BLUE, "scoring": SKY, "training": ORANGE, "checkpoint": PURPLE, "weights": GREEN,
     "commit": GREY,
 }  # fmt: skip
 # Tokens by how many versions old they are: fresh ones are pale.
