@@ -66,7 +66,7 @@ def room_errors(directory: str, size: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.ENOMEM):
+        if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
             raise
         free = os.statvfs(directory)
         raise ResourceExhaustedError(

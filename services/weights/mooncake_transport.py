@@ -17,19 +17,16 @@ STATES = {1: WriteState.DONE, 0: WriteState.PENDING, -1: WriteState.FAILED, -2: 
 
 
 def set_environment(config: WeightsConfig) -> None:
-    """Sets Mooncake's process-wide settings, which it reads when its first engine starts.
-
-    A variable that the operator set stays as it is, except the one that decides between TCP and RDMA.
-    """
+    """Sets Mooncake's process-wide settings; the configuration wins over a variable inherited from elsewhere."""
     # Without these two Mooncake picks whatever it finds, and a missing card would degrade to TCP in silence.
     chosen, other = ("MC_FORCE_HCA", "MC_FORCE_TCP") if config.transport == "rdma" else ("MC_FORCE_TCP", "MC_FORCE_HCA")
     os.environ[chosen] = "1"
     os.environ.pop(other, None)
-    os.environ.setdefault("MC_TCP_PROGRESS_TIMEOUT_SEC", str(round(config.progress_timeout_s)))
-    os.environ.setdefault("MC_TCP_SLICE_SIZE", str(config.slice_bytes))
-    os.environ.setdefault("MC_MIN_RPC_PORT", str(config.min_rpc_port))
-    os.environ.setdefault("MC_MAX_RPC_PORT", str(config.max_rpc_port))
-    os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
+    os.environ["MC_TCP_PROGRESS_TIMEOUT_SEC"] = str(round(config.progress_timeout_s))
+    os.environ["MC_TCP_SLICE_SIZE"] = str(config.slice_bytes)
+    os.environ["MC_MIN_RPC_PORT"] = str(config.min_rpc_port)
+    os.environ["MC_MAX_RPC_PORT"] = str(config.max_rpc_port)
+    os.environ["MC_LOG_LEVEL"] = "ERROR"
 
 
 class MooncakeTransport(Transport):
