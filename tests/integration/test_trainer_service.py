@@ -127,10 +127,8 @@ async def test_checkpoints_restore_every_bit_and_are_kept_n_deep(
     await store_groups(buffer_client, RUN, groups)
     saved: dict[int, dict[str, torch.Tensor]] = {}
     for base in range(3):
-        await train(trainer, train_request(RUN, groups, [1.0, 0.0], base=base))
-        response = await trainer.client.save_checkpoint(
-            pb.SaveCheckpointRequest(run_id=RUN, policy_version=base + 1)
-        )
+        await train(trainer, train_request(RUN, groups, [1.0, 0.0], base=base, max_staleness=9))
+        response = await trainer.client.save_checkpoint(pb.SaveCheckpointRequest(run_id=RUN, policy_version=base + 1))
         saved[base + 1] = load_file(Path(response.path) / "model.safetensors")
     state = await trainer.client.get_state(pb.GetStateRequest())
     assert list(state.checkpoints) == [2, 3]
