@@ -145,8 +145,8 @@ def config_class(section: str) -> type[Model]:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML that keeps the order of the keys."""
-    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
+    """YAML that keeps the order of the keys; what is not ASCII is escaped, since not all of it reads back otherwise."""
+    return yaml.safe_dump(dict(values), sort_keys=False)
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:

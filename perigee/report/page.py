@@ -48,8 +48,8 @@ SECTIONS = (
     Section(
         "shares",
         "Partial and repeated trajectories",
-        "Partial: stopped by the token budget and resumed later. Several versions: trained with tokens of more than one "
-        "policy version. Repeated: cut for repeating themselves.",
+        "Partial: stopped by the token budget and resumed later. Several versions: trained with tokens of more than "
+        "one policy version. Repeated: cut for repeating themselves.",
         plots.plot_shares,
     ),
     Section(

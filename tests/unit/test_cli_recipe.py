@@ -1,0 +1,124 @@
+"""Recipes: overrides, expansion, and one clear line for every mistake."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perigee.cli.recipe import SERVICES, config_class, dump_yaml, find_recipe, load_recipe, map_strings
+from perigee.errors import InvalidArgumentError
+from services.kit.config import ServiceConfig
+
+RECIPE = """
+name: small
+prepare: prepare.py
+run: {model: "{data}/model", prompts: "{data}/prompts.jsonl", heldout: "{data}/heldout.jsonl", iterations: 2, seed: 5}
+rollout: {model: "{data}/model"}
+trainer: {model: "{data}/model"}
+"""
+
+
+def write_recipe(folder: Path, text: str = RECIPE) -> Path:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def message_of(folder: Path, text: str, *overrides: str) -> str:
+    with pytest.raises(InvalidArgumentError) as caught:
+        load_recipe(write_recipe(folder, text), overrides)
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def test_overrides_reach_the_values(tmp_path: Path) -> None:
+    recipe = load_recipe(write_recipe(tmp_path), ["run.iterations=7", "rollout.max_num_seqs=12", "name=other"])
+    assert recipe.values["run"]["iterations"] == 7
+    assert recipe.values["rollout"]["max_num_seqs"] == 12
+    assert recipe.head.name == "other"
+    assert recipe.seed == 5
+
+
+def test_expansion_names_the_folders_of_the_run(tmp_path: Path) -> None:
+    values = load_recipe(write_recipe(tmp_path)).expand(Path("/runs/small-1"))
+    assert values["run"]["prompts"] == "/runs/small-1/data/prompts.jsonl"
+    assert values["prepare"] == str(tmp_path / "prepare.py")
+    assert "{" not in dump_yaml(values["run"])
+
+
+def test_services_get_the_folder_of_the_run_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
+    text = RECIPE.replace('trainer: {model: "{data}/model"}', 'trainer: {model: "{data}/model", run_path: /elsewhere}')
+    values = load_recipe(write_recipe(tmp_path, text)).expand(Path("/runs/small-1"))
+    assert values["trainer"]["run_path"] == "/elsewhere"
+    assert values["buffer"]["data_path"] == "/runs/small-1/buffer"
+    assert values["coordinator"]["run_path"] == "/runs/small-1"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (RECIPE + "rolout: {}\n", "recipe.yaml: rolout: unknown key; did you mean rollout?"),
+        (
+            RECIPE.replace("rollout: {", "rollout: {max_num_seqz: 3, "),
+            "recipe.yaml: rollout.max_num_seqz: unknown key; did you mean max_num_seqs?",
+        ),
+        (
+            RECIPE.replace("iterations: 2", "iterations: 2, algorithm: {minibatchs: 2}"),
+            "recipe.yaml: run.algorithm.minibatchs: unknown key; did you mean minibatches?",
+        ),
+        (RECIPE.replace(", iterations: 2", ""), "recipe.yaml: run.iterations: is required"),
+        (RECIPE + "local: {worker: 2}\n", "recipe.yaml: local.worker: unknown key; did you mean workers?"),
+        (RECIPE + "buffer: 3\n", "recipe.yaml: buffer: must be a mapping of keys to values"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_field(tmp_path: Path, text: str, expected: str) -> None:
+    assert message_of(tmp_path, text) == expected
+
+
+def test_broken_yaml_names_the_file_and_line(tmp_path: Path) -> None:
+    message = message_of(tmp_path, "name: x\ntrainer: {model: {data}/x}\n")
+    assert str(tmp_path / "recipe.yaml") in message
+    assert "line 2" in message
+
+
+def test_a_wrong_override_is_told(tmp_path: Path) -> None:
+    assert "'run.iterations' is not of the form a.b=c" in message_of(tmp_path, RECIPE, "run.iterations")
+    assert "run.iterations: input should be a valid integer" in message_of(tmp_path, RECIPE, "run.iterations=many")
+
+
+def test_a_recipe_is_found_by_file_or_folder(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"no recipe\.yaml in this folder"):
+        find_recipe(tmp_path)
+    with pytest.raises(InvalidArgumentError, match="no such file"):
+        find_recipe(tmp_path / "missing.yaml")
+    path = write_recipe(tmp_path)
+    assert find_recipe(tmp_path) == find_recipe(path) == path
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_service_has_a_configuration_class_named_for_its_section(service: str) -> None:
+    found = config_class(service)
+    assert issubclass(found, ServiceConfig)
+    assert found.section == service
+
+
+texts = st.text(max_size=12)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.dictionaries(texts, json_values, max_size=3))
+def test_yaml_of_values_reads_back_the_same(values: dict[str, object]) -> None:
+    assert yaml.safe_load(dump_yaml(values)) == values
+
+
+@settings(deadline=None, max_examples=50)
+@given(json_values)
+def test_changing_no_string_changes_nothing(value: object) -> None:
+    assert map_strings(value, lambda text: text) == value
