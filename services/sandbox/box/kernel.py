@@ -1,0 +1,117 @@
+"""The Linux calls that the `os` module does not offer, through ctypes; every failure raises OSError.
+
+Numbers and layouts are those of the kernel's headers, for x86_64 and aarch64.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 0x1, 0x2, 0x4, 0x8, 0x20
+MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+MNT_DETACH = 0x2
+CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x2000000, 0x4000000
+CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+_SECCOMP_MODE_FILTER = 2
+_SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
+_SYS_CLOSE_RANGE = 436  # the same on every architecture
+_EINVAL = 22
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class _FilterProgram(ctypes.Structure):
+    """`struct sock_fprog`."""
+
+    _fields_ = [("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p)]
+
+
+def _check(result: int, what: str) -> None:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+
+
+def mount(source: str, target: str, kind: str | None, flags: int, data: str = "") -> None:
+    """Mounts `source` at `target`; `kind` None is for binds and remounts."""
+    kind_bytes = None if kind is None else kind.encode()
+    result = _libc.mount(source.encode(), target.encode(), kind_bytes, ctypes.c_ulong(flags), data.encode() or None)
+    _check(result, f"mount {source} at {target}")
+
+
+def unmount_lazily(target: str) -> None:
+    """Takes a mount out of the tree; it goes away with its last user."""
+    _check(_libc.umount2(target.encode(), MNT_DETACH), f"umount {target}")
+
+
+def pivot_root(new_root: str, put_old: str) -> None:
+    """Makes `new_root` the root and the former root visible at `put_old`."""
+    number = _SYS_PIVOT_ROOT[platform.machine()]
+    _check(_libc.syscall(ctypes.c_long(number), new_root.encode(), put_old.encode()), f"pivot_root {new_root}")
+
+
+def unshare(flags: int) -> None:
+    """Moves this process (or, for CLONE_NEWPID, its next children) into fresh namespaces."""
+    _check(_libc.unshare(ctypes.c_int(flags)), f"unshare {flags:#x}")
+
+
+def enter_namespace(descriptor: int, flag: int) -> None:
+    """Joins the namespace behind an open /proc/PID/ns file."""
+    _check(_libc.setns(ctypes.c_int(descriptor), ctypes.c_int(flag)), f"setns {flag:#x}")
+
+
+def set_hostname(name: str) -> None:
+    """Sets the host name of this UTS namespace."""
+    _check(_libc.sethostname(name.encode(), len(name)), "sethostname")
+
+
+def close_from(first: int) -> None:
+    """Closes every descriptor from `first` on."""
+    result = _libc.syscall(
+        ctypes.c_long(_SYS_CLOSE_RANGE), ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0)
+    )
+    _check(result, f"close_range {first}")
+
+
+def _prctl(option: int, argument: int, what: str) -> None:
+    zero = ctypes.c_ulong(0)
+    _check(_libc.prctl(ctypes.c_int(option), ctypes.c_ulong(argument), zero, zero, zero), what)
+
+
+def die_with_parent(signal_number: int) -> None:
+    """Asks for `signal_number` when the parent ends."""
+    _prctl(_PR_SET_PDEATHSIG, signal_number, "prctl PR_SET_PDEATHSIG")
+
+
+def set_dumpable(dumpable: bool) -> None:
+    """Whether processes of the same user may look into this one (/proc/PID/mem, /proc/PID/fd)."""
+    _prctl(_PR_SET_DUMPABLE, int(dumpable), "prctl PR_SET_DUMPABLE")
+
+
+def forbid_new_privileges() -> None:
+    """No execve from here on gains privileges."""
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1, "prctl PR_SET_NO_NEW_PRIVS")
+
+
+def drop_bounding_capabilities() -> None:
+    """Empties the capability bounding set, for this process and all that come from it."""
+    for capability in range(64):
+        try:
+            _prctl(_PR_CAPBSET_DROP, capability, "prctl PR_CAPBSET_DROP")
+        except OSError as error:
+            if error.errno == _EINVAL:  # past the last capability that this kernel knows
+                return
+            raise
+
+
+def install_filter(instructions: bytes) -> None:
+    """Installs a seccomp program (8-byte `struct sock_filter` records); needs no_new_privs."""
+    buffer = ctypes.create_string_buffer(instructions, len(instructions))
+    program = _FilterProgram(len(instructions) // 8, ctypes.cast(buffer, ctypes.c_void_p))
+    zero = ctypes.c_ulong(0)
+    result = _libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_SECCOMP_MODE_FILTER), ctypes.byref(program), zero, zero)
+    _check(result, "prctl PR_SET_SECCOMP")

@@ -1,0 +1,51 @@
+"""What a slot's cgroup has used, read through descriptors that were opened before the host's file system went out of
+sight.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class UsageFiles:
+    """Open descriptors of the cgroup's CPU time, OOM kill count, peak memory and current memory files."""
+
+    version: int
+    cpu: int
+    oom: int
+    peak: int
+    current: int
+
+    def cpu_ns(self) -> int:
+        """CPU time of everything that ran in the cgroup, in nanoseconds."""
+        text = os.pread(self.cpu, 512, 0)
+        return int(text) if self.version == 1 else _field(text, b"usage_usec") * 1000
+
+    def oom_kills(self) -> int:
+        """How many processes the kernel has killed for want of memory."""
+        text = os.pread(self.oom, 512, 0)
+        return _field(text, b"oom_kill")
+
+    def peak_bytes(self) -> int:
+        """The most memory charged since the last reset."""
+        return int(os.pread(self.peak, 64, 0))
+
+    def current_bytes(self) -> int:
+        """The memory charged at this moment."""
+        return int(os.pread(self.current, 64, 0))
+
+
+def open_usage(version: int, paths: dict[str, str]) -> UsageFiles:
+    """Opens the files of a cgroup; `paths` has the keys cpu, oom, peak and current."""
+    opened = {name: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for name, path in paths.items()}
+    return UsageFiles(version=version, **opened)
+
+
+def _field(text: bytes, name: bytes) -> int:
+    for line in text.splitlines():
+        key, _, value = line.partition(b" ")
+        if key == name:
+            return int(value)
+    raise ValueError(f"no {name.decode()} in {text!r}")

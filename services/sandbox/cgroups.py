@@ -1,0 +1,187 @@
+"""Control groups of the slots, on hosts with cgroup v1, v2, or both mounted (v1 controllers beside an empty v2)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from perigee.errors import InternalError
+
+FOLDER = "perigee-sandbox"
+NEEDED = ("memory", "pids", "cpuacct")
+_REMOVAL_S = 5.0
+# The launcher, and crun with its threads, live in the slot's group beside the program and its agent.
+_OWN_PROCESSES = 8
+_PERIOD_US = 100_000
+_UNLIMITED = 2**63
+
+
+@dataclass(frozen=True)
+class CgroupHost:
+    """Where this host mounts its controllers; `hybrid` lists v2 mounts that stand beside v1 ones."""
+
+    version: int
+    mounts: dict[str, Path]
+    hybrid: tuple[str, ...]
+
+
+def find_cgroups(mountinfo: str | None = None) -> CgroupHost | None:
+    """The host's controllers, from /proc/self/mountinfo; None when memory, processes or CPU time cannot be
+    controlled.
+    """
+    text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
+    v1: dict[str, Path] = {}
+    v2: list[str] = []
+    for line in text.splitlines():
+        fields, _, tail = line.partition(" - ")
+        target = fields.split()[4]
+        kind, _, options = tail.split(" ", 2)
+        if kind == "cgroup":
+            for name in options.split(","):
+                v1.setdefault(name, Path(target))
+        elif kind == "cgroup2":
+            v2.append(target)
+    if all(name in v1 for name in NEEDED):
+        return CgroupHost(1, {name: v1[name] for name in (*NEEDED, "cpu") if name in v1}, tuple(v2))
+    if not v2:
+        return None
+    available = (Path(v2[0]) / "cgroup.controllers").read_text().split() if Path(v2[0]).exists() else []
+    if not {"memory", "pids", "cpu"} <= set(available):
+        return None
+    return CgroupHost(2, {"unified": Path(v2[0])}, ())
+
+
+def instance_name() -> str:
+    """A name for this process that no later process can have."""
+    return f"{os.getpid()}-{_start_time(os.getpid())}"
+
+
+def _start_time(pid: int) -> str | None:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return stat.rpartition(")")[2].split()[19]
+
+
+def is_alive(instance: str) -> bool:
+    """Whether the service that has this instance name still runs."""
+    pid, _, started = instance.partition("-")
+    return pid.isdigit() and _start_time(int(pid)) == started
+
+
+class SlotCgroup:
+    """The control group of one slot: limits, what it uses, its end."""
+
+    def __init__(self, host: CgroupHost, instance: str, slot: int) -> None:
+        self.version = host.version
+        self._paths = {name: mount / FOLDER / instance / f"slot-{slot}" for name, mount in host.mounts.items()}
+        self._memory_bytes = _UNLIMITED
+        self._processes = 0
+
+    def create(self) -> None:
+        """Makes the group, at most one core's worth of CPU time; raises OSError where this process may not."""
+        for path in self._paths.values():
+            if self.version == 2:
+                _enable_controllers(path)
+            path.mkdir(parents=True, exist_ok=True)
+        if self.version == 2:
+            path = self._paths["unified"]
+            (path / "cpu.max").write_text(f"{_PERIOD_US} {_PERIOD_US}")
+            _write_if_there(path / "memory.swap.max", "0")
+        elif "cpu" in self._paths:
+            _write_if_there(self._paths["cpu"] / "cpu.cfs_quota_us", str(_PERIOD_US))
+
+    def limit(self, memory_bytes: int, processes: int) -> None:
+        """Sets the limits of the next job and forgets the last one's peak."""
+        memory = self._paths["memory" if self.version == 1 else "unified"]
+        pids = self._paths["pids" if self.version == 1 else "unified"]
+        if processes != self._processes:
+            (pids / "pids.max").write_text(str(processes + _OWN_PROCESSES))
+            self._processes = processes
+        if memory_bytes != self._memory_bytes:
+            self._set_memory(memory, memory_bytes)
+            self._memory_bytes = memory_bytes
+        if self.version == 1:
+            (memory / "memory.max_usage_in_bytes").write_text("0")
+
+    def _set_memory(self, path: Path, memory_bytes: int) -> None:
+        if self.version == 2:
+            (path / "memory.max").write_text(str(memory_bytes))
+            return
+        names = ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"]
+        if memory_bytes > self._memory_bytes:
+            names.reverse()  # memory may never exceed memory and swap, not even between the two writes
+        for name in names:
+            _write_if_there(path / name, str(memory_bytes))
+
+    @property
+    def procs_paths(self) -> list[str]:
+        """Files that a process writes 0 to in order to enter the group."""
+        return [str(path / "cgroup.procs") for path in dict.fromkeys(self._paths.values())]
+
+    @property
+    def usage_paths(self) -> dict[str, str]:
+        """The files that tell CPU time, memory kills, peak and current memory."""
+        if self.version == 2:
+            names = {"cpu": "cpu.stat", "oom": "memory.events", "peak": "memory.peak", "current": "memory.current"}
+            return {key: str(self._paths["unified"] / name) for key, name in names.items()}
+        memory = self._paths["memory"]
+        return {
+            "cpu": str(self._paths["cpuacct"] / "cpuacct.usage"),
+            "oom": str(memory / "memory.oom_control"),
+            "peak": str(memory / "memory.max_usage_in_bytes"),
+            "current": str(memory / "memory.usage_in_bytes"),
+        }
+
+    def processes(self) -> list[int]:
+        """The processes in the group."""
+        path = next(iter(self._paths.values()))
+        return [int(pid) for pid in (path / "cgroup.procs").read_text().split()] if path.exists() else []
+
+
+def _enable_controllers(path: Path) -> None:
+    """v2: controllers reach a group through each of its ancestors."""
+    for parent in (path.parents[2], path.parents[1], path.parents[0]):
+        parent.mkdir(exist_ok=True)
+        (parent / "cgroup.subtree_control").write_text("+memory +pids +cpu")
+
+
+def _write_if_there(path: Path, text: str) -> None:
+    if path.exists():
+        path.write_text(text)
+
+
+def remove_instance(host: CgroupHost, instance: str) -> None:
+    """Kills what is left in an instance's groups and removes them; raises InternalError when the kernel does not let
+    go of them.
+    """
+    deadline = time.monotonic() + _REMOVAL_S
+    for mount in dict.fromkeys(host.mounts.values()):
+        top = mount / FOLDER / instance
+        for folder in (*top.glob("*/"), top):
+            while folder.exists():
+                for pid in (folder / "cgroup.procs").read_text().split():
+                    _kill(int(pid))
+                try:
+                    folder.rmdir()
+                except OSError as error:
+                    if time.monotonic() > deadline:
+                        raise InternalError(f"{folder} cannot be removed: {error.strerror}") from error
+                    time.sleep(0.005)  # a killed process leaves its group a moment later
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def instances(host: CgroupHost) -> list[str]:
+    """The names of all instances that have groups here, of services alive or not."""
+    found = {path.name for mount in host.mounts.values() for path in (mount / FOLDER).glob("*-*/")}
+    return sorted(found)
