@@ -1,0 +1,1 @@
+"""The coordinator: the master of runs. It keeps the workers' leases and drives iterations; tokens never pass it."""

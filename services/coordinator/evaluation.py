@@ -1,0 +1,191 @@
+"""Accuracy on held-out problems: greedy decoding, and several samples per problem at temperature 1.
+
+A line of evaluations.jsonl holds iteration, policy_version, moment (before, during, after), problems, samples, seconds,
+elapsed_seconds, accuracy, response_tokens and failures. `accuracy` is {overall, <domain>: {greedy, sampled: {mean, low,
+high}}} with 95% intervals: Wilson's for greedy, and one clustered by problem for sampled. A response whose judging
+failed is left out and counted in `failures`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from perigee.buffer.v1 import buffer_pb2
+from perigee.coordinator.v1 import coordinator_pb2
+from perigee.rollout.v1 import rollout_pb2 as pb
+from services.coordinator.context import RunContext
+from services.coordinator.fan_out import FanOut, Progress
+from services.coordinator.intervals import Interval, clustered_interval, wilson_interval
+from services.coordinator.prompts import Prompt
+from services.coordinator.records import number_or_none
+from services.coordinator.scoring import Outcome, ScoreJob, ScoringPipeline
+from services.coordinator.weight_pushes import WeightKeeper
+from services.coordinator.workers import Worker
+
+# Prompt tokens per call: a message stays far below 4 MiB.
+MAX_PROMPT_TOKENS = 200_000
+
+
+@dataclass(slots=True)
+class Attempt:
+    """One response to one problem; `correct` is None while it has no verdict, and for good when judging failed."""
+
+    prompt: Prompt
+    greedy: bool
+    tokens: int = 0
+    correct: bool | None = None
+
+
+@dataclass
+class Evaluation:
+    """One evaluation of one policy version."""
+
+    context: RunContext
+    policy_version: int
+    attempts: dict[str, Attempt] = field(default_factory=dict)
+
+    async def run(self, moment: str, iteration: int, keeper: WeightKeeper) -> dict[str, Any]:
+        """Returns the line of evaluations.jsonl."""
+        context, config = self.context, self.context.config.evaluation
+        problems: Sequence[Prompt] = context.inputs.heldout.prompts
+        with_greedy = True
+        if moment == "during":
+            problems = spread(problems, config.problems or len(problems))
+            with_greedy = config.greedy
+        self.attempts = make_attempts(problems, with_greedy, config.samples)
+        started = time.monotonic()
+        context.board.enter(coordinator_pb2.RUN_PHASE_EVALUATION, len(self.attempts))
+        await keeper.require(self.policy_version)
+        async with ScoringPipeline(context.peers.reward, context.settings.scoring, self._take_outcomes) as scoring:
+            self._scoring = scoring
+            fan_out = FanOut(
+                context.registry,
+                self.policy_version,
+                context.settings.dispatch,
+                self._generate,
+                context.board.set_waiting,
+            )
+            async with keeper.keeping(self.policy_version):
+                await fan_out.run(self.attempts)
+        return {
+            "iteration": iteration,
+            "policy_version": self.policy_version,
+            "moment": moment,
+            "problems": len(problems),
+            "samples": config.samples,
+            "seconds": round(time.monotonic() - started, 3),
+            "elapsed_seconds": round(context.board.elapsed_seconds, 3),
+            "accuracy": summarize(self.attempts.values()),
+            "response_tokens": {
+                "greedy": mean_tokens(attempt for attempt in self.attempts.values() if attempt.greedy),
+                "sampled": mean_tokens(attempt for attempt in self.attempts.values() if not attempt.greedy),
+            },
+            "failures": sum(attempt.correct is None for attempt in self.attempts.values()),
+        }
+
+    async def _generate(self, worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        for greedy in (True, False):
+            some = [key for key in keys if self.attempts[key].greedy is greedy]
+            for part in bounded_parts(some, [len(self.attempts[key].prompt.token_ids) for key in some]):
+                async for response in worker.client.generate(
+                    self._request(part, greedy), timeout_s=self.context.settings.dispatch.call_timeout_s
+                ):
+                    if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
+                        await self._take_response(response)
+                        yield Progress(ended=[response.id])
+
+    def _request(self, keys: Sequence[str], greedy: bool) -> pb.GenerateRequest:
+        config = self.context.config
+        cap = config.evaluation.response_cap or config.rollout.response_cap
+        request = pb.GenerateRequest(
+            run_id=self.context.run_id,
+            sampling=pb.Sampling(temperature=0.0 if greedy else 1.0),
+            text_only=True,
+            policy_version=self.policy_version,
+        )
+        for key in keys:
+            request.items.add(id=key, prompt_token_ids=self.attempts[key].prompt.token_ids, max_tokens=cap)
+        stop = config.rollout.repetition_stop
+        if stop.min_repeats:
+            request.repetition_stop.max_period = stop.max_period
+            request.repetition_stop.min_repeats = stop.min_repeats
+        return request
+
+    async def _take_response(self, response: pb.GenerateResponse) -> None:
+        attempt = self.attempts[response.id]
+        attempt.tokens = response.tokens
+        await self._scoring.submit(ScoreJob(response.id, attempt.prompt, response.text))
+
+    async def _take_outcomes(self, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            if outcome.verdict != buffer_pb2.VERDICT_FAILED:
+                self.attempts[outcome.id].correct = outcome.verdict == buffer_pb2.VERDICT_CORRECT
+        self.context.board.done += len(outcomes)
+
+
+def make_attempts(problems: Iterable[Prompt], greedy: bool, samples: int) -> dict[str, Attempt]:
+    """The responses to ask for, greedy ones first."""
+    problems = list(problems)
+    attempts = {f"greedy/{prompt.id}": Attempt(prompt, greedy=True) for prompt in problems} if greedy else {}
+    for number in range(samples):
+        attempts.update({f"sample-{number}/{prompt.id}": Attempt(prompt, greedy=False) for prompt in problems})
+    return attempts
+
+
+def spread(problems: Sequence[Prompt], count: int) -> Sequence[Prompt]:
+    """`count` problems at even distances, so that every domain of a sorted file is there."""
+    count = min(count, len(problems))
+    return [problems[index * len(problems) // count] for index in range(count)]
+
+
+def bounded_parts(keys: Sequence[str], tokens: Sequence[int]) -> list[list[str]]:
+    """The keys in order, cut so that no part has more than MAX_PROMPT_TOKENS prompt tokens."""
+    parts: list[list[str]] = []
+    size = MAX_PROMPT_TOKENS
+    for key, count in zip(keys, tokens, strict=True):
+        if size + count > MAX_PROMPT_TOKENS:
+            parts.append([])
+            size = 0
+        parts[-1].append(key)
+        size += count
+    return parts
+
+
+def summarize(attempts: Iterable[Attempt]) -> dict[str, dict[str, dict[str, float | None]]]:
+    """Accuracies with intervals, overall and by domain; a kind of decoding that was not asked for is left out."""
+    by_scope: dict[str, list[Attempt]] = defaultdict(list)
+    for attempt in attempts:
+        by_scope["overall"].append(attempt)
+        by_scope[attempt.prompt.domain].append(attempt)
+    return {scope: _summarize_scope(some) for scope, some in by_scope.items()}
+
+
+def mean_tokens(attempts: Iterable[Attempt]) -> float | None:
+    """Mean response length; None of nothing."""
+    lengths = [attempt.tokens for attempt in attempts]
+    return round(sum(lengths) / len(lengths), 2) if lengths else None
+
+
+def _summarize_scope(attempts: Sequence[Attempt]) -> dict[str, dict[str, float | None]]:
+    accuracy: dict[str, dict[str, float | None]] = {}
+    greedy = [attempt.correct for attempt in attempts if attempt.greedy and attempt.correct is not None]
+    if any(attempt.greedy for attempt in attempts):
+        accuracy["greedy"] = _as_numbers(wilson_interval(sum(greedy), len(greedy)))
+    by_problem: dict[str, list[bool]] = defaultdict(list)
+    for attempt in attempts:
+        if not attempt.greedy and attempt.correct is not None:
+            by_problem[attempt.prompt.id].append(attempt.correct)
+    accuracy["sampled"] = _as_numbers(clustered_interval(list(by_problem.values())))
+    return accuracy
+
+
+def _as_numbers(interval: Interval) -> dict[str, float | None]:
+    return {
+        "mean": number_or_none(interval.mean),
+        "low": number_or_none(interval.low),
+        "high": number_or_none(interval.high),
+    }

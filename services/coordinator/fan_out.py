@@ -1,0 +1,199 @@
+"""Spreads sequences over rollout workers in bounded calls: the least-loaded live worker first, failures elsewhere."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from perigee.errors import (
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    PerigeeError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnimplementedError,
+)
+from services.coordinator import metrics
+from services.coordinator.config import DispatchConfig
+from services.coordinator.run_errors import PeerLostError, single_error
+from services.coordinator.workers import Worker, WorkerRegistry
+from services.kit.telemetry import get_logger
+
+log = get_logger(__name__)
+
+# The same call fails on every worker, so the run does.
+FATAL = (InvalidArgumentError, UnauthenticatedError, PermissionDeniedError, UnimplementedError)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Sequences of a call that ended, and those that failed with a reason."""
+
+    ended: Sequence[str] = ()
+    failed: Sequence[tuple[str, str]] = ()
+
+
+class PeerError(Exception):
+    """Wraps an error of a peer that is not the worker, so that the worker is not blamed for it."""
+
+    def __init__(self, error: PerigeeError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+# Does the work of one call, telling what ended as it ends. Closing the generator cancels the call.
+Call = Callable[[Worker, list[str]], AsyncGenerator[Progress, None]]
+
+
+class FanOut:
+    """A queue of sequences from which every live worker that holds the policy version takes as fast as it can.
+
+    `on_waiting` is told True while work waits and no worker can take it, False when it goes on.
+    """
+
+    def __init__(
+        self,
+        registry: WorkerRegistry,
+        policy_version: int,
+        config: DispatchConfig,
+        call: Call,
+        on_waiting: Callable[[bool], None],
+    ) -> None:
+        self._registry = registry
+        self._version = policy_version
+        self._config = config
+        self._call = call
+        self._on_waiting = on_waiting
+        self._queue: deque[str] = deque()
+        self._failures: Counter[str] = Counter()
+        self._calls: dict[asyncio.Task[None], Worker] = {}
+        self._wake = asyncio.Event()
+        self._waiting = False
+        # Seconds since the last end of a sequence in which no worker had a call.
+        self._idle_s = 0.0
+
+    async def run(self, keys: Iterable[str]) -> None:
+        """Returns when every sequence has ended.
+
+        Raises PeerLostError when no worker takes work for `worker_wait_s`, InternalError when one sequence fails
+        `attempts` times, and what peers other than workers raise.
+        """
+        self._queue.extend(keys)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                with self._registry.watch(self._wake.set):
+                    while self._queue or self._calls:
+                        self._wake.clear()
+                        self._end_calls_of_lost_workers()
+                        self._start_calls(tasks)
+                        await self._pause()
+        except BaseExceptionGroup as group:
+            raise single_error(group) from group
+        finally:
+            self._set_waiting(False)
+
+    def _start_calls(self, tasks: asyncio.TaskGroup) -> None:
+        while self._queue:
+            workers = self._registry.holding(self._version)
+            worker = next((w for w in workers if self._room(w, len(workers)) > 0), None)
+            if worker is None:
+                return
+            batch = [self._queue.popleft() for _ in range(self._room(worker, len(workers)))]
+            worker.outstanding += len(batch)
+            task = tasks.create_task(self._run_call(worker, batch))
+            self._calls[task] = worker
+            task.add_done_callback(self._forget)
+
+    def _room(self, worker: Worker, workers: int) -> int:
+        """Size of the next call: a share of the worker's load, or of what is left; 0 when that does not fit yet."""
+        limit = math.ceil(worker.capacity * self._config.overcommit)
+        share = math.ceil(limit / self._config.calls_per_worker)
+        size = min(share, self._config.max_batch, math.ceil(len(self._queue) / workers))
+        return size if worker.outstanding + size <= limit else 0
+
+    async def _run_call(self, worker: Worker, batch: list[str]) -> None:
+        remaining = dict.fromkeys(batch)
+        try:
+            async with aclosing(self._call(worker, batch)) as stream:
+                async for progress in stream:
+                    self._take(worker, remaining, progress)
+            if remaining:
+                self._registry.suspect(worker, f"its call ended without {len(remaining)} of {len(batch)} sequences")
+        except PeerError as wrapped:
+            raise wrapped.error from wrapped
+        except FATAL:
+            raise
+        except PerigeeError as error:
+            metrics.FAILURES.labels("worker_call").inc()
+            if isinstance(error, FailedPreconditionError):
+                # It restarted, or holds other weights: it is out until the weights are pushed again.
+                worker.pushed_version = None
+            self._registry.suspect(worker, error.message)
+        finally:
+            worker.outstanding -= len(remaining)
+            self._queue.extendleft(reversed(remaining))
+
+    def _take(self, worker: Worker, remaining: dict[str, None], progress: Progress) -> None:
+        for key in progress.ended:
+            if key in remaining:
+                del remaining[key]
+                worker.outstanding -= 1
+        for key, reason in progress.failed:
+            if key not in remaining:
+                continue
+            del remaining[key]
+            worker.outstanding -= 1
+            self._queue.append(key)
+            self._failures[key] += 1
+            metrics.FAILURES.labels("segment").inc()
+            log.warning("sequence failed", sequence=key, worker=worker.worker_id, reason=reason)
+            if self._failures[key] >= self._config.attempts:
+                raise PeerError(InternalError(f"Sequence {key} failed {self._failures[key]} times, last: {reason}"))
+        if progress.ended:
+            self._idle_s = 0.0
+        self._wake.set()
+
+    def _end_calls_of_lost_workers(self) -> None:
+        for task, worker in self._calls.items():
+            if not self._registry.is_live(worker):
+                task.cancel()
+
+    async def _pause(self) -> None:
+        """Until something changes; raises PeerLostError when too much time passed without a call or an end."""
+        if self._wake.is_set() or not (self._queue or self._calls):
+            return
+        if self._calls:
+            self._set_waiting(False)
+            await self._wake.wait()
+            return
+        self._set_waiting(True)
+        started = time.monotonic()
+        try:
+            await asyncio.wait_for(self._wake.wait(), timeout=self._config.worker_wait_s - self._idle_s)
+        except TimeoutError:
+            raise PeerLostError(self._explain_wait()) from None
+        finally:
+            self._idle_s += time.monotonic() - started
+
+    def _explain_wait(self) -> str:
+        workers = self._registry.all()
+        waited = f"for {self._config.worker_wait_s:g} s"
+        if not workers:
+            return f"No rollout worker has been registered {waited}: start one, or look at its log."
+        reasons = "; ".join(f"{w.worker_id}: {w.suspect or ('ready' if w.ready else 'not ready')}" for w in workers)
+        return f"No rollout worker could take work {waited} ({reasons}): look at its log."
+
+    def _set_waiting(self, waiting: bool) -> None:
+        if waiting != self._waiting:
+            self._waiting = waiting
+            self._on_waiting(waiting)
+
+    def _forget(self, task: asyncio.Task[None]) -> None:
+        self._calls.pop(task, None)
+        self._wake.set()

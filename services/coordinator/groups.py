@@ -1,0 +1,163 @@
+"""The live groups: what the coordinator holds in memory of the buffer's groups, without tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from perigee.buffer.client import BufferClient
+from perigee.buffer.v1 import buffer_pb2 as pb
+from perigee.errors import FailedPreconditionError
+from services.coordinator.prompts import Prompt
+
+# A CreateGroups message stays far below the limit of 4 MiB.
+MAX_PROMPT_TOKENS_PER_CALL = 200_000
+MAX_TRAJECTORIES_PER_CALL = 10_000
+
+# As values rather than the generated enums' wrapper types: they are compared for every trajectory.
+EndReason: TypeAlias = "pb.EndReason.ValueType"
+Verdict: TypeAlias = "pb.Verdict.ValueType"
+
+
+@dataclass(eq=False, slots=True)
+class Trajectory:
+    """A trajectory of a live group."""
+
+    id: str
+    group: Group
+    tokens: int = 0
+    finished: bool = False
+    end_reason: EndReason = pb.END_REASON_UNSPECIFIED
+    verdict: Verdict = pb.VERDICT_UNSPECIFIED
+    # The verifier's reward; None while there is no verdict, and for good when judging failed.
+    reward: float | None = None
+    tokens_by_version: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a verdict, a failure included."""
+        return self.verdict != pb.VERDICT_UNSPECIFIED
+
+
+@dataclass(eq=False, slots=True)
+class Group:
+    """A live group."""
+
+    id: str
+    prompt: Prompt
+    iteration: int
+    trajectories: list[Trajectory] = field(default_factory=list)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every trajectory has ended and has a verdict."""
+        return all(trajectory.finished and trajectory.judged for trajectory in self.trajectories)
+
+
+class LiveGroups:
+    """The groups that no iteration has consumed, oldest first."""
+
+    def __init__(self, run_id: str, buffer: BufferClient, timeout_s: float) -> None:
+        self._run_id = run_id
+        self._buffer = buffer
+        self._timeout_s = timeout_s
+        self._groups: dict[str, Group] = {}
+        self._trajectories: dict[str, Trajectory] = {}
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __iter__(self) -> Iterator[Group]:
+        return iter(self._groups.values())
+
+    def trajectory(self, trajectory_id: str) -> Trajectory:
+        """A trajectory of a live group."""
+        return self._trajectories[trajectory_id]
+
+    def trajectories(self) -> Iterable[Trajectory]:
+        """The trajectories of all live groups, oldest group first."""
+        return self._trajectories.values()
+
+    def prompt_ids(self) -> set[str]:
+        """The prompts that have a live group."""
+        return {group.prompt.id for group in self}
+
+    async def load(self, prompts: Mapping[str, Prompt]) -> None:
+        """Takes up what the buffer holds.
+
+        Raises FailedPreconditionError when a group is of a prompt that the prompt set lacks.
+        """
+        self._groups.clear()
+        self._trajectories.clear()
+        async for summary in self._list():
+            prompt = prompts.get(summary.prompt_id)
+            if prompt is None:
+                raise FailedPreconditionError(
+                    f"Group {summary.group_id} is of prompt {summary.prompt_id}, which run.prompts does not hold: "
+                    "go on with the prompt file that the run was started with."
+                )
+            group = Group(summary.group_id, prompt, summary.iteration)
+            self._add(group, [trajectory.trajectory_id for trajectory in summary.trajectories])
+            for trajectory, held in zip(group.trajectories, summary.trajectories, strict=True):
+                take_summary(trajectory, held)
+
+    async def refresh(self, trajectories: Iterable[Trajectory]) -> None:
+        """Takes from the buffer how far these trajectories are."""
+        wanted = {trajectory.id: trajectory for trajectory in trajectories}
+        async for summary in self._list():
+            for held in summary.trajectories:
+                if held.trajectory_id in wanted:
+                    take_summary(wanted[held.trajectory_id], held)
+
+    async def create(self, groups: Iterable[tuple[str, Prompt]], iteration: int, size: int) -> None:
+        """Creates groups of `size` empty trajectories in the buffer and takes them up."""
+        request = pb.CreateGroupsRequest(run_id=self._run_id)
+        prompt_tokens = 0
+        for group_id, prompt in groups:
+            trajectory_ids = [f"{group_id}-{number}" for number in range(size)]
+            request.groups.add(
+                group_id=group_id,
+                prompt_id=prompt.id,
+                prompt_token_ids=prompt.token_ids,
+                trajectory_ids=trajectory_ids,
+                iteration=iteration,
+            )
+            self._add(Group(group_id, prompt, iteration), trajectory_ids)
+            prompt_tokens += len(prompt.token_ids)
+            if prompt_tokens > MAX_PROMPT_TOKENS_PER_CALL or len(request.groups) * size > MAX_TRAJECTORIES_PER_CALL:
+                await self._buffer.create_groups(request, timeout_s=self._timeout_s)
+                request, prompt_tokens = pb.CreateGroupsRequest(run_id=self._run_id), 0
+        if request.groups:
+            await self._buffer.create_groups(request, timeout_s=self._timeout_s)
+
+    def remove(self, groups: Iterable[Group]) -> None:
+        """Forgets groups that an iteration has consumed."""
+        for group in groups:
+            del self._groups[group.id]
+            for trajectory in group.trajectories:
+                del self._trajectories[trajectory.id]
+
+    def _add(self, group: Group, trajectory_ids: Iterable[str]) -> None:
+        self._groups[group.id] = group
+        group.trajectories = [Trajectory(trajectory_id, group) for trajectory_id in trajectory_ids]
+        self._trajectories.update((trajectory.id, trajectory) for trajectory in group.trajectories)
+
+    async def _list(self) -> AsyncIterator[pb.GroupSummary]:
+        request = pb.ListGroupsRequest(run_id=self._run_id)
+        async for response in self._buffer.list_groups(request, timeout_s=self._timeout_s):
+            for summary in response.groups:
+                yield summary
+
+
+def take_summary(trajectory: Trajectory, summary: pb.TrajectorySummary) -> None:
+    """Takes the buffer's state of a trajectory."""
+    trajectory.tokens = summary.tokens
+    trajectory.finished = summary.state == pb.TRAJECTORY_STATE_FINISHED
+    trajectory.end_reason = summary.end_reason
+    trajectory.verdict = summary.verdict
+    trajectory.reward = summary.reward if summary.HasField("reward") else None
+    trajectory.tokens_by_version = Counter()
+    for span in summary.versions:
+        trajectory.tokens_by_version[span.policy_version] += span.tokens

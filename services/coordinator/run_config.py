@@ -1,0 +1,206 @@
+"""The `run` section of a recipe: what is trained on what, how, and for how long."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import yaml
+from pydantic import Field
+
+from perigee.errors import InvalidArgumentError
+from services.kit.config import Model, validate
+
+
+class OptimizerConfig(Model):
+    """AdamW and its learning rate within one job; every job starts with a fresh optimizer."""
+
+    learning_rate: float = Field(1e-5, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the first and second moment."""
+    weight_decay: float = Field(0.0, ge=0)
+    """Decoupled weight decay."""
+    clip_grad: float = Field(1.0, ge=0)
+    """Gradient norm above which gradients are scaled down; 0 is off."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from 0."""
+    final_share: float = Field(1.0, ge=0, le=1)
+    """The learning rate falls linearly to this share of its peak over the job."""
+
+
+class WarmupStage(Model):
+    """One supervised stage before the reinforcement learning."""
+
+    dataset: str
+    """JSON Lines of {"prompt", "response"}, on storage that the trainer reads."""
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    batch_size: int = Field(32, ge=1)
+    """Examples per step."""
+    max_tokens_per_microbatch: int = Field(4096, ge=1)
+    """Tokens per packed sequence."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The stage's optimizer."""
+
+
+class GroupsConfig(Model):
+    """Groups of trajectories of one prompt."""
+
+    live: int = Field(160, ge=1)
+    """Groups under way at once; those that were trained on are replaced by fresh ones."""
+    size: int = Field(8, ge=2)
+    """Trajectories per group."""
+
+
+class RepetitionStopConfig(Model):
+    """A response is cut when its tail repeats itself."""
+
+    max_period: int = Field(16, ge=1)
+    """Longest repeated pattern, in tokens."""
+    min_repeats: int = Field(0, ge=0)
+    """Repeats of the pattern that end the response; 0 is off."""
+
+
+class RolloutSettings(Model):
+    """How trajectories are sampled."""
+
+    token_budget: int = Field(0, ge=0)
+    """Output tokens that a trajectory may add in one iteration; 0 is no budget."""
+    response_cap: int = Field(200, ge=1)
+    """Response tokens that a trajectory may have in all."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature."""
+    repetition_stop: RepetitionStopConfig = RepetitionStopConfig()
+    """Early end of responses that repeat themselves."""
+
+
+class CurriculumConfig(Model):
+    """Which prompts an iteration may draw, by difficulty (k1.5 section 2.3.4)."""
+
+    kind: Literal["off", "ramp", "hard_after_warmup"] = "off"
+    """off: all prompts. ramp: at most a difficulty that rises. hard_after_warmup: all prompts first, then hard ones."""
+    start_difficulty: float = 0.0
+    """ramp: highest difficulty at the first iteration."""
+    end_difficulty: float = 0.0
+    """ramp: highest difficulty from `iterations` on. hard_after_warmup: lowest difficulty after the warm-up."""
+    iterations: int = Field(1, ge=1)
+    """Iterations of the ramp, or of the warm-up on everything."""
+
+
+class PrioritizedConfig(Model):
+    """Prompts drawn in proportion to 1 - success rate (k1.5 section 2.3.4)."""
+
+    enabled: bool = False
+    """Off: the prompts drawn least come first."""
+    floor: float = Field(0.05, gt=0, le=1)
+    """Smallest weight, so that a solved prompt can come again."""
+
+
+class LengthRewardConfig(Model):
+    """The length reward (k1.5 section 2.3.3)."""
+
+    weight: float = Field(0.0, ge=0)
+    """Weight in the reward at full strength; 0 is off."""
+    start_iteration: int = Field(1, ge=1)
+    """First iteration with a length reward."""
+    warmup_iterations: int = Field(1, ge=1)
+    """Iterations over which the weight rises to its full strength."""
+
+
+class AlgorithmConfig(Model):
+    """Policy mirror descent (k1.5 section 2.3.2)."""
+
+    tau: float = Field(0.1, gt=0)
+    """Strength of the pull towards the policy that opened the iteration."""
+    baseline: Literal["mean", "log_mean_exp"] = "mean"
+    """What stands for tau log Z: the mean reward of the group, or tau log mean exp(r / tau)."""
+    minibatches: int = Field(2, ge=1)
+    """Optimizer steps per iteration."""
+    max_tokens_per_microbatch: int = Field(4096, ge=1)
+    """Tokens per forward and backward pass."""
+    max_staleness: int = Field(0, ge=0)
+    """Tokens of versions older than the iteration's by more than this are left out of the loss."""
+    token_scale: float = Field(1.0, gt=0)
+    """Log-probability sums are divided by this before the loss."""
+    importance_cap: float = Field(0.0, ge=0)
+    """Cap of truncated importance sampling against the engine's logprobs; 0 is off."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
+    """Optimizer of each iteration; its learning rate is that of the first iteration."""
+    final_learning_rate_share: float = Field(1.0, gt=0, le=1)
+    """The learning rate falls linearly over the run's iterations to this share."""
+
+
+class EvaluationConfig(Model):
+    """Accuracy on held-out problems."""
+
+    every: int = Field(0, ge=0)
+    """Iterations between evaluations on the way; 0 is none. The first and the last model are always evaluated."""
+    samples: int = Field(2, ge=1)
+    """Responses per problem at temperature 1."""
+    problems: int | None = Field(None, ge=1)
+    """Problems of an evaluation on the way; all when unset. The first and the last evaluation use all problems."""
+    greedy: bool = True
+    """Evaluate greedy decoding, too, in the evaluations on the way."""
+    response_cap: int | None = Field(None, ge=1)
+    """Response tokens at most; the rollout's cap when unset."""
+
+
+class RunConfig(Model):
+    """What a run trains, on what, how, and for how long."""
+
+    seed: int = Field(0, ge=0)
+    """Seed of prompt sampling and of the warm-up's order."""
+    model: str
+    """Hugging Face folder of the base model: its tokenizer and context length are read here."""
+    prompts: str
+    """JSON Lines of training prompts."""
+    heldout: str
+    """JSON Lines of held-out problems."""
+    iterations: int = Field(ge=0)
+    """Iterations of reinforcement learning."""
+    time_limit_s: float | None = Field(None, gt=0)
+    """The run ends after the iteration in which its age, warm-up and evaluations included, passes this."""
+    warmup: tuple[WarmupStage, ...] = ()
+    """Supervised stages before the first iteration."""
+    groups: GroupsConfig = GroupsConfig()
+    """Groups under way, and their size."""
+    rollout: RolloutSettings = RolloutSettings()
+    """How trajectories are sampled."""
+    curriculum: CurriculumConfig = CurriculumConfig()
+    """Which prompts an iteration may draw."""
+    prioritized: PrioritizedConfig = PrioritizedConfig()
+    """Prompts drawn by their success rate."""
+    length_reward: LengthRewardConfig = LengthRewardConfig()
+    """Reward for short correct responses."""
+    repetition_penalty: float = Field(0.0, ge=0)
+    """Taken from the reward of a response that was cut for repeating itself."""
+    drop_uniform_groups: bool = True
+    """Leave out groups whose members have equal rewards: their advantage is zero."""
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    """How the policy is trained."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Accuracy on held-out problems."""
+
+
+# A run may be made longer, or be measured otherwise, when it goes on.
+_NOT_IN_DIGEST = {"iterations", "time_limit_s", "evaluation"}
+
+
+def parse_run_config(text: str) -> RunConfig:
+    """The `run` section from its YAML text.
+
+    Raises InvalidArgumentError naming the field, or saying that the text is no YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InvalidArgumentError.of("config_yaml", f"is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InvalidArgumentError.of("config_yaml", "must be a mapping: the run section of a recipe")
+    return validate(RunConfig, values, "recipe", "run")
+
+
+def config_digest(config: RunConfig) -> str:
+    """Digest of everything that must stay the same when a run goes on."""
+    return hashlib.sha256(config.model_dump_json(exclude=_NOT_IN_DIGEST).encode()).hexdigest()[:32]

@@ -1,0 +1,193 @@
+"""The runs of this process: one at a time, started by request or found unfinished in its folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    FieldViolation,
+    InvalidArgumentError,
+    NotFoundError,
+    PerigeeError,
+)
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.context import Peers, RunContext, RunInputs
+from services.coordinator.files import write_atomically
+from services.coordinator.prompts import read_model_folder, read_prompts
+from services.coordinator.records import Records
+from services.coordinator.run import Run
+from services.coordinator.run_config import config_digest, parse_run_config
+from services.coordinator.snapshot import StatusBoard
+from services.coordinator.workers import WorkerRegistry
+from services.kit.telemetry import get_logger
+
+log = get_logger(__name__)
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class RunFile:
+    """run.json: what the run was asked to do, and whether it is `running`, `finished`, `failed` or `stopped`."""
+
+    run_id: str
+    config_yaml: str
+    run_path: str
+    status: str
+
+
+@dataclass
+class ActiveRun:
+    """A run of this process; its task is done when the run has ended."""
+
+    file: RunFile
+    board: StatusBoard
+    task: asyncio.Task[None]
+
+
+class Runs:
+    """Starts, stops and shows runs."""
+
+    def __init__(self, settings: CoordinatorConfig, peers: Peers, registry: WorkerRegistry) -> None:
+        self._settings = settings
+        self._peers = peers
+        self._registry = registry
+        self._run: ActiveRun | None = None
+        self._starting = asyncio.Lock()
+
+    async def start(self, run_id: str, config_yaml: str, run_path: str) -> bool:
+        """Starts a run, or goes on with it; returns whether it was known. Asking again for a run under way is harmless.
+
+        Raises InvalidArgumentError for a wrong configuration, model folder or prompt file, FailedPreconditionError
+        when another run is under way or the run was started with another configuration.
+        """
+        check_request(run_id, config_yaml, run_path)
+        async with self._starting:
+            known = await asyncio.to_thread(read_run_file, Path(run_path))
+            if self._run is not None and not self._run.task.done():
+                if self._run.file.run_id == run_id:
+                    return True
+                raise FailedPreconditionError(f"Run {self._run.file.run_id} is under way: stop it first.")
+            if known is not None:
+                check_same_run(known, run_id, config_yaml)
+            inputs = await asyncio.to_thread(read_inputs, run_id, config_yaml, Path(run_path))
+            file = RunFile(run_id, config_yaml, str(inputs.run_path), "running")
+            await asyncio.to_thread(save_run_file, file)
+            self._launch(file, inputs)
+        return known is not None
+
+    async def resume(self, run_path: Path) -> None:
+        """Goes on with the run of a folder when it was under way as its coordinator died."""
+        file = await asyncio.to_thread(read_run_file, run_path)
+        if file is not None and file.status == "running":
+            await self.start(file.run_id, file.config_yaml, str(run_path))
+
+    async def stop(self, run_id: str) -> None:
+        """Ends a run at once; the buffer keeps what is needed to go on. Stopping an ended run changes nothing."""
+        run = self._find(run_id)
+        if run.task.done():
+            return
+        run.task.cancel()
+        await asyncio.wait([run.task])
+        await asyncio.to_thread(save_run_file, replace(run.file, status="stopped"))
+        run.board.enter(pb.RUN_PHASE_STOPPED)
+
+    async def close(self) -> None:
+        """Ends the run under way without calling it stopped, so that the next process goes on with it."""
+        if self._run is not None:
+            self._run.task.cancel()
+            await asyncio.wait([self._run.task])
+
+    def board(self, run_id: str) -> StatusBoard:
+        """The run's board; the newest run's when no id is given. Raises NotFoundError."""
+        return self._find(run_id).board
+
+    def newest(self) -> StatusBoard | None:
+        """The newest run's board."""
+        return self._run.board if self._run is not None else None
+
+    def _find(self, run_id: str) -> ActiveRun:
+        if self._run is None or (run_id and self._run.file.run_id != run_id):
+            raise NotFoundError(f"This coordinator has no run {run_id}." if run_id else "This coordinator has no run.")
+        return self._run
+
+    def _launch(self, file: RunFile, inputs: RunInputs) -> None:
+        board = StatusBoard(inputs.run_id, inputs.config.iterations, self._registry)
+        context = RunContext(inputs, self._settings, self._peers, self._registry, board, Records(inputs.run_path))
+        self._run = ActiveRun(file, board, asyncio.create_task(self._execute(file, context)))
+
+    async def _execute(self, file: RunFile, context: RunContext) -> None:
+        """The run's task: it never raises, since its end is shown on the board and in run.json."""
+        try:
+            await Run(context).execute()
+            await asyncio.to_thread(save_run_file, replace(file, status="finished"))
+        except Exception as error:
+            message = error.message if isinstance(error, PerigeeError) else f"{type(error).__name__}: {error}"
+            log.error("run failed", run=file.run_id, error=message, exc_info=error)
+            context.board.fail(message)
+            with contextlib.suppress(OSError):
+                # A full disk must not hide why the run failed.
+                await asyncio.to_thread(save_run_file, replace(file, status="failed"))
+        finally:
+            context.records.close()
+
+
+def check_request(run_id: str, config_yaml: str, run_path: str) -> None:
+    """Raises InvalidArgumentError with a violation per wrong field."""
+    violations = []
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
+        violations.append(FieldViolation("run_id", "must be 1 to 128 letters, digits, dots, dashes and underscores"))
+    if not config_yaml.strip():
+        violations.append(FieldViolation("config_yaml", "is required"))
+    if not Path(run_path).is_absolute():
+        violations.append(FieldViolation("run_path", f"must be an absolute path, got {run_path!r}"))
+    if violations:
+        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+
+
+def check_same_run(known: RunFile, run_id: str, config_yaml: str) -> None:
+    """Raises FailedPreconditionError when the folder is of another run, or the run of another configuration."""
+    if known.run_id != run_id:
+        raise FailedPreconditionError(f"{known.run_path} is the folder of run {known.run_id}: choose another run_path.")
+    if config_digest(parse_run_config(known.config_yaml)) != config_digest(parse_run_config(config_yaml)):
+        raise FailedPreconditionError(
+            f"Run {run_id} was started with another configuration, see {known.run_path}/{RUN_FILE}: "
+            "only iterations, time_limit_s and evaluation may change."
+        )
+
+
+def read_inputs(run_id: str, config_yaml: str, run_path: Path) -> RunInputs:
+    """Checks and reads all that a run is made from, before anything is started."""
+    config = parse_run_config(config_yaml)
+    for number, stage in enumerate(config.warmup):
+        if not Path(stage.dataset).is_file():
+            raise InvalidArgumentError.of(f"run.warmup.{number}.dataset", f"{stage.dataset} is no file")
+    model = read_model_folder(config.model)
+    cap = config.rollout.response_cap
+    prompts = read_prompts(config.prompts, "run.prompts", model, cap)
+    heldout = read_prompts(config.heldout, "run.heldout", model, config.evaluation.response_cap or cap)
+    return RunInputs(run_id, run_path, config, model, prompts, heldout)
+
+
+def read_run_file(run_path: Path) -> RunFile | None:
+    """run.json of a folder, or None when it has none; raises DataLossError when it cannot be read."""
+    path = run_path / RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        return RunFile(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise DataLossError(f"{path} cannot be read: {error}") from error
+
+
+def save_run_file(file: RunFile) -> None:
+    """Writes run.json atomically."""
+    write_atomically(Path(file.run_path) / RUN_FILE, json.dumps(asdict(file), indent=2) + "\n")

@@ -1,0 +1,170 @@
+"""The rollout workers: who is alive, who holds which weights, who has room."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from perigee.errors import InvalidArgumentError, NotFoundError
+from perigee.rollout.client import RolloutClient
+from services.coordinator import metrics
+from services.kit.telemetry import get_logger
+
+log = get_logger(__name__)
+
+
+@dataclass(eq=False)
+class Worker:
+    """A registered rollout worker, from its registration to the end of its lease."""
+
+    worker_id: str
+    address: str
+    capacity: int
+    lease_epoch: int
+    client: RolloutClient
+    expires: float
+    ready: bool
+    reported_version: int
+    running: int = 0
+    # The version that this coordinator had pushed to it. What a worker claims is not trusted: its weights may stem
+    # from an iteration that was rolled back.
+    pushed_version: int | None = None
+    # Sequences given to it and not ended.
+    outstanding: int = 0
+    # Why it gets no work until it renews its lease.
+    suspect: str | None = None
+
+    def holds(self, version: int) -> bool:
+        """Whether it may be given work of a policy version."""
+        return self.ready and self.suspect is None and self.pushed_version == version
+
+    @property
+    def load(self) -> float:
+        """Sequences given to it per sequence that it decodes at once."""
+        return self.outstanding / self.capacity
+
+
+@dataclass
+class WorkerRegistry:
+    """Registrations with leases; watchers are called on every change that may matter to them."""
+
+    connect: Callable[[str], RolloutClient]
+    lease_seconds: float
+    clock: Callable[[], float] = time.monotonic
+    _workers: dict[str, Worker] = field(default_factory=dict)
+    _watchers: set[Callable[[], None]] = field(default_factory=set)
+    _epochs: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+
+    def register(self, worker_id: str, address: str, capacity: int, policy_version: int, ready: bool) -> Worker:
+        """Begins a lease; an earlier one of the same worker ends, with its work."""
+        if not worker_id:
+            raise InvalidArgumentError.of("worker_id", "is required")
+        if ":" not in address:
+            raise InvalidArgumentError.of("address", f"must be host:port, got {address!r}")
+        if capacity < 1:
+            raise InvalidArgumentError.of("capacity", "must be at least 1")
+        if worker_id in self._workers:
+            self._remove(worker_id, "registered again")
+        self._epochs += 1
+        worker = Worker(
+            worker_id=worker_id,
+            address=address,
+            capacity=capacity,
+            lease_epoch=self._epochs,
+            client=self.connect(address),
+            expires=self.clock() + self.lease_seconds,
+            ready=ready,
+            reported_version=policy_version,
+        )
+        self._workers[worker_id] = worker
+        log.info("worker registered", worker=worker_id, address=address, capacity=capacity, ready=ready)
+        self.notify()
+        return worker
+
+    def renew(self, worker_id: str, lease_epoch: int, running: int, policy_version: int, ready: bool) -> None:
+        """Prolongs a lease and takes the worker's report; raises NotFoundError when the lease is lost."""
+        worker = self._leased(worker_id, lease_epoch)
+        worker.expires = self.clock() + self.lease_seconds
+        worker.running = running
+        changed = (worker.ready, worker.reported_version) != (ready, policy_version) or worker.suspect is not None
+        worker.ready, worker.reported_version, worker.suspect = ready, policy_version, None
+        if changed:
+            self.notify()
+
+    def deregister(self, worker_id: str, lease_epoch: int) -> None:
+        """Ends a lease; raises NotFoundError when it is lost already."""
+        self._leased(worker_id, lease_epoch)
+        self._remove(worker_id, "deregistered")
+        self.notify()
+
+    def expire(self) -> list[Worker]:
+        """Ends the leases that ran out, and returns their workers."""
+        now = self.clock()
+        lost = [worker for worker in self._workers.values() if worker.expires <= now]
+        for worker in lost:
+            self._remove(worker.worker_id, f"silent for {self.lease_seconds:g} s")
+        if lost:
+            self.notify()
+        return lost
+
+    async def sweep(self) -> None:
+        """Ends leases as they run out, until cancelled."""
+        while True:
+            await asyncio.sleep(self.lease_seconds / 8)
+            self.expire()
+
+    def mark_pushed(self, worker: Worker, version: int) -> None:
+        """The worker has committed a version that this coordinator had pushed to it."""
+        worker.pushed_version, worker.ready, worker.suspect = version, True, None
+        self.notify()
+
+    def suspect(self, worker: Worker, reason: str) -> None:
+        """Gives the worker no work until it renews its lease."""
+        worker.suspect = reason
+        log.warning("worker failed a call", worker=worker.worker_id, reason=reason)
+        self.notify()
+
+    def distrust(self) -> None:
+        """Forgets what was pushed: every worker gets the weights anew."""
+        for worker in self._workers.values():
+            worker.pushed_version = None
+
+    def is_live(self, worker: Worker) -> bool:
+        """Whether this very registration still holds its lease."""
+        return self._workers.get(worker.worker_id) is worker
+
+    def all(self) -> list[Worker]:
+        """The workers with a lease, by id."""
+        return [self._workers[worker_id] for worker_id in sorted(self._workers)]
+
+    def holding(self, version: int) -> list[Worker]:
+        """The workers that may be given work of a policy version, least loaded first."""
+        return sorted((worker for worker in self.all() if worker.holds(version)), key=lambda worker: worker.load)
+
+    @contextmanager
+    def watch(self, watcher: Callable[[], None]) -> Iterator[None]:
+        """Calls `watcher` on every change for as long as the block lasts."""
+        self._watchers.add(watcher)
+        try:
+            yield
+        finally:
+            self._watchers.discard(watcher)
+
+    def notify(self) -> None:
+        """Tells the watchers that something has changed."""
+        metrics.WORKERS.set(len(self._workers))
+        for watcher in list(self._watchers):
+            watcher()
+
+    def _leased(self, worker_id: str, lease_epoch: int) -> Worker:
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.lease_epoch != lease_epoch:
+            raise NotFoundError(f"Worker {worker_id} holds no lease {lease_epoch}: register again.")
+        return worker
+
+    def _remove(self, worker_id: str, reason: str) -> None:
+        del self._workers[worker_id]
+        log.warning("worker left", worker=worker_id, reason=reason)
