@@ -1,0 +1,1 @@
+"""The rollout service: generates trajectories with one policy version at a time."""

@@ -1,0 +1,93 @@
+"""Configuration of a rollout worker."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from services.kit.config import Model, ServiceConfig
+from services.weights.config import WeightsConfig
+
+
+class SupervisionConfig(Model):
+    """What happens when the engine dies or does not start."""
+
+    start_attempts: int = Field(3, ge=1)
+    """Starts in a row that may fail before the service ends with the error."""
+    retry_seconds: float = Field(1.0, gt=0)
+    """Pause before an engine that failed to start is started again."""
+    stall_seconds: float = Field(300.0, gt=0)
+    """An engine with requests that hands out no token for this long is taken for dead and restarted."""
+
+
+class RegistrationConfig(Model):
+    """How the worker keeps its lease at the coordinator."""
+
+    retry_seconds: float = Field(1.0, gt=0)
+    """Pause between attempts to reach a coordinator that does not answer."""
+    timeout_seconds: float = Field(5.0, gt=0)
+    """Deadline of one call."""
+
+
+class RolloutConfig(ServiceConfig):
+    """One rollout worker: one engine that holds one policy version at a time."""
+
+    section: ClassVar[str] = "rollout"
+
+    model: str
+    """Folder with config.json and tokenizer.json of the policy; its weights are pushed later, not read from here."""
+    worker_id: str | None = None
+    """Name of this worker, unique in the run; host name and process id when unset."""
+    advertise_address: str | None = None
+    """host:port that the coordinator and the trainer dial; the bound address when unset."""
+    buffer_address: str = "127.0.0.1:50052"
+    """The replay buffer."""
+    coordinator_address: str | None = "127.0.0.1:50051"
+    """The coordinator to register with; null serves without one."""
+
+    engine: Literal["vllm"] = "vllm"
+    """The generation engine."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and activations; auto takes the one of the model's config.json."""
+    max_model_len: int | None = Field(None, ge=2)
+    """Prompt and response tokens a sequence may have; the model's own limit when unset."""
+    max_num_seqs: int = Field(256, ge=1)
+    """Sequences decoded at once."""
+    max_num_batched_tokens: int | None = Field(None, ge=1)
+    """Prompt and decode tokens of one engine step; the engine's choice when unset."""
+    kv_cache_bytes: int | None = Field(None, ge=1)
+    """Memory of the KV cache; when unset 1 GiB on a CPU, and what `gpu_memory_utilization` leaves on a GPU."""
+    gpu_memory_utilization: float = Field(0.9, gt=0, le=1)
+    """Share of a GPU's memory that the engine takes when `kv_cache_bytes` is unset."""
+    block_size: int = Field(32, ge=1)
+    """Tokens of a KV-cache block, the grain of prefix reuse; on a CPU a multiple of 32."""
+    tensor_parallel_size: int = Field(1, ge=1)
+    """GPUs that one engine spans."""
+    enforce_eager: bool = True
+    """Run without captured graphs; they make small models faster on GPUs and the start slower."""
+    engine_threads: int = Field(1, ge=1)
+    """Threads of one forward pass on a CPU."""
+
+    seed: int | None = Field(None, ge=0)
+    """Seed of the engine's sampling; drawn at each start when unset. Give workers of one run different ones."""
+
+    chunk_tokens: int = Field(512, ge=1)
+    """Tokens of a trajectory that a crash can lose: it is appended to the buffer at least this often."""
+    flush_seconds: float = Field(0.1, gt=0)
+    """How long ended segments wait for others so that they share one append."""
+    max_queued_sequences: int = Field(16384, ge=1)
+    """Sequences accepted and not ended; calls that pass it are refused with RESOURCE_EXHAUSTED."""
+    buffer_timeout_seconds: float = Field(60.0, gt=0)
+    """Deadline of one call to the buffer."""
+    commit_wait_seconds: float = Field(120.0, gt=0)
+    """How long a weight commit waits for an engine that is starting."""
+    update_timeout_seconds: float = Field(300.0, gt=0)
+    """An engine that takes longer over new weights is restarted."""
+
+    supervision: SupervisionConfig = SupervisionConfig()
+    """Restarts of the engine."""
+    registration: RegistrationConfig = RegistrationConfig()
+    """The lease at the coordinator."""
+    weights: WeightsConfig = WeightsConfig()
+    """How pushed weights arrive."""

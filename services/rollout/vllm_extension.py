@@ -1,0 +1,113 @@
+"""What runs inside vLLM's engine process: it dies with the service, and takes weights from shared memory.
+
+vLLM imports this module in the engine's process because `WorkerExtension` is named as the worker's extension class.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from services.rollout.safetensors_image import read_tensors
+
+BACKEND = "perigee-shm"
+# The service's process id: set by the service before it spawns the engine.
+PARENT_VARIABLE = "PERIGEE_ROLLOUT_PARENT"
+PR_SET_PDEATHSIG = 1
+
+
+class WorkerExtension:
+    """Makes vLLM load this module; it adds no method to the worker."""
+
+
+@dataclass
+class ImageInit(WeightTransferInitInfo):
+    """Nothing to agree on beforehand."""
+
+
+@dataclass
+class ImageUpdate(WeightTransferUpdateInfo):
+    """A file in shared memory that holds safetensors shards at [offset, offset + bytes)."""
+
+    path: str = ""
+    shards: list[list[int]] = field(default_factory=list)
+
+
+class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
+    """Reloads the model in place, layer by layer, from an image of a whole checkpoint."""
+
+    init_info_cls = ImageInit
+    update_info_cls = ImageUpdate
+
+    def init_transfer_engine(self, init_info: ImageInit) -> None:
+        """Nothing to set up."""
+
+    def start_weight_update(self) -> None:
+        """Puts the layers into the state that takes checkpoint tensors."""
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: ImageUpdate) -> None:
+        """Loads every tensor of the image in one pass; parts of a fused weight must not come in two passes."""
+        with open(update_info.path, "rb") as file:
+            image = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+        # The layers keep views of the image until they are processed, so it is unmapped with the last of them.
+        model: Any = self.model
+        model.load_weights(_tensors(image, update_info.shards))
+
+    def finish_weight_update(self) -> None:
+        """Brings the layers back to the form that the kernels use."""
+        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
+        repack_tied_head(self.model)
+
+    def shutdown(self) -> None:
+        """Nothing to release."""
+
+
+def repack_tied_head(model: Any) -> None:
+    """Packs the output layer again when it shares its weight with the embedding.
+
+    The CPU kernel keeps a packed copy of the output layer that the reload of a tied model does not refresh: the old
+    head would go on in silence, with logprobs off by several nats.
+    """
+    head, embedding = getattr(model, "lm_head", None), model.model.embed_tokens
+    if head is None or head is embedding or head.weight.data_ptr() != embedding.weight.data_ptr():
+        return
+    head.quant_method.process_weights_after_loading(head)
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this process when the service's ends, however it ends.
+
+    An engine whose service was killed would otherwise hold its memory and its cores for ever.
+    """
+    parent = os.environ.get(PARENT_VARIABLE)
+    if parent is None:
+        return
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The service may have ended before the call above.
+    if os.getppid() != int(parent):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _tensors(image: memoryview, shards: list[list[int]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for offset, size in shards:
+        yield from read_tensors(image[offset : offset + size])
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, ImageTransferEngine)
+die_with_parent()
