@@ -108,8 +108,10 @@ def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -
     for override in overrides:
         merge(values, parse_override(override))
     for section, defaults in RUN_FOLDER_VALUES.items():
-        if isinstance(values.setdefault(section, {}), dict):
-            values[section] = {**defaults, **values[section]}
+        # A trainer cannot do with these values alone: without a section of its own there is none.
+        given = values.get(section, None if section == "trainer" else {})
+        if isinstance(given, dict):
+            values[section] = {**defaults, **given}
     return check_recipe(path, values)
 
 
