@@ -1,0 +1,91 @@
+"""A buffer and one rollout worker as processes of their own, filled with a model folder's weights."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from perigee.buffer.client import BufferClient
+from perigee.cli.health import wait_serving
+from perigee.cli.ports import HOST, pick_ports
+from perigee.cli.process import Command, GuardedProcess, describe_end
+from perigee.errors import UnavailableError
+from perigee.rollout.client import RolloutClient
+from services.rollout.config import RolloutConfig
+from services.weights.config import WeightsConfig
+from services.weights.image import export_image
+from services.weights.sender import Target, WeightSender
+
+POLICY_VERSION = 1
+START_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True)
+class RolloutStack:
+    """Clients of the two services; the worker holds POLICY_VERSION of the run."""
+
+    run_id: str
+    buffer: BufferClient
+    rollout: RolloutClient
+
+
+@asynccontextmanager
+async def rollout_stack(folder: Path, config: RolloutConfig, run_id: str) -> AsyncIterator[RolloutStack]:
+    """Starts both processes, with data and logs in `folder`, and pushes the weights of `config.model`.
+
+    Raises UnavailableError with the last error of its log when one of them ends or does not get ready.
+    """
+    buffer_port, rollout_port = pick_ports(2)
+    buffer_address, rollout_address = f"{HOST}:{buffer_port}", f"{HOST}:{rollout_port}"
+    settings = {name: getattr(config, name) for name in config.model_fields_set}
+    settings |= {"buffer_address": buffer_address, "coordinator_address": None}
+    processes: list[GuardedProcess] = []
+    try:
+        processes.append(await _start(folder, "buffer", buffer_port, {"data_path": str(folder / "buffer")}))
+        processes.append(await _start(folder, "rollout", rollout_port, settings))
+        await _wait_ready(processes[0], buffer_address, "perigee.buffer.v1.BufferService")
+        await _wait_ready(processes[1], rollout_address, "")
+        await _push_weights(Path(config.model), run_id, rollout_address)
+        async with BufferClient.connect(buffer_address) as buffer, RolloutClient.connect(rollout_address) as rollout:
+            yield RolloutStack(run_id, buffer, rollout)
+    finally:
+        await asyncio.gather(*(process.stop() for process in processes))
+
+
+async def _start(folder: Path, name: str, port: int, settings: Mapping[str, object]) -> GuardedProcess:
+    arguments = [sys.executable, "-m", f"services.{name}", "--set", f"server.port={port}"]
+    for field, value in settings.items():
+        arguments += ["--set", f"{field}={json.dumps(value)}"]
+    return await GuardedProcess.start(Command(name, arguments, folder / f"{name}.log"))
+
+
+async def _wait_ready(process: GuardedProcess, address: str, service: str) -> None:
+    ready, ended = asyncio.create_task(wait_serving(address, service)), asyncio.create_task(process.wait())
+    try:
+        await asyncio.wait((ready, ended), timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            raise UnavailableError(describe_end(process.command, ended.result()))
+        if not ready.done():
+            raise UnavailableError(f"{process.command.name} is not ready after {START_TIMEOUT_S:.0f} s")
+    finally:
+        ready.cancel()
+        ended.cancel()
+
+
+async def _push_weights(model: Path, run_id: str, address: str) -> None:
+    """A worker whose engine still starts takes the weights once it has started."""
+    config = WeightsConfig()
+    image = export_image(run_id, POLICY_VERSION, load_file(model / "model.safetensors").items(), config.max_shard_bytes)
+    sender = WeightSender(config)
+    try:
+        (outcome,) = await sender.push(image, [Target("worker", address)])
+    finally:
+        image.close()
+        await sender.close()
+    if not outcome.committed:
+        raise UnavailableError(f"The worker did not take the weights: {outcome.reason}")
