@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perigee.cli.process import Command, GuardedProcess, describe_end
+from perigee.cli.process import Command, GuardedProcess
 from perigee.cli.recipe import Recipe, check_recipe, dump_yaml, load_recipe
 from perigee.cli.run_folder import RunFolder, find_run, new_run, write_atomic
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
@@ -57,7 +57,7 @@ async def prepare_data(run: RunFolder, recipe: Recipe) -> None:
         finally:
             await process.stop()
         if code != 0:
-            raise FailedPreconditionError(describe_end(command, code))
+            raise FailedPreconditionError(process.describe_end(code))
     aside.rename(run.data_path)
 
 

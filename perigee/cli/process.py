@@ -39,9 +39,10 @@ class Command:
 class GuardedProcess:
     """A started command. Its whole process tree ends with it, and with this process, however either ends."""
 
-    def __init__(self, command: Command, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, command: Command, process: asyncio.subprocess.Process, log_start: int) -> None:
         self.command = command
         self._process = process
+        self._log_start = log_start
 
     @classmethod
     async def start(cls, command: Command) -> GuardedProcess:
@@ -50,11 +51,12 @@ class GuardedProcess:
         To be called in the main thread: the kernel ties the guard to the life of the thread that starts it.
         """
         command.log_path.parent.mkdir(parents=True, exist_ok=True)
+        log_start = command.log_path.stat().st_size if command.log_path.exists() else 0
         guard = [sys.executable, "-I", "-S", _GUARD, str(os.getpid()), str(GRACE_S), str(command.log_path)]
         process = await asyncio.create_subprocess_exec(
             *guard, *command.arguments, stdin=asyncio.subprocess.DEVNULL, start_new_session=True
         )
-        return cls(command, process)
+        return cls(command, process, log_start)
 
     @property
     def pid(self) -> int:
@@ -89,39 +91,38 @@ class GuardedProcess:
         if self.exit_code is None:
             os.killpg(self.pid, signal.SIGKILL)
 
+    def describe_end(self, exit_code: int) -> str:
+        """One sentence: which command ended, how, the error that it logged since its start, and where the log is."""
+        how = f"ended with exit code {exit_code}"
+        if exit_code > 128:
+            how = f"was ended by {signal.Signals(exit_code - 128).name}"
+        log_path = self.command.log_path
+        error = last_error(read_tail(log_path, self._log_start))
+        return f"{self.command.name} {how}{f': {error}' if error else ''} (log: {log_path})"
+
     def _signal(self, number: signal.Signals) -> None:
         if self.exit_code is None:
             self._process.send_signal(number)
 
 
-def describe_end(command: Command, exit_code: int) -> str:
-    """One sentence: which command ended, how, the error in its log, and where the log is."""
-    how = (
-        f"was ended by {signal.Signals(exit_code - 128).name}"
-        if exit_code > 128
-        else f"ended with exit code {exit_code}"
-    )
-    error = last_error(read_tail(command.log_path))
-    return f"{command.name} {how}{f': {error}' if error else ''} (log: {command.log_path})"
-
-
-def read_tail(path: Path) -> list[str]:
-    """The last lines of a log, LOG_TAIL_BYTES at most; none when there is no log."""
+def read_tail(path: Path, start: int = 0) -> list[str]:
+    """The last lines of a log from byte `start` on, LOG_TAIL_BYTES at most; none when there is no log."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - LOG_TAIL_BYTES))
+            file.seek(max(start, path.stat().st_size - LOG_TAIL_BYTES))
             return file.read().decode(errors="replace").splitlines()
     except FileNotFoundError:
         return []
 
 
 def last_error(lines: Iterable[str]) -> str:
-    """The last line of a log that names an error, else its last line, else nothing; at most 300 characters."""
+    """The last line of a log that names an error, else its last line that is no record; at most 300 characters."""
     filled = [line.strip() for line in lines if line.strip()]
     for line in reversed(filled):
         if found := _error_in(line):
             return found[:300]
-    return filled[-1][:300] if filled else ""
+    plain = [line for line in filled if not line.startswith("{")]
+    return plain[-1][:300] if plain else ""
 
 
 def _error_in(line: str) -> str:

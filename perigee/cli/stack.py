@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from perigee.cli.health import wait_serving
 from perigee.cli.ports import HOST, pick_ports
-from perigee.cli.process import Command, GuardedProcess, describe_end
+from perigee.cli.process import Command, GuardedProcess
 from perigee.cli.recipe import SERVICES
 from perigee.cli.run_folder import RunFolder, StackFile
 from perigee.errors import UnavailableError
@@ -142,7 +142,7 @@ class LocalStack:
         try:
             await asyncio.wait((ready, ended), timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
             if ended.done():
-                raise UnavailableError(describe_end(spec.command, ended.result()))
+                raise UnavailableError(process.describe_end(ended.result()))
             if not ready.done():
                 await process.stop()
                 raise UnavailableError(
@@ -156,12 +156,14 @@ class LocalStack:
 
     async def _supervise(self, spec: ServiceSpec) -> None:
         for restart, delay_s in enumerate(RESTART_DELAYS_S[:MAX_RESTARTS], start=1):
-            code = await self._processes[spec.name].wait()
-            self._report(f"{describe_end(spec.command, code)}; restart {restart} of {MAX_RESTARTS} in {delay_s:g} s")
+            process = self._processes[spec.name]
+            end = process.describe_end(await process.wait())
+            self._report(f"{end}; restart {restart} of {MAX_RESTARTS} in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             try:
                 await self._start(spec)
             except UnavailableError as error:
                 self._report(error.message)
-        code = await self._processes[spec.name].wait()
-        raise UnavailableError(f"{describe_end(spec.command, code)}; it was restarted {MAX_RESTARTS} times")
+        process = self._processes[spec.name]
+        end = process.describe_end(await process.wait())
+        raise UnavailableError(f"{end}; it was restarted {MAX_RESTARTS} times")

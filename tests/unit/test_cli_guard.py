@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from perigee.cli.process import Command, GuardedProcess, describe_end
+from perigee.cli.process import Command, GuardedProcess
 
 # A service with a child in a session of its own that ignores SIGTERM, as an engine or a database may.
 STUBBORN = """
@@ -74,7 +74,7 @@ async def test_what_a_killed_service_leaves_is_ended(command: Command) -> None:
     with tree_that_ends(process.pid) as tree:
         tree[0].kill()
         assert await process.wait() == 128 + signal.SIGKILL
-    assert describe_end(command, 137).startswith("x was ended by SIGKILL")
+    assert process.describe_end(137).startswith("x was ended by SIGKILL")
 
 
 def test_nothing_outlives_an_owner_that_is_killed(command: Command) -> None:
@@ -105,14 +105,14 @@ async def test_the_exit_code_and_the_log_are_the_commands(tmp_path: Path) -> Non
     command = Command("x", [sys.executable, "-c", script], tmp_path / "x.log")
     process = await GuardedProcess.start(command)
     assert await process.wait() == 1
-    assert describe_end(command, 1) == f"x ended with exit code 1: ValueError: wrong (log: {command.log_path})"
+    assert process.describe_end(1) == f"x ended with exit code 1: ValueError: wrong (log: {command.log_path})"
 
 
 async def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
     command = Command("x", ["/nowhere/program"], tmp_path / "x.log")
     process = await GuardedProcess.start(command)
     assert await process.wait() == 127
-    assert "/nowhere/program cannot be started: [Errno 2]" in describe_end(command, 127)
+    assert "/nowhere/program cannot be started: [Errno 2]" in process.describe_end(127)
 
 
 async def test_a_signal_before_the_service_runs_is_not_lost(tmp_path: Path) -> None:

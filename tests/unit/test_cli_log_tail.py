@@ -13,6 +13,7 @@ INFO = json.dumps({"event": "listening", "level": "info"})
     ("lines", "expected"),
     [
         ([], ""),
+        ([INFO], ""),
         ([INFO, "", "Segmentation fault"], "Segmentation fault"),
         (
             ["Traceback (most recent call last):", '  File "x.py", line 1', "ValueError: bad", INFO],
