@@ -1,0 +1,50 @@
+"""Configuration of the reward service."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from services.kit.config import Model, ServiceConfig
+
+
+class MathConfig(Model):
+    """The math verifier."""
+
+    workers: int = Field(2, ge=1)
+    """Processes that compare expressions; plain numbers need none."""
+    check_timeout_s: float = Field(5.0, gt=0)
+    """Time of one comparison in its process; past it the process is killed and the item FAILED."""
+    memory_bytes: int = Field(1 << 30, ge=1 << 27)
+    """Memory of one comparison; past it the process is killed and the item FAILED."""
+    start_timeout_s: float = Field(60.0, gt=0)
+    """Time for a worker process to get ready."""
+
+
+class CodeConfig(Model):
+    """The code verifier."""
+
+    concurrency: int = Field(16, ge=1)
+    """Programs at the sandbox at once; more wait here."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Time of one program at the sandbox, retries included; past it the item is FAILED."""
+
+
+class RewardConfig(ServiceConfig):
+    """The reward service's section of a recipe."""
+
+    section: ClassVar[str] = "reward"
+
+    sandbox_address: str = "127.0.0.1:50056"
+    """The sandbox that runs programs."""
+    math: MathConfig = MathConfig()
+    """The math verifier."""
+    code: CodeConfig = CodeConfig()
+    """The code verifier."""
+    cache_entries: int = Field(100_000, ge=0)
+    """Outcomes kept, so that the same response to the same prompt is judged once; the oldest make room."""
+    max_queued_items: int = Field(16_384, ge=1)
+    """Items under way in all calls together; a call that would exceed it is refused with RESOURCE_EXHAUSTED."""
+    max_response_bytes: int = Field(1 << 20, ge=1)
+    """Largest response of an item, in UTF-8."""

@@ -1,0 +1,15 @@
+"""Prometheus metrics of the reward service."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Gauge, Histogram
+
+OUTCOMES = Counter("perigee_reward_outcomes_total", "Outcomes given", ["verifier", "verdict"])
+CACHE_HITS = Counter("perigee_reward_cache_hits_total", "Items that another item's judgement answered", ["verifier"])
+JUDGEMENT_SECONDS = Histogram(
+    "perigee_reward_judgement_seconds",
+    "Time from an item's arrival to its outcome",
+    ["verifier"],
+    buckets=(0.0005, 0.002, 0.01, 0.05, 0.2, 1, 5, 20, 60),
+)
+QUEUED_ITEMS = Gauge("perigee_reward_queued_items", "Items under way")

@@ -1,0 +1,108 @@
+"""What a verifier is, what it is given and what it answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Generic, Self, TypeVar
+
+from perigee.errors import FieldViolation
+
+
+class Verdict(Enum):
+    """CORRECT and WRONG are judgements; UNGRADABLE: the response offers nothing to grade; FAILED: nobody knows."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    UNGRADABLE = "ungradable"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A verdict, its reward (absent exactly when FAILED), the answer found, and why.
+
+    `retryable` says whether asking again may help when the verdict is FAILED.
+    """
+
+    verdict: Verdict
+    reward: float | None
+    extracted: str = ""
+    reason: str = ""
+    retryable: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.reward is None) != (self.verdict is Verdict.FAILED):
+            raise ValueError(f"a {self.verdict.value} outcome with reward {self.reward}")
+
+    @classmethod
+    def correct(cls, extracted: str) -> Self:
+        """Reward 1."""
+        return cls(Verdict.CORRECT, 1.0, extracted)
+
+    @classmethod
+    def wrong(cls, extracted: str, reason: str = "", reward: float = 0.0) -> Self:
+        """Reward 0, or the partial credit that the prompt asks for."""
+        return cls(Verdict.WRONG, reward, extracted, reason)
+
+    @classmethod
+    def ungradable(cls, reason: str, extracted: str = "") -> Self:
+        """Reward 0: the response itself is at fault."""
+        return cls(Verdict.UNGRADABLE, 0.0, extracted, reason)
+
+    @classmethod
+    def failed(cls, reason: str, *, retryable: bool, extracted: str = "") -> Self:
+        """No reward."""
+        return cls(Verdict.FAILED, None, extracted, reason, retryable)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Base of a verifier's parameters: immutable values whose representation names them for the cache."""
+
+
+ParametersT = TypeVar("ParametersT", bound=Parameters)
+
+
+@dataclass(frozen=True)
+class Item(Generic[ParametersT]):
+    """One response to judge.
+
+    The answer is what follows the last `answer_marker`; an empty marker leaves finding it to the verifier.
+    """
+
+    id: str
+    response: str
+    answer_marker: str
+    parameters: ParametersT
+
+
+class Verifier(ABC, Generic[ParametersT]):
+    """Judges responses; one instance serves the whole process, many items at once."""
+
+    name: ClassVar[str]
+    # Part of the cache key: raise it when verdicts change.
+    version: ClassVar[str]
+
+    @abstractmethod
+    def find_violations(self, parameters: ParametersT) -> list[FieldViolation]:
+        """What is wrong with the parameters, field by field."""
+
+    @abstractmethod
+    async def judge(self, item: Item[ParametersT]) -> Outcome:
+        """The outcome of one item, within the verifier's own deadline; a failure is an outcome, not an exception."""
+
+    async def start(self) -> None:
+        """Starts what the verifier needs to judge."""
+
+    async def close(self) -> None:
+        """Ends what `start` started."""
+
+
+def extract_answer(response: str, marker: str) -> str | None:
+    """What follows the last marker, stripped; the whole response without a marker; None when it is not there."""
+    if not marker:
+        return response.strip()
+    _, found, answer = response.rpartition(marker)
+    return answer.strip() if found else None

@@ -1,0 +1,153 @@
+"""Programs: the response's source against hidden tests, in the sandbox service."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import ClassVar
+
+from perigee.errors import (
+    DeadlineExceededError,
+    FieldViolation,
+    InternalError,
+    PerigeeError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from perigee.sandbox.client import SandboxClient
+from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
+from services.reward.config import CodeConfig
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
+
+MAX_EXTRACTED_CHARACTERS = 1000
+FIRST_PAUSE_S = 0.1
+LAST_PAUSE_S = 5.0
+# The sandbox's fault or a full queue, not the program's: worth another try within the deadline.
+RETRIED = (UnavailableError, ResourceExhaustedError, DeadlineExceededError, InternalError)
+# What a program can be found to be; anything else is no judgement.
+WRONG_VERDICTS = {
+    sandbox_pb.TEST_VERDICT_WRONG_ANSWER: "wrong answer",
+    sandbox_pb.TEST_VERDICT_TIME_LIMIT: "time limit",
+    sandbox_pb.TEST_VERDICT_MEMORY_LIMIT: "memory limit",
+    sandbox_pb.TEST_VERDICT_OUTPUT_LIMIT: "output limit",
+    sandbox_pb.TEST_VERDICT_RUNTIME_ERROR: "runtime error",
+    sandbox_pb.TEST_VERDICT_COMPILE_ERROR: "compile error",
+}
+
+
+@dataclass(frozen=True)
+class CodeParameters(Parameters):
+    """Language, entry point and tests of a programming prompt; tests and limits as the sandbox's serialized messages.
+
+    Serialized, because messages can be neither hashed nor told apart by their representation.
+    """
+
+    language: str
+    function_name: str
+    tests: tuple[bytes, ...]
+    partial_credit: bool
+    limits: bytes
+
+
+class CodeVerifier(Verifier[CodeParameters]):
+    """Correct when every test passes; with partial credit a wrong program earns the share of tests that it passes."""
+
+    name: ClassVar[str] = "code"
+    version: ClassVar[str] = "1"
+
+    def __init__(self, config: CodeConfig, sandbox: SandboxClient) -> None:
+        self._config = config
+        self._sandbox = sandbox
+        self._slots = asyncio.Semaphore(config.concurrency)
+
+    def find_violations(self, parameters: CodeParameters) -> list[FieldViolation]:
+        violations = []
+        if not parameters.language:
+            violations.append(FieldViolation("code.language", 'is required: "python" for one'))
+        if not parameters.tests:
+            violations.append(FieldViolation("code.tests", "at least one test is required"))
+        for index, test in enumerate(parameters.tests):
+            kind = sandbox_pb.TestCase.FromString(test).WhichOneof("kind")
+            if kind is None:
+                violations.append(FieldViolation(f"code.tests[{index}]", "must be stdio or function"))
+            elif kind == "function" and not parameters.function_name:
+                violations.append(FieldViolation("code.function_name", f"is required by code.tests[{index}]"))
+        return violations
+
+    async def judge(self, item: Item[CodeParameters]) -> Outcome:
+        source = extract_answer(item.response, item.answer_marker)
+        if source is None:
+            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
+        if not source:
+            return Outcome.ungradable("the program is empty")
+        extracted = source[:MAX_EXTRACTED_CHARACTERS]
+        async with self._slots:
+            return await self._judge_until_deadline(item.parameters, source, extracted)
+
+    async def _judge_until_deadline(self, parameters: CodeParameters, source: str, extracted: str) -> Outcome:
+        end = time.monotonic() + self._config.timeout_s
+        request = build_request(parameters, source)
+        pause_s = FIRST_PAUSE_S
+        while True:
+            hint_s: float | None = None
+            try:
+                response = await self._sandbox.judge(request, timeout_s=max(0.01, end - time.monotonic()))
+                if is_judgement(response, parameters):
+                    return read_judgement(response, parameters, extracted)
+                reason = f"the sandbox failed: {infrastructure_reason(response)}"
+            except RETRIED as error:
+                reason, hint_s = error.message, error.retry_after_s
+            except PerigeeError as error:
+                return Outcome.failed(error.message, retryable=False, extracted=extracted)
+            pause_s = min(max(pause_s, hint_s or 0.0), LAST_PAUSE_S)
+            if time.monotonic() + pause_s >= end:
+                return Outcome.failed(reason, retryable=True, extracted=extracted)
+            await asyncio.sleep(pause_s)
+            pause_s *= 2
+
+
+def build_request(parameters: CodeParameters, source: str) -> sandbox_pb.JudgeRequest:
+    """The sandbox's request; without partial credit the first failed test ends the run."""
+    return sandbox_pb.JudgeRequest(
+        language=parameters.language,
+        source=source.encode(),
+        function_name=parameters.function_name,
+        tests=[sandbox_pb.TestCase.FromString(test) for test in parameters.tests],
+        limits=sandbox_pb.Limits.FromString(parameters.limits) if parameters.limits else None,
+        stop_at_first_failure=not parameters.partial_credit,
+    )
+
+
+def is_judgement(response: sandbox_pb.JudgeResponse, parameters: CodeParameters) -> bool:
+    """Whether the response speaks of the program, not of the sandbox.
+
+    A share of passed tests needs every test to have been judged; a failed test alone makes a program wrong.
+    """
+    if parameters.partial_credit:
+        judged = {sandbox_pb.TEST_VERDICT_ACCEPTED, *WRONG_VERDICTS}
+        if any(result.verdict not in judged for result in response.results) and not is_compile_error(response):
+            return False
+    return response.verdict == sandbox_pb.TEST_VERDICT_ACCEPTED or response.verdict in WRONG_VERDICTS
+
+
+def is_compile_error(response: sandbox_pb.JudgeResponse) -> bool:
+    """Whether the program never ran, so that no test of it was judged."""
+    return response.verdict == sandbox_pb.TEST_VERDICT_COMPILE_ERROR
+
+
+def read_judgement(response: sandbox_pb.JudgeResponse, parameters: CodeParameters, extracted: str) -> Outcome:
+    """The outcome of a judged program."""
+    if response.verdict == sandbox_pb.TEST_VERDICT_ACCEPTED:
+        return Outcome.correct(extracted)
+    share = response.passed / len(parameters.tests) if parameters.partial_credit else 0.0
+    detail = next((r.reason for r in response.results if r.verdict == response.verdict and r.reason), "")
+    reason = WRONG_VERDICTS[response.verdict] + (f": {detail}" if detail else "")
+    return Outcome.wrong(extracted, reason, reward=share)
+
+
+def infrastructure_reason(response: sandbox_pb.JudgeResponse) -> str:
+    """Why the sandbox could not judge, as far as it says."""
+    judged = {sandbox_pb.TEST_VERDICT_ACCEPTED, sandbox_pb.TEST_VERDICT_SKIPPED, *WRONG_VERDICTS}
+    reasons = [result.reason for result in response.results if result.verdict not in judged and result.reason]
+    return reasons[0] if reasons else sandbox_pb.TestVerdict.Name(response.verdict)
