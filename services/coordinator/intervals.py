@@ -52,7 +52,8 @@ def clustered_interval(correct_by_problem: Sequence[Sequence[bool]]) -> Interval
     residual_P = correct_P - mean * sizes_P
     variance = float((residual_P**2).sum()) * problems / (problems - 1) / float(sizes_P.sum()) ** 2
     if variance == 0.0:
-        return Interval(mean, mean, mean)
+        # Every problem is as often right as the others: no less certain than independent answers.
+        return _wilson_at(mean, float(sizes_P.sum()))
     return _wilson_at(mean, mean * (1 - mean) / variance)
 
 

@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.coordinator.v1 import coordinator_pb2
 from perigee.errors import (
     AbortedError,
     DataLossError,
@@ -61,7 +60,6 @@ class Run:
             reached = self._committed_iteration
             try:
                 await self._go_on()
-                board.enter(coordinator_pb2.RUN_PHASE_FINISHED)
                 return
             except PeerLostError:
                 raise
@@ -84,7 +82,7 @@ class Run:
             line = await Iteration(context, committed, groups, sampler, self._keeper).run()
             self._committed_iteration = committed.iteration
             context.board.metrics = flatten(line)
-            log.info("iteration", run=self._run_id, iteration=committed.iteration, **flatten(line))
+            log.info("iteration", run=self._run_id, metrics=flatten(line))
             every = config.evaluation.every
             if every and committed.iteration % every == 0 and not self._is_over(committed):
                 await self._evaluate(committed, "during")
@@ -186,7 +184,7 @@ class Run:
         line = await Evaluation(context, committed.policy_version).run(moment, iteration, self._keeper)
         await asyncio.to_thread(context.records.add_evaluation, line)
         committed.state.totals.add_seconds("evaluation", line["seconds"])
-        log.info("evaluation", run=self._run_id, moment=moment, **flatten(line["accuracy"]))
+        log.info("evaluation", run=self._run_id, moment=moment, accuracy=flatten(line["accuracy"]))
         return line
 
     async def _finish(self, committed: Committed, before: dict[str, Any], after: dict[str, Any]) -> None:

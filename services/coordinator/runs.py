@@ -129,13 +129,14 @@ class Runs:
         try:
             await Run(context).execute()
             await asyncio.to_thread(save_run_file, replace(file, status="finished"))
+            context.board.enter(pb.RUN_PHASE_FINISHED)
         except Exception as error:
             message = error.message if isinstance(error, PerigeeError) else f"{type(error).__name__}: {error}"
             log.error("run failed", run=file.run_id, error=message, exc_info=error)
-            context.board.fail(message)
             with contextlib.suppress(OSError):
                 # A full disk must not hide why the run failed.
                 await asyncio.to_thread(save_run_file, replace(file, status="failed"))
+            context.board.fail(message)
         finally:
             context.records.close()
 

@@ -111,9 +111,18 @@ class WorkerRegistry:
         return lost
 
     async def sweep(self) -> None:
-        """Ends leases as they run out, until cancelled."""
+        """Ends leases as they run out, until cancelled.
+
+        Time in which this process stood still is no silence of the workers: their leases grow by it.
+        """
+        pause_s = self.lease_seconds / 8
         while True:
-            await asyncio.sleep(self.lease_seconds / 8)
+            slept_at = self.clock()
+            await asyncio.sleep(pause_s)
+            late_s = self.clock() - slept_at - pause_s
+            if late_s > pause_s:
+                for worker in self._workers.values():
+                    worker.expires += late_s
             self.expire()
 
     def mark_pushed(self, worker: Worker, version: int) -> None:

@@ -1,0 +1,248 @@
+"""Whole runs of a real coordinator on the real buffer, with fake workers, trainer and reward service."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from perigee.buffer.v1 import buffer_pb2
+from perigee.coordinator.client import CoordinatorClient
+from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.lifespan import lifespan
+from services.coordinator.prompts import read_model_folder
+from services.kit.server import serving
+from tests.fixtures.coordinator import math_line, write_lines, write_run_section
+from tests.fixtures.coordinator_fakes import FakePeers, fake_peers, worker_in_service
+
+
+PHASES = {"preparation", "rollout", "scoring", "training", "checkpoint", "commit", "weights"}
+
+
+@asynccontextmanager
+async def coordinator(peers: FakePeers, **settings: Any) -> AsyncIterator[CoordinatorClient]:
+    config = CoordinatorConfig(**(peers.settings() | settings))
+    async with serving(config, lifespan) as app, CoordinatorClient.connect(app.address) as client:
+        yield client
+
+
+async def finish(client: CoordinatorClient, run_id: str) -> list[pb.RunSnapshot]:
+    """The snapshots until the run ends."""
+    return [response.run async for response in client.watch_run(pb.WatchRunRequest(run_id=run_id), timeout_s=60)]
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def trained_ids(peers: FakePeers) -> Counter[str]:
+    return Counter(
+        member.trajectory_id
+        for request in peers.trainer.trained
+        for group in request.groups
+        for member in group.trajectories
+    )
+
+
+async def test_a_run_from_warmup_to_summary(buffer_address: str, tmp_path: Path) -> None:
+    run_id = f"run-{uuid.uuid4().hex}"
+    dataset = write_lines(tmp_path / "warmup.jsonl", [{"prompt": "1+1=", "response": "2"}])
+    stage = {"dataset": str(dataset), "steps": 3, "optimizer": {"learning_rate": 1e-3}}
+    section = write_run_section(
+        tmp_path,
+        warmup=[stage, stage],
+        evaluation={"every": 2, "samples": 2, "problems": 5},
+        rollout={"token_budget": 10, "response_cap": 24},
+        algorithm={"optimizer": {"learning_rate": 1e-4}, "final_learning_rate_share": 0.5},
+    )
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    async with AsyncExitStack() as stack:
+        peers = await stack.enter_async_context(fake_peers(buffer_address))
+        client = await stack.enter_async_context(coordinator(peers))
+        for name in ("a", "b"):
+            worker = peers.add_worker(name, tokenizer)
+            await stack.enter_async_context(worker_in_service(worker, client.target))
+        run_path = tmp_path / "run"
+        response = await client.start_run(
+            pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path))
+        )
+        assert not response.resumed
+        snapshots = await finish(client, run_id)
+        assert snapshots[-1].error == ""
+        assert snapshots[-1].phase == pb.RUN_PHASE_FINISHED
+        assert {pb.RUN_PHASE_WARMUP, pb.RUN_PHASE_EVALUATION, pb.RUN_PHASE_ROLLOUT, pb.RUN_PHASE_TRAINING} <= {
+            snapshot.phase for snapshot in snapshots
+        }
+        assert snapshots[-1].metrics["iteration"] == 3
+
+    # Two stages make versions 1 and 2; three iterations 3, 4 and 5, each from the one before.
+    assert [request.new_version for request in peers.trainer.fine_tuned] == [1, 2]
+    assert [(request.base_version, request.new_version) for request in peers.trainer.trained] == [
+        (2, 3),
+        (3, 4),
+        (4, 5),
+    ]
+    rates = [request.algorithm.optimizer.learning_rate for request in peers.trainer.trained]
+    assert rates == pytest.approx([1e-4, 0.75e-4, 0.5e-4])
+    assert set(trained_ids(peers).values()) == {1}
+    assert peers.trainer.exported == [str(run_path / "model")]
+    assert all(peers.workers[name].extended for name in ("a", "b"))
+
+    lines = read_json_lines(run_path / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["ended"]["stop"] + line["ended"]["budget"] > 0
+        assert line["finished"] == line["ended"]["stop"]
+        assert {"preparation", "rollout", "scoring", "training", "checkpoint", "commit", "weights"} == set(
+            line["phases"]
+        )
+        assert line["groups"]["live"] + line["groups"]["trained"] + line["groups"]["uniform"] == 16
+    trained = sum(line["trajectories_trained"] for line in lines)
+    assert trained == sum(trained_ids(peers).values())
+    assert sum(line["trajectories_multi_version"] for line in lines) > 0
+    # Tokens by version are those of the trained trajectories, the policy of earlier iterations included.
+    assert set(lines[-1]["tokens_by_version"]) <= {"2", "3", "4"}
+    assert len(lines[-1]["tokens_by_version"]) > 1
+
+    evaluations = read_json_lines(run_path / "evaluations.jsonl")
+    assert [(line["moment"], line["iteration"], line["problems"]) for line in evaluations] == [
+        ("before", 0, 12),
+        ("during", 2, 5),
+        ("after", 3, 12),
+    ]
+    summary = json.loads((run_path / "summary.json").read_text())
+    assert summary["accuracy_before"] == evaluations[0]["accuracy"]
+    assert set(summary["accuracy_after"]) == {"overall", "math"}
+    interval = summary["accuracy_after"]["overall"]["sampled"]
+    assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1
+    assert summary["trajectories_trained"] == trained
+    assert summary["tokens_generated"] == sum(line["tokens_generated"] for line in lines)
+    assert summary["max_logprob_difference"] == pytest.approx(1e-4)
+    assert {"warmup", "evaluation", "rollout", "training", "weights", "commit", "total"} <= set(summary["seconds"])
+    assert json.loads((run_path / "run.json").read_text())["status"] == "finished"
+    events = EventAccumulator(str(run_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("reward/mean")] == [1, 2, 3]
+
+    state = (await peers_run_state(buffer_address, run_id)).run
+    assert (state.iteration, state.policy_version) == (3, 5)
+
+
+async def peers_run_state(buffer_address: str, run_id: str) -> buffer_pb2.GetRunResponse:
+    from perigee.buffer.client import BufferClient
+
+    async with BufferClient.connect(buffer_address) as buffer:
+        return await buffer.get_run(buffer_pb2.GetRunRequest(run_id=run_id))
+
+
+async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_the_cap(
+    buffer_address: str, tmp_path: Path
+) -> None:
+    run_id = f"run-{uuid.uuid4().hex}"
+    section = write_run_section(tmp_path, iterations=5, rollout={"token_budget": 4, "response_cap": 11})
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
+        worker = peers.add_worker("a", tokenizer)
+        async with worker_in_service(worker, client.target):
+            await client.start_run(
+                pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run"))
+            )
+            assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
+    assert {call.token_budget for call in worker.calls} == {4}
+    assert {call.response_cap for call in worker.calls} == {11}
+    # A response of 4 tokens an iteration takes three at most.
+    assert max(Counter(worker.extended).values()) == 3
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert sum(sum(line["ended"].values()) for line in lines) == len(worker.extended)
+    assert max(line["response_tokens"]["max"] or 0 for line in lines) == 11
+    assert sum(line["ended"]["response_cap"] for line in lines) > 0
+
+
+async def test_bad_requests_name_the_field_and_write_nothing(buffer_address: str, tmp_path: Path) -> None:
+    section = write_run_section(tmp_path)
+    values = yaml.safe_load(section)
+    run_path = tmp_path / "run"
+    malformed = write_lines(tmp_path / "malformed.jsonl", [math_line("a", "1+1=", "2"), {"id": "b"}])
+    too_long = write_lines(tmp_path / "long.jsonl", [math_line("huge", "1" * 300, "2")])
+    cases = [
+        (values | {"iteratoins": 3}, "run.iteratoins: unknown key; did you mean iterations?"),
+        (values | {"groups": {"live": 0, "size": 4}}, "run.groups.live"),
+        (values | {"model": str(tmp_path)}, "run.model"),
+        (values | {"prompts": str(malformed)}, "malformed.jsonl:2: verifier"),
+        (values | {"heldout": str(too_long)}, "prompt huge"),
+        (values | {"warmup": [{"dataset": "/none", "steps": 1}]}, "run.warmup.0.dataset: /none is no file"),
+    ]
+    async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
+        for wrong, said in cases:
+            request = pb.StartRunRequest(run_id="r", config_yaml=yaml.safe_dump(wrong), run_path=str(run_path))
+            with pytest.raises(InvalidArgumentError) as caught:
+                await client.start_run(request)
+            assert said in caught.value.message
+            assert caught.value.violations
+        with pytest.raises(InvalidArgumentError) as caught:
+            await client.start_run(pb.StartRunRequest(run_id="../r", config_yaml="", run_path="relative"))
+        assert [violation.field for violation in caught.value.violations] == ["run_id", "config_yaml", "run_path"]
+        with pytest.raises(NotFoundError):
+            await client.stop_run(pb.StopRunRequest(run_id="unknown"))
+        assert not (await client.get_status(pb.GetStatusRequest())).HasField("run")
+    assert not run_path.exists()
+
+
+async def test_stop_and_go_on(buffer_address: str, tmp_path: Path) -> None:
+    run_id = f"run-{uuid.uuid4().hex}"
+    section = write_run_section(tmp_path, iterations=4)
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run"))
+    async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
+        async with worker_in_service(peers.add_worker("a", tokenizer, call_seconds=0.02), client.target):
+            await client.start_run(request)
+            async for response in client.watch_run(pb.WatchRunRequest(run_id=run_id)):
+                if response.run.metrics.get("iteration", 0) >= 1:
+                    break
+            assert (await client.start_run(request)).resumed
+            await client.stop_run(pb.StopRunRequest(run_id=run_id))
+            assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_STOPPED
+            other = pb.StartRunRequest(run_id="other", config_yaml=section, run_path=request.run_path)
+            with pytest.raises(FailedPreconditionError, match="choose another run_path"):
+                await client.start_run(other)
+            changed = yaml.safe_dump(yaml.safe_load(section) | {"seed": 7})
+            with pytest.raises(FailedPreconditionError, match="another configuration"):
+                await client.start_run(
+                    pb.StartRunRequest(run_id=run_id, config_yaml=changed, run_path=request.run_path)
+                )
+            assert (await client.start_run(request)).resumed
+            assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
+    committed = {line["iteration"]: n for line in lines if (n := line["trajectories_trained"])}
+    # What was trained just before the stop may have been rolled back and trained again: the last request counts.
+    trained = {r.iteration: sum(len(group.trajectories) for group in r.groups) for r in peers.trainer.trained}
+    assert committed == trained
+
+
+async def test_the_time_limit_ends_a_run_after_an_iteration(buffer_address: str, tmp_path: Path) -> None:
+    run_id = f"run-{uuid.uuid4().hex}"
+    section = write_run_section(tmp_path, iterations=10_000, time_limit_s=1.5)
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
+        async with worker_in_service(peers.add_worker("a", tokenizer, call_seconds=0.05), client.target):
+            started = asyncio.get_running_loop().time()
+            await client.start_run(
+                pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run"))
+            )
+            assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
+            assert 1.5 <= asyncio.get_running_loop().time() - started < 15
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    assert lines[-1]["elapsed_seconds"] > lines[0]["elapsed_seconds"]
+    assert lines[-1]["learning_rate"] <= lines[0]["learning_rate"]

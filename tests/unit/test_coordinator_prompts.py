@@ -1,0 +1,95 @@
+"""Prompt files: what is read, and the sentence that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perigee.errors import InvalidArgumentError
+from services.coordinator.prompts import CodeLine, read_model_folder, read_prompts
+from services.coordinator.score_items import make_score_item
+from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
+
+
+def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
+    model = read_model_folder(str(write_model_folder(tmp_path / "model")))
+    path = write_lines(tmp_path / "prompts.jsonl", [math_line("m1", "1+2=", "3"), code_line("c1")])
+    prompts = read_prompts(str(path), "run.prompts", model, 16)
+    assert [prompt.id for prompt in prompts.prompts] == ["m1", "c1"]
+    assert model.tokenizer.decode(list(prompts.by_id["m1"].token_ids)) == "1+2="
+    assert isinstance(prompts.by_id["c1"].line, CodeLine)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", ":2: is not JSON"),
+        ("[1]", ":2: must be a JSON object"),
+        ({"id": "x", "prompt": "1+1="}, ":2: verifier: must be one of code, math, got None"),
+        ({"id": "x", "prompt": "1+1=", "verifier": "vibes"}, ":2: verifier: must be one of code, math, got 'vibes'"),
+        ({"id": "x", "prompt": "1+1=", "verifier": "math"}, ":2: answer: is required"),
+        (math_line("x", "1+1=", "2") | {"anwser": "2"}, ":2: anwser: unknown key; did you mean answer?"),
+        (math_line("x", "1+1=", "2") | {"difficulty": "hard"}, ":2: difficulty: "),
+        (code_line("x") | {"function": ""}, ":2: function: is required by tests with arguments"),
+        (code_line("x") | {"tests": []}, ":2: tests: "),
+        (math_line("m1", "1+1=", "2"), "holds the id m1 more than once"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path: Path, line: dict[str, Any] | str, said: str) -> None:
+    model = read_model_folder(str(write_model_folder(tmp_path / "model")))
+    path = tmp_path / "prompts.jsonl"
+    text = line if isinstance(line, str) else json.dumps(line)
+    path.write_text(json.dumps(math_line("m1", "1+2=", "3")) + "\n" + text + "\n")
+    with pytest.raises(InvalidArgumentError) as caught:
+        read_prompts(str(path), "run.prompts", model, 16)
+    assert said in caught.value.message
+    assert str(path) in caught.value.message
+    assert caught.value.violations
+
+
+def test_a_prompt_longer_than_the_context_is_named(tmp_path: Path) -> None:
+    model = read_model_folder(str(write_model_folder(tmp_path / "model", context=64)))
+    path = write_lines(tmp_path / "prompts.jsonl", [math_line("short", "1+2=", "3"), math_line("long", "1" * 49, "1")])
+    assert read_prompts(str(path), "run.prompts", model, 15).by_id["long"]
+    with pytest.raises(InvalidArgumentError, match=r"prompt long: has 49 tokens, .* context of 64"):
+        read_prompts(str(path), "run.prompts", model, 16)
+
+
+def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"run\.model: .* is no model folder: it has no config\.json"):
+        read_model_folder(str(tmp_path / "nowhere"))
+    folder = write_model_folder(tmp_path / "model")
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(InvalidArgumentError, match="max_position_embeddings"):
+        read_model_folder(str(folder))
+    write_model_folder(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(InvalidArgumentError, match=r"tokenizer\.json cannot be read"):
+        read_model_folder(str(folder))
+
+
+def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
+    model = read_model_folder(str(write_model_folder(tmp_path / "model")))
+    with pytest.raises(InvalidArgumentError, match=r"run\.heldout: .* cannot be read"):
+        read_prompts(str(tmp_path / "none.jsonl"), "run.heldout", model, 16)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(InvalidArgumentError, match="holds no prompts"):
+        read_prompts(str(tmp_path / "empty.jsonl"), "run.heldout", model, 16)
+
+
+def test_score_items_carry_the_ground_truth(tmp_path: Path) -> None:
+    model = read_model_folder(str(write_model_folder(tmp_path / "model")))
+    stdio = code_line("c2") | {"tests": [{"stdin": "1\n", "expected_stdout": "2\n"}], "limits": {"wall_ms": 500}}
+    path = write_lines(tmp_path / "p.jsonl", [math_line("m1", "1+2=", "3"), code_line("c1"), stdio])
+    prompts = read_prompts(str(path), "run.prompts", model, 16).by_id
+    math = make_score_item("i", prompts["m1"], "3#3")
+    assert (math.id, math.response, math.answer_marker, math.math.reference) == ("i", "3#3", "#", "3")
+    code = make_score_item("i", prompts["c1"], "#def f(x):return x+1").code
+    assert (code.language, code.function_name) == ("python", "f")
+    assert (code.tests[0].function.arguments_json, code.tests[0].function.expected_json) == ("[1]", "2")
+    assert not code.limits.HasField("wall_ms")
+    judged = make_score_item("i", prompts["c2"], "").code
+    assert (judged.tests[0].stdio.stdin, judged.limits.wall_ms) == (b"1\n", 500)
