@@ -10,11 +10,12 @@ from pathlib import Path
 from perigee.errors import PerigeeError
 from services.kit.config import load_config
 from services.trainer.config import TrainerConfig
-from services.trainer.launch import die_with_parent, is_launched, launch
+from services.trainer.launch import die_with_parent, is_launched, launch, prepare_environment
 
 
 def main() -> None:
     """Checks the model before any process is started, then becomes a rank."""
+    prepare_environment()
     config = load_config(TrainerConfig)
     # Megatron warns of every accelerator library that is absent.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")

@@ -30,7 +30,7 @@ class Engine:
 
     def __init__(self, config: TrainerConfig) -> None:
         self._stack = ExitStack()
-        torch.set_num_threads(config.threads or max(1, (os.cpu_count() or 1) // config.world))
+        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.world))
         self._stack.enter_context(megatron_on_cpu())
         folder = Path(config.model)
         self.shape = read_model_shape(folder)

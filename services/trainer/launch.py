@@ -18,6 +18,12 @@ def is_launched() -> bool:
     return "RANK" in os.environ
 
 
+def prepare_environment() -> None:
+    """Sets what torch reads when it is loaded, so this comes before any import of it."""
+    # OpenMP threads that spin while they wait slow training down several times when other services share the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 def launch(config: TrainerConfig, arguments: list[str]) -> None:
     """Makes this process rank 0 of one, or replaces it with torchrun, which starts this module again in each rank."""
     if config.world == 1:
