@@ -11,7 +11,8 @@ from perigee.buffer.v1.buffer_pb2_grpc import add_BufferServiceServicer_to_serve
 from perigee.errors import PerigeeError, UnavailableError
 from services.buffer.config import BufferConfig
 from services.buffer.local_server import local_server
-from services.buffer.scripts import ScriptRunner, open_redis
+from services.buffer.nodes import Nodes
+from services.buffer.scripts import ScriptRunner
 from services.buffer.service import BufferService
 from services.kit.server import App
 from services.kit.telemetry import get_logger
@@ -30,15 +31,15 @@ async def lifespan(app: App[BufferConfig]) -> AsyncIterator[None]:
         url = config.redis_url.get_secret_value()
         if not url:
             url = await stack.enter_async_context(local_server(config.data_path, config.local_server))
-        redis = open_redis(
+        nodes = Nodes(
             url,
             connections=config.connections,
             # A durable call may wait for the disk before its reply comes.
             timeout_s=config.request_timeout_s + config.durability_timeout_s,
         )
-        stack.push_async_callback(redis.aclose)
+        stack.push_async_callback(nodes.close)
         scripts = ScriptRunner(
-            redis, waits=config.durability != "none", durability_timeout_s=config.durability_timeout_s
+            nodes, waits=config.durability != "none", durability_timeout_s=config.durability_timeout_s
         )
         try:
             await scripts.check()

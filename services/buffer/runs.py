@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from perigee.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, NotFoundError
-from services.buffer.keys import run_key
-from services.buffer.scripts import ScriptRunner, load_script, translating_errors
+from perigee.errors import AbortedError, AlreadyExistsError, FailedPreconditionError
+from services.buffer.scripts import ScriptRunner, load_script
 from services.buffer.types import Commit, PromptStatistics, RunState
 
 CREATE_RUN = load_script("create_run")
+READ_RUN = load_script("read_run")
 COMMIT_ITERATION = load_script("commit_iteration")
 LIST_STATISTICS = load_script("list_statistics")
 
@@ -35,12 +35,7 @@ async def create_run(
 
 async def get_run(scripts: ScriptRunner, run_id: str) -> RunState:
     """The state of the run; raises NotFoundError."""
-    with translating_errors():
-        fields: list[Any] = await scripts.redis.hmget(
-            run_key(run_id), ["config_digest", "iteration", "policy_version", "coordinator_state"]
-        )
-    if fields[0] is None:
-        raise NotFoundError(f"run {run_id!r} does not exist: create it first")
+    _, *fields = await scripts.run(READ_RUN, run_id)
     return _read_state(run_id, fields)
 
 

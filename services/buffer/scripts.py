@@ -10,25 +10,20 @@ from pathlib import Path
 from typing import Any, cast
 
 from redis import exceptions
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+from redis.asyncio import Redis
+from redis.asyncio.client import Pipeline
 
-from perigee.errors import (
-    FailedPreconditionError,
-    InvalidArgumentError,
-    NotFoundError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
+from perigee.errors import FailedPreconditionError, NotFoundError, ResourceExhaustedError, UnavailableError
 from services.buffer.keys import run_key
 from services.buffer.metrics import DURABILITY_SECONDS
+from services.buffer.nodes import Nodes, read_facts
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
 
 RETRY_AFTER_S = 1.0
-OLDEST_REDIS = (7, 0)
+# Once for a script that the server does not know, the others for a cluster that is moving the run.
+MAX_REDIRECTIONS = 4
 
 
 @dataclass(frozen=True)
@@ -46,72 +41,52 @@ def load_script(name: str) -> Script:
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
-def open_redis(url: str, *, connections: int, timeout_s: float) -> Redis:
-    """A client of the server at `url`; nothing is sent before the first command, and lost connections are reopened.
-
-    Raises InvalidArgumentError when `url` is not one.
-    """
-    try:
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=connections,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=min(timeout_s, 5.0),
-            # A pooled connection may have died with a server that is back: one more try finds out.
-            retry=Retry(NoBackoff(), 1),
-        )
-    except ValueError as error:
-        raise InvalidArgumentError.of("redis_url", f"{error}; use redis://host:port or unix:///path") from error
-    return Redis.from_pool(pool)
-
-
 class ScriptRunner:
-    """Runs scripts on one Redis.
+    """Runs scripts on the servers of the runs.
 
     With `waits`, a durable call is answered when the server has synced it to its append-only file (WAITAOF); servers
     older than Redis 7.2 have no such command, and keep what their own fsync policy keeps.
     """
 
-    def __init__(self, redis: Redis, *, waits: bool, durability_timeout_s: float) -> None:
-        self.redis = redis
+    def __init__(self, nodes: Nodes, *, waits: bool, durability_timeout_s: float) -> None:
+        self._nodes = nodes
         self._durability_timeout_s = durability_timeout_s
         self._waits = waits
         self._has_waitaof: bool | None = None
 
     async def check(self) -> None:
-        """Learns what the server can do.
+        """Learns what the first server that answers can do.
 
-        Raises FailedPreconditionError for a server that is too old or keeps nothing on disk, UnavailableError when it
-        cannot be reached.
+        Raises FailedPreconditionError for a server that is too old, keeps nothing on disk or may drop keys, and
+        UnavailableError when none can be reached.
         """
         with translating_errors():
-            server = await self.redis.info("server")
-            persistence = await self.redis.info("persistence")
-            commands = await cast(Any, self.redis).execute_command("COMMAND", "INFO", "WAITAOF")
-        version = tuple(int(part) for part in str(server["redis_version"]).split(".")[:2])
-        if version < OLDEST_REDIS:
-            raise FailedPreconditionError(f"redis_url: Redis 7.0 or later is needed, the server is {version}")
-        if self._waits and not int(persistence.get("aof_enabled", 0)):
-            raise FailedPreconditionError(
-                "redis_url: the server keeps no append-only file, so its crash would lose the run: "
-                "set `appendonly yes` there, or `durability: none` here"
-            )
-        self._has_waitaof = any(commands.values() if isinstance(commands, dict) else commands)
-        if self._waits and not self._has_waitaof:
-            log.warning("server has no WAITAOF: set appendfsync to always there", redis_version=server["redis_version"])
+            await self._nodes.use_one_that_answers()
+            facts = await read_facts(self._nodes.first)
+        facts.refuse_unfit(needs_file=self._waits)
+        if self._waits and not facts.has_waitaof and self._has_waitaof is None:
+            log.warning("redis has no WAITAOF: set appendfsync to always there", redis_version=facts.version)
+        self._has_waitaof = facts.has_waitaof
 
     async def run(self, script: Script, run_id: str, *arguments: str | bytes | int, durable: bool = False) -> list[Any]:
         """The reply of `script`, whose first element says how it went ("OK" or the reason that nothing changed).
 
         Raises NotFoundError for an unknown run, UnavailableError when Redis cannot be reached or does not sync in time.
         """
-        command = ("EVALSHA", script.sha1, 1, run_key(run_id), *arguments)
+        key = run_key(run_id)
+        command = ("EVALSHA", script.sha1, 1, key, *arguments)
         with translating_errors():
-            reply = await self._execute(command, durable)
-            if isinstance(reply, exceptions.NoScriptError):
-                await self.redis.script_load(script.source)
-                reply = await self._execute(command, durable)
+            if self._waits and durable and self._has_waitaof is None:
+                await self.check()
+            for _ in range(MAX_REDIRECTIONS):
+                node = self._nodes.of(key)
+                reply = await self._execute(node, command, durable)
+                if isinstance(reply, exceptions.NoScriptError):
+                    await node.script_load(script.source)
+                elif isinstance(reply, exceptions.MovedError):
+                    self._nodes.learn(reply)
+                else:
+                    break
             if isinstance(reply, Exception):
                 raise reply
         fields = cast(list[Any], reply)
@@ -119,18 +94,16 @@ class ScriptRunner:
             raise NotFoundError(f"run {run_id!r} does not exist: create it first")
         return fields
 
-    async def _execute(self, command: tuple[str | bytes | int, ...], durable: bool) -> Any:
-        waits = self._waits and durable
-        if waits and self._has_waitaof is None:
-            await self.check()
-        pipeline = self.redis.pipeline(transaction=False)
+    async def _execute(self, node: Redis, command: tuple[str | bytes | int, ...], durable: bool) -> Any:
+        """The reply or the error that the server answered; raises what kept it from answering."""
+        pipeline = node.pipeline(transaction=False)
         pipeline.execute_command(*command)
-        if not (waits and self._has_waitaof):
-            return (await pipeline.execute(raise_on_error=False))[0]
+        if not (self._waits and durable and self._has_waitaof):
+            return (await self._send(node, pipeline))[0]
         # WAITAOF speaks of the writes of its own connection: both commands travel together.
         pipeline.execute_command("WAITAOF", 1, 0, round(self._durability_timeout_s * 1000))
         with DURABILITY_SECONDS.time():
-            reply, synced = await pipeline.execute(raise_on_error=False)
+            reply, synced = await self._send(node, pipeline)
         if isinstance(reply, Exception):
             return reply
         if isinstance(synced, Exception):
@@ -141,6 +114,13 @@ class ScriptRunner:
                 retry_after_s=RETRY_AFTER_S,
             )
         return reply
+
+    async def _send(self, node: Redis, pipeline: Pipeline) -> list[Any]:
+        try:
+            return await pipeline.execute(raise_on_error=False)
+        except (exceptions.ConnectionError, exceptions.TimeoutError):
+            self._nodes.forget(node)
+            raise
 
 
 @contextmanager
@@ -157,6 +137,10 @@ def translating_errors() -> Iterator[None]:
         exceptions.TimeoutError,
         exceptions.ReadOnlyError,
         exceptions.MasterDownError,
+        exceptions.ClusterDownError,
+        exceptions.MovedError,
+        exceptions.AskError,
+        exceptions.TryAgainError,
         OSError,
     ) as error:
         raise UnavailableError(f"redis cannot be used: {error}", retry_after_s=RETRY_AFTER_S) from error

@@ -1,0 +1,130 @@
+"""The Redis servers that hold the runs: one server, or the primaries of a cluster, learnt from its MOVED answers.
+
+A run is one slot of a cluster. Move a slot that is in use with `CLUSTER MIGRATESLOTS` (Valkey 9), which moves it whole;
+the older way moves key by key, and a script may see half a run meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.crc import key_slot
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import MovedError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from perigee.errors import FailedPreconditionError, InvalidArgumentError
+
+OLDEST_REDIS = (7, 0)
+# Valkey calls itself Redis 7.2.4 in every version.
+FIRST_WITH_WAITAOF = (7, 2)
+
+
+@dataclass(frozen=True)
+class ServerFacts:
+    """What a server says of itself."""
+
+    version: tuple[int, int]
+    keeps_file: bool
+    drops_keys: bool
+
+    @property
+    def has_waitaof(self) -> bool:
+        """Whether it can be waited for a write to be on disk."""
+        return self.version >= FIRST_WITH_WAITAOF
+
+    def refuse_unfit(self, *, needs_file: bool) -> None:
+        """Raises FailedPreconditionError with what to change when the server cannot hold a run."""
+        if self.version < OLDEST_REDIS:
+            major, minor = self.version
+            raise FailedPreconditionError(f"redis_url: Redis 7.0 or later is needed, the server is {major}.{minor}")
+        if self.drops_keys:
+            raise FailedPreconditionError(
+                "redis_url: the server drops keys when it is full: set `maxmemory-policy noeviction` there"
+            )
+        if needs_file and not self.keeps_file:
+            raise FailedPreconditionError(
+                "redis_url: the server keeps no append-only file, so its crash would lose the run: "
+                "set `appendonly yes` there, or `durability: none` here"
+            )
+
+
+async def read_facts(node: Redis) -> ServerFacts:
+    """Asks a server for its facts."""
+    info = await node.info("server", "persistence", "memory")
+    major, minor, *_ = str(info["redis_version"]).split(".")
+    return ServerFacts(
+        version=(int(major), int(minor)),
+        keeps_file=bool(info.get("aof_enabled", 0)),
+        drops_keys=bool(info.get("maxmemory", 0)) and str(info.get("maxmemory_policy", "")).startswith("allkeys"),
+    )
+
+
+class Nodes:
+    """Clients of the servers; lost connections are reopened, and nothing is sent before the first command.
+
+    Raises InvalidArgumentError when `url` is not one.
+    """
+
+    def __init__(self, url: str, *, connections: int, timeout_s: float) -> None:
+        self._url = url
+        self._connections = connections
+        self._timeout_s = timeout_s
+        self._by_address: dict[str, Redis] = {}
+        self._by_slot: dict[int, Redis] = {}
+        try:
+            self.first = self._open({})
+        except ValueError as error:
+            raise InvalidArgumentError.of("redis_url", f"{error}; use redis://host:port or unix:///path") from error
+        self._by_address[urlsplit(url).netloc.rpartition("@")[2]] = self.first
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        for node in self._by_address.values():
+            await node.aclose()
+
+    def of(self, key: str) -> Redis:
+        """The server that holds the key, or one that knows which does."""
+        return self._by_slot.get(key_slot(key.encode()), self.first)
+
+    def learn(self, moved: MovedError) -> None:
+        """Takes note of the server that holds a slot."""
+        address = f"{moved.host}:{moved.port}"
+        if address not in self._by_address:
+            self._by_address[address] = self._open({"host": moved.host, "port": moved.port})
+        self._by_slot[moved.slot_id] = self._by_address[address]
+
+    def forget(self, node: Redis) -> None:
+        """Asks another server for the slots of one that cannot be reached."""
+        self._by_slot = {slot: holder for slot, holder in self._by_slot.items() if holder is not node}
+
+    async def use_one_that_answers(self) -> None:
+        """Makes the first server that answers the one to ask; raises the last one's error when none does."""
+        failure: Exception = RedisConnectionError("no server")
+        for node in (self.first, *self._by_address.values()):
+            try:
+                await node.ping()
+            except (RedisConnectionError, RedisTimeoutError, OSError) as error:
+                failure = error
+            else:
+                self.first = node
+                return
+        raise failure
+
+    def _open(self, place: dict[str, Any]) -> Redis:
+        pool = BlockingConnectionPool.from_url(
+            self._url,
+            max_connections=self._connections,
+            timeout=self._timeout_s,
+            socket_timeout=self._timeout_s,
+            socket_connect_timeout=min(self._timeout_s, 5.0),
+            # A pooled connection may have died with a server that is back: one more try finds out.
+            retry=Retry(NoBackoff(), 1),
+        )
+        pool.connection_kwargs.update(place)
+        return Redis.from_pool(pool)
