@@ -11,6 +11,8 @@ import pytest
 import tiny_model
 from tokenizers import Tokenizer
 
+from perigee.cli.recipe import load_recipe
+
 RECIPE = Path(__file__).parents[2] / "examples" / "arithmetic"
 
 
@@ -62,7 +64,7 @@ def test_problems_are_half_math_half_code_and_long_tailed(prepared: Path, name: 
     for domain, longest in (("math", 8.0), ("code", 7.5)):
         difficulties = [line["difficulty"] for line in lines if line["domain"] == domain]
         assert max(difficulties) == longest
-        assert sum(value > longest / 2 for value in difficulties) < len(difficulties) / 2
+        assert 0.05 < sum(value > longest * 2 / 3 for value in difficulties) / len(difficulties) < 0.25
 
 
 def test_problem_lines_carry_what_their_verifier_needs(prepared: Path) -> None:
@@ -103,3 +105,14 @@ def test_transformers_loads_the_model_folder(prepared: Path) -> None:
     encoded = tokenizer("((4+5)*3)-6=", return_tensors="pt")
     assert model(**encoded).logits.shape == (1, 12, tokenizer.vocab_size)
     assert tokenizer.decode(encoded["input_ids"][0]) == "((4+5)*3)-6="
+
+
+def test_recipe_is_valid_and_names_the_files_that_prepare_writes(prepared: Path, tmp_path: Path) -> None:
+    run = load_recipe(RECIPE / "recipe.yaml").expand(tmp_path)["run"]
+    named = [run["model"], run["prompts"], run["heldout"], *(stage["dataset"] for stage in run["warmup"])]
+    for path in map(Path, named):
+        assert (prepared / path.relative_to(tmp_path / "data")).exists()
+    longest = max(len(line["prompt"]) for line in read_lines(prepared / "prompts.jsonl"))
+    assert longest + run["rollout"]["response_cap"] <= tiny_model.CONTEXT
+    examples = read_lines(prepared / "warmup_full.jsonl")
+    assert max(len(line["response"]) for line in examples) < run["rollout"]["response_cap"]

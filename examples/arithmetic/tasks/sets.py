@@ -15,7 +15,7 @@ Sizes = tuple[tuple[int, float], ...]
 Styles = tuple[tuple[str, float], ...]
 
 EXPRESSION_SIZES: Sizes = ((2, 0.32), (3, 0.28), (4, 0.18), (5, 0.09), (6, 0.06), (7, 0.04), (8, 0.03))
-FUNCTION_SIZES: Sizes = ((1, 0.20), (2, 0.40), (3, 0.24), (4, 0.11), (5, 0.05))
+FUNCTION_SIZES: Sizes = ((1, 0.20), (2, 0.36), (3, 0.28), (4, 0.11), (5, 0.05))
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class WarmupMix:
     function_styles: Styles
 
 
-# First short problems, mostly thought out: single operations are learnt from written equations.
+# First the shorter problems, mostly thought out: single operations are learnt from written equations.
 EASY_MIX = WarmupMix(
-    expression_sizes=((1, 0.25), (2, 0.3), (3, 0.25), (4, 0.2)),
+    expression_sizes=((1, 0.2), (2, 0.3), (3, 0.25), (4, 0.15), (5, 0.1)),
     expression_styles=(("verbose", 0.7), ("terse", 0.3)),
-    function_sizes=((1, 0.4), (2, 0.6)),
+    function_sizes=((1, 0.3), (2, 0.35), (3, 0.25), (4, 0.1)),
     function_styles=(("growing", 0.6), ("direct", 0.4)),
 )
 # Then all sizes, and answers without a thought more often than not.
