@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.report.headline import describe
+from perigee.report.records import Evaluation
 
 # Units of a snapshot's phase_done and phase_total.
 _UNITS: Mapping[int, str] = {
@@ -67,13 +69,21 @@ def figures(metrics: Mapping[str, float]) -> list[Figure]:
     return [Figure(key, label, form.format(metrics[key])) for key, label, form in _FIGURES if key in metrics]
 
 
+def evaluation_line(evaluation: Evaluation) -> str:
+    """Held-out accuracy in one line, with the 95% intervals."""
+    parts = []
+    for domain in evaluation.domains:
+        kinds = (("sampled", evaluation.sampled.get(domain)), ("greedy", evaluation.greedy.get(domain)))
+        found = [f"{kind} {describe(estimate)}" for kind, estimate in kinds if estimate is not None]
+        parts.append(f"{domain} {' '.join(found)}")
+    return f"held-out accuracy at iteration {evaluation.iteration}: {', '.join(parts)}"
+
+
 def phase_seconds(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each phase of the iteration."""
-    return {
-        key.split("/")[1]: value
-        for key, value in metrics.items()
-        if key.startswith("phases/") and key.endswith("/seconds")
-    }
+    """Seconds of each phase of the iteration, in the order in which they began."""
+    keys = [key for key in metrics if key.startswith("phases/") and key.endswith("/seconds")]
+    keys.sort(key=lambda key: metrics.get(key.replace("/seconds", "/start"), 0.0))
+    return {key.split("/")[1]: metrics[key] for key in keys}
 
 
 def format_seconds(seconds: float) -> str:

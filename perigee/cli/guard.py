@@ -51,19 +51,25 @@ def main(arguments: list[str]) -> int:
         except OSError as error:
             os.write(2, f"OSError: {command[0]} cannot be started: {error}\n".encode())
             os._exit(127)
-    code = wait_for(pid, grace_s)
+    code, was_killed = wait_for(pid, grace_s)
+    if was_killed:
+        os.write(log, f"guard: still running {grace_s:g} s after SIGTERM; killed\n".encode())
     end_remains()
     return code
 
 
-def wait_for(pid: int, grace_s: float) -> int:
-    """Waits for the service; a signal to the guard becomes SIGTERM to the service, and SIGKILL `grace_s` later."""
+def wait_for(pid: int, grace_s: float) -> tuple[int, bool]:
+    """Waits for the service; a signal to the guard becomes SIGTERM to the service, and SIGKILL `grace_s` later.
+
+    Returns the exit code, and whether the service had to be killed.
+    """
     deadline: float | None = None
+    was_killed = False
     while True:
         left = None if deadline is None else deadline - time.monotonic()
         if left is not None and left <= 0:
             kill(pid, signal.SIGKILL)
-            deadline = None
+            deadline, was_killed = None, True
             continue
         received = signal.sigwaitinfo(WATCHED) if left is None else signal.sigtimedwait(WATCHED, left)
         if received is None:
@@ -75,7 +81,7 @@ def wait_for(pid: int, grace_s: float) -> int:
             continue
         code = reap(pid)
         if code is not None:
-            return code
+            return code, was_killed
 
 
 def reap(pid: int) -> int | None:

@@ -15,9 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from perigee.cli.figures import figures, format_seconds, phase_name, phase_seconds, progress_line
+from perigee.cli.figures import evaluation_line, figures, format_seconds, phase_name, phase_seconds, progress_line
 from perigee.cli.view import PlainView, View
 from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.report.records import Evaluation
 
 REFRESH_PER_SECOND = 4
 NOTES_SHOWN = 4
@@ -50,6 +51,7 @@ class LiveView(View):
         self._received_at = time.monotonic()
         self._trends: dict[str, deque[float]] = {}
         self._iteration: float | None = None
+        self._evaluation: Evaluation | None = None
 
     def __enter__(self) -> Self:
         self._live.__enter__()
@@ -74,6 +76,10 @@ class LiveView(View):
         for key, value in snapshot.metrics.items():
             self._trends.setdefault(key, deque(maxlen=TREND_LENGTH)).append(value)
 
+    def show_evaluation(self, evaluation: Evaluation) -> None:
+        """Takes the accuracy for the next drawing."""
+        self._evaluation = evaluation
+
     def _render(self) -> RenderableType:
         notes = Text("\n".join(self._notes), style="dim", overflow="ellipsis", no_wrap=True)
         snapshot = self._snapshot
@@ -82,6 +88,8 @@ class LiveView(View):
         parts: list[RenderableType] = [self._phase_row(snapshot), Text()]
         if snapshot.metrics:
             parts += [self._figure_table(snapshot), Text()]
+        if self._evaluation is not None:
+            parts += [Text(evaluation_line(self._evaluation)), Text()]
         parts += [_worker_table(snapshot), Text(), notes]
         title = f"perigee · {snapshot.run_id} · {format_seconds(self._since(snapshot.elapsed_seconds))}"
         return Panel(Group(*parts), title=title, title_align="left", border_style="blue")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
@@ -118,7 +119,7 @@ class LocalStack:
         """Ends all processes; returns when every process tree has ended."""
         for services in STOP_ORDER:
             names = [spec.name for spec in self.specs if spec.service in services and spec.name in self._processes]
-            await asyncio.gather(*(self._processes[name].stop() for name in names))
+            await asyncio.gather(*(self._stop(self._processes[name]) for name in names))
         self.run.stack_path.unlink(missing_ok=True)
 
     def kill(self) -> None:
@@ -153,6 +154,14 @@ class LocalStack:
             ready.cancel()
             ended.cancel()
             await asyncio.gather(ready, ended, return_exceptions=True)
+
+    async def _stop(self, process: GuardedProcess) -> None:
+        was_running = process.exit_code is None
+        await process.stop()
+        if was_running and process.exit_code == 128 + signal.SIGKILL:
+            self._report(
+                f"{process.command.name} did not end by itself and was killed (log: {process.command.log_path})"
+            )
 
     async def _supervise(self, spec: ServiceSpec) -> None:
         for restart, delay_s in enumerate(RESTART_DELAYS_S[:MAX_RESTARTS], start=1):

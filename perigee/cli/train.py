@@ -19,6 +19,7 @@ from perigee.cli.watch import RunRequest, check_end, start_run, stop_run, watch_
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import InvalidArgumentError, UnavailableError
+from perigee.report.records import read_evaluations
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
             local = LocalStack(run, plan_stack(run, recipe.values, workers), view.note)
             interrupt.end_at_once = local.kill
             view.note(f"starting {len(local.specs)} services (logs: {run.logs_path})")
-            stack.callback(view.stopping)
             await stack.enter_async_context(local)
+            stack.callback(view.stopping)
             address = local.addresses["coordinator"]
         client = CoordinatorClient.connect(address, token=os.environ.get("PERIGEE_TOKEN"))
         await stack.enter_async_context(client)
@@ -110,7 +111,13 @@ async def _follow(
 
 async def _show(client: CoordinatorClient, request: RunRequest, view: View) -> pb.RunSnapshot:
     last: pb.RunSnapshot | None = None
+    shown = len(read_evaluations(Path(request.run_path)))  # a run that goes on has some
     async for snapshot in watch_run(client, request, view.note):
+        if last is not None and last.phase == pb.RUN_PHASE_EVALUATION != snapshot.phase:
+            evaluations = read_evaluations(Path(request.run_path))
+            for evaluation in evaluations[shown:]:
+                view.show_evaluation(evaluation)
+            shown = len(evaluations)
         view.show(snapshot)
         last = snapshot
     assert last is not None

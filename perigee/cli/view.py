@@ -7,8 +7,9 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self, TextIO
 
-from perigee.cli.figures import phase_name, progress_line, result_line
+from perigee.cli.figures import evaluation_line, phase_name, progress_line, result_line
 from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.report.records import Evaluation
 
 
 class View(ABC):
@@ -21,6 +22,10 @@ class View(ABC):
     @abstractmethod
     def show(self, snapshot: pb.RunSnapshot) -> None:
         """Shows the state of the run."""
+
+    @abstractmethod
+    def show_evaluation(self, evaluation: Evaluation) -> None:
+        """Shows a held-out accuracy."""
 
     def stopping(self) -> None:
         """Tells that the services are being ended."""
@@ -40,7 +45,7 @@ class PlainView(View):
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
-        self._phase: tuple[int, int] | None = None
+        self._phase: tuple[int, int, int] | None = None
         self._iteration: float | None = None
 
     def note(self, text: str) -> None:
@@ -53,11 +58,16 @@ class PlainView(View):
         if iteration is not None and iteration != self._iteration:
             self._iteration = iteration
             self.note(result_line(snapshot))
-        phase = (snapshot.phase, snapshot.iteration)
+        # Each stage of the warm-up is told: it ends with a new policy version.
+        phase = (snapshot.phase, snapshot.iteration, snapshot.policy_version)
         if phase != self._phase:
             self._phase = phase
             if snapshot.phase not in _ITERATION_PHASES:
                 self.note(f"{phase_name(snapshot.phase)}: {progress_line(snapshot)}")
+
+    def show_evaluation(self, evaluation: Evaluation) -> None:
+        """Prints a line."""
+        self.note(evaluation_line(evaluation))
 
 
 _ITERATION_PHASES = (

@@ -90,18 +90,26 @@ def read_records(path: Path) -> RunRecords:
     Raises InvalidArgumentError naming the file and line that cannot be read, or when there is no record at all.
     """
     rows = [flatten(row) for row in _read_lines(path / "metrics.jsonl")]
-    evaluations = [_read_evaluation(row) for row in _read_lines(path / "evaluations.jsonl")]
+    evaluations = read_evaluations(path)
     summary = _read_json(path / "summary.json")
     if not rows and not evaluations and not summary:
         raise InvalidArgumentError.of(str(path), "holds no metrics.jsonl, evaluations.jsonl or summary.json")
     return RunRecords(
         path=path,
         iterations=[_read_iteration(index, row) for index, row in enumerate(rows, start=1)],
-        # The last evaluation of an iteration stands: the final one follows one on the way.
-        evaluations=sorted({e.iteration: e for e in evaluations}.values(), key=lambda e: e.iteration),
+        evaluations=evaluations,
         summary=summary,
         recipe=_read_recipe(path / "recipe.yaml"),
     )
+
+
+def read_evaluations(path: Path) -> list[Evaluation]:
+    """The evaluations in a run folder by iteration; of two at one iteration the later, which is the final one, stands.
+
+    Raises InvalidArgumentError naming the line that cannot be read.
+    """
+    found = {e.iteration: e for e in map(_read_evaluation, _read_lines(path / "evaluations.jsonl"))}
+    return [found[iteration] for iteration in sorted(found)]
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
