@@ -131,8 +131,9 @@ class Runs:
             await asyncio.to_thread(save_run_file, replace(file, status="finished"))
             context.board.enter(pb.RUN_PHASE_FINISHED)
         except Exception as error:
+            expected = isinstance(error, PerigeeError)
             message = error.message if isinstance(error, PerigeeError) else f"{type(error).__name__}: {error}"
-            log.error("run failed", run=file.run_id, error=message, exc_info=error)
+            log.error("run failed", run=file.run_id, error=message, exc_info=None if expected else error)
             with contextlib.suppress(OSError):
                 # A full disk must not hide why the run failed.
                 await asyncio.to_thread(save_run_file, replace(file, status="failed"))

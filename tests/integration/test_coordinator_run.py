@@ -26,7 +26,6 @@ from services.kit.server import serving
 from tests.fixtures.coordinator import math_line, write_lines, write_run_section
 from tests.fixtures.coordinator_fakes import FakePeers, fake_peers, worker_in_service
 
-
 PHASES = {"preparation", "rollout", "scoring", "training", "checkpoint", "commit", "weights"}
 
 
@@ -204,25 +203,26 @@ async def test_stop_and_go_on(buffer_address: str, tmp_path: Path) -> None:
     section = write_run_section(tmp_path, iterations=4)
     tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
     request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run"))
-    async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
-        async with worker_in_service(peers.add_worker("a", tokenizer, call_seconds=0.02), client.target):
-            await client.start_run(request)
-            async for response in client.watch_run(pb.WatchRunRequest(run_id=run_id)):
-                if response.run.metrics.get("iteration", 0) >= 1:
-                    break
-            assert (await client.start_run(request)).resumed
-            await client.stop_run(pb.StopRunRequest(run_id=run_id))
-            assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_STOPPED
-            other = pb.StartRunRequest(run_id="other", config_yaml=section, run_path=request.run_path)
-            with pytest.raises(FailedPreconditionError, match="choose another run_path"):
-                await client.start_run(other)
-            changed = yaml.safe_dump(yaml.safe_load(section) | {"seed": 7})
-            with pytest.raises(FailedPreconditionError, match="another configuration"):
-                await client.start_run(
-                    pb.StartRunRequest(run_id=run_id, config_yaml=changed, run_path=request.run_path)
-                )
-            assert (await client.start_run(request)).resumed
-            assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
+    async with (
+        fake_peers(buffer_address) as peers,
+        coordinator(peers) as client,
+        worker_in_service(peers.add_worker("a", tokenizer, call_seconds=0.02), client.target),
+    ):
+        await client.start_run(request)
+        async for response in client.watch_run(pb.WatchRunRequest(run_id=run_id)):
+            if response.run.metrics.get("iteration", 0) >= 1:
+                break
+        assert (await client.start_run(request)).resumed
+        await client.stop_run(pb.StopRunRequest(run_id=run_id))
+        assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_STOPPED
+        other = pb.StartRunRequest(run_id="other", config_yaml=section, run_path=request.run_path)
+        with pytest.raises(FailedPreconditionError, match="choose another run_path"):
+            await client.start_run(other)
+        changed = yaml.safe_dump(yaml.safe_load(section) | {"seed": 7})
+        with pytest.raises(FailedPreconditionError, match="another configuration"):
+            await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=changed, run_path=request.run_path))
+        assert (await client.start_run(request)).resumed
+        assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
     committed = {line["iteration"]: n for line in lines if (n := line["trajectories_trained"])}
@@ -235,14 +235,15 @@ async def test_the_time_limit_ends_a_run_after_an_iteration(buffer_address: str,
     run_id = f"run-{uuid.uuid4().hex}"
     section = write_run_section(tmp_path, iterations=10_000, time_limit_s=1.5)
     tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
-    async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
-        async with worker_in_service(peers.add_worker("a", tokenizer, call_seconds=0.05), client.target):
-            started = asyncio.get_running_loop().time()
-            await client.start_run(
-                pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run"))
-            )
-            assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
-            assert 1.5 <= asyncio.get_running_loop().time() - started < 15
+    async with (
+        fake_peers(buffer_address) as peers,
+        coordinator(peers) as client,
+        worker_in_service(peers.add_worker("a", tokenizer, call_seconds=0.05), client.target),
+    ):
+        started = asyncio.get_running_loop().time()
+        await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run")))
+        assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
+        assert 1.5 <= asyncio.get_running_loop().time() - started < 15
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert lines[-1]["elapsed_seconds"] > lines[0]["elapsed_seconds"]
     assert lines[-1]["learning_rate"] <= lines[0]["learning_rate"]

@@ -1,0 +1,144 @@
+"""The coordinator killed in every phase of a run and started again: nothing trained twice, no group dropped."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+import uuid
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+import yaml
+
+from perigee.buffer.v1 import buffer_pb2
+from perigee.coordinator.client import CoordinatorClient
+from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.errors import UnavailableError
+from services.coordinator.prompts import read_model_folder
+from tests.fixtures.coordinator import write_lines, write_run_section
+from tests.fixtures.coordinator_fakes import FakePeers, fake_peers, worker_in_service
+
+ITERATIONS = 5
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port: int = bound.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def coordinator_process(recipe: Path, port: int, run_path: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.coordinator", "--config", str(recipe),
+        "--set", f"server.port={port}", "--set", f"run_path={run_path}",
+        stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110, the fakes tell nobody
+            await asyncio.sleep(0.02)
+
+
+async def call_when_up(call: Callable[[], Awaitable[object]]) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                await call()
+                return
+            except UnavailableError:
+                await asyncio.sleep(0.1)
+
+
+async def watch_to_the_end(client: CoordinatorClient, run_id: str) -> pb.RunSnapshot:
+    snapshot = pb.RunSnapshot()
+    async for response in client.watch_run(pb.WatchRunRequest(run_id=run_id), timeout_s=90):
+        snapshot = response.run
+    return snapshot
+
+
+async def live_groups(peers: FakePeers, run_id: str) -> set[str]:
+    request = buffer_pb2.ListGroupsRequest(run_id=run_id)
+    return {group.group_id async for page in peers.buffer.list_groups(request) for group in page.groups}
+
+
+@pytest.mark.timeout(180)
+async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: Path) -> None:
+    run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", free_port()
+    dataset = write_lines(tmp_path / "warmup.jsonl", [{"prompt": "1+1=", "response": "2"}])
+    stages = [{"dataset": str(dataset), "steps": 2}, {"dataset": str(dataset), "steps": 3}]
+    section = write_run_section(
+        tmp_path, iterations=ITERATIONS, warmup=stages, rollout={"token_budget": 9, "response_cap": 24}
+    )
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    async with fake_peers(buffer_address) as peers:
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(yaml.safe_dump({"coordinator": peers.settings()}))
+        worker = peers.add_worker("a", tokenizer, capacity=16)
+        address = f"127.0.0.1:{port}"
+        async with worker_in_service(worker, address), CoordinatorClient.connect(address) as client:
+            request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path))
+            started = False
+            for stall_in in ("FineTune", "rollout", "Train", "SaveCheckpoint", "PushWeights"):
+                peers.trainer.stalled.clear()
+                if stall_in == "rollout":
+                    worker.call_seconds, worker.calls = 0.2, []
+                else:
+                    peers.trainer.stall_in = stall_in
+                async with coordinator_process(recipe, port, run_path) as process:
+                    if not started:
+                        await call_when_up(lambda: client.start_run(request))
+                        started = True
+                    if stall_in == "rollout":
+                        # The second call of several: some trajectories have ended, some are under way.
+                        await wait_until(lambda: len(worker.calls) >= 2)
+                    else:
+                        await asyncio.wait_for(peers.trainer.stalled.wait(), timeout=60)
+                    process.send_signal(signal.SIGKILL)
+                    await process.wait()
+                worker.call_seconds = 0.0
+            async with coordinator_process(recipe, port, run_path) as process:
+                await call_when_up(lambda: client.get_status(pb.GetStatusRequest(run_id=run_id)))
+                snapshot = await watch_to_the_end(client, run_id)
+                assert (snapshot.phase, snapshot.error) == (pb.RUN_PHASE_FINISHED, "")
+                process.send_signal(signal.SIGTERM)
+                assert await asyncio.wait_for(process.wait(), timeout=20) == 0
+        live = await live_groups(peers, run_id)
+
+    # Each stage of the warm-up has counted once; the first was cut and began anew.
+    assert [r.new_version for r in peers.trainer.fine_tuned] == [1, 2]
+    # An iteration that was cut is trained again from the version before; its last request is the committed one.
+    committed = {r.iteration: r for r in peers.trainer.trained}
+    assert all(r.new_version == r.base_version + 1 for r in committed.values())
+    assert len(peers.trainer.trained) > len(committed)
+    lines = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(1, ITERATIONS + 1))
+    assert {line["iteration"]: n for line in lines if (n := line["trajectories_trained"])} == {
+        iteration: sum(len(group.trajectories) for group in request.groups) for iteration, request in committed.items()
+    }
+    trained = Counter(member.trajectory_id for r in committed.values() for g in r.groups for member in g.trajectories)
+    assert set(trained.values()) == {1}
+    # Groups are numbered without a gap: each was trained once, dropped as uniform, or is still live.
+    trained_groups = {group.group_id for r in committed.values() for group in r.groups}
+    assert not trained_groups & live
+    uniform = sum(line["groups"]["uniform"] for line in lines)
+    created = 1 + max(int(group.removeprefix("g")) for group in trained_groups | live)
+    assert created == len(trained_groups) + len(live) + uniform
+    assert len(live) == lines[-1]["groups"]["live"]
+    totals = json.loads((run_path / "summary.json").read_text())
+    assert totals["trajectories_trained"] == sum(trained.values())
