@@ -36,10 +36,10 @@ async def judge_function(sandbox: SandboxClient, source: str, **fields: object) 
         ("def g(x): return 2 * x", ["RUNTIME_ERROR"] * 5),
         ("1 / 0", ["RUNTIME_ERROR"] * 5),
         ("def f(x): return 2 * x if x != 3 else 1 / 0", [*["ACCEPTED"] * 3, "RUNTIME_ERROR", "ACCEPTED"]),
-        ("import os\ndef f(x): return 2 * x if x != 2 else os._exit(0)", [*["ACCEPTED"] * 2, "RUNTIME_ERROR", *["ACCEPTED"] * 2]),
-        ("import sys\ndef f(x): return 2 * x if x != 2 else sys.exit(0)", [*["ACCEPTED"] * 2, "RUNTIME_ERROR", *["ACCEPTED"] * 2]),
+        ("import os\ndef f(x): return 2 * x if x != 1 else os._exit(0)", ["ACCEPTED", "RUNTIME_ERROR", *["ACCEPTED"] * 3]),  # noqa: E501
+        ("import sys\ndef f(x): return 2 * x if x != 1 else sys.exit(0)", ["ACCEPTED", "RUNTIME_ERROR", *["ACCEPTED"] * 3]),  # noqa: E501
         ("def f(x):\n  while x == 1: pass\n  return 2 * x", ["ACCEPTED", "TIME_LIMIT", *["ACCEPTED"] * 3]),
-        ("import time\ndef f(x):\n  if x == 1: time.sleep(5)\n  return 2 * x", ["ACCEPTED", "TIME_LIMIT", *["ACCEPTED"] * 3]),
+        ("import time\ndef f(x):\n  x == 1 and time.sleep(5)\n  return 2 * x", ["ACCEPTED", "TIME_LIMIT", *["ACCEPTED"] * 3]),  # noqa: E501
         ("while True: pass", ["TIME_LIMIT"] * 5),
         ("def f(x): return 'a' * 10**7 if x == 4 else 2 * x", [*["ACCEPTED"] * 4, "OUTPUT_LIMIT"]),
         ("def f(x): return bytearray(10**9) if x == 4 else 2 * x", [*["ACCEPTED"] * 4, "MEMORY_LIMIT"]),

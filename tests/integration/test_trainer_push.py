@@ -1,0 +1,56 @@
+"""Weights from the trainer to receivers: every tensor as Hugging Face names it, each worker with its own outcome."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from perigee.buffer.client import BufferClient
+from perigee.errors import FailedPreconditionError
+from perigee.trainer.v1 import trainer_pb2 as pb
+from services.weights.config import WeightsConfig
+from tests.fixtures.trainer import TrainerAt, make_groups, store_groups, train_request
+from tests.fixtures.weights import local_receiver
+
+RUN = "trainer-run"
+
+
+async def test_each_version_reaches_the_receiver_bit_for_bit(
+    trainer: TrainerAt, buffer_client: BufferClient, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file
+
+    await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=0))
+    groups = make_groups("push", 8, groups=2, k=2, spans=[[(0, 8)]])
+    await store_groups(buffer_client, RUN, groups)
+    pushed: list[dict[str, torch.Tensor]] = []
+    async with local_receiver(WeightsConfig()) as receiver:
+        targets = [
+            pb.PushTarget(worker_id="there", address=receiver.address),
+            pb.PushTarget(worker_id="gone", address="127.0.0.1:1"),
+        ]
+        for version in range(2):
+            if version:
+                async for _ in trainer.client.train(train_request(RUN, groups, [1.0, 0.0]), timeout_s=60):
+                    pass
+            request = pb.PushWeightsRequest(run_id=RUN, policy_version=version, targets=targets[: 2 - version])
+            response = await trainer.client.push_weights(request, timeout_s=60)
+            assert response.outcomes[0].committed
+            assert receiver.versions[-1] == version
+            pushed.append(dict(receiver.loaded))
+            path = tmp_path / str(version)
+            await trainer.client.export_model(pb.ExportModelRequest(run_id=RUN, path=str(path)))
+            exported = load_file(path / "model.safetensors")
+            assert exported.keys() == receiver.loaded.keys()
+            assert all(torch.equal(exported[name], receiver.loaded[name]) for name in exported)
+            if version == 0:
+                assert not response.outcomes[1].committed
+                assert "127.0.0.1:1" in response.outcomes[1].reason
+        again = await trainer.client.push_weights(request, timeout_s=60)
+        assert again.outcomes[0].committed
+        assert again.export_seconds < response.export_seconds
+    assert any(not torch.equal(pushed[0][name], pushed[1][name]) for name in pushed[0])
+    with pytest.raises(FailedPreconditionError, match="policy_version is 0, but the trainer holds version 1"):
+        await trainer.client.push_weights(pb.PushWeightsRequest(run_id=RUN, policy_version=0), timeout_s=60)
