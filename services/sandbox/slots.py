@@ -38,6 +38,7 @@ class Slot:
         self._process: Process | None = None
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
+        self._watch: asyncio.Task[None] | None = None
         self.idle = False
 
     async def start(self) -> None:
@@ -74,8 +75,14 @@ class Slot:
         except BaseException:
             await self.kill()
             raise
+        self._watch = asyncio.create_task(self._close_when_launcher_ends(self._process, self._writer))
         self.version = frame.header["version"]
         self.idle = True
+
+    async def _close_when_launcher_ends(self, process: Process, writer: asyncio.StreamWriter) -> None:
+        """An agent holds the socket too, so that the launcher's end alone would not close it."""
+        await process.wait()
+        writer.transport.abort()
 
     async def frames(self, header: dict[str, Any], blobs: list[bytes], limits: BoxLimits) -> AsyncIterator[wire.Frame]:
         """Runs a job and yields its frames, `end` included; raises BoxFailedError when the slot breaks."""
@@ -101,6 +108,9 @@ class Slot:
     async def kill(self) -> None:
         """Ends the launcher and, through it, everything in the slot; returns when it is gone."""
         self.idle = False
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.wait([self._watch])
         if self._writer is not None:
             self._writer.close()
             with contextlib.suppress(ConnectionError):

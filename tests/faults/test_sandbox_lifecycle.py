@@ -1,0 +1,171 @@
+"""Queues, cancellation, deadlines, and the end of the service: nothing waits for ever and nothing is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from perigee.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError
+from perigee.sandbox.client import SandboxClient
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.cgroups import find_cgroups
+from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
+
+SLEEPER = pb.ExecuteRequest(language="python", source=b"import time\ntime.sleep(30)", limits=pb.Limits(wall_ms=40_000))
+HELLO = pb.ExecuteRequest(language="python", source=b"print('hello')")
+ROOT = Path(__file__).parents[2]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
+    """Waits for something that happens in another process."""
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 -- other processes set no event
+            await asyncio.sleep(0.01)
+
+
+def slot_processes(instance_pid: int) -> list[int]:
+    """Everything that runs in the control groups of a service."""
+    host = find_cgroups()
+    assert host is not None
+    mount = next(iter(host.mounts.values()))
+    paths = mount.glob(f"perigee-sandbox/{instance_pid}-*/slot-*/cgroup.procs")
+    return [int(pid) for path in paths for pid in path.read_text().split()]
+
+
+def left_behind(instance_pid: int) -> list[str]:
+    """Control groups of a service, in all hierarchies."""
+    host = find_cgroups()
+    assert host is not None
+    return [str(path) for mount in host.mounts.values() for path in mount.glob(f"perigee-sandbox/{instance_pid}-*")]
+
+
+@pytest.mark.parametrize("isolation", ["zygote", "crun"])
+async def test_full_queue_cancel_and_deadline(isolation: str, tmp_path: Path) -> None:
+    skip_unless_possible(isolation)
+    async with running_sandbox(tmp_path, isolation=isolation, slots=1, queue_limit=1) as client:
+        idle = len(slot_processes(os.getpid()))
+        running = asyncio.create_task(client.execute(SLEEPER))
+        await until(lambda: len(slot_processes(os.getpid())) >= idle + 2)
+        waiting = asyncio.create_task(client.execute(HELLO))
+        await asyncio.sleep(0.1)
+        with pytest.raises(ResourceExhaustedError) as refused:
+            await client.execute(HELLO)
+        assert refused.value.retry_after_s is not None
+        assert refused.value.retry_after_s > 0
+        started = time.monotonic()
+        running.cancel()
+        assert (await waiting).stdout == b"hello\n"
+        assert time.monotonic() - started < 5
+        with pytest.raises(DeadlineExceededError):
+            await client.execute(SLEEPER, timeout_s=0.5)
+        assert (await client.execute(HELLO)).stdout == b"hello\n"
+        await until(lambda: len(slot_processes(os.getpid())) == idle)
+
+
+@pytest.mark.parametrize("isolation", ["zygote", "crun"])
+async def test_a_broken_slot_is_an_infrastructure_error_and_comes_back(isolation: str, tmp_path: Path) -> None:
+    skip_unless_possible(isolation)
+    async with running_sandbox(tmp_path, isolation=isolation, slots=1) as client:
+        idle = slot_processes(os.getpid())
+        running = asyncio.create_task(client.execute(SLEEPER))
+        await until(lambda: len(slot_processes(os.getpid())) >= len(idle) + 2)
+        for pid in idle:
+            os.kill(pid, signal.SIGKILL)
+        response = await running
+        assert response.status == pb.STATUS_INFRA_ERROR
+        assert "slot 0" in response.reason
+        assert (await client.execute(HELLO)).stdout == b"hello\n"
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists."""
+    return Path(f"/proc/{pid}").exists()
+
+
+def entries(folder: Path) -> list[str]:
+    """What a folder holds."""
+    return [path.name for path in folder.iterdir()]
+
+
+def read_mounts() -> str:
+    """The mounts of this process."""
+    return Path("/proc/self/mountinfo").read_text()
+
+
+def start_service(state_path: Path, isolation: str) -> tuple[subprocess.Popen[str], str]:
+    """A sandbox in a process of its own, and its address."""
+    settings = {"isolation": isolation, "state_path": state_path, "slots": 4}
+    overrides = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+    command = [sys.executable, "-m", "services.sandbox", *overrides]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if '"listening"' in line:
+            return process, json.loads(line)["address"]
+    raise AssertionError("the service did not start")
+
+
+@pytest.mark.parametrize("isolation", ["zygote", "crun"])
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+async def test_end_of_the_service_leaves_nothing(isolation: str, end: signal.Signals, tmp_path: Path) -> None:
+    skip_unless_possible(isolation)
+    mounts = read_mounts()
+    process, address = await asyncio.to_thread(start_service, tmp_path, isolation)
+    try:
+        async with SandboxClient.connect(address) as client:
+            jobs = [asyncio.create_task(client.execute(SLEEPER, timeout_s=1.5)) for _ in range(10)]
+            await until(lambda: len(slot_processes(process.pid)) >= 12)
+            inside = slot_processes(process.pid)
+            process.send_signal(end)
+            await asyncio.to_thread(process.wait, 20)
+            await asyncio.gather(*jobs, return_exceptions=True)
+        await until(lambda: not any(is_running(pid) for pid in inside))
+        if end == signal.SIGKILL:
+            assert left_behind(process.pid) != []
+            async with running_sandbox(tmp_path, isolation=isolation, slots=1) as client:
+                assert (await client.execute(HELLO)).stdout == b"hello\n"
+        assert left_behind(process.pid) == []
+        assert entries(tmp_path) == []
+        assert read_mounts() == mounts
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+async def test_wrong_requests_name_their_fields(sandbox_address: str) -> None:
+    def fields(error: InvalidArgumentError) -> set[str]:
+        return {violation.field for violation in error.violations}
+
+    async with SandboxClient.connect(sandbox_address) as client:
+        with pytest.raises(InvalidArgumentError) as error:
+            await client.execute(pb.ExecuteRequest(language="cobol", limits=pb.Limits(wall_ms=10**9, memory_bytes=1)))
+        assert fields(error.value) == {"language", "source", "limits.wall_ms", "limits.memory_bytes"}
+        test = pb.TestCase(function=pb.FunctionTest(arguments_json="{", expected_json="[1"))
+        with pytest.raises(InvalidArgumentError) as error:
+            await client.judge(pb.JudgeRequest(language="python", source=b"x", function_name="f()", tests=[test]))
+        names = {"function_name", "tests[0].function.arguments_json", "tests[0].function.expected_json"}
+        assert fields(error.value) == names
+        with pytest.raises(InvalidArgumentError) as error:
+            await client.judge(pb.JudgeRequest(language="python", source=b"x"))
+        assert fields(error.value) == {"tests"}
+
+
+async def test_runtimes_tell_version_and_isolation(sandbox_address: str) -> None:
+    async with SandboxClient.connect(sandbox_address) as client:
+        [runtime] = (await client.list_runtimes(pb.ListRuntimesRequest())).runtimes
+        reported = await client.execute(
+            pb.ExecuteRequest(language="python", source=b"import platform; print(platform.python_version())")
+        )
+    assert (runtime.language, runtime.isolation) == ("python", "zygote")
+    assert reported.stdout.decode().strip() == runtime.version
