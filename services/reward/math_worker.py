@@ -134,7 +134,10 @@ def compare(reference: str, answer: str, whole_response: bool) -> dict[str, str]
     gold = parse_reference(reference)
     if not gold:
         return {"status": "error", "reason": "the reference is not mathematics that can be read"}
-    found = parse_text(prepare_response(answer) if whole_response else prepare_expression(answer))
+    try:
+        found = parse_text(prepare_response(answer) if whole_response else prepare_expression(answer))
+    except (ValueError, TypeError, SyntaxError):  # how the parser says that it cannot read something
+        found = []
     if not found:
         return {"status": "unreadable", "reason": "the answer is not mathematics that can be read"}
     # Timeouts inside use SIGALRM; the supervisor's deadline takes their place.

@@ -11,6 +11,7 @@ from perigee.errors import (
     DeadlineExceededError,
     FieldViolation,
     InternalError,
+    InvalidArgumentError,
     PerigeeError,
     ResourceExhaustedError,
     UnavailableError,
@@ -24,7 +25,7 @@ MAX_EXTRACTED_CHARACTERS = 1000
 FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 5.0
 # The sandbox's fault or a full queue, not the program's: worth another try within the deadline.
-RETRIED = (UnavailableError, ResourceExhaustedError, DeadlineExceededError, InternalError)
+RETRIED = (UnavailableError, ResourceExhaustedError, InternalError)
 # What a program can be found to be; anything else is no judgement.
 WRONG_VERDICTS = {
     sandbox_pb.TEST_VERDICT_WRONG_ANSWER: "wrong answer",
@@ -89,6 +90,7 @@ class CodeVerifier(Verifier[CodeParameters]):
         end = time.monotonic() + self._config.timeout_s
         request = build_request(parameters, source)
         pause_s = FIRST_PAUSE_S
+        reason = ""
         while True:
             hint_s: float | None = None
             try:
@@ -96,8 +98,12 @@ class CodeVerifier(Verifier[CodeParameters]):
                 if is_judgement(response, parameters):
                     return read_judgement(response, parameters, extracted)
                 reason = f"the sandbox failed: {infrastructure_reason(response)}"
+            except DeadlineExceededError:
+                reason = reason or f"the sandbox did not answer within {self._config.timeout_s:g} s"
             except RETRIED as error:
                 reason, hint_s = error.message, error.retry_after_s
+            except InvalidArgumentError as error:
+                return read_refusal(error, extracted)
             except PerigeeError as error:
                 return Outcome.failed(error.message, retryable=False, extracted=extracted)
             pause_s = min(max(pause_s, hint_s or 0.0), LAST_PAUSE_S)
@@ -144,6 +150,15 @@ def read_judgement(response: sandbox_pb.JudgeResponse, parameters: CodeParameter
     detail = next((r.reason for r in response.results if r.verdict == response.verdict and r.reason), "")
     reason = WRONG_VERDICTS[response.verdict] + (f": {detail}" if detail else "")
     return Outcome.wrong(extracted, reason, reward=share)
+
+
+def read_refusal(error: InvalidArgumentError, extracted: str) -> Outcome:
+    """A program that the sandbox does not take is the response's fault, anything else that it refuses the prompt's."""
+    if error.violations and all(violation.field == "source" for violation in error.violations):
+        return Outcome.ungradable(f"the sandbox refuses the program: {error.message}", extracted)
+    return Outcome.failed(
+        f"the sandbox refuses the prompt's tests: {error.message}", retryable=False, extracted=extracted
+    )
 
 
 def infrastructure_reason(response: sandbox_pb.JudgeResponse) -> str:

@@ -1,0 +1,165 @@
+"""What the service says when what it needs is gone: FAILED, and never a reward."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from perigee.buffer.v1.buffer_pb2 import VERDICT_CORRECT, VERDICT_FAILED
+from perigee.reward.client import RewardClient
+from perigee.reward.v1 import reward_pb2 as pb
+from services.kit.config import ServerConfig
+from services.kit.server import serving
+from services.reward.config import CodeConfig, MathConfig
+from services.sandbox.__main__ import lifespan as sandbox_lifespan
+from services.sandbox.config import SandboxConfig
+from tests.fixtures.reward import math_item, running_reward, score, score_one
+from tests.fixtures.sandbox import function_tests, skip_unless_possible
+
+ENDLESS = "9^{9^{9^{9}}}"
+PROGRAM = pb.ScoreItem(
+    id="p",
+    response="#def f(x):return 2*x",
+    answer_marker="#",
+    code=pb.CodeVerifier(language="python", function_name="f", tests=function_tests([([3], 6)])),
+)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def checking_processes(supervisors_of: int, depth: int) -> list[psutil.Process]:
+    """The math workers of a process: depth 1 the supervisors, depth 2 the children that do the checks."""
+    supervisors = [
+        child for child in psutil.Process(supervisors_of).children() if "services.reward.math_worker" in child.cmdline()
+    ]
+    return supervisors if depth == 1 else [child for s in supervisors if s.is_running() for child in s.children()]
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - other processes set no event
+            await asyncio.sleep(0.02)
+
+
+async def test_a_sandbox_that_is_down_is_a_failure_without_a_reward() -> None:
+    config = CodeConfig(timeout_s=2)
+    async with running_reward(sandbox_address=f"127.0.0.1:{free_port()}", code=config) as client:
+        outcome, other = sorted(await score(client, [PROGRAM, math_item("q", "1", "#1")]), key=lambda o: o.id)
+        assert outcome.verdict == VERDICT_FAILED
+        assert not outcome.HasField("reward")
+        assert outcome.retryable
+        assert "sandbox" in outcome.reason.lower()
+        assert other.verdict == VERDICT_CORRECT
+
+
+async def test_a_sandbox_that_comes_back_within_the_deadline_judges(tmp_path: Path) -> None:
+    skip_unless_possible("zygote")
+    port = free_port()
+    async with running_reward(sandbox_address=f"127.0.0.1:{port}", code=CodeConfig(timeout_s=30)) as client:
+        scoring = asyncio.create_task(score_one(client, PROGRAM))
+        await asyncio.sleep(0.5)
+        config = SandboxConfig(server=ServerConfig(port=port), isolation="zygote", state_path=str(tmp_path))
+        async with serving(config, sandbox_lifespan):
+            outcome = await scoring
+        assert (outcome.verdict, outcome.reward) == (VERDICT_CORRECT, 1.0)
+
+
+@pytest.mark.parametrize("depth", [1, 2], ids=["supervisor", "child"])
+async def test_a_worker_killed_mid_check_is_tried_once_more_then_fails(depth: int) -> None:
+    async with running_reward(math=MathConfig(workers=1, check_timeout_s=15)) as client:
+        scoring = asyncio.create_task(score_one(client, math_item("a", "7", f"#{ENDLESS}")))
+        me = psutil.Process().pid
+        killed: set[int] = set()
+        for _ in range(2):
+            await wait_until(lambda: any(child.pid not in killed for child in busy_child(me)))
+            [victim] = [child for child in busy_child(me) if child.pid not in killed]
+            killed.add(victim.pid)
+            if depth == 1:
+                victim = psutil.Process(victim.ppid())
+            victim.kill()
+        outcome = await scoring
+        assert (outcome.verdict, outcome.HasField("reward")) == (VERDICT_FAILED, False)
+        assert outcome.retryable
+        assert "died 2 times" in outcome.reason
+        assert (await score_one(client, math_item("b", "1/2", "#0.50"))).verdict == VERDICT_CORRECT
+
+
+async def test_a_worker_killed_once_costs_nothing() -> None:
+    async with running_reward(math=MathConfig(workers=1)) as client:
+        for victim in checking_processes(psutil.Process().pid, depth=1):
+            victim.kill()
+        outcome = await score_one(client, math_item("a", "1/2", "#0.50"))
+        assert outcome.verdict == VERDICT_CORRECT
+
+
+async def test_a_frozen_worker_is_replaced() -> None:
+    async with running_reward(math=MathConfig(workers=1, check_timeout_s=0.5)) as client:
+        [supervisor] = checking_processes(psutil.Process().pid, depth=1)
+        supervisor.suspend()
+        begin = time.monotonic()
+        outcome = await score_one(client, math_item("a", "1/2", "#0.50"))
+        assert outcome.verdict == VERDICT_CORRECT
+        assert time.monotonic() - begin < 20
+        assert not psutil.pid_exists(supervisor.pid)
+
+
+async def test_a_caller_that_goes_away_frees_the_worker() -> None:
+    async with running_reward(math=MathConfig(workers=1, check_timeout_s=60)) as client:
+        scoring = asyncio.create_task(score_one(client, math_item("a", "7", f"#{ENDLESS}")))
+        me = psutil.Process().pid
+        await wait_until(lambda: bool(busy_child(me)))
+        scoring.cancel()
+        await asyncio.wait({scoring})
+        begin = time.monotonic()
+        assert (await score_one(client, math_item("b", "1/2", "#0.50"))).verdict == VERDICT_CORRECT
+        assert time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+async def test_a_service_that_ends_leaves_no_process(number: signal.Signals) -> None:
+    port = free_port()
+    service = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.reward"),
+        *("--set", f"server.port={port}", "--set", "server.drain_seconds=0.2"),
+    )
+    try:
+        async with RewardClient.connect(f"127.0.0.1:{port}") as client:
+            await wait_until(lambda: len(checking_processes(service.pid, depth=2)) == 2)
+            scoring = asyncio.create_task(score(client, [math_item("a", "7", f"#{ENDLESS}")]))
+            await wait_until(lambda: bool(busy_child(service.pid)))
+            family = checking_processes(service.pid, 1) + checking_processes(service.pid, 2)
+            service.send_signal(number)
+            await asyncio.wait({scoring})
+            assert scoring.exception() is not None or scoring.result()[0].verdict == VERDICT_FAILED
+            await wait_until(lambda: not any(process.is_running() for process in family))
+    finally:
+        if service.returncode is None:
+            service.kill()
+        await service.wait()
+
+
+def busy_child(service: int) -> list[psutil.Process]:
+    """The child that is in a check that does not end."""
+    return [child for child in checking_processes(service, depth=2) if cpu_seconds(child) > 0.2]
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    """User and system time; 0 when the process is gone."""
+    try:
+        times = process.cpu_times()
+    except psutil.NoSuchProcess:
+        return 0.0
+    return float(times.user + times.system)

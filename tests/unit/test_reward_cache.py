@@ -1,0 +1,154 @@
+"""The result cache and the scorer, with verifiers whose pace the test sets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from perigee.errors import FieldViolation, ResourceExhaustedError
+from services.reward.cache import OutcomeCache, content_key
+from services.reward.scoring import Scorer
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer
+
+
+@dataclass(frozen=True)
+class EchoParameters(Parameters):
+    """What the answer should be."""
+
+    expected: str
+
+
+class EchoVerifier(Verifier[EchoParameters]):
+    """Correct when the response is the expected text; "crash" raises, "wait" waits for `gate`."""
+
+    name: ClassVar[str] = "echo"
+    version: ClassVar[str] = "1"
+
+    def __init__(self) -> None:
+        self.gate = asyncio.Event()
+        self.called = asyncio.Event()
+        self.calls = 0
+        self.cancelled = 0
+
+    def find_violations(self, parameters: EchoParameters) -> list[FieldViolation]:
+        return []
+
+    async def judge(self, item: Item[EchoParameters]) -> Outcome:
+        self.calls += 1
+        self.called.set()
+        if item.response == "crash":
+            raise RuntimeError("a fault of the verifier")
+        if item.response == "fail":
+            return Outcome.failed("nobody knows", retryable=True)
+        if item.response == "wait":
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.cancelled += 1
+                raise
+        return Outcome.correct(item.response)
+
+
+def make(verifier: EchoVerifier, entries: int = 10, max_queued_items: int = 100) -> Scorer:
+    return Scorer({EchoParameters: verifier}, OutcomeCache(entries), max_queued_items)
+
+
+def item(item_id: str, response: str, marker: str = "") -> Item[EchoParameters]:
+    return Item(item_id, response, marker, EchoParameters("x"))
+
+
+async def verdicts(scorer: Scorer, *items: Item[EchoParameters]) -> dict[str, Verdict]:
+    async with aclosing(scorer.score(items)) as outcomes:
+        return {scored.item_id: scored.outcome.verdict async for scored in outcomes}
+
+
+async def test_one_item_that_crashes_its_verifier_fails_alone() -> None:
+    found = await verdicts(make(EchoVerifier()), item("a", "crash"), item("b", "fine"))
+    assert found == {"a": Verdict.FAILED, "b": Verdict.CORRECT}
+
+
+async def test_the_same_content_is_judged_once_and_failures_again() -> None:
+    verifier = EchoVerifier()
+    scorer = make(verifier)
+    await verdicts(scorer, item("a", "fine"), item("b", "fine"))
+    await verdicts(scorer, item("c", "fine"))
+    assert verifier.calls == 1
+    await verdicts(scorer, item("d", "fail"))
+    await verdicts(scorer, item("e", "fail"))
+    assert verifier.calls == 3
+
+
+async def test_the_cache_stays_within_its_bound_and_drops_the_oldest() -> None:
+    verifier = EchoVerifier()
+    scorer = make(verifier, entries=2)
+    for response in ("1", "2", "1", "3", "1", "2"):  # "2" is dropped for "3"
+        await verdicts(scorer, item("a", response))
+    assert verifier.calls == 4
+
+
+async def test_a_judgement_ends_only_when_all_who_wait_have_gone() -> None:
+    verifier = EchoVerifier()
+    scorer = make(verifier)
+    first = asyncio.create_task(verdicts(scorer, item("a", "wait")))
+    second = asyncio.create_task(verdicts(scorer, item("b", "wait")))
+    await verifier.called.wait()
+    await asyncio.sleep(0)  # the second joins
+    first.cancel()
+    await asyncio.wait({first})
+    assert verifier.cancelled == 0
+    verifier.gate.set()
+    assert await second == {"b": Verdict.CORRECT}
+    verifier.gate.clear()
+    verifier.called.clear()
+    alone = asyncio.create_task(verdicts(make(verifier), item("c", "wait")))
+    await verifier.called.wait()
+    alone.cancel()
+    await asyncio.wait({alone})
+    await asyncio.sleep(0)
+    assert verifier.cancelled == 1
+
+
+async def test_outcomes_come_as_they_are_known() -> None:
+    verifier = EchoVerifier()
+    async with aclosing(make(verifier).score([item("slow", "wait"), item("fast", "fine")])) as outcomes:
+        assert (await anext(outcomes)).item_id == "fast"
+        verifier.gate.set()
+        assert (await anext(outcomes)).item_id == "slow"
+
+
+async def test_a_full_queue_refuses_with_a_hint_and_empties_again() -> None:
+    verifier = EchoVerifier()
+    scorer = make(verifier, max_queued_items=2)
+    async with aclosing(scorer.score([item("a", "wait"), item("b", "fine")])) as outcomes:
+        await anext(outcomes)  # one of two is left
+        with pytest.raises(ResourceExhaustedError, match="max_queued_items = 2") as full:
+            await verdicts(scorer, item("c", "1"), item("d", "2"))
+        assert full.value.retry_after_s is not None
+    assert len(await verdicts(scorer, item("c", "1"), item("d", "2"))) == 2
+
+
+def test_keys_differ_with_everything_that_matters_and_not_with_the_id() -> None:
+    verifier = EchoVerifier()
+    key: Callable[[Item[EchoParameters]], bytes] = lambda it: content_key(verifier, it)  # noqa: E731
+    assert key(item("a", "r", "m")) == key(item("b", "r", "m"))
+    others = [item("a", "r"), item("a", "mr", ""), item("a", "", "rm"), Item("a", "r", "m", EchoParameters("y"))]
+    assert len({key(item("a", "r", "m")), *(key(other) for other in others)}) == 5
+
+
+def test_outcomes_have_a_reward_unless_they_failed() -> None:
+    with pytest.raises(ValueError, match="failed outcome with reward 0"):
+        Outcome(Verdict.FAILED, 0.0)
+    with pytest.raises(ValueError, match="wrong outcome with reward None"):
+        Outcome(Verdict.WRONG, None)
+
+
+def test_the_answer_is_what_follows_the_last_marker() -> None:
+    assert extract_answer("4+5=9;#8#9 ", "#") == "9"
+    assert extract_answer("no marker", "#") is None
+    assert extract_answer("ends with #", "#") == ""
+    assert extract_answer(" whole ", "") == "whole"
