@@ -64,7 +64,7 @@ def _read_functions(request: pb.JudgeRequest, violations: list[FieldViolation]) 
     for index, test in enumerate(request.tests):
         field = f"tests[{index}].function"
         arguments = _read_json(test.function.arguments_json, f"{field}.arguments_json", violations)
-        if arguments is not None and not isinstance(arguments, list):
+        if not isinstance(arguments, list):
             violations.append(FieldViolation(f"{field}.arguments_json", "must be a JSON array of arguments"))
         expected = _read_json(test.function.expected_json, f"{field}.expected_json", violations)
         tests.append(FunctionTest(test.function.arguments_json.encode(), expected))
@@ -76,7 +76,7 @@ def _read_json(text: str, field: str, violations: list[FieldViolation]) -> objec
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         violations.append(FieldViolation(field, f"is not JSON: {error}"))
-        return None
+        return []  # keeps the checks that follow from telling the same field twice
 
 
 def _check_source(language: str, source: bytes, config: SandboxConfig) -> list[FieldViolation]:

@@ -1,0 +1,120 @@
+"""What is detected of a machine, and the system-call filter for it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perigee.errors import FailedPreconditionError
+from services.sandbox.box.seccomp import build_filter
+from services.sandbox.cgroups import find_cgroups, instance_name, is_alive
+from services.sandbox.config import SandboxConfig
+from services.sandbox.detect import choose_isolation
+from services.sandbox.isolation import Machine, Python
+
+PYTHON = Python("/usr/bin/python3", "3.11.2", ("/usr",))
+V1 = """30 29 0:28 / /cg/memory rw - cgroup cgroup rw,memory
+31 29 0:29 / /cg/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
+32 29 0:30 / /cg/pids rw - cgroup cgroup rw,pids
+"""
+V2 = "35 29 0:33 / {mount} rw shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+
+
+def test_cgroup_v1_with_joint_controllers() -> None:
+    host = find_cgroups(V1)
+    assert host is not None
+    assert (host.version, host.hybrid) == (1, ())
+    assert host.mounts["cpuacct"] == host.mounts["cpu"] == Path("/cg/cpu,cpuacct")
+
+
+def test_hybrid_names_the_mount_to_hide() -> None:
+    host = find_cgroups(V1 + V2.format(mount="/cg/unified"))
+    assert host is not None
+    assert (host.version, host.hybrid) == (1, ("/cg/unified",))
+
+
+@pytest.mark.parametrize(
+    ("controllers", "found"), [("cpuset cpu io memory pids", True), ("cpu memory", False), ("", False)]
+)
+def test_cgroup_v2_needs_its_controllers(controllers: str, found: bool, tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text(controllers)
+    host = find_cgroups(V2.format(mount=tmp_path))
+    assert (host is not None) == found
+    if host is not None:
+        assert host.version == 2
+
+
+def test_no_cgroups() -> None:
+    assert find_cgroups("1 0 8:1 / / rw - ext4 /dev/sda rw\n") is None
+
+
+def test_a_machine_without_root_is_told_what_to_do() -> None:
+    machine = Machine(root=False, cgroups=None, instance="1-1")
+    with pytest.raises(FailedPreconditionError) as error:
+        choose_isolation(SandboxConfig(), machine, PYTHON)
+    assert "zygote: start the service as root" in error.value.message
+    assert "process" in error.value.message
+    assert choose_isolation(SandboxConfig(isolation="process"), machine, PYTHON).label == "process (unsafe)"
+
+
+def test_instances_of_the_dead_are_known() -> None:
+    assert is_alive(instance_name())
+    assert not is_alive(instance_name() + "1")
+    assert not is_alive("nonsense")
+
+
+def run_filter(program: bytes, architecture: int, number: int, argument: int) -> int:
+    """What a filter returns, by an interpreter of the few instructions that it uses."""
+    data = struct.pack("=IIQQ", number, architecture, 0, argument)
+    instructions = [struct.unpack_from("=HBBI", program, offset) for offset in range(0, len(program), 8)]
+    position, accumulator = 0, 0
+    while True:
+        code, if_true, if_false, value = instructions[position]
+        position += 1
+        if code == 0x06:
+            return int(value)
+        if code == 0x20:
+            [accumulator] = struct.unpack_from("=I", data, value)
+            continue
+        holds = {0x15: accumulator == value, 0x35: accumulator >= value, 0x45: bool(accumulator & value)}[code]
+        position += if_true if holds else if_false
+
+
+ALLOW, EPERM, ENOSYS, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
+X86_64 = 0xC000003E
+
+
+@pytest.mark.parametrize(
+    ("number", "argument", "action"),
+    [
+        (0, 0, ALLOW),  # read
+        (59, 0, ALLOW),  # execve
+        (133, 0, ALLOW),  # mknod
+        (163, 0, EPERM),  # acct, the first of the list
+        (153, 0, EPERM),  # vhangup, the last of the list
+        (101, 0, EPERM),  # ptrace
+        (165, 0, EPERM),  # mount
+        (272, 0, EPERM),  # unshare
+        (435, 0, ENOSYS),  # clone3
+        (56, 0x11, ALLOW),  # clone as fork does
+        (56, 0x10000011, EPERM),  # clone into a user namespace
+        (41, 1, ALLOW),  # AF_UNIX
+        (41, 2, EPERM),  # AF_INET
+        (41, 40, EPERM),  # AF_VSOCK
+        (53, 1, ALLOW),  # socketpair
+        (0x40000000, 0, ENOSYS),  # x32
+    ],
+)
+def test_filter_decides_call_by_call(number: int, argument: int, action: int) -> None:
+    assert run_filter(build_filter("x86_64"), X86_64, number, argument) == action
+
+
+@given(st.integers(0, 600))
+def test_filter_ends_for_every_number_and_architecture(number: int) -> None:
+    assert run_filter(build_filter("x86_64"), 0x40000003, number, 0) == KILL
+    assert run_filter(build_filter("x86_64"), X86_64, number, 1) in (ALLOW, EPERM, ENOSYS)
+    assert run_filter(build_filter("aarch64"), 0xC00000B7, number, 1) in (ALLOW, EPERM, ENOSYS)
