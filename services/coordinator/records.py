@@ -36,6 +36,10 @@ class Records:
             by_iteration[int(last_line["iteration"])] = dict(last_line)
         write_lines(path, [by_iteration[iteration] for iteration in sorted(by_iteration)])
 
+    def has_iterations(self) -> bool:
+        """Whether metrics.jsonl holds an iteration."""
+        return bool(read_lines(self.path / "metrics.jsonl"))
+
     def add_iteration(self, line: Mapping[str, Any]) -> None:
         """Appends an iteration."""
         append_line(self.path / "metrics.jsonl", line)

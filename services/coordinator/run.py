@@ -78,14 +78,14 @@ class Run:
         if committed.state.started_seconds is None:
             await self._evaluate(committed, "before")
             committed.state.started_seconds = context.board.elapsed_seconds
+        every = config.evaluation.every
         while not self._is_over(committed):
+            if every and committed.iteration and committed.iteration % every == 0:
+                await self._evaluate(committed, "during")
             line = await Iteration(context, committed, groups, sampler, self._keeper).run()
             self._committed_iteration = committed.iteration
             context.board.metrics = flatten(line)
             log.info("iteration", run=self._run_id, metrics=flatten(line))
-            every = config.evaluation.every
-            if every and committed.iteration % every == 0 and not self._is_over(committed):
-                await self._evaluate(committed, "during")
         before = await self._evaluate(committed, "before")
         after = await self._evaluate(committed, "after")
         await self._finish(committed, before, after)
@@ -139,6 +139,11 @@ class Run:
     async def _create(self, digest: str) -> buffer_pb2.RunState:
         """Warms up, then creates the run: a run that the buffer knows has its first policy version."""
         context = self._context
+        if await asyncio.to_thread(context.records.has_iterations):
+            raise DataLossError(
+                f"The buffer does not know run {self._run_id}, but {context.records.path}/metrics.jsonl holds its "
+                "iterations: point the buffer at the store that it was started with."
+            )
         if not self._age_known:
             context.board.earlier_seconds = await asyncio.to_thread(context.records.warmup_seconds)
             self._age_known = True

@@ -1,0 +1,94 @@
+"""Files of a run's folder: whole after a crash, no iteration twice, none missing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from perigee.errors import DataLossError
+from services.coordinator.files import append_line, read_lines, write_atomically
+from services.coordinator.records import Records, flatten, number_or_none
+from services.coordinator.run_config import config_digest, parse_run_config
+from services.coordinator.run_state import CoordinatorState, Totals, decode_state
+from services.coordinator.sampling import SamplerState
+from tests.fixtures.coordinator import write_run_section
+
+
+def test_a_line_cut_by_a_crash_goes_and_the_next_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    append_line(path, {"n": 1})
+    with open(path, "a") as file:
+        file.write('{"n": 2, "cu')
+    assert read_lines(path) == [{"n": 1}]
+    append_line(path, {"n": 3})
+    assert read_lines(path) == [{"n": 1}, {"n": 3}]
+    path.write_text('{"n": 1}\n{"n"\n{"n": 3}\n')
+    with pytest.raises(DataLossError, match=r"lines\.jsonl:2 is not JSON"):
+        read_lines(path)
+
+
+def test_a_number_that_json_lacks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        append_line(tmp_path / "lines.jsonl", {"n": float("nan")})
+    assert read_lines(tmp_path / "lines.jsonl") == []
+    assert number_or_none(float("nan")) is None
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+
+
+@given(st.lists(st.integers(1, 8), max_size=12), st.integers(0, 8))
+def test_restored_iterations_are_the_committed_ones_once_each(written: list[int], committed: int) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        records = Records(Path(folder))
+        for iteration in written:
+            append_line(Path(folder) / "metrics.jsonl", {"iteration": iteration})
+        last = {"iteration": committed, "restored": True} if committed else None
+        records.restore_iterations(committed, last)
+        found = [line["iteration"] for line in read_lines(Path(folder) / "metrics.jsonl")]
+        expected = {iteration for iteration in written if iteration <= committed} | (
+            {committed} if committed else set()
+        )
+        assert found == sorted(expected)
+
+
+def test_evaluations_are_found_by_moment_and_iteration(tmp_path: Path) -> None:
+    records = Records(tmp_path)
+    records.add_evaluation({"moment": "before", "iteration": 0, "accuracy": {"overall": {"greedy": {"mean": 0.5}}}})
+    records.close()
+    assert records.evaluation("before", 0) is not None
+    assert records.evaluation("after", 0) is None
+
+
+def test_flatten_keeps_numbers_only() -> None:
+    line = {"a": 1, "b": {"c": 0.5, "d": None, "e": "text"}, "f": True, "g": {"h": {"i": 2}}}
+    assert flatten(line) == {"a": 1.0, "b/c": 0.5, "g/h/i": 2.0}
+
+
+def test_the_state_survives_its_encoding() -> None:
+    state = CoordinatorState(
+        SamplerState(3, "abc"), 17, 12.5, 4.5, Totals(10, 4, 1, 1e-4, {"rollout": 1.5}), {"iteration": 2, "x": None}
+    )
+    assert decode_state(state.encode()) == state
+    for wrong in (b"{}", b"not json", json.dumps({"sampler": {"colour": 1}, "totals": {}}).encode()):
+        with pytest.raises(DataLossError, match="cannot be read"):
+            decode_state(wrong)
+
+
+def test_the_digest_holds_what_must_not_change(tmp_path: Path) -> None:
+    section = write_run_section(tmp_path)
+    digest = config_digest(parse_run_config(section))
+    longer = section.replace("iterations: 3", "iterations: 30") + "time_limit_s: 60\nevaluation: {every: 4}\n"
+    assert config_digest(parse_run_config(longer)) == digest
+    assert config_digest(parse_run_config(section + "seed: 4\n")) != digest

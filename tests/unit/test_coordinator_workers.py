@@ -1,0 +1,227 @@
+"""Leases, trust in weights, and who gets the next work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import suppress
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perigee.errors import InternalError, InvalidArgumentError, NotFoundError, UnavailableError
+from perigee.rollout.client import RolloutClient
+from services.coordinator.config import DispatchConfig
+from services.coordinator.fan_out import FanOut, PeerError, Progress
+from services.coordinator.run_errors import PeerLostError
+from services.coordinator.workers import Worker, WorkerRegistry
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_registry(clock: Clock | None = None) -> WorkerRegistry:
+    # The client dials nobody: nothing here calls a worker.
+    return WorkerRegistry(RolloutClient.connect, lease_seconds=10.0, clock=clock or Clock())
+
+
+def add_worker(registry: WorkerRegistry, worker_id: str, version: int = 1, capacity: int = 4) -> Worker:
+    worker = registry.register(worker_id, "127.0.0.1:1", capacity, 0, False)
+    registry.mark_pushed(worker, version)
+    return worker
+
+
+async def test_a_lease_ends_unless_it_is_renewed() -> None:
+    clock = Clock()
+    registry = make_registry(clock)
+    worker, other = add_worker(registry, "a"), add_worker(registry, "b")
+    clock.now += 8
+    registry.renew("a", worker.lease_epoch, 0, 1, True)
+    clock.now += 3
+    assert registry.expire() == [other]
+    assert registry.is_live(worker)
+    assert not registry.is_live(other)
+    with pytest.raises(NotFoundError, match="register again"):
+        registry.renew("b", other.lease_epoch, 0, 1, True)
+
+
+async def test_a_second_registration_ends_the_first() -> None:
+    registry = make_registry()
+    first = add_worker(registry, "a")
+    second = registry.register("a", "127.0.0.1:1", 4, 1, True)
+    assert not registry.is_live(first)
+    assert second.lease_epoch > first.lease_epoch
+    with pytest.raises(NotFoundError):
+        registry.deregister("a", first.lease_epoch)
+    # What the worker claims to hold is not trusted: this coordinator has pushed nothing to it since.
+    assert registry.holding(1) == []
+
+
+async def test_registrations_are_checked() -> None:
+    registry = make_registry()
+    for arguments, field in [
+        (("", "h:1", 1, 0, True), "worker_id"), (("a", "host", 1, 0, True), "address"), (("a", "h:1", 0, 0, True), "capacity"),
+    ]:  # fmt: skip
+        with pytest.raises(InvalidArgumentError) as caught:
+            registry.register(*arguments)
+        assert caught.value.violations[0].field == field
+
+
+async def test_a_suspect_worker_is_out_until_it_renews() -> None:
+    registry = make_registry()
+    worker = add_worker(registry, "a")
+    registry.suspect(worker, "cut")
+    assert registry.holding(1) == []
+    registry.renew("a", worker.lease_epoch, 0, 1, True)
+    assert registry.holding(1) == [worker]
+    registry.distrust()
+    assert registry.holding(1) == []
+
+
+async def test_time_in_which_the_coordinator_stood_still_ends_no_lease() -> None:
+    import time
+
+    registry = WorkerRegistry(RolloutClient.connect, lease_seconds=0.4)
+    worker = add_worker(registry, "a")
+    sweeping = asyncio.create_task(registry.sweep())
+    await asyncio.sleep(0)
+    time.sleep(1.0)  # noqa: ASYNC251, the loop is to stand still
+    await asyncio.sleep(0.01)
+    assert registry.is_live(worker)
+    await asyncio.sleep(0.6)
+    assert not registry.is_live(worker)
+    sweeping.cancel()
+    with suppress(asyncio.CancelledError):
+        await sweeping
+
+
+def make_fan_out(registry: WorkerRegistry, call: object, **config: object) -> FanOut:
+    return FanOut(registry, 1, DispatchConfig(**config), call, lambda waiting: None)  # type: ignore[arg-type]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 60),
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.integers(1, 5),
+    st.sets(st.integers(0, 59), max_size=8),
+    st.integers(0, 2),
+)
+async def test_every_sequence_ends_once_within_every_workers_room(
+    count: int, capacities: list[int], calls: int, failing: set[int], broken: int
+) -> None:
+    registry = make_registry()
+    workers = [add_worker(registry, f"w{n}", capacity=capacity) for n, capacity in enumerate(capacities)]
+    ended: list[str] = []
+    to_fail = {str(key) for key in failing}
+    to_break = broken
+
+    async def call(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        nonlocal to_break
+        assert worker.outstanding <= 2 * worker.capacity
+        for key in keys:
+            await asyncio.sleep(0)
+            if key in to_fail:
+                to_fail.remove(key)
+                yield Progress(failed=[(key, "once")])
+                continue
+            if to_break and len(ended) > 3:
+                to_break -= 1
+                asyncio.get_running_loop().call_later(
+                    0.001, lambda: registry.renew(worker.worker_id, worker.lease_epoch, 0, 1, True)
+                )
+                raise UnavailableError("cut")
+            ended.append(key)
+            yield Progress(ended=[key])
+
+    keys = [str(key) for key in range(count)]
+    await make_fan_out(registry, call, calls_per_worker=calls, overcommit=2.0).run(keys)
+    assert sorted(ended) == sorted(keys)
+    assert all(worker.outstanding == 0 for worker in workers)
+
+
+async def test_a_fast_worker_takes_more_than_a_slow_one() -> None:
+    registry = make_registry()
+    add_worker(registry, "fast")
+    add_worker(registry, "slow")
+    taken = {"fast": 0, "slow": 0}
+
+    async def call(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        for key in keys:
+            await asyncio.sleep(0.001 if worker.worker_id == "fast" else 0.02)
+            taken[worker.worker_id] += 1
+            yield Progress(ended=[key])
+
+    await make_fan_out(registry, call).run(str(key) for key in range(100))
+    assert taken["fast"] > 3 * taken["slow"] > 0
+
+
+async def test_a_lost_workers_call_is_cancelled_and_its_work_given_to_others() -> None:
+    clock = Clock()
+    registry = make_registry(clock)
+    lost = add_worker(registry, "lost")
+    cancelled: list[str] = []
+
+    async def call(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        if worker is lost:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.extend(keys)
+        yield Progress(ended=keys)
+
+    async def lose() -> None:
+        await asyncio.sleep(0.01)
+        clock.now += 20
+        add_worker(registry, "other")
+        assert registry.expire() == [lost]
+
+    losing = asyncio.create_task(lose())
+    await make_fan_out(registry, call).run(["1", "2", "3"])
+    await losing
+    assert sorted(cancelled) == ["1", "2", "3"]
+
+
+async def test_errors_of_peers_and_requests_end_the_fan_out() -> None:
+    registry = make_registry()
+    worker = add_worker(registry, "a")
+
+    async def refuse(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        raise InvalidArgumentError.of("sampling.top_p", "is refused")
+        yield Progress()
+
+    async def lose_buffer(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        raise PeerError(UnavailableError("the buffer is away"))
+        yield Progress()
+
+    with pytest.raises(InvalidArgumentError, match="top_p"):
+        await make_fan_out(registry, refuse).run(["1"])
+    with pytest.raises(UnavailableError, match="the buffer is away"):
+        await make_fan_out(registry, lose_buffer).run(["1"])
+    assert worker.suspect is None
+    assert worker.outstanding == 0
+
+
+async def test_a_sequence_that_keeps_failing_is_named() -> None:
+    registry = make_registry()
+    add_worker(registry, "a")
+
+    async def call(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        yield Progress(failed=[(key, "no luck") for key in keys])
+
+    with pytest.raises(InternalError, match="Sequence 1 failed 3 times, last: no luck"):
+        await make_fan_out(registry, call, attempts=3).run(["1"])
+
+
+async def test_without_a_worker_the_wait_is_shown_and_bounded() -> None:
+    shown: list[bool] = []
+    fan_out = FanOut(make_registry(), 1, DispatchConfig(worker_wait_s=0.05), lambda *_: None, shown.append)  # type: ignore[arg-type,return-value]
+    with pytest.raises(PeerLostError, match="No rollout worker has been registered for 0.05 s"):
+        await fan_out.run(["1"])
+    assert shown == [True, False]
