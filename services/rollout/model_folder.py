@@ -23,6 +23,8 @@ class ModelFolder:
     context_tokens: int
     """Prompt and response tokens that a sequence may have."""
     vocabulary_size: int
+    dtype: str
+    """Type of the weights by config.json; "auto" when it names none."""
     stop_token_ids: tuple[int, ...]
     tokenizer: Tokenizer
 
@@ -59,6 +61,7 @@ def open_model_folder(path: str, max_model_len: int | None) -> ModelFolder:
         path=folder,
         context_tokens=min(context, max_model_len or context),
         vocabulary_size=_positive_integer(config, "vocab_size", folder),
+        dtype=str(config.get("dtype") or config.get("torch_dtype") or "auto"),
         stop_token_ids=tuple(sorted(stop_token_ids)),
         tokenizer=_open_tokenizer(folder / "tokenizer.json"),
     )

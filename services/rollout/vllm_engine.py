@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -29,7 +30,7 @@ log = get_logger(__name__)
 
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 DEATH_POLL_SECONDS = 0.1
-STOP_SECONDS = 5.0
+STOP_SECONDS = 0.5
 # Named by strings: importing the extension here would arm its death signal in the service itself.
 EXTENSION_CLASS = "services.rollout.vllm_extension.WorkerExtension"
 WEIGHT_BACKEND = "perigee-shm"
@@ -54,6 +55,8 @@ class VllmEngine(Engine):
         arguments = engine_arguments(self._config, self._model)
         self._llm = await loop.run_in_executor(self._spawner, AsyncLLM.from_engine_args, arguments)
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        # Collections during generation need not walk what the imports left.
+        gc.freeze()
 
     async def stop(self) -> None:
         """Fails the requests in flight and ends EngineCore."""
@@ -204,7 +207,8 @@ def engine_arguments(config: RolloutConfig, model: ModelFolder) -> AsyncEngineAr
         model=str(model.path),
         skip_tokenizer_init=True,
         load_format="dummy",
-        dtype=config.dtype,
+        # vLLM's own "auto" turns float32 models into half precision.
+        dtype=model.dtype if config.dtype == "auto" else config.dtype,  # type: ignore[arg-type]
         enforce_eager=config.enforce_eager,
         max_model_len=model.context_tokens,
         max_num_seqs=config.max_num_seqs,

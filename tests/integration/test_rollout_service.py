@@ -1,0 +1,363 @@
+"""A rollout worker on the real engine, with a real buffer and weights pushed over Mooncake."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from perigee.buffer.client import BufferClient
+from perigee.buffer.v1 import buffer_pb2
+from perigee.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from perigee.rollout.client import RolloutClient
+from perigee.rollout.v1 import rollout_pb2 as pb
+from tests.fixtures.rollout import (
+    CHARACTERS,
+    CHUNK,
+    CONTEXT,
+    EOS,
+    VOCABULARY,
+    NewTrajectories,
+    Pusher,
+    extend_request,
+    make_policy,
+    policy_logprobs,
+    policy_tensors,
+    wait_for_state,
+)
+
+POLICIES = [make_policy(seed) for seed in (11, 12)]
+# Logprobs of the engine against an fp32 forward pass of transformers on the same tokens.
+TOLERANCE = 1e-3
+PROMPT = [2 + (7 * i) % len(CHARACTERS) for i in range(12)]
+MANY_PROMPTS = [[2 + (seed + 7 * i * i) % len(CHARACTERS) for i in range(8)] for seed in range(12)]
+LONG_PROMPT = [2 + (5 * i * i) % len(CHARACTERS) for i in range(100)]
+_runs = itertools.count()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def worker(rollout_address: str, pusher: Pusher) -> str:
+    """The worker with policy 0 as version 10."""
+    assert await pusher.push(policy_tensors(POLICIES[0]), 10, rollout_address) == ""
+    return rollout_address
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def trajectories(
+    worker: str, pusher: Pusher, buffer_client: BufferClient, rollout_client: RolloutClient
+) -> NewTrajectories:
+    """Trajectories of a run of its own, whose weights the worker holds."""
+    run_id = f"rollout-{next(_runs)}"
+    assert await pusher.push(policy_tensors(POLICIES[0]), 0, worker, run_id) == ""
+    return NewTrajectories(buffer_client, rollout_client, run_id)
+
+
+async def generate(client: RolloutClient, prompts: Sequence[Sequence[int]], **fields: Any) -> list[pb.GenerateResponse]:
+    """The whole answer to each prompt, in order; 48 tokens at temperature 1 unless told otherwise."""
+    max_tokens = fields.pop("max_tokens", 48)
+    items = [
+        pb.GenerateItem(id=str(i), prompt_token_ids=prompt, max_tokens=max_tokens) for i, prompt in enumerate(prompts)
+    ]
+    request = pb.GenerateRequest(items=items, **({"sampling": pb.Sampling(temperature=1)} | fields))
+    whole = {item.id: pb.GenerateResponse(id=item.id) for item in items}
+    async for response in client.generate(request, timeout_s=60):
+        answer = whole[response.id]
+        assert response.end_reason == 0 or answer.end_reason == 0
+        if not request.text_only:
+            assert response.offset == len(answer.token_ids)
+        answer.MergeFrom(response)
+    return list(whole.values())
+
+
+def largest_difference(policy: int, prompt: Sequence[int], answer: Any, temperature: float = 1.0) -> float:
+    """Between the answer's logprobs and the policy's own, nats."""
+    expected = policy_logprobs(POLICIES[policy], prompt, answer.token_ids, temperature)
+    return max(abs(a - b) for a, b in zip(expected, answer.logprobs, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+async def test_logprobs_are_those_of_the_sampled_distribution(
+    worker: str, rollout_client: RolloutClient, temperature: float
+) -> None:
+    answers = await generate(rollout_client, [PROMPT] * 8, sampling=pb.Sampling(temperature=temperature))
+    assert len({tuple(answer.token_ids) for answer in answers}) > 1
+    for answer in answers:
+        assert largest_difference(0, PROMPT, answer, temperature) < TOLERANCE
+
+
+async def test_a_push_reaches_the_tied_head_and_forgets_cached_prefixes(
+    trajectories: NewTrajectories, worker: str, pusher: Pusher, rollout_client: RolloutClient
+) -> None:
+    [warm] = await trajectories.create([LONG_PROMPT])
+    await trajectories.extend([warm], token_budget=4)
+    [again] = await trajectories.create([LONG_PROMPT])
+    ended, _ = await trajectories.extend([again], token_budget=4)
+    assert ended[again].cached_tokens >= 64
+
+    assert await pusher.push(policy_tensors(POLICIES[1]), 1, worker, trajectories.run_id) == ""
+    [fresh] = await trajectories.create([LONG_PROMPT])
+    ended, _ = await trajectories.extend([fresh], policy_version=1)
+    assert ended[fresh].cached_tokens == 0
+    held = await trajectories.read(fresh)
+    assert largest_difference(1, LONG_PROMPT, held) < TOLERANCE
+    # The two policies are far apart, so this would notice any part of the old one.
+    assert largest_difference(0, LONG_PROMPT, held) > 1
+    assert [(span.policy_version, span.tokens) for span in held.versions] == [(1, len(held.token_ids))]
+
+
+async def test_a_continuation_is_the_uninterrupted_response(worker: str, rollout_client: RolloutClient) -> None:
+    greedy = pb.Sampling(temperature=0)
+    wholes = await generate(rollout_client, MANY_PROMPTS, sampling=greedy)
+    firsts = [list(whole.token_ids[: whole.tokens // 2]) for whole in wholes]
+    assert max(len(first) for first in firsts) == 24
+    for prompt, first, whole in zip(MANY_PROMPTS, firsts, wholes, strict=True):
+        [rest] = await generate(rollout_client, [prompt + first], sampling=greedy, max_tokens=48 - len(first))
+        assert first + list(rest.token_ids) == list(whole.token_ids)
+
+
+async def test_a_resumed_trajectory_stays_within_its_cap(trajectories: NewTrajectories) -> None:
+    ids = await trajectories.create([PROMPT], k=12)
+    ended, failed = await trajectories.extend(ids, token_budget=32, response_cap=40)
+    assert failed == {}
+    partial = [
+        trajectory_id for trajectory_id in ids if ended[trajectory_id].end_reason == buffer_pb2.END_REASON_BUDGET
+    ]
+    assert partial
+    assert all((ended[i].tokens, ended[i].new_tokens, ended[i].text) == (32, 32, "") for i in partial)
+
+    ended, failed = await trajectories.extend(partial, token_budget=32, response_cap=40)
+    assert failed == {}
+    for trajectory_id, end in ended.items():
+        held = await trajectories.read(trajectory_id)
+        assert end.tokens == len(held.token_ids) == len(held.logprobs) <= 40
+        assert end.new_tokens == end.tokens - 32
+        assert held.end_reason == end.end_reason
+        assert largest_difference(0, PROMPT, held) < TOLERANCE
+        if end.end_reason == buffer_pb2.END_REASON_RESPONSE_CAP:
+            assert end.tokens == 40
+        else:
+            assert (end.end_reason, held.token_ids[-1]) == (buffer_pb2.END_REASON_STOP, EOS)
+    assert any(end.end_reason == buffer_pb2.END_REASON_RESPONSE_CAP for end in ended.values())
+
+
+async def test_a_call_repeated_under_one_lease_has_one_budget(trajectories: NewTrajectories) -> None:
+    [trajectory_id] = await trajectories.create([PROMPT])
+    leases = await trajectories.lease([trajectory_id])
+    ended, _ = await trajectories.extend([], leases, token_budget=8)
+    tokens = ended[trajectory_id].tokens
+    again, failed = await trajectories.extend([], leases, token_budget=8)
+    if ended[trajectory_id].end_reason == buffer_pb2.END_REASON_BUDGET:
+        assert (again[trajectory_id].tokens, again[trajectory_id].new_tokens) == (tokens, 0)
+    else:
+        assert "has ended" in failed[trajectory_id]
+
+
+async def test_every_token_knows_its_version_when_weights_change_under_way(
+    trajectories: NewTrajectories, worker: str, pusher: Pusher
+) -> None:
+    ids = await trajectories.create([PROMPT], k=48)
+    running = asyncio.create_task(trajectories.extend(ids, token_budget=200, response_cap=200))
+    await trajectories.wait_for_tokens(ids[0])
+    assert await pusher.push(policy_tensors(POLICIES[1]), 1, worker, trajectories.run_id) == ""
+    ended, failed = await running
+    assert failed == {}
+    mixed = 0
+    for trajectory_id in ids:
+        held = await trajectories.read(trajectory_id)
+        versions = [span.policy_version for span in held.versions for _ in range(span.tokens)]
+        assert len(versions) == len(held.token_ids) == ended[trajectory_id].tokens
+        assert versions == sorted(versions)
+        by_version = [policy_logprobs(policy, PROMPT, held.token_ids) for policy in POLICIES]
+        for place, version in enumerate(versions):
+            assert abs(by_version[version][place] - held.logprobs[place]) < TOLERANCE
+        mixed += len(set(versions)) == 2
+    assert mixed > 0
+
+
+async def test_text_is_the_whole_response_without_its_stop_token(trajectories: NewTrajectories) -> None:
+    ids = await trajectories.create([PROMPT], k=32)
+    ended, _ = await trajectories.extend(ids, token_budget=100, response_cap=100)
+    stopped = [i for i in ids if ended[i].end_reason == buffer_pb2.END_REASON_STOP]
+    assert stopped
+    for trajectory_id in stopped:
+        held = await trajectories.read(trajectory_id)
+        assert held.token_ids[-1] == EOS
+        assert EOS not in held.token_ids[:-1]
+        assert ended[trajectory_id].text == "".join(
+            "<pad>" if token == 0 else CHARACTERS[token - 2] for token in held.token_ids[:-1]
+        )
+
+
+async def test_a_greedy_loop_is_cut_as_repetition(worker: str, rollout_client: RolloutClient) -> None:
+    stop = pb.RepetitionStop(max_period=16, min_repeats=3)
+    fields: dict[str, Any] = {"sampling": pb.Sampling(temperature=0), "max_tokens": 240}
+    wholes = await generate(rollout_client, MANY_PROMPTS, **fields)
+    cuts = await generate(rollout_client, MANY_PROMPTS, **fields, repetition_stop=stop)
+    repeated = 0
+    for whole, cut in zip(wholes, cuts, strict=True):
+        tokens = list(cut.token_ids)
+        assert tokens == list(whole.token_ids[: cut.tokens])
+        if cut.end_reason == buffer_pb2.END_REASON_REPETITION:
+            assert any(tokens[-3 * p :] == tokens[-p:] * 3 for p in range(1, 17))
+            assert cut.tokens <= whole.tokens
+            repeated += 1
+    assert repeated > 0
+
+
+async def test_chunks_reach_the_buffer_while_a_segment_runs(trajectories: NewTrajectories) -> None:
+    [trajectory_id] = await trajectories.create([PROMPT])
+    running = asyncio.create_task(trajectories.extend([trajectory_id], token_budget=240, response_cap=240))
+    sizes = set()
+    while not running.done():
+        sizes.add(len((await trajectories.read(trajectory_id)).token_ids))
+        await asyncio.sleep(0.005)
+    ended, _ = await running
+    assert len(sizes - {0, ended[trajectory_id].tokens}) >= min(2, ended[trajectory_id].tokens // CHUNK - 1)
+
+
+async def test_a_newer_lease_fences_the_older_call(trajectories: NewTrajectories) -> None:
+    [trajectory_id] = await trajectories.create([PROMPT])
+    old = await trajectories.lease([trajectory_id])
+    await trajectories.lease([trajectory_id])
+    ended, failed = await trajectories.extend([], old)
+    assert ended == {}
+    assert "leased again" in failed[trajectory_id]
+
+
+async def test_a_lease_taken_away_under_way_fails_the_segment(trajectories: NewTrajectories) -> None:
+    ids = await trajectories.create([PROMPT], k=64)
+    running = asyncio.create_task(trajectories.extend(ids, token_budget=240, response_cap=240))
+    await trajectories.wait_for_tokens(ids[0])
+    taken = set()
+    for trajectory_id in ids:
+        # Those that have finished cannot be leased.
+        with suppress(FailedPreconditionError):
+            await trajectories.lease([trajectory_id])
+            taken.add(trajectory_id)
+    ended, failed = await running
+    assert taken
+    assert set(failed) == taken
+    assert set(ended) == set(ids) - taken
+    assert all("fenced" in reason for reason in failed.values())
+
+
+async def test_a_caller_that_goes_away_frees_the_engine(
+    trajectories: NewTrajectories, rollout_client: RolloutClient
+) -> None:
+    ids = await trajectories.create([PROMPT], k=32)
+    request = extend_request(trajectories.run_id, await trajectories.lease(ids), token_budget=240, response_cap=240)
+    reading = asyncio.ensure_future(anext(rollout_client.extend_trajectories(request)))
+    await wait_for_state(rollout_client, lambda state: state.running == 32)
+    reading.cancel()
+    async with asyncio.timeout(10):
+        await wait_for_state(rollout_client, lambda state: state.running == 0)
+    # What was leased goes on elsewhere.
+    ended, failed = await trajectories.extend(ids, token_budget=240, response_cap=240)
+    assert (len(ended), failed) == (32, {})
+
+
+async def test_one_seed_gives_one_answer(worker: str, rollout_client: RolloutClient) -> None:
+    sampling = pb.Sampling(temperature=1, seed=5)
+    first, second = [await generate(rollout_client, [PROMPT] * 4, sampling=sampling) for _ in range(2)]
+    assert [list(answer.token_ids) for answer in first] == [list(answer.token_ids) for answer in second]
+    assert len({tuple(answer.token_ids) for answer in first}) == 4
+
+
+async def test_text_only_carries_no_tokens(worker: str, rollout_client: RolloutClient) -> None:
+    [answer] = await generate(rollout_client, [PROMPT], text_only=True)
+    assert answer.text
+    assert answer.tokens
+    assert (len(answer.token_ids), len(answer.logprobs), len(answer.versions)) == (0, 0, 0)
+
+
+async def test_a_checkpoint_of_another_model_is_refused_and_the_old_one_serves_on(
+    worker: str, pusher: Pusher, trajectories: NewTrajectories, rollout_client: RolloutClient
+) -> None:
+    tensors = policy_tensors(POLICIES[1])
+    missing = {name: tensor for name, tensor in tensors.items() if "q_proj.weight" not in name}
+    assert "q_proj.weight is missing" in await pusher.push(missing, 1, worker, trajectories.run_id)
+    larger = tensors | {"model.norm.weight": tensors["model.norm.weight"].repeat(2)}
+    assert "model.norm.weight has shape" in await pusher.push(larger, 1, worker, trajectories.run_id)
+    assert (await rollout_client.get_state(pb.GetStateRequest())).policy_version == 0
+    [answer] = await generate(rollout_client, [PROMPT])
+    assert largest_difference(0, PROMPT, answer) < TOLERANCE
+
+
+async def test_other_weights_than_asked_for_are_a_failed_precondition(
+    trajectories: NewTrajectories, rollout_client: RolloutClient
+) -> None:
+    ids = await trajectories.create([PROMPT])
+    with pytest.raises(FailedPreconditionError, match="holds policy version 0, not 3"):
+        await trajectories.extend(ids, policy_version=3)
+    with pytest.raises(FailedPreconditionError, match="weights of run"):
+        await generate(rollout_client, [PROMPT], run_id="another")
+    with pytest.raises(FailedPreconditionError, match="not 7"):
+        await generate(rollout_client, [PROMPT], policy_version=7)
+
+
+async def test_settings_that_cannot_be_corrected_are_refused(
+    trajectories: NewTrajectories, rollout_client: RolloutClient
+) -> None:
+    ids = await trajectories.create([PROMPT])
+    with pytest.raises(InvalidArgumentError) as caught:
+        await trajectories.extend(ids, sampling=pb.Sampling(temperature=0, top_p=0.9))
+    assert [violation.field for violation in caught.value.violations] == ["sampling.top_p", "sampling.temperature"]
+    with pytest.raises(InvalidArgumentError) as caught:
+        await generate(rollout_client, [PROMPT], sampling=pb.Sampling(temperature=1, repetition_penalty=1.2))
+    assert [violation.field for violation in caught.value.violations] == ["sampling.repetition_penalty"]
+    with pytest.raises(InvalidArgumentError) as caught:
+        await trajectories.extend(ids, token_budget=0, response_cap=0)
+    assert [violation.field for violation in caught.value.violations] == ["token_budget", "response_cap"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "reason"),
+    [([], "empty"), ([5] * CONTEXT, f"context of {CONTEXT}"), ([VOCABULARY], f"vocabulary of {VOCABULARY}")],
+)
+async def test_prompts_that_cannot_be_generated_are_named(
+    worker: str, rollout_client: RolloutClient, prompt: list[int], reason: str
+) -> None:
+    with pytest.raises(InvalidArgumentError, match=reason) as caught:
+        await generate(rollout_client, [PROMPT, prompt])
+    assert [violation.field for violation in caught.value.violations] == ["items[1].prompt_token_ids"]
+
+
+async def test_a_prompt_that_fills_the_context_fails_its_trajectory_alone(trajectories: NewTrajectories) -> None:
+    short, long = await trajectories.create([PROMPT, [5] * CONTEXT])
+    ended, failed = await trajectories.extend([short, long])
+    assert set(ended) == {short}
+    assert "leaves no room in the context" in failed[long]
+
+
+async def test_the_context_bounds_a_response(trajectories: NewTrajectories) -> None:
+    prompt = [5] * (CONTEXT - 6)
+    ids = await trajectories.create([prompt], k=4)
+    ended, failed = await trajectories.extend(ids, response_cap=64)
+    assert failed == {}
+    assert {end.tokens for end in ended.values() if end.end_reason == buffer_pb2.END_REASON_RESPONSE_CAP} == {6}
+
+
+async def test_too_many_sequences_are_refused(worker: str, rollout_client: RolloutClient) -> None:
+    items = [pb.GenerateItem(id=str(i), prompt_token_ids=[5], max_tokens=1) for i in range(16385)]
+    request = pb.GenerateRequest(items=items, sampling=pb.Sampling(temperature=1))
+    with pytest.raises(ResourceExhaustedError, match="16384 sequences"):
+        async for _ in rollout_client.generate(request):
+            pass
+
+
+async def test_state_and_readiness(worker: str, rollout_client: RolloutClient) -> None:
+    state = await rollout_client.get_state(pb.GetStateRequest())
+    assert (state.status, state.running, state.capacity) == (pb.WORKER_STATUS_READY, 0, 64)
+    assert state.max_model_len == CONTEXT
+    assert state.generated_tokens > 0
+    async with grpc.aio.insecure_channel(worker) as channel:
+        check = health_pb2_grpc.HealthStub(channel).Check
+        answer = await check(health_pb2.HealthCheckRequest(service="perigee.rollout.v1.RolloutService"))
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING

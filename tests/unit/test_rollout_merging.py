@@ -1,0 +1,53 @@
+"""Producers merged into one stream: nothing lost, errors raised, nobody left behind."""
+
+import asyncio
+from functools import partial
+
+import pytest
+
+from services.rollout.merging import Emit, merge
+
+
+async def count(start: int, emit: Emit[int]) -> None:
+    for value in range(start, start + 1000):
+        await emit(value)
+
+
+async def test_everything_arrives_in_the_order_of_its_producer() -> None:
+    values = [value async for batch in merge([partial(count, start) for start in (0, 10000, 20000)]) for value in batch]
+    assert len(values) == 3000
+    for start in (0, 10000, 20000):
+        assert [value for value in values if start <= value < start + 1000] == list(range(start, start + 1000))
+
+
+async def test_no_producers_is_an_empty_stream() -> None:
+    assert [batch async for batch in merge([])] == []
+
+
+async def test_an_error_cancels_the_others_and_is_raised() -> None:
+    cancelled = asyncio.Event()
+
+    async def wait(_emit: Emit[int]) -> None:
+        try:
+            await asyncio.sleep(60)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async def fail(emit: Emit[int]) -> None:
+        await emit(1)
+        raise ValueError("broken")
+
+    stream = merge([wait, fail])
+    assert await anext(stream) == [1]
+    with pytest.raises(ValueError, match="broken"):
+        await anext(stream)
+    assert cancelled.is_set()
+
+
+async def test_closing_stops_producers_that_wait_for_room() -> None:
+    before = asyncio.all_tasks()
+    stream = merge([partial(count, start) for start in (0, 10000, 20000)])
+    await anext(stream)
+    await stream.aclose()
+    assert asyncio.all_tasks() == before

@@ -1,0 +1,238 @@
+"""The worker and its supervisor over an engine that can be made to fail."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save
+
+from perigee.errors import (
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from services.rollout.engine import Engine, EngineOutput, EngineRequest, WeightShard
+from services.rollout.model_folder import open_model_folder
+from services.rollout.supervisor import supervise
+from services.rollout.worker import HeldWeights, Worker, WorkerStatus
+from tests.fixtures.rollout import make_policy, policy_tensors, rollout_config
+
+
+class FragileEngine(Engine):
+    """Starts, dies and fails on demand; knows what it was filled with."""
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self.failing_starts = 0
+        self.failing_updates = 0
+        self.versions: list[int] = []
+        self.dead = asyncio.Event()
+        self.may_start = asyncio.Event()
+        self.may_start.set()
+        self.may_update = asyncio.Event()
+        self.may_update.set()
+        self.updating = asyncio.Event()
+
+    async def start(self) -> None:
+        await self.may_start.wait()
+        self.starts += 1
+        self.dead.clear()
+        if self.failing_starts:
+            self.failing_starts -= 1
+            raise RuntimeError("no memory")
+
+    async def stop(self) -> None:
+        self.dead.set()
+
+    async def wait_dead(self) -> None:
+        await self.dead.wait()
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        raise AssertionError("not used")
+        yield
+
+    async def update_weights(self, path: Path, shards: Sequence[WeightShard], policy_version: int) -> None:
+        self.updating.set()
+        await self.may_update.wait()
+        if self.failing_updates:
+            self.failing_updates -= 1
+            raise RuntimeError("half loaded")
+        self.versions.append(policy_version)
+
+
+class Bench:
+    """A supervised worker; `held` is what a receiver would keep in memory."""
+
+    def __init__(self, folder: Path, image: Path) -> None:
+        config = rollout_config(
+            folder,
+            "127.0.0.1:1",
+            max_queued_sequences=10,
+            commit_wait_seconds=5,
+            supervision={"start_attempts": 3, "retry_seconds": 0.01},
+        )
+        self.engine = FragileEngine()
+        self.worker = Worker(config, open_model_folder(str(folder), None), self.engine, "w")
+        self.image = image
+        self.held: HeldWeights | None = None
+        self.fatal: asyncio.Queue[InternalError] = asyncio.Queue()
+
+    async def commit(self, version: int) -> None:
+        weights = HeldWeights("run", version, self.image, [WeightShard(0, self.image.stat().st_size)])
+        await self.worker.commit(weights)
+        self.held = weights
+
+    async def wait(self, status: WorkerStatus, restarts: int = 0) -> None:
+        async with asyncio.timeout(5):
+            while self.worker.status is not status or self.worker.engine_restarts < restarts:
+                await self.worker.wait_change()
+
+    @asynccontextmanager
+    async def supervised(self) -> AsyncIterator[None]:
+        task = asyncio.create_task(supervise(self.worker, lambda: self.held, self.fatal.put_nowait))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.wait([task])
+
+
+@pytest.fixture
+def bench(policy_folder: Path, tmp_path: Path) -> Bench:
+    image = tmp_path / "image"
+    image.write_bytes(save(policy_tensors(make_policy(3))))
+    return Bench(policy_folder, image)
+
+
+async def test_a_worker_is_empty_until_weights_arrive(bench: Bench) -> None:
+    async with bench.supervised():
+        await bench.wait(WorkerStatus.EMPTY)
+        with pytest.raises(FailedPreconditionError, match="holds no weights"):
+            bench.worker.check_ready("run", None)
+        await bench.commit(4)
+        assert (bench.worker.status, bench.worker.policy_version) == (WorkerStatus.READY, 4)
+        bench.worker.check_ready("run", 4)
+
+
+async def test_a_commit_waits_for_an_engine_that_starts(bench: Bench) -> None:
+    commit = asyncio.create_task(bench.commit(4))
+    await asyncio.sleep(0.01)
+    assert not commit.done()
+    async with bench.supervised():
+        await commit
+        assert bench.worker.status is WorkerStatus.READY
+
+
+async def test_a_dead_engine_is_restarted_and_filled_from_memory(bench: Bench) -> None:
+    async with bench.supervised():
+        await bench.wait(WorkerStatus.EMPTY)
+        await bench.commit(4)
+        bench.engine.may_start.clear()
+        bench.engine.dead.set()
+        await bench.wait(WorkerStatus.STARTING)
+        with pytest.raises(FailedPreconditionError, match="starting"):
+            bench.worker.check_ready("run", None)
+        bench.engine.may_start.set()
+        await bench.wait(WorkerStatus.READY, restarts=1)
+        assert (bench.engine.starts, bench.engine.versions, bench.worker.policy_version) == (2, [4, 4], 4)
+
+
+async def test_a_failed_update_restarts_the_engine_with_the_old_weights(bench: Bench) -> None:
+    async with bench.supervised():
+        await bench.wait(WorkerStatus.EMPTY)
+        await bench.commit(4)
+        bench.engine.failing_updates = 1
+        with pytest.raises(InternalError, match="half loaded"):
+            await bench.commit(5)
+        await bench.wait(WorkerStatus.READY, restarts=1)
+        assert bench.worker.policy_version == 4
+        await bench.commit(5)
+        assert (bench.engine.versions, bench.worker.policy_version) == ([4, 4, 5], 5)
+
+
+async def test_weights_that_break_the_engine_again_are_not_tried_for_ever(bench: Bench) -> None:
+    async with bench.supervised():
+        await bench.wait(WorkerStatus.EMPTY)
+        await bench.commit(4)
+        bench.engine.failing_updates = 1
+        bench.engine.dead.set()
+        await bench.wait(WorkerStatus.EMPTY, restarts=2)
+        assert bench.engine.starts == 3
+        await bench.commit(5)
+
+
+async def test_a_caller_that_goes_away_does_not_stop_a_commit(bench: Bench) -> None:
+    async with bench.supervised():
+        await bench.wait(WorkerStatus.EMPTY)
+        bench.engine.may_update.clear()
+        commit = asyncio.create_task(bench.commit(4))
+        await asyncio.sleep(0.05)
+        commit.cancel()
+        await asyncio.wait([commit])
+        bench.engine.may_update.set()
+        await bench.wait(WorkerStatus.READY)
+        assert bench.engine.versions == [4]
+
+
+async def test_an_engine_that_dies_in_a_commit_does_not_become_ready(bench: Bench) -> None:
+    async with bench.supervised():
+        await bench.wait(WorkerStatus.EMPTY)
+        bench.engine.may_update.clear()
+        commit = asyncio.create_task(bench.commit(4))
+        await bench.engine.updating.wait()
+        bench.engine.dead.set()
+        await bench.wait(WorkerStatus.EMPTY, restarts=1)
+        bench.engine.may_update.set()
+        with pytest.raises(UnavailableError, match="died"):
+            await commit
+        assert bench.worker.status is WorkerStatus.EMPTY
+
+
+async def test_a_start_that_fails_is_tried_again(bench: Bench) -> None:
+    bench.engine.failing_starts = 2
+    async with bench.supervised():
+        await bench.wait(WorkerStatus.EMPTY)
+    assert (bench.engine.starts, bench.fatal.empty()) == (3, True)
+
+
+async def test_an_engine_that_never_starts_ends_the_service(bench: Bench) -> None:
+    bench.engine.failing_starts = 9
+    async with bench.supervised(), asyncio.timeout(5):
+        error = await bench.fatal.get()
+    assert bench.engine.starts == 3
+    assert "did not start in 3 attempts: no memory" in error.message
+
+
+async def test_a_checkpoint_with_a_tensor_missing_never_reaches_the_engine(bench: Bench) -> None:
+    tensors = policy_tensors(make_policy(3))
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    bench.image.write_bytes(save(tensors))
+    async with bench.supervised():
+        await bench.wait(WorkerStatus.EMPTY)
+        with pytest.raises(InvalidArgumentError, match=r"up_proj\.weight is missing"):
+            await bench.commit(4)
+    assert bench.engine.versions == []
+
+
+def test_admission_counts_and_refuses(bench: Bench) -> None:
+    worker = bench.worker
+    with worker.admit(6) as admission:
+        admission.leave()
+        assert worker.running == 5
+        with pytest.raises(ResourceExhaustedError), worker.admit(6):
+            pass
+        with worker.admit(5):
+            assert worker.running == 10
+    assert worker.running == 0
+
+
+def test_draining_is_final(bench: Bench) -> None:
+    bench.worker.become(WorkerStatus.DRAINING)
+    bench.worker.become(WorkerStatus.READY, "run", 3)
+    assert bench.worker.status is WorkerStatus.DRAINING
