@@ -40,7 +40,6 @@ def progress_line(snapshot: pb.RunSnapshot) -> str:
     parts = [f"iteration {snapshot.iteration} of {snapshot.iterations}", f"policy version {snapshot.policy_version}"]
     if snapshot.phase_total:
         parts.append(f"{snapshot.phase_done:,} of {snapshot.phase_total:,} {_UNITS.get(snapshot.phase, '')}".rstrip())
-    parts.append(f"{format_seconds(snapshot.elapsed_seconds)} since the start")
     return ", ".join(parts)
 
 

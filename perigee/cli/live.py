@@ -15,14 +15,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from perigee.cli.figures import evaluation_line, figures, format_seconds, phase_name, phase_seconds, progress_line
+from perigee.cli.figures import figures, format_seconds, phase_name, phase_seconds, progress_line
 from perigee.cli.view import PlainView, View
 from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.report.headline import describe
 from perigee.report.records import Evaluation
 
 REFRESH_PER_SECOND = 4
 NOTES_SHOWN = 4
 TREND_LENGTH = 40
+PHASE_BAR_WIDTH = 20
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _PHASE_COLORS = {
     "rollout": "blue",
@@ -45,13 +47,14 @@ class LiveView(View):
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self._render)
         self._notes: deque[str] = deque(maxlen=NOTES_SHOWN)
         self._snapshot: pb.RunSnapshot | None = None
         self._received_at = time.monotonic()
         self._trends: dict[str, deque[float]] = {}
         self._iteration: float | None = None
         self._evaluation: Evaluation | None = None
+        # Draws at once, so it comes last.
+        self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self._render)
 
     def __enter__(self) -> Self:
         self._live.__enter__()
@@ -89,7 +92,7 @@ class LiveView(View):
         if snapshot.metrics:
             parts += [self._figure_table(snapshot), Text()]
         if self._evaluation is not None:
-            parts += [Text(evaluation_line(self._evaluation)), Text()]
+            parts += [_evaluation_table(self._evaluation), Text()]
         parts += [_worker_table(snapshot), Text(), notes]
         title = f"perigee · {snapshot.run_id} · {format_seconds(self._since(snapshot.elapsed_seconds))}"
         return Panel(Group(*parts), title=title, title_align="left", border_style="blue")
@@ -141,9 +144,18 @@ def _phase_bar(phases: dict[str, float]) -> Text:
     bar = Text()
     total = sum(phases.values()) or 1.0
     for name, seconds in phases.items():
-        bar.append("━" * max(1, round(30 * seconds / total)), style=_PHASE_COLORS.get(name, "white"))
-        bar.append(f" {name} {seconds:.1f}s  ", style="dim")
+        bar.append("━" * max(1, round(PHASE_BAR_WIDTH * seconds / total)), style=_PHASE_COLORS.get(name, "white"))
+        bar.append(f" {name} {seconds:.1f}  ", style="dim")
     return bar
+
+
+def _evaluation_table(evaluation: Evaluation) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_row(*(Text(name, style="dim") for name in (f"held out at {evaluation.iteration}", "sampled", "greedy")))
+    for domain in evaluation.domains:
+        estimates = (evaluation.sampled.get(domain), evaluation.greedy.get(domain))
+        table.add_row(Text(domain), *(Text(describe(e) if e else "", style="bold") for e in estimates))
+    return table
 
 
 def _worker_table(snapshot: pb.RunSnapshot) -> RenderableType:

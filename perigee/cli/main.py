@@ -120,7 +120,14 @@ def _train(
     from perigee.cli import train as command
     from perigee.cli.interrupt import Interrupt, run_interruptible
     from perigee.cli.live import open_view
+    from perigee.cli.status import read_coordinator
 
+    if coordinator is not None:
+        if workers is not None:
+            raise InvalidArgumentError.of(
+                "--workers", "the stack of --coordinator has workers of its own; leave it out"
+            )
+        asyncio.run(read_coordinator(coordinator))  # before anything is made for a stack that is not there
     options = command.TrainOptions(recipe_path, resume, overrides, runs_dir, workers, coordinator)
     run, recipe = command.open_run(options)
 

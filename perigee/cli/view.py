@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self, TextIO
 
-from perigee.cli.figures import evaluation_line, phase_name, progress_line, result_line
+from perigee.cli.figures import evaluation_line, format_seconds, phase_name, progress_line, result_line
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.records import Evaluation
 
@@ -63,7 +63,8 @@ class PlainView(View):
         if phase != self._phase:
             self._phase = phase
             if snapshot.phase not in _ITERATION_PHASES:
-                self.note(f"{phase_name(snapshot.phase)}: {progress_line(snapshot)}")
+                elapsed = format_seconds(snapshot.elapsed_seconds)
+                self.note(f"{phase_name(snapshot.phase)}: {progress_line(snapshot)}, {elapsed} since the start")
 
     def show_evaluation(self, evaluation: Evaluation) -> None:
         """Prints a line."""
