@@ -49,7 +49,7 @@ class BufferConfig(ServiceConfig):
     local_server: LocalServerConfig = LocalServerConfig()
     """The server that the buffer starts."""
     durability: Literal["segments", "commits", "none"] = "segments"
-    """What is on disk before it is answered: verdicts, commits and ended segments; not the segments; or nothing."""
+    """What waits for the disk: all but chunks within a segment; only runs, verdicts and commits; or nothing."""
     durability_timeout_s: float = Field(10.0, gt=0)
     """Seconds to wait for the disk; then the call fails as UNAVAILABLE and may be sent again."""
     request_timeout_s: float = Field(15.0, gt=0)

@@ -8,7 +8,7 @@ from typing import Any
 
 from perigee.errors import AlreadyExistsError, FailedPreconditionError, NotFoundError
 from services.buffer.packing import unpack_spans
-from services.buffer.scripts import ScriptRunner, load_script
+from services.buffer.scripts import ScriptRunner, Stake, load_script
 from services.buffer.types import EndReason, Group, NewGroup, Trajectory, TrajectoryVerdict, Verdict
 
 CREATE_GROUPS = load_script("create_groups")
@@ -28,7 +28,7 @@ async def create_groups(scripts: ScriptRunner, run_id: str, groups: Sequence[New
     for group in groups:
         arguments += (group.group_id, group.prompt_id, group.iteration, group.prompt, len(group.trajectory_ids))
         arguments += group.trajectory_ids
-    word, value = await scripts.run(CREATE_GROUPS, run_id, *arguments)
+    word, value = await scripts.run(CREATE_GROUPS, run_id, *arguments, stake=Stake.SEGMENT)
     if word == b"TRAJECTORY_TAKEN":
         raise AlreadyExistsError(f"trajectory {value.decode()!r} belongs to another group: take a new id")
     return int(value)
@@ -67,7 +67,7 @@ async def record_verdicts(scripts: ScriptRunner, run_id: str, verdicts: Sequence
     arguments: list[str | bytes | int] = []
     for item in verdicts:
         arguments += (item.trajectory_id, int(item.verdict), "" if item.reward is None else repr(item.reward))
-    word, value = await scripts.run(RECORD_VERDICTS, run_id, *arguments, durable=True)
+    word, value = await scripts.run(RECORD_VERDICTS, run_id, *arguments, stake=Stake.COMMIT)
     if word == b"UNKNOWN":
         raise NotFoundError(f"trajectory {value.decode()!r} does not exist in run {run_id!r}")
     if word == b"UNFINISHED":

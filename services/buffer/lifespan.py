@@ -38,9 +38,7 @@ async def lifespan(app: App[BufferConfig]) -> AsyncIterator[None]:
             timeout_s=config.request_timeout_s + config.durability_timeout_s,
         )
         stack.push_async_callback(nodes.close)
-        scripts = ScriptRunner(
-            nodes, waits=config.durability != "none", durability_timeout_s=config.durability_timeout_s
-        )
+        scripts = ScriptRunner(nodes, durability=config.durability, durability_timeout_s=config.durability_timeout_s)
         try:
             await scripts.check()
         except UnavailableError as error:

@@ -89,7 +89,7 @@ class _Server:
         while True:
             assert self._process is not None
             code = await self._process.wait()
-            log.error("valkey died and is started again", code=code, folder=str(self._folder))
+            log.error("valkey died and is started again", code=code, reason=self._last_log_line())
             SERVER_RESTARTS.inc()
             try:
                 await self.start()

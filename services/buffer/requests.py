@@ -34,16 +34,20 @@ class Checks:
         if trouble := describe_bad_id(value):
             self.refuse(field, trouble)
 
-    def ids(self, field: str, values: Sequence[str], limit: int) -> None:
-        """Notes a list of ids that is empty, too long, or has one that cannot be used or is there twice."""
+    def ids(self, field: str, values: Sequence[str], limit: int, suffix: str = "") -> None:
+        """Notes a list that is empty or too long, and in it ids that cannot be used or are there twice."""
         if not values:
             self.refuse(field, "must not be empty")
         self.count(field, values, limit)
+        self.different((f"{field}[{index}]{suffix}", value) for index, value in enumerate(values))
+
+    def different(self, named: Iterable[tuple[str, str]]) -> None:
+        """Notes ids, given with their fields, that cannot be used or are there twice."""
         seen: set[str] = set()
-        for index, value in enumerate(values):
-            self.id(f"{field}[{index}]", value)
+        for field, value in named:
+            self.id(field, value)
             if value in seen:
-                self.refuse(f"{field}[{index}]", f"{value!r} is there twice")
+                self.refuse(field, f"{value!r} is there twice")
             seen.add(value)
 
     def count(self, field: str, values: Sequence[object], limit: int) -> None:
@@ -70,9 +74,14 @@ def check_run_id(run_id: str) -> None:
 def read_groups(groups: Sequence[pb.NewGroup], limits: LimitsConfig) -> list[NewGroup]:
     """The groups of a CreateGroups request."""
     checks = Checks()
-    checks.ids("groups.group_id", [group.group_id for group in groups], limits.groups)
-    trajectory_ids = [trajectory_id for group in groups for trajectory_id in group.trajectory_ids]
-    checks.ids("groups.trajectory_ids", trajectory_ids, limits.trajectories)
+    checks.ids("groups", [group.group_id for group in groups], limits.groups, ".group_id")
+    trajectory_ids = [
+        (f"groups[{index}].trajectory_ids[{place}]", trajectory_id)
+        for index, group in enumerate(groups)
+        for place, trajectory_id in enumerate(group.trajectory_ids)
+    ]
+    checks.count("groups.trajectory_ids", trajectory_ids, limits.trajectories)
+    checks.different(trajectory_ids)
     for index, group in enumerate(groups):
         checks.id(f"groups[{index}].prompt_id", group.prompt_id)
         if not group.trajectory_ids:
@@ -150,7 +159,7 @@ def read_ids(field: str, values: Sequence[str], limits: LimitsConfig, *, worker_
 def read_verdicts(verdicts: Sequence[pb.TrajectoryVerdict], limits: LimitsConfig) -> list[TrajectoryVerdict]:
     """The verdicts of a RecordVerdicts request."""
     checks = Checks()
-    checks.ids("verdicts.trajectory_id", [item.trajectory_id for item in verdicts], limits.trajectories)
+    checks.ids("verdicts", [item.trajectory_id for item in verdicts], limits.trajectories, ".trajectory_id")
     read = []
     for index, item in enumerate(verdicts):
         field = f"verdicts[{index}]"
@@ -179,7 +188,7 @@ def read_commit(request: pb.CommitIterationRequest, limits: LimitsConfig) -> Com
         checks.ids("consumed_group_ids", request.consumed_group_ids, limits.groups)
     if request.prompt_increments:
         prompt_ids = [item.prompt_id for item in request.prompt_increments]
-        checks.ids("prompt_increments.prompt_id", prompt_ids, limits.trajectories)
+        checks.ids("prompt_increments", prompt_ids, limits.trajectories, ".prompt_id")
     for index, item in enumerate(request.prompt_increments):
         if item.correct > item.trajectories:
             checks.refuse(f"prompt_increments[{index}].correct", "must not be more than trajectories")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from perigee.errors import AbortedError, AlreadyExistsError, FailedPreconditionError
-from services.buffer.scripts import ScriptRunner, load_script
+from services.buffer.scripts import ScriptRunner, Stake, load_script
 from services.buffer.types import Commit, PromptStatistics, RunState
 
 CREATE_RUN = load_script("create_run")
@@ -23,7 +23,7 @@ async def create_run(
 
     Raises AlreadyExistsError when it exists with another configuration.
     """
-    reply = await scripts.run(CREATE_RUN, run_id, config_digest, policy_version, coordinator_state, durable=True)
+    reply = await scripts.run(CREATE_RUN, run_id, config_digest, policy_version, coordinator_state, stake=Stake.COMMIT)
     state = _read_state(run_id, reply[1:])
     if state.config_digest != config_digest:
         raise AlreadyExistsError(
@@ -55,7 +55,7 @@ async def commit_iteration(scripts: ScriptRunner, run_id: str, commit: Commit) -
     ]
     for increment in commit.increments:
         arguments += (increment.prompt_id, increment.trajectories, increment.correct)
-    word, *fields = await scripts.run(COMMIT_ITERATION, run_id, *arguments, durable=True)
+    word, *fields = await scripts.run(COMMIT_ITERATION, run_id, *arguments, stake=Stake.COMMIT)
     match word:
         case b"OK" | b"DUPLICATE":
             return _read_state(run_id, fields), word == b"DUPLICATE"

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,17 +42,32 @@ def load_script(name: str) -> Script:
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
+class Stake(IntEnum):
+    """What the loss of a change that was answered would cost."""
+
+    NOTHING = 0
+    """Nothing, or tokens that are generated again: reads, chunks within a segment."""
+    SEGMENT = 1
+    """A segment that its worker believes to be kept, or a lease that fences: groups, leases, ends of segments."""
+    COMMIT = 2
+    """Work that is not done again: runs, verdicts, commits."""
+
+
+# The least stake whose calls wait for the disk, by `durability` of the configuration.
+LEAST_STAKE = {"segments": Stake.SEGMENT, "commits": Stake.COMMIT, "none": None}
+
+
 class ScriptRunner:
     """Runs scripts on the servers of the runs.
 
-    With `waits`, a durable call is answered when the server has synced it to its append-only file (WAITAOF); servers
-    older than Redis 7.2 have no such command, and keep what their own fsync policy keeps.
+    A call of at least the least stake of `durability` is answered when the server has synced it to its append-only file
+    (WAITAOF); servers older than Redis 7.2 have no such command, and keep what their own fsync policy keeps.
     """
 
-    def __init__(self, nodes: Nodes, *, waits: bool, durability_timeout_s: float) -> None:
+    def __init__(self, nodes: Nodes, *, durability: str, durability_timeout_s: float) -> None:
         self._nodes = nodes
         self._durability_timeout_s = durability_timeout_s
-        self._waits = waits
+        self._least_stake = LEAST_STAKE[durability]
         self._has_waitaof: bool | None = None
 
     async def check(self) -> None:
@@ -63,24 +79,27 @@ class ScriptRunner:
         with translating_errors():
             await self._nodes.use_one_that_answers()
             facts = await read_facts(self._nodes.first)
-        facts.refuse_unfit(needs_file=self._waits)
-        if self._waits and not facts.has_waitaof and self._has_waitaof is None:
+        facts.refuse_unfit(needs_file=self._least_stake is not None)
+        if self._least_stake is not None and not facts.has_waitaof and self._has_waitaof is None:
             log.warning("redis has no WAITAOF: set appendfsync to always there", redis_version=facts.version)
         self._has_waitaof = facts.has_waitaof
 
-    async def run(self, script: Script, run_id: str, *arguments: str | bytes | int, durable: bool = False) -> list[Any]:
+    async def run(
+        self, script: Script, run_id: str, *arguments: str | bytes | int, stake: Stake = Stake.NOTHING
+    ) -> list[Any]:
         """The reply of `script`, whose first element says how it went ("OK" or the reason that nothing changed).
 
         Raises NotFoundError for an unknown run, UnavailableError when Redis cannot be reached or does not sync in time.
         """
         key = run_key(run_id)
         command = ("EVALSHA", script.sha1, 1, key, *arguments)
+        waits = self._least_stake is not None and stake >= self._least_stake
         with translating_errors():
-            if self._waits and durable and self._has_waitaof is None:
+            if waits and self._has_waitaof is None:
                 await self.check()
             for _ in range(MAX_REDIRECTIONS):
                 node = self._nodes.of(key)
-                reply = await self._execute(node, command, durable)
+                reply = await self._execute(node, command, waits and bool(self._has_waitaof))
                 if isinstance(reply, exceptions.NoScriptError):
                     await node.script_load(script.source)
                 elif isinstance(reply, exceptions.MovedError):
@@ -94,11 +113,11 @@ class ScriptRunner:
             raise NotFoundError(f"run {run_id!r} does not exist: create it first")
         return fields
 
-    async def _execute(self, node: Redis, command: tuple[str | bytes | int, ...], durable: bool) -> Any:
+    async def _execute(self, node: Redis, command: tuple[str | bytes | int, ...], waits: bool) -> Any:
         """The reply or the error that the server answered; raises what kept it from answering."""
         pipeline = node.pipeline(transaction=False)
         pipeline.execute_command(*command)
-        if not (self._waits and durable and self._has_waitaof):
+        if not waits:
             return (await self._send(node, pipeline))[0]
         # WAITAOF speaks of the writes of its own connection: both commands travel together.
         pipeline.execute_command("WAITAOF", 1, 0, round(self._durability_timeout_s * 1000))

@@ -70,9 +70,7 @@ class BufferService(BufferServiceServicer):
         """Appends chunks."""
         requests.check_run_id(request.run_id)
         chunks = requests.read_chunks(request.chunks, self._config.limits)
-        outcomes = await trajectories.append_chunks(
-            self._scripts, request.run_id, chunks, segments_durable=self._config.durability == "segments"
-        )
+        outcomes = await trajectories.append_chunks(self._scripts, request.run_id, chunks)
         metrics.count_chunks(chunks, outcomes)
         return pb.AppendChunksResponse(outcomes=[pb.AppendOutcome.ValueType(outcome) for outcome in outcomes])
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from perigee.errors import AbortedError, FailedPreconditionError, NotFoundError
 from services.buffer.packing import ITEM_BYTES, unpack_spans
-from services.buffer.scripts import ScriptRunner, load_script
+from services.buffer.scripts import ScriptRunner, Stake, load_script
 from services.buffer.types import Chunk, EndReason, Lease, Outcome, Piece
 
 LEASE = load_script("lease")
@@ -46,7 +46,7 @@ async def lease_trajectories(
 
     Raises NotFoundError for an unknown trajectory, FailedPreconditionError for a finished one; then none is leased.
     """
-    word, value = await scripts.run(LEASE, run_id, worker_id, *trajectory_ids)
+    word, value = await scripts.run(LEASE, run_id, worker_id, *trajectory_ids, stake=Stake.SEGMENT)
     if word == b"UNKNOWN":
         raise NotFoundError(f"trajectory {value.decode()!r} does not exist in run {run_id!r}")
     if word == b"FINISHED":
@@ -58,10 +58,8 @@ async def lease_trajectories(
     ]
 
 
-async def append_chunks(
-    scripts: ScriptRunner, run_id: str, chunks: Sequence[Chunk], *, segments_durable: bool
-) -> list[Outcome]:
-    """The outcome of each chunk, in order; with `segments_durable`, a call that ends a segment waits for the disk."""
+async def append_chunks(scripts: ScriptRunner, run_id: str, chunks: Sequence[Chunk]) -> list[Outcome]:
+    """The outcome of each chunk, in order."""
     arguments: list[str | bytes | int] = []
     for chunk in chunks:
         arguments += (
@@ -74,7 +72,7 @@ async def append_chunks(
             int(chunk.ending),
         )
     ends = any(chunk.ending is not EndReason.OPEN for chunk in chunks)
-    _, digits = await scripts.run(APPEND, run_id, *arguments, durable=segments_durable and ends)
+    _, digits = await scripts.run(APPEND, run_id, *arguments, stake=Stake.SEGMENT if ends else Stake.NOTHING)
     return [Outcome(int(digit)) for digit in digits.decode()]
 
 

@@ -12,7 +12,13 @@ from redis.asyncio import Redis
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.v1 import buffer_pb2 as pb
-from perigee.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from perigee.errors import (
+    AbortedError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from services.buffer.config import BufferConfig, LocalServerConfig
 from services.buffer.lifespan import lifespan
 from services.buffer.local_server import local_server
@@ -114,6 +120,40 @@ async def test_environment_variable_points_at_the_server(shared_url: str, monkey
     config = load_config(BufferConfig, [])
     assert config.redis_url.get_secret_value() == shared_url
     assert shared_url not in repr(config)
+
+
+async def test_without_a_sync_nothing_at_stake_is_acknowledged(shared_url: str) -> None:
+    redis = Redis.from_url(shared_url)
+    await redis.config_set("appendfsync", "no")
+    config = BufferConfig.model_validate({"redis_url": shared_url, "durability_timeout_s": 0.2})
+    try:
+        async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
+            with pytest.raises(UnavailableError, match="did not sync its append-only file within"):
+                await start_run(client, "unsynced")
+            lease = pb.LeaseTrajectoriesRequest(run_id="unsynced", worker_id="w", trajectory_ids=["t"])
+            with pytest.raises(UnavailableError, match="did not sync"):
+                await client.lease_trajectories(lease)
+            await redis.config_set("appendfsync", "everysec")
+            config = config.model_copy(update={"durability_timeout_s": 10})
+        async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
+            await start_run(client, "unsynced")
+    finally:
+        await redis.config_set("appendfsync", "always")
+        await redis.aclose()
+
+
+async def test_a_server_that_may_drop_keys_is_refused(shared_url: str) -> None:
+    redis = Redis.from_url(shared_url)
+    await redis.config_set("maxmemory", 1 << 30)
+    await redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(FailedPreconditionError, match="set `maxmemory-policy noeviction`"):
+            async with serving(BufferConfig(redis_url=shared_url), lifespan):
+                pass
+    finally:
+        await redis.config_set("maxmemory-policy", "noeviction")
+        await redis.config_set("maxmemory", 0)
+        await redis.aclose()
 
 
 async def test_a_server_without_append_only_file_is_refused(shared_url: str) -> None:

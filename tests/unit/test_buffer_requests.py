@@ -65,6 +65,16 @@ def test_every_wrong_field_is_named() -> None:
     assert caught.value.message == "chunks[1].trajectory_id: must not be empty (and 2 more)"
 
 
+def test_ids_that_are_there_twice_are_named() -> None:
+    groups = [
+        pb.NewGroup(group_id=name, prompt_id="p", prompt_token_ids=[1], trajectory_ids=ids)
+        for name, ids in (("a", ["t", "u"]), ("a", ["v", "t"]))
+    ]
+    with pytest.raises(InvalidArgumentError) as caught:
+        requests.read_groups(groups, LIMITS)
+    assert fields_of(caught.value) == ["groups[1].group_id", "groups[1].trajectory_ids[1]"]
+
+
 @pytest.mark.parametrize(
     ("verdict", "reward", "field"),
     [
