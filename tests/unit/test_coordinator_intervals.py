@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.coordinator.intervals import clustered_interval, wilson_interval
@@ -44,6 +44,7 @@ def test_coverage_with_difficulties_that_differ() -> None:
     assert 0.92 <= covered / 400 <= 0.98
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.booleans(), max_size=4), max_size=20))
 def test_an_interval_holds_its_mean(answers: list[list[bool]]) -> None:
     interval = clustered_interval(answers)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import DataLossError
@@ -46,10 +47,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     assert path.read_text() == "old"
 
 
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 8), max_size=12), st.integers(0, 8))
 def test_restored_iterations_are_the_committed_ones_once_each(written: list[int], committed: int) -> None:
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
         records = Records(Path(folder))
         for iteration in written:
@@ -57,10 +57,8 @@ def test_restored_iterations_are_the_committed_ones_once_each(written: list[int]
         last = {"iteration": committed, "restored": True} if committed else None
         records.restore_iterations(committed, last)
         found = [line["iteration"] for line in read_lines(Path(folder) / "metrics.jsonl")]
-        expected = {iteration for iteration in written if iteration <= committed} | (
-            {committed} if committed else set()
-        )
-        assert found == sorted(expected)
+        kept = {iteration for iteration in written if iteration <= committed}
+        assert found == sorted(kept | ({committed} if committed else set()))
 
 
 def test_evaluations_are_found_by_moment_and_iteration(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.buffer.v1 import buffer_pb2
@@ -35,6 +35,7 @@ def test_length_reward_of_hand_worked_groups(lengths: list[int], correct: list[b
     assert length_reward(lengths, correct) == pytest.approx(expected)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 10_000), st.booleans()), min_size=1, max_size=32))
 def test_length_reward_is_gated_and_bounded(group: list[tuple[int, bool]]) -> None:
     rewards = length_reward([length for length, _ in group], [correct for _, correct in group])

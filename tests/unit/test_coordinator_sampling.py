@@ -6,7 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import DataLossError
@@ -69,6 +69,7 @@ def test_prioritized_draws_in_proportion_to_one_minus_success_rate() -> None:
     assert shares == pytest.approx(np.array([0.1, 0.5, 1.0]) / 1.6, abs=0.032)
 
 
+@settings(deadline=None)
 @given(
     st.booleans(),
     st.lists(st.integers(1, 12), min_size=1, max_size=5),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 
@@ -66,8 +67,10 @@ async def test_a_second_registration_ends_the_first() -> None:
 async def test_registrations_are_checked() -> None:
     registry = make_registry()
     for arguments, field in [
-        (("", "h:1", 1, 0, True), "worker_id"), (("a", "host", 1, 0, True), "address"), (("a", "h:1", 0, 0, True), "capacity"),
-    ]:  # fmt: skip
+        (("", "h:1", 1, 0, True), "worker_id"),
+        (("a", "host", 1, 0, True), "address"),
+        (("a", "h:1", 0, 0, True), "capacity"),
+    ]:
         with pytest.raises(InvalidArgumentError) as caught:
             registry.register(*arguments)
         assert caught.value.violations[0].field == field
@@ -85,8 +88,6 @@ async def test_a_suspect_worker_is_out_until_it_renews() -> None:
 
 
 async def test_time_in_which_the_coordinator_stood_still_ends_no_lease() -> None:
-    import time
-
     registry = WorkerRegistry(RolloutClient.connect, lease_seconds=0.4)
     worker = add_worker(registry, "a")
     sweeping = asyncio.create_task(registry.sweep())
@@ -222,6 +223,6 @@ async def test_a_sequence_that_keeps_failing_is_named() -> None:
 async def test_without_a_worker_the_wait_is_shown_and_bounded() -> None:
     shown: list[bool] = []
     fan_out = FanOut(make_registry(), 1, DispatchConfig(worker_wait_s=0.05), lambda *_: None, shown.append)  # type: ignore[arg-type,return-value]
-    with pytest.raises(PeerLostError, match="No rollout worker has been registered for 0.05 s"):
+    with pytest.raises(PeerLostError, match=r"No rollout worker has been registered for 0\.05 s"):
         await fan_out.run(["1"])
     assert shown == [True, False]
