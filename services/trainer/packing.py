@@ -17,9 +17,9 @@ def pack_sequences(lengths: Sequence[int], max_tokens: int, ranks: int = 1) -> l
         return [[] for _ in range(ranks)]
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     ordered = [lengths[i] for i in order]
-    fewest = len(_cut(ordered, max(max_tokens, ordered[0])))
+    fewest = len(_cut(ordered, max_tokens))
     wanted = min(-(-fewest // ranks) * ranks, len(ordered))
-    low, high = max(1, ordered[0]), max(max_tokens, ordered[0])
+    low, high = 1, max_tokens
     while low < high:
         middle = (low + high) // 2
         if len(_cut(ordered, middle)) <= wanted:
@@ -31,7 +31,10 @@ def pack_sequences(lengths: Sequence[int], max_tokens: int, ranks: int = 1) -> l
 
 
 def _cut(descending: list[int], cells: int) -> list[tuple[int, int]]:
-    """Cuts descending lengths into the fewest runs whose padded size, count times the first, is at most `cells`."""
+    """Cuts descending lengths into the fewest runs whose padded size, count times the first, is at most `cells`.
+
+    A length above `cells` is a run of its own.
+    """
     runs = []
     start = 0
     while start < len(descending):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fixtures.trainer import MadeTrajectory, make_groups
+from tests.fixtures.trainer import MadeTrajectory, make_groups, mirror_descent
 from tests.fixtures.trainer_ranks import Sizes, run_ranks, to_groups
 
 if TYPE_CHECKING:
@@ -22,27 +21,6 @@ if TYPE_CHECKING:
 REWARDS = [1.0, 0.25, 0.0, 0.6]
 # Base version 3: spans of versions 1 and 2 lie behind it.
 SPANS = [[(3, 7)], [(1, 4), (2, 3), (3, 5)], [(2, 6), (3, 2)], [(2, 5)]]
-
-
-def settings(baseline: str, **fields: Any) -> MirrorDescent:
-    from services.trainer.mirror_descent import Baseline
-    from services.trainer.optimizer import AdamW
-    from services.trainer.train_iteration import MirrorDescent
-
-    values = MirrorDescent(
-        tau=0.5,
-        baseline=Baseline(baseline),
-        minibatches=1,
-        max_tokens_per_microbatch=40,
-        max_staleness=1,
-        token_scale=3.0,
-        temperature=0.8,
-        importance_cap=0.0,
-        optimizer=AdamW(
-            learning_rate=2e-3, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_grad=0.0, warmup_steps=0, final_share=1.0
-        ),
-    )
-    return replace(values, **fields)
 
 
 def loss_and_gradient(
@@ -166,7 +144,7 @@ def alone(trainer_model: Path) -> Any:
 
 def _job() -> Any:
     made = make_groups("equal", 6, groups=5, k=4, spans=SPANS)
-    return partial(train_twice, made=made, algorithm=settings("mean", minibatches=2))
+    return partial(train_twice, made=made, algorithm=mirror_descent("mean", minibatches=2))
 
 
 @pytest.mark.parametrize("sizes", [Sizes(tensor=2), Sizes(pipeline=2), Sizes(data=2)], ids=str)
@@ -182,7 +160,7 @@ def test_parallel_ranks_train_as_one(trainer_model: Path, alone: Any, sizes: Siz
 def test_token_scale_one_is_the_report_itself(trainer_model: Path) -> None:
     """With one token per trajectory and no scale the loss is worked out by hand."""
     made = make_groups("one", 7, groups=1, k=4, spans=[[(3, 1)]])
-    algorithm = settings("mean", token_scale=1.0, tau=0.0)
+    algorithm = mirror_descent("mean", token_scale=1.0, tau=0.0)
     loss, _ = run_ranks(Sizes(), trainer_model, partial(loss_and_gradient, made=made, algorithm=algorithm))
     expected: Sequence[float] = equation_3(trainer_model, made, algorithm)[:1]
     assert loss == pytest.approx(expected[0], rel=1e-5)

@@ -1,0 +1,70 @@
+"""Hugging Face in and out: every architecture, tied and untied, over every split; log-probabilities agree."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.fixtures.trainer import VOCABULARY, write_model
+from tests.fixtures.trainer_ranks import Sizes, run_ranks
+
+if TYPE_CHECKING:
+    from services.trainer.engine import Engine
+
+TEMPERATURE = 0.6
+
+
+def sequences() -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, VOCABULARY, n) for n in (1 + 1, 9, 30, 31, 100)]
+
+
+def load_and_evaluate(engine: Engine, folders: list[Path]) -> list[tuple[dict[str, torch.Tensor], dict[int, Any]]]:
+    """The weights of each folder once loaded, and the log-probabilities of the sequences by index."""
+    from services.trainer.batches import TokenSequence, make_micro_batches
+    from services.trainer.hf_config import read_model_shape
+    from services.trainer.policy import Policy
+
+    items = [TokenSequence(t, np.ones(len(t) - 1, bool), np.ones(len(t) - 1, np.float32)) for t in sequences()]
+    batches = make_micro_batches(items, range(len(items)), 64, 1, 0, engine.layout.device)
+    found = []
+    for folder in folders:
+        policy = Policy(read_model_shape(folder), engine.layout, torch.float32, 128)
+        policy.load(folder)
+        logprobs: dict[int, Any] = {}
+        for batch, logprobs_T in policy.evaluate(batches, TEMPERATURE):
+            logprobs |= {i: logprobs_T[batch.layout.sequence_T == n] for n, i in enumerate(batch.indices)}
+        logprobs = {i: v for part in engine.control.gather(logprobs) for i, v in part.items()}
+        found.append((dict(policy.collect()), logprobs))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One folder of each architecture, tied and untied."""
+    kinds = [("Qwen2", True), ("Qwen2", False), ("Qwen3", True), ("Qwen3", False), ("Llama", True), ("Llama", False)]
+    return [write_model(tmp_path_factory.mktemp(kind), kind, tied, seed) for seed, (kind, tied) in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(pipeline=2)], ids=str)
+def test_weights_round_trip_and_logits_agree(models: list[Path], sizes: Sizes) -> None:
+    from transformers import AutoModelForCausalLM
+
+    for folder, (weights, logprobs) in zip(
+        models, run_ranks(sizes, models[0], partial(load_and_evaluate, folders=models)), strict=True
+    ):
+        original = load_file(folder / "model.safetensors")
+        assert weights.keys() == original.keys()
+        assert all(torch.equal(weights[name], original[name]) for name in original)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for i, tokens in enumerate(sequences()):
+            ids = torch.from_numpy(tokens)[None]
+            with torch.no_grad():
+                expected = torch.log_softmax(model(ids).logits[0, :-1] / TEMPERATURE, -1).gather(1, ids[0, 1:, None])
+            assert (logprobs[i] - expected[:, 0]).abs().max() < 2e-5

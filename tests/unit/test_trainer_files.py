@@ -1,0 +1,134 @@
+"""Model folders and checkpoints: what is read, what is refused by name, and that a write is whole or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from perigee.errors import (
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+)
+from services.trainer.checkpoints import Checkpoints
+from services.trainer.hf_config import read_model_shape
+from services.trainer.hf_folder import TensorReader, write_folder
+
+
+def tensors(offset: float = 0.0) -> Iterator[tuple[str, torch.Tensor]]:
+    for i in range(5):
+        yield f"t{i}", torch.full((100,), i + offset)
+
+
+def change_config(source: Path, target: Path, **fields: Any) -> Path:
+    shutil.copytree(source, target, dirs_exist_ok=True)
+    path = target / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not one of"),
+        ({"hidden_act": "gelu"}, "hidden_act gelu is not supported, only silu"),
+        ({"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type yarn is not one of"),
+    ],
+)
+def test_an_unsupported_model_is_refused_by_field(
+    trainer_model: Path, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    folder = change_config(trainer_model, tmp_path / "model", **fields)
+    with pytest.raises(InvalidArgumentError, match=message) as caught:
+        read_model_shape(folder)
+    assert str(folder / "config.json") in caught.value.message
+
+
+def test_the_llama_3_rope_is_transformers_own(trainer_model: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig
+
+    rope = {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    folder = change_config(
+        trainer_model, tmp_path / "model", architectures=["LlamaForCausalLM"], rope_parameters=rope, head_dim=16
+    )
+    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=rope)
+    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    assert torch.allclose(read_model_shape(folder).inverse_frequencies_D, expected, rtol=1e-6, atol=0)
+
+
+def test_shards_are_bounded_and_read_back(trainer_model: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "out", trainer_model, tensors(), {"more.json": {"a": 1}}, max_shard_bytes=1000)
+    shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert shards == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    reader = TensorReader(tmp_path / "out")
+    assert all(torch.equal(reader.read(name), value) for name, value in tensors())
+    assert json.loads((tmp_path / "out" / "more.json").read_text()) == {"a": 1}
+    with pytest.raises(InvalidArgumentError, match="holds no tensor t9"):
+        reader.read("t9")
+
+
+def test_a_failed_write_leaves_the_old_folder_and_runs_the_tensors_to_their_end(
+    trainer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "out"
+    write_folder(target, trainer_model, tensors(), {}, max_shard_bytes=400)
+    seen = []
+
+    def watched() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, value in tensors(9.0):
+            seen.append(name)
+            yield name, value
+
+    def full(path: Path, *_: object) -> None:
+        if path.name == "shard-1":
+            raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("services.trainer.hf_folder._sync", full)
+    with pytest.raises(ResourceExhaustedError, match=rf"{target}: No space left on device"):
+        write_folder(target, trainer_model, watched(), {}, max_shard_bytes=400)
+    assert seen == [f"t{i}" for i in range(5)]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert torch.equal(TensorReader(target).read("t3"), torch.full((100,), 3.0))
+
+
+def test_a_folder_is_replaced_whole(trainer_model: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    write_folder(target, trainer_model, tensors(), {}, max_shard_bytes=400)
+    write_folder(target, trainer_model, tensors(5.0), {}, max_shard_bytes=1 << 20)
+    assert sorted(path.name for path in target.glob("*.safetensors*")) == ["model.safetensors"]
+    assert load_file(target / "model.safetensors")["t1"][0] == 6.0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_checkpoints_are_kept_n_deep_and_found_by_version(trainer_model: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", trainer_model, keep=2, max_shard_bytes=1 << 20)
+    assert checkpoints.find("r", None) == (0, trainer_model)
+    for version in (1, 2, 3):
+        checkpoints.write("r", version, tensors(version))
+    assert checkpoints.versions() == [2, 3]
+    assert checkpoints.find("r", None) == (3, checkpoints.path_of(3))
+    with pytest.raises(NotFoundError, match=r"no checkpoint of version 1, only \[2, 3\]"):
+        checkpoints.find("r", 1)
+    with pytest.raises(FailedPreconditionError, match="belongs to run r, not other"):
+        checkpoints.find("other", 3)
+    (checkpoints.path_of(3) / "perigee.json").unlink()
+    with pytest.raises(DataLossError, match=str(checkpoints.path_of(3))):
+        checkpoints.find("r", 3)

@@ -1,0 +1,68 @@
+"""Micro-batches: every sequence once, bounded and balanced; the padded view of a pack and its gradients."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.trainer.packed import lay_out, pad, unpad
+from services.trainer.packing import pack_sequences
+
+LENGTHS = st.lists(st.integers(1, 300), max_size=120)
+
+
+@settings(deadline=None)  # packing takes under a millisecond, but the machine may be busy
+@given(LENGTHS, st.integers(1, 600), st.integers(1, 5))
+def test_each_sequence_is_in_one_micro_batch_within_the_bound(lengths: list[int], bound: int, ranks: int) -> None:
+    dealt = pack_sequences(lengths, bound, ranks)
+    assert len(dealt) == ranks
+    packs = [pack for rank in dealt for pack in rank]
+    assert sorted(i for pack in packs for i in pack) == list(range(len(lengths)))
+    for pack in packs:
+        assert len(pack) == 1 or len(pack) * max(lengths[i] for i in pack) <= bound
+    counts = [len(rank) for rank in dealt]
+    assert max(counts) - min(counts) <= 1
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 50), min_size=64, max_size=300), st.integers(1, 4))
+def test_micro_batches_are_balanced(lengths: list[int], ranks: int) -> None:
+    dealt = pack_sequences(lengths, 400, ranks)
+    sizes = [sum(lengths[i] for i in pack) for rank in dealt for pack in rank]
+    # The padded sizes differ by less than one longest sequence; within a pack lengths differ as their neighbours do.
+    assert max(sizes) <= 400
+    loads = [sum(lengths[i] for pack in rank for i in pack) for rank in dealt]
+    assert max(loads) - min(loads) <= 400
+
+
+def test_no_more_micro_batches_than_needed() -> None:
+    assert [len(rank) for rank in pack_sequences([10] * 40, 100)] == [4]
+    assert [len(rank) for rank in pack_sequences([10] * 40, 100, ranks=3)] == [2, 2, 2]
+    assert pack_sequences([7], 100, ranks=2) == [[[0]], []]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_padding_and_back_is_the_identity_with_its_gradient(lengths: list[int]) -> None:
+    layout = lay_out(lengths, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    x_T3 = torch.randn(sum(lengths), 3, generator=generator, requires_grad=True)
+    padded = pad(x_T3, layout)
+    assert padded.shape == (len(lengths), max(lengths), 3)
+    start = 0
+    for row, length in zip(padded, lengths, strict=True):
+        assert torch.equal(row[:length], x_T3[start : start + length])
+        assert not row[length:].any()
+        start += length
+    weights_NL3 = torch.randn(padded.shape, generator=generator)
+    back_T3 = unpad(padded * weights_NL3, layout)
+    back_T3.sum().backward()
+    assert torch.equal(x_T3.grad, unpad(weights_NL3, layout))
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_positions_start_anew_in_each_sequence(lengths: list[int]) -> None:
+    layout = lay_out(lengths, torch.device("cpu"))
+    assert layout.positions_T.tolist() == [i for length in lengths for i in range(length)]
+    assert layout.sequence_T.tolist() == [s for s, length in enumerate(lengths) for _ in range(length)]
