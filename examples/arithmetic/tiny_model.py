@@ -24,7 +24,8 @@ CHARACTERS = string.digits + "+-*/%()=;#:, " + string.ascii_lowercase
 CONTEXT = 256
 
 HIDDEN, LAYERS, INTERMEDIATE, HEADS, KV_HEADS = 128, 3, 512, 4, 2
-INITIAL_STD = 0.02
+# Small models start slowly with the usual 0.02: the loss of step 600 is reached by step 400 with this.
+INITIAL_STD = 0.05
 
 
 def make_tokenizer() -> Tokenizer:
