@@ -87,8 +87,9 @@ def phase_seconds(metrics: Mapping[str, float]) -> dict[str, float]:
 
 def format_seconds(seconds: float) -> str:
     """A duration for people: 8.2 s, 3 m 05 s, 2 h 07 m."""
-    if seconds < 60:
+    if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} m {seconds % 60:02.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} m"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} m {rest:02} s"
+    return f"{minutes // 60} h {minutes % 60:02} m"

@@ -1,0 +1,120 @@
+"""The views: plain lines for logs and pipes, one panel on a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from perigee.cli.figures import format_seconds, phase_seconds
+from perigee.cli.live import LiveView, open_view, sparkline
+from perigee.cli.view import PlainView
+from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.report.records import Estimate, Evaluation
+
+METRICS = {
+    "iteration": 4.0,
+    "reward/mean": 0.4125,
+    "accuracy/overall": 0.5,
+    "response_tokens/mean": 28.31,
+    "response_tokens/p95": 66.0,
+    "tokens_per_second": 8123.4,
+    "share_partial": 0.125,
+    "share_repeated": 0.01,
+    "phases/training/start": 2.0,
+    "phases/training/seconds": 1.5,
+    "phases/rollout/start": 0.0,
+    "phases/rollout/seconds": 2.0,
+}
+EVALUATION = Evaluation(4, {"overall": Estimate(0.5)}, {"overall": Estimate(0.4, 0.35, 0.45)})
+
+
+def snapshot(phase: pb.RunPhase.ValueType = pb.RUN_PHASE_ROLLOUT, **fields: object) -> pb.RunSnapshot:
+    found = pb.RunSnapshot(run_id="small-1", phase=phase, iteration=5, iterations=10, policy_version=6)
+    for name, value in fields.items():
+        setattr(found, name, value)
+    found.metrics.update(METRICS)
+    found.workers.add(worker_id="rollout-0", address="127.0.0.1:9", ready=True, running=7, policy_version=6)
+    return found
+
+
+def plain_lines(*snapshots: pb.RunSnapshot) -> list[str]:
+    stream = io.StringIO()
+    with PlainView(stream) as view:
+        for one in snapshots:
+            view.show(one)
+    return stream.getvalue().splitlines()
+
+
+def test_an_iteration_is_one_plain_line_however_often_it_is_shown() -> None:
+    lines = plain_lines(snapshot(), snapshot(pb.RUN_PHASE_SCORING), snapshot(pb.RUN_PHASE_TRAINING))
+    assert lines == [
+        "iteration 4 of 10  reward 0.412  accuracy 0.500  length 28.3  length p95 66  tokens/s 8,123  partial 12.5%  "
+        "repeated 1.0%  rollout 2.0s training 1.5s"
+    ]
+
+
+def test_phases_outside_the_iterations_are_told_once() -> None:
+    evaluating = snapshot(pb.RUN_PHASE_EVALUATION, phase_done=3, phase_total=500, elapsed_seconds=62.0)
+    lines = plain_lines(evaluating, evaluating)
+    assert lines[1:] == ["evaluation: iteration 5 of 10, policy version 6, 3 of 500 problems, 1 m 02 s since the start"]
+
+
+def test_each_stage_of_the_warmup_is_told() -> None:
+    stages = [snapshot(pb.RUN_PHASE_WARMUP, policy_version=version, iteration=0) for version in (0, 0, 1)]
+    assert sum(line.startswith("warmup:") for line in plain_lines(*stages)) == 2
+
+
+def test_a_held_out_accuracy_is_told_with_its_interval() -> None:
+    stream = io.StringIO()
+    PlainView(stream).show_evaluation(EVALUATION)
+    expected = "held-out accuracy at iteration 4: overall sampled 0.400 [0.350, 0.450] greedy 0.500\n"
+    assert stream.getvalue() == expected
+
+
+def test_the_live_view_shows_run_figures_workers_and_notes() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=140)
+    with LiveView(console) as view:
+        view.note("trainer ready")
+        view.show(snapshot(phase_done=50, phase_total=200))
+        view.show_evaluation(EVALUATION)
+    text = stream.getvalue()
+    for expected in ("small-1", "50 of 200 trajectories", "0.412", "12.5%", "rollout-0", "trainer ready", "0.350"):
+        assert expected in text
+
+
+def test_the_live_view_draws_before_anything_is_known() -> None:
+    stream = io.StringIO()
+    with LiveView(Console(file=stream, force_terminal=True, width=80)):
+        pass
+    assert "perigee" in stream.getvalue()
+
+
+def test_a_clock_stands_still_when_the_run_has_ended() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=140)
+    view = LiveView(console)
+    view.show(snapshot(pb.RUN_PHASE_FINISHED, elapsed_seconds=10.0))
+    with console.capture() as capture:
+        console.print(view._render())
+    assert "small-1 · 10.0 s" in capture.get()
+
+
+def test_without_a_terminal_the_lines_are_plain() -> None:
+    assert isinstance(open_view(plain=False), PlainView)
+
+
+def test_phases_are_in_the_order_in_which_they_began() -> None:
+    assert list(phase_seconds(METRICS)) == ["rollout", "training"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(8.24, "8.2 s"), (59.97, "1 m 00 s"), (3599.9, "1 h 00 m"), (185.0, "3 m 05 s"), (7620.0, "2 h 07 m")],
+)
+def test_durations_are_for_people(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(("values", "text"), [([], ""), ([1.0], "▁"), ([0.0, 1.0, 0.5], "▁█▅"), ([2.0, 2.0], "▁▁")])
+def test_a_sparkline_spans_its_values(values: list[float], text: str) -> None:
+    assert sparkline(values) == text
