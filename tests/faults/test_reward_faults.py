@@ -49,7 +49,7 @@ def checking_processes(supervisors_of: int, depth: int) -> list[psutil.Process]:
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110 - other processes set no event
             await asyncio.sleep(0.02)
 
@@ -112,7 +112,7 @@ async def test_a_frozen_worker_is_replaced() -> None:
         begin = time.monotonic()
         outcome = await score_one(client, math_item("a", "1/2", "#0.50"))
         assert outcome.verdict == VERDICT_CORRECT
-        assert time.monotonic() - begin < 20
+        assert time.monotonic() - begin < 60
         assert not psutil.pid_exists(supervisor.pid)
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from services.weights.buffer import PREFIX, SharedBuffer, remove_leftovers
@@ -20,7 +21,7 @@ from services.weights.mooncake_transport import MooncakeTransport
 from services.weights.sender import Target, WeightSender
 from tests.fixtures.weights import ReceiverProcess, digest, equal, local_receiver, make_tensors
 
-CONFIG = WeightsConfig(transfer_timeout_s=5, progress_timeout_s=2, prepare_timeout_s=4)
+CONFIG = WeightsConfig(transfer_timeout_s=20, progress_timeout_s=4, prepare_timeout_s=20)
 Export = Callable[..., WeightImage]
 StartReceiver = Callable[..., Awaitable[ReceiverProcess]]
 
@@ -30,21 +31,28 @@ VICTIM_PORTS = {"min_rpc_port": 19100, "max_rpc_port": 19199}
 
 
 class SignallingTransport(MooncakeTransport):
-    """Mooncake, except that something happens to the victim right after a write to it was submitted."""
+    """Mooncake, except that something happens to the victim right before or after a write to it is submitted."""
 
-    def __init__(self, config: WeightsConfig, act: Callable[[], None]) -> None:
+    def __init__(
+        self, config: WeightsConfig, act: Callable[[], None] = lambda: None, before: Callable[[], None] = lambda: None
+    ) -> None:
         super().__init__(config)
         self._act = act
+        self._before = before
 
     def submit_write(self, session: str, source: int, target: int, size: int) -> int:
+        port = int(session.rpartition(":")[2])
+        is_victim = VICTIM_PORTS["min_rpc_port"] <= port <= VICTIM_PORTS["max_rpc_port"]
+        if is_victim:
+            self._before()
         write = super().submit_write(session, source, target, size)
-        if VICTIM_PORTS["min_rpc_port"] <= int(session.rpartition(":")[2]) <= VICTIM_PORTS["max_rpc_port"]:
+        if is_victim:
             self._act()
         return write
 
 
 async def test_a_receiver_killed_mid_transfer_harms_no_other(export: Export, start_receiver: StartReceiver) -> None:
-    tensors = {"w": torch.arange(75 << 20, dtype=torch.int32)}
+    tensors = {"w": torch.arange(32 << 20, dtype=torch.int32)}
     image = export(tensors, 1)
     victim = await start_receiver(**VICTIM_PORTS)
     sender = WeightSender(CONFIG, open_transport=lambda: SignallingTransport(CONFIG, victim.process.kill))
@@ -61,18 +69,16 @@ async def test_a_receiver_killed_mid_transfer_harms_no_other(export: Export, sta
 async def test_a_frozen_receiver_harms_no_other_and_takes_the_next_push(
     export: Export, start_receiver: StartReceiver
 ) -> None:
-    image = export({"w": torch.arange(75 << 20, dtype=torch.int32)}, 1)
+    image = export({"w": torch.arange(32 << 20, dtype=torch.int32)}, 1)
     victim = await start_receiver(**VICTIM_PORTS)
     freeze = [lambda: victim.send_signal(signal.SIGSTOP)]
     sender = WeightSender(
         CONFIG, open_transport=lambda: SignallingTransport(CONFIG, lambda: freeze.pop()() if freeze else None)
     )
     async with local_receiver(CONFIG) as other:
-        begin = time.monotonic()
         targets = [Target("victim", victim.address), Target("other", other.address)]
         outcomes = await sender.push(image, targets)
         assert [o.committed for o in outcomes] == [False, True]
-        assert time.monotonic() - begin < CONFIG.transfer_timeout_s + 5
         # The source is closed while a write from it may still be in flight: nothing may crash.
         image.close()
         victim.send_signal(signal.SIGCONT)
@@ -80,6 +86,36 @@ async def test_a_frozen_receiver_harms_no_other_and_takes_the_next_push(
         outcomes = await sender.push(export(tensors, 2), targets)
         assert [(o.committed, o.reason) for o in outcomes] == [(True, ""), (True, "")]
         assert (await victim.next_commit())["digests"] == digest(tensors)
+    await sender.close()
+
+
+async def test_a_receiver_that_freezes_before_the_handshake_blocks_nobody_and_its_late_write_hits_nothing(
+    export: Export, start_receiver: StartReceiver
+) -> None:
+    config = WeightsConfig(transfer_timeout_s=8, progress_timeout_s=4, prepare_timeout_s=20)
+    late, image = make_tensors(seed=1, megabytes=2), make_tensors(seed=2, megabytes=2)
+    victim = await start_receiver(**VICTIM_PORTS)
+
+    def stop_victim() -> None:
+        victim.send_signal(signal.SIGSTOP)
+        while psutil.Process(victim.process.pid).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.001)
+
+    freeze = [stop_victim]
+    sender = WeightSender(
+        config, open_transport=lambda: SignallingTransport(config, before=lambda: freeze.pop()() if freeze else None)
+    )
+    async with local_receiver(config) as other:
+        targets = [Target("victim", victim.address), Target("other", other.address)]
+        outcomes = await sender.push(export(late, 1), targets)
+        assert [o.committed for o in outcomes] == [False, True]
+        assert "transfer_timeout_s = 8" in outcomes[0].reason
+        # The blocked write goes on as soon as its receiver does, into a buffer that the next push must not use.
+        victim.send_signal(signal.SIGCONT)
+        outcomes = await sender.push(export(image, 2), targets)
+        assert [(o.committed, o.reason) for o in outcomes] == [(True, ""), (True, "")]
+        assert (await victim.next_commit())["digests"] == digest(image)
+        assert equal(other.loaded, image)
     await sender.close()
 
 
@@ -102,7 +138,7 @@ async def test_unreachable_receivers_are_told_apart_at_once(export: Export) -> N
 async def test_a_receiver_that_accepts_and_stays_silent_is_given_up(export: Export) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
-        sender = WeightSender(CONFIG)
+        sender = WeightSender(WeightsConfig(prepare_timeout_s=5))
         async with local_receiver(CONFIG) as other:
             outcomes = await sender.push(
                 export(make_tensors(1, 1), 1), [Target("silent", address), Target("w", other.address)]
@@ -117,7 +153,7 @@ async def test_a_restarted_receiver_at_the_same_ports_takes_the_next_push(
     # Few ports, so that a session may come back; those of a killed process stay taken for a minute.
     ports = {"min_rpc_port": 19200, "max_rpc_port": 19219}
     sender = WeightSender(CONFIG)
-    for version in range(3):
+    for version in range(2):
         tensors = make_tensors(seed=version, megabytes=1)
         receiver = await start_receiver(**ports)
         [outcome] = await sender.push(export(tensors, version), [Target("w", receiver.address)])
