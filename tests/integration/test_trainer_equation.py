@@ -106,7 +106,7 @@ def equation_3(
 )
 def test_loss_and_gradient_are_equation_3(trainer_model: Path, baseline: str, cap: float, sizes: Sizes) -> None:
     made = make_groups("eq", 5, groups=3, k=4, spans=SPANS)
-    algorithm = settings(baseline, importance_cap=cap)
+    algorithm = mirror_descent(baseline, importance_cap=cap)
     loss, gradient = run_ranks(sizes, trainer_model, partial(loss_and_gradient, made=made, algorithm=algorithm))
     expected_loss, expected = equation_3(trainer_model, made, algorithm)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
