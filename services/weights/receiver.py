@@ -14,6 +14,7 @@ from services.weights.buffer import remove_leftovers
 from services.weights.config import WeightsConfig
 from services.weights.image import WeightImage
 from services.weights.manifest import Manifest, verify_shards
+from services.weights.metrics import COMMIT_SECONDS, VERIFY_SECONDS
 from services.weights.mooncake_transport import MooncakeTransport
 from services.weights.spares import BufferPool
 from services.weights.transport import Transport
@@ -177,6 +178,8 @@ class WeightReceiver:
         if previous is not None:
             self._pool.give_back(previous.buffer)
         report = CommitReport(image.policy_version, verified - begin, time.monotonic() - verified)
+        VERIFY_SECONDS.observe(report.verify_seconds)
+        COMMIT_SECONDS.observe(report.commit_seconds)
         log.info(
             "weights committed",
             run_id=image.run_id,

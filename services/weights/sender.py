@@ -15,6 +15,7 @@ from services.weights.buffer import remove_leftovers
 from services.weights.config import WeightsConfig
 from services.weights.image import WeightImage
 from services.weights.manifest import manifest_to_proto
+from services.weights.metrics import PUSHES, TRANSFER_SECONDS
 from services.weights.mooncake_transport import MooncakeTransport
 from services.weights.pool import Destination, EndpointPool
 from services.weights.transport import Transport
@@ -107,7 +108,10 @@ class WeightSender:
                     policy_version=image.policy_version,
                     reason=error.message,
                 )
+                PUSHES.labels("failed").inc()
                 return PushOutcome(target.worker_id, False, error.message, transfer_seconds, commit_seconds)
+        PUSHES.labels("committed").inc()
+        TRANSFER_SECONDS.observe(transfer_seconds)
         return PushOutcome(target.worker_id, True, "", transfer_seconds, commit_seconds)
 
     async def _write(self, image: WeightImage, target: Target, prepared: pb.PrepareResponse) -> float:

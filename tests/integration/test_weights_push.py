@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 import torch
 import xxhash
 
-from perigee.errors import AbortedError, DataLossError, InvalidArgumentError
+from perigee.errors import AbortedError, DataLossError, FailedPreconditionError, InvalidArgumentError
 from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
@@ -171,3 +172,11 @@ async def test_an_image_closed_during_its_push_stays_until_the_write_has_ended(e
         assert outcome.committed, outcome.reason
         assert equal(local.loaded, tensors)
         await sender.close()
+
+
+def test_rdma_without_a_card_fails_instead_of_falling_back_to_tcp() -> None:
+    cards = Path("/sys/class/infiniband")
+    if cards.is_dir() and any(cards.iterdir()):
+        pytest.skip("needs a machine without an RDMA card")
+    with pytest.raises(FailedPreconditionError, match=r"weights\.transport: Mooncake cannot start rdma"):
+        MooncakeTransport(WeightsConfig(transport="rdma"))

@@ -6,7 +6,7 @@ from decimal import Decimal
 from fractions import Fraction
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.reward.math_text import prepare_expression, prepare_response
@@ -51,18 +51,21 @@ def test_plain_numbers(reference: str, answer: str, expected: bool | None) -> No
     assert compare_plainly(reference, answer) is expected
 
 
+@settings(deadline=None)
 @given(st.integers(-(10**20), 10**20), st.integers(-(10**20), 10**20))
 def test_integers_agree_exactly_when_they_are_equal(left: int, right: int) -> None:
     assert compare_plainly(str(left), str(right)) is (left == right)
     assert compare_plainly(str(left), f"{left}.0") is True
 
 
+@settings(deadline=None)
 @given(st.decimals(-(10**6), 10**6, places=4), st.decimals(-(10**6), 10**6, places=4))
 def test_decimals_that_are_far_apart_are_decided_exactly(left: Decimal, right: Decimal) -> None:
     found = compare_plainly(f"{left:f}", f"{right:f}")
     assert found is (left == right) or (found is None and abs(left - right) <= abs(left) * Decimal("0.00001"))
 
 
+@settings(deadline=None)
 @given(st.text(max_size=30))
 def test_only_numbers_are_read_as_numbers(text: str) -> None:
     number = parse_plain_number(text)

@@ -127,6 +127,7 @@ IMAGE = export_image("run", 7, make_tensors(seed=1, megabytes=0.01).items(), 400
 checksums = st.text("0123456789abcdef", min_size=32, max_size=32)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.text(min_size=1), st.integers(0, 9), st.integers(1, 1 << 40), checksums), min_size=1))
 def test_manifests_survive_the_wire(rows: list[tuple[str, int, int, str]]) -> None:
     shards, end = [], 0
