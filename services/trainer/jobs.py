@@ -10,8 +10,6 @@ from typing import Any
 from perigee.errors import CancelledError, InternalError
 from services.trainer.parallel import Control
 
-REPORT_INTERVAL_S = 0.5
-
 _GO_ON, _REPORT, _CANCEL = 0, 1, 2
 
 
@@ -29,6 +27,7 @@ class JobContext:
 
     report: Callable[[Any], None] = _ignore
     is_cancelled: Callable[[], bool] = _never
+    interval_s: float = 0.5
     _last_report: float = field(default_factory=time.monotonic)
 
     def check(self, control: Control) -> bool:
@@ -36,7 +35,7 @@ class JobContext:
         code = _GO_ON
         if self.is_cancelled():
             code = _CANCEL
-        elif time.monotonic() - self._last_report >= REPORT_INTERVAL_S:
+        elif time.monotonic() - self._last_report >= self.interval_s:
             code = _REPORT
             self._last_report = time.monotonic()
         code = control.agree(code)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -130,7 +131,8 @@ def train_twice(engine: Engine, made: dict[str, list[MadeTrajectory]], algorithm
         for n in lengths
     ]
     tuning = FineTuning(steps=4, batch_size=5, max_tokens_per_microbatch=40, seed=1, optimizer=algorithm.optimizer)
-    first = fine_tune(engine.policy, engine.control, examples, tuning, JobContext())
+    # Figures cover the steps since the last report: with none in between, all of them.
+    first = fine_tune(engine.policy, engine.control, examples, tuning, JobContext(interval_s=math.inf))
     second = train_iteration(engine.policy, engine.control, to_groups(made, REWARDS), 3, algorithm, 0, JobContext())
     figures = [first.loss, first.gradient_norm, second.loss, second.gradient_norm, second.policy_shift]
     return figures, second.trained_tokens, dict(engine.policy.collect())
