@@ -20,15 +20,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "arithmetic"))
+
+import tiny_model
 from iteration_share import longest_others, measure_iteration_share
 from rollout_ratio import measure_rollout_ratio
-from token_budget import measure_budget_ratio
+from tasks import sets
+from token_budget import BudgetLoad, measure_budget_ratio, write_long_model
 
 from services.rollout.config import RolloutConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "arithmetic"))
-import tiny_model
-from tasks import sets
 
 TARGETS = {"rollout_ratio": 0.90, "other_share": 0.10, "budget_iteration_ratio": 1.30}
 
@@ -61,15 +61,13 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         phases = dict(longest_others(arguments.run))
         results["iteration"] = {**asdict(share), "other_share": share.median, "other_phases": phases}
 
+    load = BudgetLoad(128, 128, 64, 900) if quick else BudgetLoad(256, 256, 128, 1900)
+    write_long_model(folder / "long_model", load.mean_tokens, load.response_cap)
     (folder / "budget").mkdir(parents=True, exist_ok=True)
-    live, budget, cap = (128, 32, 240) if quick else (256, 32, 240)
-    budgets = await measure_budget_ratio(
-        folder / "budget", RolloutConfig(model=str(folder / "model"), **settings), live, budget, cap, 2 if quick else 5
-    )
+    long_config = RolloutConfig(model=str(folder / "long_model"), **settings)
+    budgets = await measure_budget_ratio(folder / "budget", long_config, load, rounds=2 if quick else 5)
     results["budget"] = {
-        "live": live,
-        "token_budget": budget,
-        "response_cap": cap,
+        **asdict(load),
         "seconds_with": [round_.seconds for round_ in budgets.with_budget],
         "seconds_without": [round_.seconds for round_ in budgets.without_budget],
         "iteration_ratio": budgets.iteration_ratio,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from perigee.buffer.client import BufferClient
 from perigee.cli.health import wait_serving
 from perigee.cli.ports import HOST, pick_ports
-from perigee.cli.process import Command, GuardedProcess, describe_end
+from perigee.cli.process import Command, GuardedProcess
 from perigee.errors import UnavailableError
 from perigee.rollout.client import RolloutClient
 from services.rollout.config import RolloutConfig
@@ -69,7 +69,7 @@ async def _wait_ready(process: GuardedProcess, address: str, service: str) -> No
     try:
         await asyncio.wait((ready, ended), timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
         if ended.done():
-            raise UnavailableError(describe_end(process.command, ended.result()))
+            raise UnavailableError(process.describe_end(ended.result()))
         if not ready.done():
             raise UnavailableError(f"{process.command.name} is not ready after {START_TIMEOUT_S:.0f} s")
     finally:

@@ -1,20 +1,38 @@
 """Rollout time of an iteration with the token budget against without it, on long-tailed lengths.
 
-The model has random weights, so each token ends the response with a probability of one in its vocabulary: lengths are
-exponentially distributed. Both arms keep the same number of trajectories live and start fresh ones for those that
-finished. Without a budget an iteration lasts as long as its longest response; with one it lasts as long as the budget,
-and the rest is continued in the iterations that follow.
+The model has random weights and a vocabulary of `mean_tokens`, so each token ends the response with a probability of
+one in `mean_tokens`: lengths are exponentially distributed. Both arms keep the same number of trajectories live and
+start fresh ones for those that finished. Without a budget an iteration lasts as long as its longest response; with one
+it lasts as long as the budget, and the rest is continued in the iterations that follow.
 """
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import tiny_model
 from rollout_stack import RolloutStack, rollout_stack
+from safetensors.numpy import load_file, save_file
 from workload import Round, create_run, create_trajectories, extend
 
 from services.rollout.config import RolloutConfig
+
+PROMPT_ROOM = 16
+EMBEDDING_STD = 0.02
+RUN_IN_MEANS = 2
+
+
+@dataclass(frozen=True)
+class BudgetLoad:
+    """Trajectories live at once, their mean length, and the limits of a segment and a response, in tokens."""
+
+    live: int
+    mean_tokens: int
+    token_budget: int
+    response_cap: int
 
 
 @dataclass(frozen=True)
@@ -45,26 +63,37 @@ def finished_per_second(rounds: Sequence[Round]) -> float:
     return sum(len(round_.finished) for round_ in rounds) / sum(round_.seconds for round_ in rounds)
 
 
-async def measure_budget_ratio(
-    folder: Path, config: RolloutConfig, live: int, token_budget: int, response_cap: int, rounds: int
-) -> BudgetRatio:
+def write_long_model(folder: Path, mean_tokens: int, response_cap: int) -> None:
+    """Writes the recipe's model with random weights, another vocabulary size and room for the longest response."""
+    tiny_model.write_model(folder, seed=0)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"vocab_size": mean_tokens, "max_position_embeddings": response_cap + PROMPT_ROOM}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    # Small logits: the next token is all but uniform.
+    embedding = np.random.default_rng(0).standard_normal((mean_tokens, tiny_model.HIDDEN)) * EMBEDDING_STD
+    weights["model.embed_tokens.weight"] = embedding.astype(np.float32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+async def measure_budget_ratio(folder: Path, config: RolloutConfig, load: BudgetLoad, rounds: int) -> BudgetRatio:
     """Runs `rounds` timed iterations of either arm; the budgeted arm first runs in until its ages are mixed."""
     async with rollout_stack(folder, config, "budget") as stack:
         await create_run(stack)
-        await run_rounds(stack, live, response_cap, response_cap, 1)
-        without = await run_rounds(stack, live, response_cap, response_cap, rounds)
-        run_in = response_cap // token_budget // 2
-        within = await run_rounds(stack, live, token_budget, response_cap, run_in + rounds)
-    return BudgetRatio(within[run_in:], without)
+        without = await run_rounds(stack, load, load.response_cap, 1 + rounds)
+        run_in = RUN_IN_MEANS * load.mean_tokens // load.token_budget
+        within = await run_rounds(stack, load, load.token_budget, run_in + rounds)
+    return BudgetRatio(within[run_in:], without[1:])
 
 
-async def run_rounds(stack: RolloutStack, live: int, token_budget: int, response_cap: int, rounds: int) -> list[Round]:
-    """Iterations that resume what is partial and fill up with fresh trajectories to `live`."""
+async def run_rounds(stack: RolloutStack, load: BudgetLoad, token_budget: int, rounds: int) -> list[Round]:
+    """Iterations that resume what is partial and fill up with fresh trajectories."""
     results: list[Round] = []
     partial: list[str] = []
     for number in range(rounds):
-        prompts = [[3 + (number * live + index) % 10, 13, 14] for index in range(live - len(partial))]
+        # Different digits, so that no prompt is in the prefix cache for the wrong reason.
+        prompts = [[3 + (number + index) % 10, 3 + index % 7, 13, 14] for index in range(load.live - len(partial))]
         trajectories = partial + await create_trajectories(stack, prompts, 1)
-        results.append(await extend(stack, trajectories, token_budget, response_cap))
+        results.append(await extend(stack, trajectories, token_budget, load.response_cap))
         partial = results[-1].partial
     return results
