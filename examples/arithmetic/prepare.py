@@ -19,7 +19,7 @@ from tiny_model import write_model
 
 HELDOUT_SIZE = 512
 POOL_SIZE = 3000
-WARMUP_SIZE = 8000
+WARMUP_SIZE = 30000
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

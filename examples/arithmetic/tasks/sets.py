@@ -20,27 +20,30 @@ FUNCTION_SIZES: Sizes = ((1, 0.20), (2, 0.36), (3, 0.28), (4, 0.11), (5, 0.05))
 
 @dataclass(frozen=True)
 class WarmupMix:
-    """What the examples of a warm-up stage are: shares of sizes and of styles in either domain."""
+    """What the examples of a warm-up stage are: the share of code, and shares of sizes and styles in either domain."""
 
+    code_share: float
     expression_sizes: Sizes
     expression_styles: Styles
     function_sizes: Sizes
     function_styles: Styles
 
 
-# First the shorter problems, mostly thought out: single operations are learnt from written equations.
+# First thinking, on the shorter problems: single operations are learnt from written equations.
 EASY_MIX = WarmupMix(
-    expression_sizes=((1, 0.2), (2, 0.3), (3, 0.25), (4, 0.15), (5, 0.1)),
-    expression_styles=(("verbose", 0.7), ("terse", 0.3)),
-    function_sizes=((1, 0.3), (2, 0.35), (3, 0.25), (4, 0.1)),
-    function_styles=(("growing", 0.6), ("direct", 0.4)),
+    code_share=0.3,
+    expression_sizes=((1, 0.1), (2, 0.25), (3, 0.25), (4, 0.2), (5, 0.1), (6, 0.1)),
+    expression_styles=(("verbose", 1.0),),
+    function_sizes=((1, 0.4), (2, 0.4), (3, 0.2)),
+    function_styles=(("growing", 1.0),),
 )
-# Then all sizes, and answers without a thought more often than not.
+# Then all sizes, and mostly answers without a thought: that thinking pays is left to be found out.
 FULL_MIX = WarmupMix(
+    code_share=0.4,
     expression_sizes=EXPRESSION_SIZES,
-    expression_styles=(("verbose", 0.35), ("terse", 0.2), ("direct", 0.45)),
+    expression_styles=(("verbose", 0.3), ("direct", 0.7)),
     function_sizes=FUNCTION_SIZES,
-    function_styles=(("growing", 0.5), ("direct", 0.5)),
+    function_styles=(("growing", 0.3), ("direct", 0.7)),
 )
 
 
@@ -98,8 +101,8 @@ def _draw_distinct(
 def _draw_examples(rng: random.Random, size: int, mix: WarmupMix, excluded: Set[str]) -> list[Example]:
     examples: list[Example] = []
     while len(examples) < size:
-        is_math = len(examples) % 2 == 0
-        example = _draw_expression_example(rng, mix) if is_math else _draw_function_example(rng, mix)
+        is_code = rng.random() < mix.code_share
+        example = _draw_function_example(rng, mix) if is_code else _draw_expression_example(rng, mix)
         if example.prompt not in excluded:
             examples.append(example)
     rng.shuffle(examples)
