@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.v1 import buffer_pb2 as pb
-from perigee.errors import DeadlineExceededError, UnavailableError
+from perigee.errors import CancelledError, DeadlineExceededError, UnavailableError
 
 RUN = "crashes"
 TRAJECTORIES = ("t0", "t1", "t2", "t3")
 SEGMENT = 8
-# How a call fails whose server or server's server is gone; it is sent again.
-GONE = (UnavailableError, DeadlineExceededError)
+# How a call fails whose server or server's server is gone; it is sent again. gRPC answers CANCELLED to a call that
+# arrives in the moment that a server begins to stop.
+GONE = (UnavailableError, DeadlineExceededError, CancelledError)
 
 
 @dataclass
