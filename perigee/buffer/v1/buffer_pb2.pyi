@@ -114,7 +114,7 @@ class _AppendOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AppendO
     APPEND_OUTCOME_GAP: _AppendOutcome.ValueType  # 4
     """The offset is past the tokens held."""
     APPEND_OUTCOME_CONFLICT: _AppendOutcome.ValueType  # 5
-    """The offset overlaps tokens held that differ, or the trajectory has ended."""
+    """The offset overlaps tokens held that differ, or the segment has ended: what follows needs a new lease."""
     APPEND_OUTCOME_UNKNOWN: _AppendOutcome.ValueType  # 6
     """No such trajectory in this run."""
 
@@ -129,7 +129,7 @@ APPEND_OUTCOME_FENCED: AppendOutcome.ValueType  # 3
 APPEND_OUTCOME_GAP: AppendOutcome.ValueType  # 4
 """The offset is past the tokens held."""
 APPEND_OUTCOME_CONFLICT: AppendOutcome.ValueType  # 5
-"""The offset overlaps tokens held that differ, or the trajectory has ended."""
+"""The offset overlaps tokens held that differ, or the segment has ended: what follows needs a new lease."""
 APPEND_OUTCOME_UNKNOWN: AppendOutcome.ValueType  # 6
 """No such trajectory in this run."""
 Global___AppendOutcome: _TypeAlias = AppendOutcome  # noqa: Y015
