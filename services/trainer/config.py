@@ -31,6 +31,8 @@ class TrainerConfig(ServiceConfig):
     """CPU threads of each process; all cores divided by the processes when unset."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the weights and activations; gradients and optimizer state are always float32."""
+    recompute: bool = False
+    """Keeps only each layer's input and computes the rest again in the backward pass, for long sequences."""
     max_sequence_length: int | None = Field(None, ge=2)
     """Longest prompt and response together, in tokens; the model's own limit when unset."""
     keep_checkpoints: int = Field(3, ge=2)

@@ -29,6 +29,7 @@ class Engine:
     """The policy of this rank and the control channel. Every method runs in the thread that made the engine."""
 
     def __init__(self, config: TrainerConfig) -> None:
+        self.broken = False
         self._stack = ExitStack()
         torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.world))
         self._stack.enter_context(megatron_on_cpu())
@@ -39,22 +40,26 @@ class Engine:
             config.tensor_parallel, config.pipeline_parallel, config.data_parallel, config.seed
         )
         self._stack.callback(leave)
-        self.policy = Policy(self.shape, self.layout, DTYPES[config.dtype], self.max_tokens)
+        self.policy = Policy(self.shape, self.layout, DTYPES[config.dtype], self.max_tokens, config.recompute)
         self._load(folder)
         self.parameters = self._count_parameters()
 
     def run(self, command: Command, context: JobContext | None = None, sink: Sink | None = None) -> Any:
         """Rank 0: has all ranks carry out the command, and returns its result.
 
-        A job that fails leaves the weights as they were. Raises UnavailableError when another rank is gone.
+        A job that fails leaves the weights as they were. Raises UnavailableError, and sets `broken`, when the ranks are
+        no longer in step: another one died, or this one failed between collectives.
         """
         try:
             self.control.broadcast(command)
             return self._execute(command, context or JobContext(), sink)
-        except RuntimeError as error:
-            # torch reports a lost peer of a collective as RuntimeError; alone, it is a fault of the job itself.
+        except PerigeeError:
+            # Raised by every rank alike, or by rank 0 after the last collective.
+            raise
+        except Exception as error:
             if self.layout.world == 1:
                 raise
+            self.broken = True
             raise UnavailableError(f"the trainer's processes lost each other and are ending: {error}") from error
 
     def follow(self) -> None:

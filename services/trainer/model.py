@@ -19,7 +19,7 @@ from services.trainer.parallel import Layout
 
 
 def build_model(
-    shape: ModelShape, layout: Layout, dtype: torch.dtype, max_sequence_length: int
+    shape: ModelShape, layout: Layout, dtype: torch.dtype, max_sequence_length: int, recompute: bool
 ) -> DistributedDataParallel:
     """This process's part of the model, with weights not loaded yet.
 
@@ -53,6 +53,9 @@ def build_model(
         use_cpu_initialization=True,
         # Without this the schedules divide each loss by the number of micro-batches and ranks.
         calculate_per_token_loss=True,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
     )
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention

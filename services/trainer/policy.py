@@ -26,10 +26,12 @@ LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
 class Policy:
     """The trained model's part on this rank. Jobs are collective: every rank calls their methods alike."""
 
-    def __init__(self, shape: ModelShape, layout: Layout, dtype: torch.dtype, max_sequence_length: int) -> None:
+    def __init__(
+        self, shape: ModelShape, layout: Layout, dtype: torch.dtype, max_sequence_length: int, recompute: bool = False
+    ) -> None:
         self.shape = shape
         self.layout = layout
-        self.model = build_model(shape, layout, dtype, max_sequence_length)
+        self.model = build_model(shape, layout, dtype, max_sequence_length, recompute)
         self.core = core_of(self.model)
         self.optimizer = build_optimizer(self.model, bf16=dtype is torch.bfloat16)
         self._run_schedule = get_forward_backward_func()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -92,8 +93,10 @@ class Trainer:
         """Ends the other ranks and the engine's thread, and gives the image's memory back."""
         loop = asyncio.get_running_loop()
         try:
-            await loop.run_in_executor(self._thread, self.engine.run, StopCommand())
-            await loop.run_in_executor(self._thread, self.engine.close)
+            # Ranks that are out of step answer no collective; the end of this process ends them.
+            if not self.engine.broken:
+                await loop.run_in_executor(self._thread, self.engine.run, StopCommand())
+                await loop.run_in_executor(self._thread, self.engine.close)
         finally:
             self._thread.shutdown(wait=False)
             if self._image is not None:
@@ -228,6 +231,7 @@ class Trainer:
             return await asyncio.shield(future)
         finally:
             await asyncio.wait({future})
+            self._end_if_broken()
 
     async def _stream(self, command: Command, take: Callable[[Any], Any]) -> AsyncIterator[Any]:
         """Runs a job, yielding its reports and then the result; a caller that leaves stops it within a step."""
@@ -253,12 +257,18 @@ class Trainer:
         finally:
             left.set()
             await asyncio.wait({future})
+            self._end_if_broken()
 
     def _take(self, run_id: str, version: int, key: bytes, result: Any) -> Any:
         """Records the version that the engine holds from here on; called in its thread, before the caller may leave."""
         self.held = Held(run_id, version, self.held.serial + 1, key, result)
         metrics.POLICY_VERSION.set(version)
         return result
+
+    def _end_if_broken(self) -> None:
+        if self.engine.broken:
+            log.error("the ranks are out of step; ending the trainer")
+            signal.raise_signal(signal.SIGTERM)
 
     @contextmanager
     def _claim(self) -> Iterator[None]:

@@ -149,8 +149,8 @@ def _job() -> Any:
     return partial(train_twice, made=made, algorithm=mirror_descent("mean", minibatches=2))
 
 
-@pytest.mark.parametrize("sizes", [Sizes(tensor=2), Sizes(pipeline=2), Sizes(data=2)], ids=str)
-def test_parallel_ranks_train_as_one(trainer_model: Path, alone: Any, sizes: Sizes) -> None:
+@pytest.mark.parametrize("sizes", [Sizes(tensor=2), Sizes(pipeline=2), Sizes(data=2), Sizes(recompute=True)], ids=str)
+def test_every_layout_trains_as_one_rank(trainer_model: Path, alone: Any, sizes: Sizes) -> None:
     figures, trained, weights = run_ranks(sizes, trainer_model, _job())
     assert trained == alone[1]
     assert figures == pytest.approx(alone[0], rel=1e-4, abs=1e-6)
