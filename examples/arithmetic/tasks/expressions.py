@@ -1,13 +1,12 @@
 """The math domain: left-nested integer expressions, answered one operation at a time.
 
 A prompt is `((4+5)*3)-6=`. Every intermediate value lies in 0..49, so that a step is a fact the model
-can learn, and the number of operations is the difficulty. Warm-up responses come in three styles:
+can learn, and the number of operations is the difficulty. Warm-up responses come in two styles:
 
 - verbose: `4+5=9;9*3=27;27-6=21#21`
-- terse:   `9;27;21#21`
-- direct:  `#21`
+- direct: `#21`
 
-Longer styles are the more reliable; which one to use is left to reinforcement learning.
+Written-out thoughts are the more reliable; that they pay is left to reinforcement learning to find out.
 """
 
 import operator
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 
 from tasks.problem import ANSWER_MARKER, Problem
 
-STYLES = ("verbose", "terse", "direct")
+STYLES = ("verbose", "direct")
 LARGEST_VALUE = 49
 LARGEST_OPERAND = 9
 
@@ -59,15 +58,11 @@ def render_prompt(steps: Sequence[Step]) -> str:
 
 def render_response(steps: Sequence[Step], style: str) -> str:
     """Returns the chain of thought of a style, the answer marker, and the answer."""
-    if style == "verbose":
-        thoughts = [f"{step.left}{step.symbol}{step.right}={step.value}" for step in steps]
-    elif style == "terse":
-        thoughts = [str(step.value) for step in steps]
-    elif style == "direct":
-        thoughts = []
-    else:
+    if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, not {style!r}")
-    return f"{';'.join(thoughts)}{ANSWER_MARKER}{steps[-1].value}"
+    equations = ";".join(f"{step.left}{step.symbol}{step.right}={step.value}" for step in steps)
+    thoughts = equations if style == "verbose" else ""
+    return f"{thoughts}{ANSWER_MARKER}{steps[-1].value}"
 
 
 def make_problem(steps: Sequence[Step]) -> Problem:
