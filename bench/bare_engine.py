@@ -36,7 +36,8 @@ async def bare_engine(config: RolloutConfig) -> "AsyncIterator[AsyncLLM]":
     try:
         yield engine
     finally:
-        await asyncio.to_thread(engine.shutdown, SHUTDOWN_S)
+        # In this thread: the reader of its outputs must be gone before EngineCore is.
+        engine.shutdown(SHUTDOWN_S)
         # Its finalizer shuts it down again, which fails once the interpreter ends.
         del engine
         gc.collect()

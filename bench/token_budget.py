@@ -77,23 +77,33 @@ def write_long_model(folder: Path, mean_tokens: int, response_cap: int) -> None:
 
 
 async def measure_budget_ratio(folder: Path, config: RolloutConfig, load: BudgetLoad, rounds: int) -> BudgetRatio:
-    """Runs `rounds` timed iterations of either arm; the budgeted arm first runs in until its ages are mixed."""
+    """Runs `rounds` timed iterations of either arm in turn, once both have run in: then the ages are mixed."""
     async with rollout_stack(folder, config, "budget") as stack:
         await create_run(stack)
-        without = await run_rounds(stack, load, load.response_cap, 1 + rounds)
+        with_budget, without_budget = Arm(stack, load, load.token_budget), Arm(stack, load, load.response_cap)
+        await without_budget.run()
         run_in = RUN_IN_MEANS * load.mean_tokens // load.token_budget
-        within = await run_rounds(stack, load, load.token_budget, run_in + rounds)
-    return BudgetRatio(within[run_in:], without[1:])
+        for _ in range(run_in):
+            await with_budget.run()
+        for _ in range(rounds):
+            await with_budget.run()
+            await without_budget.run()
+    return BudgetRatio(with_budget.rounds[run_in:], without_budget.rounds[1:])
 
 
-async def run_rounds(stack: RolloutStack, load: BudgetLoad, token_budget: int, rounds: int) -> list[Round]:
-    """Iterations that resume what is partial and fill up with fresh trajectories."""
-    results: list[Round] = []
-    partial: list[str] = []
-    for number in range(rounds):
-        # Different digits, so that no prompt is in the prefix cache for the wrong reason.
-        prompts = [[3 + (number + index) % 10, 3 + index % 7, 13, 14] for index in range(load.live - len(partial))]
-        trajectories = partial + await create_trajectories(stack, prompts, 1)
-        results.append(await extend(stack, trajectories, token_budget, load.response_cap))
-        partial = results[-1].partial
-    return results
+class Arm:
+    """Iterations under one budget: each resumes what is partial and fills up with fresh trajectories."""
+
+    def __init__(self, stack: RolloutStack, load: BudgetLoad, token_budget: int) -> None:
+        self.rounds: list[Round] = []
+        self._stack = stack
+        self._load = load
+        self._token_budget = token_budget
+
+    async def run(self) -> None:
+        """Runs one iteration."""
+        partial = self.rounds[-1].partial if self.rounds else []
+        fresh = self._load.live - len(partial)
+        prompts = [[3 + index % 10, 3 + index % 7, 13, 14] for index in range(fresh)]
+        trajectories = partial + await create_trajectories(self._stack, prompts, 1)
+        self.rounds.append(await extend(self._stack, trajectories, self._token_budget, self._load.response_cap))
