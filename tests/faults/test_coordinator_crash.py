@@ -72,6 +72,13 @@ async def watch_to_the_end(client: CoordinatorClient, run_id: str) -> pb.RunSnap
     return snapshot
 
 
+async def wait_for_version(peers: FakePeers, run_id: str, version: int) -> None:
+    request = buffer_pb2.GetRunRequest(run_id=run_id)
+    async with asyncio.timeout(60):
+        while (await peers.buffer.get_run(request)).run.policy_version < version:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+
+
 async def live_groups(peers: FakePeers, run_id: str) -> set[str]:
     request = buffer_pb2.ListGroupsRequest(run_id=run_id)
     return {group.group_id async for page in peers.buffer.list_groups(request) for group in page.groups}
@@ -109,6 +116,9 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
                         await wait_until(lambda: len(worker.calls) >= 2)
                     else:
                         await asyncio.wait_for(peers.trainer.stalled.wait(), timeout=60)
+                    if stall_in == "PushWeights":
+                        # Committed, but the line of metrics.jsonl is not written.
+                        await wait_for_version(peers, run_id, peers.trainer.version)
                     process.send_signal(signal.SIGKILL)
                     await process.wait()
                 worker.call_seconds = 0.0

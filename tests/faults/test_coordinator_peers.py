@@ -237,3 +237,17 @@ async def test_a_reward_service_that_stays_away_ends_the_run(buffer_address: str
         last = (await s.finish())[-1]
         assert last.phase == pb.RUN_PHASE_FAILED
         assert last.error.startswith("Responses could not be scored for 0.5 s: RewardService at 127.0.0.1:")
+
+
+async def test_a_call_that_breaks_off_gives_no_second_budget(buffer_address: str, tmp_path: Path) -> None:
+    rollout = {"token_budget": 2, "response_cap": 24}
+    async with stage(buffer_address, tmp_path, {}, iterations=1, rollout=rollout) as s:
+        worker, _ = await s.add_worker("a", cut_after=3)
+        await s.start()
+        assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
+        # The third segment was appended and not told; its trajectory is not extended again in this iteration.
+        assert sorted(worker.extended) == sorted(set(worker.extended))
+        assert len(worker.calls) > 3
+        [line] = s.lines()
+        assert line["ended"]["budget"] == 64
+        assert line["tokens_generated"] == 128
