@@ -13,9 +13,18 @@ from services.reward.verifiers.base import Item, Outcome, Verdict, Verifier
 
 
 def content_key(verifier: Verifier[Any], item: Item[Any]) -> bytes:
-    """Names everything that an outcome depends on; the item's id is not part of it."""
+    """Names everything that an outcome depends on and nothing else: not the id, nor what the verifier does not read."""
     digest = hashlib.blake2b(digest_size=16)
-    for part in (verifier.name, verifier.version, repr(item.parameters), item.answer_marker, item.response):
+    graded = verifier.graded_text(item)
+    parts = (
+        verifier.name,
+        verifier.version,
+        repr(item.parameters),
+        item.answer_marker,
+        str(graded is None),
+        graded or "",
+    )
+    for part in parts:
         data = part.encode()
         # Lengths keep the parts apart.
         digest.update(len(data).to_bytes(8, "little"))

@@ -132,12 +132,20 @@ async def test_a_full_queue_refuses_with_a_hint_and_empties_again() -> None:
     assert len(await verdicts(scorer, item("c", "1"), item("d", "2"))) == 2
 
 
-def test_keys_differ_with_everything_that_matters_and_not_with_the_id() -> None:
+def test_keys_differ_with_everything_that_matters_and_with_nothing_else() -> None:
     verifier = EchoVerifier()
     key: Callable[[Item[EchoParameters]], bytes] = lambda it: content_key(verifier, it)  # noqa: E731
-    assert key(item("a", "r", "m")) == key(item("b", "r", "m"))
-    others = [item("a", "r"), item("a", "mr", ""), item("a", "", "rm"), Item("a", "r", "m", EchoParameters("y"))]
-    assert len({key(item("a", "r", "m")), *(key(other) for other in others)}) == 5
+    assert key(item("a", "one way #7", "#")) == key(item("b", "another way #8# 7", "#"))
+    different = [
+        item("a", "#7", "#"),
+        item("a", "#8", "#"),
+        item("a", "7", "#"),
+        item("a", "#", "#"),
+        item("a", "#7"),
+        item("a", "##7", "##"),
+        Item("a", "#7", "#", EchoParameters("y")),
+    ]
+    assert len({key(each) for each in different}) == len(different)
 
 
 def test_outcomes_have_a_reward_unless_they_failed() -> None:

@@ -93,6 +93,10 @@ class Verifier(ABC, Generic[ParametersT]):
     async def judge(self, item: Item[ParametersT]) -> Outcome:
         """The outcome of one item, within the verifier's own deadline; a failure is an outcome, not an exception."""
 
+    def graded_text(self, item: Item[ParametersT]) -> str | None:
+        """What of the response the outcome depends on, for the cache; a verifier that reads more overrides it."""
+        return extract_answer(item.response, item.answer_marker)
+
     async def start(self) -> None:
         """Starts what the verifier needs to judge."""
 
