@@ -72,7 +72,7 @@ class RolloutConfig(ServiceConfig):
     seed: int | None = Field(None, ge=0)
     """Seed of the engine's sampling; drawn at each start when unset. Give workers of one run different ones."""
 
-    chunk_tokens: int = Field(512, ge=1)
+    chunk_tokens: int = Field(512, ge=1, le=1 << 16)
     """Tokens of a trajectory that a crash can lose: it is appended to the buffer at least this often."""
     flush_seconds: float = Field(0.1, gt=0)
     """How long ended segments wait for others so that they share one append."""

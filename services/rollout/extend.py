@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -11,12 +12,15 @@ from functools import partial
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.v1 import buffer_pb2
+from services.kit.telemetry import get_logger
 from services.rollout.chunk_writer import AppendRefusedError, ChunkWriter
 from services.rollout.engine import EngineDiedError
 from services.rollout.generation import EndReason, Segment, SegmentSettings, generate_segment, plan_end
 from services.rollout.merging import Emit, merge
 from services.rollout.metrics import CACHED_TOKENS, GENERATED_TOKENS, SEGMENTS
 from services.rollout.worker import Admission, Worker
+
+log = get_logger(__name__)
 
 _calls = itertools.count()
 
@@ -86,10 +90,23 @@ async def extend_trajectories(
     with worker.admit(len(leased)) as admission:
         call = _Call(worker, buffer, writer, settings, admission, next(_calls))
         writing = asyncio.create_task(writer.run())
+        start, failures = time.monotonic(), 0
         try:
             async with aclosing(merge([partial(call.run, leased)])) as batches:
                 async for batch in batches:
+                    for result in batch:
+                        if isinstance(result, SegmentFailure):
+                            failures += 1
+                            log.warning("segment failed", trajectory=result.trajectory_id, reason=result.reason)
                     yield batch
+            log.info(
+                "segments ended",
+                run=settings.run_id,
+                policy_version=settings.policy_version,
+                segments=len(leased),
+                failures=failures,
+                seconds=round(time.monotonic() - start, 3),
+            )
         finally:
             writing.cancel()
             await asyncio.wait([writing])

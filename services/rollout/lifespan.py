@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager, suppress
 
 from perigee.buffer.client import BufferClient
 from perigee.coordinator.client import CoordinatorClient
-from perigee.errors import InternalError
+from perigee.errors import InternalError, InvalidArgumentError
 from perigee.rollout.v1.rollout_pb2_grpc import add_RolloutServiceServicer_to_server
 from perigee.weights.v1.weights_pb2_grpc import add_WeightReceiverServiceServicer_to_server
 from services.kit.server import App
@@ -28,17 +28,23 @@ from services.weights.service import WeightReceiverService
 
 ROLLOUT = "perigee.rollout.v1.RolloutService"
 WEIGHTS = "perigee.weights.v1.WeightReceiverService"
+UNSPECIFIED_HOSTS = {"0.0.0.0", "::", "[::]"}
 
 
 @asynccontextmanager
 async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
-    """Serves from the start; the engine comes up meanwhile, and readiness follows the worker's status.
+    """Serves once the engine's code is imported; the engine comes up meanwhile, and readiness follows its status.
 
     Raises InvalidArgumentError when the model folder is none, and InternalError after an engine that does not start.
     """
     config = app.config
     model = open_model_folder(config.model, config.max_model_len)
-    # The engine's import takes seconds; only the liveness probe would wait for it.
+    address = config.advertise_address or app.address
+    if config.coordinator_address and address.rsplit(":", 1)[0] in UNSPECIFIED_HOSTS:
+        raise InvalidArgumentError.of(
+            "rollout.advertise_address", f"is required: nobody can dial {address}; give this worker's host:port"
+        )
+    # The import takes seconds, and SIGTERM must be heard meanwhile.
     engine = await asyncio.to_thread(build_engine, config, model)
     worker = Worker(config, model, engine, config.worker_id or f"{socket.gethostname()}-{os.getpid()}")
     receiver = WeightReceiver(config.weights, lambda image: worker.commit(hold(image)))
@@ -64,7 +70,6 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     ]
     if config.coordinator_address:
         coordinator = app.connect(CoordinatorClient, config.coordinator_address)
-        address = config.advertise_address or app.address
         tasks.append(asyncio.create_task(keep_registered(worker, coordinator, address)))
     try:
         yield

@@ -26,7 +26,10 @@ async def merge(producers: Iterable[Callable[[Emit[T]], Awaitable[None]]]) -> As
                 for producer in producers:
                     group.create_task(_call(producer, queue.put))
         except BaseExceptionGroup as failed:
-            error = failed.exceptions[0]
+            error = failed
+            # A producer may have a group of its own.
+            while isinstance(error, BaseExceptionGroup):
+                error = error.exceptions[0]
         await queue.put(_End(error))
 
     runner = asyncio.create_task(run_all())

@@ -18,6 +18,8 @@ from services.rollout.generation import SegmentSettings
 from services.rollout.sampling import SamplingSettings, Truncation, check_sampling, repetition_rule
 from services.rollout.worker import Worker
 
+MAX_RESPONSE_BYTES = 1 << 20
+
 
 class RolloutService(RolloutServiceServicer):
     """Translates protobuf to the worker and back."""
@@ -41,18 +43,22 @@ class RolloutService(RolloutServiceServicer):
     ) -> AsyncIterator[pb.ExtendTrajectoriesResponse]:
         settings = extend_settings(request, self._worker)
         leased = [LeasedTrajectory(item.trajectory_id, item.epoch, item.tokens) for item in request.trajectories]
-        generated = 0
+        response = pb.ExtendTrajectoriesResponse()
         async with aclosing(extend_trajectories(self._worker, self._buffer, leased, settings)) as batches:
             async for batch in batches:
-                response = pb.ExtendTrajectoriesResponse()
                 for result in batch:
                     if isinstance(result, SegmentEnd):
-                        generated += result.new_tokens
+                        response.generated_tokens += result.new_tokens
                         response.ended.append(segment_end(result))
                     else:
                         response.failed.add(trajectory_id=result.trajectory_id, reason=result.reason)
-                response.generated_tokens = generated
-                yield response
+                    # The texts of many long responses would not fit into one message.
+                    if response.ByteSize() > MAX_RESPONSE_BYTES:
+                        yield response
+                        response = pb.ExtendTrajectoriesResponse(generated_tokens=response.generated_tokens)
+                if response.ended or response.failed:
+                    yield response
+                    response = pb.ExtendTrajectoriesResponse(generated_tokens=response.generated_tokens)
 
     async def GetState(self, request: pb.GetStateRequest, context: Any) -> pb.GetStateResponse:
         worker = self._worker

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import multiprocessing
 import os
 import time
 from collections.abc import AsyncGenerator, Sequence
@@ -53,7 +54,12 @@ class VllmEngine(Engine):
         os.environ.update(engine_environment(self._config))
         loop = asyncio.get_running_loop()
         arguments = engine_arguments(self._config, self._model)
-        self._llm = await loop.run_in_executor(self._spawner, AsyncLLM.from_engine_args, arguments)
+        starting = loop.run_in_executor(self._spawner, AsyncLLM.from_engine_args, arguments)
+        try:
+            self._llm = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            await self._end_start(starting)
+            raise
         await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         # Collections during generation need not walk what the imports left.
         gc.freeze()
@@ -67,6 +73,15 @@ class VllmEngine(Engine):
         for collector in self._running.values():
             collector.put(EngineDeadError())
         await asyncio.to_thread(llm.shutdown, STOP_SECONDS)
+
+    async def _end_start(self, starting: asyncio.Future[AsyncLLM]) -> None:
+        """Kills the EngineCore that a start has spawned or will spawn, and waits for the start to fail of it."""
+        while not starting.done():
+            for process in multiprocessing.active_children():
+                process.kill()
+            await asyncio.wait([starting], timeout=DEATH_POLL_SECONDS)
+        if starting.exception() is None:
+            starting.result().shutdown(STOP_SECONDS)
 
     async def wait_dead(self) -> None:
         """Watches the process, and that requests in flight make progress."""
@@ -90,6 +105,10 @@ class VllmEngine(Engine):
             raise InvalidArgumentError(f"The engine refuses sequence {request.request_id}: {error}") from error
         except EngineDeadError as error:
             raise EngineDiedError(str(error)) from error
+        except asyncio.CancelledError:
+            # It may have reached the engine.
+            await llm.abort(request.request_id)
+            raise
         internal_id = collector.request_id
         if not self._running:
             self._progress_time = time.monotonic()
@@ -189,7 +208,7 @@ def engine_environment(config: RolloutConfig) -> dict[str, str]:
         "OMP_NUM_THREADS": str(config.engine_threads),
         # Pinned threads of several workers would share a core while others idle.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if current_platform.is_cpu() else {}),
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         # Eager engines would still compile the logprob kernels on the first request, for 20 seconds.

@@ -179,6 +179,18 @@ async def test_sigterm_ends_requests_engine_and_service(
     assert (await trajectories.read(ids[0])).token_ids
 
 
+@pytest.mark.timeout(240)
+async def test_sigterm_while_the_engine_starts_ends_both(policy_folder: Path, tmp_path: Path) -> None:
+    async with running_service(policy_folder, "127.0.0.1:1", tmp_path / "log") as service:
+        while not (engines := service.engines()):  # noqa: ASYNC110, it is another process
+            await asyncio.sleep(0.05)
+        service.process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            assert await service.process.wait() == 0, (tmp_path / "log").read_text()
+        await wait_gone(engines, seconds=5)
+    assert "engine started" not in (tmp_path / "log").read_text()
+
+
 async def test_a_folder_that_is_no_model_ends_the_service_with_one_sentence(tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.rollout", "--set", f"model={tmp_path}", stderr=asyncio.subprocess.PIPE

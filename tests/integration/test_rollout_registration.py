@@ -20,7 +20,7 @@ from services.rollout.model_folder import open_model_folder
 from services.rollout.registration import keep_registered
 from services.rollout.worker import Worker, WorkerStatus
 from tests.fixtures.rollout import rollout_config
-from tests.unit.test_rollout_worker import FragileEngine
+from tests.fixtures.rollout_engine import FragileEngine
 
 
 class Ledger(CoordinatorServiceServicer):

@@ -162,17 +162,28 @@ async def test_a_call_repeated_under_one_lease_has_one_budget(trajectories: NewT
 async def test_every_token_knows_its_version_when_weights_change_under_way(
     trajectories: NewTrajectories, worker: str, pusher: Pusher
 ) -> None:
-    ids = await trajectories.create([PROMPT], k=48)
-    running = asyncio.create_task(trajectories.extend(ids, token_budget=200, response_cap=200))
-    await trajectories.wait_for_tokens(ids[0])
-    assert await pusher.push(policy_tensors(POLICIES[1]), 1, worker, trajectories.run_id) == ""
-    ended, failed = await running
-    assert failed == {}
+    extended: list[str] = []
+
+    async def extend_until_refused() -> None:
+        # The first call after the commit asks for weights that are gone.
+        with suppress(FailedPreconditionError):
+            while True:
+                ids = await trajectories.create([PROMPT], k=16)
+                _, failed = await trajectories.extend(ids, token_budget=200, response_cap=200)
+                assert failed == {}
+                extended.extend(ids)
+
+    async with asyncio.TaskGroup() as group:
+        # Several calls at once, so that sequences are in flight at whatever moment the commit comes.
+        for _ in range(6):
+            group.create_task(extend_until_refused())
+        await asyncio.sleep(0.2)
+        assert await pusher.push(policy_tensors(POLICIES[1]), 1, worker, trajectories.run_id) == ""
     mixed = 0
-    for trajectory_id in ids:
+    for trajectory_id in extended:
         held = await trajectories.read(trajectory_id)
         versions = [span.policy_version for span in held.versions for _ in range(span.tokens)]
-        assert len(versions) == len(held.token_ids) == ended[trajectory_id].tokens
+        assert len(versions) == len(held.token_ids)
         assert versions == sorted(versions)
         by_version = [policy_logprobs(policy, PROMPT, held.token_ids) for policy in POLICIES]
         for place, version in enumerate(versions):

@@ -51,3 +51,15 @@ async def test_closing_stops_producers_that_wait_for_room() -> None:
     await anext(stream)
     await stream.aclose()
     assert asyncio.all_tasks() == before
+
+
+async def test_the_error_of_a_producers_own_group_is_raised_as_it_is() -> None:
+    async def fail(_emit: Emit[int]) -> None:
+        raise ValueError("broken")
+
+    async def nest(emit: Emit[int]) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(fail(emit))
+
+    with pytest.raises(ValueError, match="broken"):
+        await anext(merge([nest]))

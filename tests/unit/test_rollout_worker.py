@@ -3,67 +3,32 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from safetensors.torch import save
 
+from perigee.buffer.client import BufferClient
 from perigee.errors import (
+    DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
     ResourceExhaustedError,
     UnavailableError,
 )
-from services.rollout.engine import Engine, EngineOutput, EngineRequest, WeightShard
+from services.rollout.chunk_writer import ChunkWriter
+from services.rollout.engine import VersionSpan, WeightShard
+from services.rollout.extend import ExtendSettings, LeasedTrajectory, extend_trajectories
+from services.rollout.generation import SegmentChunk, SegmentSettings
 from services.rollout.model_folder import open_model_folder
+from services.rollout.sampling import SamplingSettings
 from services.rollout.supervisor import supervise
 from services.rollout.worker import HeldWeights, Worker, WorkerStatus
 from tests.fixtures.rollout import make_policy, policy_tensors, rollout_config
-
-
-class FragileEngine(Engine):
-    """Starts, dies and fails on demand; knows what it was filled with."""
-
-    def __init__(self) -> None:
-        self.starts = 0
-        self.failing_starts = 0
-        self.failing_updates = 0
-        self.versions: list[int] = []
-        self.dead = asyncio.Event()
-        self.may_start = asyncio.Event()
-        self.may_start.set()
-        self.may_update = asyncio.Event()
-        self.may_update.set()
-        self.updating = asyncio.Event()
-
-    async def start(self) -> None:
-        await self.may_start.wait()
-        self.starts += 1
-        self.dead.clear()
-        if self.failing_starts:
-            self.failing_starts -= 1
-            raise RuntimeError("no memory")
-
-    async def stop(self) -> None:
-        self.dead.set()
-
-    async def wait_dead(self) -> None:
-        await self.dead.wait()
-
-    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
-        raise AssertionError("not used")
-        yield
-
-    async def update_weights(self, path: Path, shards: Sequence[WeightShard], policy_version: int) -> None:
-        self.updating.set()
-        await self.may_update.wait()
-        if self.failing_updates:
-            self.failing_updates -= 1
-            raise RuntimeError("half loaded")
-        self.versions.append(policy_version)
+from tests.fixtures.rollout_engine import FragileEngine
 
 
 class Bench:
@@ -230,6 +195,30 @@ def test_admission_counts_and_refuses(bench: Bench) -> None:
         with worker.admit(5):
             assert worker.running == 10
     assert worker.running == 0
+
+
+async def test_a_buffer_that_cannot_be_reached_fails_the_call(bench: Bench) -> None:
+    settings = ExtendSettings("run", 4, 8, 8, SegmentSettings(SamplingSettings(1.0), None, (1,), 16))
+    async with bench.supervised(), BufferClient.connect("127.0.0.1:1") as buffer:
+        await bench.wait(WorkerStatus.EMPTY)
+        await bench.commit(4)
+        before = asyncio.all_tasks()
+        with pytest.raises(UnavailableError, match=r"BufferService at 127\.0\.0\.1:1 cannot be reached"):
+            await anext(extend_trajectories(bench.worker, buffer, [LeasedTrajectory("t", 1, 0)], settings))
+        assert bench.worker.running == 0
+        assert asyncio.all_tasks() == before
+
+
+async def test_an_append_that_fails_tells_its_writer_and_the_next_one_is_tried() -> None:
+    async with BufferClient.connect("127.0.0.1:1") as buffer:
+        writer = ChunkWriter(buffer, "run", flush_seconds=0.01, timeout_seconds=0.5)
+        writer.writers = 1
+        writing = asyncio.create_task(writer.run())
+        for offset in (0, 1):
+            chunk = SegmentChunk(offset, [5], [-1.0], [VersionSpan(4, 1)], None, 0)
+            with pytest.raises((UnavailableError, DeadlineExceededError)):
+                await writer.append("t", 1, chunk)
+        writing.cancel()
 
 
 def test_draining_is_final(bench: Bench) -> None:
