@@ -137,6 +137,15 @@ class SlotCgroup:
             "current": str(memory / "memory.usage_in_bytes"),
         }
 
+    def current_bytes(self) -> int:
+        """The memory charged to the group at this moment."""
+        return int(Path(self.usage_paths["current"]).read_text())
+
+    def oom_kills(self) -> int:
+        """How many processes the kernel has killed in the group for want of memory."""
+        text = Path(self.usage_paths["oom"]).read_text()
+        return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
+
     def processes(self) -> list[int]:
         """The processes in the group."""
         path = next(iter(self._paths.values()))

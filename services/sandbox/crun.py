@@ -8,23 +8,32 @@ import subprocess
 from pathlib import Path
 from typing import Any, ClassVar
 
-from services.sandbox.box.limits import HOME, BoxLimits
 from services.sandbox.box.root import make_skeleton
+from services.sandbox.cgroups import SlotCgroup
 from services.sandbox.isolation import BOX_FOLDER, ENVIRONMENT, Isolation, Machine, Place
 
 MIB = 1024 * 1024
 _AGENT_FOLDER = "/perigee"
-# What the agent keeps to change user, to signal the program's processes, and no more.
-_AGENT_CAPABILITIES = ["CAP_KILL", "CAP_SETGID", "CAP_SETUID"]
+# What the agent needs to give a program fresh mounts and another user, and to end it; the program itself has none.
+_AGENT_CAPABILITIES = ["CAP_KILL", "CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID", "CAP_SYS_ADMIN"]
+_OWN_MOUNTS = [
+    {"destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "nodev", "noexec"]},
+    {
+        "destination": "/dev",
+        "type": "tmpfs",
+        "source": "tmpfs",
+        "options": ["nosuid", "noexec", "size=64k", "mode=755"],
+    },
+    {"destination": "/dev/shm", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "nodev", "size=4k"]},
+]
 _PRESERVED_DESCRIPTORS = 4
 _DELETE_S = 20
 
 
 class CrunIsolation(Isolation):
-    """`crun run` for each job; the bundle of a slot is written once, and again when the space limit changes."""
+    """`crun run` for each job; the bundle of a slot is written once."""
 
     name: ClassVar[str] = "crun"
-    memory_overhead_bytes: ClassVar[int] = 24 * MIB
 
     @classmethod
     def missing(cls, machine: Machine) -> str | None:
@@ -36,6 +45,10 @@ class CrunIsolation(Isolation):
         if machine.cgroups is None:
             return "mount cgroup controllers memory, pids and cpu (in a container: make /sys/fs/cgroup writable)"
         return None
+
+    def memory_overhead_bytes(self, cgroup: SlotCgroup) -> int:
+        """crun and the agent's interpreter start inside the group."""
+        return 24 * MIB
 
     def launcher_options(self, place: Place) -> dict[str, Any]:
         """The command that runs a container; the launcher appends its name."""
@@ -50,16 +63,11 @@ class CrunIsolation(Isolation):
         hidden = list(self.machine.cgroups.hybrid) if self.machine.cgroups else []
         return {"crun_command": command, "hidden_cgroup_mounts": hidden}
 
-    def configure(self, place: Place, limits: BoxLimits) -> None:
-        """Control group limits, and the bundle of the container."""
-        super().configure(place, limits)
-        path = place.folder / "config.json"
-        text = json.dumps(self._bundle(place, limits.file_bytes))
-        if not path.exists() or path.read_text() != text:
-            mounts = make_skeleton(self._rootfs(place), list(self.python.folders), place.uid)
-            assert set(mounts) <= set(self.python.folders)
-            (self._rootfs(place) / _AGENT_FOLDER.strip("/") / "box").mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+    def prepare(self, place: Place) -> None:
+        """Writes the bundle of the slot's containers."""
+        make_skeleton(self._rootfs(place), list(self.python.folders), place.uid)
+        (self._rootfs(place) / _AGENT_FOLDER.strip("/") / "box").mkdir(parents=True)
+        (place.folder / "config.json").write_text(json.dumps(self._bundle(place)))
 
     def clean(self, place: Place) -> None:
         """Deletes containers of the slot whose `crun run` was killed."""
@@ -81,7 +89,7 @@ class CrunIsolation(Isolation):
     def _rootfs(self, place: Place) -> Path:
         return place.folder / "rootfs"
 
-    def _bundle(self, place: Place, space_bytes: int) -> dict[str, Any]:
+    def _bundle(self, place: Place) -> dict[str, Any]:
         assert place.cgroup is not None
         start = f"import sys; sys.path.insert(0, {_AGENT_FOLDER!r}); from box.container import main; main()"
         return {
@@ -97,7 +105,7 @@ class CrunIsolation(Isolation):
                 "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), _AGENT_CAPABILITIES),
                 "noNewPrivileges": True,
             },
-            "mounts": [*self._host_mounts(), *_own_mounts(place.uid, space_bytes)],
+            "mounts": [*self._host_mounts(), *_OWN_MOUNTS],
             "linux": {
                 "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network", "cgroup")],
                 "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/acpi"],
@@ -113,25 +121,3 @@ class CrunIsolation(Isolation):
             {"destination": inside, "type": "bind", "source": path, "options": options}
             for inside, path in folders.items()
         ]
-
-
-def _own_mounts(uid: int, space_bytes: int) -> list[dict[str, Any]]:
-    size = [f"size={space_bytes}", "nr_inodes=1024"]
-    plain = ["nosuid", "nodev"]
-    return [
-        {"destination": "/proc", "type": "proc", "source": "proc", "options": [*plain, "noexec"]},
-        {
-            "destination": "/dev",
-            "type": "tmpfs",
-            "source": "tmpfs",
-            "options": ["nosuid", "noexec", "size=64k", "mode=755"],
-        },
-        {"destination": "/dev/shm", "type": "tmpfs", "source": "tmpfs", "options": [*plain, *size, "mode=1777"]},
-        {"destination": "/tmp", "type": "tmpfs", "source": "tmpfs", "options": [*plain, *size, "mode=1777"]},
-        {
-            "destination": HOME,
-            "type": "tmpfs",
-            "source": "tmpfs",
-            "options": [*plain, *size, "mode=0700", f"uid={uid}", f"gid={uid}"],
-        },
-    ]

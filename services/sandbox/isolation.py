@@ -97,17 +97,22 @@ class Isolation(ABC):
     def launcher_options(self, place: Place) -> dict[str, Any]:
         """The fields of the launcher's options that differ from `base_options`."""
 
+    def prepare(self, place: Place) -> None:
+        """Writes what launchers of the slot need on disk; most need nothing."""
+        return
+
     def configure(self, place: Place, limits: BoxLimits) -> None:
         """Sets the limits that are not the agent's to set, before a job begins."""
         if place.cgroup is not None:
-            place.cgroup.limit(limits.memory_bytes + self.memory_overhead_bytes, limits.processes)
+            place.cgroup.limit(limits.memory_bytes + self.memory_overhead_bytes(place.cgroup), limits.processes)
 
     def clean(self, place: Place) -> None:
         """Removes what a launcher that was killed may have left; most leave nothing."""
         return
 
-    memory_overhead_bytes: ClassVar[int] = 0
-    """Memory of the slot's group that is not the program's."""
+    def memory_overhead_bytes(self, cgroup: SlotCgroup) -> int:
+        """Memory of the slot's group that is not the program's."""
+        return 0
 
     def launcher_command(self) -> list[str]:
         """The command that starts a launcher; its options follow as one argument."""

@@ -143,6 +143,7 @@ def make_places(config: SandboxConfig, machine: Machine, isolation: Isolation, f
                 ) from error
         place = Place(index, config.first_uid + index, folder / f"slot-{index}", cgroup)
         place.folder.mkdir()
+        isolation.prepare(place)
         places.append(place)
     return places
 

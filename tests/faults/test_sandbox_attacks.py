@@ -309,7 +309,7 @@ print(found)
         "import os, sys\ndef f(x):\n  for fd in range(3, 50):\n    try: os.write(fd, b'\\0\\0\\0\\1' + b'0' * 16 + b'v4')\n    except OSError: pass\n",  # noqa: E501
         "import sys\nfor m in list(sys.modules.values()):\n  for n in ('same_json', 'judge', '_result'):\n    if hasattr(m, n): setattr(m, n, lambda *a: True)\ndef f(x): return 7",  # noqa: E501
         "def f(x):\n  print(2 * x)\n  return 'ACCEPTED'",
-        "import os\npid = os.fork()\ndef f(x): return 7 if pid else 2 * x",
+        "import os\npid = os.fork()\ndef f(x): return 7 if pid else 8",
         "f = type",
     ],
 )  # fmt: skip

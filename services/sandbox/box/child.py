@@ -14,7 +14,6 @@ import linecache
 import os
 import resource
 import signal
-import struct
 import sys
 import traceback
 import types
@@ -24,12 +23,11 @@ from typing import Any, NoReturn
 
 from . import kernel
 from .limits import BoxLimits
+from .payload import COMPILE_ERROR, EXCEPTION, LOADED, NOT_JSON, TOO_LONG, VALUE, Job, encode_reply
 
-TOKEN_BYTES = 16
-REPLY_PREFIX = struct.Struct(f">I{TOKEN_BYTES}sc")
-REQUEST_PREFIX = struct.Struct(f">I{TOKEN_BYTES}s")
-VALUE, NOT_JSON, EXCEPTION, LOADED, COMPILE_ERROR = b"v", b"n", b"e", b"l", b"c"
-FIRST_EXTRA_DESCRIPTOR = 3
+REPORT, PROGRESS = 3, 4
+"""Descriptors of the file of replies (or of the compiler's message) and of the pipe that tells progress."""
+ANSWERED, FINISHED = b"a", b"f"
 _REASON_BYTES = 2000
 _HIGH_DESCRIPTOR = 100
 _GRACE_CPU_S = 1
@@ -43,6 +41,7 @@ class Confinement:
     uid: int | None
     seccomp: bytes
     bound_address_space: bool
+    fresh_mounts: bool
 
 
 def confine(confinement: Confinement, limits: BoxLimits, cpu_s: int, descriptors: list[int]) -> None:
@@ -53,7 +52,7 @@ def confine(confinement: Confinement, limits: BoxLimits, cpu_s: int, descriptors
     signal.signal(signal.SIGINT, signal.default_int_handler)
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _HIGH_DESCRIPTOR) for descriptor in descriptors]
     for target, descriptor in enumerate(high):
-        os.dup2(descriptor, target, inheritable=target < FIRST_EXTRA_DESCRIPTOR)
+        os.dup2(descriptor, target, inheritable=target < REPORT)
     kernel.close_from(len(descriptors))
     for kind, value in _resource_limits(confinement, limits, cpu_s):
         resource.setrlimit(kind, (value, value))
@@ -75,7 +74,7 @@ def _resource_limits(confinement: Confinement, limits: BoxLimits, cpu_s: int) ->
     values = [
         (resource.RLIMIT_CPU, cpu_s + _GRACE_CPU_S),
         (resource.RLIMIT_NOFILE, 256),
-        (resource.RLIMIT_FSIZE, limits.file_bytes),
+        (resource.RLIMIT_FSIZE, max(limits.file_bytes, limits.output_bytes + 1)),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_MEMLOCK, 0),
         (resource.RLIMIT_MSGQUEUE, 0),
@@ -96,11 +95,11 @@ def run_program(source: bytes, arguments: list[str], home: str) -> NoReturn:
         code = compile(source, path, "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         text = "".join(traceback.format_exception_only(type(error), error))
-        os.write(FIRST_EXTRA_DESCRIPTOR, text.encode(errors="replace")[:_REASON_BYTES] or b"error")
+        os.write(REPORT, text.encode(errors="replace")[:_REASON_BYTES] or b"error")
         sys.stderr.write(text)
         sys.stderr.flush()
         os._exit(1)
-    os.close(FIRST_EXTRA_DESCRIPTOR)
+    os.close(REPORT)
     module = _main_module(path)
     sys.argv = [path, *arguments]
     sys.path.insert(0, home)
@@ -152,17 +151,16 @@ def _finish(exit_code: int) -> NoReturn:
         os._exit(exit_code)
 
 
-def serve_functions(source: bytes, function_name: str, home: str, requests: int, replies: int) -> NoReturn:
-    """Loads `source` and calls `function_name` for each request; replies carry the request's token, so none can be
-    made ahead.
-    """
+def serve_functions(job: Job, first: int, home: str, output_bytes: int) -> NoReturn:
+    """Loads the submission and calls its function for each input from `first` on; an answer is appended to the file of
+    replies, then told by a byte of progress."""
     path = f"{home}/submission.py"
-    linecache.cache[path] = (len(source), None, source.decode(errors="replace").splitlines(keepends=True), path)
-    token = _read_exactly(requests, REQUEST_PREFIX.size)[4:]
+    text = job.source.decode(errors="replace")
+    linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
     try:
-        code = compile(source, path, "exec")
+        code = compile(job.source, path, "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        _reply(replies, token, COMPILE_ERROR, _describe(error))
+        _reply(COMPILE_ERROR, _describe(error), output_bytes, FINISHED)
         os._exit(0)
     module = types.ModuleType("submission")
     module.__dict__.update(__file__=path, __builtins__=builtins)
@@ -171,17 +169,18 @@ def serve_functions(source: bytes, function_name: str, home: str, requests: int,
     try:
         exec(code, module.__dict__)
     except BaseException as error:
-        _reply(replies, token, EXCEPTION, _describe(error))
+        _reply(EXCEPTION, _describe(error), output_bytes, FINISHED)
         os._exit(0)
-    function = module.__dict__.get(function_name)
+    name = job.header["function_name"]
+    function = module.__dict__.get(name)
     if not callable(function):
-        _reply(replies, token, EXCEPTION, f"the function {function_name} is not defined")
+        _reply(EXCEPTION, f"the function {name} is not defined", output_bytes, FINISHED)
         os._exit(0)
-    _reply(replies, token, LOADED, "")
-    while True:
-        length, token = REQUEST_PREFIX.unpack(_read_exactly(requests, REQUEST_PREFIX.size))
-        kind, text = _call(function, _read_exactly(requests, length))
-        _reply(replies, token, kind, text)
+    _reply(LOADED, "", output_bytes, ANSWERED)
+    for arguments_json in job.inputs[first:]:
+        kind, answer = _call(function, arguments_json)
+        _reply(kind, answer, output_bytes, ANSWERED)
+    os._exit(0)
 
 
 def _call(function: Callable[..., Any], arguments_json: bytes) -> tuple[bytes, str]:
@@ -202,19 +201,10 @@ def _describe(error: BaseException) -> str:
         return type(error).__name__
 
 
-def _read_exactly(descriptor: int, count: int) -> bytes:
-    parts = []
-    while count:
-        part = os.read(descriptor, count)
-        if not part:
-            os._exit(0)
-        parts.append(part)
-        count -= len(part)
-    return b"".join(parts)
-
-
-def _reply(descriptor: int, token: bytes, kind: bytes, text: str) -> None:
+def _reply(kind: bytes, text: str, output_bytes: int, progress: bytes) -> None:
     payload = text.encode(errors="backslashreplace")
-    data = memoryview(REPLY_PREFIX.pack(len(payload), token, kind) + payload)
-    while data:
-        data = data[os.write(descriptor, data) :]
+    reply = encode_reply(kind, payload) if len(payload) <= output_bytes else encode_reply(TOO_LONG, b"")
+    rest = memoryview(reply)
+    while rest:
+        rest = rest[os.write(REPORT, rest) :]
+    os.write(PROGRESS, progress)

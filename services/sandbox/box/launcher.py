@@ -1,8 +1,8 @@
-"""The resident process of a slot: waits for jobs and starts an agent in a fresh box for each.
+"""The resident process of a slot: starts the agents that run its jobs.
 
-Three ways to start one: `zygote` forks this warm interpreter into fresh namespaces, `crun` runs a container,
-`process` only forks (no isolation). The launcher never reads a job: it hands the socket over, so nothing of one job
-is left here for the next.
+Three ways: `zygote` forks this warm interpreter once into a box of its own, where it forks a program's process for each
+job; `crun` runs a container per job; `process` only forks (no isolation). The launcher never reads a job: it hands the
+socket over, so nothing of one job is left here for the next.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from . import child, kernel, root, wire
-from .agent import run_agent
+from . import child, control, kernel, root
+from .agent import become_agent
 from .limits import HOME
 from .seccomp import build_filter
 from .usage import UsageFiles, open_usage
@@ -55,10 +55,8 @@ class Launcher:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._control = socket.socket(fileno=options.control)
+        self._channel = socket.socket(fileno=options.control)
         self._usage: UsageFiles | None = None
-        self._pid_namespace = -1
-        self._seccomp = b""
         self._jobs = 0
 
     def prepare(self) -> None:
@@ -66,25 +64,17 @@ class Launcher:
         options = self._options
         for name in options.preload:
             importlib.import_module(name)
-        self._seccomp = build_filter()
         if options.usage_paths:
             self._usage = open_usage(options.cgroup_version, options.usage_paths)
-        if options.isolation == "zygote":
-            self._pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
-            kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET)
-        elif options.isolation == "crun":
+        if options.isolation == "crun":
             kernel.unshare(kernel.CLONE_NEWNS)
             self._hide_cgroup_mounts()
-        # last of all but the root, so that the interpreter's own memory is not charged to the jobs
-        for path in options.cgroup_procs:
+            self._enter_cgroup()
+
+    def _enter_cgroup(self) -> None:
+        for path in self._options.cgroup_procs:
             with open(path, "w") as file:
                 file.write("0")
-        if options.isolation == "zygote":
-            root.enter_root(Path(options.root), options.binds, options.uid)
-            kernel.set_hostname("box")
-            kernel.drop_bounding_capabilities()
-        gc.collect()
-        gc.freeze()
 
     def _hide_cgroup_mounts(self) -> None:
         """crun refuses a host that has cgroup v1 and v2 side by side; this namespace shows it only one."""
@@ -92,60 +82,72 @@ class Launcher:
         for path in self._options.hidden_cgroup_mounts:
             kernel.unmount_lazily(path)
 
-    def serve(self) -> None:
-        """One job after another; a frame tells the end of each, when its box is empty."""
-        self._send({"kind": "ready", "version": platform.python_version()})
-        run = {"zygote": self._run_zygote, "crun": self._run_crun, "process": self._run_process}[
-            self._options.isolation
-        ]
+    def serve_resident(self) -> None:
+        """The zygote: one agent, warm, PID 1 of the slot's box, for all jobs; this process only waits for its end."""
+        kernel.unshare(kernel.CLONE_NEWPID)  # of the children to come, not of this process
+        pid = os.fork()
+        if pid == 0:
+            try:
+                self._become_zygote()
+            except OSError as error:
+                sys.stderr.write(f"sandbox launcher: {error}\n")
+            finally:
+                os._exit(4)
+        self._channel.close()
+        os.waitpid(pid, 0)
+
+    def _become_zygote(self) -> NoReturn:
+        options = self._options
+        kernel.die_with_parent(signal.SIGKILL)
+        kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET)
+        # late, so that the interpreter's own memory is not charged to the jobs
+        self._enter_cgroup()
+        root.enter_root(Path(options.root), options.binds, options.uid)
+        kernel.set_hostname("box")
+        kernel.drop_bounding_capabilities()
+        confinement = child.Confinement(HOME, options.uid, build_filter(), bound_address_space=False, fresh_mounts=True)
+        gc.collect()
+        gc.freeze()
+        self._tell_ready()
+        become_agent(self._channel, confinement, self._usage, resident=True)
+
+    def serve_one_by_one(self) -> None:
+        """A fresh box per job; a message tells the end of each, when its box is gone."""
+        run = {"crun": self._run_crun, "process": self._run_process}[self._options.isolation]
         poller = select.poll()
-        poller.register(self._control, select.POLLIN)
+        poller.register(self._channel, select.POLLIN)
+        self._tell_ready()
         while True:
             [(_, event)] = poller.poll()
-            if event & (select.POLLHUP | select.POLLERR):
-                return
-            if not self._control.recv(1, socket.MSG_PEEK):
+            if event & (select.POLLHUP | select.POLLERR) or not self._channel.recv(1, socket.MSG_PEEK):
                 return
             self._jobs += 1
             kills_before = self._usage.oom_kills() if self._usage else 0
             status, reason = run()
-            killed_for_memory = self._usage is not None and self._usage.oom_kills() > kills_before
-            self._send({"kind": "end", "status": status, "reason": reason, "killed_for_memory": killed_for_memory})
+            killed = self._usage is not None and self._usage.oom_kills() > kills_before
+            header = {"kind": "end", "status": status, "reason": reason, "killed_for_memory": killed}
+            control.send(self._channel, header, [])
 
-    def _run_zygote(self) -> tuple[int, str]:
-        kernel.unshare(kernel.CLONE_NEWPID)  # of the children to come, not of this process
-        pid = os.fork()
-        if pid == 0:
-            self._become_agent(HOME)
-        kernel.enter_namespace(self._pid_namespace, kernel.CLONE_NEWPID)
-        return os.waitpid(pid, 0)[1], ""
+    def _tell_ready(self) -> None:
+        control.send(self._channel, {"kind": "ready", "version": platform.python_version()}, [])
 
     def _run_process(self) -> tuple[int, str]:
         home = tempfile.mkdtemp(dir=self._options.root)
         try:
             pid = os.fork()
             if pid == 0:
-                self._become_agent(home)
+                self._become_unconfined(home)
             return os.waitpid(pid, 0)[1], ""
         finally:
             shutil.rmtree(home)
 
-    def _become_agent(self, home: str) -> NoReturn:
-        uid = self._options.uid
+    def _become_unconfined(self, home: str) -> NoReturn:
         try:
-            if home == HOME:
-                kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
-                confinement = child.Confinement(home, uid, self._seccomp, bound_address_space=False)
-                run_agent(
-                    self._control, confinement, self._usage, lambda limits: root.mount_writable(uid, limits.file_bytes)
-                )
-            privileged = os.geteuid() == 0
-            if privileged:
+            uid = self._options.uid if os.geteuid() == 0 else None
+            if uid is not None:
                 os.chown(home, uid, uid)
-            confinement = child.Confinement(home, uid if privileged else None, b"", bound_address_space=True)
-            run_agent(self._control, confinement, None, lambda limits: None)
-        except OSError as error:
-            self._send({"kind": "failed", "reason": f"the box cannot be made: {error}"})
+            confinement = child.Confinement(home, uid, b"", bound_address_space=True, fresh_mounts=False)
+            become_agent(self._channel, confinement, None, resident=False)
         finally:
             os._exit(4)
 
@@ -165,7 +167,7 @@ class Launcher:
             kernel.die_with_parent(signal.SIGKILL)
             usage = self._usage
             assert usage is not None
-            descriptors = [self._control.fileno(), errors, errors, usage.cpu, usage.oom, usage.peak, usage.current]
+            descriptors = [self._channel.fileno(), errors, errors, usage.cpu, usage.oom, usage.peak, usage.current]
             high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _HIGH_DESCRIPTOR) for descriptor in descriptors]
             for target, descriptor in enumerate(high):
                 os.dup2(descriptor, target)
@@ -174,9 +176,6 @@ class Launcher:
             os.execv(command[0], command)
         finally:
             os._exit(127)
-
-    def _send(self, header: dict[str, Any]) -> None:
-        self._control.sendall(wire.encode(header, []))
 
 
 def main() -> None:
@@ -190,4 +189,7 @@ def main() -> None:
         launcher.prepare()
     except OSError as error:
         sys.exit(f"sandbox launcher: {error}")
-    launcher.serve()
+    if options.isolation == "zygote":
+        launcher.serve_resident()
+    else:
+        launcher.serve_one_by_one()

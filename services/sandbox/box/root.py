@@ -17,6 +17,7 @@ _DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
 _BIND_FLAGS = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
 _WRITABLE_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV
 _MAX_INODES = 1024
+_SHARED_MEMORY = Path("/dev/shm")
 DIRECTORIES = ("proc", "box", "tmp", "dev", "etc", "run")
 PASSWD = "root:x:0:0:root:/:/usr/sbin/nologin\nbox:x:{uid}:{uid}:box:/box:/usr/sbin/nologin\n"
 
@@ -64,12 +65,15 @@ def enter_root(root: Path, binds: list[str], uid: int) -> None:
     os.chdir("/")
     kernel.unmount_lazily("/old")
     Path("/old").rmdir()
+    kernel.mount("proc", "/proc", "proc", _WRITABLE_FLAGS | kernel.MS_NOEXEC)
     kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID, "size=1m,mode=0755")
 
 
 def mount_writable(uid: int, space_bytes: int) -> None:
-    """Mounts this job's /proc, /box and /tmp; each of the two holds `space_bytes`."""
-    kernel.mount("proc", "/proc", "proc", _WRITABLE_FLAGS | kernel.MS_NOEXEC)
+    """Moves this process into mount and IPC namespaces of its own, with an empty /box and /tmp of `space_bytes`."""
+    kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
     size = f"size={space_bytes},nr_inodes={_MAX_INODES}"
     kernel.mount("tmpfs", HOME, "tmpfs", _WRITABLE_FLAGS, f"{size},mode=0700,uid={uid},gid={uid}")
     kernel.mount("tmpfs", "/tmp", "tmpfs", _WRITABLE_FLAGS, f"{size},mode=1777")
+    if not _SHARED_MEMORY.is_symlink():  # a container's own, where this root has a link to /tmp
+        kernel.mount("/tmp", str(_SHARED_MEMORY), None, kernel.MS_BIND)

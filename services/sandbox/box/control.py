@@ -1,0 +1,50 @@
+"""Messages between the service and a slot: a JSON header and open descriptors, one packet each, over a SOCK_SEQPACKET
+pair.
+
+Sources, inputs and outputs travel as memory files, so that they pass through no process that outlives the job.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from typing import Any, NamedTuple
+
+MAX_HEADER_BYTES = 128 * 1024
+MAX_DESCRIPTORS = 4
+
+
+class Message(NamedTuple):
+    """A header, and descriptors that the receiver closes."""
+
+    header: dict[str, Any]
+    descriptors: list[int]
+
+    def close(self) -> None:
+        """Closes the descriptors."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
+def send(control: socket.socket, header: dict[str, Any], descriptors: list[int]) -> None:
+    """Sends one message; the sender keeps its own copies of the descriptors."""
+    socket.send_fds(control, [json.dumps(header).encode()], descriptors)
+
+
+def receive(control: socket.socket) -> Message:
+    """The next message; raises EOFError when the other side is gone, and BlockingIOError as the socket does."""
+    data, descriptors, _, _ = socket.recv_fds(control, MAX_HEADER_BYTES, MAX_DESCRIPTORS)
+    if not data:
+        raise EOFError("the other side has closed the slot")
+    return Message(json.loads(data), descriptors)
+
+
+def memory_file(contents: bytes) -> int:
+    """A file in memory that reads `contents` from its start."""
+    descriptor = os.memfd_create("perigee")
+    rest = memoryview(contents)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
