@@ -179,12 +179,16 @@ class Iteration:
             algorithm=make_algorithm(config.algorithm, config.rollout.temperature, learning_rate),
         )
         context.board.enter(coordinator_pb2.RUN_PHASE_TRAINING, config.algorithm.minibatches)
+        result: trainer_pb2.TrainResult | None = None
         with self._timeline.phase("training"):
+            # To the stream's end: until then the trainer is busy and refuses the checkpoint.
             async for response in context.peers.trainer.train(request, timeout_s=context.settings.train_timeout_s):
                 context.board.done, context.board.total = response.step, response.steps
                 if response.HasField("result"):
-                    return response.result
-        raise InternalError("The trainer ended an iteration without a result: look at its log.")
+                    result = response.result
+        if result is None:
+            raise InternalError("The trainer ended an iteration without a result: look at its log.")
+        return result
 
     async def _save_checkpoint(self, version: int) -> None:
         context = self._context

@@ -55,14 +55,17 @@ async def fine_tune(context: RunContext, stage: WarmupStage, number: int) -> pb.
     board = context.board
     board.enter(coordinator_pb2.RUN_PHASE_WARMUP, stage.steps)
     steps_before = sum(earlier.steps for earlier in context.config.warmup[: number - 1])
+    last: pb.FineTuneResponse | None = None
+    # To the stream's end: until then the trainer is busy and refuses the checkpoint.
     async for response in context.peers.trainer.fine_tune(request, timeout_s=context.settings.train_timeout_s):
         board.done, board.total = response.step, response.steps
         values = {"loss": response.loss, "gradient_norm": response.gradient_norm}
         board.metrics = {f"warmup/{name}": value for name, value in values.items()} | {"warmup/stage": number}
         context.records.add_warmup_step(steps_before + response.step, values)
-        if response.done:
-            return response
-    raise InternalError(f"The trainer ended stage {number} of the warm-up without saying so: look at its log.")
+        last = response
+    if last is None or not last.done:
+        raise InternalError(f"The trainer ended stage {number} of the warm-up without saying so: look at its log.")
+    return last
 
 
 async def save(context: RunContext, version: int) -> None:
