@@ -93,11 +93,12 @@ class GuardedProcess:
 
     def describe_end(self, exit_code: int) -> str:
         """One sentence: which command ended, how, the error that it logged since its start, and where the log is."""
-        how = f"ended with exit code {exit_code}"
-        if exit_code > 128:
-            how = f"was ended by {signal.Signals(exit_code - 128).name}"
         log_path = self.command.log_path
-        error = last_error(read_tail(log_path, self._log_start))
+        lines = read_tail(log_path, self._log_start)
+        if exit_code > 128:  # what it wrote last need not have to do with its end
+            how, error = f"was ended by {signal.Signals(exit_code - 128).name}", last_error(lines)
+        else:
+            how, error = f"ended with exit code {exit_code}", last_error(lines) or last_words(lines)
         return f"{self.command.name} {how}{f': {error}' if error else ''} (log: {log_path})"
 
     def _signal(self, number: signal.Signals) -> None:
@@ -116,13 +117,13 @@ def read_tail(path: Path, start: int = 0) -> list[str]:
 
 
 def last_error(lines: Iterable[str]) -> str:
-    """The last line of a log that names an error, else its last line that is no record; at most 300 characters."""
-    filled = [line.strip() for line in lines if line.strip()]
-    for line in reversed(filled):
-        if found := _error_in(line):
-            return found[:300]
-    plain = [line for line in filled if not line.startswith("{")]
-    return plain[-1][:300] if plain else ""
+    """The last line of a log that names an error, 300 characters at most; nothing when none does."""
+    return next((found[:300] for line in reversed([*lines]) if (found := _error_in(line.strip()))), "")
+
+
+def last_words(lines: Iterable[str]) -> str:
+    """The last line of a log that is no record, 300 characters at most: a program may tell its end in its own way."""
+    return next((line.strip()[:300] for line in reversed([*lines]) if line.strip() and not line.startswith("{")), "")
 
 
 def _error_in(line: str) -> str:

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from perigee.cli.process import last_error
+from perigee.cli.process import last_error, last_words
 
 INFO = json.dumps({"event": "listening", "level": "info"})
 
@@ -14,7 +14,7 @@ INFO = json.dumps({"event": "listening", "level": "info"})
     [
         ([], ""),
         ([INFO], ""),
-        ([INFO, "", "Segmentation fault"], "Segmentation fault"),
+        ([INFO, "", "no space left, giving up"], ""),
         (
             ["Traceback (most recent call last):", '  File "x.py", line 1', "ValueError: bad", INFO],
             "ValueError: bad",
@@ -37,6 +37,11 @@ INFO = json.dumps({"event": "listening", "level": "info"})
 )
 def test_the_last_error_is_found(lines: list[str], expected: str) -> None:
     assert last_error(lines) == expected
+
+
+def test_the_last_words_are_no_record() -> None:
+    assert last_words(["first", "no space left, giving up", "", INFO]) == "no space left, giving up"
+    assert last_words([INFO]) == ""
 
 
 def test_an_endless_line_is_cut() -> None:
