@@ -79,7 +79,7 @@ class CurriculumConfig(Model):
     """Which prompts an iteration may draw, by difficulty (k1.5 section 2.3.4)."""
 
     kind: Literal["all", "ramp", "hard_after_warmup"] = "all"
-    """all: every prompt. ramp: at most a difficulty that rises. hard_after_warmup: all of them first, then hard ones."""
+    """all: every prompt. ramp: up to a difficulty that rises. hard_after_warmup: every prompt first, then hard ones."""
     start_difficulty: float = 0.0
     """ramp: highest difficulty at the first iteration."""
     end_difficulty: float = 0.0

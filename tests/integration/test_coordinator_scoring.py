@@ -1,0 +1,46 @@
+"""The scoring pipeline against the real reward service and sandbox."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from perigee.buffer.v1 import buffer_pb2
+from perigee.reward.client import RewardClient
+from services.coordinator.config import ScoringConfig
+from services.coordinator.prompts import read_model_folder, read_prompts
+from services.coordinator.scoring import Outcome, ScoreJob, ScoringPipeline
+from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
+
+
+async def test_math_and_code_are_judged_as_they_arrive(coding_reward: RewardClient, tmp_path: Path) -> None:
+    model = read_model_folder(str(write_model_folder(tmp_path / "model")))
+    lines = [math_line("sum", "1+2=", "3"), code_line("inc")]
+    prompts = read_prompts(str(write_lines(tmp_path / "p.jsonl", lines)), "run.prompts", model, 16).by_id
+    outcomes: dict[str, Outcome] = {}
+
+    async def take(some: list[Outcome]) -> None:
+        outcomes.update({outcome.id: outcome for outcome in some})
+
+    responses = {
+        "right": ("sum", "1+2=3#3"),
+        "wrong": ("sum", "1+2=4#4"),
+        "silent": ("sum", "3"),
+        "right-code": ("inc", "#def f(x):return x+1"),
+        "wrong-code": ("inc", "#def f(x):return x*2"),
+        "broken-code": ("inc", "#def f(x:"),
+    }
+    config = ScoringConfig(batch=2, queue=2, concurrency=2)
+    async with ScoringPipeline(coding_reward, config, take) as scoring:
+        for job_id, (prompt_id, response) in responses.items():
+            await scoring.submit(ScoreJob(job_id, prompts[prompt_id], response))
+        await scoring.drain()
+        assert (scoring.judged, scoring.failed) == (6, 0)
+    correct, wrong = buffer_pb2.VERDICT_CORRECT, buffer_pb2.VERDICT_WRONG
+    assert {job_id: (outcome.verdict, outcome.reward) for job_id, outcome in outcomes.items()} == {
+        "right": (correct, 1.0),
+        "wrong": (wrong, 0.0),
+        "silent": (buffer_pb2.VERDICT_UNGRADABLE, 0.0),
+        "right-code": (correct, 1.0),
+        "wrong-code": (wrong, 0.0),
+        "broken-code": (wrong, 0.0),
+    }
