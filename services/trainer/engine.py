@@ -30,19 +30,21 @@ class Engine:
 
     def __init__(self, config: TrainerConfig) -> None:
         self.broken = False
-        self._stack = ExitStack()
-        torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.world))
-        self._stack.enter_context(megatron_on_cpu())
-        folder = Path(config.model)
-        self.shape = read_model_shape(folder)
-        self.max_tokens = resolve_max_tokens(config, self.shape.max_positions)
-        self.layout, self.control = join(
-            config.tensor_parallel, config.pipeline_parallel, config.data_parallel, config.seed
-        )
-        self._stack.callback(leave)
-        self.policy = Policy(self.shape, self.layout, DTYPES[config.dtype], self.max_tokens, config.recompute)
-        self._load(folder)
-        self.parameters = self._count_parameters()
+        with ExitStack() as stack:
+            torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.world))
+            stack.enter_context(megatron_on_cpu())
+            folder = Path(config.model)
+            self.shape = read_model_shape(folder)
+            self.max_tokens = resolve_max_tokens(config, self.shape.max_positions)
+            self.layout, self.control = join(
+                config.tensor_parallel, config.pipeline_parallel, config.data_parallel, config.seed
+            )
+            stack.callback(leave)
+            dtype = DTYPES[config.dtype]
+            self.policy = Policy(self.shape, self.layout, dtype, self.max_tokens, config.recompute)
+            self._load(folder)
+            self.parameters = self._count_parameters()
+            self._stack = stack.pop_all()
 
     def run(self, command: Command, context: JobContext | None = None, sink: Sink | None = None) -> Any:
         """Rank 0: has all ranks carry out the command, and returns its result.

@@ -112,14 +112,14 @@ async def test_the_death_of_a_rank_ends_the_whole_trainer(start_trainer: Callabl
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
-async def test_ranks_die_with_their_launcher_and_with_sigterm_leave_nothing(start_trainer: Callable[..., Any]) -> None:
-    for number in (signal.SIGKILL, signal.SIGTERM):
-        process, _ = await start_trainer(data_parallel=2)
-        ranks = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(number)
-        await asyncio.wait_for(process.wait(), 30)
-        _, alive = await asyncio.to_thread(psutil.wait_procs, ranks, 10)
-        assert not alive
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+async def test_no_rank_outlives_the_launcher(start_trainer: Callable[..., Any], number: signal.Signals) -> None:
+    process, _ = await start_trainer(data_parallel=2)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    await asyncio.wait_for(process.wait(), 30)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, ranks, 10)
+    assert not alive
 
 
 @pytest.fixture
