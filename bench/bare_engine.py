@@ -65,7 +65,6 @@ async def generate_all(engine: "AsyncLLM", model: Path, prompts: Sequence[Sequen
             tokens = len(output.outputs[0].token_ids)
         return tokens
 
-    await engine.reset_prefix_cache()
     begin = time.perf_counter()
     tokens = sum(await asyncio.gather(*map(generate, prompts)))
     return tokens / (time.perf_counter() - begin)
