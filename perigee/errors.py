@@ -154,16 +154,21 @@ def from_rpc_error(error: grpc.aio.AioRpcError, target: str) -> PerigeeError:
         message = f"{target} cannot be reached: {message}"
     violations: list[FieldViolation] = []
     retry_after_s: float | None = None
+    is_from_service = False
     for key, value in error.trailing_metadata() or ():
         if key != STATUS_DETAILS_KEY:
             continue
         assert isinstance(value, bytes)
+        is_from_service = True
         for detail in status_pb2.Status.FromString(value).details:
             bad_request, retry_info = error_details_pb2.BadRequest(), error_details_pb2.RetryInfo()
             if detail.Unpack(bad_request):
                 violations += [FieldViolation(v.field, v.description) for v in bad_request.field_violations]
             elif detail.Unpack(retry_info):
                 retry_after_s = retry_info.retry_delay.ToMilliseconds() / 1000
+    if error.code() is grpc.StatusCode.CANCELLED and not is_from_service:
+        # A server that stops cancels what is in flight.
+        return UnavailableError(f"{target} ended the call: it is stopping")
     error_class = _CLASS_BY_CODE.get(error.code(), PerigeeError)
     if error_class is InvalidArgumentError:
         return InvalidArgumentError(message, violations=violations)

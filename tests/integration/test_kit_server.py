@@ -141,6 +141,15 @@ async def test_calls_in_flight_finish_while_the_server_drains() -> None:
         await draining
 
 
+async def test_a_call_that_outlasts_the_drain_finds_the_service_unavailable() -> None:
+    async with probe_server(drain_seconds=0) as (app, _), RewardClient.connect(app.address) as client:
+        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=10)
+        assert (await anext(waiting)).id == "started"
+        await app.drain()
+        with pytest.raises(UnavailableError):
+            await anext(waiting)
+
+
 async def test_an_unreachable_service_is_named() -> None:
     async with RewardClient.connect("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError, match=r"RewardService at 127\.0\.0\.1:1 cannot be reached"):
