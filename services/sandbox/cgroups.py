@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -17,6 +18,7 @@ _REMOVAL_S = 5.0
 _OWN_PROCESSES = 8
 _PERIOD_US = 100_000
 _UNLIMITED = 2**63
+_pools = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,8 @@ def find_cgroups(mountinfo: str | None = None) -> CgroupHost | None:
 
 
 def instance_name() -> str:
-    """A name for this process that no later process can have."""
-    return f"{os.getpid()}-{_start_time(os.getpid())}"
+    """A name for a pool of this process that no other pool, and no later process, can have."""
+    return f"{os.getpid()}-{_start_time(os.getpid())}-{next(_pools)}"
 
 
 def _start_time(pid: int) -> str | None:
@@ -69,8 +71,8 @@ def _start_time(pid: int) -> str | None:
 
 def is_alive(instance: str) -> bool:
     """Whether the service that has this instance name still runs."""
-    pid, _, started = instance.partition("-")
-    return pid.isdigit() and _start_time(int(pid)) == started
+    pid, _, rest = instance.partition("-")
+    return pid.isdigit() and _start_time(int(pid)) == rest.partition("-")[0]
 
 
 class SlotCgroup:

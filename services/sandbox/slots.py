@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
+import signal
 import socket
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
@@ -125,18 +127,21 @@ class Slot:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+        await self._empty_cgroup()
         await asyncio.to_thread(self._isolation.clean, self.place)
-        await self._wait_until_empty()
 
-    async def _wait_until_empty(self) -> None:
+    async def _empty_cgroup(self) -> None:
+        """Ends what did not end with the launcher, such as a container that was being made."""
         cgroup = self.place.cgroup
         try:
             async with asyncio.timeout(_END_S):
-                # the kernel empties a killed group a moment later and tells nobody
-                while cgroup is not None and cgroup.processes():  # noqa: ASYNC110
-                    await asyncio.sleep(0.002)
+                while cgroup is not None and (processes := cgroup.processes()):
+                    for pid in processes:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    await asyncio.sleep(0.002)  # a killed process leaves its group a moment later and tells nobody
         except TimeoutError:
-            log.error("slot_not_empty", slot=self.place.index, processes=cgroup.processes() if cgroup else [])
+            log.error("slot_not_empty", slot=self.place.index)
 
     async def _receive(self) -> Message:
         assert self._channel is not None

@@ -32,7 +32,7 @@ async def assert_serves(sandbox: SandboxClient) -> None:
 
 async def test_fork_bomb(sandbox: SandboxClient) -> None:
     source = "import os\nmade = 0\nwhile True:\n  try:\n    os.fork(); made += 1\n  except OSError: pass\n"
-    response = await run(sandbox, source)
+    response = await run(sandbox, source, memory_bytes=256 << 20)
     assert response.status == pb.STATUS_TIME_LIMIT
     await assert_serves(sandbox)
 

@@ -63,7 +63,9 @@ def test_a_machine_without_root_is_told_what_to_do() -> None:
 
 def test_instances_of_the_dead_are_known() -> None:
     assert is_alive(instance_name())
-    assert not is_alive(instance_name() + "1")
+    pid, started, pool = instance_name().split("-")
+    assert not is_alive(f"{pid}-{started}1-{pool}")
+    assert instance_name() != instance_name()
     assert not is_alive("nonsense")
 
 
