@@ -14,7 +14,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from tests.fixtures.sandbox import function_tests, stdio_tests
 
 LIMITS = pb.Limits(
-    wall_ms=2000, cpu_ms=1000, memory_bytes=64 << 20, processes=16, file_bytes=1 << 20, output_bytes=65536
+    wall_ms=10_000, cpu_ms=1000, memory_bytes=64 << 20, processes=16, file_bytes=1 << 20, output_bytes=65536
 )
 
 
