@@ -46,7 +46,12 @@ class Run:
         self._context = context
         self._run_id = context.run_id
         self._keeper = WeightKeeper(
-            context.run_id, context.peers.trainer, context.registry, context.settings, context.board.set_waiting
+            context.run_id,
+            context.peers.trainer,
+            context.registry,
+            context.settings,
+            context.board.set_waiting,
+            lambda version: hold_version(context, version),
         )
         self._committed_iteration = -1
         # Whether the board knows how old the run was when this process took it up.

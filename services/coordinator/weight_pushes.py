@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from perigee.errors import PerigeeError
+from perigee.errors import FailedPreconditionError, PerigeeError
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.client import TrainerClient
 from perigee.trainer.v1 import trainer_pb2 as pb
@@ -22,7 +22,7 @@ log = get_logger(__name__)
 
 
 class WeightKeeper:
-    """Pushes the trainer's version to workers. The trainer must hold the version and be free."""
+    """Pushes the run's version to workers. The trainer must be free; `hold_version` brings it to the version."""
 
     def __init__(
         self,
@@ -31,7 +31,9 @@ class WeightKeeper:
         registry: WorkerRegistry,
         config: CoordinatorConfig,
         on_waiting: Callable[[bool], None],
+        hold_version: Callable[[int], Awaitable[None]],
     ) -> None:
+        self._hold_version = hold_version
         self._run_id = run_id
         self._trainer = trainer
         self._registry = registry
@@ -122,7 +124,13 @@ class WeightKeeper:
             policy_version=version,
             targets=[pb.PushTarget(worker_id=worker.worker_id, address=worker.address) for worker in workers],
         )
-        response = await self._trainer.push_weights(request, timeout_s=self._config.weights.push_timeout_s)
+        timeout_s = self._config.weights.push_timeout_s
+        try:
+            response = await self._trainer.push_weights(request, timeout_s=timeout_s)
+        except FailedPreconditionError:
+            # A trainer that started again holds the base model until it is told otherwise.
+            await self._hold_version(version)
+            response = await self._trainer.push_weights(request, timeout_s=timeout_s)
         by_id = {worker.worker_id: worker for worker in workers}
         for outcome in response.outcomes:
             worker = by_id[outcome.worker_id]

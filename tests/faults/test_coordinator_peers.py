@@ -196,6 +196,21 @@ async def test_a_trainer_that_restarts_loads_the_committed_version(buffer_addres
         assert [line["policy_version"] for line in s.lines()] == [1, 2, 3, 4]
 
 
+async def test_a_trainer_and_all_workers_that_restart_in_a_rollout_go_on(buffer_address: str, tmp_path: Path) -> None:
+    async with stage(buffer_address, tmp_path, {"dispatch": {"worker_wait_s": 20.0}}, iterations=3) as s:
+        first, renewing = await s.add_worker("first", call_seconds=0.02)
+        await s.start()
+        await wait_until(lambda: s.peers.trainer.version >= 1)
+        first.hang, calls = True, len(first.calls)
+        await wait_until(lambda: len(first.calls) > calls)
+        renewing.cancel()
+        s.peers.trainer.version = 0
+        await s.add_worker("second")
+        snapshots = await s.finish()
+        assert (snapshots[-1].phase, snapshots[-1].error) == (pb.RUN_PHASE_FINISHED, "")
+        assert [line["policy_version"] for line in s.lines()] == [1, 2, 3]
+
+
 async def test_a_failed_verdict_is_never_a_reward(buffer_address: str, tmp_path: Path) -> None:
     rollout = {"token_budget": 0, "response_cap": 24}
     async with stage(buffer_address, tmp_path, {}, iterations=1, rollout=rollout, drop_uniform_groups=False) as s:
