@@ -31,10 +31,10 @@ class WarmupMix:
 
 # First thinking, on the shorter problems: single operations are learnt from written equations.
 EASY_MIX = WarmupMix(
-    code_share=0.3,
+    code_share=0.2,
     expression_sizes=((1, 0.1), (2, 0.25), (3, 0.25), (4, 0.2), (5, 0.1), (6, 0.1)),
     expression_styles=(("verbose", 1.0),),
-    function_sizes=((1, 0.4), (2, 0.4), (3, 0.2)),
+    function_sizes=((1, 0.5), (2, 0.5)),
     function_styles=(("growing", 1.0),),
 )
 # Then all sizes, and mostly answers without a thought: that thinking pays is left to be found out.
