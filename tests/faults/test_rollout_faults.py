@@ -59,7 +59,9 @@ def wait_for_address(process: asyncio.subprocess.Process, log: Path) -> str:
 
 
 @asynccontextmanager
-async def running_service(model: Path, buffer_address: str, log: Path) -> AsyncIterator[ServiceProcess]:
+async def running_service(
+    model: Path, buffer_address: str, log: Path, **overrides: object
+) -> AsyncIterator[ServiceProcess]:
     """`python -m services.rollout` on a free port; killed at the end if it still runs."""
     settings = {
         "model": model,
@@ -68,6 +70,7 @@ async def running_service(model: Path, buffer_address: str, log: Path) -> AsyncI
         "dtype": "float32",
         "kv_cache_bytes": 64 << 20,
         "server.drain_seconds": 0.3,
+        **overrides,
     }
     arguments = [item for name, value in settings.items() for item in ("--set", f"{name}={value}")]
     with log.open("wb") as stderr:
@@ -105,7 +108,8 @@ async def test_a_killed_engine_comes_back_filled_and_a_killed_service_leaves_non
     policy_folder: Path, buffer_address: str, buffer_client: BufferClient, pusher: Pusher, tmp_path: Path
 ) -> None:
     async with (
-        running_service(policy_folder, buffer_address, tmp_path / "log") as service,
+        # Few at once, so that most responses wait for the engine when the first one has ended.
+        running_service(policy_folder, buffer_address, tmp_path / "log", max_num_seqs=4) as service,
         RolloutClient.connect(service.address) as client,
     ):
         trajectories = NewTrajectories(buffer_client, client, "rollout-faults")
