@@ -60,17 +60,20 @@ class App(Generic[ConfigT]):
         """Tells the readiness of a service to grpc.health.v1."""
         self._statuses.put_nowait((full_name, SERVING if ready else NOT_SERVING))
 
-    def connect(self, client_class: Callable[[str, ChannelOptions], ClientT], target: str) -> ClientT:
-        """A client of a peer with this service's token, certificates and traces; closed when the service ends."""
+    def channel_options(self) -> ChannelOptions:
+        """How this service reaches its peers: with its token, its certificates and its traces."""
         server = self.config.server
-        options = ChannelOptions(
+        return ChannelOptions(
             token=server.token.get_secret_value() if server.token else None,
             ca_file=server.tls_ca_file,
             cert_file=server.tls_cert_file if server.tls_ca_file else None,
             key_file=server.tls_key_file if server.tls_ca_file else None,
             interceptors=_trace_calls() if self.config.telemetry.otlp_endpoint else (),
         )
-        client = client_class(target, options)
+
+    def connect(self, client_class: Callable[[str, ChannelOptions], ClientT], target: str) -> ClientT:
+        """A client of a peer, closed when this service ends."""
+        client = client_class(target, self.channel_options())
         self._stack.push_async_callback(client.close)
         return client
 

@@ -21,12 +21,8 @@ SERVICE = "perigee.trainer.v1.TrainerService"
 async def lifespan(app: App[TrainerConfig]) -> AsyncIterator[None]:
     """Builds the engine, then serves it; the process ends with one message when the model cannot be used."""
     config = app.config
-    token = config.server.token.get_secret_value() if config.server.token else None
-
-    def connect(address: str) -> WeightReceiverClient:
-        return WeightReceiverClient.connect(address, token=token, ca_file=config.server.tls_ca_file)
-
-    sender = WeightSender(config.weights, connect)
+    # The sender closes each client when its push is over.
+    sender = WeightSender(config.weights, lambda address: WeightReceiverClient(address, app.channel_options()))
     trainer = Trainer(config, app.connect(BufferClient, config.buffer_address), sender)
     await trainer.open()
     try:
