@@ -124,17 +124,20 @@ async def test_environment_variable_points_at_the_server(shared_url: str, monkey
 
 async def test_without_a_sync_nothing_at_stake_is_acknowledged(shared_url: str) -> None:
     redis = Redis.from_url(shared_url)
-    await redis.config_set("appendfsync", "no")
-    config = BufferConfig.model_validate({"redis_url": shared_url, "durability_timeout_s": 0.2})
+    config = BufferConfig.model_validate({"redis_url": shared_url})
+    hasty = config.model_copy(update={"durability_timeout_s": 0.2})
     try:
+        # The trajectory has to be there: a lease that is refused writes nothing, and has nothing to wait for.
         async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
+            await start_run(client, "synced")
+        await redis.config_set("appendfsync", "no")
+        async with serving(hasty, lifespan) as app, BufferClient.connect(app.address) as client:
             with pytest.raises(UnavailableError, match="did not sync its append-only file within"):
                 await start_run(client, "unsynced")
-            lease = pb.LeaseTrajectoriesRequest(run_id="unsynced", worker_id="w", trajectory_ids=["t"])
+            lease = pb.LeaseTrajectoriesRequest(run_id="synced", worker_id="w", trajectory_ids=["t"])
             with pytest.raises(UnavailableError, match="did not sync"):
                 await client.lease_trajectories(lease)
-            await redis.config_set("appendfsync", "everysec")
-            config = config.model_copy(update={"durability_timeout_s": 10})
+        await redis.config_set("appendfsync", "everysec")
         async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
             await start_run(client, "unsynced")
     finally:
