@@ -28,24 +28,28 @@ class _StatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Status.ValueTy
     STATUS_UNSPECIFIED: _Status.ValueType  # 0
     STATUS_OK: _Status.ValueType  # 1
     STATUS_RUNTIME_ERROR: _Status.ValueType  # 2
-    """A non-zero exit code or a signal."""
+    """A non-zero exit code or a signal; in a session, an exception."""
     STATUS_TIME_LIMIT: _Status.ValueType  # 3
     STATUS_MEMORY_LIMIT: _Status.ValueType  # 4
     STATUS_OUTPUT_LIMIT: _Status.ValueType  # 5
     STATUS_INFRA_ERROR: _Status.ValueType  # 6
     """The sandbox failed, not the program: retryable."""
+    STATUS_COMPILE_ERROR: _Status.ValueType  # 7
+    """The program did not compile and was not run."""
 
 class Status(_Status, metaclass=_StatusEnumTypeWrapper): ...
 
 STATUS_UNSPECIFIED: Status.ValueType  # 0
 STATUS_OK: Status.ValueType  # 1
 STATUS_RUNTIME_ERROR: Status.ValueType  # 2
-"""A non-zero exit code or a signal."""
+"""A non-zero exit code or a signal; in a session, an exception."""
 STATUS_TIME_LIMIT: Status.ValueType  # 3
 STATUS_MEMORY_LIMIT: Status.ValueType  # 4
 STATUS_OUTPUT_LIMIT: Status.ValueType  # 5
 STATUS_INFRA_ERROR: Status.ValueType  # 6
 """The sandbox failed, not the program: retryable."""
+STATUS_COMPILE_ERROR: Status.ValueType  # 7
+"""The program did not compile and was not run."""
 Global___Status: _TypeAlias = Status  # noqa: Y015
 
 class _TestVerdict:
@@ -63,6 +67,7 @@ class _TestVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TestVerdi
     TEST_VERDICT_RUNTIME_ERROR: _TestVerdict.ValueType  # 6
     TEST_VERDICT_COMPILE_ERROR: _TestVerdict.ValueType  # 7
     TEST_VERDICT_INFRA_ERROR: _TestVerdict.ValueType  # 8
+    """The sandbox, the checker or the interactor failed, not the submission: retryable, and never a wrong answer."""
     TEST_VERDICT_SKIPPED: _TestVerdict.ValueType  # 9
     """Not run, because an earlier test failed."""
 
@@ -77,9 +82,43 @@ TEST_VERDICT_OUTPUT_LIMIT: TestVerdict.ValueType  # 5
 TEST_VERDICT_RUNTIME_ERROR: TestVerdict.ValueType  # 6
 TEST_VERDICT_COMPILE_ERROR: TestVerdict.ValueType  # 7
 TEST_VERDICT_INFRA_ERROR: TestVerdict.ValueType  # 8
+"""The sandbox, the checker or the interactor failed, not the submission: retryable, and never a wrong answer."""
 TEST_VERDICT_SKIPPED: TestVerdict.ValueType  # 9
 """Not run, because an earlier test failed."""
 Global___TestVerdict: _TypeAlias = TestVerdict  # noqa: Y015
+
+class _Comparison:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ComparisonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Comparison.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    COMPARISON_UNSPECIFIED: _Comparison.ValueType  # 0
+    COMPARISON_EXACT: _Comparison.ValueType  # 1
+    """Byte for byte."""
+    COMPARISON_TOKENS: _Comparison.ValueType  # 2
+    """The same words, however they are spaced."""
+    COMPARISON_LINES: _Comparison.ValueType  # 3
+    """The same lines, but for white space at their ends and empty lines at the end."""
+    COMPARISON_UNORDERED_LINES: _Comparison.ValueType  # 4
+    """The same lines in any order."""
+    COMPARISON_UNORDERED_TOKENS: _Comparison.ValueType  # 5
+    """The same words in any order."""
+
+class Comparison(_Comparison, metaclass=_ComparisonEnumTypeWrapper): ...
+
+COMPARISON_UNSPECIFIED: Comparison.ValueType  # 0
+COMPARISON_EXACT: Comparison.ValueType  # 1
+"""Byte for byte."""
+COMPARISON_TOKENS: Comparison.ValueType  # 2
+"""The same words, however they are spaced."""
+COMPARISON_LINES: Comparison.ValueType  # 3
+"""The same lines, but for white space at their ends and empty lines at the end."""
+COMPARISON_UNORDERED_LINES: Comparison.ValueType  # 4
+"""The same lines in any order."""
+COMPARISON_UNORDERED_TOKENS: Comparison.ValueType  # 5
+"""The same words in any order."""
+Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
 
 @_typing.final
 class Limits(_message.Message):
@@ -95,10 +134,15 @@ class Limits(_message.Message):
     OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
     wall_ms: _builtins.int
     cpu_ms: _builtins.int
+    """Of the program and all its children."""
     memory_bytes: _builtins.int
+    """All processes and files together."""
     processes: _builtins.int
+    """Processes and threads at once."""
     file_bytes: _builtins.int
+    """Space in the working folder, and again in /tmp; also the largest file."""
     output_bytes: _builtins.int
+    """Standard output, standard error and a call's result, each."""
     def __init__(
         self,
         *,
@@ -141,22 +185,153 @@ class Limits(_message.Message):
 Global___Limits: _TypeAlias = Limits  # noqa: Y015
 
 @_typing.final
+class File(_message.Message):
+    """A file of the working folder."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    EXECUTABLE_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Relative to the working folder; may name folders, may not leave it."""
+    content: _builtins.bytes
+    executable: _builtins.bool
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        content: _builtins.bytes = ...,
+        executable: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "executable", b"executable", "path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___File: _TypeAlias = File  # noqa: Y015
+
+@_typing.final
+class OutputFile(_message.Message):
+    """A file that a program left."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    TRUNCATED_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    content: _builtins.bytes
+    truncated: _builtins.bool
+    """The file is larger than what is returned of it."""
+    error: _builtins.str
+    """Why there is no content: not found, not a regular file, reached through a link."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        content: _builtins.bytes = ...,
+        truncated: _builtins.bool = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "error", b"error", "path", b"path", "truncated", b"truncated"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OutputFile: _TypeAlias = OutputFile  # noqa: Y015
+
+@_typing.final
+class CompileResult(_message.Message):
+    """What a compiler said."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXIT_CODE_FIELD_NUMBER: _builtins.int
+    STDOUT_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
+    WALL_MS_FIELD_NUMBER: _builtins.int
+    exit_code: _builtins.int
+    stdout: _builtins.bytes
+    """Standard output and standard error of the compiler, cut to 64 KiB each."""
+    stderr: _builtins.bytes
+    wall_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        exit_code: _builtins.int = ...,
+        stdout: _builtins.bytes = ...,
+        stderr: _builtins.bytes = ...,
+        wall_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_code", b"exit_code", "stderr", b"stderr", "stdout", b"stdout", "wall_ms", b"wall_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompileResult: _TypeAlias = CompileResult  # noqa: Y015
+
+@_typing.final
 class ExecuteRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     LANGUAGE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     STDIN_FIELD_NUMBER: _builtins.int
     ARGS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    OUTPUT_FILES_FIELD_NUMBER: _builtins.int
+    COMPILE_LIMITS_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     language: _builtins.str
-    """A runtime from ListRuntimes, "python" for one."""
+    """A runtime or an alias from ListRuntimes, "python" for one."""
     source: _builtins.bytes
+    """UTF-8."""
     stdin: _builtins.bytes
+    idempotency_key: _builtins.str
+    """The same key with the same request gives the first one's response; at most 128 characters."""
     @_builtins.property
     def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
     def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]:
+        """Placed beside the source, before it is compiled."""
+
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def output_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Paths of files to return after the run."""
+
+    @_builtins.property
+    def compile_limits(self) -> Global___Limits: ...
     def __init__(
         self,
         *,
@@ -165,10 +340,15 @@ class ExecuteRequest(_message.Message):
         stdin: _builtins.bytes = ...,
         args: _abc.Iterable[_builtins.str] | None = ...,
         limits: Global___Limits | None = ...,
+        files: _abc.Iterable[Global___File] | None = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        output_files: _abc.Iterable[_builtins.str] | None = ...,
+        compile_limits: Global___Limits | None = ...,
+        idempotency_key: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compile_limits", b"compile_limits", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "language", b"language", "limits", b"limits", "source", b"source", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "idempotency_key", b"idempotency_key", "language", b"language", "limits", b"limits", "output_files", b"output_files", "source", b"source", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -189,8 +369,11 @@ class ExecuteResponse(_message.Message):
     CPU_MS_FIELD_NUMBER: _builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    COMPILE_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
     status: Global___Status.ValueType
     exit_code: _builtins.int
+    """-1 where a signal ended the program."""
     signal: _builtins.int
     """The signal that ended the program, or 0."""
     stdout: _builtins.bytes
@@ -201,7 +384,13 @@ class ExecuteResponse(_message.Message):
     cpu_ms: _builtins.int
     peak_memory_bytes: _builtins.int
     reason: _builtins.str
-    """Why, for an infrastructure error."""
+    """The limit that was passed, or what failed."""
+    @_builtins.property
+    def compile(self) -> Global___CompileResult:
+        """Absent for languages that are not compiled."""
+
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputFile]: ...
     def __init__(
         self,
         *,
@@ -216,34 +405,196 @@ class ExecuteResponse(_message.Message):
         cpu_ms: _builtins.int = ...,
         peak_memory_bytes: _builtins.int = ...,
         reason: _builtins.str = ...,
+        compile: Global___CompileResult | None = ...,
+        files: _abc.Iterable[Global___OutputFile] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_ms", b"cpu_ms", "exit_code", b"exit_code", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "signal", b"signal", "status", b"status", "stderr", b"stderr", "stderr_truncated", b"stderr_truncated", "stdout", b"stdout", "stdout_truncated", b"stdout_truncated", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile", "cpu_ms", b"cpu_ms", "exit_code", b"exit_code", "files", b"files", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "signal", b"signal", "status", b"status", "stderr", b"stderr", "stderr_truncated", b"stderr_truncated", "stdout", b"stdout", "stdout_truncated", b"stdout_truncated", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExecuteResponse: _TypeAlias = ExecuteResponse  # noqa: Y015
 
 @_typing.final
+class ExecuteStreamRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def execute(self) -> Global___ExecuteRequest: ...
+    def __init__(
+        self,
+        *,
+        execute: Global___ExecuteRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["execute", b"execute"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["execute", b"execute"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecuteStreamRequest: _TypeAlias = ExecuteStreamRequest  # noqa: Y015
+
+@_typing.final
+class ExecuteStreamResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STDOUT_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
+    FINISHED_FIELD_NUMBER: _builtins.int
+    stdout: _builtins.bytes
+    stderr: _builtins.bytes
+    @_builtins.property
+    def finished(self) -> Global___ExecuteResponse:
+        """The last event; its stdout and stderr are empty, having been sent already."""
+
+    def __init__(
+        self,
+        *,
+        stdout: _builtins.bytes = ...,
+        stderr: _builtins.bytes = ...,
+        finished: Global___ExecuteResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finished", b"finished", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "finished", b"finished", "stderr", b"stderr", "stdout", b"stdout"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["stdout", "stderr", "finished"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ExecuteStreamResponse: _TypeAlias = ExecuteStreamResponse  # noqa: Y015
+
+@_typing.final
+class ItemError(_message.Message):
+    """Why one item of a batch has no response."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class FieldViolationsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CODE_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    FIELD_VIOLATIONS_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    code: _builtins.int
+    """A google.rpc.Code."""
+    message: _builtins.str
+    retry_after_ms: _builtins.int
+    @_builtins.property
+    def field_violations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """The fields that are wrong, and how."""
+
+    def __init__(
+        self,
+        *,
+        code: _builtins.int = ...,
+        message: _builtins.str = ...,
+        field_violations: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        retry_after_ms: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms", "code", b"code", "field_violations", b"field_violations", "message", b"message", "retry_after_ms", b"retry_after_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__retry_after_ms: _TypeAlias = _typing.Literal["retry_after_ms"]  # noqa: Y015
+    _WhichOneofArgType__retry_after_ms: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_after_ms) -> _WhichOneofReturnType__retry_after_ms | None: ...
+
+Global___ItemError: _TypeAlias = ItemError  # noqa: Y015
+
+@_typing.final
+class ExecuteBatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecuteRequest]: ...
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___ExecuteRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecuteBatchRequest: _TypeAlias = ExecuteBatchRequest  # noqa: Y015
+
+@_typing.final
+class ExecuteBatchResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Position of the request."""
+    @_builtins.property
+    def response(self) -> Global___ExecuteResponse: ...
+    @_builtins.property
+    def error(self) -> Global___ItemError: ...
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        response: Global___ExecuteResponse | None = ...,
+        error: Global___ItemError | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "index", b"index", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["response", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___ExecuteBatchResponse: _TypeAlias = ExecuteBatchResponse  # noqa: Y015
+
+@_typing.final
 class StdioTest(_message.Message):
-    """Standard input against standard output, compared by tokens."""
+    """Standard input against standard output, compared by the request's checker."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     STDIN_FIELD_NUMBER: _builtins.int
     EXPECTED_STDOUT_FIELD_NUMBER: _builtins.int
+    ARGS_FIELD_NUMBER: _builtins.int
     stdin: _builtins.bytes
     expected_stdout: _builtins.bytes
+    @_builtins.property
+    def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
         stdin: _builtins.bytes = ...,
         expected_stdout: _builtins.bytes = ...,
+        args: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_stdout", b"expected_stdout", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "expected_stdout", b"expected_stdout", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -274,34 +625,215 @@ class FunctionTest(_message.Message):
 Global___FunctionTest: _TypeAlias = FunctionTest  # noqa: Y015
 
 @_typing.final
+class CodeTest(_message.Message):
+    """Python that tests the function: statements with assert, or a definition of check(candidate). It runs in a box of its
+    own, where the function is a stand-in that calls the submission's; only plain values pass between the two.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CODE_FIELD_NUMBER: _builtins.int
+    code: _builtins.str
+    def __init__(
+        self,
+        *,
+        code: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CodeTest: _TypeAlias = CodeTest  # noqa: Y015
+
+@_typing.final
+class InteractiveTest(_message.Message):
+    """A dialogue with the request's interactor, which reads its file input.txt and decides by its exit code."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    ANSWER_FIELD_NUMBER: _builtins.int
+    input: _builtins.bytes
+    answer: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        input: _builtins.bytes = ...,
+        answer: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer", b"answer", "input", b"input"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InteractiveTest: _TypeAlias = InteractiveTest  # noqa: Y015
+
+@_typing.final
 class TestCase(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     STDIO_FIELD_NUMBER: _builtins.int
     FUNCTION_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    INTERACTIVE_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    points: _builtins.float
+    """What passing it is worth; 1 unless set."""
+    name: _builtins.str
     @_builtins.property
     def stdio(self) -> Global___StdioTest: ...
     @_builtins.property
     def function(self) -> Global___FunctionTest: ...
+    @_builtins.property
+    def code(self) -> Global___CodeTest: ...
+    @_builtins.property
+    def interactive(self) -> Global___InteractiveTest: ...
     def __init__(
         self,
         *,
         stdio: Global___StdioTest | None = ...,
         function: Global___FunctionTest | None = ...,
+        code: Global___CodeTest | None = ...,
+        interactive: Global___InteractiveTest | None = ...,
+        points: _builtins.float | None = ...,
+        name: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "kind", b"kind", "stdio", b"stdio"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_points", b"_points", "code", b"code", "function", b"function", "interactive", b"interactive", "kind", b"kind", "points", b"points", "stdio", b"stdio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["function", b"function", "kind", b"kind", "stdio", b"stdio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_points", b"_points", "code", b"code", "function", b"function", "interactive", b"interactive", "kind", b"kind", "name", b"name", "points", b"points", "stdio", b"stdio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["stdio", "function"]  # noqa: Y015
+    _WhichOneofReturnType__points: _TypeAlias = _typing.Literal["points"]  # noqa: Y015
+    _WhichOneofArgType__points: _TypeAlias = _typing.Literal["_points", b"_points"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["stdio", "function", "code", "interactive"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__points) -> _WhichOneofReturnType__points | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___TestCase: _TypeAlias = TestCase  # noqa: Y015
 
 @_typing.final
+class FloatTolerance(_message.Message):
+    """Numbers within either tolerance of the expected ones; other words must be the same."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ABSOLUTE_FIELD_NUMBER: _builtins.int
+    RELATIVE_FIELD_NUMBER: _builtins.int
+    absolute: _builtins.float
+    relative: _builtins.float
+    def __init__(
+        self,
+        *,
+        absolute: _builtins.float = ...,
+        relative: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absolute", b"absolute", "relative", b"relative"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FloatTolerance: _TypeAlias = FloatTolerance  # noqa: Y015
+
+@_typing.final
+class Program(_message.Message):
+    """A program of the caller's: a checker or an interactor."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    language: _builtins.str
+    source: _builtins.bytes
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
+    def __init__(
+        self,
+        *,
+        language: _builtins.str = ...,
+        source: _builtins.bytes = ...,
+        files: _abc.Iterable[Global___File] | None = ...,
+        limits: Global___Limits | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "language", b"language", "limits", b"limits", "source", b"source"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Program: _TypeAlias = Program  # noqa: Y015
+
+@_typing.final
+class Checker(_message.Message):
+    """How an output is compared with the expected one; by tokens unless set. Results of functions are compared as JSON
+    values, within the tolerance where one is given.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMPARISON_FIELD_NUMBER: _builtins.int
+    FLOATS_FIELD_NUMBER: _builtins.int
+    PROGRAM_FIELD_NUMBER: _builtins.int
+    comparison: Global___Comparison.ValueType
+    @_builtins.property
+    def floats(self) -> Global___FloatTolerance: ...
+    @_builtins.property
+    def program(self) -> Global___Program:
+        """Started as `checker input.txt output.txt answer.txt` in a box of its own. Exit code 0 accepts, 1 and 2 refuse, 7
+        gives the share of points that the last word of its message tells (testlib's convention), anything else is a failure
+        of the checker; its message is standard error's.
+        """
+
+    def __init__(
+        self,
+        *,
+        comparison: Global___Comparison.ValueType = ...,
+        floats: Global___FloatTolerance | None = ...,
+        program: Global___Program | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "floats", b"floats", "kind", b"kind", "program", b"program"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparison", b"comparison", "floats", b"floats", "kind", b"kind", "program", b"program"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["comparison", "floats", "program"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Checker: _TypeAlias = Checker  # noqa: Y015
+
+@_typing.final
 class JudgeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     LANGUAGE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
@@ -309,15 +841,43 @@ class JudgeRequest(_message.Message):
     TESTS_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
     STOP_AT_FIRST_FAILURE_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    CHECKER_FIELD_NUMBER: _builtins.int
+    INTERACTOR_FIELD_NUMBER: _builtins.int
+    SETUP_CODE_FIELD_NUMBER: _builtins.int
+    COMPILE_LIMITS_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     source: _builtins.bytes
+    """UTF-8."""
     function_name: _builtins.str
-    """The function that function tests call."""
+    """The function that function and code tests call."""
     stop_at_first_failure: _builtins.bool
+    setup_code: _builtins.str
+    """Python that runs before each code test, in the test's box."""
+    idempotency_key: _builtins.str
+    """As in ExecuteRequest."""
     @_builtins.property
-    def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestCase]: ...
+    def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestCase]:
+        """All of one kind."""
+
     @_builtins.property
     def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
+    @_builtins.property
+    def checker(self) -> Global___Checker: ...
+    @_builtins.property
+    def interactor(self) -> Global___Program:
+        """For interactive tests: started as `interactor input.txt output.txt answer.txt`, its standard input and output
+        connected with the submission's; exit codes as a checker's.
+        """
+
+    @_builtins.property
+    def compile_limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     def __init__(
         self,
         *,
@@ -327,10 +887,17 @@ class JudgeRequest(_message.Message):
         tests: _abc.Iterable[Global___TestCase] | None = ...,
         limits: Global___Limits | None = ...,
         stop_at_first_failure: _builtins.bool = ...,
+        files: _abc.Iterable[Global___File] | None = ...,
+        checker: Global___Checker | None = ...,
+        interactor: Global___Program | None = ...,
+        setup_code: _builtins.str = ...,
+        compile_limits: Global___Limits | None = ...,
+        idempotency_key: _builtins.str = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "compile_limits", b"compile_limits", "interactor", b"interactor", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["function_name", b"function_name", "language", b"language", "limits", b"limits", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "function_name", b"function_name", "idempotency_key", b"idempotency_key", "interactor", b"interactor", "language", b"language", "limits", b"limits", "setup_code", b"setup_code", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -344,11 +911,31 @@ class TestResult(_message.Message):
     WALL_MS_FIELD_NUMBER: _builtins.int
     OUTPUT_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    CPU_MS_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    EXIT_CODE_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
+    OUTPUT_TRUNCATED_FIELD_NUMBER: _builtins.int
     verdict: Global___TestVerdict.ValueType
     wall_ms: _builtins.int
     output: _builtins.bytes
     """Standard output or the JSON result, cut to 4 KiB."""
     reason: _builtins.str
+    """The limit, the error or the checker's message."""
+    name: _builtins.str
+    points: _builtins.float
+    """Points earned."""
+    cpu_ms: _builtins.int
+    """CPU time, memory, exit code and signal are those of the process that ran the test; function and code tests share one."""
+    peak_memory_bytes: _builtins.int
+    exit_code: _builtins.int
+    signal: _builtins.int
+    stderr: _builtins.bytes
+    """Standard error, cut to 4 KiB."""
+    output_truncated: _builtins.bool
     def __init__(
         self,
         *,
@@ -356,10 +943,18 @@ class TestResult(_message.Message):
         wall_ms: _builtins.int = ...,
         output: _builtins.bytes = ...,
         reason: _builtins.str = ...,
+        name: _builtins.str = ...,
+        points: _builtins.float = ...,
+        cpu_ms: _builtins.int = ...,
+        peak_memory_bytes: _builtins.int = ...,
+        exit_code: _builtins.int = ...,
+        signal: _builtins.int = ...,
+        stderr: _builtins.bytes = ...,
+        output_truncated: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["output", b"output", "reason", b"reason", "verdict", b"verdict", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_ms", b"cpu_ms", "exit_code", b"exit_code", "name", b"name", "output", b"output", "output_truncated", b"output_truncated", "peak_memory_bytes", b"peak_memory_bytes", "points", b"points", "reason", b"reason", "signal", b"signal", "stderr", b"stderr", "verdict", b"verdict", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -374,13 +969,23 @@ class JudgeResponse(_message.Message):
     PASSED_FIELD_NUMBER: _builtins.int
     WALL_MS_FIELD_NUMBER: _builtins.int
     PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    MAX_POINTS_FIELD_NUMBER: _builtins.int
+    COMPILE_FIELD_NUMBER: _builtins.int
     verdict: Global___TestVerdict.ValueType
     """ACCEPTED when every test is, else the first other verdict."""
     passed: _builtins.int
+    """How many tests were accepted."""
     wall_ms: _builtins.int
     peak_memory_bytes: _builtins.int
+    points: _builtins.float
+    max_points: _builtins.float
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestResult]: ...
+    @_builtins.property
+    def compile(self) -> Global___CompileResult:
+        """Absent for languages that are not compiled."""
+
     def __init__(
         self,
         *,
@@ -389,14 +994,292 @@ class JudgeResponse(_message.Message):
         passed: _builtins.int = ...,
         wall_ms: _builtins.int = ...,
         peak_memory_bytes: _builtins.int = ...,
+        points: _builtins.float = ...,
+        max_points: _builtins.float = ...,
+        compile: Global___CompileResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["passed", b"passed", "peak_memory_bytes", b"peak_memory_bytes", "results", b"results", "verdict", b"verdict", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile", "max_points", b"max_points", "passed", b"passed", "peak_memory_bytes", b"peak_memory_bytes", "points", b"points", "results", b"results", "verdict", b"verdict", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JudgeResponse: _TypeAlias = JudgeResponse  # noqa: Y015
+
+@_typing.final
+class JudgeBatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___JudgeRequest]: ...
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___JudgeRequest] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JudgeBatchRequest: _TypeAlias = JudgeBatchRequest  # noqa: Y015
+
+@_typing.final
+class JudgeBatchResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INDEX_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    index: _builtins.int
+    """Position of the request."""
+    @_builtins.property
+    def response(self) -> Global___JudgeResponse: ...
+    @_builtins.property
+    def error(self) -> Global___ItemError: ...
+    def __init__(
+        self,
+        *,
+        index: _builtins.int = ...,
+        response: Global___JudgeResponse | None = ...,
+        error: Global___ItemError | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "index", b"index", "outcome", b"outcome", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_outcome: _TypeAlias = _typing.Literal["response", "error"]  # noqa: Y015
+    _WhichOneofArgType_outcome: _TypeAlias = _typing.Literal["outcome", b"outcome"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
+
+Global___JudgeBatchResponse: _TypeAlias = JudgeBatchResponse  # noqa: Y015
+
+@_typing.final
+class CreateSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    language: _builtins.str
+    """A runtime whose `sessions` is true."""
+    idle_seconds: _builtins.int
+    """Ends the session after this time without a cell; the service's default unless set."""
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """wall_ms and cpu_ms hold for each cell, the rest for the session."""
+
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        language: _builtins.str = ...,
+        limits: Global___Limits | None = ...,
+        files: _abc.Iterable[Global___File] | None = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        idle_seconds: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_seconds", b"_idle_seconds", "idle_seconds", b"idle_seconds", "limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_seconds", b"_idle_seconds", "env", b"env", "files", b"files", "idle_seconds", b"idle_seconds", "language", b"language", "limits", b"limits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__idle_seconds: _TypeAlias = _typing.Literal["idle_seconds"]  # noqa: Y015
+    _WhichOneofArgType__idle_seconds: _TypeAlias = _typing.Literal["_idle_seconds", b"_idle_seconds"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__idle_seconds) -> _WhichOneofReturnType__idle_seconds | None: ...
+
+Global___CreateSessionRequest: _TypeAlias = CreateSessionRequest  # noqa: Y015
+
+@_typing.final
+class CreateSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    idle_seconds: _builtins.int
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        idle_seconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["idle_seconds", b"idle_seconds", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CreateSessionResponse: _TypeAlias = CreateSessionResponse  # noqa: Y015
+
+@_typing.final
+class RunCellRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    WALL_MS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    OUTPUT_FILES_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    code: _builtins.bytes
+    """UTF-8."""
+    wall_ms: _builtins.int
+    """Below the session's limit; that one unless set."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]:
+        """Written to the working folder before the cell runs."""
+
+    @_builtins.property
+    def output_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Paths of files to return after the cell."""
+
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        code: _builtins.bytes = ...,
+        wall_ms: _builtins.int | None = ...,
+        files: _abc.Iterable[Global___File] | None = ...,
+        output_files: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "wall_ms", b"wall_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "code", b"code", "files", b"files", "output_files", b"output_files", "session_id", b"session_id", "wall_ms", b"wall_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__wall_ms: _TypeAlias = _typing.Literal["wall_ms"]  # noqa: Y015
+    _WhichOneofArgType__wall_ms: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__wall_ms) -> _WhichOneofReturnType__wall_ms | None: ...
+
+Global___RunCellRequest: _TypeAlias = RunCellRequest  # noqa: Y015
+
+@_typing.final
+class RunCellResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    STDOUT_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
+    STDOUT_TRUNCATED_FIELD_NUMBER: _builtins.int
+    STDERR_TRUNCATED_FIELD_NUMBER: _builtins.int
+    RESULT_FIELD_NUMBER: _builtins.int
+    ERROR_NAME_FIELD_NUMBER: _builtins.int
+    ERROR_VALUE_FIELD_NUMBER: _builtins.int
+    WALL_MS_FIELD_NUMBER: _builtins.int
+    CPU_MS_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    ALIVE_FIELD_NUMBER: _builtins.int
+    EXECUTION_COUNT_FIELD_NUMBER: _builtins.int
+    status: Global___Status.ValueType
+    stdout: _builtins.bytes
+    stderr: _builtins.bytes
+    stdout_truncated: _builtins.bool
+    stderr_truncated: _builtins.bool
+    result: _builtins.str
+    """repr of the last expression, absent when it is None or there is none."""
+    error_name: _builtins.str
+    """Class and message of an exception; its traceback is in stderr."""
+    error_value: _builtins.str
+    wall_ms: _builtins.int
+    cpu_ms: _builtins.int
+    peak_memory_bytes: _builtins.int
+    reason: _builtins.str
+    alive: _builtins.bool
+    """Whether the session takes further cells; after a memory limit it does not."""
+    execution_count: _builtins.int
+    """How many cells have run, this one included."""
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputFile]: ...
+    def __init__(
+        self,
+        *,
+        status: Global___Status.ValueType = ...,
+        stdout: _builtins.bytes = ...,
+        stderr: _builtins.bytes = ...,
+        stdout_truncated: _builtins.bool = ...,
+        stderr_truncated: _builtins.bool = ...,
+        result: _builtins.str | None = ...,
+        error_name: _builtins.str = ...,
+        error_value: _builtins.str = ...,
+        wall_ms: _builtins.int = ...,
+        cpu_ms: _builtins.int = ...,
+        peak_memory_bytes: _builtins.int = ...,
+        reason: _builtins.str = ...,
+        files: _abc.Iterable[Global___OutputFile] | None = ...,
+        alive: _builtins.bool = ...,
+        execution_count: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "alive", b"alive", "cpu_ms", b"cpu_ms", "error_name", b"error_name", "error_value", b"error_value", "execution_count", b"execution_count", "files", b"files", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "result", b"result", "status", b"status", "stderr", b"stderr", "stderr_truncated", b"stderr_truncated", "stdout", b"stdout", "stdout_truncated", b"stdout_truncated", "wall_ms", b"wall_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
+    _WhichOneofArgType__result: _TypeAlias = _typing.Literal["_result", b"_result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__result) -> _WhichOneofReturnType__result | None: ...
+
+Global___RunCellResponse: _TypeAlias = RunCellResponse  # noqa: Y015
+
+@_typing.final
+class CloseSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseSessionRequest: _TypeAlias = CloseSessionRequest  # noqa: Y015
+
+@_typing.final
+class CloseSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseSessionResponse: _TypeAlias = CloseSessionResponse  # noqa: Y015
 
 @_typing.final
 class Runtime(_message.Message):
@@ -407,14 +1290,27 @@ class Runtime(_message.Message):
     DEFAULT_LIMITS_FIELD_NUMBER: _builtins.int
     MAXIMUM_LIMITS_FIELD_NUMBER: _builtins.int
     ISOLATION_FIELD_NUMBER: _builtins.int
+    TITLE_FIELD_NUMBER: _builtins.int
+    ALIASES_FIELD_NUMBER: _builtins.int
+    COMPILED_FIELD_NUMBER: _builtins.int
+    SESSIONS_FIELD_NUMBER: _builtins.int
+    FUNCTIONS_FIELD_NUMBER: _builtins.int
     language: _builtins.str
+    """The name that requests use."""
     version: _builtins.str
     isolation: _builtins.str
     """"crun" or "zygote", for instance."""
+    title: _builtins.str
+    compiled: _builtins.bool
+    sessions: _builtins.bool
+    """Whether it runs sessions, function tests and code tests."""
+    functions: _builtins.bool
     @_builtins.property
     def default_limits(self) -> Global___Limits: ...
     @_builtins.property
     def maximum_limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -423,14 +1319,44 @@ class Runtime(_message.Message):
         default_limits: Global___Limits | None = ...,
         maximum_limits: Global___Limits | None = ...,
         isolation: _builtins.str = ...,
+        title: _builtins.str = ...,
+        aliases: _abc.Iterable[_builtins.str] | None = ...,
+        compiled: _builtins.bool = ...,
+        sessions: _builtins.bool = ...,
+        functions: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_limits", b"default_limits", "maximum_limits", b"maximum_limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_limits", b"default_limits", "isolation", b"isolation", "language", b"language", "maximum_limits", b"maximum_limits", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "compiled", b"compiled", "default_limits", b"default_limits", "functions", b"functions", "isolation", b"isolation", "language", b"language", "maximum_limits", b"maximum_limits", "sessions", b"sessions", "title", b"title", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Runtime: _TypeAlias = Runtime  # noqa: Y015
+
+@_typing.final
+class MissingRuntime(_message.Message):
+    """A runtime that is described but cannot be used here."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    language: _builtins.str
+    reason: _builtins.str
+    """What is missing and what to install."""
+    def __init__(
+        self,
+        *,
+        language: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["language", b"language", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MissingRuntime: _TypeAlias = MissingRuntime  # noqa: Y015
 
 @_typing.final
 class ListRuntimesRequest(_message.Message):
@@ -452,16 +1378,20 @@ class ListRuntimesResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUNTIMES_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def runtimes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Runtime]: ...
+    @_builtins.property
+    def missing(self) -> _containers.RepeatedCompositeFieldContainer[Global___MissingRuntime]: ...
     def __init__(
         self,
         *,
         runtimes: _abc.Iterable[Global___Runtime] | None = ...,
+        missing: _abc.Iterable[Global___MissingRuntime] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["runtimes", b"runtimes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["missing", b"missing", "runtimes", b"runtimes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

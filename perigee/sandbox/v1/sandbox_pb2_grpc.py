@@ -40,10 +40,40 @@ class SandboxServiceStub:
                 request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteRequest.SerializeToString,
                 response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteResponse.FromString,
                 _registered_method=True)
+        self.ExecuteStream = channel.unary_stream(
+                '/perigee.sandbox.v1.SandboxService/ExecuteStream',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteStreamRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteStreamResponse.FromString,
+                _registered_method=True)
+        self.ExecuteBatch = channel.unary_stream(
+                '/perigee.sandbox.v1.SandboxService/ExecuteBatch',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteBatchRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteBatchResponse.FromString,
+                _registered_method=True)
         self.Judge = channel.unary_unary(
                 '/perigee.sandbox.v1.SandboxService/Judge',
                 request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeRequest.SerializeToString,
                 response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeResponse.FromString,
+                _registered_method=True)
+        self.JudgeBatch = channel.unary_stream(
+                '/perigee.sandbox.v1.SandboxService/JudgeBatch',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeBatchRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeBatchResponse.FromString,
+                _registered_method=True)
+        self.CreateSession = channel.unary_unary(
+                '/perigee.sandbox.v1.SandboxService/CreateSession',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CreateSessionRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CreateSessionResponse.FromString,
+                _registered_method=True)
+        self.RunCell = channel.unary_unary(
+                '/perigee.sandbox.v1.SandboxService/RunCell',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellResponse.FromString,
+                _registered_method=True)
+        self.CloseSession = channel.unary_unary(
+                '/perigee.sandbox.v1.SandboxService/CloseSession',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionResponse.FromString,
                 _registered_method=True)
         self.ListRuntimes = channel.unary_unary(
                 '/perigee.sandbox.v1.SandboxService/ListRuntimes',
@@ -57,7 +87,21 @@ class SandboxServiceServicer:
     """
 
     def Execute(self, request, context):
-        """Runs one program once.
+        """Compiles a program where its language needs it, and runs it once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExecuteStream(self, request, context):
+        """The same, with output as it is written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExecuteBatch(self, request, context):
+        """Many programs; each response comes as soon as its program has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -65,6 +109,34 @@ class SandboxServiceServicer:
 
     def Judge(self, request, context):
         """Runs a submission against its tests; expected outputs never enter the isolated program's reach.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def JudgeBatch(self, request, context):
+        """Many submissions; each response comes as soon as its submission is judged.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CreateSession(self, request, context):
+        """Starts an interpreter that keeps its variables from cell to cell.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RunCell(self, request, context):
+        """Runs one cell; the cells of a session run one after another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CloseSession(self, request, context):
+        """Ends a session; one that has ended already is no error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -84,10 +156,40 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteRequest.FromString,
                     response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteResponse.SerializeToString,
             ),
+            'ExecuteStream': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExecuteStream,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteStreamRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteStreamResponse.SerializeToString,
+            ),
+            'ExecuteBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.ExecuteBatch,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteBatchRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteBatchResponse.SerializeToString,
+            ),
             'Judge': grpc.unary_unary_rpc_method_handler(
                     servicer.Judge,
                     request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeRequest.FromString,
                     response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeResponse.SerializeToString,
+            ),
+            'JudgeBatch': grpc.unary_stream_rpc_method_handler(
+                    servicer.JudgeBatch,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeBatchRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeBatchResponse.SerializeToString,
+            ),
+            'CreateSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CreateSession,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CreateSessionRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CreateSessionResponse.SerializeToString,
+            ),
+            'RunCell': grpc.unary_unary_rpc_method_handler(
+                    servicer.RunCell,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellResponse.SerializeToString,
+            ),
+            'CloseSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.CloseSession,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionResponse.SerializeToString,
             ),
             'ListRuntimes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRuntimes,
@@ -134,6 +236,60 @@ class SandboxService:
             _registered_method=True)
 
     @staticmethod
+    def ExecuteStream(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/ExecuteStream',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteStreamRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteStreamResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExecuteBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/ExecuteBatch',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteBatchRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ExecuteBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def Judge(request,
             target,
             options=(),
@@ -150,6 +306,114 @@ class SandboxService:
             '/perigee.sandbox.v1.SandboxService/Judge',
             perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeRequest.SerializeToString,
             perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JudgeBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/JudgeBatch',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeBatchRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgeBatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CreateSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/CreateSession',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CreateSessionRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CreateSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunCell(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/RunCell',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloseSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/CloseSession',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -34,9 +34,21 @@ class SandboxServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SandboxServiceAsyncStub: ...
     Execute: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ExecuteRequest, _sandbox_pb2.ExecuteResponse]
-    """Runs one program once."""
+    """Compiles a program where its language needs it, and runs it once."""
+    ExecuteStream: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.ExecuteStreamRequest, _sandbox_pb2.ExecuteStreamResponse]
+    """The same, with output as it is written."""
+    ExecuteBatch: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.ExecuteBatchRequest, _sandbox_pb2.ExecuteBatchResponse]
+    """Many programs; each response comes as soon as its program has ended."""
     Judge: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.JudgeRequest, _sandbox_pb2.JudgeResponse]
     """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""
+    JudgeBatch: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.JudgeBatchRequest, _sandbox_pb2.JudgeBatchResponse]
+    """Many submissions; each response comes as soon as its submission is judged."""
+    CreateSession: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.CreateSessionRequest, _sandbox_pb2.CreateSessionResponse]
+    """Starts an interpreter that keeps its variables from cell to cell."""
+    RunCell: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.RunCellRequest, _sandbox_pb2.RunCellResponse]
+    """Runs one cell; the cells of a session run one after another."""
+    CloseSession: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]
+    """Ends a session; one that has ended already is no error."""
     ListRuntimes: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ListRuntimesRequest, _sandbox_pb2.ListRuntimesResponse]
 
 @_typing.type_check_only
@@ -45,9 +57,21 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Execute: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ExecuteRequest, _sandbox_pb2.ExecuteResponse]  # type: ignore[assignment]
-    """Runs one program once."""
+    """Compiles a program where its language needs it, and runs it once."""
+    ExecuteStream: _aio.UnaryStreamMultiCallable[_sandbox_pb2.ExecuteStreamRequest, _sandbox_pb2.ExecuteStreamResponse]  # type: ignore[assignment]
+    """The same, with output as it is written."""
+    ExecuteBatch: _aio.UnaryStreamMultiCallable[_sandbox_pb2.ExecuteBatchRequest, _sandbox_pb2.ExecuteBatchResponse]  # type: ignore[assignment]
+    """Many programs; each response comes as soon as its program has ended."""
     Judge: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.JudgeRequest, _sandbox_pb2.JudgeResponse]  # type: ignore[assignment]
     """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""
+    JudgeBatch: _aio.UnaryStreamMultiCallable[_sandbox_pb2.JudgeBatchRequest, _sandbox_pb2.JudgeBatchResponse]  # type: ignore[assignment]
+    """Many submissions; each response comes as soon as its submission is judged."""
+    CreateSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CreateSessionRequest, _sandbox_pb2.CreateSessionResponse]  # type: ignore[assignment]
+    """Starts an interpreter that keeps its variables from cell to cell."""
+    RunCell: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.RunCellRequest, _sandbox_pb2.RunCellResponse]  # type: ignore[assignment]
+    """Runs one cell; the cells of a session run one after another."""
+    CloseSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]  # type: ignore[assignment]
+    """Ends a session; one that has ended already is no error."""
     ListRuntimes: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ListRuntimesRequest, _sandbox_pb2.ListRuntimesResponse]  # type: ignore[assignment]
 
 class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -59,7 +83,23 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.ExecuteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.ExecuteResponse, _abc.Awaitable[_sandbox_pb2.ExecuteResponse]]:
-        """Runs one program once."""
+        """Compiles a program where its language needs it, and runs it once."""
+
+    @_abc_1.abstractmethod
+    def ExecuteStream(
+        self,
+        request: _sandbox_pb2.ExecuteStreamRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.ExecuteStreamResponse], _abc.AsyncIterator[_sandbox_pb2.ExecuteStreamResponse]]:
+        """The same, with output as it is written."""
+
+    @_abc_1.abstractmethod
+    def ExecuteBatch(
+        self,
+        request: _sandbox_pb2.ExecuteBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.ExecuteBatchResponse], _abc.AsyncIterator[_sandbox_pb2.ExecuteBatchResponse]]:
+        """Many programs; each response comes as soon as its program has ended."""
 
     @_abc_1.abstractmethod
     def Judge(
@@ -68,6 +108,38 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.JudgeResponse, _abc.Awaitable[_sandbox_pb2.JudgeResponse]]:
         """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""
+
+    @_abc_1.abstractmethod
+    def JudgeBatch(
+        self,
+        request: _sandbox_pb2.JudgeBatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.JudgeBatchResponse], _abc.AsyncIterator[_sandbox_pb2.JudgeBatchResponse]]:
+        """Many submissions; each response comes as soon as its submission is judged."""
+
+    @_abc_1.abstractmethod
+    def CreateSession(
+        self,
+        request: _sandbox_pb2.CreateSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.CreateSessionResponse, _abc.Awaitable[_sandbox_pb2.CreateSessionResponse]]:
+        """Starts an interpreter that keeps its variables from cell to cell."""
+
+    @_abc_1.abstractmethod
+    def RunCell(
+        self,
+        request: _sandbox_pb2.RunCellRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.RunCellResponse, _abc.Awaitable[_sandbox_pb2.RunCellResponse]]:
+        """Runs one cell; the cells of a session run one after another."""
+
+    @_abc_1.abstractmethod
+    def CloseSession(
+        self,
+        request: _sandbox_pb2.CloseSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.CloseSessionResponse, _abc.Awaitable[_sandbox_pb2.CloseSessionResponse]]:
+        """Ends a session; one that has ended already is no error."""
 
     @_abc_1.abstractmethod
     def ListRuntimes(
