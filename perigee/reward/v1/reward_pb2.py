@@ -26,7 +26,7 @@ from perigee.buffer.v1 import buffer_pb2 as perigee_dot_buffer_dot_v1_dot_buffer
 from perigee.sandbox.v1 import sandbox_pb2 as perigee_dot_sandbox_dot_v1_dot_sandbox__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eperigee/reward/v1/reward.proto\x12\x11perigee.reward.v1\x1a\x1eperigee/buffer/v1/buffer.proto\x1a perigee/sandbox/v1/sandbox.proto\"!\n\x0cMathVerifier\x12\x11\n\treference\x18\x01 \x01(\t\"\xa8\x01\n\x0c\x43odeVerifier\x12\x10\n\x08language\x18\x01 \x01(\t\x12\x15\n\rfunction_name\x18\x02 \x01(\t\x12+\n\x05tests\x18\x03 \x03(\x0b\x32\x1c.perigee.sandbox.v1.TestCase\x12\x16\n\x0epartial_credit\x18\x04 \x01(\x08\x12*\n\x06limits\x18\x05 \x01(\x0b\x32\x1a.perigee.sandbox.v1.Limits\"\xbe\x01\n\tScoreItem\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x10\n\x08response\x18\x03 \x01(\t\x12\x15\n\ranswer_marker\x18\x04 \x01(\t\x12/\n\x04math\x18\x05 \x01(\x0b\x32\x1f.perigee.reward.v1.MathVerifierH\x00\x12/\n\x04\x63ode\x18\x06 \x01(\x0b\x32\x1f.perigee.reward.v1.CodeVerifierH\x00\x42\n\n\x08verifier\";\n\x0cScoreRequest\x12+\n\x05items\x18\x01 \x03(\x0b\x32\x1c.perigee.reward.v1.ScoreItem\"\xcb\x01\n\rScoreResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x07verdict\x18\x02 \x01(\x0e\x32\x1a.perigee.buffer.v1.Verdict\x12\x13\n\x06reward\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10\x65xtracted_answer\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08verifier\x18\x06 \x01(\t\x12\x12\n\nlatency_ms\x18\x07 \x01(\x01\x12\x11\n\tretryable\x18\x08 \x01(\x08\x42\t\n\x07_reward\"\x16\n\x14ListVerifiersRequest\")\n\x08Verifier\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"G\n\x15ListVerifiersResponse\x12.\n\tverifiers\x18\x01 \x03(\x0b\x32\x1b.perigee.reward.v1.Verifier2\xc1\x01\n\rRewardService\x12L\n\x05Score\x12\x1f.perigee.reward.v1.ScoreRequest\x1a .perigee.reward.v1.ScoreResponse0\x01\x12\x62\n\rListVerifiers\x12\'.perigee.reward.v1.ListVerifiersRequest\x1a(.perigee.reward.v1.ListVerifiersResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1eperigee/reward/v1/reward.proto\x12\x11perigee.reward.v1\x1a\x1eperigee/buffer/v1/buffer.proto\x1a perigee/sandbox/v1/sandbox.proto\"7\n\x0cMathVerifier\x12\x11\n\treference\x18\x01 \x01(\t\x12\x14\n\x0c\x61lternatives\x18\x02 \x03(\t\"\xc4\x02\n\x0c\x43odeVerifier\x12\x10\n\x08language\x18\x01 \x01(\t\x12\x15\n\rfunction_name\x18\x02 \x01(\t\x12+\n\x05tests\x18\x03 \x03(\x0b\x32\x1c.perigee.sandbox.v1.TestCase\x12\x16\n\x0epartial_credit\x18\x04 \x01(\x08\x12*\n\x06limits\x18\x05 \x01(\x0b\x32\x1a.perigee.sandbox.v1.Limits\x12,\n\x07\x63hecker\x18\x06 \x01(\x0b\x32\x1b.perigee.sandbox.v1.Checker\x12/\n\ninteractor\x18\x07 \x01(\x0b\x32\x1b.perigee.sandbox.v1.Program\x12\x12\n\nsetup_code\x18\x08 \x01(\t\x12\'\n\x05\x66iles\x18\t \x03(\x0b\x32\x18.perigee.sandbox.v1.File\"4\n\x0e\x43hoiceVerifier\x12\x11\n\treference\x18\x01 \x01(\t\x12\x0f\n\x07options\x18\x02 \x03(\t\")\n\x13ShortAnswerVerifier\x12\x12\n\nreferences\x18\x01 \x03(\t\"\"\n\rExactVerifier\x12\x11\n\treference\x18\x01 \x01(\t\"N\n\rRegexVerifier\x12\x0f\n\x07pattern\x18\x01 \x01(\t\x12\x13\n\x0bignore_case\x18\x02 \x01(\x08\x12\x17\n\x0fsearch_response\x18\x03 \x01(\x08\"Q\n\x0cJsonVerifier\x12\x13\n\x0bschema_json\x18\x01 \x01(\t\x12\x1a\n\rexpected_json\x18\x02 \x01(\tH\x00\x88\x01\x01\x42\x10\n\x0e_expected_json\"_\n\rJudgeVerifier\x12\x11\n\treference\x18\x01 \x01(\t\x12\r\n\x05judge\x18\x02 \x01(\t\x12\x12\n\x05votes\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06rubric\x18\x04 \x01(\tB\x08\n\x06_votes\"L\n\x11ValueHeadVerifier\x12\x11\n\treference\x18\x01 \x01(\t\x12\x16\n\tthreshold\x18\x02 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_threshold\"\xf3\x03\n\x0cVerifierSpec\x12/\n\x04math\x18\x01 \x01(\x0b\x32\x1f.perigee.reward.v1.MathVerifierH\x00\x12/\n\x04\x63ode\x18\x02 \x01(\x0b\x32\x1f.perigee.reward.v1.CodeVerifierH\x00\x12\x33\n\x06\x63hoice\x18\x03 \x01(\x0b\x32!.perigee.reward.v1.ChoiceVerifierH\x00\x12>\n\x0cshort_answer\x18\x04 \x01(\x0b\x32&.perigee.reward.v1.ShortAnswerVerifierH\x00\x12\x31\n\x05\x65xact\x18\x05 \x01(\x0b\x32 .perigee.reward.v1.ExactVerifierH\x00\x12\x31\n\x05regex\x18\x06 \x01(\x0b\x32 .perigee.reward.v1.RegexVerifierH\x00\x12/\n\x04json\x18\x07 \x01(\x0b\x32\x1f.perigee.reward.v1.JsonVerifierH\x00\x12\x31\n\x05judge\x18\x08 \x01(\x0b\x32 .perigee.reward.v1.JudgeVerifierH\x00\x12:\n\nvalue_head\x18\t \x01(\x0b\x32$.perigee.reward.v1.ValueHeadVerifierH\x00\x42\x06\n\x04kind\"n\n\rCompositePart\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x31\n\x08verifier\x18\x02 \x01(\x0b\x32\x1f.perigee.reward.v1.VerifierSpec\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0c\n\x04gate\x18\x04 \x01(\x08\"D\n\x11\x43ompositeVerifier\x12/\n\x05parts\x18\x01 \x03(\x0b\x32 .perigee.reward.v1.CompositePart\"0\n\x05Image\x12\x0e\n\x04\x64\x61ta\x18\x01 \x01(\x0cH\x00\x12\r\n\x03url\x18\x02 \x01(\tH\x00\x42\x08\n\x06source\"\x9e\x05\n\tScoreItem\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06prompt\x18\x02 \x01(\t\x12\x10\n\x08response\x18\x03 \x01(\t\x12\x15\n\ranswer_marker\x18\x04 \x01(\t\x12/\n\x04math\x18\x05 \x01(\x0b\x32\x1f.perigee.reward.v1.MathVerifierH\x00\x12/\n\x04\x63ode\x18\x06 \x01(\x0b\x32\x1f.perigee.reward.v1.CodeVerifierH\x00\x12\x33\n\x06\x63hoice\x18\x07 \x01(\x0b\x32!.perigee.reward.v1.ChoiceVerifierH\x00\x12>\n\x0cshort_answer\x18\x08 \x01(\x0b\x32&.perigee.reward.v1.ShortAnswerVerifierH\x00\x12\x31\n\x05\x65xact\x18\t \x01(\x0b\x32 .perigee.reward.v1.ExactVerifierH\x00\x12\x31\n\x05regex\x18\n \x01(\x0b\x32 .perigee.reward.v1.RegexVerifierH\x00\x12/\n\x04json\x18\x0b \x01(\x0b\x32\x1f.perigee.reward.v1.JsonVerifierH\x00\x12\x31\n\x05judge\x18\x0c \x01(\x0b\x32 .perigee.reward.v1.JudgeVerifierH\x00\x12:\n\nvalue_head\x18\r \x01(\x0b\x32$.perigee.reward.v1.ValueHeadVerifierH\x00\x12\x39\n\tcomposite\x18\x0e \x01(\x0b\x32$.perigee.reward.v1.CompositeVerifierH\x00\x12(\n\x06images\x18\x0f \x03(\x0b\x32\x18.perigee.reward.v1.ImageB\n\n\x08verifier\";\n\x0cScoreRequest\x12+\n\x05items\x18\x01 \x03(\x0b\x32\x1c.perigee.reward.v1.ScoreItem\"v\n\tPartScore\x12\x0c\n\x04name\x18\x01 \x01(\t\x12+\n\x07verdict\x18\x02 \x01(\x0e\x32\x1a.perigee.buffer.v1.Verdict\x12\x13\n\x06reward\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x04 \x01(\tB\t\n\x07_reward\"\xc2\x02\n\rScoreResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x07verdict\x18\x02 \x01(\x0e\x32\x1a.perigee.buffer.v1.Verdict\x12\x13\n\x06reward\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12\x18\n\x10\x65xtracted_answer\x18\x04 \x01(\t\x12\x0e\n\x06reason\x18\x05 \x01(\t\x12\x10\n\x08verifier\x18\x06 \x01(\t\x12\x12\n\nlatency_ms\x18\x07 \x01(\x01\x12\x11\n\tretryable\x18\x08 \x01(\x08\x12\x18\n\x10verifier_version\x18\t \x01(\t\x12+\n\x05parts\x18\n \x03(\x0b\x32\x1c.perigee.reward.v1.PartScore\x12\x1b\n\x0eretry_after_ms\x18\x0b \x01(\rH\x01\x88\x01\x01\x42\t\n\x07_rewardB\x11\n\x0f_retry_after_ms\"\x16\n\x14ListVerifiersRequest\">\n\x08Verifier\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0bunavailable\x18\x03 \x01(\t\"G\n\x15ListVerifiersResponse\x12.\n\tverifiers\x18\x01 \x03(\x0b\x32\x1b.perigee.reward.v1.Verifier2\xc1\x01\n\rRewardService\x12L\n\x05Score\x12\x1f.perigee.reward.v1.ScoreRequest\x1a .perigee.reward.v1.ScoreResponse0\x01\x12\x62\n\rListVerifiers\x12\'.perigee.reward.v1.ListVerifiersRequest\x1a(.perigee.reward.v1.ListVerifiersResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,21 +34,45 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perigee.reward.v1.reward_pb
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_MATHVERIFIER']._serialized_start=119
-  _globals['_MATHVERIFIER']._serialized_end=152
-  _globals['_CODEVERIFIER']._serialized_start=155
-  _globals['_CODEVERIFIER']._serialized_end=323
-  _globals['_SCOREITEM']._serialized_start=326
-  _globals['_SCOREITEM']._serialized_end=516
-  _globals['_SCOREREQUEST']._serialized_start=518
-  _globals['_SCOREREQUEST']._serialized_end=577
-  _globals['_SCORERESPONSE']._serialized_start=580
-  _globals['_SCORERESPONSE']._serialized_end=783
-  _globals['_LISTVERIFIERSREQUEST']._serialized_start=785
-  _globals['_LISTVERIFIERSREQUEST']._serialized_end=807
-  _globals['_VERIFIER']._serialized_start=809
-  _globals['_VERIFIER']._serialized_end=850
-  _globals['_LISTVERIFIERSRESPONSE']._serialized_start=852
-  _globals['_LISTVERIFIERSRESPONSE']._serialized_end=923
-  _globals['_REWARDSERVICE']._serialized_start=926
-  _globals['_REWARDSERVICE']._serialized_end=1119
+  _globals['_MATHVERIFIER']._serialized_end=174
+  _globals['_CODEVERIFIER']._serialized_start=177
+  _globals['_CODEVERIFIER']._serialized_end=501
+  _globals['_CHOICEVERIFIER']._serialized_start=503
+  _globals['_CHOICEVERIFIER']._serialized_end=555
+  _globals['_SHORTANSWERVERIFIER']._serialized_start=557
+  _globals['_SHORTANSWERVERIFIER']._serialized_end=598
+  _globals['_EXACTVERIFIER']._serialized_start=600
+  _globals['_EXACTVERIFIER']._serialized_end=634
+  _globals['_REGEXVERIFIER']._serialized_start=636
+  _globals['_REGEXVERIFIER']._serialized_end=714
+  _globals['_JSONVERIFIER']._serialized_start=716
+  _globals['_JSONVERIFIER']._serialized_end=797
+  _globals['_JUDGEVERIFIER']._serialized_start=799
+  _globals['_JUDGEVERIFIER']._serialized_end=894
+  _globals['_VALUEHEADVERIFIER']._serialized_start=896
+  _globals['_VALUEHEADVERIFIER']._serialized_end=972
+  _globals['_VERIFIERSPEC']._serialized_start=975
+  _globals['_VERIFIERSPEC']._serialized_end=1474
+  _globals['_COMPOSITEPART']._serialized_start=1476
+  _globals['_COMPOSITEPART']._serialized_end=1586
+  _globals['_COMPOSITEVERIFIER']._serialized_start=1588
+  _globals['_COMPOSITEVERIFIER']._serialized_end=1656
+  _globals['_IMAGE']._serialized_start=1658
+  _globals['_IMAGE']._serialized_end=1706
+  _globals['_SCOREITEM']._serialized_start=1709
+  _globals['_SCOREITEM']._serialized_end=2379
+  _globals['_SCOREREQUEST']._serialized_start=2381
+  _globals['_SCOREREQUEST']._serialized_end=2440
+  _globals['_PARTSCORE']._serialized_start=2442
+  _globals['_PARTSCORE']._serialized_end=2560
+  _globals['_SCORERESPONSE']._serialized_start=2563
+  _globals['_SCORERESPONSE']._serialized_end=2885
+  _globals['_LISTVERIFIERSREQUEST']._serialized_start=2887
+  _globals['_LISTVERIFIERSREQUEST']._serialized_end=2909
+  _globals['_VERIFIER']._serialized_start=2911
+  _globals['_VERIFIER']._serialized_end=2973
+  _globals['_LISTVERIFIERSRESPONSE']._serialized_start=2975
+  _globals['_LISTVERIFIERSRESPONSE']._serialized_end=3046
+  _globals['_REWARDSERVICE']._serialized_start=3049
+  _globals['_REWARDSERVICE']._serialized_end=3242
 # @@protoc_insertion_point(module_scope)

@@ -27,15 +27,21 @@ class MathVerifier(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REFERENCE_FIELD_NUMBER: _builtins.int
+    ALTERNATIVES_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
+    @_builtins.property
+    def alternatives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Further answers that are as good."""
+
     def __init__(
         self,
         *,
         reference: _builtins.str = ...,
+        alternatives: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reference", b"reference"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "reference", b"reference"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -52,17 +58,28 @@ class CodeVerifier(_message.Message):
     TESTS_FIELD_NUMBER: _builtins.int
     PARTIAL_CREDIT_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    CHECKER_FIELD_NUMBER: _builtins.int
+    INTERACTOR_FIELD_NUMBER: _builtins.int
+    SETUP_CODE_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     function_name: _builtins.str
-    """The function that function tests call."""
+    """The function that function and code tests call."""
     partial_credit: _builtins.bool
-    """Reward the share of tests passed instead of all or nothing."""
+    """Reward the share of points instead of all or nothing."""
+    setup_code: _builtins.str
     @_builtins.property
     def tests(self) -> _containers.RepeatedCompositeFieldContainer[_sandbox_pb2.TestCase]: ...
     @_builtins.property
     def limits(self) -> _sandbox_pb2.Limits:
         """Unset fields take the sandbox's defaults."""
 
+    @_builtins.property
+    def checker(self) -> _sandbox_pb2.Checker: ...
+    @_builtins.property
+    def interactor(self) -> _sandbox_pb2.Program: ...
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[_sandbox_pb2.File]: ...
     def __init__(
         self,
         *,
@@ -71,14 +88,345 @@ class CodeVerifier(_message.Message):
         tests: _abc.Iterable[_sandbox_pb2.TestCase] | None = ...,
         partial_credit: _builtins.bool = ...,
         limits: _sandbox_pb2.Limits | None = ...,
+        checker: _sandbox_pb2.Checker | None = ...,
+        interactor: _sandbox_pb2.Program | None = ...,
+        setup_code: _builtins.str = ...,
+        files: _abc.Iterable[_sandbox_pb2.File] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "interactor", b"interactor", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["function_name", b"function_name", "language", b"language", "limits", b"limits", "partial_credit", b"partial_credit", "tests", b"tests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "files", b"files", "function_name", b"function_name", "interactor", b"interactor", "language", b"language", "limits", b"limits", "partial_credit", b"partial_credit", "setup_code", b"setup_code", "tests", b"tests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CodeVerifier: _TypeAlias = CodeVerifier  # noqa: Y015
+
+@_typing.final
+class ChoiceVerifier(_message.Message):
+    """One or several letters of a multiple-choice question."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    OPTIONS_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    """The letters of the right options, "B" or "A,C" for instance."""
+    @_builtins.property
+    def options(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The options' texts in order; where they are given, an answer may be an option's text."""
+
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+        options: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["options", b"options", "reference", b"reference"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChoiceVerifier: _TypeAlias = ChoiceVerifier  # noqa: Y015
+
+@_typing.final
+class ShortAnswerVerifier(_message.Message):
+    """A word, a name or a short phrase; compared after Unicode, case, articles, punctuation and white space are normalised."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def references(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Any of them is right."""
+
+    def __init__(
+        self,
+        *,
+        references: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["references", b"references"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ShortAnswerVerifier: _TypeAlias = ShortAnswerVerifier  # noqa: Y015
+
+@_typing.final
+class ExactVerifier(_message.Message):
+    """The answer is the reference, but for white space around it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reference", b"reference"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExactVerifier: _TypeAlias = ExactVerifier  # noqa: Y015
+
+@_typing.final
+class RegexVerifier(_message.Message):
+    """The answer, or the whole response, matches a regular expression."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATTERN_FIELD_NUMBER: _builtins.int
+    IGNORE_CASE_FIELD_NUMBER: _builtins.int
+    SEARCH_RESPONSE_FIELD_NUMBER: _builtins.int
+    pattern: _builtins.str
+    ignore_case: _builtins.bool
+    search_response: _builtins.bool
+    """Search the whole response instead of matching the whole answer."""
+    def __init__(
+        self,
+        *,
+        pattern: _builtins.str = ...,
+        ignore_case: _builtins.bool = ...,
+        search_response: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ignore_case", b"ignore_case", "pattern", b"pattern", "search_response", b"search_response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegexVerifier: _TypeAlias = RegexVerifier  # noqa: Y015
+
+@_typing.final
+class JsonVerifier(_message.Message):
+    """The answer is JSON of a schema and, where a value is expected, is that value."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SCHEMA_JSON_FIELD_NUMBER: _builtins.int
+    EXPECTED_JSON_FIELD_NUMBER: _builtins.int
+    schema_json: _builtins.str
+    """JSON Schema, draft 2020-12; empty allows everything."""
+    expected_json: _builtins.str
+    def __init__(
+        self,
+        *,
+        schema_json: _builtins.str = ...,
+        expected_json: _builtins.str | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_json", b"_expected_json", "expected_json", b"expected_json"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_json", b"_expected_json", "expected_json", b"expected_json", "schema_json", b"schema_json"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__expected_json: _TypeAlias = _typing.Literal["expected_json"]  # noqa: Y015
+    _WhichOneofArgType__expected_json: _TypeAlias = _typing.Literal["_expected_json", b"_expected_json"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_json) -> _WhichOneofReturnType__expected_json | None: ...
+
+Global___JsonVerifier: _TypeAlias = JsonVerifier  # noqa: Y015
+
+@_typing.final
+class JudgeVerifier(_message.Message):
+    """A language model reads question, reference and response, reasons, and decides (k1.5 section 2.3.5)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    JUDGE_FIELD_NUMBER: _builtins.int
+    VOTES_FIELD_NUMBER: _builtins.int
+    RUBRIC_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    judge: _builtins.str
+    """A judge of the service's configuration; empty takes its default."""
+    votes: _builtins.int
+    """Votes to take; the configured number unless set."""
+    rubric: _builtins.str
+    """What the answer must fulfil, beside agreeing with the reference."""
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+        judge: _builtins.str = ...,
+        votes: _builtins.int | None = ...,
+        rubric: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_votes", b"_votes", "votes", b"votes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_votes", b"_votes", "judge", b"judge", "reference", b"reference", "rubric", b"rubric", "votes", b"votes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__votes: _TypeAlias = _typing.Literal["votes"]  # noqa: Y015
+    _WhichOneofArgType__votes: _TypeAlias = _typing.Literal["_votes", b"_votes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__votes) -> _WhichOneofReturnType__votes | None: ...
+
+Global___JudgeVerifier: _TypeAlias = JudgeVerifier  # noqa: Y015
+
+@_typing.final
+class ValueHeadVerifier(_message.Message):
+    """A language model with a scalar head (k1.5 section 2.3.5): its probability is the reward."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFERENCE_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    reference: _builtins.str
+    threshold: _builtins.float
+    """Correct from this probability on; the model's own threshold unless set."""
+    def __init__(
+        self,
+        *,
+        reference: _builtins.str = ...,
+        threshold: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "reference", b"reference", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___ValueHeadVerifier: _TypeAlias = ValueHeadVerifier  # noqa: Y015
+
+@_typing.final
+class VerifierSpec(_message.Message):
+    """The verifier of one part of a composite."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MATH_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    SHORT_ANSWER_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    JSON_FIELD_NUMBER: _builtins.int
+    JUDGE_FIELD_NUMBER: _builtins.int
+    VALUE_HEAD_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def math(self) -> Global___MathVerifier: ...
+    @_builtins.property
+    def code(self) -> Global___CodeVerifier: ...
+    @_builtins.property
+    def choice(self) -> Global___ChoiceVerifier: ...
+    @_builtins.property
+    def short_answer(self) -> Global___ShortAnswerVerifier: ...
+    @_builtins.property
+    def exact(self) -> Global___ExactVerifier: ...
+    @_builtins.property
+    def regex(self) -> Global___RegexVerifier: ...
+    @_builtins.property
+    def json(self) -> Global___JsonVerifier: ...
+    @_builtins.property
+    def judge(self) -> Global___JudgeVerifier: ...
+    @_builtins.property
+    def value_head(self) -> Global___ValueHeadVerifier: ...
+    def __init__(
+        self,
+        *,
+        math: Global___MathVerifier | None = ...,
+        code: Global___CodeVerifier | None = ...,
+        choice: Global___ChoiceVerifier | None = ...,
+        short_answer: Global___ShortAnswerVerifier | None = ...,
+        exact: Global___ExactVerifier | None = ...,
+        regex: Global___RegexVerifier | None = ...,
+        json: Global___JsonVerifier | None = ...,
+        judge: Global___JudgeVerifier | None = ...,
+        value_head: Global___ValueHeadVerifier | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "code", b"code", "exact", b"exact", "json", b"json", "judge", b"judge", "kind", b"kind", "math", b"math", "regex", b"regex", "short_answer", b"short_answer", "value_head", b"value_head"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "code", b"code", "exact", b"exact", "json", b"json", "judge", b"judge", "kind", b"kind", "math", b"math", "regex", b"regex", "short_answer", b"short_answer", "value_head", b"value_head"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["math", "code", "choice", "short_answer", "exact", "regex", "json", "judge", "value_head"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___VerifierSpec: _TypeAlias = VerifierSpec  # noqa: Y015
+
+@_typing.final
+class CompositePart(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERIFIER_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    GATE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    weight: _builtins.float
+    """Share in the reward; all shares are divided by their sum."""
+    gate: _builtins.bool
+    """Unless this part is correct, the whole is wrong with reward 0."""
+    @_builtins.property
+    def verifier(self) -> Global___VerifierSpec: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        verifier: Global___VerifierSpec | None = ...,
+        weight: _builtins.float = ...,
+        gate: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["verifier", b"verifier"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["gate", b"gate", "name", b"name", "verifier", b"verifier", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompositePart: _TypeAlias = CompositePart  # noqa: Y015
+
+@_typing.final
+class CompositeVerifier(_message.Message):
+    """Several verifiers, weighted; the response is correct when every gate and every weighted part is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___CompositePart]: ...
+    def __init__(
+        self,
+        *,
+        parts: _abc.Iterable[Global___CompositePart] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CompositeVerifier: _TypeAlias = CompositeVerifier  # noqa: Y015
+
+@_typing.final
+class Image(_message.Message):
+    """An image of the prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    """PNG, JPEG, WebP or GIF."""
+    url: _builtins.str
+    """http, https or data; read by the judge's endpoint, not by the service."""
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "source", b"source", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["data", "url"]  # noqa: Y015
+    _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
+
+Global___Image: _TypeAlias = Image  # noqa: Y015
 
 @_typing.final
 class ScoreItem(_message.Message):
@@ -90,6 +438,15 @@ class ScoreItem(_message.Message):
     ANSWER_MARKER_FIELD_NUMBER: _builtins.int
     MATH_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
+    CHOICE_FIELD_NUMBER: _builtins.int
+    SHORT_ANSWER_FIELD_NUMBER: _builtins.int
+    EXACT_FIELD_NUMBER: _builtins.int
+    REGEX_FIELD_NUMBER: _builtins.int
+    JSON_FIELD_NUMBER: _builtins.int
+    JUDGE_FIELD_NUMBER: _builtins.int
+    VALUE_HEAD_FIELD_NUMBER: _builtins.int
+    COMPOSITE_FIELD_NUMBER: _builtins.int
+    IMAGES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     prompt: _builtins.str
     response: _builtins.str
@@ -99,6 +456,26 @@ class ScoreItem(_message.Message):
     def math(self) -> Global___MathVerifier: ...
     @_builtins.property
     def code(self) -> Global___CodeVerifier: ...
+    @_builtins.property
+    def choice(self) -> Global___ChoiceVerifier: ...
+    @_builtins.property
+    def short_answer(self) -> Global___ShortAnswerVerifier: ...
+    @_builtins.property
+    def exact(self) -> Global___ExactVerifier: ...
+    @_builtins.property
+    def regex(self) -> Global___RegexVerifier: ...
+    @_builtins.property
+    def json(self) -> Global___JsonVerifier: ...
+    @_builtins.property
+    def judge(self) -> Global___JudgeVerifier: ...
+    @_builtins.property
+    def value_head(self) -> Global___ValueHeadVerifier: ...
+    @_builtins.property
+    def composite(self) -> Global___CompositeVerifier: ...
+    @_builtins.property
+    def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
+        """Images of the prompt, for verifiers that look at them."""
+
     def __init__(
         self,
         *,
@@ -108,12 +485,21 @@ class ScoreItem(_message.Message):
         answer_marker: _builtins.str = ...,
         math: Global___MathVerifier | None = ...,
         code: Global___CodeVerifier | None = ...,
+        choice: Global___ChoiceVerifier | None = ...,
+        short_answer: Global___ShortAnswerVerifier | None = ...,
+        exact: Global___ExactVerifier | None = ...,
+        regex: Global___RegexVerifier | None = ...,
+        json: Global___JsonVerifier | None = ...,
+        judge: Global___JudgeVerifier | None = ...,
+        value_head: Global___ValueHeadVerifier | None = ...,
+        composite: Global___CompositeVerifier | None = ...,
+        images: _abc.Iterable[Global___Image] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "math", b"math", "verifier", b"verifier"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "code", b"code", "composite", b"composite", "exact", b"exact", "json", b"json", "judge", b"judge", "math", b"math", "regex", b"regex", "short_answer", b"short_answer", "value_head", b"value_head", "verifier", b"verifier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_marker", b"answer_marker", "code", b"code", "id", b"id", "math", b"math", "prompt", b"prompt", "response", b"response", "verifier", b"verifier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_marker", b"answer_marker", "choice", b"choice", "code", b"code", "composite", b"composite", "exact", b"exact", "id", b"id", "images", b"images", "json", b"json", "judge", b"judge", "math", b"math", "prompt", b"prompt", "regex", b"regex", "response", b"response", "short_answer", b"short_answer", "value_head", b"value_head", "verifier", b"verifier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_verifier: _TypeAlias = _typing.Literal["math", "code"]  # noqa: Y015
+    _WhichOneofReturnType_verifier: _TypeAlias = _typing.Literal["math", "code", "choice", "short_answer", "exact", "regex", "json", "judge", "value_head", "composite"]  # noqa: Y015
     _WhichOneofArgType_verifier: _TypeAlias = _typing.Literal["verifier", b"verifier"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_verifier) -> _WhichOneofReturnType_verifier | None: ...
 
@@ -140,6 +526,39 @@ class ScoreRequest(_message.Message):
 Global___ScoreRequest: _TypeAlias = ScoreRequest  # noqa: Y015
 
 @_typing.final
+class PartScore(_message.Message):
+    """What one part of a composite, or one vote of a judge, found."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REWARD_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    verdict: _buffer_pb2.Verdict.ValueType
+    reward: _builtins.float
+    """Absent when the verdict is FAILED."""
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        verdict: _buffer_pb2.Verdict.ValueType = ...,
+        reward: _builtins.float | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "reward", b"reward"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "name", b"name", "reason", b"reason", "reward", b"reward", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
+    _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__reward) -> _WhichOneofReturnType__reward | None: ...
+
+Global___PartScore: _TypeAlias = PartScore  # noqa: Y015
+
+@_typing.final
 class ScoreResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -151,6 +570,9 @@ class ScoreResponse(_message.Message):
     VERIFIER_FIELD_NUMBER: _builtins.int
     LATENCY_MS_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
+    VERIFIER_VERSION_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     verdict: _buffer_pb2.Verdict.ValueType
     reward: _builtins.float
@@ -161,6 +583,11 @@ class ScoreResponse(_message.Message):
     latency_ms: _builtins.float
     retryable: _builtins.bool
     """Whether asking again may help, when the verdict is FAILED."""
+    verifier_version: _builtins.str
+    retry_after_ms: _builtins.int
+    """When asking again may help."""
+    @_builtins.property
+    def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartScore]: ...
     def __init__(
         self,
         *,
@@ -172,13 +599,21 @@ class ScoreResponse(_message.Message):
         verifier: _builtins.str = ...,
         latency_ms: _builtins.float = ...,
         retryable: _builtins.bool = ...,
+        verifier_version: _builtins.str = ...,
+        parts: _abc.Iterable[Global___PartScore] | None = ...,
+        retry_after_ms: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "reward", b"reward"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms", "_reward", b"_reward", "retry_after_ms", b"retry_after_ms", "reward", b"reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_reward", b"_reward", "extracted_answer", b"extracted_answer", "id", b"id", "latency_ms", b"latency_ms", "reason", b"reason", "retryable", b"retryable", "reward", b"reward", "verdict", b"verdict", "verifier", b"verifier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms", "_reward", b"_reward", "extracted_answer", b"extracted_answer", "id", b"id", "latency_ms", b"latency_ms", "parts", b"parts", "reason", b"reason", "retry_after_ms", b"retry_after_ms", "retryable", b"retryable", "reward", b"reward", "verdict", b"verdict", "verifier", b"verifier", "verifier_version", b"verifier_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__retry_after_ms: _TypeAlias = _typing.Literal["retry_after_ms"]  # noqa: Y015
+    _WhichOneofArgType__retry_after_ms: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms"]  # noqa: Y015
     _WhichOneofReturnType__reward: _TypeAlias = _typing.Literal["reward"]  # noqa: Y015
     _WhichOneofArgType__reward: _TypeAlias = _typing.Literal["_reward", b"_reward"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__retry_after_ms) -> _WhichOneofReturnType__retry_after_ms | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__reward) -> _WhichOneofReturnType__reward | None: ...
 
 Global___ScoreResponse: _TypeAlias = ScoreResponse  # noqa: Y015
@@ -204,17 +639,21 @@ class Verifier(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    UNAVAILABLE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     version: _builtins.str
+    unavailable: _builtins.str
+    """What the verifier needs that is not there; empty when it is ready."""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         version: _builtins.str = ...,
+        unavailable: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "unavailable", b"unavailable", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
