@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.sandbox.checker_protocol import Decision, read_decision
@@ -86,6 +86,7 @@ def test_messages_are_cut() -> None:
     assert read_decision(7, 0, b"points 0.5 " + b"x" * 10**6).share == 0.5
 
 
+@settings(deadline=None)
 @given(st.integers(-1, 255), st.integers(0, 64), st.binary(max_size=40), st.sampled_from(["", "CPU limit"]))
 def test_only_the_codes_for_it_decide(exit_code: int, signal: int, stderr: bytes, limit: str) -> None:
     decision = read_decision(exit_code, signal, stderr, limit)
@@ -99,6 +100,7 @@ def test_only_the_codes_for_it_decide(exit_code: int, signal: int, stderr: bytes
         assert (decision.verdict is ACCEPTED) == (decision.share == 1)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.text(max_size=20))
 def test_any_share_with_any_text(share: float, text: str) -> None:
     assert read_decision(7, 0, f"points {share!r} {text}".encode()).share == share

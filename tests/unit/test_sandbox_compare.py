@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.sandbox.compare import (
@@ -34,12 +34,14 @@ UNORDERED_LINES, UNORDERED_TOKENS = Comparison.UNORDERED_LINES, Comparison.UNORD
 MICRO = Tolerance(absolute=1e-6, relative=1e-6)
 
 
+@settings(deadline=None)
 @given(JSON)
 def test_a_value_equals_itself_through_json(value: Any) -> None:
     assert same_json_text(json.dumps(value).encode(), value)
     assert same_json(value, value, Tolerance())
 
 
+@settings(deadline=None)
 @given(JSON, JSON)
 def test_comparison_is_symmetric_and_agrees_with_equality(left: Any, right: Any) -> None:
     assert same_json(left, right) == same_json(right, left)
@@ -168,6 +170,7 @@ def test_long_words_are_cut_where_they_differ() -> None:
     assert reason == f'token 1 is "{"é" * 80}...", expected "2"'
 
 
+@settings(deadline=None)
 @given(OUTPUTS, OUTPUTS, st.integers(1, 5))
 def test_blocks_do_not_show(actual: bytes, expected: bytes, block_bytes: int) -> None:
     """Every comparison against its definition, with blocks of a few bytes."""
@@ -191,6 +194,7 @@ def test_blocks_do_not_show(actual: bytes, expected: bytes, block_bytes: int) ->
 
 
 @pytest.mark.parametrize("how", [*Comparison, MICRO])
+@settings(deadline=None)
 @given(words=st.lists(st.sampled_from([b"a", b"1", b"2.5", b"nan"]), min_size=1, max_size=6), data=st.data())
 def test_neither_a_prefix_nor_an_extension_passes(how: Comparison | Tolerance, words: list[bytes], data: Any) -> None:
     shorter = words[: data.draw(st.integers(0, len(words) - 1))]
@@ -243,6 +247,8 @@ def test_numbers(actual: bytes, expected: bytes, tolerance: Tolerance, same: boo
     assert (find_difference(actual, expected, tolerance) is None) is same
 
 
+@example(2_246_740_603_612_633, 1, 0.0, 1e-18)
+@settings(deadline=None)
 @given(st.integers(), st.integers(-3, 3), st.sampled_from([0.0, 1.0, 2.0]), st.sampled_from([0.0, 1e-18, 0.5]))
 def test_integers_lose_no_precision(expected: int, step: int, absolute: float, relative: float) -> None:
     actual = expected + step
@@ -251,6 +257,7 @@ def test_integers_lose_no_precision(expected: int, step: int, absolute: float, r
     assert (reason is None) == within
 
 
+@settings(deadline=None)
 @given(st.floats(allow_nan=False), st.floats(allow_nan=False), st.floats(0, 1e6), st.floats(0, 1e6))
 def test_what_passes_a_tolerance_is_within_it(actual: float, expected: float, absolute: float, relative: float) -> None:
     texts = repr(actual).encode(), repr(expected).encode()

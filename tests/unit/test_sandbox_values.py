@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from services.sandbox.box.values import MAX_DEPTH, decode, encode
@@ -67,6 +67,7 @@ def canonical(value: Any) -> Any:
     return (kind, repr(value))
 
 
+@settings(deadline=None)
 @given(VALUES)
 @example("\ud800")
 @example("\ud83d\ude00")  # two halves, which are not the character
@@ -227,6 +228,7 @@ def check_is_plain(value: Any) -> None:
             check_is_plain(item)
 
 
+@settings(deadline=None)
 @given(st.text() | TAGGED.map(json.dumps) | st.text('[]{}",:01-eaintuplse', max_size=40))
 def test_any_text_gives_a_plain_value_or_a_value_error(text: str) -> None:
     try:
@@ -237,6 +239,7 @@ def test_any_text_gives_a_plain_value_or_a_value_error(text: str) -> None:
     assert canonical(decode(encode(value))) == canonical(value)
 
 
+@settings(deadline=None)
 @given(VALUES, st.data())
 def test_damaged_lines_give_a_plain_value_or_a_value_error(value: Any, data: Any) -> None:
     line = encode(value)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 
-_EXACT_IN_A_DOUBLE = 2**53
 _ROUNDING = 2 * sys.float_info.epsilon
 _MAX_DIGITS = 4300
 """Digits of the longest integer that is read as one: Python's own limit, so that reading stays linear in practice."""
@@ -32,23 +31,21 @@ class Tolerance:
 
 
 def read_number(word: bytes) -> int | float | None:
-    """The number that a word spells, or None when it spells none; an integer that a double cannot hold comes as an int.
+    """The number that a word spells, or None when it spells none.
 
     Decimal integers and decimal fractions with or without exponent, nan, inf and infinity; not the hexadecimal and
     underscored forms of programming languages. What is too large for a double, or has more than 4,300 digits, is no
     number either: it would equal everything else that is too large.
     """
+    digits = word[1:] if word.startswith(_SIGNS) else word
+    if digits.isdigit():
+        return int(word) if len(digits) <= _MAX_DIGITS else None
+    if b"_" in word:
+        return None
     try:
         number = float(word)
     except ValueError:
         return None
-    if b"_" in word:
-        return None
-    if abs(number) < _EXACT_IN_A_DOUBLE:
-        return number
-    digits = word[1:] if word.startswith(_SIGNS) else word
-    if digits.isdigit():
-        return int(word) if len(digits) <= _MAX_DIGITS else None
     is_spelled_out = digits[:1].isalpha()
     return number if is_spelled_out or math.isfinite(number) else None
 
