@@ -121,6 +121,8 @@ class Typed(NamedTuple):
 )
 def test_harmless_types_become_plain(value: Any, plain: Any) -> None:
     assert canonical(decode(encode(value))) == canonical(plain)
+    with pytest.raises(TypeError, match="is not a plain type"):
+        encode(value, exact=True)
 
 
 class AlwaysEqual:
@@ -308,7 +310,7 @@ def test_large_sets_and_fractions_are_taken() -> None:
 
 def test_the_codec_imports_the_standard_library_alone() -> None:
     """It runs in boxes, by whichever interpreter is there."""
-    program = "import sys; from services.sandbox.box import values, code_tests; print(*sys.modules)"
+    program = "import sys; from services.sandbox.box import code_tests, served_function; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert {name.partition(".")[0] for name in found.stdout.split()} - sys.stdlib_module_names == {
         "__main__",

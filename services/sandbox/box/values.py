@@ -30,8 +30,9 @@ _FLOAT_NAMES = ("nan", "inf", "-inf")
 class _Line:
     """The parts of a line, up to a length."""
 
-    def __init__(self, max_characters: int | None) -> None:
+    def __init__(self, max_characters: int | None, exact: bool) -> None:
         self.parts: list[str] = []
+        self.exact = exact
         self._max = max_characters
         self._left = math.inf if max_characters is None else max_characters
 
@@ -46,15 +47,15 @@ class _Object(list[Any]):
     """The pairs of a JSON object."""
 
 
-def encode(value: Any, max_characters: int | None = None) -> str:
+def encode(value: Any, max_characters: int | None = None, *, exact: bool = False) -> str:
     """The value as a line without its newline.
 
-    Ordered, default and counting dictionaries become dictionaries, deques lists, named tuples tuples, numpy's scalars
-    and arrays what their `tolist` gives. Raises TypeError with the type's name for anything else that is not plain,
-    instances of subclasses included, and ValueError for values that are nested deeper than 100 levels or take more than
-    `max_characters`.
+    Unless it is to be exact, ordered, default and counting dictionaries become dictionaries, deques lists, named tuples
+    tuples, numpy's scalars and arrays what their `tolist` gives. Raises TypeError with the type's name for anything
+    else that is not plain, instances of subclasses included, and ValueError for values that are nested deeper than 100
+    levels or take more than `max_characters`.
     """
-    line = _Line(max_characters)
+    line = _Line(max_characters, exact)
     _write(value, 0, line)
     return "".join(line.parts)
 
@@ -77,24 +78,25 @@ def decode(text: str) -> Any:
 def _write(value: Any, depth: int, line: _Line) -> None:
     write = _WRITERS.get(type(value))
     if write is None:
-        value = _as_plain(value)
+        value = _as_plain(value, line.exact)
         write = _WRITERS[type(value)]
     write(value, depth, line)
 
 
-def _as_plain(value: Any) -> Any:
+def _as_plain(value: Any, exact: bool) -> Any:
     """The plain value that stands for one of the few other types that are taken; raises TypeError for the rest."""
     kind = type(value)
-    if kind in (OrderedDict, defaultdict, Counter):
-        return dict(value)
-    if kind is deque:
-        return list(value)
-    if kind.__bases__ == (tuple,) and isinstance(getattr(kind, "_fields", None), tuple):
-        return tuple(tuple.__iter__(value))
-    if str(kind.__module__).partition(".")[0] == "numpy" and hasattr(kind, "tolist"):
-        plain = value.tolist()
-        if type(plain) in _WRITERS:
-            return plain
+    if not exact:
+        if kind in (OrderedDict, defaultdict, Counter):
+            return dict(value)
+        if kind is deque:
+            return list(value)
+        if kind.__bases__ == (tuple,) and isinstance(getattr(kind, "_fields", None), tuple):
+            return tuple(tuple.__iter__(value))
+        if str(kind.__module__).partition(".")[0] == "numpy" and hasattr(kind, "tolist"):
+            plain = value.tolist()
+            if type(plain) in _WRITERS:
+                return plain
     raise TypeError(f"{kind.__name__[:100]} is not a plain type")
 
 
