@@ -46,6 +46,15 @@ class ServerConfig(Model):
     """Port of the Prometheus endpoint; none when unset."""
 
 
+class HttpConfig(Model):
+    """How a service answers HTTP beside gRPC: with the host, the token, the certificates and the limits of `server`."""
+
+    port: int | None = Field(None, ge=0, le=65535)
+    """Port to bind; 0 takes a free one, unset leaves HTTP off."""
+    max_body_bytes: int = Field(8 << 20, ge=1)
+    """Largest body of a request; JSON takes more room than protobuf's 4 MiB."""
+
+
 class TelemetryConfig(Model):
     """Logs and traces."""
 

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from services.kit.config import Model, ServiceConfig
+from services.kit.config import HttpConfig, Model, ServiceConfig
 
 MIB = 1024 * 1024
 
@@ -34,6 +34,8 @@ class SandboxConfig(ServiceConfig):
 
     section: ClassVar[str] = "sandbox"
 
+    http: HttpConfig = HttpConfig()
+    """How the service answers HTTP."""
     isolation: Literal["auto", "zygote", "crun", "process"] = "auto"
     """How programs are kept apart: `zygote` (warm interpreter, namespaces, cgroup), `crun` (a container per job),
     `auto` (the first of these two that works here), or `process` (rlimits only: unsafe for programs that nobody has
