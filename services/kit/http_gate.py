@@ -22,6 +22,7 @@ from perigee.errors import (
     UnavailableError,
 )
 from services.kit.calls import as_perigee_error, check_token
+from services.kit.http_body import is_json, read_body, replay
 from services.kit.http_calls import RETRY_AFTER_S, Calls
 from services.kit.http_errors import MethodNotAllowedError, WriteError, dump_error, error_headers, write_error
 from services.kit.telemetry import get_logger
@@ -88,7 +89,7 @@ class Gate:
         with self._calls.enter():
             body = await self._read_body(headers, receive, deadline)
             scope["deadline"] = deadline
-            handler = self._app(scope, _replay(body), reply.send)
+            handler = self._app(scope, replay(body), reply.send)
             late = "The call did not finish before its deadline."
             await self._supervise(_run(handler), deadline, late, _until_disconnect(receive, reply))
 
@@ -97,7 +98,7 @@ class Gate:
         late = "The body did not arrive in time."
         reading = read_body(headers, receive, self._options.max_body_bytes)
         body = await self._supervise(reading, arrival if deadline is None else min(arrival, deadline), late)
-        if body and not _is_json(headers.get("content-type", "")):
+        if body and not is_json(headers.get("content-type", "")):
             # Web pages may send other types to any address without being asked for permission first.
             raise InvalidArgumentError.of("body", "must be sent with the header Content-Type: application/json")
         return body
@@ -185,27 +186,6 @@ def read_deadline(headers: Headers) -> float | None:
     return asyncio.get_running_loop().time() + seconds
 
 
-async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    """The whole body; raises InvalidArgumentError as soon as it is known to be above the limit."""
-    length = headers.get("content-length", "")
-    too_large = InvalidArgumentError.of("body", f"is larger than {limit} bytes, the largest that is taken")
-    if length.isdigit() and int(length) > limit:
-        raise too_large
-    chunks: list[bytes] = []
-    size = 0
-    while True:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise CancelledError("The caller went away.")
-        chunk = message.get("body", b"")
-        size += len(chunk)
-        if size > limit:
-            raise too_large
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return b"".join(chunks)
-
-
 def _find_route(scope: Scope) -> tuple[Route | None, set[str]]:
     allowed: set[str] = set()
     for route in scope["app"].routes:
@@ -215,23 +195,6 @@ def _find_route(scope: Scope) -> tuple[Route | None, set[str]]:
         if match is Match.PARTIAL:
             allowed |= route.methods
     return None, allowed
-
-
-def _is_json(content_type: str) -> bool:
-    media_type = content_type.partition(";")[0].strip().lower()
-    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
-
-
-def _replay(body: bytes) -> Receive:
-    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def receive() -> Message:
-        if not messages:
-            # The gate watches for the disconnect and cancels whoever waits here.
-            await asyncio.Event().wait()
-        return messages.pop()
-
-    return receive
 
 
 async def _run(handler: Any) -> bytes:

@@ -108,6 +108,9 @@ class NdjsonResponse(Response):
                     started = True
                 line = dump_json(write_message(message)) + b"\n"
                 await send({"type": "http.response.body", "body": line, "more_body": True})
+                # Neither a ready message nor a send to a caller that has gone suspends: without this, a stream of
+                # such would hold the loop, and the gate would never see the disconnect.
+                await asyncio.sleep(0)
         if not started:
             await send(start)
         await send({"type": "http.response.body", "body": b""})

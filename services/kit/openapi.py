@@ -40,7 +40,7 @@ def describe_routes(routes: Sequence[HttpRoute], servicer: type) -> tuple[Schema
             body = message_schema(descriptor_of(route.request), is_request=True, without=route.path_fields)
             described[f"{route.rpc}Body"] = (f"{route.rpc}Body", body)
     described[_ERROR] = (_ERROR, ERROR_SCHEMA)
-    schemas = dict(described.values())
+    schemas = dict(described[full_name] for full_name in sorted(described))
     if len(schemas) < len(described):
         raise ValueError(f"two of these go by one name: {', '.join(sorted(described))}")
     paths: Schema = {}

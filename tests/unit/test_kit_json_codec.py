@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from google.rpc import code_pb2
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.reward.v1 import reward_pb2
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.kit.json_codec import MAX_VIOLATIONS, dump_json, parse_json, read_message, write_message
-from services.kit.json_fields import INT_RANGES, enum_names, fields_of
+from services.kit.json_fields import enum_names
+from services.kit.openapi import descriptor_of
+from tests.fixtures.messages import messages_of
 
 MESSAGES = [
     pb.ExecuteRequest,
@@ -71,58 +72,17 @@ def make_odd_message() -> type[Message]:
 
 
 Odd = make_odd_message()
-texts = st.text(st.characters(exclude_categories=["Cs"]))
 
 
-def values_of(field: FieldDescriptor, depth: int) -> st.SearchStrategy[Any]:
-    if field.message_type is not None:
-        return messages_of(field.message_type, depth - 1)
-    if field.enum_type is not None:
-        return st.sampled_from([value.number for value in field.enum_type.values])
-    if field.cpp_type in INT_RANGES:
-        return st.integers(*INT_RANGES[field.cpp_type])
-    width = 32 if field.type == FieldDescriptor.TYPE_FLOAT else 64
-    return {
-        FieldDescriptor.TYPE_STRING: texts,
-        FieldDescriptor.TYPE_BYTES: st.one_of(st.binary(), texts.map(str.encode)),
-        FieldDescriptor.TYPE_BOOL: st.booleans(),
-    }.get(field.type, st.floats(width=width, allow_nan=False))
+@pytest.mark.parametrize("message_class", [*MESSAGES, Odd])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_every_message_comes_back_as_it_was(data: st.DataObject, message_class: type[Message]) -> None:
+    message = data.draw(messages_of(descriptor_of(message_class)))
+    assert read_message(message_class, parse_json(dump_json(write_message(message)))) == message
 
 
-def messages_of(descriptor: Descriptor, depth: int = 4) -> st.SearchStrategy[Message]:
-    """Random messages of any type, nested at most so deep; of a oneof at most one member is set."""
-    parts: dict[str, st.SearchStrategy[Any]] = {}
-    for field in fields_of(descriptor):
-        if field.value.message_type is not None and depth == 0:
-            continue
-        value = values_of(field.value, depth)
-        if field.shape == "map":
-            keys = values_of(descriptor.fields_by_name[field.name].message_type.fields_by_name["key"], 0)  # type: ignore[union-attr]
-            value = st.dictionaries(keys, value, max_size=3)
-        elif field.shape == "list":
-            value = st.lists(value, max_size=3)
-        parts[field.name] = value
-    message_class = message_factory.GetMessageClass(descriptor)
-
-    def build(values: dict[str, Any]) -> Message:
-        groups = {field.name: field.oneof for field in fields_of(descriptor) if field.oneof}
-        kept = {groups.get(name, name): name for name in values}
-        return message_class(**{name: value for name, value in values.items() if name in kept.values()})
-
-    return st.fixed_dictionaries({}, optional=parts).map(build)
-
-
-def test_every_message_comes_back_as_it_was() -> None:
-    for message_class in [*MESSAGES, Odd]:
-
-        @given(messages_of(message_class.DESCRIPTOR))
-        def comes_back(message: Message) -> None:
-            body = dump_json(write_message(message))
-            assert read_message(type(message), parse_json(body)) == message
-
-        comes_back()
-
-
+@settings(max_examples=40, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters()),
