@@ -7,8 +7,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 from perigee.sandbox.v1.sandbox_pb2_grpc import add_SandboxServiceServicer_to_server
 from services.kit.config import load_config
+from services.kit.http import http_serving
 from services.kit.server import App, run
+from services.sandbox.compat.piston import piston_api
+from services.sandbox.compat.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.config import SandboxConfig
+from services.sandbox.http_routes import ROUTES
 from services.sandbox.idempotency import Once
 from services.sandbox.pool import open_pool
 from services.sandbox.responses import is_final
@@ -37,6 +41,8 @@ async def lifespan(app: App[SandboxConfig]) -> AsyncIterator[None]:
         stack.push_async_callback(once.close)
         service = SandboxService(pool, sessions, Versions(pool), once)
         app.add(FULL_NAME, add_SandboxServiceServicer_to_server, service)
+        foreign = (sandbox_fusion_api(service), piston_api(service))
+        await stack.enter_async_context(http_serving(app, config.http, ROUTES, service, foreign))
         app.set_ready(FULL_NAME, True)
         yield
 

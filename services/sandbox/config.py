@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from services.kit.config import Model, ServiceConfig
+from services.kit.config import HttpConfig, Model, ServiceConfig
 
 MIB = 1024 * 1024
 
@@ -34,6 +34,8 @@ class SandboxConfig(ServiceConfig):
 
     section: ClassVar[str] = "sandbox"
 
+    http: HttpConfig = HttpConfig()
+    """How the service answers HTTP."""
     isolation: Literal["auto", "zygote", "crun", "process"] = "auto"
     """How programs are kept apart: `zygote` (Python in boxes forked from a warm interpreter, other languages in
     containers), `crun` (a container for everything), `auto` (the first of these two that works here), or `process`
@@ -103,3 +105,8 @@ class SandboxConfig(ServiceConfig):
     """User of the first place where programs run; each further place takes the next number."""
     state_path: str = "/run/perigee/sandbox"
     """Folder for what exists while the service runs; leftovers of a killed service are cleared from it at start."""
+
+    @property
+    def message_bytes(self) -> int:
+        """Large enough for a file that is too large to be named in an error."""
+        return self.max_request_bytes

@@ -11,6 +11,7 @@ from typing import Any
 from services.sandbox.box.code_tests import FAILED, PASSED, SUBMISSION_ERROR
 from services.sandbox.box.limits import BoxLimits
 from services.sandbox.box.orders import Outcome
+from services.sandbox.box.python_calls import CALLED
 from services.sandbox.box.remote_function import COMPILE_ERROR, LOAD_ERROR, LOADED
 from services.sandbox.execute import read_execution, read_output
 from services.sandbox.jobs import CodeTest, CompileReport, Submission, TestOutcome, Verdict
@@ -93,7 +94,11 @@ async def run_code_test(
     known = read_outcome(execution)
     if outcome.stop in ("wall", "cpu", "memory", "output"):
         return known
-    if not told or cut:
+    if told == CALLED and judged.stop is not None:
+        # a value that is too much for the test, such as range(10**12), is the submission's
+        reason = f"what was returned led the test past its {explain(judged, judging.program.limits)}"
+        return dataclasses.replace(known, verdict=Verdict.WRONG_ANSWER, reason=reason)
+    if not told.strip() or cut:
         why = explain(judged, judging.program.limits) or words.decode(errors="replace").strip() or last_words(judged)
         return dataclasses.replace(known, verdict=Verdict.INFRA_ERROR, reason=f"the test did not end well: {why}")
     return decide_code_test(known, outcome, json.loads(told))

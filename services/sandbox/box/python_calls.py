@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from .code_tests import run_code_test
 from .payload import Parcel
@@ -15,7 +15,9 @@ from .served_function import serve_function
 REQUESTS, REPLIES = 3, 4
 """Descriptors of the pipes between the two."""
 REPORT = 5
-"""Descriptor of the file that tells how the test ended; only the test has it."""
+"""Descriptor of the file that tells how the test ended; only the test has it. It begins with `CALLED` as soon as the
+test has called the function."""
+CALLED = b" "
 
 
 def serve_calls(parcel: Parcel, home: str) -> NoReturn:
@@ -45,6 +47,15 @@ def serve_code_test(parcel: Parcel, home: str) -> NoReturn:
         report = {"loaded": loaded, "message": message}
         if loaded == LOADED:
             setup, code = (blob.decode() for blob in parcel.blobs[:2])
-            report |= asdict(run_code_test(setup, code, header["function_name"], function))
+            called = False
+
+            def call(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+                nonlocal called
+                if not called:
+                    os.write(REPORT, CALLED)
+                    called = True
+                return function(arguments, keywords)
+
+            report |= asdict(run_code_test(setup, code, header["function_name"], call))
         os.write(REPORT, json.dumps(report).encode())
         os._exit(0)

@@ -50,7 +50,7 @@ def load_submission(source: bytes, home: str, fail: Callable[[bytes, str], NoRet
     text = source.decode(errors="replace")
     linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
     try:
-        code = compile(source, path, "exec")
+        code = compile(source, path, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         fail(COMPILE_ERROR, describe(error))
     module = types.ModuleType("submission")

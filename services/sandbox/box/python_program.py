@@ -25,7 +25,7 @@ def run_program(parcel: Parcel, home: str) -> NoReturn:
     """Runs `main.py` of the working folder with the parcel's arguments."""
     path = f"{home}/{parcel.header['main']}"
     try:
-        code = compile(parcel.blobs[0], path, "exec")
+        code = compile(parcel.blobs[0], path, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         text = "".join(traceback.format_exception_only(type(error), error))
         os.write(REPORT, text.encode(errors="replace")[:REASON_BYTES] or b"error")

@@ -74,11 +74,11 @@ def _run_cell(source: bytes, number: int, module: types.ModuleType) -> dict[str,
         tree = ast.parse(text, path)
         last = tree.body[-1] if tree.body else None
         if not isinstance(last, ast.Expr):
-            exec(compile(tree, path, "exec"), module.__dict__)
+            exec(compile(tree, path, "exec", dont_inherit=True), module.__dict__)
             return {"ok": True, "result": None}
         del tree.body[-1]
-        exec(compile(tree, path, "exec"), module.__dict__)
-        value = eval(compile(ast.Expression(last.value), path, "eval"), module.__dict__)
+        exec(compile(tree, path, "exec", dont_inherit=True), module.__dict__)
+        value = eval(compile(ast.Expression(last.value), path, "eval", dont_inherit=True), module.__dict__)
         if value is not None:
             module.__dict__["_"] = value
         return {"ok": True, "result": None if value is None else repr(value)}
