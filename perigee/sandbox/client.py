@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from perigee.rpc import ChannelOptions, ServiceClient
@@ -25,6 +26,12 @@ class SandboxClient(ServiceClient):
     async def execute(self, request: pb.ExecuteRequest, *, timeout_s: float = 60.0) -> pb.ExecuteResponse:
         """Runs one program once."""
         return await self._unary(self._stub.Execute, request, timeout_s)
+
+    def execute_stream(
+        self, request: pb.ExecuteStreamRequest, *, timeout_s: float = 60.0
+    ) -> AsyncIterator[pb.ExecuteStreamResponse]:
+        """Runs one program once and yields its output as it is written, then how it ended."""
+        return self._stream(self._stub.ExecuteStream, request, timeout_s)
 
     async def judge(self, request: pb.JudgeRequest, *, timeout_s: float = 60.0) -> pb.JudgeResponse:
         """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""

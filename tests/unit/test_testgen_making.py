@@ -1,6 +1,7 @@
 """From a generator and known solutions to test cases: what is kept and why, failing sandboxes, taking up again."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -35,7 +36,8 @@ def generate(arguments: list[str], stdin: bytes) -> bytes | pb.ExecuteResponse:
     """Fails for 1, prints nothing for 2, repeats itself for 5."""
     index, seed = map(int, arguments)
     assert stdin == f"{index} {seed}\n".encode()
-    return {1: TIME_LIMIT, 2: b"\n", 5: b"4\n"}.get(index, b"%d\n" % index)
+    special: dict[int, bytes | pb.ExecuteResponse] = {1: TIME_LIMIT, 2: b"\n", 5: b"4\n"}
+    return special.get(index, b"%d\n" % index)
 
 
 PROGRAMS: dict[bytes, Behaviour] = {
@@ -214,6 +216,13 @@ class Killed(BaseException):
     """Stands for the end of the process."""
 
 
+@pytest.fixture
+def no_syncs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed process wrote outlives it without being synced."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+
+
+@pytest.mark.usefixtures("no_syncs")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=25, deadline=None)
 @given(kills=st.lists(st.tuples(st.integers(0, 40), st.sampled_from(["before", "within", "after"])), max_size=4))
 async def test_killed_at_any_write_it_ends_with_the_same_files(
