@@ -177,7 +177,8 @@ def make_tests(
     where it was.
 
     Ends with 0 when the problem is kept (of many: when each got a verdict), 1 when
-    not, 2 for wrong usage, 3 when the sandbox failed.
+    not or when another process works on it, 2 for wrong usage, 3 when the sandbox
+    failed.
     """
 
     def command() -> int:

@@ -10,6 +10,8 @@ from perigee.rpc import MAX_MESSAGE_BYTES
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
 MIB = 1 << 20
+# What a request may be wrapped in on its way.
+ENVELOPE_BYTES = 1024
 
 
 def read_bytes(path: Path) -> bytes:
@@ -40,7 +42,7 @@ def check_relative(option: str, name: str) -> str:
 def check_size(request: pb.ExecuteRequest | pb.JudgeRequest, what: str) -> None:
     """Raises InvalidArgumentError when the request is larger than a message may be."""
     size = request.ByteSize()
-    if size > MAX_MESSAGE_BYTES:
+    if size > MAX_MESSAGE_BYTES - ENVELOPE_BYTES:
         raise InvalidArgumentError.of(
             what, f"makes a request of {size:,} bytes; at most {MAX_MESSAGE_BYTES:,} can be sent"
         )
