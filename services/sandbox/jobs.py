@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from perigee.sandbox.compare import Comparison, Tolerance
 from services.sandbox.box.limits import BoxLimits
-from services.sandbox.compare import Comparison, Tolerance
 from services.sandbox.runtimes import Runtime
 
 How = Comparison | Tolerance

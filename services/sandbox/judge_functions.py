@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from perigee.sandbox.compare import Tolerance, find_result_difference
 from services.sandbox.box.limits import BoxLimits
 from services.sandbox.box.orders import Outcome
 from services.sandbox.box.payload import (
@@ -16,7 +17,6 @@ from services.sandbox.box.payload import (
     Reply,
     read_replies,
 )
-from services.sandbox.compare import Tolerance, find_result_difference
 from services.sandbox.execute import read_verdict
 from services.sandbox.jobs import CompileReport, FunctionTest, Submission, Test, TestOutcome, Verdict
 from services.sandbox.judge_stdio import CUT_BYTES, decide, open_checker, run_checker

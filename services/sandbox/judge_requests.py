@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from perigee.sandbox.compare import Comparison, Tolerance
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.compare import Comparison, Tolerance
 from services.sandbox.config import SandboxConfig
 from services.sandbox.jobs import (
     CodeTest,

@@ -7,9 +7,9 @@ import dataclasses
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
+from perigee.sandbox.compare import find_difference
 from services.sandbox.attendants import BoxFailedError
 from services.sandbox.checker_protocol import Decision, read_decision
-from services.sandbox.compare import find_difference
 from services.sandbox.execute import read_execution, read_output
 from services.sandbox.jobs import (
     CompileReport,

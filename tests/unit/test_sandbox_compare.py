@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.sandbox.compare import (
+from perigee.sandbox.compare import (
     Comparison,
     Tolerance,
     find_difference,
@@ -20,8 +20,8 @@ from services.sandbox.compare import (
     same_json_text,
     same_tokens,
 )
-from services.sandbox.comparisons import outputs
-from services.sandbox.comparisons.numbers import read_number
+from perigee.sandbox.comparisons import outputs
+from perigee.sandbox.comparisons.numbers import read_number
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(),

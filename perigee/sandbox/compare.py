@@ -6,9 +6,9 @@ import json
 from enum import Enum
 from typing import Any
 
-from services.sandbox.comparisons.json_values import find_value_difference
-from services.sandbox.comparisons.numbers import Tolerance
-from services.sandbox.comparisons.outputs import (
+from perigee.sandbox.comparisons.json_values import find_value_difference
+from perigee.sandbox.comparisons.numbers import Tolerance
+from perigee.sandbox.comparisons.outputs import (
     find_beyond_tolerance,
     find_in_any_order,
     find_in_order,

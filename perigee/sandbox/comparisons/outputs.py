@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain, compress, count, starmap, zip_longest
 from operator import ne
 
-from services.sandbox.comparisons.numbers import Tolerance, is_close, read_number
+from perigee.sandbox.comparisons.numbers import Tolerance, is_close, read_number
 
 _BLOCK_BYTES = 1 << 20
 _SPACE = re.compile(rb"[ \t\n\r\v\f]")

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from services.sandbox.comparisons.numbers import Tolerance, is_close
+from perigee.sandbox.comparisons.numbers import Tolerance, is_close
 
 _SHOWN = 80
 
