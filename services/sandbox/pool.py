@@ -116,11 +116,11 @@ async def open_pool(config: SandboxConfig) -> AsyncIterator[Pool]:
             stack.callback(place.close)
             place.open()
         uids = [place.uid for place in places]
-        zygotes = Zygotes(folder, uids, isolated=not isolation.unsafe)
+        init = None if isolation.unsafe else await asyncio.to_thread(make_init, config.init_path, folder)
+        zygotes = Zygotes(folder, init, uids, isolated=not isolation.unsafe)
         stack.push_async_callback(zygotes.close)
         launchers = None
-        if isolation.container is not None and machine.cgroups is not None:
-            init = await asyncio.to_thread(make_init, config.init_path, folder)
+        if isolation.container is not None and init is not None and machine.cgroups is not None:
             launchers = Launchers(isolation.container, init, machine.cgroups)
             stack.push_async_callback(launchers.close)
         opener = Opener(isolation, zygotes, launchers)

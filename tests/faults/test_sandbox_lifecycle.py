@@ -142,7 +142,7 @@ async def test_end_of_the_service_leaves_nothing(isolation: str, end: signal.Sig
             await asyncio.gather(*jobs, return_exceptions=True)
         await until(lambda: not any(is_running(pid) for pid in inside))
         if end == signal.SIGKILL:
-            assert left_behind(process.pid) != []
+            assert entries(tmp_path) != []
             async with running_sandbox(tmp_path, isolation=isolation, slots=1) as client:
                 assert (await client.execute(HELLO)).stdout == b"hello\n"
         assert left_behind(process.pid) == []

@@ -1,5 +1,7 @@
-/* PID 1 of a container: installs the system-call filter, runs the job as its child, reaps what the job leaves, and tells
- * how the job ended. It is root with the capabilities to become another user and no others; the job is that user and has
+/* PID 1 of a box. Without arguments: reaps what the box's program leaves, until it is killed, and the box with it.
+ *
+ * In a container: installs the system-call filter, runs the job as its child, reaps what the job leaves, and tells how
+ * the job ended. It is root with the capabilities to become another user and no others; the job is that user and has
  * none.
  *
  *   init N UID COMMAND [ARGUMENT...]
@@ -52,13 +54,28 @@ static void become_user(uid_t user) {
         _exit(114);
 }
 
+static int reap_forever(void) {
+    sigset_t ended;
+    sigemptyset(&ended);
+    sigaddset(&ended, SIGCHLD);
+    if (sigprocmask(SIG_BLOCK, &ended, NULL) || prctl(PR_SET_DUMPABLE, 0))
+        return 112;
+    for (;;) {
+        while (waitpid(-1, NULL, WNOHANG) > 0)
+            ;
+        sigwaitinfo(&ended, NULL);
+    }
+}
+
 int main(int count, char **arguments) {
+    /* Whoever started the box takes it along when it is killed. */
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL))
+        return 113;
+    if (count == 1)
+        return reap_forever();
     if (count < 4)
         return 121;
     int reports = atoi(arguments[1]), filter = reports + 1;
-    /* A runtime that is killed takes its container with it. */
-    if (prctl(PR_SET_PDEATHSIG, SIGKILL))
-        return 113;
     /* Processes of the job's user may not look into this one. */
     if (prctl(PR_SET_DUMPABLE, 0) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         return 120;

@@ -117,12 +117,19 @@ class Launcher:
         try:
             outcome = self._supervisor.run(order, descriptors, lambda handed: self._start(order, handed), self._hear)
             self._supervisor.clear()
-            found = collect_files(self._workspace.home, order.collect, order.collect_bytes)
+            found = self._collect(order.collect, order.collect_bytes) if order.collect else None
         finally:
             self._workspace.take_down()
         control.send(self._channel, {"kind": "ended", **asdict(outcome)}, [] if found is None else [found])
         if found is not None:
             os.close(found)
+
+    def _collect(self, paths: list[str], most_bytes: int) -> int:
+        folder = os.open(self._workspace.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return collect_files(folder, paths, most_bytes)
+        finally:
+            os.close(folder)
 
     def _start(self, order: Order, descriptors: list[int]) -> Container:
         bundle = self._options.bundle
@@ -136,8 +143,7 @@ class Launcher:
         if header["kind"] == "interrupt":
             self._runtime.interrupt()
         elif header["kind"] == "collect":
-            found = collect_files(self._workspace.home, header["paths"], header["bytes"])
-            assert found is not None
+            found = self._collect(header["paths"], header["bytes"])
             control.send(self._channel, {"kind": "collected"}, [found])
             os.close(found)
 

@@ -221,6 +221,10 @@ class Supervisor:
     def _elapsed_us(self) -> int:
         return int((time.monotonic() - self._started) * 1e6)
 
+    def held_bytes(self) -> int:
+        """Memory that the run has left charged to the control group."""
+        return 0 if self._usage is None else self._usage.current_bytes() - self._baseline
+
     def clear(self) -> None:
         """Reaps everything that is left; whoever is to end has been killed."""
         while self._reap(block=True):
