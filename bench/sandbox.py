@@ -80,7 +80,7 @@ PARTS: dict[str, Callable[[argparse.Namespace, Path], Awaitable[Result]]] = {
 async def measure(name: str, arguments: argparse.Namespace, machine: dict[str, object]) -> Rows:
     """Measures one part with services of its own, and writes its figures."""
     with tempfile.TemporaryDirectory(prefix="perigee-bench-") as folder:
-        rows, figures = await PARTS[name](arguments, arguments.work or Path(folder))
+        rows, figures = await PARTS[name](arguments, arguments.work / name if arguments.work else Path(folder))
     path = arguments.out / f"sandbox-{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"machine": machine, "quick": arguments.quick, **figures}, indent=2)
@@ -101,13 +101,14 @@ def main() -> None:
     """Measures the parts that are named, all of them unless any is."""
     parser = argparse.ArgumentParser(description="Measures the sandbox.")
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], metavar="PART", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--quick", action="store_true", help="few turns and jobs: about two minutes for all")
+    parser.add_argument("--quick", action="store_true", help="few turns and jobs: about three minutes for all")
     parser.add_argument("--jobs", type=int, help="jobs of the soak; 20000 unless set, 1000 when quick")
     parser.add_argument("--concurrency", type=int, default=2, help="jobs of the soak at once")
     lean = "language of the smallest container; the fastest one unless set"
     parser.add_argument("--lean", choices=sorted(EMPTY), help=lean)
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder for the figures")
-    parser.add_argument("--work", type=Path, help="folder for the services' state and logs, kept; else a temporary one")
+    work = "new folder for the services' state and logs, kept; else a temporary one"
+    parser.add_argument("--work", type=Path, help=work)
     arguments = parser.parse_args()
     machine = describe_machine("crun", "/usr/bin/python3", "gcc")
     failed = []
@@ -115,8 +116,8 @@ def main() -> None:
         try:
             print_table(name, uvloop.run(measure(name, arguments, machine)), machine)
         except (PerigeeError, RuntimeError, OSError) as error:
-            failed.append(f"{name}: {error}")
-            print(f"sandbox, {name}: not measured: {error}")
+            failed.append(name)
+            print(f"sandbox, {name}: not measured: {error or type(error).__name__}")
     if failed:
         raise SystemExit(1)
 

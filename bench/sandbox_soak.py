@@ -18,6 +18,8 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 
 MIB = 1 << 20
 WARM_UP = 200
+LOOK_S = 0.2
+REST_S = 30.0
 CONTAINED_EVERY = 20
 LABELS = {
     "service_rss_mib": "the service's RSS, MiB",
@@ -111,13 +113,13 @@ async def measure_soak(folder: Path, jobs: int, concurrency: int, lean: str | No
         run = _Run(service, kinds, concurrency)
         await run.stretch(WARM_UP)
         stretch = min(1000, max(1, jobs // 5))
-        samples, latencies = [take_sample(service, folder, 0)], []
+        samples, latencies = [await settled_sample(service, folder, 0)], []
         begin = time.perf_counter()
         for first in range(0, jobs, stretch):
             times = await run.stretch(min(stretch, jobs - first))
             done = first + min(stretch, jobs - first)
             latencies.append(Latency(done, statistics.median(times), percentile(times, 0.95)))
-            samples.append(take_sample(service, folder, done))
+            samples.append(await settled_sample(service, folder, done))
         return Soak(jobs, time.perf_counter() - begin, samples, latencies, run.unexpected)
 
 
@@ -160,6 +162,25 @@ class _Run:
             if response.status != kind.status:
                 status = pb.Status.Name(response.status)
                 self.unexpected.append(f"job {number}, {kind.name}: {status} {response.reason}")
+
+
+async def settled_sample(service: Service, folder: Path, jobs: int) -> Sample:
+    """A sample once the same processes are there in two looks: helpers of the last jobs may still be ending.
+
+    Raises TimeoutError when the service does not come to rest.
+    """
+    served = psutil.Process(service.pid)
+    async with asyncio.timeout(REST_S):
+        before: set[int] = set()
+        while True:
+            now = {process.pid for process in served.children(recursive=True)}
+            if now == before:
+                try:
+                    return take_sample(service, folder, jobs)
+                except (psutil.NoSuchProcess, FileNotFoundError):
+                    now = set()  # one ended between the look and the sample
+            before = now
+            await asyncio.sleep(LOOK_S)
 
 
 def take_sample(service: Service, folder: Path, jobs: int) -> Sample:

@@ -19,9 +19,21 @@ HELD = {
     pb.TEST_VERDICT_MEMORY_LIMIT,
     pb.TEST_VERDICT_OUTPUT_LIMIT,
 }
-# Asks for the double of its input's number.
+# Asks for the double of its input's number, and is prepared for everything.
 INTERACTOR = b"""
-import sys
+import os, sys
+number = int(open(sys.argv[1]).read())
+try:
+    os.write(1, b"%d\\n" % number)
+    said = sys.stdin.buffer.readline(100)
+except OSError:
+    os._exit(1)
+os._exit(said.strip() != b"%d" % (2 * number))
+"""
+# The same by somebody who thinks of no attack; slow, so that the other side is there first.
+TRUSTING_INTERACTOR = b"""
+import sys, time
+time.sleep(1)
 number = int(open(sys.argv[1]).read())
 print(number, flush=True)
 sys.exit(sys.stdin.readline().strip() != str(2 * number))
@@ -90,6 +102,17 @@ async def test_a_submission_does_not_talk_its_way_out(sandbox: SandboxClient, pr
     await assert_serves(sandbox)
 
 
+@pytest.mark.parametrize(
+    "program",
+    ["outputs/nothing.py", "resources/output_closed.py", "resources/output_from_children.py", "breakouts/abort.py"],
+)
+async def test_a_submission_cannot_break_its_interactor(sandbox: SandboxClient, program: str) -> None:
+    """One that leaves, hangs up or floods fails the dialogue: what becomes of the interactor then is its doing."""
+    response = await converse(sandbox, read_program(program), TRUSTING_INTERACTOR)
+    assert response.verdict in HELD, response
+    await assert_serves(sandbox)
+
+
 async def test_two_sides_that_wait_for_each_other_end(sandbox: SandboxClient) -> None:
     response = await converse(sandbox, b"input()\ninput()", INTERACTOR)
     assert response.verdict in HELD, response
@@ -100,7 +123,7 @@ async def test_two_sides_that_wait_for_each_other_end(sandbox: SandboxClient) ->
 
 @pytest.mark.parametrize("program", HOSTILE_JUDGES)
 async def test_an_interactor_that_fails_is_no_wrong_answer(sandbox: SandboxClient, program: str) -> None:
-    source = b"import sys\nfor line in sys.stdin: pass"
+    source = b"import sys\nwhile sys.stdin.buffer.read1(4096): pass"
     response = await converse(sandbox, source, read_program(program))
     assert response.verdict in (pb.TEST_VERDICT_INFRA_ERROR, pb.TEST_VERDICT_TIME_LIMIT), response
     assert response.passed == 0
