@@ -64,9 +64,8 @@ async def hold_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: 
     exit_code = -1 if decided.exit_code is None else decided.exit_code
     decision = read_decision(exit_code, decided.signal, message, limit)
     known = read_outcome(execution)
-    if outcome.stop in ("wall", "cpu", "memory", "output") or (
-        known.verdict is Verdict.RUNTIME_ERROR and program_first
-    ):
+    crashed = known.verdict is Verdict.RUNTIME_ERROR and program_first
+    if crashed or outcome.stop in ("wall", "cpu", "memory", "output"):
         return known
     return decide_dialogue(known, decision, dialogue)
 

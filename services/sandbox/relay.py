@@ -76,7 +76,7 @@ async def _carry(dialogue: Dialogue, source: int, speaker: str, sink: int, liste
             said_bytes += len(chunk)
             if said_bytes > most_bytes:
                 dialogue.too_much.append(speaker)
-                return
+                break
             writer.write(chunk)
             await writer.drain()
         dialogue.left.append(speaker)

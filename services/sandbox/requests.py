@@ -89,9 +89,9 @@ class Reader:
             self.check_size(f"{field}[{index}].content", file.content)
             read.append(InputFile(file.path, file.content, file.executable))
         folders = {str(parent) for file in read for parent in PurePosixPath(file.path).parents}
-        for index, file in enumerate(read):
-            if file.path in folders:
-                self.refuse(f"{field}[{index}].path", f"{file.path!r} is the folder of another file")
+        for index, entry in enumerate(read):
+            if entry.path in folders:
+                self.refuse(f"{field}[{index}].path", f"{entry.path!r} is the folder of another file")
         if taken in folders:
             self.refuse(field, f"{taken!r} is the name of the source, and cannot be a folder")
         if len(read) > self.config.max_files:
