@@ -156,10 +156,10 @@ class LoadedProgram:
     def _environment(self) -> dict[str, str]:
         return {**self.program.runtime.environment, **self.program.environment}
 
-    async def unload(self) -> None:
+    def unload(self) -> None:
         """Takes the files out of a box that keeps them."""
         if self._begun and not self.box.broken:
-            await self.box.end()
+            self.box.end()
 
 
 @asynccontextmanager
@@ -173,7 +173,7 @@ async def open_program(opener: Opener, program: Program, place: Place) -> AsyncI
             box.broken = True
             raise
         try:
-            await loaded.unload()
+            loaded.unload()
         except BoxFailedError:  # what the job gave is known already; the box is thrown away
             box.broken = True
 

@@ -54,8 +54,6 @@ class Keeper:
                     self._run(message)
                 case "begin":
                     self._lay_down(message.descriptors[0])
-                case "end":
-                    control.send(self._channel, {"kind": "cleared"}, [])
             message.close()
 
     def _lay_down(self, files: int) -> None:

@@ -35,8 +35,9 @@ class Program(Process):
     def kill(self) -> None:
         """Ends everything that runs for it."""
 
-    def settle(self, status: int, stopped: bool) -> int:
+    def settle(self, status: int | None, stopped: bool) -> int:
         """The status as it is; raises RuntimeError when the process could not be confined."""
+        assert status is not None
         self._hear()
         return status
 
