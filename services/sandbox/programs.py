@@ -19,7 +19,6 @@ from services.sandbox.places import Place
 from services.sandbox.slots import Opener
 
 COMPILER_BYTES = 65536
-_MODES_OF_CONTAINERS = {"program", "functions", "calls", "code_test", "session"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class LoadedProgram:
 
     def _order(self, mode: str, command: Sequence[str] = (), **fields: Any) -> Order:
         runtime = self.program.runtime
-        if self._in_container and mode in _MODES_OF_CONTAINERS:
+        if self._in_container and mode != "exec":
             command = runtime.python_command()
         limits = fields.pop("limits", self.program.limits)
         collect = list(fields.pop("collect", ()))
