@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import asdict
 from typing import Any, NoReturn
 
 from . import control, kernel
@@ -77,7 +76,7 @@ class Keeper:
         small = self._supervisor.held_bytes() < _SMALL_BYTES
         if not small:  # before the end is told, so that the next job is not charged with this one's memory
             self._let_go()
-        control.send(self._channel, {"kind": "ended", **asdict(outcome)}, found)
+        control.send(self._channel, {"kind": "ended", **vars(outcome)}, found)
         for file in found:
             os.close(file)
         if small:

@@ -13,7 +13,7 @@ import platform
 import signal
 import socket
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +164,7 @@ class Launcher:
         small = self._supervisor.held_bytes() < _SMALL_BYTES and not order.keep
         if not small:  # before the end is told, so that the next job is not charged with this one's memory
             self._tidy(container, order.keep)
-        control.send(self._channel, {"kind": "ended", **asdict(outcome)}, found)
+        control.send(self._channel, {"kind": "ended", **vars(outcome)}, found)
         for file in found:
             os.close(file)
         if small:

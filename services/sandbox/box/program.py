@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from . import control, kernel, root
 from .confine import Confinement, give_up_privileges, place_descriptors, take_limits
-from .modes import run_mode
+from .modes import rehearse, run_mode
 from .orders import Order, read_order
 from .supervise import Process
 
@@ -143,6 +143,7 @@ def _await_order(confinement: Confinement, space_bytes: int, channel: socket.soc
         assert confinement.uid is not None
         root.mount_writable(confinement.uid, space_bytes)
         give_up_privileges(confinement)
+        rehearse()
         header, descriptors = control.receive(channel)
         order = read_order(header)
     except (EOFError, ConnectionError):
