@@ -1,3 +1,4 @@
+# ruff: noqa: E501 -- a program a line
 """A Python program behaves the same in every isolation, and as it does when an interpreter is started for it."""
 
 from __future__ import annotations
