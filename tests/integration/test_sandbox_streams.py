@@ -36,7 +36,7 @@ async def read_lines(fronts: Fronts, path: str, body: dict[str, Any]) -> list[di
 
 @pytest.mark.parametrize("language", ["python", "bash"])
 async def test_output_comes_as_it_is_written(fronts: Fronts, language: str) -> None:
-    """The program ends only when its first words have been heard: it waits for the end of the stream's first event."""
+    """A second passes between the words, so that they cannot come together."""
     sources = {
         "python": b"import time\nprint('first', flush=True)\ntime.sleep(1)\nprint('last')",
         "bash": b"echo first; sleep 1; echo last",
