@@ -26,6 +26,9 @@ SLEEPER = pb.ExecuteRequest(
     source=b"import time\nprint('awake', flush=True)\ntime.sleep(30)",
     limits=pb.Limits(wall_ms=40_000),
 )
+SHELL_SLEEPER = pb.ExecuteRequest(
+    language="bash", source=b"sleep 30 & echo awake; sleep 30; wait", limits=pb.Limits(wall_ms=40_000)
+)
 HELLO = pb.ExecuteRequest(language="python", source=b"print('hello')")
 ROOT = Path(__file__).parents[2]
 
@@ -37,9 +40,11 @@ async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
             await asyncio.sleep(0.01)
 
 
-async def sleep_in_the_sandbox(client: SandboxClient, awake: asyncio.Event) -> pb.ExecuteResponse | None:
-    """Runs the sleeper; tells when it runs."""
-    async for event in client.execute_stream(SLEEPER):
+async def sleep_in_the_sandbox(
+    client: SandboxClient, awake: asyncio.Event, sleeper: pb.ExecuteRequest = SLEEPER
+) -> pb.ExecuteResponse | None:
+    """Runs a sleeper; tells when it runs."""
+    async for event in client.execute_stream(sleeper):
         if event.HasField("stdout"):
             awake.set()
         if event.HasField("finished"):
@@ -128,9 +133,9 @@ def read_mounts() -> str:
     return Path("/proc/self/mountinfo").read_text()
 
 
-def start_service(state_path: Path, isolation: str) -> tuple[subprocess.Popen[str], str]:
+def start_service(state_path: Path, isolation: str, slots: int = 4) -> tuple[subprocess.Popen[str], str]:
     """A sandbox in a process of its own, and its address."""
-    settings = {"isolation": isolation, "state_path": state_path, "slots": 4}
+    settings = {"isolation": isolation, "state_path": state_path, "slots": slots}
     overrides = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     command = [sys.executable, "-m", "services.sandbox", *overrides]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
@@ -161,6 +166,36 @@ async def test_end_of_the_service_leaves_nothing(isolation: str, end: signal.Sig
             async with running_sandbox(tmp_path, isolation=isolation, slots=1) as client:
                 assert (await client.execute(HELLO)).stdout == b"hello\n"
         assert left_behind(process.pid) == []
+        assert entries(tmp_path) == []
+        assert read_mounts() == mounts
+    finally:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+
+
+async def test_a_killed_service_leaves_nothing_of_50_jobs(tmp_path: Path) -> None:
+    for isolation in ("zygote", "crun"):
+        skip_unless_possible(isolation)
+    mounts = read_mounts()
+    process, address = await asyncio.to_thread(start_service, tmp_path, "zygote", 50)
+    try:
+        async with SandboxClient.connect(address) as client:
+            sleepers = [(asyncio.Event(), sleeper) for sleeper in (SLEEPER, SHELL_SLEEPER) for _ in range(25)]
+            jobs = [asyncio.create_task(sleep_in_the_sandbox(client, *sleeper)) for sleeper in sleepers]
+            async with asyncio.timeout(90):
+                await asyncio.gather(*(awake.wait() for awake, _ in sleepers))
+            inside = slot_processes(process.pid)
+            assert len(inside) >= 25 * 3 + 25 * 5  # keeper, init, Python; launcher, crun, init, shell, sleep
+            process.kill()
+            await asyncio.to_thread(process.wait, 20)
+            ends = await asyncio.gather(*jobs, return_exceptions=True)
+            assert all(isinstance(end, Exception) for end in ends)
+        async with running_sandbox(tmp_path, isolation="zygote", slots=1) as client:
+            assert (await client.execute(HELLO)).stdout == b"hello\n"
+            await until(lambda: not any(is_running(pid) for pid in inside))
+            assert left_behind(process.pid) == []
         assert entries(tmp_path) == []
         assert read_mounts() == mounts
     finally:
