@@ -113,8 +113,21 @@ def start_code(folder: str, module: str) -> str:
 
 async def receive(channel: socket.socket) -> Message:
     """The next message; raises BoxFailedError when the other side has gone or says that it failed."""
-    data, descriptors = await receive_packet(channel)
-    message = Message(json.loads(data), descriptors)
+    return _read(await receive_packet(channel))
+
+
+def receive_at_once(channel: socket.socket) -> Message | None:
+    """A message that has come already, or None; errors as for `receive`."""
+    try:
+        return _read(control.receive_packet(channel))
+    except BlockingIOError:
+        return None
+    except (EOFError, ConnectionError) as error:
+        raise BoxFailedError(f"the box broke: {error}") from error
+
+
+def _read(packet: Packet) -> Message:
+    message = Message(json.loads(packet.data), packet.descriptors)
     if message.header["kind"] == "failed":
         message.close()
         raise BoxFailedError(message.header["reason"])

@@ -10,7 +10,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any
 
-from services.sandbox.attendants import BoxFailedError, receive, send
+from services.sandbox.attendants import BoxFailedError, receive, receive_at_once, send
 from services.sandbox.box.control import memory_file
 from services.sandbox.box.orders import Order, Outcome
 from services.sandbox.box.payload import Parcel, read_parcel
@@ -35,6 +35,8 @@ class Box:
         self.channel = channel
         self.place = place
         self._home = home
+        self._prepared: tuple[int, int] | None = None
+        """Space of a program that waits for its order, and the descriptor by which it takes it."""
         self.broken = False
         """Whether the box must not be used again."""
         self._running = False
@@ -61,7 +63,13 @@ class Box:
             raise
 
     async def _run(self, order: Order, descriptors: list[int]) -> Ended:
-        send(self.channel, order.to_header(), descriptors)
+        header = order.to_header()
+        prepared = self._take_prepared(order)
+        if prepared is not None:  # the keeper hears of it at the same time, and only watches
+            with socket.socket(fileno=prepared) as program:
+                send(program, header, descriptors)
+            header["begun"] = True
+        send(self.channel, header, descriptors)
         self._running = True
         try:
             while True:
@@ -69,12 +77,35 @@ class Box:
                 if message.header["kind"] == "collected":
                     self._hand_over(message.descriptors)
                     continue
+                if message.header["kind"] == "prepared":  # of the program that runs already
+                    message.close()
+                    continue
                 fields = {name: value for name, value in message.header.items() if name != "kind"}
                 files = read_parcel(message.descriptors[0]) if message.descriptors else None
                 message.close()
                 return Ended(Outcome(**fields), files)
         finally:
             self._running = False
+
+    def _take_prepared(self, order: Order) -> int | None:
+        """The descriptor of a program that was prepared for such an order; the caller closes it."""
+        while (message := receive_at_once(self.channel)) is not None:
+            self._drop_prepared()
+            self._prepared = (message.header["space_bytes"], message.descriptors[0])
+        if self._prepared is None:
+            return None
+        space_bytes, descriptor = self._prepared
+        fits = space_bytes == order.limits.file_bytes and not order.answers and not order.brings_files
+        if not fits:
+            self._drop_prepared()
+            return None
+        self._prepared = None
+        return descriptor
+
+    def _drop_prepared(self) -> None:
+        if self._prepared is not None:
+            os.close(self._prepared[1])
+            self._prepared = None
 
     def _hand_over(self, descriptors: list[int]) -> None:
         parcel = read_parcel(descriptors[0])
@@ -84,6 +115,7 @@ class Box:
 
     def close(self) -> None:
         """Lets go of a box that ends with its job."""
+        self._drop_prepared()
         self.channel.close()
         if self._home:
             shutil.rmtree(self._home, ignore_errors=True)

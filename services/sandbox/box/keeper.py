@@ -47,6 +47,7 @@ class Keeper:
         while True:
             if self._isolated and self._prepared is None:
                 self._prepared = Isolated.prepare(self._confinement, self._space_bytes)
+                self._prepared.offer(self._channel)
             message = control.receive(self._channel)
             match message.header["kind"]:
                 case "run":
@@ -66,7 +67,8 @@ class Keeper:
         descriptors = message.descriptors[:-1] if order.brings_files else message.descriptors
         if order.brings_files:
             self._lay_down(message.descriptors[-1])
-        outcome = self._supervisor.run(order, descriptors, lambda handed: self._start(order, handed), self._hear)
+        begun = message.header.get("begun", False)
+        outcome = self._supervisor.run(order, descriptors, lambda handed: self._start(order, handed, begun), self._hear)
         assert self._program is not None
         found: list[int] = []
         if order.collect:
@@ -89,15 +91,16 @@ class Keeper:
         self._program.close()
         self._program = None
 
-    def _start(self, order: Order, descriptors: list[int]) -> Program:
+    def _start(self, order: Order, descriptors: list[int], begun: bool) -> Program:
         if self._isolated:
             program, self._prepared = self._prepared, None
             assert program is not None
-            if program.space_bytes != order.limits.file_bytes:  # the next orders are likely to be as this one
+            if not begun and program.space_bytes != order.limits.file_bytes:  # the next orders are likely to be alike
                 self._space_bytes = order.limits.file_bytes
                 program.discard()
                 program = Isolated.prepare(self._confinement, self._space_bytes)
-            program.begin(order, descriptors)
+            if not begun:
+                program.begin(order, descriptors)
             self._program = program
         else:
             self._program = Plain.start(self._confinement, order, descriptors)

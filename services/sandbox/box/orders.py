@@ -36,7 +36,7 @@ class Order:
 
 def read_order(header: dict[str, Any]) -> Order:
     """The order in a message."""
-    fields = {name: value for name, value in header.items() if name != "kind"}
+    fields = {name: value for name, value in header.items() if name not in ("kind", "begun")}
     return Order(**{**fields, "limits": BoxLimits(**fields["limits"])})
 
 
