@@ -141,6 +141,7 @@ _LINES = {
         \b(?:each|every|per)\b
         \btwice\b|\bhalf\b|\bthird\b
         ^[-\d.()+*/ ]+=?$
+        \d\s*[-+*/×÷]\s*\d
         \bleft\b|\bremain
         \b(?:hours?|minutes?|days?|weeks?)\b
     """,
