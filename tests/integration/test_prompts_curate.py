@@ -191,7 +191,7 @@ async def test_a_killed_curation_goes_on_with_the_same_results(
     # Ten calls of long responses, two at a time: the first findings are there long before the last.
     prompts = make_prompts(60)
     source = write(tmp_path / "in.jsonl", prompts)
-    longer = ("--response-tokens", "120")
+    longer = ("--response-tokens", "60")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ended = await curate(source, whole, rollout_address, reward.target, policy_folder, *longer)
     assert ended.code == 0, ended.stderr
