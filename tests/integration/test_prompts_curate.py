@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tokenizers import Tokenizer
 
 from perigee.reward.client import RewardClient
@@ -19,7 +18,7 @@ from perigee.rollout.v1 import rollout_pb2
 from services.coordinator.prompts import parse_prompt_lines
 from tests.fixtures.cli import Ended, run_perigee, start_perigee
 from tests.fixtures.reward import running_reward
-from tests.fixtures.rollout import CHARACTERS, make_policy
+from tests.fixtures.rollout import CHARACTERS, best_digit, make_policy
 
 SAMPLES, RESPONSE_TOKENS, GUESSES, SEED = 10, 1, 8, 3
 TEMPLATE = "{prompt}{answer_marker}"
@@ -99,10 +98,7 @@ def make_prompts(count: int) -> list[dict[str, Any]]:
         text = "".join(rng.choice(CHARACTERS[:36]) for _ in range(9))
         # With a marker, the answer to a guess follows it at once; without, the whole response is the answer.
         marker = "#" if number % 2 else ""
-        ids = [2 + CHARACTERS.index(character) for character in text + marker]
-        with torch.no_grad():
-            digits = policy(torch.tensor([ids])).logits[0, -1, 2:12]
-        answer = str(int(digits.argmax())) if number % 3 else "77777"
+        answer = best_digit(policy, text + marker)[0] if number % 3 else "77777"
         lines.append(math_line(f"p{number}", text, answer, answer_marker=marker, domain="noise"))
     return lines
 
