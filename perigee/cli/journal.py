@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -9,18 +10,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from perigee.errors import DataLossError
+from perigee.errors import DataLossError, FailedPreconditionError
 
 
 class Journal:
-    """A file of JSON lines, open for appending. `lines` is what it held when it was opened.
+    """A file of JSON lines, open for appending by one process. `lines` is what it held when it was opened.
 
-    Raises DataLossError naming the line when another line than the last is not JSON.
+    Raises DataLossError naming the line when another line than the last is not JSON, FailedPreconditionError when
+    another process has it open.
     """
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("a+b")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise FailedPreconditionError(f"{path} is in use by another process") from error
         self._file.seek(0)
         held = self._file.read()
         whole = held[: held.rfind(b"\n") + 1]

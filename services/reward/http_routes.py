@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from google.protobuf import json_format
 from google.protobuf.message import Message
 
+from perigee.errors import InternalError
 from perigee.reward.v1 import reward_pb2 as pb
 
 NDJSON = "application/x-ndjson"
@@ -52,6 +53,11 @@ async def ndjson_lines(outcomes: AsyncIterable[pb.ScoreResponse]) -> AsyncIterat
 
 
 def collect(request: pb.ScoreRequest, outcomes: Iterable[pb.ScoreResponse]) -> dict[str, Any]:
-    """All outcomes in one object, in the order of the request's items."""
+    """All outcomes in one object, in the order of the request's items.
+
+    Raises InternalError when one is missing.
+    """
     by_id = {outcome.id: outcome for outcome in outcomes}
-    return {"outcomes": [to_json(by_id[item.id]) for item in request.items if item.id in by_id]}
+    if missing := [item.id for item in request.items if item.id not in by_id]:
+        raise InternalError(f"{len(missing)} items have no outcome, {missing[0]} for one")
+    return {"outcomes": [to_json(by_id[item.id]) for item in request.items]}

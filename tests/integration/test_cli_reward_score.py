@@ -206,3 +206,16 @@ async def test_a_service_that_is_not_there_is_told(tmp_path: Path) -> None:
     assert ended.code == 1
     assert "cannot be reached" in ended.stderr
     assert "0 of 1 outcomes are kept; go on with: perigee reward score" in ended.stderr
+
+
+async def test_a_token_comes_from_the_environment(tmp_path: Path) -> None:
+    file = write(tmp_path / "items.jsonl", [math_line("a", "#4")])
+    async with running_reward(sandbox_address="127.0.0.1:9", server={"token": "secret"}) as client:
+        arguments = ("reward", "score", str(file), "--address", client.target)
+        refused = await run_perigee(*arguments, "--outage", "0", PERIGEE_TOKEN="wrong")
+        assert refused.code == 1
+        assert "token" in refused.stderr
+        # Nothing was scored, so there is nothing to go on with.
+        assert names(tmp_path) == {"items.jsonl"}
+        ended = await run_perigee(*arguments, PERIGEE_TOKEN="secret")
+        assert ended.code == 0, ended.stderr

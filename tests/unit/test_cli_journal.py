@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from perigee.cli.journal import Journal, write_lines
-from perigee.errors import DataLossError
+from perigee.errors import DataLossError, FailedPreconditionError
 
 
 def test_lines_come_back(tmp_path: Path) -> None:
@@ -40,6 +40,16 @@ def test_damage_elsewhere_is_told(tmp_path: Path) -> None:
     path.write_text('{"id": "a"}\n{"id": \n{"id": "c"}\n')
     with pytest.raises(DataLossError, match=r"journal\.jsonl:2 is not JSON"):
         Journal(path)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    with Journal(path) as journal:
+        with pytest.raises(FailedPreconditionError, match="in use by another process"):
+            Journal(path)
+        journal.append([{"id": "a"}])
+    with Journal(path) as journal:
+        assert journal.lines == [{"id": "a"}]
 
 
 def test_a_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from perigee.errors import FailedPreconditionError, InternalError, InvalidArgumentError, UnavailableError
 from perigee.reward.adapters import verl
 from perigee.reward.adapters.blocking import BlockingScorer
 from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
@@ -166,6 +166,9 @@ async def test_outcomes_as_json() -> None:
     assert collected["outcomes"][0]["verdict"] == "VERDICT_CORRECT"
     # A failure has no reward in JSON, either.
     assert "reward" not in collected["outcomes"][1]
+
+    with pytest.raises(InternalError, match="1 items have no outcome, 1 for one"):
+        collect(request, [CORRECT])
 
     async def stream() -> Any:
         yield PASSING

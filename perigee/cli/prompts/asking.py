@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.curation.pass_rates import SampleCounts
@@ -141,11 +142,12 @@ async def _ask_chunk(
 
 async def _generate(worker: RolloutClient, asked: Mapping[str, Inquiry], options: AskOptions) -> dict[str, str]:
     texts: dict[str, str] = {}
+    outage = _Outage(options.outage_s, texts)
     sampling = rollout_pb2.Sampling(temperature=options.temperature, seed=options.seed)
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(PASSING),
         wait=wait_random_exponential(multiplier=0.2, max=10),
-        stop=stop_after_delay(options.outage_s),
+        stop=outage.is_over,
         reraise=True,
     ):
         with attempt:
@@ -161,3 +163,20 @@ async def _generate(worker: RolloutClient, asked: Mapping[str, Inquiry], options
             if left_out := len(asked) - len(texts):
                 raise UnavailableError(f"the worker at {worker.target} left {left_out} prompts out")
     return texts
+
+
+class _Outage:
+    """How long a worker has given nothing: calls are long, so the time since the first of them tells nothing."""
+
+    def __init__(self, limit_s: float, texts: Mapping[str, str]) -> None:
+        self._limit_s = limit_s
+        self._texts = texts
+        self._held = -1
+        self._since = 0.0
+
+    def is_over(self, _: RetryCallState) -> bool:
+        """Whether the last answer came, or the first failure was, longer ago than the limit."""
+        now = time.monotonic()
+        if len(self._texts) > self._held:
+            self._held, self._since = len(self._texts), now
+        return now - self._since > self._limit_s

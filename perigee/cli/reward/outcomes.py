@@ -86,6 +86,8 @@ class OutcomeBook:
     ) -> None:
         self._flush()
         self._journal.__exit__(kind, error, trace)
+        if not self.outcomes:  # nothing to go on with
+            self._journal_path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
         if self._unwritten:
