@@ -3,14 +3,13 @@
     {"response": "... #4", "answer_marker": "#", "verifier": {"math": {"reference": "4"}}}
     {"response": "... #4", "answer_marker": "#", "verifier": "math", "reference": "4"}
 
-The first form names a verifier's message in full, in proto3 JSON (bytes are base64). The second has the message's
-fields beside the verifier's name; a line of a recipe's prompt file with a `response` is one, so `answer` stands for the
-reference, `function` for the function's name, and the tests of a program are plain text.
+The first form holds a verifier's message in full, as it stands over HTTP. The second has the message's fields beside
+the verifier's name; a line of a recipe's prompt file with a `response` is one, so `answer` stands for the reference,
+`function` for the function's name, and the tests of a program are as short as there.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -93,8 +92,8 @@ def spell_out(verifier: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 def _spell_out_test(test: Any) -> Any:
     if not isinstance(test, Mapping):
         return test
-    if test.keys() == _STDIO and all(isinstance(value, str) for value in test.values()):
-        return {"stdio": {key: base64.b64encode(value.encode()).decode() for key, value in test.items()}}
+    if test.keys() == _STDIO:
+        return {"stdio": dict(test)}
     if test.keys() == _FUNCTION:
         arguments, expected = json.dumps(test["arguments"]), json.dumps(test["expected"])
         return {"function": {"arguments_json": arguments, "expected_json": expected}}

@@ -1,6 +1,7 @@
 """Fills protobuf messages from JSON values and names every field that is wrong, not just the first one.
 
-Names are the proto's. Bytes are base64, as in proto3 JSON; 64-bit integers may be strings, enums are their names.
+The form is that of the services over HTTP: keys are the proto's names; enums are lower-case names without their prefix;
+a bytes field `x` is text under `x`, or base64 under `x_base64`; null stands for a field that is not there.
 """
 
 from __future__ import annotations
@@ -8,14 +9,16 @@ from __future__ import annotations
 import base64
 import binascii
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.descriptor import EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from perigee.errors import FieldViolation
 
+BASE64_SUFFIX = "_base64"
 _INTEGERS = {
     FieldDescriptor.CPPTYPE_INT32: (-(1 << 31), (1 << 31) - 1),
     FieldDescriptor.CPPTYPE_INT64: (-(1 << 63), (1 << 63) - 1),
@@ -34,7 +37,7 @@ def fill_message(message: Message, values: object, path: str = "") -> list[Field
     violations = []
     chosen: dict[str, str] = {}
     for key, value in values.items():
-        field = fields.get(str(key))
+        field = _find_field(fields, str(key))
         place = f"{path}.{key}" if path else str(key)
         if field is None:
             violations.append(FieldViolation(place, unknown_key(str(key), fields)))
@@ -42,11 +45,11 @@ def fill_message(message: Message, values: object, path: str = "") -> list[Field
         if value is None:
             continue
         oneof = field.containing_oneof
-        if oneof is not None and len(oneof.fields) > 1:
-            if oneof.name in chosen:
-                violations.append(FieldViolation(place, f"cannot stand beside {chosen[oneof.name]}"))
-                continue
-            chosen[oneof.name] = str(key)
+        group = oneof.name if oneof is not None and len(oneof.fields) > 1 else field.name
+        if group in chosen:
+            violations.append(FieldViolation(place, f"cannot stand beside {chosen[group]}"))
+            continue
+        chosen[group] = str(key)
         violations += _fill_field(message, field, value, place)
     return violations
 
@@ -61,6 +64,14 @@ def describe_value(value: object) -> str:
     """A value for an error message, cut where it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _find_field(fields: Mapping[str, FieldDescriptor], key: str) -> FieldDescriptor | None:
+    field = fields.get(key)
+    if field is None and key.endswith(BASE64_SUFFIX):
+        field = fields.get(key.removesuffix(BASE64_SUFFIX))
+        return field if field is not None and field.type == FieldDescriptor.TYPE_BYTES else None
+    return field
 
 
 def _fill_field(message: Message, field: FieldDescriptor, value: object, place: str) -> list[FieldViolation]:
@@ -87,31 +98,28 @@ def _set_scalar(
     put: Callable[[Any], object], field: FieldDescriptor, value: object, place: str
 ) -> list[FieldViolation]:
     try:
-        put(_read_scalar(field, value))
+        put(_read_scalar(field, value, is_base64=place.endswith(BASE64_SUFFIX)))
     except ValueError as error:
         return [FieldViolation(place, f"{error}, got {describe_value(value)}")]
     return []
 
 
-def _read_scalar(field: FieldDescriptor, value: object) -> object:
+def _read_scalar(field: FieldDescriptor, value: object, *, is_base64: bool) -> object:
     """The value as the field takes it; ValueError says what it must be."""
     kind = field.cpp_type
-    if field.type == FieldDescriptor.TYPE_BYTES:
-        return _read_bytes(value)
     if kind == FieldDescriptor.CPPTYPE_STRING:
         if not isinstance(value, str):
             raise ValueError("must be a string")
-        return value
+        if field.type != FieldDescriptor.TYPE_BYTES:
+            return value
+        return _read_base64(value) if is_base64 else value.encode()
     if kind == FieldDescriptor.CPPTYPE_BOOL:
         if not isinstance(value, bool):
             raise ValueError("must be true or false")
         return value
     if kind == FieldDescriptor.CPPTYPE_ENUM:
         assert field.enum_type is not None
-        names = field.enum_type.values_by_name
-        if value not in names:
-            raise ValueError(f"must be one of {', '.join(names)}")
-        return names[str(value)].number
+        return _read_enum(field.enum_type, value)
     if kind in _FLOATS:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError("must be a number")
@@ -119,21 +127,25 @@ def _read_scalar(field: FieldDescriptor, value: object) -> object:
     return _read_integer(value, *_INTEGERS[kind])
 
 
+def _read_enum(enum: EnumDescriptor, value: object) -> int:
+    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", enum.name).upper() + "_"
+    numbers = {item.name.removeprefix(prefix).lower(): item.number for item in enum.values}
+    name = value.upper().removeprefix(prefix).lower() if isinstance(value, str) else ""
+    if name not in numbers:
+        raise ValueError(f"must be one of {', '.join(numbers)}")
+    return numbers[name]
+
+
 def _read_integer(value: object, low: int, high: int) -> int:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    digits = isinstance(value, str) and value.removeprefix("-").isdecimal()
-    if not (whole or digits or (isinstance(value, float) and value.is_integer())):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
         raise ValueError("must be a whole number")
-    number = int(value)  # type: ignore[call-overload]
-    if not low <= number <= high:
+    if not low <= value <= high:
         raise ValueError(f"must be from {low} to {high}")
-    return int(number)
+    return int(value)
 
 
-def _read_bytes(value: object) -> bytes:
+def _read_base64(text: str) -> bytes:
     try:
-        if isinstance(value, str):
-            return base64.b64decode(value, validate=True)
+        return base64.b64decode(text, validate=True)
     except binascii.Error:
-        pass
-    raise ValueError("must be base64")
+        raise ValueError("must be base64") from None

@@ -1,18 +1,19 @@
-"""The HTTP side of the service: which path calls which method, and how streams of outcomes become JSON."""
+"""The service's methods over HTTP: which path calls which, and all outcomes of a call in one object."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
-from typing import Any, NamedTuple
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, NamedTuple, Protocol
 
-from google.protobuf import json_format
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
 from google.protobuf.message import Message
 
-from perigee.errors import InternalError
+from perigee.errors import DeadlineExceededError, InternalError
 from perigee.reward.v1 import reward_pb2 as pb
 
-NDJSON = "application/x-ndjson"
+COLLECTED_PATH = "/v1/score/collected"
 
 
 class Route(NamedTuple):
@@ -24,7 +25,7 @@ class Route(NamedTuple):
     request: type[Message]
     response: type[Message]
     streaming: bool
-    """Whether the method answers with a stream: newline-delimited JSON, or one collected object."""
+    """Whether the method answers with a stream: a line of JSON per message, as it comes."""
 
 
 ROUTES = (
@@ -33,31 +34,52 @@ ROUTES = (
 )
 
 
-def wants_ndjson(accept: str) -> bool:
-    """Whether an Accept header asks for outcomes as they come; otherwise they are collected into one object."""
-    return any(part.partition(";")[0].strip() == NDJSON for part in accept.split(","))
+class ScoreServicer(Protocol):
+    """What of the servicer is called in its own process."""
+
+    def Score(self, request: pb.ScoreRequest, context: Any, /) -> AsyncIterator[pb.ScoreResponse]: ...
 
 
-def to_json(message: Message) -> dict[str, Any]:
-    """The message as JSON values under the contract's names; what is unset and optional is left out."""
-    values: dict[str, Any] = json_format.MessageToDict(
-        message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    return values
+class ServicerScores:
+    """The service's own servicer, for callers in its process that ask as a client does."""
+
+    def __init__(self, servicer: ScoreServicer) -> None:
+        self._servicer = servicer
+
+    async def score(self, request: pb.ScoreRequest, *, timeout_s: float) -> AsyncIterator[pb.ScoreResponse]:
+        """Outcomes as they are known. Raises DeadlineExceededError after `timeout_s`."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for response in self._servicer.Score(request, None):
+                    yield response
+        except TimeoutError as error:
+            raise DeadlineExceededError(f"the items were not scored within {timeout_s:g} s") from error
 
 
-async def ndjson_lines(outcomes: AsyncIterable[pb.ScoreResponse]) -> AsyncIterator[bytes]:
-    """A line per outcome, as it comes."""
-    async for outcome in outcomes:
-        yield json.dumps(to_json(outcome), ensure_ascii=False).encode() + b"\n"
-
-
-def collect(request: pb.ScoreRequest, outcomes: Iterable[pb.ScoreResponse]) -> dict[str, Any]:
-    """All outcomes in one object, in the order of the request's items.
-
-    Raises InternalError when one is missing.
-    """
+def collect(request: pb.ScoreRequest, outcomes: Iterable[pb.ScoreResponse]) -> list[pb.ScoreResponse]:
+    """The outcomes in the order of the request's items. Raises InternalError when one is missing."""
     by_id = {outcome.id: outcome for outcome in outcomes}
     if missing := [item.id for item in request.items if item.id not in by_id]:
         raise InternalError(f"{len(missing)} items have no outcome, {missing[0]} for one")
-    return {"outcomes": [to_json(by_id[item.id]) for item in request.items]}
+    return [by_id[item.id] for item in request.items]
+
+
+def make_collecting_router(
+    servicer: ScoreServicer,
+    read_message: Callable[[type[Message], Any], Message],
+    write_message: Callable[[Message], Any],
+) -> APIRouter:
+    """POST /v1/score/collected: the body of /v1/score, answered by {"outcomes": [...]} in the order of its items.
+
+    `read_message` and `write_message` are the gateway's codec; errors are the gateway's to write.
+    """
+    router = APIRouter()
+
+    @router.post(COLLECTED_PATH, summary="Scores a batch; all outcomes come in one object, in the order of the items.")
+    async def score_collected(body: Request) -> JSONResponse:
+        request = read_message(pb.ScoreRequest, await body.json())
+        assert isinstance(request, pb.ScoreRequest)
+        outcomes = [outcome async for outcome in servicer.Score(request, None)]
+        return JSONResponse({"outcomes": [write_message(outcome) for outcome in collect(request, outcomes)]})
+
+    return router

@@ -24,6 +24,9 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import uvicorn
+from fastapi import FastAPI
+from google.protobuf import json_format
+from google.protobuf.message import Message
 from transformers import PreTrainedTokenizerFast
 
 from perigee.errors import DeadlineExceededError, UnavailableError
@@ -32,7 +35,10 @@ from perigee.reward.adapters.ground_truth import GroundTruthOptions
 from perigee.reward.adapters.trl import PerigeeReward
 from perigee.reward.batching import BatchOptions
 from perigee.reward.client import RewardClient
+from perigee.reward.json_messages import fill_message
+from perigee.reward.v1 import reward_pb2
 from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
+from services.reward.http_routes import ServicerScores, make_collecting_router
 from tests.fixtures.coordinator_fakes import FakeReward, fake_server
 from tests.fixtures.reward import math_item, running_reward
 from tests.fixtures.rollout import CHARACTERS, best_digit, make_policy, save_policy
@@ -292,3 +298,42 @@ async def test_openrlhf_posts_queries_prompts_and_labels(openrlhf_url: str) -> N
         wrong = await http.post(url, json={"query": ["x"], "prompts": ["y"], "labels": ["1"]})
         assert (wrong.status_code, "does not begin with its prompt" in wrong.json()["error"]) == (400, True)
         assert (await http.post(url, content=b"{")).status_code == 400
+
+
+async def test_all_outcomes_of_a_call_in_one_object() -> None:
+    """Over the scripted servicer, which answers backwards, with a codec of the test's."""
+
+    def read_message(message: type[Message], values: Any) -> Message:
+        found = message()
+        assert fill_message(found, values) == []
+        return found
+
+    def write_message(message: Message) -> dict[str, Any]:
+        return json_format.MessageToDict(message, preserving_proto_field_name=True)
+
+    app = FastAPI()
+    servicer = FakeReward(broken={"b"})
+    app.include_router(make_collecting_router(servicer, read_message, write_message))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://reward") as http:
+        items = [
+            {"id": name, "response": "#4", "answer_marker": "#", "math": {"reference": "4"}} for name in ("a", "b", "c")
+        ]
+        response = await http.post("/v1/score/collected", json={"items": items})
+    outcomes = response.json()["outcomes"]
+    assert [(outcome["id"], outcome.get("reward")) for outcome in outcomes] == [("a", 1.0), ("b", None), ("c", 1.0)]
+
+
+async def test_the_servicer_is_asked_as_a_client_is() -> None:
+    request = reward_pb2.ScoreRequest(items=[math_item("a", "4", "#4")])
+    scores = ServicerScores(FakeReward())
+    assert [outcome.reward async for outcome in scores.score(request, timeout_s=5)] == [1.0]
+
+    class Silent:
+        async def Score(
+            self, request: reward_pb2.ScoreRequest, context: Any
+        ) -> AsyncIterator[reward_pb2.ScoreResponse]:
+            await asyncio.sleep(60)
+            yield reward_pb2.ScoreResponse()
+
+    with pytest.raises(DeadlineExceededError, match="not scored within"):
+        await anext(ServicerScores(Silent()).score(request, timeout_s=0.05))

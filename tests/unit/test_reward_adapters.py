@@ -17,7 +17,7 @@ from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
 from perigee.reward.adapters.trl import PerigeeReward, read_text
 from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.compat.openrlhf import build_answer, read_request, split_response
-from services.reward.http_routes import ROUTES, collect, ndjson_lines, wants_ndjson
+from services.reward.http_routes import ROUTES, collect
 
 MATH4 = pb.ScoreItem(id="i", prompt="2+2", response="#4", answer_marker="#", math=pb.MathVerifier(reference="4"))
 
@@ -158,34 +158,11 @@ def test_openrlhf_gets_rewards_in_order_and_no_number_for_a_failure() -> None:
     assert build_answer(openrlhf(), []).body["rewards"] == []
 
 
-async def test_outcomes_as_json() -> None:
+def test_outcomes_are_collected_in_the_order_of_the_items() -> None:
     request = openrlhf("2+2=4", "2+2=")
-    collected = collect(request, [PASSING, CORRECT])
-    assert [found["id"] for found in collected["outcomes"]] == ["0", "1"]
-    assert collected["outcomes"][0]["reward"] == 1.0
-    assert collected["outcomes"][0]["verdict"] == "VERDICT_CORRECT"
-    # A failure has no reward in JSON, either.
-    assert "reward" not in collected["outcomes"][1]
-
+    assert collect(request, [PASSING, CORRECT]) == [CORRECT, PASSING]
     with pytest.raises(InternalError, match="1 items have no outcome, 1 for one"):
         collect(request, [CORRECT])
-
-    async def stream() -> Any:
-        yield PASSING
-        yield CORRECT
-
-    lines = [line async for line in ndjson_lines(stream())]
-    assert all(line.endswith(b"\n") for line in lines)
-    assert [json.loads(line)["id"] for line in lines] == ["1", "0"]
-
-
-@pytest.mark.parametrize(
-    ("accept", "wanted"),
-    [("", False), ("*/*", False), ("application/json", False), ("application/x-ndjson", True),
-     ("text/html, application/x-ndjson;q=0.9", True)],
-)  # fmt: skip
-def test_who_asks_for_a_stream(accept: str, wanted: bool) -> None:
-    assert wants_ndjson(accept) is wanted
 
 
 def test_routes_are_those_of_the_contract() -> None:

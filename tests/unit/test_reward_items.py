@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import base64
-import json
 from typing import Any
 
 import pytest
-from google.protobuf import json_format
+from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -71,7 +70,7 @@ def test_a_line_of_a_recipe_needs_only_its_response() -> None:
 
 def test_images_are_urls_or_data() -> None:
     data = base64.b64encode(b"\x89PNG").decode()
-    item = read(verifier="judge", reference="a cat", images=["https://example.org/a.png", {"data": data}])
+    item = read(verifier="judge", reference="a cat", images=["https://example.org/a.png", {"data_base64": data}])
     assert list(item.images) == [pb.Image(url="https://example.org/a.png"), pb.Image(data=b"\x89PNG")]
 
 
@@ -106,14 +105,24 @@ def test_every_wrong_field_is_named() -> None:
         ({"verifier": {"judge": {"votes": 1.5}}}, "verifier.judge.votes", "whole number"),
         ({"verifier": {"judge": {"votes": -1}}}, "verifier.judge.votes", "from 0 to 4294967295"),
         (
-            {"verifier": {"code": {"tests": [{"stdio": {"stdin": "1 2\n"}}]}}},
-            "verifier.code.tests[0].stdio.stdin",
-            "base64",
+            {"verifier": {"code": {"tests": [{"stdio": {"stdin_base64": "1 2\n"}}]}}},
+            "verifier.code.tests[0].stdio.stdin_base64",
+            "must be base64",
+        ),
+        (
+            {"verifier": {"code": {"tests": [{"stdio": {"stdin": "", "stdin_base64": ""}}]}}},
+            "verifier.code.tests[0].stdio.stdin_base64",
+            "cannot stand beside stdin",
+        ),
+        (
+            {"verifier": {"math": {"reference_base64": ""}}},
+            "verifier.math.reference_base64",
+            "unknown field; did you mean reference?",
         ),
         (
             {"verifier": {"code": {"checker": {"comparison": "SAME"}}}},
             "verifier.code.checker.comparison",
-            "COMPARISON_EXACT",
+            "must be one of unspecified, exact, tokens",
         ),
         ({"verifier": "exact", "images": "a.png"}, "images", "must be a list"),
     ],
@@ -127,34 +136,60 @@ def test_a_missing_response_is_named() -> None:
         read_item({"verifier": "exact", "reference": "x"}, "1")
 
 
+def test_a_verifier_in_full_is_as_over_http() -> None:
+    tests = [
+        {"stdio": {"stdin": "1 2\n", "expected_stdout_base64": "/w=="}, "points": 2},
+        {"function": {"arguments_json": "[1]", "expected_json": "1"}, "name": None},
+    ]
+    for comparison in ("unordered_lines", "UNORDERED_LINES", "COMPARISON_UNORDERED_LINES"):
+        item = read(verifier={"code": {"language": "python", "tests": tests, "checker": {"comparison": comparison}}})
+        assert item.code == pb.CodeVerifier(
+            language="python",
+            tests=[
+                sandbox_pb2.TestCase(stdio=sandbox_pb2.StdioTest(stdin=b"1 2\n", expected_stdout=b"\xff"), points=2.0),
+                sandbox_pb2.TestCase(function=sandbox_pb2.FunctionTest(arguments_json="[1]", expected_json="1")),
+            ],
+            checker=sandbox_pb2.Checker(comparison=sandbox_pb2.COMPARISON_UNORDERED_LINES),
+        )
+
+
 texts = st.text(max_size=8)
-tests = st.one_of(
-    st.builds(
-        lambda stdin, out, args: sandbox_pb2.TestCase(
-            stdio=sandbox_pb2.StdioTest(stdin=stdin, expected_stdout=out, args=args)
-        ),
-        st.binary(max_size=8),
-        st.binary(max_size=8),
-        st.lists(texts, max_size=2),
+codes = st.builds(
+    lambda stdin, args, points, wall, memory: pb.CodeVerifier(
+        tests=[sandbox_pb2.TestCase(stdio=sandbox_pb2.StdioTest(stdin=stdin, args=args), points=points)],
+        limits=sandbox_pb2.Limits(wall_ms=wall, memory_bytes=memory),
+        checker=sandbox_pb2.Checker(comparison=sandbox_pb2.COMPARISON_TOKENS),
     ),
-    st.builds(lambda points: sandbox_pb2.TestCase(points=points), st.floats(allow_nan=False, allow_infinity=False)),
-)
-verifiers = st.one_of(
-    st.builds(lambda tests, wall: {"code": pb.CodeVerifier(tests=tests, limits=sandbox_pb2.Limits(wall_ms=wall))},
-              st.lists(tests, max_size=3), st.integers(0, (1 << 32) - 1)),
-    st.builds(lambda memory: {"code": pb.CodeVerifier(limits=sandbox_pb2.Limits(memory_bytes=memory))},
-              st.integers(0, (1 << 64) - 1)),
-    st.builds(lambda values: {"short_answer": pb.ShortAnswerVerifier(references=values)}, st.lists(texts, max_size=3)),
-    st.builds(lambda threshold: {"value_head": pb.ValueHeadVerifier(threshold=threshold)}, st.floats(0, 1)),
+    st.binary(max_size=8), st.lists(texts, max_size=2), st.floats(allow_nan=False, allow_infinity=False),
+    st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1),
 )  # fmt: skip
 
 
 @settings(deadline=None, max_examples=60)
-@given(verifiers)
-def test_proto_json_reads_back(verifier: dict[str, Any]) -> None:
-    [(name, parameters)] = verifier.items()
-    item = pb.ScoreItem(id="a", response="r", **{name: parameters})
-    values = json.loads(json_format.MessageToJson(item, preserving_proto_field_name=True))
-    found = pb.ScoreItem()
-    assert fill_message(found, values) == []
-    assert found == item
+@given(codes, st.lists(texts, max_size=3), st.floats(0, 1))
+def test_values_read_back(code: pb.CodeVerifier, references: list[str], threshold: float) -> None:
+    for verifier in (
+        {"code": code},
+        {"short_answer": pb.ShortAnswerVerifier(references=references)},
+        {"value_head": pb.ValueHeadVerifier(threshold=threshold)},
+    ):
+        item = pb.ScoreItem(id="a", response="r", **verifier)  # type: ignore[arg-type]
+        found = pb.ScoreItem()
+        assert fill_message(found, as_over_http(item)) == []
+        assert found == item
+
+
+def as_over_http(message: Message) -> dict[str, Any]:
+    """The message as JSON values, with all bytes in base64."""
+    values: dict[str, Any] = {}
+    for field, value in message.ListFields():
+        elements = list(value) if field.is_repeated else [value]
+        name = field.name
+        if field.message_type is not None:
+            elements = [as_over_http(element) for element in elements]
+        elif field.enum_type is not None:
+            elements = [field.enum_type.values_by_number[element].name for element in elements]
+        elif field.type == field.TYPE_BYTES:
+            name, elements = f"{name}_base64", [base64.b64encode(element).decode() for element in elements]
+        values[name] = elements if field.is_repeated else elements[0]
+    return values

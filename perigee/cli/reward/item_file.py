@@ -96,7 +96,7 @@ def _read_image_files(images: object, folder: Path) -> tuple[object, list[FieldV
             read.append(image)
             continue
         try:
-            read.append({"data": base64.b64encode((folder / image).read_bytes()).decode()})
+            read.append({"data_base64": base64.b64encode((folder / image).read_bytes()).decode()})
         except OSError as error:
             violations.append(FieldViolation(f"images[{index}]", f"{image} cannot be read: {error.strerror}"))
     return read, violations
