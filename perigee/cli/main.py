@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from perigee.cli.reward.app import reward_app
 from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(reward_app, name="reward", help="Train value heads of the reward service.")
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe.")]

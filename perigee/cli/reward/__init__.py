@@ -1,0 +1,1 @@
+"""`perigee reward`: commands of the reward service that need no running stack."""
