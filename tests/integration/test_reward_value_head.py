@@ -13,11 +13,14 @@ import pytest
 import pytest_asyncio
 import torch
 from safetensors.torch import load_file
+from transformers import BertConfig, BertModel
 
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from services.reward.config import ValueHeadConfig
+from services.reward.value_head.batching import pad
 from services.reward.value_head.evaluation import sigmoid
 from services.reward.value_head.folder import read_description
+from services.reward.value_head.network import ValueHead
 from services.reward.value_head.preparing import Prepared, prepare
 from services.reward.value_head.template import Encoder, load_tokenizer
 from services.reward.value_head.training import Summary, Training, train
@@ -31,6 +34,7 @@ from tests.fixtures.value_head import (
     make_sums,
     preference_lines,
     training_config,
+    write_backbone,
     write_lines,
 )
 
@@ -82,6 +86,18 @@ async def test_scores_of_a_batch_are_those_of_single_responses(value_head_folder
     assert len({len(sequence) for sequence in sequences}) > 10
     alone = [scorer.score([sequence])[0] for sequence in sequences]
     assert scorer.score(sequences) == pytest.approx(alone, abs=1e-5)
+
+
+def test_padding_is_not_seen_by_a_model_that_looks_both_ways() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    network = ValueHead(BertModel(BertConfig(vocab_size=50, **sizes))).eval()
+    sequences = [np.arange(1, 1 + length, dtype=np.int32) for length in (3, 9, 5)]
+    with torch.no_grad():
+        batched = network(*pad(sequences, 0, torch.device("cpu")))
+        alone = torch.cat([network(*pad([sequence], 0, torch.device("cpu"))) for sequence in sequences])
+    torch.testing.assert_close(batched, alone, atol=1e-5, rtol=1e-5)
+    assert len(set(alone.tolist())) == 3
 
 
 async def test_served_probabilities_are_the_models(value_head_folder: Path, held_out: list[Sum]) -> None:
@@ -212,13 +228,12 @@ def mean_loss_gradients(
     return float(loss.detach()), dict(zip(names, gradients, strict=True))
 
 
-def test_a_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path: Path, value_head_backbone: Path) -> None:
+def test_a_training_that_was_interrupted_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    backbone = write_backbone(tmp_path / "backbone", dropout=0.1)  # so that random numbers matter
     for name in ("whole", "parts"):
         (tmp_path / name).mkdir()
-    whole = small_training(tmp_path / "whole", value_head_backbone)
-    config = training_config(
-        tmp_path / "parts", value_head_backbone, batch_size=8, epochs=3, eval_share=0.2, patience=99
-    )
+    whole = small_training(tmp_path / "whole", backbone)
+    config = training_config(tmp_path / "parts", backbone, batch_size=8, epochs=3, eval_share=0.2, patience=99)
     (tmp_path / "parts" / "data.jsonl").write_text((tmp_path / "whole" / "data.jsonl").read_text())
     calls = 0
 

@@ -33,18 +33,20 @@ class Case:
 
 @dataclass(frozen=True)
 class Quoted:
-    """A case whose texts are safe to quote, and the fence to quote them with."""
+    """A case whose texts are safe to quote, the fence to quote them with, and the addresses of its images."""
 
     case: Case
     fence: Fence
+    image_urls: tuple[str, ...]
 
     @classmethod
     def of(cls, case: Case) -> Quoted:
-        """The case with all its texts neutralized."""
+        """The case with all its texts neutralized; takes a while for long texts."""
         question, reference, rubric, response = texts = [
             neutralize(text) for text in (case.question, case.reference, case.rubric, case.response)
         ]
-        return cls(Case(question, reference, rubric, response, case.images), Fence.around(texts))
+        image_urls = tuple(image_url(image) for image in case.images)
+        return cls(Case(question, reference, rubric, response), Fence.around(texts), image_urls)
 
 
 def build_messages(quoted: Quoted, by_schema: bool, max_response_characters: int) -> list[Message]:
@@ -63,9 +65,9 @@ def build_messages(quoted: Quoted, by_schema: bool, max_response_characters: int
     system, user = (
         template.substitute(pieces) for template in _load("judge_rubric" if case.rubric else "judge_answer")
     )
-    if not case.images:
+    if not quoted.image_urls:
         return [{"role": "system", "content": system}, {"role": "user", "content": user}]
-    images = [{"type": "image_url", "image_url": {"url": image_url(image)}} for image in case.images]
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in quoted.image_urls]
     return [
         {"role": "system", "content": system},
         {"role": "user", "content": [{"type": "text", "text": user}, *images]},

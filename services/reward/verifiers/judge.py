@@ -83,7 +83,8 @@ class JudgeVerifier(Verifier[JudgeParameters]):
         if endpoint is None:
             reason = self.unavailable or f"judge {parameters.judge!r} is not configured"
             return Outcome.failed(reason, retryable=False)
-        quoted = Quoted.of(Case(item.prompt, parameters.reference, parameters.rubric, answer, item.images))
+        case = Case(item.prompt, parameters.reference, parameters.rubric, answer, item.images)
+        quoted = await asyncio.to_thread(Quoted.of, case)
         votes = endpoint.config.votes if parameters.votes is None else parameters.votes
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(cast_vote(endpoint, quoted)) for _ in range(votes)]
