@@ -23,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(sandbox_app)
-app.add_typer(reward_app, name="reward", help="Score responses with the reward service.")
+app.add_typer(reward_app, name="reward", help="Score responses with the reward service, and train its value heads.")
 app.add_typer(prompts_app, name="prompts", help="Curate prompt sets.")
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]

@@ -13,3 +13,5 @@ JUDGEMENT_SECONDS = Histogram(
     buckets=(0.0005, 0.002, 0.01, 0.05, 0.2, 1, 5, 20, 60),
 )
 QUEUED_ITEMS = Gauge("perigee_reward_queued_items", "Items under way")
+JUDGE_CALLS = Counter("perigee_reward_judge_calls_total", "Requests to judges by their end", ["judge", "end"])
+JUDGE_TOKENS = Counter("perigee_reward_judge_tokens_total", "Tokens that judges read and wrote", ["judge", "kind"])

@@ -1,1 +1,1 @@
-"""`perigee reward`: responses scored from files."""
+"""`perigee reward`: responses scored from files, and value heads trained."""
