@@ -12,6 +12,8 @@ from services.kit.config import load_config
 from services.kit.server import App, run
 from services.reward.cache import OutcomeCache
 from services.reward.config import RewardConfig
+from services.reward.images import ImageLimits
+from services.reward.requests import ItemLimits
 from services.reward.scoring import Scorer
 from services.reward.service import FULL_NAME, RewardService
 from services.reward.verifiers.base import Parameters, Verifier
@@ -32,9 +34,15 @@ async def lifespan(app: App[RewardConfig]) -> AsyncIterator[None]:
             stack.push_async_callback(verifier.close)
             await verifier.start()
         scorer = Scorer(verifiers, OutcomeCache(config.cache_entries), config.max_queued_items)
-        app.add(FULL_NAME, add_RewardServiceServicer_to_server, RewardService(scorer, config.max_response_bytes))
+        app.add(FULL_NAME, add_RewardServiceServicer_to_server, RewardService(scorer, item_limits(config)))
         app.set_ready(FULL_NAME, True)
         yield
+
+
+def item_limits(config: RewardConfig) -> ItemLimits:
+    """What the configuration says of the size of items."""
+    images = ImageLimits(config.max_images, config.max_image_bytes, config.max_image_pixels)
+    return ItemLimits(config.max_response_bytes, config.max_prompt_bytes, images)
 
 
 def main() -> None:

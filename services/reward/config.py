@@ -48,3 +48,11 @@ class RewardConfig(ServiceConfig):
     """Items under way in all calls together; a call that would exceed it is refused with RESOURCE_EXHAUSTED."""
     max_response_bytes: int = Field(1 << 20, ge=1)
     """Largest response of an item, in UTF-8."""
+    max_prompt_bytes: int = Field(1 << 20, ge=1)
+    """Largest prompt of an item, in UTF-8."""
+    max_images: int = Field(16, ge=0)
+    """Most images of an item."""
+    max_image_bytes: int = Field(8 << 20, ge=1)
+    """Largest image, in bytes."""
+    max_image_pixels: int = Field(40_000_000, ge=1)
+    """Largest image, in pixels."""

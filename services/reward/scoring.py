@@ -26,6 +26,7 @@ class Scored:
     item_id: str
     outcome: Outcome
     verifier: str
+    version: str
     latency_ms: float
 
 
@@ -98,4 +99,4 @@ class Scorer:
         JUDGEMENT_SECONDS.labels(verifier.name).observe(seconds)
         if shared:
             CACHE_HITS.labels(verifier.name).inc()
-        done.put_nowait(Scored(item.id, outcome, verifier.name, seconds * 1000))
+        done.put_nowait(Scored(item.id, outcome, verifier.name, verifier.version, seconds * 1000))

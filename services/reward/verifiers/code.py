@@ -48,7 +48,11 @@ class CodeParameters(Parameters):
     function_name: str
     tests: tuple[bytes, ...]
     partial_credit: bool
-    limits: bytes
+    limits: bytes = b""
+    checker: bytes = b""
+    interactor: bytes = b""
+    setup_code: str = ""
+    files: tuple[bytes, ...] = ()
 
 
 class CodeVerifier(Verifier[CodeParameters]):
@@ -122,6 +126,10 @@ def build_request(parameters: CodeParameters, source: str) -> sandbox_pb.JudgeRe
         tests=[sandbox_pb.TestCase.FromString(test) for test in parameters.tests],
         limits=sandbox_pb.Limits.FromString(parameters.limits) if parameters.limits else None,
         stop_at_first_failure=not parameters.partial_credit,
+        files=[sandbox_pb.File.FromString(file) for file in parameters.files],
+        checker=sandbox_pb.Checker.FromString(parameters.checker) if parameters.checker else None,
+        interactor=sandbox_pb.Program.FromString(parameters.interactor) if parameters.interactor else None,
+        setup_code=parameters.setup_code,
     )
 
 

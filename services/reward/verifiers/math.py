@@ -20,9 +20,10 @@ GRACE_S = 5.0
 
 @dataclass(frozen=True)
 class MathParameters(Parameters):
-    """The answer to compare with: a number, an expression or LaTeX."""
+    """The answer to compare with, a number, an expression or LaTeX, and others that are as good."""
 
     reference: str
+    alternatives: tuple[str, ...] = ()
 
 
 class MathVerifier(Verifier[MathParameters]):
