@@ -9,8 +9,14 @@ from google.protobuf.message import Message
 
 from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.verifiers.base import Parameters
+from services.reward.verifiers.choice import ChoiceParameters
 from services.reward.verifiers.code import CodeParameters
+from services.reward.verifiers.composite import CompositeParameters, CompositePart
+from services.reward.verifiers.exact import ExactParameters
+from services.reward.verifiers.json import JsonParameters
 from services.reward.verifiers.math import MathParameters
+from services.reward.verifiers.regex import RegexParameters
+from services.reward.verifiers.short_answer import ShortAnswerParameters
 
 
 def read_code(message: pb.CodeVerifier) -> CodeParameters:
@@ -33,9 +39,24 @@ def serialize(message: Message) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
+def read_composite(message: pb.CompositeVerifier) -> CompositeParameters:
+    """Parts whose verifier is not offered have no parameters."""
+    return CompositeParameters(
+        tuple(
+            CompositePart(part.name, read_parameters(part.verifier), part.weight, part.gate) for part in message.parts
+        )
+    )
+
+
 READERS: dict[str, Callable[[Any], Parameters]] = {
     "math": lambda m: MathParameters(m.reference, tuple(m.alternatives)),
     "code": read_code,
+    "choice": lambda m: ChoiceParameters(m.reference, tuple(m.options)),
+    "short_answer": lambda m: ShortAnswerParameters(tuple(m.references)),
+    "exact": lambda m: ExactParameters(m.reference),
+    "regex": lambda m: RegexParameters(m.pattern, m.ignore_case, m.search_response),
+    "json": lambda m: JsonParameters(m.schema_json, m.expected_json if m.HasField("expected_json") else None),
+    "composite": read_composite,
 }
 
 

@@ -42,7 +42,7 @@ def read_items(request: pb.ScoreRequest, scorer: Scorer, limits: ItemLimits) -> 
         parameters = read_parameters(message)
         if parameters is not None:
             item = Item(message.id, message.response, message.answer_marker, parameters, message.prompt, images)
-            found += scorer.verifier_of(item).find_violations(parameters)
+            found += scorer.verifier_of(parameters).find_violations(parameters)
             items.append(item)
         violations += [FieldViolation(f"items[{index}].{v.field}", v.description) for v in found]
         if len(violations) >= MAX_VIOLATIONS:
