@@ -52,7 +52,7 @@ PARSER_ERRORS = (
     RecursionError,  # brackets deeper than anybody writes them
 )
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}(?![A-Za-z])")
-BARE_WORD = re.compile(r"[A-Za-z' ]+")
+ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]+\}")
 
 
 class UnreadableError(ValueError):
@@ -108,7 +108,7 @@ def parse(text: str, *, is_reference: bool) -> Any:
 
     Raises UnreadableError.
     """
-    if WORD.search(text) or not text.strip():
+    if WORD.search(ENVIRONMENT.sub("", text)) or not text.strip():
         raise UnreadableError(text, is_reference=is_reference)
     latex = to_latex(text)
     try:
@@ -134,7 +134,7 @@ def to_latex(text: str) -> str:
     """The notation of `normalise` as LaTeX."""
     text = re.sub(r"(?<=[0-9)}])\s*°", r" \\cdot \\frac{\\pi}{180} ", text)
     text = re.sub(r"(?<=[0-9])\\frac", r" \\cdot \\frac", text)
-    text = re.sub(r"(?<=[0-9])\s*\(", r" \\cdot (", text)
+    text = re.sub(r"(?<![_^][0-9])(?<=[0-9])\s*\(", r" \\cdot (", text)
     text = re.sub(r"\\(?:ln|log)\s*\{", lambda match: match[0].rstrip("{") + " {", text)
     return "".join(LATEX.get(character, character) for character in text)
 
@@ -167,17 +167,10 @@ def compare_by_value(wanted: Any, given: Any) -> bool | None:
         return True
     wanted, given = wanted.doit(), given.doit()
     symbols = sorted(wanted.free_symbols | given.free_symbols, key=str)
-    if wanted.free_symbols != given.free_symbols and not same_symbols(wanted, given):
-        return False
     pairs = list(values_at_points(symbols, wanted, given))
     if len(pairs) < (LEAST_POINTS if symbols else 1):
         return None
     return all(abs(left - right) <= TOLERANCE * (1 + abs(left)) for left, right in pairs)
-
-
-def same_symbols(wanted: Any, given: Any) -> bool:
-    """Whether the variables are the same once both are simplified, as those of x - x + y are."""
-    return bool(sympy.simplify(wanted).free_symbols == sympy.simplify(given).free_symbols)
 
 
 def values_at_points(symbols: list[Any], wanted: Any, given: Any) -> Any:

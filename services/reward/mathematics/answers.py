@@ -15,17 +15,19 @@ SEARCHED_CHARACTERS = 3000
 # A box holds an answer and not a page.
 MAX_BOX_CHARACTERS = 20_000
 MAX_BOXES = 50
+# How the solutions of that data set, and of models that learned from it, end.
+GSM8K_MARKER = "####"
 BOXES = ("\\boxed", "\\fbox")
 # What may stand between two boxes that are one answer.
 JOINT = re.compile(r"[\s,;$&]*(?:\\text\s*\{\s*)?(?:and|or)?(?:\s*\})?[\s,;$&]*(?:\\q?quad)?\s*")
 ANNOUNCEMENT = re.compile(
     r"\b(?:answers?|ans|solutions?|result)\b\**(?P<between>[^\n.:=$]{0,80}?)"
-    r"(?:\b(?:is|are|be|was|were)\b\**\s*:?|:|=(?!=)|\n)\**",
+    r"(?:\b(?:is|are|be|was|were)\b\**\s*:?|:|=(?!=)|\s[-–—]\s|\n)\**",
     re.IGNORECASE,
 )
 # "the answer is a number between" and the like announce nothing, "the answer to part (a) is" does.
 REPORTS = re.compile(r"\b(?:find|compute|give|write|check|verify|need|want|round|express)\b", re.IGNORECASE)
-SENTENCE_END = re.compile(r"(?<=[^\s.])[.!?](?=\s+[A-Z\\$*(#]|\s*$)")
+SENTENCE_END = re.compile(r"(?<=[^\s.?])(?:\.+|(?<!!)[!?]+(?!\.))(?=\s+[A-Z\\$*(#]|\s*$)")
 
 
 def find_final_answer(response: str, *, marked: bool = False, words: bool = False) -> str | None:
@@ -47,11 +49,11 @@ def find_final_answer(response: str, *, marked: bool = False, words: bool = Fals
     lines = [line for line in text.splitlines() if line.strip(" \t*#`_-=")]
     if not lines:
         return None
-    announcement = find_announcement(lines[0] if marked else text)
-    if announcement is not None:
+    if marked or lines[-1].startswith(GSM8K_MARKER):
+        line = lines[0] if marked else lines[-1]
+        sentence, first = find_announcement(line) or line, True
+    elif (announcement := find_announcement(text)) is not None:
         sentence, first = announcement, True
-    elif marked:
-        sentence, first = lines[0], True
     else:
         sentence, first = last_sentence(lines[-1]), False
     return (trim_sentence(sentence, first=True) if words else isolate(sentence, first=first)) or None
@@ -147,6 +149,8 @@ def first_sentence(line: str) -> str:
 
 def last_sentence(line: str) -> str:
     """The last sentence of a line, without its end."""
+    if not re.search(r"[a-z]{3}", line):
+        return line.strip()  # no prose: a final exclamation mark is a factorial
     ends = [match.end() for match in SENTENCE_END.finditer(line.rstrip())]
     inner = [end for end in ends if line[end:].strip()]
     return first_sentence(line[inner[-1] :].strip() if inner else line.strip())

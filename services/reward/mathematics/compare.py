@@ -29,8 +29,8 @@ from services.reward.mathematics.shapes import (
     Relation,
     Scalar,
     Shape,
+    drop_approximation,
     interval_of,
-    read_brackets,
     read_shape,
 )
 from services.reward.mathematics.words import is_wordy, words_agree
@@ -68,6 +68,8 @@ def texts_agree(expected: str, found: str, algebra: Algebra) -> bool:
     """The same of texts that are normalised."""
     if squeeze(expected) == squeeze(found):
         return True
+    if "≈" in expected or "≈" in found:
+        expected, found = drop_approximation(expected), drop_approximation(found)
     if is_single(expected) and is_single(found):
         return scalars_agree(expected, found, algebra)
     wanted = Scalar(expected) if is_single(expected) else read_shape(expected)
@@ -104,6 +106,9 @@ def scalar_agrees(wanted: Scalar, given: Shape, algebra: Algebra) -> bool:
             return texts_agree(wanted.text, value, algebra)
         case Relation(_, "=", right):
             return texts_agree(wanted.text, right, algebra)
+        case Group("list", items) if len(read_names(items) or ()) > 1:
+            # "w = 6, l = 12, A = 72": the last is what the others lead to.
+            return scalar_agrees(wanted, read_shape(items[-1]), algebra)
         case Group(kind, items) if items and kind != "tuple":
             return all(texts_agree(wanted.text, item, algebra) for item in items)
     return False
@@ -156,10 +161,7 @@ def as_relation(assignment: Assignment) -> Relation:
 def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
     """Several values."""
     if isinstance(given, Assignment):
-        names = read_brackets(given.name)
         given = read_shape(given.value)
-        if wanted.kind == "list" and names is None and not isinstance(given, Group):
-            given = Group("list", (squeeze_assignment(given),))
     if isinstance(given, Matrix):
         cells = flatten_vector(given)
         return wanted.kind == "tuple" and cells is not None and in_order(wanted.items, cells, algebra)
@@ -173,14 +175,12 @@ def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
         return in_order(wanted.items, by_name(given.items), algebra)
     if wanted.kind == "set" and given.kind == "tuple":
         return False
+    names = read_names(wanted.items)
+    if names is not None:
+        return named_agree(names, given, algebra)
     expected = expand_items(with_names(wanted.items))
     found = expand_items(with_names(given.items))
     return in_any_order(expected, found, algebra)
-
-
-def squeeze_assignment(shape: Shape) -> str:
-    """The text of a value that an assignment held."""
-    return shape.text if isinstance(shape, Scalar) else ""
 
 
 def with_names(items: Sequence[str]) -> tuple[str, ...]:
@@ -191,14 +191,30 @@ def with_names(items: Sequence[str]) -> tuple[str, ...]:
     return tuple(item if "=" in item else f"{first.name} = {item}" for item in items)
 
 
-def by_name(items: Sequence[str]) -> tuple[str, ...]:
-    """The values of "y = 2, x = 1" in the order of their names; items without names in their own."""
+def read_names(items: Sequence[str]) -> dict[str, str] | None:
+    """The values of "y = 2, x = 1" by their names, in the order of the names; None of items that have no names.
+
+    Numbered names, x_1 and x_2, are those of a list.
+    """
     shapes = [read_shape(item) for item in items]
-    assignments = [shape for shape in shapes if isinstance(shape, Assignment)]
-    names = [assignment.name for assignment in assignments]
-    if len(assignments) != len(items) or len(set(names)) != len(names):
-        return tuple(items)
-    return tuple(assignment.value for assignment in sorted(assignments, key=lambda each: each.name))
+    found = {shape.name: shape.value for shape in shapes if isinstance(shape, Assignment)}
+    if len(found) != len(items) or len({name.partition("_")[0] for name in found}) < len(items):
+        return None
+    return dict(sorted(found.items()))
+
+
+def by_name(items: Sequence[str]) -> tuple[str, ...]:
+    """The values in the order of their names; items without names in their own."""
+    names = read_names(items)
+    return tuple(items if names is None else names.values())
+
+
+def named_agree(names: dict[str, str], given: Group, algebra: Algebra) -> bool:
+    """Values under different names: each under its own, or all of them in the order of the names."""
+    others = read_names(given.items)
+    if given.kind == "set" or (others is not None and others.keys() != names.keys()):
+        return False
+    return in_order(tuple(names.values()), by_name(given.items), algebra)
 
 
 def expand_items(items: Sequence[str]) -> list[str]:
@@ -293,6 +309,9 @@ def matrix_agrees(wanted: Matrix, given: Shape, algebra: Algebra) -> bool:
             return False
         return all(in_order(left, right, algebra) for left, right in zip(wanted.rows, given.rows, strict=True))
     cells = flatten_vector(wanted)
+    if isinstance(given, Scalar) and "\\begin{" in given.text:
+        rows = " \\\\ ".join(" & ".join(row) for row in wanted.rows)
+        return algebra.equal(f"\\begin{{pmatrix}}{rows}\\end{{pmatrix}}", given.text)
     is_tuple = isinstance(given, Group) and given.kind in ("tuple", "list")
     return is_tuple and isinstance(given, Group) and cells is not None and in_order(cells, given.items, algebra)
 

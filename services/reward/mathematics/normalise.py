@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 
-from services.reward.mathematics.segments import SPAN, flatten_math
+from services.reward.mathematics.number_words import read_number_words
+from services.reward.mathematics.segments import ELLIPSIS, SPAN, flatten_math
+from services.reward.mathematics.units import is_unit_phrase
 
 COMMANDS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "\\frac"),
@@ -84,36 +86,60 @@ SUPERSCRIPT_RUN = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ]+")
 COMMAND = re.compile(r"\\([A-Za-z]+)")
 FONT = re.compile(
     r"\\(?:text|mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|mbox|hbox|operatorname\*?|boldsymbol|bm|vec"
-    r"|overrightarrow|mathcal|emph|underline|boxed|fbox|hspace\*?|vspace\*?)\s*\{([^{}]*)\}"
+    r"|overrightarrow|mathcal|emph|underline|boxed|fbox|hspace\*?|vspace\*?)\s*\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 ROOT_SIGNS = {"√": "\\sqrt", "∛": "\\sqrt[3]", "∜": "\\sqrt[4]"}
-NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|pi|theta|max|min|gcd|lcm|det"
+NAMES = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|sec|csc|ln|log|pi|theta"
 NAME = re.compile(rf"(?<![\\A-Za-z])({NAMES})(?![A-Za-z])")
 SCIENTIFIC = re.compile(r"(?<![0-9A-Za-z.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{1,3})(?![0-9A-Za-z.])")
 ROWS = re.compile(r"\\begin\{(cases|align\*?|aligned|gather\*?|equation\*?)\}(.*?)\\end\{\1\}", re.DOTALL)
+# What follows the last one is what all of it comes to.
+ARROW = re.compile(r"=>|⇒|⟹|∴|\\(?:Rightarrow|implies|Longrightarrow|therefore|iff|Leftrightarrow)(?![A-Za-z])")
+CHANCE = re.compile(r"([0-9]+|[a-z-]+) (?:in|out of)(?: every)? ([0-9]+|[a-z-]+)", re.IGNORECASE)
+ABOUT = re.compile(
+    r"(?<=\S)[\s,;]*(?:\bor\b|\bthat is\b|\bi\.e\.,?)?\s*\b(?:about|approximately|roughly)\s+", re.IGNORECASE
+)
+UNIT_NAME = r"\{\s*([A-Za-z ]+(?:\^\{?[23]\}?)?)\s*\}"
+UNIT_FRACTION = re.compile(rf"\\frac\s*{UNIT_NAME}\s*{UNIT_NAME}")
 OPENING, CLOSING = "([{⦃⟨", ")]}⦄⟩"
 GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])(?!,[0-9])")
 
 
 def normalise(text: str) -> str:
     """The text in the notation of this module."""
-    text = flatten_math(text.strip())
+    text = ARROW.split(flatten_math(text.strip()))[-1].strip()
     text = SPAN.sub(lambda match: f" {match[1]} ", text)
     text = ROWS.sub(join_rows, text)
     text = SUPERSCRIPT_RUN.sub(lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
     text = text.translate(TRANSLATION)
+    text = ELLIPSIS.sub("…", text)
     text = replace_commands(text)
     text = replace_plain(text)
     text = fix_arguments(text)
+    text = UNIT_FRACTION.sub(join_units, text)
     text = ungroup_digits(text)
-    text = " ".join(text.split())
+    text = read_chance(" ".join(text.split()))
     return text.strip(" *;,:").rstrip(" .,;:*")
+
+
+def read_chance(text: str) -> str:
+    """ "1 in 4" and "one out of four" as fractions."""
+    match = CHANCE.fullmatch(text)
+    figures = [word if word.isdigit() else read_number_words(word) for word in match.groups()] if match else []
+    return f"{figures[0]}/{figures[1]}" if figures and all(figures) else text
 
 
 def join_rows(match: re.Match[str]) -> str:
     """The cases of a system, joined by commas; of other environments the last row, which is what they arrive at."""
     rows = [row.replace("&", " ").strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2]) if row.strip(" &")]
     return ", ".join(rows) if match[1] == "cases" else (rows or [""])[-1]
+
+
+def join_units(match: re.Match[str]) -> str:
+    """A fraction of units with a slash; fractions of variables stay."""
+    over, under = match[1].strip(), match[2].strip()
+    is_unit = len(over + under) > 2 or match.string[: match.start()].rstrip() != match.string[: match.start()]
+    return f" {over}/{under}" if is_unit and is_unit_phrase(f"{over}/{under}") else match[0]
 
 
 def replace_commands(text: str) -> str:
@@ -137,6 +163,9 @@ def replace_command(match: re.Match[str]) -> str:
 
 def replace_plain(text: str) -> str:
     """Notation of plain text: ** and <=, sqrt(2), pi, 1e5, +-."""
+    text = ABOUT.sub("≈", text)
+    text = re.sub(r"^<([^<>]*,[^<>]*)>$", r"⟨\1⟩", text.strip())
+    text = re.sub(r"(?<![\\A-Za-z])log_?([0-9]+)\s*\(", r"\\log_{\1}(", text)
     text = text.replace("**", "^").replace("<=", "≤").replace(">=", "≥").replace("!=", "≠").replace("==", "=")
     text = re.sub(r"\+\s*/?\s*-(?=\s*[0-9\\A-Za-z(])", "±", text)
     text = re.sub(r"(?<=[\])])\s*U\s*(?=[\[(])", "∪", text)
@@ -148,6 +177,7 @@ def replace_plain(text: str) -> str:
     text = re.sub(r"(?<![\\A-Za-z])abs\s*\(([^()]*)\)", r"|\1|", text)
     text = re.sub(r"(?<![\\A-Za-z])exp\s*\(([^()]*)\)", r"e^{\1}", text)
     text = SCIENTIFIC.sub(r"\1*10^{\2}", text)
+    text = re.sub(r"(?<=[0-9])\s*[xX]\s*(?=[0-9])", "*", text)
     text = re.sub(r"\s+(?=[\^_])", "", text)
     text = re.sub(r"\b(?:negative|minus)\s+(?=[0-9\\])", "-", text, flags=re.IGNORECASE)
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)

@@ -26,6 +26,14 @@ SCIENTIFIC = re.compile(rf"([+-]*)\s*(?:({DECIMAL})\s*\*\s*)?10\^\{{?([+-]?[0-9]
 UNEVALUATED = re.compile(r"[0-9. ()+*/-]*[0-9).] *[+*/-][0-9. ()+*/-]*")
 
 
+# 0.\overline{3}, 0.\bar 3, 0.(3); 0.333…; "thirteen (13)".
+REPEATING = re.compile(
+    r"([+-]*)\s*([0-9]*\.[0-9]*)(?:\\(?:overline|bar|dot|overbar)\s*\{?\s*([0-9]+)\s*\}?|\(([0-9]+)\)|\{([0-9]+)\})"
+)
+TRAILING = re.compile(r"([+-]*)\s*([0-9]*\.[0-9]{2,})…")
+TWICE = re.compile(r"([^()]+?)\s*\(([^()]+)\)")
+
+
 @dataclass(frozen=True)
 class Number:
     """An exact value; `digits` counts the significant ones and `places` those after the point of a decimal."""
@@ -49,6 +57,13 @@ def read_number(text: str) -> Number | None:
         return read_scientific(match)
     if match := FRACTION.fullmatch(text):
         return read_fraction(match)
+    if match := REPEATING.fullmatch(text):
+        return read_repeating(sign_of(match[1]), match[2], match[3] or match[4] or match[5])
+    if match := TRAILING.fullmatch(text):
+        return read_trailing(sign_of(match[1]), match[2])
+    if match := TWICE.fullmatch(text):
+        first, second = read_number(match[1]), read_number(match[2])
+        return first if first and second and first.value == second.value else None
     words = read_number_words(text)
     return None if words is None else Number(words)
 
@@ -64,6 +79,24 @@ def read_plain(sign: int, text: str) -> Number:
     is_decimal = bool(point and after.strip("0"))
     digits = len(text.replace(".", "").lstrip("0"))
     return Number(sign * Fraction(text.rstrip(".") or "0"), is_decimal, digits, len(after))
+
+
+def read_repeating(sign: int, text: str, block: str) -> Number:
+    """A decimal whose last digits go on for ever."""
+    places = len(text.partition(".")[2])
+    value = Fraction(text.rstrip(".") or "0") + Fraction(int(block), 10**places * (10 ** len(block) - 1))
+    return Number(sign * value)
+
+
+def read_trailing(sign: int, text: str) -> Number | None:
+    """A decimal with dots after it: its last digits go on when they were written twice, single ones three times."""
+    whole, _, digits = text.partition(".")
+    for length in range(1, len(digits) // 2 + 1):
+        block = digits[-length:]
+        times = 3 if length == 1 else 2
+        if digits.endswith(block * times):
+            return read_repeating(sign, f"{whole}.{digits.removesuffix(block)}", block)
+    return None
 
 
 def read_scientific(match: re.Match[str]) -> Number | None:

@@ -21,7 +21,7 @@ DEGREE = re.compile(r"\s*(?:°|degrees?\b)\s*(?P<scale>[CF]\b|celsius|fahrenheit
 ATTACHED = re.compile(r"([+-]?[0-9.]+)([A-Za-z]{2}[A-Za-z/^{}0-9]*)")
 CLOCK = re.compile(r"([0-9]{1,2}):([0-9]{2})\s*([ap])?\.?\s*(?(3)m\b\.?)", re.IGNORECASE)
 HOUR = re.compile(r"([0-9]{1,2})()\s*([ap])\.?\s*m\b\.?", re.IGNORECASE)
-NOUNS = re.compile(r"(?:[A-Za-z'-]+[ ,]*){1,8}")
+NOUNS = re.compile(r"(?:[A-Za-z'-]+(?:\^\{[23]\})?[ ,]*){1,8}")
 COMPOUND = re.compile(r"([0-9.]+(?:\s+[0-9]+/[0-9]+)?)\s*([A-Za-z]+)(?:\s*,?\s*(?:and\s+)?|$)")
 DEGREES = Unit(Fraction(1), (("angle", 1),))
 CELSIUS, FAHRENHEIT = NAMES["°C"], NAMES["°F"]
@@ -81,7 +81,7 @@ def read_trailing_unit(text: str) -> Quantity:
         unit = read_unit(phrase)
         if unit is not None:
             return Quantity(body, unit)
-        if NOUNS.fullmatch(phrase) and len(phrase.split()[0]) > 2 and not is_number_word(phrase.split()[0]):
+        if NOUNS.fullmatch(phrase) and re.match(r"[A-Za-z'-]{3}", phrase) and not is_number_word(phrase.split()[0]):
             return Quantity(body, first_unit(phrase))
     return Quantity(text)
 
@@ -92,19 +92,20 @@ def ends_value(body: str) -> bool:
 
 
 def read_compound(text: str) -> Quantity | None:
-    """Amounts of one dimension that add up, "2 hours and 30 minutes"; None unless there are two or more."""
+    """Amounts of one dimension that add up, "2 hours and 30 minutes", in the first unit; None of fewer than two."""
     if not text[:1].isdigit() or not text[-1:].isalpha():
         return None
-    total, dimension, position, count = Fraction(0), None, 0, 0
+    total, largest, position, count = Fraction(0), None, 0, 0
     while position < len(text):
         match = COMPOUND.match(text, position)
         number = read_number(match[1]) if match else None
         unit = read_unit(match[2]) if match else None
-        if match is None or number is None or unit is None or dimension not in (None, unit.dimension):
+        if match is None or number is None or unit is None or (largest and largest.dimension != unit.dimension):
             return None
-        total += number.value * unit.factor
-        dimension, position, count = unit.dimension, match.end(), count + 1
-    return Quantity(str(total), Unit(Fraction(1), dimension)) if dimension and count > 1 else None
+        largest = largest or unit
+        total += number.value * unit.factor / largest.factor
+        position, count = match.end(), count + 1
+    return Quantity(str(total), largest) if count > 1 else None
 
 
 def read_clock(text: str) -> Clock | None:

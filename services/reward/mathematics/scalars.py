@@ -15,9 +15,12 @@ from services.reward.mathematics.quantities import (
     read_clock,
     read_quantity,
 )
+from services.reward.mathematics.units import NAMES
 
 HUNDRED = Fraction(100)
 RATIO = re.compile(r"[^:]+(?::[^:]+)+")
+# "37.5L" where a number is expected; where an expression is, "2m" is two times m.
+LETTER_UNIT = re.compile(r"([+-]?[0-9.]+)([mgLlshtVWNJ])")
 BASED = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
 
 
@@ -66,6 +69,8 @@ def quantities_agree(expected: Quantity, found: Quantity, algebra: Equality) -> 
         return radians_agree(expected, found, algebra)
     if wanted is not None and given is not None:
         return percents_agree(expected, found, wanted, scale(given, factor))
+    if wanted is not None and (match := LETTER_UNIT.fullmatch(found.body)):
+        return quantities_agree(expected, Quantity(match[1], NAMES.get(match[2])), algebra)
     if wanted is not None and is_unevaluated(found.body):
         return False
     if not found.body or not expected.body:

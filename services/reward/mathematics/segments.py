@@ -19,14 +19,34 @@ DISPLAY = re.compile(
 # precedes no digit. So "3 * $1.25 = $3.75" holds prices and no formula.
 SPAN = re.compile(r"(?<!\\)\$(?=[^\s$])((?:\\.|[^$\\])*)(?<=\S)(?<!\\)\$(?![0-9])")
 CONNECTOR = re.compile(r"[\s,;]*(?:\b(?:and|or)\b)?\s*", re.IGNORECASE)
-# Where the explanation of an announced answer begins.
-EXPLANATION = re.compile(
-    r",?\s+(?:because|since|as|where|which|when|if|rather than|instead of|after|so|given|due to|that is|i\.e)\b"
-    r"|,\s*(?:not|and not|but)\b|\s+\((?=[^()]*(?:[a-z]{3}|[=+*/-] ?[0-9]))"
+# Where the explanation of an answer begins, and what explains an announced one, too.
+ASIDE = (
+    r",?\s+(?:because|since|that is|i\.e\.?|which is (?:about|approximately|roughly|around|the same))\b"
+    r"|(?<![-+*/=×·(])\s+\((?=[^()\\]*[a-z]{3}|[^()\\]*(?:=|[0-9] [-+*/×] [0-9])[^()]*\)\W*$)"
+    r"|,?\s+\(?(?:for|where|when|if|with|provided)\s+(?:that\s+|all\s+|any\s+|every\s+|real\s+|integers?\s+)*"
+    r"\$?\\?[A-Za-z](?=\s*[=<>≤≥≠∈]|\s*\\(?:in|neq?|geq?|leq?)\b)"
+    r"(?!.*\b(?:gives?|yields?|is|are|gets?|have|equals?|becomes?)\b)"
 )
+EXPLANATION = re.compile(
+    ASIDE + r"|,?\s+(?:as|where|which|when|if|rather than|instead of|after|so|given|due to)\b|,\s*(?:not|and not|but)\b"
+)
+REMARK = re.compile(ASIDE)
+# A formula after such words says when the answer holds.
+CONDITION = re.compile(
+    r"\b(?:for|where|when|whenever|if|with|because|since|as|from|between|among|provided)\s+(?:that\s+)?"
+    r"(?:all|any|every|each|some|the|real)?\s*$"
+)
+SETTING = re.compile(
+    r"(?<!result )(?<!results )(?<!resulted )(?<!resulting )"
+    r"\b(?:in|between|among|from|than|per|when|where|if|because|since)\s+$",
+    re.IGNORECASE,
+)
+ELLIPSIS = re.compile(r"\.{3,}|\\(?:l|c)?dots(?![A-Za-z])")
+CHANCE = re.compile(r"(?:[0-9]+|[a-z-]+) (?:in|out of)(?: every)? (?:[0-9]+|[a-z-]+)", re.IGNORECASE)
 NOT_BUT = re.compile(r"not\b.+?\bbut\s+(?:rather\s+)?(?P<rest>.+)")
 UNIT_AFTER = re.compile(r"\s*(?:\\?%|(?:[A-Za-z/²³°.^0-9-]+ ?){1,4})")
-BULLET = re.compile(r"^(?:[#>]+\s*|[-•]\s+(?=[A-Za-z]))+")
+FIGURE = re.compile(r"(\\(?:triangle|angle|overline|overrightarrow))\s+([A-Z]{1,4})\b")
+BULLET = re.compile(r"^(?:[#>]+\s*|[-•]\s+(?=[A-Za-z])|(?:=>|⇒|→|∴)\s*)+")
 TRIMMED = " \t\n*`_\"'"
 SIGN = re.compile(r"[0-9=<>*×·⋅÷∪∩∈≈≠^\\√∛π∞±≤≥∪½¼¾²³°%$€£{}]|^[-+−][A-Za-z]|[A-Za-z)][-+/][A-Za-z(]|[a-z]\([a-z]\)")
 LETTER = re.compile(r"[-−(\[]*[A-Za-z](?:_\{?[A-Za-z0-9]+\}?|')?[)\]]*")
@@ -58,11 +78,12 @@ LOOSE = (Kind.JOINING, Kind.UNIT, Kind.ARTICLE, Kind.LETTER, Kind.SYMBOL, Kind.P
 
 
 def flatten_math(text: str) -> str:
-    """The text with every displayed formula between single dollar signs on one line."""
+    """The text with every displayed formula between single dollar signs, and every environment, on one line."""
 
     def flatten(match: re.Match[str]) -> str:
-        content = match["bracket"] or match["dollars"] or match["parenthesis"] or match["environment"]
-        return f"${' '.join(content.split())}$"
+        if match["environment"]:
+            return " ".join(match["environment"].split())
+        return f"${' '.join((match['bracket'] or match['dollars'] or match['parenthesis']).split())}$"
 
     return DISPLAY.sub(flatten, text) if "\\" in text or "$$" in text else text
 
@@ -73,29 +94,50 @@ def isolate(sentence: str, *, first: bool) -> str:
     A sentence without any mathematics is returned as it is.
     """
     sentence = trim_sentence(sentence, first=first)
+    if CHANCE.fullmatch(sentence):
+        return sentence
     spans = list(SPAN.finditer(sentence))
     if spans:
         return join_spans(sentence, spans, first=first)
+    sentence = ELLIPSIS.sub("…", sentence)
     runs = find_runs(split_words(sentence))
     if not runs:
         return sentence.strip(TRIMMED + ".:")
-    run = runs[0] if first else runs[-1]
-    return run.strip(TRIMMED).rstrip(",;:.")
+    run = runs[0] if first else choose_last(sentence, runs)
+    return balance(run.strip(TRIMMED).rstrip(",;:."))
+
+
+def choose_last(sentence: str, runs: list[str]) -> str:
+    """The last stretch that does not say where, between what or since when something holds."""
+    answers, position = [], 0
+    for run in runs:
+        position = sentence.index(run, position) if run in sentence[position:] else position
+        if not SETTING.search(sentence[:position]):
+            answers.append(run)
+    return (answers or runs)[-1]
 
 
 def trim_sentence(sentence: str, *, first: bool) -> str:
     """The sentence without markup around it and, where it announces an answer, without its explanation."""
     sentence = BULLET.sub("", sentence.strip(TRIMMED))
-    if not first:
-        return sentence
-    contrast = NOT_BUT.fullmatch(sentence)
+    contrast = NOT_BUT.fullmatch(sentence) if first else None
     sentence = contrast["rest"] if contrast else sentence
-    for match in EXPLANATION.finditer(sentence):
+    for match in (EXPLANATION if first else REMARK).finditer(sentence):
         before = sentence[: match.start()]
-        # Inside of a formula nothing is explained.
-        if before.strip(TRIMMED) and (len(re.findall(r"(?<!\\)\$", before)) % 2 == 0 or not SPAN.search(sentence)):
+        # Inside of a formula nothing is explained, and before the answer neither.
+        is_outside = len(re.findall(r"(?<!\\)\$", before)) % 2 == 0 or not SPAN.search(sentence)
+        if is_outside and before.strip(TRIMMED) and (first or SIGN.search(before)):
             return before
     return sentence
+
+
+def balance(run: str) -> str:
+    """The run without a bracket at its end that opened outside of it, or at its begin that closes outside."""
+    while run and run[-1] in ")]}" and run[-2:-1] != "'" and sum(map(run.count, ")]}")) > sum(map(run.count, "([{")):
+        run = run[:-1].rstrip(",;:.\"' ")
+    while run and run[0] in "([{" and sum(map(run.count, "([{")) > sum(map(run.count, ")]}")):
+        run = run[1:].lstrip()
+    return run
 
 
 def join_spans(sentence: str, spans: list[re.Match[str]], *, first: bool) -> str:
@@ -106,7 +148,8 @@ def join_spans(sentence: str, spans: list[re.Match[str]], *, first: bool) -> str
             groups[-1].append(span)
         else:
             groups.append([span])
-    group = groups[0] if first else groups[-1]
+    answers = [group for group in groups if not CONDITION.search(sentence[: group[0].start()])] or groups
+    group = answers[0] if first else answers[-1]
     text = group[0][1]
     for before, span in pairwise(group):
         text += (sentence[before.end() : span.start()].strip() or ",").join("  ") + span[1]
@@ -124,10 +167,13 @@ def read_unit_after(sentence: str, position: int) -> str:
 
 
 def split_words(sentence: str) -> list[str]:
-    """The words of a sentence; white space inside of braces does not part them."""
+    """The words of a sentence; white space inside of braces and environments does not part them."""
+    sentence = FIGURE.sub(r"\1{\2}", sentence)
     words, word, depth = [], "", 0
-    for character in sentence:
+    for position, character in enumerate(sentence):
         depth = max(0, depth + (character == "{") - (character == "}"))
+        if character == "\\":
+            depth = max(0, depth + sentence.startswith("\\begin{", position) - sentence.startswith("\\end{", position))
         if character.isspace() and depth == 0:
             words.append(word)
             word = ""
@@ -176,7 +222,7 @@ def kind_of(word: str) -> Kind:
         return Kind.MATHEMATICS
     if is_number_word(lower):
         return Kind.NUMBER_WORD
-    if SYMBOL.fullmatch(word):
+    if not bare or SYMBOL.fullmatch(word):
         return Kind.SYMBOL
     if lower in LEADING:
         return Kind.LEADING

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from services.reward.mathematics.normalise import CLOSING, OPENING
 from services.reward.mathematics.number_words import is_number_word
+from services.reward.mathematics.numbers import read_number
 
 SEPARATOR = re.compile(r"\s*[,;]\s*(?:(?:and|or)\b\s*)?|\s+(?:and|or)\s+|\s*;\s*")
 RELATION = re.compile(r"[=≈<>≤≥≠∈]|\\equiv")
@@ -17,7 +18,17 @@ FUNCTION_NAME = re.compile(
     r"[A-Za-z]+'*(?:_\{?[A-Za-z0-9]+\}?)?(?:\^\{[^{}]*\}|\^-1)?\s*\([^=]*\)"
     r"|\\frac\{d[^{}]*\}\{d[^{}]*\}.*|\\(?:int|lim)(?![A-Za-z]).*"
 )
+MATRIX_NAME = re.compile(r"[A-Z]\^\{(?:-1|T)\}")
 WORDY_NAME = re.compile(r"(?:\\(?:angle|triangle|overline)\s*)?\{?[A-Z]{2,4}\}?|[A-Za-z][A-Za-z ]{2,}")
+SET_BUILDER = re.compile(r"⦃\s*[A-Za-z]\s*(?:∈\s*ℝ\s*)?[:|]\s*(.+?)\s*⦄")
+REAL_VARIABLE = re.compile(r"[A-Za-z]\s*∈\s*ℝ")
+ALL_BUT = re.compile(
+    r"ℝ\s*(?:\\setminus|\\backslash|\\|-)\s*⦃\s*(.+?)\s*⦄"
+    r"|(?:all|any) real (?:numbers?|values?)(?: of [a-z]|,? [a-z])? (?:except|but|other than)(?: for)?\s+"
+    r"(?:[a-z]\s*=\s*)?(.+)"
+)
+# A point with its name, "V(3, 4)".
+POINT = re.compile(r"[A-Z]'?_?[0-9]?\s*(\([^()]*,[^()]*\))")
 REVERSED = {"<": ">", ">": "<", "≤": "≥", "≥": "≤"}
 REALS = ("ℝ", "all real numbers", "all reals", "any real number", "every real number", "all real values", "all real x")
 
@@ -93,9 +104,10 @@ def read_shape(text: str) -> Shape:
     region = read_region(text)
     if region is not None:
         return region
-    items = split_top(text)
+    items = drop_conditions(split_top(text))
     if len(items) > 1:
         return Group("list", tuple(items))
+    text = items[0] if items else text
     matrix = read_matrix(text)
     if matrix is not None:
         return matrix
@@ -111,6 +123,29 @@ def read_plus_minus(text: str) -> Group | Assignment | None:
         return Assignment(sides[0], sides[1])
     both = text.replace("±", "+").replace("∓", "-"), text.replace("±", "-").replace("∓", "+")
     return Group("list", tuple(value.removeprefix("+").strip() for value in both))
+
+
+def drop_approximation(text: str) -> str:
+    """The text without a decimal that rounds an exact value before it: "x = 36/7 ≈ 5.14" is x = 36/7.
+
+    Of two decimals the second one is what the first was rounded to.
+    """
+    exact, sign, rounded = text.partition("≈")
+    value = split_relations(exact)[0][-1]
+    if not sign or not value or is_name(value):
+        return text
+    numbers = read_number(value), read_number(rounded)
+    if numbers[0] and numbers[1] and numbers[0].is_decimal and abs(numbers[0].value - numbers[1].value) < 1:
+        return rounded.strip()
+    return exact.strip()
+
+
+def drop_conditions(items: list[str]) -> list[str]:
+    """The items without those that say when the first holds, "x + 3, x ≠ 3"."""
+    if len(items) < 2 or split_relations(items[0])[1]:
+        return items
+    signs = [split_relations(item)[1] for item in items[1:]]
+    return items[:1] if all(sign and sign[0] in "≠<>≤≥∈" for sign in signs) else items
 
 
 def strip_outer(text: str) -> str:
@@ -150,14 +185,31 @@ def read_brackets(text: str) -> Group | None:
     """A set, a tuple, a vector or a closed interval; None when the text is not bracketed as a whole."""
     if text == "∅" or re.fullmatch(r"[⦃{]\s*[⦄}]", text):
         return Group("set", ())
+    point = POINT.fullmatch(text)
+    text = point[1] if point else text
     if not text or text[0] not in OPENING or matching(text, 0) != len(text) - 1:
-        return None
+        return read_scaled(text)
     items = split_top(text[1:-1])
     if text[0] in "⦃{" and text[-1] in "⦄}":
         return Group("set", tuple(items)) if text[0] == "⦃" or len(items) > 1 else None
     if len(items) < 2:
         return None
     return Group("tuple", tuple(items), text[0] + text[-1])
+
+
+def read_scaled(text: str) -> Group | None:
+    """A number times a tuple, "\\frac{1}{5}(3, 4)", as the tuple that it is."""
+    opening = text.rfind("(")
+    factor = read_number(text[:opening].rstrip("* ")) if text.endswith(")") and opening > 0 else None
+    items = split_top(text[opening + 1 : -1]) if factor else []
+    if factor is None or len(items) < 2:
+        return None
+    numbers = [read_number(item) for item in items]
+    scaled = [
+        str(factor.value * number.value) if number else f"({factor.value})*({item})"
+        for number, item in zip(numbers, items, strict=True)
+    ]
+    return Group("tuple", tuple(scaled), "()")
 
 
 def read_region(text: str) -> Region | None:
@@ -167,6 +219,12 @@ def read_region(text: str) -> Region | None:
     """
     if text.lower() in REALS:
         return Region("", (Interval("-∞", "∞", True, True),))
+    hole = ALL_BUT.fullmatch(text)
+    if hole and len(split_top(value := hole[1] or hole[2])) == 1:
+        return Region("", all_but(value))
+    builder = SET_BUILDER.fullmatch(text)
+    if builder:
+        return read_region(builder[1])
     member = re.fullmatch(r"([A-Za-z]|\\[A-Za-z]+)\s*∈\s*(.+)", text)
     if member and (inner := read_region(member[2]) or interval_of(read_brackets(member[2]))):
         return Region(member[1], inner.parts)
@@ -174,9 +232,10 @@ def read_region(text: str) -> Region | None:
     if len(pieces) > 1:
         regions = [read_region(piece) or interval_of(read_brackets(piece)) for piece in pieces]
         return join_regions([region for region in regions if region]) if all(regions) else None
-    items = split_top(text)
+    items = [item for item in split_top(text) if not REAL_VARIABLE.fullmatch(item)]
     if len(items) > 1:
         return read_inequalities(text, items)
+    text = items[0] if items else text
     group = read_brackets(text)
     if group is not None:
         is_certain = group.brackets in ("(]", "[)") or any("∞" in item for item in group.items)
@@ -208,6 +267,11 @@ def read_inequalities(text: str, items: Sequence[str]) -> Region | None:
     return join_regions(found)
 
 
+def all_but(value: str) -> tuple[Interval, ...]:
+    """All numbers but one."""
+    return Interval("-∞", value, True, True), Interval(value, "∞", True, True)
+
+
 def join_regions(regions: Sequence[Region]) -> Region:
     """The union."""
     variable = next((region.variable for region in regions if region.variable), "")
@@ -228,9 +292,13 @@ def read_inequality(text: str) -> Region | None:
         if signs[0] in ">≥" and signs[1] in ">≥":
             return Region(variable, (Interval(high, low, signs[1] == ">", signs[0] == ">"),))
         return None
+    if signs == ["≠"] and VARIABLE.fullmatch(sides[0]):
+        return Region(sides[0], all_but(sides[1]))
     if len(signs) != 1:
         return None
     left, right, sign = sides[0], sides[1], signs[0]
+    if FUNCTION_NAME.fullmatch(left):
+        left = "y"
     if not VARIABLE.fullmatch(left):
         left, right, sign = right, left, REVERSED[sign]
     if not VARIABLE.fullmatch(left) or re.search(r"(?<![\\A-Za-z])" + re.escape(left) + r"(?![A-Za-z])", right):
@@ -278,7 +346,7 @@ def split_sign(text: str, sign: str) -> list[str]:
 
 def is_name(text: str) -> bool:
     """Whether a text names a value: a variable, f(x), angle ABC, (x, y), or words."""
-    if VARIABLE.fullmatch(text) or FUNCTION_NAME.fullmatch(text) or is_words_name(text):
+    if any(kind.fullmatch(text) for kind in (VARIABLE, FUNCTION_NAME, MATRIX_NAME)) or is_words_name(text):
         return True
     group = read_brackets(text)
     return group is not None and group.kind == "tuple" and all(VARIABLE.fullmatch(item) for item in group.items)
