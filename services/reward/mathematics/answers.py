@@ -27,7 +27,8 @@ ANNOUNCEMENT = re.compile(
 )
 # "the answer is a number between" and the like announce nothing, "the answer to part (a) is" does.
 REPORTS = re.compile(r"\b(?:find|compute|give|write|check|verify|need|want|round|express)\b", re.IGNORECASE)
-SENTENCE_END = re.compile(r"(?<=[^\s.?])(?:\.+|(?<!!)[!?]+(?!\.))(?=\s+[A-Z\\$*(#]|\s*$)")
+SENTENCE_END = re.compile(r"(?<=[^\s.?])(?:\.+(?=\s+[A-Z\\$*(#]|\s*$)|(?<!!)[!?]+(?!\.)(?=\s+[A-Z$*#]|\s*$))")
+PROSE = re.compile(r"(?<![\\A-Za-z])[a-z]{3}")
 
 
 def find_final_answer(response: str, *, marked: bool = False, words: bool = False) -> str | None:
@@ -56,7 +57,7 @@ def find_final_answer(response: str, *, marked: bool = False, words: bool = Fals
         sentence, first = announcement, True
     else:
         sentence, first = last_sentence(lines[-1]), False
-    return (trim_sentence(sentence, first=True) if words else isolate(sentence, first=first)) or None
+    return (trim_sentence(sentence, first=first, words=True) if words else isolate(sentence, first=first)) or None
 
 
 def first_line(text: str) -> str:
@@ -149,7 +150,7 @@ def first_sentence(line: str) -> str:
 
 def last_sentence(line: str) -> str:
     """The last sentence of a line, without its end."""
-    if not re.search(r"[a-z]{3}", line):
+    if not PROSE.search(line):
         return line.strip()  # no prose: a final exclamation mark is a factorial
     ends = [match.end() for match in SENTENCE_END.finditer(line.rstrip())]
     inner = [end for end in ends if line[end:].strip()]

@@ -106,7 +106,7 @@ def scalar_agrees(wanted: Scalar, given: Shape, algebra: Algebra) -> bool:
             return texts_agree(wanted.text, value, algebra)
         case Relation(_, "=", right):
             return texts_agree(wanted.text, right, algebra)
-        case Group("list", items) if len(read_names(items) or ()) > 1:
+        case Group("list", items) if len(read_names(items) or ()) > 1 or is_derivation(items):
             # "w = 6, l = 12, A = 72": the last is what the others lead to.
             return scalar_agrees(wanted, read_shape(items[-1]), algebra)
         case Group(kind, items) if items and kind != "tuple":
@@ -124,11 +124,19 @@ def assignment_agrees(wanted: Assignment, given: Shape, algebra: Algebra) -> boo
         is_function = bool(HAS_VARIABLE.search(wanted.value))
         return is_function and given.sign == "=" and algebra.same_relation(as_relation(wanted), given)
     if isinstance(given, Group) and given.kind == "list":
+        if is_derivation(given.items):
+            return assignment_agrees(wanted, read_shape(given.items[-1]), algebra)
         return bool(given.items) and all(
             assignment_agrees(wanted, read_shape(item), algebra) for item in with_names(given.items)
         )
     value = read_shape(wanted.value)
     return shapes_agree(value, given, algebra)
+
+
+def is_derivation(items: Sequence[str]) -> bool:
+    """Whether unsolved equations lead to a solved one, "x + 3 = 25, x = 22"."""
+    *before, last = map(read_shape, items)
+    return bool(before) and isinstance(last, Assignment) and all(isinstance(shape, Relation) for shape in before)
 
 
 def names_agree(wanted: Assignment, given: Assignment) -> bool:
@@ -160,8 +168,7 @@ def as_relation(assignment: Assignment) -> Relation:
 
 def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
     """Several values."""
-    if isinstance(given, Assignment):
-        given = read_shape(given.value)
+    given = right_side(given)
     if isinstance(given, Matrix):
         cells = flatten_vector(given)
         return wanted.kind == "tuple" and cells is not None and in_order(wanted.items, cells, algebra)
@@ -181,6 +188,13 @@ def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
     expected = expand_items(with_names(wanted.items))
     found = expand_items(with_names(given.items))
     return in_any_order(expected, found, algebra)
+
+
+def right_side(shape: Shape) -> Shape:
+    """What an equation says that its left side is."""
+    if isinstance(shape, Assignment):
+        return read_shape(shape.value)
+    return read_shape(shape.right) if isinstance(shape, Relation) and shape.sign == "=" else shape
 
 
 def with_names(items: Sequence[str]) -> tuple[str, ...]:
@@ -301,8 +315,7 @@ def intervals_agree(left: Interval, right: Interval, algebra: Algebra) -> bool:
 
 def matrix_agrees(wanted: Matrix, given: Shape, algebra: Algebra) -> bool:
     """Cell by cell; a vector may be written as a tuple."""
-    if isinstance(given, Assignment):
-        given = read_shape(given.value)
+    given = right_side(given)
     if isinstance(given, Matrix):
         shape = [len(row) for row in wanted.rows]
         if shape != [len(row) for row in given.rows]:

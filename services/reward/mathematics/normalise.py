@@ -30,6 +30,7 @@ COMMANDS = {
     **dict.fromkeys(("quad", "qquad"), " ; "),
     **dict.fromkeys(("left", "right", "displaystyle", "textstyle", "limits", "big", "Big", "bigg", "Bigg"), ""),
     **dict.fromkeys(("bigl", "bigr", "Bigl", "Bigr", "rm", "bf", "it", "nonumber", "hfill", "phantom"), ""),
+    "equiv": "=",
     "lt": "<",
     "gt": ">",
     "in": "∈",
@@ -46,6 +47,7 @@ COMMANDS = {
     "euro": "€",
     "pounds": "£",
 }
+GREEK = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma phi omega"
 CHARACTERS = {
     **dict.fromkeys("−–—‐‑", "-"),
     **dict.fromkeys("×·⋅∗∙•", "*"),
@@ -56,15 +58,12 @@ CHARACTERS = {
     **dict.fromkeys("∅⌀", "∅"),
     **{character: str(digit) for digit, character in enumerate("０１２３４５６７８９")},
     **{character: f"_{digit}" for digit, character in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+    "≡": "=",
     "÷": "/",
     "⁄": "/",
     "∕": "/",
     "º": "°",
-    "π": "\\pi ",
-    "θ": "\\theta ",
-    "α": "\\alpha ",
-    "β": "\\beta ",
-    "λ": "\\lambda ",
+    **{sign: f"\\{name} " for sign, name in zip("αβγδεθλμπρσφω", GREEK.split(), strict=True)},
     "½": "\\frac{1}{2}",
     "⅓": "\\frac{1}{3}",
     "⅔": "\\frac{2}{3}",
@@ -99,6 +98,7 @@ CHANCE = re.compile(r"([0-9]+|[a-z-]+) (?:in|out of)(?: every)? ([0-9]+|[a-z-]+)
 ABOUT = re.compile(
     r"(?<=\S)[\s,;]*(?:\bor\b|\bthat is\b|\bi\.e\.,?)?\s*\b(?:about|approximately|roughly)\s+", re.IGNORECASE
 )
+MODULUS = re.compile(r"\\pmod\s*(?:\{[^{}]*\}|[0-9a-z])|\(\s*(?:\\bmod|\\mod|mod)\s+[^()]*\)")
 UNIT_NAME = r"\{\s*([A-Za-z ]+(?:\^\{?[23]\}?)?)\s*\}"
 UNIT_FRACTION = re.compile(rf"\\frac\s*{UNIT_NAME}\s*{UNIT_NAME}")
 OPENING, CLOSING = "([{⦃⟨", ")]}⦄⟩"
@@ -112,7 +112,7 @@ def normalise(text: str) -> str:
     text = ROWS.sub(join_rows, text)
     text = SUPERSCRIPT_RUN.sub(lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
     text = text.translate(TRANSLATION)
-    text = ELLIPSIS.sub("…", text)
+    text = ELLIPSIS.sub("…", MODULUS.sub("", text))
     text = replace_commands(text)
     text = replace_plain(text)
     text = fix_arguments(text)

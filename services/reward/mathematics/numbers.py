@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from services.reward.mathematics.number_words import read_number_words
@@ -16,6 +16,7 @@ PRECISE_DIGITS = 6
 # From here on a difference is floating-point noise.
 NOISE_DIGITS = 10
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
+NEGATED = re.compile(r"-\s*\(([^()]*)\)")
 PLAIN = re.compile(rf"([+-]*)\s*({DECIMAL})")
 FRACTION = re.compile(
     rf"(?P<sign>[+-]*)\s*(?:(?P<whole>[0-9]+)\s*)?\\frac\{{\s*(?P<up>[+-]?\s*{DECIMAL})\s*\}}\{{\s*(?P<down>[+-]?\s*{DECIMAL})\s*\}}"
@@ -51,6 +52,9 @@ def read_number(text: str) -> Number | None:
         text = text[1:-1].strip()
     if not text or len(text) > MAX_CHARACTERS:
         return None
+    if match := NEGATED.fullmatch(text):
+        inner = read_number(match[1])
+        return None if inner is None else replace(inner, value=-inner.value)
     if match := PLAIN.fullmatch(text):
         return read_plain(sign_of(match[1]), match[2])
     if match := SCIENTIFIC.fullmatch(text):

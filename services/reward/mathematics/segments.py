@@ -18,7 +18,10 @@ DISPLAY = re.compile(
 # TeX's rule as Markdown has it: a dollar sign that opens is followed by no blank, one that closes follows no blank and
 # precedes no digit. So "3 * $1.25 = $3.75" holds prices and no formula.
 SPAN = re.compile(r"(?<!\\)\$(?=[^\s$])((?:\\.|[^$\\])*)(?<=\S)(?<!\\)\$(?![0-9])")
+# cm$^2$
+SPLIT_UNIT = re.compile(r"(?<=[ 0-9}$])([A-Za-z]{1,3})\$\s*(\^\{?[23]\}?)\s*\$")
 CONNECTOR = re.compile(r"[\s,;]*(?:\b(?:and|or)\b)?\s*", re.IGNORECASE)
+PARENTHESIS = re.compile(r"(?<=[^-+*/=×·(\s])\s+\((?!\$)[^()\\]*[a-z]{3}[^()\\]*\)")
 # Where the explanation of an answer begins, and what explains an announced one, too.
 ASIDE = (
     r",?\s+(?:because|since|that is|i\.e\.?|which is (?:about|approximately|roughly|around|the same))\b"
@@ -38,7 +41,7 @@ CONDITION = re.compile(
 )
 SETTING = re.compile(
     r"(?<!result )(?<!results )(?<!resulted )(?<!resulting )"
-    r"\b(?:in|between|among|from|than|per|when|where|if|because|since)\s+$",
+    r"\b(?:in|for|between|among|from|than|per|when|where|if|because|since)\s+$",
     re.IGNORECASE,
 )
 ELLIPSIS = re.compile(r"\.{3,}|\\(?:l|c)?dots(?![A-Za-z])")
@@ -47,9 +50,12 @@ NOT_BUT = re.compile(r"not\b.+?\bbut\s+(?:rather\s+)?(?P<rest>.+)")
 UNIT_AFTER = re.compile(r"\s*(?:\\?%|(?:[A-Za-z/²³°.^0-9-]+ ?){1,4})")
 FIGURE = re.compile(r"(\\(?:triangle|angle|overline|overrightarrow))\s+([A-Z]{1,4})\b")
 BULLET = re.compile(r"^(?:[#>]+\s*|[-•]\s+(?=[A-Za-z])|(?:=>|⇒|→|∴)\s*)+")
+# A full stop after emphasis, "**9**.".
+MARKED_END = re.compile(r"(?<=[*_`])\.\s*$")
 TRIMMED = " \t\n*`_\"'"
-SIGN = re.compile(r"[0-9=<>*×·⋅÷∪∩∈≈≠^\\√∛π∞±≤≥∪½¼¾²³°%$€£{}]|^[-+−][A-Za-z]|[A-Za-z)][-+/][A-Za-z(]|[a-z]\([a-z]\)")
-LETTER = re.compile(r"[-−(\[]*[A-Za-z](?:_\{?[A-Za-z0-9]+\}?|')?[)\]]*")
+SIGN = re.compile(r"[0-9=<>*×·⋅÷∪∩∈≈≠≡^\\√∛π∞±≤≥∪½¼¾²³°%$€£{}]|^[-+−][A-Za-z]|[A-Za-z)][-+/][A-Za-z(]|[a-z]\([a-z]\)")
+LETTER = re.compile(r"[-−(\[|]*[A-Za-zα-ω](?:_\{?[A-Za-z0-9]+\}?|')?[)\]|]*")
+CALL = re.compile(r"[A-Za-z]+'?\(.*\)")
 FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|abs|infinity|inf)(?![A-Za-z])")
 SYMBOL = re.compile(r"[-−:+|()!/]+")
 LEADING = ("negative", "minus")
@@ -85,6 +91,7 @@ def flatten_math(text: str) -> str:
             return " ".join(match["environment"].split())
         return f"${' '.join((match['bracket'] or match['dollars'] or match['parenthesis']).split())}$"
 
+    text = SPLIT_UNIT.sub(r"\1\2", text)
     return DISPLAY.sub(flatten, text) if "\\" in text or "$$" in text else text
 
 
@@ -117,16 +124,19 @@ def choose_last(sentence: str, runs: list[str]) -> str:
     return (answers or runs)[-1]
 
 
-def trim_sentence(sentence: str, *, first: bool) -> str:
+def trim_sentence(sentence: str, *, first: bool, words: bool = False) -> str:
     """The sentence without markup around it and, where it announces an answer, without its explanation."""
-    sentence = BULLET.sub("", sentence.strip(TRIMMED))
+    sentence = BULLET.sub("", MARKED_END.sub("", sentence).strip(TRIMMED))
+    remark = PARENTHESIS.search(sentence)
+    if remark and (words or SIGN.search(sentence[: remark.start()])):
+        sentence = PARENTHESIS.sub("", sentence)
     contrast = NOT_BUT.fullmatch(sentence) if first else None
     sentence = contrast["rest"] if contrast else sentence
     for match in (EXPLANATION if first else REMARK).finditer(sentence):
         before = sentence[: match.start()]
         # Inside of a formula nothing is explained, and before the answer neither.
         is_outside = len(re.findall(r"(?<!\\)\$", before)) % 2 == 0 or not SPAN.search(sentence)
-        if is_outside and before.strip(TRIMMED) and (first or SIGN.search(before)):
+        if is_outside and before.strip(TRIMMED) and (first or words or SIGN.search(before)):
             return before
     return sentence
 
@@ -167,11 +177,15 @@ def read_unit_after(sentence: str, position: int) -> str:
 
 
 def split_words(sentence: str) -> list[str]:
-    """The words of a sentence; white space inside of braces and environments does not part them."""
+    """The words of a sentence; white space inside of braces, environments and P(A or B) does not part them."""
     sentence = FIGURE.sub(r"\1{\2}", sentence)
-    words, word, depth = [], "", 0
+    words, word, depth, calls = [], "", 0, 0
     for position, character in enumerate(sentence):
-        depth = max(0, depth + (character == "{") - (character == "}"))
+        opens = character == "{" or (character == "(" and (calls or (word[-1:].isalpha() and depth == 0)))
+        calls += character == "(" and opens
+        closes = character == "}" or (character == ")" and calls > 0)
+        calls -= character == ")" and closes
+        depth = max(0, depth + opens - closes)
         if character == "\\":
             depth = max(0, depth + sentence.startswith("\\begin{", position) - sentence.startswith("\\end{", position))
         if character.isspace() and depth == 0:
@@ -230,7 +244,7 @@ def kind_of(word: str) -> Kind:
         return Kind.JOINING
     if bare in ARTICLES:
         return Kind.ARTICLE
-    if LETTER.fullmatch(bare):
+    if LETTER.fullmatch(bare) or CALL.fullmatch(word.rstrip(".,;:")):
         return Kind.LETTER
     if lower in PARTS:
         return Kind.PART

@@ -11,7 +11,7 @@ from services.reward.mathematics.number_words import is_number_word
 from services.reward.mathematics.numbers import read_number
 
 SEPARATOR = re.compile(r"\s*[,;]\s*(?:(?:and|or)\b\s*)?|\s+(?:and|or)\s+|\s*;\s*")
-RELATION = re.compile(r"[=≈<>≤≥≠∈]|\\equiv")
+RELATION = re.compile(r"[=≈<>≤≥≠∈]")
 MATRIX = re.compile(r"^\\begin\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}$", re.DOTALL)
 VARIABLE = re.compile(r"[A-Za-z]'?(?:_\{?[A-Za-z0-9]+\}?)?'*|\\(?!pi\b|frac\b|sqrt\b)[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?")
 FUNCTION_NAME = re.compile(
@@ -20,7 +20,7 @@ FUNCTION_NAME = re.compile(
 )
 MATRIX_NAME = re.compile(r"[A-Z]\^\{(?:-1|T)\}")
 WORDY_NAME = re.compile(r"(?:\\(?:angle|triangle|overline)\s*)?\{?[A-Z]{2,4}\}?|[A-Za-z][A-Za-z ]{2,}")
-SET_BUILDER = re.compile(r"⦃\s*[A-Za-z]\s*(?:∈\s*ℝ\s*)?[:|]\s*(.+?)\s*⦄")
+SET_BUILDER = re.compile(r"[⦃{]\s*[A-Za-z]\s*(?:∈\s*ℝ\s*)?[:|]\s*(.+?)\s*[⦄}]")
 REAL_VARIABLE = re.compile(r"[A-Za-z]\s*∈\s*ℝ")
 ALL_BUT = re.compile(
     r"ℝ\s*(?:\\setminus|\\backslash|\\|-)\s*⦃\s*(.+?)\s*⦄"
@@ -151,7 +151,7 @@ def drop_conditions(items: list[str]) -> list[str]:
 def strip_outer(text: str) -> str:
     """The text without a pair of braces or a trailing separator around all of it."""
     text = text.strip(" ,;")
-    while text[:1] == "{" and matching(text, 0) == len(text) - 1 and "," not in text:
+    while text[:1] == "{" and matching(text, 0) == len(text) - 1 and not re.search(r"[,:<>≤≥]", text):
         text = text[1:-1].strip()
     return text
 

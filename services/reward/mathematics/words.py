@@ -12,10 +12,12 @@ WORDS = re.compile(r"[A-Za-z][A-Za-z'() -]*[A-Za-z)]|\([A-Z]\)")
 FILLING = re.compile(
     r"^(?:(?:therefore|thus|so|hence|then|well|and)[, ]+)*"
     r"(?:(?:it|this|that|he|she|they|there|these|the [a-z]+(?: of [a-z]+)?)\s+"
-    r"(?:is|are|was|were|will be|would be|has|have)\s+)?"
+    r"(?:is|are|was|were|will be|would be|has|have)\s+|(?:it|they)\s+)?"
     r"(?:an?|the|on an?|on)?\s*",
     re.IGNORECASE,
 )
+CONCLUDES = re.compile(r"\b(?:is|are|was|were|be|so|therefore|thus|hence)\b[,:]?|=", re.IGNORECASE)
+DOUBT = re.compile(r"\b(?:not|never|neither|nor|whether|unless|if|doubt|or|cannot|un[a-z]+)\b|n't\b", re.IGNORECASE)
 YES_NO = {"yes": True, "true": True, "no": False, "false": False, "correct": True, "incorrect": False}
 SAME = {
     "∅": "no solution",
@@ -42,13 +44,21 @@ def is_wordy(text: str) -> bool:
 def words_agree(expected: str, found: str) -> bool:
     """Whether an answer says the expected words, and nothing else that could be an answer."""
     wanted, given = canonical(expected), canonical(found)
-    if wanted == given:
+    if wanted == given or (wanted == conclusion(found) and wanted not in YES_NO):
         return True
     first = re.match(r"[a-z]+", given)
     if wanted in YES_NO and first and first[0] in YES_NO:
         rest = given[first.end() :].lstrip()
         return YES_NO[first[0]] == YES_NO[wanted] and not rest.startswith(("or ", "and ", "/"))
     return SAME.get(wanted, wanted) == SAME.get(given, given)
+
+
+def conclusion(text: str) -> str:
+    """What a sentence ends with after its last "is", "so" or equals sign; empty where it denies or doubts something."""
+    if DOUBT.search(text):
+        return ""
+    *_, last = CONCLUDES.split(text)
+    return canonical(last)
 
 
 def canonical(text: str) -> str:
