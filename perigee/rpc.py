@@ -12,7 +12,7 @@ from google.protobuf.message import Message
 
 from perigee.errors import from_rpc_error
 
-# No unary message passes this size; streams are cut into pieces below it.
+# No unary message passes this size but those of services that take files; streams are cut into pieces below it.
 MAX_MESSAGE_BYTES = 4 << 20
 
 RequestT = TypeVar("RequestT", bound=Message)
@@ -48,12 +48,16 @@ class StreamCall(Protocol[RequestT, ResponseT]):
 
 
 def open_channel(
-    target: str, options: ChannelOptions, service_name: str, idempotent: Sequence[str]
+    target: str,
+    options: ChannelOptions,
+    service_name: str,
+    idempotent: Sequence[str],
+    message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> grpc.aio.Channel:
     """A channel to `target` that retries the methods in `idempotent` while the service is unavailable."""
     channel_options = [
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", message_bytes),
+        ("grpc.max_receive_message_length", message_bytes),
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -75,10 +79,11 @@ class ServiceClient:
     service_name: ClassVar[str]
     # Methods that may be sent again when the service was unavailable.
     idempotent: ClassVar[tuple[str, ...]] = ()
+    message_bytes: ClassVar[int] = MAX_MESSAGE_BYTES
 
     def __init__(self, target: str, options: ChannelOptions) -> None:
         self.target = target
-        self.channel = open_channel(target, options, self.service_name, self.idempotent)
+        self.channel = open_channel(target, options, self.service_name, self.idempotent, self.message_bytes)
         self._label = f"{self.service_name.split('.')[-1]} at {target}"
         self._metadata: Metadata | None = None
         if options.token:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from perigee.cli.ending import end as _end
+from perigee.cli.sandbox.app import app as sandbox_app
 from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(sandbox_app)
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe.")]
@@ -183,21 +184,6 @@ def _report(name: str, runs_dir: Path) -> int:
 
     print(write_report(find_run(runs_dir, name).path).path)
     return 0
-
-
-def _end(command: Callable[[], int], debug: bool) -> None:
-    if debug:
-        raise typer.Exit(command())
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused connection is told in our words
-    try:
-        code = command()
-    except PerigeeError as error:
-        print(f"perigee: {error.message}", file=sys.stderr)
-        code = 2 if isinstance(error, InvalidArgumentError) else 1
-    except OSError as error:
-        print(f"perigee: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
-        code = 1
-    raise typer.Exit(code)
 
 
 if __name__ == "__main__":

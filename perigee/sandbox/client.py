@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from perigee.rpc import ChannelOptions, ServiceClient
@@ -16,22 +18,88 @@ class SandboxClient(ServiceClient):
     """Client of the code sandbox (`perigee.sandbox.v1.SandboxService`)."""
 
     service_name = "perigee.sandbox.v1.SandboxService"
-    idempotent = ("ListRuntimes", "Judge", "Execute")
+    idempotent = ("ListRuntimes", "Judge", "Execute", "CloseSession")
+    message_bytes = 256 << 20
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
         super().__init__(target, options)
         self._stub: SandboxServiceAsyncStub = SandboxServiceStub(self.channel)
 
+    async def run(
+        self, source: str, language: str = "python", *, stdin: str = "", timeout_s: float = 60.0
+    ) -> pb.ExecuteResponse:
+        """Runs a program given as text; `execute` offers the rest."""
+        request = pb.ExecuteRequest(language=language, source=source.encode(), stdin=stdin.encode())
+        return await self.execute(request, timeout_s=timeout_s)
+
     async def execute(self, request: pb.ExecuteRequest, *, timeout_s: float = 60.0) -> pb.ExecuteResponse:
-        """Runs one program once."""
+        """Compiles a program where its language needs it, and runs it once."""
         return await self._unary(self._stub.Execute, request, timeout_s)
+
+    def execute_stream(
+        self, request: pb.ExecuteRequest, *, timeout_s: float = 180.0
+    ) -> AsyncIterator[pb.ExecuteStreamResponse]:
+        """The same, with output as it is written; the last event is `finished`."""
+        return self._stream(self._stub.ExecuteStream, pb.ExecuteStreamRequest(execute=request), timeout_s)
+
+    def execute_batch(
+        self, request: pb.ExecuteBatchRequest, *, timeout_s: float = 3600.0
+    ) -> AsyncIterator[pb.ExecuteBatchResponse]:
+        """Many programs; each response comes as soon as its program has ended."""
+        return self._stream(self._stub.ExecuteBatch, request, timeout_s)
 
     async def judge(self, request: pb.JudgeRequest, *, timeout_s: float = 60.0) -> pb.JudgeResponse:
         """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""
         return await self._unary(self._stub.Judge, request, timeout_s)
 
+    def judge_batch(
+        self, request: pb.JudgeBatchRequest, *, timeout_s: float = 3600.0
+    ) -> AsyncIterator[pb.JudgeBatchResponse]:
+        """Many submissions; each response comes as soon as its submission is judged."""
+        return self._stream(self._stub.JudgeBatch, request, timeout_s)
+
+    @asynccontextmanager
+    async def session(
+        self, language: str = "python", *, limits: pb.Limits | None = None, environment: Mapping[str, str] | None = None
+    ) -> AsyncIterator[Session]:
+        """An interpreter that keeps its variables from cell to cell, for as long as the block lasts."""
+        request = pb.CreateSessionRequest(language=language, limits=limits, env=environment)
+        session = Session(self, (await self.create_session(request)).session_id)
+        try:
+            yield session
+        finally:
+            await self.close_session(pb.CloseSessionRequest(session_id=session.id))
+
+    async def create_session(
+        self, request: pb.CreateSessionRequest, *, timeout_s: float = 60.0
+    ) -> pb.CreateSessionResponse:
+        """Starts an interpreter that keeps its variables from cell to cell."""
+        return await self._unary(self._stub.CreateSession, request, timeout_s)
+
+    async def run_cell(self, request: pb.RunCellRequest, *, timeout_s: float = 180.0) -> pb.RunCellResponse:
+        """Runs one cell; the cells of a session run one after another."""
+        return await self._unary(self._stub.RunCell, request, timeout_s)
+
+    async def close_session(
+        self, request: pb.CloseSessionRequest, *, timeout_s: float = 20.0
+    ) -> pb.CloseSessionResponse:
+        """Ends a session; one that has ended already is no error."""
+        return await self._unary(self._stub.CloseSession, request, timeout_s)
+
     async def list_runtimes(
-        self, request: pb.ListRuntimesRequest, *, timeout_s: float = 20.0
+        self, request: pb.ListRuntimesRequest, *, timeout_s: float = 60.0
     ) -> pb.ListRuntimesResponse:
-        """Lists the languages with their versions and limits."""
+        """Lists the languages with their versions and limits, and what is missing."""
         return await self._unary(self._stub.ListRuntimes, request, timeout_s)
+
+
+class Session:
+    """An open session."""
+
+    def __init__(self, client: SandboxClient, session_id: str) -> None:
+        self.id = session_id
+        self._client = client
+
+    async def run(self, code: str, *, wall_ms: int | None = None) -> pb.RunCellResponse:
+        """Runs one cell."""
+        return await self._client.run_cell(pb.RunCellRequest(session_id=self.id, code=code.encode(), wall_ms=wall_ms))

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.rpc import MAX_MESSAGE_BYTES
 
 
 class Model(BaseModel):
@@ -46,6 +47,15 @@ class ServerConfig(Model):
     """Port of the Prometheus endpoint; none when unset."""
 
 
+class HttpConfig(Model):
+    """How a service answers HTTP beside gRPC: with the host, the token, the certificates and the limits of `server`."""
+
+    port: int | None = Field(None, ge=0, le=65535)
+    """Port to bind; 0 takes a free one, unset leaves HTTP off."""
+    max_body_bytes: int | None = Field(None, ge=1)
+    """Largest body of a request; twice the largest gRPC message unless set, since JSON takes more room."""
+
+
 class TelemetryConfig(Model):
     """Logs and traces."""
 
@@ -66,6 +76,11 @@ class ServiceConfig(Model):
     """How the service listens."""
     telemetry: TelemetryConfig = TelemetryConfig()
     """Logs and traces."""
+
+    @property
+    def message_bytes(self) -> int:
+        """Largest gRPC message that is read or sent; a service that takes files overrides it."""
+        return MAX_MESSAGE_BYTES
 
 
 TOKEN_ALIAS = {"PERIGEE_TOKEN": "server.token"}

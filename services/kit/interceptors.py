@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.message import DecodeError
 from prometheus_client import Histogram
 
 from perigee.errors import (
     STATUS_DETAILS_KEY,
-    InternalError,
-    PerigeeError,
+    InvalidArgumentError,
     ResourceExhaustedError,
     UnauthenticatedError,
     to_status,
 )
-from services.kit.telemetry import get_logger
-
-log = get_logger(__name__)
+from services.kit.calls import as_perigee_error, check_token
 
 # Orchestrators probe health without a token.
 OPEN_PREFIX = "/grpc.health.v1.Health/"
@@ -50,36 +48,35 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or method.startswith(OPEN_PREFIX):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
-        authorized = self._is_authorized(metadata.get("authorization"))
+        header = metadata.get("authorization")
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                self._wrap_unary(method, handler.unary_unary, authorized),  # type: ignore[arg-type]
-                request_deserializer=handler.request_deserializer,
+                self._wrap_unary(method, handler.unary_unary, header),  # type: ignore[arg-type]
+                request_deserializer=_read_request(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         if handler.unary_stream:
             return grpc.unary_stream_rpc_method_handler(
-                self._wrap_stream(method, handler.unary_stream, authorized),  # type: ignore[arg-type]
-                request_deserializer=handler.request_deserializer,
+                self._wrap_stream(method, handler.unary_stream, header),  # type: ignore[arg-type]
+                request_deserializer=_read_request(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         # Only reflection takes a stream of requests; it has no domain errors to translate.
-        return handler if authorized else _refuse_stream()
-
-    def _is_authorized(self, header: str | bytes | None) -> bool:
-        if self._token is None:
-            return True
-        return isinstance(header, str) and hmac.compare_digest(header.encode(), f"Bearer {self._token}".encode())
+        try:
+            check_token(self._token, header)
+        except UnauthenticatedError as error:
+            return _refuse_stream(error.message)
+        return handler
 
     def _wrap_unary(
-        self, method: str, behaviour: Callable[[Any, Context], Awaitable[Any]], authorized: bool
+        self, method: str, behaviour: Callable[[Any, Context], Awaitable[Any]], header: str | bytes | None
     ) -> Callable[[Any, Context], Awaitable[Any]]:
         async def call(request: Any, context: Context) -> Any:
             start = time.perf_counter()
             try:
-                self._enter(authorized)
+                self._enter(header)
                 try:
-                    response = await behaviour(request, context)
+                    response = await behaviour(_require_message(request), context)
                 finally:
                     self._calls -= 1
                 self._observe(method, "OK", start)
@@ -90,14 +87,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     def _wrap_stream(
-        self, method: str, behaviour: Callable[[Any, Context], AsyncIterator[Any]], authorized: bool
+        self, method: str, behaviour: Callable[[Any, Context], AsyncIterator[Any]], header: str | bytes | None
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             start = time.perf_counter()
             try:
-                self._enter(authorized)
+                self._enter(header)
                 try:
-                    async for response in behaviour(request, context):
+                    async for response in behaviour(_require_message(request), context):
                         yield response
                 finally:
                     self._calls -= 1
@@ -107,9 +104,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
         return call
 
-    def _enter(self, authorized: bool) -> None:
-        if not authorized:
-            raise UnauthenticatedError("The call carries no valid bearer token: set PERIGEE_TOKEN to the service's.")
+    def _enter(self, header: str | bytes | None) -> None:
+        check_token(self._token, header)
         if self._calls >= self._limit:
             raise ResourceExhaustedError(f"{self._limit} calls are in flight, the server's limit.", retry_after_s=1.0)
         self._calls += 1
@@ -117,20 +113,44 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _abort(self, method: str, error: Exception, context: Context, start: float) -> None:
         if isinstance(error, grpc.aio.AbortError):
             raise error
-        if not isinstance(error, PerigeeError):
-            log.error("call failed", method=method, exc_info=error)
-            error = InternalError(f"{type(error).__name__}: {error}")
-        self._observe(method, error.code.name, start)
-        details = to_status(error).SerializeToString()
-        await context.abort(error.code, error.message, ((STATUS_DETAILS_KEY, details),))
+        shown = as_perigee_error(error, method.removeprefix("/"))
+        self._observe(method, shown.code.name, start)
+        details = to_status(shown).SerializeToString()
+        await context.abort(shown.code, shown.message, ((STATUS_DETAILS_KEY, details),))
 
     def _observe(self, method: str, code: str, start: float) -> None:
         self._seconds.labels(method.rsplit("/", 1)[-1], code).observe(time.perf_counter() - start)
 
 
-def _refuse_stream() -> Handler:
+@dataclass(frozen=True)
+class _Unreadable:
+    """Stands in for a request that is not of the method's message."""
+
+    reason: str
+
+
+def _read_request(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    # What a deserializer raises, gRPC answers with INTERNAL and without details: the handler raises instead.
+    assert deserializer is not None
+
+    def read(data: bytes) -> Any:
+        try:
+            return deserializer(data)
+        except DecodeError as error:
+            return _Unreadable(str(error))
+
+    return read
+
+
+def _require_message(request: Any) -> Any:
+    if isinstance(request, _Unreadable):
+        raise InvalidArgumentError.of("request", f"is not of the method's message: {request.reason}")
+    return request
+
+
+def _refuse_stream(message: str) -> Handler:
     async def refuse(_requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "The call carries no valid bearer token.")
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
         yield
 
     return grpc.stream_stream_rpc_method_handler(refuse)

@@ -7,7 +7,7 @@ import contextlib
 import ipaddress
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -21,7 +21,7 @@ from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_serv
 from prometheus_client import start_http_server
 
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
-from perigee.rpc import MAX_MESSAGE_BYTES, ChannelOptions, ServiceClient
+from perigee.rpc import ChannelOptions, ServiceClient
 from services.kit.config import ServerConfig, ServiceConfig, show
 from services.kit.interceptors import CallInterceptor
 from services.kit.telemetry import get_logger, request_histogram, start_logging, start_tracing, stop_tracing
@@ -36,15 +36,22 @@ ClientT = TypeVar("ClientT", bound=ServiceClient)
 
 
 class App(Generic[ConfigT]):
-    """What a service's lifespan works with: configuration, the server to add to, readiness, clients of peers."""
+    """What a service's lifespan works with: configuration, the server to add to, readiness, clients of peers.
+
+    `http_address` is where the service answers HTTP, None where it does not.
+    """
 
     def __init__(self, config: ConfigT, server: grpc.aio.Server, address: str, stack: AsyncExitStack) -> None:
         self.config = config
         self.server = server
         self.address = address
+        self.http_address: str | None = None
         self.name = config.section
         self._stack = stack
         self._names: list[str] = []
+        self._ready: dict[str, bool] = {}
+        self._running = False
+        self._drains: list[Callable[[], Awaitable[None]]] = []
         self._health = health_aio.HealthServicer()
         self._publishing: asyncio.Task[None] | None = None
         self._statuses: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
@@ -58,7 +65,16 @@ class App(Generic[ConfigT]):
 
     def set_ready(self, full_name: str, ready: bool) -> None:
         """Tells the readiness of a service to grpc.health.v1."""
+        self._ready[full_name] = ready
         self._statuses.put_nowait((full_name, SERVING if ready else NOT_SERVING))
+
+    def readiness(self) -> dict[str, bool]:
+        """Which services are ready: what grpc.health.v1 says of them."""
+        return {name: self._running and self._ready[name] for name in self._names}
+
+    def on_drain(self, drain: Callable[[], Awaitable[None]]) -> None:
+        """Has `drain` awaited while the server drains, beside the calls in flight."""
+        self._drains.append(drain)
 
     def channel_options(self) -> ChannelOptions:
         """How this service reaches its peers: with its token, its certificates and its traces."""
@@ -82,13 +98,15 @@ class App(Generic[ConfigT]):
         health_name = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection((*self._names, health_name, reflection.SERVICE_NAME), self.server)
         await self.server.start()
+        self._running = True
         self.set_ready("", True)
         self._publishing = asyncio.create_task(self._publish_statuses())
 
     async def drain(self) -> None:
         """Says NOT_SERVING, lets calls in flight finish within `drain_seconds`, then stops."""
+        self._running = False
         await self._health.enter_graceful_shutdown()
-        await self.server.stop(self.config.server.drain_seconds)
+        await asyncio.gather(self.server.stop(self.config.server.drain_seconds), *(drain() for drain in self._drains))
         if self._publishing is not None:
             self._publishing.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -155,8 +173,8 @@ def _build_server(config: ServiceConfig) -> grpc.aio.Server:
     if config.telemetry.otlp_endpoint is not None:
         interceptors.insert(0, aio_server_interceptor())  # type: ignore[no-untyped-call]
     options = [
-        ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-        ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", config.message_bytes),
+        ("grpc.max_receive_message_length", config.message_bytes),
         ("grpc.so_reuseport", 0),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
@@ -164,10 +182,14 @@ def _build_server(config: ServiceConfig) -> grpc.aio.Server:
     return grpc.aio.server(interceptors=interceptors, options=options)
 
 
-def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
-    loopback = _is_loopback(config.host)
-    if not loopback and config.token is None:
+def require_token_off_loopback(config: ServerConfig) -> None:
+    """Raises InvalidArgumentError where others could reach the server without a token."""
+    if not _is_loopback(config.host) and config.token is None:
         raise InvalidArgumentError.of("server.token", f"is required to listen on {config.host}: set PERIGEE_TOKEN")
+
+
+def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
+    require_token_off_loopback(config)
     target = f"{config.host}:{config.port}"
     try:
         if config.tls_cert_file and config.tls_key_file:

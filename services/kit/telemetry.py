@@ -58,9 +58,15 @@ def stop_tracing() -> None:
 
 
 def request_histogram(service: str) -> Histogram:
-    """Seconds per call, by method and status code; one per service and process."""
-    name = f"perigee_{service}_request_seconds"
+    """Seconds per gRPC call, by method and status code; one per service and process."""
+    return _histogram(f"perigee_{service}_request_seconds", "Seconds per gRPC call.", ["method", "code"])
+
+
+def http_request_histogram(service: str) -> Histogram:
+    """Seconds per HTTP request, by route and status code; one per service and process."""
+    return _histogram(f"perigee_{service}_http_request_seconds", "Seconds per HTTP request.", ["route", "code"])
+
+
+def _histogram(name: str, documentation: str, labels: list[str]) -> Histogram:
     known = REGISTRY._names_to_collectors.get(name)
-    if isinstance(known, Histogram):
-        return known
-    return Histogram(name, "Seconds per gRPC call.", ["method", "code"])
+    return known if isinstance(known, Histogram) else Histogram(name, documentation, labels)

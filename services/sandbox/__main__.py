@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from perigee.sandbox.v1.sandbox_pb2_grpc import add_SandboxServiceServicer_to_server
 from services.kit.config import load_config
+from services.kit.http import http_serving
 from services.kit.server import App, run
+from services.sandbox.compat.piston import piston_api
+from services.sandbox.compat.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.config import SandboxConfig
+from services.sandbox.http_routes import ROUTES
+from services.sandbox.idempotency import Once
 from services.sandbox.pool import open_pool
-from services.sandbox.service import FULL_NAME, SandboxService
+from services.sandbox.responses import is_final
+from services.sandbox.service import FULL_NAME, Response, SandboxService
+from services.sandbox.sessions import Sessions
+from services.sandbox.versions import Versions
+
+MOST_RESULTS = 10_000
 
 
 @asynccontextmanager
 async def lifespan(app: App[SandboxConfig]) -> AsyncIterator[None]:
     """The slots, for as long as the service runs."""
-    async with open_pool(app.config) as pool:
-        app.add(FULL_NAME, add_SandboxServiceServicer_to_server, SandboxService(pool, app.config))
+    config = app.config
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(open_pool(config))
+        sessions = Sessions(pool)
+        stack.push_async_callback(sessions.close)
+        once: Once[Response] = Once(
+            entries=MOST_RESULTS,
+            total_bytes=config.result_cache_bytes,
+            ttl_s=config.result_cache_seconds,
+            size_of=lambda response: response.ByteSize(),
+            is_final=is_final,
+        )
+        stack.push_async_callback(once.close)
+        service = SandboxService(pool, sessions, Versions(pool), once)
+        app.add(FULL_NAME, add_SandboxServiceServicer_to_server, service)
+        foreign = (sandbox_fusion_api(service), piston_api(service))
+        await stack.enter_async_context(http_serving(app, config.http, ROUTES, service, foreign))
         app.set_ready(FULL_NAME, True)
         yield
 

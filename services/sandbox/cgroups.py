@@ -78,9 +78,9 @@ def is_alive(instance: str) -> bool:
 class SlotCgroup:
     """The control group of one slot: limits, what it uses, its end."""
 
-    def __init__(self, host: CgroupHost, instance: str, slot: int) -> None:
+    def __init__(self, host: CgroupHost, instance: str, name: str) -> None:
         self.version = host.version
-        self._paths = {name: mount / FOLDER / instance / f"slot-{slot}" for name, mount in host.mounts.items()}
+        self._paths = {controller: mount / FOLDER / instance / name for controller, mount in host.mounts.items()}
         self._memory_bytes = _UNLIMITED
         self._processes = 0
 
@@ -98,7 +98,7 @@ class SlotCgroup:
             _write_if_there(self._paths["cpu"] / "cpu.cfs_quota_us", str(_PERIOD_US))
 
     def limit(self, memory_bytes: int, processes: int) -> None:
-        """Sets the limits of the next job and forgets the last one's peak."""
+        """Sets the limits of the next job."""
         memory = self._paths["memory" if self.version == 1 else "unified"]
         pids = self._paths["pids" if self.version == 1 else "unified"]
         if processes != self._processes:
@@ -107,8 +107,6 @@ class SlotCgroup:
         if memory_bytes != self._memory_bytes:
             self._set_memory(memory, memory_bytes)
             self._memory_bytes = memory_bytes
-        if self.version == 1:
-            (memory / "memory.max_usage_in_bytes").write_text("0")
 
     def _set_memory(self, path: Path, memory_bytes: int) -> None:
         if self.version == 2:
@@ -138,15 +136,6 @@ class SlotCgroup:
             "peak": str(memory / "memory.max_usage_in_bytes"),
             "current": str(memory / "memory.usage_in_bytes"),
         }
-
-    def current_bytes(self) -> int:
-        """The memory charged to the group at this moment."""
-        return int(Path(self.usage_paths["current"]).read_text())
-
-    def oom_kills(self) -> int:
-        """How many processes the kernel has killed in the group for want of memory."""
-        text = Path(self.usage_paths["oom"]).read_text()
-        return next(int(line.split()[1]) for line in text.splitlines() if line.startswith("oom_kill "))
 
     def processes(self) -> list[int]:
         """The processes in the group."""

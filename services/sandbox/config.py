@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from services.kit.config import Model, ServiceConfig
+from services.kit.config import HttpConfig, Model, ServiceConfig
 
 MIB = 1024 * 1024
 
@@ -34,37 +34,79 @@ class SandboxConfig(ServiceConfig):
 
     section: ClassVar[str] = "sandbox"
 
+    http: HttpConfig = HttpConfig()
+    """How the service answers HTTP."""
     isolation: Literal["auto", "zygote", "crun", "process"] = "auto"
-    """How programs are kept apart: `zygote` (warm interpreter, namespaces, cgroup), `crun` (a container per job),
-    `auto` (the first of these two that works here), or `process` (rlimits only: unsafe for programs that nobody has
-    read)."""
+    """How programs are kept apart: `zygote` (Python in boxes forked from a warm interpreter, other languages in
+    containers), `crun` (a container for everything), `auto` (the first of these two that works here), or `process`
+    (rlimits only: unsafe for programs that nobody has read)."""
     slots: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=1000)
-    """Programs that run at once; the number of cores unless set."""
+    """Jobs that run at once; the number of cores unless set."""
     queue_limit: int = Field(1024, ge=0)
     """Jobs that wait for a slot; more are refused with RESOURCE_EXHAUSTED and a retry hint."""
+    queue_seconds: float = Field(60.0, gt=0)
+    """Longest wait for a slot; past it, or when a caller's deadline is expected to come first, a job is refused with
+    RESOURCE_EXHAUSTED and a retry hint."""
+    overtaking_seconds: float = Field(5.0, ge=0)
+    """How long a large job may be overtaken by smaller ones that came later."""
     default_limits: LimitsConfig = LimitsConfig()
-    """Limits of a request that sets none."""
+    """Limits of a request that sets none, where its runtime has no other."""
     maximum_limits: LimitsConfig = LimitsConfig(
-        wall_ms=60_000,
-        cpu_ms=60_000,
-        memory_bytes=1024 * MIB,
-        processes=256,
-        file_bytes=256 * MIB,
-        output_bytes=4 * MIB,
+        wall_ms=120_000,
+        cpu_ms=120_000,
+        memory_bytes=2048 * MIB,
+        processes=512,
+        file_bytes=512 * MIB,
+        output_bytes=16 * MIB,
     )
     """Limits that a request may ask for at most."""
+    compile_limits: LimitsConfig = LimitsConfig(
+        wall_ms=30_000,
+        cpu_ms=20_000,
+        memory_bytes=1024 * MIB,
+        processes=64,
+        file_bytes=64 * MIB,
+        output_bytes=65536,
+    )
+    """Limits of compilers, where a request or a runtime sets none."""
     max_source_bytes: int = Field(1 * MIB, ge=1)
     """Largest source of a program."""
+    max_file_bytes: int = Field(32 * MIB, ge=1)
+    """Largest file of a request, and all files of one together; also the largest standard input."""
+    max_output_file_bytes: int = Field(16 * MIB, ge=1)
+    """Output files of a response together; what is beyond is cut."""
+    max_files: int = Field(500, ge=1)
+    """Most files of a request, and of a response."""
     max_tests: int = Field(1000, ge=1)
     """Most tests of one submission."""
+    max_batch: int = Field(1000, ge=1)
+    """Most requests of a batch."""
+    max_request_bytes: int = Field(256 * MIB, ge=4 * MIB)
+    """Largest message that is read at all, over gRPC and HTTP; what is too large for its field is told below this."""
+    max_sessions: int = Field(16, ge=0)
+    """Sessions at once; more are refused with RESOURCE_EXHAUSTED."""
+    session_idle_seconds: int = Field(600, ge=1)
+    """A session without a cell for this time ends, where its request sets no other."""
+    session_maximum_idle_seconds: int = Field(3600, ge=1)
+    """Longest idle time that a request may ask for."""
+    session_seconds: int = Field(4 * 3600, ge=1)
+    """A session ends after this time, however busy."""
+    result_cache_seconds: float = Field(600.0, ge=0)
+    """How long the response to an idempotency key is kept."""
+    result_cache_bytes: int = Field(64 * MIB, ge=0)
+    """Memory for responses to idempotency keys; the oldest make room."""
+    runtimes_path: str | None = None
+    """Folder of further runtime descriptions, a YAML file each; a name that is known already is replaced."""
     python_path: str | None = None
-    """The interpreter inside the box; unset takes /usr/bin/python3, else the service's own."""
-    preload: tuple[str, ...] = (
-        *("bisect", "collections", "copy", "dataclasses", "datetime", "decimal", "fractions", "functools", "heapq"),
-        *("itertools", "json", "math", "operator", "random", "re", "string", "typing"),
-    )
-    """Modules that the warm interpreter has imported before any job comes."""
+    """The interpreter inside the box; unset takes Debian's, else the one under the service's own."""
+    init_path: str | None = None
+    """The init of containers, compiled; unset compiles it at start."""
     first_uid: int = Field(60001, ge=1000, le=2**31)
-    """User of the first slot's programs; each further slot takes the next number."""
+    """User of the first place where programs run; each further place takes the next number."""
     state_path: str = "/run/perigee/sandbox"
     """Folder for what exists while the service runs; leftovers of a killed service are cleared from it at start."""
+
+    @property
+    def message_bytes(self) -> int:
+        """Large enough for a file that is too large to be named in an error."""
+        return self.max_request_bytes

@@ -1,57 +1,23 @@
-"""The base of all isolations: what a slot's launcher is told, and what it needs of the machine."""
+"""Which isolation this machine allows: for Python's own modes, and for every other command."""
 
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar
+import platform
+from dataclasses import dataclass
 
 from perigee.errors import FailedPreconditionError
-from services.sandbox.box.limits import BoxLimits
-from services.sandbox.cgroups import CgroupHost, SlotCgroup
+from services.kit.telemetry import get_logger
+from services.sandbox.cgroups import CgroupHost, find_cgroups, instance_name
 from services.sandbox.config import SandboxConfig
+from services.sandbox.init import find_init_problem
+from services.sandbox.oci.base import OciRuntime
+from services.sandbox.oci.crun import Crun
 
-HOST_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/etc/alternatives")
-ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/box", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
-BOX_FOLDER = Path(__file__).parent
-_PROBE = "import platform, sys; print(platform.python_version()); print(sys.base_prefix)"
-_PROBE_S = 30
+log = get_logger(__name__)
 
-
-@dataclass(frozen=True)
-class Python:
-    """The interpreter inside the box and the host folders that it needs there."""
-
-    path: str
-    version: str
-    folders: tuple[str, ...]
-
-
-def find_python(config: SandboxConfig) -> Python:
-    """The configured interpreter, else Debian's, else the one under the service's own; raises FailedPreconditionError
-    when it does not start.
-    """
-    candidates = (
-        [config.python_path]
-        if config.python_path
-        else ["/usr/bin/python3", getattr(sys, "_base_executable", sys.executable)]
-    )
-    path = next((path for path in candidates if os.access(path, os.X_OK)), candidates[0])
-    try:
-        result = subprocess.run(
-            [path, "-I", "-c", _PROBE], capture_output=True, text=True, timeout=_PROBE_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise FailedPreconditionError(
-            f"sandbox.python_path: {path} does not run ({error}); name a Python 3.9 or later"
-        ) from error
-    version, prefix = result.stdout.split("\n")[:2]
-    inside = any(prefix == folder or prefix.startswith(folder + "/") for folder in HOST_FOLDERS)
-    return Python(path, version, HOST_FOLDERS if inside else (*HOST_FOLDERS, prefix))
+CONTAINER_RUNTIMES: dict[str, type[OciRuntime]] = {cls.name: cls for cls in (Crun,)}
+UNSAFE_LABEL = "process (unsafe)"
 
 
 @dataclass(frozen=True)
@@ -64,75 +30,64 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Place:
-    """One slot: its number, user, folder and control group."""
+class Isolation:
+    """How programs are kept apart: `warm` says that Python runs in boxes forked from zygotes, `container` what runs
+    everything else, and `unsafe` that nothing is kept apart.
+    """
 
-    index: int
-    uid: int
-    folder: Path
-    cgroup: SlotCgroup | None = field(default=None)
+    warm: bool
+    container: OciRuntime | None
+    unsafe: bool = False
+    reasons: tuple[str, ...] = ()
+    """Why a part of it does not work here."""
+
+    def label(self, python: bool) -> str:
+        """What callers are told of the isolation of a runtime."""
+        if self.unsafe:
+            return UNSAFE_LABEL
+        if python and self.warm:
+            return "zygote"
+        return self.container.name if self.container else "none"
 
 
-class Isolation(ABC):
-    """One way of keeping programs apart; a file per implementation."""
+def read_machine() -> Machine:
+    """What this machine offers at this moment."""
+    return Machine(root=os.geteuid() == 0, cgroups=find_cgroups(), instance=instance_name())
 
-    name: ClassVar[str]
 
-    def __init__(self, config: SandboxConfig, machine: Machine, python: Python) -> None:
-        self.config = config
-        self.machine = machine
-        self.python = python
+def find_problem(name: str, machine: Machine, config: SandboxConfig | None = None) -> str | None:
+    """What this machine lacks for the zygote or for a container runtime, and what to do; None when nothing."""
+    if platform.machine() not in ("x86_64", "aarch64"):
+        return f"no system-call filter for {platform.machine()}"
+    if not machine.root:
+        return "start the service as root"
+    if machine.cgroups is None:
+        return "mount cgroup controllers memory, pids and cpu (in a container: make /sys/fs/cgroup writable)"
+    if name == "zygote":
+        return None
+    container = CONTAINER_RUNTIMES[name]()
+    if container.find() is None:
+        return f"install {container.executable} (apt-get install {container.debian_package})"
+    return find_init_problem(config.init_path if config else None)
 
-    @property
-    def label(self) -> str:
-        """What callers are told of it."""
-        return self.name
 
-    @classmethod
-    @abstractmethod
-    def missing(cls, machine: Machine) -> str | None:
-        """What this machine lacks for it, and what to install or set; None when nothing."""
-
-    @abstractmethod
-    def launcher_options(self, place: Place) -> dict[str, Any]:
-        """The fields of the launcher's options that differ from `base_options`."""
-
-    def prepare(self, place: Place) -> None:
-        """Writes what launchers of the slot need on disk; most need nothing."""
-        return
-
-    def configure(self, place: Place, limits: BoxLimits) -> None:
-        """Sets the limits that are not the agent's to set, before a job begins."""
-        if place.cgroup is not None:
-            place.cgroup.limit(limits.memory_bytes + self.memory_overhead_bytes(place.cgroup), limits.processes)
-
-    def clean(self, place: Place) -> None:
-        """Removes what a launcher that was killed may have left; most leave nothing."""
-        return
-
-    def memory_overhead_bytes(self, cgroup: SlotCgroup) -> int:
-        """Memory of the slot's group that is not the program's."""
-        return 0
-
-    def launcher_command(self) -> list[str]:
-        """The command that starts a launcher; its options follow as one argument."""
-        start = f"import sys; sys.path.insert(0, {str(BOX_FOLDER)!r}); from box.launcher import main; main()"
-        return [self.python.path, "-I", "-c", start]
-
-    def base_options(self, place: Place) -> dict[str, Any]:
-        """What every launcher is told."""
-        cgroup = place.cgroup
-        return {
-            "isolation": self.name,
-            "parent": os.getpid(),
-            "uid": place.uid,
-            "root": str(place.folder),
-            "binds": list(self.python.folders),
-            "preload": [],
-            "cgroup_procs": cgroup.procs_paths if cgroup else [],
-            "cgroup_version": cgroup.version if cgroup else 0,
-            "usage_paths": cgroup.usage_paths if cgroup else {},
-            "hidden_cgroup_mounts": [],
-            "crun_command": [],
-            **self.launcher_options(place),
-        }
+def choose_isolation(config: SandboxConfig, machine: Machine) -> Isolation:
+    """The configured isolation, or the best that works; raises FailedPreconditionError that says what to install or
+    set.
+    """
+    if config.isolation == "process":
+        log.warning(
+            "unsafe_isolation", reason="process isolation leaves the host's files and network open to every program"
+        )
+        return Isolation(warm=True, container=None, unsafe=True)
+    container_name = config.isolation if config.isolation in CONTAINER_RUNTIMES else Crun.name
+    no_container = find_problem(container_name, machine, config)
+    no_zygote = find_problem("zygote", machine)
+    container = None if no_container else CONTAINER_RUNTIMES[container_name]()
+    reasons = [f"{name}: {why}" for name, why in (("zygote", no_zygote), (container_name, no_container)) if why]
+    warm = no_zygote is None and config.isolation in ("auto", "zygote")
+    wanted = {"auto": warm or container, "zygote": warm}.get(config.isolation, container)
+    if not wanted:
+        advice = "; or set sandbox.isolation to process if every program is trusted"
+        raise FailedPreconditionError(f"no safe isolation works here ({'; '.join(reasons)}){advice}")
+    return Isolation(warm=warm, container=container, reasons=tuple(reasons))

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from perigee.sandbox.compare import Comparison, Tolerance
 from services.sandbox.box.limits import BoxLimits
+from services.sandbox.runtimes import Runtime
+
+How = Comparison | Tolerance
 
 
 class Verdict(Enum):
@@ -24,13 +29,57 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True)
+class InputFile:
+    """A file of the working folder, by a path that stays in it."""
+
+    path: str
+    content: bytes
+    executable: bool = False
+
+
+@dataclass(frozen=True)
 class Program:
+    """A source with all that it needs to be compiled and run."""
+
+    runtime: Runtime
+    source: bytes
+    limits: BoxLimits
+    compile_limits: BoxLimits
+    files: Sequence[InputFile] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Job:
     """A program to run once."""
 
-    source: bytes
-    stdin: bytes
-    arguments: list[str]
-    limits: BoxLimits
+    program: Program
+    stdin: bytes = b""
+    arguments: Sequence[str] = ()
+    output_files: Sequence[str] = ()
+    most_output_file_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """A file that a program left; `error` says why there is no content."""
+
+    path: str
+    content: bytes
+    truncated: bool
+    error: str
+
+
+@dataclass(frozen=True)
+class CompileReport:
+    """What a compiler said."""
+
+    ok: bool
+    exit_code: int
+    stdout: bytes
+    stderr: bytes
+    wall_ms: int
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +97,8 @@ class Execution:
     cpu_ms: int = 0
     peak_bytes: int = 0
     reason: str = ""
+    compile: CompileReport | None = None
+    files: Sequence[OutputFile] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +107,7 @@ class StdioTest:
 
     stdin: bytes
     expected: bytes
+    arguments: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -64,27 +116,65 @@ class FunctionTest:
 
     arguments_json: bytes
     expected: Any
+    expected_json: bytes = b""
+
+
+@dataclass(frozen=True)
+class CodeTest:
+    """Python that calls the submission's function and asserts."""
+
+    code: bytes
+
+
+@dataclass(frozen=True)
+class InteractiveTest:
+    """What the interactor is given."""
+
+    input: bytes
+    answer: bytes
+
+
+Test = StdioTest | FunctionTest | CodeTest | InteractiveTest
+
+
+@dataclass(frozen=True)
+class Worth:
+    """A test's name and points."""
+
+    name: str = ""
+    points: float = 1.0
 
 
 @dataclass(frozen=True)
 class Submission:
     """A program or a function with its tests, all of one kind."""
 
-    source: bytes
-    function_name: str
-    tests: list[StdioTest] | list[FunctionTest]
-    limits: BoxLimits
-    stop_at_first_failure: bool
+    program: Program
+    tests: Sequence[Test]
+    worths: Sequence[Worth]
+    how: How
+    function_name: str = ""
+    checker: Program | None = None
+    interactor: Program | None = None
+    setup_code: bytes = b""
+    stop_at_first_failure: bool = False
 
 
 @dataclass(frozen=True)
 class TestOutcome:
-    """The verdict of one test."""
+    """The verdict of one test; `share` of its points is earned."""
 
     verdict: Verdict
     wall_ms: int = 0
     output: bytes = b""
     reason: str = ""
+    share: float = 0.0
+    cpu_ms: int = 0
+    peak_bytes: int = 0
+    exit_code: int = 0
+    signal: int = 0
+    stderr: bytes = b""
+    output_truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -92,6 +182,18 @@ class Judgement:
     """The verdicts of all tests."""
 
     verdict: Verdict
-    results: list[TestOutcome]
+    results: Sequence[TestOutcome]
+    worths: Sequence[Worth]
     wall_ms: int = 0
     peak_bytes: int = 0
+    compile: CompileReport | None = None
+
+    @property
+    def points(self) -> float:
+        """Points earned."""
+        return sum(result.share * worth.points for result, worth in zip(self.results, self.worths, strict=True))
+
+    @property
+    def most_points(self) -> float:
+        """Points that could be earned."""
+        return sum(worth.points for worth in self.worths)

@@ -1,167 +1,148 @@
-"""The slots and the bounded queue before them."""
+"""The slots and the line before them."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from perigee.errors import FailedPreconditionError, ResourceExhaustedError
 from services.kit.telemetry import get_logger
 from services.sandbox import metrics
-from services.sandbox.cgroups import SlotCgroup, instances, is_alive, remove_instance
+from services.sandbox.attendants import BoxFailedError
+from services.sandbox.cgroups import SlotCgroup
 from services.sandbox.config import SandboxConfig
-from services.sandbox.detect import choose_isolation, read_machine
-from services.sandbox.isolation import Isolation, Machine, Place, find_python
-from services.sandbox.slots import BoxFailedError, Slot
+from services.sandbox.housekeeping import clear_leftovers, remove_own
+from services.sandbox.init import make_init
+from services.sandbox.isolation import Isolation, Machine, choose_isolation, read_machine
+from services.sandbox.launchers import Launchers
+from services.sandbox.places import Place
+from services.sandbox.runtimes import Catalog, Runtime, load_catalog
+from services.sandbox.slots import Opener
+from services.sandbox.waiting_line import WaitingLine
+from services.sandbox.zygotes import Zygotes
 
 log = get_logger(__name__)
 
-_RESTART_PAUSE_S = 1.0
-_SMOOTHING = 0.1
+
+@dataclass(eq=False)
+class Slot:
+    """Where one job runs: a place for its program, and one for whoever judges it."""
+
+    program: Place
+    judge: Place
 
 
 class Pool:
-    """Hands out slots first come, first served; broken ones are started again while the others go on."""
+    """Hands out slots; which runtimes there are and how boxes are opened belongs to it."""
 
-    def __init__(self, isolation: Isolation, slots: list[Slot], queue_limit: int) -> None:
-        self.isolation = isolation
-        self.slots = slots
-        self._free: asyncio.Queue[Slot] = asyncio.Queue()
-        self._queue_limit = queue_limit
-        self._waiting = 0
-        self._job_s = 0.1
-        self._restarts: set[asyncio.Task[None]] = set()
-
-    @property
-    def version(self) -> str:
-        """The version of the interpreter in the boxes."""
-        return self.slots[0].version
-
-    async def start(self) -> None:
-        """Starts every slot; raises FailedPreconditionError with what the launcher said when one does not start."""
-        try:
-            async with asyncio.TaskGroup() as group:
-                for slot in self.slots:
-                    group.create_task(slot.start())
-        except* BoxFailedError as errors:
-            message = str(errors.exceptions[0])
-            raise FailedPreconditionError(
-                f"sandbox.isolation: {self.isolation.name} does not work here: {message}"
-            ) from errors
-        for slot in self.slots:
-            self._free.put_nowait(slot)
+    def __init__(
+        self, config: SandboxConfig, catalog: Catalog, opener: Opener, slots: list[Slot], session_places: list[Place]
+    ) -> None:
+        self.config = config
+        self.catalog = catalog
+        self.opener = opener
+        self.session_places = session_places
+        self._slots = slots
+        self._line: WaitingLine[Slot] = WaitingLine(
+            max_waiting=config.queue_limit, max_wait_s=config.queue_seconds, overtaking_s=config.overtaking_seconds
+        )
+        for slot in slots:
+            self._line.add(slot)
 
     @asynccontextmanager
-    async def take(self) -> AsyncIterator[Slot]:
-        """A slot for one job; raises ResourceExhaustedError when the queue is full."""
-        if self._free.empty() and self._waiting >= self._queue_limit:
-            retry_after_s = max(0.1, self._job_s * self._waiting / len(self.slots))
-            raise ResourceExhaustedError(f"{self._waiting} jobs wait already", retry_after_s=retry_after_s)
-        self._waiting += 1
-        metrics.WAITING.set(self._waiting)
+    async def take(self, cost_s: float, remaining_s: float | None = None) -> AsyncIterator[Slot]:
+        """A slot for one job that may take `cost_s`; raises ResourceExhaustedError when there is none in time."""
+        asked = time.monotonic()
         try:
-            slot = await self._free.get()
+            slot = await self._line.acquire(cost_s, remaining_s)
+        except ResourceExhaustedError:
+            metrics.REFUSED.inc()
+            raise
         finally:
-            self._waiting -= 1
-            metrics.WAITING.set(self._waiting)
-        started = asyncio.get_running_loop().time()
-        metrics.BUSY.inc()
+            metrics.WAITING.set(self._line.waiting)
+        metrics.WAIT_SECONDS.observe(time.monotonic() - asked)
+        metrics.BUSY.set(self._line.busy)
         try:
             yield slot
         finally:
-            metrics.BUSY.dec()
-            self._job_s += _SMOOTHING * (asyncio.get_running_loop().time() - started - self._job_s)
-            if slot.idle:
-                self._free.put_nowait(slot)
-            else:
-                self._begin_restart(slot)
+            self._line.release(slot)
+            metrics.BUSY.set(self._line.busy)
 
-    def _begin_restart(self, slot: Slot) -> None:
-        metrics.RESTARTS.inc()
-        task = asyncio.create_task(self._restart(slot))
-        self._restarts.add(task)
-        task.add_done_callback(self._restarts.discard)
+    async def warm_up(self) -> None:
+        """Starts what the first job would wait for; raises FailedPreconditionError when it does not start."""
+        python = self.catalog.find("python")
+        if python is None or self.opener.explain_missing(python) is not None:
+            return
+        try:
+            async with asyncio.TaskGroup() as group:
+                for slot in self._slots:
+                    group.create_task(self._open_once(python, slot.program))
+        except* BoxFailedError as errors:
+            label = self.opener.isolation.label(python=True)
+            raise FailedPreconditionError(
+                f"sandbox.isolation: {label} does not work here: {errors.exceptions[0]}"
+            ) from errors
 
-    async def _restart(self, slot: Slot) -> None:
-        await slot.kill()
-        while True:
-            try:
-                await slot.start()
-                break
-            except BoxFailedError as error:
-                log.error("slot_does_not_start", slot=slot.place.index, error=error.message)
-                await asyncio.sleep(_RESTART_PAUSE_S)
-        self._free.put_nowait(slot)
+    async def _open_once(self, runtime: Runtime, place: Place) -> None:
+        async with self.opener.open(runtime, place):
+            return
 
     async def close(self) -> None:
-        """Ends every launcher and restart."""
-        for task in list(self._restarts):
-            task.cancel()
-        await asyncio.gather(*self._restarts, return_exceptions=True)
-        await asyncio.gather(*(slot.kill() for slot in self.slots))
+        """Refuses who waits, and ends everything in all places."""
+        self._line.close()
+        places = [place for slot in self._slots for place in (slot.program, slot.judge)]
+        await asyncio.gather(*(self.opener.clear(place) for place in (*places, *self.session_places)))
 
 
 @asynccontextmanager
 async def open_pool(config: SandboxConfig) -> AsyncIterator[Pool]:
-    """A pool of running slots, with the leftovers of killed services cleared before and its own after."""
+    """A pool of slots, with the leftovers of killed services cleared before and its own after."""
     machine = read_machine()
     state = Path(config.state_path)
     await asyncio.to_thread(clear_leftovers, machine, state)
-    isolation = choose_isolation(config, machine, find_python(config))
+    isolation = choose_isolation(config, machine)
+    catalog = load_catalog(config)
     folder = state / machine.instance
     folder.mkdir(parents=True)
     folder.chmod(0o711)
-    pool = Pool(
-        isolation,
-        [Slot(isolation, place) for place in make_places(config, machine, isolation, folder)],
-        config.queue_limit,
-    )
-    try:
-        await pool.start()
-        log.info("slots_ready", isolation=isolation.name, slots=len(pool.slots), python=pool.version)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(asyncio.to_thread, remove_own, machine, folder)
+        places = make_places(config, machine, isolation, folder)
+        for place in places:
+            stack.callback(place.close)
+            place.open()
+        uids = [place.uid for place in places]
+        zygotes = Zygotes(folder, uids, isolated=not isolation.unsafe)
+        stack.push_async_callback(zygotes.close)
+        launchers = None
+        if isolation.container is not None and machine.cgroups is not None:
+            init = await asyncio.to_thread(make_init, config.init_path, folder)
+            launchers = Launchers(isolation.container, init, machine.cgroups)
+            stack.push_async_callback(launchers.close)
+        opener = Opener(isolation, zygotes, launchers)
+        pairs = places[: 2 * config.slots]
+        slots = [Slot(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)]
+        pool = Pool(config, catalog, opener, slots, places[2 * config.slots :])
+        stack.push_async_callback(pool.close)
+        await pool.warm_up()
+        label = isolation.label(python=True)
+        runtimes = [runtime.name for runtime in catalog.runtimes]
+        log.info("slots_ready", isolation=label, slots=config.slots, runtimes=runtimes)
         yield pool
-    finally:
-        await pool.close()
-        await asyncio.to_thread(remove_own, machine, folder)
 
 
 def make_places(config: SandboxConfig, machine: Machine, isolation: Isolation, folder: Path) -> list[Place]:
-    """A folder, a user and, where the isolation limits by it, a control group for each slot."""
+    """Two places for each slot, and one for each session; each with a user of its own."""
+    names = [f"slot-{index}{side}" for index in range(config.slots) for side in ("", "-judge")]
+    names += [f"session-{index}" for index in range(config.max_sessions)]
     places = []
-    for index in range(config.slots):
+    for index, name in enumerate(names):
         cgroup = None
-        if isolation.name != "process" and machine.cgroups is not None:
-            cgroup = SlotCgroup(machine.cgroups, machine.instance, index)
-            try:
-                cgroup.create()
-            except OSError as error:
-                raise FailedPreconditionError(
-                    f"sandbox.isolation: {isolation.name} cannot make control groups: {error}"
-                ) from error
-        place = Place(index, config.first_uid + index, folder / f"slot-{index}", cgroup)
-        place.folder.mkdir()
-        isolation.prepare(place)
-        places.append(place)
+        if not isolation.unsafe and machine.cgroups is not None:
+            cgroup = SlotCgroup(machine.cgroups, machine.instance, name)
+        places.append(Place(name, config.first_uid + index, folder / name, cgroup))
     return places
-
-
-def clear_leftovers(machine: Machine, state: Path) -> None:
-    """Removes the processes, control groups and folders of services that ended without doing so."""
-    if machine.root and machine.cgroups is not None:
-        for instance in instances(machine.cgroups):
-            if not is_alive(instance):
-                log.warning("clearing_leftovers", instance=instance)
-                remove_instance(machine.cgroups, instance)
-    for folder in state.glob("*-*/") if state.exists() else []:
-        if not is_alive(folder.name):
-            shutil.rmtree(folder)
-
-
-def remove_own(machine: Machine, folder: Path) -> None:
-    """Removes this service's control groups and folder."""
-    if machine.root and machine.cgroups is not None:
-        remove_instance(machine.cgroups, machine.instance)
-    shutil.rmtree(folder)

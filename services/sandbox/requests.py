@@ -3,112 +3,193 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
+from pathlib import PurePosixPath
 from typing import Any, cast
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.box.limits import BoxLimits
-from services.sandbox.config import SandboxConfig
-from services.sandbox.jobs import FunctionTest, Program, StdioTest, Submission
+from services.sandbox.config import LimitsConfig, SandboxConfig
+from services.sandbox.jobs import InputFile, Job, Program
+from services.sandbox.runtimes import Catalog, Runtime
 
-LANGUAGES = ("python",)
 LIMIT_FIELDS = ("wall_ms", "cpu_ms", "memory_bytes", "processes", "file_bytes", "output_bytes")
+_MINIMUM = {"wall_ms": 1, "cpu_ms": 1, "memory_bytes": 16 << 20, "processes": 1, "file_bytes": 65536, "output_bytes": 1}
+_PATH_BYTES, _NAME_BYTES = 1024, 255
+_MOST_VIOLATIONS = 20
+_KEY_CHARACTERS = 128
 
 
-def read_program(request: pb.ExecuteRequest, config: SandboxConfig) -> Program:
-    """The program of an Execute request; raises InvalidArgumentError."""
-    violations = _check_source(request.language, request.source, config)
-    violations += [
-        FieldViolation(f"args[{index}]", "must not contain NUL")
-        for index, argument in enumerate(request.args)
-        if "\0" in argument
-    ]
-    limits = _read_limits(request.limits, config, violations)
-    _raise_if_any(violations)
-    return Program(request.source, request.stdin, list(request.args), limits)
+class Reader:
+    """Reads parts of one request, and gathers what is wrong with them."""
+
+    def __init__(self, config: SandboxConfig, catalog: Catalog) -> None:
+        self.config = config
+        self.catalog = catalog
+        self.violations: list[FieldViolation] = []
+
+    def refuse(self, field: str, description: str) -> None:
+        """Notes a violation."""
+        self.violations.append(FieldViolation(field, description))
+
+    def finish(self) -> None:
+        """Raises InvalidArgumentError when anything is wrong."""
+        if self.violations:
+            shown = self.violations[:_MOST_VIOLATIONS]
+            message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown[:5])
+            raise InvalidArgumentError(message, violations=shown)
+
+    def read_runtime(self, field: str, language: str) -> Runtime | None:
+        """The runtime of a language."""
+        runtime = self.catalog.find(language)
+        if runtime is None:
+            self.refuse(field, self.catalog.explain(language))
+        return runtime
+
+    def check_source(self, field: str, source: bytes) -> None:
+        """Sources are UTF-8 text of a bounded size."""
+        if not source:
+            self.refuse(field, "must not be empty")
+        elif len(source) > self.config.max_source_bytes:
+            self.refuse(field, f"has {len(source)} bytes, at most {self.config.max_source_bytes} are taken")
+        else:
+            self.check_utf8(field, source)
+
+    def check_utf8(self, field: str, text: bytes) -> None:
+        """Text is UTF-8."""
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            self.refuse(field, f"is not UTF-8: byte {error.start} is {text[error.start]:#04x}")
+
+    def check_size(self, field: str, content: bytes) -> None:
+        """No input is larger than the largest file."""
+        if len(content) > self.config.max_file_bytes:
+            self.refuse(field, f"has {len(content)} bytes, at most {self.config.max_file_bytes} are taken")
+
+    def check_text(self, field: str, text: str) -> None:
+        """Arguments and variables cross a system call, where NUL ends a string."""
+        if "\0" in text:
+            self.refuse(field, "must not contain NUL")
+
+    def read_files(self, field: str, files: Iterable[pb.File], taken: str | None) -> list[InputFile]:
+        """Files of the working folder; `taken` is the source's own name."""
+        read: list[InputFile] = []
+        seen = {taken}
+        total = 0
+        for index, file in enumerate(files):
+            problem = find_path_problem(file.path)
+            if problem is None and file.path in seen:
+                problem = f"{file.path!r} is there twice" if file.path != taken else "is the name of the source"
+            if problem is not None:
+                self.refuse(f"{field}[{index}].path", problem)
+            seen.add(file.path)
+            total += len(file.content)
+            self.check_size(f"{field}[{index}].content", file.content)
+            read.append(InputFile(file.path, file.content, file.executable))
+        if len(read) > self.config.max_files:
+            self.refuse(field, f"has {len(read)} files, at most {self.config.max_files} are taken")
+        if total > self.config.max_file_bytes:
+            self.refuse(field, f"has {total} bytes in all, at most {self.config.max_file_bytes} are taken")
+        return read
+
+    def check_paths(self, field: str, paths: Iterable[str]) -> None:
+        """Output files are named as input files are."""
+        listed = list(paths)
+        for index, path in enumerate(listed):
+            if (problem := find_path_problem(path)) is not None:
+                self.refuse(f"{field}[{index}]", problem)
+        if len(listed) > self.config.max_files:
+            self.refuse(field, f"names {len(listed)} files, at most {self.config.max_files} are returned")
+
+    def check_environment(self, field: str, environment: Mapping[str, str]) -> None:
+        """Variables as execve takes them."""
+        for name, value in environment.items():
+            if not name or "=" in name or "\0" in name:
+                self.refuse(field, f"{name!r} is no name of a variable")
+            self.check_text(f"{field}[{name!r}]", value)
+
+    def check_key(self, key: str) -> None:
+        """Idempotency keys are short."""
+        if len(key) > _KEY_CHARACTERS:
+            self.refuse("idempotency_key", f"has {len(key)} characters, at most {_KEY_CHARACTERS} are taken")
+
+    def read_limits(self, field: str, limits: pb.Limits, defaults: LimitsConfig) -> BoxLimits:
+        """Limits, completed by the defaults and bounded by the service's maximum."""
+        values = {}
+        for name in LIMIT_FIELDS:
+            maximum = getattr(self.config.maximum_limits, name)
+            if not limits.HasField(cast(Any, name)):
+                values[name] = min(getattr(defaults, name), maximum)
+                continue
+            value = getattr(limits, name)
+            if value > maximum:
+                self.refuse(f"{field}.{name}", f"is {value}, at most {maximum} is allowed")
+            elif value < _MINIMUM[name]:
+                self.refuse(f"{field}.{name}", f"is {value}, at least {_MINIMUM[name]} is needed")
+            values[name] = value
+        return BoxLimits(**values)
+
+    def read_program(
+        self,
+        request: pb.ExecuteRequest | pb.JudgeRequest | pb.Program,
+        compile_limits: pb.Limits,
+        environment: Mapping[str, str],
+        prefix: str = "",
+    ) -> Program | None:
+        """Language, source, files and limits of a request, or of a checker in it; None when the language is wrong."""
+        runtime = self.read_runtime(f"{prefix}language", request.language)
+        self.check_source(f"{prefix}source", request.source)
+        self.check_environment(f"{prefix}env", environment)
+        files = self.read_files(f"{prefix}files", request.files, runtime.config.source if runtime else None)
+        defaults = runtime.limits if runtime else self.config.default_limits
+        limits = self.read_limits(f"{prefix}limits", request.limits, defaults)
+        compiler = runtime.compile_limits if runtime else self.config.compile_limits
+        compile_box_limits = self.read_limits(f"{prefix}compile_limits", compile_limits, compiler)
+        if runtime is None:
+            return None
+        return Program(runtime, request.source, limits, compile_box_limits, files, dict(environment))
 
 
-def read_submission(request: pb.JudgeRequest, config: SandboxConfig) -> Submission:
-    """The submission of a Judge request; raises InvalidArgumentError."""
-    violations = _check_source(request.language, request.source, config)
-    limits = _read_limits(request.limits, config, violations)
-    kinds = {test.WhichOneof("kind") for test in request.tests}
-    stdio: list[StdioTest] = []
-    functions: list[FunctionTest] = []
-    if not request.tests:
-        violations.append(FieldViolation("tests", "must not be empty"))
-    elif len(request.tests) > config.max_tests:
-        violations.append(
-            FieldViolation("tests", f"has {len(request.tests)} tests, at most {config.max_tests} are judged at once")
-        )
-    elif None in kinds:
-        violations.append(FieldViolation("tests", "each must have stdio or function set"))
-    elif len(kinds) > 1:
-        violations.append(FieldViolation("tests", "must all be stdio or all be function tests"))
-    elif kinds == {"function"}:
-        functions = _read_functions(request, violations)
-    else:
-        stdio = [StdioTest(test.stdio.stdin, test.stdio.expected_stdout) for test in request.tests]
-        if request.function_name:
-            violations.append(FieldViolation("function_name", "must be empty for stdio tests"))
-    _raise_if_any(violations)
-    return Submission(request.source, request.function_name, functions or stdio, limits, request.stop_at_first_failure)
+def find_path_problem(path: str) -> str | None:
+    """What is wrong with a path that must stay below the working folder."""
+    if not path:
+        return "must not be empty"
+    if "\0" in path:
+        return "must not contain NUL"
+    pure = PurePosixPath(path)
+    if pure.is_absolute():
+        return f"{path[:80]!r} is absolute; name it relative to the working folder"
+    if ".." in pure.parts:
+        return f"{path[:80]!r} leaves the working folder"
+    if str(pure) != path:
+        return f"{path[:80]!r} is not in its shortest form, {str(pure)[:80]!r}"
+    if len(path.encode(errors="surrogateescape")) > _PATH_BYTES:
+        return f"has more than {_PATH_BYTES} bytes"
+    if any(len(part.encode(errors="surrogateescape")) > _NAME_BYTES for part in pure.parts):
+        return f"has a name of more than {_NAME_BYTES} bytes"
+    return None
 
 
-def _read_functions(request: pb.JudgeRequest, violations: list[FieldViolation]) -> list[FunctionTest]:
-    if not request.function_name.isidentifier():
-        violations.append(
-            FieldViolation("function_name", f"must be the name of a function, got {request.function_name!r}")
-        )
-    tests = []
-    for index, test in enumerate(request.tests):
-        field = f"tests[{index}].function"
-        arguments = _read_json(test.function.arguments_json, f"{field}.arguments_json", violations)
-        if not isinstance(arguments, list):
-            violations.append(FieldViolation(f"{field}.arguments_json", "must be a JSON array of arguments"))
-        expected = _read_json(test.function.expected_json, f"{field}.expected_json", violations)
-        tests.append(FunctionTest(test.function.arguments_json.encode(), expected))
-    return tests
+def read_job(request: pb.ExecuteRequest, config: SandboxConfig, catalog: Catalog) -> Job:
+    """The job of an Execute request; raises InvalidArgumentError."""
+    reader = Reader(config, catalog)
+    program = reader.read_program(request, request.compile_limits, request.env)
+    for index, argument in enumerate(request.args):
+        reader.check_text(f"args[{index}]", argument)
+    reader.check_size("stdin", request.stdin)
+    reader.check_paths("output_files", request.output_files)
+    reader.check_key(request.idempotency_key)
+    reader.finish()
+    assert program is not None
+    return Job(program, request.stdin, list(request.args), list(request.output_files), config.max_output_file_bytes)
 
 
-def _read_json(text: str, field: str, violations: list[FieldViolation]) -> object:
+def read_json(reader: Reader, text: str, field: str) -> object:
+    """A JSON value; an empty list, so that the checks that follow do not tell the same field twice, when it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        violations.append(FieldViolation(field, f"is not JSON: {error}"))
-        return []  # keeps the checks that follow from telling the same field twice
-
-
-def _check_source(language: str, source: bytes, config: SandboxConfig) -> list[FieldViolation]:
-    violations = []
-    if language not in LANGUAGES:
-        violations.append(FieldViolation("language", f"{language!r} is unknown; known: {', '.join(LANGUAGES)}"))
-    if not source:
-        violations.append(FieldViolation("source", "must not be empty"))
-    elif len(source) > config.max_source_bytes:
-        violations.append(
-            FieldViolation("source", f"has {len(source)} bytes, at most {config.max_source_bytes} are taken")
-        )
-    return violations
-
-
-def _read_limits(limits: pb.Limits, config: SandboxConfig, violations: list[FieldViolation]) -> BoxLimits:
-    values = {}
-    for name in LIMIT_FIELDS:
-        value = getattr(limits, name) if limits.HasField(cast(Any, name)) else getattr(config.default_limits, name)
-        maximum = getattr(config.maximum_limits, name)
-        if value > maximum:
-            violations.append(FieldViolation(f"limits.{name}", f"is {value}, at most {maximum} is allowed"))
-        elif value < _MINIMUM[name]:
-            violations.append(FieldViolation(f"limits.{name}", f"is {value}, at least {_MINIMUM[name]} is needed"))
-        values[name] = value
-    return BoxLimits(**values)
-
-
-_MINIMUM = {"wall_ms": 1, "cpu_ms": 1, "memory_bytes": 16 << 20, "processes": 1, "file_bytes": 65536, "output_bytes": 1}
-
-
-def _raise_if_any(violations: list[FieldViolation]) -> None:
-    if violations:
-        message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations[:5])
-        raise InvalidArgumentError(message, violations=violations)
+        reader.refuse(field, f"is not JSON: {error}")
+        return []

@@ -1,176 +1,86 @@
-"""One slot: a launcher process and the socket over which jobs go in and what became of them comes out."""
+"""A slot: where one job runs at a time, in a place for the program and one beside it for whoever judges it."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import json
-import os
-import signal
-import socket
-from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from typing import Any
+from contextlib import asynccontextmanager
 
-from perigee.errors import PerigeeError
-from services.kit.telemetry import get_logger
-from services.sandbox.box import control
-from services.sandbox.box.control import Message
-from services.sandbox.box.limits import BoxLimits
-from services.sandbox.isolation import ENVIRONMENT, Isolation, Place
-
-log = get_logger(__name__)
-
-_START_S = 30.0
-_END_S = 10.0
+from services.sandbox.attendants import BoxFailedError
+from services.sandbox.boxes import Box, has_ended
+from services.sandbox.isolation import Isolation
+from services.sandbox.launchers import Launchers
+from services.sandbox.places import Place
+from services.sandbox.runtimes import Runtime
+from services.sandbox.zygotes import Zygotes
 
 
-class BoxFailedError(PerigeeError):
-    """The box failed, not the program: the job may be tried again."""
+class Opener:
+    """Opens boxes in places, and makes the next one ready as soon as one is closed."""
 
+    def __init__(self, isolation: Isolation, zygotes: Zygotes, launchers: Launchers | None) -> None:
+        self.isolation = isolation
+        self._zygotes = zygotes
+        self._launchers = launchers
+        self._spares: dict[str, tuple[str, Box]] = {}
 
-class Slot:
-    """Runs one job at a time; after a failure or a cancelled job it is killed and started again."""
+    def forks(self, runtime: Runtime) -> bool:
+        """Whether boxes of the runtime are forks that end with their job."""
+        return self.isolation.unsafe or (self.isolation.warm and runtime.python is not None)
 
-    def __init__(self, isolation: Isolation, place: Place) -> None:
-        self.place = place
-        self.version = ""
-        self._isolation = isolation
-        self._process: Process | None = None
-        self._channel: socket.socket | None = None
-        self._watch: asyncio.Task[None] | None = None
-        self.idle = False
+    def explain_missing(self, runtime: Runtime) -> str | None:
+        """Why the runtime cannot be used with this isolation; None when it can."""
+        if self.forks(runtime) or self._launchers is not None:
+            return None
+        return f"needs containers ({'; '.join(self.isolation.reasons)})"
 
-    async def start(self) -> None:
-        """Starts the launcher and waits until it is ready; raises BoxFailedError with its last words when it does not
-        get there.
+    @asynccontextmanager
+    async def open(self, runtime: Runtime, place: Place, spare: bool = True) -> AsyncIterator[Box]:
+        """A box in a place for as long as the block lasts; afterwards the place is empty, or a box waits in it for the
+        next job of the same runtime.
         """
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ours.setblocking(False)
-        self._channel = ours
+        box = await (self._take_spare(runtime, place) if self.forks(runtime) else self._open_container(runtime, place))
         try:
-            options = {**self._isolation.base_options(self.place), "control": theirs.fileno()}
-            self._process = await asyncio.create_subprocess_exec(
-                *self._isolation.launcher_command(),
-                json.dumps(options),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.PIPE,
-                env=ENVIRONMENT,
-                cwd="/",
-                pass_fds=(theirs.fileno(),),
-                start_new_session=True,
-            )
-        except BaseException:
-            await self.kill()
-            raise
+            yield box
         finally:
-            theirs.close()
+            if self.forks(runtime):
+                box.close()
+            if box.broken:
+                await self.clear(place)
+            elif spare and self.forks(runtime) and not self.isolation.unsafe:
+                self._make_spare(runtime, place)
+
+    async def _open_container(self, runtime: Runtime, place: Place) -> Box:
+        if self._launchers is None:
+            raise BoxFailedError(f"{runtime.name} {self.explain_missing(runtime)}")
+        self._drop_spare(place)
         try:
-            async with asyncio.timeout(_START_S):
-                message = await self._receive()
-        except (BoxFailedError, TimeoutError) as error:
-            words = await self._last_words()
-            raise BoxFailedError(f"the launcher of slot {self.place.index} did not start: {words or error}") from error
+            return await self._launchers.open(runtime, place)
         except BaseException:
-            await self.kill()
+            await self.clear(place)
             raise
-        self._watch = asyncio.create_task(self._close_when_launcher_ends(self._process, ours))
-        self.version = message.header["version"]
-        self.idle = True
 
-    async def _close_when_launcher_ends(self, process: Process, channel: socket.socket) -> None:
-        """An agent holds the socket too, so that the launcher's end alone would not close it."""
-        await process.wait()
-        with contextlib.suppress(OSError):  # the agent's end has closed it already
-            channel.shutdown(socket.SHUT_RDWR)
+    async def _take_spare(self, runtime: Runtime, place: Place) -> Box:
+        name, box = self._spares.pop(place.name, ("", None))
+        if box is not None and name == runtime.name and not has_ended(box):
+            return box
+        if box is not None:
+            box.channel.close()
+        return await self._zygotes.fork(runtime, place)
 
-    async def messages(self, header: dict[str, Any], job: int, limits: BoxLimits) -> AsyncIterator[Message]:
-        """Runs the job in a file and yields what is told of it, `end` included; raises BoxFailedError when the slot
-        breaks.
-        """
-        assert self._channel is not None
-        self.idle = False
-        cgroup = self.place.cgroup
-        try:
-            self._isolation.configure(self.place, limits)
-            kills_before = cgroup.oom_kills() if cgroup else 0
-            control.send(self._channel, header, [job])
-        except OSError as error:
-            raise BoxFailedError(f"slot {self.place.index} takes no job: {error}") from error
-        while not self.idle:
-            try:
-                message = await self._receive()
-            except BoxFailedError:
-                if cgroup is None or cgroup.oom_kills() == kills_before:
-                    raise
-                yield Message({"kind": "end", "killed_for_memory": True}, [])  # the slot stays broken
-                return
-            self.idle = message.header["kind"] == "end"
-            yield message
+    def _drop_spare(self, place: Place) -> None:
+        if (spare := self._spares.pop(place.name, None)) is not None:
+            spare[1].channel.close()
 
-    def answer(self, go_on: bool) -> None:
-        """Tells an agent that waits whether to run the next test."""
-        assert self._channel is not None
-        control.send(self._channel, {"go_on": go_on}, [])
+    def _make_spare(self, runtime: Runtime, place: Place) -> None:
+        with contextlib.suppress(BoxFailedError):  # the next job of the place finds out, and starts what has ended
+            box = self._zygotes.fork_at_once(runtime, place)
+            if box is not None:
+                self._spares[place.name] = (runtime.name, box)
 
-    async def kill(self) -> None:
-        """Ends the launcher and, through it, everything in the slot; returns when it is gone."""
-        self.idle = False
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.wait([self._watch])
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
-        if self._process is not None and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.kill()
-            await self._process.wait()
-        await self._empty_cgroup()
-        await asyncio.to_thread(self._isolation.clean, self.place)
-
-    async def _empty_cgroup(self) -> None:
-        """Ends what did not end with the launcher, such as a container that was being made."""
-        cgroup = self.place.cgroup
-        try:
-            async with asyncio.timeout(_END_S):
-                while cgroup is not None and (processes := cgroup.processes()):
-                    for pid in processes:
-                        with contextlib.suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
-                    await asyncio.sleep(0.002)  # a killed process leaves its group a moment later and tells nobody
-        except TimeoutError:
-            log.error("slot_not_empty", slot=self.place.index)
-
-    async def _receive(self) -> Message:
-        assert self._channel is not None
-        while True:
-            try:
-                return control.receive(self._channel)
-            except BlockingIOError:
-                await _until_readable(self._channel)
-            except (EOFError, ConnectionError) as error:
-                raise BoxFailedError(f"slot {self.place.index} broke: {error}") from error
-
-    async def _last_words(self) -> str:
-        assert self._process is not None
-        process = self._process
-        await self.kill()
-        assert process.stderr is not None
-        return (await process.stderr.read()).decode(errors="replace").strip()
-
-
-async def _until_readable(channel: socket.socket) -> None:
-    loop = asyncio.get_running_loop()
-    readable: asyncio.Future[None] = loop.create_future()
-
-    def wake() -> None:
-        if not readable.done():
-            readable.set_result(None)
-
-    loop.add_reader(channel, wake)
-    try:
-        await readable
-    finally:
-        loop.remove_reader(channel)
+    async def clear(self, place: Place) -> None:
+        """Ends everything in the place."""
+        self._drop_spare(place)
+        if self._launchers is not None:
+            await self._launchers.kill(place)
+        await place.empty()

@@ -21,6 +21,8 @@ from perigee.errors import (
     ResourceExhaustedError,
     UnauthenticatedError,
     UnavailableError,
+    UnimplementedError,
+    from_rpc_error,
 )
 from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
@@ -88,6 +90,39 @@ async def test_domain_errors_arrive_as_the_classes_that_were_raised() -> None:
         assert full.value.retry_after_s == 2.5
         with pytest.raises(InternalError, match="ZeroDivisionError"):
             await score(client, "bug")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"), [(b"\x0a\x04\x0a\x02\xff\xff", "bad UTF-8"), (b"\x0a\x7f", "Wire format was corrupt")]
+)
+async def test_a_request_that_is_no_message_is_an_invalid_argument(data: bytes, reason: str) -> None:
+    async with probe_server() as (app, _), grpc.aio.insecure_channel(app.address) as channel:
+        for call in (
+            channel.unary_stream(f"/{FULL_NAME}/Score")(data, timeout=10).read(),
+            channel.unary_unary(f"/{FULL_NAME}/ListVerifiers")(b"\xff", timeout=10),
+        ):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await call
+            error = from_rpc_error(caught.value, "probe")
+            assert isinstance(error, InvalidArgumentError)
+            [violation] = error.violations
+            assert violation.field == "request"
+            assert violation.description.startswith("is not of the method's message: Error parsing message")
+        with pytest.raises(grpc.aio.AioRpcError, match=reason):
+            await channel.unary_stream(f"/{FULL_NAME}/Score")(data, timeout=10).read()
+
+
+async def test_a_method_that_the_service_does_not_define_is_unimplemented() -> None:
+    @asynccontextmanager
+    async def lifespan(app: App[ProbeConfig]) -> AsyncIterator[None]:
+        app.add(FULL_NAME, add_RewardServiceServicer_to_server, RewardServiceServicer())  # type: ignore[abstract]
+        yield
+
+    async with serving(ProbeConfig(), lifespan) as app, RewardClient.connect(app.address) as client:
+        with pytest.raises(UnimplementedError, match=f"does not offer {FULL_NAME}/ListVerifiers"):
+            await client.list_verifiers(pb.ListVerifiersRequest())
+        with pytest.raises(UnimplementedError):
+            await score(client, "any")
 
 
 async def test_a_call_without_the_token_is_refused_but_health_answers() -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
@@ -18,6 +15,7 @@ from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer, add_RewardS
 from perigee.rpc import ChannelOptions
 from services.kit.config import ServerConfig, ServiceConfig
 from services.kit.server import App, serving
+from tests.fixtures.certificates import Certificates
 
 
 class ProbeConfig(ServiceConfig):
@@ -27,30 +25,6 @@ class ProbeConfig(ServiceConfig):
 class Probe(RewardServiceServicer):
     async def ListVerifiers(self, request: pb.ListVerifiersRequest, context: Any) -> pb.ListVerifiersResponse:
         return pb.ListVerifiersResponse()
-
-
-@dataclass(frozen=True)
-class Certificates:
-    """An authority, and a certificate for 127.0.0.1 that it signed."""
-
-    ca: str
-    certificate: str
-    key: str
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    if shutil.which("openssl") is None:
-        pytest.skip("needs openssl: makes the certificates of the TLS tests")
-    folder = tmp_path_factory.mktemp("tls")
-    (folder / "names").write_text("subjectAltName=IP:127.0.0.1\n")
-    for command in (
-        "req -x509 -newkey rsa:2048 -nodes -keyout ca.key -out ca.pem -subj /CN=authority -days 1",
-        "req -newkey rsa:2048 -nodes -keyout leaf.key -out leaf.csr -subj /CN=service",
-        "x509 -req -in leaf.csr -CA ca.pem -CAkey ca.key -CAcreateserial -out leaf.pem -days 1 -extfile names",
-    ):
-        subprocess.run(["openssl", *command.split()], cwd=folder, check=True, capture_output=True)
-    return Certificates(str(folder / "ca.pem"), str(folder / "leaf.pem"), str(folder / "leaf.key"))
 
 
 @asynccontextmanager

@@ -11,8 +11,9 @@ import pytest_asyncio
 
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.detect import AUTOMATIC
-from tests.fixtures.sandbox import function_tests, running_sandbox
+from services.sandbox.config import SandboxConfig
+from services.sandbox.isolation import choose_isolation, read_machine
+from tests.fixtures.sandbox import function_tests, running_sandbox, skip_unless_possible, stdio_tests
 
 QUICK = pb.Limits(wall_ms=1500, cpu_ms=600, memory_bytes=256 << 20)
 DOUBLE = function_tests([([number], 2 * number) for number in range(3)])
@@ -49,7 +50,25 @@ async def test_verdicts(plain: SandboxClient, source: str, verdict: str) -> None
     assert pb.TestVerdict.Name(response.verdict) == f"TEST_VERDICT_{verdict}"
 
 
-async def test_it_says_what_it_is_and_is_never_chosen_by_itself(plain: SandboxClient) -> None:
+async def test_it_says_what_it_is(plain: SandboxClient) -> None:
     runtimes = (await plain.list_runtimes(pb.ListRuntimesRequest())).runtimes
     assert {runtime.isolation for runtime in runtimes} == {"process (unsafe)"}
-    assert "process" not in {isolation.name for isolation in AUTOMATIC}
+
+
+def test_it_is_never_chosen_by_itself() -> None:
+    skip_unless_possible("zygote")
+    assert not choose_isolation(SandboxConfig(), read_machine()).unsafe
+
+
+@pytest.mark.parametrize(
+    ("language", "source"),
+    [
+        ("c", b'#include <stdio.h>\nint main(void) { int x; scanf("%d", &x); printf("%d", 2 * x); }'),
+        ("bash", b"read x; echo $((2 * x))"),
+    ],
+)
+async def test_other_languages(plain: SandboxClient, language: str, source: bytes) -> None:
+    response = await plain.judge(
+        pb.JudgeRequest(language=language, source=source, tests=stdio_tests([(b"4", b"8"), (b"0", b"0")]))
+    )
+    assert [result.verdict for result in response.results] == [pb.TEST_VERDICT_ACCEPTED] * 2

@@ -13,10 +13,8 @@ from perigee.errors import FailedPreconditionError
 from services.sandbox.box.seccomp import build_filter
 from services.sandbox.cgroups import find_cgroups, instance_name, is_alive
 from services.sandbox.config import SandboxConfig
-from services.sandbox.detect import choose_isolation
-from services.sandbox.isolation import Machine, Python
+from services.sandbox.isolation import UNSAFE_LABEL, Machine, choose_isolation
 
-PYTHON = Python("/usr/bin/python3", "3.11.2", ("/usr",))
 V1 = """30 29 0:28 / /cg/memory rw - cgroup cgroup rw,memory
 31 29 0:29 / /cg/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
 32 29 0:30 / /cg/pids rw - cgroup cgroup rw,pids
@@ -55,10 +53,10 @@ def test_no_cgroups() -> None:
 def test_a_machine_without_root_is_told_what_to_do() -> None:
     machine = Machine(root=False, cgroups=None, instance="1-1")
     with pytest.raises(FailedPreconditionError) as error:
-        choose_isolation(SandboxConfig(), machine, PYTHON)
+        choose_isolation(SandboxConfig(), machine)
     assert "zygote: start the service as root" in error.value.message
     assert "process" in error.value.message
-    assert choose_isolation(SandboxConfig(isolation="process"), machine, PYTHON).label == "process (unsafe)"
+    assert choose_isolation(SandboxConfig(isolation="process"), machine).label(python=False) == UNSAFE_LABEL
 
 
 def test_instances_of_the_dead_are_known() -> None:

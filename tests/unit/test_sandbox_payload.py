@@ -9,24 +9,32 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.sandbox.box.control import memory_file
-from services.sandbox.box.payload import TOO_LONG, VALUE, Job, Reply, encode_job, encode_reply, read_job, read_replies
+from services.sandbox.box.payload import (
+    TOO_LONG,
+    VALUE,
+    Parcel,
+    Reply,
+    encode_parcel,
+    encode_reply,
+    read_parcel,
+    read_replies,
+)
 
 KINDS = st.sampled_from([b"v", b"n", b"e", b"l", b"c"])
 
 
-@given(st.binary(), st.lists(st.binary(), max_size=5), st.lists(st.text(), max_size=3))
-def test_a_job_comes_out_as_it_went_in(source: bytes, inputs: list[bytes], arguments: list[str]) -> None:
-    job = Job({"arguments": arguments}, source, inputs)
-    file = memory_file(encode_job(job))
-    assert read_job(file) == job
+@given(st.lists(st.binary(), max_size=5), st.lists(st.text(), max_size=3))
+def test_a_parcel_comes_out_as_it_went_in(blobs: list[bytes], arguments: list[str]) -> None:
+    file = memory_file(encode_parcel({"arguments": arguments}, blobs))
+    assert read_parcel(file) == Parcel({"arguments": arguments}, blobs)
     os.close(file)
 
 
 @given(st.binary(min_size=1))
-def test_a_damaged_job_is_refused(tail: bytes) -> None:
-    file = memory_file(encode_job(Job({}, b"x", [])) + tail)
+def test_a_damaged_parcel_is_refused(tail: bytes) -> None:
+    file = memory_file(encode_parcel({}, [b"x"]) + tail)
     with pytest.raises(ValueError, match="parts end at"):
-        read_job(file)
+        read_parcel(file)
     os.close(file)
 
 

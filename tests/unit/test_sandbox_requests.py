@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.config import LimitsConfig, SandboxConfig
 from services.sandbox.jobs import FunctionTest, StdioTest
-from services.sandbox.requests import read_program, read_submission
+from services.sandbox.judge_requests import read_submission
+from services.sandbox.requests import find_path_problem, read_job
+from services.sandbox.runtimes import Catalog, Missing, load_catalog
 
 CONFIG = SandboxConfig(max_source_bytes=100, max_tests=3, default_limits=LimitsConfig(wall_ms=123))
+CATALOG = load_catalog(CONFIG)
 STDIO = pb.TestCase(stdio=pb.StdioTest(stdin=b"1", expected_stdout=b"2"))
 FUNCTION = pb.TestCase(function=pb.FunctionTest(arguments_json="[1, null]", expected_json="true"))
 
 
 def violated(request: pb.JudgeRequest | pb.ExecuteRequest) -> dict[str, str]:
+    read = read_submission if isinstance(request, pb.JudgeRequest) else read_job
     with pytest.raises(InvalidArgumentError) as error:
-        read_submission(request, CONFIG) if isinstance(request, pb.JudgeRequest) else read_program(request, CONFIG)
+        read(request, CONFIG, CATALOG)  # type: ignore[operator]
     return {violation.field: violation.description for violation in error.value.violations}
 
 
@@ -27,7 +35,7 @@ def judge_request(*tests: pb.TestCase, function_name: str = "", source: bytes = 
 
 def test_limits_are_the_request_s_or_the_default() -> None:
     request = pb.ExecuteRequest(language="python", source=b"x", limits=pb.Limits(cpu_ms=7))
-    limits = read_program(request, CONFIG).limits
+    limits = read_job(request, CONFIG, CATALOG).program.limits
     assert (limits.cpu_ms, limits.wall_ms) == (7, 123)
 
 
@@ -72,6 +80,100 @@ def test_function_tests_are_json(arguments: str, expected: str, fields: set[str]
 
 
 def test_what_a_submission_becomes() -> None:
-    submission = read_submission(judge_request(FUNCTION, function_name="f"), CONFIG)
-    assert submission.tests == [FunctionTest(b"[1, null]", True)]
-    assert read_submission(judge_request(STDIO), CONFIG).tests == [StdioTest(b"1", b"2")]
+    submission = read_submission(judge_request(FUNCTION, function_name="f"), CONFIG, CATALOG)
+    assert submission.tests == [FunctionTest(b"[1, null]", True, b"true")]
+    assert read_submission(judge_request(STDIO), CONFIG, CATALOG).tests == [StdioTest(b"1", b"2", [])]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("", "empty"),
+        ("a\0b", "NUL"),
+        ("/etc/passwd", "absolute"),
+        ("../x", "leaves"),
+        ("a/../../x", "leaves"),
+        ("a/..", "leaves"),
+        ("./a", "shortest form"),
+        ("a//b", "shortest form"),
+        ("a/", "shortest form"),
+        ("x" * 256, "name of more than 255"),
+        ("/".join(["d" * 200] * 6), "more than 1024"),
+    ],
+)
+def test_paths_stay_in_the_working_folder(path: str, problem: str) -> None:
+    assert problem in (find_path_problem(path) or "")
+    request = pb.ExecuteRequest(language="python", source=b"x", files=[pb.File(path=path)], output_files=[path])
+    assert set(violated(request)) == {"files[0].path", "output_files[0]"}
+
+
+@given(st.text(max_size=30))
+def test_a_path_that_is_taken_names_something_below_the_folder(path: str) -> None:
+    if find_path_problem(path) is None:
+        assert os.path.normpath(f"/box/{path}") == f"/box/{path}"
+
+
+def test_files_are_named_once_and_not_as_the_source() -> None:
+    files = [pb.File(path="a"), pb.File(path="a"), pb.File(path="main.py")]
+    fields = violated(pb.ExecuteRequest(language="python", source=b"x", files=files))
+    assert set(fields) == {"files[1].path", "files[2].path"}
+
+
+def test_inputs_have_a_size() -> None:
+    config = SandboxConfig(max_file_bytes=10)
+    request = pb.ExecuteRequest(
+        language="python", source=b"x", stdin=b"y" * 11, files=[pb.File(path="a", content=b"z" * 11)]
+    )
+    with pytest.raises(InvalidArgumentError) as error:
+        read_job(request, config, CATALOG)
+    assert {violation.field for violation in error.value.violations} == {"stdin", "files[0].content", "files"}
+
+
+def test_sources_are_utf8() -> None:
+    assert set(violated(pb.ExecuteRequest(language="python", source=b"x = '\xff'"))) == {"source"}
+    assert set(violated(judge_request(STDIO, source=b"\x80"))) == {"source"}
+
+
+def test_variables_are_what_execve_takes() -> None:
+    assert set(violated(pb.ExecuteRequest(language="python", source=b"x", env={"A=B": "1", "C": "\0"}))) == {
+        "env",
+        "env['C']",
+    }
+
+
+def test_checkers_and_interactors_are_read_like_programs() -> None:
+    checker = pb.Checker(program=pb.Program(language="nope", source=b"\xff", files=[pb.File(path="/x")]))
+    request = judge_request(STDIO)
+    request.checker.CopyFrom(checker)
+    assert set(violated(request)) == {
+        "checker.program.language",
+        "checker.program.source",
+        "checker.program.files[0].path",
+    }
+    interactive = pb.TestCase(interactive=pb.InteractiveTest(input=b"1"))
+    assert set(violated(judge_request(interactive))) == {"interactor"}
+    request = judge_request(STDIO)
+    request.interactor.CopyFrom(pb.Program(language="python", source=b"x"))
+    assert set(violated(request)) == {"interactor"}
+
+
+def test_tolerances_and_points_are_numbers() -> None:
+    request = judge_request(pb.TestCase(stdio=pb.StdioTest(), points=-1))
+    request.checker.floats.absolute = float("nan")
+    request.checker.floats.relative = -1e-9
+    assert set(violated(request)) == {"checker.floats.absolute", "checker.floats.relative", "tests[0].points"}
+    submission = read_submission(judge_request(pb.TestCase(stdio=pb.StdioTest(), points=0)), CONFIG, CATALOG)
+    assert submission.worths[0].points == 0
+
+
+def test_what_is_missing_says_why() -> None:
+    catalog = Catalog([], [Missing("cobol", "cobc is not there: install gnucobol")])
+    with pytest.raises(InvalidArgumentError, match="install gnucobol"):
+        read_job(pb.ExecuteRequest(language="cobol", source=b"x"), CONFIG, catalog)
+
+
+@pytest.mark.parametrize("kind", ["function", "code"])
+def test_only_python_has_function_tests(kind: str) -> None:
+    test = FUNCTION if kind == "function" else pb.TestCase(code=pb.CodeTest(code="assert f(1)"))
+    request = pb.JudgeRequest(language="bash", source=b"x", tests=[test], function_name="f")
+    assert set(violated(request)) == {"language"}

@@ -790,8 +790,8 @@ class Checker(_message.Message):
     @_builtins.property
     def program(self) -> Global___Program:
         """Started as `checker input.txt output.txt answer.txt` in a box of its own. Exit code 0 accepts, 1 and 2 refuse, 7
-        gives the share of points that the last word of its message tells (testlib's convention), anything else is a failure
-        of the checker; its message is standard error's.
+        gives the share of points that its message tells in its first word or after a leading `points` (testlib's
+        convention), anything else is a failure of the checker; its message is standard error's.
         """
 
     def __init__(
@@ -929,7 +929,9 @@ class TestResult(_message.Message):
     points: _builtins.float
     """Points earned."""
     cpu_ms: _builtins.int
-    """CPU time, memory, exit code and signal are those of the process that ran the test; function and code tests share one."""
+    """CPU time, memory, exit code and signal are those of the process that ran the test; function tests share one, and
+    have them for the test that ended it.
+    """
     peak_memory_bytes: _builtins.int
     exit_code: _builtins.int
     signal: _builtins.int

@@ -1,4 +1,4 @@
-"""Messages between the service and a slot: a JSON header and open descriptors, one packet each, over a SOCK_SEQPACKET
+"""Messages between the service and a box: a JSON header and open descriptors, one packet each, over a SOCK_SEQPACKET
 pair.
 
 Sources, inputs and outputs travel as memory files, so that they pass through no process that outlives the job.
@@ -12,7 +12,7 @@ import socket
 from typing import Any, NamedTuple
 
 MAX_HEADER_BYTES = 128 * 1024
-MAX_DESCRIPTORS = 4
+MAX_DESCRIPTORS = 16
 
 
 class Message(NamedTuple):
@@ -36,7 +36,7 @@ def receive(control: socket.socket) -> Message:
     """The next message; raises EOFError when the other side is gone, and BlockingIOError as the socket does."""
     data, descriptors, _, _ = socket.recv_fds(control, MAX_HEADER_BYTES, MAX_DESCRIPTORS)
     if not data:
-        raise EOFError("the other side has closed the slot")
+        raise EOFError("the other side has closed the box")
     return Message(json.loads(data), descriptors)
 
 

@@ -15,10 +15,12 @@ MNT_DETACH = 0x2
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x2000000, 0x4000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
 
-_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 22, 24
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _SECCOMP_MODE_FILTER = 2
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_SYS_CLOSE_RANGE = 436  # the same on every architecture
+_SYS_CLOSE_RANGE, _SYS_OPENAT2 = 436, 437  # the same on every architecture
+_RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
 _EINVAL = 22
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -41,6 +43,11 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
     kind_bytes = None if kind is None else kind.encode()
     result = _libc.mount(source.encode(), target.encode(), kind_bytes, ctypes.c_ulong(flags), data.encode() or None)
     _check(result, f"mount {source} at {target}")
+
+
+def unmount(target: str) -> None:
+    """Unmounts what nobody uses any more."""
+    _check(_libc.umount2(target.encode(), 0), f"umount {target}")
 
 
 def unmount_lazily(target: str) -> None:
@@ -67,6 +74,28 @@ def enter_namespace(descriptor: int, flag: int) -> None:
 def set_hostname(name: str) -> None:
     """Sets the host name of this UTS namespace."""
     _check(_libc.sethostname(name.encode(), len(name)), "sethostname")
+
+
+class _OpenHow(ctypes.Structure):
+    """`struct open_how`."""
+
+    _fields_ = [("flags", ctypes.c_uint64), ("mode", ctypes.c_uint64), ("resolve", ctypes.c_uint64)]
+
+
+def open_beneath(folder: int, path: str, flags: int) -> int:
+    """Opens a path below an open folder, through no link and no mount (openat2)."""
+    resolve = _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_XDEV
+    how = _OpenHow(flags, 0, resolve)
+    result: int = _libc.syscall(
+        ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(folder), path.encode(), ctypes.byref(how), ctypes.c_size_t(24)
+    )
+    _check(result, f"open {path}")
+    return result
+
+
+def adopt_orphans() -> None:
+    """Makes this process the one that reaps the orphans among its descendants."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1, "prctl PR_SET_CHILD_SUBREAPER")
 
 
 def close_from(first: int) -> None:

@@ -1,7 +1,7 @@
-"""The two files that cross the wall of a box: the job that goes in, and the replies of a function that come out.
+"""The files that cross the wall of a box: parcels go in and out, replies of a function come out.
 
-A job is `u32 header length, header (JSON), blobs`; the header lists the blobs' lengths. A reply is `u32 length, kind,
-payload`. All integers are big-endian; nothing is escaped.
+A parcel is `u32 header length, header (JSON), blobs`; the header lists the blobs' lengths. A reply is `u32 length,
+kind, payload`. All integers are big-endian; nothing is escaped.
 """
 
 from __future__ import annotations
@@ -9,19 +9,19 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-_JOB_PREFIX = struct.Struct(">I")
+_PARCEL_PREFIX = struct.Struct(">I")
 _REPLY_PREFIX = struct.Struct(">Ic")
 VALUE, NOT_JSON, EXCEPTION, LOADED, COMPILE_ERROR, TOO_LONG = b"v", b"n", b"e", b"l", b"c", b"o"
 
 
-class Job(NamedTuple):
-    """What a program's process reads: arguments and function name in the header; the source; an input per run."""
+class Parcel(NamedTuple):
+    """A header and the blobs that it tells of."""
 
     header: dict[str, Any]
-    source: bytes
-    inputs: list[bytes]
+    blobs: list[bytes]
 
 
 class Reply(NamedTuple):
@@ -31,27 +31,36 @@ class Reply(NamedTuple):
     payload: bytes
 
 
-def encode_job(job: Job) -> bytes:
-    """The job as the contents of a file."""
-    blobs = [job.source, *job.inputs]
-    header = json.dumps({**job.header, "lengths": [len(blob) for blob in blobs]}).encode()
-    return b"".join([_JOB_PREFIX.pack(len(header)), header, *blobs])
+def encode_parcel(header: dict[str, Any], blobs: Sequence[bytes]) -> bytes:
+    """A parcel as the contents of a file."""
+    text = json.dumps({**header, "lengths": [len(blob) for blob in blobs]}).encode()
+    return b"".join([_PARCEL_PREFIX.pack(len(text)), text, *blobs])
 
 
-def read_job(descriptor: int) -> Job:
-    """The job in a file; raises ValueError when its parts do not fill it."""
+def read_parcel(descriptor: int) -> Parcel:
+    """The parcel in a file; raises ValueError when its parts do not fill it."""
     size = os.fstat(descriptor).st_size
-    contents = os.pread(descriptor, size, 0)
-    [header_length] = _JOB_PREFIX.unpack_from(contents)
-    offset = _JOB_PREFIX.size + header_length
-    header = json.loads(contents[_JOB_PREFIX.size : offset])
+    contents = _read(descriptor, size)
+    [header_length] = _PARCEL_PREFIX.unpack_from(contents)
+    offset = _PARCEL_PREFIX.size + header_length
+    header = json.loads(contents[_PARCEL_PREFIX.size : offset])
     blobs = []
     for length in header.pop("lengths"):
         blobs.append(contents[offset : offset + length])
         offset += length
     if offset != size:
-        raise ValueError(f"the job's parts end at {offset} of {size} bytes")
-    return Job(header, blobs[0], blobs[1:])
+        raise ValueError(f"the parcel's parts end at {offset} of {size} bytes")
+    return Parcel(header, blobs)
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    """One read gives at most 2 GiB less a page."""
+    parts: list[bytes] = []
+    offset = 0
+    while offset < size and (part := os.pread(descriptor, size - offset, offset)):
+        parts.append(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def encode_reply(kind: bytes, payload: bytes) -> bytes:

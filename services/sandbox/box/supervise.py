@@ -1,152 +1,159 @@
-"""Starts a program's process and watches it: wall clock, CPU time, output, memory kills, and its end.
+"""Watches a program's process from beside it: wall clock, CPU time, output, memory kills, and its end.
 
-The supervisor outlives jobs, so it never reads what belongs to one: sources, inputs and outputs are files in memory
+The supervisor may outlive jobs, so it never reads what belongs to one: sources, inputs and outputs are files in memory
 that it only hands on.
 """
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import os
 import select
 import signal
+import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from .child import ANSWERED, FINISHED
-from .control import memory_file
+from . import control
 from .limits import BoxLimits
+from .orders import Order, Outcome
+from .python_functions import ANSWERED, FINISHED
 from .usage import UsageFiles
 
 TICK_S = 0.05
-_NOTE_BYTES = 1024
 _PROGRESS_BYTES = 4096
 
 
-@dataclass
-class Outcome:
-    """How one process ended. `stop` is None when it ended by itself, else wall, cpu, memory, output or died.
+class Process(ABC):
+    """A process under watch, and how it is ended."""
 
-    `exit_code` is None when a signal ended the process. `answers_us` are the times of a submission's answers, the one
-    to loading it included; `finished` says that it has nothing more to answer.
-    """
+    pid: int
+    events: int | None = None
+    """Descriptor that becomes readable when the process tells something of itself."""
 
-    stop: str | None = None
-    exit_code: int | None = 0
-    signal: int = 0
-    wall_us: int = 0
-    cpu_us: int = 0
-    stdout_truncated: bool = False
-    stderr_truncated: bool = False
-    answers_us: list[int] = field(default_factory=list)
-    finished: bool = False
+    def note_events(self) -> bool:
+        """Takes in what was told; true when the program itself begins now, so that what came before does not count."""
+        return False
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Ends everything that runs for it."""
+
+    @abstractmethod
+    def settle(self, status: int, stopped: bool) -> int:
+        """The wait status of the program itself, given that of `pid` and whether it was ended by a limit.
+
+        Raises OSError when the program could not be executed, and RuntimeError when it could not be confined.
+        """
 
 
-class ControlClosed(EOFError):
-    """The service has let go of the slot."""
-
-
-Become = Callable[[list[int]], None]
-"""Confines the process to the given descriptors and becomes the program; does not return."""
+Start = Callable[[list[int]], Process]
+"""Starts a process with the given descriptors."""
+OnCall = Callable[[dict[str, Any]], None]
+"""Answers what the service asks while a process runs."""
 
 
 class Supervisor:
-    """Runs the processes of one job, one at a time, under its limits."""
+    """Runs one process at a time under its limits."""
 
-    def __init__(self, control: int, limits: BoxLimits, usage: UsageFiles | None) -> None:
-        self.peak_bytes = 0
-        self._control = control
-        self._limits = limits
+    def __init__(self, channel: socket.socket, usage: UsageFiles | None) -> None:
+        self._channel = channel
         self._usage = usage
         self._statuses: dict[int, int] = {}
         self._rusage_cpu_us = 0
-        self._failure_note = mmap.mmap(-1, mmap.PAGESIZE)
+        self._rusage_peak = 0
+        self._peak_known = False
         self._started = 0.0
-        self._cpu_ns = 0
+        self._cpu_ns = self._begun_cpu_ns = 0
         self._oom_kills = 0
+        self._baseline = 0
 
-    def run_program(self, become: Become) -> tuple[Outcome, list[int]]:
-        """Runs a program to its end or to a limit; its output, errors and compiler's message follow."""
-        files = [memory_file(b"") for _ in range(3)]
-        self._restart_meter()
-        pid = self._fork(become, files)
+    def run(self, order: Order, descriptors: Sequence[int], start: Start, on_call: OnCall) -> Outcome:
+        """Runs the process of an order to its end or to a limit; it is dead and reaped afterwards."""
         outcome = Outcome()
-        outcome.stop = self._watch(pid, files[:2], None, outcome)
-        outcome.wall_us = self._elapsed_us()
-        self._finish(outcome, pid)
-        outcome.stdout_truncated, outcome.stderr_truncated = (self._is_too_long(file) for file in files[:2])
-        if outcome.stop is None and (outcome.stdout_truncated or outcome.stderr_truncated):
-            outcome.stop = "output"
-        return outcome, files
+        progress = -1
+        handed = list(descriptors)
+        if order.answers:
+            progress, told = os.pipe()
+            os.set_blocking(progress, False)
+            handed.insert(len(handed) - 1, told)
+        self._rusage_cpu_us = self._rusage_peak = 0
+        self._oom_kills = self._usage.oom_kills() if self._usage else 0
+        self._begin()
+        process = start(handed)
+        if progress >= 0:
+            os.close(told)
+        try:
+            outcome.stop = self._watch(process, order, handed[1:3], progress, outcome, on_call)
+            status = self._end(process)
+            outcome.wall_us = self._elapsed_us()
+            if progress >= 0:
+                self._take_answers(progress, outcome)
+        except EOFError:  # the service has let go of the box
+            process.kill()
+            raise
+        finally:
+            if progress >= 0:
+                os.close(progress)
+        if self._oom_killed():
+            outcome.stop = "memory"
+        self._measure(outcome)
+        self._read_status(process, status, outcome)
+        if order.answers:
+            self._close_answers(order, outcome)
+        return outcome
 
-    def run_functions(self, become: Become, most_answers: int) -> tuple[Outcome, list[int]]:
-        """Runs a submission until it has given all its answers, ends, or one of them passes a limit; its replies
-        follow.
-        """
-        replies = memory_file(b"")
-        null = os.open("/dev/null", os.O_RDWR)
-        progress_read, progress_write = os.pipe()
-        os.set_blocking(progress_read, False)
-        self._restart_meter()
-        pid = self._fork(become, [null, null, replies, progress_write])
-        os.close(null)
-        os.close(progress_write)
-        outcome = Outcome()
-        outcome.stop = self._watch(pid, [], progress_read, outcome)
-        self._take_answers(progress_read, outcome)
-        os.close(progress_read)
-        outcome.wall_us = self._elapsed_us()
-        self._finish(outcome, pid)
-        if len(outcome.answers_us) >= most_answers:
-            outcome.finished, outcome.stop = True, None
-        elif outcome.stop is None and not outcome.finished:
-            outcome.stop = "died"
-        del outcome.answers_us[most_answers:]
-        return outcome, [replies]
-
-    def clear_box(self) -> None:
-        """Ends everything in the box but the supervisor, so that the next run starts alone."""
-        while True:
-            if os.getpid() == 1:
-                with contextlib.suppress(ProcessLookupError):  # nobody is left
-                    os.kill(-1, signal.SIGKILL)
-            if not self._reap(block=True):
-                return
-
-    def _watch(self, pid: int, outputs: list[int], progress: int | None, outcome: Outcome) -> str | None:
-        """Waits for the process; why it was stopped, or None. Afterwards it is dead and reaped."""
-        descriptor = os.pidfd_open(pid)
+    def _watch(
+        self,
+        process: Process,
+        order: Order,
+        outputs: list[int],
+        progress: int,
+        outcome: Outcome,
+        on_call: OnCall,
+    ) -> str | None:
+        """Waits for the process; why it is to be stopped, or None when it has ended."""
+        descriptor = os.pidfd_open(process.pid)
         poller = select.poll()
-        poller.register(self._control, 0)  # POLLHUP and POLLERR are always told
-        poller.register(descriptor, select.POLLIN)
-        if progress is not None:
-            poller.register(progress, select.POLLIN)
-        stop: str | None = None
-        ended = False
-        while not ended and stop is None:
-            left_s = self._started + self._limits.wall_ms / 1000 - time.monotonic()
-            ready = {number for number, _ in poller.poll(max(0.0, min(TICK_S, left_s)) * 1000)}
-            if self._control in ready:
-                raise ControlClosed("the service has closed the slot")
-            ended = descriptor in ready
-            if progress is not None and progress in ready and not self._take_answers(progress, outcome):
-                poller.unregister(progress)
-            if not ready:
-                self._reap(block=False)
-            if any(map(self._is_too_long, outputs)):
-                stop = "output"
-            elif not ended:
-                stop = self._limit_passed()
-        os.close(descriptor)
-        _kill(pid)
-        while pid not in self._statuses:
+        for readable in (self._channel.fileno(), descriptor, process.events, progress):
+            if readable is not None and readable >= 0:
+                poller.register(readable, select.POLLIN)
+        try:
+            while True:
+                left_s = self._started + order.limits.wall_ms / 1000 - time.monotonic()
+                ready = {number for number, _ in poller.poll(max(0.0, min(TICK_S, left_s)) * 1000)}
+                if self._channel.fileno() in ready and self._hear(on_call):
+                    return "told"
+                if process.events is not None and process.events in ready and process.note_events():
+                    self._begin()
+                if progress in ready and not self._take_answers(progress, outcome):
+                    poller.unregister(progress)
+                if any(_size(output) > order.limits.output_bytes for output in outputs):
+                    return "output"
+                if descriptor in ready:
+                    return None
+                if not ready:
+                    self._reap(block=False)
+                if stop := self._limit_passed(order.limits):
+                    return stop
+        finally:
+            os.close(descriptor)
+
+    def _hear(self, on_call: OnCall) -> bool:
+        """Does what the service asks; true when it asks for the end. Raises EOFError when it has gone away."""
+        message = control.receive(self._channel)
+        message.close()
+        if message.header["kind"] == "stop":
+            return True
+        on_call(message.header)
+        return False
+
+    def _end(self, process: Process) -> int:
+        process.kill()
+        while process.pid not in self._statuses:
             self._reap(block=True)
-        if note := self._failure_note[:_NOTE_BYTES].rstrip(b"\0"):
-            raise RuntimeError(f"cannot confine the program: {note.decode(errors='replace')}")
-        killed_for_memory = self._usage is not None and self._usage.oom_kills() > self._oom_kills
-        return "memory" if killed_for_memory else stop
+        return self._statuses.pop(process.pid)
 
     def _take_answers(self, progress: int, outcome: Outcome) -> bool:
         """Notes the answers told since the last look, and gives the next one its full time; false at the pipe's end."""
@@ -160,9 +167,27 @@ class Supervisor:
             self._restart_meter()
         return told.strip(ANSWERED + FINISHED) == b"" and bool(told)
 
-    def _finish(self, outcome: Outcome, pid: int) -> None:
-        outcome.cpu_us = (self._usage.cpu_ns() - self._cpu_ns) // 1000 if self._usage else self._rusage_cpu_us
-        status = self._statuses.pop(pid)
+    def _close_answers(self, order: Order, outcome: Outcome) -> None:
+        if len(outcome.answers_us) >= order.answers:
+            outcome.finished, outcome.stop = True, None
+        elif outcome.stop is None and not outcome.finished:
+            outcome.stop = "died"
+        del outcome.answers_us[order.answers :]
+
+    def _measure(self, outcome: Outcome) -> None:
+        if self._usage is None:
+            outcome.cpu_us, outcome.peak_bytes = self._rusage_cpu_us, self._rusage_peak
+            return
+        outcome.cpu_us = (self._usage.cpu_ns() - self._begun_cpu_ns) // 1000
+        peak = self._usage.peak_bytes() - self._baseline if self._peak_known else self._rusage_peak
+        outcome.peak_bytes = max(0, peak)
+
+    def _read_status(self, process: Process, status: int, outcome: Outcome) -> None:
+        try:
+            status = process.settle(status, outcome.stop is not None)
+        except OSError as error:
+            outcome.start_error, outcome.exit_code = error.errno or 0, 127
+            return
         if os.WIFSIGNALED(status):
             outcome.exit_code, outcome.signal = None, os.WTERMSIG(status)
         else:
@@ -170,42 +195,37 @@ class Supervisor:
         if outcome.stop is None and outcome.signal == signal.SIGXCPU:
             outcome.stop = "cpu"
 
-    def _limit_passed(self) -> str | None:
+    def _limit_passed(self, limits: BoxLimits) -> str | None:
         elapsed_s = time.monotonic() - self._started
-        if elapsed_s * 1000 >= self._limits.wall_ms:
+        if elapsed_s * 1000 >= limits.wall_ms:
             return "wall"
         if self._usage is None or elapsed_s < TICK_S:
             return None
-        return "cpu" if self._usage.cpu_ns() - self._cpu_ns >= self._limits.cpu_ms * 1_000_000 else None
+        return "cpu" if self._usage.cpu_ns() - self._cpu_ns >= limits.cpu_ms * 1_000_000 else None
 
     def _restart_meter(self) -> None:
         self._started = time.monotonic()
         if self._usage is not None:
             self._cpu_ns = self._usage.cpu_ns()
-            self._oom_kills = self._usage.oom_kills()
+
+    def _begin(self) -> None:
+        self._restart_meter()
+        self._begun_cpu_ns = self._cpu_ns
+        if self._usage is not None:
+            self._baseline = self._usage.current_bytes()
+            self._peak_known = self._usage.reset_peak()
+
+    def _oom_killed(self) -> bool:
+        return self._usage is not None and self._usage.oom_kills() > self._oom_kills
 
     def _elapsed_us(self) -> int:
         return int((time.monotonic() - self._started) * 1e6)
 
-    def _is_too_long(self, output: int) -> bool:
-        return os.fstat(output).st_size > self._limits.output_bytes
-
-    def _fork(self, become: Become, descriptors: list[int]) -> int:
-        """Forks a process that becomes the program; it ends there whatever happens."""
-        pid = os.fork()
-        if pid:
-            return pid
-        try:
-            become(descriptors)
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}".encode()[:_NOTE_BYTES]
-            self._failure_note[:_NOTE_BYTES] = text.ljust(_NOTE_BYTES, b"\0")
-        finally:
-            os._exit(125)
-
-    def forget_note(self) -> None:
-        """For the program's process: lets go of the note that says why it could not be confined."""
-        self._failure_note.close()
+    def clear(self) -> None:
+        """Reaps everything that is left; whoever is to end has been killed."""
+        while self._reap(block=True):
+            pass
+        self._statuses.clear()
 
     def _reap(self, block: bool) -> bool:
         """Reaps ended children, orphans included; false when there is none left to wait for."""
@@ -215,16 +235,13 @@ class Supervisor:
                 if pid == 0:
                     return True
                 self._statuses[pid] = status
-                self._rusage_cpu_us = int((rusage.ru_utime + rusage.ru_stime) * 1e6)
-                self.peak_bytes = max(self.peak_bytes, rusage.ru_maxrss * 1024)
+                self._rusage_cpu_us += int((rusage.ru_utime + rusage.ru_stime) * 1e6)
+                self._rusage_peak = max(self._rusage_peak, rusage.ru_maxrss * 1024)
                 if block:
                     return True
         except ChildProcessError:
             return False
 
 
-def _kill(pid: int) -> None:
-    """Ends a process and its group; one that has ended already is not reaped yet, so its number is its own."""
-    for target in (-pid, pid):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(target, signal.SIGKILL)
+def _size(output: int) -> int:
+    return os.fstat(output).st_size

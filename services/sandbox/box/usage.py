@@ -1,4 +1,4 @@
-"""What a slot's cgroup has used, read through descriptors that were opened before the host's file system went out of
+"""What a control group has used, read through descriptors that were opened before the host's file system went out of
 sight.
 """
 
@@ -36,11 +36,23 @@ class UsageFiles:
         """The memory charged at this moment."""
         return int(os.pread(self.current, 64, 0))
 
+    def reset_peak(self) -> bool:
+        """Forgets the peak; false on kernels that cannot (cgroup v2 before 6.12)."""
+        try:
+            os.pwrite(self.peak, b"0", 0)
+        except OSError:
+            return False
+        return True
+
 
 def open_usage(version: int, paths: dict[str, str]) -> UsageFiles:
     """Opens the files of a cgroup; `paths` has the keys cpu, oom, peak and current."""
-    opened = {name: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for name, path in paths.items()}
-    return UsageFiles(version=version, **opened)
+    opened = {name: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for name, path in paths.items() if name != "peak"}
+    try:
+        peak = os.open(paths["peak"], os.O_RDWR | os.O_CLOEXEC)
+    except PermissionError:  # read-only in cgroup v2 before 6.12
+        peak = os.open(paths["peak"], os.O_RDONLY | os.O_CLOEXEC)
+    return UsageFiles(version=version, peak=peak, **opened)
 
 
 def _field(text: bytes, name: bytes) -> int:

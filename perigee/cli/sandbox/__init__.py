@@ -1,0 +1,1 @@
+"""`perigee sandbox`: run programs, judge solutions, make test cases, serve."""

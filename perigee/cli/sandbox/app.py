@@ -1,0 +1,219 @@
+"""The commands of `perigee sandbox`, as a person types them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perigee.cli.ending import end
+
+app = typer.Typer(
+    name="sandbox",
+    help="Run programs in isolation, judge solutions, make test cases: with a running sandbox, or serve one.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+# What a command of judging or making ends with when the sandbox failed; `run` has 125 for it.
+SANDBOX_FAILED = 3
+
+AddressOption = Annotated[
+    str,
+    typer.Option(
+        "--address", metavar="HOST:PORT", envvar="PERIGEE_SANDBOX_ADDRESS", help="The sandbox; PERIGEE_TOKEN is sent."
+    ),
+]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+ADDRESS = "127.0.0.1:50056"
+
+
+@app.command()
+def run(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The program's source.")],
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ARGS]...", help="Its arguments; after -- when they begin with a dash."),
+    ] = None,
+    language: Annotated[
+        str | None, typer.Option("--language", metavar="NAME", help="A runtime; the suffix tells by default.")
+    ] = None,
+    stdin: Annotated[
+        str | None, typer.Option("--stdin", metavar="FILE|-", help="Standard input; empty by default.")
+    ] = None,
+    files: Annotated[
+        list[str] | None, typer.Option("--file", metavar="PATH", help="A file to place beside the program; repeat.")
+    ] = None,
+    outputs: Annotated[
+        list[str] | None, typer.Option("--output", metavar="PATH", help="A file to fetch after the run; repeat.")
+    ] = None,
+    output_dir: Annotated[Path, typer.Option("--output-dir", metavar="DIR", help="Where fetched files go.")] = Path(),
+    env: Annotated[
+        list[str] | None, typer.Option("--env", metavar="NAME=VALUE", help="An environment variable; repeat.")
+    ] = None,
+    wall_ms: Annotated[int | None, typer.Option("--wall-ms", min=1, help="Wall-clock limit.")] = None,
+    cpu_ms: Annotated[int | None, typer.Option("--cpu-ms", min=1, help="CPU limit of all its processes.")] = None,
+    memory_mb: Annotated[int | None, typer.Option("--memory-mb", min=1, help="Memory limit in MiB.")] = None,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Tell wall time, CPU time and memory on standard error.")
+    ] = False,
+    address: AddressOption = ADDRESS,
+    debug: DebugOption = False,
+) -> None:
+    """Run one program; its output comes as it is written.
+
+    Ends with the program's exit code, 128 + n where signal n ended it, or:
+
+    1 a file could not be fetched or written,
+    2 wrong usage,
+    124 time limit,
+    125 the sandbox failed,
+    126 compile error,
+    137 memory limit,
+    153 output limit.
+    """
+
+    def command() -> int:
+        from perigee.cli.interrupt import Interrupt, run_interruptible
+        from perigee.cli.sandbox import run as implementation
+        from perigee.cli.sandbox.reading import make_limits
+
+        options = implementation.RunOptions(
+            file=file,
+            arguments=arguments or [],
+            language=language,
+            stdin=stdin,
+            files=files or [],
+            outputs=outputs or [],
+            output_folder=output_dir,
+            env=env or [],
+            limits=make_limits(wall_ms, cpu_ms, memory_mb),
+            stats=stats,
+        )
+        request = implementation.make_request(options)
+
+        async def work(interrupt: Interrupt) -> int:
+            interrupt.end_at_once = implementation.leave
+            return await implementation.run(address, request, options)
+
+        return run_interruptible(work)
+
+    end(command, debug, failure_code=125)
+
+
+@app.command()
+def judge(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A problem's folder.")],
+    solutions: Annotated[
+        list[Path] | None, typer.Option("--solution", metavar="FILE", help="Judge just this; repeat.")
+    ] = None,
+    as_json: JsonOption = False,
+    address: AddressOption = ADDRESS,
+    debug: DebugOption = False,
+) -> None:
+    """Judge the solutions of a problem against its tests.
+
+    DIR holds problem.yaml, tests/NAME.in with NAME.out, and solutions/.
+
+    Solutions should be accepted. One whose name begins with wrong_, slow_, crash_
+    or big_ should get that verdict (big_: memory limit) on one test at least.
+
+    Ends with 0 when all solutions got what they should, 1 when not, 2 for wrong
+    usage, 3 when the sandbox failed.
+    """
+
+    def command() -> int:
+        from perigee.cli.interrupt import run_interruptible
+        from perigee.cli.sandbox.commands import judge_folder
+
+        return run_interruptible(lambda _: judge_folder(address, folder, solutions or [], as_json))
+
+    end(command, debug, SANDBOX_FAILED)
+
+
+@app.command()
+def runtimes(as_json: JsonOption = False, address: AddressOption = ADDRESS, debug: DebugOption = False) -> None:
+    """List the languages with their versions and limits, and what is missing for others."""
+
+    def command() -> int:
+        from perigee.cli.interrupt import run_interruptible
+        from perigee.cli.sandbox.commands import list_runtimes
+
+        return run_interruptible(lambda _: list_runtimes(address, as_json))
+
+    end(command, debug, SANDBOX_FAILED)
+
+
+@app.command("make-tests")
+def make_tests(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A problem's folder, or a folder of such folders.")],
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The candidates' seeds are made from it.")] = 0,
+    candidates: Annotated[int, typer.Option("--candidates", min=1, help="Inputs to generate.")] = 50,
+    minimum: Annotated[int, typer.Option("--minimum", min=1, help="Valid cases that a problem needs.")] = 40,
+    solutions: Annotated[
+        int, typer.Option("--solutions", min=2, help="Known solutions that a problem must bring.")
+    ] = 10,
+    agree_share: Annotated[
+        str, typer.Option("--agree-share", metavar="SHARE", help="Share of them that must agree on a valid case.")
+    ] = "0.7",
+    pass_share: Annotated[
+        str, typer.Option("--pass-share", metavar="SHARE", help="Share of them that must pass all valid cases.")
+    ] = "0.9",
+    jobs: Annotated[int, typer.Option("--jobs", min=1, max=256, help="Programs sent to the sandbox at once.")] = 8,
+    generator_language: Annotated[
+        str, typer.Option("--generator-language", metavar="NAME", help="The runtime of generator.py.")
+    ] = "python-generator",
+    address: AddressOption = ADDRESS,
+    debug: DebugOption = False,
+) -> None:
+    """Make test cases: inputs by generator.py, outputs that known solutions agree on.
+
+    DIR holds problem.yaml, generator.py and known/ with solutions. The generator
+    gets an index and a seed as arguments and prints one input.
+
+    Writes tests/ and make-tests.json. A run that was stopped or killed goes on
+    where it was.
+
+    Ends with 0 when the problem is kept (of many: when each got a verdict), 1 when
+    not or when another process works on it, 2 for wrong usage, 3 when the sandbox
+    failed.
+    """
+
+    def command() -> int:
+        from perigee.cli.interrupt import run_interruptible
+        from perigee.cli.sandbox.commands import make_folder_tests
+        from perigee.cli.sandbox.make_tests import read_share
+        from perigee.testgen.plan import Plan
+
+        plan = Plan(
+            seed=seed,
+            candidates=candidates,
+            minimum=minimum,
+            solutions=solutions,
+            agree_share=read_share("--agree-share", agree_share),
+            pass_share=read_share("--pass-share", pass_share),
+            jobs=jobs,
+        )
+        plan.check()
+        return run_interruptible(lambda _: make_folder_tests(address, folder, plan, generator_language))
+
+    end(command, debug, SANDBOX_FAILED)
+
+
+@app.command()
+def serve(
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="gRPC; 0 takes a free one.")] = 50056,
+    http_port: Annotated[int, typer.Option("--http-port", min=0, max=65535, help="HTTP.")] = 8056,
+    slots: Annotated[
+        int | None, typer.Option("--slots", min=1, help="Programs that run at once; the number of cores by default.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the configuration; repeat.")
+    ] = None,
+) -> None:
+    """Serve a sandbox in the foreground, on loopback; elsewhere (--set server.host=...) it wants PERIGEE_TOKEN."""
+    from perigee.cli.sandbox import serve as implementation
+
+    implementation.serve(implementation.serve_command(port, http_port, slots, overrides or []))

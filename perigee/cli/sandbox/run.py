@@ -1,0 +1,177 @@
+"""`perigee sandbox run`: one program, its output as it is written, its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from perigee.cli.sandbox.connection import language_of, open_sandbox, wall_seconds
+from perigee.cli.sandbox.reading import check_relative, check_size, megabytes, read_box_file, read_bytes
+from perigee.errors import InternalError, InvalidArgumentError
+from perigee.files import write_atomically
+from perigee.sandbox.client import SandboxClient
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+
+# A call's deadline beyond the program's own limits: its place in the queue, and its compiler.
+QUEUE_S = 300.0
+COMPILE_S = 60.0
+TIME_LIMIT_CODE = 124
+INFRA_CODE = 125
+COMPILE_CODE = 126
+PIPE_CODE = 128 + signal.SIGPIPE
+_CODES: Mapping[int, int] = {
+    pb.STATUS_TIME_LIMIT: TIME_LIMIT_CODE,
+    pb.STATUS_MEMORY_LIMIT: 128 + signal.SIGKILL,
+    pb.STATUS_OUTPUT_LIMIT: 128 + signal.SIGXFSZ,
+    pb.STATUS_COMPILE_ERROR: COMPILE_CODE,
+    pb.STATUS_INFRA_ERROR: INFRA_CODE,
+    pb.STATUS_UNSPECIFIED: INFRA_CODE,
+}
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What to run, and with what around it."""
+
+    file: Path
+    arguments: Sequence[str] = ()
+    language: str | None = None
+    # A file, "-" for standard input; nothing unless given.
+    stdin: str | None = None
+    files: Sequence[str] = ()
+    outputs: Sequence[str] = ()
+    output_folder: Path = Path()
+    env: Sequence[str] = ()
+    limits: pb.Limits = field(default_factory=pb.Limits)
+    stats: bool = False
+
+
+def make_request(options: RunOptions) -> pb.ExecuteRequest:
+    """The request that the options stand for. Raises InvalidArgumentError naming the option that is wrong."""
+    request = pb.ExecuteRequest(
+        language=options.language or language_of(options.file),
+        source=read_bytes(options.file),
+        args=options.arguments,
+        limits=options.limits,
+        files=[read_box_file("--file", name) for name in options.files],
+        env=dict(_split(text) for text in options.env),
+        output_files=[check_relative("--output", name) for name in options.outputs],
+    )
+    if options.stdin == "-":
+        request.stdin = sys.stdin.buffer.read()
+    elif options.stdin is not None:
+        request.stdin = read_bytes(Path(options.stdin))
+    check_size(request, str(options.file))
+    return request
+
+
+async def run(address: str, request: pb.ExecuteRequest, options: RunOptions) -> int:
+    """Runs the program and returns the exit code to end with."""
+    async with open_sandbox(address) as sandbox:
+        runtime = sandbox.find_runtime(request.language, str(options.file))
+        deadline_s = QUEUE_S + COMPILE_S + 2 * wall_seconds(runtime, request.limits)
+        try:
+            response = await _stream(sandbox.client, request, deadline_s)
+        except BrokenPipeError:  # the reader of the output has gone, and with it the reason to go on
+            return PIPE_CODE
+    if response.status == pb.STATUS_COMPILE_ERROR:
+        _write(2, response.compile.stdout + response.compile.stderr)
+    for line in describe_end(str(options.file), response):
+        print(f"perigee: {line}", file=sys.stderr)
+    fetched = _keep_outputs(options.output_folder, request, response)
+    if options.stats:
+        print(stats_line(response), file=sys.stderr)
+    code = exit_code(response)
+    return code if code or fetched else 1
+
+
+def leave() -> None:
+    """Ends the process at once, even while a reader of its output makes it wait."""
+    os._exit(128 + signal.SIGINT)
+
+
+def exit_code(response: pb.ExecuteResponse) -> int:
+    """The exit code that tells how the program ended."""
+    if response.status in _CODES:
+        return _CODES[response.status]
+    if response.signal:
+        return 128 + response.signal
+    # a program that failed did not end with 0, whatever else is known of it
+    return response.exit_code if response.exit_code > 0 else int(response.status != pb.STATUS_OK)
+
+
+def describe_end(name: str, response: pb.ExecuteResponse) -> list[str]:
+    """What the program's own output does not tell of its end, a line each."""
+    reason = f": {response.reason}" if response.reason else ""
+    lines = []
+    if response.status == pb.STATUS_COMPILE_ERROR:
+        lines.append(f"{name} does not compile{reason}")
+    elif response.status in (pb.STATUS_INFRA_ERROR, pb.STATUS_UNSPECIFIED):
+        lines.append(f"the sandbox failed{reason}; try again")
+    elif response.status in _CODES:
+        status = pb.Status.Name(response.status).removeprefix("STATUS_").lower().replace("_", " ")
+        lines.append(f"{name} was ended: {response.reason or status}")
+    elif response.signal:
+        lines.append(f"{name} was ended by {_signal_name(response.signal)}")
+    streams = (("standard output", response.stdout_truncated), ("standard error", response.stderr_truncated))
+    return lines + [f"{stream} of {name} is cut at the output limit" for stream, is_cut in streams if is_cut]
+
+
+def stats_line(response: pb.ExecuteResponse) -> str:
+    """Time and memory in one line."""
+    line = f"wall {response.wall_ms} ms, CPU {response.cpu_ms} ms, memory {megabytes(response.peak_memory_bytes)}"
+    return f"{line}, compiler {response.compile.wall_ms} ms" if response.HasField("compile") else line
+
+
+async def _stream(client: SandboxClient, request: pb.ExecuteRequest, deadline_s: float) -> pb.ExecuteResponse:
+    events = client.execute_stream(request, timeout_s=deadline_s)
+    async for event in events:
+        match event.WhichOneof("event"):
+            case "stdout":
+                await asyncio.to_thread(_write, 1, event.stdout)
+            case "stderr":
+                await asyncio.to_thread(_write, 2, event.stderr)
+            case "finished":
+                return event.finished
+    raise InternalError("the sandbox ended the stream without telling how the program ended")
+
+
+def _write(descriptor: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+
+
+def _keep_outputs(folder: Path, request: pb.ExecuteRequest, response: pb.ExecuteResponse) -> bool:
+    """Writes the files that were asked for; False, and a line for each, where some are not there to write."""
+    if response.status in (pb.STATUS_COMPILE_ERROR, pb.STATUS_INFRA_ERROR):
+        return False  # it was not run, which is told already
+    found = {output.path: output for output in response.files}
+    complete = True
+    for name in request.output_files:
+        output = found.get(name, pb.OutputFile(error="the sandbox did not return it"))
+        if error := output.error or ("is larger than what the sandbox returns" if output.truncated else ""):
+            print(f"perigee: --output {name}: {error}", file=sys.stderr)
+            complete = False
+        else:
+            write_atomically(folder / name, output.content)
+    return complete
+
+
+def _split(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise InvalidArgumentError.of("--env", f"{text!r} is not of the form NAME=VALUE")
+    return name, value
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -1,0 +1,1 @@
+"""Test cases for problems without any: a generator's inputs, and the outputs that known solutions agree on."""

@@ -1,0 +1,219 @@
+"""What every HTTP request passes on its way in: token, limits, deadline, disconnect, metrics, errors as responses."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Histogram
+from starlette.datastructures import Headers
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from perigee.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    InvalidArgumentError,
+    NotFoundError,
+    PerigeeError,
+    UnavailableError,
+)
+from services.kit.calls import as_perigee_error, check_token
+from services.kit.http_body import is_json, read_body, replay
+from services.kit.http_calls import RETRY_AFTER_S, Calls
+from services.kit.http_errors import MethodNotAllowedError, WriteError, dump_error, error_headers, write_error
+from services.kit.telemetry import get_logger
+
+log = get_logger(__name__)
+
+TIMEOUT_HEADER = "x-timeout-seconds"
+NDJSON = "application/x-ndjson"
+_LONGEST_TIMEOUT_S = 86_400.0
+_BODY_S = 60.0
+
+
+@dataclass(frozen=True)
+class GateOptions:
+    """`open_paths` are served without a token and past every limit; `write_errors` has the paths whose errors look
+    otherwise than Perigee's."""
+
+    token: str | None
+    max_body_bytes: int
+    seconds: Histogram
+    open_paths: Collection[str]
+    write_errors: Mapping[str, WriteError]
+
+
+class Gate:
+    """ASGI middleware. It reads the body whole, runs the handler in a task of its own, and cancels that task when the
+    caller goes away, when the deadline passes, and when the service has drained long enough."""
+
+    def __init__(self, app: ASGIApp, calls: Calls, options: GateOptions) -> None:
+        self._app = app
+        self._calls = calls
+        self._options = options
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route, allowed = _find_route(scope)
+        if route is not None and route.path in self._options.open_paths:
+            await self._app(scope, receive, send)
+            return
+        label = f"{scope['method']} {route.path}" if route else "unmatched"
+        reply = Reply(send)
+        start = time.perf_counter()
+        code = "CANCELLED"
+        try:
+            await self._serve(route, allowed, scope, receive, reply)
+            code = "OK"
+        except Exception as error:
+            shown = as_perigee_error(error, label)
+            code = shown.code.name
+            write = self._options.write_errors.get(route.path, write_error) if route else write_error
+            await reply.fail(shown, write)
+        finally:
+            self._options.seconds.labels(label, code).observe(time.perf_counter() - start)
+
+    async def _serve(
+        self, route: Route | None, allowed: set[str], scope: Scope, receive: Receive, reply: Reply
+    ) -> None:
+        headers = Headers(scope=scope)
+        check_token(self._options.token, headers.get("authorization"))
+        if route is None and allowed:
+            raise MethodNotAllowedError(f"{scope['path']} takes {', '.join(sorted(allowed))}.", allowed)
+        if route is None:
+            raise NotFoundError(f"{scope['method']} {scope['path']} is no route of this service; see /openapi.json.")
+        deadline = read_deadline(headers)
+        with self._calls.enter():
+            body = await self._read_body(headers, receive, deadline)
+            scope["deadline"] = deadline
+            handler = self._app(scope, replay(body), reply.send)
+            late = "The call did not finish before its deadline."
+            await self._supervise(_run(handler), deadline, late, _until_disconnect(receive, reply))
+
+    async def _read_body(self, headers: Headers, receive: Receive, deadline: float | None) -> bytes:
+        arrival = asyncio.get_running_loop().time() + _BODY_S
+        late = "The body did not arrive in time."
+        reading = read_body(headers, receive, self._options.max_body_bytes)
+        body = await self._supervise(reading, arrival if deadline is None else min(arrival, deadline), late)
+        if body and not is_json(headers.get("content-type", "")):
+            # Web pages may send other types to any address without being asked for permission first.
+            raise InvalidArgumentError.of("body", "must be sent with the header Content-Type: application/json")
+        return body
+
+    async def _supervise(
+        self,
+        call: Coroutine[Any, Any, bytes],
+        deadline: float | None,
+        late: str,
+        until: Coroutine[Any, Any, None] | None = None,
+    ) -> bytes:
+        """The call's result, unless `until` returns, the deadline passes or the service must stop before."""
+        task = asyncio.create_task(call)
+        watch = asyncio.create_task(until) if until is not None else None
+        ends: set[asyncio.Future[Any]] = {self._calls.ended} if watch is None else {self._calls.ended, watch}
+        left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
+        try:
+            await asyncio.wait({task, *ends}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+            if task.cancelled():
+                raise RuntimeError("the handler was cancelled from inside")
+            if task.done():
+                return task.result()
+            if watch is not None and watch.done():
+                raise CancelledError("The caller went away.")
+            if self._calls.ended.done():
+                raise UnavailableError("The service is stopping.", retry_after_s=RETRY_AFTER_S)
+            raise DeadlineExceededError(late)
+        finally:
+            await _cancel(task)
+            if watch is not None:
+                await _cancel(watch)
+
+
+class Reply:
+    """What has been sent of a response."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._started = False
+        self._is_stream = False
+        self.complete = False
+
+    async def send(self, message: Message) -> None:
+        """Sends on what the handler sends."""
+        if message["type"] == "http.response.start":
+            self._started = True
+            self._is_stream = Headers(raw=message["headers"]).get("content-type") == NDJSON
+        await self._send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
+
+    async def fail(self, error: PerigeeError, write: WriteError) -> None:
+        """Sends an error: as the response, as the last line of a stream; raises it where neither can be."""
+        if self.complete:
+            return
+        if self._started and not self._is_stream:
+            raise error
+        status, content = write(error)
+        body = dump_error(content)
+        if self._started:
+            await self._send({"type": "http.response.body", "body": body + b"\n"})
+            return
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+        await self._send({"type": "http.response.body", "body": body})
+
+
+def read_deadline(headers: Headers) -> float | None:
+    """When the caller gives up, in the loop's time; None where it does not say.
+
+    Raises InvalidArgumentError for what is no time.
+    """
+    text = headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= _LONGEST_TIMEOUT_S:
+        raise InvalidArgumentError.of(
+            "X-Timeout-Seconds", f"must be a number of seconds, above 0 and at most {_LONGEST_TIMEOUT_S:.0f}"
+        )
+    return asyncio.get_running_loop().time() + seconds
+
+
+def _find_route(scope: Scope) -> tuple[Route | None, set[str]]:
+    allowed: set[str] = set()
+    for route in scope["app"].routes:
+        match, _ = route.matches(scope)
+        if match is Match.FULL:
+            return route, allowed
+        if match is Match.PARTIAL:
+            allowed |= route.methods
+    return None, allowed
+
+
+async def _run(handler: Any) -> bytes:
+    await handler
+    return b""
+
+
+async def _until_disconnect(receive: Receive, reply: Reply) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if reply.complete:
+        # The end of a response looks like a disconnect; the handler is about to return.
+        await asyncio.Event().wait()
+
+
+async def _cancel(task: asyncio.Task[Any]) -> None:
+    if task.done():
+        return
+    task.cancel()
+    await asyncio.wait({task})
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("call failed while it was cancelled", exc_info=error)

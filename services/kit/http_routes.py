@@ -1,0 +1,116 @@
+"""The RPCs of a servicer as HTTP endpoints: JSON in; JSON, or a line of JSON for each message of a stream, out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastapi import Request, Response
+from google.protobuf.message import Message
+from starlette.routing import compile_path
+from starlette.types import Receive, Scope, Send
+
+from perigee.errors import InvalidArgumentError
+from services.kit.http_gate import NDJSON
+from services.kit.json_codec import dump_json, parse_json, read_message, write_message
+
+
+@dataclass(frozen=True)
+class HttpRoute:
+    """One RPC over HTTP; `{name}` in the path fills the request's string field of that name."""
+
+    method: Literal["GET", "POST", "DELETE"]
+    path: str
+    rpc: str
+    request: type[Message]
+    response: type[Message]
+    streaming: bool = False
+
+    @property
+    def path_fields(self) -> list[str]:
+        """The fields that the path fills."""
+        return list(compile_path(self.path)[2])
+
+    @property
+    def takes_body(self) -> bool:
+        """Whether the request is read from the body."""
+        return self.method == "POST"
+
+
+class CallContext:
+    """What servicers ask of the context of a call, in place of gRPC's."""
+
+    def __init__(self, deadline: float | None) -> None:
+        self._deadline = deadline
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the caller gives up; None where it did not say when."""
+        return None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
+
+    def set_code(self, code: Any) -> None:
+        """Does nothing: generated servicers raise what they set here."""
+
+    def set_details(self, details: str) -> None:
+        """Does nothing: generated servicers raise what they set here."""
+
+
+def call_context(request: Request) -> CallContext:
+    """The context of the call that a request is."""
+    return CallContext(request.scope["deadline"])
+
+
+def make_endpoint(route: HttpRoute, servicer: Any) -> Callable[[Request], Awaitable[Response]]:
+    """The handler of a route; it calls the servicer's method in this process."""
+    method = getattr(servicer, route.rpc)
+
+    async def call(request: Request) -> Response:
+        message = read_request(route, await request.body(), request.path_params)
+        if route.streaming:
+            return NdjsonResponse(method(message, call_context(request)))
+        response = await method(message, call_context(request))
+        return Response(dump_json(write_message(response)), media_type="application/json")
+
+    return call
+
+
+def read_request(route: HttpRoute, body: bytes, path_params: dict[str, Any]) -> Message:
+    """The request's message from body and path; raises InvalidArgumentError with every violation."""
+    value = parse_json(body) if route.takes_body else {}
+    if isinstance(value, dict):
+        for name in path_params.keys() & value.keys():
+            raise InvalidArgumentError.of(name, "is given by the path and must not be in the body")
+        value = value | path_params
+    return read_message(route.request, value)
+
+
+class NdjsonResponse(Response):
+    """The messages of a stream, a line each, sent as they come; an error before the first is the response's."""
+
+    media_type = NDJSON
+
+    def __init__(self, messages: AsyncGenerator[Message, None]) -> None:
+        self.status_code = 200
+        self.background = None
+        self.init_headers()
+        self._messages = messages
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the response; leaving it early ends the stream."""
+        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+        started = False
+        async with aclosing(self._messages) as messages:
+            async for message in messages:
+                if not started:
+                    await send(start)
+                    started = True
+                line = dump_json(write_message(message)) + b"\n"
+                await send({"type": "http.response.body", "body": line, "more_body": True})
+                # Neither a ready message nor a send to a caller that has gone suspends: without this, a stream of
+                # such would hold the loop, and the gate would never see the disconnect.
+                await asyncio.sleep(0)
+        if not started:
+            await send(start)
+        await send({"type": "http.response.body", "body": b""})

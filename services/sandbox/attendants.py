@@ -1,0 +1,150 @@
+"""The resident processes at the box's side: each is started with a socket and its options, says when it is ready, and
+is killed with all that it started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import socket
+from asyncio.subprocess import Process
+from pathlib import Path
+from typing import Any
+
+from perigee.errors import PerigeeError
+from services.sandbox.box import control
+from services.sandbox.box.control import Message
+
+BOX_PARENT = Path(__file__).parent
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/box", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+_START_S = 60.0
+
+
+class BoxFailedError(PerigeeError):
+    """The box failed, not the program: the job may be tried again."""
+
+
+class Attendant:
+    """A process that runs a module of the `box` package."""
+
+    def __init__(self, name: str, python: str, module: str, options: dict[str, Any]) -> None:
+        self.name = name
+        self.version = ""
+        self._command = [python, "-I", "-c", start_code(str(BOX_PARENT), module)]
+        self._options = options
+        self._process: Process | None = None
+        self._channel: socket.socket | None = None
+
+    @property
+    def channel(self) -> socket.socket:
+        """The socket to the running process; raises BoxFailedError when it is not running."""
+        if self._channel is None or self._process is None or self._process.returncode is not None:
+            raise BoxFailedError(f"{self.name} is not running")
+        return self._channel
+
+    @property
+    def running(self) -> bool:
+        """Whether the process was started and has not ended."""
+        return self._process is not None and self._process.returncode is None
+
+    async def start(self) -> None:
+        """Starts the process and waits until it is ready; raises BoxFailedError with its last words when it does not
+        get there.
+        """
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._channel = ours
+        try:
+            options = {**self._options, "control": theirs.fileno(), "parent": os.getpid()}
+            self._process = await asyncio.create_subprocess_exec(
+                *self._command,
+                json.dumps(options),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.PIPE,
+                env=ENVIRONMENT,
+                cwd="/",
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        except BaseException:
+            await self.kill()
+            raise
+        finally:
+            theirs.close()
+        try:
+            async with asyncio.timeout(_START_S):
+                message = await receive(ours)
+        except (BoxFailedError, TimeoutError) as error:
+            words = await self.last_words()
+            raise BoxFailedError(f"{self.name} did not start: {words or error}") from error
+        except BaseException:
+            await self.kill()
+            raise
+        self.version = message.header["version"]
+
+    async def kill(self) -> None:
+        """Ends the process; what it forked dies with it."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.kill()
+            await self._process.wait()
+
+    async def last_words(self) -> str:
+        """Ends the process and returns what it wrote to standard error."""
+        process = self._process
+        await self.kill()
+        if process is None or process.stderr is None:
+            return ""
+        return (await process.stderr.read()).decode(errors="replace").strip()
+
+
+def start_code(folder: str, module: str) -> str:
+    """Python that runs the main function of a module of the `box` package in `folder`, and leaves no trace of it on the
+    import path.
+    """
+    return f"import sys; sys.path.insert(0, {folder!r}); from box.{module} import main; del sys.path[0]; main()"
+
+
+async def receive(channel: socket.socket) -> Message:
+    """The next message; raises BoxFailedError when the other side has gone or says that it failed."""
+    while True:
+        try:
+            message = control.receive(channel)
+        except BlockingIOError:
+            await _until_readable(channel)
+        except (EOFError, ConnectionError) as error:
+            raise BoxFailedError(f"the box broke: {error}") from error
+        else:
+            if message.header["kind"] == "failed":
+                message.close()
+                raise BoxFailedError(message.header["reason"])
+            return message
+
+
+def send(channel: socket.socket, header: dict[str, Any], descriptors: list[int]) -> None:
+    """Sends a message; raises BoxFailedError when the other side does not take it."""
+    try:
+        control.send(channel, header, descriptors)
+    except OSError as error:
+        raise BoxFailedError(f"the box takes no message: {error.strerror}") from error
+
+
+async def _until_readable(channel: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    readable: asyncio.Future[None] = loop.create_future()
+
+    def wake() -> None:
+        if not readable.done():
+            readable.set_result(None)
+
+    loop.add_reader(channel, wake)
+    try:
+        await readable
+    finally:
+        loop.remove_reader(channel)

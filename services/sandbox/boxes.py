@@ -1,0 +1,132 @@
+"""An open box: runs the orders of one job, one after another, and hands back what the box tells."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import shutil
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+from services.sandbox.attendants import BoxFailedError, receive, send
+from services.sandbox.box.control import memory_file
+from services.sandbox.box.orders import Order, Outcome
+from services.sandbox.box.payload import Parcel, read_parcel
+from services.sandbox.places import Place
+
+_ANSWER_S = 30.0
+_GRACE_S = 15.0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a process ended, and the files that were collected after it."""
+
+    outcome: Outcome
+    files: Parcel | None = None
+
+
+class Box:
+    """The service's end of a box; whoever opened it closes it."""
+
+    def __init__(self, channel: socket.socket, place: Place, home: str = "") -> None:
+        self.channel = channel
+        self.place = place
+        self._home = home
+        self.broken = False
+        """Whether the box must not be used again."""
+        self._running = False
+        self._collected: asyncio.Future[Parcel] | None = None
+
+    async def run(self, order: Order, descriptors: list[int]) -> Ended:
+        """Runs a process to its end. Being cancelled ends it; raises BoxFailedError when the box breaks."""
+        self.place.limit(order.limits.memory_bytes, order.limits.processes)
+        kills_before = self.place.oom_kills()
+        runs_s = max(1, order.answers) * order.limits.wall_ms / 1000
+        try:
+            async with asyncio.timeout(runs_s + _GRACE_S):
+                return await self._run(order, descriptors)
+        except BoxFailedError as error:
+            self.broken = True
+            if self.place.oom_kills() == kills_before:
+                raise BoxFailedError(f"{self.place.name}: {error.message}") from error
+            return Ended(Outcome("memory", None, 9, peak_bytes=order.limits.memory_bytes))
+        except TimeoutError as error:
+            self.broken = True
+            raise BoxFailedError(f"{self.place.name} overran the limits of its job") from error
+        except BaseException:
+            self.broken = True
+            raise
+
+    async def _run(self, order: Order, descriptors: list[int]) -> Ended:
+        send(self.channel, order.to_header(), descriptors)
+        self._running = True
+        try:
+            while True:
+                message = await receive(self.channel)
+                if message.header["kind"] == "collected":
+                    self._hand_over(message.descriptors)
+                    continue
+                fields = {name: value for name, value in message.header.items() if name != "kind"}
+                files = read_parcel(message.descriptors[0]) if message.descriptors else None
+                message.close()
+                return Ended(Outcome(**fields), files)
+        finally:
+            self._running = False
+
+    def _hand_over(self, descriptors: list[int]) -> None:
+        parcel = read_parcel(descriptors[0])
+        os.close(descriptors[0])
+        if self._collected is not None and not self._collected.done():
+            self._collected.set_result(parcel)
+
+    def close(self) -> None:
+        """Lets go of a box that ends with its job."""
+        self.channel.close()
+        if self._home:
+            shutil.rmtree(self._home, ignore_errors=True)
+
+    def stop(self) -> None:
+        """Ends the process that runs now; its outcome follows."""
+        if self._running:
+            send(self.channel, {"kind": "stop"}, [])
+
+    def interrupt(self) -> None:
+        """Sends SIGINT to the process that runs now."""
+        send(self.channel, {"kind": "interrupt"}, [])
+
+    async def collect(self, paths: list[str], most_bytes: int) -> Parcel:
+        """Files of the process that runs now."""
+        self._collected = asyncio.get_running_loop().create_future()
+        send(self.channel, {"kind": "collect", "paths": paths, "bytes": most_bytes}, [])
+        async with asyncio.timeout(_ANSWER_S):
+            return await self._collected
+
+    async def begin(self, header: dict[str, Any], files: bytes) -> None:
+        """Lays down a parcel with the files of a job; for boxes that keep them from run to run."""
+        parcel = memory_file(files)
+        try:
+            send(self.channel, {"kind": "begin", **header}, [parcel])
+        finally:
+            os.close(parcel)
+
+    async def end(self) -> None:
+        """Takes the files of the job away; raises BoxFailedError when the box does not answer."""
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                send(self.channel, {"kind": "end"}, [])
+                message = await receive(self.channel)
+        except TimeoutError as error:
+            raise BoxFailedError(f"{self.place.name} does not clear its files") from error
+        message.close()
+        if message.header["kind"] != "cleared":
+            raise BoxFailedError(f"{self.place.name} answered {message.header['kind']} for cleared")
+
+
+def has_ended(box: Box) -> bool:
+    """Whether a box that waits for its job is gone already."""
+    poller = select.poll()
+    poller.register(box.channel, 0)  # POLLHUP and POLLERR are always told
+    return bool(poller.poll(0))

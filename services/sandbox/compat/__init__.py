@@ -1,0 +1,1 @@
+"""Interfaces of other sandboxes, for clients that speak them already."""

@@ -1,0 +1,81 @@
+"""What the interfaces of other sandboxes have in common: texts, limits, the names of languages, the servicer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Protocol
+
+from pydantic import AfterValidator
+
+from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+
+# Names of one language, where sandboxes differ.
+SYNONYMS = (
+    {"bash", "sh"},
+    {"c++", "cpp", "g++"},
+    {"csharp", "c#", "cs"},
+    {"go", "golang"},
+    {"haskell", "hs"},
+    {"julia", "jl"},
+    {"kotlin", "kt"},
+    {"nodejs", "node", "javascript", "js", "node-js", "node-javascript"},
+    {"perl", "pl"},
+    {"python", "python3", "py", "py3"},
+    {"r", "rscript"},
+    {"ruby", "rb"},
+    {"rust", "rs"},
+    {"typescript", "ts"},
+)
+
+
+class Servicer(Protocol):
+    """The methods of the sandbox's servicer that these interfaces are made of."""
+
+    async def Execute(self, request: pb.ExecuteRequest, context: Any, /) -> pb.ExecuteResponse: ...
+
+    async def ListRuntimes(self, request: pb.ListRuntimesRequest, context: Any, /) -> pb.ListRuntimesResponse: ...
+
+
+def _refuse_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("has a lone surrogate, which no UTF-8 text can hold") from None
+    return text
+
+
+# A string that can be sent on as UTF-8.
+Text = Annotated[str, AfterValidator(_refuse_surrogates)]
+
+
+def names_of(name: str) -> set[str]:
+    """The name and its synonyms, in lower case."""
+    name = name.lower()
+    return next((names for names in SYNONYMS if name in names), {name})
+
+
+def find_runtime(runtimes: Iterable[pb.Runtime], name: str) -> pb.Runtime | None:
+    """The runtime that has this name or alias, else the first that has a synonym of it; None where there is none."""
+    for wanted in ({name.lower()}, names_of(name)):
+        for runtime in runtimes:
+            if wanted & {own.lower() for own in (runtime.language, *runtime.aliases)}:
+                return runtime
+    return None
+
+
+def whole(value: float, maximum: int = 2**32 - 1) -> int:
+    """A limit rounded up to an integer of at least 1; what no field can hold is cut, and refused as too much later."""
+    return max(1, min(math.ceil(value), maximum))
+
+
+def rename_fields(error: InvalidArgumentError, names: Mapping[str, str]) -> InvalidArgumentError:
+    """The error with its violations at the fields by which the caller knows them."""
+    renamed = dict.fromkeys(
+        FieldViolation(names.get(each.field, each.field), each.description) for each in error.violations
+    )
+    if not renamed:
+        return error
+    message = "; ".join(f"{violation.field}: {violation.description}" for violation in [*renamed][:5])
+    return InvalidArgumentError(message, violations=[*renamed])

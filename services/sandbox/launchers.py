@@ -1,0 +1,62 @@
+"""The launchers of containers, one per place, started when they are first needed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from services.sandbox.attendants import BOX_PARENT, ENVIRONMENT, Attendant
+from services.sandbox.boxes import Box
+from services.sandbox.cgroups import CgroupHost
+from services.sandbox.oci.base import OciRuntime
+from services.sandbox.places import Place
+from services.sandbox.runtimes import Runtime
+
+
+class Launchers:
+    """Opens boxes that are containers."""
+
+    def __init__(self, container: OciRuntime, init: Path, host: CgroupHost) -> None:
+        self._container = container
+        self._init = init
+        self._host = host
+        self._attendants: dict[str, Attendant] = {}
+
+    async def open(self, runtime: Runtime, place: Place) -> Box:
+        """The box of a place; raises BoxFailedError when the launcher does not start."""
+        attendant = self._attendants.get(place.name)
+        if attendant is None or not attendant.running:
+            attendant = self._make(place)
+            self._attendants[place.name] = attendant
+            await attendant.start()
+        return Box(attendant.channel, place)
+
+    def _make(self, place: Place) -> Attendant:
+        assert place.cgroup is not None
+        folder = place.folder
+        (folder / "roots").mkdir(exist_ok=True)
+        options = {
+            "uid": place.uid,
+            "folder": str(folder),
+            "command": self._container.run_command(folder),
+            "state": str(self._container.state_path(folder)),
+            "log": str(self._container.log_path(folder)),
+            "bundle": self._container.bundle(ENVIRONMENT),
+            "init": str(self._init),
+            "agent": str(BOX_PARENT / "box"),
+            "cgroup_procs": place.cgroup.procs_paths,
+            "cgroup_version": place.cgroup.version,
+            "usage_paths": place.cgroup.usage_paths,
+            "hidden_cgroup_mounts": list(self._container.hidden_mounts(self._host)),
+        }
+        return Attendant(f"the launcher of {place.name}", sys.executable, "launcher", options)
+
+    async def kill(self, place: Place) -> None:
+        """Ends the launcher of a place."""
+        if attendant := self._attendants.pop(place.name, None):
+            await attendant.kill()
+
+    async def close(self) -> None:
+        """Ends all launchers; what they started is left in their control groups."""
+        for attendant in self._attendants.values():
+            await attendant.kill()

@@ -1,0 +1,1 @@
+"""Container runtimes behind one small base, a file each."""

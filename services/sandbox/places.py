@@ -1,0 +1,80 @@
+"""A place where one program runs at a time: its user, its folder, its control group, and who attends to it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from pathlib import Path
+
+from perigee.errors import FailedPreconditionError
+from services.kit.telemetry import get_logger
+from services.sandbox.box.usage import UsageFiles, open_usage
+from services.sandbox.cgroups import SlotCgroup
+
+log = get_logger(__name__)
+
+_EMPTY_S = 10.0
+_MARGIN_BYTES = 2 << 20
+
+
+class Place:
+    """One user id with one control group; whatever runs under either belongs to the job that has the place."""
+
+    def __init__(self, name: str, uid: int, folder: Path, cgroup: SlotCgroup | None) -> None:
+        self.name = name
+        self.uid = uid
+        self.folder = folder
+        self.cgroup = cgroup
+        self.entries: list[int] = []
+        self.usage: UsageFiles | None = None
+
+    def open(self) -> None:
+        """Makes folder and control group; raises FailedPreconditionError where this process may not."""
+        self.folder.mkdir(mode=0o711)
+        if self.cgroup is None:
+            return
+        try:
+            self.cgroup.create()
+            self.entries = [os.open(path, os.O_WRONLY | os.O_CLOEXEC) for path in self.cgroup.procs_paths]
+            self.usage = open_usage(self.cgroup.version, self.cgroup.usage_paths)
+        except OSError as error:
+            raise FailedPreconditionError(f"sandbox.isolation: control groups cannot be made: {error}") from error
+
+    @property
+    def group_descriptors(self) -> list[int]:
+        """Descriptors by which a process enters the group, then those by which it reads what the group uses."""
+        usage = self.usage
+        return [] if usage is None else [*self.entries, usage.cpu, usage.oom, usage.peak, usage.current]
+
+    def limit(self, memory_bytes: int, processes: int) -> None:
+        """Sets the limits of the next job; what the group holds already is not the job's."""
+        if self.cgroup is not None and self.usage is not None:
+            held = self.usage.current_bytes()
+            self.cgroup.limit(memory_bytes + (held // _MARGIN_BYTES + 1) * _MARGIN_BYTES, processes)
+
+    def oom_kills(self) -> int:
+        """How many processes the kernel has killed here for want of memory."""
+        return 0 if self.usage is None else self.usage.oom_kills()
+
+    async def empty(self) -> None:
+        """Kills everything in the control group and returns when it is gone."""
+        cgroup = self.cgroup
+        try:
+            async with asyncio.timeout(_EMPTY_S):
+                while cgroup is not None and (processes := cgroup.processes()):
+                    for pid in processes:
+                        with contextlib.suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    await asyncio.sleep(0.002)  # a killed process leaves its group a moment later and tells nobody
+        except TimeoutError:
+            log.error("place_not_empty", place=self.name)
+
+    def close(self) -> None:
+        """Closes the descriptors and removes the folder."""
+        for descriptor in self.group_descriptors:
+            os.close(descriptor)
+        self.entries, self.usage = [], None
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,68 @@
+"""What the runtimes of this machine are: versions are asked for in a box, once."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+from services.sandbox.attendants import BoxFailedError
+from services.sandbox.box.limits import BoxLimits
+from services.sandbox.box.orders import Order
+from services.sandbox.execute import read_output
+from services.sandbox.jobs import Program
+from services.sandbox.pool import Pool
+from services.sandbox.programs import memory_streams, open_program
+from services.sandbox.runtimes import Missing, Runtime, find_version
+
+_LIMITS = BoxLimits(20_000, 10_000, 512 << 20, 128, 1 << 20, 65536)
+
+
+@dataclass(frozen=True)
+class Described:
+    """Runtimes with version and isolation, and what cannot be used here."""
+
+    runtimes: list[tuple[Runtime, str, str]]
+    missing: list[Missing]
+
+
+class Versions:
+    """Describes the runtimes of a pool."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._versions: dict[str, str] = {}
+        self._asking = asyncio.Lock()
+
+    async def describe(self) -> Described:
+        """All runtimes; the first call runs each one's version command."""
+        opener = self._pool.opener
+        missing = list(self._pool.catalog.missing)
+        runtimes: list[tuple[Runtime, str, str]] = []
+        async with self._asking:
+            for runtime in self._pool.catalog.runtimes:
+                if (reason := opener.explain_missing(runtime)) is not None:
+                    missing.append(Missing(runtime.name, reason))
+                    continue
+                version = self._versions.get(runtime.name)
+                if version is None:
+                    version = self._versions[runtime.name] = await self._ask(runtime)
+                runtimes.append((runtime, version, opener.isolation.label(runtime.python is not None)))
+        return Described(runtimes, missing)
+
+    async def _ask(self, runtime: Runtime) -> str:
+        if runtime.python is not None:
+            return runtime.python.version
+        if not runtime.config.version:
+            return ""
+        program = Program(runtime, b"", _LIMITS, _LIMITS)
+        async with self._pool.take(cost_s=0.0) as slot:
+            try:
+                async with open_program(self._pool.opener, program, slot.program) as loaded:
+                    await loaded.begin()
+                    with memory_streams(b"") as streams:
+                        order = Order("exec", _LIMITS, list(runtime.config.version), dict(runtime.environment))
+                        await loaded.box.run(order, [streams.stdin, streams.stdout, streams.stderr])
+                        texts = [read_output(file, 4096)[0] for file in (streams.stdout, streams.stderr)]
+            except BoxFailedError as error:
+                return f"unknown ({error.message})"
+        return find_version(b"\n".join(texts).decode(errors="replace"))

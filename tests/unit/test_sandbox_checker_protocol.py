@@ -1,0 +1,106 @@
+"""What checkers and interactors decide by how they end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.sandbox.checker_protocol import Decision, read_decision
+from services.sandbox.jobs import Verdict
+
+ACCEPTED, WRONG, FAILED = Verdict.ACCEPTED, Verdict.WRONG_ANSWER, Verdict.INFRA_ERROR
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "stderr", "decision"),
+    [
+        (0, b"ok 3 numbers\n", Decision(ACCEPTED, 1.0, "ok 3 numbers")),
+        (0, b"", Decision(ACCEPTED, 1.0, "")),
+        (1, b"wrong answer 1st words differ\n", Decision(WRONG, 0.0, "wrong answer 1st words differ")),
+        (2, b"wrong output format Unexpected end\n", Decision(WRONG, 0.0, "wrong output format Unexpected end")),
+        (7, b"points 0.250 too long\n", Decision(WRONG, 0.25, "points 0.250 too long")),
+        (7, b"0.5", Decision(WRONG, 0.5, "0.5")),
+        (7, b"points 1", Decision(ACCEPTED, 1.0, "points 1")),
+        (7, b"points 0", Decision(WRONG, 0.0, "points 0")),
+        (7, b"points 5e-1 fine", Decision(WRONG, 0.5, "points 5e-1 fine")),
+        (1, b"\xff", Decision(WRONG, 0.0, "\N{REPLACEMENT CHARACTER}")),
+    ],
+)
+def test_decisions(exit_code: int, stderr: bytes, decision: Decision) -> None:
+    assert read_decision(exit_code, 0, stderr) == decision
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "signal", "stderr", "limit", "reason"),
+    [
+        (3, 0, b"FAIL answer expected\n", "", "ended with exit code 3: FAIL answer expected"),
+        (4, 0, b"", "", "ended with exit code 4"),
+        (255, 0, b"", "", "ended with exit code 255"),
+        (-1, 11, b"", "", "was ended by signal 11"),
+        (0, 9, b"", "", "was ended by signal 9"),
+        (-1, 9, b"x", "wall-clock limit of 5 ms", "passed its wall-clock limit of 5 ms: x"),
+        (0, 0, b"ok", "output limit of 5 bytes", "passed its output limit of 5 bytes: ok"),
+        (7, 0, b"", "", "without a message like `points 0.5`"),
+        (7, 0, b"points", "", "without a message like `points 0.5`"),
+        (7, 0, b"points nan", "", "without a message like `points 0.5`"),
+        (7, 0, b"points 0x1", "", "without a message like `points 0.5`"),
+        (7, 0, "points \N{ARABIC-INDIC DIGIT ONE}".encode(), "", "without a message like `points 0.5`"),
+        (7, 0, b"points 1of2", "", "without a message like `points 0.5`"),
+        (7, 0, b'the submission wrote "points 1"', "", "without a message like `points 0.5`"),
+        (7, 0, b"points for test 1", "", "without a message like `points 0.5`"),
+        (7, 0, b"points 50 of 100", "", "gave 50 points, which is no share from 0 to 1"),
+        (7, 0, b"points -0.1", "", "gave -0.1 points, which is no share from 0 to 1"),
+        (7, 0, b"1e999", "", "gave 1e999 points, which is no share from 0 to 1"),
+        (2, 0, b"panic: runtime error: index out of range", "", "ended with an uncaught exception: panic: runtime"),
+        (1, 0, b'Exception in thread "main" java.lang.Error', "", "ended with an uncaught exception: Exception in"),
+    ],
+)
+def test_whatever_is_no_decision_is_a_failure_with_a_reason(
+    exit_code: int, signal: int, stderr: bytes, limit: str, reason: str
+) -> None:
+    decision = read_decision(exit_code, signal, stderr, limit)
+    assert (decision.verdict, decision.share) == (FAILED, None)
+    assert decision.message.startswith("the checking program ")
+    assert reason in decision.message
+
+
+def test_a_python_checker_that_raises_has_not_decided() -> None:
+    checker = "import sys; print(f'points {1 / int(sys.argv[1])}', file=sys.stderr); sys.exit(7)"
+    runs = [subprocess.run([sys.executable, "-c", checker, each], capture_output=True) for each in ("4", "0")]
+    fine, crashed = (read_decision(run.returncode, 0, run.stderr) for run in runs)
+    assert fine == Decision(WRONG, 0.25, "points 0.25")
+    assert runs[1].returncode == 1
+    assert crashed.verdict is FAILED
+    assert crashed.message.endswith("ended with an uncaught exception: ZeroDivisionError: division by zero")
+
+
+def test_messages_are_cut() -> None:
+    assert read_decision(1, 0, b" " + "é".encode() * 2000).message == "é" * 1000
+    assert len(read_decision(3, 0, b"x" * 10**6).message) == 1000
+    crash = b"Traceback (most recent call last):\n" + b"  deep\n" * 10_000 + b"ValueError: 5"
+    assert read_decision(1, 0, crash).message.endswith("exception: ValueError: 5")
+    assert read_decision(7, 0, b"points 0.5 " + b"x" * 10**6).share == 0.5
+
+
+@settings(deadline=None)
+@given(st.integers(-1, 255), st.integers(0, 64), st.binary(max_size=40), st.sampled_from(["", "CPU limit"]))
+def test_only_the_codes_for_it_decide(exit_code: int, signal: int, stderr: bytes, limit: str) -> None:
+    decision = read_decision(exit_code, signal, stderr, limit)
+    if signal or limit or exit_code not in (0, 1, 2, 7):
+        assert decision.verdict is FAILED
+    if decision.verdict is FAILED:
+        assert decision.share is None
+        assert decision.message
+    else:
+        assert decision.share is not None
+        assert (decision.verdict is ACCEPTED) == (decision.share == 1)
+
+
+@settings(deadline=None)
+@given(st.floats(0, 1), st.text(max_size=20))
+def test_any_share_with_any_text(share: float, text: str) -> None:
+    assert read_decision(7, 0, f"points {share!r} {text}".encode()).share == share

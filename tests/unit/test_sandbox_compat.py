@@ -1,0 +1,313 @@
+"""Other sandboxes' requests and responses in Perigee's terms, and back."""
+
+import base64
+
+import pytest
+from pydantic import ValidationError
+
+from perigee.errors import InvalidArgumentError, ResourceExhaustedError
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.compat import piston, sandbox_fusion
+from services.sandbox.compat.translation import find_runtime, rename_fields
+from services.sandbox.compat.version_selector import selects
+
+PYTHON = pb.Runtime(language="python", version="3.11.2", aliases=["py"])
+CPP = pb.Runtime(language="cpp", version="g++ 12.2.0", aliases=["c++17"], compiled=True)
+NODE = pb.Runtime(language="javascript", version="18.19.0")
+RUNTIMES = [PYTHON, CPP, NODE]
+
+
+def encode(data: bytes) -> str:
+    return base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("python", PYTHON),
+        ("Python3", PYTHON),
+        ("c++", CPP),
+        ("C++17", CPP),
+        ("nodejs", NODE),
+        ("js", NODE),
+        ("cobol", None),
+        ("", None),
+    ],
+)
+def test_languages_are_found_by_the_names_of_other_sandboxes(name: str, found: pb.Runtime | None) -> None:
+    assert find_runtime(RUNTIMES, name) == found
+
+
+def test_a_runtime_s_own_name_goes_before_a_synonym() -> None:
+    node = pb.Runtime(language="node")
+    assert find_runtime([NODE, node], "node") == node
+    assert find_runtime([node, NODE], "js") == node
+
+
+@pytest.mark.parametrize(
+    ("selector", "taken"),
+    [
+        *[(selector, True) for selector in ("*", "", "x", "3", "3.x", "3.11", "3.11.2", "=3.11.2", "v3.11.2", "^3.10")],
+        *[(selector, True) for selector in ("~3.11.1", "~3", ">=3.8 <4", ">= 3.8", "<=3.11", "2.x || 3.x", ">3.10")],
+        *[(selector, False) for selector in ("2", "3.10.0", "3.12.x", "^3.12", "^2", "~3.10", ">3.11", "<3.11", "<3")],
+        *[(selector, False) for selector in ("latest", "^", "3.11.2-beta", "9" * 5000, "3.11.2.4", "<*")],
+    ],
+)
+def test_versions_are_selected_as_npm_does(selector: str, taken: bool) -> None:
+    assert selects(selector, "3.11.2") is taken
+
+
+def test_a_caret_fixes_the_first_number_that_is_not_zero() -> None:
+    assert selects("^0.3.1", "0.3.9")
+    assert not selects("^0.3.1", "0.4.0")
+    assert not selects("^0.0.3", "0.0.4")
+    assert selects("12.x", "g++ (Debian 12.2.0-14) 12.2.0")
+    assert not selects("*", "unknown")
+
+
+def test_fields_are_renamed_and_told_once() -> None:
+    wrong = [(field, "is too much") for field in ("limits.wall_ms", "limits.cpu_ms")] + [("args[0]", "has NUL")]
+    error = InvalidArgumentError("x", violations=[sandbox_fusion.FieldViolation(*each) for each in wrong])
+    renamed = rename_fields(error, sandbox_fusion._FIELDS)
+    assert renamed.message == "run_timeout: is too much; args[0]: has NUL"
+    assert [violation.field for violation in renamed.violations] == ["run_timeout", "args[0]"]
+
+
+def test_a_fusion_request_becomes_an_execution() -> None:
+    body = sandbox_fusion.RunCodeRequest(
+        code="é",
+        language="cpp",
+        stdin="1",
+        compile_timeout=20,
+        run_timeout=0.0015,
+        memory_limit_MB=64,
+        files={"a/b.bin": encode(b"\xff"), "none": None},
+        fetch_files=["out.txt"],
+    )
+    assert sandbox_fusion.to_execute_request(body, CPP) == pb.ExecuteRequest(
+        language="cpp",
+        source="é".encode(),
+        stdin=b"1",
+        limits=pb.Limits(wall_ms=2, cpu_ms=2, memory_bytes=64 << 20),
+        files=[pb.File(path="a/b.bin", content=b"\xff")],
+        output_files=["out.txt"],
+        compile_limits=pb.Limits(wall_ms=20_000, cpu_ms=20_000),
+    )
+
+
+def test_a_fusion_request_leaves_open_what_it_does_not_say() -> None:
+    body = sandbox_fusion.RunCodeRequest(code="x", language="nodejs")
+    limits = pb.Limits(wall_ms=10_000, cpu_ms=10_000)
+    assert sandbox_fusion.to_execute_request(body, NODE) == pb.ExecuteRequest(
+        language="javascript", source=b"x", limits=limits
+    )
+    assert sandbox_fusion.to_execute_request(body, None).language == "nodejs"
+    long = sandbox_fusion.RunCodeRequest(code="x", language="python", run_timeout=1e30)
+    assert sandbox_fusion.to_execute_request(long, PYTHON).limits.wall_ms == 2**32 - 1
+
+
+def test_fusion_files_that_are_no_base64_are_all_named() -> None:
+    body = sandbox_fusion.RunCodeRequest(code="x", language="python", files={"a": "?", "b": "YQ==", "c": "YQ"})
+    with pytest.raises(InvalidArgumentError) as caught:
+        sandbox_fusion.to_execute_request(body, PYTHON)
+    assert [violation.field for violation in caught.value.violations] == ["files.a", "files.c"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"code": "\ud800"}, {"run_timeout": 0}, {"run_timeout": "nan"}, {"files": {"\ud800": ""}}]
+)
+def test_fusion_requests_are_checked(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        sandbox_fusion.RunCodeRequest(**({"code": "x", "language": "python"} | wrong))  # type: ignore[arg-type]
+
+
+def test_a_fusion_response_tells_success() -> None:
+    response = pb.ExecuteResponse(
+        status=pb.STATUS_OK,
+        stdout=b"\xff1",
+        wall_ms=1500,
+        compile=pb.CompileResult(stderr=b"warning", wall_ms=200),
+        files=[
+            pb.OutputFile(path="a", content=b"\0"),
+            pb.OutputFile(path="b", content=b"cut", truncated=True),
+            pb.OutputFile(path="c", error="not found"),
+        ],
+    )
+    assert sandbox_fusion.to_run_code_response(response, "pod").model_dump() == {
+        "status": "Success",
+        "message": "b is too large to be returned",
+        "compile_result": {
+            "status": "Finished",
+            "execution_time": 0.2,
+            "return_code": 0,
+            "stdout": "",
+            "stderr": "warning",
+        },
+        "run_result": {
+            "status": "Finished",
+            "execution_time": 1.5,
+            "return_code": 0,
+            "stdout": "\ufffd1",
+            "stderr": "",
+        },
+        "executor_pod_name": "pod",
+        "files": {"a": "AA=="},
+    }
+
+
+@pytest.mark.parametrize(
+    ("response", "status", "run_status", "return_code"),
+    [
+        (pb.ExecuteResponse(status="STATUS_RUNTIME_ERROR", exit_code=3), "Failed", "Finished", 3),
+        (pb.ExecuteResponse(status="STATUS_RUNTIME_ERROR", exit_code=-1, signal=11), "Failed", "Finished", -11),
+        (pb.ExecuteResponse(status="STATUS_TIME_LIMIT", exit_code=-1, signal=9), "Failed", "TimeLimitExceeded", None),
+        (pb.ExecuteResponse(status="STATUS_MEMORY_LIMIT", exit_code=0), "Failed", "Finished", -9),
+        (pb.ExecuteResponse(status="STATUS_OUTPUT_LIMIT", exit_code=0), "Failed", "Finished", -9),
+        (pb.ExecuteResponse(status="STATUS_INFRA_ERROR", exit_code=0), "SandboxError", "Error", None),
+    ],
+)
+def test_a_fusion_response_tells_failures(
+    response: pb.ExecuteResponse, status: str, run_status: str, return_code: int | None
+) -> None:
+    response.reason = "why"
+    told = sandbox_fusion.to_run_code_response(response)
+    assert (told.status, told.message) == (status, "why")
+    assert told.run_result is not None
+    assert (told.run_result.status, told.run_result.return_code) == (run_status, return_code)
+
+
+def test_a_fusion_response_to_what_does_not_compile_has_no_run() -> None:
+    response = pb.ExecuteResponse(status="STATUS_COMPILE_ERROR", compile=pb.CompileResult(exit_code=1, stderr=b"no"))
+    told = sandbox_fusion.to_run_code_response(response)
+    assert told.status == "Failed"
+    assert told.run_result is None
+    assert told.compile_result is not None
+    assert (told.compile_result.return_code, told.compile_result.stderr) == (1, "no")
+
+
+def test_fusion_errors_have_fastapi_s_form() -> None:
+    assert sandbox_fusion.write_fusion_error(InvalidArgumentError.of("code", "must not be empty")) == (
+        422,
+        {"detail": [{"loc": ["body", "code"], "msg": "must not be empty", "type": "value_error"}]},
+    )
+    assert sandbox_fusion.write_fusion_error(ResourceExhaustedError("full")) == (429, {"detail": "full"})
+
+
+def test_a_piston_request_becomes_an_execution() -> None:
+    body = piston.PistonRequest.model_validate(
+        {
+            "language": "c++",
+            "version": "*",
+            "files": [
+                {"name": "data.bin", "content": "ff00", "encoding": "hex"},
+                {"name": "main.cpp", "content": "int main"},
+                {"content": "/w==", "encoding": "base64"},
+                {"name": "notes.txt", "content": "é"},
+            ],
+            "stdin": "in",
+            "args": ["1"],
+            "compile_timeout": 10000,
+            "run_timeout": 3000,
+            "run_cpu_time": 1000,
+            "compile_memory_limit": -1,
+            "run_memory_limit": 2**25,
+        }
+    )
+    assert piston.to_execute_request(body, CPP) == pb.ExecuteRequest(
+        language="cpp",
+        source=b"int main",
+        stdin=b"in",
+        args=["1"],
+        limits=pb.Limits(wall_ms=3000, cpu_ms=1000, memory_bytes=2**25),
+        compile_limits=pb.Limits(wall_ms=10_000, cpu_ms=10_000),
+        files=[
+            pb.File(path="data.bin", content=b"\xff\0"),
+            pb.File(path="file2.code", content=b"\xff"),
+            pb.File(path="notes.txt", content="é".encode()),
+        ],
+    )
+
+
+def test_a_piston_request_leaves_open_what_it_does_not_say() -> None:
+    body = piston.PistonRequest(language="py", version="3", files=[piston.PistonFile(content="x")])
+    assert piston.to_execute_request(body, PYTHON) == pb.ExecuteRequest(
+        language="python", source=b"x", limits=pb.Limits()
+    )
+
+
+def test_piston_files_must_have_a_program_and_be_what_they_say() -> None:
+    binary = piston.PistonFile(content="zz", encoding="hex")
+    body = piston.PistonRequest(language="py", version="3", files=[binary])
+    with pytest.raises(InvalidArgumentError, match="at least one utf8 encoded file"):
+        piston.to_execute_request(body, PYTHON)
+    body = piston.PistonRequest(language="py", version="3", files=[piston.PistonFile(content="x"), binary])
+    with pytest.raises(InvalidArgumentError, match=r"files\[1\].content: is not hex"):
+        piston.to_execute_request(body, PYTHON)
+
+
+@pytest.mark.parametrize(
+    ("response", "ending"),
+    [
+        (pb.ExecuteResponse(status="STATUS_OK"), (0, None, None)),
+        (pb.ExecuteResponse(status="STATUS_RUNTIME_ERROR", exit_code=3), (3, None, "RE")),
+        (pb.ExecuteResponse(status="STATUS_RUNTIME_ERROR", exit_code=-1, signal=11), (None, "SIGSEGV", "SG")),
+        (pb.ExecuteResponse(status="STATUS_RUNTIME_ERROR", exit_code=-1, signal=40), (None, "SIG40", "SG")),
+        (pb.ExecuteResponse(status="STATUS_TIME_LIMIT", signal=9), (None, "SIGKILL", "TO")),
+        (pb.ExecuteResponse(status="STATUS_MEMORY_LIMIT", signal=9), (None, "SIGKILL", "SG")),
+        (pb.ExecuteResponse(status="STATUS_OUTPUT_LIMIT", stdout_truncated=True), (None, "SIGKILL", "OL")),
+        (pb.ExecuteResponse(status="STATUS_OUTPUT_LIMIT", stderr_truncated=True), (None, "SIGKILL", "EL")),
+        (pb.ExecuteResponse(status="STATUS_INFRA_ERROR", reason="the slot died"), (None, None, "XX")),
+        (pb.ExecuteResponse(), (None, None, "XX")),
+    ],
+)
+def test_a_piston_response_tells_how_it_ended(
+    response: pb.ExecuteResponse, ending: tuple[int | None, str | None, str | None]
+) -> None:
+    run = piston.to_piston_response(response, PYTHON).run
+    assert (run.code, run.signal, run.status) == ending
+    assert (run.message is None) == (response.status == pb.STATUS_OK)
+
+
+def test_a_piston_response_has_both_stages() -> None:
+    response = pb.ExecuteResponse(
+        status=pb.STATUS_OK,
+        stdout=b"out",
+        stderr=b"err",
+        wall_ms=5,
+        cpu_ms=4,
+        peak_memory_bytes=1000,
+        compile=pb.CompileResult(stderr=b"warning", wall_ms=7),
+    )
+    told = piston.to_piston_response(response, CPP).model_dump(exclude_unset=True)
+    nothing = {"signal": None, "message": None, "status": None, "code": 0}
+    assert told == {
+        "language": "cpp",
+        "version": "g++ 12.2.0",
+        "run": {"stdout": "out", "stderr": "err", "output": "outerr", "cpu_time": 4, "wall_time": 5, "memory": 1000}
+        | nothing,
+        "compile": {
+            "stdout": "",
+            "stderr": "warning",
+            "output": "warning",
+            "cpu_time": None,
+            "wall_time": 7,
+            "memory": None,
+        }
+        | nothing,
+    }
+    assert "compile" not in piston.to_piston_response(pb.ExecuteResponse(), PYTHON).model_dump(exclude_unset=True)
+
+
+def test_a_piston_response_to_what_does_not_compile_repeats_the_compiler() -> None:
+    response = pb.ExecuteResponse(status="STATUS_COMPILE_ERROR", compile=pb.CompileResult(exit_code=1, stderr=b"no"))
+    told = piston.to_piston_response(response, CPP)
+    assert told.run == told.compile
+    assert (told.run.code, told.run.status, told.run.stderr) == (1, "RE", "no")
+
+
+def test_piston_lists_a_language_under_all_its_names() -> None:
+    assert piston.to_piston_runtime(CPP).model_dump() == {
+        "language": "cpp",
+        "version": "g++ 12.2.0",
+        "aliases": ["c++", "c++17", "g++"],
+    }
