@@ -14,7 +14,7 @@ from services.reward.cache import OutcomeCache
 from services.reward.check_pool import CheckPool
 from services.reward.config import RewardConfig
 from services.reward.images import ImageLimits
-from services.reward.judging import Judging
+from services.reward.panel import Panel
 from services.reward.requests import ItemLimits
 from services.reward.scoring import Scorer
 from services.reward.service import FULL_NAME, RewardService
@@ -43,14 +43,14 @@ async def lifespan(app: App[RewardConfig]) -> AsyncIterator[None]:
         RegexParameters: RegexVerifier(config.pattern, pattern_checks),
         JsonParameters: JsonVerifier(pattern_checks),
     }
-    judging = Judging(verifiers, OutcomeCache(config.cache_entries))
-    judging.verifiers[CompositeParameters] = CompositeVerifier(judging.verifiers, judging.judge_part)
+    panel = Panel(verifiers, OutcomeCache(config.cache_entries))
+    panel.verifiers[CompositeParameters] = CompositeVerifier(panel.verifiers, panel.judge_part)
     async with AsyncExitStack() as stack:
-        parts: list[CheckPool | Verifier[Any]] = [math_checks, pattern_checks, *judging.verifiers.values()]
+        parts: list[CheckPool | Verifier[Any]] = [math_checks, pattern_checks, *panel.verifiers.values()]
         for part in parts:
             stack.push_async_callback(part.close)
             await part.start()
-        scorer = Scorer(judging, config.max_queued_items)
+        scorer = Scorer(panel, config.max_queued_items)
         app.add(FULL_NAME, add_RewardServiceServicer_to_server, RewardService(scorer, item_limits(config)))
         app.set_ready(FULL_NAME, True)
         yield

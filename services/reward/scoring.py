@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from perigee.errors import ResourceExhaustedError
-from services.reward.judging import Judgement, Judging
 from services.reward.metrics import QUEUED_ITEMS
+from services.reward.panel import Judgement, Panel
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier
 
 RETRY_AFTER_S = 1.0
@@ -30,19 +30,19 @@ class Scored:
 class Scorer:
     """Scores many items at once, so many of each verifier; a verifier that is behind holds up no other."""
 
-    def __init__(self, judging: Judging, max_queued_items: int) -> None:
-        self._judging = judging
+    def __init__(self, panel: Panel, max_queued_items: int) -> None:
+        self._panel = panel
         self._max_queued_items = max_queued_items
         self._queued: Counter[str] = Counter()
 
     @property
     def verifiers(self) -> list[Verifier[Any]]:
         """All verifiers."""
-        return list(self._judging.verifiers.values())
+        return list(self._panel.verifiers.values())
 
     def verifier_of(self, parameters: Parameters) -> Verifier[Any]:
         """The verifier that takes the parameters."""
-        return self._judging.verifier_of(parameters)
+        return self._panel.verifier_of(parameters)
 
     async def score(self, items: Sequence[Item[Any]]) -> AsyncGenerator[Scored, None]:
         """Outcomes in the order in which they become known; leaving the iteration ends the judgements.
@@ -83,4 +83,4 @@ class Scorer:
             QUEUED_ITEMS.labels(name).set(self._queued[name])
 
     async def _score_one(self, item: Item[Any], done: asyncio.Queue[tuple[Item[Any], Judgement]]) -> None:
-        done.put_nowait((item, await self._judging.judge(item)))
+        done.put_nowait((item, await self._panel.judge(item)))

@@ -24,7 +24,7 @@ class Judgement:
     seconds: float
 
 
-class Judging:
+class Panel:
     """The verifiers by the class of their parameters; whatever a verifier does, its item has an outcome."""
 
     def __init__(self, verifiers: Mapping[type[Parameters], Verifier[Any]], cache: OutcomeCache) -> None:
