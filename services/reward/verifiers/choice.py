@@ -18,16 +18,17 @@ SEARCHED_CHARACTERS = 3000
 # Without their texts nobody knows how many options there are.
 LETTERS = "ABCDEFGHIJ"
 ANNOUNCEMENT = re.compile(
-    r"\b(?:answers?|options?|choices?|ans)\b[^\n.:]{0,40}?(?:\b(?:is|are|be)\b\s*:?|:)\s*(?P<rest>[^\n]*)"
-    r"|\b(?:choose|chose|select|pick)\b\s+(?:options?\s+|choices?\s+)?(?P<chosen>[^\n]*)"
-    r"|\b(?P<before>(?:options?|choices?|answers?)\s+\(?[A-J]\)?(?=\s+(?:is|are)\s+(?:the\s+)?(?:correct|right|best|true)))"
-    r"|\banswers?[ *]*\n+(?P<below>[^\n]+)",
+    r"\b(?:options?|choices?|answers?)\s+(?P<named>\(?[A-Z]\)?)\s+(?:is|are)\s+(?:the\s+)?(?:correct|right|best|true)\b[^\n.]*"
+    r"|\b(?:answers?|options?|choices?|ans)\b(?!\s+\(?[A-Z]\)?\s)[^\n.:]{0,40}?(?:\b(?:is|are|be)\b\s*:?|:)"
+    r"|\b(?:choose|chose|select|pick)\b\s+(?:options?\s+|choices?\s+)?"
+    r"|\b(?:hence|therefore|thus|so)\b,?\s+(?:it\s+(?:is|must be)\s+)?(?:options?|choices?)\s+"
+    r"|\banswers?[ *]*\n+",
     re.IGNORECASE,
 )
 CORRECTION = re.compile(r"\b(?:wait|actually|however|no,|but|instead|correction|reconsider|rather|hmm|mistake)\b", re.I)
 WORD = re.compile(r"(?:options?|choices?|answers?|letters?)\s+", re.IGNORECASE)
 LETTER = r"(?:\(\s*{0}\s*\)|\[\s*{0}\s*\]|{0}(?=$|[\s.,:;)\]/&!?-]))"
-JOINT = re.compile(r"[\s,;/&.)\]]*(?P<word>and|or)?[\s,;/&(\[]*", re.IGNORECASE)
+JOINT = re.compile(r"(?:\.(?=,|\s+(?:and|or)\b))?[\s,;/&)\]]*(?P<word>and|or)?[\s,;/&(\[]*", re.IGNORECASE)
 MARKUP = re.compile(r"[*_`$\"]|\\(?:text|mathrm|mathbf|textbf|boxed)\s*|[{}]")
 
 
@@ -106,16 +107,20 @@ def find_answers(text: str, *, marked: bool) -> list[str]:
     matches = list(ANNOUNCEMENT.finditer(tail))
     if not matches:
         return [lines[0] if marked else lines[-1]]
-    answers = [next(group for group in match.groups() if group is not None) for match in matches]
+    ends = [*(match.start() for match in matches[1:]), len(tail)]
+    answers = [
+        match["named"] or tail[match.end() : end].strip().partition("\n")[0]
+        for match, end in zip(matches, ends, strict=True)
+    ]
     first = len(answers) - 1
-    while first and not breaks(tail[matches[first - 1].end() : matches[first].start()], answers[first - 1]):
+    while first and not breaks(tail[matches[first - 1].end() : matches[first].start()]):
         first -= 1
     return answers[first:]
 
 
-def breaks(between: str, before: str) -> bool:
+def breaks(between: str) -> bool:
     """Whether what stands between two announcements parts them: a paragraph, or a word of correction."""
-    return "\n\n" in between or bool(CORRECTION.search(before + between))
+    return "\n\n" in between or bool(CORRECTION.search(between))
 
 
 def read_choice(text: str, allowed: str, options: Sequence[str]) -> frozenset[str] | None:
@@ -125,22 +130,33 @@ def read_choice(text: str, allowed: str, options: Sequence[str]) -> frozenset[st
     if len(by_text) == 1:
         return frozenset(by_text)
     letter = re.compile(LETTER.format(f"([{allowed}])"))
-    run = re.fullmatch(rf"[{allowed}]{{1,10}}[.)!]*", text)
+    run = re.fullmatch(rf"[{allowed}]{{1,10}}[.)!?]*", text)
     if run:
-        return frozenset(text.rstrip(".)!"))
+        return frozenset(text.rstrip(".)!?"))
     letters: set[str] = set()
     position = 0
     while match := letter.match(text, position):
-        letters.add(next(group for group in match.groups() if group))
-        joint = JOINT.match(text, match.end())
+        found = next(group for group in match.groups() if group)
+        letters.add(found)
+        joint = JOINT.match(text, skip_option(text, match.end(), found, options))
         assert joint is not None
         position = joint.end()
         if letter.match(text, position) and (joint["word"] or "").lower() == "or":
             return None
-    rest = text[position:].strip()
+    rest = text[position:].strip(" .!?")
     if not letters or (rest and not explains(text, rest, letters, allowed, options)):
         return None
     return frozenset(letters)
+
+
+def skip_option(text: str, position: int, letter: str, options: Sequence[str]) -> int:
+    """Where the text goes on after the letter's own option, "A) 2 and C) 5"."""
+    index = ord(letter) - ord("A")
+    option = options[index].strip() if index < len(options) else ""
+    follows = re.compile(r"[\s.:,;)\]-]*").match(text, position)
+    assert follows is not None
+    begins = option and text[follows.end() :].casefold().startswith(option.casefold())
+    return follows.end() + len(option) if begins else position
 
 
 def explains(text: str, rest: str, letters: set[str], allowed: str, options: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ MAX_EXTRACTED_CHARACTERS = 1000
 MAX_ANSWER_CHARACTERS = 2000
 ARTICLES = ("a", "an", "the")
 LEAD = re.compile(r"^(?:(?:it|this|that|he|she|they|these|those)\s+(?:is|was|are|were)|it's|that's)\s+", re.IGNORECASE)
+TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}")
 APOSTROPHES = re.compile(r"['’`]")
 
 
@@ -56,6 +57,7 @@ class ShortAnswerVerifier(Verifier[ShortAnswerParameters]):
         if len(answer) > MAX_ANSWER_CHARACTERS:
             return Outcome.ungradable(f"the answer has {len(answer)} characters", extracted)
         references = {normalise_phrase(reference) for reference in item.parameters.references}
+        answer = TEXT_COMMAND.sub(r"\1", answer)
         found = {normalise_phrase(answer), normalise_phrase(LEAD.sub("", answer.strip()))}
         return Outcome.correct(extracted) if references & found else Outcome.wrong(extracted)
 
