@@ -73,3 +73,10 @@ class RewardConfig(ServiceConfig):
     """Largest image, in bytes."""
     max_image_pixels: int = Field(40_000_000, ge=1)
     """Largest image, in pixels."""
+    max_request_bytes: int = Field(64 << 20, ge=4 << 20)
+    """Largest call; below it, an item that is too large is told by its field."""
+
+    @property
+    def message_bytes(self) -> int:
+        """As configured: batches of long responses and images are larger than most calls."""
+        return self.max_request_bytes
