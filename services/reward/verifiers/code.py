@@ -128,7 +128,7 @@ class CodeVerifier(Verifier[CodeParameters]):
                 self._problem = ""
                 if is_judgement(response, parameters):
                     return read_judgement(response, parameters, extracted)
-                reason = f"the sandbox failed: {infrastructure_reason(response)}"
+                reason = f"the sandbox could not judge: {infrastructure_reason(response)}"
             except DeadlineExceededError:
                 reason = reason or f"the sandbox did not answer within {self._config.timeout_s:g} s"
             except RETRIED as error:
