@@ -25,6 +25,8 @@ from tests.fixtures.reward import math_item, running_reward, score, score_one
 from tests.fixtures.sandbox import function_tests, skip_unless_possible
 
 ENDLESS = "9^{9^{9^{9}}}"
+# What no plain comparison decides.
+ALGEBRA = math_item("algebra", "\\sqrt{8}", "#2\\sqrt{2}")
 PROGRAM = pb.ScoreItem(
     id="p",
     response="#def f(x):return 2*x",
@@ -43,7 +45,9 @@ def free_port() -> int:
 def checking_processes(supervisors_of: int, depth: int) -> list[psutil.Process]:
     """The math workers of a process: depth 1 the supervisors, depth 2 the children that do the checks."""
     supervisors = [
-        child for child in psutil.Process(supervisors_of).children() if "services.reward.math_worker" in child.cmdline()
+        child
+        for child in psutil.Process(supervisors_of).children()
+        if child.cmdline()[2:4] == ["services.reward.check_worker", "math"]
     ]
     return supervisors if depth == 1 else [child for s in supervisors if s.is_running() for child in s.children()]
 
@@ -94,14 +98,14 @@ async def test_a_worker_killed_mid_check_is_tried_once_more_then_fails(depth: in
         assert (outcome.verdict, outcome.HasField("reward")) == (VERDICT_FAILED, False)
         assert outcome.retryable
         assert "died 2 times" in outcome.reason
-        assert (await score_one(client, math_item("b", "1/2", "#0.50"))).verdict == VERDICT_CORRECT
+        assert (await score_one(client, ALGEBRA)).verdict == VERDICT_CORRECT
 
 
 async def test_a_worker_killed_once_costs_nothing() -> None:
     async with running_reward(math=MathConfig(workers=1)) as client:
         for victim in checking_processes(psutil.Process().pid, depth=1):
             victim.kill()
-        outcome = await score_one(client, math_item("a", "1/2", "#0.50"))
+        outcome = await score_one(client, ALGEBRA)
         assert outcome.verdict == VERDICT_CORRECT
 
 
@@ -110,7 +114,7 @@ async def test_a_frozen_worker_is_replaced() -> None:
         [supervisor] = checking_processes(psutil.Process().pid, depth=1)
         supervisor.suspend()
         begin = time.monotonic()
-        outcome = await score_one(client, math_item("a", "1/2", "#0.50"))
+        outcome = await score_one(client, ALGEBRA)
         assert outcome.verdict == VERDICT_CORRECT
         assert time.monotonic() - begin < 60
         assert not psutil.pid_exists(supervisor.pid)
@@ -124,7 +128,7 @@ async def test_a_caller_that_goes_away_frees_the_worker() -> None:
         scoring.cancel()
         await asyncio.wait({scoring})
         begin = time.monotonic()
-        assert (await score_one(client, math_item("b", "1/2", "#0.50"))).verdict == VERDICT_CORRECT
+        assert (await score_one(client, ALGEBRA)).verdict == VERDICT_CORRECT
         assert time.monotonic() - begin < 30
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from perigee.errors import FieldViolation, ResourceExhaustedError
 from services.reward.cache import OutcomeCache, content_key
+from services.reward.panel import Panel
 from services.reward.scoring import Scorer
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer
 
@@ -55,7 +56,7 @@ class EchoVerifier(Verifier[EchoParameters]):
 
 
 def make(verifier: EchoVerifier, entries: int = 10, max_queued_items: int = 100) -> Scorer:
-    return Scorer({EchoParameters: verifier}, OutcomeCache(entries), max_queued_items)
+    return Scorer(Panel({EchoParameters: verifier}, OutcomeCache(entries)), max_queued_items)
 
 
 def item(item_id: str, response: str, marker: str = "") -> Item[EchoParameters]:

@@ -1,0 +1,336 @@
+"""Whether two mathematical answers agree.
+
+What is said here holds for all forms of an answer; the algebra only compares single expressions.
+- The order of tuples and vectors counts, that of lists and sets does not; a list is no tuple only when it is in braces.
+- A name before a value may be missing, but not be another one; the same holds for units, which are converted.
+- A per cent sign may be missing where the figure is the same, and 50 % is 0.5.
+- Round and square brackets of an interval differ; an inequality of one variable is its interval.
+- A sum or product of plain numbers is not a number: it is the question and not its answer.
+- Several different answers to a question that has one are no answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Protocol
+
+from services.reward.mathematics.normalise import normalise, squeeze
+from services.reward.mathematics.numbers import read_number
+from services.reward.mathematics.quantities import read_clock, read_quantity
+from services.reward.mathematics.scalars import scalars_agree
+from services.reward.mathematics.shapes import (
+    VARIABLE,
+    Assignment,
+    Group,
+    Interval,
+    Matrix,
+    Region,
+    Relation,
+    Scalar,
+    Shape,
+    drop_approximation,
+    interval_of,
+    read_shape,
+)
+from services.reward.mathematics.words import is_wordy, words_agree
+
+FUNCTION_OF = re.compile(r"([A-Za-z]+'*(?:\^\{-1\})?)\s*\(([^=]*)\)")
+HAS_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
+
+
+class Algebra(Protocol):
+    """What compares single expressions."""
+
+    def equal(self, expected: str, found: str) -> bool:
+        """Whether two expressions have the same value."""
+
+    def same_relation(self, expected: Relation, found: Relation) -> bool:
+        """Whether two equations or inequalities have the same solutions."""
+
+
+def agree(reference: str, answer: str, algebra: Algebra) -> bool:
+    """Whether the answer is the reference in another form.
+
+    Raises what the algebra raises.
+    """
+    expected, found = normalise(reference), normalise(answer)
+    if not found:
+        return False
+    if squeeze(expected) == squeeze(found):
+        return True
+    if is_wordy(expected):
+        return words_agree(expected, found)
+    return texts_agree(expected, found, algebra)
+
+
+def texts_agree(expected: str, found: str, algebra: Algebra) -> bool:
+    """The same of texts that are normalised."""
+    if squeeze(expected) == squeeze(found):
+        return True
+    if "≈" in expected or "≈" in found:
+        expected, found = drop_approximation(expected), drop_approximation(found)
+    if is_single(expected) and is_single(found):
+        return scalars_agree(expected, found, algebra)
+    wanted = Scalar(expected) if is_single(expected) else read_shape(expected)
+    given = Scalar(found) if is_single(found) and not isinstance(wanted, Group) else read_shape(found)
+    return shapes_agree(wanted, given, algebra)
+
+
+def is_single(text: str) -> bool:
+    """Whether the text is one number with or without a unit, or a time of day, however many words it has."""
+    return read_clock(text) is not None or read_number(read_quantity(text).body) is not None
+
+
+def shapes_agree(wanted: Shape, given: Shape, algebra: Algebra) -> bool:
+    """Whether two answers that were taken apart agree."""
+    if isinstance(wanted, Region) or isinstance(given, Region):
+        return regions_agree(wanted, given, algebra)
+    if isinstance(wanted, Group):
+        return group_agrees(wanted, given, algebra)
+    if isinstance(wanted, Matrix):
+        return matrix_agrees(wanted, given, algebra)
+    if isinstance(wanted, Relation):
+        return relation_agrees(wanted, given, algebra)
+    if isinstance(wanted, Assignment):
+        return assignment_agrees(wanted, given, algebra)
+    return scalar_agrees(wanted, given, algebra)
+
+
+def scalar_agrees(wanted: Scalar, given: Shape, algebra: Algebra) -> bool:
+    """A single value against whatever was given: its own value counts, and each of several must be it."""
+    match given:
+        case Scalar(text):
+            return scalars_agree(wanted.text, text, algebra)
+        case Assignment(_, value):
+            return texts_agree(wanted.text, value, algebra)
+        case Relation(_, "=", right):
+            return texts_agree(wanted.text, right, algebra)
+        case Group("list", items) if len(read_names(items) or ()) > 1 or is_derivation(items):
+            # "w = 6, l = 12, A = 72": the last is what the others lead to.
+            return scalar_agrees(wanted, read_shape(items[-1]), algebra)
+        case Group(kind, items) if items and kind != "tuple":
+            return all(texts_agree(wanted.text, item, algebra) for item in items)
+    return False
+
+
+def assignment_agrees(wanted: Assignment, given: Shape, algebra: Algebra) -> bool:
+    """A name with its value: the value alone will do, another name will not, and an equation must be the same one."""
+    if isinstance(given, Assignment):
+        if names_agree(wanted, given):
+            return texts_agree(wanted.value, given.value, algebra)
+        given = as_relation(given)
+    if isinstance(given, Relation):
+        is_function = bool(HAS_VARIABLE.search(wanted.value))
+        return is_function and given.sign == "=" and algebra.same_relation(as_relation(wanted), given)
+    if isinstance(given, Group) and given.kind == "list":
+        if is_derivation(given.items):
+            return assignment_agrees(wanted, read_shape(given.items[-1]), algebra)
+        return bool(given.items) and all(
+            assignment_agrees(wanted, read_shape(item), algebra) for item in with_names(given.items)
+        )
+    value = read_shape(wanted.value)
+    return shapes_agree(value, given, algebra)
+
+
+def is_derivation(items: Sequence[str]) -> bool:
+    """Whether unsolved equations lead to a solved one, "x + 3 = 25, x = 22"."""
+    *before, last = map(read_shape, items)
+    return bool(before) and isinstance(last, Assignment) and all(isinstance(shape, Relation) for shape in before)
+
+
+def names_agree(wanted: Assignment, given: Assignment) -> bool:
+    """Whether two values bear the same name; those of a function are f(x), y and the like."""
+    left, right = squeeze(wanted.name), squeeze(given.name)
+    if left == right or not left or not right:
+        return True
+    if not VARIABLE.fullmatch(left) and not VARIABLE.fullmatch(right):
+        return True
+    functions = [FUNCTION_OF.fullmatch(name) for name in (left, right)]
+    if any(functions) and HAS_VARIABLE.search(wanted.value):
+        arguments = {function[2] for function in functions if function}
+        others = [name for function, name in zip(functions, (left, right), strict=True) if not function]
+        return len(arguments) == 1 and all(name == "y" for name in others)
+    return not VARIABLE.fullmatch(left) or not VARIABLE.fullmatch(right)
+
+
+def relation_agrees(wanted: Relation, given: Shape, algebra: Algebra) -> bool:
+    """An equation or inequality against another one; nothing else is one."""
+    if isinstance(given, Assignment):
+        given = as_relation(given)
+    return isinstance(given, Relation) and algebra.same_relation(wanted, given)
+
+
+def as_relation(assignment: Assignment) -> Relation:
+    """The equation that an assignment is."""
+    return Relation(assignment.name, "=", assignment.value)
+
+
+def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
+    """Several values."""
+    given = right_side(given)
+    if isinstance(given, Matrix):
+        cells = flatten_vector(given)
+        return wanted.kind == "tuple" and cells is not None and in_order(wanted.items, cells, algebra)
+    if isinstance(given, Scalar):
+        given = Group("list", (given.text,))
+    if not isinstance(given, Group):
+        return False
+    if wanted.kind == "tuple":
+        if given.kind == "set":
+            return False
+        return in_order(wanted.items, by_name(given.items), algebra)
+    if wanted.kind == "set" and given.kind == "tuple":
+        return False
+    names = read_names(wanted.items)
+    if names is not None:
+        return named_agree(names, given, algebra)
+    expected = expand_items(with_names(wanted.items))
+    found = expand_items(with_names(given.items))
+    return in_any_order(expected, found, algebra)
+
+
+def right_side(shape: Shape) -> Shape:
+    """What an equation says that its left side is."""
+    if isinstance(shape, Assignment):
+        return read_shape(shape.value)
+    return read_shape(shape.right) if isinstance(shape, Relation) and shape.sign == "=" else shape
+
+
+def with_names(items: Sequence[str]) -> tuple[str, ...]:
+    """The items of "x = -1, 3" with the first one's name before those that have none."""
+    first = read_shape(items[0]) if items else None
+    if not isinstance(first, Assignment) or not VARIABLE.fullmatch(first.name):
+        return tuple(items)
+    return tuple(item if "=" in item else f"{first.name} = {item}" for item in items)
+
+
+def read_names(items: Sequence[str]) -> dict[str, str] | None:
+    """The values of "y = 2, x = 1" by their names, in the order of the names; None of items that have no names.
+
+    Numbered names, x_1 and x_2, are those of a list.
+    """
+    shapes = [read_shape(item) for item in items]
+    found = {shape.name: shape.value for shape in shapes if isinstance(shape, Assignment)}
+    if len(found) != len(items) or len({name.partition("_")[0] for name in found}) < len(items):
+        return None
+    return dict(sorted(found.items()))
+
+
+def by_name(items: Sequence[str]) -> tuple[str, ...]:
+    """The values in the order of their names; items without names in their own."""
+    names = read_names(items)
+    return tuple(items if names is None else names.values())
+
+
+def named_agree(names: dict[str, str], given: Group, algebra: Algebra) -> bool:
+    """Values under different names: each under its own, or all of them in the order of the names."""
+    others = read_names(given.items)
+    if given.kind == "set" or (others is not None and others.keys() != names.keys()):
+        return False
+    return in_order(tuple(names.values()), by_name(given.items), algebra)
+
+
+def expand_items(items: Sequence[str]) -> list[str]:
+    """The items with ± as two, and an item that is a list or set as its items."""
+    expanded = []
+    for item in items:
+        if "±" in item or "∓" in item:
+            expanded += expand_plus_minus(item)
+            continue
+        shape = read_shape(item)
+        inner = read_shape(shape.value) if isinstance(shape, Assignment) else shape
+        expanded += inner.items if isinstance(inner, Group) and inner.kind == "set" else [item]
+    return expanded
+
+
+def expand_plus_minus(item: str) -> list[str]:
+    """Both values, each with the name that the item has."""
+    shape = read_shape(item)
+    name = f"{shape.name} = " if isinstance(shape, Assignment) else ""
+    values = read_shape(shape.value) if isinstance(shape, Assignment) else shape
+    return [name + value for value in values.items] if isinstance(values, Group) else [item]
+
+
+def in_order(expected: Sequence[str], found: Sequence[str], algebra: Algebra) -> bool:
+    """Whether values agree one by one."""
+    return len(expected) == len(found) and all(
+        texts_agree(left, right, algebra) for left, right in zip(expected, found, strict=True)
+    )
+
+
+def in_any_order(expected: Sequence[str], found: Sequence[str], algebra: Algebra) -> bool:
+    """Whether every value has a partner; values that are given twice count once."""
+    found = list(dict.fromkeys(found))
+    expected = list(dict.fromkeys(expected))
+    if len(expected) != len(found):
+        return False
+    left = list(found)
+    for value in expected:
+        partner = next((other for other in left if items_agree(value, other, algebra)), None)
+        if partner is None:
+            return False
+        left.remove(partner)
+    return True
+
+
+def items_agree(value: str, other: str, algebra: Algebra) -> bool:
+    """Two items of lists: numbered names, x_1 and x_2, do not count."""
+    unnumbered = [re.sub(r"^([A-Za-z])_\{?[0-9]\}?\s*=", r"\1 =", item) for item in (value, other)]
+    return texts_agree(unnumbered[0], unnumbered[1], algebra)
+
+
+def regions_agree(wanted: Shape, given: Shape, algebra: Algebra) -> bool:
+    """Unions of intervals; "(1, 2)" is one when it is compared with one."""
+    left, right = as_region(wanted), as_region(given)
+    if left is None or right is None or (left.variable and right.variable and left.variable != right.variable):
+        return False
+    if len(left.parts) != len(right.parts):
+        return False
+    others = list(right.parts)
+    for part in left.parts:
+        partner = next((other for other in others if intervals_agree(part, other, algebra)), None)
+        if partner is None:
+            return False
+        others.remove(partner)
+    return True
+
+
+def as_region(shape: Shape) -> Region | None:
+    """The region that a shape is or may be."""
+    if isinstance(shape, Region):
+        return shape
+    if isinstance(shape, Assignment):
+        inner = as_region(read_shape(shape.value))
+        return None if inner is None else Region(shape.name, inner.parts)
+    return interval_of(shape) if isinstance(shape, Group) else None
+
+
+def intervals_agree(left: Interval, right: Interval, algebra: Algebra) -> bool:
+    """The same ends, and the same ends belong to them."""
+    if (left.low_open, left.high_open) != (right.low_open, right.high_open):
+        return False
+    return texts_agree(left.low, right.low, algebra) and texts_agree(left.high, right.high, algebra)
+
+
+def matrix_agrees(wanted: Matrix, given: Shape, algebra: Algebra) -> bool:
+    """Cell by cell; a vector may be written as a tuple."""
+    given = right_side(given)
+    if isinstance(given, Matrix):
+        shape = [len(row) for row in wanted.rows]
+        if shape != [len(row) for row in given.rows]:
+            return False
+        return all(in_order(left, right, algebra) for left, right in zip(wanted.rows, given.rows, strict=True))
+    cells = flatten_vector(wanted)
+    if isinstance(given, Scalar) and "\\begin{" in given.text:
+        rows = " \\\\ ".join(" & ".join(row) for row in wanted.rows)
+        return algebra.equal(f"\\begin{{pmatrix}}{rows}\\end{{pmatrix}}", given.text)
+    is_tuple = isinstance(given, Group) and given.kind in ("tuple", "list")
+    return is_tuple and isinstance(given, Group) and cells is not None and in_order(cells, given.items, algebra)
+
+
+def flatten_vector(matrix: Matrix) -> tuple[str, ...] | None:
+    """The cells of a single row or column; None of a matrix."""
+    if len(matrix.rows) == 1:
+        return matrix.rows[0]
+    return tuple(row[0] for row in matrix.rows) if all(len(row) == 1 for row in matrix.rows) else None
