@@ -44,12 +44,24 @@ def free_port() -> int:
 
 def checking_processes(supervisors_of: int, depth: int) -> list[psutil.Process]:
     """The math workers of a process: depth 1 the supervisors, depth 2 the children that do the checks."""
-    supervisors = [
-        child
-        for child in psutil.Process(supervisors_of).children()
-        if child.cmdline()[2:4] == ["services.reward.check_worker", "math"]
-    ]
-    return supervisors if depth == 1 else [child for s in supervisors if s.is_running() for child in s.children()]
+    supervisors = [child for child in children_of(psutil.Process(supervisors_of)) if is_math_worker(child)]
+    return supervisors if depth == 1 else [child for each in supervisors for child in children_of(each)]
+
+
+def children_of(process: psutil.Process) -> list[psutil.Process]:
+    """None of a process that is gone."""
+    try:
+        return process.children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def is_math_worker(process: psutil.Process) -> bool:
+    """Whether a process is a supervisor of the math verifier; one that is gone is none."""
+    try:
+        return process.cmdline()[2:4] == ["services.reward.check_worker", "math"]
+    except psutil.NoSuchProcess:
+        return False
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
@@ -167,3 +179,59 @@ def cpu_seconds(process: psutil.Process) -> float:
     except psutil.NoSuchProcess:
         return 0.0
     return float(times.user + times.system)
+
+
+async def test_a_sandbox_that_never_answers_is_a_failure_without_a_reward() -> None:
+    async def keep_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(keep_silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with running_reward(sandbox_address=f"127.0.0.1:{port}", code=CodeConfig(timeout_s=2)) as client:
+            outcome = await score_one(client, PROGRAM)
+    assert (outcome.verdict, outcome.HasField("reward"), outcome.retryable) == (VERDICT_FAILED, False, True)
+
+
+async def test_a_sandbox_that_is_slow_is_a_failure_without_a_reward(sandbox_address: str) -> None:
+    sleeper = pb.ScoreItem(
+        id="s",
+        response="#import time\ndef f(x):\n    time.sleep(5)\n    return 2*x",
+        answer_marker="#",
+        code=PROGRAM.code,
+    )
+    async with running_reward(sandbox_address=sandbox_address, code=CodeConfig(timeout_s=1)) as client:
+        outcomes = {outcome.id: outcome for outcome in await score(client, [sleeper, PROGRAM])}
+    assert (outcomes["s"].verdict, outcomes["s"].HasField("reward")) == (VERDICT_FAILED, False)
+    assert "did not answer within 1 s" in outcomes["s"].reason
+    assert outcomes["p"].verdict == VERDICT_CORRECT
+
+
+async def test_checks_that_hang_among_many_take_nobody_along() -> None:
+    radicals = "7"
+    for _ in range(200):
+        radicals = f"\\sqrt{{2+{radicals}}}"
+    bombs = {"tower": ENDLESS, "factorial": "123456789!", "radicals": radicals, "long": "x+" * 50_000 + "1"}
+    items = [math_item(name, "\\sqrt{7}", f"#{text}") for name, text in bombs.items()]
+    items += [math_item(str(i), f"\\sqrt{{{4 * i}}}", f"#2\\sqrt{{{i}}}") for i in range(2, 100)]
+    async with running_reward(math=MathConfig(workers=1, check_timeout_s=3)) as client:
+        outcomes = [outcome async for outcome in client.score(pb.ScoreRequest(items=items), timeout_s=60)]
+    assert len(outcomes) == len(items)
+    by_id = {outcome.id: outcome for outcome in outcomes}
+    assert {by_id[str(i)].verdict for i in range(2, 100)} == {VERDICT_CORRECT}
+    for name in ("tower", "factorial"):
+        assert (by_id[name].verdict, by_id[name].HasField("reward")) == (VERDICT_FAILED, False)
+        assert "did not end within 3 s" in by_id[name].reason
+    for name in ("radicals", "long"):
+        assert by_id[name].verdict != VERDICT_CORRECT
+
+
+async def test_more_checks_that_hang_than_may_step_aside_only_take_longer() -> None:
+    items = [math_item(f"bomb-{i}", "7", f"#{9 + i}^{{9^{{9^{{9}}}}}}") for i in range(5)]
+    items.append(ALGEBRA)
+    config = MathConfig(workers=1, check_timeout_s=1, slow_checks=1, slow_check_s=0.1)
+    async with running_reward(math=config) as client:
+        outcomes = {outcome.id: outcome.verdict for outcome in await score(client, items)}
+    assert outcomes.pop("algebra") == VERDICT_CORRECT
+    assert set(outcomes.values()) == {VERDICT_FAILED}
+    assert len(outcomes) == 5
