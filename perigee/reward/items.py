@@ -5,7 +5,7 @@
 
 The first form holds a verifier's message in full, as it stands over HTTP. The second has the message's fields beside
 the verifier's name; a line of a recipe's prompt file with a `response` is one, so `answer` stands for the reference,
-`function` for the function's name, and the tests of a program are as short as there.
+`function` for the function's name, and tests, JSON values and the parts of a composite are as short as there.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from perigee.reward.json_messages import describe_value, fill_message, unknown_k
 from perigee.reward.v1 import reward_pb2 as pb
 
 VERIFIERS = tuple(field.name for field in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields)
+PART_VERIFIERS = tuple(field.name for field in pb.VerifierSpec.DESCRIPTOR.oneofs_by_name["kind"].fields)
 TEXT_FIELDS = ("id", "prompt", "response", "answer_marker")
 FIELDS = (*TEXT_FIELDS, "images", "verifier")
 # Names of a recipe's prompt file.
-ALIASES = {"function": "function_name"}
+ALIASES = {"function": "function_name", "answers": "references"}
+# What stands there as a JSON value and in the message as its text.
+JSON_TEXTS = {"json_schema": "schema_json", "expected": "expected_json"}
 _STDIO = frozenset({"stdin", "expected_stdout"})
 _FUNCTION = frozenset({"arguments", "expected"})
 
@@ -77,14 +80,19 @@ def spell_out(verifier: str, fields: Mapping[str, Any]) -> dict[str, Any]:
     message_type = pb.ScoreItem.DESCRIPTOR.fields_by_name[verifier].message_type
     assert message_type is not None
     known = message_type.fields_by_name
-    spelled: dict[str, Any] = {}
+    spelled: dict[str, Any] = {"language": "python"} if verifier == "code" else {}
     for key, value in fields.items():
         name = ALIASES.get(key, key)
         if key == "answer" and key not in known:
             name = "reference" if "reference" in known else "references"
             value = value if name == "reference" else [value]
+        if verifier == "json" and key in JSON_TEXTS:
+            # A schema of null is none, while null may well be what is expected.
+            name, value = JSON_TEXTS[key], None if key == "json_schema" and value is None else json.dumps(value)
         if verifier == "code" and key == "tests" and isinstance(value, list):
             value = [_spell_out_test(test) for test in value]
+        if verifier == "composite" and key == "parts" and isinstance(value, list):
+            value = [_spell_out_part(part) for part in value]
         spelled[name] = value
     return spelled
 
@@ -97,7 +105,20 @@ def _spell_out_test(test: Any) -> Any:
     if test.keys() == _FUNCTION:
         arguments, expected = json.dumps(test["arguments"]), json.dumps(test["expected"])
         return {"function": {"arguments_json": arguments, "expected_json": expected}}
+    if test.keys() == {"code"} and isinstance(test["code"], str):
+        return {"code": dict(test)}
     return test
+
+
+def _spell_out_part(part: Any) -> Any:
+    if not isinstance(part, Mapping) or not isinstance(part.get("judged_by"), Mapping):
+        return part
+    fields = dict(part["judged_by"])
+    name = fields.pop("verifier", None)
+    if name not in PART_VERIFIERS:
+        return part
+    rest = {key: value for key, value in part.items() if key != "judged_by"}
+    return {"weight": 1.0, **rest, "verifier": {name: spell_out(name, fields)}}
 
 
 def _read_images(item: pb.ScoreItem, images: object) -> list[FieldViolation]:

@@ -9,10 +9,13 @@ from typing import Any
 from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
 from perigee.sandbox.client import SandboxClient
 from services.kit.config import load_config
+from services.kit.http import http_serving
 from services.kit.server import App, run
 from services.reward.cache import OutcomeCache
 from services.reward.check_pool import CheckPool
+from services.reward.compat.openrlhf import openrlhf_api
 from services.reward.config import RewardConfig
+from services.reward.http_routes import ROUTES, ServicerScores, collecting_api
 from services.reward.images import ImageLimits
 from services.reward.panel import Panel
 from services.reward.requests import ItemLimits
@@ -54,8 +57,10 @@ async def lifespan(app: App[RewardConfig]) -> AsyncIterator[None]:
         for part in parts:
             stack.push_async_callback(part.close)
             await part.start()
-        scorer = Scorer(panel, config.max_queued_items)
-        app.add(FULL_NAME, add_RewardServiceServicer_to_server, RewardService(scorer, item_limits(config)))
+        service = RewardService(Scorer(panel, config.max_queued_items), item_limits(config))
+        app.add(FULL_NAME, add_RewardServiceServicer_to_server, service)
+        foreign = (collecting_api(service), openrlhf_api(ServicerScores(service)))
+        await stack.enter_async_context(http_serving(app, config.http, ROUTES, service, foreign))
         app.set_ready(FULL_NAME, True)
         yield
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from services.kit.config import Model, ServiceConfig
+from services.kit.config import HttpConfig, Model, ServiceConfig
 
 MAX_VOTES = 32
 
@@ -128,6 +128,8 @@ class RewardConfig(ServiceConfig):
 
     section: ClassVar[str] = "reward"
 
+    http: HttpConfig = HttpConfig()
+    """How the service answers HTTP."""
     sandbox_address: str = "127.0.0.1:50056"
     """The sandbox that runs programs."""
     math: MathConfig = MathConfig()

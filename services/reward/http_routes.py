@@ -1,43 +1,32 @@
-"""The service's methods over HTTP: which path calls which, and all outcomes of a call in one object."""
+"""The reward service's RPCs over HTTP, and all outcomes of a call in one object."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import aclosing
+from typing import Any, Protocol
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse
-from google.protobuf.message import Message
+from fastapi import APIRouter, Request, Response
 
 from perigee.errors import DeadlineExceededError, InternalError
 from perigee.reward.v1 import reward_pb2 as pb
+from services.kit.http import ForeignApi, HttpRoute, call_context
+from services.kit.http_errors import write_error
+from services.kit.json_codec import dump_json, parse_json, read_message, write_message
 
 COLLECTED_PATH = "/v1/score/collected"
 
-
-class Route(NamedTuple):
-    """A path and the method of perigee.reward.v1.RewardService behind it."""
-
-    method: str
-    path: str
-    rpc: str
-    request: type[Message]
-    response: type[Message]
-    streaming: bool
-    """Whether the method answers with a stream: a line of JSON per message, as it comes."""
-
-
 ROUTES = (
-    Route("POST", "/v1/score", "Score", pb.ScoreRequest, pb.ScoreResponse, True),
-    Route("GET", "/v1/verifiers", "ListVerifiers", pb.ListVerifiersRequest, pb.ListVerifiersResponse, False),
+    HttpRoute("POST", "/v1/score", "Score", pb.ScoreRequest, pb.ScoreResponse, streaming=True),
+    HttpRoute("GET", "/v1/verifiers", "ListVerifiers", pb.ListVerifiersRequest, pb.ListVerifiersResponse),
 )
 
 
 class ScoreServicer(Protocol):
     """What of the servicer is called in its own process."""
 
-    def Score(self, request: pb.ScoreRequest, context: Any, /) -> AsyncIterator[pb.ScoreResponse]: ...
+    def Score(self, request: pb.ScoreRequest, context: Any, /) -> AsyncGenerator[pb.ScoreResponse, None]: ...
 
 
 class ServicerScores:
@@ -49,9 +38,9 @@ class ServicerScores:
     async def score(self, request: pb.ScoreRequest, *, timeout_s: float) -> AsyncIterator[pb.ScoreResponse]:
         """Outcomes as they are known. Raises DeadlineExceededError after `timeout_s`."""
         try:
-            async with asyncio.timeout(timeout_s):
-                async for response in self._servicer.Score(request, None):
-                    yield response
+            async with asyncio.timeout(timeout_s), aclosing(self._servicer.Score(request, None)) as outcomes:
+                async for outcome in outcomes:
+                    yield outcome
         except TimeoutError as error:
             raise DeadlineExceededError(f"the items were not scored within {timeout_s:g} s") from error
 
@@ -64,22 +53,25 @@ def collect(request: pb.ScoreRequest, outcomes: Iterable[pb.ScoreResponse]) -> l
     return [by_id[item.id] for item in request.items]
 
 
-def make_collecting_router(
-    servicer: ScoreServicer,
-    read_message: Callable[[type[Message], Any], Message],
-    write_message: Callable[[Message], Any],
-) -> APIRouter:
-    """POST /v1/score/collected: the body of /v1/score, answered by {"outcomes": [...]} in the order of its items.
-
-    `read_message` and `write_message` are the gateway's codec; errors are the gateway's to write.
-    """
+def collecting_api(servicer: ScoreServicer) -> ForeignApi:
+    """POST /v1/score/collected: the body of /v1/score, answered by {"outcomes": [...]} in the order of its items."""
     router = APIRouter()
+    items = {"$ref": "#/components/schemas/ScoreRequest"}
+    outcomes = {"type": "array", "items": {"$ref": "#/components/schemas/ScoreResponse"}}
+    answer = {"type": "object", "properties": {"outcomes": outcomes}, "required": ["outcomes"]}
 
-    @router.post(COLLECTED_PATH, summary="Scores a batch; all outcomes come in one object, in the order of the items.")
-    async def score_collected(body: Request) -> JSONResponse:
-        request = read_message(pb.ScoreRequest, await body.json())
-        assert isinstance(request, pb.ScoreRequest)
-        outcomes = [outcome async for outcome in servicer.Score(request, None)]
-        return JSONResponse({"outcomes": [write_message(outcome) for outcome in collect(request, outcomes)]})
+    @router.post(
+        COLLECTED_PATH,
+        summary="Scores a batch; all outcomes come in one object, in the order of the items.",
+        response_class=Response,
+        responses={200: {"content": {"application/json": {"schema": answer}}}},
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": items}}}},
+    )
+    async def score_collected(http_request: Request) -> Response:
+        request = read_message(pb.ScoreRequest, parse_json(await http_request.body()))
+        async with aclosing(servicer.Score(request, call_context(http_request))) as scored:
+            found = collect(request, [outcome async for outcome in scored])
+        body = dump_json({"outcomes": [write_message(outcome) for outcome in found]})
+        return Response(body, media_type="application/json")
 
-    return router
+    return ForeignApi(router, write_error)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -30,7 +30,7 @@ class RewardService(RewardServiceServicer):
         self._scorer = scorer
         self._limits = limits
 
-    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResponse]:
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncGenerator[pb.ScoreResponse, None]:
         items = read_items(request, self._scorer, self._limits)
         async with aclosing(self._scorer.score(items)) as outcomes:
             async for scored in outcomes:

@@ -23,10 +23,6 @@ import httpx
 import numpy as np
 import pytest
 import pytest_asyncio
-import uvicorn
-from fastapi import FastAPI
-from google.protobuf import json_format
-from google.protobuf.message import Message
 from transformers import PreTrainedTokenizerFast
 
 from perigee.errors import DeadlineExceededError, UnavailableError
@@ -35,12 +31,11 @@ from perigee.reward.adapters.ground_truth import GroundTruthOptions
 from perigee.reward.adapters.trl import PerigeeReward
 from perigee.reward.batching import BatchOptions
 from perigee.reward.client import RewardClient
-from perigee.reward.json_messages import fill_message
 from perigee.reward.v1 import reward_pb2
 from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
-from services.reward.http_routes import ServicerScores, make_collecting_router
+from services.reward.http_routes import ServicerScores
 from tests.fixtures.coordinator_fakes import FakeReward, fake_server
-from tests.fixtures.reward import math_item, running_reward
+from tests.fixtures.reward import math_item, running_gateway, running_reward
 from tests.fixtures.rollout import CHARACTERS, best_digit, make_policy, save_policy
 
 ROOT = Path(__file__).parents[2]
@@ -253,74 +248,42 @@ async def test_verl_calls_with_a_batch(reward: RewardClient, lame_reward: Reward
 
 
 @pytest_asyncio.fixture(loop_scope="session")
-async def openrlhf_url(lame_reward: RewardClient) -> AsyncIterator[str]:
-    """The example's server in front of a reward service."""
-    spec = importlib.util.spec_from_file_location("serve_openrlhf", EXAMPLES / "openrlhf" / "serve.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    server = uvicorn.Server(uvicorn.Config(module.make_app(lame_reward.target, None), port=0, log_level="warning"))
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110, uvicorn tells no other way
-        await asyncio.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    yield f"http://127.0.0.1:{port}/v1/compat/openrlhf"
-    server.should_exit = True
-    await serving
+async def lame_http() -> AsyncIterator[httpx.AsyncClient]:
+    """A reward service whose sandbox is not there, over HTTP."""
+    async with running_gateway(sandbox_address="127.0.0.1:9", code={"timeout_s": 0.1}) as (_, http):
+        yield http
 
 
-async def test_openrlhf_posts_queries_prompts_and_labels(openrlhf_url: str) -> None:
-    url = f"{openrlhf_url}?verifier=math&answer_marker=%23&end=%3Ceos%3E"
-    async with httpx.AsyncClient(timeout=30) as http:
-        payload = {
-            "query": ["<s>2+2=so it is #4<eos>", "<s>2+3=#4<eos>", "<s>1/2+1/2=?<eos>"],
-            "prompts": ["2+2=", "2+3=", "1/2+1/2="],
-            "labels": ["4", "5", "1"],
-        }
-        response = await http.post(url, json=payload)
-        assert response.status_code == 200
-        assert response.json() == {
-            "rewards": [1.0, 0.0, 0.0],
-            "scores": [1.0, 0.0, 0.0],
-            "extra_logs": {"correct": [1.0, 0.0, 0.0], "ungradable": [0.0, 0.0, 1.0]},
-        }
-        # With several servers OpenRLHF sends some of them nothing.
-        empty = await http.post(url, json={"query": [], "prompts": [], "labels": []})
-        assert (empty.status_code, empty.json()["rewards"]) == (200, [])
+async def test_openrlhf_posts_queries_prompts_and_labels(lame_http: httpx.AsyncClient) -> None:
+    url = "/v1/compat/openrlhf?verifier=math&answer_marker=%23&end=%3Ceos%3E"
+    payload = {
+        "query": ["<s>2+2=so it is #4<eos>", "<s>2+3=#4<eos>", "<s>1/2+1/2=?<eos>"],
+        "prompts": ["2+2=", "2+3=", "1/2+1/2="],
+        "labels": ["4", "5", "1"],
+    }
+    response = await lame_http.post(url, json=payload)
+    assert response.status_code == 200
+    assert response.json() == {
+        "rewards": [1.0, 0.0, 0.0],
+        "scores": [1.0, 0.0, 0.0],
+        "extra_logs": {"correct": [1.0, 0.0, 0.0], "ungradable": [0.0, 0.0, 1.0]},
+    }
+    # With several servers OpenRLHF sends some of them nothing.
+    empty = await lame_http.post(url, json={"query": [], "prompts": [], "labels": []})
+    assert (empty.status_code, empty.json()["rewards"]) == (200, [])
 
-        failing = {"query": ["f:#x"], "prompts": ["f:"], "labels": [json.dumps(CODE)]}
-        response = await http.post(url, json=failing)
-        assert response.status_code == 503
-        assert "rewards" not in response.json()
-        assert response.headers["Retry-After"] == "1"
+    failing = {"query": ["f:#x"], "prompts": ["f:"], "labels": [json.dumps(CODE)]}
+    response = await lame_http.post(url, json=failing)
+    assert response.status_code == 503
+    assert "rewards" not in response.json()
+    assert response.headers["Retry-After"] == "1"
 
-        wrong = await http.post(url, json={"query": ["x"], "prompts": ["y"], "labels": ["1"]})
-        assert (wrong.status_code, "does not begin with its prompt" in wrong.json()["error"]) == (400, True)
-        assert (await http.post(url, content=b"{")).status_code == 400
-
-
-async def test_all_outcomes_of_a_call_in_one_object() -> None:
-    """Over the scripted servicer, which answers backwards, with a codec of the test's."""
-
-    def read_message(message: type[Message], values: Any) -> Message:
-        found = message()
-        assert fill_message(found, values) == []
-        return found
-
-    def write_message(message: Message) -> dict[str, Any]:
-        return json_format.MessageToDict(message, preserving_proto_field_name=True)
-
-    app = FastAPI()
-    servicer = FakeReward(broken={"b"})
-    app.include_router(make_collecting_router(servicer, read_message, write_message))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://reward") as http:
-        items = [
-            {"id": name, "response": "#4", "answer_marker": "#", "math": {"reference": "4"}} for name in ("a", "b", "c")
-        ]
-        response = await http.post("/v1/score/collected", json={"items": items})
-    outcomes = response.json()["outcomes"]
-    assert [(outcome["id"], outcome.get("reward")) for outcome in outcomes] == [("a", 1.0), ("b", None), ("c", 1.0)]
+    wrong = await lame_http.post(url, json={"query": ["x"], "prompts": ["y"], "labels": ["1"]})
+    assert (wrong.status_code, "does not begin with its prompt" in wrong.json()["error"]) == (400, True)
+    headers = {"content-type": "application/json"}
+    for content in (b"{", b"\xff", b"[]"):
+        broken = await lame_http.post(url, content=content, headers=headers)
+        assert (broken.status_code, broken.json()["error"][:5]) == (400, "body:")
 
 
 async def test_the_servicer_is_asked_as_a_client_is() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
 from typing import Any
 
 import pytest
-from google.protobuf.message import Message
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +15,9 @@ from perigee.reward.items import read_item
 from perigee.reward.json_messages import fill_message
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2
+from services.coordinator.prompts import Prompt, parse_prompt_line
+from services.coordinator.score_items import make_score_item
+from services.kit.json_codec import write_message
 
 
 def read(**values: Any) -> pb.ScoreItem:
@@ -175,21 +178,42 @@ def test_values_read_back(code: pb.CodeVerifier, references: list[str], threshol
     ):
         item = pb.ScoreItem(id="a", response="r", **verifier)  # type: ignore[arg-type]
         found = pb.ScoreItem()
-        assert fill_message(found, as_over_http(item)) == []
+        assert fill_message(found, write_message(item)) == []
         assert found == item
 
 
-def as_over_http(message: Message) -> dict[str, Any]:
-    """The message as JSON values, with all bytes in base64."""
-    values: dict[str, Any] = {}
-    for field, value in message.ListFields():
-        elements = list(value) if field.is_repeated else [value]
-        name = field.name
-        if field.message_type is not None:
-            elements = [as_over_http(element) for element in elements]
-        elif field.enum_type is not None:
-            elements = [field.enum_type.values_by_number[element].name for element in elements]
-        elif field.type == field.TYPE_BYTES:
-            name, elements = f"{name}_base64", [base64.b64encode(element).decode() for element in elements]
-        values[name] = elements if field.is_repeated else elements[0]
-    return values
+LINES = [
+    {"verifier": "math", "answer": "4", "alternatives": ["IV"]},
+    {
+        "verifier": "code",
+        "function": "f",
+        "tests": [{"arguments": [1, None], "expected": "ü"}],
+        "limits": {"cpu_ms": 9},
+    },
+    {"verifier": "code", "tests": [{"stdin": "1\n", "expected_stdout": "2\n"}], "partial_credit": True},
+    {"verifier": "code", "function": "f", "tests": [{"code": "assert f(1) == 2"}], "setup_code": "import math"},
+    {"verifier": "choice", "answer": "A,C", "options": ["x", "y", "z"]},
+    {"verifier": "short_answer", "answers": ["Paris", "Lutetia"]},
+    {"verifier": "exact", "answer": "4"},
+    {"verifier": "regex", "pattern": "[0-9]+", "ignore_case": True, "search_response": True},
+    {"verifier": "json", "json_schema": {"type": "object"}, "expected": {"a": [1, None]}},
+    {"verifier": "json", "expected": None},
+    {"verifier": "judge", "answer": "4", "judge": "large", "votes": 3, "rubric": "short"},
+    {"verifier": "value_head", "answer": "4", "threshold": 0.25},
+    {
+        "verifier": "composite",
+        "parts": [
+            {"name": "form", "gate": True, "weight": 0, "judged_by": {"verifier": "regex", "pattern": "4"}},
+            {"name": "value", "judged_by": {"verifier": "math", "answer": "4"}},
+            {"name": "words", "judged_by": {"verifier": "short_answer", "answers": ["four"]}},
+            {"name": "json", "judged_by": {"verifier": "json", "json_schema": {"type": "number"}}},
+        ],
+    },
+]
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line["verifier"])
+def test_a_line_of_a_recipe_is_the_item_that_its_run_asks_about(line: dict[str, Any]) -> None:
+    whole = {"id": "a", "prompt": "2+2=", "answer_marker": "#", **line}
+    prompt = Prompt(parse_prompt_line(json.dumps(whole), "prompts.jsonl:1"), ())
+    assert read(**whole) == make_score_item("a", prompt, "#4")

@@ -33,7 +33,7 @@ from perigee.errors import InvalidArgumentError, PerigeeError
 from perigee.reward.client import RewardClient
 from perigee.rollout.client import RolloutClient
 from perigee.rpc import ChannelOptions
-from services.coordinator.prompts import CodeLine, MathLine, parse_prompt_line, read_model_folder
+from services.coordinator.prompts import Line, parse_prompt_line, read_model_folder
 
 NOT_ASKED = "no model was asked: name --rollout and --model"
 
@@ -163,7 +163,7 @@ class _Curation:
         return questions
 
     async def _ask_stage(
-        self, stage: ModelStage, model: AskedModel, lines: dict[str, MathLine | CodeLine], questions: list[Question]
+        self, stage: ModelStage, model: AskedModel, lines: dict[str, Line], questions: list[Question]
     ) -> list[Question]:
         settings = self._command.settings
         assert settings.sampling is not None
@@ -197,7 +197,7 @@ class _Curation:
     def _path(self, name: str) -> Path:
         return self._folder.stage_path(len(self._stages) + 1, name)
 
-    def _lines(self, questions: Sequence[Question]) -> dict[str, MathLine | CodeLine]:
+    def _lines(self, questions: Sequence[Question]) -> dict[str, Line]:
         wanted = {question.id for question in questions}
         return {
             candidate.question.id: parse_prompt_line(json.dumps(candidate.line), candidate.question.id)

@@ -13,7 +13,7 @@ from perigee.curation.pass_rates import SampleCounts, decide_difficulty, decide_
 from perigee.reward.batching import Scores
 from perigee.reward.v1 import reward_pb2
 from perigee.rollout.client import RolloutClient
-from services.coordinator.prompts import CodeLine, MathLine, ModelFolder, Prompt
+from services.coordinator.prompts import Line, ModelFolder, Prompt
 from services.coordinator.score_items import make_score_item
 
 TOO_LONG = "too long for the model"
@@ -38,9 +38,9 @@ class ModelStage:
     name: str
     samples: int
     max_tokens: int
-    render: Callable[[MathLine | CodeLine], str]
+    render: Callable[[Line], str]
     """From a prompt's line to the text that the model continues."""
-    given: Callable[[MathLine | CodeLine], str]
+    given: Callable[[Line], str]
     """What of the answer the text holds already."""
     decide: Callable[[str, SampleCounts], Finding]
 
@@ -63,11 +63,11 @@ def guessing_stage(settings: SamplingSettings) -> ModelStage:
     """A right guess without reasoning drops the prompt."""
     least = least_judged(settings.guesses, settings.min_judged)
 
-    def render(line: MathLine | CodeLine) -> str:
+    def render(line: Line) -> str:
         template = settings.guess_template.replace("{answer_marker}", line.answer_marker)
         return template.replace("{prompt}", line.prompt).rstrip("\n")
 
-    def given(line: MathLine | CodeLine) -> str:
+    def given(line: Line) -> str:
         # A template that ends with the marker leaves the bare answer to the model.
         return line.answer_marker if render(line).endswith(line.answer_marker) else ""
 
@@ -80,7 +80,7 @@ def guessing_stage(settings: SamplingSettings) -> ModelStage:
 def ask_about(
     stage: ModelStage,
     model: AskedModel,
-    lines: Mapping[str, MathLine | CodeLine],
+    lines: Mapping[str, Line],
     settings: SamplingSettings,
     seed: int,
 ) -> Produce:
@@ -102,9 +102,7 @@ def ask_about(
     return produce
 
 
-def make_inquiries(
-    stage: ModelStage, model: AskedModel, lines: Sequence[MathLine | CodeLine]
-) -> tuple[list[Inquiry], list[Finding]]:
+def make_inquiries(stage: ModelStage, model: AskedModel, lines: Sequence[Line]) -> tuple[list[Inquiry], list[Finding]]:
     """What to ask, and the prompts that the model's context has no room for."""
     encodings = model.folder.tokenizer.encode_batch([stage.render(line) for line in lines])
     inquiries: list[Inquiry] = []

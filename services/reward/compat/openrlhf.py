@@ -22,6 +22,9 @@ from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
 from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
 from perigee.reward.batching import BatchOptions, Scores, score_items
 from perigee.reward.v1 import reward_pb2 as pb
+from services.kit.http import ForeignApi
+from services.kit.http_errors import write_error
+from services.kit.json_codec import parse_json
 
 PATH = "/v1/compat/openrlhf"
 RETRY_AFTER_S = 1
@@ -106,28 +109,28 @@ def build_answer(request: pb.ScoreRequest, outcomes: Sequence[pb.ScoreResponse])
     return Answer(200, {"rewards": rewards, "scores": rewards, "extra_logs": logs})
 
 
-def make_router(scores: Scores) -> APIRouter:
+def openrlhf_api(scores: Scores) -> ForeignApi:
     """The endpoint over a client of the reward service."""
     router = APIRouter()
 
-    @router.post(PATH)
+    @router.post(PATH, summary="OpenRLHF's remote reward model.")
     async def get_reward(
         request: Request,
         verifier: str = "math",
         answer_marker: str = "",
         end: Annotated[list[str] | None, Query()] = None,
     ) -> JSONResponse:
-        try:
-            call = read_request(await request.json(), GroundTruthOptions(verifier, answer_marker), end or ())
-            outcomes = [outcome async for outcome in score_items(scores, call.items, OPTIONS)]
-            answer = build_answer(call, outcomes)
-        except InvalidArgumentError as error:
-            answer = Answer(400, {"error": error.message})
-        except ValueError as error:
-            answer = Answer(400, {"error": f"the body is not JSON: {error}"})
-        except PerigeeError as error:
-            answer = Answer(503, {"error": error.message})
+        body = parse_json(await request.body())
+        call = read_request(body, GroundTruthOptions(verifier, answer_marker), end or ())
+        outcomes = [outcome async for outcome in score_items(scores, call.items, OPTIONS)]
+        answer = build_answer(call, outcomes)
         headers = {"Retry-After": str(RETRY_AFTER_S)} if answer.status == 503 else None
         return JSONResponse(answer.body, answer.status, headers)
 
-    return router
+    return ForeignApi(router, write_openrlhf_error)
+
+
+def write_openrlhf_error(error: PerigeeError) -> tuple[int, Any]:
+    """One sentence with the error's status."""
+    status, _ = write_error(error)
+    return status, {"error": error.message}
