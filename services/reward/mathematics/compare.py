@@ -36,6 +36,7 @@ from services.reward.mathematics.shapes import (
 from services.reward.mathematics.words import is_wordy, words_agree
 
 FUNCTION_OF = re.compile(r"([A-Za-z]+'*(?:\^\{-1\})?)\s*\(([^=]*)\)")
+LETTER = re.compile(r"[A-Za-z]")
 HAS_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 
 
@@ -84,6 +85,9 @@ def is_single(text: str) -> bool:
 
 def shapes_agree(wanted: Shape, given: Shape, algebra: Algebra) -> bool:
     """Whether two answers that were taken apart agree."""
+    if isinstance(wanted, Region) and isinstance(given, Region | Relation) and needs_relation(wanted, given):
+        bounds = relation_of(wanted), given if isinstance(given, Relation) else relation_of(given)
+        return bounds[0] is not None and bounds[1] is not None and algebra.same_relation(bounds[0], bounds[1])
     if isinstance(wanted, Region) or isinstance(given, Region):
         return regions_agree(wanted, given, algebra)
     if isinstance(wanted, Group):
@@ -134,9 +138,16 @@ def assignment_agrees(wanted: Assignment, given: Shape, algebra: Algebra) -> boo
 
 
 def is_derivation(items: Sequence[str]) -> bool:
-    """Whether unsolved equations lead to a solved one, "x + 3 = 25, x = 22"."""
+    """Whether unsolved equations lead to a solved one, "x + 3 = 25, x = 22", or one computation to the next."""
     *before, last = map(read_shape, items)
-    return bool(before) and isinstance(last, Assignment) and all(isinstance(shape, Relation) for shape in before)
+    if not before or not all(isinstance(shape, Relation) for shape in before):
+        return False
+    return isinstance(last, Assignment) or is_computation([*before, last])
+
+
+def is_computation(shapes: Sequence[Shape]) -> bool:
+    """Whether all are results of computations with numbers, "42 / 6 = 7 and 7 · 5 = 35"."""
+    return all(isinstance(each, Relation) and each.sign == "=" and not LETTER.search(each.left) for each in shapes)
 
 
 def names_agree(wanted: Assignment, given: Assignment) -> bool:
@@ -304,6 +315,25 @@ def as_region(shape: Shape) -> Region | None:
         inner = as_region(read_shape(shape.value))
         return None if inner is None else Region(shape.name, inner.parts)
     return interval_of(shape) if isinstance(shape, Group) else None
+
+
+def needs_relation(wanted: Region, given: Region | Relation) -> bool:
+    """Whether two inequalities are of several variables, or one is solved for another variable than the other."""
+    if isinstance(given, Relation):
+        return given.sign != "="
+    bounds = relation_of(wanted), relation_of(given)
+    has_variables = all(bound is not None and HAS_VARIABLE.search(bound.right) for bound in bounds)
+    return wanted.variable != given.variable and has_variables
+
+
+def relation_of(region: Region) -> Relation | None:
+    """The inequality that a half-line of a named variable is; None of other regions."""
+    if not region.variable or len(region.parts) != 1:
+        return None
+    [part] = region.parts
+    if part.low == "-∞":
+        return Relation(region.variable, "<" if part.high_open else "≤", part.high)
+    return Relation(region.variable, ">" if part.low_open else "≥", part.low) if part.high == "∞" else None
 
 
 def intervals_agree(left: Interval, right: Interval, algebra: Algebra) -> bool:
