@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from services.reward.mathematics.number_words import read_number_words
-from services.reward.mathematics.shapes import REALS
+from services.reward.mathematics.regions import REALS
 from services.reward.mathematics.units import is_unit_phrase
 
 WORDS = re.compile(r"[A-Za-z][A-Za-z'() -]*[A-Za-z)]|\([A-Z]\)")
