@@ -15,7 +15,8 @@ from services.reward.mathematics.normalise import normalise, squeeze
 from services.reward.mathematics.number_words import read_number_words
 from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.quantities import read_quantity
-from services.reward.mathematics.shapes import Assignment, Group, Matrix, Region, Relation, Scalar, read_shape
+from services.reward.mathematics.reading import read_shape
+from services.reward.mathematics.shapes import Assignment, Group, Matrix, Region, Relation, Scalar
 from services.reward.mathematics.units import read_unit
 from services.reward.verifiers.math import IN_PROCESS_CHARACTERS, compare_plainly
 

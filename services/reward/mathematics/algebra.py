@@ -19,7 +19,7 @@ from math_verify import verify
 
 from services.reward.mathematics.normalise import squeeze
 from services.reward.mathematics.numbers import Number, numbers_agree, read_number
-from services.reward.mathematics.shapes import Relation
+from services.reward.mathematics.shapes import REVERSED, Relation
 
 CONVERSION = ConversionConfig(interpret_as_mixed_fractions=False)
 LATEX = {
@@ -87,11 +87,11 @@ class SympyAlgebra:
         """Whether two equations are multiples of each other, or two inequalities have the same solutions."""
         if expected.sign != found.sign and "=" in (expected.sign, found.sign):
             return False
-        if expected.sign == "=":
-            wanted = difference(expected, is_reference=True)
-            given = difference(found, is_reference=False)
-            if wanted is not None and given is not None and (same := are_multiples(wanted, given)) is not None:
-                return same
+        wanted, given = difference(expected, is_reference=True), difference(found, is_reference=False)
+        ratio = None if wanted is None or given is None else ratio_of(wanted, given)
+        if ratio is not None:
+            sign = found.sign if expected.sign in "=≠" or ratio > 0 else REVERSED.get(found.sign)
+            return bool(ratio) and expected.sign == sign
         sides = [f"{relation.left}{relation.sign}{relation.right}" for relation in (expected, found)]
         wanted, given = parse_reference(sides[0]), parse(sides[1], is_reference=False)
         return bool(verify([wanted], [given], timeout_seconds=None, raise_on_error=True))
@@ -195,11 +195,13 @@ def difference(relation: Relation, *, is_reference: bool) -> Any:
     return left - right if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr) else None
 
 
-def are_multiples(wanted: Any, given: Any) -> bool | None:
-    """Whether one equation is the other times a number; None where points give no numbers."""
+def ratio_of(wanted: Any, given: Any) -> Any:
+    """The number that one expression is of the other, 0 where there is none; None where points tell nothing."""
     symbols = sorted(wanted.free_symbols | given.free_symbols, key=str)
     pairs = list(values_at_points(symbols, wanted, given))
     if len(pairs) < LEAST_POINTS or any(left == 0 or right == 0 for left, right in pairs):
         return None
     ratios = [left / right for left, right in pairs]
-    return all(abs(ratio - ratios[0]) <= TOLERANCE * (1 + abs(ratios[0])) for ratio in ratios)
+    first = ratios[0]
+    is_same = first.is_real and all(abs(ratio - first) <= TOLERANCE * (1 + abs(first)) for ratio in ratios)
+    return first if is_same else sympy.Integer(0)

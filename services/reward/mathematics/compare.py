@@ -15,28 +15,27 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+from services.reward.mathematics.assignments import (
+    HAS_VARIABLE,
+    as_relation,
+    by_name,
+    expand_items,
+    is_derivation,
+    names_agree,
+    needs_relation,
+    read_names,
+    right_side,
+    with_names,
+)
+from services.reward.mathematics.brackets import flatten_vector
 from services.reward.mathematics.normalise import normalise, squeeze
 from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.quantities import read_clock, read_quantity
+from services.reward.mathematics.reading import drop_approximation, read_shape
+from services.reward.mathematics.regions import interval_of, relation_of
 from services.reward.mathematics.scalars import scalars_agree
-from services.reward.mathematics.shapes import (
-    VARIABLE,
-    Assignment,
-    Group,
-    Interval,
-    Matrix,
-    Region,
-    Relation,
-    Scalar,
-    Shape,
-    drop_approximation,
-    interval_of,
-    read_shape,
-)
+from services.reward.mathematics.shapes import Assignment, Group, Interval, Matrix, Region, Relation, Scalar, Shape
 from services.reward.mathematics.words import is_wordy, words_agree
-
-FUNCTION_OF = re.compile(r"([A-Za-z]+'*(?:\^\{-1\})?)\s*\(([^=]*)\)")
-HAS_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 
 
 class Algebra(Protocol):
@@ -84,6 +83,9 @@ def is_single(text: str) -> bool:
 
 def shapes_agree(wanted: Shape, given: Shape, algebra: Algebra) -> bool:
     """Whether two answers that were taken apart agree."""
+    if isinstance(wanted, Region) and isinstance(given, Region | Relation) and needs_relation(wanted, given):
+        bounds = relation_of(wanted), given if isinstance(given, Relation) else relation_of(given)
+        return bounds[0] is not None and bounds[1] is not None and algebra.same_relation(bounds[0], bounds[1])
     if isinstance(wanted, Region) or isinstance(given, Region):
         return regions_agree(wanted, given, algebra)
     if isinstance(wanted, Group):
@@ -133,37 +135,11 @@ def assignment_agrees(wanted: Assignment, given: Shape, algebra: Algebra) -> boo
     return shapes_agree(value, given, algebra)
 
 
-def is_derivation(items: Sequence[str]) -> bool:
-    """Whether unsolved equations lead to a solved one, "x + 3 = 25, x = 22"."""
-    *before, last = map(read_shape, items)
-    return bool(before) and isinstance(last, Assignment) and all(isinstance(shape, Relation) for shape in before)
-
-
-def names_agree(wanted: Assignment, given: Assignment) -> bool:
-    """Whether two values bear the same name; those of a function are f(x), y and the like."""
-    left, right = squeeze(wanted.name), squeeze(given.name)
-    if left == right or not left or not right:
-        return True
-    if not VARIABLE.fullmatch(left) and not VARIABLE.fullmatch(right):
-        return True
-    functions = [FUNCTION_OF.fullmatch(name) for name in (left, right)]
-    if any(functions) and HAS_VARIABLE.search(wanted.value):
-        arguments = {function[2] for function in functions if function}
-        others = [name for function, name in zip(functions, (left, right), strict=True) if not function]
-        return len(arguments) == 1 and all(name == "y" for name in others)
-    return not VARIABLE.fullmatch(left) or not VARIABLE.fullmatch(right)
-
-
 def relation_agrees(wanted: Relation, given: Shape, algebra: Algebra) -> bool:
     """An equation or inequality against another one; nothing else is one."""
     if isinstance(given, Assignment):
         given = as_relation(given)
     return isinstance(given, Relation) and algebra.same_relation(wanted, given)
-
-
-def as_relation(assignment: Assignment) -> Relation:
-    """The equation that an assignment is."""
-    return Relation(assignment.name, "=", assignment.value)
 
 
 def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
@@ -190,66 +166,12 @@ def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
     return in_any_order(expected, found, algebra)
 
 
-def right_side(shape: Shape) -> Shape:
-    """What an equation says that its left side is."""
-    if isinstance(shape, Assignment):
-        return read_shape(shape.value)
-    return read_shape(shape.right) if isinstance(shape, Relation) and shape.sign == "=" else shape
-
-
-def with_names(items: Sequence[str]) -> tuple[str, ...]:
-    """The items of "x = -1, 3" with the first one's name before those that have none."""
-    first = read_shape(items[0]) if items else None
-    if not isinstance(first, Assignment) or not VARIABLE.fullmatch(first.name):
-        return tuple(items)
-    return tuple(item if "=" in item else f"{first.name} = {item}" for item in items)
-
-
-def read_names(items: Sequence[str]) -> dict[str, str] | None:
-    """The values of "y = 2, x = 1" by their names, in the order of the names; None of items that have no names.
-
-    Numbered names, x_1 and x_2, are those of a list.
-    """
-    shapes = [read_shape(item) for item in items]
-    found = {shape.name: shape.value for shape in shapes if isinstance(shape, Assignment)}
-    if len(found) != len(items) or len({name.partition("_")[0] for name in found}) < len(items):
-        return None
-    return dict(sorted(found.items()))
-
-
-def by_name(items: Sequence[str]) -> tuple[str, ...]:
-    """The values in the order of their names; items without names in their own."""
-    names = read_names(items)
-    return tuple(items if names is None else names.values())
-
-
 def named_agree(names: dict[str, str], given: Group, algebra: Algebra) -> bool:
     """Values under different names: each under its own, or all of them in the order of the names."""
     others = read_names(given.items)
     if given.kind == "set" or (others is not None and others.keys() != names.keys()):
         return False
     return in_order(tuple(names.values()), by_name(given.items), algebra)
-
-
-def expand_items(items: Sequence[str]) -> list[str]:
-    """The items with ± as two, and an item that is a list or set as its items."""
-    expanded = []
-    for item in items:
-        if "±" in item or "∓" in item:
-            expanded += expand_plus_minus(item)
-            continue
-        shape = read_shape(item)
-        inner = read_shape(shape.value) if isinstance(shape, Assignment) else shape
-        expanded += inner.items if isinstance(inner, Group) and inner.kind == "set" else [item]
-    return expanded
-
-
-def expand_plus_minus(item: str) -> list[str]:
-    """Both values, each with the name that the item has."""
-    shape = read_shape(item)
-    name = f"{shape.name} = " if isinstance(shape, Assignment) else ""
-    values = read_shape(shape.value) if isinstance(shape, Assignment) else shape
-    return [name + value for value in values.items] if isinstance(values, Group) else [item]
 
 
 def in_order(expected: Sequence[str], found: Sequence[str], algebra: Algebra) -> bool:
@@ -327,10 +249,3 @@ def matrix_agrees(wanted: Matrix, given: Shape, algebra: Algebra) -> bool:
         return algebra.equal(f"\\begin{{pmatrix}}{rows}\\end{{pmatrix}}", given.text)
     is_tuple = isinstance(given, Group) and given.kind in ("tuple", "list")
     return is_tuple and isinstance(given, Group) and cells is not None and in_order(cells, given.items, algebra)
-
-
-def flatten_vector(matrix: Matrix) -> tuple[str, ...] | None:
-    """The cells of a single row or column; None of a matrix."""
-    if len(matrix.rows) == 1:
-        return matrix.rows[0]
-    return tuple(row[0] for row in matrix.rows) if all(len(row) == 1 for row in matrix.rows) else None

@@ -24,7 +24,7 @@ CONNECTOR = re.compile(r"[\s,;]*(?:\b(?:and|or)\b)?\s*", re.IGNORECASE)
 PARENTHESIS = re.compile(r"(?<=[^-+*/=×·(\s])\s+\((?!\$)[^()\\]*[a-z]{3}[^()\\]*\)")
 # Where the explanation of an answer begins, and what explains an announced one, too.
 ASIDE = (
-    r",?\s+(?:because|since|that is|i\.e\.?|which is (?:about|approximately|roughly|around|the same))\b"
+    r",?\s+(?:because|since|that is(?=,)|i\.e\.?|which is (?:about|approximately|roughly|around|the same))\b"
     r"|(?<![-+*/=×·(])\s+\((?=[^()\\]*[a-z]{3}|[^()\\]*(?:=|[0-9] [-+*/×] [0-9])[^()]*\)\W*$)"
     r"|,?\s+\(?(?:for|where|when|if|with|provided)\s+(?:that\s+|all\s+|any\s+|every\s+|real\s+|integers?\s+)*"
     r"\$?\\?[A-Za-z](?=\s*[=<>≤≥≠∈]|\s*\\(?:in|neq?|geq?|leq?)\b)"
@@ -36,13 +36,20 @@ EXPLANATION = re.compile(
 REMARK = re.compile(ASIDE)
 # A formula after such words says when the answer holds.
 CONDITION = re.compile(
-    r"\b(?:for|where|when|whenever|if|with|because|since|as|from|between|among|provided)\s+(?:that\s+)?"
+    r"(?<!arrive )(?<!arrives )"
+    r"\b(?:for|where|when|whenever|if|with|because|since|as|at|from|between|among|provided)\s+(?:that\s+)?"
     r"(?:all|any|every|each|some|the|real)?\s*$"
 )
 SETTING = re.compile(
-    r"(?<!result )(?<!results )(?<!resulted )(?<!resulting )"
-    r"\b(?:in|for|between|among|from|than|per|when|where|if|because|since)\s+$",
+    r"(?<!result )(?<!results )(?<!resulted )(?<!resulting )(?<!arrive )(?<!arrives )"
+    r"\b(?:in|at|for|between|among|from|than|per|when|where|if|because|since|exceeds?|above|below)(?: the)?\s+$",
     re.IGNORECASE,
+)
+# "14 portions of 25 g", "12 weeks to save 180 dollars"; but "to get 9" tells what comes out.
+PURPOSE = re.compile(
+    r"\s*(?:(?:is|are) the\s+)?(?:(?!an?\b|the\b)[A-Za-z]+,?\s+){1,2}of\s+"
+    r"|[^.;:]*?\bto (?!about|exactly|only|roughly|nearly|just|get|give|obtain|find|be|equal|make|have|leave|yield)"
+    r"[a-z]+\s+"
 )
 ELLIPSIS = re.compile(r"\.{3,}|\\(?:l|c)?dots(?![A-Za-z])")
 CHANCE = re.compile(r"(?:[0-9]+|[a-z-]+) (?:in|out of)(?: every)? (?:[0-9]+|[a-z-]+)", re.IGNORECASE)
@@ -50,6 +57,7 @@ NOT_BUT = re.compile(r"not\b.+?\bbut\s+(?:rather\s+)?(?P<rest>.+)")
 UNIT_AFTER = re.compile(r"\s*(?:\\?%|(?:[A-Za-z/²³°.^0-9-]+ ?){1,4})")
 FIGURE = re.compile(r"(\\(?:triangle|angle|overline|overrightarrow))\s+([A-Z]{1,4})\b")
 BULLET = re.compile(r"^(?:[#>]+\s*|[-•]\s+(?=[A-Za-z])|(?:=>|⇒|→|∴)\s*)+")
+EACH = re.compile(r"\b(?:an?|each|every)\s+(hour|minute|second|day|week|year)\b")
 # A full stop after emphasis, "**9**.".
 MARKED_END = re.compile(r"(?<=[*_`])\.\s*$")
 TRIMMED = " \t\n*`_\"'"
@@ -115,17 +123,21 @@ def isolate(sentence: str, *, first: bool) -> str:
 
 
 def choose_last(sentence: str, runs: list[str]) -> str:
-    """The last stretch that does not say where, between what or since when something holds."""
-    answers, position = [], 0
+    """The last stretch that does not say where, what for or of what size something is."""
+    answers: list[str] = []
+    end = 0
     for run in runs:
-        position = sentence.index(run, position) if run in sentence[position:] else position
-        if not SETTING.search(sentence[:position]):
+        start = sentence.find(run, end)
+        before, between = sentence[: max(start, end)], sentence[end : max(start, end)]
+        if not SETTING.search(before) and not (answers and PURPOSE.fullmatch(between)):
             answers.append(run)
+        end = start + len(run) if start >= 0 else end
     return (answers or runs)[-1]
 
 
 def trim_sentence(sentence: str, *, first: bool, words: bool = False) -> str:
     """The sentence without markup around it and, where it announces an answer, without its explanation."""
+    sentence = EACH.sub(r"per \1", sentence)
     sentence = BULLET.sub("", MARKED_END.sub("", sentence).strip(TRIMMED))
     remark = PARENTHESIS.search(sentence)
     if remark and (words or SIGN.search(sentence[: remark.start()])):
@@ -238,7 +250,7 @@ def kind_of(word: str) -> Kind:
         return Kind.NUMBER_WORD
     if not bare or SYMBOL.fullmatch(word):
         return Kind.SYMBOL
-    if lower in LEADING:
+    if lower in LEADING and not word.endswith(":"):
         return Kind.LEADING
     if lower in JOINING:
         return Kind.JOINING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from services.reward.mathematics.number_words import read_number_words
-from services.reward.mathematics.shapes import REALS
+from services.reward.mathematics.regions import REALS
 from services.reward.mathematics.units import is_unit_phrase
 
 WORDS = re.compile(r"[A-Za-z][A-Za-z'() -]*[A-Za-z)]|\([A-Z]\)")
@@ -16,7 +16,10 @@ FILLING = re.compile(
     r"(?:an?|the|on an?|on)?\s*",
     re.IGNORECASE,
 )
-CONCLUDES = re.compile(r"\b(?:is|are|was|were|be|so|therefore|thus|hence)\b[,:]?|=", re.IGNORECASE)
+CONCLUDES = re.compile(
+    r"\b(?:is|are|was|were|be|so|therefore|thus|hence|describes?|represents?)\b[,:]?|=", re.IGNORECASE
+)
+REMARK = re.compile(r"\s+(?:with|because|since|as|for|when|by|and)\b|[,;(:]")
 DOUBT = re.compile(r"\b(?:not|never|neither|nor|whether|unless|if|doubt|or|cannot|un[a-z]+)\b|n't\b", re.IGNORECASE)
 YES_NO = {"yes": True, "true": True, "no": False, "false": False, "correct": True, "incorrect": False}
 SAME = {
@@ -44,13 +47,20 @@ def is_wordy(text: str) -> bool:
 def words_agree(expected: str, found: str) -> bool:
     """Whether an answer says the expected words, and nothing else that could be an answer."""
     wanted, given = canonical(expected), canonical(found)
-    if wanted == given or (wanted == conclusion(found) and wanted not in YES_NO):
+    if wanted == given:
+        return True
+    if wanted not in YES_NO and wanted in (conclusion(found), before_remark(given)):
         return True
     first = re.match(r"[a-z]+", given)
     if wanted in YES_NO and first and first[0] in YES_NO:
         rest = given[first.end() :].lstrip()
         return YES_NO[first[0]] == YES_NO[wanted] and not rest.startswith(("or ", "and ", "/"))
     return SAME.get(wanted, wanted) == SAME.get(given, given)
+
+
+def before_remark(text: str) -> str:
+    """What a canonical text says before it goes on, "geometric" of "geometric with ratio 3"; empty where it doubts."""
+    return "" if DOUBT.search(text) else REMARK.split(text, maxsplit=1)[0].strip()
 
 
 def conclusion(text: str) -> str:

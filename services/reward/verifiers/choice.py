@@ -13,6 +13,8 @@ from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, 
 from services.reward.verifiers.short_answer import normalise_phrase
 
 MAX_EXTRACTED_CHARACTERS = 1000
+# Longer than any option with its reason.
+MAX_ANSWER_CHARACTERS = 3000
 # The answer stands at the end; what stands before is reasoning about the options.
 SEARCHED_CHARACTERS = 3000
 # Without their texts nobody knows how many options there are.
@@ -71,6 +73,8 @@ class ChoiceVerifier(Verifier[ChoiceParameters]):
         if not answers:
             return Outcome.ungradable("the response gives no final answer")
         extracted = answers[-1][:MAX_EXTRACTED_CHARACTERS]
+        if max(map(len, answers)) > MAX_ANSWER_CHARACTERS:
+            return Outcome.ungradable("the answer is too long to name an option", extracted)
         found = [read_choice(answer, allowed, item.parameters.options) for answer in answers]
         if found[-1] is None:
             return Outcome.ungradable("the answer names no option, or leaves a choice", extracted)
