@@ -122,7 +122,19 @@ async def test_thousands_of_bad_items_still_make_a_readable_error(reward: Reward
 async def test_the_verifiers_are_listed(reward: RewardClient) -> None:
     response = await reward.list_verifiers(pb.ListVerifiersRequest())
     assert [(v.name, bool(v.version)) for v in response.verifiers] == [
-        (name, True) for name in ("math", "code", "choice", "short_answer", "exact", "regex", "json", "composite")
+        (name, True)
+        for name in (
+            "math",
+            "code",
+            "choice",
+            "short_answer",
+            "exact",
+            "regex",
+            "json",
+            "judge",
+            "value_head",
+            "composite",
+        )
     ]
 
 
