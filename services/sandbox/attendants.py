@@ -15,7 +15,7 @@ from typing import Any
 
 from perigee.errors import PerigeeError
 from services.sandbox.box import control
-from services.sandbox.box.control import Message
+from services.sandbox.box.control import Message, Packet
 
 BOX_PARENT = Path(__file__).parent
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/box", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
@@ -113,18 +113,23 @@ def start_code(folder: str, module: str) -> str:
 
 async def receive(channel: socket.socket) -> Message:
     """The next message; raises BoxFailedError when the other side has gone or says that it failed."""
+    data, descriptors = await receive_packet(channel)
+    message = Message(json.loads(data), descriptors)
+    if message.header["kind"] == "failed":
+        message.close()
+        raise BoxFailedError(message.header["reason"])
+    return message
+
+
+async def receive_packet(channel: socket.socket) -> Packet:
+    """The next packet, from whoever sent it; raises BoxFailedError when the other side has gone."""
     while True:
         try:
-            message = control.receive(channel)
+            return control.receive_packet(channel)
         except BlockingIOError:
             await _until_readable(channel)
         except (EOFError, ConnectionError) as error:
             raise BoxFailedError(f"the box broke: {error}") from error
-        else:
-            if message.header["kind"] == "failed":
-                message.close()
-                raise BoxFailedError(message.header["reason"])
-            return message
 
 
 def send(channel: socket.socket, header: dict[str, Any], descriptors: list[int]) -> None:

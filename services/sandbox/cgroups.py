@@ -14,8 +14,9 @@ from perigee.errors import InternalError
 FOLDER = "perigee-sandbox"
 NEEDED = ("memory", "pids", "cpuacct")
 _REMOVAL_S = 5.0
-# The launcher, and crun with its threads, live in the slot's group beside the program and its agent.
-_OWN_PROCESSES = 8
+# A launcher with its container runtime, or a keeper with the program that it has prepared, live in the group beside the
+# job; the job's own number is bounded by its user's limit, too.
+_OWN_PROCESSES = 16
 _PERIOD_US = 100_000
 _UNLIMITED = 2**63
 _pools = itertools.count()

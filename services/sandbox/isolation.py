@@ -63,10 +63,7 @@ def find_problem(name: str, machine: Machine, config: SandboxConfig | None = Non
         return "start the service as root"
     if machine.cgroups is None:
         return "mount cgroup controllers memory, pids and cpu (in a container: make /sys/fs/cgroup writable)"
-    if name == "zygote":
-        return None
-    container = CONTAINER_RUNTIMES[name]()
-    if container.find() is None:
+    if name in CONTAINER_RUNTIMES and (container := CONTAINER_RUNTIMES[name]()).find() is None:
         return f"install {container.executable} (apt-get install {container.debian_package})"
     return find_init_problem(config.init_path if config else None)
 
@@ -82,7 +79,7 @@ def choose_isolation(config: SandboxConfig, machine: Machine) -> Isolation:
         return Isolation(warm=True, container=None, unsafe=True)
     container_name = config.isolation if config.isolation in CONTAINER_RUNTIMES else Crun.name
     no_container = find_problem(container_name, machine, config)
-    no_zygote = find_problem("zygote", machine)
+    no_zygote = find_problem("zygote", machine, config)
     container = None if no_container else CONTAINER_RUNTIMES[container_name]()
     reasons = [f"{name}: {why}" for name, why in (("zygote", no_zygote), (container_name, no_container)) if why]
     warm = no_zygote is None and config.isolation in ("auto", "zygote")

@@ -23,7 +23,7 @@ WAIT_SECONDS = Histogram(
 WAITING = Gauge("perigee_sandbox_waiting_jobs", "Jobs that wait for a slot.")
 BUSY = Gauge("perigee_sandbox_busy_slots", "Slots that run a job.")
 REFUSED = Counter("perigee_sandbox_refused_jobs_total", "Jobs that were refused a slot.")
-RESTARTS = Counter("perigee_sandbox_slot_restarts_total", "Slots that were cleared after a failure or a cancelled job.")
+CLEARED = Counter("perigee_sandbox_places_cleared_total", "Places cleared after a failure or a cancelled job.")
 SESSIONS = Gauge("perigee_sandbox_sessions", "Sessions that are open.")
 
 

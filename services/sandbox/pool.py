@@ -52,6 +52,7 @@ class Pool:
         )
         for slot in slots:
             self._line.add(slot)
+        metrics.WAITING.set_function(lambda: self._line.waiting)
 
     @asynccontextmanager
     async def take(self, cost_s: float, remaining_s: float | None = None) -> AsyncIterator[Slot]:
@@ -62,8 +63,6 @@ class Pool:
         except ResourceExhaustedError:
             metrics.REFUSED.inc()
             raise
-        finally:
-            metrics.WAITING.set(self._line.waiting)
         metrics.WAIT_SECONDS.observe(time.monotonic() - asked)
         metrics.BUSY.set(self._line.busy)
         try:
@@ -116,11 +115,11 @@ async def open_pool(config: SandboxConfig) -> AsyncIterator[Pool]:
             stack.callback(place.close)
             place.open()
         uids = [place.uid for place in places]
-        zygotes = Zygotes(folder, uids, isolated=not isolation.unsafe)
+        init = None if isolation.unsafe else await asyncio.to_thread(make_init, config.init_path, folder)
+        zygotes = Zygotes(folder, init, uids, isolated=not isolation.unsafe)
         stack.push_async_callback(zygotes.close)
         launchers = None
-        if isolation.container is not None and machine.cgroups is not None:
-            init = await asyncio.to_thread(make_init, config.init_path, folder)
+        if isolation.container is not None and init is not None and machine.cgroups is not None:
             launchers = Launchers(isolation.container, init, machine.cgroups)
             stack.push_async_callback(launchers.close)
         opener = Opener(isolation, zygotes, launchers)

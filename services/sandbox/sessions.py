@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import secrets
 import socket
 import time
@@ -18,9 +19,10 @@ from typing import Any
 from perigee.errors import NotFoundError, ResourceExhaustedError
 from services.kit.telemetry import get_logger
 from services.sandbox import metrics
-from services.sandbox.attendants import BoxFailedError, receive, send
+from services.sandbox.attendants import BoxFailedError, receive_packet, send
 from services.sandbox.box.limits import BoxLimits
 from services.sandbox.box.payload import encode_parcel
+from services.sandbox.box.python_session import REPLIED
 from services.sandbox.execute import read_output
 from services.sandbox.jobs import InputFile, OutputFile, Program, Verdict
 from services.sandbox.places import Place
@@ -34,6 +36,7 @@ _INTERRUPT_S = 1.0
 _TICK_S = 0.1
 _RETRY_S = 5.0
 _FAREWELL_S = 5.0
+_MOST_FORGED = 1000
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,6 @@ class Session:
             raise
         finally:
             self._ended.set()
-            self._ours.close()
 
     def _life_limits(self) -> BoxLimits:
         """A session's own limits: a cell's times are watched here, cell by cell."""
@@ -215,15 +217,19 @@ class Session:
     async def _await_reply(self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int) -> tuple[Verdict, str]:
         """Waits for the cell's end; one that passes a limit is interrupted, and its session ended if that is no use."""
         limits = self._program.limits
-        receiving = asyncio.ensure_future(receive(self._ours))
+        receiving = asyncio.create_task(receive_reply(self._ours, self._count))
+        ending = asyncio.create_task(self._ended.wait())
         deadline = time.monotonic() + wall_ms / 1000
         try:
             while True:
                 left_s = deadline - time.monotonic()
-                await asyncio.wait([receiving], timeout=max(0.0, min(left_s, _TICK_S)))
+                timeout_s = max(0.0, min(left_s, _TICK_S))
+                await asyncio.wait([receiving, ending], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
                 if receiving.done():
-                    (await receiving).close()
+                    await receiving
                     return Verdict.ACCEPTED, ""
+                if ending.done():
+                    raise BoxFailedError("the session has ended")
                 if time.monotonic() >= deadline:
                     reason = f"wall-clock limit of {wall_ms} ms"
                 elif self._cpu_ns() - cpu_ns >= limits.cpu_ms * 1_000_000:
@@ -238,12 +244,12 @@ class Session:
                         Verdict.TIME_LIMIT,
                         f"{reason}; the cell did not heed the interrupt and its session was ended",
                     )
-                (await receiving).close()
+                await receiving
                 return Verdict.TIME_LIMIT, reason
         finally:
-            receiving.cancel()
-            with contextlib.suppress(asyncio.CancelledError, BoxFailedError):  # told above, or of no interest any more
-                await receiving
+            for task in (receiving, ending):
+                task.cancel()
+            await asyncio.gather(receiving, ending, return_exceptions=True)
 
     async def _explain_end(self) -> tuple[Verdict, str]:
         """Why the session has ended during a cell."""
@@ -266,9 +272,24 @@ class Session:
         """Ends the interpreter and waits until it is gone."""
         self._ended.set()
         self._task.cancel()
-        await asyncio.wait([self._task])
+        await asyncio.wait([self._task, *(cell for cell in self._cells if cell is not asyncio.current_task())])
+        self._ours.close()
         if not self._task.cancelled() and (error := self._task.exception()) is not None:
             log.warning("session_failed", session=self.id, error=str(error))
+
+
+async def receive_reply(channel: socket.socket, number: int) -> None:
+    """Waits until the interpreter tells that it has run a cell; raises BoxFailedError when it ends, or talks nonsense.
+
+    The interpreter is the cells' own, so what comes may be forged: nothing but the number is read of it.
+    """
+    for _ in range(_MOST_FORGED):
+        message = await receive_packet(channel)
+        for descriptor in message.descriptors:
+            os.close(descriptor)
+        if message.data == REPLIED % number:
+            return
+    raise BoxFailedError("the session's cells have filled its channel")
 
 
 def read_reply(file: int, most_bytes: int) -> dict[str, Any]:

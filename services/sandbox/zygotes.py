@@ -1,4 +1,4 @@
-"""The warm interpreters, one per runtime, started when they are first needed; each forks a box for every job."""
+"""The warm interpreters, one per runtime, started when they are first needed; each forks a keeper for every place."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ log = get_logger(__name__)
 
 
 class Zygotes:
-    """Forks boxes; a zygote that has ended is started again for the next one."""
+    """Forks keepers; a zygote that has ended is started again for the next one."""
 
-    def __init__(self, folder: Path, uids: Sequence[int], isolated: bool) -> None:
+    def __init__(self, folder: Path, init: Path | None, uids: Sequence[int], isolated: bool) -> None:
         self._folder = folder
+        self._init = init
         self._uids = uids
         self._isolated = isolated
         self._attendants: dict[str, Attendant] = {}
@@ -32,16 +33,11 @@ class Zygotes:
         self._homes = 0
 
     async def fork(self, runtime: Runtime, place: Place) -> Box:
-        """A box in a place; raises BoxFailedError when the zygote does not start."""
+        """The keeper of a place; raises BoxFailedError when the zygote does not start."""
         attendant = self._attendants.get(runtime.name)
         if attendant is None or not attendant.running:
             attendant = await self._start(runtime)
         return self._fork(attendant, place)
-
-    def fork_at_once(self, runtime: Runtime, place: Place) -> Box | None:
-        """The same without waiting; None when the zygote is not running."""
-        attendant = self._attendants.get(runtime.name)
-        return self._fork(attendant, place) if attendant is not None and attendant.running else None
 
     def _fork(self, attendant: Attendant, place: Place) -> Box:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -49,7 +45,7 @@ class Zygotes:
         home = "" if self._isolated else self._make_home(place)
         try:
             header = {
-                "kind": "box",
+                "kind": "keeper",
                 "uid": place.uid,
                 "groups": len(place.entries),
                 "cgroup_version": place.cgroup.version if place.cgroup else 0,
@@ -97,7 +93,8 @@ class Zygotes:
         folder = self._folder / f"zygote-{runtime.name}"
         folder.mkdir(exist_ok=True)
         root = runtime.root_options(self._uids)
-        mounts = [*root["mounts"], [str(BOX_PARENT / "box"), f"{OWN_FOLDER}/box"]]
+        own = [[str(BOX_PARENT / "box"), f"{OWN_FOLDER}/box"], [str(self._init), f"{OWN_FOLDER}/init"]]
+        mounts = [*root["mounts"], *own]
         root |= {"folder": str(folder), "mounts": mounts}
         return Attendant(name, sys.executable, "enter", {**options, "root": root, "python": python.path})
 
@@ -107,5 +104,5 @@ class Zygotes:
         return sorted({str(Path(source).parent) for source, _ in runtime.mounts})
 
     async def close(self) -> None:
-        """Ends all zygotes, and with them their boxes."""
+        """Ends all zygotes, and with them their keepers."""
         await asyncio.gather(*(attendant.kill() for attendant in self._attendants.values()))

@@ -21,7 +21,11 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.cgroups import find_cgroups
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
-SLEEPER = pb.ExecuteRequest(language="python", source=b"import time\ntime.sleep(30)", limits=pb.Limits(wall_ms=40_000))
+SLEEPER = pb.ExecuteRequest(
+    language="python",
+    source=b"import time\nprint('awake', flush=True)\ntime.sleep(30)",
+    limits=pb.Limits(wall_ms=40_000),
+)
 HELLO = pb.ExecuteRequest(language="python", source=b"print('hello')")
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +35,16 @@ async def until(condition: Callable[[], bool], seconds: float = 10) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 -- other processes set no event
             await asyncio.sleep(0.01)
+
+
+async def sleep_in_the_sandbox(client: SandboxClient, awake: asyncio.Event) -> pb.ExecuteResponse | None:
+    """Runs the sleeper; tells when it runs."""
+    async for event in client.execute_stream(SLEEPER):
+        if event.HasField("stdout"):
+            awake.set()
+        if event.HasField("finished"):
+            return event.finished
+    return None
 
 
 def slot_processes(instance_pid: int) -> list[int]:
@@ -63,10 +77,9 @@ def left_behind(instance_pid: int) -> list[str]:
 async def test_full_queue_cancel_and_deadline(isolation: str, tmp_path: Path) -> None:
     skip_unless_possible(isolation)
     async with running_sandbox(tmp_path, isolation=isolation, slots=1, queue_limit=1) as client:
-        assert (await client.execute(HELLO)).stdout == b"hello\n"
-        idle = len(slot_processes(os.getpid()))
-        running = asyncio.create_task(client.execute(SLEEPER))
-        await until(lambda: len(slot_processes(os.getpid())) > idle)
+        awake = asyncio.Event()
+        running = asyncio.create_task(sleep_in_the_sandbox(client, awake))
+        await asyncio.wait_for(awake.wait(), 20)
         waiting = asyncio.create_task(client.execute(HELLO))
         await asyncio.sleep(0.1)
         with pytest.raises(ResourceExhaustedError) as refused:
@@ -80,19 +93,21 @@ async def test_full_queue_cancel_and_deadline(isolation: str, tmp_path: Path) ->
         with pytest.raises(DeadlineExceededError):
             await client.execute(SLEEPER, timeout_s=0.5)
         assert (await client.execute(HELLO)).stdout == b"hello\n"
-        await until(lambda: len(slot_processes(os.getpid())) == idle)
+        look = pb.ExecuteRequest(language="bash", source=b"echo /proc/[0-9]*")
+        assert len((await client.execute(look)).stdout.split()) == 2  # the init and the program itself
 
 
 @pytest.mark.parametrize("isolation", ["zygote", "crun"])
 async def test_a_broken_slot_is_an_infrastructure_error_and_comes_back(isolation: str, tmp_path: Path) -> None:
     skip_unless_possible(isolation)
     async with running_sandbox(tmp_path, isolation=isolation, slots=1) as client:
-        assert (await client.execute(HELLO)).stdout == b"hello\n"
-        running = asyncio.create_task(client.execute(SLEEPER))
-        await until(lambda: len(owned_by_root(os.getpid())) < len(slot_processes(os.getpid())))
+        awake = asyncio.Event()
+        running = asyncio.create_task(sleep_in_the_sandbox(client, awake))
+        await asyncio.wait_for(awake.wait(), 20)
         for pid in owned_by_root(os.getpid()):
             os.kill(pid, signal.SIGKILL)
         response = await running
+        assert response is not None
         assert response.status == pb.STATUS_INFRA_ERROR
         assert "slot-0" in response.reason
         assert (await client.execute(HELLO)).stdout == b"hello\n"
@@ -142,7 +157,7 @@ async def test_end_of_the_service_leaves_nothing(isolation: str, end: signal.Sig
             await asyncio.gather(*jobs, return_exceptions=True)
         await until(lambda: not any(is_running(pid) for pid in inside))
         if end == signal.SIGKILL:
-            assert left_behind(process.pid) != []
+            assert entries(tmp_path) != []
             async with running_sandbox(tmp_path, isolation=isolation, slots=1) as client:
                 assert (await client.execute(HELLO)).stdout == b"hello\n"
         assert left_behind(process.pid) == []

@@ -23,22 +23,16 @@ _ERRORS = {
 }
 
 
-def collect_files(home: str, paths: Sequence[str], most_bytes: int) -> int | None:
-    """A file in memory that holds a parcel with the contents, each cut to what is left of `most_bytes`; None when
-    nothing is asked for.
+def collect_files(folder: int, paths: Sequence[str], most_bytes: int) -> int:
+    """A file in memory that holds a parcel with the contents, each cut to what is left of `most_bytes`; `folder` is the
+    working folder, open.
     """
-    if not paths:
-        return None
-    folder = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     entries, blobs = [], []
-    try:
-        for path in paths:
-            content, truncated, error = _read(folder, path, most_bytes)
-            most_bytes -= len(content)
-            entries.append({"path": path, "truncated": truncated, "error": error})
-            blobs.append(content)
-    finally:
-        os.close(folder)
+    for path in paths:
+        content, truncated, error = _read(folder, path, most_bytes)
+        most_bytes -= len(content)
+        entries.append({"path": path, "truncated": truncated, "error": error})
+        blobs.append(content)
     return memory_file(encode_parcel({"files": entries}, blobs))
 
 

@@ -24,25 +24,15 @@ class Confinement:
     uid: int | None
     seccomp: bytes
     bound_address_space: bool
-    fresh_ipc: bool
 
 
-def confine(confinement: Confinement, limits: BoxLimits, runs: int, descriptors: list[int]) -> None:
-    """Makes this process the submission's: `descriptors[i]` becomes descriptor i, all others are closed, privileges
-    are gone. CPU time is for `runs` answers.
-    """
+def give_up_privileges(confinement: Confinement) -> None:
+    """What does not depend on the job: a session of its own, another user, no way back, the filter."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if confinement.fresh_ipc:
-        kernel.unshare(kernel.CLONE_NEWIPC)
-    place_descriptors(descriptors)
-    for name, value in resource_limits(limits, runs).items():
-        resource.setrlimit(getattr(resource, name), (value, value))
-    if confinement.bound_address_space:
-        resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
     os.umask(0o077)
+    os.chdir(confinement.home)
     if confinement.uid is not None:
-        resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
         with open("/proc/self/oom_score_adj", "w") as file:
             file.write("1000")
         os.setgroups([])
@@ -52,7 +42,16 @@ def confine(confinement: Confinement, limits: BoxLimits, runs: int, descriptors:
     kernel.forbid_new_privileges()
     if confinement.seccomp:
         kernel.install_filter(confinement.seccomp)
-    os.chdir(confinement.home)
+
+
+def take_limits(confinement: Confinement, limits: BoxLimits, runs: int) -> None:
+    """The limits of a job, with CPU time for `runs` answers."""
+    for name, value in resource_limits(limits, runs).items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    if confinement.bound_address_space:
+        resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
+    if confinement.uid is not None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
 
 
 def place_descriptors(descriptors: list[int]) -> None:

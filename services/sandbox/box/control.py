@@ -32,11 +32,24 @@ def send(control: socket.socket, header: dict[str, Any], descriptors: list[int])
     socket.send_fds(control, [json.dumps(header).encode()], descriptors)
 
 
-def receive(control: socket.socket) -> Message:
-    """The next message; raises EOFError when the other side is gone, and BlockingIOError as the socket does."""
+class Packet(NamedTuple):
+    """A message as it came."""
+
+    data: bytes
+    descriptors: list[int]
+
+
+def receive_packet(control: socket.socket) -> Packet:
+    """The next packet; raises EOFError when the other side is gone, and BlockingIOError as the socket does."""
     data, descriptors, _, _ = socket.recv_fds(control, MAX_HEADER_BYTES, MAX_DESCRIPTORS)
     if not data:
         raise EOFError("the other side has closed the box")
+    return Packet(data, list(descriptors))
+
+
+def receive(control: socket.socket) -> Message:
+    """The next message; errors as for `receive_packet`."""
+    data, descriptors = receive_packet(control)
     return Message(json.loads(data), descriptors)
 
 

@@ -23,6 +23,8 @@ from .python_functions import describe
 
 CELLS = 3
 """Descriptor of the socket."""
+REPLIED = b"replied %d"
+"""What is sent when a cell has been run."""
 
 
 def serve_session(parcel: Parcel, home: str) -> NoReturn:
@@ -55,7 +57,7 @@ def _run_next(channel: socket.socket, module: types.ModuleType, home: str) -> No
     while rest:
         rest = rest[os.write(reply_file, rest) :]
     message.close()
-    control.send(channel, {"kind": "replied", "number": header["number"]}, [])
+    channel.send(REPLIED % header["number"])
 
 
 def _flush() -> None:

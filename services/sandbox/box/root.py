@@ -110,15 +110,9 @@ def enter_root(options: RootOptions) -> None:
 
 
 def mount_writable(uid: int, space_bytes: int) -> None:
-    """Mounts an empty working folder and an empty /tmp of `space_bytes` each."""
+    """In this mount namespace, mounts an empty working folder and an empty /tmp of `space_bytes` each."""
     kernel.mount("tmpfs", HOME, "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=0700,uid={uid},gid={uid}")
     kernel.mount("tmpfs", "/tmp", "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=1777")
-
-
-def unmount_writable() -> None:
-    """Takes the working folder and /tmp away; nobody uses them any more."""
-    kernel.unmount_lazily(HOME)
-    kernel.unmount_lazily("/tmp")
 
 
 def sized(space_bytes: int) -> str:

@@ -1,0 +1,3 @@
+"""Is a type where a function is expected."""
+
+f = type

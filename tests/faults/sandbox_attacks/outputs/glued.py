@@ -1,0 +1,3 @@
+"""Prints the answer's words as one."""
+
+print(12)

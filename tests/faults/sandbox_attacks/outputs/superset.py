@@ -1,0 +1,3 @@
+"""Prints the answer and more."""
+
+print("1 2 3")

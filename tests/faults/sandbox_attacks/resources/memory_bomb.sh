@@ -1,0 +1,3 @@
+# Doubles a variable for ever.
+held=x
+while true; do held=$held$held; done

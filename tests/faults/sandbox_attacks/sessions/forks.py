@@ -1,0 +1,5 @@
+"""Forks the interpreter of its session, so that two of them take the next cell."""
+
+import os
+
+os.fork()
