@@ -19,6 +19,7 @@ TARGETS = {
     "zygote / crun python": ("zygote python", "crun python", 0.25),
     "crun lean / bare crun": ("crun lean", "bare crun true", 1.30),
 }
+HURRIED = ("bare python", "zygote python", "crun lean")
 Measure = Callable[[int], Awaitable[list[float]]]
 
 
@@ -35,7 +36,8 @@ class Starts:
 
 
 async def measure_starts(folder: Path, lean: str | None, turns: int, block: int) -> Starts:
-    """Each turn measures each arm `block` times one after another, after one more that does not count.
+    """Each turn starts every arm once, `block` times over; then some of them once more, `block` starts one right after
+    another, which find less prepared.
 
     `lean` names the language of the smallest container, the fastest of those known unless given.
     """
@@ -63,10 +65,17 @@ async def measure_starts(folder: Path, lean: str | None, turns: int, block: int)
 async def take_turns(measures: dict[str, Measure], turns: int, block: int) -> dict[str, Arm]:
     """A, B, A, B: every arm in every turn, in the same order."""
     taken: dict[str, list[list[float]]] = {name: [] for name in measures}
+    hurried: dict[str, list[list[float]]] = {f"{name}, back to back": [] for name in HURRIED}
     for _ in range(turns):
-        for name, measure in measures.items():
-            taken[name].append((await measure(block + 1))[1:])
-    return {name: Arm(name, turns_of_arm) for name, turns_of_arm in taken.items()}
+        starts: dict[str, list[float]] = {name: [] for name in measures}
+        for _ in range(block):
+            for name, measure in measures.items():
+                starts[name] += await measure(1)
+        for name, times in starts.items():
+            taken[name].append(times)
+        for name in HURRIED:
+            hurried[f"{name}, back to back"].append((await measures[name](block + 1))[1:])
+    return {name: Arm(name, turns_of_arm) for name, turns_of_arm in {**taken, **hurried}.items()}
 
 
 async def time_service(service: Service, language: str, count: int) -> list[float]:

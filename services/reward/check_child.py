@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import resource
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-from services.reward.pipes import read_line, write_all, write_line
+from services.reward.pipes import LineReader, write_all, write_line
 
 MAX_REASON_CHARACTERS = 300
 PR_SET_PDEATHSIG = 1
@@ -22,40 +22,34 @@ ASIDE_NICENESS = 5
 Check = Callable[[dict[str, Any]], dict[str, str]]
 
 
-@dataclass
 class Child:
     """A process and the pipes to it."""
 
-    pid: int
-    requests: int
-    replies: int
-    checks: int = 0
-    is_slow: bool = False
+    def __init__(self, pid: int, requests: int, replies: int) -> None:
+        self.pid = pid
+        self.checks = 0
+        self.descriptor = replies
+        self._requests = requests
+        self._replies = LineReader(replies)
 
-    def send(self, check: dict[str, Any]) -> bool:
-        """Hands a check over; False when the child is dead."""
+    def send(self, check: bytes) -> None:
+        """Hands a line over; that a child is dead shows in its replies."""
         self.checks += 1
-        try:
-            write_all(self.requests, json.dumps(check).encode() + b"\n")
-        except BrokenPipeError:
-            return False
-        return True
+        with contextlib.suppress(BrokenPipeError):
+            write_all(self._requests, check)
 
-    def read_reply(self) -> dict[str, Any] | None:
-        """The reply that is there to be read; None when the child died instead."""
-        line = read_line(self.replies)
-        reply: dict[str, Any] | None = json.loads(line) if line else None
-        return reply
+    def read_replies(self) -> list[bytes] | None:
+        """The replies that are there to be read; None when the child died instead."""
+        return self._replies.read_available()
 
     def step_aside(self) -> None:
         """Lets others go first."""
-        self.is_slow = True
         os.setpriority(os.PRIO_PROCESS, self.pid, ASIDE_NICENESS)
 
     def end(self) -> None:
         """Kills it and waits until it is gone."""
-        os.close(self.requests)
-        os.close(self.replies)
+        os.close(self._requests)
+        os.close(self.descriptor)
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
@@ -82,13 +76,19 @@ def fork_child(check: Check) -> Child:
         if descriptor not in kept:
             close_quietly(descriptor)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    while line := read_line(request_end):
-        try:
-            reply = check(json.loads(line))
-        except Exception as error:  # whatever a computer algebra system may raise is the check's outcome
-            reply = {"status": "error", "reason": f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]}
-        write_line(reply_end, reply)
+    reader = LineReader(request_end)
+    while (lines := reader.read_available()) is not None:
+        for line in lines:
+            write_line(reply_end, answer(check, line))
     os._exit(0)
+
+
+def answer(check: Check, line: bytes) -> dict[str, str]:
+    """The reply to one check."""
+    try:
+        return check(json.loads(line))
+    except Exception as error:  # whatever a computer algebra system may raise is the check's outcome
+        return {"status": "error", "reason": f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]}
 
 
 def close_quietly(descriptor: int) -> None:

@@ -19,18 +19,30 @@ import select
 import signal
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
 
-from services.reward.check_child import Child, fork_child, resident_bytes
+from services.reward.check_child import Check, Child, fork_child, resident_bytes
 from services.reward.pipes import LineReader, write_line
 
 # What a module of checks offers: warm_up(), and check(request) that gives {"status", "reason"}.
 MODULES = {"math": "services.reward.mathematics.check", "pattern": "services.reward.pattern_checks"}
 # A computer algebra system caches; a child is replaced before that counts against an innocent answer.
 CHECKS_PER_CHILD = 1000
+# Checks in a child's pipe, so that it need not wait for the supervisor's turn between two of them. The pipe must hold
+# them all: the supervisor may never wait for a child that hangs.
+SENT_CHECKS = 4
+SENT_BYTES = 32 << 10
 MEMORY_POLL_S = 0.05
+
+
+@dataclass(frozen=True)
+class Message:
+    """One check as its line for the child."""
+
+    check_id: int
+    deadline_s: float
+    check: bytes
 
 
 @dataclass(frozen=True)
@@ -43,18 +55,31 @@ class Limits:
 
 
 @dataclass
-class Running:
-    """A check in its child; times are of the monotonic clock."""
+class Lane:
+    """A child and what it was sent; the first of these is under way since `begin`, of the monotonic clock."""
 
     child: Child
-    check_id: int
-    deadline_s: float
-    begin: float
+    sent: deque[Message] = field(default_factory=deque)
+    begin: float = 0.0
 
     @property
     def end(self) -> float:
-        """When its time is up."""
-        return self.begin + self.deadline_s
+        """When the time of the check under way is up."""
+        return self.begin + float(self.sent[0].deadline_s)
+
+    def send(self, message: Message) -> None:
+        """Hands a check over."""
+        if not self.sent:
+            self.begin = time.monotonic()
+        self.sent.append(message)
+        self.child.send(message.check)
+
+    def takes(self, message: Message) -> bool:
+        """Whether the child's pipe has room for a further check."""
+        if not self.sent:
+            return True
+        size = sum(len(each.check) for each in self.sent) + len(message.check)
+        return len(self.sent) < SENT_CHECKS and size <= SENT_BYTES and self.child.checks < CHECKS_PER_CHILD
 
 
 def main() -> None:
@@ -81,51 +106,53 @@ def main() -> None:
 
 
 class Supervisor:
-    """One check at a time in front, and slow ones beside it."""
+    """A lane in front, where one check follows the other, and a lane beside it for every slow check."""
 
-    def __init__(self, check: Any, limits: Limits) -> None:
+    def __init__(self, check: Check, limits: Limits) -> None:
         self._check = check
         self._limits = limits
         self._requests = LineReader(0)
-        self._waiting: deque[dict[str, Any]] = deque()
-        self._idle: Child | None = fork_child(check)
-        self._front: Running | None = None
-        self._aside: list[Running] = []
+        self._waiting: deque[Message] = deque()
+        self._front = self._open_lane()
+        self._aside: list[Lane] = []
 
     def serve(self) -> None:
         """Until standard input ends."""
         while True:
-            self._start_next()
-            watched = [0, *(running.child.replies for running in self._running())]
-            readable, _, _ = select.select(watched, [], [], self._patience())
-            for running in [each for each in self._running() if each.child.replies in readable]:
-                self._finish(running, running.child.read_reply())
+            self._send_waiting()
+            lanes = {lane.child.descriptor: lane for lane in self._busy()}
+            readable, _, _ = select.select([0, *lanes], [], [], self._patience())
+            for descriptor in readable:
+                if descriptor in lanes:
+                    self._take_replies(lanes[descriptor])
             if 0 in readable and not self._receive():
                 return
             self._enforce()
 
     def end(self) -> None:
         """Kills all children."""
-        for child in [self._idle, *(running.child for running in self._running())]:
-            if child is not None:
-                child.end()
+        for lane in [self._front, *self._aside]:
+            lane.child.end()
 
-    def _running(self) -> list[Running]:
-        return ([self._front] if self._front else []) + self._aside
+    def _open_lane(self) -> Lane:
+        return Lane(fork_child(self._check))
+
+    def _busy(self) -> list[Lane]:
+        return [lane for lane in (self._front, *self._aside) if lane.sent]
 
     def _patience(self) -> float | None:
         """How long nothing needs to be done unless something arrives."""
-        running = self._running()
-        if not running:
+        busy = self._busy()
+        if not busy:
             return None
-        now = time.monotonic()
-        ends = [each.end for each in running]
-        if self._front and self._may_step_aside():
+        ends = [lane.end for lane in busy]
+        if self._may_step_aside():
             ends.append(self._front.begin + self._limits.slow_s)
-        return max(0.0, min(MEMORY_POLL_S, min(ends) - now))
+        return max(0.0, min(MEMORY_POLL_S, min(ends) - time.monotonic()))
 
     def _may_step_aside(self) -> bool:
-        return bool(self._waiting) and len(self._aside) < self._limits.slow_checks
+        others = len(self._front.sent) > 1 or self._waiting
+        return bool(self._front.sent and others) and len(self._aside) < self._limits.slow_checks
 
     def _receive(self) -> bool:
         """Takes what the service sent; whether it is still there."""
@@ -135,66 +162,67 @@ class Supervisor:
             if "cancel" in message:
                 self._cancel(message["cancel"])
             else:
-                self._waiting.append(message)
+                self._waiting.append(
+                    Message(message["id"], message["deadline_s"], json.dumps(message["check"]).encode() + b"\n")
+                )
         return lines is not None
 
     def _cancel(self, check_id: int) -> None:
-        self._waiting = deque(message for message in self._waiting if message["id"] != check_id)
-        for running in [each for each in self._running() if each.check_id == check_id]:
-            self._drop(running)
+        """Ends a check that nobody waits for; one that stands in a child's pipe has its turn and no listener."""
+        self._waiting = deque(message for message in self._waiting if message.check_id != check_id)
+        for lane in self._busy():
+            if lane.sent[0].check_id == check_id:
+                self._close(lane)
 
-    def _start_next(self) -> None:
-        while self._front is None and self._waiting:
-            message = self._waiting.popleft()
-            child = self._idle or fork_child(self._check)
-            self._idle = None
-            running = Running(child, message["id"], message["deadline_s"], time.monotonic())
-            if child.send(message["check"]):
-                self._front = running
-            else:
-                self._finish(running, None)
+    def _send_waiting(self) -> None:
+        if not self._front.sent and self._front.child.checks >= CHECKS_PER_CHILD:
+            self._close(self._front)
+        while self._waiting and self._front.takes(self._waiting[0]):
+            self._front.send(self._waiting.popleft())
 
-    def _finish(self, running: Running, reply: dict[str, Any] | None) -> None:
-        """Passes a reply on; None stands for a child that died."""
-        if reply is None:
-            self._drop(running)
-            reply = {"status": "died", "reason": "the checking process died"}
-        else:
-            self._remove(running)
-            if self._idle is None and running.child.checks < CHECKS_PER_CHILD and not running.child.is_slow:
-                self._idle = running.child
-            else:
-                running.child.end()
-        write_line(1, reply | {"id": running.check_id})
-
-    def _remove(self, running: Running) -> None:
-        if running is self._front:
-            self._front = None
-        elif running in self._aside:
-            self._aside.remove(running)
-
-    def _drop(self, running: Running) -> None:
-        self._remove(running)
-        running.child.end()
+    def _take_replies(self, lane: Lane) -> None:
+        """Passes replies on; a child that died instead has the check that was under way on its conscience."""
+        replies = lane.child.read_replies()
+        for reply in replies or ():
+            write_line(1, json.loads(reply) | {"id": lane.sent.popleft().check_id})
+            lane.begin = time.monotonic()
+            if lane is not self._front:
+                break  # what it was sent behind the slow check is with another by now
+        if replies is None:
+            self._fail(lane, "died", "the checking process died")
+        elif lane is not self._front and not lane.sent:
+            self._close(lane)
 
     def _enforce(self) -> None:
         """Kills what exceeds its time or memory, and lets a slow check step aside."""
         now = time.monotonic()
-        for running in self._running():
-            if now >= running.end:
-                self._kill(running, "deadline", f"the check did not end within {running.deadline_s:g} s")
-            elif resident_bytes(running.child.pid) > self._limits.memory_bytes:
-                self._kill(
-                    running, "memory", f"the check took more than {self._limits.memory_bytes >> 20} MiB of memory"
-                )
-        if self._front and self._may_step_aside() and now - self._front.begin >= self._limits.slow_s:
-            self._front.child.step_aside()
-            self._aside.append(self._front)
-            self._front = None
+        for lane in self._busy():
+            if now >= lane.end:
+                self._fail(lane, "deadline", f"the check did not end within {lane.sent[0].deadline_s:g} s")
+            elif resident_bytes(lane.child.pid) > self._limits.memory_bytes:
+                self._fail(lane, "memory", f"the check took more than {self._limits.memory_bytes >> 20} MiB of memory")
+        if self._may_step_aside() and now - self._front.begin >= self._limits.slow_s:
+            slow, self._front = self._front, self._open_lane()
+            slow.child.step_aside()
+            self._take_back(slow)
+            self._aside.append(slow)
 
-    def _kill(self, running: Running, status: str, reason: str) -> None:
-        self._drop(running)
-        write_line(1, {"id": running.check_id, "status": status, "reason": reason})
+    def _fail(self, lane: Lane, status: str, reason: str) -> None:
+        write_line(1, {"id": lane.sent[0].check_id, "status": status, "reason": reason})
+        self._close(lane)
+
+    def _close(self, lane: Lane) -> None:
+        """Kills a lane's child; what it was sent behind the check under way is done by another."""
+        lane.child.end()
+        self._take_back(lane)
+        if lane is self._front:
+            self._front = self._open_lane()
+        else:
+            self._aside.remove(lane)
+
+    def _take_back(self, lane: Lane) -> None:
+        while len(lane.sent) > 1:
+            self._waiting.appendleft(lane.sent.pop())
 
 
 if __name__ == "__main__":

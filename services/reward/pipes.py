@@ -29,16 +29,6 @@ class LineReader:
         return lines
 
 
-def read_line(descriptor: int) -> bytes:
-    """One line with its end, empty when the other side has closed; one line is on its way at most."""
-    chunks = []
-    while chunk := os.read(descriptor, CHUNK_BYTES):
-        chunks.append(chunk)
-        if chunk.endswith(b"\n"):
-            return b"".join(chunks)
-    return b""
-
-
 def write_line(descriptor: int, message: dict[str, Any]) -> None:
     """One JSON line."""
     write_all(descriptor, json.dumps(message).encode() + b"\n")

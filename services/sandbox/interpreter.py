@@ -12,6 +12,7 @@ from perigee.errors import FailedPreconditionError
 
 _PROBE = "import platform, sys; print(platform.python_version()); print(sys.base_prefix)"
 _PROBE_S = 30
+_PROBE_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}  # chroot is among the commands of administrators
 _OLDEST = (3, 9)
 
 
@@ -53,7 +54,9 @@ def probe_python(image: str, path: str) -> Python:
     if image:
         command = ["chroot", image, *command]
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_PROBE_S, check=True, env={})
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=_PROBE_S, check=True, env=_PROBE_ENVIRONMENT
+        )
     except (OSError, subprocess.SubprocessError) as error:
         raise FailedPreconditionError(
             f"sandbox.python_path: {path} does not run ({error}); name a Python 3.9 or later"

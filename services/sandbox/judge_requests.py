@@ -111,8 +111,7 @@ def read_test(reader: Reader, field: str, test: pb.TestCase) -> Test:
             return InteractiveTest(test.interactive.input, test.interactive.answer)
     reader.check_size(f"{field}.stdio.stdin", test.stdio.stdin)
     reader.check_size(f"{field}.stdio.expected_stdout", test.stdio.expected_stdout)
-    for index, argument in enumerate(test.stdio.args):
-        reader.check_text(f"{field}.stdio.args[{index}]", argument)
+    reader.check_arguments(f"{field}.stdio.args", test.stdio.args)
     return StdioTest(test.stdio.stdin, test.stdio.expected_stdout, list(test.stdio.args))
 
 

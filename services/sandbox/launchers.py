@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from services.kit.telemetry import get_logger
 from services.sandbox.attendants import BOX_PARENT, ENVIRONMENT, Attendant
 from services.sandbox.boxes import Box
 from services.sandbox.cgroups import CgroupHost
 from services.sandbox.oci.base import OciRuntime
 from services.sandbox.places import Place
 from services.sandbox.runtimes import Runtime
+
+log = get_logger(__name__)
 
 
 class Launchers:
@@ -54,7 +57,10 @@ class Launchers:
     async def kill(self, place: Place) -> None:
         """Ends the launcher of a place."""
         if attendant := self._attendants.pop(place.name, None):
-            await attendant.kill()
+            ended = not attendant.running
+            words = await attendant.last_words()
+            if ended:
+                log.warning("launcher_ended", place=place.name, words=words)
 
     async def close(self) -> None:
         """Ends all launchers; what they started is left in their control groups."""

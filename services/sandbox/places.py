@@ -11,6 +11,7 @@ from pathlib import Path
 
 from perigee.errors import FailedPreconditionError
 from services.kit.telemetry import get_logger
+from services.sandbox.attendants import BoxFailedError
 from services.sandbox.box.usage import UsageFiles, open_usage
 from services.sandbox.cgroups import SlotCgroup
 
@@ -50,10 +51,13 @@ class Place:
         return [] if usage is None else [*self.entries, usage.cpu, usage.oom, usage.peak, usage.current]
 
     def limit(self, memory_bytes: int, processes: int) -> None:
-        """Sets the limits of the next job; what the group holds already is not the job's."""
+        """Sets the limits of the next job; what the group holds already is not the job's. Raises BoxFailedError."""
         if self.cgroup is not None and self.usage is not None:
             held = self.usage.current_bytes()
-            self.cgroup.limit(memory_bytes + (held // _MARGIN_BYTES + 1) * _MARGIN_BYTES, processes)
+            try:
+                self.cgroup.limit(memory_bytes + (held // _MARGIN_BYTES + 1) * _MARGIN_BYTES, processes)
+            except OSError as error:  # more was charged meanwhile than the new limit allows
+                raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
 
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for want of memory."""

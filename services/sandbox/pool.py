@@ -52,6 +52,7 @@ class Pool:
         )
         for slot in slots:
             self._line.add(slot)
+        metrics.WAITING.set_function(lambda: self._line.waiting)
 
     @asynccontextmanager
     async def take(self, cost_s: float, remaining_s: float | None = None) -> AsyncIterator[Slot]:
@@ -62,8 +63,6 @@ class Pool:
         except ResourceExhaustedError:
             metrics.REFUSED.inc()
             raise
-        finally:
-            metrics.WAITING.set(self._line.waiting)
         metrics.WAIT_SECONDS.observe(time.monotonic() - asked)
         metrics.BUSY.set(self._line.busy)
         try:

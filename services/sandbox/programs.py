@@ -19,7 +19,6 @@ from services.sandbox.places import Place
 from services.sandbox.slots import Opener
 
 COMPILER_BYTES = 65536
-_MODES_OF_CONTAINERS = {"program", "functions", "calls", "code_test", "session"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class LoadedProgram:
 
     def _order(self, mode: str, command: Sequence[str] = (), **fields: Any) -> Order:
         runtime = self.program.runtime
-        if self._in_container and mode in _MODES_OF_CONTAINERS:
+        if self._in_container and mode != "exec":
             command = runtime.python_command()
         limits = fields.pop("limits", self.program.limits)
         collect = list(fields.pop("collect", ()))
@@ -156,10 +155,10 @@ class LoadedProgram:
     def _environment(self) -> dict[str, str]:
         return {**self.program.runtime.environment, **self.program.environment}
 
-    async def unload(self) -> None:
+    def unload(self) -> None:
         """Takes the files out of a box that keeps them."""
         if self._begun and not self.box.broken:
-            await self.box.end()
+            self.box.end()
 
 
 @asynccontextmanager
@@ -173,7 +172,7 @@ async def open_program(opener: Opener, program: Program, place: Place) -> AsyncI
             box.broken = True
             raise
         try:
-            await loaded.unload()
+            loaded.unload()
         except BoxFailedError:  # what the job gave is known already; the box is thrown away
             box.broken = True
 

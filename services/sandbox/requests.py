@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ _MINIMUM = {"wall_ms": 1, "cpu_ms": 1, "memory_bytes": 16 << 20, "processes": 1,
 _PATH_BYTES, _NAME_BYTES = 1024, 255
 _MOST_VIOLATIONS = 20
 _KEY_CHARACTERS = 128
+_STRINGS_BYTES = 32768
 
 
 class Reader:
@@ -109,8 +110,19 @@ class Reader:
         if len(listed) > self.config.max_files:
             self.refuse(field, f"names {len(listed)} files, at most {self.config.max_files} are returned")
 
+    def check_arguments(self, field: str, arguments: Sequence[str]) -> None:
+        """Arguments as execve takes them, and together small enough for an order."""
+        for index, argument in enumerate(arguments):
+            self.check_text(f"{field}[{index}]", argument)
+        total = sum(len(argument.encode()) + 1 for argument in arguments)
+        if total > _STRINGS_BYTES:
+            self.refuse(field, f"has {total} bytes in all, at most {_STRINGS_BYTES} are taken")
+
     def check_environment(self, field: str, environment: Mapping[str, str]) -> None:
-        """Variables as execve takes them."""
+        """Variables as execve takes them, and together small enough for an order."""
+        total = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in environment.items())
+        if total > _STRINGS_BYTES:
+            self.refuse(field, f"has {total} bytes in all, at most {_STRINGS_BYTES} are taken")
         for name, value in environment.items():
             if not name or "=" in name or "\0" in name:
                 self.refuse(field, f"{name!r} is no name of a variable")
@@ -182,8 +194,7 @@ def read_job(request: pb.ExecuteRequest, config: SandboxConfig, catalog: Catalog
     """The job of an Execute request; raises InvalidArgumentError."""
     reader = Reader(config, catalog)
     program = reader.read_program(request, request.compile_limits, request.env)
-    for index, argument in enumerate(request.args):
-        reader.check_text(f"args[{index}]", argument)
+    reader.check_arguments("args", request.args)
     reader.check_size("stdin", request.stdin)
     reader.check_paths("output_files", request.output_files)
     reader.check_key(request.idempotency_key)

@@ -45,9 +45,21 @@ def free_port() -> int:
         return port
 
 
+# Supervisors of services that other tests started in this process and still use.
+BYSTANDERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def note_bystanders() -> None:
+    """Before each test."""
+    BYSTANDERS.clear()
+    BYSTANDERS.update(worker.pid for worker in checking_processes(psutil.Process().pid, depth=1))
+
+
 def checking_processes(supervisors_of: int, depth: int) -> list[psutil.Process]:
     """The math workers of a process: depth 1 the supervisors, depth 2 the children that do the checks."""
-    supervisors = [child for child in children_of(psutil.Process(supervisors_of)) if is_math_worker(child)]
+    children = [child for child in children_of(psutil.Process(supervisors_of)) if child.pid not in BYSTANDERS]
+    supervisors = [child for child in children if is_math_worker(child)]
     return supervisors if depth == 1 else [child for each in supervisors for child in children_of(each)]
 
 

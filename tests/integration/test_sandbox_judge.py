@@ -9,7 +9,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from tests.fixtures.sandbox import function_tests, stdio_tests
 
 DOUBLE = function_tests([([number], 2 * number) for number in range(5)])
-QUICK = pb.Limits(wall_ms=800, cpu_ms=400, memory_bytes=64 << 20)
+QUICK = pb.Limits(wall_ms=2500, cpu_ms=800, memory_bytes=64 << 20)
 
 
 def verdict_names(response: pb.JudgeResponse) -> list[str]:

@@ -83,20 +83,23 @@ def test_bisection_says_when_its_bounds_are_wrong() -> None:
         largest_accepted(lambda number: number < 50, 10, 20, 1)
 
 
-async def test_alternatives_take_turns_and_the_first_of_each_block_does_not_count() -> None:
-    calls: list[str] = []
+async def test_alternatives_take_turns_start_by_start() -> None:
+    calls: list[tuple[str, int]] = []
 
-    def arm(name: str, first: float) -> tuple[str, object]:
+    def arm(name: str, time_ms: float) -> tuple[str, object]:
         async def measure(count: int) -> list[float]:
-            calls.append(name)
-            return [1000.0, *[first] * (count - 1)]
+            calls.append((name, count))
+            return [time_ms + index for index in range(count)]
 
         return name, measure
 
-    arms = await take_turns(dict([arm("a", 1.0), arm("b", 2.0)]), turns=2, block=3)  # type: ignore[arg-type]
-    assert calls == ["a", "b", "a", "b"]
-    assert arms["a"].turns == [[1.0] * 3] * 2
-    assert arms["b"].samples == [2.0] * 6
+    names = ("bare python", "zygote python", "crun lean", "other")
+    measures = dict(arm(name, 10.0 * index) for index, name in enumerate(names))
+    arms = await take_turns(measures, turns=2, block=3)  # type: ignore[arg-type]
+    turn = [(name, 1) for name in names] * 3 + [(name, 4) for name in names[:3]]
+    assert calls == turn * 2
+    assert arms["other"].turns == [[30.0] * 3] * 2
+    assert arms["crun lean, back to back"].turns == [[21.0, 22.0, 23.0]] * 2  # the first of a block does not count
 
 
 def test_start_ratios_are_those_of_the_targets() -> None:

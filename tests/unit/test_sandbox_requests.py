@@ -134,6 +134,11 @@ def test_sources_are_utf8() -> None:
     assert set(violated(judge_request(STDIO, source=b"\x80"))) == {"source"}
 
 
+def test_arguments_and_variables_fit_into_an_order() -> None:
+    assert set(violated(pb.ExecuteRequest(language="python", source=b"x", args=["a" * 1000] * 40))) == {"args"}
+    assert set(violated(pb.ExecuteRequest(language="python", source=b"x", env={"A": "b" * 40_000}))) == {"env"}
+
+
 def test_variables_are_what_execve_takes() -> None:
     assert set(violated(pb.ExecuteRequest(language="python", source=b"x", env={"A=B": "1", "C": "\0"}))) == {
         "env",

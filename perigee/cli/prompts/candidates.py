@@ -99,7 +99,8 @@ def make_candidate(values: dict[str, Any], place: str) -> Candidate:
         parse_prompt_line(json.dumps(values), place)
     elif not isinstance(values.get("prompt"), str):
         raise InvalidArgumentError.of(f"{place}: prompt", "is required")
-    domain, answer = str(values.get("domain", "")), values.get("answer", "")
+    domain, answers = str(values.get("domain", "")), values.get("answers", [])
+    answer = answers[0] if len(answers) == 1 else values.get("answer", "")
     question = Question(
         id=str(values["id"]),
         text=values["prompt"],

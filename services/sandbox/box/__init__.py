@@ -3,3 +3,10 @@
 This package is run by the box's Python interpreter, which need not be the service's, so it imports the standard
 library alone. It knows nothing of requests, verdicts or expected outputs.
 """
+
+from __future__ import annotations
+
+import sys
+
+MODULES_AT_START = frozenset(sys.modules)
+"""What the interpreter had imported before this package was."""

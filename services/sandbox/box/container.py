@@ -1,12 +1,15 @@
-"""Starts containers by an OCI runtime's command, and ends them."""
+"""Containers by an OCI runtime's command: started before their order comes, with an init inside that waits for it."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import resource
+import select
 import shutil
 import signal
+import socket
 import struct
 import time
 from pathlib import Path
@@ -19,128 +22,132 @@ from .orders import Order
 from .seccomp import build_filter
 from .supervise import Process
 
-_STATUS = struct.Struct("=i")
+_STATUS = struct.Struct("=ci")
 _KILLED_STATUS = signal.SIGKILL
 _END_S = 10.0
-_REPORTS_BYTES = 64
+_READY_S = 30.0
+_ANSWER_BYTES = 64
 
 
 class Container(Process):
-    """A running container: `pid` is the runtime's own command, `events` the pipe of the init inside."""
+    """A container; `pid` is the runtime's own command, `events` the socket to the init inside."""
 
-    def __init__(self, pid: int, name: str, reports: int, runtime: ContainerRuntime) -> None:
+    def __init__(self, pid: int, name: str, channel: socket.socket, runtime: ContainerRuntime) -> None:
         self.pid = pid
-        self.events = reports
+        self.events = channel.fileno()
+        self._channel = channel
         self._name = name
-        self._told = b""
         self._runtime = runtime
+        self._start_error = 0
+        self._status: int | None = None
+
+    def await_ready(self) -> None:
+        """Returns when the init waits for its order, so that what it took to get there is not the job's; raises
+        RuntimeError when it does not get there.
+        """
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        answer = self._channel.recv(_ANSWER_BYTES) if poller.poll(_READY_S * 1000) else b""
+        if answer[:1] != b"r":
+            raise RuntimeError(f"the container did not start: {self._runtime.last_words() or 'no message'}")
+
+    def begin(self, uid: int, order: Order, command: list[str], descriptors: list[int]) -> None:
+        """Hands the order over."""
+        limits = {**resource_limits(order.limits, order.answers), "RLIMIT_NPROC": order.limits.processes}
+        strings = [str(uid), str(len(limits))]
+        for name, value in limits.items():
+            strings += [str(getattr(resource, name)), str(value)]
+        strings += [str(len(command)), *command, *(f"{name}={value}" for name, value in order.environment.items())]
+        packet = b"".join(string.encode(errors="surrogateescape") + b"\0" for string in strings)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the supervisor is about to see that it ended
+            socket.send_fds(self._channel, [packet], descriptors)
 
     def note_events(self) -> bool:
-        """True when the init tells that the job begins."""
-        began = not self._told
-        self._take()
-        return began and self._told.startswith(b"s")
-
-    def _take(self) -> None:
-        assert self.events is not None
-        with contextlib.suppress(BlockingIOError):  # nothing more has been told
-            while told := os.read(self.events, _REPORTS_BYTES):
-                self._told += told
+        """Whether the job has ended."""
+        while True:
+            try:
+                answer = self._channel.recv(_ANSWER_BYTES)
+            except (BlockingIOError, ConnectionResetError):
+                return self._status is not None
+            if not answer:
+                return self._status is not None
+            kind, value = _STATUS.unpack(answer)
+            if kind == b"x":
+                self._start_error = value
+            else:
+                self._status = value
 
     def kill(self) -> None:
         """Ends every process of the slot but the launcher."""
         self._runtime.kill_all()
 
-    def settle(self, status: int, stopped: bool) -> int:
+    def settle(self, status: int | None, stopped: bool) -> int:
         """The status that the init told; raises OSError when the command could not be executed, and RuntimeError when
         the runtime did not get as far as the job.
         """
-        self._take()
-        assert self.events is not None
-        os.close(self.events)
-        self._runtime.forget(self._name)
-        told = self._told.removeprefix(b"s")
-        if told.startswith(b"x"):
-            [number] = _STATUS.unpack_from(told, 1)
-            raise OSError(number, os.strerror(number))
-        if told.startswith(b"w"):
-            return int(_STATUS.unpack_from(told, 1)[0])
+        self.note_events()
+        if self._start_error:
+            raise OSError(self._start_error, os.strerror(self._start_error))
+        if self._status is not None:
+            return self._status
         if stopped:
             return _KILLED_STATUS
-        raise RuntimeError(f"the container ended with status {status:#x}: {self._runtime.last_words() or 'no message'}")
+        raise RuntimeError(f"the container ended with status {status}: {self._runtime.last_words() or 'no message'}")
+
+    def close(self) -> None:
+        """Removes what the runtime may have left; its command has ended."""
+        self._channel.close()
+        self._runtime.forget(self._name)
 
 
 class ContainerRuntime:
     """One slot's way to start containers, one at a time."""
 
-    def __init__(self, command: list[str], state: str, log: str, procs: str, folder: str, uid: int) -> None:
+    def __init__(
+        self, command: list[str], state: str, log: str, procs: str, folder: str, bundle: dict[str, Any]
+    ) -> None:
         self._command = command
+        self._bundle = bundle
         self._state = Path(state)
         if self._state.exists():  # of a launcher that was killed with its containers
             shutil.rmtree(self._state)
         self._log = Path(log)
         self._procs = procs
         self._config = Path(folder) / "config.json"
-        self._uid = uid
         self._filter = memory_file(build_filter())
+        self._null = os.open("/dev/null", os.O_RDWR)
         self._written = ""
         self._count = 0
 
-    def start(
-        self,
-        bundle: dict[str, Any],
-        root_path: str,
-        mounts: list[tuple[str, str]],
-        order: Order,
-        command: list[str],
-        descriptors: list[int],
-    ) -> Container:
-        """Starts a container whose job is `command` with the given descriptors."""
-        self._write_config(bundle, root_path, mounts, order, command, len(descriptors))
-        reports, told = os.pipe()
-        os.set_blocking(reports, False)
+    def start(self, root_path: str, mounts: list[tuple[str, str]]) -> Container:
+        """Starts a container whose init waits for its order."""
+        self._write_config(root_path, mounts)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
         self._count += 1
         name = f"job-{self._count}"
-        arguments = [*self._command, "--preserve-fds", str(len(descriptors) + 2 - 3), name]
         pid = os.fork()
         if pid:
-            os.close(told)
-            return Container(pid, name, reports, self)
+            theirs.close()
+            return Container(pid, name, ours, self)
         try:
             kernel.die_with_parent(signal.SIGKILL)
-            place_descriptors([*descriptors, told, self._filter])
+            place_descriptors([self._null, self._null, self._null, theirs.fileno(), self._filter])
+            arguments = [*self._command, "--preserve-fds", "2", name]
             os.execv(arguments[0], arguments)
         finally:
             os._exit(127)
 
-    def _write_config(
-        self,
-        bundle: dict[str, Any],
-        root_path: str,
-        mounts: list[tuple[str, str]],
-        order: Order,
-        command: list[str],
-        descriptors: int,
-    ) -> None:
-        process = bundle["process"]
-        environment = {**dict(pair.split("=", 1) for pair in process["env"]), **order.environment}
-        limits = {**resource_limits(order.limits, order.answers), "RLIMIT_NPROC": order.limits.processes}
+    def _write_config(self, root_path: str, mounts: list[tuple[str, str]]) -> None:
+        binds = [
+            {"destination": inside, "type": "bind", "source": path, "options": ["bind", "nosuid", "nodev"]}
+            for path, inside in mounts
+        ]
         config = {
-            **bundle,
+            **self._bundle,
             "root": {"path": root_path, "readonly": True},
-            "process": {
-                **process,
-                "args": [f"{root.OWN_FOLDER}/init", str(descriptors), str(self._uid), *command],
-                "env": [f"{name}={value}" for name, value in environment.items()],
-                "rlimits": [{"type": name, "soft": value, "hard": value} for name, value in limits.items()],
-            },
-            "mounts": [
-                *bundle["mounts"],
-                *(
-                    {"destination": inside, "type": "bind", "source": path, "options": ["bind", "nosuid", "nodev"]}
-                    for path, inside in mounts
-                ),
-            ],
+            "process": {**self._bundle["process"], "args": [f"{root.OWN_FOLDER}/init", "3", "4"]},
+            "mounts": [*self._bundle["mounts"], *binds],
         }
         text = json.dumps(config)
         if text != self._written:

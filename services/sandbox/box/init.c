@@ -1,14 +1,17 @@
-/* PID 1 of a box. Without arguments: reaps what the box's program leaves, until it is killed, and the box with it.
+/* PID 1 of a box.
  *
- * In a container: installs the system-call filter, runs the job as its child, reaps what the job leaves, and tells how
- * the job ended. It is root with the capabilities to become another user and no others; the job is that user and has
- * none.
+ * Without arguments: reaps what the box's program leaves, until it is killed, and the box with it.
  *
- *   init N UID COMMAND [ARGUMENT...]
+ *   init SOCKET FILTER
  *
- * The job has the descriptors 0 to N-1. Descriptor N is a pipe to the supervisor: 's' is written to it when the job is
- * about to start, then 'x' and an errno (int) when the command cannot be executed, then 'w' and the job's wait status
- * (int). Descriptor N+1 is a file with the filter's instructions.
+ * In a container: waits for its order on the descriptor SOCKET (SOCK_SEQPACKET), runs the job as its child, reaps what the
+ * job leaves, and tells how the job ended. It is root with the capabilities to become another user and no others; the job
+ * is that user and has none. FILTER is the descriptor of a file with the instructions of the system-call filter.
+ *
+ * An order is one packet of strings, each ended by NUL: the job's user; the number of resource limits, then each one's
+ * number and value; the number of arguments, then the arguments; the variables. The job's descriptors come with it, from
+ * 0 on. What is told is 'r' when an order can come, 'x' and an errno (int) when its command cannot be executed, then 'w'
+ * and the job's wait status (int).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -20,18 +23,28 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #define MOST_INSTRUCTIONS 1024
+#define MOST_BYTES (160 * 1024)
+#define MOST_STRINGS 8192
+#define MOST_DESCRIPTORS 16
+#define HIGH_DESCRIPTOR 100
 
 static struct sock_filter instructions[MOST_INSTRUCTIONS];
+static char order[MOST_BYTES + 1];
+static char *arguments[MOST_STRINGS], *variables[MOST_STRINGS];
+static int descriptors[MOST_DESCRIPTORS], descriptor_count;
 
-static void tell(int reports, char kind, int value) {
+static void tell(int channel, char kind, int value) {
     char message[1 + sizeof value];
     message[0] = kind;
     memcpy(message + 1, &value, sizeof value);
-    if (write(reports, message, kind == 's' ? 1 : sizeof message) < 0)
+    if (write(channel, message, sizeof message) < 0)
         _exit(124);
 }
 
@@ -42,24 +55,103 @@ static void install_filter(int file) {
     struct sock_fprog program = {.len = size / sizeof instructions[0], .filter = instructions};
     if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program))
         _exit(122);
+    close(file);
+}
+
+/* Takes the order's packet; returns its size. Ends when there will be none. */
+static ssize_t receive_order(int channel) {
+    char control[CMSG_SPACE(MOST_DESCRIPTORS * sizeof(int))];
+    struct iovec part = {.iov_base = order, .iov_len = MOST_BYTES};
+    struct msghdr message = {
+        .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
+    ssize_t size = recvmsg(channel, &message, MSG_CMSG_CLOEXEC);
+    if (size <= 0)
+        _exit(0);
+    struct cmsghdr *header = CMSG_FIRSTHDR(&message);
+    if (!header || header->cmsg_type != SCM_RIGHTS || message.msg_flags & (MSG_TRUNC | MSG_CTRUNC))
+        _exit(121);
+    descriptor_count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    memcpy(descriptors, CMSG_DATA(header), descriptor_count * sizeof(int));
+    return size;
+}
+
+static char *next_string(char **cursor, const char *end) {
+    char *string = *cursor;
+    if (string >= end)
+        _exit(120);
+    *cursor += strlen(string) + 1;
+    return string;
+}
+
+static void take_limits(char **cursor, const char *end) {
+    for (int left = atoi(next_string(cursor, end)); left > 0; left--) {
+        int resource = atoi(next_string(cursor, end));
+        rlim_t value = strtoull(next_string(cursor, end), NULL, 10);
+        struct rlimit limit = {.rlim_cur = value, .rlim_max = value};
+        if (setrlimit(resource, &limit))
+            _exit(119);
+    }
+}
+
+static void take_strings(char **cursor, const char *end) {
+    int count = atoi(next_string(cursor, end));
+    if (count < 1 || count >= MOST_STRINGS)
+        _exit(118);
+    for (int index = 0; index < count; index++)
+        arguments[index] = next_string(cursor, end);
+    for (int index = 0; *cursor < end; index++) {
+        if (index + 1 >= MOST_STRINGS)
+            _exit(117);
+        variables[index] = next_string(cursor, end);
+    }
+}
+
+/* Makes the job's descriptors 0 and up, and closes all others but the channel, which moves out of their way. */
+static int place_descriptors(int channel) {
+    int high = fcntl(channel, F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR);
+    for (int index = 0; index < descriptor_count; index++)
+        descriptors[index] = fcntl(descriptors[index], F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR);
+    for (int index = 0; index < descriptor_count; index++)
+        if (dup2(descriptors[index], index) < 0)
+            _exit(116);
+    for (int other = descriptor_count; other < HIGH_DESCRIPTOR; other++)
+        close(other);
+    return high;
 }
 
 static void become_user(uid_t user) {
     for (int capability = 0; prctl(PR_CAPBSET_READ, capability) >= 0; capability++)
         if (prctl(PR_CAPBSET_DROP, capability))
-            _exit(116);
+            _exit(115);
     if (setgroups(0, NULL) || setresgid(user, user, user) || setresuid(user, user, user))
-        _exit(115);
-    if (prctl(PR_SET_DUMPABLE, 1) || chdir("/box"))
         _exit(114);
+    if (prctl(PR_SET_DUMPABLE, 1) || chdir("/box"))
+        _exit(113);
+    umask(077);
+}
+
+static void become_job(int channel, ssize_t size) {
+    char *cursor = order;
+    const char *end = order + size;
+    uid_t user = atoi(next_string(&cursor, end));
+    channel = place_descriptors(channel);
+    take_limits(&cursor, end);
+    take_strings(&cursor, end);
+    if (setsid() < 0)
+        _exit(112);
+    become_user(user);
+    environ = variables; /* whose PATH is searched */
+    execvp(arguments[0], arguments);
+    tell(channel, 'x', errno);
+    _exit(127);
 }
 
 static int reap_forever(void) {
     sigset_t ended;
     sigemptyset(&ended);
     sigaddset(&ended, SIGCHLD);
-    if (sigprocmask(SIG_BLOCK, &ended, NULL) || prctl(PR_SET_DUMPABLE, 0))
-        return 112;
+    if (sigprocmask(SIG_BLOCK, &ended, NULL))
+        return 111;
     for (;;) {
         while (waitpid(-1, NULL, WNOHANG) > 0)
             ;
@@ -67,42 +159,33 @@ static int reap_forever(void) {
     }
 }
 
-int main(int count, char **arguments) {
-    /* Whoever started the box takes it along when it is killed. */
-    if (prctl(PR_SET_PDEATHSIG, SIGKILL))
-        return 113;
+int main(int count, char **words) {
+    /* Whoever started the box takes it along when it is killed; processes of the job's user may not look into this one. */
+    if (prctl(PR_SET_PDEATHSIG, SIGKILL) || prctl(PR_SET_DUMPABLE, 0))
+        return 110;
     if (count == 1)
         return reap_forever();
-    if (count < 4)
-        return 121;
-    int reports = atoi(arguments[1]), filter = reports + 1;
-    /* Processes of the job's user may not look into this one. */
-    if (prctl(PR_SET_DUMPABLE, 0) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-        return 120;
-    install_filter(filter);
-    close(filter);
-    tell(reports, 's', 0);
+    if (count != 3 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+        return 109;
+    int channel = atoi(words[1]);
+    install_filter(atoi(words[2]));
+    tell(channel, 'r', 0);
+    ssize_t size = receive_order(channel);
     pid_t job = fork();
     if (job < 0)
-        return 119;
-    if (job == 0) {
-        if (fcntl(reports, F_SETFD, FD_CLOEXEC) || setsid() < 0)
-            _exit(118);
-        become_user(atoi(arguments[2]));
-        execvp(arguments[3], arguments + 3);
-        tell(reports, 'x', errno);
-        _exit(127);
-    }
+        return 108;
+    if (job == 0)
+        become_job(channel, size);
     /* The job's pipes close when the job's processes end, not when this one does. */
-    for (int descriptor = 0; descriptor < reports; descriptor++)
-        close(descriptor);
+    for (int index = 0; index < descriptor_count; index++)
+        close(descriptors[index]);
     for (;;) {
         int status;
         pid_t ended = wait(&status);
         if (ended < 0 && errno != EINTR)
-            return 117;
+            return 107;
         if (ended == job) {
-            tell(reports, 'w', status);
+            tell(channel, 'w', status);
             return 0;
         }
     }

@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import sys
-from dataclasses import asdict
 from typing import Any, NoReturn
 
 from . import control, kernel
@@ -54,8 +53,6 @@ class Keeper:
                     self._run(message)
                 case "begin":
                     self._lay_down(message.descriptors[0])
-                case "end":
-                    control.send(self._channel, {"kind": "cleared"}, [])
             message.close()
 
     def _lay_down(self, files: int) -> None:
@@ -79,7 +76,7 @@ class Keeper:
         small = self._supervisor.held_bytes() < _SMALL_BYTES
         if not small:  # before the end is told, so that the next job is not charged with this one's memory
             self._let_go()
-        control.send(self._channel, {"kind": "ended", **asdict(outcome)}, found)
+        control.send(self._channel, {"kind": "ended", **vars(outcome)}, found)
         for file in found:
             os.close(file)
         if small:

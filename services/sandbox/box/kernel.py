@@ -10,7 +10,7 @@ import os
 import platform
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 0x1, 0x2, 0x4, 0x8, 0x20
-MS_BIND, MS_REC, MS_PRIVATE = 0x1000, 0x4000, 0x40000
+MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 0x1000, 0x2000, 0x4000, 0x40000
 MNT_DETACH = 0x2
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x20000, 0x2000000, 0x4000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
@@ -45,9 +45,9 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
     _check(result, f"mount {source} at {target}")
 
 
-def unmount(target: str) -> None:
-    """Unmounts what nobody uses any more."""
-    _check(_libc.umount2(target.encode(), 0), f"umount {target}")
+def move_mount(source: str, target: str) -> None:
+    """Moves a mount to another place."""
+    mount(source, target, None, MS_MOVE)
 
 
 def unmount_lazily(target: str) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from . import MODULES_AT_START
+from .control import memory_file
 from .files import write_files
-from .payload import Parcel, read_parcel
+from .payload import Parcel, encode_parcel, read_parcel
 from .python_calls import serve_calls, serve_code_test
 from .python_functions import serve_functions
 from .python_program import run_program
@@ -34,6 +36,27 @@ def hide_own_modules() -> None:
         del sys.modules[name]
 
 
+def rehearse() -> None:
+    """Goes through what every run begins with, so that the pages which it writes to are this process's own already."""
+    parcel = memory_file(encode_parcel({"paths": [], "executable": []}, [b"pass"]))
+    try:
+        exec(compile(read_parcel(parcel).blobs[0], "<rehearsal>", "exec"), {})
+    finally:
+        os.close(parcel)
+
+
+def hide_shadowed_modules(paths: Iterable[str]) -> None:
+    """Lets a file of the job be imported whose name is that of a module that is there ahead of time, as an interpreter
+    that starts in the job's folder would.
+    """
+    for path in paths:
+        shadowed = path.removesuffix("/__init__.py").removesuffix(".py")
+        if shadowed == path or shadowed in MODULES_AT_START:
+            continue
+        for name in [name for name in sys.modules if name == shadowed or name.startswith(f"{shadowed}.")]:
+            del sys.modules[name]
+
+
 def run_mode(name: str, home: str) -> NoReturn:
     """Takes the job in hand and runs it; the process is confined already."""
     run, parcel_descriptor = MODES[name]
@@ -43,5 +66,6 @@ def run_mode(name: str, home: str) -> NoReturn:
     first = header["first_file"]
     files = parcel.blobs[first : first + len(header["paths"])]
     write_files(home, zip(header["paths"], files, header["executable"], strict=True))
+    hide_shadowed_modules(header["paths"])
     run(parcel, home)
     raise AssertionError(f"mode {name} returned")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from .limits import BoxLimits
@@ -31,7 +31,7 @@ class Order:
 
     def to_header(self) -> dict[str, Any]:
         """The order as a message."""
-        return {"kind": "run", **asdict(self)}
+        return {"kind": "run", **vars(self), "limits": vars(self.limits)}
 
 
 def read_order(header: dict[str, Any]) -> Order:

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from . import control, kernel, root
 from .confine import Confinement, give_up_privileges, place_descriptors, take_limits
-from .modes import run_mode
+from .modes import rehearse, run_mode
 from .orders import Order, read_order
 from .supervise import Process
 
@@ -35,8 +35,9 @@ class Program(Process):
     def kill(self) -> None:
         """Ends everything that runs for it."""
 
-    def settle(self, status: int, stopped: bool) -> int:
+    def settle(self, status: int | None, stopped: bool) -> int:
         """The status as it is; raises RuntimeError when the process could not be confined."""
+        assert status is not None
         self._hear()
         return status
 
@@ -142,6 +143,7 @@ def _await_order(confinement: Confinement, space_bytes: int, channel: socket.soc
         assert confinement.uid is not None
         root.mount_writable(confinement.uid, space_bytes)
         give_up_privileges(confinement)
+        rehearse()
         header, descriptors = control.receive(channel)
         order = read_order(header)
     except (EOFError, ConnectionError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import builtins
 import os
+import signal
 import sys
 import traceback
 import types
@@ -40,7 +41,7 @@ def run_program(parcel: Parcel, home: str) -> NoReturn:
 
 
 def _execute(code: types.CodeType, module: types.ModuleType) -> int:
-    """The exit code that Python gives for this program."""
+    """The exit code that Python gives for this program; below 0 the signal by which it ends itself."""
     try:
         exec(code, module.__dict__)
     except SystemExit as exit_:
@@ -48,7 +49,7 @@ def _execute(code: types.CodeType, module: types.ModuleType) -> int:
     except BaseException as error:
         trace = error.__traceback__.tb_next if error.__traceback__ else None
         sys.excepthook(type(error), error.with_traceback(trace), trace)
-        return 1
+        return -signal.SIGINT if type(error) is KeyboardInterrupt else 1
     return 0
 
 
@@ -74,4 +75,7 @@ def finish(exit_code: int) -> NoReturn:
     except OSError:
         exit_code = exit_code or 120  # as CPython does when it cannot flush
     finally:
+        if exit_code < 0:
+            signal.signal(-exit_code, signal.SIG_DFL)
+            os.kill(os.getpid(), -exit_code)
         os._exit(exit_code)

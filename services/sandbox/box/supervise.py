@@ -33,7 +33,7 @@ class Process(ABC):
     """Descriptor that becomes readable when the process tells something of itself."""
 
     def note_events(self) -> bool:
-        """Takes in what was told; true when the program itself begins now, so that what came before does not count."""
+        """Takes in what was told; whether the program has ended."""
         return False
 
     @abstractmethod
@@ -41,8 +41,9 @@ class Process(ABC):
         """Ends everything that runs for it."""
 
     @abstractmethod
-    def settle(self, status: int, stopped: bool) -> int:
-        """The wait status of the program itself, given that of `pid` and whether it was ended by a limit.
+    def settle(self, status: int | None, stopped: bool) -> int:
+        """The wait status of the program itself, given that of `pid`, None when it has not ended yet, and whether it
+        was ended by a limit.
 
         Raises OSError when the program could not be executed, and RuntimeError when it could not be confined.
         """
@@ -86,7 +87,7 @@ class Supervisor:
             os.close(told)
         try:
             outcome.stop = self._watch(process, order, handed[1:3], progress, outcome, on_call)
-            status = self._end(process)
+            status = None if outcome.stop is None and process.note_events() else self._end(process)
             outcome.wall_us = self._elapsed_us()
             if progress >= 0:
                 self._take_answers(progress, outcome)
@@ -125,13 +126,12 @@ class Supervisor:
                 ready = {number for number, _ in poller.poll(max(0.0, min(TICK_S, left_s)) * 1000)}
                 if self._channel.fileno() in ready and self._hear(on_call):
                     return "told"
-                if process.events is not None and process.events in ready and process.note_events():
-                    self._begin()
+                told_its_end = process.events in ready and process.note_events()
                 if progress in ready and not self._take_answers(progress, outcome):
                     poller.unregister(progress)
                 if any(_size(output) > order.limits.output_bytes for output in outputs):
                     return "output"
-                if descriptor in ready:
+                if told_its_end or descriptor in ready:
                     return None
                 if not ready:
                     self._reap(block=False)
@@ -182,7 +182,7 @@ class Supervisor:
         peak = self._usage.peak_bytes() - self._baseline if self._peak_known else self._rusage_peak
         outcome.peak_bytes = max(0, peak)
 
-    def _read_status(self, process: Process, status: int, outcome: Outcome) -> None:
+    def _read_status(self, process: Process, status: int | None, outcome: Outcome) -> None:
         try:
             status = process.settle(status, outcome.stop is not None)
         except OSError as error:

@@ -1,8 +1,6 @@
-"""The working folder of a container's jobs: the job's files below, what a compiler made of them above, and on top a
-layer that each run gets anew.
+"""The working folder of a container's job: an overlay whose upper layer is a tmpfs, bounded in space and files.
 
-The lower layers are shared by all runs of a job and never written to; the top one is a tmpfs with bounded space and
-number of files.
+What a compiler has left is the lower layer of the runs that follow, and never written to again.
 """
 
 from __future__ import annotations
@@ -25,11 +23,12 @@ class Workspace:
         self._uid = uid
         self.home = f"{folder}/box"
         self._tmp = f"{folder}/tmp"
-        self._job = f"{folder}/job"
         self._top = f"{folder}/top"
-        self._begun = False
-        self._kept = False
-        for path in (self.home, self._tmp, self._job, self._top):
+        self._kept = f"{folder}/kept"
+        self._nothing = f"{folder}/nothing"
+        self._has_kept = False
+        self._space_bytes = (0, 0)
+        for path in (self.home, self._tmp, self._top, self._kept, self._nothing):
             Path(path).mkdir(exist_ok=True)
 
     @property
@@ -37,36 +36,35 @@ class Workspace:
         """Host folders and where a container has them."""
         return [(self.home, HOME), (self._tmp, "/tmp"), (self._tmp, "/dev/shm")]
 
-    def begin(self, files: list[BoxFile], kept_bytes: int) -> None:
-        """Lays down the files of a job, with room for `kept_bytes` of what its compiler makes."""
-        self.clear()
-        space = kept_bytes + _space(files)
-        kernel.mount("tmpfs", self._job, "tmpfs", WRITABLE_FLAGS, f"{sized(space)},mode=0755")
-        self._begun, self._kept = True, False
-        for name in ("files", "kept", "work"):
-            self._make_own(f"{self._job}/{name}")
-        write_files(f"{self._job}/files", files)
-        own_files(f"{self._job}/files", self._uid)
-
-    def lay_out(self, keep: bool, space_bytes: int, files: list[BoxFile]) -> None:
-        """Mounts the working folder and /tmp of one run, with files for it alone; what a run with `keep` writes stays
-        for the later ones.
-        """
-        below = f"{self._job}/kept:{self._job}/files" if self._kept else f"{self._job}/files"
-        if keep:
-            upper, work = f"{self._job}/kept", f"{self._job}/work"
-            self._kept = True
-        else:
-            kernel.mount("tmpfs", self._top, "tmpfs", WRITABLE_FLAGS, sized(space_bytes + _space(files)))
-            upper, work = f"{self._top}/upper", f"{self._top}/work"
-            self._make_own(upper)
-            Path(work).mkdir()
-            if files:
-                write_files(upper, files)
-                own_files(upper, self._uid)
-        options = f"lowerdir={below},upperdir={upper},workdir={work},volatile"
+    def lay_out(self, space_bytes: int) -> None:
+        """Mounts the working folder and /tmp of one run."""
+        self._space_bytes = (space_bytes, space_bytes)
+        kernel.mount("tmpfs", self._top, "tmpfs", WRITABLE_FLAGS, sized(space_bytes))
+        for name in ("upper", "work"):
+            Path(f"{self._top}/{name}").mkdir(0o700)
+        os.chown(f"{self._top}/upper", self._uid, self._uid)
+        below = f"{self._kept}/upper" if self._has_kept else self._nothing
+        options = f"lowerdir={below},upperdir={self._top}/upper,workdir={self._top}/work,volatile"
         kernel.mount("overlay", self.home, "overlay", WRITABLE_FLAGS, options)
         kernel.mount("tmpfs", self._tmp, "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=1777")
+
+    def fill(self, files: list[BoxFile], space_bytes: int) -> None:
+        """Gives the run its space, beside that of its files, and the files."""
+        wanted = (space_bytes + sum(len(content) + _UNPACKED_BYTES for _, content, _ in files), space_bytes)
+        for path, had, wants in zip((self._top, self._tmp), self._space_bytes, wanted, strict=True):
+            if had != wants:
+                kernel.mount("tmpfs", path, "tmpfs", WRITABLE_FLAGS | kernel.MS_REMOUNT, sized(wants))
+        self._space_bytes = wanted
+        if files:
+            write_files(self.home, files)
+            own_files(self.home, self._uid)
+
+    def keep(self) -> None:
+        """Makes what the run that has just ended left the lower layer of those that follow."""
+        kernel.unmount_lazily(self.home)
+        kernel.unmount_lazily(self._tmp)
+        kernel.move_mount(self._top, self._kept)
+        self._has_kept = True
 
     def take_down(self) -> None:
         """Unmounts what `lay_out` mounted."""
@@ -74,16 +72,9 @@ class Workspace:
             if os.path.ismount(path):
                 kernel.unmount_lazily(path)
 
-    def clear(self) -> None:
-        """Forgets the job."""
-        if self._begun:
-            kernel.unmount_lazily(self._job)
-            self._begun = False
-
-    def _make_own(self, path: str) -> None:
-        Path(path).mkdir(0o700)
-        os.chown(path, self._uid, self._uid)
-
-
-def _space(files: list[BoxFile]) -> int:
-    return sum(len(content) + _UNPACKED_BYTES for _, content, _ in files)
+    def forget_kept(self) -> bool:
+        """Drops the lower layer; whether there was one."""
+        had, self._has_kept = self._has_kept, False
+        if had:
+            kernel.unmount_lazily(self._kept)
+        return had

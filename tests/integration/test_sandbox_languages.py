@@ -1,0 +1,215 @@
+"""Every runtime that comes with the service: streams, arguments, exit codes, compilers, further files, versions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.runtimes import OWN_RUNTIMES
+from tests.fixtures.sandbox_fronts import Fronts
+
+NAMES = sorted(path.stem for path in OWN_RUNTIMES.glob("*.yaml"))
+CALL_S = 110.0
+PATIENT = pb.Limits(wall_ms=60_000, cpu_ms=60_000)
+PYTHON = """
+import sys
+print(input(), *sys.argv[1:])
+print("wrong", file=sys.stderr)
+sys.exit(3)
+"""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A program that prints its input and its argument, says `wrong` on standard error and exits with 3; one that does
+    not compile, with a word of the compiler's; and one that prints 42 with the help of a further file."""
+
+    program: str
+    broken: str = ""
+    compiler_word: str = ""
+    main: str = ""
+    files: dict[str, str] = field(default_factory=dict)
+
+
+EXAMPLES = {
+    "bash": Example(
+        'read -r line\necho "$line $1"\necho wrong >&2\nexit 3',
+        main=". ./more.sh\necho $answer",
+        files={"more.sh": "answer=42"},
+    ),
+    "c": Example(
+        r"""#include <stdio.h>
+int main(int count, char **arguments) {
+    char line[99];
+    if (!fgets(line, 99, stdin)) return 1;
+    printf("%.5s %s\n", line, arguments[1]);
+    fputs("wrong\n", stderr);
+    return 3;
+}""",
+        broken="int main(void) { return missing; }",
+        compiler_word="undeclared",
+        main='#include <stdio.h>\n#include "more.h"\nint main(void) { printf("%d\\n", ANSWER); }',
+        files={"more.h": "#define ANSWER 42"},
+    ),
+    "cpp": Example(
+        r"""#include <iostream>
+#include <string>
+int main(int count, char **arguments) {
+    std::string line;
+    std::getline(std::cin, line);
+    std::cout << line << " " << arguments[1] << std::endl;
+    std::cerr << "wrong" << std::endl;
+    return 3;
+}""",
+        broken="int main() { return missing; }",
+        compiler_word="not declared",
+        main='#include <cstdio>\n#include "parts/more.hpp"\nint main() { std::printf("%d\\n", answer()); }',
+        files={"parts/more.hpp": "inline int answer() { return 42; }"},
+    ),
+    "go": Example(
+        """package main
+import ("bufio"; "fmt"; "os")
+func main() {
+    line, _ := bufio.NewReader(os.Stdin).ReadString('\\n')
+    fmt.Println(line[:5], os.Args[1])
+    fmt.Fprintln(os.Stderr, "wrong")
+    os.Exit(3)
+}""",
+        broken="package main\nfunc main() { missing() }",
+        compiler_word="undefined: missing",
+    ),
+    "java": Example(
+        """import java.util.Scanner;
+public class Main {
+    public static void main(String[] arguments) {
+        System.out.println(new Scanner(System.in).nextLine() + " " + arguments[0]);
+        System.err.println("wrong");
+        System.exit(3);
+    }
+}""",
+        broken="public class Main { int answer() { return missing; } }",
+        compiler_word="cannot find symbol",
+        main="public class Main { public static void main(String[] a) { System.out.println(More.answer()); } }",
+        files={"More.java": "class More { static int answer() { return 42; } }"},
+    ),
+    "javascript": Example(
+        """const line = require('fs').readFileSync(0, 'utf8').split('\\n')[0];
+console.log(line, process.argv[2]);
+console.error('wrong');
+process.exit(3);""",
+        main="console.log(require('./more').answer)",
+        files={"more.js": "exports.answer = 42"},
+    ),
+    "lua": Example(
+        'print(io.read("l") .. " " .. arg[1])\nio.stderr:write("wrong\\n")\nos.exit(3)',
+        main='print((require("more")))',
+        files={"more.lua": "return 42"},
+    ),
+    "perl": Example(
+        'my $line = <STDIN>; chomp $line; print "$line $ARGV[0]\\n"; print STDERR "wrong\\n"; exit 3;',
+        main='require "./more.pl"; print answer(), "\\n";',
+        files={"more.pl": "sub answer { 42 } 1;"},
+    ),
+    "php": Example(
+        '<?php echo trim(fgets(STDIN)), " ", $argv[1], "\\n"; fwrite(STDERR, "wrong\\n"); exit(3);',
+        main='<?php require "more.php"; echo answer(), "\\n";',
+        files={"more.php": "<?php function answer() { return 42; }"},
+    ),
+    "ruby": Example(
+        'puts "#{STDIN.gets.chomp} #{ARGV[0]}"\nSTDERR.puts "wrong"\nexit 3',
+        main='require_relative "more"\nputs answer',
+        files={"more.rb": "def answer = 42"},
+    ),
+    "rust": Example(
+        """fn main() {
+    let mut line = String::new();
+    std::io::stdin().read_line(&mut line).unwrap();
+    println!("{} {}", line.trim(), std::env::args().nth(1).unwrap());
+    eprintln!("wrong");
+    std::process::exit(3);
+}""",
+        broken="fn main() { missing(); }",
+        compiler_word="cannot find function",
+        main='mod more;\nfn main() { println!("{}", more::ANSWER); }',
+        files={"more.rs": "pub const ANSWER: i32 = 42;"},
+    ),
+    **{
+        name: Example(
+            PYTHON,
+            broken="def f(:\n  pass",
+            compiler_word="SyntaxError",
+            main="from parts.more import answer\nprint(answer)",
+            files={"parts/more.py": "answer = 42"},
+        )
+        for name in ("python", "python-science", "python-generator")
+    },
+}
+
+
+async def find_runtime(fronts: Fronts, name: str) -> pb.Runtime:
+    """The runtime; skips the test where it is missing."""
+    listed = await fronts.grpc.list_runtimes(pb.ListRuntimesRequest())
+    for missing in listed.missing:
+        if missing.language == name:
+            pytest.skip(f"needs {name} in the sandbox: {missing.reason}")
+    [runtime] = [runtime for runtime in listed.runtimes if runtime.language == name]
+    return runtime
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_streams_arguments_and_exit_code(fronts: Fronts, name: str) -> None:
+    runtime = await find_runtime(fronts, name)
+    request = pb.ExecuteRequest(
+        language=name, source=EXAMPLES[name].program.encode(), stdin=b"input\nmore\n", args=["an argument"]
+    )
+    response = await fronts.grpc.execute(request, timeout_s=CALL_S)
+    assert (response.status, response.exit_code, response.signal) == (pb.STATUS_RUNTIME_ERROR, 3, 0), response
+    assert (response.stdout, response.stderr) == (b"input an argument\n", b"wrong\n")
+    assert response.HasField("compile") == runtime.compiled
+    assert response.peak_memory_bytes > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_the_version_is_told(fronts: Fronts, name: str) -> None:
+    runtime = await find_runtime(fronts, name)
+    assert runtime.version[0].isdigit()
+    assert runtime.title
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if EXAMPLES[name].broken])
+async def test_a_compile_error_comes_with_the_compiler_s_words(fronts: Fronts, name: str) -> None:
+    await find_runtime(fronts, name)
+    broken = EXAMPLES[name].broken.encode()
+    request = pb.ExecuteRequest(language=name, source=broken, compile_limits=PATIENT)
+    response = await fronts.grpc.execute(request, timeout_s=CALL_S)
+    assert response.status == pb.STATUS_COMPILE_ERROR
+    assert EXAMPLES[name].compiler_word in (response.compile.stderr + response.compile.stdout).decode()
+    assert response.compile.exit_code != 0
+    assert (response.stdout, response.stderr) == (b"", b"")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if EXAMPLES[name].main])
+async def test_a_program_of_several_files(fronts: Fronts, name: str) -> None:
+    await find_runtime(fronts, name)
+    files = [pb.File(path=path, content=text.encode()) for path, text in EXAMPLES[name].files.items()]
+    request = pb.ExecuteRequest(language=name, source=EXAMPLES[name].main.encode(), files=files)
+    response = await fronts.grpc.execute(request, timeout_s=CALL_S)
+    assert (response.status, response.stdout, response.stderr) == (pb.STATUS_OK, b"42\n", b""), response
+
+
+def test_every_runtime_has_an_example() -> None:
+    assert set(EXAMPLES) == set(NAMES)
+
+
+async def test_a_submission_is_compiled_once(fronts: Fronts) -> None:
+    """The compiler writes the time into the program, and a second passes between the tests."""
+    await find_runtime(fronts, "c")
+    source = b"#include <stdio.h>\n#include <unistd.h>\nint main(void) { puts(__TIME__); usleep(1100000); }"
+    tests = [pb.TestCase(stdio=pb.StdioTest(expected_stdout=b"never")) for _ in range(3)]
+    response = await fronts.grpc.judge(pb.JudgeRequest(language="c", source=source, tests=tests), timeout_s=CALL_S)
+    outputs = {result.output for result in response.results}
+    assert len(outputs) == 1
+    assert response.compile.exit_code == 0
+    assert response.wall_ms >= 3 * 1100 + response.compile.wall_ms

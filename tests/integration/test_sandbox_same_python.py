@@ -1,0 +1,221 @@
+# ruff: noqa: E501 -- a program a line
+"""A Python program behaves the same in every isolation, and as it does when an interpreter is started for it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import pytest
+import pytest_asyncio
+
+from perigee.sandbox.client import SandboxClient
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.packages import PACKAGES_FOLDER
+from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
+
+ADDRESS = re.compile("at 0x[0-9a-f]+")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A program and what it is started with."""
+
+    source: str
+    stdin: bytes = b""
+    args: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+class Ending(NamedTuple):
+    """What a caller sees of a run."""
+
+    status: str
+    exit_code: int
+    signal: int
+    stdout: str
+    stderr: str
+
+
+PROGRAMS = {
+    "exit code": Example("import sys; sys.exit(7)"),
+    "exit code beyond a byte": Example("import sys; sys.exit(300)"),
+    "negative exit code": Example("import sys; sys.exit(-1)"),
+    "exit with a message": Example("import sys; sys.exit('went wrong')"),
+    "exit with an object": Example("raise SystemExit([1, 2])"),
+    "exit with nothing": Example("print('last'); exit()"),
+    "exit with True": Example("raise SystemExit(True)"),
+    "exit of the process": Example("import os; print('lost'); os._exit(5)"),
+    "exit in a nested call": Example("def f():\n  try:\n    exit(4)\n  finally:\n    print('finally')\nf()"),
+    "traceback": Example("def f(x):\n    return 1 / x\n\n\nprint('before', flush=True)\nf(0)\n"),
+    "traceback with a cause": Example("try:\n  {}['a']\nexcept KeyError as error:\n  raise ValueError('b') from error"),
+    "traceback with a context": Example("try:\n  {}['a']\nexcept KeyError:\n  raise ValueError('b')"),
+    "traceback in a group": Example("raise ExceptionGroup('both', [ValueError(1), TypeError(2)])"),
+    "traceback with notes": Example("error = ValueError('x')\nerror.add_note('a note')\nraise error"),
+    "traceback through a file": Example("import helper\nhelper.fail()", files={"helper.py": "def fail():\n  [][1]\n"}),
+    "assertion": Example("assert 1 == 2, 'not equal'"),
+    "keyboard interrupt": Example("raise KeyboardInterrupt"),
+    "own hook for exceptions": Example("import sys\nsys.excepthook = lambda *e: print('hook', e[1])\n1/0"),
+    "an abort": Example("import os; os.abort()"),
+    "a segmentation fault": Example("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"),
+    "a termination": Example("import os, signal; print('a', flush=True); os.kill(os.getpid(), signal.SIGTERM)"),
+    "a broken pipe": Example("import os, signal\nr, w = os.pipe(); os.close(r)\ntry:\n  os.write(w, b'x')\nexcept BrokenPipeError:\n  print('raised')"),
+    "a signal that is handled": Example("import os, signal\nsignal.signal(signal.SIGTERM, lambda *a: print('got', a[0]))\nos.kill(os.getpid(), 15)\nprint('end')"),
+    "signals by default": Example("import signal\nfor s in sorted(signal.valid_signals()):\n  print(s, signal.getsignal(s))"),
+    "signals that are blocked": Example("import signal\nprint(signal.pthread_sigmask(signal.SIG_BLOCK, []))"),
+    "arguments": Example("import sys; print(sys.argv[1:])", args=("one", "", "two words", "ü", "-x", "--", "*")),
+    "names": Example("print(__name__, __doc__, __package__)"),
+    "name of the file": Example("import os; print(os.path.basename(__file__), os.path.isfile(__file__))"),
+    "own source": Example("print(len(open(__file__).read()))"),
+    "builtins": Example("import builtins; print(__builtins__ is builtins, type(exit).__name__, callable(help))"),
+    "main module": Example("import sys, __main__\nx = 5\nprint(__main__.x, sys.modules['__main__'] is __main__)"),
+    "names of the module": Example("print(sorted(n for n in globals() if n not in ('__annotations__', '__cached__')))"),
+    "future statements": Example("from __future__ import annotations\ndef f(x: missing): pass\nprint(f.__annotations__)"),
+    "input": Example("print(input('? '), input())\nprint(input())", stdin=b"1\n2\n3"),
+    "input to its end": Example("import sys; print(sys.stdin.read().split(), sys.stdin.read())", stdin=b"1\n2\n3"),
+    "input line by line": Example("import sys\nfor line in sys.stdin: print(repr(line))", stdin=b"a\r\nb\n\nc"),
+    "input in bytes": Example("import sys; print(sys.stdin.buffer.read())", stdin=bytes(range(256))),
+    "input that is not text": Example("input()", stdin=b"\xff\xfe\n"),
+    "no input": Example("import sys; print(repr(sys.stdin.read())); input()"),
+    "input by descriptor": Example("import os; print(os.read(0, 99)); print(open(0, 'rb', closefd=False).read())", stdin=b"abc"),
+    "input of a child": Example("import subprocess; print(subprocess.run(['cat'], capture_output=True).stdout)", stdin=b"abc"),
+    "streams": Example("import sys\nfor s in (sys.stdin, sys.stdout, sys.stderr): print(s.encoding, s.errors, s.line_buffering, s.isatty(), s.fileno(), s.name)"),
+    "order of streams": Example("import sys\nprint('a'); sys.stderr.write('b\\n'); print('c'); sys.stdout.write('d')"),
+    "unflushed output": Example("import sys; sys.stdout.write('no newline')"),
+    "unflushed output and an exception": Example("import sys; sys.stdout.write('no newline'); raise ValueError"),
+    "closed output": Example("import sys; print('a'); sys.stdout.close()"),
+    "output that is replaced": Example("import io, sys\nsys.stdout = io.StringIO()\nprint('swallowed')\nsys.__stdout__.write('told')"),
+    "output to a descriptor": Example("import os; print('second'); os.write(1, b'first\\n')"),
+    "output that cannot be encoded": Example("print('\\ud800')"),
+    "unicode": Example("print('äöü €  \\N{SNOWMAN}')"),
+    "locale": Example("import locale, sys\nprint(locale.getpreferredencoding(False), sys.getfilesystemencoding(), sys.getdefaultencoding(), locale.getlocale())"),
+    "exit functions": Example("import atexit\natexit.register(print, 'first registered')\natexit.register(print, 'last registered')\nprint('body')"),
+    "exit functions after an exception": Example("import atexit\natexit.register(print, 'ended')\n1/0"),
+    "an exit function that fails": Example("import atexit\natexit.register(lambda: 1/0)\nprint('body')"),
+    "threads are waited for": Example("import threading, time\ndef f():\n  time.sleep(.1); print('thread')\nthreading.Thread(target=f).start()\nprint('main')"),
+    "daemon threads are not": Example("import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()\nprint('main')"),
+    "an exception in a thread": Example("import threading\nt = threading.Thread(target=lambda: 1/0, name='worker')\nt.start(); t.join()\nprint('main')"),
+    "an executor": Example("from concurrent.futures import ThreadPoolExecutor\nwith ThreadPoolExecutor(4) as e: print(list(e.map(lambda x: x * x, range(5))))"),
+    "asynchronous": Example("import asyncio\nasync def f():\n  await asyncio.sleep(.01); return 3\nprint(asyncio.run(f()))"),
+    "processes": Example("import multiprocessing as m\ndef f(x): return x * x\nif __name__ == '__main__':\n  with m.get_context('fork').Pool(2) as p: print(p.map(f, [1, 2, 3]))"),
+    "spawned processes": Example("import multiprocessing as m\ndef f(x): print('child', x)\nif __name__ == '__main__':\n  p = m.get_context('spawn').Process(target=f, args=(3,)); p.start(); p.join(); print(p.exitcode)"),
+    "a fork": Example("import os\nif os.fork() == 0:\n  print('child')\nelse:\n  os.wait(); print('parent')"),
+    "an interpreter of its own": Example("import subprocess, sys\nr = subprocess.run([sys.executable, '-c', 'import sys; print(6 * 7, sys.argv)'], capture_output=True, text=True)\nprint(r)"),
+    "deep recursion": Example("def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(900))\ntry:\n  f(10**6)\nexcept RecursionError as e: print(e)"),
+    "deeper recursion": Example("import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(20_000))"),
+    "syntax of an imported file": Example("import helper", files={"helper.py": "def f(:\n"}),
+    "syntax of an evaluated text": Example("eval('1 +')"),
+    "own files": Example("import a.b, c\nprint(a.b.x, c.y, c.__file__ == __file__.replace('main', 'c'))", files={"a/__init__.py": "", "a/b.py": "x = 1", "c.py": "y = 2"}),
+    "a folder without init": Example("from a.b import x; print(x)", files={"a/b.py": "x = 1"}),
+    "own module named as one of the sandbox's": Example("import box, keeper; print(box.x, keeper.x)", files={"box.py": "x = 1", "keeper.py": "x = 2"}),
+    "no module of the sandbox's": Example("import sys\nprint([m for m in sys.modules if m == 'box' or m.startswith('box.')])\nimport box"),
+    "own module named as a standard one": Example("import random; print(random.x)", files={"random.py": "x = 1"}),
+    "own package named as a standard one": Example("import json.x; print(json.x.y)", files={"json/__init__.py": "", "json/x.py": "y = 1"}),
+    "own module named as a builtin one": Example("import os, sys, itertools\nprint([hasattr(m, 'x') for m in (os, sys, itertools)])", files={"os.py": "x = 1", "sys.py": "x = 1", "itertools.py": "x = 1"}),
+    "files": Example("import os\nopen('a.txt', 'w').write('x')\nos.mkdir('d'); os.rename('a.txt', 'd/b')\nprint(sorted(os.listdir('.')), open('d/b').read())", files={"given.txt": "y"}),
+    "files of the temporary folder": Example("import tempfile\nwith tempfile.NamedTemporaryFile('w+') as f:\n  f.write('x'); f.seek(0); print(f.read(), tempfile.gettempdir())"),
+    "working folder": Example("import os; print(os.getcwd(), oct(os.stat('.').st_mode), os.access('.', os.W_OK))"),
+    "mask of new files": Example("import os; print(oct(os.umask(0)))"),
+    "user": Example("import os; print(os.getuid() == os.geteuid() == os.getgid() > 0, os.getgroups())"),
+    "environment": Example("import os; print(sorted(os.environ.items()))", env={"MINE": "1", "HOME": "/elsewhere"}),
+    "environment of a child": Example("import subprocess; print(subprocess.run('env | sort | grep -v ^_=', shell=True, capture_output=True, text=True).stdout)", env={"MINE": "1"}),
+    "flags": Example("import sys; print(sys.flags.optimize, sys.flags.dev_mode, sys.flags.bytes_warning, sys.flags.inspect, sys.flags.interactive, sys.flags.utf8_mode, sys.flags.hash_randomization)"),
+    "warnings": Example("import warnings\nwarnings.warn('careful')\nwarnings.warn('old', DeprecationWarning)\nprint('end')"),
+    "warnings of the syntax": Example("x = 1\nprint(x is 1)\nprint('\\d')"),
+    "open descriptors": Example("import os; print(sorted(int(f) for f in os.listdir('/proc/self/fd'))[:3], len(os.listdir('/proc/self/fd')))"),
+    "limits": Example("import resource as r\nprint([r.getrlimit(x) for x in (r.RLIMIT_NOFILE, r.RLIMIT_CORE, r.RLIMIT_FSIZE, r.RLIMIT_NPROC, r.RLIMIT_STACK)])"),
+    "randomness": Example("import random, uuid, os, secrets; print(len({random.random() for _ in range(9)}), len(os.urandom(4)))\nrandom.seed(1); print(random.random())"),
+    "numpy": Example("import numpy as np; print(np.arange(6).reshape(2, 3) @ np.ones(3))"),
+    "sympy": Example("from sympy import *; x = symbols('x'); print(integrate(x ** 2, x))"),
+    "dates": Example("import datetime, time; print(datetime.datetime(2020, 1, 1).isoformat(), time.tzname)"),
+    "pickles of own classes": Example("import pickle\nclass A: x = 1\nprint(pickle.loads(pickle.dumps(A())).x, A.__module__, A.__qualname__)"),
+    "data classes and types": Example("from dataclasses import dataclass\nimport typing\n@dataclass\nclass A:\n  x: 'int'\nprint(A(1), typing.get_type_hints(A))"),
+    "source of an object": Example("import inspect\ndef f(): return 1\nprint(inspect.getsource(f))"),
+    "doctest": Example("def f(x):\n  '''\n  >>> f(1)\n  2\n  '''\n  return x\nimport doctest\nprint(doctest.testmod())"),
+    "unittest": Example("import unittest\nclass T(unittest.TestCase):\n  def test(self): self.assertEqual(1, 1)\nunittest.main(argv=['x'], exit=False)\nprint('end')"),
+    "collected garbage": Example("import gc, weakref\nclass A: pass\na = A(); a.a = a; r = weakref.ref(a); del a; gc.collect(); print(r(), gc.isenabled(), gc.get_threshold())"),
+    "a big number": Example("print(len(str(2 ** 10_000)))\nprint(len(str(10 ** 5000)))"),
+    "encoding of the source": Example("# -*- coding: utf-8 -*-\nprint('é')"),
+    "a byte order mark": Example("\ufeffprint('marked')"),
+    "windows line ends": Example("if True:\r\n    print('a')\r\nprint('b')\r\n"),
+    "no code": Example("# nothing"),
+}  # fmt: skip
+
+
+OF_PACKAGES = ("numpy", "sympy")
+"""Programs that need the packages, which a shell does not have."""
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def warm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SandboxClient]:
+    """A sandbox with warm interpreters."""
+    skip_unless_possible("zygote")
+    async with running_sandbox(tmp_path_factory.mktemp("zygote"), isolation="zygote", slots=1) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def cold(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SandboxClient]:
+    """A sandbox with nothing but containers."""
+    skip_unless_possible("crun")
+    async with running_sandbox(tmp_path_factory.mktemp("crun"), isolation="crun", slots=1) as client:
+        yield client
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def interpreter(cold: SandboxClient) -> str:
+    """Path of the Python that runs in containers; skips the test where a shell in one has another."""
+    response = await cold.run("import sys; print(sys.executable)")
+    if not response.stdout.startswith(b"/usr/bin/"):
+        pytest.skip("needs the Python of the boxes in /usr/bin: apt-get install python3")
+    return response.stdout.decode().strip()
+
+
+def read_ending(response: pb.ExecuteResponse) -> Ending:
+    stdout, stderr = (text.decode(errors="backslashreplace") for text in (response.stdout, response.stderr))
+    status = pb.Status.Name(response.status)
+    return Ending(status, response.exit_code, response.signal, stdout, ADDRESS.sub("at 0x0", stderr))
+
+
+async def run_python(client: SandboxClient, example: Example) -> Ending:
+    """The program in a sandbox."""
+    request = make_request(example, "python", example.source, example.files)
+    return read_ending(await client.execute(request))
+
+
+async def run_interpreter(client: SandboxClient, interpreter: str, example: Example) -> Ending:
+    """The program as a shell in a container runs it."""
+    files = {**example.files, "main.py": example.source}
+    shell = f'rm main.sh; exec env -u SHLVL -u OLDPWD -u PWD -u _ {interpreter} /box/main.py "$@"'
+    request = make_request(example, "bash", shell, files)
+    request.env["PYTHONPATH"] = PACKAGES_FOLDER
+    return read_ending(await client.execute(request))
+
+
+def make_request(example: Example, language: str, source: str, files: dict[str, str]) -> pb.ExecuteRequest:
+    return pb.ExecuteRequest(
+        language=language,
+        source=source.encode(),
+        stdin=example.stdin,
+        args=example.args,
+        env=example.env,
+        files=[pb.File(path=path, content=text.encode()) for path, text in files.items()],
+        limits=pb.Limits(memory_bytes=512 << 20),
+    )
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+async def test_warm_interpreters_and_containers_agree(warm: SandboxClient, cold: SandboxClient, name: str) -> None:
+    example = PROGRAMS[name]
+    assert await run_python(warm, example) == await run_python(cold, example)
+
+
+@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in OF_PACKAGES])
+async def test_a_program_ends_as_by_itself(
+    warm: SandboxClient, cold: SandboxClient, interpreter: str, name: str
+) -> None:
+    example = PROGRAMS[name]
+    assert await run_python(warm, example) == await run_interpreter(cold, interpreter, example)
