@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # uv does not read pip's configuration; a folder of wheels named there is honoured here.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-EXTRAS := cli services buffer coordinator sandbox reward weights rollout-cpu trainer
+EXTRAS := cli curation services buffer coordinator sandbox reward weights rollout-cpu trainer
 
 .PHONY: help setup system run test unit lint format protos lock clean
 

@@ -10,6 +10,8 @@ from typing import Annotated
 import typer
 
 from perigee.cli.ending import end as _end
+from perigee.cli.prompts.app import prompts_app
+from perigee.cli.reward.app import reward_app
 from perigee.cli.sandbox.app import app as sandbox_app
 from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError
 
@@ -21,6 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(sandbox_app)
+app.add_typer(reward_app, name="reward", help="Score responses with the reward service, and train its value heads.")
+app.add_typer(prompts_app, name="prompts", help="Curate prompt sets.")
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe.")]

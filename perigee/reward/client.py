@@ -18,6 +18,7 @@ class RewardClient(ServiceClient):
 
     service_name = "perigee.reward.v1.RewardService"
     idempotent = ("ListVerifiers",)
+    message_bytes = 64 << 20
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
         super().__init__(target, options)

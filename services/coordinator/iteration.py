@@ -16,7 +16,6 @@ from services.coordinator.context import RunContext
 from services.coordinator.dispatch import RolloutCounts, TrajectoryDispatch
 from services.coordinator.groups import LiveGroups, Trajectory
 from services.coordinator.iteration_metrics import IterationFacts, add_phases, describe_iteration
-from services.coordinator.length_reward import length_reward_weight
 from services.coordinator.responses import read_response_texts
 from services.coordinator.run_errors import single_error
 from services.coordinator.run_state import CoordinatorState, Totals
@@ -62,10 +61,8 @@ class Iteration:
             await self._create_groups()
         counts = await self._roll_out()
         config = self._context.config
-        length_weight = length_reward_weight(config.length_reward, self._number)
-        batch = make_training_batch(
-            self._groups, ShapingWeights(length_weight, config.repetition_penalty), config.drop_uniform_groups
-        )
+        weights = ShapingWeights.at(config, self._number)
+        batch = make_training_batch(self._groups, weights, config.drop_uniform_groups)
         learning_rate = learning_rate_at(config.algorithm, self._progress())
         result: trainer_pb2.TrainResult | None = None
         version = self._committed.policy_version
@@ -83,7 +80,7 @@ class Iteration:
             batch=batch,
             result=result,
             learning_rate=learning_rate,
-            length_weight=length_weight,
+            weights=weights,
             live_groups=len(self._groups) - len(batch.consumed),
             workers=len(self._context.registry.all()),
         )

@@ -18,6 +18,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.dispatch import RolloutCounts
 from services.coordinator.groups import Trajectory
+from services.coordinator.shaping import ShapingWeights
 from services.coordinator.timeline import PhaseTime, Timeline
 from services.coordinator.training_batch import TrainingBatch
 
@@ -41,7 +42,7 @@ class IterationFacts:
     batch: TrainingBatch
     result: trainer_pb2.TrainResult | None
     learning_rate: float
-    length_weight: float
+    weights: ShapingWeights
     live_groups: int
     workers: int
 
@@ -63,6 +64,7 @@ def describe_iteration(facts: IterationFacts, timeline: Timeline) -> dict[str, A
         "ended": {name: ended[name] for name in END_NAMES.values()},
         "share_partial": ended["budget"] / segments if segments else 0.0,
         "share_repeated": ended["repetition"] / len(finished) if finished else 0.0,
+        "share_overlong": share_overlong(finished, facts.weights),
         "tokens_generated": facts.counts.tokens,
         "cached_tokens": facts.counts.cached_tokens,
         "tokens_per_second": tokens_per_second(facts.counts.tokens, timeline.phases.get("rollout")),
@@ -74,7 +76,7 @@ def describe_iteration(facts: IterationFacts, timeline: Timeline) -> dict[str, A
             "live": facts.live_groups,
         },
         "learning_rate": facts.learning_rate,
-        "length_reward_weight": facts.length_weight,
+        "length_reward_weight": facts.weights.length,
         "failures": {"segments": facts.counts.failures, "judging": facts.judging_failures},
         "workers": facts.workers,
         **describe_training(facts.result),
@@ -127,6 +129,15 @@ def length_statistics(lengths: Sequence[int]) -> Mapping[str, float | None]:
     if not lengths:
         return {"mean": None, "p95": None, "max": None}
     return {"mean": mean(lengths), "p95": float(np.percentile(lengths, 95)), "max": max(lengths)}
+
+
+def share_overlong(finished: Sequence[Trajectory], weights: ShapingWeights) -> float:
+    """Share of finished responses that the overlong penalty takes something from."""
+    if not finished or not weights.overlong_penalty:
+        return 0.0
+    return sum(trajectory.tokens > weights.overlong_cap - weights.overlong_buffer for trajectory in finished) / len(
+        finished
+    )
 
 
 def tokens_per_second(tokens: int, rollout: PhaseTime | None) -> float | None:

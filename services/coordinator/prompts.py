@@ -6,27 +6,27 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
 from pydantic import Field
 from tokenizers import Tokenizer
 
 from perigee.errors import InvalidArgumentError
+from services.coordinator.verifier_specs import (
+    ChoiceSpec,
+    CodeSpec,
+    CodeTest,
+    CompositeSpec,
+    ExactSpec,
+    FunctionTest,
+    JsonSpec,
+    JudgeSpec,
+    MathSpec,
+    RegexSpec,
+    ShortAnswerSpec,
+    Spec,
+    ValueHeadSpec,
+)
 from services.kit.config import Model, validate
-
-
-class StdioTest(Model):
-    """A test by standard input and output."""
-
-    stdin: str
-    expected_stdout: str
-
-
-class FunctionTest(Model):
-    """A test by calling a function."""
-
-    arguments: list[Any]
-    expected: Any
 
 
 class PromptLine(Model):
@@ -44,49 +44,77 @@ class PromptLine(Model):
     """What follows its last occurrence in the response is the answer."""
 
 
-class MathLine(PromptLine):
+class MathLine(PromptLine, MathSpec):
     """A problem whose final answer is compared with a reference."""
 
-    verifier: Literal["math"]
-    answer: str = Field(min_length=1)
-    """The reference."""
 
-
-class CodeLimits(Model):
-    """Limits of the program under test; unset ones are the sandbox's defaults."""
-
-    wall_ms: int | None = Field(None, ge=1)
-    cpu_ms: int | None = Field(None, ge=1)
-    memory_bytes: int | None = Field(None, ge=1)
-    processes: int | None = Field(None, ge=1)
-    file_bytes: int | None = Field(None, ge=0)
-    output_bytes: int | None = Field(None, ge=1)
-
-
-class CodeLine(PromptLine):
+class CodeLine(PromptLine, CodeSpec):
     """A problem whose program is judged on hidden tests."""
 
-    verifier: Literal["code"]
-    language: str = "python"
-    """A runtime of the sandbox."""
-    function: str = ""
-    """The function that function tests call."""
-    tests: list[FunctionTest | StdioTest] = Field(min_length=1)
-    """The hidden tests."""
-    partial_credit: bool = False
-    """Reward the share of tests passed."""
-    limits: CodeLimits = CodeLimits()
-    """Limits of the program."""
+
+class ChoiceLine(PromptLine, ChoiceSpec):
+    """A multiple-choice question."""
 
 
-LINE_CLASSES: dict[str, type[MathLine] | type[CodeLine]] = {"math": MathLine, "code": CodeLine}
+class ShortAnswerLine(PromptLine, ShortAnswerSpec):
+    """A question whose answer is a word, a name or a short phrase."""
+
+
+class ExactLine(PromptLine, ExactSpec):
+    """A problem whose answer is a given text."""
+
+
+class RegexLine(PromptLine, RegexSpec):
+    """A problem whose answer matches a regular expression."""
+
+
+class JsonLine(PromptLine, JsonSpec):
+    """A problem whose answer is JSON."""
+
+
+class JudgeLine(PromptLine, JudgeSpec):
+    """A problem whose answer a language model judges."""
+
+
+class ValueHeadLine(PromptLine, ValueHeadSpec):
+    """A problem whose answer a trained model judges."""
+
+
+class CompositeLine(PromptLine, CompositeSpec):
+    """A problem whose answer several verifiers judge."""
+
+
+Line = (
+    MathLine
+    | CodeLine
+    | ChoiceLine
+    | ShortAnswerLine
+    | ExactLine
+    | RegexLine
+    | JsonLine
+    | JudgeLine
+    | ValueHeadLine
+    | CompositeLine
+)
+LINE_CLASSES: dict[str, type[Line]] = {
+    "math": MathLine,
+    "code": CodeLine,
+    "choice": ChoiceLine,
+    "short_answer": ShortAnswerLine,
+    "exact": ExactLine,
+    "regex": RegexLine,
+    "json": JsonLine,
+    "judge": JudgeLine,
+    "value_head": ValueHeadLine,
+    "composite": CompositeLine,
+}
 
 
 @dataclass(frozen=True)
 class Prompt:
     """A problem with its ground truth, as token ids, too."""
 
-    line: MathLine | CodeLine
+    line: Line
     token_ids: tuple[int, ...]
 
     @property
@@ -159,7 +187,7 @@ def read_prompts(path: str, field: str, model: ModelFolder, response_cap: int) -
     return PromptSet(prompts, {prompt.id: prompt for prompt in prompts})
 
 
-def parse_prompt_lines(path: str, field: str) -> list[MathLine | CodeLine]:
+def parse_prompt_lines(path: str, field: str) -> list[Line]:
     """The lines of a prompt file, empty ones skipped.
 
     Raises InvalidArgumentError naming file, line and field.
@@ -181,7 +209,7 @@ def parse_prompt_lines(path: str, field: str) -> list[MathLine | CodeLine]:
     return lines
 
 
-def parse_prompt_line(text: str, source: str) -> MathLine | CodeLine:
+def parse_prompt_line(text: str, source: str) -> Line:
     """One line; `source` is file and line number, for the message.
 
     Raises InvalidArgumentError naming source and field.
@@ -197,6 +225,19 @@ def parse_prompt_line(text: str, source: str) -> MathLine | CodeLine:
         known = ", ".join(sorted(LINE_CLASSES))
         raise InvalidArgumentError.of(f"{source}: verifier", f"must be one of {known}, got {kind!r}")
     line = validate(LINE_CLASSES[kind], values, source, "")
-    if isinstance(line, CodeLine) and not line.function and any(isinstance(t, FunctionTest) for t in line.tests):
-        raise InvalidArgumentError.of(f"{source}: function", "is required by tests with arguments")
+    check_spec(line, source)
     return line
+
+
+def check_spec(spec: Spec, source: str) -> None:
+    """What no single field says. Raises InvalidArgumentError naming source and field."""
+    calls = isinstance(spec, CodeSpec) and any(isinstance(test, FunctionTest | CodeTest) for test in spec.tests)
+    if isinstance(spec, CodeSpec) and calls and not spec.function:
+        raise InvalidArgumentError.of(f"{source}: function", "is required by tests with arguments or code")
+    if isinstance(spec, JsonSpec) and spec.json_schema is None and "expected" not in spec.model_fields_set:
+        raise InvalidArgumentError.of(f"{source}: json_schema", "is required where nothing is expected")
+    if isinstance(spec, JudgeSpec) and not spec.answer and not spec.rubric:
+        raise InvalidArgumentError.of(f"{source}: answer", "is required where there is no rubric")
+    if isinstance(spec, CompositeSpec):
+        for number, part in enumerate(spec.parts):
+            check_spec(part.judged_by, f"{source}: parts.{number}.judged_by")

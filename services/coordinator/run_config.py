@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from perigee.errors import InvalidArgumentError
 from services.kit.config import Model, validate
@@ -108,6 +108,17 @@ class LengthRewardConfig(Model):
     """Iterations over which the weight rises to its full strength."""
 
 
+class OverlongPenaltyConfig(Model):
+    """A penalty for responses near their cap, which pulls a long-CoT model to short ones (k1.5 section 2.4)."""
+
+    weight: float = Field(0.0, ge=0)
+    """Weight in the reward: what a response at the cap loses; 0 is off."""
+    cap: int | None = Field(None, ge=1)
+    """Response tokens at which the penalty is whole; the rollout's cap when unset."""
+    buffer: int = Field(64, ge=1)
+    """Tokens below the cap over which the penalty grows from 0; less than the cap."""
+
+
 class AlgorithmConfig(Model):
     """Policy mirror descent (k1.5 section 2.3.2)."""
 
@@ -175,12 +186,31 @@ class RunConfig(Model):
     """Reward for short correct responses."""
     repetition_penalty: float = Field(0.0, ge=0)
     """Taken from the reward of a response that was cut for repeating itself."""
+    overlong_penalty: OverlongPenaltyConfig = OverlongPenaltyConfig()
+    """Taken from the reward of a response near its cap."""
     drop_uniform_groups: bool = True
     """Leave out groups whose members have equal rewards: their advantage is zero."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     """How the policy is trained."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Accuracy on held-out problems."""
+
+    @model_validator(mode="after")
+    def _leave_room_below_the_cap(self) -> Self:
+        penalty, cap = self.overlong_penalty, self.overlong_cap
+        if penalty.weight and penalty.buffer >= cap:
+            raise ValueError(f"overlong_penalty.buffer must be less than the cap of {cap} tokens, is {penalty.buffer}")
+        if penalty.weight and cap > self.rollout.response_cap:
+            raise ValueError(
+                f"overlong_penalty.cap of {cap} tokens is never reached: rollout.response_cap is "
+                f"{self.rollout.response_cap}"
+            )
+        return self
+
+    @property
+    def overlong_cap(self) -> int:
+        """Response tokens at which the overlong penalty is whole."""
+        return self.overlong_penalty.cap or self.rollout.response_cap
 
 
 # A run may be made longer, or be measured otherwise, when it goes on.

@@ -196,6 +196,8 @@ def describe(model: type[BaseModel], section: str, detail: Mapping[str, Any]) ->
         return FieldViolation(field, "unknown key" + (f"; did you mean {near[0]}?" if near else ""))
     if detail["type"] == "missing":
         return FieldViolation(field, "is required")
+    if detail["type"] == "value_error":  # a validator of ours, whose sentence says it all
+        return FieldViolation(field, str(detail["ctx"]["error"]))
     return FieldViolation(field, f"{detail['msg'][0].lower()}{detail['msg'][1:]}, got {detail['input']!r}")
 
 

@@ -1,22 +1,32 @@
-"""Checks score requests and turns them into items; a new verifier adds its parameters here."""
+"""Checks score requests and turns them into items."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.reward.v1 import reward_pb2 as pb
+from services.reward.images import ImageLimits, read_images
+from services.reward.readers import READERS, read_parameters
 from services.reward.scoring import Scorer
-from services.reward.verifiers.base import Item, Parameters
-from services.reward.verifiers.code import CodeParameters
-from services.reward.verifiers.math import MathParameters
+from services.reward.verifiers.base import Item
 
 # More would not fit into an error's trailing metadata.
 MAX_VIOLATIONS = 20
 
 
-def read_items(request: pb.ScoreRequest, scorer: Scorer, max_response_bytes: int) -> list[Item[Any]]:
+@dataclass(frozen=True)
+class ItemLimits:
+    """How large an item may be; texts in UTF-8."""
+
+    response_bytes: int
+    prompt_bytes: int
+    images: ImageLimits
+
+
+def read_items(request: pb.ScoreRequest, scorer: Scorer, limits: ItemLimits) -> list[Item[Any]]:
     """The request's items.
 
     Raises InvalidArgumentError with a violation for each wrong field, the first 20 of them.
@@ -25,12 +35,14 @@ def read_items(request: pb.ScoreRequest, scorer: Scorer, max_response_bytes: int
     violations: list[FieldViolation] = []
     seen: set[str] = set()
     for index, message in enumerate(request.items):
-        found = find_violations(message, seen, max_response_bytes)
+        found = find_violations(message, seen, limits)
         seen.add(message.id)
+        images, wrong_images = read_images(message, limits.images)
+        found += wrong_images
         parameters = read_parameters(message)
         if parameters is not None:
-            item = Item(message.id, message.response, message.answer_marker, parameters)
-            found += scorer.verifier_of(item).find_violations(parameters)
+            item = Item(message.id, message.response, message.answer_marker, parameters, message.prompt, images)
+            found += scorer.verifier_of(parameters).find_violations(parameters)
             items.append(item)
         violations += [FieldViolation(f"items[{index}].{v.field}", v.description) for v in found]
         if len(violations) >= MAX_VIOLATIONS:
@@ -39,36 +51,26 @@ def read_items(request: pb.ScoreRequest, scorer: Scorer, max_response_bytes: int
     return items
 
 
-def find_violations(message: pb.ScoreItem, seen: set[str], max_response_bytes: int) -> list[FieldViolation]:
-    """What is wrong with an item, its verifier's parameters aside."""
+def find_violations(message: pb.ScoreItem, seen: set[str], limits: ItemLimits) -> list[FieldViolation]:
+    """What is wrong with an item, its images and its verifier's parameters aside."""
     violations = []
     if not message.id:
         violations.append(FieldViolation("id", "is required: outcomes are told apart by it"))
     elif message.id in seen:
         violations.append(FieldViolation("id", f"{message.id!r} is used twice in this call"))
-    size = len(message.response.encode())
-    if size > max_response_bytes:
-        violations.append(FieldViolation("response", f"has {size} bytes, more than {max_response_bytes}"))
-    if message.WhichOneof("verifier") is None:
-        violations.append(FieldViolation("verifier", "is required: math or code"))
+    for name, text, most in (
+        ("response", message.response, limits.response_bytes),
+        ("prompt", message.prompt, limits.prompt_bytes),
+    ):
+        size = len(text.encode())
+        if size > most:
+            violations.append(FieldViolation(name, f"has {size} bytes, more than {most}"))
+    verifier = message.WhichOneof("verifier")
+    if verifier is None:
+        violations.append(FieldViolation("verifier", f"is required: one of {', '.join(READERS)}"))
+    elif verifier not in READERS:
+        violations.append(FieldViolation("verifier", f"{verifier} is not offered: one of {', '.join(READERS)}"))
     return violations
-
-
-def read_parameters(message: pb.ScoreItem) -> Parameters | None:
-    """The parameters of the item's verifier; None when it names none."""
-    match message.WhichOneof("verifier"):
-        case "math":
-            return MathParameters(message.math.reference)
-        case "code":
-            code = message.code
-            return CodeParameters(
-                language=code.language,
-                function_name=code.function_name,
-                tests=tuple(test.SerializeToString(deterministic=True) for test in code.tests),
-                partial_credit=code.partial_credit,
-                limits=code.limits.SerializeToString(deterministic=True) if code.HasField("limits") else b"",
-            )
-    return None
 
 
 def raise_first(violations: Sequence[FieldViolation]) -> None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from perigee.errors import ResourceExhaustedError
-from services.kit.telemetry import get_logger
-from services.reward.cache import OutcomeCache, content_key
-from services.reward.metrics import CACHE_HITS, JUDGEMENT_SECONDS, OUTCOMES, QUEUED_ITEMS
+from services.reward.metrics import QUEUED_ITEMS
+from services.reward.panel import Judgement, Panel
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier
-
-log = get_logger(__name__)
 
 RETRY_AFTER_S = 1.0
 
@@ -26,76 +23,64 @@ class Scored:
     item_id: str
     outcome: Outcome
     verifier: str
+    version: str
     latency_ms: float
 
 
 class Scorer:
-    """Judges items with the verifier that their parameters name."""
+    """Scores many items at once, so many of each verifier; a verifier that is behind holds up no other."""
 
-    def __init__(
-        self,
-        verifiers: Mapping[type[Parameters], Verifier[Any]],
-        cache: OutcomeCache,
-        max_queued_items: int,
-    ) -> None:
-        self._verifiers = verifiers
-        self._cache = cache
+    def __init__(self, panel: Panel, max_queued_items: int) -> None:
+        self._panel = panel
         self._max_queued_items = max_queued_items
-        self._queued_items = 0
+        self._queued: Counter[str] = Counter()
 
     @property
     def verifiers(self) -> list[Verifier[Any]]:
         """All verifiers."""
-        return list(self._verifiers.values())
+        return list(self._panel.verifiers.values())
 
-    def verifier_of(self, item: Item[Any]) -> Verifier[Any]:
-        """The verifier that judges the item."""
-        return self._verifiers[type(item.parameters)]
+    def verifier_of(self, parameters: Parameters) -> Verifier[Any]:
+        """The verifier that takes the parameters."""
+        return self._panel.verifier_of(parameters)
 
     async def score(self, items: Sequence[Item[Any]]) -> AsyncGenerator[Scored, None]:
         """Outcomes in the order in which they become known; leaving the iteration ends the judgements.
 
-        Raises ResourceExhaustedError when too many items are under way.
+        Raises ResourceExhaustedError when too many items of one verifier are under way.
         """
-        if self._queued_items + len(items) > self._max_queued_items:
-            raise ResourceExhaustedError(
-                f"{self._queued_items} items are under way and {len(items)} more exceed "
-                f"reward.max_queued_items = {self._max_queued_items}; send them later or in smaller batches",
-                retry_after_s=RETRY_AFTER_S,
-            )
-        self._change_queued(len(items))
-        left = len(items)
+        left = Counter(self.verifier_of(item.parameters).name for item in items)
+        self._refuse_excess(left)
+        self._change_queued(left, 1)
         # Unbounded in type only: one entry an item, and items are bounded above.
-        done: asyncio.Queue[Scored] = asyncio.Queue()
+        done: asyncio.Queue[tuple[Item[Any], Judgement]] = asyncio.Queue()
         tasks = [asyncio.create_task(self._score_one(item, done)) for item in items]
         try:
-            while left:
-                scored = await done.get()
-                left -= 1
-                self._change_queued(-1)
-                yield scored
+            for _ in items:
+                item, judgement = await done.get()
+                name = judgement.verifier.name
+                left[name] -= 1
+                self._change_queued(Counter({name: 1}), -1)
+                yield Scored(item.id, judgement.outcome, name, judgement.verifier.version, judgement.seconds * 1000)
         finally:
-            self._change_queued(-left)
+            self._change_queued(left, -1)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _change_queued(self, items: int) -> None:
-        self._queued_items += items
-        QUEUED_ITEMS.set(self._queued_items)
+    def _refuse_excess(self, more: Counter[str]) -> None:
+        for name, count in more.items():
+            if self._queued[name] + count > self._max_queued_items:
+                raise ResourceExhaustedError(
+                    f"{self._queued[name]} items of the {name} verifier are under way and {count} more exceed "
+                    f"reward.max_queued_items = {self._max_queued_items}; send them later or in smaller batches",
+                    retry_after_s=RETRY_AFTER_S,
+                )
 
-    async def _score_one(self, item: Item[Any], done: asyncio.Queue[Scored]) -> None:
-        verifier = self.verifier_of(item)
-        begin = time.monotonic()
-        try:
-            outcome, shared = await self._cache.get(content_key(verifier, item), lambda: verifier.judge(item))
-        except Exception as error:  # a fault of the verifier is this item's failure, and nobody else's
-            log.exception("verifier failed", verifier=verifier.name, item_id=item.id)
-            outcome = Outcome.failed(f"the {verifier.name} verifier failed: {type(error).__name__}", retryable=False)
-            shared = False
-        seconds = time.monotonic() - begin
-        OUTCOMES.labels(verifier.name, outcome.verdict.value).inc()
-        JUDGEMENT_SECONDS.labels(verifier.name).observe(seconds)
-        if shared:
-            CACHE_HITS.labels(verifier.name).inc()
-        done.put_nowait(Scored(item.id, outcome, verifier.name, seconds * 1000))
+    def _change_queued(self, counts: Counter[str], sign: int) -> None:
+        for name, count in counts.items():
+            self._queued[name] += sign * count
+            QUEUED_ITEMS.labels(name).set(self._queued[name])
+
+    async def _score_one(self, item: Item[Any], done: asyncio.Queue[tuple[Item[Any], Judgement]]) -> None:
+        done.put_nowait((item, await self._panel.judge(item)))

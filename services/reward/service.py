@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
-from services.reward.requests import read_items
+from services.reward.requests import ItemLimits, read_items
 from services.reward.scoring import Scored, Scorer
-from services.reward.verifiers.base import Verdict
+from services.reward.verifiers.base import PartScore, Verdict
 
 FULL_NAME = "perigee.reward.v1.RewardService"
 
@@ -26,18 +26,21 @@ VERDICTS = {
 class RewardService(RewardServiceServicer):
     """Translates protobuf to the scorer and back."""
 
-    def __init__(self, scorer: Scorer, max_response_bytes: int) -> None:
+    def __init__(self, scorer: Scorer, limits: ItemLimits) -> None:
         self._scorer = scorer
-        self._max_response_bytes = max_response_bytes
+        self._limits = limits
 
-    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResponse]:
-        items = read_items(request, self._scorer, self._max_response_bytes)
+    async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncGenerator[pb.ScoreResponse, None]:
+        items = read_items(request, self._scorer, self._limits)
         async with aclosing(self._scorer.score(items)) as outcomes:
             async for scored in outcomes:
                 yield build_response(scored)
 
     async def ListVerifiers(self, request: pb.ListVerifiersRequest, context: Any) -> pb.ListVerifiersResponse:
-        verifiers = [pb.Verifier(name=verifier.name, version=verifier.version) for verifier in self._scorer.verifiers]
+        verifiers = [
+            pb.Verifier(name=verifier.name, version=verifier.version, unavailable=verifier.unavailable)
+            for verifier in self._scorer.verifiers
+        ]
         return pb.ListVerifiersResponse(verifiers=verifiers)
 
 
@@ -53,4 +56,12 @@ def build_response(scored: Scored) -> pb.ScoreResponse:
         verifier=scored.verifier,
         latency_ms=scored.latency_ms,
         retryable=outcome.retryable,
+        verifier_version=scored.version,
+        parts=[build_part(part) for part in outcome.parts],
+        retry_after_ms=None if outcome.retry_after_s is None else round(outcome.retry_after_s * 1000),
     )
+
+
+def build_part(part: PartScore) -> pb.PartScore:
+    """The message of a part; without a reward when it is FAILED."""
+    return pb.PartScore(name=part.name, verdict=VERDICTS[part.verdict], reward=part.reward, reason=part.reason)

@@ -109,6 +109,11 @@ class WorkerPool:
         await asyncio.gather(*(slot.end() for slot in self._slots))
 
     @property
+    def is_busy(self) -> bool:
+        """Whether all workers have a request."""
+        return self._idle.empty()
+
+    @property
     def pids(self) -> list[int]:
         """The processes that are there."""
         return [slot.process.pid for slot in self._slots if slot.process is not None]

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
@@ -24,7 +25,11 @@ from services.sandbox.config import SandboxConfig
 from tests.fixtures.reward import math_item, running_reward, score, score_one
 from tests.fixtures.sandbox import function_tests, skip_unless_possible
 
+FoundT = TypeVar("FoundT")
+
 ENDLESS = "9^{9^{9^{9}}}"
+# What no plain comparison decides.
+ALGEBRA = math_item("algebra", "\\sqrt{8}", "#2\\sqrt{2}")
 PROGRAM = pb.ScoreItem(
     id="p",
     response="#def f(x):return 2*x",
@@ -40,18 +45,46 @@ def free_port() -> int:
         return port
 
 
+# Supervisors of services that other tests started in this process and still use.
+BYSTANDERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def note_bystanders() -> None:
+    """Before each test."""
+    BYSTANDERS.clear()
+    BYSTANDERS.update(worker.pid for worker in checking_processes(psutil.Process().pid, depth=1))
+
+
 def checking_processes(supervisors_of: int, depth: int) -> list[psutil.Process]:
     """The math workers of a process: depth 1 the supervisors, depth 2 the children that do the checks."""
-    supervisors = [
-        child for child in psutil.Process(supervisors_of).children() if "services.reward.math_worker" in child.cmdline()
-    ]
-    return supervisors if depth == 1 else [child for s in supervisors if s.is_running() for child in s.children()]
+    children = [child for child in children_of(psutil.Process(supervisors_of)) if child.pid not in BYSTANDERS]
+    supervisors = [child for child in children if is_math_worker(child)]
+    return supervisors if depth == 1 else [child for each in supervisors for child in children_of(each)]
 
 
-async def wait_until(condition: Callable[[], bool]) -> None:
+def children_of(process: psutil.Process) -> list[psutil.Process]:
+    """None of a process that is gone."""
+    try:
+        return process.children()
+    except psutil.NoSuchProcess:
+        return []
+
+
+def is_math_worker(process: psutil.Process) -> bool:
+    """Whether a process is a supervisor of the math verifier; one that is gone is none."""
+    try:
+        return process.cmdline()[2:4] == ["services.reward.check_worker", "math"]
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def wait_until(condition: Callable[[], FoundT]) -> FoundT:
+    """What the condition found."""
     async with asyncio.timeout(60):
-        while not condition():  # noqa: ASYNC110 - other processes set no event
+        while not (found := condition()):  # noqa: ASYNC110 - other processes set no event
             await asyncio.sleep(0.02)
+        return found
 
 
 async def test_a_sandbox_that_is_down_is_a_failure_without_a_reward() -> None:
@@ -79,13 +112,14 @@ async def test_a_sandbox_that_comes_back_within_the_deadline_judges(tmp_path: Pa
 
 @pytest.mark.parametrize("depth", [1, 2], ids=["supervisor", "child"])
 async def test_a_worker_killed_mid_check_is_tried_once_more_then_fails(depth: int) -> None:
-    async with running_reward(math=MathConfig(workers=1, check_timeout_s=15)) as client:
+    # A check's deadline is of the clock and a busy child is told by its CPU time: where cores are short, a deadline of
+    # some seconds comes before the kill, and then it is the outcome. Here none comes.
+    async with running_reward(math=MathConfig(workers=1, check_timeout_s=3600)) as client:
         scoring = asyncio.create_task(score_one(client, math_item("a", "7", f"#{ENDLESS}")))
         me = psutil.Process().pid
         killed: set[int] = set()
         for _ in range(2):
-            await wait_until(lambda: any(child.pid not in killed for child in busy_child(me)))
-            [victim] = [child for child in busy_child(me) if child.pid not in killed]
+            [victim] = await wait_until(lambda: [child for child in busy_child(me) if child.pid not in killed])
             killed.add(victim.pid)
             if depth == 1:
                 victim = psutil.Process(victim.ppid())
@@ -94,14 +128,14 @@ async def test_a_worker_killed_mid_check_is_tried_once_more_then_fails(depth: in
         assert (outcome.verdict, outcome.HasField("reward")) == (VERDICT_FAILED, False)
         assert outcome.retryable
         assert "died 2 times" in outcome.reason
-        assert (await score_one(client, math_item("b", "1/2", "#0.50"))).verdict == VERDICT_CORRECT
+        assert (await score_one(client, ALGEBRA)).verdict == VERDICT_CORRECT
 
 
 async def test_a_worker_killed_once_costs_nothing() -> None:
     async with running_reward(math=MathConfig(workers=1)) as client:
         for victim in checking_processes(psutil.Process().pid, depth=1):
             victim.kill()
-        outcome = await score_one(client, math_item("a", "1/2", "#0.50"))
+        outcome = await score_one(client, ALGEBRA)
         assert outcome.verdict == VERDICT_CORRECT
 
 
@@ -110,7 +144,7 @@ async def test_a_frozen_worker_is_replaced() -> None:
         [supervisor] = checking_processes(psutil.Process().pid, depth=1)
         supervisor.suspend()
         begin = time.monotonic()
-        outcome = await score_one(client, math_item("a", "1/2", "#0.50"))
+        outcome = await score_one(client, ALGEBRA)
         assert outcome.verdict == VERDICT_CORRECT
         assert time.monotonic() - begin < 60
         assert not psutil.pid_exists(supervisor.pid)
@@ -124,7 +158,7 @@ async def test_a_caller_that_goes_away_frees_the_worker() -> None:
         scoring.cancel()
         await asyncio.wait({scoring})
         begin = time.monotonic()
-        assert (await score_one(client, math_item("b", "1/2", "#0.50"))).verdict == VERDICT_CORRECT
+        assert (await score_one(client, ALGEBRA)).verdict == VERDICT_CORRECT
         assert time.monotonic() - begin < 30
 
 
@@ -153,7 +187,15 @@ async def test_a_service_that_ends_leaves_no_process(number: signal.Signals) -> 
 
 def busy_child(service: int) -> list[psutil.Process]:
     """The child that is in a check that does not end."""
-    return [child for child in checking_processes(service, depth=2) if cpu_seconds(child) > 0.2]
+    return [child for child in checking_processes(service, depth=2) if cpu_seconds(child) > 0.2 and is_at_work(child)]
+
+
+def is_at_work(process: psutil.Process) -> bool:
+    """Whether a process does not wait; one that is gone does."""
+    try:
+        return process.status() in (psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def cpu_seconds(process: psutil.Process) -> float:
@@ -163,3 +205,59 @@ def cpu_seconds(process: psutil.Process) -> float:
     except psutil.NoSuchProcess:
         return 0.0
     return float(times.user + times.system)
+
+
+async def test_a_sandbox_that_never_answers_is_a_failure_without_a_reward() -> None:
+    async def keep_silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(keep_silent, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        async with running_reward(sandbox_address=f"127.0.0.1:{port}", code=CodeConfig(timeout_s=2)) as client:
+            outcome = await score_one(client, PROGRAM)
+    assert (outcome.verdict, outcome.HasField("reward"), outcome.retryable) == (VERDICT_FAILED, False, True)
+
+
+async def test_a_sandbox_that_is_slow_is_a_failure_without_a_reward(sandbox_address: str) -> None:
+    sleeper = pb.ScoreItem(
+        id="s",
+        response="#import time\ndef f(x):\n    time.sleep(5)\n    return 2*x",
+        answer_marker="#",
+        code=PROGRAM.code,
+    )
+    async with running_reward(sandbox_address=sandbox_address, code=CodeConfig(timeout_s=1)) as client:
+        outcomes = {outcome.id: outcome for outcome in await score(client, [sleeper, PROGRAM])}
+    assert (outcomes["s"].verdict, outcomes["s"].HasField("reward")) == (VERDICT_FAILED, False)
+    assert "did not answer within 1 s" in outcomes["s"].reason
+    assert outcomes["p"].verdict == VERDICT_CORRECT
+
+
+async def test_checks_that_hang_among_many_take_nobody_along() -> None:
+    radicals = "7"
+    for _ in range(200):
+        radicals = f"\\sqrt{{2+{radicals}}}"
+    bombs = {"tower": ENDLESS, "factorial": "123456789!", "radicals": radicals, "long": "x+" * 50_000 + "1"}
+    items = [math_item(name, "\\sqrt{7}", f"#{text}") for name, text in bombs.items()]
+    items += [math_item(str(i), f"\\sqrt{{{4 * i}}}", f"#2\\sqrt{{{i}}}") for i in range(2, 100)]
+    async with running_reward(math=MathConfig(workers=1, check_timeout_s=3)) as client:
+        outcomes = [outcome async for outcome in client.score(pb.ScoreRequest(items=items), timeout_s=60)]
+    assert len(outcomes) == len(items)
+    by_id = {outcome.id: outcome for outcome in outcomes}
+    assert {by_id[str(i)].verdict for i in range(2, 100)} == {VERDICT_CORRECT}
+    for name in ("tower", "factorial"):
+        assert (by_id[name].verdict, by_id[name].HasField("reward")) == (VERDICT_FAILED, False)
+        assert "did not end within 3 s" in by_id[name].reason
+    for name in ("radicals", "long"):
+        assert by_id[name].verdict != VERDICT_CORRECT
+
+
+async def test_more_checks_that_hang_than_may_step_aside_only_take_longer() -> None:
+    items = [math_item(f"bomb-{i}", "7", f"#{9 + i}^{{9^{{9^{{9}}}}}}") for i in range(5)]
+    items.append(ALGEBRA)
+    config = MathConfig(workers=1, check_timeout_s=1, slow_checks=1, slow_check_s=0.1)
+    async with running_reward(math=config) as client:
+        outcomes = {outcome.id: outcome.verdict for outcome in await score(client, items)}
+    assert outcomes.pop("algebra") == VERDICT_CORRECT
+    assert set(outcomes.values()) == {VERDICT_FAILED}
+    assert len(outcomes) == 5

@@ -138,6 +138,38 @@ async def test_a_run_from_warmup_to_summary(buffer_address: str, tmp_path: Path)
     assert (state.iteration, state.policy_version) == (3, 5)
 
 
+async def test_the_trainer_gets_rewards_less_the_overlong_penalty(buffer_address: str, tmp_path: Path) -> None:
+    run_id = f"run-{uuid.uuid4().hex}"
+    section = write_run_section(
+        tmp_path,
+        iterations=1,
+        rollout={"token_budget": 0, "response_cap": 24},
+        overlong_penalty={"weight": 0.5, "cap": 12, "buffer": 8},
+        drop_uniform_groups=False,
+    )
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    async with AsyncExitStack() as stack:
+        peers = await stack.enter_async_context(fake_peers(buffer_address))
+        client = await stack.enter_async_context(coordinator(peers))
+        await stack.enter_async_context(worker_in_service(peers.add_worker("a", tokenizer), client.target))
+        run_path = tmp_path / "run"
+        await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path)))
+        assert (await finish(client, run_id))[-1].error == ""
+        rewards = {
+            member.trajectory_id: member.reward
+            for request in peers.trainer.trained
+            for group in request.groups
+            for member in group.trajectories
+        }
+    penalties = {name: 0.5 * min(1.0, max(0, length - 4) / 8) for name, length in peers.trainer.lengths.items()}
+    assert {name: reward + penalties[name] for name, reward in rewards.items()} == {
+        name: pytest.approx(float(rewards[name] + penalties[name] > 0.5)) for name in rewards
+    }
+    assert len(set(penalties.values())) > 2
+    [line] = read_json_lines(run_path / "metrics.jsonl")
+    assert line["share_overlong"] == pytest.approx(sum(value > 0 for value in penalties.values()) / len(penalties))
+
+
 async def peers_run_state(buffer_address: str, run_id: str) -> buffer_pb2.GetRunResponse:
     from perigee.buffer.client import BufferClient
 

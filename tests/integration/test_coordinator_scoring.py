@@ -14,7 +14,16 @@ from tests.fixtures.coordinator import code_line, math_line, write_lines, write_
 
 async def test_math_and_code_are_judged_as_they_arrive(coding_reward: RewardClient, tmp_path: Path) -> None:
     model = read_model_folder(str(write_model_folder(tmp_path / "model")))
-    lines = [math_line("sum", "1+2=", "3"), code_line("inc")]
+    parts = [
+        {"name": "value", "judged_by": {"verifier": "math", "answer": "3"}},
+        {"name": "form", "judged_by": {"verifier": "regex", "pattern": "[0-9]"}},
+    ]
+    lines = [
+        math_line("sum", "1+2=", "3"),
+        code_line("inc"),
+        {"id": "letter", "prompt": "1+2=?", "verifier": "choice", "answer": "B", "answer_marker": "#"},
+        {"id": "both", "prompt": "1+2=", "verifier": "composite", "parts": parts, "answer_marker": "#"},
+    ]
     prompts = read_prompts(str(write_lines(tmp_path / "p.jsonl", lines)), "run.prompts", model, 16).by_id
     outcomes: dict[str, Outcome] = {}
 
@@ -28,13 +37,15 @@ async def test_math_and_code_are_judged_as_they_arrive(coding_reward: RewardClie
         "right-code": ("inc", "#def f(x):return x+1"),
         "wrong-code": ("inc", "#def f(x):return x*2"),
         "broken-code": ("inc", "#def f(x:"),
+        "right-letter": ("letter", "#(B)"),
+        "half": ("both", "#1+2=3"),
     }
     config = ScoringConfig(batch=2, queue=2, concurrency=2)
     async with ScoringPipeline(coding_reward, config, take) as scoring:
         for job_id, (prompt_id, response) in responses.items():
             await scoring.submit(ScoreJob(job_id, prompts[prompt_id], response))
         await scoring.drain()
-        assert (scoring.judged, scoring.failed) == (6, 0)
+        assert (scoring.judged, scoring.failed) == (8, 0)
     correct, wrong = buffer_pb2.VERDICT_CORRECT, buffer_pb2.VERDICT_WRONG
     assert {job_id: (outcome.verdict, outcome.reward) for job_id, outcome in outcomes.items()} == {
         "right": (correct, 1.0),
@@ -43,4 +54,6 @@ async def test_math_and_code_are_judged_as_they_arrive(coding_reward: RewardClie
         "right-code": (correct, 1.0),
         "wrong-code": (wrong, 0.0),
         "broken-code": (wrong, 0.0),
+        "right-letter": (correct, 1.0),
+        "half": (wrong, 0.5),
     }

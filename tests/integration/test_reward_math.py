@@ -62,12 +62,12 @@ async def test_without_a_marker_the_boxed_or_last_answer_counts(reward: RewardCl
     assert (await score_one(reward, math_item("a", "2x+1", "2x+1", marker=""))).verdict == VERDICT_CORRECT
 
 
-@pytest.mark.parametrize("bomb", ["9^{9^{9^{9}}}", "123456789!", "(" * 5000 + "1" + ")" * 5000])
+@pytest.mark.parametrize("bomb", ["9^{9^{9^{9}}}", "123456789!"])
 async def test_a_hanging_expression_fails_by_its_deadline_and_harms_no_other(bomb: str) -> None:
     async with running_reward(math=MathConfig(workers=1, check_timeout_s=1)) as client:
         items = [
             math_item("bomb", "7", f"#{bomb}"),
-            *(math_item(str(i), f"{i}/7", f"#\\frac{{{i}}}{{7}}") for i in range(1, 6)),
+            *(math_item(str(i), f"\\sqrt{{{4 * i}}}", f"#2\\sqrt{{{i}}}") for i in range(1, 6)),
         ]
         outcomes = {outcome.id: outcome for outcome in await score(client, items)}
         assert outcomes["bomb"].verdict == VERDICT_FAILED
@@ -82,7 +82,7 @@ async def test_a_check_that_eats_memory_fails_by_its_limit() -> None:
         outcome = await score_one(client, math_item("a", "7", "#2^{10000000000}"))
         assert (outcome.verdict, outcome.HasField("reward")) == (VERDICT_FAILED, False)
         assert "more than 150 MiB of memory" in outcome.reason
-        assert (await score_one(client, math_item("b", "1/2", "#0.50"))).verdict == VERDICT_CORRECT
+        assert (await score_one(client, math_item("b", "\\sqrt{8}", "#2\\sqrt{2}"))).verdict == VERDICT_CORRECT
 
 
 async def test_every_item_has_one_outcome_under_its_id(reward: RewardClient) -> None:
@@ -121,7 +121,21 @@ async def test_thousands_of_bad_items_still_make_a_readable_error(reward: Reward
 
 async def test_the_verifiers_are_listed(reward: RewardClient) -> None:
     response = await reward.list_verifiers(pb.ListVerifiersRequest())
-    assert [(v.name, bool(v.version)) for v in response.verifiers] == [("math", True), ("code", True)]
+    assert [(v.name, bool(v.version)) for v in response.verifiers] == [
+        (name, True)
+        for name in (
+            "math",
+            "code",
+            "choice",
+            "short_answer",
+            "exact",
+            "regex",
+            "json",
+            "judge",
+            "value_head",
+            "composite",
+        )
+    ]
 
 
 async def test_an_empty_batch_is_an_empty_stream(reward: RewardClient) -> None:

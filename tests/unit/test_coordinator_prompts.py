@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 
 from perigee.errors import InvalidArgumentError
-from services.coordinator.prompts import CodeLine, read_model_folder, read_prompts
+from perigee.reward.v1 import reward_pb2 as pb
+from perigee.sandbox.v1 import sandbox_pb2
+from services.coordinator.prompts import CodeLine, Prompt, parse_prompt_line, read_model_folder, read_prompts
 from services.coordinator.score_items import make_score_item
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
+
+
+def line(name: str, verifier: str, **fields: Any) -> dict[str, Any]:
+    return {"id": name, "prompt": "1+1=", "verifier": verifier} | fields
+
+
+def part(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    return {"name": name, "judged_by": spec}
 
 
 def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
@@ -28,13 +38,22 @@ def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
     [
         ("{", ":2: is not JSON"),
         ("[1]", ":2: must be a JSON object"),
-        ({"id": "x", "prompt": "1+1="}, ":2: verifier: must be one of code, math, got None"),
-        ({"id": "x", "prompt": "1+1=", "verifier": "vibes"}, ":2: verifier: must be one of code, math, got 'vibes'"),
+        ({"id": "x", "prompt": "1+1="}, ":2: verifier: must be one of choice, code, composite, "),
+        ({"id": "x", "prompt": "1+1=", "verifier": "vibes"}, "value_head, got 'vibes'"),
         ({"id": "x", "prompt": "1+1=", "verifier": "math"}, ":2: answer: is required"),
         (math_line("x", "1+1=", "2") | {"anwser": "2"}, ":2: anwser: unknown key; did you mean answer?"),
         (math_line("x", "1+1=", "2") | {"difficulty": "hard"}, ":2: difficulty: "),
         (code_line("x") | {"function": ""}, ":2: function: is required by tests with arguments"),
         (code_line("x") | {"tests": []}, ":2: tests: "),
+        (line("x", "json"), ":2: json_schema: is required"),
+        (line("x", "judge"), ":2: answer: is required"),
+        (line("x", "value_head", threshold=2), ":2: threshold: "),
+        (line("x", "composite", parts=[]), ":2: parts: "),
+        (line("x", "composite", parts=[part("a", {"verifier": "vibes"})]), ":2: parts.0.judged_by: "),
+        (
+            line("x", "composite", parts=[part("a", {"verifier": "judge"})]),
+            ":2: parts.0.judged_by: answer: is required",
+        ),
         (math_line("m1", "1+1=", "2"), "holds the id m1 more than once"),
     ],
 )
@@ -93,3 +112,52 @@ def test_score_items_carry_the_ground_truth(tmp_path: Path) -> None:
     assert not code.limits.HasField("wall_ms")
     judged = make_score_item("i", prompts["c2"], "").code
     assert (judged.tests[0].stdio.stdin, judged.limits.wall_ms) == (b"1\n", 500)
+
+
+@pytest.mark.parametrize(
+    ("verifier", "fields", "expected"),
+    [
+        ("math", {"answer": "1", "alternatives": ["2"]}, pb.MathVerifier(reference="1", alternatives=["2"])),
+        ("choice", {"answer": "B", "options": ["x", "y"]}, pb.ChoiceVerifier(reference="B", options=["x", "y"])),
+        ("short_answer", {"answers": ["a", "b"]}, pb.ShortAnswerVerifier(references=["a", "b"])),
+        ("exact", {"answer": "a"}, pb.ExactVerifier(reference="a")),
+        ("regex", {"pattern": "a+", "search_response": True}, pb.RegexVerifier(pattern="a+", search_response=True)),
+        ("json", {"json_schema": {"type": "null"}}, pb.JsonVerifier(schema_json='{"type": "null"}')),
+        ("json", {"expected": None}, pb.JsonVerifier(expected_json="null")),
+        ("judge", {"answer": "a", "votes": 3}, pb.JudgeVerifier(reference="a", votes=3)),
+        ("judge", {"rubric": "be kind", "judge": "large"}, pb.JudgeVerifier(rubric="be kind", judge="large")),
+        ("value_head", {"answer": "a", "threshold": 0.0}, pb.ValueHeadVerifier(reference="a", threshold=0.0)),
+        (
+            "code",
+            {"function": "f", "tests": [{"code": "assert f(1)"}], "setup_code": "x = 1"},
+            pb.CodeVerifier(
+                language="python",
+                function_name="f",
+                setup_code="x = 1",
+                tests=[sandbox_pb2.TestCase(code=sandbox_pb2.CodeTest(code="assert f(1)"))],
+            ),
+        ),
+        (
+            "composite",
+            {
+                "parts": [
+                    {"name": "a", "weight": 3, "judged_by": {"verifier": "math", "answer": "1"}},
+                    {"name": "b", "gate": True, "judged_by": {"verifier": "regex", "pattern": "x"}},
+                ]
+            },
+            pb.CompositeVerifier(
+                parts=[
+                    pb.CompositePart(name="a", weight=3, verifier=pb.VerifierSpec(math=pb.MathVerifier(reference="1"))),
+                    pb.CompositePart(
+                        name="b", weight=1, gate=True, verifier=pb.VerifierSpec(regex=pb.RegexVerifier(pattern="x"))
+                    ),
+                ]
+            ),
+        ),
+    ],
+)
+def test_every_verifier_gets_its_ground_truth(verifier: str, fields: dict[str, Any], expected: Any) -> None:
+    prompt = Prompt(parse_prompt_line(json.dumps(line("x", verifier, **fields)), "p:1"), (1,))
+    item = make_score_item("i", prompt, "r")
+    assert item.WhichOneof("verifier") == verifier
+    assert getattr(item, verifier) == expected

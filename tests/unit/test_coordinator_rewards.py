@@ -7,10 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.buffer.v1 import buffer_pb2
+from perigee.errors import InvalidArgumentError
 from services.coordinator.groups import Group, Trajectory
+from services.coordinator.iteration_metrics import share_overlong
 from services.coordinator.length_reward import length_reward, length_reward_weight
+from services.coordinator.overlong_penalty import overlong_penalty
 from services.coordinator.prompts import MathLine, Prompt
-from services.coordinator.run_config import AlgorithmConfig, LengthRewardConfig, OptimizerConfig
+from services.coordinator.run_config import (
+    AlgorithmConfig,
+    LengthRewardConfig,
+    OptimizerConfig,
+    RunConfig,
+    parse_run_config,
+)
 from services.coordinator.shaping import JudgedResponse, ShapingWeights, is_uniform, shape_rewards
 from services.coordinator.training_batch import learning_rate_at, make_algorithm, make_training_batch
 
@@ -60,6 +69,78 @@ def test_shaping_adds_length_reward_and_takes_repetition_penalty() -> None:
     ]
     assert shape_rewards(group, ShapingWeights(0.2, 0.25)) == pytest.approx([1.0 + 0.1, -0.1 - 0.25])
     assert shape_rewards([], ShapingWeights(0.2, 0.25)) == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "penalty"),
+    [(0, 0.0), (79, 0.0), (80, 0.0), (81, -0.05), (90, -0.5), (99, -0.95), (100, -1.0), (150, -1.0)],
+)
+def test_overlong_penalty_grows_over_the_buffer(tokens: int, penalty: float) -> None:
+    assert overlong_penalty(tokens, cap=100, buffer=20) == pytest.approx(penalty)
+
+
+@settings(deadline=None)
+@given(st.integers(0, 5000), st.integers(0, 5000), st.integers(2, 4000), st.data())
+def test_overlong_penalty_never_rewards_length(one: int, other: int, cap: int, data: st.DataObject) -> None:
+    buffer = data.draw(st.integers(1, cap - 1))
+    shorter, longer = sorted((one, other))
+    assert -1 <= overlong_penalty(longer, cap, buffer) <= overlong_penalty(shorter, cap, buffer) <= 0
+
+
+def test_shaping_takes_the_overlong_penalty_whatever_the_verdict() -> None:
+    group = [
+        JudgedResponse(tokens=70, reward=1.0, correct=True, repeated=False),
+        JudgedResponse(tokens=95, reward=1.0, correct=True, repeated=False),
+        JudgedResponse(tokens=100, reward=0.0, correct=False, repeated=False),
+    ]
+    weights = ShapingWeights(0.0, 0.0, overlong_penalty=0.4, overlong_cap=100, overlong_buffer=20)
+    assert shape_rewards(group, weights) == pytest.approx([1.0, 1.0 - 0.3, -0.4])
+    assert shape_rewards(group, ShapingWeights(0.0, 0.0)) == [1.0, 1.0, 0.0]
+
+
+RUN = {"model": "m", "prompts": "p", "heldout": "h", "iterations": 9}
+
+
+def test_weights_of_an_iteration_come_from_the_recipe() -> None:
+    config = RunConfig(
+        **RUN,
+        rollout={"response_cap": 300},
+        length_reward={"weight": 0.4, "warmup_iterations": 4},
+        repetition_penalty=0.1,
+        overlong_penalty={"weight": 0.5, "buffer": 100},
+    )
+    assert ShapingWeights.at(config, 2) == ShapingWeights(0.2, 0.1, 0.5, 300, 100)
+    assert ShapingWeights.at(RunConfig(**RUN), 2).overlong_penalty == 0.0
+
+
+@pytest.mark.parametrize(
+    ("penalty", "message"),
+    [
+        (
+            "{weight: 1, buffer: 200}",
+            "recipe: run: overlong_penalty.buffer must be less than the cap of 200 tokens, is 200",
+        ),
+        (
+            "{weight: 1, cap: 250}",
+            "recipe: run: overlong_penalty.cap of 250 tokens is never reached: rollout.response_cap",
+        ),
+        ("{wieght: 1}", "recipe: run.overlong_penalty.wieght: unknown key; did you mean weight?"),
+    ],
+)
+def test_a_penalty_that_makes_no_sense_is_refused(penalty: str, message: str) -> None:
+    text = f"{{model: m, prompts: p, heldout: h, iterations: 9, overlong_penalty: {penalty}}}"
+    with pytest.raises(InvalidArgumentError) as caught:
+        parse_run_config(text)
+    assert caught.value.message.startswith(message)
+
+
+@pytest.mark.parametrize(("weight", "share"), [(0.0, 0.0), (0.5, 0.5)])
+def test_the_share_of_overlong_responses_is_told(weight: float, share: float) -> None:
+    [*short, one, other] = make_group([CORRECT, WRONG, CORRECT, WRONG], [1.0, 0.0, 1.0, 0.0]).trajectories
+    one.tokens, other.tokens = 81, 200
+    weights = ShapingWeights(0.0, 0.0, overlong_penalty=weight, overlong_cap=100, overlong_buffer=20)
+    assert share_overlong([*short, one, other], weights) == share
+    assert share_overlong([], weights) == 0.0
 
 
 def test_uniform_groups() -> None:

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
+from prometheus_client import REGISTRY
 
 from perigee.errors import FieldViolation, ResourceExhaustedError
 from services.reward.cache import OutcomeCache, content_key
+from services.reward.panel import Panel
 from services.reward.scoring import Scorer
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer
 
@@ -54,8 +56,19 @@ class EchoVerifier(Verifier[EchoParameters]):
         return Outcome.correct(item.response)
 
 
+@dataclass(frozen=True)
+class OtherParameters(EchoParameters):
+    """Those of another verifier."""
+
+
+class OtherVerifier(EchoVerifier):
+    """The same under another name."""
+
+    name: ClassVar[str] = "other"
+
+
 def make(verifier: EchoVerifier, entries: int = 10, max_queued_items: int = 100) -> Scorer:
-    return Scorer({EchoParameters: verifier}, OutcomeCache(entries), max_queued_items)
+    return Scorer(Panel({EchoParameters: verifier}, OutcomeCache(entries)), max_queued_items)
 
 
 def item(item_id: str, response: str, marker: str = "") -> Item[EchoParameters]:
@@ -130,6 +143,36 @@ async def test_a_full_queue_refuses_with_a_hint_and_empties_again() -> None:
             await verdicts(scorer, item("c", "1"), item("d", "2"))
         assert full.value.retry_after_s is not None
     assert len(await verdicts(scorer, item("c", "1"), item("d", "2"))) == 2
+
+
+async def test_outcomes_are_counted_by_verifier_and_verdict() -> None:
+    def sample(name: str, **labels: str) -> float:
+        return REGISTRY.get_sample_value(f"perigee_reward_{name}", {"verifier": "echo"} | labels) or 0.0
+
+    def read() -> list[float]:
+        return [
+            sample("outcomes_total", verdict="correct"),
+            sample("outcomes_total", verdict="failed"),
+            sample("cache_hits_total"),
+            sample("judgement_seconds_count"),
+            sample("queued_items"),
+        ]
+
+    before = read()
+    await verdicts(make(EchoVerifier()), item("a", "fine"), item("b", "fine"), item("c", "fail"))
+    assert [after - earlier for after, earlier in zip(read(), before, strict=True)] == [2, 1, 1, 3, 0]
+
+
+async def test_a_verifier_that_is_behind_holds_up_no_other() -> None:
+    slow, other = EchoVerifier(), OtherVerifier()
+    scorer = Scorer(Panel({EchoParameters: slow, OtherParameters: other}, OutcomeCache(0)), max_queued_items=1)
+    waiting = asyncio.create_task(verdicts(scorer, item("a", "wait")))
+    await slow.called.wait()
+    with pytest.raises(ResourceExhaustedError, match="items of the echo verifier are under way"):
+        await verdicts(scorer, item("b", "fine"))
+    assert await verdicts(scorer, Item("c", "fine", "", OtherParameters("x"))) == {"c": Verdict.CORRECT}
+    slow.gate.set()
+    assert await waiting == {"a": Verdict.CORRECT}
 
 
 def test_keys_differ_with_everything_that_matters_and_with_nothing_else() -> None:

@@ -266,7 +266,9 @@ Global___JudgeVerifier: _TypeAlias = JudgeVerifier  # noqa: Y015
 
 @_typing.final
 class ValueHeadVerifier(_message.Message):
-    """A language model with a scalar head (k1.5 section 2.3.5): its probability is the reward."""
+    """A language model with a scalar head (k1.5 section 2.3.5). The reward is 1 or 0, or its probability where the service
+    is configured with `reward.value_head.reward: probability`.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

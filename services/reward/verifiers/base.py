@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from perigee.errors import FieldViolation
 
@@ -20,10 +21,20 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True)
+class PartScore:
+    """What one part of a composite, or one vote of a judge, found; without a reward when FAILED."""
+
+    name: str
+    verdict: Verdict
+    reward: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A verdict, its reward (absent exactly when FAILED), the answer found, and why.
 
-    `retryable` says whether asking again may help when the verdict is FAILED.
+    `retryable` says whether asking again may help when the verdict is FAILED, `retry_after_s` when.
     """
 
     verdict: Verdict
@@ -31,6 +42,8 @@ class Outcome:
     extracted: str = ""
     reason: str = ""
     retryable: bool = False
+    parts: tuple[PartScore, ...] = ()
+    retry_after_s: float | None = None
 
     def __post_init__(self) -> None:
         if (self.reward is None) != (self.verdict is Verdict.FAILED):
@@ -52,9 +65,9 @@ class Outcome:
         return cls(Verdict.UNGRADABLE, 0.0, extracted, reason)
 
     @classmethod
-    def failed(cls, reason: str, *, retryable: bool, extracted: str = "") -> Self:
+    def failed(cls, reason: str, *, retryable: bool, extracted: str = "", retry_after_s: float | None = None) -> Self:
         """No reward."""
-        return cls(Verdict.FAILED, None, extracted, reason, retryable)
+        return cls(Verdict.FAILED, None, extracted, reason, retryable, retry_after_s=retry_after_s)
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,15 @@ class Parameters:
 
 
 ParametersT = TypeVar("ParametersT", bound=Parameters)
+
+
+@dataclass(frozen=True)
+class ImagePart:
+    """An image of the prompt: either its bytes and their media type, or its address."""
+
+    data: bytes = b""
+    media_type: str = ""
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +98,8 @@ class Item(Generic[ParametersT]):
     response: str
     answer_marker: str
     parameters: ParametersT
+    prompt: str = ""
+    images: tuple[ImagePart, ...] = ()
 
 
 class Verifier(ABC, Generic[ParametersT]):
@@ -84,6 +108,11 @@ class Verifier(ABC, Generic[ParametersT]):
     name: ClassVar[str]
     # Part of the cache key: raise it when verdicts change.
     version: ClassVar[str]
+
+    @property
+    def unavailable(self) -> str:
+        """What the verifier needs that is not there; empty when it is ready."""
+        return ""
 
     @abstractmethod
     def find_violations(self, parameters: ParametersT) -> list[FieldViolation]:
@@ -94,7 +123,10 @@ class Verifier(ABC, Generic[ParametersT]):
         """The outcome of one item, within the verifier's own deadline; a failure is an outcome, not an exception."""
 
     def graded_text(self, item: Item[ParametersT]) -> str | None:
-        """What of the response the outcome depends on, for the cache; a verifier that reads more overrides it."""
+        """What of the item the outcome depends on beside the parameters, for the cache.
+
+        A verifier that reads more than the answer overrides it: `graded_whole` covers everything there is.
+        """
         return extract_answer(item.response, item.answer_marker)
 
     async def start(self) -> None:
@@ -102,6 +134,13 @@ class Verifier(ABC, Generic[ParametersT]):
 
     async def close(self) -> None:
         """Ends what `start` started."""
+
+
+def graded_whole(item: Item[Any]) -> str:
+    """Prompt, images and response, told apart by their lengths; images by their digests."""
+    images = [image.url or hashlib.blake2b(image.data, digest_size=16).hexdigest() for image in item.images]
+    parts = [item.prompt, *images, item.response]
+    return "".join(f"{len(part)}:{part}" for part in parts)
 
 
 def extract_answer(response: str, marker: str) -> str | None:

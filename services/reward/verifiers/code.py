@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from dataclasses import dataclass
 from typing import ClassVar
@@ -22,6 +23,7 @@ from services.reward.config import CodeConfig
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
 
 MAX_EXTRACTED_CHARACTERS = 1000
+MAX_REASON_CHARACTERS = 500
 FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 5.0
 # The sandbox's fault or a full queue, not the program's: worth another try within the deadline.
@@ -37,30 +39,47 @@ WRONG_VERDICTS = {
 }
 
 
+FENCE = re.compile(r"^[ \t]*```[A-Za-z0-9_+#-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+
+
 @dataclass(frozen=True)
 class CodeParameters(Parameters):
-    """Language, entry point and tests of a programming prompt; tests and limits as the sandbox's serialized messages.
+    """Language, entry point, tests and their surroundings of a programming prompt, as the sandbox has them.
 
-    Serialized, because messages can be neither hashed nor told apart by their representation.
+    Messages of the sandbox are serialized, because they can be neither hashed nor told apart by their representation.
     """
 
     language: str
     function_name: str
     tests: tuple[bytes, ...]
     partial_credit: bool
-    limits: bytes
+    limits: bytes = b""
+    checker: bytes = b""
+    interactor: bytes = b""
+    setup_code: str = ""
+    files: tuple[bytes, ...] = ()
 
 
 class CodeVerifier(Verifier[CodeParameters]):
-    """Correct when every test passes; with partial credit a wrong program earns the share of tests that it passes."""
+    """Correct when every test passes; with partial credit a wrong program earns its share of the tests' points.
+
+    A program that does not compile is wrong and says so; whatever the sandbox, a checker or an interactor does wrong is
+    a failure, tried again until the deadline. The program is what follows the marker, of text with fenced blocks the
+    last block.
+    """
 
     name: ClassVar[str] = "code"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     def __init__(self, config: CodeConfig, sandbox: SandboxClient) -> None:
         self._config = config
         self._sandbox = sandbox
         self._slots = asyncio.Semaphore(config.concurrency)
+        self._problem = ""
+
+    @property
+    def unavailable(self) -> str:
+        return self._problem
 
     def find_violations(self, parameters: CodeParameters) -> list[FieldViolation]:
         violations = []
@@ -68,18 +87,29 @@ class CodeVerifier(Verifier[CodeParameters]):
             violations.append(FieldViolation("code.language", 'is required: "python" for one'))
         if not parameters.tests:
             violations.append(FieldViolation("code.tests", "at least one test is required"))
-        for index, test in enumerate(parameters.tests):
-            kind = sandbox_pb.TestCase.FromString(test).WhichOneof("kind")
+        tests = [sandbox_pb.TestCase.FromString(test) for test in parameters.tests]
+        kinds = [test.WhichOneof("kind") for test in tests]
+        for index, kind in enumerate(kinds):
             if kind is None:
-                violations.append(FieldViolation(f"code.tests[{index}]", "must be stdio or function"))
-            elif kind == "function" and not parameters.function_name:
-                violations.append(FieldViolation("code.function_name", f"is required by code.tests[{index}]"))
+                text = "must be stdio, function, code or interactive"
+            elif kind != kinds[0]:
+                text = f"is {kind} where the first test is {kinds[0]}: all tests must be of one kind"
+            else:
+                continue
+            violations.append(FieldViolation(f"code.tests[{index}]", text))
+        if any(kind in ("function", "code") for kind in kinds) and not parameters.function_name:
+            violations.append(FieldViolation("code.function_name", "is required by function and code tests"))
+        if "interactive" in kinds and not parameters.interactor:
+            violations.append(FieldViolation("code.interactor", "is required by interactive tests"))
+        if parameters.partial_credit and tests and not sum(points_of(test) for test in tests) > 0:
+            violations.append(FieldViolation("code.partial_credit", "needs tests that are worth points"))
         return violations
 
     async def judge(self, item: Item[CodeParameters]) -> Outcome:
-        source = extract_answer(item.response, item.answer_marker)
-        if source is None:
+        text = extract_answer(item.response, item.answer_marker)
+        if text is None:
             return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
+        source = find_program(text)
         if not source:
             return Outcome.ungradable("the program is empty")
         extracted = source[:MAX_EXTRACTED_CHARACTERS]
@@ -95,22 +125,35 @@ class CodeVerifier(Verifier[CodeParameters]):
             hint_s: float | None = None
             try:
                 response = await self._sandbox.judge(request, timeout_s=max(0.01, end - time.monotonic()))
+                self._problem = ""
                 if is_judgement(response, parameters):
                     return read_judgement(response, parameters, extracted)
-                reason = f"the sandbox failed: {infrastructure_reason(response)}"
+                reason = f"the sandbox could not judge: {infrastructure_reason(response)}"
             except DeadlineExceededError:
                 reason = reason or f"the sandbox did not answer within {self._config.timeout_s:g} s"
             except RETRIED as error:
                 reason, hint_s = error.message, error.retry_after_s
+                self._problem = error.message if isinstance(error, UnavailableError) else ""
             except InvalidArgumentError as error:
                 return read_refusal(error, extracted)
             except PerigeeError as error:
                 return Outcome.failed(error.message, retryable=False, extracted=extracted)
             pause_s = min(max(pause_s, hint_s or 0.0), LAST_PAUSE_S)
             if time.monotonic() + pause_s >= end:
-                return Outcome.failed(reason, retryable=True, extracted=extracted)
+                return Outcome.failed(reason, retryable=True, extracted=extracted, retry_after_s=pause_s)
             await asyncio.sleep(pause_s)
             pause_s *= 2
+
+
+def find_program(text: str) -> str:
+    """The content of the last fenced block, also of one that does not end; the text when it has none."""
+    blocks = FENCE.findall(text)
+    return str(blocks[-1]).strip("\n") if blocks else text
+
+
+def points_of(test: sandbox_pb.TestCase) -> float:
+    """What passing a test is worth."""
+    return test.points if test.HasField("points") else 1.0
 
 
 def build_request(parameters: CodeParameters, source: str) -> sandbox_pb.JudgeRequest:
@@ -122,13 +165,17 @@ def build_request(parameters: CodeParameters, source: str) -> sandbox_pb.JudgeRe
         tests=[sandbox_pb.TestCase.FromString(test) for test in parameters.tests],
         limits=sandbox_pb.Limits.FromString(parameters.limits) if parameters.limits else None,
         stop_at_first_failure=not parameters.partial_credit,
+        files=[sandbox_pb.File.FromString(file) for file in parameters.files],
+        checker=sandbox_pb.Checker.FromString(parameters.checker) if parameters.checker else None,
+        interactor=sandbox_pb.Program.FromString(parameters.interactor) if parameters.interactor else None,
+        setup_code=parameters.setup_code,
     )
 
 
 def is_judgement(response: sandbox_pb.JudgeResponse, parameters: CodeParameters) -> bool:
     """Whether the response speaks of the program, not of the sandbox.
 
-    A share of passed tests needs every test to have been judged; a failed test alone makes a program wrong.
+    A share of the points needs every test to have been judged; a failed test alone makes a program wrong.
     """
     if parameters.partial_credit:
         judged = {sandbox_pb.TEST_VERDICT_ACCEPTED, *WRONG_VERDICTS}
@@ -146,10 +193,19 @@ def read_judgement(response: sandbox_pb.JudgeResponse, parameters: CodeParameter
     """The outcome of a judged program."""
     if response.verdict == sandbox_pb.TEST_VERDICT_ACCEPTED:
         return Outcome.correct(extracted)
-    share = response.passed / len(parameters.tests) if parameters.partial_credit else 0.0
+    share = response.points / response.max_points if parameters.partial_credit and response.max_points else 0.0
     detail = next((r.reason for r in response.results if r.verdict == response.verdict and r.reason), "")
+    if is_compile_error(response):
+        detail = detail or explain_compiler(response.compile)
     reason = WRONG_VERDICTS[response.verdict] + (f": {detail}" if detail else "")
-    return Outcome.wrong(extracted, reason, reward=share)
+    return Outcome.wrong(extracted, reason[:MAX_REASON_CHARACTERS], reward=share)
+
+
+def explain_compiler(compiled: sandbox_pb.CompileResult) -> str:
+    """The first line of what the compiler said that names an error, or its first line."""
+    lines = [line.strip() for line in (compiled.stderr or compiled.stdout).decode(errors="replace").splitlines()]
+    errors = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
+    return errors[0] if errors else f"exit code {compiled.exit_code}"
 
 
 def read_refusal(error: InvalidArgumentError, extracted: str) -> Outcome:

@@ -1,87 +1,132 @@
-"""Mathematical answers: plain numbers in process, everything else by math-verify in killable processes."""
+"""Mathematical answers: plain forms in process, everything else by a computer algebra system that may be killed."""
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import lru_cache
+from typing import ClassVar
 
 from perigee.errors import FieldViolation
-from services.reward.config import MathConfig
-from services.reward.plain_numbers import compare_plainly
+from services.reward.check_pool import CheckPool
+from services.reward.mathematics.answers import find_final_answer
+from services.reward.mathematics.compare import Algebra, agree
+from services.reward.mathematics.normalise import normalise
+from services.reward.mathematics.shapes import Relation
+from services.reward.mathematics.words import is_wordy
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
-from services.reward.worker_pool import WorkerDiedError, WorkerPool
 
-ATTEMPTS = 2
 MAX_EXTRACTED_CHARACTERS = 1000
-# Over the worker's own deadline: it kills by itself, this is for a worker that is stopped.
-GRACE_S = 5.0
+# Longer answers are taken apart in a process of their own, so that nobody waits for them.
+IN_PROCESS_CHARACTERS = 400
+# Nobody answers at such length; a longer reference allows a longer answer.
+MAX_ANSWER_CHARACTERS = 10_000
+LONGER_THAN_REFERENCE = 4
 
 
 @dataclass(frozen=True)
 class MathParameters(Parameters):
-    """The answer to compare with: a number, an expression or LaTeX."""
+    """The answer to compare with, a number, an expression, LaTeX or words, and others that are as good."""
 
     reference: str
+    alternatives: tuple[str, ...] = ()
+
+
+class NeedsAlgebraError(Exception):
+    """Two expressions that cannot be compared without a computer algebra system."""
+
+
+class NoAlgebra(Algebra):
+    """Decides nothing."""
+
+    def equal(self, expected: str, found: str) -> bool:
+        raise NeedsAlgebraError
+
+    def same_relation(self, expected: Relation, found: Relation) -> bool:
+        raise NeedsAlgebraError
+
+
+NO_ALGEBRA = NoAlgebra()
 
 
 class MathVerifier(Verifier[MathParameters]):
-    """Compares the response's final answer with the reference, as mathematics."""
+    """Compares the response's final answer with the reference, as mathematics: see `mathematics.compare`.
+
+    The answer is the last box, what is announced as the answer, or what the response ends with; after an answer marker
+    it is what the marker's line says.
+    """
 
     name: ClassVar[str] = "math"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
-    def __init__(self, config: MathConfig) -> None:
-        self._config = config
-        command = (sys.executable, "-m", "services.reward.math_worker", str(config.memory_bytes))
-        self.pool = WorkerPool(command, config.workers, config.start_timeout_s)
-
-    async def start(self) -> None:
-        await self.pool.start()
-
-    async def close(self) -> None:
-        await self.pool.close()
+    def __init__(self, pool: CheckPool) -> None:
+        self._pool = pool
 
     def find_violations(self, parameters: MathParameters) -> list[FieldViolation]:
-        if parameters.reference.strip():
-            return []
-        return [FieldViolation("math.reference", "is required: the answer to compare with")]
+        violations = []
+        if not parameters.reference.strip():
+            violations.append(FieldViolation("math.reference", "is required: the answer to compare with"))
+        for index, alternative in enumerate(parameters.alternatives):
+            if not alternative.strip():
+                violations.append(FieldViolation(f"math.alternatives[{index}]", "is empty"))
+        return violations
+
+    def graded_text(self, item: Item[MathParameters]) -> str | None:
+        answer = find_answer(item)
+        return f"no answer: {explain_absence(item)}" if answer is None else f"answer: {answer}"
 
     async def judge(self, item: Item[MathParameters]) -> Outcome:
-        answer = extract_answer(item.response, item.answer_marker)
+        answer = find_answer(item)
         if answer is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        if not answer:
-            return Outcome.ungradable("the answer is empty")
+            return Outcome.ungradable(explain_absence(item))
         extracted = answer[:MAX_EXTRACTED_CHARACTERS]
-        plain = compare_plainly(item.parameters.reference, answer)
-        if plain is not None:
-            return Outcome.correct(extracted) if plain else Outcome.wrong(extracted)
-        request = {
-            "reference": item.parameters.reference,
-            "answer": answer,
-            "whole_response": not item.answer_marker,
-            "deadline_s": self._config.check_timeout_s,
-        }
-        return await self._judge_in_worker(request, extracted)
-
-    async def _judge_in_worker(self, request: dict[str, Any], extracted: str) -> Outcome:
-        reply = {"status": "died", "reason": ""}
-        for _ in range(ATTEMPTS):
-            try:
-                reply = await self.pool.ask(request, self._config.check_timeout_s + GRACE_S)
-            except WorkerDiedError as error:
-                reply = {"status": "died", "reason": error.message}
-            if reply["status"] != "died":
-                break
-        reason = reply["reason"]
-        match reply["status"]:
+        references = [item.parameters.reference, *item.parameters.alternatives]
+        most = max(MAX_ANSWER_CHARACTERS, LONGER_THAN_REFERENCE * max(map(len, references)))
+        if len(answer) > most:
+            return Outcome.ungradable(f"the answer has {len(answer)} characters, more than {most}", extracted)
+        undecided = references
+        if max(map(len, [answer, *references])) <= IN_PROCESS_CHARACTERS:
+            verdicts = {reference: compare_plainly(reference, answer) for reference in references}
+            if any(verdicts.values()):
+                return Outcome.correct(extracted)
+            undecided = [reference for reference, verdict in verdicts.items() if verdict is None]
+            if not undecided:
+                return Outcome.wrong(extracted)
+        reply = await self._pool.check({"references": undecided, "answer": answer})
+        match reply.status:
             case "equal":
                 return Outcome.correct(extracted)
             case "different":
                 return Outcome.wrong(extracted)
             case "unreadable":
-                return Outcome.ungradable(reason, extracted)
-            case "died":
-                return Outcome.failed(f"{reason} {ATTEMPTS} times", retryable=True, extracted=extracted)
-        return Outcome.failed(reason, retryable=False, extracted=extracted)
+                return Outcome.ungradable(reply.reason, extracted)
+        return reply.failure(extracted)
+
+
+def compare_plainly(reference: str, answer: str) -> bool | None:
+    """Whether the answer is the reference; None when that takes algebra."""
+    try:
+        return agree(reference, answer, NO_ALGEBRA)
+    except NeedsAlgebraError:
+        return None
+
+
+def find_answer(item: Item[MathParameters]) -> str | None:
+    """The final answer; None when there is none."""
+    text = extract_answer(item.response, item.answer_marker)
+    if not text:
+        return None
+    return find_final_answer(text, marked=bool(item.answer_marker), words=expects_words(item.parameters.reference))
+
+
+@lru_cache(maxsize=1024)
+def expects_words(reference: str) -> bool:
+    """Whether the reference is words and not mathematics."""
+    return is_wordy(normalise(reference))
+
+
+def explain_absence(item: Item[MathParameters]) -> str:
+    """Why there is no answer."""
+    text = extract_answer(item.response, item.answer_marker)
+    if text is None:
+        return f"the response has no answer marker {item.answer_marker!r}"
+    return "the response gives no final answer" if text else "the answer is empty"

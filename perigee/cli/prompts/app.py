@@ -1,0 +1,99 @@
+"""The commands of `perigee prompts`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from perigee.cli.ending import end
+
+prompts_app = typer.Typer(no_args_is_help=True)
+
+
+@prompts_app.callback()
+def group() -> None:
+    """Keeps `curate` a command of its own while it is the only one."""
+
+
+@prompts_app.command()
+def curate(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="JSON Lines, parquet, or a folder of datasets.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the curation; the same one goes on.")],
+    renames: Annotated[
+        list[str] | None, typer.Option("--rename", metavar="FIELD=COLUMN", help="Take a field from a column; repeat.")
+    ] = None,
+    defaults: Annotated[
+        list[str] | None, typer.Option("--default", metavar="FIELD=TEXT", help="Value where there is none; repeat.")
+    ] = None,
+    answer_after: Annotated[str, typer.Option("--answer-after", help="The answer follows this in its column.")] = "",
+    split: Annotated[str | None, typer.Option("--split", help="Split of a saved DatasetDict.")] = None,
+    near_duplicates: Annotated[
+        float, typer.Option("--near-duplicates", min=0, max=1, help="Jaccard similarity of near duplicates; 0 is off.")
+    ] = 0.7,
+    keep_question_kinds: Annotated[
+        bool, typer.Option("--keep-question-kinds", help="Keep multiple-choice, true-or-false and proof questions.")
+    ] = False,
+    rollout: Annotated[
+        list[str] | None, typer.Option("--rollout", metavar="HOST:PORT", help="A rollout worker to ask; repeat.")
+    ] = None,
+    reward: Annotated[
+        str, typer.Option("--reward", envvar="PERIGEE_REWARD_ADDRESS", metavar="HOST:PORT", help="The reward service.")
+    ] = "127.0.0.1:50055",
+    model: Annotated[Path | None, typer.Option("--model", help="Hugging Face folder of the worker's model.")] = None,
+    push: Annotated[bool, typer.Option("--push", help="Give the workers the weights of --model first.")] = False,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers per prompt.")] = 10,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.01, help="Of answers and guesses.")] = 1.0,
+    response_tokens: Annotated[int, typer.Option("--response-tokens", min=1, help="Tokens of an answer.")] = 1024,
+    trivial: Annotated[
+        float, typer.Option("--trivial", min=0, max=1, help="Drop prompts solved at least this often.")
+    ] = 1.0,
+    keep_trivial: Annotated[bool, typer.Option("--keep-trivial", help="Drop no prompt for being easy.")] = False,
+    min_judged: Annotated[
+        float, typer.Option("--min-judged", min=0, max=1, help="Share of samples that must be judged.")
+    ] = 0.8,
+    guesses: Annotated[int, typer.Option("--guesses", min=0, help="Guesses per prompt; 0 is off.")] = 8,
+    guess_tokens: Annotated[int, typer.Option("--guess-tokens", min=1, help="Tokens of a guess.")] = 32,
+    guess_template: Annotated[
+        Path | None, typer.Option("--guess-template", help="File with {prompt} and {answer_marker}.")
+    ] = None,
+    buckets: Annotated[int, typer.Option("--buckets", min=1, help="Buckets of difficulty.")] = 5,
+    cap: Annotated[int | None, typer.Option("--cap", min=1, help="Prompts kept per domain and bucket.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of samples and draws.")] = 0,
+    restart: Annotated[bool, typer.Option("--restart", help="Forget what OUT holds.")] = False,
+    token: Annotated[str | None, typer.Option("--token", envvar="PERIGEE_TOKEN", help="Bearer token.")] = None,
+    ca_file: Annotated[Path | None, typer.Option("--ca-file", help="PEM roots of the services' certificates.")] = None,
+    outage_s: Annotated[float, typer.Option("--outage", min=0, help="Seconds a service may be away.")] = 60.0,
+    plain: Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Curate a prompt set: duplicates, kinds of questions, domains, difficulty, guessing, balance."""
+
+    def run() -> int:
+        from perigee.cli.prompts import options
+        from perigee.cli.prompts.curate import CurateCommand, ModelAccess, run_curate
+
+        sampling = {
+            "samples": samples,
+            "temperature": temperature,
+            "response_tokens": response_tokens,
+            "trivial_pass_rate": None if keep_trivial else trivial,
+            "guesses": guesses,
+            "guess_tokens": guess_tokens,
+            "min_judged": min_judged,
+            **options.read_template(guess_template),
+        }
+        settings = options.make_settings(
+            near_duplicates=near_duplicates,
+            drop_question_kinds=not keep_question_kinds,
+            sampling=sampling if rollout else None,
+            buckets=buckets,
+            cap=cap,
+            seed=seed,
+        )
+        columns = options.make_columns(renames or [], defaults or [], answer_after, split)
+        access = ModelAccess(rollout or [], reward, model, push, token, ca_file, outage_s)
+        return run_curate(CurateCommand(source, out, columns, settings, access, restart, plain))
+
+    end(run, debug)

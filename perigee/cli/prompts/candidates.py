@@ -1,0 +1,196 @@
+"""The prompts to curate: lines in the recipe's format, from JSON Lines or a folder of Hugging Face datasets."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from perigee.curation.domains import EMPTY_TAGS
+from perigee.curation.findings import Question
+from perigee.curation.question_kinds import KINDS
+from perigee.errors import FieldViolation, InvalidArgumentError
+from services.coordinator.prompts import LINE_CLASSES, parse_prompt_line
+
+MAX_SHOWN = 20
+KNOWN_FIELDS = frozenset(name for line_class in LINE_CLASSES.values() for name in line_class.model_fields)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How columns of the input become fields of a prompt line."""
+
+    renames: Mapping[str, str] = field(default_factory=dict)
+    """Field by column."""
+    defaults: Mapping[str, str] = field(default_factory=dict)
+    """Values of fields that the input lacks."""
+    answer_after: str = ""
+    """The answer is what follows this in its column."""
+    split: str | None = None
+    """The split of a saved DatasetDict."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A prompt to curate, and its line for the recipe."""
+
+    question: Question
+    line: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CandidateSet:
+    """All prompts, columns that were left out, and a digest of the rest."""
+
+    candidates: Sequence[Candidate]
+    left_out: Sequence[str]
+
+    @property
+    def digest(self) -> str:
+        """Names the prompts, their order and all that is known of them."""
+        digest = hashlib.blake2b(digest_size=16)
+        for candidate in self.candidates:
+            digest.update(json.dumps(candidate.line, sort_keys=True).encode() + b"\n")
+        return digest.hexdigest()
+
+
+def read_candidates(path: Path, columns: Columns) -> CandidateSet:
+    """The prompts of a file or folder; one without an id is named after its place.
+
+    Raises InvalidArgumentError with a violation per line that is no prompt.
+    """
+    candidates: list[Candidate] = []
+    violations: list[FieldViolation] = []
+    left_out: Counter[str] = Counter()
+    places: dict[str, str] = {}
+    for number, (place, row) in enumerate(_read_rows(path, columns.split), start=1):
+        try:
+            values = _read_fields(row, columns, place, f"{path.stem}-{number:06d}", left_out)
+            candidate = make_candidate(values, place)
+            if (first := places.setdefault(candidate.question.id, place)) != place:
+                raise InvalidArgumentError.of(f"{place}: id", f"{candidate.question.id} is that of {first}, too")
+        except InvalidArgumentError as error:
+            violations.append(FieldViolation("line", error.message))
+        else:
+            candidates.append(candidate)
+    if violations:
+        shown = [f"  {violation.description}" for violation in violations[:MAX_SHOWN]]
+        more = len(violations) - MAX_SHOWN
+        shown += [f"  and {more} more"] if more > 0 else []
+        raise InvalidArgumentError("some lines are no prompts:\n" + "\n".join(shown), violations=violations)
+    if not candidates:
+        raise InvalidArgumentError.of(str(path), "holds no prompts")
+    return CandidateSet(candidates, sorted(left_out))
+
+
+def make_candidate(values: dict[str, Any], place: str) -> Candidate:
+    """The candidate of a line's fields.
+
+    A line of a kind that the recipe does not know is one only when the kind is one to drop.
+    Raises InvalidArgumentError naming the place and the field.
+    """
+    kind = values.get("verifier")
+    if kind in LINE_CLASSES or kind not in KINDS:
+        parse_prompt_line(json.dumps(values), place)
+    elif not isinstance(values.get("prompt"), str):
+        raise InvalidArgumentError.of(f"{place}: prompt", "is required")
+    domain, answers = str(values.get("domain", "")), values.get("answers", [])
+    answer = answers[0] if len(answers) == 1 else values.get("answer", "")
+    question = Question(
+        id=str(values["id"]),
+        text=values["prompt"],
+        kind=str(kind),
+        reference=answer if isinstance(answer, str) else json.dumps(answer),
+        domain="" if domain in EMPTY_TAGS else domain,
+        difficulty=values.get("difficulty"),
+    )
+    return Candidate(question, values)
+
+
+def _read_fields(
+    row: Mapping[str, Any], columns: Columns, place: str, default_id: str, left_out: Counter[str]
+) -> dict[str, Any]:
+    values: dict[str, Any] = {"id": default_id, **columns.defaults}
+    names = {columns.renames.get(column, column) for column in row}
+    for column, value in row.items():
+        name = columns.renames.get(column, column)
+        if value is None:
+            continue
+        if name not in KNOWN_FIELDS:
+            near = difflib.get_close_matches(name, KNOWN_FIELDS, n=1, cutoff=0.8)
+            if near and near[0] not in names:
+                raise InvalidArgumentError.of(f"{place}: {name}", f"is no field of a prompt; did you mean {near[0]}?")
+            left_out[name] += 1
+            continue
+        values[name] = value
+    if columns.answer_after and isinstance(answer := values.get("answer"), str):
+        _, found, rest = answer.rpartition(columns.answer_after)
+        if not found:
+            raise InvalidArgumentError.of(f"{place}: answer", f"has no {columns.answer_after!r}")
+        values["answer"] = rest.strip()
+    return values
+
+
+def _read_rows(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if path.is_dir():
+        yield from _read_folder(path, split)
+    elif path.suffix == ".parquet":
+        yield from _read_files(path, "parquet", [path])
+    else:
+        yield from _read_json_lines(path)
+
+
+def _read_json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError.of(str(path), f"cannot be read: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+        except ValueError as error:
+            raise InvalidArgumentError.of(f"{path}:{number}", f"is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise InvalidArgumentError.of(f"{path}:{number}", "must be a JSON object")
+        yield f"{path}:{number}", values
+
+
+def _read_folder(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        yield from _read_saved(path, split)
+        return
+    for kind, pattern in (("parquet", "*.parquet"), ("json", "*.jsonl")):
+        if files := sorted(path.rglob(pattern)):
+            yield from _read_files(path, kind, files)
+            return
+    raise InvalidArgumentError.of(
+        str(path), "is no folder of datasets: it has neither a saved dataset nor *.parquet nor *.jsonl"
+    )
+
+
+def _read_saved(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    from datasets import DatasetDict, load_from_disk
+
+    found = load_from_disk(str(path))
+    if isinstance(found, DatasetDict):
+        if split not in found:
+            raise InvalidArgumentError.of("--split", f"must be one of {', '.join(found)}")
+        found = found[split]
+    for number, row in enumerate(found):
+        yield f"{path}[{number}]", row
+
+
+def _read_files(path: Path, kind: str, files: Iterable[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    from datasets import load_dataset
+
+    # Streaming keeps no copy in a cache.
+    rows = load_dataset(kind, data_files=[str(file) for file in files], split="train", streaming=True)
+    for number, row in enumerate(rows):
+        yield f"{path}[{number}]", row

@@ -1,0 +1,126 @@
+"""Duplicates among prompts: the same after normalization, or nearly the same by the words they share.
+
+Near duplicates are found by MinHash signatures of word n-grams (Broder 1997) in bands, and each candidate is settled by
+its true Jaccard similarity: banding can miss a pair and cannot make one up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from perigee.curation.findings import Decision, Finding, Question
+from perigee.curation.wording import ngrams, normalize, numbers, tokens
+
+NGRAM_WORDS = 4
+PERMUTATIONS = 128
+# Share of the pairs at the threshold that banding finds.
+MIN_RECALL = 0.999
+_SEED = 20250122
+
+Hashes = npt.NDArray[np.uint64]
+
+
+@dataclass
+class _Kept:
+    """A prompt that later ones are compared with."""
+
+    id: str
+    grams: Hashes
+    numbers: list[str]
+
+
+def find_duplicates(questions: Iterable[Question], threshold: float) -> Iterator[Finding]:
+    """A finding per prompt, in order; of duplicates the first stays. A threshold of 0 looks for exact ones alone.
+
+    Near duplicates have a Jaccard similarity of at least `threshold` and the same numbers: the same story about other
+    numbers has another answer.
+    """
+    exact: dict[str, str] = {}
+    index = BandIndex(threshold) if threshold > 0 else None
+    for question in questions:
+        text = normalize(question.text)
+        first = exact.setdefault(text, question.id)
+        if first != question.id:
+            yield Finding(question.id, Decision.DROP, "exact duplicate", {"duplicate_of": first})
+            continue
+        near = index.add(question.id, text) if index is not None else None
+        if near is None:
+            yield Finding(question.id)
+        else:
+            details = {"duplicate_of": near[0], "jaccard": round(near[1], 4)}
+            yield Finding(question.id, Decision.DROP, "near duplicate", details)
+
+
+class BandIndex:
+    """The prompts kept so far, found again by any band of their signatures."""
+
+    def __init__(self, threshold: float) -> None:
+        self._threshold = threshold
+        self._rows = choose_rows(threshold)
+        self._bands = PERMUTATIONS // self._rows
+        self._kept: list[_Kept] = []
+        self._buckets: list[defaultdict[bytes, list[int]]] = [defaultdict(list) for _ in range(self._bands)]
+
+    def add(self, question_id: str, text: str) -> tuple[str, float] | None:
+        """The most similar prompt kept that is a near duplicate, and how similar; without one this prompt is kept."""
+        found = _Kept(question_id, hash_grams(text), numbers(text))
+        keys = [band.tobytes() for band in signature(found.grams)[: self._bands * self._rows].reshape(self._bands, -1)]
+        candidates = {
+            place for bucket, key in zip(self._buckets, keys, strict=True) for place in bucket.get(key, ())
+        }  # fmt: skip
+        best: tuple[str, float] | None = None
+        for place in sorted(candidates):
+            other = self._kept[place]
+            if other.numbers != found.numbers:
+                continue
+            similarity = jaccard(found.grams, other.grams)
+            if similarity >= self._threshold and (best is None or similarity > best[1]):
+                best = other.id, similarity
+        if best is None:
+            for bucket, key in zip(self._buckets, keys, strict=True):
+                bucket[key].append(len(self._kept))
+            self._kept.append(found)
+        return best
+
+
+def choose_rows(threshold: float) -> int:
+    """Rows of a band: the most that still find a pair at the threshold with a probability of MIN_RECALL.
+
+    A pair of similarity s shares a band of r rows with probability s^r, so one of b bands with 1 - (1 - s^r)^b.
+    """
+    fitting = [
+        rows for rows in range(1, PERMUTATIONS + 1) if 1 - (1 - threshold**rows) ** (PERMUTATIONS // rows) >= MIN_RECALL
+    ]
+    return max(fitting, default=1)
+
+
+def hash_grams(text: str) -> Hashes:
+    """Sorted 64-bit hashes of the text's distinct n-grams, shape (grams,)."""
+    grams = ngrams(tokens(text), NGRAM_WORDS)
+    digests = b"".join(hashlib.blake2b(gram.encode(), digest_size=8).digest() for gram in grams)
+    return np.unique(np.frombuffer(digests, np.uint64))
+
+
+def signature(grams: Hashes) -> Hashes:
+    """The smallest value of each permutation over the grams, shape (PERMUTATIONS,)."""
+    values_GP = grams[:, None] * _MULTIPLIERS + _OFFSETS  # wraps around at 2^64
+    smallest: Hashes = (values_GP >> np.uint64(32)).min(axis=0)
+    return smallest
+
+
+def jaccard(one: Hashes, other: Hashes) -> float:
+    """Shared grams over all grams; the arrays hold distinct values."""
+    shared = len(np.intersect1d(one, other, assume_unique=True))
+    return shared / (len(one) + len(other) - shared)
+
+
+_random = np.random.default_rng(_SEED)
+# Multiply-shift hashing (Dietzfelbinger et al. 1997): odd multipliers, the upper half of the product.
+_MULTIPLIERS = _random.integers(0, 1 << 64, PERMUTATIONS, dtype=np.uint64) | np.uint64(1)
+_OFFSETS = _random.integers(0, 1 << 64, PERMUTATIONS, dtype=np.uint64)

@@ -1,0 +1,1 @@
+"""`perigee reward`: responses scored from files, and value heads trained."""

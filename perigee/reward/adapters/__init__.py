@@ -1,0 +1,1 @@
+"""The reward service as the reward function of other training pipelines."""

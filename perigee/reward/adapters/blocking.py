@@ -1,0 +1,146 @@
+"""The reward service for callers that are not asynchronous: a client on an event loop in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import os
+import threading
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from perigee.errors import DeadlineExceededError, InternalError, UnavailableError
+from perigee.reward.batching import BatchOptions, score_items
+from perigee.reward.client import RewardClient
+from perigee.reward.v1 import reward_pb2 as pb
+from perigee.rpc import ChannelOptions
+
+DEFAULT_ADDRESS = "127.0.0.1:50055"
+CLOSE_S = 5.0
+
+
+class BlockingScorer:
+    """Scores items and waits for all outcomes; any number of threads may share one.
+
+    Nothing is connected before the first call, so it can be pickled and sent to workers, and a process that was forked
+    from one that has connected connects anew. Address and token are those of PERIGEE_REWARD_ADDRESS and PERIGEE_TOKEN
+    unless they are given.
+    """
+
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        token: str | None = None,
+        ca_file: str | None = None,
+        options: BatchOptions = BatchOptions(),
+        deadline_s: float = 600.0,
+    ) -> None:
+        self.address = address or os.environ.get("PERIGEE_REWARD_ADDRESS", DEFAULT_ADDRESS)
+        self._channel = ChannelOptions(token=token or os.environ.get("PERIGEE_TOKEN"), ca_file=ca_file)
+        self._options = options
+        self._deadline_s = deadline_s
+        self._lock = threading.Lock()
+        self._connection: _Connection | None = None
+
+    def score(self, items: Sequence[pb.ScoreItem]) -> list[pb.ScoreResponse]:
+        """The outcomes, in the order of the items; their ids must differ.
+
+        Raises DeadlineExceededError after `deadline_s`, and what `score_items` raises.
+        """
+        future = self.submit(items)
+        try:
+            return future.result(self._deadline_s)
+        except concurrent.futures.CancelledError as error:
+            raise UnavailableError("the scorer was closed") from error
+        except TimeoutError as error:
+            raise self._late(future, items) from error
+
+    async def score_async(self, items: Sequence[pb.ScoreItem]) -> list[pb.ScoreResponse]:
+        """The same for a caller with an event loop of its own, which is not held up."""
+        future = self.submit(items)
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                return await asyncio.wrap_future(future)
+        except TimeoutError as error:
+            raise self._late(future, items) from error
+
+    def submit(self, items: Sequence[pb.ScoreItem]) -> concurrent.futures.Future[list[pb.ScoreResponse]]:
+        """Begins to score; cancelling the future ends the calls."""
+        with self._lock:
+            if self._connection is None or self._connection.pid != os.getpid():
+                self._connection = _Connection(self.address, self._channel)
+            connection = self._connection
+        return connection.submit(items, self._options)
+
+    def close(self) -> None:
+        """Ends calls in flight and the thread; a later call connects anew."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+        if connection is not None and connection.pid == os.getpid():
+            connection.close()
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_lock": None, "_connection": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def _late(
+        self, future: concurrent.futures.Future[list[pb.ScoreResponse]], items: Sequence[pb.ScoreItem]
+    ) -> DeadlineExceededError:
+        future.cancel()
+        return DeadlineExceededError(f"{len(items)} items were not scored within {self._deadline_s:g} s")
+
+
+class _Connection:
+    """A client and the thread that runs its event loop, in one process."""
+
+    def __init__(self, address: str, channel: ChannelOptions) -> None:
+        self.pid = os.getpid()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="perigee-reward", daemon=True)
+        self._thread.start()
+        # A channel belongs to the loop that it was made on.
+        self._client = self._run(_connect(address, channel)).result(CLOSE_S)
+        # Without an end in order, the interpreter's would find calls in flight.
+        atexit.register(self.close)
+
+    def submit(
+        self, items: Sequence[pb.ScoreItem], options: BatchOptions
+    ) -> concurrent.futures.Future[list[pb.ScoreResponse]]:
+        return asyncio.run_coroutine_threadsafe(_score(self._client, items, options), self._loop)
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        if self._loop.is_closed():
+            return
+        self._run(_end_all(self._client)).result(CLOSE_S)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(CLOSE_S)
+        self._loop.close()
+
+    def _run(self, coroutine: Coroutine[Any, Any, RewardClient]) -> concurrent.futures.Future[RewardClient]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+
+async def _connect(address: str, channel: ChannelOptions) -> RewardClient:
+    return RewardClient(address, channel)
+
+
+async def _end_all(client: RewardClient) -> RewardClient:
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
+    await client.close()
+    return client
+
+
+async def _score(client: RewardClient, items: Sequence[pb.ScoreItem], options: BatchOptions) -> list[pb.ScoreResponse]:
+    outcomes = {response.id: response async for response in score_items(client, items, options)}
+    if len(outcomes) < len(items):
+        raise InternalError(f"{len(items)} items have {len(outcomes)} outcomes: are their ids all different?")
+    return [outcomes[item.id] for item in items]

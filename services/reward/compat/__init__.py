@@ -1,0 +1,1 @@
+"""Endpoints that other pipelines call as they are."""

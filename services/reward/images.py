@@ -1,0 +1,125 @@
+"""Checks the images of a prompt: that their bytes are images, and that their addresses can be read by a judge."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import struct
+import zlib
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from PIL import Image, UnidentifiedImageError
+
+from perigee.errors import FieldViolation
+from perigee.reward.v1 import reward_pb2 as pb
+from services.reward.verifiers.base import ImagePart
+
+MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+SCHEMES = ("http", "https", "data")
+DATA_URL = re.compile(r"data:(image/[a-z]+);base64,([A-Za-z0-9+/=]+)")
+MAX_URL_CHARACTERS = 8192
+# What Pillow raises on damaged files of the four formats.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """How many images an item may have and how large each may be."""
+
+    images: int
+    image_bytes: int
+    pixels: int
+
+
+class NoImageError(ValueError):
+    """Bytes or an address that are not an image; its text says why."""
+
+
+def read_images(message: pb.ScoreItem, limits: ImageLimits) -> tuple[tuple[ImagePart, ...], list[FieldViolation]]:
+    """The images of an item that are right, and what is wrong with the others."""
+    if len(message.images) > limits.images:
+        text = f"has {len(message.images)} images, more than {limits.images}"
+        return (), [FieldViolation("images", text)]
+    images, violations = [], []
+    for index, image in enumerate(message.images):
+        try:
+            images.append(read_image(image, limits))
+        except NoImageError as error:
+            field = image.WhichOneof("source")
+            name = f"images[{index}].{field}" if field else f"images[{index}]"
+            violations.append(FieldViolation(name, str(error)))
+    return tuple(images), violations
+
+
+def read_image(image: pb.Image, limits: ImageLimits) -> ImagePart:
+    """One image.
+
+    Raises NoImageError.
+    """
+    match image.WhichOneof("source"):
+        case "data":
+            return ImagePart(image.data, find_media_type(image.data, limits))
+        case "url":
+            check_url(image.url, limits)
+            return ImagePart(url=image.url)
+    raise NoImageError("data or url is required")
+
+
+def find_media_type(data: bytes, limits: ImageLimits) -> str:
+    """The media type that the bytes have; the picture itself is not decoded.
+
+    Raises NoImageError when they are none of the four formats, damaged or too large.
+    """
+    if len(data) > limits.image_bytes:
+        raise NoImageError(f"has {len(data)} bytes, more than {limits.image_bytes}")
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(MEDIA_TYPES)) as picture:
+            width, height = picture.size
+            media_type = MEDIA_TYPES[picture.format or ""]
+            picture.verify()
+    except UnidentifiedImageError as error:
+        raise NoImageError("is no PNG, JPEG, WebP or GIF image") from error
+    except DAMAGE as error:
+        raise NoImageError(f"is a damaged image: {error}") from error
+    if width * height > limits.pixels:
+        raise NoImageError(f"has {width} x {height} pixels, more than {limits.pixels}")
+    return media_type
+
+
+def check_url(url: str, limits: ImageLimits) -> None:
+    """Refuses an address that a judge's endpoint cannot read.
+
+    Raises NoImageError.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise NoImageError(f"is no URL: {error}") from error
+    if parts.scheme not in SCHEMES:
+        raise NoImageError(f"must begin with {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}, got {parts.scheme!r}")
+    if parts.scheme == "data":
+        check_data_url(url, limits)
+    elif not parts.hostname:
+        raise NoImageError("names no host")
+    elif len(url) > MAX_URL_CHARACTERS:
+        raise NoImageError(f"has {len(url)} characters, more than {MAX_URL_CHARACTERS}")
+
+
+def check_data_url(url: str, limits: ImageLimits) -> None:
+    """Refuses a data URL whose content is not the image that it says.
+
+    Raises NoImageError.
+    """
+    match = DATA_URL.fullmatch(url)
+    if match is None:
+        raise NoImageError("must be of the form data:image/png;base64,...")
+    try:
+        data = base64.b64decode(match[2], validate=True)
+    except binascii.Error as error:
+        raise NoImageError(f"is not base64: {error}") from error
+    media_type = find_media_type(data, limits)
+    if media_type != match[1]:
+        raise NoImageError(f"says {match[1]} but holds {media_type}")

@@ -1,0 +1,175 @@
+"""Several verifiers on one response, weighted, some of them gates."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from perigee.errors import FieldViolation
+from services.reward.metrics import AGREEMENTS
+from services.reward.verifiers.base import (
+    Item,
+    Outcome,
+    Parameters,
+    PartScore,
+    Verdict,
+    Verifier,
+    graded_whole,
+)
+
+MAX_PARTS = 16
+
+
+@dataclass(frozen=True)
+class CompositePart:
+    """One verifier's share; `parameters` is None where the request named no verifier that is offered."""
+
+    name: str
+    parameters: Parameters | None
+    weight: float
+    gate: bool = False
+
+
+@dataclass(frozen=True)
+class CompositeParameters(Parameters):
+    """The parts, in the order in which they are reported."""
+
+    parts: tuple[CompositePart, ...]
+
+
+class CompositeVerifier(Verifier[CompositeParameters]):
+    """The weighted mean of its parts; correct when every gate and every weighted part is.
+
+    Gates are judged first: one that is not correct makes the whole wrong with reward 0, and the rest is not judged. A
+    part that FAILED makes the whole FAILED unless a gate decided. Parts that were judged are reported.
+    """
+
+    name: ClassVar[str] = "composite"
+    version: ClassVar[str] = "1"
+
+    def __init__(
+        self,
+        verifiers: Mapping[type[Parameters], Verifier[Any]],
+        judge_part: Callable[[Item[Any]], Awaitable[Outcome]],
+    ) -> None:
+        self._verifiers = verifiers
+        self._judge_part = judge_part
+
+    def find_violations(self, parameters: CompositeParameters) -> list[FieldViolation]:
+        parts = parameters.parts
+        if not 1 <= len(parts) <= MAX_PARTS:
+            return [FieldViolation("composite.parts", f"has {len(parts)} parts: between 1 and {MAX_PARTS} are allowed")]
+        violations = []
+        names: set[str] = set()
+        for index, part in enumerate(parts):
+            violations += [
+                FieldViolation(f"composite.parts[{index}].{violation.field}", violation.description)
+                for violation in self._find_part_violations(part, names)
+            ]
+            names.add(part.name)
+        if not violations and not sum(part.weight for part in parts) > 0:
+            violations.append(FieldViolation("composite.parts", "at least one weight must be positive"))
+        return violations
+
+    def _find_part_violations(self, part: CompositePart, names: set[str]) -> list[FieldViolation]:
+        violations = []
+        if not part.name or part.name in names:
+            violations.append(FieldViolation("name", "is required, and different for each part"))
+        if not math.isfinite(part.weight) or part.weight < 0:
+            violations.append(FieldViolation("weight", f"must be a number from 0, got {part.weight}"))
+        if part.parameters is None:
+            return [*violations, FieldViolation("verifier", "must be one of those that are offered")]
+        inner = self._verifiers[type(part.parameters)].find_violations(part.parameters)
+        return violations + [FieldViolation(f"verifier.{each.field}", each.description) for each in inner]
+
+    def graded_text(self, item: Item[CompositeParameters]) -> str | None:
+        return graded_whole(item)
+
+    async def judge(self, item: Item[CompositeParameters]) -> Outcome:
+        parts = item.parameters.parts
+        gates = [part for part in parts if part.gate]
+        outcomes = await self._judge_parts(item, gates)
+        closed = [part for part in gates if outcomes[part.name].verdict in (Verdict.WRONG, Verdict.UNGRADABLE)]
+        if closed:
+            outcome = outcomes[closed[0].name]
+            reason = f"gate {closed[0].name}: {outcome.reason or outcome.verdict.value}"
+            return report(parts, outcomes, Outcome.wrong(first_extracted(parts, outcomes), reason))
+        if not any(outcome.verdict is Verdict.FAILED for outcome in outcomes.values()):
+            outcomes |= await self._judge_parts(item, [part for part in parts if not part.gate])
+            count_agreements(self._verifiers, parts, outcomes)
+        return report(parts, outcomes, combine(parts, outcomes))
+
+    async def _judge_parts(self, item: Item[CompositeParameters], parts: Sequence[CompositePart]) -> dict[str, Outcome]:
+        outcomes = await asyncio.gather(*(self._judge_part(part_item(item, part)) for part in parts))
+        return {part.name: outcome for part, outcome in zip(parts, outcomes, strict=True)}
+
+
+def part_item(item: Item[CompositeParameters], part: CompositePart) -> Item[Any]:
+    """The item for the verifier of one part."""
+    return Item(item.id, item.response, item.answer_marker, part.parameters, item.prompt, item.images)
+
+
+def combine(parts: Sequence[CompositePart], outcomes: Mapping[str, Outcome]) -> Outcome:
+    """The whole's outcome once no gate has decided."""
+    extracted = first_extracted(parts, outcomes)
+    failed = [(part, outcomes[part.name]) for part in parts if is_failed(outcomes.get(part.name))]
+    if failed:
+        reason = "; ".join(f"part {part.name}: {outcome.reason}" for part, outcome in failed)
+        hints = [outcome.retry_after_s for _, outcome in failed if outcome.retry_after_s is not None]
+        return Outcome.failed(
+            reason,
+            retryable=any(outcome.retryable for _, outcome in failed),
+            extracted=extracted,
+            retry_after_s=max(hints, default=None),
+        )
+    total = sum(part.weight for part in parts)
+    reward = sum(part.weight * (outcomes[part.name].reward or 0.0) for part in parts) / total
+    counted = [part for part in parts if part.gate or part.weight > 0]
+    missed = [part for part in counted if outcomes[part.name].verdict is not Verdict.CORRECT]
+    if not missed:
+        return Outcome(Verdict.CORRECT, reward, extracted)
+    if all(outcomes[part.name].verdict is Verdict.UNGRADABLE for part in counted):
+        return Outcome.ungradable(outcomes[missed[0].name].reason, extracted)
+    reason = "; ".join(f"part {part.name}: {outcomes[part.name].reason or 'wrong'}" for part in missed)
+    return Outcome.wrong(extracted, reason, reward=reward)
+
+
+def report(parts: Sequence[CompositePart], outcomes: Mapping[str, Outcome], whole: Outcome) -> Outcome:
+    """The whole with the parts that were judged."""
+    scores = tuple(
+        PartScore(part.name, outcome.verdict, outcome.reward, outcome.reason)
+        for part in parts
+        if (outcome := outcomes.get(part.name)) is not None
+    )
+    return replace(whole, parts=scores)
+
+
+def is_failed(outcome: Outcome | None) -> bool:
+    """Whether a part was judged and FAILED."""
+    return outcome is not None and outcome.verdict is Verdict.FAILED
+
+
+def first_extracted(parts: Sequence[CompositePart], outcomes: Mapping[str, Outcome]) -> str:
+    """The answer that the first part that found one found."""
+    found = [outcomes[part.name].extracted for part in parts if part.name in outcomes]
+    return next((extracted for extracted in found if extracted), "")
+
+
+def count_agreements(
+    verifiers: Mapping[type[Parameters], Verifier[Any]],
+    parts: Sequence[CompositePart],
+    outcomes: Mapping[str, Outcome],
+) -> None:
+    """Counts, for each pair of verifiers that gave a verdict, whether both found the response correct or neither."""
+    judged = [
+        (verifiers[type(part.parameters)].name, outcomes[part.name].verdict is Verdict.CORRECT)
+        for part in parts
+        if part.parameters is not None and not is_failed(outcomes.get(part.name))
+    ]
+    for pair in itertools.combinations(sorted(judged), 2):
+        result = "agree" if pair[0][1] == pair[1][1] else "disagree"
+        AGREEMENTS.labels(pair[0][0], pair[1][0], result).inc()

@@ -1,0 +1,101 @@
+"""Answers that only a reader can judge: a language model reads question, reference and response, reasons, and decides.
+
+Kimi k1.5, section 2.3.5: a chain-of-thought reward model judges better than a scalar head.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import ClassVar
+
+from perigee.errors import FieldViolation
+from services.reward.config import MAX_VOTES, JudgeConfig
+from services.reward.judging.endpoint import Endpoint
+from services.reward.judging.prompts import Case, Quoted
+from services.reward.judging.votes import Vote, VoteError, tally
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer, graded_whole
+
+MAX_EXTRACTED_CHARACTERS = 1000
+
+
+@dataclass(frozen=True)
+class JudgeParameters(Parameters):
+    """What to compare with and what to fulfil, which judge to ask and how often; empty and None take the defaults."""
+
+    reference: str = ""
+    judge: str = ""
+    votes: int | None = None
+    rubric: str = ""
+
+
+class JudgeVerifier(Verifier[JudgeParameters]):
+    """Asks a configured judge for votes; more than half of them decide, and nothing less does."""
+
+    name: ClassVar[str] = "judge"
+    version: ClassVar[str] = "1"
+
+    def __init__(self, config: JudgeConfig) -> None:
+        self._endpoints = {
+            name: Endpoint(name, judge, config.max_response_characters) for name, judge in config.judges.items()
+        }
+        self._default = config.default or next(iter(config.judges), "")
+
+    @property
+    def unavailable(self) -> str:
+        return "" if self._endpoints else "no judge is configured: set reward.judge.judges"
+
+    @property
+    def endpoints(self) -> dict[str, Endpoint]:
+        """The judges by name."""
+        return self._endpoints
+
+    async def start(self) -> None:
+        for endpoint in self._endpoints.values():
+            await endpoint.start()
+
+    async def close(self) -> None:
+        for endpoint in self._endpoints.values():
+            await endpoint.close()
+
+    def find_violations(self, parameters: JudgeParameters) -> list[FieldViolation]:
+        violations = []
+        if not parameters.reference.strip() and not parameters.rubric.strip():
+            violations.append(FieldViolation("judge.reference", "is required where there is no rubric"))
+        if parameters.judge and self._endpoints and parameters.judge not in self._endpoints:
+            known = ", ".join(self._endpoints)
+            violations.append(FieldViolation("judge.judge", f"{parameters.judge!r} is not configured: one of {known}"))
+        if parameters.votes is not None and not 1 <= parameters.votes <= MAX_VOTES:
+            violations.append(FieldViolation("judge.votes", f"must be 1 to {MAX_VOTES}, got {parameters.votes}"))
+        return violations
+
+    def graded_text(self, item: Item[JudgeParameters]) -> str | None:
+        return graded_whole(item)
+
+    async def judge(self, item: Item[JudgeParameters]) -> Outcome:
+        answer = extract_answer(item.response, item.answer_marker)
+        if answer is None:
+            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
+        if not answer:
+            return Outcome.ungradable("the answer is empty")
+        parameters = item.parameters
+        endpoint = self._endpoints.get(parameters.judge or self._default)
+        if endpoint is None:
+            reason = self.unavailable or f"judge {parameters.judge!r} is not configured"
+            return Outcome.failed(reason, retryable=False)
+        case = Case(item.prompt, parameters.reference, parameters.rubric, answer, item.images)
+        quoted = await asyncio.to_thread(Quoted.of, case)
+        votes = endpoint.config.votes if parameters.votes is None else parameters.votes
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(cast_vote(endpoint, quoted)) for _ in range(votes)]
+        extracted = answer[:MAX_EXTRACTED_CHARACTERS] if item.answer_marker else ""
+        return tally([task.result() for task in tasks], extracted)
+
+
+async def cast_vote(endpoint: Endpoint, quoted: Quoted) -> Vote:
+    """One vote; what goes wrong with it is the vote's outcome."""
+    try:
+        judgement = await endpoint.vote(quoted)
+    except VoteError as error:
+        return Vote.failed(error)
+    return Vote(Verdict(judgement.verdict), judgement.reasoning)

@@ -1,0 +1,74 @@
+"""Short answers: a word, a name or a phrase."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from typing import ClassVar
+
+from perigee.errors import FieldViolation
+from services.reward.mathematics.answers import find_final_answer
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
+
+MAX_EXTRACTED_CHARACTERS = 1000
+# A longer one is an essay and not a short answer; normalising it would only take time.
+MAX_ANSWER_CHARACTERS = 2000
+ARTICLES = ("a", "an", "the")
+LEAD = re.compile(r"^(?:(?:it|this|that|he|she|they|these|those)\s+(?:is|was|are|were)|it's|that's)\s+", re.IGNORECASE)
+TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}")
+APOSTROPHES = re.compile(r"['’`]")
+
+
+@dataclass(frozen=True)
+class ShortAnswerParameters(Parameters):
+    """Answers that are right."""
+
+    references: tuple[str, ...]
+
+
+class ShortAnswerVerifier(Verifier[ShortAnswerParameters]):
+    """Correct when the answer is one of the references, both normalised, see `normalise_phrase`; more words are wrong.
+
+    The answer is what follows the marker; without one it is the last box, what is announced as the answer, or the last
+    sentence. "It is" before it does not count.
+    """
+
+    name: ClassVar[str] = "short_answer"
+    version: ClassVar[str] = "1"
+
+    def find_violations(self, parameters: ShortAnswerParameters) -> list[FieldViolation]:
+        if not parameters.references:
+            return [FieldViolation("short_answer.references", "at least one is required")]
+        return [
+            FieldViolation(f"short_answer.references[{index}]", "has no letter or digit")
+            for index, reference in enumerate(parameters.references)
+            if not normalise_phrase(reference)
+        ]
+
+    async def judge(self, item: Item[ShortAnswerParameters]) -> Outcome:
+        text = extract_answer(item.response, item.answer_marker)
+        if text is None:
+            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
+        answer = find_final_answer(text, marked=bool(item.answer_marker), words=True) if text else None
+        if answer is None:
+            return Outcome.ungradable("the response gives no final answer" if text else "the answer is empty")
+        extracted = answer[:MAX_EXTRACTED_CHARACTERS]
+        if len(answer) > MAX_ANSWER_CHARACTERS:
+            return Outcome.ungradable(f"the answer has {len(answer)} characters", extracted)
+        references = {normalise_phrase(reference) for reference in item.parameters.references}
+        answer = TEXT_COMMAND.sub(r"\1", answer)
+        found = {normalise_phrase(answer), normalise_phrase(LEAD.sub("", answer.strip()))}
+        return Outcome.correct(extracted) if references & found else Outcome.wrong(extracted)
+
+
+def normalise_phrase(text: str) -> str:
+    """Lower case without accents, articles, punctuation and repeated white space.
+
+    Unicode compatibility forms are one form (NFKD), "&" is "and", apostrophes vanish, other punctuation parts words.
+    """
+    text = unicodedata.normalize("NFKD", text)
+    text = "".join(character for character in text if not unicodedata.combining(character)).casefold()
+    text = APOSTROPHES.sub("", text).replace("&", " and ")
+    words = "".join(character if character.isalnum() else " " for character in text).split()
+    return " ".join(word for word in words if word not in ARTICLES) or " ".join(words)

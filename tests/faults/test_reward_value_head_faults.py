@@ -1,0 +1,233 @@
+"""What becomes of an item when the value head's process dies, hangs, is missing or knows no number."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from perigee.errors import DataLossError, InvalidArgumentError, UnavailableError
+from services.reward.config import ValueHeadConfig
+from services.reward.value_head.training import train
+from services.reward.verifiers.base import Item, Outcome, Verdict
+from services.reward.verifiers.value_head import ValueHeadParameters, ValueHeadVerifier
+from tests.fixtures.value_head import labelled_lines, make_sums, training_config, write_lines
+
+pytestmark = pytest.mark.timeout(300)  # the first test waits for a model to be trained
+
+ITEM = Item("a", "It is 47", "", ValueHeadParameters("47"), prompt="12+35")
+
+
+@asynccontextmanager
+async def running(folder: Path, **fields: Any) -> AsyncIterator[ValueHeadVerifier]:
+    verifier = ValueHeadVerifier(ValueHeadConfig(path=str(folder), device="cpu", **fields))
+    await verifier.start()
+    try:
+        yield verifier
+    finally:
+        await verifier.close()
+
+
+def assert_failed(outcome: Outcome, reason: str, *, retryable: bool) -> None:
+    assert (outcome.verdict, outcome.reward) == (Verdict.FAILED, None)
+    assert reason in outcome.reason
+    assert outcome.retryable is retryable
+    assert (outcome.retry_after_s is not None) is retryable
+
+
+async def test_a_process_that_is_killed_fails_its_batch_and_is_replaced(value_head_folder: Path) -> None:
+    # A batch begins when it has its three items.
+    async with running(value_head_folder, max_batch_items=3, batch_wait_ms=60_000) as verifier:
+
+        async def judge_three() -> list[Outcome]:
+            return await asyncio.gather(*(verifier.judge(ITEM) for _ in range(3)))
+
+        before = await judge_three()
+        [pid] = verifier.pool.pids
+        os.kill(pid, signal.SIGSTOP)
+        judging = asyncio.create_task(judge_three())
+        while not verifier.pool.is_busy:  # noqa: ASYNC110 - the pool sets no event
+            await asyncio.sleep(0.005)
+        os.kill(pid, signal.SIGKILL)
+        for outcome in await judging:
+            assert_failed(outcome, "worker process died", retryable=True)
+        assert await judge_three() == before
+        assert verifier.pool.pids != [pid]
+        assert not psutil.pid_exists(pid)
+
+
+async def test_a_process_that_hangs_is_replaced_at_the_deadline(value_head_folder: Path) -> None:
+    async with running(value_head_folder, timeout_s=0.5) as verifier:
+        [pid] = verifier.pool.pids
+        os.kill(pid, signal.SIGSTOP)
+        assert_failed(await verifier.judge(ITEM), "did not answer within 0.5 s", retryable=True)
+        assert not psutil.pid_exists(pid)
+    async with running(value_head_folder) as verifier:
+        assert (await verifier.judge(ITEM)).verdict is not Verdict.FAILED
+
+
+async def test_a_score_that_is_no_number_is_no_reward(value_head_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(value_head_folder, folder)
+    save_file({"weight": torch.full((1, 64), torch.nan), "bias": torch.zeros(1)}, folder / "head.safetensors")
+    async with running(folder) as verifier:
+        assert_failed(await verifier.judge(ITEM), "is not a number", retryable=False)
+
+
+async def test_what_the_model_refuses_is_a_failure_and_costs_no_process(
+    value_head_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(value_head_folder, folder)
+    described = json.loads((folder / "perigee_value_head.json").read_text())
+    # A token that the embedding does not have.
+    (folder / "perigee_value_head.json").write_text(json.dumps(described | {"end_token_id": 10_000}))
+    async with running(folder) as verifier:
+        [pid] = verifier.pool.pids
+        assert_failed(await verifier.judge(ITEM), "the model failed", retryable=False)
+        assert verifier.pool.pids == [pid]
+
+
+async def test_without_a_model_the_verifier_says_what_it_lacks() -> None:
+    verifier = ValueHeadVerifier(ValueHeadConfig())
+    await verifier.start()
+    assert "reward.value_head.path" in verifier.unavailable
+    assert_failed(await verifier.judge(ITEM), "reward.value_head.path", retryable=False)
+    await verifier.close()
+
+
+async def test_a_folder_without_a_value_head_ends_the_start(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"perigee_value_head\.json cannot be read"):
+        async with running(tmp_path):
+            pass
+
+
+@pytest.mark.parametrize("file", ["head.safetensors", "model.safetensors"])
+async def test_damaged_weights_end_the_start(
+    value_head_folder: Path, tmp_path: Path, file: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(value_head_folder, folder)
+    data = (folder / file).read_bytes()
+    (folder / file).write_bytes(data[: len(data) // 2])
+    with pytest.raises(UnavailableError, match=r"reward\.value_head\.path"):
+        async with running(folder):
+            pass
+    assert "cannot be loaded" in capfd.readouterr().err
+
+
+async def test_the_process_ends_with_the_service(value_head_folder: Path) -> None:
+    worker = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.reward.value_head.worker", str(value_head_folder), "cpu", "1"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    try:
+        assert json.loads(await worker.stdout.readline()) == {"status": "ready"}
+        worker.stdin.close()
+        assert await worker.wait() == 0
+    finally:
+        if worker.returncode is None:
+            worker.kill()
+            await worker.wait()
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, value_head_backbone: Path) -> None:
+    write_lines(tmp_path / "data.jsonl", labelled_lines(make_sums(20, 2)))
+    config = training_config(tmp_path, value_head_backbone)
+    train(config)
+    [state] = (tmp_path / "out" / "checkpoints").glob("step-*/state.pt")
+    state.write_bytes(state.read_bytes()[:1000])
+    with pytest.raises(DataLossError, match=r"state\.pt is damaged"):
+        train(config.model_copy(update={"resume": True}))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+async def test_the_command_goes_on_after_it_was_ended(
+    tmp_path: Path, value_head_backbone: Path, number: signal.Signals
+) -> None:
+    write_lines(tmp_path / "data.jsonl", labelled_lines(make_sums(200, 2)))
+    arguments = [
+        *("--data", str(tmp_path / "data.jsonl"), "--backbone", str(value_head_backbone), "--epochs", "6"),
+        *(word for setting in SETTINGS for word in ("--set", setting)),
+    ]
+    whole = await start_command(*arguments, "--out", str(tmp_path / "whole"))
+    stopped = await start_command(*arguments, "--out", str(tmp_path / "parts"))
+    try:
+        assert whole.stdout is not None
+        assert stopped.stdout is not None
+        assert (await stopped.stdout.readline()).startswith(b"step 20 of ")
+        stopped.send_signal(number)
+        said = await stopped.stdout.read()
+        if number is signal.SIGTERM:
+            assert await stopped.wait() == 128 + signal.SIGTERM
+            assert b"--resume" in said
+        else:
+            assert await stopped.wait() == -signal.SIGKILL
+        expected = (await whole.stdout.read()).splitlines()
+    finally:
+        for process in (whole, stopped):
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
+    # No folder is half-written, whatever the moment.
+    for folder in (tmp_path / "parts").glob("checkpoints/step-*"):
+        assert (folder / "state.pt").exists()
+    resumed = await start_command(*arguments, "--out", str(tmp_path / "parts"), "--resume")
+    output, _ = await resumed.communicate()
+    assert resumed.returncode == 0
+    [first, second] = [json.loads((tmp_path / name / "model" / FILE).read_text()) for name in ("whole", "parts")]
+    assert first == second
+    assert output.splitlines()[-2] == expected[-2]
+    assert not list((tmp_path / "parts").glob(".*"))
+
+
+FILE = "perigee_value_head.json"
+SETTINGS = (
+    *("device=cpu", "threads=1", "max_tokens=128", "batch_size=8", "learning_rate=2e-3"),
+    *("eval_every_steps=20", "checkpoint_every_steps=5", "patience=99"),
+)
+
+
+async def start_command(*arguments: str) -> asyncio.subprocess.Process:
+    """`perigee reward train`."""
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "perigee.cli.main", "reward", "train", *arguments), stdout=asyncio.subprocess.PIPE
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("loss=ranking", "loss: input should be"),
+        ("epoch=3", "epoch: unknown key; did you mean epochs?"),
+        ("max_tokens=4000", "max_tokens: the backbone reads at most 128 tokens"),
+    ],
+)
+async def test_the_command_names_what_is_wrong(
+    tmp_path: Path, value_head_backbone: Path, setting: str, said: str
+) -> None:
+    write_lines(tmp_path / "data.jsonl", labelled_lines(make_sums(20, 2)))
+    command = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "perigee.cli.main", "reward", "train", "--set", setting),
+        *("--data", str(tmp_path / "data.jsonl"), "--backbone", str(value_head_backbone), "--out", str(tmp_path / "o")),
+        stderr=asyncio.subprocess.PIPE,
+    )
+    _, error = await command.communicate()
+    assert command.returncode == 2
+    assert said in error.decode()
+    assert len(error.decode().splitlines()) == 1

@@ -1,0 +1,127 @@
+"""Samples from a scripted worker and verdicts from a scripted service: what fails in passing, and what stays."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import pytest
+
+from perigee.buffer.v1 import buffer_pb2
+from perigee.cli.prompts.asking import AskOptions, Inquiry, ask, read_policy_version
+from perigee.curation.pass_rates import SampleCounts
+from perigee.errors import FailedPreconditionError, UnavailableError
+from perigee.reward.client import RewardClient
+from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
+from perigee.rollout.client import RolloutClient
+from perigee.rollout.v1 import rollout_pb2 as pb
+from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
+from tests.fixtures.coordinator_fakes import FakeReward, fake_server
+from tests.fixtures.reward import math_item
+
+
+@dataclass
+class FakeSampler(RolloutServiceServicer):
+    """Answers the number of the sample; dies under way as often as it is told."""
+
+    deaths: int = 0
+    # Answers that it gives before it dies.
+    last_words: int = 2
+    version: int = 5
+    status: int = pb.WORKER_STATUS_READY
+    asked: list[list[str]] = field(default_factory=list)
+
+    async def GetState(self, request: pb.GetStateRequest, context: Any) -> pb.GetStateResponse:
+        status = pb.WorkerStatus.ValueType(self.status)
+        return pb.GetStateResponse(status=status, policy_version=self.version, max_model_len=64)
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
+        if request.policy_version != self.version:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, f"holds policy version {self.version}")
+        self.asked.append([item.id for item in request.items])
+        for number, item in enumerate(request.items):
+            if self.deaths and number == self.last_words:
+                self.deaths -= 1
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "the engine died")
+            yield pb.GenerateResponse(
+                id=item.id, text="#" + item.id.rpartition("/")[2], end_reason=buffer_pb2.END_REASON_STOP
+            )
+
+
+def inquiries(count: int, samples: int = 4) -> list[Inquiry]:
+    """Prompts whose right answer is 1."""
+    return [
+        Inquiry(f"q{i}", [1, 2], samples, 8, lambda item_id, text: math_item(item_id, "1", text)) for i in range(count)
+    ]
+
+
+async def ask_all(
+    workers: Sequence[FakeSampler], reward: FakeReward, asked: Sequence[Inquiry], **changes: Any
+) -> dict[str, SampleCounts]:
+    options = AskOptions(
+        **({"policy_version": 5, "temperature": 1.0, "seed": 0, "stage": "s", "outage_s": 5.0} | changes)
+    )
+    found: dict[str, SampleCounts] = {}
+    async with AsyncExitStack() as stack:
+        clients = []
+        for worker in workers:
+            address = await stack.enter_async_context(fake_server(add_RolloutServiceServicer_to_server, worker))
+            clients.append(await stack.enter_async_context(RolloutClient.connect(address)))
+        address = await stack.enter_async_context(fake_server(add_RewardServiceServicer_to_server, reward))
+        client = await stack.enter_async_context(RewardClient.connect(address))
+        async for counts in ask(clients, client, asked, options):
+            assert not found.keys() & counts.keys()
+            found |= counts
+    return found
+
+
+async def test_every_prompt_is_asked_about_and_workers_share_the_work() -> None:
+    workers = [FakeSampler(), FakeSampler()]
+    found = await ask_all(workers, FakeReward(), inquiries(70))
+    assert found == {f"q{i}": SampleCounts(correct=1, wrong=3) for i in range(70)}
+    # 64 sequences a call: 16 prompts.
+    assert [len(worker.asked) for worker in workers] == [3, 2]
+
+
+async def test_an_engine_that_dies_is_asked_only_for_what_is_missing() -> None:
+    worker = FakeSampler(deaths=2)
+    found = await ask_all([worker], FakeReward(), inquiries(2))
+    assert found == {name: SampleCounts(correct=1, wrong=3) for name in ("q0", "q1")}
+    assert [len(asked) for asked in worker.asked] == [8, 6, 4]
+
+
+async def test_what_is_never_judged_is_counted_as_failed() -> None:
+    reward = FakeReward(broken={"s/q0/1", "s/q0/3"}, failing={"s/q1/1": 1})
+    found = await ask_all([FakeSampler()], reward, inquiries(2))
+    assert found == {"q0": SampleCounts(wrong=2, failed=2), "q1": SampleCounts(correct=1, wrong=3)}
+
+
+async def test_a_worker_with_other_weights_ends_it() -> None:
+    with pytest.raises(FailedPreconditionError, match="holds policy version 5"):
+        await ask_all([FakeSampler()], FakeReward(), inquiries(1), policy_version=4)
+
+
+async def test_a_worker_that_stays_away_ends_it() -> None:
+    worker = FakeSampler(deaths=10_000, last_words=0)
+    with pytest.raises(UnavailableError, match="the engine died"):
+        await ask_all([worker], FakeReward(), inquiries(1), outage_s=0.3)
+    assert len(worker.asked) > 1
+
+
+async def test_workers_must_hold_one_version() -> None:
+    async with AsyncExitStack() as stack:
+
+        async def serve(worker: FakeSampler) -> RolloutClient:
+            address = await stack.enter_async_context(fake_server(add_RolloutServiceServicer_to_server, worker))
+            return await stack.enter_async_context(RolloutClient.connect(address))
+
+        one, other = await serve(FakeSampler()), await serve(FakeSampler(version=6))
+        empty = await serve(FakeSampler(status=pb.WORKER_STATUS_EMPTY))
+        assert await read_policy_version([one, one]) == (5, 64)
+        with pytest.raises(FailedPreconditionError, match=r"different policy versions: \[5, 6\]"):
+            await read_policy_version([one, other])
+        with pytest.raises(FailedPreconditionError, match="is empty and answers nothing: --push"):
+            await read_policy_version([one, empty])

@@ -1,0 +1,146 @@
+"""Weights, gates and failures of composites, with parts whose outcomes the test sets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+from prometheus_client import REGISTRY
+
+from perigee.errors import FieldViolation
+from services.reward.cache import OutcomeCache
+from services.reward.panel import Panel
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier
+from services.reward.verifiers.composite import CompositeParameters, CompositePart, CompositeVerifier
+from services.reward.verifiers.exact import ExactParameters, ExactVerifier
+
+FAILED = Outcome.failed("nobody knows", retryable=True, retry_after_s=3.0)
+WRONG = Outcome.wrong("w", "not it")
+CORRECT = Outcome.correct("c")
+PARTIAL = Outcome.wrong("p", "half of it", reward=0.5)
+UNGRADABLE = Outcome.ungradable("nothing there")
+
+
+@dataclass(frozen=True)
+class SetParameters(Parameters):
+    """The outcome that a part gets."""
+
+    outcome: Outcome
+
+
+class SetVerifier(Verifier[SetParameters]):
+    """Gives what it is told, and counts."""
+
+    name: ClassVar[str] = "set"
+    version: ClassVar[str] = "1"
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def find_violations(self, parameters: SetParameters) -> list[FieldViolation]:
+        return [FieldViolation("set.outcome", "is wrong")] if parameters.outcome is UNGRADABLE else []
+
+    async def judge(self, item: Item[SetParameters]) -> Outcome:
+        self.calls += 1
+        return item.parameters.outcome
+
+
+def make() -> tuple[CompositeVerifier, SetVerifier]:
+    inner = SetVerifier()
+    panel = Panel({SetParameters: inner, ExactParameters: ExactVerifier()}, OutcomeCache(0))
+    return CompositeVerifier(panel.verifiers, panel.judge_part), inner
+
+
+def item(*parts: CompositePart, response: str = "r") -> Item[CompositeParameters]:
+    return Item("i", response, "", CompositeParameters(parts))
+
+
+def part(name: str, outcome: Outcome, weight: float = 1.0, gate: bool = False) -> CompositePart:
+    return CompositePart(name, SetParameters(outcome), weight, gate)
+
+
+@pytest.mark.parametrize(
+    ("parts", "verdict", "reward"),
+    [
+        ([part("a", CORRECT), part("b", CORRECT)], Verdict.CORRECT, 1.0),
+        ([part("a", CORRECT, 3), part("b", WRONG, 1)], Verdict.WRONG, 0.75),
+        ([part("a", PARTIAL, 1), part("b", CORRECT, 3)], Verdict.WRONG, 0.875),
+        ([part("a", CORRECT, 1), part("b", WRONG, 0)], Verdict.CORRECT, 1.0),
+        ([part("a", WRONG, 0, True), part("b", CORRECT)], Verdict.WRONG, 0.0),
+        ([part("a", CORRECT, 0, True), part("b", CORRECT)], Verdict.CORRECT, 1.0),
+        ([part("a", UNGRADABLE, 1, True), part("b", CORRECT)], Verdict.WRONG, 0.0),
+        ([part("a", UNGRADABLE), part("b", UNGRADABLE)], Verdict.UNGRADABLE, 0.0),
+        ([part("a", UNGRADABLE), part("b", CORRECT)], Verdict.WRONG, 0.5),
+        ([part("a", FAILED), part("b", CORRECT)], Verdict.FAILED, None),
+        ([part("a", FAILED, 0), part("b", CORRECT)], Verdict.FAILED, None),
+        ([part("a", FAILED), part("b", WRONG, 0, True)], Verdict.WRONG, 0.0),
+        ([part("a", FAILED, 1, True), part("b", WRONG, 1, True)], Verdict.WRONG, 0.0),
+        ([part("a", FAILED, 1, True), part("b", WRONG)], Verdict.FAILED, None),
+    ],
+)
+async def test_the_whole_follows_from_its_parts(
+    parts: list[CompositePart], verdict: Verdict, reward: float | None
+) -> None:
+    composite, _ = make()
+    outcome = await composite.judge(item(*parts))
+    assert (outcome.verdict, outcome.reward) == (verdict, reward)
+    if verdict is Verdict.FAILED:
+        assert (outcome.retryable, outcome.retry_after_s) == (True, 3.0)
+        assert "part a: nobody knows" in outcome.reason
+
+
+async def test_parts_are_reported_and_those_behind_a_closed_gate_are_not_judged() -> None:
+    composite, inner = make()
+    outcome = await composite.judge(item(part("a", PARTIAL), part("b", CORRECT)))
+    assert [(p.name, p.verdict, p.reward, p.reason) for p in outcome.parts] == [
+        ("a", Verdict.WRONG, 0.5, "half of it"),
+        ("b", Verdict.CORRECT, 1.0, ""),
+    ]
+    assert "part a: half of it" in outcome.reason
+    inner.calls = 0
+    outcome = await composite.judge(item(part("a", CORRECT), part("gate", WRONG, 0, True)))
+    assert [p.name for p in outcome.parts] == ["gate"]
+    assert outcome.reason == "gate gate: not it"
+    assert inner.calls == 1
+
+
+async def test_a_part_that_crashes_makes_the_whole_failed() -> None:
+    composite, _ = make()
+    broken = CompositePart("a", SetParameters(None), 1.0)  # type: ignore[arg-type]
+    outcome = await composite.judge(item(broken))
+    assert (outcome.verdict, outcome.reward, outcome.retryable) == (Verdict.FAILED, None, False)
+
+
+async def test_agreement_is_counted_by_pair() -> None:
+    def count(result: str) -> float:
+        labels = {"verifier": "exact", "other": "set", "result": result}
+        return REGISTRY.get_sample_value("perigee_reward_agreements_total", labels) or 0.0
+
+    composite, _ = make()
+    before = count("agree"), count("disagree")
+    exact = CompositePart("e", ExactParameters("r"), 1.0)
+    await composite.judge(item(exact, part("s", CORRECT)))
+    await composite.judge(item(exact, part("s", WRONG)))
+    await composite.judge(item(exact, part("s", FAILED)))
+    assert (count("agree"), count("disagree")) == (before[0] + 1, before[1] + 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "fields"),
+    [
+        ([], ["composite.parts"]),
+        ([part("a", CORRECT)] * 2, ["composite.parts[1].name"]),
+        ([part("", CORRECT)], ["composite.parts[0].name"]),
+        ([part("a", CORRECT, -1)], ["composite.parts[0].weight"]),
+        ([part("a", CORRECT, float("nan"))], ["composite.parts[0].weight"]),
+        ([part("a", CORRECT, 0)], ["composite.parts"]),
+        ([CompositePart("a", None, 1)], ["composite.parts[0].verifier"]),
+        ([part("a", UNGRADABLE)], ["composite.parts[0].verifier.set.outcome"]),
+        ([CompositePart("a", ExactParameters(""), 1)], ["composite.parts[0].verifier.exact.reference"]),
+        ([part(str(i), CORRECT) for i in range(17)], ["composite.parts"]),
+    ],
+)
+def test_wrong_parts_are_named(parts: list[Any], fields: list[str]) -> None:
+    composite, _ = make()
+    assert [violation.field for violation in composite.find_violations(CompositeParameters(tuple(parts)))] == fields

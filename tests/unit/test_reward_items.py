@@ -1,0 +1,219 @@
+"""Items to score from JSON objects: both forms, and every wrong field named."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from perigee.errors import InvalidArgumentError
+from perigee.reward.items import read_item
+from perigee.reward.json_messages import fill_message
+from perigee.reward.v1 import reward_pb2 as pb
+from perigee.sandbox.v1 import sandbox_pb2
+from services.coordinator.prompts import Prompt, parse_prompt_line
+from services.coordinator.score_items import make_score_item
+from services.kit.json_codec import write_message
+
+
+def read(**values: Any) -> pb.ScoreItem:
+    return read_item({"response": "#4", **values}, "line-1", ignored=("label",))
+
+
+def refused(**values: Any) -> dict[str, str]:
+    with pytest.raises(InvalidArgumentError) as caught:
+        read(**values)
+    return {violation.field: violation.description for violation in caught.value.violations}
+
+
+def test_both_forms_are_the_same_item() -> None:
+    expected = pb.ScoreItem(
+        id="a", prompt="2+2", response="#4", answer_marker="#", math=pb.MathVerifier(reference="4", alternatives=["IV"])
+    )
+    common = {"id": "a", "prompt": "2+2", "answer_marker": "#"}
+    assert read(**common, verifier={"math": {"reference": "4", "alternatives": ["IV"]}}) == expected
+    assert read(**common, verifier="math", reference="4", alternatives=["IV"]) == expected
+    assert read(**common, verifier="math", answer="4", alternatives=["IV"]) == expected
+
+
+def test_an_item_without_an_id_is_named_after_its_place() -> None:
+    assert read(verifier="exact", reference="x").id == "line-1"
+
+
+def test_answer_stands_for_the_only_reference() -> None:
+    assert read(verifier="short_answer", answer="Paris").short_answer.references == ["Paris"]
+
+
+def test_a_line_of_a_recipe_needs_only_its_response() -> None:
+    item = read(
+        verifier="code",
+        language="python",
+        function="f",
+        tests=[{"arguments": [1, "x"], "expected": {"a": None}}, {"stdin": "1 2\n", "expected_stdout": "ü\n"}],
+        limits={"wall_ms": 500, "cpu_ms": None},
+        partial_credit=True,
+    )
+    assert item.code == pb.CodeVerifier(
+        language="python",
+        function_name="f",
+        tests=[
+            sandbox_pb2.TestCase(
+                function=sandbox_pb2.FunctionTest(arguments_json='[1, "x"]', expected_json='{"a": null}')
+            ),
+            sandbox_pb2.TestCase(stdio=sandbox_pb2.StdioTest(stdin=b"1 2\n", expected_stdout="ü\n".encode())),
+        ],
+        limits=sandbox_pb2.Limits(wall_ms=500),
+        partial_credit=True,
+    )
+
+
+def test_images_are_urls_or_data() -> None:
+    data = base64.b64encode(b"\x89PNG").decode()
+    item = read(verifier="judge", reference="a cat", images=["https://example.org/a.png", {"data_base64": data}])
+    assert list(item.images) == [pb.Image(url="https://example.org/a.png"), pb.Image(data=b"\x89PNG")]
+
+
+def test_every_wrong_field_is_named() -> None:
+    composite = {
+        "parts": [
+            {"name": "a", "weight": "heavy", "verifier": {"math": {"reference": 4}}},
+            {"verifier": {"math": {}, "exact": {}}, "gate": 1, "wieght": 1},
+        ]
+    }
+    assert refused(id=7, verifier={"composite": composite}) == {
+        "id": "must be a string, got 7",
+        "verifier.composite.parts[0].weight": "must be a number, got 'heavy'",
+        "verifier.composite.parts[0].verifier.math.reference": "must be a string, got 4",
+        "verifier.composite.parts[1].verifier.exact": "cannot stand beside math",
+        "verifier.composite.parts[1].gate": "must be true or false, got 1",
+        "verifier.composite.parts[1].wieght": "unknown field; did you mean weight?",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "part"),
+    [
+        ({}, "verifier", "is required"),
+        ({"verifier": "maths"}, "verifier", "must be one of math, code"),
+        ({"verifier": {"maths": {}}}, "verifier.maths", "is no verifier"),
+        ({"verifier": {"math": {}, "exact": {}}}, "verifier", "one key"),
+        ({"verifier": "math", "refrence": "4"}, "refrence", "did you mean reference?"),
+        ({"verifier": {"math": {"reference": "4"}}, "answer_maker": "#"}, "answer_maker", "did you mean answer_marker"),
+        ({"verifier": {"math": "4"}}, "verifier.math", "must be an object"),
+        ({"verifier": {"math": {"alternatives": "4"}}}, "verifier.math.alternatives", "must be a list"),
+        ({"verifier": {"judge": {"votes": 1.5}}}, "verifier.judge.votes", "whole number"),
+        ({"verifier": {"judge": {"votes": -1}}}, "verifier.judge.votes", "from 0 to 4294967295"),
+        (
+            {"verifier": {"code": {"tests": [{"stdio": {"stdin_base64": "1 2\n"}}]}}},
+            "verifier.code.tests[0].stdio.stdin_base64",
+            "must be base64",
+        ),
+        (
+            {"verifier": {"code": {"tests": [{"stdio": {"stdin": "", "stdin_base64": ""}}]}}},
+            "verifier.code.tests[0].stdio.stdin_base64",
+            "cannot stand beside stdin",
+        ),
+        (
+            {"verifier": {"math": {"reference_base64": ""}}},
+            "verifier.math.reference_base64",
+            "unknown field; did you mean reference?",
+        ),
+        (
+            {"verifier": {"code": {"checker": {"comparison": "SAME"}}}},
+            "verifier.code.checker.comparison",
+            "must be one of unspecified, exact, tokens",
+        ),
+        ({"verifier": "exact", "images": "a.png"}, "images", "must be a list"),
+    ],
+)
+def test_a_wrong_field_is_named(values: dict[str, Any], field: str, part: str) -> None:
+    assert part in refused(**values)[field]
+
+
+def test_a_missing_response_is_named() -> None:
+    with pytest.raises(InvalidArgumentError, match="response: is required"):
+        read_item({"verifier": "exact", "reference": "x"}, "1")
+
+
+def test_a_verifier_in_full_is_as_over_http() -> None:
+    tests = [
+        {"stdio": {"stdin": "1 2\n", "expected_stdout_base64": "/w=="}, "points": 2},
+        {"function": {"arguments_json": "[1]", "expected_json": "1"}, "name": None},
+    ]
+    for comparison in ("unordered_lines", "UNORDERED_LINES", "COMPARISON_UNORDERED_LINES"):
+        item = read(verifier={"code": {"language": "python", "tests": tests, "checker": {"comparison": comparison}}})
+        assert item.code == pb.CodeVerifier(
+            language="python",
+            tests=[
+                sandbox_pb2.TestCase(stdio=sandbox_pb2.StdioTest(stdin=b"1 2\n", expected_stdout=b"\xff"), points=2.0),
+                sandbox_pb2.TestCase(function=sandbox_pb2.FunctionTest(arguments_json="[1]", expected_json="1")),
+            ],
+            checker=sandbox_pb2.Checker(comparison=sandbox_pb2.COMPARISON_UNORDERED_LINES),
+        )
+
+
+texts = st.text(max_size=8)
+codes = st.builds(
+    lambda stdin, args, points, wall, memory: pb.CodeVerifier(
+        tests=[sandbox_pb2.TestCase(stdio=sandbox_pb2.StdioTest(stdin=stdin, args=args), points=points)],
+        limits=sandbox_pb2.Limits(wall_ms=wall, memory_bytes=memory),
+        checker=sandbox_pb2.Checker(comparison=sandbox_pb2.COMPARISON_TOKENS),
+    ),
+    st.binary(max_size=8), st.lists(texts, max_size=2), st.floats(allow_nan=False, allow_infinity=False),
+    st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=60)
+@given(codes, st.lists(texts, max_size=3), st.floats(0, 1))
+def test_values_read_back(code: pb.CodeVerifier, references: list[str], threshold: float) -> None:
+    for verifier in (
+        {"code": code},
+        {"short_answer": pb.ShortAnswerVerifier(references=references)},
+        {"value_head": pb.ValueHeadVerifier(threshold=threshold)},
+    ):
+        item = pb.ScoreItem(id="a", response="r", **verifier)  # type: ignore[arg-type]
+        found = pb.ScoreItem()
+        assert fill_message(found, write_message(item)) == []
+        assert found == item
+
+
+LINES = [
+    {"verifier": "math", "answer": "4", "alternatives": ["IV"]},
+    {
+        "verifier": "code",
+        "function": "f",
+        "tests": [{"arguments": [1, None], "expected": "ü"}],
+        "limits": {"cpu_ms": 9},
+    },
+    {"verifier": "code", "tests": [{"stdin": "1\n", "expected_stdout": "2\n"}], "partial_credit": True},
+    {"verifier": "code", "function": "f", "tests": [{"code": "assert f(1) == 2"}], "setup_code": "import math"},
+    {"verifier": "choice", "answer": "A,C", "options": ["x", "y", "z"]},
+    {"verifier": "short_answer", "answers": ["Paris", "Lutetia"]},
+    {"verifier": "exact", "answer": "4"},
+    {"verifier": "regex", "pattern": "[0-9]+", "ignore_case": True, "search_response": True},
+    {"verifier": "json", "json_schema": {"type": "object"}, "expected": {"a": [1, None]}},
+    {"verifier": "json", "expected": None},
+    {"verifier": "judge", "answer": "4", "judge": "large", "votes": 3, "rubric": "short"},
+    {"verifier": "value_head", "answer": "4", "threshold": 0.25},
+    {
+        "verifier": "composite",
+        "parts": [
+            {"name": "form", "gate": True, "weight": 0, "judged_by": {"verifier": "regex", "pattern": "4"}},
+            {"name": "value", "judged_by": {"verifier": "math", "answer": "4"}},
+            {"name": "words", "judged_by": {"verifier": "short_answer", "answers": ["four"]}},
+            {"name": "json", "judged_by": {"verifier": "json", "json_schema": {"type": "number"}}},
+        ],
+    },
+]
+
+
+@pytest.mark.parametrize("line", LINES, ids=lambda line: line["verifier"])
+def test_a_line_of_a_recipe_is_the_item_that_its_run_asks_about(line: dict[str, Any]) -> None:
+    whole = {"id": "a", "prompt": "2+2=", "answer_marker": "#", **line}
+    prompt = Prompt(parse_prompt_line(json.dumps(whole), "prompts.jsonl:1"), ())
+    assert read(**whole) == make_score_item("a", prompt, "#4")
