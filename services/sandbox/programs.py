@@ -138,6 +138,7 @@ class LoadedProgram:
             files.append(InputFile(self.program.runtime.config.source, self.program.source))
         fields = {
             **header,
+            "environment": self._environment(),
             "first_file": len(blobs),
             "paths": [file.path for file in files],
             "executable": [file.executable for file in files],
@@ -150,7 +151,9 @@ class LoadedProgram:
             command = runtime.python_command()
         limits = fields.pop("limits", self.program.limits)
         collect = list(fields.pop("collect", ()))
-        return Order(mode, limits, list(command), self._environment(), collect=collect, **fields)
+        # the keeper of warm Python hears orders, and the next programs are its forks: variables come in the parcel
+        environment = self._environment() if self._in_container or mode == "exec" else {}
+        return Order(mode, limits, list(command), environment, collect=collect, **fields)
 
     def _environment(self) -> dict[str, str]:
         return {**self.program.runtime.environment, **self.program.environment}

@@ -63,6 +63,7 @@ def run_mode(name: str, home: str) -> NoReturn:
     parcel = read_parcel(parcel_descriptor)
     os.close(parcel_descriptor)
     header = parcel.header
+    os.environ.update(header["environment"])
     first = header["first_file"]
     files = parcel.blobs[first : first + len(header["paths"])]
     write_files(home, zip(header["paths"], files, header["executable"], strict=True))
