@@ -37,6 +37,7 @@ class Keeper:
         self._channel = channel
         self._confinement = confinement
         self._isolated = isolated
+        self._usage = usage
         self._supervisor = Supervisor(channel, usage)
         self._prepared: Isolated | None = None
         self._program: Program | None = None
@@ -46,7 +47,7 @@ class Keeper:
         """Serves until the service closes the socket."""
         while True:
             if self._isolated and self._prepared is None:
-                self._prepared = Isolated.prepare(self._confinement, self._space_bytes)
+                self._prepared = self._prepare()
                 self._prepared.offer(self._channel)
             message = control.receive(self._channel)
             match message.header["kind"]:
@@ -55,6 +56,10 @@ class Keeper:
                 case "begin":
                     self._lay_down(message.descriptors[0])
             message.close()
+
+    def _prepare(self) -> Isolated:
+        assert self._usage is not None
+        return Isolated.prepare(self._confinement, self._space_bytes, self._usage)
 
     def _lay_down(self, files: int) -> None:
         """Files into a folder that all runs of a job share: there is no other where nothing can be mounted."""
@@ -98,7 +103,7 @@ class Keeper:
             if not begun and program.space_bytes != order.limits.file_bytes:  # the next orders are likely to be alike
                 self._space_bytes = order.limits.file_bytes
                 program.discard()
-                program = Isolated.prepare(self._confinement, self._space_bytes)
+                program = self._prepare()
             if not begun:
                 program.begin(order, descriptors)
             self._program = program

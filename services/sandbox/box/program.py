@@ -17,6 +17,7 @@ from .confine import Confinement, give_up_privileges, place_descriptors, take_li
 from .modes import rehearse, run_mode
 from .orders import Order, read_order
 from .supervise import Process
+from .usage import UsageFiles
 
 _NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
 _UNFIT = 125
@@ -70,16 +71,18 @@ class Program(Process):
 class Isolated(Program):
     """A process in fresh namespaces, made before its order comes; an init in front of it reaps what it leaves."""
 
-    def __init__(self, pid: int, channel: socket.socket, init: int, space_bytes: int) -> None:
+    def __init__(self, pid: int, channel: socket.socket, init: int, space_bytes: int, held_bytes: int) -> None:
         super().__init__(pid, channel)
         self._init = init
         self.space_bytes = space_bytes
+        self.baseline_bytes = held_bytes
 
     @classmethod
-    def prepare(cls, confinement: Confinement, space_bytes: int) -> Isolated:
+    def prepare(cls, confinement: Confinement, space_bytes: int, usage: UsageFiles) -> Isolated:
         """Forks a process that waits for its order, beside an init, PID 1 of their namespace; its working folder and
         its /tmp have `space_bytes` each.
         """
+        held_bytes = usage.current_bytes()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         kernel.unshare(kernel.CLONE_NEWPID)  # of the children to come, not of this process
@@ -92,7 +95,7 @@ class Isolated(Program):
         os.close(own)
         theirs.close()
         ours.setblocking(False)
-        return cls(pid, ours, init, space_bytes)
+        return cls(pid, ours, init, space_bytes, held_bytes)
 
     def offer(self, channel: socket.socket) -> None:
         """Tells the service how to hand over the order itself, which then need not pass through here."""

@@ -29,6 +29,8 @@ class Process(ABC):
     """A process under watch, and how it is ended."""
 
     pid: int
+    baseline_bytes: int | None = None
+    """What the control group held before the process was made; None takes what it holds when the run begins."""
     events: int | None = None
     """Descriptor that becomes readable when the process tells something of itself."""
 
@@ -83,6 +85,8 @@ class Supervisor:
         self._oom_kills = self._usage.oom_kills() if self._usage else 0
         self._begin()
         process = start(handed)
+        if process.baseline_bytes is not None:
+            self._baseline = process.baseline_bytes
         if progress >= 0:
             os.close(told)
         try:
