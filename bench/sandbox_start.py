@@ -65,7 +65,7 @@ async def measure_starts(folder: Path, lean: str | None, turns: int, block: int)
 async def take_turns(measures: dict[str, Measure], turns: int, block: int) -> dict[str, Arm]:
     """A, B, A, B: every arm in every turn, in the same order."""
     taken: dict[str, list[list[float]]] = {name: [] for name in measures}
-    hurried: dict[str, list[list[float]]] = {f"{name}, back to back": [] for name in HURRIED}
+    hurried: dict[str, list[list[float]]] = {f"{name}, back to back": [] for name in HURRIED if name in measures}
     for _ in range(turns):
         starts: dict[str, list[float]] = {name: [] for name in measures}
         for _ in range(block):
@@ -73,7 +73,7 @@ async def take_turns(measures: dict[str, Measure], turns: int, block: int) -> di
                 starts[name] += await measure(1)
         for name, times in starts.items():
             taken[name].append(times)
-        for name in HURRIED:
+        for name in (name for name in HURRIED if name in measures):
             hurried[f"{name}, back to back"].append((await measures[name](block + 1))[1:])
     return {name: Arm(name, turns_of_arm) for name, turns_of_arm in {**taken, **hurried}.items()}
 

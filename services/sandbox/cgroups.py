@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -108,6 +109,23 @@ class SlotCgroup:
         if memory_bytes != self._memory_bytes:
             self._set_memory(memory, memory_bytes)
             self._memory_bytes = memory_bytes
+
+    def cached_bytes(self) -> int:
+        """Memory that holds pages of files, which the kernel takes back when it is needed; tmpfs aside."""
+        path = self._paths["memory" if self.version == 1 else "unified"] / "memory.stat"
+        fields = dict(line.split() for line in path.read_text().splitlines())
+        names = ("total_cache", "total_shmem") if self.version == 1 else ("file", "shmem")
+        return int(fields[names[0]]) - int(fields.get(names[1], 0))
+
+    def drop_cache(self) -> None:
+        """Has the kernel take back the pages of files; what it cannot, stays."""
+        if self.version == 1:
+            (self._paths["memory"] / "memory.force_empty").write_text("0")
+            return
+        path = self._paths["unified"] / "memory.reclaim"  # from Linux 5.19 on
+        if path.exists():
+            with contextlib.suppress(BlockingIOError):  # less than asked for was there to be taken
+                path.write_text(str(self.cached_bytes()))
 
     def _set_memory(self, path: Path, memory_bytes: int) -> None:
         if self.version == 2:

@@ -19,6 +19,8 @@ log = get_logger(__name__)
 
 _EMPTY_S = 10.0
 _MARGIN_BYTES = 2 << 20
+_CACHE_BYTES = 1 << 20
+_LARGE_BYTES = 6 << 20
 
 
 class Place:
@@ -53,8 +55,12 @@ class Place:
     def limit(self, memory_bytes: int, processes: int) -> None:
         """Sets the limits of the next job; what the group holds already is not the job's. Raises BoxFailedError."""
         if self.cgroup is not None and self.usage is not None:
-            held = self.usage.current_bytes()
             try:
+                # pages of files that a job read first are charged here, and make room as soon as a program wants it:
+                # the limit and the measured peak would be off by them
+                if self.usage.current_bytes() > _LARGE_BYTES and self.cgroup.cached_bytes() > _CACHE_BYTES:
+                    self.cgroup.drop_cache()
+                held = self.usage.current_bytes()
                 self.cgroup.limit(memory_bytes + (held // _MARGIN_BYTES + 1) * _MARGIN_BYTES, processes)
             except OSError as error:  # more was charged meanwhile than the new limit allows
                 raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error

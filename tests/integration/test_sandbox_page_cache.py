@@ -1,0 +1,59 @@
+"""Files that a job was the first to read are charged to its place; later jobs get neither their room nor their size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.cgroups import find_cgroups
+from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
+
+READER = b"""
+import os
+left = 200 << 20
+for folder, _, names in os.walk('/usr/lib'):
+    for name in names:
+        path = os.path.join(folder, name)
+        if left > 0 and os.path.isfile(path) and not os.path.islink(path):
+            descriptor = os.open(path, os.O_RDONLY)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            while part := os.read(descriptor, 1 << 20):
+                left -= len(part)
+            os.close(descriptor)
+"""
+TOUCH = b"import sys\nheld = bytearray(b'x') * (int(sys.argv[1]) << 20)\n"
+
+
+def cached_bytes() -> int:
+    host = find_cgroups()
+    assert host is not None
+    mount = host.mounts["memory"] if host.version == 1 else host.mounts["unified"]
+    found = 0
+    for path in mount.glob("perigee-sandbox/*/slot-0/memory.stat"):
+        fields = dict(line.split() for line in path.read_text().splitlines())
+        found = max(found, int(fields["total_cache" if host.version == 1 else "file"]))
+    return found
+
+
+@pytest.mark.parametrize("isolation", ["zygote", "crun"])
+async def test_cached_files_give_no_room_and_take_none(isolation: str, tmp_path: Path) -> None:
+    skip_unless_possible(isolation)
+
+    async with running_sandbox(tmp_path, isolation=isolation, slots=1) as client:
+
+        async def touch(mib: int) -> pb.ExecuteResponse:
+            limits = pb.Limits(memory_bytes=64 << 20, wall_ms=60_000, cpu_ms=60_000)
+            request = pb.ExecuteRequest(language="python", source=TOUCH, args=[str(mib)], limits=limits)
+            return await client.execute(request)
+
+        roomy = pb.Limits(memory_bytes=512 << 20, wall_ms=60_000, cpu_ms=60_000)
+        read = await client.execute(pb.ExecuteRequest(language="python", source=READER, limits=roomy))
+        assert read.status == pb.STATUS_OK, read.stderr
+        if cached_bytes() < 32 << 20:
+            pytest.skip("needs files that nobody has read yet: they are all in another group's cache")
+        assert (await touch(128)).status == pb.STATUS_MEMORY_LIMIT
+        fitting = await touch(40)
+        assert fitting.status == pb.STATUS_OK
+        assert 38 << 20 <= fitting.peak_memory_bytes <= 56 << 20
