@@ -86,7 +86,7 @@ class Supervisor:
         self._begin()
         process = start(handed)
         if process.baseline_bytes is not None:
-            self._baseline = process.baseline_bytes
+            self._baseline = min(self._baseline, process.baseline_bytes)  # cached files may have been dropped meanwhile
         if progress >= 0:
             os.close(told)
         try:
