@@ -61,6 +61,11 @@ class Keeper:
         assert self._usage is not None
         return Isolated.prepare(self._confinement, self._space_bytes, self._usage)
 
+    def discard_prepared(self) -> None:
+        """Ends the program that waits for an order, so that nothing is left to be reaped by others."""
+        if self._prepared is not None:
+            self._prepared.discard()
+
     def _lay_down(self, files: int) -> None:
         """Files into a folder that all runs of a job share: there is no other where nothing can be mounted."""
         write_files(self._confinement.home, read_files(files))
@@ -129,9 +134,11 @@ def become_keeper(
 ) -> NoReturn:
     """The keeper's process from here to its end; a failure of its own is told to the service by a message `failed`."""
     kernel.set_dumpable(False)
+    keeper = Keeper(channel, confinement, usage, isolated)
     try:
-        Keeper(channel, confinement, usage, isolated).serve()
+        keeper.serve()
     except (EOFError, ConnectionError):
+        keeper.discard_prepared()
         os._exit(0)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"

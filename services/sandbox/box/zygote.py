@@ -50,6 +50,7 @@ class Zygote:
     def prepare(self) -> None:
         """Everything that is the same for all programs of the runtime."""
         options = self._options
+        kernel.adopt_orphans()  # of keepers that were killed: what nobody reaps counts against their places
         if options.isolated:
             kernel.drop_bounding_capabilities()
         os.environ.update(options.environment)
