@@ -381,6 +381,7 @@ class ExecuteResponse(_message.Message):
     stdout_truncated: _builtins.bool
     stderr_truncated: _builtins.bool
     wall_ms: _builtins.int
+    """Times are rounded up to whole milliseconds."""
     cpu_ms: _builtins.int
     peak_memory_bytes: _builtins.int
     reason: _builtins.str
