@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import TypeAlias
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
@@ -85,7 +85,7 @@ class StatusBoard:
             error=self.error,
         )
 
-    async def watch(self) -> AsyncIterator[pb.RunSnapshot]:
+    async def watch(self) -> AsyncGenerator[pb.RunSnapshot, None]:
         """Snapshots on every change of phase and at least twice a second, until the run has ended."""
         changes: asyncio.Queue[pb.RunSnapshot] = asyncio.Queue()
         self._watchers.add(changes)
