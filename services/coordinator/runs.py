@@ -103,6 +103,11 @@ class Runs:
         await asyncio.to_thread(save_run_file, replace(run.file, status="stopped"))
         run.board.enter(pb.RUN_PHASE_STOPPED)
 
+    async def end_watches(self) -> None:
+        """Sends watchers away with UnavailableError: their calls would last as long as the run."""
+        if self._run is not None:
+            self._run.board.close()
+
     async def close(self) -> None:
         """Ends the run under way without calling it stopped, so that the next process goes on with it."""
         if self._run is not None:

@@ -176,3 +176,34 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     assert len(live) == lines[-1]["groups"]["live"]
     totals = json.loads((run_path / "summary.json").read_text())
     assert totals["trajectories_trained"] == sum(trained.values())
+
+
+async def test_told_to_stop_it_sends_watchers_away_at_once(buffer_address: str, tmp_path: Path) -> None:
+    run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", free_port()
+    section = write_run_section(tmp_path)
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    async with fake_peers(buffer_address) as peers:
+        recipe = tmp_path / "recipe.yaml"
+        settings = peers.settings() | {"server": {"drain_seconds": 600.0}}
+        recipe.write_text(yaml.safe_dump({"coordinator": settings}))
+        worker = peers.add_worker("a", tokenizer, hang=True)
+        address = f"127.0.0.1:{port}"
+        async with (
+            worker_in_service(worker, address),
+            CoordinatorClient.connect(address) as client,
+            coordinator_process(recipe, port, run_path) as process,
+        ):
+            request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path))
+            await call_when_up(lambda: client.start_run(request))
+            watches = [client.watch_run(pb.WatchRunRequest(run_id=run_id)) for _ in range(2)]
+            for watch in watches:
+                assert (await anext(watch)).HasField("run")
+            process.send_signal(signal.SIGTERM)
+            # Far below the time that calls in flight are given.
+            async with asyncio.timeout(60):
+                for watch in watches:
+                    with pytest.raises(UnavailableError, match=r"The coordinator is stopping\."):
+                        [response async for response in watch]
+                assert await process.wait() == 0
+    # Not called stopped: the next process goes on with it.
+    assert json.loads((run_path / "run.json").read_text())["status"] == "running"
