@@ -14,6 +14,8 @@ from perigee.errors import from_rpc_error
 
 # No unary message passes this size but those of services that take files; streams are cut into pieces below it.
 MAX_MESSAGE_BYTES = 4 << 20
+# A silent connection is probed this often; servers must allow it.
+KEEPALIVE_MS = 30_000
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
@@ -55,22 +57,29 @@ def open_channel(
     message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> grpc.aio.Channel:
     """A channel to `target` that retries the methods in `idempotent` while the service is unavailable."""
-    channel_options = [
+    arguments = channel_arguments(service_name, idempotent, message_bytes)
+    if options.ca_file is None:
+        return grpc.aio.insecure_channel(target, options=arguments, interceptors=options.interceptors)
+    credentials = grpc.ssl_channel_credentials(
+        _read(options.ca_file), _read(options.key_file), _read(options.cert_file)
+    )
+    return grpc.aio.secure_channel(target, credentials, options=arguments, interceptors=options.interceptors)
+
+
+def channel_arguments(
+    service_name: str, idempotent: Sequence[str], message_bytes: int = MAX_MESSAGE_BYTES
+) -> list[tuple[str, int | str]]:
+    """gRPC's options of a channel by name; gRPC takes no notice of a name that it does not know."""
+    return [
         ("grpc.max_send_message_length", message_bytes),
         ("grpc.max_receive_message_length", message_bytes),
-        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_time_ms", KEEPALIVE_MS),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.max_reconnect_backoff_ms", 5_000),
         ("grpc.enable_retries", 1),
         ("grpc.service_config", _service_config(service_name, idempotent)),
     ]
-    if options.ca_file is None:
-        return grpc.aio.insecure_channel(target, options=channel_options, interceptors=options.interceptors)
-    credentials = grpc.ssl_channel_credentials(
-        _read(options.ca_file), _read(options.key_file), _read(options.cert_file)
-    )
-    return grpc.aio.secure_channel(target, credentials, options=channel_options, interceptors=options.interceptors)
 
 
 class ServiceClient:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.headline import describe
-from perigee.report.records import Evaluation
+from perigee.report.records import Estimate, Evaluation
 
 # Units of a snapshot's phase_done and phase_total.
 _UNITS: Mapping[int, str] = {
@@ -52,10 +52,10 @@ class Figure:
     text: str
 
 
-def result_line(snapshot: pb.RunSnapshot) -> str:
-    """The figures of the latest iteration in one line; what the metrics lack is left out."""
-    metrics = snapshot.metrics
-    parts = [f"iteration {metrics['iteration']:.0f} of {snapshot.iterations}"]
+def result_line(result: pb.IterationResult) -> str:
+    """The figures of an iteration in one line; what the metrics lack is left out."""
+    metrics = result.metrics
+    parts = [f"iteration {result.iteration} of {result.iterations}"]
     parts += [f"{figure.label} {figure.text}" for figure in figures(metrics)]
     phases = phase_seconds(metrics)
     if phases:
@@ -66,6 +66,13 @@ def result_line(snapshot: pb.RunSnapshot) -> str:
 def figures(metrics: Mapping[str, float]) -> list[Figure]:
     """The figures of an iteration; what the metrics lack is left out."""
     return [Figure(key, label, form.format(metrics[key])) for key, label, form in _FIGURES if key in metrics]
+
+
+def read_evaluation(result: pb.EvaluationResult) -> Evaluation:
+    """An evaluation as the coordinator tells it."""
+    greedy = {a.domain: _read_estimate(a.greedy) for a in result.accuracies if a.HasField("greedy")}
+    sampled = {a.domain: _read_estimate(a.sampled) for a in result.accuracies if a.HasField("sampled")}
+    return Evaluation(result.iteration, greedy, sampled)
 
 
 def evaluation_line(evaluation: Evaluation) -> str:
@@ -93,3 +100,8 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} m {rest:02} s"
     return f"{minutes // 60} h {minutes % 60:02} m"
+
+
+def _read_estimate(estimate: pb.AccuracyEstimate) -> Estimate:
+    low = estimate.low if estimate.HasField("low") else None
+    return Estimate(estimate.mean, low, estimate.high if estimate.HasField("high") else None)

@@ -51,7 +51,6 @@ class LiveView(View):
         self._snapshot: pb.RunSnapshot | None = None
         self._received_at = time.monotonic()
         self._trends: dict[str, deque[float]] = {}
-        self._iteration: float | None = None
         self._evaluation: Evaluation | None = None
         # Draws at once, so it comes last.
         self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self._render)
@@ -72,11 +71,10 @@ class LiveView(View):
     def show(self, snapshot: pb.RunSnapshot) -> None:
         """Takes the snapshot for the next drawing."""
         self._snapshot, self._received_at = snapshot, time.monotonic()
-        iteration = snapshot.metrics.get("iteration")
-        if iteration is None or iteration == self._iteration:
-            return
-        self._iteration = iteration
-        for key, value in snapshot.metrics.items():
+
+    def show_iteration(self, result: pb.IterationResult) -> None:
+        """Takes the figures into their trends."""
+        for key, value in result.metrics.items():
             self._trends.setdefault(key, deque(maxlen=TREND_LENGTH)).append(value)
 
     def show_evaluation(self, evaluation: Evaluation) -> None:

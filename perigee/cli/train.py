@@ -9,17 +9,17 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from perigee.cli.figures import read_evaluation
 from perigee.cli.interrupt import Interrupt
 from perigee.cli.prepare import open_new_run, open_old_run, prepare_data
 from perigee.cli.recipe import Recipe, dump_yaml, find_recipe, load_recipe
 from perigee.cli.run_folder import RunFolder, point_latest
 from perigee.cli.stack import LocalStack, plan_stack
 from perigee.cli.view import View
-from perigee.cli.watch import RunRequest, check_end, start_run, stop_run, watch_run
+from perigee.cli.watch import RunRequest, Told, check_end, read_told, start_run, stop_run, watch_run
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import InvalidArgumentError, UnavailableError
-from perigee.report.records import read_evaluations
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,17 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
             address = local.addresses["coordinator"]
         client = CoordinatorClient.connect(address, token=os.environ.get("PERIGEE_TOKEN"))
         await stack.enter_async_context(client)
+        told = read_told(run.path)
         resumed = await start_run(client, request)
         view.note(f"{'going on with' if resumed else 'training'} {run.run_id}")
-        last = await _follow(client, request, local, view)
+        last = await _follow(client, request, told, local, view)
     check_end(last)
 
 
 async def _follow(
-    client: CoordinatorClient, request: RunRequest, local: LocalStack | None, view: View
+    client: CoordinatorClient, request: RunRequest, told: Told, local: LocalStack | None, view: View
 ) -> pb.RunSnapshot:
-    watching = asyncio.create_task(_show(client, request, view))
+    watching = asyncio.create_task(_show(client, request, told, view))
     tasks: set[asyncio.Task[pb.RunSnapshot] | asyncio.Task[None]] = {watching}
     if local is not None:
         tasks.add(asyncio.create_task(local.supervise()))
@@ -109,16 +110,15 @@ async def _follow(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _show(client: CoordinatorClient, request: RunRequest, view: View) -> pb.RunSnapshot:
+async def _show(client: CoordinatorClient, request: RunRequest, told: Told, view: View) -> pb.RunSnapshot:
     last: pb.RunSnapshot | None = None
-    shown = len(read_evaluations(Path(request.run_path)))  # a run that goes on has some
-    async for snapshot in watch_run(client, request, view.note):
-        if last is not None and last.phase == pb.RUN_PHASE_EVALUATION != snapshot.phase:
-            evaluations = read_evaluations(Path(request.run_path))
-            for evaluation in evaluations[shown:]:
-                view.show_evaluation(evaluation)
-            shown = len(evaluations)
-        view.show(snapshot)
-        last = snapshot
+    async for response in watch_run(client, request, told, view.note):
+        if response.HasField("iteration"):
+            view.show_iteration(response.iteration)
+        if response.HasField("evaluation"):
+            view.show_evaluation(read_evaluation(response.evaluation))
+        if response.HasField("run"):
+            last = response.run
+            view.show(last)
     assert last is not None
     return last

@@ -24,6 +24,10 @@ class View(ABC):
         """Shows the state of the run."""
 
     @abstractmethod
+    def show_iteration(self, result: pb.IterationResult) -> None:
+        """Shows an iteration that was committed."""
+
+    @abstractmethod
     def show_evaluation(self, evaluation: Evaluation) -> None:
         """Shows a held-out accuracy."""
 
@@ -46,18 +50,13 @@ class PlainView(View):
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._phase: tuple[int, int, int] | None = None
-        self._iteration: float | None = None
 
     def note(self, text: str) -> None:
         """Prints the line."""
         print(text, file=self._stream, flush=True)
 
     def show(self, snapshot: pb.RunSnapshot) -> None:
-        """Prints a line when an iteration was committed, and one when a phase other than its own begins."""
-        iteration = snapshot.metrics.get("iteration")
-        if iteration is not None and iteration != self._iteration:
-            self._iteration = iteration
-            self.note(result_line(snapshot))
+        """Prints a line when a phase outside the iterations begins."""
         # Each stage of the warm-up is told: it ends with a new policy version.
         phase = (snapshot.phase, snapshot.iteration, snapshot.policy_version)
         if phase != self._phase:
@@ -65,6 +64,10 @@ class PlainView(View):
             if snapshot.phase not in _ITERATION_PHASES:
                 elapsed = format_seconds(snapshot.elapsed_seconds)
                 self.note(f"{phase_name(snapshot.phase)}: {progress_line(snapshot)}, {elapsed} since the start")
+
+    def show_iteration(self, result: pb.IterationResult) -> None:
+        """Prints a line."""
+        self.note(result_line(result))
 
     def show_evaluation(self, evaluation: Evaluation) -> None:
         """Prints a line."""

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
@@ -17,7 +18,9 @@ from perigee.errors import (
     PerigeeError,
     UnavailableError,
 )
+from perigee.report.records import last_recorded
 
+# A snapshot in one of these is the last.
 ENDED = (pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_FAILED, pb.RUN_PHASE_STOPPED)
 # One stream lasts this long at most; the next one continues it.
 STREAM_S = 3600.0
@@ -36,6 +39,23 @@ class RunRequest:
     run_path: str
 
 
+@dataclass
+class Told:
+    """The numbers of the last iteration and the last evaluation that were told; 0 for none."""
+
+    iteration: int = 0
+    evaluation: int = 0
+
+
+def read_told(run_path: Path) -> Told:
+    """What the run's folder holds, as told: a run that goes on does not tell it again.
+
+    To be read before the run is started, which records more. Raises InvalidArgumentError naming the line that cannot be
+    read.
+    """
+    return Told(*last_recorded(run_path))
+
+
 async def start_run(client: CoordinatorClient, request: RunRequest) -> bool:
     """Starts the run or goes on with it; True when it goes on."""
     response = await client.start_run(
@@ -46,9 +66,10 @@ async def start_run(client: CoordinatorClient, request: RunRequest) -> bool:
 
 
 async def watch_run(
-    client: CoordinatorClient, request: RunRequest, note: Callable[[str], None]
-) -> AsyncIterator[pb.RunSnapshot]:
-    """Snapshots of a started run, the last of them in a phase of ENDED.
+    client: CoordinatorClient, request: RunRequest, told: Told, note: Callable[[str], None]
+) -> AsyncIterator[pb.WatchRunResponse]:
+    """What there is to tell of a started run: snapshots, the last of them in a phase of ENDED, and each iteration and
+    evaluation after `told` once and in order, those that ended while the coordinator could not be heard included.
 
     A coordinator that went away is asked to go on with the run once it is back; raises UnavailableError when it stays
     away for SILENCE_S.
@@ -56,9 +77,16 @@ async def watch_run(
     heard_at = time.monotonic()
     while True:
         try:
-            async for response in client.watch_run(pb.WatchRunRequest(run_id=request.run_id), timeout_s=STREAM_S):
+            watch = pb.WatchRunRequest(
+                run_id=request.run_id, after_iteration=told.iteration, after_evaluation=told.evaluation
+            )
+            async for response in client.watch_run(watch, timeout_s=STREAM_S):
                 heard_at = time.monotonic()
-                yield response.run
+                if response.HasField("iteration"):
+                    told.iteration = response.iteration.iteration
+                if response.HasField("evaluation"):
+                    told.evaluation = response.evaluation.number
+                yield response
                 if response.run.phase in ENDED:
                     return
             error: PerigeeError = UnavailableError("the coordinator ended the stream")

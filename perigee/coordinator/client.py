@@ -52,5 +52,8 @@ class CoordinatorClient(ServiceClient):
         return await self._unary(self._stub.GetStatus, request, timeout_s)
 
     def watch_run(self, request: pb.WatchRunRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.WatchRunResponse]:
-        """Streams snapshots of the run, at least one per change of phase, until it ends."""
+        """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations
+        and evaluations: each once and in order, those of the past first. UnavailableError when the service stops: watch
+        again.
+        """
         return self._stream(self._stub.WatchRun, request, timeout_s)

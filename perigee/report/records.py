@@ -112,6 +112,17 @@ def read_evaluations(path: Path) -> list[Evaluation]:
     return [found[iteration] for iteration in sorted(found)]
 
 
+def last_recorded(path: Path) -> tuple[int, int]:
+    """The number of the last iteration in a run folder, and of the last evaluation; 0 where there is none.
+
+    Evaluations count from 1, two at one iteration are two. Raises InvalidArgumentError naming the line that cannot be
+    read.
+    """
+    rows = enumerate(_read_lines(path / "metrics.jsonl"), start=1)
+    iteration = max((int(row.get("iteration", index)) for index, row in rows), default=0)
+    return iteration, sum(1 for _ in _read_lines(path / "evaluations.jsonl"))
+
+
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, keys joined by a slash."""
     flat: dict[str, Any] = {}

@@ -22,27 +22,43 @@ class Records:
 
     def __init__(self, run_path: Path) -> None:
         self.path = run_path
+        # Grows whenever there is something new to be read.
+        self.revision = 0
         self._board = TensorBoard(run_path / "tensorboard")
 
     def close(self) -> None:
         """Ends the TensorBoard file."""
         self._board.close()
 
-    def restore_iterations(self, committed: int, last_line: Mapping[str, Any] | None) -> None:
-        """Brings metrics.jsonl to the committed iterations: none twice, none rolled back, the last one there."""
+    def restore_iterations(self, committed: int, last_line: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Brings metrics.jsonl to the committed iterations: none twice, none rolled back, the last one there.
+
+        Returns the line of the last one; None when there is no iteration.
+        """
         path = self.path / "metrics.jsonl"
         by_iteration = {int(line["iteration"]): line for line in read_lines(path) if line["iteration"] <= committed}
         if last_line is not None and int(last_line["iteration"]) not in by_iteration:
             by_iteration[int(last_line["iteration"])] = dict(last_line)
         write_lines(path, [by_iteration[iteration] for iteration in sorted(by_iteration)])
+        self.revision += 1
+        return by_iteration[max(by_iteration)] if by_iteration else None
 
     def has_iterations(self) -> bool:
         """Whether metrics.jsonl holds an iteration."""
-        return bool(read_lines(self.path / "metrics.jsonl"))
+        return bool(self.iterations())
+
+    def iterations(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The lines of evaluations.jsonl."""
+        return read_lines(self.path / "evaluations.jsonl")
 
     def add_iteration(self, line: Mapping[str, Any]) -> None:
         """Appends an iteration."""
         append_line(self.path / "metrics.jsonl", line)
+        self.revision += 1
         self._board.add_scalars(flatten(line), int(line["iteration"]))
 
     def add_warmup_stage(self, line: Mapping[str, Any]) -> None:
@@ -60,12 +76,13 @@ class Records:
     def add_evaluation(self, line: Mapping[str, Any]) -> None:
         """Appends an evaluation."""
         append_line(self.path / "evaluations.jsonl", line)
+        self.revision += 1
         scalars = {f"evaluation/{name}": value for name, value in flatten(line["accuracy"]).items()}
         self._board.add_scalars(scalars, int(line["iteration"]))
 
     def evaluation(self, moment: str, iteration: int) -> dict[str, Any] | None:
         """An evaluation that was made already."""
-        for line in read_lines(self.path / "evaluations.jsonl"):
+        for line in self.evaluations():
             if line["moment"] == moment and line["iteration"] == iteration:
                 return line
         return None

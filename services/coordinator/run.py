@@ -108,7 +108,8 @@ class Run:
         state = decode_state(run.coordinator_state)
         board = context.board
         board.iteration, board.policy_version = run.iteration, run.policy_version
-        await asyncio.to_thread(context.records.restore_iterations, run.iteration, state.last_line)
+        last = await asyncio.to_thread(context.records.restore_iterations, run.iteration, state.last_line)
+        board.metrics = flatten(last) if last is not None else {}
         await hold_version(context, run.policy_version)
         context.registry.distrust()
         groups = LiveGroups(self._run_id, context.peers.buffer, context.settings.control_timeout_s)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from services.coordinator.records import Records
 from services.coordinator.run import Run
 from services.coordinator.run_config import config_digest, parse_run_config
 from services.coordinator.snapshot import StatusBoard
+from services.coordinator.watching import Told, watch_run
 from services.coordinator.workers import WorkerRegistry
 from services.kit.telemetry import get_logger
 
@@ -50,6 +52,7 @@ class ActiveRun:
 
     file: RunFile
     board: StatusBoard
+    records: Records
     task: asyncio.Task[None]
 
 
@@ -100,11 +103,24 @@ class Runs:
         await asyncio.to_thread(save_run_file, replace(run.file, status="stopped"))
         run.board.enter(pb.RUN_PHASE_STOPPED)
 
+    async def end_watches(self) -> None:
+        """Sends watchers away with UnavailableError: their calls would last as long as the run."""
+        if self._run is not None:
+            self._run.board.close()
+
     async def close(self) -> None:
         """Ends the run under way without calling it stopped, so that the next process goes on with it."""
         if self._run is not None:
             self._run.task.cancel()
             await asyncio.wait([self._run.task])
+
+    def watch(self, run_id: str, told: Told) -> AsyncGenerator[pb.WatchRunResponse, None]:
+        """What there is to tell of the run until it has ended; the newest run's when no id is given.
+
+        Raises NotFoundError.
+        """
+        run = self._find(run_id)
+        return watch_run(run.board, run.records, told)
 
     def board(self, run_id: str) -> StatusBoard:
         """The run's board; the newest run's when no id is given. Raises NotFoundError."""
@@ -121,8 +137,9 @@ class Runs:
 
     def _launch(self, file: RunFile, inputs: RunInputs) -> None:
         board = StatusBoard(inputs.run_id, inputs.config.iterations, self._registry)
-        context = RunContext(inputs, self._settings, self._peers, self._registry, board, Records(inputs.run_path))
-        self._run = ActiveRun(file, board, asyncio.create_task(self._execute(file, context)))
+        records = Records(inputs.run_path)
+        context = RunContext(inputs, self._settings, self._peers, self._registry, board, records)
+        self._run = ActiveRun(file, board, records, asyncio.create_task(self._execute(file, context)))
 
     async def _execute(self, file: RunFile, context: RunContext) -> None:
         """The run's task: it never raises, since its end is shown on the board and in run.json."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceServicer
 from services.coordinator.runs import Runs
 from services.coordinator.snapshot import worker_snapshots
+from services.coordinator.watching import Told
 from services.coordinator.workers import WorkerRegistry
 
 if TYPE_CHECKING:
@@ -65,5 +67,10 @@ class CoordinatorService(CoordinatorServiceServicer):
 
     async def WatchRun(self, request: pb.WatchRunRequest, context: Context) -> AsyncIterator[pb.WatchRunResponse]:
         """See the contract."""
-        async for snapshot in self._runs.board(request.run_id).watch():
-            yield pb.WatchRunResponse(run=snapshot)
+        told = Told(
+            request.after_iteration if request.HasField("after_iteration") else None,
+            request.after_evaluation if request.HasField("after_evaluation") else None,
+        )
+        async with aclosing(self._runs.watch(request.run_id, told)) as responses:
+            async for response in responses:
+                yield response

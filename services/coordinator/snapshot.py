@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import TypeAlias
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.errors import UnavailableError
 from services.coordinator.workers import Worker, WorkerRegistry
 
 RunPhase: TypeAlias = "pb.RunPhase.ValueType"
@@ -31,7 +32,9 @@ class StatusBoard:
         self._started = time.monotonic()
         self._phase_started = self._started
         self._ended: float | None = None
-        self._watchers: set[asyncio.Queue[pb.RunSnapshot]] = set()
+        # None ends a watch.
+        self._watchers: set[asyncio.Queue[pb.RunSnapshot | None]] = set()
+        self._closed = False
         self.earlier_seconds = 0.0
         self.iteration = 0
         self.policy_version = 0
@@ -85,13 +88,18 @@ class StatusBoard:
             error=self.error,
         )
 
-    async def watch(self) -> AsyncIterator[pb.RunSnapshot]:
-        """Snapshots on every change of phase and at least twice a second, until the run has ended."""
-        changes: asyncio.Queue[pb.RunSnapshot] = asyncio.Queue()
+    async def watch(self) -> AsyncGenerator[pb.RunSnapshot, None]:
+        """Snapshots on every change of phase and at least twice a second, until the run has ended.
+
+        Raises UnavailableError once the board is closed.
+        """
+        changes: asyncio.Queue[pb.RunSnapshot | None] = asyncio.Queue()
         self._watchers.add(changes)
-        snapshot = self.snapshot()
+        snapshot = None if self._closed else self.snapshot()
         try:
             while True:
+                if snapshot is None:
+                    raise UnavailableError("The coordinator is stopping.")
                 yield snapshot
                 if snapshot.phase in TERMINAL:
                     return
@@ -102,7 +110,15 @@ class StatusBoard:
         finally:
             self._watchers.discard(changes)
 
+    def close(self) -> None:
+        """Ends the watches, since the process stops; the run's next coordinator is to be watched."""
+        self._closed = True
+        for changes in self._watchers:
+            changes.put_nowait(None)
+
     def _tell(self) -> None:
+        if self._closed:
+            return
         for changes in self._watchers:
             # A watcher that does not read loses what is old.
             while changes.qsize() >= WATCH_QUEUE:

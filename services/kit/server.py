@@ -21,7 +21,7 @@ from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_serv
 from prometheus_client import start_http_server
 
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
-from perigee.rpc import ChannelOptions, ServiceClient
+from perigee.rpc import KEEPALIVE_MS, ChannelOptions, ServiceClient
 from services.kit.config import ServerConfig, ServiceConfig, show
 from services.kit.interceptors import CallInterceptor
 from services.kit.telemetry import get_logger, request_histogram, start_logging, start_tracing, stop_tracing
@@ -172,14 +172,19 @@ def _build_server(config: ServiceConfig) -> grpc.aio.Server:
     ]
     if config.telemetry.otlp_endpoint is not None:
         interceptors.insert(0, aio_server_interceptor())  # type: ignore[no-untyped-call]
-    options = [
+    return grpc.aio.server(interceptors=interceptors, options=server_arguments(config))
+
+
+def server_arguments(config: ServiceConfig) -> list[tuple[str, int]]:
+    """gRPC's options of a server by name; gRPC takes no notice of a name that it does not know."""
+    return [
         ("grpc.max_send_message_length", config.message_bytes),
         ("grpc.max_receive_message_length", config.message_bytes),
         ("grpc.so_reuseport", 0),
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+        # Without it a channel that is silent but for its probes is closed after a few of them.
+        ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
-    return grpc.aio.server(interceptors=interceptors, options=options)
 
 
 def require_token_off_loopback(config: ServerConfig) -> None:

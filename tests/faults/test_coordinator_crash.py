@@ -11,12 +11,14 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import yaml
 
 from perigee.buffer.v1 import buffer_pb2
+from perigee.cli.watch import RunRequest, Told, watch_run
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import UnavailableError
@@ -65,11 +67,25 @@ async def call_when_up(call: Callable[[], Awaitable[object]]) -> None:
                 await asyncio.sleep(0.1)
 
 
-async def watch_to_the_end(client: CoordinatorClient, run_id: str) -> pb.RunSnapshot:
-    snapshot = pb.RunSnapshot()
-    async for response in client.watch_run(pb.WatchRunRequest(run_id=run_id), timeout_s=90):
-        snapshot = response.run
-    return snapshot
+@dataclass
+class Watched:
+    """What the command line is told of a run from its start to its end."""
+
+    iterations: list[int] = field(default_factory=list)
+    evaluations: list[int] = field(default_factory=list)
+    last: pb.RunSnapshot = field(default_factory=pb.RunSnapshot)
+
+
+async def watch_to_the_end(client: CoordinatorClient, request: RunRequest) -> Watched:
+    watched = Watched()
+    async for response in watch_run(client, request, Told(), lambda note: None):
+        if response.HasField("iteration"):
+            watched.iterations.append(response.iteration.iteration)
+        if response.HasField("evaluation"):
+            watched.evaluations.append(response.evaluation.iteration)
+        if response.HasField("run"):
+            watched.last = response.run
+    return watched
 
 
 async def wait_for_version(peers: FakePeers, run_id: str, version: int) -> None:
@@ -98,9 +114,13 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
         recipe.write_text(yaml.safe_dump({"coordinator": peers.settings()}))
         worker = peers.add_worker("a", tokenizer, capacity=16)
         address = f"127.0.0.1:{port}"
-        async with worker_in_service(worker, address), CoordinatorClient.connect(address) as client:
+        async with (
+            worker_in_service(worker, address),
+            CoordinatorClient.connect(address) as client,
+            asyncio.TaskGroup() as tasks,
+        ):
             request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path))
-            started = False
+            watching: asyncio.Task[Watched] | None = None
             for stall_in in ("FineTune", "rollout", "Train", "SaveCheckpoint", "PushWeights"):
                 peers.trainer.stalled.clear()
                 if stall_in == "rollout":
@@ -108,9 +128,10 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
                 else:
                     peers.trainer.stall_in = stall_in
                 async with coordinator_process(recipe, port, run_path) as process:
-                    if not started:
+                    if watching is None:
                         await call_when_up(lambda: client.start_run(request))
-                        started = True
+                        asked = RunRequest(run_id, section, str(run_path))
+                        watching = tasks.create_task(watch_to_the_end(client, asked))
                     if stall_in == "rollout":
                         # The second call of several: some trajectories have ended, some are under way.
                         await wait_until(lambda: len(worker.calls) >= 2)
@@ -123,13 +144,16 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
                     await process.wait()
                 worker.call_seconds = 0.0
             async with coordinator_process(recipe, port, run_path) as process:
-                await call_when_up(lambda: client.get_status(pb.GetStatusRequest(run_id=run_id)))
-                snapshot = await watch_to_the_end(client, run_id)
-                assert (snapshot.phase, snapshot.error) == (pb.RUN_PHASE_FINISHED, "")
+                assert watching is not None
+                watched = await watching
+                assert (watched.last.phase, watched.last.error) == (pb.RUN_PHASE_FINISHED, "")
                 process.send_signal(signal.SIGTERM)
                 assert await asyncio.wait_for(process.wait(), timeout=20) == 0
         live = await live_groups(peers, run_id)
 
+    # Whenever it died, what it had committed was told once.
+    assert watched.iterations == list(range(1, ITERATIONS + 1))
+    assert watched.evaluations == [0, ITERATIONS]
     # Each stage of the warm-up has counted once; the first was cut and began anew.
     assert [r.new_version for r in peers.trainer.fine_tuned] == [1, 2]
     # An iteration that was cut is trained again from the version before; its last request is the committed one.
@@ -152,3 +176,34 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     assert len(live) == lines[-1]["groups"]["live"]
     totals = json.loads((run_path / "summary.json").read_text())
     assert totals["trajectories_trained"] == sum(trained.values())
+
+
+async def test_told_to_stop_it_sends_watchers_away_at_once(buffer_address: str, tmp_path: Path) -> None:
+    run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", free_port()
+    section = write_run_section(tmp_path)
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    async with fake_peers(buffer_address) as peers:
+        recipe = tmp_path / "recipe.yaml"
+        settings = peers.settings() | {"server": {"drain_seconds": 600.0}}
+        recipe.write_text(yaml.safe_dump({"coordinator": settings}))
+        worker = peers.add_worker("a", tokenizer, hang=True)
+        address = f"127.0.0.1:{port}"
+        async with (
+            worker_in_service(worker, address),
+            CoordinatorClient.connect(address) as client,
+            coordinator_process(recipe, port, run_path) as process,
+        ):
+            request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path))
+            await call_when_up(lambda: client.start_run(request))
+            watches = [client.watch_run(pb.WatchRunRequest(run_id=run_id)) for _ in range(2)]
+            for watch in watches:
+                assert (await anext(watch)).HasField("run")
+            process.send_signal(signal.SIGTERM)
+            # Far below the time that calls in flight are given.
+            async with asyncio.timeout(60):
+                for watch in watches:
+                    with pytest.raises(UnavailableError, match=r"The coordinator is stopping\."):
+                        [response async for response in watch]
+                assert await process.wait() == 0
+    # Not called stopped: the next process goes on with it.
+    assert json.loads((run_path / "run.json").read_text())["status"] == "running"

@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from perigee.cli.figures import format_seconds, phase_seconds
+from perigee.cli.figures import format_seconds, phase_seconds, read_evaluation
 from perigee.cli.live import LiveView, open_view, sparkline
 from perigee.cli.view import PlainView
 from perigee.coordinator.v1 import coordinator_pb2 as pb
@@ -37,6 +37,10 @@ def snapshot(phase: pb.RunPhase.ValueType = pb.RUN_PHASE_ROLLOUT, **fields: obje
     return found
 
 
+def result(iteration: int = 4) -> pb.IterationResult:
+    return pb.IterationResult(iteration=iteration, iterations=10, metrics=METRICS)
+
+
 def plain_lines(*snapshots: pb.RunSnapshot) -> list[str]:
     stream = io.StringIO()
     with PlainView(stream) as view:
@@ -45,9 +49,10 @@ def plain_lines(*snapshots: pb.RunSnapshot) -> list[str]:
     return stream.getvalue().splitlines()
 
 
-def test_an_iteration_is_one_plain_line_however_often_it_is_shown() -> None:
-    lines = plain_lines(snapshot(), snapshot(pb.RUN_PHASE_SCORING), snapshot(pb.RUN_PHASE_TRAINING))
-    assert lines == [
+def test_an_iteration_is_one_plain_line() -> None:
+    stream = io.StringIO()
+    PlainView(stream).show_iteration(result())
+    assert stream.getvalue().splitlines() == [
         "iteration 4 of 10  reward 0.412  accuracy 0.500  length 28.3  length p95 66  tokens/s 8,123  partial 12.5%  "
         "repeated 1.0%  rollout 2.0s training 1.5s"
     ]
@@ -55,8 +60,8 @@ def test_an_iteration_is_one_plain_line_however_often_it_is_shown() -> None:
 
 def test_phases_outside_the_iterations_are_told_once() -> None:
     evaluating = snapshot(pb.RUN_PHASE_EVALUATION, phase_done=3, phase_total=500, elapsed_seconds=62.0)
-    lines = plain_lines(evaluating, evaluating)
-    assert lines[1:] == ["evaluation: iteration 5 of 10, policy version 6, 3 of 500 problems, 1 m 02 s since the start"]
+    lines = plain_lines(evaluating, evaluating, snapshot(pb.RUN_PHASE_ROLLOUT), snapshot(pb.RUN_PHASE_TRAINING))
+    assert lines == ["evaluation: iteration 5 of 10, policy version 6, 3 of 500 problems, 1 m 02 s since the start"]
 
 
 def test_each_stage_of_the_warmup_is_told() -> None:
@@ -77,10 +82,18 @@ def test_the_live_view_shows_run_figures_workers_and_notes() -> None:
     with LiveView(console) as view:
         view.note("trainer ready")
         view.show(snapshot(phase_done=50, phase_total=200))
+        view.show_iteration(result())
         view.show_evaluation(EVALUATION)
     text = stream.getvalue()
-    for expected in ("small-1", "50 of 200 trajectories", "0.412", "12.5%", "rollout-0", "trainer ready", "0.350"):
+    for expected in ("small-1", "50 of 200 trajectories", "0.412", "12.5%", "rollout-0", "trainer ready", "0.350", "▁"):
         assert expected in text
+
+
+def test_an_evaluation_is_read_as_the_coordinator_tells_it() -> None:
+    overall = pb.DomainAccuracy(domain="overall", sampled=pb.AccuracyEstimate(mean=0.4, low=0.35, high=0.45))
+    overall.greedy.mean = 0.5
+    told = pb.EvaluationResult(number=2, iteration=4, accuracies=[overall, pb.DomainAccuracy(domain="math")])
+    assert read_evaluation(told) == EVALUATION
 
 
 def test_the_live_view_draws_before_anything_is_known() -> None:

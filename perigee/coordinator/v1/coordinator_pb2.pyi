@@ -445,36 +445,226 @@ class WatchRunRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
+    AFTER_ITERATION_FIELD_NUMBER: _builtins.int
+    AFTER_EVALUATION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    after_iteration: _builtins.int
+    """The last iteration that the watcher knows of, 0 for none: every later one is told. Absent: no iteration is told."""
+    after_evaluation: _builtins.int
+    """The number of the last evaluation that the watcher knows of, 0 for none. Absent: no evaluation is told."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
+        after_iteration: _builtins.int | None = ...,
+        after_evaluation: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_after_evaluation", b"_after_evaluation", "_after_iteration", b"_after_iteration", "after_evaluation", b"after_evaluation", "after_iteration", b"after_iteration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_evaluation", b"_after_evaluation", "_after_iteration", b"_after_iteration", "after_evaluation", b"after_evaluation", "after_iteration", b"after_iteration", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__after_evaluation: _TypeAlias = _typing.Literal["after_evaluation"]  # noqa: Y015
+    _WhichOneofArgType__after_evaluation: _TypeAlias = _typing.Literal["_after_evaluation", b"_after_evaluation"]  # noqa: Y015
+    _WhichOneofReturnType__after_iteration: _TypeAlias = _typing.Literal["after_iteration"]  # noqa: Y015
+    _WhichOneofArgType__after_iteration: _TypeAlias = _typing.Literal["_after_iteration", b"_after_iteration"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_evaluation) -> _WhichOneofReturnType__after_evaluation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__after_iteration) -> _WhichOneofReturnType__after_iteration | None: ...
 
 Global___WatchRunRequest: _TypeAlias = WatchRunRequest  # noqa: Y015
 
 @_typing.final
+class IterationResult(_message.Message):
+    """A committed iteration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ITERATION_FIELD_NUMBER: _builtins.int
+    ITERATIONS_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
+    iteration: _builtins.int
+    iterations: _builtins.int
+    """Iterations that the run was asked for."""
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """The iteration's line of metrics.jsonl, numbers only, nested keys joined by a slash."""
+
+    def __init__(
+        self,
+        *,
+        iteration: _builtins.int = ...,
+        iterations: _builtins.int = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "iterations", b"iterations", "metrics", b"metrics"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IterationResult: _TypeAlias = IterationResult  # noqa: Y015
+
+@_typing.final
+class AccuracyEstimate(_message.Message):
+    """A share of correct responses with its 95% interval."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEAN_FIELD_NUMBER: _builtins.int
+    LOW_FIELD_NUMBER: _builtins.int
+    HIGH_FIELD_NUMBER: _builtins.int
+    mean: _builtins.float
+    low: _builtins.float
+    high: _builtins.float
+    def __init__(
+        self,
+        *,
+        mean: _builtins.float = ...,
+        low: _builtins.float | None = ...,
+        high: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_high", b"_high", "_low", b"_low", "high", b"high", "low", b"low", "mean", b"mean"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__high: _TypeAlias = _typing.Literal["high"]  # noqa: Y015
+    _WhichOneofArgType__high: _TypeAlias = _typing.Literal["_high", b"_high"]  # noqa: Y015
+    _WhichOneofReturnType__low: _TypeAlias = _typing.Literal["low"]  # noqa: Y015
+    _WhichOneofArgType__low: _TypeAlias = _typing.Literal["_low", b"_low"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__high) -> _WhichOneofReturnType__high | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__low) -> _WhichOneofReturnType__low | None: ...
+
+Global___AccuracyEstimate: _TypeAlias = AccuracyEstimate  # noqa: Y015
+
+@_typing.final
+class DomainAccuracy(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    GREEDY_FIELD_NUMBER: _builtins.int
+    SAMPLED_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    """A domain of the held-out problems, or overall."""
+    @_builtins.property
+    def greedy(self) -> Global___AccuracyEstimate:
+        """Absent when this way of decoding was not asked for, or no response has a verdict."""
+
+    @_builtins.property
+    def sampled(self) -> Global___AccuracyEstimate: ...
+    def __init__(
+        self,
+        *,
+        domain: _builtins.str = ...,
+        greedy: Global___AccuracyEstimate | None = ...,
+        sampled: Global___AccuracyEstimate | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_greedy", b"_greedy", "_sampled", b"_sampled", "greedy", b"greedy", "sampled", b"sampled"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_greedy", b"_greedy", "_sampled", b"_sampled", "domain", b"domain", "greedy", b"greedy", "sampled", b"sampled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__greedy: _TypeAlias = _typing.Literal["greedy"]  # noqa: Y015
+    _WhichOneofArgType__greedy: _TypeAlias = _typing.Literal["_greedy", b"_greedy"]  # noqa: Y015
+    _WhichOneofReturnType__sampled: _TypeAlias = _typing.Literal["sampled"]  # noqa: Y015
+    _WhichOneofArgType__sampled: _TypeAlias = _typing.Literal["_sampled", b"_sampled"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__greedy) -> _WhichOneofReturnType__greedy | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampled) -> _WhichOneofReturnType__sampled | None: ...
+
+Global___DomainAccuracy: _TypeAlias = DomainAccuracy  # noqa: Y015
+
+@_typing.final
+class EvaluationResult(_message.Message):
+    """Held-out accuracy of a policy version."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    ITERATION_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    ACCURACIES_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Counts the evaluations of the run from 1: the line of evaluations.jsonl."""
+    iteration: _builtins.int
+    policy_version: _builtins.int
+    @_builtins.property
+    def accuracies(self) -> _containers.RepeatedCompositeFieldContainer[Global___DomainAccuracy]: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        iteration: _builtins.int = ...,
+        policy_version: _builtins.int = ...,
+        accuracies: _abc.Iterable[Global___DomainAccuracy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracies", b"accuracies", "iteration", b"iteration", "number", b"number", "policy_version", b"policy_version"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvaluationResult: _TypeAlias = EvaluationResult  # noqa: Y015
+
+@_typing.final
 class WatchRunResponse(_message.Message):
+    """Holds one of these. What a run left comes before the snapshots that were made after it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_FIELD_NUMBER: _builtins.int
+    ITERATION_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def run(self) -> Global___RunSnapshot: ...
+    @_builtins.property
+    def iteration(self) -> Global___IterationResult: ...
+    @_builtins.property
+    def evaluation(self) -> Global___EvaluationResult: ...
     def __init__(
         self,
         *,
         run: Global___RunSnapshot | None = ...,
+        iteration: Global___IterationResult | None = ...,
+        evaluation: Global___EvaluationResult | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_iteration", b"_iteration", "_run", b"_run", "evaluation", b"evaluation", "iteration", b"iteration", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_iteration", b"_iteration", "_run", b"_run", "evaluation", b"evaluation", "iteration", b"iteration", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__evaluation: _TypeAlias = _typing.Literal["evaluation"]  # noqa: Y015
+    _WhichOneofArgType__evaluation: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation"]  # noqa: Y015
+    _WhichOneofReturnType__iteration: _TypeAlias = _typing.Literal["iteration"]  # noqa: Y015
+    _WhichOneofArgType__iteration: _TypeAlias = _typing.Literal["_iteration", b"_iteration"]  # noqa: Y015
+    _WhichOneofReturnType__run: _TypeAlias = _typing.Literal["run"]  # noqa: Y015
+    _WhichOneofArgType__run: _TypeAlias = _typing.Literal["_run", b"_run"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation) -> _WhichOneofReturnType__evaluation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__iteration) -> _WhichOneofReturnType__iteration | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__run) -> _WhichOneofReturnType__run | None: ...
 
 Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015

@@ -117,7 +117,8 @@ class CoordinatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchRun(self, request, context):
-        """Streams snapshots of the run, at least one per change of phase, until it ends.
+        """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
+        evaluations: each once and in order, those of the past first. UNAVAILABLE when the service stops: watch again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

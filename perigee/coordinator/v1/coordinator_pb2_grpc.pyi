@@ -44,7 +44,9 @@ class CoordinatorServiceStub:
     """Ends the run at once; the buffer keeps what is needed to go on."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]
     WatchRun: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchRunRequest, _coordinator_pb2.WatchRunResponse]
-    """Streams snapshots of the run, at least one per change of phase, until it ends."""
+    """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
+    evaluations: each once and in order, those of the past first. UNAVAILABLE when the service stops: watch again.
+    """
 
 @_typing.type_check_only
 class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
@@ -62,7 +64,9 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     """Ends the run at once; the buffer keeps what is needed to go on."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]  # type: ignore[assignment]
     WatchRun: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchRunRequest, _coordinator_pb2.WatchRunResponse]  # type: ignore[assignment]
-    """Streams snapshots of the run, at least one per change of phase, until it ends."""
+    """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
+    evaluations: each once and in order, those of the past first. UNAVAILABLE when the service stops: watch again.
+    """
 
 class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
     """CoordinatorService is the master of runs: it keeps the rollout workers' leases and drives iterations."""
@@ -119,6 +123,8 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.WatchRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_coordinator_pb2.WatchRunResponse], _abc.AsyncIterator[_coordinator_pb2.WatchRunResponse]]:
-        """Streams snapshots of the run, at least one per change of phase, until it ends."""
+        """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
+        evaluations: each once and in order, those of the past first. UNAVAILABLE when the service stops: watch again.
+        """
 
 def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -1,0 +1,131 @@
+"""`perigee train` at a coordinator that goes away: every iteration and every held-out accuracy is told once."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import re
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from perigee.cli.interrupt import Interrupt
+from perigee.cli.recipe import Recipe
+from perigee.cli.run_folder import RunFolder
+from perigee.cli.train import TrainOptions, open_run, train
+from perigee.cli.view import PlainView
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.lifespan import lifespan
+from services.coordinator.prompts import read_model_folder
+from services.kit.config import ServerConfig
+from services.kit.server import serving
+from tests.fixtures.coordinator import write_run_section
+from tests.fixtures.coordinator_fakes import FakePeers, FakeWorker, fake_peers, worker_in_service
+
+ITERATIONS = 9
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        port: int = bound.getsockname()[1]
+        return port
+
+
+@asynccontextmanager
+async def coordinator(
+    peers: FakePeers, worker: FakeWorker, port: int = 0, run_path: Path | None = None
+) -> AsyncIterator[None]:
+    """A coordinator with one worker; leaving the block cuts its connections."""
+    config = CoordinatorConfig(
+        **peers.settings(),
+        run_path=None if run_path is None else str(run_path),
+        server=ServerConfig(port=port, drain_seconds=0.0),
+    )
+    async with serving(config, lifespan) as app, worker_in_service(worker, app.address):
+        yield
+
+
+async def wait_until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(60):
+        while not condition():  # noqa: ASYNC110, files and output tell nobody
+            await asyncio.sleep(0.02)
+
+
+async def follow(options: TrainOptions, run: RunFolder, recipe: Recipe, output: io.StringIO) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    await train(options, run, recipe, PlainView(output), Interrupt(task))
+
+
+def recorded(run: RunFolder) -> int:
+    path = run.path / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def results(output: io.StringIO) -> list[str]:
+    """What was told of iterations and held-out accuracies, without the figures."""
+    pattern = rf"(iteration \d+ of {ITERATIONS}  reward|held-out accuracy at iteration \d+)"
+    return re.findall(f"^{pattern}", output.getvalue(), re.MULTILINE)
+
+
+def expected(first: int, last: int) -> list[str]:
+    """Iterations `first` to `last`, each with the evaluation after it."""
+    lines = []
+    for number in range(first, last + 1):
+        lines += [f"iteration {number} of {ITERATIONS}  reward"] if number else []
+        lines += [f"held-out accuracy at iteration {number}"] if number % 3 == 0 else []
+    return lines
+
+
+def write_recipe(folder: Path, iterations: int) -> Path:
+    section = yaml.safe_load(
+        write_run_section(folder, iterations=iterations, evaluation={"every": 3, "samples": 1, "problems": 5})
+    )
+    model = {"model": section["model"]}
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"name": "told", "run": section, "trainer": model, "rollout": model}))
+    return path
+
+
+async def test_what_ends_while_nobody_watches_is_told_later(buffer_address: str, tmp_path: Path) -> None:
+    port, output = free_port(), io.StringIO()
+    options = TrainOptions(
+        write_recipe(tmp_path, ITERATIONS), None, [], tmp_path / "runs", coordinator=f"127.0.0.1:{port}"
+    )
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    run, recipe = open_run(options)
+    async with fake_peers(buffer_address) as peers, asyncio.TaskGroup() as tasks:
+        worker = peers.add_worker("a", tokenizer, call_seconds=0.05)
+        async with coordinator(peers, worker, port):
+            training = tasks.create_task(follow(options, run, recipe, output))
+            await wait_until(lambda: "iteration 2 of" in output.getvalue())
+        # At another port, where the command does not find it.
+        async with coordinator(peers, worker, run_path=run.path):
+            await wait_until(lambda: recorded(run) >= 5)
+        async with coordinator(peers, worker, port, run_path=run.path):
+            await training
+    assert "watching the run again" in output.getvalue()
+    assert results(output) == expected(0, ITERATIONS)
+
+
+async def test_a_run_that_goes_on_is_told_from_there(buffer_address: str, tmp_path: Path) -> None:
+    port = free_port()
+    options = TrainOptions(write_recipe(tmp_path, 3), None, [], tmp_path / "runs", coordinator=f"127.0.0.1:{port}")
+    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    run, recipe = open_run(options)
+    async with fake_peers(buffer_address) as peers:
+        worker = peers.add_worker("a", tokenizer)
+        async with coordinator(peers, worker, port):
+            await follow(options, run, recipe, io.StringIO())
+            again = replace(options, recipe_path=None, resume=run.run_id, overrides=[f"run.iterations={ITERATIONS}"])
+            run, recipe = open_run(again)
+            output = io.StringIO()
+            await follow(again, run, recipe, output)
+    assert f"going on with {run.run_id}" in output.getvalue()
+    # The evaluation that ended the first part is of iteration 3, and so is the one in the middle of the run.
+    assert results(output) == ["held-out accuracy at iteration 3", *expected(4, ITERATIONS)]
