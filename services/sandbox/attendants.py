@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from perigee.errors import PerigeeError
+from services.kit.telemetry import get_logger
 from services.sandbox.box import control
 from services.sandbox.box.control import Message, Packet
 
 BOX_PARENT = Path(__file__).parent
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/box", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 _START_S = 60.0
+_WORDS_BYTES = 4096
+
+log = get_logger(__name__)
 
 
 class BoxFailedError(PerigeeError):
@@ -36,6 +40,8 @@ class Attendant:
         self._options = options
         self._process: Process | None = None
         self._channel: socket.socket | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._words = b""
 
     @property
     def channel(self) -> socket.socket:
@@ -74,6 +80,8 @@ class Attendant:
             raise
         finally:
             theirs.close()
+        assert self._process.stderr is not None
+        self._listening = asyncio.create_task(self._listen(self._process.stderr))
         try:
             async with asyncio.timeout(_START_S):
                 message = await receive(ours)
@@ -85,6 +93,12 @@ class Attendant:
             raise
         self.version = message.header["version"]
 
+    async def _listen(self, stderr: asyncio.StreamReader) -> None:
+        """Logs what the process and its forks say, as they say it: they would stand still when nobody took it."""
+        while words := await stderr.read(_WORDS_BYTES):
+            log.warning("attendant_says", attendant=self.name, words=words.decode(errors="replace").strip())
+            self._words = (self._words + words)[-_WORDS_BYTES:]
+
     async def kill(self) -> None:
         """Ends the process; what it forked dies with it."""
         if self._channel is not None:
@@ -94,14 +108,13 @@ class Attendant:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+        if self._listening is not None:
+            await self._listening
 
     async def last_words(self) -> str:
-        """Ends the process and returns what it wrote to standard error."""
-        process = self._process
+        """Ends the process and returns the last that it wrote to standard error."""
         await self.kill()
-        if process is None or process.stderr is None:
-            return ""
-        return (await process.stderr.read()).decode(errors="replace").strip()
+        return self._words.decode(errors="replace").strip()
 
 
 def start_code(folder: str, module: str) -> str:

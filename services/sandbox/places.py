@@ -66,8 +66,11 @@ class Place:
                 raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
 
     def oom_kills(self) -> int:
-        """How many processes the kernel has killed here for want of memory."""
-        return 0 if self.usage is None else self.usage.oom_kills()
+        """How many processes the kernel has killed here for want of memory; raises BoxFailedError."""
+        try:
+            return 0 if self.usage is None else self.usage.oom_kills()
+        except OSError as error:
+            raise BoxFailedError(f"the control group of {self.name} cannot be read: {error.strerror}") from error
 
     async def empty(self) -> None:
         """Kills everything in the control group and returns when it is gone."""

@@ -6,6 +6,7 @@ fork, and each program is a fork of its keeper, so nothing of one job is here fo
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
@@ -90,7 +91,8 @@ class Zygote:
                 os.write(entry, b"0")
                 os.close(entry)
         except OSError as error:
-            control.send(channel, {"kind": "failed", "reason": f"cannot enter the control group: {error}"}, [])
+            with contextlib.suppress(OSError):  # the service has let go of the box: nobody is left to be told
+                control.send(channel, {"kind": "failed", "reason": f"cannot enter the control group: {error}"}, [])
             os._exit(4)
         uid = header["uid"] if os.geteuid() == 0 else None
         if isolated:
