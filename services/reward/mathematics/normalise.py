@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import re
 
+from services.reward.mathematics.formulas import ELLIPSIS, SPAN, flatten_math
 from services.reward.mathematics.number_words import read_number_words
-from services.reward.mathematics.segments import ELLIPSIS, SPAN, flatten_math
 from services.reward.mathematics.units import is_unit_phrase
 
 COMMANDS = {

@@ -1,0 +1,122 @@
+"""Which sentences of a response state something, and which check, remark, ask, or take back."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from services.reward.mathematics.sentences import Sentence
+
+MARKUP = " \t*_#>`~-•–—✓✔"
+# What follows is tried out and not found: it counts for nothing to the end of the paragraph.
+CHECK = re.compile(
+    r"(?:(?:as a|a|quick|sanity|final|double)[ -]+)*(?:check|verification|proof|probe|test)\b(?![ -]?(?:digit|point|value))"
+    r"|(?:(?:let's|let me|let us|we can|we could|we|you can|i|i'll|one can|to|now|just|it is easy to|also|quickly|easily"
+    r"|double|cross)[ -]+)+(?:check|verify|confirm|test)\b|(?:double-?)?checking\b|verifying\b|confirming\b"
+    r"|(?:plugging|substituting|putting|inserting) (?:it|this|that|these|them|the values?|both|[^ ]{1,12})? ?(?:back\b|in\b)"
+    r"|indeed\b|(?:this|that|it) (?:checks out|works|makes sense|is consistent|agrees|matches|is correct|confirms|fits)",
+    re.IGNORECASE,
+)
+# Remarks on what was asked, what is not asked, and what would be otherwise.
+REMARK = re.compile(
+    r"(?:remark|note|n\.?b\.?|notice|observe|recall|by the way|btw|incidentally|fun fact|in general|more generally|tip"
+    r"|for (?:comparison|reference|instance|example|context)|in comparison|a (?:common|typical|frequent) (?:mistake|error)"
+    r"|(?:many|some|most) (?:people|students)|people often|be careful|disclaimer|bonus|side note|aside)\b"
+    r"|had (?:we|he|she|they|it|the)\b|(?:at|by) (?:that|this) (?:point|time|moment)\b|by then\b"
+    r"|(?:the|this) (?:question|problem|task|exercise) (?:was|is|asks|asked|wants|wanted)\b|we (?:were|are) asked\b"
+    r"|(?:this|that|which) (?:answers|is what|is the answer to|was asked|is our|is my|is the final)\b|as (?:asked|required)\b"
+    r"|i hope\b|hope (?:this|that)|let me know\b|feel free\b|good luck\b|i'd be happy\b|thanks?\b"
+    r"|if [^,]*\b(?:wanted|had|were|did)\b.*\bwould\b",
+    re.IGNORECASE | re.DOTALL,
+)
+# A remark that compares what was found with something else.
+COMPARISON = re.compile(
+    r"(?:that|this|it)(?:'s| is| was| would be| means)\b.*\b(?:than|of the (?:original|initial|total|whole)|difference)\b"
+    r"|(?:that|this|it) (?:means|implies|shows|is because|follows)\b.*",
+    re.IGNORECASE | re.DOTALL,
+)
+CONCLUSION = re.compile(
+    r"(?:so|thus|hence|therefore|consequently|accordingly|altogether|in total|in conclusion|in summary|to sum up|finally"
+    r"|overall|as a result|it follows|we (?:conclude|find|see|get|obtain)|this (?:gives|yields|leaves|leads)|and so"
+    r"|(?:the |my |our )?(?:final )?(?:answer|result|solution))\b",
+    re.IGNORECASE,
+)
+# "So both sides agree" concludes a check and not a response.
+APPROVAL = re.compile(
+    r"\b(?:both sides|checks? out|holds?|match(?:es)?|as (?:required|expected|desired|it should|claimed|stated|given)"
+    r"|correct|consistent|verified|confirmed|works|is true|satisf(?:y|ies)|✓|agrees?)\b|✓|✔",
+    re.IGNORECASE,
+)
+# What was stated before is taken back.
+RETRACTION = re.compile(
+    r"\b(?:(?:I|we)(?:'ve| have)? (?:made|did make) (?:a|an) (?:[a-z]+ )?(?:mistake|error|slip)|(?:I|we) (?:miscalculated"
+    r"|miscounted|misread|forgot|overlooked)|scratch that|oops|correction:|let me (?:redo|correct|recompute|recalculate)"
+    r"|(?:that|this|which|it)(?:'s| is| was| can't be| cannot be| isn't| is not) (?:wrong|incorrect|not right|not correct"
+    r"|not true|right|correct|a mistake|mistaken|an error)(?! to\b))",
+    re.IGNORECASE,
+)
+DENIES = re.compile(r"wrong|incorrect|mistake|error|slip|isn't|not |can't|mis|forgot|overlooked|scratch|oops|redo|re|corr")
+DOUBT = re.compile(
+    r"\b(?:can(?:'t|not) (?:be )?(?:determine|answer|solve|say|tell|find|decide)|not (?:sure|certain|enough|possible)|unsure"
+    r"|unable|don't know|no idea|impossible|unclear|insufficient|give up|need more)\w*",
+    re.IGNORECASE,
+)
+EMPTY = re.compile(r"\b(?:no|none|nothing|never|neither|not|empty|does(?:n't| not) exist|infinite(?:ly)?|undefined)\b", re.I)
+HEDGE = re.compile(
+    r"(?:(?:or|but|then again|and)\b,? ?)?(?:it|the [a-z]+|this|that)? ?(?:(?:might|may|could)\b.{0,20}\b(?:also|be|well)|"
+    r"(?:possibly|perhaps|maybe|alternatively)\b)",
+    re.IGNORECASE,
+)
+
+
+def is_alternative(statements: Sequence[Sentence]) -> bool:
+    """Whether the last sentence offers another answer than the one before it."""
+    return len(statements) > 1 and HEDGE.match(bare(statements[-1])) is not None and (
+        re.search(r"[0-9]", statements[-1].text) is not None
+    )
+
+
+def bare(sentence: Sentence) -> str:
+    """The text without markup."""
+    return re.sub(r"[*_`]+", "", sentence.text).lstrip(MARKUP)
+
+
+def find_statements(sentences: Sequence[Sentence]) -> list[Sentence]:
+    """The sentences without checks, remarks and questions; all of them where nothing else is left."""
+    statements: list[Sentence] = []
+    checked = -1  # the paragraph that a check is in
+    for position, sentence in enumerate(sentences):
+        text = bare(sentence)
+        if checked >= 0 and (sentence.paragraph > checked or concludes(text) or RETRACTION.search(text)):
+            checked = -1
+        if statements and checked < 0 and CHECK.match(text):
+            is_heading = text.rstrip(MARKUP).endswith(":") and position + 1 < len(sentences)
+            checked = sentences[position + 1].paragraph if is_heading else sentence.paragraph
+        if checked < 0 and not (statements and is_remark(text, statements[-1])):
+            statements.append(sentence)
+    return statements or list(sentences)
+
+
+def concludes(text: str) -> bool:
+    """Whether a sentence says what follows from those before it, and is no word on a check."""
+    return CONCLUSION.match(text) is not None and APPROVAL.search(text) is None
+
+
+def is_remark(text: str, before: Sentence) -> bool:
+    """Whether a sentence goes beside what the one before it states."""
+    if text.rstrip(MARKUP).endswith("?") or (text.startswith("(") and text.rstrip(MARKUP + ".").endswith(")")):
+        return not re.fullmatch(r"[^a-z]*", text)
+    if REMARK.match(text):
+        return re.search(r"\b(?:so|hence|therefore|thus)\b", text) is None or text[:4].lower() not in ("note", "noti")
+    return COMPARISON.match(text) is not None and concludes(bare(before))
+
+
+def find_retraction(text: str) -> int:
+    """Where the last sentence that takes something back says so; -1 where nothing is taken back."""
+    matches = [match for match in RETRACTION.finditer(text) if not re.search(r"(?:it|that|this|which) is (?:right|correct)", match[0], re.I)]
+    return matches[-1].start() if matches else -1
+
+
+def states_nothing(sentence: Sentence) -> bool:
+    """Whether a sentence without mathematics may be passed over: it neither gives up, denies, nor breaks off."""
+    return sentence.is_finished and not DOUBT.search(sentence.text) and not EMPTY.search(sentence.text)

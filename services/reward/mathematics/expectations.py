@@ -1,0 +1,86 @@
+"""What form of answer a reference asks for: its shape and unit, and never its value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+from services.reward.mathematics.assignments import HAS_VARIABLE
+from services.reward.mathematics.labels import read_division, read_labels
+from services.reward.mathematics.normalise import normalise
+from services.reward.mathematics.numbers import read_number
+from services.reward.mathematics.quantities import read_clock, read_quantity
+from services.reward.mathematics.reading import read_shape
+from services.reward.mathematics.scalars import RATIO
+from services.reward.mathematics.shapes import Assignment, Group, Matrix, Region, Relation, Scalar
+from services.reward.mathematics.units import Unit
+from services.reward.mathematics.words import is_empty_set, is_wordy
+
+MAX_CHARACTERS = 400
+
+
+class Form(Enum):
+    """What an answer looks like."""
+
+    ANY = 0
+    SCALAR = 1
+    LIST = 2
+    TUPLE = 3
+    REGION = 4
+    WORDS = 5
+    RATIO = 6
+    CLOCK = 7
+    EQUATION = 8
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """The form of an answer, how many values it has, what they are called, and the unit of one value."""
+
+    form: Form = Form.ANY
+    count: int = 1
+    labels: tuple[str, ...] = ()
+    unit: Unit | None = None
+
+
+ANYTHING = Expectation()
+WORDS = Expectation(Form.WORDS)
+
+
+@lru_cache(maxsize=1024)
+def expect(reference: str) -> Expectation:
+    """The form of a reference."""
+    text = normalise(reference)
+    text = ", ".join(read_division(text) or (text,))
+    if len(text) > MAX_CHARACTERS:
+        return ANYTHING
+    if is_wordy(text) or is_empty_set(text):
+        return WORDS
+    if read_clock(text) is not None:
+        return Expectation(Form.CLOCK)
+    quantity = read_quantity(text)
+    if read_number(quantity.body) is not None:
+        return Expectation(Form.SCALAR, unit=quantity.unit)
+    if RATIO.fullmatch(text):
+        return Expectation(Form.RATIO)
+    shape = read_shape(text)
+    if isinstance(shape, Assignment):
+        value = read_shape(shape.value)
+        is_function = isinstance(value, Scalar) and HAS_VARIABLE.search(value.text)
+        shape = Relation(shape.name, "=", shape.value) if is_function else value
+    match shape:
+        case Relation(sign="≠" | "<" | ">" | "≤" | "≥"):
+            return Expectation(Form.REGION)
+        case Region() | Group(brackets="(]" | "[)" | "[]"):
+            return Expectation(Form.REGION)
+        case Relation():
+            return Expectation(Form.EQUATION)
+        case Matrix():
+            return ANYTHING
+        case Group("tuple", items):
+            return Expectation(Form.TUPLE, len(items))
+        case Group(_, items):
+            labels = read_labels(items)
+            return Expectation(Form.LIST, len(items), tuple(labels or ()))
+    return Expectation(Form.SCALAR if "=" not in text else Form.ANY, unit=quantity.unit)
