@@ -18,7 +18,7 @@ from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 
 from services.reward.mathematics.families import Family
-from services.reward.mathematics.free_symbols import equal_up_to_constants, families_agree
+from services.reward.mathematics.free_symbols import equal_up_to_constants, families_agree, has_constant
 from services.reward.mathematics.normalise import squeeze
 from services.reward.mathematics.numbers import Number, numbers_agree, read_number
 from services.reward.mathematics.shapes import REVERSED, Relation
@@ -82,7 +82,7 @@ class SympyAlgebra:
             return decimal
         by_value = compare_by_value(wanted, given)
         if by_value is False:
-            return equal_up_to_constants(wanted, given, compare_by_value)
+            return has_constant(expected) and equal_up_to_constants(wanted, given, compare_by_value)
         if by_value is not None:
             return by_value
         return bool(verify([wanted], [given], timeout_seconds=None, raise_on_error=True))

@@ -23,6 +23,9 @@ CLAIM = re.compile(
 
 def is_announcement(match: re.Match[str]) -> bool:
     """Whether a match announces something; "the solution of x² - 4 =" is the left side of an equation."""
+    before = match.string[max(0, match.start() - 20) : match.start()]
+    if re.search(r"\b(?:reference|expected|gold|true|ground truth|answer key'?s?)\s+$", before, re.IGNORECASE):
+        return False
     return not REPORTS.search(match["between"]) and not ("=" in match[0] and re.search(r"[0-9^²+]", match["between"]))
 
 

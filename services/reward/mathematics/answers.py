@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 from services.reward.mathematics.announcements import find_announcement, find_claim
 from services.reward.mathematics.asides import (
-    DENIES,
     DOUBT,
     concludes,
     find_retraction,
@@ -19,13 +18,13 @@ from services.reward.mathematics.asides import (
     is_alternative,
     states_nothing,
 )
-from services.reward.mathematics.boxes import find_last_boxes
+from services.reward.mathematics.boxes import find_boxes, find_last_boxes
 from services.reward.mathematics.expectations import ANYTHING, Expectation, Form
 from services.reward.mathematics.formulas import flatten_math, unwrap
 from services.reward.mathematics.labels import find_labelled
 from services.reward.mathematics.predicates import answers_of
 from services.reward.mathematics.segments import has_mathematics, isolate, trim_sentence
-from services.reward.mathematics.sentences import Sentence, first_sentence, split_sentences, strip_end
+from services.reward.mathematics.sentences import Sentence, split_sentences, strip_end
 
 # An answer is announced near the end; whatever stands before it is reasoning.
 SEARCHED_CHARACTERS = 3000
@@ -40,7 +39,9 @@ NONE_OF = re.compile(
     re.IGNORECASE,
 )
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
-ANOTHER = re.compile(r"\W*(?:and\s+)?(?:the\s+(?:other|second|third|last|larger|smaller|remaining)|another|also)\b", re.IGNORECASE)
+ANOTHER = re.compile(
+    r"\W*(?:and\s+)?(?:the\s+(?:other|second|third|last|larger|smaller|remaining)|another|also)\b", re.IGNORECASE
+)
 
 
 def find_final_answer(response: str, *, marked: bool = False, expectation: Expectation = ANYTHING) -> str | None:
@@ -54,6 +55,9 @@ def find_final_answer(response: str, *, marked: bool = False, expectation: Expec
         return None
     boxed, end = find_last_boxes(text)
     if boxed is not None:
+        boxes = find_boxes(text) if expectation.form in (Form.LIST, Form.TUPLE) else []
+        if expectation.count > 1 and len(boxes) == expectation.count:
+            return ", ".join(boxes)
         return settle_box(boxed, text[end:], expectation) or None
     own_line = first_line(text) if marked else text.rstrip().rpartition("\n")[2]
     if len(own_line) > SEARCHED_CHARACTERS:
@@ -112,7 +116,7 @@ def settle_box(boxed: str, rest: str, expectation: Expectation) -> str:
         if claim is not None and has_mathematics(claim):
             other = isolate(claim, first=True, expectation=expectation)
             return boxed if "≈" in other or "." in other else f"{boxed}, {other}"
-    if expectation.form is Form.WORDS or "\\text" not in boxed and "\\mathrm" not in boxed and "\\mbox" not in boxed:
+    if expectation.form is Form.WORDS or ("\\text" not in boxed and "\\mathrm" not in boxed and "\\mbox" not in boxed):
         return boxed
     # A sentence in a box: "\text{There are } 35 \text{ students}".
     plain = " ".join(BOXED_TEXT.sub(r" \1 ", boxed).replace("\\$", "$").split())

@@ -12,23 +12,33 @@ MARKUP = " \t*_#>`~-•–—✓✔"
 CHECK = re.compile(
     r"(?:(?:as a|a|quick|sanity|final|double)[ -]+)*(?:check|verification|proof|probe|test)\b(?![ -]?(?:digit|point|value))"
     r"|(?:(?:let's|let me|let us|we can|we could|we|you can|i|i'll|one can|to|now|just|it is easy to|also|quickly|easily"
-    r"|double|cross)[ -]+)+(?:check|verify|confirm|test)\b|(?:double-?)?checking\b|verifying\b|confirming\b"
+    r"|double|cross)[ -]+)+(?:check|verify|confirm|test|see (?:if|whether|that))\b|to be (?:sure|safe|certain)\b|(?:double-?)?checking\b|verifying\b|confirming\b"
     r"|(?:plugging|substituting|putting|inserting) (?:it|this|that|these|them|the values?|both|[^ ]{1,12})? ?(?:back\b|in\b)"
-    r"|indeed\b|(?:this|that|it) (?:checks out|works|makes sense|is consistent|agrees|matches|is correct|confirms|fits)",
+    r"|(?:and )?indeed\b|(?:if|when) (?:we|you|i) (?:plug|substitute|put|insert|check|test|try)\b|(?:this|that|it) (?:checks out|works|makes sense|is consistent|agrees|matches|is correct|confirms|fits)",
     re.IGNORECASE,
 )
 # Remarks on what was asked, what is not asked, and what would be otherwise.
 REMARK = re.compile(
-    r"(?:remark|note|n\.?b\.?|notice|observe|recall|by the way|btw|incidentally|fun fact|in general|more generally|tip"
+    r"(?:remark|note|n\.?b\.?|notice|observe|recall|remember|keep in mind|by the way|btw|incidentally|fun fact|in general"
+    r"|more generally|tip|another (?:way|method|approach)|an alternative"
     r"|for (?:comparison|reference|instance|example|context)|in comparison|a (?:common|typical|frequent) (?:mistake|error)"
     r"|(?:many|some|most) (?:people|students)|people often|be careful|disclaimer|bonus|side note|aside)\b"
     r"|had (?:we|he|she|they|it|the)\b|(?:at|by) (?:that|this) (?:point|time|moment)\b|by then\b"
-    r"|(?:the|this) (?:question|problem|task|exercise) (?:was|is|asks|asked|wants|wanted)\b|we (?:were|are) asked\b"
+    r"|(?:so |thus |hence )?(?:the|this) (?:question|problem|task|exercise) (?:was|is|asks|asked|wants|wanted|[\"“])|we (?:were|are) asked\b"
     r"|(?:this|that|which) (?:answers|is what|is the answer to|was asked|is our|is my|is the final)\b|as (?:asked|required)\b"
     r"|i hope\b|hope (?:this|that)|let me know\b|feel free\b|good luck\b|i'd be happy\b|thanks?\b"
-    r"|if [^,]*\b(?:wanted|had|were|did)\b.*\bwould\b",
+    r"|if [^,]*\b(?:wanted|had|were|did)\b.*\bwould\b|.*\bwould\b.*\bif\b.*\b(?:were|had|[a-z]+ed)\b"
+    r"|[\[{].*[\]}]$",
     re.IGNORECASE | re.DOTALL,
 )
+# A heading over such a remark, or over a check.
+HEADING = re.compile(
+    r"(?:remarks?|notes?|generali[sz]ation|extension|comments?|explanation|discussion|(?:alternative|another) (?:method|solution"
+    r"|approach)|(?:quick |sanity )?(?:check|verification|proof|test))\s*[.:]*$",
+    re.IGNORECASE,
+)
+# After a conclusion only what would or could be otherwise.
+MODAL = re.compile(r"\b(?:would|could)\b", re.IGNORECASE)
 # A remark that compares what was found with something else.
 COMPARISON = re.compile(
     r"(?:that|this|it)(?:'s| is| was| would be| means)\b.*\b(?:than|of the (?:original|initial|total|whole)|difference)\b"
@@ -47,6 +57,8 @@ APPROVAL = re.compile(
     r"|correct|consistent|verified|confirmed|works|is true|satisf(?:y|ies)|✓|agrees?)\b|✓|✔",
     re.IGNORECASE,
 )
+# A computation in prose that is ticked off.
+TICKED = re.compile(r"(?=.*[a-z]{3})[^=]*=.*[✓✔]\W*$")
 # What was stated before is taken back.
 RETRACTION = re.compile(
     r"\b(?:(?:I|we)(?:'ve| have)? (?:made|did make) (?:a|an) (?:[a-z]+ )?(?:mistake|error|slip)|(?:I|we) (?:miscalculated"
@@ -55,13 +67,17 @@ RETRACTION = re.compile(
     r"|not true|right|correct|a mistake|mistaken|an error)(?! to\b))",
     re.IGNORECASE,
 )
-DENIES = re.compile(r"wrong|incorrect|mistake|error|slip|isn't|not |can't|mis|forgot|overlooked|scratch|oops|redo|re|corr")
+DENIES = re.compile(
+    r"wrong|incorrect|mistake|error|slip|isn't|not |can't|mis|forgot|overlooked|scratch|oops|redo|re|corr"
+)
 DOUBT = re.compile(
     r"\b(?:can(?:'t|not) (?:be )?(?:determine|answer|solve|say|tell|find|decide)|not (?:sure|certain|enough|possible)|unsure"
     r"|unable|don't know|no idea|impossible|unclear|insufficient|give up|need more)\w*",
     re.IGNORECASE,
 )
-EMPTY = re.compile(r"\b(?:no|none|nothing|never|neither|not|empty|does(?:n't| not) exist|infinite(?:ly)?|undefined)\b", re.I)
+EMPTY = re.compile(
+    r"\b(?:no|none|nothing|never|neither|not|empty|does(?:n't| not) exist|infinite(?:ly)?|undefined)\b", re.I
+)
 HEDGE = re.compile(
     r"(?:(?:or|but|then again|and)\b,? ?)?(?:it|the [a-z]+|this|that)? ?(?:(?:might|may|could)\b.{0,20}\b(?:also|be|well)|"
     r"(?:possibly|perhaps|maybe|alternatively)\b)",
@@ -71,8 +87,10 @@ HEDGE = re.compile(
 
 def is_alternative(statements: Sequence[Sentence]) -> bool:
     """Whether the last sentence offers another answer than the one before it."""
-    return len(statements) > 1 and HEDGE.match(bare(statements[-1])) is not None and (
-        re.search(r"[0-9]", statements[-1].text) is not None
+    return (
+        len(statements) > 1
+        and HEDGE.match(bare(statements[-1])) is not None
+        and (re.search(r"[0-9]", statements[-1].text) is not None)
     )
 
 
@@ -89,9 +107,14 @@ def find_statements(sentences: Sequence[Sentence]) -> list[Sentence]:
         text = bare(sentence)
         if checked >= 0 and (sentence.paragraph > checked or concludes(text) or RETRACTION.search(text)):
             checked = -1
-        if statements and checked < 0 and CHECK.match(text):
-            is_heading = text.rstrip(MARKUP).endswith(":") and position + 1 < len(sentences)
-            checked = sentences[position + 1].paragraph if is_heading else sentence.paragraph
+        if (
+            statements
+            and checked < 0
+            and (CHECK.match(text) or TICKED.match(text) or HEADING.match(text.rstrip(MARKUP)))
+        ):
+            is_heading = text.rstrip(MARKUP).endswith(":") or HEADING.match(text.rstrip(MARKUP)) is not None
+            follows = sentences[position + 1] if is_heading and position + 1 < len(sentences) else sentence
+            checked = follows.paragraph
         if checked < 0 and not (statements and is_remark(text, statements[-1])):
             statements.append(sentence)
     return statements or list(sentences)
@@ -108,12 +131,18 @@ def is_remark(text: str, before: Sentence) -> bool:
         return not re.fullmatch(r"[^a-z]*", text)
     if REMARK.match(text):
         return re.search(r"\b(?:so|hence|therefore|thus)\b", text) is None or text[:4].lower() not in ("note", "noti")
-    return COMPARISON.match(text) is not None and concludes(bare(before))
+    if not concludes(bare(before)) or concludes(text):
+        return False
+    return COMPARISON.match(text) is not None or (MODAL.search(text) is not None and HEDGE.match(text) is None)
 
 
 def find_retraction(text: str) -> int:
     """Where the last sentence that takes something back says so; -1 where nothing is taken back."""
-    matches = [match for match in RETRACTION.finditer(text) if not re.search(r"(?:it|that|this|which) is (?:right|correct)", match[0], re.I)]
+    matches = [
+        match
+        for match in RETRACTION.finditer(text)
+        if not re.search(r"(?:it|that|this|which) is (?:right|correct)", match[0], re.I)
+    ]
     return matches[-1].start() if matches else -1
 
 

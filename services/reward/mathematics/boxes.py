@@ -39,6 +39,21 @@ def find_last_boxes(text: str) -> tuple[str | None, int]:
     return (", ".join(contents) if contents else None), last
 
 
+def find_boxes(text: str) -> list[str]:
+    """The contents of all boxes from the last paragraph that has any."""
+    paragraph = next((part for part in reversed(text.split("\n\n")) if any(box in part for box in BOXES)), "")
+    contents: list[str] = []
+    position = 0
+    while len(contents) < MAX_BOXES:
+        starts = [start for box in BOXES if (start := paragraph.find(box, position)) >= 0]
+        found = read_box(paragraph, min(starts)) if starts else None
+        if found is None:
+            break
+        contents.append(found[0])
+        position = found[1]
+    return contents
+
+
 def read_box(text: str, start: int) -> tuple[str, int] | None:
     """Content of the box that begins at `start` and where it ends; None when it does not close."""
     position = text.index("box", start)

@@ -28,8 +28,8 @@ ORDER = ("≥", "≤", ">", "<")
 BETWEEN = re.compile(
     r"\b(?P<word>between|from)\s+\(?" + VALUE + r"\s*(?:and|to)\s+" + VALUE.replace("value", "high"), re.IGNORECASE
 )
-CLOSED = re.compile(r"\binclu(?:sive|ding|ded)|\bboth (?:ends|endpoints|included)|including", re.IGNORECASE)
-OPEN = re.compile(r"\bstrictly\b|\bexclu(?:sive|ding|ded)|\bnot included|\bexcept", re.IGNORECASE)
+CLOSED = re.compile(r"\binclu(?:sive|ding|ded)|\bboth (?:ends|endpoints|included)|including|\bclosed\b", re.IGNORECASE)
+OPEN = re.compile(r"\bstrictly\b|\bexclu(?:sive|ding|ded)|\bnot included|\bexcept|\bopen\b", re.IGNORECASE)
 SIGNED = re.compile(
     r"\b(?P<which>non-?negative|non-?positive|positive|negative|non-?zero)\s+(?:real\s+)?(?:numbers?|reals?|values?|\$?[a-z]\b)",
     re.IGNORECASE,
@@ -39,6 +39,13 @@ EXCEPT = re.compile(
     r"(?:for\s+)?(?:[a-z]\s*=\s*)?" + VALUE,
     re.IGNORECASE,
 )
+ALL_REALS = re.compile(r"\b(?:all|any|every)\s+real\s+(?:numbers?|values?|\$?[a-z]\b)", re.IGNORECASE)
+# "3 or any larger number".
+BEYOND = re.compile(
+    VALUE
+    + r"\s+(?:or|and)\s+(?:any|all|every)?\s*(?:(?P<up>larger|greater|bigger|higher|more)|smaller|less|lower)\b(?!\s+than)",
+    re.IGNORECASE,
+)
 HALF_LINES = {
     "nonnegative": "[0, ∞)",
     "nonpositive": "(-∞, 0]",
@@ -46,7 +53,9 @@ HALF_LINES = {
     "negative": "(-∞, 0)",
     "nonzero": "(-∞, 0) ∪ (0, ∞)",
 }
-SYMBOLS = re.compile(r"[<>≤≥∪∞]|\\(?:leq?|geq?|infty|cup|lt|gt)(?![A-Za-z])|[\[(]\s*[-−0-9\\][^()\[\]]*,[^()\[\]]*[)\]]")
+SYMBOLS = re.compile(
+    r"[<>≤≥∪∞]|\\(?:leq?|geq?|infty|cup|lt|gt)(?![A-Za-z])|[\[(]\s*[-−0-9\\][^()\[\]]*,[^()\[\]]*[)\]]"
+)
 
 
 @dataclass(frozen=True)
@@ -71,10 +80,15 @@ def read_comparatives(sentence: str) -> str | None:
         is_closed = between["word"].lower() == "from" or CLOSED.search(sentence) is not None
         sign = "<" if OPEN.search(sentence) or not is_closed else "≤"
         return builder(f"{between['value']} {sign} x {sign} {between['high']}")
+    beyond = BEYOND.search(sentence)
+    if beyond:
+        return half_line(Bound("≥" if beyond["up"] else "≤", beyond["value"], 0, 0))
     bounds = find_bounds(sentence)
     if not bounds:
         signed = SIGNED.search(sentence)
-        return HALF_LINES[signed["which"].lower().replace("-", "")] if signed else None
+        if signed:
+            return HALF_LINES[signed["which"].lower().replace("-", "")]
+        return "ℝ" if ALL_REALS.search(sentence) else None
     if len(bounds) == 1:
         return half_line(bounds[0])
     if len(bounds) > 2:

@@ -65,16 +65,26 @@ def agree(reference: str, answer: str, algebra: Algebra) -> bool:
     expected, found = normalise(reference), normalise(answer)
     if not found:
         return False
-    if MAY_BE_FAMILY.search(reference) and (family := read_family(reference)):
-        given = read_answer_family(answer)
-        if given is not None:
-            return algebra.same_family(family, given)
+    families = find_families(reference, answer)
+    if families is not None:
+        return algebra.same_family(*families)
     if squeeze(expected) == squeeze(found):
         return True
     expected, found = (", ".join(read_division(text) or (text,)) for text in (expected, drop_option(expected, found)))
     if is_wordy(expected) or is_empty_set(expected):
         return words_agree(expected, found)
     return texts_agree(expected, found, algebra)
+
+
+def find_families(reference: str, answer: str) -> tuple[Family, Family] | None:
+    """Both as families where one of them says what its parameters range over."""
+    if MAY_BE_FAMILY.search(reference) and (family := read_family(reference)):
+        given = read_answer_family(answer)
+        return None if given is None else (family, given)
+    if MAY_BE_FAMILY.search(answer) and re.search(r"[a-z]", reference) and (given := read_family(answer)):
+        wanted = read_answer_family(reference)
+        return None if wanted is None else (wanted, given)
+    return None
 
 
 def drop_option(expected: str, found: str) -> str:
@@ -197,7 +207,9 @@ def labelled_agree(labels: dict[str, str], given: Group, algebra: Algebra) -> bo
     others = read_labels(given.items)
     if others is not None and others.keys() == labels.keys():
         return in_order(tuple(labels.values()), tuple(others[label] for label in labels), algebra)
-    return given.kind != "set" and in_order(tuple(labels.values()), tuple(others.values()) if others else given.items, algebra)
+    return given.kind != "set" and in_order(
+        tuple(labels.values()), tuple(others.values()) if others else given.items, algebra
+    )
 
 
 def named_agree(names: dict[str, str], given: Group, algebra: Algebra) -> bool:

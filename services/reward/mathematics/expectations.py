@@ -36,12 +36,16 @@ class Form(Enum):
 
 @dataclass(frozen=True)
 class Expectation:
-    """The form of an answer, how many values it has, what they are called, and the unit of one value."""
+    """The form of an answer, how many values it has, what they are called, and of one value the unit.
+
+    `is_number` says that one number without variables is asked for.
+    """
 
     form: Form = Form.ANY
     count: int = 1
     labels: tuple[str, ...] = ()
     unit: Unit | None = None
+    is_number: bool = False
 
 
 ANYTHING = Expectation()
@@ -61,7 +65,7 @@ def expect(reference: str) -> Expectation:
         return Expectation(Form.CLOCK)
     quantity = read_quantity(text)
     if read_number(quantity.body) is not None:
-        return Expectation(Form.SCALAR, unit=quantity.unit)
+        return Expectation(Form.SCALAR, unit=quantity.unit, is_number=True)
     if RATIO.fullmatch(text):
         return Expectation(Form.RATIO)
     shape = read_shape(text)

@@ -11,16 +11,19 @@ from services.reward.mathematics.reading import read_shape
 from services.reward.mathematics.shapes import Assignment, Group
 from services.reward.mathematics.splitting import split_top
 
-LETTERS = r"(?<![\\A-Za-z])(?P<letters>[A-Za-z](?:\s*,\s*[A-Za-z]){0,2})"
+LETTERS = r"(?<![\\A-Za-z])(?P<letters>(?P<letters1>[A-Za-z])(?:\s*,\s*(?!(?P=letters1))[A-Za-z]){0,2})"
 INTEGERS = r"(?:\\mathbb\s*\{?\s*Z\s*\}?|\\mathbf\s*\{?Z\}?|ℤ|Z(?![A-Za-z]))"
 REALS = r"(?:ℝ|\\mathbb\s*\{?\s*R\s*\}?|R(?![A-Za-z]))"
 LEADING = r"[\s,;:|(]*(?:\b(?:for|where|with|and|as)\b\s*)?(?:\b(?:all|any|some|each|every|an?|arbitrary)\b\s*)*"
 INTEGER = re.compile(
     LEADING
     + rf"(?:{LETTERS}\s*(?:∈\s*{INTEGERS}|\s(?:is|are|being)\s+(?:an?|any|all)?\s*(?:arbitrary\s+)?integers?|any integer|integer)"
+    + rf"|{LETTERS.replace('letters', 'listed')}\s*=\s*(?:…,?\s*)?[-±0-9, ]*(?:…|±\s*[0-9])"
     + rf"|integers?\s+{LETTERS.replace('letters', 'others')})[\s)]*"
 )
-REAL = re.compile(LEADING + rf"(?:{LETTERS}\s*∈\s*{REALS}|real(?: numbers?)?\s+{LETTERS.replace('letters', 'others')})[\s)]*")
+REAL = re.compile(
+    LEADING + rf"(?:{LETTERS}\s*∈\s*{REALS}|real(?: numbers?)?\s+{LETTERS.replace('letters', 'others')})[\s)]*"
+)
 NARROWER = re.compile(r"≥|>|<|≤|\b(?:positive|non-?negative|natural|even|odd)\b|ℕ|\\mathbb\s*\{?\s*N")
 CONGRUENCE = re.compile(
     r"\$?\s*([A-Za-z])\s*(?:\\equiv|≡)\s*([-−0-9,\s]+?(?:(?:or|and)\s+[-−0-9]+)?)\s*"
@@ -49,7 +52,7 @@ def read_family(text: str) -> Family | None:
     rest = (text[: found.start()] + text[found.end() :]).strip(" ,;:.")
     if NARROWER.search(rest) or not rest:
         return None
-    names = (found["letters"] or found["others"]).replace(" ", "").split(",")
+    names = next(name for name in found.groups() if name).replace(" ", "").split(",")
     uses = all(re.search(rf"(?<![\\A-Za-z]){name}(?![A-Za-z])|(?<=[0-9i]){name}(?![A-Za-z])", rest) for name in names)
     members = read_members(rest) if uses else None
     return Family(members, tuple(names), found.re is REAL) if members else None

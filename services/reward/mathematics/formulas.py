@@ -17,6 +17,13 @@ SPAN = re.compile(r"(?<!\\)\$(?=[^\s$])((?:\\.|[^$\\])*)(?<=\S)(?<!\\)\$(?![0-9]
 SPLIT_UNIT = re.compile(r"(?<=[ 0-9}$])([A-Za-z]{1,3})\$\s*(\^\{?[23]\}?)\s*\$")
 ELLIPSIS = re.compile(r"\.{3,}|\\(?:l|c)?dots(?![A-Za-z])")
 
+CONSTANT = re.compile(r"\+\s*(?:\\text\s*\{\s*)?(?:an?\s+)?(?:arbitrary\s+)?const(?:ant|\.)?(?![a-z])(?:\s*\})?")
+
+
+def name_constant(text: str) -> str:
+    """The text with a letter for a constant in words."""
+    return CONSTANT.sub("+ C", text) if "const" in text else text
+
 
 def flatten_math(text: str) -> str:
     """The text with every displayed formula between single dollar signs, and every environment, on one line."""

@@ -15,20 +15,26 @@ import sympy
 
 from services.reward.mathematics.families import Family
 
-ANY_CONSTANT = re.compile(r"(?:[A-DKcdk])(?:_\{?[0-9a-z]\}?)?")
+ANY_CONSTANT = re.compile(r"(?:[A-DKa-dk])(?:_\{?[0-9a-z]\}?)?")
+INTEGRATION = re.compile(r"(?:[CcKk])(?:_\{?[0-9]\}?)?")
+# How references write constants of integration; a lower-case c is one only as the last term and beside no a or b.
+WRITTEN = re.compile(r"(?<![A-Za-z\\])[CK](?![A-Z])|^[^abd]*\+\s*c\s*$")
 INNER, OUTER = range(-3, 4), range(-16, 17)
 PLACES = 7
 MAX_MEMBERS = 12
 Equal = Callable[[Any, Any], bool | None]
 
 
+def has_constant(reference: str) -> bool:
+    """Whether a reference has a constant that may bear another name."""
+    return WRITTEN.search(reference) is not None
+
+
 def find_constant(expression: Any) -> Any:
     """The constant of integration that is added to an expression; None where it has none."""
     for symbol in sorted(expression.free_symbols, key=str):
-        if ANY_CONSTANT.fullmatch(str(symbol)) and str(symbol) not in ("d", "k", "A", "B", "D"):
-            slope = sympy.diff(expression, symbol)
-            if slope == 1:
-                return symbol
+        if INTEGRATION.fullmatch(str(symbol)) and sympy.diff(expression, symbol) == 1:
+            return symbol
     return None
 
 
@@ -48,11 +54,13 @@ def equal_up_to_constants(wanted: Any, given: Any, equal: Equal) -> bool:
         if slope.free_symbols or slope == 0:
             return False
         return is_number(wanted.subs(constant, 0) - given.subs(name, 0), equal)
-    missing = [each for each in wanted.free_symbols - given.free_symbols if re.match(r"[CcK]", str(each))]
-    if len(missing) != 1 or len(others) != 1 or not all(is_constant(each) for each in others):
+    missing = [each for each in wanted.free_symbols - given.free_symbols if INTEGRATION.fullmatch(str(each))]
+    if not 1 <= len(missing) == len(others) <= 3 or not all(is_constant(each) for each in others):
         return False
-    [name] = others
-    return bool(equal(wanted, given.subs(name, missing[0])))
+    return any(
+        equal(wanted, given.subs(dict(zip(order, missing, strict=True)), simultaneous=True))
+        for order in permutations(sorted(others, key=str))
+    )
 
 
 def is_constant(symbol: Any) -> bool:
@@ -66,9 +74,7 @@ def is_number(difference: Any, equal: Equal) -> bool:
     return all(equal(sympy.diff(difference, symbol), sympy.Integer(0)) for symbol in symbols)
 
 
-def families_agree(
-    wanted: Family, given: Family, parse: Callable[[str, bool], Any], equal: Equal
-) -> bool:
+def families_agree(wanted: Family, given: Family, parse: Callable[[str, bool], Any], equal: Equal) -> bool:
     """Whether two families have the same members.
 
     Raises what `parse` raises.
@@ -84,6 +90,8 @@ def families_agree(
     fixed = symbols_of(left) - set(symbols[0])
     if not given.parameters:
         symbols = symbols[0], sorted(symbols_of(right) - fixed, key=str)
+    elif not wanted.parameters:
+        symbols, fixed = (sorted(symbols_of(left), key=str), symbols[1]), set()
     if len(symbols[0]) != len(symbols[1]) or symbols_of(right) - set(symbols[1]) - fixed:
         return False
     if len(symbols[0]) == 1 and not wanted.is_real and not fixed:
@@ -102,7 +110,11 @@ def find_parameters(members: Sequence[Sequence[Any]], names: Sequence[str]) -> l
 
 
 def same_expressions(
-    left: Sequence[Sequence[Any]], right: Sequence[Sequence[Any]], names: Sequence[Any], order: Sequence[Any], equal: Equal
+    left: Sequence[Sequence[Any]],
+    right: Sequence[Sequence[Any]],
+    names: Sequence[Any],
+    order: Sequence[Any],
+    equal: Equal,
 ) -> bool:
     """Whether the members are equal one by one when the parameters of the second take the names of the first."""
     renamed = dict(zip(order, names, strict=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from services.reward.mathematics.formulas import ELLIPSIS, SPAN, flatten_math
+from services.reward.mathematics.formulas import ELLIPSIS, SPAN, flatten_math, name_constant
 from services.reward.mathematics.number_words import read_number_words
 from services.reward.mathematics.units import is_unit_phrase
 
@@ -107,7 +107,7 @@ GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3}
 
 def normalise(text: str) -> str:
     """The text in the notation of this module."""
-    text = ARROW.split(flatten_math(text.strip()))[-1].strip()
+    text = ARROW.split(flatten_math(name_constant(text.strip())))[-1].strip()
     text = SPAN.sub(lambda match: f" {match[1]} ", text)
     text = ROWS.sub(join_rows, text)
     text = SUPERSCRIPT_RUN.sub(lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from services.reward.mathematics.brackets import read_brackets
+from services.reward.mathematics.assignments import HAS_VARIABLE
 from services.reward.mathematics.expectations import Expectation, Form
 from services.reward.mathematics.formulas import SPAN, unwrap
 from services.reward.mathematics.normalise import normalise
+from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.quantities import read_clock, read_quantity
 from services.reward.mathematics.reading import read_shape
 from services.reward.mathematics.runs import Run
@@ -20,20 +21,26 @@ from services.reward.mathematics.shapes import Assignment, Group, Matrix
 BEFORE_CHARACTERS = 80
 MAX_CANDIDATE_CHARACTERS = 200
 DETERMINERS = (
-    r"(?:\s+(?:the|an?|his|her|its|their|our|your|my|these|those|all|each|every|first|last|next|other|initial|original"
+    r"(?:\s+(?:the|an?|his|her|its|their|our|your|my|these|those|all|each|both|either|every|first|last|next|other|initial|original"
     r"|given|remaining|whole|entire|total|same|only|exactly|about|approximately|[A-Z][a-z]+'s|[a-z]+'s))*"
 )
 # A stretch after such words says where, when, of what or with what something is, and not what it is.
 SETTING = re.compile(
-    r"(?<!result )(?<!results )(?<!resulted )(?<!resulting )(?<!arrive )(?<!arrives )"
-    r"\b(?:in|at|for|between|among|from|than|per|when|where|whenever|if|because|since|(?<!written )(?<!expressed )(?<!represented )(?<!given )(?<!known )as|exceeds?|exceeding|above|below"
+    r"\b(?:(?<!result )(?<!results )(?<!resulted )(?<!resulting )in|(?<!arrive )(?<!arrives )(?<!arrived )at|(?<!enough )(?<!room )(?<!last )(?<!lasts )(?<!sufficient )for|between|among|from|than|per|when|where|whenever|if|because|since|compared (?:to|with)|(?<!written )(?<!expressed )(?<!represented )(?<!given )(?<!known )as|exceeds?|exceeding|above|below"
     r"|under|over|within|during|through|across|out of|divid(?:ed|es|ing) by|divisible by|multiplied by|multiples? of"
     r"|factors? of|divisors? of|(?:square |cube )?roots? of|one of|each of|all of|both of|half of|modulo|mod|on|using"
     r"|every|greater than|less than|provided(?: that)?|(?<!left )(?<!up )(?<!her )(?<!him )(?<!them )(?<!us )(?<!me )(?<!ends )(?<!end )(?<!begins )(?<!starts )with"
-    r"|base|week|day|month|year|step|part|case|question|figure|chapter|who (?:is|was|are|has|had)|which (?:has|have|had)(?:\s+[a-z]+)?)"
+    r"|split|shared|base|week|day|month|year|step|part|case|question|figure|chapter|who (?:is|was|are|has|had)|which (?:has|have|had)(?:\s+[a-z]+)?)"
     + DETERMINERS
     + r"\s+[(\[]?$",
     re.IGNORECASE,
+)
+# What comes after such words is what was before, or what follows from what is stated.
+CLAUSE_AFTER = re.compile(
+    r"\b(?:before|after|until|once|while|so that|of which|when|whereas)\s+(?:[A-Za-z'-]+\s+){1,8}$", re.IGNORECASE
+)
+SIZE_OF = re.compile(
+    r"(?:\bof (?:size|length|width|height|radius|side|weight|value|diameter|edge|area|volume)s?|\bmeasuring|\bweighing)\s+$"
 )
 WAYS = re.compile(r"\s*(?:different|distinct|possible|various|such)?\s*ways?\b")
 # "2 of 5 books", "$2 back of her $50".
@@ -41,15 +48,13 @@ PART_OF = re.compile(r"\s*(?:back\s+)?(?:out\s+)?of" + DETERMINERS + r"\s+", re.
 # "14 portions of 25 g", "12 weeks to save 180 dollars", "selling 40 bracelets"; "to get 9" tells what comes out.
 PURPOSE = re.compile(
     r"\s*(?:(?:is|are) the\s+)?(?:(?!an?\b|the\b)[A-Za-z]+,?\s+){1,2}of\s+"
-    r"|[^.;:]*?\b(?:ways|able|needed|enough|required|used|necessary)?\s*to "
+    r"|[^.;:]*?\b(?<!has )(?<!have )(?<!had )(?<!needs )(?<!need )to "
     r"(?!about|exactly|only|roughly|nearly|just|get|give|obtain|find|be\b|equal|make|have|leave|yield)"
     r"[a-z]+\s+(?:[a-z]+\s+){0,4}"
 )
 PARTICIPLE = re.compile(
     r"\s(?!leaving|giving|making|totall?ing|yielding|reaching|costing|getting|earning|bringing|having|remaining|equall?ing"
-    r"|weighing|measuring|becoming|being|amounting|obtaining|producing|using up|adding|including|holding)[a-z]{3,}ing"
-    + DETERMINERS
-    + r"\s+$"
+    r"|becoming|being|amounting|obtaining|producing|using up|adding|including)[a-z]{3,}ing" + DETERMINERS + r"\s+$"
 )
 COPULA = re.compile(
     r"(?:\b(?:is|are|was|were|be|equals?|becomes?|measures?|gives?|yields?|gets?|obtain|leaves?|makes?|costs?|contains?|comes to"
@@ -69,17 +74,22 @@ IS_THE = re.compile(
     r"(?:\s+[a-z-]+){0,4}?\s+(?:is|are|was|were)\s+(?:indeed |therefore |thus |exactly |hence )?(?:the|an?|our|what|how|which)\b"
 )
 # "12 edges: 4 on top, 4 at the bottom and 4 at the sides".
-BREAKDOWN = re.compile(r"(?:\s+[a-z-]+){1,3}:\s")
-CLAUSE = re.compile(r"[,;]\s+(?:and\s+)?(?:so|thus|hence|therefore)\b")
+BREAKDOWN = re.compile(r"(?:\s+[a-z-]+){0,3}:\s|(?<=:)\s")
+REGIONAL = re.compile(r"[<>≤≥≠∪∞ℝ]|\\(?:leq?|geq?|neq?|infty|cup|lt|gt)(?![A-Za-z])|[\[(][^()\[\]]*,[^()\[\]]*[)\]]")
+TOTAL = re.compile(r"(?:\s+[a-z]+){0,6}\s*[,:;(—–-]+\s*(?:namely\s+)?")
+PARTS = re.compile(r"(?:\s+[a-z]+){0,4}(?:,|,?\s+and)\s+")
+CLAUSE = re.compile(r"[,;]\s+(?:and\s+)?(?:so(?! that)|thus|hence|therefore)\b")
 # Between two answers of which neither is meant for sure.
 HEDGE = re.compile(
     r"[\s,;—–-]*\(?(?:\b(?:or|and|but)\b|[—–])[\s,]*(?:(?:possibly|perhaps|maybe|probably|even|else|alternatively|also)\b[\s,]*"
     r"|(?:it |they |that |the [a-z]+ )?(?:might|may|could|can)(?: also| even| well)* be\s+)+(?:[a-z]+\s+){0,4}"
-    r"|\s*[—–-]\s*or\s+"
+    r"|[\s,;—–-]*\(?\s*(?:or\s+)?(?:possibly|perhaps|maybe|alternatively)\s+(?:even\s+)?|\s*\(or\s+|\s*[—–-]\s*or\s+"
     r"|.{0,60}\bif\b[^.;]{0,80}\b(?:but|and|or|otherwise)\s+(?:it is |it's |it would be )?",
     re.IGNORECASE,
 )
-ABOUT = re.compile(r"[\s,;]*(?:\b(?:or|i\.e\.|that is),?\s+)?\b(?:about|approximately|roughly|around)\s+", re.IGNORECASE)
+ABOUT = re.compile(
+    r"[\s,;]*\(?(?:\b(?:or|i\.e\.|that is),?\s+)?\b(?:about|approximately|roughly|around)\s+", re.IGNORECASE
+)
 
 
 def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *, first: bool) -> list[Run]:
@@ -100,10 +110,18 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
         if several:
             return several
     if not stated:
-        stated = candidates
+        stated = [run for run in candidates if has_unit(run, expectation)] or candidates
+    if expectation.is_number:
+        stated = [run for run in stated if may_be_number(run)] or stated
+        stated = [piece for run in stated for piece in split_clauses(sentence, run)]
+        if (total := find_total(sentence, stated)) is not None:
+            return [total]
     if expectation.form is Form.CLOCK:
         pieces = [piece for run in candidates for piece in split_commas(run)]
         stated = [run for run in pieces if is_end(sentence, run)] or stated
+    elif expectation.form is Form.REGION:
+        regions = [run for run in candidates if REGIONAL.search(run.text)]
+        stated = drop_settings(sentence, regions) or regions or stated
     elif expectation.form is Form.EQUATION:
         stated = [run for run in candidates if re.search(r"[A-Za-z].*=", run.text)] or stated
     if first and OPENS.match(sentence[: stated[0].start]):
@@ -133,6 +151,38 @@ def split_commas(run: Run) -> list[Run]:
     return pieces
 
 
+def split_clauses(sentence: str, run: Run) -> list[Run]:
+    """Parts "31, and 17" of "he eats 31, and 17 are left" where one number is asked for."""
+    left, comma, right = run.text.partition(", and ")
+    if not comma or not re.search(r"[A-Za-z]", sentence[run.end :]):
+        return [run]
+    return [replace(run, text=left, end=run.start + len(left)), replace(run, text=right, start=run.end - len(right))]
+
+
+def may_be_number(run: Run) -> bool:
+    """Whether a stretch may be a number: it has no variables, or says what they are."""
+    body = read_quantity(normalise(unwrap(run.text[:MAX_CANDIDATE_CHARACTERS]))).body
+    return "=" in body or not HAS_VARIABLE.search(body)
+
+
+def find_total(sentence: str, stated: Sequence[Run]) -> Run | None:
+    """The stretch whose parts those after it are: "35 students in all, 21 girls and 14 boys"."""
+    for position in range(len(stated) - 2):
+        gaps = [sentence[left.end : right.start] for left, right in pairwise(stated[position:])]
+        if TOTAL.fullmatch(gaps[0]) and all(map(PARTS.fullmatch, gaps[1:])):
+            numbers = [read_number(read_quantity(normalise(unwrap(run.text))).body) for run in stated[position:]]
+            values = [number.value for number in numbers if number is not None]
+            if len(values) == len(numbers) and values[0] == sum(values[1:]):
+                return stated[position]
+    return None
+
+
+def has_unit(run: Run, expectation: Expectation) -> bool:
+    """Whether a stretch has a unit of what is measured."""
+    unit = read_quantity(normalise(unwrap(run.text[:MAX_CANDIDATE_CHARACTERS]))).unit
+    return unit is not None and expectation.unit is not None and unit.dimension == expectation.unit.dimension
+
+
 def join_doubtful(sentence: str, runs: Sequence[Run]) -> list[Run]:
     """The stretches, with those as one that a sentence offers as alternatives, or of which one rounds the other."""
     joined = [runs[0]]
@@ -155,14 +205,25 @@ def drop_settings(sentence: str, runs: Sequence[Run]) -> list[Run]:
             continue
         start = sentence[max(0, run.start - BEFORE_CHARACTERS) : run.start]
         between = sentence[before.end : run.start] if before else None
-        if SETTING.search(start) and not WAYS.match(sentence, run.end):
+        if SETTING.search(start) and not (start.endswith("in ") and WAYS.match(sentence, run.end)):
             continue
         if between is not None and PART_OF.fullmatch(between) and "=" not in run.text:
             continue
-        if stated and between is not None and (PURPOSE.fullmatch(between) or PARTICIPLE.search(between)):
+        if between is not None and PURPOSE.fullmatch(between):
+            continue
+        if stated and between is not None and PARTICIPLE.search(between):
+            continue
+        if stated and (CLAUSE_AFTER.search(start) or SIZE_OF.search(start) or is_dimension(sentence, before, run)):
             continue
         stated.append(run)
     return stated
+
+
+def is_dimension(sentence: str, before: Run | None, run: Run) -> bool:
+    """Whether a stretch is the second figure of a size, "tiles of size 20 cm by 30 cm"."""
+    if before is None or sentence[before.end : run.start] != " by ":
+        return False
+    return SIZE_OF.search(sentence[max(0, before.start - BEFORE_CHARACTERS) : before.start]) is not None
 
 
 def choose_several(stated: Sequence[Run], candidates: Sequence[Run], count: int) -> list[Run] | None:
@@ -216,11 +277,10 @@ def fits_tuple(run: Run, count: int) -> bool:
 def find_subject(sentence: str, stated: Sequence[Run]) -> Run | None:
     """The first stretch where the sentence says of it what it is: "113 is the smallest prime"."""
     run = stated[0]
-    if not OPENS.match(sentence[: run.start]):
-        return None
-    if BREAKDOWN.match(sentence, run.end) and len(stated) > 2:
+    is_said = OPENS.match(sentence[: run.start]) or COUNTS.search(sentence[max(0, run.start - 30) : run.start])
+    if is_said and BREAKDOWN.match(sentence, run.end) and len(stated) > 1:
         return run
-    if not IS_THE.match(sentence, run.end):
+    if not OPENS.match(sentence[: run.start]) or not IS_THE.match(sentence, run.end):
         return None
     if CLAUSE.search(sentence, run.end):
         return None

@@ -12,7 +12,9 @@ from services.reward.mathematics.number_words import PARTS, is_number_word
 from services.reward.mathematics.units import POWER_WORDS, is_unit_phrase
 
 FIGURE = re.compile(r"(\\(?:triangle|angle|overline|overrightarrow))\s+([A-Z]{1,4})\b")
-SIGN = re.compile(r"[0-9=<>*×·⋅÷∪∩∈≈≠≡^\\√∛π∞±≤≥∪ℝℤℕ½¼¾²³°%$€£{}]|^[-+−][A-Za-z]|[A-Za-z)][-+/][A-Za-z(]|[a-z]\([a-z]\)")
+SIGN = re.compile(
+    r"[0-9=<>*×·⋅÷∪∩∈≈≠≡^\\√∛π∞±≤≥∪ℝℤℕ½¼¾⁰¹²³⁴⁵⁶⁷⁸⁹⁻ⁿ°%$€£{}]|^[-+−][A-Za-z]|[A-Za-z)][-+/][A-Za-z(]|[a-z]\([a-z]\)"
+)
 LETTER = re.compile(r"[-−(\[|]*[A-Za-zα-ω](?:_\{?[A-Za-z0-9]+\}?|')?[)\]|]*")
 CALL = re.compile(r"[A-Za-z]+'?\(.*\)")
 FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|abs|infinity|inf)(?![A-Za-z])")

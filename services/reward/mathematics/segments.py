@@ -6,15 +6,18 @@ import re
 
 from services.reward.mathematics.comparatives import read_comparatives
 from services.reward.mathematics.expectations import ANYTHING, Expectation, Form
-from services.reward.mathematics.formulas import ELLIPSIS, SPAN, unwrap
+from services.reward.mathematics.formulas import ELLIPSIS, SPAN, name_constant, unwrap
 from services.reward.mathematics.predicates import choose_runs
 from services.reward.mathematics.runs import FIGURE, SIGN, TRIMMED, balance, find_runs
 
-PARENTHESIS = re.compile(r"(?<=[^-+*/=×·(\s])\s+\((?!\$|mod\b)[^()\\]*[a-z]{3}[^()\\]*\)")
+PARENTHESIS = re.compile(
+    r"(?<=[^-+*/=×·(\s])\s+\((?!\$|(?:mod|or|maybe|perhaps|possibly|alternatively)\b)[^()\\]*[a-z]{3}[^()\\]*\)"
+)
 # Where the explanation of an answer begins, and what explains an announced one, too.
 ASIDE = (
-    r",?\s+(?:because|since|that is(?=,)|i\.e\.?|which is (?:about|approximately|roughly|around|the same))\b"
-    r"|(?<![-+*/=×·(])\s+\((?!mod\b|both\b|inclusive)(?=[^()\\]*[a-z]{3}|[^()\\]*(?:=|[0-9] [-+*/×] [0-9])[^()]*\)\W*$)"
+    r",?\s+(?:because|since|rather than|instead of|that is(?=,)|i\.e\.?|which is (?:about|approximately|roughly|around|the same))\b"
+    r"|,\s*(?:and\s+)?not\s"
+    r"|(?<![-+*/=×·(])\s+\((?!mod\b|both\b|inclusive|or\b|maybe\b|perhaps\b|possibly\b|alternatively\b)(?=[^()\\]*[a-z]{3}|[^()\\]*(?:=|[0-9] [-+*/×] [0-9])[^()]*\)\W*$)"
     r"|,?\s+\(?(?:for|where|when|if|with|provided)\s+(?:that\s+|all\s+|any\s+|every\s+|real\s+|integers?\s+)*"
     r"\$?\\?[A-Za-z](?=\s*[=<>≤≥≠∈]|\s*\\(?:in|neq?|geq?|leq?)\b)"
     r"(?!.*\b(?:gives?|yields?|is|are|gets?|have|equals?|becomes?)\b)"
@@ -28,6 +31,8 @@ NOT_BUT = re.compile(r"not\b.+?\bbut\s+(?:rather\s+)?(?P<rest>.+)")
 BULLET = re.compile(r"^(?:[#>]+\s*|[-•]\s+(?=[A-Za-z])|(?:=>|⇒|→|∴)\s*)+")
 EACH = re.compile(r"\b(?:an?|each|every)\s+(hour|minute|second|day|week|year)\b")
 MODULUS = re.compile(r"\s*\(\s*mod\s+([0-9]+)\s*\)")
+# "**Total**"; but 2**3 is a power.
+EMPHASIS = re.compile(r"(?<![0-9A-Za-z)*])\*\*(?=[^\s*])([^*]{1,500}?)(?<=\S)\*\*(?![0-9*])")
 # A full stop after emphasis, "**9**.".
 MARKED_END = re.compile(r"(?<=[*_`])\.\s*$")
 
@@ -37,7 +42,7 @@ def isolate(sentence: str, *, first: bool, expectation: Expectation = ANYTHING) 
 
     A sentence without any mathematics is returned as it is.
     """
-    sentence = FIGURE.sub(r"\1{\2}", trim_sentence(sentence, first=first))
+    sentence = FIGURE.sub(r"\1{\2}", trim_sentence(name_constant(sentence), first=first))
     sentence = MODULUS.sub(r" \\pmod{\1}", sentence)
     if CHANCE.fullmatch(sentence):
         return sentence
@@ -63,7 +68,7 @@ def has_mathematics(sentence: str) -> bool:
 
 def trim_sentence(sentence: str, *, first: bool, words: bool = False) -> str:
     """The sentence without markup around it and, where it announces an answer, without its explanation."""
-    sentence = EACH.sub(r"per \1", sentence)
+    sentence = EACH.sub(r"per \1", EMPHASIS.sub(r"\1", sentence))
     sentence = BULLET.sub("", MARKED_END.sub("", sentence).strip(TRIMMED))
     remark = PARENTHESIS.search(sentence)
     if remark and (words or SIGN.search(sentence[: remark.start()])):

@@ -9,7 +9,13 @@ from services.reward.mathematics.regions import REALS
 from services.reward.mathematics.units import is_unit_phrase
 
 WORDS = re.compile(r"[A-Za-z][A-Za-z'() -]*[A-Za-z)]|\([A-Z]\)")
-CONNECTIVES = r"(?:(?:therefore|thus|so|hence|then|well|and|consequently|in conclusion|we (?:conclude|see|find) that)[, ]+)*"
+DATE = re.compile(
+    r"(?:January|February|March|April|May|June|July|August|September|October|November|December) [0-9]{1,2}(?:st|nd|rd|th)?"
+    r"(?:, [0-9]{4})?"
+)
+CONNECTIVES = (
+    r"(?:(?:therefore|thus|so|hence|then|well|and|consequently|in conclusion|we (?:conclude|see|find) that)[, ]+)*"
+)
 FILLING = re.compile(
     rf"^{CONNECTIVES}"
     r"(?:(?:it|this|that|he|she|they|there|these|the [a-z]+(?: of [a-z]+)?)\s+"
@@ -18,10 +24,13 @@ FILLING = re.compile(
     re.IGNORECASE,
 )
 CONCLUDES = re.compile(
-    r"\b(?:is|are|was|were|be|so|therefore|thus|hence|describes?|represents?|becomes?|called)\b[,:]?|=|:\s", re.IGNORECASE
+    r"\b(?:it|that|this|he|she)'s\b|\b(?:is|are|was|were|be|so|therefore|thus|hence|describes?|represents?|becomes?|called)\b[,:]?|=|:\s",
+    re.IGNORECASE,
 )
 # Who answers what to choose.
-CHOOSES = re.compile(r"\b(?:choose|chooses|pick|picks|select|take|takes|prefer|recommend|buy|use|go with|opt for|get|gets)\s+")
+CHOOSES = re.compile(
+    r"\b(?:choose|chooses|pick|picks|select|take|takes|prefer|recommend|buy|use|go with|opt for|get|gets)\s+"
+)
 REMARK = re.compile(
     r"\s+(?:with|because|since|as|for|when|by|and|in|on|at|after|that|which|who|from|of|than|to|exactly)\b|[,;(:]"
 )
@@ -44,17 +53,27 @@ SAME = {
 NO_SOLUTIONS = re.compile(
     r"\bno\s+(?:[a-z-]+\s+){0,3}?(?:solutions?|roots?|numbers?|values?|points?|integers?|pairs?|zeros?|intersections?|x)\b"
     r"|\bhas none\b|\bempty\b|(?:^|[= ])∅$|\binconsistent\b|\b(?:doesn't|does not|don't|do not) have (?:any |a )?(?:real )?(?:solution|root)s?"
-    r"|\bnot solvable\b|\bunsolvable\b|\bnever (?:true|satisfied|zero|holds)\b"
+    r"|\b(?:can't|cannot) be (?:solved|satisfied)\b|\bnot solvable\b|\bunsolvable\b|\bnever (?:true|satisfied|zero|holds)\b"
 )
-NOT_EXISTING = re.compile(r"\b(?:does|do)(?:n't| not) exist\b|\bundefined\b|\b(?:isn't|is not|not) defined\b|\bno limit\b|\bdne\b")
-EXCEPTION = re.compile(r"\bno (?:other|more|further|additional)\b|\b(?:other than|except|besides|apart from|but|unless|only if)\b")
+NOT_EXISTING = re.compile(
+    r"\b(?:does|do)(?:n't| not) exist\b|\bundefined\b|\b(?:isn't|is not|not) defined\b|\bno limit\b|\bdne\b"
+)
+EXCEPTION = re.compile(
+    r"\bno (?:other|more|further|additional)\b|\b(?:other than|except|besides|apart from|but|unless|only if)\b"
+)
 SIMILAR = (("convergent", "converges"), ("divergent", "diverges"))
 NOUNS = ("function", "triangle", "number", "series", "sequence", "matrix", "angle", "set", "curve", "graph")
+# What may stand between a sentence's verb and a word that is its answer.
+LEADS = re.compile(
+    r"\s((?:(?:on|in|at|an?|the|strictly|monotonically|always|most|likely|definitely|clearly|namely|called)\s+)+)$"
+)
 BESIDE = re.compile(r"\b(?:than|before|after|of|to|from|by|with|and|behind|like)\s+(?:the\s+|an?\s+)?$")
 
 
 def is_wordy(text: str) -> bool:
     """Whether a normalised text consists of words that are no number, unit, variable or name of a set of numbers."""
+    if DATE.fullmatch(text):
+        return True
     if not WORDS.fullmatch(text) or len(text) < 2 or text.lower() in REALS:
         return False
     longest = max((len(word) for word in re.findall(r"[A-Za-z]+", text)), default=0)
@@ -95,17 +114,27 @@ def is_predicate(wanted: str, given: str) -> bool:
             return True
         if phrase and wanted.removeprefix(phrase).strip() in NOUNS:
             return True
+    place = re.search(rf"\b{re.escape(wanted)}$", told)
+    if place and (lead := LEADS.search(told[: place.start()])) and not BESIDE.search(told[: lead.start(1)]):
+        return True
     is_verb = re.fullmatch(r"[a-z]{3,}s(?: [a-z]+ly)?", wanted) is not None
-    place = re.search(rf"\b{re.escape(wanted)}(?=$|[,;]|\s+(?:by|because|to|since|for|when|as|at)\b)", given) if is_verb else None
+    place = (
+        re.search(rf"\b{re.escape(wanted)}(?=$|[,;]|\s+(?:by|because|to|since|for|when|as|at)\b)", given)
+        if is_verb
+        else None
+    )
     return place is not None and place.start() > 0 and not BESIDE.search(given[: place.start()])
 
 
 def is_subject(wanted: str, given: str) -> bool:
     """Whether a sentence begins with what is wanted, and says of it what it is or does."""
-    return re.match(
-        rf"{re.escape(wanted)}\s+(?:is|was|wins|won|has|had|comes|came|finishes|finished|gets|costs)\b(?!.*\b(?:before|after|behind)\b)",
-        given,
-    ) is not None
+    return (
+        re.match(
+            rf"{re.escape(wanted)}\s+(?:is|was|wins|won|has|had|comes|came|finishes|finished|gets|costs)\b(?!.*\b(?:before|after|behind)\b)",
+            given,
+        )
+        is not None
+    )
 
 
 def before_remark(text: str) -> str:
