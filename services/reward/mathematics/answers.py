@@ -15,6 +15,7 @@ from services.reward.mathematics.asides import (
     concludes,
     find_retraction,
     find_statements,
+    is_unfinished,
     is_alternative,
     states_nothing,
 )
@@ -39,6 +40,7 @@ NONE_OF = re.compile(
     re.IGNORECASE,
 )
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
+SAYS = re.compile(r"\W*(?:so|thus|hence|therefore)?\W*(?:yes|no|true|false)\b", re.IGNORECASE)
 ANOTHER = re.compile(
     r"\W*(?:and\s+)?(?:the\s+(?:other|second|third|last|larger|smaller|remaining)|another|also)\b", re.IGNORECASE
 )
@@ -92,11 +94,11 @@ def find_unboxed(text: str, expectation: Expectation) -> str | None:
         if not answers[0]:
             return None
         rival = find_claim(rejoin(statements), announced)
-        if rival is not None and expectation.form is not Form.WORDS:
+        if rival is not None and not expectation.is_verbal:
             answers.append(read_sentence(rival, expectation, first=True))
     else:
         answers = [find_stated(statements, expectation)]
-    if expectation.form is not Form.WORDS and is_alternative(statements):
+    if not expectation.is_verbal and is_alternative(statements):
         before = statements[:-1] if announced is None else statements[-1:]
         answers.append(isolate(strip_end(before[-1].text), first=False))
     return ", ".join(dict.fromkeys(filter(None, answers)))
@@ -105,7 +107,7 @@ def find_unboxed(text: str, expectation: Expectation) -> str | None:
 def settle_box(boxed: str, rest: str, expectation: Expectation) -> str:
     """What is in the box, unless the rest of the response takes it back or announces another answer."""
     rest = rest[-SEARCHED_CHARACTERS:]
-    if rest.strip(" .$\n") and expectation.form is not Form.WORDS:
+    if rest.strip(" .$\n") and not expectation.is_verbal:
         rest = flatten_math(rest)
         retraction = find_retraction(rest)
         if retraction >= 0:
@@ -116,7 +118,7 @@ def settle_box(boxed: str, rest: str, expectation: Expectation) -> str:
         if claim is not None and has_mathematics(claim):
             other = isolate(claim, first=True, expectation=expectation)
             return boxed if "≈" in other or "." in other else f"{boxed}, {other}"
-    if expectation.form is Form.WORDS or ("\\text" not in boxed and "\\mathrm" not in boxed and "\\mbox" not in boxed):
+    if expectation.is_verbal or ("\\text" not in boxed and "\\mathrm" not in boxed and "\\mbox" not in boxed):
         return boxed
     # A sentence in a box: "\text{There are } 35 \text{ students}".
     plain = " ".join(BOXED_TEXT.sub(r" \1 ", boxed).replace("\\$", "$").split())
@@ -128,7 +130,7 @@ def settle_box(boxed: str, rest: str, expectation: Expectation) -> str:
 
 def read_sentence(sentence: str, expectation: Expectation, *, first: bool) -> str:
     """What one sentence says the answer is."""
-    if expectation.form is Form.WORDS:
+    if expectation.is_verbal:
         return trim_sentence(sentence, first=first, words=True)
     if expectation.labels and (labelled := find_labelled(unwrap(sentence), expectation.labels)):
         return ", ".join(f"{label} {value}" for label, value in labelled.items())
@@ -137,8 +139,11 @@ def read_sentence(sentence: str, expectation: Expectation, *, first: bool) -> st
 
 def find_stated(statements: Sequence[Sentence], expectation: Expectation) -> str:
     """What the last sentence that states something says; of a list or a tuple as many as belong to it."""
-    if expectation.form is Form.WORDS:
-        return read_sentence(strip_end(statements[-1].text), expectation, first=False)
+    if expectation.is_verbal:
+        said = [sentence for sentence in statements if SAYS.match(sentence.text)] if expectation.form is Form.YES_NO else []
+        return read_sentence(strip_end((said or statements)[-1].text), expectation, first=False)
+    if expectation.form is not Form.ANY and is_unfinished(statements[-1]):
+        return ""
     position = len(statements) - 1
     while position > 0 and states_nothing(statements[position]) and not has_mathematics(statements[position].text):
         position -= 1

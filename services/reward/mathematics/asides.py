@@ -14,7 +14,7 @@ CHECK = re.compile(
     r"|(?:(?:let's|let me|let us|we can|we could|we|you can|i|i'll|one can|to|now|just|it is easy to|also|quickly|easily"
     r"|double|cross)[ -]+)+(?:check|verify|confirm|test|see (?:if|whether|that))\b|to be (?:sure|safe|certain)\b|(?:double-?)?checking\b|verifying\b|confirming\b"
     r"|(?:plugging|substituting|putting|inserting) (?:it|this|that|these|them|the values?|both|[^ ]{1,12})? ?(?:back\b|in\b)"
-    r"|(?:and )?indeed\b|(?:if|when) (?:we|you|i) (?:plug|substitute|put|insert|check|test|try)\b|(?:this|that|it) (?:checks out|works|makes sense|is consistent|agrees|matches|is correct|confirms|fits)",
+    r"|(?:and )?indeed\b|(?:if|when) (?:we|you|i) (?:plug|substitute|put|insert|check|test|try)\b|(?:this|that|it) (?:checks out|works|makes sense|is consistent|agrees|matches|is (?:correct|right|true) (?:because|since|as)|confirms|fits)\b",
     re.IGNORECASE,
 )
 # Remarks on what was asked, what is not asked, and what would be otherwise.
@@ -23,6 +23,7 @@ REMARK = re.compile(
     r"|more generally|tip|another (?:way|method|approach)|an alternative"
     r"|for (?:comparison|reference|instance|example|context)|in comparison|a (?:common|typical|frequent) (?:mistake|error)"
     r"|(?:many|some|most) (?:people|students)|people often|be careful|disclaimer|bonus|side note|aside)\b"
+    r"|alternative(?: (?:solution|method|approach|way))?s?:"
     r"|had (?:we|he|she|they|it|the)\b|(?:at|by) (?:that|this) (?:point|time|moment)\b|by then\b"
     r"|(?:so |thus |hence )?(?:the|this) (?:question|problem|task|exercise) (?:was|is|asks|asked|wants|wanted|[\"“])|we (?:were|are) asked\b"
     r"|(?:this|that|which) (?:answers|is what|is the answer to|was asked|is our|is my|is the final)\b|as (?:asked|required)\b"
@@ -39,15 +40,21 @@ HEADING = re.compile(
 )
 # After a conclusion only what would or could be otherwise.
 MODAL = re.compile(r"\b(?:would|could)\b", re.IGNORECASE)
+CONFIRMS = re.compile(r"\b(?:confirms?|as it (?:should|must)(?: be)?|checks? out|verif(?:y|ies|ied))\b", re.IGNORECASE)
+# What nobody has done yet.
+INTENT = re.compile(r"(?:now,? |first,? |next,? |so )*(?:let me|let's|let us|i will|i'll|i need to)\b", re.IGNORECASE)
+BROKEN_OFF = re.compile(
+    r"(?:\b(?:or|and|to|the|an?|of|is|are|by|that|then|so|with|for|from|we|get|be|but|in|which)|[=+*/(,−-])\s*$", re.IGNORECASE
+)
 # A remark that compares what was found with something else.
 COMPARISON = re.compile(
     r"(?:that|this|it)(?:'s| is| was| would be| means)\b.*\b(?:than|of the (?:original|initial|total|whole)|difference)\b"
-    r"|(?:that|this|it) (?:means|implies|shows|is because|follows)\b.*",
+    r"|(?:that|this|it) (?:means|implies|shows|is because|follows|uses|comes|holds)\b.*|here,? (?:we|i)\b.*|in fact\b.*",
     re.IGNORECASE | re.DOTALL,
 )
 CONCLUSION = re.compile(
     r"(?:so|thus|hence|therefore|consequently|accordingly|altogether|in total|in conclusion|in summary|to sum up|finally"
-    r"|overall|as a result|it follows|we (?:conclude|find|see|get|obtain)|this (?:gives|yields|leaves|leads)|and so"
+    r"|overall|as a result|it follows|we (?:conclude|find|see|get|obtain)|(?:this|that) (?:gives|yields|leaves|leads|makes|results)|and so"
     r"|(?:the |my |our )?(?:final )?(?:answer|result|solution))\b",
     re.IGNORECASE,
 )
@@ -129,6 +136,8 @@ def is_remark(text: str, before: Sentence) -> bool:
     """Whether a sentence goes beside what the one before it states."""
     if text.rstrip(MARKUP).endswith("?") or (text.startswith("(") and text.rstrip(MARKUP + ".").endswith(")")):
         return not re.fullmatch(r"[^a-z]*", text)
+    if CONFIRMS.search(text) and not concludes(text) and not CONCLUSION.match(text):
+        return True
     if REMARK.match(text):
         return re.search(r"\b(?:so|hence|therefore|thus)\b", text) is None or text[:4].lower() not in ("note", "noti")
     if not concludes(bare(before)) or concludes(text):
@@ -144,6 +153,12 @@ def find_retraction(text: str) -> int:
         if not re.search(r"(?:it|that|this|which) is (?:right|correct)", match[0], re.I)
     ]
     return matches[-1].start() if matches else -1
+
+
+def is_unfinished(sentence: Sentence) -> bool:
+    """Whether a sentence was cut off, or only says what comes next."""
+    text = bare(sentence)
+    return (not sentence.is_finished and BROKEN_OFF.search(text) is not None) or INTENT.match(text) is not None
 
 
 def states_nothing(sentence: Sentence) -> bool:

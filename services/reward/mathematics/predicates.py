@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from services.reward.mathematics.assignments import HAS_VARIABLE
-from services.reward.mathematics.expectations import Expectation, Form
+from services.reward.mathematics.expectations import ANYTHING, Expectation, Form
 from services.reward.mathematics.formulas import SPAN, unwrap
 from services.reward.mathematics.normalise import normalise
 from services.reward.mathematics.numbers import read_number
@@ -16,6 +16,7 @@ from services.reward.mathematics.quantities import read_clock, read_quantity
 from services.reward.mathematics.reading import read_shape
 from services.reward.mathematics.runs import Run
 from services.reward.mathematics.shapes import Assignment, Group, Matrix
+from services.reward.mathematics.splitting import split_top
 
 # As much of a sentence as is looked at before a stretch.
 BEFORE_CHARACTERS = 80
@@ -26,11 +27,13 @@ DETERMINERS = (
 )
 # A stretch after such words says where, when, of what or with what something is, and not what it is.
 SETTING = re.compile(
-    r"\b(?:(?<!result )(?<!results )(?<!resulted )(?<!resulting )in|(?<!arrive )(?<!arrives )(?<!arrived )at|(?<!enough )(?<!room )(?<!last )(?<!lasts )(?<!sufficient )for|between|among|from|than|per|when|where|whenever|if|because|since|compared (?:to|with)|(?<!written )(?<!expressed )(?<!represented )(?<!given )(?<!known )as|exceeds?|exceeding|above|below"
+    r"\b(?:(?<!result )(?<!results )(?<!resulted )(?<!resulting )in|(?<!arrive )(?<!arrives )(?<!arrived )at|(?<!enough )(?<!room )(?<!last )(?<!lasts )(?<!sufficient )(?<!sold )(?<!bought )for|between|among|from|than|per|when|where|whenever|if|because|since|compared (?:to|with)|(?<!written )(?<!expressed )(?<!represented )(?<!given )(?<!known )as|exceeds?|exceeding|above|below"
     r"|under|over|within|during|through|across|out of|divid(?:ed|es|ing) by|divisible by|multiplied by|multiples? of"
     r"|factors? of|divisors? of|(?:square |cube )?roots? of|one of|each of|all of|both of|half of|modulo|mod|on|using"
     r"|every|greater than|less than|provided(?: that)?|(?<!left )(?<!up )(?<!her )(?<!him )(?<!them )(?<!us )(?<!me )(?<!ends )(?<!end )(?<!begins )(?<!starts )with"
-    r"|split|shared|base|week|day|month|year|step|part|case|question|figure|chapter|who (?:is|was|are|has|had)|which (?:has|have|had)(?:\s+[a-z]+)?)"
+    r"|(?:over|during|within|throughout|after|in) (?:the|that|this) (?:course|week|month|day|year|period|span|space) of"
+    r"|with(?:\s+(?:an?|the))?\s+(?:side|sides|radius|radii|diameter|base|height|length|width|edges?|legs?|slope)(?: lengths?)?"
+    r"(?: of)?|split|shared|base|week|day|month|year|step|part|case|question|figure|chapter|who (?:is|was|are|has|had)|which (?:has|have|had)(?:\s+[a-z]+)?)"
     + DETERMINERS
     + r"\s+[(\[]?$",
     re.IGNORECASE,
@@ -39,8 +42,13 @@ SETTING = re.compile(
 CLAUSE_AFTER = re.compile(
     r"\b(?:before|after|until|once|while|so that|of which|when|whereas)\s+(?:[A-Za-z'-]+\s+){1,8}$", re.IGNORECASE
 )
+INITIAL = re.compile(
+    r"^\W*(?:(?:so|thus|hence|therefore|then),?\s+)?(?:after|before|with(?! (?:a )?probability)|without|given|despite|from|starting)\b[^,0-9]*$", re.I
+)
+AFTER_TIME = re.compile(r"\b(?:after|for|every|each)\s+(?:the\s+|about\s+)?$", re.IGNORECASE)
+TIME = re.compile(r"\b(?:seconds?|minutes?|hours?|days?|weeks?|months?|years?)\b")
 SIZE_OF = re.compile(
-    r"(?:\bof (?:size|length|width|height|radius|side|weight|value|diameter|edge|area|volume)s?|\bmeasuring|\bweighing)\s+$"
+    r"(?<!has a )(?:\bof (?:size|length|width|height|radius|side|weight|value|diameter|edge|area|volume)s?|\bmeasuring|\bweighing)\s+$"
 )
 WAYS = re.compile(r"\s*(?:different|distinct|possible|various|such)?\s*ways?\b")
 # "2 of 5 books", "$2 back of her $50".
@@ -57,7 +65,7 @@ PARTICIPLE = re.compile(
     r"|becoming|being|amounting|obtaining|producing|using up|adding|including)[a-z]{3,}ing" + DETERMINERS + r"\s+$"
 )
 COPULA = re.compile(
-    r"(?:\b(?:is|are|was|were|be|equals?|becomes?|measures?|gives?|yields?|gets?|obtain|leaves?|makes?|costs?|contains?|comes to"
+    r"(?:(?<!to )\b(?:is|are|was|were|be|equals?|becomes?|measures?|gives?|yields?|gets?|obtain|leaves?|makes?|costs?|contains?|comes to"
     r"|amounts? to|adds? up to|equal to)|=|:)\s+(?:exactly|about|only|just|thus|therefore|also|then|now|simply)?\s*$"
 )
 CONNECTIVES = (
@@ -75,6 +83,7 @@ IS_THE = re.compile(
 )
 # "12 edges: 4 on top, 4 at the bottom and 4 at the sides".
 BREAKDOWN = re.compile(r"(?:\s+[a-z-]+){0,3}:\s|(?<=:)\s")
+MONEY = (("usd", 1),)
 REGIONAL = re.compile(r"[<>≤≥≠∪∞ℝ]|\\(?:leq?|geq?|neq?|infty|cup|lt|gt)(?![A-Za-z])|[\[(][^()\[\]]*,[^()\[\]]*[)\]]")
 TOTAL = re.compile(r"(?:\s+[a-z]+){0,6}\s*[,:;(—–-]+\s*(?:namely\s+)?")
 PARTS = re.compile(r"(?:\s+[a-z]+){0,4}(?:,|,?\s+and)\s+")
@@ -97,9 +106,12 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
     runs = [part for run in runs for part in split_amounts(sentence, run)]
     runs = join_doubtful(sentence, runs)
     candidates = [run for run in runs if run.has_sign] or list(runs)
-    stated = drop_settings(sentence, [run for run in runs if run.has_sign or is_counted(sentence, run)])
+    is_plain = any(run.has_sign for run in runs)
+    counted = [run for run in runs if run.has_sign or not is_plain or is_counted(sentence, run)]
+    stated = drop_settings(sentence, counted, expectation)
     if expectation.form is Form.TUPLE:
-        found = [run for run in candidates if fits_tuple(run, expectation.count)]
+        pieces = [piece for run in candidates for piece in split_items(run, expectation.count)]
+        found = [run for run in pieces if fits_tuple(run, expectation.count)]
         named = [run for run in candidates if is_named(run)]
         if found:
             stated = drop_settings(sentence, found) or found
@@ -111,8 +123,11 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
             return several
     if not stated:
         stated = [run for run in candidates if has_unit(run, expectation)] or candidates
+    if expectation.unit is not None and not any(has_unit(run, expectation) for run in stated):
+        stated = [run for run in candidates if has_unit(run, expectation)][-1:] or stated
     if expectation.is_number:
-        stated = [run for run in stated if may_be_number(run)] or stated
+        stated = [piece for run in stated for piece in split_measures(sentence, run, expectation)]
+        stated = [run for run in stated if may_be_number(run, expectation)] or stated
         stated = [piece for run in stated for piece in split_clauses(sentence, run)]
         if (total := find_total(sentence, stated)) is not None:
             return [total]
@@ -151,6 +166,12 @@ def split_commas(run: Run) -> list[Run]:
     return pieces
 
 
+def split_items(run: Run, count: int) -> list[Run]:
+    """Parts "(2, -3), 6 units below" into the items of a list, unless all of it is the tuple."""
+    items = split_top(run.text) if not fits_tuple(run, count) else []
+    return [replace(run, text=item) for item in items] if len(items) > 1 else [run]
+
+
 def split_clauses(sentence: str, run: Run) -> list[Run]:
     """Parts "31, and 17" of "he eats 31, and 17 are left" where one number is asked for."""
     left, comma, right = run.text.partition(", and ")
@@ -159,10 +180,25 @@ def split_clauses(sentence: str, run: Run) -> list[Run]:
     return [replace(run, text=left, end=run.start + len(left)), replace(run, text=right, start=run.end - len(right))]
 
 
-def may_be_number(run: Run) -> bool:
-    """Whether a stretch may be a number: it has no variables, or says what they are."""
-    body = read_quantity(normalise(unwrap(run.text[:MAX_CANDIDATE_CHARACTERS]))).body
-    return "=" in body or not HAS_VARIABLE.search(body)
+def split_measures(sentence: str, run: Run, expectation: Expectation) -> list[Run]:
+    """Parts "10 years, 1 250 000" of "after 10 years, 1 250 000 people live there"."""
+    pieces = split_commas(run)
+    if len(pieces) < 2 or not all(re.search(r"[0-9]\s*[A-Za-z]", piece.text) for piece in pieces[:-1]):
+        return [run]
+    return drop_settings(sentence, pieces, expectation) or [run]
+
+
+def may_be_number(run: Run, expectation: Expectation) -> bool:
+    """Whether a stretch may be the number that is asked for.
+
+    It has no variables, or says what they are; it is no interval, and no measure where things are counted.
+    """
+    quantity = read_quantity(normalise(unwrap(run.text[:MAX_CANDIDATE_CHARACTERS])))
+    if quantity.body.startswith(("[", "(")) and "," in quantity.body:
+        return False
+    if expectation.asks_count and quantity.unit is not None and quantity.unit.dimension == MONEY:
+        return False
+    return "=" in quantity.body or not HAS_VARIABLE.search(quantity.body)
 
 
 def find_total(sentence: str, stated: Sequence[Run]) -> Run | None:
@@ -197,7 +233,7 @@ def join_doubtful(sentence: str, runs: Sequence[Run]) -> list[Run]:
     return joined
 
 
-def drop_settings(sentence: str, runs: Sequence[Run]) -> list[Run]:
+def drop_settings(sentence: str, runs: Sequence[Run], expectation: Expectation = ANYTHING) -> list[Run]:
     """The stretches that do not say where, what for or of what size something is."""
     stated: list[Run] = []
     for before, run in pairwise([None, *runs]):
@@ -209,9 +245,16 @@ def drop_settings(sentence: str, runs: Sequence[Run]) -> list[Run]:
             continue
         if between is not None and PART_OF.fullmatch(between) and "=" not in run.text:
             continue
+        if COPULA.search(start):
+            stated.append(run)
+            continue
         if between is not None and PURPOSE.fullmatch(between):
             continue
         if stated and between is not None and PARTICIPLE.search(between):
+            continue
+        if run.start > 0 and INITIAL.match(sentence[: run.start]):
+            continue
+        if expectation.asks_time is False and AFTER_TIME.search(start) and TIME.search(run.text):
             continue
         if stated and (CLAUSE_AFTER.search(start) or SIZE_OF.search(start) or is_dimension(sentence, before, run)):
             continue
@@ -234,7 +277,7 @@ def choose_several(stated: Sequence[Run], candidates: Sequence[Run], count: int)
             return [run]
     pieces = [replace(run, text=item) for run in candidates for item in items_of(run)]
     for group in (stated, candidates, [piece for piece in pieces if is_named(piece)]):
-        if len(group) == count:
+        if sum(2 if "±" in run.text or "\\pm" in run.text else 1 for run in group) == count:
             return list(group)
     return None
 
@@ -271,7 +314,9 @@ def fits_tuple(run: Run, count: int) -> bool:
         shape = read_shape(shape.value)
     if isinstance(shape, Matrix):
         return True
-    return isinstance(shape, Group) and len(shape.items) == count and shape.kind != "set"
+    if not isinstance(shape, Group) or shape.kind == "set" or len(shape.items) != count:
+        return False
+    return shape.kind == "tuple" or not any(item.startswith(("(", "⟨")) for item in shape.items)
 
 
 def find_subject(sentence: str, stated: Sequence[Run]) -> Run | None:

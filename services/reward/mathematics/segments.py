@@ -16,7 +16,7 @@ PARENTHESIS = re.compile(
 # Where the explanation of an answer begins, and what explains an announced one, too.
 ASIDE = (
     r",?\s+(?:because|since|rather than|instead of|that is(?=,)|i\.e\.?|which is (?:about|approximately|roughly|around|the same))\b"
-    r"|,\s*(?:and\s+)?not\s"
+    r"|,\s*not\s|,?\s+and not\s"
     r"|(?<![-+*/=×·(])\s+\((?!mod\b|both\b|inclusive|or\b|maybe\b|perhaps\b|possibly\b|alternatively\b)(?=[^()\\]*[a-z]{3}|[^()\\]*(?:=|[0-9] [-+*/×] [0-9])[^()]*\)\W*$)"
     r"|,?\s+\(?(?:for|where|when|if|with|provided)\s+(?:that\s+|all\s+|any\s+|every\s+|real\s+|integers?\s+)*"
     r"\$?\\?[A-Za-z](?=\s*[=<>≤≥≠∈]|\s*\\(?:in|neq?|geq?|leq?)\b)"

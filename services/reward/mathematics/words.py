@@ -67,6 +67,8 @@ NOUNS = ("function", "triangle", "number", "series", "sequence", "matrix", "angl
 LEADS = re.compile(
     r"\s((?:(?:on|in|at|an?|the|strictly|monotonically|always|most|likely|definitely|clearly|namely|called)\s+)+)$"
 )
+SUBJECT_VERB = re.compile(r"\s+(?:is|was|wins|won|has|had|comes|came|finishes|finished|gets|costs)\b")
+CONTRAST = re.compile(r"\b(?:but|while|whereas|although|though)\b")
 BESIDE = re.compile(r"\b(?:than|before|after|of|to|from|by|with|and|behind|like)\s+(?:the\s+|an?\s+)?$")
 
 
@@ -114,7 +116,7 @@ def is_predicate(wanted: str, given: str) -> bool:
             return True
         if phrase and wanted.removeprefix(phrase).strip() in NOUNS:
             return True
-    place = re.search(rf"\b{re.escape(wanted)}$", told)
+    place = re.search(rf"\b{re.escape(wanted)}(?=$|[,;]|\s+(?:that|this|which|in|at|when|for|by|to|because)\b)", told)
     if place and (lead := LEADS.search(told[: place.start()])) and not BESIDE.search(told[: lead.start(1)]):
         return True
     is_verb = re.fullmatch(r"[a-z]{3,}s(?: [a-z]+ly)?", wanted) is not None
@@ -128,13 +130,8 @@ def is_predicate(wanted: str, given: str) -> bool:
 
 def is_subject(wanted: str, given: str) -> bool:
     """Whether a sentence begins with what is wanted, and says of it what it is or does."""
-    return (
-        re.match(
-            rf"{re.escape(wanted)}\s+(?:is|was|wins|won|has|had|comes|came|finishes|finished|gets|costs)\b(?!.*\b(?:before|after|behind)\b)",
-            given,
-        )
-        is not None
-    )
+    verb = SUBJECT_VERB.match(given.removeprefix(wanted)) if given.startswith(wanted) else None
+    return verb is not None and not CONTRAST.search(given) and not re.search(r"\b(?:before|after|behind)\b", given)
 
 
 def before_remark(text: str) -> str:

@@ -9,7 +9,7 @@ from perigee.errors import FieldViolation
 from services.reward.check_pool import CheckPool
 from services.reward.mathematics.answers import find_final_answer
 from services.reward.mathematics.compare import Algebra, agree
-from services.reward.mathematics.expectations import expect
+from services.reward.mathematics.expectations import expect, with_question
 from services.reward.mathematics.families import Family
 from services.reward.mathematics.shapes import Relation
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
@@ -117,7 +117,8 @@ def find_answer(item: Item[MathParameters]) -> str | None:
     text = extract_answer(item.response, item.answer_marker)
     if not text:
         return None
-    return find_final_answer(text, marked=bool(item.answer_marker), expectation=expect(item.parameters.reference))
+    expectation = with_question(expect(item.parameters.reference), item.prompt)
+    return find_final_answer(text, marked=bool(item.answer_marker), expectation=expectation)
 
 
 def explain_absence(item: Item[MathParameters]) -> str:
