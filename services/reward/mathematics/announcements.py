@@ -12,7 +12,10 @@ ANNOUNCEMENT = re.compile(
     re.IGNORECASE,
 )
 # "the answer is a number between" and the like announce nothing, "the answer to part (a) is" does.
-REPORTS = re.compile(r"\b(?:find|compute|give|write|check|verify|need|want|round|express|how|what|whether)\b", re.IGNORECASE)
+REPORTS = re.compile(
+    r"\b(?:find|compute|give|write|check|verify|need|want|round|express|how|what|whether)\b",
+    re.IGNORECASE,
+)
 # The answer, and nothing that only has to do with it.
 CLAIM = re.compile(
     r"(?:^|\n|(?<=[.!] ))[ *_#>]*(?:so |thus,? |therefore,? |hence,? )?(?:the |my |our )?(?:final |correct )?answer\**"

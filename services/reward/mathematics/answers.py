@@ -15,15 +15,15 @@ from services.reward.mathematics.asides import (
     concludes,
     find_retraction,
     find_statements,
-    is_unfinished,
     is_alternative,
+    is_unfinished,
     states_nothing,
 )
 from services.reward.mathematics.boxes import find_boxes, find_last_boxes
+from services.reward.mathematics.candidates import answers_of
 from services.reward.mathematics.expectations import ANYTHING, Expectation, Form
 from services.reward.mathematics.formulas import flatten_math, unwrap
 from services.reward.mathematics.labels import find_labelled
-from services.reward.mathematics.predicates import answers_of
 from services.reward.mathematics.segments import has_mathematics, isolate, trim_sentence
 from services.reward.mathematics.sentences import Sentence, split_sentences, strip_end
 
@@ -36,11 +36,12 @@ LAST_SENTENCES = 4
 BOXED_TEXT = re.compile(r"\\(?:text|textbf|mathrm|mbox|textrm)\s*\{([^{}]*)\}")
 # How many there are where there are none; "no solution" is no number.
 NONE_OF = re.compile(
-    r"(?:(?:so|thus|hence|therefore|consequently),? )?(?:there (?:are|is|exist) no|none of)\b(?!.*\b(?:solutions?|roots?|real|value)\b)",
+    r"(?:(?:so|thus|hence|therefore|consequently),? )?(?:there (?:are|is|exist) no|none of)\b(?!.*\b(?:solutions?"
+    r"|roots?|real|value)\b)",
     re.IGNORECASE,
 )
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{3}")
-SAYS = re.compile(r"\W*(?:so|thus|hence|therefore)?\W*(?:yes|no|true|false)\b", re.IGNORECASE)
+SAYS = re.compile(r"\W*(?:(?:so|thus|hence|therefore)\W+)?(?:yes|no|true|false)\b", re.IGNORECASE)
 ANOTHER = re.compile(
     r"\W*(?:and\s+)?(?:the\s+(?:other|second|third|last|larger|smaller|remaining)|another|also)\b", re.IGNORECASE
 )
@@ -140,7 +141,8 @@ def read_sentence(sentence: str, expectation: Expectation, *, first: bool) -> st
 def find_stated(statements: Sequence[Sentence], expectation: Expectation) -> str:
     """What the last sentence that states something says; of a list or a tuple as many as belong to it."""
     if expectation.is_verbal:
-        said = [sentence for sentence in statements if SAYS.match(sentence.text)] if expectation.form is Form.YES_NO else []
+        is_short = expectation.form is Form.YES_NO
+        said = [sentence for sentence in statements if is_short and SAYS.match(sentence.text)]
         return read_sentence(strip_end((said or statements)[-1].text), expectation, first=False)
     if expectation.form is not Form.ANY and is_unfinished(statements[-1]):
         return ""

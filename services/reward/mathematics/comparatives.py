@@ -11,8 +11,8 @@ SIGNS = {
     "<": r"(?:strictly\s+)?(?:less|smaller|lower|fewer|below|under)(?:\s+than)?",
     "≥": r"(?:at least|(?:greater|more|larger) than or equal to|equal to or (?:greater|more|larger) than"
     r"|a minimum of|minimum)",
-    "≤": r"(?:at most|(?:less|smaller|lower) than or equal to|equal to or (?:less|smaller|lower) than|up to(?: and including)?"
-    r"|a maximum of)",
+    "≤": r"(?:at most|(?:less|smaller|lower) than or equal to|equal to or (?:less|smaller|lower) than"
+    r"|up to(?: and including)?|a maximum of)",
 }
 NEGATED = {">": "≤", "<": "≥", "≥": "<", "≤": ">"}
 NOT = r"(?P<not>\b(?:not|no|never|cannot be|can't be|cannot|can't|isn't)\s+(?:be\s+)?)?"
@@ -28,22 +28,31 @@ ORDER = ("≥", "≤", ">", "<")
 BETWEEN = re.compile(
     r"\b(?P<word>between|from)\s+\(?" + VALUE + r"\s*(?:and|to)\s+" + VALUE.replace("value", "high"), re.IGNORECASE
 )
-CLOSED = re.compile(r"\binclu(?:sive|ding|ded)|\bboth (?:ends|endpoints|included)|including|\bclosed\b", re.IGNORECASE)
+CLOSED = re.compile(
+    r"\binclu(?:sive|ding|ded)|\bboth (?:ends|endpoints|included|are|bounds|values)|including|\bclosed\b",
+    re.IGNORECASE,
+)
 OPEN = re.compile(r"\bstrictly\b|\bexclu(?:sive|ding|ded)|\bnot included|\bexcept|\bopen\b", re.IGNORECASE)
 SIGNED = re.compile(
-    r"\b(?P<which>non-?negative|non-?positive|positive|negative|non-?zero)\s+(?:real\s+)?(?:numbers?|reals?|values?|\$?[a-z]\b)",
+    r"\b(?P<which>non-?negative|non-?positive|positive|negative|non-?zero)\s+(?:real\s+)?(?:numbers?|reals?|values?"
+    r"|\$?[a-z]\b)",
     re.IGNORECASE,
 )
 EXCEPT = re.compile(
-    r"\b(?:(?:all|any|every) real|real numbers|all (?:values|numbers|x))\b.{0,40}?\b(?:except|but|other than|apart from)\s+"
-    r"(?:for\s+)?(?:[a-z]\s*=\s*)?" + VALUE,
+    r"\b(?:(?:all|any|every) real|real numbers|everywhere|defined|continuous|all (?:values|numbers"
+    r"|x))\b.{0,40}?\b(?:except|but|other than"
+    r"|apart from)\s+"
+    r"(?:(?:for|at|when|where)\s+)?(?:[a-z]\s*=\s*)?" + VALUE,
     re.IGNORECASE,
 )
 ALL_REALS = re.compile(r"\b(?:all|any|every)\s+real\s+(?:numbers?|values?|\$?[a-z]\b)", re.IGNORECASE)
 # "3 or any larger number".
 BEYOND = re.compile(
     VALUE
-    + r"\s+(?:or|and)\s+(?:any|all|every)?\s*(?:(?P<up>larger|greater|bigger|higher|more)|smaller|less|lower)\b(?!\s+than)",
+    + (
+        r"\s+(?:or|and)\s+(?:any|all|every)?\s*(?:(?P<up>larger|greater|bigger|higher|more)|smaller|less"
+        r"|lower)\b(?!\s+than)"
+    ),
     re.IGNORECASE,
 )
 HALF_LINES = {

@@ -29,7 +29,7 @@ from services.reward.mathematics.assignments import (
 )
 from services.reward.mathematics.brackets import flatten_vector
 from services.reward.mathematics.families import Family, read_answer_family, read_family
-from services.reward.mathematics.labels import read_division, read_labels
+from services.reward.mathematics.labels import match_labels, read_division, read_labels
 from services.reward.mathematics.normalise import normalise, squeeze
 from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.quantities import read_clock, read_quantity
@@ -205,8 +205,9 @@ def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
 def labelled_agree(labels: dict[str, str], given: Group, algebra: Algebra) -> bool:
     """Values under words: each under its own where both have the same words, else all of them in their order."""
     others = read_labels(given.items)
-    if others is not None and others.keys() == labels.keys():
-        return in_order(tuple(labels.values()), tuple(others[label] for label in labels), algebra)
+    named = match_labels(labels, others) if others is not None else None
+    if named is not None:
+        return in_order(tuple(labels.values()), named, algebra)
     return given.kind != "set" and in_order(
         tuple(labels.values()), tuple(others.values()) if others else given.items, algebra
     )

@@ -21,7 +21,10 @@ from services.reward.mathematics.words import YES_NO, is_empty_set, is_wordy
 MAX_CHARACTERS = 400
 QUESTION_CHARACTERS = 500
 HOW_MANY = re.compile(r"\bhow many\s+(?:more |of |the |different |such |whole )*([a-z]+)", re.IGNORECASE)
-HOW_LONG = re.compile(r"\bhow (?:long|old)\b|\bwhen\b|\b(?:what|at which) (?:time|age)\b|\bhow much time\b", re.IGNORECASE)
+HOW_LONG = re.compile(
+    r"\bhow (?:long|old)\b|\bwhen\b|\b(?:what|at which) (?:time|age)\b|\bhow much time\b",
+    re.IGNORECASE,
+)
 
 
 class Form(Enum):

@@ -17,7 +17,10 @@ REALS = r"(?:ℝ|\\mathbb\s*\{?\s*R\s*\}?|R(?![A-Za-z]))"
 LEADING = r"[\s,;:|(]*(?:\b(?:for|where|with|and|as)\b\s*)?(?:\b(?:all|any|some|each|every|an?|arbitrary)\b\s*)*"
 INTEGER = re.compile(
     LEADING
-    + rf"(?:{LETTERS}\s*(?:∈\s*{INTEGERS}|\s(?:is|are|being)\s+(?:an?|any|all)?\s*(?:arbitrary\s+)?integers?|any integer|integer)"
+    + (
+        rf"(?:{LETTERS}\s*(?:∈\s*{INTEGERS}|\s(?:is|are|being)\s+(?:an?|any|all)?\s*(?:arbitrary\s+)?integers?"
+        rf"|any integer|integer)"
+    )
     + rf"|{LETTERS.replace('letters', 'listed')}\s*=\s*(?:…,?\s*)?[-±0-9, ]*(?:…|±\s*[0-9])"
     + rf"|integers?\s+{LETTERS.replace('letters', 'others')})[\s)]*"
 )

@@ -127,14 +127,17 @@ def same_expressions(
 
 def same_members(left: Sequence[Sequence[Any]], name: Any, right: Sequence[Sequence[Any]], other: Any) -> bool:
     """Whether the members of each at small integers are members of the other."""
-    return set(values_of(left, name, INNER)) <= set(values_of(right, other, OUTER)) and set(
-        values_of(right, other, INNER)
-    ) <= set(values_of(left, name, OUTER))
+    some, others = set(values_of(left, name, INNER)), set(values_of(right, other, INNER))
+    if not some or not others:
+        return False
+    return some <= set(values_of(right, other, OUTER)) and others <= set(values_of(left, name, OUTER))
 
 
 def values_of(members: Sequence[Sequence[Any]], name: Any, numbers: range) -> Iterator[tuple[Any, ...]]:
     """The members' values, rounded, for these values of the parameter."""
     for member in members:
         for number in numbers:
-            values = [complex(part.subs(name, number).evalf(20)) for part in member]
-            yield tuple((round(value.real, PLACES) + 0.0, round(value.imag, PLACES) + 0.0) for value in values)
+            values = [part.subs(name, number).evalf(20) for part in member]
+            if all(value.is_number and value.is_finite for value in values):
+                pairs = [complex(value) for value in values]
+                yield tuple((round(pair.real, PLACES) + 0.0, round(pair.imag, PLACES) + 0.0) for pair in pairs)

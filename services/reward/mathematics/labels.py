@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 from services.reward.mathematics.units import is_unit_phrase
 
-VALUE = r"[-−+$€£]{0,2}[0-9]+(?:[.,/][0-9]+)*(?:\s*%|\s*°)?|\([^()]*\)"
+VALUE = (
+    r"[-−+$€£]{0,2}[0-9]+(?:[.,/][0-9]+)*(?:\s*%|\s*°|\s*\\?pi\b|π)?(?:/[0-9]+)?|(?:\\pi\b|π)(?:/[0-9]+)?|\([^()]*\)"
+)
 BEFORE = re.compile(
-    rf"(?:the\s+)?(?P<label>[A-Za-z]{{2,}}(?:\s+[A-Za-z]{{2,}}){{0,2}})\s*(?:=|:|\bis\b|\bare\b|\bof\b|\bat\b)?\s*(?P<value>(?:{VALUE})(?:\s+\S+)?)"
+    rf"(?:the\s+)?(?P<label>[A-Za-z]{{2,}}(?:\s+[A-Za-z]{{2,}}){{0,2}})\s*(?:=|:|\bis\b|\bare\b|\bof\b"
+    rf"|\bat\b)?\s*(?P<value>(?:{VALUE})(?:\s+\S+)?)"
 )
 AFTER = re.compile(rf"(?P<value>{VALUE})\s+(?P<label>[A-Za-z]{{2,}}(?:\s+[A-Za-z]{{2,}}){{0,2}})")
 REMAINDER = re.compile(r"\b([0-9]+),?\s*(?:with\s+|and\s+)?(?:a\s+)?(?:remainder|rem\.?|r|R)\s*(?:of\s+|=\s*)?([0-9]+)")
@@ -24,8 +27,9 @@ def read_labels(items: Sequence[str]) -> dict[str, str] | None:
     """
     found = {}
     for item in items:
-        match = BEFORE.fullmatch(item.strip()) or AFTER.fullmatch(item.strip())
-        if match is None or is_unit_phrase(match["label"]):
+        before, after = BEFORE.fullmatch(item.strip()), AFTER.fullmatch(item.strip())
+        match = before or after
+        if match is None or (before is None and is_unit_phrase(match["label"])):
             return None
         found[name_of(match["label"])] = match["value"]
     return found if len(found) == len(items) > 1 else None
@@ -35,6 +39,17 @@ def name_of(label: str) -> str:
     """A word in lower case and the singular."""
     label = ARTICLE.sub("", label.lower())
     return label[:-1] if label.endswith("s") and not label.endswith("ss") else label
+
+
+def match_labels(wanted: dict[str, str], given: dict[str, str]) -> tuple[str, ...] | None:
+    """The given values in the order of the wanted labels, "max" for "maximum"; None where the labels are others."""
+    values = []
+    for label in wanted:
+        same = [name for name in given if name.startswith(label[:3]) and (name in label or label in name)]
+        if len(same) != 1:
+            return None
+        values.append(given[same[0]])
+    return tuple(values) if len(values) == len(given) else None
 
 
 def read_division(text: str) -> tuple[str, str] | None:
@@ -59,7 +74,7 @@ def find_labelled(sentence: str, labels: Sequence[str]) -> dict[str, str] | None
 
 def value_of_label(sentence: str, label: str) -> str | None:
     """The value of one label; None where the sentence does not have it."""
-    place = re.search(rf"\b{re.escape(label)}s?\b", sentence, re.IGNORECASE)
+    place = re.search(rf"\b{re.escape(label)}{'[a-z]*' if len(label) > 2 else ''}\b", sentence, re.IGNORECASE)
     if place is None:
         return None
     before = re.search(rf"({VALUE})\s+$", sentence[max(0, place.start() - 40) : place.start()])

@@ -8,6 +8,7 @@ commands go, digits are not grouped, and words stay words.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
 from services.reward.mathematics.formulas import ELLIPSIS, SPAN, flatten_math, name_constant
 from services.reward.mathematics.number_words import read_number_words
@@ -105,6 +106,7 @@ OPENING, CLOSING = "([{⦃⟨", ")]}⦄⟩"
 GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])(?!,[0-9])")
 
 
+@lru_cache(maxsize=512)
 def normalise(text: str) -> str:
     """The text in the notation of this module."""
     text = ARROW.split(flatten_math(name_constant(text.strip())))[-1].strip()

@@ -15,9 +15,11 @@ PARENTHESIS = re.compile(
 )
 # Where the explanation of an answer begins, and what explains an announced one, too.
 ASIDE = (
-    r",?\s+(?:because|since|rather than|instead of|that is(?=,)|i\.e\.?|which is (?:about|approximately|roughly|around|the same))\b"
-    r"|,\s*not\s|,?\s+and not\s"
-    r"|(?<![-+*/=×·(])\s+\((?!mod\b|both\b|inclusive|or\b|maybe\b|perhaps\b|possibly\b|alternatively\b)(?=[^()\\]*[a-z]{3}|[^()\\]*(?:=|[0-9] [-+*/×] [0-9])[^()]*\)\W*$)"
+    r",\s*(?:a (?:bit|little)|slightly|somewhat|much|far|well)\s|,?\s+(?:because|since|rather than|instead of"
+    r"|that is(?=,)|i\.e\.?|which is (?:about|approximately|roughly"
+    r"|around|the same))\b|,\s*not\s|,?\s+and not\s"
+    r"|(?<![-+*/=×·(])\s+\((?!mod\b|both\b|inclusive|or\b|maybe\b|perhaps\b|possibly\b"
+    r"|alternatively\b)(?=[^()\\]*[a-z]{3}|[^()\\]*(?:=|[0-9] [-+*/×] [0-9])[^()]*\)\W*$)"
     r"|,?\s+\(?(?:for|where|when|if|with|provided)\s+(?:that\s+|all\s+|any\s+|every\s+|real\s+|integers?\s+)*"
     r"\$?\\?[A-Za-z](?=\s*[=<>≤≥≠∈]|\s*\\(?:in|neq?|geq?|leq?)\b)"
     r"(?!.*\b(?:gives?|yields?|is|are|gets?|have|equals?|becomes?)\b)"
@@ -28,6 +30,9 @@ EXPLANATION = re.compile(
 REMARK = re.compile(ASIDE)
 CHANCE = re.compile(r"(?:[0-9]+|[a-z-]+) (?:in|out of)(?: every)? (?:[0-9]+|[a-z-]+)", re.IGNORECASE)
 NOT_BUT = re.compile(r"not\b.+?\bbut\s+(?:rather\s+)?(?P<rest>.+)")
+# Words before the same in other words, and where the sentence goes on after it: ", i.e. half an hour, she walks".
+RESTATED = re.compile(r"i\.e|that is")
+RESUMED = re.compile(r",\s+(?=[a-z]+\s+[a-z]+)(?!and\b|or\b|which\b|so\b)")
 BULLET = re.compile(r"^(?:[#>]+\s*|[-•]\s+(?=[A-Za-z])|(?:=>|⇒|→|∴)\s*)+")
 EACH = re.compile(r"\b(?:an?|each|every)\s+(hour|minute|second|day|week|year)\b")
 MODULUS = re.compile(r"\s*\(\s*mod\s+([0-9]+)\s*\)")
@@ -76,7 +81,12 @@ def trim_sentence(sentence: str, *, first: bool, words: bool = False) -> str:
     contrast = NOT_BUT.fullmatch(sentence) if first else None
     sentence = contrast["rest"] if contrast else sentence
     for match in (EXPLANATION if first else REMARK).finditer(sentence):
-        before = sentence[: match.start()]
+        before, rest = sentence[: match.start()], sentence[match.end() :]
+        if RESTATED.search(match[0]):
+            if "=" in rest and "=" not in before:
+                continue  # "a multiple of 4, that is, n = 4m"
+            if match[0].startswith(",") and SIGN.search(before) and (closing := RESUMED.search(rest)):
+                return f"{before}, {rest[closing.end() :]}"
         # Inside of a formula nothing is explained, and before the answer neither.
         is_outside = len(re.findall(r"(?<!\\)\$", before)) % 2 == 0 or not SPAN.search(sentence)
         if before.rstrip().endswith((" or", " and")):

@@ -10,8 +10,8 @@ from services.reward.mathematics.units import is_unit_phrase
 
 WORDS = re.compile(r"[A-Za-z][A-Za-z'() -]*[A-Za-z)]|\([A-Z]\)")
 DATE = re.compile(
-    r"(?:January|February|March|April|May|June|July|August|September|October|November|December) [0-9]{1,2}(?:st|nd|rd|th)?"
-    r"(?:, [0-9]{4})?"
+    r"(?:January|February|March|April|May|June|July|August|September|October|November|December) [0-9]{1,2}(?:st|nd|rd"
+    r"|th)?(?:, [0-9]{4})?"
 )
 CONNECTIVES = (
     r"(?:(?:therefore|thus|so|hence|then|well|and|consequently|in conclusion|we (?:conclude|see|find) that)[, ]+)*"
@@ -24,7 +24,8 @@ FILLING = re.compile(
     re.IGNORECASE,
 )
 CONCLUDES = re.compile(
-    r"\b(?:it|that|this|he|she)'s\b|\b(?:is|are|was|were|be|so|therefore|thus|hence|describes?|represents?|becomes?|called)\b[,:]?|=|:\s",
+    r"\b(?:it|that|this|he|she)'s\b|\b(?:is|are|was|were|be|so|therefore|thus|hence|describes?|represents?|becomes?"
+    r"|called)\b[,:]?|=|:\s",
     re.IGNORECASE,
 )
 # Who answers what to choose.
@@ -51,9 +52,11 @@ SAME = {
     "not defined": NO_EXISTENCE,
 }
 NO_SOLUTIONS = re.compile(
-    r"\bno\s+(?:[a-z-]+\s+){0,3}?(?:solutions?|roots?|numbers?|values?|points?|integers?|pairs?|zeros?|intersections?|x)\b"
-    r"|\bhas none\b|\bempty\b|(?:^|[= ])∅$|\binconsistent\b|\b(?:doesn't|does not|don't|do not) have (?:any |a )?(?:real )?(?:solution|root)s?"
-    r"|\b(?:can't|cannot) be (?:solved|satisfied)\b|\bnot solvable\b|\bunsolvable\b|\bnever (?:true|satisfied|zero|holds)\b"
+    r"\bno\s+(?:[a-z-]+\s+){0,3}?(?:solutions?|roots?|numbers?|values?|points?|integers?|pairs?|zeros?|intersections?"
+    r"|x)\b|\bhas none\b|\bempty\b|(?:^|[= ])∅$|\binconsistent\b|\b(?:doesn't|does not|don't|do not) have (?:any "
+    r"|a )?(?:real )?(?:solution|root)s?"
+    r"|\b(?:can't|cannot) be (?:solved|satisfied)\b|\bnot solvable\b|\bunsolvable\b|\bnever (?:true|satisfied|zero"
+    r"|holds)\b"
 )
 NOT_EXISTING = re.compile(
     r"\b(?:does|do)(?:n't| not) exist\b|\bundefined\b|\b(?:isn't|is not|not) defined\b|\bno limit\b|\bdne\b"
@@ -65,7 +68,8 @@ SIMILAR = (("convergent", "converges"), ("divergent", "diverges"))
 NOUNS = ("function", "triangle", "number", "series", "sequence", "matrix", "angle", "set", "curve", "graph")
 # What may stand between a sentence's verb and a word that is its answer.
 LEADS = re.compile(
-    r"\s((?:(?:on|in|at|an?|the|strictly|monotonically|always|most|likely|definitely|clearly|namely|called)\s+)+)$"
+    r"\s((?:(?:on|in|at|an?|the|comes|strictly|monotonically|always|most|likely|definitely|clearly|namely"
+    r"|called)\s+)+)$"
 )
 SUBJECT_VERB = re.compile(r"\s+(?:is|was|wins|won|has|had|comes|came|finishes|finished|gets|costs)\b")
 CONTRAST = re.compile(r"\b(?:but|while|whereas|although|though)\b")
@@ -96,6 +100,8 @@ def words_agree(expected: str, found: str) -> bool:
         return given == "none" or (NO_SOLUTIONS.search(given) is not None and not EXCEPTION.search(given))
     if SAME.get(wanted, wanted) == NO_EXISTENCE:
         return NOT_EXISTING.search(given) is not None and not EXCEPTION.search(given)
+    if wanted == "neither":
+        return re.search(r"\bneither\b", given) is not None
     first = re.match(r"[a-z]+", given)
     if wanted in YES_NO:
         rest = given[first.end() :].lstrip() if first else ""
