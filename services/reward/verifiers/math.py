@@ -53,8 +53,9 @@ NO_ALGEBRA = NoAlgebra()
 class MathVerifier(Verifier[MathParameters]):
     """Compares the response's final answer with the reference, as mathematics: see `mathematics.compare`.
 
-    The answer is the last box, what is announced as the answer, or what the response ends with; after an answer marker
-    it is what the marker's line says.
+    The answer is the last box, what is announced as the answer, or what the last sentence states that is no check, no
+    remark and no question; after an answer marker it is what the marker's line says. The reference's form and unit, and
+    what the prompt asks for, help to choose among the values of a sentence; the reference's value does not.
     """
 
     name: ClassVar[str] = "math"

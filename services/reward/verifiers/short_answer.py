@@ -36,7 +36,7 @@ class ShortAnswerVerifier(Verifier[ShortAnswerParameters]):
     """
 
     name: ClassVar[str] = "short_answer"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     def find_violations(self, parameters: ShortAnswerParameters) -> list[FieldViolation]:
         if not parameters.references:
