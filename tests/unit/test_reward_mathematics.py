@@ -10,7 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from services.reward.mathematics.algebra import SympyAlgebra
 from services.reward.mathematics.answers import find_final_answer
+from services.reward.mathematics.comparatives import read_comparatives
+from services.reward.mathematics.compare import agree
+from services.reward.mathematics.expectations import ANYTHING, Form, expect, with_question
+from services.reward.mathematics.labels import read_labels
 from services.reward.mathematics.normalise import normalise, squeeze
 from services.reward.mathematics.number_words import read_number_words
 from services.reward.mathematics.numbers import read_number
@@ -239,3 +244,136 @@ def test_units_are_read_and_converted() -> None:
 )
 def test_plain_answers_need_no_algebra(reference: str, answer: str, expected: bool | None) -> None:
     assert compare_plainly(reference, answer) is expected
+
+
+@pytest.mark.parametrize(
+    ("reference", "response", "answer"),
+    [
+        # Checks, remarks and questions after the answer.
+        ("8", "**x = 8**\n\n*Check:* left side 42, right side 32 + 10 = 42 ✓", "x = 8"),
+        ("8", "x = 7.\n\nCheck: 2 · 7 = 14, which is not 16. So x = 8.", "x = 8"),
+        ("14 m", "Each side is 14 m long. (If we wanted to fence it, we would need 56 m.)", "14 m"),
+        ("12", "So there are 12 pairs. It would be 24 if the order mattered.", "12"),
+        (
+            "20",
+            "Rosa is 20 years old. The question was how old she is, given that she was 10 ten years ago.",
+            "20 years",
+        ),
+        ("8", "The answer is 13. That's wrong: 15 − 7 = 8, so it is 8.", "8"),
+        # What a sentence states, and where, when or of what.
+        ("113", "113 is the smallest prime exceeding 110.", "113"),
+        ("2", "She gets $2 back from her $50 bill.", "$2"),
+        ("16", "There are 16 numbers between 20 and 50 that are divisible by 2.", "16"),
+        ("35", "The class has 35 students: 21 girls and 14 boys.", "35"),
+        ("324", "**Value after two years: $324**", "$324"),
+        ("10", "Therefore you can choose 2 books from 5 in 10 different ways.", "10"),
+        # The form that is expected.
+        ("(4, -1)", "The circle is centered at (4, −1) and its radius is 5.", "(4, −1)"),
+        ("y = 2x", "The line has the equation y = 2x with slope 2.", "y = 2x"),
+        ("10:20 PM", "It ends at 10:20 PM, 2 hours after it started at 8:20 PM.", "10:20 PM"),
+        ("2, 5", "One root is 2. The other one is 5.", "2, 5"),
+        ("quotient 15, remainder 7", "The remainder is 7 and the quotient is 15.", "quotient 15, remainder 7"),
+        # Several answers to a question that has one.
+        ("2/5", "The probability could be 2/3, or possibly 2/5.", "2/3, 2/5"),
+        ("2/5", "The answer is 2/5. It might also be 2/3.", "2/5, 2/3"),
+        ("8", "The answer is 7.\n\nThe answer is 8.", "8, 7"),
+        ("35", "\\boxed{\\text{There are } 35 \\text{ students}}", "35"),
+        # Nothing is stated.
+        ("9", "12 − 3 = 9, so Tom has 9. Now we need to", None),
+        ("3", "Let me think about the 3 cases separately.", None),
+    ],
+)
+def test_answers_are_what_the_last_statement_says(reference: str, response: str, answer: str | None) -> None:
+    assert find_final_answer(response, expectation=expect(reference)) == answer
+
+
+def test_long_sentences_of_any_kind_take_no_long_time() -> None:
+    for piece in ("if were would ", "a of ", "or 1, ", "(x ", "greater than 1 ", "it is wrong ", "no a b c "):
+        for reference in ("5", "x > 2", "(1, 2)", "2, 5", "Yes", "no solution"):
+            find_final_answer(piece * (2900 // len(piece)), expectation=expect(reference))
+
+
+@pytest.mark.parametrize(
+    ("reference", "form", "count"),
+    [
+        ("5", Form.SCALAR, 1),
+        ("5 m", Form.SCALAR, 1),
+        ("(1, 2)", Form.TUPLE, 2),
+        ("2, 5", Form.LIST, 2),
+        ("x > 2", Form.REGION, 1),
+        ("x \\ne 2", Form.REGION, 1),
+        ("y = 2x + 1", Form.EQUATION, 1),
+        ("5:3", Form.RATIO, 1),
+        ("3:30 PM", Form.CLOCK, 1),
+        ("\\emptyset", Form.WORDS, 1),
+        ("Yes", Form.YES_NO, 1),
+    ],
+)
+def test_references_tell_the_form_of_an_answer(reference: str, form: Form, count: int) -> None:
+    expectation = expect(reference)
+    assert (expectation.form, expectation.count) == (form, count)
+
+
+def test_questions_tell_whether_things_or_times_are_asked_for() -> None:
+    number = expect("5")
+    assert with_question(number, "") is number
+    assert with_question(number, "How many notebooks can she buy?").asks_count
+    assert with_question(number, "After how many weeks has she 5 dollars?").asks_time is True
+    assert with_question(number, "What does it cost?").asks_time is False
+    assert with_question(ANYTHING, "How many?") is ANYTHING
+
+
+@pytest.mark.parametrize(
+    ("sentence", "region"),
+    [
+        ("x must be greater than −2", "(−2, ∞)"),
+        ("x is no greater than 3", "(-∞, 3]"),
+        ("t is at least 1 and less than 4", "⦃x | 1 ≤ x < 4⦄"),
+        ("t lies between 1 and 4, inclusive", "⦃x | 1 ≤ x ≤ 4⦄"),
+        ("x is less than 2 or greater than 5", "(-∞, 2) ∪ (5, ∞)"),
+        ("all real numbers except 2", "x ≠ 2"),
+        ("defined for nonnegative numbers", "[0, ∞)"),
+        ("x > 2", None),
+        ("x is 5", None),
+    ],
+)
+def test_inequalities_in_words_are_intervals(sentence: str, region: str | None) -> None:
+    assert read_comparatives(sentence) == region
+
+
+def test_labels_tell_values_apart_and_units_do_not() -> None:
+    assert read_labels(("11 nickels", "9 dimes")) == {"nickel": "11", "dime": "9"}
+    assert read_labels(("quotient 15", "remainder 7")) == {"quotient": "15", "remainder": "7"}
+    assert read_labels(("4 cm", "9 cm")) is None
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "expected"),
+    [
+        ("n = 5k + 2, k \\in \\mathbb{Z}", "n = 5m - 3", True),
+        ("n = 5k + 2, k \\in \\mathbb{Z}", "n = 5m + 3", False),
+        ("n = 5k + 2, k \\in \\mathbb{Z}", "n = 10m + 2", False),
+        ("n = 5k + 2, k \\in \\mathbb{Z}", "7", False),
+        ("n = 5k + 2, k \\in \\mathbb{Z}", "n \\equiv 2 \\pmod 5", True),
+        ("x \\equiv 2 \\pmod 5", "x \\equiv 2 \\pmod 7", False),
+        ("x = \\frac{\\pi}{2} + n\\pi, n\\in\\mathbb{Z}", "\\frac{(2k+1)\\pi}{2}, k \\in \\mathbb{Z}", True),
+        ("(3t, -2t), t\\in\\mathbb{Z}", "(-3k, 2k)", True),
+        ("(3t, -2t), t\\in\\mathbb{Z}", "(3k, 2k)", False),
+        ("\\frac{\\sin^2 x}{2} + C", "-\\frac{\\cos^2 x}{2} + K", True),
+        ("x^2 + C", "x^2 + 2x", False),
+        ("x^2 + C", "x^2", False),
+        ("y = Ce^{3x}", "y = Ae^{3x}", True),
+        ("a + c", "a + b", False),
+        ("11 nickels and 9 dimes", "9 nickels and 11 dimes", False),
+        ("11 nickels and 9 dimes", "9 dimes and 11 nickels", True),
+        ("\\emptyset", "\\{\\}", True),
+        ("\\emptyset", "\\{0\\}", False),
+        ("23", "\\text{(C) } 23", True),
+        ("23", "\\text{(C) } 16", False),
+        ("odd", "f is an odd function", True),
+        ("odd", "f is neither even nor odd", False),
+        ("no solution", "There is no solution other than 2", False),
+    ],
+)
+def test_answers_agree_up_to_the_names_of_what_is_free(reference: str, answer: str, expected: bool) -> None:
+    assert agree(reference, answer, SympyAlgebra()) is expected

@@ -1,4 +1,4 @@
-"""Compares single expressions with math-verify and SymPy; the only module that imports them.
+"""Compares single expressions with math-verify and SymPy; beside `free_symbols` the only module that imports them.
 
 Values are compared at points, where one number with thirty digits tells more than a simplification does, and by
 math-verify where that gives no number. A difference of zero is not proved by points, but two answers that agree in
@@ -17,6 +17,8 @@ from latex2sympy2_extended import latex2sympy
 from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from math_verify import verify
 
+from services.reward.mathematics.families import Family
+from services.reward.mathematics.free_symbols import equal_up_to_constants, families_agree, has_constant
 from services.reward.mathematics.normalise import squeeze
 from services.reward.mathematics.numbers import Number, numbers_agree, read_number
 from services.reward.mathematics.shapes import REVERSED, Relation
@@ -66,7 +68,7 @@ class UnreadableError(ValueError):
 class SympyAlgebra:
     """Equality of expressions by value, of relations by their solutions.
 
-    Both methods raise UnreadableError, and whatever SymPy raises.
+    All methods raise UnreadableError, and whatever SymPy raises.
     """
 
     def equal(self, expected: str, found: str) -> bool:
@@ -79,6 +81,8 @@ class SympyAlgebra:
         if decimal is not None:
             return decimal
         by_value = compare_by_value(wanted, given)
+        if by_value is False:
+            return has_constant(expected) and equal_up_to_constants(wanted, given, compare_by_value)
         if by_value is not None:
             return by_value
         return bool(verify([wanted], [given], timeout_seconds=None, raise_on_error=True))
@@ -95,6 +99,14 @@ class SympyAlgebra:
         sides = [f"{relation.left}{relation.sign}{relation.right}" for relation in (expected, found)]
         wanted, given = parse_reference(sides[0]), parse(sides[1], is_reference=False)
         return bool(verify([wanted], [given], timeout_seconds=None, raise_on_error=True))
+
+    def same_family(self, expected: Family, found: Family) -> bool:
+        """Whether two families have the same members, whatever their parameters are called."""
+
+        def parse_part(text: str, is_reference: bool) -> Any:
+            return parse(text, is_reference=is_reference)
+
+        return families_agree(expected, found, parse_part, compare_by_value)
 
 
 @lru_cache(maxsize=512)

@@ -28,6 +28,8 @@ from services.reward.mathematics.assignments import (
     with_names,
 )
 from services.reward.mathematics.brackets import flatten_vector
+from services.reward.mathematics.families import Family, read_answer_family, read_family
+from services.reward.mathematics.labels import match_labels, read_division, read_labels
 from services.reward.mathematics.normalise import normalise, squeeze
 from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.quantities import read_clock, read_quantity
@@ -35,7 +37,11 @@ from services.reward.mathematics.reading import drop_approximation, read_shape
 from services.reward.mathematics.regions import interval_of, relation_of
 from services.reward.mathematics.scalars import scalars_agree
 from services.reward.mathematics.shapes import Assignment, Group, Interval, Matrix, Region, Relation, Scalar, Shape
-from services.reward.mathematics.words import is_wordy, words_agree
+from services.reward.mathematics.words import is_empty_set, is_wordy, words_agree
+
+OPTION = re.compile(r"^(?:\(\s*[A-H]\s*\)|[A-H]\s*[).:])[\s:,.]*(?![+*/^=])(?=\S)")
+# The words and signs without which a reference is no family: a cheap look before a dear one.
+MAY_BE_FAMILY = re.compile(r"integer|real|\\in\b|∈|\\equiv|≡")
 
 
 class Algebra(Protocol):
@@ -47,6 +53,9 @@ class Algebra(Protocol):
     def same_relation(self, expected: Relation, found: Relation) -> bool:
         """Whether two equations or inequalities have the same solutions."""
 
+    def same_family(self, expected: Family, found: Family) -> bool:
+        """Whether two families have the same members."""
+
 
 def agree(reference: str, answer: str, algebra: Algebra) -> bool:
     """Whether the answer is the reference in another form.
@@ -56,11 +65,31 @@ def agree(reference: str, answer: str, algebra: Algebra) -> bool:
     expected, found = normalise(reference), normalise(answer)
     if not found:
         return False
+    families = find_families(reference, answer)
+    if families is not None:
+        return algebra.same_family(*families)
     if squeeze(expected) == squeeze(found):
         return True
-    if is_wordy(expected):
+    expected, found = (", ".join(read_division(text) or (text,)) for text in (expected, drop_option(expected, found)))
+    if is_wordy(expected) or is_empty_set(expected):
         return words_agree(expected, found)
     return texts_agree(expected, found, algebra)
+
+
+def find_families(reference: str, answer: str) -> tuple[Family, Family] | None:
+    """Both as families where one of them says what its parameters range over."""
+    if MAY_BE_FAMILY.search(reference) and (family := read_family(reference)):
+        given = read_answer_family(answer)
+        return None if given is None else (family, given)
+    if MAY_BE_FAMILY.search(answer) and re.search(r"[a-z]", reference) and (given := read_family(answer)):
+        wanted = read_answer_family(reference)
+        return None if wanted is None else (wanted, given)
+    return None
+
+
+def drop_option(expected: str, found: str) -> str:
+    """The answer without the letter of an option before it, "(C) 23", unless the reference has letters of its own."""
+    return found if re.search(r"[A-H]", expected) else OPTION.sub("", found, count=1)
 
 
 def texts_agree(expected: str, found: str, algebra: Algebra) -> bool:
@@ -68,6 +97,10 @@ def texts_agree(expected: str, found: str, algebra: Algebra) -> bool:
     if squeeze(expected) == squeeze(found):
         return True
     if "≈" in expected or "≈" in found:
+        number = read_number(expected)
+        rounded = found.rpartition("≈")[2].strip()
+        if number is not None and number.is_decimal and read_number(read_quantity(rounded).body) is not None:
+            return scalars_agree(expected, rounded, algebra)
         expected, found = drop_approximation(expected), drop_approximation(found)
     if is_single(expected) and is_single(found):
         return scalars_agree(expected, found, algebra)
@@ -158,12 +191,26 @@ def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
         return in_order(wanted.items, by_name(given.items), algebra)
     if wanted.kind == "set" and given.kind == "tuple":
         return False
+    labels = read_labels(wanted.items)
+    if labels is not None:
+        return labelled_agree(labels, given, algebra)
     names = read_names(wanted.items)
     if names is not None:
         return named_agree(names, given, algebra)
     expected = expand_items(with_names(wanted.items))
     found = expand_items(with_names(given.items))
     return in_any_order(expected, found, algebra)
+
+
+def labelled_agree(labels: dict[str, str], given: Group, algebra: Algebra) -> bool:
+    """Values under words: each under its own where both have the same words, else all of them in their order."""
+    others = read_labels(given.items)
+    named = match_labels(labels, others) if others is not None else None
+    if named is not None:
+        return in_order(tuple(labels.values()), named, algebra)
+    return given.kind != "set" and in_order(
+        tuple(labels.values()), tuple(others.values()) if others else given.items, algebra
+    )
 
 
 def named_agree(names: dict[str, str], given: Group, algebra: Algebra) -> bool:

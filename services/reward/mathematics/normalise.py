@@ -8,9 +8,10 @@ commands go, digits are not grouped, and words stay words.
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 
+from services.reward.mathematics.formulas import ELLIPSIS, SPAN, flatten_math, name_constant
 from services.reward.mathematics.number_words import read_number_words
-from services.reward.mathematics.segments import ELLIPSIS, SPAN, flatten_math
 from services.reward.mathematics.units import is_unit_phrase
 
 COMMANDS = {
@@ -105,9 +106,10 @@ OPENING, CLOSING = "([{⦃⟨", ")]}⦄⟩"
 GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])(?!,[0-9])")
 
 
+@lru_cache(maxsize=512)
 def normalise(text: str) -> str:
     """The text in the notation of this module."""
-    text = ARROW.split(flatten_math(text.strip()))[-1].strip()
+    text = ARROW.split(flatten_math(name_constant(text.strip())))[-1].strip()
     text = SPAN.sub(lambda match: f" {match[1]} ", text)
     text = ROWS.sub(join_rows, text)
     text = SUPERSCRIPT_RUN.sub(lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)

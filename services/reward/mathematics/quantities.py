@@ -15,6 +15,8 @@ APPROXIMATELY = re.compile(
     r"^(?:≈|~|about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|the number|=|is|equals)\s*",
     re.IGNORECASE,
 )
+# "35 (students)".
+NAMED = re.compile(r"\s*\(([A-Za-z][A-Za-z ]{2,})\)$")
 PERCENT = re.compile(r"\s*%(?P<rest>.*)$")
 DEGREE = re.compile(r"\s*(?:°|degrees?\b)\s*(?P<scale>[CF]\b|celsius|fahrenheit)?", re.IGNORECASE)
 # A number directly before a unit of two letters or more, "240cm".
@@ -48,7 +50,7 @@ class Clock:
 
 def read_quantity(text: str) -> Quantity:
     """Parts a value from its unit; text that has none is the value."""
-    text = APPROXIMATELY.sub("", text.strip())
+    text = APPROXIMATELY.sub("", NAMED.sub(r" \1", text.strip()))
     if read_number(text) is not None:
         return Quantity(text)
     currency = CURRENCY.match(text)
@@ -95,13 +97,16 @@ def read_compound(text: str) -> Quantity | None:
     """Amounts of one dimension that add up, "2 hours and 30 minutes", in the first unit; None of fewer than two."""
     if not text[:1].isdigit() or not text[-1:].isalpha():
         return None
-    total, largest, position, count = Fraction(0), None, 0, 0
+    total, largest, last, position, count = Fraction(0), None, None, 0, 0
     while position < len(text):
         match = COMPOUND.match(text, position)
         number = read_number(match[1]) if match else None
         unit = read_unit(match[2]) if match else None
         if match is None or number is None or unit is None or (largest and largest.dimension != unit.dimension):
             return None
+        if last is not None and unit.factor >= last.factor:
+            return None  # "4 cm and 9 cm" are two lengths
+        last = unit
         largest = largest or unit
         total += number.value * unit.factor / largest.factor
         position, count = match.end(), count + 1

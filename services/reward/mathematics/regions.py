@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from services.reward.mathematics.brackets import read_brackets
 from services.reward.mathematics.names import FUNCTION_NAME, VARIABLE
+from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.shapes import REVERSED, Group, Interval, Region, Relation
 from services.reward.mathematics.splitting import split_relations, split_sign, split_top
 
@@ -32,7 +33,8 @@ def read_region(text: str) -> Region | None:
         return Region("", all_but(value))
     builder = SET_BUILDER.fullmatch(text)
     if builder:
-        return read_region(builder[1])
+        inner = read_region(builder[1])
+        return None if inner is None else Region("", inner.parts)  # the variable of a set is bound in it
     member = re.fullmatch(r"([A-Za-z]|\\[A-Za-z]+)\s*∈\s*(.+)", text)
     if member and (inner := read_region(member[2]) or interval_of(read_brackets(member[2]))):
         return Region(member[1], inner.parts)
@@ -69,16 +71,22 @@ def read_inequalities(text: str, items: Sequence[str]) -> Region | None:
         ends = [region.parts[0] for region in found]
         low = [end for end in ends if end.high == "∞"]
         high = [end for end in ends if end.low == "-∞"]
-        if len(low) == len(high) == 1:
+        if len(low) == len(high) == 1 and not is_empty(low[0].low, high[0].high):
             joined = Interval(low[0].low, high[0].high, low[0].low_open, high[0].high_open)
             return Region(found[0].variable, (joined,))
     return join_regions(found)
 
 
+def is_empty(low: str, high: str) -> bool:
+    """Whether no number is above the one and below the other: "x < 2 and x > 5" lists two parts."""
+    ends = read_number(low), read_number(high)
+    return ends[0] is not None and ends[1] is not None and ends[0].value > ends[1].value
+
+
 def read_inequality(text: str) -> Region | None:
     """x < 3, 3 < x, 1 < x ≤ 4; None when no lone variable is bounded."""
     sides, signs = split_relations(text)
-    if not signs or any(sign not in REVERSED for sign in signs):
+    if not signs or any(sign not in REVERSED and sign != "≠" for sign in signs):
         return None
     if len(signs) == 2:
         low, variable, high = sides

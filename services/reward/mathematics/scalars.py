@@ -21,6 +21,7 @@ HUNDRED = Fraction(100)
 RATIO = re.compile(r"[^:]+(?::[^:]+)+")
 # "37.5L" where a number is expected; where an expression is, "2m" is two times m.
 LETTER_UNIT = re.compile(r"([+-]?[0-9.]+)([mgLlshtVWNJ])")
+DIGITS = re.compile(r"[0-9A-Z]+")
 BASED = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
 
 
@@ -39,7 +40,7 @@ def scalars_agree(expected: str, found: str, algebra: Equality) -> bool:
     if RATIO.fullmatch(expected) or RATIO.fullmatch(found):
         return ratios_agree(expected, found, algebra)
     based = BASED.fullmatch(expected), BASED.fullmatch(found)
-    if based[0] and (based[1] or read_number(found)):
+    if based[0] and (based[1] or DIGITS.fullmatch(found) or read_number(found)):
         return (based[0][1], based[0][2]) == (based[1][1], based[1][2]) if based[1] else based[0][1] == found
     return quantities_agree(read_quantity(expected), read_quantity(found), algebra)
 

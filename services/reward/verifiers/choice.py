@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from perigee.errors import FieldViolation
-from services.reward.mathematics.answers import drop_reasoning, find_boxed
+from services.reward.mathematics.answers import drop_reasoning
+from services.reward.mathematics.boxes import find_boxed
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
 from services.reward.verifiers.short_answer import normalise_phrase
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import ClassVar
 
 from perigee.errors import FieldViolation
 from services.reward.check_pool import CheckPool
 from services.reward.mathematics.answers import find_final_answer
 from services.reward.mathematics.compare import Algebra, agree
-from services.reward.mathematics.normalise import normalise
+from services.reward.mathematics.expectations import expect, with_question
+from services.reward.mathematics.families import Family
 from services.reward.mathematics.shapes import Relation
-from services.reward.mathematics.words import is_wordy
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
 
 MAX_EXTRACTED_CHARACTERS = 1000
@@ -44,6 +43,9 @@ class NoAlgebra(Algebra):
     def same_relation(self, expected: Relation, found: Relation) -> bool:
         raise NeedsAlgebraError
 
+    def same_family(self, expected: Family, found: Family) -> bool:
+        raise NeedsAlgebraError
+
 
 NO_ALGEBRA = NoAlgebra()
 
@@ -51,12 +53,13 @@ NO_ALGEBRA = NoAlgebra()
 class MathVerifier(Verifier[MathParameters]):
     """Compares the response's final answer with the reference, as mathematics: see `mathematics.compare`.
 
-    The answer is the last box, what is announced as the answer, or what the response ends with; after an answer marker
-    it is what the marker's line says.
+    The answer is the last box, what is announced as the answer, or what the last sentence states that is no check, no
+    remark and no question; after an answer marker it is what the marker's line says. The reference's form and unit, and
+    what the prompt asks for, help to choose among the values of a sentence; the reference's value does not.
     """
 
     name: ClassVar[str] = "math"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
 
     def __init__(self, pool: CheckPool) -> None:
         self._pool = pool
@@ -115,13 +118,8 @@ def find_answer(item: Item[MathParameters]) -> str | None:
     text = extract_answer(item.response, item.answer_marker)
     if not text:
         return None
-    return find_final_answer(text, marked=bool(item.answer_marker), words=expects_words(item.parameters.reference))
-
-
-@lru_cache(maxsize=1024)
-def expects_words(reference: str) -> bool:
-    """Whether the reference is words and not mathematics."""
-    return is_wordy(normalise(reference))
+    expectation = with_question(expect(item.parameters.reference), item.prompt)
+    return find_final_answer(text, marked=bool(item.answer_marker), expectation=expectation)
 
 
 def explain_absence(item: Item[MathParameters]) -> str:

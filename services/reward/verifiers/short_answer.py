@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from perigee.errors import FieldViolation
 from services.reward.mathematics.answers import find_final_answer
+from services.reward.mathematics.expectations import WORDS
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
 
 MAX_EXTRACTED_CHARACTERS = 1000
@@ -35,7 +36,7 @@ class ShortAnswerVerifier(Verifier[ShortAnswerParameters]):
     """
 
     name: ClassVar[str] = "short_answer"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     def find_violations(self, parameters: ShortAnswerParameters) -> list[FieldViolation]:
         if not parameters.references:
@@ -50,7 +51,7 @@ class ShortAnswerVerifier(Verifier[ShortAnswerParameters]):
         text = extract_answer(item.response, item.answer_marker)
         if text is None:
             return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        answer = find_final_answer(text, marked=bool(item.answer_marker), words=True) if text else None
+        answer = find_final_answer(text, marked=bool(item.answer_marker), expectation=WORDS) if text else None
         if answer is None:
             return Outcome.ungradable("the response gives no final answer" if text else "the answer is empty")
         extracted = answer[:MAX_EXTRACTED_CHARACTERS]
