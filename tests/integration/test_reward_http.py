@@ -14,9 +14,9 @@ import pytest_asyncio
 
 from perigee.buffer.v1.buffer_pb2 import VERDICT_CORRECT, VERDICT_UNGRADABLE, VERDICT_WRONG
 from perigee.errors import InvalidArgumentError
+from perigee.json_codec import read_message
 from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
-from services.kit.json_codec import read_message
 from services.reward.config import MathConfig
 from tests.fixtures.reward import running_gateway, score
 

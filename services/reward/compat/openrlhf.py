@@ -19,12 +19,12 @@ from fastapi.responses import JSONResponse
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
+from perigee.json_codec import parse_json
 from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
 from perigee.reward.batching import BatchOptions, Scores, score_items
 from perigee.reward.v1 import reward_pb2 as pb
 from services.kit.http import ForeignApi
 from services.kit.http_errors import write_error
-from services.kit.json_codec import parse_json
 
 PATH = "/v1/compat/openrlhf"
 RETRY_AFTER_S = 1
