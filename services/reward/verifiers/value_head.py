@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,7 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         self._encoder: Encoder | None = None
         command = (sys.executable, "-m", "services.reward.value_head.worker")
         arguments = (config.path or "", config.device, str(config.threads))
-        self.pool = WorkerPool((*command, *arguments), 1, config.start_timeout_s)
+        self._pool = WorkerPool((*command, *arguments), 1, config.start_timeout_s, config.timeout_s)
         self._batcher = MicroBatcher(
             self._score, config.max_batch_tokens, config.max_batch_items, config.batch_wait_ms / 1000
         )
@@ -65,7 +66,7 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         # The instance's, because it depends on the model.
         self.version = f"1-{description.digest[:DIGEST_CHARACTERS]}"  # type: ignore[misc]
         try:
-            await self.pool.start()
+            await self._pool.start()
         except WorkerDiedError as error:
             raise UnavailableError(
                 f"reward.value_head.path: the model in {folder} does not start: {error.message}; see the log"
@@ -74,7 +75,7 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
 
     async def close(self) -> None:
         await self._batcher.close()
-        await self.pool.close()
+        await self._pool.close()
 
     def find_violations(self, parameters: ValueHeadParameters) -> list[FieldViolation]:
         threshold = parameters.threshold
@@ -116,12 +117,19 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         return Outcome(verdict, reward, extracted, reason)
 
     async def _score(self, sequences: list[Sequence[int]]) -> list[float | None]:
-        """The scores of one batch; None where a score is no number.
+        """The scores of one batch; None where a score is no number. One whose process died is tried once more.
 
-        Raises WorkerDiedError when the process dies or takes too long, UnavailableError or InternalError when it says
-        that it failed.
+        Raises WorkerDiedError when the process dies twice or takes too long, UnavailableError or InternalError when it
+        says that it failed.
         """
-        reply = await self.pool.ask({"sequences": sequences}, self._config.timeout_s)
+        request = {"sequences": sequences}
+        end = time.monotonic() + self._config.timeout_s
+        try:
+            reply = await self._pool.ask(request)
+        except WorkerDiedError:
+            if time.monotonic() >= end:
+                raise
+            reply = await self._pool.ask(request)
         if reply["status"] == "failed":
             raise (UnavailableError if reply["retryable"] else InternalError)(reply["reason"])
         scores: list[float | None] = reply["scores"]
