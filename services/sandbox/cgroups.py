@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
+import secrets
 import signal
 import time
 from dataclasses import dataclass
@@ -20,7 +20,6 @@ _REMOVAL_S = 5.0
 _OWN_PROCESSES = 16
 _PERIOD_US = 100_000
 _UNLIMITED = 2**63
-_pools = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -59,22 +58,8 @@ def find_cgroups(mountinfo: str | None = None) -> CgroupHost | None:
 
 
 def instance_name() -> str:
-    """A name for a pool of this process that no other pool, and no later process, can have."""
-    return f"{os.getpid()}-{_start_time(os.getpid())}-{next(_pools)}"
-
-
-def _start_time(pid: int) -> str | None:
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    return stat.rpartition(")")[2].split()[19]
-
-
-def is_alive(instance: str) -> bool:
-    """Whether the service that has this instance name still runs."""
-    pid, _, rest = instance.partition("-")
-    return pid.isdigit() and _start_time(int(pid)) == rest.partition("-")[0]
+    """A name for a pool that no other has."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 class SlotCgroup:
@@ -174,33 +159,37 @@ def _write_if_there(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-def remove_instance(host: CgroupHost, instance: str) -> None:
-    """Kills what is left in an instance's groups and removes them; raises InternalError when the kernel does not let
-    go of them.
+def group_folders(host: CgroupHost, instance: str) -> list[Path]:
+    """Where an instance has its groups, a folder per mount."""
+    return [mount / FOLDER / instance for mount in dict.fromkeys(host.mounts.values())]
+
+
+def find_groups(host: CgroupHost) -> list[Path]:
+    """The folders of all instances, of services alive or not."""
+    return sorted(path for mount in dict.fromkeys(host.mounts.values()) for path in (mount / FOLDER).glob("*-*/"))
+
+
+def remove_group(top: Path) -> None:
+    """Kills what is left in an instance's groups below one mount and removes them; raises InternalError when the kernel
+    does not let go of them.
     """
     deadline = time.monotonic() + _REMOVAL_S
-    for mount in dict.fromkeys(host.mounts.values()):
-        top = mount / FOLDER / instance
-        for folder in (*top.glob("*/"), top):
-            while folder.exists():
-                for pid in (folder / "cgroup.procs").read_text().split():
-                    _kill(int(pid))
-                try:
-                    folder.rmdir()
-                except OSError as error:
-                    if time.monotonic() > deadline:
-                        raise InternalError(f"{folder} cannot be removed: {error.strerror}") from error
-                    time.sleep(0.005)  # a killed process leaves its group a moment later
+    for folder in (*top.glob("*/"), top):
+        while folder.exists():
+            for pid in (folder / "cgroup.procs").read_text().split():
+                _kill(int(pid))
+            try:
+                folder.rmdir()
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise InternalError(f"{folder} cannot be removed: {error.strerror}") from error
+                time.sleep(0.005)  # a killed process leaves its group a moment later
 
 
 def _kill(pid: int) -> None:
+    if pid == 0:  # a process that has no number here; to kill 0 is to kill one's own group
+        return
     try:
         os.kill(pid, signal.SIGKILL)
     except ProcessLookupError:
         return
-
-
-def instances(host: CgroupHost) -> list[str]:
-    """The names of all instances that have groups here, of services alive or not."""
-    found = {path.name for mount in host.mounts.values() for path in (mount / FOLDER).glob("*-*/")}
-    return sorted(found)

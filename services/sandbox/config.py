@@ -101,8 +101,9 @@ class SandboxConfig(ServiceConfig):
     """The interpreter inside the box; unset takes Debian's, else the one under the service's own."""
     init_path: str | None = None
     """The init of containers, compiled; unset compiles it at start."""
-    first_uid: int = Field(60001, ge=1000, le=2**31)
-    """User of the first place where programs run; each further place takes the next number."""
+    first_uid: int | None = Field(None, ge=1000, le=2**31 - 2**16)
+    """User of the first place where programs run; each further place takes the next number. Unset takes a range that no
+    other service of the machine is likely to have."""
     state_path: str = "/run/perigee/sandbox"
     """Folder for what exists while the service runs; leftovers of a killed service are cleared from it at start."""
 

@@ -85,8 +85,8 @@ def read_execution(outcome: Outcome, streams: Streams, limits: BoxLimits) -> Exe
         stderr=stderr,
         stdout_truncated=stdout_cut,
         stderr_truncated=stderr_cut,
-        wall_ms=outcome.wall_us // 1000,
-        cpu_ms=outcome.cpu_us // 1000,
+        wall_ms=outcome.wall_ms,
+        cpu_ms=outcome.cpu_ms,
         peak_bytes=outcome.peak_bytes or 0,
         reason=explain(outcome, limits),
     )

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import shutil
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
+from perigee.errors import InternalError
 from services.kit.telemetry import get_logger
-from services.sandbox.cgroups import instances, is_alive, remove_instance
+from services.sandbox.cgroups import find_groups, group_folders, remove_group
+from services.sandbox.claims import claim, held_if_abandoned
 from services.sandbox.isolation import Machine
 
 log = get_logger(__name__)
@@ -15,17 +21,38 @@ log = get_logger(__name__)
 def clear_leftovers(machine: Machine, state: Path) -> None:
     """Removes the processes, control groups and folders of services that ended without doing so."""
     if machine.root and machine.cgroups is not None:
-        for instance in instances(machine.cgroups):
-            if not is_alive(instance):
-                log.warning("clearing_leftovers", instance=instance)
-                remove_instance(machine.cgroups, instance)
-    for folder in state.glob("*-*/") if state.exists() else []:
-        if not is_alive(folder.name):
-            shutil.rmtree(folder)
+        _clear(find_groups(machine.cgroups), remove_group)
+    _clear(state.glob("*-*/") if state.exists() else [], shutil.rmtree)
 
 
-def remove_own(machine: Machine, folder: Path) -> None:
-    """Removes this service's control groups and folder."""
-    if machine.root and machine.cgroups is not None:
-        remove_instance(machine.cgroups, machine.instance)
+def _clear(folders: Iterable[Path], remove: Callable[[Path], None]) -> None:
+    for folder in folders:
+        with held_if_abandoned(folder) as abandoned:
+            if not abandoned:
+                continue
+            log.warning("clearing_leftovers", folder=str(folder))
+            try:
+                remove(folder)
+            except InternalError as error:  # of another container, whose processes cannot be ended from here
+                log.warning("leftovers_stay", folder=str(folder), reason=error.message)
+
+
+@asynccontextmanager
+async def own_folders(machine: Machine, state: Path, with_groups: bool) -> AsyncIterator[Path]:
+    """The folder for what exists while the service runs; it and the service's control groups are removed at the end."""
+    folder = state / machine.instance
+    groups = group_folders(machine.cgroups, machine.instance) if with_groups and machine.cgroups is not None else []
+    claims = [claim(each) for each in (folder, *groups)]
+    folder.chmod(0o711)
+    try:
+        yield folder
+    finally:
+        await asyncio.to_thread(_remove, folder, groups)
+        for descriptor in claims:
+            os.close(descriptor)
+
+
+def _remove(folder: Path, groups: Sequence[Path]) -> None:
+    for group in groups:
+        remove_group(group)
     shutil.rmtree(folder)

@@ -30,7 +30,7 @@ def make_init(path: str | None, folder: Path) -> Path:
     compiler = _find_compiler()
     assert compiler is not None
     target = folder / "init"
-    command = [compiler, "-static", "-Os", "-s", "-o", str(target), str(_SOURCE)]
+    command = [compiler, "-static", "-Os", "-s", "-Wl,-e,begin", "-o", str(target), str(_SOURCE)]
     try:
         subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S, check=True)
     except (OSError, subprocess.SubprocessError) as error:

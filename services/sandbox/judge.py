@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from services.kit.telemetry import get_logger
@@ -40,7 +41,7 @@ async def judge(pool: Pool, submission: Submission, remaining_s: float | None = 
         except BoxFailedError as error:
             log.warning("box_failed", reason=error.message)
             results, report = [TestOutcome(Verdict.INFRA_ERROR, reason=error.message)] * len(submission.tests), None
-        wall_ms = int((time.monotonic() - started) * 1000)
+        wall_ms = math.ceil((time.monotonic() - started) * 1000)
     judgement = sum_up(submission, results, report, wall_ms)
     metrics.count("judge", judgement.verdict, started)
     return judgement

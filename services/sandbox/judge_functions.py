@@ -88,7 +88,7 @@ def function_results(
 
     A submission that cannot be loaded gives the same result for all of `tests`.
     """
-    times_ms = [time_us // 1000 for time_us in outcome.answers_us]
+    times_ms = [-(-time_us // 1000) for time_us in outcome.answers_us]
     replies = read_replies(replies_file, len(times_ms), limits.output_bytes)
     if not replies or replies[0].kind != LOADED:
         result = (
@@ -129,9 +129,9 @@ def _reply_result(
 def _end_result(outcome: Outcome, limits: BoxLimits) -> TestOutcome:
     return TestOutcome(
         read_verdict(outcome) if outcome.stop else Verdict.RUNTIME_ERROR,
-        outcome.wall_us // 1000,
+        outcome.wall_ms,
         reason=explain(outcome, limits) or last_words(outcome),
-        cpu_ms=outcome.cpu_us // 1000,
+        cpu_ms=outcome.cpu_ms,
         peak_bytes=outcome.peak_bytes or 0,
         exit_code=-1 if outcome.exit_code is None else outcome.exit_code,
         signal=outcome.signal,

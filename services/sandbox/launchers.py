@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from pathlib import Path
 
 from services.kit.telemetry import get_logger
-from services.sandbox.attendants import BOX_PARENT, ENVIRONMENT, Attendant
+from services.sandbox.attendants import BOX_PARENT, ENVIRONMENT, Attendant, BoxFailedError, receive, send
 from services.sandbox.boxes import Box
 from services.sandbox.cgroups import CgroupHost
 from services.sandbox.oci.base import OciRuntime
@@ -14,6 +15,8 @@ from services.sandbox.places import Place
 from services.sandbox.runtimes import Runtime
 
 log = get_logger(__name__)
+
+_REST_S = 30.0
 
 
 class Launchers:
@@ -24,6 +27,7 @@ class Launchers:
         self._init = init
         self._host = host
         self._attendants: dict[str, Attendant] = {}
+        self._restless: set[str] = set()
 
     async def open(self, runtime: Runtime, place: Place) -> Box:
         """The box of a place; raises BoxFailedError when the launcher does not start."""
@@ -32,7 +36,23 @@ class Launchers:
             attendant = self._make(place)
             self._attendants[place.name] = attendant
             await attendant.start()
+        self._restless.add(place.name)
         return Box(attendant.channel, place)
+
+    async def rest(self, place: Place) -> None:
+        """Waits until the launcher of a place has done all that its jobs gave it to do, the next container included:
+        it is charged to the place, and may end what else is there. Raises BoxFailedError when it has ended.
+        """
+        if place.name not in self._restless:
+            return
+        channel = self._attendants[place.name].channel
+        send(channel, {"kind": "rest"}, [])
+        try:
+            async with asyncio.timeout(_REST_S):
+                (await receive(channel)).close()
+        except TimeoutError as error:
+            raise BoxFailedError(f"the launcher of {place.name} does not come to rest") from error
+        self._restless.remove(place.name)
 
     def _make(self, place: Place) -> Attendant:
         assert place.cgroup is not None
@@ -56,6 +76,7 @@ class Launchers:
 
     async def kill(self, place: Place) -> None:
         """Ends the launcher of a place."""
+        self._restless.discard(place.name)
         if attendant := self._attendants.pop(place.name, None):
             ended = not attendant.running
             words = await attendant.last_words()

@@ -15,13 +15,14 @@ from services.sandbox import metrics
 from services.sandbox.attendants import BoxFailedError
 from services.sandbox.cgroups import SlotCgroup
 from services.sandbox.config import SandboxConfig
-from services.sandbox.housekeeping import clear_leftovers, remove_own
+from services.sandbox.housekeeping import clear_leftovers, own_folders
 from services.sandbox.init import make_init
 from services.sandbox.isolation import Isolation, Machine, choose_isolation, read_machine
 from services.sandbox.launchers import Launchers
 from services.sandbox.places import Place
 from services.sandbox.runtimes import Catalog, Runtime, load_catalog
 from services.sandbox.slots import Opener
+from services.sandbox.users import choose_first_uid
 from services.sandbox.waiting_line import WaitingLine
 from services.sandbox.zygotes import Zygotes
 
@@ -105,11 +106,8 @@ async def open_pool(config: SandboxConfig) -> AsyncIterator[Pool]:
     await asyncio.to_thread(clear_leftovers, machine, state)
     isolation = choose_isolation(config, machine)
     catalog = load_catalog(config)
-    folder = state / machine.instance
-    folder.mkdir(parents=True)
-    folder.chmod(0o711)
     async with AsyncExitStack() as stack:
-        stack.push_async_callback(asyncio.to_thread, remove_own, machine, folder)
+        folder = await stack.enter_async_context(own_folders(machine, state, with_groups=not isolation.unsafe))
         places = make_places(config, machine, isolation, folder)
         for place in places:
             stack.callback(place.close)
@@ -138,10 +136,11 @@ def make_places(config: SandboxConfig, machine: Machine, isolation: Isolation, f
     """Two places for each slot, and one for each session; each with a user of its own."""
     names = [f"slot-{index}{side}" for index in range(config.slots) for side in ("", "-judge")]
     names += [f"session-{index}" for index in range(config.max_sessions)]
+    first_uid = choose_first_uid() if config.first_uid is None else config.first_uid
     places = []
     for index, name in enumerate(names):
         cgroup = None
         if not isolation.unsafe and machine.cgroups is not None:
             cgroup = SlotCgroup(machine.cgroups, machine.instance, name)
-        places.append(Place(name, config.first_uid + index, folder / name, cgroup))
+        places.append(Place(name, first_uid + index, folder / name, cgroup))
     return places

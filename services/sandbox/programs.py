@@ -96,7 +96,7 @@ class LoadedProgram:
         ok = outcome.stop is None and outcome.exit_code == 0
         reason = "" if ok else explain(outcome, limits) or f"the compiler ended with {last_words(outcome)}"
         exit_code = -1 if outcome.exit_code is None else outcome.exit_code
-        return CompileReport(ok, exit_code, stdout, stderr, outcome.wall_us // 1000, reason)
+        return CompileReport(ok, exit_code, stdout, stderr, outcome.wall_ms, reason)
 
     async def run(
         self,
@@ -124,7 +124,7 @@ class LoadedProgram:
             ended = await self.box.run(order, [*standard, report, parcel])
             if os.fstat(report).st_size:
                 words = os.pread(report, COMPILER_BYTES, 0)
-                self.compile_report = CompileReport(False, 1, b"", words, ended.outcome.wall_us // 1000)
+                self.compile_report = CompileReport(False, 1, b"", words, ended.outcome.wall_ms)
         return ended.outcome, unpack_files(ended.files)
 
     async def run_mode(self, mode: str, descriptors: list[int], **fields: Any) -> Outcome:

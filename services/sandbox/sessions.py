@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import secrets
 import socket
@@ -187,7 +188,7 @@ class Session:
                 verdict, reason = await self._await_reply(loaded, wall_ms, cpu_ns)
             except BoxFailedError:
                 verdict, reason = await self._explain_end()
-            wall_ms = int((time.monotonic() - started) * 1000)
+            wall_ms = math.ceil((time.monotonic() - started) * 1000)
             files: Sequence[OutputFile] = ()
             if self.alive and cell.output_files:
                 most = self._pool.config.max_output_file_bytes
@@ -206,7 +207,7 @@ class Session:
             error_name=answer.get("error_name", ""),
             error_value=answer.get("error_value", ""),
             wall_ms=wall_ms,
-            cpu_ms=(self._cpu_ns() - cpu_ns) // 1_000_000,
+            cpu_ms=math.ceil((self._cpu_ns() - cpu_ns) / 1e6),
             peak_bytes=self._peak_bytes(),
             reason=reason,
             files=files,

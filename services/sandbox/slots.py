@@ -53,8 +53,9 @@ class Opener:
     async def _open_container(self, runtime: Runtime, place: Place) -> Box:
         if self._launchers is None:
             raise BoxFailedError(f"{runtime.name} {self.explain_missing(runtime)}")
-        self._dismiss_keeper(place)
         try:
+            if (keeper := self._keepers.pop(place.name, None)) is not None:
+                await keeper[1].dismiss()  # its launcher may end everything else in the place's control group
             return await self._launchers.open(runtime, place)
         except BaseException:
             await self.clear(place)
@@ -64,19 +65,23 @@ class Opener:
         name, box = self._keepers.pop(place.name, ("", None))
         if box is not None and name == runtime.name and not has_ended(box):
             return box
-        if box is not None:
-            box.close()
+        try:
+            if box is not None:
+                await box.dismiss()
+            if self._launchers is not None:
+                await self._launchers.rest(place)
+        except BoxFailedError:
+            await self.clear(place)
+        except BaseException:
+            await self.clear(place)
+            raise
         return await self._zygotes.fork(runtime, place)
-
-    def _dismiss_keeper(self, place: Place) -> None:
-        """Containers have the place to themselves: their launcher ends everything else in its control group."""
-        if (keeper := self._keepers.pop(place.name, None)) is not None:
-            keeper[1].close()
 
     async def clear(self, place: Place) -> None:
         """Ends everything in the place."""
         metrics.CLEARED.inc()
-        self._dismiss_keeper(place)
+        if (keeper := self._keepers.pop(place.name, None)) is not None:
+            keeper[1].close()
         if self._launchers is not None:
             await self._launchers.kill(place)
         await place.empty()

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from perigee.errors import InternalError
+from services.sandbox import cgroups
 from services.sandbox.box.usage import open_usage
-from services.sandbox.cgroups import CgroupHost, SlotCgroup, find_cgroups, instances
+from services.sandbox.cgroups import CgroupHost, SlotCgroup, find_cgroups, find_groups, group_folders, remove_group
 
 INSTANCE = "1-2-0"
 V2_FILES = {
@@ -164,8 +166,18 @@ def test_v1_with_controllers_on_one_mount_is_entered_once(tmp_path: Path) -> Non
     assert len(SlotCgroup(host, INSTANCE, "slot-0").procs_paths) == 3
 
 
-def test_instances_are_found(v2: tuple[SlotCgroup, Path]) -> None:
+def test_groups_of_all_instances_are_found(v2: tuple[SlotCgroup, Path]) -> None:
     _, folder = v2
-    (folder.parents[1] / "3-4-0").mkdir()
+    (folder.parents[1] / "3-4").mkdir()
     (folder.parents[1] / "foreign").mkdir()
-    assert instances(CgroupHost(2, {"unified": folder.parents[2]}, ())) == [INSTANCE, "3-4-0"]
+    host = CgroupHost(2, {"unified": folder.parents[2]}, ())
+    assert find_groups(host) == [*group_folders(host, INSTANCE), folder.parents[1] / "3-4"]
+
+
+def test_a_process_without_a_number_is_not_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another container; to kill 0 would be to kill this test."""
+    monkeypatch.setattr(cgroups, "_REMOVAL_S", 0.0)
+    (tmp_path / "1-2").mkdir()
+    (tmp_path / "1-2" / "cgroup.procs").write_text("0\n")
+    with pytest.raises(InternalError, match="1-2 cannot be removed"):
+        remove_group(tmp_path / "1-2")

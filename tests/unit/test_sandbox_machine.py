@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from perigee.errors import FailedPreconditionError
 from services.sandbox.box.seccomp import build_filter
-from services.sandbox.cgroups import find_cgroups, instance_name, is_alive
+from services.sandbox.cgroups import find_cgroups, instance_name
 from services.sandbox.config import SandboxConfig
 from services.sandbox.isolation import UNSAFE_LABEL, Machine, choose_isolation
+from services.sandbox.users import choose_first_uid
 
 V1 = """30 29 0:28 / /cg/memory rw - cgroup cgroup rw,memory
 31 29 0:29 / /cg/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct
@@ -59,12 +60,16 @@ def test_a_machine_without_root_is_told_what_to_do() -> None:
     assert choose_isolation(SandboxConfig(isolation="process"), machine).label(python=False) == UNSAFE_LABEL
 
 
-def test_instances_of_the_dead_are_known() -> None:
-    assert is_alive(instance_name())
-    pid, started, pool = instance_name().split("-")
-    assert not is_alive(f"{pid}-{started}1-{pool}")
+def test_no_two_instances_have_one_name() -> None:
     assert instance_name() != instance_name()
-    assert not is_alive("nonsense")
+
+
+def test_services_beside_each_other_have_users_of_their_own() -> None:
+    whole_machine = "         0          0 4294967295\n"
+    first = {choose_first_uid(whole_machine) for _ in range(50)}
+    assert len(first) > 40
+    assert all(1 << 20 <= uid < 1 << 31 and uid % 4096 == 0 for uid in first)
+    assert choose_first_uid("         0     100000      65536\n") < 65536 - 4096
 
 
 def run_filter(program: bytes, architecture: int, number: int, argument: int) -> int:

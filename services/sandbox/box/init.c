@@ -26,6 +26,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -146,17 +147,42 @@ static void become_job(int channel, ssize_t size) {
     _exit(127);
 }
 
-static int reap_forever(void) {
-    sigset_t ended;
-    sigemptyset(&ended);
-    sigaddset(&ended, SIGCHLD);
-    if (sigprocmask(SIG_BLOCK, &ended, NULL))
-        return 111;
-    for (;;) {
-        while (waitpid(-1, NULL, WNOHANG) > 0)
-            ;
-        sigwaitinfo(&ended, NULL);
-    }
+/* Without arguments the C library is not set up, which would take more than the rest of the start. */
+#if defined(__x86_64__)
+__asm__(".globl begin\nbegin: cmpq $1, (%rsp)\n jne _start\n jmp reap_forever\n");
+
+static long call(long number, long a, long b, long c, long d) {
+    register long fourth __asm__("r10") = d;
+    long result;
+    __asm__ volatile("syscall"
+                     : "=a"(result)
+                     : "a"(number), "D"(a), "S"(b), "d"(c), "r"(fourth)
+                     : "rcx", "r11", "memory");
+    return result;
+}
+#elif defined(__aarch64__)
+__asm__(".globl begin\nbegin: ldr x9, [sp]\n cmp x9, #1\n b.ne _start\n b reap_forever\n");
+
+static long call(long number, long a, long b, long c, long d) {
+    register long x8 __asm__("x8") = number;
+    register long result __asm__("x0") = a;
+    register long x1 __asm__("x1") = b, x2 __asm__("x2") = c, x3 __asm__("x3") = d;
+    __asm__ volatile("svc 0" : "+r"(result) : "r"(x8), "r"(x1), "r"(x2), "r"(x3) : "memory");
+    return result;
+}
+#endif
+
+/* The kernel reaps the children of a process that ignores their ends. */
+__attribute__((used, noreturn, no_stack_protector)) void reap_forever(void) {
+    static const struct {
+        void *handler;
+        unsigned long flags, restorer, mask;
+    } ignored = {.handler = SIG_IGN};
+    if (call(SYS_prctl, PR_SET_PDEATHSIG, SIGKILL, 0, 0) || call(SYS_prctl, PR_SET_DUMPABLE, 0, 0, 0) ||
+        call(SYS_rt_sigaction, SIGCHLD, (long)&ignored, 0, 8))
+        call(SYS_exit_group, 110, 0, 0, 0);
+    for (;;)
+        call(SYS_ppoll, 0, 0, 0, 0);
 }
 
 int main(int count, char **words) {
@@ -164,7 +190,7 @@ int main(int count, char **words) {
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) || prctl(PR_SET_DUMPABLE, 0))
         return 110;
     if (count == 1)
-        return reap_forever();
+        reap_forever();
     if (count != 3 || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
         return 109;
     int channel = atoi(words[1]);

@@ -97,6 +97,8 @@ class Launcher:
                     self._run(message)
                 case "end":
                     self._end()
+                case "rest":
+                    control.send(self._channel, {"kind": "resting"}, [])
             message.close()
             if self._root and self._spare is None:
                 self._make_spare()

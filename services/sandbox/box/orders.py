@@ -59,3 +59,13 @@ class Outcome:
     answers_us: list[int] = field(default_factory=list)
     finished: bool = False
     start_error: int = 0
+
+    @property
+    def wall_ms(self) -> int:
+        """Wall time, rounded up: what ran took some."""
+        return -(-self.wall_us // 1000)
+
+    @property
+    def cpu_ms(self) -> int:
+        """CPU time, rounded up."""
+        return -(-self.cpu_us // 1000)
