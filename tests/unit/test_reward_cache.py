@@ -15,7 +15,7 @@ from perigee.errors import FieldViolation, ResourceExhaustedError
 from services.reward.cache import OutcomeCache, content_key
 from services.reward.panel import Panel
 from services.reward.scoring import Scorer
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer, read_answer
 
 
 @dataclass(frozen=True)
@@ -198,8 +198,24 @@ def test_outcomes_have_a_reward_unless_they_failed() -> None:
         Outcome(Verdict.WRONG, None)
 
 
+def test_a_failure_that_may_pass_says_when_to_ask_again() -> None:
+    assert Outcome.failed("away", retryable=True).retry_after_s == 1.0
+    assert Outcome.failed("busy", retryable=True, retry_after_s=9.0).retry_after_s == 9.0
+    assert Outcome.failed("for good", retryable=False).retry_after_s is None
+
+
+def test_a_long_answer_is_told_by_its_beginning() -> None:
+    assert Outcome.wrong("x" * 5000).extracted == "x" * 1000
+
+
 def test_the_answer_is_what_follows_the_last_marker() -> None:
     assert extract_answer("4+5=9;#8#9 ", "#") == "9"
     assert extract_answer("no marker", "#") is None
     assert extract_answer("ends with #", "#") == ""
     assert extract_answer(" whole ", "") == "whole"
+    assert read_answer(item("a", "so #9 ", "#")) == "9"
+    for response, reason in (("no marker", "the response has no answer marker '#'"), ("ends with #", "is empty")):
+        outcome = read_answer(item("a", response, "#"))
+        assert isinstance(outcome, Outcome)
+        assert (outcome.verdict, outcome.reward) == (Verdict.UNGRADABLE, 0.0)
+        assert reason in outcome.reason

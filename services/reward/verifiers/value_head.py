@@ -16,11 +16,9 @@ from services.reward.config import ValueHeadConfig
 from services.reward.value_head.folder import Description, read_description
 from services.reward.value_head.micro_batcher import MicroBatcher
 from services.reward.value_head.template import Encoder, load_tokenizer
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer, graded_whole
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, graded_whole, read_answer
 from services.reward.worker_pool import WorkerDiedError, WorkerPool
 
-MAX_EXTRACTED_CHARACTERS = 1000
-RETRY_AFTER_S = 1.0
 DIGEST_CHARACTERS = 12
 
 
@@ -87,14 +85,12 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         return graded_whole(item)
 
     async def judge(self, item: Item[ValueHeadParameters]) -> Outcome:
-        answer = extract_answer(item.response, item.answer_marker)
-        if answer is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        if not answer:
-            return Outcome.ungradable("the answer is empty")
+        answer = read_answer(item)
+        if isinstance(answer, Outcome):
+            return answer
         if self._encoder is None or self._description is None:
             return Outcome.failed(self.unavailable or "the model is not loaded", retryable=False)
-        extracted = answer[:MAX_EXTRACTED_CHARACTERS] if item.answer_marker else ""
+        extracted = answer if item.answer_marker else ""
         reference = item.parameters.reference
         # Long texts take long enough to hold others up.
         tokens = await asyncio.to_thread(self._encoder.encode, item.prompt, reference, answer)
@@ -103,7 +99,7 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         except InternalError as error:
             return Outcome.failed(error.message, retryable=False, extracted=extracted)
         except PerigeeError as error:
-            return Outcome.failed(error.message, retryable=True, extracted=extracted, retry_after_s=RETRY_AFTER_S)
+            return Outcome.failed(error.message, retryable=True, extracted=extracted)
         if score is None:
             return Outcome.failed("the model's score is not a number", retryable=False, extracted=extracted)
         given = item.parameters.threshold
