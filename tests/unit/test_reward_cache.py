@@ -15,7 +15,17 @@ from perigee.errors import FieldViolation, ResourceExhaustedError
 from services.reward.cache import OutcomeCache, content_key
 from services.reward.panel import Panel
 from services.reward.scoring import Scorer
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer, read_answer
+from services.reward.verifiers.base import (
+    ImagePart,
+    Item,
+    Outcome,
+    Parameters,
+    Verdict,
+    Verifier,
+    extract_answer,
+    graded_whole,
+    read_answer,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class EchoVerifier(Verifier[EchoParameters]):
             try:
                 await self.gate.wait()
             except asyncio.CancelledError:
+                for _ in range(5):  # what it has to put away
+                    await asyncio.sleep(0)
                 self.cancelled += 1
                 raise
         return Outcome.correct(item.response)
@@ -122,7 +134,6 @@ async def test_a_judgement_ends_only_when_all_who_wait_have_gone() -> None:
     await verifier.called.wait()
     alone.cancel()
     await asyncio.wait({alone})
-    await asyncio.sleep(0)
     assert verifier.cancelled == 1
 
 
@@ -189,6 +200,24 @@ def test_keys_differ_with_everything_that_matters_and_with_nothing_else() -> Non
         Item("a", "#7", "#", EchoParameters("y")),
     ]
     assert len({key(each) for each in different}) == len(different)
+
+
+def test_the_key_of_what_is_read_whole_holds_prompt_images_and_response() -> None:
+    parameters = EchoParameters("x")
+    image, other = ImagePart(b"GIF89a", "image/gif"), ImagePart(url="https://example.org/a.png")
+    items = [
+        Item("a", "r", "", parameters),
+        Item("a", "s", "", parameters),
+        Item("a", "r", "", parameters, "p"),
+        Item("a", "", "", parameters, "pr"),
+        Item("a", "r", "", parameters, "p", (image,)),
+        Item("a", "r", "", parameters, "p", (other,)),
+        Item("a", "r", "", parameters, "p", (image, other)),
+        Item("a", "r", "", parameters, "p", (other, image)),
+    ]
+    assert len({graded_whole(each) for each in items}) == len(items)
+    same = Item("b", "r", "", parameters, "p", (ImagePart(b"GIF89a", "image/gif"),))
+    assert graded_whole(same) == graded_whole(items[4])
 
 
 def test_outcomes_have_a_reward_unless_they_failed() -> None:

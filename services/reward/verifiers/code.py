@@ -117,7 +117,7 @@ class CodeVerifier(Verifier[CodeParameters]):
     async def _judge_until_deadline(self, parameters: CodeParameters, source: str) -> Outcome:
         end = time.monotonic() + self._config.timeout_s
         request = build_request(parameters, source)
-        pause_s = FIRST_PAUSE_S
+        backoff_s = FIRST_PAUSE_S
         reason = ""
         while True:
             hint_s: float | None = None
@@ -136,11 +136,11 @@ class CodeVerifier(Verifier[CodeParameters]):
                 return read_refusal(error, source)
             except PerigeeError as error:
                 return Outcome.failed(error.message, retryable=False, extracted=source)
-            pause_s = min(max(pause_s, hint_s or 0.0), LAST_PAUSE_S)
+            pause_s = max(min(backoff_s, LAST_PAUSE_S), hint_s or 0.0)
             if time.monotonic() + pause_s >= end:
                 return Outcome.failed(reason, retryable=True, extracted=source, retry_after_s=pause_s)
             await asyncio.sleep(pause_s)
-            pause_s *= 2
+            backoff_s *= 2
 
 
 def find_program(text: str) -> str:
