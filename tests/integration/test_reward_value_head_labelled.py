@@ -73,5 +73,5 @@ async def test_a_value_head_trained_on_the_labelled_set_judges_questions_that_it
     verdicts = np.array([outcomes[line["id"]].verdict == VERDICT_CORRECT for line in held_out])
     # A random model of two layers that has seen four times two thousand responses: better than chance, no more.
     assert area_under_curve(rewards, correct) == pytest.approx(found["auc"], abs=2e-3)
-    assert found["auc"] > 0.58
+    assert found["auc"] > 0.65
     assert np.mean(verdicts == correct) == pytest.approx(found["accuracy"], abs=0.02)
