@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 import pytest_asyncio
 
@@ -197,6 +198,17 @@ async def test_the_service_is_ready_and_documented(gateway: Gateway) -> None:
     document = (await http.get("/openapi.json")).json()
     assert {"/v1/score", "/v1/score/collected", "/v1/verifiers", "/v1/compat/openrlhf"} <= document["paths"].keys()
     assert {"ScoreRequest", "ScoreResponse"} <= document["components"]["schemas"].keys()
+    bodies = {
+        "/v1/score": {"items": [ITEMS[0]]},
+        "/v1/score/collected": {"items": ITEMS},
+        "/v1/compat/openrlhf": {"query": ["2+2=4"], "prompts": ["2+2="], "labels": ["4"]},
+    }
+    for path, body in bodies.items():
+        call = document["paths"][path]["post"]
+        [asked] = call["requestBody"]["content"].values()
+        [told] = call["responses"]["200"]["content"].values()
+        jsonschema.validate(body, document | asked["schema"])
+        jsonschema.validate((await http.post(path, json=body)).json(), document | told["schema"])
     metrics = (await http.get("/metrics")).text
     for name in ("outcomes_total", "cache_hits_total", "queued_items", "agreements_total", "judgement_seconds"):
         assert f"# TYPE perigee_reward_{name.removesuffix('_total')}" in metrics
