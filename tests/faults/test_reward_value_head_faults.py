@@ -125,6 +125,26 @@ async def test_what_the_model_refuses_is_a_failure_and_costs_no_process(
         assert worker_pids(folder) == [pid]
 
 
+async def test_what_the_model_refuses_fails_alone_in_its_batch(value_head_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(value_head_folder, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    # A token that the embedding does not have.
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": 10_000, "content": "snowman", **flags})
+    tokenizer["model"]["vocab"]["snowman"] = 10_000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    others = [Item("a", f"It is {n}", "", ValueHeadParameters("47"), prompt="12+35") for n in range(40, 47)]
+    async with running(folder, max_batch_items=8, batch_wait_ms=60_000) as verifier:
+        bad = Item("b", "snowman", "", ValueHeadParameters("47"), prompt="12+35")
+        outcomes = await asyncio.gather(*(verifier.judge(item) for item in (*others[:3], bad, *others[3:])))
+    assert_failed(outcomes.pop(3), "the model failed", retryable=False)
+    async with running(value_head_folder) as verifier:
+        alone = [await verifier.judge(item) for item in others]
+    assert [outcome.verdict for outcome in outcomes] == [outcome.verdict for outcome in alone]
+    assert all(outcome.verdict is not Verdict.FAILED for outcome in outcomes)
+
+
 async def test_without_a_model_the_verifier_says_what_it_lacks() -> None:
     verifier = ValueHeadVerifier(ValueHeadConfig())
     await verifier.start()

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from perigee.errors import FieldViolation, InternalError, PerigeeError, UnavailableError
 from services.reward.config import ValueHeadConfig
@@ -20,6 +20,9 @@ from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, V
 from services.reward.worker_pool import WorkerDiedError, WorkerPool
 
 DIGEST_CHARACTERS = 12
+
+# Of one sequence: a number, None where it is no number, or why there is none.
+Score = float | None | PerigeeError
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         command = (sys.executable, "-m", "services.reward.value_head.worker")
         arguments = (config.path or "", config.device, str(config.threads))
         self._pool = WorkerPool((*command, *arguments), 1, config.start_timeout_s, config.timeout_s)
-        self._batcher = MicroBatcher(
+        self._batcher = MicroBatcher[Score](
             self._score, config.max_batch_tokens, config.max_batch_items, config.batch_wait_ms / 1000
         )
 
@@ -96,10 +99,11 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         tokens = await asyncio.to_thread(self._encoder.encode, item.prompt, reference, answer)
         try:
             score = await self._batcher.submit(tokens)
-        except InternalError as error:
-            return Outcome.failed(error.message, retryable=False, extracted=extracted)
         except PerigeeError as error:
-            return Outcome.failed(error.message, retryable=True, extracted=extracted)
+            score = error
+        if isinstance(score, PerigeeError):
+            retryable = not isinstance(score, InternalError)
+            return Outcome.failed(score.message, retryable=retryable, extracted=extracted)
         if score is None:
             return Outcome.failed("the model's score is not a number", retryable=False, extracted=extracted)
         given = item.parameters.threshold
@@ -112,21 +116,27 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         reason = f"probability {probability:.4f}, threshold {threshold:.4f}"
         return Outcome(verdict, reward, extracted, reason)
 
-    async def _score(self, sequences: list[Sequence[int]]) -> list[float | None]:
-        """The scores of one batch; None where a score is no number. One whose process died is tried once more.
+    async def _score(self, sequences: list[Sequence[int]]) -> list[Score]:
+        """The scores of one batch; None where a score is no number. What the model refuses is found in halves, so that
+        it fails alone.
 
-        Raises WorkerDiedError when the process dies twice or takes too long, UnavailableError or InternalError when it
-        says that it failed.
+        Raises WorkerDiedError when the process dies twice or takes too long.
         """
-        request = {"sequences": sequences}
+        reply = await self._ask({"sequences": sequences})
+        if reply["status"] == "scored":
+            scores: list[Score] = reply["scores"]
+            return scores
+        if len(sequences) == 1:
+            return [(UnavailableError if reply["retryable"] else InternalError)(reply["reason"])]
+        half = len(sequences) // 2
+        return [*await self._score(sequences[:half]), *await self._score(sequences[half:])]
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The process's reply; a request whose process died is tried once more."""
         end = time.monotonic() + self._config.timeout_s
         try:
-            reply = await self._pool.ask(request)
+            return await self._pool.ask(request)
         except WorkerDiedError:
             if time.monotonic() >= end:
                 raise
-            reply = await self._pool.ask(request)
-        if reply["status"] == "failed":
-            raise (UnavailableError if reply["retryable"] else InternalError)(reply["reason"])
-        scores: list[float | None] = reply["scores"]
-        return scores
+            return await self._pool.ask(request)
