@@ -14,12 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from perigee.errors import PerigeeError
+from services.kit.telemetry import get_logger
 from services.sandbox.box import control
 from services.sandbox.box.control import Message, Packet
+from services.sandbox.finishing import finish
+
+log = get_logger(__name__)
 
 BOX_PARENT = Path(__file__).parent
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/box", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 _START_S = 60.0
+_LAST_WORDS_S = 1.0
+_WORDS_BYTES = 4096
 
 
 class BoxFailedError(PerigeeError):
@@ -36,6 +42,8 @@ class Attendant:
         self._options = options
         self._process: Process | None = None
         self._channel: socket.socket | None = None
+        self._listening: asyncio.Task[None] | None = None
+        self._words = b""
 
     @property
     def channel(self) -> socket.socket:
@@ -74,6 +82,8 @@ class Attendant:
             raise
         finally:
             theirs.close()
+        assert self._process.stderr is not None
+        self._listening = asyncio.create_task(self._listen(self._process.stderr))
         try:
             async with asyncio.timeout(_START_S):
                 message = await receive(ours)
@@ -85,8 +95,17 @@ class Attendant:
             raise
         self.version = message.header["version"]
 
+    async def _listen(self, stderr: asyncio.StreamReader) -> None:
+        """Reads what the process says, and those that it forked: whoever has nobody to read it would wait for ever."""
+        while words := await stderr.read(_WORDS_BYTES):
+            self._words = (self._words + words)[-_WORDS_BYTES:]
+            log.warning("attendant_says", attendant=self.name, words=words.decode(errors="replace").strip())
+
     async def kill(self) -> None:
-        """Ends the process; what it forked dies with it."""
+        """Ends the process, also where the caller is cancelled meanwhile; what it forked dies with it."""
+        await finish(self._kill())
+
+    async def _kill(self) -> None:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -94,14 +113,15 @@ class Attendant:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
+        if self._listening is not None:  # to the end, unless somebody else holds the pipe open
+            await asyncio.wait({self._listening}, timeout=_LAST_WORDS_S)
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
 
     async def last_words(self) -> str:
-        """Ends the process and returns what it wrote to standard error."""
-        process = self._process
+        """Ends the process and returns what it wrote last to standard error."""
         await self.kill()
-        if process is None or process.stderr is None:
-            return ""
-        return (await process.stderr.read()).decode(errors="replace").strip()
+        return self._words.decode(errors="replace").strip()
 
 
 def start_code(folder: str, module: str) -> str:
