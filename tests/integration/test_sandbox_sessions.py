@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import pytest_asyncio
 
-from perigee.errors import NotFoundError, ResourceExhaustedError
+from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from perigee.sandbox.client import SandboxClient, Session
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
@@ -87,6 +87,14 @@ async def test_the_wall_limit_interrupts_the_cell_alone(session: Session, code: 
     assert (late.status, late.reason, late.alive) == (pb.STATUS_TIME_LIMIT, "wall-clock limit of 300 ms", True)
     assert late.error_name == "KeyboardInterrupt"
     assert (await session.run("kept")).result == "2"
+
+
+async def test_a_cell_may_not_ask_for_more_time_than_its_session_has(sandbox: SandboxClient) -> None:
+    async with sandbox.session(limits=pb.Limits(wall_ms=3000)) as session:
+        with pytest.raises(InvalidArgumentError, match="at most the session's 3000 is allowed") as refused:
+            await session.run("1", wall_ms=3001)
+        assert [violation.field for violation in refused.value.violations] == ["wall_ms"]
+        assert (await session.run("1", wall_ms=3000)).result == "1"
 
 
 async def test_the_cpu_limit_interrupts_the_cell_alone(sandbox: SandboxClient) -> None:
