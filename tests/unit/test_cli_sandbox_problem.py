@@ -94,6 +94,11 @@ def test_limits_points_language(tmp_path: Path) -> None:
     assert request.language == "pypy"
 
 
+def test_all_limits_can_be_set(tmp_path: Path) -> None:
+    request = request_of(tmp_path, "limits: {cpu_ms: 6, processes: 7, file_mb: 8, output_mb: 9}")
+    assert request.limits == pb.Limits(cpu_ms=6, processes=7, file_bytes=8 << 20, output_bytes=9 << 20)
+
+
 def test_functions_and_dialogues(tmp_path: Path) -> None:
     (tmp_path / "f").mkdir()
     (tmp_path / "i").mkdir()
