@@ -44,7 +44,6 @@ def request_of(folder: Path, text: str) -> pb.JudgeRequest:
         ("checker: {program: gone.cpp}", "checker.program: gone.cpp is no file of this folder"),
         ("checker: {program: checker.cpp}\nfiles: [../x]", "files: '../x' must be a relative path"),
         ("interactor: checker.cpp\nfunction: f", "interactor: decides by itself"),
-        ("function: f\nchecker: {program: checker.cpp}", "checker.program: results of functions are compared as JSON"),
         ("points: {1: many}", "points.1: input should be a valid number"),
         ("points: {11: 5}", "points.11: no such test; did you mean 1?"),
         ("- 1", "must be a mapping"),

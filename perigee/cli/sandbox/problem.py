@@ -187,8 +187,6 @@ def _check_together(section: ProblemSection, path: str) -> None:
         )
     if section.interactor and (section.function or "checker" in section.model_fields_set):
         raise InvalidArgumentError.of(f"{path}: interactor", "decides by itself; leave out checker and function")
-    if section.function and section.checker.kind == "program":
-        raise InvalidArgumentError.of(f"{path}: checker.program", "results of functions are compared as JSON")
 
 
 def list_programs(folder: Path, what: str) -> Sequence[Path]:
