@@ -171,6 +171,16 @@ async def test_streams_arguments_and_exit_code(fronts: Fronts, name: str) -> Non
     assert response.peak_memory_bytes > 0
 
 
+@pytest.mark.parametrize(("name", "imported"), [("python", b"False False\n"), ("python-science", b"True True\n")])
+async def test_modules_that_a_runtime_names_are_there_before_the_program(
+    fronts: Fronts, name: str, imported: bytes
+) -> None:
+    await find_runtime(fronts, name)
+    source = b"import sys; print(*(name in sys.modules for name in ('numpy', 'sympy'))); import numpy, sympy"
+    response = await fronts.grpc.execute(pb.ExecuteRequest(language=name, source=source))
+    assert (response.status, response.stdout) == (pb.STATUS_OK, imported), response
+
+
 @pytest.mark.parametrize("name", NAMES)
 async def test_the_version_is_told(fronts: Fronts, name: str) -> None:
     runtime = await find_runtime(fronts, name)
