@@ -104,7 +104,7 @@ async def open_pool(config: SandboxConfig) -> AsyncIterator[Pool]:
     """A pool of slots, with the leftovers of killed services cleared before and its own after."""
     machine = read_machine()
     state = Path(config.state_path)
-    make_room(2 * config.slots + config.max_sessions)
+    make_room(2 * config.slots + config.max_sessions, config.server.max_concurrent_rpcs)
     await asyncio.to_thread(clear_leftovers, machine, state)
     isolation = choose_isolation(config, machine)
     catalog = load_catalog(config)
