@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from perigee.errors import InvalidArgumentError
+from perigee.errors import InvalidArgumentError, NotFoundError
 from services.kit.telemetry import get_logger
 from services.sandbox.attendants import BoxFailedError, send
 from services.sandbox.box.limits import BoxLimits
@@ -111,7 +111,8 @@ class Session:
     async def run(self, cell: Cell) -> CellOutcome:
         """Runs a cell when those before it have ended. Being cancelled interrupts it and leaves the session open.
 
-        Raises InvalidArgumentError when the cell asks for more time than the session has.
+        Raises InvalidArgumentError when the cell asks for more time than the session has, NotFoundError when the
+        session ends before the cell's turn comes.
         """
         most_ms = self._program.limits.wall_ms
         if cell.wall_ms is not None and cell.wall_ms > most_ms:
@@ -131,6 +132,8 @@ class Session:
 
     async def _run_in_turn(self, cell: Cell) -> CellOutcome:
         async with self._turn:
+            if not self.alive:
+                raise NotFoundError(f"session {self.id!r} ended before the cell's turn came")
             self._running = asyncio.current_task()
             try:
                 return await self._run(cell)
@@ -248,7 +251,9 @@ class Session:
         """Ends the interpreter and waits until it is gone."""
         self._ended.set()
         self._task.cancel()
-        await asyncio.wait([self._task, *(cell for cell in self._cells if cell is not asyncio.current_task())])
+        # cells that wait are told when their turn comes: after this one, where it is a cell that ends the session
+        running = [] if self._running in (None, asyncio.current_task()) else [self._running]
+        await asyncio.wait([self._task, *running])
         self._ours.close()
         if not self._task.cancelled() and (error := self._task.exception()) is not None:
             log.warning("session_failed", session=self.id, error=str(error))

@@ -115,6 +115,20 @@ async def test_a_cell_that_does_not_heed_interrupts_ends_the_session(sandbox: Sa
             await session.run("1")
 
 
+async def test_cells_that_wait_for_a_deaf_one_end_with_the_session(sandbox: SandboxClient) -> None:
+    async with opened_session(sandbox) as session_id:
+        await run_cell(sandbox, session_id, "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)")
+        deaf = asyncio.create_task(run_cell(sandbox, session_id, BUSY, wall_ms=1000))
+        await asyncio.sleep(0.2)
+        waiting = [asyncio.create_task(run_cell(sandbox, session_id, "1")) for _ in range(2)]
+        async with asyncio.timeout(20):
+            late = await deaf
+            ends = await asyncio.gather(*waiting, return_exceptions=True)
+        assert (late.status, late.alive) == (pb.STATUS_TIME_LIMIT, False)
+        for end in ends:
+            assert isinstance(end, NotFoundError), end
+
+
 async def test_the_memory_limit_ends_the_session(sandbox: SandboxClient) -> None:
     async with sandbox.session(limits=pb.Limits(memory_bytes=64 << 20)) as session:
         assert (await session.run("kept = bytearray(8 << 20)")).alive
