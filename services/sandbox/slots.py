@@ -38,6 +38,10 @@ class Opener:
     @asynccontextmanager
     async def open(self, runtime: Runtime, place: Place) -> AsyncIterator[Box]:
         """A box in a place for as long as the block lasts; one that is broken afterwards leaves the place empty."""
+        if not place.is_empty:
+            await self.clear(place)
+            if not place.is_empty:
+                raise BoxFailedError(f"processes of an earlier job in {place.name} do not end")
         opening = self._take_keeper(runtime, place) if self.forks(runtime) else self._open_container(runtime, place)
         box = await opening
         try:
