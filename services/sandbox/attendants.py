@@ -17,13 +17,15 @@ from perigee.errors import PerigeeError
 from services.kit.telemetry import get_logger
 from services.sandbox.box import control
 from services.sandbox.box.control import Message, Packet
+from services.sandbox.finishing import finish
+
+log = get_logger(__name__)
 
 BOX_PARENT = Path(__file__).parent
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/box", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 _START_S = 60.0
+_LAST_WORDS_S = 1.0
 _WORDS_BYTES = 4096
-
-log = get_logger(__name__)
 
 
 class BoxFailedError(PerigeeError):
@@ -94,13 +96,16 @@ class Attendant:
         self.version = message.header["version"]
 
     async def _listen(self, stderr: asyncio.StreamReader) -> None:
-        """Logs what the process and its forks say, as they say it: they would stand still when nobody took it."""
+        """Reads what the process says, and those that it forked: whoever has nobody to read it would wait for ever."""
         while words := await stderr.read(_WORDS_BYTES):
-            log.warning("attendant_says", attendant=self.name, words=words.decode(errors="replace").strip())
             self._words = (self._words + words)[-_WORDS_BYTES:]
+            log.warning("attendant_says", attendant=self.name, words=words.decode(errors="replace").strip())
 
     async def kill(self) -> None:
-        """Ends the process; what it forked dies with it."""
+        """Ends the process, also where the caller is cancelled meanwhile; what it forked dies with it."""
+        await finish(self._kill())
+
+    async def _kill(self) -> None:
         if self._channel is not None:
             self._channel.close()
             self._channel = None
@@ -108,11 +113,13 @@ class Attendant:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
-        if self._listening is not None:
-            await self._listening
+        if self._listening is not None:  # to the end, unless somebody else holds the pipe open
+            await asyncio.wait({self._listening}, timeout=_LAST_WORDS_S)
+            self._listening.cancel()
+            await asyncio.gather(self._listening, return_exceptions=True)
 
     async def last_words(self) -> str:
-        """Ends the process and returns the last that it wrote to standard error."""
+        """Ends the process and returns what it wrote last to standard error."""
         await self.kill()
         return self._words.decode(errors="replace").strip()
 

@@ -81,11 +81,15 @@ class Box:
                     message.close()
                     continue
                 fields = {name: value for name, value in message.header.items() if name != "kind"}
-                files = read_parcel(message.descriptors[0]) if message.descriptors else None
-                message.close()
+                try:
+                    files = read_parcel(message.descriptors[0]) if message.descriptors else None
+                finally:
+                    message.close()
                 return Ended(Outcome(**fields), files)
         finally:
             self._running = False
+            if self._collected is not None and not self._collected.done():
+                self._collected.set_exception(BoxFailedError("the process has ended before its files were collected"))
 
     def _take_prepared(self, order: Order) -> int | None:
         """The descriptor of a program that was prepared for such an order; the caller closes it."""
@@ -143,11 +147,18 @@ class Box:
         send(self.channel, {"kind": "interrupt"}, [])
 
     async def collect(self, paths: list[str], most_bytes: int) -> Parcel:
-        """Files of the process that runs now."""
-        self._collected = asyncio.get_running_loop().create_future()
+        """Files of the process that runs now; raises BoxFailedError when it ends before they are there."""
+        if not self._running:
+            raise BoxFailedError("no process runs whose files could be collected")
         send(self.channel, {"kind": "collect", "paths": paths, "bytes": most_bytes}, [])
-        async with asyncio.timeout(_ANSWER_S):
-            return await self._collected
+        self._collected = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return await self._collected
+        except TimeoutError as error:
+            raise BoxFailedError(f"the files of {self.place.name} are not handed over") from error
+        finally:
+            self._collected = None
 
     async def begin(self, header: dict[str, Any], files: bytes) -> None:
         """Lays down a parcel with the files of a job; for boxes that keep them from run to run."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from services.kit.config import HttpConfig, Model, ServiceConfig
+from services.kit.config import HttpConfig, Model, ServerConfig, ServiceConfig
 
 MIB = 1024 * 1024
 
@@ -29,11 +29,21 @@ class LimitsConfig(Model):
     """Standard output, standard error and a call's result, each; past it the program is ended."""
 
 
+class SandboxServerConfig(ServerConfig):
+    """How the sandbox listens."""
+
+    max_concurrent_rpcs: int = Field(2048, ge=1)
+    """Calls served at once, over gRPC and over HTTP each; more are refused with RESOURCE_EXHAUSTED. Whoever waits in
+    the line is a call, too."""
+
+
 class SandboxConfig(ServiceConfig):
     """The sandbox's section of a recipe."""
 
     section: ClassVar[str] = "sandbox"
 
+    server: SandboxServerConfig = SandboxServerConfig()
+    """How the service listens."""
     http: HttpConfig = HttpConfig()
     """How the service answers HTTP."""
     isolation: Literal["auto", "zygote", "crun", "process"] = "auto"

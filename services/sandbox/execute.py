@@ -133,9 +133,11 @@ async def execute_stream(
         yield dataclasses.replace(execution, stdout=b"", stderr=b"")
     finally:
         task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
-        for descriptor in taps.values():
-            os.close(descriptor)
+        try:
+            await asyncio.gather(task, return_exceptions=True)
+        finally:
+            for descriptor in taps.values():
+                os.close(descriptor)
 
 
 def read_pieces(taps: dict[str, int], sent: dict[str, int], most_bytes: int) -> list[Piece]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -68,15 +69,16 @@ class Once(Generic[T]):
         """Their size."""
         return self._kept_bytes
 
-    async def get(self, key: str, digest: bytes, work: Callable[[], Awaitable[T]]) -> T:
+    async def get(self, key: str, request: bytes, work: Callable[[], Awaitable[T]]) -> T:
         """The key's result; `work` is run when there is none and nobody runs it.
 
-        `digest` names the request: the same key with another one raises InvalidArgumentError. An empty key asks for
-        nothing of this: the work is run. Work ends early only when all who wait for it have gone, and has ended when
+        The same key with another request raises InvalidArgumentError. An empty key asks for nothing of this: the work
+        is run. Work ends early only when all who wait for it have gone, and has ended when
         the last of them is told so.
         """
         if not key:
             return await work()
+        digest = hashlib.sha256(request).digest()  # a request may be large, and is remembered as long as its result
         self._forget_expired()
         if (kept := self._kept.get(key)) is not None:
             _check_same(kept.digest, digest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from perigee.sandbox.compare import Tolerance, find_result_difference
@@ -47,7 +48,7 @@ async def judge_functions(
                 break
     if submission.checker is not None:
         results = await check_results(opener, submission, slot, results)
-    return results, None
+    return [cut_output(result) for result in results], None
 
 
 async def _run(loaded: LoadedProgram, submission: Submission, first: int) -> list[TestOutcome]:
@@ -74,17 +75,25 @@ async def check_results(
     async with open_checker(opener, submission.checker, slot.judge) as checker:
         for result, test in zip(results, submission.tests, strict=False):
             assert isinstance(test, FunctionTest)
-            if result.verdict in (Verdict.ACCEPTED, Verdict.WRONG_ANSWER) and not result.output_truncated:
+            if result.output and result.verdict in (Verdict.ACCEPTED, Verdict.WRONG_ANSWER):
                 decision = await run_checker(checker, test.arguments_json, result.output, test.expected_json)
                 result = decide(result, decision)
             checked.append(result)
     return checked
 
 
+def cut_output(result: TestOutcome) -> TestOutcome:
+    """The outcome with as much of its output as is told."""
+    if len(result.output) <= CUT_BYTES:
+        return result
+    return dataclasses.replace(result, output=result.output[:CUT_BYTES], output_truncated=True)
+
+
 def function_results(
     outcome: Outcome, replies_file: int, tests: Sequence[Test], limits: BoxLimits, tolerance: Tolerance | None
 ) -> list[TestOutcome]:
     """The results that one process of a submission gives: of the tests it answered, and of the one that ended it.
+    Outputs are whole.
 
     A submission that cannot be loaded gives the same result for all of `tests`.
     """
@@ -119,10 +128,9 @@ def _reply_result(
     return TestOutcome(
         Verdict.ACCEPTED if difference is None else Verdict.WRONG_ANSWER,
         wall_ms,
-        reply.payload[:CUT_BYTES],
+        reply.payload,
         difference or "",
         share=1.0 if difference is None else 0.0,
-        output_truncated=len(reply.payload) > CUT_BYTES,
     )
 
 

@@ -33,6 +33,7 @@ class Launchers:
         """The box of a place; raises BoxFailedError when the launcher does not start."""
         attendant = self._attendants.get(place.name)
         if attendant is None or not attendant.running:
+            await self.kill(place)
             attendant = self._make(place)
             self._attendants[place.name] = attendant
             await attendant.start()

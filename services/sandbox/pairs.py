@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from services.sandbox.boxes import Box
+from services.sandbox.finishing import finish
 
 _LAST_WORD_S = 2.0
 """How long one side may go on when the other has ended."""
@@ -49,7 +50,11 @@ class Pair(Generic[T]):
         """Returns when both have sent their orders, and with them the pipes; the caller's ends are to be closed then,
         so that each side sees when the other is gone.
         """
-        await asyncio.sleep(0)
+        try:
+            await asyncio.sleep(0)
+        except BaseException:
+            await self._end()
+            raise
 
     async def finish(self) -> tuple[T, T, bool]:
         """What became of both, and whether the submission ended first; the slower side is stopped if it does not end
@@ -65,7 +70,14 @@ class Pair(Generic[T]):
                 self._boxes[slower].stop()
             await asyncio.gather(saying, judging)
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(saying, judging, return_exceptions=True)
+            await self._end()
         return saying.result(), judging.result(), program_first
+
+    async def _end(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await finish(_gather(self._tasks))
+
+
+async def _gather(tasks: tuple[asyncio.Future[T], ...]) -> None:
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -33,6 +33,8 @@ class Place:
         self.cgroup = cgroup
         self.entries: list[int] = []
         self.usage: UsageFiles | None = None
+        self.is_empty = True
+        """False once what runs here could not be ended: no other job may have the place."""
 
     def open(self) -> None:
         """Makes folder and control group; raises FailedPreconditionError where this process may not."""
@@ -73,8 +75,8 @@ class Place:
             raise BoxFailedError(f"the control group of {self.name} cannot be read: {error.strerror}") from error
 
     async def empty(self) -> None:
-        """Kills everything in the control group and returns when it is gone."""
-        cgroup = self.cgroup
+        """Kills everything in the control group and returns when it is gone, or after a while without success."""
+        cgroup, self.is_empty = self.cgroup, False
         try:
             async with asyncio.timeout(_EMPTY_S):
                 while cgroup is not None and (processes := cgroup.processes()):
@@ -84,6 +86,8 @@ class Place:
                     await asyncio.sleep(0.002)  # a killed process leaves its group a moment later and tells nobody
         except TimeoutError:
             log.error("place_not_empty", place=self.name)
+        else:
+            self.is_empty = True
 
     def close(self) -> None:
         """Closes the descriptors and removes the folder."""

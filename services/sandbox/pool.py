@@ -19,6 +19,7 @@ from services.sandbox.housekeeping import clear_leftovers, own_folders
 from services.sandbox.init import make_init
 from services.sandbox.isolation import Isolation, Machine, choose_isolation, read_machine
 from services.sandbox.launchers import Launchers
+from services.sandbox.open_files import make_room
 from services.sandbox.places import Place
 from services.sandbox.runtimes import Catalog, Runtime, load_catalog
 from services.sandbox.slots import Opener
@@ -103,6 +104,7 @@ async def open_pool(config: SandboxConfig) -> AsyncIterator[Pool]:
     """A pool of slots, with the leftovers of killed services cleared before and its own after."""
     machine = read_machine()
     state = Path(config.state_path)
+    make_room(2 * config.slots + config.max_sessions, config.server.max_concurrent_rpcs)
     await asyncio.to_thread(clear_leftovers, machine, state)
     isolation = choose_isolation(config, machine)
     catalog = load_catalog(config)

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from perigee.errors import InvalidArgumentError, PerigeeError, to_status
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.cells import CellOutcome
 from services.sandbox.config import LimitsConfig
 from services.sandbox.execute import Piece
 from services.sandbox.jobs import CompileReport, Execution, Judgement, OutputFile, TestOutcome, Verdict, Worth
 from services.sandbox.requests import LIMIT_FIELDS
-from services.sandbox.sessions import CellOutcome
 
 _STATUS_NAMES = {Verdict.ACCEPTED: "OK"}
 

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
-from perigee.errors import FailedPreconditionError
+from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from services.kit.config import Model, read_yaml, validate
 from services.sandbox.attendants import ENVIRONMENT
 from services.sandbox.box.root import OWN_FOLDER
@@ -84,6 +84,24 @@ class RuntimeConfig(Model):
     """Default limits of programs."""
     compile_limits: RuntimeLimits = RuntimeLimits()
     """Default limits of the compiler."""
+
+    @field_validator("compile", "run")
+    @classmethod
+    def _check_command(cls, command: tuple[str, ...]) -> tuple[str, ...]:
+        for part in command:
+            try:
+                part.format(source="", memory_mib="")
+            except (LookupError, ValueError, AttributeError) as error:
+                raise ValueError(
+                    f"{part!r} may hold {{source}} and {{memory_mib}}; other braces are written twice"
+                ) from error
+        return command
+
+    @model_validator(mode="after")
+    def _check_whole(self) -> Self:
+        if not self.python and not self.run:
+            raise ValueError("run is required where python is not true")
+        return self
 
 
 @dataclass(frozen=True)
@@ -158,8 +176,10 @@ class Catalog:
 def load_catalog(config: SandboxConfig) -> Catalog:
     """Reads the descriptions that come with the service, then those of the configured folder, which may replace them.
 
-    Raises InvalidArgumentError for a file that is wrong.
+    Raises InvalidArgumentError for a file that is wrong, and for a folder that is not there.
     """
+    if config.runtimes_path is not None and not Path(config.runtimes_path).is_dir():
+        raise InvalidArgumentError.of("sandbox.runtimes_path", f"{config.runtimes_path} is no folder")
     described: dict[str, RuntimeConfig] = {}
     for folder in (OWN_RUNTIMES, *([Path(config.runtimes_path)] if config.runtimes_path else [])):
         for path in sorted(folder.glob("*.yaml")):

@@ -6,11 +6,11 @@ from collections.abc import Sized
 
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.cells import Cell
 from services.sandbox.config import SandboxConfig
 from services.sandbox.jobs import Program
 from services.sandbox.requests import Reader
 from services.sandbox.runtimes import Catalog
-from services.sandbox.sessions import Cell
 
 
 def check_batch(requests: Sized, config: SandboxConfig) -> None:

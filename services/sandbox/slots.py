@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from services.sandbox import metrics
 from services.sandbox.attendants import BoxFailedError
 from services.sandbox.boxes import Box, has_ended
+from services.sandbox.finishing import finish
 from services.sandbox.isolation import Isolation
 from services.sandbox.launchers import Launchers
 from services.sandbox.places import Place
@@ -37,6 +38,10 @@ class Opener:
     @asynccontextmanager
     async def open(self, runtime: Runtime, place: Place) -> AsyncIterator[Box]:
         """A box in a place for as long as the block lasts; one that is broken afterwards leaves the place empty."""
+        if not place.is_empty:
+            await self.clear(place)
+            if not place.is_empty:
+                raise BoxFailedError(f"processes of an earlier job in {place.name} do not end")
         opening = self._take_keeper(runtime, place) if self.forks(runtime) else self._open_container(runtime, place)
         box = await opening
         try:
@@ -78,7 +83,10 @@ class Opener:
         return await self._zygotes.fork(runtime, place)
 
     async def clear(self, place: Place) -> None:
-        """Ends everything in the place."""
+        """Ends everything in the place, also where the caller is cancelled meanwhile."""
+        await finish(self._clear(place))
+
+    async def _clear(self, place: Place) -> None:
         metrics.CLEARED.inc()
         if (keeper := self._keepers.pop(place.name, None)) is not None:
             keeper[1].close()

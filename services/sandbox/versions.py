@@ -11,7 +11,7 @@ from services.sandbox.box.orders import Order
 from services.sandbox.execute import read_output
 from services.sandbox.jobs import Program
 from services.sandbox.pool import Pool
-from services.sandbox.programs import memory_streams, open_program
+from services.sandbox.programs import check_started, explain, memory_streams, open_program
 from services.sandbox.runtimes import Missing, Runtime, find_version
 
 _LIMITS = BoxLimits(20_000, 10_000, 512 << 20, 128, 1 << 20, 65536)
@@ -43,9 +43,11 @@ class Versions:
                 if (reason := opener.explain_missing(runtime)) is not None:
                     missing.append(Missing(runtime.name, reason))
                     continue
-                version = self._versions.get(runtime.name)
-                if version is None:
-                    version = self._versions[runtime.name] = await self._ask(runtime)
+                if (version := self._versions.get(runtime.name)) is None:
+                    try:
+                        version = self._versions[runtime.name] = await self._ask(runtime)
+                    except BoxFailedError as error:  # which may pass: the next caller asks again
+                        version = f"unknown ({error.message})"
                 runtimes.append((runtime, version, opener.isolation.label(runtime.python is not None)))
         return Described(runtimes, missing)
 
@@ -55,14 +57,17 @@ class Versions:
         if not runtime.config.version:
             return ""
         program = Program(runtime, b"", _LIMITS, _LIMITS)
-        async with self._pool.take(cost_s=0.0) as slot:
-            try:
-                async with open_program(self._pool.opener, program, slot.program) as loaded:
-                    await loaded.begin()
-                    with memory_streams(b"") as streams:
-                        order = Order("exec", _LIMITS, list(runtime.config.version), dict(runtime.environment))
-                        await loaded.box.run(order, [streams.stdin, streams.stdout, streams.stderr])
-                        texts = [read_output(file, 4096)[0] for file in (streams.stdout, streams.stderr)]
-            except BoxFailedError as error:
-                return f"unknown ({error.message})"
+        command = list(runtime.config.version)
+        async with (
+            self._pool.take(cost_s=0.0) as slot,
+            open_program(self._pool.opener, program, slot.program) as loaded,
+        ):
+            await loaded.begin()
+            with memory_streams(b"") as streams:
+                order = Order("exec", _LIMITS, command, dict(runtime.environment))
+                ended = await loaded.box.run(order, [streams.stdin, streams.stdout, streams.stderr])
+                check_started(ended.outcome, command)
+                if ended.outcome.stop is not None:
+                    raise BoxFailedError(f"{command[0]} passed its {explain(ended.outcome, _LIMITS)}")
+                texts = [read_output(file, 4096)[0] for file in (streams.stdout, streams.stderr)]
         return find_version(b"\n".join(texts).decode(errors="replace"))

@@ -33,9 +33,6 @@ class WaitingLine(Generic[T]):
     Small jobs thus overtake large ones, but only those that come within `overtaking_s` of a large one's arrival: nobody
     starves. At most `max_waiting` jobs wait, none for longer than `max_wait_s` or its caller's time; whoever will not
     be served in time is refused with ResourceExhaustedError and an estimate of when to try again.
-
-    `take_back` is asked at the end of each turn whether the slot may serve the next job at once; a slot that may not
-    stays out of the line until it is added again.
     """
 
     def __init__(
@@ -44,13 +41,11 @@ class WaitingLine(Generic[T]):
         max_waiting: int,
         max_wait_s: float,
         overtaking_s: float,
-        take_back: Callable[[T], bool] = lambda slot: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
         self._overtaking_s = overtaking_s
-        self._take_back = take_back
         self._clock = clock
         self._free: deque[T] = deque()
         self._started: dict[int, float] = {}
@@ -74,7 +69,7 @@ class WaitingLine(Generic[T]):
         return len(self._free)
 
     def add(self, slot: T) -> None:
-        """Brings a slot into the line: a new one, or one that was not taken back."""
+        """Brings a slot into the line."""
         assert id(slot) not in self._started, "the slot is handed out"
         self._offer(slot)
 
@@ -112,14 +107,12 @@ class WaitingLine(Generic[T]):
         finally:
             timer.cancel()
 
-    def release(self, slot: T, *, counts: bool = True) -> None:
-        """Ends a turn; one that does not count leaves the estimates as they are, as an idle session's should."""
+    def release(self, slot: T) -> None:
+        """Ends a turn."""
         seconds = self._clock() - self._started.pop(id(slot))
-        if counts:
-            known = seconds if self._service_s is None else self._service_s
-            self._service_s = known + _SMOOTHING * (seconds - known)
-        if self._take_back(slot):
-            self._offer(slot)
+        known = seconds if self._service_s is None else self._service_s
+        self._service_s = known + _SMOOTHING * (seconds - known)
+        self._offer(slot)
 
     def estimate_wait_s(self, cost_s: float) -> float:
         """How long a job that comes now will wait: the mean time of a turn for each job before it, over the slots.

@@ -40,9 +40,9 @@ class Zygotes:
         return self._fork(attendant, place)
 
     def _fork(self, attendant: Attendant, place: Place) -> Box:
+        home = "" if self._isolated else self._make_home(place)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
-        home = "" if self._isolated else self._make_home(place)
         try:
             header = {
                 "kind": "keeper",

@@ -79,7 +79,7 @@ ATTACKS = [
 ]  # fmt: skip
 
 OTHER_LANGUAGES = [
-    Attack("resources/fork_bomb.c", (TIME_LIMIT,)),
+    Attack("resources/fork_bomb.c", (TIME_LIMIT,), limits=ROOMY),
     Attack("resources/fork_bomb.sh", (TIME_LIMIT, MEMORY_LIMIT, RUNTIME_ERROR, OUTPUT_LIMIT), limits=ROOMY),
     Attack("resources/fork_bomb.js", (TIME_LIMIT, MEMORY_LIMIT, RUNTIME_ERROR)),
     Attack("resources/fork_bomb.pl", (TIME_LIMIT,), limits=ROOMY),

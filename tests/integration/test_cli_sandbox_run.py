@@ -80,6 +80,7 @@ async def test_a_file_that_is_not_there_is_told(sandbox_address: str, folder: Pa
         ("while True: pass", ("--cpu-ms", "300"), 124, "was ended: "),
         ("import time\ntime.sleep(20)", ("--wall-ms", "300"), 124, "was ended: "),
         ("x = bytearray(10**9)", ("--memory-mb", "64"), 137, "was ended: "),
+        ("print('x' * (3 << 20))", ("--output-mb", "2"), 153, f"was ended: output limit of {2 << 20} bytes"),
         ("while True: print('x' * 10**5)", (), 153, "was ended: "),
         ("import os\nos.kill(os.getpid(), 11)", (), 139, "was ended by SIGSEGV"),
     ],
@@ -91,6 +92,22 @@ async def test_bad_ends_have_codes_of_their_own(
     ended = await run_perigee("run", "bad.py", *options, "--address", sandbox_address, folder=folder)
     assert ended.code == code
     assert any(line.startswith(f"perigee: bad.py {told}") for line in ended.told), ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "code", "told"),
+    [
+        ("import os\nos.fork()", ("--processes", "1"), 1, "BlockingIOError"),
+        ("open('f', 'wb').write(bytes(3 << 20))", ("--file-mb", "2"), 1, "OSError"),
+        ("exit(7)", ("--language", "PYTHON3", "--stats"), 7, "wall "),
+    ],
+)
+async def test_limits_and_names_as_the_sandbox_takes_them(
+    sandbox_address: str, folder: Path, source: str, options: tuple[str, ...], code: int, told: str
+) -> None:
+    (folder / "program.py").write_text(source)
+    ended = await run_perigee("run", "program.py", *options, "--address", sandbox_address, folder=folder)
+    assert (ended.code, told in ended.stderr) == (code, True), ended.stderr
 
 
 async def test_a_reader_that_goes_away_ends_it(sandbox_address: str, folder: Path) -> None:

@@ -166,6 +166,31 @@ async def test_a_checker_that_fails_is_no_wrong_answer(
     assert words in response.results[0].reason
 
 
+IN_ANY_ORDER = b"""
+import json, sys
+arguments, result, expected = (json.load(open(path)) for path in sys.argv[1:])
+assert len(expected) == arguments[0]
+sys.exit(0 if sorted(result) == sorted(expected) else 1)
+"""
+
+
+@pytest.mark.parametrize("count", [3, 3000])
+async def test_a_checker_decides_on_what_functions_return(fronts: Fronts, count: int) -> None:
+    checker = pb.Checker(program=pb.Program(language="python", source=IN_ANY_ORDER))
+    tests = function_tests([([count], list(range(count))), ([count], [0] * count)])
+    request = pb.JudgeRequest(
+        language="python",
+        source=b"def f(count): return list(range(count))[::-1]",
+        function_name="f",
+        tests=tests,
+        checker=checker,
+    )
+    response = await fronts.grpc.judge(request)
+    assert verdicts(response) == ["ACCEPTED", "WRONG_ANSWER"]
+    assert [result.output_truncated for result in response.results] == [count > 1000] * 2
+    assert max(len(result.output) for result in response.results) <= 4096
+
+
 INTERACTORS = {
     "python": rb"""
 import sys

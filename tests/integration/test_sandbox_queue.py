@@ -59,6 +59,15 @@ async def test_a_full_line_refuses_with_a_hint(tmp_path: Path) -> None:
         assert (await fronts.http.post("/v1/execute", json=body)).json()["stdout"] == "1\n"
 
 
+async def test_the_line_is_as_long_as_it_says(tmp_path: Path) -> None:
+    async with running_fronts(tmp_path, slots=1, max_sessions=0) as fronts:
+        async with occupied_slot(fronts):
+            waiting = [asyncio.create_task(fronts.grpc.execute(HELLO)) for _ in range(400)]
+            await wait_for_line(fronts, 400)
+        responses = await asyncio.gather(*waiting)
+    assert [response.stdout for response in responses] == [b"hello\n"] * 400
+
+
 async def test_a_caller_without_the_time_to_wait_is_refused_at_once(tmp_path: Path) -> None:
     """A turn takes about two seconds, as the line has seen."""
     async with running_fronts(tmp_path, slots=1, max_sessions=0) as fronts:

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import pytest_asyncio
 
-from perigee.errors import NotFoundError, ResourceExhaustedError
+from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from perigee.sandbox.client import SandboxClient, Session
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
@@ -89,6 +89,14 @@ async def test_the_wall_limit_interrupts_the_cell_alone(session: Session, code: 
     assert (await session.run("kept")).result == "2"
 
 
+async def test_a_cell_may_not_ask_for_more_time_than_its_session_has(sandbox: SandboxClient) -> None:
+    async with sandbox.session(limits=pb.Limits(wall_ms=3000)) as session:
+        with pytest.raises(InvalidArgumentError, match="at most the session's 3000 is allowed") as refused:
+            await session.run("1", wall_ms=3001)
+        assert [violation.field for violation in refused.value.violations] == ["wall_ms"]
+        assert (await session.run("1", wall_ms=3000)).result == "1"
+
+
 async def test_the_cpu_limit_interrupts_the_cell_alone(sandbox: SandboxClient) -> None:
     async with sandbox.session(limits=pb.Limits(cpu_ms=300, wall_ms=30_000)) as session:
         await session.run("kept = 1")
@@ -105,6 +113,20 @@ async def test_a_cell_that_does_not_heed_interrupts_ends_the_session(sandbox: Sa
         assert (late.status, late.alive) == (pb.STATUS_TIME_LIMIT, False)
         with pytest.raises(NotFoundError):
             await session.run("1")
+
+
+async def test_cells_that_wait_for_a_deaf_one_end_with_the_session(sandbox: SandboxClient) -> None:
+    async with opened_session(sandbox) as session_id:
+        await run_cell(sandbox, session_id, "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)")
+        deaf = asyncio.create_task(run_cell(sandbox, session_id, BUSY, wall_ms=1000))
+        await asyncio.sleep(0.2)
+        waiting = [asyncio.create_task(run_cell(sandbox, session_id, "1")) for _ in range(2)]
+        async with asyncio.timeout(20):
+            late = await deaf
+            ends = await asyncio.gather(*waiting, return_exceptions=True)
+        assert (late.status, late.alive) == (pb.STATUS_TIME_LIMIT, False)
+        for end in ends:
+            assert isinstance(end, NotFoundError), end
 
 
 async def test_the_memory_limit_ends_the_session(sandbox: SandboxClient) -> None:

@@ -44,7 +44,6 @@ def request_of(folder: Path, text: str) -> pb.JudgeRequest:
         ("checker: {program: gone.cpp}", "checker.program: gone.cpp is no file of this folder"),
         ("checker: {program: checker.cpp}\nfiles: [../x]", "files: '../x' must be a relative path"),
         ("interactor: checker.cpp\nfunction: f", "interactor: decides by itself"),
-        ("function: f\nchecker: {program: checker.cpp}", "checker.program: results of functions are compared as JSON"),
         ("points: {1: many}", "points.1: input should be a valid number"),
         ("points: {11: 5}", "points.11: no such test; did you mean 1?"),
         ("- 1", "must be a mapping"),
@@ -92,6 +91,11 @@ def test_limits_points_language(tmp_path: Path) -> None:
     assert request.limits == pb.Limits(wall_ms=5, memory_bytes=64 << 20)
     assert [test.points for test in request.tests if test.HasField("points")] == [2.5]
     assert request.language == "pypy"
+
+
+def test_all_limits_can_be_set(tmp_path: Path) -> None:
+    request = request_of(tmp_path, "limits: {cpu_ms: 6, processes: 7, file_mb: 8, output_mb: 9}")
+    assert request.limits == pb.Limits(cpu_ms=6, processes=7, file_bytes=8 << 20, output_bytes=9 << 20)
 
 
 def test_functions_and_dialogues(tmp_path: Path) -> None:

@@ -1,57 +1,34 @@
-"""Resident processes beside the service, with modules of the test's own."""
+"""The resident processes, as the service starts them."""
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 
 import pytest
 
-from services.sandbox import attendants
-from services.sandbox.attendants import Attendant, BoxFailedError, receive
+from services.sandbox.attendants import Attendant, BoxFailedError
 
-TALKER = """
-import json, socket, sys
-
-def main():
-    options = json.loads(sys.argv[1])
-    channel = socket.socket(fileno=options["control"])
-    sys.stderr.write(options["words"])
-    sys.stderr.flush()
-    if options["ready"]:
-        channel.send(b'{"kind": "ready", "version": "1"}')
-        sys.stderr.write("x" * (1 << 20))
-        channel.send(b'{"kind": "said"}')
-        channel.recv(1)
-"""
+CHATTY = "import sys\nsys.stderr.write('x' * 1_000_000 + '\\nthe last word\\n')\nsys.stderr.flush()\n"
 
 
-@pytest.fixture
-def talker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A module of the box's package that talks."""
-    (tmp_path / "box").mkdir()
-    (tmp_path / "box" / "__init__.py").touch()
-    (tmp_path / "box" / "talker.py").write_text(TALKER)
-    monkeypatch.setattr(attendants, "BOX_PARENT", tmp_path)
+def zygote(folder: Path, source: str) -> Attendant:
+    """A real one, without isolation, that has a module of the test imported first."""
+    (folder / "preloaded.py").write_text(source)
+    options = {"isolated": False, "preload": ["preloaded"], "path": [str(folder)], "environment": {}}
+    return Attendant("the zygote of a test", sys.executable, "zygote", options)
 
 
-@pytest.mark.usefixtures("talker")
-async def test_one_that_says_much_does_not_stand_still() -> None:
-    attendant = Attendant("the talker", sys.executable, "talker", {"words": "", "ready": True})
+async def test_one_that_says_a_lot_is_not_held_up(tmp_path: Path) -> None:
+    attendant = zygote(tmp_path, CHATTY)
     await attendant.start()
-    try:
-        async with asyncio.timeout(20):
-            assert (await receive(attendant.channel)).header == {"kind": "said"}
-    finally:
-        words = await attendant.last_words()
-    assert set(words) == {"x"}
-    assert len(words) <= 4096
+    assert attendant.running
+    assert (await attendant.last_words()).endswith("the last word")
+    assert not attendant.running
 
 
-@pytest.mark.usefixtures("talker")
-async def test_one_that_does_not_start_is_quoted() -> None:
-    attendant = Attendant("the talker", sys.executable, "talker", {"words": "no room\n", "ready": False})
-    with pytest.raises(BoxFailedError, match="the talker did not start: no room"):
+async def test_one_that_does_not_start_is_told_with_its_last_words(tmp_path: Path) -> None:
+    attendant = zygote(tmp_path, "raise ImportError('no such thing')")
+    with pytest.raises(BoxFailedError, match=r"the zygote of a test did not start: .*no such thing"):
         await attendant.start()
     assert not attendant.running

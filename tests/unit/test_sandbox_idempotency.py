@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import tracemalloc
 from typing import Any
 
 import pytest
@@ -221,3 +222,16 @@ async def test_whoever_stays_gets_the_result_whatever_the_others_do(seed: int) -
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert all(result == "done" or isinstance(result, asyncio.CancelledError) for result in results)
     assert running == 0
+
+
+async def test_large_requests_are_not_kept_with_their_results() -> None:
+    once = make()
+    tracemalloc.start()
+    try:
+        for number in range(8):
+            assert await once.get(f"key {number}", bytes([number]) * (4 << 20), Work()) == "done"
+        held_bytes, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert once.kept == 8
+    assert held_bytes < 1 << 20

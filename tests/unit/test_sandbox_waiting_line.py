@@ -214,31 +214,6 @@ async def test_waiting_ends_with_a_refusal_never_in_silence() -> None:
     assert await line.acquire(1) == slot
 
 
-async def test_a_slot_that_is_not_taken_back_stays_out_until_it_is_added() -> None:
-    broken: set[str] = {"slot 0"}
-    line = make(take_back=lambda slot: slot not in broken)
-    slot = await line.acquire(1)
-    waiting = await begin(line.acquire(1))
-    line.release(slot)
-    await settle()
-    assert not waiting.done()
-    assert (line.busy, line.free, line.waiting) == (0, 0, 1)
-    broken.clear()
-    line.add(slot)
-    assert await waiting == slot
-
-
-async def test_turns_that_do_not_count_leave_the_estimate_alone() -> None:
-    clock = Clock()
-    line = make(clock=clock)
-    await serve_once(line, clock, 1)
-    slot = await line.acquire(1)
-    clock.now += 3600
-    line.release(slot, counts=False)
-    async with line.turn(1):
-        assert line.estimate_wait_s(1) == pytest.approx(1)
-
-
 async def test_who_stops_waiting_leaves_the_line_and_the_next_moves_up() -> None:
     line = make(max_waiting=2)
     slot = await line.acquire(1)

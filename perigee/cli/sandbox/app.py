@@ -56,6 +56,9 @@ def run(
     wall_ms: Annotated[int | None, typer.Option("--wall-ms", min=1, help="Wall-clock limit.")] = None,
     cpu_ms: Annotated[int | None, typer.Option("--cpu-ms", min=1, help="CPU limit of all its processes.")] = None,
     memory_mb: Annotated[int | None, typer.Option("--memory-mb", min=1, help="Memory limit in MiB.")] = None,
+    processes: Annotated[int | None, typer.Option("--processes", min=1, help="Processes and threads at once.")] = None,
+    file_mb: Annotated[int | None, typer.Option("--file-mb", min=1, help="Space for its files in MiB.")] = None,
+    output_mb: Annotated[int | None, typer.Option("--output-mb", min=1, help="Output limit in MiB.")] = None,
     stats: Annotated[
         bool, typer.Option("--stats", help="Tell wall time, CPU time and memory on standard error.")
     ] = False,
@@ -89,7 +92,7 @@ def run(
             outputs=outputs or [],
             output_folder=output_dir,
             env=env or [],
-            limits=make_limits(wall_ms, cpu_ms, memory_mb),
+            limits=make_limits(wall_ms, cpu_ms, memory_mb, processes, file_mb, output_mb),
             stats=stats,
         )
         request = implementation.make_request(options)

@@ -44,9 +44,12 @@ class Sandbox:
     runtimes: pb.ListRuntimesResponse
 
     def find_runtime(self, language: str, source: str) -> pb.Runtime:
-        """The runtime of this name or alias; `source` says what needs it. Raises InvalidArgumentError."""
+        """The runtime of this name or alias, whatever its case, as the sandbox takes it; `source` says what needs it.
+
+        Raises InvalidArgumentError.
+        """
         for runtime in self.runtimes.runtimes:
-            if language in (runtime.language, *runtime.aliases):
+            if {language, language.lower()} & {runtime.language, *runtime.aliases}:
                 return runtime
         for missing in self.runtimes.missing:
             if missing.language == language:

@@ -31,10 +31,16 @@ class LimitsSection(Model):
     """CPU time of all its processes."""
     memory_mb: int | None = Field(None, ge=1)
     """Memory of all its processes and files, in MiB."""
+    processes: int | None = Field(None, ge=1)
+    """Processes and threads at once."""
+    file_mb: int | None = Field(None, ge=1)
+    """Space for its files, in MiB."""
+    output_mb: int | None = Field(None, ge=1)
+    """Its output, in MiB."""
 
     def to_proto(self) -> pb.Limits:
         """As a request has them."""
-        return make_limits(self.wall_ms, self.cpu_ms, self.memory_mb)
+        return make_limits(**self.model_dump())
 
 
 class FloatsSection(Model):
@@ -181,8 +187,6 @@ def _check_together(section: ProblemSection, path: str) -> None:
         )
     if section.interactor and (section.function or "checker" in section.model_fields_set):
         raise InvalidArgumentError.of(f"{path}: interactor", "decides by itself; leave out checker and function")
-    if section.function and section.checker.kind == "program":
-        raise InvalidArgumentError.of(f"{path}: checker.program", "results of functions are compared as JSON")
 
 
 def list_programs(folder: Path, what: str) -> Sequence[Path]:

@@ -48,10 +48,26 @@ def check_size(request: pb.ExecuteRequest | pb.JudgeRequest, what: str) -> None:
         )
 
 
-def make_limits(wall_ms: int | None, cpu_ms: int | None, memory_mb: int | None) -> pb.Limits:
+def make_limits(
+    wall_ms: int | None = None,
+    cpu_ms: int | None = None,
+    memory_mb: int | None = None,
+    processes: int | None = None,
+    file_mb: int | None = None,
+    output_mb: int | None = None,
+) -> pb.Limits:
     """Limits of which the unset ones are the runtime's."""
-    memory_bytes = None if memory_mb is None else memory_mb * MIB
-    return pb.Limits(wall_ms=wall_ms, cpu_ms=cpu_ms, memory_bytes=memory_bytes)
+    memory_bytes, file_bytes, output_bytes = (
+        None if size_mb is None else size_mb * MIB for size_mb in (memory_mb, file_mb, output_mb)
+    )
+    return pb.Limits(
+        wall_ms=wall_ms,
+        cpu_ms=cpu_ms,
+        memory_bytes=memory_bytes,
+        processes=processes,
+        file_bytes=file_bytes,
+        output_bytes=output_bytes,
+    )
 
 
 def megabytes(count: int) -> str:

@@ -423,7 +423,9 @@ class ExecuteStreamRequest(_message.Message):
 
     EXECUTE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def execute(self) -> Global___ExecuteRequest: ...
+    def execute(self) -> Global___ExecuteRequest:
+        """Its idempotency key is not heeded: a stream runs each time."""
+
     def __init__(
         self,
         *,
@@ -777,7 +779,8 @@ Global___Program: _TypeAlias = Program  # noqa: Y015
 @_typing.final
 class Checker(_message.Message):
     """How an output is compared with the expected one; by tokens unless set. Results of functions are compared as JSON
-    values, within the tolerance where one is given.
+    values, within the tolerance where one is given, or by the program, which then reads arguments, result and expected
+    value as JSON.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

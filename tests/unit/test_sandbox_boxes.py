@@ -1,0 +1,39 @@
+"""The service's end of a box, when the other end goes away."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+
+import pytest
+
+from services.sandbox.attendants import BoxFailedError
+from services.sandbox.box import control
+from services.sandbox.box.limits import BoxLimits
+from services.sandbox.box.orders import Order
+from services.sandbox.boxes import Box
+from services.sandbox.places import Place
+
+ORDER = Order("session", BoxLimits(60_000, 60_000, 1 << 28, 64, 1 << 24, 1 << 20))
+
+
+async def test_files_that_are_asked_for_are_not_waited_for_when_the_box_breaks(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with ours, theirs:
+        box = Box(ours, Place("slot-0", 60001, tmp_path, None))
+        with pytest.raises(BoxFailedError, match="no process runs"):
+            await box.collect(["a"], 10)
+        running = asyncio.create_task(box.run(ORDER, []))
+        await asyncio.sleep(0)
+        collecting = asyncio.create_task(box.collect(["a"], 10))
+        await asyncio.sleep(0)
+        assert [control.receive(theirs).header["kind"] for _ in range(2)] == ["run", "collect"]
+        theirs.close()
+        async with asyncio.timeout(5):
+            with pytest.raises(BoxFailedError, match="before its files were collected"):
+                await collecting
+            with pytest.raises(BoxFailedError, match="slot-0"):
+                await running
+    assert box.broken

@@ -1,0 +1,90 @@
+"""What two boxes talk over, and what is left of it when the call for which they talk ends early."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from services.sandbox.boxes import Box
+from services.sandbox.pairs import Pair
+from services.sandbox.places import Place
+from services.sandbox.relay import JUDGE, PROGRAM, carrying
+
+
+def open_descriptors() -> set[str]:
+    return {path.name for path in Path("/proc/self/fd").iterdir()}
+
+
+@contextmanager
+def opened_box(folder: Path) -> Iterator[Box]:
+    """A box that nothing is asked of."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        yield Box(ours, Place("slot-0", 60001, folder, None))
+
+
+async def test_a_pair_that_is_cancelled_as_it_begins_leaves_nothing_running(tmp_path: Path) -> None:
+    ended = []
+
+    async def talk(name: str) -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(name)
+
+    async def judge() -> None:
+        with opened_box(tmp_path) as box:
+            pair = Pair(box, talk("program"), box, talk("judge"))
+            await pair.begin()
+
+    task = asyncio.create_task(judge())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert sorted(ended) == ["judge", "program"]
+
+
+async def test_what_is_said_is_carried_both_ways() -> None:
+    async with carrying(100, 100) as (ends, dialogue):
+        program_in, program_out = os.dup(ends.program_stdin), os.dup(ends.program_stdout)
+        judge_in, judge_out = os.dup(ends.judge_stdin), os.dup(ends.judge_stdout)
+        ends.close()
+        os.write(program_out, b"ask")
+        assert await asyncio.to_thread(os.read, judge_in, 10) == b"ask"
+        os.write(judge_out, b"answer")
+        assert await asyncio.to_thread(os.read, program_in, 10) == b"answer"
+        os.close(program_out)
+        assert await asyncio.to_thread(os.read, judge_in, 10) == b""
+        assert dialogue.left == [PROGRAM]
+        os.write(judge_out, b"x" * 101)
+        assert await asyncio.to_thread(os.read, program_in, 200) == b""
+        assert dialogue.too_much == [JUDGE]
+        for descriptor in (program_in, judge_in, judge_out):
+            os.close(descriptor)
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_a_dialogue_that_is_cancelled_leaves_no_descriptor(steps: int) -> None:
+    async def hold() -> None:
+        async with carrying(100, 100) as (ends, _):
+            await asyncio.sleep(0)
+            ends.close()
+            await asyncio.sleep(60)
+
+    before = open_descriptors()
+    task = asyncio.create_task(hold())
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    for _ in range(5):  # transports close a step later
+        await asyncio.sleep(0)
+    assert open_descriptors() == before

@@ -1,0 +1,41 @@
+"""The limit of open files, in processes of their own."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+
+import pytest
+
+SOURCE = """
+import resource, sys
+from perigee.errors import FailedPreconditionError
+from services.sandbox.open_files import make_room
+soft, hard, places, calls = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+try:
+    make_room(places, calls)
+except FailedPreconditionError as error:
+    print(error.message)
+else:
+    print(*resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "places", "calls", "told"),
+    [
+        (256, 2000, 20, 0, "992 2000"),
+        (256, 2000, 20, 8, "1000 2000"),
+        (1000, 2000, 20, 8, "1000 2000"),
+        (1000, 2000, 62, 1000, "2000 2000"),
+        (1000, 2000, 63, 0, "sandbox.slots and max_sessions need 2024 open files, and the limit is 2000: "),
+    ],
+)
+def test_it_is_raised_as_far_as_needed(soft: int, hard: int, places: int, calls: int, told: str) -> None:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
+        pytest.skip("needs a limit of 2000 open files")
+    command = [sys.executable, "-c", SOURCE, *map(str, (soft, hard, places, calls))]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.stdout.startswith(told), result

@@ -1,0 +1,38 @@
+"""Places whose last job does not end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from services.sandbox import places
+from services.sandbox.attendants import BoxFailedError
+from services.sandbox.cgroups import CgroupHost, SlotCgroup
+from services.sandbox.config import SandboxConfig
+from services.sandbox.isolation import Isolation
+from services.sandbox.places import Place
+from services.sandbox.runtimes import load_catalog
+from services.sandbox.slots import Opener
+from services.sandbox.zygotes import Zygotes
+
+NO_PROCESS = 2**22 + 1  # above the kernel's highest number
+
+
+async def test_no_job_comes_to_one_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_EMPTY_S", 0.05)
+    cgroup = SlotCgroup(CgroupHost(2, {"unified": tmp_path}, ()), "1-2", "slot-0")
+    folder = tmp_path / "perigee-sandbox" / "1-2" / "slot-0"
+    folder.mkdir(parents=True)
+    (folder / "cgroup.procs").write_text(f"{NO_PROCESS}\n")
+    place = Place("slot-0", 60001, tmp_path / "slot-0", cgroup)
+    opener = Opener(Isolation(warm=True, container=None), Zygotes(tmp_path, None, [60001], isolated=True), None)
+    python = load_catalog(SandboxConfig()).find("python")
+    assert python is not None
+    await opener.clear(place)
+    with pytest.raises(BoxFailedError, match="processes of an earlier job in slot-0 do not end"):
+        async with opener.open(python, place):
+            pass
+    (folder / "cgroup.procs").write_text("")
+    await opener.clear(place)
+    assert place.is_empty
