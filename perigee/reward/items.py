@@ -15,13 +15,14 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from perigee.errors import FieldViolation, InvalidArgumentError
-from perigee.reward.json_messages import describe_value, fill_message, unknown_key
+from perigee.json_codec import fill_message, unknown_key
+from perigee.json_scalars import name_type
 from perigee.reward.v1 import reward_pb2 as pb
 
 VERIFIERS = tuple(field.name for field in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields)
 PART_VERIFIERS = tuple(field.name for field in pb.VerifierSpec.DESCRIPTOR.oneofs_by_name["kind"].fields)
-TEXT_FIELDS = ("id", "prompt", "response", "answer_marker")
-FIELDS = (*TEXT_FIELDS, "images", "verifier")
+PLAIN_FIELDS = ("id", "prompt", "response", "answer_marker", "images")
+FIELDS = (*PLAIN_FIELDS, "verifier")
 # Names of a recipe's prompt file.
 ALIASES = {"function": "function_name", "answers": "references"}
 # What stands there as a JSON value and in the message as its text.
@@ -36,16 +37,12 @@ def read_item(values: Mapping[str, Any], default_id: str, ignored: Collection[st
     Raises InvalidArgumentError with a violation for each field that is wrong.
     """
     item = pb.ScoreItem(id=default_id)
-    violations: list[FieldViolation] = []
-    for name in TEXT_FIELDS:
-        value = values.get(name)
-        if isinstance(value, str):
-            setattr(item, name, value)
-        elif value is not None:
-            violations.append(FieldViolation(name, f"must be a string, got {describe_value(value)}"))
-    if "response" not in values:
+    plain = {name: values[name] for name in PLAIN_FIELDS if name in values}
+    if isinstance(images := plain.get("images"), list):
+        plain["images"] = [{"url": image} if isinstance(image, str) else image for image in images]
+    violations = fill_message(item, plain)
+    if values.get("response") is None:
         violations.append(FieldViolation("response", "is required"))
-    violations += _read_images(item, values.get("images"))
     rest = {key: value for key, value in values.items() if key not in FIELDS and key not in ignored}
     violations += fill_verifier(item, values.get("verifier"), rest)
     if violations:
@@ -64,14 +61,16 @@ def fill_verifier(item: pb.ScoreItem, verifier: object, fields: Mapping[str, Any
         message = getattr(item, verifier)
         message.SetInParent()
         return fill_message(message, spell_out(verifier, fields))
-    if not isinstance(verifier, Mapping) or len(verifier) != 1:
-        return [FieldViolation("verifier", f"must be a name or an object with one key, got {describe_value(verifier)}")]
+    if not isinstance(verifier, Mapping):
+        return [FieldViolation("verifier", f"must be a name or an object with one key, got {name_type(verifier)}")]
+    if len(verifier) != 1:
+        return [FieldViolation("verifier", f"must be a name or an object with one key, got {len(verifier)} keys")]
     [(name, parameters)] = verifier.items()
     if name not in VERIFIERS:
         return [FieldViolation(f"verifier.{name}", f"is no verifier; they are {', '.join(VERIFIERS)}")]
     message = getattr(item, name)
     message.SetInParent()
-    violations = [FieldViolation(key, unknown_key(key, dict.fromkeys(FIELDS))) for key in fields]
+    violations = [FieldViolation(key, unknown_key(key, FIELDS)) for key in fields]
     return violations + fill_message(message, parameters, f"verifier.{name}")
 
 
@@ -119,15 +118,3 @@ def _spell_out_part(part: Any) -> Any:
         return part
     rest = {key: value for key, value in part.items() if key != "judged_by"}
     return {"weight": 1.0, **rest, "verifier": {name: spell_out(name, fields)}}
-
-
-def _read_images(item: pb.ScoreItem, images: object) -> list[FieldViolation]:
-    if images is None:
-        return []
-    if not isinstance(images, list):
-        return [FieldViolation("images", f"must be a list, got {describe_value(images)}")]
-    violations = []
-    for index, image in enumerate(images):
-        values = {"url": image} if isinstance(image, str) else image
-        violations += fill_message(item.images.add(), values, f"images[{index}]")
-    return violations

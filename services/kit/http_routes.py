@@ -14,8 +14,8 @@ from starlette.routing import compile_path
 from starlette.types import Receive, Scope, Send
 
 from perigee.errors import InvalidArgumentError
+from perigee.json_codec import dump_json, parse_json, read_message, write_message
 from services.kit.http_gate import NDJSON
-from services.kit.json_codec import dump_json, parse_json, read_message, write_message
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from typing import Any, cast
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
+from perigee.json_fields import BASE64_SUFFIX, INT_RANGES, Field, enum_names, fields_of
+from perigee.json_scalars import SPECIAL_FLOATS
 from services.kit.http_errors import ERROR_SCHEMA, STATUS_BY_CODE
 from services.kit.http_gate import NDJSON
 from services.kit.http_routes import HttpRoute
-from services.kit.json_fields import BASE64_SUFFIX, INT_RANGES, Field, enum_names, fields_of
-from services.kit.json_scalars import SPECIAL_FLOATS
 from services.kit.proto_comments import comments_of
 
 Schema = dict[str, Any]

@@ -67,8 +67,10 @@ class OutcomeCache:
         finally:
             judging.waiters -= 1
             if judging.waiters == 0:
-                judging.task.cancel()
                 self._judging.pop(key, None)
+                if not judging.task.done():
+                    judging.task.cancel()
+                    await asyncio.wait({judging.task})
         self._keep(key, outcome)
         return outcome, shared
 

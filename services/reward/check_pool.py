@@ -6,10 +6,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from services.reward.check_workers import CheckWorkers
 from services.reward.config import ChecksConfig
 from services.reward.verifiers.base import Outcome
-from services.reward.worker_pool import WorkerDiedError
+from services.reward.worker_pool import WorkerDiedError, WorkerPool
 
 ATTEMPTS = 2
 # Over the check's own deadline, at which the worker kills it by itself: this is for a worker that is stopped.
@@ -39,7 +38,7 @@ class CheckPool:
             *("--slow-checks", str(config.slow_checks)),
         )
         self._deadline_s = config.check_timeout_s
-        self._pool = CheckWorkers(command, config.workers, config.start_timeout_s, config.check_timeout_s + GRACE_S)
+        self._pool = WorkerPool(command, config.workers, config.start_timeout_s, config.check_timeout_s + GRACE_S)
 
     async def start(self) -> None:
         """Starts the workers; UnavailableError when one does not get ready."""

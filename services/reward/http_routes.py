@@ -10,10 +10,10 @@ from typing import Any, Protocol
 from fastapi import APIRouter, Request, Response
 
 from perigee.errors import DeadlineExceededError, InternalError
+from perigee.json_codec import dump_json, parse_json, read_message, write_message
 from perigee.reward.v1 import reward_pb2 as pb
 from services.kit.http import ForeignApi, HttpRoute, call_context
 from services.kit.http_errors import write_error
-from services.kit.json_codec import dump_json, parse_json, read_message, write_message
 
 COLLECTED_PATH = "/v1/score/collected"
 

@@ -11,9 +11,7 @@ from typing import Any
 from perigee.errors import ResourceExhaustedError
 from services.reward.metrics import QUEUED_ITEMS
 from services.reward.panel import Judgement, Panel
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier
-
-RETRY_AFTER_S = 1.0
+from services.reward.verifiers.base import RETRY_AFTER_S, Item, Outcome, Parameters, Verifier
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,28 @@ def assert_failed(outcome: Outcome, reason: str, *, retryable: bool) -> None:
     assert (outcome.retry_after_s is not None) is retryable
 
 
-async def test_a_process_that_is_killed_fails_its_batch_and_is_replaced(value_head_folder: Path) -> None:
+def worker_pids(folder: Path) -> list[int]:
+    """The processes of this one that serve the model of a folder."""
+    return [child.pid for child in psutil.Process().children() if serves(child, folder)]
+
+
+def serves(process: psutil.Process, folder: Path) -> bool:
+    """Whether the process serves the folder's model; one that is gone does not."""
+    try:
+        return process.cmdline()[1:4] == ["-m", "services.reward.value_head.worker", str(folder)]
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def wait_for_another(folder: Path, pid: int) -> int:
+    """The process that replaces one that was killed."""
+    async with asyncio.timeout(120):
+        while not (others := [other for other in worker_pids(folder) if other != pid]):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+    return others[0]
+
+
+async def test_a_batch_whose_process_is_killed_is_tried_once_more(value_head_folder: Path) -> None:
     # A batch begins when it has its three items.
     async with running(value_head_folder, max_batch_items=3, batch_wait_ms=60_000) as verifier:
 
@@ -55,25 +76,29 @@ async def test_a_process_that_is_killed_fails_its_batch_and_is_replaced(value_he
             return await asyncio.gather(*(verifier.judge(ITEM) for _ in range(3)))
 
         before = await judge_three()
-        [pid] = verifier.pool.pids
+        [pid] = worker_pids(value_head_folder)
         os.kill(pid, signal.SIGSTOP)
         judging = asyncio.create_task(judge_three())
-        while not verifier.pool.is_busy:  # noqa: ASYNC110 - the pool sets no event
-            await asyncio.sleep(0.005)
         os.kill(pid, signal.SIGKILL)
+        assert await judging == before
+        [pid] = worker_pids(value_head_folder)
+        # Killed again, before it answers, as its successor is.
+        os.kill(pid, signal.SIGSTOP)
+        judging = asyncio.create_task(judge_three())
+        os.kill(pid, signal.SIGKILL)
+        os.kill(await wait_for_another(value_head_folder, pid), signal.SIGKILL)
         for outcome in await judging:
             assert_failed(outcome, "worker process died", retryable=True)
         assert await judge_three() == before
-        assert verifier.pool.pids != [pid]
         assert not psutil.pid_exists(pid)
 
 
 async def test_a_process_that_hangs_is_replaced_at_the_deadline(value_head_folder: Path) -> None:
     async with running(value_head_folder, timeout_s=0.5) as verifier:
-        [pid] = verifier.pool.pids
+        [pid] = worker_pids(value_head_folder)
         os.kill(pid, signal.SIGSTOP)
         assert_failed(await verifier.judge(ITEM), "did not answer within 0.5 s", retryable=True)
-        assert not psutil.pid_exists(pid)
+    assert not psutil.pid_exists(pid)
     async with running(value_head_folder) as verifier:
         assert (await verifier.judge(ITEM)).verdict is not Verdict.FAILED
 
@@ -95,9 +120,29 @@ async def test_what_the_model_refuses_is_a_failure_and_costs_no_process(
     # A token that the embedding does not have.
     (folder / "perigee_value_head.json").write_text(json.dumps(described | {"end_token_id": 10_000}))
     async with running(folder) as verifier:
-        [pid] = verifier.pool.pids
+        [pid] = worker_pids(folder)
         assert_failed(await verifier.judge(ITEM), "the model failed", retryable=False)
-        assert verifier.pool.pids == [pid]
+        assert worker_pids(folder) == [pid]
+
+
+async def test_what_the_model_refuses_fails_alone_in_its_batch(value_head_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(value_head_folder, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    # A token that the embedding does not have.
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    tokenizer["added_tokens"].append({"id": 10_000, "content": "snowman", **flags})
+    tokenizer["model"]["vocab"]["snowman"] = 10_000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    others = [Item("a", f"It is {n}", "", ValueHeadParameters("47"), prompt="12+35") for n in range(40, 47)]
+    async with running(folder, max_batch_items=8, batch_wait_ms=60_000) as verifier:
+        bad = Item("b", "snowman", "", ValueHeadParameters("47"), prompt="12+35")
+        outcomes = await asyncio.gather(*(verifier.judge(item) for item in (*others[:3], bad, *others[3:])))
+    assert_failed(outcomes.pop(3), "the model failed", retryable=False)
+    async with running(value_head_folder) as verifier:
+        alone = [await verifier.judge(item) for item in others]
+    assert [outcome.verdict for outcome in outcomes] == [outcome.verdict for outcome in alone]
+    assert all(outcome.verdict is not Verdict.FAILED for outcome in outcomes)
 
 
 async def test_without_a_model_the_verifier_says_what_it_lacks() -> None:

@@ -75,9 +75,9 @@ async def test_bad_lines_are_told_all_at_once_and_nothing_is_scored(tmp_path: Pa
     for part in (
         "line 2: line: is not JSON",
         "line 3: label: must be true, false or one of",
-        "line 3: refrence: unknown field; did you mean reference?",
+        "line 3: refrence: unknown key; did you mean reference?",
         "line 4: response: is required",
-        "line 4: verifier.math.reference: must be a string, got 4",
+        "line 4: verifier.math.reference: must be a string, got a number",
         "line 5: id: 'a' is that of line 1, too",
         "line 6: images[0]: missing.png cannot be read",
     ):

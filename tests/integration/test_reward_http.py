@@ -9,14 +9,15 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 import pytest_asyncio
 
 from perigee.buffer.v1.buffer_pb2 import VERDICT_CORRECT, VERDICT_UNGRADABLE, VERDICT_WRONG
 from perigee.errors import InvalidArgumentError
+from perigee.json_codec import read_message
 from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
-from services.kit.json_codec import read_message
 from services.reward.config import MathConfig
 from tests.fixtures.reward import running_gateway, score
 
@@ -197,6 +198,17 @@ async def test_the_service_is_ready_and_documented(gateway: Gateway) -> None:
     document = (await http.get("/openapi.json")).json()
     assert {"/v1/score", "/v1/score/collected", "/v1/verifiers", "/v1/compat/openrlhf"} <= document["paths"].keys()
     assert {"ScoreRequest", "ScoreResponse"} <= document["components"]["schemas"].keys()
+    bodies = {
+        "/v1/score": {"items": [ITEMS[0]]},
+        "/v1/score/collected": {"items": ITEMS},
+        "/v1/compat/openrlhf": {"query": ["2+2=4"], "prompts": ["2+2="], "labels": ["4"]},
+    }
+    for path, body in bodies.items():
+        call = document["paths"][path]["post"]
+        [asked] = call["requestBody"]["content"].values()
+        [told] = call["responses"]["200"]["content"].values()
+        jsonschema.validate(body, document | asked["schema"])
+        jsonschema.validate((await http.post(path, json=body)).json(), document | told["schema"])
     metrics = (await http.get("/metrics")).text
     for name in ("outcomes_total", "cache_hits_total", "queued_items", "agreements_total", "judgement_seconds"):
         assert f"# TYPE perigee_reward_{name.removesuffix('_total')}" in metrics

@@ -8,7 +8,7 @@ import grpc
 import pytest
 
 from perigee.buffer.v1.buffer_pb2 import VERDICT_CORRECT, VERDICT_FAILED, VERDICT_UNGRADABLE, VERDICT_WRONG
-from perigee.errors import InvalidArgumentError
+from perigee.errors import FieldViolation, InvalidArgumentError, from_rpc_error
 from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
@@ -195,11 +195,28 @@ async def test_a_response_of_ten_megabytes_is_refused_by_its_field(reward: Rewar
     assert "10485760 bytes" in violation.description
 
 
-async def test_text_that_is_no_utf8_is_refused(reward: RewardClient) -> None:
-    item = math_item("a", "1", "#1").SerializeToString().replace(b"#1", b"\xff\xfe")
-    request = b"\x0a" + bytes([len(item)]) + item
+async def refuse_bytes(reward: RewardClient, item: bytes) -> list[FieldViolation]:
+    """What the service has against an item that no client of this version would send."""
     method = reward.channel.unary_stream("/perigee.reward.v1.RewardService/Score")
     with pytest.raises(grpc.aio.AioRpcError) as error:
-        async for _ in method(request):
+        async for _ in method(b"\x0a" + bytes([len(item)]) + item):
             pass
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    refused = from_rpc_error(error.value, "the reward service")
+    assert isinstance(refused, InvalidArgumentError)
+    return list(refused.violations)
+
+
+async def test_text_that_is_no_utf8_is_refused_by_its_field(reward: RewardClient) -> None:
+    item = math_item("a", "1", "#1").SerializeToString().replace(b"#1", b"\xff\xfe")
+    [violation] = await refuse_bytes(reward, item)
+    assert violation.field == "request"
+    assert "is not of the method's message" in violation.description
+
+
+async def test_a_verifier_that_the_service_does_not_know_is_refused_by_its_field(reward: RewardClient) -> None:
+    # Field 99 with a message in it, as a client of a later version may send.
+    item = pb.ScoreItem(id="a", response="r").SerializeToString() + b"\x9a\x06\x03\x0a\x01x"
+    [violation] = await refuse_bytes(reward, item)
+    assert violation.field == "items[0].verifier"
+    assert "one of math, code, choice" in violation.description

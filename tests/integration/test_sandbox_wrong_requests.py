@@ -12,8 +12,8 @@ import pytest
 import pytest_asyncio
 
 from perigee.errors import InvalidArgumentError
+from perigee.json_codec import write_message
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.kit.json_codec import write_message
 from tests.fixtures.sandbox import stdio_tests
 from tests.fixtures.sandbox_fronts import Fronts, running_fronts
 

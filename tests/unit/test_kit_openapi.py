@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft202012Validator
 
+from perigee.json_codec import dump_json, write_message
 from perigee.reward.v1 import reward_pb2
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
 from services.kit.http import HttpRoute
-from services.kit.json_codec import dump_json, write_message
 from services.kit.openapi import describe_routes, descriptor_of
 from services.sandbox.http_routes import ROUTES
 from tests.fixtures.messages import messages_of

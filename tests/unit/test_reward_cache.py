@@ -15,7 +15,17 @@ from perigee.errors import FieldViolation, ResourceExhaustedError
 from services.reward.cache import OutcomeCache, content_key
 from services.reward.panel import Panel
 from services.reward.scoring import Scorer
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer
+from services.reward.verifiers.base import (
+    ImagePart,
+    Item,
+    Outcome,
+    Parameters,
+    Verdict,
+    Verifier,
+    extract_answer,
+    graded_whole,
+    read_answer,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,8 @@ class EchoVerifier(Verifier[EchoParameters]):
             try:
                 await self.gate.wait()
             except asyncio.CancelledError:
+                for _ in range(5):  # what it has to put away
+                    await asyncio.sleep(0)
                 self.cancelled += 1
                 raise
         return Outcome.correct(item.response)
@@ -122,7 +134,6 @@ async def test_a_judgement_ends_only_when_all_who_wait_have_gone() -> None:
     await verifier.called.wait()
     alone.cancel()
     await asyncio.wait({alone})
-    await asyncio.sleep(0)
     assert verifier.cancelled == 1
 
 
@@ -191,6 +202,24 @@ def test_keys_differ_with_everything_that_matters_and_with_nothing_else() -> Non
     assert len({key(each) for each in different}) == len(different)
 
 
+def test_the_key_of_what_is_read_whole_holds_prompt_images_and_response() -> None:
+    parameters = EchoParameters("x")
+    image, other = ImagePart(b"GIF89a", "image/gif"), ImagePart(url="https://example.org/a.png")
+    items = [
+        Item("a", "r", "", parameters),
+        Item("a", "s", "", parameters),
+        Item("a", "r", "", parameters, "p"),
+        Item("a", "", "", parameters, "pr"),
+        Item("a", "r", "", parameters, "p", (image,)),
+        Item("a", "r", "", parameters, "p", (other,)),
+        Item("a", "r", "", parameters, "p", (image, other)),
+        Item("a", "r", "", parameters, "p", (other, image)),
+    ]
+    assert len({graded_whole(each) for each in items}) == len(items)
+    same = Item("b", "r", "", parameters, "p", (ImagePart(b"GIF89a", "image/gif"),))
+    assert graded_whole(same) == graded_whole(items[4])
+
+
 def test_outcomes_have_a_reward_unless_they_failed() -> None:
     with pytest.raises(ValueError, match="failed outcome with reward 0"):
         Outcome(Verdict.FAILED, 0.0)
@@ -198,8 +227,24 @@ def test_outcomes_have_a_reward_unless_they_failed() -> None:
         Outcome(Verdict.WRONG, None)
 
 
+def test_a_failure_that_may_pass_says_when_to_ask_again() -> None:
+    assert Outcome.failed("away", retryable=True).retry_after_s == 1.0
+    assert Outcome.failed("busy", retryable=True, retry_after_s=9.0).retry_after_s == 9.0
+    assert Outcome.failed("for good", retryable=False).retry_after_s is None
+
+
+def test_a_long_answer_is_told_by_its_beginning() -> None:
+    assert Outcome.wrong("x" * 5000).extracted == "x" * 1000
+
+
 def test_the_answer_is_what_follows_the_last_marker() -> None:
     assert extract_answer("4+5=9;#8#9 ", "#") == "9"
     assert extract_answer("no marker", "#") is None
     assert extract_answer("ends with #", "#") == ""
     assert extract_answer(" whole ", "") == "whole"
+    assert read_answer(item("a", "so #9 ", "#")) == "9"
+    for response, reason in (("no marker", "the response has no answer marker '#'"), ("ends with #", "is empty")):
+        outcome = read_answer(item("a", response, "#"))
+        assert isinstance(outcome, Outcome)
+        assert (outcome.verdict, outcome.reward) == (Verdict.UNGRADABLE, 0.0)
+        assert reason in outcome.reason

@@ -73,7 +73,12 @@ def part(name: str, outcome: Outcome, weight: float = 1.0, gate: bool = False) -
         ([part("a", UNGRADABLE), part("b", UNGRADABLE)], Verdict.UNGRADABLE, 0.0),
         ([part("a", UNGRADABLE), part("b", CORRECT)], Verdict.WRONG, 0.5),
         ([part("a", FAILED), part("b", CORRECT)], Verdict.FAILED, None),
-        ([part("a", FAILED, 0), part("b", CORRECT)], Verdict.FAILED, None),
+        ([part("a", FAILED, 0, True), part("b", CORRECT)], Verdict.FAILED, None),
+        # Without a share in the reward it is only reported, whatever becomes of it.
+        ([part("a", FAILED, 0), part("b", CORRECT)], Verdict.CORRECT, 1.0),
+        ([part("a", FAILED, 0), part("b", WRONG)], Verdict.WRONG, 0.0),
+        ([part("a", FAILED, 0), part("b", UNGRADABLE)], Verdict.UNGRADABLE, 0.0),
+        ([part("a", FAILED), part("b", FAILED, 0)], Verdict.FAILED, None),
         ([part("a", FAILED), part("b", WRONG, 0, True)], Verdict.WRONG, 0.0),
         ([part("a", FAILED, 1, True), part("b", WRONG, 1, True)], Verdict.WRONG, 0.0),
         ([part("a", FAILED, 1, True), part("b", WRONG)], Verdict.FAILED, None),
@@ -103,6 +108,32 @@ async def test_parts_are_reported_and_those_behind_a_closed_gate_are_not_judged(
     assert [p.name for p in outcome.parts] == ["gate"]
     assert outcome.reason == "gate gate: not it"
     assert inner.calls == 1
+
+
+async def test_a_part_that_failed_and_is_only_reported_is_told_without_a_reward() -> None:
+    composite, _ = make()
+    outcome = await composite.judge(item(part("a", CORRECT), part("b", FAILED, 0)))
+    assert [(p.name, p.verdict, p.reward, p.reason) for p in outcome.parts] == [
+        ("a", Verdict.CORRECT, 1.0, ""),
+        ("b", Verdict.FAILED, None, "nobody knows"),
+    ]
+    assert outcome.reason == ""
+    whole = await composite.judge(item(part("a", FAILED), part("b", FAILED, 0)))
+    assert whole.reason == "part a: nobody knows"
+
+
+async def test_asking_again_helps_when_every_failure_may_pass() -> None:
+    composite, _ = make()
+    hint = Outcome.failed("busy", retryable=True, retry_after_s=7.0)
+    outcome = await composite.judge(item(part("a", FAILED), part("b", hint)))
+    assert (outcome.retryable, outcome.retry_after_s) == (True, 7.0)
+    for_good = Outcome.failed("never", retryable=False)
+    outcome = await composite.judge(item(part("a", FAILED), part("b", for_good)))
+    assert (outcome.retryable, outcome.retry_after_s) == (False, None)
+    assert outcome.reason == "part a: nobody knows; part b: never"
+    # What is only reported asks for nothing.
+    outcome = await composite.judge(item(part("a", FAILED), part("b", for_good, 0)))
+    assert (outcome.retryable, outcome.retry_after_s) == (True, 3.0)
 
 
 async def test_a_part_that_crashes_makes_the_whole_failed() -> None:

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import InvalidArgumentError
+from perigee.json_codec import write_message
 from perigee.reward.items import read_item
-from perigee.reward.json_messages import fill_message
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2
 from services.coordinator.prompts import Prompt, parse_prompt_line
 from services.coordinator.score_items import make_score_item
-from services.kit.json_codec import write_message
+from tests.fixtures.messages import messages_of
 
 
 def read(**values: Any) -> pb.ScoreItem:
@@ -85,12 +85,12 @@ def test_every_wrong_field_is_named() -> None:
         ]
     }
     assert refused(id=7, verifier={"composite": composite}) == {
-        "id": "must be a string, got 7",
-        "verifier.composite.parts[0].weight": "must be a number, got 'heavy'",
-        "verifier.composite.parts[0].verifier.math.reference": "must be a string, got 4",
-        "verifier.composite.parts[1].verifier.exact": "cannot stand beside math",
-        "verifier.composite.parts[1].gate": "must be true or false, got 1",
-        "verifier.composite.parts[1].wieght": "unknown field; did you mean weight?",
+        "id": "must be a string, got a number",
+        "verifier.composite.parts[0].weight": "must be a number, got a string",
+        "verifier.composite.parts[0].verifier.math.reference": "must be a string, got a number",
+        "verifier.composite.parts[1].verifier.exact": "must not be given beside math: only one of them may be set",
+        "verifier.composite.parts[1].gate": "must be true or false, got a number",
+        "verifier.composite.parts[1].wieght": "unknown key; did you mean weight?",
     }
 
 
@@ -104,30 +104,34 @@ def test_every_wrong_field_is_named() -> None:
         ({"verifier": "math", "refrence": "4"}, "refrence", "did you mean reference?"),
         ({"verifier": {"math": {"reference": "4"}}, "answer_maker": "#"}, "answer_maker", "did you mean answer_marker"),
         ({"verifier": {"math": "4"}}, "verifier.math", "must be an object"),
-        ({"verifier": {"math": {"alternatives": "4"}}}, "verifier.math.alternatives", "must be a list"),
-        ({"verifier": {"judge": {"votes": 1.5}}}, "verifier.judge.votes", "whole number"),
+        ({"verifier": {"math": {"alternatives": "4"}}}, "verifier.math.alternatives", "must be an array"),
+        ({"verifier": {"judge": {"votes": 1.5}}}, "verifier.judge.votes", "must be an integer, got a number"),
         ({"verifier": {"judge": {"votes": -1}}}, "verifier.judge.votes", "from 0 to 4294967295"),
         (
             {"verifier": {"code": {"tests": [{"stdio": {"stdin_base64": "1 2\n"}}]}}},
             "verifier.code.tests[0].stdio.stdin_base64",
-            "must be base64",
+            "is not base64",
         ),
         (
             {"verifier": {"code": {"tests": [{"stdio": {"stdin": "", "stdin_base64": ""}}]}}},
             "verifier.code.tests[0].stdio.stdin_base64",
-            "cannot stand beside stdin",
+            "must not be given beside stdin",
         ),
         (
             {"verifier": {"math": {"reference_base64": ""}}},
             "verifier.math.reference_base64",
-            "unknown field; did you mean reference?",
+            "unknown key; did you mean reference?",
         ),
         (
             {"verifier": {"code": {"checker": {"comparison": "SAME"}}}},
             "verifier.code.checker.comparison",
-            "must be one of unspecified, exact, tokens",
+            "'SAME' is unknown; known: unspecified, exact, tokens",
         ),
-        ({"verifier": "exact", "images": "a.png"}, "images", "must be a list"),
+        ({"verifier": "exact", "images": "a.png"}, "images", "must be an array"),
+        ({"verifier": "exact", "images": [{"uri": "a"}]}, "images[0].uri", "unknown key; did you mean url?"),
+        ({"verifier": "exact", "response": "\ud800"}, "response", "lone surrogate"),
+        ({"verifier": "exact", "response": None}, "response", "is required"),
+        ({"verifier": {"math": None}}, "verifier.math", "must be an object, got null"),
     ],
 )
 def test_a_wrong_field_is_named(values: dict[str, Any], field: str, part: str) -> None:
@@ -156,30 +160,19 @@ def test_a_verifier_in_full_is_as_over_http() -> None:
         )
 
 
-texts = st.text(max_size=8)
-codes = st.builds(
-    lambda stdin, args, points, wall, memory: pb.CodeVerifier(
-        tests=[sandbox_pb2.TestCase(stdio=sandbox_pb2.StdioTest(stdin=stdin, args=args), points=points)],
-        limits=sandbox_pb2.Limits(wall_ms=wall, memory_bytes=memory),
-        checker=sandbox_pb2.Checker(comparison=sandbox_pb2.COMPARISON_TOKENS),
-    ),
-    st.binary(max_size=8), st.lists(texts, max_size=2), st.floats(allow_nan=False, allow_infinity=False),
-    st.integers(0, (1 << 32) - 1), st.integers(0, (1 << 64) - 1),
-)  # fmt: skip
+VERIFIERS = pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields
 
 
-@settings(deadline=None, max_examples=60)
-@given(codes, st.lists(texts, max_size=3), st.floats(0, 1))
-def test_values_read_back(code: pb.CodeVerifier, references: list[str], threshold: float) -> None:
-    for verifier in (
-        {"code": code},
-        {"short_answer": pb.ShortAnswerVerifier(references=references)},
-        {"value_head": pb.ValueHeadVerifier(threshold=threshold)},
-    ):
-        item = pb.ScoreItem(id="a", response="r", **verifier)  # type: ignore[arg-type]
-        found = pb.ScoreItem()
-        assert fill_message(found, write_message(item)) == []
-        assert found == item
+@pytest.mark.parametrize("verifier", [field.name for field in VERIFIERS])
+@settings(deadline=None, max_examples=20)
+@given(data=st.data())
+def test_what_is_written_as_json_reads_back(data: st.DataObject, verifier: str) -> None:
+    message_type = pb.ScoreItem.DESCRIPTOR.fields_by_name[verifier].message_type
+    assert message_type is not None
+    item = pb.ScoreItem(id="a", response="r", **{verifier: data.draw(messages_of(message_type))})
+    written = write_message(item)
+    parameters = written.pop(verifier)
+    assert read_item(written | {"verifier": {verifier: parameters}}, "line-1") == item
 
 
 LINES = [

@@ -139,12 +139,19 @@ PREFERENCE = {"question": "q", "reference": "r", "chosen": "a", "rejected": "b"}
 
 def test_both_kinds_of_lines_are_read(tmp_path: Path) -> None:
     path = write_lines(
-        tmp_path / "data.jsonl", [LABELLED, PREFERENCE, LABELLED | {"response": "chosen", "label": False}]
+        tmp_path / "data.jsonl",
+        [
+            LABELLED,
+            PREFERENCE,
+            LABELLED | {"response": "chosen", "label": False},
+            *(LABELLED | {"label": label} for label in ("correct", "wrong", "ungradable")),
+        ],
     )
     assert read_examples(path) == [
         LabelledResponse(question="q", reference="r", response="a", label=True),
         Preference(question="q", reference="r", chosen="a", rejected="b"),
         LabelledResponse(question="q", reference="r", response="chosen", label=False),
+        *(LabelledResponse(question="q", reference="r", response="a", label=label) for label in (True, False, False)),
     ]
 
 
@@ -155,6 +162,7 @@ def test_both_kinds_of_lines_are_read(tmp_path: Path) -> None:
         ("[]", "a line holds"),
         (json.dumps({"question": "q", "reference": "r", "response": "a"}), "label: Field required"),
         (json.dumps(LABELLED | {"label": 0.5}), "label"),
+        (json.dumps(LABELLED | {"label": "failed"}), "label"),
         (json.dumps({"question": "q", "chosen": "a", "rejected": "b"}), "reference: Field required"),
     ],
 )

@@ -8,12 +8,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from google.protobuf import json_format
-
-from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.journal import Journal, write_lines
 from perigee.cli.reward.item_file import FileItem
 from perigee.errors import InvalidArgumentError
+from perigee.json_codec import write_message
 from perigee.reward.v1 import reward_pb2 as pb
 
 FLUSH_OUTCOMES = 64
@@ -102,25 +100,9 @@ class OutcomeBook:
 
 def read_outcome(response: pb.ScoreResponse) -> dict[str, Any]:
     """The outcome as a JSON object; `reward` is null exactly when the verdict is failed."""
-    values: dict[str, Any] = json_format.MessageToDict(
-        response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    values["verdict"] = verdict_name(response.verdict)
-    values["reward"] = response.reward if response.HasField("reward") else None
-    values["parts"] = [
-        {
-            "name": part.name,
-            "verdict": verdict_name(part.verdict),
-            "reward": part.reward if part.HasField("reward") else None,
-            "reason": part.reason,
-        }
-        for part in response.parts
-    ]
+    values = write_message(response)
+    for part in (values, *values["parts"]):
+        part.setdefault("reward", None)
     if not values["parts"]:
         del values["parts"]
     return values
-
-
-def verdict_name(verdict: int) -> str:
-    """correct, wrong, ungradable or failed."""
-    return buffer_pb2.Verdict.Name(buffer_pb2.Verdict.ValueType(verdict)).removeprefix("VERDICT_").lower()

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.interrupt import Interrupt, run_interruptible
 from perigee.cli.progress import ProgressView
 from perigee.cli.reward.item_file import read_item_file
-from perigee.cli.reward.outcomes import OutcomeBook, verdict_name
+from perigee.cli.reward.outcomes import OutcomeBook
 from perigee.cli.reward.summary import show_summary, summarize
 from perigee.errors import PerigeeError
 from perigee.reward.batching import BatchOptions, score_items
@@ -83,5 +84,5 @@ async def _score(command: ScoreCommand, options: BatchOptions, book: OutcomeBook
         with ProgressView(console, "scored", len(missing), plain=command.plain) as progress:
             async for response in score_items(client, missing, options):
                 book.add(response)
-                failed += verdict_name(response.verdict) == "failed"
+                failed += response.verdict == buffer_pb2.VERDICT_FAILED
                 progress.advance(note=f"{failed:,} failed" if failed else "")

@@ -359,7 +359,7 @@ class CompositePart(_message.Message):
     GATE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     weight: _builtins.float
-    """Share in the reward; all shares are divided by their sum."""
+    """Share in the reward; all shares are divided by their sum. A part of weight 0 that is no gate is only reported."""
     gate: _builtins.bool
     """Unless this part is correct, the whole is wrong with reward 0."""
     @_builtins.property

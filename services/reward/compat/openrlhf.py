@@ -14,17 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import JSONResponse
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
+from perigee.json_codec import parse_json
 from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
 from perigee.reward.batching import BatchOptions, Scores, score_items
 from perigee.reward.v1 import reward_pb2 as pb
 from services.kit.http import ForeignApi
 from services.kit.http_errors import write_error
-from services.kit.json_codec import parse_json
 
 PATH = "/v1/compat/openrlhf"
 RETRY_AFTER_S = 1
@@ -32,6 +32,24 @@ RETRY_AFTER_S = 1
 MAX_PREFIX = 64
 # OpenRLHF gives a call 180 s and then makes it again.
 OPTIONS = BatchOptions(call_timeout_s=150.0, outage_s=10.0)
+
+
+TEXTS = {"type": "array", "items": {"type": "string"}}
+NUMBERS = {"type": "array", "items": {"type": "number"}}
+CALL_SCHEMA = {
+    "type": "object",
+    "properties": {"query": TEXTS, "prompts": TEXTS, "labels": {"type": "array"}},
+    "required": ["query", "prompts", "labels"],
+}
+ANSWER_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "rewards": NUMBERS,
+        "scores": NUMBERS,
+        "extra_logs": {"type": "object", "additionalProperties": NUMBERS},
+    },
+    "required": ["rewards", "scores", "extra_logs"],
+}
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,13 @@ def openrlhf_api(scores: Scores) -> ForeignApi:
     """The endpoint over a client of the reward service."""
     router = APIRouter()
 
-    @router.post(PATH, summary="OpenRLHF's remote reward model.")
+    @router.post(
+        PATH,
+        summary="OpenRLHF's remote reward model.",
+        response_class=Response,
+        responses={200: {"content": {"application/json": {"schema": ANSWER_SCHEMA}}}},
+        openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": CALL_SCHEMA}}}},
+    )
     async def get_reward(
         request: Request,
         verifier: str = "math",

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.reward.verifiers.base import Outcome, PartScore, Verdict
 
 MAX_REASON_CHARACTERS = 1000
-RETRY_AFTER_S = 1.0
 REWARDS = {Verdict.CORRECT: 1.0, Verdict.WRONG: 0.0, Verdict.UNGRADABLE: 0.0, Verdict.FAILED: None}
 
 
@@ -65,15 +64,13 @@ def tally(votes: Sequence[Vote], extracted: str) -> Outcome:
     failures = [vote for vote in votes if vote.verdict is Verdict.FAILED]
     retryable = all(vote.retryable for vote in failures)
     hints = [vote.retry_after_s for vote in failures if vote.retry_after_s is not None]
-    return Outcome(
-        Verdict.FAILED,
-        None,
-        extracted,
+    failed = Outcome.failed(
         _explain(counts, failures, len(votes)),
-        retryable,
-        parts,
-        max(hints, default=RETRY_AFTER_S) if retryable else None,
+        retryable=retryable,
+        extracted=extracted,
+        retry_after_s=max(hints, default=None) if retryable else None,
     )
+    return replace(failed, parts=parts)
 
 
 def _explain(counts: Counter[Verdict], failures: Sequence[Vote], votes: int) -> str:

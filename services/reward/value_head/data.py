@@ -6,20 +6,22 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from perigee.errors import InvalidArgumentError
 from services.reward.value_head.template import Encoder
 
 Loss = Literal["pointwise", "pairwise", "both"]
+# Verdicts, as files of outcomes and of labelled items have them.
+VERDICTS = {"correct": True, "wrong": False, "ungradable": False}
 
 
 class LabelledResponse(BaseModel):
-    """A line {"question", "reference", "response", "label"}; the label is true, or 1, for a right response."""
+    """A line {"question", "reference", "response", "label"}; the label is true, 1 or "correct" for a right response."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -27,6 +29,11 @@ class LabelledResponse(BaseModel):
     reference: str
     response: str
     label: bool
+
+    @field_validator("label", mode="before")
+    @classmethod
+    def _read_verdict(cls, label: Any) -> Any:
+        return VERDICTS.get(label, label) if isinstance(label, str) else label
 
 
 class Preference(BaseModel):

@@ -1,8 +1,8 @@
 """The process that scores responses for the value-head verifier: a crash, or a kill, costs the service nothing.
 
-It speaks JSON lines: {"sequences": [token ids, ...]} on standard input; on standard output {"status": "ready"} once,
-then {"status": "scored", "scores": [...]} with null for a score that is no number, or {"status": "failed", "reason",
-"retryable"}. It ends when standard input does.
+It speaks JSON lines: {"id", "sequences": [token ids, ...]} on standard input; on standard output {"status": "ready"}
+once, then {"id", "status": "scored", "scores": [...]} with null for a score that is no number, or {"id", "status":
+"failed", "reason", "retryable"}. It ends when standard input does.
 """
 
 from __future__ import annotations
@@ -56,7 +56,9 @@ def main() -> None:
         raise SystemExit(1) from error
     write_line(replies, {"status": "ready"})
     for line in sys.stdin:
-        write_line(replies, answer(scorer, json.loads(line)["sequences"]))
+        request = json.loads(line)
+        if "cancel" not in request:  # a batch cannot be taken back
+            write_line(replies, answer(scorer, request["sequences"]) | {"id": request["id"]})
 
 
 def answer(scorer: BatchScorer, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:

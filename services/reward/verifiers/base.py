@@ -10,6 +10,11 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 from perigee.errors import FieldViolation
 
+# Longer answers are told by their beginning.
+MAX_EXTRACTED_CHARACTERS = 1000
+# What is told of failures that may pass at any time.
+RETRY_AFTER_S = 1.0
+
 
 class Verdict(Enum):
     """CORRECT and WRONG are judgements; UNGRADABLE: the response offers nothing to grade; FAILED: nobody knows."""
@@ -32,7 +37,7 @@ class PartScore:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A verdict, its reward (absent exactly when FAILED), the answer found, and why.
+    """A verdict, its reward (absent exactly when FAILED), the beginning of the answer found, and why.
 
     `retryable` says whether asking again may help when the verdict is FAILED, `retry_after_s` when.
     """
@@ -48,6 +53,7 @@ class Outcome:
     def __post_init__(self) -> None:
         if (self.reward is None) != (self.verdict is Verdict.FAILED):
             raise ValueError(f"a {self.verdict.value} outcome with reward {self.reward}")
+        object.__setattr__(self, "extracted", self.extracted[:MAX_EXTRACTED_CHARACTERS])
 
     @classmethod
     def correct(cls, extracted: str) -> Self:
@@ -66,7 +72,9 @@ class Outcome:
 
     @classmethod
     def failed(cls, reason: str, *, retryable: bool, extracted: str = "", retry_after_s: float | None = None) -> Self:
-        """No reward."""
+        """No reward. A failure that may pass always says when to ask again."""
+        if retryable and retry_after_s is None:
+            retry_after_s = RETRY_AFTER_S
         return cls(Verdict.FAILED, None, extracted, reason, retryable, retry_after_s=retry_after_s)
 
 
@@ -149,3 +157,11 @@ def extract_answer(response: str, marker: str) -> str | None:
         return response.strip()
     _, found, answer = response.rpartition(marker)
     return answer.strip() if found else None
+
+
+def read_answer(item: Item[Any]) -> str | Outcome:
+    """The item's answer; where its marker is not there, or nothing follows it, the outcome that says so."""
+    answer = extract_answer(item.response, item.answer_marker)
+    if answer is None:
+        return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
+    return answer or Outcome.ungradable("the answer is empty")

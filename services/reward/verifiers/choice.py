@@ -10,10 +10,9 @@ from typing import ClassVar
 from perigee.errors import FieldViolation
 from services.reward.mathematics.answers import drop_reasoning
 from services.reward.mathematics.boxes import find_boxed
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, read_answer
 from services.reward.verifiers.short_answer import normalise_phrase
 
-MAX_EXTRACTED_CHARACTERS = 1000
 # Longer than any option with its reason.
 MAX_ANSWER_CHARACTERS = 3000
 # The answer stands at the end; what stands before is reasoning about the options.
@@ -63,17 +62,15 @@ class ChoiceVerifier(Verifier[ChoiceParameters]):
         return []
 
     async def judge(self, item: Item[ChoiceParameters]) -> Outcome:
-        text = extract_answer(item.response, item.answer_marker)
-        if text is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        if not text:
-            return Outcome.ungradable("the answer is empty")
+        text = read_answer(item)
+        if isinstance(text, Outcome):
+            return text
         expected = read_reference(item.parameters.reference)
         allowed = allowed_letters(item.parameters)
         answers = find_answers(text, marked=bool(item.answer_marker))
         if not answers:
             return Outcome.ungradable("the response gives no final answer")
-        extracted = answers[-1][:MAX_EXTRACTED_CHARACTERS]
+        extracted = answers[-1]
         if max(map(len, answers)) > MAX_ANSWER_CHARACTERS:
             return Outcome.ungradable("the answer is too long to name an option", extracted)
         found = [read_choice(answer, allowed, item.parameters.options) for answer in answers]

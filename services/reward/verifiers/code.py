@@ -22,7 +22,6 @@ from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
 from services.reward.config import CodeConfig
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
 
-MAX_EXTRACTED_CHARACTERS = 1000
 MAX_REASON_CHARACTERS = 500
 FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 5.0
@@ -112,14 +111,13 @@ class CodeVerifier(Verifier[CodeParameters]):
         source = find_program(text)
         if not source:
             return Outcome.ungradable("the program is empty")
-        extracted = source[:MAX_EXTRACTED_CHARACTERS]
         async with self._slots:
-            return await self._judge_until_deadline(item.parameters, source, extracted)
+            return await self._judge_until_deadline(item.parameters, source)
 
-    async def _judge_until_deadline(self, parameters: CodeParameters, source: str, extracted: str) -> Outcome:
+    async def _judge_until_deadline(self, parameters: CodeParameters, source: str) -> Outcome:
         end = time.monotonic() + self._config.timeout_s
         request = build_request(parameters, source)
-        pause_s = FIRST_PAUSE_S
+        backoff_s = FIRST_PAUSE_S
         reason = ""
         while True:
             hint_s: float | None = None
@@ -127,7 +125,7 @@ class CodeVerifier(Verifier[CodeParameters]):
                 response = await self._sandbox.judge(request, timeout_s=max(0.01, end - time.monotonic()))
                 self._problem = ""
                 if is_judgement(response, parameters):
-                    return read_judgement(response, parameters, extracted)
+                    return read_judgement(response, parameters, source)
                 reason = f"the sandbox could not judge: {infrastructure_reason(response)}"
             except DeadlineExceededError:
                 reason = reason or f"the sandbox did not answer within {self._config.timeout_s:g} s"
@@ -135,14 +133,14 @@ class CodeVerifier(Verifier[CodeParameters]):
                 reason, hint_s = error.message, error.retry_after_s
                 self._problem = error.message if isinstance(error, UnavailableError) else ""
             except InvalidArgumentError as error:
-                return read_refusal(error, extracted)
+                return read_refusal(error, source)
             except PerigeeError as error:
-                return Outcome.failed(error.message, retryable=False, extracted=extracted)
-            pause_s = min(max(pause_s, hint_s or 0.0), LAST_PAUSE_S)
+                return Outcome.failed(error.message, retryable=False, extracted=source)
+            pause_s = max(min(backoff_s, LAST_PAUSE_S), hint_s or 0.0)
             if time.monotonic() + pause_s >= end:
-                return Outcome.failed(reason, retryable=True, extracted=extracted, retry_after_s=pause_s)
+                return Outcome.failed(reason, retryable=True, extracted=source, retry_after_s=pause_s)
             await asyncio.sleep(pause_s)
-            pause_s *= 2
+            backoff_s *= 2
 
 
 def find_program(text: str) -> str:

@@ -33,6 +33,11 @@ class CompositePart:
     weight: float
     gate: bool = False
 
+    @property
+    def counts(self) -> bool:
+        """Whether verdict and reward depend on the part; one that has neither weight nor gate is only reported."""
+        return self.gate or self.weight > 0
+
 
 @dataclass(frozen=True)
 class CompositeParameters(Parameters):
@@ -45,11 +50,11 @@ class CompositeVerifier(Verifier[CompositeParameters]):
     """The weighted mean of its parts; correct when every gate and every weighted part is.
 
     Gates are judged first: one that is not correct makes the whole wrong with reward 0, and the rest is not judged. A
-    part that FAILED makes the whole FAILED unless a gate decided. Parts that were judged are reported.
+    gate or weighted part that FAILED makes the whole FAILED unless a gate decided. Parts that were judged are reported.
     """
 
     name: ClassVar[str] = "composite"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     def __init__(
         self,
@@ -116,19 +121,17 @@ def part_item(item: Item[CompositeParameters], part: CompositePart) -> Item[Any]
 def combine(parts: Sequence[CompositePart], outcomes: Mapping[str, Outcome]) -> Outcome:
     """The whole's outcome once no gate has decided."""
     extracted = first_extracted(parts, outcomes)
-    failed = [(part, outcomes[part.name]) for part in parts if is_failed(outcomes.get(part.name))]
+    counted = [part for part in parts if part.counts]
+    failed = [(part, outcomes[part.name]) for part in counted if is_failed(outcomes.get(part.name))]
     if failed:
         reason = "; ".join(f"part {part.name}: {outcome.reason}" for part, outcome in failed)
+        # One that fails for good makes asking again useless.
+        retryable = all(outcome.retryable for _, outcome in failed)
         hints = [outcome.retry_after_s for _, outcome in failed if outcome.retry_after_s is not None]
-        return Outcome.failed(
-            reason,
-            retryable=any(outcome.retryable for _, outcome in failed),
-            extracted=extracted,
-            retry_after_s=max(hints, default=None),
-        )
+        hint_s = max(hints, default=None) if retryable else None
+        return Outcome.failed(reason, retryable=retryable, extracted=extracted, retry_after_s=hint_s)
     total = sum(part.weight for part in parts)
     reward = sum(part.weight * (outcomes[part.name].reward or 0.0) for part in parts) / total
-    counted = [part for part in parts if part.gate or part.weight > 0]
     missed = [part for part in counted if outcomes[part.name].verdict is not Verdict.CORRECT]
     if not missed:
         return Outcome(Verdict.CORRECT, reward, extracted)

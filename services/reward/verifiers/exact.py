@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from perigee.errors import FieldViolation
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
-
-MAX_EXTRACTED_CHARACTERS = 1000
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, read_answer
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,7 @@ class ExactVerifier(Verifier[ExactParameters]):
         return [] if parameters.reference.strip() else [FieldViolation("exact.reference", "is required")]
 
     async def judge(self, item: Item[ExactParameters]) -> Outcome:
-        answer = extract_answer(item.response, item.answer_marker)
-        if answer is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        if not answer:
-            return Outcome.ungradable("the answer is empty")
-        extracted = answer[:MAX_EXTRACTED_CHARACTERS]
-        return Outcome.correct(extracted) if answer == item.parameters.reference.strip() else Outcome.wrong(extracted)
+        answer = read_answer(item)
+        if isinstance(answer, Outcome):
+            return answer
+        return Outcome.correct(answer) if answer == item.parameters.reference.strip() else Outcome.wrong(answer)

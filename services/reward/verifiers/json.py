@@ -12,10 +12,9 @@ import jsonschema
 from perigee.errors import FieldViolation
 from services.reward.check_pool import CheckPool
 from services.reward.pattern_checks import NoJsonError, read_json
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, read_answer
 
 MAX_SCHEMA_CHARACTERS = 64 << 10
-MAX_EXTRACTED_CHARACTERS = 1000
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,9 @@ class JsonVerifier(Verifier[JsonParameters]):
         return violations
 
     async def judge(self, item: Item[JsonParameters]) -> Outcome:
-        answer = extract_answer(item.response, item.answer_marker)
-        if answer is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        if not answer:
-            return Outcome.ungradable("the answer is empty")
+        answer = read_answer(item)
+        if isinstance(answer, Outcome):
+            return answer
         request = {
             "kind": "json",
             "schema": item.parameters.schema,
@@ -65,15 +62,14 @@ class JsonVerifier(Verifier[JsonParameters]):
             "text": answer,
         }
         reply = await self._pool.check(request)
-        extracted = answer[:MAX_EXTRACTED_CHARACTERS]
         match reply.status:
             case "equal":
-                return Outcome.correct(extracted)
+                return Outcome.correct(answer)
             case "different":
-                return Outcome.wrong(extracted, reply.reason)
+                return Outcome.wrong(answer, reply.reason)
             case "unreadable":
-                return Outcome.ungradable(reply.reason, extracted)
-        return reply.failure(extracted)
+                return Outcome.ungradable(reply.reason, answer)
+        return reply.failure(answer)
 
 
 @lru_cache(maxsize=64)

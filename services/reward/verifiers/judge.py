@@ -14,9 +14,7 @@ from services.reward.config import MAX_VOTES, JudgeConfig
 from services.reward.judging.endpoint import Endpoint
 from services.reward.judging.prompts import Case, Quoted
 from services.reward.judging.votes import Vote, VoteError, tally
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer, graded_whole
-
-MAX_EXTRACTED_CHARACTERS = 1000
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, graded_whole, read_answer
 
 
 @dataclass(frozen=True)
@@ -73,11 +71,9 @@ class JudgeVerifier(Verifier[JudgeParameters]):
         return graded_whole(item)
 
     async def judge(self, item: Item[JudgeParameters]) -> Outcome:
-        answer = extract_answer(item.response, item.answer_marker)
-        if answer is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        if not answer:
-            return Outcome.ungradable("the answer is empty")
+        answer = read_answer(item)
+        if isinstance(answer, Outcome):
+            return answer
         parameters = item.parameters
         endpoint = self._endpoints.get(parameters.judge or self._default)
         if endpoint is None:
@@ -88,7 +84,7 @@ class JudgeVerifier(Verifier[JudgeParameters]):
         votes = endpoint.config.votes if parameters.votes is None else parameters.votes
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(cast_vote(endpoint, quoted)) for _ in range(votes)]
-        extracted = answer[:MAX_EXTRACTED_CHARACTERS] if item.answer_marker else ""
+        extracted = answer if item.answer_marker else ""
         return tally([task.result() for task in tasks], extracted)
 
 

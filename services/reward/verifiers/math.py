@@ -14,7 +14,6 @@ from services.reward.mathematics.families import Family
 from services.reward.mathematics.shapes import Relation
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
 
-MAX_EXTRACTED_CHARACTERS = 1000
 # Longer answers are taken apart in a process of their own, so that nobody waits for them.
 IN_PROCESS_CHARACTERS = 400
 # Nobody answers at such length; a longer reference allows a longer answer.
@@ -81,28 +80,27 @@ class MathVerifier(Verifier[MathParameters]):
         answer = find_answer(item)
         if answer is None:
             return Outcome.ungradable(explain_absence(item))
-        extracted = answer[:MAX_EXTRACTED_CHARACTERS]
         references = [item.parameters.reference, *item.parameters.alternatives]
         most = max(MAX_ANSWER_CHARACTERS, LONGER_THAN_REFERENCE * max(map(len, references)))
         if len(answer) > most:
-            return Outcome.ungradable(f"the answer has {len(answer)} characters, more than {most}", extracted)
+            return Outcome.ungradable(f"the answer has {len(answer)} characters, more than {most}", answer)
         undecided = references
         if max(map(len, [answer, *references])) <= IN_PROCESS_CHARACTERS:
             verdicts = {reference: compare_plainly(reference, answer) for reference in references}
             if any(verdicts.values()):
-                return Outcome.correct(extracted)
+                return Outcome.correct(answer)
             undecided = [reference for reference, verdict in verdicts.items() if verdict is None]
             if not undecided:
-                return Outcome.wrong(extracted)
+                return Outcome.wrong(answer)
         reply = await self._pool.check({"references": undecided, "answer": answer})
         match reply.status:
             case "equal":
-                return Outcome.correct(extracted)
+                return Outcome.correct(answer)
             case "different":
-                return Outcome.wrong(extracted)
+                return Outcome.wrong(answer)
             case "unreadable":
-                return Outcome.ungradable(reply.reason, extracted)
-        return reply.failure(extracted)
+                return Outcome.ungradable(reply.reason, answer)
+        return reply.failure(answer)
 
 
 def compare_plainly(reference: str, answer: str) -> bool | None:

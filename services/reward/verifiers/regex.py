@@ -14,7 +14,6 @@ from services.reward.pattern_checks import compile_pattern
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
 
 MAX_PATTERN_CHARACTERS = 2000
-MAX_EXTRACTED_CHARACTERS = 1000
 # The pattern's own timeout ends before its process is killed: a kill costs a fork.
 SHARE_OF_DEADLINE = 0.9
 
@@ -67,7 +66,7 @@ class RegexVerifier(Verifier[RegexParameters]):
             "timeout_s": self._timeout_s,
         }
         reply = await self._pool.check(request)
-        extracted = "" if item.parameters.search_response else text[:MAX_EXTRACTED_CHARACTERS]
+        extracted = "" if item.parameters.search_response else text
         match reply.status:
             case "match":
                 return Outcome.correct(extracted or reply.reason)

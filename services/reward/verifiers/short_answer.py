@@ -10,9 +10,8 @@ from typing import ClassVar
 from perigee.errors import FieldViolation
 from services.reward.mathematics.answers import find_final_answer
 from services.reward.mathematics.expectations import WORDS
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, read_answer
 
-MAX_EXTRACTED_CHARACTERS = 1000
 # A longer one is an essay and not a short answer; normalising it would only take time.
 MAX_ANSWER_CHARACTERS = 2000
 ARTICLES = ("a", "an", "the")
@@ -48,19 +47,18 @@ class ShortAnswerVerifier(Verifier[ShortAnswerParameters]):
         ]
 
     async def judge(self, item: Item[ShortAnswerParameters]) -> Outcome:
-        text = extract_answer(item.response, item.answer_marker)
-        if text is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        answer = find_final_answer(text, marked=bool(item.answer_marker), expectation=WORDS) if text else None
+        text = read_answer(item)
+        if isinstance(text, Outcome):
+            return text
+        answer = find_final_answer(text, marked=bool(item.answer_marker), expectation=WORDS)
         if answer is None:
-            return Outcome.ungradable("the response gives no final answer" if text else "the answer is empty")
-        extracted = answer[:MAX_EXTRACTED_CHARACTERS]
+            return Outcome.ungradable("the response gives no final answer")
         if len(answer) > MAX_ANSWER_CHARACTERS:
-            return Outcome.ungradable(f"the answer has {len(answer)} characters", extracted)
+            return Outcome.ungradable(f"the answer has {len(answer)} characters", answer)
         references = {normalise_phrase(reference) for reference in item.parameters.references}
-        answer = TEXT_COMMAND.sub(r"\1", answer)
-        found = {normalise_phrase(answer), normalise_phrase(LEAD.sub("", answer.strip()))}
-        return Outcome.correct(extracted) if references & found else Outcome.wrong(extracted)
+        words = TEXT_COMMAND.sub(r"\1", answer)
+        found = {normalise_phrase(words), normalise_phrase(LEAD.sub("", words.strip()))}
+        return Outcome.correct(answer) if references & found else Outcome.wrong(answer)
 
 
 def normalise_phrase(text: str) -> str:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import asyncio
 import math
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from perigee.errors import FieldViolation, InternalError, PerigeeError, UnavailableError
 from services.reward.config import ValueHeadConfig
 from services.reward.value_head.folder import Description, read_description
 from services.reward.value_head.micro_batcher import MicroBatcher
 from services.reward.value_head.template import Encoder, load_tokenizer
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, extract_answer, graded_whole
+from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, graded_whole, read_answer
 from services.reward.worker_pool import WorkerDiedError, WorkerPool
 
-MAX_EXTRACTED_CHARACTERS = 1000
-RETRY_AFTER_S = 1.0
 DIGEST_CHARACTERS = 12
+
+# Of one sequence: a number, None where it is no number, or why there is none.
+Score = float | None | PerigeeError
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         self._encoder: Encoder | None = None
         command = (sys.executable, "-m", "services.reward.value_head.worker")
         arguments = (config.path or "", config.device, str(config.threads))
-        self.pool = WorkerPool((*command, *arguments), 1, config.start_timeout_s)
-        self._batcher = MicroBatcher(
+        self._pool = WorkerPool((*command, *arguments), 1, config.start_timeout_s, config.timeout_s)
+        self._batcher = MicroBatcher[Score](
             self._score, config.max_batch_tokens, config.max_batch_items, config.batch_wait_ms / 1000
         )
 
@@ -65,7 +67,7 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         # The instance's, because it depends on the model.
         self.version = f"1-{description.digest[:DIGEST_CHARACTERS]}"  # type: ignore[misc]
         try:
-            await self.pool.start()
+            await self._pool.start()
         except WorkerDiedError as error:
             raise UnavailableError(
                 f"reward.value_head.path: the model in {folder} does not start: {error.message}; see the log"
@@ -74,7 +76,7 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
 
     async def close(self) -> None:
         await self._batcher.close()
-        await self.pool.close()
+        await self._pool.close()
 
     def find_violations(self, parameters: ValueHeadParameters) -> list[FieldViolation]:
         threshold = parameters.threshold
@@ -86,23 +88,22 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         return graded_whole(item)
 
     async def judge(self, item: Item[ValueHeadParameters]) -> Outcome:
-        answer = extract_answer(item.response, item.answer_marker)
-        if answer is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        if not answer:
-            return Outcome.ungradable("the answer is empty")
+        answer = read_answer(item)
+        if isinstance(answer, Outcome):
+            return answer
         if self._encoder is None or self._description is None:
             return Outcome.failed(self.unavailable or "the model is not loaded", retryable=False)
-        extracted = answer[:MAX_EXTRACTED_CHARACTERS] if item.answer_marker else ""
+        extracted = answer if item.answer_marker else ""
         reference = item.parameters.reference
         # Long texts take long enough to hold others up.
         tokens = await asyncio.to_thread(self._encoder.encode, item.prompt, reference, answer)
         try:
             score = await self._batcher.submit(tokens)
-        except InternalError as error:
-            return Outcome.failed(error.message, retryable=False, extracted=extracted)
         except PerigeeError as error:
-            return Outcome.failed(error.message, retryable=True, extracted=extracted, retry_after_s=RETRY_AFTER_S)
+            score = error
+        if isinstance(score, PerigeeError):
+            retryable = not isinstance(score, InternalError)
+            return Outcome.failed(score.message, retryable=retryable, extracted=extracted)
         if score is None:
             return Outcome.failed("the model's score is not a number", retryable=False, extracted=extracted)
         given = item.parameters.threshold
@@ -115,14 +116,27 @@ class ValueHeadVerifier(Verifier[ValueHeadParameters]):
         reason = f"probability {probability:.4f}, threshold {threshold:.4f}"
         return Outcome(verdict, reward, extracted, reason)
 
-    async def _score(self, sequences: list[Sequence[int]]) -> list[float | None]:
-        """The scores of one batch; None where a score is no number.
+    async def _score(self, sequences: list[Sequence[int]]) -> list[Score]:
+        """The scores of one batch; None where a score is no number. What the model refuses is found in halves, so that
+        it fails alone.
 
-        Raises WorkerDiedError when the process dies or takes too long, UnavailableError or InternalError when it says
-        that it failed.
+        Raises WorkerDiedError when the process dies twice or takes too long.
         """
-        reply = await self.pool.ask({"sequences": sequences}, self._config.timeout_s)
-        if reply["status"] == "failed":
-            raise (UnavailableError if reply["retryable"] else InternalError)(reply["reason"])
-        scores: list[float | None] = reply["scores"]
-        return scores
+        reply = await self._ask({"sequences": sequences})
+        if reply["status"] == "scored":
+            scores: list[Score] = reply["scores"]
+            return scores
+        if len(sequences) == 1:
+            return [(UnavailableError if reply["retryable"] else InternalError)(reply["reason"])]
+        half = len(sequences) // 2
+        return [*await self._score(sequences[:half]), *await self._score(sequences[half:])]
+
+    async def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The process's reply; a request whose process died is tried once more."""
+        end = time.monotonic() + self._config.timeout_s
+        try:
+            return await self._pool.ask(request)
+        except WorkerDiedError:
+            if time.monotonic() >= end:
+                raise
+            return await self._pool.ask(request)

@@ -2,21 +2,23 @@
 
 Keys are the fields' names. Enums are lower-case names without their prefix, 64-bit integers are numbers, and a bytes
 field `x` is text under `x` or base64 under `x_base64`. Scalars, lists and maps are always written; messages, members of
-a oneof and optional fields only where they are set. When read, null stands for a field that is not there.
+a oneof and optional fields only where they are set. When read, null stands for a field that is not there. What is read
+need not come from JSON: mappings are objects, and subclasses are what their bases are.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from perigee.errors import FieldViolation, InvalidArgumentError
-from services.kit.json_fields import BASE64_SUFFIX, Field, fields_of, keys_of
-from services.kit.json_scalars import name_type, read_base64, shown, write_base64
+from perigee.json_fields import BASE64_SUFFIX, Field, fields_of, keys_of
+from perigee.json_scalars import name_type, read_base64, shown, write_base64
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -60,17 +62,31 @@ def read_message(message_class: type[MessageT], value: Any) -> MessageT:
     Raises InvalidArgumentError with every violation, the first 1000 of them at most.
     """
     message = message_class()
+    if violations := fill_message(message, value):
+        first = "; ".join(f"{violation.field}: {violation.description}" for violation in violations[:5])
+        raise InvalidArgumentError(first, violations=violations)
+    return message
+
+
+def fill_message(message: Message, value: Any, place: str = "") -> list[FieldViolation]:
+    """Sets the fields of a message from a JSON value that stands at `place`; what is wrong with it, field by field.
+
+    At most 1000 violations; with any of them the message is incomplete.
+    """
     reader = _Reader()
     try:
-        reader.read(message, value, None)
+        reader.read(message, value, (None, place) if place else None)
     except _TooManyViolationsError:
         pass
-    except RecursionError as error:
-        raise InvalidArgumentError.of("body", "is nested too deeply") from error
-    if reader.violations:
-        first = "; ".join(f"{violation.field}: {violation.description}" for violation in reader.violations[:5])
-        raise InvalidArgumentError(first, violations=reader.violations)
-    return message
+    except RecursionError:
+        return [FieldViolation(place or "body", "is nested too deeply")]
+    return reader.violations
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """What to say about a key that is not known: the nearest one that is."""
+    near = difflib.get_close_matches(key, known, n=1) if len(key) <= _LONGEST_GUESS else []
+    return f"unknown key; did you mean {near[0]}?" if near else "unknown key"
 
 
 def write_message(message: Message) -> dict[str, Any]:
@@ -106,7 +122,7 @@ class _Reader:
 
     def read(self, message: Message, value: Any, path: _Path) -> None:
         """Fills the message, which a violation may leave incomplete."""
-        if type(value) is not dict:
+        if not isinstance(value, Mapping):
             self._add(path, f"must be an object, got {name_type(value)}")
             return
         keys = keys_of(message.DESCRIPTOR)
@@ -114,7 +130,7 @@ class _Reader:
         for key, item in value.items():
             field, is_base64 = keys.get(key, (None, False))
             if field is None:
-                self._add((path, _Key(key)), f"unknown key{_guess(key, keys)}")
+                self._add((path, _Key(str(key))), unknown_key(str(key), keys))
                 continue
             if item is None:
                 continue
@@ -146,7 +162,7 @@ class _Reader:
             self.read(part, item, path)
 
     def _set_list(self, target: Any, read: Any, item: Any, path: _Path) -> None:
-        if type(item) is not list:
+        if not isinstance(item, list):
             raise ValueError(f"must be an array, got {name_type(item)}")
         for index, element in enumerate(item):
             if read is None:
@@ -160,7 +176,7 @@ class _Reader:
                 self._add((path, index), str(error))
 
     def _set_map(self, target: Any, field: Field, read: Any, item: Any, path: _Path) -> None:
-        if type(item) is not dict:
+        if not isinstance(item, Mapping):
             raise ValueError(f"must be an object, got {name_type(item)}")
         for text, element in item.items():
             here = (path, _Key(text))
@@ -192,11 +208,6 @@ def _write_path(path: _Path) -> str:
         else:
             steps.append(f".{step.text if isinstance(step, _Key) else step}")
     return "".join(reversed(steps)).removeprefix(".") or "body"
-
-
-def _guess(key: str, keys: dict[str, Any]) -> str:
-    near = difflib.get_close_matches(key, keys, n=1) if len(key) <= _LONGEST_GUESS else []
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def _write_bytes(field: Field, value: Any) -> tuple[str, Any]:

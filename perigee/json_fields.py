@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 
-from services.kit import json_scalars as scalars
+from perigee import json_scalars as scalars
 
 Convert = Callable[[Any], Any]
 

@@ -3,8 +3,10 @@
 import json
 import math
 from collections.abc import Sequence
+from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import Message
@@ -13,10 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.json_codec import MAX_VIOLATIONS, dump_json, fill_message, parse_json, read_message, write_message
+from perigee.json_fields import enum_names
 from perigee.reward.v1 import reward_pb2
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.kit.json_codec import MAX_VIOLATIONS, dump_json, parse_json, read_message, write_message
-from services.kit.json_fields import enum_names
 from services.kit.openapi import descriptor_of
 from tests.fixtures.messages import messages_of
 
@@ -231,6 +233,25 @@ def test_a_body_that_is_no_json_is_named(body: bytes, description: str) -> None:
 def test_a_body_that_is_no_object_is_named() -> None:
     with pytest.raises(InvalidArgumentError, match="body: must be an object, got an array"):
         read_message(pb.ExecuteRequest, [])
+
+
+def test_a_message_is_filled_at_a_place_and_keeps_what_is_not_said() -> None:
+    request = pb.JudgeRequest(language="python", setup_code="import math")
+    assert fill_message(request, {"setup_code": "", "limits": {"wall_ms": 5}}, "a.b") == []
+    assert request == pb.JudgeRequest(language="python", limits=pb.Limits(wall_ms=5))
+    violations = fill_message(request, {"limits": {"wal_ms": 5}, "tests": [1]}, "a.b")
+    assert [violation.field for violation in violations] == ["a.b.limits.wal_ms", "a.b.tests[0]"]
+    assert fill_message(request, 7, "a.b") == [FieldViolation("a.b", "must be an object, got a number")]
+
+
+def test_values_that_are_not_from_json_are_read_as_what_they_are() -> None:
+    limits = MappingProxyType({"wall_ms": np.float64(5.0)})
+    request = MappingProxyType({"language": np.str_("python"), "limits": limits})
+    assert read_message(pb.JudgeRequest, request) == pb.JudgeRequest(language="python", limits=pb.Limits(wall_ms=5))
+    with pytest.raises(InvalidArgumentError, match=r"limits.wall_ms: must be an integer, got Python's int64"):
+        read_message(pb.JudgeRequest, {"limits": {"wall_ms": np.int64(5)}})
+    with pytest.raises(InvalidArgumentError, match=r"\['7'\]: unknown key"):
+        read_message(pb.JudgeRequest, {7: "x"})
 
 
 def test_deep_nesting_and_many_violations_end_early() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 SPECIAL_FLOATS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}  # JSON has no numbers for these
 _SHOWN_CHARACTERS = 60
 _TYPE_NAMES: dict[type, str] = {
+    type(None): "null",
     str: "a string",
     bool: "a boolean",
     int: "a number",
@@ -21,7 +22,7 @@ _TYPE_NAMES: dict[type, str] = {
 
 def name_type(value: object) -> str:
     """What a JSON value is, with its article."""
-    return _TYPE_NAMES.get(type(value), "null")
+    return _TYPE_NAMES.get(type(value)) or f"Python's {type(value).__name__}"
 
 
 def shown(text: str) -> str:
@@ -31,7 +32,7 @@ def shown(text: str) -> str:
 
 def read_string(value: object) -> str:
     """A string; one with lone surrogates is refused later, where it is encoded."""
-    if type(value) is not str:
+    if not isinstance(value, str):
         raise ValueError(f"must be a string, got {name_type(value)}")
     return value
 
@@ -52,9 +53,9 @@ def read_base64(value: object) -> bytes:
 
 def read_int(low: int, high: int, value: Any) -> int:
     """An integer of a range, ends included; 1.0 is one."""
-    if type(value) is float and value.is_integer():
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if type(value) is not int:
+    if not isinstance(value, int) or isinstance(value, bool):
         raise ValueError(f"must be an integer, got {name_type(value)}")
     if not low <= value <= high:
         raise ValueError(f"must be from {low} to {high}")
@@ -63,7 +64,7 @@ def read_int(low: int, high: int, value: Any) -> int:
 
 def read_enum(numbers: dict[str, int], known: tuple[str, ...], value: Any) -> int:
     """The number of an enum's name in whatever case; a number stays as it is, for enums are open."""
-    if type(value) is int:
+    if isinstance(value, int) and not isinstance(value, bool):
         return read_int(-(2**31), 2**31 - 1, value)
     number = numbers.get(read_string(value).lower())
     if number is None:
@@ -73,16 +74,16 @@ def read_enum(numbers: dict[str, int], known: tuple[str, ...], value: Any) -> in
 
 def read_bool(value: Any) -> bool:
     """A boolean."""
-    if type(value) is not bool:
+    if not isinstance(value, bool):
         raise ValueError(f"must be true or false, got {name_type(value)}")
     return value
 
 
 def read_double(value: Any) -> float:
     """A number, or the name of one that JSON has not."""
-    if type(value) is str and value in SPECIAL_FLOATS:
+    if isinstance(value, str) and value in SPECIAL_FLOATS:
         return SPECIAL_FLOATS[value]
-    if type(value) not in (int, float):
+    if not isinstance(value, int | float) or isinstance(value, bool):
         raise ValueError(f"must be a number, got {name_type(value)}")
     try:
         number = float(value)

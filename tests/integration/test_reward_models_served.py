@@ -1,0 +1,135 @@
+"""Judges and value heads behind the running service: the same over gRPC and HTTP, and no reward when they fail."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from perigee.buffer.v1.buffer_pb2 import VERDICT_CORRECT, VERDICT_FAILED
+from perigee.json_codec import read_message
+from perigee.reward.v1 import reward_pb2 as pb
+from services.reward.config import JudgeConfig, JudgeEndpointConfig, ValueHeadConfig
+from tests.fixtures.judge import FakeJudge, Reply, text_of, verdict
+from tests.fixtures.reward import running_gateway, score
+
+PHOTO = "https://example.org/photo.jpg"
+EASY = {"id": "easy", "response": "#4", "answer_marker": "#", "math": {"reference": "4"}}
+JUDGED = {"id": "judged", "prompt": "What is it?", "response": "A cat.", "judge": {"reference": "a cat"}}
+
+
+def judge_config(url: str, **fields: Any) -> JudgeConfig:
+    endpoint = JudgeEndpointConfig(base_url=url, model="tiny", **fields)
+    return JudgeConfig(judges={"main": endpoint})
+
+
+def make_png() -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (2, 3), "red").save(stream, "PNG")
+    return stream.getvalue()
+
+
+async def test_images_travel_to_the_judge_as_bytes_and_addresses(fake_judge: FakeJudge) -> None:
+    fake_judge.otherwise = verdict("correct", "It is one.")
+    data = base64.b64encode(make_png()).decode()
+    item = JUDGED | {"images": [{"data_base64": data}, {"url": PHOTO}], "judge": {"reference": "a cat", "votes": 3}}
+    async with running_gateway(judge=judge_config(fake_judge.url), cache_entries=0) as (client, http):
+        [outcome] = await score(client, read_message(pb.ScoreRequest, {"items": [item]}).items)
+        answer = await http.post("/v1/score/collected", json={"items": [item]})
+    assert (outcome.id, outcome.verdict, outcome.reward, outcome.reason) == (
+        "judged",
+        VERDICT_CORRECT,
+        1.0,
+        "It is one.",
+    )
+    assert (outcome.verifier, outcome.verifier_version) == ("judge", "1")
+    assert outcome.latency_ms > 0
+    assert [(part.name, part.verdict, part.reward) for part in outcome.parts] == [
+        (f"vote {n}", VERDICT_CORRECT, 1.0) for n in (1, 2, 3)
+    ]
+    [told] = answer.json()["outcomes"]
+    assert (told["verdict"], told["reward"], len(told["parts"])) == ("correct", 1.0, 3)
+    assert len(fake_judge.requests) == 6
+    for request in fake_judge.requests:
+        _, *images = request["messages"][-1]["content"]
+        assert [image["image_url"]["url"] for image in images] == [f"data:image/png;base64,{data}", PHOTO]
+        assert "What is it?" in text_of(request)
+
+
+async def fail(judge: JudgeConfig, reason: str) -> None:
+    """Both protocols tell the failure, with a reason and a hint, and judge the item beside it."""
+    async with running_gateway(judge=judge) as (client, http):
+        items = read_message(pb.ScoreRequest, {"items": [JUDGED, EASY]}).items
+        outcomes = {outcome.id: outcome for outcome in await score(client, items)}
+        answer = (await http.post("/v1/score/collected", json={"items": [JUDGED, EASY]})).json()
+        streamed = await http.post("/v1/score", json={"items": [JUDGED]})
+    line = json.loads(streamed.text)
+    failed = outcomes["judged"]
+    assert (failed.verdict, failed.HasField("reward"), failed.retryable) == (VERDICT_FAILED, False, True)
+    assert failed.retry_after_ms > 0
+    assert reason in failed.reason
+    assert outcomes["easy"].reward == 1.0
+    told, easy = answer["outcomes"]
+    for each in (told, line):
+        assert (each["verdict"], "reward" in each, each["retryable"]) == ("failed", False, True)
+        assert each["retry_after_ms"] > 0
+        assert reason in each["reason"]
+    assert easy["reward"] == 1.0
+
+
+async def test_a_judge_that_is_down_gives_no_reward() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
+        await fail(judge_config(url, timeout_s=0.3), "cannot be reached")
+
+
+async def test_a_judge_that_is_slow_gives_no_reward(fake_judge: FakeJudge) -> None:
+    fake_judge.otherwise = Reply(delay_s=60)
+    await fail(judge_config(fake_judge.url, timeout_s=0.3), "did not answer within")
+
+
+@pytest.mark.parametrize(
+    "rubbish",
+    [
+        Reply("correct"),
+        Reply('{"reasoning": "", "verdict": "correct", "reward": 1}'),
+        Reply('{"verdict": "perfect"}'),
+        Reply(body="<html>"),
+    ],
+    ids=["word", "more than asked", "no verdict", "html"],
+)
+async def test_a_judge_that_talks_rubbish_gives_no_reward(fake_judge: FakeJudge, rubbish: Reply) -> None:
+    fake_judge.otherwise = rubbish
+    await fail(judge_config(fake_judge.url), "judge main: ")
+
+
+@pytest.mark.timeout(300)  # waits for a model to be trained
+async def test_a_value_head_is_served_over_both_protocols(value_head_folder: Path) -> None:
+    sums = [(a, b) for a in range(20, 40, 4) for b in range(21, 41, 4)]
+    items = [
+        {"id": f"{a}+{b}={c}", "prompt": f"{a}+{b}", "response": f"It is {c}", "value_head": {"reference": str(a + b)}}
+        for a, b in sums
+        for c in (a + b, a + b + 11)
+    ]
+    config = ValueHeadConfig(path=str(value_head_folder), device="cpu", reward="probability", max_batch_items=16)
+    async with running_gateway(value_head=config, cache_entries=0) as (client, http):
+        request = read_message(pb.ScoreRequest, {"items": items})
+        outcomes = {outcome.id: outcome for outcome in await score(client, request.items)}
+        told = (await http.post("/v1/score/collected", json={"items": items})).json()["outcomes"]
+        listed = (await client.list_verifiers(pb.ListVerifiersRequest())).verifiers
+    [version] = [verifier.version for verifier in listed if verifier.name == "value_head"]
+    assert version.startswith("1-")
+    assert {outcome.verifier_version for outcome in outcomes.values()} == {version}
+    right = [outcomes[f"{a}+{b}={a + b}"].reward for a, b in sums]
+    wrong = [outcomes[f"{a}+{b}={a + b + 11}"].reward for a, b in sums]
+    assert sum(right) / len(sums) > 0.25 + sum(wrong) / len(sums)
+    # Batches differ, scores do not.
+    assert [each["id"] for each in told] == [item["id"] for item in items]
+    assert [each["reward"] for each in told] == pytest.approx([outcomes[item["id"]].reward for item in items], abs=1e-5)

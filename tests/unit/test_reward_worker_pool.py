@@ -1,0 +1,86 @@
+"""Worker processes that answer, fall silent and die, with a worker that does as it is told."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from services.reward.worker_pool import WorkerDiedError, WorkerPool
+
+# Answers after the pause that a request asks for; dies of a pause that is none.
+WORKER = """
+import json, sys, time
+print("ready", flush=True)
+for line in sys.stdin:
+    request = json.loads(line)
+    if "cancel" in request:
+        continue
+    if request["pause"] is None:
+        sys.exit(1)
+    time.sleep(request["pause"])
+    print(json.dumps({"id": request["id"], "said": request["text"]}), flush=True)
+"""
+
+
+@asynccontextmanager
+async def running(script: str = WORKER, silence_s: float = 60.0, start_s: float = 60.0) -> AsyncIterator[WorkerPool]:
+    pool = WorkerPool((sys.executable, "-c", script), 1, start_s, silence_s)
+    try:
+        yield pool
+    finally:
+        await pool.close()
+
+
+async def ask(pool: WorkerPool, text: str, pause: float | None = 0.0) -> str:
+    return str((await pool.ask({"text": text, "pause": pause}))["said"])
+
+
+async def test_many_requests_get_their_own_answers() -> None:
+    async with running() as pool:
+        await pool.start()
+        texts = [str(number) for number in range(50)]
+        assert await asyncio.gather(*(ask(pool, text) for text in texts)) == texts
+
+
+async def test_requests_of_a_worker_that_dies_are_told_and_the_next_one_starts_another() -> None:
+    async with running() as pool:
+        both = await asyncio.gather(ask(pool, "a", None), ask(pool, "b"), return_exceptions=True)
+        assert [type(error) for error in both] == [WorkerDiedError, WorkerDiedError]
+        assert await ask(pool, "c") == "c"
+
+
+async def test_a_worker_is_killed_when_it_owes_an_answer_for_too_long() -> None:
+    async with running(silence_s=1.0) as pool:
+        with pytest.raises(WorkerDiedError, match="did not answer within 1 s"):
+            await ask(pool, "a", 3600)
+        assert await ask(pool, "b") == "b"
+
+
+async def test_what_a_worker_had_nothing_to_do_for_is_no_silence() -> None:
+    async with running(silence_s=2.0) as pool:
+        await ask(pool, "a")
+        await asyncio.sleep(1.5)
+        # Answered long after the last answer, but soon after the question.
+        assert await ask(pool, "b", 1.0) == "b"
+
+
+async def test_a_caller_that_goes_away_takes_nobody_along() -> None:
+    async with running() as pool:
+        gone, stays = asyncio.create_task(ask(pool, "a", 0.2)), asyncio.create_task(ask(pool, "b"))
+        await asyncio.sleep(0)
+        gone.cancel()
+        assert await stays == "b"
+        assert gone.cancelled()
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"), [("raise SystemExit", "died at its start"), ("import time; time.sleep(60)", "within 0.5 s")]
+)
+async def test_a_worker_that_does_not_get_ready_is_told(script: str, reason: str) -> None:
+    async with running(script, start_s=0.5) as pool:
+        with pytest.raises(WorkerDiedError, match=reason):
+            await pool.start()
