@@ -16,9 +16,12 @@ from services.reward.mathematics.candidates import (
     may_be_number,
     split_amounts,
     split_clauses,
+    split_clocks,
     split_commas,
     split_items,
 )
+from services.reward.mathematics.conditions import choose_regions
+from services.reward.mathematics.denials import drop_denied, is_hedge
 from services.reward.mathematics.expectations import Expectation, Form
 from services.reward.mathematics.formulas import SPAN, unwrap
 from services.reward.mathematics.normalise import normalise
@@ -45,26 +48,22 @@ IS_THE = re.compile(
 )
 # "12 edges: 4 on top, 4 at the bottom and 4 at the sides".
 BREAKDOWN = re.compile(r"(?:\s+[a-z-]+){0,3}:\s|(?<=:)\s")
-REGIONAL = re.compile(r"[<>≤≥≠∪∞ℝ]|\\(?:leq?|geq?|neq?|infty|cup|lt|gt)(?![A-Za-z])|[\[(][^()\[\]]*,[^()\[\]]*[)\]]")
 TOTAL = re.compile(r"(?:\s+[a-z]+){0,6}\s*[,:;(—–-]+\s*(?:namely\s+)?")
 PARTS = re.compile(r"(?:\s+[a-z]+){0,4}(?:,|,?\s+and)\s+")
-CLAUSE = re.compile(r"[,;]\s+(?:and\s+)?(?:so(?! that)|thus|hence|therefore)\b")
-# Between two answers of which neither is meant for sure.
-HEDGE = re.compile(
-    r"[\s,;—–-]*\(?(?:\b(?:or|and|but)\b|[—–])[\s,]*(?:(?:possibly|perhaps|maybe|probably|even|else|alternatively"
-    r"|also)\b[\s,]*"
-    r"|(?:it |they |that |the [a-z]+ )?(?:might|may|could|can)(?: also| even| well)* be\s+)+(?:[a-z]+\s+){0,4}"
-    r"|[\s,;—–-]*\(?\s*(?:or\s+)?(?:possibly|perhaps|maybe|alternatively)\s+(?:even\s+)?|\s*\(or\s+|\s*[—–-]\s*or\s+"
-    r"|.{0,60}\bif\b[^.;]{0,80}\b(?:but|and|or|otherwise)\s+(?:it is |it's |it would be )?",
-    re.IGNORECASE,
+OPENS_CLAUSE = re.compile(
+    r"[,;]\s+(?:and\s+)?(?:so(?! that)|thus|hence|therefore),?\s+(?:(?:only|exactly|just|about|a)\s+)?"
 )
+ONE_OF = re.compile(r"[a-z]+", re.IGNORECASE)
+CLAUSE = re.compile(r"[,;]\s+(?:and\s+)?(?:so(?! that)|thus|hence|therefore)\b")
 ABOUT = re.compile(
     r"[\s,;]*\(?(?:\b(?:or|i\.e\.|that is),?\s+)?\b(?:about|approximately|roughly|around)\s+", re.IGNORECASE
 )
 
 
 def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *, first: bool) -> list[Run]:
-    """The stretches that are the answer: one, or as many as the answer has values."""
+    """The stretches that are the answer: one, or as many as the answer has values; none where all are denied."""
+    if expectation.form not in (Form.ANY, Form.REGION, Form.EQUATION) and not (runs := drop_denied(sentence, runs)):
+        return []
     if len(runs) == 1 and not re.search(r"[\s,]", runs[0].text):
         return [runs[0]]
     runs = runs[:MAX_RUNS] if first else runs[-MAX_RUNS:]
@@ -97,11 +96,14 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
         if (total := find_total(sentence, stated)) is not None:
             return [total]
     if expectation.form is Form.CLOCK:
-        pieces = [piece for run in candidates for piece in split_commas(run)]
+        pieces = [piece for run in candidates for piece in split_clocks(run)]
         stated = [run for run in pieces if is_end(sentence, run)] or stated
     elif expectation.form is Form.REGION:
-        regions = [run for run in candidates if REGIONAL.search(run.text)]
-        stated = drop_settings(sentence, regions) or regions or stated
+        stated = (
+            choose_regions(sentence, last_clause(sentence, candidates))
+            or choose_regions(sentence, candidates)
+            or stated
+        )
     elif expectation.form is Form.EQUATION:
         stated = [run for run in candidates if re.search(r"[A-Za-z].*=", run.text)] or stated
     if first and OPENS.match(sentence[: stated[0].start]):
@@ -137,7 +139,7 @@ def join_doubtful(sentence: str, runs: Sequence[Run]) -> list[Run]:
     joined = [runs[0]]
     for run in runs[1:]:
         between = sentence[joined[-1].end : run.start]
-        sign = " ≈ " if ABOUT.fullmatch(between) else ", " if HEDGE.fullmatch(between) else ""
+        sign = " ≈ " if ABOUT.fullmatch(between) else ", " if is_hedge(sentence, joined[-1], run) else ""
         if sign:
             before = joined.pop()
             text = unwrap(before.text).rstrip(",;:.") + sign + unwrap(run.text)
@@ -160,7 +162,12 @@ def choose_several(stated: Sequence[Run], candidates: Sequence[Run], count: int)
 
 
 def is_counted(sentence: str, run: Run) -> bool:
-    """Whether a number in words is what the sentence says of something: "it takes one hour", but not "the one who"."""
+    """Whether a number in words is what the sentence says of something: "it takes one hour", but not "the one who".
+
+    "so a quarter of the route is left" says so, too, and "so one of them is" does not.
+    """
+    if any(clause.end() == run.start for clause in OPENS_CLAUSE.finditer(sentence)) and not ONE_OF.fullmatch(run.text):
+        return True
     return COUNTS.search(sentence[max(0, run.start - 30) : run.start]) is not None
 
 
