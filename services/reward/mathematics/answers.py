@@ -23,6 +23,7 @@ from services.reward.mathematics.boxes import find_boxes, find_last_boxes
 from services.reward.mathematics.candidates import answers_of
 from services.reward.mathematics.clauses import clause_about
 from services.reward.mathematics.comparatives import read_comparatives
+from services.reward.mathematics.conditions import REGIONAL
 from services.reward.mathematics.expectations import ANYTHING, Expectation, Form
 from services.reward.mathematics.formulas import flatten_math, unwrap
 from services.reward.mathematics.labels import find_labelled
@@ -164,8 +165,9 @@ def find_stated(statements: Sequence[Sentence], expectation: Expectation) -> str
 
 def tells(text: str, expectation: Expectation) -> bool:
     """Whether a sentence holds anything that the answer may be."""
-    is_region = expectation.form is Form.REGION and read_comparatives(unwrap(text)) is not None
-    return is_region or has_mathematics(text)
+    if expectation.form is Form.REGION and (REGIONAL.search(text) or read_comparatives(unwrap(text)) is not None):
+        return True
+    return has_mathematics(text)
 
 
 def find_parts(statements: Sequence[Sentence], expectation: Expectation) -> str | None:

@@ -6,7 +6,7 @@ import re
 
 CLAUSES = re.compile(r",?\s+(?:and|while|but|whereas)\s+|[;,]\s+")
 VERB = r"\s+(?:is|was|are|must be|has to be)\s"
-OTHER = re.compile(rf"^[A-Z][a-z]+{VERB}")
+OTHER = re.compile(rf"\b[A-Z][a-z]+{VERB}")
 
 
 def clause_about(subject: str, sentence: str) -> str:
@@ -15,5 +15,5 @@ def clause_about(subject: str, sentence: str) -> str:
         return sentence
     clauses = CLAUSES.split(sentence)
     own = [clause for clause in clauses if re.search(rf"\b{re.escape(subject)}{VERB}", clause)]
-    others = [clause for clause in clauses if clause not in own and OTHER.match(clause)]
+    others = [clause for clause in clauses if clause not in own and OTHER.search(clause)]
     return own[0] if len(own) == 1 and others else sentence

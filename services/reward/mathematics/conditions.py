@@ -37,6 +37,7 @@ def choose_regions(sentence: str, candidates: Sequence[Run]) -> list[Run]:
     solved = [run for run in regions if is_solved(run)]
     if told and (not solved or told[-1] in solved):
         return told
+    solved = [run for run in solved if "|" not in run.text] or solved
     return drop_settings(sentence, solved) or solved or drop_settings(sentence, regions) or regions
 
 

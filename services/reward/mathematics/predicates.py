@@ -50,6 +50,7 @@ IS_THE = re.compile(
 BREAKDOWN = re.compile(r"(?:\s+[a-z-]+){0,3}:\s|(?<=:)\s")
 TOTAL = re.compile(r"(?:\s+[a-z]+){0,6}\s*[,:;(—–-]+\s*(?:namely\s+)?")
 PARTS = re.compile(r"(?:\s+[a-z]+){0,4}(?:,|,?\s+and)\s+")
+PERCENT = re.compile(r"%|\bper ?cent")
 OPENS_CLAUSE = re.compile(
     r"[,;]\s+(?:and\s+)?(?:so(?! that)|thus|hence|therefore),?\s+(?:(?:only|exactly|just|about|a)\s+)?"
 )
@@ -72,6 +73,8 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
     candidates = [run for run in runs if run.has_sign] or list(runs)
     is_plain = any(run.has_sign for run in runs)
     counted = [run for run in runs if run.has_sign or not is_plain or is_counted(sentence, run)]
+    if expectation.rank and (ranked := [run for run in counted if follows(sentence, run, expectation.rank)]):
+        return ranked[-1:]
     stated = drop_settings(sentence, counted, expectation)
     if expectation.form is Form.TUPLE:
         pieces = [piece for run in candidates for piece in split_items(run, expectation.count)]
@@ -89,6 +92,8 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
         stated = [run for run in candidates if has_unit(run, expectation)] or candidates
     if expectation.unit is not None and not any(has_unit(run, expectation) for run in stated):
         stated = [run for run in candidates if has_unit(run, expectation)][-1:] or stated
+    if expectation.asks_percent:
+        stated = [run for run in stated if PERCENT.search(run.text)] or stated
     if expectation.is_number:
         stated = [piece for run in stated for piece in split_measures(sentence, run, expectation)]
         stated = [run for run in stated if may_be_number(run, expectation)] or stated
@@ -112,6 +117,11 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
     if subject is not None:
         return [subject]
     return [prefer_formula(sentence, last_clause(sentence, stated))]
+
+
+def follows(sentence: str, run: Run, noun: str) -> bool:
+    """Whether a stretch stands directly after a noun, "day 12"."""
+    return sentence[: run.start].lower().endswith(f"{noun} ")
 
 
 def split_measures(sentence: str, run: Run, expectation: Expectation) -> list[Run]:

@@ -18,7 +18,11 @@ HOW_LONG = re.compile(
 IN_UNIT = re.compile(r"\b(?:how (?:long|far|much|heavy|tall|wide|old)|what|find)\b[^.?!]*?\bin ([a-z]{3,})\b", re.I)
 PERCENT = re.compile(r"\bwhat percent|\bpercentage\b|\bhow many percent", re.IGNORECASE)
 # "On which day": the eleventh day is 11.
-RANK = re.compile(r"\b(?:which|what)\s+([a-z]+)(?!\s+of\b)\b", re.IGNORECASE)
+RANK = re.compile(
+    r"\b(?:which|what)\s+(day|week|month|year|hour|minute|term|row|column|page|floor|step|round|throw|trial|try|attempt"
+    r"|trip|game|position|place|bounce|move|pass|lap|jump|line|question|student|person|stop|birthday)\b",
+    re.IGNORECASE,
+)
 INTERVAL = re.compile(
     r"\b(?:inequalit|intervals?\b|domain|range\b|solution set|set of (?:all )?(?:real|values|numbers|\$?[a-z]\b)"
     r"|(?:for|at) (?:which|what)\b|increasing|decreasing|concave|converge|defined\b|satisf(?:y|ies)\b)"

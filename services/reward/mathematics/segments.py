@@ -9,7 +9,8 @@ from services.reward.mathematics.conditions import SOLVED
 from services.reward.mathematics.expectations import ANYTHING, Expectation, Form
 from services.reward.mathematics.formulas import ELLIPSIS, SPAN, name_constant, name_repeating, unwrap
 from services.reward.mathematics.number_words import read_rank
-from services.reward.mathematics.predicates import choose_runs
+from services.reward.mathematics.parts import name_part
+from services.reward.mathematics.predicates import PERCENT, choose_runs
 from services.reward.mathematics.runs import FIGURE, SIGN, TRIMMED, balance, find_runs
 
 PARENTHESIS = re.compile(
@@ -30,6 +31,9 @@ EXPLANATION = re.compile(
     ASIDE + r"|,?\s+(?:as|where|which|when|if|rather than|instead of|after|so|given|due to)\b|,\s*(?:not|and not|but)\b"
 )
 CONDITION = re.compile(r",?\s+\(?(?:for|where|when|if|with|provided)\b")
+RESTATES = re.compile(r",?\s+\(?(?:which|that is|i\.e)\b")
+# What is cut only behind such an answer: conditions of a region, and a figure in per cent where one is asked for.
+KEPT = {SOLVED: CONDITION, PERCENT: RESTATES}
 REMARK = re.compile(ASIDE)
 CHANCE = re.compile(r"(?:[0-9]+|[a-z-]+) (?:in|out of)(?: every)? (?:[0-9]+|[a-z-]+)", re.IGNORECASE)
 NOT_BUT = re.compile(r"not\b.+?\bbut\s+(?:rather\s+)?(?P<rest>.+)")
@@ -50,7 +54,9 @@ def isolate(sentence: str, *, first: bool, expectation: Expectation = ANYTHING) 
 
     A sentence without any mathematics is returned as it is.
     """
-    keeps = SOLVED if expectation.form is Form.REGION else None
+    keeps = SOLVED if expectation.form is Form.REGION else PERCENT if expectation.asks_percent else None
+    if expectation.is_number:
+        sentence = name_part(sentence)
     if expectation.rank:
         sentence = read_rank(sentence, expectation.rank)
     sentence = FIGURE.sub(r"\1{\2}", trim_sentence(name_repeating(name_constant(sentence)), first=first, keeps=keeps))
@@ -80,7 +86,7 @@ def has_mathematics(sentence: str) -> bool:
 def trim_sentence(sentence: str, *, first: bool, words: bool = False, keeps: re.Pattern[str] | None = None) -> str:
     """The sentence without markup around it and, where it announces an answer, without its explanation.
 
-    A condition before which `keeps` is not found is no explanation.
+    What `KEPT` has for `keeps` is no explanation as long as `keeps` is not found before it.
     """
     sentence = EACH.sub(r"per \1", EMPHASIS.sub(r"\1", sentence))
     sentence = BULLET.sub("", MARKED_END.sub("", sentence).strip(TRIMMED))
@@ -98,7 +104,7 @@ def trim_sentence(sentence: str, *, first: bool, words: bool = False, keeps: re.
                 return f"{before}, {rest[closing.end() :]}"
         # Inside of a formula nothing is explained, and before the answer neither.
         is_outside = len(re.findall(r"(?<!\\)\$", before)) % 2 == 0 or not SPAN.search(sentence)
-        if keeps is not None and CONDITION.match(match[0]) and not keeps.search(before):
+        if keeps is not None and KEPT[keeps].match(match[0]) and not keeps.search(before):
             continue
         if before.rstrip().endswith((" or", " and")):
             continue  # "when x = 2 or when x = -5"
