@@ -63,8 +63,11 @@ ABOUT = re.compile(
 
 def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *, first: bool) -> list[Run]:
     """The stretches that are the answer: one, or as many as the answer has values; none where all are denied."""
-    if expectation.form not in (Form.ANY, Form.REGION, Form.EQUATION) and not (runs := drop_denied(sentence, runs)):
-        return []
+    if expectation.form not in (Form.ANY, Form.REGION, Form.EQUATION):
+        kept = drop_denied(sentence, runs)
+        runs = kept if len(kept) == len(runs) else [run for run in kept if run.has_sign or is_counted(sentence, run)]
+        if not runs:
+            return []
     if len(runs) == 1 and not re.search(r"[\s,]", runs[0].text):
         return [runs[0]]
     runs = runs[:MAX_RUNS] if first else runs[-MAX_RUNS:]
