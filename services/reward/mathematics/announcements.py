@@ -33,7 +33,7 @@ CLAIM = re.compile(
 def is_announcement(match: re.Match[str]) -> bool:
     """Whether a match announces something; "the solution of x² - 4 =" is the left side of an equation."""
     before = match.string[max(0, match.start() - 20) : match.start()]
-    if re.search(r"\b(?:reference|expected|gold|true|ground truth|answer key'?s?)\s+$", before, re.IGNORECASE):
+    if re.search(r"\b(?:reference|expected|gold|true|ground truth|answer key'?s?|no(?: [a-z]+)?)\s+$", before, re.I):
         return False
     if DENIES.match(match.string, match.end()):
         return False

@@ -10,6 +10,9 @@ from services.reward.mathematics.numbers import read_number
 LETTERS = "ijk"
 HATS = re.compile(r"\\(?:hat|widehat|bar|vec)\s*(?:\{\s*\\?([ijk])(?:math)?\s*\}|\s\\?([ijk])(?:math)?(?![a-z]))")
 UNIT_VECTORS = str.maketrans({"î": "i", "ĵ": "j"})
+DIVIDED = re.compile(
+    r"\\frac\{(?P<inner>[^{}]*)\}\{(?P<under>[^{}]*)\}|\((?P<inner2>[^()]*)\)\s*/\s*(?P<under2>[0-9]+)"
+)
 FACTORED = re.compile(r"(?P<factor>.+?)\s*\*?\s*\((?P<inner>[^()]*[ijk][^()]*)\)")
 TERM = re.compile(r"\s*(?P<sign>[+-]?)\s*(?P<body>[^+-]*?)\s*\*?\s*(?P<letter>[ijk])\s*(?=[+-]|$)")
 
@@ -22,6 +25,10 @@ def read_basis(text: str, count: int) -> tuple[str, ...] | None:
     text = HATS.sub(lambda match: match[1] or match[2], text.translate(UNIT_VECTORS)).strip()
     if not 2 <= count <= len(LETTERS) or not re.search(r"[jk]", text):
         return None
+    divided = DIVIDED.fullmatch(text)
+    if divided:
+        over, under = divided["inner"] or divided["inner2"], divided["under"] or divided["under2"]
+        return read_basis(f"\\frac{{1}}{{{under}}}({over})", count)
     factored = FACTORED.fullmatch(text)
     if factored:
         factor, inner = read_number(factored["factor"]), read_basis(factored["inner"], count)

@@ -33,8 +33,8 @@ def read_brackets(text: str) -> Group | None:
 
 def read_scaled(text: str) -> Group | None:
     """A number times a tuple, "\\frac{1}{5}(3, 4)", as the tuple that it is."""
-    opening = text.rfind("(")
-    factor = read_number(text[:opening].rstrip("* ")) if text.endswith(")") and opening > 0 else None
+    opening = max(text.rfind("("), text.rfind("⟨"))
+    factor = read_number(text[:opening].rstrip("* ")) if text.endswith((")", "⟩")) and opening > 0 else None
     items = split_top(text[opening + 1 : -1]) if factor else []
     if factor is None or len(items) < 2:
         return None

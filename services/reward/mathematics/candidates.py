@@ -51,7 +51,7 @@ def split_clocks(run: Run) -> list[Run]:
         return pieces
     texts = [text.strip(" *)") for text in run.text.split("(")]
     clocks = [text for text in texts if read_clock(normalise(unwrap(text))) is not None]
-    return [replace(run, text=", ".join(clocks))] if len(clocks) == len(texts) else pieces
+    return [replace(run, text=", ".join(clocks))] if clocks else pieces
 
 
 def split_items(run: Run, count: int) -> list[Run]:

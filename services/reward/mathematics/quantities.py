@@ -11,7 +11,7 @@ from services.reward.mathematics.number_words import is_number_word
 from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.units import NAMES, Unit, first_unit, read_unit
 
-CURRENCY = re.compile(r"^([+-]?)\s*(US\$|\$|€|£|₹|¥|USD|EUR|GBP|Rs\.?)\s*(?=[+-]?\s*[0-9.])")
+CURRENCY = re.compile(r"^([+-]?)\s*(US\$|\$|€|£|₹|¥|USD|EUR|GBP|Rs\.?)\s*(?=[+-]?\s*[0-9.(])")
 APPROXIMATELY = re.compile(
     r"^(?:≈|~|about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|the number|=|is|equals)\s*",
     re.IGNORECASE,
@@ -23,13 +23,14 @@ DEGREE = re.compile(r"\s*(?:°|degrees?\b)\s*(?P<scale>[CF]\b|celsius|fahrenheit
 # A number directly before a unit of two letters or more, "240cm".
 ATTACHED = re.compile(r"([+-]?[0-9.]+)([A-Za-z]{2}[A-Za-z/^{}0-9]*)")
 HALF = r"\s*(?P<half>[ap])?\.?\s*(?(half)m\b\.?)"
+DAYTIMES = re.compile(r"(?<=[0-9])(?:\s*o'clock)?,?\s+(?:in the (?:(?P<early>morning)|afternoon|evening)|at night)\b")
 CLOCK = re.compile(r"(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2}))?" + HALF, re.IGNORECASE)
 HOUR = re.compile(r"(?P<hour>[0-9]{1,2})(?:\s*o'clock\b)?" + HALF, re.IGNORECASE)
 NAMED_HOURS = {"noon": "p", "midnight": "a"}
 # "11th", "the 3rd day".
 ORDINAL = re.compile(r"(?:the\s+)?(?P<rank>[0-9]{1,9})(?P<end>st|nd|rd|th)\b(?:\s+[A-Za-z]+)?", re.IGNORECASE)
 # A variable is no value before "m", but it is before "meters".
-ENDS_TERM = re.compile(r"(?:^|[0-9+\-*/^{ ])[A-Za-z]$")
+ENDS_TERM = re.compile(r"(?:^(?!a$)|[0-9+\-*/^{(]\s*)[A-Za-z]$", re.IGNORECASE)
 UNIT_WORD = re.compile(r"(?:(?:square|cubic) )?(?:[A-Za-z]{4,}|[ckm]m|kg|ft)\b.*")
 NOUNS = re.compile(r"(?:[A-Za-z'-]+(?:\^\{[23]\})?[ ,]*){1,8}")
 COMPOUND = re.compile(r"([0-9.]+(?:\s+[0-9]+/[0-9]+)?)\s*([A-Za-z]+)(?:\s*,?\s*(?:and\s+)?|$)")
@@ -95,6 +96,8 @@ def read_trailing_unit(text: str) -> Quantity:
             ("\\frac", "\\sqrt")
         ):
             continue
+        if phrase.startswith("and "):
+            continue  # two and a half hours
         unit = read_unit(phrase)
         if unit is not None:
             return Quantity(body, unit)
@@ -159,6 +162,11 @@ def read_clock(text: str) -> Clock | None:
     if hour > 24 or max(minute, second) > 59 or (parts.get("second") and not parts["half"]):
         return None
     return Clock(hour, minute, parts["half"].lower(), second)
+
+
+def name_halves(text: str) -> str:
+    """The text with "am" and "pm" for "in the morning" and the like."""
+    return DAYTIMES.sub(lambda match: " am" if match["early"] else " pm", text)
 
 
 def clocks_agree(expected: Clock, found: Clock) -> bool:

@@ -11,6 +11,7 @@ from services.reward.mathematics.formulas import ELLIPSIS, SPAN, name_constant, 
 from services.reward.mathematics.number_words import read_rank
 from services.reward.mathematics.parts import name_part
 from services.reward.mathematics.predicates import PERCENT, choose_runs
+from services.reward.mathematics.quantities import name_halves
 from services.reward.mathematics.runs import FIGURE, SIGN, TRIMMED, balance, find_runs
 
 PARENTHESIS = re.compile(
@@ -31,6 +32,7 @@ EXPLANATION = re.compile(
     ASIDE + r"|,?\s+(?:as|where|which|when|if|rather than|instead of|after|so|given|due to)\b|,\s*(?:not|and not|but)\b"
 )
 CONDITION = re.compile(r",?\s+\(?(?:for|where|when|if|with|provided)\b")
+JOINED = re.compile(r"^(?:or|and)\s+")
 RESTATES = re.compile(r",?\s+\(?(?:which|that is|i\.e)\b")
 # What is cut only behind such an answer: conditions of a region, and a figure in per cent where one is asked for.
 KEPT = {SOLVED: CONDITION, PERCENT: RESTATES}
@@ -55,6 +57,8 @@ def isolate(sentence: str, *, first: bool, expectation: Expectation = ANYTHING) 
     A sentence without any mathematics is returned as it is.
     """
     keeps = SOLVED if expectation.form is Form.REGION else PERCENT if expectation.asks_percent else None
+    if expectation.form is Form.CLOCK:
+        sentence = name_halves(sentence)
     if expectation.is_number:
         sentence = name_part(sentence)
     if expectation.rank:
@@ -75,7 +79,7 @@ def isolate(sentence: str, *, first: bool, expectation: Expectation = ANYTHING) 
 
 def tidy(run: str) -> str:
     """A stretch of mathematics without markup, dollar signs and punctuation around it."""
-    return balance(unwrap(run).strip(TRIMMED).rstrip(",;:."))
+    return balance(JOINED.sub("", unwrap(run)).strip(TRIMMED).rstrip(",;:."))
 
 
 def has_mathematics(sentence: str) -> bool:

@@ -20,7 +20,7 @@ FILLING = re.compile(
     rf"^{CONNECTIVES}"
     r"(?:(?:it|this|that|he|she|they|there|these|the [a-z]+(?: of [a-z]+)?)\s+"
     r"(?:is|are|was|were|will be|would be|has|have)\s+|(?:it|they)\s+)?"
-    r"(?:an?|the|on an?|on)?\s*",
+    r"(?:(?:an?|the|on an?|on)\b)?\s*",
     re.IGNORECASE,
 )
 CONCLUDES = re.compile(
@@ -73,10 +73,11 @@ LEADS = re.compile(
 )
 # "The cheapest ones are sold by".
 AGENT = re.compile(
-    r"\b(?:is|are|was|were|be|been)\s+(?:[a-z]+ly\s+)?(?!followed|preceded|beaten|surpassed|exceeded|succeeded|outdone"
-    r"|undercut)"
-    r"[a-z]+(?:ed|en|ld|ght|wn|un|nk|ade|one|id|ept|ent)(?:\s+[a-z]+){0,2}\s+by\s+(?:the\s+)?$"
+    r"(?:^|\b(?:is|are|was|were|be|been)\s+)(?:[a-z]+ly\s+)?(?!followed|preceded|beaten|surpassed"
+    r"|exceeded|succeeded|outdone|undercut)(?:won|run|led|read|cut|set|put|[a-z]+(?:ed|en|ld|ght|wn|un|nk|ade|one|id|ept|ent))"
+    r"(?:\s+[a-z]+){0,2}\s+by\s+(?:the\s+)?$"
 )
+AMONG = re.compile(r"^(?:among|of|out of|between|in) [^,]*,\s+")
 SUBJECT_VERB = re.compile(r"\s+(?:is|was|wins|won|has|had|comes|came|finishes|finished|gets|costs)\b")
 CONTRAST = re.compile(r"\b(?:but|while|whereas|although|though)\b")
 BESIDE = re.compile(r"\b(?:than|before|after|of|to|from|by|with|and|behind|like)\s+(?:the\s+|an?\s+)?$")
@@ -157,6 +158,7 @@ def is_predicate(wanted: str, given: str) -> bool:
 
 def is_subject(wanted: str, given: str) -> bool:
     """Whether a sentence begins with what is wanted, and says of it what it is or does."""
+    given = AMONG.sub("", given)
     verb = SUBJECT_VERB.match(given.removeprefix(wanted)) if given.startswith(wanted) else None
     return verb is not None and not CONTRAST.search(given) and not re.search(r"\b(?:before|after|behind)\b", given)
 
