@@ -14,12 +14,13 @@ from services.reward.mathematics.algebra import SympyAlgebra
 from services.reward.mathematics.answers import find_final_answer
 from services.reward.mathematics.comparatives import read_comparatives
 from services.reward.mathematics.compare import agree
-from services.reward.mathematics.expectations import ANYTHING, Form, expect, with_question
+from services.reward.mathematics.expectations import ANYTHING, Form, expect
 from services.reward.mathematics.labels import read_labels
 from services.reward.mathematics.normalise import normalise, squeeze
 from services.reward.mathematics.number_words import read_number_words
 from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.quantities import read_quantity
+from services.reward.mathematics.questions import with_question
 from services.reward.mathematics.reading import read_shape
 from services.reward.mathematics.shapes import Assignment, Group, Matrix, Region, Relation, Scalar
 from services.reward.mathematics.units import read_unit

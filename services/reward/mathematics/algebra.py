@@ -22,6 +22,7 @@ from services.reward.mathematics.free_symbols import equal_up_to_constants, fami
 from services.reward.mathematics.normalise import squeeze
 from services.reward.mathematics.numbers import Number, numbers_agree, read_number
 from services.reward.mathematics.shapes import REVERSED, Relation
+from services.reward.mathematics.words import words_agree
 
 CONVERSION = ConversionConfig(interpret_as_mixed_fractions=False)
 LATEX = {
@@ -75,6 +76,8 @@ class SympyAlgebra:
         """Whether two expressions have the same value, or the same symbols."""
         if squeeze(expected) == squeeze(found):
             return True
+        if has_words(expected):
+            return words_agree(expected, found)
         wanted = parse_reference(expected)
         given = parse(found, is_reference=False)
         decimal = compare_decimals(expected, wanted, found, given)
@@ -120,7 +123,10 @@ def parse(text: str, *, is_reference: bool) -> Any:
 
     Raises UnreadableError.
     """
-    if WORD.search(ENVIRONMENT.sub("", text)) or not text.strip():
+    number = read_number(text)
+    if number is not None and not number.is_decimal:
+        return sympy.Rational(number.value)
+    if has_words(text) or not text.strip():
         raise UnreadableError(text, is_reference=is_reference)
     latex = to_latex(text)
     try:
@@ -140,6 +146,11 @@ def parse(text: str, *, is_reference: bool) -> Any:
     if parsed is None:
         raise UnreadableError(text, is_reference=is_reference)
     return parsed.subs(IMAGINARY, sympy.I) if IMAGINARY in getattr(parsed, "free_symbols", ()) else parsed
+
+
+def has_words(text: str) -> bool:
+    """Whether prose is in a text, which no algebra reads."""
+    return WORD.search(ENVIRONMENT.sub("", text)) is not None
 
 
 def to_latex(text: str) -> str:

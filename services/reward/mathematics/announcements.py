@@ -16,6 +16,12 @@ REPORTS = re.compile(
     r"\b(?:find|compute|give|write|check|verify|need|want|round|express|how|what|whether)\b",
     re.IGNORECASE,
 )
+# "the answer is not 9" announces nothing, "the answer is not 9 but 12" does.
+DENIES = re.compile(r"\s*(?:definitely |certainly |simply |actually )?(?:not|never)\b(?![^\n.]*\bbut\b)", re.IGNORECASE)
+# What concludes after "the solution is", or after "a solution of acid is", outweighs it.
+CONCLUDES = re.compile(
+    r"(?:\n|[.!?:✓] )[ *_#>]*(?:so|thus|hence|therefore|consequently|in total|altogether)\b", re.IGNORECASE
+)
 # The answer, and nothing that only has to do with it.
 CLAIM = re.compile(
     r"(?:^|\n|(?<=[.!] ))[ *_#>]*(?:so |thus,? |therefore,? |hence,? )?(?:the |my |our )?(?:final |correct )?answer\**"
@@ -27,7 +33,9 @@ CLAIM = re.compile(
 def is_announcement(match: re.Match[str]) -> bool:
     """Whether a match announces something; "the solution of x² - 4 =" is the left side of an equation."""
     before = match.string[max(0, match.start() - 20) : match.start()]
-    if re.search(r"\b(?:reference|expected|gold|true|ground truth|answer key'?s?)\s+$", before, re.IGNORECASE):
+    if re.search(r"\b(?:reference|expected|gold|true|ground truth|answer key'?s?|no(?: [a-z]+)?)\s+$", before, re.I):
+        return False
+    if DENIES.match(match.string, match.end()):
         return False
     return not REPORTS.search(match["between"]) and not ("=" in match[0] and re.search(r"[0-9^²+]", match["between"]))
 
@@ -42,7 +50,7 @@ def find_announcement(text: str, *, only_answers: bool = False) -> str | None:
     if not strong and (only_answers or not matches):
         return None
     match = (strong or matches)[-1]
-    if not strong and match[0].endswith("\n"):
+    if not strong and (match[0].endswith("\n") or CONCLUDES.search(text, match.end())):
         return None
     rest = text[match.end() :].lstrip(" *:_")
     rest = rest if rest.strip() and not rest.startswith("\n") else rest.lstrip("\n *#_")

@@ -21,6 +21,9 @@ from services.reward.mathematics.asides import (
 )
 from services.reward.mathematics.boxes import find_boxes, find_last_boxes
 from services.reward.mathematics.candidates import answers_of
+from services.reward.mathematics.clauses import clause_about
+from services.reward.mathematics.comparatives import read_comparatives
+from services.reward.mathematics.conditions import REGIONAL
 from services.reward.mathematics.expectations import ANYTHING, Expectation, Form
 from services.reward.mathematics.formulas import flatten_math, unwrap
 from services.reward.mathematics.labels import find_labelled
@@ -118,7 +121,7 @@ def settle_box(boxed: str, rest: str, expectation: Expectation) -> str:
         claim = find_claim(rest, None)
         if claim is not None and has_mathematics(claim):
             other = isolate(claim, first=True, expectation=expectation)
-            return boxed if "≈" in other or "." in other else f"{boxed}, {other}"
+            return boxed if not other or "≈" in other or "." in other else f"{boxed}, {other}"
     if expectation.is_verbal or ("\\text" not in boxed and "\\mathrm" not in boxed and "\\mbox" not in boxed):
         return boxed
     # A sentence in a box: "\text{There are } 35 \text{ students}".
@@ -132,7 +135,7 @@ def settle_box(boxed: str, rest: str, expectation: Expectation) -> str:
 def read_sentence(sentence: str, expectation: Expectation, *, first: bool) -> str:
     """What one sentence says the answer is."""
     if expectation.is_verbal:
-        return trim_sentence(sentence, first=first, words=True)
+        return trim_sentence(clause_about(expectation.subject, sentence), first=first, words=True)
     if expectation.labels and (labelled := find_labelled(unwrap(sentence), expectation.labels)):
         return ", ".join(f"{label} {value}" for label, value in labelled.items())
     return isolate(sentence, first=first, expectation=expectation)
@@ -147,7 +150,7 @@ def find_stated(statements: Sequence[Sentence], expectation: Expectation) -> str
     if expectation.form is not Form.ANY and is_unfinished(statements[-1]):
         return ""
     position = len(statements) - 1
-    while position > 0 and states_nothing(statements[position]) and not has_mathematics(statements[position].text):
+    while position > 0 and states_nothing(statements[position]) and not tells(statements[position].text, expectation):
         position -= 1
     for earlier in range(position, max(-1, position - LAST_SENTENCES), -1):
         answer = read_sentence(strip_end(statements[earlier].text), expectation, first=False)
@@ -158,6 +161,13 @@ def find_stated(statements: Sequence[Sentence], expectation: Expectation) -> str
         if concludes(statements[earlier].text.lstrip(" *_#")) or not states_nothing(statements[earlier]):
             break
     return read_sentence(strip_end(statements[position].text), expectation, first=False)
+
+
+def tells(text: str, expectation: Expectation) -> bool:
+    """Whether a sentence holds anything that the answer may be."""
+    if expectation.form is Form.REGION and (REGIONAL.search(text) or read_comparatives(unwrap(text)) is not None):
+        return True
+    return has_mathematics(text)
 
 
 def find_parts(statements: Sequence[Sentence], expectation: Expectation) -> str | None:

@@ -13,6 +13,7 @@ from services.reward.mathematics.shapes import Assignment, Group, Region, Relati
 
 FUNCTION_OF = re.compile(r"([A-Za-z]+'*(?:\^\{-1\})?)\s*\(([^=]*)\)")
 LETTER = re.compile(r"[A-Za-z]")
+SET_NAME = re.compile(r"(?:\\mathbb)?\{?[A-Z]\}?(?:_\{?[A-Za-z0-9]\}?)?|[A-Za-z]{3,}")
 HAS_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 
 
@@ -29,6 +30,14 @@ def names_agree(wanted: Assignment, given: Assignment) -> bool:
         others = [name for function, name in zip(functions, (left, right), strict=True) if not function]
         return len(arguments) == 1 and all(name == "y" for name in others)
     return not VARIABLE.fullmatch(left) or not VARIABLE.fullmatch(right)
+
+
+def names_set(shape: Shape) -> bool:
+    """Whether a name is that of a set, "S = \\{4\\}", and not of what is in it."""
+    if not isinstance(shape, Assignment) or not SET_NAME.fullmatch(squeeze(shape.name)):
+        return False
+    value = read_shape(shape.value)
+    return isinstance(value, Region) or (isinstance(value, Group) and value.kind == "set")
 
 
 def is_derivation(items: Sequence[str]) -> bool:

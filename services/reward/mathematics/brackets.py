@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from services.reward.mathematics.normalise import OPENING
-from services.reward.mathematics.numbers import read_number
+from services.reward.mathematics.numbers import Number, read_number
 from services.reward.mathematics.shapes import Group, Matrix
 from services.reward.mathematics.splitting import matching, split_top
 
@@ -32,17 +33,21 @@ def read_brackets(text: str) -> Group | None:
 
 def read_scaled(text: str) -> Group | None:
     """A number times a tuple, "\\frac{1}{5}(3, 4)", as the tuple that it is."""
-    opening = text.rfind("(")
-    factor = read_number(text[:opening].rstrip("* ")) if text.endswith(")") and opening > 0 else None
+    opening = max(text.rfind("("), text.rfind("⟨"))
+    factor = read_number(text[:opening].rstrip("* ")) if text.endswith((")", "⟩")) and opening > 0 else None
     items = split_top(text[opening + 1 : -1]) if factor else []
     if factor is None or len(items) < 2:
         return None
+    return Group("tuple", scale_items(factor, items), "()")
+
+
+def scale_items(factor: Number, items: Sequence[str]) -> tuple[str, ...]:
+    """The items times a factor."""
     numbers = [read_number(item) for item in items]
-    scaled = [
+    return tuple(
         str(factor.value * number.value) if number else f"({factor.value})*({item})"
         for number, item in zip(numbers, items, strict=True)
-    ]
-    return Group("tuple", tuple(scaled), "()")
+    )
 
 
 def read_matrix(text: str) -> Matrix | None:

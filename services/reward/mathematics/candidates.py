@@ -18,7 +18,11 @@ from services.reward.mathematics.splitting import split_top
 
 MAX_CANDIDATE_CHARACTERS = 200
 MONEY = (("usd", 1),)
-BEGAN = re.compile(r"\b(?:start|began|begin|left|leav|depart|from|since|open)[a-z]*(?: at)?\s+$", re.IGNORECASE)
+BEGAN = re.compile(
+    r"\b(?:start|began|begin|left|leav|depart|from|since|open|add)[a-z]*"
+    r"(?: (?:this|that|it|them))?(?: at| to)?\s+$",
+    re.IGNORECASE,
+)
 
 
 def split_amounts(sentence: str, run: Run) -> list[Run]:
@@ -38,6 +42,16 @@ def split_commas(run: Run) -> list[Run]:
         pieces.append(replace(run, text=text, start=run.start + position, end=run.start + position + len(text)))
         position += len(text) + 2
     return pieces
+
+
+def split_clocks(run: Run) -> list[Run]:
+    """Parts "10:20 PM, 2 hours after"; "14:55 (2:55 pm)" stays whole, with a comma, because both are said to be it."""
+    pieces = split_commas(run)
+    if "(" not in run.text:
+        return pieces
+    texts = [text.strip(" *)") for text in run.text.split("(")]
+    clocks = [text for text in texts if read_clock(normalise(unwrap(text))) is not None]
+    return [replace(run, text=", ".join(clocks))] if clocks else pieces
 
 
 def split_items(run: Run, count: int) -> list[Run]:
@@ -86,7 +100,8 @@ def items_of(run: Run) -> tuple[str, ...]:
 def is_end(sentence: str, run: Run) -> bool:
     """Whether a stretch is a time of day, and not one when something began."""
     before = sentence[max(0, run.start - 30) : run.start]
-    return read_clock(normalise(unwrap(run.text[:MAX_CANDIDATE_CHARACTERS]))) is not None and not BEGAN.search(before)
+    texts = normalise(unwrap(run.text[:MAX_CANDIDATE_CHARACTERS])).split(", ")
+    return all(read_clock(text) is not None for text in texts) and not BEGAN.search(before)
 
 
 def is_named(run: Run) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.reward.mathematics.algebra import SympyAlgebra, UnreadableError, parse_reference
+from services.reward.mathematics.algebra import SympyAlgebra, UnreadableError, has_words, parse_reference
 from services.reward.mathematics.compare import agree
+from services.reward.mathematics.normalise import normalise
+from services.reward.mathematics.words import words_agree
 
 ALGEBRA = SympyAlgebra()
 # Answers of every kind, so that the parser's tables and SymPy's modules are there before the first child is forked.
@@ -39,6 +41,10 @@ def check(request: dict[str, Any]) -> dict[str, str]:
                 return {"status": "equal", "reason": ""}
         except UnreadableError as error:
             # What the reference lacks outweighs what the answer does.
+            if error.is_reference and has_words(normalise(reference)):
+                if words_agree(normalise(reference), normalise(request["answer"])):
+                    return {"status": "equal", "reason": ""}
+                continue  # prose is no mathematics, but it can be read
             unreadable = error if unreadable is None or error.is_reference else unreadable
     if unreadable is None:
         return {"status": "different", "reason": ""}

@@ -17,31 +17,32 @@ from typing import Protocol
 
 from services.reward.mathematics.assignments import (
     HAS_VARIABLE,
+    SET_NAME,
     as_relation,
     by_name,
     expand_items,
     is_derivation,
     names_agree,
+    names_set,
     needs_relation,
     read_names,
     right_side,
     with_names,
 )
+from services.reward.mathematics.basis import read_basis
 from services.reward.mathematics.brackets import flatten_vector
-from services.reward.mathematics.families import Family, read_answer_family, read_family
+from services.reward.mathematics.families import Family, find_families
 from services.reward.mathematics.labels import match_labels, read_division, read_labels
 from services.reward.mathematics.normalise import normalise, squeeze
 from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.quantities import read_clock, read_quantity
 from services.reward.mathematics.reading import drop_approximation, read_shape
-from services.reward.mathematics.regions import interval_of, relation_of
+from services.reward.mathematics.regions import interval_of, may_be_intervals, relation_of
 from services.reward.mathematics.scalars import scalars_agree
 from services.reward.mathematics.shapes import Assignment, Group, Interval, Matrix, Region, Relation, Scalar, Shape
 from services.reward.mathematics.words import is_empty_set, is_wordy, words_agree
 
 OPTION = re.compile(r"^(?:\(\s*[A-H]\s*\)|[A-H]\s*[).:])[\s:,.]*(?![+*/^=])(?=\S)")
-# The words and signs without which a reference is no family: a cheap look before a dear one.
-MAY_BE_FAMILY = re.compile(r"integer|real|\\in\b|∈|\\equiv|≡")
 
 
 class Algebra(Protocol):
@@ -65,26 +66,13 @@ def agree(reference: str, answer: str, algebra: Algebra) -> bool:
     expected, found = normalise(reference), normalise(answer)
     if not found:
         return False
+    if is_wordy(expected) or is_empty_set(expected):
+        return squeeze(expected) == squeeze(found) or words_agree(expected, drop_option(expected, found))
     families = find_families(reference, answer)
     if families is not None:
         return algebra.same_family(*families)
-    if squeeze(expected) == squeeze(found):
-        return True
     expected, found = (", ".join(read_division(text) or (text,)) for text in (expected, drop_option(expected, found)))
-    if is_wordy(expected) or is_empty_set(expected):
-        return words_agree(expected, found)
     return texts_agree(expected, found, algebra)
-
-
-def find_families(reference: str, answer: str) -> tuple[Family, Family] | None:
-    """Both as families where one of them says what its parameters range over."""
-    if MAY_BE_FAMILY.search(reference) and (family := read_family(reference)):
-        given = read_answer_family(answer)
-        return None if given is None else (family, given)
-    if MAY_BE_FAMILY.search(answer) and re.search(r"[a-z]", reference) and (given := read_family(answer)):
-        wanted = read_answer_family(reference)
-        return None if wanted is None else (wanted, given)
-    return None
 
 
 def drop_option(expected: str, found: str) -> str:
@@ -116,6 +104,8 @@ def is_single(text: str) -> bool:
 
 def shapes_agree(wanted: Shape, given: Shape, algebra: Algebra) -> bool:
     """Whether two answers that were taken apart agree."""
+    if names_set(given) and not names_set(wanted):
+        given = right_side(given)
     if isinstance(wanted, Region) and isinstance(given, Region | Relation) and needs_relation(wanted, given):
         bounds = relation_of(wanted), given if isinstance(given, Relation) else relation_of(given)
         return bounds[0] is not None and bounds[1] is not None and algebra.same_relation(bounds[0], bounds[1])
@@ -144,6 +134,8 @@ def scalar_agrees(wanted: Scalar, given: Shape, algebra: Algebra) -> bool:
         case Group("list", items) if len(read_names(items) or ()) > 1 or is_derivation(items):
             # "w = 6, l = 12, A = 72": the last is what the others lead to.
             return scalar_agrees(wanted, read_shape(items[-1]), algebra)
+        case Group("tuple", items) if components := read_basis(wanted.text, len(items)):
+            return in_order(components, items, algebra)
         case Group(kind, items) if items and kind != "tuple":
             return all(texts_agree(wanted.text, item, algebra) for item in items)
     return False
@@ -182,11 +174,12 @@ def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
         cells = flatten_vector(given)
         return wanted.kind == "tuple" and cells is not None and in_order(wanted.items, cells, algebra)
     if isinstance(given, Scalar):
-        given = Group("list", (given.text,))
+        components = read_basis(given.text, len(wanted.items)) if wanted.kind == "tuple" else None
+        given = Group("tuple", components) if components else Group("list", (given.text,))
     if not isinstance(given, Group):
         return False
     if wanted.kind == "tuple":
-        if given.kind == "set":
+        if given.kind == "set" or (wanted.brackets != given.brackets and may_be_intervals(wanted, given)):
             return False
         return in_order(wanted.items, by_name(given.items), algebra)
     if wanted.kind == "set" and given.kind == "tuple":
@@ -271,7 +264,7 @@ def as_region(shape: Shape) -> Region | None:
         return shape
     if isinstance(shape, Assignment):
         inner = as_region(read_shape(shape.value))
-        return None if inner is None else Region(shape.name, inner.parts)
+        return None if inner is None else Region("" if SET_NAME.fullmatch(shape.name) else shape.name, inner.parts)
     return interval_of(shape) if isinstance(shape, Group) else None
 
 
@@ -294,5 +287,7 @@ def matrix_agrees(wanted: Matrix, given: Shape, algebra: Algebra) -> bool:
     if isinstance(given, Scalar) and "\\begin{" in given.text:
         rows = " \\\\ ".join(" & ".join(row) for row in wanted.rows)
         return algebra.equal(f"\\begin{{pmatrix}}{rows}\\end{{pmatrix}}", given.text)
+    if isinstance(given, Scalar) and cells and (components := read_basis(given.text, len(cells))):
+        return in_order(cells, components, algebra)
     is_tuple = isinstance(given, Group) and given.kind in ("tuple", "list")
     return is_tuple and isinstance(given, Group) and cells is not None and in_order(cells, given.items, algebra)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
 
@@ -13,18 +12,13 @@ from services.reward.mathematics.normalise import normalise
 from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.quantities import read_clock, read_quantity
 from services.reward.mathematics.reading import read_shape
+from services.reward.mathematics.regions import may_be_intervals
 from services.reward.mathematics.scalars import RATIO
 from services.reward.mathematics.shapes import Assignment, Group, Matrix, Region, Relation, Scalar
-from services.reward.mathematics.units import Unit, read_unit
+from services.reward.mathematics.units import Unit
 from services.reward.mathematics.words import YES_NO, is_empty_set, is_wordy
 
 MAX_CHARACTERS = 400
-QUESTION_CHARACTERS = 500
-HOW_MANY = re.compile(r"\bhow many\s+(?:more |of |the |different |such |whole )*([a-z]+)", re.IGNORECASE)
-HOW_LONG = re.compile(
-    r"\bhow (?:long|old)\b|\bwhen\b|\b(?:what|at which) (?:time|age)\b|\bhow much time\b",
-    re.IGNORECASE,
-)
 
 
 class Form(Enum):
@@ -47,7 +41,9 @@ class Expectation:
     """The form of an answer, how many values it has, what they are called, and of one value the unit.
 
     `is_number` says that one number without variables is asked for; `asks_count` that a question asks how many things
-    there are, and `asks_time` whether it asks when or how long, which nobody knows without a question.
+    there are, and `asks_time` whether it asks when or how long, which nobody knows without a question. `asked_unit` is
+    the unit that a question wants a plain number in, `rank` what it wants the number of ("on which day"), `subject` of
+    whom it wants a word. `may_be_interval` says that a pair could be the numbers between its items.
     """
 
     form: Form = Form.ANY
@@ -57,6 +53,11 @@ class Expectation:
     is_number: bool = False
     asks_count: bool = False
     asks_time: bool | None = None
+    asks_percent: bool = False
+    asked_unit: tuple[str, Unit] | None = None
+    rank: str = ""
+    subject: str = ""
+    may_be_interval: bool = False
 
     @property
     def is_verbal(self) -> bool:
@@ -100,20 +101,9 @@ def expect(reference: str) -> Expectation:
             return Expectation(Form.EQUATION)
         case Matrix():
             return ANYTHING
-        case Group("tuple", items):
-            return Expectation(Form.TUPLE, len(items))
+        case Group("tuple", items) as group:
+            return Expectation(Form.TUPLE, len(items), may_be_interval=may_be_intervals(group))
         case Group(_, items):
             labels = read_labels(items)
             return Expectation(Form.LIST, len(items), tuple(labels or ()))
     return Expectation(Form.SCALAR if "=" not in text else Form.ANY, unit=quantity.unit)
-
-
-def with_question(expectation: Expectation, question: str) -> Expectation:
-    """The expectation with what the question tells of it."""
-    if not question or not expectation.is_number:
-        return expectation
-    asked = HOW_MANY.findall(question[-QUESTION_CHARACTERS:])
-    unit = read_unit(asked[-1]) if asked else None
-    is_time = unit is not None and any(base in ("time", "month") for base, _ in unit.dimension)
-    asks_time = is_time or (not asked and HOW_LONG.search(question[-QUESTION_CHARACTERS:]) is not None)
-    return replace(expectation, asks_count=bool(asked) and unit is None, asks_time=asks_time)

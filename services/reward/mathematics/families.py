@@ -32,6 +32,8 @@ CONGRUENCE = re.compile(
     r"\$?\s*([A-Za-z])\s*(?:\\equiv|≡)\s*([-−0-9,\s]+?(?:(?:or|and)\s+[-−0-9]+)?)\s*"
     r"(?:\\pmod\s*\{?\s*([0-9]+)\s*\}?|\(\s*(?:\\bmod|\\mod|mod)\s*([0-9]+)\s*\)|\\?mod\s*([0-9]+))\s*\$?\.?"
 )
+# The words and signs without which a reference is no family: a cheap look before a dear one.
+MAY_BE_FAMILY = re.compile(r"integer|real|\\in\b|∈|\\equiv|≡")
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,17 @@ class Family:
     members: tuple[tuple[str, ...], ...]
     parameters: tuple[str, ...] = ()
     is_real: bool = False
+
+
+def find_families(reference: str, answer: str) -> tuple[Family, Family] | None:
+    """Both as families where one of them says what its parameters range over."""
+    if MAY_BE_FAMILY.search(reference) and (family := read_family(reference)):
+        given = read_answer_family(answer)
+        return None if given is None else (family, given)
+    if MAY_BE_FAMILY.search(answer) and re.search(r"[a-z]", reference) and (given := read_family(answer)):
+        wanted = read_answer_family(reference)
+        return None if wanted is None else (wanted, given)
+    return None
 
 
 def read_family(text: str) -> Family | None:

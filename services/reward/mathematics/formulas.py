@@ -19,6 +19,29 @@ ELLIPSIS = re.compile(r"\.{3,}|\\(?:l|c)?dots(?![A-Za-z])")
 
 CONSTANT = re.compile(r"\+\s*(?:\\text\s*\{\s*)?(?:an?\s+)?(?:arbitrary\s+)?const(?:ant|\.)?(?![a-z])(?:\s*\})?")
 
+# "0.58333... (repeating 3)", "0.583 with the 3 repeating".
+REPEATS = re.compile(
+    r"(?P<digits>[0-9]*\.[0-9]{1,40})(?:…|\.{3})?,?\s*\(?(?:(?:with|where)\s+)?(?:the\s+)?(?:digits?\s+|block\s+)?"
+    r"(?:(?P<block>[0-9]{1,20})\s+(?:is\s+|being\s+)?(?:repeat|recur)(?:s|ing|ring)|(?:repeating|recurring)\s+(?P<other>[0-9]{1,20}))"
+    r"(?:\s+(?:forever|indefinitely))?\)?",
+    re.IGNORECASE,
+)
+
+
+def name_repeating(text: str) -> str:
+    """The text with a line over the digits that are said to repeat, where the decimal ends with them."""
+
+    def overline(match: re.Match[str]) -> str:
+        block = match["block"] or match["other"]
+        digits: str = match["digits"]
+        if not digits.endswith(block):
+            return match[0]
+        while digits.endswith(block * 2):
+            digits = digits.removesuffix(block)
+        return f"{digits.removesuffix(block)}\\overline{{{block}}}"
+
+    return REPEATS.sub(overline, text) if "epeat" in text or "ecur" in text else text
+
 
 def name_constant(text: str) -> str:
     """The text with a letter for a constant in words."""

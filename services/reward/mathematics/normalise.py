@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from services.reward.mathematics.formulas import ELLIPSIS, SPAN, flatten_math, name_constant
+from services.reward.mathematics.formulas import ELLIPSIS, SPAN, flatten_math, name_constant, name_repeating
 from services.reward.mathematics.number_words import read_number_words
 from services.reward.mathematics.units import is_unit_phrase
 
@@ -109,7 +109,7 @@ GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3}
 @lru_cache(maxsize=512)
 def normalise(text: str) -> str:
     """The text in the notation of this module."""
-    text = ARROW.split(flatten_math(name_constant(text.strip())))[-1].strip()
+    text = ARROW.split(flatten_math(name_repeating(name_constant(text.strip()))))[-1].strip()
     text = SPAN.sub(lambda match: f" {match[1]} ", text)
     text = ROWS.sub(join_rows, text)
     text = SUPERSCRIPT_RUN.sub(lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)

@@ -23,9 +23,31 @@ PARTS = {
 SMALL = {word: number for number, word in enumerate(COUNTED.split())} | {
     word: 10 * number for number, word in enumerate(TENS.split(), start=2)
 }
+IRREGULAR = ("five", "eight", "nine", "twelve")
+RANKS = {"first": 1, "second": 2, "third": 3, "fifth": 5, "eighth": 8, "ninth": 9, "twelfth": 12} | {
+    **{
+        word + "th": number
+        for word, number in SMALL.items()
+        if number > 3 and word not in ("five", "eight", "nine", "twelve")
+    },
+    **{word[:-1] + "ieth": number for word, number in SMALL.items() if word.endswith("ty")},
+}
 SIGNS = ("minus", "negative")
 FIGURES = re.compile(r"[0-9]+(?:\.[0-9]+)?|[0-9]+/[0-9]+")
 WORDS = {*SMALL, *SCALES, *PARTS, "hundred", "dozen"}
+
+
+def read_rank(sentence: str, noun: str) -> str:
+    """The sentence with "the fourth day" as "day 4", where `noun` is what is asked for."""
+    pattern = rf"\b(?:the\s+)?(?P<rank>[0-9]+(?=st|nd|rd|th)|[a-z-]+)(?:st|nd|rd|th)?\s+{re.escape(noun)}\b"
+
+    def replace_rank(match: re.Match[str]) -> str:
+        word = match["rank"].lower()
+        tens, _, last = word.rpartition("-")
+        rank = RANKS.get(last, 0) + (SMALL.get(tens, 0) if tens else 0)
+        return f"{noun} {word if word.isdigit() else rank}" if word.isdigit() or rank else match[0]
+
+    return re.sub(pattern, replace_rank, sentence, flags=re.IGNORECASE)
 
 
 def is_number_word(word: str) -> bool:

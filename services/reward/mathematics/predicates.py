@@ -16,9 +16,12 @@ from services.reward.mathematics.candidates import (
     may_be_number,
     split_amounts,
     split_clauses,
+    split_clocks,
     split_commas,
     split_items,
 )
+from services.reward.mathematics.conditions import choose_regions
+from services.reward.mathematics.denials import drop_denied, is_hedge
 from services.reward.mathematics.expectations import Expectation, Form
 from services.reward.mathematics.formulas import SPAN, unwrap
 from services.reward.mathematics.normalise import normalise
@@ -45,26 +48,26 @@ IS_THE = re.compile(
 )
 # "12 edges: 4 on top, 4 at the bottom and 4 at the sides".
 BREAKDOWN = re.compile(r"(?:\s+[a-z-]+){0,3}:\s|(?<=:)\s")
-REGIONAL = re.compile(r"[<>≤≥≠∪∞ℝ]|\\(?:leq?|geq?|neq?|infty|cup|lt|gt)(?![A-Za-z])|[\[(][^()\[\]]*,[^()\[\]]*[)\]]")
 TOTAL = re.compile(r"(?:\s+[a-z]+){0,6}\s*[,:;(—–-]+\s*(?:namely\s+)?")
 PARTS = re.compile(r"(?:\s+[a-z]+){0,4}(?:,|,?\s+and)\s+")
-CLAUSE = re.compile(r"[,;]\s+(?:and\s+)?(?:so(?! that)|thus|hence|therefore)\b")
-# Between two answers of which neither is meant for sure.
-HEDGE = re.compile(
-    r"[\s,;—–-]*\(?(?:\b(?:or|and|but)\b|[—–])[\s,]*(?:(?:possibly|perhaps|maybe|probably|even|else|alternatively"
-    r"|also)\b[\s,]*"
-    r"|(?:it |they |that |the [a-z]+ )?(?:might|may|could|can)(?: also| even| well)* be\s+)+(?:[a-z]+\s+){0,4}"
-    r"|[\s,;—–-]*\(?\s*(?:or\s+)?(?:possibly|perhaps|maybe|alternatively)\s+(?:even\s+)?|\s*\(or\s+|\s*[—–-]\s*or\s+"
-    r"|.{0,60}\bif\b[^.;]{0,80}\b(?:but|and|or|otherwise)\s+(?:it is |it's |it would be )?",
-    re.IGNORECASE,
+PERCENT = re.compile(r"%|\bper ?cent")
+OPENS_CLAUSE = re.compile(
+    r"[,;]\s+(?:and\s+)?(?:so(?! that)|thus|hence|therefore),?\s+(?:(?:only|exactly|just|about|a)\s+)?"
 )
+ONE_OF = re.compile(r"[a-z]+", re.IGNORECASE)
+CLAUSE = re.compile(r"[,;]\s+(?:and\s+)?(?:so(?! that)|thus|hence|therefore)\b")
 ABOUT = re.compile(
     r"[\s,;]*\(?(?:\b(?:or|i\.e\.|that is),?\s+)?\b(?:about|approximately|roughly|around)\s+", re.IGNORECASE
 )
 
 
 def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *, first: bool) -> list[Run]:
-    """The stretches that are the answer: one, or as many as the answer has values."""
+    """The stretches that are the answer: one, or as many as the answer has values; none where all are denied."""
+    if expectation.form not in (Form.ANY, Form.REGION, Form.EQUATION):
+        kept = drop_denied(sentence, runs)
+        runs = kept if len(kept) == len(runs) else [run for run in kept if run.has_sign or is_counted(sentence, run)]
+        if not runs:
+            return []
     if len(runs) == 1 and not re.search(r"[\s,]", runs[0].text):
         return [runs[0]]
     runs = runs[:MAX_RUNS] if first else runs[-MAX_RUNS:]
@@ -73,6 +76,8 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
     candidates = [run for run in runs if run.has_sign] or list(runs)
     is_plain = any(run.has_sign for run in runs)
     counted = [run for run in runs if run.has_sign or not is_plain or is_counted(sentence, run)]
+    if expectation.rank and (ranked := [run for run in counted if follows(sentence, run, expectation.rank)]):
+        return ranked[-1:]
     stated = drop_settings(sentence, counted, expectation)
     if expectation.form is Form.TUPLE:
         pieces = [piece for run in candidates for piece in split_items(run, expectation.count)]
@@ -90,6 +95,8 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
         stated = [run for run in candidates if has_unit(run, expectation)] or candidates
     if expectation.unit is not None and not any(has_unit(run, expectation) for run in stated):
         stated = [run for run in candidates if has_unit(run, expectation)][-1:] or stated
+    if expectation.asks_percent:
+        stated = [run for run in stated if PERCENT.search(run.text)] or stated
     if expectation.is_number:
         stated = [piece for run in stated for piece in split_measures(sentence, run, expectation)]
         stated = [run for run in stated if may_be_number(run, expectation)] or stated
@@ -97,11 +104,14 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
         if (total := find_total(sentence, stated)) is not None:
             return [total]
     if expectation.form is Form.CLOCK:
-        pieces = [piece for run in candidates for piece in split_commas(run)]
+        pieces = [piece for run in candidates for piece in split_clocks(run)]
         stated = [run for run in pieces if is_end(sentence, run)] or stated
     elif expectation.form is Form.REGION:
-        regions = [run for run in candidates if REGIONAL.search(run.text)]
-        stated = drop_settings(sentence, regions) or regions or stated
+        stated = (
+            choose_regions(sentence, last_clause(sentence, candidates))
+            or choose_regions(sentence, candidates)
+            or stated
+        )
     elif expectation.form is Form.EQUATION:
         stated = [run for run in candidates if re.search(r"[A-Za-z].*=", run.text)] or stated
     if first and OPENS.match(sentence[: stated[0].start]):
@@ -110,6 +120,11 @@ def choose_runs(sentence: str, runs: Sequence[Run], expectation: Expectation, *,
     if subject is not None:
         return [subject]
     return [prefer_formula(sentence, last_clause(sentence, stated))]
+
+
+def follows(sentence: str, run: Run, noun: str) -> bool:
+    """Whether a stretch stands directly after a noun, "day 12"."""
+    return sentence[: run.start].lower().endswith(f"{noun} ")
 
 
 def split_measures(sentence: str, run: Run, expectation: Expectation) -> list[Run]:
@@ -137,7 +152,7 @@ def join_doubtful(sentence: str, runs: Sequence[Run]) -> list[Run]:
     joined = [runs[0]]
     for run in runs[1:]:
         between = sentence[joined[-1].end : run.start]
-        sign = " ≈ " if ABOUT.fullmatch(between) else ", " if HEDGE.fullmatch(between) else ""
+        sign = " ≈ " if ABOUT.fullmatch(between) else ", " if is_hedge(sentence, joined[-1], run) else ""
         if sign:
             before = joined.pop()
             text = unwrap(before.text).rstrip(",;:.") + sign + unwrap(run.text)
@@ -160,7 +175,12 @@ def choose_several(stated: Sequence[Run], candidates: Sequence[Run], count: int)
 
 
 def is_counted(sentence: str, run: Run) -> bool:
-    """Whether a number in words is what the sentence says of something: "it takes one hour", but not "the one who"."""
+    """Whether a number in words is what the sentence says of something: "it takes one hour", but not "the one who".
+
+    "so a quarter of the route is left" says so, too, and "so one of them is" does not.
+    """
+    if any(clause.end() == run.start for clause in OPENS_CLAUSE.finditer(sentence)) and not ONE_OF.fullmatch(run.text):
+        return True
     return COUNTS.search(sentence[max(0, run.start - 30) : run.start]) is not None
 
 

@@ -6,11 +6,12 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
+from services.reward.mathematics.normalise import normalise
 from services.reward.mathematics.number_words import is_number_word
 from services.reward.mathematics.numbers import read_number
 from services.reward.mathematics.units import NAMES, Unit, first_unit, read_unit
 
-CURRENCY = re.compile(r"^([+-]?)\s*(US\$|\$|€|£|₹|¥|USD|EUR|GBP|Rs\.?)\s*(?=[+-]?\s*[0-9.])")
+CURRENCY = re.compile(r"^([+-]?)\s*(US\$|\$|€|£|₹|¥|USD|EUR|GBP|Rs\.?)\s*(?=[+-]?\s*[0-9.(])")
 APPROXIMATELY = re.compile(
     r"^(?:≈|~|about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|the number|=|is|equals)\s*",
     re.IGNORECASE,
@@ -21,10 +22,19 @@ PERCENT = re.compile(r"\s*%(?P<rest>.*)$")
 DEGREE = re.compile(r"\s*(?:°|degrees?\b)\s*(?P<scale>[CF]\b|celsius|fahrenheit)?", re.IGNORECASE)
 # A number directly before a unit of two letters or more, "240cm".
 ATTACHED = re.compile(r"([+-]?[0-9.]+)([A-Za-z]{2}[A-Za-z/^{}0-9]*)")
-CLOCK = re.compile(r"([0-9]{1,2}):([0-9]{2})\s*([ap])?\.?\s*(?(3)m\b\.?)", re.IGNORECASE)
-HOUR = re.compile(r"([0-9]{1,2})()\s*([ap])\.?\s*m\b\.?", re.IGNORECASE)
+HALF = r"\s*(?P<half>[ap])?\.?\s*(?(half)m\b\.?)"
+DAYTIMES = re.compile(r"(?<=[0-9])(?:\s*o'clock)?,?\s+(?:in the (?:(?P<early>morning)|afternoon|evening)|at night)\b")
+CLOCK = re.compile(r"(?P<hour>[0-9]{1,2}):(?P<minute>[0-9]{2})(?::(?P<second>[0-9]{2}))?" + HALF, re.IGNORECASE)
+HOUR = re.compile(r"(?P<hour>[0-9]{1,2})(?:\s*o'clock\b)?" + HALF, re.IGNORECASE)
+NAMED_HOURS = {"noon": "p", "midnight": "a"}
+# "11th", "the 3rd day".
+ORDINAL = re.compile(r"(?:the\s+)?(?P<rank>[0-9]{1,9})(?P<end>st|nd|rd|th)\b(?:\s+[A-Za-z]+)?", re.IGNORECASE)
+# A variable is no value before "m", but it is before "meters".
+ENDS_TERM = re.compile(r"(?:^(?!a$)|[0-9+\-*/^{(]\s*)[A-Za-z]$", re.IGNORECASE)
+UNIT_WORD = re.compile(r"(?:(?:square|cubic) )?(?:[A-Za-z]{4,}|[ckm]m|kg|ft)\b.*")
 NOUNS = re.compile(r"(?:[A-Za-z'-]+(?:\^\{[23]\})?[ ,]*){1,8}")
 COMPOUND = re.compile(r"([0-9.]+(?:\s+[0-9]+/[0-9]+)?)\s*([A-Za-z]+)(?:\s*,?\s*(?:and\s+)?|$)")
+MAX_AMOUNT_CHARACTERS = 60
 DEGREES = Unit(Fraction(1), (("angle", 1),))
 CELSIUS, FAHRENHEIT = NAMES["°C"], NAMES["°F"]
 RADIANS = NAMES["rad"]
@@ -46,6 +56,7 @@ class Clock:
     hour: int
     minute: int
     half: str
+    second: int = 0
 
 
 def read_quantity(text: str) -> Quantity:
@@ -76,10 +87,17 @@ def read_trailing_unit(text: str) -> Quantity:
     attached = ATTACHED.fullmatch(text)
     if attached and (unit := read_unit(attached[2])) is not None:
         return Quantity(attached[1], unit)
+    ordinal = ORDINAL.fullmatch(text)
+    if ordinal and ordinal["end"].lower() == ending_of(int(ordinal["rank"])):
+        return Quantity(ordinal["rank"])
     for match in re.finditer(r"(?<=[^\s*/+<>=-]) +(?=[A-Za-z$€£])", text):
         body, phrase = text[: match.start()].strip(), text[match.end() :].strip()
-        if not ends_value(body) or body.endswith(("\\frac", "\\sqrt")):
+        if not (ends_value(body) or (ENDS_TERM.search(body) and UNIT_WORD.fullmatch(phrase))) or body.endswith(
+            ("\\frac", "\\sqrt")
+        ):
             continue
+        if phrase.startswith("and "):
+            continue  # two and a half hours
         unit = read_unit(phrase)
         if unit is not None:
             return Quantity(body, unit)
@@ -88,8 +106,13 @@ def read_trailing_unit(text: str) -> Quantity:
     return Quantity(text)
 
 
+def ending_of(rank: int) -> str:
+    """The letters after an ordinal number."""
+    return "th" if rank % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+
+
 def ends_value(body: str) -> bool:
-    """Whether a value may end here: after a digit, a bracket, a constant, or a number in words."""
+    """Whether a value may end here: after a digit, a bracket, a constant, a variable, or a number in words."""
     return bool(body) and (body[-1] in "0123456789.)}|!²³" or body.endswith("\\pi") or read_number(body) is not None)
 
 
@@ -113,18 +136,43 @@ def read_compound(text: str) -> Quantity | None:
     return Quantity(str(total), largest) if count > 1 else None
 
 
+def express_in(answer: str, name: str, unit: Unit) -> str:
+    """An amount in another unit of what it measures, "2 h 15 min" as "135 minutes"; any other answer as it is."""
+    quantity = read_quantity(normalise(answer)) if len(answer) <= MAX_AMOUNT_CHARACTERS else None
+    number = read_number(quantity.body) if quantity else None
+    if quantity is None or quantity.unit is None or number is None or quantity.unit.factor == unit.factor:
+        return answer
+    return (
+        f"{number.value * quantity.unit.factor / unit.factor} {name}"
+        if quantity.unit.dimension == unit.dimension
+        else answer
+    )
+
+
 def read_clock(text: str) -> Clock | None:
     """A time of day, "3:30 PM" or "15:30"; None for anything else."""
+    if named := NAMED_HOURS.get(text.lower().removeprefix("12 ")):
+        return Clock(12, 0, named)
     match = CLOCK.fullmatch(text) or HOUR.fullmatch(text)
-    if match is None or int(match[1]) > 24 or int(match[2] or 0) > 59:
+    if match is None or text.isdigit():
         return None
-    return Clock(int(match[1]), int(match[2] or 0), (match[3] or "").lower())
+    parts = match.groupdict(default="")
+    hour, minute, second = (int(parts.get(name) or 0) for name in ("hour", "minute", "second"))
+    # "3:01:12" alone is a ratio.
+    if hour > 24 or max(minute, second) > 59 or (parts.get("second") and not parts["half"]):
+        return None
+    return Clock(hour, minute, parts["half"].lower(), second)
+
+
+def name_halves(text: str) -> str:
+    """The text with "am" and "pm" for "in the morning" and the like."""
+    return DAYTIMES.sub(lambda match: " am" if match["early"] else " pm", text)
 
 
 def clocks_agree(expected: Clock, found: Clock) -> bool:
     """Whether two times of day are the same; one that does not say which half of the day it means fits both."""
     hours = possible_hours(expected) & possible_hours(found)
-    return expected.minute == found.minute and bool(hours)
+    return (expected.minute, expected.second) == (found.minute, found.second) and bool(hours)
 
 
 def possible_hours(clock: Clock) -> set[int]:

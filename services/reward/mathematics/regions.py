@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from services.reward.mathematics.absolute import read_absolute
 from services.reward.mathematics.brackets import read_brackets
 from services.reward.mathematics.names import FUNCTION_NAME, VARIABLE
 from services.reward.mathematics.numbers import read_number
@@ -18,7 +19,12 @@ ALL_BUT = re.compile(
     r"|(?:all|any) real (?:numbers?|values?)(?: of [a-z]|,? [a-z])? (?:except|but|other than)(?: for)?\s+"
     r"(?:[a-z]\s*=\s*)?(.+)"
 )
-REALS = ("ℝ", "all real numbers", "all reals", "any real number", "every real number", "all real values", "all real x")
+REALS = re.compile(
+    r"ℝ|(?:the )?(?:set of )?(?:all|any|every) (?:the )?(?:real(?: numbers?| values?)?|reals|numbers"
+    r"|values|[xyt](?![a-z]))"
+    r"(?:(?: of|,)? [a-z])?",
+    re.IGNORECASE,
+)
 
 
 def read_region(text: str) -> Region | None:
@@ -26,7 +32,7 @@ def read_region(text: str) -> Region | None:
 
     "(1, 2)" alone may be a point: it is no region.
     """
-    if text.lower() in REALS:
+    if REALS.fullmatch(text):
         return Region("", (Interval("-∞", "∞", True, True),))
     hole = ALL_BUT.fullmatch(text)
     if hole and len(split_top(value := hole[1] or hole[2])) == 1:
@@ -59,6 +65,11 @@ def interval_of(group: Group | None) -> Region | None:
         return None
     low, high = group.items
     return Region("", (Interval(low, high, group.brackets[0] == "(", group.brackets[1] == ")"),))
+
+
+def may_be_intervals(*groups: Group) -> bool:
+    """Whether all of them can be intervals: two ends in brackets, the second one not below the first."""
+    return all(interval_of(group) and not is_empty(*group.items) for group in groups)
 
 
 def read_inequalities(text: str, items: Sequence[str]) -> Region | None:
@@ -102,6 +113,8 @@ def read_inequality(text: str) -> Region | None:
     if len(signs) != 1:
         return None
     left, right, sign = sides[0], sides[1], signs[0]
+    if "|" in text:
+        return read_absolute(sides, sign)
     if FUNCTION_NAME.fullmatch(left):
         left = "y"
     if not VARIABLE.fullmatch(left):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from services.reward.mathematics.formulas import SPAN
@@ -21,6 +21,8 @@ FUNCTION = re.compile(r"(?:sin|cos|tan|cot|sec|csc|ln|log|exp|sqrt|pi|abs|infini
 SYMBOL = re.compile(r"[-−:+|()!/]+")
 LEADING = ("negative", "minus")
 JOINING = ("or", "and", "to", "in", "plus", "over")
+# A letter at the end after such a word is what something is, "the conjugate of 1/i is i".
+STATES = ("is", "equals", "gives", "be", "=")
 ARTICLES = ("a", "A", "I")
 UNIT_PARTS = (*POWER_WORDS, "per")
 TRIMMED = " \t\n*`_\"'"
@@ -70,6 +72,8 @@ def find_runs(sentence: str, *, keeps_colons: bool = False) -> list[Run]:
     A colon after prose ends one, "after two years: 324", unless colons belong to the answer.
     """
     words = split_words(sentence)
+    if len(words) > 1 and words[-1].kind in (Kind.LETTER, Kind.ARTICLE) and words[-2].text in STATES:
+        words[-1] = replace(words[-1], kind=Kind.MATHEMATICS)
     runs: list[Run] = []
     begin, has_prose = 0, False
     for position, word in enumerate(words):

@@ -42,6 +42,8 @@ def scalars_agree(expected: str, found: str, algebra: Equality) -> bool:
     based = BASED.fullmatch(expected), BASED.fullmatch(found)
     if based[0] and (based[1] or DIGITS.fullmatch(found) or read_number(found)):
         return (based[0][1], based[0][2]) == (based[1][1], based[1][2]) if based[1] else based[0][1] == found
+    if based[0] and re.search(r"[0-9]", based[0][1]):
+        return False
     return quantities_agree(read_quantity(expected), read_quantity(found), algebra)
 
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 import re
 
 from services.reward.mathematics.comparatives import read_comparatives
+from services.reward.mathematics.conditions import SOLVED
 from services.reward.mathematics.expectations import ANYTHING, Expectation, Form
-from services.reward.mathematics.formulas import ELLIPSIS, SPAN, name_constant, unwrap
-from services.reward.mathematics.predicates import choose_runs
+from services.reward.mathematics.formulas import ELLIPSIS, SPAN, name_constant, name_repeating, unwrap
+from services.reward.mathematics.number_words import read_rank
+from services.reward.mathematics.parts import name_part
+from services.reward.mathematics.predicates import PERCENT, choose_runs
+from services.reward.mathematics.quantities import name_halves
 from services.reward.mathematics.runs import FIGURE, SIGN, TRIMMED, balance, find_runs
 
 PARENTHESIS = re.compile(
@@ -27,6 +31,11 @@ ASIDE = (
 EXPLANATION = re.compile(
     ASIDE + r"|,?\s+(?:as|where|which|when|if|rather than|instead of|after|so|given|due to)\b|,\s*(?:not|and not|but)\b"
 )
+CONDITION = re.compile(r",?\s+\(?(?:for|where|when|if|with|provided)\b")
+JOINED = re.compile(r"^(?:or|and)\s+")
+RESTATES = re.compile(r",?\s+\(?(?:which|that is|i\.e)\b")
+# What is cut only behind such an answer: conditions of a region, and a figure in per cent where one is asked for.
+KEPT = {SOLVED: CONDITION, PERCENT: RESTATES}
 REMARK = re.compile(ASIDE)
 CHANCE = re.compile(r"(?:[0-9]+|[a-z-]+) (?:in|out of)(?: every)? (?:[0-9]+|[a-z-]+)", re.IGNORECASE)
 NOT_BUT = re.compile(r"not\b.+?\bbut\s+(?:rather\s+)?(?P<rest>.+)")
@@ -47,7 +56,14 @@ def isolate(sentence: str, *, first: bool, expectation: Expectation = ANYTHING) 
 
     A sentence without any mathematics is returned as it is.
     """
-    sentence = FIGURE.sub(r"\1{\2}", trim_sentence(name_constant(sentence), first=first))
+    keeps = SOLVED if expectation.form is Form.REGION else PERCENT if expectation.asks_percent else None
+    if expectation.form is Form.CLOCK:
+        sentence = name_halves(sentence)
+    if expectation.is_number:
+        sentence = name_part(sentence)
+    if expectation.rank:
+        sentence = read_rank(sentence, expectation.rank)
+    sentence = FIGURE.sub(r"\1{\2}", trim_sentence(name_repeating(name_constant(sentence)), first=first, keeps=keeps))
     sentence = MODULUS.sub(r" \\pmod{\1}", sentence)
     if CHANCE.fullmatch(sentence):
         return sentence
@@ -63,7 +79,7 @@ def isolate(sentence: str, *, first: bool, expectation: Expectation = ANYTHING) 
 
 def tidy(run: str) -> str:
     """A stretch of mathematics without markup, dollar signs and punctuation around it."""
-    return balance(unwrap(run).strip(TRIMMED).rstrip(",;:."))
+    return balance(JOINED.sub("", unwrap(run)).strip(TRIMMED).rstrip(",;:."))
 
 
 def has_mathematics(sentence: str) -> bool:
@@ -71,8 +87,11 @@ def has_mathematics(sentence: str) -> bool:
     return bool(find_runs(trim_sentence(sentence, first=False)))
 
 
-def trim_sentence(sentence: str, *, first: bool, words: bool = False) -> str:
-    """The sentence without markup around it and, where it announces an answer, without its explanation."""
+def trim_sentence(sentence: str, *, first: bool, words: bool = False, keeps: re.Pattern[str] | None = None) -> str:
+    """The sentence without markup around it and, where it announces an answer, without its explanation.
+
+    What `KEPT` has for `keeps` is no explanation as long as `keeps` is not found before it.
+    """
     sentence = EACH.sub(r"per \1", EMPHASIS.sub(r"\1", sentence))
     sentence = BULLET.sub("", MARKED_END.sub("", sentence).strip(TRIMMED))
     remark = PARENTHESIS.search(sentence)
@@ -89,6 +108,8 @@ def trim_sentence(sentence: str, *, first: bool, words: bool = False) -> str:
                 return f"{before}, {rest[closing.end() :]}"
         # Inside of a formula nothing is explained, and before the answer neither.
         is_outside = len(re.findall(r"(?<!\\)\$", before)) % 2 == 0 or not SPAN.search(sentence)
+        if keeps is not None and KEPT[keeps].match(match[0]) and not keeps.search(before):
+            continue
         if before.rstrip().endswith((" or", " and")):
             continue  # "when x = 2 or when x = -5"
         if is_outside and before.strip(TRIMMED) and (first or words or SIGN.search(before)):

@@ -9,9 +9,11 @@ from services.reward.mathematics.formulas import SPAN
 
 PROSE = re.compile(r"(?<![\\A-Za-z])[a-z]{3}")
 END = re.compile(
-    r"(?<=[^\s.?])(?:\.+(?=[*_)\"']{0,3}\s+(?:[A-Z\\$*(#0-9−_]|[a-z] ?[=<>≤≥])|\s*$)"
+    r"(?<=[^\s.?])(?:(?:(?<![0-9])\.+|\.(?!\.))(?=[*_)\"']{0,3}\s+(?:[A-Z\\$*(#0-9−_]|[a-z] ?[=<>≤≥])|\s*$)"
+    r"|\.{3,}(?=[*_)\"']{0,3}\s+[A-Z])"
     r"|(?<!!)[!?]+(?!\.)(?=\s+[A-Z$*#(]|\s*$))[*_]{0,3}"
 )
+FINAL = re.compile(r"(?:(?<![0-9.])\.+|(?<=[0-9])\.|(?<=[0-9]\.{3})\.|(?<!!)[!?]+)(?=[*_]*\s*$)")
 # A full stop after these ends no sentence, and neither does one after a number or a letter that counts items.
 ABBREVIATION = re.compile(
     r"(?:\b(?:Mr|Mrs|Ms|Dr|St|vs|cf|approx|resp|ca|Eq|Fig|No|e\.g|i\.e|etc|a\.m|p\.m)|^\W*(?:[0-9]{1,2}|[A-Za-z]))$"
@@ -68,11 +70,14 @@ def find_ends(line: str) -> list[re.Match[str]]:
 
 def first_sentence(line: str) -> str:
     """The line up to the end of its first sentence, without the mark that ends it."""
-    return next((line[: end.start()] for end in find_ends(line) if line[: end.start()].strip()), line)
+    for end in find_ends(line):
+        if line[: end.start()].strip():
+            return line[: end.end()] if end[0].startswith("...") else line[: end.start()]
+    return line
 
 
 def strip_end(sentence: str) -> str:
-    """A sentence without the mark that ends it; "8!" is a number."""
+    """A sentence without the mark that ends it; "8!" and "0.3..." are numbers."""
     if not PROSE.search(sentence):
         return re.sub(r"(?<!\.)\.([*_]*)\s*$", r"\1", sentence)
-    return re.sub(r"(?:\.+|(?<!!)[!?]+)(?=[*_]*\s*$)", "", sentence).strip()
+    return FINAL.sub("", sentence).strip()

@@ -31,7 +31,9 @@ SETTING = re.compile(
     r"|with(?:\s+(?:an?|the))?\s+(?:side|sides|radius|radii|diameter|base|height|length|width|edges?|legs?"
     r"|slope)(?: lengths?)?"
     r"(?: of)?|split|shared|base|week|day|month|year|step|part|case|question|figure|chapter"
-    r"|(?<=[a-z] )(?<!means )that (?:are|is|measures?|costs?)|(?:than|from) (?:the|its|an?) [a-z]+ of|who (?:is|was|are"
+    r"|(?<=[a-z] )(?<!means )that (?:are|is|measures?|costs?)|(?:than|from) (?:the|its|an?) [a-z]+ of"
+    r"|(?:of|in) (?:its|her|his|their|our|the (?:total|whole|original|initial|full)) [a-z]+ of"
+    r"|who (?:is|was|are"
     r"|has"
     r"|had)|which (?:has|have|had)(?:\s+[a-z]+)?)" + DETERMINERS + r"\s+[(\[]?$",
     re.IGNORECASE,

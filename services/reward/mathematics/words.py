@@ -20,7 +20,7 @@ FILLING = re.compile(
     rf"^{CONNECTIVES}"
     r"(?:(?:it|this|that|he|she|they|there|these|the [a-z]+(?: of [a-z]+)?)\s+"
     r"(?:is|are|was|were|will be|would be|has|have)\s+|(?:it|they)\s+)?"
-    r"(?:an?|the|on an?|on)?\s*",
+    r"(?:(?:an?|the|on an?|on)\b)?\s*",
     re.IGNORECASE,
 )
 CONCLUDES = re.compile(
@@ -71,6 +71,13 @@ LEADS = re.compile(
     r"\s((?:(?:on|in|at|an?|the|comes|strictly|monotonically|always|most|likely|definitely|clearly|namely"
     r"|called)\s+)+)$"
 )
+# "The cheapest ones are sold by".
+AGENT = re.compile(
+    r"(?:^|\b(?:is|are|was|were|be|been)\s+)(?:[a-z]+ly\s+)?(?!followed|preceded|beaten|surpassed"
+    r"|exceeded|succeeded|outdone|undercut)(?:won|run|led|read|cut|set|put|[a-z]+(?:ed|en|ld|ght|wn|un|nk|ade|one|id|ept|ent))"
+    r"(?:\s+[a-z]+){0,2}\s+by\s+(?:the\s+)?$"
+)
+AMONG = re.compile(r"^(?:among|of|out of|between|in) [^,]*,\s+")
 SUBJECT_VERB = re.compile(r"\s+(?:is|was|wins|won|has|had|comes|came|finishes|finished|gets|costs)\b")
 CONTRAST = re.compile(r"\b(?:but|while|whereas|although|though)\b")
 BESIDE = re.compile(r"\b(?:than|before|after|of|to|from|by|with|and|behind|like)\s+(?:the\s+|an?\s+)?$")
@@ -80,7 +87,7 @@ def is_wordy(text: str) -> bool:
     """Whether a normalised text consists of words that are no number, unit, variable or name of a set of numbers."""
     if DATE.fullmatch(text):
         return True
-    if not WORDS.fullmatch(text) or len(text) < 2 or text.lower() in REALS:
+    if not WORDS.fullmatch(text) or len(text) < 2 or REALS.fullmatch(text):
         return False
     longest = max((len(word) for word in re.findall(r"[A-Za-z]+", text)), default=0)
     return (longest > 1 or text.startswith("(")) and not is_unit_phrase(text) and read_number_words(text) is None
@@ -92,7 +99,19 @@ def is_empty_set(text: str) -> bool:
 
 
 def words_agree(expected: str, found: str) -> bool:
-    """Whether an answer says the expected words, and nothing else that could be an answer."""
+    """Whether an answer says the expected words in any person or number, and nothing else that may be an answer."""
+    return any(says(form, found) for form in inflect(expected))
+
+
+def inflect(word: str) -> tuple[str, ...]:
+    """A word with and without the s of the third person or the plural; names and phrases as they are."""
+    if not re.fullmatch(r"[a-z]{4,}", word) or word.endswith("ss"):
+        return (word,)
+    return word, word.removesuffix("s") if word.endswith("s") else word + "s"
+
+
+def says(expected: str, found: str) -> bool:
+    """Whether an answer says exactly these words."""
     wanted, given = canonical(expected), canonical(found)
     if wanted == given:
         return True
@@ -125,6 +144,9 @@ def is_predicate(wanted: str, given: str) -> bool:
     place = re.search(rf"\b{re.escape(wanted)}(?=$|[,;]|\s+(?:that|this|which|in|at|when|for|by|to|because)\b)", told)
     if place and (lead := LEADS.search(told[: place.start()])) and not BESIDE.search(told[: lead.start(1)]):
         return True
+    agent = re.search(rf"\b{re.escape(wanted)}(?=$|[,;]|\s+(?:for|at|in|on|with|because)\b)", told)
+    if agent and AGENT.search(told[: agent.start()]):
+        return True
     is_verb = re.fullmatch(r"[a-z]{3,}s(?: [a-z]+ly)?", wanted) is not None
     place = (
         re.search(rf"\b{re.escape(wanted)}(?=$|[,;]|\s+(?:by|because|to|since|for|when|as|at)\b)", given)
@@ -136,6 +158,7 @@ def is_predicate(wanted: str, given: str) -> bool:
 
 def is_subject(wanted: str, given: str) -> bool:
     """Whether a sentence begins with what is wanted, and says of it what it is or does."""
+    given = AMONG.sub("", given)
     verb = SUBJECT_VERB.match(given.removeprefix(wanted)) if given.startswith(wanted) else None
     return verb is not None and not CONTRAST.search(given) and not re.search(r"\b(?:before|after|behind)\b", given)
 

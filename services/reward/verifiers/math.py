@@ -9,8 +9,10 @@ from perigee.errors import FieldViolation
 from services.reward.check_pool import CheckPool
 from services.reward.mathematics.answers import find_final_answer
 from services.reward.mathematics.compare import Algebra, agree
-from services.reward.mathematics.expectations import expect, with_question
+from services.reward.mathematics.expectations import expect
 from services.reward.mathematics.families import Family
+from services.reward.mathematics.quantities import express_in
+from services.reward.mathematics.questions import with_question
 from services.reward.mathematics.shapes import Relation
 from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
 
@@ -58,7 +60,7 @@ class MathVerifier(Verifier[MathParameters]):
     """
 
     name: ClassVar[str] = "math"
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
 
     def __init__(self, pool: CheckPool) -> None:
         self._pool = pool
@@ -117,7 +119,8 @@ def find_answer(item: Item[MathParameters]) -> str | None:
     if not text:
         return None
     expectation = with_question(expect(item.parameters.reference), item.prompt)
-    return find_final_answer(text, marked=bool(item.answer_marker), expectation=expectation)
+    answer = find_final_answer(text, marked=bool(item.answer_marker), expectation=expectation)
+    return express_in(answer, *expectation.asked_unit) if answer and expectation.asked_unit else answer
 
 
 def explain_absence(item: Item[MathParameters]) -> str:
