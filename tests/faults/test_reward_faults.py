@@ -17,11 +17,10 @@ import pytest
 from perigee.buffer.v1.buffer_pb2 import VERDICT_CORRECT, VERDICT_FAILED
 from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
-from services.kit.config import ServerConfig
 from services.kit.server import serving
 from services.reward.config import CodeConfig, MathConfig
 from services.sandbox.__main__ import lifespan as sandbox_lifespan
-from services.sandbox.config import SandboxConfig
+from services.sandbox.config import SandboxConfig, SandboxServerConfig
 from tests.fixtures.reward import math_item, running_reward, score, score_one
 from tests.fixtures.sandbox import function_tests, skip_unless_possible
 
@@ -110,7 +109,7 @@ async def test_a_sandbox_that_comes_back_within_the_deadline_judges(tmp_path: Pa
     async with running_reward(sandbox_address=f"127.0.0.1:{port}", code=CodeConfig(timeout_s=30)) as client:
         scoring = asyncio.create_task(score_one(client, PROGRAM))
         await asyncio.sleep(0.5)
-        config = SandboxConfig(server=ServerConfig(port=port), isolation="zygote", state_path=str(tmp_path))
+        config = SandboxConfig(server=SandboxServerConfig(port=port), isolation="zygote", state_path=str(tmp_path))
         async with serving(config, sandbox_lifespan):
             outcome = await scoring
         assert (outcome.verdict, outcome.reward) == (VERDICT_CORRECT, 1.0)

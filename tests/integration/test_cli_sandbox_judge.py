@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from services.kit.config import ServerConfig
+from services.sandbox.config import SandboxServerConfig
 from tests.fixtures.command_line import run_perigee
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
@@ -112,7 +112,7 @@ async def test_runtimes_are_listed(sandbox_address: str) -> None:
 
 async def test_the_token_is_taken_from_the_environment(tmp_path: Path) -> None:
     skip_unless_possible("zygote")
-    async with running_sandbox(tmp_path, isolation="zygote", server=ServerConfig(token="secret")) as client:  # type: ignore[arg-type]
+    async with running_sandbox(tmp_path, isolation="zygote", server=SandboxServerConfig(token="secret")) as client:  # type: ignore[arg-type]
         refused = await run_perigee("runtimes", "--address", client.target, PERIGEE_TOKEN="other")
         served = await run_perigee("runtimes", "--address", client.target, PERIGEE_TOKEN="secret")
     assert refused.code == 3

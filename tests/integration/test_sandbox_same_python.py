@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -219,3 +221,16 @@ async def test_a_program_ends_as_by_itself(
 ) -> None:
     example = PROGRAMS[name]
     assert await run_python(warm, example) == await run_interpreter(cold, interpreter, example)
+
+
+@pytest.mark.parametrize("isolation", ["zygote", "crun"])
+async def test_signals_that_the_service_ignores_end_programs(isolation: str, tmp_path: Path) -> None:
+    """A service that was started by nohup ignores SIGHUP, and so would all that it starts."""
+    skip_unless_possible(isolation)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        async with running_sandbox(tmp_path, isolation=isolation, slots=1) as client:
+            response = await client.run("import os, signal; os.kill(os.getpid(), signal.SIGHUP)")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert (response.status, response.signal) == (pb.STATUS_RUNTIME_ERROR, signal.SIGHUP), response

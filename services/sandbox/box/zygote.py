@@ -51,6 +51,7 @@ class Zygote:
     def prepare(self) -> None:
         """Everything that is the same for all programs of the runtime."""
         options = self._options
+        _heed_signals()
         kernel.adopt_orphans()  # of keepers that were killed: what nobody reaps counts against their places
         if options.isolated:
             kernel.drop_bounding_capabilities()
@@ -107,6 +108,13 @@ class Zygote:
         kernel.die_with_parent(signal.SIGKILL)
         self._channel.close()
         return socket.socket(fileno=message.descriptors[0])
+
+
+def _heed_signals() -> None:
+    """Takes back what the service was started with (nohup): only what Python itself ignores is ignored in programs."""
+    for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _reap() -> None:
