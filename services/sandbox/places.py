@@ -33,6 +33,7 @@ class Place:
         self.cgroup = cgroup
         self.entries: list[int] = []
         self.usage: UsageFiles | None = None
+        self._stays_bytes = 0
         self.is_empty = True
         """False once what runs here could not be ended: no other job may have the place."""
 
@@ -60,12 +61,22 @@ class Place:
             try:
                 # pages of files that a job read first are charged here, and make room as soon as a program wants it:
                 # the limit and the measured peak would be off by them
-                if self.usage.current_bytes() > _LARGE_BYTES and self.cgroup.cached_bytes() > _CACHE_BYTES:
-                    self.cgroup.drop_cache()
-                held = self.usage.current_bytes()
+                held = self._drop_cache(self.cgroup, self.usage)
                 self.cgroup.limit(memory_bytes + (held // _MARGIN_BYTES + 1) * _MARGIN_BYTES, processes)
             except OSError as error:  # more was charged meanwhile than the new limit allows
                 raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
+
+    def _drop_cache(self, cgroup: SlotCgroup, usage: UsageFiles) -> int:
+        """Drops pages of files when there are many; what the group holds then.
+
+        Those that others use, too, stay, and to try takes long: it is tried again when there are more.
+        """
+        held = usage.current_bytes()
+        self._stays_bytes = min(self._stays_bytes, held)
+        if held > max(_LARGE_BYTES, self._stays_bytes + _CACHE_BYTES) and cgroup.cached_bytes() > _CACHE_BYTES:
+            cgroup.drop_cache()
+            held = self._stays_bytes = usage.current_bytes()
+        return held
 
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for want of memory; raises BoxFailedError."""
