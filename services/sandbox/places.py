@@ -19,8 +19,8 @@ log = get_logger(__name__)
 
 _EMPTY_S = 10.0
 _MARGIN_BYTES = 2 << 20
-_CACHE_BYTES = 1 << 20
-_LARGE_BYTES = 6 << 20
+_CACHE_SHARE = 0.02
+"""Of a job's memory; half of what its limit and its peak may be off by is left to other causes."""
 
 
 class Place:
@@ -59,23 +59,25 @@ class Place:
         """Sets the limits of the next job; what the group holds already is not the job's. Raises BoxFailedError."""
         if self.cgroup is not None and self.usage is not None:
             try:
-                # pages of files that a job read first are charged here, and make room as soon as a program wants it:
-                # the limit and the measured peak would be off by them
-                held = self._drop_cache(self.cgroup, self.usage)
+                held = self._drop_cache(self.cgroup, self.usage, memory_bytes)
                 self.cgroup.limit(memory_bytes + (held // _MARGIN_BYTES + 1) * _MARGIN_BYTES, processes)
             except OSError as error:  # more was charged meanwhile than the new limit allows
                 raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
 
-    def _drop_cache(self, cgroup: SlotCgroup, usage: UsageFiles) -> int:
-        """Drops pages of files when there are many; what the group holds then.
+    def _drop_cache(self, cgroup: SlotCgroup, usage: UsageFiles, memory_bytes: int) -> int:
+        """Drops pages of files when they are many for such a job; what the group holds then.
 
-        Those that others use, too, stay, and to try takes long: it is tried again when there are more.
+        Pages that a job was the first to read are charged here, and make room as soon as a program wants it: the limit
+        and the measured peak are off by them. To drop them takes long, and the next job may read them again. Those that
+        others use, too, stay; it is tried again when there are more.
         """
         held = usage.current_bytes()
-        self._stays_bytes = min(self._stays_bytes, held)
-        if held > max(_LARGE_BYTES, self._stays_bytes + _CACHE_BYTES) and cgroup.cached_bytes() > _CACHE_BYTES:
-            cgroup.drop_cache()
-            held = self._stays_bytes = usage.current_bytes()
+        if held > memory_bytes * _CACHE_SHARE:
+            cached = cgroup.cached_bytes()
+            self._stays_bytes = min(self._stays_bytes, cached)
+            if cached > self._stays_bytes + memory_bytes * _CACHE_SHARE:
+                cgroup.drop_cache()
+                held, self._stays_bytes = usage.current_bytes(), cgroup.cached_bytes()
         return held
 
     def oom_kills(self) -> int:
