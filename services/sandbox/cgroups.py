@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import signal
@@ -95,23 +94,6 @@ class SlotCgroup:
             self._set_memory(memory, memory_bytes)
             self._memory_bytes = memory_bytes
 
-    def cached_bytes(self) -> int:
-        """Memory that holds pages of files, which the kernel takes back when it is needed; tmpfs aside."""
-        path = self._paths["memory" if self.version == 1 else "unified"] / "memory.stat"
-        fields = dict(line.split() for line in path.read_text().splitlines())
-        names = ("total_cache", "total_shmem") if self.version == 1 else ("file", "shmem")
-        return int(fields[names[0]]) - int(fields.get(names[1], 0))
-
-    def drop_cache(self) -> None:
-        """Has the kernel take back the pages of files; what it cannot, stays."""
-        if self.version == 1:
-            (self._paths["memory"] / "memory.force_empty").write_text("0")
-            return
-        path = self._paths["unified"] / "memory.reclaim"  # from Linux 5.19 on
-        if path.exists():
-            with contextlib.suppress(BlockingIOError):  # less than asked for was there to be taken
-                path.write_text(str(self.cached_bytes()))
-
     def _set_memory(self, path: Path, memory_bytes: int) -> None:
         if self.version == 2:
             (path / "memory.max").write_text(str(memory_bytes))
@@ -129,9 +111,15 @@ class SlotCgroup:
 
     @property
     def usage_paths(self) -> dict[str, str]:
-        """The files that tell CPU time, memory kills, peak and current memory."""
+        """The files that tell CPU time, memory kills, peak and current memory, and what the memory is."""
         if self.version == 2:
-            names = {"cpu": "cpu.stat", "oom": "memory.events", "peak": "memory.peak", "current": "memory.current"}
+            names = {
+                "cpu": "cpu.stat",
+                "oom": "memory.events",
+                "peak": "memory.peak",
+                "current": "memory.current",
+                "statistics": "memory.stat",
+            }
             return {key: str(self._paths["unified"] / name) for key, name in names.items()}
         memory = self._paths["memory"]
         return {
@@ -139,6 +127,7 @@ class SlotCgroup:
             "oom": str(memory / "memory.oom_control"),
             "peak": str(memory / "memory.max_usage_in_bytes"),
             "current": str(memory / "memory.usage_in_bytes"),
+            "statistics": str(memory / "memory.stat"),
         }
 
     def processes(self) -> list[int]:

@@ -12,15 +12,14 @@ from pathlib import Path
 from perigee.errors import FailedPreconditionError
 from services.kit.telemetry import get_logger
 from services.sandbox.attendants import BoxFailedError
-from services.sandbox.box.usage import UsageFiles, open_usage
+from services.sandbox.box.usage import MUCH_BYTES, UsageFiles, open_usage
 from services.sandbox.cgroups import SlotCgroup
+from services.sandbox.finishing import finish
 
 log = get_logger(__name__)
 
 _EMPTY_S = 10.0
 _MARGIN_BYTES = 2 << 20
-_CACHE_SHARE = 0.02
-"""Of a job's memory; half of what its limit and its peak may be off by is left to other causes."""
 
 
 class Place:
@@ -33,7 +32,6 @@ class Place:
         self.cgroup = cgroup
         self.entries: list[int] = []
         self.usage: UsageFiles | None = None
-        self._stays_bytes = 0
         self.is_empty = True
         """False once what runs here could not be ended: no other job may have the place."""
 
@@ -53,32 +51,26 @@ class Place:
     def group_descriptors(self) -> list[int]:
         """Descriptors by which a process enters the group, then those by which it reads what the group uses."""
         usage = self.usage
-        return [] if usage is None else [*self.entries, usage.cpu, usage.oom, usage.peak, usage.current]
+        return (
+            [] if usage is None else [*self.entries, usage.cpu, usage.oom, usage.peak, usage.current, usage.statistics]
+        )
 
-    def limit(self, memory_bytes: int, processes: int) -> None:
-        """Sets the limits of the next job; what the group holds already is not the job's. Raises BoxFailedError."""
-        if self.cgroup is not None and self.usage is not None:
-            try:
-                held = self._drop_cache(self.cgroup, self.usage, memory_bytes)
-                self.cgroup.limit(memory_bytes + (held // _MARGIN_BYTES + 1) * _MARGIN_BYTES, processes)
-            except OSError as error:  # more was charged meanwhile than the new limit allows
-                raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
-
-    def _drop_cache(self, cgroup: SlotCgroup, usage: UsageFiles, memory_bytes: int) -> int:
-        """Drops pages of files when they are many for such a job; what the group holds then.
-
-        Pages that a job was the first to read are charged here, and make room as soon as a program wants it: the limit
-        and the measured peak are off by them. To drop them takes long, and the next job may read them again. Those that
-        others use, too, stay; it is tried again when there are more.
+    async def limit(self, memory_bytes: int, processes: int) -> None:
+        """Sets the limits of the next job; what the group holds already is not the job's, but for pages of files, which
+        make room as soon as a program wants it. Raises BoxFailedError.
         """
-        held = usage.current_bytes()
-        if held > memory_bytes * _CACHE_SHARE:
-            cached = cgroup.cached_bytes()
-            self._stays_bytes = min(self._stays_bytes, cached)
-            if cached > self._stays_bytes + memory_bytes * _CACHE_SHARE:
-                cgroup.drop_cache()
-                held, self._stays_bytes = usage.current_bytes(), cgroup.cached_bytes()
-        return held
+        if self.cgroup is None or self.usage is None:
+            return
+        try:
+            held = self.usage.current_bytes()
+            stays = held - self.usage.cached_bytes() if held >= MUCH_BYTES else held
+            limit = memory_bytes + (stays // _MARGIN_BYTES + 1) * _MARGIN_BYTES
+            if limit < held:  # the kernel takes pages back before it returns
+                await finish(asyncio.to_thread(self.cgroup.limit, limit, processes))
+            else:
+                self.cgroup.limit(limit, processes)
+        except OSError as error:  # more was charged meanwhile than the new limit allows
+            raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
 
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for want of memory; raises BoxFailedError."""

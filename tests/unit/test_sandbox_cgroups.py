@@ -22,6 +22,7 @@ V2_FILES = {
     "memory.events": "low 0\nhigh 0\nmax 7\noom 3\noom_kill 2\noom_group_kill 0\n",
     "memory.peak": "4096\n",
     "memory.current": "1024\n",
+    "memory.stat": "anon 5\nfile 700\nkernel 3\nshmem 200\nfile_mapped 1\n",
     "cgroup.procs": "11\n12\n",
 }
 V1_FILES = {
@@ -31,6 +32,7 @@ V1_FILES = {
         "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 4\n",
         "memory.max_usage_in_bytes": "8192\n",
         "memory.usage_in_bytes": "2048\n",
+        "memory.stat": "cache 1\nshmem 0\ntotal_cache 900\ntotal_rss 5\ntotal_shmem 300\n",
     },
     "pids": {"pids.max": "max"},
     "cpuacct": {"cpuacct.usage": "1500000\n"},
@@ -122,6 +124,7 @@ def test_v2_usage(v2: tuple[SlotCgroup, Path]) -> None:
     group, folder = v2
     usage = open_usage(group.version, group.usage_paths)
     assert (usage.cpu_ns(), usage.oom_kills(), usage.peak_bytes(), usage.current_bytes()) == (1_500_000, 2, 4096, 1024)
+    assert usage.cached_bytes() == 500
     fill(folder, {"memory.current": "99\n", "memory.peak": "100\n"})
     assert (usage.current_bytes(), usage.peak_bytes()) == (99, 100)  # read anew each time, by the same descriptors
 
@@ -157,6 +160,7 @@ def test_v1_usage(v1: tuple[SlotCgroup, dict[str, Path]]) -> None:
     group, folders = v1
     usage = open_usage(group.version, group.usage_paths)
     assert (usage.cpu_ns(), usage.oom_kills(), usage.peak_bytes(), usage.current_bytes()) == (1_500_000, 4, 8192, 2048)
+    assert usage.cached_bytes() == 600
     assert group.procs_paths == [str(folder / "cgroup.procs") for folder in folders.values()]
 
 

@@ -19,7 +19,7 @@ from . import control
 from .limits import BoxLimits
 from .orders import Order, Outcome
 from .python_functions import ANSWERED, FINISHED
-from .usage import UsageFiles
+from .usage import MUCH_BYTES, UsageFiles
 
 TICK_S = 0.05
 _PROGRESS_BYTES = 4096
@@ -70,7 +70,7 @@ class Supervisor:
         self._started = 0.0
         self._cpu_ns = self._begun_cpu_ns = 0
         self._oom_kills = 0
-        self._baseline = 0
+        self._baseline = self._cached = 0
 
     def run(self, order: Order, descriptors: Sequence[int], start: Start, on_call: OnCall) -> Outcome:
         """Runs the process of an order to its end or to a limit; it is dead and reaped afterwards."""
@@ -86,7 +86,7 @@ class Supervisor:
         self._begin()
         process = start(handed)
         if process.baseline_bytes is not None:
-            self._baseline = min(self._baseline, process.baseline_bytes)  # cached files may have been dropped meanwhile
+            self._baseline = min(self._baseline, process.baseline_bytes)  # pages of files may have gone meanwhile
         if progress >= 0:
             os.close(told)
         try:
@@ -183,7 +183,11 @@ class Supervisor:
             outcome.cpu_us, outcome.peak_bytes = self._rusage_cpu_us, self._rusage_peak
             return
         outcome.cpu_us = (self._usage.cpu_ns() - self._begun_cpu_ns) // 1000
-        peak = self._usage.peak_bytes() - self._baseline if self._peak_known else self._rusage_peak
+        peak = self._rusage_peak
+        if self._peak_known:
+            peak = self._usage.peak_bytes() - self._baseline
+            if self._cached:  # pages of files that had to make room for the program
+                peak += max(0, self._cached - self._usage.cached_bytes())
         outcome.peak_bytes = max(0, peak)
 
     def _read_status(self, process: Process, status: int | None, outcome: Outcome) -> None:
@@ -217,6 +221,7 @@ class Supervisor:
         self._begun_cpu_ns = self._cpu_ns
         if self._usage is not None:
             self._baseline = self._usage.current_bytes()
+            self._cached = self._usage.cached_bytes() if self._baseline >= MUCH_BYTES else 0
             self._peak_known = self._usage.reset_peak()
 
     def _oom_killed(self) -> bool:

@@ -7,16 +7,20 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+MUCH_BYTES = 8 << 20
+"""Below this a group that rests holds too few pages of files for them to matter."""
+
 
 @dataclass(frozen=True)
 class UsageFiles:
-    """Open descriptors of the cgroup's CPU time, OOM kill count, peak memory and current memory files."""
+    """Open descriptors of the cgroup's CPU time, OOM kill count, peak memory, current memory and statistics files."""
 
     version: int
     cpu: int
     oom: int
     peak: int
     current: int
+    statistics: int
 
     def cpu_ns(self) -> int:
         """CPU time of everything that ran in the cgroup, in nanoseconds."""
@@ -36,6 +40,15 @@ class UsageFiles:
         """The memory charged at this moment."""
         return int(os.pread(self.current, 64, 0))
 
+    def cached_bytes(self) -> int:
+        """Memory that holds pages of files, tmpfs aside: the kernel takes it back as soon as a program wants it.
+
+        To be asked only where much is held: the kernel adds many figures up for it.
+        """
+        text = os.pread(self.statistics, 1 << 14, 0)
+        names = (b"total_cache", b"total_shmem") if self.version == 1 else (b"file", b"shmem")
+        return _field(text, names[0]) - _field(text, names[1])
+
     def reset_peak(self) -> bool:
         """Forgets the peak; false on kernels that cannot (cgroup v2 before 6.12)."""
         try:
@@ -46,7 +59,9 @@ class UsageFiles:
 
 
 def open_usage(version: int, paths: dict[str, str]) -> UsageFiles:
-    """Opens the files of a cgroup; `paths` has the keys cpu, oom, peak and current."""
+    """Opens the files of a cgroup; `paths` has the keys cpu, oom, peak, current and
+    statistics.
+    """
     opened = {name: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for name, path in paths.items() if name != "peak"}
     try:
         peak = os.open(paths["peak"], os.O_RDWR | os.O_CLOEXEC)
