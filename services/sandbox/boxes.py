@@ -44,7 +44,7 @@ class Box:
 
     async def run(self, order: Order, descriptors: list[int]) -> Ended:
         """Runs a process to its end. Being cancelled ends it; raises BoxFailedError when the box breaks."""
-        await self.place.limit(order.limits.memory_bytes, order.limits.processes)
+        self.place.limit(order.limits.memory_bytes, order.limits.processes)
         kills_before = self.place.oom_kills()
         runs_s = max(1, order.answers) * order.limits.wall_ms / 1000
         try:

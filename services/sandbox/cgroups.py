@@ -85,11 +85,15 @@ class SlotCgroup:
 
     def limit(self, memory_bytes: int, processes: int) -> None:
         """Sets the limits of the next job."""
-        memory = self._paths["memory" if self.version == 1 else "unified"]
         pids = self._paths["pids" if self.version == 1 else "unified"]
         if processes != self._processes:
             (pids / "pids.max").write_text(str(processes + _OWN_PROCESSES))
             self._processes = processes
+        self.limit_memory(memory_bytes)
+
+    def limit_memory(self, memory_bytes: int) -> None:
+        """Sets the limit of memory; the kernel takes back what is above it and can be taken before it returns."""
+        memory = self._paths["memory" if self.version == 1 else "unified"]
         if memory_bytes != self._memory_bytes:
             self._set_memory(memory, memory_bytes)
             self._memory_bytes = memory_bytes

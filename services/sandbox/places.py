@@ -55,22 +55,33 @@ class Place:
             [] if usage is None else [*self.entries, usage.cpu, usage.oom, usage.peak, usage.current, usage.statistics]
         )
 
-    async def limit(self, memory_bytes: int, processes: int) -> None:
-        """Sets the limits of the next job; what the group holds already is not the job's, but for pages of files, which
-        make room as soon as a program wants it. Raises BoxFailedError.
+    async def make_room(self, memory_bytes: int) -> None:
+        """Has the kernel take pages of files back that have no room beside such a job, which takes long; to be done
+        before the job begins. Raises BoxFailedError.
         """
-        if self.cgroup is None or self.usage is None:
-            return
-        try:
-            held = self.usage.current_bytes()
-            stays = held - self.usage.cached_bytes() if held >= MUCH_BYTES else held
-            limit = memory_bytes + (stays // _MARGIN_BYTES + 1) * _MARGIN_BYTES
-            if limit < held:  # the kernel takes pages back before it returns
-                await finish(asyncio.to_thread(self.cgroup.limit, limit, processes))
-            else:
-                self.cgroup.limit(limit, processes)
-        except OSError as error:  # more was charged meanwhile than the new limit allows
-            raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
+        if self.cgroup is not None and self.usage is not None:
+            try:
+                held, limit = self._weigh(self.usage, memory_bytes)
+                if held > limit:
+                    await finish(asyncio.to_thread(self.cgroup.limit_memory, limit))
+            except OSError as error:
+                raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
+
+    def limit(self, memory_bytes: int, processes: int) -> None:
+        """Sets the limits of the next job. Raises BoxFailedError."""
+        if self.cgroup is not None and self.usage is not None:
+            try:
+                self.cgroup.limit(self._weigh(self.usage, memory_bytes)[1], processes)
+            except OSError as error:  # more was charged meanwhile than the new limit allows
+                raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
+
+    def _weigh(self, usage: UsageFiles, memory_bytes: int) -> tuple[int, int]:
+        """What the group holds, and its limit with such a job: what it holds already is not the job's, but for pages of
+        files, which make room as soon as a program wants it.
+        """
+        held = usage.current_bytes()
+        stays = held - usage.cached_bytes() if held >= MUCH_BYTES else held
+        return held, memory_bytes + (stays // _MARGIN_BYTES + 1) * _MARGIN_BYTES
 
     def oom_kills(self) -> int:
         """How many processes the kernel has killed here for want of memory; raises BoxFailedError."""

@@ -170,6 +170,7 @@ async def open_program(opener: Opener, program: Program, place: Place) -> AsyncI
     async with opener.open(program.runtime, place) as box:
         loaded = LoadedProgram(program, box, opener.forks(program.runtime))
         try:
+            await place.make_room(program.limits.memory_bytes)
             yield loaded
         except BaseException:
             box.broken = True
