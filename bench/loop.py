@@ -62,7 +62,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
         results["iteration"] = {**asdict(share), "other_share": share.median, "other_phases": phases}
 
     load = BudgetLoad(128, 128, 64, 900) if quick else BudgetLoad(256, 256, 128, 1900)
-    write_long_model(folder / "long_model", load.mean_tokens, load.response_cap)
+    write_long_model(folder / "long_model", load.mean_tokens, load.max_response_tokens)
     (folder / "budget").mkdir(parents=True, exist_ok=True)
     long_config = RolloutConfig(model=str(folder / "long_model"), **settings)
     budgets = await measure_budget_ratio(folder / "budget", long_config, load, rounds=2 if quick else 5)

@@ -41,7 +41,9 @@ async def measure_rollout_ratio(
         await create_run(stack)
         for _ in range(turns + 1):
             trajectories = await create_trajectories(stack, prompts, size)
-            result = await extend(stack, trajectories, token_budget=max_tokens, response_cap=max_tokens + CAP_MARGIN)
+            result = await extend(
+                stack, trajectories, token_budget=max_tokens, max_response_tokens=max_tokens + CAP_MARGIN
+            )
             service.append(result.tokens / result.seconds)
             bare.append(await generate_all(engine, Path(config.model), requests, max_tokens))
     return RolloutRatio(service[1:], bare[1:])

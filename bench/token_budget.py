@@ -32,7 +32,7 @@ class BudgetLoad:
     live: int
     mean_tokens: int
     token_budget: int
-    response_cap: int
+    max_response_tokens: int
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,11 @@ def finished_per_second(rounds: Sequence[Round]) -> float:
     return sum(len(round_.finished) for round_ in rounds) / sum(round_.seconds for round_ in rounds)
 
 
-def write_long_model(folder: Path, mean_tokens: int, response_cap: int) -> None:
+def write_long_model(folder: Path, mean_tokens: int, max_response_tokens: int) -> None:
     """Writes the recipe's model with random weights, another vocabulary size and room for the longest response."""
     tiny_model.write_model(folder, seed=0)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config |= {"vocab_size": mean_tokens, "max_position_embeddings": response_cap + PROMPT_ROOM}
+    config |= {"vocab_size": mean_tokens, "max_position_embeddings": max_response_tokens + PROMPT_ROOM}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weights = load_file(folder / "model.safetensors")
     # Small logits: the next token is all but uniform.
@@ -80,7 +80,7 @@ async def measure_budget_ratio(folder: Path, config: RolloutConfig, load: Budget
     """Runs `rounds` timed iterations of either arm in turn, once both have run in: then the ages are mixed."""
     async with rollout_stack(folder, config, "budget") as stack:
         await create_run(stack)
-        with_budget, without_budget = Arm(stack, load, load.token_budget), Arm(stack, load, load.response_cap)
+        with_budget, without_budget = Arm(stack, load, load.token_budget), Arm(stack, load, load.max_response_tokens)
         await without_budget.run()
         run_in = RUN_IN_MEANS * load.mean_tokens // load.token_budget
         for _ in range(run_in):
@@ -106,4 +106,4 @@ class Arm:
         fresh = self._load.live - len(partial)
         prompts = [[3 + index % 10, 3 + index % 7, 13, 14] for index in range(fresh)]
         trajectories = partial + await create_trajectories(self._stack, prompts, 1)
-        self.rounds.append(await extend(self._stack, trajectories, self._token_budget, self._load.response_cap))
+        self.rounds.append(await extend(self._stack, trajectories, self._token_budget, self._load.max_response_tokens))

@@ -51,7 +51,9 @@ async def create_run(stack: RolloutStack) -> None:
     )
 
 
-async def extend(stack: RolloutStack, trajectory_ids: Sequence[str], token_budget: int, response_cap: int) -> Round:
+async def extend(
+    stack: RolloutStack, trajectory_ids: Sequence[str], token_budget: int, max_response_tokens: int
+) -> Round:
     """Leases the trajectories and extends each once; leasing is not timed. Raises RuntimeError when a segment fails."""
     request = buffer_pb2.LeaseTrajectoriesRequest(
         run_id=stack.run_id, worker_id="worker", trajectory_ids=trajectory_ids
@@ -64,7 +66,7 @@ async def extend(stack: RolloutStack, trajectory_ids: Sequence[str], token_budge
 
     async def work() -> None:
         while waiting:
-            await _call(stack, waiting.pop(0), token_budget, response_cap, result)
+            await _call(stack, waiting.pop(0), token_budget, max_response_tokens, result)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(CALLS):
@@ -74,7 +76,7 @@ async def extend(stack: RolloutStack, trajectory_ids: Sequence[str], token_budge
 
 
 async def _call(
-    stack: RolloutStack, leases: Sequence[buffer_pb2.Lease], token_budget: int, response_cap: int, result: Round
+    stack: RolloutStack, leases: Sequence[buffer_pb2.Lease], token_budget: int, max_response_tokens: int, result: Round
 ) -> None:
     request = rollout_pb2.ExtendTrajectoriesRequest(
         run_id=stack.run_id,
@@ -84,7 +86,7 @@ async def _call(
             for lease in leases
         ],
         token_budget=token_budget,
-        response_cap=response_cap,
+        max_response_tokens=max_response_tokens,
         sampling=rollout_pb2.Sampling(temperature=1.0),
     )
     async for response in stack.rollout.extend_trajectories(request, timeout_s=TIMEOUT_S):

@@ -2,8 +2,8 @@
 
     python prepare.py --out DIR --seed N
 
-`model/` (an untrained model and its tokenizer), `heldout.jsonl`, `prompts.jsonl`, `warmup_easy.jsonl` and
-`warmup_full.jsonl`. The same seed writes the same bytes.
+`model/` (an untrained model and its tokenizer), `heldout.jsonl`, `prompts.jsonl`, `sft_easy.jsonl` and
+`sft_full.jsonl`. The same seed writes the same bytes.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tiny_model import write_model
 
 HELDOUT_SIZE = 512
 POOL_SIZE = 3000
-WARMUP_SIZE = 30000
+SFT_SIZE = 30000
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
@@ -31,11 +31,11 @@ def prepare(out: Path, seed: int) -> None:
     """Writes the model folder and the four sets into `out`, which is made when missing."""
     out.mkdir(parents=True, exist_ok=True)
     write_model(out / "model", seed)
-    sets = make_sets(random.Random(seed), HELDOUT_SIZE, POOL_SIZE, WARMUP_SIZE)
+    sets = make_sets(random.Random(seed), HELDOUT_SIZE, POOL_SIZE, SFT_SIZE)
     write_lines(out / "heldout.jsonl", (p.to_line(f"heldout-{i:04d}") for i, p in enumerate(sets.heldout)))
     write_lines(out / "prompts.jsonl", (p.to_line(f"pool-{i:04d}") for i, p in enumerate(sets.pool)))
-    write_lines(out / "warmup_easy.jsonl", map(asdict, sets.warmup_easy))
-    write_lines(out / "warmup_full.jsonl", map(asdict, sets.warmup_full))
+    write_lines(out / "sft_easy.jsonl", map(asdict, sets.sft_easy))
+    write_lines(out / "sft_full.jsonl", map(asdict, sets.sft_full))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from perigee.report.records import Estimate, Evaluation
 
 # Units of a snapshot's phase_done and phase_total.
 _UNITS: Mapping[int, str] = {
-    pb.RUN_PHASE_WARMUP: "steps",
+    pb.RUN_PHASE_SFT: "steps",
     pb.RUN_PHASE_EVALUATION: "problems",
     pb.RUN_PHASE_ROLLOUT: "trajectories",
     pb.RUN_PHASE_SCORING: "responses",

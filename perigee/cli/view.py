@@ -57,7 +57,7 @@ class PlainView(View):
 
     def show(self, snapshot: pb.RunSnapshot) -> None:
         """Prints a line when a phase outside the iterations begins."""
-        # Each stage of the warm-up is told: it ends with a new policy version.
+        # Each supervised stage is told: it ends with a new policy version.
         phase = (snapshot.phase, snapshot.iteration, snapshot.policy_version)
         if phase != self._phase:
             self._phase = phase

@@ -72,7 +72,7 @@ class CoordinatorConfig(ServiceConfig):
     control_timeout_s: float = Field(30.0, gt=0)
     """Deadline of a small call to a peer."""
     train_timeout_s: float = Field(86_400.0, gt=0)
-    """Deadline of one training job, a warm-up stage included."""
+    """Deadline of one training job, a supervised stage included."""
     checkpoint_timeout_s: float = Field(1800.0, gt=0)
     """Deadline of writing or reading a checkpoint or an export."""
     recovery_wait_s: float = Field(300.0, gt=0)

@@ -63,11 +63,11 @@ class TrajectoryDispatch:
 
     @property
     def _cap(self) -> int:
-        return self.settings.response_cap
+        return self.settings.max_response_tokens
 
     @property
     def _budget(self) -> int:
-        return self.settings.token_budget or self.settings.response_cap
+        return self.settings.token_budget or self.settings.max_response_tokens
 
     async def _extend(self, worker: Worker, trajectory_ids: list[str]) -> AsyncGenerator[Progress, None]:
         """One call's work: lease, extend, take the ends."""
@@ -129,7 +129,7 @@ class TrajectoryDispatch:
                 for lease in leases
             ],
             token_budget=budget,
-            response_cap=settings.response_cap,
+            max_response_tokens=settings.max_response_tokens,
             sampling=rollout_pb2.Sampling(temperature=settings.temperature),
         )
         if settings.repetition_stop.min_repeats:

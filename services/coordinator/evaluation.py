@@ -100,7 +100,7 @@ class Evaluation:
 
     def _request(self, keys: Sequence[str], greedy: bool) -> pb.GenerateRequest:
         config = self.context.config
-        cap = config.evaluation.response_cap or config.rollout.response_cap
+        cap = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
         request = pb.GenerateRequest(
             run_id=self.context.run_id,
             sampling=pb.Sampling(temperature=0.0 if greedy else 1.0),

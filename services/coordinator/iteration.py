@@ -90,11 +90,11 @@ class Iteration:
 
     async def _create_groups(self) -> None:
         config = self._context.config
-        missing = config.groups.live - len(self._groups)
+        missing = config.max_live_groups - len(self._groups)
         prompts = self._sampler.sample(max(0, missing), self._number, self._groups.prompt_ids())
         named = [(f"g{self._next_group + offset:08d}", prompt) for offset, prompt in enumerate(prompts)]
         self._next_group += len(named)
-        await self._groups.create(named, self._number, config.groups.size)
+        await self._groups.create(named, self._number, config.group_size)
 
     async def _roll_out(self) -> RolloutCounts:
         context, board = self._context, self._context.board

@@ -165,11 +165,11 @@ def read_model_folder(path: str) -> ModelFolder:
     return ModelFolder(tokenizer, context_tokens)
 
 
-def read_prompts(path: str, field: str, model: ModelFolder, response_cap: int) -> PromptSet:
+def read_prompts(path: str, field: str, model: ModelFolder, max_response_tokens: int) -> PromptSet:
     """The prompts of a JSON Lines file; `field` is the configuration key that named it.
 
     Raises InvalidArgumentError naming file, line and field of the first malformed line, a repeated id, or the id
-    of a prompt that leaves less than `response_cap` tokens of the model's context.
+    of a prompt that leaves less than `max_response_tokens` tokens of the model's context.
     """
     lines = parse_prompt_lines(path, field)
     encodings = model.tokenizer.encode_batch([line.prompt for line in lines])
@@ -178,11 +178,11 @@ def read_prompts(path: str, field: str, model: ModelFolder, response_cap: int) -
         tokens = len(prompt.token_ids)
         if tokens == 0:
             raise InvalidArgumentError.of(f"{path}: prompt {prompt.id}", "has no tokens in the model's vocabulary")
-        if tokens + response_cap > model.context_tokens:
+        if tokens + max_response_tokens > model.context_tokens:
             raise InvalidArgumentError.of(
                 f"{path}: prompt {prompt.id}",
-                f"has {tokens} tokens, which with a response of {response_cap} pass the model's context of "
-                f"{model.context_tokens}: shorten it or lower run.rollout.response_cap",
+                f"has {tokens} tokens, which with a response of {max_response_tokens} pass the model's context of "
+                f"{model.context_tokens}: shorten it or lower run.rollout.max_response_tokens",
             )
     return PromptSet(prompts, {prompt.id: prompt for prompt in prompts})
 

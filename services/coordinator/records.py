@@ -1,7 +1,7 @@
-"""What a run leaves in its folder: metrics.jsonl, evaluations.jsonl, warmup.jsonl, summary.json, TensorBoard files.
+"""What a run leaves in its folder: metrics.jsonl, evaluations.jsonl, sft.jsonl, summary.json, TensorBoard files.
 
-metrics.jsonl has a line per committed iteration, evaluations.jsonl one per evaluation, warmup.jsonl one per stage of
-the warm-up. `iteration_metrics.py` and `evaluation.py` say what is in a line.
+metrics.jsonl has a line per committed iteration, evaluations.jsonl one per evaluation, sft.jsonl one per stage of
+supervised fine-tuning. `iteration_metrics.py` and `evaluation.py` say what is in a line.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ class Records:
         self.revision += 1
         self._board.add_scalars(flatten(line), int(line["iteration"]))
 
-    def add_warmup_stage(self, line: Mapping[str, Any]) -> None:
-        """Appends a stage of the warm-up."""
-        append_line(self.path / "warmup.jsonl", line)
+    def add_sft_stage(self, line: Mapping[str, Any]) -> None:
+        """Appends a stage of supervised fine-tuning."""
+        append_line(self.path / "sft.jsonl", line)
 
-    def add_warmup_step(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows a step of the warm-up in TensorBoard; steps count over all stages."""
-        self._board.add_scalars({f"warmup/{name}": value for name, value in values.items()}, step)
+    def add_sft_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows a step of supervised fine-tuning in TensorBoard; steps count over all stages."""
+        self._board.add_scalars({f"sft/{name}": value for name, value in values.items()}, step)
 
-    def warmup_seconds(self) -> float:
+    def sft_seconds(self) -> float:
         """Seconds of the stages done."""
-        return sum(float(line["seconds"]) for line in read_lines(self.path / "warmup.jsonl"))
+        return sum(float(line["seconds"]) for line in read_lines(self.path / "sft.jsonl"))
 
     def add_evaluation(self, line: Mapping[str, Any]) -> None:
         """Appends an evaluation."""

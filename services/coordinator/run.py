@@ -1,4 +1,4 @@
-"""A whole run: warm-up, iterations, evaluations, export. What the buffer has committed is the truth it goes on from."""
+"""A whole run: supervised stages, iterations, evaluations, export; resumed from what the buffer has committed."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from services.coordinator.run_config import config_digest
 from services.coordinator.run_errors import PeerLostError
 from services.coordinator.run_state import CoordinatorState, decode_state
 from services.coordinator.sampling import Sampler, make_sampler
+from services.coordinator.sft import fine_tune_base
 from services.coordinator.trainer_state import hold_version
-from services.coordinator.warmup import warm_up
 from services.coordinator.weight_pushes import WeightKeeper
 from services.kit.telemetry import get_logger
 
@@ -143,7 +143,7 @@ class Run:
         return response.run
 
     async def _create(self, digest: str) -> buffer_pb2.RunState:
-        """Warms up, then creates the run: a run that the buffer knows has its first policy version."""
+        """Does the supervised stages, then creates the run: a run in the buffer has its first policy version."""
         context = self._context
         if await asyncio.to_thread(context.records.has_iterations):
             raise DataLossError(
@@ -151,13 +151,13 @@ class Run:
                 "iterations: point the buffer at the store that it was started with."
             )
         if not self._age_known:
-            context.board.earlier_seconds = await asyncio.to_thread(context.records.warmup_seconds)
+            context.board.earlier_seconds = await asyncio.to_thread(context.records.sft_seconds)
             self._age_known = True
-        version = await warm_up(context)
+        version = await fine_tune_base(context)
         config = context.config
         sampler = make_sampler(context.inputs.prompts.prompts, config.curriculum, config.prioritized, config.seed, {})
         state = CoordinatorState(sampler.state(), elapsed_seconds=context.board.elapsed_seconds)
-        state.totals.add_seconds("warmup", await asyncio.to_thread(context.records.warmup_seconds))
+        state.totals.add_seconds("sft", await asyncio.to_thread(context.records.sft_seconds))
         request = buffer_pb2.CreateRunRequest(
             run_id=self._run_id, config_digest=digest, policy_version=version, coordinator_state=state.encode()
         )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import ClassVar, Literal, Self
 
 import yaml
 from pydantic import Field, model_validator
@@ -15,21 +16,23 @@ from services.kit.config import Model, validate
 class OptimizerConfig(Model):
     """AdamW and its learning rate within one job; every job starts with a fresh optimizer."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"clip_grad": "max_grad_norm", "final_share": "min_lr_ratio"}
+
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay of the first and second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
-    clip_grad: float = Field(1.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0)
     """Gradient norm above which gradients are scaled down; 0 is off."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
-    final_share: float = Field(1.0, ge=0, le=1)
+    min_lr_ratio: float = Field(1.0, ge=0, le=1)
     """The learning rate falls linearly to this share of its peak over the job."""
 
 
-class WarmupStage(Model):
+class SftStage(Model):
     """One supervised stage before the reinforcement learning."""
 
     dataset: str
@@ -44,15 +47,6 @@ class WarmupStage(Model):
     """The stage's optimizer."""
 
 
-class GroupsConfig(Model):
-    """Groups of trajectories of one prompt."""
-
-    live: int = Field(160, ge=1)
-    """Groups under way at once; those that were trained on are replaced by fresh ones."""
-    size: int = Field(8, ge=2)
-    """Trajectories per group."""
-
-
 class RepetitionStopConfig(Model):
     """A response is cut when its tail repeats itself."""
 
@@ -65,9 +59,11 @@ class RepetitionStopConfig(Model):
 class RolloutSettings(Model):
     """How trajectories are sampled."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"response_cap": "max_response_tokens"}
+
     token_budget: int = Field(0, ge=0)
     """Output tokens that a trajectory may add in one iteration; 0 is no budget."""
-    response_cap: int = Field(200, ge=1)
+    max_response_tokens: int = Field(200, ge=1)
     """Response tokens that a trajectory may have in all."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
@@ -122,6 +118,8 @@ class OverlongPenaltyConfig(Model):
 class AlgorithmConfig(Model):
     """Policy mirror descent (k1.5 section 2.3.2)."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"importance_cap": "tis_cap"}
+
     tau: float = Field(0.1, gt=0)
     """Strength of the pull towards the policy that opened the iteration."""
     baseline: Literal["mean", "log_mean_exp"] = "mean"
@@ -134,7 +132,7 @@ class AlgorithmConfig(Model):
     """Tokens of versions older than the iteration's by more than this are left out of the loss."""
     token_scale: float = Field(1.0, gt=0)
     """Log-probability sums are divided by this before the loss."""
-    importance_cap: float = Field(0.0, ge=0)
+    tis_cap: float = Field(0.0, ge=0)
     """Cap of truncated importance sampling against the engine's logprobs; 0 is off."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
     """Optimizer of each iteration; its learning rate is that of the first iteration."""
@@ -145,6 +143,8 @@ class AlgorithmConfig(Model):
 class EvaluationConfig(Model):
     """Accuracy on held-out problems."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {"response_cap": "max_response_tokens"}
+
     every: int = Field(0, ge=0)
     """Iterations between evaluations on the way; 0 is none. The first and the last model are always evaluated."""
     samples: int = Field(2, ge=1)
@@ -153,15 +153,21 @@ class EvaluationConfig(Model):
     """Problems of an evaluation on the way; all when unset. The first and the last evaluation use all problems."""
     greedy: bool = True
     """Evaluate greedy decoding, too, in the evaluations on the way."""
-    response_cap: int | None = Field(None, ge=1)
+    max_response_tokens: int | None = Field(None, ge=1)
     """Response tokens at most; the rollout's cap when unset."""
 
 
 class RunConfig(Model):
     """What a run trains, on what, how, and for how long."""
 
+    renamed_keys: ClassVar[Mapping[str, str]] = {
+        "warmup": "sft",
+        "groups.live": "max_live_groups",
+        "groups.size": "group_size",
+    }
+
     seed: int = Field(0, ge=0)
-    """Seed of prompt sampling and of the warm-up's order."""
+    """Seed of prompt sampling and of the order of supervised examples."""
     model: str
     """Hugging Face folder of the base model: its tokenizer and context length are read here."""
     prompts: str
@@ -171,11 +177,13 @@ class RunConfig(Model):
     iterations: int = Field(ge=0)
     """Iterations of reinforcement learning."""
     time_limit_s: float | None = Field(None, gt=0)
-    """The run ends after the iteration in which its age, warm-up and evaluations included, passes this."""
-    warmup: tuple[WarmupStage, ...] = ()
+    """The run ends after the iteration in which its age, supervised stages and evaluations included, passes this."""
+    sft: tuple[SftStage, ...] = ()
     """Supervised stages before the first iteration."""
-    groups: GroupsConfig = GroupsConfig()
-    """Groups under way, and their size."""
+    max_live_groups: int = Field(160, ge=1)
+    """Groups under way at once; those that were trained on are replaced by fresh ones."""
+    group_size: int = Field(8, ge=2)
+    """Trajectories per group."""
     rollout: RolloutSettings = RolloutSettings()
     """How trajectories are sampled."""
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -200,17 +208,17 @@ class RunConfig(Model):
         penalty, cap = self.overlong_penalty, self.overlong_cap
         if penalty.weight and penalty.buffer >= cap:
             raise ValueError(f"overlong_penalty.buffer must be less than the cap of {cap} tokens, is {penalty.buffer}")
-        if penalty.weight and cap > self.rollout.response_cap:
+        if penalty.weight and cap > self.rollout.max_response_tokens:
             raise ValueError(
-                f"overlong_penalty.cap of {cap} tokens is never reached: rollout.response_cap is "
-                f"{self.rollout.response_cap}"
+                f"overlong_penalty.cap of {cap} tokens is never reached: rollout.max_response_tokens is "
+                f"{self.rollout.max_response_tokens}"
             )
         return self
 
     @property
     def overlong_cap(self) -> int:
         """Response tokens at which the overlong penalty is whole."""
-        return self.overlong_penalty.cap or self.rollout.response_cap
+        return self.overlong_penalty.cap or self.rollout.max_response_tokens
 
 
 # A run may be made longer, or be measured otherwise, when it goes on.

@@ -186,13 +186,13 @@ def check_same_run(known: RunFile, run_id: str, config_yaml: str) -> None:
 def read_inputs(run_id: str, config_yaml: str, run_path: Path) -> RunInputs:
     """Checks and reads all that a run is made from, before anything is started."""
     config = parse_run_config(config_yaml)
-    for number, stage in enumerate(config.warmup):
+    for number, stage in enumerate(config.sft):
         if not Path(stage.dataset).is_file():
-            raise InvalidArgumentError.of(f"run.warmup.{number}.dataset", f"{stage.dataset} is no file")
+            raise InvalidArgumentError.of(f"run.sft.{number}.dataset", f"{stage.dataset} is no file")
     model = read_model_folder(config.model)
-    cap = config.rollout.response_cap
+    cap = config.rollout.max_response_tokens
     prompts = read_prompts(config.prompts, "run.prompts", model, cap)
-    heldout = read_prompts(config.heldout, "run.heldout", model, config.evaluation.response_cap or cap)
+    heldout = read_prompts(config.heldout, "run.heldout", model, config.evaluation.max_response_tokens or cap)
     return RunInputs(run_id, run_path, config, model, prompts, heldout)
 
 

@@ -82,7 +82,7 @@ def make_algorithm(config: AlgorithmConfig, temperature: float, learning_rate: f
         token_scale=config.token_scale,
         temperature=temperature,
         optimizer=optimizer,
-        importance_cap=config.importance_cap,
+        tis_cap=config.tis_cap,
     )
 
 
@@ -93,9 +93,9 @@ def make_optimizer(config: OptimizerConfig) -> pb.Optimizer:
         beta1=config.betas[0],
         beta2=config.betas[1],
         weight_decay=config.weight_decay,
-        clip_grad=config.clip_grad,
+        max_grad_norm=config.max_grad_norm,
         warmup_steps=config.warmup_steps,
-        final_share=config.final_share,
+        min_lr_ratio=config.min_lr_ratio,
     )
 
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import difflib
 import json
 import os
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.rpc import MAX_MESSAGE_BYTES
@@ -22,6 +24,14 @@ class Model(BaseModel):
     """A nested part of a configuration: immutable, unknown keys refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+    renamed_keys: ClassVar[Mapping[str, str]] = {}
+    """Old keys that are accepted for one release, each with its new one: dotted paths inside this part."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_renamed_keys(cls, values: Any) -> Any:
+        return rename_keys(values, cls.renamed_keys) if cls.renamed_keys and isinstance(values, Mapping) else values
 
 
 class ServerConfig(Model):
@@ -174,6 +184,25 @@ def merge(values: dict[str, Any], overrides: Mapping[str, Any]) -> None:
             values[key] = dict(value) if isinstance(value, Mapping) else value
 
 
+def rename_keys(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """A copy of `values` in which each old key of `renamed` has become its new one, with a warning for each.
+
+    Raises ValueError when a key is given under both names.
+    """
+    result = copy.deepcopy(dict(values))
+    for old, new in renamed.items():
+        try:
+            value = _pop_path(result, old.split("."))
+        except KeyError:
+            continue
+        if _has_path(result, new.split(".")):
+            raise ValueError(f"{old} is the old name of {new}: give {new} alone")
+        merge(result, nest(new.split("."), value))
+        message = f"the key {old} is called {new} now; the old name goes with the next release"
+        warnings.warn(message, FutureWarning, stacklevel=2)
+    return result
+
+
 def validate(model: type[ModelT], values: Mapping[str, Any], source: str, section: str) -> ModelT:
     """The values as `model`.
 
@@ -215,3 +244,23 @@ def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
             return []
         known = field.annotation
     return list(known.model_fields) if isinstance(known, type) and issubclass(known, BaseModel) else []
+
+
+def _pop_path(values: dict[str, Any], keys: Sequence[str]) -> Any:
+    """Takes out the value under nested keys, and each mapping that this leaves empty; KeyError when there is none."""
+    first, *rest = keys
+    if not rest:
+        return values.pop(first)
+    inner = values[first]
+    if not isinstance(inner, dict):
+        raise KeyError(first)
+    value = _pop_path(inner, rest)
+    if not inner:
+        del values[first]
+    return value
+
+
+def _has_path(values: Any, keys: Sequence[str]) -> bool:
+    if not keys:
+        return True
+    return isinstance(values, Mapping) and keys[0] in values and _has_path(values[keys[0]], keys[1:])

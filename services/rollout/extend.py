@@ -42,7 +42,7 @@ class ExtendSettings:
     run_id: str
     policy_version: int
     token_budget: int
-    response_cap: int
+    max_response_tokens: int
     segment: SegmentSettings
 
 
@@ -165,7 +165,11 @@ class _Call:
         if reason := refusal(lease, held, room):
             return SegmentFailure(lease.trajectory_id, reason)
         end_tokens, end_reason = plan_end(
-            held=len(response), leased=lease.tokens, budget=settings.token_budget, cap=settings.response_cap, room=room
+            held=len(response),
+            leased=lease.tokens,
+            budget=settings.token_budget,
+            cap=settings.max_response_tokens,
+            room=room,
         )
         segment = Segment(
             segment_id=f"{lease.trajectory_id}/{lease.epoch}/{self._number}",

@@ -97,7 +97,7 @@ def extend_settings(request: pb.ExtendTrajectoriesRequest, worker: Worker) -> Ex
     """What the trajectories of a call share; InvalidArgumentError with field violations."""
     violations = [
         FieldViolation(name, "must be at least 1")
-        for name in ("token_budget", "response_cap")
+        for name in ("token_budget", "max_response_tokens")
         if not getattr(request, name)
     ]
     if not request.run_id:
@@ -110,7 +110,7 @@ def extend_settings(request: pb.ExtendTrajectoriesRequest, worker: Worker) -> Ex
         run_id=request.run_id,
         policy_version=request.policy_version,
         token_budget=request.token_budget,
-        response_cap=request.response_cap,
+        max_response_tokens=request.max_response_tokens,
         segment=segment_settings(request.sampling, request.repetition_stop, worker, trained_on=True),
     )
 

@@ -16,19 +16,19 @@ _ADAM_EPSILON = 1e-8
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW:
-    """The optimizer's settings in one job. `clip_grad` 0 is off; `final_share` is the end of the linear decay."""
+    """The optimizer's settings in one job. `max_grad_norm` 0 is off; `min_lr_ratio` is the end of the linear decay."""
 
     learning_rate: float
     beta1: float
     beta2: float
     weight_decay: float
-    clip_grad: float
+    max_grad_norm: float
     warmup_steps: int
-    final_share: float
+    min_lr_ratio: float
 
     def validate(self) -> None:
         """Raises InvalidArgumentError naming the first field out of range."""
-        for field in ("learning_rate", "beta1", "beta2", "weight_decay", "clip_grad", "final_share"):
+        for field in ("learning_rate", "beta1", "beta2", "weight_decay", "max_grad_norm", "min_lr_ratio"):
             value = getattr(self, field)
             if not math.isfinite(value) or value < 0:
                 raise InvalidArgumentError.of(f"optimizer.{field}", f"{value} is not a number of at least 0")
@@ -44,7 +44,7 @@ def scheduled_rate(settings: AdamW, step: int, steps: int) -> float:
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, steps - settings.warmup_steps)
-    return settings.learning_rate * (1 - (1 - settings.final_share) * progress)
+    return settings.learning_rate * (1 - (1 - settings.min_lr_ratio) * progress)
 
 
 def build_optimizer(model: DistributedDataParallel, bf16: bool) -> MegatronOptimizer:
@@ -66,7 +66,7 @@ def reset_optimizer(optimizer: MegatronOptimizer, settings: AdamW) -> None:
     for part in _parts(optimizer):
         part.optimizer.state.clear()
         # An infinite bound never scales, but has Megatron compute the norm that is reported.
-        part.config.clip_grad = settings.clip_grad or math.inf
+        part.config.clip_grad = settings.max_grad_norm or math.inf
         for group in part.optimizer.param_groups:
             group["betas"] = (settings.beta1, settings.beta2)
             # Biases and norms come with wd_mult 0.

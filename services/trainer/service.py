@@ -112,9 +112,9 @@ def _read_optimizer(message: pb.Optimizer) -> AdamW:
         beta1=message.beta1,
         beta2=message.beta2,
         weight_decay=message.weight_decay,
-        clip_grad=message.clip_grad,
+        max_grad_norm=message.max_grad_norm,
         warmup_steps=message.warmup_steps,
-        final_share=message.final_share,
+        min_lr_ratio=message.min_lr_ratio,
     )
 
 
@@ -129,7 +129,7 @@ def _read_algorithm(message: pb.PolicyMirrorDescent) -> MirrorDescent:
         max_staleness=message.max_staleness,
         token_scale=message.token_scale,
         temperature=message.temperature,
-        importance_cap=message.importance_cap,
+        tis_cap=message.tis_cap,
         optimizer=_read_optimizer(message.optimizer),
     )
 

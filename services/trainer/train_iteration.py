@@ -41,7 +41,7 @@ class MirrorDescent:
     max_staleness: int
     token_scale: float
     temperature: float
-    importance_cap: float
+    tis_cap: float
     optimizer: AdamW
 
     def validate(self) -> None:
@@ -49,7 +49,7 @@ class MirrorDescent:
         for field in ("token_scale", "temperature"):
             if not math.isfinite(getattr(self, field)) or getattr(self, field) <= 0:
                 raise InvalidArgumentError.of(f"algorithm.{field}", f"{getattr(self, field)} is not a number above 0")
-        for field in ("tau", "importance_cap"):
+        for field in ("tau", "tis_cap"):
             if not math.isfinite(getattr(self, field)) or getattr(self, field) < 0:
                 raise InvalidArgumentError.of(
                     f"algorithm.{field}", f"{getattr(self, field)} is not a number of at least 0"
@@ -107,7 +107,7 @@ def train_iteration(
     start = time.monotonic()
     examples = prepare_examples(groups, base_version, settings)
     reference = _compute_reference(policy, control, examples, settings, context)
-    examples = [_weigh(example, reference[i], settings.importance_cap) for i, example in enumerate(examples)]
+    examples = [_weigh(example, reference[i], settings.tis_cap) for i, example in enumerate(examples)]
     differences = [_engine_differences(example, reference[i], base_version) for i, example in enumerate(examples)]
     differences_T = np.concatenate([*differences, np.zeros(0, np.float32)])
     reference_seconds = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""The whole system on a small run: warm-up, iterations, evaluations, report, resume after a kill."""
+"""The whole system on a small run: supervised stages, iterations, evaluations, report, resume after a kill."""
 
 from __future__ import annotations
 

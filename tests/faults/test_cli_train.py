@@ -30,10 +30,11 @@ run:
   prompts: "{data}/prompts.jsonl"
   heldout: "{data}/heldout.jsonl"
   iterations: 4
-  warmup: [{dataset: "{data}/warmup_easy.jsonl", steps: 3, batch_size: 8}]
-  groups: {live: 12, size: 4}
+  sft: [{dataset: "{data}/sft_easy.jsonl", steps: 3, batch_size: 8}]
+  max_live_groups: 12
+  group_size: 4
   drop_uniform_groups: false
-  rollout: {token_budget: 16, response_cap: 48}
+  rollout: {token_budget: 16, max_response_tokens: 48}
   evaluation: {samples: 1}
 rollout: {model: "{data}/model", max_num_seqs: 64, kv_cache_bytes: 67108864}
 trainer: {model: "{data}/model", threads: 1}

@@ -103,10 +103,10 @@ async def live_groups(peers: FakePeers, run_id: str) -> set[str]:
 @pytest.mark.timeout(180)
 async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: Path) -> None:
     run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", free_port()
-    dataset = write_lines(tmp_path / "warmup.jsonl", [{"prompt": "1+1=", "response": "2"}])
+    dataset = write_lines(tmp_path / "sft.jsonl", [{"prompt": "1+1=", "response": "2"}])
     stages = [{"dataset": str(dataset), "steps": 2}, {"dataset": str(dataset), "steps": 3}]
     section = write_run_section(
-        tmp_path, iterations=ITERATIONS, warmup=stages, rollout={"token_budget": 9, "response_cap": 24}
+        tmp_path, iterations=ITERATIONS, sft=stages, rollout={"token_budget": 9, "max_response_tokens": 24}
     )
     tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
     async with fake_peers(buffer_address) as peers:
@@ -154,7 +154,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     # Whenever it died, what it had committed was told once.
     assert watched.iterations == list(range(1, ITERATIONS + 1))
     assert watched.evaluations == [0, ITERATIONS]
-    # Each stage of the warm-up has counted once; the first was cut and began anew.
+    # Each supervised stage has counted once; the first was cut and began anew.
     assert [r.new_version for r in peers.trainer.fine_tuned] == [1, 2]
     # An iteration that was cut is trained again from the version before; its last request is the committed one.
     committed = {r.iteration: r for r in peers.trainer.trained}

@@ -36,7 +36,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("peer", ["buffer", "trainer"])
 async def test_a_peer_that_goes_away_is_waited_for(peer: str, tmp_path: Path) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
-    section = write_run_section(tmp_path, iterations=6, rollout={"token_budget": 9, "response_cap": 24})
+    section = write_run_section(tmp_path, iterations=6, rollout={"token_budget": 9, "max_response_tokens": 24})
     tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
     config = BufferConfig(data_path=tmp_path / "store", server=ServerConfig(drain_seconds=0.0))
     async with AsyncExitStack() as stack, AsyncExitStack() as fronts, AsyncExitStack() as trainers:

@@ -54,7 +54,7 @@ class Stage:
 
 @asynccontextmanager
 async def stage(buffer_address: str, folder: Path, settings: dict[str, Any], **run: Any) -> AsyncIterator[Stage]:
-    section = write_run_section(folder, **({"rollout": {"token_budget": 9, "response_cap": 24}} | run))
+    section = write_run_section(folder, **({"rollout": {"token_budget": 9, "max_response_tokens": 24}} | run))
     tokenizer = read_model_folder(str(folder / "model")).tokenizer
     async with AsyncExitStack() as stack:
         peers = await stack.enter_async_context(fake_peers(buffer_address))
@@ -94,7 +94,7 @@ async def test_an_end_that_the_coordinator_did_not_hear_of_is_read_from_the_buff
     buffer_address: str, tmp_path: Path
 ) -> None:
     # Without a budget every segment ends its trajectory, so the one that was cut off cannot be leased again.
-    rollout = {"token_budget": 0, "response_cap": 24}
+    rollout = {"token_budget": 0, "max_response_tokens": 24}
     async with stage(buffer_address, tmp_path, {}, iterations=2, rollout=rollout) as s:
         worker, _ = await s.add_worker("a", cut_after=3)
         await s.start()
@@ -212,7 +212,7 @@ async def test_a_trainer_and_all_workers_that_restart_in_a_rollout_go_on(buffer_
 
 
 async def test_a_failed_verdict_is_never_a_reward(buffer_address: str, tmp_path: Path) -> None:
-    rollout = {"token_budget": 0, "response_cap": 24}
+    rollout = {"token_budget": 0, "max_response_tokens": 24}
     async with stage(buffer_address, tmp_path, {}, iterations=1, rollout=rollout, drop_uniform_groups=False) as s:
         s.peers.reward.broken = {"g00000000-0", "g00000001-0", "g00000001-1", "g00000001-2"}
         s.peers.reward.refused = {"g00000002-3"}
@@ -255,7 +255,7 @@ async def test_a_reward_service_that_stays_away_ends_the_run(buffer_address: str
 
 
 async def test_a_call_that_breaks_off_gives_no_second_budget(buffer_address: str, tmp_path: Path) -> None:
-    rollout = {"token_budget": 2, "response_cap": 24}
+    rollout = {"token_budget": 2, "max_response_tokens": 24}
     async with stage(buffer_address, tmp_path, {}, iterations=1, rollout=rollout) as s:
         worker, _ = await s.add_worker("a", cut_after=3)
         await s.start()

@@ -122,7 +122,7 @@ async def test_a_killed_engine_comes_back_filled_and_a_killed_service_leaves_non
         assert await is_serving(service.address)
 
         [engine] = service.engines()
-        running = asyncio.create_task(trajectories.extend(ids, token_budget=200, response_cap=200))
+        running = asyncio.create_task(trajectories.extend(ids, token_budget=200, max_response_tokens=200))
         await trajectories.wait_for_tokens(ids[0])
         engine.kill()
         ended, failed = await running
@@ -137,7 +137,7 @@ async def test_a_killed_engine_comes_back_filled_and_a_killed_service_leaves_non
         state = await wait_for_status(client, pb.WORKER_STATUS_READY)
         assert (state.engine_restarts, state.policy_version, state.running) == (1, 0, 0)
         assert await is_serving(service.address)
-        resumed, refused = await trajectories.extend(list(failed), token_budget=200, response_cap=200)
+        resumed, refused = await trajectories.extend(list(failed), token_budget=200, max_response_tokens=200)
         assert refused == {}
         assert set(resumed) == set(failed)
         for trajectory_id in ids:
@@ -168,7 +168,7 @@ async def test_sigterm_ends_requests_engine_and_service(
         assert await pusher.push(policy_tensors(POLICY), 0, service.address, trajectories.run_id) == ""
         assert images()
         ids = await trajectories.create([PROMPT] * 16, k=32)
-        running = asyncio.create_task(trajectories.extend(ids, token_budget=200, response_cap=200))
+        running = asyncio.create_task(trajectories.extend(ids, token_budget=200, max_response_tokens=200))
         await trajectories.wait_for_tokens(ids[0])
         processes = psutil.Process(service.process.pid).children(recursive=True)
         service.process.send_signal(signal.SIGTERM)

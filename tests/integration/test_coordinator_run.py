@@ -54,15 +54,15 @@ def trained_ids(peers: FakePeers) -> Counter[str]:
     )
 
 
-async def test_a_run_from_warmup_to_summary(buffer_address: str, tmp_path: Path) -> None:
+async def test_a_run_from_sft_to_summary(buffer_address: str, tmp_path: Path) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
-    dataset = write_lines(tmp_path / "warmup.jsonl", [{"prompt": "1+1=", "response": "2"}])
+    dataset = write_lines(tmp_path / "sft.jsonl", [{"prompt": "1+1=", "response": "2"}])
     stage = {"dataset": str(dataset), "steps": 3, "optimizer": {"learning_rate": 1e-3}}
     section = write_run_section(
         tmp_path,
-        warmup=[stage, stage],
+        sft=[stage, stage],
         evaluation={"every": 2, "samples": 2, "problems": 5},
-        rollout={"token_budget": 10, "response_cap": 24},
+        rollout={"token_budget": 10, "max_response_tokens": 24},
         algorithm={"optimizer": {"learning_rate": 1e-4}, "final_learning_rate_share": 0.5},
     )
     tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
@@ -80,7 +80,7 @@ async def test_a_run_from_warmup_to_summary(buffer_address: str, tmp_path: Path)
         snapshots = await finish(client, run_id)
         assert snapshots[-1].error == ""
         assert snapshots[-1].phase == pb.RUN_PHASE_FINISHED
-        assert {pb.RUN_PHASE_WARMUP, pb.RUN_PHASE_EVALUATION, pb.RUN_PHASE_ROLLOUT, pb.RUN_PHASE_TRAINING} <= {
+        assert {pb.RUN_PHASE_SFT, pb.RUN_PHASE_EVALUATION, pb.RUN_PHASE_ROLLOUT, pb.RUN_PHASE_TRAINING} <= {
             snapshot.phase for snapshot in snapshots
         }
         assert snapshots[-1].metrics["iteration"] == 3
@@ -128,7 +128,7 @@ async def test_a_run_from_warmup_to_summary(buffer_address: str, tmp_path: Path)
     assert summary["trajectories_trained"] == trained
     assert summary["tokens_generated"] == sum(line["tokens_generated"] for line in lines)
     assert summary["max_logprob_difference"] == pytest.approx(1e-4)
-    assert {"warmup", "evaluation", "rollout", "training", "weights", "commit", "total"} <= set(summary["seconds"])
+    assert {"sft", "evaluation", "rollout", "training", "weights", "commit", "total"} <= set(summary["seconds"])
     assert json.loads((run_path / "run.json").read_text())["status"] == "finished"
     events = EventAccumulator(str(run_path / "tensorboard"))
     events.Reload()
@@ -143,7 +143,7 @@ async def test_the_trainer_gets_rewards_less_the_overlong_penalty(buffer_address
     section = write_run_section(
         tmp_path,
         iterations=1,
-        rollout={"token_budget": 0, "response_cap": 24},
+        rollout={"token_budget": 0, "max_response_tokens": 24},
         overlong_penalty={"weight": 0.5, "cap": 12, "buffer": 8},
         drop_uniform_groups=False,
     )
@@ -181,7 +181,7 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
     buffer_address: str, tmp_path: Path
 ) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
-    section = write_run_section(tmp_path, iterations=5, rollout={"token_budget": 4, "response_cap": 11})
+    section = write_run_section(tmp_path, iterations=5, rollout={"token_budget": 4, "max_response_tokens": 11})
     tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
     async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
         worker = peers.add_worker("a", tokenizer)
@@ -191,7 +191,7 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
             )
             assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
     assert {call.token_budget for call in worker.calls} == {4}
-    assert {call.response_cap for call in worker.calls} == {11}
+    assert {call.max_response_tokens for call in worker.calls} == {11}
     # A response of 4 tokens an iteration takes three at most.
     assert max(Counter(worker.extended).values()) == 3
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
@@ -208,11 +208,11 @@ async def test_bad_requests_name_the_field_and_write_nothing(buffer_address: str
     too_long = write_lines(tmp_path / "long.jsonl", [math_line("huge", "1" * 300, "2")])
     cases = [
         (values | {"iteratoins": 3}, "run.iteratoins: unknown key; did you mean iterations?"),
-        (values | {"groups": {"live": 0, "size": 4}}, "run.groups.live"),
+        (values | {"max_live_groups": 0, "group_size": 4}, "run.max_live_groups"),
         (values | {"model": str(tmp_path)}, "run.model"),
         (values | {"prompts": str(malformed)}, "malformed.jsonl:2: verifier"),
         (values | {"heldout": str(too_long)}, "prompt huge"),
-        (values | {"warmup": [{"dataset": "/none", "steps": 1}]}, "run.warmup.0.dataset: /none is no file"),
+        (values | {"sft": [{"dataset": "/none", "steps": 1}]}, "run.sft.0.dataset: /none is no file"),
     ]
     async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
         for wrong, said in cases:

@@ -124,7 +124,7 @@ async def test_a_continuation_is_the_uninterrupted_response(worker: str, rollout
 
 async def test_a_resumed_trajectory_stays_within_its_cap(trajectories: NewTrajectories) -> None:
     ids = await trajectories.create([PROMPT], k=12)
-    ended, failed = await trajectories.extend(ids, token_budget=32, response_cap=40)
+    ended, failed = await trajectories.extend(ids, token_budget=32, max_response_tokens=40)
     assert failed == {}
     partial = [
         trajectory_id for trajectory_id in ids if ended[trajectory_id].end_reason == buffer_pb2.END_REASON_BUDGET
@@ -132,7 +132,7 @@ async def test_a_resumed_trajectory_stays_within_its_cap(trajectories: NewTrajec
     assert partial
     assert all((ended[i].tokens, ended[i].new_tokens, ended[i].text) == (32, 32, "") for i in partial)
 
-    ended, failed = await trajectories.extend(partial, token_budget=32, response_cap=40)
+    ended, failed = await trajectories.extend(partial, token_budget=32, max_response_tokens=40)
     assert failed == {}
     for trajectory_id, end in ended.items():
         held = await trajectories.read(trajectory_id)
@@ -169,7 +169,7 @@ async def test_every_token_knows_its_version_when_weights_change_under_way(
         with suppress(FailedPreconditionError):
             while True:
                 ids = await trajectories.create([PROMPT], k=16)
-                _, failed = await trajectories.extend(ids, token_budget=200, response_cap=200)
+                _, failed = await trajectories.extend(ids, token_budget=200, max_response_tokens=200)
                 assert failed == {}
                 extended.extend(ids)
 
@@ -194,7 +194,7 @@ async def test_every_token_knows_its_version_when_weights_change_under_way(
 
 async def test_text_is_the_whole_response_without_its_stop_token(trajectories: NewTrajectories) -> None:
     ids = await trajectories.create([PROMPT], k=32)
-    ended, _ = await trajectories.extend(ids, token_budget=100, response_cap=100)
+    ended, _ = await trajectories.extend(ids, token_budget=100, max_response_tokens=100)
     stopped = [i for i in ids if ended[i].end_reason == buffer_pb2.END_REASON_STOP]
     assert stopped
     for trajectory_id in stopped:
@@ -224,7 +224,7 @@ async def test_a_greedy_loop_is_cut_as_repetition(worker: str, rollout_client: R
 
 async def test_chunks_reach_the_buffer_while_a_segment_runs(trajectories: NewTrajectories) -> None:
     [trajectory_id] = await trajectories.create([PROMPT])
-    running = asyncio.create_task(trajectories.extend([trajectory_id], token_budget=240, response_cap=240))
+    running = asyncio.create_task(trajectories.extend([trajectory_id], token_budget=240, max_response_tokens=240))
     sizes = set()
     while not running.done():
         sizes.add(len((await trajectories.read(trajectory_id)).token_ids))
@@ -244,7 +244,7 @@ async def test_a_newer_lease_fences_the_older_call(trajectories: NewTrajectories
 
 async def test_a_lease_taken_away_under_way_fails_the_segment(trajectories: NewTrajectories) -> None:
     ids = await trajectories.create([PROMPT], k=64)
-    running = asyncio.create_task(trajectories.extend(ids, token_budget=240, response_cap=240))
+    running = asyncio.create_task(trajectories.extend(ids, token_budget=240, max_response_tokens=240))
     await trajectories.wait_for_tokens(ids[0])
     taken = set()
     for trajectory_id in ids:
@@ -263,14 +263,16 @@ async def test_a_caller_that_goes_away_frees_the_engine(
     trajectories: NewTrajectories, rollout_client: RolloutClient
 ) -> None:
     ids = await trajectories.create([PROMPT], k=32)
-    request = extend_request(trajectories.run_id, await trajectories.lease(ids), token_budget=240, response_cap=240)
+    request = extend_request(
+        trajectories.run_id, await trajectories.lease(ids), token_budget=240, max_response_tokens=240
+    )
     reading = asyncio.ensure_future(anext(rollout_client.extend_trajectories(request)))
     await wait_for_state(rollout_client, lambda state: state.running == 32)
     reading.cancel()
     async with asyncio.timeout(10):
         await wait_for_state(rollout_client, lambda state: state.running == 0)
     # What was leased goes on elsewhere.
-    ended, failed = await trajectories.extend(ids, token_budget=240, response_cap=240)
+    ended, failed = await trajectories.extend(ids, token_budget=240, max_response_tokens=240)
     assert (len(ended), failed) == (32, {})
 
 
@@ -324,8 +326,8 @@ async def test_settings_that_cannot_be_corrected_are_refused(
         await generate(rollout_client, [PROMPT], sampling=pb.Sampling(temperature=1, repetition_penalty=1.2))
     assert [violation.field for violation in caught.value.violations] == ["sampling.repetition_penalty"]
     with pytest.raises(InvalidArgumentError) as caught:
-        await trajectories.extend(ids, token_budget=0, response_cap=0)
-    assert [violation.field for violation in caught.value.violations] == ["token_budget", "response_cap"]
+        await trajectories.extend(ids, token_budget=0, max_response_tokens=0)
+    assert [violation.field for violation in caught.value.violations] == ["token_budget", "max_response_tokens"]
 
 
 @pytest.mark.parametrize(
@@ -350,7 +352,7 @@ async def test_a_prompt_that_fills_the_context_fails_its_trajectory_alone(trajec
 async def test_the_context_bounds_a_response(trajectories: NewTrajectories) -> None:
     prompt = [5] * (CONTEXT - 6)
     ids = await trajectories.create([prompt], k=4)
-    ended, failed = await trajectories.extend(ids, response_cap=64)
+    ended, failed = await trajectories.extend(ids, max_response_tokens=64)
     assert failed == {}
     assert {end.tokens for end in ended.values() if end.end_reason == buffer_pb2.END_REASON_RESPONSE_CAP} == {6}
 

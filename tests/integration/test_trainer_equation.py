@@ -82,9 +82,9 @@ def equation_3(
                 before = logprobs(reference, item)
             now = logprobs(model, item)
             weight = torch.ones_like(before)
-            if algorithm.importance_cap:
+            if algorithm.tis_cap:
                 engine = torch.tensor(item.logprobs, dtype=torch.float64)
-                weight = torch.exp(before - engine).clamp(max=algorithm.importance_cap)
+                weight = torch.exp(before - engine).clamp(max=algorithm.tis_cap)
             scale = algorithm.token_scale
             gain = (reward - baseline) * (now * weight)[fresh].sum() / scale
             penalty = algorithm.tau / 2 * ((now - before)[fresh].sum() / scale) ** 2
@@ -107,7 +107,7 @@ def equation_3(
 )
 def test_loss_and_gradient_are_equation_3(trainer_model: Path, baseline: str, cap: float, sizes: Sizes) -> None:
     made = make_groups("eq", 5, groups=3, k=4, spans=SPANS)
-    algorithm = mirror_descent(baseline, importance_cap=cap)
+    algorithm = mirror_descent(baseline, tis_cap=cap)
     loss, gradient = run_ranks(sizes, trainer_model, partial(loss_and_gradient, made=made, algorithm=algorithm))
     expected_loss, expected = equation_3(trainer_model, made, algorithm)
     assert loss == pytest.approx(expected_loss, rel=1e-5)

@@ -29,7 +29,7 @@ def fine_tune_request(dataset: Path, **fields: object) -> pb.FineTuneRequest:
         "batch_size": 8,
         "max_tokens_per_microbatch": 64,
         "new_version": 1,
-        "optimizer": pb.Optimizer(learning_rate=3e-3, beta1=0.9, beta2=0.98, clip_grad=1.0, warmup_steps=5),
+        "optimizer": pb.Optimizer(learning_rate=3e-3, beta1=0.9, beta2=0.98, max_grad_norm=1.0, warmup_steps=5),
     } | fields
     return pb.FineTuneRequest(run_id=RUN, dataset_path=str(dataset), **settings)
 

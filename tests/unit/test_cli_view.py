@@ -64,9 +64,9 @@ def test_phases_outside_the_iterations_are_told_once() -> None:
     assert lines == ["evaluation: iteration 5 of 10, policy version 6, 3 of 500 problems, 1 m 02 s since the start"]
 
 
-def test_each_stage_of_the_warmup_is_told() -> None:
-    stages = [snapshot(pb.RUN_PHASE_WARMUP, policy_version=version, iteration=0) for version in (0, 0, 1)]
-    assert sum(line.startswith("warmup:") for line in plain_lines(*stages)) == 2
+def test_each_supervised_stage_is_told() -> None:
+    stages = [snapshot(pb.RUN_PHASE_SFT, policy_version=version, iteration=0) for version in (0, 0, 1)]
+    assert sum(line.startswith("sft:") for line in plain_lines(*stages)) == 2
 
 
 def test_a_held_out_accuracy_is_told_with_its_interval() -> None:

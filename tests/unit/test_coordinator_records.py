@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import tempfile
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +84,25 @@ def test_the_state_survives_its_encoding() -> None:
     for wrong in (b"{}", b"not json", json.dumps({"sampler": {"colour": 1}, "totals": {}}).encode()):
         with pytest.raises(DataLossError, match="cannot be read"):
             decode_state(wrong)
+
+
+def test_old_names_of_keys_give_the_same_run(tmp_path: Path) -> None:
+    values = yaml.safe_load(write_run_section(tmp_path)) | {
+        "sft": [{"dataset": "d", "steps": 1, "optimizer": {"max_grad_norm": 2.0, "min_lr_ratio": 0.5}}],
+        "evaluation": {"max_response_tokens": 12},
+        "algorithm": {"tis_cap": 2.0},
+    }
+    old = copy.deepcopy(values)
+    old["warmup"] = old.pop("sft")
+    old["warmup"][0]["optimizer"] = {"clip_grad": 2.0, "final_share": 0.5}
+    old["groups"] = {"live": old.pop("max_live_groups"), "size": old.pop("group_size")}
+    for part in (old["rollout"], old["evaluation"]):
+        part["response_cap"] = part.pop("max_response_tokens")
+    old["algorithm"] = {"importance_cap": 2.0}
+    with pytest.warns(FutureWarning) as caught:
+        parsed = parse_run_config(yaml.safe_dump(old))
+    assert parsed == parse_run_config(yaml.safe_dump(values))
+    assert len({str(warning.message) for warning in caught}) == 7
 
 
 def test_the_digest_holds_what_must_not_change(tmp_path: Path) -> None:

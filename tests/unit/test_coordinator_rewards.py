@@ -104,7 +104,7 @@ RUN = {"model": "m", "prompts": "p", "heldout": "h", "iterations": 9}
 def test_weights_of_an_iteration_come_from_the_recipe() -> None:
     config = RunConfig(
         **RUN,
-        rollout={"response_cap": 300},
+        rollout={"max_response_tokens": 300},
         length_reward={"weight": 0.4, "warmup_iterations": 4},
         repetition_penalty=0.1,
         overlong_penalty={"weight": 0.5, "buffer": 100},
@@ -122,7 +122,7 @@ def test_weights_of_an_iteration_come_from_the_recipe() -> None:
         ),
         (
             "{weight: 1, cap: 250}",
-            "recipe: run: overlong_penalty.cap of 250 tokens is never reached: rollout.response_cap",
+            "recipe: run: overlong_penalty.cap of 250 tokens is never reached: rollout.max_response_tokens",
         ),
         ("{wieght: 1}", "recipe: run.overlong_penalty.wieght: unknown key; did you mean weight?"),
     ],

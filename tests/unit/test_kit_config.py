@@ -15,6 +15,13 @@ class Nested(Model):
     depth: int = 1
 
 
+class Renamed(Model):
+    renamed_keys: ClassVar[dict[str, str]] = {"width": "breadth", "old.size": "new.length", "old.count": "count"}
+    breadth: int = 0
+    new: dict[str, int] = {}
+    count: int = 0
+
+
 class ExampleConfig(ServiceConfig):
     section: ClassVar[str] = "example"
     environment_aliases: ClassVar[dict[str, str]] = {"EXAMPLE_URL": "url"}
@@ -97,3 +104,25 @@ def test_merging_flat_mappings_is_dictionary_union(first: dict[str, int], second
     merged = dict(first)
     merge(merged, second)
     assert merged == first | second
+
+
+def test_renamed_keys_are_accepted_with_a_warning_each() -> None:
+    values = {"width": 1, "old": {"size": 2, "count": 3}}
+    with pytest.warns(FutureWarning) as caught:
+        assert validate(Renamed, values, "recipe", "") == Renamed(breadth=1, new={"length": 2}, count=3)
+    assert [str(warning.message).split(" now;")[0] for warning in caught] == [
+        "the key width is called breadth",
+        "the key old.size is called new.length",
+        "the key old.count is called count",
+    ]
+    assert values == {"width": 1, "old": {"size": 2, "count": 3}}
+
+
+def test_a_key_under_both_of_its_names_is_refused() -> None:
+    with pytest.raises(InvalidArgumentError, match="width is the old name of breadth: give breadth alone"):
+        validate(Renamed, {"width": 1, "breadth": 2}, "recipe", "")
+
+
+def test_what_is_left_beside_a_renamed_key_is_still_checked() -> None:
+    with pytest.raises(InvalidArgumentError, match="old: unknown key"), pytest.warns(FutureWarning):
+        validate(Renamed, {"old": {"size": 2, "other": 3}}, "recipe", "")

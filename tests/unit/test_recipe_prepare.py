@@ -44,13 +44,13 @@ def test_the_same_seed_prepares_the_same_bytes_and_another_seed_others(prepared:
     again, other = run_prepare(tmp_path / "again", seed=7), run_prepare(tmp_path / "other", seed=8)
     assert digest_files(again) == digest_files(prepared)
     differing = {name for name, digest in digest_files(other).items() if digest != digest_files(prepared)[name]}
-    sets = {f"{name}.jsonl" for name in ("heldout", "prompts", "warmup_easy", "warmup_full")}
+    sets = {f"{name}.jsonl" for name in ("heldout", "prompts", "sft_easy", "sft_full")}
     assert differing == sets | {"model/model.safetensors"}
 
 
 def test_heldout_problems_occur_in_no_training_set(prepared: Path) -> None:
     heldout = [line["prompt"] for line in read_lines(prepared / "heldout.jsonl")]
-    training_sets = ("prompts", "warmup_easy", "warmup_full")
+    training_sets = ("prompts", "sft_easy", "sft_full")
     trained = {line["prompt"] for name in training_sets for line in read_lines(prepared / f"{name}.jsonl")}
     assert len(set(heldout)) == len(heldout) >= 512
     assert not trained & set(heldout)
@@ -78,7 +78,7 @@ def test_problem_lines_carry_what_their_verifier_needs(prepared: Path) -> None:
 def test_every_text_is_made_of_known_characters_and_fits_the_context(prepared: Path) -> None:
     tokenizer = Tokenizer.from_file(str(prepared / "model" / "tokenizer.json"))
     unknown = tokenizer.token_to_id(tiny_model.UNKNOWN)
-    examples = [*read_lines(prepared / "warmup_easy.jsonl"), *read_lines(prepared / "warmup_full.jsonl")]
+    examples = [*read_lines(prepared / "sft_easy.jsonl"), *read_lines(prepared / "sft_full.jsonl")]
     prompts = [*read_lines(prepared / "prompts.jsonl"), *read_lines(prepared / "heldout.jsonl")]
     for text in [line["prompt"] + line["response"] for line in examples] + [line["prompt"] for line in prompts]:
         ids = tokenizer.encode(text).ids
@@ -109,10 +109,10 @@ def test_transformers_loads_the_model_folder(prepared: Path) -> None:
 
 def test_recipe_is_valid_and_names_the_files_that_prepare_writes(prepared: Path, tmp_path: Path) -> None:
     run = load_recipe(RECIPE / "recipe.yaml").expand(tmp_path)["run"]
-    named = [run["model"], run["prompts"], run["heldout"], *(stage["dataset"] for stage in run["warmup"])]
+    named = [run["model"], run["prompts"], run["heldout"], *(stage["dataset"] for stage in run["sft"])]
     for path in map(Path, named):
         assert (prepared / path.relative_to(tmp_path / "data")).exists()
     longest = max(len(line["prompt"]) for line in read_lines(prepared / "prompts.jsonl"))
-    assert longest + run["rollout"]["response_cap"] <= tiny_model.CONTEXT
-    examples = read_lines(prepared / "warmup_full.jsonl")
-    assert max(len(line["response"]) for line in examples) < run["rollout"]["response_cap"]
+    assert longest + run["rollout"]["max_response_tokens"] <= tiny_model.CONTEXT
+    examples = read_lines(prepared / "sft_full.jsonl")
+    assert max(len(line["response"]) for line in examples) < run["rollout"]["max_response_tokens"]

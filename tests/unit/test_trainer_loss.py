@@ -113,7 +113,7 @@ def test_groups_are_shared_out_evenly_over_the_steps(groups: int, minibatches: i
 
 def test_the_learning_rate_warms_up_and_decays() -> None:
     adam = AdamW(
-        learning_rate=2.0, beta1=0.9, beta2=0.95, weight_decay=0.0, clip_grad=1.0, warmup_steps=2, final_share=0.5
+        learning_rate=2.0, beta1=0.9, beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, warmup_steps=2, min_lr_ratio=0.5
     )
     rates = [scheduled_rate(adam, step, 6) for step in range(7)]
     assert rates == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0])

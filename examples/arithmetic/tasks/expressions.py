@@ -1,7 +1,7 @@
 """The math domain: left-nested integer expressions, answered one operation at a time.
 
 A prompt is `((4+5)*3)-6=`. Every intermediate value lies in 0..49, so that a step is a fact the model
-can learn, and the number of operations is the difficulty. Warm-up responses come in two styles:
+can learn, and the number of operations is the difficulty. Supervised responses come in two styles:
 
 - verbose: `4+5=9;9*3=27;27-6=21#21`
 - direct: `#21`

@@ -1,6 +1,6 @@
 """The code domain: a one-line description of a function of x, answered with a Python definition.
 
-A prompt is `f:inc,rsub 5=`: add one, then subtract the result from five. Warm-up responses come in two
+A prompt is `f:inc,rsub 5=`: add one, then subtract the result from five. Supervised responses come in two
 styles:
 
 - growing: `x+1;5-(x+1)#def f(x):return 5-(x+1)`

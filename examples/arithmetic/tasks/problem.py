@@ -34,7 +34,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Example:
-    """A prompt and a correct response, for the supervised warm-up."""
+    """A prompt and a correct response, for the supervised stages."""
 
     prompt: str
     response: str

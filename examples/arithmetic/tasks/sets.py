@@ -1,4 +1,4 @@
-"""The sets of a run: held-out problems, the pool that reinforcement learning samples, warm-up examples.
+"""The sets of a run: held-out problems, the pool that reinforcement learning samples, supervised examples.
 
 Sizes are long-tailed, so lengths are too. Held-out prompts occur in no other set; within the held-out set
 and within the pool every prompt occurs once.
@@ -19,8 +19,8 @@ FUNCTION_SIZES: Sizes = ((1, 0.20), (2, 0.36), (3, 0.28), (4, 0.11), (5, 0.05))
 
 
 @dataclass(frozen=True)
-class WarmupMix:
-    """What the examples of a warm-up stage are: the share of code, and shares of sizes and styles in either domain."""
+class SftMix:
+    """Make-up of a supervised stage: the share of code, and shares of sizes and styles in either domain."""
 
     code_share: float
     expression_sizes: Sizes
@@ -30,7 +30,7 @@ class WarmupMix:
 
 
 # First thinking, on the shorter problems: single operations are learnt from written equations.
-EASY_MIX = WarmupMix(
+EASY_MIX = SftMix(
     code_share=0.2,
     expression_sizes=((1, 0.1), (2, 0.25), (3, 0.25), (4, 0.2), (5, 0.1), (6, 0.1)),
     expression_styles=(("verbose", 1.0),),
@@ -38,7 +38,7 @@ EASY_MIX = WarmupMix(
     function_styles=(("growing", 1.0),),
 )
 # Then all sizes, and mostly answers without a thought: that thinking pays is left to be found out.
-FULL_MIX = WarmupMix(
+FULL_MIX = SftMix(
     code_share=0.4,
     expression_sizes=EXPRESSION_SIZES,
     expression_styles=(("verbose", 0.3), ("direct", 0.7)),
@@ -53,19 +53,19 @@ class Sets:
 
     heldout: list[Problem]
     pool: list[Problem]
-    warmup_easy: list[Example]
-    warmup_full: list[Example]
+    sft_easy: list[Example]
+    sft_full: list[Example]
 
 
-def make_sets(rng: random.Random, heldout_size: int, pool_size: int, warmup_size: int) -> Sets:
+def make_sets(rng: random.Random, heldout_size: int, pool_size: int, sft_size: int) -> Sets:
     """Draws all sets, half of each from either domain; sizes are problems or examples, in all."""
     heldout = _draw_problems(rng, heldout_size, excluded=frozenset())
     held_prompts = frozenset(problem.prompt for problem in heldout)
     return Sets(
         heldout=heldout,
         pool=_draw_problems(rng, pool_size, excluded=held_prompts),
-        warmup_easy=_draw_examples(rng, warmup_size, EASY_MIX, held_prompts),
-        warmup_full=_draw_examples(rng, warmup_size, FULL_MIX, held_prompts),
+        sft_easy=_draw_examples(rng, sft_size, EASY_MIX, held_prompts),
+        sft_full=_draw_examples(rng, sft_size, FULL_MIX, held_prompts),
     )
 
 
@@ -98,7 +98,7 @@ def _draw_distinct(
     return list(problems.values())
 
 
-def _draw_examples(rng: random.Random, size: int, mix: WarmupMix, excluded: Set[str]) -> list[Example]:
+def _draw_examples(rng: random.Random, size: int, mix: SftMix, excluded: Set[str]) -> list[Example]:
     examples: list[Example] = []
     while len(examples) < size:
         is_code = rng.random() < mix.code_share
@@ -109,13 +109,13 @@ def _draw_examples(rng: random.Random, size: int, mix: WarmupMix, excluded: Set[
     return examples
 
 
-def _draw_expression_example(rng: random.Random, mix: WarmupMix) -> Example:
+def _draw_expression_example(rng: random.Random, mix: SftMix) -> Example:
     steps = expressions.draw_steps(rng, draw_share(rng, mix.expression_sizes))
     style = draw_share(rng, mix.expression_styles)
     return Example(expressions.render_prompt(steps), expressions.render_response(steps, style))
 
 
-def _draw_function_example(rng: random.Random, mix: WarmupMix) -> Example:
+def _draw_function_example(rng: random.Random, mix: SftMix) -> Example:
     steps = functions.draw_steps(rng, draw_share(rng, mix.function_sizes))
     style = draw_share(rng, mix.function_styles)
     return Example(functions.render_prompt(steps), functions.render_response(steps, style))

@@ -27,7 +27,7 @@ class _RunPhaseEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_RunPhase.Val
     DESCRIPTOR: _descriptor.EnumDescriptor
     RUN_PHASE_UNSPECIFIED: _RunPhase.ValueType  # 0
     RUN_PHASE_WAITING: _RunPhase.ValueType  # 1
-    RUN_PHASE_WARMUP: _RunPhase.ValueType  # 2
+    RUN_PHASE_SFT: _RunPhase.ValueType  # 2
     RUN_PHASE_EVALUATION: _RunPhase.ValueType  # 3
     RUN_PHASE_ROLLOUT: _RunPhase.ValueType  # 4
     RUN_PHASE_SCORING: _RunPhase.ValueType  # 5
@@ -42,7 +42,7 @@ class RunPhase(_RunPhase, metaclass=_RunPhaseEnumTypeWrapper): ...
 
 RUN_PHASE_UNSPECIFIED: RunPhase.ValueType  # 0
 RUN_PHASE_WAITING: RunPhase.ValueType  # 1
-RUN_PHASE_WARMUP: RunPhase.ValueType  # 2
+RUN_PHASE_SFT: RunPhase.ValueType  # 2
 RUN_PHASE_EVALUATION: RunPhase.ValueType  # 3
 RUN_PHASE_ROLLOUT: RunPhase.ValueType  # 4
 RUN_PHASE_SCORING: RunPhase.ValueType  # 5

@@ -293,14 +293,14 @@ class ExtendTrajectoriesRequest(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     TRAJECTORIES_FIELD_NUMBER: _builtins.int
     TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
-    RESPONSE_CAP_FIELD_NUMBER: _builtins.int
+    MAX_RESPONSE_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     REPETITION_STOP_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     policy_version: _builtins.int
     token_budget: _builtins.int
     """Output tokens that a trajectory may add in this iteration."""
-    response_cap: _builtins.int
+    max_response_tokens: _builtins.int
     """Response tokens that a trajectory may have in all, earlier segments included."""
     @_builtins.property
     def trajectories(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeasedTrajectory]: ...
@@ -315,13 +315,13 @@ class ExtendTrajectoriesRequest(_message.Message):
         policy_version: _builtins.int = ...,
         trajectories: _abc.Iterable[Global___LeasedTrajectory] | None = ...,
         token_budget: _builtins.int = ...,
-        response_cap: _builtins.int = ...,
+        max_response_tokens: _builtins.int = ...,
         sampling: Global___Sampling | None = ...,
         repetition_stop: Global___RepetitionStop | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["repetition_stop", b"repetition_stop", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_version", b"policy_version", "repetition_stop", b"repetition_stop", "response_cap", b"response_cap", "run_id", b"run_id", "sampling", b"sampling", "token_budget", b"token_budget", "trajectories", b"trajectories"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_response_tokens", b"max_response_tokens", "policy_version", b"policy_version", "repetition_stop", b"repetition_stop", "run_id", b"run_id", "sampling", b"sampling", "token_budget", b"token_budget", "trajectories", b"trajectories"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -112,17 +112,17 @@ class Optimizer(_message.Message):
     BETA1_FIELD_NUMBER: _builtins.int
     BETA2_FIELD_NUMBER: _builtins.int
     WEIGHT_DECAY_FIELD_NUMBER: _builtins.int
-    CLIP_GRAD_FIELD_NUMBER: _builtins.int
+    MAX_GRAD_NORM_FIELD_NUMBER: _builtins.int
     WARMUP_STEPS_FIELD_NUMBER: _builtins.int
-    FINAL_SHARE_FIELD_NUMBER: _builtins.int
+    MIN_LR_RATIO_FIELD_NUMBER: _builtins.int
     learning_rate: _builtins.float
     beta1: _builtins.float
     beta2: _builtins.float
     weight_decay: _builtins.float
-    clip_grad: _builtins.float
+    max_grad_norm: _builtins.float
     """Gradient norm above which gradients are scaled down; 0 is off."""
     warmup_steps: _builtins.int
-    final_share: _builtins.float
+    min_lr_ratio: _builtins.float
     """The learning rate falls linearly to this share of its peak over the job."""
     def __init__(
         self,
@@ -131,13 +131,13 @@ class Optimizer(_message.Message):
         beta1: _builtins.float = ...,
         beta2: _builtins.float = ...,
         weight_decay: _builtins.float = ...,
-        clip_grad: _builtins.float = ...,
+        max_grad_norm: _builtins.float = ...,
         warmup_steps: _builtins.int = ...,
-        final_share: _builtins.float = ...,
+        min_lr_ratio: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["beta1", b"beta1", "beta2", b"beta2", "clip_grad", b"clip_grad", "final_share", b"final_share", "learning_rate", b"learning_rate", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["beta1", b"beta1", "beta2", b"beta2", "learning_rate", b"learning_rate", "max_grad_norm", b"max_grad_norm", "min_lr_ratio", b"min_lr_ratio", "warmup_steps", b"warmup_steps", "weight_decay", b"weight_decay"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -241,7 +241,7 @@ class PolicyMirrorDescent(_message.Message):
     TOKEN_SCALE_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
-    IMPORTANCE_CAP_FIELD_NUMBER: _builtins.int
+    TIS_CAP_FIELD_NUMBER: _builtins.int
     tau: _builtins.float
     baseline: Global___Baseline.ValueType
     minibatches: _builtins.int
@@ -253,7 +253,7 @@ class PolicyMirrorDescent(_message.Message):
     """Log-probability sums are divided by this before the loss."""
     temperature: _builtins.float
     """The temperature that the trajectories were sampled with."""
-    importance_cap: _builtins.float
+    tis_cap: _builtins.float
     """Truncated importance sampling against the engine's logprobs; 0 is off."""
     @_builtins.property
     def optimizer(self) -> Global___Optimizer: ...
@@ -268,11 +268,11 @@ class PolicyMirrorDescent(_message.Message):
         token_scale: _builtins.float = ...,
         temperature: _builtins.float = ...,
         optimizer: Global___Optimizer | None = ...,
-        importance_cap: _builtins.float = ...,
+        tis_cap: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "importance_cap", b"importance_cap", "max_staleness", b"max_staleness", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "minibatches", b"minibatches", "optimizer", b"optimizer", "tau", b"tau", "temperature", b"temperature", "token_scale", b"token_scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "max_staleness", b"max_staleness", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "minibatches", b"minibatches", "optimizer", b"optimizer", "tau", b"tau", "temperature", b"temperature", "tis_cap", b"tis_cap", "token_scale", b"token_scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,4 +1,4 @@
-"""The supervised warm-up: stages that make the policy versions 1, 2, ... of the base model, each checkpointed."""
+"""Supervised fine-tuning before the iterations: stages that make the policy versions 1, 2, ..., each checkpointed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from perigee.coordinator.v1 import coordinator_pb2
 from perigee.errors import InternalError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.coordinator.context import RunContext
-from services.coordinator.run_config import WarmupStage
+from services.coordinator.run_config import SftStage
 from services.coordinator.trainer_state import hold_version, wait_until_free
 from services.coordinator.training_batch import make_optimizer
 
 
-async def warm_up(context: RunContext) -> int:
+async def fine_tune_base(context: RunContext) -> int:
     """Does the stages that have no checkpoint yet, and returns the policy version that the first iteration starts from.
 
     Version 0 is the base model, version i the result of stage i.
     """
-    stages = context.config.warmup
+    stages = context.config.sft
     state = await wait_until_free(context)
     done = max((version for version in state.checkpoints if version <= len(stages)), default=0)
     await hold_version(context, done)
@@ -36,11 +36,11 @@ async def warm_up(context: RunContext) -> int:
             "loss": last.loss,
             "seconds": round(time.monotonic() - started, 3),
         }
-        await asyncio.to_thread(context.records.add_warmup_stage, line)
+        await asyncio.to_thread(context.records.add_sft_stage, line)
     return len(stages)
 
 
-async def fine_tune(context: RunContext, stage: WarmupStage, number: int) -> pb.FineTuneResponse:
+async def fine_tune(context: RunContext, stage: SftStage, number: int) -> pb.FineTuneResponse:
     """One stage; returns the trainer's last message."""
     request = pb.FineTuneRequest(
         run_id=context.run_id,
@@ -53,18 +53,20 @@ async def fine_tune(context: RunContext, stage: WarmupStage, number: int) -> pb.
         new_version=number,
     )
     board = context.board
-    board.enter(coordinator_pb2.RUN_PHASE_WARMUP, stage.steps)
-    steps_before = sum(earlier.steps for earlier in context.config.warmup[: number - 1])
+    board.enter(coordinator_pb2.RUN_PHASE_SFT, stage.steps)
+    steps_before = sum(earlier.steps for earlier in context.config.sft[: number - 1])
     last: pb.FineTuneResponse | None = None
     # To the stream's end: until then the trainer is busy and refuses the checkpoint.
     async for response in context.peers.trainer.fine_tune(request, timeout_s=context.settings.train_timeout_s):
         board.done, board.total = response.step, response.steps
         values = {"loss": response.loss, "gradient_norm": response.gradient_norm}
-        board.metrics = {f"warmup/{name}": value for name, value in values.items()} | {"warmup/stage": number}
-        context.records.add_warmup_step(steps_before + response.step, values)
+        board.metrics = {f"sft/{name}": value for name, value in values.items()} | {"sft/stage": number}
+        context.records.add_sft_step(steps_before + response.step, values)
         last = response
     if last is None or not last.done:
-        raise InternalError(f"The trainer ended stage {number} of the warm-up without saying so: look at its log.")
+        raise InternalError(
+            f"The trainer ended stage {number} of the supervised fine-tuning without saying so: look at its log."
+        )
     return last
 
 
