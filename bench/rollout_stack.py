@@ -11,18 +11,16 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 from perigee.buffer.client import BufferClient
-from perigee.cli.health import wait_serving
-from perigee.cli.ports import HOST, pick_ports
-from perigee.cli.process import Command, GuardedProcess
+from perigee.cli.stack import HOST, pick_ports, start_guarded, wait_ready
 from perigee.errors import UnavailableError
 from perigee.rollout.client import RolloutClient
+from services.kit.process import ChildProcess
 from services.rollout.config import RolloutConfig
 from services.weights.config import WeightsConfig
 from services.weights.image import export_image
 from services.weights.sender import Target, WeightSender
 
 POLICY_VERSION = 1
-START_TIMEOUT_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,12 @@ async def rollout_stack(folder: Path, config: RolloutConfig, run_id: str) -> Asy
     buffer_address, rollout_address = f"{HOST}:{buffer_port}", f"{HOST}:{rollout_port}"
     settings = {name: getattr(config, name) for name in config.model_fields_set}
     settings |= {"buffer_address": buffer_address, "coordinator_address": None}
-    processes: list[GuardedProcess] = []
+    processes: list[ChildProcess] = []
     try:
         processes.append(await _start(folder, "buffer", buffer_port, {"data_path": str(folder / "buffer")}))
         processes.append(await _start(folder, "rollout", rollout_port, settings))
-        await _wait_ready(processes[0], buffer_address, "perigee.buffer.v1.BufferService")
-        await _wait_ready(processes[1], rollout_address, "")
+        await wait_ready(processes[0], buffer_address, "perigee.buffer.v1.BufferService")
+        await wait_ready(processes[1], rollout_address, "")
         await _push_weights(Path(config.model), run_id, rollout_address)
         async with BufferClient.connect(buffer_address) as buffer, RolloutClient.connect(rollout_address) as rollout:
             yield RolloutStack(run_id, buffer, rollout)
@@ -57,24 +55,11 @@ async def rollout_stack(folder: Path, config: RolloutConfig, run_id: str) -> Asy
         await asyncio.gather(*(process.stop() for process in processes))
 
 
-async def _start(folder: Path, name: str, port: int, settings: Mapping[str, object]) -> GuardedProcess:
+async def _start(folder: Path, name: str, port: int, settings: Mapping[str, object]) -> ChildProcess:
     arguments = [sys.executable, "-m", f"services.{name}", "--set", f"server.port={port}"]
     for field, value in settings.items():
         arguments += ["--set", f"{field}={json.dumps(value)}"]
-    return await GuardedProcess.start(Command(name, arguments, folder / f"{name}.log"))
-
-
-async def _wait_ready(process: GuardedProcess, address: str, service: str) -> None:
-    ready, ended = asyncio.create_task(wait_serving(address, service)), asyncio.create_task(process.wait())
-    try:
-        await asyncio.wait((ready, ended), timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
-            raise UnavailableError(process.describe_end(ended.result()))
-        if not ready.done():
-            raise UnavailableError(f"{process.command.name} is not ready after {START_TIMEOUT_S:.0f} s")
-    finally:
-        ready.cancel()
-        ended.cancel()
+    return await start_guarded(name, arguments, folder / f"{name}.log")
 
 
 async def _push_weights(model: Path, run_id: str, address: str) -> None:

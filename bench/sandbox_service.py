@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.client
 import statistics
 import sys
@@ -14,10 +13,7 @@ from pathlib import Path
 
 import psutil
 
-from perigee.cli.health import wait_serving
-from perigee.cli.ports import HOST, pick_ports
-from perigee.cli.process import Command, GuardedProcess
-from perigee.errors import UnavailableError
+from perigee.cli.stack import HOST, pick_ports, start_guarded, wait_ready
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
@@ -95,9 +91,9 @@ async def sandbox_service(
         settings["http.port"] = http_port
     overrides = [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
     command = [sys.executable, "-m", "services.sandbox", *overrides]
-    process = await GuardedProcess.start(Command(f"sandbox-{isolation}", command, folder / f"{isolation}.log"))
+    process = await start_guarded(f"sandbox-{isolation}", command, folder / f"{isolation}.log")
     try:
-        await _wait_ready(process, f"{HOST}:{port}")
+        await wait_ready(process, f"{HOST}:{port}", FULL_NAME, timeout_s=START_S)
         async with SandboxClient.connect(f"{HOST}:{port}") as client:
             runtimes = (await client.list_runtimes(pb.ListRuntimesRequest())).runtimes
             [served] = psutil.Process(process.pid).children()
@@ -105,20 +101,6 @@ async def sandbox_service(
             yield Service(isolation, client, served.pid, by_name, http_port if http else None)
     finally:
         await process.stop()
-
-
-async def _wait_ready(process: GuardedProcess, address: str) -> None:
-    ready = asyncio.create_task(wait_serving(address, FULL_NAME))
-    ended = asyncio.create_task(process.wait())
-    try:
-        await asyncio.wait((ready, ended), timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
-        if ended.done():
-            raise UnavailableError(process.describe_end(ended.result()))
-        if not ready.done():
-            raise UnavailableError(f"{process.command.name} is not ready after {START_S:.0f} s")
-    finally:
-        ready.cancel()
-        ended.cancel()
 
 
 def open_http(port: int) -> http.client.HTTPConnection:

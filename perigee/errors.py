@@ -15,6 +15,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
+_TOLD_VIOLATIONS = 5
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,17 @@ class InvalidArgumentError(PerigeeError):
         self.violations = tuple(violations)
 
     @classmethod
-    def of(cls, field: str, description: str) -> InvalidArgumentError:
-        """One violation, with the message made from it."""
-        return cls(f"{field}: {description}", violations=[FieldViolation(field, description)])
+    def for_field(cls, field: str, description: str) -> InvalidArgumentError:
+        """Returns the error of one violation, with the message made from it."""
+        return cls.for_fields([FieldViolation(field, description)])
+
+    of = for_field
+
+    @classmethod
+    def for_fields(cls, violations: Sequence[FieldViolation]) -> InvalidArgumentError:
+        """Returns the error of several violations; its message tells the first few."""
+        told = "; ".join(f"{each.field}: {each.description}" for each in violations[:_TOLD_VIOLATIONS])
+        return cls(told, violations=violations)
 
 
 class UnauthenticatedError(PerigeeError):
@@ -129,11 +138,26 @@ class InternalError(PerigeeError):
     code = grpc.StatusCode.INTERNAL
 
 
+# The service did not take the call, which says nothing of the request: wait, and send it again.
+UNAVAILABLE = (UnavailableError, ResourceExhaustedError)
+# The service took the call and failed at it, for which the request may be the reason: bound the attempts.
+CALL_FAILED = (DeadlineExceededError, InternalError, AbortedError)
+# All that an idempotent call may be sent again for.
+TRANSIENT = (*UNAVAILABLE, *CALL_FAILED)
+
 _CLASS_BY_CODE: dict[grpc.StatusCode, type[PerigeeError]] = {cls.code: cls for cls in PerigeeError.__subclasses__()}
 
 
+def first_error(group: BaseException) -> BaseException:
+    """Returns the first error inside nested exception groups, which made a task group cancel the others."""
+    error = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
 def to_status(error: PerigeeError) -> status_pb2.Status:
-    """The error as google.rpc.Status: BadRequest for violations, RetryInfo for a retry hint."""
+    """Returns the error as google.rpc.Status: BadRequest for violations, RetryInfo for a retry hint."""
     status = status_pb2.Status(code=code_pb2.Code.Value(error.code.name), message=error.message)
     if isinstance(error, InvalidArgumentError) and error.violations:
         bad_request = error_details_pb2.BadRequest()
@@ -148,7 +172,7 @@ def to_status(error: PerigeeError) -> status_pb2.Status:
 
 
 def from_rpc_error(error: grpc.aio.AioRpcError, target: str) -> PerigeeError:
-    """The error that a failed call stands for; `target` names the peer when it could not be reached."""
+    """Returns the error that a failed call stands for; `target` names the peer when it could not be reached."""
     message = error.details() or error.code().name
     if error.code() is grpc.StatusCode.UNAVAILABLE:
         message = f"{target} cannot be reached: {message}"

@@ -44,11 +44,11 @@ def parse_json(body: bytes) -> Any:
     try:
         return json.loads(body.decode(), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
-        raise InvalidArgumentError.of("body", f"is not UTF-8: byte {error.start}") from error
+        raise InvalidArgumentError.for_field("body", f"is not UTF-8: byte {error.start}") from error
     except RecursionError as error:
-        raise InvalidArgumentError.of("body", "is nested too deeply") from error
+        raise InvalidArgumentError.for_field("body", "is nested too deeply") from error
     except ValueError as error:
-        raise InvalidArgumentError.of("body", f"is not JSON: {error}") from error
+        raise InvalidArgumentError.for_field("body", f"is not JSON: {error}") from error
 
 
 def dump_json(value: Any) -> bytes:

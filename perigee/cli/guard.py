@@ -21,9 +21,17 @@ from pathlib import Path
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+# A service that got SIGTERM has this long before SIGKILL, and the guard itself this much longer.
+GRACE_S = 40.0
+GUARD_MARGIN_S = 6.0
 # What is left of a service after its main process gets this long between SIGTERM and SIGKILL.
 REMAINS_GRACE_S = 3.0
 WATCHED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD)
+
+
+def launcher(log_path: Path) -> list[str]:
+    """Returns the command line to put before a command that is to run below a guard of this process."""
+    return [sys.executable, "-I", "-S", __file__, str(os.getpid()), str(GRACE_S), str(log_path)]
 
 
 def main(arguments: list[str]) -> int:

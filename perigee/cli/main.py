@@ -129,7 +129,7 @@ def _train(
 
     if coordinator is not None:
         if workers is not None:
-            raise InvalidArgumentError.of(
+            raise InvalidArgumentError.for_field(
                 "--workers", "the stack of --coordinator has workers of its own; leave it out"
             )
         asyncio.run(read_coordinator(coordinator))  # before anything is made for a stack that is not there

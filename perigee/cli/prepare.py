@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perigee.cli.process import Command, GuardedProcess
 from perigee.cli.recipe import Recipe, check_recipe, dump_yaml, load_recipe
 from perigee.cli.run_folder import RunFolder, find_run, new_run, write_atomic
+from perigee.cli.stack import start_guarded
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 
 
@@ -21,7 +21,7 @@ def open_new_run(runs_path: Path, recipe: Recipe) -> tuple[RunFolder, Recipe]:
     """
     script = recipe.prepare_path
     if script is not None and not script.is_file():
-        raise InvalidArgumentError.of(f"{recipe.path.name}: prepare", f"{script} is no file")
+        raise InvalidArgumentError.for_field(f"{recipe.path.name}: prepare", f"{script} is no file")
     run = new_run(runs_path, recipe.head.name)
     run.create()
     return run, _write_recipe(run, recipe.expand(run.path))
@@ -34,7 +34,7 @@ def open_old_run(runs_path: Path, name: str, overrides: list[str]) -> tuple[RunF
     """
     run = find_run(runs_path, name)
     if (stack := run.read_stack()) is not None:
-        raise InvalidArgumentError.of(run.run_id, f"is running already, in process {stack.pid}")
+        raise InvalidArgumentError.for_field(run.run_id, f"is running already, in process {stack.pid}")
     return run, _write_recipe(run, load_recipe(run.recipe_path, overrides).values)
 
 
@@ -45,20 +45,19 @@ async def prepare_data(run: RunFolder, recipe: Recipe) -> None:
     """
     if run.data_path.is_dir():
         return
-    aside = run.path / ".data.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
+    staging = run.path / ".data.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
     if recipe.prepare_path is not None:
-        arguments = [sys.executable, str(recipe.prepare_path), "--out", str(aside), "--seed", str(recipe.seed)]
-        command = Command(name="prepare", arguments=arguments, log_path=run.logs_path / "prepare.log")
-        process = await GuardedProcess.start(command)
+        arguments = [sys.executable, str(recipe.prepare_path), "--out", str(staging), "--seed", str(recipe.seed)]
+        process = await start_guarded("prepare", arguments, run.logs_path / "prepare.log")
         try:
             code = await process.wait()
         finally:
             await process.stop()
         if code != 0:
             raise FailedPreconditionError(process.describe_end(code))
-    aside.rename(run.data_path)
+    staging.rename(run.data_path)
 
 
 def _write_recipe(run: RunFolder, values: Mapping[str, Any]) -> Recipe:

@@ -88,7 +88,9 @@ def find_recipe(path: Path) -> Path:
     file = path / RECIPE_FILE if path.is_dir() else path
     if not file.is_file():
         hint = f"no {RECIPE_FILE} in this folder" if path.is_dir() else "no such file"
-        raise InvalidArgumentError.of(str(path), f"{hint}; name a recipe file or a folder that holds {RECIPE_FILE}")
+        raise InvalidArgumentError.for_field(
+            str(path), f"{hint}; name a recipe file or a folder that holds {RECIPE_FILE}"
+        )
     return file
 
 
@@ -126,14 +128,14 @@ def check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
         if section not in known:
             near = difflib.get_close_matches(str(section), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(known)}"
-            raise InvalidArgumentError.of(f"{source}: {section}", f"unknown key; {hint}")
+            raise InvalidArgumentError.for_field(f"{source}: {section}", f"unknown key; {hint}")
     head = validate(RecipeHead, {key: value for key, value in values.items() if key not in _CONFIG_CLASSES}, source, "")
     for section in _CONFIG_CLASSES:
         if section not in values:
             continue
         section_values = {} if values[section] is None else values[section]
         if not isinstance(section_values, dict):
-            raise InvalidArgumentError.of(f"{source}: {section}", "must be a mapping of keys to values")
+            raise InvalidArgumentError.for_field(f"{source}: {section}", "must be a mapping of keys to values")
         validate(config_class(section), section_values, source, section)
     return Recipe(path=path, head=head, values=values)
 

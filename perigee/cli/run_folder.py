@@ -59,7 +59,7 @@ class RunFolder:
         try:
             self.logs_path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InvalidArgumentError.of(str(self.path), f"cannot be made: {error.strerror}") from error
+            raise InvalidArgumentError.for_field(str(self.path), f"cannot be made: {error.strerror}") from error
 
     def write_stack(self, stack: StackFile) -> None:
         """Writes `stack.json`."""
@@ -93,7 +93,7 @@ def find_run(runs_path: Path, name: str) -> RunFolder:
             return RunFolder(path.resolve())
     known = sorted(entry.parent.name for entry in runs_path.glob("*/recipe.yaml") if not entry.parent.is_symlink())
     hint = f"the runs in {runs_path} are {', '.join(known[-5:])}" if known else f"{runs_path} holds no run"
-    raise InvalidArgumentError.of(name, f"no such run; {hint}")
+    raise InvalidArgumentError.for_field(name, f"no such run; {hint}")
 
 
 def find_stack(runs_path: Path) -> tuple[RunFolder, StackFile] | None:

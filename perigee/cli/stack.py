@@ -4,21 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
+import socket
 import sys
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
-from perigee.cli.health import wait_serving
-from perigee.cli.ports import HOST, pick_ports
-from perigee.cli.process import Command, GuardedProcess
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from perigee.cli.guard import GRACE_S, GUARD_MARGIN_S, launcher
 from perigee.cli.recipe import SERVICES
 from perigee.cli.run_folder import RunFolder, StackFile
-from perigee.errors import UnavailableError
+from perigee.errors import UnavailableError, first_error
+from services.kit.process import ChildProcess
 
 # Importing the engines takes a minute on a busy machine of two cores.
 START_TIMEOUT_S = 300.0
+HOST = "127.0.0.1"
+# Below the kernel's ephemeral range, so that no outgoing connection takes a port between choice and use.
+PORT_RANGE = range(20_000, 32_000)
+HEALTH_POLL_S = 0.2
+# A check that takes longer than this counts as not ready.
+HEALTH_TIMEOUT_S = 2.0
 MAX_RESTARTS = 3
 RESTART_DELAYS_S = (1.0, 2.0, 4.0)
 # The services that each one dials; `<peer>_address` is the field that takes the address.
@@ -41,17 +52,14 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class ServiceSpec:
-    """One process of the stack."""
+    """One process of the stack; `name` is the service's, numbered when there may be several."""
 
+    name: str
     service: str
-    command: Command
+    command: Sequence[str]
+    log_path: Path
     address: str
     token: str | None = None
-
-    @property
-    def name(self) -> str:
-        """Name of the process: the service's, numbered when there may be several."""
-        return self.command.name
 
 
 def plan_stack(
@@ -74,10 +82,10 @@ def plan_stack(
         arguments = [sys.executable, "-m", f"services.{service}", "--config", str(run.recipe_path)]
         for override in sets:
             arguments += ["--set", override]
-        command = Command(name=name, arguments=arguments, log_path=run.logs_path / f"{name}.log")
+        log_path = run.logs_path / f"{name}.log"
         server = (values.get(service) or {}).get("server") or {}
         token = server.get("token") or os.environ.get("PERIGEE_TOKEN")
-        specs.append(ServiceSpec(service=service, command=command, address=addresses[name], token=token))
+        specs.append(ServiceSpec(name, service, arguments, log_path, addresses[name], token))
     return specs
 
 
@@ -88,7 +96,7 @@ class LocalStack:
         self.run = run
         self.specs = specs
         self._report = report
-        self._processes: dict[str, GuardedProcess] = {}
+        self._processes: dict[str, ChildProcess] = {}
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -133,35 +141,23 @@ class LocalStack:
                 for spec in self.specs:
                     group.create_task(work(spec))
         except ExceptionGroup as failures:
-            raise failures.exceptions[0] from None
+            raise first_error(failures) from None
 
     async def _start(self, spec: ServiceSpec) -> None:
-        process = await GuardedProcess.start(spec.command)
+        process = await start_guarded(spec.name, spec.command, spec.log_path)
         self._processes[spec.name] = process
-        ready = asyncio.create_task(wait_serving(spec.address, HEALTH_NAMES[spec.service], spec.token))
-        ended = asyncio.create_task(process.wait())
         try:
-            await asyncio.wait((ready, ended), timeout=START_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                raise UnavailableError(process.describe_end(ended.result()))
-            if not ready.done():
-                await process.stop()
-                raise UnavailableError(
-                    f"{spec.name} was not ready after {START_TIMEOUT_S:g} s (log: {spec.command.log_path})"
-                )
-            self._report(f"{spec.name} ready at {spec.address}")
-        finally:
-            ready.cancel()
-            ended.cancel()
-            await asyncio.gather(ready, ended, return_exceptions=True)
+            await wait_ready(process, spec.address, HEALTH_NAMES[spec.service], spec.token)
+        except UnavailableError:
+            await process.stop()
+            raise
+        self._report(f"{spec.name} ready at {spec.address}")
 
-    async def _stop(self, process: GuardedProcess) -> None:
+    async def _stop(self, process: ChildProcess) -> None:
         was_running = process.exit_code is None
         await process.stop()
         if was_running and process.exit_code == 128 + signal.SIGKILL:
-            self._report(
-                f"{process.command.name} did not end by itself and was killed (log: {process.command.log_path})"
-            )
+            self._report(f"{process.name} did not end by itself and was killed (log: {process.log_path})")
 
     async def _supervise(self, spec: ServiceSpec) -> None:
         for restart, delay_s in enumerate(RESTART_DELAYS_S[:MAX_RESTARTS], start=1):
@@ -176,3 +172,79 @@ class LocalStack:
         process = self._processes[spec.name]
         end = process.describe_end(await process.wait())
         raise UnavailableError(f"{end}; it was restarted {MAX_RESTARTS} times")
+
+
+async def start_guarded(name: str, command: Sequence[str], log_path: Path) -> ChildProcess:
+    """Starts a command below a guard, so that its whole process tree ends with it, and with this process."""
+    grace_s = GRACE_S + GUARD_MARGIN_S
+    return await ChildProcess.start(name, command, log_path=log_path, launcher=launcher(log_path), grace_s=grace_s)
+
+
+async def wait_ready(
+    process: ChildProcess, address: str, service: str, token: str | None = None, timeout_s: float = START_TIMEOUT_S
+) -> None:
+    """Returns when the process serves `service` at `address`.
+
+    Raises UnavailableError, with the last error of its log, when it ends before or takes longer.
+    """
+    ready = asyncio.create_task(wait_serving(address, service, token))
+    ended = asyncio.create_task(process.wait())
+    try:
+        await asyncio.wait((ready, ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if ended.done():
+            raise UnavailableError(process.describe_end(ended.result()))
+        if not ready.done():
+            raise UnavailableError(f"{process.name} was not ready after {timeout_s:g} s (log: {process.log_path})")
+    finally:
+        ready.cancel()
+        ended.cancel()
+        await asyncio.gather(ready, ended, return_exceptions=True)
+
+
+async def check_health(address: str, service: str, token: str | None = None) -> str:
+    """The health of `service` at `address`: SERVING, NOT_SERVING, UNKNOWN, or the gRPC code that the check ended with.
+
+    An empty `service` asks whether the process lives at all.
+    """
+    async with grpc.aio.insecure_channel(address) as channel:
+        return await _check_health(channel, service, token)
+
+
+async def wait_serving(address: str, service: str, token: str | None = None) -> None:
+    """Returns when `service` at `address` is SERVING; waits as long as it is let."""
+    # A channel of its own per attempt: no back-off of a channel that was refused delays the next one.
+    while await check_health(address, service, token) != "SERVING":  # noqa: ASYNC110 (another process knows)
+        await asyncio.sleep(HEALTH_POLL_S)
+
+
+async def _check_health(channel: grpc.aio.Channel, service: str, token: str | None) -> str:
+    stub: health_pb2_grpc.HealthAsyncStub = health_pb2_grpc.HealthStub(channel)
+    metadata = (("authorization", f"Bearer {token}"),) if token else None
+    request = health_pb2.HealthCheckRequest(service=service)
+    try:
+        response = await stub.Check(request, timeout=HEALTH_TIMEOUT_S, metadata=metadata)
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
+
+
+def pick_ports(count: int) -> list[int]:
+    """Distinct ports that nothing listens on. Raises OSError when there are not enough."""
+    ports: list[int] = []
+    candidates = random.SystemRandom().sample(PORT_RANGE, len(PORT_RANGE))
+    for port in candidates:
+        if len(ports) == count:
+            return ports
+        if _is_free(port):
+            ports.append(port)
+    raise OSError(f"no {count} free ports on {HOST} between {PORT_RANGE.start} and {PORT_RANGE.stop}")
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+    return True

@@ -8,8 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from perigee.cli.figures import figures, format_seconds, phase_name, progress_line
-from perigee.cli.health import check
-from perigee.cli.stack import HEALTH_NAMES
+from perigee.cli.stack import HEALTH_NAMES, check_health
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 
@@ -28,7 +27,7 @@ class ServiceStatus:
 async def read_services(addresses: Mapping[str, str]) -> list[ServiceStatus]:
     """The health of every process, asked at once."""
     token = os.environ.get("PERIGEE_TOKEN")
-    checks = [check(address, HEALTH_NAMES[name.partition("-")[0]], token) for name, address in addresses.items()]
+    checks = [check_health(address, HEALTH_NAMES[name.partition("-")[0]], token) for name, address in addresses.items()]
     healths = await asyncio.gather(*checks)
     return [
         ServiceStatus(name, address, health) for (name, address), health in zip(addresses.items(), healths, strict=True)

@@ -46,11 +46,11 @@ def _open_run(options: TrainOptions) -> tuple[RunFolder, Recipe]:
     if options.resume is not None:
         return open_old_run(options.runs_path, options.resume, list(options.overrides))
     if options.recipe_path is None:
-        raise InvalidArgumentError.of("RECIPE", "is required, unless --resume names a run")
+        raise InvalidArgumentError.for_field("RECIPE", "is required, unless --resume names a run")
     recipe = load_recipe(find_recipe(options.recipe_path), options.overrides)
     for section in ("run", "trainer", "rollout"):
         if section not in recipe.values:
-            raise InvalidArgumentError.of(f"{recipe.path.name}: {section}", "is required to train")
+            raise InvalidArgumentError.for_field(f"{recipe.path.name}: {section}", "is required to train")
     return open_new_run(options.runs_path, recipe)
 
 

@@ -25,10 +25,10 @@ def choose_services(recipe: Recipe | None, only: Sequence[str]) -> list[str]:
     """
     for name in only:
         if name not in SERVICES:
-            raise InvalidArgumentError.of("--only", f"{name} is no service; choose from {', '.join(SERVICES)}")
+            raise InvalidArgumentError.for_field("--only", f"{name} is no service; choose from {', '.join(SERVICES)}")
     chosen = only or (SERVICES if recipe else MODEL_FREE)
     if recipe is None and (needy := [name for name in chosen if name not in MODEL_FREE]):
-        raise InvalidArgumentError.of("RECIPE", f"is required to start {', '.join(needy)}")
+        raise InvalidArgumentError.for_field("RECIPE", f"is required to start {', '.join(needy)}")
     return [name for name in SERVICES if name in chosen]
 
 

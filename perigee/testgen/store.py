@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Self
 
 from perigee.errors import DataLossError, FailedPreconditionError
-from perigee.files import sync_folder, write_atomically
+from perigee.files import sync, write_atomically
 
 FOLDER = ".make-tests"
 
@@ -105,7 +105,7 @@ class Store:
 
     def write(self, path: Path, content: bytes) -> None:
         """Writes a file of the problem's folder so that a crash leaves the old or the new contents, and no litter."""
-        write_atomically(path, content, aside=self.path / "aside" / path.name)
+        write_atomically(path, content, staging=self.path / "aside" / path.name)
 
     def _has_blob(self, sha256: str) -> bool:
         return (self._blobs / sha256).is_file()
@@ -130,7 +130,7 @@ class Store:
             if whole < len(held):
                 file.truncate(whole)
                 os.fsync(file.fileno())
-        sync_folder(self.path)
+        sync(self.path)
         for number, line in enumerate(held[:whole].splitlines(), start=1):
             try:
                 values = json.loads(line)

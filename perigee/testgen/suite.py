@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from perigee.errors import DataLossError, InvalidArgumentError
-from perigee.files import sync_folder
+from perigee.files import sync
 from perigee.testgen.plan import Plan, Program
 from perigee.testgen.store import Store
 from perigee.testgen.verdicts import AGREES, Case, Verdict
@@ -46,7 +46,7 @@ def write_suite(folder: Path, known: Sequence[Program], plan: Plan, verdict: Ver
         for path in _paths(folder, name):
             path.unlink(missing_ok=True)
     if stale and (folder / TESTS_FOLDER).is_dir():
-        sync_folder(folder / TESTS_FOLDER)
+        sync(folder / TESTS_FOLDER)
     store.write(folder / SUMMARY_FILE, dump_json(summary(known, plan, verdict)))
     _write_owned(store, sorted(case.name for case in cases))
 

@@ -135,11 +135,11 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError.of(str(path), f"cannot be read: {error}") from error
+        raise InvalidArgumentError.for_field(str(path), f"cannot be read: {error}") from error
     except yaml.YAMLError as error:
-        raise InvalidArgumentError.of(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
+        raise InvalidArgumentError.for_field(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise InvalidArgumentError.of(str(path), "must be a mapping of sections")
+        raise InvalidArgumentError.for_field(str(path), "must be a mapping of sections")
     return values
 
 
@@ -163,7 +163,7 @@ def parse_override(override: str) -> dict[str, Any]:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InvalidArgumentError.of("--set", f"{override!r} is not of the form a.b=c")
+        raise InvalidArgumentError.for_field("--set", f"{override!r} is not of the form a.b=c")
     return nest(key.split("."), yaml.safe_load(text))
 
 

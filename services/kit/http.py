@@ -152,7 +152,7 @@ async def _refuse_invalid(request: Request, error: Exception) -> NoReturn:
 
 async def _refuse_unreadable(request: Request, error: Exception) -> NoReturn:
     assert isinstance(error, HTTPException)
-    raise InvalidArgumentError.of("body", f"is not JSON in UTF-8: {error.detail}") from error
+    raise InvalidArgumentError.for_field("body", f"is not JSON in UTF-8: {error.detail}") from error
 
 
 def _write_location(location: Sequence[str | int]) -> str:

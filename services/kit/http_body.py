@@ -13,7 +13,7 @@ from perigee.errors import CancelledError, InvalidArgumentError
 async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
     """The whole body; raises InvalidArgumentError as soon as it is known to be above the limit."""
     length = headers.get("content-length", "")
-    too_large = InvalidArgumentError.of("body", f"is larger than {limit} bytes, the largest that is taken")
+    too_large = InvalidArgumentError.for_field("body", f"is larger than {limit} bytes, the largest that is taken")
     if length.isdigit() and int(length) > limit:
         raise too_large
     chunks: list[bytes] = []

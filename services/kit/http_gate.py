@@ -100,7 +100,7 @@ class Gate:
         body = await self._supervise(reading, arrival if deadline is None else min(arrival, deadline), late)
         if body and not is_json(headers.get("content-type", "")):
             # Web pages may send other types to any address without being asked for permission first.
-            raise InvalidArgumentError.of("body", "must be sent with the header Content-Type: application/json")
+            raise InvalidArgumentError.for_field("body", "must be sent with the header Content-Type: application/json")
         return body
 
     async def _supervise(
@@ -180,7 +180,7 @@ def read_deadline(headers: Headers) -> float | None:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= _LONGEST_TIMEOUT_S:
-        raise InvalidArgumentError.of(
+        raise InvalidArgumentError.for_field(
             "X-Timeout-Seconds", f"must be a number of seconds, above 0 and at most {_LONGEST_TIMEOUT_S:.0f}"
         )
     return asyncio.get_running_loop().time() + seconds

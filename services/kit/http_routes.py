@@ -81,7 +81,7 @@ def read_request(route: HttpRoute, body: bytes, path_params: dict[str, Any]) -> 
     value = parse_json(body) if route.takes_body else {}
     if isinstance(value, dict):
         for name in path_params.keys() & value.keys():
-            raise InvalidArgumentError.of(name, "is given by the path and must not be in the body")
+            raise InvalidArgumentError.for_field(name, "is given by the path and must not be in the body")
         value = value | path_params
     return read_message(route.request, value)
 

@@ -144,7 +144,7 @@ def _read_request(deserializer: Callable[[bytes], Any] | None) -> Callable[[byte
 
 def _require_message(request: Any) -> Any:
     if isinstance(request, _Unreadable):
-        raise InvalidArgumentError.of("request", f"is not of the method's message: {request.reason}")
+        raise InvalidArgumentError.for_field("request", f"is not of the method's message: {request.reason}")
     return request
 
 

@@ -190,7 +190,9 @@ def server_arguments(config: ServiceConfig) -> list[tuple[str, int]]:
 def require_token_off_loopback(config: ServerConfig) -> None:
     """Raises InvalidArgumentError where others could reach the server without a token."""
     if not _is_loopback(config.host) and config.token is None:
-        raise InvalidArgumentError.of("server.token", f"is required to listen on {config.host}: set PERIGEE_TOKEN")
+        raise InvalidArgumentError.for_field(
+            "server.token", f"is required to listen on {config.host}: set PERIGEE_TOKEN"
+        )
 
 
 def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:

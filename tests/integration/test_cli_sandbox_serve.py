@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from perigee.cli.ports import pick_ports
+from perigee.cli.stack import pick_ports
 from tests.fixtures.command_line import run_perigee, start_perigee
 from tests.fixtures.sandbox import skip_unless_possible
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from perigee.cli.process import Command, GuardedProcess
+from perigee.cli.stack import start_guarded
 
 # A service with a child in a session of its own that ignores SIGTERM, as an engine or a database may.
 STUBBORN = """
@@ -27,10 +27,10 @@ time.sleep(600)
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from perigee.cli.process import Command, GuardedProcess
+from perigee.cli.stack import start_guarded
 
 async def main():
-    process = await GuardedProcess.start(Command("x", [sys.executable, "-c", sys.argv[1]], Path(sys.argv[2])))
+    process = await start_guarded("x", [sys.executable, "-c", sys.argv[1]], Path(sys.argv[2]))
     print(process.pid, flush=True)
     await asyncio.sleep(600)
 
@@ -38,14 +38,17 @@ asyncio.run(main())
 """
 
 
+COMMAND = [sys.executable, "-c", STUBBORN]
+
+
 @pytest.fixture
-def command(tmp_path: Path) -> Command:
-    return Command("x", [sys.executable, "-c", STUBBORN], tmp_path / "logs" / "x.log")
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "logs" / "x.log"
 
 
-def wait_until_started(command: Command) -> None:
+def wait_until_started(log: Path) -> None:
     deadline = time.monotonic() + 20
-    while not (command.log_path.is_file() and "child" in command.log_path.read_text()):
+    while not (log.is_file() and "child" in log.read_text()):
         assert time.monotonic() < deadline, "the child of the service did not start"
         time.sleep(0.02)
 
@@ -60,63 +63,59 @@ def tree_that_ends(guard_pid: int) -> Iterator[list[psutil.Process]]:
     assert alive == []
 
 
-async def test_stop_ends_the_whole_tree(command: Command) -> None:
-    process = await GuardedProcess.start(command)
-    wait_until_started(command)
+async def test_stop_ends_the_whole_tree(log: Path) -> None:
+    process = await start_guarded("x", COMMAND, log)
+    wait_until_started(log)
     with tree_that_ends(process.pid):
         await process.stop()
     assert process.exit_code == 128 + signal.SIGTERM
 
 
-async def test_what_a_killed_service_leaves_is_ended(command: Command) -> None:
-    process = await GuardedProcess.start(command)
-    wait_until_started(command)
+async def test_what_a_killed_service_leaves_is_ended(log: Path) -> None:
+    process = await start_guarded("x", COMMAND, log)
+    wait_until_started(log)
     with tree_that_ends(process.pid) as tree:
         tree[0].kill()
         assert await process.wait() == 128 + signal.SIGKILL
     assert process.describe_end(137).startswith("x was ended by SIGKILL")
 
 
-def test_nothing_outlives_an_owner_that_is_killed(command: Command) -> None:
-    arguments = [sys.executable, "-c", OWNER, STUBBORN, str(command.log_path)]
+def test_nothing_outlives_an_owner_that_is_killed(log: Path) -> None:
+    arguments = [sys.executable, "-c", OWNER, STUBBORN, str(log)]
     owner = subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     guard = psutil.Process(int(owner.stdout.readline()))
-    wait_until_started(command)
+    wait_until_started(log)
     with owner.stdout, tree_that_ends(guard.pid):
         owner.kill()
         owner.wait()
     assert psutil.wait_procs([guard], timeout=20)[1] == []
 
 
-async def test_a_killed_guard_takes_the_service_along(command: Command) -> None:
-    arguments = [sys.executable, "-c", "import time; print('child', flush=True); time.sleep(600)"]
-    plain = Command("x", arguments, command.log_path)
-    process = await GuardedProcess.start(plain)
-    wait_until_started(plain)
+async def test_a_killed_guard_takes_the_service_along(log: Path) -> None:
+    plain = [sys.executable, "-c", "import time; print('child', flush=True); time.sleep(600)"]
+    process = await start_guarded("x", plain, log)
+    wait_until_started(log)
     tree = psutil.Process(process.pid).children(recursive=True)
     os.kill(process.pid, signal.SIGKILL)
     assert await process.wait() == 128 + signal.SIGKILL
     assert psutil.wait_procs(tree, timeout=20)[1] == []
 
 
-async def test_the_exit_code_and_the_log_are_the_commands(tmp_path: Path) -> None:
+async def test_the_exit_code_and_the_log_are_the_commands(log: Path) -> None:
     script = "import sys; print('out'); sys.exit('ValueError: wrong')"
-    command = Command("x", [sys.executable, "-c", script], tmp_path / "x.log")
-    process = await GuardedProcess.start(command)
+    process = await start_guarded("x", [sys.executable, "-c", script], log)
     assert await process.wait() == 1
-    assert process.describe_end(1) == f"x ended with exit code 1: ValueError: wrong (log: {command.log_path})"
+    assert process.describe_end(1) == f"x ended with exit code 1: ValueError: wrong (log: {log})"
 
 
-async def test_a_program_that_is_not_there_is_told(tmp_path: Path) -> None:
-    command = Command("x", ["/nowhere/program"], tmp_path / "x.log")
-    process = await GuardedProcess.start(command)
+async def test_a_program_that_is_not_there_is_told(log: Path) -> None:
+    process = await start_guarded("x", ["/nowhere/program"], log)
     assert await process.wait() == 127
     assert "/nowhere/program cannot be started: [Errno 2]" in process.describe_end(127)
 
 
-async def test_a_signal_before_the_service_runs_is_not_lost(tmp_path: Path) -> None:
-    command = Command("x", [sys.executable, "-c", "import time; time.sleep(600)"], tmp_path / "x.log")
-    process = await GuardedProcess.start(command)
+async def test_a_signal_before_the_service_runs_is_not_lost(log: Path) -> None:
+    process = await start_guarded("x", [sys.executable, "-c", "import time; time.sleep(600)"], log)
     await asyncio.wait_for(process.stop(), 20)
-    assert process.exit_code in (128 + signal.SIGTERM, -signal.SIGTERM)
+    assert process.exit_code == 128 + signal.SIGTERM

@@ -14,7 +14,6 @@ from pathlib import Path
 from rich.console import Console
 
 from perigee.cli.interrupt import Interrupt, run_interruptible
-from perigee.cli.journal import write_lines
 from perigee.cli.progress import ProgressView
 from perigee.cli.prompts.asking import read_policy_version
 from perigee.cli.prompts.candidates import Candidate, CandidateSet, Columns, read_candidates
@@ -30,6 +29,7 @@ from perigee.curation.domains import find_domains
 from perigee.curation.findings import Decision, Finding, Question
 from perigee.curation.question_kinds import find_question_kinds
 from perigee.errors import InvalidArgumentError, PerigeeError
+from perigee.files import write_lines
 from perigee.reward.client import RewardClient
 from perigee.rollout.client import RolloutClient
 from perigee.rpc import ChannelOptions

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from perigee.cli.journal import Journal
 from perigee.curation.findings import Decision, Finding, Question
+from perigee.files import Journal
 
 Find = Callable[[Sequence[Question]], Iterable[Finding]]
 Produce = Callable[[Sequence[Question]], AsyncIterator[Sequence[Finding]]]

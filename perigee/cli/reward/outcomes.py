@@ -8,9 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from perigee.cli.journal import Journal, write_lines
 from perigee.cli.reward.item_file import FileItem
 from perigee.errors import InvalidArgumentError
+from perigee.files import Journal, write_lines
 from perigee.json_codec import write_message
 from perigee.reward.v1 import reward_pb2 as pb
 

@@ -1,0 +1,177 @@
+"""Hugging Face model folders: configuration, stop tokens, tokenizer and the files that hold each tensor; no weights.
+
+The tokenizer library is imported when a tokenizer is opened.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from perigee.errors import InvalidArgumentError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+# All that a model folder may hold beside config.json and the weights.
+COMPANION_FILES = (GENERATION_FILE, *TOKENIZER_FILES, "chat_template.jinja")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """Configuration of a model folder; `field` is the setting that named the folder, for the messages of errors."""
+
+    path: Path
+    field: str
+    config: dict[str, Any]
+    """Contents of config.json."""
+    generation: dict[str, Any]
+    """Contents of generation_config.json, empty without one."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Prompt and response tokens that a sequence may have."""
+        return self.positive_integer("max_position_embeddings")
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding."""
+        return self.positive_integer("vocab_size")
+
+    @property
+    def dtype(self) -> str:
+        """Type of the weights by config.json; "auto" when it names none."""
+        return str(self.config.get("dtype") or self.config.get("torch_dtype") or "auto")
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response, ascending; raises InvalidArgumentError when neither file names one."""
+        ids = {*_token_ids(self.config.get("eos_token_id")), *_token_ids(self.generation.get("eos_token_id"))}
+        if not ids:
+            raise self.error(CONFIG_FILE, "has no eos_token_id, so no response can end")
+        return tuple(sorted(ids))
+
+    @property
+    def eos_token_id(self) -> int:
+        """The one token to end a response with: the first of generation_config.json, else of config.json."""
+        for values in (self.generation, self.config):
+            if ids := _token_ids(values.get("eos_token_id")):
+                return ids[0]
+        raise self.error(CONFIG_FILE, "has no eos_token_id, so no response can end")
+
+    def positive_integer(self, key: str) -> int:
+        """Returns a field of config.json; raises InvalidArgumentError when it is no integer of at least 1."""
+        value = self.config.get(key)
+        if not isinstance(value, int) or value < 1:
+            raise self.error(CONFIG_FILE, f"has no {key}")
+        return value
+
+    def open_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer; raises InvalidArgumentError when there is none or it cannot be read."""
+        return open_tokenizer(self.path, self.field)
+
+    def tensor_files(self) -> dict[str, Path]:
+        """Returns the file of each tensor by the safetensors index; empty when the weights are in SINGLE_FILE."""
+        if not (self.path / INDEX_FILE).exists():
+            return {}
+        weight_map = read_json_object(self.path / INDEX_FILE, self.field).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise self.error(INDEX_FILE, "has no weight_map")
+        return {name: self.path / file for name, file in weight_map.items()}
+
+    def error(self, file: str, description: str) -> InvalidArgumentError:
+        """Returns the error of a file of this folder."""
+        return InvalidArgumentError.for_field(self.field, f"{self.path / file} {description}")
+
+
+def open_model_folder(path: str | Path, field: str) -> ModelFolder:
+    """Reads config.json and, where there is one, generation_config.json.
+
+    Raises InvalidArgumentError that names `field` and the file when the folder is not a model's.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise InvalidArgumentError.for_field(field, f"{path} is not a folder; give a Hugging Face model folder")
+    generation = folder / GENERATION_FILE
+    model = ModelFolder(
+        path=folder,
+        field=field,
+        config=read_json_object(folder / CONFIG_FILE, field),
+        generation=read_json_object(generation, field) if generation.exists() else {},
+    )
+    if not model.config.get("architectures") and not model.config.get("model_type"):
+        raise model.error(CONFIG_FILE, "names no model_type; is it a model's?")
+    return model
+
+
+def open_tokenizer(folder: Path, field: str) -> Tokenizer:
+    """Returns the tokenizer of a model folder; raises InvalidArgumentError that names `field` and the file."""
+    from tokenizers import Tokenizer
+
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise InvalidArgumentError.for_field(field, f"{path} is missing")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        raise InvalidArgumentError.for_field(field, f"{path} is not a tokenizer: {error}") from error
+
+
+def read_json_object(path: Path, field: str) -> dict[str, Any]:
+    """Reads a JSON object; raises InvalidArgumentError that names `field` and the file."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidArgumentError.for_field(field, f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidArgumentError.for_field(field, f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidArgumentError.for_field(field, f"{path} is not a JSON object")
+    return values
+
+
+def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Returns the token ids of one prompt; see `encode_prompts`."""
+    return encode_prompts(tokenizer, [text])[0]
+
+
+def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Returns the token ids of prompts that a model goes on from.
+
+    The tokens that the tokenizer puts before a text (BOS) stand there exactly once, also where the text, as rendered by
+    a chat template, begins with them; those that it puts behind one (EOS) do not.
+    """
+    prefix = _added_prefix(tokenizer)
+    encodings = tokenizer.encode_batch([*texts], add_special_tokens=False)
+    return [ids if ids[: len(prefix)] == prefix else [*prefix, *ids] for ids in (list(each.ids) for each in encodings)]
+
+
+def _added_prefix(tokenizer: Tokenizer) -> list[int]:
+    plain = list(tokenizer.encode("a", add_special_tokens=False).ids)
+    full = list(tokenizer.encode("a").ids)
+    for length in range(len(full) - len(plain) + 1):
+        if full[length : length + len(plain)] == plain:
+            return full[:length]
+    return []
+
+
+def _token_ids(value: object) -> list[int]:
+    if value is None:
+        return []
+    return [value] if isinstance(value, int) else [int(item) for item in value]  # type: ignore[attr-defined]

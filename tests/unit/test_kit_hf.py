@@ -1,0 +1,92 @@
+"""Hugging Face folders: what is read of them, and BOS exactly once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+
+from perigee.errors import InvalidArgumentError
+from services.kit.hf import encode_prompt, encode_prompts, open_model_folder
+
+
+def make_tokenizer(template: str | None) -> Tokenizer:
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    if template is not None:
+        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "ids"),
+    [
+        (None, "a b", [3, 4]),
+        (None, "<s>a", [1, 3]),
+        ("<s> $A", "a b", [1, 3, 4]),
+        ("<s> $A", "<s>a b", [1, 3, 4]),
+        ("<s> $A </s>", "a", [1, 3]),
+        ("$A </s>", "a", [3]),
+        ("<s> $A", "", [1]),
+    ],
+)
+def test_a_prompt_begins_once(template: str | None, text: str, ids: list[int]) -> None:
+    assert encode_prompt(make_tokenizer(template), text) == ids
+
+
+def test_prompts_are_encoded_together() -> None:
+    assert encode_prompts(make_tokenizer("<s> $A"), ["a", "<s>b"]) == [[1, 3], [1, 4]]
+
+
+def write_model(folder: Path, **files: object) -> Path:
+    for name, values in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(values))
+    return folder
+
+
+def test_a_model_folder_is_read(tmp_path: Path) -> None:
+    config = {"model_type": "qwen2", "max_position_embeddings": 64, "vocab_size": 5, "eos_token_id": 2}
+    model = open_model_folder(write_model(tmp_path, config=config, generation_config={"eos_token_id": [4, 2]}), "model")
+    assert (model.context_tokens, model.vocabulary_size, model.dtype) == (64, 5, "auto")
+    assert (model.stop_token_ids, model.eos_token_id) == ((2, 4), 4)
+    assert model.tensor_files() == {}
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"w": "model-1.safetensors"}}')
+    assert model.tensor_files() == {"w": tmp_path / "model-1.safetensors"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (None, r"model: .*config\.json cannot be read: No such file"),
+        ([], "is not a JSON object"),
+        ({}, "names no model_type"),
+        ({"model_type": "x"}, "has no max_position_embeddings"),
+        ({"model_type": "x", "max_position_embeddings": 8}, "has no vocab_size"),
+        ({"model_type": "x", "max_position_embeddings": 8, "vocab_size": 3}, "has no eos_token_id"),
+    ],
+)
+def test_a_folder_that_is_no_models_is_refused(tmp_path: Path, config: object, message: str) -> None:
+    if config is not None:
+        write_model(tmp_path, config=config)
+
+    def read() -> tuple[object, ...]:
+        model = open_model_folder(tmp_path, "model")
+        return model.context_tokens, model.vocabulary_size, model.stop_token_ids
+
+    with pytest.raises(InvalidArgumentError, match=message):
+        read()
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+    model = open_model_folder(write_model(tmp_path, config={"model_type": "x"}), "rollout.model")
+    with pytest.raises(InvalidArgumentError, match=r"rollout\.model: .*tokenizer\.json is missing"):
+        model.open_tokenizer()
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(InvalidArgumentError, match="is not a tokenizer"):
+        model.open_tokenizer()
