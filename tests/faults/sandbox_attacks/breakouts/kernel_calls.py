@@ -13,6 +13,7 @@ CALLS = [
     ("request_key", (249, 218), (b"user", b"name", 0, -1)),
     ("keyctl", (250, 219), (0, -3, 1)),
     ("bpf", (321, 280), (0, zeros, 64)),
+    ("io_setup", (206, 0), (1, zeros)),
     ("io_uring_setup", (425, 425), (8, zeros)),
     ("io_uring_enter", (426, 426), (0, 1, 0, 0, 0, 0)),
     ("io_uring_register", (427, 427), (0, 0, 0, 0)),

@@ -67,6 +67,7 @@ static void call_the_kernel(void) {
     refused("keyctl", syscall(SYS_keyctl, 0, -3, 1));
     refused("add_key", syscall(SYS_add_key, "user", "name", zeros, 5, -1));
     refused("bpf", syscall(SYS_bpf, 0, zeros, 64));
+    refused("io_setup", syscall(SYS_io_setup, 1, zeros));
     refused("io_uring", syscall(SYS_io_uring_setup, 8, zeros));
     refused("userfaultfd", syscall(SYS_userfaultfd, 1));
     refused("perf_event_open", syscall(SYS_perf_event_open, zeros, 0, -1, -1, 0));
