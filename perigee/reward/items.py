@@ -1,120 +1,307 @@
-"""Items to score from JSON objects, as files, data sets and other pipelines hold them.
+"""Items to score from JSON objects, as prompt files, files of responses, data sets and other pipelines hold them.
 
     {"response": "... #4", "answer_marker": "#", "verifier": {"math": {"reference": "4"}}}
-    {"response": "... #4", "answer_marker": "#", "verifier": "math", "reference": "4"}
+    {"response": "... #4", "answer_marker": "#", "verifier": "math", "answer": "4"}
 
-The first form holds a verifier's message in full, as it stands over HTTP. The second has the message's fields beside
-the verifier's name; a line of a recipe's prompt file with a `response` is one, so `answer` stands for the reference,
-`function` for the function's name, and tests, JSON values and the parts of a composite are as short as there.
+A verifier's message stands in full under its name, or its fields stand beside the name. Either way keys are the
+message's fields or the short names below, so that a new verifier needs no line here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from google.protobuf.message import Message
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.json_codec import fill_message, unknown_key
+from perigee.json_fields import keys_of
 from perigee.json_scalars import name_type
 from perigee.reward.v1 import reward_pb2 as pb
 
 VERIFIERS = tuple(field.name for field in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields)
-PART_VERIFIERS = tuple(field.name for field in pb.VerifierSpec.DESCRIPTOR.oneofs_by_name["kind"].fields)
 PLAIN_FIELDS = ("id", "prompt", "response", "answer_marker", "images")
-FIELDS = (*PLAIN_FIELDS, "verifier")
-# Names of a recipe's prompt file.
-ALIASES = {"function": "function_name", "answers": "references"}
-# What stands there as a JSON value and in the message as its text.
-JSON_TEXTS = {"json_schema": "schema_json", "expected": "expected_json"}
-_STDIO = frozenset({"stdin", "expected_stdout"})
-_FUNCTION = frozenset({"arguments", "expected"})
+ITEM_KEYS = (*PLAIN_FIELDS, "verifier")
+LINE_KEYS = ("id", "domain", "difficulty", "prompt", "answer_marker", "images", "verifier")
+
+# Short names, each for the first of its fields that a message has; beside them `x` stands for the JSON text `x_json`.
+SHORT_NAMES = {
+    "answer": ("reference", "references"),
+    "answers": ("references",),
+    "function": ("function_name",),
+    "json_schema": ("schema_json",),
+    "judged_by": ("verifier",),
+}
+_LONG_TO_SHORT = {
+    "reference": "answer",
+    "references": "answers",
+    "function_name": "function",
+    "schema_json": "json_schema",
+}
+DEFAULTS: dict[str, dict[str, Any]] = {"CodeVerifier": {"language": "python"}}
+# Messages that their keys alone tell apart: a test with `stdin` is one by standard input and output.
+TOLD_BY_KEYS = ("TestCase",)
+
+# What a ground truth needs to be one: of each group, one of the fields.
+NEEDED: dict[str, Sequence[Sequence[str]]] = {
+    "MathVerifier": [["reference"]],
+    "CodeVerifier": [["tests"]],
+    "ChoiceVerifier": [["reference"]],
+    "ShortAnswerVerifier": [["references"]],
+    "ExactVerifier": [["reference"]],
+    "RegexVerifier": [["pattern"]],
+    "JsonVerifier": [["schema_json", "expected_json"]],
+    "JudgeVerifier": [["reference", "rubric"]],
+    "CompositeVerifier": [["parts"]],
+    "CompositePart": [["name"], ["verifier"]],
+}
+# Least and largest values of fields, by their name.
+RANGES = {"threshold": (0.0, 1.0), "weight": (0.0, math.inf)} | dict.fromkeys(
+    ("votes", "wall_ms", "cpu_ms", "memory_bytes", "processes", "output_bytes"), (1.0, math.inf)
+)
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """A line of a prompt file: a problem with its ground truth."""
+
+    id: str
+    domain: str
+    """Accuracies are reported by domain."""
+    difficulty: float
+    """What the curriculum goes by."""
+    item: pb.ScoreItem
+    """The item of any response to it, but for id and response."""
 
 
 def read_item(values: Mapping[str, Any], default_id: str, ignored: Collection[str] = ()) -> pb.ScoreItem:
-    """The item of a JSON object; keys in `ignored` are the caller's own.
+    """Returns the item of a JSON object; keys in `ignored` are the caller's own.
 
     Raises InvalidArgumentError with a violation for each field that is wrong.
     """
     item = pb.ScoreItem(id=default_id)
+    violations = _fill_item(item, {key: value for key, value in values.items() if key not in ignored})
+    if values.get("response") is None:
+        violations.append(FieldViolation("response", "is required"))
+    _raise_any(violations)
+    return item
+
+
+def read_prompt_line(values: Mapping[str, Any], source: str) -> PromptLine:
+    """Returns the prompt of a JSON object; `source` tells where it stands, for messages.
+
+    Raises InvalidArgumentError with a violation for each field that is wrong, or missing from its ground truth.
+    """
+    domain, difficulty = values.get("domain", "default"), values.get("difficulty", 0.0)
+    item = pb.ScoreItem()
+    # A response is none of a prompt's fields.
+    rest = {key: value for key, value in values.items() if key not in ("domain", "difficulty", "response")}
+    violations = [] if "response" not in values else [FieldViolation("response", unknown_key("response", LINE_KEYS))]
+    violations += _fill_item(item, rest)
+    if not isinstance(domain, str) or not domain:
+        violations.append(FieldViolation("domain", f"must be a text, got {domain!r}"))
+    if isinstance(difficulty, bool) or not isinstance(difficulty, int | float) or not math.isfinite(difficulty):
+        violations.append(FieldViolation("difficulty", f"must be a number, got {name_type(difficulty)}"))
+    violations += [FieldViolation(name, "is required") for name in ("id", "prompt") if not values.get(name)]
+    if not violations:
+        verifier = values["verifier"]
+        place = "" if isinstance(verifier, str) else f"verifier.{item.WhichOneof('verifier')}."
+        violations = find_faults(getattr(item, str(item.WhichOneof("verifier"))), place)
+    _raise_any([FieldViolation(f"{source}: {each.field}", each.description) for each in violations])
+    line = PromptLine(item.id, domain, float(difficulty), item)
+    item.ClearField("id")
+    return line
+
+
+def read_prompt_file(path: Path, field: str) -> list[PromptLine]:
+    """Returns the prompts of a JSON Lines file, empty lines skipped; `field` is the setting that names the file.
+
+    Raises InvalidArgumentError naming file, line and field of the first line that is wrong, or an id that is repeated.
+    """
+    try:
+        lines = [read_prompt_line(read_object(text, source), source) for source, text in read_lines(path)]
+    except OSError as error:
+        raise InvalidArgumentError.of(field, f"{path} cannot be read: {error}") from error
+    if not lines:
+        raise InvalidArgumentError.of(field, f"{path} holds no prompts")
+    repeated = [name for name, count in Counter(line.id for line in lines).items() if count > 1]
+    if repeated:
+        raise InvalidArgumentError.of(field, f"{path} holds the id {repeated[0]} more than once")
+    return lines
+
+
+def prompt_keys() -> frozenset[str]:
+    """Returns the keys of a prompt file's lines, by their short names, those of all verifiers together."""
+    return frozenset(LINE_KEYS).union(*(short_keys(getattr(pb.ScoreItem(), name).DESCRIPTOR) for name in VERIFIERS))
+
+
+def short_keys(descriptor: Any) -> list[str]:
+    """Returns a message's keys by their short names."""
+    return [_LONG_TO_SHORT.get(field.name, field.name.removesuffix("_json")) for field in descriptor.fields]
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+    """Yields the lines of a text file that are not empty, each after its place, "file:line".
+
+    Raises OSError.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(f"is not UTF-8: {error}") from error
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def read_object(text: str, source: str) -> dict[str, Any]:
+    """Returns a line's JSON object. Raises InvalidArgumentError naming `source`."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError.of(source, f"is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InvalidArgumentError.of(source, "must be a JSON object")
+    return values
+
+
+def find_faults(message: Message, place: str = "") -> list[FieldViolation]:
+    """Returns what makes a ground truth impossible to judge by: fields that are missing or out of their range."""
+    name = message.DESCRIPTOR.name
+    missing = [names for names in NEEDED.get(name, ()) if not any(_is_set(message, field) for field in names)]
+    violations = []
+    for first, *others in missing:
+        where = f" where there is no {' or '.join(others)}" if others else ""
+        violations.append(FieldViolation(f"{place}{_LONG_TO_SHORT.get(first, first)}", f"is required{where}"))
+    if isinstance(message, pb.CodeVerifier) and not message.function_name:
+        kinds = {test.WhichOneof("kind") for test in message.tests}
+        if kinds & {"function", "code"}:
+            violations.append(FieldViolation(f"{place}function", "is required by tests with arguments or code"))
+    for field, value in message.ListFields():
+        least, most = RANGES.get(field.name, (-math.inf, math.inf))
+        if field.message_type is not None:
+            for index, part in enumerate(value if field.is_repeated else [value]):
+                position = f"[{index}]" if field.is_repeated else ""
+                violations += find_faults(part, f"{place}{field.name}{position}.")
+        elif field.name in RANGES and not least <= value <= most:
+            violations.append(
+                FieldViolation(f"{place}{field.name}", f"must be from {least:g} to {most:g}, got {value}")
+            )
+    return violations
+
+
+def _is_set(message: Message, name: str) -> bool:
+    field = message.DESCRIPTOR.fields_by_name[name]
+    return message.HasField(name) if field.has_presence else bool(getattr(message, name))
+
+
+def _raise_any(violations: Sequence[FieldViolation]) -> None:
+    if violations:
+        first = violations[0]
+        raise InvalidArgumentError(f"{first.field}: {first.description}", violations=violations)
+
+
+def _fill_item(item: pb.ScoreItem, values: Mapping[str, Any]) -> list[FieldViolation]:
+    """Sets the item's fields; returns what is wrong, field by field."""
     plain = {name: values[name] for name in PLAIN_FIELDS if name in values}
     if isinstance(images := plain.get("images"), list):
         plain["images"] = [{"url": image} if isinstance(image, str) else image for image in images]
     violations = fill_message(item, plain)
-    if values.get("response") is None:
-        violations.append(FieldViolation("response", "is required"))
-    rest = {key: value for key, value in values.items() if key not in FIELDS and key not in ignored}
-    violations += fill_verifier(item, values.get("verifier"), rest)
-    if violations:
-        first = violations[0]
-        raise InvalidArgumentError(f"{first.field}: {first.description}", violations=violations)
-    return item
+    rest = {key: value for key, value in values.items() if key not in ITEM_KEYS}
+    return violations + _fill_verifier(item, values.get("verifier"), rest)
 
 
-def fill_verifier(item: pb.ScoreItem, verifier: object, fields: Mapping[str, Any]) -> list[FieldViolation]:
-    """Sets the item's verifier from either form; `fields` are those beside its name. What is wrong, field by field."""
+def _fill_verifier(item: pb.ScoreItem, verifier: object, rest: Mapping[str, Any]) -> list[FieldViolation]:
+    """Sets the item's verifier from its name and the fields beside it, or from an object under its name."""
+    known = ", ".join(VERIFIERS)
     if verifier is None:
-        return [FieldViolation("verifier", f"is required: one of {', '.join(VERIFIERS)}")]
+        return [FieldViolation("verifier", f"is required: one of {known}")]
     if isinstance(verifier, str):
         if verifier not in VERIFIERS:
-            return [FieldViolation("verifier", f"must be one of {', '.join(VERIFIERS)}, got {verifier!r}")]
-        message = getattr(item, verifier)
-        message.SetInParent()
-        return fill_message(message, spell_out(verifier, fields))
-    if not isinstance(verifier, Mapping):
-        return [FieldViolation("verifier", f"must be a name or an object with one key, got {name_type(verifier)}")]
-    if len(verifier) != 1:
-        return [FieldViolation("verifier", f"must be a name or an object with one key, got {len(verifier)} keys")]
+            return [FieldViolation("verifier", f"must be one of {known}, got {verifier!r}")]
+        return _fill_member(item, verifier, rest, "")
+    if not isinstance(verifier, Mapping) or len(verifier) != 1:
+        got = f"{len(verifier)} keys" if isinstance(verifier, Mapping) else name_type(verifier)
+        return [FieldViolation("verifier", f"must be a name or an object with one key, got {got}")]
     [(name, parameters)] = verifier.items()
     if name not in VERIFIERS:
-        return [FieldViolation(f"verifier.{name}", f"is no verifier; they are {', '.join(VERIFIERS)}")]
-    message = getattr(item, name)
+        return [FieldViolation(f"verifier.{name}", f"is no verifier; they are {known}")]
+    violations = [FieldViolation(key, unknown_key(key, ITEM_KEYS)) for key in rest]
+    return violations + _fill_member(item, name, parameters, f"verifier.{name}")
+
+
+def _fill_member(item: pb.ScoreItem, name: str, parameters: Any, place: str) -> list[FieldViolation]:
+    message: Message = getattr(item, name)
     message.SetInParent()
-    violations = [FieldViolation(key, unknown_key(key, FIELDS)) for key in fields]
-    return violations + fill_message(message, parameters, f"verifier.{name}")
+    violations = fill_message(message, spell_out(message.DESCRIPTOR, parameters), place)
+    if not isinstance(parameters, Mapping):
+        return violations
+    # The reader of messages guesses among their own names only.
+    known = [*short_keys(message.DESCRIPTOR), *keys_of(message.DESCRIPTOR), *(() if place else ITEM_KEYS)]
+    keys = {f"{place}.{key}".removeprefix("."): key for key in parameters if isinstance(key, str)}
+    return [
+        FieldViolation(each.field, unknown_key(keys[each.field], known))
+        if each.field in keys and each.description.startswith("unknown key")
+        else each
+        for each in violations
+    ]
 
 
-def spell_out(verifier: str, fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields beside a verifier's name, with the names and values that its message has."""
-    message_type = pb.ScoreItem.DESCRIPTOR.fields_by_name[verifier].message_type
-    assert message_type is not None
-    known = message_type.fields_by_name
-    spelled: dict[str, Any] = {"language": "python"} if verifier == "code" else {}
-    for key, value in fields.items():
-        name = ALIASES.get(key, key)
-        if key == "answer" and key not in known:
-            name = "reference" if "reference" in known else "references"
-            value = value if name == "reference" else [value]
-        if verifier == "json" and key in JSON_TEXTS:
-            # A schema of null is none, while null may well be what is expected.
-            name, value = JSON_TEXTS[key], None if key == "json_schema" and value is None else json.dumps(value)
-        if verifier == "code" and key == "tests" and isinstance(value, list):
-            value = [_spell_out_test(test) for test in value]
-        if verifier == "composite" and key == "parts" and isinstance(value, list):
-            value = [_spell_out_part(part) for part in value]
-        spelled[name] = value
+def spell_out(descriptor: Any, value: Any) -> Any:
+    """Returns a message's JSON value with its fields' names for short ones, at every depth.
+
+    Keys that are neither stay, for the reader of messages to refuse.
+    """
+    if not isinstance(value, Mapping):
+        # A message of one text may be that text.
+        return {descriptor.fields[0].name: value} if isinstance(value, str) and len(descriptor.fields) == 1 else value
+    if descriptor.name in TOLD_BY_KEYS:
+        value = _move_into_member(descriptor, value)
+    if descriptor.name == "VerifierSpec" and isinstance(name := value.get("verifier"), str):
+        value = {name: {key: part for key, part in value.items() if key != "verifier"}}
+    defaults = DEFAULTS.get(descriptor.name, {})
+    spelled: dict[str, Any] = dict(defaults)
+    for key, part in value.items():
+        name, part = _spell_out_field(descriptor, key, part)
+        # Beside the field's own name a short one is left for the reader to refuse.
+        is_twice = name != key and (name in value or (name in spelled and name not in defaults))
+        spelled[key if is_twice else name] = part
+        if key == "judged_by":
+            spelled.setdefault("weight", value.get("weight", 1.0))
     return spelled
 
 
-def _spell_out_test(test: Any) -> Any:
-    if not isinstance(test, Mapping):
-        return test
-    if test.keys() == _STDIO:
-        return {"stdio": dict(test)}
-    if test.keys() == _FUNCTION:
-        arguments, expected = json.dumps(test["arguments"]), json.dumps(test["expected"])
-        return {"function": {"arguments_json": arguments, "expected_json": expected}}
-    if test.keys() == {"code"} and isinstance(test["code"], str):
-        return {"code": dict(test)}
-    return test
+def _spell_out_field(descriptor: Any, key: str, value: Any) -> tuple[str, Any]:
+    if key in keys_of(descriptor):
+        name = key
+    elif name := next((name for name in SHORT_NAMES.get(key, ()) if name in descriptor.fields_by_name), ""):
+        if name == "schema_json":
+            value = None if value is None else json.dumps(value)
+        elif descriptor.fields_by_name[name].is_repeated and not isinstance(value, list | type(None)):
+            value = [value]
+    elif f"{key}_json" in descriptor.fields_by_name:
+        name, value = f"{key}_json", json.dumps(value)
+    field = descriptor.fields_by_name.get(name or key)
+    if field is not None and field.message_type is not None:
+        parts = [spell_out(field.message_type, part) for part in value] if isinstance(value, list) else None
+        value = spell_out(field.message_type, value) if parts is None else parts
+    return name or key, value
 
 
-def _spell_out_part(part: Any) -> Any:
-    if not isinstance(part, Mapping) or not isinstance(part.get("judged_by"), Mapping):
-        return part
-    fields = dict(part["judged_by"])
-    name = fields.pop("verifier", None)
-    if name not in PART_VERIFIERS:
-        return part
-    rest = {key: value for key, value in part.items() if key != "judged_by"}
-    return {"weight": 1.0, **rest, "verifier": {name: spell_out(name, fields)}}
+def _move_into_member(descriptor: Any, value: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the value with keys that are not the message's own under the one member that has them all."""
+    others = {key for key in value if key not in keys_of(descriptor)}
+    if not others:
+        return value
+    for member in descriptor.oneofs[0].fields:
+        part = member.message_type
+        if part is not None and all(_spell_out_field(part, key, None)[0] in keys_of(part) for key in others):
+            own = {key: item for key, item in value.items() if key not in others}
+            return own | {member.name: {key: value[key] for key in others}}
+    return value

@@ -34,15 +34,15 @@ class ScoringConfig(Model):
     concurrency: int = Field(4, ge=1)
     """Calls in flight at once."""
     queue: int = Field(4096, ge=1)
-    """Responses that may wait for a call; rollout streams stand still when it is full."""
+    """Responses without a verdict; rollout streams stand still while there are more."""
     attempts: int = Field(6, ge=1)
-    """How often a response is judged when the verifier fails in a way that may pass."""
+    """How often a response is judged while that fails in a way that may pass; afterwards it is FAILED."""
     retry_s: float = Field(0.5, gt=0)
     """Pause before the second attempt; doubles with each further one."""
-    call_timeout_s: float = Field(300.0, gt=0)
-    """Deadline of one call."""
-    unavailable_s: float = Field(120.0, gt=0)
-    """How long the reward service may be away before the run fails."""
+    call_timeout_s: float = Field(240.0, gt=0)
+    """Deadline of one call, at most `unavailable_s`; responses without a verdict by then are called again."""
+    unavailable_s: float = Field(300.0, gt=0)
+    """How long the reward service may be out of reach before the run fails."""
 
 
 class WeightsConfig(Model):

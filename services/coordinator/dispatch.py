@@ -12,13 +12,13 @@ from tokenizers import Tokenizer
 from perigee.buffer.client import BufferClient
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FailedPreconditionError, PerigeeError
+from perigee.reward.scoring import ScoreJob, ScoringPipeline
 from perigee.rollout.v1 import rollout_pb2
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.fan_out import FanOut, PeerError, Progress
 from services.coordinator.groups import EndReason, LiveGroups, Trajectory
 from services.coordinator.responses import read_response_texts
 from services.coordinator.run_config import RolloutSettings
-from services.coordinator.scoring import ScoreJob, ScoringPipeline
 from services.coordinator.workers import Worker, WorkerRegistry
 
 
@@ -170,7 +170,7 @@ class TrajectoryDispatch:
     async def _finish(self, trajectory: Trajectory, end_reason: EndReason, text: str) -> None:
         if self.counts.ended.get(trajectory.id, buffer_pb2.END_REASON_BUDGET) != buffer_pb2.END_REASON_BUDGET:
             return
-        await self.scoring.submit(ScoreJob(trajectory.id, trajectory.group.prompt, text))
+        await self.scoring.submit(ScoreJob(trajectory.id, text, trajectory.group.prompt.line.item))
         trajectory.finished = True
         trajectory.end_reason = end_reason
         self.counts.ended[trajectory.id] = end_reason

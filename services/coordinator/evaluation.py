@@ -16,13 +16,15 @@ from typing import Any
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.v1 import coordinator_pb2
+from perigee.reward.scoring import ScoreJob
+from perigee.reward.v1 import reward_pb2
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.coordinator.context import RunContext
 from services.coordinator.fan_out import FanOut, Progress
 from services.coordinator.intervals import Interval, clustered_interval, wilson_interval
 from services.coordinator.prompts import Prompt
 from services.coordinator.records import number_or_none
-from services.coordinator.scoring import Outcome, ScoreJob, ScoringPipeline
+from services.coordinator.rewards import score_responses
 from services.coordinator.weight_pushes import WeightKeeper
 from services.coordinator.workers import Worker
 
@@ -60,7 +62,7 @@ class Evaluation:
         started = time.monotonic()
         context.board.enter(coordinator_pb2.RUN_PHASE_EVALUATION, len(self.attempts))
         await keeper.require(self.policy_version)
-        async with ScoringPipeline(context.peers.reward, context.settings.scoring, self._take_outcomes) as scoring:
+        async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
             self._scoring = scoring
             fan_out = FanOut(
                 context.registry,
@@ -118,9 +120,9 @@ class Evaluation:
     async def _take_response(self, response: pb.GenerateResponse) -> None:
         attempt = self.attempts[response.id]
         attempt.tokens = response.tokens
-        await self._scoring.submit(ScoreJob(response.id, attempt.prompt, response.text))
+        await self._scoring.submit(ScoreJob(response.id, response.text, attempt.prompt.line.item))
 
-    async def _take_outcomes(self, outcomes: list[Outcome]) -> None:
+    async def _record(self, outcomes: list[reward_pb2.ScoreResponse]) -> None:
         for outcome in outcomes:
             if outcome.verdict != buffer_pb2.VERDICT_FAILED:
                 self.attempts[outcome.id].correct = outcome.verdict == buffer_pb2.VERDICT_CORRECT

@@ -10,6 +10,8 @@ from typing import Any
 from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.v1 import coordinator_pb2
 from perigee.errors import InternalError
+from perigee.reward.scoring import ScoreJob, ScoringPipeline, read_reward
+from perigee.reward.v1 import reward_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator import metrics
 from services.coordinator.context import RunContext
@@ -17,10 +19,10 @@ from services.coordinator.dispatch import RolloutCounts, TrajectoryDispatch
 from services.coordinator.groups import LiveGroups, Trajectory
 from services.coordinator.iteration_metrics import IterationFacts, add_phases, describe_iteration
 from services.coordinator.responses import read_response_texts
+from services.coordinator.rewards import score_responses
 from services.coordinator.run_errors import single_error
 from services.coordinator.run_state import CoordinatorState, Totals
 from services.coordinator.sampling import Sampler
-from services.coordinator.scoring import Outcome, ScoreJob, ScoringPipeline
 from services.coordinator.shaping import ShapingWeights
 from services.coordinator.timeline import Timeline
 from services.coordinator.training_batch import TrainingBatch, learning_rate_at, make_algorithm, make_training_batch
@@ -104,7 +106,7 @@ class Iteration:
         unfinished.sort(key=lambda trajectory: trajectory.tokens == 0)
         unscored = [t for t in self._groups.trajectories() if t.finished and not t.judged]
         board.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, len(unfinished))
-        async with ScoringPipeline(context.peers.reward, context.settings.scoring, self._record) as scoring:
+        async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
             dispatch = TrajectoryDispatch(
                 run_id=context.run_id,
                 policy_version=version,
@@ -125,7 +127,6 @@ class Iteration:
             board.enter(coordinator_pb2.RUN_PHASE_SCORING)
             with self._timeline.phase("scoring"):
                 await scoring.drain()
-        self._judging_failures = scoring.failed
         counts.finished.extend(unscored)
         return counts
 
@@ -145,22 +146,25 @@ class Iteration:
                 context.settings.control_timeout_s,
             )
             for trajectory in some:
-                await scoring.submit(ScoreJob(trajectory.id, trajectory.group.prompt, texts[trajectory.id]))
+                await scoring.submit(ScoreJob(trajectory.id, texts[trajectory.id], trajectory.group.prompt.line.item))
 
-    async def _record(self, outcomes: list[Outcome]) -> None:
+    async def _record(self, outcomes: list[reward_pb2.ScoreResponse]) -> None:
         """Makes verdicts durable, then counts them. The first verdict recorded stands."""
         context = self._context
         request = buffer_pb2.RecordVerdictsRequest(
             run_id=context.run_id,
             verdicts=[
-                buffer_pb2.TrajectoryVerdict(trajectory_id=outcome.id, verdict=outcome.verdict, reward=outcome.reward)
+                buffer_pb2.TrajectoryVerdict(
+                    trajectory_id=outcome.id, verdict=outcome.verdict, reward=read_reward(outcome)
+                )
                 for outcome in outcomes
             ],
         )
         response = await context.peers.buffer.record_verdicts(request, timeout_s=context.settings.control_timeout_s)
         trajectories = [self._groups.trajectory(outcome.id) for outcome in outcomes]
         for trajectory, outcome in zip(trajectories, outcomes, strict=True):
-            trajectory.verdict, trajectory.reward = outcome.verdict, outcome.reward
+            trajectory.verdict, trajectory.reward = outcome.verdict, read_reward(outcome)
+            self._judging_failures += outcome.verdict == buffer_pb2.VERDICT_FAILED
         if response.recorded < len(outcomes):
             await self._groups.refresh(trajectories)
 

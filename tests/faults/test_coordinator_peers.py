@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 from tokenizers import Tokenizer
 
 from perigee.coordinator.client import CoordinatorClient
@@ -230,6 +231,31 @@ async def test_a_failed_verdict_is_never_a_reward(buffer_address: str, tmp_path:
     assert "g00000001" not in members
     assert line["groups"]["failed"] == 1
     assert len(members["g00000003"]) == 4
+
+
+async def test_responses_that_break_their_calls_fail_alone_and_the_run_goes_on(
+    buffer_address: str, tmp_path: Path
+) -> None:
+    rollout = {"token_budget": 0, "max_response_tokens": 24}
+    scoring = {"attempts": 2, "call_timeout_s": 0.3, "retry_s": 0.01, "batch": 64}
+    async with stage(
+        buffer_address, tmp_path, {"scoring": scoring}, iterations=2, rollout=rollout, drop_uniform_groups=False
+    ) as s:
+        s.peers.reward.poison = {
+            "g00000000-0": grpc.StatusCode.INTERNAL,
+            "g00000001-1": grpc.StatusCode.DATA_LOSS,
+            "g00000002-2": grpc.StatusCode.INVALID_ARGUMENT,
+        }
+        s.peers.reward.hanging = "g00000003-3"
+        await s.add_worker("a")
+        await s.start()
+        assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
+        assert [line["failures"]["judging"] for line in s.lines()] == [4, 0]
+        request = s.peers.trainer.trained[0]
+    members = {group.group_id: {m.trajectory_id[-1] for m in group.trajectories} for group in request.groups}
+    for number, missing in enumerate("0123"):
+        assert members[f"g0000000{number}"] == set("0123") - {missing}
+    assert all(len(found) == 4 for name, found in members.items() if name > "g00000003")
 
 
 async def test_a_reward_service_that_goes_away_is_waited_for(buffer_address: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The scoring pipeline against the real reward service and sandbox."""
+"""A run's scoring against the real reward service and sandbox."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ from pathlib import Path
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.reward.client import RewardClient
+from perigee.reward.scoring import ScoreJob, read_reward
+from perigee.reward.v1 import reward_pb2
 from services.coordinator.config import ScoringConfig
 from services.coordinator.prompts import read_model_folder, read_prompts
-from services.coordinator.scoring import Outcome, ScoreJob, ScoringPipeline
+from services.coordinator.rewards import score_responses
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
 
 
@@ -25,9 +27,9 @@ async def test_math_and_code_are_judged_as_they_arrive(coding_reward: RewardClie
         {"id": "both", "prompt": "1+2=", "verifier": "composite", "parts": parts, "answer_marker": "#"},
     ]
     prompts = read_prompts(str(write_lines(tmp_path / "p.jsonl", lines)), "run.prompts", model, 16).by_id
-    outcomes: dict[str, Outcome] = {}
+    outcomes: dict[str, reward_pb2.ScoreResponse] = {}
 
-    async def take(some: list[Outcome]) -> None:
+    async def take(some: list[reward_pb2.ScoreResponse]) -> None:
         outcomes.update({outcome.id: outcome for outcome in some})
 
     responses = {
@@ -41,13 +43,11 @@ async def test_math_and_code_are_judged_as_they_arrive(coding_reward: RewardClie
         "half": ("both", "#1+2=3"),
     }
     config = ScoringConfig(batch=2, queue=2, concurrency=2)
-    async with ScoringPipeline(coding_reward, config, take) as scoring:
+    async with score_responses(coding_reward, config, take) as scoring:
         for job_id, (prompt_id, response) in responses.items():
-            await scoring.submit(ScoreJob(job_id, prompts[prompt_id], response))
-        await scoring.drain()
-        assert (scoring.judged, scoring.failed) == (8, 0)
+            await scoring.submit(ScoreJob(job_id, response, prompts[prompt_id].line.item))
     correct, wrong = buffer_pb2.VERDICT_CORRECT, buffer_pb2.VERDICT_WRONG
-    assert {job_id: (outcome.verdict, outcome.reward) for job_id, outcome in outcomes.items()} == {
+    assert {job_id: (outcome.verdict, read_reward(outcome)) for job_id, outcome in outcomes.items()} == {
         "right": (correct, 1.0),
         "wrong": (wrong, 0.0),
         "silent": (buffer_pb2.VERDICT_UNGRADABLE, 0.0),

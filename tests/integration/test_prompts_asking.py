@@ -53,16 +53,14 @@ class FakeSampler(RolloutServiceServicer):
 
 def inquiries(count: int, samples: int = 4) -> list[Inquiry]:
     """Prompts whose right answer is 1."""
-    return [
-        Inquiry(f"q{i}", [1, 2], samples, 8, lambda item_id, text: math_item(item_id, "1", text)) for i in range(count)
-    ]
+    return [Inquiry(f"q{i}", [1, 2], samples, 8, math_item("", "1", "")) for i in range(count)]
 
 
 async def ask_all(
     workers: Sequence[FakeSampler], reward: FakeReward, asked: Sequence[Inquiry], **changes: Any
 ) -> dict[str, SampleCounts]:
     options = AskOptions(
-        **({"policy_version": 5, "temperature": 1.0, "seed": 0, "stage": "s", "outage_s": 5.0} | changes)
+        **({"policy_version": 5, "temperature": 1.0, "seed": 0, "stage": "s", "unavailable_s": 5.0} | changes)
     )
     found: dict[str, SampleCounts] = {}
     async with AsyncExitStack() as stack:
@@ -107,7 +105,7 @@ async def test_a_worker_with_other_weights_ends_it() -> None:
 async def test_a_worker_that_stays_away_ends_it() -> None:
     worker = FakeSampler(deaths=10_000, last_words=0)
     with pytest.raises(UnavailableError, match="the engine died"):
-        await ask_all([worker], FakeReward(), inquiries(1), outage_s=0.3)
+        await ask_all([worker], FakeReward(), inquiries(1), unavailable_s=0.3)
     assert len(worker.asked) > 1
 
 

@@ -13,9 +13,9 @@ import pytest
 from tokenizers import Tokenizer
 
 from perigee.reward.client import RewardClient
+from perigee.reward.items import read_prompt_file
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2
-from services.coordinator.prompts import parse_prompt_lines
 from tests.fixtures.cli import Ended, run_perigee, start_perigee
 from tests.fixtures.reward import running_reward
 from tests.fixtures.rollout import CHARACTERS, best_digit, make_policy
@@ -63,7 +63,7 @@ async def test_without_a_model_the_pure_stages_run(tmp_path: Path) -> None:
     ended = await run_perigee("prompts", "curate", str(source), str(out), "--cap", "5")
     assert (ended.code, ended.stderr) == (0, "")
     # What stays is a prompt file of a recipe.
-    kept = {line.id: line for line in parse_prompt_lines(str(out / "prompts.jsonl"), "run.prompts")}
+    kept = {line.id: line for line in read_prompt_file(out / "prompts.jsonl", "run.prompts")}
     assert {name for name in kept if not name.startswith("g")} == {"a", "e", "f"}
     assert sum(name.startswith("g") for name in kept) == 5
     assert {name: kept[name].domain for name in "aef"} == {"a": "arithmetic", "e": "geometry", "f": "olympiad"}
@@ -176,7 +176,7 @@ async def test_difficulty_and_guessing_are_those_of_the_model(
     hacked = {name for name, right in expected.items() if right}
     assert 0 < len(hacked) < len(prompts)
     assert {line["id"] for line in read(out / "dropped.jsonl")} == hacked
-    kept = parse_prompt_lines(str(out / "prompts.jsonl"), "run.prompts")
+    kept = read_prompt_file(out / "prompts.jsonl", "run.prompts")
     assert {line.id for line in kept} == {line["id"] for line in prompts} - hacked
     assert all(0 <= line.difficulty <= 1 for line in kept)
 

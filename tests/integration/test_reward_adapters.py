@@ -29,8 +29,8 @@ from perigee.errors import DeadlineExceededError, UnavailableError
 from perigee.reward.adapters.blocking import BlockingScorer
 from perigee.reward.adapters.ground_truth import GroundTruthOptions
 from perigee.reward.adapters.trl import PerigeeReward
-from perigee.reward.batching import BatchOptions
 from perigee.reward.client import RewardClient
+from perigee.reward.scoring import ScoringOptions
 from perigee.reward.v1 import reward_pb2
 from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
 from services.reward.http_routes import ServicerScores
@@ -52,7 +52,9 @@ async def lame_reward() -> AsyncIterator[RewardClient]:
 
 
 def quick(address: str, **changes: Any) -> BlockingScorer:
-    options = BatchOptions(**({"attempts": 2, "first_pause_s": 0.01, "outage_s": 0.2} | changes.pop("options", {})))
+    options = ScoringOptions(
+        **({"attempts": 2, "first_pause_s": 0.01, "unavailable_s": 0.2} | changes.pop("options", {}))
+    )
     return BlockingScorer(address, options=options, **changes)
 
 

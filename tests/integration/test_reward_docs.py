@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 from perigee.reward.client import RewardClient
-from perigee.reward.items import read_item
+from perigee.reward.items import VERIFIERS, read_item, read_prompt_line
 from services.reward.cache import content_key
 from services.reward.verifiers.base import Item, Outcome, Verdict, Verifier
 
@@ -81,8 +81,10 @@ async def test_the_client_prints_what_is_said(reward: RewardClient) -> None:
     assert f"prints `{stdout.decode().strip()}`" in DOCUMENT
 
 
-def test_lines_of_files_are_items() -> None:
-    [lines] = blocks("json", "Files: `perigee reward score`")
-    items = [read_item(json.loads(line), f"line-{n}", ["label"]) for n, line in enumerate(lines.splitlines())]
-    assert [item.WhichOneof("verifier") for item in items] == ["math", "math", "code"]
+def test_every_documented_line_is_a_prompt_and_with_a_response_an_item() -> None:
+    [text] = blocks("json", "Items as JSON")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert {read_prompt_line(line, "line").item.WhichOneof("verifier") for line in lines} == set(VERIFIERS)
+    items = [read_item(line | {"response": "#4"}, "line") for line in lines]
     assert items[0].math == items[1].math
+    assert [item.id for item in items] == list("abcdefghijklm")

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from perigee.errors import InvalidArgumentError
+from perigee.reward.items import read_prompt_line
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2
-from services.coordinator.prompts import CodeLine, Prompt, parse_prompt_line, read_model_folder, read_prompts
-from services.coordinator.score_items import make_score_item
+from services.coordinator.prompts import read_model_folder, read_prompts
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
 
 
@@ -30,7 +30,7 @@ def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
     prompts = read_prompts(str(path), "run.prompts", model, 16)
     assert [prompt.id for prompt in prompts.prompts] == ["m1", "c1"]
     assert model.tokenizer.decode(list(prompts.by_id["m1"].token_ids)) == "1+2="
-    assert isinstance(prompts.by_id["c1"].line, CodeLine)
+    assert prompts.by_id["c1"].line.item.WhichOneof("verifier") == "code"
 
 
 @pytest.mark.parametrize(
@@ -38,8 +38,8 @@ def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
     [
         ("{", ":2: is not JSON"),
         ("[1]", ":2: must be a JSON object"),
-        ({"id": "x", "prompt": "1+1="}, ":2: verifier: must be one of choice, code, composite, "),
-        ({"id": "x", "prompt": "1+1=", "verifier": "vibes"}, "value_head, got 'vibes'"),
+        ({"id": "x", "prompt": "1+1="}, ":2: verifier: is required: one of math, code, choice, "),
+        ({"id": "x", "prompt": "1+1=", "verifier": "vibes"}, "value_head, composite, got 'vibes'"),
         ({"id": "x", "prompt": "1+1=", "verifier": "math"}, ":2: answer: is required"),
         (math_line("x", "1+1=", "2") | {"anwser": "2"}, ":2: anwser: unknown key; did you mean answer?"),
         (math_line("x", "1+1=", "2") | {"difficulty": "hard"}, ":2: difficulty: "),
@@ -49,10 +49,10 @@ def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
         (line("x", "judge"), ":2: answer: is required"),
         (line("x", "value_head", threshold=2), ":2: threshold: "),
         (line("x", "composite", parts=[]), ":2: parts: "),
-        (line("x", "composite", parts=[part("a", {"verifier": "vibes"})]), ":2: parts.0.judged_by: "),
+        (line("x", "composite", parts=[part("a", {"verifier": "vibes"})]), ":2: parts[0].verifier.vibes: unknown key"),
         (
             line("x", "composite", parts=[part("a", {"verifier": "judge"})]),
-            ":2: parts.0.judged_by: answer: is required",
+            ":2: parts[0].verifier.judge.answer: is required",
         ),
         (math_line("m1", "1+1=", "2"), "holds the id m1 more than once"),
     ],
@@ -99,18 +99,18 @@ def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
         read_prompts(str(tmp_path / "empty.jsonl"), "run.heldout", model, 16)
 
 
-def test_score_items_carry_the_ground_truth(tmp_path: Path) -> None:
+def test_prompts_carry_the_ground_truth(tmp_path: Path) -> None:
     model = read_model_folder(str(write_model_folder(tmp_path / "model")))
     stdio = code_line("c2") | {"tests": [{"stdin": "1\n", "expected_stdout": "2\n"}], "limits": {"wall_ms": 500}}
     path = write_lines(tmp_path / "p.jsonl", [math_line("m1", "1+2=", "3"), code_line("c1"), stdio])
     prompts = read_prompts(str(path), "run.prompts", model, 16).by_id
-    math = make_score_item("i", prompts["m1"], "3#3")
-    assert (math.id, math.response, math.answer_marker, math.math.reference) == ("i", "3#3", "#", "3")
-    code = make_score_item("i", prompts["c1"], "#def f(x):return x+1").code
+    math = prompts["m1"].line.item
+    assert (math.id, math.response, math.answer_marker, math.math.reference) == ("", "", "#", "3")
+    code = prompts["c1"].line.item.code
     assert (code.language, code.function_name) == ("python", "f")
     assert (code.tests[0].function.arguments_json, code.tests[0].function.expected_json) == ("[1]", "2")
     assert not code.limits.HasField("wall_ms")
-    judged = make_score_item("i", prompts["c2"], "").code
+    judged = prompts["c2"].line.item.code
     assert (judged.tests[0].stdio.stdin, judged.limits.wall_ms) == (b"1\n", 500)
 
 
@@ -157,7 +157,6 @@ def test_score_items_carry_the_ground_truth(tmp_path: Path) -> None:
     ],
 )
 def test_every_verifier_gets_its_ground_truth(verifier: str, fields: dict[str, Any], expected: Any) -> None:
-    prompt = Prompt(parse_prompt_line(json.dumps(line("x", verifier, **fields)), "p:1"), (1,))
-    item = make_score_item("i", prompt, "r")
+    item = read_prompt_line(line("x", verifier, **fields), "p:1").item
     assert item.WhichOneof("verifier") == verifier
     assert getattr(item, verifier) == expected

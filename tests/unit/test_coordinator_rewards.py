@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import InvalidArgumentError
+from perigee.reward.items import PromptLine
+from perigee.reward.v1 import reward_pb2
 from services.coordinator.groups import Group, Trajectory
 from services.coordinator.iteration_metrics import share_overlong
 from services.coordinator.length_reward import length_reward, length_reward_weight
 from services.coordinator.overlong_penalty import overlong_penalty
-from services.coordinator.prompts import MathLine, Prompt
+from services.coordinator.prompts import Prompt
 from services.coordinator.run_config import (
     AlgorithmConfig,
     LengthRewardConfig,
@@ -23,7 +25,7 @@ from services.coordinator.run_config import (
 from services.coordinator.shaping import JudgedResponse, ShapingWeights, is_uniform, shape_rewards
 from services.coordinator.training_batch import learning_rate_at, make_algorithm, make_training_batch
 
-PROMPT = Prompt(MathLine(id="p", prompt="1+1=", verifier="math", answer="2"), (1, 2, 3))
+PROMPT = Prompt(PromptLine("p", "default", 0.0, reward_pb2.ScoreItem(prompt="1+1=")), (1, 2, 3))
 
 
 @pytest.mark.parametrize(

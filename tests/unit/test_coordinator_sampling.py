@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import DataLossError
-from services.coordinator.prompts import MathLine, Prompt
+from perigee.reward.items import PromptLine
+from perigee.reward.v1 import reward_pb2
+from services.coordinator.prompts import Prompt
 from services.coordinator.run_config import CurriculumConfig, PrioritizedConfig
 from services.coordinator.sampling import CurriculumSampler, PrioritizedSampler, allowed_difficulty, make_sampler
 
@@ -19,7 +21,7 @@ OFF = CurriculumConfig()
 
 def make_prompts(difficulties: list[float]) -> list[Prompt]:
     return [
-        Prompt(MathLine(id=f"p{n}", prompt="x", difficulty=difficulty, verifier="math", answer="1"), (1,))
+        Prompt(PromptLine(f"p{n}", "default", difficulty, reward_pb2.ScoreItem(prompt="x")), (1,))
         for n, difficulty in enumerate(difficulties)
     ]
 

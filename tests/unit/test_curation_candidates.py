@@ -92,8 +92,8 @@ def test_bad_lines_are_told_all_at_once(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         read_candidates(path, Columns())
     for part in (
-        f"{path}:2: verifier: must be one of choice, code, ",
-        f"{path}:3: prompt: string should have at least 1 character",
+        f"{path}:2: verifier: must be one of math, code, ",
+        f"{path}:3: prompt: is required",
         "did you mean answer?",
         f"{path}:5: function: is required by tests with arguments",
         f"{path}:6: id: a is that of {path}:1, too",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from typing import Any
 
 import pytest
@@ -12,11 +11,9 @@ from hypothesis import strategies as st
 
 from perigee.errors import InvalidArgumentError
 from perigee.json_codec import write_message
-from perigee.reward.items import read_item
+from perigee.reward.items import read_item, read_prompt_line
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2
-from services.coordinator.prompts import Prompt, parse_prompt_line
-from services.coordinator.score_items import make_score_item
 from tests.fixtures.messages import messages_of
 
 
@@ -205,8 +202,87 @@ LINES = [
 ]
 
 
+# The same ground truths with the messages' own names.
+IN_FULL = [
+    {"math": {"reference": "4", "alternatives": ["IV"]}},
+    {
+        "code": {
+            "language": "python",
+            "function_name": "f",
+            "tests": [{"function": {"arguments_json": "[1, null]", "expected_json": '"\\u00fc"'}}],
+            "limits": {"cpu_ms": 9},
+        }
+    },
+    {
+        "code": {
+            "language": "python",
+            "tests": [{"stdio": {"stdin": "1\n", "expected_stdout": "2\n"}}],
+            "partial_credit": True,
+        }
+    },
+    {
+        "code": {
+            "language": "python",
+            "function_name": "f",
+            "tests": [{"code": {"code": "assert f(1) == 2"}}],
+            "setup_code": "import math",
+        }
+    },
+    {"choice": {"reference": "A,C", "options": ["x", "y", "z"]}},
+    {"short_answer": {"references": ["Paris", "Lutetia"]}},
+    {"exact": {"reference": "4"}},
+    {"regex": {"pattern": "[0-9]+", "ignore_case": True, "search_response": True}},
+    {"json": {"schema_json": '{"type": "object"}', "expected_json": '{"a": [1, null]}'}},
+    {"json": {"expected_json": "null"}},
+    {"judge": {"reference": "4", "judge": "large", "votes": 3, "rubric": "short"}},
+    {"value_head": {"reference": "4", "threshold": 0.25}},
+    {
+        "composite": {
+            "parts": [
+                {"name": "form", "gate": True, "weight": 0, "verifier": {"regex": {"pattern": "4"}}},
+                {"name": "value", "weight": 1, "verifier": {"math": {"reference": "4"}}},
+                {"name": "words", "weight": 1, "verifier": {"short_answer": {"references": ["four"]}}},
+                {"name": "json", "weight": 1, "verifier": {"json": {"schema_json": '{"type": "number"}'}}},
+            ]
+        }
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("line", "full"), zip(LINES, IN_FULL, strict=True), ids=[str(line["verifier"]) for line in LINES]
+)
+def test_short_names_and_the_message_in_full_are_the_same_item(line: dict[str, Any], full: dict[str, Any]) -> None:
+    common = {"id": "a", "prompt": "2+2=", "answer_marker": "#"}
+    item = read(**common, **line)
+    assert item == read(**common, verifier=full)
+    assert item == read(**common, verifier={line["verifier"]: {k: v for k, v in line.items() if k != "verifier"}})
+
+
 @pytest.mark.parametrize("line", LINES, ids=lambda line: line["verifier"])
-def test_a_line_of_a_recipe_is_the_item_that_its_run_asks_about(line: dict[str, Any]) -> None:
+def test_a_line_of_a_prompt_file_is_the_item_of_its_responses(line: dict[str, Any]) -> None:
     whole = {"id": "a", "prompt": "2+2=", "answer_marker": "#", **line}
-    prompt = Prompt(parse_prompt_line(json.dumps(whole), "prompts.jsonl:1"), ())
-    assert read(**whole) == make_score_item("a", prompt, "#4")
+    prompt = read_prompt_line({**whole, "domain": "sums", "difficulty": 2}, "prompts.jsonl:1")
+    assert (prompt.id, prompt.domain, prompt.difficulty) == ("a", "sums", 2.0)
+    item = pb.ScoreItem()
+    item.CopyFrom(prompt.item)
+    item.id, item.response = "a", "#4"
+    assert item == read(**whole)
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "part"),
+    [
+        ({"verifier": "math", "answer": "4", "reference": "5"}, "answer", "unknown key"),
+        ({"verifier": "short_answer", "answer": "4", "answers": ["5"]}, "answers", "unknown key"),
+        ({"verifier": "code", "tests": [{"stdin": "", "arguments": []}]}, "tests[0].stdin", "unknown key"),
+    ],
+)
+def test_a_field_under_two_names_is_refused(values: dict[str, Any], field: str, part: str) -> None:
+    assert part in refused(**values)[field]
+
+
+def test_a_test_may_have_points_beside_its_short_form() -> None:
+    item = read(verifier="code", tests=[{"stdin": "1", "expected_stdout": "2", "points": 3, "name": "first"}])
+    stdio = sandbox_pb2.StdioTest(stdin=b"1", expected_stdout=b"2")
+    assert list(item.code.tests) == [sandbox_pb2.TestCase(stdio=stdio, points=3, name="first")]

@@ -64,7 +64,7 @@ def curate(
     restart: Annotated[bool, typer.Option("--restart", help="Forget what OUT holds.")] = False,
     token: Annotated[str | None, typer.Option("--token", envvar="PERIGEE_TOKEN", help="Bearer token.")] = None,
     ca_file: Annotated[Path | None, typer.Option("--ca-file", help="PEM roots of the services' certificates.")] = None,
-    outage_s: Annotated[float, typer.Option("--outage", min=0, help="Seconds a service may be away.")] = 60.0,
+    unavailable_s: Annotated[float, typer.Option("--outage", min=0, help="Seconds a service may be away.")] = 60.0,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
 ) -> None:
@@ -93,7 +93,7 @@ def curate(
             seed=seed,
         )
         columns = options.make_columns(renames or [], defaults or [], answer_after, split)
-        access = ModelAccess(rollout or [], reward, model, push, token, ca_file, outage_s)
+        access = ModelAccess(rollout or [], reward, model, push, token, ca_file, unavailable_s)
         return run_curate(CurateCommand(source, out, columns, settings, access, restart, plain))
 
     end(run, debug)

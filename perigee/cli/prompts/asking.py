@@ -6,22 +6,15 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.curation.pass_rates import SampleCounts
-from perigee.errors import (
-    AbortedError,
-    DeadlineExceededError,
-    FailedPreconditionError,
-    InternalError,
-    ResourceExhaustedError,
-    UnavailableError,
-)
-from perigee.reward.batching import BatchOptions, Scores, score_items
+from perigee.errors import TRANSIENT, FailedPreconditionError, UnavailableError
+from perigee.reward.scoring import ScoreClient, ScoreJob, ScoringOptions, scoring
 from perigee.reward.v1 import reward_pb2
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2
@@ -30,7 +23,6 @@ from perigee.rollout.v1 import rollout_pb2
 MAX_SEQUENCES = 64
 MAX_PROMPT_TOKENS = 200_000
 CALLS_PER_WORKER = 2
-PASSING = (UnavailableError, ResourceExhaustedError, DeadlineExceededError, AbortedError, InternalError)
 FIELDS = {
     buffer_pb2.VERDICT_CORRECT: "correct",
     buffer_pb2.VERDICT_WRONG: "wrong",
@@ -48,8 +40,10 @@ class Inquiry:
     token_ids: Sequence[int]
     samples: int
     max_tokens: int
-    make_item: Callable[[str, str], reward_pb2.ScoreItem]
-    """From an item's id and an answer's text."""
+    item: reward_pb2.ScoreItem
+    """The item of any answer, but for id and response."""
+    given: str = ""
+    """What of the answer the prompt ends with; the response is judged with it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class AskOptions:
     stage: str
     """Begins the ids of answers: the same prompt has other seeds in another stage."""
     call_timeout_s: float = 3600.0
-    outage_s: float = 60.0
+    unavailable_s: float = 60.0
 
 
 async def read_policy_version(workers: Sequence[RolloutClient]) -> tuple[int, int]:
@@ -86,11 +80,11 @@ async def read_policy_version(workers: Sequence[RolloutClient]) -> tuple[int, in
 
 
 async def ask(
-    workers: Sequence[RolloutClient], reward: Scores, inquiries: Iterable[Inquiry], options: AskOptions
+    workers: Sequence[RolloutClient], reward: ScoreClient, inquiries: Iterable[Inquiry], options: AskOptions
 ) -> AsyncGenerator[dict[str, SampleCounts], None]:
     """Counts of verdicts by prompt, some prompts at a time, as they become known.
 
-    Raises what a worker or the reward service fails with when trying again for `outage_s` does not help.
+    Raises what a worker or the reward service fails with when trying again for `unavailable_s` does not help.
     """
     chunks = zip(_cut(inquiries), itertools.cycle(workers), strict=False)
     pending: set[asyncio.Task[dict[str, SampleCounts]]] = set()
@@ -128,24 +122,29 @@ def _cut(inquiries: Iterable[Inquiry]) -> Iterator[list[Inquiry]]:
 
 
 async def _ask_chunk(
-    worker: RolloutClient, reward: Scores, chunk: Sequence[Inquiry], options: AskOptions
+    worker: RolloutClient, reward: ScoreClient, chunk: Sequence[Inquiry], options: AskOptions
 ) -> dict[str, SampleCounts]:
     asked = {f"{options.stage}/{inquiry.id}/{n}": inquiry for inquiry in chunk for n in range(inquiry.samples)}
     texts = await _generate(worker, asked, options)
-    items = [inquiry.make_item(item_id, texts[item_id]) for item_id, inquiry in asked.items()]
     counts = {inquiry.id: Counter[str]() for inquiry in chunk}
-    # What FAILED is tried again there; what stays FAILED is counted as such.
-    async for outcome in score_items(reward, items, BatchOptions(outage_s=options.outage_s)):
-        counts[asked[outcome.id].id][FIELDS[outcome.verdict]] += 1
+
+    async def count(outcomes: list[reward_pb2.ScoreResponse]) -> None:
+        # What FAILED was tried again; what stays FAILED is counted as such.
+        for outcome in outcomes:
+            counts[asked[outcome.id].id][FIELDS[outcome.verdict]] += 1
+
+    async with scoring(reward, ScoringOptions(unavailable_s=options.unavailable_s), count) as pipeline:
+        for item_id, inquiry in asked.items():
+            await pipeline.submit(ScoreJob(item_id, inquiry.given + texts[item_id], inquiry.item))
     return {question_id: SampleCounts(**found) for question_id, found in counts.items()}
 
 
 async def _generate(worker: RolloutClient, asked: Mapping[str, Inquiry], options: AskOptions) -> dict[str, str]:
     texts: dict[str, str] = {}
-    outage = _Outage(options.outage_s, texts)
+    outage = _Outage(options.unavailable_s, texts)
     sampling = rollout_pb2.Sampling(temperature=options.temperature, seed=options.seed)
     async for attempt in AsyncRetrying(
-        retry=retry_if_exception_type(PASSING),
+        retry=retry_if_exception_type(TRANSIENT),
         wait=wait_random_exponential(multiplier=0.2, max=10),
         stop=outage.is_over,
         reraise=True,

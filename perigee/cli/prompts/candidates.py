@@ -15,10 +15,11 @@ from perigee.curation.domains import EMPTY_TAGS
 from perigee.curation.findings import Question
 from perigee.curation.question_kinds import KINDS
 from perigee.errors import FieldViolation, InvalidArgumentError
-from services.coordinator.prompts import LINE_CLASSES, parse_prompt_line
+from perigee.reward.items import VERIFIERS, prompt_keys, read_lines, read_object, read_prompt_line
 
 MAX_SHOWN = 20
-KNOWN_FIELDS = frozenset(name for line_class in LINE_CLASSES.values() for name in line_class.model_fields)
+# Columns of images are of many forms, which no stage looks at.
+KNOWN_FIELDS = prompt_keys() - {"images"}
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ def make_candidate(values: dict[str, Any], place: str) -> Candidate:
     Raises InvalidArgumentError naming the place and the field.
     """
     kind = values.get("verifier")
-    if kind in LINE_CLASSES or kind not in KINDS:
-        parse_prompt_line(json.dumps(values), place)
+    if kind in VERIFIERS or kind not in KINDS:
+        read_prompt_line(values, place)
     elif not isinstance(values.get("prompt"), str):
         raise InvalidArgumentError.of(f"{place}: prompt", "is required")
     domain, answers = str(values.get("domain", "")), values.get("answers", [])
@@ -147,19 +148,10 @@ def _read_rows(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str
 
 def _read_json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        for place, line in read_lines(path):
+            yield place, read_object(line, place)
+    except OSError as error:
         raise InvalidArgumentError.of(str(path), f"cannot be read: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise InvalidArgumentError.of(f"{path}:{number}", f"is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise InvalidArgumentError.of(f"{path}:{number}", "must be a JSON object")
-        yield f"{path}:{number}", values
 
 
 def _read_folder(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -31,9 +31,10 @@ from perigee.curation.question_kinds import find_question_kinds
 from perigee.errors import InvalidArgumentError, PerigeeError
 from perigee.files import write_lines
 from perigee.reward.client import RewardClient
+from perigee.reward.items import PromptLine, read_prompt_line
 from perigee.rollout.client import RolloutClient
 from perigee.rpc import ChannelOptions
-from services.coordinator.prompts import Line, parse_prompt_line, read_model_folder
+from services.coordinator.prompts import read_model_folder
 
 NOT_ASKED = "no model was asked: name --rollout and --model"
 
@@ -48,7 +49,7 @@ class ModelAccess:
     push: bool
     token: str | None
     ca_file: Path | None
-    outage_s: float
+    unavailable_s: float
 
     @property
     def channel(self) -> ChannelOptions:
@@ -154,7 +155,7 @@ class _Curation:
             self._folder.pin("policy_version", version)
             folder = read_model_folder(os.fspath(access.model))
             model = AskedModel(
-                workers, reward, folder, min(context_tokens, folder.context_tokens), version, access.outage_s
+                workers, reward, folder, min(context_tokens, folder.context_tokens), version, access.unavailable_s
             )
             questions = await self._ask_stage(difficulty_stage(sampling), model, lines, questions)
             if sampling.guesses:
@@ -163,7 +164,7 @@ class _Curation:
         return questions
 
     async def _ask_stage(
-        self, stage: ModelStage, model: AskedModel, lines: dict[str, Line], questions: list[Question]
+        self, stage: ModelStage, model: AskedModel, lines: dict[str, PromptLine], questions: list[Question]
     ) -> list[Question]:
         settings = self._command.settings
         assert settings.sampling is not None
@@ -197,10 +198,10 @@ class _Curation:
     def _path(self, name: str) -> Path:
         return self._folder.stage_path(len(self._stages) + 1, name)
 
-    def _lines(self, questions: Sequence[Question]) -> dict[str, Line]:
+    def _lines(self, questions: Sequence[Question]) -> dict[str, PromptLine]:
         wanted = {question.id for question in questions}
         return {
-            candidate.question.id: parse_prompt_line(json.dumps(candidate.line), candidate.question.id)
+            candidate.question.id: read_prompt_line(candidate.line, candidate.question.id)
             for candidate in self._candidates.candidates
             if candidate.question.id in wanted
         }

@@ -10,11 +10,10 @@ from perigee.cli.prompts.settings import SamplingSettings
 from perigee.cli.prompts.stages import Produce
 from perigee.curation.findings import Decision, Finding, Question
 from perigee.curation.pass_rates import SampleCounts, decide_difficulty, decide_guessing, least_judged
-from perigee.reward.batching import Scores
-from perigee.reward.v1 import reward_pb2
+from perigee.reward.items import PromptLine
+from perigee.reward.scoring import ScoreClient
 from perigee.rollout.client import RolloutClient
-from services.coordinator.prompts import Line, ModelFolder, Prompt
-from services.coordinator.score_items import make_score_item
+from services.coordinator.prompts import ModelFolder
 
 TOO_LONG = "too long for the model"
 
@@ -24,11 +23,11 @@ class AskedModel:
     """The model that is asked, and what judges its answers."""
 
     workers: Sequence[RolloutClient]
-    reward: Scores
+    reward: ScoreClient
     folder: ModelFolder
     context_tokens: int
     policy_version: int
-    outage_s: float
+    unavailable_s: float
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,9 @@ class ModelStage:
     name: str
     samples: int
     max_tokens: int
-    render: Callable[[Line], str]
+    render: Callable[[PromptLine], str]
     """From a prompt's line to the text that the model continues."""
-    given: Callable[[Line], str]
+    given: Callable[[PromptLine], str]
     """What of the answer the text holds already."""
     decide: Callable[[str, SampleCounts], Finding]
 
@@ -55,7 +54,7 @@ def difficulty_stage(settings: SamplingSettings) -> ModelStage:
         )  # fmt: skip
 
     return ModelStage(
-        "difficulty", settings.samples, settings.response_tokens, lambda line: line.prompt, lambda line: "", decide
+        "difficulty", settings.samples, settings.response_tokens, lambda line: line.item.prompt, lambda line: "", decide
     )
 
 
@@ -63,13 +62,13 @@ def guessing_stage(settings: SamplingSettings) -> ModelStage:
     """A right guess without reasoning drops the prompt."""
     least = least_judged(settings.guesses, settings.min_judged)
 
-    def render(line: Line) -> str:
-        template = settings.guess_template.replace("{answer_marker}", line.answer_marker)
-        return template.replace("{prompt}", line.prompt).rstrip("\n")
+    def render(line: PromptLine) -> str:
+        template = settings.guess_template.replace("{answer_marker}", line.item.answer_marker)
+        return template.replace("{prompt}", line.item.prompt).rstrip("\n")
 
-    def given(line: Line) -> str:
+    def given(line: PromptLine) -> str:
         # A template that ends with the marker leaves the bare answer to the model.
-        return line.answer_marker if render(line).endswith(line.answer_marker) else ""
+        return line.item.answer_marker if render(line).endswith(line.item.answer_marker) else ""
 
     def decide(question_id: str, counts: SampleCounts) -> Finding:
         return decide_guessing(question_id, counts, min_judged=least)
@@ -80,7 +79,7 @@ def guessing_stage(settings: SamplingSettings) -> ModelStage:
 def ask_about(
     stage: ModelStage,
     model: AskedModel,
-    lines: Mapping[str, Line],
+    lines: Mapping[str, PromptLine],
     settings: SamplingSettings,
     seed: int,
 ) -> Produce:
@@ -90,7 +89,7 @@ def ask_about(
         temperature=settings.temperature,
         seed=seed,
         stage=stage.name,
-        outage_s=model.outage_s,
+        unavailable_s=model.unavailable_s,
     )
 
     async def produce(questions: Sequence[Question]) -> AsyncIterator[Sequence[Finding]]:
@@ -102,7 +101,9 @@ def ask_about(
     return produce
 
 
-def make_inquiries(stage: ModelStage, model: AskedModel, lines: Sequence[Line]) -> tuple[list[Inquiry], list[Finding]]:
+def make_inquiries(
+    stage: ModelStage, model: AskedModel, lines: Sequence[PromptLine]
+) -> tuple[list[Inquiry], list[Finding]]:
     """What to ask, and the prompts that the model's context has no room for."""
     encodings = model.folder.tokenizer.encode_batch([stage.render(line) for line in lines])
     inquiries: list[Inquiry] = []
@@ -112,12 +113,5 @@ def make_inquiries(stage: ModelStage, model: AskedModel, lines: Sequence[Line]) 
         if not 0 < tokens <= model.context_tokens - stage.max_tokens:
             too_long.append(Finding(line.id, Decision.ASIDE, TOO_LONG, {"prompt_tokens": tokens}))
             continue
-        prompt = Prompt(line, tuple(encoding.ids))
-        inquiries.append(
-            Inquiry(line.id, encoding.ids, stage.samples, stage.max_tokens, _item_maker(prompt, stage.given(line)))
-        )
+        inquiries.append(Inquiry(line.id, encoding.ids, stage.samples, stage.max_tokens, line.item, stage.given(line)))
     return inquiries, too_long
-
-
-def _item_maker(prompt: Prompt, given: str) -> Callable[[str, str], reward_pb2.ScoreItem]:
-    return lambda item_id, text: make_score_item(item_id, prompt, given + text)

@@ -32,7 +32,7 @@ def score(
     concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=64, help="Calls at once.")] = 4,
     attempts: Annotated[int, typer.Option("--attempts", min=1, help="Times a FAILED item is tried.")] = 3,
     call_timeout_s: Annotated[float, typer.Option("--call-timeout", min=0.1, help="Seconds of one call.")] = 600.0,
-    outage_s: Annotated[float, typer.Option("--outage", min=0.0, help="Seconds the service may be away.")] = 60.0,
+    unavailable_s: Annotated[float, typer.Option("--outage", min=0.0, help="Seconds the service may be away.")] = 60.0,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")] = False,
     debug: DebugOption = False,
 ) -> None:
@@ -40,9 +40,9 @@ def score(
 
     def run() -> int:
         from perigee.cli.reward.score import ScoreCommand, run_score
-        from perigee.reward.batching import BatchOptions
+        from perigee.reward.scoring import ScoringOptions
 
-        options = BatchOptions(batch, concurrency, attempts, call_timeout_s, outage_s)
+        options = ScoringOptions(batch, concurrency, attempts, call_timeout_s, unavailable_s)
         return run_score(ScoreCommand(file, out, address, token, ca_file, resume, overwrite, plain), options)
 
     end(run, debug)

@@ -16,8 +16,8 @@ from perigee.cli.reward.item_file import read_item_file
 from perigee.cli.reward.outcomes import OutcomeBook
 from perigee.cli.reward.summary import show_summary, summarize
 from perigee.errors import PerigeeError
-from perigee.reward.batching import BatchOptions, score_items
 from perigee.reward.client import RewardClient
+from perigee.reward.scoring import ScoringOptions, score_items
 
 # Some items could not be judged.
 FAILED_REMAIN = 3
@@ -48,8 +48,8 @@ class ScoreCommand:
         return shlex.join(["perigee", "reward", "score", str(self.file), *out, "--resume"])
 
 
-def run_score(command: ScoreCommand, options: BatchOptions) -> int:
-    """Scores the file and returns the exit code: 0, 3 when some items could not be judged, 128 + n on signal n.
+def run_score(command: ScoreCommand, options: ScoringOptions) -> int:
+    """ScoreClient the file and returns the exit code: 0, 3 when some items could not be judged, 128 + n on signal n.
 
     Raises InvalidArgumentError naming every bad line, UnavailableError when the service stays away.
     """
@@ -76,7 +76,7 @@ def run_score(command: ScoreCommand, options: BatchOptions) -> int:
     return FAILED_REMAIN if summary.failed else 0
 
 
-async def _score(command: ScoreCommand, options: BatchOptions, book: OutcomeBook, console: Console) -> None:
+async def _score(command: ScoreCommand, options: ScoringOptions, book: OutcomeBook, console: Console) -> None:
     missing = book.missing
     ca_file = str(command.ca_file) if command.ca_file is not None else None
     async with RewardClient.connect(command.address, token=command.token, ca_file=ca_file) as client:

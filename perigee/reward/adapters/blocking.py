@@ -11,8 +11,8 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from perigee.errors import DeadlineExceededError, InternalError, UnavailableError
-from perigee.reward.batching import BatchOptions, score_items
 from perigee.reward.client import RewardClient
+from perigee.reward.scoring import ScoringOptions, score_items
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.rpc import ChannelOptions
 
@@ -21,7 +21,7 @@ CLOSE_S = 5.0
 
 
 class BlockingScorer:
-    """Scores items and waits for all outcomes; any number of threads may share one.
+    """ScoreClient items and waits for all outcomes; any number of threads may share one.
 
     Nothing is connected before the first call, so it can be pickled and sent to workers, and a process that was forked
     from one that has connected connects anew. Address and token are those of PERIGEE_REWARD_ADDRESS and PERIGEE_TOKEN
@@ -34,7 +34,7 @@ class BlockingScorer:
         *,
         token: str | None = None,
         ca_file: str | None = None,
-        options: BatchOptions = BatchOptions(),
+        options: ScoringOptions = ScoringOptions(),
         deadline_s: float = 600.0,
     ) -> None:
         self.address = address or os.environ.get("PERIGEE_REWARD_ADDRESS", DEFAULT_ADDRESS)
@@ -109,7 +109,7 @@ class _Connection:
         atexit.register(self.close)
 
     def submit(
-        self, items: Sequence[pb.ScoreItem], options: BatchOptions
+        self, items: Sequence[pb.ScoreItem], options: ScoringOptions
     ) -> concurrent.futures.Future[list[pb.ScoreResponse]]:
         return asyncio.run_coroutine_threadsafe(_score(self._client, items, options), self._loop)
 
@@ -139,7 +139,9 @@ async def _end_all(client: RewardClient) -> RewardClient:
     return client
 
 
-async def _score(client: RewardClient, items: Sequence[pb.ScoreItem], options: BatchOptions) -> list[pb.ScoreResponse]:
+async def _score(
+    client: RewardClient, items: Sequence[pb.ScoreItem], options: ScoringOptions
+) -> list[pb.ScoreResponse]:
     outcomes = {response.id: response async for response in score_items(client, items, options)}
     if len(outcomes) < len(items):
         raise InternalError(f"{len(items)} items have {len(outcomes)} outcomes: are their ids all different?")

@@ -8,7 +8,7 @@ from typing import Any
 from perigee.errors import InvalidArgumentError
 from perigee.reward.adapters.blocking import BlockingScorer
 from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
-from perigee.reward.v1 import reward_pb2 as pb
+from perigee.reward.scoring import read_reward
 
 
 class PerigeeReward:
@@ -46,11 +46,6 @@ class PerigeeReward:
         if log_metric is not None and rewards:
             log_metric("perigee/failed", sum(reward is None for reward in rewards) / len(rewards))
         return rewards
-
-
-def read_reward(outcome: pb.ScoreResponse) -> float | None:
-    """The reward; None when the verdict is FAILED."""
-    return outcome.reward if outcome.HasField("reward") else None
 
 
 def read_text(value: Any) -> str:

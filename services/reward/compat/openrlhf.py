@@ -21,7 +21,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
 from perigee.json_codec import parse_json
 from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
-from perigee.reward.batching import BatchOptions, Scores, score_items
+from perigee.reward.scoring import ScoreClient, ScoringOptions, score_items
 from perigee.reward.v1 import reward_pb2 as pb
 from services.kit.http import ForeignApi
 from services.kit.http_errors import write_error
@@ -31,7 +31,7 @@ RETRY_AFTER_S = 1
 # Characters of the tokens that a tokenizer may put before the prompt.
 MAX_PREFIX = 64
 # OpenRLHF gives a call 180 s and then makes it again.
-OPTIONS = BatchOptions(call_timeout_s=150.0, outage_s=10.0)
+OPTIONS = ScoringOptions(call_timeout_s=150.0, unavailable_s=10.0)
 
 
 TEXTS = {"type": "array", "items": {"type": "string"}}
@@ -127,7 +127,7 @@ def build_answer(request: pb.ScoreRequest, outcomes: Sequence[pb.ScoreResponse])
     return Answer(200, {"rewards": rewards, "scores": rewards, "extra_logs": logs})
 
 
-def openrlhf_api(scores: Scores) -> ForeignApi:
+def openrlhf_api(scores: ScoreClient) -> ForeignApi:
     """The endpoint over a client of the reward service."""
     router = APIRouter()
 

@@ -1,27 +1,31 @@
-"""Batches of items against a scripted service: sizes, retries, refusals, outages."""
+"""Scoring against a scripted service: sizes, retries, refusals, calls that break, outages."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import (
+    AbortedError,
+    DataLossError,
     DeadlineExceededError,
     FieldViolation,
+    InternalError,
     InvalidArgumentError,
+    PerigeeError,
     PermissionDeniedError,
     ResourceExhaustedError,
     UnavailableError,
 )
-from perigee.reward.batching import MAX_BATCH_BYTES, BatchOptions, make_batches, score_items
+from perigee.reward.scoring import MAX_BATCH_BYTES, ScoreJob, ScoringOptions, score_items, scoring
 from perigee.reward.v1 import reward_pb2 as pb
 
 FAILED, CORRECT = buffer_pb2.VERDICT_FAILED, buffer_pb2.VERDICT_CORRECT
-QUICK = BatchOptions(batch=4, concurrency=2, attempts=3, first_pause_s=0.001, last_pause_s=0.002, outage_s=0.05)
+QUICK = ScoringOptions(batch=4, concurrency=2, attempts=3, first_pause_s=0.001, last_pause_s=0.002, unavailable_s=0.05)
 
 
 @dataclass
@@ -132,7 +136,7 @@ async def test_what_a_broken_call_left_out_is_tried_again() -> None:
 
     scores = FakeScores(behave)
     found = await outcomes(scores, make_items(3))
-    assert scores.calls == [["0", "1", "2"], ["1", "2"]]
+    assert scores.calls == [["0", "1", "2"], ["1"], ["2"]]
     assert all(response.verdict == CORRECT for response in found.values())
 
 
@@ -142,7 +146,8 @@ async def test_a_call_that_always_breaks_fails_its_items() -> None:
     assert [(response.verdict, response.reason, response.retryable) for response in found.values()] == [
         (FAILED, "too slow", True)
     ] * 2
-    assert len(scores.calls) == 3
+    # Both together, then each alone as often as it may be tried.
+    assert len(scores.calls) == 1 + 2 * 3
 
 
 async def test_an_item_that_was_left_out_is_tried_again_and_then_failed() -> None:
@@ -198,6 +203,105 @@ async def test_an_item_past_the_message_limit_is_failed_unsent() -> None:
     assert [item_id for call in scores.calls for item_id in call] == ["0"]
 
 
-def test_batches_are_bounded_in_bytes() -> None:
-    items = [pb.ScoreItem(id=str(i), response="x" * (MAX_BATCH_BYTES // 3)) for i in range(7)]
-    assert [len(batch) for batch in make_batches(items, 64)] == [2, 2, 2, 1]
+async def test_batches_are_bounded_in_bytes() -> None:
+    scores = FakeScores(lambda ids, _: map(correct, ids))
+    await outcomes(scores, [pb.ScoreItem(id=str(i), response="x" * (MAX_BATCH_BYTES // 3 - 40)) for i in range(8)])
+    assert sorted(map(len, scores.calls)) == [2, 3, 3]
+
+
+POISON = [
+    InternalError("boom"),
+    DeadlineExceededError("too slow"),
+    AbortedError("lost a race"),
+    DataLossError("garbled"),
+    PerigeeError("unknown"),
+    UnavailableError("the process died"),
+    InvalidArgumentError("something is wrong"),
+]
+
+
+@pytest.mark.parametrize("error", POISON, ids=lambda error: type(error).__name__)
+async def test_a_response_that_breaks_its_call_fails_alone(error: PerigeeError) -> None:
+    def behave(ids: list[str], _call: int) -> Iterable[pb.ScoreResponse | Exception]:
+        for item_id in ids:
+            yield error if item_id in ("7", "13") else correct(item_id)
+
+    scores = FakeScores(behave)
+    items = make_items(40)
+    options = replace(QUICK, batch=16, concurrency=1, unavailable_s=5.0)
+    found = [response async for response in score_items(scores, items, options)]
+    assert sorted(int(response.id) for response in found) == list(range(40))
+    assert {response.id for response in found if response.verdict == FAILED} == {"7", "13"}
+    assert all(error.message in response.reason for response in found if response.verdict == FAILED)
+    alone = [ids for ids in scores.calls if ids == ["7"]]
+    # A service that dies is waited for between two attempts.
+    most = {InvalidArgumentError: 1, UnavailableError: 6}.get(type(error), 3)
+    assert min(most, 3) <= len(alone) <= most
+
+
+async def test_nothing_is_asked_without_end_when_a_response_kills_the_service() -> None:
+    """The service answers others between its deaths, so it never counts as out of reach."""
+
+    def behave(ids: list[str], _call: int) -> Iterable[pb.ScoreResponse | Exception]:
+        if "poison" in ids:
+            yield UnavailableError("connection reset")
+        yield from map(correct, ids)
+
+    verdicts = {}
+
+    async def take(some: list[pb.ScoreResponse]) -> None:
+        verdicts.update({response.id: response.verdict for response in some})
+
+    item = make_items(1)[0]
+    async with scoring(FakeScores(behave), replace(QUICK, unavailable_s=5.0), take) as pipeline:
+        await pipeline.submit(ScoreJob("poison", "4", item))
+        number = 0
+        while "poison" not in verdicts:
+            await pipeline.submit(ScoreJob(str(number := number + 1), "4", item))
+            await asyncio.sleep(0.001)
+    assert verdicts.pop("poison") == FAILED
+    assert set(verdicts.values()) == {CORRECT}
+
+
+async def test_the_pipeline_takes_no_more_than_may_be_pending() -> None:
+    held = asyncio.Event()
+
+    class Held:
+        async def score(self, request: pb.ScoreRequest, *, timeout_s: float) -> AsyncIterator[pb.ScoreResponse]:
+            await held.wait()
+            for item in request.items:
+                yield correct(item.id)
+
+    found: list[str] = []
+
+    async def take(some: list[pb.ScoreResponse]) -> None:
+        found.extend(response.id for response in some)
+
+    item = make_items(1)[0]
+    async with scoring(Held(), replace(QUICK, max_pending=3), take) as pipeline:
+        for number in range(3):
+            await pipeline.submit(ScoreJob(str(number), "4", item))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(pipeline.submit(ScoreJob("3", "4", item)), 0.01)
+        held.set()
+        await pipeline.submit(ScoreJob("4", "4", item))
+    assert sorted(found) == ["0", "1", "2", "4"]
+
+
+async def test_an_id_in_use_is_refused() -> None:
+    scores = FakeScores(lambda ids, _: map(correct, ids))
+    with pytest.raises(InvalidArgumentError, match="'0' is being scored already"):
+        await outcomes(scores, [*make_items(2), *make_items(1)])
+
+
+async def test_a_fault_of_the_sink_cancels_the_block() -> None:
+    async def take(some: list[pb.ScoreResponse]) -> None:
+        raise ValueError("the disk is full")
+
+    async def score() -> None:
+        async with scoring(FakeScores(lambda ids, _: map(correct, ids)), QUICK, take) as pipeline:
+            await pipeline.submit(ScoreJob("0", "4", make_items(1)[0]))
+            await asyncio.Event().wait()
+
+    with pytest.raises(ValueError, match="disk"):
+        await score()
