@@ -1,25 +1,31 @@
-"""How a command ends: its exit code, or one line on standard error that says what to do."""
+"""How a command ends: its exit code, one line on standard error that says what to do, and the signals that end it."""
 
 from __future__ import annotations
 
+import asyncio
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import typer
 
 from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, PerigeeError
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 def end(command: Callable[[], int], debug: bool, failure_code: int = 1) -> None:
-    """Runs a command and ends the program: 2 when it was called wrongly, `failure_code` when a service failed, 1 when
-    a state of things here is in the way.
+    """Runs a command and ends the program with its exit code.
 
-    With `debug` errors show their tracebacks.
+    An error ends it with 2 when the command was called wrongly, `failure_code` when a service failed, and 1 when a
+    state of things here is in the way or a package is missing. With `debug` errors show their tracebacks.
     """
     if debug:
         raise typer.Exit(command())
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # a refused connection is told in our words
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own words for a refused connection
     try:
         code = command()
     except PerigeeError as error:
@@ -29,4 +35,60 @@ def end(command: Callable[[], int], debug: bool, failure_code: int = 1) -> None:
     except OSError as error:
         print(f"perigee: {error.filename or 'system'}: {error.strerror or error}", file=sys.stderr)
         code = 1
+    except ModuleNotFoundError as error:
+        print(f"perigee: {missing_package(error)}", file=sys.stderr)
+        code = 1
     raise typer.Exit(code)
+
+
+def missing_package(error: ModuleNotFoundError) -> str:
+    """Returns one sentence that says what to install; raises the error again when a module of ours is at fault."""
+    package = (error.name or "").partition(".")[0]
+    if package in ("", "perigee"):
+        raise error
+    if package == "services":
+        return "this command needs the services, which are not installed: pip install perigee-services"
+    return f"this command needs {package}, which is not installed: pip install 'perigee[cli,curation]' perigee-services"
+
+
+class Interrupt:
+    """Counts the signals that asked the program to end; the first one cancels `task`."""
+
+    def __init__(self, task: asyncio.Task[Any]) -> None:
+        self.number: signal.Signals | None = None
+        # Called at every signal after the first.
+        self.end_at_once: Callable[[], None] = lambda: None
+        self._task = task
+
+    def receive(self, number: signal.Signals) -> None:
+        """Handles one signal."""
+        if self.number is None:
+            self.number = number
+            self._task.cancel()
+        else:
+            self.end_at_once()
+
+
+def run_interruptible(work: Callable[[Interrupt], Coroutine[Any, Any, int]]) -> int:
+    """Runs `work` to its end and returns its exit code, or 128 + n when signal n asked it to end."""
+    return asyncio.run(_run(work))
+
+
+async def _run(work: Callable[[Interrupt], Coroutine[Any, Any, int]]) -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    interrupt = Interrupt(task)
+    loop = asyncio.get_running_loop()
+    # Only the main thread receives signals.
+    signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    for number in signals:
+        loop.add_signal_handler(number, interrupt.receive, number)
+    try:
+        return await work(interrupt)
+    except asyncio.CancelledError:
+        if interrupt.number is None:
+            raise
+        return 128 + interrupt.number
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from perigee.cli.ending import Interrupt, run_interruptible
 from perigee.cli.ending import end as _end
 from perigee.cli.prompts.app import prompts_app
 from perigee.cli.reward.app import reward_app
@@ -90,15 +91,9 @@ def report(
     _end(lambda: _report(run, runs_dir), debug)
 
 
-def main() -> None:
-    """Entry point of the program."""
-    app()
-
-
 def _up(recipe_path: Path | None, workers: int | None, only: list[str], overrides: list[str], runs_dir: Path) -> int:
-    from perigee.cli import up as command
-    from perigee.cli.interrupt import Interrupt, run_interruptible
-    from perigee.cli.prepare import open_new_run
+    from perigee.cli import train as command
+    from perigee.cli.recipe import open_new_run
     from perigee.cli.view import PlainView
 
     found = command.find_up_recipe(recipe_path, overrides)
@@ -123,9 +118,8 @@ def _train(
     plain: bool,
 ) -> int:
     from perigee.cli import train as command
-    from perigee.cli.interrupt import Interrupt, run_interruptible
-    from perigee.cli.live import open_view
-    from perigee.cli.status import read_coordinator
+    from perigee.cli.metrics import read_coordinator
+    from perigee.cli.view import open_view
 
     if coordinator is not None:
         if workers is not None:
@@ -159,7 +153,7 @@ def _train(
 
 
 def _status(coordinator: str | None, runs_dir: Path) -> int:
-    from perigee.cli import status as command
+    from perigee.cli.metrics import read_coordinator, status_lines
     from perigee.cli.run_folder import find_stack
 
     addresses: dict[str, str] = {}
@@ -173,9 +167,12 @@ def _status(coordinator: str | None, runs_dir: Path) -> int:
         coordinator = addresses.get("coordinator")
 
     async def work() -> list[str]:
-        services = await command.read_services(addresses)
-        answer = await command.read_coordinator(coordinator) if coordinator else None
-        return command.status_lines(services, answer)
+        lines = []
+        if addresses:
+            from perigee.cli.stack import health_lines
+
+            lines += await health_lines(addresses)
+        return lines + (status_lines(await read_coordinator(coordinator)) if coordinator else [])
 
     for line in asyncio.run(work()):
         print(line)
@@ -191,4 +188,4 @@ def _report(name: str, runs_dir: Path) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    app()

@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 from pydantic import Field
 
+from perigee.cli.run_folder import RunFolder, find_run, new_run
 from perigee.errors import InvalidArgumentError
+from perigee.files import write_atomically
 from services.kit.config import Model, ServiceConfig, merge, parse_override, read_yaml, validate
 
 RECIPE_FILE = "recipe.yaml"
@@ -138,6 +140,36 @@ def check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
             raise InvalidArgumentError.for_field(f"{source}: {section}", "must be a mapping of keys to values")
         validate(config_class(section), section_values, source, section)
     return Recipe(path=path, head=head, values=values)
+
+
+def open_new_run(runs_path: Path, recipe: Recipe) -> tuple[RunFolder, Recipe]:
+    """A new run folder that holds the expanded recipe; returns both.
+
+    Raises InvalidArgumentError when the folder cannot be made or the recipe's script is missing.
+    """
+    script = recipe.prepare_path
+    if script is not None and not script.is_file():
+        raise InvalidArgumentError.for_field(f"{recipe.path.name}: prepare", f"{script} is no file")
+    run = new_run(runs_path, recipe.head.name)
+    run.create()
+    return run, _write_recipe(run, recipe.expand(run.path))
+
+
+def open_old_run(runs_path: Path, name: str, overrides: list[str]) -> tuple[RunFolder, Recipe]:
+    """The run folder that `name` stands for and its recipe, with further overrides laid over it.
+
+    Raises InvalidArgumentError when there is no such run, when its stack runs already, or when an override is wrong.
+    """
+    run = find_run(runs_path, name)
+    if (stack := run.read_stack()) is not None:
+        raise InvalidArgumentError.for_field(run.run_id, f"is running already, in process {stack.pid}")
+    return run, _write_recipe(run, load_recipe(run.recipe_path, overrides).values)
+
+
+def _write_recipe(run: RunFolder, values: Mapping[str, Any]) -> Recipe:
+    recipe = check_recipe(run.recipe_path, values)
+    write_atomically(run.recipe_path, dump_yaml(values).encode())
+    return recipe
 
 
 def config_class(section: str) -> type[Model]:

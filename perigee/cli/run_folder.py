@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from perigee.errors import InvalidArgumentError
+from perigee.files import write_atomically
 
 LATEST = "latest"
 
@@ -63,7 +64,7 @@ class RunFolder:
 
     def write_stack(self, stack: StackFile) -> None:
         """Writes `stack.json`."""
-        write_atomic(self.stack_path, json.dumps(asdict(stack), indent=2) + "\n")
+        write_atomically(self.stack_path, f"{json.dumps(asdict(stack), indent=2)}\n".encode())
 
     def read_stack(self) -> StackFile | None:
         """The running local stack of this run; None when there is none, or when its owner is gone."""
@@ -108,20 +109,10 @@ def find_stack(runs_path: Path) -> tuple[RunFolder, StackFile] | None:
 
 def point_latest(path: Path) -> None:
     """Makes `latest` beside a run folder a link to it, in one step."""
-    aside = path.parent / f".{LATEST}.{os.getpid()}"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(path.name)
-    aside.rename(path.parent / LATEST)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Writes a file so that readers see the old or the new contents, also after a crash."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.rename(path)
+    staging = path.parent / f".{LATEST}.{os.getpid()}"
+    staging.unlink(missing_ok=True)
+    staging.symlink_to(path.name)
+    staging.rename(path.parent / LATEST)
 
 
 def _is_alive(pid: int) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import random
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +32,10 @@ PORT_RANGE = range(20_000, 32_000)
 HEALTH_POLL_S = 0.2
 # A check that takes longer than this counts as not ready.
 HEALTH_TIMEOUT_S = 2.0
-MAX_RESTARTS = 3
+# A process that ends is restarted after these delays, then given up.
 RESTART_DELAYS_S = (1.0, 2.0, 4.0)
+# A process that was ready for so long, longer than an engine takes to start, gets all its restarts again.
+HEALTHY_S = 300.0
 # The services that each one dials; `<peer>_address` is the field that takes the address.
 PEERS: Mapping[str, Sequence[str]] = {
     "reward": ("sandbox",),
@@ -65,7 +69,7 @@ class ServiceSpec:
 def plan_stack(
     run: RunFolder, values: Mapping[str, Any], workers: int, services: Sequence[str] = SERVICES
 ) -> list[ServiceSpec]:
-    """The processes for `services`, each on a port of its own; `values` is the recipe of the run folder."""
+    """Returns the processes for `services`, each on a port of its own; `values` is the recipe of the run folder."""
     names = [name for name in services if name != "rollout"]
     names += [f"rollout-{index}" for index in range(workers)] if "rollout" in services else []
     addresses = {}
@@ -90,13 +94,15 @@ def plan_stack(
 
 
 class LocalStack:
-    """The running processes of a run; use as an async context manager, in the main thread."""
+    """Running processes of a run; use as an async context manager, in the main thread."""
 
     def __init__(self, run: RunFolder, specs: Sequence[ServiceSpec], report: Report) -> None:
         self.run = run
         self.specs = specs
         self._report = report
         self._processes: dict[str, ChildProcess] = {}
+        self._ready_at: dict[str, float] = {}
+        self._lost: set[str] = set()
 
     @property
     def addresses(self) -> dict[str, str]:
@@ -120,7 +126,10 @@ class LocalStack:
         await self.stop()
 
     async def supervise(self) -> None:
-        """Restarts what ends, MAX_RESTARTS times per process; raises UnavailableError when that was in vain."""
+        """Restarts what ends; a process that keeps ending is given up.
+
+        Raises UnavailableError when no process of a service is left.
+        """
         await self._for_each(self._supervise)
 
     async def stop(self) -> None:
@@ -146,11 +155,13 @@ class LocalStack:
     async def _start(self, spec: ServiceSpec) -> None:
         process = await start_guarded(spec.name, spec.command, spec.log_path)
         self._processes[spec.name] = process
+        self._ready_at.pop(spec.name, None)
         try:
             await wait_ready(process, spec.address, HEALTH_NAMES[spec.service], spec.token)
         except UnavailableError:
             await process.stop()
             raise
+        self._ready_at[spec.name] = time.monotonic()
         self._report(f"{spec.name} ready at {spec.address}")
 
     async def _stop(self, process: ChildProcess) -> None:
@@ -160,18 +171,29 @@ class LocalStack:
             self._report(f"{process.name} did not end by itself and was killed (log: {process.log_path})")
 
     async def _supervise(self, spec: ServiceSpec) -> None:
-        for restart, delay_s in enumerate(RESTART_DELAYS_S[:MAX_RESTARTS], start=1):
+        restarts = 0
+        while True:
             process = self._processes[spec.name]
             end = process.describe_end(await process.wait())
-            self._report(f"{end}; restart {restart} of {MAX_RESTARTS} in {delay_s:g} s")
+            if time.monotonic() - self._ready_at.get(spec.name, math.inf) >= HEALTHY_S:
+                restarts = 0
+            if restarts == len(RESTART_DELAYS_S):
+                self._give_up(spec, f"{end}; it was restarted {restarts} times")
+                return
+            delay_s = RESTART_DELAYS_S[restarts]
+            restarts += 1
+            self._report(f"{end}; restart {restarts} of {len(RESTART_DELAYS_S)} in {delay_s:g} s")
             await asyncio.sleep(delay_s)
             try:
                 await self._start(spec)
             except UnavailableError as error:
                 self._report(error.message)
-        process = self._processes[spec.name]
-        end = process.describe_end(await process.wait())
-        raise UnavailableError(f"{end}; it was restarted {MAX_RESTARTS} times")
+
+    def _give_up(self, spec: ServiceSpec, end: str) -> None:
+        self._lost.add(spec.name)
+        if all(other.name in self._lost for other in self.specs if other.service == spec.service):
+            raise UnavailableError(end)
+        self._report(f"{end}; the stack goes on without it")
 
 
 async def start_guarded(name: str, command: Sequence[str], log_path: Path) -> ChildProcess:
@@ -202,7 +224,7 @@ async def wait_ready(
 
 
 async def check_health(address: str, service: str, token: str | None = None) -> str:
-    """The health of `service` at `address`: SERVING, NOT_SERVING, UNKNOWN, or the gRPC code that the check ended with.
+    """Returns the health of `service` at `address`: SERVING, NOT_SERVING, UNKNOWN, or the gRPC code of a failed check.
 
     An empty `service` asks whether the process lives at all.
     """
@@ -211,10 +233,18 @@ async def check_health(address: str, service: str, token: str | None = None) -> 
 
 
 async def wait_serving(address: str, service: str, token: str | None = None) -> None:
-    """Returns when `service` at `address` is SERVING; waits as long as it is let."""
+    """Returns when `service` at `address` is SERVING; waits without a deadline."""
     # A channel of its own per attempt: no back-off of a channel that was refused delays the next one.
     while await check_health(address, service, token) != "SERVING":  # noqa: ASYNC110 (another process knows)
         await asyncio.sleep(HEALTH_POLL_S)
+
+
+async def health_lines(addresses: Mapping[str, str]) -> list[str]:
+    """Returns a line of name, address and health for every process, all asked at once."""
+    token = os.environ.get("PERIGEE_TOKEN")
+    checks = (check_health(address, HEALTH_NAMES[name.partition("-")[0]], token) for name, address in addresses.items())
+    healths = await asyncio.gather(*checks)
+    return [f"{name:<12} {addresses[name]:<22} {health}" for name, health in zip(addresses, healths, strict=True)]
 
 
 async def _check_health(channel: grpc.aio.Channel, service: str, token: str | None) -> str:
@@ -229,7 +259,7 @@ async def _check_health(channel: grpc.aio.Channel, service: str, token: str | No
 
 
 def pick_ports(count: int) -> list[int]:
-    """Distinct ports that nothing listens on. Raises OSError when there are not enough."""
+    """Returns distinct ports that nothing listens on. Raises OSError when there are not enough."""
     ports: list[int] = []
     candidates = random.SystemRandom().sample(PORT_RANGE, len(PORT_RANGE))
     for port in candidates:

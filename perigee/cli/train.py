@@ -1,30 +1,148 @@
-"""`perigee train`: a run from its recipe to its report, on a stack of its own or on a running one."""
+"""`perigee train` and `perigee up`: starts the stack, follows the run at its coordinator, ends the stack."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+import shutil
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from perigee.cli.figures import read_evaluation
-from perigee.cli.interrupt import Interrupt
-from perigee.cli.prepare import open_new_run, open_old_run, prepare_data
-from perigee.cli.recipe import Recipe, dump_yaml, find_recipe, load_recipe
+from perigee.cli.ending import Interrupt
+from perigee.cli.metrics import read_evaluation
+from perigee.cli.recipe import (
+    RECIPE_FILE,
+    SERVICES,
+    Recipe,
+    build_recipe,
+    dump_yaml,
+    find_recipe,
+    load_recipe,
+    open_new_run,
+    open_old_run,
+)
 from perigee.cli.run_folder import RunFolder, point_latest
-from perigee.cli.stack import LocalStack, plan_stack
+from perigee.cli.stack import LocalStack, plan_stack, start_guarded
 from perigee.cli.view import View
-from perigee.cli.watch import RunRequest, Told, check_end, read_told, start_run, stop_run, watch_run
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
-from perigee.errors import InvalidArgumentError, UnavailableError
+from perigee.errors import (
+    UNAVAILABLE,
+    CancelledError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    InvalidArgumentError,
+    NotFoundError,
+    PerigeeError,
+    UnavailableError,
+)
+from perigee.report.records import last_recorded
+
+# What runs without a recipe: these need no model.
+MODEL_FREE = ("buffer", "sandbox", "reward")
+# A snapshot in one of these is the last.
+ENDED = (pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_FAILED, pb.RUN_PHASE_STOPPED)
+# One stream lasts this long at most; the next one continues it.
+STREAM_S = 3600.0
+RECONNECT_S = 1.0
+# Without a snapshot for so long the coordinator is given up.
+SILENCE_S = 300.0
+# What calls end with while the coordinator is away, or back without the run.
+_COORDINATOR_AWAY = (*UNAVAILABLE, DeadlineExceededError, NotFoundError, CancelledError)
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """Run to be started: its id, its configuration as YAML, its folder."""
+
+    run_id: str
+    config_yaml: str
+    run_path: str
+
+
+@dataclass
+class Cursor:
+    """Position in a run's event stream: numbers of the last iteration and evaluation received, 0 for none."""
+
+    iteration: int = 0
+    evaluation: int = 0
+
+
+def read_cursor(run_path: Path) -> Cursor:
+    """Returns the position after all that the run's folder records, so that a resumed run shows nothing twice.
+
+    Read it before the run is started, which records more. Raises InvalidArgumentError naming a line that cannot be
+    read.
+    """
+    return Cursor(*last_recorded(run_path))
+
+
+async def start_run(client: CoordinatorClient, request: RunRequest) -> bool:
+    """Starts the run or resumes it; returns whether it was resumed."""
+    response = await client.start_run(
+        pb.StartRunRequest(run_id=request.run_id, config_yaml=request.config_yaml, run_path=request.run_path),
+        timeout_s=120.0,
+    )
+    return response.resumed
+
+
+async def watch_run(
+    client: CoordinatorClient, request: RunRequest, cursor: Cursor, note: Callable[[str], None]
+) -> AsyncIterator[pb.WatchRunResponse]:
+    """Yields the events of a started run: snapshots, the last of them in a phase of ENDED, and each iteration and
+    evaluation after `cursor` once and in order, those that ended while the coordinator was away included.
+
+    A coordinator that is back is asked to resume the run; raises UnavailableError when it stays away for SILENCE_S.
+    """
+    received_at = time.monotonic()
+    while True:
+        try:
+            watch = pb.WatchRunRequest(
+                run_id=request.run_id, after_iteration=cursor.iteration, after_evaluation=cursor.evaluation
+            )
+            async for response in client.watch_run(watch, timeout_s=STREAM_S):
+                received_at = time.monotonic()
+                if response.HasField("iteration"):
+                    cursor.iteration = response.iteration.iteration
+                if response.HasField("evaluation"):
+                    cursor.evaluation = response.evaluation.number
+                yield response
+                if response.run.phase in ENDED:
+                    return
+            error: PerigeeError = UnavailableError("the coordinator ended the stream")
+        except _COORDINATOR_AWAY as away:
+            error = away
+        if time.monotonic() - received_at > SILENCE_S:
+            raise UnavailableError(f"no event of run {request.run_id} for {SILENCE_S:g} s: {error.message}") from error
+        await asyncio.sleep(RECONNECT_S)
+        try:
+            await start_run(client, request)
+            note("watching the run again")
+        except _COORDINATOR_AWAY as away:
+            error = away
+
+
+async def stop_run(client: CoordinatorClient, run_id: str) -> None:
+    """Asks the coordinator to end the run; what it has committed stays."""
+    await client.stop_run(pb.StopRunRequest(run_id=run_id), timeout_s=20.0)
+
+
+def check_end(snapshot: pb.RunSnapshot) -> None:
+    """Raises InternalError with the coordinator's reason unless the run has finished."""
+    if snapshot.phase == pb.RUN_PHASE_FAILED:
+        raise InternalError(f"run {snapshot.run_id} failed: {snapshot.error or 'the coordinator gave no reason'}")
+    if snapshot.phase == pb.RUN_PHASE_STOPPED:
+        raise InternalError(f"run {snapshot.run_id} was stopped at iteration {snapshot.iteration}")
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What `perigee train` was asked to do; `recipe_path` or `resume` is given."""
+    """Arguments of `perigee train`; `recipe_path` or `resume` is given."""
 
     recipe_path: Path | None
     resume: str | None
@@ -36,7 +154,7 @@ class TrainOptions:
 
 
 def open_run(options: TrainOptions) -> tuple[RunFolder, Recipe]:
-    """The run folder, which `latest` then names, and its checked recipe. Raises InvalidArgumentError."""
+    """Returns the run folder, to which `latest` then points, and its checked recipe. Raises InvalidArgumentError."""
     run, recipe = _open_run(options)
     point_latest(run.path)
     return run, recipe
@@ -52,6 +170,28 @@ def _open_run(options: TrainOptions) -> tuple[RunFolder, Recipe]:
         if section not in recipe.values:
             raise InvalidArgumentError.for_field(f"{recipe.path.name}: {section}", "is required to train")
     return open_new_run(options.runs_path, recipe)
+
+
+async def prepare_data(run: RunFolder, recipe: Recipe) -> None:
+    """Runs the recipe's script once per run; the data folder appears when the script has succeeded.
+
+    Raises FailedPreconditionError with the last error of the script's log.
+    """
+    if run.data_path.is_dir():
+        return
+    staging = run.path / ".data.partial"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    if recipe.prepare_path is not None:
+        arguments = [sys.executable, str(recipe.prepare_path), "--out", str(staging), "--seed", str(recipe.seed)]
+        process = await start_guarded("prepare", arguments, run.logs_path / "prepare.log")
+        try:
+            code = await process.wait()
+        finally:
+            await process.stop()
+        if code != 0:
+            raise FailedPreconditionError(process.describe_end(code))
+    staging.rename(run.data_path)
 
 
 async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: View, interrupt: Interrupt) -> None:
@@ -77,17 +217,17 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
             address = local.addresses["coordinator"]
         client = CoordinatorClient.connect(address, token=os.environ.get("PERIGEE_TOKEN"))
         await stack.enter_async_context(client)
-        told = read_told(run.path)
+        cursor = read_cursor(run.path)
         resumed = await start_run(client, request)
         view.note(f"{'going on with' if resumed else 'training'} {run.run_id}")
-        last = await _follow(client, request, told, local, view)
+        last = await _follow(client, request, cursor, local, view)
     check_end(last)
 
 
 async def _follow(
-    client: CoordinatorClient, request: RunRequest, told: Told, local: LocalStack | None, view: View
+    client: CoordinatorClient, request: RunRequest, cursor: Cursor, local: LocalStack | None, view: View
 ) -> pb.RunSnapshot:
-    watching = asyncio.create_task(_show(client, request, told, view))
+    watching = asyncio.create_task(_show(client, request, cursor, view))
     tasks: set[asyncio.Task[pb.RunSnapshot] | asyncio.Task[None]] = {watching}
     if local is not None:
         tasks.add(asyncio.create_task(local.supervise()))
@@ -110,9 +250,9 @@ async def _follow(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _show(client: CoordinatorClient, request: RunRequest, told: Told, view: View) -> pb.RunSnapshot:
+async def _show(client: CoordinatorClient, request: RunRequest, cursor: Cursor, view: View) -> pb.RunSnapshot:
     last: pb.RunSnapshot | None = None
-    async for response in watch_run(client, request, told, view.note):
+    async for response in watch_run(client, request, cursor, view.note):
         if response.HasField("iteration"):
             view.show_iteration(response.iteration)
         if response.HasField("evaluation"):
@@ -122,3 +262,46 @@ async def _show(client: CoordinatorClient, request: RunRequest, told: Told, view
             view.show(last)
     assert last is not None
     return last
+
+
+def choose_services(recipe: Recipe | None, only: Sequence[str]) -> list[str]:
+    """Returns the services to start: those asked for, else all with a recipe, else those that need no model.
+
+    Raises InvalidArgumentError when one is unknown or needs a recipe.
+    """
+    for name in only:
+        if name not in SERVICES:
+            raise InvalidArgumentError.for_field("--only", f"{name} is no service; choose from {', '.join(SERVICES)}")
+    chosen = only or (SERVICES if recipe else MODEL_FREE)
+    if recipe is None and (needy := [name for name in chosen if name not in MODEL_FREE]):
+        raise InvalidArgumentError.for_field("RECIPE", f"is required to start {', '.join(needy)}")
+    return [name for name in SERVICES if name in chosen]
+
+
+def find_up_recipe(path: Path | None, overrides: Sequence[str]) -> Recipe | None:
+    """Returns the recipe named, else the one in the working folder, else None."""
+    if path is not None or Path(RECIPE_FILE).is_file():
+        return load_recipe(find_recipe(path or Path(RECIPE_FILE)), overrides)
+    return None
+
+
+def empty_recipe(overrides: Sequence[str]) -> Recipe:
+    """Returns a recipe with nothing but overrides, for services that need none."""
+    return build_recipe(Path("--set"), {"name": "up"}, overrides)
+
+
+async def up(
+    run: RunFolder, recipe: Recipe, services: Sequence[str], workers: int, view: View, interrupt: Interrupt
+) -> None:
+    """Starts the services and keeps them up; raises UnavailableError when one cannot be kept."""
+    await prepare_data(run, recipe)
+    local = LocalStack(run, plan_stack(run, recipe.values, workers, services), view.note)
+    interrupt.end_at_once = local.kill
+    view.note(f"starting {', '.join(spec.name for spec in local.specs)} (logs: {run.logs_path})")
+    try:
+        async with local:
+            view.note("all services are ready; Ctrl-C ends them")
+            await local.supervise()
+    except asyncio.CancelledError:
+        view.note("all services have ended")
+        raise

@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.cli.watch import RunRequest, Told, watch_run
+from perigee.cli.train import Cursor, RunRequest, watch_run
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import UnavailableError
@@ -78,7 +78,7 @@ class Watched:
 
 async def watch_to_the_end(client: CoordinatorClient, request: RunRequest) -> Watched:
     watched = Watched()
-    async for response in watch_run(client, request, Told(), lambda note: None):
+    async for response in watch_run(client, request, Cursor(), lambda note: None):
         if response.HasField("iteration"):
             watched.iterations.append(response.iteration.iteration)
         if response.HasField("evaluation"):

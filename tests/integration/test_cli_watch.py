@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from perigee.cli.interrupt import Interrupt
+from perigee.cli.ending import Interrupt
 from perigee.cli.recipe import Recipe
 from perigee.cli.run_folder import RunFolder
 from perigee.cli.train import TrainOptions, open_run, train

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from perigee.cli import progress
-from perigee.cli.progress import ProgressView
+from perigee.cli import view as view_module
+from perigee.cli.view import ProgressView
 
 
 def show(terminal: bool, plain: bool = False) -> str:
@@ -21,9 +21,9 @@ def show(terminal: bool, plain: bool = False) -> str:
 
 
 def test_lines_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 0.0)
+    monkeypatch.setattr(view_module, "PLAIN_EVERY_S", 0.0)
     assert show(terminal=False) == "scored: 700 of 1,200\nscored: 1,200 of 1,200, 3 failed\n"
-    monkeypatch.setattr(progress, "PLAIN_EVERY_S", 1e6)
+    monkeypatch.setattr(view_module, "PLAIN_EVERY_S", 1e6)
     assert show(terminal=True, plain=True) == "scored: 1,200 of 1,200, 3 failed\n"
 
 

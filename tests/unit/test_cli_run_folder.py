@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perigee.cli.run_folder import RunFolder, StackFile, find_run, find_stack, new_run, point_latest, write_atomic
+from perigee.cli.run_folder import RunFolder, StackFile, find_run, find_stack, new_run, point_latest
 from perigee.errors import InvalidArgumentError
 
 
@@ -60,10 +60,3 @@ def test_the_newest_living_stack_is_found(tmp_path: Path) -> None:
     assert found[0] == alive
     assert found[1].addresses == {"buffer": "127.0.0.1:1"}
     assert find_stack(tmp_path / "a") is None
-
-
-def test_an_atomic_write_leaves_nothing_aside(tmp_path: Path) -> None:
-    write_atomic(tmp_path / "x", "one")
-    write_atomic(tmp_path / "x", "two")
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]
-    assert (tmp_path / "x").read_text() == "two"

@@ -5,9 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from perigee.cli.figures import format_seconds, phase_seconds, read_evaluation
-from perigee.cli.live import LiveView, open_view, sparkline
-from perigee.cli.view import PlainView
+from perigee.cli.metrics import format_seconds, phase_seconds, read_evaluation
+from perigee.cli.view import LiveView, PlainView, open_view, sparkline
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.records import Estimate, Evaluation
 

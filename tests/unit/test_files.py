@@ -148,3 +148,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         write_atomically(path, (b"x" * (1 // n) for n in (1, 0)))
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_atomic_write_leaves_no_staging_file(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "x", b"one")
+    write_atomically(tmp_path / "x", b"two")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert (tmp_path / "x").read_text() == "two"

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from perigee.cli.interrupt import Interrupt, run_interruptible
-from perigee.cli.progress import ProgressView
+from perigee.cli.ending import Interrupt, run_interruptible
 from perigee.cli.prompts.asking import read_policy_version
 from perigee.cli.prompts.candidates import Candidate, CandidateSet, Columns, read_candidates
 from perigee.cli.prompts.duplicates import find_duplicates
@@ -23,13 +22,13 @@ from perigee.cli.prompts.model_stages import AskedModel, ModelStage, ask_about, 
 from perigee.cli.prompts.report import build_report, write_report
 from perigee.cli.prompts.settings import CurationSettings
 from perigee.cli.prompts.stages import Find, StageResult, run_stage, whole
-from perigee.cli.run_folder import write_atomic
+from perigee.cli.view import ProgressView
 from perigee.curation.balance import Buckets, balance
 from perigee.curation.domains import find_domains
 from perigee.curation.findings import Decision, Finding, Question
 from perigee.curation.question_kinds import find_question_kinds
 from perigee.errors import InvalidArgumentError, PerigeeError
-from perigee.files import write_lines
+from perigee.files import write_atomically, write_lines
 from perigee.reward.client import RewardClient
 from perigee.reward.items import PromptLine, read_prompt_line
 from perigee.rollout.client import RolloutClient
@@ -222,7 +221,7 @@ class _Curation:
             )
         report = build_report(self._stages, before, kept, buckets, self._candidates.left_out)
         report["settings"] = json.loads(self._command.settings.model_dump_json())
-        write_atomic(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        write_atomically(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
         write_report(out / "report.md", report)
         self._console.print(f"{len(kept):,} prompts: {out / 'prompts.jsonl'}", highlight=False, soft_wrap=True)
         self._console.print(f"report: {out / 'report.md'}", highlight=False, soft_wrap=True)

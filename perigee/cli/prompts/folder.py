@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perigee.cli.run_folder import write_atomic
 from perigee.errors import InvalidArgumentError
+from perigee.files import write_atomically
 
 
 class CurationFolder:
@@ -66,7 +66,7 @@ class CurationFolder:
 
     def _write_head(self, head: dict[str, Any]) -> None:
         self._head = head
-        write_atomic(self._head_path, json.dumps(head, indent=2) + "\n")
+        write_atomically(self._head_path, json.dumps(head, indent=2).encode() + b"\n")
 
 
 def describe_model(path: Path) -> str:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from perigee.cli.prompts.stages import StageResult
-from perigee.cli.run_folder import write_atomic
 from perigee.curation.balance import Buckets, Cell, count_cells, shares
 from perigee.curation.findings import Decision, Question
+from perigee.files import write_atomically
 
 EXAMPLES = 3
 EXAMPLE_CHARACTERS = 160
@@ -49,7 +49,7 @@ def build_report(
 
 def write_report(path: Path, report: Mapping[str, Any]) -> None:
     """Writes the report as Markdown."""
-    write_atomic(path, "\n".join(_lines(report)) + "\n")
+    write_atomically(path, ("\n".join(_lines(report)) + "\n").encode())
 
 
 def _describe(stage: StageResult) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from rich.console import Console
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.cli.interrupt import Interrupt, run_interruptible
-from perigee.cli.progress import ProgressView
+from perigee.cli.ending import Interrupt, run_interruptible
 from perigee.cli.reward.item_file import read_item_file
 from perigee.cli.reward.outcomes import OutcomeBook
 from perigee.cli.reward.summary import show_summary, summarize
+from perigee.cli.view import ProgressView
 from perigee.errors import PerigeeError
 from perigee.reward.client import RewardClient
 from perigee.reward.scoring import ScoringOptions, score_items

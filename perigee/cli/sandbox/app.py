@@ -79,7 +79,7 @@ def run(
     """
 
     def command() -> int:
-        from perigee.cli.interrupt import Interrupt, run_interruptible
+        from perigee.cli.ending import Interrupt, run_interruptible
         from perigee.cli.sandbox import run as implementation
         from perigee.cli.sandbox.reading import make_limits
 
@@ -128,7 +128,7 @@ def judge(
     """
 
     def command() -> int:
-        from perigee.cli.interrupt import run_interruptible
+        from perigee.cli.ending import run_interruptible
         from perigee.cli.sandbox.commands import judge_folder
 
         return run_interruptible(lambda _: judge_folder(address, folder, solutions or [], as_json))
@@ -141,7 +141,7 @@ def runtimes(as_json: JsonOption = False, address: AddressOption = ADDRESS, debu
     """List the languages with their versions and limits, and what is missing for others."""
 
     def command() -> int:
-        from perigee.cli.interrupt import run_interruptible
+        from perigee.cli.ending import run_interruptible
         from perigee.cli.sandbox.commands import list_runtimes
 
         return run_interruptible(lambda _: list_runtimes(address, as_json))
@@ -185,7 +185,7 @@ def make_tests(
     """
 
     def command() -> int:
-        from perigee.cli.interrupt import run_interruptible
+        from perigee.cli.ending import run_interruptible
         from perigee.cli.sandbox.commands import make_folder_tests
         from perigee.cli.sandbox.make_tests import read_share
         from perigee.testgen.plan import Plan

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from perigee.cli.figures import format_seconds
+from perigee.cli.metrics import format_seconds
 from perigee.cli.sandbox.judge import Judgement, verdict_name
 from perigee.cli.sandbox.reading import MIB, megabytes
 from perigee.sandbox.v1 import sandbox_pb2 as pb

@@ -1,14 +1,17 @@
-"""The figures of a run in words: what a snapshot says, as text for the views."""
+"""A run in words: its metrics, phases, evaluations, workers and state as lines of text."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.headline import describe
 from perigee.report.records import Estimate, Evaluation
 
+CALL_TIMEOUT_S = 5.0
 # Units of a snapshot's phase_done and phase_total.
 _UNITS: Mapping[int, str] = {
     pb.RUN_PHASE_SFT: "steps",
@@ -19,7 +22,7 @@ _UNITS: Mapping[int, str] = {
     pb.RUN_PHASE_WEIGHTS: "workers",
 }
 # Key in the metrics, label, format.
-_FIGURES = (
+_SHOWN_METRICS = (
     ("reward/mean", "reward", "{:.3f}"),
     ("accuracy/overall", "accuracy", "{:.3f}"),
     ("response_tokens/mean", "length", "{:.1f}"),
@@ -31,12 +34,12 @@ _FIGURES = (
 
 
 def phase_name(phase: int) -> str:
-    """The phase in lower case: rollout, training, ..."""
+    """Returns the phase in lower case: rollout, training, ..."""
     return pb.RunPhase.Name(pb.RunPhase.ValueType(phase)).removeprefix("RUN_PHASE_").lower()
 
 
 def progress_line(snapshot: pb.RunSnapshot) -> str:
-    """Where the run stands, and how much of the phase is done when that is known."""
+    """Returns where the run stands, and how much of the phase is done when that is known."""
     parts = [f"iteration {snapshot.iteration} of {snapshot.iterations}", f"policy version {snapshot.policy_version}"]
     if snapshot.phase_total:
         parts.append(f"{snapshot.phase_done:,} of {snapshot.phase_total:,} {_UNITS.get(snapshot.phase, '')}".rstrip())
@@ -44,8 +47,8 @@ def progress_line(snapshot: pb.RunSnapshot) -> str:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A figure of an iteration: its key in the metrics, a short label, and its value as text."""
+class ShownMetric:
+    """Metric of an iteration for people: its key, a short label, and its value as text."""
 
     key: str
     label: str
@@ -53,30 +56,30 @@ class Figure:
 
 
 def result_line(result: pb.IterationResult) -> str:
-    """The figures of an iteration in one line; what the metrics lack is left out."""
+    """Returns the metrics of an iteration in one line."""
     metrics = result.metrics
     parts = [f"iteration {result.iteration} of {result.iterations}"]
-    parts += [f"{figure.label} {figure.text}" for figure in figures(metrics)]
+    parts += [f"{metric.label} {metric.text}" for metric in shown_metrics(metrics)]
     phases = phase_seconds(metrics)
     if phases:
         parts.append(" ".join(f"{name} {seconds:.1f}s" for name, seconds in phases.items()))
     return "  ".join(parts)
 
 
-def figures(metrics: Mapping[str, float]) -> list[Figure]:
-    """The figures of an iteration; what the metrics lack is left out."""
-    return [Figure(key, label, form.format(metrics[key])) for key, label, form in _FIGURES if key in metrics]
+def shown_metrics(metrics: Mapping[str, float]) -> list[ShownMetric]:
+    """Returns the metrics of an iteration that people are shown, as far as there are any."""
+    return [ShownMetric(key, label, form.format(metrics[key])) for key, label, form in _SHOWN_METRICS if key in metrics]
 
 
 def read_evaluation(result: pb.EvaluationResult) -> Evaluation:
-    """An evaluation as the coordinator tells it."""
+    """Returns an evaluation that the coordinator reports."""
     greedy = {a.domain: _read_estimate(a.greedy) for a in result.accuracies if a.HasField("greedy")}
     sampled = {a.domain: _read_estimate(a.sampled) for a in result.accuracies if a.HasField("sampled")}
     return Evaluation(result.iteration, greedy, sampled)
 
 
 def evaluation_line(evaluation: Evaluation) -> str:
-    """Held-out accuracy in one line, with the 95% intervals."""
+    """Returns held-out accuracy in one line, with the 95% intervals."""
     parts = []
     for domain in evaluation.domains:
         kinds = (("sampled", evaluation.sampled.get(domain)), ("greedy", evaluation.greedy.get(domain)))
@@ -86,14 +89,14 @@ def evaluation_line(evaluation: Evaluation) -> str:
 
 
 def phase_seconds(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of each phase of the iteration, in the order in which they began."""
+    """Returns the seconds of each phase of the iteration, in the order in which they began."""
     keys = [key for key in metrics if key.startswith("phases/") and key.endswith("/seconds")]
     keys.sort(key=lambda key: metrics.get(key.replace("/seconds", "/start"), 0.0))
     return {key.split("/")[1]: metrics[key] for key in keys}
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people: 8.2 s, 3 m 05 s, 2 h 07 m."""
+    """Returns a duration for people: 8.2 s, 3 m 05 s, 2 h 07 m."""
     if round(seconds, 1) < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -105,3 +108,32 @@ def format_seconds(seconds: float) -> str:
 def _read_estimate(estimate: pb.AccuracyEstimate) -> Estimate:
     low = estimate.low if estimate.HasField("low") else None
     return Estimate(estimate.mean, low, estimate.high if estimate.HasField("high") else None)
+
+
+async def read_coordinator(address: str) -> pb.GetStatusResponse:
+    """Returns the coordinator's status. Raises UnavailableError when it cannot be reached."""
+    async with CoordinatorClient.connect(address, token=os.environ.get("PERIGEE_TOKEN")) as client:
+        return await client.get_status(pb.GetStatusRequest(), timeout_s=CALL_TIMEOUT_S)
+
+
+def status_lines(status: pb.GetStatusResponse) -> list[str]:
+    """Returns workers and run of a coordinator, a line each."""
+    lines = []
+    for worker in status.workers:
+        state = "ready" if worker.ready else "not ready"
+        lines.append(
+            f"worker {worker.worker_id} at {worker.address}: {state}, {worker.running} running, "
+            f"policy version {worker.policy_version}, lease {format_seconds(worker.lease_remaining_seconds)}"
+        )
+    if not status.workers:
+        lines.append("no rollout worker is registered")
+    if not status.HasField("run"):
+        lines.append("no run")
+        return lines
+    run = status.run
+    lines.append(f"run {run.run_id}: {phase_name(run.phase)}, {progress_line(run)}")
+    if found := shown_metrics(run.metrics):
+        lines.append("latest iteration: " + ", ".join(f"{metric.label} {metric.text}" for metric in found))
+    if run.error:
+        lines.append(f"error: {run.error}")
+    return lines
