@@ -1,7 +1,19 @@
-"""Loads the fixtures of every part and lists the tools that were not there."""
+"""Loads the fixtures of every part, spreads tests over worker processes, and lists the tools that were not there.
 
+Under `pytest -n 2` a worker takes a group of tests at a time: those of one file, or of the files that share a service
+which is slow to start. A test marked `serial` measures time or CPU, or kills processes that others could feel, and has
+the machine to itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 pytest_plugins = [
@@ -10,10 +22,73 @@ pytest_plugins = [
     if path.stem != "__init__"
 ]
 
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+# Files that share a slow service, by the group that they make. The groups start in this order, those that take longest
+# first, so that the last ones to start are short; then come the other files.
+GROUPS = {
+    "training": ("test_training",),
+    "rollout": ("test_rollout_service", "test_rollout_faults"),
+    "trainer": ("test_trainer_service", "test_trainer_push", "test_trainer_equation", "test_trainer_weights"),
+}
+GROUP_OF = {stem: group for group, stems in GROUPS.items() for stem in stems}
+
+# `make test` takes the profile ci: fewer examples, and the same ones each time; a person's pytest looks further.
+hypothesis.settings.register_profile("dev", deadline=None)
+hypothesis.settings.register_profile(
+    "ci", deadline=None, max_examples=50, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+def group_of(nodeid: str) -> str:
+    """The group of a test by its id: a name of GROUPS or the test's file."""
+    file = nodeid.partition("::")[0]
+    return GROUP_OF.get(Path(file).stem, file)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Hands whole groups to the worker processes."""
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]
+
+    class GroupScheduling(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    config.option.loadscopereorder = False  # the order of GROUPS counts, not the number of tests
+    return GroupScheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the groups of slow services first."""
+    if WORKER:
+        order = {group: place for place, group in enumerate(GROUPS)}
+        items.sort(key=lambda item: order.setdefault(group_of(item.nodeid), len(order)))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Has a serial test wait until no other runs, and others wait for it; the wait counts in no time limit."""
+    if not WORKER:
+        return (yield)
+    with _machine(Path(item.config.getoption("basetemp")).parent, exclusive="serial" in item.keywords):
+        return (yield)
+
+
+@contextmanager
+def _machine(folder: Path, exclusive: bool) -> Iterator[None]:
+    """Shares the machine with the tests of other workers, or holds it alone; whoever asks first has it first."""
+    with (folder / "machine.lock").open("w") as machine:
+        with (folder / "next.lock").open("w") as turn:
+            fcntl.flock(turn, fcntl.LOCK_EX)
+            fcntl.flock(machine, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
+        yield
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Names each missing tool or data set once, after the results."""
-    missing = sorted({str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])})  # type: ignore[index]
+    missing = sorted({str(report.longrepr[2]) for report in terminalreporter.stats.get("skipped", [])})
     if missing:
         terminalreporter.section("not shown here")
         for reason in missing:
