@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 EXTRAS := cli curation services buffer coordinator sandbox reward weights rollout-cpu trainer
 
-.PHONY: help setup system run test unit lint format protos baseline lock clean
+.PHONY: help setup system run test unit lint format protos docs baseline lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ format: setup ## Format the code and the protos
 
 protos: setup ## Regenerate the gRPC stubs
 	tools/protos.sh
+
+docs: setup ## Print docs/configuration.md from the configuration's docstrings
+	$(BIN)/python tools/print_configuration.py > docs/configuration.md
 
 baseline: setup ## Make the contract as it is the one that `make lint` guards; at a release
 	$(BIN)/buf build --exclude-source-info -o protos/baseline.binpb
