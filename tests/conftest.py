@@ -27,8 +27,15 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ
 # first, so that the last ones to start are short; then come the other files.
 GROUPS = {
     "training": ("test_training",),
-    "rollout": ("test_rollout_service", "test_rollout_faults"),
-    "trainer": ("test_trainer_service", "test_trainer_push", "test_trainer_equation", "test_trainer_weights"),
+    "rollout": ("test_rollout_service", "test_prompts_curate"),
+    "attacks on judging": ("test_sandbox_attacks_answers",),
+    "trainer": ("test_trainer_equation", "test_trainer_weights", "test_trainer_service", "test_trainer_push"),
+    "value head": ("test_reward_value_head_faults", "test_reward_value_head", "test_reward_models_served"),
+    "trainer faults": ("test_trainer_faults",),
+    "attacks": ("test_sandbox_attacks",),
+    "rollout faults": ("test_rollout_faults",),
+    "value head of labelled items": ("test_reward_value_head_labelled",),
+    "examples": ("test_examples_sandbox",),
 }
 GROUP_OF = {stem: group for group, stems in GROUPS.items() for stem in stems}
 

@@ -157,6 +157,7 @@ async def test_without_redis_calls_say_when_to_retry_and_with_it_they_work_again
             assert (await client.get_run(pb.GetRunRequest(run_id=RUN))).run.config_digest == "d"
 
 
+@pytest.mark.serial
 async def test_a_stalled_server_costs_a_deadline_and_no_connection(tmp_path: Path, unused_tcp_port: int) -> None:
     config = BufferConfig.model_validate(
         {

@@ -78,6 +78,7 @@ def left_behind(instance_pid: int) -> list[str]:
     return [str(path) for mount in host.mounts.values() for path in mount.glob(f"perigee-sandbox/{instance_pid}-*")]
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("isolation", ["zygote", "crun"])
 async def test_full_queue_cancel_and_deadline(isolation: str, tmp_path: Path) -> None:
     skip_unless_possible(isolation)

@@ -17,6 +17,7 @@ from tests.fixtures.weights import local_receiver
 RUN = "trainer-run"
 
 
+@pytest.mark.serial
 async def test_each_version_reaches_the_receiver_bit_for_bit(
     trainer: TrainerAt, buffer_client: BufferClient, tmp_path: Path
 ) -> None:
