@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from rollout_stack import POLICY_VERSION, RolloutStack
 
+from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.rollout.v1 import rollout_pb2
 
@@ -36,7 +37,9 @@ async def create_trajectories(stack: RolloutStack, prompts: Sequence[Sequence[in
         group_id = f"g{next(_numbers)}"
         ids = [f"{group_id}-{member}" for member in range(size)]
         groups.append(
-            buffer_pb2.NewGroup(group_id=group_id, prompt_id=group_id, prompt_token_ids=prompt, trajectory_ids=ids)
+            buffer_pb2.NewGroup(
+                group_id=group_id, prompt_id=group_id, prompt_token_ids=pack_token_ids(prompt), trajectory_ids=ids
+            )
         )
     request = buffer_pb2.CreateGroupsRequest(run_id=stack.run_id, groups=groups)
     await stack.buffer.create_groups(request, timeout_s=TIMEOUT_S)

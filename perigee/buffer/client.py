@@ -2,15 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from perigee.buffer.packing import ITEM_BYTES, all_finite, count_tokens
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.buffer.v1.buffer_pb2_grpc import BufferServiceStub
+from perigee.errors import DataLossError
 from perigee.rpc import ChannelOptions, ServiceClient
 
 if TYPE_CHECKING:
     from perigee.buffer.v1.buffer_pb2_grpc import BufferServiceAsyncStub
+
+# Trajectories that one call asks for, so that no request grows with the iteration.
+TRAJECTORIES_PER_CALL = 512
+UNFINISHED = (pb.END_REASON_UNSPECIFIED, pb.END_REASON_BUDGET)
+
+
+@dataclass(frozen=True)
+class StoredTrajectory:
+    """A whole trajectory as the buffer stores it: a prompt and T response tokens.
+
+    `prompt_token_ids`, `token_ids` and `logprobs` are packed (`perigee.buffer.packing`). `logprobs` has one value for
+    each response token, or none when they were not asked for. `versions` spans the response tokens in order.
+    """
+
+    trajectory_id: str
+    prompt_token_ids: bytes
+    token_ids: bytes
+    logprobs: bytes
+    versions: Sequence[pb.VersionSpan]
+    end_reason: pb.EndReason.ValueType
+    epoch: int
+
+    @property
+    def tokens(self) -> int:
+        """Number T of response tokens."""
+        return count_tokens(self.token_ids)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the response has ended, not only a segment of it."""
+        return self.end_reason not in UNFINISHED
 
 
 class BufferClient(ServiceClient):
@@ -64,11 +98,35 @@ class BufferClient(ServiceClient):
         """Appends chunks. The same chunk twice is one chunk; a gap, or the epoch of an older lease, is refused."""
         return await self._unary(self._stub.AppendChunks, request, timeout_s)
 
-    def read_trajectories(
+    def read_pieces(
         self, request: pb.ReadTrajectoriesRequest, *, timeout_s: float = 60.0
     ) -> AsyncIterator[pb.ReadTrajectoriesResponse]:
-        """Streams whole trajectories as bounded chunks, in the order asked for."""
+        """Streams trajectories as bounded pieces, in the order asked for; `read_trajectories` joins and checks them."""
         return self._stream(self._stub.ReadTrajectories, request, timeout_s)
+
+    async def read_trajectories(
+        self, run_id: str, trajectory_ids: Sequence[str], *, with_logprobs: bool = False, timeout_s: float = 60.0
+    ) -> AsyncIterator[StoredTrajectory]:
+        """Reads whole trajectories in the order asked for, each as soon as its last piece is there.
+
+        `timeout_s` bounds each call, of which there is one for every 512 trajectories. Raises NotFoundError for an
+        unknown trajectory, DataLossError when pieces are missing or do not fit together.
+        """
+        for start in range(0, len(trajectory_ids), TRAJECTORIES_PER_CALL):
+            expected = iter(trajectory_ids[start : start + TRAJECTORIES_PER_CALL])
+            request = pb.ReadTrajectoriesRequest(
+                run_id=run_id,
+                trajectory_ids=trajectory_ids[start : start + TRAJECTORIES_PER_CALL],
+                with_logprobs=with_logprobs,
+            )
+            pieces: list[pb.ReadTrajectoriesResponse] = []
+            async for piece in self.read_pieces(request, timeout_s=timeout_s):
+                pieces.append(piece)
+                if piece.last:
+                    yield join_pieces(next(expected, ""), pieces, with_logprobs=with_logprobs)
+                    pieces = []
+            if (missing := next(expected, None)) is not None:
+                raise DataLossError(f"trajectory {missing}: the buffer sent no whole trajectory")
 
     async def record_verdicts(
         self, request: pb.RecordVerdictsRequest, *, timeout_s: float = 20.0
@@ -87,3 +145,40 @@ class BufferClient(ServiceClient):
     ) -> pb.CommitIterationResponse:
         """Closes an iteration in one atomic change: groups consumed, statistics, policy version, run state."""
         return await self._unary(self._stub.CommitIteration, request, timeout_s)
+
+
+def join_pieces(
+    trajectory_id: str, pieces: Sequence[pb.ReadTrajectoriesResponse], *, with_logprobs: bool
+) -> StoredTrajectory:
+    """Joins the pieces of one trajectory.
+
+    Raises DataLossError for a gap, for tokens that lack a log-probability or a version, and for a log-probability that
+    is not finite.
+    """
+    offset = 0
+    for piece in pieces:
+        if piece.trajectory_id != trajectory_id or piece.offset != offset:
+            raise DataLossError(
+                f"trajectory {trajectory_id}: the piece of {piece.trajectory_id} at offset {piece.offset} came where "
+                f"offset {offset} was due"
+            )
+        offset += count_tokens(piece.token_ids)
+    trajectory = StoredTrajectory(
+        trajectory_id=trajectory_id,
+        prompt_token_ids=pieces[0].prompt_token_ids,
+        token_ids=b"".join(piece.token_ids for piece in pieces),
+        logprobs=b"".join(piece.logprobs for piece in pieces),
+        versions=[span for piece in pieces for span in piece.versions],
+        end_reason=pieces[-1].end_reason,
+        epoch=pieces[-1].epoch,
+    )
+    spanned = sum(span.tokens for span in trajectory.versions)
+    logprobs = len(trajectory.logprobs) if with_logprobs else len(trajectory.token_ids)
+    if not len(trajectory.token_ids) == logprobs == spanned * ITEM_BYTES:
+        raise DataLossError(
+            f"trajectory {trajectory_id}: {trajectory.tokens} tokens, {count_tokens(trajectory.logprobs)} "
+            f"log-probabilities, {spanned} versions"
+        )
+    if not all_finite(trajectory.logprobs):
+        raise DataLossError(f"trajectory {trajectory_id}: a log-probability is not finite")
+    return trajectory

@@ -1,7 +1,7 @@
 """Starts the buffer service."""
 
 from services.buffer.config import BufferConfig
-from services.buffer.lifespan import lifespan
+from services.buffer.service import lifespan
 from services.kit.config import load_config
 from services.kit.server import run
 

@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from prometheus_client import Counter
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -22,7 +23,6 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from perigee.errors import FailedPreconditionError, UnavailableError
 from services.buffer.config import LocalServerConfig
-from services.buffer.metrics import SERVER_RESTARTS
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -31,6 +31,7 @@ SOCKET_NAME = "valkey.sock"
 LOG_NAME = "valkey.log"
 POLL_S = 0.02
 RESTART_DELAY_S = 1.0
+SERVER_RESTARTS = Counter("perigee_buffer_server_restarts_total", "Restarts of the Valkey server that the buffer runs.")
 # sockaddr_un holds 108 bytes on Linux, 104 on macOS.
 MAX_SOCKET_PATH_BYTES = 100
 

@@ -10,13 +10,12 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, cast
 
+from prometheus_client import Histogram
 from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from perigee.errors import FailedPreconditionError, NotFoundError, ResourceExhaustedError, UnavailableError
-from services.buffer.keys import run_key
-from services.buffer.metrics import DURABILITY_SECONDS
 from services.buffer.nodes import Nodes, read_facts
 from services.kit.telemetry import get_logger
 
@@ -25,6 +24,9 @@ log = get_logger(__name__)
 RETRY_AFTER_S = 1.0
 # Once for a script that the server does not know, the others for a cluster that is moving the run.
 MAX_REDIRECTIONS = 4
+DURABILITY_SECONDS = Histogram(
+    "perigee_buffer_durability_seconds", "Seconds of durable changes, the sync to disk included."
+)
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,10 @@ def load_script(name: str) -> Script:
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
-class Stake(IntEnum):
-    """What the loss of a change that was answered would cost."""
+class Durability(IntEnum):
+    """Class of a change by what its loss would cost, cheapest first."""
 
-    NOTHING = 0
+    NONE = 0
     """Nothing, or tokens that are generated again: reads, chunks within a segment."""
     SEGMENT = 1
     """A segment that its worker believes to be kept, or a lease that fences: groups, leases, ends of segments."""
@@ -53,25 +55,30 @@ class Stake(IntEnum):
     """Work that is not done again: runs, verdicts, commits."""
 
 
-# The least stake whose calls wait for the disk, by `durability` of the configuration.
-LEAST_STAKE = {"segments": Stake.SEGMENT, "commits": Stake.COMMIT, "none": None}
+# The cheapest class that waits for the disk, by `durability` of the configuration.
+LEAST_SYNCED = {"segments": Durability.SEGMENT, "commits": Durability.COMMIT, "none": None}
+
+
+def run_key(run_id: str) -> str:
+    """Returns the key of the run's state, from which the scripts derive every other key of the run."""
+    return f"perigee:{{{run_id}}}:run"
 
 
 class ScriptRunner:
     """Runs scripts on the servers of the runs.
 
-    A call of at least the least stake of `durability` is answered when the server has synced it to its append-only file
-    (WAITAOF); servers older than Redis 7.2 have no such command, and keep what their own fsync policy keeps.
+    A change that `durability` covers is answered once the server has synced it to its append-only file (WAITAOF);
+    servers older than Redis 7.2 have no such command, and keep what their own fsync policy keeps.
     """
 
     def __init__(self, nodes: Nodes, *, durability: str, durability_timeout_s: float) -> None:
         self._nodes = nodes
         self._durability_timeout_s = durability_timeout_s
-        self._least_stake = LEAST_STAKE[durability]
+        self._least_synced = LEAST_SYNCED[durability]
         self._has_waitaof: bool | None = None
 
     async def check(self) -> None:
-        """Learns what the first server that answers can do.
+        """Reads what the first server that answers can do.
 
         Raises FailedPreconditionError for a server that is too old, keeps nothing on disk or may drop keys, and
         UnavailableError when none can be reached.
@@ -79,21 +86,21 @@ class ScriptRunner:
         with translating_errors():
             await self._nodes.use_one_that_answers()
             facts = await read_facts(self._nodes.first)
-        facts.refuse_unfit(needs_file=self._least_stake is not None)
-        if self._least_stake is not None and not facts.has_waitaof and self._has_waitaof is None:
+        facts.refuse_unfit(needs_file=self._least_synced is not None)
+        if self._least_synced is not None and not facts.has_waitaof and self._has_waitaof is None:
             log.warning("redis has no WAITAOF: set appendfsync to always there", redis_version=facts.version)
         self._has_waitaof = facts.has_waitaof
 
     async def run(
-        self, script: Script, run_id: str, *arguments: str | bytes | int, stake: Stake = Stake.NOTHING
+        self, script: Script, run_id: str, *arguments: str | bytes | int, durability: Durability = Durability.NONE
     ) -> list[Any]:
-        """The reply of `script`, whose first element says how it went ("OK" or the reason that nothing changed).
+        """Returns the reply of `script`, whose first element is "OK" or the reason that nothing changed.
 
         Raises NotFoundError for an unknown run, UnavailableError when Redis cannot be reached or does not sync in time.
         """
         key = run_key(run_id)
         command = ("EVALSHA", script.sha1, 1, key, *arguments)
-        waits = self._least_stake is not None and stake >= self._least_stake
+        waits = self._least_synced is not None and durability >= self._least_synced
         with translating_errors():
             if waits and self._has_waitaof is None:
                 await self.check()

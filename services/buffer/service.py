@@ -1,25 +1,34 @@
-"""The gRPC face of the buffer: protobuf in, a call of the domain, protobuf out."""
+"""perigee.buffer.v1.BufferService: checks requests, calls the model, and serves as long as Redis does."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import grpc
 
 from perigee.buffer.v1 import buffer_pb2 as pb
-from perigee.buffer.v1.buffer_pb2_grpc import BufferServiceServicer
-from services.buffer import groups, metrics, requests, runs, trajectories
+from perigee.buffer.v1.buffer_pb2_grpc import BufferServiceServicer, add_BufferServiceServicer_to_server
+from perigee.errors import PerigeeError, UnavailableError
+from services.buffer import model, requests
 from services.buffer.config import BufferConfig
-from services.buffer.packing import ITEM_BYTES
-from services.buffer.responses import write_group, write_piece, write_run
+from services.buffer.local_server import local_server
+from services.buffer.nodes import Nodes
 from services.buffer.scripts import ScriptRunner
+from services.kit.server import App
+from services.kit.telemetry import get_logger
 
+log = get_logger(__name__)
+
+SERVICE_NAME = "perigee.buffer.v1.BufferService"
+CHECK_EVERY_S = 1.0
 Context = grpc.aio.ServicerContext[object, object]
 
 
 class BufferService(BufferServiceServicer):
-    """`perigee.buffer.v1.BufferService` on one Redis."""
+    """Serves the buffer's calls on one Redis."""
 
     def __init__(self, scripts: ScriptRunner, config: BufferConfig) -> None:
         self._scripts = scripts
@@ -28,76 +37,67 @@ class BufferService(BufferServiceServicer):
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
         """Creates the run or confirms it."""
         requests.check_run_id(request.run_id)
-        state, created = await runs.create_run(
-            self._scripts, request.run_id, request.config_digest, request.policy_version, request.coordinator_state
-        )
-        return pb.CreateRunResponse(run=write_run(state), created=created)
+        return await model.create_run(self._scripts, request)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """Reads the run's state."""
         requests.check_run_id(request.run_id)
-        return pb.GetRunResponse(run=write_run(await runs.get_run(self._scripts, request.run_id)))
+        return pb.GetRunResponse(run=await model.get_run(self._scripts, request.run_id))
 
     async def CreateGroups(self, request: pb.CreateGroupsRequest, context: Context) -> pb.CreateGroupsResponse:
         """Creates groups with their trajectories."""
         requests.check_run_id(request.run_id)
-        new = requests.read_groups(request.groups, self._config.limits)
-        return pb.CreateGroupsResponse(created=await groups.create_groups(self._scripts, request.run_id, new))
+        requests.check_groups(request.groups, self._config.limits)
+        created = await model.create_groups(self._scripts, request.run_id, request.groups)
+        return pb.CreateGroupsResponse(created=created)
 
     async def ListGroups(self, request: pb.ListGroupsRequest, context: Context) -> AsyncIterator[pb.ListGroupsResponse]:
         """Streams the groups not consumed."""
         requests.check_run_id(request.run_id)
-        pages = groups.list_groups(self._scripts, request.run_id, self._config.page_trajectories)
+        pages = model.list_groups(self._scripts, request.run_id, self._config.page_trajectories)
         async with aclosing(pages):
             async for page in pages:
-                yield pb.ListGroupsResponse(groups=[write_group(group) for group in page])
+                yield page
 
     async def LeaseTrajectories(
         self, request: pb.LeaseTrajectoriesRequest, context: Context
     ) -> pb.LeaseTrajectoriesResponse:
         """Leases trajectories to a worker."""
         requests.check_run_id(request.run_id)
-        ids = requests.read_ids(
-            "trajectory_ids", request.trajectory_ids, self._config.limits, worker_id=request.worker_id
-        )
-        leases = await trajectories.lease_trajectories(self._scripts, request.run_id, request.worker_id, ids)
-        metrics.LEASES.inc(len(leases))
-        return pb.LeaseTrajectoriesResponse(
-            leases=[pb.Lease(trajectory_id=item.trajectory_id, epoch=item.epoch, tokens=item.tokens) for item in leases]
-        )
+        ids = request.trajectory_ids
+        requests.check_ids("trajectory_ids", ids, self._config.limits, worker_id=request.worker_id)
+        leases = await model.lease_trajectories(self._scripts, request.run_id, request.worker_id, ids)
+        return pb.LeaseTrajectoriesResponse(leases=leases)
 
     async def AppendChunks(self, request: pb.AppendChunksRequest, context: Context) -> pb.AppendChunksResponse:
         """Appends chunks."""
         requests.check_run_id(request.run_id)
-        chunks = requests.read_chunks(request.chunks, self._config.limits)
-        outcomes = await trajectories.append_chunks(self._scripts, request.run_id, chunks)
-        metrics.count_chunks(chunks, outcomes)
-        return pb.AppendChunksResponse(outcomes=[pb.AppendOutcome.ValueType(outcome) for outcome in outcomes])
+        requests.check_chunks(request.chunks, self._config.limits)
+        outcomes = await model.append_chunks(self._scripts, request.run_id, request.chunks)
+        return pb.AppendChunksResponse(outcomes=outcomes)
 
     async def ReadTrajectories(
         self, request: pb.ReadTrajectoriesRequest, context: Context
     ) -> AsyncIterator[pb.ReadTrajectoriesResponse]:
         """Streams trajectories with their tokens."""
         requests.check_run_id(request.run_id)
-        ids = requests.read_ids("trajectory_ids", request.trajectory_ids, self._config.limits)
-        pieces = trajectories.read_trajectories(
+        requests.check_ids("trajectory_ids", request.trajectory_ids, self._config.limits)
+        pieces = model.read_trajectories(
             self._scripts,
             request.run_id,
-            ids,
+            request.trajectory_ids,
             with_logprobs=request.with_logprobs,
             piece_tokens=self._config.read_piece_tokens,
         )
         async with aclosing(pieces):
             async for piece in pieces:
-                metrics.TOKENS_READ.inc(len(piece.tokens) // ITEM_BYTES)
-                yield write_piece(piece)
+                yield piece
 
     async def RecordVerdicts(self, request: pb.RecordVerdictsRequest, context: Context) -> pb.RecordVerdictsResponse:
         """Records verdicts."""
         requests.check_run_id(request.run_id)
-        verdicts = requests.read_verdicts(request.verdicts, self._config.limits)
-        recorded = await groups.record_verdicts(self._scripts, request.run_id, verdicts)
-        metrics.VERDICTS.inc(recorded)
+        requests.check_verdicts(request.verdicts, self._config.limits)
+        recorded = await model.record_verdicts(self._scripts, request.run_id, request.verdicts)
         return pb.RecordVerdictsResponse(recorded=recorded)
 
     async def ListPromptStatistics(
@@ -105,20 +105,61 @@ class BufferService(BufferServiceServicer):
     ) -> pb.ListPromptStatisticsResponse:
         """Reads a page of statistics."""
         requests.check_run_id(request.run_id)
-        page, next_page_token = await runs.list_statistics(
-            self._scripts, request.run_id, request.page_token, self._config.page_prompts
-        )
-        prompts = [
-            pb.PromptStatistics(prompt_id=item.prompt_id, trajectories=item.trajectories, correct=item.correct)
-            for item in page
-        ]
-        return pb.ListPromptStatisticsResponse(prompts=prompts, next_page_token=next_page_token)
+        return await model.list_statistics(self._scripts, request.run_id, request.page_token, self._config.page_prompts)
 
     async def CommitIteration(self, request: pb.CommitIterationRequest, context: Context) -> pb.CommitIterationResponse:
         """Closes an iteration."""
         requests.check_run_id(request.run_id)
-        commit = requests.read_commit(request, self._config.limits)
-        state, duplicate = await runs.commit_iteration(self._scripts, request.run_id, commit)
-        if not duplicate:
-            metrics.COMMITS.inc()
-        return pb.CommitIterationResponse(run=write_run(state), duplicate=duplicate)
+        requests.check_commit(request, self._config.limits)
+        return await model.commit_iteration(self._scripts, request)
+
+
+@asynccontextmanager
+async def lifespan(app: App[BufferConfig]) -> AsyncIterator[None]:
+    """Serves the buffer, on a Valkey server of its own when no `redis_url` is given; readiness follows Redis.
+
+    Raises FailedPreconditionError when Redis can be reached but does not serve.
+    """
+    config = app.config
+    async with AsyncExitStack() as stack:
+        url = config.redis_url.get_secret_value()
+        if not url:
+            url = await stack.enter_async_context(local_server(config.data_path, config.local_server))
+        nodes = Nodes(
+            url,
+            connections=config.connections,
+            # A durable call may wait for the disk before its reply comes.
+            timeout_s=config.request_timeout_s + config.durability_timeout_s,
+        )
+        stack.push_async_callback(nodes.close)
+        scripts = ScriptRunner(nodes, durability=config.durability, durability_timeout_s=config.durability_timeout_s)
+        try:
+            await scripts.check()
+        except UnavailableError as error:
+            log.warning("redis cannot be reached yet", reason=error.message)
+        app.add(SERVICE_NAME, add_BufferServiceServicer_to_server, BufferService(scripts, config))
+        watcher = asyncio.create_task(_follow_redis(app, scripts))
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watcher
+
+
+async def _follow_redis(app: App[BufferConfig], scripts: ScriptRunner) -> None:
+    """Sets the readiness of the service to that of Redis, until cancelled."""
+    ready = False
+    while True:
+        try:
+            await scripts.check()
+            serves = True
+        except PerigeeError as error:
+            serves = False
+            if ready:
+                log.error("redis does not serve", reason=error.message)
+        if serves != ready:
+            ready = serves
+            app.set_ready(SERVICE_NAME, ready)
+            log.info("readiness", ready=ready)
+        await asyncio.sleep(CHECK_EVERY_S)

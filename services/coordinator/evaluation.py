@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.v1 import coordinator_pb2
 from perigee.reward.scoring import ScoreJob
@@ -110,7 +111,8 @@ class Evaluation:
             policy_version=self.policy_version,
         )
         for key in keys:
-            request.items.add(id=key, prompt_token_ids=self.attempts[key].prompt.token_ids, max_tokens=cap)
+            token_ids = pack_token_ids(self.attempts[key].prompt.token_ids)
+            request.items.add(id=key, prompt_token_ids=token_ids, max_tokens=cap)
         stop = config.rollout.repetition_stop
         if stop.min_repeats:
             request.repetition_stop.max_period = stop.max_period

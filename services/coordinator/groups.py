@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import FailedPreconditionError
 from services.coordinator.prompts import Prompt
@@ -120,7 +121,7 @@ class LiveGroups:
             request.groups.add(
                 group_id=group_id,
                 prompt_id=prompt.id,
-                prompt_token_ids=prompt.token_ids,
+                prompt_token_ids=pack_token_ids(prompt.token_ids),
                 trajectory_ids=trajectory_ids,
                 iteration=iteration,
             )

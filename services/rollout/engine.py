@@ -8,20 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from services.rollout.config import RolloutConfig
 from services.rollout.model_folder import ModelFolder
 
 
 class EngineDiedError(Exception):
     """The engine's process is gone or no longer answers; requests in flight are lost."""
-
-
-@dataclass(frozen=True)
-class VersionSpan:
-    """A run of consecutive tokens sampled by one policy version."""
-
-    policy_version: int
-    tokens: int
 
 
 @dataclass(frozen=True)

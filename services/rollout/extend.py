@@ -1,109 +1,67 @@
-"""Continues leased trajectories: tokens come from and go to the buffer, the caller hears of segments that ended."""
+"""Continues leased trajectories: tokens come from and go to the buffer, the caller receives the ends of segments."""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
-from perigee.buffer.client import BufferClient
+from perigee.buffer.client import BufferClient, StoredTrajectory
+from perigee.buffer.packing import ITEM_BYTES, count_tokens, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
+from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.telemetry import get_logger
-from services.rollout.chunk_writer import AppendRefusedError, ChunkWriter
 from services.rollout.engine import EngineDiedError
-from services.rollout.generation import EndReason, Segment, SegmentSettings, generate_segment, plan_end
 from services.rollout.merging import Emit, merge
-from services.rollout.metrics import CACHED_TOKENS, GENERATED_TOKENS, SEGMENTS
+from services.rollout.metrics import APPEND_SECONDS, CACHED_TOKENS, GENERATED_TOKENS, SEGMENTS
+from services.rollout.segment import Segment, SegmentSettings, end_reason_label, generate_segment, plan_end
 from services.rollout.worker import Admission, Worker
 
 log = get_logger(__name__)
 
+# A token takes 8 bytes in a chunk, a chunk's other fields a few hundred: this stays below half a message.
+MAX_BATCH_TOKENS = 128 << 10
+MAX_BATCH_CHUNKS = 2048
+DURABLE = {buffer_pb2.APPEND_OUTCOME_APPENDED, buffer_pb2.APPEND_OUTCOME_DUPLICATE}
+
+SegmentResult = pb.SegmentEnd | pb.SegmentFailure
 _calls = itertools.count()
 
 
-@dataclass(frozen=True)
-class LeasedTrajectory:
-    """A trajectory that the caller leased for this worker."""
-
-    trajectory_id: str
-    epoch: int
-    tokens: int
-    """Response tokens that the buffer held when it was leased."""
-
-
-@dataclass(frozen=True)
-class ExtendSettings:
-    """What the trajectories of one call share."""
-
-    run_id: str
-    policy_version: int
-    token_budget: int
-    max_response_tokens: int
-    segment: SegmentSettings
-
-
-@dataclass(frozen=True)
-class SegmentEnd:
-    """A segment whose tokens are durable."""
-
-    trajectory_id: str
-    end_reason: EndReason
-    tokens: int
-    new_tokens: int
-    text: str
-    cached_tokens: int
-
-
-@dataclass(frozen=True)
-class SegmentFailure:
-    """A segment that could not be finished; what the buffer holds stands."""
-
-    trajectory_id: str
-    reason: str
-
-
-@dataclass
-class HeldTrajectory:
-    """What the buffer holds of a trajectory."""
-
-    trajectory_id: str
-    prompt_token_ids: list[int] = field(default_factory=list)
-    response_token_ids: list[int] = field(default_factory=list)
-    end_reason: int = 0
-    epoch: int = 0
+class AppendRefusedError(Exception):
+    """The buffer did not take a chunk: another lease holds the trajectory, or the chunk does not fit what is there."""
 
 
 async def extend_trajectories(
-    worker: Worker, buffer: BufferClient, leased: Sequence[LeasedTrajectory], settings: ExtendSettings
-) -> AsyncGenerator[list[SegmentEnd | SegmentFailure], None]:
-    """Ends and failures as they come, one per trajectory.
+    worker: Worker, buffer: BufferClient, request: pb.ExtendTrajectoriesRequest, settings: SegmentSettings
+) -> AsyncGenerator[list[SegmentResult], None]:
+    """Extends each trajectory of the request by a segment; yields ends and failures as they come, one per trajectory.
 
     Raises FailedPreconditionError when the worker does not hold the policy version, ResourceExhaustedError when it has
     too much to do, and the buffer's error when it cannot be reached.
     """
-    worker.check_ready(settings.run_id, settings.policy_version)
-    writer = ChunkWriter(buffer, settings.run_id, worker.config.flush_seconds, worker.config.buffer_timeout_seconds)
-    with worker.admit(len(leased)) as admission:
-        call = _Call(worker, buffer, writer, settings, admission, next(_calls))
+    worker.check_ready(request.run_id, request.policy_version)
+    writer = ChunkWriter(buffer, request.run_id, worker.config.flush_seconds, worker.config.buffer_timeout_seconds)
+    with worker.admit(len(request.trajectories)) as admission:
+        call = _Call(worker, buffer, writer, request, settings, admission, next(_calls))
         writing = asyncio.create_task(writer.run())
         start, failures = time.monotonic(), 0
         try:
-            async with aclosing(merge([partial(call.run, leased)])) as batches:
+            async with aclosing(merge([call.run])) as batches:
                 async for batch in batches:
                     for result in batch:
-                        if isinstance(result, SegmentFailure):
+                        if isinstance(result, pb.SegmentFailure):
                             failures += 1
                             log.warning("segment failed", trajectory=result.trajectory_id, reason=result.reason)
                     yield batch
             log.info(
                 "segments ended",
-                run=settings.run_id,
-                policy_version=settings.policy_version,
-                segments=len(leased),
+                run=request.run_id,
+                policy_version=request.policy_version,
+                segments=len(request.trajectories),
                 failures=failures,
                 seconds=round(time.monotonic() - start, 3),
             )
@@ -120,114 +78,171 @@ class _Call:
         worker: Worker,
         buffer: BufferClient,
         writer: ChunkWriter,
-        settings: ExtendSettings,
+        request: pb.ExtendTrajectoriesRequest,
+        settings: SegmentSettings,
         admission: Admission,
         number: int,
     ) -> None:
         self._worker = worker
         self._buffer = buffer
         self._writer = writer
+        self._request = request
         self._settings = settings
         self._admission = admission
         self._number = number
 
-    async def run(self, leased: Sequence[LeasedTrajectory], emit: Emit[SegmentEnd | SegmentFailure]) -> None:
+    async def run(self, emit: Emit[SegmentResult]) -> None:
         """Starts each trajectory as soon as its tokens are read."""
-        leases = {lease.trajectory_id: lease for lease in leased}
+        leases = {lease.trajectory_id: lease for lease in self._request.trajectories}
         self._writer.writers = len(leases)
+        stored = self._buffer.read_trajectories(
+            self._request.run_id, list(leases), timeout_s=self._worker.config.buffer_timeout_seconds
+        )
         async with asyncio.TaskGroup() as group:
-            async for held in read_trajectories(
-                self._buffer, self._settings.run_id, list(leases), self._worker.config.buffer_timeout_seconds
-            ):
-                group.create_task(self._extend(leases.pop(held.trajectory_id), held, emit))
-            for trajectory_id in leases:
-                await self._end(SegmentFailure(trajectory_id, "the buffer does not hold the trajectory"), emit)
+            async for trajectory in stored:
+                group.create_task(self._extend(leases[trajectory.trajectory_id], trajectory, emit))
 
     async def _extend(
-        self, lease: LeasedTrajectory, held: HeldTrajectory, emit: Emit[SegmentEnd | SegmentFailure]
+        self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, emit: Emit[SegmentResult]
     ) -> None:
+        result: SegmentResult
         try:
-            await self._end(await self._generate(lease, held), emit)
+            result = await self._generate(lease, trajectory)
         except (EngineDiedError, AppendRefusedError) as error:
-            await self._end(SegmentFailure(lease.trajectory_id, str(error)), emit)
-
-    async def _end(self, result: SegmentEnd | SegmentFailure, emit: Emit[SegmentEnd | SegmentFailure]) -> None:
+            result = pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=str(error))
         self._writer.writers -= 1
         self._admission.leave()
-        name = result.end_reason.name.lower() if isinstance(result, SegmentEnd) else "failed"
-        SEGMENTS.labels(name).inc()
+        SEGMENTS.labels(end_reason_label(result.end_reason) if isinstance(result, pb.SegmentEnd) else "failed").inc()
         await emit(result)
 
-    async def _generate(self, lease: LeasedTrajectory, held: HeldTrajectory) -> SegmentEnd | SegmentFailure:
-        settings, worker = self._settings, self._worker
-        response = held.response_token_ids
-        room = worker.model.context_tokens - len(held.prompt_token_ids)
-        if reason := refusal(lease, held, room):
-            return SegmentFailure(lease.trajectory_id, reason)
+    async def _generate(self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory) -> SegmentResult:
+        request, worker = self._request, self._worker
+        room = worker.model.context_tokens - count_tokens(trajectory.prompt_token_ids)
+        if reason := refusal(lease, trajectory, room):
+            return pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=reason)
         end_tokens, end_reason = plan_end(
-            held=len(response),
+            held=trajectory.tokens,
             leased=lease.tokens,
-            budget=settings.token_budget,
-            cap=settings.max_response_tokens,
+            budget=request.token_budget,
+            cap=request.max_response_tokens,
             room=room,
         )
         segment = Segment(
             segment_id=f"{lease.trajectory_id}/{lease.epoch}/{self._number}",
             item_id=lease.trajectory_id,
-            prompt_token_ids=held.prompt_token_ids,
-            response_token_ids=response,
+            prompt_token_ids=trajectory.prompt_token_ids,
+            response_token_ids=trajectory.token_ids,
             end_tokens=end_tokens,
             end_reason=end_reason,
         )
-        tokens, cached_tokens = list(response), 0
-        async with aclosing(generate_segment(worker.engine, segment, settings.segment)) as chunks:
+        token_ids = bytearray(trajectory.token_ids)
+        async with aclosing(generate_segment(worker.engine, segment, self._settings)) as chunks:
             async for chunk in chunks:
-                tokens += chunk.token_ids
+                token_ids += chunk.token_ids
                 end_reason = chunk.end_reason or end_reason
-                cached_tokens = chunk.cached_tokens
-                worker.generated_tokens += len(chunk.token_ids)
-                GENERATED_TOKENS.inc(len(chunk.token_ids))
+                tokens = count_tokens(chunk.token_ids)
+                worker.generated_tokens += tokens
+                GENERATED_TOKENS.inc(tokens)
                 # A partial trajectory without new tokens is in the buffer as it stands.
-                if chunk.token_ids or end_reason is not EndReason.BUDGET:
-                    await self._writer.append(lease.trajectory_id, lease.epoch, chunk)
-        CACHED_TOKENS.inc(cached_tokens)
-        return SegmentEnd(
+                if chunk.token_ids or end_reason != buffer_pb2.END_REASON_BUDGET:
+                    chunk.epoch = lease.epoch
+                    await self._writer.append(chunk)
+        CACHED_TOKENS.inc(segment.cached_tokens)
+        partial_response = end_reason == buffer_pb2.END_REASON_BUDGET
+        return pb.SegmentEnd(
             trajectory_id=lease.trajectory_id,
             end_reason=end_reason,
-            tokens=len(tokens),
-            new_tokens=len(tokens) - len(response),
-            text="" if end_reason is EndReason.BUDGET else worker.model.decode(tokens),
-            cached_tokens=cached_tokens,
+            tokens=len(token_ids) // ITEM_BYTES,
+            new_tokens=(len(token_ids) - len(trajectory.token_ids)) // ITEM_BYTES,
+            text="" if partial_response else worker.model.decode(unpack_token_ids(bytes(token_ids))),
+            cached_tokens=segment.cached_tokens,
         )
 
 
-def refusal(lease: LeasedTrajectory, held: HeldTrajectory, room: int) -> str | None:
-    """Why a trajectory cannot be continued; None when it can."""
-    if held.epoch != lease.epoch:
-        return f"the trajectory is leased again: epoch {held.epoch}, not {lease.epoch}"
-    if held.end_reason not in (buffer_pb2.END_REASON_UNSPECIFIED, buffer_pb2.END_REASON_BUDGET):
+def refusal(lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int) -> str | None:
+    """Returns why a trajectory cannot go on with `room` tokens of context beside its prompt; None when it can."""
+    if trajectory.epoch != lease.epoch:
+        return f"the trajectory is leased again: epoch {trajectory.epoch}, not {lease.epoch}"
+    if trajectory.finished:
         return "the response has ended"
-    if len(held.response_token_ids) < lease.tokens:
-        return f"the buffer holds {len(held.response_token_ids)} of the {lease.tokens} tokens that were leased"
-    if not held.prompt_token_ids:
+    if trajectory.tokens < lease.tokens:
+        return f"the buffer holds {trajectory.tokens} of the {lease.tokens} tokens that were leased"
+    if not trajectory.prompt_token_ids:
         return "the prompt is empty"
     if room < 1:
-        return f"the prompt of {len(held.prompt_token_ids)} tokens leaves no room in the context"
+        return f"the prompt of {count_tokens(trajectory.prompt_token_ids)} tokens leaves no room in the context"
     return None
 
 
-async def read_trajectories(
-    buffer: BufferClient, run_id: str, trajectory_ids: Sequence[str], timeout_s: float
-) -> AsyncIterator[HeldTrajectory]:
-    """Whole trajectories, put together from the buffer's pieces."""
-    request = buffer_pb2.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=trajectory_ids, with_logprobs=False)
-    held: HeldTrajectory | None = None
-    async for piece in buffer.read_trajectories(request, timeout_s=timeout_s):
-        if held is None:
-            held = HeldTrajectory(piece.trajectory_id)
-        held.prompt_token_ids += piece.prompt_token_ids
-        held.response_token_ids += piece.token_ids
-        if piece.last:
-            held.end_reason, held.epoch = piece.end_reason, piece.epoch
-            yield held
-            held = None
+@dataclass(frozen=True)
+class _PendingChunk:
+    """A chunk that waits for its append, and the writer's future."""
+
+    chunk: buffer_pb2.Chunk
+    durable: asyncio.Future[None]
+
+
+class ChunkWriter:
+    """Appends the chunks of many trajectories to the buffer with few calls; `run` must run while `append` is awaited.
+
+    One append is in flight at a time, so chunks of a trajectory arrive in order. While it is, further chunks gather.
+    """
+
+    def __init__(self, buffer: BufferClient, run_id: str, flush_seconds: float, timeout_seconds: float) -> None:
+        self._buffer = buffer
+        self._run_id = run_id
+        self._flush_seconds = flush_seconds
+        self._timeout_seconds = timeout_seconds
+        self._queue: asyncio.Queue[_PendingChunk] = asyncio.Queue(MAX_BATCH_CHUNKS)
+        self.writers = 0
+        """Trajectories that may still append: when all of them wait, there is nothing to wait for."""
+
+    async def append(self, chunk: buffer_pb2.Chunk) -> None:
+        """Returns when the chunk is durable.
+
+        Raises AppendRefusedError when the buffer refuses it, and the buffer's error when the call fails.
+        """
+        pending = _PendingChunk(chunk, asyncio.get_running_loop().create_future())
+        await self._queue.put(pending)
+        await pending.durable
+
+    async def run(self) -> None:
+        """Writes until cancelled."""
+        while True:
+            batch = await self._gather()
+            request = buffer_pb2.AppendChunksRequest(run_id=self._run_id, chunks=[pending.chunk for pending in batch])
+            try:
+                with APPEND_SECONDS.time():
+                    response = await self._buffer.append_chunks(request, timeout_s=self._timeout_seconds)
+            except Exception as error:
+                for pending in batch:
+                    _fail(pending.durable, error)
+                continue
+            _report_outcomes(batch, response.outcomes)
+
+    async def _gather(self) -> list[_PendingChunk]:
+        batch = [await self._queue.get()]
+        tokens = count_tokens(batch[0].chunk.token_ids)
+        deadline = asyncio.get_running_loop().time() + self._flush_seconds
+        while tokens < MAX_BATCH_TOKENS and len(batch) < min(self.writers, MAX_BATCH_CHUNKS):
+            try:
+                async with asyncio.timeout_at(deadline):
+                    batch.append(await self._queue.get())
+            except TimeoutError:
+                break
+            tokens += count_tokens(batch[-1].chunk.token_ids)
+        return batch
+
+
+def _report_outcomes(batch: Sequence[_PendingChunk], outcomes: Sequence[buffer_pb2.AppendOutcome.ValueType]) -> None:
+    for pending, outcome in zip(batch, outcomes, strict=True):
+        if outcome not in DURABLE:
+            name = buffer_pb2.AppendOutcome.Name(outcome).removeprefix("APPEND_OUTCOME_").lower()
+            _fail(pending.durable, AppendRefusedError(f"the buffer refused the tokens: {name}"))
+        elif not pending.durable.done():
+            pending.durable.set_result(None)
+
+
+def _fail(future: asyncio.Future[None], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)

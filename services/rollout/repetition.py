@@ -7,45 +7,34 @@ request each, so a pattern that spans segments would escape it; this one carries
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from perigee.rollout.v1 import rollout_pb2 as pb
+
 BLOCK_TOKENS = 512
 
 
-@dataclass(frozen=True)
-class RepetitionRule:
-    """A tail of at most `max_period` tokens that stands at least `min_repeats` times in a row."""
-
-    max_period: int
-    min_repeats: int
-
-    @property
-    def window_tokens(self) -> int:
-        """Tokens before the present that can take part in a match."""
-        return self.max_period * self.min_repeats
-
-
 class RepetitionDetector:
-    """Reads a response token by token, in pieces of any size; time is linear in the tokens.
+    """Reads a response in pieces of any size and finds a tail of at most `max_period` tokens that stands `min_repeats`
+    times in a row; time is linear in the tokens.
 
     For each period p it counts how many of the latest tokens equal the token p places before them; the tail has
     period p and stands n times once that count reaches p * (n - 1).
     """
 
-    def __init__(self, rule: RepetitionRule) -> None:
-        self._rule = rule
-        periods_P = np.arange(1, rule.max_period + 1)
+    def __init__(self, stop: pb.RepetitionStop) -> None:
+        self._max_period = stop.max_period
+        periods_P = np.arange(1, stop.max_period + 1)
         self._periods_P = periods_P
-        self._needed_P = periods_P * (rule.min_repeats - 1)
-        self._runs_P = np.zeros(rule.max_period, dtype=np.int64)
+        self._needed_P = periods_P * (stop.min_repeats - 1)
+        self._runs_P = np.zeros(stop.max_period, dtype=np.int64)
         # The latest max_period tokens; -1 stands for places before the response.
-        self._tail_P: NDArray[np.int64] = np.full(rule.max_period, -1, dtype=np.int64)
+        self._tail_P: NDArray[np.int64] = np.full(stop.max_period, -1, dtype=np.int64)
 
     def feed(self, token_ids: Sequence[int]) -> int | None:
-        """The number of these tokens after which the response first repeats; None when it does not."""
+        """Returns the number of these tokens after which the response first repeats; None when it does not."""
         for start in range(0, len(token_ids), BLOCK_TOKENS):
             cut = self._feed_block(np.asarray(token_ids[start : start + BLOCK_TOKENS], dtype=np.int64))
             if cut is not None:
@@ -53,7 +42,7 @@ class RepetitionDetector:
         return None
 
     def _feed_block(self, tokens_T: NDArray[np.int64]) -> int | None:
-        max_period, length = self._rule.max_period, len(tokens_T)
+        max_period, length = self._max_period, len(tokens_T)
         joined = np.concatenate([self._tail_P, tokens_T])
         # earlier_TP[t, p - 1] is the token p places before token t.
         earlier_TP = np.lib.stride_tricks.sliding_window_view(joined, max_period)[:length, ::-1]

@@ -21,10 +21,11 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.errors import InvalidArgumentError
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
-from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest, VersionSpan, WeightShard
+from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest, WeightShard
 from services.rollout.model_folder import ModelFolder
 
 log = get_logger(__name__)
@@ -196,7 +197,7 @@ def version_spans(starts: Sequence[tuple[str, int]], begin: int, end: int) -> li
         last = starts[index + 1][1] if index + 1 < len(starts) else end
         tokens = min(last, end) - max(first, begin)
         if tokens > 0:
-            spans.append(VersionSpan(int(version), tokens))
+            spans.append(VersionSpan(policy_version=int(version), tokens=tokens))
     return spans
 
 

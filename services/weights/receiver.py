@@ -124,16 +124,16 @@ class WeightReceiver:
             self._pending = transfer_id, WeightImage(manifest, buffer)
             return Preparation(self._transport.session, self._receiver_id, buffer.address, transfer_id)
 
-    async def commit(self, transfer_id: str, manifest: Manifest) -> CommitReport:
+    async def commit(self, transfer_id: str) -> CommitReport:
         """Verifies what was written and commits it; asked again with the same id it tells the same.
 
         It goes on to its end when the caller goes away: an engine must not stay half loaded.
 
-        Raises AbortedError when the preparation is voided, InvalidArgumentError for another manifest than the
-        prepared one, DataLossError for a damaged shard, and whatever the engine raises.
+        Raises AbortedError when the preparation is voided, DataLossError for a damaged shard, and whatever the engine
+        raises.
         """
         if self._committing is None or self._committing.transfer_id != transfer_id:
-            image = self._claim(transfer_id, manifest)
+            image = self._claim(transfer_id)
             self._committing = _Committing(transfer_id, asyncio.create_task(self._verify_and_commit(image)))
         return await asyncio.shield(self._committing.task)
 
@@ -151,15 +151,13 @@ class WeightReceiver:
         if not preparing.cancelled() and preparing.exception() is None:
             self.abort(preparing.result().transfer_id)
 
-    def _claim(self, transfer_id: str, manifest: Manifest) -> WeightImage:
+    def _claim(self, transfer_id: str) -> WeightImage:
         if self._pending is None or self._pending[0] != transfer_id:
             raise AbortedError(
                 f"transfer {transfer_id} is not prepared here: a newer push voided it, or the worker restarted; "
                 "push again"
             )
         image = self._pending[1]
-        if image.manifest != manifest:
-            raise InvalidArgumentError.of("manifest", f"differs from the one that prepared transfer {transfer_id}")
         self._pending = None
         return image
 

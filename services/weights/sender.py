@@ -89,16 +89,15 @@ class WeightSender:
         transfer_seconds = commit_seconds = 0.0
         async with self._slots, self._connect(target.address) as client:
             try:
-                manifest = manifest_to_proto(image.manifest)
                 # The answer also shows that the receiver is alive, before an engine dials it.
                 prepared = await client.prepare(
-                    pb.PrepareRequest(manifest=manifest), timeout_s=self._config.prepare_timeout_s
+                    pb.PrepareRequest(manifest=manifest_to_proto(image.manifest)),
+                    timeout_s=self._config.prepare_timeout_s,
                 )
                 transfer_seconds = await self._write(image, target, prepared)
                 begin = time.monotonic()
                 await client.commit(
-                    pb.CommitRequest(transfer_id=prepared.transfer_id, manifest=manifest),
-                    timeout_s=self._config.commit_timeout_s,
+                    pb.CommitRequest(transfer_id=prepared.transfer_id), timeout_s=self._config.commit_timeout_s
                 )
                 commit_seconds = time.monotonic() - begin
             except PerigeeError as error:

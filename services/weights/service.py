@@ -26,7 +26,7 @@ class WeightReceiverService(WeightReceiverServiceServicer):
         )
 
     async def Commit(self, request: pb.CommitRequest, context: Any) -> pb.CommitResponse:
-        report = await self._receiver.commit(request.transfer_id, manifest_from_proto(request.manifest))
+        report = await self._receiver.commit(request.transfer_id)
         return pb.CommitResponse(
             policy_version=report.policy_version,
             verify_seconds=report.verify_seconds,

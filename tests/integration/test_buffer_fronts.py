@@ -11,6 +11,7 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.packing import pack_logprobs, pack_token_ids, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import (
     AbortedError,
@@ -20,8 +21,8 @@ from perigee.errors import (
     UnavailableError,
 )
 from services.buffer.config import BufferConfig, LocalServerConfig
-from services.buffer.lifespan import lifespan
 from services.buffer.local_server import local_server
+from services.buffer.service import lifespan
 from services.kit.config import load_config
 from services.kit.server import serving
 
@@ -48,7 +49,8 @@ async def fronts(shared_url: str) -> AsyncIterator[Sequence[BufferClient]]:
 
 async def start_run(client: BufferClient, run_id: str) -> None:
     await client.create_run(pb.CreateRunRequest(run_id=run_id, config_digest="d"))
-    new = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=[1], trajectory_ids=["t"])
+    prompt = pack_token_ids([1])
+    new = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=prompt, trajectory_ids=["t"])
     await client.create_groups(pb.CreateGroupsRequest(run_id=run_id, groups=[new]))
 
 
@@ -63,8 +65,8 @@ async def test_racing_leases_get_different_epochs_and_the_last_one_writes(fronts
         chunk = pb.Chunk(
             trajectory_id="t",
             epoch=epoch,
-            token_ids=[epoch],
-            logprobs=[-1],
+            token_ids=pack_token_ids([epoch]),
+            logprobs=pack_logprobs([-1]),
             versions=[pb.VersionSpan(policy_version=1, tokens=1)],
         )
         return pb.AppendChunksRequest(run_id="leases", chunks=[chunk])
@@ -84,17 +86,16 @@ async def test_the_same_chunk_through_both_fronts_is_one_chunk(fronts: Sequence[
             trajectory_id="t",
             epoch=1,
             offset=offset,
-            token_ids=range(offset, offset + 4),
-            logprobs=[-1] * 4,
+            token_ids=pack_token_ids(range(offset, offset + 4)),
+            logprobs=pack_logprobs([-1] * 4),
             versions=[pb.VersionSpan(policy_version=1, tokens=4)],
         )
         request = pb.AppendChunksRequest(run_id="chunks", chunks=[chunk])
         answers = await asyncio.gather(*(front.append_chunks(request) for front in fronts))
         assert sorted(answer.outcomes[0] for answer in answers) == [1, 2]
-    read = pb.ReadTrajectoriesRequest(run_id="chunks", trajectory_ids=["t"])
-    (piece,) = [piece async for piece in fronts[1].read_trajectories(read)]
-    assert list(piece.token_ids) == list(range(400))
-    assert list(piece.logprobs) == []
+    (piece,) = [piece async for piece in fronts[1].read_trajectories("chunks", ["t"])]
+    assert list(unpack_token_ids(piece.token_ids)) == list(range(400))
+    assert piece.logprobs == b""
     assert [(span.policy_version, span.tokens) for span in piece.versions] == [(1, 400)]
 
 
@@ -184,8 +185,7 @@ async def test_a_full_server_refuses_writes_and_still_reads(shared_url: str, fro
         assert caught.value.retry_after_s
         groups = [page async for page in fronts[0].list_groups(pb.ListGroupsRequest(run_id="full"))]
         assert groups[0].groups[0].group_id == "g"
-        read = pb.ReadTrajectoriesRequest(run_id="full", trajectory_ids=["t"])
-        assert [piece.last async for piece in fronts[1].read_trajectories(read)] == [True]
+        assert [stored.tokens async for stored in fronts[1].read_trajectories("full", ["t"])] == [0]
     finally:
         await redis.config_set("maxmemory", 0)
         await redis.aclose()

@@ -12,11 +12,12 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.packing import pack_logprobs, pack_token_ids, unpack_logprobs, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import FailedPreconditionError
 from services.buffer.config import BufferConfig, LocalServerConfig
-from services.buffer.lifespan import lifespan
 from services.buffer.local_server import local_server
+from services.buffer.service import lifespan
 from services.kit.server import serving
 
 OPEN, STOP, REPETITION, CAP, BUDGET = range(5)
@@ -142,8 +143,8 @@ def to_chunk(trajectory_id: str, epoch: int, offset: int, tokens: Sequence[Token
         trajectory_id=trajectory_id,
         epoch=epoch,
         offset=offset,
-        token_ids=[token for token, _, _ in tokens],
-        logprobs=[logprob for _, logprob, _ in tokens],
+        token_ids=pack_token_ids(token for token, _, _ in tokens),
+        logprobs=pack_logprobs(logprob for _, logprob, _ in tokens),
         versions=[
             pb.VersionSpan(policy_version=version, tokens=count)
             for version, count in (spans if joined else [(version, 1) for version in versions])
@@ -154,14 +155,10 @@ def to_chunk(trajectory_id: str, epoch: int, offset: int, tokens: Sequence[Token
 
 async def read_tokens(client: BufferClient, run_id: str, trajectory_id: str) -> tuple[list[Token], int, int]:
     """The tokens, end reason and epoch that the buffer holds."""
-    request = pb.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=[trajectory_id], with_logprobs=True)
-    tokens: list[Token] = []
-    async for piece in client.read_trajectories(request):
-        assert piece.offset == len(tokens)
-        versions = [span.policy_version for span in piece.versions for _ in range(span.tokens)]
-        tokens += zip(piece.token_ids, piece.logprobs, versions, strict=True)
-    assert piece.last
-    return tokens, piece.end_reason, piece.epoch
+    [stored] = [stored async for stored in client.read_trajectories(run_id, [trajectory_id], with_logprobs=True)]
+    versions = [span.policy_version for span in stored.versions for _ in range(span.tokens)]
+    tokens = zip(unpack_token_ids(stored.token_ids), unpack_logprobs(stored.logprobs), versions, strict=True)
+    return list(tokens), stored.end_reason, stored.epoch
 
 
 async def lease(client: BufferClient, run_id: str, trajectory_id: str) -> tuple[int, int] | None:
@@ -182,7 +179,7 @@ async def test_buffer_does_what_the_model_does(
     run_id = f"model-{next(numbers)}"
     model = {"t0": ModelTrajectory(), "t1": ModelTrajectory()}
     await two_fronts[0].create_run(pb.CreateRunRequest(run_id=run_id, config_digest="d"))
-    new = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=[1], trajectory_ids=list(model))
+    new = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=pack_token_ids([1]), trajectory_ids=list(model))
     await two_fronts[1].create_groups(pb.CreateGroupsRequest(run_id=run_id, groups=[new]))
     calls: list[list[tuple[str, int, int, list[Token], int]]] = []
 

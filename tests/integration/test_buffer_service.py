@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.packing import pack_logprobs, pack_token_ids, unpack_logprobs, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import (
     AbortedError,
@@ -48,7 +49,7 @@ def group(name: str, k: int = 2, iteration: int = 1) -> pb.NewGroup:
     return pb.NewGroup(
         group_id=name,
         prompt_id=f"prompt-{name}",
-        prompt_token_ids=[7, 8, 9],
+        prompt_token_ids=pack_token_ids([7, 8, 9]),
         trajectory_ids=[f"{name}.{index}" for index in range(k)],
         iteration=iteration,
     )
@@ -67,8 +68,8 @@ def chunk(
         trajectory_id=trajectory_id,
         epoch=epoch,
         offset=offset,
-        token_ids=token_ids,
-        logprobs=[-token / 64 for token in token_ids],
+        token_ids=pack_token_ids(token_ids),
+        logprobs=pack_logprobs(-token / 64 for token in token_ids),
         versions=[pb.VersionSpan(policy_version=version, tokens=len(token_ids))] if token_ids else [],
         end_reason=end,
     )
@@ -88,7 +89,7 @@ async def lease(client: BufferClient, run_id: str, *trajectory_ids: str) -> list
 async def read(client: BufferClient, run_id: str, *trajectory_ids: str) -> list[pb.ReadTrajectoriesResponse]:
     """All pieces of the trajectories."""
     request = pb.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=trajectory_ids, with_logprobs=True)
-    return [piece async for piece in client.read_trajectories(request)]
+    return [piece async for piece in client.read_pieces(request)]
 
 
 async def list_groups(client: BufferClient, run_id: str) -> list[pb.GroupSummary]:
@@ -147,9 +148,9 @@ async def test_a_trajectory_over_two_segments(buffer_client: BufferClient, run_i
     ) == [FENCED, APPENDED, APPENDED]
 
     (piece,) = await read(client, run_id, "g.0")
-    assert list(piece.prompt_token_ids) == [7, 8, 9]
-    assert list(piece.token_ids) == [1, 2, 3, 4, 5]
-    assert list(piece.logprobs) == [-token / 64 for token in [1, 2, 3, 4, 5]]
+    assert list(unpack_token_ids(piece.prompt_token_ids)) == [7, 8, 9]
+    assert list(unpack_token_ids(piece.token_ids)) == [1, 2, 3, 4, 5]
+    assert list(unpack_logprobs(piece.logprobs)) == [-token / 64 for token in [1, 2, 3, 4, 5]]
     assert [(span.policy_version, span.tokens) for span in piece.versions] == [(3, 3), (4, 2)]
     assert (piece.last, piece.end_reason, piece.epoch) == (True, STOP, 2)
 
@@ -191,7 +192,7 @@ async def test_chunks_sent_again_gaps_and_conflicts(buffer_client: BufferClient,
         APPENDED, DUPLICATE, DUPLICATE, CONFLICT, CONFLICT,
     ]  # fmt: skip
     (piece,) = await read(client, run_id, "g.0")
-    assert list(piece.token_ids) == [1, 2, 3, 4]
+    assert list(unpack_token_ids(piece.token_ids)) == [1, 2, 3, 4]
 
 
 async def test_a_trajectory_of_128k_tokens_is_read_in_bounded_pieces(buffer_client: BufferClient, run_id: str) -> None:
@@ -207,9 +208,12 @@ async def test_a_trajectory_of_128k_tokens_is_read_in_bounded_pieces(buffer_clie
     pieces = await read(client, run_id, "g.1", "g.0")
     assert [piece.trajectory_id for piece in pieces[:2]] == ["g.1", "g.0"]
     assert pieces[0].last
-    assert [list(piece.prompt_token_ids) for piece in pieces[1:]] == [[7, 8, 9], *([[]] * (len(pieces) - 2))]
+    assert [list(unpack_token_ids(piece.prompt_token_ids)) for piece in pieces[1:]] == [
+        [7, 8, 9],
+        *([[]] * (len(pieces) - 2)),
+    ]
     assert [piece.last for piece in pieces[1:]] == [*([False] * (len(pieces) - 2)), True]
-    assert [token for piece in pieces for token in piece.token_ids] == tokens
+    assert [token for piece in pieces for token in unpack_token_ids(piece.token_ids)] == tokens
     assert max(piece.ByteSize() for piece in pieces) < 1 << 20
     versions = [span.policy_version for piece in pieces for span in piece.versions for _ in range(span.tokens)]
     assert versions == [index // step * step for index in range(count)]
@@ -339,9 +343,9 @@ async def test_wrong_requests_name_their_fields(buffer_client: BufferClient, run
     short, misspanned, nan, empty, epochless, nameless, endless = (pb.Chunk() for _ in range(7))
     for item in (short, misspanned, nan, empty, epochless, nameless, endless):
         item.CopyFrom(good)
-    del short.logprobs[1]
+    short.logprobs = short.logprobs[:4]
     misspanned.versions[0].tokens = 1
-    nan.logprobs[0] = float("nan")
+    nan.logprobs = pack_logprobs([float("nan"), -1])
     empty.CopyFrom(chunk("t", 1, 0, []))
     epochless.epoch = 0
     nameless.trajectory_id = ""

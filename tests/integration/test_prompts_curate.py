@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
+from perigee.buffer.packing import pack_token_ids
 from perigee.reward.client import RewardClient
 from perigee.reward.items import read_prompt_file
 from perigee.rollout.client import RolloutClient
@@ -133,7 +134,9 @@ async def ask_directly(
         end = line["answer_marker"] if stage == "guessing" else ""
         ids = tokenizer.encode(line["prompt"] + end).ids
         items = [
-            rollout_pb2.GenerateItem(id=f"{stage}/{line['id']}/{n}", prompt_token_ids=ids, max_tokens=tokens)
+            rollout_pb2.GenerateItem(
+                id=f"{stage}/{line['id']}/{n}", prompt_token_ids=pack_token_ids(ids), max_tokens=tokens
+            )
             for n in range(count)
         ]
         request = rollout_pb2.GenerateRequest(

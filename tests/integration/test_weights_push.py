@@ -84,7 +84,7 @@ async def test_damage_is_data_loss_on_the_wire(export: Export) -> None:
         manifest = manifest_to_proto(image.manifest)
         prepared = await client.prepare(pb.PrepareRequest(manifest=manifest))
         with pytest.raises(DataLossError, match=image.shards[0].name):  # nothing was written
-            await client.commit(pb.CommitRequest(transfer_id=prepared.transfer_id, manifest=manifest))
+            await client.commit(pb.CommitRequest(transfer_id=prepared.transfer_id))
 
 
 async def test_an_engine_that_refuses_keeps_the_old_version(export: Export) -> None:
@@ -116,12 +116,8 @@ async def test_a_newer_preparation_voids_the_older(export: Export) -> None:
             destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
             await start_write(ENDPOINTS, image.buffer, image.total_bytes, destination)
         with pytest.raises(AbortedError, match="newer push"):
-            await client.commit(
-                pb.CommitRequest(transfer_id=first.transfer_id, manifest=manifest_to_proto(older.manifest))
-            )
-        await client.commit(
-            pb.CommitRequest(transfer_id=second.transfer_id, manifest=manifest_to_proto(newer.manifest))
-        )
+            await client.commit(pb.CommitRequest(transfer_id=first.transfer_id))
+        await client.commit(pb.CommitRequest(transfer_id=second.transfer_id))
         assert local.versions == [2]
         assert equal(local.loaded, make_tensors(2, 1))
 
@@ -133,7 +129,7 @@ async def test_a_commit_asked_twice_happens_once(export: Export) -> None:
         prepared = await client.prepare(pb.PrepareRequest(manifest=manifest))
         destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
         await start_write(ENDPOINTS, image.buffer, image.total_bytes, destination)
-        commit = pb.CommitRequest(transfer_id=prepared.transfer_id, manifest=manifest)
+        commit = pb.CommitRequest(transfer_id=prepared.transfer_id)
         first, second = await asyncio.gather(client.commit(commit), client.commit(commit))
         assert first == second == await client.commit(commit)
         assert local.versions == [1]

@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import InvalidArgumentError
 from services.buffer import requests
 from services.buffer.config import LimitsConfig
-from services.buffer.keys import describe_bad_id, describe_bad_run_id, run_key
+from services.buffer.model import commit_digest
+from services.buffer.requests import describe_bad_id, describe_bad_run_id
+from services.buffer.scripts import run_key
 
 LIMITS = LimitsConfig(chunks=3, groups=3, trajectories=4, trajectory_tokens=10)
 
@@ -24,8 +27,8 @@ def chunk(offset: int = 0, count: int = 1) -> pb.Chunk:
         trajectory_id="t",
         epoch=1,
         offset=offset,
-        token_ids=[1] * count,
-        logprobs=[-1.0] * count,
+        token_ids=pack_token_ids([1] * count),
+        logprobs=pack_logprobs([-1.0] * count),
         versions=[pb.VersionSpan(policy_version=1, tokens=count)],
     )
 
@@ -46,32 +49,44 @@ def test_ids_that_cannot_be_used(bad: str) -> None:
 
 def test_limits_are_named_with_what_to_do() -> None:
     with pytest.raises(InvalidArgumentError, match="chunks: holds 4 items, 3 at most: send several calls"):
-        requests.read_chunks([chunk()] * 4, LIMITS)
+        requests.check_chunks([chunk()] * 4, LIMITS)
     with pytest.raises(InvalidArgumentError, match=r"chunks\[0\]\.offset: passes the limit of 10 tokens"):
-        requests.read_chunks([chunk(offset=9, count=2)], LIMITS)
-    assert requests.read_chunks([chunk(offset=9)], LIMITS)[0].versions == "1:10"
+        requests.check_chunks([chunk(offset=9, count=2)], LIMITS)
+    requests.check_chunks([chunk(offset=9)], LIMITS)
     with pytest.raises(InvalidArgumentError, match="trajectory_ids"):
-        requests.read_ids("trajectory_ids", ["a", "b", "c", "d", "e"], LIMITS)
+        requests.check_ids("trajectory_ids", ["a", "b", "c", "d", "e"], LIMITS)
 
 
 def test_every_wrong_field_is_named() -> None:
     wrong = chunk()
     wrong.epoch = 0
     wrong.trajectory_id = ""
-    wrong.logprobs.append(-1)
+    wrong.logprobs += pack_logprobs([-1])
     with pytest.raises(InvalidArgumentError) as caught:
-        requests.read_chunks([chunk(), wrong], LIMITS)
+        requests.check_chunks([chunk(), wrong], LIMITS)
     assert fields_of(caught.value) == ["chunks[1].trajectory_id", "chunks[1].epoch", "chunks[1].logprobs"]
     assert caught.value.message == "chunks[1].trajectory_id: must not be empty (and 2 more)"
 
 
+def test_tokens_that_are_cut_inside_of_one_are_refused() -> None:
+    wrong = chunk()
+    wrong.token_ids, wrong.logprobs = wrong.token_ids[:3], wrong.logprobs[:3]
+    with pytest.raises(InvalidArgumentError, match="holds 3 bytes, not 4 for each token") as caught:
+        requests.check_chunks([wrong], LIMITS)
+    assert fields_of(caught.value)[0] == "chunks[0].token_ids"
+    group = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=b"123456", trajectory_ids=["t"])
+    with pytest.raises(InvalidArgumentError) as caught:
+        requests.check_groups([group], LIMITS)
+    assert fields_of(caught.value) == ["groups[0].prompt_token_ids"]
+
+
 def test_ids_that_are_there_twice_are_named() -> None:
     groups = [
-        pb.NewGroup(group_id=name, prompt_id="p", prompt_token_ids=[1], trajectory_ids=ids)
+        pb.NewGroup(group_id=name, prompt_id="p", prompt_token_ids=pack_token_ids([1]), trajectory_ids=ids)
         for name, ids in (("a", ["t", "u"]), ("a", ["v", "t"]))
     ]
     with pytest.raises(InvalidArgumentError) as caught:
-        requests.read_groups(groups, LIMITS)
+        requests.check_groups(groups, LIMITS)
     assert fields_of(caught.value) == ["groups[1].group_id", "groups[1].trajectory_ids[1]"]
 
 
@@ -88,22 +103,20 @@ def test_ids_that_are_there_twice_are_named() -> None:
 def test_verdicts_that_contradict_themselves(verdict: pb.Verdict.ValueType, reward: float | None, field: str) -> None:
     item = pb.TrajectoryVerdict(trajectory_id="t", verdict=verdict, reward=reward)
     with pytest.raises(InvalidArgumentError) as caught:
-        requests.read_verdicts([item], LIMITS)
+        requests.check_verdicts([item], LIMITS)
     assert fields_of(caught.value) == [field]
 
 
 def test_a_commit_is_known_by_its_contents() -> None:
     request = pb.CommitIterationRequest(run_id="r", iteration=1, consumed_group_ids=["a"])
-    digest = requests.read_commit(request, LIMITS).digest
-    assert (
-        requests.read_commit(pb.CommitIterationRequest.FromString(request.SerializeToString()), LIMITS).digest == digest
-    )
+    digest = commit_digest(request)
+    assert commit_digest(pb.CommitIterationRequest.FromString(request.SerializeToString())) == digest
     request.coordinator_state = b"x"
-    assert requests.read_commit(request, LIMITS).digest != digest
+    assert commit_digest(request) != digest
 
 
 def test_a_commit_cannot_count_more_right_answers_than_answers() -> None:
     increment = pb.PromptStatistics(prompt_id="p", trajectories=1, correct=2)
     with pytest.raises(InvalidArgumentError) as caught:
-        requests.read_commit(pb.CommitIterationRequest(iteration=1, prompt_increments=[increment]), LIMITS)
+        requests.check_commit(pb.CommitIterationRequest(iteration=1, prompt_increments=[increment]), LIMITS)
     assert fields_of(caught.value) == ["prompt_increments[0].correct"]

@@ -11,6 +11,8 @@ import pytest
 from safetensors.torch import save
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.packing import pack_token_ids
+from perigee.buffer.v1.buffer_pb2 import Chunk
 from perigee.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -19,12 +21,11 @@ from perigee.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
-from services.rollout.chunk_writer import ChunkWriter
-from services.rollout.engine import VersionSpan, WeightShard
-from services.rollout.extend import ExtendSettings, LeasedTrajectory, extend_trajectories
-from services.rollout.generation import SegmentChunk, SegmentSettings
+from perigee.rollout.v1 import rollout_pb2 as pb
+from services.rollout.engine import WeightShard
+from services.rollout.extend import ChunkWriter, extend_trajectories
 from services.rollout.model_folder import open_model_folder
-from services.rollout.sampling import SamplingSettings
+from services.rollout.segment import SegmentSettings
 from services.rollout.supervisor import supervise
 from services.rollout.worker import HeldWeights, Worker, WorkerStatus
 from tests.fixtures.rollout import make_policy, policy_tensors, rollout_config
@@ -198,13 +199,17 @@ def test_admission_counts_and_refuses(bench: Bench) -> None:
 
 
 async def test_a_buffer_that_cannot_be_reached_fails_the_call(bench: Bench) -> None:
-    settings = ExtendSettings("run", 4, 8, 8, SegmentSettings(SamplingSettings(1.0), None, (1,), 16))
+    settings = SegmentSettings(pb.Sampling(temperature=1), pb.RepetitionStop(), (1,), 16)
+    lease = pb.LeasedTrajectory(trajectory_id="t", epoch=1)
+    request = pb.ExtendTrajectoriesRequest(
+        run_id="run", policy_version=4, token_budget=8, max_response_tokens=8, trajectories=[lease]
+    )
     async with bench.supervised(), BufferClient.connect("127.0.0.1:1") as buffer:
         await bench.wait(WorkerStatus.EMPTY)
         await bench.commit(4)
         before = asyncio.all_tasks()
         with pytest.raises(UnavailableError, match=r"BufferService at 127\.0\.0\.1:1 cannot be reached"):
-            await anext(extend_trajectories(bench.worker, buffer, [LeasedTrajectory("t", 1, 0)], settings))
+            await anext(extend_trajectories(bench.worker, buffer, request, settings))
         assert bench.worker.running == 0
         assert asyncio.all_tasks() == before
 
@@ -215,9 +220,9 @@ async def test_an_append_that_fails_tells_its_writer_and_the_next_one_is_tried()
         writer.writers = 1
         writing = asyncio.create_task(writer.run())
         for offset in (0, 1):
-            chunk = SegmentChunk(offset, [5], [-1.0], [VersionSpan(4, 1)], None, 0)
+            chunk = Chunk(trajectory_id="t", epoch=1, offset=offset, token_ids=pack_token_ids([5]))
             with pytest.raises((UnavailableError, DeadlineExceededError)):
-                await writer.append("t", 1, chunk)
+                await writer.append(chunk)
         writing.cancel()
 
 

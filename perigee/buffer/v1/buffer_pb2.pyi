@@ -296,10 +296,10 @@ class NewGroup(_message.Message):
     ITERATION_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     prompt_id: _builtins.str
+    prompt_token_ids: _builtins.bytes
+    """Packed token ids."""
     iteration: _builtins.int
     """The iteration that sampled the prompt."""
-    @_builtins.property
-    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     @_builtins.property
     def trajectory_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """One id per trajectory, k in all."""
@@ -309,7 +309,7 @@ class NewGroup(_message.Message):
         *,
         group_id: _builtins.str = ...,
         prompt_id: _builtins.str = ...,
-        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_token_ids: _builtins.bytes = ...,
         trajectory_ids: _abc.Iterable[_builtins.str] | None = ...,
         iteration: _builtins.int = ...,
     ) -> None: ...
@@ -564,14 +564,12 @@ class Chunk(_message.Message):
     epoch: _builtins.int
     offset: _builtins.int
     """Response tokens before this chunk."""
+    token_ids: _builtins.bytes
+    """Packed token ids."""
+    logprobs: _builtins.bytes
+    """Packed log-probability of each token under the distribution that it was sampled from, nats."""
     end_reason: Global___EndReason.ValueType
     """Set on the chunk that ends a segment."""
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
-        """Log-probability of each token under the distribution it was sampled from; one per token."""
-
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
         """Spans over the chunk's tokens, in order."""
@@ -582,8 +580,8 @@ class Chunk(_message.Message):
         trajectory_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         offset: _builtins.int = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        token_ids: _builtins.bytes = ...,
+        logprobs: _builtins.bytes = ...,
         versions: _abc.Iterable[Global___VersionSpan] | None = ...,
         end_reason: Global___EndReason.ValueType = ...,
     ) -> None: ...
@@ -684,27 +682,30 @@ class ReadTrajectoriesResponse(_message.Message):
     END_REASON_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
+    prompt_token_ids: _builtins.bytes
+    """Packed token ids."""
     offset: _builtins.int
+    """Response tokens before this piece."""
+    token_ids: _builtins.bytes
+    """Packed token ids."""
+    logprobs: _builtins.bytes
+    """Packed log-probabilities, one for each token; empty unless asked for."""
     last: _builtins.bool
     """True on the last piece of the trajectory."""
     end_reason: Global___EndReason.ValueType
     epoch: _builtins.int
     @_builtins.property
-    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
-    @_builtins.property
-    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]: ...
+    def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
+        """Spans over the piece's tokens, in order."""
+
     def __init__(
         self,
         *,
         trajectory_id: _builtins.str = ...,
-        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_token_ids: _builtins.bytes = ...,
         offset: _builtins.int = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        token_ids: _builtins.bytes = ...,
+        logprobs: _builtins.bytes = ...,
         versions: _abc.Iterable[Global___VersionSpan] | None = ...,
         last: _builtins.bool = ...,
         end_reason: Global___EndReason.ValueType = ...,

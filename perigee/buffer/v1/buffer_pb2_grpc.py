@@ -27,8 +27,11 @@ if _version_not_supported:
 
 class BufferServiceStub:
     """BufferService is the only durable store of a run: groups, the segments of their trajectories,
-    verdicts, prompt statistics and the run state. Fronts hold no state of their own. Every mutation
-    is idempotent by the ids it names, so every call may be retried.
+    verdicts, prompt statistics and the run state. Replicas of the service hold no state of their own.
+    Every mutation is idempotent by the ids it names, so every call may be retried.
+
+    Token ids travel and are stored as packed bytes, 4 for each token: unsigned 32-bit integers, little-endian.
+    Log-probabilities are packed the same way, as 32-bit floats.
     """
 
     def __init__(self, channel):
@@ -91,8 +94,11 @@ class BufferServiceStub:
 
 class BufferServiceServicer:
     """BufferService is the only durable store of a run: groups, the segments of their trajectories,
-    verdicts, prompt statistics and the run state. Fronts hold no state of their own. Every mutation
-    is idempotent by the ids it names, so every call may be retried.
+    verdicts, prompt statistics and the run state. Replicas of the service hold no state of their own.
+    Every mutation is idempotent by the ids it names, so every call may be retried.
+
+    Token ids travel and are stored as packed bytes, 4 for each token: unsigned 32-bit integers, little-endian.
+    Log-probabilities are packed the same way, as 32-bit floats.
     """
 
     def CreateRun(self, request, context):
@@ -226,8 +232,11 @@ def add_BufferServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class BufferService:
     """BufferService is the only durable store of a run: groups, the segments of their trajectories,
-    verdicts, prompt statistics and the run state. Fronts hold no state of their own. Every mutation
-    is idempotent by the ids it names, so every call may be retried.
+    verdicts, prompt statistics and the run state. Replicas of the service hold no state of their own.
+    Every mutation is idempotent by the ids it names, so every call may be retried.
+
+    Token ids travel and are stored as packed bytes, 4 for each token: unsigned 32-bit integers, little-endian.
+    Log-probabilities are packed the same way, as 32-bit floats.
     """
 
     @staticmethod

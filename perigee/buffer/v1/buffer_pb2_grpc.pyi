@@ -28,8 +28,11 @@ GRPC_VERSION: str
 
 class BufferServiceStub:
     """BufferService is the only durable store of a run: groups, the segments of their trajectories,
-    verdicts, prompt statistics and the run state. Fronts hold no state of their own. Every mutation
-    is idempotent by the ids it names, so every call may be retried.
+    verdicts, prompt statistics and the run state. Replicas of the service hold no state of their own.
+    Every mutation is idempotent by the ids it names, so every call may be retried.
+
+    Token ids travel and are stored as packed bytes, 4 for each token: unsigned 32-bit integers, little-endian.
+    Log-probabilities are packed the same way, as 32-bit floats.
     """
 
     @_typing.overload
@@ -58,8 +61,11 @@ class BufferServiceStub:
 @_typing.type_check_only
 class BufferServiceAsyncStub(BufferServiceStub):
     """BufferService is the only durable store of a run: groups, the segments of their trajectories,
-    verdicts, prompt statistics and the run state. Fronts hold no state of their own. Every mutation
-    is idempotent by the ids it names, so every call may be retried.
+    verdicts, prompt statistics and the run state. Replicas of the service hold no state of their own.
+    Every mutation is idempotent by the ids it names, so every call may be retried.
+
+    Token ids travel and are stored as packed bytes, 4 for each token: unsigned 32-bit integers, little-endian.
+    Log-probabilities are packed the same way, as 32-bit floats.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -84,8 +90,11 @@ class BufferServiceAsyncStub(BufferServiceStub):
 
 class BufferServiceServicer(metaclass=_abc_1.ABCMeta):
     """BufferService is the only durable store of a run: groups, the segments of their trajectories,
-    verdicts, prompt statistics and the run state. Fronts hold no state of their own. Every mutation
-    is idempotent by the ids it names, so every call may be retried.
+    verdicts, prompt statistics and the run state. Replicas of the service hold no state of their own.
+    Every mutation is idempotent by the ids it names, so every call may be retried.
+
+    Token ids travel and are stored as packed bytes, 4 for each token: unsigned 32-bit integers, little-endian.
+    Log-probabilities are packed the same way, as 32-bit floats.
     """
 
     @_abc_1.abstractmethod

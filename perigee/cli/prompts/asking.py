@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
+from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.curation.pass_rates import SampleCounts
 from perigee.errors import TRANSIENT, FailedPreconditionError, UnavailableError
@@ -155,7 +156,8 @@ async def _generate(worker: RolloutClient, asked: Mapping[str, Inquiry], options
             )
             for item_id, inquiry in asked.items():
                 if item_id not in texts:
-                    request.items.add(id=item_id, prompt_token_ids=inquiry.token_ids, max_tokens=inquiry.max_tokens)
+                    prompt = pack_token_ids(inquiry.token_ids)
+                    request.items.add(id=item_id, prompt_token_ids=prompt, max_tokens=inquiry.max_tokens)
             async for response in worker.generate(request, timeout_s=options.call_timeout_s):
                 if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
                     texts[response.id] = response.text

@@ -154,14 +154,14 @@ class GenerateItem(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
+    prompt_token_ids: _builtins.bytes
+    """Packed token ids."""
     max_tokens: _builtins.int
-    @_builtins.property
-    def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
-        prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        prompt_token_ids: _builtins.bytes = ...,
         max_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
@@ -184,7 +184,7 @@ class GenerateRequest(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     text_only: _builtins.bool
-    """Only text and counts in the answer: no token ids, no logprobs."""
+    """Only text and counts in the responses: no token ids, no logprobs."""
     policy_version: _builtins.int
     """Refused with FAILED_PRECONDITION when the worker holds another version. Unset: any."""
     @_builtins.property
@@ -227,6 +227,11 @@ class GenerateResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     offset: _builtins.int
+    """Response tokens before this chunk."""
+    token_ids: _builtins.bytes
+    """Packed token ids."""
+    logprobs: _builtins.bytes
+    """Packed log-probabilities, one for each token."""
     end_reason: _buffer_pb2.EndReason.ValueType
     """Set on the last chunk of an item."""
     text: _builtins.str
@@ -234,18 +239,14 @@ class GenerateResponse(_message.Message):
     tokens: _builtins.int
     """Response tokens in all, on the last chunk."""
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]: ...
-    @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[_buffer_pb2.VersionSpan]: ...
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         offset: _builtins.int = ...,
-        token_ids: _abc.Iterable[_builtins.int] | None = ...,
-        logprobs: _abc.Iterable[_builtins.float] | None = ...,
+        token_ids: _builtins.bytes = ...,
+        logprobs: _builtins.bytes = ...,
         versions: _abc.Iterable[_buffer_pb2.VersionSpan] | None = ...,
         end_reason: _buffer_pb2.EndReason.ValueType = ...,
         text: _builtins.str = ...,

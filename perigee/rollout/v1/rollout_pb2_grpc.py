@@ -27,6 +27,8 @@ if _version_not_supported:
 
 class RolloutServiceStub:
     """RolloutService generates trajectories with one policy version at a time.
+
+    Token ids and log-probabilities are packed bytes, 4 for each token, as in perigee.buffer.v1.
     """
 
     def __init__(self, channel):
@@ -54,6 +56,8 @@ class RolloutServiceStub:
 
 class RolloutServiceServicer:
     """RolloutService generates trajectories with one policy version at a time.
+
+    Token ids and log-probabilities are packed bytes, 4 for each token, as in perigee.buffer.v1.
     """
 
     def Generate(self, request, context):
@@ -105,6 +109,8 @@ def add_RolloutServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class RolloutService:
     """RolloutService generates trajectories with one policy version at a time.
+
+    Token ids and log-probabilities are packed bytes, 4 for each token, as in perigee.buffer.v1.
     """
 
     @staticmethod

@@ -27,7 +27,10 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RolloutServiceStub:
-    """RolloutService generates trajectories with one policy version at a time."""
+    """RolloutService generates trajectories with one policy version at a time.
+
+    Token ids and log-probabilities are packed bytes, 4 for each token, as in perigee.buffer.v1.
+    """
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -43,7 +46,10 @@ class RolloutServiceStub:
 
 @_typing.type_check_only
 class RolloutServiceAsyncStub(RolloutServiceStub):
-    """RolloutService generates trajectories with one policy version at a time."""
+    """RolloutService generates trajectories with one policy version at a time.
+
+    Token ids and log-probabilities are packed bytes, 4 for each token, as in perigee.buffer.v1.
+    """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_rollout_pb2.GenerateRequest, _rollout_pb2.GenerateResponse]  # type: ignore[assignment]
@@ -55,7 +61,10 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     GetState: _aio.UnaryUnaryMultiCallable[_rollout_pb2.GetStateRequest, _rollout_pb2.GetStateResponse]  # type: ignore[assignment]
 
 class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
-    """RolloutService generates trajectories with one policy version at a time."""
+    """RolloutService generates trajectories with one policy version at a time.
+
+    Token ids and log-probabilities are packed bytes, 4 for each token, as in perigee.buffer.v1.
+    """
 
     @_abc_1.abstractmethod
     def Generate(

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n perigee/weights/v1/weights.proto\x12\x12perigee.weights.v1\"F\n\x05Shard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\t\"r\n\x08Manifest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12)\n\x06shards\x18\x04 \x03(\x0b\x32\x19.perigee.weights.v1.Shard\"@\n\x0ePrepareRequest\x12.\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.perigee.weights.v1.Manifest\"]\n\x0fPrepareResponse\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_id\x18\x03 \x01(\t\x12\x13\n\x0breceiver_id\x18\x04 \x01(\t\"T\n\rCommitRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12.\n\x08manifest\x18\x02 \x01(\x0b\x32\x1c.perigee.weights.v1.Manifest\"X\n\x0e\x43ommitResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x16\n\x0everify_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x03 \x01(\x01\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse2\x8a\x02\n\x15WeightReceiverService\x12R\n\x07Prepare\x12\".perigee.weights.v1.PrepareRequest\x1a#.perigee.weights.v1.PrepareResponse\x12O\n\x06\x43ommit\x12!.perigee.weights.v1.CommitRequest\x1a\".perigee.weights.v1.CommitResponse\x12L\n\x05\x41\x62ort\x12 .perigee.weights.v1.AbortRequest\x1a!.perigee.weights.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n perigee/weights/v1/weights.proto\x12\x12perigee.weights.v1\"F\n\x05Shard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\t\"r\n\x08Manifest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12)\n\x06shards\x18\x04 \x03(\x0b\x32\x19.perigee.weights.v1.Shard\"@\n\x0ePrepareRequest\x12.\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.perigee.weights.v1.Manifest\"]\n\x0fPrepareResponse\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_id\x18\x03 \x01(\t\x12\x13\n\x0breceiver_id\x18\x04 \x01(\t\"$\n\rCommitRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"X\n\x0e\x43ommitResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x16\n\x0everify_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x03 \x01(\x01\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse2\x8a\x02\n\x15WeightReceiverService\x12R\n\x07Prepare\x12\".perigee.weights.v1.PrepareRequest\x1a#.perigee.weights.v1.PrepareResponse\x12O\n\x06\x43ommit\x12!.perigee.weights.v1.CommitRequest\x1a\".perigee.weights.v1.CommitResponse\x12L\n\x05\x41\x62ort\x12 .perigee.weights.v1.AbortRequest\x1a!.perigee.weights.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,13 +40,13 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PREPARERESPONSE']._serialized_start=310
   _globals['_PREPARERESPONSE']._serialized_end=403
   _globals['_COMMITREQUEST']._serialized_start=405
-  _globals['_COMMITREQUEST']._serialized_end=489
-  _globals['_COMMITRESPONSE']._serialized_start=491
-  _globals['_COMMITRESPONSE']._serialized_end=579
-  _globals['_ABORTREQUEST']._serialized_start=581
-  _globals['_ABORTREQUEST']._serialized_end=616
-  _globals['_ABORTRESPONSE']._serialized_start=618
-  _globals['_ABORTRESPONSE']._serialized_end=633
-  _globals['_WEIGHTRECEIVERSERVICE']._serialized_start=636
-  _globals['_WEIGHTRECEIVERSERVICE']._serialized_end=902
+  _globals['_COMMITREQUEST']._serialized_end=441
+  _globals['_COMMITRESPONSE']._serialized_start=443
+  _globals['_COMMITRESPONSE']._serialized_end=531
+  _globals['_ABORTREQUEST']._serialized_start=533
+  _globals['_ABORTREQUEST']._serialized_end=568
+  _globals['_ABORTRESPONSE']._serialized_start=570
+  _globals['_ABORTRESPONSE']._serialized_end=585
+  _globals['_WEIGHTRECEIVERSERVICE']._serialized_start=588
+  _globals['_WEIGHTRECEIVERSERVICE']._serialized_end=854
 # @@protoc_insertion_point(module_scope)

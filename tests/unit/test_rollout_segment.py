@@ -7,19 +7,21 @@ from pathlib import Path
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perigee.buffer.packing import pack_token_ids, unpack_logprobs, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
-from services.rollout.engine import Engine, EngineOutput, EngineRequest, VersionSpan, WeightShard
-from services.rollout.generation import (
-    EndReason,
-    Segment,
-    SegmentChunk,
-    SegmentSettings,
-    generate_segment,
-    plan_end,
-    take_spans,
-)
-from services.rollout.repetition import RepetitionRule
-from services.rollout.sampling import SamplingSettings
+from perigee.buffer.v1.buffer_pb2 import VersionSpan
+from perigee.rollout.v1.rollout_pb2 import RepetitionStop, Sampling
+from services.rollout.engine import Engine, EngineOutput, EngineRequest, WeightShard
+from services.rollout.segment import EndReason, Segment, SegmentSettings, generate_segment, plan_end, slice_spans
+
+STOP = buffer_pb2.END_REASON_STOP
+REPETITION = buffer_pb2.END_REASON_REPETITION
+RESPONSE_CAP = buffer_pb2.END_REASON_RESPONSE_CAP
+BUDGET = buffer_pb2.END_REASON_BUDGET
+
+
+def span(version: int, tokens: int) -> VersionSpan:
+    return VersionSpan(policy_version=version, tokens=tokens)
 
 
 class ScriptedEngine(Engine):
@@ -41,7 +43,7 @@ class ScriptedEngine(Engine):
         stopped = self.stop_token in tokens
         if stopped:
             tokens = tokens[: tokens.index(self.stop_token) + 1]
-        versions = [VersionSpan(1, self.switch), VersionSpan(2, 1 << 30)]
+        versions = [span(1, self.switch), span(2, 1 << 30)]
         for start in range(0, len(tokens), request.stride_tokens):
             piece = tokens[start : start + request.stride_tokens]
             last = start + len(piece) == len(tokens)
@@ -49,109 +51,111 @@ class ScriptedEngine(Engine):
             yield EngineOutput(
                 token_ids=piece,
                 logprobs=[-float(token) for token in piece],
-                versions=take_spans(versions, start, start + len(piece)),
+                versions=slice_spans(versions, start, start + len(piece)),
                 cached_tokens=5,
                 finish=None if not last else "stop" if stopped else "length",
             )
 
 
-def segment(end_tokens: int, response: Sequence[int] = (), end_reason: EndReason = EndReason.BUDGET) -> Segment:
-    return Segment("s", "t", (7, 8), response, end_tokens, end_reason)
+def segment(end_tokens: int, response: Sequence[int] = (), end_reason: EndReason = BUDGET) -> Segment:
+    return Segment("s", "t", pack_token_ids((7, 8)), pack_token_ids(response), end_tokens, end_reason)
 
 
-def settings(chunk_tokens: int = 4, rule: RepetitionRule | None = None) -> SegmentSettings:
-    return SegmentSettings(SamplingSettings(1.0), rule, (99,), chunk_tokens)
+def settings(chunk_tokens: int = 4, max_period: int = 0, min_repeats: int = 0) -> SegmentSettings:
+    stop = RepetitionStop(max_period=max_period, min_repeats=min_repeats)
+    return SegmentSettings(Sampling(temperature=1), stop, (99,), chunk_tokens)
 
 
-async def collect(engine: Engine, segment: Segment, settings: SegmentSettings) -> list[SegmentChunk]:
+async def collect(engine: Engine, segment: Segment, settings: SegmentSettings) -> list[buffer_pb2.Chunk]:
     return [chunk async for chunk in generate_segment(engine, segment, settings)]
 
 
-def test_end_reasons_are_those_of_the_contract() -> None:
-    for reason in EndReason:
-        assert buffer_pb2.EndReason.Name(reason) == f"END_REASON_{reason.name}"
+def tokens_of(*chunks: buffer_pb2.Chunk) -> list[int]:
+    return [token for chunk in chunks for token in unpack_token_ids(chunk.token_ids)]
 
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(1, 100), st.integers(1, 100), st.integers(1, 100))
 def test_a_segment_ends_at_the_nearest_limit(held: int, leased: int, budget: int, cap: int, room: int) -> None:
     end, reason = plan_end(held=held, leased=leased, budget=budget, cap=cap, room=room)
     assert end == max(held, min(leased + budget, cap, room))
-    assert (reason is EndReason.RESPONSE_CAP) == (end >= min(cap, room))
+    assert (reason == RESPONSE_CAP) == (end >= min(cap, room))
 
 
 def test_a_resumed_trajectory_gets_what_its_cap_leaves() -> None:
-    assert plan_end(held=50, leased=50, budget=32, cap=64, room=1000) == (64, EndReason.RESPONSE_CAP)
-    assert plan_end(held=32, leased=32, budget=16, cap=64, room=1000) == (48, EndReason.BUDGET)
+    assert plan_end(held=50, leased=50, budget=32, cap=64, room=1000) == (64, RESPONSE_CAP)
+    assert plan_end(held=32, leased=32, budget=16, cap=64, room=1000) == (48, BUDGET)
 
 
 def test_a_call_that_was_cut_off_gets_no_second_budget() -> None:
-    assert plan_end(held=20, leased=8, budget=16, cap=64, room=1000) == (24, EndReason.BUDGET)
-    assert plan_end(held=24, leased=8, budget=16, cap=64, room=1000) == (24, EndReason.BUDGET)
+    assert plan_end(held=20, leased=8, budget=16, cap=64, room=1000) == (24, BUDGET)
+    assert plan_end(held=24, leased=8, budget=16, cap=64, room=1000) == (24, BUDGET)
 
 
 async def test_chunks_are_whole_and_the_last_one_says_why() -> None:
     engine = ScriptedEngine(range(100, 120), stop=99)
     chunks = await collect(engine, segment(13, response=(1, 2, 3)), settings())
     assert [chunk.offset for chunk in chunks] == [3, 7, 11]
-    assert [len(chunk.token_ids) for chunk in chunks] == [4, 4, 2]
-    assert [chunk.end_reason for chunk in chunks] == [None, None, EndReason.BUDGET]
-    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    assert [len(tokens_of(chunk)) for chunk in chunks] == [4, 4, 2]
+    assert [chunk.end_reason for chunk in chunks] == [0, 0, BUDGET]
+    tokens = tokens_of(*chunks)
     assert tokens == list(range(100, 110))
-    assert [logprob for chunk in chunks for logprob in chunk.logprobs] == [-float(token) for token in tokens]
+    assert [logprob for chunk in chunks for logprob in unpack_logprobs(chunk.logprobs)] == [
+        -float(token) for token in tokens
+    ]
     assert list(engine.requests[0].token_ids) == [7, 8, 1, 2, 3]
     assert engine.requests[0].max_tokens == 10
 
 
 async def test_a_stop_token_ends_the_response_and_belongs_to_it() -> None:
     chunks = await collect(ScriptedEngine([5, 6, 99, 7], stop=99), segment(50), settings())
-    assert [(list(chunk.token_ids), chunk.end_reason) for chunk in chunks] == [([5, 6, 99], EndReason.STOP)]
+    assert [(tokens_of(chunk), chunk.end_reason) for chunk in chunks] == [([5, 6, 99], STOP)]
 
 
 async def test_no_room_ends_without_the_engine() -> None:
     engine = ScriptedEngine([5], stop=99)
-    [chunk] = await collect(engine, segment(2, response=(1, 2), end_reason=EndReason.RESPONSE_CAP), settings())
-    assert (list(chunk.token_ids), chunk.end_reason, engine.requests) == ([], EndReason.RESPONSE_CAP, [])
+    [chunk] = await collect(engine, segment(2, response=(1, 2), end_reason=RESPONSE_CAP), settings())
+    assert (tokens_of(chunk), chunk.end_reason, engine.requests) == ([], RESPONSE_CAP, [])
 
 
 async def test_repetition_is_cut_where_it_begins_to_count() -> None:
     engine = ScriptedEngine([10, 11, 12] + [5, 6] * 500, stop=99)
-    chunks = await collect(engine, segment(1000), settings(chunk_tokens=512, rule=RepetitionRule(4, 3)))
-    tokens = [token for chunk in chunks for token in chunk.token_ids]
+    chunks = await collect(engine, segment(1000), settings(chunk_tokens=512, max_period=4, min_repeats=3))
+    tokens = tokens_of(*chunks)
     assert tokens == [10, 11, 12, 5, 6, 5, 6, 5, 6]
-    assert chunks[-1].end_reason is EndReason.REPETITION
+    assert chunks[-1].end_reason == REPETITION
     assert sum(span.tokens for chunk in chunks for span in chunk.versions) == len(tokens)
     assert engine.handed_out <= 32
 
 
 async def test_repetition_that_began_in_an_earlier_segment_is_seen() -> None:
     engine = ScriptedEngine([5, 6, 5, 6], stop=99)
-    chunks = await collect(engine, segment(20, response=(1, 5, 6, 5, 6)), settings(rule=RepetitionRule(4, 3)))
-    assert [token for chunk in chunks for token in chunk.token_ids] == [5, 6]
-    assert chunks[-1].end_reason is EndReason.REPETITION
+    chunks = await collect(engine, segment(20, response=(1, 5, 6, 5, 6)), settings(max_period=4, min_repeats=3))
+    assert tokens_of(*chunks) == [5, 6]
+    assert chunks[-1].end_reason == REPETITION
 
 
 async def test_a_stop_token_wins_over_a_repetition_that_it_completes() -> None:
     chunks = await collect(
-        ScriptedEngine([99], stop=99), segment(20, response=(99, 99)), settings(rule=RepetitionRule(1, 3))
+        ScriptedEngine([99], stop=99), segment(20, response=(99, 99)), settings(max_period=1, min_repeats=3)
     )
-    assert chunks[-1].end_reason is EndReason.STOP
+    assert chunks[-1].end_reason == STOP
 
 
 async def test_versions_follow_the_tokens_over_chunks() -> None:
     chunks = await collect(ScriptedEngine(range(20), stop=99, switch=6), segment(10), settings())
     assert [list(chunk.versions) for chunk in chunks] == [
-        [VersionSpan(1, 4)],
-        [VersionSpan(1, 2), VersionSpan(2, 2)],
-        [VersionSpan(2, 2)],
+        [span(1, 4)],
+        [span(1, 2), span(2, 2)],
+        [span(2, 2)],
     ]
 
 
-SPANS = st.lists(st.builds(VersionSpan, st.integers(0, 2), st.integers(1, 5)), max_size=8)
+SPANS = st.lists(st.builds(span, st.integers(0, 2), st.integers(1, 5)), max_size=8)
 
 
 @given(spans=SPANS, begin=st.integers(0, 45), end=st.integers(0, 45))
 def test_taken_spans_name_the_version_of_each_token(spans: list[VersionSpan], begin: int, end: int) -> None:
     versions = [span.policy_version for span in spans for _ in range(span.tokens)]
-    taken = take_spans(spans, begin, end)
+    taken = slice_spans(spans, begin, end)
     assert [span.policy_version for span in taken for _ in range(span.tokens)] == versions[begin:end]
     assert all(a.policy_version != b.policy_version for a, b in itertools.pairwise(taken))

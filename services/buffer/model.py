@@ -1,0 +1,419 @@
+"""Runs, groups and trajectories in Redis: each change is one Lua script, each value the contract's message.
+
+All keys of a run share the hash tag `{run}`, so one change of many keys is one slot of a cluster:
+
+    perigee:{R}:run             hash: configuration digest, iteration, policy version, coordinator state
+    perigee:{R}:groups          sorted set: ids of the groups not consumed, by the order of their creation
+    perigee:{R}:group:G         hash: prompt id, iteration, packed prompt tokens, trajectory ids as JSON
+    perigee:{R}:trajectory:T    hash: group, epoch, worker, token count, end reason, versions, verdict, reward
+    perigee:{R}:tokens:T        string: response tokens, packed
+    perigee:{R}:logprobs:T      string: log-probabilities, packed
+    perigee:{R}:consumed        sorted set: ids of the groups that the last iterations consumed, by iteration
+    perigee:{R}:prompts         sorted set: ids of the prompts that have statistics, in lexical order
+    perigee:{R}:statistics      hash: prompt id -> `trajectories correct`
+
+Versions are stored as text: `version:stop,version:stop` names the policy version of the tokens up to each response
+offset, so that spans are compared, cut and joined without counting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Counter
+
+from perigee.buffer.client import UNFINISHED
+from perigee.buffer.packing import ITEM_BYTES, count_tokens
+from perigee.buffer.v1 import buffer_pb2 as pb
+from perigee.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, NotFoundError
+from services.buffer.scripts import Durability, ScriptRunner, load_script
+
+CREATE_RUN = load_script("create_run")
+READ_RUN = load_script("read_run")
+COMMIT_ITERATION = load_script("commit_iteration")
+LIST_STATISTICS = load_script("list_statistics")
+CREATE_GROUPS = load_script("create_groups")
+LIST_GROUPS = load_script("list_groups")
+RECORD_VERDICTS = load_script("record_verdicts")
+LEASE = load_script("lease")
+APPEND = load_script("append")
+READ_HEADS = load_script("read_heads")
+READ_TOKENS = load_script("read_tokens")
+
+# Groups that one script call lists: bounds the time that it occupies the server.
+GROUPS_PER_CALL = 64
+# Trajectories whose heads one script call reads, for the same reason.
+HEADS_PER_CALL = 512
+# Tokens that one script call reads beyond the first range: bounds the memory of a reply.
+TOKENS_PER_CALL = 65536
+
+CHUNKS = Counter("perigee_buffer_chunks_total", "Chunks received, by outcome.", ["outcome"])
+TOKENS_RECEIVED = Counter("perigee_buffer_received_tokens_total", "Tokens in the chunks received.")
+TOKENS_READ = Counter("perigee_buffer_read_tokens_total", "Response tokens streamed to readers.")
+LEASES = Counter("perigee_buffer_leases_total", "Leases given.")
+VERDICTS = Counter("perigee_buffer_verdicts_total", "Verdicts recorded.")
+COMMITS = Counter("perigee_buffer_commits_total", "Iterations committed.")
+
+Arguments = list[str | bytes | int]
+
+
+async def create_run(scripts: ScriptRunner, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
+    """Creates the run or confirms it.
+
+    Raises AlreadyExistsError when it exists with another configuration.
+    """
+    created, *fields = await scripts.run(
+        CREATE_RUN,
+        request.run_id,
+        request.config_digest,
+        request.policy_version,
+        request.coordinator_state,
+        durability=Durability.COMMIT,
+    )
+    state = _read_run_state(request.run_id, fields)
+    if state.config_digest != request.config_digest:
+        raise AlreadyExistsError(
+            f"run {request.run_id!r} exists with another configuration ({state.config_digest}, not "
+            f"{request.config_digest}): take another run id or the configuration it began with"
+        )
+    return pb.CreateRunResponse(run=state, created=bool(created))
+
+
+async def get_run(scripts: ScriptRunner, run_id: str) -> pb.RunState:
+    """Reads the state of the run; raises NotFoundError."""
+    _, *fields = await scripts.run(READ_RUN, run_id)
+    return _read_run_state(run_id, fields)
+
+
+async def commit_iteration(scripts: ScriptRunner, request: pb.CommitIterationRequest) -> pb.CommitIterationResponse:
+    """Closes an iteration, or confirms that this very commit closed it.
+
+    Raises FailedPreconditionError when the iteration is not the next one or a group cannot be consumed, AbortedError
+    when the iteration was committed with other contents. A refusal changes nothing.
+    """
+    run_id = request.run_id
+    arguments: Arguments = [
+        request.iteration,
+        request.policy_version,
+        commit_digest(request),
+        request.coordinator_state,
+        len(request.consumed_group_ids),
+        *request.consumed_group_ids,
+    ]
+    for increment in request.prompt_increments:
+        arguments += (increment.prompt_id, increment.trajectories, increment.correct)
+    word, *fields = await scripts.run(COMMIT_ITERATION, run_id, *arguments, durability=Durability.COMMIT)
+    match word:
+        case b"OK":
+            COMMITS.inc()
+            return pb.CommitIterationResponse(run=_read_run_state(run_id, fields))
+        case b"DUPLICATE":
+            return pb.CommitIterationResponse(run=_read_run_state(run_id, fields), duplicate=True)
+        case b"NOT_NEXT":
+            committed = int(fields[0])
+            raise FailedPreconditionError(
+                f"iteration {request.iteration} cannot be committed: run {run_id!r} has {committed} committed "
+                f"iterations, so the next is {committed + 1}"
+            )
+        case b"OTHER_CONTENTS":
+            raise AbortedError(
+                f"iteration {request.iteration} of run {run_id!r} was committed with other contents: "
+                "another coordinator drives this run"
+            )
+        case b"CONSUMED_BEFORE":
+            raise FailedPreconditionError(f"group {fields[0].decode()!r} was consumed by an earlier iteration")
+        case _:
+            raise FailedPreconditionError(f"group {fields[0].decode()!r} does not exist and cannot be consumed")
+
+
+def commit_digest(request: pb.CommitIterationRequest) -> str:
+    """Returns what tells a repeated commit from another one of the same iteration."""
+    return hashlib.sha256(request.SerializeToString(deterministic=True)).hexdigest()
+
+
+async def list_statistics(
+    scripts: ScriptRunner, run_id: str, page_token: str, limit: int
+) -> pb.ListPromptStatisticsResponse:
+    """Reads one page of statistics in the order of prompt ids; a page token is the id to start after."""
+    _, page_json = await scripts.run(LIST_STATISTICS, run_id, page_token, limit + 1)
+    rows = json.loads(page_json)
+    response = pb.ListPromptStatisticsResponse()
+    for prompt_id, counts in rows[:limit]:
+        trajectories, correct = map(int, counts.split())
+        response.prompts.add(prompt_id=prompt_id, trajectories=trajectories, correct=correct)
+    if len(rows) > limit:
+        response.next_page_token = response.prompts[-1].prompt_id
+    return response
+
+
+async def create_groups(scripts: ScriptRunner, run_id: str, groups: Iterable[pb.NewGroup]) -> int:
+    """Creates groups with empty trajectories; returns how many did not exist.
+
+    Raises AlreadyExistsError when a new group names a trajectory of another one; then no group is created.
+    """
+    arguments: Arguments = []
+    for group in groups:
+        arguments += (group.group_id, group.prompt_id, group.iteration, group.prompt_token_ids)
+        arguments += (len(group.trajectory_ids), *group.trajectory_ids)
+    word, value = await scripts.run(CREATE_GROUPS, run_id, *arguments, durability=Durability.SEGMENT)
+    if word == b"TRAJECTORY_TAKEN":
+        raise AlreadyExistsError(f"trajectory {value.decode()!r} belongs to another group: take a new id")
+    return int(value)
+
+
+async def list_groups(
+    scripts: ScriptRunner, run_id: str, page_trajectories: int
+) -> AsyncGenerator[pb.ListGroupsResponse, None]:
+    """Lists the groups not consumed, oldest first, in pages of at most `page_trajectories` or of one group."""
+    page = pb.ListGroupsResponse()
+    trajectories = 0
+    position = "0"
+    while True:
+        _, rows_json = await scripts.run(LIST_GROUPS, run_id, position, GROUPS_PER_CALL)
+        rows = json.loads(rows_json)
+        for row in rows:
+            group = _read_group(row)
+            if page.groups and trajectories + len(group.trajectories) > page_trajectories:
+                yield page
+                page, trajectories = pb.ListGroupsResponse(), 0
+            page.groups.append(group)
+            trajectories += len(group.trajectories)
+        if len(rows) < GROUPS_PER_CALL:
+            break
+        position = rows[-1][0]
+    if page.groups:
+        yield page
+
+
+async def record_verdicts(scripts: ScriptRunner, run_id: str, verdicts: Iterable[pb.TrajectoryVerdict]) -> int:
+    """Records verdicts, the first of each trajectory; returns how many were not there before.
+
+    Raises NotFoundError for an unknown trajectory, FailedPreconditionError for one that is not finished; then none is
+    recorded.
+    """
+    arguments: Arguments = []
+    for item in verdicts:
+        arguments += (item.trajectory_id, item.verdict, repr(item.reward) if item.HasField("reward") else "")
+    word, value = await scripts.run(RECORD_VERDICTS, run_id, *arguments, durability=Durability.COMMIT)
+    if word == b"UNKNOWN":
+        raise NotFoundError(f"trajectory {value.decode()!r} does not exist in run {run_id!r}")
+    if word == b"UNFINISHED":
+        raise FailedPreconditionError(f"trajectory {value.decode()!r} is not finished: it cannot have a verdict")
+    VERDICTS.inc(int(value))
+    return int(value)
+
+
+async def lease_trajectories(
+    scripts: ScriptRunner, run_id: str, worker_id: str, trajectory_ids: Sequence[str]
+) -> list[pb.Lease]:
+    """Leases trajectories, which fences every older lease of the same ones.
+
+    Raises NotFoundError for an unknown trajectory, FailedPreconditionError for a finished one; then none is leased.
+    """
+    word, value = await scripts.run(LEASE, run_id, worker_id, *trajectory_ids, durability=Durability.SEGMENT)
+    if word == b"UNKNOWN":
+        raise NotFoundError(f"trajectory {value.decode()!r} does not exist in run {run_id!r}")
+    if word == b"FINISHED":
+        raise FailedPreconditionError(f"trajectory {value.decode()!r} is finished: it cannot be leased")
+    pairs = [pair.split(":") for pair in value.decode().split(",") if pair]
+    LEASES.inc(len(pairs))
+    return [
+        pb.Lease(trajectory_id=trajectory_id, epoch=int(epoch), tokens=int(tokens))
+        for trajectory_id, (epoch, tokens) in zip(trajectory_ids, pairs, strict=True)
+    ]
+
+
+async def append_chunks(
+    scripts: ScriptRunner, run_id: str, chunks: Sequence[pb.Chunk]
+) -> list[pb.AppendOutcome.ValueType]:
+    """Appends chunks; returns the outcome of each, in order."""
+    arguments: Arguments = []
+    for chunk in chunks:
+        arguments += (
+            chunk.trajectory_id,
+            chunk.epoch,
+            chunk.offset,
+            chunk.token_ids,
+            chunk.logprobs,
+            pack_spans(chunk.versions, chunk.offset),
+            chunk.end_reason,
+        )
+    ends = any(chunk.end_reason for chunk in chunks)
+    durability = Durability.SEGMENT if ends else Durability.NONE
+    _, digits = await scripts.run(APPEND, run_id, *arguments, durability=durability)
+    outcomes = [pb.AppendOutcome.ValueType(int(digit)) for digit in digits.decode()]
+    TOKENS_RECEIVED.inc(sum(count_tokens(chunk.token_ids) for chunk in chunks))
+    for outcome in outcomes:
+        CHUNKS.labels(pb.AppendOutcome.Name(outcome).removeprefix("APPEND_OUTCOME_").lower()).inc()
+    return outcomes
+
+
+async def read_trajectories(
+    scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str], *, with_logprobs: bool, piece_tokens: int
+) -> AsyncGenerator[pb.ReadTrajectoriesResponse, None]:
+    """Reads every trajectory in pieces of at most `piece_tokens` tokens, in the order asked for.
+
+    Raises NotFoundError for an unknown trajectory, AbortedError when one is consumed while it is read.
+    """
+    for start in range(0, len(trajectory_ids), HEADS_PER_CALL):
+        heads = await _read_heads(scripts, run_id, trajectory_ids[start : start + HEADS_PER_CALL])
+        ranges = [span for head in heads for span in _cut(head, piece_tokens)]
+        for batch in _batch(ranges):
+            for piece in await _read_batch(scripts, run_id, batch, with_logprobs):
+                TOKENS_READ.inc(count_tokens(piece.token_ids))
+                yield piece
+
+
+def pack_spans(spans: Iterable[pb.VersionSpan], offset: int) -> str:
+    """Returns spans that begin at a response offset as `version:stop,...`, empty ones left out."""
+    pieces = []
+    for span in spans:
+        offset += span.tokens
+        if span.tokens:
+            pieces.append(f"{span.policy_version}:{offset}")
+    return ",".join(pieces)
+
+
+def unpack_spans(versions: str, first: int, last: int) -> list[pb.VersionSpan]:
+    """Returns the spans of the tokens from `first` up to `last`; inverts `pack_spans` with offset `first`."""
+    spans: list[pb.VersionSpan] = []
+    for piece in versions.split(",") if versions else ():
+        version, _, stop_text = piece.partition(":")
+        stop = min(int(stop_text), last)
+        if stop > first:
+            spans.append(pb.VersionSpan(policy_version=int(version), tokens=stop - first))
+            first = stop
+    return spans
+
+
+@dataclass(frozen=True)
+class _Head:
+    """A trajectory before its tokens are read."""
+
+    trajectory_id: str
+    prompt_token_ids: bytes
+    tokens: int
+    epoch: int
+    end_reason: pb.EndReason.ValueType
+    versions: str
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Response tokens [first, last) of a trajectory."""
+
+    head: _Head
+    first: int
+    last: int
+
+    @property
+    def bytes(self) -> int:
+        return (self.last - self.first) * ITEM_BYTES
+
+
+async def _read_heads(scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str]) -> list[_Head]:
+    word, *fields = await scripts.run(READ_HEADS, run_id, *trajectory_ids)
+    if word == b"UNKNOWN":
+        raise NotFoundError(f"trajectory {fields[0].decode()!r} does not exist in run {run_id!r}")
+    rows, prompt_sizes = json.loads(fields[0])
+    prompts, start = [], 0
+    for size in prompt_sizes:
+        prompts.append(fields[1][start : start + size])
+        start += size
+    return [
+        _Head(trajectory_id, prompts[prompt], int(tokens), int(epoch), pb.EndReason.ValueType(int(ending)), versions)
+        for trajectory_id, (prompt, tokens, epoch, ending, versions) in zip(trajectory_ids, rows, strict=True)
+    ]
+
+
+def _cut(head: _Head, piece_tokens: int) -> Iterator[_Range]:
+    for first in range(0, max(head.tokens, 1), piece_tokens):
+        yield _Range(head, first, min(first + piece_tokens, head.tokens))
+
+
+def _batch(ranges: Sequence[_Range]) -> Iterator[list[_Range]]:
+    batch: list[_Range] = []
+    size = 0
+    for item in ranges:
+        if batch and size + item.bytes > TOKENS_PER_CALL * ITEM_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(item)
+        size += item.bytes
+    if batch:
+        yield batch
+
+
+async def _read_batch(
+    scripts: ScriptRunner, run_id: str, batch: Sequence[_Range], with_logprobs: bool
+) -> list[pb.ReadTrajectoriesResponse]:
+    arguments: Arguments = [int(with_logprobs)]
+    for item in batch:
+        if item.bytes:
+            arguments += (item.head.trajectory_id, item.first * ITEM_BYTES, item.last * ITEM_BYTES - 1)
+    _, token_ids, logprobs = await scripts.run(READ_TOKENS, run_id, *arguments)
+    if len(token_ids) != sum(item.bytes for item in batch):
+        raise AbortedError(f"a trajectory of run {run_id!r} was consumed while it was read")
+    pieces, start = [], 0
+    for item in batch:
+        stop = start + item.bytes
+        pieces.append(
+            pb.ReadTrajectoriesResponse(
+                trajectory_id=item.head.trajectory_id,
+                prompt_token_ids=item.head.prompt_token_ids if item.first == 0 else b"",
+                offset=item.first,
+                token_ids=token_ids[start:stop],
+                logprobs=logprobs[start:stop],
+                versions=unpack_spans(item.head.versions, item.first, item.last),
+                last=item.last == item.head.tokens,
+                end_reason=item.head.end_reason,
+                epoch=item.head.epoch,
+            )
+        )
+        start = stop
+    return pieces
+
+
+def _read_run_state(run_id: str, fields: Sequence[Any]) -> pb.RunState:
+    digest, iteration, policy_version, coordinator_state = fields
+    return pb.RunState(
+        run_id=run_id,
+        config_digest=digest.decode(),
+        iteration=int(iteration),
+        policy_version=int(policy_version),
+        coordinator_state=bytes(coordinator_state),
+    )
+
+
+def _read_group(row: Sequence[Any]) -> pb.GroupSummary:
+    _, group_id, prompt_id, iteration, trajectories = row
+    return pb.GroupSummary(
+        group_id=group_id,
+        prompt_id=prompt_id,
+        iteration=int(iteration),
+        trajectories=[_read_summary(fields) for fields in trajectories],
+    )
+
+
+def _read_summary(fields: Sequence[str]) -> pb.TrajectorySummary:
+    trajectory_id, tokens, epoch, ending, verdict, reward, versions = fields
+    end_reason = pb.EndReason.ValueType(int(ending))
+    if end_reason not in UNFINISHED:
+        state = pb.TRAJECTORY_STATE_FINISHED
+    else:
+        end_reason = pb.END_REASON_UNSPECIFIED
+        state = pb.TRAJECTORY_STATE_PARTIAL if int(tokens) else pb.TRAJECTORY_STATE_PENDING
+    return pb.TrajectorySummary(
+        trajectory_id=trajectory_id,
+        state=state,
+        tokens=int(tokens),
+        epoch=int(epoch),
+        end_reason=end_reason,
+        verdict=pb.Verdict.ValueType(int(verdict or 0)),
+        reward=float(reward) if reward else None,
+        versions=unpack_spans(versions, 0, int(tokens)),
+    )

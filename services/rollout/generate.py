@@ -1,0 +1,107 @@
+"""Generates responses to prompts in a request, without the buffer."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing
+from functools import partial
+
+from perigee.buffer.packing import ITEM_BYTES, count_tokens, unpack_token_ids
+from perigee.buffer.v1 import buffer_pb2
+from perigee.errors import FieldViolation, InvalidArgumentError, UnavailableError
+from perigee.rollout.v1 import rollout_pb2 as pb
+from services.rollout.engine import EngineDiedError
+from services.rollout.merging import Emit, merge
+from services.rollout.metrics import GENERATED_TOKENS, SEGMENTS
+from services.rollout.model_folder import ModelFolder
+from services.rollout.segment import Segment, SegmentSettings, end_reason_label, generate_segment, plan_end
+from services.rollout.worker import Admission, Worker
+
+_calls = itertools.count()
+
+
+def check_items(items: Sequence[pb.GenerateItem], model: ModelFolder) -> None:
+    """Raises InvalidArgumentError with a violation for each item that cannot be generated."""
+    violations = [
+        FieldViolation(f"items[{index}].{field}", description)
+        for index, item in enumerate(items)
+        for field, description in _find_faults(item, model)
+    ]
+    if len({item.id for item in items}) != len(items):
+        violations.append(FieldViolation("items.id", "two items have the same id"))
+    if violations:
+        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+
+
+async def generate(
+    worker: Worker, request: pb.GenerateRequest, settings: SegmentSettings
+) -> AsyncGenerator[pb.GenerateResponse, None]:
+    """Generates the response to each item, in chunks as they come; with `text_only` only the last one of each.
+
+    Raises InvalidArgumentError for items that cannot be generated, FailedPreconditionError when the worker holds no
+    weights or other ones, ResourceExhaustedError when it has too much to do, UnavailableError when the engine dies.
+    """
+    check_items(request.items, worker.model)
+    worker.check_ready(request.run_id, request.policy_version if request.HasField("policy_version") else None)
+    call = next(_calls)
+    with worker.admit(len(request.items)) as admission:
+        producers = [
+            partial(_generate_item, worker, settings, admission, f"generate-{call}-{i}", item, request.text_only)
+            for i, item in enumerate(request.items)
+        ]
+        try:
+            async with aclosing(merge(producers)) as batches:
+                async for batch in batches:
+                    for response in batch:
+                        yield response
+        except EngineDiedError as error:
+            raise UnavailableError(f"The engine died and is restarted: {error}", retry_after_s=10.0) from error
+
+
+async def _generate_item(
+    worker: Worker,
+    settings: SegmentSettings,
+    admission: Admission,
+    segment_id: str,
+    item: pb.GenerateItem,
+    text_only: bool,
+    emit: Emit[pb.GenerateResponse],
+) -> None:
+    room = worker.model.context_tokens - count_tokens(item.prompt_token_ids)
+    end_tokens, _ = plan_end(held=0, leased=0, budget=item.max_tokens, cap=item.max_tokens, room=room)
+    segment = Segment(segment_id, item.id, item.prompt_token_ids, b"", end_tokens, buffer_pb2.END_REASON_RESPONSE_CAP)
+    token_ids = bytearray()
+    async with aclosing(generate_segment(worker.engine, segment, settings)) as chunks:
+        async for chunk in chunks:
+            token_ids += chunk.token_ids
+            tokens = count_tokens(chunk.token_ids)
+            worker.generated_tokens += tokens
+            GENERATED_TOKENS.inc(tokens)
+            response = pb.GenerateResponse(id=item.id)
+            if not text_only:
+                response.offset = chunk.offset
+                response.token_ids, response.logprobs = chunk.token_ids, chunk.logprobs
+                response.versions.extend(chunk.versions)
+            if chunk.end_reason:
+                response.end_reason = chunk.end_reason
+                response.text = worker.model.decode(unpack_token_ids(bytes(token_ids)))
+                response.tokens = len(token_ids) // ITEM_BYTES
+                SEGMENTS.labels(end_reason_label(chunk.end_reason)).inc()
+                admission.leave()
+            if chunk.end_reason or not text_only:
+                await emit(response)
+
+
+def _find_faults(item: pb.GenerateItem, model: ModelFolder) -> Iterator[tuple[str, str]]:
+    tokens = count_tokens(item.prompt_token_ids)
+    if tokens == 0:
+        yield "prompt_token_ids", "the prompt is empty"
+    elif len(item.prompt_token_ids) % ITEM_BYTES:
+        yield "prompt_token_ids", f"{len(item.prompt_token_ids)} bytes are not {ITEM_BYTES} for each token"
+    elif tokens >= model.context_tokens:
+        yield "prompt_token_ids", f"{tokens} tokens leave no room in the model's context of {model.context_tokens}"
+    elif (largest := max(unpack_token_ids(item.prompt_token_ids))) >= model.vocabulary_size:
+        yield "prompt_token_ids", f"{largest} is not in the vocabulary of {model.vocabulary_size}"
+    if item.max_tokens < 1:
+        yield "max_tokens", "must be at least 1"

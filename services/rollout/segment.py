@@ -1,0 +1,207 @@
+"""Generates one segment: what a trajectory gains in one call, cut into chunks, with the reason for its end.
+
+Only sampling settings whose logprobs the trainer can use are accepted. Truncating or penalizing the distribution makes
+the sampled one another than the policy's: the ratio between the two is then wrong for every token, and no later
+correction knows which tokens were cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from perigee.buffer.packing import count_tokens, pack_logprobs, pack_token_ids, unpack_token_ids
+from perigee.buffer.v1 import buffer_pb2
+from perigee.buffer.v1.buffer_pb2 import VersionSpan
+from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.rollout.v1 import rollout_pb2 as pb
+from services.rollout.engine import Engine, EngineRequest
+from services.rollout.repetition import RepetitionDetector
+
+EndReason: TypeAlias = "buffer_pb2.EndReason.ValueType"
+
+# Tokens that may be generated past the point of repetition before it is seen.
+REPETITION_STRIDE_TOKENS = 32
+MAX_PERIOD = 4096
+MAX_TEMPERATURE = 10.0
+# Below this the engine takes a temperature for 0.
+MIN_TEMPERATURE = 1e-2
+# Values of the other settings that leave the distribution as it is.
+NEUTRAL: dict[str, tuple[float, ...]] = {
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "min_p": (0.0,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+}
+
+
+@dataclass
+class Segment:
+    """A sequence to continue; token ids are packed."""
+
+    segment_id: str
+    """Unique among the segments in flight."""
+    item_id: str
+    """The trajectory or item; with the offset it decides the seed."""
+    prompt_token_ids: bytes
+    response_token_ids: bytes
+    """Tokens of earlier segments."""
+    end_tokens: int
+    """Response tokens, earlier ones included, at which the segment ends."""
+    end_reason: EndReason
+    """Why it ends there: BUDGET or RESPONSE_CAP."""
+    cached_tokens: int = 0
+    """Prompt and earlier tokens served from the prefix cache, once the engine has said so."""
+
+
+@dataclass(frozen=True)
+class SegmentSettings:
+    """What the segments of one call share; `repetition_stop.min_repeats` 0 turns that stop off."""
+
+    sampling: pb.Sampling
+    repetition_stop: pb.RepetitionStop
+    stop_token_ids: tuple[int, ...]
+    chunk_tokens: int
+
+
+def end_reason_label(end_reason: EndReason) -> str:
+    """Returns the name of an end reason as metrics and logs have it, `stop` for instance."""
+    return buffer_pb2.EndReason.Name(end_reason).removeprefix("END_REASON_").lower()
+
+
+def check_sampling(sampling: pb.Sampling, *, trained_on: bool) -> None:
+    """Refuses settings whose logprobs cannot be corrected; `trained_on` also refuses greedy decoding.
+
+    Raises InvalidArgumentError with one violation per field.
+    """
+    violations = [
+        FieldViolation(
+            f"sampling.{name}",
+            f"{getattr(sampling, name)} changes the sampled distribution, so its logprobs cannot be corrected; "
+            f"leave it unset",
+        )
+        for name, neutral in NEUTRAL.items()
+        if sampling.HasField(name) and getattr(sampling, name) not in neutral  # type: ignore[arg-type]
+    ]
+    greedy = sampling.temperature == 0
+    if greedy and trained_on:
+        violations.append(
+            FieldViolation("sampling.temperature", "0 is greedy decoding, whose logprobs are no policy's; use 1")
+        )
+    elif not greedy and not MIN_TEMPERATURE <= sampling.temperature <= MAX_TEMPERATURE:
+        allowed = f"between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}{'' if trained_on else ', or 0'}"
+        violations.append(FieldViolation("sampling.temperature", f"{sampling.temperature} is not {allowed}"))
+    if violations:
+        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+
+
+def check_repetition_stop(stop: pb.RepetitionStop) -> None:
+    """Raises InvalidArgumentError for a stop that would cut every response, or takes too long to look for."""
+    if stop.min_repeats == 0:
+        return
+    if stop.min_repeats < 2:
+        raise InvalidArgumentError.of("repetition_stop.min_repeats", "1 would cut every response; use 2 or more")
+    if not 1 <= stop.max_period <= MAX_PERIOD:
+        raise InvalidArgumentError.of(
+            "repetition_stop.max_period", f"{stop.max_period} is not between 1 and {MAX_PERIOD}"
+        )
+
+
+def segment_seed(sampling: pb.Sampling, item_id: str, offset: int) -> int | None:
+    """Returns a seed of its own for each item and offset, so that the items of one call differ; None without a seed."""
+    if not sampling.HasField("seed"):
+        return None
+    digest = hashlib.blake2b(f"{sampling.seed}/{item_id}/{offset}".encode(), digest_size=8).digest()
+    # The engine takes signed 64-bit seeds.
+    return int.from_bytes(digest) >> 1
+
+
+def plan_end(*, held: int, leased: int, budget: int, cap: int, room: int) -> tuple[int, EndReason]:
+    """Returns where a segment ends, in response tokens, and why.
+
+    A trajectory with `leased` tokens may add `budget`; `held` can be more than `leased` when an earlier call under the
+    same lease was cut off. `cap` bounds the whole response, earlier segments included, and `room` is what the context
+    leaves beside the prompt.
+    """
+    whole = max(min(cap, room), held)
+    part = max(leased + budget, held)
+    return (part, buffer_pb2.END_REASON_BUDGET) if part < whole else (whole, buffer_pb2.END_REASON_RESPONSE_CAP)
+
+
+async def generate_segment(
+    engine: Engine, segment: Segment, settings: SegmentSettings
+) -> AsyncGenerator[buffer_pb2.Chunk, None]:
+    """Generates the chunks of one segment, each of at most `chunk_tokens` tokens; only the last has an end reason.
+
+    Raises EngineDiedError when the engine dies.
+    """
+    offset = count_tokens(segment.response_token_ids)
+    max_tokens = segment.end_tokens - offset
+    if max_tokens <= 0:
+        yield buffer_pb2.Chunk(trajectory_id=segment.item_id, offset=offset, end_reason=segment.end_reason)
+        return
+    response = unpack_token_ids(segment.response_token_ids)
+    stop = settings.repetition_stop
+    detector = RepetitionDetector(stop) if stop.min_repeats else None
+    if detector is not None:
+        # Earlier tokens that can take part in a match.
+        detector.feed(response[-stop.max_period * stop.min_repeats :])
+    request = EngineRequest(
+        request_id=segment.segment_id,
+        token_ids=[*unpack_token_ids(segment.prompt_token_ids), *response],
+        max_tokens=max_tokens,
+        temperature=settings.sampling.temperature,
+        seed=segment_seed(settings.sampling, segment.item_id, offset),
+        stop_token_ids=settings.stop_token_ids,
+        stride_tokens=min(settings.chunk_tokens, REPETITION_STRIDE_TOKENS if detector else settings.chunk_tokens),
+    )
+    token_ids: list[int] = []
+    logprobs: list[float] = []
+    versions: list[VersionSpan] = []
+    end_reason: EndReason = buffer_pb2.END_REASON_UNSPECIFIED
+    async with aclosing(engine.generate(request)) as outputs:
+        async for output in outputs:
+            segment.cached_tokens = output.cached_tokens
+            cut = detector.feed(output.token_ids) if detector is not None else None
+            if cut is not None and not (output.finish == "stop" and cut == len(output.token_ids)):
+                end_reason = buffer_pb2.END_REASON_REPETITION
+            elif output.finish is not None:
+                end_reason = buffer_pb2.END_REASON_STOP if output.finish == "stop" else segment.end_reason
+            kept = cut if cut is not None else len(output.token_ids)
+            token_ids += output.token_ids[:kept]
+            logprobs += output.logprobs[:kept]
+            versions = slice_spans([*versions, *output.versions], 0, len(token_ids))
+            while len(token_ids) > settings.chunk_tokens or (token_ids and end_reason):
+                size = min(len(token_ids), settings.chunk_tokens)
+                yield buffer_pb2.Chunk(
+                    trajectory_id=segment.item_id,
+                    offset=offset,
+                    token_ids=pack_token_ids(token_ids[:size]),
+                    logprobs=pack_logprobs(logprobs[:size]),
+                    versions=slice_spans(versions, 0, size),
+                    end_reason=end_reason if size == len(token_ids) else buffer_pb2.END_REASON_UNSPECIFIED,
+                )
+                versions = slice_spans(versions, size, len(token_ids))
+                token_ids, logprobs, offset = token_ids[size:], logprobs[size:], offset + size
+            if end_reason:
+                return
+
+
+def slice_spans(spans: Iterable[VersionSpan], begin: int, end: int) -> list[VersionSpan]:
+    """Returns the spans over tokens [begin, end), neighbours of one version joined."""
+    sliced: list[VersionSpan] = []
+    first = 0
+    for span in spans:
+        tokens = min(first + span.tokens, end) - max(first, begin)
+        first += span.tokens
+        if tokens <= 0:
+            continue
+        if sliced and sliced[-1].policy_version == span.policy_version:
+            tokens += sliced.pop().tokens
+        sliced.append(VersionSpan(policy_version=span.policy_version, tokens=tokens))
+    return sliced
