@@ -21,7 +21,6 @@ from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from tests.fixtures.rollout import (
     CHARACTERS,
-    CHUNK,
     CONTEXT,
     EOS,
     VOCABULARY,
@@ -228,19 +227,6 @@ async def test_a_greedy_loop_is_cut_as_repetition(worker: str, rollout_client: R
     assert repeated > 0
 
 
-async def test_chunks_reach_the_buffer_while_a_segment_runs(trajectories: NewTrajectories) -> None:
-    ids = await trajectories.create([PROMPT], k=64)
-    running = asyncio.create_task(trajectories.extend(ids, token_budget=240, max_response_tokens=240))
-    seen: set[tuple[str, int]] = set()
-    while not running.done():
-        stored = trajectories.buffer.read_trajectories(trajectories.run_id, ids)
-        seen |= {(trajectory.trajectory_id, trajectory.tokens) async for trajectory in stored}
-    ended, _ = await running
-    partial = {(name, tokens) for name, tokens in seen if 0 < tokens < ended[name].tokens}
-    assert partial
-    assert all(tokens % CHUNK == 0 for _, tokens in partial)
-
-
 async def test_a_newer_lease_fences_the_older_call(trajectories: NewTrajectories) -> None:
     [trajectory_id] = await trajectories.create([PROMPT])
     old = await trajectories.lease([trajectory_id])
@@ -248,23 +234,6 @@ async def test_a_newer_lease_fences_the_older_call(trajectories: NewTrajectories
     ended, failed = await trajectories.extend([], old)
     assert ended == {}
     assert "leased again" in failed[trajectory_id]
-
-
-async def test_a_lease_taken_away_under_way_fails_the_segment(trajectories: NewTrajectories) -> None:
-    ids = await trajectories.create([PROMPT], k=64)
-    running = asyncio.create_task(trajectories.extend(ids, token_budget=240, max_response_tokens=240))
-    await trajectories.wait_for_tokens(ids[0])
-    taken = set()
-    for trajectory_id in ids:
-        # Those that have finished cannot be leased.
-        with suppress(FailedPreconditionError):
-            await trajectories.lease([trajectory_id])
-            taken.add(trajectory_id)
-    ended, failed = await running
-    assert taken
-    assert set(failed) == taken
-    assert set(ended) == set(ids) - taken
-    assert all("fenced" in reason for reason in failed.values())
 
 
 async def test_a_caller_that_goes_away_frees_the_engine(
