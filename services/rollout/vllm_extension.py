@@ -21,6 +21,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.platforms import current_platform
 
 from services.rollout.safetensors_image import read_tensors
 
@@ -89,6 +90,35 @@ def repack_tied_head(model: Any) -> None:
     head.quant_method.process_weights_after_loading(head)
 
 
+def restore_seeds_of_split_prefills(runner: Any) -> None:
+    """Lets seeded requests pass prefills that are split over steps, on the class of a CPU's model runner.
+
+    A step draws a token for every sequence and drops those of unfinished prefills. vLLM then turns the generator of a
+    dropped draw back by an offset, which generators on a CPU do not have: the step fails, and the engine with it. Here
+    the state from before the draw is put back, so that a seed gives the same tokens however its prefill is split.
+    """
+    sample, keep_books = runner._sample, runner._bookkeeping_sync
+
+    def sample_and_restore(self: Any, *arguments: Any, **options: Any) -> Any:
+        batch = self.input_batch
+        dropped = self.discard_request_mask.np[: batch.num_reqs].nonzero()[0].tolist()
+        generators = [batch.generators[index] for index in dropped if index in batch.generators]
+        states = [generator.get_state() for generator in generators]
+        output = sample(self, *arguments, **options)
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+        return output
+
+    def keep_books_without_generators(self: Any, *arguments: Any, **options: Any) -> Any:
+        generators, self.input_batch.generators = self.input_batch.generators, {}
+        try:
+            return keep_books(self, *arguments, **options)
+        finally:
+            self.input_batch.generators = generators
+
+    runner._sample, runner._bookkeeping_sync = sample_and_restore, keep_books_without_generators
+
+
 def die_with_parent() -> None:
     """Has the kernel kill this process when the service's ends, however it ends.
 
@@ -110,4 +140,8 @@ def _tensors(image: memoryview, shards: list[list[int]]) -> Iterator[tuple[str, 
 
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ImageTransferEngine)
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+        restore_seeds_of_split_prefills(CPUModelRunner)
 die_with_parent()

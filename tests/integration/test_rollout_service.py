@@ -260,6 +260,21 @@ async def test_one_seed_gives_one_answer(worker: str, rollout_client: RolloutCli
     assert len({tuple(answer.token_ids) for answer in first}) == 4
 
 
+async def test_seeded_prompts_that_fill_several_steps_give_the_same_answers(
+    worker: str, pusher: Pusher, rollout_client: RolloutClient
+) -> None:
+    # A commit forgets the cached prefixes, so the prompts exceed what one step prefills.
+    assert await pusher.push(policy_tensors(POLICIES[0]), 10, worker) == ""
+    prompts = [[2 + (i * 7 + j) % len(CHARACTERS) for j in range(100)] for i in range(64)]
+    sampling = pb.Sampling(temperature=1, seed=5)
+    together = await generate(rollout_client, prompts, sampling=sampling, max_tokens=8)
+    for count in (1, 16):
+        few = await generate(rollout_client, prompts[:count], sampling=sampling, max_tokens=8)
+        assert [answer.token_ids for answer in few] == [answer.token_ids for answer in together[:count]]
+    state = await rollout_client.get_state(pb.GetStateRequest())
+    assert state.engine_restarts == 0
+
+
 async def test_text_only_carries_no_tokens(worker: str, rollout_client: RolloutClient) -> None:
     [answer] = await generate(rollout_client, [PROMPT], text_only=True)
     assert answer.text
