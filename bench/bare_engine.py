@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.rollout.config import RolloutConfig
-from services.rollout.model_folder import open_model_folder
+from services.rollout.model import open_policy
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -30,7 +30,7 @@ async def bare_engine(config: RolloutConfig) -> "AsyncIterator[AsyncLLM]":
     from services.rollout.vllm_engine import engine_arguments, engine_environment
 
     os.environ.update(engine_environment(config))
-    model = open_model_folder(config.model, config.max_model_len)
+    model = open_policy(config.model, config.max_model_len)
     # In this thread: EngineCore dies with the thread that spawned it.
     engine = AsyncLLM.from_engine_args(replace(engine_arguments(config, model), load_format="auto"))
     try:
@@ -51,7 +51,7 @@ async def generate_all(engine: "AsyncLLM", model: Path, prompts: Sequence[Sequen
     params = SamplingParams(
         temperature=1.0,
         max_tokens=max_tokens,
-        stop_token_ids=list(open_model_folder(str(model), None).stop_token_ids),
+        stop_token_ids=list(open_policy(str(model), None).stop_token_ids),
         logprobs=0,
         flat_logprobs=True,
         detokenize=False,

@@ -17,8 +17,8 @@ from perigee.rollout.client import RolloutClient
 from services.kit.process import ChildProcess
 from services.rollout.config import RolloutConfig
 from services.weights.config import WeightsConfig
-from services.weights.image import export_image
-from services.weights.sender import Target, WeightSender
+from services.weights.manifest import export_image
+from services.weights.send import Target, WeightSender
 
 POLICY_VERSION = 1
 

@@ -5,7 +5,7 @@ import gc
 from services.kit.config import load_config
 from services.kit.server import run
 from services.rollout.config import RolloutConfig
-from services.rollout.lifespan import lifespan
+from services.rollout.service import lifespan
 
 
 def main() -> None:

@@ -1,16 +1,16 @@
-"""What the service asks of a generation engine: one small base, and its implementation by configuration."""
+"""Base of the generation engines, and the engine that the configuration names."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from services.rollout.config import RolloutConfig
-from services.rollout.model_folder import ModelFolder
+from services.rollout.model import PolicyModel
+from services.weights.manifest import WeightImage
 
 
 class EngineDiedError(Exception):
@@ -48,14 +48,6 @@ class EngineOutput:
     """Set on the last output: a stop token was sampled, or max_tokens are there."""
 
 
-@dataclass(frozen=True)
-class WeightShard:
-    """A whole safetensors file inside an image."""
-
-    offset: int
-    bytes: int
-
-
 class Engine(ABC):
     """A generation engine in a process of its own, started without weights."""
 
@@ -79,16 +71,16 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    async def update_weights(self, path: Path, shards: Sequence[WeightShard], policy_version: int) -> None:
+    async def update_weights(self, image: WeightImage) -> None:
         """Replaces all weights between two forward passes and forgets every cached prefix.
 
-        Requests in flight go on with the new weights. When it fails, the engine holds no usable weights and
+        Requests in flight continue with the new weights. When it fails, the engine holds no usable weights and
         must be stopped. Raises EngineDiedError when the engine dies meanwhile.
         """
 
 
-def build_engine(config: RolloutConfig, model: ModelFolder) -> Engine:
-    """The engine named in the configuration, not started."""
+def build_engine(config: RolloutConfig, model: PolicyModel) -> Engine:
+    """Returns the engine that the configuration names, not started."""
     # The import takes seconds and belongs to processes that run this engine.
     from services.rollout.vllm_engine import VllmEngine
 

@@ -9,18 +9,28 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from prometheus_client import Histogram
+
 from perigee.buffer.client import BufferClient, StoredTrajectory
 from perigee.buffer.packing import ITEM_BYTES, count_tokens, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.telemetry import get_logger
 from services.rollout.engine import EngineDiedError
-from services.rollout.merging import Emit, merge
-from services.rollout.metrics import APPEND_SECONDS, CACHED_TOKENS, GENERATED_TOKENS, SEGMENTS
-from services.rollout.segment import Segment, SegmentSettings, end_reason_label, generate_segment, plan_end
-from services.rollout.worker import Admission, Worker
+from services.rollout.segment import (
+    Emit,
+    Segment,
+    SegmentSettings,
+    end_reason_label,
+    generate_segment,
+    merge,
+    plan_end,
+)
+from services.rollout.worker import CACHED_TOKENS, GENERATED_TOKENS, SEGMENTS, Admission, Worker
 
 log = get_logger(__name__)
+
+APPEND_SECONDS = Histogram("perigee_rollout_append_seconds", "Seconds of an append to the buffer.")
 
 # A token takes 8 bytes in a chunk, a chunk's other fields a few hundred: this stays below half a message.
 MAX_BATCH_TOKENS = 128 << 10

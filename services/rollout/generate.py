@@ -12,16 +12,22 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FieldViolation, InvalidArgumentError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.rollout.engine import EngineDiedError
-from services.rollout.merging import Emit, merge
-from services.rollout.metrics import GENERATED_TOKENS, SEGMENTS
-from services.rollout.model_folder import ModelFolder
-from services.rollout.segment import Segment, SegmentSettings, end_reason_label, generate_segment, plan_end
-from services.rollout.worker import Admission, Worker
+from services.rollout.model import PolicyModel
+from services.rollout.segment import (
+    Emit,
+    Segment,
+    SegmentSettings,
+    end_reason_label,
+    generate_segment,
+    merge,
+    plan_end,
+)
+from services.rollout.worker import GENERATED_TOKENS, SEGMENTS, Admission, Worker
 
 _calls = itertools.count()
 
 
-def check_items(items: Sequence[pb.GenerateItem], model: ModelFolder) -> None:
+def check_items(items: Sequence[pb.GenerateItem], model: PolicyModel) -> None:
     """Raises InvalidArgumentError with a violation for each item that cannot be generated."""
     violations = [
         FieldViolation(f"items[{index}].{field}", description)
@@ -31,7 +37,7 @@ def check_items(items: Sequence[pb.GenerateItem], model: ModelFolder) -> None:
     if len({item.id for item in items}) != len(items):
         violations.append(FieldViolation("items.id", "two items have the same id"))
     if violations:
-        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
 
 
 async def generate(
@@ -93,7 +99,7 @@ async def _generate_item(
                 await emit(response)
 
 
-def _find_faults(item: pb.GenerateItem, model: ModelFolder) -> Iterator[tuple[str, str]]:
+def _find_faults(item: pb.GenerateItem, model: PolicyModel) -> Iterator[tuple[str, str]]:
     tokens = count_tokens(item.prompt_token_ids)
     if tokens == 0:
         yield "prompt_token_ids", "the prompt is empty"

@@ -1,4 +1,4 @@
-"""Keeps the worker's lease at the coordinator: registers, renews, and registers again when the lease is lost."""
+"""Lease of the worker at the coordinator: registers, renews, and registers again when the lease is lost."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import NotFoundError, PerigeeError
 from services.kit.telemetry import get_logger
-from services.rollout.worker import Worker, WorkerStatus
+from services.rollout.worker import READY, STARTING, Worker
 
 log = get_logger(__name__)
 
@@ -17,13 +17,13 @@ RENEWALS_PER_LEASE = 3
 
 
 async def keep_registered(worker: Worker, coordinator: CoordinatorClient, address: str) -> None:
-    """Runs until cancelled, and gives the lease back then.
+    """Keeps the worker registered until cancelled, and gives the lease back then.
 
-    A coordinator that cannot be reached is tried again for ever: it may be starting, or starting again. One that
+    A coordinator that cannot be reached is tried again without end: it may be starting, or starting again. One that
     starts again does not know the lease (NOT_FOUND), and is registered with anew.
     """
     settings = worker.config.registration
-    while worker.status is WorkerStatus.STARTING:
+    while worker.status == STARTING:
         await worker.wait_change()
     epoch: int | None = None
     try:
@@ -53,7 +53,7 @@ async def _register(worker: Worker, coordinator: CoordinatorClient, address: str
         address=address,
         capacity=worker.config.max_num_seqs,
         policy_version=worker.policy_version,
-        ready=worker.status is WorkerStatus.READY,
+        ready=worker.status == READY,
     )
     response = await coordinator.register_worker(request, timeout_s=worker.config.registration.timeout_seconds)
     return response.lease_epoch, response.lease_seconds
@@ -65,7 +65,7 @@ async def _renew(worker: Worker, coordinator: CoordinatorClient, epoch: int) -> 
         lease_epoch=epoch,
         running=worker.running,
         policy_version=worker.policy_version,
-        ready=worker.status is WorkerStatus.READY,
+        ready=worker.status == READY,
     )
     response = await coordinator.renew_lease(request, timeout_s=worker.config.registration.timeout_seconds)
     return response.lease_seconds
@@ -81,7 +81,7 @@ async def _deregister(worker: Worker, coordinator: CoordinatorClient, epoch: int
 
 
 async def _sleep_or_change(worker: Worker, seconds: float) -> None:
-    """A change of status or policy version is told at once."""
+    """Sleeps until the next renewal; a change of status or policy version ends the wait, to be reported at once."""
     try:
         async with asyncio.timeout(seconds):
             await worker.wait_change()

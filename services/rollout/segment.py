@@ -1,4 +1,4 @@
-"""Generates one segment: what a trajectory gains in one call, cut into chunks, with the reason for its end.
+"""Segments: what a trajectory gains in one call, generated in chunks, with the reason for the end; many at once.
 
 Only sampling settings whose logprobs the trainer can use are accepted. Truncating or penalizing the distribution makes
 the sampled one another than the policy's: the ratio between the two is then wrong for every token, and no later
@@ -7,25 +7,30 @@ correction knows which tokens were cut.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from perigee.buffer.packing import count_tokens, pack_logprobs, pack_token_ids, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
-from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.errors import FieldViolation, InvalidArgumentError, first_error
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.rollout.engine import Engine, EngineRequest
 from services.rollout.repetition import RepetitionDetector
 
+T = TypeVar("T")
+Emit = Callable[[T], Awaitable[None]]
 EndReason: TypeAlias = "buffer_pb2.EndReason.ValueType"
 
 # Tokens that may be generated past the point of repetition before it is seen.
 REPETITION_STRIDE_TOKENS = 32
 MAX_PERIOD = 4096
+# Items that producers may be ahead of the caller.
+QUEUE_ITEMS = 1024
 MAX_TEMPERATURE = 10.0
 # Below this the engine takes a temperature for 0.
 MIN_TEMPERATURE = 1e-2
@@ -97,7 +102,7 @@ def check_sampling(sampling: pb.Sampling, *, trained_on: bool) -> None:
         allowed = f"between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}{'' if trained_on else ', or 0'}"
         violations.append(FieldViolation("sampling.temperature", f"{sampling.temperature} is not {allowed}"))
     if violations:
-        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
 
 
 def check_repetition_stop(stop: pb.RepetitionStop) -> None:
@@ -105,9 +110,9 @@ def check_repetition_stop(stop: pb.RepetitionStop) -> None:
     if stop.min_repeats == 0:
         return
     if stop.min_repeats < 2:
-        raise InvalidArgumentError.of("repetition_stop.min_repeats", "1 would cut every response; use 2 or more")
+        raise InvalidArgumentError.for_field("repetition_stop.min_repeats", "1 would cut every response; use 2 or more")
     if not 1 <= stop.max_period <= MAX_PERIOD:
-        raise InvalidArgumentError.of(
+        raise InvalidArgumentError.for_field(
             "repetition_stop.max_period", f"{stop.max_period} is not between 1 and {MAX_PERIOD}"
         )
 
@@ -205,3 +210,47 @@ def slice_spans(spans: Iterable[VersionSpan], begin: int, end: int) -> list[Vers
             tokens += sliced.pop().tokens
         sliced.append(VersionSpan(policy_version=span.policy_version, tokens=tokens))
     return sliced
+
+
+async def merge(producers: Iterable[Callable[[Emit[T]], Awaitable[None]]]) -> AsyncGenerator[list[T], None]:
+    """Runs many producers at once and yields what they emit, in batches, through one bounded queue.
+
+    The first producer that raises cancels the others, and its error is raised here. Closing the iterator cancels all
+    producers and waits for them. `producers` is read lazily on a task of its own, so it may start as it goes.
+    """
+    queue: asyncio.Queue[T | _End] = asyncio.Queue(QUEUE_ITEMS)
+
+    async def run_all() -> None:
+        error: BaseException | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for producer in producers:
+                    group.create_task(_call(producer, queue.put))
+        except BaseExceptionGroup as failed:
+            error = first_error(failed)
+        await queue.put(_End(error))
+
+    runner = asyncio.create_task(run_all())
+    try:
+        while True:
+            items = [await queue.get()]
+            while not queue.empty():
+                items.append(queue.get_nowait())
+            if ready := [item for item in items if not isinstance(item, _End)]:
+                yield ready
+            if isinstance(end := items[-1], _End):
+                if end.error is not None:
+                    raise end.error
+                return
+    finally:
+        runner.cancel()
+        await asyncio.wait([runner])
+
+
+class _End:
+    def __init__(self, error: BaseException | None) -> None:
+        self.error = error
+
+
+async def _call(producer: Callable[[Emit[T]], Awaitable[None]], emit: Emit[T]) -> None:
+    await producer(emit)

@@ -1,21 +1,36 @@
-"""perigee.rollout.v1.RolloutService: protobuf in, domain call, protobuf out."""
+"""perigee.rollout.v1.RolloutService, and the parts of a worker from its start to its end."""
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
+import socket
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from perigee.buffer.client import BufferClient
-from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.coordinator.client import CoordinatorClient
+from perigee.errors import FieldViolation, InternalError, InvalidArgumentError
 from perigee.rollout.v1 import rollout_pb2 as pb
-from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer
+from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
+from perigee.weights.v1.weights_pb2_grpc import add_WeightReceiverServiceServicer_to_server
+from services.kit.server import App
+from services.rollout.config import RolloutConfig
+from services.rollout.engine import build_engine
 from services.rollout.extend import extend_trajectories
 from services.rollout.generate import generate
+from services.rollout.model import open_policy
+from services.rollout.registration import keep_registered
 from services.rollout.segment import SegmentSettings, check_repetition_stop, check_sampling
-from services.rollout.worker import Worker
+from services.rollout.worker import DRAINING, READY, Worker, supervise
+from services.weights.receive import WeightReceiver, WeightReceiverService
 
 MAX_RESPONSE_BYTES = 1 << 20
+ROLLOUT = "perigee.rollout.v1.RolloutService"
+WEIGHTS = "perigee.weights.v1.WeightReceiverService"
+UNSPECIFIED_HOSTS = {"0.0.0.0", "::", "[::]"}
 
 
 class RolloutService(RolloutServiceServicer):
@@ -60,7 +75,7 @@ class RolloutService(RolloutServiceServicer):
         worker = self._worker
         return pb.GetStateResponse(
             worker_id=worker.worker_id,
-            status=pb.WorkerStatus.ValueType(worker.status),
+            status=worker.status,
             policy_version=worker.policy_version,
             running=worker.running,
             capacity=worker.config.max_num_seqs,
@@ -96,4 +111,63 @@ def check_extend_request(request: pb.ExtendTrajectoriesRequest) -> None:
     if len({item.trajectory_id for item in request.trajectories}) != len(request.trajectories):
         violations.append(FieldViolation("trajectories", "one of them is named twice"))
     if violations:
-        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
+
+
+@asynccontextmanager
+async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
+    """Serves once the engine's code is imported; the engine comes up meanwhile, and readiness follows its status.
+
+    Raises InvalidArgumentError when the model folder is none, and InternalError after an engine that does not start.
+    """
+    config = app.config
+    model = open_policy(config.model, config.max_model_len)
+    address = config.advertise_address or app.address
+    if config.coordinator_address and address.rsplit(":", 1)[0] in UNSPECIFIED_HOSTS:
+        raise InvalidArgumentError.for_field(
+            "rollout.advertise_address", f"is required: nobody can dial {address}; give this worker's host:port"
+        )
+    # The import takes seconds, and SIGTERM must be heard meanwhile.
+    engine = await asyncio.to_thread(build_engine, config, model)
+    worker = Worker(config, model, engine, config.worker_id or f"{socket.gethostname()}-{os.getpid()}")
+    receiver = WeightReceiver(config.weights, worker.commit)
+    fatal: list[InternalError] = []
+
+    def end_service(error: InternalError) -> None:
+        fatal.append(error)
+        signal.raise_signal(signal.SIGTERM)
+
+    await receiver.start()
+    app.add(
+        ROLLOUT,
+        add_RolloutServiceServicer_to_server,
+        RolloutService(worker, app.connect(BufferClient, config.buffer_address)),
+    )
+    app.add(WEIGHTS, add_WeightReceiverServiceServicer_to_server, WeightReceiverService(receiver))
+    app.set_ready(WEIGHTS, True)
+    tasks = [
+        asyncio.create_task(supervise(worker, lambda: receiver.current, end_service)),
+        asyncio.create_task(_follow_worker(app, worker)),
+    ]
+    if config.coordinator_address:
+        coordinator = app.connect(CoordinatorClient, config.coordinator_address)
+        tasks.append(asyncio.create_task(keep_registered(worker, coordinator, address)))
+    try:
+        yield
+    finally:
+        worker.set_status(DRAINING)
+        for task in tasks:
+            task.cancel()
+        for task in tasks:
+            with suppress(asyncio.CancelledError):
+                await task
+        await receiver.close()
+    if fatal:
+        raise fatal[0]
+
+
+async def _follow_worker(app: App[RolloutConfig], worker: Worker) -> None:
+    """Sets the readiness of the service to that of the worker, until cancelled."""
+    while True:
+        app.set_ready(ROLLOUT, worker.status == READY)
+        await worker.wait_change()

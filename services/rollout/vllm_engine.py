@@ -9,7 +9,6 @@ import os
 import time
 from collections.abc import AsyncGenerator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
@@ -25,8 +24,9 @@ from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.errors import InvalidArgumentError
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
-from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest, WeightShard
-from services.rollout.model_folder import ModelFolder
+from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest
+from services.rollout.model import PolicyModel
+from services.weights.manifest import WeightImage
 
 log = get_logger(__name__)
 
@@ -41,7 +41,7 @@ WEIGHT_BACKEND = "perigee-shm"
 class VllmEngine(Engine):
     """AsyncLLM in this process, EngineCore in one of its own."""
 
-    def __init__(self, config: RolloutConfig, model: ModelFolder) -> None:
+    def __init__(self, config: RolloutConfig, model: PolicyModel) -> None:
         self._config = config
         self._model = model
         self._llm: AsyncLLM | None = None
@@ -144,19 +144,20 @@ class VllmEngine(Engine):
             if not finished and not llm.errored:
                 await llm.abort(internal_id, internal=True)
 
-    async def update_weights(self, path: Path, shards: Sequence[WeightShard], policy_version: int) -> None:
+    async def update_weights(self, image: WeightImage) -> None:
         """Pauses, reloads from the shared-memory file, labels the version, resumes.
 
         `keep` freezes the sequences in flight between two forward passes; clearing the cache makes the engine
         recompute their keys and values under the new weights.
         """
         llm = self._alive()
-        update = {"path": str(path), "shards": [[shard.offset, shard.bytes] for shard in shards]}
+        shards = [[shard.offset, shard.bytes] for shard in image.manifest.shards]
+        update = {"path": str(image.path), "shards": shards}
         try:
             await llm.pause_generation(mode="keep", clear_cache=True)
             await llm.start_weight_update()
             await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
-            await llm.finish_weight_update(weight_version=str(policy_version))
+            await llm.finish_weight_update(weight_version=str(image.manifest.policy_version))
             await llm.resume_generation()
         except EngineDeadError as error:
             raise EngineDiedError(str(error)) from error
@@ -217,7 +218,7 @@ def engine_environment(config: RolloutConfig) -> dict[str, str]:
     }
 
 
-def engine_arguments(config: RolloutConfig, model: ModelFolder) -> AsyncEngineArgs:
+def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineArgs:
     """AsyncLLM's arguments; fields left out take vLLM's defaults."""
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None and current_platform.is_cpu():

@@ -1,14 +1,12 @@
-"""What runs inside vLLM's engine process: it dies with the service, and takes weights from shared memory.
+"""Extension of vLLM's engine process: it dies with the service, and loads weights from shared memory.
 
 vLLM imports this module in the engine's process because `WorkerExtension` is named as the worker's extension class.
 """
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,12 +21,12 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from services.rollout.safetensors_image import read_tensors
+from services.kit.process import die_with_parent
+from services.weights.safetensors import read_tensors
 
 BACKEND = "perigee-shm"
 # The service's process id: set by the service before it spawns the engine.
 PARENT_VARIABLE = "PERIGEE_ROLLOUT_PARENT"
-PR_SET_PDEATHSIG = 1
 
 
 class WorkerExtension:
@@ -82,7 +80,7 @@ def repack_tied_head(model: Any) -> None:
     """Packs the output layer again when it shares its weight with the embedding.
 
     The CPU kernel keeps a packed copy of the output layer that the reload of a tied model does not refresh: the old
-    head would go on in silence, with logprobs off by several nats.
+    head would stay in use without an error, with logprobs off by several nats.
     """
     head, embedding = getattr(model, "lm_head", None), model.model.embed_tokens
     if head is None or head is embedding or head.weight.data_ptr() != embedding.weight.data_ptr():
@@ -119,29 +117,17 @@ def restore_seeds_of_split_prefills(runner: Any) -> None:
     runner._sample, runner._bookkeeping_sync = sample_and_restore, keep_books_without_generators
 
 
-def die_with_parent() -> None:
-    """Has the kernel kill this process when the service's ends, however it ends.
-
-    An engine whose service was killed would otherwise hold its memory and its cores for ever.
-    """
-    parent = os.environ.get(PARENT_VARIABLE)
-    if parent is None:
-        return
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # The service may have ended before the call above.
-    if os.getppid() != int(parent):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
 def _tensors(image: memoryview, shards: list[list[int]]) -> Iterator[tuple[str, torch.Tensor]]:
     for offset, size in shards:
         yield from read_tensors(image[offset : offset + size])
 
 
+# An engine whose service was killed would otherwise keep its memory and its cores.
+if (parent := os.environ.get(PARENT_VARIABLE)) is not None:
+    die_with_parent(int(parent))
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ImageTransferEngine)
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         restore_seeds_of_split_prefills(CPUModelRunner)
-die_with_parent()

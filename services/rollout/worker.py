@@ -1,58 +1,57 @@
-"""The worker's state: which engine runs, which policy version it holds, and how much it does."""
+"""The worker: one engine, the policy version that it holds, how much it does, and the supervision of its process."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import IntEnum
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TypeAlias
 
-from perigee.errors import FailedPreconditionError, InternalError, ResourceExhaustedError, UnavailableError
+from prometheus_client import Counter, Gauge, Histogram
+
+from perigee.errors import (
+    FailedPreconditionError,
+    InternalError,
+    PerigeeError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
+from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
-from services.rollout.engine import Engine, EngineDiedError, WeightShard
-from services.rollout.metrics import COMMIT_SECONDS, POLICY_VERSION, READY, RUNNING
-from services.rollout.model_folder import ModelFolder
-from services.rollout.wanted_tensors import WantedTensors, check_image
+from services.rollout.engine import Engine, EngineDiedError
+from services.rollout.model import PolicyModel
+from services.weights.manifest import WeightImage
 
 log = get_logger(__name__)
 
+WorkerStatus: TypeAlias = "pb.WorkerStatus.ValueType"
+STARTING, EMPTY = pb.WORKER_STATUS_STARTING, pb.WORKER_STATUS_EMPTY
+READY, DRAINING = pb.WORKER_STATUS_READY, pb.WORKER_STATUS_DRAINING
 
-class WorkerStatus(IntEnum):
-    """The numbers are those of perigee.rollout.v1.WorkerStatus."""
-
-    STARTING = 1
-    EMPTY = 2
-    READY = 3
-    DRAINING = 4
-
-
-SETTLED = (WorkerStatus.EMPTY, WorkerStatus.READY)
-
-
-@dataclass(frozen=True)
-class HeldWeights:
-    """A whole checkpoint in a file in shared memory."""
-
-    run_id: str
-    policy_version: int
-    path: Path
-    shards: Sequence[WeightShard]
+GENERATED_TOKENS = Counter("perigee_rollout_generated_tokens", "Response tokens generated.")
+CACHED_TOKENS = Counter("perigee_rollout_cached_tokens", "Prompt and earlier tokens served from the prefix cache.")
+SEGMENTS = Counter("perigee_rollout_segments", "Segments by the reason for their end; `failed` is one.", ["end_reason"])
+RUNNING = Gauge("perigee_rollout_running_sequences", "Sequences accepted and not ended.")
+IS_READY = Gauge("perigee_rollout_ready", "1 while the worker holds pushed weights and serves.")
+POLICY_VERSION = Gauge("perigee_rollout_policy_version", "Policy version that the engine holds.")
+ENGINE_RESTARTS = Counter("perigee_rollout_engine_restarts", "Engines that died and were started again.")
+ENGINE_START_SECONDS = Histogram(
+    "perigee_rollout_engine_start_seconds", "Seconds until an engine runs.", buckets=(5, 10, 20, 40, 80, 160, 320)
+)
+COMMIT_SECONDS = Histogram("perigee_rollout_commit_seconds", "Seconds of a weight commit in the engine.")
 
 
 class Worker:
-    """One engine and what is known of it. Changes wake everybody who awaits `wait_change`."""
+    """State of one engine; changes of status or version wake everybody who awaits `wait_change`."""
 
-    def __init__(self, config: RolloutConfig, model: ModelFolder, engine: Engine, worker_id: str) -> None:
+    def __init__(self, config: RolloutConfig, model: PolicyModel, engine: Engine, worker_id: str) -> None:
         self.config = config
         self.model = model
         self.engine = engine
         self.worker_id = worker_id
-        self.wanted = WantedTensors(model.path)
-        self.status = WorkerStatus.STARTING
+        self.status: WorkerStatus = STARTING
         self.run_id = ""
         self.policy_version = 0
         self.running = 0
@@ -64,12 +63,17 @@ class Worker:
         self._commit: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
 
-    def become(self, status: WorkerStatus, run_id: str = "", policy_version: int = 0) -> None:
+    @property
+    def status_name(self) -> str:
+        """Returns the status as a word, `ready` for instance."""
+        return pb.WorkerStatus.Name(self.status).removeprefix("WORKER_STATUS_").lower()
+
+    def set_status(self, status: WorkerStatus, run_id: str = "", policy_version: int = 0) -> None:
         """Moves to a status, with the weights that go with it; DRAINING is final."""
-        if self.status is WorkerStatus.DRAINING:
+        if self.status == DRAINING:
             return
         self.status, self.run_id, self.policy_version = status, run_id, policy_version
-        READY.set(status is WorkerStatus.READY)
+        IS_READY.set(status == READY)
         POLICY_VERSION.set(policy_version)
         self._changed.set()
         self._changed = asyncio.Event()
@@ -80,9 +84,9 @@ class Worker:
 
     def check_ready(self, run_id: str, policy_version: int | None) -> None:
         """Raises FailedPreconditionError unless the worker holds these weights; an empty run id is any."""
-        if self.status is not WorkerStatus.READY:
+        if self.status != READY:
             raise FailedPreconditionError(
-                f"Worker {self.worker_id} is {self.status.name.lower()} and holds no weights: push a policy version."
+                f"Worker {self.worker_id} is {self.status_name} and holds no weights: push a policy version."
             )
         if run_id and run_id != self.run_id:
             raise FailedPreconditionError(f"Worker {self.worker_id} holds the weights of run {self.run_id!r}.")
@@ -108,66 +112,67 @@ class Worker:
         finally:
             admission.leave(admission.running)
 
-    async def commit(self, weights: HeldWeights) -> None:
-        """Puts a whole checkpoint from a shared-memory file into the engine, between two forward passes.
+    async def commit(self, image: WeightImage) -> None:
+        """Loads a whole checkpoint into the engine, between two forward passes.
 
-        Raises InvalidArgumentError when the checkpoint is not this model's (the old version goes on serving),
+        Raises InvalidArgumentError when the checkpoint is not this model's (the old version serves on),
         UnavailableError when no engine runs, InternalError when the engine failed half-way and is restarted.
         """
         # A caller that goes away must not leave the engine half-loaded and paused.
-        self._commit = asyncio.create_task(self._commit_alone(weights))
+        self._commit = asyncio.create_task(self._commit_alone(image))
         await asyncio.shield(self._commit)
 
-    async def _commit_alone(self, weights: HeldWeights) -> None:
+    async def _commit_alone(self, image: WeightImage) -> None:
         async with self._committing:
             await self._wait_started()
-            await asyncio.to_thread(check_image, weights.path, weights.shards, self.wanted)
-            if self.status not in SETTLED:
+            await asyncio.to_thread(self.model.check_image, image)
+            if self.status not in (EMPTY, READY):
                 raise UnavailableError("The engine died before the commit and is restarted.")
-            await self._update(weights)
+            await self._update(image)
 
-    async def refill(self, weights: HeldWeights | None) -> None:
+    async def refill(self, image: WeightImage | None) -> None:
         """Makes a started engine EMPTY, or READY again with weights that are still in memory.
 
         Commits wait until this is done. Raises what `commit` raises.
         """
-        if weights is None:
-            self.become(WorkerStatus.EMPTY)
+        if image is None:
+            self.set_status(EMPTY)
         else:
-            await self._update(weights)
+            await self._update(image)
 
     async def _wait_started(self) -> None:
         try:
             async with asyncio.timeout(self.config.commit_wait_seconds):
-                while self.status is WorkerStatus.STARTING:
+                while self.status == STARTING:
                     await self.wait_change()
         except TimeoutError as error:
             raise UnavailableError(f"The engine of worker {self.worker_id} did not start in time.") from error
-        if self.status is WorkerStatus.DRAINING:
+        if self.status == DRAINING:
             raise UnavailableError(f"Worker {self.worker_id} shuts down.")
 
-    async def _update(self, weights: HeldWeights) -> None:
+    async def _update(self, image: WeightImage) -> None:
         start = time.monotonic()
         generation = self.engine_restarts
         try:
             async with asyncio.timeout(self.config.update_timeout_seconds):
-                await self.engine.update_weights(weights.path, weights.shards, weights.policy_version)
+                await self.engine.update_weights(image)
         except Exception as error:
             # Nobody knows which of its weights are new: this engine must not serve again.
-            self.become(WorkerStatus.STARTING)
+            self.set_status(STARTING)
             self.broken.set()
             if isinstance(error, EngineDiedError):
                 raise UnavailableError("The engine died during the commit and is restarted.") from error
             raise InternalError(f"The engine failed in the commit and is restarted: {error}") from error
         if self.engine_restarts != generation:
             raise UnavailableError("The engine died right after the commit and is restarted.")
-        self.become(WorkerStatus.READY, weights.run_id, weights.policy_version)
+        manifest = image.manifest
+        self.set_status(READY, manifest.run_id, manifest.policy_version)
         seconds = time.monotonic() - start
         COMMIT_SECONDS.observe(seconds)
         log.info(
             "weights in the engine",
-            run=weights.run_id,
-            policy_version=weights.policy_version,
+            run=manifest.run_id,
+            policy_version=manifest.policy_version,
             seconds=round(seconds, 4),
         )
 
@@ -185,3 +190,60 @@ class Admission:
         self.running -= sequences
         self._worker.running -= sequences
         RUNNING.set(self._worker.running)
+
+
+async def supervise(
+    worker: Worker, held_image: Callable[[], WeightImage | None], on_fatal: Callable[[InternalError], None]
+) -> None:
+    """Keeps an engine running until cancelled, and stops it then; calls `on_fatal` when it cannot be started.
+
+    An engine that died is filled with the last committed weights when they are still in memory.
+    """
+    settings = worker.config.supervision
+    failures = 0
+    refill_failed = False
+    try:
+        while True:
+            start = time.monotonic()
+            try:
+                await worker.engine.start()
+            # Whatever keeps an engine from starting is logged; another attempt needs the same clean-up.
+            except Exception as error:
+                failures += 1
+                log.error("engine did not start", attempt=failures, exc_info=error)
+                await worker.engine.stop()
+                if failures >= settings.start_attempts:
+                    on_fatal(InternalError(f"The engine did not start in {failures} attempts: {error}"))
+                    return
+                await asyncio.sleep(settings.retry_seconds)
+                continue
+            failures = 0
+            seconds = time.monotonic() - start
+            ENGINE_START_SECONDS.observe(seconds)
+            log.info("engine started", seconds=round(seconds, 2), restarts=worker.engine_restarts)
+            worker.broken.clear()
+            try:
+                await worker.refill(None if refill_failed else held_image())
+                refill_failed = False
+            except PerigeeError as error:
+                log.error("engine not refilled", error=error.message)
+                refill_failed = True
+            await _wait_end(worker)
+            worker.set_status(STARTING)
+            worker.engine_restarts += 1
+            ENGINE_RESTARTS.inc()
+            log.error("engine died", running=worker.running, restarts=worker.engine_restarts)
+            await worker.engine.stop()
+    finally:
+        await worker.engine.stop()
+
+
+async def _wait_end(worker: Worker) -> None:
+    waits = [asyncio.create_task(worker.engine.wait_dead()), asyncio.create_task(worker.broken.wait())]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
+            with suppress(asyncio.CancelledError):
+                await wait

@@ -12,7 +12,7 @@ from services.kit.server import App
 from services.trainer.config import TrainerConfig
 from services.trainer.service import TrainerService
 from services.trainer.trainer import Trainer
-from services.weights.sender import WeightSender
+from services.weights.send import WeightSender
 
 SERVICE = "perigee.trainer.v1.TrainerService"
 

@@ -18,7 +18,7 @@ from services.trainer.mirror_descent import Baseline
 from services.trainer.optimizer import AdamW
 from services.trainer.train_iteration import MirrorDescent
 from services.trainer.trainer import Iteration, Trainer
-from services.weights.sender import Target
+from services.weights.send import Target
 
 _BASELINES = {pb.BASELINE_MEAN: Baseline.MEAN, pb.BASELINE_LOG_MEAN_EXP: Baseline.LOG_MEAN_EXP}
 Context = grpc.aio.ServicerContext[Any, Any]

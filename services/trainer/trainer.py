@@ -27,8 +27,8 @@ from services.trainer.hf_folder import write_folder
 from services.trainer.jobs import JobContext
 from services.trainer.train_iteration import IterationResult, MirrorDescent
 from services.trainer.trajectories import Group, read_trajectories
-from services.weights.image import WeightImage, export_image
-from services.weights.sender import PushOutcome, Target, WeightSender
+from services.weights.manifest import WeightImage, export_image
+from services.weights.send import PushOutcome, Target, WeightSender
 
 log = get_logger(__name__)
 ResultT = TypeVar("ResultT")
@@ -192,7 +192,7 @@ class Trainer:
                 image = await self._replace_image(run_id, version)
         export_seconds = time.monotonic() - start
         outcomes = await self._sender.push(image, targets)
-        return Push(outcomes, export_seconds, image.total_bytes)
+        return Push(outcomes, export_seconds, image.manifest.total_bytes)
 
     async def _replace_image(self, run_id: str, version: int) -> WeightImage:
         if self._image is not None:

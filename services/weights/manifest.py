@@ -1,70 +1,130 @@
-"""The manifest of a weight image: its shards, where they lie, their checksums; to and from protobuf; verification."""
+"""Weight images: the full weights of one policy version in shared memory, described by a manifest.
+
+An image is one safetensors file (a shard) after another; the manifest names them, their places and checksums.
+"""
 
 from __future__ import annotations
 
+import os
 import string
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import xxhash
 
 from perigee.errors import DataLossError, FieldViolation, InvalidArgumentError
 from perigee.weights.v1 import weights_pb2 as pb
+from services.weights.safetensors import ALIGNMENT, DTYPE_NAMES, NamedTensor, encode_file
+from services.weights.shared_memory import SharedBuffer, create_shared_file, discard_shared_file, explain_full_memory
 
 MAX_SHARDS = 16384
 CHECKSUM_DIGITS = 32
+HASH_CHUNK_BYTES = 8 << 20
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One complete safetensors file at `offset` of the image; `checksum` is its xxh3-128 in hexadecimal."""
+@dataclass(frozen=True, eq=False)
+class WeightImage:
+    """One policy version in shared memory; whoever made it closes it.
 
-    name: str
-    offset: int
-    bytes: int
-    checksum: str
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a receiver must know to accept one policy version of a run."""
-
-    run_id: str
-    policy_version: int
-    total_bytes: int
-    shards: tuple[Shard, ...]
-
-
-def manifest_to_proto(manifest: Manifest) -> pb.Manifest:
-    """The manifest as a message."""
-    return pb.Manifest(
-        run_id=manifest.run_id,
-        policy_version=manifest.policy_version,
-        total_bytes=manifest.total_bytes,
-        shards=[pb.Shard(name=s.name, offset=s.offset, bytes=s.bytes, checksum=s.checksum) for s in manifest.shards],
-    )
-
-
-def manifest_from_proto(message: pb.Manifest) -> Manifest:
-    """The message as a manifest.
-
-    Raises InvalidArgumentError naming each field that cannot describe an image: shards must be non-empty, in
-    order, disjoint and inside the image.
+    The shared file may be longer than the manifest's `total_bytes`.
     """
-    manifest = Manifest(
-        run_id=message.run_id,
-        policy_version=message.policy_version,
-        total_bytes=message.total_bytes,
-        shards=tuple(Shard(s.name, s.offset, s.bytes, s.checksum) for s in message.shards),
-    )
-    violations = find_violations(manifest)
-    if violations:
-        first = violations[0]
-        raise InvalidArgumentError(f"{first.field}: {first.description}", violations=violations)
-    return manifest
+
+    manifest: pb.Manifest
+    buffer: SharedBuffer
+
+    @property
+    def path(self) -> Path:
+        """Returns the file in shared memory."""
+        return self.buffer.path
+
+    def close(self) -> None:
+        """Removes the image; memory that a write still reads is released when the write has ended."""
+        self.buffer.close()
 
 
-def find_violations(manifest: Manifest) -> list[FieldViolation]:
-    """What is wrong with the manifest, field by field; empty when nothing is."""
+def export_image(
+    run_id: str,
+    policy_version: int,
+    tensors: Iterable[NamedTensor],
+    max_shard_bytes: int,
+    directory: str = "/dev/shm",
+) -> WeightImage:
+    """Packs tensors under their Hugging Face names into an image; blocking, one copy, at most a shard held at once.
+
+    `tensors` is consumed once, so it may gather them one at a time.
+
+    Raises InvalidArgumentError for no tensors, a name given twice or a type without a safetensors name, and
+    ResourceExhaustedError when shared memory is full.
+    """
+    path, descriptor = create_shared_file(directory)
+    try:
+        shards = list(_write_shards(descriptor, directory, _cut_into_shards(tensors, max_shard_bytes)))
+        if not shards:
+            raise InvalidArgumentError.for_field("tensors", "an image needs at least one tensor")
+        for index, shard in enumerate(shards):
+            shard.name = f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        manifest = pb.Manifest(
+            run_id=run_id,
+            policy_version=policy_version,
+            total_bytes=os.fstat(descriptor).st_size,
+            shards=shards,
+        )
+        return WeightImage(manifest, SharedBuffer(path, descriptor))
+    except BaseException:
+        discard_shared_file(path, descriptor)
+        raise
+
+
+def _cut_into_shards(tensors: Iterable[NamedTensor], max_shard_bytes: int) -> Iterator[list[NamedTensor]]:
+    shard: list[NamedTensor] = []
+    shard_bytes = 0
+    names: set[str] = set()
+    for name, tensor in tensors:
+        if name in names:
+            raise InvalidArgumentError.for_field("tensors", f"{name} is given twice")
+        if tensor.dtype not in DTYPE_NAMES:
+            reason = f"{name} has type {tensor.dtype}, which safetensors cannot hold"
+            raise InvalidArgumentError.for_field("tensors", reason)
+        names.add(name)
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            yield shard
+            shard, shard_bytes = [], 0
+        shard.append((name, tensor))
+        shard_bytes += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _write_shards(descriptor: int, directory: str, shards: Iterable[list[NamedTensor]]) -> Iterator[pb.Shard]:
+    offset = 0
+    for tensors in shards:
+        hasher = xxhash.xxh3_128()
+        size = 0
+        with explain_full_memory(directory, sum(tensor.nbytes for _, tensor in tensors)):
+            for piece in encode_file(tensors):
+                size += len(piece)
+                _write_hashed(descriptor, piece, hasher)
+            padding = -size % ALIGNMENT
+            _write_hashed(descriptor, memoryview(bytes(padding)), xxhash.xxh3_128())
+        yield pb.Shard(offset=offset, bytes=size, checksum=hasher.hexdigest())
+        offset += size + padding
+
+
+def _write_hashed(descriptor: int, data: memoryview, hasher: xxhash.xxh3_128) -> None:
+    # In chunks that stay in the cache between the checksum and the copy.
+    for begin in range(0, len(data), HASH_CHUNK_BYTES):
+        chunk = data[begin : begin + HASH_CHUNK_BYTES]
+        hasher.update(chunk)
+        while chunk:
+            chunk = chunk[os.write(descriptor, chunk) :]
+
+
+def check_manifest(manifest: pb.Manifest) -> None:
+    """Raises InvalidArgumentError naming each field that cannot describe an image.
+
+    Shards must be non-empty, in order, disjoint and inside the image.
+    """
     violations = []
     if not manifest.run_id:
         violations.append(FieldViolation("manifest.run_id", "is required"))
@@ -85,10 +145,11 @@ def find_violations(manifest: Manifest) -> list[FieldViolation]:
             violations.append(FieldViolation(f"{field}.bytes", past))
         if len(shard.checksum) != CHECKSUM_DIGITS or not set(shard.checksum) <= set(string.hexdigits.lower()):
             violations.append(FieldViolation(f"{field}.checksum", "must be 32 lower-case hexadecimal digits"))
-    return violations
+    if violations:
+        raise InvalidArgumentError.for_fields(violations)
 
 
-def verify_shards(image: memoryview, manifest: Manifest) -> None:
+def verify_shards(image: memoryview, manifest: pb.Manifest) -> None:
     """Compares every shard of the image's bytes with its checksum; takes a core, so call it in a thread.
 
     Raises DataLossError naming the first shard that differs.

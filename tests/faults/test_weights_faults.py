@@ -14,11 +14,11 @@ from pathlib import Path
 import psutil
 import torch
 
-from services.weights.buffer import PREFIX, SharedBuffer, remove_leftovers
 from services.weights.config import WeightsConfig
-from services.weights.image import WeightImage
-from services.weights.mooncake_transport import MooncakeTransport
-from services.weights.sender import Target, WeightSender
+from services.weights.manifest import WeightImage
+from services.weights.send import Target, WeightSender
+from services.weights.shared_memory import PREFIX, SharedBuffer, remove_leftovers
+from services.weights.transport import MooncakeTransport
 from tests.fixtures.weights import ReceiverProcess, digest, equal, local_receiver, make_tensors
 
 CONFIG = WeightsConfig(transfer_timeout_s=20, progress_timeout_s=4, prepare_timeout_s=20)
@@ -178,7 +178,7 @@ async def test_a_stopped_receiver_leaves_no_file(export: Export, start_receiver:
 
 def test_leftovers_of_killed_processes_are_removed_and_files_in_use_are_not(tmp_path: Path) -> None:
     script = (
-        "import os, sys, signal; from services.weights.buffer import SharedBuffer; "
+        "import os, sys, signal; from services.weights.shared_memory import SharedBuffer; "
         "buffer = SharedBuffer.allocate(sys.argv[1], 4096); os.kill(os.getpid(), signal.SIGKILL)"
     )
     died = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False)

@@ -14,9 +14,9 @@ from perigee.buffer.client import BufferClient
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.rollout.extend import SegmentResult, extend_trajectories
-from services.rollout.model_folder import open_model_folder
+from services.rollout.model import open_policy
 from services.rollout.segment import SegmentSettings
-from services.rollout.worker import Worker, WorkerStatus
+from services.rollout.worker import READY, Worker
 from tests.fixtures.rollout import CHUNK, EOS, NewTrajectories, extend_request, rollout_config
 from tests.fixtures.rollout_engine import PausedEngine
 
@@ -62,9 +62,9 @@ class Extension:
 def extension(policy_folder: Path, buffer_address: str, buffer_client: BufferClient) -> Extension:
     engine = PausedEngine()
     config = rollout_config(policy_folder, buffer_address)
-    worker = Worker(config, open_model_folder(str(policy_folder), None), engine, "w")
+    worker = Worker(config, open_policy(str(policy_folder), None), engine, "w")
     extension = Extension(buffer_client, worker, engine)
-    worker.become(WorkerStatus.READY, extension.trajectories.run_id, 0)
+    worker.set_status(READY, extension.trajectories.run_id, 0)
     return extension
 
 

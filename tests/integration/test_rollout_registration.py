@@ -16,9 +16,9 @@ from perigee.coordinator.v1.coordinator_pb2_grpc import (
     CoordinatorServiceServicer,
     add_CoordinatorServiceServicer_to_server,
 )
-from services.rollout.model_folder import open_model_folder
+from services.rollout.model import open_policy
 from services.rollout.registration import keep_registered
-from services.rollout.worker import Worker, WorkerStatus
+from services.rollout.worker import EMPTY, READY, STARTING, Worker
 from tests.fixtures.rollout import rollout_config
 from tests.fixtures.rollout_engine import FragileEngine
 
@@ -78,7 +78,7 @@ async def registered(worker: Worker, port: int) -> AsyncIterator[None]:
 
 def make_worker(folder: Path) -> Worker:
     config = rollout_config(folder, "127.0.0.1:1", registration={"retry_seconds": 0.05, "timeout_seconds": 0.5})
-    return Worker(config, open_model_folder(str(folder), None), FragileEngine(), "w")
+    return Worker(config, open_policy(str(folder), None), FragileEngine(), "w")
 
 
 async def test_a_worker_registers_when_its_engine_runs_and_renews(policy_folder: Path) -> None:
@@ -86,19 +86,19 @@ async def test_a_worker_registers_when_its_engine_runs_and_renews(policy_folder:
     async with serving_ledger(ledger) as port, registered(worker, port):
         await asyncio.sleep(0.05)
         assert ledger.calls.empty()
-        worker.become(WorkerStatus.EMPTY)
+        worker.set_status(EMPTY)
         call = await ledger.next(pb.RegisterWorkerRequest)
         assert (call.worker_id, call.address, call.capacity, call.ready) == ("w", "host:1", 64, False)
-        worker.become(WorkerStatus.READY, "run", 3)
+        worker.set_status(READY, "run", 3)
         call = await ledger.next(pb.RenewLeaseRequest)
         assert (call.lease_epoch, call.policy_version, call.ready) == (1, 3, True)
-        worker.become(WorkerStatus.STARTING)
+        worker.set_status(STARTING)
         assert not (await ledger.next(pb.RenewLeaseRequest)).ready
 
 
 async def test_a_lost_lease_is_followed_by_a_new_registration(policy_folder: Path) -> None:
     worker, ledger = make_worker(policy_folder), Ledger()
-    worker.become(WorkerStatus.READY, "run", 3)
+    worker.set_status(READY, "run", 3)
     async with serving_ledger(ledger) as port, registered(worker, port):
         await ledger.next(pb.RegisterWorkerRequest)
         ledger.epoch = 7
@@ -109,7 +109,7 @@ async def test_a_lost_lease_is_followed_by_a_new_registration(policy_folder: Pat
 
 async def test_a_coordinator_that_starts_again_gets_its_worker_back(policy_folder: Path) -> None:
     worker, first, second = make_worker(policy_folder), Ledger(), Ledger()
-    worker.become(WorkerStatus.READY, "run", 3)
+    worker.set_status(READY, "run", 3)
     async with serving_ledger(first) as port:
         keeping = registered(worker, port)
         await keeping.__aenter__()

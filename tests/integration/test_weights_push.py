@@ -15,12 +15,9 @@ from perigee.errors import AbortedError, DataLossError, FailedPreconditionError,
 from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
-from services.weights.image import WeightImage
-from services.weights.manifest import manifest_to_proto
-from services.weights.mooncake_transport import MooncakeTransport
-from services.weights.pool import Destination, EndpointPool
-from services.weights.sender import Target, WeightSender
-from services.weights.writing import start_write
+from services.weights.manifest import WeightImage
+from services.weights.send import Destination, EndpointPool, Target, WeightSender, start_write
+from services.weights.transport import MooncakeTransport
 from tests.fixtures.weights import equal, local_receiver, make_tensors
 
 CONFIG = WeightsConfig(transfer_timeout_s=20, progress_timeout_s=2)
@@ -31,7 +28,7 @@ Export = Callable[..., WeightImage]
 async def test_three_receivers_get_the_same_bits(export: Export) -> None:
     tensors = make_tensors(seed=1, megabytes=6)
     image = export(tensors, policy_version=3)
-    assert len(image.shards) > 2
+    assert len(image.manifest.shards) > 2
     async with AsyncExitStack() as stack:
         receivers = [await stack.enter_async_context(local_receiver(CONFIG)) for _ in range(3)]
         sender = WeightSender(CONFIG)
@@ -41,7 +38,7 @@ async def test_three_receivers_get_the_same_bits(export: Export) -> None:
         for receiver in receivers:
             assert equal(receiver.loaded, tensors)
             assert receiver.receiver.current is not None
-            assert receiver.receiver.current.policy_version == 3
+            assert receiver.receiver.current.manifest.policy_version == 3
         await sender.close()
 
 
@@ -66,10 +63,10 @@ async def test_a_damaged_shard_is_refused_and_the_old_version_serves_on(export: 
         await sender.push(export(good, 1), [Target("w", local.address)])
         damaged = export(bad, 2)
         with damaged.buffer.view() as view:
-            view[damaged.shards[1].offset + damaged.shards[1].bytes // 2] ^= 1
+            view[damaged.manifest.shards[1].offset + damaged.manifest.shards[1].bytes // 2] ^= 1
         [outcome] = await sender.push(damaged, [Target("w", local.address)])
         assert not outcome.committed
-        assert damaged.shards[1].name in outcome.reason
+        assert damaged.manifest.shards[1].name in outcome.reason
         assert local.versions == [1]
         assert equal(local.loaded, good)
         [outcome] = await sender.push(export(bad, 3), [Target("w", local.address)])
@@ -81,15 +78,15 @@ async def test_a_damaged_shard_is_refused_and_the_old_version_serves_on(export: 
 async def test_damage_is_data_loss_on_the_wire(export: Export) -> None:
     image = export(make_tensors(seed=1, megabytes=1), 1)
     async with local_receiver(CONFIG) as local, WeightReceiverClient.connect(local.address) as client:
-        manifest = manifest_to_proto(image.manifest)
+        manifest = image.manifest
         prepared = await client.prepare(pb.PrepareRequest(manifest=manifest))
-        with pytest.raises(DataLossError, match=image.shards[0].name):  # nothing was written
+        with pytest.raises(DataLossError, match=image.manifest.shards[0].name):  # nothing was written
             await client.commit(pb.CommitRequest(transfer_id=prepared.transfer_id))
 
 
 async def test_an_engine_that_refuses_keeps_the_old_version(export: Export) -> None:
     def refuse_two(image: WeightImage) -> None:
-        if image.policy_version == 2:
+        if image.manifest.policy_version == 2:
             raise DataLossError("the engine refused the weights")
 
     async with local_receiver(CONFIG, refuse_two) as local:
@@ -100,7 +97,7 @@ async def test_an_engine_that_refuses_keeps_the_old_version(export: Export) -> N
         assert (first.committed, second.committed) == (True, False)
         assert "the engine refused the weights" in second.reason
         assert local.receiver.current is not None
-        assert local.receiver.current.policy_version == 1
+        assert local.receiver.current.manifest.policy_version == 1
         assert equal(local.loaded, make_tensors(1, 1))
         await sender.close()
 
@@ -108,13 +105,13 @@ async def test_an_engine_that_refuses_keeps_the_old_version(export: Export) -> N
 async def test_a_newer_preparation_voids_the_older(export: Export) -> None:
     older, newer = export(make_tensors(1, 1), 1), export(make_tensors(2, 1), 2)
     async with local_receiver(CONFIG) as local, WeightReceiverClient.connect(local.address) as client:
-        first = await client.prepare(pb.PrepareRequest(manifest=manifest_to_proto(older.manifest)))
-        second = await client.prepare(pb.PrepareRequest(manifest=manifest_to_proto(newer.manifest)))
+        first = await client.prepare(pb.PrepareRequest(manifest=older.manifest))
+        second = await client.prepare(pb.PrepareRequest(manifest=newer.manifest))
         # The older sender writes late; its buffer is not the newer one's.
         assert first.address != second.address
         for image, prepared in ((newer, second), (older, first)):
             destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
-            await start_write(ENDPOINTS, image.buffer, image.total_bytes, destination)
+            await start_write(ENDPOINTS, image.buffer, image.manifest.total_bytes, destination)
         with pytest.raises(AbortedError, match="newer push"):
             await client.commit(pb.CommitRequest(transfer_id=first.transfer_id))
         await client.commit(pb.CommitRequest(transfer_id=second.transfer_id))
@@ -124,11 +121,11 @@ async def test_a_newer_preparation_voids_the_older(export: Export) -> None:
 
 async def test_a_commit_asked_twice_happens_once(export: Export) -> None:
     image = export(make_tensors(1, 1), 1)
-    manifest = manifest_to_proto(image.manifest)
+    manifest = image.manifest
     async with local_receiver(CONFIG) as local, WeightReceiverClient.connect(local.address) as client:
         prepared = await client.prepare(pb.PrepareRequest(manifest=manifest))
         destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
-        await start_write(ENDPOINTS, image.buffer, image.total_bytes, destination)
+        await start_write(ENDPOINTS, image.buffer, image.manifest.total_bytes, destination)
         commit = pb.CommitRequest(transfer_id=prepared.transfer_id)
         first, second = await asyncio.gather(client.commit(commit), client.commit(commit))
         assert first == second == await client.commit(commit)
@@ -140,7 +137,7 @@ async def test_bad_manifests_name_their_fields(export: Export) -> None:
     small = WeightsConfig(max_image_bytes=1000)
     async with local_receiver(small) as local, WeightReceiverClient.connect(local.address) as client:
         with pytest.raises(InvalidArgumentError, match="max_image_bytes 1000") as too_large:
-            await client.prepare(pb.PrepareRequest(manifest=manifest_to_proto(image.manifest)))
+            await client.prepare(pb.PrepareRequest(manifest=image.manifest))
         assert [v.field for v in too_large.value.violations] == ["manifest.total_bytes"]
         shard = pb.Shard(name="a", offset=0, bytes=999, checksum=xxhash.xxh3_128_hexdigest(b""))
         broken = pb.Manifest(run_id="r", total_bytes=10, shards=[shard, pb.Shard(offset=5, checksum="no")])

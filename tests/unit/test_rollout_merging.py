@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from services.rollout.merging import Emit, merge
+from services.rollout.segment import Emit, merge
 
 
 async def count(start: int, emit: Emit[int]) -> None:

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import AsyncGenerator, Sequence
-from pathlib import Path
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +10,9 @@ from perigee.buffer.packing import pack_token_ids, unpack_logprobs, unpack_token
 from perigee.buffer.v1 import buffer_pb2
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.rollout.v1.rollout_pb2 import RepetitionStop, Sampling
-from services.rollout.engine import Engine, EngineOutput, EngineRequest, WeightShard
+from services.rollout.engine import Engine, EngineOutput, EngineRequest
 from services.rollout.segment import EndReason, Segment, SegmentSettings, generate_segment, plan_end, slice_spans
+from services.weights.manifest import WeightImage
 
 STOP = buffer_pb2.END_REASON_STOP
 REPETITION = buffer_pb2.END_REASON_REPETITION
@@ -35,7 +35,7 @@ class ScriptedEngine(Engine):
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     async def wait_dead(self) -> None: ...
-    async def update_weights(self, path: Path, shards: Sequence[WeightShard], policy_version: int) -> None: ...
+    async def update_weights(self, image: WeightImage) -> None: ...
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         self.requests.append(request)

@@ -8,7 +8,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.packing import pack_token_ids
@@ -22,12 +21,11 @@ from perigee.errors import (
     UnavailableError,
 )
 from perigee.rollout.v1 import rollout_pb2 as pb
-from services.rollout.engine import WeightShard
 from services.rollout.extend import ChunkWriter, extend_trajectories
-from services.rollout.model_folder import open_model_folder
+from services.rollout.model import open_policy
 from services.rollout.segment import SegmentSettings
-from services.rollout.supervisor import supervise
-from services.rollout.worker import HeldWeights, Worker, WorkerStatus
+from services.rollout.worker import DRAINING, EMPTY, READY, STARTING, Worker, WorkerStatus, supervise
+from services.weights.manifest import WeightImage, export_image
 from tests.fixtures.rollout import make_policy, policy_tensors, rollout_config
 from tests.fixtures.rollout_engine import FragileEngine
 
@@ -35,7 +33,7 @@ from tests.fixtures.rollout_engine import FragileEngine
 class Bench:
     """A supervised worker; `held` is what a receiver would keep in memory."""
 
-    def __init__(self, folder: Path, image: Path) -> None:
+    def __init__(self, folder: Path, images: Path) -> None:
         config = rollout_config(
             folder,
             "127.0.0.1:1",
@@ -44,19 +42,20 @@ class Bench:
             supervision={"start_attempts": 3, "retry_seconds": 0.01},
         )
         self.engine = FragileEngine()
-        self.worker = Worker(config, open_model_folder(str(folder), None), self.engine, "w")
-        self.image = image
-        self.held: HeldWeights | None = None
+        self.worker = Worker(config, open_policy(str(folder), None), self.engine, "w")
+        self.images = images
+        self.tensors = policy_tensors(make_policy(3))
+        self.held: WeightImage | None = None
         self.fatal: asyncio.Queue[InternalError] = asyncio.Queue()
 
     async def commit(self, version: int) -> None:
-        weights = HeldWeights("run", version, self.image, [WeightShard(0, self.image.stat().st_size)])
-        await self.worker.commit(weights)
-        self.held = weights
+        image = export_image("run", version, self.tensors.items(), 1 << 20, str(self.images))
+        await self.worker.commit(image)
+        self.held = image
 
     async def wait(self, status: WorkerStatus, restarts: int = 0) -> None:
         async with asyncio.timeout(5):
-            while self.worker.status is not status or self.worker.engine_restarts < restarts:
+            while self.worker.status != status or self.worker.engine_restarts < restarts:
                 await self.worker.wait_change()
 
     @asynccontextmanager
@@ -71,18 +70,16 @@ class Bench:
 
 @pytest.fixture
 def bench(policy_folder: Path, tmp_path: Path) -> Bench:
-    image = tmp_path / "image"
-    image.write_bytes(save(policy_tensors(make_policy(3))))
-    return Bench(policy_folder, image)
+    return Bench(policy_folder, tmp_path)
 
 
 async def test_a_worker_is_empty_until_weights_arrive(bench: Bench) -> None:
     async with bench.supervised():
-        await bench.wait(WorkerStatus.EMPTY)
+        await bench.wait(EMPTY)
         with pytest.raises(FailedPreconditionError, match="holds no weights"):
             bench.worker.check_ready("run", None)
         await bench.commit(4)
-        assert (bench.worker.status, bench.worker.policy_version) == (WorkerStatus.READY, 4)
+        assert (bench.worker.status, bench.worker.policy_version) == (READY, 4)
         bench.worker.check_ready("run", 4)
 
 
@@ -92,31 +89,31 @@ async def test_a_commit_waits_for_an_engine_that_starts(bench: Bench) -> None:
     assert not commit.done()
     async with bench.supervised():
         await commit
-        assert bench.worker.status is WorkerStatus.READY
+        assert bench.worker.status == READY
 
 
 async def test_a_dead_engine_is_restarted_and_filled_from_memory(bench: Bench) -> None:
     async with bench.supervised():
-        await bench.wait(WorkerStatus.EMPTY)
+        await bench.wait(EMPTY)
         await bench.commit(4)
         bench.engine.may_start.clear()
         bench.engine.dead.set()
-        await bench.wait(WorkerStatus.STARTING)
+        await bench.wait(STARTING)
         with pytest.raises(FailedPreconditionError, match="starting"):
             bench.worker.check_ready("run", None)
         bench.engine.may_start.set()
-        await bench.wait(WorkerStatus.READY, restarts=1)
+        await bench.wait(READY, restarts=1)
         assert (bench.engine.starts, bench.engine.versions, bench.worker.policy_version) == (2, [4, 4], 4)
 
 
 async def test_a_failed_update_restarts_the_engine_with_the_old_weights(bench: Bench) -> None:
     async with bench.supervised():
-        await bench.wait(WorkerStatus.EMPTY)
+        await bench.wait(EMPTY)
         await bench.commit(4)
         bench.engine.failing_updates = 1
         with pytest.raises(InternalError, match="half loaded"):
             await bench.commit(5)
-        await bench.wait(WorkerStatus.READY, restarts=1)
+        await bench.wait(READY, restarts=1)
         assert bench.worker.policy_version == 4
         await bench.commit(5)
         assert (bench.engine.versions, bench.worker.policy_version) == ([4, 4, 5], 5)
@@ -124,46 +121,46 @@ async def test_a_failed_update_restarts_the_engine_with_the_old_weights(bench: B
 
 async def test_weights_that_break_the_engine_again_are_not_tried_for_ever(bench: Bench) -> None:
     async with bench.supervised():
-        await bench.wait(WorkerStatus.EMPTY)
+        await bench.wait(EMPTY)
         await bench.commit(4)
         bench.engine.failing_updates = 1
         bench.engine.dead.set()
-        await bench.wait(WorkerStatus.EMPTY, restarts=2)
+        await bench.wait(EMPTY, restarts=2)
         assert bench.engine.starts == 3
         await bench.commit(5)
 
 
 async def test_a_caller_that_goes_away_does_not_stop_a_commit(bench: Bench) -> None:
     async with bench.supervised():
-        await bench.wait(WorkerStatus.EMPTY)
+        await bench.wait(EMPTY)
         bench.engine.may_update.clear()
         commit = asyncio.create_task(bench.commit(4))
         await asyncio.sleep(0.05)
         commit.cancel()
         await asyncio.wait([commit])
         bench.engine.may_update.set()
-        await bench.wait(WorkerStatus.READY)
+        await bench.wait(READY)
         assert bench.engine.versions == [4]
 
 
 async def test_an_engine_that_dies_in_a_commit_does_not_become_ready(bench: Bench) -> None:
     async with bench.supervised():
-        await bench.wait(WorkerStatus.EMPTY)
+        await bench.wait(EMPTY)
         bench.engine.may_update.clear()
         commit = asyncio.create_task(bench.commit(4))
         await bench.engine.updating.wait()
         bench.engine.dead.set()
-        await bench.wait(WorkerStatus.EMPTY, restarts=1)
+        await bench.wait(EMPTY, restarts=1)
         bench.engine.may_update.set()
         with pytest.raises(UnavailableError, match="died"):
             await commit
-        assert bench.worker.status is WorkerStatus.EMPTY
+        assert bench.worker.status == EMPTY
 
 
 async def test_a_start_that_fails_is_tried_again(bench: Bench) -> None:
     bench.engine.failing_starts = 2
     async with bench.supervised():
-        await bench.wait(WorkerStatus.EMPTY)
+        await bench.wait(EMPTY)
     assert (bench.engine.starts, bench.fatal.empty()) == (3, True)
 
 
@@ -176,11 +173,9 @@ async def test_an_engine_that_never_starts_ends_the_service(bench: Bench) -> Non
 
 
 async def test_a_checkpoint_with_a_tensor_missing_never_reaches_the_engine(bench: Bench) -> None:
-    tensors = policy_tensors(make_policy(3))
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    bench.image.write_bytes(save(tensors))
+    del bench.tensors["model.layers.1.mlp.up_proj.weight"]
     async with bench.supervised():
-        await bench.wait(WorkerStatus.EMPTY)
+        await bench.wait(EMPTY)
         with pytest.raises(InvalidArgumentError, match=r"up_proj\.weight is missing"):
             await bench.commit(4)
     assert bench.engine.versions == []
@@ -205,7 +200,7 @@ async def test_a_buffer_that_cannot_be_reached_fails_the_call(bench: Bench) -> N
         run_id="run", policy_version=4, token_budget=8, max_response_tokens=8, trajectories=[lease]
     )
     async with bench.supervised(), BufferClient.connect("127.0.0.1:1") as buffer:
-        await bench.wait(WorkerStatus.EMPTY)
+        await bench.wait(EMPTY)
         await bench.commit(4)
         before = asyncio.all_tasks()
         with pytest.raises(UnavailableError, match=r"BufferService at 127\.0\.0\.1:1 cannot be reached"):
@@ -227,6 +222,6 @@ async def test_an_append_that_fails_tells_its_writer_and_the_next_one_is_tried()
 
 
 def test_draining_is_final(bench: Bench) -> None:
-    bench.worker.become(WorkerStatus.DRAINING)
-    bench.worker.become(WorkerStatus.READY, "run", 3)
-    assert bench.worker.status is WorkerStatus.DRAINING
+    bench.worker.set_status(DRAINING)
+    bench.worker.set_status(READY, "run", 3)
+    assert bench.worker.status == DRAINING

@@ -12,9 +12,9 @@ from safetensors.torch import load
 
 from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from perigee.weights.v1 import weights_pb2 as pb
-from services.weights.buffer import SharedBuffer
-from services.weights.image import ALIGNMENT, DTYPE_NAMES, export_image
-from services.weights.manifest import Manifest, Shard, manifest_from_proto, manifest_to_proto, verify_shards
+from services.weights.manifest import check_manifest, export_image, verify_shards
+from services.weights.safetensors import ALIGNMENT, DTYPE_NAMES
+from services.weights.shared_memory import SharedBuffer
 from tests.fixtures.weights import equal, make_tensors, read_image
 
 shapes = st.lists(st.integers(0, 5), max_size=3)
@@ -55,8 +55,10 @@ def test_shards_keep_to_the_size_and_each_is_a_safetensors_file() -> None:
     tensors = {f"layer.{index}": torch.full((1000,), float(index)) for index in range(10)}
     image = export_image("run", 1, iter(tensors.items()), max_shard_bytes=9000)
     data = image.path.read_bytes()
-    assert [shard.name for shard in image.shards] == [f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)]
-    for shard in image.shards:
+    assert [shard.name for shard in image.manifest.shards] == [
+        f"model-0000{i}-of-00005.safetensors" for i in range(1, 6)
+    ]
+    for shard in image.manifest.shards:
         assert shard.offset % ALIGNMENT == 0
         assert len(load(data[shard.offset : shard.offset + shard.bytes])) == 2
     image.close()
@@ -115,7 +117,7 @@ def test_a_closed_image_lets_go_of_its_memory_with_the_last_pin(tmp_path: Path) 
 @settings(max_examples=50, deadline=None)
 def test_any_flipped_bit_of_a_shard_is_found(position: int, bit: int) -> None:
     image = IMAGE
-    shard = image.shards[position % len(image.shards)]
+    shard = image.manifest.shards[position % len(image.manifest.shards)]
     data = bytearray(image.path.read_bytes())
     data[shard.offset + position % shard.bytes] ^= 1 << bit
     with pytest.raises(DataLossError, match=shard.name):
@@ -129,16 +131,15 @@ checksums = st.text("0123456789abcdef", min_size=32, max_size=32)
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.text(min_size=1), st.integers(0, 9), st.integers(1, 1 << 40), checksums), min_size=1))
-def test_manifests_survive_the_wire(rows: list[tuple[str, int, int, str]]) -> None:
+def test_manifests_of_disjoint_shards_are_taken(rows: list[tuple[str, int, int, str]]) -> None:
     shards, end = [], 0
     for name, gap, size, checksum in rows:
-        shards.append(Shard(name, end + gap, size, checksum))
+        shards.append(pb.Shard(name=name, offset=end + gap, bytes=size, checksum=checksum))
         end += gap + size
-    manifest = Manifest("run", 3, end, tuple(shards))
-    assert manifest_from_proto(pb.Manifest.FromString(manifest_to_proto(manifest).SerializeToString())) == manifest
+    check_manifest(pb.Manifest(run_id="run", policy_version=3, total_bytes=end, shards=shards))
 
 
 def test_an_empty_manifest_is_refused() -> None:
     with pytest.raises(InvalidArgumentError) as error:
-        manifest_from_proto(pb.Manifest())
+        check_manifest(pb.Manifest())
     assert [v.field for v in error.value.violations] == ["manifest.run_id", "manifest.shards"]

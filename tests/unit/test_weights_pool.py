@@ -8,8 +8,8 @@ import pytest
 
 from perigee.errors import ResourceExhaustedError
 from services.weights.config import WeightsConfig
-from services.weights.pool import Destination, EndpointPool
-from services.weights.spares import BufferPool
+from services.weights.receive import BufferPool
+from services.weights.send import Destination, EndpointPool
 from services.weights.transport import Transport, WriteState
 
 

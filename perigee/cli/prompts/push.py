@@ -24,8 +24,8 @@ async def push_weights(model: Path, addresses: Sequence[str], channel: ChannelOp
     Raises InvalidArgumentError when the folder has none, UnavailableError naming the workers that did not take them.
     """
     from services.weights.config import WeightsConfig
-    from services.weights.image import export_image
-    from services.weights.sender import Target, WeightSender
+    from services.weights.manifest import export_image
+    from services.weights.send import Target, WeightSender
 
     sender = WeightSender(WeightsConfig(), lambda address: WeightReceiverClient(address, channel))
     image = export_image(RUN_ID, 0, _read_tensors(model), SHARD_BYTES)

@@ -1,7 +1,7 @@
-"""Files in shared memory that hold weight images: made, mapped, locked while in use, and never left behind.
+"""Files in shared memory that hold weight images: created, mapped, locked while in use, and never left behind.
 
-A file is locked (flock) as long as its maker lives, so that another process can tell a leftover of a killed
-process from a file in use, whatever became of process ids meanwhile.
+A file is locked (flock) as long as the process that created it lives, so that another process can tell a leftover of a
+killed process from a file in use, even when process ids were used again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PREFIX = "perigee-weights-"
 
 
 def create_shared_file(directory: str) -> tuple[Path, int]:
-    """A new, empty, locked file in `directory` and its descriptor.
+    """Creates an empty, locked file in `directory`; returns its path and descriptor.
 
     Raises FailedPreconditionError when the folder cannot be written.
     """
@@ -61,7 +61,7 @@ def remove_leftovers(directory: str) -> list[Path]:
 
 
 @contextmanager
-def room_errors(directory: str, size: int) -> Iterator[None]:
+def explain_full_memory(directory: str, size: int) -> Iterator[None]:
     """Turns "no space left" inside the block into a ResourceExhaustedError that says what to do; `size` in bytes."""
     try:
         yield
@@ -78,8 +78,8 @@ def room_errors(directory: str, size: int) -> Iterator[None]:
 class SharedBuffer:
     """A mapped file in shared memory; `address` and `size` (bytes) are what a transport registers.
 
-    While it is pinned (a write from it may be in flight) `close` removes the file but keeps the memory mapped;
-    the last unpin lets go of it.
+    While it is pinned (a write from it may be in flight) `close` removes the file but keeps the memory mapped until the
+    last unpin.
     """
 
     def __init__(self, path: Path, descriptor: int) -> None:
@@ -94,13 +94,13 @@ class SharedBuffer:
 
     @classmethod
     def allocate(cls, directory: str, size: int) -> SharedBuffer:
-        """A buffer of `size` bytes whose memory is really there, so that no write into it can end in SIGBUS.
+        """Allocates `size` bytes of memory that is really there, so that no write into it can end in SIGBUS.
 
         Raises ResourceExhaustedError when the folder has no room.
         """
         path, descriptor = create_shared_file(directory)
         try:
-            with room_errors(directory, size):
+            with explain_full_memory(directory, size):
                 os.posix_fallocate(descriptor, 0, size)
             return cls(path, descriptor)
         except BaseException:
@@ -109,23 +109,23 @@ class SharedBuffer:
 
     @contextmanager
     def view(self) -> Iterator[memoryview]:
-        """The buffer's bytes, for the length of the block."""
+        """Yields the buffer's bytes."""
         with memoryview(self._map) as view:
             yield view
 
     def pin(self) -> None:
-        """Keeps the memory mapped until the matching `unpin`; FailedPreconditionError when it is let go of already."""
+        """Keeps the memory mapped until the matching `unpin`; raises FailedPreconditionError when it is unmapped."""
         if self.closed and self._pins == 0:
             raise FailedPreconditionError(f"{self.path} is closed: export the weights again")
         self._pins += 1
 
     def unpin(self) -> None:
-        """Undoes one `pin`; lets go of the memory when the buffer was closed meanwhile."""
+        """Undoes one `pin`; unmaps the memory when the buffer was closed meanwhile."""
         self._pins -= 1
         self._release_if_unused()
 
     def close(self) -> None:
-        """Removes the file and, unless pinned, lets go of the memory; a second call does nothing."""
+        """Removes the file and, unless pinned, unmaps the memory; a second call does nothing."""
         if self.closed:
             return
         self.closed = True
@@ -139,7 +139,7 @@ class SharedBuffer:
 
 
 def discard_shared_file(path: Path, descriptor: int) -> None:
-    """Removes a file of `create_shared_file` that no buffer was made of."""
+    """Removes a file of `create_shared_file` that became no buffer."""
     path.unlink(missing_ok=True)
     os.close(descriptor)
 

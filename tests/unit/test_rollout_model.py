@@ -10,10 +10,9 @@ import torch
 from safetensors.torch import save
 
 from perigee.errors import InvalidArgumentError
-from services.rollout.engine import WeightShard
-from services.rollout.model_folder import open_model_folder
-from services.rollout.safetensors_image import read_tensors
-from services.rollout.wanted_tensors import WantedTensors, check_image
+from services.rollout.model import open_policy
+from services.weights.manifest import export_image
+from services.weights.safetensors import read_tensors
 from tests.fixtures.rollout import CHARACTERS, CONTEXT, EOS, VOCABULARY, make_policy, policy_tensors
 
 
@@ -28,16 +27,16 @@ def edit_config(folder: Path, **fields: object) -> None:
 
 
 def test_reads_limits_stop_tokens_and_tokenizer(policy_folder: Path) -> None:
-    model = open_model_folder(str(policy_folder), None)
+    model = open_policy(str(policy_folder), None)
     assert (model.context_tokens, model.vocabulary_size, model.stop_token_ids) == (CONTEXT, VOCABULARY, (EOS,))
     assert model.decode([2, 3, EOS]) == CHARACTERS[:2]
     assert model.decode([2, 0, EOS, 3]) == f"{CHARACTERS[0]}<pad><eos>{CHARACTERS[1]}"
-    assert open_model_folder(str(policy_folder), 100).context_tokens == 100
+    assert open_policy(str(policy_folder), 100).context_tokens == 100
 
 
 def test_generation_config_adds_stop_tokens(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
-    assert open_model_folder(str(folder), None).stop_token_ids == (1, 7)
+    assert open_policy(str(folder), None).stop_token_ids == (1, 7)
 
 
 BREAKAGES: dict[str, tuple[Callable[[Path], object], str]] = {
@@ -57,7 +56,7 @@ def test_a_folder_that_is_no_model_is_named(folder: Path, breakage: str) -> None
     damage, message = BREAKAGES[breakage]
     damage(folder)
     with pytest.raises(InvalidArgumentError, match=message) as caught:
-        open_model_folder(str(folder), None)
+        open_policy(str(folder), None)
     assert caught.value.violations[0].field == "rollout.model"
     assert str(folder) in caught.value.message
 
@@ -66,12 +65,12 @@ def test_no_stop_token_is_refused(folder: Path) -> None:
     edit_config(folder, eos_token_id=None)
     (folder / "generation_config.json").unlink()
     with pytest.raises(InvalidArgumentError, match="no response can end"):
-        open_model_folder(str(folder), None)
+        open_policy(str(folder), None)
 
 
 def test_a_context_longer_than_the_model_is_refused(policy_folder: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"rollout\.max_model_len: 1000 is more than the model's 256"):
-        open_model_folder(str(policy_folder), 1000)
+        open_policy(str(policy_folder), 1000)
 
 
 def test_tensors_are_read_from_memory_as_they_were_written() -> None:
@@ -105,15 +104,16 @@ def test_a_tensor_outside_its_shard_is_refused() -> None:
 
 def test_a_tied_output_layer_may_come_along(policy_folder: Path, tmp_path: Path) -> None:
     tensors = policy_tensors(make_policy(0))
-    whole = save(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
-    path = tmp_path / "image"
-    path.write_bytes(bytes(64) + whole)
-    check_image(path, [WeightShard(64, len(whole))], WantedTensors(policy_folder))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    image = export_image("run", 1, tensors.items(), 1 << 14, str(tmp_path))
+    assert len(image.manifest.shards) > 1
+    open_policy(str(policy_folder), None).check_image(image)
+    image.close()
 
 
 def test_a_tensor_that_the_model_has_not_is_named(policy_folder: Path, tmp_path: Path) -> None:
-    whole = save(policy_tensors(make_policy(0)) | {"model.extra": torch.zeros(2)})
-    path = tmp_path / "image"
-    path.write_bytes(whole)
+    tensors = policy_tensors(make_policy(0)) | {"model.extra": torch.zeros(2)}
+    image = export_image("run", 1, tensors.items(), 1 << 20, str(tmp_path))
     with pytest.raises(InvalidArgumentError, match=r"the model has no tensor model\.extra"):
-        check_image(path, [WeightShard(0, len(whole))], WantedTensors(policy_folder))
+        open_policy(str(policy_folder), None).check_image(image)
+    image.close()

@@ -1,0 +1,101 @@
+"""The policy of a model folder: limits, stop tokens, tokenizer, and the tensors that a checkpoint of it must hold."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from perigee.errors import InvalidArgumentError
+from services.kit.hf import open_model_folder
+from services.weights.manifest import WeightImage
+from services.weights.safetensors import FIELD as SHARDS_FIELD
+from services.weights.safetensors import read_header
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+FIELD = "rollout.model"
+OUTPUT_LAYER = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class PolicyModel:
+    """A policy's shape and tokenizer; its weights are pushed later."""
+
+    path: Path
+    context_tokens: int
+    """Prompt and response tokens that a sequence may have."""
+    vocabulary_size: int
+    dtype: str
+    """Type of the weights by config.json; "auto" when it names none."""
+    stop_token_ids: tuple[int, ...]
+    tokenizer: Tokenizer
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """Returns the text of a response without the stop token that ends it; special tokens inside it are shown."""
+        ids = list(token_ids)
+        if ids and ids[-1] in self.stop_token_ids:
+            ids.pop()
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    @cached_property
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of a checkpoint, from config.json; no memory is taken for them."""
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(self.path)
+        with torch.device("meta"):
+            state = AutoModelForCausalLM.from_config(config).state_dict()  # type: ignore[no-untyped-call]
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if config.tie_word_embeddings:
+            del shapes[OUTPUT_LAYER]
+        return shapes
+
+    def check_image(self, image: WeightImage) -> None:
+        """Checks that an image is one whole checkpoint of this model; the tied output layer may come along.
+
+        A missing part of a fused weight would leave garbage in its place without any error from the engine.
+        Raises InvalidArgumentError that names the first tensor that is wrong.
+        """
+        found: dict[str, tuple[int, ...]] = {}
+        with image.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            for shard in image.manifest.shards:
+                with memoryview(mapped)[shard.offset : shard.offset + shard.bytes] as view:
+                    found |= {entry.name: entry.shape for entry in read_header(view)[0]}
+        missing = sorted(self.tensor_shapes.keys() - found.keys())
+        if missing:
+            reason = f"tensor {missing[0]} is missing ({len(missing)} in all)"
+            raise InvalidArgumentError.for_field(SHARDS_FIELD, reason)
+        for name, shape in found.items():
+            expected = self.tensor_shapes.get(name)
+            if expected is None and name != OUTPUT_LAYER:
+                raise InvalidArgumentError.for_field(SHARDS_FIELD, f"the model has no tensor {name}")
+            if expected is not None and shape != expected:
+                reason = f"tensor {name} has shape {list(shape)}, the model wants {list(expected)}"
+                raise InvalidArgumentError.for_field(SHARDS_FIELD, reason)
+
+
+def open_policy(path: str, max_model_len: int | None) -> PolicyModel:
+    """Reads a Hugging Face model folder, except for weights.
+
+    Raises InvalidArgumentError that names the file when the folder is not a model's, or is one that cannot generate.
+    """
+    folder = open_model_folder(path, FIELD)
+    context = folder.context_tokens
+    if max_model_len is not None and max_model_len > context:
+        raise InvalidArgumentError.for_field(
+            "rollout.max_model_len", f"{max_model_len} is more than the model's {context} positions"
+        )
+    return PolicyModel(
+        path=folder.path,
+        context_tokens=min(context, max_model_len or context),
+        vocabulary_size=folder.vocabulary_size,
+        dtype=folder.dtype,
+        stop_token_ids=folder.stop_token_ids,
+        tokenizer=folder.open_tokenizer(),
+    )

@@ -1,0 +1,286 @@
+"""Receives policy versions: into a spare buffer, verified, then into the engine; the old version serves meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from prometheus_client import Histogram
+
+from perigee.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from perigee.weights.v1 import weights_pb2 as pb
+from perigee.weights.v1.weights_pb2_grpc import WeightReceiverServiceServicer
+from services.kit.telemetry import get_logger
+from services.weights.config import WeightsConfig
+from services.weights.manifest import WeightImage, check_manifest, verify_shards
+from services.weights.shared_memory import SharedBuffer, remove_leftovers
+from services.weights.transport import BUCKETS, MooncakeTransport, Transport
+
+log = get_logger(__name__)
+
+VERIFY_SECONDS = Histogram("perigee_weights_verify_seconds", "Checksums in a receiver", buckets=BUCKETS)
+COMMIT_SECONDS = Histogram("perigee_weights_commit_seconds", "Swap into a receiver's engine", buckets=BUCKETS)
+# The current version, the spare, and one that an abandoned write may still reach.
+MAX_BUFFERS = 3
+
+
+class BufferPool:
+    """Hands out at most three buffers, registered with the transport.
+
+    A write cannot be called back, and one that arrives in unmapped memory ends the process. So the buffer of a voided
+    preparation is kept apart until its sender says that the write has ended, or until no write could still be alive.
+    """
+
+    def __init__(self, config: WeightsConfig, transport: Transport) -> None:
+        self._directory = config.shared_memory_dir
+        self._transport = transport
+        self._quarantine_s = config.transfer_timeout_s + config.progress_timeout_s
+        self._free: list[SharedBuffer] = []
+        self._all: list[SharedBuffer] = []
+        # transfer id -> buffer and the monotonic time after which it may be used again
+        self._quarantined: dict[str, tuple[SharedBuffer, float]] = {}
+
+    async def take(self, size: int) -> SharedBuffer:
+        """Takes a registered buffer of at least `size` bytes that nobody else writes to.
+
+        Raises ResourceExhaustedError when all are taken, with the time to wait, or when memory is short.
+        """
+        now = time.monotonic()
+        for transfer_id in [key for key, (_, until) in self._quarantined.items() if until <= now]:
+            self.release(transfer_id)
+        for buffer in self._free:
+            if buffer.size >= size:
+                self._free.remove(buffer)
+                return buffer
+        # Too small for this model: make room before asking for more.
+        while self._free:
+            await self._drop(self._free.pop())
+        if len(self._all) >= MAX_BUFFERS:
+            wait_s = min((until for _, until in self._quarantined.values()), default=now + 1.0) - now
+            raise ResourceExhaustedError(
+                f"all {MAX_BUFFERS} weight buffers are taken by transfers that have not ended; "
+                f"try again in {wait_s:.0f} s",
+                retry_after_s=wait_s,
+            )
+        buffer = await asyncio.to_thread(SharedBuffer.allocate, self._directory, size)
+        self._all.append(buffer)
+        try:
+            await asyncio.to_thread(self._transport.register, buffer.address, buffer.size)
+        except BaseException:
+            self._all.remove(buffer)
+            buffer.close()
+            raise
+        return buffer
+
+    def give_back(self, buffer: SharedBuffer) -> None:
+        """Makes a buffer that no write can reach any more the spare."""
+        self._free.append(buffer)
+
+    def quarantine(self, transfer_id: str, buffer: SharedBuffer) -> None:
+        """Keeps a buffer apart that the write of `transfer_id` may still reach."""
+        self._quarantined[transfer_id] = buffer, time.monotonic() + self._quarantine_s
+
+    def release(self, transfer_id: str) -> None:
+        """Ends the quarantine of a transfer; an unknown id is no error."""
+        if (entry := self._quarantined.pop(transfer_id, None)) is not None:
+            self.give_back(entry[0])
+
+    async def close(self) -> None:
+        """Unregisters and removes every buffer."""
+        for buffer in list(self._all):
+            await self._drop(buffer)
+        self._free.clear()
+        self._quarantined.clear()
+
+    async def _drop(self, buffer: SharedBuffer) -> None:
+        self._all.remove(buffer)
+        await asyncio.to_thread(self._transport.unregister, buffer.address)
+        buffer.close()
+
+
+@dataclass
+class _Committing:
+    transfer_id: str
+    task: asyncio.Task[pb.CommitResponse]
+
+
+class WeightReceiver:
+    """Receives weights; `commit` is awaited with each verified image and loads it into the engine.
+
+    `current` is the last image that `commit` took without an error; it stays in shared memory so that a restarted
+    engine can be filled from it. When `commit` raises, the image is dropped and `current` stays.
+    """
+
+    def __init__(
+        self,
+        config: WeightsConfig,
+        commit: Callable[[WeightImage], Awaitable[None]],
+        open_transport: Callable[[], Transport] | None = None,
+    ) -> None:
+        self.current: WeightImage | None = None
+        self._config = config
+        self._receiver_id = uuid.uuid4().hex
+        self._commit = commit
+        self._open_transport = open_transport or (lambda: MooncakeTransport(config))
+        self._transport: Transport | None = None
+        self._pool: BufferPool | None = None
+        self._pending: tuple[str, WeightImage] | None = None
+        self._committing: _Committing | None = None
+        # Preparations come one at a time and wait for a commit under way: its buffer is not theirs to take.
+        self._lock = asyncio.Lock()
+
+    async def start(self) -> None:
+        """Opens the transport; FailedPreconditionError when it cannot start."""
+        for path in remove_leftovers(self._config.shared_memory_dir):
+            log.info("removed leftover weight image", path=str(path))
+        self._transport = await asyncio.to_thread(self._open_transport)
+        self._pool = BufferPool(self._config, self._transport)
+
+    async def close(self) -> None:
+        """Waits for a commit under way, then unregisters and removes all buffers."""
+        if self._committing is not None:
+            await asyncio.wait({self._committing.task})
+        async with self._lock:
+            self._pending = None
+            self.current = None
+            if self._pool is not None and self._transport is not None:
+                await self._pool.close()
+                await asyncio.to_thread(self._transport.close)
+            self._pool = self._transport = None
+
+    async def prepare(self, manifest: pb.Manifest) -> pb.PrepareResponse:
+        """Reserves a spare buffer for the manifest; voids a preparation that is not committed.
+
+        Raises InvalidArgumentError for a manifest of no image or of one above `max_image_bytes`, ResourceExhaustedError
+        without memory.
+        """
+        check_manifest(manifest)
+        if manifest.total_bytes > self._config.max_image_bytes:
+            raise InvalidArgumentError.for_field(
+                "manifest.total_bytes",
+                f"{manifest.total_bytes} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}",
+            )
+        preparing = asyncio.create_task(self._prepare(manifest))
+        try:
+            return await asyncio.shield(preparing)
+        except asyncio.CancelledError:
+            preparing.add_done_callback(self._drop_unanswered)
+            raise
+
+    async def _prepare(self, manifest: pb.Manifest) -> pb.PrepareResponse:
+        async with self._lock:
+            if self._pool is None or self._transport is None:
+                raise FailedPreconditionError("the weight receiver is not running")
+            if self._committing is not None:
+                await asyncio.wait({self._committing.task})
+            if self._pending is not None:
+                transfer_id, image = self._pending
+                self._pending = None
+                self._pool.quarantine(transfer_id, image.buffer)
+                log.info("preparation voided by a newer one", transfer_id=transfer_id)
+            buffer = await self._pool.take(manifest.total_bytes)
+            transfer_id = uuid.uuid4().hex
+            self._pending = transfer_id, WeightImage(manifest, buffer)
+            return pb.PrepareResponse(
+                session=self._transport.session,
+                receiver_id=self._receiver_id,
+                address=buffer.address,
+                transfer_id=transfer_id,
+            )
+
+    async def commit(self, transfer_id: str) -> pb.CommitResponse:
+        """Verifies what was written and commits it; a second call with the same id gets the same response.
+
+        It runs to its end when the caller goes away: an engine must not stay half loaded.
+
+        Raises AbortedError when the preparation is voided, DataLossError for a damaged shard, and whatever the engine
+        raises.
+        """
+        if self._committing is None or self._committing.transfer_id != transfer_id:
+            image = self._claim(transfer_id)
+            self._committing = _Committing(transfer_id, asyncio.create_task(self._verify_and_commit(image)))
+        return await asyncio.shield(self._committing.task)
+
+    def abort(self, transfer_id: str) -> None:
+        """Drops a preparation whose write has ended; an unknown id is no error, a commit under way is not stopped."""
+        if self._pool is None:
+            return
+        if self._pending is not None and self._pending[0] == transfer_id:
+            self._pool.give_back(self._pending[1].buffer)
+            self._pending = None
+        self._pool.release(transfer_id)
+
+    def _drop_unanswered(self, preparing: asyncio.Task[pb.PrepareResponse]) -> None:
+        """Drops a preparation whose caller went away before it learned where to write, so nothing can be under way."""
+        if not preparing.cancelled() and preparing.exception() is None:
+            self.abort(preparing.result().transfer_id)
+
+    def _claim(self, transfer_id: str) -> WeightImage:
+        if self._pending is None or self._pending[0] != transfer_id:
+            raise AbortedError(
+                f"transfer {transfer_id} is not prepared here: a newer push voided it, or the worker restarted; "
+                "push again"
+            )
+        image = self._pending[1]
+        self._pending = None
+        return image
+
+    async def _verify_and_commit(self, image: WeightImage) -> pb.CommitResponse:
+        assert self._pool is not None
+        begin = time.monotonic()
+        try:
+            await asyncio.to_thread(_verify, image)
+            verified = time.monotonic()
+            await self._commit(image)
+        except BaseException as error:
+            self._pool.give_back(image.buffer)
+            log.error("weights not committed", policy_version=image.manifest.policy_version, reason=str(error))
+            raise
+        previous, self.current = self.current, image
+        if previous is not None:
+            self._pool.give_back(previous.buffer)
+        report = pb.CommitResponse(
+            policy_version=image.manifest.policy_version,
+            verify_seconds=verified - begin,
+            commit_seconds=time.monotonic() - verified,
+        )
+        VERIFY_SECONDS.observe(report.verify_seconds)
+        COMMIT_SECONDS.observe(report.commit_seconds)
+        log.info(
+            "weights committed",
+            run_id=image.manifest.run_id,
+            policy_version=image.manifest.policy_version,
+            bytes=image.manifest.total_bytes,
+            verify_seconds=report.verify_seconds,
+            commit_seconds=report.commit_seconds,
+        )
+        return report
+
+
+def _verify(image: WeightImage) -> None:
+    with image.buffer.view() as view:
+        verify_shards(view, image.manifest)
+
+
+class WeightReceiverService(WeightReceiverServiceServicer):
+    """perigee.weights.v1.WeightReceiverService on a receiver; the rollout service hosts it."""
+
+    def __init__(self, receiver: WeightReceiver) -> None:
+        self._receiver = receiver
+
+    async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareResponse:
+        """Reserves a spare buffer."""
+        return await self._receiver.prepare(request.manifest)
+
+    async def Commit(self, request: pb.CommitRequest, context: Any) -> pb.CommitResponse:
+        """Verifies and commits."""
+        return await self._receiver.commit(request.transfer_id)
+
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
+        """Drops a preparation."""
+        self._receiver.abort(request.transfer_id)
+        return pb.AbortResponse()

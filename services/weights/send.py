@@ -1,0 +1,282 @@
+"""Pushes weight images to rollout workers: prepare, write, commit; each worker succeeds or fails by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from prometheus_client import Counter, Histogram
+
+from perigee.errors import DeadlineExceededError, InternalError, PerigeeError, UnavailableError
+from perigee.weights.client import WeightReceiverClient
+from perigee.weights.v1 import weights_pb2 as pb
+from services.kit.telemetry import get_logger
+from services.weights.config import WeightsConfig
+from services.weights.manifest import WeightImage
+from services.weights.shared_memory import SharedBuffer, remove_leftovers
+from services.weights.transport import BUCKETS, MooncakeTransport, Transport, WriteState
+
+log = get_logger(__name__)
+
+FIRST_POLL_S = 0.0005
+LAST_POLL_S = 0.005
+PUSHES = Counter("perigee_weights_pushes_total", "Pushes to one receiver", ["result"])
+TRANSFER_SECONDS = Histogram("perigee_weights_transfer_seconds", "Bytes to one receiver", buckets=BUCKETS)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A worker and the host:port of its WeightReceiverService."""
+
+    worker_id: str
+    address: str
+
+
+@dataclass(frozen=True)
+class PushOutcome:
+    """Outcome of a push to one target; `reason` says why it is not `committed`.
+
+    `transfer_seconds` is the write alone, `commit_seconds` the whole Commit call (checksums and swap).
+    """
+
+    worker_id: str
+    committed: bool
+    reason: str
+    transfer_seconds: float
+    commit_seconds: float
+
+
+class WeightSender:
+    """Pushes images. `connect` makes a client of a receiver's address; the sender closes it after the push."""
+
+    def __init__(
+        self,
+        config: WeightsConfig,
+        connect: Callable[[str], WeightReceiverClient] = WeightReceiverClient.connect,
+        open_transport: Callable[[], Transport] | None = None,
+    ) -> None:
+        self._config = config
+        self._connect = connect
+        self._endpoints = EndpointPool(open_transport or (lambda: MooncakeTransport(config)))
+        self._slots = asyncio.Semaphore(config.max_parallel_targets)
+        # Writes that outlived the deadline or the caller of their push, each with its clean-up.
+        self._lingering: set[asyncio.Task[None]] = set()
+        for path in remove_leftovers(config.shared_memory_dir):
+            log.info("removed leftover weight image", path=str(path))
+
+    async def push(self, image: WeightImage, targets: Sequence[Target]) -> list[PushOutcome]:
+        """Brings the image to every target and commits it where it arrived; outcomes in the order of `targets`.
+
+        Never raises for a target. The image may be closed as soon as this returns: its memory stays until the
+        last write from it has ended.
+        """
+        image.buffer.pin()
+        try:
+            return await asyncio.gather(*(self._push_to(image, target) for target in targets))
+        finally:
+            image.buffer.unpin()
+
+    async def close(self, timeout_s: float = 5.0) -> None:
+        """Waits for lingering writes; those to silent peers are left to end with the process. Closes the endpoints."""
+        if self._lingering:
+            _, pending = await asyncio.wait(self._lingering, timeout=timeout_s)
+            for task in pending:
+                task.cancel()
+            await asyncio.gather(*pending, return_exceptions=True)
+        await asyncio.to_thread(self._endpoints.close)
+
+    async def _push_to(self, image: WeightImage, target: Target) -> PushOutcome:
+        transfer_seconds = commit_seconds = 0.0
+        async with self._slots, self._connect(target.address) as client:
+            try:
+                # The answer also shows that the receiver is alive, before an engine dials it.
+                prepared = await client.prepare(
+                    pb.PrepareRequest(manifest=image.manifest),
+                    timeout_s=self._config.prepare_timeout_s,
+                )
+                transfer_seconds = await self._write(image, target, prepared)
+                begin = time.monotonic()
+                await client.commit(
+                    pb.CommitRequest(transfer_id=prepared.transfer_id), timeout_s=self._config.commit_timeout_s
+                )
+                commit_seconds = time.monotonic() - begin
+            except PerigeeError as error:
+                log.warning(
+                    "weights not committed",
+                    worker_id=target.worker_id,
+                    policy_version=image.manifest.policy_version,
+                    reason=error.message,
+                )
+                PUSHES.labels("failed").inc()
+                return PushOutcome(target.worker_id, False, error.message, transfer_seconds, commit_seconds)
+        PUSHES.labels("committed").inc()
+        TRANSFER_SECONDS.observe(transfer_seconds)
+        return PushOutcome(target.worker_id, True, "", transfer_seconds, commit_seconds)
+
+    async def _write(self, image: WeightImage, target: Target, prepared: pb.PrepareResponse) -> float:
+        destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
+        write = start_write(self._endpoints, image.buffer, image.manifest.total_bytes, destination)
+        try:
+            return await asyncio.wait_for(asyncio.shield(write), self._config.transfer_timeout_s)
+        except TimeoutError as error:
+            raise DeadlineExceededError(
+                f"{image.manifest.total_bytes} bytes did not reach {target.address} within "
+                f"weights.transfer_timeout_s = {self._config.transfer_timeout_s:g} s"
+            ) from error
+        finally:
+            if not write.done() or write.cancelled() or write.exception() is not None:
+                task = asyncio.create_task(self._abort_when_ended(write, target, prepared.transfer_id))
+                self._lingering.add(task)
+                task.add_done_callback(self._lingering.discard)
+
+    async def _abort_when_ended(self, write: asyncio.Future[float], target: Target, transfer_id: str) -> None:
+        """Gives the receiver its buffer back, which is safe only after the write has ended."""
+        await asyncio.wait({write})
+        if (failure := write.exception()) is not None:
+            log.info("write ended", worker_id=target.worker_id, reason=str(failure))
+        async with self._connect(target.address) as client:
+            try:
+                await client.abort(pb.AbortRequest(transfer_id=transfer_id), timeout_s=self._config.prepare_timeout_s)
+            except PerigeeError as error:  # the receiver takes the buffer back by itself after a while
+                log.info("transfer not aborted", worker_id=target.worker_id, reason=error.message)
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Session to dial, the receiver that it belonged to when it answered, and the address to write to."""
+
+    session: str
+    receiver_id: str
+    address: int
+
+
+@dataclass(eq=False)
+class Endpoint:
+    """A transport and the receivers that it has dialled, by session."""
+
+    transport: Transport
+    dialled: dict[str, str] = field(default_factory=dict)
+
+    def is_outdated(self, destination: Destination) -> bool:
+        """Whether another receiver answered at the destination's session when this endpoint dialled it."""
+        return self.dialled.get(destination.session, destination.receiver_id) != destination.receiver_id
+
+
+class EndpointPool:
+    """Lends endpoints to threads.
+
+    Mooncake's engine dictates this. A silent peer blocks an engine for a minute, so one engine must not serve two
+    writes at once; closing an engine stops the whole interpreter for a second, so they are kept; and an engine
+    remembers what a session stood for, so one that dialled a receiver since restarted must not dial it again.
+    """
+
+    def __init__(self, open_transport: Callable[[], Transport]) -> None:
+        self._open_transport = open_transport
+        self._lock = threading.Lock()
+        self._idle: list[Endpoint] = []
+
+    def borrow(self, destination: Destination) -> Endpoint:
+        """An endpoint that knows nothing outdated about the destination; opens one when none is idle."""
+        with self._lock:
+            outdated = [e for e in self._idle if e.is_outdated(destination)]
+            usable = [e for e in self._idle if e not in outdated]
+            # One that has dialled the receiver saves a handshake.
+            usable.sort(key=lambda endpoint: destination.session in endpoint.dialled)
+            endpoint = usable.pop() if usable else None
+            self._idle = usable
+        for other in outdated:
+            other.transport.close()
+        if endpoint is None:
+            endpoint = Endpoint(self._open_transport())
+        endpoint.dialled[destination.session] = destination.receiver_id
+        return endpoint
+
+    def give_back(self, endpoint: Endpoint) -> None:
+        """Takes an endpoint back whose write has succeeded; close the transport of any other."""
+        with self._lock:
+            self._idle.append(endpoint)
+
+    def close(self) -> None:
+        """Closes the idle endpoints."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for endpoint in idle:
+            endpoint.transport.close()
+
+
+def start_write(
+    endpoints: EndpointPool, source: SharedBuffer, size: int, destination: Destination
+) -> asyncio.Future[float]:
+    """Writes the first `size` bytes of `source`; the future is done when the write has ended, one way or the other.
+
+    Its result is the seconds of the transfer, its exception a PerigeeError. The source stays pinned until then.
+    The thread is a daemon: Mooncake offers no way to end a write to a silent peer, and a process that is told to
+    stop must not wait a minute for one.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[float] = loop.create_future()
+    source.pin()
+    thread = threading.Thread(
+        target=_write_and_finish,
+        args=(endpoints, source, size, destination, loop, future),
+        name=f"weights-to-{destination.session}",
+        daemon=True,
+    )
+    thread.start()
+    return future
+
+
+def _write_and_finish(
+    endpoints: EndpointPool,
+    source: SharedBuffer,
+    size: int,
+    destination: Destination,
+    loop: asyncio.AbstractEventLoop,
+    future: asyncio.Future[float],
+) -> None:
+    endpoint: Endpoint | None = None
+    outcome: float | PerigeeError
+    try:
+        endpoint = endpoints.borrow(destination)
+        outcome = _write(endpoint.transport, source, size, destination)
+    except PerigeeError as error:
+        outcome = error
+    except Exception as error:
+        outcome = InternalError(f"the write to {destination.session} failed: {type(error).__name__}: {error}")
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(_finish, source, future, outcome)
+    if endpoint is None:
+        return
+    if isinstance(outcome, PerigeeError):
+        endpoint.transport.close()
+    else:
+        endpoints.give_back(endpoint)
+
+
+def _finish(source: SharedBuffer, future: asyncio.Future[float], outcome: float | PerigeeError) -> None:
+    source.unpin()
+    if future.cancelled():
+        return
+    if isinstance(outcome, PerigeeError):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
+
+
+def _write(transport: Transport, source: SharedBuffer, size: int, destination: Destination) -> float:
+    transport.register(source.address, size)
+    begin = time.monotonic()
+    try:
+        write = transport.submit_write(destination.session, source.address, destination.address, size)
+        pause_s = FIRST_POLL_S
+        while (state := transport.poll(write)) is WriteState.PENDING:
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, LAST_POLL_S)
+    finally:
+        transport.unregister(source.address)
+    if state is WriteState.FAILED:
+        raise UnavailableError(f"the write to {destination.session} broke off: the receiver died or made no progress")
+    return time.monotonic() - begin
