@@ -23,6 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from perigee.errors import FailedPreconditionError, UnavailableError
 from services.buffer.config import LocalServerConfig
+from services.kit.process import ChildProcess, last_words, read_tail
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -38,7 +39,7 @@ MAX_SOCKET_PATH_BYTES = 100
 
 @asynccontextmanager
 async def local_server(folder: Path, config: LocalServerConfig) -> AsyncIterator[str]:
-    """The URL of a running server whose data are in `folder`.
+    """Runs a server whose data are in `folder`; yields its URL.
 
     Raises FailedPreconditionError when the folder is in use or the server binary is not installed, UnavailableError
     when the server does not start.
@@ -67,30 +68,26 @@ class _Server:
         self._binary = binary
         self._config = config
         self._lock = lock
-        self._process: asyncio.subprocess.Process | None = None
+        self._process: ChildProcess | None = None
 
     async def start(self) -> None:
-        """Starts the server and waits until it answers."""
-        with (self._folder / LOG_NAME).open("ab") as log_file:
-            self._process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-I", "-S", str(Path(__file__).with_name("die_with_parent.py")), str(os.getpid())),
-                *self._command(),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=log_file,
-                stderr=log_file,
-                pass_fds=[self._lock],
-                # Ctrl-C at the terminal is for this process, which then stops the server.
-                start_new_session=True,
-            )
+        """Starts the server and waits until it answers; raises UnavailableError when it does not."""
+        self._process = await ChildProcess.start(
+            "valkey",
+            self._command(),
+            log_path=self._folder / LOG_NAME,
+            grace_s=self._config.stop_timeout_s,
+            pass_fds=[self._lock],
+        )
         await self._wait_until_ready(self._process)
         log.info("valkey runs", pid=self._process.pid, folder=str(self._folder), fsync=self._config.fsync)
 
     async def supervise(self) -> None:
-        """Starts the server again whenever it dies."""
+        """Starts the server again whenever it dies, until cancelled."""
         while True:
             assert self._process is not None
-            code = await self._process.wait()
-            log.error("valkey died and is started again", code=code, reason=self._last_log_line())
+            reason = self._process.describe_end(await self._process.wait())
+            log.error("valkey died and is started again", reason=reason)
             SERVER_RESTARTS.inc()
             try:
                 await self.start()
@@ -101,27 +98,21 @@ class _Server:
 
     async def stop(self) -> None:
         """Asks the server to end, which syncs its file, and kills it when it does not."""
-        if self._process is None or self._process.returncode is not None:
-            return
-        self._process.terminate()
-        try:
-            await asyncio.wait_for(self._process.wait(), self._config.stop_timeout_s)
-        except TimeoutError:
-            log.error("valkey does not end and is killed", pid=self._process.pid)
-            self._process.kill()
-            await self._process.wait()
+        if self._process is not None and self._process.exit_code is None:
+            await self._process.stop()
 
-    async def _wait_until_ready(self, process: asyncio.subprocess.Process) -> None:
+    async def _wait_until_ready(self, process: ChildProcess) -> None:
         client = Redis(unix_socket_path=str(self.socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
         try:
             async with asyncio.timeout(self._config.start_timeout_s):
                 while not await _answers(client):
-                    if process.returncode is not None:
-                        raise UnavailableError(f"the Valkey server ended at once: {self._last_log_line()}")
+                    if process.exit_code is not None:
+                        raise UnavailableError(process.describe_end(process.exit_code))
                     await asyncio.sleep(POLL_S)
         except TimeoutError as error:
+            words = last_words(read_tail(self._folder / LOG_NAME))
             raise UnavailableError(
-                f"the Valkey server did not answer within local_server.start_timeout_s: {self._last_log_line()}"
+                f"valkey did not answer within local_server.start_timeout_s: {words} (log: {self._folder / LOG_NAME})"
             ) from error
         finally:
             await client.aclose()
@@ -140,11 +131,6 @@ class _Server:
             "maxmemory-policy": "noeviction",
         }
         return [self._binary, *(word for name, value in settings.items() for word in (f"--{name}", value))]
-
-    def _last_log_line(self) -> str:
-        path = self._folder / LOG_NAME
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() or ["no output"]
-        return f"{lines[-1]} (all of it in {path})"
 
 
 def _make_folder(folder: Path) -> Path:
@@ -199,7 +185,7 @@ def _try_lock(descriptor: int) -> bool:
 
 @asynccontextmanager
 async def _short_path(folder: Path) -> AsyncIterator[Path]:
-    """A path to the folder that is short enough for the address of a unix socket in it."""
+    """Yields a path to the folder that is short enough for the address of a unix socket in it."""
     if len(str(folder / SOCKET_NAME).encode()) <= MAX_SOCKET_PATH_BYTES:
         yield folder
         return
