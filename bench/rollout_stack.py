@@ -14,11 +14,12 @@ from perigee.buffer.client import BufferClient
 from perigee.cli.stack import HOST, pick_ports, start_guarded, wait_ready
 from perigee.errors import UnavailableError
 from perigee.rollout.client import RolloutClient
+from perigee.trainer.v1.trainer_pb2 import PushTarget
 from services.kit.process import ChildProcess
 from services.rollout.config import RolloutConfig
 from services.weights.config import WeightsConfig
 from services.weights.manifest import export_image
-from services.weights.send import Target, WeightSender
+from services.weights.send import WeightSender
 
 POLICY_VERSION = 1
 
@@ -68,7 +69,7 @@ async def _push_weights(model: Path, run_id: str, address: str) -> None:
     image = export_image(run_id, POLICY_VERSION, load_file(model / "model.safetensors").items(), config.max_shard_bytes)
     sender = WeightSender(config)
     try:
-        (outcome,) = await sender.push(image, [Target("worker", address)])
+        (outcome,) = await sender.push(image, [PushTarget(worker_id="worker", address=address)])
     finally:
         image.close()
         await sender.close()

@@ -18,7 +18,6 @@ from services.trainer.mirror_descent import Baseline
 from services.trainer.optimizer import AdamW
 from services.trainer.train_iteration import MirrorDescent
 from services.trainer.trainer import Iteration, Trainer
-from services.weights.send import Target
 
 _BASELINES = {pb.BASELINE_MEAN: Baseline.MEAN, pb.BASELINE_LOG_MEAN_EXP: Baseline.LOG_MEAN_EXP}
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -79,10 +78,8 @@ class TrainerService(TrainerServiceServicer):
 
     async def PushWeights(self, request: pb.PushWeightsRequest, context: Context) -> pb.PushWeightsResponse:
         """See the contract."""
-        targets = [Target(target.worker_id, target.address) for target in request.targets]
-        push = await self._trainer.push_weights(request.run_id, request.policy_version, targets)
-        outcomes = [pb.PushOutcome(**asdict(outcome)) for outcome in push.outcomes]
-        return pb.PushWeightsResponse(outcomes=outcomes, export_seconds=push.export_seconds, bytes=push.bytes)
+        push = await self._trainer.push_weights(request.run_id, request.policy_version, request.targets)
+        return pb.PushWeightsResponse(outcomes=push.outcomes, export_seconds=push.export_seconds, bytes=push.bytes)
 
     async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
         """See the contract."""

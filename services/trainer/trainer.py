@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from perigee.buffer.client import BufferClient
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
+from perigee.trainer.v1.trainer_pb2 import PushOutcome, PushTarget
 from services.kit.telemetry import get_logger
 from services.trainer import metrics
 from services.trainer.checkpoints import Checkpoints
@@ -28,7 +29,7 @@ from services.trainer.jobs import JobContext
 from services.trainer.train_iteration import IterationResult, MirrorDescent
 from services.trainer.trajectories import Group, read_trajectories
 from services.weights.manifest import WeightImage, export_image
-from services.weights.send import PushOutcome, Target, WeightSender
+from services.weights.send import WeightSender
 
 log = get_logger(__name__)
 ResultT = TypeVar("ResultT")
@@ -182,7 +183,7 @@ class Trainer:
             await self._collect(lambda tensors: write_folder(path, source, tensors, {}, limit))
             return path
 
-    async def push_weights(self, run_id: str, version: int, targets: Sequence[Target]) -> Push:
+    async def push_weights(self, run_id: str, version: int, targets: Sequence[PushTarget]) -> Push:
         """Pushes the held version to workers. Its image stays, so a later push may run beside a job."""
         self._check_held(run_id, version)
         start = time.monotonic()

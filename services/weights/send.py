@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from prometheus_client import Counter, Histogram
 
 from perigee.errors import DeadlineExceededError, InternalError, PerigeeError, UnavailableError
+from perigee.trainer.v1.trainer_pb2 import PushOutcome, PushTarget
 from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.kit.telemetry import get_logger
@@ -25,28 +26,6 @@ FIRST_POLL_S = 0.0005
 LAST_POLL_S = 0.005
 PUSHES = Counter("perigee_weights_pushes_total", "Pushes to one receiver", ["result"])
 TRANSFER_SECONDS = Histogram("perigee_weights_transfer_seconds", "Bytes to one receiver", buckets=BUCKETS)
-
-
-@dataclass(frozen=True)
-class Target:
-    """A worker and the host:port of its WeightReceiverService."""
-
-    worker_id: str
-    address: str
-
-
-@dataclass(frozen=True)
-class PushOutcome:
-    """Outcome of a push to one target; `reason` says why it is not `committed`.
-
-    `transfer_seconds` is the write alone, `commit_seconds` the whole Commit call (checksums and swap).
-    """
-
-    worker_id: str
-    committed: bool
-    reason: str
-    transfer_seconds: float
-    commit_seconds: float
 
 
 class WeightSender:
@@ -67,8 +46,8 @@ class WeightSender:
         for path in remove_leftovers(config.shared_memory_dir):
             log.info("removed leftover weight image", path=str(path))
 
-    async def push(self, image: WeightImage, targets: Sequence[Target]) -> list[PushOutcome]:
-        """Brings the image to every target and commits it where it arrived; outcomes in the order of `targets`.
+    async def push(self, image: WeightImage, targets: Sequence[PushTarget]) -> list[PushOutcome]:
+        """Writes the image to every target and commits it where it arrived; returns outcomes in the order of `targets`.
 
         Never raises for a target. The image may be closed as soon as this returns: its memory stays until the
         last write from it has ended.
@@ -88,21 +67,20 @@ class WeightSender:
             await asyncio.gather(*pending, return_exceptions=True)
         await asyncio.to_thread(self._endpoints.close)
 
-    async def _push_to(self, image: WeightImage, target: Target) -> PushOutcome:
-        transfer_seconds = commit_seconds = 0.0
+    async def _push_to(self, image: WeightImage, target: PushTarget) -> PushOutcome:
+        outcome = PushOutcome(worker_id=target.worker_id)
         async with self._slots, self._connect(target.address) as client:
             try:
                 # The answer also shows that the receiver is alive, before an engine dials it.
                 prepared = await client.prepare(
-                    pb.PrepareRequest(manifest=image.manifest),
-                    timeout_s=self._config.prepare_timeout_s,
+                    pb.PrepareRequest(manifest=image.manifest), timeout_s=self._config.prepare_timeout_s
                 )
-                transfer_seconds = await self._write(image, target, prepared)
+                outcome.transfer_seconds = await self._write(image, target, prepared)
                 begin = time.monotonic()
                 await client.commit(
                     pb.CommitRequest(transfer_id=prepared.transfer_id), timeout_s=self._config.commit_timeout_s
                 )
-                commit_seconds = time.monotonic() - begin
+                outcome.commit_seconds = time.monotonic() - begin
             except PerigeeError as error:
                 log.warning(
                     "weights not committed",
@@ -111,12 +89,14 @@ class WeightSender:
                     reason=error.message,
                 )
                 PUSHES.labels("failed").inc()
-                return PushOutcome(target.worker_id, False, error.message, transfer_seconds, commit_seconds)
+                outcome.reason = error.message
+                return outcome
         PUSHES.labels("committed").inc()
-        TRANSFER_SECONDS.observe(transfer_seconds)
-        return PushOutcome(target.worker_id, True, "", transfer_seconds, commit_seconds)
+        TRANSFER_SECONDS.observe(outcome.transfer_seconds)
+        outcome.committed = True
+        return outcome
 
-    async def _write(self, image: WeightImage, target: Target, prepared: pb.PrepareResponse) -> float:
+    async def _write(self, image: WeightImage, target: PushTarget, prepared: pb.PrepareResponse) -> float:
         destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
         write = start_write(self._endpoints, image.buffer, image.manifest.total_bytes, destination)
         try:
@@ -132,7 +112,7 @@ class WeightSender:
                 self._lingering.add(task)
                 task.add_done_callback(self._lingering.discard)
 
-    async def _abort_when_ended(self, write: asyncio.Future[float], target: Target, transfer_id: str) -> None:
+    async def _abort_when_ended(self, write: asyncio.Future[float], target: PushTarget, transfer_id: str) -> None:
         """Gives the receiver its buffer back, which is safe only after the write has ended."""
         await asyncio.wait({write})
         if (failure := write.exception()) is not None:

@@ -16,10 +16,10 @@ import torch
 
 from services.weights.config import WeightsConfig
 from services.weights.manifest import WeightImage
-from services.weights.send import Target, WeightSender
+from services.weights.send import WeightSender
 from services.weights.shared_memory import PREFIX, SharedBuffer, remove_leftovers
 from services.weights.transport import MooncakeTransport
-from tests.fixtures.weights import ReceiverProcess, digest, equal, local_receiver, make_tensors
+from tests.fixtures.weights import ReceiverProcess, digest, equal, local_receiver, make_tensors, push_target
 
 CONFIG = WeightsConfig(transfer_timeout_s=20, progress_timeout_s=4, prepare_timeout_s=20)
 Export = Callable[..., WeightImage]
@@ -57,7 +57,11 @@ async def test_a_receiver_killed_mid_transfer_harms_no_other(export: Export, sta
     victim = await start_receiver(**VICTIM_PORTS)
     sender = WeightSender(CONFIG, open_transport=lambda: SignallingTransport(CONFIG, victim.process.kill))
     async with local_receiver(CONFIG) as left, local_receiver(CONFIG) as right:
-        targets = [Target("left", left.address), Target("victim", victim.address), Target("right", right.address)]
+        targets = [
+            push_target("left", left.address),
+            push_target("victim", victim.address),
+            push_target("right", right.address),
+        ]
         outcomes = await sender.push(image, targets)
         assert [o.committed for o in outcomes] == [True, False, True]
         assert "broke off" in outcomes[1].reason
@@ -76,7 +80,10 @@ async def test_a_frozen_receiver_harms_no_other_and_takes_the_next_push(
         CONFIG, open_transport=lambda: SignallingTransport(CONFIG, lambda: freeze.pop()() if freeze else None)
     )
     async with local_receiver(CONFIG) as other:
-        targets = [Target("victim", victim.address), Target("other", other.address)]
+        targets = [
+            push_target("victim", victim.address),
+            push_target("other", other.address),
+        ]
         outcomes = await sender.push(image, targets)
         assert [o.committed for o in outcomes] == [False, True]
         # The source is closed while a write from it may still be in flight: nothing may crash.
@@ -106,7 +113,10 @@ async def test_a_receiver_that_freezes_before_the_handshake_blocks_nobody_and_it
         config, open_transport=lambda: SignallingTransport(config, before=lambda: freeze.pop()() if freeze else None)
     )
     async with local_receiver(config) as other:
-        targets = [Target("victim", victim.address), Target("other", other.address)]
+        targets = [
+            push_target("victim", victim.address),
+            push_target("other", other.address),
+        ]
         outcomes = await sender.push(export(late, 1), targets)
         assert [o.committed for o in outcomes] == [False, True]
         assert "transfer_timeout_s = 8" in outcomes[0].reason
@@ -127,7 +137,8 @@ async def test_unreachable_receivers_are_told_apart_at_once(export: Export) -> N
         async with local_receiver(CONFIG) as other:
             begin = time.monotonic()
             outcomes = await sender.push(
-                export(make_tensors(1, 1), 1), [Target("gone", address), Target("w", other.address)]
+                export(make_tensors(1, 1), 1),
+                [push_target("gone", address), push_target("w", other.address)],
             )
             assert time.monotonic() - begin < CONFIG.prepare_timeout_s + 3
             assert [o.committed for o in outcomes] == [False, True]
@@ -141,7 +152,8 @@ async def test_a_receiver_that_accepts_and_stays_silent_is_given_up(export: Expo
         sender = WeightSender(WeightsConfig(prepare_timeout_s=5))
         async with local_receiver(CONFIG) as other:
             outcomes = await sender.push(
-                export(make_tensors(1, 1), 1), [Target("silent", address), Target("w", other.address)]
+                export(make_tensors(1, 1), 1),
+                [push_target("silent", address), push_target("w", other.address)],
             )
             assert [o.committed for o in outcomes] == [False, True]
         await sender.close()
@@ -156,7 +168,7 @@ async def test_a_restarted_receiver_at_the_same_ports_takes_the_next_push(
     for version in range(2):
         tensors = make_tensors(seed=version, megabytes=1)
         receiver = await start_receiver(**ports)
-        [outcome] = await sender.push(export(tensors, version), [Target("w", receiver.address)])
+        [outcome] = await sender.push(export(tensors, version), [push_target("w", receiver.address)])
         assert outcome.committed, outcome.reason
         assert (await receiver.next_commit())["digests"] == digest(tensors)
         receiver.process.kill()
@@ -167,7 +179,7 @@ async def test_a_restarted_receiver_at_the_same_ports_takes_the_next_push(
 async def test_a_stopped_receiver_leaves_no_file(export: Export, start_receiver: StartReceiver) -> None:
     receiver = await start_receiver()
     sender = WeightSender(CONFIG)
-    [outcome] = await sender.push(export(make_tensors(1, 1), 1), [Target("w", receiver.address)])
+    [outcome] = await sender.push(export(make_tensors(1, 1), 1), [push_target("w", receiver.address)])
     assert outcome.committed
     assert files_of(receiver.process.pid)
     receiver.process.terminate()

@@ -16,9 +16,9 @@ from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
 from services.weights.manifest import WeightImage
-from services.weights.send import Destination, EndpointPool, Target, WeightSender, start_write
+from services.weights.send import Destination, EndpointPool, WeightSender, start_write
 from services.weights.transport import MooncakeTransport
-from tests.fixtures.weights import equal, local_receiver, make_tensors
+from tests.fixtures.weights import equal, local_receiver, make_tensors, push_target
 
 CONFIG = WeightsConfig(transfer_timeout_s=20, progress_timeout_s=2)
 ENDPOINTS = EndpointPool(lambda: MooncakeTransport(CONFIG))
@@ -32,7 +32,7 @@ async def test_three_receivers_get_the_same_bits(export: Export) -> None:
     async with AsyncExitStack() as stack:
         receivers = [await stack.enter_async_context(local_receiver(CONFIG)) for _ in range(3)]
         sender = WeightSender(CONFIG)
-        outcomes = await sender.push(image, [Target(f"w{i}", r.address) for i, r in enumerate(receivers)])
+        outcomes = await sender.push(image, [push_target(f"w{i}", r.address) for i, r in enumerate(receivers)])
         assert [(o.worker_id, o.committed, o.reason) for o in outcomes] == [(f"w{i}", True, "") for i in range(3)]
         assert all(o.transfer_seconds > 0 and o.commit_seconds > 0 for o in outcomes)
         for receiver in receivers:
@@ -48,7 +48,7 @@ async def test_versions_of_changing_size_follow_each_other(export: Export) -> No
         for version, megabytes in enumerate([1, 1, 4, 2, 0.1, 6]):
             tensors = make_tensors(seed=version, megabytes=megabytes)
             image = export(tensors, version)
-            [outcome] = await sender.push(image, [Target("w", local.address)])
+            [outcome] = await sender.push(image, [push_target("w", local.address)])
             image.close()
             assert outcome.committed, outcome.reason
             assert equal(local.loaded, tensors)
@@ -60,16 +60,16 @@ async def test_a_damaged_shard_is_refused_and_the_old_version_serves_on(export: 
     good, bad = make_tensors(seed=1, megabytes=1), make_tensors(seed=2, megabytes=1)
     async with local_receiver(CONFIG) as local:
         sender = WeightSender(CONFIG)
-        await sender.push(export(good, 1), [Target("w", local.address)])
+        await sender.push(export(good, 1), [push_target("w", local.address)])
         damaged = export(bad, 2)
         with damaged.buffer.view() as view:
             view[damaged.manifest.shards[1].offset + damaged.manifest.shards[1].bytes // 2] ^= 1
-        [outcome] = await sender.push(damaged, [Target("w", local.address)])
+        [outcome] = await sender.push(damaged, [push_target("w", local.address)])
         assert not outcome.committed
         assert damaged.manifest.shards[1].name in outcome.reason
         assert local.versions == [1]
         assert equal(local.loaded, good)
-        [outcome] = await sender.push(export(bad, 3), [Target("w", local.address)])
+        [outcome] = await sender.push(export(bad, 3), [push_target("w", local.address)])
         assert outcome.committed
         assert equal(local.loaded, bad)
         await sender.close()
@@ -91,7 +91,7 @@ async def test_an_engine_that_refuses_keeps_the_old_version(export: Export) -> N
 
     async with local_receiver(CONFIG, refuse_two) as local:
         sender = WeightSender(CONFIG)
-        target = Target("w", local.address)
+        target = push_target("w", local.address)
         [first] = await sender.push(export(make_tensors(1, 1), 1), [target])
         [second] = await sender.push(export(make_tensors(2, 1), 2), [target])
         assert (first.committed, second.committed) == (True, False)
@@ -157,7 +157,7 @@ async def test_an_image_closed_during_its_push_stays_until_the_write_has_ended(e
     image = export(tensors, 1)
     async with local_receiver(CONFIG) as local:
         sender = WeightSender(CONFIG)
-        push = asyncio.create_task(sender.push(image, [Target("w", local.address)]))
+        push = asyncio.create_task(sender.push(image, [push_target("w", local.address)]))
         await asyncio.sleep(0)  # the push begins
         image.close()
         assert not image.path.exists()

@@ -23,14 +23,15 @@ async def push_weights(model: Path, addresses: Sequence[str], channel: ChannelOp
 
     Raises InvalidArgumentError when the folder has none, UnavailableError naming the workers that did not take them.
     """
+    from perigee.trainer.v1.trainer_pb2 import PushTarget
     from services.weights.config import WeightsConfig
     from services.weights.manifest import export_image
-    from services.weights.send import Target, WeightSender
+    from services.weights.send import WeightSender
 
     sender = WeightSender(WeightsConfig(), lambda address: WeightReceiverClient(address, channel))
     image = export_image(RUN_ID, 0, _read_tensors(model), SHARD_BYTES)
     try:
-        outcomes = await sender.push(image, [Target(address, address) for address in addresses])
+        outcomes = await sender.push(image, [PushTarget(worker_id=address, address=address) for address in addresses])
     finally:
         image.close()
         await sender.close()
