@@ -31,7 +31,7 @@ from services.kit.server import serving
 from services.reward.__main__ import lifespan
 from services.reward.config import MathConfig, RewardConfig
 from services.reward.verifiers.base import Item
-from services.reward.verifiers.math import MathParameters, compare_plainly, find_answer
+from services.reward.verifiers.math import compare_plainly, find_answer
 from tests.fixtures.labelled import Labelled, read_labelled
 
 WORKERS = 2
@@ -59,7 +59,7 @@ class Turn:
 def needs_algebra(labelled: Labelled) -> bool:
     """Whether the service hands the item to a worker."""
     message = labelled.item
-    item = Item(message.id, message.response, message.answer_marker, MathParameters(message.math.reference))
+    item = Item(message.id, message.response, message.answer_marker, message.math)
     answer = find_answer(item)
     return answer is not None and compare_plainly(message.math.reference, answer) is None
 

@@ -127,12 +127,12 @@ def read_prompt_file(path: Path, field: str) -> list[PromptLine]:
     try:
         lines = [read_prompt_line(read_object(text, source), source) for source, text in read_lines(path)]
     except OSError as error:
-        raise InvalidArgumentError.of(field, f"{path} cannot be read: {error}") from error
+        raise InvalidArgumentError.for_field(field, f"{path} cannot be read: {error}") from error
     if not lines:
-        raise InvalidArgumentError.of(field, f"{path} holds no prompts")
+        raise InvalidArgumentError.for_field(field, f"{path} holds no prompts")
     repeated = [name for name, count in Counter(line.id for line in lines).items() if count > 1]
     if repeated:
-        raise InvalidArgumentError.of(field, f"{path} holds the id {repeated[0]} more than once")
+        raise InvalidArgumentError.for_field(field, f"{path} holds the id {repeated[0]} more than once")
     return lines
 
 
@@ -165,9 +165,9 @@ def read_object(text: str, source: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InvalidArgumentError.of(source, f"is not JSON: {error}") from error
+        raise InvalidArgumentError.for_field(source, f"is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise InvalidArgumentError.of(source, "must be a JSON object")
+        raise InvalidArgumentError.for_field(source, "must be a JSON object")
     return values
 
 

@@ -134,8 +134,10 @@ async def score_items(
 ) -> AsyncGenerator[pb.ScoreResponse, None]:
     """Yields one final outcome per item, in the order in which they become known; the items' ids must differ.
 
-    Raises what `scoring` raises.
+    Raises InvalidArgumentError when two items have the same id, and what `scoring` raises.
     """
+    if len({item.id for item in items}) < len(items):
+        raise InvalidArgumentError.for_field("id", "must differ from item to item: outcomes are told apart by it")
     # Unbounded in type only: one entry an item, and the items are there already.
     outcomes: asyncio.Queue[pb.ScoreResponse | None] = asyncio.Queue()
 
@@ -187,7 +189,7 @@ class ScoringPipeline:
         await self._room.acquire()
         if job.id in self._pending:
             self._room.release()
-            raise InvalidArgumentError.of("id", f"{job.id!r} is being scored already")
+            raise InvalidArgumentError.for_field("id", f"{job.id!r} is being scored already")
         self._pending.add(job.id)
         self._idle.clear()
         if job.size > MAX_BATCH_BYTES:

@@ -1,20 +1,41 @@
-"""Checks score requests and turns them into items."""
+"""Checks score requests and turns them into items: texts, ground truths, and that images are images."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import base64
+import binascii
+import io
+import re
+import struct
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image, UnidentifiedImageError
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.reward.v1 import reward_pb2 as pb
-from services.reward.images import ImageLimits, read_images
-from services.reward.readers import READERS, read_parameters
-from services.reward.scoring import Scorer
-from services.reward.verifiers.base import Item
+from services.reward.verifiers.base import ImagePart, Item, Verifier
 
 # More would not fit into an error's trailing metadata.
 MAX_VIOLATIONS = 20
+MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+SCHEMES = ("http", "https", "data")
+DATA_URL = re.compile(r"data:(image/[a-z]+);base64,([A-Za-z0-9+/=]+)")
+MAX_URL_CHARACTERS = 8192
+# What Pillow raises on damaged files of the four formats.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """How many images an item may have and how large each may be."""
+
+    images: int
+    image_bytes: int
+    pixels: int
 
 
 @dataclass(frozen=True)
@@ -26,8 +47,8 @@ class ItemLimits:
     images: ImageLimits
 
 
-def read_items(request: pb.ScoreRequest, scorer: Scorer, limits: ItemLimits) -> list[Item[Any]]:
-    """The request's items.
+def read_items(request: pb.ScoreRequest, verifiers: Mapping[str, Verifier[Any]], limits: ItemLimits) -> list[Item[Any]]:
+    """Returns the request's items.
 
     Raises InvalidArgumentError with a violation for each wrong field, the first 20 of them.
     """
@@ -39,15 +60,21 @@ def read_items(request: pb.ScoreRequest, scorer: Scorer, limits: ItemLimits) -> 
         seen.add(message.id)
         images, wrong_images = read_images(message, limits.images)
         found += wrong_images
-        parameters = read_parameters(message)
-        if parameters is not None:
-            item = Item(message.id, message.response, message.answer_marker, parameters, message.prompt, images)
-            found += scorer.verifier_of(parameters).find_violations(parameters)
-            items.append(item)
+        name = message.WhichOneof("verifier") or ""
+        if name in verifiers:
+            parameters = getattr(message, name)
+            items.append(Item(message.id, message.response, message.answer_marker, parameters, message.prompt, images))
+            found += verifiers[name].find_violations(parameters)
+        else:
+            known = f"one of {', '.join(verifiers)}"
+            found.append(
+                FieldViolation("verifier", f"{name} is not offered: {known}" if name else f"is required: {known}")
+            )
         violations += [FieldViolation(f"items[{index}].{v.field}", v.description) for v in found]
         if len(violations) >= MAX_VIOLATIONS:
             break
-    raise_first(violations[:MAX_VIOLATIONS])
+    if violations:
+        raise InvalidArgumentError.for_fields(violations[:MAX_VIOLATIONS])
     return items
 
 
@@ -65,16 +92,95 @@ def find_violations(message: pb.ScoreItem, seen: set[str], limits: ItemLimits) -
         size = len(text.encode())
         if size > most:
             violations.append(FieldViolation(name, f"has {size} bytes, more than {most}"))
-    verifier = message.WhichOneof("verifier")
-    if verifier is None:
-        violations.append(FieldViolation("verifier", f"is required: one of {', '.join(READERS)}"))
-    elif verifier not in READERS:
-        violations.append(FieldViolation("verifier", f"{verifier} is not offered: one of {', '.join(READERS)}"))
     return violations
 
 
-def raise_first(violations: Sequence[FieldViolation]) -> None:
-    """Raises InvalidArgumentError when there are violations."""
-    if violations:
-        first = violations[0]
-        raise InvalidArgumentError(f"{first.field}: {first.description}", violations=violations)
+class NoImageError(ValueError):
+    """Bytes or an address that are not an image; its text says why."""
+
+
+def read_images(message: pb.ScoreItem, limits: ImageLimits) -> tuple[tuple[ImagePart, ...], list[FieldViolation]]:
+    """The images of an item that are right, and what is wrong with the others."""
+    if len(message.images) > limits.images:
+        text = f"has {len(message.images)} images, more than {limits.images}"
+        return (), [FieldViolation("images", text)]
+    images, violations = [], []
+    for index, image in enumerate(message.images):
+        try:
+            images.append(read_image(image, limits))
+        except NoImageError as error:
+            field = image.WhichOneof("source")
+            name = f"images[{index}].{field}" if field else f"images[{index}]"
+            violations.append(FieldViolation(name, str(error)))
+    return tuple(images), violations
+
+
+def read_image(image: pb.Image, limits: ImageLimits) -> ImagePart:
+    """One image.
+
+    Raises NoImageError.
+    """
+    match image.WhichOneof("source"):
+        case "data":
+            return ImagePart(image.data, find_media_type(image.data, limits))
+        case "url":
+            check_url(image.url, limits)
+            return ImagePart(url=image.url)
+    raise NoImageError("data or url is required")
+
+
+def find_media_type(data: bytes, limits: ImageLimits) -> str:
+    """The media type that the bytes have; the picture itself is not decoded.
+
+    Raises NoImageError when they are none of the four formats, damaged or too large.
+    """
+    if len(data) > limits.image_bytes:
+        raise NoImageError(f"has {len(data)} bytes, more than {limits.image_bytes}")
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(MEDIA_TYPES)) as picture:
+            width, height = picture.size
+            media_type = MEDIA_TYPES[picture.format or ""]
+            picture.verify()
+    except UnidentifiedImageError as error:
+        raise NoImageError("is no PNG, JPEG, WebP or GIF image") from error
+    except DAMAGE as error:
+        raise NoImageError(f"is a damaged image: {error}") from error
+    if width * height > limits.pixels:
+        raise NoImageError(f"has {width} x {height} pixels, more than {limits.pixels}")
+    return media_type
+
+
+def check_url(url: str, limits: ImageLimits) -> None:
+    """Refuses an address that a judge's endpoint cannot read.
+
+    Raises NoImageError.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise NoImageError(f"is no URL: {error}") from error
+    if parts.scheme not in SCHEMES:
+        raise NoImageError(f"must begin with {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}, got {parts.scheme!r}")
+    if parts.scheme == "data":
+        check_data_url(url, limits)
+    elif not parts.hostname:
+        raise NoImageError("names no host")
+    elif len(url) > MAX_URL_CHARACTERS:
+        raise NoImageError(f"has {len(url)} characters, more than {MAX_URL_CHARACTERS}")
+
+
+def check_data_url(url: str, limits: ImageLimits) -> None:
+    """Refuses a data URL whose content is not the image that it says.
+
+    Raises NoImageError.
+    """
+    match = DATA_URL.fullmatch(url)
+    if match is None:
+        raise NoImageError("must be of the form data:image/png;base64,...")
+    try:
+        data = base64.b64decode(match[2], validate=True)
+    except binascii.Error as error:
+        raise NoImageError(f"is not base64: {error}") from error
+    media_type = find_media_type(data, limits)
+    if media_type != match[1]:
+        raise NoImageError(f"says {match[1]} but holds {media_type}")

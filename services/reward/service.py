@@ -10,7 +10,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
 from services.reward.requests import ItemLimits, read_items
-from services.reward.scoring import Scored, Scorer
+from services.reward.scorer import Scored, Scorer
 from services.reward.verifiers.base import PartScore, Verdict
 
 FULL_NAME = "perigee.reward.v1.RewardService"
@@ -31,7 +31,7 @@ class RewardService(RewardServiceServicer):
         self._limits = limits
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncGenerator[pb.ScoreResponse, None]:
-        items = read_items(request, self._scorer, self._limits)
+        items = read_items(request, self._scorer.verifiers, self._limits)
         async with aclosing(self._scorer.score(items)) as outcomes:
             async for scored in outcomes:
                 yield build_response(scored)
@@ -39,13 +39,13 @@ class RewardService(RewardServiceServicer):
     async def ListVerifiers(self, request: pb.ListVerifiersRequest, context: Any) -> pb.ListVerifiersResponse:
         verifiers = [
             pb.Verifier(name=verifier.name, version=verifier.version, unavailable=verifier.unavailable)
-            for verifier in self._scorer.verifiers
+            for verifier in self._scorer.verifiers.values()
         ]
         return pb.ListVerifiersResponse(verifiers=verifiers)
 
 
 def build_response(scored: Scored) -> pb.ScoreResponse:
-    """The message of one outcome; without a reward when it is FAILED."""
+    """Returns the message of one outcome; without a reward when it is FAILED."""
     outcome = scored.outcome
     return pb.ScoreResponse(
         id=scored.item_id,
@@ -53,15 +53,15 @@ def build_response(scored: Scored) -> pb.ScoreResponse:
         reward=outcome.reward,
         extracted_answer=outcome.extracted,
         reason=outcome.reason,
-        verifier=scored.verifier,
-        latency_ms=scored.latency_ms,
+        verifier=scored.verifier.name,
+        latency_ms=scored.seconds * 1000,
         retryable=outcome.retryable,
-        verifier_version=scored.version,
+        verifier_version=scored.verifier.version,
         parts=[build_part(part) for part in outcome.parts],
         retry_after_ms=None if outcome.retry_after_s is None else round(outcome.retry_after_s * 1000),
     )
 
 
 def build_part(part: PartScore) -> pb.PartScore:
-    """The message of a part; without a reward when it is FAILED."""
+    """Returns the message of a part; without a reward when it is FAILED."""
     return pb.PartScore(name=part.name, verdict=VERDICTS[part.verdict], reward=part.reward, reason=part.reason)

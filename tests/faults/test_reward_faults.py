@@ -74,7 +74,7 @@ def children_of(process: psutil.Process) -> list[psutil.Process]:
 def is_math_worker(process: psutil.Process) -> bool:
     """Whether a process is a supervisor of the math verifier; one that is gone is none."""
     try:
-        return process.cmdline()[2:4] == ["services.reward.check_worker", "math"]
+        return process.cmdline()[2:4] == ["services.reward.pool.check_worker", "math"]
     except psutil.NoSuchProcess:
         return False
 

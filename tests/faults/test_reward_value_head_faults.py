@@ -19,15 +19,16 @@ import torch
 from safetensors.torch import save_file
 
 from perigee.errors import DataLossError, InvalidArgumentError, UnavailableError
+from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import ValueHeadConfig
 from services.reward.value_head.training import train
 from services.reward.verifiers.base import Item, Outcome, Verdict
-from services.reward.verifiers.value_head import ValueHeadParameters, ValueHeadVerifier
+from services.reward.verifiers.value_head import ValueHeadVerifier
 from tests.fixtures.value_head import labelled_lines, make_sums, training_config, write_lines
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for a model to be trained
 
-ITEM = Item("a", "It is 47", "", ValueHeadParameters("47"), prompt="12+35")
+ITEM = Item("a", "It is 47", "", pb.ValueHeadVerifier(reference="47"), prompt="12+35")
 
 
 @asynccontextmanager
@@ -88,7 +89,7 @@ async def test_a_batch_whose_process_is_killed_is_tried_once_more(value_head_fol
         os.kill(pid, signal.SIGKILL)
         os.kill(await wait_for_another(value_head_folder, pid), signal.SIGKILL)
         for outcome in await judging:
-            assert_failed(outcome, "worker process died", retryable=True)
+            assert_failed(outcome, "worker process", retryable=True)
         assert await judge_three() == before
         assert not psutil.pid_exists(pid)
 
@@ -134,9 +135,9 @@ async def test_what_the_model_refuses_fails_alone_in_its_batch(value_head_folder
     tokenizer["added_tokens"].append({"id": 10_000, "content": "snowman", **flags})
     tokenizer["model"]["vocab"]["snowman"] = 10_000
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    others = [Item("a", f"It is {n}", "", ValueHeadParameters("47"), prompt="12+35") for n in range(40, 47)]
+    others = [Item("a", f"It is {n}", "", pb.ValueHeadVerifier(reference="47"), prompt="12+35") for n in range(40, 47)]
     async with running(folder, max_batch_items=8, batch_wait_ms=60_000) as verifier:
-        bad = Item("b", "snowman", "", ValueHeadParameters("47"), prompt="12+35")
+        bad = Item("b", "snowman", "", pb.ValueHeadVerifier(reference="47"), prompt="12+35")
         outcomes = await asyncio.gather(*(verifier.judge(item) for item in (*others[:3], bad, *others[3:])))
     assert_failed(outcomes.pop(3), "the model failed", retryable=False)
     async with running(value_head_folder) as verifier:

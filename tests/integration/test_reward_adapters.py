@@ -26,14 +26,13 @@ import pytest_asyncio
 from transformers import PreTrainedTokenizerFast
 
 from perigee.errors import DeadlineExceededError, UnavailableError
-from perigee.reward.adapters.blocking import BlockingScorer
-from perigee.reward.adapters.ground_truth import GroundTruthOptions
+from perigee.reward.adapters.blocking import BlockingScorer, GroundTruthOptions
 from perigee.reward.adapters.trl import PerigeeReward
 from perigee.reward.client import RewardClient
 from perigee.reward.scoring import ScoringOptions
 from perigee.reward.v1 import reward_pb2
 from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
-from services.reward.http_routes import ServicerScores
+from services.reward.http_routes import ServicerClient
 from tests.fixtures.coordinator_fakes import FakeReward, fake_server
 from tests.fixtures.reward import math_item, running_gateway, running_reward
 from tests.fixtures.rollout import CHARACTERS, best_digit, make_policy, save_policy
@@ -290,7 +289,7 @@ async def test_openrlhf_posts_queries_prompts_and_labels(lame_http: httpx.AsyncC
 
 async def test_the_servicer_is_asked_as_a_client_is() -> None:
     request = reward_pb2.ScoreRequest(items=[math_item("a", "4", "#4")])
-    scores = ServicerScores(FakeReward())
+    scores = ServicerClient(FakeReward())
     assert [outcome.reward async for outcome in scores.score(request, timeout_s=5)] == [1.0]
 
     class Silent:
@@ -301,4 +300,4 @@ async def test_the_servicer_is_asked_as_a_client_is() -> None:
             yield reward_pb2.ScoreResponse()
 
     with pytest.raises(DeadlineExceededError, match="not scored within"):
-        await anext(ServicerScores(Silent()).score(request, timeout_s=0.05))
+        await anext(ServicerClient(Silent()).score(request, timeout_s=0.05))

@@ -6,14 +6,21 @@ import asyncio
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from google.protobuf import descriptor_pb2, message_factory
+from google.protobuf.message import Message
+from grpc_tools import protoc
 
+from perigee.json_codec import fill_message
 from perigee.reward.client import RewardClient
-from perigee.reward.items import VERIFIERS, read_item, read_prompt_line
-from services.reward.cache import content_key
+from perigee.reward.items import VERIFIERS, read_item, read_prompt_line, spell_out
+from perigee.reward.v1 import reward_pb2 as pb
+from services.reward.scorer import content_key
 from services.reward.verifiers.base import Item, Outcome, Verdict, Verifier
 
 ROOT = Path(__file__).parents[2]
@@ -28,14 +35,28 @@ def blocks(language: str, heading: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def verifier_module() -> ModuleType:
-    """The module of the last section."""
+def message(tmp_path_factory: pytest.TempPathFactory) -> Iterator[type[Message]]:
+    """The message of the last section, compiled and put into the contract's module."""
+    folder = tmp_path_factory.mktemp("protos")
+    [source] = blocks("proto", "A verifier in one file")
+    (folder / "tolerance.proto").write_text(f'syntax = "proto3";\npackage perigee.reward.documented;\n{source}')
+    assert protoc.main(["", f"-I{folder}", f"--descriptor_set_out={folder / 'set'}", "tolerance.proto"]) == 0
+    [file] = descriptor_pb2.FileDescriptorSet.FromString((folder / "set").read_bytes()).file
+    [found] = message_factory.GetMessages([file]).values()
+    pb.ToleranceVerifier = found  # type: ignore[attr-defined]
+    yield found
+    del pb.ToleranceVerifier  # type: ignore[attr-defined]
+
+
+@pytest.fixture(scope="module")
+def verifier(message: type[Message]) -> Verifier[Any]:
+    """The verifier of the last section."""
     [source] = blocks("python", "A verifier in one file")
     module = ModuleType("services.reward.verifiers.tolerance")
-    # Data classes look their module up.
-    sys.modules[module.__name__] = module
     exec(compile(source, "docs/reward.md", "exec"), module.__dict__)
-    return module
+    made = module.ToleranceVerifier()
+    assert isinstance(made, Verifier)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -47,27 +68,35 @@ def verifier_module() -> ModuleType:
         ("it is 3.14", Verdict.UNGRADABLE, 0.0),
     ],
 )
-async def test_the_verifier_judges(verifier_module: ModuleType, response: str, verdict: Verdict, reward: float) -> None:
-    verifier = verifier_module.ToleranceVerifier()
-    assert isinstance(verifier, Verifier)
-    parameters = verifier_module.ToleranceParameters(reference=3.14, tolerance=0.02)
+async def test_the_verifier_judges(
+    verifier: Verifier[Any], message: type[Message], response: str, verdict: Verdict, reward: float
+) -> None:
+    parameters = message(reference=3.14, tolerance=0.02)
     assert verifier.find_violations(parameters) == []
     outcome = await verifier.judge(Item("a", response, "#", parameters))
     assert isinstance(outcome, Outcome)
     assert (outcome.verdict, outcome.reward) == (verdict, reward)
 
 
-def test_the_verifier_names_wrong_fields_and_its_parameters_are_part_of_the_key(verifier_module: ModuleType) -> None:
-    verifier, parameters = verifier_module.ToleranceVerifier(), verifier_module.ToleranceParameters
-    [violation] = verifier.find_violations(parameters(3.14, -1.0))
+def test_the_verifier_names_wrong_fields_and_its_parameters_are_part_of_the_key(
+    verifier: Verifier[Any], message: type[Message]
+) -> None:
+    [violation] = verifier.find_violations(message(reference=3.14, tolerance=-1.0))
     assert violation.field == "tolerance.tolerance"
     keys = {
-        content_key(verifier, Item("a", response, "#", parameters(3.14, tolerance)))
+        content_key(verifier, Item("a", response, "#", message(reference=3.14, tolerance=tolerance)))
         for response in ("x#3.1", "y#3.1", "x#3.2")
         for tolerance in (0.1, 0.2)
     }
     # Two answers and two tolerances; what stands before the marker does not matter.
     assert len(keys) == 4
+
+
+def test_short_names_need_no_line_for_a_new_verifier(message: type[Message]) -> None:
+    spelled = spell_out(message.DESCRIPTOR, {"answer": 3.14, "tolerance": 0.02})
+    found = message()
+    assert fill_message(found, spelled) == []
+    assert found == message(reference=3.14, tolerance=0.02)
 
 
 async def test_the_client_prints_what_is_said(reward: RewardClient) -> None:

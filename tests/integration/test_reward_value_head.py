@@ -16,17 +16,15 @@ from safetensors.torch import load_file
 from transformers import BertConfig, BertModel
 
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
+from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import ValueHeadConfig
-from services.reward.value_head.batching import pad
-from services.reward.value_head.evaluation import sigmoid
-from services.reward.value_head.folder import read_description
-from services.reward.value_head.network import ValueHead
-from services.reward.value_head.preparing import Prepared, prepare
-from services.reward.value_head.template import Encoder, load_tokenizer
-from services.reward.value_head.training import Summary, Training, train
+from services.reward.value_head.data import Prepared, prepare
+from services.reward.value_head.folder import Encoder, load_tokenizer, read_description
+from services.reward.value_head.network import ValueHead, pad
+from services.reward.value_head.training import Summary, Training, sigmoid, train
 from services.reward.value_head.worker import BatchScorer
 from services.reward.verifiers.base import Item, Outcome, Verdict
-from services.reward.verifiers.value_head import ValueHeadParameters, ValueHeadVerifier
+from services.reward.verifiers.value_head import ValueHeadVerifier
 from tests.fixtures.value_head import (
     CONTEXT,
     Sum,
@@ -60,8 +58,8 @@ async def verifier(value_head_folder: Path) -> AsyncIterator[ValueHeadVerifier]:
         await verifier.close()
 
 
-def item(each: Sum, response: str, marker: str = "", threshold: float | None = None) -> Item[ValueHeadParameters]:
-    parameters = ValueHeadParameters(each.reference, threshold)
+def item(each: Sum, response: str, marker: str = "", threshold: float | None = None) -> Item[pb.ValueHeadVerifier]:
+    parameters = pb.ValueHeadVerifier(reference=each.reference, threshold=threshold)
     return Item("a", response, marker, parameters, prompt=each.question)
 
 
@@ -124,8 +122,10 @@ async def test_a_threshold_of_the_item_decides(verifier: ValueHeadVerifier, held
 
     assert (await judge(0.0)).verdict is Verdict.CORRECT
     assert (await judge(1.0)).verdict is Verdict.WRONG
-    assert verifier.find_violations(ValueHeadParameters("4", 1.5))[0].field == "value_head.threshold"
-    assert verifier.find_violations(ValueHeadParameters("4", 0.5)) == []
+    assert (
+        verifier.find_violations(pb.ValueHeadVerifier(reference="4", threshold=1.5))[0].field == "value_head.threshold"
+    )
+    assert verifier.find_violations(pb.ValueHeadVerifier(reference="4", threshold=0.5)) == []
 
 
 async def test_what_follows_the_marker_is_judged(verifier: ValueHeadVerifier, held_out: list[Sum]) -> None:

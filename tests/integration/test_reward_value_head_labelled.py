@@ -13,8 +13,8 @@ import pytest
 from perigee.buffer.v1.buffer_pb2 import VERDICT_CORRECT
 from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import ValueHeadConfig
-from services.reward.value_head.evaluation import area_under_curve
 from services.reward.value_head.folder import read_description
+from services.reward.value_head.training import area_under_curve
 from tests.fixtures.cli import run_perigee
 from tests.fixtures.labelled import LABELLED
 from tests.fixtures.reward import running_reward, score

@@ -12,12 +12,10 @@ import pytest
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FailedPreconditionError, InternalError, InvalidArgumentError, UnavailableError
 from perigee.reward.adapters import verl
-from perigee.reward.adapters.blocking import BlockingScorer
-from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
+from perigee.reward.adapters.blocking import BlockingScorer, GroundTruthOptions, make_item
 from perigee.reward.adapters.trl import PerigeeReward, read_text
 from perigee.reward.v1 import reward_pb2 as pb
-from services.reward.compat.openrlhf import build_answer, read_request, split_response
-from services.reward.http_routes import ROUTES, collect
+from services.reward.http_routes import ROUTES, build_answer, collect, read_request, split_response
 
 MATH4 = pb.ScoreItem(id="i", prompt="2+2", response="#4", answer_marker="#", math=pb.MathVerifier(reference="4"))
 

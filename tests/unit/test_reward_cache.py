@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 from prometheus_client import REGISTRY
 
 from perigee.errors import FieldViolation, ResourceExhaustedError
-from services.reward.cache import OutcomeCache, content_key
-from services.reward.panel import Panel
-from services.reward.scoring import Scorer
+from perigee.reward.v1 import reward_pb2 as pb
+from services.reward.scorer import Scorer, content_key
 from services.reward.verifiers.base import (
     ImagePart,
     Item,
     Outcome,
-    Parameters,
     Verdict,
     Verifier,
     extract_answer,
@@ -28,17 +25,10 @@ from services.reward.verifiers.base import (
 )
 
 
-@dataclass(frozen=True)
-class EchoParameters(Parameters):
-    """What the answer should be."""
-
-    expected: str
-
-
-class EchoVerifier(Verifier[EchoParameters]):
+class EchoVerifier(Verifier[pb.ExactVerifier]):
     """Correct when the response is the expected text; "crash" raises, "wait" waits for `gate`."""
 
-    name: ClassVar[str] = "echo"
+    name: ClassVar[str] = "exact"
     version: ClassVar[str] = "1"
 
     def __init__(self) -> None:
@@ -47,10 +37,10 @@ class EchoVerifier(Verifier[EchoParameters]):
         self.calls = 0
         self.cancelled = 0
 
-    def find_violations(self, parameters: EchoParameters) -> list[FieldViolation]:
+    def find_violations(self, parameters: pb.ExactVerifier) -> list[FieldViolation]:
         return []
 
-    async def judge(self, item: Item[EchoParameters]) -> Outcome:
+    async def judge(self, item: Item[pb.ExactVerifier]) -> Outcome:
         self.calls += 1
         self.called.set()
         if item.response == "crash":
@@ -68,26 +58,23 @@ class EchoVerifier(Verifier[EchoParameters]):
         return Outcome.correct(item.response)
 
 
-@dataclass(frozen=True)
-class OtherParameters(EchoParameters):
-    """Those of another verifier."""
-
-
 class OtherVerifier(EchoVerifier):
     """The same under another name."""
 
-    name: ClassVar[str] = "other"
+    name: ClassVar[str] = "short_answer"
 
 
 def make(verifier: EchoVerifier, entries: int = 10, max_queued_items: int = 100) -> Scorer:
-    return Scorer(Panel({EchoParameters: verifier}, OutcomeCache(entries)), max_queued_items)
+    scorer = Scorer(entries, max_queued_items)
+    scorer.add(verifier)
+    return scorer
 
 
-def item(item_id: str, response: str, marker: str = "") -> Item[EchoParameters]:
-    return Item(item_id, response, marker, EchoParameters("x"))
+def item(item_id: str, response: str, marker: str = "") -> Item[pb.ExactVerifier]:
+    return Item(item_id, response, marker, pb.ExactVerifier(reference="x"))
 
 
-async def verdicts(scorer: Scorer, *items: Item[EchoParameters]) -> dict[str, Verdict]:
+async def verdicts(scorer: Scorer, *items: Item[pb.ExactVerifier]) -> dict[str, Verdict]:
     async with aclosing(scorer.score(items)) as outcomes:
         return {scored.item_id: scored.outcome.verdict async for scored in outcomes}
 
@@ -158,7 +145,7 @@ async def test_a_full_queue_refuses_with_a_hint_and_empties_again() -> None:
 
 async def test_outcomes_are_counted_by_verifier_and_verdict() -> None:
     def sample(name: str, **labels: str) -> float:
-        return REGISTRY.get_sample_value(f"perigee_reward_{name}", {"verifier": "echo"} | labels) or 0.0
+        return REGISTRY.get_sample_value(f"perigee_reward_{name}", {"verifier": "exact"} | labels) or 0.0
 
     def read() -> list[float]:
         return [
@@ -176,19 +163,21 @@ async def test_outcomes_are_counted_by_verifier_and_verdict() -> None:
 
 async def test_a_verifier_that_is_behind_holds_up_no_other() -> None:
     slow, other = EchoVerifier(), OtherVerifier()
-    scorer = Scorer(Panel({EchoParameters: slow, OtherParameters: other}, OutcomeCache(0)), max_queued_items=1)
+    scorer = make(slow, entries=0, max_queued_items=1)
+    scorer.add(other)
     waiting = asyncio.create_task(verdicts(scorer, item("a", "wait")))
     await slow.called.wait()
-    with pytest.raises(ResourceExhaustedError, match="items of the echo verifier are under way"):
+    with pytest.raises(ResourceExhaustedError, match="items of the exact verifier are under way"):
         await verdicts(scorer, item("b", "fine"))
-    assert await verdicts(scorer, Item("c", "fine", "", OtherParameters("x"))) == {"c": Verdict.CORRECT}
+    unrelated: Item[Any] = Item("c", "fine", "", pb.ShortAnswerVerifier(references=["x"]))
+    assert await verdicts(scorer, unrelated) == {"c": Verdict.CORRECT}
     slow.gate.set()
     assert await waiting == {"a": Verdict.CORRECT}
 
 
 def test_keys_differ_with_everything_that_matters_and_with_nothing_else() -> None:
     verifier = EchoVerifier()
-    key: Callable[[Item[EchoParameters]], bytes] = lambda it: content_key(verifier, it)  # noqa: E731
+    key: Callable[[Item[pb.ExactVerifier]], bytes] = lambda it: content_key(verifier, it)  # noqa: E731
     assert key(item("a", "one way #7", "#")) == key(item("b", "another way #8# 7", "#"))
     different = [
         item("a", "#7", "#"),
@@ -197,13 +186,13 @@ def test_keys_differ_with_everything_that_matters_and_with_nothing_else() -> Non
         item("a", "#", "#"),
         item("a", "#7"),
         item("a", "##7", "##"),
-        Item("a", "#7", "#", EchoParameters("y")),
+        Item("a", "#7", "#", pb.ExactVerifier(reference="y")),
     ]
     assert len({key(each) for each in different}) == len(different)
 
 
 def test_the_key_of_what_is_read_whole_holds_prompt_images_and_response() -> None:
-    parameters = EchoParameters("x")
+    parameters = pb.ExactVerifier(reference="x")
     image, other = ImagePart(b"GIF89a", "image/gif"), ImagePart(url="https://example.org/a.png")
     items = [
         Item("a", "r", "", parameters),

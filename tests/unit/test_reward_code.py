@@ -17,13 +17,14 @@ from perigee.errors import (
     UnauthenticatedError,
     UnavailableError,
 )
+from perigee.reward.v1 import reward_pb2
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.reward.config import CodeConfig
 from services.reward.verifiers.base import Item, Outcome, Verdict
-from services.reward.verifiers.code import CodeParameters, CodeVerifier
+from services.reward.verifiers.code import CodeVerifier
 
-TESTS = tuple(pb.TestCase(stdio=pb.StdioTest(stdin=b"%d" % i)).SerializeToString() for i in range(2))
+TESTS = tuple(pb.TestCase(stdio=pb.StdioTest(stdin=b"%d" % i)) for i in range(2))
 
 
 def judged(*verdicts: str, whole: str | None = None, reason: str = "", **fields: object) -> pb.JudgeResponse:
@@ -65,7 +66,11 @@ class FakeSandbox(SandboxClient):
 
 async def judge(sandbox: FakeSandbox, partial_credit: bool = False, timeout_s: float = 60.0) -> Outcome:
     verifier = CodeVerifier(CodeConfig(timeout_s=timeout_s), sandbox)
-    return await verifier.judge(Item("a", "print(1)", "", CodeParameters("python", "", TESTS, partial_credit)))
+    return await verifier.judge(
+        Item(
+            "a", "print(1)", "", reward_pb2.CodeVerifier(language="python", tests=TESTS, partial_credit=partial_credit)
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -153,7 +158,7 @@ async def test_what_is_refused_is_asked_once(
 async def test_no_more_programs_are_at_the_sandbox_than_are_set() -> None:
     sandbox = FakeSandbox()
     verifier = CodeVerifier(CodeConfig(concurrency=3), sandbox)
-    item = Item("a", "print(1)", "", CodeParameters("python", "", TESTS, False))
+    item = Item("a", "print(1)", "", reward_pb2.CodeVerifier(language="python", tests=TESTS))
     await asyncio.gather(*(verifier.judge(item) for _ in range(10)))
     assert sandbox.most_at_once == 3
 
@@ -161,7 +166,7 @@ async def test_no_more_programs_are_at_the_sandbox_than_are_set() -> None:
 async def test_a_verifier_says_that_its_sandbox_is_away_until_it_is_back() -> None:
     sandbox = FakeSandbox(otherwise=UnavailableError("nobody listens"))
     verifier = CodeVerifier(CodeConfig(timeout_s=0.05), sandbox)
-    item = Item("a", "print(1)", "", CodeParameters("python", "", TESTS, False))
+    item = Item("a", "print(1)", "", reward_pb2.CodeVerifier(language="python", tests=TESTS))
     assert verifier.unavailable == ""
     await verifier.judge(item)
     assert verifier.unavailable == "nobody listens"

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
 from prometheus_client import REGISTRY
 
 from perigee.errors import FieldViolation
-from services.reward.cache import OutcomeCache
-from services.reward.panel import Panel
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier
-from services.reward.verifiers.composite import CompositeParameters, CompositePart, CompositeVerifier
-from services.reward.verifiers.exact import ExactParameters, ExactVerifier
+from perigee.reward.v1 import reward_pb2 as pb
+from services.reward.scorer import Scorer
+from services.reward.verifiers.base import Item, Outcome, Verdict, Verifier
+from services.reward.verifiers.composite import CompositeVerifier
+from services.reward.verifiers.text import ExactVerifier
 
 FAILED = Outcome.failed("nobody knows", retryable=True, retry_after_s=3.0)
 WRONG = Outcome.wrong("w", "not it")
@@ -22,42 +21,48 @@ PARTIAL = Outcome.wrong("p", "half of it", reward=0.5)
 UNGRADABLE = Outcome.ungradable("nothing there")
 
 
-@dataclass(frozen=True)
-class SetParameters(Parameters):
-    """The outcome that a part gets."""
-
-    outcome: Outcome
+OUTCOMES: list[Outcome] = []
 
 
-class SetVerifier(Verifier[SetParameters]):
-    """Gives what it is told, and counts."""
+class SetVerifier(Verifier[pb.RegexVerifier]):
+    """Gives the outcome of OUTCOMES that the pattern counts, and counts its calls."""
 
-    name: ClassVar[str] = "set"
+    name: ClassVar[str] = "regex"
     version: ClassVar[str] = "1"
 
     def __init__(self) -> None:
         self.calls = 0
 
-    def find_violations(self, parameters: SetParameters) -> list[FieldViolation]:
-        return [FieldViolation("set.outcome", "is wrong")] if parameters.outcome is UNGRADABLE else []
+    def find_violations(self, parameters: pb.RegexVerifier) -> list[FieldViolation]:
+        is_wrong = OUTCOMES[int(parameters.pattern)] is UNGRADABLE
+        return [FieldViolation("regex.pattern", "is wrong")] if is_wrong else []
 
-    async def judge(self, item: Item[SetParameters]) -> Outcome:
+    async def judge(self, item: Item[pb.RegexVerifier]) -> Outcome:
         self.calls += 1
-        return item.parameters.outcome
+        return OUTCOMES[int(item.parameters.pattern)]
 
 
 def make() -> tuple[CompositeVerifier, SetVerifier]:
     inner = SetVerifier()
-    panel = Panel({SetParameters: inner, ExactParameters: ExactVerifier()}, OutcomeCache(0))
-    return CompositeVerifier(panel.verifiers, panel.judge_part), inner
+    scorer = Scorer(0, 100)
+    scorer.add(inner)
+    scorer.add(ExactVerifier())
+    return CompositeVerifier(scorer.verifiers, scorer.judge_part), inner
 
 
-def item(*parts: CompositePart, response: str = "r") -> Item[CompositeParameters]:
-    return Item("i", response, "", CompositeParameters(parts))
+def item(*parts: pb.CompositePart, response: str = "r") -> Item[pb.CompositeVerifier]:
+    return Item("i", response, "", pb.CompositeVerifier(parts=parts))
 
 
-def part(name: str, outcome: Outcome, weight: float = 1.0, gate: bool = False) -> CompositePart:
-    return CompositePart(name, SetParameters(outcome), weight, gate)
+def part(name: str, outcome: Outcome, weight: float = 1.0, gate: bool = False) -> pb.CompositePart:
+    OUTCOMES.append(outcome)
+    spec = pb.VerifierSpec(regex=pb.RegexVerifier(pattern=str(len(OUTCOMES) - 1)))
+    return pb.CompositePart(name=name, verifier=spec, weight=weight, gate=gate)
+
+
+def exact_part(name: str, reference: str) -> pb.CompositePart:
+    spec = pb.VerifierSpec(exact=pb.ExactVerifier(reference=reference))
+    return pb.CompositePart(name=name, verifier=spec, weight=1.0)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +90,7 @@ def part(name: str, outcome: Outcome, weight: float = 1.0, gate: bool = False) -
     ],
 )
 async def test_the_whole_follows_from_its_parts(
-    parts: list[CompositePart], verdict: Verdict, reward: float | None
+    parts: list[pb.CompositePart], verdict: Verdict, reward: float | None
 ) -> None:
     composite, _ = make()
     outcome = await composite.judge(item(*parts))
@@ -138,19 +143,20 @@ async def test_asking_again_helps_when_every_failure_may_pass() -> None:
 
 async def test_a_part_that_crashes_makes_the_whole_failed() -> None:
     composite, _ = make()
-    broken = CompositePart("a", SetParameters(None), 1.0)  # type: ignore[arg-type]
+    spec = pb.VerifierSpec(regex=pb.RegexVerifier(pattern="no number"))
+    broken = pb.CompositePart(name="a", verifier=spec, weight=1.0)
     outcome = await composite.judge(item(broken))
     assert (outcome.verdict, outcome.reward, outcome.retryable) == (Verdict.FAILED, None, False)
 
 
 async def test_agreement_is_counted_by_pair() -> None:
     def count(result: str) -> float:
-        labels = {"verifier": "exact", "other": "set", "result": result}
+        labels = {"verifier": "exact", "other": "regex", "result": result}
         return REGISTRY.get_sample_value("perigee_reward_agreements_total", labels) or 0.0
 
     composite, _ = make()
     before = count("agree"), count("disagree")
-    exact = CompositePart("e", ExactParameters("r"), 1.0)
+    exact = exact_part("e", "r")
     await composite.judge(item(exact, part("s", CORRECT)))
     await composite.judge(item(exact, part("s", WRONG)))
     await composite.judge(item(exact, part("s", FAILED)))
@@ -166,12 +172,12 @@ async def test_agreement_is_counted_by_pair() -> None:
         ([part("a", CORRECT, -1)], ["composite.parts[0].weight"]),
         ([part("a", CORRECT, float("nan"))], ["composite.parts[0].weight"]),
         ([part("a", CORRECT, 0)], ["composite.parts"]),
-        ([CompositePart("a", None, 1)], ["composite.parts[0].verifier"]),
-        ([part("a", UNGRADABLE)], ["composite.parts[0].verifier.set.outcome"]),
-        ([CompositePart("a", ExactParameters(""), 1)], ["composite.parts[0].verifier.exact.reference"]),
+        ([pb.CompositePart(name="a", weight=1)], ["composite.parts[0].verifier"]),
+        ([part("a", UNGRADABLE)], ["composite.parts[0].verifier.regex.pattern"]),
+        ([exact_part("a", "")], ["composite.parts[0].verifier.exact.reference"]),
         ([part(str(i), CORRECT) for i in range(17)], ["composite.parts"]),
     ],
 )
 def test_wrong_parts_are_named(parts: list[Any], fields: list[str]) -> None:
     composite, _ = make()
-    assert [violation.field for violation in composite.find_violations(CompositeParameters(tuple(parts)))] == fields
+    assert [violation.field for violation in composite.find_violations(pb.CompositeVerifier(parts=parts))] == fields

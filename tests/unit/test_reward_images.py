@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from perigee.reward.v1 import reward_pb2 as pb
-from services.reward.images import ImageLimits, read_images
+from services.reward.requests import ImageLimits, read_images
 
 LIMITS = ImageLimits(images=3, image_bytes=20_000, pixels=10_000)
 

@@ -14,14 +14,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import JudgeConfig, JudgeEndpointConfig, RewardConfig
-from services.reward.judging.budget import Budget, BudgetSpentError
-from services.reward.judging.chat import build_body, read_completion, read_retry_after
-from services.reward.judging.endpoint import estimate_tokens
-from services.reward.judging.judgement import read_judgement, read_signed_judgement
-from services.reward.judging.votes import RubbishError, TransientError, Vote, VoteError, tally
+from services.reward.judges.endpoint import (
+    Budget,
+    BudgetSpentError,
+    build_body,
+    estimate_tokens,
+    read_completion,
+    read_retry_after,
+)
+from services.reward.judges.votes import (
+    MalformedResponseError,
+    TransientError,
+    Vote,
+    VoteError,
+    read_judgement,
+    read_signed_judgement,
+    tally,
+)
 from services.reward.verifiers.base import Verdict
-from services.reward.verifiers.judge import JudgeParameters, JudgeVerifier
+from services.reward.verifiers.judge import JudgeVerifier
 
 GOOD = '{"reasoning": "r", "verdict": "ungradable"}'
 
@@ -62,7 +75,7 @@ def test_a_judgement_by_schema_is_the_whole_answer(answer: str) -> None:
     ],
 )
 def test_anything_else_is_rubbish(answer: str) -> None:
-    with pytest.raises(RubbishError):
+    with pytest.raises(MalformedResponseError):
         read_judgement(answer)
 
 
@@ -83,7 +96,7 @@ def test_a_signed_judgement_ends_the_answer_and_begins_with_the_id() -> None:
         '{"reasoning": "r", "verdict": "wrong", "id": "ab"}',
         '{"id": "ab", "reasoning": "r", "verdict": "wrong", "verdict": "correct"}',
     ):
-        with pytest.raises(RubbishError):
+        with pytest.raises(MalformedResponseError):
             read_signed_judgement(answer, "ab")
 
 
@@ -151,7 +164,7 @@ async def test_calls_of_a_minute_wait_and_are_admitted_in_their_order() -> None:
 
     async def call() -> float:
         reservation = await budget.reserve(10)
-        budget.settle(reservation, 1)
+        budget.finish(reservation, 1)
         return reservation.start
 
     starts = await asyncio.gather(*(call() for _ in range(5)))
@@ -169,8 +182,8 @@ async def test_tokens_of_a_minute_count_as_reserved_until_they_are_known() -> No
         await budget.reserve(80, wait_s=0.01)
     waiting = asyncio.create_task(budget.reserve(80))
     await asyncio.sleep(0)
-    budget.settle(first, 20)
-    budget.settle(await waiting, 80)
+    budget.finish(first, 20)
+    budget.finish(await waiting, 80)
     with pytest.raises(TransientError):
         await budget.reserve(1, wait_s=0.01)
 
@@ -188,17 +201,17 @@ async def test_a_total_of_tokens_is_never_exceeded_and_then_refused() -> None:
     waiting = asyncio.create_task(budget.reserve(60))  # the first may take less than it reserved
     await asyncio.sleep(0.01)
     assert not waiting.done()
-    budget.settle(first, 30)
-    budget.settle(await waiting, None)  # unknown: as reserved
+    budget.finish(first, 30)
+    budget.finish(await waiting, None)  # unknown: as reserved
     assert budget.used_tokens == 90
     with pytest.raises(BudgetSpentError, match="total_tokens = 100 are spent: 90 are used"):
         await budget.reserve(11)
-    budget.settle(await budget.reserve(10), 10)
+    budget.finish(await budget.reserve(10), 10)
 
 
 async def test_a_total_of_calls_is_refused_when_it_is_spent() -> None:
     budget = Budget(endpoint(total_calls=1))
-    budget.settle(await budget.reserve(1), 1)
+    budget.finish(await budget.reserve(1), 1)
     with pytest.raises(BudgetSpentError, match="total_calls = 1 are spent"):
         await budget.reserve(1)
 
@@ -234,8 +247,8 @@ def test_retry_after_as_a_date() -> None:
         (400, '{"message": "too long"}', VoteError, "refused the request with 400: too long"),
         (401, "", VoteError, "answered 401"),
         (301, "", VoteError, "answered 301"),
-        (200, "<html>", RubbishError, "no chat completion"),
-        (200, '{"choices": 3}', RubbishError, "no chat completion"),
+        (200, "<html>", MalformedResponseError, "no chat completion"),
+        (200, '{"choices": 3}', MalformedResponseError, "no chat completion"),
     ],
 )
 def test_statuses_are_told_apart(status: int, body: str, error: type[VoteError], reason: str) -> None:
@@ -253,9 +266,9 @@ def test_extra_fields_are_laid_over_a_request_and_take_fields_out() -> None:
 
 def test_parameters_are_checked() -> None:
     verifier = JudgeVerifier(JudgeConfig(judges={"main": endpoint()}))
-    assert verifier.find_violations(JudgeParameters(reference="4", judge="main", votes=3)) == []
-    assert verifier.find_violations(JudgeParameters(rubric="Is polite.")) == []
-    wrong = JudgeParameters(reference=" ", judge="mian", votes=0)
+    assert verifier.find_violations(pb.JudgeVerifier(reference="4", judge="main", votes=3)) == []
+    assert verifier.find_violations(pb.JudgeVerifier(rubric="Is polite.")) == []
+    wrong = pb.JudgeVerifier(reference=" ", judge="mian", votes=0)
     assert [violation.field for violation in verifier.find_violations(wrong)] == [
         "judge.reference",
         "judge.judge",

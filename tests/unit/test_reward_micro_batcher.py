@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from perigee.errors import InternalError, UnavailableError
-from services.reward.value_head.micro_batcher import MicroBatcher
+from services.reward.verifiers.value_head import MicroBatcher
 
 
 class Scoring:

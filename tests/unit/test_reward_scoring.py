@@ -290,7 +290,7 @@ async def test_the_pipeline_takes_no_more_than_may_be_pending() -> None:
 
 async def test_an_id_in_use_is_refused() -> None:
     scores = FakeScores(lambda ids, _: map(correct, ids))
-    with pytest.raises(InvalidArgumentError, match="'0' is being scored already"):
+    with pytest.raises(InvalidArgumentError, match="must differ from item to item"):
         await outcomes(scores, [*make_items(2), *make_items(1)])
 
 

@@ -13,20 +13,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import InvalidArgumentError
-from services.reward.value_head.batching import draw_steps, pad, split_by_tokens
 from services.reward.value_head.data import (
     Example,
     LabelledResponse,
     Preference,
+    draw_steps,
     encode_examples,
     read_examples,
     split_by_question,
+    split_by_tokens,
 )
-from services.reward.value_head.evaluation import area_under_curve, fit_threshold, sigmoid
-from services.reward.value_head.folder import Description, read_description, write_description, writing_folder
-from services.reward.value_head.losses import pairwise_loss, pointwise_loss
-from services.reward.value_head.template import TEMPLATE, Encoder, load_tokenizer
-from services.reward.value_head.training import scheduled_rate
+from services.reward.value_head.folder import (
+    TEMPLATE,
+    Description,
+    Encoder,
+    load_tokenizer,
+    read_description,
+    write_description,
+    writing_folder,
+)
+from services.reward.value_head.network import pad, pairwise_loss, pointwise_loss
+from services.reward.value_head.training import area_under_curve, fit_threshold, scheduled_rate, sigmoid
 from tests.fixtures.value_head import EOS, training_config, write_lines, write_tokenizer
 
 
@@ -169,7 +176,7 @@ def test_both_kinds_of_lines_are_read(tmp_path: Path) -> None:
 def test_a_line_that_is_wrong_is_named(tmp_path: Path, line: str, reason: str) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(LABELLED) + "\n\n" + line + "\n")
-    with pytest.raises(InvalidArgumentError, match=r"data\.jsonl line 3") as raised:
+    with pytest.raises(InvalidArgumentError, match=r"data\.jsonl:3") as raised:
         read_examples(path)
     assert reason in raised.value.message
 

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, set_seed
 from trl import GRPOConfig, GRPOTrainer
 
-from perigee.reward.adapters.ground_truth import GroundTruthOptions
+from perigee.reward.adapters.blocking import GroundTruthOptions
 from perigee.reward.adapters.trl import PerigeeReward
 
 CHARACTERS = "0123456789+-*/=();#abcdefghijklmnopqrstuvwxyz "

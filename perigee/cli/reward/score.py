@@ -49,7 +49,7 @@ class ScoreCommand:
 
 
 def run_score(command: ScoreCommand, options: ScoringOptions) -> int:
-    """ScoreClient the file and returns the exit code: 0, 3 when some items could not be judged, 128 + n on signal n.
+    """Scores the file and returns the exit code: 0, 3 when some items could not be judged, 128 + n on signal n.
 
     Raises InvalidArgumentError naming every bad line, UnavailableError when the service stays away.
     """

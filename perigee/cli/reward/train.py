@@ -9,11 +9,10 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from services.kit.config import merge, parse_override, validate
-from services.reward.value_head.evaluation import Evaluation
-from services.reward.value_head.training_config import TrainingConfig
+from services.reward.value_head.data import TrainingConfig
 
 if TYPE_CHECKING:
-    from services.reward.value_head.training import Report
+    from services.reward.value_head.training import Evaluation, Report
 
 
 def train_value_head(values: Mapping[str, Any], overrides: Sequence[str]) -> int:

@@ -1,17 +1,22 @@
-"""The reward service for callers that are not asynchronous: a client on an event loop in a thread of its own."""
+"""The reward service for other pipelines: items from a ground truth of some form, and a client for code that is not
+asynchronous, on an event loop in a thread of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import atexit
 import concurrent.futures
+import json
 import os
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from perigee.errors import DeadlineExceededError, InternalError, UnavailableError
+from perigee.errors import DeadlineExceededError, InvalidArgumentError, UnavailableError
 from perigee.reward.client import RewardClient
+from perigee.reward.items import VERIFIERS, read_item
 from perigee.reward.scoring import ScoringOptions, score_items
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.rpc import ChannelOptions
@@ -20,8 +25,43 @@ DEFAULT_ADDRESS = "127.0.0.1:50055"
 CLOSE_S = 5.0
 
 
+@dataclass(frozen=True)
+class GroundTruthOptions:
+    """Verifier and answer marker of a ground truth that is one value."""
+
+    verifier: str = "math"
+    """The verifier that compares with it."""
+    answer_marker: str = ""
+    """What follows its last occurrence is the answer; empty: the verifier's own extraction."""
+
+
+def make_item(item_id: str, prompt: str, response: str, ground_truth: Any, options: GroundTruthOptions) -> pb.ScoreItem:
+    """Returns the item of a response.
+
+    A ground truth is a value to compare with, a list of values that are as good, or all fields of an item's verifier:
+    {"math": {"reference": "4"}} or {"verifier": "code", "language": "python", "tests": [...]}, as a mapping or as its
+    JSON text; such fields may also name another `answer_marker`.
+
+    Raises InvalidArgumentError naming the field.
+    """
+    item = {"answer_marker": options.answer_marker, **read_ground_truth(ground_truth, options.verifier)}
+    return read_item(item | {"id": item_id, "prompt": prompt, "response": response}, item_id)
+
+
+def read_ground_truth(ground_truth: Any, verifier: str) -> dict[str, Any]:
+    """Returns the fields of an item's verifier."""
+    if hasattr(ground_truth, "tolist"):  # columns of data frames come as arrays
+        ground_truth = ground_truth.tolist()
+    if (fields := _as_fields(ground_truth)) is not None:
+        return fields
+    values = list(ground_truth) if isinstance(ground_truth, list | tuple) else [ground_truth]
+    if not values or any(value is None or isinstance(value, Mapping | list) for value in values):
+        raise InvalidArgumentError.of("ground_truth", f"is neither a value nor a verifier's fields: {ground_truth!r}")
+    return {"verifier": verifier, **_references([str(value) for value in values], verifier)}
+
+
 class BlockingScorer:
-    """ScoreClient items and waits for all outcomes; any number of threads may share one.
+    """Scores items and waits for all outcomes; any number of threads may share one.
 
     Nothing is connected before the first call, so it can be pickled and sent to workers, and a process that was forked
     from one that has connected connects anew. Address and token are those of PERIGEE_REWARD_ADDRESS and PERIGEE_TOKEN
@@ -45,7 +85,7 @@ class BlockingScorer:
         self._connection: _Connection | None = None
 
     def score(self, items: Sequence[pb.ScoreItem]) -> list[pb.ScoreResponse]:
-        """The outcomes, in the order of the items; their ids must differ.
+        """Returns the outcomes in the order of the items; their ids must differ.
 
         Raises DeadlineExceededError after `deadline_s`, and what `score_items` raises.
         """
@@ -143,6 +183,37 @@ async def _score(
     client: RewardClient, items: Sequence[pb.ScoreItem], options: ScoringOptions
 ) -> list[pb.ScoreResponse]:
     outcomes = {response.id: response async for response in score_items(client, items, options)}
-    if len(outcomes) < len(items):
-        raise InternalError(f"{len(items)} items have {len(outcomes)} outcomes: are their ids all different?")
     return [outcomes[item.id] for item in items]
+
+
+def _references(values: list[str], verifier: str) -> dict[str, Any]:
+    if verifier not in VERIFIERS:
+        raise InvalidArgumentError.of("verifier", f"must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
+    message_type = pb.ScoreItem.DESCRIPTOR.fields_by_name[verifier].message_type
+    assert message_type is not None
+    fields = message_type.fields_by_name
+    if "references" in fields:
+        return {"references": values}
+    if "reference" in fields and len(values) == 1:
+        return {"reference": values[0]}
+    if "alternatives" in fields:
+        return {"reference": values[0], "alternatives": values[1:]}
+    known = ", ".join(fields)
+    raise InvalidArgumentError.of(
+        "ground_truth", f"must be an object with the fields of the {verifier} verifier ({known}), got {values!r}"
+    )
+
+
+def _as_fields(ground_truth: Any) -> dict[str, Any] | None:
+    if isinstance(ground_truth, str) and ground_truth.lstrip().startswith("{"):
+        try:
+            ground_truth = json.loads(ground_truth)
+        except ValueError:
+            return None
+    if not isinstance(ground_truth, Mapping):
+        return None
+    if "verifier" in ground_truth:
+        return dict(ground_truth)
+    if len(ground_truth) == 1 and next(iter(ground_truth)) in VERIFIERS:
+        return {"verifier": dict(ground_truth)}
+    return None

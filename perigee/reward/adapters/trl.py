@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from perigee.errors import InvalidArgumentError
-from perigee.reward.adapters.blocking import BlockingScorer
-from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
+from perigee.reward.adapters.blocking import BlockingScorer, GroundTruthOptions, make_item
 from perigee.reward.scoring import read_reward
 
 

@@ -17,8 +17,7 @@ from typing import Any
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
-from perigee.reward.adapters.blocking import BlockingScorer
-from perigee.reward.adapters.ground_truth import GroundTruthOptions, make_item
+from perigee.reward.adapters.blocking import BlockingScorer, GroundTruthOptions, make_item
 from perigee.reward.v1 import reward_pb2 as pb
 
 Verifier = str | Mapping[str, str]

@@ -1,40 +1,37 @@
-"""The folder of a trained value head: a Hugging Face model, the head's weights, and how to use them.
+"""The folder of a trained value head, and how it reads responses.
 
 `perigee_value_head.json` holds what serving needs, `head.safetensors` the head; the backbone and its tokenizer are in
-files of Hugging Face's names.
+files of Hugging Face's names. Question, reference answer and response are read in one template, as tokens of bounded
+number. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tokenizers import Tokenizer
 
 from perigee.errors import InvalidArgumentError, ResourceExhaustedError
+from perigee.files import staging_folder
+from services.kit.hf import TOKENIZER_FILES, open_tokenizer
 
 DESCRIPTION_FILE = "perigee_value_head.json"
 HEAD_FILE = "head.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 DIGEST_BYTES = 16
+# The response ends the text, so that the last token has seen all of it.
+TEMPLATE = "Question:\n{question}\n\nReference answer:\n{reference}\n\nResponse:\n{response}"
+_RESPONSE = "{response}"
 
 
 class Description(BaseModel):
-    """How a value head reads responses and what is known of it."""
+    """Template and limits of a value head, and the figures of its training."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -54,11 +51,11 @@ class Description(BaseModel):
     evaluation: dict[str, Any] = {}
     """Figures on the evaluation split."""
     training: dict[str, Any] = {}
-    """What it was trained with."""
+    """Settings of its training."""
 
 
 def read_description(folder: Path) -> Description:
-    """The description in a folder.
+    """Returns the description in a folder.
 
     Raises InvalidArgumentError naming the file.
     """
@@ -96,57 +93,51 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 @contextmanager
 def writing_folder(target: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `target` at the end, complete or not at all.
+    """Yields a folder to fill that becomes `target` at the end, complete or not at all.
 
     Raises ResourceExhaustedError naming the target when the disk refuses.
     """
-    aside = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
     try:
-        aside.mkdir(parents=True)
-        yield aside
-        for path in (*aside.iterdir(), aside):
-            _sync(path)
-        _replace(aside, target)
+        with staging_folder(target) as staging:
+            yield staging
     except OSError as error:
         raise ResourceExhaustedError(
             f"{target} cannot be written: {error.strerror or error}; free space or name another folder"
         ) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, complete or not at all."""
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    aside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    _sync(aside)
-    aside.rename(path)
+@dataclass(frozen=True)
+class Encoder:
+    """Turns a response to judge into at most `max_tokens` tokens; the last one is `end_token_id` unless that is None.
+
+    A text that is too long loses the beginning of its response, since the answer stands at the end. Only when what
+    stands before the response takes more than half of all tokens does that lose its own beginning.
+    """
+
+    tokenizer: Tokenizer
+    max_tokens: int
+    end_token_id: int | None
+    template: str = TEMPLATE
+
+    def encode(self, question: str, reference: str, response: str) -> list[int]:
+        """Returns the tokens of one response; safe to call from several threads."""
+        before = self.template.removesuffix(_RESPONSE).format(question=question, reference=reference)
+        head = self.tokenizer.encode(before, add_special_tokens=False).ids
+        tail = self.tokenizer.encode(response, add_special_tokens=False).ids
+        end = [] if self.end_token_id is None else [self.end_token_id]
+        room = self.max_tokens - len(end)
+        kept = min(len(tail), max(room - len(head), room // 2))
+        head_kept = min(len(head), room - kept)
+        return [*head[len(head) - head_kept :], *tail[len(tail) - kept :], *end]
 
 
-def remove_stale_asides(folder: Path) -> None:
-    """Removes what a killed writer left half-written in `folder`."""
-    for path in folder.glob(".*.????????"):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """Returns the tokenizer of a model folder, which takes special tokens that stand in a text for text.
 
-
-def _replace(aside: Path, target: Path) -> None:
-    if target.exists():
-        # rename(2) does not replace a folder that holds files; the old one steps aside for the moment between.
-        old = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}"
-        target.rename(old)
-        aside.rename(target)
-        shutil.rmtree(old)
-    else:
-        aside.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    Raises InvalidArgumentError naming the file.
+    """
+    tokenizer = open_tokenizer(folder, "model")
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

@@ -1,29 +1,67 @@
-"""Trains a value head: AdamW on pointwise and pairwise losses, evaluations, checkpoints, the best model on disk."""
+"""Trains a value head: AdamW on pointwise and pairwise losses, evaluations, checkpoints, the best model on disk.
+
+A checkpoint holds everything that it takes to resume as if the training had never stopped.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import re
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from perigee.errors import FailedPreconditionError, InternalError
-from services.reward.value_head.batching import draw_steps, pad, split_by_tokens
-from services.reward.value_head.checkpoints import Checkpoints
-from services.reward.value_head.data import ResponseSet
-from services.reward.value_head.evaluation import Evaluation, evaluate_scores
-from services.reward.value_head.folder import Description, remove_stale_asides, write_json
-from services.reward.value_head.losses import pairwise_loss, pointwise_loss
-from services.reward.value_head.network import ValueHead, choose_device, load_backbone
-from services.reward.value_head.preparing import Prepared, prepare
-from services.reward.value_head.saving import save_value_head
-from services.reward.value_head.training_config import TrainingConfig
+from perigee.errors import DataLossError, FailedPreconditionError, InternalError
+from perigee.files import remove_stale_staging, write_atomically
+from services.reward.value_head.data import (
+    Prepared,
+    ResponseSet,
+    TrainingConfig,
+    draw_steps,
+    prepare,
+    split_by_tokens,
+)
+from services.reward.value_head.folder import Description, writing_folder
+from services.reward.value_head.network import (
+    ValueHead,
+    choose_device,
+    load_backbone,
+    pad,
+    pairwise_loss,
+    pointwise_loss,
+    save_value_head,
+)
 
 MODEL_FOLDER = "model"
 HISTORY_FILE = "evaluations.json"
+_STATE = "state.pt"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures on held-out responses; `accuracy` is that at `threshold`, which was fitted on the same responses."""
+
+    responses: int
+    pairs: int
+    loss: float
+    auc: float
+    threshold: float
+    accuracy: float
+    accuracy_at_half: float
+    # Share of pairs whose right response has the higher score; None without pairs.
+    pair_accuracy: float | None
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The larger the better."""
+        return self.auc, -self.loss
 
 
 @dataclass(frozen=True)
@@ -39,12 +77,80 @@ class Report:
 
 @dataclass(frozen=True)
 class Summary:
-    """How a training ended: `reason` is finished, stopped early or interrupted; the best evaluation, and the model."""
+    """End of a training: `reason` is finished, stopped early or interrupted; the best evaluation, and the model."""
 
     reason: str
     step: int
     best: Evaluation | None
     model: Path
+
+
+@dataclass
+class Progress:
+    """Progress of a training: steps done, evaluations in their order, and the step of the best one."""
+
+    step: int = 0
+    best_step: int | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The newest checkpoint under `folder`; `fingerprint` names settings and data, which have to stay the same."""
+
+    folder: Path
+    fingerprint: str
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a checkpoint, oldest first."""
+        matches = [re.fullmatch(r"step-(\d+)", path.name) for path in self.folder.glob("step-*")]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def write(self, network: ValueHead, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
+        """Writes a checkpoint, then removes older ones.
+
+        Raises ResourceExhaustedError naming the folder when the disk refuses.
+        """
+        state = {
+            "fingerprint": self.fingerprint,
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "progress": vars(progress),
+            "random": torch.get_rng_state(),
+            "random_cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        with writing_folder(self._path(progress.step)) as staging:
+            torch.save(state, staging / _STATE)
+        for step in self.steps():
+            if step != progress.step:
+                shutil.rmtree(self._path(step))
+
+    def restore(self, network: ValueHead, optimizer: torch.optim.Optimizer) -> Progress:
+        """Puts the newest checkpoint back; the beginning when there is none.
+
+        Raises FailedPreconditionError when it is another training's, DataLossError when it cannot be read.
+        """
+        if not self.steps():
+            return Progress()
+        path = self._path(self.steps()[-1]) / _STATE
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises what its unpickler and its archive reader raise
+            raise DataLossError(f"checkpoint {path} is damaged: {error}") from error
+        if state["fingerprint"] != self.fingerprint:
+            raise FailedPreconditionError(
+                f"{path.parent} was written with other settings or data; name another folder with --out, or train "
+                "with the same ones"
+            )
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        if torch.cuda.is_available() and state["random_cuda"]:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+        return Progress(**state["progress"])
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
 
 
 def train(
@@ -76,7 +182,7 @@ class Training:
             raise FailedPreconditionError(f"{self._out} holds a training; go on with --resume, or name another folder")
         self._out.mkdir(parents=True, exist_ok=True)
         for folder in (self._out, self._checkpoints.folder):
-            remove_stale_asides(folder)
+            remove_stale_staging(folder)
         self._device = choose_device(config.device)
         self.network = ValueHead(load_backbone(Path(config.backbone), torch.float32))
         if config.gradient_checkpointing:
@@ -138,7 +244,7 @@ class Training:
         return total
 
     def _pair_rows(self, batch: Sequence[int]) -> list[tuple[int, int]]:
-        """Rows of the pairs of a micro-batch."""
+        """Returns the rows of the pairs of a micro-batch."""
         starts = np.cumsum([0, *(self._sizes[unit] for unit in batch)]).tolist()
         return [(start, start + 1) for start, unit in zip(starts, batch, strict=False) if self._sizes[unit] == 2]
 
@@ -151,7 +257,7 @@ class Training:
         responses: int,
         all_pairs: int,
     ) -> torch.Tensor:
-        """The part that these rows have in the mean loss over `responses` and `all_pairs`."""
+        """Returns the part that these rows have in the mean loss over `responses` and `all_pairs`."""
         loss = scores_N.new_zeros(())
         if self._config.loss != "pairwise":
             correct_N = torch.from_numpy(data.correct_N[list(rows)]).to(scores_N.device)
@@ -190,7 +296,7 @@ class Training:
             save_value_head(
                 self.network, Path(self._config.backbone), self._describe(evaluation), self._out / MODEL_FOLDER
             )
-        write_json(self._out / HISTORY_FILE, progress.history)
+        write_atomically(self._out / HISTORY_FILE, json.dumps(progress.history, indent=2).encode() + b"\n")
         return Report(progress.step, self._steps, training_loss, evaluation, is_best)
 
     def _describe(self, evaluation: Evaluation) -> Description:
@@ -213,7 +319,7 @@ class Training:
         return None
 
     def _is_exhausted(self) -> bool:
-        """Whether the last `patience` evaluations were none the best."""
+        """Returns whether the last `patience` evaluations were none the best."""
         best = self._progress.best_step
         if best is None:
             return False
@@ -225,7 +331,7 @@ class Training:
 
 
 def make_optimizer(network: ValueHead, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW that decays matrices only."""
+    """Returns an AdamW that decays matrices only."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -235,8 +341,59 @@ def make_optimizer(network: ValueHead, config: TrainingConfig) -> torch.optim.Ad
 
 
 def scheduled_rate(config: TrainingConfig, step: int, steps: int) -> float:
-    """The rate of step `step`, counted from 0: up in a straight line, then down to 0 in another."""
+    """Returns the rate of step `step`, counted from 0: up in a straight line, then down to 0 in another."""
     warmup = round(config.warmup_share * steps)
     if step < warmup:
         return config.learning_rate * (step + 1) / (warmup + 1)
     return config.learning_rate * (steps - step) / (steps - warmup)
+
+
+def evaluate_scores(
+    scores_N: NDArray[np.float64], correct_N: NDArray[np.bool_], pairs: list[tuple[int, int]], loss: float
+) -> Evaluation:
+    """Returns the figures of scores, given the training loss on them; needs right and wrong responses."""
+    probabilities_N = sigmoid(scores_N)
+    threshold, accuracy = fit_threshold(probabilities_N, correct_N)
+    higher = [float(scores_N[right] > scores_N[wrong]) for right, wrong in pairs]
+    return Evaluation(
+        responses=len(scores_N),
+        pairs=len(pairs),
+        loss=loss,
+        auc=area_under_curve(scores_N, correct_N),
+        threshold=threshold,
+        accuracy=accuracy,
+        accuracy_at_half=float(np.mean((probabilities_N >= 0.5) == correct_N)),
+        pair_accuracy=float(np.mean(higher)) if higher else None,
+    )
+
+
+def area_under_curve(scores_N: NDArray[np.float64], correct_N: NDArray[np.bool_]) -> float:
+    """Returns the area under the ROC curve: how often a right response scores above a wrong one, ties counted half."""
+    _, inverse_N, counts = np.unique(scores_N, return_inverse=True, return_counts=True)
+    # Mean rank of each tie.
+    ranks_N = (np.cumsum(counts) - (counts - 1) / 2)[inverse_N]
+    right = int(correct_N.sum())
+    wrong = len(correct_N) - right
+    return float((ranks_N[correct_N].sum() - right * (right + 1) / 2) / (right * wrong))
+
+
+def fit_threshold(probabilities_N: NDArray[np.float64], correct_N: NDArray[np.bool_]) -> tuple[float, float]:
+    """Returns the probability from which on calling a response right is right most often, and how often.
+
+    Half-way between two probabilities; of several that are as good, the one nearest to a half.
+    """
+    values, inverse_N = np.unique(probabilities_N, return_inverse=True)
+    right_V = np.bincount(inverse_N, weights=correct_N, minlength=len(values))
+    wrong_V = np.bincount(inverse_N, weights=~correct_N, minlength=len(values))
+    # With the threshold below value v: wrong ones below v and right ones from v on are called as they are.
+    hits = np.concatenate([[0], np.cumsum(wrong_V)]) + np.concatenate([np.cumsum(right_V[::-1])[::-1], [0]])
+    between = np.concatenate([[values[0] / 2], (values[:-1] + values[1:]) / 2, [(values[-1] + 1) / 2]])
+    best = np.flatnonzero(hits == hits.max())
+    chosen = best[np.argmin(np.abs(between[best] - 0.5))]
+    return float(between[chosen]), float(hits[chosen] / len(correct_N))
+
+
+def sigmoid(scores_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Probabilities of log-odds, without overflow."""
+    probabilities_N: NDArray[np.float64] = np.exp(-np.logaddexp(0.0, -scores_N))
+    return probabilities_N

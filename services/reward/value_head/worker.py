@@ -19,10 +19,8 @@ import numpy as np
 import torch
 
 from perigee.errors import PerigeeError
-from services.reward.value_head.batching import pad
 from services.reward.value_head.folder import read_description
-from services.reward.value_head.network import ValueHead, choose_device
-from services.reward.value_head.saving import load_value_head
+from services.reward.value_head.network import ValueHead, choose_device, load_value_head, pad
 
 
 class BatchScorer:
@@ -36,7 +34,7 @@ class BatchScorer:
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """The scores of token sequences, in one forward pass."""
+        """Returns the scores of token sequences, in one forward pass."""
         rows = [np.array(sequence, dtype=np.int32) for sequence in sequences]
         scores: list[float] = self._network(*pad(rows, self._pad_token_id, self._device)).tolist()
         return scores
@@ -62,7 +60,7 @@ def main() -> None:
 
 
 def answer(scorer: BatchScorer, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """The reply to one request."""
+    """Returns the reply to one request."""
     try:
         scores = scorer.score(sequences)
     except torch.OutOfMemoryError as error:
@@ -74,7 +72,7 @@ def answer(scorer: BatchScorer, sequences: Sequence[Sequence[int]]) -> dict[str,
 
 
 def write_line(stream: Any, value: dict[str, Any]) -> None:
-    """One JSON line, at once."""
+    """Writes one JSON line, at once."""
     stream.write(json.dumps(value) + "\n")
     stream.flush()
 

@@ -1,4 +1,4 @@
-"""What a verifier is, what it is given and what it answers."""
+"""Base of the verifiers, the items that they judge, their outcomes, and the metrics of both."""
 
 from __future__ import annotations
 
@@ -8,12 +8,35 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
-from perigee.errors import FieldViolation
+from google.protobuf.message import Message
+from prometheus_client import Counter, Gauge, Histogram
 
-# Longer answers are told by their beginning.
+from perigee.errors import FieldViolation
+from perigee.reward.v1 import reward_pb2 as pb
+
+# Of longer answers the beginning is reported.
 MAX_EXTRACTED_CHARACTERS = 1000
-# What is told of failures that may pass at any time.
+# The hint of failures that may pass at any time.
 RETRY_AFTER_S = 1.0
+
+# Parts of composites count like items of their own.
+# The rate of failures is that of verdict="failed" among these.
+OUTCOMES = Counter("perigee_reward_outcomes_total", "Outcomes given", ["verifier", "verdict"])
+CACHE_HITS = Counter("perigee_reward_cache_hits_total", "Items that another item's judgement answered", ["verifier"])
+JUDGEMENT_SECONDS = Histogram(
+    "perigee_reward_judgement_seconds",
+    "Time from an item's arrival to its outcome",
+    ["verifier"],
+    buckets=(0.0005, 0.002, 0.01, 0.05, 0.2, 1, 5, 20, 60),
+)
+QUEUED_ITEMS = Gauge("perigee_reward_queued_items", "Items under way", ["verifier"])
+AGREEMENTS = Counter(
+    "perigee_reward_agreements_total",
+    "Responses that two verifiers of a composite both judged, by whether they agreed",
+    ["verifier", "other", "result"],
+)
+JUDGE_CALLS = Counter("perigee_reward_judge_calls_total", "Requests to judges by their end", ["judge", "end"])
+JUDGE_TOKENS = Counter("perigee_reward_judge_tokens_total", "Tokens that judges read and wrote", ["judge", "kind"])
 
 
 class Verdict(Enum):
@@ -27,7 +50,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class PartScore:
-    """What one part of a composite, or one vote of a judge, found; without a reward when FAILED."""
+    """Result of one part of a composite, or of one vote of a judge; without a reward when FAILED."""
 
     name: str
     verdict: Verdict
@@ -78,12 +101,11 @@ class Outcome:
         return cls(Verdict.FAILED, None, extracted, reason, retryable, retry_after_s=retry_after_s)
 
 
-@dataclass(frozen=True)
-class Parameters:
-    """Base of a verifier's parameters: immutable values whose representation names them for the cache."""
+ParametersT = TypeVar("ParametersT", bound=Message)
 
-
-ParametersT = TypeVar("ParametersT", bound=Parameters)
+_NAMES: dict[Any, str] = {
+    field.message_type: field.name for field in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,8 @@ class ImagePart:
 class Item(Generic[ParametersT]):
     """One response to judge.
 
-    The answer is what follows the last `answer_marker`; an empty marker leaves finding it to the verifier.
+    The answer is what follows the last `answer_marker`; an empty marker leaves finding it to the verifier. `parameters`
+    is the verifier's message of the request, which nobody changes.
     """
 
     id: str
@@ -109,50 +132,56 @@ class Item(Generic[ParametersT]):
     prompt: str = ""
     images: tuple[ImagePart, ...] = ()
 
+    @property
+    def verifier(self) -> str:
+        """Name of the verifier that takes the parameters."""
+        return _NAMES[self.parameters.DESCRIPTOR]
+
 
 class Verifier(ABC, Generic[ParametersT]):
     """Judges responses; one instance serves the whole process, many items at once."""
 
+    # The contract's: a member of ScoreItem.verifier.
     name: ClassVar[str]
     # Part of the cache key: raise it when verdicts change.
     version: ClassVar[str]
 
     @property
     def unavailable(self) -> str:
-        """What the verifier needs that is not there; empty when it is ready."""
+        """Names what the verifier needs that is not there; empty when it is ready."""
         return ""
 
     @abstractmethod
     def find_violations(self, parameters: ParametersT) -> list[FieldViolation]:
-        """What is wrong with the parameters, field by field."""
+        """Returns what is wrong with the parameters, field by field."""
 
     @abstractmethod
     async def judge(self, item: Item[ParametersT]) -> Outcome:
-        """The outcome of one item, within the verifier's own deadline; a failure is an outcome, not an exception."""
+        """Judges one item within the verifier's own deadline; a failure is an outcome, not an exception."""
 
     def graded_text(self, item: Item[ParametersT]) -> str | None:
-        """What of the item the outcome depends on beside the parameters, for the cache.
+        """Returns all of the item that the outcome depends on beside the parameters, for the cache.
 
         A verifier that reads more than the answer overrides it: `graded_whole` covers everything there is.
         """
         return extract_answer(item.response, item.answer_marker)
 
     async def start(self) -> None:
-        """Starts what the verifier needs to judge."""
+        """Starts processes and connections that the verifier needs."""
 
     async def close(self) -> None:
-        """Ends what `start` started."""
+        """Ends them."""
 
 
 def graded_whole(item: Item[Any]) -> str:
-    """Prompt, images and response, told apart by their lengths; images by their digests."""
+    """Returns prompt, images and response, kept apart by their lengths; images by their digests."""
     images = [image.url or hashlib.blake2b(image.data, digest_size=16).hexdigest() for image in item.images]
     parts = [item.prompt, *images, item.response]
     return "".join(f"{len(part)}:{part}" for part in parts)
 
 
 def extract_answer(response: str, marker: str) -> str | None:
-    """What follows the last marker, stripped; the whole response without a marker; None when it is not there."""
+    """Returns what follows the last marker, stripped; all of it without a marker; None when the marker is not there."""
     if not marker:
         return response.strip()
     _, found, answer = response.rpartition(marker)
@@ -160,7 +189,7 @@ def extract_answer(response: str, marker: str) -> str | None:
 
 
 def read_answer(item: Item[Any]) -> str | Outcome:
-    """The item's answer; where its marker is not there, or nothing follows it, the outcome that says so."""
+    """Returns the item's answer; where its marker is not there, or nothing follows it, the outcome that says so."""
     answer = extract_answer(item.response, item.answer_marker)
     if answer is None:
         return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")

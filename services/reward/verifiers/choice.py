@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import ClassVar
 
 from perigee.errors import FieldViolation
+from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.mathematics.answers import drop_reasoning
 from services.reward.mathematics.boxes import find_boxed
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, read_answer
-from services.reward.verifiers.short_answer import normalise_phrase
+from services.reward.verifiers.base import Item, Outcome, Verifier, read_answer
+from services.reward.verifiers.text import normalise_phrase
 
 # Longer than any option with its reason.
 MAX_ANSWER_CHARACTERS = 3000
@@ -34,15 +34,7 @@ JOINT = re.compile(r"(?:\.(?=,|\s+(?:and|or)\b))?[\s,;/&)\]]*(?P<word>and|or)?[\
 MARKUP = re.compile(r"[*_`$\"]|\\(?:text|mathrm|mathbf|textbf|boxed)\s*|[{}]")
 
 
-@dataclass(frozen=True)
-class ChoiceParameters(Parameters):
-    """The letters of the right options, "B" or "A,C", and the options' texts where they are known."""
-
-    reference: str
-    options: tuple[str, ...] = ()
-
-
-class ChoiceVerifier(Verifier[ChoiceParameters]):
+class ChoiceVerifier(Verifier[pb.ChoiceVerifier]):
     """Correct when the letters are those of the reference, in any order.
 
     Read are (B), B., **B**, \\boxed{B}, "the answer is B", "B) text", the text of an option, "A and C", "AC". The
@@ -53,7 +45,7 @@ class ChoiceVerifier(Verifier[ChoiceParameters]):
     name: ClassVar[str] = "choice"
     version: ClassVar[str] = "1"
 
-    def find_violations(self, parameters: ChoiceParameters) -> list[FieldViolation]:
+    def find_violations(self, parameters: pb.ChoiceVerifier) -> list[FieldViolation]:
         letters = read_reference(parameters.reference)
         if not letters:
             return [FieldViolation("choice.reference", 'must be letters from A to Z, "B" or "A,C" for instance')]
@@ -61,7 +53,7 @@ class ChoiceVerifier(Verifier[ChoiceParameters]):
             return [FieldViolation("choice.reference", f"names {max(letters)} of {len(parameters.options)} options")]
         return []
 
-    async def judge(self, item: Item[ChoiceParameters]) -> Outcome:
+    async def judge(self, item: Item[pb.ChoiceVerifier]) -> Outcome:
         text = read_answer(item)
         if isinstance(text, Outcome):
             return text
@@ -87,7 +79,7 @@ def read_reference(text: str) -> frozenset[str]:
     return frozenset(letters) if re.fullmatch(r"[A-Z]+", letters) else frozenset()
 
 
-def allowed_letters(parameters: ChoiceParameters) -> str:
+def allowed_letters(parameters: pb.ChoiceVerifier) -> str:
     """The letters that name an option."""
     last = max(read_reference(parameters.reference))
     count = len(parameters.options) or max(len(LETTERS), ord(last) - ord("A") + 1)

@@ -5,28 +5,28 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from dataclasses import dataclass
 from typing import ClassVar
 
 from perigee.errors import (
+    UNAVAILABLE,
     DeadlineExceededError,
     FieldViolation,
     InternalError,
     InvalidArgumentError,
     PerigeeError,
-    ResourceExhaustedError,
     UnavailableError,
 )
+from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
 from services.reward.config import CodeConfig
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
+from services.reward.verifiers.base import Item, Outcome, Verifier, extract_answer
 
 MAX_REASON_CHARACTERS = 500
 FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 5.0
 # The sandbox's fault or a full queue, not the program's: worth another try within the deadline.
-RETRIED = (UnavailableError, ResourceExhaustedError, InternalError)
+RETRIED = (*UNAVAILABLE, InternalError)
 # What a program can be found to be; anything else is no judgement.
 WRONG_VERDICTS = {
     sandbox_pb.TEST_VERDICT_WRONG_ANSWER: "wrong answer",
@@ -41,25 +41,7 @@ WRONG_VERDICTS = {
 FENCE = re.compile(r"^[ \t]*```[A-Za-z0-9_+#-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
-@dataclass(frozen=True)
-class CodeParameters(Parameters):
-    """Language, entry point, tests and their surroundings of a programming prompt, as the sandbox has them.
-
-    Messages of the sandbox are serialized, because they can be neither hashed nor told apart by their representation.
-    """
-
-    language: str
-    function_name: str
-    tests: tuple[bytes, ...]
-    partial_credit: bool
-    limits: bytes = b""
-    checker: bytes = b""
-    interactor: bytes = b""
-    setup_code: str = ""
-    files: tuple[bytes, ...] = ()
-
-
-class CodeVerifier(Verifier[CodeParameters]):
+class CodeVerifier(Verifier[pb.CodeVerifier]):
     """Correct when every test passes; with partial credit a wrong program earns its share of the tests' points.
 
     A program that does not compile is wrong and says so; whatever the sandbox, a checker or an interactor does wrong is
@@ -80,14 +62,13 @@ class CodeVerifier(Verifier[CodeParameters]):
     def unavailable(self) -> str:
         return self._problem
 
-    def find_violations(self, parameters: CodeParameters) -> list[FieldViolation]:
+    def find_violations(self, parameters: pb.CodeVerifier) -> list[FieldViolation]:
         violations = []
         if not parameters.language:
             violations.append(FieldViolation("code.language", 'is required: "python" for one'))
         if not parameters.tests:
             violations.append(FieldViolation("code.tests", "at least one test is required"))
-        tests = [sandbox_pb.TestCase.FromString(test) for test in parameters.tests]
-        kinds = [test.WhichOneof("kind") for test in tests]
+        kinds = [test.WhichOneof("kind") for test in parameters.tests]
         for index, kind in enumerate(kinds):
             if kind is None:
                 text = "must be stdio, function, code or interactive"
@@ -98,13 +79,13 @@ class CodeVerifier(Verifier[CodeParameters]):
             violations.append(FieldViolation(f"code.tests[{index}]", text))
         if any(kind in ("function", "code") for kind in kinds) and not parameters.function_name:
             violations.append(FieldViolation("code.function_name", "is required by function and code tests"))
-        if "interactive" in kinds and not parameters.interactor:
+        if "interactive" in kinds and not parameters.HasField("interactor"):
             violations.append(FieldViolation("code.interactor", "is required by interactive tests"))
-        if parameters.partial_credit and tests and not sum(points_of(test) for test in tests) > 0:
+        if parameters.partial_credit and parameters.tests and not sum(map(points_of, parameters.tests)) > 0:
             violations.append(FieldViolation("code.partial_credit", "needs tests that are worth points"))
         return violations
 
-    async def judge(self, item: Item[CodeParameters]) -> Outcome:
+    async def judge(self, item: Item[pb.CodeVerifier]) -> Outcome:
         text = extract_answer(item.response, item.answer_marker)
         if text is None:
             return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
@@ -114,7 +95,7 @@ class CodeVerifier(Verifier[CodeParameters]):
         async with self._slots:
             return await self._judge_until_deadline(item.parameters, source)
 
-    async def _judge_until_deadline(self, parameters: CodeParameters, source: str) -> Outcome:
+    async def _judge_until_deadline(self, parameters: pb.CodeVerifier, source: str) -> Outcome:
         end = time.monotonic() + self._config.timeout_s
         request = build_request(parameters, source)
         backoff_s = FIRST_PAUSE_S
@@ -154,23 +135,23 @@ def points_of(test: sandbox_pb.TestCase) -> float:
     return test.points if test.HasField("points") else 1.0
 
 
-def build_request(parameters: CodeParameters, source: str) -> sandbox_pb.JudgeRequest:
+def build_request(parameters: pb.CodeVerifier, source: str) -> sandbox_pb.JudgeRequest:
     """The sandbox's request; without partial credit the first failed test ends the run."""
     return sandbox_pb.JudgeRequest(
         language=parameters.language,
         source=source.encode(),
         function_name=parameters.function_name,
-        tests=[sandbox_pb.TestCase.FromString(test) for test in parameters.tests],
-        limits=sandbox_pb.Limits.FromString(parameters.limits) if parameters.limits else None,
+        tests=parameters.tests,
+        limits=parameters.limits if parameters.HasField("limits") else None,
         stop_at_first_failure=not parameters.partial_credit,
-        files=[sandbox_pb.File.FromString(file) for file in parameters.files],
-        checker=sandbox_pb.Checker.FromString(parameters.checker) if parameters.checker else None,
-        interactor=sandbox_pb.Program.FromString(parameters.interactor) if parameters.interactor else None,
+        files=parameters.files,
+        checker=parameters.checker if parameters.HasField("checker") else None,
+        interactor=parameters.interactor if parameters.HasField("interactor") else None,
         setup_code=parameters.setup_code,
     )
 
 
-def is_judgement(response: sandbox_pb.JudgeResponse, parameters: CodeParameters) -> bool:
+def is_judgement(response: sandbox_pb.JudgeResponse, parameters: pb.CodeVerifier) -> bool:
     """Whether the response speaks of the program, not of the sandbox.
 
     A share of the points needs every test to have been judged; a failed test alone makes a program wrong.
@@ -187,7 +168,7 @@ def is_compile_error(response: sandbox_pb.JudgeResponse) -> bool:
     return response.verdict == sandbox_pb.TEST_VERDICT_COMPILE_ERROR
 
 
-def read_judgement(response: sandbox_pb.JudgeResponse, parameters: CodeParameters, extracted: str) -> Outcome:
+def read_judgement(response: sandbox_pb.JudgeResponse, parameters: pb.CodeVerifier, extracted: str) -> Outcome:
     """The outcome of a judged program."""
     if response.verdict == sandbox_pb.TEST_VERDICT_ACCEPTED:
         return Outcome.correct(extracted)

@@ -6,47 +6,19 @@ import asyncio
 import itertools
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
+from google.protobuf.message import Message
+
 from perigee.errors import FieldViolation
-from services.reward.metrics import AGREEMENTS
-from services.reward.verifiers.base import (
-    Item,
-    Outcome,
-    Parameters,
-    PartScore,
-    Verdict,
-    Verifier,
-    graded_whole,
-)
+from perigee.reward.v1 import reward_pb2 as pb
+from services.reward.verifiers.base import AGREEMENTS, Item, Outcome, PartScore, Verdict, Verifier, graded_whole
 
 MAX_PARTS = 16
 
 
-@dataclass(frozen=True)
-class CompositePart:
-    """One verifier's share; `parameters` is None where the request named no verifier that is offered."""
-
-    name: str
-    parameters: Parameters | None
-    weight: float
-    gate: bool = False
-
-    @property
-    def counts(self) -> bool:
-        """Whether verdict and reward depend on the part; one that has neither weight nor gate is only reported."""
-        return self.gate or self.weight > 0
-
-
-@dataclass(frozen=True)
-class CompositeParameters(Parameters):
-    """The parts, in the order in which they are reported."""
-
-    parts: tuple[CompositePart, ...]
-
-
-class CompositeVerifier(Verifier[CompositeParameters]):
+class CompositeVerifier(Verifier[pb.CompositeVerifier]):
     """The weighted mean of its parts; correct when every gate and every weighted part is.
 
     Gates are judged first: one that is not correct makes the whole wrong with reward 0, and the rest is not judged. A
@@ -58,13 +30,13 @@ class CompositeVerifier(Verifier[CompositeParameters]):
 
     def __init__(
         self,
-        verifiers: Mapping[type[Parameters], Verifier[Any]],
+        verifiers: Mapping[str, Verifier[Any]],
         judge_part: Callable[[Item[Any]], Awaitable[Outcome]],
     ) -> None:
         self._verifiers = verifiers
         self._judge_part = judge_part
 
-    def find_violations(self, parameters: CompositeParameters) -> list[FieldViolation]:
+    def find_violations(self, parameters: pb.CompositeVerifier) -> list[FieldViolation]:
         parts = parameters.parts
         if not 1 <= len(parts) <= MAX_PARTS:
             return [FieldViolation("composite.parts", f"has {len(parts)} parts: between 1 and {MAX_PARTS} are allowed")]
@@ -80,21 +52,22 @@ class CompositeVerifier(Verifier[CompositeParameters]):
             violations.append(FieldViolation("composite.parts", "at least one weight must be positive"))
         return violations
 
-    def _find_part_violations(self, part: CompositePart, names: set[str]) -> list[FieldViolation]:
+    def _find_part_violations(self, part: pb.CompositePart, names: set[str]) -> list[FieldViolation]:
         violations = []
         if not part.name or part.name in names:
             violations.append(FieldViolation("name", "is required, and different for each part"))
         if not math.isfinite(part.weight) or part.weight < 0:
             violations.append(FieldViolation("weight", f"must be a number from 0, got {part.weight}"))
-        if part.parameters is None:
+        verifier = self._verifiers.get(part.verifier.WhichOneof("kind") or "")
+        if verifier is None:
             return [*violations, FieldViolation("verifier", "must be one of those that are offered")]
-        inner = self._verifiers[type(part.parameters)].find_violations(part.parameters)
+        inner = verifier.find_violations(parameters_of(part))
         return violations + [FieldViolation(f"verifier.{each.field}", each.description) for each in inner]
 
-    def graded_text(self, item: Item[CompositeParameters]) -> str | None:
+    def graded_text(self, item: Item[pb.CompositeVerifier]) -> str | None:
         return graded_whole(item)
 
-    async def judge(self, item: Item[CompositeParameters]) -> Outcome:
+    async def judge(self, item: Item[pb.CompositeVerifier]) -> Outcome:
         parts = item.parameters.parts
         gates = [part for part in parts if part.gate]
         outcomes = await self._judge_parts(item, gates)
@@ -105,23 +78,36 @@ class CompositeVerifier(Verifier[CompositeParameters]):
             return report(parts, outcomes, Outcome.wrong(first_extracted(parts, outcomes), reason))
         if not any(outcome.verdict is Verdict.FAILED for outcome in outcomes.values()):
             outcomes |= await self._judge_parts(item, [part for part in parts if not part.gate])
-            count_agreements(self._verifiers, parts, outcomes)
+            count_agreements(parts, outcomes)
         return report(parts, outcomes, combine(parts, outcomes))
 
-    async def _judge_parts(self, item: Item[CompositeParameters], parts: Sequence[CompositePart]) -> dict[str, Outcome]:
+    async def _judge_parts(
+        self, item: Item[pb.CompositeVerifier], parts: Sequence[pb.CompositePart]
+    ) -> dict[str, Outcome]:
         outcomes = await asyncio.gather(*(self._judge_part(part_item(item, part)) for part in parts))
         return {part.name: outcome for part, outcome in zip(parts, outcomes, strict=True)}
 
 
-def part_item(item: Item[CompositeParameters], part: CompositePart) -> Item[Any]:
-    """The item for the verifier of one part."""
-    return Item(item.id, item.response, item.answer_marker, part.parameters, item.prompt, item.images)
+def parameters_of(part: pb.CompositePart) -> Message:
+    """Returns the parameters of a part's verifier."""
+    parameters: Message = getattr(part.verifier, str(part.verifier.WhichOneof("kind")))
+    return parameters
 
 
-def combine(parts: Sequence[CompositePart], outcomes: Mapping[str, Outcome]) -> Outcome:
+def counts(part: pb.CompositePart) -> bool:
+    """Returns whether verdict and reward depend on the part; without weight and gate it is only reported."""
+    return part.gate or part.weight > 0
+
+
+def part_item(item: Item[pb.CompositeVerifier], part: pb.CompositePart) -> Item[Any]:
+    """Returns the item for the verifier of one part."""
+    return Item(item.id, item.response, item.answer_marker, parameters_of(part), item.prompt, item.images)
+
+
+def combine(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome]) -> Outcome:
     """The whole's outcome once no gate has decided."""
     extracted = first_extracted(parts, outcomes)
-    counted = [part for part in parts if part.counts]
+    counted = [part for part in parts if counts(part)]
     failed = [(part, outcomes[part.name]) for part in counted if is_failed(outcomes.get(part.name))]
     if failed:
         reason = "; ".join(f"part {part.name}: {outcome.reason}" for part, outcome in failed)
@@ -141,7 +127,7 @@ def combine(parts: Sequence[CompositePart], outcomes: Mapping[str, Outcome]) -> 
     return Outcome.wrong(extracted, reason, reward=reward)
 
 
-def report(parts: Sequence[CompositePart], outcomes: Mapping[str, Outcome], whole: Outcome) -> Outcome:
+def report(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome], whole: Outcome) -> Outcome:
     """The whole with the parts that were judged."""
     scores = tuple(
         PartScore(part.name, outcome.verdict, outcome.reward, outcome.reason)
@@ -156,22 +142,18 @@ def is_failed(outcome: Outcome | None) -> bool:
     return outcome is not None and outcome.verdict is Verdict.FAILED
 
 
-def first_extracted(parts: Sequence[CompositePart], outcomes: Mapping[str, Outcome]) -> str:
+def first_extracted(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome]) -> str:
     """The answer that the first part that found one found."""
     found = [outcomes[part.name].extracted for part in parts if part.name in outcomes]
     return next((extracted for extracted in found if extracted), "")
 
 
-def count_agreements(
-    verifiers: Mapping[type[Parameters], Verifier[Any]],
-    parts: Sequence[CompositePart],
-    outcomes: Mapping[str, Outcome],
-) -> None:
+def count_agreements(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome]) -> None:
     """Counts, for each pair of verifiers that gave a verdict, whether both found the response correct or neither."""
     judged = [
-        (verifiers[type(part.parameters)].name, outcomes[part.name].verdict is Verdict.CORRECT)
+        (str(part.verifier.WhichOneof("kind")), outcomes[part.name].verdict is Verdict.CORRECT)
         for part in parts
-        if part.parameters is not None and not is_failed(outcomes.get(part.name))
+        if not is_failed(outcomes.get(part.name))
     ]
     for pair in itertools.combinations(sorted(judged), 2):
         result = "agree" if pair[0][1] == pair[1][1] else "disagree"

@@ -6,28 +6,18 @@ Kimi k1.5, section 2.3.5: a chain-of-thought reward model judges better than a s
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 from typing import ClassVar
 
 from perigee.errors import FieldViolation
+from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import MAX_VOTES, JudgeConfig
-from services.reward.judging.endpoint import Endpoint
-from services.reward.judging.prompts import Case, Quoted
-from services.reward.judging.votes import Vote, VoteError, tally
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verdict, Verifier, graded_whole, read_answer
+from services.reward.judges.endpoint import Endpoint
+from services.reward.judges.prompts import Case, Quoted
+from services.reward.judges.votes import Vote, VoteError, tally
+from services.reward.verifiers.base import Item, Outcome, Verdict, Verifier, graded_whole, read_answer
 
 
-@dataclass(frozen=True)
-class JudgeParameters(Parameters):
-    """What to compare with and what to fulfil, which judge to ask and how often; empty and None take the defaults."""
-
-    reference: str = ""
-    judge: str = ""
-    votes: int | None = None
-    rubric: str = ""
-
-
-class JudgeVerifier(Verifier[JudgeParameters]):
+class JudgeVerifier(Verifier[pb.JudgeVerifier]):
     """Asks a configured judge for votes; more than half of them decide, and nothing less does."""
 
     name: ClassVar[str] = "judge"
@@ -56,21 +46,21 @@ class JudgeVerifier(Verifier[JudgeParameters]):
         for endpoint in self._endpoints.values():
             await endpoint.close()
 
-    def find_violations(self, parameters: JudgeParameters) -> list[FieldViolation]:
+    def find_violations(self, parameters: pb.JudgeVerifier) -> list[FieldViolation]:
         violations = []
         if not parameters.reference.strip() and not parameters.rubric.strip():
             violations.append(FieldViolation("judge.reference", "is required where there is no rubric"))
         if parameters.judge and self._endpoints and parameters.judge not in self._endpoints:
             known = ", ".join(self._endpoints)
             violations.append(FieldViolation("judge.judge", f"{parameters.judge!r} is not configured: one of {known}"))
-        if parameters.votes is not None and not 1 <= parameters.votes <= MAX_VOTES:
+        if parameters.HasField("votes") and not 1 <= parameters.votes <= MAX_VOTES:
             violations.append(FieldViolation("judge.votes", f"must be 1 to {MAX_VOTES}, got {parameters.votes}"))
         return violations
 
-    def graded_text(self, item: Item[JudgeParameters]) -> str | None:
+    def graded_text(self, item: Item[pb.JudgeVerifier]) -> str | None:
         return graded_whole(item)
 
-    async def judge(self, item: Item[JudgeParameters]) -> Outcome:
+    async def judge(self, item: Item[pb.JudgeVerifier]) -> Outcome:
         answer = read_answer(item)
         if isinstance(answer, Outcome):
             return answer
@@ -80,8 +70,8 @@ class JudgeVerifier(Verifier[JudgeParameters]):
             reason = self.unavailable or f"judge {parameters.judge!r} is not configured"
             return Outcome.failed(reason, retryable=False)
         case = Case(item.prompt, parameters.reference, parameters.rubric, answer, item.images)
-        quoted = await asyncio.to_thread(Quoted.of, case)
-        votes = endpoint.config.votes if parameters.votes is None else parameters.votes
+        quoted = await asyncio.to_thread(Quoted.from_case, case)
+        votes = parameters.votes if parameters.HasField("votes") else endpoint.config.votes
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(cast_vote(endpoint, quoted)) for _ in range(votes)]
         extracted = answer if item.answer_marker else ""
@@ -89,7 +79,7 @@ class JudgeVerifier(Verifier[JudgeParameters]):
 
 
 async def cast_vote(endpoint: Endpoint, quoted: Quoted) -> Vote:
-    """One vote; what goes wrong with it is the vote's outcome."""
+    """Asks for one vote; an error makes it a failed one."""
     try:
         judgement = await endpoint.vote(quoted)
     except VoteError as error:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from perigee.errors import FieldViolation
-from services.reward.check_pool import CheckPool
+from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.mathematics.answers import find_final_answer
 from services.reward.mathematics.compare import Algebra, agree
 from services.reward.mathematics.expectations import expect
@@ -14,21 +13,14 @@ from services.reward.mathematics.families import Family
 from services.reward.mathematics.quantities import express_in
 from services.reward.mathematics.questions import with_question
 from services.reward.mathematics.shapes import Relation
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, extract_answer
+from services.reward.pool.workers import CheckPool
+from services.reward.verifiers.base import Item, Outcome, Verifier, extract_answer
 
 # Longer answers are taken apart in a process of their own, so that nobody waits for them.
 IN_PROCESS_CHARACTERS = 400
 # Nobody answers at such length; a longer reference allows a longer answer.
 MAX_ANSWER_CHARACTERS = 10_000
 LONGER_THAN_REFERENCE = 4
-
-
-@dataclass(frozen=True)
-class MathParameters(Parameters):
-    """The answer to compare with, a number, an expression, LaTeX or words, and others that are as good."""
-
-    reference: str
-    alternatives: tuple[str, ...] = ()
 
 
 class NeedsAlgebraError(Exception):
@@ -51,7 +43,7 @@ class NoAlgebra(Algebra):
 NO_ALGEBRA = NoAlgebra()
 
 
-class MathVerifier(Verifier[MathParameters]):
+class MathVerifier(Verifier[pb.MathVerifier]):
     """Compares the response's final answer with the reference, as mathematics: see `mathematics.compare`.
 
     The answer is the last box, what is announced as the answer, or what the last sentence states that is no check, no
@@ -65,7 +57,7 @@ class MathVerifier(Verifier[MathParameters]):
     def __init__(self, pool: CheckPool) -> None:
         self._pool = pool
 
-    def find_violations(self, parameters: MathParameters) -> list[FieldViolation]:
+    def find_violations(self, parameters: pb.MathVerifier) -> list[FieldViolation]:
         violations = []
         if not parameters.reference.strip():
             violations.append(FieldViolation("math.reference", "is required: the answer to compare with"))
@@ -74,11 +66,11 @@ class MathVerifier(Verifier[MathParameters]):
                 violations.append(FieldViolation(f"math.alternatives[{index}]", "is empty"))
         return violations
 
-    def graded_text(self, item: Item[MathParameters]) -> str | None:
+    def graded_text(self, item: Item[pb.MathVerifier]) -> str | None:
         answer = find_answer(item)
         return f"no answer: {explain_absence(item)}" if answer is None else f"answer: {answer}"
 
-    async def judge(self, item: Item[MathParameters]) -> Outcome:
+    async def judge(self, item: Item[pb.MathVerifier]) -> Outcome:
         answer = find_answer(item)
         if answer is None:
             return Outcome.ungradable(explain_absence(item))
@@ -113,7 +105,7 @@ def compare_plainly(reference: str, answer: str) -> bool | None:
         return None
 
 
-def find_answer(item: Item[MathParameters]) -> str | None:
+def find_answer(item: Item[pb.MathVerifier]) -> str | None:
     """The final answer; None when there is none."""
     text = extract_answer(item.response, item.answer_marker)
     if not text:
@@ -123,7 +115,7 @@ def find_answer(item: Item[MathParameters]) -> str | None:
     return express_in(answer, *expectation.asked_unit) if answer and expectation.asked_unit else answer
 
 
-def explain_absence(item: Item[MathParameters]) -> str:
+def explain_absence(item: Item[pb.MathVerifier]) -> str:
     """Why there is no answer."""
     text = extract_answer(item.response, item.answer_marker)
     if text is None:

@@ -22,11 +22,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from importlib import import_module
 
-from services.reward.check_child import Check, Child, fork_child, resident_bytes
-from services.reward.pipes import LineReader, write_line
+from services.reward.pool.check_child import Check, Child, fork_child, resident_bytes
+from services.reward.pool.pipes import LineReader, write_line
 
 # What a module of checks offers: warm_up(), and check(request) that gives {"status", "reason"}.
-MODULES = {"math": "services.reward.mathematics.check", "pattern": "services.reward.pattern_checks"}
+MODULES = {"math": "services.reward.mathematics.check", "pattern": "services.reward.pool.pattern_checks"}
 # A computer algebra system caches; a child is replaced before that counts against an innocent answer.
 CHECKS_PER_CHILD = 1000
 # Checks in a child's pipe, so that it need not wait for the supervisor's turn between two of them. The pipe must hold

@@ -1,23 +1,32 @@
-"""Worker processes that answer JSON lines with JSON lines, several at a time, and are killed when they fall silent."""
+"""Worker processes that answer JSON lines with JSON lines, several at a time, and are killed when they fall silent.
+
+Checks that may hang are done by them: whatever a check does, its reply comes, and a failure is a reply of its own.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import json
-import os
+import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from perigee.errors import UnavailableError
+from services.kit.process import ChildProcess
 from services.kit.telemetry import get_logger
+from services.reward.config import ChecksConfig
+from services.reward.verifiers.base import Outcome
 
 log = get_logger(__name__)
 
 # Requests on their way to one worker: enough that it never waits for the next, few enough to keep the order fair.
 WINDOW = 8
+CHECK_ATTEMPTS = 2
+# Over the check's own deadline, at which the worker kills it by itself: this is for a worker that is stopped.
+GRACE_S = 5.0
 
 
 class WorkerDiedError(UnavailableError):
@@ -41,10 +50,10 @@ class Worker:
         self._heard = 0.0
         self._watch: asyncio.TimerHandle | None = None
         self._reader: asyncio.Task[None] | None = None
-        self.process: asyncio.subprocess.Process | None = None
+        self.process: ChildProcess | None = None
         self.load = 0
 
-    async def start(self) -> asyncio.subprocess.Process:
+    async def start(self) -> ChildProcess:
         async with self._starting:
             if self.process is None:
                 self.process = await self._launch()
@@ -56,7 +65,6 @@ class Worker:
         request_id = next(self._ids)
         try:
             process = await self.start()
-            assert process.stdin is not None
             future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
             self._pending[request_id] = future
             process.stdin.write(json.dumps(message | {"id": request_id}).encode() + b"\n")
@@ -77,29 +85,17 @@ class Worker:
         if reader is not None:
             await reader
 
-    async def _launch(self) -> asyncio.subprocess.Process:
-        process = await asyncio.create_subprocess_exec(
-            *self._command,
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+    async def _launch(self) -> ChildProcess:
+        process = await ChildProcess.start(
+            "the worker process", self._command, with_pipes=True, environment={"OMP_NUM_THREADS": "1"}
         )
-        assert process.stdout is not None
         try:
-            # The line that says that it is ready.
-            if not await asyncio.wait_for(process.stdout.readline(), self._start_timeout_s):
-                raise WorkerDiedError("the worker process died at its start")
-        except BaseException as error:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
-            await process.wait()
-            if isinstance(error, TimeoutError):
-                raise WorkerDiedError(f"no worker process within {self._start_timeout_s:g} s") from error
-            raise
+            await process.read_ready_line(self._start_timeout_s)
+        except UnavailableError as error:
+            raise WorkerDiedError(error.message) from error
         return process
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
-        assert process.stdout is not None
+    async def _read(self, process: ChildProcess) -> None:
         while line := await process.stdout.readline():
             self._heard = time.monotonic()
             reply = json.loads(line)
@@ -135,8 +131,7 @@ class Worker:
             self._watch = None
         if process is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            process.kill()
+        process.kill()
         pending = [future for future in self._pending.values() if not future.done()]
         if pending:
             log.warning("worker process replaced", reason=fault, requests=len(pending))
@@ -145,27 +140,75 @@ class Worker:
 
 
 class WorkerPool:
-    """A fixed number of workers; requests that find them all busy wait their turn.
+    """A fixed number of workers; requests that find them all busy wait.
 
     A worker that has requests and answers none of them for `silence_s` is killed.
     """
 
     def __init__(self, command: Sequence[str], workers: int, start_timeout_s: float, silence_s: float) -> None:
         self._workers = [Worker(command, start_timeout_s, silence_s) for _ in range(workers)]
-        self._places = asyncio.Semaphore(workers * WINDOW)
+        self._slots = asyncio.Semaphore(workers * WINDOW)
 
     async def start(self) -> None:
         """Starts all workers; UnavailableError when one does not get ready."""
         await asyncio.gather(*(worker.start() for worker in self._workers))
 
     async def ask(self, message: dict[str, Any]) -> dict[str, Any]:
-        """The reply to a message, from the worker that has the fewest on its way.
+        """Returns the reply to a message, from the worker that has the fewest on its way.
 
         A caller that goes away takes its request back. Raises WorkerDiedError.
         """
-        async with self._places:
+        async with self._slots:
             return await min(self._workers, key=lambda worker: worker.load).ask(message)
 
     async def close(self) -> None:
         """Ends all workers."""
         await asyncio.gather(*(worker.end() for worker in self._workers))
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Result of a check; "deadline", "memory", "died" and "error" are failures."""
+
+    status: str
+    reason: str = ""
+
+    def failure(self, extracted: str) -> Outcome:
+        """Returns the outcome of a check that failed; one whose process died twice may be asked again."""
+        return Outcome.failed(self.reason, retryable=self.status == "died", extracted=extracted)
+
+
+class CheckPool:
+    """Worker processes for one kind of checks: see `pool.check_worker`."""
+
+    def __init__(self, kind: str, config: ChecksConfig) -> None:
+        command = (
+            *(sys.executable, "-m", "services.reward.pool.check_worker", kind),
+            *("--memory-bytes", str(config.memory_bytes)),
+            *("--slow-s", str(config.slow_check_s)),
+            *("--slow-checks", str(config.slow_checks)),
+        )
+        self._deadline_s = config.check_timeout_s
+        self._pool = WorkerPool(command, config.workers, config.start_timeout_s, config.check_timeout_s + GRACE_S)
+
+    async def start(self) -> None:
+        """Starts the workers; UnavailableError when one does not get ready."""
+        await self._pool.start()
+
+    async def close(self) -> None:
+        """Ends the workers."""
+        await self._pool.close()
+
+    async def check(self, request: dict[str, Any]) -> Reply:
+        """Returns the reply to a check; one whose process died is tried once more."""
+        message = {"deadline_s": self._deadline_s, "check": request}
+        reason = ""
+        for _ in range(CHECK_ATTEMPTS):
+            try:
+                reply = await self._pool.ask(message)
+            except WorkerDiedError as error:
+                reply = {"status": "died", "reason": error.message}
+            if reply["status"] != "died":
+                return Reply(reply["status"], reply["reason"])
+            reason = reply["reason"]
+        return Reply("died", f"{reason} {CHECK_ATTEMPTS} times")

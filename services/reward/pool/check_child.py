@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from services.reward.pipes import LineReader, write_all, write_line
+from services.reward.pool.pipes import LineReader, write_all, write_line
 
 MAX_REASON_CHARACTERS = 300
 PR_SET_PDEATHSIG = 1

@@ -1,16 +1,16 @@
-"""Short answers: a word, a name or a phrase."""
+"""Answers compared as text: the same text, or a word, a name or a phrase."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from typing import ClassVar
 
 from perigee.errors import FieldViolation
+from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.mathematics.answers import find_final_answer
 from services.reward.mathematics.expectations import WORDS
-from services.reward.verifiers.base import Item, Outcome, Parameters, Verifier, read_answer
+from services.reward.verifiers.base import Item, Outcome, Verifier, read_answer
 
 # A longer one is an essay and not a short answer; normalising it would only take time.
 MAX_ANSWER_CHARACTERS = 2000
@@ -20,14 +20,26 @@ TEXT_COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|textbf|mbox)\s*\{([^{}]*)\}"
 APOSTROPHES = re.compile(r"['’`]")
 
 
-@dataclass(frozen=True)
-class ShortAnswerParameters(Parameters):
-    """Answers that are right."""
+class ExactVerifier(Verifier[pb.ExactVerifier]):
+    """Correct when answer and reference are the same text once white space at both ends is cut; case and all count.
 
-    references: tuple[str, ...]
+    The answer is what follows the marker, or the whole response.
+    """
+
+    name: ClassVar[str] = "exact"
+    version: ClassVar[str] = "1"
+
+    def find_violations(self, parameters: pb.ExactVerifier) -> list[FieldViolation]:
+        return [] if parameters.reference.strip() else [FieldViolation("exact.reference", "is required")]
+
+    async def judge(self, item: Item[pb.ExactVerifier]) -> Outcome:
+        answer = read_answer(item)
+        if isinstance(answer, Outcome):
+            return answer
+        return Outcome.correct(answer) if answer == item.parameters.reference.strip() else Outcome.wrong(answer)
 
 
-class ShortAnswerVerifier(Verifier[ShortAnswerParameters]):
+class ShortAnswerVerifier(Verifier[pb.ShortAnswerVerifier]):
     """Correct when the answer is one of the references, both normalised, see `normalise_phrase`; more words are wrong.
 
     The answer is what follows the marker; without one it is the last box, what is announced as the answer, or the last
@@ -37,7 +49,7 @@ class ShortAnswerVerifier(Verifier[ShortAnswerParameters]):
     name: ClassVar[str] = "short_answer"
     version: ClassVar[str] = "2"
 
-    def find_violations(self, parameters: ShortAnswerParameters) -> list[FieldViolation]:
+    def find_violations(self, parameters: pb.ShortAnswerVerifier) -> list[FieldViolation]:
         if not parameters.references:
             return [FieldViolation("short_answer.references", "at least one is required")]
         return [
@@ -46,7 +58,7 @@ class ShortAnswerVerifier(Verifier[ShortAnswerParameters]):
             if not normalise_phrase(reference)
         ]
 
-    async def judge(self, item: Item[ShortAnswerParameters]) -> Outcome:
+    async def judge(self, item: Item[pb.ShortAnswerVerifier]) -> Outcome:
         text = read_answer(item)
         if isinstance(text, Outcome):
             return text

@@ -1,1 +1,0 @@
-"""Endpoints that other pipelines call as they are."""

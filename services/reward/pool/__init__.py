@@ -1,0 +1,1 @@
+"""Checks in processes that may be killed."""
