@@ -17,38 +17,44 @@ class TrainerClient(ServiceClient):
     """Client of the trainer (`perigee.trainer.v1.TrainerService`)."""
 
     service_name = "perigee.trainer.v1.TrainerService"
-    idempotent = ("GetState", "SaveCheckpoint", "LoadCheckpoint", "ExportModel")
+    idempotent = ("GetState", "CheckAlgorithm", "SaveCheckpoint", "LoadCheckpoint", "ExportModel")
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
         super().__init__(target, options)
         self._stub: TrainerServiceAsyncStub = TrainerServiceStub(self.channel)
 
     async def get_state(self, request: pb.GetStateRequest, *, timeout_s: float = 20.0) -> pb.GetStateResponse:
-        """Tells the state of the service."""
+        """Returns what is loaded, the checkpoints and the parallel sizes."""
         return await self._unary(self._stub.GetState, request, timeout_s)
 
+    async def check_algorithm(
+        self, request: pb.CheckAlgorithmRequest, *, timeout_s: float = 20.0
+    ) -> pb.CheckAlgorithmResponse:
+        """Checks training settings without training; InvalidArgumentError names every field at fault."""
+        return await self._unary(self._stub.CheckAlgorithm, request, timeout_s)
+
     def fine_tune(self, request: pb.FineTuneRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.FineTuneResponse]:
-        """Supervised fine-tuning on packed sequences."""
+        """Fine-tunes on prompt-response pairs in packed sequences."""
         return self._stream(self._stub.FineTune, request, timeout_s)
 
     def train(self, request: pb.TrainRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.TrainResponse]:
-        """One iteration of policy optimization on complete groups, read from the buffer."""
+        """Runs one iteration of policy optimization on complete groups, read from the buffer."""
         return self._stream(self._stub.Train, request, timeout_s)
 
     async def push_weights(self, request: pb.PushWeightsRequest, *, timeout_s: float = 600.0) -> pb.PushWeightsResponse:
-        """Pushes the held version to rollout workers, each to its own outcome."""
+        """Pushes the loaded version to rollout workers; each has an outcome of its own."""
         return await self._unary(self._stub.PushWeights, request, timeout_s)
 
     async def save_checkpoint(
         self, request: pb.SaveCheckpointRequest, *, timeout_s: float = 600.0
     ) -> pb.SaveCheckpointResponse:
-        """Writes the held version atomically."""
+        """Writes the loaded version as a checkpoint, whole or not at all."""
         return await self._unary(self._stub.SaveCheckpoint, request, timeout_s)
 
     async def load_checkpoint(
         self, request: pb.LoadCheckpointRequest, *, timeout_s: float = 600.0
     ) -> pb.LoadCheckpointResponse:
-        """Restores a version from its checkpoint, or the newest when none is named."""
+        """Loads a version from its checkpoint, or the run's newest when none is named."""
         return await self._unary(self._stub.LoadCheckpoint, request, timeout_s)
 
     async def export_model(self, request: pb.ExportModelRequest, *, timeout_s: float = 600.0) -> pb.ExportModelResponse:

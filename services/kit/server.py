@@ -78,14 +78,7 @@ class App(Generic[ConfigT]):
 
     def channel_options(self) -> ChannelOptions:
         """How this service reaches its peers: with its token, its certificates and its traces."""
-        server = self.config.server
-        return ChannelOptions(
-            token=server.token.get_secret_value() if server.token else None,
-            ca_file=server.tls_ca_file,
-            cert_file=server.tls_cert_file if server.tls_ca_file else None,
-            key_file=server.tls_key_file if server.tls_ca_file else None,
-            interceptors=_trace_calls() if self.config.telemetry.otlp_endpoint else (),
-        )
+        return channel_options(self.config)
 
     def connect(self, client_class: Callable[[str, ChannelOptions], ClientT], target: str) -> ClientT:
         """A client of a peer, closed when this service ends."""
@@ -115,6 +108,18 @@ class App(Generic[ConfigT]):
     async def _publish_statuses(self) -> None:
         while True:
             await self._health.set(*await self._statuses.get())
+
+
+def channel_options(config: ServiceConfig) -> ChannelOptions:
+    """Returns how a service with this configuration reaches its peers: its token, its certificates and its traces."""
+    server = config.server
+    return ChannelOptions(
+        token=server.token.get_secret_value() if server.token else None,
+        ca_file=server.tls_ca_file,
+        cert_file=server.tls_cert_file if server.tls_ca_file else None,
+        key_file=server.tls_key_file if server.tls_ca_file else None,
+        interceptors=_trace_calls() if config.telemetry.otlp_endpoint else (),
+    )
 
 
 Lifespan = Callable[[App[ConfigT]], AbstractAsyncContextManager[None]]

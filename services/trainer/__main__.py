@@ -1,26 +1,34 @@
-"""Starts the trainer: `python -m services.trainer --config RECIPE`. Rank 0 serves, the others follow it."""
+"""Starts the trainer: `python -m services.trainer --config RECIPE`.
+
+One process serves and trains; several are torchrun's workers, of which rank 0 serves and the others follow it.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
 
-from perigee.errors import PerigeeError
+from perigee.errors import PerigeeError, UnavailableError
 from services.kit.config import load_config
 from services.trainer.config import TrainerConfig
-from services.trainer.launch import die_with_parent, is_launched, launch, prepare_environment
+
+_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
     """Checks the model before any process is started, then becomes a rank."""
-    prepare_environment()
+    # Read by torch when it is loaded. OpenMP threads that spin while they wait slow training down several times when
+    # other services share the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = load_config(TrainerConfig)
     # Megatron warns of every accelerator library that is absent.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:
-        if not is_launched():
+        if "RANK" not in os.environ:
             from services.trainer.hf_config import read_model_shape
 
             read_model_shape(Path(config.model))
@@ -28,18 +36,37 @@ def main() -> None:
         die_with_parent()
         if os.environ["RANK"] == "0":
             from services.kit.server import run
-            from services.trainer.lifespan import lifespan
+            from services.trainer.service import lifespan
 
             run(config, lifespan)
         else:
-            from services.trainer.engine import Engine
+            from services.trainer.engine import follow
 
-            engine = Engine(config)
-            engine.follow()
-            engine.close()
+            follow(config)
     except PerigeeError as error:
         print(f"trainer: {error.message}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def launch(config: TrainerConfig, arguments: list[str]) -> None:
+    """Makes this process rank 0 of one, or replaces it with torchrun, which starts this module again in each rank."""
+    if config.world == 1:
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        return
+    # A host name need not resolve, and on one machine the ranks speak over loopback.
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.world)]
+    os.execv(sys.executable, [*torchrun, "-m", "services.trainer", *arguments])
+
+
+def die_with_parent() -> None:
+    """Has the kernel kill this rank when torchrun dies, so that no rank is orphaned."""
+    if os.environ["WORLD_SIZE"] == "1":
+        return
+    parent = os.getppid()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or parent == 1:
+        raise UnavailableError("torchrun is gone, or the kernel refuses PR_SET_PDEATHSIG")
 
 
 if __name__ == "__main__":

@@ -1,106 +1,153 @@
-"""The Megatron side of the trainer: one engine per rank, all of its work in one thread, driven by rank 0's commands."""
+"""The Megatron side of the trainer: one engine per rank, in one thread, driven by the commands of rank 0."""
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from perigee.buffer.client import BufferClient
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
-from services.trainer.commands import CollectCommand, Command, FineTuneCommand, LoadCommand, StopCommand, TrainCommand
+from perigee.trainer.v1 import trainer_pb2 as pb
+from services.kit.server import channel_options
 from services.trainer.config import TrainerConfig
-from services.trainer.cpu_shim import megatron_on_cpu
-from services.trainer.fine_tune import fine_tune
 from services.trainer.hf_config import DTYPES, read_model_shape
-from services.trainer.jobs import JobContext
-from services.trainer.parallel import join, leave
-from services.trainer.policy import Policy
-from services.trainer.train_iteration import train_iteration
+from services.trainer.megatron.model import Policy
+from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
+from services.trainer.packing import TokenSequence
+from services.trainer.training import JobContext, Reader, fine_tune, train_iteration
+from services.trainer.trajectories import Trajectory, read_trajectories
 
-# Takes the gathered weights on rank 0; has to run the iterable to its end.
+# Receives the gathered weights on rank 0; has to run the iterable to its end.
 Sink = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
 
 
-class Engine:
-    """The policy of this rank and the control channel. Every method runs in the thread that made the engine."""
+@dataclass(frozen=True)
+class FineTuneCommand:
+    """Fine-tune on examples with these counts of tokens and trained tokens; rank 0 has the examples."""
 
-    def __init__(self, config: TrainerConfig) -> None:
+    request: pb.FineTuneRequest
+    counts: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Run one iteration of reinforcement learning."""
+
+    request: pb.TrainRequest
+    seed: int
+
+
+@dataclass(frozen=True)
+class LoadCommand:
+    """Load the weights of a Hugging Face folder."""
+
+    folder: Path
+
+
+@dataclass(frozen=True)
+class CollectCommand:
+    """Gather the weights to rank 0, where a sink receives them tensor by tensor."""
+
+
+@dataclass(frozen=True)
+class StopCommand:
+    """Leave the loop."""
+
+
+Command = FineTuneCommand | TrainCommand | LoadCommand | CollectCommand | StopCommand
+
+
+class Engine:
+    """The policy of this rank and its channels to the others. All methods run in the thread that made the engine.
+
+    `read` fetches trajectories from the buffer for this rank's data-parallel replica.
+    """
+
+    def __init__(self, config: TrainerConfig, read: Reader) -> None:
         self.broken = False
+        self._read = read
         with ExitStack() as stack:
             torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.world))
             stack.enter_context(megatron_on_cpu())
             folder = Path(config.model)
             self.shape = read_model_shape(folder)
             self.max_tokens = resolve_max_tokens(config, self.shape.max_positions)
-            self.layout, self.control = join(
-                config.tensor_parallel, config.pipeline_parallel, config.data_parallel, config.seed
-            )
-            stack.callback(leave)
-            dtype = DTYPES[config.dtype]
-            self.policy = Policy(self.shape, self.layout, dtype, self.max_tokens, config.recompute)
+            self.dims = join_group(config.tensor_parallel, config.pipeline_parallel, config.data_parallel, config.seed)
+            stack.callback(leave_group)
+            self.everyone, self.replica = open_channels(self.dims)
+            self.policy = Policy(self.shape, self.dims, DTYPES[config.dtype], self.max_tokens, config.recompute)
             self._load(folder)
-            self.parameters = self._count_parameters()
+            self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
             self._stack = stack.pop_all()
 
-    def run(self, command: Command, context: JobContext | None = None, sink: Sink | None = None) -> Any:
+    def job_context(
+        self, report: Callable[[Any], None] | None = None, is_cancelled: Callable[[], bool] | None = None
+    ) -> JobContext:
+        """Returns the context of a job; without arguments one that reports nothing and is never cancelled."""
+        context = JobContext(self.everyone, self.replica)
+        context.report = report or context.report
+        context.is_cancelled = is_cancelled or context.is_cancelled
+        return context
+
+    def run(
+        self,
+        command: Command,
+        context: JobContext | None = None,
+        examples: Sequence[TokenSequence] | None = None,
+        sink: Sink | None = None,
+    ) -> Any:
         """Rank 0: has all ranks carry out the command, and returns its result.
 
         A job that fails leaves the weights as they were. Raises UnavailableError, and sets `broken`, when the ranks are
         no longer in step: another one died, or this one failed between collectives.
         """
         try:
-            self.control.broadcast(command)
-            return self._execute(command, context or JobContext(), sink)
+            self.everyone.broadcast(command)
+            return self._execute(command, context or self.job_context(), examples, sink)
         except PerigeeError:
             # Raised by every rank alike, or by rank 0 after the last collective.
             raise
         except Exception as error:
-            if self.layout.world == 1:
+            if self.dims.world == 1:
                 raise
             self.broken = True
             raise UnavailableError(f"the trainer's processes lost each other and are ending: {error}") from error
 
     def follow(self) -> None:
-        """Other ranks: carries out rank 0's commands until it says stop."""
+        """Other ranks: carries out the commands of rank 0 until it says stop."""
         while True:
-            command = self.control.broadcast(None)
+            command = self.everyone.broadcast(None)
             if isinstance(command, StopCommand):
                 return
             try:
-                self._execute(command, JobContext(), None)
+                self._execute(command, self.job_context(), None, None)
             except PerigeeError:
-                # Rank 0 meets the same error and tells the caller.
+                # Rank 0 raises the same error and answers the caller.
                 continue
 
     def close(self) -> None:
         """Leaves the process group and the thread's mode."""
         self._stack.close()
 
-    def _execute(self, command: Command, context: JobContext, sink: Sink | None) -> Any:
+    def _execute(
+        self, command: Command, context: JobContext, examples: Sequence[TokenSequence] | None, sink: Sink | None
+    ) -> Any:
+        policy = self.policy
         if isinstance(command, FineTuneCommand):
-            return self._or_restore(
-                lambda: fine_tune(self.policy, self.control, command.examples, command.settings, context)
-            )
+            return self._or_restore(lambda: fine_tune(policy, context, command.request, command.counts, examples))
         if isinstance(command, TrainCommand):
-            return self._or_restore(
-                lambda: train_iteration(
-                    self.policy,
-                    self.control,
-                    command.groups,
-                    command.base_version,
-                    command.settings,
-                    command.seed,
-                    context,
-                )
-            )
+            return self._or_restore(lambda: train_iteration(policy, context, command.request, command.seed, self._read))
         if isinstance(command, LoadCommand):
             return self._or_restore(lambda: self._load(command.folder))
         if isinstance(command, CollectCommand):
-            tensors = self.policy.collect()
+            tensors = policy.collect()
             if sink is not None:
                 return sink(tensors)
             for _ in tensors:
@@ -121,17 +168,28 @@ class Engine:
         try:
             self.policy.load(folder)
         except PerigeeError as error:
-            problem = error.message
-        problems = [text for text in self.control.gather(problem) if text is not None]
-        if problems:
-            raise InvalidArgumentError(problems[0])
+            problem = error
+        self.everyone.raise_first(problem)
 
-    def _count_parameters(self) -> int:
-        return sum(tensor.numel() for _, tensor in self.policy.collect())
+
+def follow(config: TrainerConfig) -> None:
+    """Runs a rank other than 0 until rank 0 says stop, with a channel of its own to the buffer."""
+
+    def read(run_id: str, ids: Sequence[str]) -> Mapping[str, Trajectory]:
+        return asyncio.run(_read_once(config, run_id, ids))
+
+    engine = Engine(config, read)
+    engine.follow()
+    engine.close()
+
+
+async def _read_once(config: TrainerConfig, run_id: str, ids: Sequence[str]) -> Mapping[str, Trajectory]:
+    async with BufferClient(config.buffer_address, channel_options(config)) as buffer:
+        return await read_trajectories(buffer, run_id, ids, config.buffer_timeout_s)
 
 
 def resolve_max_tokens(config: TrainerConfig, max_positions: int) -> int:
-    """The longest sequence, from the configuration or the model.
+    """Returns the longest sequence, from the configuration or the model.
 
     Raises InvalidArgumentError when the configuration asks for more than the model has positions.
     """

@@ -15,7 +15,7 @@ from megatron.core.models.gpt import GPTModel
 
 from perigee.errors import InvalidArgumentError
 from services.trainer.hf_config import ModelShape
-from services.trainer.parallel import Layout
+from services.trainer.megatron.parallel import ParallelDims
 
 
 class Split(Enum):
@@ -74,12 +74,12 @@ def map_parameters(core: GPTModel, tied: bool) -> list[Mapping]:
 
 
 @torch.no_grad()
-def load_weights(core: GPTModel, shape: ModelShape, layout: Layout, read: Callable[[str], torch.Tensor]) -> None:
+def load_weights(core: GPTModel, shape: ModelShape, dims: ParallelDims, read: Callable[[str], torch.Tensor]) -> None:
     """Fills this process's parameters with its parts of the tensors that `read` returns by Hugging Face name.
 
     Raises InvalidArgumentError naming the tensor whose shape does not fit the configuration.
     """
-    ranks, rank = layout.tensor, layout.tensor_rank
+    ranks, rank = dims.tensor, dims.tensor_rank
     for mapping in map_parameters(core, shape.tied):
         tensors = [read(name) for name in mapping.names]
         if mapping.split is Split.QKV:
@@ -101,25 +101,25 @@ def load_weights(core: GPTModel, shape: ModelShape, layout: Layout, read: Callab
 
 
 @torch.no_grad()
-def collect_weights(core: GPTModel, shape: ModelShape, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
+def collect_weights(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the whole policy as Hugging Face tensors, on every rank, in one order.
 
     Every rank has to run the iterator to its end: each tensor is gathered by collectives.
     """
     yielded: set[str] = set()
-    for stage in range(layout.pipeline):
-        own = _stage_tensors(core, shape, layout) if stage == layout.pipeline_rank else iter(())
-        if layout.pipeline == 1:
+    for stage in range(dims.pipeline):
+        own = _stage_tensors(core, shape, dims) if stage == dims.pipeline_rank else iter(())
+        if dims.pipeline == 1:
             yield from own
             continue
-        for name, tensor in _share_stage(own, stage, layout):
+        for name, tensor in _share_stage(own, stage, dims):
             # The embedding of tied weights comes from the first stage and again from the last.
             if name not in yielded:
                 yielded.add(name)
                 yield name, tensor
 
 
-def _stage_tensors(core: GPTModel, shape: ModelShape, layout: Layout) -> Iterator[tuple[str, torch.Tensor]]:
+def _stage_tensors(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterator[tuple[str, torch.Tensor]]:
     group = parallel_state.get_tensor_model_parallel_group()
     heads_per_group = shape.heads // shape.query_groups
     widths = [heads_per_group * shape.head_width, shape.head_width, shape.head_width]
@@ -129,8 +129,8 @@ def _stage_tensors(core: GPTModel, shape: ModelShape, layout: Layout) -> Iterato
             yield mapping.names[0], own.clone()
             continue
         parts = [own]
-        if layout.tensor > 1:
-            parts = [torch.empty_like(own) for _ in range(layout.tensor)]
+        if dims.tensor > 1:
+            parts = [torch.empty_like(own) for _ in range(dims.tensor)]
             dist.all_gather(parts, own, group=group)
         if mapping.split is Split.QKV:
             grouped = _group_rows(torch.cat(parts), shape.query_groups)
@@ -144,7 +144,7 @@ def _stage_tensors(core: GPTModel, shape: ModelShape, layout: Layout) -> Iterato
 
 
 def _share_stage(
-    own: Iterator[tuple[str, torch.Tensor]], stage: int, layout: Layout
+    own: Iterator[tuple[str, torch.Tensor]], stage: int, dims: ParallelDims
 ) -> Iterator[tuple[str, torch.Tensor]]:
     group = parallel_state.get_pipeline_model_parallel_group()
     source = dist.get_global_rank(group, stage)
@@ -152,11 +152,11 @@ def _share_stage(
         item = next(own, None)
         header: list[Any] = [None if item is None else (item[0], tuple(item[1].shape), item[1].dtype)]
         dist.broadcast_object_list(header, src=source, group=group)
-        if stage != layout.pipeline_rank:
+        if stage != dims.pipeline_rank:
             if header[0] is None:
                 return
             name, size, dtype = header[0]
-            item = name, torch.empty(size, dtype=dtype, device=layout.device)
+            item = name, torch.empty(size, dtype=dtype, device=dims.device)
         if item is None:
             return
         dist.broadcast(item[1], src=source, group=group)

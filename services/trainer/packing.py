@@ -1,8 +1,20 @@
-"""Cuts a set of sequences into micro-batches that are balanced by tokens, and deals them out to data-parallel ranks."""
+"""Packed micro-batches: which sequences go together on which rank, and where each of their tokens sits.
+
+Sequences of a pack are laid end to end, and everything but attention runs on its T tokens without padding. Attention
+gathers them into a padded [n, L] batch, where right padding cannot reach a real token under a causal mask, and
+scatters the result back.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
 
 
 def pack_sequences(lengths: Sequence[int], max_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
@@ -54,3 +66,137 @@ def _deal(packs: list[list[int]], lengths: Sequence[int], ranks: int) -> list[li
         dealt[rank].append(packs[index])
         load[rank] += tokens[index]
     return dealt
+
+
+@dataclass
+class PackLayout(PackedSeqParams):  # type: ignore[misc]  # megatron.core is untyped
+    """Where each packed token sits; travels through Megatron as its `packed_seq_params`.
+
+    `qkv_format` stays "sbhd" (batch 1), so Megatron itself never splits the pack.
+    """
+
+    # Position of each token in its own sequence, [T].
+    positions_T: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    # Sequence of each token, [T].
+    sequence_T: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    # Row of each token in the padded batch flattened to [n * L], [T].
+    rows_T: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
+    sequences: int = 0
+    longest: int = 0
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all sequences are equally long, so that no padding is needed."""
+        return self.sequences * self.longest == len(self.rows_T)
+
+
+def pack_layout(lengths: list[int], device: torch.device) -> PackLayout:
+    """The layout of sequences of these lengths, laid end to end."""
+    lengths_N = np.asarray(lengths, dtype=np.int64)
+    starts_N = np.cumsum(lengths_N) - lengths_N
+    sequence_T = np.repeat(np.arange(len(lengths)), lengths_N)
+    positions_T = np.arange(int(lengths_N.sum())) - starts_N[sequence_T]
+    longest = int(lengths_N.max())
+
+    def put(array: npt.NDArray[np.int64]) -> torch.Tensor:
+        return torch.from_numpy(array).to(device)
+
+    return PackLayout(
+        qkv_format="sbhd",
+        positions_T=put(positions_T),
+        sequence_T=put(sequence_T),
+        rows_T=put(sequence_T * longest + positions_T),
+        sequences=len(lengths),
+        longest=longest,
+    )
+
+
+class _Pad(torch.autograd.Function):
+    """[T, ...] -> [n, L, ...] with zeros for padding. A gather backward is much faster than index_add."""
+
+    @staticmethod
+    def forward(ctx: Any, x_T: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+        ctx.layout = layout
+        return _scatter(x_T, layout)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0].flatten(0, 1).index_select(0, ctx.layout.rows_T), None
+
+
+class _Unpad(torch.autograd.Function):
+    """[n, L, ...] -> [T, ...]; padding gets a zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NL: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+        ctx.layout = layout
+        return x_NL.flatten(0, 1).index_select(0, layout.rows_T)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _scatter(gradients[0], ctx.layout), None
+
+
+def _scatter(x_T: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+    padded = x_T.new_zeros(layout.sequences * layout.longest, *x_T.shape[1:])
+    return padded.index_copy_(0, layout.rows_T, x_T).view(layout.sequences, layout.longest, *x_T.shape[1:])
+
+
+def pad(x_T: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+    """Packed [T, ...] as a padded batch [n, L, ...]."""
+    if layout.is_dense:
+        return x_T.reshape(layout.sequences, layout.longest, *x_T.shape[1:])
+    padded: torch.Tensor = _Pad.apply(x_T, layout)  # type: ignore[no-untyped-call]
+    return padded
+
+
+def unpad(x_NL: torch.Tensor, layout: PackLayout) -> torch.Tensor:
+    """The real tokens of a padded batch [n, L, ...], packed: [T, ...]."""
+    if layout.is_dense:
+        return x_NL.flatten(0, 1)
+    packed: torch.Tensor = _Unpad.apply(x_NL, layout)  # type: ignore[no-untyped-call]
+    return packed
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """n tokens and, for each of the n - 1 predictions of a next token, whether it takes part in the loss."""
+
+    tokens: npt.NDArray[np.int64]
+    trained_T: npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """T packed predictions of a step's micro-batch number `index`: inputs, targets, mask and layout."""
+
+    inputs_T: torch.Tensor
+    targets_T: torch.Tensor
+    trained_T: torch.Tensor
+    layout: PackLayout
+    index: int
+    is_filler: bool = False
+
+
+def make_micro_batches(packs: Sequence[Sequence[TokenSequence]], device: torch.device) -> list[MicroBatch]:
+    """Builds a micro-batch of each pack; one that trains nothing when there is no pack.
+
+    A rank without work needs that filler to take part in the collectives of a step.
+    """
+    if packs:
+        return [_make_batch(pack, device, index) for index, pack in enumerate(packs)]
+    filler = TokenSequence(np.zeros(2, np.int64), np.zeros(1, np.bool_))
+    return [_make_batch([filler], device, 0, is_filler=True)]
+
+
+def _make_batch(
+    sequences: Sequence[TokenSequence], device: torch.device, index: int, is_filler: bool = False
+) -> MicroBatch:
+    return MicroBatch(
+        inputs_T=torch.from_numpy(np.concatenate([s.tokens[:-1] for s in sequences])).to(device),
+        targets_T=torch.from_numpy(np.concatenate([s.tokens[1:] for s in sequences])).to(device),
+        trained_T=torch.from_numpy(np.concatenate([s.trained_T for s in sequences])).to(device),
+        layout=pack_layout([len(s.tokens) - 1 for s in sequences], device),
+        index=index,
+        is_filler=is_filler,
+    )

@@ -1,25 +1,28 @@
-"""TrainerService: protobuf in, domain call, protobuf out."""
+"""TrainerService: protobuf in, domain call, protobuf out; and what the server opens and closes."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import grpc
+from google.protobuf import json_format
 
+from perigee.buffer.client import BufferClient
 from perigee.errors import InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
-from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceServicer
-from services.trainer.fine_tune import FineTuneProgress, FineTuning
-from services.trainer.mirror_descent import Baseline
-from services.trainer.optimizer import AdamW
-from services.trainer.train_iteration import MirrorDescent
-from services.trainer.trainer import Iteration, Trainer
+from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
+from perigee.weights.client import WeightReceiverClient
+from services.kit.server import App
+from services.trainer.config import TrainerConfig
+from services.trainer.trainer import Trainer
+from services.trainer.training import check_training
+from services.weights.sender import Target, WeightSender
 
-_BASELINES = {pb.BASELINE_MEAN: Baseline.MEAN, pb.BASELINE_LOG_MEAN_EXP: Baseline.LOG_MEAN_EXP}
+SERVICE = "perigee.trainer.v1.TrainerService"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -33,9 +36,9 @@ class TrainerService(TrainerServiceServicer):
         """See the contract."""
         trainer = self._trainer
         return pb.GetStateResponse(
-            run_id=trainer.held.run_id,
-            policy_version=trainer.held.version,
-            checkpoints=trainer.checkpoints.versions(),
+            run_id=trainer.loaded.run_id,
+            policy_version=trainer.loaded.version,
+            checkpoints=trainer.checkpoints.versions(request.run_id or trainer.loaded.run_id),
             parameters=trainer.engine.parameters,
             world_size=trainer.config.world,
             tensor_parallel=trainer.config.tensor_parallel,
@@ -44,42 +47,28 @@ class TrainerService(TrainerServiceServicer):
             busy=trainer.busy,
         )
 
+    async def CheckAlgorithm(self, request: pb.CheckAlgorithmRequest, context: Context) -> pb.CheckAlgorithmResponse:
+        """See the contract."""
+        algorithm = check_training(request.algorithm, request.update, request.optimizer)
+        response = pb.CheckAlgorithmResponse(algorithm=pb.Algorithm(name=request.algorithm.name))
+        json_format.ParseDict(algorithm.settings.model_dump(mode="json"), response.algorithm.settings)
+        return response
+
     async def FineTune(self, request: pb.FineTuneRequest, context: Context) -> AsyncIterator[pb.FineTuneResponse]:
         """See the contract."""
-        settings = FineTuning(
-            steps=request.steps,
-            batch_size=request.batch_size,
-            max_tokens_per_microbatch=request.max_tokens_per_microbatch,
-            seed=request.seed,
-            optimizer=_read_optimizer(request.optimizer),
-        )
-        progress: FineTuneProgress
-        async for progress in self._trainer.fine_tune(
-            request.run_id, _key_of(request), Path(request.dataset_path), settings, request.new_version
-        ):
-            yield pb.FineTuneResponse(**asdict(progress), done=progress.step == progress.steps)
+        async for response in self._trainer.fine_tune(request):
+            yield response
 
     async def Train(self, request: pb.TrainRequest, context: Context) -> AsyncIterator[pb.TrainResponse]:
         """See the contract."""
-        async for update in self._trainer.train(
-            request.run_id,
-            _key_of(request),
-            request.iteration,
-            _read_rewards(request),
-            _read_algorithm(request.algorithm),
-            request.base_version,
-            request.new_version,
-        ):
-            if isinstance(update, Iteration):
-                steps = min(request.algorithm.minibatches, len(request.groups))
-                yield pb.TrainResponse(step=steps, steps=steps, result=_write_result(update))
-            else:
-                yield pb.TrainResponse(step=update[0], steps=update[1])
+        _check_groups(request)
+        async for response in self._trainer.train(request):
+            yield response
 
     async def PushWeights(self, request: pb.PushWeightsRequest, context: Context) -> pb.PushWeightsResponse:
         """See the contract."""
-        push = await self._trainer.push_weights(request.run_id, request.policy_version, request.targets)
-        return pb.PushWeightsResponse(outcomes=push.outcomes, export_seconds=push.export_seconds, bytes=push.bytes)
+        targets = [Target(target.worker_id, target.address) for target in request.targets]
+        return await self._trainer.push_weights(request.run_id, request.policy_version, targets)
 
     async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
         """See the contract."""
@@ -99,62 +88,39 @@ class TrainerService(TrainerServiceServicer):
         return pb.ExportModelResponse(path=str(path))
 
 
-def _key_of(request: pb.TrainRequest | pb.FineTuneRequest) -> bytes:
-    return request.SerializeToString(deterministic=True)
-
-
-def _read_optimizer(message: pb.Optimizer) -> AdamW:
-    return AdamW(
-        learning_rate=message.learning_rate,
-        beta1=message.beta1,
-        beta2=message.beta2,
-        weight_decay=message.weight_decay,
-        max_grad_norm=message.max_grad_norm,
-        warmup_steps=message.warmup_steps,
-        min_lr_ratio=message.min_lr_ratio,
-    )
-
-
-def _read_algorithm(message: pb.PolicyMirrorDescent) -> MirrorDescent:
-    if message.baseline not in _BASELINES:
-        raise InvalidArgumentError.of("algorithm.baseline", "has to be BASELINE_MEAN or BASELINE_LOG_MEAN_EXP")
-    return MirrorDescent(
-        tau=message.tau,
-        baseline=_BASELINES[message.baseline],
-        minibatches=message.minibatches,
-        max_tokens_per_microbatch=message.max_tokens_per_microbatch,
-        max_staleness=message.max_staleness,
-        token_scale=message.token_scale,
-        temperature=message.temperature,
-        tis_cap=message.tis_cap,
-        optimizer=_read_optimizer(message.optimizer),
-    )
-
-
-def _read_rewards(request: pb.TrainRequest) -> dict[str, dict[str, float]]:
-    """Rewards by trajectory by group; InvalidArgumentError for what is empty, comes twice or is not finite."""
+def _check_groups(request: pb.TrainRequest) -> None:
+    """Raises InvalidArgumentError for groups that are empty, named twice or without a finite reward."""
     if not request.groups:
         raise InvalidArgumentError.of("groups", "is empty; an iteration without a group has nothing to train")
-    rewards_by_group: dict[str, dict[str, float]] = {}
-    seen: set[str] = set()
+    groups: set[str] = set()
+    trajectories: set[str] = set()
     for i, group in enumerate(request.groups):
-        rewards = {item.trajectory_id: item.reward for item in group.trajectories}
-        if not rewards:
+        ids = {item.trajectory_id for item in group.trajectories}
+        if not ids:
             raise InvalidArgumentError.of(f"groups[{i}].trajectories", f"group {group.group_id} has no trajectory")
-        if group.group_id in rewards_by_group or len(rewards) < len(group.trajectories) or seen & rewards.keys():
+        if group.group_id in groups or len(ids) < len(group.trajectories) or trajectories & ids:
             raise InvalidArgumentError.of(f"groups[{i}]", f"group {group.group_id} or a trajectory of it comes twice")
-        for trajectory_id, reward in rewards.items():
-            if not math.isfinite(reward):
-                raise InvalidArgumentError.of(f"groups[{i}].trajectories", f"the reward of {trajectory_id} is {reward}")
-        seen |= rewards.keys()
-        rewards_by_group[group.group_id] = rewards
-    return rewards_by_group
+        for item in group.trajectories:
+            if not math.isfinite(item.reward):
+                raise InvalidArgumentError.of(
+                    f"groups[{i}].trajectories", f"the reward of {item.trajectory_id} is {item.reward}"
+                )
+        groups.add(group.group_id)
+        trajectories |= ids
 
 
-def _write_result(iteration: Iteration) -> pb.TrainResult:
-    return pb.TrainResult(
-        policy_version=iteration.policy_version,
-        groups=iteration.groups,
-        read_seconds=iteration.read_seconds,
-        **asdict(iteration.figures),
-    )
+@asynccontextmanager
+async def lifespan(app: App[TrainerConfig]) -> AsyncIterator[None]:
+    """Builds the engine, then serves it; the process ends with one message when the model cannot be used."""
+    config = app.config
+    # The sender closes each client when its push is over.
+    sender = WeightSender(config.weights, lambda address: WeightReceiverClient(address, app.channel_options()))
+    trainer = Trainer(config, app.connect(BufferClient, config.buffer_address), sender)
+    await trainer.open()
+    try:
+        app.add(SERVICE, add_TrainerServiceServicer_to_server, TrainerService(trainer))
+        app.set_ready(SERVICE, True)
+        yield
+    finally:
+        await sender.close()
+        await trainer.close()

@@ -1,72 +1,73 @@
-"""The trainer as the service sees it: which version is held, one job at a time, results that repeat on request."""
+"""The trainer as its service sees it: the loaded version, one job at a time, checkpoints, pushes, repeated requests."""
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import signal
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, TypeVar
 
+from prometheus_client import Counter, Gauge
+
 from perigee.buffer.client import BufferClient
-from perigee.errors import FailedPreconditionError, InvalidArgumentError
-from perigee.trainer.v1.trainer_pb2 import PushOutcome, PushTarget
+from perigee.errors import CancelledError, FailedPreconditionError, InvalidArgumentError
+from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.telemetry import get_logger
-from services.trainer import metrics
 from services.trainer.checkpoints import Checkpoints
-from services.trainer.commands import CollectCommand, Command, FineTuneCommand, LoadCommand, StopCommand, TrainCommand
 from services.trainer.config import TrainerConfig
-from services.trainer.engine import Engine, Sink
-from services.trainer.fine_tune import FineTuneProgress, FineTuning, read_examples
+from services.trainer.data import read_examples
+from services.trainer.engine import (
+    CollectCommand,
+    Command,
+    Engine,
+    FineTuneCommand,
+    LoadCommand,
+    Sink,
+    StopCommand,
+    TrainCommand,
+)
 from services.trainer.hf_folder import write_folder
-from services.trainer.jobs import JobContext
-from services.trainer.train_iteration import IterationResult, MirrorDescent
-from services.trainer.trajectories import Group, read_trajectories
-from services.weights.manifest import WeightImage, export_image
-from services.weights.send import WeightSender
+from services.trainer.packing import TokenSequence
+from services.trainer.training import check_fine_tuning, check_training
+from services.trainer.trajectories import Trajectory, read_trajectories
+from services.weights.image import WeightImage, export_image
+from services.weights.sender import Target, WeightSender
 
 log = get_logger(__name__)
 ResultT = TypeVar("ResultT")
+
+POLICY_VERSION = Gauge("perigee_trainer_policy_version", "Version of the policy that the trainer has loaded.")
+TOKENS = Counter("perigee_trainer_trained_tokens", "Response tokens that took part in a loss.")
+TRAJECTORIES = Counter("perigee_trainer_trajectories", "Trajectories trained on.")
+METRIC = Gauge(
+    "perigee_trainer_iteration_metric", "Metrics of the last iteration by name, as in TrainResult.", ["name"]
+)
 
 # Reports between a job and a slow caller; older ones give way.
 _PROGRESS_QUEUE = 8
 
 
 @dataclass(frozen=True)
-class Held:
-    """The version that the engine holds. `serial` changes whenever the weights do."""
+class LoadedPolicy:
+    """The version in the engine. `serial` changes whenever the weights do.
+
+    `request` is the one that trained it and `result` its last response, so that the same request again is answered and
+    not trained; None for a version that was loaded.
+    """
 
     run_id: str
     version: int
     serial: int
-    # The request that made it and the result, so that the same request again is answered, not trained.
-    key: bytes
-    result: Any
-
-
-@dataclass(frozen=True)
-class Iteration:
-    """The result of an iteration with what surrounds the engine's own figures."""
-
-    policy_version: int
-    groups: int
-    figures: IterationResult
-    read_seconds: float
-
-
-@dataclass(frozen=True)
-class Push:
-    """Outcomes of a push by worker, seconds spent on the image (0 when it was there) and its bytes."""
-
-    outcomes: Sequence[PushOutcome]
-    export_seconds: float
-    bytes: int
+    request: pb.TrainRequest | pb.FineTuneRequest | None = None
+    result: Any = None
 
 
 class Trainer:
@@ -77,18 +78,22 @@ class Trainer:
         self.checkpoints = Checkpoints(
             Path(config.run_path) / "checkpoints", Path(config.model), config.keep_checkpoints, config.max_shard_bytes
         )
-        self.held = Held("", 0, 0, b"", None)
+        self.loaded = LoadedPolicy("", 0, 0)
         self.busy = False
         self._buffer = buffer
         self._sender = sender
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="megatron")
         self._image: WeightImage | None = None
-        self._image_serial = -1
+        # The run and the serial of the weights in the image.
+        self._image_key: tuple[str, int] | None = None
+        self._reading: concurrent.futures.Future[dict[str, Trajectory]] | None = None
 
     async def open(self) -> None:
         """Builds the engine and loads the base model; raises InvalidArgumentError when the model cannot be used."""
         self.checkpoints.clean()
-        self.engine: Engine = await asyncio.get_running_loop().run_in_executor(self._thread, Engine, self.config)
+        loop = asyncio.get_running_loop()
+        read = partial(self._read_trajectories, loop)
+        self.engine: Engine = await loop.run_in_executor(self._thread, Engine, self.config, read)
 
     async def close(self) -> None:
         """Ends the other ranks and the engine's thread, and gives the image's memory back."""
@@ -103,97 +108,98 @@ class Trainer:
             if self._image is not None:
                 self._image.close()
 
-    async def fine_tune(
-        self, run_id: str, key: bytes, dataset: Path, settings: FineTuning, new_version: int
-    ) -> AsyncIterator[FineTuneProgress]:
-        """Fine-tunes the held version; the last progress is the result."""
-        settings.validate()
-        if self._is_repeated(run_id, key):
-            yield self.held.result
+    async def fine_tune(self, request: pb.FineTuneRequest) -> AsyncIterator[pb.FineTuneResponse]:
+        """Fine-tunes the loaded version, reporting as it goes."""
+        check_fine_tuning(request)
+        if request == self.loaded.request:
+            yield self.loaded.result
             return
-        self._check_new_version(run_id, new_version)
+        self._check_new_version(request.run_id, request.new_version)
         with self._claim():
-            tokenizer = Path(self.config.model) / "tokenizer.json"
             examples = await asyncio.to_thread(
-                read_examples, dataset, tokenizer, self.engine.shape.eos_token_id, self.engine.max_tokens
+                read_examples,
+                Path(request.dataset_path),
+                Path(self.config.model) / "tokenizer.json",
+                self.engine.shape.eos_token_id,
+                self.engine.max_tokens,
             )
-            log.info("fine-tuning", run_id=run_id, examples=len(examples), steps=settings.steps)
-            take = partial(self._take, run_id, new_version, key)
-            async for progress in self._stream(FineTuneCommand(examples, settings), take):
-                yield progress
+            log.info("fine-tuning", run_id=request.run_id, examples=len(examples), steps=request.steps)
+            counts = [(len(example.tokens), int(example.trained_T.sum())) for example in examples]
+            finish = partial(self._set_loaded, request.run_id, request.new_version, request)
+            async for response in self._stream(FineTuneCommand(request, counts), finish, examples):
+                yield response
 
-    async def train(
-        self,
-        run_id: str,
-        key: bytes,
-        iteration: int,
-        rewards_by_group: dict[str, dict[str, float]],
-        settings: MirrorDescent,
-        base_version: int,
-        new_version: int,
-    ) -> AsyncIterator[tuple[int, int] | Iteration]:
-        """One iteration on groups read from the buffer: (step, steps) as it goes, then the result."""
-        settings.validate()
-        if self._is_repeated(run_id, key):
-            yield self.held.result
+    async def train(self, request: pb.TrainRequest) -> AsyncIterator[pb.TrainResponse]:
+        """Trains one iteration on groups read from the buffer, reporting as it goes."""
+        check_training(request.algorithm, request.update, request.optimizer)
+        self._check_lengths(request)
+        if request == self.loaded.request:
+            yield self.loaded.result
             return
-        self._check_new_version(run_id, new_version)
-        if base_version != self.held.version:
+        self._check_new_version(request.run_id, request.new_version)
+        if request.base_version != self.loaded.version:
             raise FailedPreconditionError(
-                f"base_version is {base_version}, but the trainer holds version {self.held.version}; "
+                f"base_version is {request.base_version}, but the trainer has version {self.loaded.version} loaded; "
                 "load the checkpoint of the version that the iteration starts from"
             )
         with self._claim():
-            start = time.monotonic()
-            groups = await self._read_groups(run_id, rewards_by_group)
-            read_seconds = time.monotonic() - start
-            log.info("training", run_id=run_id, iteration=iteration, groups=len(groups), base_version=base_version)
+            log.info(
+                "training",
+                run_id=request.run_id,
+                iteration=request.iteration,
+                algorithm=request.algorithm.name,
+                groups=len(request.groups),
+                base_version=request.base_version,
+            )
 
-            def take(figures: IterationResult) -> Iteration:
-                result = Iteration(new_version, len(groups), figures, read_seconds)
-                self._take(run_id, new_version, key, result)
-                metrics.observe_iteration(result.figures)
-                return result
+            def finish(result: pb.TrainResult) -> pb.TrainResponse:
+                steps = min(request.update.minibatches, len(request.groups))
+                response = pb.TrainResponse(step=steps, steps=steps, result=result)
+                self._set_loaded(request.run_id, request.new_version, request, response)
+                observe_iteration(result)
+                return response
 
-            command = TrainCommand(groups, base_version, settings, seed=abs(self.config.seed) + iteration)
-            async for progress in self._stream(command, take):
-                yield progress
+            command = TrainCommand(request, seed=abs(self.config.seed) + request.iteration)
+            async for response in self._stream(command, finish):
+                yield response
 
     async def save_checkpoint(self, run_id: str, version: int) -> tuple[Path, int]:
-        """Writes the held version; returns its folder and bytes."""
+        """Writes the loaded version; returns its folder and bytes."""
         with self._claim():
-            self._check_held(run_id, version)
+            self._check_loaded(run_id, version)
             size = await self._collect(lambda tensors: self.checkpoints.write(run_id, version, tensors))
-            return self.checkpoints.path_of(version), size
+            return self.checkpoints.path_of(run_id, version), size
 
     async def load_checkpoint(self, run_id: str, version: int | None) -> int:
-        """Restores a version; the newest when none is named, and version 0 is the base model."""
+        """Loads a version of a run: its newest when none is named; version 0 is the base model.
+
+        The trainer serves that run from then on, whichever it served before.
+        """
         with self._claim():
-            self._check_run(run_id)
             found, folder = self.checkpoints.find(run_id, version)
-            await self._call(LoadCommand(folder), lambda _: self._take(run_id, found, b"", None))
+            await self._call(LoadCommand(folder), lambda _: self._set_loaded(run_id, found, None, None))
             log.info("loaded", run_id=run_id, policy_version=found, path=str(folder))
             return found
 
     async def export_model(self, run_id: str, path: Path) -> Path:
-        """Writes the held version as a Hugging Face folder."""
+        """Writes the loaded version as a Hugging Face folder."""
         with self._claim():
             self._check_run(run_id)
             source, limit = Path(self.config.model), self.config.max_shard_bytes
             await self._collect(lambda tensors: write_folder(path, source, tensors, {}, limit))
             return path
 
-    async def push_weights(self, run_id: str, version: int, targets: Sequence[PushTarget]) -> Push:
-        """Pushes the held version to workers. Its image stays, so a later push may run beside a job."""
-        self._check_held(run_id, version)
-        start = time.monotonic()
+    async def push_weights(self, run_id: str, version: int, targets: Sequence[Target]) -> pb.PushWeightsResponse:
+        """Pushes the loaded version to workers. Its image stays, so a later push may run beside a job."""
+        self._check_loaded(run_id, version)
+        start = monotonic()
         image = self._image
-        if image is None or self._image_serial != self.held.serial:
+        if image is None or self._image_key != (run_id, self.loaded.serial):
             with self._claim():
                 image = await self._replace_image(run_id, version)
-        export_seconds = time.monotonic() - start
-        outcomes = await self._sender.push(image, targets)
-        return Push(outcomes, export_seconds, image.manifest.total_bytes)
+        export_seconds = monotonic() - start
+        outcomes = [pb.PushOutcome(**asdict(outcome)) for outcome in await self._sender.push(image, targets)]
+        return pb.PushWeightsResponse(outcomes=outcomes, export_seconds=export_seconds, bytes=image.total_bytes)
 
     async def _replace_image(self, run_id: str, version: int) -> WeightImage:
         if self._image is not None:
@@ -203,38 +209,36 @@ class Trainer:
         image: WeightImage = await self._collect(
             lambda tensors: export_image(run_id, version, tensors, weights.max_shard_bytes, weights.shared_memory_dir)
         )
-        self._image, self._image_serial = image, self.held.serial
+        self._image, self._image_key = image, (run_id, self.loaded.serial)
         return image
 
-    async def _read_groups(self, run_id: str, rewards_by_group: dict[str, dict[str, float]]) -> list[Group]:
-        ids = [trajectory_id for rewards in rewards_by_group.values() for trajectory_id in rewards]
-        trajectories = await read_trajectories(self._buffer, run_id, ids, self.config.buffer_timeout_s)
-        for trajectory in trajectories.values():
-            length = len(trajectory.prompt_tokens) + len(trajectory.tokens_T)
-            if length > self.engine.max_tokens or not len(trajectory.prompt_tokens):
-                raise InvalidArgumentError.of(
-                    "groups",
-                    f"trajectory {trajectory.trajectory_id} has {length} tokens; 2 to {self.engine.max_tokens} fit",
-                )
-        return [
-            Group(group_id, tuple(trajectories[i] for i in rewards), tuple(rewards.values()))
-            for group_id, rewards in rewards_by_group.items()
-        ]
+    def _read_trajectories(
+        self, loop: asyncio.AbstractEventLoop, run_id: str, ids: Sequence[str]
+    ) -> Mapping[str, Trajectory]:
+        """Reads from the buffer in the server's loop; called in the engine's thread."""
+        reading = read_trajectories(self._buffer, run_id, ids, self.config.buffer_timeout_s)
+        self._reading = asyncio.run_coroutine_threadsafe(reading, loop)
+        try:
+            return self._reading.result()
+        except concurrent.futures.CancelledError as error:
+            raise CancelledError("the caller left") from error
 
     async def _collect(self, sink: Sink) -> Any:
         return await self._call(CollectCommand(), lambda result: result, sink)
 
-    async def _call(self, command: Command, take: Callable[[Any], ResultT], sink: Sink | None = None) -> ResultT:
+    async def _call(self, command: Command, finish: Callable[[Any], ResultT], sink: Sink | None = None) -> ResultT:
         """Runs a command to its end even when the caller leaves: until then the engine stays claimed."""
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._thread, lambda: take(self.engine.run(command, None, sink)))
+        future = loop.run_in_executor(self._thread, lambda: finish(self.engine.run(command, sink=sink)))
         try:
             return await asyncio.shield(future)
         finally:
             await asyncio.wait({future})
             self._end_if_broken()
 
-    async def _stream(self, command: Command, take: Callable[[Any], Any]) -> AsyncIterator[Any]:
+    async def _stream(
+        self, command: Command, finish: Callable[[Any], Any], examples: Sequence[TokenSequence] | None = None
+    ) -> AsyncIterator[Any]:
         """Runs a job, yielding its reports and then the result; a caller that leaves stops it within a step."""
         loop = asyncio.get_running_loop()
         reports: asyncio.Queue[Any] = asyncio.Queue(_PROGRESS_QUEUE)
@@ -248,8 +252,8 @@ class Trainer:
         def report_soon(report: Any) -> None:
             loop.call_soon_threadsafe(put, report)
 
-        context = JobContext(report_soon, left.is_set)
-        future = loop.run_in_executor(self._thread, lambda: take(self.engine.run(command, context)))
+        context = self.engine.job_context(report_soon, left.is_set)
+        future = loop.run_in_executor(self._thread, lambda: finish(self.engine.run(command, context, examples)))
         future.add_done_callback(lambda _: put(None))
         try:
             while (report := await reports.get()) is not None:
@@ -257,13 +261,17 @@ class Trainer:
             yield future.result()
         finally:
             left.set()
+            if self._reading is not None:
+                self._reading.cancel()
             await asyncio.wait({future})
             self._end_if_broken()
 
-    def _take(self, run_id: str, version: int, key: bytes, result: Any) -> Any:
-        """Records the version that the engine holds from here on; called in its thread, before the caller may leave."""
-        self.held = Held(run_id, version, self.held.serial + 1, key, result)
-        metrics.POLICY_VERSION.set(version)
+    def _set_loaded(
+        self, run_id: str, version: int, request: pb.TrainRequest | pb.FineTuneRequest | None, result: Any
+    ) -> Any:
+        """Records what the engine has loaded; called in its thread, before the caller may leave."""
+        self.loaded = LoadedPolicy(run_id, version, self.loaded.serial + 1, request, result)
+        POLICY_VERSION.set(version)
         return result
 
     def _end_if_broken(self) -> None:
@@ -281,25 +289,47 @@ class Trainer:
         finally:
             self.busy = False
 
-    def _is_repeated(self, run_id: str, key: bytes) -> bool:
-        return self.held.result is not None and self.held.run_id == run_id and self.held.key == key
+    def _check_lengths(self, request: pb.TrainRequest) -> None:
+        for i, group in enumerate(request.groups):
+            for trajectory in group.trajectories:
+                response = sum(trajectory.tokens_by_version.values())
+                if not trajectory.prompt_tokens or not response:
+                    raise InvalidArgumentError.of(
+                        f"groups[{i}].trajectories", f"{trajectory.trajectory_id} has no prompt or no response tokens"
+                    )
+                if trajectory.prompt_tokens + response > self.engine.max_tokens:
+                    raise InvalidArgumentError.of(
+                        f"groups[{i}].trajectories",
+                        f"{trajectory.trajectory_id} has {trajectory.prompt_tokens + response} tokens; "
+                        f"{self.engine.max_tokens} fit",
+                    )
 
     def _check_run(self, run_id: str) -> None:
         if not run_id:
             raise InvalidArgumentError.of("run_id", "is empty")
-        if self.held.run_id and self.held.run_id != run_id:
-            raise FailedPreconditionError(f"the trainer serves run {self.held.run_id}, not {run_id}")
-
-    def _check_held(self, run_id: str, version: int) -> None:
-        self._check_run(run_id)
-        if version != self.held.version:
+        if self.loaded.run_id and self.loaded.run_id != run_id:
             raise FailedPreconditionError(
-                f"policy_version is {version}, but the trainer holds version {self.held.version}"
+                f"the trainer has run {self.loaded.run_id} loaded, not {run_id}; load a checkpoint of {run_id} first"
+            )
+
+    def _check_loaded(self, run_id: str, version: int) -> None:
+        self._check_run(run_id)
+        if version != self.loaded.version:
+            raise FailedPreconditionError(
+                f"policy_version is {version}, but the trainer has version {self.loaded.version} loaded"
             )
 
     def _check_new_version(self, run_id: str, new_version: int) -> None:
         self._check_run(run_id)
-        if new_version <= self.held.version:
+        if new_version <= self.loaded.version:
             raise FailedPreconditionError(
-                f"new_version is {new_version}, but the trainer already holds version {self.held.version}"
+                f"new_version is {new_version}, but the trainer already has version {self.loaded.version} loaded"
             )
+
+
+def observe_iteration(result: pb.TrainResult) -> None:
+    """Sets the Prometheus metrics of an iteration."""
+    TOKENS.inc(result.trained_tokens)
+    TRAJECTORIES.inc(result.trajectories)
+    for name, value in result.metrics.items():
+        METRIC.labels(name).set(value)

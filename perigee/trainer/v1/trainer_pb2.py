@@ -22,59 +22,72 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n perigee/trainer/v1/trainer.proto\x12\x12perigee.trainer.v1\"\x11\n\x0fGetStateRequest\"\xd0\x01\n\x10GetStateResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0b\x63heckpoints\x18\x03 \x03(\x04\x12\x12\n\nparameters\x18\x04 \x01(\x04\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x17\n\x0ftensor_parallel\x18\x06 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x07 \x01(\r\x12\x15\n\rdata_parallel\x18\x08 \x01(\r\x12\x0c\n\x04\x62usy\x18\t \x01(\x08\"\x99\x01\n\tOptimizer\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\r\n\x05\x62\x65ta1\x18\x02 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x03 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x05 \x01(\x01\x12\x14\n\x0cwarmup_steps\x18\x06 \x01(\r\x12\x14\n\x0cmin_lr_ratio\x18\x07 \x01(\x01\"\xd2\x01\n\x0f\x46ineTuneRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64\x61taset_path\x18\x02 \x01(\t\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12!\n\x19max_tokens_per_microbatch\x18\x05 \x01(\r\x12\x30\n\toptimizer\x18\x06 \x01(\x0b\x32\x1d.perigee.trainer.v1.Optimizer\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x13\n\x0bnew_version\x18\x08 \x01(\x04\"\x83\x01\n\x10\x46ineTuneResponse\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x15\n\rgradient_norm\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\"\x8e\x02\n\x13PolicyMirrorDescent\x12\x0b\n\x03tau\x18\x01 \x01(\x01\x12.\n\x08\x62\x61seline\x18\x02 \x01(\x0e\x32\x1c.perigee.trainer.v1.Baseline\x12\x13\n\x0bminibatches\x18\x03 \x01(\r\x12!\n\x19max_tokens_per_microbatch\x18\x04 \x01(\r\x12\x15\n\rmax_staleness\x18\x05 \x01(\r\x12\x13\n\x0btoken_scale\x18\x06 \x01(\x01\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\x12\x30\n\toptimizer\x18\x08 \x01(\x0b\x32\x1d.perigee.trainer.v1.Optimizer\x12\x0f\n\x07tis_cap\x18\t \x01(\x01\"9\n\x10TrajectoryReward\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0e\n\x06reward\x18\x02 \x01(\x01\"]\n\rTrainingGroup\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12:\n\x0ctrajectories\x18\x02 \x03(\x0b\x32$.perigee.trainer.v1.TrajectoryReward\"\xcb\x01\n\x0cTrainRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\titeration\x18\x02 \x01(\x04\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x13\n\x0bnew_version\x18\x04 \x01(\x04\x12\x31\n\x06groups\x18\x05 \x03(\x0b\x32!.perigee.trainer.v1.TrainingGroup\x12:\n\talgorithm\x18\x06 \x01(\x0b\x32\'.perigee.trainer.v1.PolicyMirrorDescent\"m\n\rTrainResponse\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x34\n\x06result\x18\x03 \x01(\x0b\x32\x1f.perigee.trainer.v1.TrainResultH\x00\x88\x01\x01\x42\t\n\x07_result\"\xdc\x02\n\x0bTrainResult\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x0e\n\x06groups\x18\x02 \x01(\r\x12\x14\n\x0ctrajectories\x18\x03 \x01(\r\x12\"\n\x1atrajectories_multi_version\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x16\n\x0etrained_tokens\x18\x06 \x01(\x04\x12\x0c\n\x04loss\x18\x07 \x01(\x01\x12\x15\n\rgradient_norm\x18\x08 \x01(\x01\x12\x14\n\x0cpolicy_shift\x18\t \x01(\x01\x12\x1e\n\x16max_logprob_difference\x18\n \x01(\x01\x12\x1f\n\x17mean_logprob_difference\x18\x0b \x01(\x01\x12\x14\n\x0cread_seconds\x18\x0c \x01(\x01\x12\x19\n\x11reference_seconds\x18\r \x01(\x01\x12\x16\n\x0eupdate_seconds\x18\x0e \x01(\x01\"0\n\nPushTarget\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"m\n\x12PushWeightsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12/\n\x07targets\x18\x03 \x03(\x0b\x32\x1e.perigee.trainer.v1.PushTarget\"u\n\x0bPushOutcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\tcommitted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x18\n\x10transfer_seconds\x18\x04 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x05 \x01(\x01\"o\n\x13PushWeightsResponse\x12\x31\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1f.perigee.trainer.v1.PushOutcome\x12\x16\n\x0e\x65xport_seconds\x18\x02 \x01(\x01\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"?\n\x15SaveCheckpointRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\"5\n\x16SaveCheckpointResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"W\n\x15LoadCheckpointRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1b\n\x0epolicy_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"0\n\x16LoadCheckpointResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\"2\n\x12\x45xportModelRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"#\n\x13\x45xportModelResponse\x12\x0c\n\x04path\x18\x01 \x01(\t*R\n\x08\x42\x61seline\x12\x18\n\x14\x42\x41SELINE_UNSPECIFIED\x10\x00\x12\x11\n\rBASELINE_MEAN\x10\x01\x12\x19\n\x15\x42\x41SELINE_LOG_MEAN_EXP\x10\x02\x32\xa2\x05\n\x0eTrainerService\x12U\n\x08GetState\x12#.perigee.trainer.v1.GetStateRequest\x1a$.perigee.trainer.v1.GetStateResponse\x12W\n\x08\x46ineTune\x12#.perigee.trainer.v1.FineTuneRequest\x1a$.perigee.trainer.v1.FineTuneResponse0\x01\x12N\n\x05Train\x12 .perigee.trainer.v1.TrainRequest\x1a!.perigee.trainer.v1.TrainResponse0\x01\x12^\n\x0bPushWeights\x12&.perigee.trainer.v1.PushWeightsRequest\x1a\'.perigee.trainer.v1.PushWeightsResponse\x12g\n\x0eSaveCheckpoint\x12).perigee.trainer.v1.SaveCheckpointRequest\x1a*.perigee.trainer.v1.SaveCheckpointResponse\x12g\n\x0eLoadCheckpoint\x12).perigee.trainer.v1.LoadCheckpointRequest\x1a*.perigee.trainer.v1.LoadCheckpointResponse\x12^\n\x0b\x45xportModel\x12&.perigee.trainer.v1.ExportModelRequest\x1a\'.perigee.trainer.v1.ExportModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n perigee/trainer/v1/trainer.proto\x12\x12perigee.trainer.v1\x1a\x1cgoogle/protobuf/struct.proto\"!\n\x0fGetStateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\xd0\x01\n\x10GetStateResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0b\x63heckpoints\x18\x03 \x03(\x04\x12\x12\n\nparameters\x18\x04 \x01(\x04\x12\x12\n\nworld_size\x18\x05 \x01(\r\x12\x17\n\x0ftensor_parallel\x18\x06 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\x07 \x01(\r\x12\x15\n\rdata_parallel\x18\x08 \x01(\r\x12\x0c\n\x04\x62usy\x18\t \x01(\x08\"\x99\x01\n\tOptimizer\x12\x15\n\rlearning_rate\x18\x01 \x01(\x01\x12\r\n\x05\x62\x65ta1\x18\x02 \x01(\x01\x12\r\n\x05\x62\x65ta2\x18\x03 \x01(\x01\x12\x14\n\x0cweight_decay\x18\x04 \x01(\x01\x12\x15\n\rmax_grad_norm\x18\x05 \x01(\x01\x12\x14\n\x0cwarmup_steps\x18\x06 \x01(\r\x12\x14\n\x0cmin_lr_ratio\x18\x07 \x01(\x01\"\xd2\x01\n\x0f\x46ineTuneRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x14\n\x0c\x64\x61taset_path\x18\x02 \x01(\t\x12\r\n\x05steps\x18\x03 \x01(\r\x12\x12\n\nbatch_size\x18\x04 \x01(\r\x12!\n\x19max_tokens_per_microbatch\x18\x05 \x01(\r\x12\x30\n\toptimizer\x18\x06 \x01(\x0b\x32\x1d.perigee.trainer.v1.Optimizer\x12\x0c\n\x04seed\x18\x07 \x01(\x04\x12\x13\n\x0bnew_version\x18\x08 \x01(\x04\"\x7f\n\x10\x46ineTuneResponse\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x0c\n\x04loss\x18\x03 \x01(\x01\x12\x11\n\tgrad_norm\x18\x04 \x01(\x01\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\x12\x0c\n\x04\x64one\x18\x07 \x01(\x08\"D\n\tAlgorithm\x12\x0c\n\x04name\x18\x01 \x01(\t\x12)\n\x08settings\x18\x02 \x01(\x0b\x32\x17.google.protobuf.Struct\"\x9a\x01\n\x0eUpdateSettings\x12\x13\n\x0bminibatches\x18\x01 \x01(\r\x12!\n\x19max_tokens_per_microbatch\x18\x02 \x01(\r\x12\x15\n\rmax_staleness\x18\x03 \x01(\r\x12\x13\n\x0btoken_scale\x18\x04 \x01(\x01\x12\x13\n\x0btemperature\x18\x05 \x01(\x01\x12\x0f\n\x07tis_cap\x18\x06 \x01(\x01\"\xaf\x01\n\x15\x43heckAlgorithmRequest\x12\x30\n\talgorithm\x18\x01 \x01(\x0b\x32\x1d.perigee.trainer.v1.Algorithm\x12\x32\n\x06update\x18\x02 \x01(\x0b\x32\".perigee.trainer.v1.UpdateSettings\x12\x30\n\toptimizer\x18\x03 \x01(\x0b\x32\x1d.perigee.trainer.v1.Optimizer\"J\n\x16\x43heckAlgorithmResponse\x12\x30\n\talgorithm\x18\x01 \x01(\x0b\x32\x1d.perigee.trainer.v1.Algorithm\"\xe2\x01\n\x12TrainingTrajectory\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0e\n\x06reward\x18\x02 \x01(\x01\x12\x15\n\rprompt_tokens\x18\x03 \x01(\r\x12V\n\x11tokens_by_version\x18\x04 \x03(\x0b\x32;.perigee.trainer.v1.TrainingTrajectory.TokensByVersionEntry\x1a\x36\n\x14TokensByVersionEntry\x12\x0b\n\x03key\x18\x01 \x01(\x04\x12\r\n\x05value\x18\x02 \x01(\r:\x02\x38\x01\"_\n\rTrainingGroup\x12\x10\n\x08group_id\x18\x01 \x01(\t\x12<\n\x0ctrajectories\x18\x02 \x03(\x0b\x32&.perigee.trainer.v1.TrainingTrajectory\"\xa7\x02\n\x0cTrainRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\titeration\x18\x02 \x01(\x04\x12\x14\n\x0c\x62\x61se_version\x18\x03 \x01(\x04\x12\x13\n\x0bnew_version\x18\x04 \x01(\x04\x12\x31\n\x06groups\x18\x05 \x03(\x0b\x32!.perigee.trainer.v1.TrainingGroup\x12\x30\n\talgorithm\x18\x06 \x01(\x0b\x32\x1d.perigee.trainer.v1.Algorithm\x12\x32\n\x06update\x18\x07 \x01(\x0b\x32\".perigee.trainer.v1.UpdateSettings\x12\x30\n\toptimizer\x18\x08 \x01(\x0b\x32\x1d.perigee.trainer.v1.Optimizer\"m\n\rTrainResponse\x12\x0c\n\x04step\x18\x01 \x01(\r\x12\r\n\x05steps\x18\x02 \x01(\r\x12\x34\n\x06result\x18\x03 \x01(\x0b\x32\x1f.perigee.trainer.v1.TrainResultH\x00\x88\x01\x01\x42\t\n\x07_result\"\x86\x02\n\x0bTrainResult\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x0e\n\x06groups\x18\x02 \x01(\r\x12\x14\n\x0ctrajectories\x18\x03 \x01(\r\x12\"\n\x1atrajectories_multi_version\x18\x04 \x01(\r\x12\x0e\n\x06tokens\x18\x05 \x01(\x04\x12\x16\n\x0etrained_tokens\x18\x06 \x01(\x04\x12=\n\x07metrics\x18\x07 \x03(\x0b\x32,.perigee.trainer.v1.TrainResult.MetricsEntry\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"0\n\nPushTarget\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"m\n\x12PushWeightsRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12/\n\x07targets\x18\x03 \x03(\x0b\x32\x1e.perigee.trainer.v1.PushTarget\"u\n\x0bPushOutcome\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x11\n\tcommitted\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x18\n\x10transfer_seconds\x18\x04 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x05 \x01(\x01\"o\n\x13PushWeightsResponse\x12\x31\n\x08outcomes\x18\x01 \x03(\x0b\x32\x1f.perigee.trainer.v1.PushOutcome\x12\x16\n\x0e\x65xport_seconds\x18\x02 \x01(\x01\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\"?\n\x15SaveCheckpointRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\"5\n\x16SaveCheckpointResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\"W\n\x15LoadCheckpointRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1b\n\x0epolicy_version\x18\x02 \x01(\x04H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"0\n\x16LoadCheckpointResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\"2\n\x12\x45xportModelRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0c\n\x04path\x18\x02 \x01(\t\"#\n\x13\x45xportModelResponse\x12\x0c\n\x04path\x18\x01 \x01(\t2\x8b\x06\n\x0eTrainerService\x12U\n\x08GetState\x12#.perigee.trainer.v1.GetStateRequest\x1a$.perigee.trainer.v1.GetStateResponse\x12g\n\x0e\x43heckAlgorithm\x12).perigee.trainer.v1.CheckAlgorithmRequest\x1a*.perigee.trainer.v1.CheckAlgorithmResponse\x12W\n\x08\x46ineTune\x12#.perigee.trainer.v1.FineTuneRequest\x1a$.perigee.trainer.v1.FineTuneResponse0\x01\x12N\n\x05Train\x12 .perigee.trainer.v1.TrainRequest\x1a!.perigee.trainer.v1.TrainResponse0\x01\x12^\n\x0bPushWeights\x12&.perigee.trainer.v1.PushWeightsRequest\x1a\'.perigee.trainer.v1.PushWeightsResponse\x12g\n\x0eSaveCheckpoint\x12).perigee.trainer.v1.SaveCheckpointRequest\x1a*.perigee.trainer.v1.SaveCheckpointResponse\x12g\n\x0eLoadCheckpoint\x12).perigee.trainer.v1.LoadCheckpointRequest\x1a*.perigee.trainer.v1.LoadCheckpointResponse\x12^\n\x0b\x45xportModel\x12&.perigee.trainer.v1.ExportModelRequest\x1a\'.perigee.trainer.v1.ExportModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perigee.trainer.v1.trainer_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_BASELINE']._serialized_start=2625
-  _globals['_BASELINE']._serialized_end=2707
-  _globals['_GETSTATEREQUEST']._serialized_start=56
-  _globals['_GETSTATEREQUEST']._serialized_end=73
-  _globals['_GETSTATERESPONSE']._serialized_start=76
-  _globals['_GETSTATERESPONSE']._serialized_end=284
-  _globals['_OPTIMIZER']._serialized_start=287
-  _globals['_OPTIMIZER']._serialized_end=440
-  _globals['_FINETUNEREQUEST']._serialized_start=443
-  _globals['_FINETUNEREQUEST']._serialized_end=653
-  _globals['_FINETUNERESPONSE']._serialized_start=656
-  _globals['_FINETUNERESPONSE']._serialized_end=787
-  _globals['_POLICYMIRRORDESCENT']._serialized_start=790
-  _globals['_POLICYMIRRORDESCENT']._serialized_end=1060
-  _globals['_TRAJECTORYREWARD']._serialized_start=1062
-  _globals['_TRAJECTORYREWARD']._serialized_end=1119
-  _globals['_TRAININGGROUP']._serialized_start=1121
-  _globals['_TRAININGGROUP']._serialized_end=1214
-  _globals['_TRAINREQUEST']._serialized_start=1217
-  _globals['_TRAINREQUEST']._serialized_end=1420
-  _globals['_TRAINRESPONSE']._serialized_start=1422
-  _globals['_TRAINRESPONSE']._serialized_end=1531
-  _globals['_TRAINRESULT']._serialized_start=1534
-  _globals['_TRAINRESULT']._serialized_end=1882
-  _globals['_PUSHTARGET']._serialized_start=1884
-  _globals['_PUSHTARGET']._serialized_end=1932
-  _globals['_PUSHWEIGHTSREQUEST']._serialized_start=1934
-  _globals['_PUSHWEIGHTSREQUEST']._serialized_end=2043
-  _globals['_PUSHOUTCOME']._serialized_start=2045
-  _globals['_PUSHOUTCOME']._serialized_end=2162
-  _globals['_PUSHWEIGHTSRESPONSE']._serialized_start=2164
-  _globals['_PUSHWEIGHTSRESPONSE']._serialized_end=2275
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=2277
-  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=2340
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=2342
-  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=2395
-  _globals['_LOADCHECKPOINTREQUEST']._serialized_start=2397
-  _globals['_LOADCHECKPOINTREQUEST']._serialized_end=2484
-  _globals['_LOADCHECKPOINTRESPONSE']._serialized_start=2486
-  _globals['_LOADCHECKPOINTRESPONSE']._serialized_end=2534
-  _globals['_EXPORTMODELREQUEST']._serialized_start=2536
-  _globals['_EXPORTMODELREQUEST']._serialized_end=2586
-  _globals['_EXPORTMODELRESPONSE']._serialized_start=2588
-  _globals['_EXPORTMODELRESPONSE']._serialized_end=2623
-  _globals['_TRAINERSERVICE']._serialized_start=2710
-  _globals['_TRAINERSERVICE']._serialized_end=3384
+  _globals['_TRAININGTRAJECTORY_TOKENSBYVERSIONENTRY']._loaded_options = None
+  _globals['_TRAININGTRAJECTORY_TOKENSBYVERSIONENTRY']._serialized_options = b'8\001'
+  _globals['_TRAINRESULT_METRICSENTRY']._loaded_options = None
+  _globals['_TRAINRESULT_METRICSENTRY']._serialized_options = b'8\001'
+  _globals['_GETSTATEREQUEST']._serialized_start=86
+  _globals['_GETSTATEREQUEST']._serialized_end=119
+  _globals['_GETSTATERESPONSE']._serialized_start=122
+  _globals['_GETSTATERESPONSE']._serialized_end=330
+  _globals['_OPTIMIZER']._serialized_start=333
+  _globals['_OPTIMIZER']._serialized_end=486
+  _globals['_FINETUNEREQUEST']._serialized_start=489
+  _globals['_FINETUNEREQUEST']._serialized_end=699
+  _globals['_FINETUNERESPONSE']._serialized_start=701
+  _globals['_FINETUNERESPONSE']._serialized_end=828
+  _globals['_ALGORITHM']._serialized_start=830
+  _globals['_ALGORITHM']._serialized_end=898
+  _globals['_UPDATESETTINGS']._serialized_start=901
+  _globals['_UPDATESETTINGS']._serialized_end=1055
+  _globals['_CHECKALGORITHMREQUEST']._serialized_start=1058
+  _globals['_CHECKALGORITHMREQUEST']._serialized_end=1233
+  _globals['_CHECKALGORITHMRESPONSE']._serialized_start=1235
+  _globals['_CHECKALGORITHMRESPONSE']._serialized_end=1309
+  _globals['_TRAININGTRAJECTORY']._serialized_start=1312
+  _globals['_TRAININGTRAJECTORY']._serialized_end=1538
+  _globals['_TRAININGTRAJECTORY_TOKENSBYVERSIONENTRY']._serialized_start=1484
+  _globals['_TRAININGTRAJECTORY_TOKENSBYVERSIONENTRY']._serialized_end=1538
+  _globals['_TRAININGGROUP']._serialized_start=1540
+  _globals['_TRAININGGROUP']._serialized_end=1635
+  _globals['_TRAINREQUEST']._serialized_start=1638
+  _globals['_TRAINREQUEST']._serialized_end=1933
+  _globals['_TRAINRESPONSE']._serialized_start=1935
+  _globals['_TRAINRESPONSE']._serialized_end=2044
+  _globals['_TRAINRESULT']._serialized_start=2047
+  _globals['_TRAINRESULT']._serialized_end=2309
+  _globals['_TRAINRESULT_METRICSENTRY']._serialized_start=2263
+  _globals['_TRAINRESULT_METRICSENTRY']._serialized_end=2309
+  _globals['_PUSHTARGET']._serialized_start=2311
+  _globals['_PUSHTARGET']._serialized_end=2359
+  _globals['_PUSHWEIGHTSREQUEST']._serialized_start=2361
+  _globals['_PUSHWEIGHTSREQUEST']._serialized_end=2470
+  _globals['_PUSHOUTCOME']._serialized_start=2472
+  _globals['_PUSHOUTCOME']._serialized_end=2589
+  _globals['_PUSHWEIGHTSRESPONSE']._serialized_start=2591
+  _globals['_PUSHWEIGHTSRESPONSE']._serialized_end=2702
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_start=2704
+  _globals['_SAVECHECKPOINTREQUEST']._serialized_end=2767
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_start=2769
+  _globals['_SAVECHECKPOINTRESPONSE']._serialized_end=2822
+  _globals['_LOADCHECKPOINTREQUEST']._serialized_start=2824
+  _globals['_LOADCHECKPOINTREQUEST']._serialized_end=2911
+  _globals['_LOADCHECKPOINTRESPONSE']._serialized_start=2913
+  _globals['_LOADCHECKPOINTRESPONSE']._serialized_end=2961
+  _globals['_EXPORTMODELREQUEST']._serialized_start=2963
+  _globals['_EXPORTMODELREQUEST']._serialized_end=3013
+  _globals['_EXPORTMODELRESPONSE']._serialized_start=3015
+  _globals['_EXPORTMODELRESPONSE']._serialized_end=3050
+  _globals['_TRAINERSERVICE']._serialized_start=3053
+  _globals['_TRAINERSERVICE']._serialized_end=3832
 # @@protoc_insertion_point(module_scope)

@@ -6,8 +6,8 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf.internal import containers as _containers
-from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -19,38 +19,21 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
-class _Baseline:
-    ValueType = _typing.NewType("ValueType", _builtins.int)
-    V: _TypeAlias = ValueType  # noqa: Y015
-
-class _BaselineEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Baseline.ValueType], _builtins.type):
-    DESCRIPTOR: _descriptor.EnumDescriptor
-    BASELINE_UNSPECIFIED: _Baseline.ValueType  # 0
-    BASELINE_MEAN: _Baseline.ValueType  # 1
-    """Mean of the group's rewards."""
-    BASELINE_LOG_MEAN_EXP: _Baseline.ValueType  # 2
-    """tau log mean exp(r / tau)."""
-
-class Baseline(_Baseline, metaclass=_BaselineEnumTypeWrapper):
-    """The baseline that stands for tau log Z (k1.5 section 2.3.2)."""
-
-BASELINE_UNSPECIFIED: Baseline.ValueType  # 0
-BASELINE_MEAN: Baseline.ValueType  # 1
-"""Mean of the group's rewards."""
-BASELINE_LOG_MEAN_EXP: Baseline.ValueType  # 2
-"""tau log mean exp(r / tau)."""
-Global___Baseline: _TypeAlias = Baseline  # noqa: Y015
-
 @_typing.final
 class GetStateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """The run whose checkpoints are listed; the loaded version's run when empty."""
     def __init__(
         self,
+        *,
+        run_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -70,6 +53,7 @@ class GetStateResponse(_message.Message):
     DATA_PARALLEL_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
+    """The run of the loaded version; empty until a run has used the trainer."""
     policy_version: _builtins.int
     parameters: _builtins.int
     world_size: _builtins.int
@@ -79,7 +63,7 @@ class GetStateResponse(_message.Message):
     busy: _builtins.bool
     @_builtins.property
     def checkpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Versions that have a checkpoint, oldest first."""
+        """Versions of the requested run that have a checkpoint, oldest first."""
 
     def __init__(
         self,
@@ -165,7 +149,7 @@ class FineTuneRequest(_message.Message):
     """Tokens per packed sequence."""
     seed: _builtins.int
     new_version: _builtins.int
-    """The version that the result is called."""
+    """The version number of the result."""
     @_builtins.property
     def optimizer(self) -> Global___Optimizer: ...
     def __init__(
@@ -195,7 +179,7 @@ class FineTuneResponse(_message.Message):
     STEP_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
-    GRADIENT_NORM_FIELD_NUMBER: _builtins.int
+    GRAD_NORM_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
@@ -203,7 +187,7 @@ class FineTuneResponse(_message.Message):
     steps: _builtins.int
     loss: _builtins.float
     """Mean negative log-likelihood per response token since the last message."""
-    gradient_norm: _builtins.float
+    grad_norm: _builtins.float
     tokens: _builtins.int
     seconds: _builtins.float
     done: _builtins.bool
@@ -214,91 +198,191 @@ class FineTuneResponse(_message.Message):
         step: _builtins.int = ...,
         steps: _builtins.int = ...,
         loss: _builtins.float = ...,
-        gradient_norm: _builtins.float = ...,
+        grad_norm: _builtins.float = ...,
         tokens: _builtins.int = ...,
         seconds: _builtins.float = ...,
         done: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "gradient_norm", b"gradient_norm", "loss", b"loss", "seconds", b"seconds", "step", b"step", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "grad_norm", b"grad_norm", "loss", b"loss", "seconds", b"seconds", "step", b"step", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FineTuneResponse: _TypeAlias = FineTuneResponse  # noqa: Y015
 
 @_typing.final
-class PolicyMirrorDescent(_message.Message):
-    """k1.5 equation (3)."""
+class Algorithm(_message.Message):
+    """A reinforcement learning algorithm and what only it knows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    TAU_FIELD_NUMBER: _builtins.int
-    BASELINE_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SETTINGS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Registered name, "policy_mirror_descent" for example."""
+    @_builtins.property
+    def settings(self) -> _struct_pb2.Struct:
+        """The algorithm's settings by name. One that is absent has its default; an unknown one is refused."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        settings: _struct_pb2.Struct | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["settings", b"settings"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "settings", b"settings"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Algorithm: _TypeAlias = Algorithm  # noqa: Y015
+
+@_typing.final
+class UpdateSettings(_message.Message):
+    """What every algorithm is trained with."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
     MINIBATCHES_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_PER_MICROBATCH_FIELD_NUMBER: _builtins.int
     MAX_STALENESS_FIELD_NUMBER: _builtins.int
     TOKEN_SCALE_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
-    OPTIMIZER_FIELD_NUMBER: _builtins.int
     TIS_CAP_FIELD_NUMBER: _builtins.int
-    tau: _builtins.float
-    baseline: Global___Baseline.ValueType
     minibatches: _builtins.int
     """Optimizer steps per iteration, over equal shares of the groups."""
     max_tokens_per_microbatch: _builtins.int
+    """Tokens per forward and backward pass; a longer sequence has a pass of its own."""
     max_staleness: _builtins.int
-    """Tokens whose version is older than the iteration's by more than this are masked out of the loss."""
+    """Tokens whose version is older than base_version by more than this are masked out of the loss."""
     token_scale: _builtins.float
-    """Log-probability sums are divided by this before the loss."""
+    """Sums of log-probabilities over a trajectory are divided by this."""
     temperature: _builtins.float
     """The temperature that the trajectories were sampled with."""
     tis_cap: _builtins.float
-    """Truncated importance sampling against the engine's logprobs; 0 is off."""
-    @_builtins.property
-    def optimizer(self) -> Global___Optimizer: ...
+    """Cap of truncated importance sampling against the rollout's log-probabilities; 0 is off."""
     def __init__(
         self,
         *,
-        tau: _builtins.float = ...,
-        baseline: Global___Baseline.ValueType = ...,
         minibatches: _builtins.int = ...,
         max_tokens_per_microbatch: _builtins.int = ...,
         max_staleness: _builtins.int = ...,
         token_scale: _builtins.float = ...,
         temperature: _builtins.float = ...,
-        optimizer: Global___Optimizer | None = ...,
         tis_cap: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["baseline", b"baseline", "max_staleness", b"max_staleness", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "minibatches", b"minibatches", "optimizer", b"optimizer", "tau", b"tau", "temperature", b"temperature", "tis_cap", b"tis_cap", "token_scale", b"token_scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_staleness", b"max_staleness", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "minibatches", b"minibatches", "temperature", b"temperature", "tis_cap", b"tis_cap", "token_scale", b"token_scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___PolicyMirrorDescent: _TypeAlias = PolicyMirrorDescent  # noqa: Y015
+Global___UpdateSettings: _TypeAlias = UpdateSettings  # noqa: Y015
 
 @_typing.final
-class TrajectoryReward(_message.Message):
+class CheckAlgorithmRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
+
+    ALGORITHM_FIELD_NUMBER: _builtins.int
+    UPDATE_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def algorithm(self) -> Global___Algorithm: ...
+    @_builtins.property
+    def update(self) -> Global___UpdateSettings: ...
+    @_builtins.property
+    def optimizer(self) -> Global___Optimizer: ...
+    def __init__(
+        self,
+        *,
+        algorithm: Global___Algorithm | None = ...,
+        update: Global___UpdateSettings | None = ...,
+        optimizer: Global___Optimizer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "optimizer", b"optimizer", "update", b"update"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "optimizer", b"optimizer", "update", b"update"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckAlgorithmRequest: _TypeAlias = CheckAlgorithmRequest  # noqa: Y015
+
+@_typing.final
+class CheckAlgorithmResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ALGORITHM_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def algorithm(self) -> Global___Algorithm:
+        """The algorithm with every setting, defaults included."""
+
+    def __init__(
+        self,
+        *,
+        algorithm: Global___Algorithm | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckAlgorithmResponse: _TypeAlias = CheckAlgorithmResponse  # noqa: Y015
+
+@_typing.final
+class TrainingTrajectory(_message.Message):
+    """A trajectory to train on, with the counts by which the work is divided before any token is read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TokensByVersionEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     TRAJECTORY_ID_FIELD_NUMBER: _builtins.int
     REWARD_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    TOKENS_BY_VERSION_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     reward: _builtins.float
+    prompt_tokens: _builtins.int
+    @_builtins.property
+    def tokens_by_version(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """Response tokens by the policy version that sampled them."""
+
     def __init__(
         self,
         *,
         trajectory_id: _builtins.str = ...,
         reward: _builtins.float = ...,
+        prompt_tokens: _builtins.int = ...,
+        tokens_by_version: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reward", b"reward", "trajectory_id", b"trajectory_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["prompt_tokens", b"prompt_tokens", "reward", b"reward", "tokens_by_version", b"tokens_by_version", "trajectory_id", b"trajectory_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___TrajectoryReward: _TypeAlias = TrajectoryReward  # noqa: Y015
+Global___TrainingTrajectory: _TypeAlias = TrainingTrajectory  # noqa: Y015
 
 @_typing.final
 class TrainingGroup(_message.Message):
@@ -308,12 +392,12 @@ class TrainingGroup(_message.Message):
     TRAJECTORIES_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     @_builtins.property
-    def trajectories(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrajectoryReward]: ...
+    def trajectories(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainingTrajectory]: ...
     def __init__(
         self,
         *,
         group_id: _builtins.str = ...,
-        trajectories: _abc.Iterable[Global___TrajectoryReward] | None = ...,
+        trajectories: _abc.Iterable[Global___TrainingTrajectory] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -333,15 +417,21 @@ class TrainRequest(_message.Message):
     NEW_VERSION_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     ALGORITHM_FIELD_NUMBER: _builtins.int
+    UPDATE_FIELD_NUMBER: _builtins.int
+    OPTIMIZER_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     iteration: _builtins.int
     base_version: _builtins.int
-    """Refused with FAILED_PRECONDITION when the trainer holds another version."""
+    """Refused with FAILED_PRECONDITION when the trainer has another version loaded."""
     new_version: _builtins.int
     @_builtins.property
     def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___TrainingGroup]: ...
     @_builtins.property
-    def algorithm(self) -> Global___PolicyMirrorDescent: ...
+    def algorithm(self) -> Global___Algorithm: ...
+    @_builtins.property
+    def update(self) -> Global___UpdateSettings: ...
+    @_builtins.property
+    def optimizer(self) -> Global___Optimizer: ...
     def __init__(
         self,
         *,
@@ -350,11 +440,13 @@ class TrainRequest(_message.Message):
         base_version: _builtins.int = ...,
         new_version: _builtins.int = ...,
         groups: _abc.Iterable[Global___TrainingGroup] | None = ...,
-        algorithm: Global___PolicyMirrorDescent | None = ...,
+        algorithm: Global___Algorithm | None = ...,
+        update: Global___UpdateSettings | None = ...,
+        optimizer: Global___Optimizer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "optimizer", b"optimizer", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "base_version", b"base_version", "groups", b"groups", "iteration", b"iteration", "new_version", b"new_version", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "base_version", b"base_version", "groups", b"groups", "iteration", b"iteration", "new_version", b"new_version", "optimizer", b"optimizer", "run_id", b"run_id", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -394,38 +486,46 @@ Global___TrainResponse: _TypeAlias = TrainResponse  # noqa: Y015
 class TrainResult(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     TRAJECTORIES_FIELD_NUMBER: _builtins.int
     TRAJECTORIES_MULTI_VERSION_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     TRAINED_TOKENS_FIELD_NUMBER: _builtins.int
-    LOSS_FIELD_NUMBER: _builtins.int
-    GRADIENT_NORM_FIELD_NUMBER: _builtins.int
-    POLICY_SHIFT_FIELD_NUMBER: _builtins.int
-    MAX_LOGPROB_DIFFERENCE_FIELD_NUMBER: _builtins.int
-    MEAN_LOGPROB_DIFFERENCE_FIELD_NUMBER: _builtins.int
-    READ_SECONDS_FIELD_NUMBER: _builtins.int
-    REFERENCE_SECONDS_FIELD_NUMBER: _builtins.int
-    UPDATE_SECONDS_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     groups: _builtins.int
     trajectories: _builtins.int
     trajectories_multi_version: _builtins.int
     """Trajectories whose tokens come from two or more policy versions."""
     tokens: _builtins.int
+    """Response tokens of all trajectories."""
     trained_tokens: _builtins.int
-    """Tokens that took part in the loss."""
-    loss: _builtins.float
-    gradient_norm: _builtins.float
-    policy_shift: _builtins.float
-    """Mean of (log pi - log pi_ref) over trained trajectories after the first step."""
-    max_logprob_difference: _builtins.float
-    """Largest |rollout logprob - trainer logprob| over tokens of the base version."""
-    mean_logprob_difference: _builtins.float
-    read_seconds: _builtins.float
-    reference_seconds: _builtins.float
-    update_seconds: _builtins.float
+    """Response tokens that took part in the loss."""
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """Means over trained tokens, unless said otherwise; docs/architecture.md lists the names."""
+
     def __init__(
         self,
         *,
@@ -435,18 +535,11 @@ class TrainResult(_message.Message):
         trajectories_multi_version: _builtins.int = ...,
         tokens: _builtins.int = ...,
         trained_tokens: _builtins.int = ...,
-        loss: _builtins.float = ...,
-        gradient_norm: _builtins.float = ...,
-        policy_shift: _builtins.float = ...,
-        max_logprob_difference: _builtins.float = ...,
-        mean_logprob_difference: _builtins.float = ...,
-        read_seconds: _builtins.float = ...,
-        reference_seconds: _builtins.float = ...,
-        update_seconds: _builtins.float = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["gradient_norm", b"gradient_norm", "groups", b"groups", "loss", b"loss", "max_logprob_difference", b"max_logprob_difference", "mean_logprob_difference", b"mean_logprob_difference", "policy_shift", b"policy_shift", "policy_version", b"policy_version", "read_seconds", b"read_seconds", "reference_seconds", b"reference_seconds", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "trajectories", b"trajectories", "trajectories_multi_version", b"trajectories_multi_version", "update_seconds", b"update_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "metrics", b"metrics", "policy_version", b"policy_version", "tokens", b"tokens", "trained_tokens", b"trained_tokens", "trajectories", b"trajectories", "trajectories_multi_version", b"trajectories_multi_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

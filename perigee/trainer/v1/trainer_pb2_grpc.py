@@ -26,8 +26,9 @@ if _version_not_supported:
 
 
 class TrainerServiceStub:
-    """TrainerService holds the policy: it fine-tunes, trains by policy mirror descent, checkpoints, and
-    pushes weights to rollout workers. One job runs at a time; a second is refused with FAILED_PRECONDITION.
+    """TrainerService owns the policy: it fine-tunes it, optimizes it by a reinforcement learning algorithm, writes
+    checkpoints, and pushes weights to rollout workers. One job runs at a time; a second is refused with
+    FAILED_PRECONDITION.
     """
 
     def __init__(self, channel):
@@ -40,6 +41,11 @@ class TrainerServiceStub:
                 '/perigee.trainer.v1.TrainerService/GetState',
                 request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.GetStateRequest.SerializeToString,
                 response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.GetStateResponse.FromString,
+                _registered_method=True)
+        self.CheckAlgorithm = channel.unary_unary(
+                '/perigee.trainer.v1.TrainerService/CheckAlgorithm',
+                request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.CheckAlgorithmRequest.SerializeToString,
+                response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.CheckAlgorithmResponse.FromString,
                 _registered_method=True)
         self.FineTune = channel.unary_stream(
                 '/perigee.trainer.v1.TrainerService/FineTune',
@@ -74,12 +80,20 @@ class TrainerServiceStub:
 
 
 class TrainerServiceServicer:
-    """TrainerService holds the policy: it fine-tunes, trains by policy mirror descent, checkpoints, and
-    pushes weights to rollout workers. One job runs at a time; a second is refused with FAILED_PRECONDITION.
+    """TrainerService owns the policy: it fine-tunes it, optimizes it by a reinforcement learning algorithm, writes
+    checkpoints, and pushes weights to rollout workers. One job runs at a time; a second is refused with
+    FAILED_PRECONDITION.
     """
 
     def GetState(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CheckAlgorithm(self, request, context):
+        """Checks the settings of later Train requests, without training. INVALID_ARGUMENT names every field at fault.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -99,7 +113,7 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PushWeights(self, request, context):
-        """Pushes the held version to rollout workers, each to its own outcome.
+        """Pushes the loaded version to rollout workers; each has an outcome of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -112,7 +126,7 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadCheckpoint(self, request, context):
-        """Restores a version from its checkpoint, or the newest when none is named.
+        """Loads a version from its checkpoint, or the run's newest when none is named.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -132,6 +146,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.GetState,
                     request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.GetStateRequest.FromString,
                     response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.GetStateResponse.SerializeToString,
+            ),
+            'CheckAlgorithm': grpc.unary_unary_rpc_method_handler(
+                    servicer.CheckAlgorithm,
+                    request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.CheckAlgorithmRequest.FromString,
+                    response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.CheckAlgorithmResponse.SerializeToString,
             ),
             'FineTune': grpc.unary_stream_rpc_method_handler(
                     servicer.FineTune,
@@ -172,8 +191,9 @@ def add_TrainerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class TrainerService:
-    """TrainerService holds the policy: it fine-tunes, trains by policy mirror descent, checkpoints, and
-    pushes weights to rollout workers. One job runs at a time; a second is refused with FAILED_PRECONDITION.
+    """TrainerService owns the policy: it fine-tunes it, optimizes it by a reinforcement learning algorithm, writes
+    checkpoints, and pushes weights to rollout workers. One job runs at a time; a second is refused with
+    FAILED_PRECONDITION.
     """
 
     @staticmethod
@@ -193,6 +213,33 @@ class TrainerService:
             '/perigee.trainer.v1.TrainerService/GetState',
             perigee_dot_trainer_dot_v1_dot_trainer__pb2.GetStateRequest.SerializeToString,
             perigee_dot_trainer_dot_v1_dot_trainer__pb2.GetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CheckAlgorithm(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.trainer.v1.TrainerService/CheckAlgorithm',
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.CheckAlgorithmRequest.SerializeToString,
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.CheckAlgorithmResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,8 +27,9 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class TrainerServiceStub:
-    """TrainerService holds the policy: it fine-tunes, trains by policy mirror descent, checkpoints, and
-    pushes weights to rollout workers. One job runs at a time; a second is refused with FAILED_PRECONDITION.
+    """TrainerService owns the policy: it fine-tunes it, optimizes it by a reinforcement learning algorithm, writes
+    checkpoints, and pushes weights to rollout workers. One job runs at a time; a second is refused with
+    FAILED_PRECONDITION.
     """
 
     @_typing.overload
@@ -36,41 +37,47 @@ class TrainerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> TrainerServiceAsyncStub: ...
     GetState: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.GetStateRequest, _trainer_pb2.GetStateResponse]
+    CheckAlgorithm: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.CheckAlgorithmRequest, _trainer_pb2.CheckAlgorithmResponse]
+    """Checks the settings of later Train requests, without training. INVALID_ARGUMENT names every field at fault."""
     FineTune: _grpc.UnaryStreamMultiCallable[_trainer_pb2.FineTuneRequest, _trainer_pb2.FineTuneResponse]
     """Supervised fine-tuning on packed sequences."""
     Train: _grpc.UnaryStreamMultiCallable[_trainer_pb2.TrainRequest, _trainer_pb2.TrainResponse]
     """One iteration of policy optimization on complete groups, read from the buffer."""
     PushWeights: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PushWeightsRequest, _trainer_pb2.PushWeightsResponse]
-    """Pushes the held version to rollout workers, each to its own outcome."""
+    """Pushes the loaded version to rollout workers; each has an outcome of its own."""
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]
     LoadCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.LoadCheckpointRequest, _trainer_pb2.LoadCheckpointResponse]
-    """Restores a version from its checkpoint, or the newest when none is named."""
+    """Loads a version from its checkpoint, or the run's newest when none is named."""
     ExportModel: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ExportModelRequest, _trainer_pb2.ExportModelResponse]
     """Writes the policy as a Hugging Face folder."""
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
-    """TrainerService holds the policy: it fine-tunes, trains by policy mirror descent, checkpoints, and
-    pushes weights to rollout workers. One job runs at a time; a second is refused with FAILED_PRECONDITION.
+    """TrainerService owns the policy: it fine-tunes it, optimizes it by a reinforcement learning algorithm, writes
+    checkpoints, and pushes weights to rollout workers. One job runs at a time; a second is refused with
+    FAILED_PRECONDITION.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetState: _aio.UnaryUnaryMultiCallable[_trainer_pb2.GetStateRequest, _trainer_pb2.GetStateResponse]  # type: ignore[assignment]
+    CheckAlgorithm: _aio.UnaryUnaryMultiCallable[_trainer_pb2.CheckAlgorithmRequest, _trainer_pb2.CheckAlgorithmResponse]  # type: ignore[assignment]
+    """Checks the settings of later Train requests, without training. INVALID_ARGUMENT names every field at fault."""
     FineTune: _aio.UnaryStreamMultiCallable[_trainer_pb2.FineTuneRequest, _trainer_pb2.FineTuneResponse]  # type: ignore[assignment]
     """Supervised fine-tuning on packed sequences."""
     Train: _aio.UnaryStreamMultiCallable[_trainer_pb2.TrainRequest, _trainer_pb2.TrainResponse]  # type: ignore[assignment]
     """One iteration of policy optimization on complete groups, read from the buffer."""
     PushWeights: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PushWeightsRequest, _trainer_pb2.PushWeightsResponse]  # type: ignore[assignment]
-    """Pushes the held version to rollout workers, each to its own outcome."""
+    """Pushes the loaded version to rollout workers; each has an outcome of its own."""
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
     LoadCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.LoadCheckpointRequest, _trainer_pb2.LoadCheckpointResponse]  # type: ignore[assignment]
-    """Restores a version from its checkpoint, or the newest when none is named."""
+    """Loads a version from its checkpoint, or the run's newest when none is named."""
     ExportModel: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ExportModelRequest, _trainer_pb2.ExportModelResponse]  # type: ignore[assignment]
     """Writes the policy as a Hugging Face folder."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """TrainerService holds the policy: it fine-tunes, trains by policy mirror descent, checkpoints, and
-    pushes weights to rollout workers. One job runs at a time; a second is refused with FAILED_PRECONDITION.
+    """TrainerService owns the policy: it fine-tunes it, optimizes it by a reinforcement learning algorithm, writes
+    checkpoints, and pushes weights to rollout workers. One job runs at a time; a second is refused with
+    FAILED_PRECONDITION.
     """
 
     @_abc_1.abstractmethod
@@ -79,6 +86,14 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.GetStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.GetStateResponse, _abc.Awaitable[_trainer_pb2.GetStateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def CheckAlgorithm(
+        self,
+        request: _trainer_pb2.CheckAlgorithmRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.CheckAlgorithmResponse, _abc.Awaitable[_trainer_pb2.CheckAlgorithmResponse]]:
+        """Checks the settings of later Train requests, without training. INVALID_ARGUMENT names every field at fault."""
 
     @_abc_1.abstractmethod
     def FineTune(
@@ -102,7 +117,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.PushWeightsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.PushWeightsResponse, _abc.Awaitable[_trainer_pb2.PushWeightsResponse]]:
-        """Pushes the held version to rollout workers, each to its own outcome."""
+        """Pushes the loaded version to rollout workers; each has an outcome of its own."""
 
     @_abc_1.abstractmethod
     def SaveCheckpoint(
@@ -117,7 +132,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.LoadCheckpointRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.LoadCheckpointResponse, _abc.Awaitable[_trainer_pb2.LoadCheckpointResponse]]:
-        """Restores a version from its checkpoint, or the newest when none is named."""
+        """Loads a version from its checkpoint, or the run's newest when none is named."""
 
     @_abc_1.abstractmethod
     def ExportModel(

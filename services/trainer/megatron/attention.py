@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from services.trainer.packed import PackedLayout, pad, unpad
+from services.trainer.packing import PackLayout, pad, unpad
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is untyped
@@ -38,7 +38,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is
         attention_mask: torch.Tensor | None,
         attn_mask_type: Any = None,
         attention_bias: torch.Tensor | None = None,
-        packed_seq_params: PackedLayout | None = None,
+        packed_seq_params: PackLayout | None = None,
     ) -> torch.Tensor:
         """[T, 1, heads, d] query and [T, 1, groups, d] key and value to [T, 1, heads * d]."""
         assert packed_seq_params is not None, "packed micro-batches only"
@@ -66,12 +66,12 @@ class PackedRotary(torch.nn.Module):
         self.inverse_frequencies_D = inverse_frequencies_D
 
     def get_rotary_seq_len(
-        self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, layout: PackedLayout
-    ) -> PackedLayout:
+        self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, layout: PackLayout
+    ) -> PackLayout:
         """Megatron asks for a length and hands it to `forward`; the layout says more."""
         return layout
 
-    def forward(self, layout: PackedLayout, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
+    def forward(self, layout: PackLayout, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
         """Angles [T, 1, 1, d], the two halves alike."""
         frequencies_D = self.inverse_frequencies_D.to(layout.positions_T.device)
         angles_TD = torch.outer(layout.positions_T.float(), frequencies_D)

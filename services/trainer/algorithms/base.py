@@ -1,0 +1,70 @@
+"""What an algorithm is: advantages from the rewards of a group, and a loss on the log-probabilities of tokens.
+
+Everything else is the same for all algorithms and lives in `training.py`: reading and packing tokens, the pass that
+computes reference log-probabilities, masks, importance weights, optimizer steps and metrics.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from services.kit.config import Model
+
+FloatArray = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LossBatch:
+    """A micro-batch as a loss sees it: T predicted tokens of N trajectories, laid end to end."""
+
+    logprobs_T: torch.Tensor
+    """log pi of each token at the sampling temperature, with gradient."""
+    reference_logprobs_T: torch.Tensor
+    """The same under the weights that open the iteration, without gradient."""
+    trained_T: torch.Tensor
+    """Whether the token takes part in the loss; prompt tokens and stale tokens do not."""
+    importance_T: torch.Tensor
+    """Truncated importance weight of each token against the rollout's log-probability; ones when `tis_cap` is 0."""
+    sequence_T: torch.Tensor
+    """Trajectory of each token, from 0."""
+    advantages_N: torch.Tensor
+    """What `Algorithm.advantages` returned for each trajectory."""
+    weights_N: torch.Tensor
+    """1 / (trajectories in the group * groups in the minibatch): sums of these are means over groups of means."""
+    trained_tokens: int
+    """Tokens in the loss of the whole minibatch, on all ranks: divide by it for a mean over tokens."""
+    token_scale: float
+    """The divisor of sums over a trajectory's tokens; see UpdateSettings."""
+
+    def sum_by_trajectory(self, values_T: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of `values_T` over the trained tokens of each trajectory, [N]."""
+        zeros_N = values_T.new_zeros(len(self.advantages_N))
+        return zeros_N.index_add(0, self.sequence_T, values_T * self.trained_T)
+
+
+class Algorithm(ABC):
+    """Base of the algorithms. A subclass nests its `Settings` and is registered in `algorithms/__init__.py`."""
+
+    class Settings(Model):
+        """Settings of the algorithm, each field with a docstring; unknown ones are refused."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings = settings
+
+    @abstractmethod
+    def advantages(self, rewards_K: FloatArray) -> FloatArray:
+        """Returns the advantage of each of the K trajectories of one group, in their order."""
+
+    @abstractmethod
+    def loss(self, batch: LossBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Returns this micro-batch's part of the loss, and sums over its trained tokens by the name of a metric.
+
+        The parts of a minibatch are added up over micro-batches and ranks, without further scaling. A sum called
+        `name` is reported as `train/name`, its mean over the trained tokens of the iteration.
+        """

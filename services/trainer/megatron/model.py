@@ -1,0 +1,260 @@
+"""The policy on one rank: a Megatron GPTModel with its optimizer, log-probabilities of tokens, optimizer steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from perigee.errors import InvalidArgumentError
+from perigee.trainer.v1 import trainer_pb2 as pb
+from services.trainer.hf_config import ModelShape
+from services.trainer.hf_folder import TensorReader
+from services.trainer.hf_weights import collect_weights, load_weights
+from services.trainer.megatron.attention import PackedAttention, PackedRotary
+from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
+from services.trainer.megatron.parallel import ParallelDims
+from services.trainer.packing import MicroBatch
+
+# Tokens whose entropy is computed at once: its temporaries are as wide as the vocabulary.
+_ENTROPY_TOKENS = 1024
+
+# The loss of a micro-batch from its log-probabilities [T], and what is to be reported of it.
+LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Log-probability of each of a micro-batch's T targets, and entropy of the distribution it was drawn from."""
+
+    batch: MicroBatch
+    logprobs_T: torch.Tensor
+    entropies_T: torch.Tensor
+
+
+class Policy:
+    """The part of the model on this rank. Its methods are collectives: every rank calls them alike."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        dims: ParallelDims,
+        dtype: torch.dtype,
+        max_sequence_length: int,
+        recompute: bool = False,
+    ) -> None:
+        self.shape = shape
+        self.dims = dims
+        self.model = build_model(shape, dims, dtype, max_sequence_length, recompute)
+        self.core = core_of(self.model)
+        self.optimizer = build_optimizer(self.model, bf16=dtype is torch.bfloat16)
+        self._run_schedule = get_forward_backward_func()
+
+    def load(self, folder: Path) -> None:
+        """Loads the weights of a Hugging Face folder."""
+        load_weights(self.core, self.shape, self.dims, TensorReader(folder).read)
+        self.optimizer.reload_model_params()
+
+    def collect(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields the whole policy as Hugging Face tensors; see `collect_weights`."""
+        return collect_weights(self.core, self.shape, self.dims)
+
+    def take_snapshot(self) -> list[torch.Tensor]:
+        """Copies this rank's weights, to go back to when a job fails."""
+        return [parameter.detach().clone() for parameter in self.core.parameters()]
+
+    @torch.no_grad()
+    def restore_snapshot(self, snapshot: Sequence[torch.Tensor]) -> None:
+        """Puts the weights of a snapshot back."""
+        for parameter, saved in zip(self.core.parameters(), snapshot, strict=True):
+            parameter.copy_(saved)
+        self.optimizer.reload_model_params()
+
+    def begin_job(self, settings: pb.Optimizer) -> None:
+        """Starts a job with a fresh optimizer."""
+        reset_optimizer(self.optimizer, settings)
+
+    def evaluate(self, batches: Sequence[MicroBatch], temperature: float) -> list[Evaluated]:
+        """Evaluates the targets of each micro-batch, on ranks of the last pipeline stage; empty on others."""
+
+        def finish(batch: MicroBatch, logits_TV: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            logprobs_T = _target_logprobs(logits_TV, batch.targets_T, temperature, self.dims.tensor)
+            entropies_T = _entropies(logits_TV, temperature, self.dims.tensor)
+            return logprobs_T.sum(), Evaluated(batch, logprobs_T.detach(), entropies_T)
+
+        with torch.no_grad():
+            return self._run(batches, finish, forward_only=True)
+
+    def step(
+        self, batches: Sequence[MicroBatch], temperature: float, loss: LossFunction, learning_rate: float
+    ) -> tuple[float, list[Any]]:
+        """Takes one optimizer step on the summed losses of all micro-batches of all ranks.
+
+        Returns the gradient norm before clipping, and the reports of this rank's micro-batches (last stage only).
+        """
+
+        def finish(batch: MicroBatch, logits_TV: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            return loss(batch, _target_logprobs(logits_TV, batch.targets_T, temperature, self.dims.tensor))
+
+        self.model.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        reports = self._run(batches, finish, forward_only=False)
+        set_learning_rate(self.optimizer, learning_rate)
+        _, norm, _ = self.optimizer.step()
+        return float(norm), reports
+
+    def _run(self, batches: Sequence[MicroBatch], finish: LossFunction, *, forward_only: bool) -> list[Any]:
+        """Runs Megatron's schedule; `finish` turns logits [T, V] into a loss and what is reported of the batch."""
+
+        def forward_step(
+            source: Iterator[MicroBatch], model: Any
+        ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+            batch = next(source)
+            output = model(batch.inputs_T[None], None, None, packed_seq_params=batch.layout)
+
+            def finish_batch(logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+                value, report = finish(batch, logits_1TV[0])
+                return value, torch.zeros((), dtype=torch.int), report
+
+            return output, finish_batch
+
+        reports: list[Any] = self._run_schedule(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=max(len(batch.inputs_T) for batch in batches),
+            micro_batch_size=1,
+            forward_only=forward_only,
+        )
+        return reports
+
+
+def _target_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor, temperature: float, ranks: int) -> torch.Tensor:
+    """Returns log softmax(logits / temperature) at the targets in float32; V is this rank's share of the vocabulary."""
+    scaled_TV = logits_TV.float() if temperature == 1.0 else logits_TV.float() / temperature
+    if ranks == 1:
+        return -F.cross_entropy(scaled_TV, targets_T, reduction="none")
+    # Megatron's loss overwrites its input.
+    owned_TV = scaled_TV.clone(memory_format=torch.contiguous_format)
+    logprobs_T: torch.Tensor = -vocab_parallel_cross_entropy(owned_TV, targets_T)
+    return logprobs_T
+
+
+def _entropies(logits_TV: torch.Tensor, temperature: float, ranks: int) -> torch.Tensor:
+    """Returns the entropy of softmax(logits / temperature) in nats; V is this rank's share of the vocabulary."""
+    chunks: tuple[torch.Tensor, ...] = torch.split(logits_TV, _ENTROPY_TOKENS)
+    return torch.cat([_chunk_entropies(logits_CV.float() / temperature, ranks) for logits_CV in chunks])
+
+
+def _chunk_entropies(logits_CV: torch.Tensor, ranks: int) -> torch.Tensor:
+    top_C = logits_CV.amax(-1)
+    if ranks > 1:
+        dist.all_reduce(top_C, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
+    shifted_CV = logits_CV - top_C[:, None]
+    weights_CV = shifted_CV.exp()
+    sums_2C = torch.stack([weights_CV.sum(-1), (weights_CV * shifted_CV).sum(-1)])
+    if ranks > 1:
+        dist.all_reduce(sums_2C, group=parallel_state.get_tensor_model_parallel_group())
+    # With w = exp(x - top): H = log sum w - sum (w * (x - top)) / sum w.
+    return sums_2C[0].log() - sums_2C[1] / sums_2C[0]
+
+
+def build_model(
+    shape: ModelShape, dims: ParallelDims, dtype: torch.dtype, max_sequence_length: int, recompute: bool
+) -> DistributedDataParallel:
+    """Builds this process's part of the model, with weights not loaded yet.
+
+    Gradients are plain sums over micro-batches and data-parallel ranks: the losses carry their own normalization.
+    Raises InvalidArgumentError when the parallel sizes do not divide the model.
+    """
+    check_divisible(shape, dims)
+    config = TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.hidden,
+        num_attention_heads=shape.heads,
+        num_query_groups=shape.query_groups,
+        kv_channels=shape.head_width,
+        ffn_hidden_size=shape.ffn_hidden,
+        normalization="RMSNorm",
+        layernorm_epsilon=shape.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=shape.qkv_bias,
+        qk_layernorm=shape.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=dims.tensor,
+        pipeline_model_parallel_size=dims.pipeline,
+        params_dtype=dtype,
+        bf16=dtype is torch.bfloat16,
+        pipeline_dtype=dtype,
+        variable_seq_lengths=dims.pipeline > 1,
+        moe_token_dispatcher_type="alltoall",
+        use_cpu_initialization=True,
+        # Without this the schedules divide each loss by the number of micro-batches and ranks.
+        calculate_per_token_loss=True,
+        recompute_granularity="full" if recompute else None,
+        recompute_method="uniform" if recompute else None,
+        recompute_num_layers=1 if recompute else None,
+    )
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    core = GPTModel(
+        config,
+        spec,
+        vocab_size=shape.vocabulary,
+        max_sequence_length=max_sequence_length,
+        pre_process=dims.pipeline_rank == 0,
+        post_process=dims.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+    )
+    core.rotary_pos_emb = PackedRotary(shape.inverse_frequencies_D)
+    core.to(dims.device)
+    module = Float16Module(config, core) if dtype is torch.bfloat16 else core
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=dims.data > 1)
+    model = DistributedDataParallel(config, ddp_config, module)
+    config.finalize_model_grads_func = _finalize_unscaled
+    return model
+
+
+def core_of(model: DistributedDataParallel) -> GPTModel:
+    """Returns the GPTModel inside the wrappers."""
+    module = model.module
+    return module.module if isinstance(module, Float16Module) else module
+
+
+def check_divisible(shape: ModelShape, dims: ParallelDims) -> None:
+    """Raises InvalidArgumentError naming the parallel size that does not divide the model."""
+    for name, size in {
+        "attention heads": shape.heads,
+        "key-value heads": shape.query_groups,
+        "vocabulary": shape.vocabulary,
+    }.items():
+        if size % dims.tensor:
+            raise InvalidArgumentError(
+                f"trainer.tensor_parallel {dims.tensor} does not divide the model's {name} ({size})"
+            )
+    if shape.layers % dims.pipeline:
+        raise InvalidArgumentError(
+            f"trainer.pipeline_parallel {dims.pipeline} does not divide the model's {shape.layers} layers"
+        )
+
+
+def _finalize_unscaled(model: Any, _num_tokens: Any = None, **kwargs: Any) -> None:
+    finalize_model_grads(model, None, **kwargs)

@@ -1,0 +1,526 @@
+"""Jobs that train the policy: an iteration of reinforcement learning, and supervised fine-tuning.
+
+A job is a collective: every rank runs it with the same arguments. Who trains what is planned from token counts alone,
+so that each data-parallel replica reads the tokens of its own sequences and no others.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from perigee.errors import (
+    CancelledError,
+    DataLossError,
+    FieldViolation,
+    InternalError,
+    InvalidArgumentError,
+    PerigeeError,
+)
+from perigee.trainer.v1 import trainer_pb2 as pb
+from services.trainer.algorithms import make_algorithm
+from services.trainer.algorithms.base import Algorithm, LossBatch
+from services.trainer.megatron.model import Policy
+from services.trainer.megatron.optimizer import scheduled_rate
+from services.trainer.megatron.parallel import ObjectChannel
+from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches, pack_sequences
+from services.trainer.trajectories import Trajectory
+
+# Reads trajectories of a run by id; raises a PerigeeError when one cannot be read.
+Reader = Callable[[str, Sequence[str]], Mapping[str, Trajectory]]
+
+_CONTINUE, _REPORT, _CANCEL = 0, 1, 2
+# Micro-batches evaluated between two looks at whether the caller is still there.
+_SLICE = 8
+
+
+def _ignore(_progress: Any) -> None:
+    return None
+
+
+def _never() -> bool:
+    return False
+
+
+@dataclass
+class JobContext:
+    """The other ranks of a job and, on rank 0, its caller: reports to them and whether they left."""
+
+    everyone: ObjectChannel
+    replica: ObjectChannel
+    report: Callable[[Any], None] = _ignore
+    is_cancelled: Callable[[], bool] = _never
+    interval_s: float = 0.5
+    _last_report: float = field(default_factory=time.monotonic)
+
+    def check(self) -> bool:
+        """Returns whether a report is due, the same on every rank; raises CancelledError when the caller left."""
+        code = _CONTINUE
+        if self.is_cancelled():
+            code = _CANCEL
+        elif time.monotonic() - self._last_report >= self.interval_s:
+            code = _REPORT
+            self._last_report = time.monotonic()
+        code = self.everyone.agree(code)
+        if code == _CANCEL:
+            raise CancelledError("the caller left; the trainer has the version loaded that it had before")
+        return code == _REPORT
+
+
+def check_training(algorithm: pb.Algorithm, update: pb.UpdateSettings, optimizer: pb.Optimizer) -> Algorithm:
+    """Returns the algorithm; raises InvalidArgumentError that names every field out of range."""
+    violations = [*_find_update_violations(update), *find_optimizer_violations(optimizer)]
+    try:
+        made = make_algorithm(algorithm)
+    except InvalidArgumentError as error:
+        raise_violations([*error.violations, *violations])
+    raise_violations(violations)
+    return made
+
+
+def raise_violations(violations: Sequence[FieldViolation]) -> None:
+    """Raises InvalidArgumentError with all violations, when there are any."""
+    if violations:
+        message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
+        raise InvalidArgumentError(message, violations=violations)
+
+
+def find_optimizer_violations(optimizer: pb.Optimizer) -> Iterator[FieldViolation]:
+    """Yields the fields of an optimizer that are out of range."""
+    for name in ("learning_rate", "beta1", "beta2", "weight_decay", "max_grad_norm", "min_lr_ratio"):
+        value = getattr(optimizer, name)
+        if not math.isfinite(value) or value < 0:
+            yield FieldViolation(f"optimizer.{name}", f"{value} is not a number of at least 0")
+    for name in ("beta1", "beta2"):
+        if getattr(optimizer, name) >= 1:
+            yield FieldViolation(f"optimizer.{name}", f"{getattr(optimizer, name)} is not below 1")
+    if optimizer.learning_rate == 0:
+        yield FieldViolation("optimizer.learning_rate", "0 would train nothing")
+
+
+def _find_update_violations(update: pb.UpdateSettings) -> Iterator[FieldViolation]:
+    for name in ("token_scale", "temperature"):
+        value = getattr(update, name)
+        if not math.isfinite(value) or value <= 0:
+            yield FieldViolation(f"update.{name}", f"{value} is not a number above 0")
+    if not math.isfinite(update.tis_cap) or update.tis_cap < 0:
+        yield FieldViolation("update.tis_cap", f"{update.tis_cap} is not a number of at least 0")
+    for name in ("minibatches", "max_tokens_per_microbatch"):
+        if getattr(update, name) < 1:
+            yield FieldViolation(f"update.{name}", "has to be at least 1")
+
+
+@dataclass(frozen=True)
+class PlannedTrajectory:
+    """A trajectory in the loss, as the request describes it."""
+
+    trajectory_id: str
+    prompt_tokens: int
+    response_tokens: int
+    trained_tokens: int
+    advantage: float
+    # 1 / (trajectories in its group * groups in its minibatch).
+    weight: float
+
+
+@dataclass(frozen=True)
+class PlannedStep:
+    """An optimizer step: `packs_by_rank[rank][micro-batch]` lists the trajectories that go together."""
+
+    packs_by_rank: list[list[list[PlannedTrajectory]]]
+    trained_tokens: int
+
+
+def plan_steps(request: pb.TrainRequest, algorithm: Algorithm, ranks: int, seed: int) -> list[PlannedStep]:
+    """Plans the optimizer steps over the request's groups for `ranks` data-parallel ranks; the same on every rank.
+
+    A trajectory without trained tokens counts in its group's advantages and size, but is in no step.
+    """
+    steps = []
+    for share in split_groups(len(request.groups), request.update.minibatches, seed):
+        planned = [
+            trajectory
+            for index in share
+            for trajectory in _plan_group(request, request.groups[index], algorithm, len(share))
+        ]
+        lengths = [trajectory.prompt_tokens + trajectory.response_tokens - 1 for trajectory in planned]
+        packs_by_rank = [
+            [[planned[i] for i in pack] for pack in packs]
+            for packs in pack_sequences(lengths, request.update.max_tokens_per_microbatch, ranks)
+        ]
+        steps.append(PlannedStep(packs_by_rank, sum(trajectory.trained_tokens for trajectory in planned)))
+    return steps
+
+
+def _plan_group(
+    request: pb.TrainRequest, group: pb.TrainingGroup, algorithm: Algorithm, groups: int
+) -> Iterator[PlannedTrajectory]:
+    rewards_K = np.array([trajectory.reward for trajectory in group.trajectories], np.float64)
+    for trajectory, advantage in zip(group.trajectories, algorithm.advantages(rewards_K), strict=True):
+        trained_tokens = sum(
+            tokens
+            for version, tokens in trajectory.tokens_by_version.items()
+            if request.base_version - version <= request.update.max_staleness
+        )
+        if trained_tokens:
+            yield PlannedTrajectory(
+                trajectory_id=trajectory.trajectory_id,
+                prompt_tokens=trajectory.prompt_tokens,
+                response_tokens=sum(trajectory.tokens_by_version.values()),
+                trained_tokens=trained_tokens,
+                advantage=float(advantage),
+                weight=1 / (len(group.trajectories) * groups),
+            )
+
+
+def split_groups(groups: int, minibatches: int, seed: int) -> list[list[int]]:
+    """Returns the groups of each optimizer step: shuffled by `seed`, in shares that differ by at most one group."""
+    order = np.random.default_rng(seed).permutation(groups)
+    return [sorted(int(i) for i in share) for share in np.array_split(order, min(minibatches, groups))]
+
+
+def train_iteration(
+    policy: Policy, context: JobContext, request: pb.TrainRequest, seed: int, read: Reader
+) -> pb.TrainResult:
+    """Trains the policy on the request's groups; every rank returns the same result.
+
+    Reports TrainResponse messages through `context`. Raises CancelledError or InternalError with the weights
+    half-trained: the caller puts them back.
+    """
+    return _Iteration(policy, context, request, seed).run(read)
+
+
+@dataclass(frozen=True)
+class _Pack:
+    """What a micro-batch of trajectories is made of; the T predictions of all of them, laid end to end."""
+
+    trajectories: Sequence[PlannedTrajectory]
+    sequences: list[TokenSequence]
+    # Zero for tokens of prompts.
+    rollout_logprobs_T: torch.Tensor
+    # Whether the base version sampled the token.
+    base_T: torch.Tensor
+
+
+class _Iteration:
+    def __init__(self, policy: Policy, context: JobContext, request: pb.TrainRequest, seed: int) -> None:
+        self._policy = policy
+        self._context = context
+        self._request = request
+        self._update = request.update
+        self._algorithm = check_training(request.algorithm, request.update, request.optimizer)
+        self._steps = plan_steps(request, self._algorithm, policy.dims.data, seed)
+        # This rank's packs and their reference log-probabilities, by step and micro-batch.
+        self._packs: list[list[_Pack]] = []
+        self._reference: list[list[torch.Tensor]] = []
+        self._norms: list[float] = []
+        # Sums over this rank's tokens, and the largest difference between rollout and trainer.
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._largest_difference = 0.0
+
+    def run(self, read: Reader) -> pb.TrainResult:
+        """Reads, evaluates the reference, updates, and returns counts and metrics."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        seconds = {}
+        for name, phase in (
+            ("read", partial(self._read, read)),
+            ("reference", self._evaluate_reference),
+            ("update", self._take_steps),
+        ):
+            start = time.monotonic()
+            phase()
+            seconds[name] = time.monotonic() - start
+        return self._result(seconds)
+
+    def _read(self, read: Reader) -> None:
+        """Reads the trajectories of this replica, by one of its ranks."""
+        own = [step.packs_by_rank[self._policy.dims.data_rank] for step in self._steps]
+        ids = [planned.trajectory_id for packs in own for pack in packs for planned in pack]
+        found: Mapping[str, Trajectory] = {}
+        error = None
+        if self._policy.dims.is_replica_leader:
+            try:
+                found = read(self._request.run_id, ids)
+            except PerigeeError as problem:
+                error = problem
+        self._context.everyone.raise_first(error)
+        found = self._context.replica.broadcast(found)
+        self._packs = [[self._make_pack(pack, found) for pack in packs] for packs in own]
+
+    def _make_pack(self, pack: Sequence[PlannedTrajectory], found: Mapping[str, Trajectory]) -> _Pack:
+        base, sequences, logprobs, sampled_by_base = self._request.base_version, [], [], []
+        for planned in pack:
+            trajectory = found[planned.trajectory_id]
+            prompt_T = np.zeros(planned.prompt_tokens - 1, np.bool_)
+            fresh_T = base - trajectory.versions_T <= self._update.max_staleness
+            _check_counts(planned, trajectory, int(fresh_T.sum()))
+            # The prediction of token i + 1 is at i, so the response begins one before its first token.
+            trained_T = np.concatenate([prompt_T, fresh_T])
+            sequences.append(TokenSequence(np.concatenate([trajectory.prompt_tokens, trajectory.tokens_T]), trained_T))
+            logprobs.append(np.concatenate([prompt_T.astype(np.float32), trajectory.engine_logprobs_T]))
+            sampled_by_base.append(np.concatenate([prompt_T, trajectory.versions_T == base]))
+        return _Pack(
+            pack,
+            sequences,
+            torch.from_numpy(np.concatenate(logprobs)),
+            torch.from_numpy(np.concatenate(sampled_by_base)),
+        )
+
+    def _make_batches(self, step: int) -> list[MicroBatch]:
+        return make_micro_batches([pack.sequences for pack in self._packs[step]], self._policy.dims.device)
+
+    def _evaluate_reference(self) -> None:
+        """Computes the log-probabilities under the weights that open the iteration, on the last pipeline stage."""
+        for number, step in enumerate(self._steps):
+            batches = self._make_batches(number) if self._packs[number] else []
+            reference = []
+            # As many checks on every rank, whatever its own packs.
+            for start in range(0, max(len(packs) for packs in step.packs_by_rank), _SLICE):
+                self._context.check()
+                some = batches[start : start + _SLICE]
+                for found in self._policy.evaluate(some, self._update.temperature) if some else ():
+                    reference.append(found.logprobs_T.cpu())
+                    self._compare(self._packs[number][found.batch.index], reference[-1])
+                    self._sums["entropy"] += float((found.entropies_T * found.batch.trained_T).sum())
+            self._reference.append(reference)
+
+    def _compare(self, pack: _Pack, reference_T: torch.Tensor) -> None:
+        """Adds up how far the rollout's log-probabilities are from the trainer's for tokens of the base version."""
+        # log (pi_trainer / pi_rollout) of tokens that the rollout drew, for the k3 estimate of KL(rollout || trainer).
+        ratios_B = (reference_T - pack.rollout_logprobs_T)[pack.base_T].double()
+        if not len(ratios_B):
+            return
+        self._sums["difference"] += float(ratios_B.abs().sum())
+        self._sums["infer_kl"] += float((ratios_B.exp() - 1 - ratios_B).sum())
+        self._largest_difference = max(self._largest_difference, float(ratios_B.abs().max()))
+
+    def _take_steps(self) -> None:
+        self._policy.begin_job(self._request.optimizer)
+        for number in range(len(self._steps)):
+            self._context.check()
+            self._context.report(pb.TrainResponse(step=number, steps=len(self._steps)))
+            rate = scheduled_rate(self._request.optimizer, number, len(self._steps))
+            norm, reports = self._policy.step(
+                self._make_batches(number), self._update.temperature, partial(self._loss, number), rate
+            )
+            check_finite("gradient norm", norm)
+            self._norms.append(norm)
+            for report in reports:
+                for name, value in report.items():
+                    self._sums[name] += value
+
+    def _loss(self, step: int, batch: MicroBatch, logprobs_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """Returns the micro-batch's part of the minibatch's loss, and the sums to report of it."""
+        if batch.is_filler:
+            return logprobs_T.sum() * 0.0, {}
+        pack = self._packs[step][batch.index]
+        reference_T = self._reference[step][batch.index].to(logprobs_T.device)
+        importance_T = torch.ones_like(reference_T)
+        if self._update.tis_cap:
+            ratios_T = (reference_T - pack.rollout_logprobs_T.to(reference_T.device)).exp()
+            importance_T = ratios_T.clamp(max=self._update.tis_cap)
+        loss, sums = self._algorithm.loss(
+            LossBatch(
+                logprobs_T=logprobs_T,
+                reference_logprobs_T=reference_T,
+                trained_T=batch.trained_T,
+                importance_T=importance_T,
+                sequence_T=batch.layout.sequence_T,
+                advantages_N=logprobs_T.new_tensor([planned.advantage for planned in pack.trajectories]),
+                weights_N=logprobs_T.new_tensor([planned.weight for planned in pack.trajectories]),
+                trained_tokens=self._steps[step].trained_tokens,
+                token_scale=self._update.token_scale,
+            )
+        )
+        report = {f"algorithm/{name}": float(value.detach()) for name, value in sums.items()}
+        report["loss"] = float(loss.detach())
+        if self._update.tis_cap:
+            report["clipped"] = float(((importance_T == self._update.tis_cap) & batch.trained_T).sum())
+        if step:
+            # Before the first step the policy is the reference.
+            ratios_T = ((logprobs_T.detach() - reference_T) * batch.trained_T).double()
+            report["kl_k1"], report["kl_k3"] = float(-ratios_T.sum()), float((ratios_T.exp() - 1 - ratios_T).sum())
+        return loss, report
+
+    def _result(self, seconds: Mapping[str, float]) -> pb.TrainResult:
+        """Gathers the sums of all ranks."""
+        dims = self._policy.dims
+        reports = self._context.everyone.gather(
+            (dict(self._sums) if dims.tensor_rank == 0 else {}, self._largest_difference, peak_memory_bytes())
+        )
+        sums: defaultdict[str, float] = defaultdict(float)
+        for part, _, _ in reports:
+            for name, value in part.items():
+                sums[name] += value
+        trajectories = [trajectory for group in self._request.groups for trajectory in group.trajectories]
+        base = self._request.base_version
+        base_tokens = sum(dict(trajectory.tokens_by_version).get(base, 0) for trajectory in trajectories)
+        trained = sum(step.trained_tokens for step in self._steps)
+        tokens = sum(sum(trajectory.tokens_by_version.values()) for trajectory in trajectories)
+        later = sum(step.trained_tokens for step in self._steps[1:])
+        metrics = {
+            "train/loss": sums["loss"] / len(self._steps),
+            "train/grad_norm": float(np.mean(self._norms)),
+            "train/entropy": _ratio(sums["entropy"], trained),
+            "train/kl_k1": _ratio(sums["kl_k1"], later),
+            "train/kl_k3": _ratio(sums["kl_k3"], later),
+            "train/train_infer_logprob_diff_mean": _ratio(sums["difference"], base_tokens),
+            "train/train_infer_logprob_diff_max": max(largest for _, largest, _ in reports),
+            "train/train_infer_kl": _ratio(sums["infer_kl"], base_tokens),
+            "train/clip_share": _ratio(sums["clipped"], trained),
+            "train/mask_share": 1 - _ratio(trained, tokens),
+            "train/tokens_per_second": _ratio(self._sequence_tokens(), seconds["reference"] + seconds["update"]),
+            "train/peak_memory_bytes": max(peak for _, _, peak in reports),
+            **{f"time/{name}_seconds": value for name, value in seconds.items()},
+        }
+        metrics |= {
+            name.replace("algorithm/", "train/"): _ratio(value, trained)
+            for name, value in sums.items()
+            if name.startswith("algorithm/")
+        }
+        return pb.TrainResult(
+            policy_version=self._request.new_version,
+            groups=len(self._request.groups),
+            trajectories=len(trajectories),
+            trajectories_multi_version=sum(
+                sum(tokens > 0 for tokens in trajectory.tokens_by_version.values()) > 1 for trajectory in trajectories
+            ),
+            tokens=tokens,
+            trained_tokens=trained,
+            metrics=metrics,
+        )
+
+    def _sequence_tokens(self) -> int:
+        """Returns the tokens, prompts included, of the trajectories in the loss."""
+        planned = (t for step in self._steps for packs in step.packs_by_rank for pack in packs for t in pack)
+        return sum(trajectory.prompt_tokens + trajectory.response_tokens for trajectory in planned)
+
+
+def fine_tune(
+    policy: Policy,
+    context: JobContext,
+    request: pb.FineTuneRequest,
+    counts: Sequence[tuple[int, int]],
+    examples: Sequence[TokenSequence] | None,
+) -> pb.FineTuneResponse:
+    """Trains the policy on examples, of which rank 0 has all and the others None; every rank returns the same.
+
+    `counts` holds the tokens and the trained tokens of each example. Raises CancelledError or InternalError with the
+    weights half-trained: the caller puts them back.
+    """
+    dims, start = policy.dims, time.monotonic()
+    own = _scatter_examples(policy, context, request, counts, examples)
+    policy.begin_job(request.optimizer)
+    tokens, own_loss, loss_tokens, norms = 0, 0.0, 0, list[float]()
+    for step, chosen in enumerate(_draw_batches(len(counts), request), start=1):
+        packs = _pack_examples(chosen, request, counts, dims.data)[dims.data_rank]
+        trained = sum(counts[i][1] for i in chosen)
+
+        def loss(batch: MicroBatch, logprobs_T: torch.Tensor, trained: int = trained) -> tuple[torch.Tensor, Any]:
+            value = -(logprobs_T * batch.trained_T).sum()
+            return value / trained, float(value.detach())
+
+        batches = make_micro_batches([[own[i] for i in pack] for pack in packs], dims.device)
+        norm, reports = policy.step(batches, 1.0, loss, scheduled_rate(request.optimizer, step - 1, request.steps))
+        check_finite("gradient norm", norm)
+        norms.append(norm)
+        own_loss += sum(reports) if dims.tensor_rank == 0 else 0.0
+        loss_tokens += trained
+        tokens += sum(counts[i][0] for i in chosen)
+        due = context.check()
+        if due or step == request.steps:
+            progress = pb.FineTuneResponse(
+                step=step,
+                steps=request.steps,
+                loss=sum(context.everyone.gather(own_loss)) / loss_tokens,
+                grad_norm=float(np.mean(norms)),
+                tokens=tokens,
+                seconds=time.monotonic() - start,
+                done=step == request.steps,
+            )
+            if not progress.done:
+                context.report(progress)
+            own_loss, loss_tokens, norms = 0.0, 0, []
+    return progress
+
+
+def check_fine_tuning(request: pb.FineTuneRequest) -> None:
+    """Raises InvalidArgumentError that names every field out of range."""
+    fields = ("steps", "batch_size", "max_tokens_per_microbatch")
+    violations = [FieldViolation(name, "has to be at least 1") for name in fields if getattr(request, name) < 1]
+    raise_violations([*violations, *find_optimizer_violations(request.optimizer)])
+
+
+def _scatter_examples(
+    policy: Policy,
+    context: JobContext,
+    request: pb.FineTuneRequest,
+    counts: Sequence[tuple[int, int]],
+    examples: Sequence[TokenSequence] | None,
+) -> Mapping[int, TokenSequence]:
+    """Returns the examples that this rank trains in any step, by index."""
+    wanted: list[set[int]] = [set() for _ in range(policy.dims.data)]
+    for chosen in _draw_batches(len(counts), request):
+        for indices, packs in zip(wanted, _pack_examples(chosen, request, counts, policy.dims.data), strict=True):
+            indices.update(i for pack in packs for i in pack)
+    data_ranks = context.everyone.gather(policy.dims.data_rank)
+    parts = None if examples is None else [{i: examples[i] for i in sorted(wanted[data_rank])} for data_rank in data_ranks]
+    found: Mapping[int, TokenSequence] = context.everyone.scatter(parts)
+    return found
+
+
+def _pack_examples(
+    chosen: Sequence[int], request: pb.FineTuneRequest, counts: Sequence[tuple[int, int]], ranks: int
+) -> list[list[list[int]]]:
+    """Returns the examples of each micro-batch of each rank."""
+    dealt = pack_sequences([counts[i][0] - 1 for i in chosen], request.max_tokens_per_microbatch, ranks)
+    return [[[chosen[i] for i in pack] for pack in packs] for packs in dealt]
+
+
+def _draw_batches(examples: int, request: pb.FineTuneRequest) -> Iterator[list[int]]:
+    """Yields the examples of each step: epochs over all of them, each shuffled anew."""
+    generator = np.random.default_rng(request.seed)
+    queue: list[int] = []
+    for _ in range(request.steps):
+        while len(queue) < request.batch_size:
+            queue += generator.permutation(examples).tolist()
+        yield queue[: request.batch_size]
+        queue = queue[request.batch_size :]
+
+
+def check_finite(name: str, value: float) -> None:
+    """Raises InternalError for a number that training cannot go on with."""
+    if not math.isfinite(value):
+        raise InternalError(f"the {name} is {value}; the trainer went back to the version that it had before")
+
+
+def peak_memory_bytes() -> int:
+    """Returns the most memory that this process had: of the GPU since its last reset, or resident since its start."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _check_counts(planned: PlannedTrajectory, trajectory: Trajectory, trained_tokens: int) -> None:
+    """Raises DataLossError when the buffer holds other tokens than the request says."""
+    found = (len(trajectory.prompt_tokens), len(trajectory.tokens_T), trained_tokens)
+    wanted = (planned.prompt_tokens, planned.response_tokens, planned.trained_tokens)
+    if found != wanted:
+        raise DataLossError(
+            f"trajectory {planned.trajectory_id}: the buffer holds {found} prompt, response and trained tokens, "
+            f"the request says {wanted}"
+        )
+
+
+def _ratio(value: float, count: float) -> float:
+    return value / count if count else 0.0
