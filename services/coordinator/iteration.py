@@ -25,7 +25,14 @@ from services.coordinator.run_state import CoordinatorState, Totals
 from services.coordinator.sampling import Sampler
 from services.coordinator.shaping import ShapingWeights
 from services.coordinator.timeline import Timeline
-from services.coordinator.training_batch import TrainingBatch, learning_rate_at, make_algorithm, make_training_batch
+from services.coordinator.training_batch import (
+    TrainingBatch,
+    learning_rate_at,
+    make_algorithm,
+    make_optimizer,
+    make_training_batch,
+    make_update,
+)
 from services.coordinator.weight_pushes import WeightKeeper
 
 
@@ -177,8 +184,11 @@ class Iteration:
             base_version=base,
             new_version=base + 1,
             groups=batch.groups,
-            algorithm=make_algorithm(config.algorithm, config.rollout.temperature, learning_rate),
+            algorithm=make_algorithm(config.algorithm),
+            update=make_update(config.algorithm, config.rollout.temperature),
+            optimizer=make_optimizer(config.algorithm.optimizer),
         )
+        request.optimizer.learning_rate = learning_rate
         context.board.enter(coordinator_pb2.RUN_PHASE_TRAINING, config.algorithm.minibatches)
         result: trainer_pb2.TrainResult | None = None
         with self._timeline.phase("training"):

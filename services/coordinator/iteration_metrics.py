@@ -29,6 +29,8 @@ END_NAMES = {
     buffer_pb2.END_REASON_BUDGET: "budget",
 }
 
+TRAINING_PHASES = ("read", "reference", "update")
+
 
 @dataclass(frozen=True)
 class IterationFacts:
@@ -88,22 +90,18 @@ def describe_iteration(facts: IterationFacts, timeline: Timeline) -> dict[str, A
 def describe_training(result: trainer_pb2.TrainResult | None) -> dict[str, Any]:
     """What the trainer told; zero trajectories and nulls when nothing was trained."""
     if result is None:
-        nothing = dict.fromkeys(("loss", "gradient_norm", "policy_shift", "max_logprob_difference"))
+        nothing = dict.fromkeys(("loss", "gradient_norm", "policy_kl", "max_logprob_difference"))
         return {"trajectories_trained": 0, "trajectories_multi_version": 0, "tokens_trained": 0, **nothing}
     return {
         "trajectories_trained": result.trajectories,
         "trajectories_multi_version": result.trajectories_multi_version,
         "tokens_trained": result.trained_tokens,
-        "loss": result.loss,
-        "gradient_norm": result.gradient_norm,
-        "policy_shift": result.policy_shift,
-        "max_logprob_difference": result.max_logprob_difference,
-        "mean_logprob_difference": result.mean_logprob_difference,
-        "training": {
-            "read_seconds": result.read_seconds,
-            "reference_seconds": result.reference_seconds,
-            "update_seconds": result.update_seconds,
-        },
+        "loss": result.metrics["train/loss"],
+        "gradient_norm": result.metrics["train/grad_norm"],
+        "policy_kl": result.metrics["train/kl_k1"],
+        "max_logprob_difference": result.metrics["train/train_infer_logprob_diff_max"],
+        "mean_logprob_difference": result.metrics["train/train_infer_logprob_diff_mean"],
+        "training": {f"{phase}_seconds": result.metrics[f"time/{phase}_seconds"] for phase in TRAINING_PHASES},
     }
 
 

@@ -59,7 +59,7 @@ async def fine_tune(context: RunContext, stage: SftStage, number: int) -> pb.Fin
     # To the stream's end: until then the trainer is busy and refuses the checkpoint.
     async for response in context.peers.trainer.fine_tune(request, timeout_s=context.settings.train_timeout_s):
         board.done, board.total = response.step, response.steps
-        values = {"loss": response.loss, "gradient_norm": response.gradient_norm}
+        values = {"loss": response.loss, "gradient_norm": response.grad_norm}
         board.metrics = {f"sft/{name}": value for name, value in values.items()} | {"sft/stage": number}
         context.records.add_sft_step(steps_before + response.step, values)
         last = response

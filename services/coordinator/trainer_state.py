@@ -20,7 +20,7 @@ async def wait_until_free(context: RunContext) -> pb.GetStateResponse:
     deadline = time.monotonic() + context.settings.recovery_wait_s
     while True:
         state = await context.peers.trainer.get_state(
-            pb.GetStateRequest(), timeout_s=context.settings.control_timeout_s
+            pb.GetStateRequest(run_id=context.run_id), timeout_s=context.settings.control_timeout_s
         )
         if not state.busy:
             return state

@@ -12,8 +12,6 @@ from services.coordinator.groups import Group, Trajectory
 from services.coordinator.run_config import AlgorithmConfig, OptimizerConfig
 from services.coordinator.shaping import JudgedResponse, ShapingWeights, is_uniform, shape_rewards
 
-BASELINES = {"mean": pb.BASELINE_MEAN, "log_mean_exp": pb.BASELINE_LOG_MEAN_EXP}
-
 
 @dataclass
 class TrainingBatch:
@@ -49,7 +47,12 @@ def make_training_batch(groups: Iterable[Group], weights: ShapingWeights, drop_u
             batch.uniform += 1
             continue
         members = [
-            pb.TrajectoryReward(trajectory_id=trajectory.id, reward=reward)
+            pb.TrainingTrajectory(
+                trajectory_id=trajectory.id,
+                reward=reward,
+                prompt_tokens=len(group.prompt.token_ids),
+                tokens_by_version=trajectory.tokens_by_version,
+            )
             for trajectory, reward in zip(judged, rewards, strict=True)
         ]
         batch.groups.append(pb.TrainingGroup(group_id=group.id, trajectories=members))
@@ -69,19 +72,21 @@ def judged_response(trajectory: Trajectory) -> JudgedResponse:
     )
 
 
-def make_algorithm(config: AlgorithmConfig, temperature: float, learning_rate: float) -> pb.PolicyMirrorDescent:
-    """The algorithm's message, at this iteration's learning rate."""
-    optimizer = make_optimizer(config.optimizer)
-    optimizer.learning_rate = learning_rate
-    return pb.PolicyMirrorDescent(
-        tau=config.tau,
-        baseline=BASELINES[config.baseline],
+def make_algorithm(config: AlgorithmConfig) -> pb.Algorithm:
+    """Returns the algorithm's message."""
+    algorithm = pb.Algorithm(name="policy_mirror_descent")
+    algorithm.settings.update({"tau": config.tau, "baseline": config.baseline})
+    return algorithm
+
+
+def make_update(config: AlgorithmConfig, temperature: float) -> pb.UpdateSettings:
+    """Returns what every algorithm is trained with."""
+    return pb.UpdateSettings(
         minibatches=config.minibatches,
         max_tokens_per_microbatch=config.max_tokens_per_microbatch,
         max_staleness=config.max_staleness,
         token_scale=config.token_scale,
         temperature=temperature,
-        optimizer=optimizer,
         tis_cap=config.tis_cap,
     )
 

@@ -24,7 +24,7 @@ def read_examples(dataset: Path, tokenizer: Path, eos_token_id: int, max_tokens:
     try:
         lines = dataset.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError.of("dataset_path", f"{dataset} cannot be read: {error}") from error
+        raise InvalidArgumentError.for_field("dataset_path", f"{dataset} cannot be read: {error}") from error
     examples = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
@@ -33,17 +33,17 @@ def read_examples(dataset: Path, tokenizer: Path, eos_token_id: int, max_tokens:
         prompt_tokens = encoder.encode(prompt, add_special_tokens=False).ids
         response_tokens = [*encoder.encode(response, add_special_tokens=False).ids, eos_token_id]
         if not prompt_tokens:
-            raise InvalidArgumentError.of("dataset_path", f"{dataset} line {number}: the prompt is empty")
+            raise InvalidArgumentError.for_field("dataset_path", f"{dataset} line {number}: the prompt is empty")
         tokens = np.array(prompt_tokens + response_tokens, dtype=np.int64)
         if len(tokens) > max_tokens:
-            raise InvalidArgumentError.of(
+            raise InvalidArgumentError.for_field(
                 "dataset_path",
                 f"{dataset} line {number}: {len(tokens)} tokens are more than the context of {max_tokens}",
             )
         trained_T = np.arange(1, len(tokens)) >= len(prompt_tokens)
         examples.append(TokenSequence(tokens, trained_T))
     if not examples:
-        raise InvalidArgumentError.of("dataset_path", f"{dataset} holds no example")
+        raise InvalidArgumentError.for_field("dataset_path", f"{dataset} holds no example")
     return examples
 
 
@@ -52,10 +52,10 @@ def _parse_line(dataset: Path, number: int, line: str) -> tuple[str, str]:
     try:
         value = json.loads(line)
     except ValueError as error:
-        raise InvalidArgumentError.of("dataset_path", f"{where} is not JSON: {error}") from error
+        raise InvalidArgumentError.for_field("dataset_path", f"{where} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise InvalidArgumentError.of("dataset_path", f"{where} is no JSON object")
+        raise InvalidArgumentError.for_field("dataset_path", f"{where} is no JSON object")
     for key in ("prompt", "response"):
         if not isinstance(value.get(key), str):
-            raise InvalidArgumentError.of("dataset_path", f"{where}: {key} is missing or no text")
+            raise InvalidArgumentError.for_field("dataset_path", f"{where}: {key} is missing or no text")
     return value["prompt"], value["response"]

@@ -196,7 +196,7 @@ def resolve_max_tokens(config: TrainerConfig, max_positions: int) -> int:
     if config.max_sequence_length is None:
         return max_positions
     if config.max_sequence_length > max_positions:
-        raise InvalidArgumentError.of(
+        raise InvalidArgumentError.for_field(
             "trainer.max_sequence_length",
             f"{config.max_sequence_length} is more than the model's {max_positions} positions",
         )

@@ -83,7 +83,7 @@ class TrainerService(TrainerServiceServicer):
     async def ExportModel(self, request: pb.ExportModelRequest, context: Context) -> pb.ExportModelResponse:
         """See the contract."""
         if not request.path:
-            raise InvalidArgumentError.of("path", "is empty")
+            raise InvalidArgumentError.for_field("path", "is empty")
         path = await self._trainer.export_model(request.run_id, Path(request.path))
         return pb.ExportModelResponse(path=str(path))
 
@@ -91,18 +91,22 @@ class TrainerService(TrainerServiceServicer):
 def _check_groups(request: pb.TrainRequest) -> None:
     """Raises InvalidArgumentError for groups that are empty, named twice or without a finite reward."""
     if not request.groups:
-        raise InvalidArgumentError.of("groups", "is empty; an iteration without a group has nothing to train")
+        raise InvalidArgumentError.for_field("groups", "is empty; an iteration without a group has nothing to train")
     groups: set[str] = set()
     trajectories: set[str] = set()
     for i, group in enumerate(request.groups):
         ids = {item.trajectory_id for item in group.trajectories}
         if not ids:
-            raise InvalidArgumentError.of(f"groups[{i}].trajectories", f"group {group.group_id} has no trajectory")
+            raise InvalidArgumentError.for_field(
+                f"groups[{i}].trajectories", f"group {group.group_id} has no trajectory"
+            )
         if group.group_id in groups or len(ids) < len(group.trajectories) or trajectories & ids:
-            raise InvalidArgumentError.of(f"groups[{i}]", f"group {group.group_id} or a trajectory of it comes twice")
+            raise InvalidArgumentError.for_field(
+                f"groups[{i}]", f"group {group.group_id} or a trajectory of it comes twice"
+            )
         for item in group.trajectories:
             if not math.isfinite(item.reward):
-                raise InvalidArgumentError.of(
+                raise InvalidArgumentError.for_field(
                     f"groups[{i}].trajectories", f"the reward of {item.trajectory_id} is {item.reward}"
                 )
         groups.add(group.group_id)

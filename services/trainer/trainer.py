@@ -294,11 +294,11 @@ class Trainer:
             for trajectory in group.trajectories:
                 response = sum(trajectory.tokens_by_version.values())
                 if not trajectory.prompt_tokens or not response:
-                    raise InvalidArgumentError.of(
+                    raise InvalidArgumentError.for_field(
                         f"groups[{i}].trajectories", f"{trajectory.trajectory_id} has no prompt or no response tokens"
                     )
                 if trajectory.prompt_tokens + response > self.engine.max_tokens:
-                    raise InvalidArgumentError.of(
+                    raise InvalidArgumentError.for_field(
                         f"groups[{i}].trajectories",
                         f"{trajectory.trajectory_id} has {trajectory.prompt_tokens + response} tokens; "
                         f"{self.engine.max_tokens} fit",
@@ -306,7 +306,7 @@ class Trainer:
 
     def _check_run(self, run_id: str) -> None:
         if not run_id:
-            raise InvalidArgumentError.of("run_id", "is empty")
+            raise InvalidArgumentError.for_field("run_id", "is empty")
         if self.loaded.run_id and self.loaded.run_id != run_id:
             raise FailedPreconditionError(
                 f"the trainer has run {self.loaded.run_id} loaded, not {run_id}; load a checkpoint of {run_id} first"

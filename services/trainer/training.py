@@ -82,16 +82,10 @@ def check_training(algorithm: pb.Algorithm, update: pb.UpdateSettings, optimizer
     try:
         made = make_algorithm(algorithm)
     except InvalidArgumentError as error:
-        raise_violations([*error.violations, *violations])
-    raise_violations(violations)
-    return made
-
-
-def raise_violations(violations: Sequence[FieldViolation]) -> None:
-    """Raises InvalidArgumentError with all violations, when there are any."""
+        raise InvalidArgumentError.for_fields([*error.violations, *violations]) from error
     if violations:
-        message = "; ".join(f"{violation.field}: {violation.description}" for violation in violations)
-        raise InvalidArgumentError(message, violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
+    return made
 
 
 def find_optimizer_violations(optimizer: pb.Optimizer) -> Iterator[FieldViolation]:
@@ -182,6 +176,22 @@ def _plan_group(
             )
 
 
+def make_sequence(trajectory: Trajectory, base_version: int, max_staleness: int) -> TokenSequence:
+    """Joins prompt and response; tokens older than the base version by more than `max_staleness` are masked."""
+    fresh_T = base_version - trajectory.versions_T <= max_staleness
+    # The prediction of token i + 1 is at i, so the response begins one before its first token.
+    prompt_T = np.zeros(len(trajectory.prompt_tokens) - 1, np.bool_)
+    tokens = np.concatenate([trajectory.prompt_tokens, trajectory.tokens_T])
+    return TokenSequence(tokens, np.concatenate([prompt_T, fresh_T]))
+
+
+def truncate_importance(trainer_T: torch.Tensor, rollout_T: torch.Tensor, cap: float) -> torch.Tensor:
+    """Returns min(pi_trainer / pi_rollout, cap) of log-probabilities; ones when `cap` is 0."""
+    if cap == 0:
+        return torch.ones_like(trainer_T)
+    return (trainer_T - rollout_T).exp().clamp(max=cap)
+
+
 def split_groups(groups: int, minibatches: int, seed: int) -> list[list[int]]:
     """Returns the groups of each optimizer step: shuffled by `seed`, in shares that differ by at most one group."""
     order = np.random.default_rng(seed).permutation(groups)
@@ -261,12 +271,9 @@ class _Iteration:
         base, sequences, logprobs, sampled_by_base = self._request.base_version, [], [], []
         for planned in pack:
             trajectory = found[planned.trajectory_id]
+            sequences.append(make_sequence(trajectory, base, self._update.max_staleness))
+            _check_counts(planned, trajectory, int(sequences[-1].trained_T.sum()))
             prompt_T = np.zeros(planned.prompt_tokens - 1, np.bool_)
-            fresh_T = base - trajectory.versions_T <= self._update.max_staleness
-            _check_counts(planned, trajectory, int(fresh_T.sum()))
-            # The prediction of token i + 1 is at i, so the response begins one before its first token.
-            trained_T = np.concatenate([prompt_T, fresh_T])
-            sequences.append(TokenSequence(np.concatenate([trajectory.prompt_tokens, trajectory.tokens_T]), trained_T))
             logprobs.append(np.concatenate([prompt_T.astype(np.float32), trajectory.engine_logprobs_T]))
             sampled_by_base.append(np.concatenate([prompt_T, trajectory.versions_T == base]))
         return _Pack(
@@ -325,10 +332,8 @@ class _Iteration:
             return logprobs_T.sum() * 0.0, {}
         pack = self._packs[step][batch.index]
         reference_T = self._reference[step][batch.index].to(logprobs_T.device)
-        importance_T = torch.ones_like(reference_T)
-        if self._update.tis_cap:
-            ratios_T = (reference_T - pack.rollout_logprobs_T.to(reference_T.device)).exp()
-            importance_T = ratios_T.clamp(max=self._update.tis_cap)
+        rollout_T = pack.rollout_logprobs_T.to(reference_T.device)
+        importance_T = truncate_importance(reference_T, rollout_T, self._update.tis_cap)
         loss, sums = self._algorithm.loss(
             LossBatch(
                 logprobs_T=logprobs_T,
@@ -419,7 +424,7 @@ def fine_tune(
     weights half-trained: the caller puts them back.
     """
     dims, start = policy.dims, time.monotonic()
-    own = _scatter_examples(policy, context, request, counts, examples)
+    own = scatter_examples(policy, context, request, counts, examples)
     policy.begin_job(request.optimizer)
     tokens, own_loss, loss_tokens, norms = 0, 0.0, 0, list[float]()
     for step, chosen in enumerate(_draw_batches(len(counts), request), start=1):
@@ -458,10 +463,12 @@ def check_fine_tuning(request: pb.FineTuneRequest) -> None:
     """Raises InvalidArgumentError that names every field out of range."""
     fields = ("steps", "batch_size", "max_tokens_per_microbatch")
     violations = [FieldViolation(name, "has to be at least 1") for name in fields if getattr(request, name) < 1]
-    raise_violations([*violations, *find_optimizer_violations(request.optimizer)])
+    violations += find_optimizer_violations(request.optimizer)
+    if violations:
+        raise InvalidArgumentError.for_fields(violations)
 
 
-def _scatter_examples(
+def scatter_examples(
     policy: Policy,
     context: JobContext,
     request: pb.FineTuneRequest,
@@ -474,7 +481,9 @@ def _scatter_examples(
         for indices, packs in zip(wanted, _pack_examples(chosen, request, counts, policy.dims.data), strict=True):
             indices.update(i for pack in packs for i in pack)
     data_ranks = context.everyone.gather(policy.dims.data_rank)
-    parts = None if examples is None else [{i: examples[i] for i in sorted(wanted[data_rank])} for data_rank in data_ranks]
+    parts = (
+        None if examples is None else [{i: examples[i] for i in sorted(wanted[data_rank])} for data_rank in data_ranks]
+    )
     found: Mapping[int, TokenSequence] = context.everyone.scatter(parts)
     return found
 

@@ -91,7 +91,7 @@ async def test_the_death_of_a_rank_ends_the_whole_trainer(start_trainer: Callabl
     process, client = await start_trainer(tensor_parallel=2)
     ranks = [p for p in psutil.Process(process.pid).children(recursive=True) if "services.trainer" in p.cmdline()]
     assert len(ranks) == 2
-    state = await client.get_state(pb.GetStateRequest())
+    state = await client.get_state(pb.GetStateRequest(run_id="r"))
     assert (state.world_size, state.tensor_parallel) == (2, 2)
     request = pb.FineTuneRequest(
         run_id="r",
@@ -142,20 +142,20 @@ async def test_a_full_disk_is_named_and_leaves_nothing_half_written(
     await client.load_checkpoint(pb.LoadCheckpointRequest(run_id="r"))
     with pytest.raises(PerigeeError, match=rf"{small_disk}.*No space left on device"):
         await client.save_checkpoint(pb.SaveCheckpointRequest(run_id="r", policy_version=0))
-    assert list((small_disk / "checkpoints").iterdir()) == []
-    assert list((await client.get_state(pb.GetStateRequest())).checkpoints) == []
+    assert list((small_disk / "checkpoints" / "r").iterdir()) == []
+    assert list((await client.get_state(pb.GetStateRequest(run_id="r"))).checkpoints) == []
     remount = await asyncio.create_subprocess_exec("mount", "-o", "remount,size=10m", str(small_disk))
     assert await remount.wait() == 0
     await client.save_checkpoint(pb.SaveCheckpointRequest(run_id="r", policy_version=0))
-    assert list((await client.get_state(pb.GetStateRequest())).checkpoints) == [0]
+    assert list((await client.get_state(pb.GetStateRequest(run_id="r"))).checkpoints) == [0]
 
 
 async def test_a_half_written_checkpoint_of_a_killed_trainer_is_removed(
     start_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    aside = tmp_path / "run" / "checkpoints" / ".v000003.deadbeef"
+    aside = tmp_path / "run" / "checkpoints" / "r" / ".v000003.deadbeef"
     aside.mkdir(parents=True)
     (aside / "shard-0").write_bytes(b"half")
     _, client = await start_trainer()
     assert not aside.exists()
-    assert list((await client.get_state(pb.GetStateRequest())).checkpoints) == []
+    assert list((await client.get_state(pb.GetStateRequest(run_id="r"))).checkpoints) == []

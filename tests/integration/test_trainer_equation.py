@@ -12,46 +12,52 @@ import numpy as np
 import pytest
 import torch
 
-from tests.fixtures.trainer import MadeTrajectory, make_groups, mirror_descent
-from tests.fixtures.trainer_ranks import Sizes, run_ranks, to_groups
+from perigee.errors import UnavailableError
+from perigee.trainer.v1 import trainer_pb2 as pb
+from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request
+from tests.fixtures.trainer_ranks import Sizes, run_ranks, to_trajectories, train
 
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
-    from services.trainer.train_iteration import MirrorDescent
 
 REWARDS = [1.0, 0.25, 0.0, 0.6]
 # Base version 3: spans of versions 1 and 2 lie behind it.
 SPANS = [[(3, 7)], [(1, 4), (2, 3), (3, 5)], [(2, 6), (3, 2)], [(2, 5)]]
 
 
+def make_request(groups: dict[str, list[MadeTrajectory]], baseline: str = "mean", **fields: Any) -> pb.TrainRequest:
+    """An iteration with every part of the loss away from its neutral value."""
+    values = {"max_tokens_per_microbatch": 40, "max_staleness": 1, "token_scale": 3.0, "temperature": 0.8} | fields
+    tau = values.pop("tau", 0.5)
+    optimizer = pb.Optimizer(learning_rate=2e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0)
+    algorithm = {"tau": tau, "baseline": baseline}
+    return train_request("r", groups, REWARDS, base=3, algorithm=algorithm, optimizer=optimizer, **values)
+
+
 def loss_and_gradient(
-    engine: Engine, made: dict[str, list[MadeTrajectory]], algorithm: MirrorDescent
+    engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """The trainer's own: an iteration of one step on moved weights, with the reference taken before the move."""
-    from services.trainer import train_iteration as module
-    from services.trainer.jobs import JobContext
-    from services.trainer.train_iteration import train_iteration
-
     # The quadratic term is flat at the reference itself, so the gradient is taken a step away from it.
-    compute = module._compute_reference
+    begin_job = engine.policy.begin_job
 
-    def compute_then_move(policy: Any, *arguments: Any) -> Any:
-        reference = compute(policy, *arguments)
+    def move_then_begin(optimizer: pb.Optimizer) -> None:
         with torch.no_grad():
-            for _, parameter in sorted(policy.core.named_parameters()):
+            for _, parameter in sorted(engine.policy.core.named_parameters()):
                 parameter.mul_(1.05)
-        return reference
+        begin_job(optimizer)
 
-    module._compute_reference = compute_then_move
-    result = train_iteration(engine.policy, engine.control, to_groups(made, REWARDS), 3, algorithm, 0, JobContext())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.policy, "begin_job", move_then_begin)
+        result = train(engine, groups, request)
     with torch.no_grad():
         for parameter in engine.policy.core.parameters():
             parameter.copy_(parameter.main_grad)
-    return result.loss, dict(engine.policy.collect())
+    return result.metrics["train/loss"], dict(engine.policy.collect())
 
 
 def equation_3(
-    model_path: Path, made: dict[str, list[MadeTrajectory]], algorithm: MirrorDescent
+    model_path: Path, made: dict[str, list[MadeTrajectory]], request: pb.TrainRequest
 ) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss (the surrogate with the sign turned) and gradient, trajectory by trajectory, in float64."""
     from transformers import AutoModelForCausalLM
@@ -61,14 +67,15 @@ def equation_3(
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.05)
+    settings, update = dict(request.algorithm.settings), request.update
     rewards = torch.tensor(REWARDS, dtype=torch.float64)
     baseline = rewards.mean()
-    if algorithm.baseline.value == "log_mean_exp":
-        baseline = algorithm.tau * torch.log(torch.exp(rewards / algorithm.tau).mean())
+    if settings["baseline"] == "log_mean_exp":
+        baseline = settings["tau"] * torch.log(torch.exp(rewards / settings["tau"]).mean())
 
     def logprobs(policy: Any, item: MadeTrajectory) -> torch.Tensor:
         ids = torch.tensor([item.prompt + item.tokens])
-        table = torch.log_softmax(policy(ids).logits[0] / algorithm.temperature, dim=-1)
+        table = torch.log_softmax(policy(ids).logits[0] / update.temperature, dim=-1)
         first = len(item.prompt)
         picked: torch.Tensor = torch.stack([table[first + t - 1, token] for t, token in enumerate(item.tokens)])
         return picked
@@ -77,22 +84,22 @@ def equation_3(
     for items in made.values():
         for item, reward in zip(items, rewards, strict=True):
             versions = [version for version, count in item.versions for _ in range(count)]
-            fresh = torch.tensor([3 - version <= algorithm.max_staleness for version in versions])
+            fresh = torch.tensor([3 - version <= update.max_staleness for version in versions])
             with torch.no_grad():
                 before = logprobs(reference, item)
             now = logprobs(model, item)
             weight = torch.ones_like(before)
-            if algorithm.tis_cap:
+            if update.tis_cap:
                 engine = torch.tensor(item.logprobs, dtype=torch.float64)
-                weight = torch.exp(before - engine).clamp(max=algorithm.tis_cap)
-            scale = algorithm.token_scale
+                weight = torch.exp(before - engine).clamp(max=update.tis_cap)
+            scale = update.token_scale
             gain = (reward - baseline) * (now * weight)[fresh].sum() / scale
-            penalty = algorithm.tau / 2 * ((now - before)[fresh].sum() / scale) ** 2
+            penalty = settings["tau"] / 2 * ((now - before)[fresh].sum() / scale) ** 2
             objective = objective + (gain - penalty) / len(items)
     objective = objective / len(made)
     objective.backward()  # type: ignore[no-untyped-call]
     gradient = {name: -p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return -float(objective), gradient
+    return -objective.item(), gradient
 
 
 @pytest.mark.parametrize(
@@ -107,9 +114,9 @@ def equation_3(
 )
 def test_loss_and_gradient_are_equation_3(trainer_model: Path, baseline: str, cap: float, sizes: Sizes) -> None:
     made = make_groups("eq", 5, groups=3, k=4, spans=SPANS)
-    algorithm = mirror_descent(baseline, tis_cap=cap)
-    loss, gradient = run_ranks(sizes, trainer_model, partial(loss_and_gradient, made=made, algorithm=algorithm))
-    expected_loss, expected = equation_3(trainer_model, made, algorithm)
+    request = make_request(made, baseline, tis_cap=cap)
+    loss, gradient = run_ranks(sizes, trainer_model, partial(loss_and_gradient, groups=made, request=request))
+    expected_loss, expected = equation_3(trainer_model, made, request)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert gradient.keys() == expected.keys()
     largest = max(float(value.abs().max()) for value in expected.values())
@@ -117,25 +124,37 @@ def test_loss_and_gradient_are_equation_3(trainer_model: Path, baseline: str, ca
         assert (gradient[name].double() - value).abs().max() < 1e-5 * largest, name
 
 
-def train_twice(engine: Engine, made: dict[str, list[MadeTrajectory]], algorithm: MirrorDescent) -> Any:
-    """A fine-tuning job and an iteration; their figures and the weights after them."""
-    from services.trainer.batches import TokenSequence
-    from services.trainer.fine_tune import FineTuning, fine_tune
-    from services.trainer.jobs import JobContext
-    from services.trainer.train_iteration import train_iteration
+METRICS = (
+    "loss",
+    "grad_norm",
+    "entropy",
+    "kl_k1",
+    "kl_k3",
+    "train_infer_kl",
+    "train_infer_logprob_diff_max",
+    "mask_share",
+)
+
+
+def train_twice(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest) -> Any:
+    """A fine-tuning job and an iteration; their metrics and the weights after them."""
+    from services.trainer.packing import TokenSequence
+    from services.trainer.training import fine_tune
 
     generator = np.random.default_rng(0)
     lengths = generator.integers(4, 30, 20)
-    examples = [
-        TokenSequence(generator.integers(2, 48, n), np.arange(1, n) >= n // 2, np.ones(n - 1, np.float32))
-        for n in lengths
-    ]
-    tuning = FineTuning(steps=4, batch_size=5, max_tokens_per_microbatch=40, seed=1, optimizer=algorithm.optimizer)
-    # Figures cover the steps since the last report: with none in between, all of them.
-    first = fine_tune(engine.policy, engine.control, examples, tuning, JobContext(interval_s=math.inf))
-    second = train_iteration(engine.policy, engine.control, to_groups(made, REWARDS), 3, algorithm, 0, JobContext())
-    figures = [first.loss, first.gradient_norm, second.loss, second.gradient_norm, second.policy_shift]
-    return figures, second.trained_tokens, dict(engine.policy.collect())
+    examples = [TokenSequence(generator.integers(2, 48, n), np.arange(1, n) >= n // 2) for n in lengths]
+    tuning = pb.FineTuneRequest(
+        steps=4, batch_size=5, max_tokens_per_microbatch=40, seed=1, optimizer=request.optimizer
+    )
+    context = engine.job_context()
+    # Progress covers the steps since the last report: with none in between, all of them.
+    context.interval_s = math.inf
+    counts = [(len(example.tokens), int(example.trained_T.sum())) for example in examples]
+    first = fine_tune(engine.policy, context, tuning, counts, examples if engine.dims.rank == 0 else None)
+    second = train(engine, groups, request)
+    metrics = [first.loss, first.grad_norm, *(second.metrics[f"train/{name}"] for name in METRICS)]
+    return metrics, second.trained_tokens, dict(engine.policy.collect())
 
 
 @pytest.fixture(scope="module")
@@ -146,14 +165,14 @@ def alone(trainer_model: Path) -> Any:
 
 def _job() -> Any:
     made = make_groups("equal", 6, groups=5, k=4, spans=SPANS)
-    return partial(train_twice, made=made, algorithm=mirror_descent("mean", minibatches=2))
+    return partial(train_twice, groups=made, request=make_request(made, minibatches=2))
 
 
 @pytest.mark.parametrize("sizes", [Sizes(tensor=2), Sizes(pipeline=2), Sizes(data=2), Sizes(recompute=True)], ids=str)
 def test_every_layout_trains_as_one_rank(trainer_model: Path, alone: Any, sizes: Sizes) -> None:
-    figures, trained, weights = run_ranks(sizes, trainer_model, _job())
+    metrics, trained, weights = run_ranks(sizes, trainer_model, _job())
     assert trained == alone[1]
-    assert figures == pytest.approx(alone[0], rel=1e-4, abs=1e-6)
+    assert metrics == pytest.approx(alone[0], rel=1e-4, abs=1e-6)
     assert weights.keys() == alone[2].keys()
     for name, value in alone[2].items():
         assert (weights[name] - value).abs().max() < 2e-5, name
@@ -162,7 +181,79 @@ def test_every_layout_trains_as_one_rank(trainer_model: Path, alone: Any, sizes:
 def test_token_scale_one_is_the_report_itself(trainer_model: Path) -> None:
     """With one token per trajectory and no scale the loss is worked out by hand."""
     made = make_groups("one", 7, groups=1, k=4, spans=[[(3, 1)]])
-    algorithm = mirror_descent("mean", token_scale=1.0, tau=0.0)
-    loss, _ = run_ranks(Sizes(), trainer_model, partial(loss_and_gradient, made=made, algorithm=algorithm))
-    expected: Sequence[float] = equation_3(trainer_model, made, algorithm)[:1]
-    assert loss == pytest.approx(expected[0], rel=1e-5)
+    request = make_request(made, token_scale=1.0, tau=0.0)
+    loss, _ = run_ranks(Sizes(), trainer_model, partial(loss_and_gradient, groups=made, request=request))
+    assert loss == pytest.approx(equation_3(trainer_model, made, request)[0], rel=1e-5)
+
+
+def read_ids(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest) -> list[list[str]]:
+    """The trajectories that each rank read."""
+    from services.trainer.training import train_iteration
+
+    found, read = to_trajectories(groups), list[str]()
+
+    def reader(run_id: str, ids: Sequence[str]) -> dict[str, Any]:
+        read.extend(ids)
+        return {name: found[name] for name in ids}
+
+    train_iteration(engine.policy, engine.job_context(), request, 0, reader)
+    return engine.everyone.gather(read)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(data=2), Sizes(tensor=2)], ids=str)
+def test_a_rank_reads_what_it_trains_and_nothing_else(trainer_model: Path, sizes: Sizes) -> None:
+    """The trajectories of version 2 alone are stale, so that no rank has a use for them."""
+    groups = make_groups("own", 8, groups=5, k=4, spans=SPANS)
+    request = make_request(groups, minibatches=2, max_staleness=0)
+    first, second = run_ranks(sizes, trainer_model, partial(read_ids, groups=groups, request=request))
+    trained = [item.trajectory_id for items in groups.values() for item in items if (2, 5) not in item.versions]
+    assert sorted(first + second) == sorted(trained)
+    if sizes.data == 2:
+        tokens = {item.trajectory_id: len(item.tokens) for items in groups.values() for item in items}
+        shares = [sum(tokens[name] for name in ids) for ids in (first, second)]
+        assert abs(shares[0] - shares[1]) < 0.3 * sum(shares)
+    else:
+        assert second == []
+
+
+def scatter(engine: Engine, request: pb.FineTuneRequest) -> list[set[int]]:
+    """The examples that each rank received, of 12."""
+    from services.trainer.packing import TokenSequence
+    from services.trainer.training import scatter_examples
+
+    examples = [TokenSequence(np.arange(2, 6 + n), np.ones(3 + n, np.bool_)) for n in range(12)]
+    counts = [(len(example.tokens), len(example.trained_T)) for example in examples]
+    own = scatter_examples(
+        engine.policy, engine.job_context(), request, counts, examples if engine.dims.rank == 0 else None
+    )
+    assert all(own[i].tokens.tolist() == examples[i].tokens.tolist() for i in own)
+    return engine.everyone.gather(set(own))
+
+
+def test_a_rank_receives_the_examples_that_it_trains(trainer_model: Path) -> None:
+    request = pb.FineTuneRequest(steps=1, batch_size=12, max_tokens_per_microbatch=40)
+    first, second = run_ranks(Sizes(data=2), trainer_model, partial(scatter, request=request))
+    assert first | second == set(range(12))
+    assert not first & second
+
+
+def fail_to_read(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest) -> list[str]:
+    """The error that each rank raises when rank 1 cannot read."""
+    from services.trainer.training import train_iteration
+
+    found = to_trajectories(groups)
+
+    def reader(run_id: str, ids: Sequence[str]) -> dict[str, Any]:
+        if engine.dims.rank == 1:
+            raise UnavailableError("the buffer is away")
+        return {name: found[name] for name in ids}
+
+    with pytest.raises(UnavailableError) as caught:
+        train_iteration(engine.policy, engine.job_context(), request, 0, reader)
+    return engine.everyone.gather(caught.value.message)
+
+
+def test_every_rank_fails_when_one_cannot_read(trainer_model: Path) -> None:
+    groups = make_groups("away", 9, groups=2, k=4, spans=SPANS)
+    job = partial(fail_to_read, groups=groups, request=make_request(groups))
+    assert run_ranks(Sizes(data=2), trainer_model, job) == ["the buffer is away"] * 2

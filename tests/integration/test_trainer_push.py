@@ -53,5 +53,5 @@ async def test_each_version_reaches_the_receiver_bit_for_bit(
         assert again.outcomes[0].committed
         assert again.export_seconds < response.export_seconds
     assert any(not torch.equal(pushed[0][name], pushed[1][name]) for name in pushed[0])
-    with pytest.raises(FailedPreconditionError, match="policy_version is 0, but the trainer holds version 1"):
+    with pytest.raises(FailedPreconditionError, match="policy_version is 0, but the trainer has version 1 loaded"):
         await trainer.client.push_weights(pb.PushWeightsRequest(run_id=RUN, policy_version=0), timeout_s=60)

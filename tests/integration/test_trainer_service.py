@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from perigee.buffer.client import BufferClient
-from perigee.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from tests.fixtures.trainer import (
     EOS,
@@ -21,6 +21,12 @@ from tests.fixtures.trainer import (
 )
 
 RUN = "trainer-run"
+METRICS = {
+    *(f"train/{name}" for name in ("loss", "grad_norm", "entropy", "kl_k1", "kl_k3", "clip_share", "mask_share")),
+    *(f"train/train_infer_{name}" for name in ("logprob_diff_mean", "logprob_diff_max", "kl")),
+    *("train/tokens_per_second", "train/peak_memory_bytes"),
+    *("time/read_seconds", "time/reference_seconds", "time/update_seconds"),
+}
 
 
 def fine_tune_request(dataset: Path, **fields: object) -> pb.FineTuneRequest:
@@ -87,13 +93,19 @@ async def test_an_iteration_raises_the_rewarded_and_lowers_the_others(
     assert (result.groups, result.trajectories, result.tokens, result.trained_tokens) == (6, 24, 288, 288)
     assert result.policy_version == 1
     assert result.trajectories_multi_version == 0
-    assert result.gradient_norm > 0
+    assert result.metrics["train/grad_norm"] > 0
     # Random log-probabilities were stored in place of the engine's.
-    assert result.max_logprob_difference > 1
+    assert result.metrics["train/train_infer_logprob_diff_max"] > 1
+    assert set(result.metrics) == METRICS
+    assert result.metrics["train/entropy"] > 0
+    assert result.metrics["train/kl_k3"] > 0
+    assert result.metrics["train/mask_share"] == result.metrics["train/clip_share"] == 0
+    assert result.metrics["train/tokens_per_second"] > 0
+    assert result.metrics["train/peak_memory_bytes"] > 1 << 20
     assert await train(trainer, request) == result
-    with pytest.raises(FailedPreconditionError, match="already holds version 1"):
+    with pytest.raises(FailedPreconditionError, match="already has version 1 loaded"):
         await train(trainer, train_request(RUN, groups, [1.0, 0.0, 0.0, 0.0], minibatches=2))
-    with pytest.raises(FailedPreconditionError, match="base_version is 7, but the trainer holds version 1"):
+    with pytest.raises(FailedPreconditionError, match="base_version is 7, but the trainer has version 1 loaded"):
         await train(trainer, train_request(RUN, groups, [1.0, 0.0, 0.0, 0.0], base=7))
 
 
@@ -114,7 +126,8 @@ async def test_engine_logprobs_are_compared_on_tokens_of_the_base_version_only(
             item.logprobs[:] = logprobs_TV.gather(1, ids[0, 1:, None])[len(item.prompt) - 1 :, 0].tolist()
     await store_groups(buffer_client, RUN, groups)
     result = await train(trainer, train_request(RUN, groups, [1.0, 0.0], temperature=temperature))
-    assert result.max_logprob_difference < 1e-5
+    assert result.metrics["train/train_infer_logprob_diff_max"] < 1e-5
+    assert 0 <= result.metrics["train/train_infer_kl"] < 1e-9
 
 
 async def test_checkpoints_restore_every_bit_and_are_kept_n_deep(
@@ -142,9 +155,11 @@ async def test_checkpoints_restore_every_bit_and_are_kept_n_deep(
     assert newest.policy_version == 3
     with pytest.raises(NotFoundError, match="no checkpoint of version 1"):
         await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=1))
-    with pytest.raises(FailedPreconditionError, match=f"serves run {RUN}, not other"):
+    with pytest.raises(NotFoundError, match="no checkpoint of version 2"):
         await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id="other", policy_version=2))
-    with pytest.raises(FailedPreconditionError, match="policy_version is 2, but the trainer holds version 3"):
+    with pytest.raises(FailedPreconditionError, match=f"has run {RUN} loaded, not other"):
+        await trainer.client.save_checkpoint(pb.SaveCheckpointRequest(run_id="other", policy_version=3))
+    with pytest.raises(FailedPreconditionError, match="policy_version is 2, but the trainer has version 3 loaded"):
         await trainer.client.save_checkpoint(pb.SaveCheckpointRequest(run_id=RUN, policy_version=2))
 
 
@@ -175,13 +190,49 @@ async def test_a_second_job_is_refused_and_a_left_one_stops(trainer: TrainerAt, 
     assert (await trainer.client.get_state(pb.GetStateRequest())).policy_version == 0
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("temperature", 0.0), ("token_scale", 0.0), ("minibatches", 0), ("tau", -1.0), ("baseline", 0)],
-)
+@pytest.mark.parametrize(("field", "value"), [("temperature", 0.0), ("token_scale", 0.0), ("minibatches", 0)])
 async def test_settings_out_of_range_are_named(trainer: TrainerAt, field: str, value: float) -> None:
     await reload_base(trainer)
     request = train_request(RUN, make_groups("bad", 4, 1, 2, [[(0, 4)]]), [1.0, 0.0], **{field: value})
     with pytest.raises(InvalidArgumentError) as caught:
         await train(trainer, request)
-    assert caught.value.violations[0].field == f"algorithm.{field}"
+    assert [violation.field for violation in caught.value.violations] == [f"update.{field}"]
+
+
+@pytest.mark.parametrize(("field", "value"), [("tau", -1.0), ("baseline", "median"), ("clip", 0.2)])
+async def test_settings_of_an_algorithm_are_checked_without_training(
+    trainer: TrainerAt, field: str, value: float | str
+) -> None:
+    request = pb.CheckAlgorithmRequest(algorithm=pb.Algorithm(name="policy_mirror_descent"))
+    request.update.CopyFrom(
+        pb.UpdateSettings(minibatches=1, max_tokens_per_microbatch=8, temperature=1.0, token_scale=1.0)
+    )
+    request.optimizer.learning_rate = 1e-3
+    checked = await trainer.client.check_algorithm(request)
+    assert dict(checked.algorithm.settings) == {"tau": 0.1, "baseline": "mean"}
+    request.algorithm.settings.update({field: value})
+    with pytest.raises(InvalidArgumentError) as caught:
+        await trainer.client.check_algorithm(request)
+    assert [violation.field for violation in caught.value.violations] == [f"algorithm.settings.{field}"]
+
+
+async def test_a_trajectory_that_is_not_as_described_is_refused(
+    trainer: TrainerAt, buffer_client: BufferClient
+) -> None:
+    await reload_base(trainer)
+    groups = make_groups("differs", 5, groups=1, k=2, spans=[[(0, 4)]])
+    await store_groups(buffer_client, RUN, groups)
+    request = train_request(RUN, groups, [1.0, 0.0])
+    request.groups[0].trajectories[1].tokens_by_version[0] = 3
+    with pytest.raises(DataLossError, match="differs-g0-t1: the buffer holds"):
+        await train(trainer, request)
+    request.groups[0].trajectories[1].tokens_by_version[0] = 400
+    with pytest.raises(InvalidArgumentError, match="differs-g0-t1 has 4"):
+        await train(trainer, request)
+
+
+async def test_another_run_takes_the_trainer_over_by_loading(trainer: TrainerAt) -> None:
+    for run_id in ("other", RUN):
+        loaded = await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=run_id, policy_version=0))
+        assert loaded.policy_version == 0
+        assert (await trainer.client.get_state(pb.GetStateRequest())).run_id == run_id

@@ -26,21 +26,24 @@ def sequences() -> list[np.ndarray[Any, np.dtype[np.int64]]]:
 
 
 def load_and_evaluate(engine: Engine, folders: list[Path]) -> list[tuple[dict[str, torch.Tensor], dict[int, Any]]]:
-    """The weights of each folder once loaded, and the log-probabilities of the sequences by index."""
-    from services.trainer.batches import TokenSequence, make_micro_batches
+    """The weights of each folder once loaded, and log-probabilities and entropies of the sequences by index."""
     from services.trainer.hf_config import read_model_shape
-    from services.trainer.policy import Policy
+    from services.trainer.megatron.model import Policy
+    from services.trainer.packing import TokenSequence, make_micro_batches, pack_sequences
 
-    items = [TokenSequence(t, np.ones(len(t) - 1, bool), np.ones(len(t) - 1, np.float32)) for t in sequences()]
-    batches = make_micro_batches(items, range(len(items)), 64, 1, 0, engine.layout.device)
+    items = [TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_)) for tokens in sequences()]
+    (packs,) = pack_sequences([len(item.tokens) - 1 for item in items], 64)
+    batches = make_micro_batches([[items[i] for i in pack] for pack in packs], engine.dims.device)
     found = []
     for folder in folders:
-        policy = Policy(read_model_shape(folder), engine.layout, torch.float32, 128)
+        policy = Policy(read_model_shape(folder), engine.dims, torch.float32, 128)
         policy.load(folder)
         logprobs: dict[int, Any] = {}
-        for batch, logprobs_T in policy.evaluate(batches, TEMPERATURE):
-            logprobs |= {i: logprobs_T[batch.layout.sequence_T == n] for n, i in enumerate(batch.indices)}
-        logprobs = {i: v for part in engine.control.gather(logprobs) for i, v in part.items()}
+        for each in policy.evaluate(batches, TEMPERATURE):
+            values_2T = torch.stack([each.logprobs_T, each.entropies_T])
+            sequence_T = each.batch.layout.sequence_T
+            logprobs |= {i: values_2T[:, sequence_T == n] for n, i in enumerate(packs[each.batch.index])}
+        logprobs = {i: v for part in engine.everyone.gather(logprobs) for i, v in part.items()}
         found.append((dict(policy.collect()), logprobs))
     return found
 
@@ -56,7 +59,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_weights_round_trip_and_logits_agree(models: list[Path], sizes: Sizes) -> None:
     from transformers import AutoModelForCausalLM
 
-    for folder, (weights, logprobs) in zip(
+    for folder, (weights, values) in zip(
         models, run_ranks(sizes, models[0], partial(load_and_evaluate, folders=models)), strict=True
     ):
         original = load_file(folder / "model.safetensors")
@@ -66,5 +69,7 @@ def test_weights_round_trip_and_logits_agree(models: list[Path], sizes: Sizes) -
         for i, tokens in enumerate(sequences()):
             ids = torch.from_numpy(tokens)[None]
             with torch.no_grad():
-                expected = torch.log_softmax(model(ids).logits[0, :-1] / TEMPERATURE, -1).gather(1, ids[0, 1:, None])
-            assert (logprobs[i] - expected[:, 0]).abs().max() < 2e-5
+                expected_TV = torch.log_softmax(model(ids).logits[0, :-1] / TEMPERATURE, -1)
+            logprobs_T, entropies_T = values[i]
+            assert (logprobs_T - expected_TV.gather(1, ids[0, 1:, None])[:, 0]).abs().max() < 2e-5
+            assert (entropies_T + (expected_TV.exp() * expected_TV).sum(-1)).abs().max() < 2e-5

@@ -15,7 +15,6 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from perigee.errors import (
     DataLossError,
-    FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
     ResourceExhaustedError,
@@ -123,12 +122,24 @@ def test_checkpoints_are_kept_n_deep_and_found_by_version(trainer_model: Path, t
     assert checkpoints.find("r", None) == (0, trainer_model)
     for version in (1, 2, 3):
         checkpoints.write("r", version, tensors(version))
-    assert checkpoints.versions() == [2, 3]
-    assert checkpoints.find("r", None) == (3, checkpoints.path_of(3))
+    assert checkpoints.versions("r") == [2, 3]
+    assert checkpoints.find("r", None) == (3, checkpoints.path_of("r", 3))
     with pytest.raises(NotFoundError, match=r"no checkpoint of version 1, only \[2, 3\]"):
         checkpoints.find("r", 1)
-    with pytest.raises(FailedPreconditionError, match="belongs to run r, not other"):
-        checkpoints.find("other", 3)
-    (checkpoints.path_of(3) / "perigee.json").unlink()
-    with pytest.raises(DataLossError, match=str(checkpoints.path_of(3))):
+    (checkpoints.path_of("r", 3) / "perigee.json").unlink()
+    with pytest.raises(DataLossError, match=str(checkpoints.path_of("r", 3))):
         checkpoints.find("r", 3)
+
+
+def test_runs_neither_overwrite_nor_prune_each_other_s_checkpoints(trainer_model: Path, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path / "checkpoints", trainer_model, keep=2, max_shard_bytes=1 << 20)
+    for version in (1, 2):
+        checkpoints.write("first", version, tensors(version))
+    for version in (2, 3, 4):
+        checkpoints.write("../second", version, tensors(10 * version))
+    assert checkpoints.versions("first") == [1, 2]
+    assert checkpoints.versions("../second") == [3, 4]
+    _, path = checkpoints.find("first", None)
+    assert TensorReader(path).read("t0")[0] == 2
+    assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoints"]
+    assert checkpoints.find("third", None) == (0, trainer_model)

@@ -6,8 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer.packed import lay_out, pad, unpad
-from services.trainer.packing import pack_sequences
+from services.trainer.packing import pack_layout, pack_sequences, pad, unpad
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=120)
 
@@ -45,7 +44,7 @@ def test_no_more_micro_batches_than_needed() -> None:
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_padding_and_back_is_the_identity_with_its_gradient(lengths: list[int]) -> None:
-    layout = lay_out(lengths, torch.device("cpu"))
+    layout = pack_layout(lengths, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     x_T3 = torch.randn(sum(lengths), 3, generator=generator, requires_grad=True)
     padded = pad(x_T3, layout)
@@ -63,6 +62,6 @@ def test_padding_and_back_is_the_identity_with_its_gradient(lengths: list[int]) 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_positions_start_anew_in_each_sequence(lengths: list[int]) -> None:
-    layout = lay_out(lengths, torch.device("cpu"))
+    layout = pack_layout(lengths, torch.device("cpu"))
     assert layout.positions_T.tolist() == [i for length in lengths for i in range(length)]
     assert layout.sequence_T.tolist() == [s for s, length in enumerate(lengths) for _ in range(length)]

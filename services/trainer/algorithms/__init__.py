@@ -21,7 +21,7 @@ def make_algorithm(message: pb.Algorithm) -> Algorithm:
     Raises InvalidArgumentError that names each setting that is unknown or out of range.
     """
     if message.name not in ALGORITHMS:
-        raise InvalidArgumentError.of("algorithm.name", f"{message.name!r} is not one of {sorted(ALGORITHMS)}")
+        raise InvalidArgumentError.for_field("algorithm.name", f"{message.name!r} is not one of {sorted(ALGORITHMS)}")
     algorithm = ALGORITHMS[message.name]
     settings = json_format.MessageToDict(message.settings)
     return algorithm(validate(algorithm.Settings, settings, message.name, "algorithm.settings"))
