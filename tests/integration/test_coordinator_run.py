@@ -92,7 +92,7 @@ async def test_a_run_from_sft_to_summary(buffer_address: str, tmp_path: Path) ->
         (3, 4),
         (4, 5),
     ]
-    rates = [request.algorithm.optimizer.learning_rate for request in peers.trainer.trained]
+    rates = [request.optimizer.learning_rate for request in peers.trainer.trained]
     assert rates == pytest.approx([1e-4, 0.75e-4, 0.5e-4])
     assert set(trained_ids(peers).values()) == {1}
     assert peers.trainer.exported == [str(run_path / "model")]
