@@ -23,7 +23,7 @@ from services.coordinator.run_config import (
     parse_run_config,
 )
 from services.coordinator.shaping import JudgedResponse, ShapingWeights, is_uniform, shape_rewards
-from services.coordinator.training_batch import learning_rate_at, make_algorithm, make_training_batch
+from services.coordinator.training_batch import learning_rate_at, make_optimizer, make_training_batch
 
 PROMPT = Prompt(PromptLine("p", "default", 0.0, reward_pb2.ScoreItem(prompt="1+1=")), (1, 2, 3))
 
@@ -193,6 +193,6 @@ def test_groups_that_teach_nothing_are_consumed_and_not_trained() -> None:
 def test_learning_rate_falls_over_the_run() -> None:
     config = AlgorithmConfig(optimizer=OptimizerConfig(learning_rate=2e-4), final_learning_rate_share=0.3)
     assert [learning_rate_at(config, share) for share in (0.0, 0.5, 1.0)] == pytest.approx([2e-4, 1.3e-4, 0.6e-4])
-    message = make_algorithm(config, 1.0, learning_rate_at(config, 0.5))
-    assert message.optimizer.learning_rate == pytest.approx(1.3e-4)
-    assert message.optimizer.beta2 == pytest.approx(0.95)
+    optimizer = make_optimizer(config.optimizer)
+    assert optimizer.learning_rate == pytest.approx(2e-4)
+    assert optimizer.beta2 == pytest.approx(0.95)
