@@ -5,18 +5,15 @@ One process serves and trains; several are torchrun's workers, of which rank 0 s
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
 
-from perigee.errors import PerigeeError, UnavailableError
+from perigee.errors import PerigeeError
 from services.kit.config import load_config
+from services.kit.process import die_with_parent
 from services.trainer.config import TrainerConfig
-
-_PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
@@ -29,11 +26,13 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:
         if "RANK" not in os.environ:
-            from services.trainer.hf_config import read_model_shape
+            from services.trainer.hf import read_model_shape
 
             read_model_shape(Path(config.model))
             launch(config, sys.argv[1:])
-        die_with_parent()
+        if config.world > 1:
+            # The ranks die with torchrun, so that none is orphaned.
+            die_with_parent(os.getppid())
         if os.environ["RANK"] == "0":
             from services.kit.server import run
             from services.trainer.service import lifespan
@@ -57,16 +56,6 @@ def launch(config: TrainerConfig, arguments: list[str]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.world)]
     os.execv(sys.executable, [*torchrun, "-m", "services.trainer", *arguments])
-
-
-def die_with_parent() -> None:
-    """Has the kernel kill this rank when torchrun dies, so that no rank is orphaned."""
-    if os.environ["WORLD_SIZE"] == "1":
-        return
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0 or parent == 1:
-        raise UnavailableError("torchrun is gone, or the kernel refuses PR_SET_PDEATHSIG")
 
 
 if __name__ == "__main__":

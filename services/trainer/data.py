@@ -1,54 +1,99 @@
-"""Training data: prompt-response examples from a file, as token sequences."""
+"""Training data: trajectories from the buffer, and prompt-response examples from a file."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+import numpy.typing as npt
 
-from perigee.errors import InvalidArgumentError
+from perigee.buffer.client import BufferClient, StoredTrajectory
+from perigee.errors import FailedPreconditionError, InvalidArgumentError
+from services.kit.hf import encode_prompts, open_tokenizer
 from services.trainer.packing import TokenSequence
 
 
-def read_examples(dataset: Path, tokenizer: Path, eos_token_id: int, max_tokens: int) -> list[TokenSequence]:
-    """Returns the examples of a JSON Lines file with "prompt" and "response" text; EOS follows each response.
+@dataclass(frozen=True)
+class Trajectory:
+    """A prompt and T response tokens, each with the rollout's log-probability and its policy version."""
 
-    Raises InvalidArgumentError naming file and line for a malformed or overlong example.
+    prompt_tokens: npt.NDArray[np.int64]
+    tokens_T: npt.NDArray[np.int64]
+    rollout_logprobs_T: npt.NDArray[np.float32]
+    versions_T: npt.NDArray[np.int64]
+
+
+async def read_trajectories(
+    buffer: BufferClient, run_id: str, trajectory_ids: Sequence[str], timeout_s: float
+) -> dict[str, Trajectory]:
+    """Reads whole trajectories by id; `timeout_s` bounds each call of the buffer.
+
+    Raises FailedPreconditionError for one that has not ended, DataLossError for one whose pieces do not fit together.
     """
-    try:
-        encoder = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise InvalidArgumentError(f"{tokenizer} cannot be read as a tokenizer: {error}") from error
+    stored = buffer.read_trajectories(run_id, trajectory_ids, with_logprobs=True, timeout_s=timeout_s)
+    return {each.trajectory_id: unpack_trajectory(each) async for each in stored}
+
+
+def unpack_trajectory(stored: StoredTrajectory) -> Trajectory:
+    """Returns a finished trajectory as arrays; raises FailedPreconditionError for one that has not ended."""
+    if not stored.finished:
+        raise FailedPreconditionError(
+            f"trajectory {stored.trajectory_id} has not ended; only complete groups are trained"
+        )
+    return Trajectory(
+        prompt_tokens=np.frombuffer(stored.prompt_token_ids, dtype="<u4").astype(np.int64),
+        tokens_T=np.frombuffer(stored.token_ids, dtype="<u4").astype(np.int64),
+        rollout_logprobs_T=np.frombuffer(stored.logprobs, dtype="<f4"),
+        versions_T=np.repeat(
+            np.array([span.policy_version for span in stored.versions], dtype=np.int64),
+            np.array([span.tokens for span in stored.versions], dtype=np.int64),
+        ),
+    )
+
+
+def read_examples(dataset: Path, model: Path, eos_token_id: int, max_tokens: int) -> list[TokenSequence]:
+    """Returns the examples of a JSON Lines file with "prompt" and "response" text, by the tokenizer of `model`.
+
+    A prompt has the tokens that it has in a rollout, BOS included; EOS follows each response. Raises
+    InvalidArgumentError naming file and line for a malformed or overlong example.
+    """
+    tokenizer = open_tokenizer(model, "trainer.model")
+    lines = _read_lines(dataset)
+    if not lines:
+        raise InvalidArgumentError.for_field("dataset_path", f"{dataset} holds no example")
+    prompts = encode_prompts(tokenizer, [prompt for _, prompt, _ in lines])
+    responses = tokenizer.encode_batch([response for _, _, response in lines], add_special_tokens=False)
+    examples = []
+    for (where, _, _), prompt_tokens, response in zip(lines, prompts, responses, strict=True):
+        if not prompt_tokens:
+            raise InvalidArgumentError.for_field("dataset_path", f"{where}: the prompt is empty")
+        tokens = np.array([*prompt_tokens, *response.ids, eos_token_id], dtype=np.int64)
+        if len(tokens) > max_tokens:
+            raise InvalidArgumentError.for_field(
+                "dataset_path", f"{where}: {len(tokens)} tokens are more than the context of {max_tokens}"
+            )
+        examples.append(TokenSequence(tokens, np.arange(1, len(tokens)) >= len(prompt_tokens)))
+    return examples
+
+
+def _read_lines(dataset: Path) -> list[tuple[str, str, str]]:
+    """Returns where each example is, its prompt and its response."""
     try:
         lines = dataset.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError.for_field("dataset_path", f"{dataset} cannot be read: {error}") from error
-    examples = []
+    found = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        prompt, response = _parse_line(dataset, number, line)
-        prompt_tokens = encoder.encode(prompt, add_special_tokens=False).ids
-        response_tokens = [*encoder.encode(response, add_special_tokens=False).ids, eos_token_id]
-        if not prompt_tokens:
-            raise InvalidArgumentError.for_field("dataset_path", f"{dataset} line {number}: the prompt is empty")
-        tokens = np.array(prompt_tokens + response_tokens, dtype=np.int64)
-        if len(tokens) > max_tokens:
-            raise InvalidArgumentError.for_field(
-                "dataset_path",
-                f"{dataset} line {number}: {len(tokens)} tokens are more than the context of {max_tokens}",
-            )
-        trained_T = np.arange(1, len(tokens)) >= len(prompt_tokens)
-        examples.append(TokenSequence(tokens, trained_T))
-    if not examples:
-        raise InvalidArgumentError.for_field("dataset_path", f"{dataset} holds no example")
-    return examples
+        if line.strip():
+            where = f"{dataset} line {number}"
+            found.append((where, *_parse_line(where, line)))
+    return found
 
 
-def _parse_line(dataset: Path, number: int, line: str) -> tuple[str, str]:
-    where = f"{dataset} line {number}"
+def _parse_line(where: str, line: str) -> tuple[str, str]:
     try:
         value = json.loads(line)
     except ValueError as error:

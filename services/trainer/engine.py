@@ -17,12 +17,12 @@ from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.server import channel_options
 from services.trainer.config import TrainerConfig
-from services.trainer.hf_config import DTYPES, read_model_shape
+from services.trainer.data import Trajectory, read_trajectories
+from services.trainer.hf import DTYPES, read_model_shape
 from services.trainer.megatron.model import Policy
 from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
 from services.trainer.packing import TokenSequence
 from services.trainer.training import JobContext, Reader, fine_tune, train_iteration
-from services.trainer.trajectories import Trajectory, read_trajectories
 
 # Receives the gathered weights on rank 0; has to run the iterable to its end.
 Sink = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
@@ -78,7 +78,12 @@ class Engine:
             stack.enter_context(megatron_on_cpu())
             folder = Path(config.model)
             self.shape = read_model_shape(folder)
-            self.max_tokens = resolve_max_tokens(config, self.shape.max_positions)
+            self.max_tokens = config.max_sequence_length or self.shape.max_positions
+            if self.max_tokens > self.shape.max_positions:
+                raise InvalidArgumentError.for_field(
+                    "trainer.max_sequence_length",
+                    f"{self.max_tokens} is more than the model's {self.shape.max_positions} positions",
+                )
             self.dims = join_group(config.tensor_parallel, config.pipeline_parallel, config.data_parallel, config.seed)
             stack.callback(leave_group)
             self.everyone, self.replica = open_channels(self.dims)
@@ -87,14 +92,9 @@ class Engine:
             self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
             self._stack = stack.pop_all()
 
-    def job_context(
-        self, report: Callable[[Any], None] | None = None, is_cancelled: Callable[[], bool] | None = None
-    ) -> JobContext:
-        """Returns the context of a job; without arguments one that reports nothing and is never cancelled."""
-        context = JobContext(self.everyone, self.replica)
-        context.report = report or context.report
-        context.is_cancelled = is_cancelled or context.is_cancelled
-        return context
+    def job_context(self, **caller: Any) -> JobContext:
+        """Returns the context of a job: without fields of its own one that reports nothing and is never cancelled."""
+        return JobContext(self.everyone, self.replica, **caller)
 
     def run(
         self,
@@ -155,6 +155,7 @@ class Engine:
         return None
 
     def _or_restore(self, job: Callable[[], Any]) -> Any:
+        """Runs a job, and puts the weights back when it fails."""
         snapshot = self.policy.take_snapshot()
         try:
             return job()
@@ -186,18 +187,3 @@ def follow(config: TrainerConfig) -> None:
 async def _read_once(config: TrainerConfig, run_id: str, ids: Sequence[str]) -> Mapping[str, Trajectory]:
     async with BufferClient(config.buffer_address, channel_options(config)) as buffer:
         return await read_trajectories(buffer, run_id, ids, config.buffer_timeout_s)
-
-
-def resolve_max_tokens(config: TrainerConfig, max_positions: int) -> int:
-    """Returns the longest sequence, from the configuration or the model.
-
-    Raises InvalidArgumentError when the configuration asks for more than the model has positions.
-    """
-    if config.max_sequence_length is None:
-        return max_positions
-    if config.max_sequence_length > max_positions:
-        raise InvalidArgumentError.for_field(
-            "trainer.max_sequence_length",
-            f"{config.max_sequence_length} is more than the model's {max_positions} positions",
-        )
-    return config.max_sequence_length

@@ -18,7 +18,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 
 
 def pack_sequences(lengths: Sequence[int], max_tokens: int, ranks: int = 1) -> list[list[list[int]]]:
-    """Micro-batches of sequence indices for each rank: result[rank][micro-batch].
+    """Returns the sequences of each micro-batch of each rank: result[rank][micro-batch].
 
     Sequences of near length go together, so that a micro-batch padded to its longest stays within `max_tokens`; a
     single sequence longer than that has one of its own. Each sequence is in exactly one micro-batch of one rank. The
@@ -57,7 +57,7 @@ def _cut(descending: list[int], cells: int) -> list[tuple[int, int]]:
 
 
 def _deal(packs: list[list[int]], lengths: Sequence[int], ranks: int) -> list[list[list[int]]]:
-    """Gives each pack, largest first, to the rank with the fewest tokens among those with the fewest packs."""
+    """Deals each pack, largest first, to the rank with the fewest tokens among those with the fewest packs."""
     tokens = [sum(lengths[i] for i in pack) for pack in packs]
     dealt: list[list[list[int]]] = [[] for _ in range(ranks)]
     load = [0] * ranks
@@ -70,7 +70,7 @@ def _deal(packs: list[list[int]], lengths: Sequence[int], ranks: int) -> list[li
 
 @dataclass
 class PackLayout(PackedSeqParams):  # type: ignore[misc]  # megatron.core is untyped
-    """Where each packed token sits; travels through Megatron as its `packed_seq_params`.
+    """Place of each packed token; travels through Megatron as its `packed_seq_params`.
 
     `qkv_format` stays "sbhd" (batch 1), so Megatron itself never splits the pack.
     """
@@ -91,7 +91,7 @@ class PackLayout(PackedSeqParams):  # type: ignore[misc]  # megatron.core is unt
 
 
 def pack_layout(lengths: list[int], device: torch.device) -> PackLayout:
-    """The layout of sequences of these lengths, laid end to end."""
+    """Returns the layout of sequences of these lengths, laid end to end."""
     lengths_N = np.asarray(lengths, dtype=np.int64)
     starts_N = np.cumsum(lengths_N) - lengths_N
     sequence_T = np.repeat(np.arange(len(lengths)), lengths_N)
@@ -115,47 +115,47 @@ class _Pad(torch.autograd.Function):
     """[T, ...] -> [n, L, ...] with zeros for padding. A gather backward is much faster than index_add."""
 
     @staticmethod
-    def forward(ctx: Any, x_T: torch.Tensor, layout: PackLayout) -> torch.Tensor:
-        ctx.layout = layout
-        return _scatter(x_T, layout)
+    def forward(ctx: Any, x_T: torch.Tensor, packed: PackLayout) -> torch.Tensor:
+        ctx.packed = packed
+        return _scatter(x_T, packed)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradients[0].flatten(0, 1).index_select(0, ctx.layout.rows_T), None
+        return gradients[0].flatten(0, 1).index_select(0, ctx.packed.rows_T), None
 
 
 class _Unpad(torch.autograd.Function):
     """[n, L, ...] -> [T, ...]; padding gets a zero gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x_NL: torch.Tensor, layout: PackLayout) -> torch.Tensor:
-        ctx.layout = layout
-        return x_NL.flatten(0, 1).index_select(0, layout.rows_T)
+    def forward(ctx: Any, x_NL: torch.Tensor, packed: PackLayout) -> torch.Tensor:
+        ctx.packed = packed
+        return x_NL.flatten(0, 1).index_select(0, packed.rows_T)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _scatter(gradients[0], ctx.layout), None
+        return _scatter(gradients[0], ctx.packed), None
 
 
-def _scatter(x_T: torch.Tensor, layout: PackLayout) -> torch.Tensor:
-    padded = x_T.new_zeros(layout.sequences * layout.longest, *x_T.shape[1:])
-    return padded.index_copy_(0, layout.rows_T, x_T).view(layout.sequences, layout.longest, *x_T.shape[1:])
+def _scatter(x_T: torch.Tensor, packed: PackLayout) -> torch.Tensor:
+    padded = x_T.new_zeros(packed.sequences * packed.longest, *x_T.shape[1:])
+    return padded.index_copy_(0, packed.rows_T, x_T).view(packed.sequences, packed.longest, *x_T.shape[1:])
 
 
-def pad(x_T: torch.Tensor, layout: PackLayout) -> torch.Tensor:
-    """Packed [T, ...] as a padded batch [n, L, ...]."""
-    if layout.is_dense:
-        return x_T.reshape(layout.sequences, layout.longest, *x_T.shape[1:])
-    padded: torch.Tensor = _Pad.apply(x_T, layout)  # type: ignore[no-untyped-call]
+def pad(x_T: torch.Tensor, packed: PackLayout) -> torch.Tensor:
+    """Returns packed [T, ...] as a padded batch [n, L, ...]."""
+    if packed.is_dense:
+        return x_T.reshape(packed.sequences, packed.longest, *x_T.shape[1:])
+    padded: torch.Tensor = _Pad.apply(x_T, packed)  # type: ignore[no-untyped-call]
     return padded
 
 
-def unpad(x_NL: torch.Tensor, layout: PackLayout) -> torch.Tensor:
-    """The real tokens of a padded batch [n, L, ...], packed: [T, ...]."""
-    if layout.is_dense:
+def unpad(x_NL: torch.Tensor, packed: PackLayout) -> torch.Tensor:
+    """Returns the real tokens of a padded batch [n, L, ...], packed: [T, ...]."""
+    if packed.is_dense:
         return x_NL.flatten(0, 1)
-    packed: torch.Tensor = _Unpad.apply(x_NL, layout)  # type: ignore[no-untyped-call]
-    return packed
+    x_T: torch.Tensor = _Unpad.apply(x_NL, packed)  # type: ignore[no-untyped-call]
+    return x_T
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class MicroBatch:
     inputs_T: torch.Tensor
     targets_T: torch.Tensor
     trained_T: torch.Tensor
-    layout: PackLayout
+    packed: PackLayout
     index: int
     is_filler: bool = False
 
@@ -196,7 +196,7 @@ def _make_batch(
         inputs_T=torch.from_numpy(np.concatenate([s.tokens[:-1] for s in sequences])).to(device),
         targets_T=torch.from_numpy(np.concatenate([s.tokens[1:] for s in sequences])).to(device),
         trained_T=torch.from_numpy(np.concatenate([s.trained_T for s in sequences])).to(device),
-        layout=pack_layout([len(s.tokens) - 1 for s in sequences], device),
+        packed=pack_layout([len(s.tokens) - 1 for s in sequences], device),
         index=index,
         is_filler=is_filler,
     )

@@ -20,7 +20,7 @@ from services.kit.server import App
 from services.trainer.config import TrainerConfig
 from services.trainer.trainer import Trainer
 from services.trainer.training import check_training
-from services.weights.sender import Target, WeightSender
+from services.weights.send import WeightSender
 
 SERVICE = "perigee.trainer.v1.TrainerService"
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -61,14 +61,13 @@ class TrainerService(TrainerServiceServicer):
 
     async def Train(self, request: pb.TrainRequest, context: Context) -> AsyncIterator[pb.TrainResponse]:
         """See the contract."""
-        _check_groups(request)
+        _check_groups(request, self._trainer.engine.max_tokens)
         async for response in self._trainer.train(request):
             yield response
 
     async def PushWeights(self, request: pb.PushWeightsRequest, context: Context) -> pb.PushWeightsResponse:
         """See the contract."""
-        targets = [Target(target.worker_id, target.address) for target in request.targets]
-        return await self._trainer.push_weights(request.run_id, request.policy_version, targets)
+        return await self._trainer.push_weights(request.run_id, request.policy_version, request.targets)
 
     async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
         """See the contract."""
@@ -88,29 +87,37 @@ class TrainerService(TrainerServiceServicer):
         return pb.ExportModelResponse(path=str(path))
 
 
-def _check_groups(request: pb.TrainRequest) -> None:
-    """Raises InvalidArgumentError for groups that are empty, named twice or without a finite reward."""
+def _check_groups(request: pb.TrainRequest, max_tokens: int) -> None:
+    """Raises InvalidArgumentError for groups that are empty or named twice, or hold what cannot be trained."""
     if not request.groups:
         raise InvalidArgumentError.for_field("groups", "is empty; an iteration without a group has nothing to train")
     groups: set[str] = set()
     trajectories: set[str] = set()
     for i, group in enumerate(request.groups):
-        ids = {item.trajectory_id for item in group.trajectories}
-        if not ids:
-            raise InvalidArgumentError.for_field(
-                f"groups[{i}].trajectories", f"group {group.group_id} has no trajectory"
-            )
-        if group.group_id in groups or len(ids) < len(group.trajectories) or trajectories & ids:
-            raise InvalidArgumentError.for_field(
-                f"groups[{i}]", f"group {group.group_id} or a trajectory of it comes twice"
-            )
-        for item in group.trajectories:
-            if not math.isfinite(item.reward):
+        field = f"groups[{i}].trajectories"
+        if not group.trajectories:
+            raise InvalidArgumentError.for_field(field, f"group {group.group_id} has no trajectory")
+        for trajectory in group.trajectories:
+            if group.group_id in groups or trajectory.trajectory_id in trajectories:
                 raise InvalidArgumentError.for_field(
-                    f"groups[{i}].trajectories", f"the reward of {item.trajectory_id} is {item.reward}"
+                    field, f"group {group.group_id} or {trajectory.trajectory_id} comes twice"
                 )
+            _check_trajectory(field, trajectory, max_tokens)
+            trajectories.add(trajectory.trajectory_id)
         groups.add(group.group_id)
-        trajectories |= ids
+
+
+def _check_trajectory(field: str, trajectory: pb.TrainingTrajectory, max_tokens: int) -> None:
+    response_tokens = sum(trajectory.tokens_by_version.values())
+    problem = None
+    if not math.isfinite(trajectory.reward):
+        problem = f"the reward of {trajectory.trajectory_id} is {trajectory.reward}"
+    elif not trajectory.prompt_tokens or not response_tokens:
+        problem = f"{trajectory.trajectory_id} has no prompt or no response tokens"
+    elif (tokens := trajectory.prompt_tokens + response_tokens) > max_tokens:
+        problem = f"{trajectory.trajectory_id} has {tokens} tokens; {max_tokens} fit"
+    if problem:
+        raise InvalidArgumentError.for_field(field, problem)
 
 
 @asynccontextmanager

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import json
+import re
+import shutil
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
+from urllib.parse import quote
 
+import torch
 from prometheus_client import Counter, Gauge
 
 from perigee.buffer.client import BufferClient
-from perigee.errors import CancelledError, FailedPreconditionError, InvalidArgumentError
+from perigee.errors import CancelledError, DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
+from perigee.files import remove_stale_staging
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.telemetry import get_logger
-from services.trainer.checkpoints import Checkpoints
 from services.trainer.config import TrainerConfig
-from services.trainer.data import read_examples
+from services.trainer.data import Trajectory, read_examples, read_trajectories
 from services.trainer.engine import (
     CollectCommand,
     Command,
@@ -34,12 +39,11 @@ from services.trainer.engine import (
     StopCommand,
     TrainCommand,
 )
-from services.trainer.hf_folder import write_folder
+from services.trainer.hf import write_folder
 from services.trainer.packing import TokenSequence
 from services.trainer.training import check_fine_tuning, check_training
-from services.trainer.trajectories import Trajectory, read_trajectories
-from services.weights.image import WeightImage, export_image
-from services.weights.sender import Target, WeightSender
+from services.weights.manifest import WeightImage, export_image
+from services.weights.send import WeightSender
 
 log = get_logger(__name__)
 ResultT = TypeVar("ResultT")
@@ -51,6 +55,8 @@ METRIC = Gauge(
     "perigee_trainer_iteration_metric", "Metrics of the last iteration by name, as in TrainResult.", ["name"]
 )
 
+# What a checkpoint says of itself, beside the model's own files.
+_META = "perigee.json"
 # Reports between a job and a slow caller; older ones give way.
 _PROGRESS_QUEUE = 8
 
@@ -68,6 +74,75 @@ class LoadedPolicy:
     serial: int
     request: pb.TrainRequest | pb.FineTuneRequest | None = None
     result: Any = None
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Checkpoints of runs: Hugging Face folders `folder/<run id>/v<version>`, complete or absent, `keep` of each run.
+
+    They hold weights only, as the optimizer is reset at each iteration; configuration and tokenizer are those of
+    `source`.
+    """
+
+    folder: Path
+    source: Path
+    keep: int
+    max_shard_bytes: int
+
+    def versions(self, run_id: str) -> list[int]:
+        """Returns the versions of a run that have a checkpoint, oldest first."""
+        if not run_id:
+            return []
+        matches = [re.fullmatch(r"v(\d+)", path.name) for path in self._run_folder(run_id).glob("v*")]
+        return sorted(int(match[1]) for match in matches if match)
+
+    def path_of(self, run_id: str, version: int) -> Path:
+        """Returns the folder of a version."""
+        return self._run_folder(run_id) / f"v{version:06d}"
+
+    def clean(self) -> None:
+        """Removes what a killed process left half-written."""
+        for run_folder in self.folder.glob("*"):
+            remove_stale_staging(run_folder)
+
+    def write(self, run_id: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Writes a version and removes the run's oldest beyond `keep`; returns its bytes.
+
+        Raises ResourceExhaustedError naming the folder when the disk refuses.
+        """
+        meta = {_META: {"run_id": run_id, "policy_version": version}}
+        size = write_folder(self.path_of(run_id, version), self.source, tensors, meta, self.max_shard_bytes)
+        for old in self.versions(run_id)[: -self.keep]:
+            if old != version:
+                shutil.rmtree(self.path_of(run_id, old))
+        return size
+
+    def find(self, run_id: str, version: int | None) -> tuple[int, Path]:
+        """Returns a version of a run and its folder: the newest when none is named, the base model as version 0.
+
+        Raises NotFoundError when there is no such checkpoint, DataLossError when it is damaged.
+        """
+        written = self.versions(run_id)
+        if version is None:
+            version = written[-1] if written else 0
+        path = self.path_of(run_id, version)
+        if version not in written:
+            if version == 0:
+                return 0, self.source
+            raise NotFoundError(f"{path.parent} holds no checkpoint of version {version}, only {written}")
+        try:
+            meta = json.loads((path / _META).read_bytes())
+        except (OSError, ValueError) as error:
+            raise DataLossError(f"checkpoint {path} is damaged: {_META} cannot be read: {error}") from error
+        if meta != {"run_id": run_id, "policy_version": version}:
+            raise DataLossError(f"checkpoint {path} says that it is {meta}")
+        return version, path
+
+    def _run_folder(self, run_id: str) -> Path:
+        if not run_id:
+            raise InvalidArgumentError.for_field("run_id", "is empty")
+        # A run id may hold any character; a folder name may not, nor may it begin with a dot.
+        return self.folder / re.sub(r"^\.", "%2E", quote(run_id, safe=""))
 
 
 class Trainer:
@@ -119,7 +194,7 @@ class Trainer:
             examples = await asyncio.to_thread(
                 read_examples,
                 Path(request.dataset_path),
-                Path(self.config.model) / "tokenizer.json",
+                Path(self.config.model),
                 self.engine.shape.eos_token_id,
                 self.engine.max_tokens,
             )
@@ -132,7 +207,6 @@ class Trainer:
     async def train(self, request: pb.TrainRequest) -> AsyncIterator[pb.TrainResponse]:
         """Trains one iteration on groups read from the buffer, reporting as it goes."""
         check_training(request.algorithm, request.update, request.optimizer)
-        self._check_lengths(request)
         if request == self.loaded.request:
             yield self.loaded.result
             return
@@ -143,14 +217,7 @@ class Trainer:
                 "load the checkpoint of the version that the iteration starts from"
             )
         with self._claim():
-            log.info(
-                "training",
-                run_id=request.run_id,
-                iteration=request.iteration,
-                algorithm=request.algorithm.name,
-                groups=len(request.groups),
-                base_version=request.base_version,
-            )
+            log.info("training", run_id=request.run_id, iteration=request.iteration, groups=len(request.groups))
 
             def finish(result: pb.TrainResult) -> pb.TrainResponse:
                 steps = min(request.update.minibatches, len(request.groups))
@@ -189,7 +256,7 @@ class Trainer:
             await self._collect(lambda tensors: write_folder(path, source, tensors, {}, limit))
             return path
 
-    async def push_weights(self, run_id: str, version: int, targets: Sequence[Target]) -> pb.PushWeightsResponse:
+    async def push_weights(self, run_id: str, version: int, targets: Sequence[pb.PushTarget]) -> pb.PushWeightsResponse:
         """Pushes the loaded version to workers. Its image stays, so a later push may run beside a job."""
         self._check_loaded(run_id, version)
         start = monotonic()
@@ -198,8 +265,10 @@ class Trainer:
             with self._claim():
                 image = await self._replace_image(run_id, version)
         export_seconds = monotonic() - start
-        outcomes = [pb.PushOutcome(**asdict(outcome)) for outcome in await self._sender.push(image, targets)]
-        return pb.PushWeightsResponse(outcomes=outcomes, export_seconds=export_seconds, bytes=image.total_bytes)
+        outcomes = await self._sender.push(image, targets)
+        return pb.PushWeightsResponse(
+            outcomes=outcomes, export_seconds=export_seconds, bytes=image.manifest.total_bytes
+        )
 
     async def _replace_image(self, run_id: str, version: int) -> WeightImage:
         if self._image is not None:
@@ -249,10 +318,9 @@ class Trainer:
                 reports.get_nowait()
             reports.put_nowait(report)
 
-        def report_soon(report: Any) -> None:
-            loop.call_soon_threadsafe(put, report)
-
-        context = self.engine.job_context(report_soon, left.is_set)
+        context = self.engine.job_context(
+            report=lambda report: loop.call_soon_threadsafe(put, report), is_cancelled=left.is_set
+        )
         future = loop.run_in_executor(self._thread, lambda: finish(self.engine.run(command, context, examples)))
         future.add_done_callback(lambda _: put(None))
         try:
@@ -281,6 +349,7 @@ class Trainer:
 
     @contextmanager
     def _claim(self) -> Iterator[None]:
+        """Marks the trainer as busy, or raises FailedPreconditionError when it is."""
         if self.busy:
             raise FailedPreconditionError("the trainer runs another job; wait for its end")
         self.busy = True
@@ -288,21 +357,6 @@ class Trainer:
             yield
         finally:
             self.busy = False
-
-    def _check_lengths(self, request: pb.TrainRequest) -> None:
-        for i, group in enumerate(request.groups):
-            for trajectory in group.trajectories:
-                response = sum(trajectory.tokens_by_version.values())
-                if not trajectory.prompt_tokens or not response:
-                    raise InvalidArgumentError.for_field(
-                        f"groups[{i}].trajectories", f"{trajectory.trajectory_id} has no prompt or no response tokens"
-                    )
-                if trajectory.prompt_tokens + response > self.engine.max_tokens:
-                    raise InvalidArgumentError.for_field(
-                        f"groups[{i}].trajectories",
-                        f"{trajectory.trajectory_id} has {trajectory.prompt_tokens + response} tokens; "
-                        f"{self.engine.max_tokens} fit",
-                    )
 
     def _check_run(self, run_id: str) -> None:
         if not run_id:

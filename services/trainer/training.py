@@ -22,18 +22,17 @@ from perigee.errors import (
     CancelledError,
     DataLossError,
     FieldViolation,
-    InternalError,
     InvalidArgumentError,
     PerigeeError,
 )
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.trainer.algorithms import make_algorithm
 from services.trainer.algorithms.base import Algorithm, LossBatch
+from services.trainer.data import Trajectory
 from services.trainer.megatron.model import Policy
 from services.trainer.megatron.optimizer import scheduled_rate
 from services.trainer.megatron.parallel import ObjectChannel
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches, pack_sequences
-from services.trainer.trajectories import Trajectory
 
 # Reads trajectories of a run by id; raises a PerigeeError when one cannot be read.
 Reader = Callable[[str, Sequence[str]], Mapping[str, Trajectory]]
@@ -43,22 +42,14 @@ _CONTINUE, _REPORT, _CANCEL = 0, 1, 2
 _SLICE = 8
 
 
-def _ignore(_progress: Any) -> None:
-    return None
-
-
-def _never() -> bool:
-    return False
-
-
 @dataclass
 class JobContext:
     """The other ranks of a job and, on rank 0, its caller: reports to them and whether they left."""
 
     everyone: ObjectChannel
     replica: ObjectChannel
-    report: Callable[[Any], None] = _ignore
-    is_cancelled: Callable[[], bool] = _never
+    report: Callable[[Any], None] = lambda _: None
+    is_cancelled: Callable[[], bool] = lambda: False
     interval_s: float = 0.5
     _last_report: float = field(default_factory=time.monotonic)
 
@@ -102,6 +93,7 @@ def find_optimizer_violations(optimizer: pb.Optimizer) -> Iterator[FieldViolatio
 
 
 def _find_update_violations(update: pb.UpdateSettings) -> Iterator[FieldViolation]:
+    """Yields the fields of the settings common to all algorithms that are out of range."""
     for name in ("token_scale", "temperature"):
         value = getattr(update, name)
         if not math.isfinite(value) or value <= 0:
@@ -255,26 +247,39 @@ class _Iteration:
     def _read(self, read: Reader) -> None:
         """Reads the trajectories of this replica, by one of its ranks."""
         own = [step.packs_by_rank[self._policy.dims.data_rank] for step in self._steps]
-        ids = [planned.trajectory_id for packs in own for pack in packs for planned in pack]
+        planned = [trajectory for packs in own for pack in packs for trajectory in pack]
         found: Mapping[str, Trajectory] = {}
         error = None
         if self._policy.dims.is_replica_leader:
             try:
-                found = read(self._request.run_id, ids)
+                found = read(self._request.run_id, [trajectory.trajectory_id for trajectory in planned])
+                self._check_counts(planned, found)
             except PerigeeError as problem:
                 error = problem
         self._context.everyone.raise_first(error)
         found = self._context.replica.broadcast(found)
         self._packs = [[self._make_pack(pack, found) for pack in packs] for packs in own]
 
+    def _check_counts(self, planned: Sequence[PlannedTrajectory], found: Mapping[str, Trajectory]) -> None:
+        """Raises DataLossError when the buffer holds other tokens than the request says."""
+        for each in planned:
+            trajectory = found[each.trajectory_id]
+            sequence = make_sequence(trajectory, self._request.base_version, self._update.max_staleness)
+            stored = (len(trajectory.prompt_tokens), len(trajectory.tokens_T), int(sequence.trained_T.sum()))
+            wanted = (each.prompt_tokens, each.response_tokens, each.trained_tokens)
+            if stored != wanted:
+                raise DataLossError(
+                    f"trajectory {each.trajectory_id}: the buffer holds {stored} prompt, response and trained tokens, "
+                    f"the request says {wanted}"
+                )
+
     def _make_pack(self, pack: Sequence[PlannedTrajectory], found: Mapping[str, Trajectory]) -> _Pack:
         base, sequences, logprobs, sampled_by_base = self._request.base_version, [], [], []
         for planned in pack:
             trajectory = found[planned.trajectory_id]
             sequences.append(make_sequence(trajectory, base, self._update.max_staleness))
-            _check_counts(planned, trajectory, int(sequences[-1].trained_T.sum()))
             prompt_T = np.zeros(planned.prompt_tokens - 1, np.bool_)
-            logprobs.append(np.concatenate([prompt_T.astype(np.float32), trajectory.engine_logprobs_T]))
+            logprobs.append(np.concatenate([prompt_T.astype(np.float32), trajectory.rollout_logprobs_T]))
             sampled_by_base.append(np.concatenate([prompt_T, trajectory.versions_T == base]))
         return _Pack(
             pack,
@@ -284,6 +289,7 @@ class _Iteration:
         )
 
     def _make_batches(self, step: int) -> list[MicroBatch]:
+        """Builds the micro-batches of this rank's packs, or the filler of a rank without any."""
         return make_micro_batches([pack.sequences for pack in self._packs[step]], self._policy.dims.device)
 
     def _evaluate_reference(self) -> None:
@@ -312,6 +318,7 @@ class _Iteration:
         self._largest_difference = max(self._largest_difference, float(ratios_B.abs().max()))
 
     def _take_steps(self) -> None:
+        """Takes the optimizer steps and adds up what their losses report."""
         self._policy.begin_job(self._request.optimizer)
         for number in range(len(self._steps)):
             self._context.check()
@@ -320,7 +327,6 @@ class _Iteration:
             norm, reports = self._policy.step(
                 self._make_batches(number), self._update.temperature, partial(self._loss, number), rate
             )
-            check_finite("gradient norm", norm)
             self._norms.append(norm)
             for report in reports:
                 for name, value in report.items():
@@ -340,7 +346,7 @@ class _Iteration:
                 reference_logprobs_T=reference_T,
                 trained_T=batch.trained_T,
                 importance_T=importance_T,
-                sequence_T=batch.layout.sequence_T,
+                sequence_T=batch.packed.sequence_T,
                 advantages_N=logprobs_T.new_tensor([planned.advantage for planned in pack.trajectories]),
                 weights_N=logprobs_T.new_tensor([planned.weight for planned in pack.trajectories]),
                 trained_tokens=self._steps[step].trained_tokens,
@@ -352,26 +358,36 @@ class _Iteration:
         if self._update.tis_cap:
             report["clipped"] = float(((importance_T == self._update.tis_cap) & batch.trained_T).sum())
         if step:
-            # Before the first step the policy is the reference.
             ratios_T = ((logprobs_T.detach() - reference_T) * batch.trained_T).double()
             report["kl_k1"], report["kl_k3"] = float(-ratios_T.sum()), float((ratios_T.exp() - 1 - ratios_T).sum())
         return loss, report
 
     def _result(self, seconds: Mapping[str, float]) -> pb.TrainResult:
-        """Gathers the sums of all ranks."""
-        dims = self._policy.dims
+        """Gathers the sums of all ranks and returns counts and metrics."""
+        trajectories = [trajectory for group in self._request.groups for trajectory in group.trajectories]
+        counts = [dict(trajectory.tokens_by_version) for trajectory in trajectories]
+        result = pb.TrainResult(
+            policy_version=self._request.new_version,
+            groups=len(self._request.groups),
+            trajectories=len(trajectories),
+            trajectories_multi_version=sum(sum(tokens > 0 for tokens in each.values()) > 1 for each in counts),
+            tokens=sum(sum(each.values()) for each in counts),
+            trained_tokens=sum(step.trained_tokens for step in self._steps),
+        )
+        base_tokens = sum(each.get(self._request.base_version, 0) for each in counts)
+        result.metrics.update(self._metrics(result, base_tokens, seconds))
+        return result
+
+    def _metrics(self, result: pb.TrainResult, base_tokens: int, seconds: Mapping[str, float]) -> dict[str, float]:
         reports = self._context.everyone.gather(
-            (dict(self._sums) if dims.tensor_rank == 0 else {}, self._largest_difference, peak_memory_bytes())
+            (self._sums if self._policy.dims.tensor_rank == 0 else {}, self._largest_difference, peak_memory_bytes())
         )
         sums: defaultdict[str, float] = defaultdict(float)
         for part, _, _ in reports:
             for name, value in part.items():
                 sums[name] += value
-        trajectories = [trajectory for group in self._request.groups for trajectory in group.trajectories]
-        base = self._request.base_version
-        base_tokens = sum(dict(trajectory.tokens_by_version).get(base, 0) for trajectory in trajectories)
-        trained = sum(step.trained_tokens for step in self._steps)
-        tokens = sum(sum(trajectory.tokens_by_version.values()) for trajectory in trajectories)
+        trained = result.trained_tokens
+        # Before the first step the policy is the reference.
         later = sum(step.trained_tokens for step in self._steps[1:])
         metrics = {
             "train/loss": sums["loss"] / len(self._steps),
@@ -383,27 +399,13 @@ class _Iteration:
             "train/train_infer_logprob_diff_max": max(largest for _, largest, _ in reports),
             "train/train_infer_kl": _ratio(sums["infer_kl"], base_tokens),
             "train/clip_share": _ratio(sums["clipped"], trained),
-            "train/mask_share": 1 - _ratio(trained, tokens),
+            "train/mask_share": 1 - _ratio(trained, result.tokens),
             "train/tokens_per_second": _ratio(self._sequence_tokens(), seconds["reference"] + seconds["update"]),
             "train/peak_memory_bytes": max(peak for _, _, peak in reports),
-            **{f"time/{name}_seconds": value for name, value in seconds.items()},
         }
-        metrics |= {
-            name.replace("algorithm/", "train/"): _ratio(value, trained)
-            for name, value in sums.items()
-            if name.startswith("algorithm/")
-        }
-        return pb.TrainResult(
-            policy_version=self._request.new_version,
-            groups=len(self._request.groups),
-            trajectories=len(trajectories),
-            trajectories_multi_version=sum(
-                sum(tokens > 0 for tokens in trajectory.tokens_by_version.values()) > 1 for trajectory in trajectories
-            ),
-            tokens=tokens,
-            trained_tokens=trained,
-            metrics=metrics,
-        )
+        metrics |= {f"time/{name}_seconds": value for name, value in seconds.items()}
+        own = {name.removeprefix("algorithm/"): value for name, value in sums.items() if name.startswith("algorithm/")}
+        return metrics | {f"train/{name}": _ratio(value, trained) for name, value in own.items()}
 
     def _sequence_tokens(self) -> int:
         """Returns the tokens, prompts included, of the trajectories in the loss."""
@@ -420,43 +422,68 @@ def fine_tune(
 ) -> pb.FineTuneResponse:
     """Trains the policy on examples, of which rank 0 has all and the others None; every rank returns the same.
 
-    `counts` holds the tokens and the trained tokens of each example. Raises CancelledError or InternalError with the
-    weights half-trained: the caller puts them back.
+    `counts` holds the tokens and the trained tokens of each example. Reports FineTuneResponse messages through
+    `context`. Raises CancelledError or InternalError with the weights half-trained: the caller puts them back.
     """
-    dims, start = policy.dims, time.monotonic()
     own = scatter_examples(policy, context, request, counts, examples)
-    policy.begin_job(request.optimizer)
-    tokens, own_loss, loss_tokens, norms = 0, 0.0, 0, list[float]()
-    for step, chosen in enumerate(_draw_batches(len(counts), request), start=1):
-        packs = _pack_examples(chosen, request, counts, dims.data)[dims.data_rank]
-        trained = sum(counts[i][1] for i in chosen)
+    return _FineTuning(policy, context, request, counts, own).run()
 
-        def loss(batch: MicroBatch, logprobs_T: torch.Tensor, trained: int = trained) -> tuple[torch.Tensor, Any]:
+
+@dataclass
+class _FineTuning:
+    """A job over this rank's examples. Loss and norms are those since the last report, tokens since the start."""
+
+    policy: Policy
+    context: JobContext
+    request: pb.FineTuneRequest
+    counts: Sequence[tuple[int, int]]
+    own: Mapping[int, TokenSequence]
+    start: float = field(default_factory=time.monotonic)
+    tokens: int = 0
+    loss: float = 0.0
+    loss_tokens: int = 0
+    norms: list[float] = field(default_factory=list)
+
+    def run(self) -> pb.FineTuneResponse:
+        """Takes all steps and returns the last report."""
+        self.policy.begin_job(self.request.optimizer)
+        for step, chosen in enumerate(_draw_batches(len(self.counts), self.request), start=1):
+            self._take_step(step, chosen)
+            if self.context.check() and step < self.request.steps:
+                self.context.report(self._summarize(step))
+        return self._summarize(self.request.steps)
+
+    def _take_step(self, step: int, chosen: Sequence[int]) -> None:
+        dims, request = self.policy.dims, self.request
+        packs = _pack_examples(chosen, request, self.counts, dims.data)[dims.data_rank]
+        batches = make_micro_batches([[self.own[i] for i in pack] for pack in packs], dims.device)
+        trained = sum(self.counts[i][1] for i in chosen)
+
+        def loss(batch: MicroBatch, logprobs_T: torch.Tensor) -> tuple[torch.Tensor, float]:
             value = -(logprobs_T * batch.trained_T).sum()
             return value / trained, float(value.detach())
 
-        batches = make_micro_batches([[own[i] for i in pack] for pack in packs], dims.device)
-        norm, reports = policy.step(batches, 1.0, loss, scheduled_rate(request.optimizer, step - 1, request.steps))
-        check_finite("gradient norm", norm)
-        norms.append(norm)
-        own_loss += sum(reports) if dims.tensor_rank == 0 else 0.0
-        loss_tokens += trained
-        tokens += sum(counts[i][0] for i in chosen)
-        due = context.check()
-        if due or step == request.steps:
-            progress = pb.FineTuneResponse(
-                step=step,
-                steps=request.steps,
-                loss=sum(context.everyone.gather(own_loss)) / loss_tokens,
-                grad_norm=float(np.mean(norms)),
-                tokens=tokens,
-                seconds=time.monotonic() - start,
-                done=step == request.steps,
-            )
-            if not progress.done:
-                context.report(progress)
-            own_loss, loss_tokens, norms = 0.0, 0, []
-    return progress
+        rate = scheduled_rate(request.optimizer, step - 1, request.steps)
+        norm, reports = self.policy.step(batches, 1.0, loss, rate)
+        self.norms.append(norm)
+        self.loss += sum(reports) if dims.tensor_rank == 0 else 0.0
+        self.loss_tokens += trained
+        self.tokens += sum(self.counts[i][0] for i in chosen)
+
+    def _summarize(self, step: int) -> pb.FineTuneResponse:
+        """Returns the report of all ranks, and begins the next."""
+        response = pb.FineTuneResponse(
+            step=step,
+            steps=self.request.steps,
+            loss=sum(self.context.everyone.gather(self.loss)) / self.loss_tokens,
+            grad_norm=float(np.mean(self.norms)),
+            tokens=self.tokens,
+            seconds=time.monotonic() - self.start,
+            done=step == self.request.steps,
+        )
+        self.loss, self.loss_tokens = 0.0, 0
+        self.norms.clear()
+        return response
 
 
 def check_fine_tuning(request: pb.FineTuneRequest) -> None:
@@ -507,28 +534,11 @@ def _draw_batches(examples: int, request: pb.FineTuneRequest) -> Iterator[list[i
         queue = queue[request.batch_size :]
 
 
-def check_finite(name: str, value: float) -> None:
-    """Raises InternalError for a number that training cannot go on with."""
-    if not math.isfinite(value):
-        raise InternalError(f"the {name} is {value}; the trainer went back to the version that it had before")
-
-
 def peak_memory_bytes() -> int:
     """Returns the most memory that this process had: of the GPU since its last reset, or resident since its start."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _check_counts(planned: PlannedTrajectory, trajectory: Trajectory, trained_tokens: int) -> None:
-    """Raises DataLossError when the buffer holds other tokens than the request says."""
-    found = (len(trajectory.prompt_tokens), len(trajectory.tokens_T), trained_tokens)
-    wanted = (planned.prompt_tokens, planned.response_tokens, planned.trained_tokens)
-    if found != wanted:
-        raise DataLossError(
-            f"trajectory {planned.trajectory_id}: the buffer holds {found} prompt, response and trained tokens, "
-            f"the request says {wanted}"
-        )
 
 
 def _ratio(value: float, count: float) -> float:

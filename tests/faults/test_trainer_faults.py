@@ -72,8 +72,8 @@ def run_trainer(*overrides: str) -> subprocess.CompletedProcess[str]:
 def test_a_folder_that_is_no_model_ends_in_one_message(tmp_path: Path) -> None:
     ended = run_trainer(f"model={tmp_path}", f"run_path={tmp_path / 'run'}", "tensor_parallel=2")
     assert ended.returncode != 0
-    problem = "cannot be read (No such file or directory): is this a Hugging Face folder?"
-    assert ended.stderr.splitlines() == [f"trainer: {tmp_path / 'config.json'} {problem}"]
+    problem = f"{tmp_path / 'config.json'} cannot be read: No such file or directory"
+    assert ended.stderr.splitlines() == [f"trainer: trainer.model: {problem}"]
     assert not (tmp_path / "run").exists()
 
 
@@ -153,9 +153,9 @@ async def test_a_full_disk_is_named_and_leaves_nothing_half_written(
 async def test_a_half_written_checkpoint_of_a_killed_trainer_is_removed(
     start_trainer: Callable[..., Any], tmp_path: Path
 ) -> None:
-    aside = tmp_path / "run" / "checkpoints" / "r" / ".v000003.deadbeef"
-    aside.mkdir(parents=True)
-    (aside / "shard-0").write_bytes(b"half")
+    staging = tmp_path / "run" / "checkpoints" / "r" / ".v000003.deadbeef"
+    staging.mkdir(parents=True)
+    (staging / "shard-0").write_bytes(b"half")
     _, client = await start_trainer()
-    assert not aside.exists()
+    assert not staging.exists()
     assert list((await client.get_state(pb.GetStateRequest(run_id="r"))).checkpoints) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from perigee.errors import UnavailableError
+from perigee.errors import PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request
-from tests.fixtures.trainer_ranks import Sizes, run_ranks, to_trajectories, train
+from tests.fixtures.trainer_ranks import RunRanks, Sizes, to_trajectories, train
 
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
@@ -112,10 +113,12 @@ def equation_3(
         ("mean", 0.0, Sizes(pipeline=2)),
     ],
 )
-def test_loss_and_gradient_are_equation_3(trainer_model: Path, baseline: str, cap: float, sizes: Sizes) -> None:
+def test_loss_and_gradient_are_equation_3(
+    run_ranks: RunRanks, trainer_model: Path, baseline: str, cap: float, sizes: Sizes
+) -> None:
     made = make_groups("eq", 5, groups=3, k=4, spans=SPANS)
     request = make_request(made, baseline, tis_cap=cap)
-    loss, gradient = run_ranks(sizes, trainer_model, partial(loss_and_gradient, groups=made, request=request))
+    loss, gradient = run_ranks(sizes, partial(loss_and_gradient, groups=made, request=request))
     expected_loss, expected = equation_3(trainer_model, made, request)
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert gradient.keys() == expected.keys()
@@ -158,9 +161,9 @@ def train_twice(engine: Engine, groups: dict[str, list[MadeTrajectory]], request
 
 
 @pytest.fixture(scope="module")
-def alone(trainer_model: Path) -> Any:
+def alone(run_ranks: RunRanks) -> Any:
     """What one rank makes of it."""
-    return run_ranks(Sizes(), trainer_model, _job())
+    return run_ranks(Sizes(), _job())
 
 
 def _job() -> Any:
@@ -169,8 +172,8 @@ def _job() -> Any:
 
 
 @pytest.mark.parametrize("sizes", [Sizes(tensor=2), Sizes(pipeline=2), Sizes(data=2), Sizes(recompute=True)], ids=str)
-def test_every_layout_trains_as_one_rank(trainer_model: Path, alone: Any, sizes: Sizes) -> None:
-    metrics, trained, weights = run_ranks(sizes, trainer_model, _job())
+def test_every_layout_trains_as_one_rank(run_ranks: RunRanks, alone: Any, sizes: Sizes) -> None:
+    metrics, trained, weights = run_ranks(sizes, _job())
     assert trained == alone[1]
     assert metrics == pytest.approx(alone[0], rel=1e-4, abs=1e-6)
     assert weights.keys() == alone[2].keys()
@@ -178,11 +181,11 @@ def test_every_layout_trains_as_one_rank(trainer_model: Path, alone: Any, sizes:
         assert (weights[name] - value).abs().max() < 2e-5, name
 
 
-def test_token_scale_one_is_the_report_itself(trainer_model: Path) -> None:
+def test_token_scale_one_is_the_report_itself(run_ranks: RunRanks, trainer_model: Path) -> None:
     """With one token per trajectory and no scale the loss is worked out by hand."""
     made = make_groups("one", 7, groups=1, k=4, spans=[[(3, 1)]])
     request = make_request(made, token_scale=1.0, tau=0.0)
-    loss, _ = run_ranks(Sizes(), trainer_model, partial(loss_and_gradient, groups=made, request=request))
+    loss, _ = run_ranks(Sizes(), partial(loss_and_gradient, groups=made, request=request))
     assert loss == pytest.approx(equation_3(trainer_model, made, request)[0], rel=1e-5)
 
 
@@ -201,11 +204,11 @@ def read_ids(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: p
 
 
 @pytest.mark.parametrize("sizes", [Sizes(data=2), Sizes(tensor=2)], ids=str)
-def test_a_rank_reads_what_it_trains_and_nothing_else(trainer_model: Path, sizes: Sizes) -> None:
+def test_a_rank_reads_what_it_trains_and_nothing_else(run_ranks: RunRanks, sizes: Sizes) -> None:
     """The trajectories of version 2 alone are stale, so that no rank has a use for them."""
     groups = make_groups("own", 8, groups=5, k=4, spans=SPANS)
     request = make_request(groups, minibatches=2, max_staleness=0)
-    first, second = run_ranks(sizes, trainer_model, partial(read_ids, groups=groups, request=request))
+    first, second = run_ranks(sizes, partial(read_ids, groups=groups, request=request))
     trained = [item.trajectory_id for items in groups.values() for item in items if (2, 5) not in item.versions]
     assert sorted(first + second) == sorted(trained)
     if sizes.data == 2:
@@ -230,30 +233,41 @@ def scatter(engine: Engine, request: pb.FineTuneRequest) -> list[set[int]]:
     return engine.everyone.gather(set(own))
 
 
-def test_a_rank_receives_the_examples_that_it_trains(trainer_model: Path) -> None:
+def test_a_rank_receives_the_examples_that_it_trains(run_ranks: RunRanks) -> None:
     request = pb.FineTuneRequest(steps=1, batch_size=12, max_tokens_per_microbatch=40)
-    first, second = run_ranks(Sizes(data=2), trainer_model, partial(scatter, request=request))
+    first, second = run_ranks(Sizes(data=2), partial(scatter, request=request))
     assert first | second == set(range(12))
     assert not first & second
 
 
-def fail_to_read(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest) -> list[str]:
-    """The error that each rank raises when rank 1 cannot read."""
+def fail_to_read(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest) -> list[list[str]]:
+    """The errors that each rank raises when rank 1 cannot read, or reads what the request does not describe."""
     from services.trainer.training import train_iteration
 
-    found = to_trajectories(groups)
+    found, errors = to_trajectories(groups), list[str]()
 
-    def reader(run_id: str, ids: Sequence[str]) -> dict[str, Any]:
+    def away(run_id: str, ids: Sequence[str]) -> dict[str, Any]:
         if engine.dims.rank == 1:
             raise UnavailableError("the buffer is away")
         return {name: found[name] for name in ids}
 
-    with pytest.raises(UnavailableError) as caught:
-        train_iteration(engine.policy, engine.job_context(), request, 0, reader)
-    return engine.everyone.gather(caught.value.message)
+    def cut(run_id: str, ids: Sequence[str]) -> dict[str, Any]:
+        whole = {name: found[name] for name in ids}
+        if engine.dims.rank == 1:
+            whole[ids[0]] = replace(whole[ids[0]], tokens_T=whole[ids[0]].tokens_T[:-1])
+        return whole
+
+    for reader in (away, cut):
+        with pytest.raises(PerigeeError) as caught:
+            train_iteration(engine.policy, engine.job_context(), request, 0, reader)
+        errors.append(caught.value.message)
+    return engine.everyone.gather(errors)
 
 
-def test_every_rank_fails_when_one_cannot_read(trainer_model: Path) -> None:
+def test_every_rank_fails_when_one_cannot_read(run_ranks: RunRanks) -> None:
     groups = make_groups("away", 9, groups=2, k=4, spans=SPANS)
     job = partial(fail_to_read, groups=groups, request=make_request(groups))
-    assert run_ranks(Sizes(data=2), trainer_model, job) == ["the buffer is away"] * 2
+    first, second = run_ranks(Sizes(data=2), job)
+    assert first == second
+    assert first[0] == "the buffer is away"
+    assert "the buffer holds" in first[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,11 @@ import torch
 from perigee.buffer.client import BufferClient
 from perigee.errors import FailedPreconditionError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from services.trainer.config import TrainerConfig
+from services.trainer.engine import Sink
+from services.trainer.trainer import Trainer
 from services.weights.config import WeightsConfig
+from services.weights.send import WeightSender
 from tests.fixtures.trainer import TrainerAt, make_groups, store_groups, train_request
 from tests.fixtures.weights import local_receiver
 
@@ -55,3 +60,29 @@ async def test_each_version_reaches_the_receiver_bit_for_bit(
     assert any(not torch.equal(pushed[0][name], pushed[1][name]) for name in pushed[0])
     with pytest.raises(FailedPreconditionError, match="policy_version is 0, but the trainer has version 1 loaded"):
         await trainer.client.push_weights(pb.PushWeightsRequest(run_id=RUN, policy_version=0), timeout_s=60)
+
+
+class EngineOfOneTensor:
+    """An engine without a model, since this process cannot have a second Megatron."""
+
+    broken = False
+
+    def run(self, command: object, sink: Sink | None = None) -> Any:
+        return None if sink is None else sink([("weight", torch.ones(4))])
+
+    def close(self) -> None:
+        pass
+
+
+async def test_a_run_that_follows_one_that_never_trained_pushes_its_own_image(tmp_path: Path) -> None:
+    """Neither run has loaded or trained anything, so that the weights are the same."""
+    config = TrainerConfig(model=str(tmp_path), run_path=str(tmp_path))
+    sender = WeightSender(config.weights)
+    async with BufferClient.connect("127.0.0.1:1") as buffer, local_receiver(WeightsConfig()) as receiver:
+        trainer = Trainer(config, buffer, sender)
+        trainer.engine = EngineOfOneTensor()  # type: ignore[assignment]
+        for run_id in ("first", "second", "second"):
+            await trainer.push_weights(run_id, 0, [pb.PushTarget(worker_id="there", address=receiver.address)])
+        assert receiver.run_ids == ["first", "second", "second"]
+        await sender.close()
+        await trainer.close()

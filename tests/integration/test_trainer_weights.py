@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.trainer import VOCABULARY, write_model
-from tests.fixtures.trainer_ranks import Sizes, run_ranks
+from tests.fixtures.trainer_ranks import RunRanks, Sizes
 
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
@@ -27,7 +27,7 @@ def sequences() -> list[np.ndarray[Any, np.dtype[np.int64]]]:
 
 def load_and_evaluate(engine: Engine, folders: list[Path]) -> list[tuple[dict[str, torch.Tensor], dict[int, Any]]]:
     """The weights of each folder once loaded, and log-probabilities and entropies of the sequences by index."""
-    from services.trainer.hf_config import read_model_shape
+    from services.trainer.hf import read_model_shape
     from services.trainer.megatron.model import Policy
     from services.trainer.packing import TokenSequence, make_micro_batches, pack_sequences
 
@@ -41,7 +41,7 @@ def load_and_evaluate(engine: Engine, folders: list[Path]) -> list[tuple[dict[st
         logprobs: dict[int, Any] = {}
         for each in policy.evaluate(batches, TEMPERATURE):
             values_2T = torch.stack([each.logprobs_T, each.entropies_T])
-            sequence_T = each.batch.layout.sequence_T
+            sequence_T = each.batch.packed.sequence_T
             logprobs |= {i: values_2T[:, sequence_T == n] for n, i in enumerate(packs[each.batch.index])}
         logprobs = {i: v for part in engine.everyone.gather(logprobs) for i, v in part.items()}
         found.append((dict(policy.collect()), logprobs))
@@ -56,11 +56,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(pipeline=2)], ids=str)
-def test_weights_round_trip_and_logits_agree(models: list[Path], sizes: Sizes) -> None:
+def test_weights_round_trip_and_logits_agree(run_ranks: RunRanks, models: list[Path], sizes: Sizes) -> None:
     from transformers import AutoModelForCausalLM
 
     for folder, (weights, values) in zip(
-        models, run_ranks(sizes, models[0], partial(load_and_evaluate, folders=models)), strict=True
+        models, run_ranks(sizes, partial(load_and_evaluate, folders=models)), strict=True
     ):
         original = load_file(folder / "model.safetensors")
         assert weights.keys() == original.keys()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from perigee.errors import (
@@ -19,9 +19,8 @@ from perigee.errors import (
     NotFoundError,
     ResourceExhaustedError,
 )
-from services.trainer.checkpoints import Checkpoints
-from services.trainer.hf_config import read_model_shape
-from services.trainer.hf_folder import TensorReader, write_folder
+from services.trainer.hf import TensorReader, read_model_shape, write_folder
+from services.trainer.trainer import Checkpoints
 
 
 def tensors(offset: float = 0.0) -> Iterator[tuple[str, torch.Tensor]]:
@@ -39,10 +38,10 @@ def change_config(source: Path, target: Path, **fields: Any) -> Path:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel is not one of"),
-        ({"hidden_act": "gelu"}, "hidden_act gelu is not supported, only silu"),
-        ({"use_sliding_window": True}, "use_sliding_window True is not supported"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type yarn is not one of"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "has architecture GPT2LMHeadModel, which is not one of"),
+        ({"hidden_act": "gelu"}, "has hidden_act gelu, of which only silu is supported"),
+        ({"use_sliding_window": True}, "has use_sliding_window True, of which only False"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "has rope type yarn, which is not one of"),
     ],
 )
 def test_an_unsupported_model_is_refused_by_field(
@@ -96,11 +95,12 @@ def test_a_failed_write_leaves_the_old_folder_and_runs_the_tensors_to_their_end(
             seen.append(name)
             yield name, value
 
-    def full(path: Path, *_: object) -> None:
+    def fill_up(shard: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
         if path.name == "shard-1":
             raise OSError(28, "No space left on device", str(path))
+        save_file(shard, path, metadata)
 
-    monkeypatch.setattr("services.trainer.hf_folder._sync", full)
+    monkeypatch.setattr("services.trainer.hf.save_file", fill_up)
     with pytest.raises(ResourceExhaustedError, match=rf"{target}: No space left on device"):
         write_folder(target, trainer_model, watched(), {}, max_shard_bytes=400)
     assert seen == [f"t{i}" for i in range(5)]

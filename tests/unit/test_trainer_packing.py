@@ -44,10 +44,10 @@ def test_no_more_micro_batches_than_needed() -> None:
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_padding_and_back_is_the_identity_with_its_gradient(lengths: list[int]) -> None:
-    layout = pack_layout(lengths, torch.device("cpu"))
+    packed = pack_layout(lengths, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
     x_T3 = torch.randn(sum(lengths), 3, generator=generator, requires_grad=True)
-    padded = pad(x_T3, layout)
+    padded = pad(x_T3, packed)
     assert padded.shape == (len(lengths), max(lengths), 3)
     start = 0
     for row, length in zip(padded, lengths, strict=True):
@@ -55,13 +55,13 @@ def test_padding_and_back_is_the_identity_with_its_gradient(lengths: list[int]) 
         assert not row[length:].any()
         start += length
     weights_NL3 = torch.randn(padded.shape, generator=generator)
-    back_T3 = unpad(padded * weights_NL3, layout)
+    back_T3 = unpad(padded * weights_NL3, packed)
     back_T3.sum().backward()
-    assert torch.equal(x_T3.grad, unpad(weights_NL3, layout))
+    assert torch.equal(x_T3.grad, unpad(weights_NL3, packed))
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_positions_start_anew_in_each_sequence(lengths: list[int]) -> None:
-    layout = pack_layout(lengths, torch.device("cpu"))
-    assert layout.positions_T.tolist() == [i for length in lengths for i in range(length)]
-    assert layout.sequence_T.tolist() == [s for s, length in enumerate(lengths) for _ in range(length)]
+    packed = pack_layout(lengths, torch.device("cpu"))
+    assert packed.positions_T.tolist() == [i for length in lengths for i in range(length)]
+    assert packed.sequence_T.tolist() == [s for s, length in enumerate(lengths) for _ in range(length)]

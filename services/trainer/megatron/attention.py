@@ -1,4 +1,4 @@
-"""Core attention and rotary embedding of packed micro-batches, in the places of Megatron's local spec."""
+"""Core attention and rotary embedding of packed micro-batches, in place of those of Megatron's local spec."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackLayout | None = None,
     ) -> torch.Tensor:
-        """[T, 1, heads, d] query and [T, 1, groups, d] key and value to [T, 1, heads * d]."""
+        """Attends from query [T, 1, heads, d] to key and value [T, 1, groups, d]; returns [T, 1, heads * d]."""
         assert packed_seq_params is not None, "packed micro-batches only"
-        layout = packed_seq_params
-        query_NHLD, key_NGLD, value_NGLD = (pad(x.squeeze(1), layout).transpose(1, 2) for x in (query, key, value))
+        packed = packed_seq_params
+        query_NHLD, key_NGLD, value_NGLD = (pad(x.squeeze(1), packed).transpose(1, 2) for x in (query, key, value))
         context_NHLD = F.scaled_dot_product_attention(
             query_NHLD, key_NGLD, value_NGLD, is_causal=True, scale=self.scale, enable_gqa=self.grouped
         )
-        return unpad(context_NHLD.transpose(1, 2).flatten(2), layout).unsqueeze(1)
+        return unpad(context_NHLD.transpose(1, 2).flatten(2), packed).unsqueeze(1)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
-        """Nothing: attention has no weights."""
+        """Returns nothing: attention has no weights."""
         return {}
 
 
@@ -66,13 +66,13 @@ class PackedRotary(torch.nn.Module):
         self.inverse_frequencies_D = inverse_frequencies_D
 
     def get_rotary_seq_len(
-        self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, layout: PackLayout
+        self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, packed: PackLayout
     ) -> PackLayout:
-        """Megatron asks for a length and hands it to `forward`; the layout says more."""
-        return layout
+        """Returns what Megatron hands on to `forward`: the layout, which says more than the length that it asks for."""
+        return packed
 
-    def forward(self, layout: PackLayout, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
-        """Angles [T, 1, 1, d], the two halves alike."""
-        frequencies_D = self.inverse_frequencies_D.to(layout.positions_T.device)
-        angles_TD = torch.outer(layout.positions_T.float(), frequencies_D)
+    def forward(self, packed: PackLayout, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
+        """Returns angles [T, 1, 1, d], the two halves alike."""
+        frequencies_D = self.inverse_frequencies_D.to(packed.positions_T.device)
+        angles_TD = torch.outer(packed.positions_T.float(), frequencies_D)
         return torch.cat((angles_TD, angles_TD), dim=-1)[:, None, None, :]

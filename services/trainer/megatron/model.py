@@ -1,9 +1,12 @@
-"""The policy on one rank: a Megatron GPTModel with its optimizer, log-probabilities of tokens, optimizer steps."""
+"""The policy on one rank: a Megatron model and its optimizer, their steps, and weights by Hugging Face's names."""
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +22,9 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
-from perigee.errors import InvalidArgumentError
+from perigee.errors import InternalError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.trainer.hf_config import ModelShape
-from services.trainer.hf_folder import TensorReader
-from services.trainer.hf_weights import collect_weights, load_weights
+from services.trainer.hf import ModelShape, TensorReader
 from services.trainer.megatron.attention import PackedAttention, PackedRotary
 from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
 from services.trainer.megatron.parallel import ParallelDims
@@ -104,6 +105,7 @@ class Policy:
         """Takes one optimizer step on the summed losses of all micro-batches of all ranks.
 
         Returns the gradient norm before clipping, and the reports of this rank's micro-batches (last stage only).
+        Raises InternalError, on every rank, when the norm is not finite.
         """
 
         def finish(batch: MicroBatch, logits_TV: torch.Tensor) -> tuple[torch.Tensor, Any]:
@@ -114,6 +116,8 @@ class Policy:
         reports = self._run(batches, finish, forward_only=False)
         set_learning_rate(self.optimizer, learning_rate)
         _, norm, _ = self.optimizer.step()
+        if not math.isfinite(norm):
+            raise InternalError(f"the gradient norm is {norm}; the trainer went back to the version that it had before")
         return float(norm), reports
 
     def _run(self, batches: Sequence[MicroBatch], finish: LossFunction, *, forward_only: bool) -> list[Any]:
@@ -123,7 +127,7 @@ class Policy:
             source: Iterator[MicroBatch], model: Any
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
             batch = next(source)
-            output = model(batch.inputs_T[None], None, None, packed_seq_params=batch.layout)
+            output = model(batch.inputs_T[None], None, None, packed_seq_params=batch.packed)
 
             def finish_batch(logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
                 value, report = finish(batch, logits_1TV[0])
@@ -182,7 +186,30 @@ def build_model(
     Raises InvalidArgumentError when the parallel sizes do not divide the model.
     """
     check_divisible(shape, dims)
-    config = TransformerConfig(
+    config = _make_config(shape, dims, dtype, recompute)
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    core = GPTModel(
+        config,
+        spec,
+        vocab_size=shape.vocabulary,
+        max_sequence_length=max_sequence_length,
+        pre_process=dims.pipeline_rank == 0,
+        post_process=dims.is_last_stage,
+        share_embeddings_and_output_weights=shape.tied,
+        position_embedding_type="rope",
+    )
+    core.rotary_pos_emb = PackedRotary(shape.inverse_frequencies_D)
+    core.to(dims.device)
+    module = Float16Module(config, core) if dtype is torch.bfloat16 else core
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=dims.data > 1)
+    model = DistributedDataParallel(config, ddp_config, module)
+    config.finalize_model_grads_func = _finalize_unscaled
+    return model
+
+
+def _make_config(shape: ModelShape, dims: ParallelDims, dtype: torch.dtype, recompute: bool) -> TransformerConfig:
+    return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
         num_attention_heads=shape.heads,
@@ -212,25 +239,6 @@ def build_model(
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
     )
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
-    spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    core = GPTModel(
-        config,
-        spec,
-        vocab_size=shape.vocabulary,
-        max_sequence_length=max_sequence_length,
-        pre_process=dims.pipeline_rank == 0,
-        post_process=dims.is_last_stage,
-        share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="rope",
-    )
-    core.rotary_pos_emb = PackedRotary(shape.inverse_frequencies_D)
-    core.to(dims.device)
-    module = Float16Module(config, core) if dtype is torch.bfloat16 else core
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=dims.data > 1)
-    model = DistributedDataParallel(config, ddp_config, module)
-    config.finalize_model_grads_func = _finalize_unscaled
-    return model
 
 
 def core_of(model: DistributedDataParallel) -> GPTModel:
@@ -258,3 +266,152 @@ def check_divisible(shape: ModelShape, dims: ParallelDims) -> None:
 
 def _finalize_unscaled(model: Any, _num_tokens: Any = None, **kwargs: Any) -> None:
     finalize_model_grads(model, None, **kwargs)
+
+
+class Split(Enum):
+    """How a parameter is cut over tensor-parallel ranks."""
+
+    WHOLE = "whole"
+    ROWS = "rows"
+    COLUMNS = "columns"
+    # Query heads, key and value of each group lie together.
+    QKV = "qkv"
+    # The halves of the gate and of the up projection lie together.
+    GATED = "gated"
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """A Megatron parameter and the Hugging Face tensors that it is made of."""
+
+    parameter: torch.nn.Parameter
+    names: tuple[str, ...]
+    split: Split
+
+
+_LAYER = {
+    "input_layernorm.weight": (("input_layernorm.weight",), Split.WHOLE),
+    "pre_mlp_layernorm.weight": (("post_attention_layernorm.weight",), Split.WHOLE),
+    "self_attention.q_layernorm.weight": (("self_attn.q_norm.weight",), Split.WHOLE),
+    "self_attention.k_layernorm.weight": (("self_attn.k_norm.weight",), Split.WHOLE),
+    "self_attention.linear_qkv.weight": (tuple(f"self_attn.{x}_proj.weight" for x in "qkv"), Split.QKV),
+    "self_attention.linear_qkv.bias": (tuple(f"self_attn.{x}_proj.bias" for x in "qkv"), Split.QKV),
+    "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), Split.COLUMNS),
+    "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), Split.GATED),
+    "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), Split.COLUMNS),
+}
+
+
+def map_parameters(core: GPTModel, tied: bool) -> list[Mapping]:
+    """Returns the parameters of this stage; with tied weights a last stage has a second copy of the embedding."""
+    mappings = []
+    names: tuple[str, ...]
+    for name, parameter in core.named_parameters():
+        if name == "embedding.word_embeddings.weight":
+            names, split = ("model.embed_tokens.weight",), Split.ROWS
+        elif name == "output_layer.weight":
+            names, split = ("model.embed_tokens.weight" if tied else "lm_head.weight",), Split.ROWS
+        elif name == "decoder.final_layernorm.weight":
+            names, split = ("model.norm.weight",), Split.WHOLE
+        else:
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+            assert match is not None, name
+            layer = core.decoder.layers[int(match[1])].layer_number - 1
+            suffixes, split = _LAYER[match[2]]
+            names = tuple(f"model.layers.{layer}.{suffix}" for suffix in suffixes)
+        mappings.append(Mapping(parameter, names, split))
+    return mappings
+
+
+@torch.no_grad()
+def load_weights(core: GPTModel, shape: ModelShape, dims: ParallelDims, read: Callable[[str], torch.Tensor]) -> None:
+    """Copies this process's parts of the tensors that `read` returns, by Hugging Face name, into its parameters.
+
+    Raises InvalidArgumentError naming the tensor whose shape does not fit the configuration.
+    """
+    ranks, rank = dims.tensor, dims.tensor_rank
+    for mapping in map_parameters(core, shape.tied):
+        tensors = [read(name) for name in mapping.names]
+        if mapping.split is Split.QKV:
+            grouped = [_group_rows(tensor, shape.query_groups) for tensor in tensors]
+            part = torch.cat(grouped, dim=1).flatten(0, 1).chunk(ranks)[rank]
+        elif mapping.split is Split.GATED:
+            part = torch.cat([tensor.chunk(ranks)[rank] for tensor in tensors])
+        elif mapping.split is Split.COLUMNS:
+            part = tensors[0].chunk(ranks, dim=1)[rank]
+        elif mapping.split is Split.ROWS:
+            part = tensors[0].chunk(ranks)[rank]
+        else:
+            part = tensors[0]
+        if part.shape != mapping.parameter.shape:
+            raise InvalidArgumentError(
+                f"tensor {mapping.names[0]} of shape {list(tensors[0].shape)} does not fit the model's config.json"
+            )
+        mapping.parameter.copy_(part)
+
+
+@torch.no_grad()
+def collect_weights(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the whole policy as Hugging Face tensors, on every rank, in one order.
+
+    Every rank has to run the iterator to its end: each tensor is gathered by collectives.
+    """
+    yielded: set[str] = set()
+    for stage in range(dims.pipeline):
+        own = _stage_tensors(core, shape, dims) if stage == dims.pipeline_rank else iter(())
+        if dims.pipeline == 1:
+            yield from own
+            continue
+        for name, tensor in _share_stage(own, stage, dims):
+            # The embedding of tied weights comes from the first stage and again from the last.
+            if name not in yielded:
+                yielded.add(name)
+                yield name, tensor
+
+
+def _stage_tensors(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterator[tuple[str, torch.Tensor]]:
+    group = parallel_state.get_tensor_model_parallel_group()
+    heads_per_group = shape.heads // shape.query_groups
+    widths = [heads_per_group * shape.head_width, shape.head_width, shape.head_width]
+    for mapping in map_parameters(core, shape.tied):
+        own = mapping.parameter.detach().contiguous()
+        if mapping.split is Split.WHOLE:
+            yield mapping.names[0], own.clone()
+            continue
+        parts = [own]
+        if dims.tensor > 1:
+            parts = [torch.empty_like(own) for _ in range(dims.tensor)]
+            dist.all_gather(parts, own, group=group)
+        if mapping.split is Split.QKV:
+            grouped = _group_rows(torch.cat(parts), shape.query_groups)
+            for name, tensor in zip(mapping.names, torch.split(grouped, widths, dim=1), strict=True):
+                yield name, tensor.flatten(0, 1).contiguous()
+        elif mapping.split is Split.GATED:
+            for name, halves in zip(mapping.names, zip(*(part.chunk(2) for part in parts), strict=True), strict=True):
+                yield name, torch.cat(halves)
+        else:
+            yield mapping.names[0], torch.cat(parts, dim=1 if mapping.split is Split.COLUMNS else 0)
+
+
+def _share_stage(
+    own: Iterator[tuple[str, torch.Tensor]], stage: int, dims: ParallelDims
+) -> Iterator[tuple[str, torch.Tensor]]:
+    group = parallel_state.get_pipeline_model_parallel_group()
+    source = dist.get_global_rank(group, stage)
+    while True:
+        item = next(own, None)
+        header: list[Any] = [None if item is None else (item[0], tuple(item[1].shape), item[1].dtype)]
+        dist.broadcast_object_list(header, src=source, group=group)
+        if stage != dims.pipeline_rank:
+            if header[0] is None:
+                return
+            name, size, dtype = header[0]
+            item = name, torch.empty(size, dtype=dtype, device=dims.device)
+        if item is None:
+            return
+        dist.broadcast(item[1], src=source, group=group)
+        yield item
+
+
+def _group_rows(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    return tensor.reshape(groups, -1, *tensor.shape[1:])

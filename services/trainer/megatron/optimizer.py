@@ -40,7 +40,7 @@ def reset_optimizer(optimizer: MegatronOptimizer, settings: pb.Optimizer) -> Non
     for part in _parts(optimizer):
         part.optimizer.state.clear()
         # With an infinite bound Megatron scales nothing, but computes the norm that is reported.
-        part.config.clip_grad = settings.max_grad_norm or math.inf
+        vars(part.config).update(clip_grad=settings.max_grad_norm or math.inf)
         for group in part.optimizer.param_groups:
             group["betas"] = (settings.beta1, settings.beta2)
             # Biases and norms come with wd_mult 0.

@@ -1,0 +1,214 @@
+"""Hugging Face model folders: the shape that a configuration describes, tensors by name, and folders written whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from perigee.errors import InvalidArgumentError, ResourceExhaustedError
+from perigee.files import staging_folder
+from services.kit.hf import COMPANION_FILES, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ModelFolder, open_model_folder
+
+ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """What the trainer has to know of an architecture to build it."""
+
+    architecture: str
+    layers: int
+    hidden: int
+    ffn_hidden: int
+    heads: int
+    query_groups: int
+    head_width: int
+    vocabulary: int
+    max_positions: int
+    norm_epsilon: float
+    qkv_bias: bool
+    qk_norm: bool
+    tied: bool
+    eos_token_id: int
+    inverse_frequencies_D: torch.Tensor
+
+
+def read_model_shape(path: Path) -> ModelShape:
+    """Returns the shape of the model in a folder.
+
+    Raises InvalidArgumentError naming the file when the folder is no model or one that is not supported.
+    """
+    folder = open_model_folder(path, "trainer.model")
+    config = folder.config
+    kind = _read_architecture(folder)
+    heads = folder.positive_integer("num_attention_heads")
+    hidden = folder.positive_integer("hidden_size")
+    head_width = int(config.get("head_dim") or hidden // heads)
+    return ModelShape(
+        architecture=kind,
+        layers=folder.positive_integer("num_hidden_layers"),
+        hidden=hidden,
+        ffn_hidden=folder.positive_integer("intermediate_size"),
+        heads=heads,
+        query_groups=int(config.get("num_key_value_heads") or heads),
+        head_width=head_width,
+        vocabulary=folder.vocabulary_size,
+        max_positions=folder.context_tokens,
+        norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
+        qkv_bias=kind == "qwen2",
+        qk_norm=kind == "qwen3",
+        tied=bool(config.get("tie_word_embeddings", False)),
+        eos_token_id=folder.eos_token_id,
+        inverse_frequencies_D=_inverse_frequencies(folder, head_width),
+    )
+
+
+def _read_architecture(folder: ModelFolder) -> str:
+    """Returns the kind of architecture, once everything that is asked of it is known to be supported."""
+    config = folder.config
+    name = next(iter(config.get("architectures") or ["none"]))
+    if name not in ARCHITECTURES:
+        raise folder.error(CONFIG_FILE, f"has architecture {name}, which is not one of {sorted(ARCHITECTURES)}")
+    kind = ARCHITECTURES[name]
+    wanted: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
+    if kind != "qwen2":
+        wanted["attention_bias"] = False
+    for field, value in wanted.items():
+        if config.get(field, value) != value:
+            raise folder.error(CONFIG_FILE, f"has {field} {config[field]}, of which only {value} is supported")
+    return kind
+
+
+def _inverse_frequencies(folder: ModelFolder, head_width: int) -> torch.Tensor:
+    """Returns the rotary embedding's frequencies, [head_width / 2]."""
+    config = folder.config
+    # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    exponents_D = torch.arange(0, head_width, 2, dtype=torch.int64).float() / head_width
+    frequencies_D = 1.0 / theta**exponents_D
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return frequencies_D
+    if kind == "linear":
+        return frequencies_D / float(rope["factor"])
+    if kind != "llama3":
+        raise folder.error(CONFIG_FILE, f"has rope type {kind}, which is not one of default, linear, llama3")
+    context = float(rope["original_max_position_embeddings"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    wavelengths_D = 2 * math.pi / frequencies_D
+    smooth_D = ((context / wavelengths_D - low) / (high - low)).clamp(0.0, 1.0)
+    return (1 - smooth_D) * frequencies_D / float(rope["factor"]) + smooth_D * frequencies_D
+
+
+class TensorReader:
+    """Reads tensors by name from the safetensors files of a folder, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file_by_name = open_model_folder(folder, "trainer.model").tensor_files()
+        if not self._file_by_name:
+            with _open_tensors(folder / SINGLE_FILE) as file:
+                self._file_by_name = dict.fromkeys(file.keys(), folder / SINGLE_FILE)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Returns the tensor called `name`; raises InvalidArgumentError naming the folder or file without it."""
+        if name not in self._file_by_name:
+            raise InvalidArgumentError(f"{self._folder} holds no tensor {name}")
+        with _open_tensors(self._file_by_name[name]) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+            return tensor
+
+
+@contextmanager
+def _open_tensors(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise InvalidArgumentError(f"{path} cannot be read: {error}") from error
+
+
+def write_folder(
+    target: Path,
+    source: Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    extra: Mapping[str, Mapping[str, Any]],
+    max_shard_bytes: int,
+) -> int:
+    """Writes the tensors with the configuration and tokenizer of `source` as folder `target`; returns its bytes.
+
+    The folder appears whole or not at all; one that was there is replaced. `extra` holds further JSON files by name.
+    The iterable is always run to its end, as other ranks take part in it. Raises ResourceExhaustedError naming the
+    folder when the disk refuses, and then leaves nothing behind.
+    """
+    remaining = iter(tensors)
+    try:
+        with staging_folder(target) as staging:
+            dtype = _write_shards(staging, remaining, max_shard_bytes)
+            config = open_model_folder(source, "trainer.model").config | {"dtype": dtype, "torch_dtype": dtype}
+            for name, content in {CONFIG_FILE: config, **extra}.items():
+                _write_json(staging / name, content)
+            for name in COMPANION_FILES:
+                if (source / name).exists():
+                    shutil.copyfile(source / name, staging / name)
+            return sum(path.stat().st_size for path in staging.iterdir())
+    except (OSError, SafetensorError) as error:
+        for _ in remaining:
+            pass
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ResourceExhaustedError(
+            f"the model cannot be written to {target}: {reason}; free space or name another folder", retry_after_s=None
+        ) from error
+
+
+def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int) -> str:
+    """Writes shards of bounded size under Hugging Face's names; returns the name of the weights' dtype."""
+    shard_by_name: dict[str, int] = {}
+    shards = total_bytes = 0
+    dtype = "float32"
+    for shard in _cut_into_shards(tensors, max_shard_bytes):
+        save_file(shard, folder / f"shard-{shards}", metadata={"format": "pt"})
+        shard_by_name.update(dict.fromkeys(shard, shards))
+        shards += 1
+        for tensor in shard.values():
+            total_bytes += tensor.nbytes
+            dtype = str(tensor.dtype).removeprefix("torch.")
+    if shards == 1:
+        (folder / "shard-0").rename(folder / SINGLE_FILE)
+        return dtype
+    names = [f"model-{i + 1:05d}-of-{shards:05d}.safetensors" for i in range(shards)]
+    for i, name in enumerate(names):
+        (folder / f"shard-{i}").rename(folder / name)
+    weight_map = {name: names[i] for name, i in shard_by_name.items()}
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+    return dtype
+
+
+def _cut_into_shards(
+    tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    shard: dict[str, torch.Tensor] = {}
+    shard_bytes = 0
+    for name, tensor in tensors:
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            yield shard
+            shard, shard_bytes = {}, 0
+        shard[name] = tensor.cpu()
+        shard_bytes += tensor.nbytes
+    yield shard
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
