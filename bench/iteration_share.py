@@ -1,4 +1,4 @@
-"""The share of an iteration that is neither rollout nor training, from a run's metrics.jsonl."""
+"""Share of an iteration that is neither rollout nor training, from a run's metrics.jsonl."""
 
 import json
 import statistics
@@ -25,15 +25,14 @@ def measure_iteration_share(run: Path) -> IterationShare:
     lines = _read_iterations(run)
     if not lines:
         raise ValueError(f"{run / 'metrics.jsonl'} holds fewer than two iterations")
-    seconds = [line["iteration_seconds"] for line in lines]
-    return IterationShare(seconds, [_other_share(line["phases"], line["iteration_seconds"]) for line in lines])
+    return IterationShare([line["time/iteration_seconds"] for line in lines], [_other_share(line) for line in lines])
 
 
 def longest_others(run: Path) -> list[tuple[str, float]]:
     """Median seconds of the phases beside rollout and training, the longest first; phases may overlap."""
-    phases = [line["phases"] for line in _read_iterations(run)]
-    names = {name for phase in phases for name in phase} - {"rollout", "training"}
-    medians = {name: statistics.median(phase.get(name, {}).get("seconds", 0.0) for phase in phases) for name in names}
+    lines = _read_iterations(run)
+    phases = {key.split("/")[1] for line in lines for key in line if key.endswith("/start")} - {"rollout", "training"}
+    medians = {name: statistics.median(line.get(f"time/{name}/seconds", 0.0) for line in lines) for name in phases}
     return sorted(medians.items(), key=lambda item: -item[1])
 
 
@@ -42,6 +41,7 @@ def _read_iterations(run: Path) -> list[dict[str, Any]]:
     return lines[1:]
 
 
-def _other_share(phases: dict[str, dict[str, float]], seconds: float) -> float:
-    """Rollout and training never overlap: training waits for the end of the rollout."""
-    return 1.0 - (phases["rollout"]["seconds"] + phases["training"]["seconds"]) / seconds
+def _other_share(line: dict[str, Any]) -> float:
+    # Rollout and training never overlap: training waits for the end of the rollout.
+    inside = line["time/rollout/seconds"] + line["time/training/seconds"]
+    return float(1.0 - inside / line["time/iteration_seconds"])

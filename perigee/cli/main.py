@@ -143,7 +143,7 @@ def _train(
     if code:
         print(f"stopped; go on with: {again}", file=sys.stderr)
         return code
-    from perigee.report.write import write_report
+    from perigee.report.page import write_report
 
     page = write_report(run.path)
     for line in page.headline:
@@ -181,7 +181,7 @@ def _status(coordinator: str | None, runs_dir: Path) -> int:
 
 def _report(name: str, runs_dir: Path) -> int:
     from perigee.cli.run_folder import find_run
-    from perigee.report.write import write_report
+    from perigee.report.page import write_report
 
     print(write_report(find_run(runs_dir, name).path).path)
     return 0

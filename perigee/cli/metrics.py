@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
-from perigee.report.headline import describe
 from perigee.report.records import Estimate, Evaluation
 
 CALL_TIMEOUT_S = 5.0
@@ -24,12 +23,12 @@ _UNITS: Mapping[int, str] = {
 # Key in the metrics, label, format.
 _SHOWN_METRICS = (
     ("reward/mean", "reward", "{:.3f}"),
-    ("accuracy/overall", "accuracy", "{:.3f}"),
-    ("response_tokens/mean", "length", "{:.1f}"),
-    ("response_tokens/p95", "length p95", "{:.0f}"),
-    ("tokens_per_second", "tokens/s", "{:,.0f}"),
-    ("share_partial", "partial", "{:.1%}"),
-    ("share_repeated", "repeated", "{:.1%}"),
+    ("reward/accuracy/overall", "accuracy", "{:.3f}"),
+    ("rollout/response_tokens/mean", "length", "{:.1f}"),
+    ("rollout/response_tokens/p95", "length p95", "{:.0f}"),
+    ("rollout/tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("rollout/partial_rate", "partial", "{:.1%}"),
+    ("rollout/repetition_rate", "repeated", "{:.1%}"),
 )
 
 
@@ -83,16 +82,15 @@ def evaluation_line(evaluation: Evaluation) -> str:
     parts = []
     for domain in evaluation.domains:
         kinds = (("sampled", evaluation.sampled.get(domain)), ("greedy", evaluation.greedy.get(domain)))
-        found = [f"{kind} {describe(estimate)}" for kind, estimate in kinds if estimate is not None]
+        found = [f"{kind} {estimate}" for kind, estimate in kinds if estimate is not None]
         parts.append(f"{domain} {' '.join(found)}")
     return f"held-out accuracy at iteration {evaluation.iteration}: {', '.join(parts)}"
 
 
 def phase_seconds(metrics: Mapping[str, float]) -> dict[str, float]:
     """Returns the seconds of each phase of the iteration, in the order in which they began."""
-    keys = [key for key in metrics if key.startswith("phases/") and key.endswith("/seconds")]
-    keys.sort(key=lambda key: metrics.get(key.replace("/seconds", "/start"), 0.0))
-    return {key.split("/")[1]: metrics[key] for key in keys}
+    starts = {key.split("/")[1]: start for key, start in metrics.items() if key.endswith("/start")}
+    return {name: metrics[f"time/{name}/seconds"] for name in sorted(starts, key=lambda name: starts[name])}
 
 
 def format_seconds(seconds: float) -> str:

@@ -27,7 +27,6 @@ from perigee.cli.metrics import (
     shown_metrics,
 )
 from perigee.coordinator.v1 import coordinator_pb2 as pb
-from perigee.report.headline import describe
 from perigee.report.records import Evaluation
 
 REFRESH_PER_SECOND = 4
@@ -231,7 +230,7 @@ def _evaluation_table(evaluation: Evaluation) -> RenderableType:
     table.add_row(*(Text(name, style="dim") for name in (f"held out at {evaluation.iteration}", "sampled", "greedy")))
     for domain in evaluation.domains:
         estimates = (evaluation.sampled.get(domain), evaluation.greedy.get(domain))
-        table.add_row(Text(domain), *(Text(describe(e) if e else "", style="bold") for e in estimates))
+        table.add_row(Text(domain), *(Text(str(e) if e else "", style="bold") for e in estimates))
     return table
 
 

@@ -1,10 +1,10 @@
-"""The page: headline, plots with a sentence each, tables; plotly's script once, so that it opens without a network."""
+"""Report page of a run: headline, plots with a sentence each, tables; it opens without a network."""
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -13,17 +13,18 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from perigee.files import write_atomically
 from perigee.report import plots
-from perigee.report.headline import Change, changes
-from perigee.report.records import OVERALL, RunRecords, flatten
+from perigee.report.records import OVERALL, Change, RunRecords, changes, flatten, headline_lines, read_records
 
 TEMPLATE = Path(__file__).with_name("page.html")
+REPORT_FILE = "report.html"
 SECRET_KEYS = ("token", "password", "secret")
 
 
 @dataclass(frozen=True)
 class Section:
-    """A plot with its title, what it shows, and what is said when the records do not hold it."""
+    """Plot with its title and caption; `draw` returns None when the records lack what it shows."""
 
     id: str
     title: str
@@ -46,11 +47,11 @@ SECTIONS = (
     ),
     Section("length", "Response length", "Tokens of finished responses.", plots.plot_length),
     Section(
-        "shares",
+        "rates",
         "Partial and repeated trajectories",
         "Partial: stopped by the token budget and resumed later. Several versions: trained with tokens of more than "
         "one policy version. Repeated: cut for repeating themselves.",
-        plots.plot_shares,
+        plots.plot_rates,
     ),
     Section(
         "staleness",
@@ -68,13 +69,32 @@ SECTIONS = (
         "logprobs",
         "Engine against trainer",
         "Largest difference of the two engines' log-probabilities of the same token; the dashed line is 0.001.",
-        plots.plot_logprob_difference,
+        plots.plot_logprob_diff,
     ),
 )
 
 
+@dataclass(frozen=True)
+class Report:
+    """Written report: its path, and its headline for a terminal."""
+
+    path: Path
+    headline: Sequence[str]
+
+
+def write_report(run_path: Path) -> Report:
+    """Writes the report of the records in `run_path` there.
+
+    Raises DataLossError or InvalidArgumentError when the records cannot be read.
+    """
+    records = read_records(run_path)
+    path = run_path / REPORT_FILE
+    write_atomically(path, render_page(records).encode())
+    return Report(path, headline_lines(records))
+
+
 def render_page(records: RunRecords) -> str:
-    """The whole page as HTML."""
+    """Returns the whole page as HTML."""
     figures: dict[str, Any] = {}
     parts = [_header(records), _cards(records), _accuracy_table(changes(records))]
     for section in SECTIONS:
@@ -115,15 +135,14 @@ def _cards(records: RunRecords) -> str:
     for change in changes(records):
         if change.domain != OVERALL:
             continue
-        gain = change.after.mean - change.before.mean
         cards.append(
             f"<div class='card'><div class='name'>Accuracy, {change.kind}</div>"
             f"<div class='value'>{change.before.mean:.1%}<span class='arrow'>→</span>{change.after.mean:.1%}</div>"
-            f"<div class='{'gain' if gain >= 0 else 'loss'}'>{gain * 100:+.1f} points"
+            f"<div class='{'gain' if change.gain >= 0 else 'loss'}'>{change.gain * 100:+.1f} points"
             f"{', intervals apart' if change.is_apart else ''}</div></div>"
         )
     for key, name, form in (
-        ("max_logprob_difference", "Largest logprob difference", "{:.1e}"),
+        ("train_infer_logprob_diff_max", "Largest logprob difference", "{:.1e}"),
         ("seconds/total", "Time in all", "{:,.0f} s"),
     ):
         value = flatten(records.summary).get(key)
@@ -145,7 +164,7 @@ def _accuracy_table(found: list[Change]) -> str:
             if estimate.low is not None and estimate.high is not None:
                 bounds = f" <span class='quiet'>{estimate.low:.1%} to {estimate.high:.1%}</span>"
             cells.append(f"{estimate.mean:.1%}{bounds}")
-        cells.append(f"{(change.after.mean - change.before.mean) * 100:+.1f}")
+        cells.append(f"{change.gain * 100:+.1f}")
         rows.append("".join(f"<td>{cell}</td>" for cell in cells))
     head = "".join(f"<th>{name}</th>" for name in ("Domain", "Answers", "Before", "After", "Points"))
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

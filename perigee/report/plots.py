@@ -1,34 +1,37 @@
-"""The plots of the report: each takes the records and returns a figure, or None when they do not hold what it shows."""
+"""Plots of the report: each takes the records and returns a figure, or None when they lack what it shows.
+
+Every thing has one color throughout; the ground is transparent, and lines have labels in place of legends.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from perigee.report.records import OVERALL, Evaluation, Iteration, RunRecords
-from perigee.report.style import (
-    AGE_COLORS,
-    BLUE,
-    DOMAIN_COLORS,
-    GREEN,
-    GREY,
-    ORANGE,
-    PHASE_COLORS,
-    RED,
-    label_end,
-    new_figure,
-    style_axes,
-    with_alpha,
-)
 
+# Readable on light and dark ground, told apart by the color-blind (after Okabe and Ito).
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = (
+    "#3b7dd8", "#e08a1e", "#2a9d74", "#b05fb8", "#58b4e0", "#d9534f", "#8a93a2",
+)  # fmt: skip
+DOMAIN_COLORS = (ORANGE, GREEN, PURPLE, SKY, RED)
+PHASE_COLORS = {
+    "preparation": RED, "rollout": BLUE, "scoring": SKY, "training": ORANGE, "checkpoint": PURPLE, "weights": GREEN,
+    "commit": GREY,
+}  # fmt: skip
+# Tokens by how many versions old they are: fresh ones are pale.
+AGE_COLORS = ("#9ecae8", "#58a5d8", "#2f74b8", "#1d4c85", "#122c54")
+GRID = "rgba(128,138,155,0.22)"
+FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 SMOOTHING = 5
 Points = tuple[list[int], list[float]]
 
 
 def plot_accuracy(records: RunRecords) -> go.Figure | None:
-    """Held-out accuracy per domain: greedy, and sampled with its 95% interval."""
+    """Plots held-out accuracy per domain: greedy, and sampled with its 95% interval."""
     evaluations = records.evaluations
     names = list(dict.fromkeys(name for evaluation in evaluations for name in evaluation.domains))
     if not names:
@@ -99,7 +102,7 @@ def _interval_text(kind: str, mean: float, low: float | None, high: float | None
 
 
 def plot_reward(records: RunRecords) -> go.Figure | None:
-    """Mean reward of an iteration, and its moving mean."""
+    """Plots the mean reward of an iteration, and its moving mean."""
     x, y = _points(records.iterations, "reward/mean")
     if not x:
         return None
@@ -114,29 +117,28 @@ def plot_reward(records: RunRecords) -> go.Figure | None:
 
 
 def plot_length(records: RunRecords) -> go.Figure | None:
-    """Response length: mean and 95th percentile."""
-    return _plot_lines(
-        records, (("response_tokens/mean", "mean", BLUE), ("response_tokens/p95", "p95", ORANGE)), "tokens"
-    )
+    """Plots response length: mean and 95th percentile."""
+    lines = (("rollout/response_tokens/mean", "mean", BLUE), ("rollout/response_tokens/p95", "p95", ORANGE))
+    return _plot_lines(records, lines, "tokens")
 
 
-def plot_shares(records: RunRecords) -> go.Figure | None:
-    """Shares of trajectories that stayed partial, and that were cut for repeating themselves."""
+def plot_rates(records: RunRecords) -> go.Figure | None:
+    """Plots fractions of trajectories: partial, of several versions, cut for repeating themselves."""
     lines = (
-        ("share_partial", "partial", BLUE),
-        ("share_multi_version", "several versions", GREEN),
-        ("share_repeated", "repeated", RED),
+        ("rollout/partial_rate", "partial", BLUE),
+        ("train/multi_version_rate", "several versions", GREEN),
+        ("rollout/repetition_rate", "repeated", RED),
     )
-    figure = _plot_lines(records, lines, "share of trajectories")
+    figure = _plot_lines(records, lines, "fraction of trajectories")
     if figure is not None:
         figure.update_layout(margin={"r": 130})
         figure.update_yaxes(tickformat=".0%")
     return figure
 
 
-def plot_logprob_difference(records: RunRecords) -> go.Figure | None:
-    """Largest difference between the engine's and the trainer's logprobs of the same token."""
-    figure = _plot_lines(records, (("max_logprob_difference", "largest", BLUE),), "nats")
+def plot_logprob_diff(records: RunRecords) -> go.Figure | None:
+    """Plots the largest difference between the engine's and the trainer's log-probabilities of the same token."""
+    figure = _plot_lines(records, (("train/train_infer_logprob_diff_max", "largest", BLUE),), "nats")
     if figure is not None:
         figure.add_hline(y=1e-3, line={"color": RED, "width": 1, "dash": "dash"})
         figure.update_yaxes(type="log", exponentformat="power")
@@ -144,7 +146,7 @@ def plot_logprob_difference(records: RunRecords) -> go.Figure | None:
 
 
 def plot_staleness(records: RunRecords) -> go.Figure | None:
-    """Tokens of an iteration's training by how many versions before the newest one they were generated."""
+    """Plots the tokens of an iteration's training by how many versions older than the newest they are."""
     stacks = [(row.number, ages) for row in records.iterations if (ages := tokens_by_age(row))]
     if not stacks:
         return None
@@ -163,8 +165,8 @@ def plot_staleness(records: RunRecords) -> go.Figure | None:
 
 
 def tokens_by_age(row: Iteration) -> dict[int, float]:
-    """Tokens by age in versions, counted from the newest version among them."""
-    by_version = {int(version): count for version, count in row.below("tokens_by_version").items()}
+    """Returns tokens by age in versions, counted from the newest version among them."""
+    by_version = {int(version): count for version, count in row.below("train/tokens_by_version").items()}
     if not by_version:
         return {}
     newest = max(by_version)
@@ -172,7 +174,7 @@ def tokens_by_age(row: Iteration) -> dict[int, float]:
 
 
 def plot_timeline(records: RunRecords) -> go.Figure | None:
-    """Phases of each iteration from its start, one row per iteration."""
+    """Plots the phases of each iteration from its start, one row per iteration."""
     spans = [(row.number, phase, *span) for row in records.iterations for phase, span in phase_spans(row).items()]
     if not spans:
         return None
@@ -183,7 +185,7 @@ def plot_timeline(records: RunRecords) -> go.Figure | None:
         figure.add_bar(
             orientation="h", y=[n for n, _, _ in own], base=[start for _, start, _ in own],
             x=[seconds for _, _, seconds in own], marker_color=PHASE_COLORS[phase], marker_line_width=0, name=phase,
-            # Scoring goes on while trajectories are still being generated: a thinner bar keeps both in sight.
+            # Scoring overlaps with generation: a thinner bar shows both.
             width=0.32 if phase == "scoring" else 0.75,
             hovertemplate=f"iteration %{{y}}: {phase} %{{x:.2f}} s from %{{base:.2f}} s<extra></extra>",
         )  # fmt: skip
@@ -195,20 +197,14 @@ def plot_timeline(records: RunRecords) -> go.Figure | None:
 
 
 def phase_spans(row: Iteration) -> dict[str, tuple[float, float]]:
-    """Start and length in seconds of each phase; phases without a start follow one another."""
-    phases = row.below("phases")
-    spans: dict[str, tuple[float, float]] = {}
-    end = 0.0
-    for name in dict.fromkeys(key.partition("/")[0] for key in phases):
-        seconds = phases.get(f"{name}/seconds", phases.get(name, 0.0))
-        start = phases.get(f"{name}/start", end)
-        spans[name] = (start, seconds)
-        end = start + seconds
-    return spans
+    """Returns start and length in seconds of each phase."""
+    times = row.below("time")
+    names = [key.removesuffix("/start") for key in times if key.endswith("/start")]
+    return {name: (times[f"{name}/start"], times[f"{name}/seconds"]) for name in names}
 
 
 def moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean of each value and those before it, `window` at most."""
+    """Returns the mean of each value and those before it, `window` at most."""
     return [
         sum(values[max(0, index + 1 - window) : index + 1]) / min(window, index + 1) for index in range(len(values))
     ]
@@ -231,3 +227,40 @@ def _plot_lines(records: RunRecords, lines: Sequence[tuple[str, str, str]], unit
 def _points(iterations: Sequence[Iteration], key: str) -> Points:
     pairs = [(row.number, value) for row in iterations if (value := row.get(key)) is not None]
     return [number for number, _ in pairs], [value for _, value in pairs]
+
+
+def new_figure(height: int = 320, **layout: Any) -> go.Figure:
+    """Returns an empty figure in the style of the report; the page sets the color of its text."""
+    figure = go.Figure()
+    figure.update_layout(
+        height=height,
+        margin={"l": 56, "r": 96, "t": 16, "b": 44},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": FONT, "size": 13},
+        showlegend=False,
+        hovermode="x unified",
+        hoverlabel={"font": {"family": FONT}},
+    )
+    style_axes(figure)
+    figure.update_layout(**layout)
+    return figure
+
+
+def style_axes(figure: go.Figure) -> None:
+    """Draws quiet grid lines and no zero line on every axis."""
+    figure.update_xaxes(gridcolor=GRID, zeroline=False, linecolor=GRID, showgrid=False, ticks="outside", tickcolor=GRID)
+    figure.update_yaxes(gridcolor=GRID, zeroline=False, linecolor="rgba(0,0,0,0)")
+
+
+def label_end(figure: go.Figure, x: float, y: float, text: str, color: str, **where: Any) -> None:
+    """Writes the name of a line at its end."""
+    figure.add_annotation(
+        x=x, y=y, text=text, showarrow=False, xanchor="left", xshift=8, font={"color": color, "size": 12}, **where
+    )
+
+
+def with_alpha(color: str, alpha: float) -> str:
+    """Returns a #rrggbb color as rgba()."""
+    red, green, blue = (int(color[index : index + 2], 16) for index in (1, 3, 5))
+    return f"rgba({red},{green},{blue},{alpha})"

@@ -1,9 +1,9 @@
-"""The records of a run as they lie in its folder: metrics.jsonl, evaluations.jsonl, summary.json, recipe.yaml."""
+"""Records of a run in its folder (metrics.jsonl, evaluations.jsonl, summary.json, recipe.yaml) and its headline."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +11,30 @@ from typing import Any
 import yaml
 
 from perigee.errors import InvalidArgumentError
+from perigee.files import read_lines
 
 OVERALL = "overall"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A share with its 95% interval; the bounds are None where the records hold none."""
+    """Fraction with its 95% interval; the bounds are None where the records have none."""
 
     mean: float
     low: float | None = None
     high: float | None = None
+
+    def __str__(self) -> str:
+        """The mean with its interval: 0.590 [0.561, 0.619]."""
+        if self.low is None or self.high is None:
+            return f"{self.mean:.3f}"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def is_apart_from(self, other: Estimate) -> bool:
+        """Returns whether the two intervals do not overlap; False when one has no bounds."""
+        if self.low is None or self.high is None or other.low is None or other.high is None:
+            return False
+        return self.low > other.high or other.low > self.high
 
 
 @dataclass(frozen=True)
@@ -41,18 +54,18 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Iteration:
-    """One line of metrics.jsonl: its number and its figures, nested keys joined by a slash."""
+    """One line of metrics.jsonl: its number and its metrics."""
 
     number: int
     values: Mapping[str, Any]
 
     def get(self, key: str) -> float | None:
-        """The number under `key`; None when the line has none."""
+        """Returns the number under `key`; None when the line has none."""
         value = self.values.get(key)
         return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
     def below(self, key: str) -> dict[str, float]:
-        """The numbers under `key/...` by the rest of their keys."""
+        """Returns the numbers under `key/...` by the rest of their keys."""
         prefix = f"{key}/"
         names = [name for name in self.values if name.startswith(prefix)]
         return {name.removeprefix(prefix): value for name in names if (value := self.get(name)) is not None}
@@ -60,7 +73,7 @@ class Iteration:
 
 @dataclass(frozen=True)
 class RunRecords:
-    """All records of a run; what was not written yet is empty."""
+    """All records of a run; those that were not written yet are empty."""
 
     path: Path
     iterations: Sequence[Iteration]
@@ -73,23 +86,66 @@ class RunRecords:
         """Id of the run."""
         return self.path.name
 
-    @property
-    def before(self) -> Evaluation | None:
-        """Accuracy of the model that the reinforcement learning began with."""
-        return _read_accuracy(0, self.summary.get("accuracy_before"))
+    def first_and_last(self) -> tuple[Evaluation, Evaluation] | None:
+        """Returns the evaluations to compare: those of the summary, else the first and the last; None of fewer."""
+        baseline = _read_accuracy(0, self.summary.get("accuracy_baseline"))
+        final = _read_accuracy(len(self.iterations), self.summary.get("accuracy_final"))
+        if baseline is not None and final is not None:
+            return baseline, final
+        return (self.evaluations[0], self.evaluations[-1]) if len(self.evaluations) >= 2 else None
+
+
+@dataclass(frozen=True)
+class Change:
+    """Change of one accuracy: of a domain, or `overall`, by sampled or greedy answers."""
+
+    domain: str
+    kind: str
+    before: Estimate
+    after: Estimate
 
     @property
-    def after(self) -> Evaluation | None:
-        """Accuracy of the final model."""
-        return _read_accuracy(len(self.iterations), self.summary.get("accuracy_after"))
+    def gain(self) -> float:
+        """Difference of the means."""
+        return self.after.mean - self.before.mean
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the two 95% intervals do not overlap."""
+        return self.after.is_apart_from(self.before)
+
+
+def changes(records: RunRecords) -> list[Change]:
+    """Returns all changes of accuracy over the run, `overall` first, sampled before greedy."""
+    pair = records.first_and_last()
+    if pair is None:
+        return []
+    before, after = pair
+    found = []
+    for domain in after.domains:
+        for kind, old, new in (("sampled", before.sampled, after.sampled), ("greedy", before.greedy, after.greedy)):
+            if domain in old and domain in new:
+                found.append(Change(domain, kind, old[domain], new[domain]))
+    return found
+
+
+def headline_lines(records: RunRecords) -> list[str]:
+    """Returns a line per change, for a terminal."""
+    lines = [
+        f"{change.domain:<10} {change.kind:<8} {change.before} -> {change.after}  {change.gain:+.3f}"
+        + ("  intervals apart" if change.is_apart else "")
+        for change in changes(records)
+    ]
+    return lines or ["no accuracy to compare: the run has fewer than two evaluations"]
 
 
 def read_records(path: Path) -> RunRecords:
-    """The records in a run folder.
+    """Reads the records in a run folder.
 
-    Raises InvalidArgumentError naming the file and line that cannot be read, or when there is no record at all.
+    Raises DataLossError naming the line that cannot be read, InvalidArgumentError for another file that cannot be read
+    or when there is no record at all.
     """
-    rows = [flatten(row) for row in _read_lines(path / "metrics.jsonl")]
+    rows = read_lines(path / "metrics.jsonl")
     evaluations = read_evaluations(path)
     summary = _read_json(path / "summary.json")
     if not rows and not evaluations and not summary:
@@ -104,27 +160,26 @@ def read_records(path: Path) -> RunRecords:
 
 
 def read_evaluations(path: Path) -> list[Evaluation]:
-    """The evaluations in a run folder by iteration; of two at one iteration the later, which is the final one, stands.
+    """Reads the evaluations in a run folder by iteration; of two at one iteration only the later, the final one.
 
-    Raises InvalidArgumentError naming the line that cannot be read.
+    Raises DataLossError naming the line that cannot be read.
     """
-    found = {e.iteration: e for e in map(_read_evaluation, _read_lines(path / "evaluations.jsonl"))}
+    found = {e.iteration: e for e in map(_read_evaluation, read_lines(path / "evaluations.jsonl"))}
     return [found[iteration] for iteration in sorted(found)]
 
 
 def last_recorded(path: Path) -> tuple[int, int]:
-    """The number of the last iteration in a run folder, and of the last evaluation; 0 where there is none.
+    """Returns the number of the last iteration in a run folder, and of the last evaluation; 0 where there is none.
 
-    Evaluations count from 1, two at one iteration are two. Raises InvalidArgumentError naming the line that cannot be
-    read.
+    Evaluations count from 1, two at one iteration are two. Raises DataLossError naming the line that cannot be read.
     """
-    rows = enumerate(_read_lines(path / "metrics.jsonl"), start=1)
+    rows = enumerate(read_lines(path / "metrics.jsonl"), start=1)
     iteration = max((int(row.get("iteration", index)) for index, row in rows), default=0)
-    return iteration, sum(1 for _ in _read_lines(path / "evaluations.jsonl"))
+    return iteration, len(read_lines(path / "evaluations.jsonl"))
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by a slash."""
+    """Flattens nested mappings, keys joined by a slash."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -135,9 +190,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read_iteration(index: int, row: dict[str, Any]) -> Iteration:
-    trained = row.get("trajectories_trained")
-    if trained and "trajectories_multi_version" in row:
-        row["share_multi_version"] = row["trajectories_multi_version"] / trained
+    trained = row.get("train/trajectories")
+    if trained and "train/trajectories_multi_version" in row:
+        row["train/multi_version_rate"] = row["train/trajectories_multi_version"] / trained
     return Iteration(int(row.get("iteration", index)), row)
 
 
@@ -162,20 +217,6 @@ def _read_estimate(value: Any) -> Estimate | None:
     if isinstance(value, Mapping) and value.get("mean") is not None:
         return Estimate(value["mean"], value.get("low"), value.get("high"))
     return Estimate(value) if isinstance(value, int | float) else None
-
-
-def _read_lines(path: Path) -> Iterator[Mapping[str, Any]]:
-    if not path.is_file():
-        return
-    # A last line without an end was cut by a crash, or is being written.
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise InvalidArgumentError.of(f"{path}, line {number}", f"is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise InvalidArgumentError.of(f"{path}, line {number}", "must be a JSON object")
-        yield row
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

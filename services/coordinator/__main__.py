@@ -1,9 +1,53 @@
 """Starts the coordinator: `python -m services.coordinator --config recipe.yaml`."""
 
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from perigee.buffer.client import BufferClient
+from perigee.coordinator.v1.coordinator_pb2_grpc import add_CoordinatorServiceServicer_to_server
+from perigee.reward.client import RewardClient
+from perigee.rollout.client import RolloutClient
+from perigee.trainer.client import TrainerClient
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.lifespan import lifespan
+from services.coordinator.context import Peers
+from services.coordinator.runs import Runs
+from services.coordinator.service import CoordinatorService
+from services.coordinator.workers import WorkerRegistry
 from services.kit.config import load_config
-from services.kit.server import run
+from services.kit.server import App, run
+
+FULL_NAME = "perigee.coordinator.v1.CoordinatorService"
+
+
+@asynccontextmanager
+async def lifespan(app: App[CoordinatorConfig]) -> AsyncIterator[None]:
+    """Serves until the block ends; resumes the run of `run_path` when it finds it unfinished."""
+    config = app.config
+    peers = Peers(
+        buffer=app.connect(BufferClient, config.buffer_address),
+        trainer=app.connect(TrainerClient, config.trainer_address),
+        reward=app.connect(RewardClient, config.reward_address),
+    )
+    registry = WorkerRegistry(lambda address: app.connect(RolloutClient, address), config.lease_seconds)
+    runs = Runs(config, peers, registry)
+    app.on_drain(runs.end_watches)
+    app.add(FULL_NAME, add_CoordinatorServiceServicer_to_server, CoordinatorService(registry, runs))
+    sweeping = asyncio.create_task(registry.sweep())
+    try:
+        if config.run_path is not None:
+            await runs.resume(Path(config.run_path))
+        app.set_ready(FULL_NAME, True)
+        yield
+    finally:
+        await runs.close()
+        sweeping.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await sweeping
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Accuracy on held-out problems: greedy decoding, and several samples per problem at temperature 1.
 
-A line of evaluations.jsonl holds iteration, policy_version, moment (before, during, after), problems, samples, seconds,
+A line of evaluations.jsonl has iteration, policy_version, kind (baseline, periodic, final), problems, samples, seconds,
 elapsed_seconds, accuracy, response_tokens and failures. `accuracy` is {overall, <domain>: {greedy, sampled: {mean, low,
 high}}} with 95% intervals: Wilson's for greedy, and one clustered by problem for sampled. A response whose judging
 failed is left out and counted in `failures`.
@@ -8,11 +8,14 @@ failed is left out and counted in `failures`.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
+
+import numpy as np
 
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
@@ -21,21 +24,24 @@ from perigee.reward.scoring import ScoreJob
 from perigee.reward.v1 import reward_pb2
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.coordinator.context import RunContext
-from services.coordinator.fan_out import FanOut, Progress
-from services.coordinator.intervals import Interval, clustered_interval, wilson_interval
+from services.coordinator.dispatcher import Dispatcher, Progress
 from services.coordinator.prompts import Prompt
-from services.coordinator.records import number_or_none
 from services.coordinator.rewards import score_responses
-from services.coordinator.weight_pushes import WeightKeeper
+from services.coordinator.run_log import number_or_none
+from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import Worker
 
 # Prompt tokens per call: a message stays far below 4 MiB.
 MAX_PROMPT_TOKENS = 200_000
+# The two-sided 95% quantile of the standard normal distribution.
+Z_95 = 1.959963984540054
+
+Kind = Literal["baseline", "periodic", "final"]
 
 
 @dataclass(slots=True)
 class Attempt:
-    """One response to one problem; `correct` is None while it has no verdict, and for good when judging failed."""
+    """One response to one problem; `correct` is None before it has a verdict, and when judging failed."""
 
     prompt: Prompt
     greedy: bool
@@ -51,37 +57,37 @@ class Evaluation:
     policy_version: int
     attempts: dict[str, Attempt] = field(default_factory=dict)
 
-    async def run(self, moment: str, iteration: int, keeper: WeightKeeper) -> dict[str, Any]:
-        """Returns the line of evaluations.jsonl."""
+    async def run(self, kind: Kind, iteration: int, weights: WeightSync) -> dict[str, Any]:
+        """Evaluates the version and returns the line of evaluations.jsonl."""
         context, config = self.context, self.context.config.evaluation
         problems: Sequence[Prompt] = context.inputs.heldout.prompts
         with_greedy = True
-        if moment == "during":
+        if kind == "periodic":
             problems = spread(problems, config.problems or len(problems))
             with_greedy = config.greedy
         self.attempts = make_attempts(problems, with_greedy, config.samples)
         started = time.monotonic()
-        context.board.enter(coordinator_pb2.RUN_PHASE_EVALUATION, len(self.attempts))
-        await keeper.require(self.policy_version)
+        context.status.enter(coordinator_pb2.RUN_PHASE_EVALUATION, len(self.attempts))
+        await weights.ensure(self.policy_version)
         async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
             self._scoring = scoring
-            fan_out = FanOut(
+            dispatcher = Dispatcher(
                 context.registry,
                 self.policy_version,
                 context.settings.dispatch,
                 self._generate,
-                context.board.set_waiting,
+                context.status.set_waiting,
             )
-            async with keeper.keeping(self.policy_version):
-                await fan_out.run(self.attempts)
+            async with weights.run(self.policy_version):
+                await dispatcher.run(self.attempts)
         return {
             "iteration": iteration,
             "policy_version": self.policy_version,
-            "moment": moment,
+            "kind": kind,
             "problems": len(problems),
             "samples": config.samples,
             "seconds": round(time.monotonic() - started, 3),
-            "elapsed_seconds": round(context.board.elapsed_seconds, 3),
+            "elapsed_seconds": round(context.status.elapsed_seconds, 3),
             "accuracy": summarize(self.attempts.values()),
             "response_tokens": {
                 "greedy": mean_tokens(attempt for attempt in self.attempts.values() if attempt.greedy),
@@ -98,7 +104,7 @@ class Evaluation:
                     self._request(part, greedy), timeout_s=self.context.settings.dispatch.call_timeout_s
                 ):
                     if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
-                        await self._take_response(response)
+                        await self._submit(response)
                         yield Progress(ended=[response.id])
 
     def _request(self, keys: Sequence[str], greedy: bool) -> pb.GenerateRequest:
@@ -119,7 +125,7 @@ class Evaluation:
             request.repetition_stop.min_repeats = stop.min_repeats
         return request
 
-    async def _take_response(self, response: pb.GenerateResponse) -> None:
+    async def _submit(self, response: pb.GenerateResponse) -> None:
         attempt = self.attempts[response.id]
         attempt.tokens = response.tokens
         await self._scoring.submit(ScoreJob(response.id, response.text, attempt.prompt.line.item))
@@ -128,11 +134,11 @@ class Evaluation:
         for outcome in outcomes:
             if outcome.verdict != buffer_pb2.VERDICT_FAILED:
                 self.attempts[outcome.id].correct = outcome.verdict == buffer_pb2.VERDICT_CORRECT
-        self.context.board.done += len(outcomes)
+        self.context.status.done += len(outcomes)
 
 
 def make_attempts(problems: Iterable[Prompt], greedy: bool, samples: int) -> dict[str, Attempt]:
-    """The responses to ask for, greedy ones first."""
+    """Returns the responses to generate, greedy ones first."""
     problems = list(problems)
     attempts = {f"greedy/{prompt.id}": Attempt(prompt, greedy=True) for prompt in problems} if greedy else {}
     for number in range(samples):
@@ -141,13 +147,13 @@ def make_attempts(problems: Iterable[Prompt], greedy: bool, samples: int) -> dic
 
 
 def spread(problems: Sequence[Prompt], count: int) -> Sequence[Prompt]:
-    """`count` problems at even distances, so that every domain of a sorted file is there."""
+    """Returns `count` problems at even distances, so that every domain of a sorted file is there."""
     count = min(count, len(problems))
     return [problems[index * len(problems) // count] for index in range(count)]
 
 
 def bounded_parts(keys: Sequence[str], tokens: Sequence[int]) -> list[list[str]]:
-    """The keys in order, cut so that no part has more than MAX_PROMPT_TOKENS prompt tokens."""
+    """Splits the keys in order, so that no part has more than MAX_PROMPT_TOKENS prompt tokens."""
     parts: list[list[str]] = []
     size = MAX_PROMPT_TOKENS
     for key, count in zip(keys, tokens, strict=True):
@@ -160,7 +166,7 @@ def bounded_parts(keys: Sequence[str], tokens: Sequence[int]) -> list[list[str]]
 
 
 def summarize(attempts: Iterable[Attempt]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Accuracies with intervals, overall and by domain; a kind of decoding that was not asked for is left out."""
+    """Returns accuracies with intervals, overall and by domain; without greedy ones where there are no attempts."""
     by_scope: dict[str, list[Attempt]] = defaultdict(list)
     for attempt in attempts:
         by_scope["overall"].append(attempt)
@@ -169,9 +175,58 @@ def summarize(attempts: Iterable[Attempt]) -> dict[str, dict[str, dict[str, floa
 
 
 def mean_tokens(attempts: Iterable[Attempt]) -> float | None:
-    """Mean response length; None of nothing."""
+    """Returns the mean response length; None without attempts."""
     lengths = [attempt.tokens for attempt in attempts]
     return round(sum(lengths) / len(lengths), 2) if lengths else None
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean with its 95% interval."""
+
+    mean: float
+    low: float
+    high: float
+
+
+def wilson_interval(correct: int, total: int) -> Interval:
+    """Returns Wilson's score interval of a fraction: one answer per problem."""
+    if total == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    interval = _wilson_at(correct / total, total)
+    # Rounding must not put the fraction itself outside.
+    return Interval(interval.mean, min(interval.mean, interval.low), max(interval.mean, interval.high))
+
+
+def clustered_interval(correct_by_problem: Sequence[Sequence[bool]]) -> Interval:
+    """Returns the interval of the mean accuracy when each problem was answered several times.
+
+    Answers to one problem depend on each other, so the problem is the unit: the Wilson interval at the number of
+    independent answers that has the same variance as the mean over problems (ratio estimator).
+    """
+    answered = [answers for answers in correct_by_problem if answers]
+    if not answered:
+        return Interval(math.nan, math.nan, math.nan)
+    sizes_P = np.array([len(answers) for answers in answered], dtype=np.float64)
+    correct_P = np.array([sum(answers) for answers in answered], dtype=np.float64)
+    mean = float(correct_P.sum() / sizes_P.sum())
+    problems = len(answered)
+    if problems == 1 or mean in (0.0, 1.0):
+        plain = wilson_interval(round(mean * problems), problems)
+        return Interval(mean, min(mean, plain.low), max(mean, plain.high))
+    residual_P = correct_P - mean * sizes_P
+    variance = float((residual_P**2).sum()) * problems / (problems - 1) / float(sizes_P.sum()) ** 2
+    if variance == 0.0:
+        # Every problem is as often right as the others: no less certain than independent answers.
+        return _wilson_at(mean, float(sizes_P.sum()))
+    return _wilson_at(mean, mean * (1 - mean) / variance)
+
+
+def _wilson_at(fraction: float, effective: float) -> Interval:
+    scale = 1 + Z_95**2 / effective
+    center = (fraction + Z_95**2 / (2 * effective)) / scale
+    half = Z_95 / scale * math.sqrt(fraction * (1 - fraction) / effective + Z_95**2 / (4 * effective**2))
+    return Interval(fraction, max(0.0, center - half), min(1.0, center + half))
 
 
 def _summarize_scope(attempts: Sequence[Attempt]) -> dict[str, dict[str, float | None]]:

@@ -1,4 +1,4 @@
-"""The live groups: what the coordinator holds in memory of the buffer's groups, without tokens."""
+"""Live groups: the coordinator's view of the buffer's groups, without tokens."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Verdict: TypeAlias = "pb.Verdict.ValueType"
 
 @dataclass(eq=False, slots=True)
 class Trajectory:
-    """A trajectory of a live group."""
+    """Trajectory of a live group."""
 
     id: str
     group: Group
@@ -32,7 +32,7 @@ class Trajectory:
     finished: bool = False
     end_reason: EndReason = pb.END_REASON_UNSPECIFIED
     verdict: Verdict = pb.VERDICT_UNSPECIFIED
-    # The verifier's reward; None while there is no verdict, and for good when judging failed.
+    # The verifier's reward; None before there is a verdict, and when judging failed.
     reward: float | None = None
     tokens_by_version: Counter[int] = field(default_factory=Counter)
 
@@ -41,10 +41,26 @@ class Trajectory:
         """Whether there is a verdict, a failure included."""
         return self.verdict != pb.VERDICT_UNSPECIFIED
 
+    @property
+    def correct(self) -> bool:
+        """Whether the verdict is correct."""
+        return self.verdict == pb.VERDICT_CORRECT
+
+    def apply(self, summary: pb.TrajectorySummary) -> None:
+        """Takes over the buffer's state of the trajectory."""
+        self.tokens = summary.tokens
+        self.finished = summary.state == pb.TRAJECTORY_STATE_FINISHED
+        self.end_reason = summary.end_reason
+        self.verdict = summary.verdict
+        self.reward = summary.reward if summary.HasField("reward") else None
+        self.tokens_by_version = Counter()
+        for span in summary.versions:
+            self.tokens_by_version[span.policy_version] += span.tokens
+
 
 @dataclass(eq=False, slots=True)
 class Group:
-    """A live group."""
+    """Live group: the trajectories of one prompt."""
 
     id: str
     prompt: Prompt
@@ -53,12 +69,12 @@ class Group:
 
     @property
     def complete(self) -> bool:
-        """Whether every trajectory has ended and has a verdict."""
+        """Whether every trajectory has finished and has a verdict."""
         return all(trajectory.finished and trajectory.judged for trajectory in self.trajectories)
 
 
 class LiveGroups:
-    """The groups that no iteration has consumed, oldest first."""
+    """Groups that no iteration has consumed, oldest first."""
 
     def __init__(self, run_id: str, buffer: BufferClient, timeout_s: float) -> None:
         self._run_id = run_id
@@ -74,19 +90,19 @@ class LiveGroups:
         return iter(self._groups.values())
 
     def trajectory(self, trajectory_id: str) -> Trajectory:
-        """A trajectory of a live group."""
+        """Returns a trajectory by its id."""
         return self._trajectories[trajectory_id]
 
     def trajectories(self) -> Iterable[Trajectory]:
-        """The trajectories of all live groups, oldest group first."""
+        """Returns the trajectories of all live groups, oldest group first."""
         return self._trajectories.values()
 
     def prompt_ids(self) -> set[str]:
-        """The prompts that have a live group."""
+        """Returns the ids of the prompts that have a live group."""
         return {group.prompt.id for group in self}
 
     async def load(self, prompts: Mapping[str, Prompt]) -> None:
-        """Takes up what the buffer holds.
+        """Loads the groups that the buffer holds.
 
         Raises FailedPreconditionError when a group is of a prompt that the prompt set lacks.
         """
@@ -97,23 +113,23 @@ class LiveGroups:
             if prompt is None:
                 raise FailedPreconditionError(
                     f"Group {summary.group_id} is of prompt {summary.prompt_id}, which run.prompts does not hold: "
-                    "go on with the prompt file that the run was started with."
+                    "resume the run with the prompt file that it was started with."
                 )
             group = Group(summary.group_id, prompt, summary.iteration)
             self._add(group, [trajectory.trajectory_id for trajectory in summary.trajectories])
             for trajectory, held in zip(group.trajectories, summary.trajectories, strict=True):
-                take_summary(trajectory, held)
+                trajectory.apply(held)
 
     async def refresh(self, trajectories: Iterable[Trajectory]) -> None:
-        """Takes from the buffer how far these trajectories are."""
+        """Reads the state of these trajectories from the buffer."""
         wanted = {trajectory.id: trajectory for trajectory in trajectories}
         async for summary in self._list():
             for held in summary.trajectories:
                 if held.trajectory_id in wanted:
-                    take_summary(wanted[held.trajectory_id], held)
+                    wanted[held.trajectory_id].apply(held)
 
     async def create(self, groups: Iterable[tuple[str, Prompt]], iteration: int, size: int) -> None:
-        """Creates groups of `size` empty trajectories in the buffer and takes them up."""
+        """Creates groups of `size` empty trajectories in the buffer, and here."""
         request = pb.CreateGroupsRequest(run_id=self._run_id)
         prompt_tokens = 0
         for group_id, prompt in groups:
@@ -134,7 +150,7 @@ class LiveGroups:
             await self._buffer.create_groups(request, timeout_s=self._timeout_s)
 
     def remove(self, groups: Iterable[Group]) -> None:
-        """Forgets groups that an iteration has consumed."""
+        """Removes groups that an iteration has consumed."""
         for group in groups:
             del self._groups[group.id]
             for trajectory in group.trajectories:
@@ -150,15 +166,3 @@ class LiveGroups:
         async for response in self._buffer.list_groups(request, timeout_s=self._timeout_s):
             for summary in response.groups:
                 yield summary
-
-
-def take_summary(trajectory: Trajectory, summary: pb.TrajectorySummary) -> None:
-    """Takes the buffer's state of a trajectory."""
-    trajectory.tokens = summary.tokens
-    trajectory.finished = summary.state == pb.TRAJECTORY_STATE_FINISHED
-    trajectory.end_reason = summary.end_reason
-    trajectory.verdict = summary.verdict
-    trajectory.reward = summary.reward if summary.HasField("reward") else None
-    trajectory.tokens_by_version = Counter()
-    for span in summary.versions:
-        trajectory.tokens_by_version[span.policy_version] += span.tokens

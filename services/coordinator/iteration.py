@@ -1,44 +1,124 @@
-"""One iteration: rollout with scoring, training, checkpoint, weights, commit."""
+"""One iteration: rollout with scoring, training, checkpoint, weights, commit, and its line of metrics.jsonl.
+
+A line has `iteration` and `policy_version`, and metrics under four namespaces: `rollout/` for generation, `reward/` for
+verdicts and rewards, `train/` for the update, `time/` for seconds. Means over nothing are null. The trainer names the
+metrics that it measures in the update; they are absent when the iteration trained nothing.
+
+- `rollout/ended/REASON` counts segments by end reason; `rollout/partial_rate` is the fraction that ended by the token
+  budget, `rollout/repetition_rate` and `rollout/overlong_rate` are fractions of the finished responses.
+- `reward/mean` and `reward/accuracy/DOMAIN` are means over the responses that finished in the iteration and have a
+  verdict; rewards are those of the verifier, before shaping.
+- `train/tokens_by_version/VERSION` counts tokens of the trained trajectories by the policy version that sampled them.
+- `time/PHASE/start` and `time/PHASE/seconds` are a phase's offset from the iteration's start and its length.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
+
+import numpy as np
+from prometheus_client import Counter as PrometheusCounter
+from prometheus_client import Gauge
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.v1 import coordinator_pb2
-from perigee.errors import InternalError
+from perigee.errors import DataLossError, InternalError, first_error
 from perigee.reward.scoring import ScoreJob, ScoringPipeline, read_reward
 from perigee.reward.v1 import reward_pb2
 from perigee.trainer.v1 import trainer_pb2
-from services.coordinator import metrics
 from services.coordinator.context import RunContext
-from services.coordinator.dispatch import RolloutCounts, TrajectoryDispatch
 from services.coordinator.groups import LiveGroups, Trajectory
-from services.coordinator.iteration_metrics import IterationFacts, add_phases, describe_iteration
-from services.coordinator.responses import read_response_texts
-from services.coordinator.rewards import score_responses
-from services.coordinator.run_errors import single_error
-from services.coordinator.run_state import CoordinatorState, Totals
-from services.coordinator.sampling import Sampler
-from services.coordinator.shaping import ShapingWeights
-from services.coordinator.timeline import Timeline
-from services.coordinator.training_batch import (
-    TrainingBatch,
-    learning_rate_at,
-    make_algorithm,
-    make_optimizer,
-    make_training_batch,
-    make_update,
-)
-from services.coordinator.weight_pushes import WeightKeeper
+from services.coordinator.rewards import ShapingWeights, TrainingBatch, make_training_batch, score_responses
+from services.coordinator.rollout_phase import RolloutCounts, RolloutPhase, read_response_texts
+from services.coordinator.run_log import Timeline
+from services.coordinator.sampling import Sampler, SamplerState
+from services.coordinator.weight_sync import WeightSync
+
+ITERATION = Gauge("perigee_coordinator_iteration_count", "Iterations committed by the run.")
+POLICY_VERSION = Gauge("perigee_coordinator_policy_version_number", "Policy version that the run has committed.")
+REWARD = Gauge("perigee_coordinator_reward_mean", "Mean reward of the latest iteration.")
+GENERATED = PrometheusCounter("perigee_coordinator_generated_tokens", "Tokens generated in training rollouts.")
+TRAINED = PrometheusCounter("perigee_coordinator_trained_trajectories", "Trajectories trained on.")
+
+END_NAMES = {
+    buffer_pb2.END_REASON_STOP: "stop",
+    buffer_pb2.END_REASON_REPETITION: "repetition",
+    buffer_pb2.END_REASON_RESPONSE_CAP: "response_cap",
+    buffer_pb2.END_REASON_BUDGET: "budget",
+}
+# Metric of the trainer whose maximum over the run goes into the summary.
+LOGPROB_DIFF = "train/train_infer_logprob_diff_max"
+
+
+@dataclass
+class Totals:
+    """Sums over the iterations committed so far."""
+
+    tokens_generated: int = 0
+    trajectories_trained: int = 0
+    trajectories_multi_version: int = 0
+    train_infer_logprob_diff_max: float = 0.0
+    # Seconds per phase, those before the first iteration included.
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def add_seconds(self, phase: str, seconds: float) -> None:
+        """Adds to a phase's seconds."""
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
+
+    def with_iteration(self, line: Mapping[str, Any], timeline: Timeline) -> Totals:
+        """Returns the sums with an iteration's line added."""
+        totals = Totals(
+            tokens_generated=self.tokens_generated + line["rollout/tokens"],
+            trajectories_trained=self.trajectories_trained + line["train/trajectories"],
+            trajectories_multi_version=self.trajectories_multi_version + line["train/trajectories_multi_version"],
+            train_infer_logprob_diff_max=max(self.train_infer_logprob_diff_max, line.get(LOGPROB_DIFF) or 0.0),
+            seconds=dict(self.seconds),
+        )
+        for name, phase in timeline.phases.items():
+            totals.add_seconds(name, phase.seconds)
+        return totals
+
+
+@dataclass
+class CoordinatorState:
+    """State of a run between iterations; each commit stores it in the buffer."""
+
+    sampler: SamplerState
+    # Number of the next group.
+    next_group: int = 0
+    # Age of the run without the time in which no coordinator ran.
+    elapsed_seconds: float = 0.0
+    # Age at which the first iteration began.
+    started_seconds: float | None = None
+    totals: Totals = field(default_factory=Totals)
+    # The last committed iteration's line of metrics.jsonl: written again when a crash lost it.
+    last_line: dict[str, Any] | None = None
+
+    def encode(self) -> bytes:
+        """Returns the state as JSON."""
+        return json.dumps(asdict(self)).encode()
+
+
+def decode_state(data: bytes) -> CoordinatorState:
+    """Reads a state from JSON; raises DataLossError when it is none."""
+    try:
+        values = json.loads(data)
+        values["sampler"] = SamplerState(**values["sampler"])
+        values["totals"] = Totals(**values["totals"])
+        return CoordinatorState(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataLossError(f"The run's state in the buffer cannot be read: {error}") from error
 
 
 @dataclass
 class Committed:
-    """What the buffer's latest commit says, and what grows from it."""
+    """Latest commit of the buffer, as far as the next iteration needs it."""
 
     iteration: int
     policy_version: int
@@ -49,51 +129,55 @@ class Iteration:
     """The iteration after the committed one. `run` changes `committed` only when the buffer has committed it."""
 
     def __init__(
-        self, context: RunContext, committed: Committed, groups: LiveGroups, sampler: Sampler, keeper: WeightKeeper
+        self,
+        context: RunContext,
+        committed: Committed,
+        groups: LiveGroups,
+        sampler: Sampler,
+        weight_sync: WeightSync,
     ) -> None:
         self._context = context
         self._committed = committed
         self._groups = groups
         self._sampler = sampler
-        self._keeper = keeper
+        self._weight_sync = weight_sync
         self._number = committed.iteration + 1
         self._next_group = committed.state.next_group
         self._timeline = Timeline()
-        self._judging_failures = 0
+        self._scoring_failures = 0
 
     async def run(self) -> dict[str, Any]:
-        """Returns the iteration's line of metrics.jsonl."""
-        board = self._context.board
-        board.iteration = self._number
+        """Runs the iteration and returns its line of metrics.jsonl."""
+        context, config = self._context, self._context.config
+        context.status.iteration = self._number
         with self._timeline.phase("preparation"):
-            await self._keeper.require(self._committed.policy_version)
+            await self._weight_sync.ensure(self._committed.policy_version)
             await self._create_groups()
         counts = await self._roll_out()
-        config = self._context.config
         weights = ShapingWeights.at(config, self._number)
         batch = make_training_batch(self._groups, weights, config.drop_uniform_groups)
-        learning_rate = learning_rate_at(config.algorithm, self._progress())
+        learning_rate = learning_rate_at(config.optimizer.learning_rate, config.final_lr_ratio, self._progress())
         result: trainer_pb2.TrainResult | None = None
         version = self._committed.policy_version
         if batch.groups:
             result = await self._train(batch, learning_rate)
             version = result.policy_version
             with self._timeline.phase("checkpoint"):
-                await self._save_checkpoint(version)
-        facts = IterationFacts(
+                await self._weight_sync.save(version)
+        stats = IterationStats(
             iteration=self._number,
             policy_version=version,
-            elapsed_seconds=board.elapsed_seconds,
             counts=counts,
-            judging_failures=self._judging_failures,
+            scoring_failures=self._scoring_failures,
             batch=batch,
             result=result,
             learning_rate=learning_rate,
             weights=weights,
             live_groups=len(self._groups) - len(batch.consumed),
-            workers=len(self._context.registry.all()),
+            workers=len(context.registry.all()),
+            elapsed_seconds=context.status.elapsed_seconds,
         )
-        line = describe_iteration(facts, self._timeline)
+        line = stats.line(self._timeline)
         await self._close(batch, version, line)
         return line
 
@@ -106,15 +190,15 @@ class Iteration:
         await self._groups.create(named, self._number, config.group_size)
 
     async def _roll_out(self) -> RolloutCounts:
-        context, board = self._context, self._context.board
+        context, status = self._context, self._context.status
         version = self._committed.policy_version
         # Partial trajectories first, oldest first; then those that have no token yet.
         unfinished = [trajectory for trajectory in self._groups.trajectories() if not trajectory.finished]
         unfinished.sort(key=lambda trajectory: trajectory.tokens == 0)
         unscored = [t for t in self._groups.trajectories() if t.finished and not t.judged]
-        board.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, len(unfinished))
+        status.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, len(unfinished))
         async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
-            dispatch = TrajectoryDispatch(
+            phase = RolloutPhase(
                 run_id=context.run_id,
                 policy_version=version,
                 settings=context.config.rollout,
@@ -123,25 +207,25 @@ class Iteration:
                 registry=context.registry,
                 groups=self._groups,
                 scoring=scoring,
-                tokenizer=context.inputs.model.tokenizer,
-                on_waiting=board.set_waiting,
+                tokenizer=context.inputs.tokenizer,
+                on_waiting=status.set_waiting,
                 on_progress=self._show_progress,
             )
             with self._timeline.phase("rollout"):
-                async with self._keeper.keeping(version):
+                async with self._weight_sync.run(version):
                     await self._score_again(unscored, scoring)
-                    counts = await dispatch.run(unfinished)
-            board.enter(coordinator_pb2.RUN_PHASE_SCORING)
+                    counts = await phase.run(unfinished)
+            status.enter(coordinator_pb2.RUN_PHASE_SCORING)
             with self._timeline.phase("scoring"):
                 await scoring.drain()
         counts.finished.extend(unscored)
         return counts
 
     def _show_progress(self, ended: int) -> None:
-        self._context.board.done = ended
+        self._context.status.done = ended
 
     async def _score_again(self, unscored: Sequence[Trajectory], scoring: ScoringPipeline) -> None:
-        """Scores what had ended, but had no verdict, when a coordinator died."""
+        """Submits the responses that had finished, but had no verdict, when a coordinator died."""
         context = self._context
         for start in range(0, len(unscored), context.settings.scoring.batch):
             some = unscored[start : start + context.settings.scoring.batch]
@@ -149,7 +233,7 @@ class Iteration:
                 context.peers.buffer,
                 context.run_id,
                 [trajectory.id for trajectory in some],
-                context.inputs.model.tokenizer,
+                context.inputs.tokenizer,
                 context.settings.control_timeout_s,
             )
             for trajectory in some:
@@ -171,7 +255,7 @@ class Iteration:
         trajectories = [self._groups.trajectory(outcome.id) for outcome in outcomes]
         for trajectory, outcome in zip(trajectories, outcomes, strict=True):
             trajectory.verdict, trajectory.reward = outcome.verdict, read_reward(outcome)
-            self._judging_failures += outcome.verdict == buffer_pb2.VERDICT_FAILED
+            self._scoring_failures += outcome.verdict == buffer_pb2.VERDICT_FAILED
         if response.recorded < len(outcomes):
             await self._groups.refresh(trajectories)
 
@@ -184,54 +268,53 @@ class Iteration:
             base_version=base,
             new_version=base + 1,
             groups=batch.groups,
-            algorithm=make_algorithm(config.algorithm),
-            update=make_update(config.algorithm, config.rollout.temperature),
-            optimizer=make_optimizer(config.algorithm.optimizer),
+            algorithm=config.algorithm_message(),
+            update=config.update_message(),
+            optimizer=config.optimizer_message(learning_rate),
         )
-        request.optimizer.learning_rate = learning_rate
-        context.board.enter(coordinator_pb2.RUN_PHASE_TRAINING, config.algorithm.minibatches)
+        context.status.enter(coordinator_pb2.RUN_PHASE_TRAINING, config.update.minibatches)
         result: trainer_pb2.TrainResult | None = None
         with self._timeline.phase("training"):
             # To the stream's end: until then the trainer is busy and refuses the checkpoint.
             async for response in context.peers.trainer.train(request, timeout_s=context.settings.train_timeout_s):
-                context.board.done, context.board.total = response.step, response.steps
+                context.status.done, context.status.total = response.step, response.steps
                 if response.HasField("result"):
                     result = response.result
         if result is None:
             raise InternalError("The trainer ended an iteration without a result: look at its log.")
         return result
 
-    async def _save_checkpoint(self, version: int) -> None:
-        context = self._context
-        await context.peers.trainer.save_checkpoint(
-            trainer_pb2.SaveCheckpointRequest(run_id=context.run_id, policy_version=version),
-            timeout_s=context.settings.checkpoint_timeout_s,
-        )
-
     async def _close(self, batch: TrainingBatch, version: int, line: dict[str, Any]) -> None:
         """Commits and pushes at once, since both only need the checkpoint to be there; then records the line."""
-        context, board = self._context, self._context.board
-        state = self._next_state(line)
-        board.enter(coordinator_pb2.RUN_PHASE_WEIGHTS)
+        context, status = self._context, self._context.status
+        state = replace(
+            self._committed.state,
+            sampler=self._sampler.state(),
+            next_group=self._next_group,
+            elapsed_seconds=status.elapsed_seconds,
+            totals=self._committed.state.totals.with_iteration(line, self._timeline),
+            last_line=line,
+        )
+        status.enter(coordinator_pb2.RUN_PHASE_WEIGHTS)
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._commit(batch, version, state))
                 if version != self._committed.policy_version:
                     tasks.create_task(self._push(version))
         except BaseExceptionGroup as group:
-            raise single_error(group) from group
+            raise first_error(group) from group
         self._committed.iteration, self._committed.policy_version = self._number, version
         self._committed.state = state
         self._groups.remove(batch.consumed)
         for increment in batch.increments:
             self._sampler.record(increment.prompt_id, increment.trajectories, increment.correct)
-        add_phases(line, self._timeline)
+        line |= time_metrics(self._timeline)
         for phase in ("commit", "weights"):
             if phase in self._timeline.phases:
                 state.totals.add_seconds(phase, self._timeline.phases[phase].seconds)
-        show_metrics(line)
-        await asyncio.to_thread(context.records.add_iteration, line)
-        board.policy_version = version
+        set_gauges(line)
+        await asyncio.to_thread(context.log.add_iteration, line)
+        status.policy_version = version
 
     async def _commit(self, batch: TrainingBatch, version: int, state: CoordinatorState) -> None:
         context = self._context
@@ -248,47 +331,140 @@ class Iteration:
 
     async def _push(self, version: int) -> None:
         with self._timeline.phase("weights"):
-            await self._keeper.push(version)
-
-    def _next_state(self, line: dict[str, Any]) -> CoordinatorState:
-        state = self._committed.state
-        totals = replace(state.totals, seconds=dict(state.totals.seconds))
-        add_to_totals(totals, line)
-        return replace(
-            state,
-            sampler=self._sampler.state(),
-            next_group=self._next_group,
-            elapsed_seconds=self._context.board.elapsed_seconds,
-            totals=totals,
-            last_line=line,
-        )
+            await self._weight_sync.push(version)
 
     def _progress(self) -> float:
-        """Share of the run that has passed, by iterations or by its time limit, whichever is further."""
+        """Returns the fraction of the run that has passed, by iterations or by time, whichever is larger."""
         config, state = self._context.config, self._committed.state
         by_iterations = (self._number - 1) / max(1, config.iterations - 1)
         by_time = 0.0
         if config.time_limit_s is not None and state.started_seconds is not None:
             left = max(1e-9, config.time_limit_s - state.started_seconds)
-            by_time = (self._context.board.elapsed_seconds - state.started_seconds) / left
+            by_time = (self._context.status.elapsed_seconds - state.started_seconds) / left
         return min(1.0, max(by_iterations, by_time))
 
 
-def add_to_totals(totals: Totals, line: dict[str, Any]) -> None:
-    """Adds an iteration's line to the run's sums."""
-    totals.tokens_generated += line["tokens_generated"]
-    totals.trajectories_trained += line["trajectories_trained"]
-    totals.trajectories_multi_version += line["trajectories_multi_version"]
-    totals.max_logprob_difference = max(totals.max_logprob_difference, line["max_logprob_difference"] or 0.0)
-    for phase, times in line["phases"].items():
-        totals.add_seconds(phase, times["seconds"])
+def learning_rate_at(first: float, final_ratio: float, progress: float) -> float:
+    """Returns the learning rate at a fraction of the run: linear from `first` to its product with `final_ratio`."""
+    return first * (1.0 - (1.0 - final_ratio) * progress)
 
 
-def show_metrics(line: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class IterationStats:
+    """Counts and results of an iteration when it closes."""
+
+    iteration: int
+    policy_version: int
+    counts: RolloutCounts
+    scoring_failures: int
+    batch: TrainingBatch
+    result: trainer_pb2.TrainResult | None
+    learning_rate: float
+    weights: ShapingWeights
+    live_groups: int
+    workers: int
+    elapsed_seconds: float
+
+    def line(self, timeline: Timeline) -> dict[str, Any]:
+        """Returns the line of metrics.jsonl, without the phases that are not over yet."""
+        return {
+            "iteration": self.iteration,
+            "policy_version": self.policy_version,
+            **self._reward_metrics(),
+            **self._rollout_metrics(timeline),
+            **self._train_metrics(),
+            "time/elapsed_seconds": round(self.elapsed_seconds, 3),
+            **time_metrics(timeline),
+        }
+
+    def _reward_metrics(self) -> dict[str, Any]:
+        judged = [trajectory for trajectory in self.counts.finished if trajectory.reward is not None]
+        return {
+            "reward/mean": mean([trajectory.reward or 0.0 for trajectory in judged]),
+            **{f"reward/accuracy/{domain}": value for domain, value in accuracies(judged).items()},
+            "reward/failures": self.scoring_failures,
+            "reward/length_reward_weight": self.weights.length,
+        }
+
+    def _rollout_metrics(self, timeline: Timeline) -> dict[str, Any]:
+        counts, finished = self.counts, self.counts.finished
+        ended = Counter(END_NAMES[reason] for reason in counts.ended.values())
+        seconds = timeline.phases["rollout"].seconds if "rollout" in timeline.phases else 0.0
+        lengths = [trajectory.tokens for trajectory in finished]
+        return {
+            "rollout/tokens": counts.tokens,
+            "rollout/cached_tokens": counts.cached_tokens,
+            "rollout/tokens_per_second": round(counts.tokens / seconds, 1) if seconds else None,
+            "rollout/finished": len(finished),
+            "rollout/response_tokens/mean": mean(lengths),
+            "rollout/response_tokens/p95": float(np.percentile(lengths, 95)) if lengths else None,
+            "rollout/response_tokens/max": max(lengths, default=None),
+            **{f"rollout/ended/{name}": ended[name] for name in END_NAMES.values()},
+            "rollout/partial_rate": rate(ended["budget"], ended.total()),
+            "rollout/repetition_rate": rate(ended["repetition"], len(finished)),
+            "rollout/overlong_rate": overlong_rate(lengths, self.weights),
+            "rollout/failures": counts.failures,
+            "rollout/live_groups": self.live_groups,
+            "rollout/workers": self.workers,
+        }
+
+    def _train_metrics(self) -> dict[str, Any]:
+        result = self.result or trainer_pb2.TrainResult()
+        tokens_by_version = sorted(self.batch.tokens_by_version.items())
+        return {
+            "train/groups": len(self.batch.groups),
+            "train/groups_uniform": self.batch.uniform,
+            "train/groups_failed": self.batch.failed,
+            "train/trajectories": result.trajectories,
+            "train/trajectories_multi_version": result.trajectories_multi_version,
+            "train/tokens": result.trained_tokens,
+            **{f"train/tokens_by_version/{version}": tokens for version, tokens in tokens_by_version},
+            "train/learning_rate": self.learning_rate,
+            **{name: value if math.isfinite(value) else None for name, value in result.metrics.items()},
+        }
+
+
+def time_metrics(timeline: Timeline) -> dict[str, float]:
+    """Returns the phases and the iteration's length so far."""
+    phases = {
+        f"time/{name}/{key}": round(value, 4)
+        for name, phase in timeline.phases.items()
+        for key, value in asdict(phase).items()
+    }
+    return {"time/iteration_seconds": round(timeline.seconds, 4), **phases}
+
+
+def accuracies(judged: Sequence[Trajectory]) -> dict[str, float | None]:
+    """Returns the fraction of correct responses, overall and by domain."""
+    by_domain: dict[str, list[float]] = defaultdict(list)
+    for trajectory in judged:
+        by_domain[trajectory.group.prompt.domain].append(float(trajectory.correct))
+    every = [value for values in by_domain.values() for value in values]
+    return {"overall": mean(every), **{domain: mean(by_domain[domain]) for domain in sorted(by_domain)}}
+
+
+def overlong_rate(lengths: Sequence[int], weights: ShapingWeights) -> float:
+    """Returns the fraction of finished responses that lose reward to the overlong penalty."""
+    if not weights.overlong_penalty:
+        return 0.0
+    return rate(sum(tokens > weights.overlong_cap - weights.overlong_buffer for tokens in lengths), len(lengths))
+
+
+def rate(count: int, total: int) -> float:
+    """Returns a fraction; 0 of nothing."""
+    return count / total if total else 0.0
+
+
+def mean(values: Sequence[float]) -> float | None:
+    """Returns the mean; None of nothing."""
+    return round(sum(values) / len(values), 6) if values else None
+
+
+def set_gauges(line: Mapping[str, Any]) -> None:
     """Sets the Prometheus metrics of a committed iteration."""
-    metrics.GENERATED.inc(line["tokens_generated"])
-    metrics.TRAINED.inc(line["trajectories_trained"])
-    metrics.ITERATION.set(line["iteration"])
-    metrics.POLICY_VERSION.set(line["policy_version"])
-    if line["reward"]["mean"] is not None:
-        metrics.REWARD.set(line["reward"]["mean"])
+    GENERATED.inc(line["rollout/tokens"])
+    TRAINED.inc(line["train/trajectories"])
+    ITERATION.set(line["iteration"])
+    POLICY_VERSION.set(line["policy_version"])
+    if line["reward/mean"] is not None:
+        REWARD.set(line["reward/mean"])

@@ -1,17 +1,42 @@
-"""A whole run: supervised stages, iterations, evaluations, export; resumed from what the buffer has committed."""
+"""A whole run: supervised stages, iterations, evaluations, export; resumed from what the buffer has committed.
+
+Components of the coordinator, callers above the called:
+
+    service           RPCs of workers, of people and of the command line
+      runs            starts, stops and finds the run of this process; run.json
+        run           this file: restores the committed state, then stages, iterations, evaluations, export
+          iteration   rollout, training, checkpoint, weights, commit, and the line of metrics.jsonl
+            rollout_phase   leases trajectories, has workers extend them, submits finished ones to scoring
+            rewards         verdicts to shaped rewards, and the training batch
+          evaluation  accuracy on held-out problems with its intervals
+            dispatcher      spreads sequences over workers; the rollout phase uses it, too
+            scoring         responses to the reward service
+          sampling    draws prompts: curriculum and priorities
+          weight_sync trainer and workers at the run's policy version
+
+    workers           leases of rollout workers, which the dispatcher and the weight sync watch
+    groups            live groups and their trajectories, as the buffer has them
+    prompts           prompt files, tokenized
+    run_status        phase and progress, and the event stream of watchers
+    run_log           files of the run: metrics, evaluations, summary, TensorBoard
+    context           what all parts of a run work with
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import asdict
 from typing import Any
 
 from perigee.buffer.v1 import buffer_pb2
+from perigee.coordinator.v1 import coordinator_pb2
 from perigee.errors import (
     AbortedError,
     DataLossError,
     DeadlineExceededError,
     FailedPreconditionError,
+    InternalError,
     InvalidArgumentError,
     NotFoundError,
     PerigeeError,
@@ -19,52 +44,44 @@ from perigee.errors import (
 )
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.context import RunContext
-from services.coordinator.evaluation import Evaluation
+from services.coordinator.evaluation import Evaluation, Kind
 from services.coordinator.groups import LiveGroups
-from services.coordinator.iteration import Committed, Iteration
-from services.coordinator.records import flatten
-from services.coordinator.run_config import config_digest
-from services.coordinator.run_errors import PeerLostError
-from services.coordinator.run_state import CoordinatorState, decode_state
+from services.coordinator.iteration import Committed, CoordinatorState, Iteration, decode_state
+from services.coordinator.run_config import SftStage, config_digest, to_message
+from services.coordinator.run_log import numbers
 from services.coordinator.sampling import Sampler, make_sampler
-from services.coordinator.sft import fine_tune_base
-from services.coordinator.trainer_state import hold_version
-from services.coordinator.weight_pushes import WeightKeeper
+from services.coordinator.weight_sync import WeightSync
+from services.coordinator.workers import PeerLostError
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
 
-# A peer went away, restarted, or lost what it held: the run takes up the committed state again.
+# A peer went away, restarted, or lost its state: the run starts again from its committed state.
 RECOVERABLE = (UnavailableError, DeadlineExceededError, AbortedError, FailedPreconditionError)
 PEER_POLL_SECONDS = 1.0
 
 
 class Run:
-    """One run from start to end, in as many attempts as its peers need."""
+    """Run from start to end, in as many attempts as its peers need."""
 
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._run_id = context.run_id
-        self._keeper = WeightKeeper(
-            context.run_id,
-            context.peers.trainer,
-            context.registry,
-            context.settings,
-            context.board.set_waiting,
-            lambda version: hold_version(context, version),
+        self._weight_sync = WeightSync(
+            context.run_id, context.peers.trainer, context.registry, context.settings, context.status.set_waiting
         )
         self._committed_iteration = -1
-        # Whether the board knows how old the run was when this process took it up.
+        # Whether the status has the age that the run had when this process resumed it.
         self._age_known = False
 
     async def execute(self) -> None:
-        """Runs to the end. Raises what the run cannot recover from."""
-        board = self._context.board
+        """Runs to the end. Raises the errors that the run cannot recover from."""
+        status = self._context.status
         failures = 0
         while True:
             reached = self._committed_iteration
             try:
-                await self._go_on()
+                await self._attempt()
                 return
             except PeerLostError:
                 raise
@@ -72,28 +89,28 @@ class Run:
                 failures = 0 if self._committed_iteration > reached else failures + 1
                 if failures > self._context.settings.recoveries:
                     raise
-                log.warning("the run goes on from its committed state", error=error.message, failures=failures)
-                board.set_waiting(True)
+                log.warning("the run is resumed from its committed state", error=error.message, failures=failures)
+                status.set_waiting(True)
                 await self._wait_for_peers()
-                board.set_waiting(False)
+                status.set_waiting(False)
 
-    async def _go_on(self) -> None:
+    async def _attempt(self) -> None:
         context, config = self._context, self._context.config
         committed, groups, sampler = await self._restore()
         if committed.state.started_seconds is None:
-            await self._evaluate(committed, "before")
-            committed.state.started_seconds = context.board.elapsed_seconds
+            await self._evaluate(committed, "baseline")
+            committed.state.started_seconds = context.status.elapsed_seconds
         every = config.evaluation.every
         while not self._is_over(committed):
             if every and committed.iteration and committed.iteration % every == 0:
-                await self._evaluate(committed, "during")
-            line = await Iteration(context, committed, groups, sampler, self._keeper).run()
+                await self._evaluate(committed, "periodic")
+            line = await Iteration(context, committed, groups, sampler, self._weight_sync).run()
             self._committed_iteration = committed.iteration
-            context.board.metrics = flatten(line)
-            log.info("iteration", run=self._run_id, metrics=flatten(line))
-        before = await self._evaluate(committed, "before")
-        after = await self._evaluate(committed, "after")
-        await self._finish(committed, before, after)
+            context.status.metrics = numbers(line)
+            log.info("iteration", run=self._run_id, metrics=numbers(line))
+        baseline = await self._evaluate(committed, "baseline")
+        final = await self._evaluate(committed, "final")
+        await self._finish(committed, baseline, final)
 
     def _is_over(self, committed: Committed) -> bool:
         config = self._context.config
@@ -102,16 +119,16 @@ class Run:
         return config.time_limit_s is not None and committed.state.elapsed_seconds >= config.time_limit_s
 
     async def _restore(self) -> tuple[Committed, LiveGroups, Sampler]:
-        """Takes up the committed state: buffer, trainer, workers and files are brought to it."""
+        """Restores the committed state in trainer, workers and files, and reads the live groups from the buffer."""
         context = self._context
         run = await self._find_or_create()
         state = decode_state(run.coordinator_state)
-        board = context.board
-        board.iteration, board.policy_version = run.iteration, run.policy_version
-        last = await asyncio.to_thread(context.records.restore_iterations, run.iteration, state.last_line)
-        board.metrics = flatten(last) if last is not None else {}
-        await hold_version(context, run.policy_version)
-        context.registry.distrust()
+        status = context.status
+        status.iteration, status.policy_version = run.iteration, run.policy_version
+        last = await asyncio.to_thread(context.log.restore_iterations, run.iteration, state.last_line)
+        status.metrics = numbers(last) if last is not None else {}
+        await self._weight_sync.ensure_version(run.policy_version)
+        context.registry.invalidate()
         groups = LiveGroups(self._run_id, context.peers.buffer, context.settings.control_timeout_s)
         await groups.load(context.inputs.prompts.by_id)
         sampler = await self._make_sampler(state)
@@ -122,7 +139,7 @@ class Run:
                 sampler.count_draw(group.prompt.id)
         state.next_group = max([state.next_group, *(int(group.id.removeprefix("g")) + 1 for group in groups)])
         self._committed_iteration = run.iteration
-        log.info("run taken up", run=self._run_id, iteration=run.iteration, live_groups=len(groups))
+        log.info("run restored", run=self._run_id, iteration=run.iteration, live_groups=len(groups))
         return Committed(run.iteration, run.policy_version, state), groups, sampler
 
     async def _find_or_create(self) -> buffer_pb2.RunState:
@@ -138,26 +155,26 @@ class Run:
                 f"Run {self._run_id} was started with another configuration: use that one, or a new run id."
             )
         if not self._age_known:
-            context.board.earlier_seconds = decode_state(response.run.coordinator_state).elapsed_seconds
+            context.status.earlier_seconds = decode_state(response.run.coordinator_state).elapsed_seconds
             self._age_known = True
         return response.run
 
     async def _create(self, digest: str) -> buffer_pb2.RunState:
         """Does the supervised stages, then creates the run: a run in the buffer has its first policy version."""
         context = self._context
-        if await asyncio.to_thread(context.records.has_iterations):
+        if await asyncio.to_thread(context.log.iterations):
             raise DataLossError(
-                f"The buffer does not know run {self._run_id}, but {context.records.path}/metrics.jsonl holds its "
+                f"The buffer does not know run {self._run_id}, but {context.log.path}/metrics.jsonl holds its "
                 "iterations: point the buffer at the store that it was started with."
             )
         if not self._age_known:
-            context.board.earlier_seconds = await asyncio.to_thread(context.records.sft_seconds)
+            context.status.earlier_seconds = await asyncio.to_thread(context.log.sft_seconds)
             self._age_known = True
-        version = await fine_tune_base(context)
+        version = await fine_tune_base(context, self._weight_sync)
         config = context.config
         sampler = make_sampler(context.inputs.prompts.prompts, config.curriculum, config.prioritized, config.seed, {})
-        state = CoordinatorState(sampler.state(), elapsed_seconds=context.board.elapsed_seconds)
-        state.totals.add_seconds("sft", await asyncio.to_thread(context.records.sft_seconds))
+        state = CoordinatorState(sampler.state(), elapsed_seconds=context.status.elapsed_seconds)
+        state.totals.add_seconds("sft", await asyncio.to_thread(context.log.sft_seconds))
         request = buffer_pb2.CreateRunRequest(
             run_id=self._run_id, config_digest=digest, policy_version=version, coordinator_state=state.encode()
         )
@@ -181,46 +198,50 @@ class Run:
         sampler.restore(state.sampler)
         return sampler
 
-    async def _evaluate(self, committed: Committed, moment: str) -> dict[str, Any]:
-        """The evaluation of the version that the commit names, made once."""
+    async def _evaluate(self, committed: Committed, kind: Kind) -> dict[str, Any]:
+        """Evaluates the committed version, unless the log has the evaluation; returns its line."""
         context = self._context
-        iteration = 0 if moment == "before" else committed.iteration
-        known = await asyncio.to_thread(context.records.evaluation, moment, iteration)
+        iteration = 0 if kind == "baseline" else committed.iteration
+        known = await asyncio.to_thread(context.log.evaluation, kind, iteration)
         if known is not None:
             return known
         if iteration != committed.iteration:
             raise DataLossError(
-                f"{context.records.path}/evaluations.jsonl lacks the evaluation before the first iteration."
+                f"{context.log.path}/evaluations.jsonl lacks the evaluation before the first iteration."
             )
-        line = await Evaluation(context, committed.policy_version).run(moment, iteration, self._keeper)
-        await asyncio.to_thread(context.records.add_evaluation, line)
+        line = await Evaluation(context, committed.policy_version).run(kind, iteration, self._weight_sync)
+        await asyncio.to_thread(context.log.add_evaluation, line)
         committed.state.totals.add_seconds("evaluation", line["seconds"])
-        log.info("evaluation", run=self._run_id, moment=moment, accuracy=flatten(line["accuracy"]))
+        log.info("evaluation", run=self._run_id, kind=kind, accuracy=numbers(line["accuracy"]))
         return line
 
-    async def _finish(self, committed: Committed, before: dict[str, Any], after: dict[str, Any]) -> None:
-        """Exports the model and writes the summary, last: a summary means that the run has finished."""
+    async def _finish(self, committed: Committed, baseline: dict[str, Any], final: dict[str, Any]) -> None:
+        """Exports the model and writes the summary, last: a run with a summary has finished."""
         context = self._context
         path = context.inputs.run_path / "model"
-        await hold_version(context, committed.policy_version)
+        await self._weight_sync.ensure_version(committed.policy_version)
         await context.peers.trainer.export_model(
             trainer_pb2.ExportModelRequest(run_id=self._run_id, path=str(path)),
             timeout_s=context.settings.checkpoint_timeout_s,
         )
         totals = committed.state.totals
-        totals.seconds["total"] = context.board.elapsed_seconds
-        facts = {
+        totals.seconds["total"] = context.status.elapsed_seconds
+        summary = {
             "run_id": self._run_id,
             "iterations": committed.iteration,
             "policy_version": committed.policy_version,
-            "problems": after["problems"],
-            "samples_per_problem": after["samples"],
+            "problems": final["problems"],
+            "samples_per_problem": final["samples"],
             "model": str(path),
+            "accuracy_baseline": baseline["accuracy"],
+            "accuracy_final": final["accuracy"],
+            **asdict(totals),
+            "seconds": {phase: round(seconds, 3) for phase, seconds in totals.seconds.items()},
         }
-        await asyncio.to_thread(context.records.write_summary, before, after, totals, facts)
+        await asyncio.to_thread(context.log.write_summary, summary)
 
     async def _wait_for_peers(self) -> None:
-        """Until buffer and trainer answer; raises PeerLostError after `recovery_wait_s`."""
+        """Waits until buffer and trainer answer; raises PeerLostError after `recovery_wait_s`."""
         context = self._context
         deadline = time.monotonic() + context.settings.recovery_wait_s
         while True:
@@ -238,3 +259,57 @@ class Run:
                         f"{error.message} It stayed away for {context.settings.recovery_wait_s:g} s: look at its log."
                     ) from error
             await asyncio.sleep(PEER_POLL_SECONDS)
+
+
+async def fine_tune_base(context: RunContext, weight_sync: WeightSync) -> int:
+    """Does the supervised stages without a checkpoint, and returns the policy version that the first iteration uses.
+
+    Version 0 is the base model, version i the result of stage i.
+    """
+    stages = context.config.sft
+    state = await weight_sync.wait_until_free()
+    done = max((version for version in state.checkpoints if version <= len(stages)), default=0)
+    await weight_sync.ensure_version(done)
+    for number, stage in enumerate(stages[done:], start=done + 1):
+        context.status.policy_version = number - 1
+        started = time.monotonic()
+        last = await run_sft_stage(context, stage, number)
+        await weight_sync.save(number)
+        line = {
+            "stage": number,
+            "policy_version": number,
+            "steps": last.steps,
+            "tokens": last.tokens,
+            "loss": last.loss,
+            "seconds": round(time.monotonic() - started, 3),
+        }
+        await asyncio.to_thread(context.log.add_sft_stage, line)
+    return len(stages)
+
+
+async def run_sft_stage(context: RunContext, stage: SftStage, number: int) -> trainer_pb2.FineTuneResponse:
+    """Fine-tunes through one stage and returns the trainer's last message."""
+    request = trainer_pb2.FineTuneRequest(
+        run_id=context.run_id,
+        dataset_path=stage.dataset,
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        max_tokens_per_microbatch=stage.max_tokens_per_microbatch,
+        optimizer=to_message(stage.optimizer, trainer_pb2.Optimizer()),
+        seed=context.config.seed + number,
+        new_version=number,
+    )
+    status = context.status
+    status.enter(coordinator_pb2.RUN_PHASE_SFT, stage.steps)
+    steps_before = sum(earlier.steps for earlier in context.config.sft[: number - 1])
+    last: trainer_pb2.FineTuneResponse | None = None
+    # To the stream's end: until then the trainer is busy and refuses the checkpoint.
+    async for response in context.peers.trainer.fine_tune(request, timeout_s=context.settings.train_timeout_s):
+        status.done, status.total = response.step, response.steps
+        metrics = {"sft/loss": response.loss, "sft/grad_norm": response.grad_norm}
+        status.metrics = metrics | {"sft/stage": number}
+        context.log.add_sft_step(steps_before + response.step, metrics)
+        last = response
+    if last is None or not last.done:
+        raise InternalError(f"The trainer ended supervised stage {number} without a result: look at its log.")
+    return last

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Mapping
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 import yaml
-from pydantic import Field, model_validator
+from google.protobuf.json_format import ParseDict
+from google.protobuf.message import Message
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from perigee.errors import InvalidArgumentError
+from perigee.trainer.v1 import trainer_pb2
 from services.kit.config import Model, validate
+
+MessageT = TypeVar("MessageT", bound=Message)
 
 
 class OptimizerConfig(Model):
@@ -20,8 +26,10 @@ class OptimizerConfig(Model):
 
     learning_rate: float = Field(1e-5, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the first and second moment."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Decay of the first moment."""
+    beta2: float = Field(0.95, ge=0, lt=1)
+    """Decay of the second moment."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(1.0, ge=0)
@@ -29,7 +37,18 @@ class OptimizerConfig(Model):
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises from 0."""
     min_lr_ratio: float = Field(1.0, ge=0, le=1)
-    """The learning rate falls linearly to this share of its peak over the job."""
+    """The learning rate falls linearly to this fraction of its peak over the job."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_betas(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not isinstance(values.get("betas"), list | tuple):
+            return values
+        warnings.warn(
+            "the key betas is beta1 and beta2 now; it goes with the next release", FutureWarning, stacklevel=2
+        )
+        rest = {key: value for key, value in values.items() if key != "betas"}
+        return dict(zip(("beta1", "beta2"), values["betas"], strict=True)) | rest
 
 
 class SftStage(Model):
@@ -116,14 +135,22 @@ class OverlongPenaltyConfig(Model):
 
 
 class AlgorithmConfig(Model):
-    """Policy mirror descent (k1.5 section 2.3.2)."""
+    """Algorithm that trains the policy. All keys but `name` are its own settings, which the trainer checks."""
 
-    renamed_keys: ClassVar[Mapping[str, str]] = {"importance_cap": "tis_cap"}
+    model_config = ConfigDict(extra="allow")
 
-    tau: float = Field(0.1, gt=0)
-    """Strength of the pull towards the policy that opened the iteration."""
-    baseline: Literal["mean", "log_mean_exp"] = "mean"
-    """What stands for tau log Z: the mean reward of the group, or tau log mean exp(r / tau)."""
+    name: str = Field("policy_mirror_descent", min_length=1)
+    """An algorithm of the trainer."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that the recipe gives; the trainer has defaults for the others."""
+        return dict(self.model_extra or {})
+
+
+class UpdateConfig(Model):
+    """Update of the policy, whatever the algorithm."""
+
     minibatches: int = Field(2, ge=1)
     """Optimizer steps per iteration."""
     max_tokens_per_microbatch: int = Field(4096, ge=1)
@@ -133,11 +160,7 @@ class AlgorithmConfig(Model):
     token_scale: float = Field(1.0, gt=0)
     """Log-probability sums are divided by this before the loss."""
     tis_cap: float = Field(0.0, ge=0)
-    """Cap of truncated importance sampling against the engine's logprobs; 0 is off."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
-    """Optimizer of each iteration; its learning rate is that of the first iteration."""
-    final_learning_rate_share: float = Field(1.0, gt=0, le=1)
-    """The learning rate falls linearly over the run's iterations to this share."""
+    """Cap of truncated importance sampling against the engine's log-probabilities; 0 is off."""
 
 
 class EvaluationConfig(Model):
@@ -164,6 +187,10 @@ class RunConfig(Model):
         "warmup": "sft",
         "groups.live": "max_live_groups",
         "groups.size": "group_size",
+        **{f"algorithm.{key}": f"update.{key}" for key in UpdateConfig.model_fields},
+        "algorithm.importance_cap": "update.tis_cap",
+        "algorithm.optimizer": "optimizer",
+        "algorithm.final_learning_rate_share": "final_lr_ratio",
     }
 
     seed: int = Field(0, ge=0)
@@ -199,7 +226,13 @@ class RunConfig(Model):
     drop_uniform_groups: bool = True
     """Leave out groups whose members have equal rewards: their advantage is zero."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
-    """How the policy is trained."""
+    """Algorithm that trains the policy."""
+    update: UpdateConfig = UpdateConfig()
+    """Update of the policy, whatever the algorithm."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
+    """Optimizer of each iteration; its learning rate is that of the first iteration."""
+    final_lr_ratio: float = Field(1.0, gt=0, le=1)
+    """The learning rate falls linearly over the run's iterations to this fraction of the first iteration's."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Accuracy on held-out problems."""
 
@@ -215,30 +248,47 @@ class RunConfig(Model):
             )
         return self
 
+    def algorithm_message(self) -> trainer_pb2.Algorithm:
+        """Returns the algorithm with its settings."""
+        return ParseDict({"name": self.algorithm.name, "settings": self.algorithm.settings}, trainer_pb2.Algorithm())
+
+    def update_message(self) -> trainer_pb2.UpdateSettings:
+        """Returns the settings of the update, for the temperature of the rollout."""
+        return to_message(self.update, trainer_pb2.UpdateSettings(), temperature=self.rollout.temperature)
+
+    def optimizer_message(self, learning_rate: float) -> trainer_pb2.Optimizer:
+        """Returns the optimizer's settings at a learning rate."""
+        return to_message(self.optimizer, trainer_pb2.Optimizer(), learning_rate=learning_rate)
+
     @property
     def overlong_cap(self) -> int:
-        """Response tokens at which the overlong penalty is whole."""
+        """Response tokens with the whole overlong penalty."""
         return self.overlong_penalty.cap or self.rollout.max_response_tokens
 
 
-# A run may be made longer, or be measured otherwise, when it goes on.
+# These may change when a run is resumed.
 _NOT_IN_DIGEST = {"iterations", "time_limit_s", "evaluation"}
 
 
+def to_message(config: BaseModel, message: MessageT, **changes: Any) -> MessageT:
+    """Fills a message that has the fields of `config`; `changes` are further fields, or other values of the same."""
+    return ParseDict(config.model_dump(mode="json") | changes, message)
+
+
 def parse_run_config(text: str) -> RunConfig:
-    """The `run` section from its YAML text.
+    """Reads the `run` section from its YAML text.
 
     Raises InvalidArgumentError naming the field, or saying that the text is no YAML mapping.
     """
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise InvalidArgumentError.of("config_yaml", f"is not YAML: {' '.join(str(error).split())}") from error
+        raise InvalidArgumentError.for_field("config_yaml", f"is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise InvalidArgumentError.of("config_yaml", "must be a mapping: the run section of a recipe")
+        raise InvalidArgumentError.for_field("config_yaml", "must be a mapping: the run section of a recipe")
     return validate(RunConfig, values, "recipe", "run")
 
 
 def config_digest(config: RunConfig) -> str:
-    """Digest of everything that must stay the same when a run goes on."""
+    """Returns a digest of everything that must stay the same when a run is resumed."""
     return hashlib.sha256(config.model_dump_json(exclude=_NOT_IN_DIGEST).encode()).hexdigest()[:32]

@@ -1,4 +1,4 @@
-"""The runs of this process: one at a time, started by request or found unfinished in its folder."""
+"""Runs of this process: one at a time, started by request or found unfinished in its folder."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import (
+    UNAVAILABLE,
     DataLossError,
     FailedPreconditionError,
     FieldViolation,
@@ -19,16 +20,17 @@ from perigee.errors import (
     NotFoundError,
     PerigeeError,
 )
+from perigee.files import write_atomically
+from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import Peers, RunContext, RunInputs
-from services.coordinator.files import write_atomically
-from services.coordinator.prompts import read_model_folder, read_prompts
-from services.coordinator.records import Records
+from services.coordinator.prompts import read_prompts
 from services.coordinator.run import Run
-from services.coordinator.run_config import config_digest, parse_run_config
-from services.coordinator.snapshot import StatusBoard
-from services.coordinator.watching import Told, watch_run
+from services.coordinator.run_config import RunConfig, config_digest, parse_run_config
+from services.coordinator.run_log import RunLog
+from services.coordinator.run_status import Cursor, RunStatus, stream_events
 from services.coordinator.workers import WorkerRegistry
+from services.kit.hf import open_model_folder
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -38,26 +40,27 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class RunFile:
-    """run.json: what the run was asked to do, and whether it is `running`, `finished`, `failed` or `stopped`."""
+    """Contents of run.json; `status` is `running`, `finished`, `failed` or `stopped`."""
 
     run_id: str
     config_yaml: str
+    config_digest: str
     run_path: str
     status: str
 
 
 @dataclass
 class ActiveRun:
-    """A run of this process; its task is done when the run has ended."""
+    """Run of this process; its task is done when the run has ended."""
 
     file: RunFile
-    board: StatusBoard
-    records: Records
+    status: RunStatus
+    log: RunLog
     task: asyncio.Task[None]
 
 
 class Runs:
-    """Starts, stops and shows runs."""
+    """Starts, stops and finds runs."""
 
     def __init__(self, settings: CoordinatorConfig, peers: Peers, registry: WorkerRegistry) -> None:
         self._settings = settings
@@ -67,12 +70,13 @@ class Runs:
         self._starting = asyncio.Lock()
 
     async def start(self, run_id: str, config_yaml: str, run_path: str) -> bool:
-        """Starts a run, or goes on with it; returns whether it was known. Asking again for a run under way is harmless.
+        """Starts or resumes a run; returns whether its folder had it. Asking again for a run under way is harmless.
 
         Raises InvalidArgumentError for a wrong configuration, model folder or prompt file, FailedPreconditionError
         when another run is under way or the run was started with another configuration.
         """
         check_request(run_id, config_yaml, run_path)
+        config = parse_run_config(config_yaml)
         async with self._starting:
             known = await asyncio.to_thread(read_run_file, Path(run_path))
             if self._run is not None and not self._run.task.done():
@@ -80,55 +84,49 @@ class Runs:
                     return True
                 raise FailedPreconditionError(f"Run {self._run.file.run_id} is under way: stop it first.")
             if known is not None:
-                check_same_run(known, run_id, config_yaml)
-            inputs = await asyncio.to_thread(read_inputs, run_id, config_yaml, Path(run_path))
-            file = RunFile(run_id, config_yaml, str(inputs.run_path), "running")
+                check_same_run(known, run_id, config)
+            inputs = await asyncio.to_thread(read_inputs, run_id, config, Path(run_path))
+            await self._check_algorithm(config)
+            file = RunFile(run_id, config_yaml, config_digest(config), str(inputs.run_path), "running")
             await asyncio.to_thread(save_run_file, file)
             self._launch(file, inputs)
         return known is not None
 
     async def resume(self, run_path: Path) -> None:
-        """Goes on with the run of a folder when it was under way as its coordinator died."""
+        """Resumes the run of a folder when it was under way as its coordinator died."""
         file = await asyncio.to_thread(read_run_file, run_path)
         if file is not None and file.status == "running":
             await self.start(file.run_id, file.config_yaml, str(run_path))
 
     async def stop(self, run_id: str) -> None:
-        """Ends a run at once; the buffer keeps what is needed to go on. Stopping an ended run changes nothing."""
+        """Ends a run at once; the buffer keeps what is needed to resume it. Stopping an ended run changes nothing."""
         run = self._find(run_id)
         if run.task.done():
             return
         run.task.cancel()
         await asyncio.wait([run.task])
         await asyncio.to_thread(save_run_file, replace(run.file, status="stopped"))
-        run.board.enter(pb.RUN_PHASE_STOPPED)
+        run.status.enter(pb.RUN_PHASE_STOPPED)
 
     async def end_watches(self) -> None:
-        """Sends watchers away with UnavailableError: their calls would last as long as the run."""
+        """Ends the watches with UnavailableError: their calls would last as long as the run."""
         if self._run is not None:
-            self._run.board.close()
+            self._run.status.close()
 
     async def close(self) -> None:
-        """Ends the run under way without calling it stopped, so that the next process goes on with it."""
+        """Ends the run under way without calling it stopped, so that the next process resumes it."""
         if self._run is not None:
             self._run.task.cancel()
             await asyncio.wait([self._run.task])
 
-    def watch(self, run_id: str, told: Told) -> AsyncGenerator[pb.WatchRunResponse, None]:
-        """What there is to tell of the run until it has ended; the newest run's when no id is given.
-
-        Raises NotFoundError.
-        """
+    def watch(self, run_id: str, cursor: Cursor) -> AsyncGenerator[pb.WatchRunResponse, None]:
+        """Streams the events of a run after the cursor; of the newest run when no id is given. Raises NotFoundError."""
         run = self._find(run_id)
-        return watch_run(run.board, run.records, told)
+        return stream_events(run.status, run.log, cursor)
 
-    def board(self, run_id: str) -> StatusBoard:
-        """The run's board; the newest run's when no id is given. Raises NotFoundError."""
-        return self._find(run_id).board
-
-    def newest(self) -> StatusBoard | None:
-        """The newest run's board."""
-        return self._run.board if self._run is not None else None
+    def status(self, run_id: str) -> RunStatus | None:
+        """Returns the status of a run; of the newest run, if any, when no id is given. Raises NotFoundError."""
+        return self._find(run_id).status if run_id or self._run is not None else None
 
     def _find(self, run_id: str) -> ActiveRun:
         if self._run is None or (run_id and self._run.file.run_id != run_id):
@@ -136,17 +134,29 @@ class Runs:
         return self._run
 
     def _launch(self, file: RunFile, inputs: RunInputs) -> None:
-        board = StatusBoard(inputs.run_id, inputs.config.iterations, self._registry)
-        records = Records(inputs.run_path)
-        context = RunContext(inputs, self._settings, self._peers, self._registry, board, records)
-        self._run = ActiveRun(file, board, records, asyncio.create_task(self._execute(file, context)))
+        status = RunStatus(inputs.run_id, inputs.config.iterations, self._registry)
+        run_log = RunLog(inputs.run_path)
+        context = RunContext(inputs, self._settings, self._peers, self._registry, status, run_log)
+        self._run = ActiveRun(file, status, run_log, asyncio.create_task(self._execute(file, context)))
+
+    async def _check_algorithm(self, config: RunConfig) -> None:
+        """Has the trainer check the settings that only it knows; one that is away checks them with its first job."""
+        request = trainer_pb2.CheckAlgorithmRequest(
+            algorithm=config.algorithm_message(),
+            update=config.update_message(),
+            optimizer=config.optimizer_message(config.optimizer.learning_rate),
+        )
+        try:
+            await self._peers.trainer.check_algorithm(request, timeout_s=self._settings.control_timeout_s)
+        except UNAVAILABLE as error:
+            log.warning("the algorithm's settings were not checked", error=error.message)
 
     async def _execute(self, file: RunFile, context: RunContext) -> None:
-        """The run's task: it never raises, since its end is shown on the board and in run.json."""
+        """Runs to the end. Errors do not leave this task: they are shown in the status and in run.json."""
         try:
             await Run(context).execute()
             await asyncio.to_thread(save_run_file, replace(file, status="finished"))
-            context.board.enter(pb.RUN_PHASE_FINISHED)
+            context.status.enter(pb.RUN_PHASE_FINISHED)
         except Exception as error:
             expected = isinstance(error, PerigeeError)
             message = error.message if isinstance(error, PerigeeError) else f"{type(error).__name__}: {error}"
@@ -154,9 +164,9 @@ class Runs:
             with contextlib.suppress(OSError):
                 # A full disk must not hide why the run failed.
                 await asyncio.to_thread(save_run_file, replace(file, status="failed"))
-            context.board.fail(message)
+            context.status.fail(message)
         finally:
-            context.records.close()
+            context.log.close()
 
 
 def check_request(run_id: str, config_yaml: str, run_path: str) -> None:
@@ -169,35 +179,36 @@ def check_request(run_id: str, config_yaml: str, run_path: str) -> None:
     if not Path(run_path).is_absolute():
         violations.append(FieldViolation("run_path", f"must be an absolute path, got {run_path!r}"))
     if violations:
-        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
 
 
-def check_same_run(known: RunFile, run_id: str, config_yaml: str) -> None:
-    """Raises FailedPreconditionError when the folder is of another run, or the run of another configuration."""
+def check_same_run(known: RunFile, run_id: str, config: RunConfig) -> None:
+    """Raises FailedPreconditionError when the folder has another run, or the run another configuration."""
     if known.run_id != run_id:
         raise FailedPreconditionError(f"{known.run_path} is the folder of run {known.run_id}: choose another run_path.")
-    if config_digest(parse_run_config(known.config_yaml)) != config_digest(parse_run_config(config_yaml)):
+    if known.config_digest != config_digest(config):
         raise FailedPreconditionError(
             f"Run {run_id} was started with another configuration, see {known.run_path}/{RUN_FILE}: "
             "only iterations, time_limit_s and evaluation may change."
         )
 
 
-def read_inputs(run_id: str, config_yaml: str, run_path: Path) -> RunInputs:
-    """Checks and reads all that a run is made from, before anything is started."""
-    config = parse_run_config(config_yaml)
+def read_inputs(run_id: str, config: RunConfig, run_path: Path) -> RunInputs:
+    """Checks and reads the files of a run, before anything is started."""
     for number, stage in enumerate(config.sft):
         if not Path(stage.dataset).is_file():
-            raise InvalidArgumentError.of(f"run.sft.{number}.dataset", f"{stage.dataset} is no file")
-    model = read_model_folder(config.model)
-    cap = config.rollout.max_response_tokens
-    prompts = read_prompts(config.prompts, "run.prompts", model, cap)
-    heldout = read_prompts(config.heldout, "run.heldout", model, config.evaluation.max_response_tokens or cap)
-    return RunInputs(run_id, run_path, config, model, prompts, heldout)
+            raise InvalidArgumentError.for_field(f"run.sft.{number}.dataset", f"{stage.dataset} is no file")
+    model = open_model_folder(config.model, "run.model")
+    tokenizer, context_tokens = model.open_tokenizer(), model.context_tokens
+    longest = config.rollout.max_response_tokens
+    prompts = read_prompts(config.prompts, "run.prompts", tokenizer, context_tokens, longest)
+    longest = config.evaluation.max_response_tokens or longest
+    heldout = read_prompts(config.heldout, "run.heldout", tokenizer, context_tokens, longest)
+    return RunInputs(run_id, run_path, config, tokenizer, prompts, heldout)
 
 
 def read_run_file(run_path: Path) -> RunFile | None:
-    """run.json of a folder, or None when it has none; raises DataLossError when it cannot be read."""
+    """Reads run.json of a folder; None when it has none. Raises DataLossError when it cannot be read."""
     path = run_path / RUN_FILE
     if not path.exists():
         return None
@@ -209,4 +220,5 @@ def read_run_file(run_path: Path) -> RunFile | None:
 
 def save_run_file(file: RunFile) -> None:
     """Writes run.json atomically."""
-    write_atomically(Path(file.run_path) / RUN_FILE, json.dumps(asdict(file), indent=2) + "\n")
+    text = json.dumps(asdict(file), indent=2) + "\n"
+    write_atomically(Path(file.run_path) / RUN_FILE, text.encode())

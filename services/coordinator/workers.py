@@ -1,4 +1,4 @@
-"""The rollout workers: who is alive, who holds which weights, who has room."""
+"""Registry of the rollout workers: which are alive, which weights they hold, which have room."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from perigee.errors import InvalidArgumentError, NotFoundError
+from prometheus_client import Counter, Gauge
+
+from perigee.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.rollout.client import RolloutClient
-from services.coordinator import metrics
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
 
+WORKERS = Gauge("perigee_coordinator_workers_count", "Rollout workers with a lease.")
+FAILURES = Counter("perigee_coordinator_failures_count", "Failures by kind.", ["kind"])
+
+
+class PeerLostError(UnavailableError):
+    """A peer stayed away for as long as the configuration allows: the run fails instead of waiting again."""
+
 
 @dataclass(eq=False)
 class Worker:
-    """A registered rollout worker, from its registration to the end of its lease."""
+    """Rollout worker from its registration to the end of its lease."""
 
     worker_id: str
     address: str
@@ -29,16 +37,16 @@ class Worker:
     ready: bool
     reported_version: int
     running: int = 0
-    # The version that this coordinator had pushed to it. What a worker claims is not trusted: its weights may stem
-    # from an iteration that was rolled back.
+    # The version that this coordinator had pushed to it. The version that a worker reports is not trusted: its weights
+    # may come from an iteration that was rolled back.
     pushed_version: int | None = None
-    # Sequences given to it and not ended.
+    # Sequences given to it that have not ended.
     outstanding: int = 0
     # Why it gets no work until it renews its lease.
     suspect: str | None = None
 
     def holds(self, version: int) -> bool:
-        """Whether it may be given work of a policy version."""
+        """Returns whether it may be given work of a policy version."""
         return self.ready and self.suspect is None and self.pushed_version == version
 
     @property
@@ -49,7 +57,7 @@ class Worker:
 
 @dataclass
 class WorkerRegistry:
-    """Registrations with leases; watchers are called on every change that may matter to them."""
+    """Registered workers with their leases. Watchers are called on every change that may matter to them."""
 
     connect: Callable[[str], RolloutClient]
     lease_seconds: float
@@ -59,13 +67,13 @@ class WorkerRegistry:
     _epochs: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
 
     def register(self, worker_id: str, address: str, capacity: int, policy_version: int, ready: bool) -> Worker:
-        """Begins a lease; an earlier one of the same worker ends, with its work."""
+        """Begins a lease; an earlier one of the same worker ends, and its work is given out again."""
         if not worker_id:
-            raise InvalidArgumentError.of("worker_id", "is required")
+            raise InvalidArgumentError.for_field("worker_id", "is required")
         if ":" not in address:
-            raise InvalidArgumentError.of("address", f"must be host:port, got {address!r}")
+            raise InvalidArgumentError.for_field("address", f"must be host:port, got {address!r}")
         if capacity < 1:
-            raise InvalidArgumentError.of("capacity", "must be at least 1")
+            raise InvalidArgumentError.for_field("capacity", "must be at least 1")
         if worker_id in self._workers:
             self._remove(worker_id, "registered again")
         self._epochs += 1
@@ -85,7 +93,7 @@ class WorkerRegistry:
         return worker
 
     def renew(self, worker_id: str, lease_epoch: int, running: int, policy_version: int, ready: bool) -> None:
-        """Prolongs a lease and takes the worker's report; raises NotFoundError when the lease is lost."""
+        """Renews a lease and stores the worker's report; raises NotFoundError when the lease is lost."""
         worker = self._leased(worker_id, lease_epoch)
         worker.expires = self.clock() + self.lease_seconds
         worker.running = running
@@ -111,22 +119,22 @@ class WorkerRegistry:
         return lost
 
     async def sweep(self) -> None:
-        """Ends leases as they run out, until cancelled.
-
-        Time in which this process stood still is no silence of the workers: their leases grow by it.
-        """
+        """Ends leases as they run out, until cancelled."""
         pause_s = self.lease_seconds / 8
         while True:
             slept_at = self.clock()
             await asyncio.sleep(pause_s)
-            late_s = self.clock() - slept_at - pause_s
-            if late_s > pause_s:
-                for worker in self._workers.values():
-                    worker.expires += late_s
+            self.excuse(self.clock() - slept_at - pause_s, pause_s)
             self.expire()
 
+    def excuse(self, late_s: float, tolerance_s: float) -> None:
+        """Extends all leases by the time in which this process stood still: the workers were not silent then."""
+        if late_s > tolerance_s:
+            for worker in self._workers.values():
+                worker.expires += late_s
+
     def mark_pushed(self, worker: Worker, version: int) -> None:
-        """The worker has committed a version that this coordinator had pushed to it."""
+        """Records that the worker has committed a version that this coordinator had pushed to it."""
         worker.pushed_version, worker.ready, worker.suspect = version, True, None
         self.notify()
 
@@ -136,26 +144,26 @@ class WorkerRegistry:
         log.warning("worker failed a call", worker=worker.worker_id, reason=reason)
         self.notify()
 
-    def distrust(self) -> None:
-        """Forgets what was pushed: every worker gets the weights anew."""
+    def invalidate(self) -> None:
+        """Forgets which versions were pushed: every worker gets the weights again."""
         for worker in self._workers.values():
             worker.pushed_version = None
 
     def is_live(self, worker: Worker) -> bool:
-        """Whether this very registration still holds its lease."""
+        """Returns whether this very registration still has its lease."""
         return self._workers.get(worker.worker_id) is worker
 
     def all(self) -> list[Worker]:
-        """The workers with a lease, by id."""
+        """Returns the workers with a lease, by id."""
         return [self._workers[worker_id] for worker_id in sorted(self._workers)]
 
     def holding(self, version: int) -> list[Worker]:
-        """The workers that may be given work of a policy version, least loaded first."""
+        """Returns the workers that may be given work of a policy version, least loaded first."""
         return sorted((worker for worker in self.all() if worker.holds(version)), key=lambda worker: worker.load)
 
     @contextmanager
     def watch(self, watcher: Callable[[], None]) -> Iterator[None]:
-        """Calls `watcher` on every change for as long as the block lasts."""
+        """Calls `watcher` on every change while the block runs."""
         self._watchers.add(watcher)
         try:
             yield
@@ -163,8 +171,8 @@ class WorkerRegistry:
             self._watchers.discard(watcher)
 
     def notify(self) -> None:
-        """Tells the watchers that something has changed."""
-        metrics.WORKERS.set(len(self._workers))
+        """Calls the watchers."""
+        WORKERS.set(len(self._workers))
         for watcher in list(self._watchers):
             watcher()
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 def test_every_iteration_trains_and_makes_the_next_version(trained_run: TrainedRun) -> None:
     lines = trained_run.iterations
     assert [line["iteration"] for line in lines] == [1, 2, 3]
-    trained = [line for line in lines if line["trajectories_trained"]]
+    trained = [line for line in lines if line["train/trajectories"]]
     assert len(trained) >= 2
     versions = [line["policy_version"] for line in lines]
     assert versions == sorted(versions)
@@ -27,14 +27,14 @@ def test_every_iteration_trains_and_makes_the_next_version(trained_run: TrainedR
 
 
 def test_rollout_and_trainer_agree_on_every_token(trained_run: TrainedRun) -> None:
-    assert 0 < trained_run.summary["max_logprob_difference"] < 1e-3
+    assert 0 < trained_run.summary["train_infer_logprob_diff_max"] < 1e-3
 
 
 def test_trajectories_span_policy_versions(trained_run: TrainedRun) -> None:
     summary = trained_run.summary
     assert summary["trajectories_multi_version"] > 0
     assert summary["trajectories_trained"] > summary["trajectories_multi_version"]
-    assert summary["tokens_generated"] == sum(line["tokens_generated"] for line in trained_run.iterations)
+    assert summary["tokens_generated"] == sum(line["rollout/tokens"] for line in trained_run.iterations)
 
 
 def test_the_summary_has_intervals_for_every_domain(trained_run: TrainedRun) -> None:
@@ -87,7 +87,7 @@ def test_a_killed_coordinator_and_worker_do_not_end_the_run(trained_run: Trained
     assert going_on.returncode == 0, output
     lines = trained_run.iterations
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
-    assert sum(line["tokens_generated"] for line in lines) == trained_run.summary["tokens_generated"] > tokens_before
+    assert sum(line["rollout/tokens"] for line in lines) == trained_run.summary["tokens_generated"] > tokens_before
     assert processes_below(runs) == []
 
 

@@ -22,7 +22,7 @@ from perigee.cli.train import Cursor, RunRequest, watch_run
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import UnavailableError
-from services.coordinator.prompts import read_model_folder
+from services.kit.hf import open_tokenizer
 from tests.fixtures.coordinator import write_lines, write_run_section
 from tests.fixtures.coordinator_fakes import FakePeers, fake_peers, worker_in_service
 
@@ -108,7 +108,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     section = write_run_section(
         tmp_path, iterations=ITERATIONS, sft=stages, rollout={"token_budget": 9, "max_response_tokens": 24}
     )
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with fake_peers(buffer_address) as peers:
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(yaml.safe_dump({"coordinator": peers.settings()}))
@@ -162,7 +162,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     assert len(peers.trainer.trained) > len(committed)
     lines = [json.loads(line) for line in (run_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(1, ITERATIONS + 1))
-    assert {line["iteration"]: n for line in lines if (n := line["trajectories_trained"])} == {
+    assert {line["iteration"]: n for line in lines if (n := line["train/trajectories"])} == {
         iteration: sum(len(group.trajectories) for group in request.groups) for iteration, request in committed.items()
     }
     trained = Counter(member.trajectory_id for r in committed.values() for g in r.groups for member in g.trajectories)
@@ -170,10 +170,10 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     # Groups are numbered without a gap: each was trained once, dropped as uniform, or is still live.
     trained_groups = {group.group_id for r in committed.values() for group in r.groups}
     assert not trained_groups & live
-    uniform = sum(line["groups"]["uniform"] for line in lines)
+    uniform = sum(line["train/groups_uniform"] for line in lines)
     created = 1 + max(int(group.removeprefix("g")) for group in trained_groups | live)
     assert created == len(trained_groups) + len(live) + uniform
-    assert len(live) == lines[-1]["groups"]["live"]
+    assert len(live) == lines[-1]["rollout/live_groups"]
     totals = json.loads((run_path / "summary.json").read_text())
     assert totals["trajectories_trained"] == sum(trained.values())
 
@@ -181,7 +181,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
 async def test_told_to_stop_it_sends_watchers_away_at_once(buffer_address: str, tmp_path: Path) -> None:
     run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", free_port()
     section = write_run_section(tmp_path)
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with fake_peers(buffer_address) as peers:
         recipe = tmp_path / "recipe.yaml"
         settings = peers.settings() | {"server": {"drain_seconds": 600.0}}

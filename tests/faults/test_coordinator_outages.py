@@ -16,10 +16,10 @@ from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.trainer.v1.trainer_pb2_grpc import add_TrainerServiceServicer_to_server
 from services.buffer.config import BufferConfig
 from services.buffer.service import lifespan as buffer_lifespan
+from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.lifespan import lifespan
-from services.coordinator.prompts import read_model_folder
 from services.kit.config import ServerConfig
+from services.kit.hf import open_tokenizer
 from services.kit.server import serving
 from tests.fixtures.coordinator import write_run_section
 from tests.fixtures.coordinator_fakes import fake_peers, fake_server, worker_in_service
@@ -37,7 +37,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 async def test_a_peer_that_goes_away_is_waited_for(peer: str, tmp_path: Path) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
     section = write_run_section(tmp_path, iterations=6, rollout={"token_budget": 9, "max_response_tokens": 24})
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     config = BufferConfig(data_path=tmp_path / "store", server=ServerConfig(drain_seconds=0.0))
     async with AsyncExitStack() as stack, AsyncExitStack() as fronts, AsyncExitStack() as trainers:
         buffer = await fronts.enter_async_context(serving(config, buffer_lifespan))
@@ -73,4 +73,4 @@ async def test_a_peer_that_goes_away_is_waited_for(peer: str, tmp_path: Path) ->
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4, 5, 6]
     committed = {request.iteration: request for request in peers.trainer.trained}
     ids = [m.trajectory_id for r in committed.values() for g in r.groups for m in g.trajectories]
-    assert len(ids) == len(set(ids)) == sum(line["trajectories_trained"] for line in lines)
+    assert len(ids) == len(set(ids)) == sum(line["train/trajectories"] for line in lines)

@@ -16,10 +16,10 @@ from tokenizers import Tokenizer
 
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
+from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.lifespan import lifespan
-from services.coordinator.prompts import read_model_folder
 from services.kit.config import merge
+from services.kit.hf import open_tokenizer
 from services.kit.server import serving
 from tests.fixtures.coordinator import write_run_section
 from tests.fixtures.coordinator_fakes import FakePeers, FakeWorker, fake_peers, worker_in_service
@@ -56,7 +56,7 @@ class Stage:
 @asynccontextmanager
 async def stage(buffer_address: str, folder: Path, settings: dict[str, Any], **run: Any) -> AsyncIterator[Stage]:
     section = write_run_section(folder, **({"rollout": {"token_budget": 9, "max_response_tokens": 24}} | run))
-    tokenizer = read_model_folder(str(folder / "model")).tokenizer
+    tokenizer = open_tokenizer(folder / "model", "run.model")
     async with AsyncExitStack() as stack:
         peers = await stack.enter_async_context(fake_peers(buffer_address))
         values = peers.settings()
@@ -104,7 +104,7 @@ async def test_an_end_that_the_coordinator_did_not_hear_of_is_read_from_the_buff
         assert len(worker.extended) == len(set(worker.extended)) == 2 * 64
         scored = [item for item in s.peers.reward.seen if item.startswith("g0")]
         assert sorted(scored) == sorted(worker.extended)
-        assert [line["finished"] for line in s.lines()] == [64, 64]
+        assert [line["rollout/finished"] for line in s.lines()] == [64, 64]
 
 
 async def test_failed_segments_are_given_out_again(buffer_address: str, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ async def test_failed_segments_are_given_out_again(buffer_address: str, tmp_path
         await s.add_worker("a", failing={"g00000000-0": 2, "g00000003-1": 1})
         await s.start()
         assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
-        assert s.lines()[0]["failures"]["segments"] == 3
+        assert s.lines()[0]["rollout/failures"] == 3
 
 
 async def test_a_segment_that_always_fails_ends_the_run_with_its_reason(buffer_address: str, tmp_path: Path) -> None:
@@ -222,14 +222,14 @@ async def test_a_failed_verdict_is_never_a_reward(buffer_address: str, tmp_path:
         await s.start()
         assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
         [line] = s.lines()
-        assert line["failures"]["judging"] == 5
+        assert line["reward/failures"] == 5
         [request] = s.peers.trainer.trained
     members = {group.group_id: [m.trajectory_id for m in group.trajectories] for group in request.groups}
     assert members["g00000000"] == ["g00000000-1", "g00000000-2", "g00000000-3"]
     assert members["g00000002"] == ["g00000002-0", "g00000002-1", "g00000002-2"]
     # One judged member teaches nothing.
     assert "g00000001" not in members
-    assert line["groups"]["failed"] == 1
+    assert line["train/groups_failed"] == 1
     assert len(members["g00000003"]) == 4
 
 
@@ -267,7 +267,7 @@ async def test_a_reward_service_that_goes_away_is_waited_for(buffer_address: str
         assert not s.peers.trainer.trained
         s.peers.reward.away = False
         assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
-        assert sum(line["failures"]["judging"] for line in s.lines()) == 0
+        assert sum(line["reward/failures"] for line in s.lines()) == 0
 
 
 async def test_a_reward_service_that_stays_away_ends_the_run(buffer_address: str, tmp_path: Path) -> None:
@@ -290,5 +290,5 @@ async def test_a_call_that_breaks_off_gives_no_second_budget(buffer_address: str
         assert sorted(worker.extended) == sorted(set(worker.extended))
         assert len(worker.calls) > 3
         [line] = s.lines()
-        assert line["ended"]["budget"] == 64
-        assert line["tokens_generated"] == 128
+        assert line["rollout/ended/budget"] == 64
+        assert line["rollout/tokens"] == 128

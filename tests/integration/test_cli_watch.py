@@ -18,10 +18,10 @@ from perigee.cli.recipe import Recipe
 from perigee.cli.run_folder import RunFolder
 from perigee.cli.train import TrainOptions, open_run, train
 from perigee.cli.view import PlainView
+from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.lifespan import lifespan
-from services.coordinator.prompts import read_model_folder
 from services.kit.config import ServerConfig
+from services.kit.hf import open_tokenizer
 from services.kit.server import serving
 from tests.fixtures.coordinator import write_run_section
 from tests.fixtures.coordinator_fakes import FakePeers, FakeWorker, fake_peers, worker_in_service
@@ -97,7 +97,7 @@ async def test_what_ends_while_nobody_watches_is_told_later(buffer_address: str,
     options = TrainOptions(
         write_recipe(tmp_path, ITERATIONS), None, [], tmp_path / "runs", coordinator=f"127.0.0.1:{port}"
     )
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     run, recipe = open_run(options)
     async with fake_peers(buffer_address) as peers, asyncio.TaskGroup() as tasks:
         worker = peers.add_worker("a", tokenizer, call_seconds=0.05)
@@ -116,7 +116,7 @@ async def test_what_ends_while_nobody_watches_is_told_later(buffer_address: str,
 async def test_a_run_that_goes_on_is_told_from_there(buffer_address: str, tmp_path: Path) -> None:
     port = free_port()
     options = TrainOptions(write_recipe(tmp_path, 3), None, [], tmp_path / "runs", coordinator=f"127.0.0.1:{port}")
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     run, recipe = open_run(options)
     async with fake_peers(buffer_address) as peers:
         worker = peers.add_worker("a", tokenizer)

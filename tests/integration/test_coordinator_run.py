@@ -19,9 +19,9 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.lifespan import lifespan
-from services.coordinator.prompts import read_model_folder
+from services.kit.hf import open_tokenizer
 from services.kit.server import serving
 from tests.fixtures.coordinator import math_line, write_lines, write_run_section
 from tests.fixtures.coordinator_fakes import FakePeers, fake_peers, worker_in_service
@@ -63,9 +63,10 @@ async def test_a_run_from_sft_to_summary(buffer_address: str, tmp_path: Path) ->
         sft=[stage, stage],
         evaluation={"every": 2, "samples": 2, "problems": 5},
         rollout={"token_budget": 10, "max_response_tokens": 24},
-        algorithm={"optimizer": {"learning_rate": 1e-4}, "final_learning_rate_share": 0.5},
+        optimizer={"learning_rate": 1e-4},
+        final_lr_ratio=0.5,
     )
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with AsyncExitStack() as stack:
         peers = await stack.enter_async_context(fake_peers(buffer_address))
         client = await stack.enter_async_context(coordinator(peers))
@@ -101,33 +102,32 @@ async def test_a_run_from_sft_to_summary(buffer_address: str, tmp_path: Path) ->
     lines = read_json_lines(run_path / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [1, 2, 3]
     for line in lines:
-        assert line["ended"]["stop"] + line["ended"]["budget"] > 0
-        assert line["finished"] == line["ended"]["stop"]
-        assert {"preparation", "rollout", "scoring", "training", "checkpoint", "commit", "weights"} == set(
-            line["phases"]
-        )
-        assert line["groups"]["live"] + line["groups"]["trained"] + line["groups"]["uniform"] == 16
-    trained = sum(line["trajectories_trained"] for line in lines)
+        assert line["rollout/ended/stop"] + line["rollout/ended/budget"] > 0
+        assert line["rollout/finished"] == line["rollout/ended/stop"]
+        assert {key.split("/")[1] for key in line if key.endswith("/start")} == PHASES
+        assert line["rollout/live_groups"] + line["train/groups"] + line["train/groups_uniform"] == 16
+    trained = sum(line["train/trajectories"] for line in lines)
     assert trained == sum(trained_ids(peers).values())
-    assert sum(line["trajectories_multi_version"] for line in lines) > 0
+    assert sum(line["train/trajectories_multi_version"] for line in lines) > 0
     # Tokens by version are those of the trained trajectories, the policy of earlier iterations included.
-    assert set(lines[-1]["tokens_by_version"]) <= {"2", "3", "4"}
-    assert len(lines[-1]["tokens_by_version"]) > 1
+    versions = {key.rpartition("/")[2] for key in lines[-1] if key.startswith("train/tokens_by_version/")}
+    assert versions <= {"2", "3", "4"}
+    assert len(versions) > 1
 
     evaluations = read_json_lines(run_path / "evaluations.jsonl")
-    assert [(line["moment"], line["iteration"], line["problems"]) for line in evaluations] == [
-        ("before", 0, 12),
-        ("during", 2, 5),
-        ("after", 3, 12),
+    assert [(line["kind"], line["iteration"], line["problems"]) for line in evaluations] == [
+        ("baseline", 0, 12),
+        ("periodic", 2, 5),
+        ("final", 3, 12),
     ]
     summary = json.loads((run_path / "summary.json").read_text())
-    assert summary["accuracy_before"] == evaluations[0]["accuracy"]
-    assert set(summary["accuracy_after"]) == {"overall", "math"}
-    interval = summary["accuracy_after"]["overall"]["sampled"]
+    assert summary["accuracy_baseline"] == evaluations[0]["accuracy"]
+    assert set(summary["accuracy_final"]) == {"overall", "math"}
+    interval = summary["accuracy_final"]["overall"]["sampled"]
     assert 0 <= interval["low"] <= interval["mean"] <= interval["high"] <= 1
     assert summary["trajectories_trained"] == trained
-    assert summary["tokens_generated"] == sum(line["tokens_generated"] for line in lines)
-    assert summary["max_logprob_difference"] == pytest.approx(1e-4)
+    assert summary["tokens_generated"] == sum(line["rollout/tokens"] for line in lines)
+    assert summary["train_infer_logprob_diff_max"] == pytest.approx(1e-4)
     assert {"sft", "evaluation", "rollout", "training", "weights", "commit", "total"} <= set(summary["seconds"])
     assert json.loads((run_path / "run.json").read_text())["status"] == "finished"
     events = EventAccumulator(str(run_path / "tensorboard"))
@@ -147,7 +147,7 @@ async def test_the_trainer_gets_rewards_less_the_overlong_penalty(buffer_address
         overlong_penalty={"weight": 0.5, "cap": 12, "buffer": 8},
         drop_uniform_groups=False,
     )
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with AsyncExitStack() as stack:
         peers = await stack.enter_async_context(fake_peers(buffer_address))
         client = await stack.enter_async_context(coordinator(peers))
@@ -167,7 +167,9 @@ async def test_the_trainer_gets_rewards_less_the_overlong_penalty(buffer_address
     }
     assert len(set(penalties.values())) > 2
     [line] = read_json_lines(run_path / "metrics.jsonl")
-    assert line["share_overlong"] == pytest.approx(sum(value > 0 for value in penalties.values()) / len(penalties))
+    assert line["rollout/overlong_rate"] == pytest.approx(
+        sum(value > 0 for value in penalties.values()) / len(penalties)
+    )
 
 
 async def peers_run_state(buffer_address: str, run_id: str) -> buffer_pb2.GetRunResponse:
@@ -182,7 +184,7 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
 ) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
     section = write_run_section(tmp_path, iterations=5, rollout={"token_budget": 4, "max_response_tokens": 11})
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
         worker = peers.add_worker("a", tokenizer)
         async with worker_in_service(worker, client.target):
@@ -195,9 +197,10 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
     # A response of 4 tokens an iteration takes three at most.
     assert max(Counter(worker.extended).values()) == 3
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
-    assert sum(sum(line["ended"].values()) for line in lines) == len(worker.extended)
-    assert max(line["response_tokens"]["max"] or 0 for line in lines) == 11
-    assert sum(line["ended"]["response_cap"] for line in lines) > 0
+    ended = Counter({key: sum(line[key] for line in lines) for key in lines[0] if key.startswith("rollout/ended/")})
+    assert ended.total() == len(worker.extended)
+    assert max(line["rollout/response_tokens/max"] or 0 for line in lines) == 11
+    assert ended["rollout/ended/response_cap"] > 0
 
 
 async def test_bad_requests_name_the_field_and_write_nothing(buffer_address: str, tmp_path: Path) -> None:
@@ -224,6 +227,9 @@ async def test_bad_requests_name_the_field_and_write_nothing(buffer_address: str
         with pytest.raises(InvalidArgumentError) as caught:
             await client.start_run(pb.StartRunRequest(run_id="../r", config_yaml="", run_path="relative"))
         assert [violation.field for violation in caught.value.violations] == ["run_id", "config_yaml", "run_path"]
+        magic = yaml.safe_dump(values | {"algorithm": {"name": "magic"}})
+        with pytest.raises(InvalidArgumentError, match="algorithm.name: magic is unknown"):
+            await client.start_run(pb.StartRunRequest(run_id="r", config_yaml=magic, run_path=str(run_path)))
         with pytest.raises(NotFoundError):
             await client.stop_run(pb.StopRunRequest(run_id="unknown"))
         assert not (await client.get_status(pb.GetStatusRequest())).HasField("run")
@@ -233,7 +239,7 @@ async def test_bad_requests_name_the_field_and_write_nothing(buffer_address: str
 async def test_stop_and_go_on(buffer_address: str, tmp_path: Path) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
     section = write_run_section(tmp_path, iterations=4)
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run"))
     async with (
         fake_peers(buffer_address) as peers,
@@ -257,7 +263,7 @@ async def test_stop_and_go_on(buffer_address: str, tmp_path: Path) -> None:
         assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [1, 2, 3, 4]
-    committed = {line["iteration"]: n for line in lines if (n := line["trajectories_trained"])}
+    committed = {line["iteration"]: n for line in lines if (n := line["train/trajectories"])}
     # What was trained just before the stop may have been rolled back and trained again: the last request counts.
     trained = {r.iteration: sum(len(group.trajectories) for group in r.groups) for r in peers.trainer.trained}
     assert committed == trained
@@ -266,7 +272,7 @@ async def test_stop_and_go_on(buffer_address: str, tmp_path: Path) -> None:
 async def test_the_time_limit_ends_a_run_after_an_iteration(buffer_address: str, tmp_path: Path) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
     section = write_run_section(tmp_path, iterations=10_000, time_limit_s=1.5)
-    tokenizer = read_model_folder(str(tmp_path / "model")).tokenizer
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with (
         fake_peers(buffer_address) as peers,
         coordinator(peers) as client,
@@ -277,5 +283,5 @@ async def test_the_time_limit_ends_a_run_after_an_iteration(buffer_address: str,
         assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
         assert 1.5 <= asyncio.get_running_loop().time() - started < 15
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
-    assert lines[-1]["elapsed_seconds"] > lines[0]["elapsed_seconds"]
-    assert lines[-1]["learning_rate"] <= lines[0]["learning_rate"]
+    assert lines[-1]["time/elapsed_seconds"] > lines[0]["time/elapsed_seconds"]
+    assert lines[-1]["train/learning_rate"] <= lines[0]["train/learning_rate"]

@@ -65,8 +65,8 @@ def test_services_get_the_folder_of_the_run_unless_the_recipe_says_otherwise(tmp
             "recipe.yaml: rollout.max_num_seqz: unknown key; did you mean max_num_seqs?",
         ),
         (
-            RECIPE.replace("iterations: 2", "iterations: 2, algorithm: {minibatchs: 2}"),
-            "recipe.yaml: run.algorithm.minibatchs: unknown key; did you mean minibatches?",
+            RECIPE.replace("iterations: 2", "iterations: 2, update: {minibatchs: 2}"),
+            "recipe.yaml: run.update.minibatchs: unknown key; did you mean minibatches?",
         ),
         (RECIPE.replace(", iterations: 2", ""), "recipe.yaml: run.iterations: is required"),
         (RECIPE + "local: {worker: 2}\n", "recipe.yaml: local.worker: unknown key; did you mean workers?"),

@@ -13,16 +13,16 @@ from perigee.report.records import Estimate, Evaluation
 METRICS = {
     "iteration": 4.0,
     "reward/mean": 0.4125,
-    "accuracy/overall": 0.5,
-    "response_tokens/mean": 28.31,
-    "response_tokens/p95": 66.0,
-    "tokens_per_second": 8123.4,
-    "share_partial": 0.125,
-    "share_repeated": 0.01,
-    "phases/training/start": 2.0,
-    "phases/training/seconds": 1.5,
-    "phases/rollout/start": 0.0,
-    "phases/rollout/seconds": 2.0,
+    "reward/accuracy/overall": 0.5,
+    "rollout/response_tokens/mean": 28.31,
+    "rollout/response_tokens/p95": 66.0,
+    "rollout/tokens_per_second": 8123.4,
+    "rollout/partial_rate": 0.125,
+    "rollout/repetition_rate": 0.01,
+    "time/training/start": 2.0,
+    "time/training/seconds": 1.5,
+    "time/rollout/start": 0.0,
+    "time/rollout/seconds": 2.0,
 }
 EVALUATION = Evaluation(4, {"overall": Estimate(0.5)}, {"overall": Estimate(0.4, 0.35, 0.45)})
 

@@ -12,7 +12,8 @@ from perigee.errors import InvalidArgumentError
 from perigee.reward.items import read_prompt_line
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2
-from services.coordinator.prompts import read_model_folder, read_prompts
+from services.coordinator.prompts import PromptSet, read_prompts
+from services.kit.hf import open_model_folder
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
 
 
@@ -24,12 +25,22 @@ def part(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "judged_by": spec}
 
 
+def read(folder: Path, path: Path, max_response_tokens: int, field: str = "run.prompts") -> PromptSet:
+    """Reads a prompt file with the model of `folder`, which is made where there is none."""
+    if not (folder / "model").exists():
+        write_model_folder(folder / "model")
+    model = open_model_folder(folder / "model", "run.model")
+    return read_prompts(str(path), field, model.open_tokenizer(), model.context_tokens, max_response_tokens)
+
+
 def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
-    model = read_model_folder(str(write_model_folder(tmp_path / "model")))
     path = write_lines(tmp_path / "prompts.jsonl", [math_line("m1", "1+2=", "3"), code_line("c1")])
-    prompts = read_prompts(str(path), "run.prompts", model, 16)
+    prompts = read(tmp_path, path, 16)
     assert [prompt.id for prompt in prompts.prompts] == ["m1", "c1"]
-    assert model.tokenizer.decode(list(prompts.by_id["m1"].token_ids)) == "1+2="
+    assert (
+        open_model_folder(tmp_path / "model", "run.model").open_tokenizer().decode(list(prompts.by_id["m1"].token_ids))
+        == "1+2="
+    )
     assert prompts.by_id["c1"].line.item.WhichOneof("verifier") == "code"
 
 
@@ -58,52 +69,36 @@ def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: dict[str, Any] | str, said: str) -> None:
-    model = read_model_folder(str(write_model_folder(tmp_path / "model")))
     path = tmp_path / "prompts.jsonl"
     text = line if isinstance(line, str) else json.dumps(line)
     path.write_text(json.dumps(math_line("m1", "1+2=", "3")) + "\n" + text + "\n")
     with pytest.raises(InvalidArgumentError) as caught:
-        read_prompts(str(path), "run.prompts", model, 16)
+        read(tmp_path, path, 16)
     assert said in caught.value.message
     assert str(path) in caught.value.message
     assert caught.value.violations
 
 
 def test_a_prompt_longer_than_the_context_is_named(tmp_path: Path) -> None:
-    model = read_model_folder(str(write_model_folder(tmp_path / "model", context=64)))
+    write_model_folder(tmp_path / "model", context=64)
     path = write_lines(tmp_path / "prompts.jsonl", [math_line("short", "1+2=", "3"), math_line("long", "1" * 49, "1")])
-    assert read_prompts(str(path), "run.prompts", model, 15).by_id["long"]
+    assert read(tmp_path, path, 15).by_id["long"]
     with pytest.raises(InvalidArgumentError, match=r"prompt long: has 49 tokens, .* context of 64"):
-        read_prompts(str(path), "run.prompts", model, 16)
-
-
-def test_a_folder_that_is_no_model_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"run\.model: .* is no model folder: it has no config\.json"):
-        read_model_folder(str(tmp_path / "nowhere"))
-    folder = write_model_folder(tmp_path / "model")
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(InvalidArgumentError, match="max_position_embeddings"):
-        read_model_folder(str(folder))
-    write_model_folder(folder)
-    (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(InvalidArgumentError, match=r"tokenizer\.json cannot be read"):
-        read_model_folder(str(folder))
+        read(tmp_path, path, 16)
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
-    model = read_model_folder(str(write_model_folder(tmp_path / "model")))
     with pytest.raises(InvalidArgumentError, match=r"run\.heldout: .* cannot be read"):
-        read_prompts(str(tmp_path / "none.jsonl"), "run.heldout", model, 16)
+        read(tmp_path, tmp_path / "none.jsonl", 16, "run.heldout")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(InvalidArgumentError, match="holds no prompts"):
-        read_prompts(str(tmp_path / "empty.jsonl"), "run.heldout", model, 16)
+        read(tmp_path, tmp_path / "empty.jsonl", 16, "run.heldout")
 
 
 def test_prompts_carry_the_ground_truth(tmp_path: Path) -> None:
-    model = read_model_folder(str(write_model_folder(tmp_path / "model")))
     stdio = code_line("c2") | {"tests": [{"stdin": "1\n", "expected_stdout": "2\n"}], "limits": {"wall_ms": 500}}
     path = write_lines(tmp_path / "p.jsonl", [math_line("m1", "1+2=", "3"), code_line("c1"), stdio])
-    prompts = read_prompts(str(path), "run.prompts", model, 16).by_id
+    prompts = read(tmp_path, path, 16).by_id
     math = prompts["m1"].line.item
     assert (math.id, math.response, math.answer_marker, math.math.reference) == ("", "", "#", "3")
     code = prompts["c1"].line.item.code

@@ -11,21 +11,21 @@ from perigee.errors import InvalidArgumentError
 from perigee.reward.items import PromptLine
 from perigee.reward.v1 import reward_pb2
 from services.coordinator.groups import Group, Trajectory
-from services.coordinator.iteration_metrics import share_overlong
-from services.coordinator.length_reward import length_reward, length_reward_weight
-from services.coordinator.overlong_penalty import overlong_penalty
+from services.coordinator.iteration import learning_rate_at, overlong_rate
 from services.coordinator.prompts import Prompt
-from services.coordinator.run_config import (
-    AlgorithmConfig,
-    LengthRewardConfig,
-    OptimizerConfig,
-    RunConfig,
-    parse_run_config,
+from services.coordinator.rewards import (
+    ShapingWeights,
+    is_uniform,
+    length_reward,
+    length_reward_weight,
+    make_training_batch,
+    overlong_penalty,
+    shape_rewards,
 )
-from services.coordinator.shaping import JudgedResponse, ShapingWeights, is_uniform, shape_rewards
-from services.coordinator.training_batch import learning_rate_at, make_optimizer, make_training_batch
+from services.coordinator.run_config import LengthRewardConfig, RunConfig, parse_run_config
 
 PROMPT = Prompt(PromptLine("p", "default", 0.0, reward_pb2.ScoreItem(prompt="1+1=")), (1, 2, 3))
+CORRECT, WRONG, FAILED = buffer_pb2.VERDICT_CORRECT, buffer_pb2.VERDICT_WRONG, buffer_pb2.VERDICT_FAILED
 
 
 @pytest.mark.parametrize(
@@ -64,11 +64,16 @@ def test_length_reward_warms_up() -> None:
     assert weights == pytest.approx([0.0, 0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
 
 
+def judged(tokens: int, reward: float, repeated: bool = False) -> Trajectory:
+    """A trajectory with a verdict, correct when it has a reward."""
+    trajectory = Trajectory("t", Group("g00000000", PROMPT, 1), tokens=tokens, finished=True, reward=reward)
+    trajectory.verdict = CORRECT if reward else WRONG
+    trajectory.end_reason = buffer_pb2.END_REASON_REPETITION if repeated else buffer_pb2.END_REASON_STOP
+    return trajectory
+
+
 def test_shaping_adds_length_reward_and_takes_repetition_penalty() -> None:
-    group = [
-        JudgedResponse(tokens=10, reward=1.0, correct=True, repeated=False),
-        JudgedResponse(tokens=30, reward=0.0, correct=False, repeated=True),
-    ]
+    group = [judged(10, 1.0), judged(30, 0.0, repeated=True)]
     assert shape_rewards(group, ShapingWeights(0.2, 0.25)) == pytest.approx([1.0 + 0.1, -0.1 - 0.25])
     assert shape_rewards([], ShapingWeights(0.2, 0.25)) == []
 
@@ -90,11 +95,7 @@ def test_overlong_penalty_never_rewards_length(one: int, other: int, cap: int, d
 
 
 def test_shaping_takes_the_overlong_penalty_whatever_the_verdict() -> None:
-    group = [
-        JudgedResponse(tokens=70, reward=1.0, correct=True, repeated=False),
-        JudgedResponse(tokens=95, reward=1.0, correct=True, repeated=False),
-        JudgedResponse(tokens=100, reward=0.0, correct=False, repeated=False),
-    ]
+    group = [judged(70, 1.0), judged(95, 1.0), judged(100, 0.0)]
     weights = ShapingWeights(0.0, 0.0, overlong_penalty=0.4, overlong_cap=100, overlong_buffer=20)
     assert shape_rewards(group, weights) == pytest.approx([1.0, 1.0 - 0.3, -0.4])
     assert shape_rewards(group, ShapingWeights(0.0, 0.0)) == [1.0, 1.0, 0.0]
@@ -136,13 +137,11 @@ def test_a_penalty_that_makes_no_sense_is_refused(penalty: str, message: str) ->
     assert caught.value.message.startswith(message)
 
 
-@pytest.mark.parametrize(("weight", "share"), [(0.0, 0.0), (0.5, 0.5)])
-def test_the_share_of_overlong_responses_is_told(weight: float, share: float) -> None:
-    [*short, one, other] = make_group([CORRECT, WRONG, CORRECT, WRONG], [1.0, 0.0, 1.0, 0.0]).trajectories
-    one.tokens, other.tokens = 81, 200
+@pytest.mark.parametrize(("weight", "rate"), [(0.0, 0.0), (0.5, 0.5)])
+def test_the_rate_of_overlong_responses(weight: float, rate: float) -> None:
     weights = ShapingWeights(0.0, 0.0, overlong_penalty=weight, overlong_cap=100, overlong_buffer=20)
-    assert share_overlong([*short, one, other], weights) == share
-    assert share_overlong([], weights) == 0.0
+    assert overlong_rate([10, 11, 81, 200], weights) == rate
+    assert overlong_rate([], weights) == 0.0
 
 
 def test_uniform_groups() -> None:
@@ -159,9 +158,6 @@ def make_group(verdicts: list[int], rewards: list[float | None], finished: int |
         trajectory.tokens_by_version.update({3: 10, 4: number} if number else {3: 10})
         group.trajectories.append(trajectory)
     return group
-
-
-CORRECT, WRONG, FAILED = buffer_pb2.VERDICT_CORRECT, buffer_pb2.VERDICT_WRONG, buffer_pb2.VERDICT_FAILED
 
 
 def test_a_failed_member_takes_no_part_in_its_group() -> None:
@@ -191,8 +187,21 @@ def test_groups_that_teach_nothing_are_consumed_and_not_trained() -> None:
 
 
 def test_learning_rate_falls_over_the_run() -> None:
-    config = AlgorithmConfig(optimizer=OptimizerConfig(learning_rate=2e-4), final_learning_rate_share=0.3)
-    assert [learning_rate_at(config, share) for share in (0.0, 0.5, 1.0)] == pytest.approx([2e-4, 1.3e-4, 0.6e-4])
-    optimizer = make_optimizer(config.optimizer)
-    assert optimizer.learning_rate == pytest.approx(2e-4)
-    assert optimizer.beta2 == pytest.approx(0.95)
+    rates = [learning_rate_at(2e-4, 0.3, progress) for progress in (0.0, 0.5, 1.0)]
+    assert rates == pytest.approx([2e-4, 1.3e-4, 0.6e-4])
+
+
+def test_settings_reach_the_trainer_under_their_own_names() -> None:
+    config = RunConfig(
+        **RUN,
+        algorithm={"name": "policy_mirror_descent", "tau": 0.2, "baseline": "mean"},
+        update={"max_staleness": 3, "tis_cap": 2.0},
+        optimizer={"beta2": 0.98, "max_grad_norm": 0.5},
+        rollout={"temperature": 0.7},
+    )
+    algorithm = config.algorithm_message()
+    assert (algorithm.name, dict(algorithm.settings)) == ("policy_mirror_descent", {"tau": 0.2, "baseline": "mean"})
+    update = config.update_message()
+    assert (update.minibatches, update.max_staleness, update.tis_cap, update.temperature) == (2, 3, 2.0, 0.7)
+    optimizer = config.optimizer_message(1.3e-4)
+    assert (optimizer.learning_rate, optimizer.beta2, optimizer.max_grad_norm) == (1.3e-4, 0.98, 0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 from perigee.errors import InternalError, InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.rollout.client import RolloutClient
 from services.coordinator.config import DispatchConfig
-from services.coordinator.fan_out import FanOut, PeerError, Progress
-from services.coordinator.run_errors import PeerLostError
-from services.coordinator.workers import Worker, WorkerRegistry
+from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
+from services.coordinator.workers import PeerLostError, Worker, WorkerRegistry
 
 
 class Clock:
@@ -83,27 +81,39 @@ async def test_a_suspect_worker_is_out_until_it_renews() -> None:
     assert registry.holding(1) == []
     registry.renew("a", worker.lease_epoch, 0, 1, True)
     assert registry.holding(1) == [worker]
-    registry.distrust()
+    registry.invalidate()
     assert registry.holding(1) == []
 
 
 async def test_time_in_which_the_coordinator_stood_still_ends_no_lease() -> None:
-    registry = WorkerRegistry(RolloutClient.connect, lease_seconds=0.4)
+    clock = Clock()
+    registry = make_registry(clock)
+    worker = add_worker(registry, "a")
+    clock.now += 30
+    registry.excuse(30 - 1.25, tolerance_s=1.25)
+    assert registry.expire() == []
+    clock.now += 9
+    registry.excuse(1.0, tolerance_s=1.25)
+    assert registry.expire() == [worker]
+
+
+async def test_leases_are_swept_by_the_clock() -> None:
+    clock = Clock()
+    registry = WorkerRegistry(RolloutClient.connect, lease_seconds=0.04, clock=clock)
     worker = add_worker(registry, "a")
     sweeping = asyncio.create_task(registry.sweep())
-    await asyncio.sleep(0)
-    time.sleep(1.0)  # noqa: ASYNC251, the loop is to stand still
-    await asyncio.sleep(0.01)
-    assert registry.is_live(worker)
-    await asyncio.sleep(0.6)
-    assert not registry.is_live(worker)
+    async with asyncio.timeout(10):
+        while registry.is_live(worker):
+            # Two pauses of the sweep at most, so that it does not count as standing still.
+            clock.now += 0.008
+            await asyncio.sleep(0.005)
     sweeping.cancel()
     with suppress(asyncio.CancelledError):
         await sweeping
 
 
-def make_fan_out(registry: WorkerRegistry, call: object, **config: object) -> FanOut:
-    return FanOut(registry, 1, DispatchConfig(**config), call, lambda waiting: None)  # type: ignore[arg-type]
+def make_dispatcher(registry: WorkerRegistry, call: object, **config: object) -> Dispatcher:
+    return Dispatcher(registry, 1, DispatchConfig(**config), call, lambda waiting: None)  # type: ignore[arg-type]
 
 
 @settings(max_examples=40, deadline=None)
@@ -142,7 +152,7 @@ async def test_every_sequence_ends_once_within_every_workers_room(
             yield Progress(ended=[key])
 
     keys = [str(key) for key in range(count)]
-    await make_fan_out(registry, call, calls_per_worker=calls, overcommit=2.0).run(keys)
+    await make_dispatcher(registry, call, calls_per_worker=calls, overcommit=2.0).run(keys)
     assert sorted(ended) == sorted(keys)
     assert all(worker.outstanding == 0 for worker in workers)
 
@@ -159,7 +169,7 @@ async def test_a_fast_worker_takes_more_than_a_slow_one() -> None:
             taken[worker.worker_id] += 1
             yield Progress(ended=[key])
 
-    await make_fan_out(registry, call).run(str(key) for key in range(100))
+    await make_dispatcher(registry, call).run(str(key) for key in range(100))
     assert taken["fast"] > 3 * taken["slow"] > 0
 
 
@@ -184,12 +194,12 @@ async def test_a_lost_workers_call_is_cancelled_and_its_work_given_to_others() -
         assert registry.expire() == [lost]
 
     losing = asyncio.create_task(lose())
-    await make_fan_out(registry, call).run(["1", "2", "3"])
+    await make_dispatcher(registry, call).run(["1", "2", "3"])
     await losing
     assert sorted(cancelled) == ["1", "2", "3"]
 
 
-async def test_errors_of_peers_and_requests_end_the_fan_out() -> None:
+async def test_errors_of_peers_and_requests_end_the_dispatch() -> None:
     registry = make_registry()
     worker = add_worker(registry, "a")
 
@@ -202,9 +212,9 @@ async def test_errors_of_peers_and_requests_end_the_fan_out() -> None:
         yield Progress()
 
     with pytest.raises(InvalidArgumentError, match="top_p"):
-        await make_fan_out(registry, refuse).run(["1"])
+        await make_dispatcher(registry, refuse).run(["1"])
     with pytest.raises(UnavailableError, match="the buffer is away"):
-        await make_fan_out(registry, lose_buffer).run(["1"])
+        await make_dispatcher(registry, lose_buffer).run(["1"])
     assert worker.suspect is None
     assert worker.outstanding == 0
 
@@ -217,12 +227,12 @@ async def test_a_sequence_that_keeps_failing_is_named() -> None:
         yield Progress(failed=[(key, "no luck") for key in keys])
 
     with pytest.raises(InternalError, match="Sequence 1 failed 3 times, last: no luck"):
-        await make_fan_out(registry, call, attempts=3).run(["1"])
+        await make_dispatcher(registry, call, attempts=3).run(["1"])
 
 
 async def test_without_a_worker_the_wait_is_shown_and_bounded() -> None:
     shown: list[bool] = []
-    fan_out = FanOut(make_registry(), 1, DispatchConfig(worker_wait_s=0.05), lambda *_: None, shown.append)  # type: ignore[arg-type,return-value]
+    dispatcher = Dispatcher(make_registry(), 1, DispatchConfig(worker_wait_s=0.05), lambda *_: None, shown.append)  # type: ignore[arg-type,return-value]
     with pytest.raises(PeerLostError, match=r"No rollout worker has been registered for 0\.05 s"):
-        await fan_out.run(["1"])
+        await dispatcher.run(["1"])
     assert shown == [True, False]

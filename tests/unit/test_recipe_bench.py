@@ -12,7 +12,10 @@ from workload import Round
 
 def make_line(seconds: float, **phases: float) -> dict[str, Any]:
     """A line of metrics.jsonl with the fields that the benchmark reads."""
-    return {"iteration_seconds": seconds, "phases": {name: {"seconds": value} for name, value in phases.items()}}
+    line = {"time/iteration_seconds": seconds}
+    for name, value in phases.items():
+        line |= {f"time/{name}/start": 0.0, f"time/{name}/seconds": value}
+    return line
 
 
 def write_metrics(run: Path, *lines: dict[str, Any]) -> Path:

@@ -9,12 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perigee.errors import InvalidArgumentError
+from perigee.errors import DataLossError, InvalidArgumentError
 from perigee.report import plots
-from perigee.report.headline import changes, headline_lines
-from perigee.report.page import SECTIONS
-from perigee.report.records import Iteration, flatten, read_evaluations, read_records
-from perigee.report.write import write_report
+from perigee.report.page import SECTIONS, write_report
+from perigee.report.records import Iteration, changes, headline_lines, read_evaluations, read_records
 
 
 def interval(mean: float, half: float) -> dict[str, float]:
@@ -31,19 +29,25 @@ def accuracy(gain: float) -> dict[str, Any]:
 def metrics_line(iteration: int) -> dict[str, Any]:
     return {
         "iteration": iteration,
-        "reward": {"mean": 0.3 + 0.01 * iteration},
-        "response_tokens": {"mean": 30.0, "p95": 70.0, "max": 110},
-        "share_partial": 0.1,
-        "share_repeated": 0.01,
-        "tokens_by_version": {str(iteration + 2): 900, str(iteration + 1): 80, str(iteration - 5): 20},
-        "trajectories_trained": 200,
-        "trajectories_multi_version": 30,
-        "max_logprob_difference": 1e-4,
-        "phases": {
-            "rollout": {"start": 0.1, "seconds": 2.0},
-            "scoring": {"start": 0.5, "seconds": 1.8},
-            "training": {"start": 2.4, "seconds": 1.5},
-        },
+        "reward/mean": 0.3 + 0.01 * iteration,
+        "rollout/response_tokens/mean": 30.0,
+        "rollout/response_tokens/p95": 70.0,
+        "rollout/response_tokens/max": 110,
+        "rollout/partial_rate": 0.1,
+        "rollout/repetition_rate": 0.01,
+        f"train/tokens_by_version/{iteration + 2}": 900,
+        f"train/tokens_by_version/{iteration + 1}": 80,
+        f"train/tokens_by_version/{iteration - 5}": 20,
+        "train/trajectories": 200,
+        "train/trajectories_multi_version": 30,
+        "train/train_infer_logprob_diff_max": 1e-4,
+        "time/iteration_seconds": 4.0,
+        "time/rollout/start": 0.1,
+        "time/rollout/seconds": 2.0,
+        "time/scoring/start": 0.5,
+        "time/scoring/seconds": 1.8,
+        "time/training/start": 2.4,
+        "time/training/seconds": 1.5,
     }
 
 
@@ -56,9 +60,9 @@ def run_path(tmp_path: Path) -> Path:
     path = tmp_path / "small-1"
     path.mkdir()
     write_lines(path / "metrics.jsonl", [metrics_line(iteration) for iteration in range(1, 9)])
-    evaluations = [{"moment": "during", "iteration": i, "accuracy": accuracy(0.04 * i)} for i in (0, 4, 8)]
+    evaluations = [{"kind": "periodic", "iteration": i, "accuracy": accuracy(0.04 * i)} for i in (0, 4, 8)]
     write_lines(path / "evaluations.jsonl", evaluations)
-    summary = {"accuracy_before": accuracy(0.0), "accuracy_after": accuracy(0.32), "tokens_generated": 12345}
+    summary = {"accuracy_baseline": accuracy(0.0), "accuracy_final": accuracy(0.32), "tokens_generated": 12345}
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "recipe.yaml").write_text("name: small\nrun: {iterations: 8}\nbuffer: {server: {token: hush}}\n")
     return path
@@ -100,8 +104,8 @@ def test_names_from_the_recipe_cannot_break_the_page(run_path: Path) -> None:
     assert "<b>x</b>" not in page
 
 
-def test_what_the_records_lack_is_said(run_path: Path) -> None:
-    lines = [{"iteration": 1, "reward": {"mean": 0.5}, "share_partial": None}]
+def test_sections_without_records_say_so(run_path: Path) -> None:
+    lines = [{"iteration": 1, "reward/mean": 0.5, "rollout/partial_rate": None}]
     write_lines(run_path / "metrics.jsonl", lines)
     (run_path / "summary.json").unlink()
     (run_path / "evaluations.jsonl").unlink()
@@ -110,7 +114,7 @@ def test_what_the_records_lack_is_said(run_path: Path) -> None:
     assert drawn(page) == {"reward"}
     assert page.count("The records of this run hold no such figures.") == len(SECTIONS) - 1
     assert "not finished: figures so far" in page
-    assert report.headline == ["no accuracy to compare: the run holds fewer than two evaluations"]
+    assert report.headline == ["no accuracy to compare: the run has fewer than two evaluations"]
 
 
 def test_a_run_that_has_not_finished_compares_its_evaluations(run_path: Path) -> None:
@@ -120,7 +124,7 @@ def test_a_run_that_has_not_finished_compares_its_evaluations(run_path: Path) ->
 
 
 def test_intervals_that_overlap_are_not_called_apart(run_path: Path) -> None:
-    summary = {"accuracy_before": accuracy(0.0), "accuracy_after": accuracy(0.05)}
+    summary = {"accuracy_baseline": accuracy(0.0), "accuracy_final": accuracy(0.05)}
     (run_path / "summary.json").write_text(json.dumps(summary))
     assert not any("apart" in line for line in headline_lines(read_records(run_path)))
 
@@ -133,11 +137,11 @@ def test_a_line_cut_by_a_crash_is_left_out(run_path: Path) -> None:
 
 def test_a_broken_line_is_named(run_path: Path) -> None:
     (run_path / "metrics.jsonl").write_text('{"iteration": 1}\nnonsense\n{"iteration": 2}\n')
-    with pytest.raises(InvalidArgumentError, match=r"metrics\.jsonl, line 2: is not JSON"):
+    with pytest.raises(DataLossError, match=r"metrics\.jsonl:2 is not JSON"):
         write_report(run_path)
 
 
-def test_a_folder_without_records_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"holds no metrics\.jsonl, evaluations\.jsonl or summary\.json"):
         write_report(tmp_path)
 
@@ -151,7 +155,9 @@ def test_the_final_evaluation_stands_for_its_iteration(run_path: Path) -> None:
 
 
 def test_the_age_of_tokens_counts_from_the_newest_version() -> None:
-    row = Iteration(3, flatten({"tokens_by_version": {"9": 100, "10": 700, "4": 3}}))
+    row = Iteration(
+        3, {f"train/tokens_by_version/{version}": tokens for version, tokens in ((9, 100), (10, 700), (4, 3))}
+    )
     assert plots.tokens_by_age(row) == {0: 700, 1: 100, 6: 3}
 
 
@@ -166,8 +172,8 @@ def test_phases_keep_their_offsets(run_path: Path) -> None:
     assert spans == {"rollout": (0.1, 2.0), "scoring": (0.5, 1.8), "training": (2.4, 1.5)}
 
 
-def test_the_share_of_several_versions_is_drawn(run_path: Path) -> None:
-    figure = plots.plot_shares(read_records(run_path))
+def test_the_rate_of_several_versions_is_drawn(run_path: Path) -> None:
+    figure = plots.plot_rates(read_records(run_path))
     shares = {line.name: list(line.y) for line in figure.data}
     assert shares["several versions"] == pytest.approx([0.15] * 8)
 

@@ -1,4 +1,4 @@
-"""Spreads sequences over rollout workers in bounded calls: the least-loaded live worker first, failures elsewhere."""
+"""Dispatches sequences to rollout workers in bounded calls, to the least-loaded one first; failed ones to another."""
 
 from __future__ import annotations
 
@@ -18,43 +18,42 @@ from perigee.errors import (
     PermissionDeniedError,
     UnauthenticatedError,
     UnimplementedError,
+    first_error,
 )
-from services.coordinator import metrics
 from services.coordinator.config import DispatchConfig
-from services.coordinator.run_errors import PeerLostError, single_error
-from services.coordinator.workers import Worker, WorkerRegistry
+from services.coordinator.workers import FAILURES, PeerLostError, Worker, WorkerRegistry
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
 
-# The same call fails on every worker, so the run does.
+# The same call would fail on every worker, so the run fails.
 FATAL = (InvalidArgumentError, UnauthenticatedError, PermissionDeniedError, UnimplementedError)
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Sequences of a call that ended, and those that failed with a reason."""
+    """Sequences of a call that ended, and those that failed, each with its reason."""
 
     ended: Sequence[str] = ()
     failed: Sequence[tuple[str, str]] = ()
 
 
 class PeerError(Exception):
-    """Wraps an error of a peer that is not the worker, so that the worker is not blamed for it."""
+    """Error of another peer than the worker, wrapped so that the worker is not taken for the cause."""
 
     def __init__(self, error: PerigeeError) -> None:
         super().__init__(error.message)
         self.error = error
 
 
-# Does the work of one call, telling what ended as it ends. Closing the generator cancels the call.
+# Makes one call to a worker and yields its progress. Closing the generator cancels the call.
 Call = Callable[[Worker, list[str]], AsyncGenerator[Progress, None]]
 
 
-class FanOut:
-    """A queue of sequences from which every live worker that holds the policy version takes as fast as it can.
+class Dispatcher:
+    """Queue of sequences that every live worker with the policy version takes from as fast as it can.
 
-    `on_waiting` is told True while work waits and no worker can take it, False when it goes on.
+    `on_waiting` is called with True when work waits and no worker can take it, with False when one takes it.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class FanOut:
         self._idle_s = 0.0
 
     async def run(self, keys: Iterable[str]) -> None:
-        """Returns when every sequence has ended.
+        """Runs until every sequence has ended.
 
         Raises PeerLostError when no worker takes work for `worker_wait_s`, InternalError when one sequence fails
         `attempts` times, and what peers other than workers raise.
@@ -90,11 +89,11 @@ class FanOut:
                 with self._registry.watch(self._wake.set):
                     while self._queue or self._calls:
                         self._wake.clear()
-                        self._end_calls_of_lost_workers()
+                        self._cancel_calls_of_lost_workers()
                         self._start_calls(tasks)
                         await self._pause()
         except BaseExceptionGroup as group:
-            raise single_error(group) from group
+            raise first_error(group) from group
         finally:
             self._set_waiting(False)
 
@@ -111,7 +110,7 @@ class FanOut:
             task.add_done_callback(self._forget)
 
     def _room(self, worker: Worker, workers: int) -> int:
-        """Size of the next call: a share of the worker's load, or of what is left; 0 when that does not fit yet."""
+        """Returns the size of the next call: a share of the worker's limit or of the queue; 0 while it does not fit."""
         limit = math.ceil(worker.capacity * self._config.overcommit)
         share = math.ceil(limit / self._config.calls_per_worker)
         size = min(share, self._config.max_batch, math.ceil(len(self._queue) / workers))
@@ -122,7 +121,7 @@ class FanOut:
         try:
             async with aclosing(self._call(worker, batch)) as stream:
                 async for progress in stream:
-                    self._take(worker, remaining, progress)
+                    self._apply(worker, remaining, progress)
             if remaining:
                 self._registry.suspect(worker, f"its call ended without {len(remaining)} of {len(batch)} sequences")
         except PeerError as wrapped:
@@ -130,16 +129,16 @@ class FanOut:
         except FATAL:
             raise
         except PerigeeError as error:
-            metrics.FAILURES.labels("worker_call").inc()
+            FAILURES.labels("worker_call").inc()
             if isinstance(error, FailedPreconditionError):
-                # It restarted, or holds other weights: it is out until the weights are pushed again.
+                # It restarted, or holds other weights: no work until the weights are pushed again.
                 worker.pushed_version = None
             self._registry.suspect(worker, error.message)
         finally:
             worker.outstanding -= len(remaining)
             self._queue.extendleft(reversed(remaining))
 
-    def _take(self, worker: Worker, remaining: dict[str, None], progress: Progress) -> None:
+    def _apply(self, worker: Worker, remaining: dict[str, None], progress: Progress) -> None:
         for key in progress.ended:
             if key in remaining:
                 del remaining[key]
@@ -151,7 +150,7 @@ class FanOut:
             worker.outstanding -= 1
             self._queue.append(key)
             self._failures[key] += 1
-            metrics.FAILURES.labels("segment").inc()
+            FAILURES.labels("segment").inc()
             log.warning("sequence failed", sequence=key, worker=worker.worker_id, reason=reason)
             if self._failures[key] >= self._config.attempts:
                 raise PeerError(InternalError(f"Sequence {key} failed {self._failures[key]} times, last: {reason}"))
@@ -159,13 +158,13 @@ class FanOut:
             self._idle_s = 0.0
         self._wake.set()
 
-    def _end_calls_of_lost_workers(self) -> None:
+    def _cancel_calls_of_lost_workers(self) -> None:
         for task, worker in self._calls.items():
             if not self._registry.is_live(worker):
                 task.cancel()
 
     async def _pause(self) -> None:
-        """Until something changes; raises PeerLostError when too much time passed without a call or an end."""
+        """Waits for a change; raises PeerLostError after too much time without a call or an end."""
         if self._wake.is_set() or not (self._queue or self._calls):
             return
         if self._calls:

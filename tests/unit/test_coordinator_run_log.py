@@ -13,67 +13,44 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import DataLossError
-from services.coordinator.files import append_line, read_lines, write_atomically
-from services.coordinator.records import Records, flatten, number_or_none
+from perigee.files import append_lines, read_lines
+from services.coordinator.iteration import CoordinatorState, Totals, decode_state
 from services.coordinator.run_config import config_digest, parse_run_config
-from services.coordinator.run_state import CoordinatorState, Totals, decode_state
+from services.coordinator.run_log import RunLog, number_or_none, numbers
 from services.coordinator.sampling import SamplerState
 from tests.fixtures.coordinator import write_run_section
 
 
-def test_a_line_cut_by_a_crash_goes_and_the_next_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "lines.jsonl"
-    append_line(path, {"n": 1})
-    with open(path, "a") as file:
-        file.write('{"n": 2, "cu')
-    assert read_lines(path) == [{"n": 1}]
-    append_line(path, {"n": 3})
-    assert read_lines(path) == [{"n": 1}, {"n": 3}]
-    path.write_text('{"n": 1}\n{"n"\n{"n": 3}\n')
-    with pytest.raises(DataLossError, match=r"lines\.jsonl:2 is not JSON"):
-        read_lines(path)
-
-
-def test_a_number_that_json_lacks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="not JSON compliant"):
-        append_line(tmp_path / "lines.jsonl", {"n": float("nan")})
-    assert read_lines(tmp_path / "lines.jsonl") == []
+def test_an_unknown_number_is_null() -> None:
     assert number_or_none(float("nan")) is None
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "run.json"
-    write_atomically(path, "old")
-    with pytest.raises(UnicodeEncodeError):
-        write_atomically(path, "new \ud800")
-    assert path.read_text() == "old"
+    assert number_or_none(0.12345678) == 0.123457
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.integers(1, 8), max_size=12), st.integers(0, 8))
 def test_restored_iterations_are_the_committed_ones_once_each(written: list[int], committed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        records = Records(Path(folder))
+        run_log = RunLog(Path(folder))
         for iteration in written:
-            append_line(Path(folder) / "metrics.jsonl", {"iteration": iteration})
+            append_lines(Path(folder) / "metrics.jsonl", [{"iteration": iteration}])
         last = {"iteration": committed, "restored": True} if committed else None
-        records.restore_iterations(committed, last)
+        run_log.restore_iterations(committed, last)
         found = [line["iteration"] for line in read_lines(Path(folder) / "metrics.jsonl")]
         kept = {iteration for iteration in written if iteration <= committed}
         assert found == sorted(kept | ({committed} if committed else set()))
 
 
-def test_evaluations_are_found_by_moment_and_iteration(tmp_path: Path) -> None:
-    records = Records(tmp_path)
-    records.add_evaluation({"moment": "before", "iteration": 0, "accuracy": {"overall": {"greedy": {"mean": 0.5}}}})
-    records.close()
-    assert records.evaluation("before", 0) is not None
-    assert records.evaluation("after", 0) is None
+def test_evaluations_are_found_by_kind_and_iteration(tmp_path: Path) -> None:
+    run_log = RunLog(tmp_path)
+    run_log.add_evaluation({"kind": "baseline", "iteration": 0, "accuracy": {"overall": {"greedy": {"mean": 0.5}}}})
+    run_log.close()
+    assert run_log.evaluation("baseline", 0) is not None
+    assert run_log.evaluation("final", 0) is None
 
 
-def test_flatten_keeps_numbers_only() -> None:
+def test_only_numbers_are_metrics() -> None:
     line = {"a": 1, "b": {"c": 0.5, "d": None, "e": "text"}, "f": True, "g": {"h": {"i": 2}}}
-    assert flatten(line) == {"a": 1.0, "b/c": 0.5, "g/h/i": 2.0}
+    assert numbers(line) == {"a": 1.0, "b/c": 0.5, "g/h/i": 2.0}
 
 
 def test_the_state_survives_its_encoding() -> None:
@@ -90,7 +67,10 @@ def test_old_names_of_keys_give_the_same_run(tmp_path: Path) -> None:
     values = yaml.safe_load(write_run_section(tmp_path)) | {
         "sft": [{"dataset": "d", "steps": 1, "optimizer": {"max_grad_norm": 2.0, "min_lr_ratio": 0.5}}],
         "evaluation": {"max_response_tokens": 12},
-        "algorithm": {"tis_cap": 2.0},
+        "algorithm": {"tau": 0.2},
+        "update": {"tis_cap": 2.0, "minibatches": 3},
+        "optimizer": {"learning_rate": 1e-3, "beta1": 0.8, "beta2": 0.9},
+        "final_lr_ratio": 0.3,
     }
     old = copy.deepcopy(values)
     old["warmup"] = old.pop("sft")
@@ -98,11 +78,18 @@ def test_old_names_of_keys_give_the_same_run(tmp_path: Path) -> None:
     old["groups"] = {"live": old.pop("max_live_groups"), "size": old.pop("group_size")}
     for part in (old["rollout"], old["evaluation"]):
         part["response_cap"] = part.pop("max_response_tokens")
-    old["algorithm"] = {"importance_cap": 2.0}
+    for key in ("update", "optimizer", "final_lr_ratio"):
+        del old[key]
+    old["algorithm"] |= {
+        "importance_cap": 2.0,
+        "minibatches": 3,
+        "optimizer": {"learning_rate": 1e-3, "betas": [0.8, 0.9]},
+        "final_learning_rate_share": 0.3,
+    }
     with pytest.warns(FutureWarning) as caught:
         parsed = parse_run_config(yaml.safe_dump(old))
     assert parsed == parse_run_config(yaml.safe_dump(values))
-    assert len({str(warning.message) for warning in caught}) == 7
+    assert len({str(warning.message) for warning in caught}) == 11
 
 
 def test_the_digest_holds_what_must_not_change(tmp_path: Path) -> None:

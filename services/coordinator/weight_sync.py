@@ -1,28 +1,28 @@
-"""Keeps the rollout workers at the policy version of the run: has the trainer push it to those that lack it."""
+"""Keeps trainer and rollout workers at the policy version of the run: checkpoints are loaded, weights are pushed."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from perigee.errors import FailedPreconditionError, PerigeeError
+from perigee.errors import DeadlineExceededError, FailedPreconditionError, PerigeeError
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.client import TrainerClient
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.coordinator import metrics
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.run_errors import PeerLostError
-from services.coordinator.workers import Worker, WorkerRegistry
+from services.coordinator.workers import FAILURES, PeerLostError, Worker, WorkerRegistry
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
 
+TRAINER_POLL_SECONDS = 0.25
 
-class WeightKeeper:
-    """Pushes the run's version to workers. The trainer must be free; `hold_version` brings it to the version."""
+
+class WeightSync:
+    """Policy version of one run on trainer and workers. Pushes and loads need a trainer without another job."""
 
     def __init__(
         self,
@@ -31,9 +31,7 @@ class WeightKeeper:
         registry: WorkerRegistry,
         config: CoordinatorConfig,
         on_waiting: Callable[[bool], None],
-        hold_version: Callable[[int], Awaitable[None]],
     ) -> None:
-        self._hold_version = hold_version
         self._run_id = run_id
         self._trainer = trainer
         self._registry = registry
@@ -42,18 +40,53 @@ class WeightKeeper:
         # When a worker whose push failed may be tried again.
         self._retry_at: dict[Worker, float] = {}
 
-    async def push(self, version: int) -> int:
-        """Pushes to every live worker that lacks the version; returns how many workers hold it.
+    async def wait_until_free(self) -> pb.GetStateResponse:
+        """Returns the trainer's state once it has no job: one of a coordinator that died may still be ending.
 
-        A worker whose push fails is left out until it works; errors of the trainer itself are raised.
+        Raises DeadlineExceededError after `recovery_wait_s`.
+        """
+        deadline = time.monotonic() + self._config.recovery_wait_s
+        while True:
+            state = await self._trainer.get_state(
+                pb.GetStateRequest(run_id=self._run_id), timeout_s=self._config.control_timeout_s
+            )
+            if not state.busy:
+                return state
+            if time.monotonic() > deadline:
+                raise DeadlineExceededError(
+                    f"The trainer has been busy with another job for {self._config.recovery_wait_s:g} s."
+                )
+            await asyncio.sleep(TRAINER_POLL_SECONDS)
+
+    async def ensure_version(self, version: int) -> None:
+        """Has the trainer load the version's checkpoint unless it has the version loaded."""
+        state = await self.wait_until_free()
+        if state.policy_version == version and state.run_id in ("", self._run_id):
+            return
+        await self._trainer.load_checkpoint(
+            pb.LoadCheckpointRequest(run_id=self._run_id, policy_version=version),
+            timeout_s=self._config.checkpoint_timeout_s,
+        )
+
+    async def save(self, version: int) -> None:
+        """Has the trainer write the checkpoint of the version that it has loaded."""
+        await self._trainer.save_checkpoint(
+            pb.SaveCheckpointRequest(run_id=self._run_id, policy_version=version),
+            timeout_s=self._config.checkpoint_timeout_s,
+        )
+
+    async def push(self, version: int) -> int:
+        """Pushes to every live worker that lacks the version; returns how many workers have it.
+
+        A worker whose push fails gets no work and is tried again later; errors of the trainer itself are raised.
         """
         lacking = [worker for worker in self._registry.all() if not worker.holds(version) and self._may_try(worker)]
-        missing = [worker for worker in lacking if not await self._holds_by_its_word(worker, version)]
+        missing = [worker for worker in lacking if not await self._reports_version(worker, version)]
         if missing:
             await self._push_to(missing, version)
         return len(self._registry.holding(version))
 
-    async def require(self, version: int) -> None:
+    async def ensure(self, version: int) -> None:
         """Pushes until at least one worker holds the version; raises PeerLostError after `worker_wait_s`."""
         deadline = time.monotonic() + self._config.dispatch.worker_wait_s
         while await self.push(version) == 0:
@@ -67,10 +100,10 @@ class WeightKeeper:
         self._on_waiting(False)
 
     @asynccontextmanager
-    async def keeping(self, version: int) -> AsyncIterator[None]:
-        """Pushes to workers that come, or come back, while the block runs. A push under way is finished at the end."""
+    async def run(self, version: int) -> AsyncIterator[None]:
+        """Pushes to workers that register while the block runs. A push under way is finished at the end."""
         stop = asyncio.Event()
-        task = asyncio.create_task(self._keep(version, stop))
+        task = asyncio.create_task(self._push_until(stop, version))
         try:
             yield
         except BaseException:
@@ -82,7 +115,7 @@ class WeightKeeper:
             await asyncio.wait([task])
         task.result()
 
-    async def _keep(self, version: int, stop: asyncio.Event) -> None:
+    async def _push_until(self, stop: asyncio.Event, version: int) -> None:
         while not stop.is_set():
             try:
                 await self.push(version)
@@ -92,7 +125,7 @@ class WeightKeeper:
                 await self._wait_for_change()
 
     async def _wait_for_change(self) -> None:
-        """Until a worker changes or a retry is due."""
+        """Waits until a worker changes or a retry is due."""
         changed = asyncio.Event()
         with self._registry.watch(changed.set), contextlib.suppress(TimeoutError):
             await asyncio.wait_for(changed.wait(), timeout=self._config.weights.retry_s)
@@ -101,8 +134,8 @@ class WeightKeeper:
         self._retry_at = {w: at for w, at in self._retry_at.items() if self._registry.is_live(w)}
         return self._retry_at.get(worker, 0.0) <= time.monotonic()
 
-    async def _holds_by_its_word(self, worker: Worker, version: int) -> bool:
-        """A worker that was pushed this version and reported otherwise may have reported before the commit: ask it."""
+    async def _reports_version(self, worker: Worker, version: int) -> bool:
+        """Asks a worker that was pushed the version whether it has it: its report may be older than the commit."""
         if worker.pushed_version != version:
             return False
         try:
@@ -110,7 +143,7 @@ class WeightKeeper:
                 rollout_pb2.GetStateRequest(), timeout_s=self._config.control_timeout_s
             )
         except PerigeeError as error:
-            self._put_off(worker, error.message)
+            self._postpone(worker, error.message)
             return True
         if state.status == rollout_pb2.WORKER_STATUS_READY and state.policy_version == version:
             if worker.suspect is None:
@@ -128,8 +161,8 @@ class WeightKeeper:
         try:
             response = await self._trainer.push_weights(request, timeout_s=timeout_s)
         except FailedPreconditionError:
-            # A trainer that started again holds the base model until it is told otherwise.
-            await self._hold_version(version)
+            # A trainer that restarted has the base model loaded.
+            await self.ensure_version(version)
             response = await self._trainer.push_weights(request, timeout_s=timeout_s)
         by_id = {worker.worker_id: worker for worker in workers}
         for outcome in response.outcomes:
@@ -137,9 +170,9 @@ class WeightKeeper:
             if outcome.committed and self._registry.is_live(worker):
                 self._registry.mark_pushed(worker, version)
             elif not outcome.committed:
-                metrics.FAILURES.labels("push").inc()
-                self._put_off(worker, outcome.reason)
+                FAILURES.labels("push").inc()
+                self._postpone(worker, outcome.reason)
 
-    def _put_off(self, worker: Worker, reason: str) -> None:
+    def _postpone(self, worker: Worker, reason: str) -> None:
         log.warning("worker did not take the weights", worker=worker.worker_id, reason=reason)
         self._retry_at[worker] = time.monotonic() + self._config.weights.retry_s

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.coordinator.intervals import clustered_interval, wilson_interval
+from services.coordinator.evaluation import clustered_interval, wilson_interval
 
 
 def test_wilson_against_known_values() -> None:

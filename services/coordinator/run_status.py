@@ -1,27 +1,38 @@
-"""What a run shows of itself while it works."""
+"""Status of a run while it works, and the event stream that its watchers read: snapshots, iterations, evaluations."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Mapping
-from typing import TypeAlias
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import UnavailableError
+from services.coordinator.run_log import RunLog, numbers
 from services.coordinator.workers import Worker, WorkerRegistry
 
 RunPhase: TypeAlias = "pb.RunPhase.ValueType"
 
 TERMINAL = frozenset((pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_FAILED, pb.RUN_PHASE_STOPPED))
-# A watcher sees at least this many seconds' news at once.
+# Seconds between snapshots at most.
 WATCH_SECONDS = 0.5
 # Snapshots that wait for a slow watcher.
 WATCH_QUEUE = 64
 
 
-class StatusBoard:
-    """The state of one run that snapshots are made of."""
+@dataclass
+class Cursor:
+    """Last iteration and evaluation that a watcher has received; None for a kind that it does not ask for."""
+
+    iteration: int | None = None
+    evaluation: int | None = None
+
+
+class RunStatus:
+    """Phase, progress and latest metrics of one run."""
 
     def __init__(self, run_id: str, iterations: int, registry: WorkerRegistry) -> None:
         self._run_id = run_id
@@ -45,12 +56,12 @@ class StatusBoard:
 
     @property
     def phase(self) -> RunPhase:
-        """The phase, or WAITING while the phase waits for a peer."""
+        """Phase of the run, or WAITING while the phase waits for a peer."""
         return pb.RUN_PHASE_WAITING if self._waiting and self._phase not in TERMINAL else self._phase
 
     @property
     def elapsed_seconds(self) -> float:
-        """Age of the run, time in which no coordinator ran left out."""
+        """Age of the run without the time in which no coordinator ran."""
         return self.earlier_seconds + (self._ended or time.monotonic()) - self._started
 
     def enter(self, phase: RunPhase, total: int = 0) -> None:
@@ -58,21 +69,21 @@ class StatusBoard:
         self._phase, self.done, self.total = phase, 0, total
         self._phase_started = time.monotonic()
         self._ended = self._phase_started if phase in TERMINAL else None
-        self._tell()
+        self._publish()
 
     def set_waiting(self, waiting: bool) -> None:
-        """Shows that the phase waits for a worker or another peer."""
+        """Sets whether the phase waits for a worker or another peer."""
         if waiting != self._waiting:
             self._waiting = waiting
-            self._tell()
+            self._publish()
 
     def fail(self, error: str) -> None:
-        """Ends the run with an error."""
+        """Enters the failed phase."""
         self.error = error
         self.enter(pb.RUN_PHASE_FAILED)
 
     def snapshot(self) -> pb.RunSnapshot:
-        """The state as a message."""
+        """Returns the status as a message."""
         return pb.RunSnapshot(
             run_id=self._run_id,
             phase=self.phase,
@@ -89,9 +100,9 @@ class StatusBoard:
         )
 
     async def watch(self) -> AsyncGenerator[pb.RunSnapshot, None]:
-        """Snapshots on every change of phase and at least twice a second, until the run has ended.
+        """Yields snapshots on every change of phase and at least twice a second, until the run has ended.
 
-        Raises UnavailableError once the board is closed.
+        Raises UnavailableError after `close`.
         """
         changes: asyncio.Queue[pb.RunSnapshot | None] = asyncio.Queue()
         self._watchers.add(changes)
@@ -111,23 +122,23 @@ class StatusBoard:
             self._watchers.discard(changes)
 
     def close(self) -> None:
-        """Ends the watches, since the process stops; the run's next coordinator is to be watched."""
+        """Ends the watches because the process stops: watchers go on with the run's next coordinator."""
         self._closed = True
         for changes in self._watchers:
             changes.put_nowait(None)
 
-    def _tell(self) -> None:
+    def _publish(self) -> None:
         if self._closed:
             return
         for changes in self._watchers:
-            # A watcher that does not read loses what is old.
+            # A watcher that does not read loses the oldest snapshots.
             while changes.qsize() >= WATCH_QUEUE:
                 changes.get_nowait()
             changes.put_nowait(self.snapshot())
 
 
 def worker_snapshots(registry: WorkerRegistry) -> list[pb.WorkerSnapshot]:
-    """The workers with a lease."""
+    """Returns the workers with a lease as messages."""
     return [_worker_snapshot(worker, registry.clock()) for worker in registry.all()]
 
 
@@ -140,3 +151,51 @@ def _worker_snapshot(worker: Worker, now: float) -> pb.WorkerSnapshot:
         policy_version=worker.reported_version if worker.pushed_version is None else worker.pushed_version,
         lease_remaining_seconds=max(0.0, worker.expires - now),
     )
+
+
+async def stream_events(status: RunStatus, log: RunLog, cursor: Cursor) -> AsyncGenerator[pb.WatchRunResponse, None]:
+    """Yields snapshots until the run has ended, each after the results that were recorded before it was made."""
+    revision = -1
+    async with aclosing(status.watch()) as snapshots:
+        async for snapshot in snapshots:
+            if log.revision != revision:
+                revision = log.revision
+                for result in await asyncio.to_thread(read_results, log, cursor, snapshot.iterations):
+                    yield result
+            yield pb.WatchRunResponse(run=snapshot)
+
+
+def read_results(log: RunLog, cursor: Cursor, iterations: int) -> list[pb.WatchRunResponse]:
+    """Returns the results after the cursor by iteration, and moves the cursor behind them.
+
+    Raises DataLossError when a file cannot be read.
+    """
+    found: list[tuple[int, pb.WatchRunResponse]] = []
+    if cursor.iteration is not None:
+        for line in log.iterations():
+            if (number := int(line["iteration"])) > cursor.iteration:
+                result = pb.IterationResult(iteration=number, iterations=iterations, metrics=numbers(line))
+                found.append((number, pb.WatchRunResponse(iteration=result)))
+                cursor.iteration = number
+    if cursor.evaluation is not None:
+        for number, line in enumerate(log.evaluations(), start=1):
+            if number > cursor.evaluation:
+                found.append((int(line["iteration"]), pb.WatchRunResponse(evaluation=evaluation_result(number, line))))
+                cursor.evaluation = number
+    # An evaluation comes after the iteration whose weights it measures: the sort keeps the order of equals.
+    return [response for _, response in sorted(found, key=lambda item: item[0])]
+
+
+def evaluation_result(number: int, line: Mapping[str, Any]) -> pb.EvaluationResult:
+    """Returns a line of evaluations.jsonl as a message."""
+    result = pb.EvaluationResult(number=number, iteration=line["iteration"], policy_version=line["policy_version"])
+    for domain, estimates in line["accuracy"].items():
+        greedy, sampled = (_estimate(estimates.get(kind)) for kind in ("greedy", "sampled"))
+        result.accuracies.add(domain=domain, greedy=greedy, sampled=sampled)
+    return result
+
+
+def _estimate(values: Mapping[str, float | None] | None) -> pb.AccuracyEstimate | None:
+    if values is None or values["mean"] is None:
+        return None
+    return pb.AccuracyEstimate(mean=values["mean"], low=values["low"], high=values["high"])

@@ -1,9 +1,9 @@
-"""One rollout phase: trajectories are leased, extended by workers, and scored as soon as they end."""
+"""Rollout phase: trajectories are leased, extended by workers, and submitted to scoring as soon as they finish."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -15,28 +15,27 @@ from perigee.errors import FailedPreconditionError, PerigeeError
 from perigee.reward.scoring import ScoreJob, ScoringPipeline
 from perigee.rollout.v1 import rollout_pb2
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.fan_out import FanOut, PeerError, Progress
+from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
 from services.coordinator.groups import EndReason, LiveGroups, Trajectory
-from services.coordinator.responses import read_response_texts
 from services.coordinator.run_config import RolloutSettings
 from services.coordinator.workers import Worker, WorkerRegistry
 
 
 @dataclass
 class RolloutCounts:
-    """What a rollout phase did."""
+    """Tokens, ends and failures of a rollout phase."""
 
     tokens: int = 0
     cached_tokens: int = 0
     failures: int = 0
-    # Why each trajectory's segment ended.
+    # End reason of each trajectory's segment.
     ended: dict[str, EndReason] = field(default_factory=dict)
     finished: list[Trajectory] = field(default_factory=list)
 
 
 @dataclass
-class TrajectoryDispatch:
-    """Gives every trajectory one segment of at most the token budget with one policy version."""
+class RolloutPhase:
+    """Extends every trajectory by one segment of at most the token budget, with one policy version."""
 
     run_id: str
     policy_version: int
@@ -53,11 +52,12 @@ class TrajectoryDispatch:
     _targets: dict[str, int] = field(default_factory=dict)
 
     async def run(self, trajectories: Sequence[Trajectory]) -> RolloutCounts:
-        """Extends the trajectories in the order given; returns when each has ended its segment."""
+        """Extends the trajectories in the order given, until the segment of each has ended."""
         starts = {trajectory.id: trajectory.tokens for trajectory in trajectories}
         self._targets = {trajectory_id: min(self._cap, start + self._budget) for trajectory_id, start in starts.items()}
-        fan_out = FanOut(self.registry, self.policy_version, self.config.dispatch, self._extend, self.on_waiting)
-        await fan_out.run(starts)
+        dispatch = self.config.dispatch
+        dispatcher = Dispatcher(self.registry, self.policy_version, dispatch, self._extend, self.on_waiting)
+        await dispatcher.run(starts)
         self.counts.tokens = sum(trajectory.tokens - starts[trajectory.id] for trajectory in trajectories)
         return self.counts
 
@@ -70,24 +70,24 @@ class TrajectoryDispatch:
         return self.settings.token_budget or self.settings.max_response_tokens
 
     async def _extend(self, worker: Worker, trajectory_ids: list[str]) -> AsyncGenerator[Progress, None]:
-        """One call's work: lease, extend, take the ends."""
+        """Makes one call: leases the trajectories, extends them, records their ends."""
         by_budget: dict[int, list[buffer_pb2.Lease]] = defaultdict(list)
         ended: list[str] = []
         try:
             leases, done = await self._lease(worker, trajectory_ids)
             for trajectory_id in done:
-                await self._take_end_from_buffer(trajectory_id)
+                await self._recover_end(trajectory_id)
                 ended.append(trajectory_id)
         except PerigeeError as error:
             raise PeerError(error) from error
         for lease in leases:
             left = self._targets[lease.trajectory_id] - lease.tokens
             if left > 0:
-                # What a call that broke off has left of the budget; else the cap alone may shorten it.
+                # A call that broke off leaves a part of the budget; otherwise only the length limit shortens it.
                 is_full = left == min(self._budget, self._cap - lease.tokens)
                 by_budget[self._budget if is_full else left].append(lease)
             else:
-                self._take_partial(lease.trajectory_id, lease.tokens)
+                self._record_tokens(lease.trajectory_id, lease.tokens)
                 ended.append(lease.trajectory_id)
         if ended:
             yield Progress(ended=ended)
@@ -97,7 +97,7 @@ class TrajectoryDispatch:
                     yield progress
 
     async def _lease(self, worker: Worker, trajectory_ids: list[str]) -> tuple[Sequence[buffer_pb2.Lease], list[str]]:
-        """Leases, and the trajectories that have ended without the coordinator hearing of it."""
+        """Returns leases, and the trajectories whose ends were not received: the buffer has them as finished."""
         done: list[str] = []
         for _ in range(2):
             request = buffer_pb2.LeaseTrajectoriesRequest(
@@ -137,7 +137,7 @@ class TrajectoryDispatch:
             request.repetition_stop.min_repeats = settings.repetition_stop.min_repeats
         async for response in worker.client.extend_trajectories(request, timeout_s=self.config.dispatch.call_timeout_s):
             for end in response.ended:
-                await self._take_end(end)
+                await self._record_end(end)
             self.on_progress(len(self.counts.ended))
             self.counts.failures += len(response.failed)
             yield Progress(
@@ -145,14 +145,14 @@ class TrajectoryDispatch:
                 failed=[(failure.trajectory_id, failure.reason) for failure in response.failed],
             )
 
-    async def _take_end(self, end: rollout_pb2.SegmentEnd) -> None:
+    async def _record_end(self, end: rollout_pb2.SegmentEnd) -> None:
         trajectory = self.groups.trajectory(end.trajectory_id)
         self.counts.cached_tokens += end.cached_tokens
-        self._take_partial(end.trajectory_id, end.tokens)
+        self._record_tokens(end.trajectory_id, end.tokens)
         if end.end_reason != buffer_pb2.END_REASON_BUDGET:
             await self._finish(trajectory, end.end_reason, end.text)
 
-    def _take_partial(self, trajectory_id: str, tokens: int) -> None:
+    def _record_tokens(self, trajectory_id: str, tokens: int) -> None:
         trajectory = self.groups.trajectory(trajectory_id)
         added = tokens - trajectory.tokens
         trajectory.tokens = tokens
@@ -160,7 +160,7 @@ class TrajectoryDispatch:
         self.counts.tokens += added
         self.counts.ended[trajectory_id] = buffer_pb2.END_REASON_BUDGET
 
-    async def _take_end_from_buffer(self, trajectory_id: str) -> None:
+    async def _recover_end(self, trajectory_id: str) -> None:
         trajectory = self.groups.trajectory(trajectory_id)
         texts = await read_response_texts(
             self.buffer, self.run_id, [trajectory_id], self.tokenizer, self.config.control_timeout_s
@@ -175,3 +175,14 @@ class TrajectoryDispatch:
         trajectory.end_reason = end_reason
         self.counts.ended[trajectory.id] = end_reason
         self.counts.finished.append(trajectory)
+
+
+async def read_response_texts(
+    buffer: BufferClient, run_id: str, trajectory_ids: Iterable[str], tokenizer: Tokenizer, timeout_s: float
+) -> Mapping[str, str]:
+    """Reads responses from the buffer and returns their texts by trajectory id, special tokens left out."""
+    token_ids: dict[str, list[int]] = {}
+    request = buffer_pb2.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=trajectory_ids)
+    async for piece in buffer.read_trajectories(request, timeout_s=timeout_s):
+        token_ids.setdefault(piece.trajectory_id, []).extend(piece.token_ids)
+    return {trajectory_id: tokenizer.decode(ids) for trajectory_id, ids in token_ids.items()}

@@ -1,0 +1,165 @@
+"""Log of a run in its folder: metrics.jsonl, evaluations.jsonl, sft.jsonl, summary.json, TensorBoard files.
+
+metrics.jsonl has a line per committed iteration, evaluations.jsonl one per evaluation, sft.jsonl one per supervised
+stage. The keys of a line are documented where it is made, in `iteration.py` and `evaluation.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import Histogram
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from perigee.files import append_lines, read_lines, write_atomically, write_lines
+
+PHASE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
+PHASE_SECONDS = Histogram("perigee_coordinator_phase_seconds", "Seconds per phase.", ["phase"], buckets=PHASE_BUCKETS)
+
+
+class RunLog:
+    """Files of one run."""
+
+    def __init__(self, run_path: Path) -> None:
+        self.path = run_path
+        # Grows with every new line.
+        self.revision = 0
+        self._tensor_board = TensorBoard(run_path / "tensorboard")
+
+    def close(self) -> None:
+        """Closes the TensorBoard file."""
+        self._tensor_board.close()
+
+    def restore_iterations(self, committed: int, last_line: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """Rewrites metrics.jsonl with the committed iterations: none twice, none rolled back, the last one there.
+
+        Returns the line of the last one; None when there is no iteration.
+        """
+        by_iteration = {int(line["iteration"]): line for line in self.iterations() if line["iteration"] <= committed}
+        if last_line is not None and int(last_line["iteration"]) not in by_iteration:
+            by_iteration[int(last_line["iteration"])] = dict(last_line)
+        write_lines(self.path / "metrics.jsonl", [by_iteration[iteration] for iteration in sorted(by_iteration)])
+        self.revision += 1
+        return by_iteration[max(by_iteration)] if by_iteration else None
+
+    def iterations(self) -> list[dict[str, Any]]:
+        """Returns the lines of metrics.jsonl."""
+        return read_lines(self.path / "metrics.jsonl")
+
+    def evaluations(self) -> list[dict[str, Any]]:
+        """Returns the lines of evaluations.jsonl."""
+        return read_lines(self.path / "evaluations.jsonl")
+
+    def add_iteration(self, line: Mapping[str, Any]) -> None:
+        """Appends an iteration."""
+        append_lines(self.path / "metrics.jsonl", [line])
+        self.revision += 1
+        self._tensor_board.add_scalars(numbers(line), int(line["iteration"]))
+
+    def add_sft_stage(self, line: Mapping[str, Any]) -> None:
+        """Appends a supervised stage."""
+        append_lines(self.path / "sft.jsonl", [line])
+
+    def add_sft_step(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds an optimizer step of a supervised stage to TensorBoard; steps count over all stages."""
+        self._tensor_board.add_scalars(values, step)
+
+    def sft_seconds(self) -> float:
+        """Returns the seconds of the supervised stages done."""
+        return sum(float(line["seconds"]) for line in read_lines(self.path / "sft.jsonl"))
+
+    def add_evaluation(self, line: Mapping[str, Any]) -> None:
+        """Appends an evaluation."""
+        append_lines(self.path / "evaluations.jsonl", [line])
+        self.revision += 1
+        self._tensor_board.add_scalars(numbers({"evaluation": line["accuracy"]}), int(line["iteration"]))
+
+    def evaluation(self, kind: str, iteration: int) -> dict[str, Any] | None:
+        """Returns the evaluation of a kind at an iteration; None when it has not been made."""
+        for line in self.evaluations():
+            if line["kind"] == kind and line["iteration"] == iteration:
+                return line
+        return None
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes summary.json."""
+        text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
+        write_atomically(self.path / "summary.json", text.encode())
+
+
+class TensorBoard:
+    """TensorBoard event file, written without torch or TensorFlow; it is opened with the first scalar."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: EventFileWriter | None = None
+
+    def add_scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Adds numbers at a step and flushes them."""
+        if self._writer is None:
+            self._writer = EventFileWriter(str(self._folder))
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+@dataclass
+class PhaseTime:
+    """Seconds from the iteration's start to the phase's start, and seconds that the phase took."""
+
+    start: float
+    seconds: float
+
+
+@dataclass
+class Timeline:
+    """Phases of one iteration; they may overlap."""
+
+    started: float = field(default_factory=time.monotonic)
+    phases: dict[str, PhaseTime] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times the block."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - start
+            self.phases[name] = PhaseTime(start - self.started, seconds)
+            PHASE_SECONDS.labels(name).observe(seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the iteration's start."""
+        return time.monotonic() - self.started
+
+
+def numbers(values: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Returns the numbers of nested mappings, keys joined by a slash."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found[prefix + key] = float(value)
+    return found
+
+
+def number_or_none(value: float) -> float | None:
+    """Rounds to six digits; None for NaN, which JSON does not have."""
+    return None if math.isnan(value) else round(value, 6)
