@@ -26,34 +26,34 @@ class CoordinatorClient(ServiceClient):
     async def register_worker(
         self, request: pb.RegisterWorkerRequest, *, timeout_s: float = 20.0
     ) -> pb.RegisterWorkerResponse:
-        """A rollout worker announces itself; again after its lease is lost."""
+        """Registers a rollout worker: when it starts, and again after its lease is lost."""
         return await self._unary(self._stub.RegisterWorker, request, timeout_s)
 
     async def renew_lease(self, request: pb.RenewLeaseRequest, *, timeout_s: float = 20.0) -> pb.RenewLeaseResponse:
-        """NOT_FOUND when the lease is lost: register again."""
+        """Renews a lease and reports the worker's state; NotFoundError when the lease is lost: register again."""
         return await self._unary(self._stub.RenewLease, request, timeout_s)
 
     async def deregister_worker(
         self, request: pb.DeregisterWorkerRequest, *, timeout_s: float = 20.0
     ) -> pb.DeregisterWorkerResponse:
-        """Gives up the lease."""
+        """Ends the lease."""
         return await self._unary(self._stub.DeregisterWorker, request, timeout_s)
 
     async def start_run(self, request: pb.StartRunRequest, *, timeout_s: float = 20.0) -> pb.StartRunResponse:
-        """Starts a run, or goes on with it when the buffer knows it."""
+        """Starts a run, or resumes it when the buffer knows it."""
         return await self._unary(self._stub.StartRun, request, timeout_s)
 
     async def stop_run(self, request: pb.StopRunRequest, *, timeout_s: float = 20.0) -> pb.StopRunResponse:
-        """Ends the run at once; the buffer keeps what is needed to go on."""
+        """Ends the run at once; the buffer keeps what is needed to resume it."""
         return await self._unary(self._stub.StopRun, request, timeout_s)
 
     async def get_status(self, request: pb.GetStatusRequest, *, timeout_s: float = 20.0) -> pb.GetStatusResponse:
-        """Tells the state of a run and of the workers."""
+        """Returns the state of a run and of the workers."""
         return await self._unary(self._stub.GetStatus, request, timeout_s)
 
     def watch_run(self, request: pb.WatchRunRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.WatchRunResponse]:
         """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations
-        and evaluations: each once and in order, those of the past first. UnavailableError when the service stops: watch
+        and evaluations: each once and in order, the recorded ones first. UnavailableError when the service stops: watch
         again.
         """
         return self._stream(self._stub.WatchRun, request, timeout_s)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer, processors
 
 from perigee.errors import InvalidArgumentError
 from perigee.reward.items import read_prompt_line
@@ -85,6 +86,21 @@ def test_a_prompt_longer_than_the_context_is_named(tmp_path: Path) -> None:
     assert read(tmp_path, path, 15).by_id["long"]
     with pytest.raises(InvalidArgumentError, match=r"prompt long: has 49 tokens, .* context of 64"):
         read(tmp_path, path, 16)
+
+
+def test_prompts_begin_with_the_bos_of_the_tokenizer_exactly_once(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "model")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<bos>"])
+    bos = tokenizer.token_to_id("<bos>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", bos)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    rendered = math_line("rendered", "<bos>1+2=", "3")
+    path = write_lines(tmp_path / "prompts.jsonl", [math_line("plain", "1+2=", "3"), rendered])
+    plain, with_template = read(tmp_path, path, 16).prompts
+    assert plain.token_ids == with_template.token_ids
+    assert plain.token_ids.count(bos) == 1
+    assert plain.token_ids[0] == bos
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ class RegisterWorkerRequest(_message.Message):
     READY_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     address: _builtins.str
-    """host:port that the coordinator and the trainer dial."""
+    """host:port at which the coordinator and the trainer call the worker."""
     capacity: _builtins.int
     policy_version: _builtins.int
     ready: _builtins.bool
@@ -122,7 +122,7 @@ class RenewLeaseRequest(_message.Message):
     running: _builtins.int
     policy_version: _builtins.int
     ready: _builtins.bool
-    """False while the engine restarts or holds no weights."""
+    """False while the engine restarts or has no weights."""
     def __init__(
         self,
         *,
@@ -207,7 +207,7 @@ class StartRunRequest(_message.Message):
     config_yaml: _builtins.str
     """The "run" section of a recipe, as YAML."""
     run_path: _builtins.str
-    """The run's folder, on storage that the coordinator and the trainer share."""
+    """Folder of the run, on storage that the coordinator and the trainer share."""
     def __init__(
         self,
         *,
@@ -231,7 +231,7 @@ class StartRunResponse(_message.Message):
     RESUMED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     resumed: _builtins.bool
-    """True when an earlier run goes on."""
+    """True when an earlier run is resumed."""
     def __init__(
         self,
         *,
@@ -361,10 +361,10 @@ class RunSnapshot(_message.Message):
     phase_seconds: _builtins.float
     elapsed_seconds: _builtins.float
     error: _builtins.str
-    """Why, when the phase is FAILED."""
+    """The reason when the phase is FAILED."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """The latest iteration's line of metrics.jsonl, numbers only, nested keys joined by a slash."""
+        """Metrics of the latest iteration, as in metrics.jsonl; of the current stage before the first iteration."""
 
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerSnapshot]: ...
@@ -398,7 +398,7 @@ class GetStatusRequest(_message.Message):
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
-    """Empty: the newest run."""
+    """The newest run when empty."""
     def __init__(
         self,
         *,
@@ -449,9 +449,9 @@ class WatchRunRequest(_message.Message):
     AFTER_EVALUATION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     after_iteration: _builtins.int
-    """The last iteration that the watcher knows of, 0 for none: every later one is told. Absent: no iteration is told."""
+    """The last iteration that the watcher has received, 0 for none: later ones are sent. Absent: no iteration is sent."""
     after_evaluation: _builtins.int
-    """The number of the last evaluation that the watcher knows of, 0 for none. Absent: no evaluation is told."""
+    """The number of the last evaluation that the watcher has received, 0 for none. Absent: no evaluation is sent."""
     def __init__(
         self,
         *,
@@ -476,7 +476,7 @@ Global___WatchRunRequest: _TypeAlias = WatchRunRequest  # noqa: Y015
 
 @_typing.final
 class IterationResult(_message.Message):
-    """A committed iteration."""
+    """Committed iteration."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -505,10 +505,10 @@ class IterationResult(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     iteration: _builtins.int
     iterations: _builtins.int
-    """Iterations that the run was asked for."""
+    """Iterations of the whole run."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
-        """The iteration's line of metrics.jsonl, numbers only, nested keys joined by a slash."""
+        """Metrics of the iteration, as in metrics.jsonl."""
 
     def __init__(
         self,
@@ -527,7 +527,7 @@ Global___IterationResult: _TypeAlias = IterationResult  # noqa: Y015
 
 @_typing.final
 class AccuracyEstimate(_message.Message):
-    """A share of correct responses with its 95% interval."""
+    """Fraction of correct responses with its 95% interval."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -567,7 +567,7 @@ class DomainAccuracy(_message.Message):
     GREEDY_FIELD_NUMBER: _builtins.int
     SAMPLED_FIELD_NUMBER: _builtins.int
     domain: _builtins.str
-    """A domain of the held-out problems, or overall."""
+    """A domain of the held-out problems, or "overall"."""
     @_builtins.property
     def greedy(self) -> Global___AccuracyEstimate:
         """Absent when this way of decoding was not asked for, or no response has a verdict."""
@@ -630,7 +630,7 @@ Global___EvaluationResult: _TypeAlias = EvaluationResult  # noqa: Y015
 
 @_typing.final
 class WatchRunResponse(_message.Message):
-    """Holds one of these. What a run left comes before the snapshots that were made after it."""
+    """One of these. Results come before the snapshots that were made after them."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

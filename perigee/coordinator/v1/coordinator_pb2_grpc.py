@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class CoordinatorServiceStub:
-    """CoordinatorService is the master of runs: it keeps the rollout workers' leases and drives iterations.
+    """CoordinatorService drives runs iteration by iteration, and keeps the leases of the rollout workers.
     """
 
     def __init__(self, channel):
@@ -73,18 +73,18 @@ class CoordinatorServiceStub:
 
 
 class CoordinatorServiceServicer:
-    """CoordinatorService is the master of runs: it keeps the rollout workers' leases and drives iterations.
+    """CoordinatorService drives runs iteration by iteration, and keeps the leases of the rollout workers.
     """
 
     def RegisterWorker(self, request, context):
-        """A rollout worker announces itself; again after its lease is lost.
+        """Registers a rollout worker: when it starts, and again after its lease is lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def RenewLease(self, request, context):
-        """NOT_FOUND when the lease is lost: register again.
+        """Renews a lease and reports the worker's state. NOT_FOUND when the lease is lost: register again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -97,14 +97,14 @@ class CoordinatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartRun(self, request, context):
-        """Starts a run, or goes on with it when the buffer knows it.
+        """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def StopRun(self, request, context):
-        """Ends the run at once; the buffer keeps what is needed to go on.
+        """Ends the run at once; the buffer keeps what is needed to resume it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -118,7 +118,7 @@ class CoordinatorServiceServicer:
 
     def WatchRun(self, request, context):
         """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
-        evaluations: each once and in order, those of the past first. UNAVAILABLE when the service stops: watch again.
+        evaluations: each once and in order, the recorded ones first. UNAVAILABLE when the service stops: watch again.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -171,7 +171,7 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class CoordinatorService:
-    """CoordinatorService is the master of runs: it keeps the rollout workers' leases and drives iterations.
+    """CoordinatorService drives runs iteration by iteration, and keeps the leases of the rollout workers.
     """
 
     @staticmethod

@@ -27,49 +27,49 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class CoordinatorServiceStub:
-    """CoordinatorService is the master of runs: it keeps the rollout workers' leases and drives iterations."""
+    """CoordinatorService drives runs iteration by iteration, and keeps the leases of the rollout workers."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> CoordinatorServiceAsyncStub: ...
     RegisterWorker: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RegisterWorkerRequest, _coordinator_pb2.RegisterWorkerResponse]
-    """A rollout worker announces itself; again after its lease is lost."""
+    """Registers a rollout worker: when it starts, and again after its lease is lost."""
     RenewLease: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.RenewLeaseRequest, _coordinator_pb2.RenewLeaseResponse]
-    """NOT_FOUND when the lease is lost: register again."""
+    """Renews a lease and reports the worker's state. NOT_FOUND when the lease is lost: register again."""
     DeregisterWorker: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.DeregisterWorkerRequest, _coordinator_pb2.DeregisterWorkerResponse]
     StartRun: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StartRunRequest, _coordinator_pb2.StartRunResponse]
-    """Starts a run, or goes on with it when the buffer knows it."""
+    """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe."""
     StopRun: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StopRunRequest, _coordinator_pb2.StopRunResponse]
-    """Ends the run at once; the buffer keeps what is needed to go on."""
+    """Ends the run at once; the buffer keeps what is needed to resume it."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]
     WatchRun: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchRunRequest, _coordinator_pb2.WatchRunResponse]
     """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
-    evaluations: each once and in order, those of the past first. UNAVAILABLE when the service stops: watch again.
+    evaluations: each once and in order, the recorded ones first. UNAVAILABLE when the service stops: watch again.
     """
 
 @_typing.type_check_only
 class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
-    """CoordinatorService is the master of runs: it keeps the rollout workers' leases and drives iterations."""
+    """CoordinatorService drives runs iteration by iteration, and keeps the leases of the rollout workers."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     RegisterWorker: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RegisterWorkerRequest, _coordinator_pb2.RegisterWorkerResponse]  # type: ignore[assignment]
-    """A rollout worker announces itself; again after its lease is lost."""
+    """Registers a rollout worker: when it starts, and again after its lease is lost."""
     RenewLease: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.RenewLeaseRequest, _coordinator_pb2.RenewLeaseResponse]  # type: ignore[assignment]
-    """NOT_FOUND when the lease is lost: register again."""
+    """Renews a lease and reports the worker's state. NOT_FOUND when the lease is lost: register again."""
     DeregisterWorker: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.DeregisterWorkerRequest, _coordinator_pb2.DeregisterWorkerResponse]  # type: ignore[assignment]
     StartRun: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StartRunRequest, _coordinator_pb2.StartRunResponse]  # type: ignore[assignment]
-    """Starts a run, or goes on with it when the buffer knows it."""
+    """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe."""
     StopRun: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StopRunRequest, _coordinator_pb2.StopRunResponse]  # type: ignore[assignment]
-    """Ends the run at once; the buffer keeps what is needed to go on."""
+    """Ends the run at once; the buffer keeps what is needed to resume it."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]  # type: ignore[assignment]
     WatchRun: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchRunRequest, _coordinator_pb2.WatchRunResponse]  # type: ignore[assignment]
     """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
-    evaluations: each once and in order, those of the past first. UNAVAILABLE when the service stops: watch again.
+    evaluations: each once and in order, the recorded ones first. UNAVAILABLE when the service stops: watch again.
     """
 
 class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
-    """CoordinatorService is the master of runs: it keeps the rollout workers' leases and drives iterations."""
+    """CoordinatorService drives runs iteration by iteration, and keeps the leases of the rollout workers."""
 
     @_abc_1.abstractmethod
     def RegisterWorker(
@@ -77,7 +77,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.RegisterWorkerRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.RegisterWorkerResponse, _abc.Awaitable[_coordinator_pb2.RegisterWorkerResponse]]:
-        """A rollout worker announces itself; again after its lease is lost."""
+        """Registers a rollout worker: when it starts, and again after its lease is lost."""
 
     @_abc_1.abstractmethod
     def RenewLease(
@@ -85,7 +85,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.RenewLeaseRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.RenewLeaseResponse, _abc.Awaitable[_coordinator_pb2.RenewLeaseResponse]]:
-        """NOT_FOUND when the lease is lost: register again."""
+        """Renews a lease and reports the worker's state. NOT_FOUND when the lease is lost: register again."""
 
     @_abc_1.abstractmethod
     def DeregisterWorker(
@@ -100,7 +100,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.StartRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.StartRunResponse, _abc.Awaitable[_coordinator_pb2.StartRunResponse]]:
-        """Starts a run, or goes on with it when the buffer knows it."""
+        """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe."""
 
     @_abc_1.abstractmethod
     def StopRun(
@@ -108,7 +108,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.StopRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.StopRunResponse, _abc.Awaitable[_coordinator_pb2.StopRunResponse]]:
-        """Ends the run at once; the buffer keeps what is needed to go on."""
+        """Ends the run at once; the buffer keeps what is needed to resume it."""
 
     @_abc_1.abstractmethod
     def GetStatus(
@@ -124,7 +124,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_coordinator_pb2.WatchRunResponse], _abc.AsyncIterator[_coordinator_pb2.WatchRunResponse]]:
         """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
-        evaluations: each once and in order, those of the past first. UNAVAILABLE when the service stops: watch again.
+        evaluations: each once and in order, the recorded ones first. UNAVAILABLE when the service stops: watch again.
         """
 
 def add_CoordinatorServiceServicer_to_server(servicer: CoordinatorServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
