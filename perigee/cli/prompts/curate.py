@@ -33,7 +33,7 @@ from perigee.reward.client import RewardClient
 from perigee.reward.items import PromptLine, read_prompt_line
 from perigee.rollout.client import RolloutClient
 from perigee.rpc import ChannelOptions
-from services.coordinator.prompts import read_model_folder
+from services.kit.hf import open_model_folder
 
 NOT_ASKED = "no model was asked: name --rollout and --model"
 
@@ -152,9 +152,14 @@ class _Curation:
             version, context_tokens = await read_policy_version(workers)
             self._folder.pin("model", describe_model(access.model))
             self._folder.pin("policy_version", version)
-            folder = read_model_folder(os.fspath(access.model))
+            folder = open_model_folder(access.model, "--model")
             model = AskedModel(
-                workers, reward, folder, min(context_tokens, folder.context_tokens), version, access.unavailable_s
+                workers,
+                reward,
+                folder.open_tokenizer(),
+                min(context_tokens, folder.context_tokens),
+                version,
+                access.unavailable_s,
             )
             questions = await self._ask_stage(difficulty_stage(sampling), model, lines, questions)
             if sampling.guesses:

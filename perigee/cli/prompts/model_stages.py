@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from tokenizers import Tokenizer
+
 from perigee.cli.prompts.asking import AskOptions, Inquiry, ask
 from perigee.cli.prompts.settings import SamplingSettings
 from perigee.cli.prompts.stages import Produce
@@ -13,7 +15,7 @@ from perigee.curation.pass_rates import SampleCounts, decide_difficulty, decide_
 from perigee.reward.items import PromptLine
 from perigee.reward.scoring import ScoreClient
 from perigee.rollout.client import RolloutClient
-from services.coordinator.prompts import ModelFolder
+from services.kit.hf import encode_prompts
 
 TOO_LONG = "too long for the model"
 
@@ -24,7 +26,7 @@ class AskedModel:
 
     workers: Sequence[RolloutClient]
     reward: ScoreClient
-    folder: ModelFolder
+    tokenizer: Tokenizer
     context_tokens: int
     policy_version: int
     unavailable_s: float
@@ -105,13 +107,13 @@ def make_inquiries(
     stage: ModelStage, model: AskedModel, lines: Sequence[PromptLine]
 ) -> tuple[list[Inquiry], list[Finding]]:
     """What to ask, and the prompts that the model's context has no room for."""
-    encodings = model.folder.tokenizer.encode_batch([stage.render(line) for line in lines])
+    encodings = encode_prompts(model.tokenizer, [stage.render(line) for line in lines])
     inquiries: list[Inquiry] = []
     too_long: list[Finding] = []
-    for line, encoding in zip(lines, encodings, strict=True):
-        tokens = len(encoding.ids)
+    for line, token_ids in zip(lines, encodings, strict=True):
+        tokens = len(token_ids)
         if not 0 < tokens <= model.context_tokens - stage.max_tokens:
             too_long.append(Finding(line.id, Decision.ASIDE, TOO_LONG, {"prompt_tokens": tokens}))
             continue
-        inquiries.append(Inquiry(line.id, encoding.ids, stage.samples, stage.max_tokens, line.item, stage.given(line)))
+        inquiries.append(Inquiry(line.id, token_ids, stage.samples, stage.max_tokens, line.item, stage.given(line)))
     return inquiries, too_long
