@@ -250,7 +250,7 @@ async def test_responses_that_break_their_calls_fail_alone_and_the_run_goes_on(
         await s.add_worker("a")
         await s.start()
         assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
-        assert [line["failures"]["judging"] for line in s.lines()] == [4, 0]
+        assert [line["reward/failures"] for line in s.lines()] == [4, 0]
         request = s.peers.trainer.trained[0]
     members = {group.group_id: {m.trajectory_id[-1] for m in group.trajectories} for group in request.groups}
     for number, missing in enumerate("0123"):

@@ -228,7 +228,7 @@ async def test_bad_requests_name_the_field_and_write_nothing(buffer_address: str
             await client.start_run(pb.StartRunRequest(run_id="../r", config_yaml="", run_path="relative"))
         assert [violation.field for violation in caught.value.violations] == ["run_id", "config_yaml", "run_path"]
         magic = yaml.safe_dump(values | {"algorithm": {"name": "magic"}})
-        with pytest.raises(InvalidArgumentError, match="algorithm.name: magic is unknown"):
+        with pytest.raises(InvalidArgumentError, match=r"algorithm\.name: magic is unknown"):
             await client.start_run(pb.StartRunRequest(run_id="r", config_yaml=magic, run_path=str(run_path)))
         with pytest.raises(NotFoundError):
             await client.stop_run(pb.StopRunRequest(run_id="unknown"))

@@ -153,14 +153,9 @@ class _Curation:
             self._folder.pin("model", describe_model(access.model))
             self._folder.pin("policy_version", version)
             folder = open_model_folder(access.model, "--model")
-            model = AskedModel(
-                workers,
-                reward,
-                folder.open_tokenizer(),
-                min(context_tokens, folder.context_tokens),
-                version,
-                access.unavailable_s,
-            )
+            context_tokens = min(context_tokens, folder.context_tokens)
+            tokenizer = folder.open_tokenizer()
+            model = AskedModel(workers, reward, tokenizer, context_tokens, version, access.unavailable_s)
             questions = await self._ask_stage(difficulty_stage(sampling), model, lines, questions)
             if sampling.guesses:
                 return await self._ask_stage(guessing_stage(sampling), model, lines, questions)
