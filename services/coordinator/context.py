@@ -1,4 +1,4 @@
-"""Context of a run: what all of its parts work with."""
+"""Context of a run, which all of its parts use."""
 
 from __future__ import annotations
 

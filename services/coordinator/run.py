@@ -1,25 +1,24 @@
 """A whole run: supervised stages, iterations, evaluations, export; resumed from what the buffer has committed.
 
-Components of the coordinator, callers above the called:
+Components of the coordinator, each below its caller:
 
-    service           RPCs of workers, of people and of the command line
-      runs            starts, stops and finds the run of this process; run.json
-        run           this file: restores the committed state, then stages, iterations, evaluations, export
-          iteration   rollout, training, checkpoint, weights, commit, and the line of metrics.jsonl
-            rollout_phase   leases trajectories, has workers extend them, submits finished ones to scoring
-            rewards         verdicts to shaped rewards, and the training batch
-          evaluation  accuracy on held-out problems with its intervals
-            dispatcher      spreads sequences over workers; the rollout phase uses it, too
-            scoring         responses to the reward service
-          sampling    draws prompts: curriculum and priorities
-          weight_sync trainer and workers at the run's policy version
+    service                  RPCs of workers and of callers
+      runs                   starts, stops and finds the run of this process; run.json
+        run                  this file: restores the committed state, then stages, iterations, evaluations, export
+          iteration          rollout, training, checkpoint, weights, commit, and the line of metrics.jsonl
+            rollout_phase    leases trajectories, has workers extend them, submits finished ones to scoring
+              dispatcher     sequences to workers; evaluations use it, too
+            rewards          scoring of responses, shaped rewards, the training batch
+            sampling         draws prompts: curriculum and priorities
+          evaluation         accuracy on held-out problems with its intervals
+          weight_sync        trainer and workers at the run's policy version
 
-    workers           leases of rollout workers, which the dispatcher and the weight sync watch
-    groups            live groups and their trajectories, as the buffer has them
-    prompts           prompt files, tokenized
-    run_status        phase and progress, and the event stream of watchers
-    run_log           files of the run: metrics, evaluations, summary, TensorBoard
-    context           what all parts of a run work with
+    workers                  leases of rollout workers, which dispatcher and weight sync watch
+    groups                   live groups and their trajectories, as the buffer has them
+    prompts                  prompt files, tokenized
+    run_status               phase and progress, and the event stream of watchers
+    run_log                  files of the run: metrics, evaluations, summary, TensorBoard
+    context                  inputs, peers, status and log of a run
 """
 
 from __future__ import annotations

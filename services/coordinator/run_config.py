@@ -1,4 +1,4 @@
-"""The `run` section of a recipe: what is trained on what, how, and for how long."""
+"""Configuration of a run: the `run` section of a recipe."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class OptimizerConfig(Model):
 
 
 class SftStage(Model):
-    """One supervised stage before the reinforcement learning."""
+    """Supervised stage before the reinforcement learning."""
 
     dataset: str
     """JSON Lines of {"prompt", "response"}, on storage that the trainer reads."""
@@ -67,7 +67,7 @@ class SftStage(Model):
 
 
 class RepetitionStopConfig(Model):
-    """A response is cut when its tail repeats itself."""
+    """Early end of responses whose tail repeats itself."""
 
     max_period: int = Field(16, ge=1)
     """Longest repeated pattern, in tokens."""
@@ -76,14 +76,14 @@ class RepetitionStopConfig(Model):
 
 
 class RolloutSettings(Model):
-    """How trajectories are sampled."""
+    """Sampling of trajectories."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"response_cap": "max_response_tokens"}
 
     token_budget: int = Field(0, ge=0)
     """Output tokens that a trajectory may add in one iteration; 0 is no budget."""
     max_response_tokens: int = Field(200, ge=1)
-    """Response tokens that a trajectory may have in all."""
+    """Response tokens that a trajectory may have over all iterations."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
     repetition_stop: RepetitionStopConfig = RepetitionStopConfig()
@@ -91,25 +91,25 @@ class RolloutSettings(Model):
 
 
 class CurriculumConfig(Model):
-    """Which prompts an iteration may draw, by difficulty (k1.5 section 2.3.4)."""
+    """Difficulties that an iteration may draw prompts of (k1.5 section 2.3.4)."""
 
     kind: Literal["all", "ramp", "hard_after_warmup"] = "all"
     """all: every prompt. ramp: up to a difficulty that rises. hard_after_warmup: every prompt first, then hard ones."""
     start_difficulty: float = 0.0
     """ramp: highest difficulty at the first iteration."""
     end_difficulty: float = 0.0
-    """ramp: highest difficulty from `iterations` on. hard_after_warmup: lowest difficulty after the warm-up."""
+    """ramp: highest difficulty from `iterations` on. hard_after_warmup: lowest difficulty after `iterations`."""
     iterations: int = Field(1, ge=1)
-    """Iterations of the ramp, or of the warm-up on everything."""
+    """Iterations of the ramp, or of drawing every prompt."""
 
 
 class PrioritizedConfig(Model):
-    """Prompts drawn in proportion to 1 - success rate (k1.5 section 2.3.4)."""
+    """Probabilities of prompts in proportion to 1 - success rate (k1.5 section 2.3.4)."""
 
     enabled: bool = False
-    """Off: the prompts drawn least come first."""
+    """Use them; otherwise the prompts drawn least come first."""
     floor: float = Field(0.05, gt=0, le=1)
-    """Smallest weight, so that a solved prompt can come again."""
+    """Smallest weight, so that a solved prompt can be drawn again."""
 
 
 class LengthRewardConfig(Model):
@@ -124,12 +124,12 @@ class LengthRewardConfig(Model):
 
 
 class OverlongPenaltyConfig(Model):
-    """A penalty for responses near their cap, which pulls a long-CoT model to short ones (k1.5 section 2.4)."""
+    """Penalty for responses near a length, which makes a long-CoT model's responses shorter (k1.5 section 2.4)."""
 
     weight: float = Field(0.0, ge=0)
-    """Weight in the reward: what a response at the cap loses; 0 is off."""
+    """Reward that a response at the cap loses; 0 is off."""
     cap: int | None = Field(None, ge=1)
-    """Response tokens at which the penalty is whole; the rollout's cap when unset."""
+    """Response tokens with the whole penalty; the rollout's max_response_tokens when unset."""
     buffer: int = Field(64, ge=1)
     """Tokens below the cap over which the penalty grows from 0; less than the cap."""
 
@@ -169,19 +169,19 @@ class EvaluationConfig(Model):
     renamed_keys: ClassVar[Mapping[str, str]] = {"response_cap": "max_response_tokens"}
 
     every: int = Field(0, ge=0)
-    """Iterations between evaluations on the way; 0 is none. The first and the last model are always evaluated."""
+    """Iterations between periodic evaluations; 0 is none. The first and the last model are always evaluated."""
     samples: int = Field(2, ge=1)
     """Responses per problem at temperature 1."""
     problems: int | None = Field(None, ge=1)
-    """Problems of an evaluation on the way; all when unset. The first and the last evaluation use all problems."""
+    """Problems of a periodic evaluation; all when unset. The first and the last evaluation use all problems."""
     greedy: bool = True
-    """Evaluate greedy decoding, too, in the evaluations on the way."""
+    """Evaluate greedy decoding, too, in periodic evaluations."""
     max_response_tokens: int | None = Field(None, ge=1)
-    """Response tokens at most; the rollout's cap when unset."""
+    """Response tokens at most; the rollout's max_response_tokens when unset."""
 
 
 class RunConfig(Model):
-    """What a run trains, on what, how, and for how long."""
+    """Configuration of a run."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {
         "warmup": "sft",
@@ -208,21 +208,21 @@ class RunConfig(Model):
     sft: tuple[SftStage, ...] = ()
     """Supervised stages before the first iteration."""
     max_live_groups: int = Field(160, ge=1)
-    """Groups under way at once; those that were trained on are replaced by fresh ones."""
+    """Groups generated at once; those that were trained on are replaced by new ones."""
     group_size: int = Field(8, ge=2)
     """Trajectories per group."""
     rollout: RolloutSettings = RolloutSettings()
-    """How trajectories are sampled."""
+    """Sampling of trajectories."""
     curriculum: CurriculumConfig = CurriculumConfig()
-    """Which prompts an iteration may draw."""
+    """Difficulties that an iteration may draw prompts of."""
     prioritized: PrioritizedConfig = PrioritizedConfig()
-    """Prompts drawn by their success rate."""
+    """Probabilities of prompts by their success rate."""
     length_reward: LengthRewardConfig = LengthRewardConfig()
     """Reward for short correct responses."""
     repetition_penalty: float = Field(0.0, ge=0)
-    """Taken from the reward of a response that was cut for repeating itself."""
+    """Reward that a response loses which was cut for repeating itself."""
     overlong_penalty: OverlongPenaltyConfig = OverlongPenaltyConfig()
-    """Taken from the reward of a response near its cap."""
+    """Reward that a response loses near a length."""
     drop_uniform_groups: bool = True
     """Leave out groups whose members have equal rewards: their advantage is zero."""
     algorithm: AlgorithmConfig = AlgorithmConfig()

@@ -93,7 +93,7 @@ class Runs:
         return known is not None
 
     async def resume(self, run_path: Path) -> None:
-        """Resumes the run of a folder when it was under way as its coordinator died."""
+        """Resumes the run of a folder when its coordinator died before it ended."""
         file = await asyncio.to_thread(read_run_file, run_path)
         if file is not None and file.status == "running":
             await self.start(file.run_id, file.config_yaml, str(run_path))

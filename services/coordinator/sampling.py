@@ -1,4 +1,4 @@
-"""Which prompts an iteration draws: a curriculum by difficulty, and priority by success rate (k1.5 section 2.3.4)."""
+"""Sampling of prompts: a curriculum by difficulty, and priorities by success rate (k1.5 section 2.3.4)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from services.coordinator.run_config import CurriculumConfig, PrioritizedConfig
 
 @dataclass(frozen=True)
 class SamplerState:
-    """What a sampler must remember between processes, as JSON values."""
+    """State of a sampler between processes, as JSON values."""
 
     step: int = 0
     draws: str = ""
@@ -28,7 +28,7 @@ class Sampler(Protocol):
     """Draws prompts for new groups; the same state draws the same prompts."""
 
     def sample(self, count: int, iteration: int, exclude: Collection[str]) -> list[Prompt]:
-        """At most `count` different prompts that are not in `exclude`."""
+        """Returns at most `count` different prompts that are not in `exclude`."""
 
     def record(self, prompt_id: str, trajectories: int, correct: int) -> None:
         """Adds judged trajectories to the prompt's success rate."""
@@ -37,14 +37,14 @@ class Sampler(Protocol):
         """Counts a prompt that was drawn by a process that died before it could save its state."""
 
     def state(self) -> SamplerState:
-        """What `restore` needs."""
+        """Returns the state that `restore` takes."""
 
     def restore(self, state: SamplerState) -> None:
-        """Goes on from a saved state."""
+        """Sets the sampler to a saved state."""
 
 
 class CurriculumSampler:
-    """Prompts of the difficulty that the iteration allows, those drawn least first, ties broken at random.
+    """Draws prompts of the difficulty that the iteration allows, those drawn least first, ties broken at random.
 
     When fewer prompts are allowed than asked for, the nearest difficulties fill up.
     """
@@ -59,11 +59,11 @@ class CurriculumSampler:
         self._draws_P = np.zeros(len(prompts), dtype=np.uint32)
 
     def sample(self, count: int, iteration: int, exclude: Collection[str]) -> list[Prompt]:
-        """At most `count` different prompts that are not in `exclude`."""
+        """Returns at most `count` different prompts that are not in `exclude`."""
         return self.choose(count, iteration, exclude, self._draws_P.astype(np.float64))
 
     def choose(self, count: int, iteration: int, exclude: Collection[str], cost_P: NDArray[np.float64]) -> list[Prompt]:
-        """The allowed prompts of least cost, ties at random; counts the draws."""
+        """Returns the allowed prompts of least cost, ties at random, and counts the draws."""
         generator = self.next_generator()
         distance_P = self.distance_from_allowed(iteration)
         order_P = np.lexsort((generator.random(len(self.prompts)), cost_P, distance_P))
@@ -72,30 +72,30 @@ class CurriculumSampler:
         return [self.prompts[index] for index in chosen]
 
     def next_generator(self) -> np.random.Generator:
-        """A random generator of its own for each step, so that the step alone is its state."""
+        """Returns a new random generator for each step, so that the number of the step is all of its state."""
         self._step += 1
         return np.random.default_rng([self._seed, self._step])
 
     def distance_from_allowed(self, iteration: int) -> NDArray[np.float64]:
-        """How far each prompt's difficulty is outside of what the iteration allows; 0 inside."""
+        """Returns the distance of each prompt's difficulty from the range that the iteration allows; 0 inside."""
         low, high = allowed_difficulty(self._curriculum, iteration)
         outside_P = np.maximum(low - self._difficulty_P, self._difficulty_P - high)
         return np.asarray(np.maximum(0.0, outside_P), dtype=np.float64)
 
     def record(self, prompt_id: str, trajectories: int, correct: int) -> None:
-        """A curriculum goes by labels, not by success."""
+        """Does nothing: a curriculum uses difficulties, not success rates."""
 
     def count_draw(self, prompt_id: str) -> None:
         """Counts a prompt that was drawn by a process that died before it could save its state."""
         self._draws_P[self._index[prompt_id]] += 1
 
     def state(self) -> SamplerState:
-        """The step and how often each prompt was drawn, packed."""
+        """Returns the step and how often each prompt was drawn, packed."""
         packed = zlib.compress(self._draws_P.astype("<u4").tobytes())
         return SamplerState(self._step, base64.b64encode(packed).decode())
 
     def restore(self, state: SamplerState) -> None:
-        """Goes on from a saved state; raises DataLossError when it is of another prompt set."""
+        """Sets the sampler to a saved state; raises DataLossError when it is of another prompt set."""
         draws_P = np.frombuffer(zlib.decompress(base64.b64decode(state.draws)), dtype="<u4")
         if len(draws_P) != len(self.prompts):
             raise DataLossError(f"The run's state counts {len(draws_P)} prompts, the file holds {len(self.prompts)}.")
@@ -104,7 +104,7 @@ class CurriculumSampler:
 
 
 class PrioritizedSampler:
-    """Prompts drawn with a probability proportional to 1 - success rate, among those that the curriculum allows.
+    """Draws prompts with probabilities proportional to 1 - success rate, among those that the curriculum allows.
 
     A prompt that was never judged has a success rate of 0; `floor` is the smallest weight.
     """
@@ -117,12 +117,12 @@ class PrioritizedSampler:
         self._correct_P = np.zeros(len(curriculum.prompts))
 
     def weights(self) -> NDArray[np.float64]:
-        """Each prompt's weight."""
+        """Returns each prompt's weight."""
         success_P = self._correct_P / np.maximum(1.0, self._judged_P)
         return np.asarray(np.maximum(self._floor, 1.0 - success_P), dtype=np.float64)
 
     def sample(self, count: int, iteration: int, exclude: Collection[str]) -> list[Prompt]:
-        """At most `count` different prompts that are not in `exclude`, drawn without replacement."""
+        """Returns at most `count` different prompts that are not in `exclude`, drawn without replacement."""
         # Exponential clocks: the first `count` to ring are a weighted draw without replacement.
         clock_P = self._curriculum.next_generator().exponential(size=len(self._judged_P)) / self.weights()
         return self._curriculum.choose(count, iteration, exclude, clock_P)
@@ -139,16 +139,16 @@ class PrioritizedSampler:
         self._curriculum.count_draw(prompt_id)
 
     def state(self) -> SamplerState:
-        """The curriculum's state; success rates are the buffer's prompt statistics."""
+        """Returns the curriculum's state; success rates are the buffer's prompt statistics."""
         return self._curriculum.state()
 
     def restore(self, state: SamplerState) -> None:
-        """Goes on from a saved state."""
+        """Sets the sampler to a saved state."""
         self._curriculum.restore(state)
 
 
 def allowed_difficulty(curriculum: CurriculumConfig, iteration: int) -> tuple[float, float]:
-    """Lowest and highest difficulty that an iteration (from 1) may draw."""
+    """Returns the lowest and highest difficulty that an iteration (from 1) may draw."""
     passed = iteration - 1
     if curriculum.kind == "ramp":
         share = min(1.0, passed / curriculum.iterations)
@@ -166,7 +166,7 @@ def make_sampler(
     seed: int,
     statistics: Mapping[str, tuple[int, int]],
 ) -> Sampler:
-    """The run's sampler; `statistics` holds (judged, correct) of each prompt judged before."""
+    """Returns the run's sampler; `statistics` has (judged, correct) of each prompt judged before."""
     by_difficulty = CurriculumSampler(prompts, curriculum, seed)
     sampler: Sampler = PrioritizedSampler(by_difficulty, prioritized.floor) if prioritized.enabled else by_difficulty
     for prompt_id, (judged, correct) in statistics.items():
