@@ -115,14 +115,11 @@ class Evaluation:
             sampling=pb.Sampling(temperature=0.0 if greedy else 1.0),
             text_only=True,
             policy_version=self.policy_version,
+            repetition_stop=config.rollout.repetition_stop.message(),
         )
         for key in keys:
             token_ids = pack_token_ids(self.attempts[key].prompt.token_ids)
             request.items.add(id=key, prompt_token_ids=token_ids, max_tokens=cap)
-        stop = config.rollout.repetition_stop
-        if stop.min_repeats:
-            request.repetition_stop.max_period = stop.max_period
-            request.repetition_stop.min_repeats = stop.min_repeats
         return request
 
     async def _submit(self, response: pb.GenerateResponse) -> None:

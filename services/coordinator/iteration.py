@@ -198,19 +198,7 @@ class Iteration:
         unscored = [t for t in self._groups.trajectories() if t.finished and not t.judged]
         status.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, len(unfinished))
         async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
-            phase = RolloutPhase(
-                run_id=context.run_id,
-                policy_version=version,
-                settings=context.config.rollout,
-                config=context.settings,
-                buffer=context.peers.buffer,
-                registry=context.registry,
-                groups=self._groups,
-                scoring=scoring,
-                tokenizer=context.inputs.tokenizer,
-                on_waiting=status.set_waiting,
-                on_progress=self._show_progress,
-            )
+            phase = RolloutPhase(context, version, self._groups, scoring)
             with self._timeline.phase("rollout"):
                 async with self._weight_sync.run(version):
                     await self._score_again(unscored, scoring)
@@ -221,21 +209,12 @@ class Iteration:
         counts.finished.extend(unscored)
         return counts
 
-    def _show_progress(self, ended: int) -> None:
-        self._context.status.done = ended
-
     async def _score_again(self, unscored: Sequence[Trajectory], scoring: ScoringPipeline) -> None:
         """Submits the responses that had finished, but had no verdict, when a coordinator died."""
         context = self._context
         for start in range(0, len(unscored), context.settings.scoring.batch):
             some = unscored[start : start + context.settings.scoring.batch]
-            texts = await read_response_texts(
-                context.peers.buffer,
-                context.run_id,
-                [trajectory.id for trajectory in some],
-                context.inputs.tokenizer,
-                context.settings.control_timeout_s,
-            )
+            texts = await read_response_texts(context, [trajectory.id for trajectory in some])
             for trajectory in some:
                 await scoring.submit(ScoreJob(trajectory.id, texts[trajectory.id], trajectory.group.prompt.line.item))
 

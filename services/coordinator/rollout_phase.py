@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from tokenizers import Tokenizer
-
-from perigee.buffer.client import BufferClient
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FailedPreconditionError, PerigeeError
 from perigee.reward.scoring import ScoreJob, ScoringPipeline
 from perigee.rollout.v1 import rollout_pb2
-from services.coordinator.config import CoordinatorConfig
+from services.coordinator.context import RunContext
 from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
 from services.coordinator.groups import EndReason, LiveGroups, Trajectory
 from services.coordinator.run_config import RolloutSettings
-from services.coordinator.workers import Worker, WorkerRegistry
+from services.coordinator.workers import Worker
 
 
 @dataclass
@@ -37,17 +34,10 @@ class RolloutCounts:
 class RolloutPhase:
     """Extends every trajectory by one segment of at most the token budget, with one policy version."""
 
-    run_id: str
+    context: RunContext
     policy_version: int
-    settings: RolloutSettings
-    config: CoordinatorConfig
-    buffer: BufferClient
-    registry: WorkerRegistry
     groups: LiveGroups
     scoring: ScoringPipeline
-    tokenizer: Tokenizer
-    on_waiting: Callable[[bool], None]
-    on_progress: Callable[[int], None]
     counts: RolloutCounts = field(default_factory=RolloutCounts)
     _targets: dict[str, int] = field(default_factory=dict)
 
@@ -55,19 +45,29 @@ class RolloutPhase:
         """Extends the trajectories in the order given, until the segment of each has ended."""
         starts = {trajectory.id: trajectory.tokens for trajectory in trajectories}
         self._targets = {trajectory_id: min(self._cap, start + self._budget) for trajectory_id, start in starts.items()}
-        dispatch = self.config.dispatch
-        dispatcher = Dispatcher(self.registry, self.policy_version, dispatch, self._extend, self.on_waiting)
+        context = self.context
+        dispatcher = Dispatcher(
+            context.registry,
+            self.policy_version,
+            context.settings.dispatch,
+            self._extend,
+            context.status.set_waiting,
+        )
         await dispatcher.run(starts)
         self.counts.tokens = sum(trajectory.tokens - starts[trajectory.id] for trajectory in trajectories)
         return self.counts
 
     @property
+    def _rollout(self) -> RolloutSettings:
+        return self.context.config.rollout
+
+    @property
     def _cap(self) -> int:
-        return self.settings.max_response_tokens
+        return self._rollout.max_response_tokens
 
     @property
     def _budget(self) -> int:
-        return self.settings.token_budget or self.settings.max_response_tokens
+        return self._rollout.token_budget or self._cap
 
     async def _extend(self, worker: Worker, trajectory_ids: list[str]) -> AsyncGenerator[Progress, None]:
         """Makes one call: leases the trajectories, extends them, records their ends."""
@@ -101,10 +101,12 @@ class RolloutPhase:
         done: list[str] = []
         for _ in range(2):
             request = buffer_pb2.LeaseTrajectoriesRequest(
-                run_id=self.run_id, worker_id=worker.worker_id, trajectory_ids=trajectory_ids
+                run_id=self.context.run_id, worker_id=worker.worker_id, trajectory_ids=trajectory_ids
             )
             try:
-                response = await self.buffer.lease_trajectories(request, timeout_s=self.config.control_timeout_s)
+                response = await self.context.peers.buffer.lease_trajectories(
+                    request, timeout_s=self.context.settings.control_timeout_s
+                )
                 return response.leases, done
             except FailedPreconditionError:
                 trajectories = [self.groups.trajectory(trajectory_id) for trajectory_id in trajectory_ids]
@@ -120,9 +122,9 @@ class RolloutPhase:
     async def _call(
         self, worker: Worker, leases: Sequence[buffer_pb2.Lease], budget: int
     ) -> AsyncGenerator[Progress, None]:
-        settings = self.settings
+        settings = self._rollout
         request = rollout_pb2.ExtendTrajectoriesRequest(
-            run_id=self.run_id,
+            run_id=self.context.run_id,
             policy_version=self.policy_version,
             trajectories=[
                 rollout_pb2.LeasedTrajectory(trajectory_id=lease.trajectory_id, epoch=lease.epoch, tokens=lease.tokens)
@@ -131,14 +133,14 @@ class RolloutPhase:
             token_budget=budget,
             max_response_tokens=settings.max_response_tokens,
             sampling=rollout_pb2.Sampling(temperature=settings.temperature),
+            repetition_stop=settings.repetition_stop.message(),
         )
-        if settings.repetition_stop.min_repeats:
-            request.repetition_stop.max_period = settings.repetition_stop.max_period
-            request.repetition_stop.min_repeats = settings.repetition_stop.min_repeats
-        async for response in worker.client.extend_trajectories(request, timeout_s=self.config.dispatch.call_timeout_s):
+        async for response in worker.client.extend_trajectories(
+            request, timeout_s=self.context.settings.dispatch.call_timeout_s
+        ):
             for end in response.ended:
                 await self._record_end(end)
-            self.on_progress(len(self.counts.ended))
+            self.context.status.done = len(self.counts.ended)
             self.counts.failures += len(response.failed)
             yield Progress(
                 ended=[end.trajectory_id for end in response.ended],
@@ -162,9 +164,7 @@ class RolloutPhase:
 
     async def _recover_end(self, trajectory_id: str) -> None:
         trajectory = self.groups.trajectory(trajectory_id)
-        texts = await read_response_texts(
-            self.buffer, self.run_id, [trajectory_id], self.tokenizer, self.config.control_timeout_s
-        )
+        texts = await read_response_texts(self.context, [trajectory_id])
         await self._finish(trajectory, trajectory.end_reason, texts[trajectory_id])
 
     async def _finish(self, trajectory: Trajectory, end_reason: EndReason, text: str) -> None:
@@ -177,12 +177,10 @@ class RolloutPhase:
         self.counts.finished.append(trajectory)
 
 
-async def read_response_texts(
-    buffer: BufferClient, run_id: str, trajectory_ids: Iterable[str], tokenizer: Tokenizer, timeout_s: float
-) -> Mapping[str, str]:
+async def read_response_texts(context: RunContext, trajectory_ids: Sequence[str]) -> Mapping[str, str]:
     """Reads responses from the buffer and returns their texts by trajectory id, special tokens left out."""
     token_ids: dict[str, list[int]] = {}
-    request = buffer_pb2.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=trajectory_ids)
-    async for piece in buffer.read_trajectories(request, timeout_s=timeout_s):
+    request = buffer_pb2.ReadTrajectoriesRequest(run_id=context.run_id, trajectory_ids=trajectory_ids)
+    async for piece in context.peers.buffer.read_trajectories(request, timeout_s=context.settings.control_timeout_s):
         token_ids.setdefault(piece.trajectory_id, []).extend(piece.token_ids)
-    return {trajectory_id: tokenizer.decode(ids) for trajectory_id, ids in token_ids.items()}
+    return {trajectory_id: context.inputs.tokenizer.decode(ids) for trajectory_id, ids in token_ids.items()}

@@ -66,9 +66,7 @@ class Run:
     def __init__(self, context: RunContext) -> None:
         self._context = context
         self._run_id = context.run_id
-        self._weight_sync = WeightSync(
-            context.run_id, context.peers.trainer, context.registry, context.settings, context.status.set_waiting
-        )
+        self._weight_sync = WeightSync(context)
         self._committed_iteration = -1
         # Whether the status has the age that the run had when this process resumed it.
         self._age_known = False

@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from perigee.errors import InvalidArgumentError
+from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.kit.config import Model, validate
 
@@ -73,6 +74,10 @@ class RepetitionStopConfig(Model):
     """Longest repeated pattern, in tokens."""
     min_repeats: int = Field(0, ge=0)
     """Repeats of the pattern that end the response; 0 is off."""
+
+    def message(self) -> rollout_pb2.RepetitionStop:
+        """Returns the settings for the rollout workers."""
+        return to_message(self, rollout_pb2.RepetitionStop())
 
 
 class RolloutSettings(Model):

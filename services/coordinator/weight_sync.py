@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from perigee.errors import DeadlineExceededError, FailedPreconditionError, PerigeeError
 from perigee.rollout.v1 import rollout_pb2
-from perigee.trainer.client import TrainerClient
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.coordinator.config import CoordinatorConfig
-from services.coordinator.workers import FAILURES, PeerLostError, Worker, WorkerRegistry
+from services.coordinator.context import RunContext
+from services.coordinator.workers import FAILURES, PeerLostError, Worker
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -24,19 +23,12 @@ TRAINER_POLL_SECONDS = 0.25
 class WeightSync:
     """Policy version of one run on trainer and workers. Pushes and loads need a trainer without another job."""
 
-    def __init__(
-        self,
-        run_id: str,
-        trainer: TrainerClient,
-        registry: WorkerRegistry,
-        config: CoordinatorConfig,
-        on_waiting: Callable[[bool], None],
-    ) -> None:
-        self._run_id = run_id
-        self._trainer = trainer
-        self._registry = registry
-        self._config = config
-        self._on_waiting = on_waiting
+    def __init__(self, context: RunContext) -> None:
+        self._run_id = context.run_id
+        self._trainer = context.peers.trainer
+        self._registry = context.registry
+        self._config = context.settings
+        self._on_waiting = context.status.set_waiting
         # When a worker whose push failed may be tried again.
         self._retry_at: dict[Worker, float] = {}
 
