@@ -24,7 +24,7 @@ _numbers = itertools.count()
 
 @asynccontextmanager
 async def bare_engine(config: RolloutConfig) -> "AsyncIterator[AsyncLLM]":
-    """An engine with the arguments and environment of the rollout service, its weights read from the folder."""
+    """Starts an engine with the arguments and environment of the rollout service, with the folder's weights."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from services.rollout.vllm_engine import engine_arguments, engine_environment

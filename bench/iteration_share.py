@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class IterationShare:
-    """Shares of each iteration's seconds; the first iteration of the run is left out."""
+    """Shares of each iteration's seconds, without the first iteration of the run."""
 
     seconds: list[float]
     other: list[float]
@@ -21,15 +21,15 @@ class IterationShare:
 
 
 def measure_iteration_share(run: Path) -> IterationShare:
-    """Reads a run's folder. Raises ValueError when it holds fewer than two iterations."""
+    """Reads a run's folder. Raises ValueError when it has fewer than two iterations."""
     lines = _read_iterations(run)
     if not lines:
-        raise ValueError(f"{run / 'metrics.jsonl'} holds fewer than two iterations")
+        raise ValueError(f"{run / 'metrics.jsonl'} has fewer than two iterations")
     return IterationShare([line["time/iteration_seconds"] for line in lines], [_other_share(line) for line in lines])
 
 
 def longest_others(run: Path) -> list[tuple[str, float]]:
-    """Median seconds of the phases beside rollout and training, the longest first; phases may overlap."""
+    """Returns median seconds of the phases other than rollout and training, longest first; phases may overlap."""
     lines = _read_iterations(run)
     phases = {key.split("/")[1] for line in lines for key in line if key.endswith("/start")} - {"rollout", "training"}
     medians = {name: statistics.median(line.get(f"time/{name}/seconds", 0.0) for line in lines) for name in phases}

@@ -34,14 +34,14 @@ TARGETS = {"rollout_ratio": 0.90, "other_share": 0.10, "budget_iteration_ratio":
 
 
 def draw_prompts(count: int, seed: int) -> list[list[int]]:
-    """Token ids of prompts of both domains."""
+    """Returns token ids of prompts of both domains."""
     rng, tokenizer = random.Random(seed), tiny_model.make_tokenizer()
     draws = (sets.draw_expression_problem, sets.draw_function_problem)
     return [tokenizer.encode(draws[index % 2](rng).prompt).ids for index in range(count)]
 
 
 async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """All figures; those of a run only when one is there."""
+    """Measures all figures; those of a run only when there is one."""
     quick = arguments.quick
     tiny_model.write_model(folder / "model", seed=0)
     trained = arguments.run / "model"
@@ -77,7 +77,7 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 
 def print_table(results: dict[str, Any]) -> None:
-    """Prints what was measured, what it is to be, and from what."""
+    """Prints the figures with their targets and sources."""
     rollout, budget = results["rollout"], results["budget"]
     rows = [
         (

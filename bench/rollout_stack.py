@@ -1,4 +1,4 @@
-"""A buffer and one rollout worker as processes of their own, filled with a model folder's weights."""
+"""Buffer and one rollout worker as processes, with a model folder's weights pushed."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ POLICY_VERSION = 1
 
 @dataclass(frozen=True)
 class RolloutStack:
-    """Clients of the two services; the worker holds POLICY_VERSION of the run."""
+    """Clients of the two services; the worker has POLICY_VERSION of the run."""
 
     run_id: str
     buffer: BufferClient
@@ -64,7 +64,7 @@ async def _start(folder: Path, name: str, port: int, settings: Mapping[str, obje
 
 
 async def _push_weights(model: Path, run_id: str, address: str) -> None:
-    """A worker whose engine still starts takes the weights once it has started."""
+    """Pushes the weights, again while the worker's engine starts."""
     config = WeightsConfig()
     image = export_image(run_id, POLICY_VERSION, load_file(model / "model.safetensors").items(), config.max_shard_bytes)
     sender = WeightSender(config)

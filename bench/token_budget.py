@@ -37,7 +37,7 @@ class BudgetLoad:
 
 @dataclass(frozen=True)
 class BudgetRatio:
-    """Rounds of both arms, those of the run-in left out."""
+    """Rounds of both arms, without those that mix the ages first."""
 
     with_budget: list[Round]
     without_budget: list[Round]
@@ -54,12 +54,12 @@ class BudgetRatio:
 
 
 def median_seconds(rounds: Sequence[Round]) -> float:
-    """Median seconds of a round."""
+    """Returns the median seconds of a round."""
     return statistics.median(round_.seconds for round_ in rounds)
 
 
 def finished_per_second(rounds: Sequence[Round]) -> float:
-    """Trajectories that ended, over the seconds of all rounds."""
+    """Returns the trajectories that ended per second of all rounds."""
     return sum(len(round_.finished) for round_ in rounds) / sum(round_.seconds for round_ in rounds)
 
 
@@ -77,7 +77,7 @@ def write_long_model(folder: Path, mean_tokens: int, max_response_tokens: int) -
 
 
 async def measure_budget_ratio(folder: Path, config: RolloutConfig, load: BudgetLoad, rounds: int) -> BudgetRatio:
-    """Runs `rounds` timed iterations of either arm in turn, once both have run in: then the ages are mixed."""
+    """Runs `rounds` timed iterations of either arm in turn, after rounds of both that mix the ages."""
     async with rollout_stack(folder, config, "budget") as stack:
         await create_run(stack)
         with_budget, without_budget = Arm(stack, load, load.token_budget), Arm(stack, load, load.max_response_tokens)
@@ -92,7 +92,7 @@ async def measure_budget_ratio(folder: Path, config: RolloutConfig, load: Budget
 
 
 class Arm:
-    """Iterations under one budget: each resumes what is partial and fills up with fresh trajectories."""
+    """Iterations under one budget: each resumes partial trajectories and adds new ones."""
 
     def __init__(self, stack: RolloutStack, load: BudgetLoad, token_budget: int) -> None:
         self.rounds: list[Round] = []

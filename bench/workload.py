@@ -22,7 +22,7 @@ _numbers = itertools.count()
 
 @dataclass
 class Round:
-    """What one round of ExtendTrajectories did."""
+    """Result of one round of ExtendTrajectories."""
 
     seconds: float = 0.0
     tokens: int = 0

@@ -101,7 +101,7 @@ def render_page(records: RunRecords) -> str:
         figure = section.draw(records)
         parts.append(f"<h2>{section.title}</h2><p class='quiet'>{section.caption}</p>")
         if figure is None:
-            parts.append("<p class='missing'>The records of this run hold no such figures.</p>")
+            parts.append("<p class='missing'>The records of this run have no such metrics.</p>")
         else:
             figures[section.id] = json.loads(figure.to_json())
             parts.append(f"<figure id='{section.id}'></figure>")

@@ -149,7 +149,7 @@ def read_records(path: Path) -> RunRecords:
     evaluations = read_evaluations(path)
     summary = _read_json(path / "summary.json")
     if not rows and not evaluations and not summary:
-        raise InvalidArgumentError.of(str(path), "holds no metrics.jsonl, evaluations.jsonl or summary.json")
+        raise InvalidArgumentError.for_field(str(path), "has no metrics.jsonl, evaluations.jsonl or summary.json")
     return RunRecords(
         path=path,
         iterations=[_read_iteration(index, row) for index, row in enumerate(rows, start=1)],
@@ -225,9 +225,9 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InvalidArgumentError.of(str(path), f"is not JSON: {error}") from error
+        raise InvalidArgumentError.for_field(str(path), f"is not JSON: {error}") from error
     if not isinstance(values, dict):
-        raise InvalidArgumentError.of(str(path), "must be a JSON object")
+        raise InvalidArgumentError.for_field(str(path), "must be a JSON object")
     return values
 
 
@@ -237,5 +237,5 @@ def _read_recipe(path: Path) -> Mapping[str, Any]:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise InvalidArgumentError.of(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
+        raise InvalidArgumentError.for_field(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
     return values if isinstance(values, dict) else {}

@@ -99,7 +99,7 @@ class Dispatcher:
 
     def _start_calls(self, tasks: asyncio.TaskGroup) -> None:
         while self._queue:
-            workers = self._registry.holding(self._version)
+            workers = self._registry.with_version(self._version)
             worker = next((w for w in workers if self._room(w, len(workers)) > 0), None)
             if worker is None:
                 return
@@ -131,7 +131,7 @@ class Dispatcher:
         except PerigeeError as error:
             FAILURES.labels("worker_call").inc()
             if isinstance(error, FailedPreconditionError):
-                # It restarted, or holds other weights: no work until the weights are pushed again.
+                # It restarted, or has other weights: no work until the weights are pushed again.
                 worker.pushed_version = None
             self._registry.suspect(worker, error.message)
         finally:

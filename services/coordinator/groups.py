@@ -102,7 +102,7 @@ class LiveGroups:
         return {group.prompt.id for group in self}
 
     async def load(self, prompts: Mapping[str, Prompt]) -> None:
-        """Loads the groups that the buffer holds.
+        """Loads the groups of the run in the buffer.
 
         Raises FailedPreconditionError when a group is of a prompt that the prompt set lacks.
         """
@@ -112,7 +112,7 @@ class LiveGroups:
             prompt = prompts.get(summary.prompt_id)
             if prompt is None:
                 raise FailedPreconditionError(
-                    f"Group {summary.group_id} is of prompt {summary.prompt_id}, which run.prompts does not hold: "
+                    f"Group {summary.group_id} is of prompt {summary.prompt_id}, which run.prompts lacks: "
                     "resume the run with the prompt file that it was started with."
                 )
             group = Group(summary.group_id, prompt, summary.iteration)

@@ -161,7 +161,7 @@ class Run:
         context = self._context
         if await asyncio.to_thread(context.log.iterations):
             raise DataLossError(
-                f"The buffer does not know run {self._run_id}, but {context.log.path}/metrics.jsonl holds its "
+                f"The buffer does not know run {self._run_id}, but {context.log.path}/metrics.jsonl has its "
                 "iterations: point the buffer at the store that it was started with."
             )
         if not self._age_known:

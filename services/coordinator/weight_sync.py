@@ -72,14 +72,16 @@ class WeightSync:
 
         A worker whose push fails gets no work and is tried again later; errors of the trainer itself are raised.
         """
-        lacking = [worker for worker in self._registry.all() if not worker.holds(version) and self._may_try(worker)]
+        lacking = [
+            worker for worker in self._registry.all() if not worker.has_version(version) and self._may_try(worker)
+        ]
         missing = [worker for worker in lacking if not await self._reports_version(worker, version)]
         if missing:
             await self._push_to(missing, version)
-        return len(self._registry.holding(version))
+        return len(self._registry.with_version(version))
 
     async def ensure(self, version: int) -> None:
-        """Pushes until at least one worker holds the version; raises PeerLostError after `worker_wait_s`."""
+        """Pushes until at least one worker has the version; raises PeerLostError after `worker_wait_s`."""
         deadline = time.monotonic() + self._config.dispatch.worker_wait_s
         while await self.push(version) == 0:
             self._on_waiting(True)

@@ -1,4 +1,4 @@
-"""Registry of the rollout workers: which are alive, which weights they hold, which have room."""
+"""Registry of the rollout workers: which are alive, which weights they have, which have room."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Worker:
     # Why it gets no work until it renews its lease.
     suspect: str | None = None
 
-    def holds(self, version: int) -> bool:
+    def has_version(self, version: int) -> bool:
         """Returns whether it may be given work of a policy version."""
         return self.ready and self.suspect is None and self.pushed_version == version
 
@@ -157,9 +157,9 @@ class WorkerRegistry:
         """Returns the workers with a lease, by id."""
         return [self._workers[worker_id] for worker_id in sorted(self._workers)]
 
-    def holding(self, version: int) -> list[Worker]:
+    def with_version(self, version: int) -> list[Worker]:
         """Returns the workers that may be given work of a policy version, least loaded first."""
-        return sorted((worker for worker in self.all() if worker.holds(version)), key=lambda worker: worker.load)
+        return sorted((worker for worker in self.all() if worker.has_version(version)), key=lambda worker: worker.load)
 
     @contextmanager
     def watch(self, watcher: Callable[[], None]) -> Iterator[None]:
@@ -179,7 +179,7 @@ class WorkerRegistry:
     def _leased(self, worker_id: str, lease_epoch: int) -> Worker:
         worker = self._workers.get(worker_id)
         if worker is None or worker.lease_epoch != lease_epoch:
-            raise NotFoundError(f"Worker {worker_id} holds no lease {lease_epoch}: register again.")
+            raise NotFoundError(f"Worker {worker_id} has no lease {lease_epoch}: register again.")
         return worker
 
     def _remove(self, worker_id: str, reason: str) -> None:

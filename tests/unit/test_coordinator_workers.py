@@ -59,7 +59,7 @@ async def test_a_second_registration_ends_the_first() -> None:
     with pytest.raises(NotFoundError):
         registry.deregister("a", first.lease_epoch)
     # What the worker claims to hold is not trusted: this coordinator has pushed nothing to it since.
-    assert registry.holding(1) == []
+    assert registry.with_version(1) == []
 
 
 async def test_registrations_are_checked() -> None:
@@ -78,11 +78,11 @@ async def test_a_suspect_worker_is_out_until_it_renews() -> None:
     registry = make_registry()
     worker = add_worker(registry, "a")
     registry.suspect(worker, "cut")
-    assert registry.holding(1) == []
+    assert registry.with_version(1) == []
     registry.renew("a", worker.lease_epoch, 0, 1, True)
-    assert registry.holding(1) == [worker]
+    assert registry.with_version(1) == [worker]
     registry.invalidate()
-    assert registry.holding(1) == []
+    assert registry.with_version(1) == []
 
 
 async def test_time_in_which_the_coordinator_stood_still_ends_no_lease() -> None:

@@ -41,7 +41,7 @@ def test_share_of_an_iteration_leaves_out_the_first_and_counts_gaps(tmp_path: Pa
 
 def test_share_needs_two_iterations(tmp_path: Path) -> None:
     run = write_metrics(tmp_path, make_line(10.0, rollout=6.0, training=3.0))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl holds fewer than two iterations"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl has fewer than two iterations"):
         measure_iteration_share(run)
 
 

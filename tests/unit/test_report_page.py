@@ -112,7 +112,7 @@ def test_sections_without_records_say_so(run_path: Path) -> None:
     report = write_report(run_path)
     page = report.path.read_text()
     assert drawn(page) == {"reward"}
-    assert page.count("The records of this run hold no such figures.") == len(SECTIONS) - 1
+    assert page.count("The records of this run have no such metrics.") == len(SECTIONS) - 1
     assert "not finished: figures so far" in page
     assert report.headline == ["no accuracy to compare: the run has fewer than two evaluations"]
 
@@ -142,7 +142,7 @@ def test_a_broken_line_is_named(run_path: Path) -> None:
 
 
 def test_a_folder_without_records_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidArgumentError, match=r"holds no metrics\.jsonl, evaluations\.jsonl or summary\.json"):
+    with pytest.raises(InvalidArgumentError, match=r"has no metrics\.jsonl, evaluations\.jsonl or summary\.json"):
         write_report(tmp_path)
 
 
