@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
+from perigee.buffer.packing import unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FailedPreconditionError, PerigeeError
 from perigee.reward.scoring import ScoreJob, ScoringPipeline
@@ -179,8 +180,10 @@ class RolloutPhase:
 
 async def read_response_texts(context: RunContext, trajectory_ids: Sequence[str]) -> Mapping[str, str]:
     """Reads responses from the buffer and returns their texts by trajectory id, special tokens left out."""
-    token_ids: dict[str, list[int]] = {}
-    request = buffer_pb2.ReadTrajectoriesRequest(run_id=context.run_id, trajectory_ids=trajectory_ids)
-    async for piece in context.peers.buffer.read_trajectories(request, timeout_s=context.settings.control_timeout_s):
-        token_ids.setdefault(piece.trajectory_id, []).extend(piece.token_ids)
-    return {trajectory_id: context.inputs.tokenizer.decode(ids) for trajectory_id, ids in token_ids.items()}
+    tokenizer, timeout_s = context.inputs.tokenizer, context.settings.control_timeout_s
+    return {
+        trajectory.trajectory_id: tokenizer.decode(list(unpack_token_ids(trajectory.token_ids)))
+        async for trajectory in context.peers.buffer.read_trajectories(
+            context.run_id, list(trajectory_ids), timeout_s=timeout_s
+        )
+    }
