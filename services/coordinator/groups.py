@@ -117,16 +117,16 @@ class LiveGroups:
                 )
             group = Group(summary.group_id, prompt, summary.iteration)
             self._add(group, [trajectory.trajectory_id for trajectory in summary.trajectories])
-            for trajectory, held in zip(group.trajectories, summary.trajectories, strict=True):
-                trajectory.apply(held)
+            for trajectory, listed in zip(group.trajectories, summary.trajectories, strict=True):
+                trajectory.apply(listed)
 
     async def refresh(self, trajectories: Iterable[Trajectory]) -> None:
         """Reads the state of these trajectories from the buffer."""
         wanted = {trajectory.id: trajectory for trajectory in trajectories}
         async for summary in self._list():
-            for held in summary.trajectories:
-                if held.trajectory_id in wanted:
-                    wanted[held.trajectory_id].apply(held)
+            for listed in summary.trajectories:
+                if listed.trajectory_id in wanted:
+                    wanted[listed.trajectory_id].apply(listed)
 
     async def create(self, groups: Iterable[tuple[str, Prompt]], iteration: int, size: int) -> None:
         """Creates groups of `size` empty trajectories in the buffer, and here."""

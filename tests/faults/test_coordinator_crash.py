@@ -120,7 +120,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
             asyncio.TaskGroup() as tasks,
         ):
             request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path))
-            watching: asyncio.Task[Watched] | None = None
+            watch: asyncio.Task[Watched] | None = None
             for stall_in in ("FineTune", "rollout", "Train", "SaveCheckpoint", "PushWeights"):
                 peers.trainer.stalled.clear()
                 if stall_in == "rollout":
@@ -128,10 +128,10 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
                 else:
                     peers.trainer.stall_in = stall_in
                 async with coordinator_process(recipe, port, run_path) as process:
-                    if watching is None:
+                    if watch is None:
                         await call_when_up(lambda: client.start_run(request))
                         asked = RunRequest(run_id, section, str(run_path))
-                        watching = tasks.create_task(watch_to_the_end(client, asked))
+                        watch = tasks.create_task(watch_to_the_end(client, asked))
                     if stall_in == "rollout":
                         # The second call of several: some trajectories have ended, some are under way.
                         await wait_until(lambda: len(worker.calls) >= 2)
@@ -144,8 +144,8 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
                     await process.wait()
                 worker.call_seconds = 0.0
             async with coordinator_process(recipe, port, run_path) as process:
-                assert watching is not None
-                watched = await watching
+                assert watch is not None
+                watched = await watch
                 assert (watched.last.phase, watched.last.error) == (pb.RUN_PHASE_FINISHED, "")
                 process.send_signal(signal.SIGTERM)
                 assert await asyncio.wait_for(process.wait(), timeout=20) == 0
@@ -178,7 +178,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     assert totals["trajectories_trained"] == sum(trained.values())
 
 
-async def test_told_to_stop_it_sends_watchers_away_at_once(buffer_address: str, tmp_path: Path) -> None:
+async def test_a_coordinator_that_stops_ends_its_watches_at_once(buffer_address: str, tmp_path: Path) -> None:
     run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", free_port()
     section = write_run_section(tmp_path)
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")

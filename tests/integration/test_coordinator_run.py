@@ -200,7 +200,7 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
     ended = Counter({key: sum(line[key] for line in lines) for key in lines[0] if key.startswith("rollout/ended/")})
     assert ended.total() == len(worker.extended)
     assert max(line["rollout/response_tokens/max"] or 0 for line in lines) == 11
-    assert ended["rollout/ended/response_cap"] > 0
+    assert ended["rollout/ended/max_response_tokens"] > 0
 
 
 async def test_bad_requests_name_the_field_and_write_nothing(buffer_address: str, tmp_path: Path) -> None:

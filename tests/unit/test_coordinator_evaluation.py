@@ -28,9 +28,9 @@ def test_one_answer_per_problem_is_close_to_wilson() -> None:
 
 
 def test_answers_that_agree_within_problems_add_no_certainty() -> None:
-    once = clustered_interval([[n < 120] for n in range(300)])
+    single = clustered_interval([[n < 120] for n in range(300)])
     four_times = clustered_interval([[n < 120] * 4 for n in range(300)])
-    assert (four_times.low, four_times.high) == pytest.approx((once.low, once.high))
+    assert (four_times.low, four_times.high) == pytest.approx((single.low, single.high))
 
 
 def test_coverage_with_difficulties_that_differ() -> None:
