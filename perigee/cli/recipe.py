@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,7 @@ _CONFIG_CLASSES = {
 RUN_FOLDER_VALUES: Mapping[str, Mapping[str, str]] = {
     "buffer": {"data_path": "{run}/buffer"},
     "trainer": {"run_path": "{run}"},
-    # A restarted coordinator goes on with the run without being asked.
+    # A restarted coordinator resumes the run by itself.
     "coordinator": {"run_path": "{run}"},
 }
 
@@ -71,18 +73,19 @@ class Recipe:
         """The script that makes the run's data, if any."""
         return None if self.head.prepare is None else self.path.parent / self.head.prepare
 
-    def expand(self, run_path: Path) -> dict[str, Any]:
-        """The values with `{data}`, `{run}` and `{recipe}` replaced by the folders of data, run and recipe."""
+    def expand(self, run: RunFolder) -> Recipe:
+        """Returns the run's recipe: `{data}`, `{run}` and `{recipe}` are replaced by the folders they stand for."""
         folders = {
-            "{data}": str(run_path / "data"),
-            "{run}": str(run_path),
+            "{data}": str(run.data_path),
+            "{run}": str(run.path),
             "{recipe}": str(self.path.parent.absolute()),
         }
         expanded = map_strings(self.values, lambda text: _replace_all(text, folders))
-        assert isinstance(expanded, dict)
+        head = self.head
         if self.prepare_path is not None:
             expanded["prepare"] = str(self.prepare_path.absolute())
-        return expanded
+            head = head.model_copy(update={"prepare": expanded["prepare"]})
+        return Recipe(run.recipe_path, head, expanded)
 
 
 def find_recipe(path: Path) -> Path:
@@ -120,10 +123,20 @@ def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -
 
 
 def check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
-    """The values as a recipe, each section checked against its service's configuration class.
+    """Returns the values as a recipe, each section checked against its service's configuration class.
 
-    Raises InvalidArgumentError whose one-line message names the file, the field and what to do.
+    Prints a line on standard error for each key under an old name. Raises InvalidArgumentError whose one-line message
+    names the file, the field and what to do.
     """
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", FutureWarning)
+        recipe = _check_recipe(path, values)
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        print(f"perigee: {path.name}: {message}", file=sys.stderr)
+    return recipe
+
+
+def _check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
     source = path.name
     known = [*RecipeHead.model_fields, *_CONFIG_CLASSES]
     for section in values:
@@ -152,7 +165,7 @@ def open_new_run(runs_path: Path, recipe: Recipe) -> tuple[RunFolder, Recipe]:
         raise InvalidArgumentError.for_field(f"{recipe.path.name}: prepare", f"{script} is no file")
     run = new_run(runs_path, recipe.head.name)
     run.create()
-    return run, _write_recipe(run, recipe.expand(run.path))
+    return run, _write_recipe(run, recipe.expand(run))
 
 
 def open_old_run(runs_path: Path, name: str, overrides: list[str]) -> tuple[RunFolder, Recipe]:
@@ -163,12 +176,11 @@ def open_old_run(runs_path: Path, name: str, overrides: list[str]) -> tuple[RunF
     run = find_run(runs_path, name)
     if (stack := run.read_stack()) is not None:
         raise InvalidArgumentError.for_field(run.run_id, f"is running already, in process {stack.pid}")
-    return run, _write_recipe(run, load_recipe(run.recipe_path, overrides).values)
+    return run, _write_recipe(run, load_recipe(run.recipe_path, overrides))
 
 
-def _write_recipe(run: RunFolder, values: Mapping[str, Any]) -> Recipe:
-    recipe = check_recipe(run.recipe_path, values)
-    write_atomically(run.recipe_path, dump_yaml(values).encode())
+def _write_recipe(run: RunFolder, recipe: Recipe) -> Recipe:
+    write_atomically(run.recipe_path, dump_yaml(recipe.values).encode())
     return recipe
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.cli.recipe import SERVICES, config_class, dump_yaml, find_recipe, load_recipe, map_strings
+from perigee.cli.run_folder import RunFolder
 from perigee.errors import InvalidArgumentError
 from services.kit.config import ServiceConfig
 
@@ -42,7 +43,7 @@ def test_overrides_reach_the_values(tmp_path: Path) -> None:
 
 
 def test_expansion_names_the_folders_of_the_run(tmp_path: Path) -> None:
-    values = load_recipe(write_recipe(tmp_path)).expand(Path("/runs/small-1"))
+    values = load_recipe(write_recipe(tmp_path)).expand(RunFolder(Path("/runs/small-1"))).values
     assert values["run"]["prompts"] == "/runs/small-1/data/prompts.jsonl"
     assert values["prepare"] == str(tmp_path / "prepare.py")
     assert "{" not in dump_yaml(values["run"])
@@ -50,7 +51,7 @@ def test_expansion_names_the_folders_of_the_run(tmp_path: Path) -> None:
 
 def test_services_get_the_folder_of_the_run_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
     text = RECIPE.replace('trainer: {model: "{data}/model"}', 'trainer: {model: "{data}/model", run_path: /elsewhere}')
-    values = load_recipe(write_recipe(tmp_path, text)).expand(Path("/runs/small-1"))
+    values = load_recipe(write_recipe(tmp_path, text)).expand(RunFolder(Path("/runs/small-1"))).values
     assert values["trainer"]["run_path"] == "/elsewhere"
     assert values["buffer"]["data_path"] == "/runs/small-1/buffer"
     assert values["coordinator"]["run_path"] == "/runs/small-1"
@@ -86,6 +87,17 @@ def test_broken_yaml_names_the_file_and_line(tmp_path: Path) -> None:
 def test_a_wrong_override_is_told(tmp_path: Path) -> None:
     assert "'run.iterations' is not of the form a.b=c" in message_of(tmp_path, RECIPE, "run.iterations")
     assert "run.iterations: input should be a valid integer" in message_of(tmp_path, RECIPE, "run.iterations=many")
+
+
+def test_a_key_under_an_old_name_is_one_line_on_standard_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = RECIPE.replace("iterations: 2", "iterations: 2, groups: {live: 8}")
+    recipe = load_recipe(write_recipe(tmp_path, old), ["run.groups.live=12"])
+    line = "perigee: recipe.yaml: the key groups.live is called max_live_groups now; the old name goes with the next"
+    assert capsys.readouterr().err.startswith(line)
+    recipe.expand(RunFolder(tmp_path))
+    assert capsys.readouterr().err == ""
 
 
 def test_a_recipe_is_found_by_file_or_folder(tmp_path: Path) -> None:

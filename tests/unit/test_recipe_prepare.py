@@ -12,6 +12,7 @@ import tiny_model
 from tokenizers import Tokenizer
 
 from perigee.cli.recipe import load_recipe
+from perigee.cli.run_folder import RunFolder
 
 RECIPE = Path(__file__).parents[2] / "examples" / "arithmetic"
 
@@ -108,7 +109,7 @@ def test_transformers_loads_the_model_folder(prepared: Path) -> None:
 
 
 def test_recipe_is_valid_and_names_the_files_that_prepare_writes(prepared: Path, tmp_path: Path) -> None:
-    run = load_recipe(RECIPE / "recipe.yaml").expand(tmp_path)["run"]
+    run = load_recipe(RECIPE / "recipe.yaml").expand(RunFolder(tmp_path)).values["run"]
     named = [run["model"], run["prompts"], run["heldout"], *(stage["dataset"] for stage in run["sft"])]
     for path in map(Path, named):
         assert (prepared / path.relative_to(tmp_path / "data")).exists()
