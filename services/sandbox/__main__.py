@@ -9,16 +9,15 @@ from perigee.sandbox.v1.sandbox_pb2_grpc import add_SandboxServiceServicer_to_se
 from services.kit.config import load_config
 from services.kit.http import http_serving
 from services.kit.server import App, run
-from services.sandbox.compat.piston import piston_api
-from services.sandbox.compat.sandbox_fusion import sandbox_fusion_api
+from services.kit.single_flight import SingleFlightCache
+from services.sandbox.api.piston import piston_api
+from services.sandbox.api.responses import is_final
+from services.sandbox.api.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.config import SandboxConfig
-from services.sandbox.http_routes import ROUTES
-from services.sandbox.idempotency import Once
-from services.sandbox.pool import open_pool
-from services.sandbox.responses import is_final
-from services.sandbox.service import FULL_NAME, Response, SandboxService
-from services.sandbox.sessions import Sessions
-from services.sandbox.versions import Versions
+from services.sandbox.runtime.pool import open_pool
+from services.sandbox.runtime.sessions import Sessions
+from services.sandbox.runtime.versions import Versions
+from services.sandbox.service import FULL_NAME, ROUTES, Response, SandboxService
 
 MOST_RESULTS = 10_000
 
@@ -31,15 +30,16 @@ async def lifespan(app: App[SandboxConfig]) -> AsyncIterator[None]:
         pool = await stack.enter_async_context(open_pool(config))
         sessions = Sessions(pool)
         stack.push_async_callback(sessions.close)
-        once: Once[Response] = Once(
-            entries=MOST_RESULTS,
+        results: SingleFlightCache[str, Response] = SingleFlightCache(
+            MOST_RESULTS,
             total_bytes=config.result_cache_bytes,
             ttl_s=config.result_cache_seconds,
             size_of=lambda response: response.ByteSize(),
             is_final=is_final,
+            key_field="idempotency_key",
         )
-        stack.push_async_callback(once.close)
-        service = SandboxService(pool, sessions, Versions(pool), once)
+        stack.push_async_callback(results.close)
+        service = SandboxService(pool, sessions, Versions(pool), results)
         app.add(FULL_NAME, add_SandboxServiceServicer_to_server, service)
         foreign = (sandbox_fusion_api(service), piston_api(service))
         await stack.enter_async_context(http_serving(app, config.http, ROUTES, service, foreign))

@@ -1,23 +1,25 @@
-"""SandboxService: protobuf in, domain call, protobuf out."""
+"""The sandbox's RPCs over HTTP.
+
+Runs the items of a batch side by side, and tells each one's outcome as soon as it is known.
+
+SandboxService: protobuf in, domain call, protobuf out."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 
+from perigee.errors import PerigeeError, ResourceExhaustedError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
-from services.sandbox.batches import run_batch
-from services.sandbox.execute import Piece, execute, execute_stream
-from services.sandbox.idempotency import Once
-from services.sandbox.judge import judge
-from services.sandbox.judge_requests import read_submission
-from services.sandbox.pool import Pool
-from services.sandbox.requests import read_job
-from services.sandbox.responses import (
+from services.kit.http import HttpRoute
+from services.kit.single_flight import SingleFlightCache
+from services.sandbox.api.requests import check_batch, read_cell, read_job, read_session, read_submission
+from services.sandbox.api.responses import (
     cell_response,
     execute_response,
     item_error,
@@ -25,9 +27,66 @@ from services.sandbox.responses import (
     limits_message,
     stream_response,
 )
-from services.sandbox.session_requests import check_batch, read_cell, read_session
-from services.sandbox.sessions import Sessions
-from services.sandbox.versions import Versions
+from services.sandbox.judge.judge import judge
+from services.sandbox.runtime.pool import Pool
+from services.sandbox.runtime.programs import Piece, execute, execute_stream
+from services.sandbox.runtime.sessions import Sessions
+from services.sandbox.runtime.versions import Versions
+
+ROUTES = (
+    HttpRoute("POST", "/v1/execute", "Execute", pb.ExecuteRequest, pb.ExecuteResponse),
+    HttpRoute(
+        "POST", "/v1/execute/stream", "ExecuteStream", pb.ExecuteStreamRequest, pb.ExecuteStreamResponse, streaming=True
+    ),
+    HttpRoute(
+        "POST", "/v1/execute/batch", "ExecuteBatch", pb.ExecuteBatchRequest, pb.ExecuteBatchResponse, streaming=True
+    ),
+    HttpRoute("POST", "/v1/judge", "Judge", pb.JudgeRequest, pb.JudgeResponse),
+    HttpRoute("POST", "/v1/judge/batch", "JudgeBatch", pb.JudgeBatchRequest, pb.JudgeBatchResponse, streaming=True),
+    HttpRoute("POST", "/v1/sessions", "CreateSession", pb.CreateSessionRequest, pb.CreateSessionResponse),
+    HttpRoute("POST", "/v1/sessions/{session_id}/cells", "RunCell", pb.RunCellRequest, pb.RunCellResponse),
+    HttpRoute("DELETE", "/v1/sessions/{session_id}", "CloseSession", pb.CloseSessionRequest, pb.CloseSessionResponse),
+    HttpRoute("GET", "/v1/runtimes", "ListRuntimes", pb.ListRuntimesRequest, pb.ListRuntimesResponse),
+)
+
+
+T = TypeVar("T")
+_AT_ONCE = 32
+_PAUSE_S = 0.5
+
+
+async def run_batch(
+    works: Sequence[Callable[[], Awaitable[T]]],
+) -> AsyncGenerator[tuple[int, T | None, PerigeeError | None], None]:
+    """Position and either result or error of each item, in the order in which they end; leaving the iteration ends all.
+
+    A batch is work for its whole deadline: an item that is refused for want of a slot is tried again.
+    """
+    left = asyncio.Semaphore(_AT_ONCE)
+    # Unbounded in type only: one entry an item, and items are bounded by the request.
+    done: asyncio.Queue[tuple[int, T | None, PerigeeError | None]] = asyncio.Queue()
+
+    async def run(index: int, work: Callable[[], Awaitable[T]]) -> None:
+        async with left:
+            while True:
+                try:
+                    done.put_nowait((index, await work(), None))
+                except ResourceExhaustedError as error:
+                    await asyncio.sleep(max(_PAUSE_S, error.retry_after_s or 0.0))
+                    continue
+                except PerigeeError as error:
+                    done.put_nowait((index, None, error))
+                return
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(run(index, work)) for index, work in enumerate(works)]
+        try:
+            for _ in works:
+                yield await done.get()
+        finally:
+            for task in tasks:
+                task.cancel()
+
 
 FULL_NAME = "perigee.sandbox.v1.SandboxService"
 
@@ -38,11 +97,13 @@ Response = pb.ExecuteResponse | pb.JudgeResponse
 class SandboxService(SandboxServiceServicer):
     """Serves a pool of slots."""
 
-    def __init__(self, pool: Pool, sessions: Sessions, versions: Versions, once: Once[Response]) -> None:
+    def __init__(
+        self, pool: Pool, sessions: Sessions, versions: Versions, results: SingleFlightCache[str, Response]
+    ) -> None:
         self._pool = pool
         self._sessions = sessions
         self._versions = versions
-        self._once = once
+        self._results = results
 
     async def Execute(self, request: pb.ExecuteRequest, context: Context) -> pb.ExecuteResponse:
         """Runs one program once."""
@@ -147,4 +208,5 @@ class SandboxService(SandboxServiceServicer):
         if not request.idempotency_key:
             return await work()  # type: ignore[no-any-return]
         key = f"{request.DESCRIPTOR.name}:{request.idempotency_key}"
-        return await self._once.get(key, request.SerializeToString(deterministic=True), work)
+        response, _ = await self._results.get(key, work, request.SerializeToString(deterministic=True))
+        return response

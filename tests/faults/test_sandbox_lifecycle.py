@@ -18,7 +18,7 @@ import pytest
 from perigee.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.cgroups import find_cgroups
+from services.sandbox.runtime.cgroups import find_cgroups
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
 SLEEPER = pb.ExecuteRequest(

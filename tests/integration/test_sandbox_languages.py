@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.runtimes import OWN_RUNTIMES
+from services.sandbox.languages.catalog import OWN_RUNTIMES
 from tests.fixtures.sandbox_fronts import Fronts
 
 NAMES = sorted(path.stem for path in OWN_RUNTIMES.glob("*.yaml"))

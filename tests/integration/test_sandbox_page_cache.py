@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.cgroups import find_cgroups
+from services.sandbox.runtime.cgroups import find_cgroups
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
 READER = b"""

@@ -12,7 +12,7 @@ import pytest_asyncio
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.config import SandboxConfig
-from services.sandbox.isolation import choose_isolation, read_machine
+from services.sandbox.runtime.isolation import choose_isolation, read_machine
 from tests.fixtures.sandbox import function_tests, running_sandbox, skip_unless_possible, stdio_tests
 
 QUICK = pb.Limits(wall_ms=1500, cpu_ms=600, memory_bytes=256 << 20)

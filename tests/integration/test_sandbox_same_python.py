@@ -15,7 +15,7 @@ import pytest_asyncio
 
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.packages import PACKAGES_FOLDER
+from services.sandbox.languages.catalog import PACKAGES_FOLDER
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
 ADDRESS = re.compile("at 0x[0-9a-f]+")

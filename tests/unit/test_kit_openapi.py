@@ -17,7 +17,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
 from services.kit.http import HttpRoute
 from services.kit.openapi import describe_routes, descriptor_of
-from services.sandbox.http_routes import ROUTES
+from services.sandbox.service import ROUTES
 from tests.fixtures.messages import messages_of
 
 SCORE = HttpRoute("POST", "/v1/score", "Score", reward_pb2.ScoreRequest, reward_pb2.ScoreResponse, streaming=True)

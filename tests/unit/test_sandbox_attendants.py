@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from services.sandbox.attendants import Attendant, BoxFailedError
+from services.sandbox.runtime.helper_process import Attendant, BoxFailedError
 
 CHATTY = "import sys\nsys.stderr.write('x' * 1_000_000 + '\\nthe last word\\n')\nsys.stderr.flush()\n"
 

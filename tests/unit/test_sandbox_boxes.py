@@ -8,12 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from services.sandbox.attendants import BoxFailedError
-from services.sandbox.box import control
-from services.sandbox.box.limits import BoxLimits
-from services.sandbox.box.orders import Order
-from services.sandbox.boxes import Box
-from services.sandbox.places import Place
+from services.sandbox.agent import protocol
+from services.sandbox.agent.protocol import BoxLimits, Order
+from services.sandbox.runtime.helper_process import BoxFailedError
+from services.sandbox.runtime.sandboxes import Box
+from services.sandbox.runtime.worker_slots import Place
 
 ORDER = Order("session", BoxLimits(60_000, 60_000, 1 << 28, 64, 1 << 24, 1 << 20))
 
@@ -29,7 +28,7 @@ async def test_files_that_are_asked_for_are_not_waited_for_when_the_box_breaks(t
         await asyncio.sleep(0)
         collecting = asyncio.create_task(box.collect(["a"], 10))
         await asyncio.sleep(0)
-        assert [control.receive(theirs).header["kind"] for _ in range(2)] == ["run", "collect"]
+        assert [protocol.receive(theirs).header["kind"] for _ in range(2)] == ["run", "collect"]
         theirs.close()
         async with asyncio.timeout(5):
             with pytest.raises(BoxFailedError, match="before its files were collected"):

@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 
 from perigee.errors import InternalError
-from services.sandbox import cgroups
-from services.sandbox.box.usage import open_usage
-from services.sandbox.cgroups import CgroupHost, SlotCgroup, find_cgroups, find_groups, group_folders, remove_group
+from services.sandbox.agent.monitor import open_usage
+from services.sandbox.runtime import cgroups
+from services.sandbox.runtime.cgroups import (
+    CgroupHost,
+    SlotCgroup,
+    find_cgroups,
+    find_groups,
+    group_folders,
+    remove_group,
+)
 
 INSTANCE = "1-2-0"
 V2_FILES = {

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.sandbox.checker_protocol import Decision, read_decision
-from services.sandbox.jobs import Verdict
+from services.sandbox.judge.stdio import Decision, read_decision
+from services.sandbox.runtime.jobs import Verdict
 
 ACCEPTED, WRONG, FAILED = Verdict.ACCEPTED, Verdict.WRONG_ANSWER, Verdict.INFRA_ERROR
 

@@ -7,7 +7,7 @@ import os
 import threading
 from pathlib import Path
 
-from services.sandbox.claims import claim, held_if_abandoned
+from services.sandbox.runtime.leftovers import claim, held_if_abandoned
 
 
 def test_a_claim_holds_until_it_is_let_go(tmp_path: Path) -> None:

@@ -8,10 +8,18 @@ from typing import Any
 
 import pytest
 
-from services.sandbox.box.code_tests import FAILED, PASSED, SUBMISSION_ERROR, TEST_ERROR, run_code_test
-from services.sandbox.box.remote_function import ChannelBrokenError, RemoteFunction, SubmissionError
-from services.sandbox.box.served_function import serve_function
-from services.sandbox.box.values import decode, encode
+from services.sandbox.agent.code_tests import (
+    FAILED,
+    PASSED,
+    SUBMISSION_ERROR,
+    TEST_ERROR,
+    ChannelBrokenError,
+    RemoteFunction,
+    SubmissionError,
+    run_code_test,
+    serve_function,
+)
+from services.sandbox.agent.values import decode, encode
 from tests.fixtures.sandbox_code_tests import RunCodeTest
 
 DOUBLE = "def f(x): return 2 * x"

@@ -7,9 +7,9 @@ from pydantic import ValidationError
 
 from perigee.errors import InvalidArgumentError, ResourceExhaustedError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.compat import piston, sandbox_fusion
-from services.sandbox.compat.translation import find_runtime, rename_fields
-from services.sandbox.compat.version_selector import selects
+from services.sandbox.api import piston, sandbox_fusion
+from services.sandbox.api.compat import find_runtime, rename_fields
+from services.sandbox.api.piston import selects
 
 PYTHON = pb.Runtime(language="python", version="3.11.2", aliases=["py"])
 CPP = pb.Runtime(language="cpp", version="g++ 12.2.0", aliases=["c++17"], compiled=True)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from services.sandbox.boxes import Box
-from services.sandbox.pairs import Pair
-from services.sandbox.places import Place
-from services.sandbox.relay import JUDGE, PROGRAM, carrying
+from services.sandbox.judge.interactive import JUDGE, PROGRAM, carrying
+from services.sandbox.judge.pairs import Pair
+from services.sandbox.runtime.sandboxes import Box
+from services.sandbox.runtime.worker_slots import Place
 
 
 def open_descriptors() -> set[str]:

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from services.sandbox.finishing import finish
+from services.sandbox.runtime.helper_process import finish
 
 
 async def test_the_result_is_handed_on() -> None:

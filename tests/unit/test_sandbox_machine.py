@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perigee.errors import FailedPreconditionError
-from services.sandbox.box.seccomp import build_filter
-from services.sandbox.cgroups import find_cgroups, instance_name
+from services.sandbox.agent.confinement import build_filter
 from services.sandbox.config import SandboxConfig
-from services.sandbox.isolation import UNSAFE_LABEL, Machine, choose_isolation
-from services.sandbox.users import choose_first_uid
+from services.sandbox.runtime.cgroups import find_cgroups, instance_name
+from services.sandbox.runtime.isolation import UNSAFE_LABEL, Machine, choose_isolation
+from services.sandbox.runtime.worker_slots import choose_first_uid
 
 V1 = """30 29 0:28 / /cg/memory rw - cgroup cgroup rw,memory
 31 29 0:29 / /cg/cpu,cpuacct rw - cgroup cgroup rw,cpu,cpuacct

@@ -11,7 +11,7 @@ import pytest
 SOURCE = """
 import resource, sys
 from perigee.errors import FailedPreconditionError
-from services.sandbox.open_files import make_room
+from services.sandbox.runtime.worker_slots import make_room
 soft, hard, places, calls = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 try:

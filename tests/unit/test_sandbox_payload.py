@@ -8,8 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.sandbox.box.control import memory_file
-from services.sandbox.box.payload import (
+from services.sandbox.agent.archive import (
     TOO_LONG,
     VALUE,
     Parcel,
@@ -19,6 +18,7 @@ from services.sandbox.box.payload import (
     read_parcel,
     read_replies,
 )
+from services.sandbox.agent.protocol import memory_file
 
 KINDS = st.sampled_from([b"v", b"n", b"e", b"l", b"c"])
 

@@ -6,21 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from services.sandbox import places
-from services.sandbox.attendants import BoxFailedError
-from services.sandbox.cgroups import CgroupHost, SlotCgroup
 from services.sandbox.config import SandboxConfig
-from services.sandbox.isolation import Isolation
-from services.sandbox.places import Place
-from services.sandbox.runtimes import load_catalog
-from services.sandbox.slots import Opener
-from services.sandbox.zygotes import Zygotes
+from services.sandbox.languages.catalog import load_catalog
+from services.sandbox.runtime import worker_slots
+from services.sandbox.runtime.cgroups import CgroupHost, SlotCgroup
+from services.sandbox.runtime.helper_process import BoxFailedError
+from services.sandbox.runtime.isolation import Isolation
+from services.sandbox.runtime.sandboxes import Opener, Zygotes
+from services.sandbox.runtime.worker_slots import Place
 
 NO_PROCESS = 2**22 + 1  # above the kernel's highest number
 
 
 async def test_no_job_comes_to_one_that_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(places, "_EMPTY_S", 0.05)
+    monkeypatch.setattr(worker_slots, "_EMPTY_S", 0.05)
     cgroup = SlotCgroup(CgroupHost(2, {"unified": tmp_path}, ()), "1-2", "slot-0")
     folder = tmp_path / "perigee-sandbox" / "1-2" / "slot-0"
     folder.mkdir(parents=True)

@@ -10,11 +10,10 @@ from hypothesis import strategies as st
 
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.api.requests import find_path_problem, read_job, read_submission
 from services.sandbox.config import LimitsConfig, SandboxConfig
-from services.sandbox.jobs import FunctionTest, StdioTest
-from services.sandbox.judge_requests import read_submission
-from services.sandbox.requests import find_path_problem, read_job
-from services.sandbox.runtimes import Catalog, Missing, load_catalog
+from services.sandbox.languages.catalog import Catalog, Missing, load_catalog
+from services.sandbox.runtime.jobs import FunctionTest, StdioTest
 
 CONFIG = SandboxConfig(max_source_bytes=100, max_tests=3, default_limits=LimitsConfig(wall_ms=123))
 CATALOG = load_catalog(CONFIG)

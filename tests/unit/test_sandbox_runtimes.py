@@ -8,7 +8,7 @@ import pytest
 
 from perigee.errors import InvalidArgumentError
 from services.sandbox.config import SandboxConfig
-from services.sandbox.runtimes import load_catalog
+from services.sandbox.languages.catalog import load_catalog
 
 RIGHT = 'name: mine\ntitle: Mine\nsource: main.sh\nrun: [sh, "{source}"]\nrequires: [sh]\n'
 

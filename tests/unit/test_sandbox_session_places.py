@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.cells import Cell
+from services.sandbox.api.requests import read_session
 from services.sandbox.config import SandboxConfig
-from services.sandbox.pool import open_pool
-from services.sandbox.session_requests import read_session
-from services.sandbox.sessions import Sessions
+from services.sandbox.runtime.pool import open_pool
+from services.sandbox.runtime.sessions import Cell, Sessions
 
 
 @pytest.fixture

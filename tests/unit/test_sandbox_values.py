@@ -18,7 +18,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from services.sandbox.box.values import MAX_DEPTH, decode, encode
+from services.sandbox.agent.values import MAX_DEPTH, decode, encode
 
 ROOT = Path(__file__).parents[2]
 TEXTS = st.text(st.characters(exclude_categories=[]), max_size=8)
@@ -310,7 +310,7 @@ def test_large_sets_and_fractions_are_taken() -> None:
 
 def test_the_codec_imports_the_standard_library_alone() -> None:
     """It runs in boxes, by whichever interpreter is there."""
-    program = "import sys; from services.sandbox.box import code_tests, served_function; print(*sys.modules)"
+    program = "import sys; from services.sandbox.agent import code_tests; print(*sys.modules)"
     found = subprocess.run([sys.executable, "-S", "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert {name.partition(".")[0] for name in found.stdout.split()} - sys.stdlib_module_names == {
         "__main__",

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import ResourceExhaustedError, UnavailableError
-from services.sandbox.waiting_line import WaitingLine
+from services.sandbox.runtime.job_queue import WaitingLine
 
 
 class Clock:

@@ -1,0 +1,135 @@
+"""The files that cross the wall of a box: parcels go in and out, replies of a function come out.
+
+A parcel is `u32 header length, header (JSON), blobs`; the header lists the blobs' lengths. A reply is `u32 length,
+kind, payload`. All integers are big-endian; nothing is escaped.
+
+
+A job's files, from a parcel into its working folder.
+
+Reads the files that a program left, whatever it made of their names.
+
+A path is opened below the working folder by openat2 without following a link or crossing a mount, then checked to be a
+regular file: links, pipes and devices are told by an error, and nothing outside is ever reached.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_PARCEL_PREFIX = struct.Struct(">I")
+_REPLY_PREFIX = struct.Struct(">Ic")
+VALUE, NOT_JSON, EXCEPTION, LOADED, COMPILE_ERROR, TOO_LONG = b"v", b"n", b"e", b"l", b"c", b"o"
+
+
+class Parcel(NamedTuple):
+    """A header and the blobs that it tells of."""
+
+    header: dict[str, Any]
+    blobs: list[bytes]
+
+
+class Reply(NamedTuple):
+    """One answer of a loaded submission."""
+
+    kind: bytes
+    payload: bytes
+
+
+def encode_parcel(header: dict[str, Any], blobs: Sequence[bytes]) -> bytes:
+    """A parcel as the contents of a file."""
+    text = json.dumps({**header, "lengths": [len(blob) for blob in blobs]}).encode()
+    return b"".join([_PARCEL_PREFIX.pack(len(text)), text, *blobs])
+
+
+def read_parcel(descriptor: int) -> Parcel:
+    """The parcel in a file; raises ValueError when its parts do not fill it."""
+    size = os.fstat(descriptor).st_size
+    contents = _read(descriptor, size)
+    [header_length] = _PARCEL_PREFIX.unpack_from(contents)
+    offset = _PARCEL_PREFIX.size + header_length
+    header = json.loads(contents[_PARCEL_PREFIX.size : offset])
+    blobs = []
+    for length in header.pop("lengths"):
+        blobs.append(contents[offset : offset + length])
+        offset += length
+    if offset != size:
+        raise ValueError(f"the parcel's parts end at {offset} of {size} bytes")
+    return Parcel(header, blobs)
+
+
+def _read(descriptor: int, size: int) -> bytes:
+    """One read gives at most 2 GiB less a page."""
+    parts: list[bytes] = []
+    offset = 0
+    while offset < size and (part := os.pread(descriptor, size - offset, offset)):
+        parts.append(part)
+        offset += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def encode_reply(kind: bytes, payload: bytes) -> bytes:
+    """One reply as it is appended to the file of replies."""
+    return _REPLY_PREFIX.pack(len(payload), kind) + payload
+
+
+def read_replies(descriptor: int, count: int, limit: int) -> list[Reply]:
+    """The first `count` replies of a file that the submission could have written to; fewer when what follows is not a
+    reply.
+
+    A payload longer than `limit` is not read: its reply is of kind TOO_LONG.
+    """
+    replies: list[Reply] = []
+    offset = 0
+    while len(replies) < count:
+        prefix = os.pread(descriptor, _REPLY_PREFIX.size, offset)
+        if len(prefix) < _REPLY_PREFIX.size:
+            break
+        length, kind = _REPLY_PREFIX.unpack(prefix)
+        offset += _REPLY_PREFIX.size
+        if length > limit:
+            replies.append(Reply(TOO_LONG, b""))
+        else:
+            payload = os.pread(descriptor, length, offset)
+            if len(payload) < length:
+                break
+            replies.append(Reply(kind, payload))
+        offset += length
+    return replies
+
+
+BoxFile = tuple[str, bytes, bool]
+"""Path below the working folder, content, executable."""
+
+
+def read_files(descriptor: int) -> list[BoxFile]:
+    """The files of a parcel that holds nothing else."""
+    header, blobs = read_parcel(descriptor)
+    return list(zip(header["paths"], blobs, header["executable"], strict=True))
+
+
+def own_files(home: str, uid: int) -> None:
+    """Gives everything below `home` to a user."""
+    for folder, folders, names in os.walk(home):
+        for name in (*folders, *names):
+            os.chown(f"{folder}/{name}", uid, uid, follow_symlinks=False)
+
+
+def write_files(home: str, files: Iterable[BoxFile]) -> None:
+    """Writes files below `home`; folders are made, links are never followed."""
+    for path, content, executable in files:
+        target = f"{home}/{path}"
+        if "/" in path:
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+        descriptor = os.open(target, flags, 0o700 if executable else 0o600)
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[os.write(descriptor, rest) :]
+        finally:
+            os.close(descriptor)

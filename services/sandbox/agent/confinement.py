@@ -1,0 +1,201 @@
+"""The system-call filter of a box: everything is allowed except what reaches for the kernel, the host or the network.
+
+Denied calls give EPERM; clone3 gives ENOSYS, so that libc falls back to clone, whose flags a filter can read; sockets
+other than AF_UNIX are refused; calls in the layout of another architecture kill the process. mknod stays allowed:
+mkfifo needs it, and device nodes need a capability that no program in a box has.
+
+
+Gives up every privilege of a process that is about to become a submission's."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import resource
+import signal
+import struct
+from dataclasses import dataclass
+
+from . import kernel
+from .protocol import BoxLimits
+
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
+_EPERM, _ENOSYS = 1, 38
+_OFFSET_NUMBER, _OFFSET_ARCHITECTURE, _OFFSET_ARGUMENT_0 = 0, 4, 16
+_X32_BIT = 0x40000000
+_AF_UNIX = 1
+_CLONE_NAMESPACES = 0x7E020080  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWTIME
+
+_AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
+
+# name: (x86_64, aarch64); None where the architecture has no such call
+_DENIED: dict[str, tuple[int | None, int | None]] = {
+    "acct": (163, 89),
+    "add_key": (248, 217),
+    "adjtimex": (159, 171),
+    "bpf": (321, 280),
+    "chroot": (161, 51),
+    "clock_adjtime": (305, 266),
+    "clock_settime": (227, 112),
+    "delete_module": (176, 106),
+    "fanotify_init": (300, 262),
+    "finit_module": (313, 273),
+    "fsconfig": (431, 431),
+    "fsmount": (432, 432),
+    "fsopen": (430, 430),
+    "fspick": (433, 433),
+    "init_module": (175, 105),
+    "io_setup": (206, 0),  # its contexts are counted for the whole host, not for a control group
+    "io_uring_enter": (426, 426),
+    "io_uring_register": (427, 427),
+    "io_uring_setup": (425, 425),
+    "ioperm": (173, None),
+    "iopl": (172, None),
+    "kcmp": (312, 272),
+    "kexec_file_load": (320, 294),
+    "kexec_load": (246, 104),
+    "keyctl": (250, 219),
+    "lookup_dcookie": (212, 18),
+    "memfd_secret": (447, 447),
+    "mount": (165, 40),
+    "mount_setattr": (442, 442),
+    "move_mount": (429, 429),
+    "move_pages": (279, 239),
+    "name_to_handle_at": (303, 264),
+    "nfsservctl": (180, 42),
+    "open_by_handle_at": (304, 265),
+    "open_tree": (428, 428),
+    "perf_event_open": (298, 241),
+    "personality": (135, 92),
+    "pidfd_getfd": (438, 438),
+    "pivot_root": (155, 41),
+    "process_madvise": (440, 440),
+    "process_vm_readv": (310, 270),
+    "process_vm_writev": (311, 271),
+    "ptrace": (101, 117),
+    "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
+    "reboot": (169, 142),
+    "request_key": (249, 218),
+    "setdomainname": (171, 162),
+    "sethostname": (170, 161),
+    "setns": (308, 268),
+    "settimeofday": (164, 170),
+    "swapoff": (168, 225),
+    "swapon": (167, 224),
+    "syslog": (103, 116),
+    "umount2": (166, 39),
+    "unshare": (272, 97),
+    "userfaultfd": (323, 282),
+    "vhangup": (153, 58),
+}
+_CLONE, _CLONE3 = (56, 220), (435, 435)
+_SOCKET, _SOCKETPAIR = (41, 198), (53, 199)
+
+
+def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
+    return struct.pack("=HBBI", code, if_true, if_false, value)
+
+
+def build_filter(machine: str | None = None) -> bytes:
+    """The filter for this machine's architecture as `struct sock_filter` records; raises KeyError for an architecture
+    that it does not know.
+    """
+    machine = machine or platform.machine()
+    architecture = _AUDIT_ARCHITECTURE[machine]
+    column = ("x86_64", "aarch64").index(machine)
+    denied = sorted(number for numbers in _DENIED.values() if (number := numbers[column]) is not None)
+    refuse = _instruction(_RETURN, _ERRNO | _EPERM)
+    absent = _instruction(_RETURN, _ERRNO | _ENOSYS)
+    program = [
+        _instruction(_LOAD, _OFFSET_ARCHITECTURE),
+        _instruction(_JUMP_EQUAL, architecture, if_true=1),
+        _instruction(_RETURN, _KILL_PROCESS),
+        _instruction(_LOAD, _OFFSET_NUMBER),
+    ]
+    if machine == "x86_64":
+        program += [_instruction(_JUMP_AT_LEAST, _X32_BIT, if_false=1), absent]
+    program += [_instruction(_JUMP_EQUAL, _CLONE3[column], if_false=1), absent]
+    program += [
+        _instruction(_JUMP_EQUAL, _CLONE[column], if_false=4),
+        _instruction(_LOAD, _OFFSET_ARGUMENT_0),
+        _instruction(_JUMP_ANY_BIT, _CLONE_NAMESPACES, if_false=1),
+        refuse,
+        _instruction(_RETURN, _ALLOW),
+    ]
+    for numbers in (_SOCKET, _SOCKETPAIR):
+        program += [
+            _instruction(_JUMP_EQUAL, numbers[column], if_false=4),
+            _instruction(_LOAD, _OFFSET_ARGUMENT_0),
+            _instruction(_JUMP_EQUAL, _AF_UNIX, if_true=1),
+            refuse,
+            _instruction(_RETURN, _ALLOW),
+        ]
+    for position, number in enumerate(denied):
+        program.append(_instruction(_JUMP_EQUAL, number, if_true=len(denied) - position))
+    return b"".join([*program, _instruction(_RETURN, _ALLOW), refuse])
+
+
+_HIGH_DESCRIPTOR = 100
+_GRACE_CPU_S = 1
+_OPEN_FILES = 256
+
+
+@dataclass(frozen=True)
+class Confinement:
+    """How a program's process is confined; `uid` None leaves the user as it is, `seccomp` empty installs no filter."""
+
+    home: str
+    uid: int | None
+    seccomp: bytes
+    bound_address_space: bool
+
+
+def give_up_privileges(confinement: Confinement) -> None:
+    """What does not depend on the job: a session of its own, another user, no way back, the filter."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.umask(0o077)
+    os.chdir(confinement.home)
+    if confinement.uid is not None:
+        with open("/proc/self/oom_score_adj", "w") as file:
+            file.write("1000")
+        os.setgroups([])
+        os.setresgid(confinement.uid, confinement.uid, confinement.uid)
+        os.setresuid(confinement.uid, confinement.uid, confinement.uid)
+    kernel.set_dumpable(True)
+    kernel.forbid_new_privileges()
+    if confinement.seccomp:
+        kernel.install_filter(confinement.seccomp)
+
+
+def take_limits(confinement: Confinement, limits: BoxLimits, runs: int) -> None:
+    """The limits of a job, with CPU time for `runs` answers."""
+    for name, value in resource_limits(limits, runs).items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    if confinement.bound_address_space:
+        resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
+    if confinement.uid is not None:
+        resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
+
+
+def place_descriptors(descriptors: list[int]) -> None:
+    """Makes `descriptors[i]` descriptor i, kept by an execve, and closes all others."""
+    high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _HIGH_DESCRIPTOR) for descriptor in descriptors]
+    for target, descriptor in enumerate(high):
+        os.dup2(descriptor, target, inheritable=True)
+    kernel.close_from(len(descriptors))
+
+
+def resource_limits(limits: BoxLimits, runs: int) -> dict[str, int]:
+    """The limits of every isolation that are a process's own, by name; the number of processes is set beside them."""
+    return {
+        "RLIMIT_CPU": -(-limits.cpu_ms // 1000) * max(1, runs) + _GRACE_CPU_S,
+        "RLIMIT_NOFILE": _OPEN_FILES,
+        "RLIMIT_FSIZE": max(limits.file_bytes, limits.output_bytes + 1),
+        "RLIMIT_CORE": 0,
+        "RLIMIT_MEMLOCK": 0,
+        "RLIMIT_MSGQUEUE": 0,
+    }

@@ -1,0 +1,491 @@
+"""The working folder of a container's job: an overlay whose upper layer is a tmpfs, bounded in space and files.
+
+What a compiler has left is the lower layer of the runs that follow, and never written to again.
+
+
+Containers by an OCI runtime's command: started before their order comes, with an init inside that waits for it.
+
+The resident process of a slot that runs containers: sits in the slot's control group, so that what it starts is born
+there, and has each order run in a container that was made before the order came.
+
+It is trusted and outside of every container: it lays out the working folder, starts the container runtime, watches the
+job from beside it, and reads what the job left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import platform
+import resource
+import select
+import shutil
+import signal
+import socket
+import struct
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import kernel, protocol, root
+from .archive import BoxFile, own_files, read_files, write_files
+from .collect import collect_files
+from .confinement import build_filter, place_descriptors, resource_limits
+from .monitor import Process, Supervisor, open_usage
+from .protocol import HOME, Message, Order, memory_file, read_order
+from .root import WRITABLE_FLAGS, sized
+
+_UNPACKED_BYTES = 8192
+
+
+class Workspace:
+    """Mounts below a slot's folder, in the launcher's own mount namespace."""
+
+    def __init__(self, folder: str, uid: int) -> None:
+        self._uid = uid
+        self.home = f"{folder}/box"
+        self._tmp = f"{folder}/tmp"
+        self._top = f"{folder}/top"
+        self._kept = f"{folder}/kept"
+        self._nothing = f"{folder}/nothing"
+        self._has_kept = False
+        self._space_bytes = (0, 0)
+        for path in (self.home, self._tmp, self._top, self._kept, self._nothing):
+            Path(path).mkdir(exist_ok=True)
+
+    @property
+    def mounts(self) -> list[tuple[str, str]]:
+        """Host folders and where a container has them."""
+        return [(self.home, HOME), (self._tmp, "/tmp"), (self._tmp, "/dev/shm")]
+
+    def lay_out(self, space_bytes: int) -> None:
+        """Mounts the working folder and /tmp of one run."""
+        self._space_bytes = (space_bytes, space_bytes)
+        kernel.mount("tmpfs", self._top, "tmpfs", WRITABLE_FLAGS, sized(space_bytes))
+        for name in ("upper", "work"):
+            Path(f"{self._top}/{name}").mkdir(0o700)
+        os.chown(f"{self._top}/upper", self._uid, self._uid)
+        below = f"{self._kept}/upper" if self._has_kept else self._nothing
+        options = f"lowerdir={below},upperdir={self._top}/upper,workdir={self._top}/work,volatile"
+        kernel.mount("overlay", self.home, "overlay", WRITABLE_FLAGS, options)
+        kernel.mount("tmpfs", self._tmp, "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=1777")
+
+    def fill(self, files: list[BoxFile], space_bytes: int) -> None:
+        """Gives the run its space, beside that of its files, and the files."""
+        wanted = (space_bytes + sum(len(content) + _UNPACKED_BYTES for _, content, _ in files), space_bytes)
+        for path, had, wants in zip((self._top, self._tmp), self._space_bytes, wanted, strict=True):
+            if had != wants:
+                kernel.mount("tmpfs", path, "tmpfs", WRITABLE_FLAGS | kernel.MS_REMOUNT, sized(wants))
+        self._space_bytes = wanted
+        if files:
+            write_files(self.home, files)
+            own_files(self.home, self._uid)
+
+    def keep(self) -> None:
+        """Makes what the run that has just ended left the lower layer of those that follow."""
+        kernel.unmount_lazily(self.home)
+        kernel.unmount_lazily(self._tmp)
+        kernel.move_mount(self._top, self._kept)
+        self._has_kept = True
+
+    def take_down(self) -> None:
+        """Unmounts what `lay_out` mounted."""
+        for path in (self._tmp, self.home, self._top):
+            if os.path.ismount(path):
+                kernel.unmount_lazily(path)
+
+    def forget_kept(self) -> bool:
+        """Drops the lower layer; whether there was one."""
+        had, self._has_kept = self._has_kept, False
+        if had:
+            kernel.unmount_lazily(self._kept)
+        return had
+
+
+_STATUS = struct.Struct("=ci")
+_KILLED_STATUS = signal.SIGKILL
+_END_S = 10.0
+_READY_S = 30.0
+_ANSWER_BYTES = 64
+_PROGRAM = 5
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+
+
+class Container(Process):
+    """A container; `pid` is the runtime's own command, `events` the socket to the init inside."""
+
+    def __init__(self, pid: int, name: str, channel: socket.socket, runtime: ContainerRuntime) -> None:
+        self.pid = pid
+        self.events = channel.fileno()
+        self._channel = channel
+        self._name = name
+        self._runtime = runtime
+        self._start_error = 0
+        self._status: int | None = None
+
+    def await_ready(self) -> None:
+        """Returns when the init waits for its order, so that what it took to get there is not the job's; raises
+        RuntimeError when it does not get there.
+        """
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        answer = self._channel.recv(_ANSWER_BYTES) if poller.poll(_READY_S * 1000) else b""
+        if answer[:1] != b"r":
+            raise RuntimeError(f"the container did not start: {self._runtime.last_words() or 'no message'}")
+
+    def begin(self, uid: int, order: Order, command: list[str], descriptors: list[int]) -> None:
+        """Hands the order over."""
+        limits = {**resource_limits(order.limits, order.answers), "RLIMIT_NPROC": order.limits.processes}
+        strings = [str(uid), str(len(limits))]
+        for name, value in limits.items():
+            strings += [str(getattr(resource, name)), str(value)]
+        strings += [str(len(command)), *command, *(f"{name}={value}" for name, value in order.environment.items())]
+        packet = b"".join(string.encode(errors="surrogateescape") + b"\0" for string in strings)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the supervisor is about to see that it ended
+            socket.send_fds(self._channel, [packet], descriptors)
+
+    def note_events(self) -> bool:
+        """Whether the job has ended."""
+        while True:
+            try:
+                answer = self._channel.recv(_ANSWER_BYTES)
+            except (BlockingIOError, ConnectionResetError):
+                return self._status is not None
+            if not answer:
+                return self._status is not None
+            kind, value = _STATUS.unpack(answer)
+            if kind == b"x":
+                self._start_error = value
+            else:
+                self._status = value
+
+    def kill(self) -> None:
+        """Ends every process of the slot but the launcher."""
+        self._runtime.kill_all()
+
+    def settle(self, status: int | None, stopped: bool) -> int:
+        """The status that the init told; raises OSError when the command could not be executed, and RuntimeError when
+        the runtime did not get as far as the job.
+        """
+        self.note_events()
+        if self._start_error:
+            raise OSError(self._start_error, os.strerror(self._start_error))
+        if self._status is not None:
+            return self._status
+        if stopped:
+            return _KILLED_STATUS
+        raise RuntimeError(f"the container ended with status {status}: {self._runtime.last_words() or 'no message'}")
+
+    def close(self) -> None:
+        """Removes what the runtime may have left; its command has ended."""
+        self._channel.close()
+        self._runtime.forget(self._name)
+
+
+class ContainerRuntime:
+    """One slot's way to start containers, one at a time."""
+
+    def __init__(
+        self, command: list[str], state: str, log: str, procs: str, folder: str, bundle: dict[str, Any]
+    ) -> None:
+        self._command = command
+        self._program = seal_program(command[0])
+        self._bundle = bundle
+        self._state = Path(state)
+        if self._state.exists():  # of a launcher that was killed with its containers
+            shutil.rmtree(self._state)
+        self._log = Path(log)
+        self._procs = procs
+        self._config = Path(folder) / "config.json"
+        self._filter = memory_file(build_filter())
+        self._null = os.open("/dev/null", os.O_RDWR)
+        self._written = ""
+        self._count = 0
+
+    def start(self, root_path: str, mounts: list[tuple[str, str]]) -> Container:
+        """Starts a container whose init waits for its order."""
+        self._write_config(root_path, mounts)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        self._count += 1
+        name = f"job-{self._count}"
+        pid = os.fork()
+        if pid:
+            theirs.close()
+            return Container(pid, name, ours, self)
+        try:
+            kernel.die_with_parent(signal.SIGKILL)
+            place_descriptors([self._null, self._null, self._null, theirs.fileno(), self._filter, self._program])
+            os.set_inheritable(_PROGRAM, False)
+            arguments = [*self._command, "--preserve-fds", "2", name]
+            os.execve(_PROGRAM, arguments, os.environ)
+        finally:
+            os._exit(127)
+
+    def _write_config(self, root_path: str, mounts: list[tuple[str, str]]) -> None:
+        binds = [
+            {"destination": inside, "type": "bind", "source": path, "options": ["bind", "nosuid", "nodev"]}
+            for path, inside in mounts
+        ]
+        config = {
+            **self._bundle,
+            "root": {"path": root_path, "readonly": True},
+            "process": {**self._bundle["process"], "args": [f"{root.OWN_FOLDER}/init", "3", "4"]},
+            "mounts": [*self._bundle["mounts"], *binds],
+        }
+        text = json.dumps(config)
+        if text != self._written:
+            self._config.write_text(text)
+            self._written = text
+
+    def kill_all(self) -> None:
+        """Kills all in the control group but this process, until nobody is left to be killed."""
+        deadline = time.monotonic() + _END_S
+        while others := self._others():
+            for pid in others:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{len(others)} processes of the slot do not end")
+            time.sleep(0.001)  # a killed process leaves its group a moment later and tells nobody
+
+    def _others(self) -> list[int]:
+        with open(self._procs) as file:
+            own = os.getpid()
+            return [pid for pid in map(int, file.read().split()) if pid != own and not _is_zombie(pid)]
+
+    def interrupt(self) -> None:
+        """Sends SIGINT to the job's processes, as a terminal's interrupt key would."""
+        for pid in self._others():
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                if Path(f"/proc/{pid}/exe").readlink().name not in ("init", Path(self._command[0]).name):
+                    os.kill(pid, signal.SIGINT)
+
+    def forget(self, name: str) -> None:
+        """Removes what a container's command that was killed could not remove."""
+        if (self._state / name).exists():
+            shutil.rmtree(self._state / name)
+
+    def last_words(self) -> str:
+        """What the runtime logged."""
+        return self._log.read_text(errors="replace")[-2000:].strip() if self._log.exists() else ""
+
+
+def seal_program(path: str) -> int:
+    """A copy of a program in memory that nobody can change.
+
+    A runtime that is executed from such a copy needs not make one itself each time, by which it guards the host's
+    against what runs in the container (CVE-2019-5736).
+    """
+    descriptor = os.memfd_create("runtime", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(path, "rb") as program:
+        while os.sendfile(descriptor, program.fileno(), None, 1 << 20):
+            pass
+    fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+    return descriptor
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return file.read().rpartition(b")")[2].split()[0] == b"Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+_FIRST_SPACE_BYTES = 16 << 20
+_SMALL_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the service tells a launcher. `command` runs a container, its name to be appended; `bundle` is the
+    configuration that all containers share.
+    """
+
+    control: int
+    parent: int
+    uid: int
+    folder: str
+    command: list[str]
+    state: str
+    log: str
+    bundle: dict[str, Any]
+    init: str
+    agent: str
+    cgroup_procs: list[str]
+    cgroup_version: int
+    usage_paths: dict[str, str]
+    hidden_cgroup_mounts: list[str]
+
+
+class Launcher:
+    """Serves one slot until the service closes the socket."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._channel = socket.socket(fileno=options.control)
+        self._roots: dict[str, str] = {}
+        self._root = ""
+        self._files: list[BoxFile] = []
+        self._workspace = Workspace(options.folder, options.uid)
+        self._spare: tuple[str, Container] | None = None
+        self._space_bytes = _FIRST_SPACE_BYTES
+
+    def prepare(self) -> None:
+        """Everything that is the same for all jobs of the slot."""
+        options = self._options
+        usage = open_usage(options.cgroup_version, options.usage_paths)
+        kernel.unshare(kernel.CLONE_NEWNS)
+        kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
+        for path in options.hidden_cgroup_mounts:  # crun refuses a host that has cgroup v1 and v2 side by side
+            kernel.unmount_lazily(path)
+        kernel.adopt_orphans()
+        procs = options.cgroup_procs[0]
+        self._runtime = ContainerRuntime(
+            options.command, options.state, options.log, procs, options.folder, options.bundle
+        )
+        # late, so that the interpreter's own memory is not charged to the jobs
+        for path in options.cgroup_procs:
+            with open(path, "w") as file:
+                file.write("0")
+        self._supervisor = Supervisor(self._channel, usage)
+
+    def serve(self) -> None:
+        """Does what the service says, message by message; while nobody waits, the next container is made."""
+        protocol.send(self._channel, {"kind": "ready", "version": platform.python_version()}, [])
+        while True:
+            message = protocol.receive(self._channel)
+            match message.header["kind"]:
+                case "begin":
+                    self._begin(message)
+                case "run":
+                    self._run(message)
+                case "end":
+                    self._end()
+                case "rest":
+                    protocol.send(self._channel, {"kind": "resting"}, [])
+            message.close()
+            if self._root and self._spare is None:
+                self._make_spare()
+
+    def _begin(self, message: Message) -> None:
+        """Takes the files of a job, and the root that its containers have."""
+        header = message.header
+        name = header["root_name"]
+        if name not in self._roots:
+            self._roots[name] = self._build_root(name, header["root"])
+        self._root = self._roots[name]
+        self._files = read_files(message.descriptors[0])
+
+    def _build_root(self, name: str, fields: dict[str, Any]) -> str:
+        folder = f"{self._options.folder}/roots/{name}"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        own = [[self._options.init, f"{root.OWN_FOLDER}/init"], [self._options.agent, f"{root.OWN_FOLDER}/agent"]]
+        built = root.build_root(root.RootOptions(**{**fields, "folder": folder, "mounts": [*fields["mounts"], *own]}))
+        return str(built)
+
+    def _end(self) -> None:
+        """Forgets the job."""
+        self._files = []
+        if self._workspace.forget_kept():
+            self._discard_spare()
+
+    def _make_spare(self) -> None:
+        self._workspace.lay_out(self._space_bytes)
+        self._spare = (self._root, self._runtime.start(self._root, self._workspace.mounts))
+
+    def _discard_spare(self) -> None:
+        if self._spare is not None:
+            container = self._spare[1]
+            self._spare = None
+            container.kill()
+            self._supervisor.clear()
+            container.close()
+            self._workspace.take_down()
+
+    def _take_spare(self) -> Container:
+        if self._spare is not None and self._spare[0] != self._root:
+            self._discard_spare()
+        if self._spare is None:
+            self._make_spare()
+        assert self._spare is not None
+        container = self._spare[1]
+        self._spare = None
+        return container
+
+    def _run(self, message: Message) -> None:
+        order = read_order(message.header)
+        descriptors = message.descriptors[:-1] if order.brings_files else message.descriptors
+        brought = read_files(message.descriptors[-1]) if order.brings_files else []
+        container = self._take_spare()
+        command = order.command if order.mode == "exec" else [*order.command, order.mode]
+
+        def start(handed: list[int]) -> Container:
+            container.begin(self._options.uid, order, command, handed)
+            return container
+
+        container.await_ready()
+        self._workspace.fill([*self._files, *brought], order.limits.file_bytes)
+        outcome = self._supervisor.run(order, descriptors, start, self._hear)
+        found = [self._collect(order.collect, order.collect_bytes)] if order.collect else []
+        small = self._supervisor.held_bytes() < _SMALL_BYTES and not order.keep
+        if not small:  # before the end is told, so that the next job is not charged with this one's memory
+            self._tidy(container, order.keep)
+        protocol.send(self._channel, {"kind": "ended", **vars(outcome)}, found)
+        for file in found:
+            os.close(file)
+        if small:
+            self._tidy(container, keep=False)
+        self._space_bytes = order.limits.file_bytes
+
+    def _tidy(self, container: Container, keep: bool) -> None:
+        """Waits until the container is gone, and unmounts what it worked on, or keeps it for the job's other runs."""
+        self._supervisor.clear()
+        container.close()
+        if keep:
+            self._workspace.keep()
+            self._files = []
+        else:
+            self._workspace.take_down()
+
+    def _collect(self, paths: list[str], most_bytes: int) -> int:
+        folder = os.open(self._workspace.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            return collect_files(folder, paths, most_bytes)
+        finally:
+            os.close(folder)
+
+    def _hear(self, header: dict[str, Any]) -> None:
+        """What the service asks while a container runs: to interrupt the job, or for files that it has written."""
+        if header["kind"] == "interrupt":
+            self._runtime.interrupt()
+        elif header["kind"] == "collect":
+            found = self._collect(header["paths"], header["bytes"])
+            protocol.send(self._channel, {"kind": "collected"}, [found])
+            os.close(found)
+
+
+def main() -> None:
+    """The launcher's process; its options are a JSON object in the first argument."""
+    options = Options(**json.loads(sys.argv[1]))
+    kernel.die_with_parent(signal.SIGKILL)
+    if os.getppid() != options.parent:
+        sys.exit("sandbox launcher: the service that started it has ended")
+    launcher = Launcher(options)
+    try:
+        launcher.prepare()
+    except OSError as error:
+        sys.exit(f"sandbox launcher: {error}")
+    try:
+        launcher.serve()
+    except (EOFError, ConnectionError):
+        return
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        protocol.send(launcher._channel, {"kind": "failed", "reason": reason}, [])
+        sys.exit(f"sandbox launcher: {reason}")

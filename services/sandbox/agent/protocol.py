@@ -1,0 +1,158 @@
+"""Messages between the service and a box: a JSON header and open descriptors, one packet each, over a SOCK_SEQPACKET
+pair.
+
+Sources, inputs and outputs travel as memory files, so that they pass through no process that outlives the job.
+
+
+The limits of one program, as the service resolves them and the agent enforces them.
+
+What a box is told to run, and what it tells of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+MAX_HEADER_BYTES = 128 * 1024
+MAX_DESCRIPTORS = 16
+ANSWERED, FINISHED = b"a", b"f"
+"""Bytes of progress: an answer of a function, and the last one."""
+
+
+class Message(NamedTuple):
+    """A header, and descriptors that the receiver closes."""
+
+    header: dict[str, Any]
+    descriptors: list[int]
+
+    def close(self) -> None:
+        """Closes the descriptors."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
+
+def send(control: socket.socket, header: dict[str, Any], descriptors: list[int]) -> None:
+    """Sends one message; the sender keeps its own copies of the descriptors."""
+    socket.send_fds(control, [json.dumps(header).encode()], descriptors)
+
+
+class Packet(NamedTuple):
+    """A message as it came."""
+
+    data: bytes
+    descriptors: list[int]
+
+
+def receive_packet(control: socket.socket) -> Packet:
+    """The next packet; raises EOFError when the other side is gone, and BlockingIOError as the socket does."""
+    data, descriptors, _, _ = socket.recv_fds(control, MAX_HEADER_BYTES, MAX_DESCRIPTORS)
+    if not data:
+        raise EOFError("the other side has closed the box")
+    return Packet(data, list(descriptors))
+
+
+def receive(control: socket.socket) -> Message:
+    """The next message; errors as for `receive_packet`."""
+    data, descriptors = receive_packet(control)
+    return Message(json.loads(data), descriptors)
+
+
+def memory_file(contents: bytes) -> int:
+    """A file in memory that reads `contents` from its start."""
+    descriptor = os.memfd_create("perigee")
+    rest = memoryview(contents)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+HOME = "/box"
+"""Working folder of every program."""
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": HOME, "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+"""Variables of every program, unless its runtime or its request sets others."""
+
+
+def start_code(folder: str, module: str) -> str:
+    """Returns Python code that runs the main function of a module of this package, found in `folder`, and leaves no
+    trace of it on the import path.
+    """
+    return f"import sys; sys.path.insert(0, {folder!r}); from agent.{module} import main; del sys.path[0]; main()"
+
+
+@dataclass(frozen=True)
+class BoxLimits:
+    """All limits, set: times in milliseconds hold per test, sizes in bytes for the whole box."""
+
+    wall_ms: int
+    cpu_ms: int
+    memory_bytes: int
+    processes: int
+    file_bytes: int
+    output_bytes: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """One process to run.
+
+    `mode` is `exec` (a command) or one of Python's own in `modes`. Messages carry the process's descriptors beside the
+    order, from 0 on; for the modes of Python the last of them is the job's parcel. A process with `answers` tells each
+    answer by a byte of progress and has its limits anew for the next. What a run with `keep` leaves in the working
+    folder is there for the later runs of the box. With `brings_files` one descriptor more comes with the order: a
+    parcel of files for this run alone.
+    """
+
+    mode: str
+    limits: BoxLimits
+    command: list[str] = field(default_factory=list)
+    environment: dict[str, str] = field(default_factory=dict)
+    answers: int = 0
+    keep: bool = False
+    brings_files: bool = False
+    collect: list[str] = field(default_factory=list)
+    collect_bytes: int = 0
+
+    def to_header(self) -> dict[str, Any]:
+        """The order as a message."""
+        return {"kind": "run", **vars(self), "limits": vars(self.limits)}
+
+
+def read_order(header: dict[str, Any]) -> Order:
+    """The order in a message."""
+    fields = {name: value for name, value in header.items() if name not in ("kind", "begun")}
+    return Order(**{**fields, "limits": BoxLimits(**fields["limits"])})
+
+
+@dataclass
+class Outcome:
+    """How a process ended.
+
+    `stop` is None when it ended by itself, else wall, cpu, memory, output, told (the service ended it) or died (before
+    its last answer). `exit_code` is None when a signal ended it. Times are in microseconds; `answers_us` are those of
+    the answers. `peak_bytes` is None where nothing measures memory. `start_error` is an errno when the command could
+    not be executed.
+    """
+
+    stop: str | None = None
+    exit_code: int | None = 0
+    signal: int = 0
+    wall_us: int = 0
+    cpu_us: int = 0
+    peak_bytes: int | None = None
+    answers_us: list[int] = field(default_factory=list)
+    finished: bool = False
+    start_error: int = 0
+
+    @property
+    def wall_ms(self) -> int:
+        """Wall time, rounded up: what ran took some."""
+        return -(-self.wall_us // 1000)
+
+    @property
+    def cpu_ms(self) -> int:
+        """CPU time, rounded up."""
+        return -(-self.cpu_us // 1000)

@@ -1,0 +1,408 @@
+"""Checks requests and turns them into jobs; what is wrong with a request is told field by field, all of it at once.
+
+Reads Judge requests: tests of one kind, how they are checked, and what each is worth.
+
+Reads requests for sessions, and bounds batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from pathlib import PurePosixPath
+from typing import Any, cast
+
+from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.sandbox.compare import Comparison, Tolerance
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.agent.protocol import BoxLimits
+from services.sandbox.config import LimitsConfig, SandboxConfig
+from services.sandbox.languages.catalog import Catalog, Runtime
+from services.sandbox.runtime.jobs import (
+    CodeTest,
+    FunctionTest,
+    How,
+    InputFile,
+    InteractiveTest,
+    Job,
+    Program,
+    StdioTest,
+    Submission,
+    Test,
+    Worth,
+)
+from services.sandbox.runtime.sessions import Cell
+
+LIMIT_FIELDS = ("wall_ms", "cpu_ms", "memory_bytes", "processes", "file_bytes", "output_bytes")
+_MINIMUM = {"wall_ms": 1, "cpu_ms": 1, "memory_bytes": 16 << 20, "processes": 1, "file_bytes": 65536, "output_bytes": 1}
+_PATH_BYTES, _NAME_BYTES = 1024, 255
+_MOST_VIOLATIONS = 20
+_KEY_CHARACTERS = 128
+_STRINGS_BYTES = 32768
+
+
+class Reader:
+    """Reads parts of one request, and gathers what is wrong with them."""
+
+    def __init__(self, config: SandboxConfig, catalog: Catalog) -> None:
+        self.config = config
+        self.catalog = catalog
+        self.violations: list[FieldViolation] = []
+
+    def refuse(self, field: str, description: str) -> None:
+        """Notes a violation."""
+        self.violations.append(FieldViolation(field, description))
+
+    def finish(self) -> None:
+        """Raises InvalidArgumentError when anything is wrong."""
+        if self.violations:
+            shown = self.violations[:_MOST_VIOLATIONS]
+            message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown[:5])
+            raise InvalidArgumentError(message, violations=shown)
+
+    def read_runtime(self, field: str, language: str) -> Runtime | None:
+        """The runtime of a language."""
+        runtime = self.catalog.find(language)
+        if runtime is None:
+            self.refuse(field, self.catalog.explain(language))
+        return runtime
+
+    def check_source(self, field: str, source: bytes) -> None:
+        """Sources are UTF-8 text of a bounded size."""
+        if not source:
+            self.refuse(field, "must not be empty")
+        elif len(source) > self.config.max_source_bytes:
+            self.refuse(field, f"has {len(source)} bytes, at most {self.config.max_source_bytes} are taken")
+        else:
+            self.check_utf8(field, source)
+
+    def check_utf8(self, field: str, text: bytes) -> None:
+        """Text is UTF-8."""
+        try:
+            text.decode()
+        except UnicodeDecodeError as error:
+            self.refuse(field, f"is not UTF-8: byte {error.start} is {text[error.start]:#04x}")
+
+    def check_size(self, field: str, content: bytes) -> None:
+        """No input is larger than the largest file."""
+        if len(content) > self.config.max_file_bytes:
+            self.refuse(field, f"has {len(content)} bytes, at most {self.config.max_file_bytes} are taken")
+
+    def check_text(self, field: str, text: str) -> None:
+        """Arguments and variables cross a system call, where NUL ends a string."""
+        if "\0" in text:
+            self.refuse(field, "must not contain NUL")
+
+    def read_files(self, field: str, files: Iterable[pb.File], taken: str | None) -> list[InputFile]:
+        """Files of the working folder; `taken` is the source's own name."""
+        read: list[InputFile] = []
+        seen = {taken}
+        total = 0
+        for index, file in enumerate(files):
+            problem = find_path_problem(file.path)
+            if problem is None and file.path in seen:
+                problem = f"{file.path!r} is there twice" if file.path != taken else "is the name of the source"
+            if problem is not None:
+                self.refuse(f"{field}[{index}].path", problem)
+            seen.add(file.path)
+            total += len(file.content)
+            self.check_size(f"{field}[{index}].content", file.content)
+            read.append(InputFile(file.path, file.content, file.executable))
+        folders = {str(parent) for file in read for parent in PurePosixPath(file.path).parents}
+        for index, entry in enumerate(read):
+            if entry.path in folders:
+                self.refuse(f"{field}[{index}].path", f"{entry.path!r} is the folder of another file")
+        if taken in folders:
+            self.refuse(field, f"{taken!r} is the name of the source, and cannot be a folder")
+        if len(read) > self.config.max_files:
+            self.refuse(field, f"has {len(read)} files, at most {self.config.max_files} are taken")
+        if total > self.config.max_file_bytes:
+            self.refuse(field, f"has {total} bytes in all, at most {self.config.max_file_bytes} are taken")
+        return read
+
+    def check_paths(self, field: str, paths: Iterable[str]) -> None:
+        """Output files are named as input files are."""
+        listed = list(paths)
+        for index, path in enumerate(listed):
+            if (problem := find_path_problem(path)) is not None:
+                self.refuse(f"{field}[{index}]", problem)
+        if len(listed) > self.config.max_files:
+            self.refuse(field, f"names {len(listed)} files, at most {self.config.max_files} are returned")
+
+    def check_arguments(self, field: str, arguments: Sequence[str]) -> None:
+        """Arguments as execve takes them, and together small enough for an order."""
+        for index, argument in enumerate(arguments):
+            self.check_text(f"{field}[{index}]", argument)
+        total = sum(len(argument.encode()) + 1 for argument in arguments)
+        if total > _STRINGS_BYTES:
+            self.refuse(field, f"has {total} bytes in all, at most {_STRINGS_BYTES} are taken")
+
+    def check_environment(self, field: str, environment: Mapping[str, str]) -> None:
+        """Variables as execve takes them, and together small enough for an order."""
+        total = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in environment.items())
+        if total > _STRINGS_BYTES:
+            self.refuse(field, f"has {total} bytes in all, at most {_STRINGS_BYTES} are taken")
+        for name, value in environment.items():
+            if not name or "=" in name or "\0" in name:
+                self.refuse(field, f"{name!r} is no name of a variable")
+            self.check_text(f"{field}[{name!r}]", value)
+
+    def check_key(self, key: str) -> None:
+        """Idempotency keys are short."""
+        if len(key) > _KEY_CHARACTERS:
+            self.refuse("idempotency_key", f"has {len(key)} characters, at most {_KEY_CHARACTERS} are taken")
+
+    def read_limits(self, field: str, limits: pb.Limits, defaults: LimitsConfig) -> BoxLimits:
+        """Limits, completed by the defaults and bounded by the service's maximum."""
+        values = {}
+        for name in LIMIT_FIELDS:
+            maximum = getattr(self.config.maximum_limits, name)
+            if not limits.HasField(cast(Any, name)):
+                values[name] = min(getattr(defaults, name), maximum)
+                continue
+            value = getattr(limits, name)
+            if value > maximum:
+                self.refuse(f"{field}.{name}", f"is {value}, at most {maximum} is allowed")
+            elif value < _MINIMUM[name]:
+                self.refuse(f"{field}.{name}", f"is {value}, at least {_MINIMUM[name]} is needed")
+            values[name] = value
+        return BoxLimits(**values)
+
+    def read_program(
+        self,
+        request: pb.ExecuteRequest | pb.JudgeRequest | pb.Program,
+        compile_limits: pb.Limits,
+        environment: Mapping[str, str],
+        prefix: str = "",
+    ) -> Program | None:
+        """Language, source, files and limits of a request, or of a checker in it; None when the language is wrong."""
+        runtime = self.read_runtime(f"{prefix}language", request.language)
+        self.check_source(f"{prefix}source", request.source)
+        self.check_environment(f"{prefix}env", environment)
+        files = self.read_files(f"{prefix}files", request.files, runtime.config.source if runtime else None)
+        defaults = runtime.limits if runtime else self.config.default_limits
+        limits = self.read_limits(f"{prefix}limits", request.limits, defaults)
+        compiler = runtime.compile_limits if runtime else self.config.compile_limits
+        compile_box_limits = self.read_limits(f"{prefix}compile_limits", compile_limits, compiler)
+        if runtime is None:
+            return None
+        return Program(runtime, request.source, limits, compile_box_limits, files, dict(environment))
+
+
+def find_path_problem(path: str) -> str | None:
+    """What is wrong with a path that must stay below the working folder."""
+    if not path:
+        return "must not be empty"
+    if "\0" in path:
+        return "must not contain NUL"
+    pure = PurePosixPath(path)
+    if pure.is_absolute():
+        return f"{path[:80]!r} is absolute; name it relative to the working folder"
+    if ".." in pure.parts:
+        return f"{path[:80]!r} leaves the working folder"
+    if str(pure) != path:
+        return f"{path[:80]!r} is not in its shortest form, {str(pure)[:80]!r}"
+    if len(path.encode(errors="surrogateescape")) > _PATH_BYTES:
+        return f"has more than {_PATH_BYTES} bytes"
+    if any(len(part.encode(errors="surrogateescape")) > _NAME_BYTES for part in pure.parts):
+        return f"has a name of more than {_NAME_BYTES} bytes"
+    return None
+
+
+def read_job(request: pb.ExecuteRequest, config: SandboxConfig, catalog: Catalog) -> Job:
+    """The job of an Execute request; raises InvalidArgumentError."""
+    reader = Reader(config, catalog)
+    program = reader.read_program(request, request.compile_limits, request.env)
+    reader.check_arguments("args", request.args)
+    reader.check_size("stdin", request.stdin)
+    reader.check_paths("output_files", request.output_files)
+    reader.check_key(request.idempotency_key)
+    reader.finish()
+    assert program is not None
+    return Job(program, request.stdin, list(request.args), list(request.output_files), config.max_output_file_bytes)
+
+
+def read_json(reader: Reader, text: str, field: str) -> object:
+    """A JSON value; an empty list, so that the checks that follow do not tell the same field twice, when it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        reader.refuse(field, f"is not JSON: {error}")
+        return []
+
+
+_PATIENCE_MS = 5000
+"""How much longer than the submission an interactor may take."""
+_COMPARISONS = {
+    pb.COMPARISON_UNSPECIFIED: Comparison.TOKENS,
+    pb.COMPARISON_EXACT: Comparison.EXACT,
+    pb.COMPARISON_TOKENS: Comparison.TOKENS,
+    pb.COMPARISON_LINES: Comparison.LINES,
+    pb.COMPARISON_UNORDERED_LINES: Comparison.UNORDERED_LINES,
+    pb.COMPARISON_UNORDERED_TOKENS: Comparison.UNORDERED_TOKENS,
+}
+
+
+def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Catalog) -> Submission:
+    """The submission of a Judge request; raises InvalidArgumentError."""
+    reader = Reader(config, catalog)
+    program = reader.read_program(request, request.compile_limits, request.env)
+    tests = read_tests(reader, request)
+    how, checker = read_checker(reader, request.checker)
+    interactor = None
+    if request.HasField("interactor"):
+        interactor = reader.read_program(request.interactor, pb.Limits(), {}, "interactor.")
+    kind = find_kind(reader, request)
+    if kind == "interactive" and not request.HasField("interactor"):
+        reader.refuse("interactor", "is required by interactive tests")
+    if kind != "interactive" and request.HasField("interactor"):
+        reader.refuse("interactor", "must be empty where no test is interactive")
+    if program is not None and kind in ("function", "code") and program.runtime.python is None:
+        reader.refuse("language", f"{program.runtime.name} has no {kind} tests; give stdio tests")
+    reader.check_key(request.idempotency_key)
+    worths = [Worth(test.name, read_points(reader, index, test)) for index, test in enumerate(request.tests)]
+    reader.finish()
+    assert program is not None
+    return Submission(
+        program=program,
+        tests=tests,
+        worths=worths,
+        how=how,
+        function_name=request.function_name,
+        checker=checker,
+        interactor=None if interactor is None else give_patience(interactor, program.limits.wall_ms),
+        setup_code=request.setup_code.encode(),
+        stop_at_first_failure=request.stop_at_first_failure,
+    )
+
+
+def find_kind(reader: Reader, request: pb.JudgeRequest) -> str | None:
+    """The kind that all tests have; None when that is wrong, which is told elsewhere."""
+    kinds = {test.WhichOneof("kind") for test in request.tests}
+    return next(iter(kinds)) if len(kinds) == 1 else None
+
+
+def read_tests(reader: Reader, request: pb.JudgeRequest) -> list[Test]:
+    """The tests, all of one kind."""
+    kinds = {test.WhichOneof("kind") for test in request.tests}
+    if not request.tests:
+        reader.refuse("tests", "must not be empty")
+    elif len(request.tests) > reader.config.max_tests:
+        most = reader.config.max_tests
+        reader.refuse("tests", f"has {len(request.tests)} tests, at most {most} are judged at once")
+    elif None in kinds:
+        reader.refuse("tests", "each must have stdio, function, code or interactive set")
+    elif len(kinds) > 1:
+        reader.refuse("tests", f"must all be of one kind, got {' and '.join(sorted(map(str, kinds)))} tests")
+    elif kinds & {"function", "code"} and not request.function_name.isidentifier():
+        reader.refuse("function_name", f"must be the name of a function, got {request.function_name!r}")
+    elif not kinds & {"function", "code"} and request.function_name:
+        reader.refuse("function_name", f"must be empty for {next(iter(kinds))} tests")
+    else:
+        return [read_test(reader, f"tests[{index}]", test) for index, test in enumerate(request.tests)]
+    if kinds == {"function"}:  # what is wrong with the tests themselves is told, too
+        return [read_test(reader, f"tests[{index}]", test) for index, test in enumerate(request.tests)]
+    return []
+
+
+def read_test(reader: Reader, field: str, test: pb.TestCase) -> Test:
+    """One test."""
+    match test.WhichOneof("kind"):
+        case "function":
+            return read_function_test(reader, f"{field}.function", test.function)
+        case "code":
+            code = test.code.code.encode()
+            reader.check_source(f"{field}.code.code", code)
+            return CodeTest(code)
+        case "interactive":
+            reader.check_size(f"{field}.interactive.input", test.interactive.input)
+            reader.check_size(f"{field}.interactive.answer", test.interactive.answer)
+            return InteractiveTest(test.interactive.input, test.interactive.answer)
+    reader.check_size(f"{field}.stdio.stdin", test.stdio.stdin)
+    reader.check_size(f"{field}.stdio.expected_stdout", test.stdio.expected_stdout)
+    reader.check_arguments(f"{field}.stdio.args", test.stdio.args)
+    return StdioTest(test.stdio.stdin, test.stdio.expected_stdout, list(test.stdio.args))
+
+
+def read_function_test(reader: Reader, field: str, test: pb.FunctionTest) -> FunctionTest:
+    """One call and its result."""
+    arguments = read_json(reader, test.arguments_json, f"{field}.arguments_json")
+    if not isinstance(arguments, list):
+        reader.refuse(f"{field}.arguments_json", "must be a JSON array of arguments")
+    expected = read_json(reader, test.expected_json, f"{field}.expected_json")
+    return FunctionTest(test.arguments_json.encode(), expected, test.expected_json.encode())
+
+
+def read_checker(reader: Reader, checker: pb.Checker) -> tuple[How, Program | None]:
+    """How outputs are compared, and the caller's own checker."""
+    match checker.WhichOneof("kind"):
+        case "comparison":
+            if checker.comparison not in _COMPARISONS:
+                reader.refuse("checker.comparison", f"{checker.comparison} is unknown")
+            return _COMPARISONS.get(checker.comparison, Comparison.TOKENS), None
+        case "floats":
+            values = {name: getattr(checker.floats, name) for name in ("absolute", "relative")}
+            wrong = {name: value for name, value in values.items() if not 0 <= value < math.inf}
+            for name, value in wrong.items():
+                reader.refuse(f"checker.floats.{name}", f"must be a number of at least 0, got {value}")
+            return Tolerance() if wrong else Tolerance(**values), None
+        case "program":
+            program = reader.read_program(checker.program, pb.Limits(), {}, "checker.program.")
+            return Comparison.TOKENS, program
+    return Comparison.TOKENS, None
+
+
+def read_points(reader: Reader, index: int, test: pb.TestCase) -> float:
+    """What a test is worth."""
+    if not test.HasField("points"):
+        return 1.0
+    if not 0 <= test.points < math.inf:
+        reader.refuse(f"tests[{index}].points", f"must be a number of at least 0, got {test.points}")
+    return test.points
+
+
+def give_patience(interactor: Program, wall_ms: int) -> Program:
+    """An interactor waits for its submission, so it may take longer."""
+    longest = max(interactor.limits.wall_ms, wall_ms + _PATIENCE_MS)
+    return dataclasses.replace(interactor, limits=dataclasses.replace(interactor.limits, wall_ms=longest))
+
+
+def check_batch(requests: Sized, config: SandboxConfig) -> None:
+    """Raises InvalidArgumentError for a batch of a wrong size."""
+    if not len(requests):
+        raise InvalidArgumentError.of("requests", "must not be empty")
+    if len(requests) > config.max_batch:
+        raise InvalidArgumentError.of("requests", f"has {len(requests)} items, at most {config.max_batch} are taken")
+
+
+def read_session(request: pb.CreateSessionRequest, config: SandboxConfig, catalog: Catalog) -> tuple[Program, int]:
+    """The interpreter of a session and its idle time; raises InvalidArgumentError."""
+    reader = Reader(config, catalog)
+    runtime = reader.read_runtime("language", request.language)
+    if runtime is not None and runtime.python is None:
+        reader.refuse("language", f"{runtime.name} has no sessions")
+    files = reader.read_files("files", request.files, None)
+    reader.check_environment("env", request.env)
+    limits = reader.read_limits("limits", request.limits, runtime.limits if runtime else config.default_limits)
+    idle_s = request.idle_seconds if request.HasField("idle_seconds") else config.session_idle_seconds
+    if not 1 <= idle_s <= config.session_maximum_idle_seconds:
+        reader.refuse("idle_seconds", f"is {idle_s}, must be from 1 to {config.session_maximum_idle_seconds}")
+    reader.finish()
+    assert runtime is not None
+    return Program(runtime, b"", limits, limits, files, dict(request.env)), idle_s
+
+
+def read_cell(request: pb.RunCellRequest, config: SandboxConfig, catalog: Catalog) -> Cell:
+    """A cell; raises InvalidArgumentError."""
+    reader = Reader(config, catalog)
+    if not request.session_id:
+        reader.refuse("session_id", "is required")
+    reader.check_source("code", request.code)
+    files = reader.read_files("files", request.files, None)
+    reader.check_paths("output_files", request.output_files)
+    wall_ms = request.wall_ms if request.HasField("wall_ms") else None
+    if wall_ms is not None and not 1 <= wall_ms <= config.maximum_limits.wall_ms:
+        reader.refuse("wall_ms", f"is {wall_ms}, must be from 1 to {config.maximum_limits.wall_ms}")
+    reader.finish()
+    return Cell(request.code, files, list(request.output_files), wall_ms)

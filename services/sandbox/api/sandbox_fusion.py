@@ -1,0 +1,198 @@
+"""SandboxFusion's interface (https://bytedance.github.io/SandboxFusion): POST /run_code.
+
+A file that is asked for and not there is missing from the answer, as there; one that is too large is named in
+`message` and missing, not cut. What the sandbox itself fails at is a SandboxError with status 200, as there; what is
+refused before it runs (a wrong request, no free slot) has an HTTP status of its own.
+"""
+
+from __future__ import annotations
+
+import base64
+import socket
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, Field
+
+from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.kit.http import ForeignApi, call_context
+from services.kit.http_errors import write_error
+from services.sandbox.api.compat import Servicer, Text, find_runtime, rename_fields, whole
+
+_FIELDS = {
+    "source": "code",
+    "output_files": "fetch_files",
+    "limits.wall_ms": "run_timeout",
+    "limits.cpu_ms": "run_timeout",
+    "limits.memory_bytes": "memory_limit_MB",
+    "compile_limits.wall_ms": "compile_timeout",
+    "compile_limits.cpu_ms": "compile_timeout",
+}
+
+
+class RunCodeRequest(BaseModel):
+    """A program to run; timeouts are in seconds, files are base64 by path."""
+
+    code: Text
+    language: Text
+    stdin: Text | None = None
+    compile_timeout: float = Field(10, gt=0, allow_inf_nan=False)
+    run_timeout: float = Field(10, gt=0, allow_inf_nan=False)
+    memory_limit_MB: float = Field(-1, allow_inf_nan=False)
+    files: dict[Text, Text | None] = {}
+    fetch_files: list[Text] = []
+
+
+class CommandRunResult(BaseModel):
+    """How a compiler or a program ended; `return_code` is the negative signal where one ended it."""
+
+    status: Literal["Finished", "Error", "TimeLimitExceeded"]
+    execution_time: float | None = None
+    return_code: int | None = None
+    stdout: str | None = None
+    stderr: str | None = None
+
+
+class RunCodeResponse(BaseModel):
+    """What came of it; Failed where an exit code is not 0 or a limit was passed."""
+
+    status: Literal["Success", "Failed", "SandboxError"]
+    message: str
+    compile_result: CommandRunResult | None = None
+    run_result: CommandRunResult | None = None
+    executor_pod_name: str | None = None
+    files: dict[str, str] = {}
+
+
+class FusionErrorDetail(BaseModel):
+    """One field that is wrong."""
+
+    loc: list[str]
+    msg: str
+    type: str
+
+
+class FusionError(BaseModel):
+    """Why a request was refused."""
+
+    detail: str | list[FusionErrorDetail]
+
+
+def sandbox_fusion_api(servicer: Servicer) -> ForeignApi:
+    """The interface in front of a servicer."""
+    router = APIRouter(tags=["SandboxFusion"])
+    pod_name = socket.gethostname()
+
+    @router.post("/run_code", responses={"4XX": {"model": FusionError}, "5XX": {"model": FusionError}})
+    async def run_code(body: RunCodeRequest, request: Request) -> RunCodeResponse:
+        """Compiles a program where its language needs it, and runs it once."""
+        context = call_context(request)
+        listed = await servicer.ListRuntimes(pb.ListRuntimesRequest(), context)
+        runtime = find_runtime(listed.runtimes, body.language)
+        try:
+            response = await servicer.Execute(to_execute_request(body, runtime), context)
+        except InvalidArgumentError as error:
+            raise rename_fields(error, _FIELDS) from error
+        return to_run_code_response(response, pod_name)
+
+    return ForeignApi(router, write_fusion_error)
+
+
+def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.ExecuteRequest:
+    """The request in Perigee's terms; without a runtime its language is what was asked for, which will be refused.
+
+    Raises InvalidArgumentError for files that are not base64.
+    """
+    violations: list[FieldViolation] = []
+    files: list[pb.File] = []
+    for path, content in body.files.items():
+        if content is None:
+            continue
+        try:
+            files.append(pb.File(path=path, content=base64.b64decode(content, validate=True)))
+        except ValueError:
+            violations.append(FieldViolation(f"files.{path}", "is not base64"))
+    if violations:
+        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+    # One timeout stands for both times: SandboxFusion has no limit of CPU time.
+    run_ms = whole(body.run_timeout * 1000)
+    limits = pb.Limits(wall_ms=run_ms, cpu_ms=run_ms)
+    if body.memory_limit_MB > 0:
+        limits.memory_bytes = whole(body.memory_limit_MB * 2**20, 2**64 - 1)
+    request = pb.ExecuteRequest(
+        language=runtime.language if runtime else body.language,
+        source=body.code.encode(),
+        stdin=(body.stdin or "").encode(),
+        limits=limits,
+        files=files,
+        output_files=body.fetch_files,
+    )
+    if runtime is not None and runtime.compiled:
+        compile_ms = whole(body.compile_timeout * 1000)
+        request.compile_limits.CopyFrom(pb.Limits(wall_ms=compile_ms, cpu_ms=compile_ms))
+    return request
+
+
+def to_run_code_response(response: pb.ExecuteResponse, pod_name: str | None = None) -> RunCodeResponse:
+    """The response in SandboxFusion's terms."""
+    compiled = _compile_result(response.compile) if response.HasField("compile") else None
+    if response.status == pb.STATUS_INFRA_ERROR:
+        return RunCodeResponse(
+            status="SandboxError",
+            message=response.reason,
+            compile_result=compiled,
+            run_result=CommandRunResult(status="Error", stderr=response.reason),
+            executor_pod_name=pod_name,
+        )
+    too_large = [file.path for file in response.files if file.truncated]
+    messages = [f"{path} is too large to be returned" for path in too_large]
+    if response.status != pb.STATUS_OK and response.reason:
+        messages.insert(0, response.reason)
+    return RunCodeResponse(
+        status="Success" if response.status == pb.STATUS_OK else "Failed",
+        message="; ".join(messages),
+        compile_result=compiled,
+        run_result=None if response.status == pb.STATUS_COMPILE_ERROR else _run_result(response),
+        executor_pod_name=pod_name,
+        files={
+            file.path: base64.b64encode(file.content).decode()
+            for file in response.files
+            if not file.error and not file.truncated
+        },
+    )
+
+
+def write_fusion_error(error: PerigeeError) -> tuple[int, Any]:
+    """Wrong requests as FastAPI refuses them, the rest with its status and one sentence."""
+    if isinstance(error, InvalidArgumentError) and error.violations:
+        detail = [
+            {"loc": ["body", each.field], "msg": each.description, "type": "value_error"} for each in error.violations
+        ]
+        return 422, {"detail": detail}
+    status, _ = write_error(error)
+    return status, {"detail": error.message}
+
+
+def _run_result(response: pb.ExecuteResponse) -> CommandRunResult:
+    stdout = response.stdout.decode(errors="replace")
+    stderr = response.stderr.decode(errors="replace")
+    seconds = response.wall_ms / 1000
+    if response.status == pb.STATUS_TIME_LIMIT:
+        return CommandRunResult(status="TimeLimitExceeded", execution_time=seconds, stdout=stdout, stderr=stderr)
+    return_code = -response.signal if response.signal else response.exit_code
+    if response.status in (pb.STATUS_MEMORY_LIMIT, pb.STATUS_OUTPUT_LIMIT) and return_code == 0:
+        return_code = -9  # the sandbox ended it, whatever its own exit code was
+    return CommandRunResult(
+        status="Finished", execution_time=seconds, return_code=return_code, stdout=stdout, stderr=stderr
+    )
+
+
+def _compile_result(compiled: pb.CompileResult) -> CommandRunResult:
+    return CommandRunResult(
+        status="Finished",
+        execution_time=compiled.wall_ms / 1000,
+        return_code=compiled.exit_code,
+        stdout=compiled.stdout.decode(errors="replace"),
+        stderr=compiled.stderr.decode(errors="replace"),
+    )

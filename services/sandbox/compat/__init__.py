@@ -1,1 +1,0 @@
-"""Interfaces of other sandboxes, for clients that speak them already."""

@@ -1,0 +1,128 @@
+"""The init in front of a container's job: compiled once per service from `box/init.c`.
+
+Which isolation this machine allows: for Python's own modes, and for every other command."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from perigee.errors import FailedPreconditionError
+from services.kit.telemetry import get_logger
+from services.sandbox.config import SandboxConfig
+from services.sandbox.runtime.cgroups import CgroupHost, find_cgroups, instance_name
+from services.sandbox.runtime.oci import Crun, OciRuntime
+
+_SOURCE = Path(__file__).parents[1] / "agent" / "init.c"
+_COMPILERS = ("cc", "gcc", "clang")
+_COMPILE_S = 60
+
+
+def find_init_problem(path: str | None) -> str | None:
+    """What is missing to have an init; None when nothing."""
+    if path is not None:
+        return None if os.access(path, os.X_OK) else f"sandbox.init_path: {path} is not an executable"
+    return None if _find_compiler() else "install gcc and libc6-dev, or name a compiled init with sandbox.init_path"
+
+
+def make_init(path: str | None, folder: Path) -> Path:
+    """The init's executable, statically linked so that it runs in every image; raises FailedPreconditionError when it
+    does not compile.
+    """
+    if path is not None:
+        return Path(path)
+    compiler = _find_compiler()
+    assert compiler is not None
+    target = folder / "init"
+    command = [compiler, "-static", "-Os", "-s", "-Wl,-e,begin", "-o", str(target), str(_SOURCE)]
+    try:
+        subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S, check=True)
+    except (OSError, subprocess.SubprocessError) as error:
+        words = (getattr(error, "stderr", None) or str(error)).strip()
+        raise FailedPreconditionError(f"the init of containers does not compile: {words}") from error
+    target.chmod(0o755)
+    return target
+
+
+def _find_compiler() -> str | None:
+    return next((path for name in _COMPILERS if (path := shutil.which(name))), None)
+
+
+log = get_logger(__name__)
+
+CONTAINER_RUNTIMES: dict[str, type[OciRuntime]] = {cls.name: cls for cls in (Crun,)}
+UNSAFE_LABEL = "process (unsafe)"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine offers."""
+
+    root: bool
+    cgroups: CgroupHost | None
+    instance: str
+
+
+@dataclass(frozen=True)
+class Isolation:
+    """How programs are kept apart: `warm` says that Python runs in boxes forked from zygotes, `container` what runs
+    everything else, and `unsafe` that nothing is kept apart.
+    """
+
+    warm: bool
+    container: OciRuntime | None
+    unsafe: bool = False
+    reasons: tuple[str, ...] = ()
+    """Why a part of it does not work here."""
+
+    def label(self, python: bool) -> str:
+        """What callers are told of the isolation of a runtime."""
+        if self.unsafe:
+            return UNSAFE_LABEL
+        if python and self.warm:
+            return "zygote"
+        return self.container.name if self.container else "none"
+
+
+def read_machine() -> Machine:
+    """What this machine offers at this moment."""
+    return Machine(root=os.geteuid() == 0, cgroups=find_cgroups(), instance=instance_name())
+
+
+def find_problem(name: str, machine: Machine, config: SandboxConfig | None = None) -> str | None:
+    """What this machine lacks for the zygote or for a container runtime, and what to do; None when nothing."""
+    if platform.machine() not in ("x86_64", "aarch64"):
+        return f"no system-call filter for {platform.machine()}"
+    if not machine.root:
+        return "start the service as root"
+    if machine.cgroups is None:
+        return "mount cgroup controllers memory, pids and cpu (in a container: make /sys/fs/cgroup writable)"
+    if name in CONTAINER_RUNTIMES and (container := CONTAINER_RUNTIMES[name]()).find() is None:
+        return f"install {container.executable} (apt-get install {container.debian_package})"
+    return find_init_problem(config.init_path if config else None)
+
+
+def choose_isolation(config: SandboxConfig, machine: Machine) -> Isolation:
+    """The configured isolation, or the best that works; raises FailedPreconditionError that says what to install or
+    set.
+    """
+    if config.isolation == "process":
+        log.warning(
+            "unsafe_isolation", reason="process isolation leaves the host's files and network open to every program"
+        )
+        return Isolation(warm=True, container=None, unsafe=True)
+    container_name = config.isolation if config.isolation in CONTAINER_RUNTIMES else Crun.name
+    no_container = find_problem(container_name, machine, config)
+    no_zygote = find_problem("zygote", machine, config)
+    container = None if no_container else CONTAINER_RUNTIMES[container_name]()
+    reasons = [f"{name}: {why}" for name, why in (("zygote", no_zygote), (container_name, no_container)) if why]
+    warm = no_zygote is None and config.isolation in ("auto", "zygote")
+    wanted = {"auto": warm or container, "zygote": warm}.get(config.isolation, container)
+    if not wanted:
+        advice = "; or set sandbox.isolation to process if every program is trusted"
+        raise FailedPreconditionError(f"no safe isolation works here ({'; '.join(reasons)}){advice}")
+    return Isolation(warm=warm, container=container, reasons=tuple(reasons))

@@ -1,0 +1,416 @@
+"""The cells of a session: what is run, what became of it, and how the interpreter's replies are read.
+
+A stateful interpreter: a session keeps its variables, files and memory from cell to cell.
+
+All open sessions: they are found by their ids, and end when they are idle for too long, or old."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import secrets
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from services.kit.telemetry import get_logger
+from services.sandbox.agent.archive import encode_parcel
+from services.sandbox.agent.modes import REPLIED
+from services.sandbox.agent.protocol import BoxLimits
+from services.sandbox.runtime import metrics
+from services.sandbox.runtime.helper_process import BoxFailedError, finish, receive_packet, send
+from services.sandbox.runtime.jobs import InputFile, OutputFile, Program, Verdict
+from services.sandbox.runtime.pool import Pool
+from services.sandbox.runtime.programs import LoadedProgram, explain, open_program, opened, read_output, unpack_files
+from services.sandbox.runtime.worker_slots import Place
+
+_MOST_FORGED = 1000
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Code to run in a session."""
+
+    code: bytes
+    files: Sequence[InputFile] = ()
+    output_files: Sequence[str] = ()
+    wall_ms: int | None = None
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """What became of a cell; `result` is the repr of its last expression."""
+
+    verdict: Verdict
+    stdout: bytes = b""
+    stderr: bytes = b""
+    stdout_truncated: bool = False
+    stderr_truncated: bool = False
+    result: str | None = None
+    error_name: str = ""
+    error_value: str = ""
+    wall_ms: int = 0
+    cpu_ms: int = 0
+    peak_bytes: int = 0
+    reason: str = ""
+    files: Sequence[OutputFile] = ()
+    alive: bool = True
+    execution_count: int = 0
+
+
+async def receive_reply(channel: socket.socket, number: int) -> None:
+    """Waits until the interpreter tells that it has run a cell; raises BoxFailedError when it ends, or talks nonsense.
+
+    The interpreter is the cells' own, so what comes may be forged: nothing but the number is read of it.
+    """
+    for _ in range(_MOST_FORGED):
+        message = await receive_packet(channel)
+        for descriptor in message.descriptors:
+            os.close(descriptor)
+        if message.data == REPLIED % number:
+            return
+    raise BoxFailedError("the session's cells have filled its channel")
+
+
+def read_reply(file: int, most_bytes: int) -> dict[str, Any]:
+    """What the interpreter says of a cell; it may have forged it, so everything is checked."""
+    content, cut = read_output(file, most_bytes)
+    if cut:
+        return {"ok": True, "too_long": True}
+    try:
+        reply = json.loads(content or b"{}")
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(reply, dict):
+        return {}
+    read: dict[str, Any] = {"ok": reply.get("ok") is True}
+    for name in ("result", "error_name", "error_value"):
+        if isinstance(text := reply.get(name), str):
+            read[name] = text.encode(errors="replace").decode()
+    return read
+
+
+def judge_cell(answer: dict[str, Any], output_cut: bool, output_bytes: int) -> tuple[Verdict, str]:
+    """The verdict of a cell that ended by itself."""
+    if output_cut or answer.get("too_long"):
+        return Verdict.OUTPUT_LIMIT, f"output limit of {output_bytes} bytes"
+    if answer.get("ok"):
+        return Verdict.ACCEPTED, ""
+    return Verdict.RUNTIME_ERROR, answer.get("error_name", "") or "the interpreter gave no reply"
+
+
+log = get_logger(__name__)
+
+_INTERRUPT_S = 1.0
+"""How long an interrupted cell may take to end before its session is ended."""
+_TICK_S = 0.1
+_FAREWELL_S = 5.0
+
+
+class Session:
+    """One interpreter in a box of its own."""
+
+    def __init__(self, pool: Pool, program: Program, place: Place, idle_s: float) -> None:
+        self.id = secrets.token_hex(16)
+        self.idle_s = idle_s
+        self.used_at = self.opened_at = time.monotonic()
+        self._pool = pool
+        self._program = program
+        self._place = place
+        self._turn = asyncio.Lock()
+        self._cells: set[asyncio.Task[CellOutcome]] = set()
+        self._running: asyncio.Task[Any] | None = None
+        self._ready: asyncio.Future[LoadedProgram] = asyncio.get_running_loop().create_future()
+        self._ended = asyncio.Event()
+        self._end_reason = ""
+        self._count = 0
+        self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours.setblocking(False)
+        self._task = asyncio.create_task(self._live())
+
+    @property
+    def busy(self) -> bool:
+        """Whether a cell runs or waits."""
+        return bool(self._cells)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes cells."""
+        return not self._task.done() and not self._ended.is_set()
+
+    async def start(self) -> None:
+        """Waits until the interpreter is there; raises BoxFailedError when it does not start."""
+        waited: list[asyncio.Future[Any]] = [self._ready, self._task]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.done():
+            await self._task
+
+    async def _live(self) -> None:
+        """Runs the interpreter until it ends."""
+        program = self._program
+        try:
+            async with open_program(self._pool.opener, program, self._place) as loaded:
+                await loaded.load()
+                parcel = loaded.parcel({}, [])
+                with opened(b"", b"", b"", parcel) as (stdin, stdout, stderr, job):
+                    running = asyncio.create_task(
+                        loaded.run_mode(
+                            "session",
+                            [stdin, stdout, stderr, self._theirs.fileno(), job],
+                            limits=self._life_limits(),
+                        )
+                    )
+                    try:
+                        await asyncio.sleep(0)  # the order has been sent, and with it the socket
+                        self._theirs.close()
+                        self._ready.set_result(loaded)
+                        outcome = await running
+                    finally:
+                        running.cancel()
+                        await asyncio.gather(running, return_exceptions=True)
+                self._end_reason = explain(outcome, program.limits) or "the interpreter has ended"
+                if outcome.stop == "memory":
+                    self._end_reason = f"memory limit of {program.limits.memory_bytes} bytes"
+        except BoxFailedError as error:
+            self._end_reason = error.message
+            raise
+        finally:
+            self._theirs.close()
+            self._ended.set()
+
+    def _life_limits(self) -> BoxLimits:
+        """A session's own limits: a cell's times are watched here, cell by cell."""
+        most_ms = self._pool.config.session_seconds * 1000
+        return dataclasses.replace(self._program.limits, wall_ms=most_ms, cpu_ms=most_ms)
+
+    async def run(self, cell: Cell) -> CellOutcome:
+        """Runs a cell when those before it have ended. Being cancelled interrupts it and leaves the session open.
+
+        Raises InvalidArgumentError when the cell asks for more time than the session has, NotFoundError when the
+        session ends before the cell's turn comes.
+        """
+        most_ms = self._program.limits.wall_ms
+        if cell.wall_ms is not None and cell.wall_ms > most_ms:
+            raise InvalidArgumentError.of("wall_ms", f"is {cell.wall_ms}, at most the session's {most_ms} is allowed")
+        task = asyncio.create_task(self._run_in_turn(cell))
+        self._cells.add(task)
+        task.add_done_callback(self._cells.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if task is self._running and self.alive:
+                with contextlib.suppress(BoxFailedError):  # the session has ended, and with it the cell
+                    (await self._ready).box.interrupt()  # the cell then ends by itself, or by its limit
+            else:
+                task.cancel()
+            raise
+
+    async def _run_in_turn(self, cell: Cell) -> CellOutcome:
+        async with self._turn:
+            if not self.alive:
+                raise NotFoundError(f"session {self.id!r} ended before the cell's turn came")
+            self._running = asyncio.current_task()
+            try:
+                return await self._run(cell)
+            finally:
+                self.used_at = time.monotonic()
+                self._running = None
+
+    async def _run(self, cell: Cell) -> CellOutcome:
+        loaded = await self._ready
+        self._count += 1
+        header = {
+            "number": self._count,
+            "paths": [file.path for file in cell.files],
+            "executable": [file.executable for file in cell.files],
+        }
+        parcel = encode_parcel(header, [cell.code, *(file.content for file in cell.files)])
+        limits = self._program.limits
+        with opened(parcel, b"", b"", b"") as (job, stdout, stderr, reply):
+            started, cpu_ns = time.monotonic(), self._cpu_ns()
+            verdict, reason = Verdict.ACCEPTED, ""
+            try:
+                send(self._ours, {"kind": "cell"}, [job, stdout, stderr, reply])
+                wall_ms = limits.wall_ms if cell.wall_ms is None else cell.wall_ms
+                verdict, reason = await self._await_reply(loaded, wall_ms, cpu_ns)
+            except BoxFailedError as error:
+                verdict, reason = await self._explain_end(error)
+            wall_ms = math.ceil((time.monotonic() - started) * 1000)
+            files: Sequence[OutputFile] = ()
+            if self.alive and cell.output_files:
+                most = self._pool.config.max_output_file_bytes
+                try:
+                    files = unpack_files(await loaded.box.collect(list(cell.output_files), most))
+                except BoxFailedError as error:
+                    verdict, reason = await self._explain_end(error)
+                    if self.alive:  # and does not answer
+                        await self.close()
+                        verdict = Verdict.INFRA_ERROR
+            (out, out_cut), (err, err_cut) = (read_output(file, limits.output_bytes) for file in (stdout, stderr))
+            answer = read_reply(reply, limits.output_bytes)
+        if verdict is Verdict.ACCEPTED:
+            verdict, reason = judge_cell(answer, out_cut or err_cut, limits.output_bytes)
+        return CellOutcome(
+            verdict=verdict,
+            stdout=out,
+            stderr=err,
+            stdout_truncated=out_cut,
+            stderr_truncated=err_cut,
+            result=answer.get("result"),
+            error_name=answer.get("error_name", ""),
+            error_value=answer.get("error_value", ""),
+            wall_ms=wall_ms,
+            cpu_ms=math.ceil((self._cpu_ns() - cpu_ns) / 1e6),
+            peak_bytes=self._peak_bytes(),
+            reason=reason,
+            files=files,
+            alive=self.alive,
+            execution_count=self._count,
+        )
+
+    async def _await_reply(self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int) -> tuple[Verdict, str]:
+        """Waits for the cell's end; one that passes a limit is interrupted, and its session ended if that is no use."""
+        limits = self._program.limits
+        receiving = asyncio.create_task(receive_reply(self._ours, self._count))
+        ending = asyncio.create_task(self._ended.wait())
+        deadline = time.monotonic() + wall_ms / 1000
+        try:
+            while True:
+                left_s = deadline - time.monotonic()
+                timeout_s = max(0.0, min(left_s, _TICK_S))
+                await asyncio.wait([receiving, ending], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                if receiving.done():
+                    await receiving
+                    return Verdict.ACCEPTED, ""
+                if ending.done():
+                    raise BoxFailedError("the session has ended")
+                if time.monotonic() >= deadline:
+                    reason = f"wall-clock limit of {wall_ms} ms"
+                elif self._cpu_ns() - cpu_ns >= limits.cpu_ms * 1_000_000:
+                    reason = f"CPU limit of {limits.cpu_ms} ms"
+                else:
+                    continue
+                loaded.box.interrupt()
+                await asyncio.wait([receiving], timeout=_INTERRUPT_S)
+                if not receiving.done():
+                    await self.close()
+                    return (
+                        Verdict.TIME_LIMIT,
+                        f"{reason}; the cell did not heed the interrupt and its session was ended",
+                    )
+                await receiving
+                return Verdict.TIME_LIMIT, reason
+        finally:
+            for task in (receiving, ending):
+                task.cancel()
+            await asyncio.gather(receiving, ending, return_exceptions=True)
+
+    async def _explain_end(self, error: BoxFailedError) -> tuple[Verdict, str]:
+        """Why the session has ended during a cell; `error` is what was seen of it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_FAREWELL_S):
+                await self._ended.wait()
+        failed = self._task.done() and not self._task.cancelled() and self._task.exception() is not None
+        if failed:
+            return Verdict.INFRA_ERROR, self._end_reason
+        verdict = Verdict.MEMORY_LIMIT if self._end_reason.startswith("memory") else Verdict.RUNTIME_ERROR
+        return verdict, self._end_reason or error.message
+
+    def _cpu_ns(self) -> int:
+        return 0 if self._place.usage is None else self._place.usage.cpu_ns()
+
+    def _peak_bytes(self) -> int:
+        return 0 if self._place.usage is None else self._place.usage.peak_bytes()
+
+    async def close(self) -> None:
+        """Ends the interpreter and waits until it is gone."""
+        self._ended.set()
+        self._task.cancel()
+        # cells that wait are told when their turn comes: after this one, where it is a cell that ends the session
+        running = [] if self._running in (None, asyncio.current_task()) else [self._running]
+        await asyncio.wait([self._task, *running])
+        self._ours.close()
+        if not self._task.cancelled() and (error := self._task.exception()) is not None:
+            log.warning("session_failed", session=self.id, error=str(error))
+
+
+_RETRY_S = 5.0
+
+
+class Sessions:
+    """All open sessions, each with a place of its own; idle ones are ended."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+        self._free = list(pool.session_places)
+        self._sessions: dict[str, tuple[Session, Place]] = {}
+        self._sweeper = asyncio.create_task(self._sweep())
+
+    async def create(self, program: Program, idle_s: float) -> Session:
+        """A new session; raises ResourceExhaustedError when there are too many."""
+        if not self._free:
+            most = self._pool.config.max_sessions
+            raise ResourceExhaustedError(f"{most} sessions are open, sandbox.max_sessions", retry_after_s=_RETRY_S)
+        place = self._free.pop()
+        session = Session(self._pool, program, place, idle_s)
+        self._sessions[session.id] = (session, place)
+        metrics.SESSIONS.set(len(self._sessions))
+        try:
+            await session.start()
+        except BaseException:
+            await self.end(session.id)
+            raise
+        return session
+
+    def find(self, session_id: str) -> Session:
+        """The session of an id; raises NotFoundError when it has ended or never was."""
+        entry = self._sessions.get(session_id)
+        if entry is None:
+            raise NotFoundError(f"session {session_id[:40]!r} is not open: it was closed, was idle too long, or ended")
+        return entry[0]
+
+    async def run(self, session_id: str, cell: Cell) -> CellOutcome:
+        """Runs a cell; a session that ends in it is forgotten."""
+        session = self.find(session_id)
+        outcome = await session.run(cell)
+        metrics.JOBS.labels("cell", outcome.verdict.name).inc()
+        if not outcome.alive:
+            await self.end(session_id)
+        return outcome
+
+    async def end(self, session_id: str) -> None:
+        """Ends a session, if it is there, and frees its place."""
+        entry = self._sessions.pop(session_id, None)
+        if entry is None:
+            return
+        await finish(self._end(*entry))
+
+    async def _end(self, session: Session, place: Place) -> None:
+        await session.close()
+        self._free.append(place)
+        metrics.SESSIONS.set(len(self._sessions))
+
+    async def _sweep(self) -> None:
+        """Ends sessions that are idle or old."""
+        while True:
+            await asyncio.sleep(1.0)
+            now = time.monotonic()
+            for session, _ in list(self._sessions.values()):
+                idle = not session.busy and now - session.used_at > session.idle_s
+                if idle or not session.alive or now - session.opened_at > self._pool.config.session_seconds:
+                    log.info("session_ends", session=session.id, idle=idle)
+                    await self.end(session.id)
+
+    async def close(self) -> None:
+        """Ends all sessions."""
+        self._sweeper.cancel()
+        await asyncio.wait([self._sweeper])
+        for session_id in list(self._sessions):
+            await self.end(session_id)
