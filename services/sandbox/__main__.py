@@ -24,7 +24,7 @@ MOST_RESULTS = 10_000
 
 @asynccontextmanager
 async def lifespan(app: App[SandboxConfig]) -> AsyncIterator[None]:
-    """The slots, for as long as the service runs."""
+    """Opens the pool, its sessions and both fronts of the service."""
     config = app.config
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(open_pool(config))
@@ -48,7 +48,7 @@ async def lifespan(app: App[SandboxConfig]) -> AsyncIterator[None]:
 
 
 def main() -> None:
-    """The service's process."""
+    """Runs the service."""
     run(load_config(SandboxConfig), lifespan)
 
 

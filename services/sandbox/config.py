@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -13,14 +14,14 @@ MIB = 1024 * 1024
 
 
 class LimitsConfig(Model):
-    """Limits of one program; times hold for each test, memory and space for the whole box."""
+    """Limits of one program; times hold for each test, memory and space for the whole sandbox."""
 
     wall_ms: int = Field(10_000, ge=1)
     """Wall-clock time."""
     cpu_ms: int = Field(5_000, ge=1)
     """CPU time of the program and all its children, checked every 50 ms."""
     memory_bytes: int = Field(256 * MIB, ge=16 * MIB)
-    """Memory of all processes and files together; past it the program is killed."""
+    """Memory of all processes and files together; beyond it the program is killed."""
     processes: int = Field(64, ge=1)
     """Processes and threads at once."""
     file_bytes: int = Field(16 * MIB, ge=65536)
@@ -33,32 +34,33 @@ class SandboxServerConfig(ServerConfig):
     """How the sandbox listens."""
 
     max_concurrent_rpcs: int = Field(2048, ge=1)
-    """Calls served at once, over gRPC and over HTTP each; more are refused with RESOURCE_EXHAUSTED. Whoever waits in
-    the line is a call, too."""
+    """Calls served at once, over gRPC and over HTTP each; more are refused with RESOURCE_EXHAUSTED. A job that
+    waits in the queue is a call, too."""
 
 
 class SandboxConfig(ServiceConfig):
     """The sandbox's section of a recipe."""
 
     section: ClassVar[str] = "sandbox"
+    renamed_keys: ClassVar[Mapping[str, str]] = {"overtaking_seconds": "priority_window_seconds"}
 
     server: SandboxServerConfig = SandboxServerConfig()
     """How the service listens."""
     http: HttpConfig = HttpConfig()
     """How the service answers HTTP."""
     isolation: Literal["auto", "zygote", "crun", "process"] = "auto"
-    """How programs are kept apart: `zygote` (Python in boxes forked from a warm interpreter, other languages in
+    """Isolation of programs: `zygote` (Python forked from a warm interpreter, other languages in
     containers), `crun` (a container for everything), `auto` (the first of these two that works here), or `process`
-    (rlimits only: unsafe for programs that nobody has read)."""
+    (rlimits only: unsafe for untrusted programs)."""
     slots: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=1000)
     """Jobs that run at once; the number of cores unless set."""
     queue_limit: int = Field(1024, ge=0)
     """Jobs that wait for a slot; more are refused with RESOURCE_EXHAUSTED and a retry hint."""
     queue_seconds: float = Field(60.0, gt=0)
-    """Longest wait for a slot; past it, or when a caller's deadline is expected to come first, a job is refused with
+    """Longest wait for a slot; past it, or when its caller's deadline is expected to come first, a job is refused with
     RESOURCE_EXHAUSTED and a retry hint."""
-    overtaking_seconds: float = Field(5.0, ge=0)
-    """How long a large job may be overtaken by smaller ones that came later."""
+    priority_window_seconds: float = Field(5.0, ge=0)
+    """How much later than a large job a smaller one may come and still go before it."""
     default_limits: LimitsConfig = LimitsConfig()
     """Limits of a request that sets none, where its runtime has no other."""
     maximum_limits: LimitsConfig = LimitsConfig(
@@ -69,7 +71,7 @@ class SandboxConfig(ServiceConfig):
         file_bytes=512 * MIB,
         output_bytes=16 * MIB,
     )
-    """Limits that a request may ask for at most."""
+    """Highest limits that a request may set."""
     compile_limits: LimitsConfig = LimitsConfig(
         wall_ms=30_000,
         cpu_ms=20_000,
@@ -92,7 +94,7 @@ class SandboxConfig(ServiceConfig):
     max_batch: int = Field(1000, ge=1)
     """Most requests of a batch."""
     max_request_bytes: int = Field(256 * MIB, ge=4 * MIB)
-    """Largest message that is read at all, over gRPC and HTTP; what is too large for its field is told below this."""
+    """Largest message that is read at all, over gRPC and HTTP; fields that are too large are reported below this."""
     max_sessions: int = Field(16, ge=0)
     """Sessions at once; more are refused with RESOURCE_EXHAUSTED."""
     session_idle_seconds: int = Field(600, ge=1)
@@ -106,16 +108,16 @@ class SandboxConfig(ServiceConfig):
     result_cache_bytes: int = Field(64 * MIB, ge=0)
     """Memory for responses to idempotency keys; the oldest make room."""
     runtimes_path: str | None = None
-    """Folder of further runtime descriptions, a YAML file each; a name that is known already is replaced."""
+    """Folder of further runtime descriptions, a YAML file each; they replace runtimes of the same name."""
     python_path: str | None = None
-    """The interpreter inside the box; unset takes Debian's, else the one under the service's own."""
+    """Interpreter that runs Python programs; unset takes Debian's, else the one under the service's own."""
     init_path: str | None = None
-    """The init of containers, compiled; unset compiles it at start."""
+    """Compiled init of containers; unset compiles it at start."""
     first_uid: int | None = Field(None, ge=1000, le=2**31 - 2**16)
-    """User of the first place where programs run; each further place takes the next number. Unset takes a range that no
-    other service of the machine is likely to have."""
+    """User id of the first worker slot; each further slot takes the next one. Unset takes a range that no other service
+    of the machine is likely to have."""
     state_path: str = "/run/perigee/sandbox"
-    """Folder for what exists while the service runs; leftovers of a killed service are cleared from it at start."""
+    """Folder for what exists while the service runs; leftovers of a killed service are removed at start."""
 
     @property
     def message_bytes(self) -> int:

@@ -1,8 +1,4 @@
-"""The sandbox's RPCs over HTTP.
-
-Runs the items of a batch side by side, and tells each one's outcome as soon as it is known.
-
-SandboxService: protobuf in, domain call, protobuf out."""
+"""SandboxService: protobuf in, domain call, protobuf out; and its RPCs over HTTP."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ from services.sandbox.api.responses import (
 )
 from services.sandbox.judge.judge import judge
 from services.sandbox.runtime.pool import Pool
-from services.sandbox.runtime.programs import Piece, execute, execute_stream
+from services.sandbox.runtime.programs import OutputChunk, execute, execute_stream
 from services.sandbox.runtime.sessions import Sessions
 from services.sandbox.runtime.versions import Versions
 
@@ -58,16 +54,16 @@ _PAUSE_S = 0.5
 async def run_batch(
     works: Sequence[Callable[[], Awaitable[T]]],
 ) -> AsyncGenerator[tuple[int, T | None, PerigeeError | None], None]:
-    """Position and either result or error of each item, in the order in which they end; leaving the iteration ends all.
+    """Runs the items of a batch side by side; yields the index and either result or error of each as it ends.
 
-    A batch is work for its whole deadline: an item that is refused for want of a slot is tried again.
+    An item that the job queue refuses is tried again. Leaving the iteration ends all items.
     """
-    left = asyncio.Semaphore(_AT_ONCE)
-    # Unbounded in type only: one entry an item, and items are bounded by the request.
+    capacity = asyncio.Semaphore(_AT_ONCE)
+    # holds one entry for each item, and the request bounds the items
     done: asyncio.Queue[tuple[int, T | None, PerigeeError | None]] = asyncio.Queue()
 
     async def run(index: int, work: Callable[[], Awaitable[T]]) -> None:
-        async with left:
+        async with capacity:
             while True:
                 try:
                     done.put_nowait((index, await work(), None))
@@ -122,11 +118,11 @@ class SandboxService(SandboxServiceServicer):
     async def ExecuteStream(
         self, request: pb.ExecuteStreamRequest, context: Context
     ) -> AsyncIterator[pb.ExecuteStreamResponse]:
-        """Runs one program once and tells its output as it is written."""
+        """Runs one program once and streams its output."""
         job = read_job(request.execute, self._pool.config, self._pool.catalog)
         async with aclosing(execute_stream(self._pool, job, context.time_remaining())) as events:
             async for event in events:
-                if isinstance(event, Piece):
+                if isinstance(event, OutputChunk):
                     yield stream_response(event)
                 else:
                     yield pb.ExecuteStreamResponse(finished=execute_response(event))
@@ -137,8 +133,8 @@ class SandboxService(SandboxServiceServicer):
         """Runs many programs."""
         check_batch(request.requests, self._pool.config)
         works = [lambda item=item: self._execute(item, None) for item in request.requests]
-        async with aclosing(run_batch(works)) as outcomes:
-            async for index, response, error in outcomes:
+        async with aclosing(run_batch(works)) as results:
+            async for index, response, error in results:
                 yield pb.ExecuteBatchResponse(
                     index=index, response=response, error=None if error is None else item_error(error)
                 )
@@ -161,8 +157,8 @@ class SandboxService(SandboxServiceServicer):
         """Judges many submissions."""
         check_batch(request.requests, self._pool.config)
         works = [lambda item=item: self._judge(item, None) for item in request.requests]
-        async with aclosing(run_batch(works)) as outcomes:
-            async for index, response, error in outcomes:
+        async with aclosing(run_batch(works)) as results:
+            async for index, response, error in results:
                 yield pb.JudgeBatchResponse(
                     index=index, response=response, error=None if error is None else item_error(error)
                 )
@@ -184,7 +180,7 @@ class SandboxService(SandboxServiceServicer):
         return pb.CloseSessionResponse()
 
     async def ListRuntimes(self, request: pb.ListRuntimesRequest, context: Context) -> pb.ListRuntimesResponse:
-        """Tells the languages with their versions, limits and isolation, and what is missing."""
+        """Lists the languages with their versions, limits and isolation, and those that are missing."""
         described = await self._versions.describe()
         runtimes = [
             pb.Runtime(

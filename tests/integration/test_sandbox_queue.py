@@ -90,7 +90,7 @@ async def test_nobody_waits_longer_than_the_service_allows(tmp_path: Path) -> No
 
 
 async def test_a_small_job_overtakes_large_ones(tmp_path: Path) -> None:
-    async with running_fronts(tmp_path, slots=1, overtaking_seconds=60, max_sessions=0) as fronts:
+    async with running_fronts(tmp_path, slots=1, priority_window_seconds=60, max_sessions=0) as fronts:
         ended: list[str] = []
 
         async def note(name: str, call: Awaitable[object]) -> None:

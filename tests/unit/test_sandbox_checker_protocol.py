@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.sandbox.judge.stdio import Decision, read_decision
-from services.sandbox.runtime.jobs import Verdict
+from services.sandbox.runtime.jobs import Status
 
-ACCEPTED, WRONG, FAILED = Verdict.ACCEPTED, Verdict.WRONG_ANSWER, Verdict.INFRA_ERROR
+ACCEPTED, WRONG, FAILED = Status.ACCEPTED, Status.WRONG_ANSWER, Status.INFRA_ERROR
 
 
 @pytest.mark.parametrize(
@@ -52,9 +52,9 @@ def test_decisions(exit_code: int, stderr: bytes, decision: Decision) -> None:
         (7, 0, b"points 1of2", "", "without a message like `points 0.5`"),
         (7, 0, b'the submission wrote "points 1"', "", "without a message like `points 0.5`"),
         (7, 0, b"points for test 1", "", "without a message like `points 0.5`"),
-        (7, 0, b"points 50 of 100", "", "gave 50 points, which is no share from 0 to 1"),
-        (7, 0, b"points -0.1", "", "gave -0.1 points, which is no share from 0 to 1"),
-        (7, 0, b"1e999", "", "gave 1e999 points, which is no share from 0 to 1"),
+        (7, 0, b"points 50 of 100", "", "gave 50 points, which is no fraction from 0 to 1"),
+        (7, 0, b"points -0.1", "", "gave -0.1 points, which is no fraction from 0 to 1"),
+        (7, 0, b"1e999", "", "gave 1e999 points, which is no fraction from 0 to 1"),
         (2, 0, b"panic: runtime error: index out of range", "", "ended with an uncaught exception: panic: runtime"),
         (1, 0, b'Exception in thread "main" java.lang.Error', "", "ended with an uncaught exception: Exception in"),
     ],
@@ -63,7 +63,7 @@ def test_whatever_is_no_decision_is_a_failure_with_a_reason(
     exit_code: int, signal: int, stderr: bytes, limit: str, reason: str
 ) -> None:
     decision = read_decision(exit_code, signal, stderr, limit)
-    assert (decision.verdict, decision.share) == (FAILED, None)
+    assert (decision.status, decision.fraction) == (FAILED, None)
     assert decision.message.startswith("the checking program ")
     assert reason in decision.message
 
@@ -74,7 +74,7 @@ def test_a_python_checker_that_raises_has_not_decided() -> None:
     fine, crashed = (read_decision(run.returncode, 0, run.stderr) for run in runs)
     assert fine == Decision(WRONG, 0.25, "points 0.25")
     assert runs[1].returncode == 1
-    assert crashed.verdict is FAILED
+    assert crashed.status is FAILED
     assert crashed.message.endswith("ended with an uncaught exception: ZeroDivisionError: division by zero")
 
 
@@ -83,7 +83,7 @@ def test_messages_are_cut() -> None:
     assert len(read_decision(3, 0, b"x" * 10**6).message) == 1000
     crash = b"Traceback (most recent call last):\n" + b"  deep\n" * 10_000 + b"ValueError: 5"
     assert read_decision(1, 0, crash).message.endswith("exception: ValueError: 5")
-    assert read_decision(7, 0, b"points 0.5 " + b"x" * 10**6).share == 0.5
+    assert read_decision(7, 0, b"points 0.5 " + b"x" * 10**6).fraction == 0.5
 
 
 @settings(deadline=None)
@@ -91,16 +91,16 @@ def test_messages_are_cut() -> None:
 def test_only_the_codes_for_it_decide(exit_code: int, signal: int, stderr: bytes, limit: str) -> None:
     decision = read_decision(exit_code, signal, stderr, limit)
     if signal or limit or exit_code not in (0, 1, 2, 7):
-        assert decision.verdict is FAILED
-    if decision.verdict is FAILED:
-        assert decision.share is None
+        assert decision.status is FAILED
+    if decision.status is FAILED:
+        assert decision.fraction is None
         assert decision.message
     else:
-        assert decision.share is not None
-        assert (decision.verdict is ACCEPTED) == (decision.share == 1)
+        assert decision.fraction is not None
+        assert (decision.status is ACCEPTED) == (decision.fraction == 1)
 
 
 @settings(deadline=None)
 @given(st.floats(0, 1), st.text(max_size=20))
-def test_any_share_with_any_text(share: float, text: str) -> None:
-    assert read_decision(7, 0, f"points {share!r} {text}".encode()).share == share
+def test_any_fraction_with_any_text(fraction: float, text: str) -> None:
+    assert read_decision(7, 0, f"points {fraction!r} {text}".encode()).fraction == fraction

@@ -1,4 +1,4 @@
-"""What two boxes talk over, and what is left of it when the call for which they talk ends early."""
+"""Pipes between two sandboxes, and what is left of them when the call ends early."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from services.sandbox.judge.interactive import JUDGE, PROGRAM, carrying
-from services.sandbox.judge.pairs import Pair
-from services.sandbox.runtime.sandboxes import Box
-from services.sandbox.runtime.worker_slots import Place
+from services.sandbox.judge.interactive import JUDGE, PROGRAM, relayed_pipes
+from services.sandbox.judge.pairs import PairedRun
+from services.sandbox.runtime.sandboxes import Sandbox
+from services.sandbox.runtime.worker_slots import WorkerSlot
 
 
 def open_descriptors() -> set[str]:
@@ -22,11 +22,11 @@ def open_descriptors() -> set[str]:
 
 
 @contextmanager
-def opened_box(folder: Path) -> Iterator[Box]:
-    """A box that nothing is asked of."""
+def opened_sandbox(folder: Path) -> Iterator[Sandbox]:
+    """A sandbox that gets no request."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
-        yield Box(ours, Place("slot-0", 60001, folder, None))
+        yield Sandbox(ours, WorkerSlot("slot-0", 60001, folder, None))
 
 
 async def test_a_pair_that_is_cancelled_as_it_begins_leaves_nothing_running(tmp_path: Path) -> None:
@@ -39,9 +39,9 @@ async def test_a_pair_that_is_cancelled_as_it_begins_leaves_nothing_running(tmp_
             ended.append(name)
 
     async def judge() -> None:
-        with opened_box(tmp_path) as box:
-            pair = Pair(box, talk("program"), box, talk("judge"))
-            await pair.begin()
+        with opened_sandbox(tmp_path) as sandbox:
+            paired = PairedRun(sandbox, talk("program"), sandbox, talk("judge"))
+            await paired.begin()
 
     task = asyncio.create_task(judge())
     await asyncio.sleep(0)
@@ -51,8 +51,8 @@ async def test_a_pair_that_is_cancelled_as_it_begins_leaves_nothing_running(tmp_
     assert sorted(ended) == ["judge", "program"]
 
 
-async def test_what_is_said_is_carried_both_ways() -> None:
-    async with carrying(100, 100) as (ends, dialogue):
+async def test_what_is_said_is_relayed_both_ways() -> None:
+    async with relayed_pipes(100, 100) as (ends, dialogue):
         program_in, program_out = os.dup(ends.program_stdin), os.dup(ends.program_stdout)
         judge_in, judge_out = os.dup(ends.judge_stdin), os.dup(ends.judge_stdout)
         ends.close()
@@ -73,7 +73,7 @@ async def test_what_is_said_is_carried_both_ways() -> None:
 @pytest.mark.parametrize("steps", range(6))
 async def test_a_dialogue_that_is_cancelled_leaves_no_descriptor(steps: int) -> None:
     async def hold() -> None:
-        async with carrying(100, 100) as (ends, _):
+        async with relayed_pipes(100, 100) as (ends, _):
             await asyncio.sleep(0)
             ends.close()
             await asyncio.sleep(60)

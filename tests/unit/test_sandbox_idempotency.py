@@ -50,14 +50,7 @@ class Clock:
 
 
 def make(**bounds: Any) -> SingleFlightCache[str, str]:
-    settings = {
-        "entries": 10,
-        "total_bytes": 100,
-        "ttl_s": 60.0,
-        "size_of": len,
-        "key_field": "idempotency_key",
-        **bounds,
-    }
+    settings = {"entries": 10, "total_bytes": 100, "ttl_s": 60.0, "size_of": len, **bounds}
     return SingleFlightCache(**settings, key_field="idempotency_key")
 
 

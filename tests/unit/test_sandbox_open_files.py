@@ -11,11 +11,11 @@ import pytest
 SOURCE = """
 import resource, sys
 from perigee.errors import FailedPreconditionError
-from services.sandbox.runtime.worker_slots import make_room
-soft, hard, places, calls = map(int, sys.argv[1:])
+from services.sandbox.runtime.worker_slots import raise_open_file_limit
+soft, hard, slots, calls = map(int, sys.argv[1:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 try:
-    make_room(places, calls)
+    raise_open_file_limit(slots, calls)
 except FailedPreconditionError as error:
     print(error.message)
 else:
@@ -24,7 +24,7 @@ else:
 
 
 @pytest.mark.parametrize(
-    ("soft", "hard", "places", "calls", "told"),
+    ("soft", "hard", "slots", "calls", "expected"),
     [
         (256, 2000, 20, 0, "992 2000"),
         (256, 2000, 20, 8, "1000 2000"),
@@ -33,9 +33,9 @@ else:
         (1000, 2000, 63, 0, "sandbox.slots and max_sessions need 2024 open files, and the limit is 2000: "),
     ],
 )
-def test_it_is_raised_as_far_as_needed(soft: int, hard: int, places: int, calls: int, told: str) -> None:
+def test_it_is_raised_as_far_as_needed(soft: int, hard: int, slots: int, calls: int, expected: str) -> None:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard:
         pytest.skip("needs a limit of 2000 open files")
-    command = [sys.executable, "-c", SOURCE, *map(str, (soft, hard, places, calls))]
+    command = [sys.executable, "-c", SOURCE, *map(str, (soft, hard, slots, calls))]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert result.stdout.startswith(told), result
+    assert result.stdout.startswith(expected), result

@@ -167,7 +167,7 @@ def test_tolerances_and_points_are_numbers() -> None:
     request.checker.floats.relative = -1e-9
     assert set(violated(request)) == {"checker.floats.absolute", "checker.floats.relative", "tests[0].points"}
     submission = read_submission(judge_request(pb.TestCase(stdio=pb.StdioTest(), points=0)), CONFIG, CATALOG)
-    assert submission.worths[0].points == 0
+    assert submission.weights[0].points == 0
 
 
 def test_what_is_missing_says_why() -> None:

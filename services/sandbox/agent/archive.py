@@ -1,15 +1,7 @@
-"""The files that cross the wall of a box: parcels go in and out, replies of a function come out.
+"""Archives of a job's files, which go into and out of a sandbox, and the replies of a function.
 
-A parcel is `u32 header length, header (JSON), blobs`; the header lists the blobs' lengths. A reply is `u32 length,
+An archive is `u32 header length, header (JSON), blobs`; the header lists the blobs' lengths. A reply is `u32 length,
 kind, payload`. All integers are big-endian; nothing is escaped.
-
-
-A job's files, from a parcel into its working folder.
-
-Reads the files that a program left, whatever it made of their names.
-
-A path is opened below the working folder by openat2 without following a link or crossing a mount, then checked to be a
-regular file: links, pipes and devices are told by an error, and nothing outside is ever reached.
 """
 
 from __future__ import annotations
@@ -26,8 +18,8 @@ _REPLY_PREFIX = struct.Struct(">Ic")
 VALUE, NOT_JSON, EXCEPTION, LOADED, COMPILE_ERROR, TOO_LONG = b"v", b"n", b"e", b"l", b"c", b"o"
 
 
-class Parcel(NamedTuple):
-    """A header and the blobs that it tells of."""
+class Archive(NamedTuple):
+    """Header and the blobs that it describes."""
 
     header: dict[str, Any]
     blobs: list[bytes]
@@ -40,14 +32,14 @@ class Reply(NamedTuple):
     payload: bytes
 
 
-def encode_parcel(header: dict[str, Any], blobs: Sequence[bytes]) -> bytes:
-    """A parcel as the contents of a file."""
+def encode_archive(header: dict[str, Any], blobs: Sequence[bytes]) -> bytes:
+    """Returns an archive as the contents of a file."""
     text = json.dumps({**header, "lengths": [len(blob) for blob in blobs]}).encode()
     return b"".join([_PARCEL_PREFIX.pack(len(text)), text, *blobs])
 
 
-def read_parcel(descriptor: int) -> Parcel:
-    """The parcel in a file; raises ValueError when its parts do not fill it."""
+def read_archive(descriptor: int) -> Archive:
+    """Reads the archive in a file; raises ValueError when its parts do not fill it."""
     size = os.fstat(descriptor).st_size
     contents = _read(descriptor, size)
     [header_length] = _PARCEL_PREFIX.unpack_from(contents)
@@ -58,12 +50,12 @@ def read_parcel(descriptor: int) -> Parcel:
         blobs.append(contents[offset : offset + length])
         offset += length
     if offset != size:
-        raise ValueError(f"the parcel's parts end at {offset} of {size} bytes")
-    return Parcel(header, blobs)
+        raise ValueError(f"the archive's parts end at {offset} of {size} bytes")
+    return Archive(header, blobs)
 
 
 def _read(descriptor: int, size: int) -> bytes:
-    """One read gives at most 2 GiB less a page."""
+    """Reads a file in parts: one read gives at most 2 GiB less a page."""
     parts: list[bytes] = []
     offset = 0
     while offset < size and (part := os.pread(descriptor, size - offset, offset)):
@@ -73,13 +65,12 @@ def _read(descriptor: int, size: int) -> bytes:
 
 
 def encode_reply(kind: bytes, payload: bytes) -> bytes:
-    """One reply as it is appended to the file of replies."""
+    """Returns a reply as it is appended to the file of replies."""
     return _REPLY_PREFIX.pack(len(payload), kind) + payload
 
 
 def read_replies(descriptor: int, count: int, limit: int) -> list[Reply]:
-    """The first `count` replies of a file that the submission could have written to; fewer when what follows is not a
-    reply.
+    """Reads the first `count` replies of a file that the submission could have written to; fewer when one is malformed.
 
     A payload longer than `limit` is not read: its reply is of kind TOO_LONG.
     """
@@ -102,13 +93,13 @@ def read_replies(descriptor: int, count: int, limit: int) -> list[Reply]:
     return replies
 
 
-BoxFile = tuple[str, bytes, bool]
+File = tuple[str, bytes, bool]
 """Path below the working folder, content, executable."""
 
 
-def read_files(descriptor: int) -> list[BoxFile]:
-    """The files of a parcel that holds nothing else."""
-    header, blobs = read_parcel(descriptor)
+def read_files(descriptor: int) -> list[File]:
+    """Reads the files of an archive that holds nothing else."""
+    header, blobs = read_archive(descriptor)
     return list(zip(header["paths"], blobs, header["executable"], strict=True))
 
 
@@ -119,8 +110,8 @@ def own_files(home: str, uid: int) -> None:
             os.chown(f"{folder}/{name}", uid, uid, follow_symlinks=False)
 
 
-def write_files(home: str, files: Iterable[BoxFile]) -> None:
-    """Writes files below `home`; folders are made, links are never followed."""
+def write_files(home: str, files: Iterable[File]) -> None:
+    """Writes files below `home`; makes folders, follows no links."""
     for path, content, executable in files:
         target = f"{home}/{path}"
         if "/" in path:

@@ -1,27 +1,15 @@
-"""The test's side of code tests: a submission's function that is called in another process.
+"""Code tests: Python that tests a function of a submission, which runs in another process.
 
-What comes back may be anything that the submission wrote; it becomes plain values and built-in exceptions, or ends the
-test.
+The test calls a stand-in. Requests and replies are dictionaries of plain values, one per line. A request has `id`,
+`arguments` and `keywords`. The first reply says how loading went: `loaded`, `compile_error` or `load_error`. Each
+further one has the request's `id` and either `value` and the arguments that the call has `changed`, or `raised` (names
+of the exception's classes), its `arguments`, None unless they are plain, and `message`, or `refused`, why the value
+cannot be passed on.
 
-
-The submission's side of code tests: loads it, and answers calls of its function that come line by line.
-
-Requests and replies are dictionaries of plain values, one per line. A request has `id`, `arguments` and `keywords`. The
-first reply tells how loading went: `loaded`, `compile_error` or `load_error`. Each further one has the request's `id`
-and either `value` and the arguments that the call has `changed`, or `raised` (names of the exception's classes), its
-`arguments`, None where they are not plain, and `message`, or `refused`, why the value cannot be told.
-
-The submission shares this process and could write replies of its own, which changes what it says its function returned
-and nothing else.
-
-
-Runs one code test: Python that tests a function, which is a stand-in here and runs elsewhere.
-
-Which side is to blame decides between a wrong answer and a failure of the test, so it is told apart by where an
-exception began: in the submission, in an assertion, or in the test's own code.
-
-
-The two sides of a code test as modes of a box: the submission, whose function is called, and the calling test."""
+A submission may forge replies, which changes what it says its function returned and nothing else: what arrives becomes
+plain values and built-in exceptions, or ends the test. Whose fault a failure is decides between a wrong answer and a
+failure of the test, so exceptions are told apart by where they began.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +26,7 @@ from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, BinaryIO, NoReturn
 
-from .archive import Parcel
+from .archive import Archive
 from .values import decode, encode
 
 LOADED, COMPILE_ERROR, LOAD_ERROR = "loaded", "compile_error", "load_error"
@@ -52,27 +40,26 @@ class SubmissionError(RuntimeError):
 
 
 class ChannelBrokenError(BaseException):
-    """The submission ended, or its replies are none; not an Exception, so that tests do not take it for a result."""
+    """The submission ended, or a reply is malformed; not an Exception, so that tests do not take it for a result."""
 
 
 class UnfitArgumentError(BaseException):
-    """The test called the function with what is not a plain value."""
+    """The test called the function with an argument that is no plain value."""
 
 
 class RemoteFunction:
-    """Calls by lines, one at a time, from any thread; `max_reply_bytes` bounds what is read of a reply."""
+    """Function of a submission that is called in another process, one call at a time, from any thread."""
 
     def __init__(self, requests: BinaryIO, replies: BinaryIO, *, max_reply_bytes: int) -> None:
         self._requests = requests
         self._replies = replies
         self._max_reply_bytes = max_reply_bytes
         self._lock = threading.Lock()
-        # replies to the calls of a test that was ended before it read them are told by their numbers
+        # replies to calls of an earlier test, which ended before it read them, have other numbers
         self._ids = count(int.from_bytes(os.urandom(7), "big"))
 
     def wait_until_loaded(self) -> tuple[str, str]:
-        """LOADED, COMPILE_ERROR or LOAD_ERROR, and the error's message; to be called once per submission, before any
-        call.
+        """Returns LOADED, COMPILE_ERROR or LOAD_ERROR, and the error's message, once before any call.
 
         Raises ChannelBrokenError.
         """
@@ -80,10 +67,10 @@ class RemoteFunction:
         for kind in (LOADED, COMPILE_ERROR, LOAD_ERROR):
             if kind in reply:
                 return kind, _text(reply[kind])
-        raise ChannelBrokenError("the submission's process did not tell whether it has loaded")
+        raise ChannelBrokenError("the submission's process did not report whether it has loaded")
 
     def __call__(self, arguments: Sequence[Any], keywords: dict[str, Any]) -> Any:
-        """What the function returns; lists, dictionaries and sets among the arguments change as it has changed them.
+        """Calls the function and returns its result; changes its list, dictionary and set arguments as the call did.
 
         Raises what it raised, as a built-in exception of the same name or else of its nearest built-in ancestor below
         Exception, or SubmissionError; ChannelBrokenError; UnfitArgumentError.
@@ -135,7 +122,7 @@ def _take(reply: dict[str, Any], arguments: Sequence[Any], keywords: dict[str, A
 
 
 def _merge(old: Any, new: Any) -> Any:
-    """The new value; lists, dictionaries and sets of the old one that are still there keep their identity."""
+    """Returns the new value; lists, dictionaries and sets that were in the old one keep their identity."""
     if type(old) is not type(new):
         return new
     if type(old) is list:
@@ -172,7 +159,7 @@ def _as_exception(names: list[Any], message: str, arguments: Any) -> BaseExcepti
 
 
 def _text(value: Any) -> str:
-    """What is text; anything else could fail to print."""
+    """Returns text as it is and nothing for anything else, which could fail to print."""
     return value[:_MESSAGE_CHARACTERS] if isinstance(value, str) else ""
 
 
@@ -185,40 +172,53 @@ _CONTAINERS = (list, dict, set, tuple)
 def serve_function(
     source: bytes, function_name: str, requests: BinaryIO, replies: BinaryIO, *, path: str, max_reply_bytes: int
 ) -> None:
-    """Serves until the requests end or nobody reads the replies; `path` is the submission's name in tracebacks.
+    """Serves calls until the requests or the reader of the replies end; `path` is the submission's name in tracebacks.
 
-    A value whose reply takes more than `max_reply_bytes`, 32 KiB or more, is told as refused.
+    A value whose reply takes more than `max_reply_bytes`, 32 KiB or more, is refused.
     """
-    function, greeting = _load(source, function_name, path)
     try:
-        _send(replies, encode(greeting))
-        if function is not None:
-            for line in requests:
-                request = decode(line.decode("ascii"))
-                _send(replies, _answer(function, request, max_reply_bytes - 1))
+        try:
+            function = load_function(source, function_name, path)
+        except LoadError as error:
+            _send(
+                replies,
+                encode({COMPILE_ERROR if error.does_not_compile else LOAD_ERROR: str(error)[-MESSAGE_CHARACTERS:]}),
+            )
+            return
+        _send(replies, encode({LOADED: True}))
+        for line in requests:
+            _send(replies, _answer(function, decode(line.decode("ascii")), max_reply_bytes - 1))
     except BrokenPipeError:
         return
 
 
-def _load(source: bytes, function_name: str, path: str) -> tuple[Callable[..., Any] | None, dict[str, Any]]:
-    """The function, or None, and what is told of it."""
+class LoadError(Exception):
+    """A submission that does not compile, raises while it is loaded, or lacks the function."""
+
+    def __init__(self, message: str, does_not_compile: bool = False) -> None:
+        super().__init__(message)
+        self.does_not_compile = does_not_compile
+
+
+def load_function(source: bytes, name: str, path: str) -> Callable[..., Any]:
+    """Loads a submission as a module and returns its function; raises LoadError."""
     text = source.decode(errors="replace")
     linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
     try:
         code = compile(source, path, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return None, {"compile_error": _describe(error)}
+        raise LoadError(describe_exception(error), does_not_compile=True) from None
     module = types.ModuleType("submission")
     module.__dict__.update(__file__=path, __builtins__=builtins)
     sys.modules["submission"] = module
     try:
         exec(code, module.__dict__)
-    except BaseException as error:  # whatever it is, it is the submission's
-        return None, {"load_error": _describe(error)}
-    function = module.__dict__.get(function_name)
+    except BaseException as error:  # even SystemExit is the submission's failure
+        raise LoadError(describe_exception(error)) from None
+    function = module.__dict__.get(name)
     if not callable(function):
-        return None, {"load_error": f"the function {function_name} is not defined"}
-    return function, {"loaded": True}
+        raise LoadError(f"the function {name} is not defined")
+    return function  # type: ignore[no-any-return]
 
 
 def _answer(function: Callable[..., Any], request: dict[str, Any], max_characters: int) -> str:
@@ -229,38 +229,44 @@ def _answer(function: Callable[..., Any], request: dict[str, Any], max_character
     try:
         value = function(*arguments, **keywords)
     except BaseException as error:
-        return encode({**identity, **_tell_exception(error)})
+        return encode({**identity, **_exception_reply(error)})
     try:
         changed = {
             name: argument for name, argument in named if name in before and _has_changed(argument, before[name])
         }
         return encode({**identity, "value": value, "changed": changed}, max_characters)
-    except BaseException as error:  # a value's own methods may raise anything
-        return encode({**identity, "refused": f"a value that cannot be compared: {_describe(error)}"})
+    except BaseException as error:  # methods of a value may raise anything
+        return encode(
+            {
+                **identity,
+                "refused": f"a value that cannot be compared: {describe_exception(error)[-MESSAGE_CHARACTERS:]}",
+            }
+        )
 
 
 def _has_changed(argument: Any, before: str) -> bool:
-    """Whether a container is not as it was; what is no plain value any more stays as it was for the test."""
+    """Returns whether a container has changed; one that is no longer plain is left as it was for the test."""
     try:
         return encode(argument) != before
     except (TypeError, ValueError):
         return False
 
 
-def _tell_exception(error: BaseException) -> dict[str, Any]:
+def _exception_reply(error: BaseException) -> dict[str, Any]:
     names = [str(kind.__name__)[:_NAME_CHARACTERS] for kind in type(error).__mro__[:_MAX_CLASSES]]
     arguments = BaseException.__getattribute__(error, "args")
     try:
         encode(arguments, 4 * MESSAGE_CHARACTERS, exact=True)
     except (TypeError, ValueError):
         arguments = None
-    return {"raised": names, "message": _describe(error), "arguments": arguments}
+    return {"raised": names, "message": describe_exception(error)[-MESSAGE_CHARACTERS:], "arguments": arguments}
 
 
-def _describe(error: BaseException) -> str:
+def describe_exception(error: BaseException) -> str:
+    """Returns class and message of an exception, 2,000 characters at most, whatever it does while it is described."""
     try:
-        return "".join(traceback.format_exception_only(type(error), error)).strip()[-MESSAGE_CHARACTERS:]
-    except BaseException:  # a submission's exception may raise while it is described
+        return "".join(traceback.format_exception_only(type(error), error)).strip()[-2 * MESSAGE_CHARACTERS :]
+    except BaseException:  # exceptions of a submission may raise while they are described
         return type(error).__name__
 
 
@@ -272,7 +278,7 @@ def _send(replies: BinaryIO, line: str) -> None:
 PASSED, FAILED, SUBMISSION_ERROR, TEST_ERROR = "passed", "failed", "submission_error", "test_error"
 _SETUP_PATH, _TEST_PATH = "<setup code>", "<code test>"
 _MARK = "_raised_by_the_submission"
-# no plain value that a function returns brings these about
+# exceptions that no plain value can cause
 _OWN_FAULTS = (NameError, SyntaxError, ImportError, OSError, SystemExit, KeyboardInterrupt, GeneratorExit)
 
 Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
@@ -280,7 +286,7 @@ Call = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class CodeTestReport:
-    """How a code test ended, with the first 1,000 characters of why; `calls` counts those of the function.
+    """Result of a code test, with the first 1,000 characters of the reason; `calls` counts those of the function.
 
     SUBMISSION_ERROR: an exception of the submission's reached the end of the test, or its process ended. FAILED: an
     assertion did not hold, or the test could not go on with what the function had returned. TEST_ERROR: the test is at
@@ -312,7 +318,7 @@ def run_code_test(setup_code: str, code: str, function_name: str, call: Call) ->
     try:
         _execute(setup_code, _SETUP_PATH, namespace)
     except BaseException as error:
-        return CodeTestReport(TEST_ERROR, _cut(f"the setup code raised {_describe_briefly(error)}"), 0)
+        return CodeTestReport(TEST_ERROR, _cut(f"the setup code raised {_summarize(error)}"), 0)
     namespace.update({function_name: stand_in, "candidate": stand_in})
     check_before = namespace.get("check")
     failure: BaseException | None = None
@@ -352,9 +358,9 @@ def _execute(code: str, path: str, namespace: dict[str, Any]) -> None:
 
 
 def _decide(failure: BaseException | None, watch: _Watch, function_name: str) -> tuple[str, str]:
-    # what the test made of these two does not matter: it may have caught them
+    # these two count even if the test has caught them
     if watch.fault is not None:
-        # what an earlier call returned may be too deep to be handed back, but has no types that are not plain
+        # a value of an earlier call may be too deep to be passed back, but is of plain types
         is_own = watch.calls == 1 or isinstance(watch.fault.__cause__, TypeError)
         return TEST_ERROR if is_own else FAILED, str(watch.fault)
     if watch.channel is not None:
@@ -362,15 +368,15 @@ def _decide(failure: BaseException | None, watch: _Watch, function_name: str) ->
     if failure is None:
         return (PASSED, "") if watch.calls else (TEST_ERROR, f"the test does not call {function_name}")
     if getattr(failure, _MARK, False):
-        return SUBMISSION_ERROR, str(failure) if isinstance(failure, SubmissionError) else _describe_briefly(failure)
+        return SUBMISSION_ERROR, str(failure) if isinstance(failure, SubmissionError) else _summarize(failure)
     if isinstance(failure, _OWN_FAULTS) or not watch.calls:
-        return TEST_ERROR, f"the test raised {_describe_briefly(failure)}{_place(failure)}"
+        return TEST_ERROR, f"the test raised {_summarize(failure)}{_location(failure)}"
     if isinstance(failure, AssertionError):
-        return FAILED, f"{_describe_briefly(failure)}{_place(failure)}"
-    return FAILED, f"what was returned led to {_describe_briefly(failure)}{_place(failure)}"
+        return FAILED, f"{_summarize(failure)}{_location(failure)}"
+    return FAILED, f"what was returned led to {_summarize(failure)}{_location(failure)}"
 
 
-def _describe_briefly(error: BaseException) -> str:
+def _summarize(error: BaseException) -> str:
     name = type(error).__name__
     try:
         text = str(error)
@@ -379,8 +385,8 @@ def _describe_briefly(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
-def _place(error: BaseException) -> str:
-    """The line of the test where it happened, or an empty string."""
+def _location(error: BaseException) -> str:
+    """Returns the line of the test where it happened, or an empty string."""
     line = 0
     trace = error.__traceback__
     while trace is not None:
@@ -398,17 +404,17 @@ def _cut(text: str) -> str:
 REQUESTS, REPLIES = 3, 4
 """Descriptors of the pipes between the two."""
 REPORT = 5
-"""Descriptor of the file that tells how the test ended; only the test has it. It begins with `CALLED` as soon as the
-test has called the function."""
+"""Descriptor of the test's report, which only the test has. It begins with `CALLED` as soon as the test has called the
+function."""
 CALLED = b" "
 
 
-def serve_calls(parcel: Parcel, home: str) -> NoReturn:
-    """The submission's side: answers calls until the test has ended."""
-    header = parcel.header
+def serve_calls(archive: Archive, home: str) -> NoReturn:
+    """Runs the submission's side: answers calls until the test has ended."""
+    header = archive.header
     with os.fdopen(REQUESTS, "rb") as requests, os.fdopen(REPLIES, "wb") as replies:
         serve_function(
-            parcel.blobs[0],
+            archive.blobs[0],
             header["function_name"],
             requests,
             replies,
@@ -418,9 +424,9 @@ def serve_calls(parcel: Parcel, home: str) -> NoReturn:
         os._exit(0)
 
 
-def serve_code_test(parcel: Parcel, home: str) -> NoReturn:
-    """The test's side: runs it and writes its report."""
-    header = parcel.header
+def serve_code_test(archive: Archive, home: str) -> NoReturn:
+    """Runs the test's side, and writes its report."""
+    header = archive.header
     with os.fdopen(REQUESTS, "wb") as requests, os.fdopen(REPLIES, "rb") as replies:
         function = RemoteFunction(requests, replies, max_reply_bytes=header["reply_bytes"])
         try:
@@ -429,7 +435,7 @@ def serve_code_test(parcel: Parcel, home: str) -> NoReturn:
             loaded, message = "broken", str(error)
         report = {"loaded": loaded, "message": message}
         if loaded == LOADED:
-            setup, code = (blob.decode() for blob in parcel.blobs[:2])
+            setup, code = (blob.decode() for blob in archive.blobs[:2])
             called = False
 
             def call(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:

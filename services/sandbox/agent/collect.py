@@ -1,7 +1,7 @@
-"""Reads the files that a program left, whatever it made of their names.
+"""Reads the files that a program left.
 
 A path is opened below the working folder by openat2 without following a link or crossing a mount, then checked to be a
-regular file: links, pipes and devices are told by an error, and nothing outside is ever reached.
+regular file: links, pipes and devices give an error, and nothing outside is ever reached.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import stat
 from collections.abc import Sequence
 
 from . import kernel
-from .archive import encode_parcel
+from .archive import encode_archive
 from .protocol import memory_file
 
 _ERRORS = {
@@ -24,8 +24,9 @@ _ERRORS = {
 
 
 def collect_files(folder: int, paths: Sequence[str], most_bytes: int) -> int:
-    """A file in memory that holds a parcel with the contents, each cut to what is left of `most_bytes`; `folder` is the
-    working folder, open.
+    """Returns a file in memory that holds an archive of the files below `folder`, a descriptor of the working folder.
+
+    Contents are cut to `most_bytes` in all.
     """
     entries, blobs = [], []
     for path in paths:
@@ -33,7 +34,7 @@ def collect_files(folder: int, paths: Sequence[str], most_bytes: int) -> int:
         most_bytes -= len(content)
         entries.append({"path": path, "truncated": truncated, "error": error})
         blobs.append(content)
-    return memory_file(encode_parcel({"files": entries}, blobs))
+    return memory_file(encode_archive({"files": entries}, blobs))
 
 
 def _read_file(folder: int, path: str, most_bytes: int) -> tuple[bytes, bool, str]:

@@ -1,11 +1,10 @@
-"""The system-call filter of a box: everything is allowed except what reaches for the kernel, the host or the network.
+"""Confinement of a process that is about to become a submission's: privileges, limits and the system-call filter.
 
-Denied calls give EPERM; clone3 gives ENOSYS, so that libc falls back to clone, whose flags a filter can read; sockets
-other than AF_UNIX are refused; calls in the layout of another architecture kill the process. mknod stays allowed:
-mkfifo needs it, and device nodes need a capability that no program in a box has.
-
-
-Gives up every privilege of a process that is about to become a submission's."""
+The filter allows every call except those that reach for the kernel, the host or the network. Denied calls give EPERM;
+clone3 gives ENOSYS, so that libc falls back to clone, whose flags a filter can read; sockets other than AF_UNIX are
+refused; calls in the layout of another architecture kill the process. mknod stays allowed: mkfifo needs it, and device
+nodes need a capability that no program in a sandbox has.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ import struct
 from dataclasses import dataclass
 
 from . import kernel
-from .protocol import BoxLimits
+from .protocol import Limits
 
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
@@ -100,8 +99,9 @@ def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> 
 
 
 def build_filter(machine: str | None = None) -> bytes:
-    """The filter for this machine's architecture as `struct sock_filter` records; raises KeyError for an architecture
-    that it does not know.
+    """Returns the filter for an architecture, this machine's unless given, as `struct sock_filter` records.
+
+    Raises KeyError for an architecture that it does not know.
     """
     machine = machine or platform.machine()
     architecture = _AUDIT_ARCHITECTURE[machine]
@@ -145,7 +145,7 @@ _OPEN_FILES = 256
 
 @dataclass(frozen=True)
 class Confinement:
-    """How a program's process is confined; `uid` None leaves the user as it is, `seccomp` empty installs no filter."""
+    """Confinement of a program; `uid` None keeps the user, an empty `seccomp` installs no filter."""
 
     home: str
     uid: int | None
@@ -154,7 +154,7 @@ class Confinement:
 
 
 def give_up_privileges(confinement: Confinement) -> None:
-    """What does not depend on the job: a session of its own, another user, no way back, the filter."""
+    """Takes a session of its own and another user, forbids new privileges and installs the filter."""
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.umask(0o077)
@@ -171,8 +171,8 @@ def give_up_privileges(confinement: Confinement) -> None:
         kernel.install_filter(confinement.seccomp)
 
 
-def take_limits(confinement: Confinement, limits: BoxLimits, runs: int) -> None:
-    """The limits of a job, with CPU time for `runs` answers."""
+def apply_limits(confinement: Confinement, limits: Limits, runs: int) -> None:
+    """Applies the limits of a job, with CPU time for `runs` answers."""
     for name, value in resource_limits(limits, runs).items():
         resource.setrlimit(getattr(resource, name), (value, value))
     if confinement.bound_address_space:
@@ -189,8 +189,8 @@ def place_descriptors(descriptors: list[int]) -> None:
     kernel.close_from(len(descriptors))
 
 
-def resource_limits(limits: BoxLimits, runs: int) -> dict[str, int]:
-    """The limits of every isolation that are a process's own, by name; the number of processes is set beside them."""
+def resource_limits(limits: Limits, runs: int) -> dict[str, int]:
+    """Returns the resource limits of a process by name, but for the number of processes."""
     return {
         "RLIMIT_CPU": -(-limits.cpu_ms // 1000) * max(1, runs) + _GRACE_CPU_S,
         "RLIMIT_NOFILE": _OPEN_FILES,

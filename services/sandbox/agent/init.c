@@ -1,17 +1,17 @@
-/* PID 1 of a box.
+/* PID 1 of a sandbox.
  *
- * Without arguments: reaps what the box's program leaves, until it is killed, and the box with it.
+ * Without arguments: reaps what the program leaves until it is killed, and the sandbox with it.
  *
  *   init SOCKET FILTER
  *
- * In a container: waits for its order on the descriptor SOCKET (SOCK_SEQPACKET), runs the job as its child, reaps what the
- * job leaves, and tells how the job ended. It is root with the capabilities to become another user and no others; the job
- * is that user and has none. FILTER is the descriptor of a file with the instructions of the system-call filter.
+ * In a container: waits for a request on the descriptor SOCKET (SOCK_SEQPACKET), runs the job as its child, reaps what the
+ * job leaves, and reports how the job ended. It is root with the capabilities to become another user and no others; the
+ * job is that user and has none. FILTER is the descriptor of a file with the instructions of the system-call filter.
  *
- * An order is one packet of strings, each ended by NUL: the job's user; the number of resource limits, then each one's
+ * A request is one packet of strings, each ended by NUL: the job's user; the number of resource limits, then each one's
  * number and value; the number of arguments, then the arguments; the variables. The job's descriptors come with it, from
- * 0 on. What is told is 'r' when an order can come, 'x' and an errno (int) when its command cannot be executed, then 'w'
- * and the job's wait status (int).
+ * 0 on. Reports are 'r' when it is ready for a request, 'x' and an errno (int) when the command cannot be executed, then
+ * 'w' and the job's wait status (int).
  */
 #define _GNU_SOURCE
 #include <errno.h>
@@ -37,11 +37,11 @@
 #define HIGH_DESCRIPTOR 100
 
 static struct sock_filter instructions[MOST_INSTRUCTIONS];
-static char order[MOST_BYTES + 1];
+static char request[MOST_BYTES + 1];
 static char *arguments[MOST_STRINGS], *variables[MOST_STRINGS];
 static int descriptors[MOST_DESCRIPTORS], descriptor_count;
 
-static void tell(int channel, char kind, int value) {
+static void report(int channel, char kind, int value) {
     char message[1 + sizeof value];
     message[0] = kind;
     memcpy(message + 1, &value, sizeof value);
@@ -59,10 +59,10 @@ static void install_filter(int file) {
     close(file);
 }
 
-/* Takes the order's packet; returns its size. Ends when there will be none. */
-static ssize_t receive_order(int channel) {
+/* Receives the packet of the request; returns its size. Ends when the socket closes. */
+static ssize_t receive_request(int channel) {
     char control[CMSG_SPACE(MOST_DESCRIPTORS * sizeof(int))];
-    struct iovec part = {.iov_base = order, .iov_len = MOST_BYTES};
+    struct iovec part = {.iov_base = request, .iov_len = MOST_BYTES};
     struct msghdr message = {
         .msg_iov = &part, .msg_iovlen = 1, .msg_control = control, .msg_controllen = sizeof control};
     ssize_t size = recvmsg(channel, &message, MSG_CMSG_CLOEXEC);
@@ -132,8 +132,8 @@ static void become_user(uid_t user) {
 }
 
 static void become_job(int channel, ssize_t size) {
-    char *cursor = order;
-    const char *end = order + size;
+    char *cursor = request;
+    const char *end = request + size;
     uid_t user = atoi(next_string(&cursor, end));
     channel = place_descriptors(channel);
     take_limits(&cursor, end);
@@ -143,11 +143,11 @@ static void become_job(int channel, ssize_t size) {
     become_user(user);
     environ = variables; /* whose PATH is searched */
     execvp(arguments[0], arguments);
-    tell(channel, 'x', errno);
+    report(channel, 'x', errno);
     _exit(127);
 }
 
-/* Without arguments the C library is not set up, which would take more than the rest of the start. */
+/* Without arguments the C library is not set up, which would take longer than the rest of the start. */
 #if defined(__x86_64__)
 __asm__(".globl begin\nbegin: cmpq $1, (%rsp)\n jne _start\n jmp reap_forever\n");
 
@@ -186,7 +186,7 @@ __attribute__((used, noreturn, no_stack_protector)) void reap_forever(void) {
 }
 
 int main(int count, char **words) {
-    /* Whoever started the box takes it along when it is killed; processes of the job's user may not look into this one. */
+    /* The sandbox dies with the process that started it; processes of the job's user may not look into this one. */
     if (prctl(PR_SET_PDEATHSIG, SIGKILL) || prctl(PR_SET_DUMPABLE, 0))
         return 110;
     if (count == 1)
@@ -195,8 +195,8 @@ int main(int count, char **words) {
         return 109;
     int channel = atoi(words[1]);
     install_filter(atoi(words[2]));
-    tell(channel, 'r', 0);
-    ssize_t size = receive_order(channel);
+    report(channel, 'r', 0);
+    ssize_t size = receive_request(channel);
     pid_t job = fork();
     if (job < 0)
         return 108;
@@ -211,7 +211,7 @@ int main(int count, char **words) {
         if (ended < 0 && errno != EINTR)
             return 107;
         if (ended == job) {
-            tell(channel, 'w', status);
+            report(channel, 'w', status);
             return 0;
         }
     }

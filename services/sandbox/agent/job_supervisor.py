@@ -1,7 +1,5 @@
-"""The process of a program that warm Python runs: forked from the keeper, confined, and then the submission's own.
-
-The trusted process of a place where warm Python runs: takes orders from the service, has each run by a process that
-was prepared before the order came, and reports what became of it.
+"""Job supervisor of a slot in which warm Python runs: the trusted process that receives requests from the service, has
+each run by a process that was prepared before the request came, and reports the result.
 
 It stays outside of the namespaces of its jobs. It is the only one that holds the socket to the service; when that
 closes it ends, and all that it started ends with it.
@@ -22,10 +20,10 @@ from typing import Any, NoReturn
 from . import kernel, protocol, root
 from .archive import own_files, read_files, write_files
 from .collect import collect_files
-from .confinement import Confinement, give_up_privileges, place_descriptors, take_limits
+from .confinement import Confinement, apply_limits, give_up_privileges, place_descriptors
 from .modes import rehearse, run_mode
-from .monitor import Process, Supervisor, UsageFiles
-from .protocol import Message, Order, read_order
+from .monitor import Process, ProcessMonitor, UsageFiles
+from .protocol import Message, RunRequest, read_run_request
 
 _NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
 _UNFIT = 125
@@ -33,7 +31,7 @@ _INIT = f"{root.OWN_FOLDER}/init"
 
 
 class Program(Process):
-    """A program's process, its working folder, and what it told before it was confined."""
+    """Process of a program, forked from the job supervisor and confined."""
 
     def __init__(self, pid: int, channel: socket.socket) -> None:
         self.pid = pid
@@ -44,14 +42,14 @@ class Program(Process):
     def kill(self) -> None:
         """Ends everything that runs for it."""
 
-    def settle(self, status: int | None, stopped: bool) -> int:
-        """The status as it is; raises RuntimeError when the process could not be confined."""
+    def exit_status(self, status: int | None, stopped: bool) -> int:
+        """Returns the status as it is; raises RuntimeError when the process could not be confined."""
         assert status is not None
-        self._hear()
+        self._receive()
         return status
 
-    def _hear(self) -> None:
-        """Takes what the process told before it was confined; afterwards it has no way to tell anything."""
+    def _receive(self) -> None:
+        """Receives the reports of the process before it was confined; afterwards it has no channel for any."""
         while True:
             try:
                 header, descriptors = protocol.receive(self._channel)
@@ -63,21 +61,21 @@ class Program(Process):
 
     @contextmanager
     def opened_home(self) -> Iterator[int]:
-        """The working folder, open, also when the program's namespaces are gone."""
-        self._hear()
+        """Yields a descriptor of the working folder, which works when the program's namespaces are gone, too."""
+        self._receive()
         if self._home < 0:
             raise RuntimeError("the program did not hand over its working folder")
         yield self._home
 
     def close(self) -> None:
-        """Lets go of the working folder and all that is in it."""
+        """Closes the working folder, and with it frees all that is in it."""
         self._channel.close()
         if self._home >= 0:
             os.close(self._home)
 
 
 class Isolated(Program):
-    """A process in fresh namespaces, made before its order comes; an init in front of it reaps what it leaves."""
+    """Process in fresh namespaces, made before its request comes; an init in front of it reaps what it leaves."""
 
     def __init__(self, pid: int, channel: socket.socket, init: int, space_bytes: int, held_bytes: int) -> None:
         super().__init__(pid, channel)
@@ -87,8 +85,9 @@ class Isolated(Program):
 
     @classmethod
     def prepare(cls, confinement: Confinement, space_bytes: int, usage: UsageFiles) -> Isolated:
-        """Forks a process that waits for its order, beside an init, PID 1 of their namespace; its working folder and
-        its /tmp have `space_bytes` each.
+        """Forks a process that waits for its request, beside an init, PID 1 of their namespace.
+
+        Its working folder and its /tmp have `space_bytes` each.
         """
         held_bytes = usage.current_bytes()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -106,20 +105,20 @@ class Isolated(Program):
         return cls(pid, ours, init, space_bytes, held_bytes)
 
     def offer(self, channel: socket.socket) -> None:
-        """Tells the service how to hand over the order itself, which then need not pass through here."""
+        """Sends the service the channel to the process, so that the request need not pass through here."""
         protocol.send(channel, {"kind": "prepared", "space_bytes": self.space_bytes}, [self._channel.fileno()])
 
-    def begin(self, order: Order, descriptors: list[int]) -> None:
-        """Hands the order over."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended, which the supervisor is about to see
-            protocol.send(self._channel, order.to_header(), descriptors)
+    def begin(self, request: RunRequest, descriptors: list[int]) -> None:
+        """Hands the request over."""
+        with contextlib.suppress(BrokenPipeError):  # it has ended, as the monitor is about to see
+            protocol.send(self._channel, request.to_header(), descriptors)
 
     def kill(self) -> None:
         """Ends the init, and with it, by the kernel's rule for PID 1, everything in the namespace."""
         os.kill(self._init, signal.SIGKILL)
 
     def discard(self) -> None:
-        """Ends a process that was never given an order."""
+        """Ends a process that was never given a request."""
         self.kill()
         for pid in (self.pid, self._init):
             os.waitpid(pid, 0)
@@ -127,29 +126,29 @@ class Isolated(Program):
 
 
 class Plain(Program):
-    """A process with nothing around it."""
+    """Process without isolation."""
 
     @classmethod
-    def start(cls, confinement: Confinement, order: Order, descriptors: list[int]) -> Plain:
-        """Forks the process of an order."""
+    def start(cls, confinement: Confinement, request: RunRequest, descriptors: list[int]) -> Plain:
+        """Forks the process of a request."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         pid = os.fork()
         if pid == 0:
             ours.close()
-            _run_at_once(confinement, order, descriptors, theirs)
+            _run_at_once(confinement, request, descriptors, theirs)
         theirs.close()
         ours.setblocking(False)
         return cls(pid, ours)
 
     def kill(self) -> None:
-        """Ends the process and its group; one that has ended already is not reaped yet, so its number is its own."""
+        """Ends the process and its group; an ended one is not reaped yet, so its id is its own."""
         for target in (-self.pid, self.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(target, signal.SIGKILL)
 
 
 def _await_order(confinement: Confinement, space_bytes: int, channel: socket.socket) -> NoReturn:
-    """The prepared process: gives up everything before its order comes."""
+    """Gives up all privileges, waits for the request and runs it."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
         kernel.unshare(_NAMESPACES)
@@ -160,46 +159,48 @@ def _await_order(confinement: Confinement, space_bytes: int, channel: socket.soc
         give_up_privileges(confinement)
         rehearse()
         header, descriptors = protocol.receive(channel)
-        order = read_order(header)
+        request = read_run_request(header)
     except (EOFError, ConnectionError):
         os._exit(0)
     except Exception as error:
-        _tell_unfit(channel, error)
-    _run(confinement, order, descriptors, channel)
+        _report_unfit(channel, error)
+    _run(confinement, request, descriptors, channel)
 
 
-def _run_at_once(confinement: Confinement, order: Order, descriptors: list[int], channel: socket.socket) -> NoReturn:
-    """A process that was forked for its order."""
+def _run_at_once(
+    confinement: Confinement, request: RunRequest, descriptors: list[int], channel: socket.socket
+) -> NoReturn:
+    """Gives up privileges and runs a request that has come already."""
     try:
         give_up_privileges(confinement)
     except Exception as error:
-        _tell_unfit(channel, error)
-    _run(confinement, order, descriptors, channel)
+        _report_unfit(channel, error)
+    _run(confinement, request, descriptors, channel)
 
 
-def _run(confinement: Confinement, order: Order, descriptors: list[int], channel: socket.socket) -> NoReturn:
-    """Takes the order's limits and descriptors, and becomes the submission."""
+def _run(confinement: Confinement, request: RunRequest, descriptors: list[int], channel: socket.socket) -> NoReturn:
+    """Applies the request's limits, installs its descriptors and becomes the submission."""
     try:
-        if order.collect or order.mode == "session":
+        if request.collect or request.mode == "session":
             home = os.open(confinement.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             protocol.send(channel, {"kind": "home"}, [home])
-        take_limits(confinement, order.limits, order.answers)
+        apply_limits(confinement, request.limits, request.answers)
         place_descriptors(descriptors)
     except Exception as error:
-        _tell_unfit(channel, error)
+        _report_unfit(channel, error)
     try:
-        os.environ.update(order.environment)
-        if order.mode == "exec":
-            os.execvpe(order.command[0], order.command, dict(os.environ))
-        run_mode(order.mode, confinement.home)
-    except BaseException as error:  # from here on it is the program's own failure, and so is what it says of it
+        os.environ.update(request.environment)
+        if request.mode == "exec":
+            os.execvpe(request.command[0], request.command, dict(os.environ))
+        run_mode(request.mode, confinement.home)
+    except BaseException as error:  # from here on a failure is the program's own
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.stderr.flush()
     finally:
         os._exit(127)
 
 
-def _tell_unfit(channel: socket.socket, error: Exception) -> NoReturn:
+def _report_unfit(channel: socket.socket, error: Exception) -> NoReturn:
     protocol.send(channel, {"kind": "unfit", "reason": f"{type(error).__name__}: {error}"}, [])
     os._exit(_UNFIT)
 
@@ -208,8 +209,8 @@ _FIRST_SPACE_BYTES = 16 << 20
 _SMALL_BYTES = 4 << 20
 
 
-class Keeper:
-    """Runs the orders of one job after another, each in namespaces of its own."""
+class JobSupervisor:
+    """Runs the requests of one job after another, each in namespaces of its own."""
 
     def __init__(
         self, channel: socket.socket, confinement: Confinement, usage: UsageFiles | None, isolated: bool
@@ -218,7 +219,7 @@ class Keeper:
         self._confinement = confinement
         self._isolated = isolated
         self._usage = usage
-        self._supervisor = Supervisor(channel, usage)
+        self._monitor = ProcessMonitor(channel, usage)
         self._prepared: Isolated | None = None
         self._program: Program | None = None
         self._space_bytes = _FIRST_SPACE_BYTES
@@ -233,8 +234,8 @@ class Keeper:
             match message.header["kind"]:
                 case "run":
                     self._run(message)
-                case "begin":
-                    self._lay_down(message.descriptors[0])
+                case "load":
+                    self._unpack(message.descriptors[0])
             message.close()
 
     def _prepare(self) -> Isolated:
@@ -242,62 +243,66 @@ class Keeper:
         return Isolated.prepare(self._confinement, self._space_bytes, self._usage)
 
     def discard_prepared(self) -> None:
-        """Ends the program that waits for an order, so that nothing is left to be reaped by others."""
+        """Ends the program that waits for a request, so that nothing is left for others to reap."""
         if self._prepared is not None:
             self._prepared.discard()
 
-    def _lay_down(self, files: int) -> None:
-        """Files into a folder that all runs of a job share: there is no other where nothing can be mounted."""
+    def _unpack(self, files: int) -> None:
+        """Writes files into the folder that all runs of a job share, since nothing can be mounted."""
         write_files(self._confinement.home, read_files(files))
         if self._confinement.uid is not None:
             own_files(self._confinement.home, self._confinement.uid)
 
     def _run(self, message: Message) -> None:
-        order = read_order(message.header)
-        descriptors = message.descriptors[:-1] if order.brings_files else message.descriptors
-        if order.brings_files:
-            self._lay_down(message.descriptors[-1])
+        request = read_run_request(message.header)
+        descriptors = message.descriptors[:-1] if request.brings_files else message.descriptors
+        if request.brings_files:
+            self._unpack(message.descriptors[-1])
         begun = message.header.get("begun", False)
-        outcome = self._supervisor.run(order, descriptors, lambda handed: self._start(order, handed, begun), self._hear)
+        result = self._monitor.run(
+            request, descriptors, lambda handed: self._start(request, handed, begun), self._receive
+        )
         assert self._program is not None
         found: list[int] = []
-        if order.collect:
-            self._supervisor.clear()  # nobody is left to change the files
+        if request.collect:
+            self._monitor.clear()  # nobody is left to change the files
             with self._program.opened_home() as home:
-                found.append(collect_files(home, order.collect, order.collect_bytes))
-        small = self._supervisor.held_bytes() < _SMALL_BYTES
-        if not small:  # before the end is told, so that the next job is not charged with this one's memory
-            self._let_go()
-        protocol.send(self._channel, {"kind": "ended", **vars(outcome)}, found)
+                found.append(collect_files(home, request.collect, request.collect_bytes))
+        small = self._monitor.held_bytes() < _SMALL_BYTES
+        if not small:  # before the end is reported, so that the next job is not charged with this one's memory
+            self._release()
+        protocol.send(self._channel, {"kind": "ended", **vars(result)}, found)
         for file in found:
             os.close(file)
         if small:
-            self._let_go()
+            self._release()
 
-    def _let_go(self) -> None:
-        """Waits until everything that ran for the job is gone, and forgets its files."""
-        self._supervisor.clear()
+    def _release(self) -> None:
+        """Waits until every process of the job is gone, and frees its files."""
+        self._monitor.clear()
         assert self._program is not None
         self._program.close()
         self._program = None
 
-    def _start(self, order: Order, descriptors: list[int], begun: bool) -> Program:
+    def _start(self, request: RunRequest, descriptors: list[int], begun: bool) -> Program:
         if self._isolated:
             program, self._prepared = self._prepared, None
             assert program is not None
-            if not begun and program.space_bytes != order.limits.file_bytes:  # the next orders are likely to be alike
-                self._space_bytes = order.limits.file_bytes
+            if (
+                not begun and program.space_bytes != request.limits.file_bytes
+            ):  # the next requests are likely to have the same limits
+                self._space_bytes = request.limits.file_bytes
                 program.discard()
                 program = self._prepare()
             if not begun:
-                program.begin(order, descriptors)
+                program.begin(request, descriptors)
             self._program = program
         else:
-            self._program = Plain.start(self._confinement, order, descriptors)
+            self._program = Plain.start(self._confinement, request, descriptors)
         return self._program
 
-    def _hear(self, header: dict[str, Any]) -> None:
-        """What the service asks while a program runs: to interrupt it, or for files that it has written."""
+    def _receive(self, header: dict[str, Any]) -> None:
+        """Handles a message of the service while a program runs: interrupts it, or collects its files."""
         assert self._program is not None
         if header["kind"] == "interrupt":
             with contextlib.suppress(ProcessLookupError):
@@ -309,20 +314,20 @@ class Keeper:
             os.close(found)
 
 
-def become_keeper(
+def run_job_supervisor(
     channel: socket.socket, confinement: Confinement, usage: UsageFiles | None, isolated: bool
 ) -> NoReturn:
-    """The keeper's process from here to its end; a failure of its own is told to the service by a message `failed`."""
+    """Serves until the service closes the socket, then ends the process; reports a failure as `failed`."""
     kernel.set_dumpable(False)
-    keeper = Keeper(channel, confinement, usage, isolated)
+    supervisor = JobSupervisor(channel, confinement, usage, isolated)
     try:
-        keeper.serve()
+        supervisor.serve()
     except (EOFError, ConnectionError):
-        keeper.discard_prepared()
+        supervisor.discard_prepared()
         os._exit(0)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}"
-        sys.stderr.write(f"sandbox keeper: {reason}\n")
-        with contextlib.suppress(OSError):  # the service has gone away: nobody is left to be told
+        sys.stderr.write(f"sandbox job supervisor: {reason}\n")
+        with contextlib.suppress(OSError):  # the service is gone
             protocol.send(channel, {"kind": "failed", "reason": reason}, [])
         os._exit(4)

@@ -85,9 +85,9 @@ class _OpenHow(ctypes.Structure):
 def open_beneath(folder: int, path: str, flags: int) -> int:
     """Opens a path below an open folder, through no link and no mount (openat2)."""
     resolve = _RESOLVE_BENEATH | _RESOLVE_NO_SYMLINKS | _RESOLVE_NO_MAGICLINKS | _RESOLVE_NO_XDEV
-    how = _OpenHow(flags, 0, resolve)
+    comparator = _OpenHow(flags, 0, resolve)
     result: int = _libc.syscall(
-        ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(folder), path.encode(), ctypes.byref(how), ctypes.c_size_t(24)
+        ctypes.c_long(_SYS_OPENAT2), ctypes.c_int(folder), path.encode(), ctypes.byref(comparator), ctypes.c_size_t(24)
     )
     _check(result, f"open {path}")
     return result

@@ -1,14 +1,7 @@
-"""The working folder of a container's job: an overlay whose upper layer is a tmpfs, bounded in space and files.
+"""Launcher of containers, the resident process of a slot: it sits in the slot's control group, so that what it starts
+is born there, and runs each request in a container that was made before the request came.
 
-What a compiler has left is the lower layer of the runs that follow, and never written to again.
-
-
-Containers by an OCI runtime's command: started before their order comes, with an init inside that waits for it.
-
-The resident process of a slot that runs containers: sits in the slot's control group, so that what it starts is born
-there, and has each order run in a container that was made before the order came.
-
-It is trusted and outside of every container: it lays out the working folder, starts the container runtime, watches the
+It is trusted and outside of every container: it prepares the working folder, starts the container runtime, monitors the
 job from beside it, and reads what the job left.
 """
 
@@ -32,18 +25,22 @@ from pathlib import Path
 from typing import Any
 
 from . import kernel, protocol, root
-from .archive import BoxFile, own_files, read_files, write_files
+from .archive import File, own_files, read_files, write_files
 from .collect import collect_files
 from .confinement import build_filter, place_descriptors, resource_limits
-from .monitor import Process, Supervisor, open_usage
-from .protocol import HOME, Message, Order, memory_file, read_order
+from .monitor import Process, ProcessMonitor, open_usage
+from .protocol import HOME, Message, RunRequest, memory_file, read_run_request
 from .root import WRITABLE_FLAGS, sized
 
 _UNPACKED_BYTES = 8192
 
 
 class Workspace:
-    """Mounts below a slot's folder, in the launcher's own mount namespace."""
+    """Working folder of a container's job: an overlay whose upper layer is a tmpfs, bounded in space and files.
+
+    What a compiler has left is the lower layer of later runs, and never written to again. The mounts are below the
+    slot's folder, in the launcher's own mount namespace.
+    """
 
     def __init__(self, folder: str, uid: int) -> None:
         self._uid = uid
@@ -59,10 +56,10 @@ class Workspace:
 
     @property
     def mounts(self) -> list[tuple[str, str]]:
-        """Host folders and where a container has them."""
+        """Host folders and their paths in a container."""
         return [(self.home, HOME), (self._tmp, "/tmp"), (self._tmp, "/dev/shm")]
 
-    def lay_out(self, space_bytes: int) -> None:
+    def mount(self, space_bytes: int) -> None:
         """Mounts the working folder and /tmp of one run."""
         self._space_bytes = (space_bytes, space_bytes)
         kernel.mount("tmpfs", self._top, "tmpfs", WRITABLE_FLAGS, sized(space_bytes))
@@ -74,8 +71,8 @@ class Workspace:
         kernel.mount("overlay", self.home, "overlay", WRITABLE_FLAGS, options)
         kernel.mount("tmpfs", self._tmp, "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=1777")
 
-    def fill(self, files: list[BoxFile], space_bytes: int) -> None:
-        """Gives the run its space, beside that of its files, and the files."""
+    def fill(self, files: list[File], space_bytes: int) -> None:
+        """Writes the files of a run, and gives it its space beside them."""
         wanted = (space_bytes + sum(len(content) + _UNPACKED_BYTES for _, content, _ in files), space_bytes)
         for path, had, wants in zip((self._top, self._tmp), self._space_bytes, wanted, strict=True):
             if had != wants:
@@ -86,20 +83,20 @@ class Workspace:
             own_files(self.home, self._uid)
 
     def keep(self) -> None:
-        """Makes what the run that has just ended left the lower layer of those that follow."""
+        """Makes what the last run left the lower layer of later runs."""
         kernel.unmount_lazily(self.home)
         kernel.unmount_lazily(self._tmp)
         kernel.move_mount(self._top, self._kept)
         self._has_kept = True
 
-    def take_down(self) -> None:
-        """Unmounts what `lay_out` mounted."""
+    def unmount(self) -> None:
+        """Unmounts what `mount` mounted."""
         for path in (self._tmp, self.home, self._top):
             if os.path.ismount(path):
                 kernel.unmount_lazily(path)
 
     def forget_kept(self) -> bool:
-        """Drops the lower layer; whether there was one."""
+        """Drops the lower layer; returns whether there was one."""
         had, self._has_kept = self._has_kept, False
         if had:
             kernel.unmount_lazily(self._kept)
@@ -116,7 +113,9 @@ _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_S
 
 
 class Container(Process):
-    """A container; `pid` is the runtime's own command, `events` the socket to the init inside."""
+    """Container that was started before its request; `pid` is that of the runtime's command, `events` the socket to the
+    init.
+    """
 
     def __init__(self, pid: int, name: str, channel: socket.socket, runtime: ContainerRuntime) -> None:
         self.pid = pid
@@ -128,28 +127,29 @@ class Container(Process):
         self._status: int | None = None
 
     def await_ready(self) -> None:
-        """Returns when the init waits for its order, so that what it took to get there is not the job's; raises
-        RuntimeError when it does not get there.
+        """Waits until the init is ready for a request, so that the start is not charged to the job.
+
+        Raises RuntimeError when it does not get there.
         """
         poller = select.poll()
         poller.register(self._channel, select.POLLIN)
         answer = self._channel.recv(_ANSWER_BYTES) if poller.poll(_READY_S * 1000) else b""
         if answer[:1] != b"r":
-            raise RuntimeError(f"the container did not start: {self._runtime.last_words() or 'no message'}")
+            raise RuntimeError(f"the container did not start: {self._runtime.last_output() or 'no message'}")
 
-    def begin(self, uid: int, order: Order, command: list[str], descriptors: list[int]) -> None:
-        """Hands the order over."""
-        limits = {**resource_limits(order.limits, order.answers), "RLIMIT_NPROC": order.limits.processes}
+    def begin(self, uid: int, request: RunRequest, command: list[str], descriptors: list[int]) -> None:
+        """Hands the request over."""
+        limits = {**resource_limits(request.limits, request.answers), "RLIMIT_NPROC": request.limits.processes}
         strings = [str(uid), str(len(limits))]
         for name, value in limits.items():
             strings += [str(getattr(resource, name)), str(value)]
-        strings += [str(len(command)), *command, *(f"{name}={value}" for name, value in order.environment.items())]
+        strings += [str(len(command)), *command, *(f"{name}={value}" for name, value in request.environment.items())]
         packet = b"".join(string.encode(errors="surrogateescape") + b"\0" for string in strings)
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the supervisor is about to see that it ended
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended, as the monitor is about to see
             socket.send_fds(self._channel, [packet], descriptors)
 
-    def note_events(self) -> bool:
-        """Whether the job has ended."""
+    def read_events(self) -> bool:
+        """Reads reports of the init; returns whether the job has ended."""
         while True:
             try:
                 answer = self._channel.recv(_ANSWER_BYTES)
@@ -167,27 +167,28 @@ class Container(Process):
         """Ends every process of the slot but the launcher."""
         self._runtime.kill_all()
 
-    def settle(self, status: int | None, stopped: bool) -> int:
-        """The status that the init told; raises OSError when the command could not be executed, and RuntimeError when
-        the runtime did not get as far as the job.
+    def exit_status(self, status: int | None, stopped: bool) -> int:
+        """Returns the status that the init reported.
+
+        Raises OSError when the command could not be executed, RuntimeError when the runtime did not start the job.
         """
-        self.note_events()
+        self.read_events()
         if self._start_error:
             raise OSError(self._start_error, os.strerror(self._start_error))
         if self._status is not None:
             return self._status
         if stopped:
             return _KILLED_STATUS
-        raise RuntimeError(f"the container ended with status {status}: {self._runtime.last_words() or 'no message'}")
+        raise RuntimeError(f"the container ended with status {status}: {self._runtime.last_output() or 'no message'}")
 
     def close(self) -> None:
-        """Removes what the runtime may have left; its command has ended."""
+        """Removes what the runtime may have left behind."""
         self._channel.close()
         self._runtime.forget(self._name)
 
 
 class ContainerRuntime:
-    """One slot's way to start containers, one at a time."""
+    """Starts the containers of one slot, one at a time."""
 
     def __init__(
         self, command: list[str], state: str, log: str, procs: str, folder: str, bundle: dict[str, Any]
@@ -207,7 +208,7 @@ class ContainerRuntime:
         self._count = 0
 
     def start(self, root_path: str, mounts: list[tuple[str, str]]) -> Container:
-        """Starts a container whose init waits for its order."""
+        """Starts a container whose init waits for its request."""
         self._write_config(root_path, mounts)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
@@ -243,7 +244,7 @@ class ContainerRuntime:
             self._written = text
 
     def kill_all(self) -> None:
-        """Kills all in the control group but this process, until nobody is left to be killed."""
+        """Kills every process of the control group but this one, until none is left."""
         deadline = time.monotonic() + _END_S
         while others := self._others():
             for pid in others:
@@ -251,7 +252,7 @@ class ContainerRuntime:
                     os.kill(pid, signal.SIGKILL)
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{len(others)} processes of the slot do not end")
-            time.sleep(0.001)  # a killed process leaves its group a moment later and tells nobody
+            time.sleep(0.001)  # a killed process leaves its group a moment later, without a signal
 
     def _others(self) -> list[int]:
         with open(self._procs) as file:
@@ -270,13 +271,13 @@ class ContainerRuntime:
         if (self._state / name).exists():
             shutil.rmtree(self._state / name)
 
-    def last_words(self) -> str:
-        """What the runtime logged."""
+    def last_output(self) -> str:
+        """Returns the end of the runtime's log."""
         return self._log.read_text(errors="replace")[-2000:].strip() if self._log.exists() else ""
 
 
 def seal_program(path: str) -> int:
-    """A copy of a program in memory that nobody can change.
+    """Returns a copy of a program in memory that cannot be changed.
 
     A runtime that is executed from such a copy needs not make one itself each time, by which it guards the host's
     against what runs in the container (CVE-2019-5736).
@@ -303,8 +304,8 @@ _SMALL_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class Options:
-    """What the service tells a launcher. `command` runs a container, its name to be appended; `bundle` is the
-    configuration that all containers share.
+    """Options of a launcher: `command` runs a container, its name to be appended; `bundle` is the configuration that
+    all containers share.
     """
 
     control: int
@@ -331,13 +332,13 @@ class Launcher:
         self._channel = socket.socket(fileno=options.control)
         self._roots: dict[str, str] = {}
         self._root = ""
-        self._files: list[BoxFile] = []
+        self._files: list[File] = []
         self._workspace = Workspace(options.folder, options.uid)
         self._spare: tuple[str, Container] | None = None
         self._space_bytes = _FIRST_SPACE_BYTES
 
     def prepare(self) -> None:
-        """Everything that is the same for all jobs of the slot."""
+        """Does what all jobs of the slot have in common."""
         options = self._options
         usage = open_usage(options.cgroup_version, options.usage_paths)
         kernel.unshare(kernel.CLONE_NEWNS)
@@ -353,28 +354,28 @@ class Launcher:
         for path in options.cgroup_procs:
             with open(path, "w") as file:
                 file.write("0")
-        self._supervisor = Supervisor(self._channel, usage)
+        self._monitor = ProcessMonitor(self._channel, usage)
 
     def serve(self) -> None:
-        """Does what the service says, message by message; while nobody waits, the next container is made."""
+        """Handles the messages of the service; makes the next container while none comes."""
         protocol.send(self._channel, {"kind": "ready", "version": platform.python_version()}, [])
         while True:
             message = protocol.receive(self._channel)
             match message.header["kind"]:
-                case "begin":
-                    self._begin(message)
+                case "load":
+                    self._load(message)
                 case "run":
                     self._run(message)
-                case "end":
-                    self._end()
-                case "rest":
-                    protocol.send(self._channel, {"kind": "resting"}, [])
+                case "unload":
+                    self._unload()
+                case "settle":
+                    protocol.send(self._channel, {"kind": "settled"}, [])
             message.close()
             if self._root and self._spare is None:
                 self._make_spare()
 
-    def _begin(self, message: Message) -> None:
-        """Takes the files of a job, and the root that its containers have."""
+    def _load(self, message: Message) -> None:
+        """Loads the files of a job, and the root of its containers."""
         header = message.header
         name = header["root_name"]
         if name not in self._roots:
@@ -389,14 +390,14 @@ class Launcher:
         built = root.build_root(root.RootOptions(**{**fields, "folder": folder, "mounts": [*fields["mounts"], *own]}))
         return str(built)
 
-    def _end(self) -> None:
-        """Forgets the job."""
+    def _unload(self) -> None:
+        """Drops the files of the job."""
         self._files = []
         if self._workspace.forget_kept():
             self._discard_spare()
 
     def _make_spare(self) -> None:
-        self._workspace.lay_out(self._space_bytes)
+        self._workspace.mount(self._space_bytes)
         self._spare = (self._root, self._runtime.start(self._root, self._workspace.mounts))
 
     def _discard_spare(self) -> None:
@@ -404,9 +405,9 @@ class Launcher:
             container = self._spare[1]
             self._spare = None
             container.kill()
-            self._supervisor.clear()
+            self._monitor.clear()
             container.close()
-            self._workspace.take_down()
+            self._workspace.unmount()
 
     def _take_spare(self) -> Container:
         if self._spare is not None and self._spare[0] != self._root:
@@ -419,39 +420,39 @@ class Launcher:
         return container
 
     def _run(self, message: Message) -> None:
-        order = read_order(message.header)
-        descriptors = message.descriptors[:-1] if order.brings_files else message.descriptors
-        brought = read_files(message.descriptors[-1]) if order.brings_files else []
+        request = read_run_request(message.header)
+        descriptors = message.descriptors[:-1] if request.brings_files else message.descriptors
+        brought = read_files(message.descriptors[-1]) if request.brings_files else []
         container = self._take_spare()
-        command = order.command if order.mode == "exec" else [*order.command, order.mode]
+        command = request.command if request.mode == "exec" else [*request.command, request.mode]
 
         def start(handed: list[int]) -> Container:
-            container.begin(self._options.uid, order, command, handed)
+            container.begin(self._options.uid, request, command, handed)
             return container
 
         container.await_ready()
-        self._workspace.fill([*self._files, *brought], order.limits.file_bytes)
-        outcome = self._supervisor.run(order, descriptors, start, self._hear)
-        found = [self._collect(order.collect, order.collect_bytes)] if order.collect else []
-        small = self._supervisor.held_bytes() < _SMALL_BYTES and not order.keep
-        if not small:  # before the end is told, so that the next job is not charged with this one's memory
-            self._tidy(container, order.keep)
-        protocol.send(self._channel, {"kind": "ended", **vars(outcome)}, found)
+        self._workspace.fill([*self._files, *brought], request.limits.file_bytes)
+        result = self._monitor.run(request, descriptors, start, self._receive)
+        found = [self._collect(request.collect, request.collect_bytes)] if request.collect else []
+        small = self._monitor.held_bytes() < _SMALL_BYTES and not request.keep
+        if not small:  # before the end is reported, so that the next job is not charged with this one's memory
+            self._clean_up(container, request.keep)
+        protocol.send(self._channel, {"kind": "ended", **vars(result)}, found)
         for file in found:
             os.close(file)
         if small:
-            self._tidy(container, keep=False)
-        self._space_bytes = order.limits.file_bytes
+            self._clean_up(container, keep=False)
+        self._space_bytes = request.limits.file_bytes
 
-    def _tidy(self, container: Container, keep: bool) -> None:
-        """Waits until the container is gone, and unmounts what it worked on, or keeps it for the job's other runs."""
-        self._supervisor.clear()
+    def _clean_up(self, container: Container, keep: bool) -> None:
+        """Waits until the container is gone, and unmounts its working folder or keeps it for later runs."""
+        self._monitor.clear()
         container.close()
         if keep:
             self._workspace.keep()
             self._files = []
         else:
-            self._workspace.take_down()
+            self._workspace.unmount()
 
     def _collect(self, paths: list[str], most_bytes: int) -> int:
         folder = os.open(self._workspace.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -460,8 +461,8 @@ class Launcher:
         finally:
             os.close(folder)
 
-    def _hear(self, header: dict[str, Any]) -> None:
-        """What the service asks while a container runs: to interrupt the job, or for files that it has written."""
+    def _receive(self, header: dict[str, Any]) -> None:
+        """Handles a message of the service while a container runs: interrupts the job, or collects files."""
         if header["kind"] == "interrupt":
             self._runtime.interrupt()
         elif header["kind"] == "collect":
@@ -471,7 +472,7 @@ class Launcher:
 
 
 def main() -> None:
-    """The launcher's process; its options are a JSON object in the first argument."""
+    """Runs the launcher; its options are a JSON object in the first argument."""
     options = Options(**json.loads(sys.argv[1]))
     kernel.die_with_parent(signal.SIGKILL)
     if os.getppid() != options.parent:

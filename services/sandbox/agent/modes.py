@@ -1,27 +1,8 @@
-"""Runs a submission as `python main.py` would, in an interpreter that is already there.
+"""Modes in which the agent's Python runs a job, by the name that requests use: a program, calls of a function, the two
+sides of a code test, the cells of a session.
 
-What the submission prints, raises, patches or forges here can change what it reports about itself, never what it is
-compared with: expected outputs stay in the service.
-
-
-Loads a submission and calls its function, once per input.
-
-A forged reply is a wrong answer of the submission that forged it: what replies are compared with stays in the service.
-
-
-A stateful interpreter: runs cell after cell in one namespace, as a notebook's kernel does.
-
-Cells come over a socket; each brings a parcel (code and files), a file for each of its outputs and one for the reply.
-
-
-The ways in which a box's Python runs a job, by the name that orders use.
-
-Each gets the job's parcel from its last descriptor, writes the job's files, and does not return.
-
-
-Runs one of Python's modes in a container: what a warm box forks, an interpreter of its own starts here.
-
-Arguments: the mode, after the folders to import from.
+What a submission prints, raises, patches or forges here can change what it reports about itself, never what it is
+compared with: expected outputs stay in the service, and a forged reply is a wrong answer of the one that forged it.
 """
 
 from __future__ import annotations
@@ -51,42 +32,42 @@ from .archive import (
     NOT_JSON,
     TOO_LONG,
     VALUE,
-    Parcel,
-    encode_parcel,
+    Archive,
+    encode_archive,
     encode_reply,
-    read_parcel,
+    read_archive,
     write_files,
 )
-from .code_tests import serve_calls, serve_code_test
+from .code_tests import LoadError, describe_exception, load_function, serve_calls, serve_code_test
 from .protocol import ANSWERED, FINISHED, HOME, memory_file
 
 REPORT = 3
-"""Descriptor of the file that tells why a source does not compile; empty when it does."""
+"""Descriptor of the file with the error of a source that does not compile."""
 REASON_BYTES = 65536
 _NOT_FLUSHED = 120
-"""The exit code of an interpreter that could not write out its standard streams."""
+"""Exit code of an interpreter that could not flush its standard streams."""
 _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 
 
-def run_program(parcel: Parcel, home: str) -> NoReturn:
-    """Runs `main.py` of the working folder with the parcel's arguments."""
-    path = f"{home}/{parcel.header['main']}"
+def run_program(archive: Archive, home: str) -> NoReturn:
+    """Runs `main.py` of the working folder as `python main.py` would."""
+    path = f"{home}/{archive.header['main']}"
     try:
-        code = compile(parcel.blobs[0], path, "exec", dont_inherit=True)
+        code = compile(archive.blobs[0], path, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         text = "".join(traceback.format_exception_only(type(error), error))
         os.write(REPORT, text.encode(errors="replace")[:REASON_BYTES] or b"error")
         os._exit(1)
     os.close(REPORT)
-    sys.argv = [path, *parcel.header["arguments"]]
+    sys.argv = [path, *archive.header["arguments"]]
     sys.path.insert(0, home)
     finish(_execute(code, path), home)
 
 
 def _execute(code: types.CodeType, path: str) -> int:
-    """Runs the program as `__main__` and returns Python's exit code for it; below 0 the signal by which it ends itself.
+    """Runs the program as `__main__`; returns its exit code, or minus the signal by which it ends itself.
 
-    Nothing but `sys.modules` refers to the module afterwards.
+    Afterwards nothing but `sys.modules` refers to the module.
     """
     module = types.ModuleType("__main__")
     module.__dict__.update(__file__=path, __builtins__=builtins)
@@ -112,8 +93,8 @@ def _exit_code(exit_: SystemExit) -> int:
 
 
 def finish(exit_code: int, home: str) -> NoReturn:
-    """Ends as the interpreter does: threads are joined, exit functions run, streams flushed, the program's objects
-    finalized. The interpreter itself is not taken apart.
+    """Ends as the interpreter does: joins threads, runs exit functions, flushes streams and finalizes the program's
+    objects. The interpreter itself is not taken apart.
     """
     threading = sys.modules.get("threading")
     try:
@@ -122,7 +103,7 @@ def finish(exit_code: int, home: str) -> NoReturn:
         atexit._run_exitfuncs()
         flushed = _flush(sys.stdout) & _flush(sys.stderr)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-        if len(sys._current_frames()) == 1:  # a daemon thread would meet what has been finalized
+        if len(sys._current_frames()) == 1:  # a daemon thread would use what has been finalized
             _drop_modules(home)
         _flush_open_files()
         flushed &= _flush(sys.stdout) & _flush(sys.stderr)
@@ -146,7 +127,7 @@ def _drop_modules(home: str) -> None:
 
 
 def _flush(stream: Any) -> bool:
-    """Whether what was printed to a standard stream is out; why it is not is told as the interpreter tells it."""
+    """Flushes a standard stream; returns whether that succeeded, and reports an error as the interpreter does."""
     try:
         if stream is not None and not getattr(stream, "closed", False):
             stream.flush()
@@ -160,75 +141,45 @@ def _flush(stream: Any) -> bool:
 
 
 def _flush_open_files() -> None:
-    """Writes out what is left in files that are still referred to, as from another module."""
+    """Flushes files that are still referred to, as from another module."""
     for stream in [each for each in gc.get_objects() if isinstance(each, _WRITERS)]:
-        with contextlib.suppress(OSError, ValueError):  # closed, or without anybody to read it
+        with contextlib.suppress(OSError, ValueError):  # closed, or without a reader
             stream.flush()
 
 
 REPLIES, PROGRESS = 3, 4
-"""Descriptors of the file of replies and of the pipe that tells progress."""
-_REASON_BYTES = 2000
+"""Descriptors of the file of replies and of the pipe for progress."""
 
 
-def serve_functions(parcel: Parcel, home: str) -> NoReturn:
-    """Calls the function for each input from the parcel's `first` on; an answer is appended to the file of replies,
-    then told by a byte of progress."""
-    output_bytes = parcel.header["output_bytes"]
+def serve_functions(archive: Archive, home: str) -> NoReturn:
+    """Calls the function for each input from the archive's `first_input` on.
 
-    def fail(kind: bytes, text: str) -> NoReturn:
-        _reply(kind, text, output_bytes, FINISHED)
+    An answer is appended to the file of replies, then reported by a byte of progress.
+    """
+    output_bytes = archive.header["output_bytes"]
+
+    sys.path.insert(0, home)
+    try:
+        function = load_function(archive.blobs[0], archive.header["function_name"], f"{home}/submission.py")
+    except LoadError as error:
+        _reply(COMPILE_ERROR if error.does_not_compile else EXCEPTION, str(error), output_bytes, FINISHED)
         os._exit(0)
-
-    module = load_submission(parcel.blobs[0], home, fail)
-    name = parcel.header["function_name"]
-    function = module.__dict__.get(name)
-    if not callable(function):
-        fail(EXCEPTION, f"the function {name} is not defined")
     _reply(LOADED, "", output_bytes, ANSWERED)
-    for arguments_json in parcel.blobs[parcel.header["first_input"] :]:
+    for arguments_json in archive.blobs[archive.header["first_input"] :]:
         kind, answer = _call(function, arguments_json)
         _reply(kind, answer, output_bytes, ANSWERED)
     os._exit(0)
-
-
-def load_submission(source: bytes, home: str, fail: Callable[[bytes, str], NoReturn]) -> types.ModuleType:
-    """The submission as a module; `fail` is told COMPILE_ERROR or EXCEPTION and why when it cannot be loaded."""
-    path = f"{home}/submission.py"
-    text = source.decode(errors="replace")
-    linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
-    try:
-        code = compile(source, path, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        fail(COMPILE_ERROR, describe(error))
-    module = types.ModuleType("submission")
-    module.__dict__.update(__file__=path, __builtins__=builtins)
-    sys.modules["submission"] = module
-    sys.path.insert(0, home)
-    try:
-        exec(code, module.__dict__)
-    except BaseException as error:
-        fail(EXCEPTION, describe(error))
-    return module
 
 
 def _call(function: Callable[..., Any], arguments_json: bytes) -> tuple[bytes, str]:
     try:
         result = function(*json.loads(arguments_json))
     except BaseException as error:
-        return EXCEPTION, describe(error)
+        return EXCEPTION, describe_exception(error)
     try:
         return VALUE, json.dumps(result)
     except BaseException as error:
-        return NOT_JSON, f"the result is a {type(result).__name__}: {describe(error)}"
-
-
-def describe(error: BaseException) -> str:
-    """Class and message of an exception, whatever it does while it is described."""
-    try:
-        return "".join(traceback.format_exception_only(type(error), error)).strip()[-_REASON_BYTES:]
-    except BaseException:
-        return type(error).__name__
+        return NOT_JSON, f"the result is a {type(result).__name__}: {describe_exception(error)}"
 
 
 def _reply(kind: bytes, text: str, output_bytes: int, progress: bytes) -> None:
@@ -243,11 +194,15 @@ def _reply(kind: bytes, text: str, output_bytes: int, progress: bytes) -> None:
 CELLS = 3
 """Descriptor of the socket."""
 REPLIED = b"replied %d"
-"""What is sent when a cell has been run."""
+"""Message that a cell has ended."""
 
 
-def serve_session(parcel: Parcel, home: str) -> NoReturn:
-    """Runs cells until the service closes the socket."""
+def serve_session(archive: Archive, home: str) -> NoReturn:
+    """Runs cell after cell in one namespace until the service closes the socket.
+
+    Cells come over a socket; each brings an archive (code and files), a file for each of its outputs and one for the
+    reply.
+    """
     channel = socket.socket(fileno=CELLS)
     module = types.ModuleType("__main__")
     module.__dict__.update(__builtins__=builtins)
@@ -258,19 +213,19 @@ def serve_session(parcel: Parcel, home: str) -> NoReturn:
             _run_next(channel, module, home)
         except EOFError:
             os._exit(0)
-        except KeyboardInterrupt:  # an interrupt that came when its cell had just ended
+        except KeyboardInterrupt:  # an interrupt that came just after the end of its cell
             continue
 
 
 def _run_next(channel: socket.socket, module: types.ModuleType, home: str) -> None:
     message = protocol.receive(channel)
-    parcel_file, stdout, stderr, reply_file = message.descriptors
+    archive_file, stdout, stderr, reply_file = message.descriptors
     os.dup2(stdout, 1)
     os.dup2(stderr, 2)
-    parcel = read_parcel(parcel_file)
-    header = parcel.header
-    write_files(home, zip(header["paths"], parcel.blobs[1:], header["executable"], strict=True))
-    reply = _run_cell(parcel.blobs[0], header["number"], module)
+    archive = read_archive(archive_file)
+    header = archive.header
+    write_files(home, zip(header["paths"], archive.blobs[1:], header["executable"], strict=True))
+    reply = _run_cell(archive.blobs[0], header["number"], module)
     _flush_cell()
     rest = memoryview(json.dumps(reply).encode())
     while rest:
@@ -304,49 +259,47 @@ def _run_cell(source: bytes, number: int, module: types.ModuleType) -> dict[str,
             module.__dict__["_"] = value
         return {"ok": True, "result": None if value is None else repr(value)}
     except BaseException as error:
-        return _tell_error(error)
+        return _report_error(error)
 
 
-def _tell_error(error: BaseException) -> dict[str, Any]:
+def _report_error(error: BaseException) -> dict[str, Any]:
     trace = error.__traceback__.tb_next if error.__traceback__ else None
     try:
         sys.stderr.write("".join(traceback.format_exception(type(error), error, trace)))
         value = str(error)
-    except BaseException:  # what a cell's own exception does while it is described
-        value = describe(error)
+    except BaseException:  # exceptions of a cell may raise while they are described
+        value = describe_exception(error)
     return {"ok": False, "error_name": type(error).__name__, "error_value": value}
 
 
-MODES: dict[str, tuple[Callable[[Parcel, str], NoReturn], int]] = {
+MODES: dict[str, tuple[Callable[[Archive, str], NoReturn], int]] = {
     "program": (run_program, 4),
     "functions": (serve_functions, 5),
     "calls": (serve_calls, 5),
     "code_test": (serve_code_test, 6),
     "session": (serve_session, 4),
 }
-"""Name: what runs it, and the descriptor of the parcel."""
+"""Mode by name: the function that runs it, and the descriptor of its archive."""
 
 
 def hide_own_modules() -> None:
-    """Lets a program's own module named as this package is be imported, and keeps this package out of its sight."""
+    """Hides this package from programs, which may have modules of the same name."""
     package = __package__
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         del sys.modules[name]
 
 
 def rehearse() -> None:
-    """Goes through what every run begins with, so that the pages which it writes to are this process's own already."""
-    parcel = memory_file(encode_parcel({"paths": [], "executable": []}, [b"pass"]))
+    """Executes what every run begins with, so that the memory pages that it writes to are copied before the run."""
+    archive = memory_file(encode_archive({"paths": [], "executable": []}, [b"pass"]))
     try:
-        exec(compile(read_parcel(parcel).blobs[0], "<rehearsal>", "exec"), {})
+        exec(compile(read_archive(archive).blobs[0], "<rehearsal>", "exec"), {})
     finally:
-        os.close(parcel)
+        os.close(archive)
 
 
 def hide_shadowed_modules(paths: Iterable[str]) -> None:
-    """Lets a file of the job be imported whose name is that of a module that is there ahead of time, as an interpreter
-    that starts in the job's folder would.
-    """
+    """Removes preloaded modules that have the name of a file of the job, so that the file is imported instead."""
     for path in paths:
         shadowed = path.removesuffix("/__init__.py").removesuffix(".py")
         if shadowed == path or shadowed in MODULES_AT_START:
@@ -356,22 +309,22 @@ def hide_shadowed_modules(paths: Iterable[str]) -> None:
 
 
 def run_mode(name: str, home: str) -> NoReturn:
-    """Takes the job in hand and runs it; the process is confined already."""
-    run, parcel_descriptor = MODES[name]
-    parcel = read_parcel(parcel_descriptor)
-    os.close(parcel_descriptor)
-    header = parcel.header
+    """Reads the job's archive, writes its files and runs it; the process is confined already."""
+    run, archive_descriptor = MODES[name]
+    archive = read_archive(archive_descriptor)
+    os.close(archive_descriptor)
+    header = archive.header
     os.environ.update(header["environment"])
     first = header["first_file"]
-    files = parcel.blobs[first : first + len(header["paths"])]
+    files = archive.blobs[first : first + len(header["paths"])]
     write_files(home, zip(header["paths"], files, header["executable"], strict=True))
     hide_shadowed_modules(header["paths"])
-    run(parcel, home)
+    run(archive, home)
     raise AssertionError(f"mode {name} returned")
 
 
 def main() -> None:
-    """The process is confined by the container already."""
+    """Runs a mode in a container, in an interpreter of its own; the arguments are import folders and the mode."""
     *path, mode = sys.argv[1:]
     sys.path += path
     hide_own_modules()

@@ -1,11 +1,8 @@
-"""What a control group has used, read through descriptors that were opened before the host's file system went out of
-sight.
+"""Monitors a program's process from beside it: wall clock, CPU time, output, memory kills, and its end.
 
-
-Watches a program's process from beside it: wall clock, CPU time, output, memory kills, and its end.
-
-The supervisor may outlive jobs, so it never reads what belongs to one: sources, inputs and outputs are files in memory
-that it only hands on.
+The monitor may outlive jobs, so it never reads what belongs to one: sources, inputs and outputs are files in memory
+that it only hands on. It reads the usage of the control group through descriptors that were opened before the host's
+file system went out of sight.
 """
 
 from __future__ import annotations
@@ -21,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import protocol
-from .protocol import ANSWERED, FINISHED, BoxLimits, Order, Outcome
+from .protocol import ANSWERED, FINISHED, Limits, RunRequest, RunResult
 
 MUCH_BYTES = 8 << 20
-"""Below this a group that rests holds too few pages of files for them to matter."""
+"""Below this an idle group holds too few cached pages of files for them to matter."""
 
 
 @dataclass(frozen=True)
@@ -39,34 +36,34 @@ class UsageFiles:
     statistics: int
 
     def cpu_ns(self) -> int:
-        """CPU time of everything that ran in the cgroup, in nanoseconds."""
+        """Returns the CPU time of everything that ran in the cgroup, in nanoseconds."""
         text = os.pread(self.cpu, 512, 0)
         return int(text) if self.version == 1 else _field(text, b"usage_usec") * 1000
 
     def oom_kills(self) -> int:
-        """How many processes the kernel has killed for want of memory."""
+        """Returns how many processes the kernel has killed for want of memory."""
         text = os.pread(self.oom, 512, 0)
         return _field(text, b"oom_kill")
 
     def peak_bytes(self) -> int:
-        """The most memory charged since the last reset."""
+        """Returns the most memory charged since the last reset."""
         return int(os.pread(self.peak, 64, 0))
 
     def current_bytes(self) -> int:
-        """The memory charged at this moment."""
+        """Returns the memory charged at this moment."""
         return int(os.pread(self.current, 64, 0))
 
     def cached_bytes(self) -> int:
-        """Memory that holds pages of files, tmpfs aside: the kernel takes it back as soon as a program wants it.
+        """Returns the memory of cached pages of files, tmpfs aside, which the kernel reclaims when a program wants it.
 
-        To be asked only where much is held: the kernel adds many figures up for it.
+        Call it only when much is held: the kernel adds many figures up for it.
         """
         text = os.pread(self.statistics, 1 << 14, 0)
         names = (b"total_cache", b"total_shmem") if self.version == 1 else (b"file", b"shmem")
         return _field(text, names[0]) - _field(text, names[1])
 
     def reset_peak(self) -> bool:
-        """Forgets the peak; false on kernels that cannot (cgroup v2 before 6.12)."""
+        """Resets the peak; returns false on kernels that cannot (cgroup v2 before 6.12)."""
         try:
             os.pwrite(self.peak, b"0", 0)
         except OSError:
@@ -75,9 +72,7 @@ class UsageFiles:
 
 
 def open_usage(version: int, paths: dict[str, str]) -> UsageFiles:
-    """Opens the files of a cgroup; `paths` has the keys cpu, oom, peak, current and
-    statistics.
-    """
+    """Opens the files of a cgroup; `paths` has the keys cpu, oom, peak, current and statistics."""
     opened = {name: os.open(path, os.O_RDONLY | os.O_CLOEXEC) for name, path in paths.items() if name != "peak"}
     try:
         peak = os.open(paths["peak"], os.O_RDWR | os.O_CLOEXEC)
@@ -99,16 +94,16 @@ _PROGRESS_BYTES = 4096
 
 
 class Process(ABC):
-    """A process under watch, and how it is ended."""
+    """Process that is monitored."""
 
     pid: int
     baseline_bytes: int | None = None
-    """What the control group held before the process was made; None takes what it holds when the run begins."""
+    """Memory of the control group before the process was made; None takes that at the beginning of the run."""
     events: int | None = None
-    """Descriptor that becomes readable when the process tells something of itself."""
+    """Descriptor that becomes readable when the process reports something."""
 
-    def note_events(self) -> bool:
-        """Takes in what was told; whether the program has ended."""
+    def read_events(self) -> bool:
+        """Reads reports of the process; returns whether the program has ended."""
         return False
 
     @abstractmethod
@@ -116,9 +111,9 @@ class Process(ABC):
         """Ends everything that runs for it."""
 
     @abstractmethod
-    def settle(self, status: int | None, stopped: bool) -> int:
-        """The wait status of the program itself, given that of `pid`, None when it has not ended yet, and whether it
-        was ended by a limit.
+    def exit_status(self, status: int | None, stopped: bool) -> int:
+        """Returns the wait status of the program itself, given that of `pid`, None when it has not ended yet, and
+        whether a limit ended it.
 
         Raises OSError when the program could not be executed, and RuntimeError when it could not be confined.
         """
@@ -127,10 +122,10 @@ class Process(ABC):
 Start = Callable[[list[int]], Process]
 """Starts a process with the given descriptors."""
 OnCall = Callable[[dict[str, Any]], None]
-"""Answers what the service asks while a process runs."""
+"""Handles a message that the service sends while a process runs."""
 
 
-class Supervisor:
+class ProcessMonitor:
     """Runs one process at a time under its limits."""
 
     def __init__(self, channel: socket.socket, usage: UsageFiles | None) -> None:
@@ -145,53 +140,53 @@ class Supervisor:
         self._oom_kills = 0
         self._baseline = self._cached = 0
 
-    def run(self, order: Order, descriptors: Sequence[int], start: Start, on_call: OnCall) -> Outcome:
-        """Runs the process of an order to its end or to a limit; it is dead and reaped afterwards."""
-        outcome = Outcome()
+    def run(self, request: RunRequest, descriptors: Sequence[int], start: Start, on_call: OnCall) -> RunResult:
+        """Runs the process of a request to its end or to a limit; it is dead and reaped afterwards."""
+        result = RunResult()
         progress = -1
         handed = list(descriptors)
-        if order.answers:
-            progress, told = os.pipe()
+        if request.answers:
+            progress, reports = os.pipe()
             os.set_blocking(progress, False)
-            handed.insert(len(handed) - 1, told)
+            handed.insert(len(handed) - 1, reports)
         self._rusage_cpu_us = self._rusage_peak = 0
         self._oom_kills = self._usage.oom_kills() if self._usage else 0
         self._begin()
         process = start(handed)
         if process.baseline_bytes is not None:
-            self._baseline = min(self._baseline, process.baseline_bytes)  # pages of files may have gone meanwhile
+            self._baseline = min(self._baseline, process.baseline_bytes)  # cached pages may have been dropped meanwhile
         if progress >= 0:
-            os.close(told)
+            os.close(reports)
         try:
-            outcome.stop = self._watch(process, order, handed[1:3], progress, outcome, on_call)
-            status = None if outcome.stop is None and process.note_events() else self._end(process)
-            outcome.wall_us = self._elapsed_us()
+            result.stop = self._watch(process, request, handed[1:3], progress, result, on_call)
+            status = None if result.stop is None and process.read_events() else self._end(process)
+            result.wall_us = self._elapsed_us()
             if progress >= 0:
-                self._take_answers(progress, outcome)
-        except EOFError:  # the service has let go of the box
+                self._record_answers(progress, result)
+        except EOFError:  # the service has closed the sandbox
             process.kill()
             raise
         finally:
             if progress >= 0:
                 os.close(progress)
         if self._oom_killed():
-            outcome.stop = "memory"
-        self._measure(outcome)
-        self._read_status(process, status, outcome)
-        if order.answers:
-            self._close_answers(order, outcome)
-        return outcome
+            result.stop = "memory"
+        self._measure(result)
+        self._read_status(process, status, result)
+        if request.answers:
+            self._close_answers(request, result)
+        return result
 
     def _watch(
         self,
         process: Process,
-        order: Order,
+        request: RunRequest,
         outputs: list[int],
         progress: int,
-        outcome: Outcome,
+        result: RunResult,
         on_call: OnCall,
     ) -> str | None:
-        """Waits for the process; why it is to be stopped, or None when it has ended."""
+        """Waits for the process; returns why it has to be stopped, or None when it has ended."""
         descriptor = os.pidfd_open(process.pid)
         poller = select.poll()
         for readable in (self._channel.fileno(), descriptor, process.events, progress):
@@ -199,26 +194,26 @@ class Supervisor:
                 poller.register(readable, select.POLLIN)
         try:
             while True:
-                left_s = self._started + order.limits.wall_ms / 1000 - time.monotonic()
+                left_s = self._started + request.limits.wall_ms / 1000 - time.monotonic()
                 ready = {number for number, _ in poller.poll(max(0.0, min(TICK_S, left_s)) * 1000)}
-                if self._channel.fileno() in ready and self._hear(on_call):
-                    return "told"
-                told_its_end = process.events in ready and process.note_events()
-                if progress in ready and not self._take_answers(progress, outcome):
+                if self._channel.fileno() in ready and self._receive(on_call):
+                    return "stopped"
+                has_reported_end = process.events in ready and process.read_events()
+                if progress in ready and not self._record_answers(progress, result):
                     poller.unregister(progress)
-                if any(_size(output) > order.limits.output_bytes for output in outputs):
+                if any(_size(output) > request.limits.output_bytes for output in outputs):
                     return "output"
-                if told_its_end or descriptor in ready:
+                if has_reported_end or descriptor in ready:
                     return None
                 if not ready:
                     self._reap(block=False)
-                if stop := self._limit_passed(order.limits):
+                if stop := self._limit_passed(request.limits):
                     return stop
         finally:
             os.close(descriptor)
 
-    def _hear(self, on_call: OnCall) -> bool:
-        """Does what the service asks; true when it asks for the end. Raises EOFError when it has gone away."""
+    def _receive(self, on_call: OnCall) -> bool:
+        """Handles a message of the service; returns true for a stop. Raises EOFError when the service is gone."""
         message = protocol.receive(self._channel)
         message.close()
         if message.header["kind"] == "stop":
@@ -232,51 +227,51 @@ class Supervisor:
             self._reap(block=True)
         return self._statuses.pop(process.pid)
 
-    def _take_answers(self, progress: int, outcome: Outcome) -> bool:
-        """Notes the answers told since the last look, and gives the next one its full time; false at the pipe's end."""
+    def _record_answers(self, progress: int, result: RunResult) -> bool:
+        """Records new answers and restarts the clock for the next one; returns false at the end of the pipe."""
         try:
-            told = os.read(progress, _PROGRESS_BYTES)
+            answers = os.read(progress, _PROGRESS_BYTES)
         except BlockingIOError:
             return True
-        if told:
-            outcome.answers_us += [self._elapsed_us() // len(told)] * len(told)
-            outcome.finished = outcome.finished or told.endswith(FINISHED)
+        if answers:
+            result.answers_us += [self._elapsed_us() // len(answers)] * len(answers)
+            result.finished = result.finished or answers.endswith(FINISHED)
             self._restart_meter()
-        return told.strip(ANSWERED + FINISHED) == b"" and bool(told)
+        return answers.strip(ANSWERED + FINISHED) == b"" and bool(answers)
 
-    def _close_answers(self, order: Order, outcome: Outcome) -> None:
-        if len(outcome.answers_us) >= order.answers:
-            outcome.finished, outcome.stop = True, None
-        elif outcome.stop is None and not outcome.finished:
-            outcome.stop = "died"
-        del outcome.answers_us[order.answers :]
+    def _close_answers(self, request: RunRequest, result: RunResult) -> None:
+        if len(result.answers_us) >= request.answers:
+            result.finished, result.stop = True, None
+        elif result.stop is None and not result.finished:
+            result.stop = "exited"
+        del result.answers_us[request.answers :]
 
-    def _measure(self, outcome: Outcome) -> None:
+    def _measure(self, result: RunResult) -> None:
         if self._usage is None:
-            outcome.cpu_us, outcome.peak_bytes = self._rusage_cpu_us, self._rusage_peak
+            result.cpu_us, result.peak_bytes = self._rusage_cpu_us, self._rusage_peak
             return
-        outcome.cpu_us = (self._usage.cpu_ns() - self._begun_cpu_ns) // 1000
+        result.cpu_us = (self._usage.cpu_ns() - self._begun_cpu_ns) // 1000
         peak = self._rusage_peak
         if self._peak_known:
             peak = self._usage.peak_bytes() - self._baseline
-            if self._cached:  # pages of files that had to make room for the program
+            if self._cached:  # cached pages that had to make room for the program
                 peak += max(0, self._cached - self._usage.cached_bytes())
-        outcome.peak_bytes = max(0, peak)
+        result.peak_bytes = max(0, peak)
 
-    def _read_status(self, process: Process, status: int | None, outcome: Outcome) -> None:
+    def _read_status(self, process: Process, status: int | None, result: RunResult) -> None:
         try:
-            status = process.settle(status, outcome.stop is not None)
+            status = process.exit_status(status, result.stop is not None)
         except OSError as error:
-            outcome.start_error, outcome.exit_code = error.errno or 0, 127
+            result.start_error, result.exit_code = error.errno or 0, 127
             return
         if os.WIFSIGNALED(status):
-            outcome.exit_code, outcome.signal = None, os.WTERMSIG(status)
+            result.exit_code, result.signal = None, os.WTERMSIG(status)
         else:
-            outcome.exit_code = os.WEXITSTATUS(status)
-        if outcome.stop is None and outcome.signal == signal.SIGXCPU:
-            outcome.stop = "cpu"
+            result.exit_code = os.WEXITSTATUS(status)
+        if result.stop is None and result.signal == signal.SIGXCPU:
+            result.stop = "cpu"
 
-    def _limit_passed(self, limits: BoxLimits) -> str | None:
+    def _limit_passed(self, limits: Limits) -> str | None:
         elapsed_s = time.monotonic() - self._started
         if elapsed_s * 1000 >= limits.wall_ms:
             return "wall"
@@ -304,17 +299,17 @@ class Supervisor:
         return int((time.monotonic() - self._started) * 1e6)
 
     def held_bytes(self) -> int:
-        """Memory that the run has left charged to the control group."""
+        """Returns the memory that the run has left charged to the control group."""
         return 0 if self._usage is None else self._usage.current_bytes() - self._baseline
 
     def clear(self) -> None:
-        """Reaps everything that is left; whoever is to end has been killed."""
+        """Reaps all children; they have been killed before."""
         while self._reap(block=True):
             pass
         self._statuses.clear()
 
     def _reap(self, block: bool) -> bool:
-        """Reaps ended children, orphans included; false when there is none left to wait for."""
+        """Reaps ended children, orphans included; returns false when no child is left."""
         try:
             while True:
                 pid, status, rusage = os.wait4(-1, 0 if block else os.WNOHANG)

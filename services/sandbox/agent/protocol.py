@@ -1,12 +1,8 @@
-"""Messages between the service and a box: a JSON header and open descriptors, one packet each, over a SOCK_SEQPACKET
-pair.
+"""Messages between the service and the agent: a JSON header and open descriptors in one packet, over a SOCK_SEQPACKET
+pair; requests to run a process, and their results.
 
 Sources, inputs and outputs travel as memory files, so that they pass through no process that outlives the job.
-
-
-The limits of one program, as the service resolves them and the agent enforces them.
-
-What a box is told to run, and what it tells of it."""
+"""
 
 from __future__ import annotations
 
@@ -19,11 +15,11 @@ from typing import Any, NamedTuple
 MAX_HEADER_BYTES = 128 * 1024
 MAX_DESCRIPTORS = 16
 ANSWERED, FINISHED = b"a", b"f"
-"""Bytes of progress: an answer of a function, and the last one."""
+"""Bytes of progress: an answer of a function, and the end of the answers."""
 
 
 class Message(NamedTuple):
-    """A header, and descriptors that the receiver closes."""
+    """Header and descriptors, which the receiver closes."""
 
     header: dict[str, Any]
     descriptors: list[int]
@@ -40,28 +36,28 @@ def send(control: socket.socket, header: dict[str, Any], descriptors: list[int])
 
 
 class Packet(NamedTuple):
-    """A message as it came."""
+    """Message as it was received."""
 
     data: bytes
     descriptors: list[int]
 
 
 def receive_packet(control: socket.socket) -> Packet:
-    """The next packet; raises EOFError when the other side is gone, and BlockingIOError as the socket does."""
+    """Receives the next packet; raises EOFError when the other end is gone, and BlockingIOError as the socket does."""
     data, descriptors, _, _ = socket.recv_fds(control, MAX_HEADER_BYTES, MAX_DESCRIPTORS)
     if not data:
-        raise EOFError("the other side has closed the box")
+        raise EOFError("the other end has closed the connection")
     return Packet(data, list(descriptors))
 
 
 def receive(control: socket.socket) -> Message:
-    """The next message; errors as for `receive_packet`."""
+    """Receives the next message; errors as for `receive_packet`."""
     data, descriptors = receive_packet(control)
     return Message(json.loads(data), descriptors)
 
 
 def memory_file(contents: bytes) -> int:
-    """A file in memory that reads `contents` from its start."""
+    """Returns a file in memory that reads `contents` from its start."""
     descriptor = os.memfd_create("perigee")
     rest = memoryview(contents)
     while rest:
@@ -84,8 +80,8 @@ def start_code(folder: str, module: str) -> str:
 
 
 @dataclass(frozen=True)
-class BoxLimits:
-    """All limits, set: times in milliseconds hold per test, sizes in bytes for the whole box."""
+class Limits:
+    """Limits of one program: times in milliseconds for each test, sizes in bytes for the whole sandbox."""
 
     wall_ms: int
     cpu_ms: int
@@ -96,18 +92,18 @@ class BoxLimits:
 
 
 @dataclass(frozen=True)
-class Order:
-    """One process to run.
+class RunRequest:
+    """Request to run one process.
 
     `mode` is `exec` (a command) or one of Python's own in `modes`. Messages carry the process's descriptors beside the
-    order, from 0 on; for the modes of Python the last of them is the job's parcel. A process with `answers` tells each
-    answer by a byte of progress and has its limits anew for the next. What a run with `keep` leaves in the working
-    folder is there for the later runs of the box. With `brings_files` one descriptor more comes with the order: a
-    parcel of files for this run alone.
+    request, from 0 on; for the modes of Python the last one is the job's archive. A process with `answers` reports each
+    answer by a byte of progress and has its limits anew for the next one. What a run with `keep` leaves in the working
+    folder is there for the later runs of the sandbox. With `brings_files` one more descriptor comes with the request:
+    an archive of files for this run alone.
     """
 
     mode: str
-    limits: BoxLimits
+    limits: Limits
     command: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     answers: int = 0
@@ -117,24 +113,24 @@ class Order:
     collect_bytes: int = 0
 
     def to_header(self) -> dict[str, Any]:
-        """The order as a message."""
+        """Returns the header of a message."""
         return {"kind": "run", **vars(self), "limits": vars(self.limits)}
 
 
-def read_order(header: dict[str, Any]) -> Order:
-    """The order in a message."""
+def read_run_request(header: dict[str, Any]) -> RunRequest:
+    """Reads the request from the header of a message."""
     fields = {name: value for name, value in header.items() if name not in ("kind", "begun")}
-    return Order(**{**fields, "limits": BoxLimits(**fields["limits"])})
+    return RunRequest(**{**fields, "limits": Limits(**fields["limits"])})
 
 
 @dataclass
-class Outcome:
-    """How a process ended.
+class RunResult:
+    """Result of a run.
 
-    `stop` is None when it ended by itself, else wall, cpu, memory, output, told (the service ended it) or died (before
+    `stop` is None when it ended by itself, else wall, cpu, memory, output, stopped (by the service) or exited (before
     its last answer). `exit_code` is None when a signal ended it. Times are in microseconds; `answers_us` are those of
-    the answers. `peak_bytes` is None where nothing measures memory. `start_error` is an errno when the command could
-    not be executed.
+    the answers. `peak_bytes` is None when memory is not measured. `start_error` is an errno when the command could not
+    be executed.
     """
 
     stop: str | None = None
@@ -149,7 +145,7 @@ class Outcome:
 
     @property
     def wall_ms(self) -> int:
-        """Wall time, rounded up: what ran took some."""
+        """Wall time, rounded up."""
         return -(-self.wall_us // 1000)
 
     @property

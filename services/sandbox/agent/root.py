@@ -1,10 +1,8 @@
-"""The file system of a box: a read-only root, and fresh tmpfs mounts that hold what a job writes.
+"""File system of a sandbox: a read-only root, and fresh tmpfs mounts that hold what a job writes.
 
-The root is an unpacked image under an overlay, or read-only parts of the host's; it is built once per zygote or slot.
-A zygote enters its root by pivot_root, so that the host's other files are in no namespace that a job can reach.
-
-
-Enters the root of a runtime and becomes its zygote, run by that root's own Python."""
+The root is an unpacked image under an overlay, or read-only parts of the host's; it is built once for each zygote or
+slot. A zygote enters its root by pivot_root, so that the host's other files are in no namespace that a job can reach.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ PROC_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 WRITABLE_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV
 MAX_INODES = 1024
 OWN_FOLDER = "/.perigee"
-"""Where a container finds the init in front of the job and the agent for Python's modes."""
+"""Folder with the init in front of the job and this package."""
 _DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
 _READ_ONLY = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
 _FOLDERS = ("proc", "box", "tmp", "dev", "etc", "run", OWN_FOLDER.strip("/"))
@@ -33,8 +31,8 @@ _BOX_USER = "box:x:{uid}:{uid}:box:/box:/usr/sbin/nologin\n"
 
 @dataclass(frozen=True)
 class RootOptions:
-    """What a root is made of: `image` is an unpacked image or empty, `binds` are host folders that appear under their
-    own path, `mounts` are pairs of a host path and where it appears. `folder` is an empty folder to build in.
+    """Parts of a root: `image` is an unpacked image or empty, `binds` are host folders that keep their paths, `mounts`
+    are pairs of a host path and its path inside. `folder` is an empty folder to build in.
     """
 
     folder: str
@@ -45,9 +43,7 @@ class RootOptions:
 
 
 def build_root(options: RootOptions) -> Path:
-    """Mounts the root below `folder` and returns it, read-only but for what is still to be mounted on it; needs a mount
-    namespace of its own.
-    """
+    """Mounts the root below `folder` and returns it; needs a mount namespace of its own."""
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     folder = Path(options.folder)
     own = folder / "own"
@@ -67,7 +63,7 @@ def build_root(options: RootOptions) -> Path:
 
 
 def _make_skeleton(own: Path, options: RootOptions) -> list[tuple[str, str]]:
-    """Makes the folders, links and small files of a root; returns what is to be mounted on it."""
+    """Makes the folders, links and small files of a root; returns the mounts to be made on it."""
     for name in _FOLDERS:
         (own / name).mkdir(parents=True, exist_ok=True)
     mounted = []
@@ -95,7 +91,7 @@ def _make_skeleton(own: Path, options: RootOptions) -> list[tuple[str, str]]:
 
 
 def enter_root(options: RootOptions) -> None:
-    """Builds the root and makes it this process's."""
+    """Builds the root and makes it the root of this process."""
     root = build_root(options)
     own = Path(options.folder) / "own"
     for name, minor in _DEVICES.items():
@@ -115,18 +111,21 @@ def enter_root(options: RootOptions) -> None:
 
 
 def mount_writable(uid: int, space_bytes: int) -> None:
-    """In this mount namespace, mounts an empty working folder and an empty /tmp of `space_bytes` each."""
+    """Mounts an empty working folder and an empty /tmp of `space_bytes` each in this mount namespace."""
     kernel.mount("tmpfs", HOME, "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=0700,uid={uid},gid={uid}")
     kernel.mount("tmpfs", "/tmp", "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=1777")
 
 
 def sized(space_bytes: int) -> str:
-    """The options of a tmpfs that bound its space and its files."""
+    """Returns the options of a tmpfs that bound its space and its files."""
     return f"size={space_bytes},nr_inodes={MAX_INODES}"
 
 
 def main() -> None:
-    """Arguments: a JSON object with the root, the interpreter in it, and the zygote's options."""
+    """Enters the root of a runtime and becomes its zygote, run by that root's own Python.
+
+    The argument is a JSON object with the root, the interpreter in it, and the zygote's options.
+    """
     fields = json.loads(sys.argv[1])
     kernel.die_with_parent(signal.SIGKILL)
     try:

@@ -1,4 +1,4 @@
-"""Plain Python values as one line of ASCII, between two processes that do not trust each other.
+"""Codec of plain Python values, one value as a line of ASCII, between two processes that do not trust each other.
 
 The line is JSON. None, booleans, strings, lists, finite floats and integers of 64 bits are themselves; everything else
 is an object with its type's name as the only key, such as {"tuple": [1, 2]} or {"int": "-1f"} (hexadecimal, which is
@@ -28,7 +28,7 @@ _FLOAT_NAMES = ("nan", "inf", "-inf")
 
 
 class _Line:
-    """The parts of a line, up to a length."""
+    """Parts of a line, up to a length."""
 
     def __init__(self, max_characters: int | None, exact: bool) -> None:
         self.parts: list[str] = []
@@ -44,11 +44,11 @@ class _Line:
 
 
 class _Object(list[Any]):
-    """The pairs of a JSON object."""
+    """Pairs of a JSON object."""
 
 
 def encode(value: Any, max_characters: int | None = None, *, exact: bool = False) -> str:
-    """The value as a line without its newline.
+    """Encodes a value as a line without its newline.
 
     Unless it is to be exact, ordered, default and counting dictionaries become dictionaries, deques lists, named tuples
     tuples, numpy's scalars and arrays what their `tolist` gives. Raises TypeError with the type's name for anything
@@ -61,7 +61,7 @@ def encode(value: Any, max_characters: int | None = None, *, exact: bool = False
 
 
 def decode(text: str) -> Any:
-    """The value of a line; raises ValueError for anything malformed, and builds nothing but plain values."""
+    """Decodes a line; raises ValueError for anything malformed, and builds nothing but plain values."""
     try:
         node = json.loads(
             text,
@@ -84,7 +84,7 @@ def _write(value: Any, depth: int, line: _Line) -> None:
 
 
 def _as_plain(value: Any, exact: bool) -> Any:
-    """The plain value that stands for one of the few other types that are taken; raises TypeError for the rest."""
+    """Converts one of the few other types that are accepted to a plain value; raises TypeError for the rest."""
     kind = type(value)
     if not exact:
         if kind in (OrderedDict, defaultdict, Counter):
@@ -153,7 +153,7 @@ def _write_collection(value: Iterable[Any], depth: int, line: _Line) -> None:
 
 
 def _write_dict(value: dict[Any, Any], depth: int, line: _Line) -> None:
-    """Keys and values in turn."""
+    """Writes keys and values in turn."""
     _write_tagged("dict", (part for pair in value.items() for part in pair), depth, line)
 
 
@@ -209,7 +209,7 @@ def _read_items(node: Any, depth: int) -> list[Any]:
 
 
 def _read_hashed(node: Any, depth: int) -> list[Any]:
-    """Items for a set; a set of many equal hashes would take quadratic time to build."""
+    """Reads items for a set; building one of many equal hashes would take quadratic time."""
     items = _read_items(node, depth)
     _check_hashes(items)
     return items
@@ -311,6 +311,6 @@ def _check_hashes(items: list[Any]) -> None:
 
 
 def _check_fraction(numerator: int, denominator: int) -> None:
-    """Reducing a fraction takes quadratic time."""
+    """Bounds the parts of a fraction: reducing it takes quadratic time."""
     if max(abs(numerator), denominator) >> _MAX_FRACTION_BITS:
         raise ValueError(f"a fraction with parts of more than {_MAX_FRACTION_BITS} bits")

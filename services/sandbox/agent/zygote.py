@@ -1,7 +1,8 @@
-"""The warm interpreter of one runtime: imports what programs are likely to need, then forks a keeper for each place.
+"""Zygote: the warm interpreter of one runtime imports what programs are likely to need, then forks a job supervisor for
+each slot.
 
-It never reads a job and never runs a program: a keeper's socket and control group come from the service and go to the
-fork, and each program is a fork of its keeper, so nothing of one job is here for the next.
+It never reads a job and never runs a program: a supervisor's socket and control group come from the service and go to
+the fork, and each program is a fork of its supervisor, so nothing of one job is here for the next.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 from . import kernel, protocol
 from .confinement import Confinement, build_filter
-from .job_supervisor import become_keeper
+from .job_supervisor import run_job_supervisor
 from .modes import hide_own_modules
 from .monitor import UsageFiles
 from .protocol import HOME
@@ -30,7 +31,7 @@ _REAP_MS = 1000
 
 @dataclass(frozen=True)
 class Options:
-    """What the service tells a zygote; not `isolated` means programs with nothing around them."""
+    """Options of a zygote; programs have no isolation unless `isolated`."""
 
     control: int
     parent: int
@@ -41,17 +42,17 @@ class Options:
 
 
 class Zygote:
-    """Forks keepers until the service closes the socket."""
+    """Forks job supervisors until the service closes the socket."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
         self._channel = socket.socket(fileno=options.control)
 
     def prepare(self) -> None:
-        """Everything that is the same for all programs of the runtime."""
+        """Does what all programs of the runtime have in common."""
         options = self._options
-        _heed_signals()
-        kernel.adopt_orphans()  # of keepers that were killed: what nobody reaps counts against their places
+        _restore_signals()
+        kernel.adopt_orphans()  # of supervisors that were killed: what is not reaped counts against their slots
         if options.isolated:
             kernel.drop_bounding_capabilities()
         os.environ.update(options.environment)
@@ -63,7 +64,7 @@ class Zygote:
         gc.freeze()
 
     def serve(self) -> None:
-        """Forks a keeper for each message of the service."""
+        """Forks a job supervisor for each message of the service."""
         protocol.send(self._channel, {"kind": "ready", "version": platform.python_version()}, [])
         poller = select.poll()
         poller.register(self._channel, select.POLLIN)
@@ -76,10 +77,10 @@ class Zygote:
                 message = protocol.receive(self._channel)
             except (EOFError, ConnectionError):
                 return
-            self._fork_keeper(message)
+            self._fork_supervisor(message)
             message.close()
 
-    def _fork_keeper(self, message: protocol.Message) -> None:
+    def _fork_supervisor(self, message: protocol.Message) -> None:
         if os.fork():
             return
         channel = self._adopt(message)
@@ -91,7 +92,7 @@ class Zygote:
                 os.write(entry, b"0")
                 os.close(entry)
         except OSError as error:
-            with contextlib.suppress(OSError):  # the service has let go of the box: nobody is left to be told
+            with contextlib.suppress(OSError):  # the service has closed the sandbox
                 protocol.send(channel, {"kind": "failed", "reason": f"cannot enter the control group: {error}"}, [])
             os._exit(4)
         uid = header["uid"] if os.geteuid() == 0 else None
@@ -100,17 +101,17 @@ class Zygote:
         else:
             confinement = Confinement(header["home"], uid, b"", bound_address_space=True)
         files = UsageFiles(header["cgroup_version"], *usage) if usage else None
-        become_keeper(channel, confinement, files, isolated)
+        run_job_supervisor(channel, confinement, files, isolated)
 
     def _adopt(self, message: protocol.Message) -> socket.socket:
-        """This process is a keeper from here on."""
+        """Makes this process a job supervisor."""
         kernel.die_with_parent(signal.SIGKILL)
         self._channel.close()
         return socket.socket(fileno=message.descriptors[0])
 
 
-def _heed_signals() -> None:
-    """Takes back what the service was started with (nohup): only what Python itself ignores is ignored in programs."""
+def _restore_signals() -> None:
+    """Restores signals that the service was started to ignore (nohup), but for those that Python itself ignores."""
     for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
@@ -125,7 +126,7 @@ def _reap() -> None:
 
 
 def main() -> None:
-    """The zygote's process; its options are a JSON object in the first argument."""
+    """Runs the zygote; its options are a JSON object in the first argument."""
     options = Options(**json.loads(sys.argv[1]))
     kernel.die_with_parent(signal.SIGKILL)
     if os.getppid() != options.parent:

@@ -1,4 +1,4 @@
-"""What the interfaces of other sandboxes have in common: texts, limits, the names of languages, the servicer."""
+"""Common parts of the interfaces of other sandboxes: texts, limits, names of languages."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import AfterValidator
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
-# Names of one language, where sandboxes differ.
+# Names of one language in different sandboxes.
 SYNONYMS = (
     {"bash", "sh"},
     {"c++", "cpp", "g++"},
@@ -31,7 +31,7 @@ SYNONYMS = (
 
 
 class Servicer(Protocol):
-    """The methods of the sandbox's servicer that these interfaces are made of."""
+    """Methods of the sandbox's servicer that these interfaces call."""
 
     async def Execute(self, request: pb.ExecuteRequest, context: Any, /) -> pb.ExecuteResponse: ...
 
@@ -46,18 +46,18 @@ def _refuse_surrogates(text: str) -> str:
     return text
 
 
-# A string that can be sent on as UTF-8.
+# A string that UTF-8 can encode.
 Text = Annotated[str, AfterValidator(_refuse_surrogates)]
 
 
 def names_of(name: str) -> set[str]:
-    """The name and its synonyms, in lower case."""
+    """Returns the name and its synonyms, in lower case."""
     name = name.lower()
     return next((names for names in SYNONYMS if name in names), {name})
 
 
 def find_runtime(runtimes: Iterable[pb.Runtime], name: str) -> pb.Runtime | None:
-    """The runtime that has this name or alias, else the first that has a synonym of it; None where there is none."""
+    """Finds the runtime that has this name or alias, else the first that has a synonym of it."""
     for wanted in ({name.lower()}, names_of(name)):
         for runtime in runtimes:
             if wanted & {own.lower() for own in (runtime.language, *runtime.aliases)}:
@@ -66,12 +66,12 @@ def find_runtime(runtimes: Iterable[pb.Runtime], name: str) -> pb.Runtime | None
 
 
 def whole(value: float, maximum: int = 2**32 - 1) -> int:
-    """A limit rounded up to an integer of at least 1; what no field can hold is cut, and refused as too much later."""
+    """Rounds a limit up to an integer of at least 1; a larger one than a field can hold is cut, and refused later."""
     return max(1, min(math.ceil(value), maximum))
 
 
 def rename_fields(error: InvalidArgumentError, names: Mapping[str, str]) -> InvalidArgumentError:
-    """The error with its violations at the fields by which the caller knows them."""
+    """Returns the error with the caller's names of the fields."""
     renamed = dict.fromkeys(
         FieldViolation(names.get(each.field, each.field), each.description) for each in error.violations
     )

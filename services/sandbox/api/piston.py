@@ -1,6 +1,4 @@
-"""Selectors of versions as npm writes them: 3.x, ^3.10, ~3.10.2, >=3.8 <4, *, alternatives with ||.
-
-Piston's interface (https://piston.readthedocs.io/en/latest/api-v2): GET /api/v2/runtimes, POST /api/v2/execute.
+"""Piston's interface (https://piston.readthedocs.io/en/latest/api-v2): GET /api/v2/runtimes, POST /api/v2/execute.
 
 The first text file is the program, under a name of the sandbox's choice; `output` is standard output followed by
 standard error, not the two as they were interleaved.
@@ -30,7 +28,11 @@ _COMPARATOR = re.compile(
 
 
 def selects(selector: str, version: str) -> bool:
-    """Whether the selector takes the version, of which the first dotted number counts; no selector takes nothing."""
+    """Returns whether a selector of npm's kind (3.x, ^3.10, ~3.10.2, >=3.8 <4, *, alternatives with ||) accepts a
+    version.
+
+    Of the version, the first dotted number counts; one without a number is never accepted.
+    """
     number = re.search(r"\d{1,9}(?:\.\d{1,9})*", version)
     if number is None:
         return False
@@ -38,7 +40,7 @@ def selects(selector: str, version: str) -> bool:
 
 
 def _takes_all(comparators: str, version: Version) -> bool:
-    # A sign may stand apart from its number.
+    # a sign may be apart from its number
     parts = re.sub(r"([\^~=<>])\s+", r"\1", comparators).split()
     return all(_takes(part, version) for part in parts)
 
@@ -67,7 +69,7 @@ def _takes(comparator: str, version: Version) -> bool:
 
 
 def _next(version: Version, places: int) -> Version:
-    """The first version that differs in the given number of leading places."""
+    """Returns the first version that differs in the given number of leading numbers."""
     kept = [*version[: places - 1], version[places - 1] + 1]
     return _pad([str(part) for part in kept])
 
@@ -88,7 +90,7 @@ _FIELDS = {
 
 
 class PistonFile(BaseModel):
-    """A file beside the program, or the program."""
+    """File of the request: the program, or one beside it."""
 
     name: Text | None = None
     content: Text
@@ -96,7 +98,7 @@ class PistonFile(BaseModel):
 
 
 class PistonRequest(BaseModel):
-    """A program to run; times are in milliseconds, memory in bytes, -1 and nothing stand for the sandbox's default."""
+    """Program to run; times are in milliseconds, memory in bytes, -1 and absence mean the sandbox's default."""
 
     language: Text
     version: Text
@@ -112,8 +114,9 @@ class PistonRequest(BaseModel):
 
 
 class PistonStage(BaseModel):
-    """How a stage ended: RE a non-zero exit code, SG a signal, TO a time limit, OL and EL too much output on standard
-    output or error, XX a failure of the sandbox."""
+    """Result of a stage. `status` is RE for a non-zero exit code, SG a signal, TO a time limit, OL and EL too much
+    output on standard output or error, XX a failure of the sandbox.
+    """
 
     stdout: str
     stderr: str
@@ -128,7 +131,7 @@ class PistonStage(BaseModel):
 
 
 class PistonResponse(BaseModel):
-    """The stages; `run` is the compiler's where it failed."""
+    """Results of the stages; `run` is the compiler's if it failed."""
 
     language: str
     version: str
@@ -137,7 +140,7 @@ class PistonResponse(BaseModel):
 
 
 class PistonRuntime(BaseModel):
-    """A language and its names."""
+    """Language and its names."""
 
     language: str
     version: str
@@ -145,13 +148,13 @@ class PistonRuntime(BaseModel):
 
 
 class PistonError(BaseModel):
-    """Why a request was refused."""
+    """Reason why a request was refused."""
 
     message: str
 
 
 def piston_api(servicer: Servicer) -> ForeignApi:
-    """The interface in front of a servicer."""
+    """Returns the router of the interface in front of a servicer."""
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": PistonError}, "5XX": {"model": PistonError}}
     router = APIRouter(prefix="/api/v2", tags=["Piston"], responses=errors)
 
@@ -163,7 +166,7 @@ def piston_api(servicer: Servicer) -> ForeignApi:
 
     @router.post("/execute", response_model_exclude_unset=True)
     async def execute(body: PistonRequest, request: Request) -> PistonResponse:
-        """Compiles a program where its language needs it, and runs it once."""
+        """Compiles a program if its language needs it, and runs it once."""
         context = call_context(request)
         listed = await servicer.ListRuntimes(pb.ListRuntimesRequest(), context)
         runtime = find_runtime(listed.runtimes, body.language)
@@ -179,7 +182,7 @@ def piston_api(servicer: Servicer) -> ForeignApi:
 
 
 def to_execute_request(body: PistonRequest, runtime: pb.Runtime) -> pb.ExecuteRequest:
-    """The request in Perigee's terms; raises InvalidArgumentError for files that cannot be decoded, or without text."""
+    """Converts a request; raises InvalidArgumentError when a file cannot be decoded or none is text."""
     program = next((index for index, file in enumerate(body.files) if file.encoding == "utf8"), None)
     if program is None:
         raise InvalidArgumentError.of("files", "must include at least one utf8 encoded file")
@@ -209,7 +212,7 @@ def to_execute_request(body: PistonRequest, runtime: pb.Runtime) -> pb.ExecuteRe
 
 
 def to_piston_response(response: pb.ExecuteResponse, runtime: pb.Runtime) -> PistonResponse:
-    """The response in Piston's terms."""
+    """Converts a response."""
     compiled = _compile_stage(response.compile) if response.HasField("compile") else None
     failed = response.status == pb.STATUS_COMPILE_ERROR and compiled is not None
     names = {"language": runtime.language, "version": runtime.version}
@@ -219,13 +222,13 @@ def to_piston_response(response: pb.ExecuteResponse, runtime: pb.Runtime) -> Pis
 
 
 def to_piston_runtime(runtime: pb.Runtime) -> PistonRuntime:
-    """A runtime with its own names, and those by which other sandboxes' clients may ask for it."""
+    """Converts a runtime; adds the names that clients of other sandboxes may use."""
     names = {*runtime.aliases, *names_of(runtime.language)} - {runtime.language}
     return PistonRuntime(language=runtime.language, version=runtime.version, aliases=sorted(names))
 
 
 def write_piston_error(error: PerigeeError) -> tuple[int, Any]:
-    """One sentence with the error's status."""
+    """Returns the HTTP status and body of an error."""
     status, _ = write_error(error)
     return status, {"message": error.message}
 
@@ -251,7 +254,7 @@ def _run_stage(response: pb.ExecuteResponse) -> PistonStage:
 def _ending(
     response: pb.ExecuteResponse,
 ) -> tuple[int | None, str | None, str | None, Literal["RE", "SG", "TO", "OL", "EL", "XX"] | None]:
-    """Exit code, signal, message and status."""
+    """Returns exit code, signal, message and status of a run."""
     match response.status:
         case pb.STATUS_OK:
             return response.exit_code, None, None, None
@@ -302,7 +305,7 @@ def _limits(timeout_ms: float | None, cpu_ms: float | None, memory_bytes: float 
     limits = pb.Limits()
     if timeout_ms:
         limits.wall_ms = whole(timeout_ms)
-    # Who sets one time means it for both.
+    # a caller that sets one time means it for both
     if cpu_ms or timeout_ms:
         limits.cpu_ms = whole(cpu_ms or timeout_ms or 0)
     if memory_bytes and memory_bytes > 0:

@@ -1,8 +1,4 @@
-"""Checks requests and turns them into jobs; what is wrong with a request is told field by field, all of it at once.
-
-Reads Judge requests: tests of one kind, how they are checked, and what each is worth.
-
-Reads requests for sessions, and bounds batches."""
+"""Checks requests and turns them into jobs; whatever is wrong with a request is reported at once, field by field."""
 
 from __future__ import annotations
 
@@ -16,13 +12,13 @@ from typing import Any, cast
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.sandbox.compare import Comparison, Tolerance
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.agent.protocol import BoxLimits
+from services.sandbox.agent.protocol import Limits
 from services.sandbox.config import LimitsConfig, SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime
 from services.sandbox.runtime.jobs import (
     CodeTest,
+    Comparator,
     FunctionTest,
-    How,
     InputFile,
     InteractiveTest,
     Job,
@@ -30,7 +26,7 @@ from services.sandbox.runtime.jobs import (
     StdioTest,
     Submission,
     Test,
-    Worth,
+    TestWeight,
 )
 from services.sandbox.runtime.sessions import Cell
 
@@ -43,7 +39,7 @@ _STRINGS_BYTES = 32768
 
 
 class Reader:
-    """Reads parts of one request, and gathers what is wrong with them."""
+    """Reads parts of one request and collects their violations."""
 
     def __init__(self, config: SandboxConfig, catalog: Catalog) -> None:
         self.config = config
@@ -51,25 +47,25 @@ class Reader:
         self.violations: list[FieldViolation] = []
 
     def refuse(self, field: str, description: str) -> None:
-        """Notes a violation."""
+        """Records a violation."""
         self.violations.append(FieldViolation(field, description))
 
     def finish(self) -> None:
-        """Raises InvalidArgumentError when anything is wrong."""
+        """Raises InvalidArgumentError when there are violations."""
         if self.violations:
             shown = self.violations[:_MOST_VIOLATIONS]
             message = "; ".join(f"{violation.field}: {violation.description}" for violation in shown[:5])
             raise InvalidArgumentError(message, violations=shown)
 
     def read_runtime(self, field: str, language: str) -> Runtime | None:
-        """The runtime of a language."""
+        """Finds the runtime of a language."""
         runtime = self.catalog.find(language)
         if runtime is None:
             self.refuse(field, self.catalog.explain(language))
         return runtime
 
     def check_source(self, field: str, source: bytes) -> None:
-        """Sources are UTF-8 text of a bounded size."""
+        """Checks that a source is UTF-8 text of a bounded size."""
         if not source:
             self.refuse(field, "must not be empty")
         elif len(source) > self.config.max_source_bytes:
@@ -78,24 +74,24 @@ class Reader:
             self.check_utf8(field, source)
 
     def check_utf8(self, field: str, text: bytes) -> None:
-        """Text is UTF-8."""
+        """Checks that text is UTF-8."""
         try:
             text.decode()
         except UnicodeDecodeError as error:
             self.refuse(field, f"is not UTF-8: byte {error.start} is {text[error.start]:#04x}")
 
     def check_size(self, field: str, content: bytes) -> None:
-        """No input is larger than the largest file."""
+        """Checks that an input is no larger than the largest file."""
         if len(content) > self.config.max_file_bytes:
             self.refuse(field, f"has {len(content)} bytes, at most {self.config.max_file_bytes} are taken")
 
     def check_text(self, field: str, text: str) -> None:
-        """Arguments and variables cross a system call, where NUL ends a string."""
+        """Checks that text has no NUL, which would end an argument or a variable in a system call."""
         if "\0" in text:
             self.refuse(field, "must not contain NUL")
 
     def read_files(self, field: str, files: Iterable[pb.File], taken: str | None) -> list[InputFile]:
-        """Files of the working folder; `taken` is the source's own name."""
+        """Reads files of the working folder; `taken` is the name of the source."""
         read: list[InputFile] = []
         seen = {taken}
         total = 0
@@ -122,7 +118,7 @@ class Reader:
         return read
 
     def check_paths(self, field: str, paths: Iterable[str]) -> None:
-        """Output files are named as input files are."""
+        """Checks the paths of output files, as those of input files."""
         listed = list(paths)
         for index, path in enumerate(listed):
             if (problem := find_path_problem(path)) is not None:
@@ -131,7 +127,7 @@ class Reader:
             self.refuse(field, f"names {len(listed)} files, at most {self.config.max_files} are returned")
 
     def check_arguments(self, field: str, arguments: Sequence[str]) -> None:
-        """Arguments as execve takes them, and together small enough for an order."""
+        """Checks that arguments are valid for execve, and together small enough for a request to the agent."""
         for index, argument in enumerate(arguments):
             self.check_text(f"{field}[{index}]", argument)
         total = sum(len(argument.encode()) + 1 for argument in arguments)
@@ -139,7 +135,7 @@ class Reader:
             self.refuse(field, f"has {total} bytes in all, at most {_STRINGS_BYTES} are taken")
 
     def check_environment(self, field: str, environment: Mapping[str, str]) -> None:
-        """Variables as execve takes them, and together small enough for an order."""
+        """Checks that variables are valid for execve, and together small enough for a request to the agent."""
         total = sum(len(name.encode()) + len(value.encode()) + 2 for name, value in environment.items())
         if total > _STRINGS_BYTES:
             self.refuse(field, f"has {total} bytes in all, at most {_STRINGS_BYTES} are taken")
@@ -149,12 +145,12 @@ class Reader:
             self.check_text(f"{field}[{name!r}]", value)
 
     def check_key(self, key: str) -> None:
-        """Idempotency keys are short."""
+        """Checks the length of an idempotency key."""
         if len(key) > _KEY_CHARACTERS:
             self.refuse("idempotency_key", f"has {len(key)} characters, at most {_KEY_CHARACTERS} are taken")
 
-    def read_limits(self, field: str, limits: pb.Limits, defaults: LimitsConfig) -> BoxLimits:
-        """Limits, completed by the defaults and bounded by the service's maximum."""
+    def read_limits(self, field: str, limits: pb.Limits, defaults: LimitsConfig) -> Limits:
+        """Reads limits, completed by the defaults and bounded by the service's maximum."""
         values = {}
         for name in LIMIT_FIELDS:
             maximum = getattr(self.config.maximum_limits, name)
@@ -167,7 +163,7 @@ class Reader:
             elif value < _MINIMUM[name]:
                 self.refuse(f"{field}.{name}", f"is {value}, at least {_MINIMUM[name]} is needed")
             values[name] = value
-        return BoxLimits(**values)
+        return Limits(**values)
 
     def read_program(
         self,
@@ -176,7 +172,7 @@ class Reader:
         environment: Mapping[str, str],
         prefix: str = "",
     ) -> Program | None:
-        """Language, source, files and limits of a request, or of a checker in it; None when the language is wrong."""
+        """Reads the program of a request, or of a checker in it; None when its language is wrong."""
         runtime = self.read_runtime(f"{prefix}language", request.language)
         self.check_source(f"{prefix}source", request.source)
         self.check_environment(f"{prefix}env", environment)
@@ -184,14 +180,14 @@ class Reader:
         defaults = runtime.limits if runtime else self.config.default_limits
         limits = self.read_limits(f"{prefix}limits", request.limits, defaults)
         compiler = runtime.compile_limits if runtime else self.config.compile_limits
-        compile_box_limits = self.read_limits(f"{prefix}compile_limits", compile_limits, compiler)
+        own_compile_limits = self.read_limits(f"{prefix}compile_limits", compile_limits, compiler)
         if runtime is None:
             return None
-        return Program(runtime, request.source, limits, compile_box_limits, files, dict(environment))
+        return Program(runtime, request.source, limits, own_compile_limits, files, dict(environment))
 
 
 def find_path_problem(path: str) -> str | None:
-    """What is wrong with a path that must stay below the working folder."""
+    """Returns why a path is not one below the working folder; None when it is."""
     if not path:
         return "must not be empty"
     if "\0" in path:
@@ -211,7 +207,7 @@ def find_path_problem(path: str) -> str | None:
 
 
 def read_job(request: pb.ExecuteRequest, config: SandboxConfig, catalog: Catalog) -> Job:
-    """The job of an Execute request; raises InvalidArgumentError."""
+    """Reads an Execute request; raises InvalidArgumentError."""
     reader = Reader(config, catalog)
     program = reader.read_program(request, request.compile_limits, request.env)
     reader.check_arguments("args", request.args)
@@ -224,7 +220,7 @@ def read_job(request: pb.ExecuteRequest, config: SandboxConfig, catalog: Catalog
 
 
 def read_json(reader: Reader, text: str, field: str) -> object:
-    """A JSON value; an empty list, so that the checks that follow do not tell the same field twice, when it is none."""
+    """Reads a JSON value; returns an empty list for anything else, so that later checks do not report the field twice."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -245,11 +241,11 @@ _COMPARISONS = {
 
 
 def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Catalog) -> Submission:
-    """The submission of a Judge request; raises InvalidArgumentError."""
+    """Reads a Judge request; raises InvalidArgumentError."""
     reader = Reader(config, catalog)
     program = reader.read_program(request, request.compile_limits, request.env)
     tests = read_tests(reader, request)
-    how, checker = read_checker(reader, request.checker)
+    comparator, checker = read_checker(reader, request.checker)
     interactor = None
     if request.HasField("interactor"):
         interactor = reader.read_program(request.interactor, pb.Limits(), {}, "interactor.")
@@ -261,30 +257,30 @@ def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Ca
     if program is not None and kind in ("function", "code") and program.runtime.python is None:
         reader.refuse("language", f"{program.runtime.name} has no {kind} tests; give stdio tests")
     reader.check_key(request.idempotency_key)
-    worths = [Worth(test.name, read_points(reader, index, test)) for index, test in enumerate(request.tests)]
+    weights = [TestWeight(test.name, read_points(reader, index, test)) for index, test in enumerate(request.tests)]
     reader.finish()
     assert program is not None
     return Submission(
         program=program,
         tests=tests,
-        worths=worths,
-        how=how,
+        weights=weights,
+        comparator=comparator,
         function_name=request.function_name,
         checker=checker,
-        interactor=None if interactor is None else give_patience(interactor, program.limits.wall_ms),
+        interactor=None if interactor is None else extend_wall_limit(interactor, program.limits.wall_ms),
         setup_code=request.setup_code.encode(),
         stop_at_first_failure=request.stop_at_first_failure,
     )
 
 
 def find_kind(reader: Reader, request: pb.JudgeRequest) -> str | None:
-    """The kind that all tests have; None when that is wrong, which is told elsewhere."""
+    """Returns the kind of all tests; None when they differ, which `read_tests` reports."""
     kinds = {test.WhichOneof("kind") for test in request.tests}
     return next(iter(kinds)) if len(kinds) == 1 else None
 
 
 def read_tests(reader: Reader, request: pb.JudgeRequest) -> list[Test]:
-    """The tests, all of one kind."""
+    """Reads the tests, all of one kind."""
     kinds = {test.WhichOneof("kind") for test in request.tests}
     if not request.tests:
         reader.refuse("tests", "must not be empty")
@@ -301,13 +297,13 @@ def read_tests(reader: Reader, request: pb.JudgeRequest) -> list[Test]:
         reader.refuse("function_name", f"must be empty for {next(iter(kinds))} tests")
     else:
         return [read_test(reader, f"tests[{index}]", test) for index, test in enumerate(request.tests)]
-    if kinds == {"function"}:  # what is wrong with the tests themselves is told, too
+    if kinds == {"function"}:  # violations of the tests themselves are reported, too
         return [read_test(reader, f"tests[{index}]", test) for index, test in enumerate(request.tests)]
     return []
 
 
 def read_test(reader: Reader, field: str, test: pb.TestCase) -> Test:
-    """One test."""
+    """Reads one test."""
     match test.WhichOneof("kind"):
         case "function":
             return read_function_test(reader, f"{field}.function", test.function)
@@ -326,7 +322,7 @@ def read_test(reader: Reader, field: str, test: pb.TestCase) -> Test:
 
 
 def read_function_test(reader: Reader, field: str, test: pb.FunctionTest) -> FunctionTest:
-    """One call and its result."""
+    """Reads one call and its result."""
     arguments = read_json(reader, test.arguments_json, f"{field}.arguments_json")
     if not isinstance(arguments, list):
         reader.refuse(f"{field}.arguments_json", "must be a JSON array of arguments")
@@ -334,8 +330,8 @@ def read_function_test(reader: Reader, field: str, test: pb.FunctionTest) -> Fun
     return FunctionTest(test.arguments_json.encode(), expected, test.expected_json.encode())
 
 
-def read_checker(reader: Reader, checker: pb.Checker) -> tuple[How, Program | None]:
-    """How outputs are compared, and the caller's own checker."""
+def read_checker(reader: Reader, checker: pb.Checker) -> tuple[Comparator, Program | None]:
+    """Reads the comparator of outputs, and the caller's own checker."""
     match checker.WhichOneof("kind"):
         case "comparison":
             if checker.comparison not in _COMPARISONS:
@@ -354,7 +350,7 @@ def read_checker(reader: Reader, checker: pb.Checker) -> tuple[How, Program | No
 
 
 def read_points(reader: Reader, index: int, test: pb.TestCase) -> float:
-    """What a test is worth."""
+    """Reads the points of a test."""
     if not test.HasField("points"):
         return 1.0
     if not 0 <= test.points < math.inf:
@@ -362,14 +358,14 @@ def read_points(reader: Reader, index: int, test: pb.TestCase) -> float:
     return test.points
 
 
-def give_patience(interactor: Program, wall_ms: int) -> Program:
-    """An interactor waits for its submission, so it may take longer."""
+def extend_wall_limit(interactor: Program, wall_ms: int) -> Program:
+    """Raises the wall-clock limit of an interactor, which waits for its submission."""
     longest = max(interactor.limits.wall_ms, wall_ms + _PATIENCE_MS)
     return dataclasses.replace(interactor, limits=dataclasses.replace(interactor.limits, wall_ms=longest))
 
 
 def check_batch(requests: Sized, config: SandboxConfig) -> None:
-    """Raises InvalidArgumentError for a batch of a wrong size."""
+    """Raises InvalidArgumentError for an empty or too large batch."""
     if not len(requests):
         raise InvalidArgumentError.of("requests", "must not be empty")
     if len(requests) > config.max_batch:
@@ -377,7 +373,7 @@ def check_batch(requests: Sized, config: SandboxConfig) -> None:
 
 
 def read_session(request: pb.CreateSessionRequest, config: SandboxConfig, catalog: Catalog) -> tuple[Program, int]:
-    """The interpreter of a session and its idle time; raises InvalidArgumentError."""
+    """Reads the interpreter of a session and its idle time; raises InvalidArgumentError."""
     reader = Reader(config, catalog)
     runtime = reader.read_runtime("language", request.language)
     if runtime is not None and runtime.python is None:
@@ -394,7 +390,7 @@ def read_session(request: pb.CreateSessionRequest, config: SandboxConfig, catalo
 
 
 def read_cell(request: pb.RunCellRequest, config: SandboxConfig, catalog: Catalog) -> Cell:
-    """A cell; raises InvalidArgumentError."""
+    """Reads a cell; raises InvalidArgumentError."""
     reader = Reader(config, catalog)
     if not request.session_id:
         reader.refuse("session_id", "is required")

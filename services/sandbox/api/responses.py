@@ -1,4 +1,4 @@
-"""Turns what became of jobs into messages."""
+"""Turns results of jobs into messages."""
 
 from __future__ import annotations
 
@@ -8,27 +8,35 @@ from perigee.errors import InvalidArgumentError, PerigeeError, to_status
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.api.requests import LIMIT_FIELDS
 from services.sandbox.config import LimitsConfig
-from services.sandbox.runtime.jobs import CompileReport, Execution, Judgement, OutputFile, TestOutcome, Verdict, Worth
-from services.sandbox.runtime.programs import Piece
-from services.sandbox.runtime.sessions import CellOutcome
+from services.sandbox.runtime.jobs import (
+    CompileReport,
+    Execution,
+    JudgeResult,
+    OutputFile,
+    Status,
+    TestResult,
+    TestWeight,
+)
+from services.sandbox.runtime.programs import OutputChunk
+from services.sandbox.runtime.sessions import CellResult
 
-_STATUS_NAMES = {Verdict.ACCEPTED: "OK"}
+_STATUS_NAMES = {Status.ACCEPTED: "OK"}
 
 
-def status_of(verdict: Verdict) -> pb.Status.ValueType:
-    """The status of a run."""
+def status_of(verdict: Status) -> pb.Status.ValueType:
+    """Returns the status of a run."""
     return pb.Status.Value(f"STATUS_{_STATUS_NAMES.get(verdict, verdict.name)}")
 
 
-def verdict_of(verdict: Verdict) -> pb.TestVerdict.ValueType:
-    """The verdict of a test."""
+def verdict_of(verdict: Status) -> pb.TestVerdict.ValueType:
+    """Returns the verdict of a test."""
     return pb.TestVerdict.Value(f"TEST_VERDICT_{verdict.name}")
 
 
 def execute_response(execution: Execution) -> pb.ExecuteResponse:
-    """The response of a run."""
+    """Returns the response of a run."""
     return pb.ExecuteResponse(
-        status=status_of(execution.verdict),
+        status=status_of(execution.status),
         exit_code=execution.exit_code,
         signal=execution.signal,
         stdout=execution.stdout,
@@ -44,15 +52,15 @@ def execute_response(execution: Execution) -> pb.ExecuteResponse:
     )
 
 
-def stream_response(piece: Piece) -> pb.ExecuteStreamResponse:
-    """An event with output."""
+def stream_response(piece: OutputChunk) -> pb.ExecuteStreamResponse:
+    """Returns an event with output."""
     if piece.stream == "stdout":
         return pb.ExecuteStreamResponse(stdout=piece.content)
     return pb.ExecuteStreamResponse(stderr=piece.content)
 
 
 def compile_result(report: CompileReport | None) -> pb.CompileResult | None:
-    """What a compiler said, if there was one."""
+    """Returns the result of a compilation, if there was one."""
     if report is None:
         return None
     return pb.CompileResult(
@@ -61,19 +69,19 @@ def compile_result(report: CompileReport | None) -> pb.CompileResult | None:
 
 
 def output_files(files: Iterable[OutputFile]) -> list[pb.OutputFile]:
-    """The files that a program left."""
+    """Returns the files that a program left."""
     return [
         pb.OutputFile(path=file.path, content=file.content, truncated=file.truncated, error=file.error)
         for file in files
     ]
 
 
-def judge_response(judgement: Judgement) -> pb.JudgeResponse:
-    """The response of a judged submission."""
+def judge_response(judgement: JudgeResult) -> pb.JudgeResponse:
+    """Returns the response of a judged submission."""
     return pb.JudgeResponse(
-        verdict=verdict_of(judgement.verdict),
-        results=[test_result(*pair) for pair in zip(judgement.results, judgement.worths, strict=True)],
-        passed=sum(result.verdict is Verdict.ACCEPTED for result in judgement.results),
+        verdict=verdict_of(judgement.status),
+        results=[test_result(*pair) for pair in zip(judgement.results, judgement.weights, strict=True)],
+        passed=sum(result.status is Status.ACCEPTED for result in judgement.results),
         wall_ms=judgement.wall_ms,
         peak_memory_bytes=judgement.peak_bytes,
         points=judgement.points,
@@ -82,15 +90,15 @@ def judge_response(judgement: Judgement) -> pb.JudgeResponse:
     )
 
 
-def test_result(result: TestOutcome, worth: Worth) -> pb.TestResult:
-    """The response's part of one test."""
+def test_result(result: TestResult, weight: TestWeight) -> pb.TestResult:
+    """Returns the result of one test."""
     return pb.TestResult(
-        verdict=verdict_of(result.verdict),
+        verdict=verdict_of(result.status),
         wall_ms=result.wall_ms,
         output=result.output,
         reason=result.reason,
-        name=worth.name,
-        points=result.share * worth.points,
+        name=weight.name,
+        points=result.fraction * weight.points,
         cpu_ms=result.cpu_ms,
         peak_memory_bytes=result.peak_bytes,
         exit_code=result.exit_code,
@@ -101,35 +109,35 @@ def test_result(result: TestOutcome, worth: Worth) -> pb.TestResult:
 
 
 def is_final(response: pb.ExecuteResponse | pb.JudgeResponse) -> bool:
-    """Whether a response says something of the program; the sandbox's own failures may pass."""
+    """Returns whether a response is about the program, and no failure of the sandbox, which may be temporary."""
     if isinstance(response, pb.ExecuteResponse):
         return response.status != pb.STATUS_INFRA_ERROR
     return all(result.verdict != pb.TEST_VERDICT_INFRA_ERROR for result in response.results)
 
 
-def cell_response(outcome: CellOutcome) -> pb.RunCellResponse:
-    """The response of a cell."""
+def cell_response(result: CellResult) -> pb.RunCellResponse:
+    """Returns the response of a cell."""
     return pb.RunCellResponse(
-        status=status_of(outcome.verdict),
-        stdout=outcome.stdout,
-        stderr=outcome.stderr,
-        stdout_truncated=outcome.stdout_truncated,
-        stderr_truncated=outcome.stderr_truncated,
-        result=outcome.result,
-        error_name=outcome.error_name,
-        error_value=outcome.error_value,
-        wall_ms=outcome.wall_ms,
-        cpu_ms=outcome.cpu_ms,
-        peak_memory_bytes=outcome.peak_bytes,
-        reason=outcome.reason,
-        files=output_files(outcome.files),
-        alive=outcome.alive,
-        execution_count=outcome.execution_count,
+        status=status_of(result.status),
+        stdout=result.stdout,
+        stderr=result.stderr,
+        stdout_truncated=result.stdout_truncated,
+        stderr_truncated=result.stderr_truncated,
+        result=result.result,
+        error_name=result.error_name,
+        error_value=result.error_value,
+        wall_ms=result.wall_ms,
+        cpu_ms=result.cpu_ms,
+        peak_memory_bytes=result.peak_bytes,
+        reason=result.reason,
+        files=output_files(result.files),
+        alive=result.alive,
+        execution_count=result.execution_count,
     )
 
 
 def item_error(error: PerigeeError) -> pb.ItemError:
-    """Why one item of a batch has no response."""
+    """Returns the error of one item of a batch."""
     item = pb.ItemError(code=to_status(error).code, message=error.message)
     if isinstance(error, InvalidArgumentError):
         item.field_violations.update({violation.field: violation.description for violation in error.violations})
@@ -139,5 +147,5 @@ def item_error(error: PerigeeError) -> pb.ItemError:
 
 
 def limits_message(config: LimitsConfig) -> pb.Limits:
-    """All limits, set."""
+    """Returns a message with all limits."""
     return pb.Limits(**{name: getattr(config, name) for name in LIMIT_FIELDS})

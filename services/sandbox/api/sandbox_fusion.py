@@ -1,8 +1,8 @@
 """SandboxFusion's interface (https://bytedance.github.io/SandboxFusion): POST /run_code.
 
-A file that is asked for and not there is missing from the answer, as there; one that is too large is named in
-`message` and missing, not cut. What the sandbox itself fails at is a SandboxError with status 200, as there; what is
-refused before it runs (a wrong request, no free slot) has an HTTP status of its own.
+A requested file that does not exist is missing from the response, as there; one that is too large is named in
+`message` and missing, not cut. A failure of the sandbox is a SandboxError with status 200, as there; a request that is
+refused (invalid, no free slot) has an HTTP status of its own.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FIELDS = {
 
 
 class RunCodeRequest(BaseModel):
-    """A program to run; timeouts are in seconds, files are base64 by path."""
+    """Program to run; timeouts are in seconds, files are base64 by path."""
 
     code: Text
     language: Text
@@ -45,7 +45,7 @@ class RunCodeRequest(BaseModel):
 
 
 class CommandRunResult(BaseModel):
-    """How a compiler or a program ended; `return_code` is the negative signal where one ended it."""
+    """Result of a compiler or a program; `return_code` is minus the signal that ended it."""
 
     status: Literal["Finished", "Error", "TimeLimitExceeded"]
     execution_time: float | None = None
@@ -55,7 +55,7 @@ class CommandRunResult(BaseModel):
 
 
 class RunCodeResponse(BaseModel):
-    """What came of it; Failed where an exit code is not 0 or a limit was passed."""
+    """Result; Failed when an exit code is not 0 or a limit was passed."""
 
     status: Literal["Success", "Failed", "SandboxError"]
     message: str
@@ -66,7 +66,7 @@ class RunCodeResponse(BaseModel):
 
 
 class FusionErrorDetail(BaseModel):
-    """One field that is wrong."""
+    """Violation of one field."""
 
     loc: list[str]
     msg: str
@@ -74,19 +74,19 @@ class FusionErrorDetail(BaseModel):
 
 
 class FusionError(BaseModel):
-    """Why a request was refused."""
+    """Reason why a request was refused."""
 
     detail: str | list[FusionErrorDetail]
 
 
 def sandbox_fusion_api(servicer: Servicer) -> ForeignApi:
-    """The interface in front of a servicer."""
+    """Returns the router of the interface in front of a servicer."""
     router = APIRouter(tags=["SandboxFusion"])
     pod_name = socket.gethostname()
 
     @router.post("/run_code", responses={"4XX": {"model": FusionError}, "5XX": {"model": FusionError}})
     async def run_code(body: RunCodeRequest, request: Request) -> RunCodeResponse:
-        """Compiles a program where its language needs it, and runs it once."""
+        """Compiles a program if its language needs it, and runs it once."""
         context = call_context(request)
         listed = await servicer.ListRuntimes(pb.ListRuntimesRequest(), context)
         runtime = find_runtime(listed.runtimes, body.language)
@@ -100,7 +100,7 @@ def sandbox_fusion_api(servicer: Servicer) -> ForeignApi:
 
 
 def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.ExecuteRequest:
-    """The request in Perigee's terms; without a runtime its language is what was asked for, which will be refused.
+    """Converts a request; without a runtime the language is passed on as it is, to be refused.
 
     Raises InvalidArgumentError for files that are not base64.
     """
@@ -115,7 +115,7 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
             violations.append(FieldViolation(f"files.{path}", "is not base64"))
     if violations:
         raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
-    # One timeout stands for both times: SandboxFusion has no limit of CPU time.
+    # SandboxFusion has no limit of CPU time: the timeout sets both
     run_ms = whole(body.run_timeout * 1000)
     limits = pb.Limits(wall_ms=run_ms, cpu_ms=run_ms)
     if body.memory_limit_MB > 0:
@@ -135,7 +135,7 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
 
 
 def to_run_code_response(response: pb.ExecuteResponse, pod_name: str | None = None) -> RunCodeResponse:
-    """The response in SandboxFusion's terms."""
+    """Converts a response."""
     compiled = _compile_result(response.compile) if response.HasField("compile") else None
     if response.status == pb.STATUS_INFRA_ERROR:
         return RunCodeResponse(
@@ -164,7 +164,7 @@ def to_run_code_response(response: pb.ExecuteResponse, pod_name: str | None = No
 
 
 def write_fusion_error(error: PerigeeError) -> tuple[int, Any]:
-    """Wrong requests as FastAPI refuses them, the rest with its status and one sentence."""
+    """Returns the HTTP status and body of an error: violations as FastAPI reports them, or one sentence."""
     if isinstance(error, InvalidArgumentError) and error.violations:
         detail = [
             {"loc": ["body", each.field], "msg": each.description, "type": "value_error"} for each in error.violations

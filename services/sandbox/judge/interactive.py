@@ -1,6 +1,7 @@
-"""Carries a dialogue between two boxes, so that it is known how much was said and who left first.
+"""Judges dialogues: the submission and the caller's interactor, each in a sandbox of its own.
 
-Judges dialogues: the submission and the caller's interactor, each in a box of its own, on two pipes."""
+What they say is relayed, so that it is known how much each has said and which of them left first.
+"""
 
 from __future__ import annotations
 
@@ -10,19 +11,19 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
-from services.sandbox.judge.pairs import Pair
+from services.sandbox.judge.pairs import PairedRun
 from services.sandbox.judge.stdio import (
     CHECKER_FILES,
     Decision,
-    compiler_words,
+    compiler_message,
     decide,
     open_checker,
     read_decision,
-    read_outcome,
+    unjudged_result,
 )
-from services.sandbox.runtime.helper_process import BoxFailedError
-from services.sandbox.runtime.jobs import CompileReport, InputFile, InteractiveTest, Submission, TestOutcome, Verdict
-from services.sandbox.runtime.pool import Slot
+from services.sandbox.runtime.helper_process import SandboxFailedError
+from services.sandbox.runtime.jobs import CompileReport, InputFile, InteractiveTest, Status, Submission, TestResult
+from services.sandbox.runtime.pool import SlotPair
 from services.sandbox.runtime.programs import (
     LoadedProgram,
     Streams,
@@ -32,7 +33,7 @@ from services.sandbox.runtime.programs import (
     read_execution,
     read_output,
 )
-from services.sandbox.runtime.sandboxes import Opener
+from services.sandbox.runtime.sandboxes import SandboxFactory
 
 PROGRAM, JUDGE = "program", "judge"
 _CHUNK_BYTES = 65536
@@ -40,47 +41,47 @@ _CHUNK_BYTES = 65536
 
 @dataclass
 class Dialogue:
-    """What is known of a dialogue: who left it, first things first, and whether a side said more than it may."""
+    """State of a dialogue: the sides that left it, in order, and those that said more than they may."""
 
     left: list[str] = field(default_factory=list)
     too_much: list[str] = field(default_factory=list)
 
     @property
     def program_left_first(self) -> bool:
-        """Whether the submission closed its output, or its input, before the judge had closed either of its own."""
+        """Whether the submission closed its input or output before the judge closed its own."""
         return self.left[:1] == [PROGRAM]
 
 
 class Descriptors:
-    """Descriptors that are still ours to close; each is taken by whoever closes it instead."""
+    """Open descriptors of this process; one that is taken is closed by the taker."""
 
     def __init__(self) -> None:
         self._open: set[int] = set()
 
     def open_pipe(self) -> tuple[int, int]:
-        """What is read from, and what is written to."""
+        """Opens a pipe; returns its read end and its write end."""
         ends = os.pipe()
         self._open.update(ends)
         return ends
 
     def take(self, descriptor: int) -> int:
-        """One that is no longer ours."""
+        """Hands a descriptor over to the caller."""
         self._open.remove(descriptor)
         return descriptor
 
     def close(self, *descriptors: int) -> None:
-        """Closes these."""
+        """Closes some of the descriptors."""
         for descriptor in descriptors:
             os.close(self.take(descriptor))
 
     def close_all(self) -> None:
-        """Closes what is left."""
+        """Closes the remaining descriptors."""
         self.close(*self._open)
 
 
 @dataclass(frozen=True)
 class Ends:
-    """Descriptors of the four pipes that the two boxes get."""
+    """Descriptors of the four pipes that the two sandboxes get."""
 
     program_stdin: int
     program_stdout: int
@@ -89,15 +90,15 @@ class Ends:
     owner: Descriptors
 
     def close(self) -> None:
-        """Closes ours, once the boxes have theirs: each side then sees when the other is gone."""
+        """Closes this process's copies, so that each sandbox sees when the other is gone."""
         self.owner.close(self.program_stdin, self.program_stdout, self.judge_stdin, self.judge_stdout)
 
 
 @asynccontextmanager
-async def carrying(program_bytes: int, judge_bytes: int) -> AsyncIterator[tuple[Ends, Dialogue]]:
-    """Pipes for both sides, carried for as long as the block lasts.
+async def relayed_pipes(program_bytes: int, judge_bytes: int) -> AsyncIterator[tuple[Ends, Dialogue]]:
+    """Yields pipes for both sides, relayed until the block ends.
 
-    What a side says beyond its bytes is not passed on.
+    Output of a side beyond its bytes is not passed on.
     """
     pipes = Descriptors()
     dialogue = Dialogue()
@@ -107,7 +108,7 @@ async def carrying(program_bytes: int, judge_bytes: int) -> AsyncIterator[tuple[
         said = _Direction(PROGRAM, from_program, JUDGE, to_judge, program_bytes)
         asked = _Direction(JUDGE, from_judge, PROGRAM, to_program, judge_bytes)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_carry(dialogue, pipes, direction)) for direction in (said, asked)]
+            tasks = [group.create_task(_relay(dialogue, pipes, direction)) for direction in (said, asked)]
             try:
                 yield Ends(program_in, program_out, judge_in, judge_out, pipes), dialogue
             finally:
@@ -126,8 +127,8 @@ class _Direction:
     most_bytes: int
 
 
-async def _carry(dialogue: Dialogue, pipes: Descriptors, direction: _Direction) -> None:
-    """One direction, until either side closes its end."""
+async def _relay(dialogue: Dialogue, pipes: Descriptors, direction: _Direction) -> None:
+    """Relays one direction until either side closes its end."""
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader(limit=_CHUNK_BYTES)
     source = os.fdopen(pipes.take(direction.source), "rb", buffering=0)
@@ -161,65 +162,65 @@ async def _pass_on(
 
 
 async def judge_interactive(
-    opener: Opener, submission: Submission, slot: Slot
-) -> tuple[list[TestOutcome], CompileReport | None]:
-    """The outcome of each dialogue, up to the first failure when that is asked for."""
+    factory: SandboxFactory, submission: Submission, pair: SlotPair
+) -> tuple[list[TestResult], CompileReport | None]:
+    """Returns the result of each dialogue, up to the first failure when that is asked for."""
     assert submission.interactor is not None
-    results: list[TestOutcome] = []
-    async with open_program(opener, submission.program, slot.program) as loaded:
+    results: list[TestResult] = []
+    async with open_program(factory, submission.program, pair.program) as loaded:
         if not await loaded.load():
             return [], loaded.compile_report
-        async with open_checker(opener, submission.interactor, slot.judge) as interactor:
+        async with open_checker(factory, submission.interactor, pair.judge) as interactor:
             for test in submission.tests:
                 assert isinstance(test, InteractiveTest)
-                results.append(await hold_dialogue(loaded, interactor, test))
+                results.append(await run_dialogue(loaded, interactor, test))
                 if loaded.compile_report is not None and not loaded.compile_report.ok:
                     return [], loaded.compile_report
-                if submission.stop_at_first_failure and results[-1].verdict is not Verdict.ACCEPTED:
+                if submission.stop_at_first_failure and results[-1].status is not Status.ACCEPTED:
                     break
     return results, loaded.compile_report
 
 
-async def hold_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: InteractiveTest) -> TestOutcome:
-    """The outcome of one dialogue."""
+async def run_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: InteractiveTest) -> TestResult:
+    """Runs one dialogue."""
     contents = (test.input, b"", test.answer)
     files = [InputFile(name, content) for name, content in zip(CHECKER_FILES, contents, strict=True)]
     most = (loaded.program.limits.output_bytes, interactor.program.limits.output_bytes)
     with opened(b"", b"", b"") as (errors, notes, nothing):
-        async with carrying(*most) as (ends, dialogue):
-            pair = Pair(
-                loaded.box,
+        async with relayed_pipes(*most) as (ends, dialogue):
+            paired = PairedRun(
+                loaded.sandbox,
                 loaded.run(Streams(ends.program_stdin, ends.program_stdout, errors)),
-                interactor.box,
+                interactor.sandbox,
                 interactor.run(Streams(ends.judge_stdin, ends.judge_stdout, notes), CHECKER_FILES, files),
             )
-            await pair.begin()
+            await paired.begin()
             ends.close()
-            (outcome, _), (decided, _), program_first = await pair.finish()
+            (run, _), (decided, _), program_first = await paired.finish()
         if interactor.compile_report is not None and not interactor.compile_report.ok:
-            raise BoxFailedError(f"the interactor does not compile: {compiler_words(interactor)}")
-        if PROGRAM in dialogue.too_much and outcome.stop in (None, "told"):
-            outcome = replace(outcome, stop="output")
-        execution = read_execution(outcome, Streams(nothing, nothing, errors), loaded.program.limits)
+            raise SandboxFailedError(f"the interactor does not compile: {compiler_message(interactor)}")
+        if PROGRAM in dialogue.too_much and run.stop in (None, "stopped"):
+            run = replace(run, stop="output")
+        execution = read_execution(run, Streams(nothing, nothing, errors), loaded.program.limits)
         message, _ = read_output(notes, interactor.program.limits.output_bytes)
     limit = explain(decided, interactor.program.limits)
     if JUDGE in dialogue.too_much:
         limit = f"output limit of {interactor.program.limits.output_bytes} bytes"
     exit_code = -1 if decided.exit_code is None else decided.exit_code
     decision = read_decision(exit_code, decided.signal, message, limit)
-    known = read_outcome(execution)
-    crashed = known.verdict is Verdict.RUNTIME_ERROR and program_first
-    if crashed or outcome.stop in ("wall", "cpu", "memory", "output"):
+    known = unjudged_result(execution)
+    crashed = known.status is Status.RUNTIME_ERROR and program_first
+    if crashed or run.stop in ("wall", "cpu", "memory", "output"):
         return known
     return decide_dialogue(known, decision, dialogue)
 
 
-def decide_dialogue(known: TestOutcome, decision: Decision, dialogue: Dialogue) -> TestOutcome:
-    """The verdict of a dialogue in which the submission has neither passed a limit nor crashed: the interactor's.
+def decide_dialogue(known: TestResult, decision: Decision, dialogue: Dialogue) -> TestResult:
+    """Returns the interactor's decision on a submission that has neither passed a limit nor crashed.
 
-    One that fails because the submission had left before has not failed: the submission has.
+    An interactor that fails after the submission left has not failed: the submission has.
     """
-    if decision.verdict is Verdict.INFRA_ERROR and dialogue.program_left_first:
+    if decision.status is Status.INFRA_ERROR and dialogue.program_left_first:
         reason = f"the submission left before the dialogue was over; {decision.message}"
-        return replace(known, verdict=Verdict.WRONG_ANSWER, reason=reason)
+        return replace(known, status=Status.WRONG_ANSWER, reason=reason)
     return decide(replace(known, reason=""), decision)

@@ -1,4 +1,4 @@
-"""Two boxes that talk over pipes: a submission and whoever judges it."""
+"""Runs two sandboxes that talk over pipes: a submission and the program that judges it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from services.sandbox.runtime.helper_process import finish
-from services.sandbox.runtime.sandboxes import Box
+from services.sandbox.runtime.sandboxes import Sandbox
 
-_LAST_WORD_S = 2.0
-"""How long one side may go on when the other has ended."""
+_PATIENCE_S = 2.0
+"""How long one side may continue after the other has ended."""
 
 T = TypeVar("T")
 
@@ -30,7 +30,7 @@ class Pipes:
 
 @contextmanager
 def pipes() -> Iterator[Pipes]:
-    """Two pipes, closed at the end of the block."""
+    """Yields two pipes, closed at the end of the block."""
     first, second = os.pipe(), os.pipe()
     try:
         yield Pipes(*first, *second)
@@ -39,16 +39,17 @@ def pipes() -> Iterator[Pipes]:
             os.close(descriptor)
 
 
-class Pair(Generic[T]):
-    """A submission's run and its judge's, begun by their coroutines' first steps."""
+class PairedRun(Generic[T]):
+    """Runs of a submission and of its judge, side by side."""
 
-    def __init__(self, program: Box, saying: Awaitable[T], judge: Box, judging: Awaitable[T]) -> None:
-        self._boxes = (program, judge)
-        self._tasks = (asyncio.ensure_future(saying), asyncio.ensure_future(judging))
+    def __init__(self, program: Sandbox, program_run: Awaitable[T], judge: Sandbox, judge_run: Awaitable[T]) -> None:
+        self._sandboxes = (program, judge)
+        self._tasks = (asyncio.ensure_future(program_run), asyncio.ensure_future(judge_run))
 
     async def begin(self) -> None:
-        """Returns when both have sent their orders, and with them the pipes; the caller's ends are to be closed then,
-        so that each side sees when the other is gone.
+        """Returns when both have sent their requests, and the pipes with them.
+
+        The caller then closes its copies of the pipes, so that each side sees when the other is gone.
         """
         try:
             await asyncio.sleep(0)
@@ -57,21 +58,19 @@ class Pair(Generic[T]):
             raise
 
     async def finish(self) -> tuple[T, T, bool]:
-        """What became of both, and whether the submission ended first; the slower side is stopped if it does not end
-        soon after.
-        """
-        saying, judging = self._tasks
+        """Returns both results, and whether the submission ended first; the slower side is stopped 2 s later."""
+        program_run, judge_run = self._tasks
         try:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
-            program_first = not judging.done()
+            program_first = not judge_run.done()
             slower = 1 if program_first else 0
-            await asyncio.wait([self._tasks[slower]], timeout=_LAST_WORD_S)
+            await asyncio.wait([self._tasks[slower]], timeout=_PATIENCE_S)
             if not self._tasks[slower].done():
-                self._boxes[slower].stop()
-            await asyncio.gather(saying, judging)
+                self._sandboxes[slower].stop()
+            await asyncio.gather(program_run, judge_run)
         finally:
             await self._end()
-        return saying.result(), judging.result(), program_first
+        return program_run.result(), judge_run.result(), program_first
 
     async def _end(self) -> None:
         for task in self._tasks:

@@ -1,8 +1,4 @@
-"""Finds the Python that runs in boxes.
-
-Python packages for programs: distributions of the service's own environment, mounted read-only into the root.
-
-Runtimes: languages as files describe them, resolved against what this machine has."""
+"""Catalog of runtimes: languages as YAML files describe them, resolved against what this machine has."""
 
 from __future__ import annotations
 
@@ -29,13 +25,13 @@ from services.sandbox.config import LimitsConfig, SandboxConfig
 
 _PROBE = "import platform, sys; print(platform.python_version()); print(sys.base_prefix)"
 _PROBE_S = 30
-_PROBE_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}  # chroot is among the commands of administrators
+_PROBE_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}  # chroot is in sbin
 _OLDEST = (3, 9)
 
 
 @dataclass(frozen=True)
 class Python:
-    """An interpreter: its path inside the box, its version, and the folder that it needs there."""
+    """Interpreter: its path inside the sandbox, its version, and the folder that it needs there."""
 
     path: str
     version: str
@@ -43,15 +39,15 @@ class Python:
 
     @property
     def minor_version(self) -> tuple[int, int]:
-        """Major and minor."""
+        """Major and minor version."""
         major, minor = self.version.split(".")[:2]
         return int(major), int(minor)
 
 
 @lru_cache(maxsize=64)
 def find_python(image: str, path: str | None) -> Python:
-    """The interpreter at `path`; without one, Debian's where its packages are interchangeable with the service's, else
-    the one under the service's own. In an image, its own. Raises FailedPreconditionError when it does not start.
+    """Finds the interpreter at `path`; without one, the image's, or Debian's if the service's packages fit it, else the
+    one under the service's own. Raises FailedPreconditionError when it does not start.
     """
     if path is not None:
         return probe_python(image, path)
@@ -89,8 +85,9 @@ PACKAGES_FOLDER = "/opt/perigee/packages"
 
 
 def find_packages(names: Iterable[str]) -> tuple[tuple[str, str], ...] | str:
-    """Pairs of a host path and where it is mounted, for the distributions and all that they require; a sentence when
-    one is not installed.
+    """Returns the mounts (path on the host, path inside) of distributions and all that they require.
+
+    Returns a sentence instead when one is not installed.
     """
     mounts: dict[str, str] = {}
     waiting, seen = list(names), set()
@@ -110,7 +107,7 @@ def find_packages(names: Iterable[str]) -> tuple[tuple[str, str], ...] | str:
 
 
 def _top_paths(distribution: metadata.Distribution) -> Iterator[Path]:
-    """The files and folders that a distribution has directly below site-packages."""
+    """Yields the files and folders that a distribution has directly below site-packages."""
     names = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
     for name in sorted(names):
         path = Path(str(distribution.locate_file(name)))
@@ -119,7 +116,7 @@ def _top_paths(distribution: metadata.Distribution) -> Iterator[Path]:
 
 
 def _requirements(distribution: metadata.Distribution) -> Iterator[str]:
-    """The distributions that it needs here, extras aside."""
+    """Yields the distributions that a distribution requires here, without its extras."""
     for text in distribution.requires or ():
         requirement = Requirement(text)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -127,7 +124,7 @@ def _requirements(distribution: metadata.Distribution) -> Iterator[str]:
 
 
 HOST_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/etc/alternatives")
-# Settings without which an interpreter of the host does not start.
+# settings without which an interpreter of the host does not start
 _HOST_SETTINGS = ("etc/java-*-openjdk", "etc/php")
 _VERSION = re.compile(r"\d+(?:\.\d+)+[\w.+-]*|\d+")
 OWN_RUNTIMES = Path(__file__).parent
@@ -154,9 +151,9 @@ class RuntimeConfig(Model):
     """One runtime's YAML file."""
 
     name: str = Field(pattern=r"^[a-z][a-z0-9_+#.-]*$")
-    """What requests call it."""
+    """Name in requests."""
     title: str
-    """What people call it."""
+    """Name for people."""
     aliases: tuple[str, ...] = ()
     """Further names."""
     image: str | None = None
@@ -173,11 +170,11 @@ class RuntimeConfig(Model):
     interpreter: str | None = None
     """Path of Python in the image; unset takes the configured one on the host."""
     preload: tuple[str, ...] = ()
-    """Modules that the warm interpreter has imported before any job comes."""
+    """Modules that the warm interpreter imports before any job comes."""
     packages: tuple[str, ...] = ()
     """Distributions of the service's own environment that programs can import, with what they require."""
     version: tuple[str, ...] = ()
-    """Command that tells the version."""
+    """Command that prints the version."""
     requires: tuple[str, ...] = ()
     """Executables without which the runtime cannot be used."""
     install: str = ""
@@ -210,7 +207,7 @@ class RuntimeConfig(Model):
 
 @dataclass(frozen=True)
 class Runtime:
-    """A runtime that can be used here; `image` is empty for the host's own files."""
+    """Runtime that can be used here; `image` is empty for the host's own files."""
 
     config: RuntimeConfig
     image: str
@@ -223,33 +220,33 @@ class Runtime:
 
     @property
     def name(self) -> str:
-        """What requests call it."""
+        """Name in requests."""
         return self.config.name
 
     @cached_property
     def import_path(self) -> list[str]:
-        """Where a program's Python finds the packages."""
+        """Folders of packages for a program's Python."""
         return [PACKAGES_FOLDER] if self.config.packages else []
 
     def root_options(self, uids: Iterable[int]) -> dict[str, Any]:
-        """What the box's side builds the root from; the folder to build in is added there."""
+        """Returns the parts of the root; the agent adds the folder to build in."""
         mounts = [list(pair) for pair in self.mounts]
         return {"image": self.image, "binds": list(self.binds), "mounts": mounts, "uids": list(uids), "folder": ""}
 
     def command(self, template: Iterable[str], memory_bytes: int) -> list[str]:
-        """A command of the description, filled in."""
+        """Returns a command of the description with its placeholders filled in."""
         values = {"source": self.config.source, "memory_mib": str(memory_bytes >> 20)}
         return [part.format(**values) for part in template]
 
     def python_command(self) -> list[str]:
-        """The command that runs one of Python's modes in a container; the mode is appended."""
+        """Returns the command that runs one of Python's modes in a container; the mode is appended."""
         assert self.python is not None
         return [self.python.path, "-I", "-c", start_code(OWN_FOLDER, "modes"), *self.import_path]
 
 
 @dataclass(frozen=True)
 class Missing:
-    """A runtime that is described but cannot be used here, and why."""
+    """Runtime that is described but cannot be used here, and why."""
 
     name: str
     reason: str
@@ -265,11 +262,11 @@ class Catalog:
         self._by_name.update({runtime.name: runtime for runtime in self.runtimes})
 
     def find(self, language: str) -> Runtime | None:
-        """The runtime of a name or an alias, whatever its case."""
+        """Finds the runtime of a name or an alias, in upper or lower case."""
         return self._by_name.get(language) or self._by_name.get(language.lower())
 
     def explain(self, language: str) -> str:
-        """Why a language cannot be used."""
+        """Returns why a language cannot be used."""
         for entry in self.missing:
             if entry.name == language:
                 return f"{language} cannot be used here: {entry.reason}"
@@ -279,7 +276,7 @@ class Catalog:
 def load_catalog(config: SandboxConfig) -> Catalog:
     """Reads the descriptions that come with the service, then those of the configured folder, which may replace them.
 
-    Raises InvalidArgumentError for a file that is wrong, and for a folder that is not there.
+    Raises InvalidArgumentError for an invalid file and for a missing folder.
     """
     if config.runtimes_path is not None and not Path(config.runtimes_path).is_dir():
         raise InvalidArgumentError.of("sandbox.runtimes_path", f"{config.runtimes_path} is no folder")
@@ -296,7 +293,7 @@ def load_catalog(config: SandboxConfig) -> Catalog:
 
 
 def resolve(config: RuntimeConfig, service: SandboxConfig) -> Runtime | Missing:
-    """The runtime on this machine, or what it lacks."""
+    """Returns the runtime on this machine, or what it lacks."""
     image, environment = "", dict(ENVIRONMENT)
     if config.image is not None:
         found = open_image(Path(config.image))
@@ -342,7 +339,7 @@ def resolve(config: RuntimeConfig, service: SandboxConfig) -> Runtime | Missing:
 
 
 def open_image(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """The root of an unpacked image and its environment; None when there is none."""
+    """Returns the root of an unpacked image and its environment; None when there is none."""
     if not folder.is_dir():
         return None
     if not (folder / "config.json").is_file() or not (folder / "rootfs").is_dir():
@@ -353,25 +350,25 @@ def open_image(folder: Path) -> tuple[str, dict[str, str]] | None:
 
 
 def has_executable(image: str, executable: str, search_path: str) -> bool:
-    """Whether the root has an executable, given by name or by path."""
+    """Returns whether the root has an executable, given by name or by path."""
     if not image:
         return shutil.which(executable, path=search_path) is not None
     candidates = [executable] if executable.startswith("/") else [f"{p}/{executable}" for p in search_path.split(":")]
-    # A link in an image points to a path of that image.
+    # a link in an image points to a path of that image
     return any(os.path.lexists(f"{image}{candidate}") for candidate in candidates)
 
 
 def is_below(path: str, folder: str) -> bool:
-    """Whether a path is a folder or below it."""
+    """Returns whether a path is a folder or below it."""
     return path == folder or path.startswith(f"{folder}/")
 
 
 def overlay(limits: LimitsConfig, changes: RuntimeLimits) -> LimitsConfig:
-    """The limits with a runtime's changes."""
+    """Returns the limits with a runtime's changes."""
     return limits.model_copy(update=changes.model_dump(exclude_none=True))
 
 
 def find_version(text: str) -> str:
-    """The version in what a command prints."""
+    """Finds the version in the output of a command."""
     found = _VERSION.search(text)
     return found.group() if found else text.strip().split("\n")[0][:40]

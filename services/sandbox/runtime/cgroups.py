@@ -1,4 +1,4 @@
-"""Control groups of the slots, on hosts with cgroup v1, v2, or both mounted (v1 controllers beside an empty v2)."""
+"""Control groups of the worker slots, on hosts with cgroup v1, v2, or both (v1 controllers beside an empty v2)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from perigee.errors import InternalError
 FOLDER = "perigee-sandbox"
 NEEDED = ("memory", "pids", "cpuacct")
 _REMOVAL_S = 5.0
-# A launcher with its container runtime, or a keeper with the program that it has prepared, live in the group beside the
-# job; the job's own number is bounded by its user's limit, too.
+# A launcher with its container runtime, or a job supervisor with the process that it has prepared, live in the group
+# beside the job; the job's own number is bounded by its user's limit, too.
 _OWN_PROCESSES = 16
 _PERIOD_US = 100_000
 _UNLIMITED = 2**63
@@ -23,7 +23,7 @@ _UNLIMITED = 2**63
 
 @dataclass(frozen=True)
 class CgroupHost:
-    """Where this host mounts its controllers; `hybrid` lists v2 mounts that stand beside v1 ones."""
+    """Mounts of this host's controllers; `hybrid` lists v2 mounts beside v1 ones."""
 
     version: int
     mounts: dict[str, Path]
@@ -31,7 +31,7 @@ class CgroupHost:
 
 
 def find_cgroups(mountinfo: str | None = None) -> CgroupHost | None:
-    """The host's controllers, from /proc/self/mountinfo; None when memory, processes or CPU time cannot be
+    """Finds the host's controllers in /proc/self/mountinfo; None unless memory, processes and CPU time can be
     controlled.
     """
     text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
@@ -57,12 +57,12 @@ def find_cgroups(mountinfo: str | None = None) -> CgroupHost | None:
 
 
 def instance_name() -> str:
-    """A name for a pool that no other has."""
+    """Returns a name for a pool that no other has."""
     return f"{os.getpid()}-{secrets.token_hex(4)}"
 
 
 class SlotCgroup:
-    """The control group of one slot: limits, what it uses, its end."""
+    """Control group of one worker slot."""
 
     def __init__(self, host: CgroupHost, instance: str, name: str) -> None:
         self.version = host.version
@@ -71,7 +71,7 @@ class SlotCgroup:
         self._processes = 0
 
     def create(self) -> None:
-        """Makes the group, at most one core's worth of CPU time; raises OSError where this process may not."""
+        """Makes the group, with at most one core's worth of CPU time; raises OSError when this process may not."""
         for path in self._paths.values():
             if self.version == 2:
                 _enable_controllers(path)
@@ -92,7 +92,7 @@ class SlotCgroup:
         self.limit_memory(memory_bytes)
 
     def limit_memory(self, memory_bytes: int) -> None:
-        """Sets the limit of memory; the kernel takes back what is above it and can be taken before it returns."""
+        """Sets the limit of memory; the kernel first reclaims what it can of the memory above it."""
         memory = self._paths["memory" if self.version == 1 else "unified"]
         if memory_bytes != self._memory_bytes:
             self._set_memory(memory, memory_bytes)
@@ -110,12 +110,12 @@ class SlotCgroup:
 
     @property
     def procs_paths(self) -> list[str]:
-        """Files that a process writes 0 to in order to enter the group."""
+        """Files to which a process writes 0 to enter the group."""
         return [str(path / "cgroup.procs") for path in dict.fromkeys(self._paths.values())]
 
     @property
     def usage_paths(self) -> dict[str, str]:
-        """The files that tell CPU time, memory kills, peak and current memory, and what the memory is."""
+        """Files with CPU time, memory kills, peak and current memory, and memory statistics."""
         if self.version == 2:
             names = {
                 "cpu": "cpu.stat",
@@ -141,7 +141,7 @@ class SlotCgroup:
 
 
 def _enable_controllers(path: Path) -> None:
-    """v2: controllers reach a group through each of its ancestors."""
+    """Enables the controllers in each ancestor, as v2 requires."""
     for parent in (path.parents[2], path.parents[1], path.parents[0]):
         parent.mkdir(exist_ok=True)
         (parent / "cgroup.subtree_control").write_text("+memory +pids +cpu")
@@ -153,18 +153,19 @@ def _write_if_there(path: Path, text: str) -> None:
 
 
 def group_folders(host: CgroupHost, instance: str) -> list[Path]:
-    """Where an instance has its groups, a folder per mount."""
+    """Returns the folders of an instance's groups, one for each mount."""
     return [mount / FOLDER / instance for mount in dict.fromkeys(host.mounts.values())]
 
 
 def find_groups(host: CgroupHost) -> list[Path]:
-    """The folders of all instances, of services alive or not."""
+    """Returns the folders of all instances, of services alive or not."""
     return sorted(path for mount in dict.fromkeys(host.mounts.values()) for path in (mount / FOLDER).glob("*-*/"))
 
 
 def remove_group(top: Path) -> None:
-    """Kills what is left in an instance's groups below one mount and removes them; raises InternalError when the kernel
-    does not let go of them.
+    """Kills what is left in an instance's groups below one mount and removes them.
+
+    Raises InternalError when they cannot be removed within 5 s.
     """
     deadline = time.monotonic() + _REMOVAL_S
     for folder in (*top.glob("*/"), top):
@@ -180,7 +181,7 @@ def remove_group(top: Path) -> None:
 
 
 def _kill(pid: int) -> None:
-    if pid == 0:  # a process that has no number here; to kill 0 is to kill one's own group
+    if pid == 0:  # a process without an id in this namespace; kill(0) would kill the own process group
         return
     try:
         os.kill(pid, signal.SIGKILL)

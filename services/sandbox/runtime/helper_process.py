@@ -1,7 +1,5 @@
-"""Work that must not be left half done.
-
-The resident processes at the box's side: each is started with a socket and its options, says when it is ready, and
-is killed with all that it started.
+"""Helper processes of the sandbox: each runs a module of the `agent` package, talks over a socket, reports when it is
+ready, and is killed with all that it started.
 """
 
 from __future__ import annotations
@@ -25,9 +23,9 @@ T = TypeVar("T")
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:
-    """The result of work that is done to its end; whoever is cancelled meanwhile is told so when it is done.
+    """Runs work to its end, also when the caller is cancelled meanwhile, and returns its result.
 
-    For what gives something back: a place that is only half emptied would be lost, or be another job's.
+    For work that gives something back: a slot that is only half cleared would be lost, or leak into another job.
     """
     task = asyncio.create_task(work)
     try:
@@ -36,7 +34,7 @@ async def finish(work: Coroutine[Any, Any, T]) -> T:
         while not task.done():
             with contextlib.suppress(asyncio.CancelledError):  # the first one is raised below
                 await asyncio.wait({task})
-        task.result()  # its own failure goes before
+        task.result()  # its own error comes first
         raise
 
 
@@ -45,16 +43,16 @@ log = get_logger(__name__)
 AGENT = Path(__file__).parents[1] / "agent"
 """Folder of the package that these processes run."""
 _START_S = 60.0
-_LAST_WORDS_S = 1.0
-_WORDS_BYTES = 4096
+_LAST_OUTPUT_S = 1.0
+_OUTPUT_BYTES = 4096
 
 
-class BoxFailedError(PerigeeError):
-    """The box failed, not the program: the job may be tried again."""
+class SandboxFailedError(PerigeeError):
+    """The sandbox failed, not the program: the job may be tried again."""
 
 
-class Attendant:
-    """A process that runs a module of the `box` package."""
+class HelperProcess:
+    """Process that runs a module of the `agent` package."""
 
     def __init__(self, name: str, python: str, module: str, options: dict[str, Any]) -> None:
         self.name = name
@@ -63,14 +61,14 @@ class Attendant:
         self._options = options
         self._process: Process | None = None
         self._channel: socket.socket | None = None
-        self._listening: asyncio.Task[None] | None = None
-        self._words = b""
+        self._reading: asyncio.Task[None] | None = None
+        self._output = b""
 
     @property
     def channel(self) -> socket.socket:
-        """The socket to the running process; raises BoxFailedError when it is not running."""
+        """Socket to the running process; raises SandboxFailedError when it is not running."""
         if self._channel is None or self._process is None or self._process.returncode is not None:
-            raise BoxFailedError(f"{self.name} is not running")
+            raise SandboxFailedError(f"{self.name} is not running")
         return self._channel
 
     @property
@@ -79,9 +77,7 @@ class Attendant:
         return self._process is not None and self._process.returncode is None
 
     async def start(self) -> None:
-        """Starts the process and waits until it is ready; raises BoxFailedError with its last words when it does not
-        get there.
-        """
+        """Starts the process and waits until it is ready; raises SandboxFailedError with its last output."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._channel = ours
@@ -104,26 +100,26 @@ class Attendant:
         finally:
             theirs.close()
         assert self._process.stderr is not None
-        self._listening = asyncio.create_task(self._listen(self._process.stderr))
+        self._reading = asyncio.create_task(self._read_output(self._process.stderr))
         try:
             async with asyncio.timeout(_START_S):
                 message = await receive(ours)
-        except (BoxFailedError, TimeoutError) as error:
-            words = await self.last_words()
-            raise BoxFailedError(f"{self.name} did not start: {words or error}") from error
+        except (SandboxFailedError, TimeoutError) as error:
+            output = await self.last_output()
+            raise SandboxFailedError(f"{self.name} did not start: {output or error}") from error
         except BaseException:
             await self.kill()
             raise
         self.version = message.header["version"]
 
-    async def _listen(self, stderr: asyncio.StreamReader) -> None:
-        """Reads what the process says, and those that it forked: whoever has nobody to read it would wait for ever."""
-        while words := await stderr.read(_WORDS_BYTES):
-            self._words = (self._words + words)[-_WORDS_BYTES:]
-            log.warning("attendant_says", attendant=self.name, words=words.decode(errors="replace").strip())
+    async def _read_output(self, stderr: asyncio.StreamReader) -> None:
+        """Reads what the process and its forks write to standard error, so that they never block on a full pipe."""
+        while output := await stderr.read(_OUTPUT_BYTES):
+            self._output = (self._output + output)[-_OUTPUT_BYTES:]
+            log.warning("helper_process_output", process=self.name, output=output.decode(errors="replace").strip())
 
     async def kill(self) -> None:
-        """Ends the process, also where the caller is cancelled meanwhile; what it forked dies with it."""
+        """Ends the process, also when the caller is cancelled meanwhile; its forks die with it."""
         await finish(self._kill())
 
     async def _kill(self) -> None:
@@ -134,57 +130,57 @@ class Attendant:
             with contextlib.suppress(ProcessLookupError):
                 self._process.kill()
             await self._process.wait()
-        if self._listening is not None:  # to the end, unless somebody else holds the pipe open
-            await asyncio.wait({self._listening}, timeout=_LAST_WORDS_S)
-            self._listening.cancel()
-            await asyncio.gather(self._listening, return_exceptions=True)
+        if self._reading is not None:  # to the end, unless another process holds the pipe open
+            await asyncio.wait({self._reading}, timeout=_LAST_OUTPUT_S)
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
 
-    async def last_words(self) -> str:
-        """Ends the process and returns what it wrote last to standard error."""
+    async def last_output(self) -> str:
+        """Ends the process and returns the end of its standard error."""
         await self.kill()
-        return self._words.decode(errors="replace").strip()
+        return self._output.decode(errors="replace").strip()
 
 
 async def receive(channel: socket.socket) -> Message:
-    """The next message; raises BoxFailedError when the other side has gone or says that it failed."""
+    """Receives the next message; raises SandboxFailedError when the other end is gone or reports a failure."""
     return _read(await receive_packet(channel))
 
 
 def receive_at_once(channel: socket.socket) -> Message | None:
-    """A message that has come already, or None; errors as for `receive`."""
+    """Receives a message that has arrived already, or None; errors as for `receive`."""
     try:
         return _read(protocol.receive_packet(channel))
     except BlockingIOError:
         return None
     except (EOFError, ConnectionError) as error:
-        raise BoxFailedError(f"the box broke: {error}") from error
+        raise SandboxFailedError(f"the sandbox broke: {error}") from error
 
 
 def _read(packet: Packet) -> Message:
     message = Message(json.loads(packet.data), packet.descriptors)
     if message.header["kind"] == "failed":
         message.close()
-        raise BoxFailedError(message.header["reason"])
+        raise SandboxFailedError(message.header["reason"])
     return message
 
 
 async def receive_packet(channel: socket.socket) -> Packet:
-    """The next packet, from whoever sent it; raises BoxFailedError when the other side has gone."""
+    """Receives the next packet, whatever is in it; raises SandboxFailedError when the other end is gone."""
     while True:
         try:
             return protocol.receive_packet(channel)
         except BlockingIOError:
             await _until_readable(channel)
         except (EOFError, ConnectionError) as error:
-            raise BoxFailedError(f"the box broke: {error}") from error
+            raise SandboxFailedError(f"the sandbox broke: {error}") from error
 
 
 def send(channel: socket.socket, header: dict[str, Any], descriptors: list[int]) -> None:
-    """Sends a message; raises BoxFailedError when the other side does not take it."""
+    """Sends a message; raises SandboxFailedError when the other end does not take it."""
     try:
         protocol.send(channel, header, descriptors)
     except OSError as error:
-        raise BoxFailedError(f"the box takes no message: {error.strerror}") from error
+        raise SandboxFailedError(f"the sandbox takes no message: {error.strerror}") from error
 
 
 async def _until_readable(channel: socket.socket) -> None:

@@ -1,6 +1,4 @@
-"""The init in front of a container's job: compiled once per service from `box/init.c`.
-
-Which isolation this machine allows: for Python's own modes, and for every other command."""
+"""Isolation that this machine allows: for Python's own modes, and for every other command."""
 
 from __future__ import annotations
 
@@ -23,15 +21,16 @@ _COMPILE_S = 60
 
 
 def find_init_problem(path: str | None) -> str | None:
-    """What is missing to have an init; None when nothing."""
+    """Returns what is missing to have an init, and what to do; None when nothing is."""
     if path is not None:
         return None if os.access(path, os.X_OK) else f"sandbox.init_path: {path} is not an executable"
     return None if _find_compiler() else "install gcc and libc6-dev, or name a compiled init with sandbox.init_path"
 
 
 def make_init(path: str | None, folder: Path) -> Path:
-    """The init's executable, statically linked so that it runs in every image; raises FailedPreconditionError when it
-    does not compile.
+    """Compiles `agent/init.c`, statically linked so that it runs in every image, unless `path` names the executable.
+
+    Raises FailedPreconditionError when it does not compile.
     """
     if path is not None:
         return Path(path)
@@ -42,8 +41,8 @@ def make_init(path: str | None, folder: Path) -> Path:
     try:
         subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_S, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        words = (getattr(error, "stderr", None) or str(error)).strip()
-        raise FailedPreconditionError(f"the init of containers does not compile: {words}") from error
+        output = (getattr(error, "stderr", None) or str(error)).strip()
+        raise FailedPreconditionError(f"the init of containers does not compile: {output}") from error
     target.chmod(0o755)
     return target
 
@@ -60,7 +59,7 @@ UNSAFE_LABEL = "process (unsafe)"
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine offers."""
+    """Means of isolation that this machine offers."""
 
     root: bool
     cgroups: CgroupHost | None
@@ -69,18 +68,18 @@ class Machine:
 
 @dataclass(frozen=True)
 class Isolation:
-    """How programs are kept apart: `warm` says that Python runs in boxes forked from zygotes, `container` what runs
-    everything else, and `unsafe` that nothing is kept apart.
+    """Isolation of programs: `warm` when Python runs in forks of zygotes, `container` for everything else, `unsafe`
+    when nothing is isolated.
     """
 
     warm: bool
     container: OciRuntime | None
     unsafe: bool = False
     reasons: tuple[str, ...] = ()
-    """Why a part of it does not work here."""
+    """Reasons why a part of it does not work here."""
 
     def label(self, python: bool) -> str:
-        """What callers are told of the isolation of a runtime."""
+        """Returns the name of the isolation that a runtime's programs have."""
         if self.unsafe:
             return UNSAFE_LABEL
         if python and self.warm:
@@ -89,12 +88,12 @@ class Isolation:
 
 
 def read_machine() -> Machine:
-    """What this machine offers at this moment."""
+    """Reads what this machine offers."""
     return Machine(root=os.geteuid() == 0, cgroups=find_cgroups(), instance=instance_name())
 
 
 def find_problem(name: str, machine: Machine, config: SandboxConfig | None = None) -> str | None:
-    """What this machine lacks for the zygote or for a container runtime, and what to do; None when nothing."""
+    """Returns what this machine lacks for the zygote or for a container runtime, and what to do; None when nothing."""
     if platform.machine() not in ("x86_64", "aarch64"):
         return f"no system-call filter for {platform.machine()}"
     if not machine.root:
@@ -107,8 +106,9 @@ def find_problem(name: str, machine: Machine, config: SandboxConfig | None = Non
 
 
 def choose_isolation(config: SandboxConfig, machine: Machine) -> Isolation:
-    """The configured isolation, or the best that works; raises FailedPreconditionError that says what to install or
-    set.
+    """Returns the configured isolation, or the best that works.
+
+    Raises FailedPreconditionError that says what to install or set.
     """
     if config.isolation == "process":
         log.warning(

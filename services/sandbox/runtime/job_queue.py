@@ -1,4 +1,4 @@
-"""The bounded line of jobs before a number of equal slots."""
+"""Bounded queue of jobs in front of a number of equal slots."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _SHORTEST_RETRY_S = 0.1
 
 @dataclass(eq=False)
 class _Waiter(Generic[T]):
-    """`due` orders the line: the arrival, put off by the job's cost."""
+    """Waiting job; the queue is ordered by `due`, the arrival put off by the job's cost."""
 
     due: float
     slot: asyncio.Future[T]
 
 
-class WaitingLine(Generic[T]):
-    """Hands slots out, one to each job, by arrival time plus the job's cost, at most `overtaking_s` of it.
+class JobQueue(Generic[T]):
+    """Leases slots, one to each job, by arrival time plus the job's cost, at most `priority_window_s` of it.
 
-    Small jobs thus overtake large ones, but only those that come within `overtaking_s` of a large one's arrival: nobody
-    starves. At most `max_waiting` jobs wait, none for longer than `max_wait_s` or its caller's time; whoever will not
-    be served in time is refused with ResourceExhaustedError and an estimate of when to try again.
+    Small jobs thus go before large ones, but only if they come within `priority_window_s` of a large one's arrival: no
+    job starves. At most `max_waiting` jobs wait, none for longer than `max_wait_s` or its caller's time; a job that
+    would wait longer is refused with ResourceExhaustedError and an estimate of when to try again.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class WaitingLine(Generic[T]):
         *,
         max_waiting: int,
         max_wait_s: float,
-        overtaking_s: float,
+        priority_window_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
-        self._overtaking_s = overtaking_s
+        self._overtaking_s = priority_window_s
         self._clock = clock
         self._free: deque[T] = deque()
         self._started: dict[int, float] = {}
@@ -55,27 +55,27 @@ class WaitingLine(Generic[T]):
 
     @property
     def waiting(self) -> int:
-        """Jobs that wait for a slot."""
+        """Number of jobs that wait."""
         return len(self._waiting)
 
     @property
     def busy(self) -> int:
-        """Slots that are handed out."""
+        """Number of slots that are leased."""
         return len(self._started)
 
     @property
     def free(self) -> int:
-        """Slots that wait for a job."""
+        """Number of slots that are free."""
         return len(self._free)
 
     def add(self, slot: T) -> None:
-        """Brings a slot into the line."""
-        assert id(slot) not in self._started, "the slot is handed out"
+        """Adds a slot."""
+        assert id(slot) not in self._started, "the slot is leased"
         self._offer(slot)
 
     @asynccontextmanager
-    async def turn(self, cost_s: float, remaining_s: float | None = None) -> AsyncIterator[T]:
-        """A slot for the time of the block; arguments and errors as for `acquire`."""
+    async def lease(self, cost_s: float, remaining_s: float | None = None) -> AsyncIterator[T]:
+        """Leases a slot for the time of the block; arguments and errors as for `acquire`."""
         slot = await self.acquire(cost_s, remaining_s)
         try:
             yield slot
@@ -83,16 +83,16 @@ class WaitingLine(Generic[T]):
             self.release(slot)
 
     async def acquire(self, cost_s: float, remaining_s: float | None = None) -> T:
-        """A slot, to be released by the caller.
+        """Leases a slot, which the caller releases.
 
-        `cost_s` is what the job may take, `remaining_s` how long its caller still waits, None for ever. Raises
-        ResourceExhaustedError at once when the line is full or the wait is estimated to be too long, and later when it
-        has been; UnavailableError when the line is closed.
+        `cost_s` is what the job may take, `remaining_s` how long its caller still waits, None without a limit. Raises
+        ResourceExhaustedError at once when the queue is full or the wait is estimated to be too long, later when it
+        was; UnavailableError when the queue is closed.
         """
         if self._is_closed:
             raise UnavailableError("the sandbox is stopping")
         if self._free:
-            return self._hand_out(self._free.popleft())
+            return self._lease(self._free.popleft())
         loop = asyncio.get_running_loop()
         waiter: _Waiter[T] = _Waiter(self._due(cost_s), loop.create_future())
         self._refuse_hopeless(waiter.due, remaining_s)
@@ -108,21 +108,21 @@ class WaitingLine(Generic[T]):
             timer.cancel()
 
     def release(self, slot: T) -> None:
-        """Ends a turn."""
+        """Ends a lease."""
         seconds = self._clock() - self._started.pop(id(slot))
         known = seconds if self._service_s is None else self._service_s
         self._service_s = known + _SMOOTHING * (seconds - known)
         self._offer(slot)
 
     def estimate_wait_s(self, cost_s: float) -> float:
-        """How long a job that comes now will wait: the mean time of a turn for each job before it, over the slots.
+        """Estimates the wait of a job that comes now: the mean lease for each job before it, over the number of slots.
 
-        0 while no turn has ended yet.
+        0 while no lease has ended yet.
         """
         return 0.0 if self._free else self._estimate_s(self._due(cost_s))
 
     def close(self) -> None:
-        """Refuses all who wait and all who come; slots that are handed out can still be released."""
+        """Refuses waiting and further jobs; leased slots can still be released."""
         self._is_closed = True
         for waiter in self._waiting:
             _refuse(waiter, UnavailableError("the sandbox is stopping"))
@@ -153,7 +153,7 @@ class WaitingLine(Generic[T]):
             _refuse(waiter, self._exhausted(f"no slot was free for {patience_s:.1f} s"))
 
     def _leave(self, waiter: _Waiter[T]) -> None:
-        """For a job that was cancelled while it waited, or just after it was handed a slot."""
+        """Removes a job that was cancelled while it waited, or just after it got a slot."""
         if waiter in self._waiting:
             self._waiting.remove(waiter)
         elif not waiter.slot.cancelled() and waiter.slot.exception() is None:
@@ -165,11 +165,11 @@ class WaitingLine(Generic[T]):
         while self._waiting:
             waiter = self._waiting.pop(0)
             if not waiter.slot.done():  # else it is being cancelled
-                waiter.slot.set_result(self._hand_out(slot))
+                waiter.slot.set_result(self._lease(slot))
                 return
         self._free.append(slot)
 
-    def _hand_out(self, slot: T) -> T:
+    def _lease(self, slot: T) -> T:
         self._started[id(slot)] = self._clock()
         return slot
 

@@ -1,4 +1,4 @@
-"""What the sandbox is asked to run and what it says of it."""
+"""Jobs of the sandbox and their results."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from enum import Enum
 from typing import Any
 
 from perigee.sandbox.compare import Comparison, Tolerance
-from services.sandbox.agent.protocol import BoxLimits
+from services.sandbox.agent.protocol import Limits
 from services.sandbox.languages.catalog import Runtime
 
-How = Comparison | Tolerance
+Comparator = Comparison | Tolerance
 
 
-class Verdict(Enum):
-    """How a run or a test ended; the names are those of the protocol."""
+class Status(Enum):
+    """Status of a run or a test; the names are those of the protocol."""
 
     ACCEPTED = "ACCEPTED"
     WRONG_ANSWER = "WRONG_ANSWER"
@@ -30,7 +30,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file of the working folder, by a path that stays in it."""
+    """File of the working folder, by a path below it."""
 
     path: str
     content: bytes
@@ -39,19 +39,19 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Program:
-    """A source with all that it needs to be compiled and run."""
+    """Source with all that it needs to be compiled and run."""
 
     runtime: Runtime
     source: bytes
-    limits: BoxLimits
-    compile_limits: BoxLimits
+    limits: Limits
+    compile_limits: Limits
     files: Sequence[InputFile] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A program to run once."""
+    """Program to run once."""
 
     program: Program
     stdin: bytes = b""
@@ -62,7 +62,7 @@ class Job:
 
 @dataclass(frozen=True)
 class OutputFile:
-    """A file that a program left; `error` says why there is no content."""
+    """File that a program left; `error` says why there is no content."""
 
     path: str
     content: bytes
@@ -72,7 +72,7 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class CompileReport:
-    """What a compiler said."""
+    """Result of a compilation."""
 
     ok: bool
     exit_code: int
@@ -84,9 +84,9 @@ class CompileReport:
 
 @dataclass(frozen=True)
 class Execution:
-    """How a program's run ended; ACCEPTED stands for an exit code of 0."""
+    """Result of a run; ACCEPTED stands for an exit code of 0."""
 
-    verdict: Verdict
+    status: Status
     exit_code: int = 0
     signal: int = 0
     stdout: bytes = b""
@@ -103,7 +103,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class StdioTest:
-    """Input and the output that is expected for it."""
+    """Input and its expected output."""
 
     stdin: bytes
     expected: bytes
@@ -112,7 +112,7 @@ class StdioTest:
 
 @dataclass(frozen=True)
 class FunctionTest:
-    """Arguments as JSON, and the value that is expected for them."""
+    """Arguments as JSON and the expected result."""
 
     arguments_json: bytes
     expected: Any
@@ -128,7 +128,7 @@ class CodeTest:
 
 @dataclass(frozen=True)
 class InteractiveTest:
-    """What the interactor is given."""
+    """Input and answer that the interactor gets."""
 
     input: bytes
     answer: bytes
@@ -138,8 +138,8 @@ Test = StdioTest | FunctionTest | CodeTest | InteractiveTest
 
 
 @dataclass(frozen=True)
-class Worth:
-    """A test's name and points."""
+class TestWeight:
+    """Name and points of a test."""
 
     name: str = ""
     points: float = 1.0
@@ -147,12 +147,12 @@ class Worth:
 
 @dataclass(frozen=True)
 class Submission:
-    """A program or a function with its tests, all of one kind."""
+    """Program or function with its tests, all of one kind."""
 
     program: Program
     tests: Sequence[Test]
-    worths: Sequence[Worth]
-    how: How
+    weights: Sequence[TestWeight]
+    comparator: Comparator
     function_name: str = ""
     checker: Program | None = None
     interactor: Program | None = None
@@ -161,14 +161,14 @@ class Submission:
 
 
 @dataclass(frozen=True)
-class TestOutcome:
-    """The verdict of one test; `share` of its points is earned."""
+class TestResult:
+    """Result of one test, which earns a `fraction` of its points."""
 
-    verdict: Verdict
+    status: Status
     wall_ms: int = 0
     output: bytes = b""
     reason: str = ""
-    share: float = 0.0
+    fraction: float = 0.0
     cpu_ms: int = 0
     peak_bytes: int = 0
     exit_code: int = 0
@@ -178,12 +178,12 @@ class TestOutcome:
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """The verdicts of all tests."""
+class JudgeResult:
+    """Results of all tests."""
 
-    verdict: Verdict
-    results: Sequence[TestOutcome]
-    worths: Sequence[Worth]
+    status: Status
+    results: Sequence[TestResult]
+    weights: Sequence[TestWeight]
     wall_ms: int = 0
     peak_bytes: int = 0
     compile: CompileReport | None = None
@@ -191,9 +191,9 @@ class Judgement:
     @property
     def points(self) -> float:
         """Points earned."""
-        return sum(result.share * worth.points for result, worth in zip(self.results, self.worths, strict=True))
+        return sum(result.fraction * weight.points for result, weight in zip(self.results, self.weights, strict=True))
 
     @property
     def most_points(self) -> float:
         """Points that could be earned."""
-        return sum(worth.points for worth in self.worths)
+        return sum(weight.points for weight in self.weights)

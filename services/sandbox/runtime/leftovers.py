@@ -1,10 +1,8 @@
-"""Folders that belong to a running service: each is locked for as long as the service lives.
+"""What a service leaves on the machine (control groups, processes, folders), and how it is removed.
 
-A lock ends with the process that holds it, however that ends, and holds across containers, in which the numbers of
-processes mean nothing.
-
-
-What a service leaves on the machine, and how it is removed: control groups, processes, folders."""
+A running service holds a lock on each of its folders. A lock ends with its process, however that ends, and holds across
+containers, in which process ids mean nothing.
+"""
 
 from __future__ import annotations
 
@@ -23,13 +21,13 @@ from services.sandbox.runtime.isolation import Machine
 
 
 def claim(folder: Path) -> int:
-    """Makes a folder and locks it; the descriptor that is returned holds the lock until it is closed."""
+    """Makes a folder and locks it; the returned descriptor holds the lock until it is closed."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = _open(folder)
         except FileNotFoundError:
-            continue  # taken for a leftover before it was locked
+            continue  # removed as a leftover before it was locked
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_at(descriptor, folder):
             return descriptor
@@ -38,7 +36,7 @@ def claim(folder: Path) -> int:
 
 @contextmanager
 def held_if_abandoned(folder: Path) -> Iterator[bool]:
-    """Whether nobody has claimed a folder; if so, nobody can before the block ends."""
+    """Yields whether no running service has claimed a folder; if so, none can before the block ends."""
     try:
         descriptor = _open(folder)
     except FileNotFoundError:
@@ -69,7 +67,7 @@ log = get_logger(__name__)
 
 
 def clear_leftovers(machine: Machine, state: Path) -> None:
-    """Removes the processes, control groups and folders of services that ended without doing so."""
+    """Removes the processes, control groups and folders of services that were killed."""
     if machine.root and machine.cgroups is not None:
         _clear(find_groups(machine.cgroups), remove_group)
     _clear(state.glob("*-*/") if state.exists() else [], shutil.rmtree)
@@ -83,13 +81,13 @@ def _clear(folders: Iterable[Path], remove: Callable[[Path], None]) -> None:
             log.warning("clearing_leftovers", folder=str(folder))
             try:
                 remove(folder)
-            except InternalError as error:  # of another container, whose processes cannot be ended from here
-                log.warning("leftovers_stay", folder=str(folder), reason=error.message)
+            except InternalError as error:  # its processes are in another container, out of reach
+                log.warning("leftovers_not_removed", folder=str(folder), reason=error.message)
 
 
 @asynccontextmanager
 async def own_folders(machine: Machine, state: Path, with_groups: bool) -> AsyncIterator[Path]:
-    """The folder for what exists while the service runs; it and the service's control groups are removed at the end."""
+    """Yields the folder of the running service; it and the service's control groups are removed at the end."""
     folder = state / machine.instance
     groups = group_folders(machine.cgroups, machine.instance) if with_groups and machine.cgroups is not None else []
     claims = [claim(each) for each in (folder, *groups)]

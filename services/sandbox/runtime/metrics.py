@@ -6,28 +6,28 @@ import time
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.sandbox.runtime.jobs import Verdict
+from services.sandbox.runtime.jobs import Status
 
-JOBS = Counter("perigee_sandbox_jobs_total", "Jobs by kind and outcome.", ["kind", "outcome"])
+JOBS = Counter("perigee_sandbox_jobs_total", "Jobs by kind and status.", ["kind", "status"])
 JOB_SECONDS = Histogram(
     "perigee_sandbox_job_seconds",
-    "Time of a job in its slot.",
+    "Time of a job in its slots.",
     ["kind"],
     buckets=(0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
 )
 WAIT_SECONDS = Histogram(
     "perigee_sandbox_wait_seconds",
-    "Time that a job waited for its slot.",
+    "Time that a job waited in the queue.",
     buckets=(0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 30, 60),
 )
-WAITING = Gauge("perigee_sandbox_waiting_jobs", "Jobs that wait for a slot.")
-BUSY = Gauge("perigee_sandbox_busy_slots", "Slots that run a job.")
-REFUSED = Counter("perigee_sandbox_refused_jobs_total", "Jobs that were refused a slot.")
-CLEARED = Counter("perigee_sandbox_places_cleared_total", "Places cleared after a failure or a cancelled job.")
+WAITING = Gauge("perigee_sandbox_waiting_jobs", "Jobs in the queue.")
+BUSY = Gauge("perigee_sandbox_busy_slots", "Pairs of slots that run a job.")
+REFUSED = Counter("perigee_sandbox_refused_jobs_total", "Jobs that the queue refused.")
+CLEARED = Counter("perigee_sandbox_cleared_slots_total", "Slots cleared after a failure or a cancelled job.")
 SESSIONS = Gauge("perigee_sandbox_sessions", "Sessions that are open.")
 
 
-def count(kind: str, verdict: Verdict, started: float) -> None:
+def count(kind: str, status: Status, started: float) -> None:
     """Counts a job that began at `started`, monotonic seconds."""
-    JOBS.labels(kind, verdict.name).inc()
+    JOBS.labels(kind, status.name).inc()
     JOB_SECONDS.labels(kind).observe(time.monotonic() - started)

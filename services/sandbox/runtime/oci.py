@@ -1,8 +1,4 @@
-"""What a container runtime is to the sandbox: a command that runs a bundle, and the bundle itself (OCI runtime
-specification 1.0.2).
-
-
-crun, with its own control groups off: the launcher's is where the container lives."""
+"""Container runtimes: the command that runs a bundle, and the bundle itself (OCI runtime specification 1.0.2)."""
 
 from __future__ import annotations
 
@@ -19,11 +15,11 @@ _DEV_OPTIONS = ["nosuid", "noexec", "size=64k", "mode=755"]
 
 
 class OciRuntime(ABC):
-    """A container runtime; a file per implementation.
+    """Container runtime.
 
-    The slot's launcher, already in the slot's control group, starts it with the bundle's folder and the container's
-    name. The job's limits are that group's, the process's own, and those of its mounts; nothing is left to the runtime
-    but namespaces, mounts and the drop of all privileges.
+    The launcher of a slot, already in the slot's control group, starts it with the bundle's folder and the container's
+    name. Limits are those of the group, the process and its mounts; the runtime makes namespaces and mounts and drops
+    all privileges.
     """
 
     name: ClassVar[str]
@@ -32,33 +28,31 @@ class OciRuntime(ABC):
     @property
     @abstractmethod
     def executable(self) -> str:
-        """The program that must be installed."""
+        """Name of the program that must be installed."""
 
     @abstractmethod
     def run_command(self, folder: Path) -> list[str]:
-        """The command that runs a container of the bundle in `folder` in the foreground; `--preserve-fds N NAME` is
-        appended.
-        """
+        """Returns the command that runs the bundle in `folder` in the foreground; options and name follow."""
 
     def state_path(self, folder: Path) -> Path:
-        """Where the runtime keeps a folder per container."""
+        """Returns the folder in which the runtime keeps its state of containers."""
         return folder / "containers"
 
     def log_path(self, folder: Path) -> Path:
-        """Where the runtime says why it failed; its standard error is the job's."""
+        """Returns the file to which the runtime logs errors; its standard error is the job's."""
         return folder / "runtime.log"
 
     def hidden_mounts(self, host: CgroupHost) -> tuple[str, ...]:
-        """Control group mounts that the runtime must not see."""
+        """Returns control group mounts that the runtime must not see."""
         return ()
 
     def find(self) -> str | None:
-        """The path of the executable, None when it is not installed."""
+        """Returns the path of the executable; None when it is not installed."""
         return shutil.which(self.executable)
 
     def bundle(self, environment: dict[str, str]) -> dict[str, Any]:
-        """What all containers of a slot have in common; root, arguments, limits and the job's own mounts are added for
-        each.
+        """Returns the configuration that all containers of a slot share; root, arguments and the job's mounts are
+        added.
         """
         return {
             "ociVersion": "1.0.2",
@@ -85,23 +79,23 @@ class OciRuntime(ABC):
 
 
 class Crun(OciRuntime):
-    """`crun run` in the foreground."""
+    """crun, run in the foreground without control groups of its own."""
 
     name: ClassVar[str] = "crun"
     debian_package: ClassVar[str] = "crun"
 
     @property
     def executable(self) -> str:
-        """As Debian names it."""
+        """Name of the program."""
         return "crun"
 
     def run_command(self, folder: Path) -> list[str]:
-        """Everything but the container's name."""
+        """Returns everything but the container's name."""
         path = self.find()
         assert path is not None
         state, log = str(self.state_path(folder)), f"file:{self.log_path(folder)}"
         return [path, "--root", state, "--cgroup-manager", "disabled", "--log", log, "run", "--bundle", str(folder)]
 
     def hidden_mounts(self, host: CgroupHost) -> tuple[str, ...]:
-        """crun refuses hosts that have cgroup v1 and v2 side by side."""
+        """Returns v2 mounts beside v1 ones, with which crun refuses to run."""
         return host.hybrid

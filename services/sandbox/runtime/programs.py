@@ -1,6 +1,6 @@
-"""A program in an open box: compiled where its language needs it, and run as often as wanted.
-
-Runs programs once, whole or with their output as it is written."""
+"""Programs in open sandboxes: compiled when their language needs it, run once or often, with their output as it is
+written.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from services.sandbox.agent.archive import Parcel, encode_parcel
-from services.sandbox.agent.protocol import BoxLimits, Order, Outcome, memory_file
+from services.sandbox.agent.archive import Archive, encode_archive
+from services.sandbox.agent.protocol import Limits, RunRequest, RunResult, memory_file
 from services.sandbox.runtime import metrics
-from services.sandbox.runtime.helper_process import BoxFailedError
-from services.sandbox.runtime.jobs import CompileReport, Execution, InputFile, Job, OutputFile, Program, Verdict
+from services.sandbox.runtime.helper_process import SandboxFailedError
+from services.sandbox.runtime.jobs import CompileReport, Execution, InputFile, Job, OutputFile, Program, Status
 from services.sandbox.runtime.pool import Pool
-from services.sandbox.runtime.sandboxes import Box, Opener
-from services.sandbox.runtime.worker_slots import Place
+from services.sandbox.runtime.sandboxes import Sandbox, SandboxFactory
+from services.sandbox.runtime.worker_slots import WorkerSlot
 
 COMPILER_BYTES = 65536
 
 
 @dataclass(frozen=True)
 class Streams:
-    """Descriptors of a run's standard streams; files in memory, or pipes to another box."""
+    """Descriptors of a run's standard streams: files in memory, or pipes to another sandbox."""
 
     stdin: int
     stdout: int
@@ -36,7 +36,7 @@ class Streams:
 
 @contextmanager
 def opened(*contents: bytes) -> Iterator[list[int]]:
-    """Files in memory, closed at the end of the block."""
+    """Yields files in memory, closed at the end of the block."""
     descriptors: list[int] = []
     try:
         for content in contents:
@@ -49,56 +49,56 @@ def opened(*contents: bytes) -> Iterator[list[int]]:
 
 @contextmanager
 def memory_streams(stdin: bytes) -> Iterator[Streams]:
-    """Standard streams in memory."""
+    """Yields standard streams in memory."""
     with opened(stdin, b"", b"") as (first, second, third):
         yield Streams(first, second, third)
 
 
 class LoadedProgram:
-    """Runs a program in a box, in which its files are laid down and what its compiler made of them is kept."""
+    """Program in a sandbox that keeps its files, and what its compiler made of them, from run to run."""
 
-    def __init__(self, program: Program, box: Box, forks: bool) -> None:
+    def __init__(self, program: Program, sandbox: Sandbox, forks: bool) -> None:
         self.program = program
-        self.box = box
+        self.sandbox = sandbox
         self.compile_report: CompileReport | None = None
         self._in_container = not forks
-        self._begun = False
+        self._is_loaded = False
 
     async def load(self) -> bool:
-        """Lays down the files and compiles; whether the program can be run. For Python, compiling is part of a run."""
+        """Unpacks the files and compiles; returns whether the program can run. Python is compiled in each run."""
         runtime = self.program.runtime
         if self._in_container or runtime.python is None:
-            await self.begin()
+            await self.send_files()
         if runtime.config.compile:
             self.compile_report = await self._compile()
             return self.compile_report.ok
         return True
 
-    async def begin(self) -> None:
-        """Lays down the files alone."""
+    async def send_files(self) -> None:
+        """Hands over the files without compiling."""
         program = self.program
         files: list[InputFile] = []
-        if program.runtime.python is None:  # Python's modes bring the files of each run with it
+        if program.runtime.python is None:  # modes of Python get the files with each run
             files = [*program.files, InputFile(program.runtime.config.source, program.source)]
         header = {
             "root_name": program.runtime.name,
-            "root": program.runtime.root_options([self.box.place.uid]),
+            "root": program.runtime.root_options([self.sandbox.slot.uid]),
             "kept_bytes": program.compile_limits.file_bytes if program.runtime.config.compile else 0,
         }
-        await self.box.begin(header, pack_files(files))
-        self._begun = True
+        await self.sandbox.load(header, pack_files(files))
+        self._is_loaded = True
 
     async def _compile(self) -> CompileReport:
         runtime, limits = self.program.runtime, self.program.compile_limits
         command = runtime.command(runtime.config.compile, limits.memory_bytes)
-        order = Order("exec", limits, command, self._environment(), keep=True)
+        request = RunRequest("exec", limits, command, self._environment(), keep=True)
         with memory_streams(b"") as streams:
-            ended = await self.box.run(order, [streams.stdin, streams.stdout, streams.stderr])
-            outcome = ended.outcome
+            ended = await self.sandbox.run(request, [streams.stdin, streams.stdout, streams.stderr])
+            outcome = ended.result
             check_started(outcome, command)
             stdout, stderr = (os.pread(file, COMPILER_BYTES, 0) for file in (streams.stdout, streams.stderr))
         ok = outcome.stop is None and outcome.exit_code == 0
-        reason = "" if ok else explain(outcome, limits) or f"the compiler ended with {last_words(outcome)}"
+        reason = "" if ok else explain(outcome, limits) or f"the compiler ended with {describe_exit(outcome)}"
         exit_code = -1 if outcome.exit_code is None else outcome.exit_code
         return CompileReport(ok, exit_code, stdout, stderr, outcome.wall_ms, reason)
 
@@ -109,34 +109,37 @@ class LoadedProgram:
         files: Sequence[InputFile] = (),
         collect: Sequence[str] = (),
         collect_bytes: int = 0,
-    ) -> tuple[Outcome, list[OutputFile]]:
-        """Runs the program once, with files for this run alone. A Python source that does not compile sets
-        `compile_report`.
+    ) -> tuple[RunResult, list[OutputFile]]:
+        """Runs the program once, with `files` for this run alone.
+
+        A Python source that does not compile sets `compile_report`.
         """
         runtime, limits = self.program.runtime, self.program.limits
         standard = [streams.stdin, streams.stdout, streams.stderr]
         if runtime.python is None:
             command = [*runtime.command(runtime.config.run, limits.memory_bytes), *arguments]
-            order = self._order("exec", command, collect=collect, collect_bytes=collect_bytes, brings_files=bool(files))
+            request = self._request(
+                "exec", command, collect=collect, collect_bytes=collect_bytes, brings_files=bool(files)
+            )
             with opened(*([pack_files(files)] if files else [])) as brought:
-                ended = await self.box.run(order, [*standard, *brought])
-            check_started(ended.outcome, command)
-            return ended.outcome, unpack_files(ended.files)
-        order = self._order("program", collect=collect, collect_bytes=collect_bytes)
+                ended = await self.sandbox.run(request, [*standard, *brought])
+            check_started(ended.result, command)
+            return ended.result, unpack_files(ended.files)
+        request = self._request("program", collect=collect, collect_bytes=collect_bytes)
         header = {"main": runtime.config.source, "arguments": list(arguments)}
-        with opened(b"", self.parcel(header, [self.program.source], files)) as (report, parcel):
-            ended = await self.box.run(order, [*standard, report, parcel])
+        with opened(b"", self.archive(header, [self.program.source], files)) as (report, archive):
+            ended = await self.sandbox.run(request, [*standard, report, archive])
             if os.fstat(report).st_size:
-                words = os.pread(report, COMPILER_BYTES, 0)
-                self.compile_report = CompileReport(False, 1, b"", words, ended.outcome.wall_ms)
-        return ended.outcome, unpack_files(ended.files)
+                message = os.pread(report, COMPILER_BYTES, 0)
+                self.compile_report = CompileReport(False, 1, b"", message, ended.result.wall_ms)
+        return ended.result, unpack_files(ended.files)
 
-    async def run_mode(self, mode: str, descriptors: list[int], **fields: Any) -> Outcome:
-        """Runs one of Python's modes; `descriptors` end with the parcel."""
-        return (await self.box.run(self._order(mode, **fields), descriptors)).outcome
+    async def run_mode(self, mode: str, descriptors: list[int], **fields: Any) -> RunResult:
+        """Runs one of Python's modes; the last of `descriptors` is the archive."""
+        return (await self.sandbox.run(self._request(mode, **fields), descriptors)).result
 
-    def parcel(self, header: dict[str, Any], blobs: Sequence[bytes], extra: Sequence[InputFile] = ()) -> bytes:
-        """A job of one of Python's modes: its own blobs, then the files that it finds in the working folder."""
+    def archive(self, header: dict[str, Any], blobs: Sequence[bytes], extra: Sequence[InputFile] = ()) -> bytes:
+        """Returns the archive for one of Python's modes: its own blobs, then the files of the working folder."""
         files = [*self.program.files, *extra]
         if header.get("main"):
             files.append(InputFile(self.program.runtime.config.source, self.program.source))
@@ -147,69 +150,69 @@ class LoadedProgram:
             "paths": [file.path for file in files],
             "executable": [file.executable for file in files],
         }
-        return encode_parcel(fields, [*blobs, *(file.content for file in files)])
+        return encode_archive(fields, [*blobs, *(file.content for file in files)])
 
-    def _order(self, mode: str, command: Sequence[str] = (), **fields: Any) -> Order:
+    def _request(self, mode: str, command: Sequence[str] = (), **fields: Any) -> RunRequest:
         runtime = self.program.runtime
         if self._in_container and mode != "exec":
             command = runtime.python_command()
         limits = fields.pop("limits", self.program.limits)
         collect = list(fields.pop("collect", ()))
-        # the keeper of warm Python hears orders, and the next programs are its forks: variables come in the parcel
+        # the job supervisor, of which later programs are forks, sees requests: variables go into the archive
         environment = self._environment() if self._in_container or mode == "exec" else {}
-        return Order(mode, limits, list(command), environment, collect=collect, **fields)
+        return RunRequest(mode, limits, list(command), environment, collect=collect, **fields)
 
     def _environment(self) -> dict[str, str]:
         return {**self.program.runtime.environment, **self.program.environment}
 
     def unload(self) -> None:
-        """Takes the files out of a box that keeps them."""
-        if self._begun and not self.box.broken:
-            self.box.end()
+        """Removes the files from a sandbox that keeps them."""
+        if self._is_loaded and not self.sandbox.broken:
+            self.sandbox.unload()
 
 
 @asynccontextmanager
-async def open_program(opener: Opener, program: Program, place: Place) -> AsyncIterator[LoadedProgram]:
-    """A program in a box of its own, not loaded yet."""
-    async with opener.open(program.runtime, place) as box:
-        loaded = LoadedProgram(program, box, opener.forks(program.runtime))
+async def open_program(factory: SandboxFactory, program: Program, slot: WorkerSlot) -> AsyncIterator[LoadedProgram]:
+    """Yields a program in a sandbox of its own, not loaded yet."""
+    async with factory.open(program.runtime, slot) as sandbox:
+        loaded = LoadedProgram(program, sandbox, factory.forks(program.runtime))
         try:
-            await place.make_room(program.limits.memory_bytes)
+            await slot.reclaim_memory(program.limits.memory_bytes)
             yield loaded
         except BaseException:
-            box.broken = True
+            sandbox.broken = True
             raise
         try:
             loaded.unload()
-        except BoxFailedError:  # what the job gave is known already; the box is thrown away
-            box.broken = True
+        except SandboxFailedError:  # the result is known already; the sandbox is thrown away
+            sandbox.broken = True
 
 
 def pack_files(files: Sequence[InputFile]) -> bytes:
-    """A parcel of files."""
+    """Packs files into an archive."""
     header = {"paths": [file.path for file in files], "executable": [file.executable for file in files]}
-    return encode_parcel(header, [file.content for file in files])
+    return encode_archive(header, [file.content for file in files])
 
 
-def unpack_files(parcel: Parcel | None) -> list[OutputFile]:
-    """The files that were collected, in the order in which they were asked for."""
-    if parcel is None:
+def unpack_files(archive: Archive | None) -> list[OutputFile]:
+    """Returns the collected files in the order in which they were asked for."""
+    if archive is None:
         return []
-    entries = parcel.header["files"]
+    entries = archive.header["files"]
     return [
         OutputFile(entry["path"], content, entry["truncated"], entry["error"])
-        for entry, content in zip(entries, parcel.blobs, strict=True)
+        for entry, content in zip(entries, archive.blobs, strict=True)
     ]
 
 
-def check_started(outcome: Outcome, command: Sequence[str]) -> None:
-    """Raises BoxFailedError when a command of the runtime's description could not be executed."""
+def check_started(outcome: RunResult, command: Sequence[str]) -> None:
+    """Raises SandboxFailedError when a command of the runtime's description could not be executed."""
     if outcome.start_error:
-        raise BoxFailedError(f"{command[0]} cannot be executed: {os.strerror(outcome.start_error)}")
+        raise SandboxFailedError(f"{command[0]} cannot be executed: {os.strerror(outcome.start_error)}")
 
 
-def explain(outcome: Outcome, limits: BoxLimits) -> str:
-    """The limit that ended a process, in words; empty when none did."""
+def explain(outcome: RunResult, limits: Limits) -> str:
+    """Names the limit that ended a process; empty when none did."""
     return {
         "wall": f"wall-clock limit of {limits.wall_ms} ms",
         "cpu": f"CPU limit of {limits.cpu_ms} ms",
@@ -218,73 +221,73 @@ def explain(outcome: Outcome, limits: BoxLimits) -> str:
     }.get(outcome.stop or "", "")
 
 
-def last_words(outcome: Outcome) -> str:
-    """Exit code or signal, in words."""
+def describe_exit(outcome: RunResult) -> str:
+    """Names the exit code or the signal of a process."""
     return f"signal {outcome.signal}" if outcome.signal else f"exit code {outcome.exit_code}"
 
 
 _STREAM_TICK_S = 0.02
 _STREAM_CHUNK_BYTES = 1 << 20
-_VERDICT_BY_STOP = {
-    "wall": Verdict.TIME_LIMIT,
-    "cpu": Verdict.TIME_LIMIT,
-    "memory": Verdict.MEMORY_LIMIT,
-    "output": Verdict.OUTPUT_LIMIT,
-    "died": Verdict.RUNTIME_ERROR,
-    "told": Verdict.RUNTIME_ERROR,
+_STATUS_BY_STOP = {
+    "wall": Status.TIME_LIMIT,
+    "cpu": Status.TIME_LIMIT,
+    "memory": Status.MEMORY_LIMIT,
+    "output": Status.OUTPUT_LIMIT,
+    "exited": Status.RUNTIME_ERROR,
+    "stopped": Status.RUNTIME_ERROR,
 }
 
 
 async def execute(
     pool: Pool, job: Job, remaining_s: float | None = None, on_start: Callable[[Streams], None] | None = None
 ) -> Execution:
-    """Compiles and runs a program; the box's own failures come back as INFRA_ERROR.
+    """Compiles and runs a program; failures of the sandbox come back as INFRA_ERROR.
 
-    Raises ResourceExhaustedError when the job cannot have a slot in time.
+    Raises ResourceExhaustedError when no slot is free in time.
     """
     program = job.program
     cost_s = (program.limits.wall_ms + (program.compile_limits.wall_ms if program.runtime.config.compile else 0)) / 1000
-    async with pool.take(cost_s, remaining_s) as slot:
+    async with pool.lease(cost_s, remaining_s) as pair:
         started = time.monotonic()
         try:
-            execution = await _execute(pool, job, slot.program, on_start)
-        except BoxFailedError as error:
-            execution = Execution(Verdict.INFRA_ERROR, -1, reason=error.message)
-    metrics.count("execute", execution.verdict, started)
+            execution = await _execute(pool, job, pair.program, on_start)
+        except SandboxFailedError as error:
+            execution = Execution(Status.INFRA_ERROR, -1, reason=error.message)
+    metrics.count("execute", execution.status, started)
     return execution
 
 
-async def _execute(pool: Pool, job: Job, place: Place, on_start: Callable[[Streams], None] | None) -> Execution:
+async def _execute(pool: Pool, job: Job, slot: WorkerSlot, on_start: Callable[[Streams], None] | None) -> Execution:
     program = job.program
-    async with open_program(pool.opener, program, place) as loaded:
+    async with open_program(pool.factory, program, slot) as loaded:
         if not await loaded.load():
             assert loaded.compile_report is not None
-            return uncompiled(loaded.compile_report)
+            return compile_failure(loaded.compile_report)
         with memory_streams(job.stdin) as streams:
             if on_start is not None:
                 on_start(streams)
             outcome, files = await loaded.run(streams, job.arguments, (), job.output_files, job.most_output_file_bytes)
             if loaded.compile_report is not None and not loaded.compile_report.ok:
-                return uncompiled(loaded.compile_report)
+                return compile_failure(loaded.compile_report)
             execution = read_execution(outcome, streams, program.limits)
     return dataclasses.replace(execution, compile=loaded.compile_report, files=files)
 
 
-def uncompiled(report: CompileReport) -> Execution:
-    """The execution of a program that did not compile."""
-    verdict = Verdict.COMPILE_ERROR
-    return Execution(verdict, report.exit_code, reason=report.reason or "the source does not compile", compile=report)
+def compile_failure(report: CompileReport) -> Execution:
+    """Returns the result of a program that did not compile."""
+    status = Status.COMPILE_ERROR
+    return Execution(status, report.exit_code, reason=report.reason or "the source does not compile", compile=report)
 
 
-def read_execution(outcome: Outcome, streams: Streams, limits: BoxLimits) -> Execution:
-    """What became of a run whose streams are in memory."""
+def read_execution(outcome: RunResult, streams: Streams, limits: Limits) -> Execution:
+    """Returns the result of a run whose streams are in memory."""
     (stdout, stdout_cut), (stderr, stderr_cut) = (
         read_output(file, limits.output_bytes) for file in (streams.stdout, streams.stderr)
     )
     if outcome.stop is None and (stdout_cut or stderr_cut):
         outcome = dataclasses.replace(outcome, stop="output")
     return Execution(
-        verdict=read_verdict(outcome),
+        status=status_of_run(outcome),
         exit_code=-1 if outcome.exit_code is None else outcome.exit_code,
         signal=outcome.signal,
         stdout=stdout,
@@ -298,21 +301,21 @@ def read_execution(outcome: Outcome, streams: Streams, limits: BoxLimits) -> Exe
     )
 
 
-def read_verdict(outcome: Outcome) -> Verdict:
-    """The verdict of a process that nothing was expected of but to end well."""
+def status_of_run(outcome: RunResult) -> Status:
+    """Returns the status of a run of which nothing is expected but an exit code of 0."""
     if outcome.stop is not None:
-        return _VERDICT_BY_STOP[outcome.stop]
-    return Verdict.ACCEPTED if outcome.exit_code == 0 else Verdict.RUNTIME_ERROR
+        return _STATUS_BY_STOP[outcome.stop]
+    return Status.ACCEPTED if outcome.exit_code == 0 else Status.RUNTIME_ERROR
 
 
 def read_output(file: int, most_bytes: int) -> tuple[bytes, bool]:
-    """An output in memory, cut, and whether it was."""
+    """Reads an output in memory up to `most_bytes`; returns it and whether it was cut."""
     return os.pread(file, most_bytes, 0), os.fstat(file).st_size > most_bytes
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """Output of a running program."""
+class OutputChunk:
+    """Part of the output of a running program."""
 
     stream: str
     content: bytes
@@ -320,21 +323,21 @@ class Piece:
 
 async def execute_stream(
     pool: Pool, job: Job, remaining_s: float | None = None
-) -> AsyncGenerator[Piece | Execution, None]:
-    """Pieces of the output as they are written, then the execution; leaving the iteration ends the program."""
+) -> AsyncGenerator[OutputChunk | Execution, None]:
+    """Yields the output as it is written, then the result; leaving the iteration ends the program."""
     taps: dict[str, int] = {}
     sent = {"stdout": 0, "stderr": 0}
 
     def tap(streams: Streams) -> None:
-        # descriptors of our own: the run closes its ones when it ends
+        # copies: the run closes its descriptors when it ends
         taps.update(stdout=os.dup(streams.stdout), stderr=os.dup(streams.stderr))
 
     task = asyncio.create_task(execute(pool, job, remaining_s, tap))
     try:
         while not task.done():
             await asyncio.wait([task], timeout=_STREAM_TICK_S)
-            for piece in read_pieces(taps, sent, job.program.limits.output_bytes):
-                yield piece
+            for chunk in read_chunks(taps, sent, job.program.limits.output_bytes):
+                yield chunk
         execution = await task
         yield dataclasses.replace(execution, stdout=b"", stderr=b"")
     finally:
@@ -346,13 +349,13 @@ async def execute_stream(
                 os.close(descriptor)
 
 
-def read_pieces(taps: dict[str, int], sent: dict[str, int], most_bytes: int) -> list[Piece]:
-    """What was written since the last look, up to the limit, in pieces that fit into a message."""
-    pieces = []
+def read_chunks(taps: dict[str, int], sent: dict[str, int], most_bytes: int) -> list[OutputChunk]:
+    """Reads what was written since the last call, up to the limit, in chunks that fit into a message."""
+    chunks = []
     for name, descriptor in taps.items():
         end = min(os.fstat(descriptor).st_size, most_bytes)
         while sent[name] < end:
             content = os.pread(descriptor, min(_STREAM_CHUNK_BYTES, end - sent[name]), sent[name])
             sent[name] += len(content)
-            pieces.append(Piece(name, content))
-    return pieces
+            chunks.append(OutputChunk(name, content))
+    return chunks

@@ -1,10 +1,8 @@
-"""An open box: runs the orders of one job, one after another, and hands back what the box tells.
+"""Sandboxes: the service's end of one, the processes that make them, and the factory that opens them in worker slots.
 
-The warm interpreters, one per runtime, started when they are first needed; each forks a keeper for every place.
-
-The launchers of containers, one per place, started when they are first needed.
-
-A slot: where one job runs at a time, in a place for the program and one beside it for whoever judges it."""
+A zygote (a warm interpreter, one for each runtime) forks a job supervisor for every slot; a launcher, one for each
+slot, runs containers. Both kinds of process start when they are first needed.
+"""
 
 from __future__ import annotations
 
@@ -21,16 +19,16 @@ from pathlib import Path
 from typing import Any
 
 from services.kit.telemetry import get_logger
-from services.sandbox.agent.archive import Parcel, read_parcel
-from services.sandbox.agent.protocol import ENVIRONMENT, Order, Outcome, memory_file
+from services.sandbox.agent.archive import Archive, read_archive
+from services.sandbox.agent.protocol import ENVIRONMENT, RunRequest, RunResult, memory_file
 from services.sandbox.agent.root import OWN_FOLDER
 from services.sandbox.languages.catalog import Runtime, find_python
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import CgroupHost
 from services.sandbox.runtime.helper_process import (
     AGENT,
-    Attendant,
-    BoxFailedError,
+    HelperProcess,
+    SandboxFailedError,
     finish,
     receive,
     receive_at_once,
@@ -38,58 +36,61 @@ from services.sandbox.runtime.helper_process import (
 )
 from services.sandbox.runtime.isolation import Isolation
 from services.sandbox.runtime.oci import OciRuntime
-from services.sandbox.runtime.worker_slots import Place
+from services.sandbox.runtime.worker_slots import WorkerSlot
+
+log = get_logger(__name__)
 
 _ANSWER_S = 30.0
 _GRACE_S = 15.0
+_SETTLE_S = 30.0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended, and the files that were collected after it."""
+    """How a process ended, and the files that it left."""
 
-    outcome: Outcome
-    files: Parcel | None = None
+    result: RunResult
+    files: Archive | None = None
 
 
-class Box:
-    """The service's end of a box; whoever opened it closes it."""
+class Sandbox:
+    """Service's end of a sandbox: runs the processes of one job, one after another."""
 
-    def __init__(self, channel: socket.socket, place: Place, home: str = "") -> None:
+    def __init__(self, channel: socket.socket, slot: WorkerSlot, home: str = "") -> None:
         self.channel = channel
-        self.place = place
+        self.slot = slot
         self._home = home
         self._prepared: tuple[int, int] | None = None
-        """Space of a program that waits for its order, and the descriptor by which it takes it."""
+        """Space of the process that waits for a request, and the descriptor on which it receives it."""
         self.broken = False
-        """Whether the box must not be used again."""
+        """Whether the sandbox must not be used again."""
         self._running = False
-        self._collected: asyncio.Future[Parcel] | None = None
+        self._collected: asyncio.Future[Archive] | None = None
 
-    async def run(self, order: Order, descriptors: list[int]) -> Ended:
-        """Runs a process to its end. Being cancelled ends it; raises BoxFailedError when the box breaks."""
-        self.place.limit(order.limits.memory_bytes, order.limits.processes)
-        kills_before = self.place.oom_kills()
-        runs_s = max(1, order.answers) * order.limits.wall_ms / 1000
+    async def run(self, request: RunRequest, descriptors: list[int]) -> Ended:
+        """Runs a process to its end; cancellation ends it. Raises SandboxFailedError when the sandbox breaks."""
+        self.slot.limit(request.limits.memory_bytes, request.limits.processes)
+        kills_before = self.slot.oom_kills()
+        runs_s = max(1, request.answers) * request.limits.wall_ms / 1000
         try:
             async with asyncio.timeout(runs_s + _GRACE_S):
-                return await self._run(order, descriptors)
-        except BoxFailedError as error:
+                return await self._run(request, descriptors)
+        except SandboxFailedError as error:
             self.broken = True
-            if self.place.oom_kills() == kills_before:
-                raise BoxFailedError(f"{self.place.name}: {error.message}") from error
-            return Ended(Outcome("memory", None, 9, peak_bytes=order.limits.memory_bytes))
+            if self.slot.oom_kills() == kills_before:
+                raise SandboxFailedError(f"{self.slot.name}: {error.message}") from error
+            return Ended(RunResult("memory", None, 9, peak_bytes=request.limits.memory_bytes))
         except TimeoutError as error:
             self.broken = True
-            raise BoxFailedError(f"{self.place.name} overran the limits of its job") from error
+            raise SandboxFailedError(f"{self.slot.name} overran the limits of its job") from error
         except BaseException:
             self.broken = True
             raise
 
-    async def _run(self, order: Order, descriptors: list[int]) -> Ended:
-        header = order.to_header()
-        prepared = self._take_prepared(order)
-        if prepared is not None:  # the keeper hears of it at the same time, and only watches
+    async def _run(self, request: RunRequest, descriptors: list[int]) -> Ended:
+        header = request.to_header()
+        prepared = self._take_prepared(request)
+        if prepared is not None:  # the job supervisor gets it, too, and only watches
             with socket.socket(fileno=prepared) as program:
                 send(program, header, descriptors)
             header["begun"] = True
@@ -99,32 +100,36 @@ class Box:
             while True:
                 message = await receive(self.channel)
                 if message.header["kind"] == "collected":
-                    self._hand_over(message.descriptors)
+                    self._set_collected(message.descriptors)
                     continue
-                if message.header["kind"] == "prepared":  # of the program that runs already
+                if message.header["kind"] == "prepared":  # the process that runs already
                     message.close()
                     continue
                 fields = {name: value for name, value in message.header.items() if name != "kind"}
                 try:
-                    files = read_parcel(message.descriptors[0]) if message.descriptors else None
+                    files = read_archive(message.descriptors[0]) if message.descriptors else None
                 finally:
                     message.close()
-                return Ended(Outcome(**fields), files)
+                return Ended(RunResult(**fields), files)
         finally:
             self._running = False
             if self._collected is not None and not self._collected.done():
-                self._collected.set_exception(BoxFailedError("the process has ended before its files were collected"))
+                self._collected.set_exception(
+                    SandboxFailedError("the process has ended before its files were collected")
+                )
 
-    def _take_prepared(self, order: Order) -> int | None:
-        """The descriptor of a program that was prepared for such an order; the caller closes it."""
+    def _take_prepared(self, request: RunRequest) -> int | None:
+        """Returns the descriptor of a process that was prepared for such a request, for the caller to close; None
+        without one.
+        """
         while (message := receive_at_once(self.channel)) is not None:
             self._drop_prepared()
             self._prepared = (message.header["space_bytes"], message.descriptors[0])
         if self._prepared is None:
             return None
         space_bytes, descriptor = self._prepared
-        fits = space_bytes == order.limits.file_bytes and not order.answers and not order.brings_files
-        if not fits:
+        is_fit = space_bytes == request.limits.file_bytes and not request.answers and not request.brings_files
+        if not is_fit:
             self._drop_prepared()
             return None
         self._prepared = None
@@ -135,34 +140,34 @@ class Box:
             os.close(self._prepared[1])
             self._prepared = None
 
-    def _hand_over(self, descriptors: list[int]) -> None:
-        parcel = read_parcel(descriptors[0])
+    def _set_collected(self, descriptors: list[int]) -> None:
+        archive = read_archive(descriptors[0])
         os.close(descriptors[0])
         if self._collected is not None and not self._collected.done():
-            self._collected.set_result(parcel)
+            self._collected.set_result(archive)
 
     def close(self) -> None:
-        """Lets go of a box that ends with its job."""
+        """Closes the sandbox and removes its folder."""
         self._drop_prepared()
         self.channel.close()
         if self._home:
             shutil.rmtree(self._home, ignore_errors=True)
 
-    async def dismiss(self) -> None:
-        """Has the keeper end, and waits until it has: what it still does is charged to its place."""
+    async def end_supervisor(self) -> None:
+        """Ends the job supervisor and waits for it: what it still does is charged to its slot."""
         try:
             self._drop_prepared()
             self.channel.shutdown(socket.SHUT_WR)
             async with asyncio.timeout(_ANSWER_S):
                 while True:
                     (await receive(self.channel)).close()
-        except (BoxFailedError, OSError):  # it has ended
+        except (SandboxFailedError, OSError):  # it has ended
             return
         finally:
             self.close()
 
     def stop(self) -> None:
-        """Ends the process that runs now; its outcome follows."""
+        """Ends the process that runs now; `run` then returns."""
         if self._running:
             send(self.channel, {"kind": "stop"}, [])
 
@@ -170,103 +175,100 @@ class Box:
         """Sends SIGINT to the process that runs now."""
         send(self.channel, {"kind": "interrupt"}, [])
 
-    async def collect(self, paths: list[str], most_bytes: int) -> Parcel:
-        """Files of the process that runs now; raises BoxFailedError when it ends before they are there."""
+    async def collect(self, paths: list[str], most_bytes: int) -> Archive:
+        """Returns files of the process that runs now; raises SandboxFailedError when it ends before they are read."""
         if not self._running:
-            raise BoxFailedError("no process runs whose files could be collected")
+            raise SandboxFailedError("no process runs whose files could be collected")
         send(self.channel, {"kind": "collect", "paths": paths, "bytes": most_bytes}, [])
         self._collected = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(_ANSWER_S):
                 return await self._collected
         except TimeoutError as error:
-            raise BoxFailedError(f"the files of {self.place.name} are not handed over") from error
+            raise SandboxFailedError(f"the files of {self.slot.name} are not read within {_ANSWER_S:g} s") from error
         finally:
             self._collected = None
 
-    async def begin(self, header: dict[str, Any], files: bytes) -> None:
-        """Lays down a parcel with the files of a job; for boxes that keep them from run to run."""
-        parcel = memory_file(files)
+    async def load(self, header: dict[str, Any], files: bytes) -> None:
+        """Hands over an archive with the job's files, which a container has in each of its runs."""
+        archive = memory_file(files)
         try:
-            send(self.channel, {"kind": "begin", **header}, [parcel])
+            send(self.channel, {"kind": "load", **header}, [archive])
         finally:
-            os.close(parcel)
+            os.close(archive)
 
-    def end(self) -> None:
-        """Has the files of the job taken away before the next job's come."""
-        send(self.channel, {"kind": "end"}, [])
+    def unload(self) -> None:
+        """Removes the job's files."""
+        send(self.channel, {"kind": "unload"}, [])
 
 
-def has_ended(box: Box) -> bool:
-    """Whether a box that waits for its job is gone already."""
+def has_ended(sandbox: Sandbox) -> bool:
+    """Returns whether the other end is gone."""
     poller = select.poll()
-    poller.register(box.channel, 0)  # POLLHUP and POLLERR are always told
+    poller.register(sandbox.channel, 0)  # POLLHUP and POLLERR are always reported
     return bool(poller.poll(0))
 
 
-log = get_logger(__name__)
-
-
 class Zygotes:
-    """Forks keepers; a zygote that has ended is started again for the next one."""
+    """Zygotes by runtime; one that has ended is started again when it is needed."""
 
     def __init__(self, folder: Path, init: Path | None, uids: Sequence[int], isolated: bool) -> None:
         self._folder = folder
         self._init = init
         self._uids = uids
         self._isolated = isolated
-        self._attendants: dict[str, Attendant] = {}
+        self._processes: dict[str, HelperProcess] = {}
         self._starting: dict[str, asyncio.Lock] = {}
         self._homes = 0
 
-    async def fork(self, runtime: Runtime, place: Place) -> Box:
-        """The keeper of a place; raises BoxFailedError when the zygote does not start."""
-        attendant = self._attendants.get(runtime.name)
-        if attendant is None or not attendant.running:
-            attendant = await self._start(runtime)
-        return self._fork(attendant, place)
+    async def fork(self, runtime: Runtime, slot: WorkerSlot) -> Sandbox:
+        """Forks the job supervisor of a slot; raises SandboxFailedError when the zygote does not start."""
+        process = self._processes.get(runtime.name)
+        if process is None or not process.running:
+            process = await self._start(runtime)
+        return self._fork(process, slot)
 
-    def _fork(self, attendant: Attendant, place: Place) -> Box:
-        home = "" if self._isolated else self._make_home(place)
+    def _fork(self, process: HelperProcess, slot: WorkerSlot) -> Sandbox:
+        home = "" if self._isolated else self._make_home(slot)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         try:
             header = {
-                "kind": "keeper",
-                "uid": place.uid,
-                "groups": len(place.entries),
-                "cgroup_version": place.cgroup.version if place.cgroup else 0,
+                "kind": "fork",
+                "uid": slot.uid,
+                "groups": len(slot.entries),
+                "cgroup_version": slot.cgroup.version if slot.cgroup else 0,
                 "home": home,
             }
-            send(attendant.channel, header, [theirs.fileno(), *place.group_descriptors])
+            send(process.channel, header, [theirs.fileno(), *slot.group_descriptors])
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        return Box(ours, place, home)
+        return Sandbox(ours, slot, home)
 
-    def _make_home(self, place: Place) -> str:
+    def _make_home(self, slot: WorkerSlot) -> str:
         self._homes += 1
-        home = place.folder / f"home-{self._homes}"
+        home = slot.folder / f"home-{self._homes}"
         home.mkdir(mode=0o700)
         if os.geteuid() == 0:
-            os.chown(home, place.uid, place.uid)
+            os.chown(home, slot.uid, slot.uid)
         return str(home)
 
-    async def _start(self, runtime: Runtime) -> Attendant:
+    async def _start(self, runtime: Runtime) -> HelperProcess:
         async with self._starting.setdefault(runtime.name, asyncio.Lock()):
-            attendant = self._attendants.get(runtime.name)
-            if attendant is not None and attendant.running:
-                return attendant
-            if attendant is not None:
-                log.warning("zygote_ended", runtime=runtime.name, words=await attendant.last_words())
-            attendant = self._make(runtime)
-            await attendant.start()
-            self._attendants[runtime.name] = attendant
-            return attendant
+            process = self._processes.get(runtime.name)
+            if process is not None and process.running:
+                return process
+            if process is not None:
+                log.warning("zygote_ended", runtime=runtime.name, output=await process.last_output())
+            process = self._make(runtime)
+            await process.start()
+            self._processes[runtime.name] = process
+            return process
 
-    def _make(self, runtime: Runtime) -> Attendant:
+    def _make(self, runtime: Runtime) -> HelperProcess:
         python = runtime.python or find_python("", None)
         name = f"the zygote of {runtime.name}"
         options = {
@@ -276,14 +278,14 @@ class Zygotes:
             "environment": runtime.environment,
         }
         if not self._isolated:
-            return Attendant(name, python.path, "zygote", options)
+            return HelperProcess(name, python.path, "zygote", options)
         folder = self._folder / f"zygote-{runtime.name}"
         folder.mkdir(exist_ok=True)
         root = runtime.root_options(self._uids)
         own = [[str(AGENT), f"{OWN_FOLDER}/agent"], [str(self._init), f"{OWN_FOLDER}/init"]]
         mounts = [*root["mounts"], *own]
         root |= {"folder": str(folder), "mounts": mounts}
-        return Attendant(name, sys.executable, "root", {**options, "root": root, "python": python.path})
+        return HelperProcess(name, sys.executable, "root", {**options, "root": root, "python": python.path})
 
     def _import_path(self, runtime: Runtime) -> list[str]:
         if self._isolated:
@@ -291,55 +293,52 @@ class Zygotes:
         return sorted({str(Path(source).parent) for source, _ in runtime.mounts})
 
     async def close(self) -> None:
-        """Ends all zygotes, and with them their keepers."""
-        await asyncio.gather(*(attendant.kill() for attendant in self._attendants.values()))
-
-
-_REST_S = 30.0
+        """Ends all zygotes, and with them their job supervisors."""
+        await asyncio.gather(*(process.kill() for process in self._processes.values()))
 
 
 class Launchers:
-    """Opens boxes that are containers."""
+    """Launchers of containers by slot."""
 
     def __init__(self, container: OciRuntime, init: Path, host: CgroupHost) -> None:
         self._container = container
         self._init = init
         self._host = host
-        self._attendants: dict[str, Attendant] = {}
-        self._restless: set[str] = set()
+        self._processes: dict[str, HelperProcess] = {}
+        self._unsettled: set[str] = set()
 
-    async def open(self, runtime: Runtime, place: Place) -> Box:
-        """The box of a place; raises BoxFailedError when the launcher does not start."""
-        attendant = self._attendants.get(place.name)
-        if attendant is None or not attendant.running:
-            await self.kill(place)
-            attendant = self._make(place)
-            self._attendants[place.name] = attendant
-            await attendant.start()
-        self._restless.add(place.name)
-        return Box(attendant.channel, place)
+    async def open(self, runtime: Runtime, slot: WorkerSlot) -> Sandbox:
+        """Returns the sandbox of a slot; raises SandboxFailedError when the launcher does not start."""
+        process = self._processes.get(slot.name)
+        if process is None or not process.running:
+            await self.kill(slot)
+            process = self._make(slot)
+            self._processes[slot.name] = process
+            await process.start()
+        self._unsettled.add(slot.name)
+        return Sandbox(process.channel, slot)
 
-    async def rest(self, place: Place) -> None:
-        """Waits until the launcher of a place has done all that its jobs gave it to do, the next container included:
-        it is charged to the place, and may end what else is there. Raises BoxFailedError when it has ended.
+    async def settle(self, slot: WorkerSlot) -> None:
+        """Waits until the launcher of a slot has finished the work of its jobs, the next container included: it is
+        charged to the slot, and may end other processes there. Raises SandboxFailedError when it has ended.
         """
-        if place.name not in self._restless:
+        if slot.name not in self._unsettled:
             return
-        channel = self._attendants[place.name].channel
-        send(channel, {"kind": "rest"}, [])
+        channel = self._processes[slot.name].channel
+        send(channel, {"kind": "settle"}, [])
         try:
-            async with asyncio.timeout(_REST_S):
+            async with asyncio.timeout(_SETTLE_S):
                 (await receive(channel)).close()
         except TimeoutError as error:
-            raise BoxFailedError(f"the launcher of {place.name} does not come to rest") from error
-        self._restless.remove(place.name)
+            raise SandboxFailedError(f"the launcher of {slot.name} does not finish within {_SETTLE_S:g} s") from error
+        self._unsettled.remove(slot.name)
 
-    def _make(self, place: Place) -> Attendant:
-        assert place.cgroup is not None
-        folder = place.folder
+    def _make(self, slot: WorkerSlot) -> HelperProcess:
+        assert slot.cgroup is not None
+        folder = slot.folder
         (folder / "roots").mkdir(exist_ok=True)
         options = {
-            "uid": place.uid,
+            "uid": slot.uid,
             "folder": str(folder),
             "command": self._container.run_command(folder),
             "state": str(self._container.state_path(folder)),
@@ -347,102 +346,102 @@ class Launchers:
             "bundle": self._container.bundle(ENVIRONMENT),
             "init": str(self._init),
             "agent": str(AGENT),
-            "cgroup_procs": place.cgroup.procs_paths,
-            "cgroup_version": place.cgroup.version,
-            "usage_paths": place.cgroup.usage_paths,
+            "cgroup_procs": slot.cgroup.procs_paths,
+            "cgroup_version": slot.cgroup.version,
+            "usage_paths": slot.cgroup.usage_paths,
             "hidden_cgroup_mounts": list(self._container.hidden_mounts(self._host)),
         }
-        return Attendant(f"the launcher of {place.name}", sys.executable, "launcher", options)
+        return HelperProcess(f"the launcher of {slot.name}", sys.executable, "launcher", options)
 
-    async def kill(self, place: Place) -> None:
-        """Ends the launcher of a place."""
-        self._restless.discard(place.name)
-        if attendant := self._attendants.pop(place.name, None):
-            ended = not attendant.running
-            words = await attendant.last_words()
+    async def kill(self, slot: WorkerSlot) -> None:
+        """Ends the launcher of a slot."""
+        self._unsettled.discard(slot.name)
+        if process := self._processes.pop(slot.name, None):
+            ended = not process.running
+            output = await process.last_output()
             if ended:
-                log.warning("launcher_ended", place=place.name, words=words)
+                log.warning("launcher_ended", slot=slot.name, output=output)
 
     async def close(self) -> None:
-        """Ends all launchers; what they started is left in their control groups."""
-        for attendant in self._attendants.values():
-            await attendant.kill()
+        """Ends all launchers; their containers are left in the control groups."""
+        for process in self._processes.values():
+            await process.kill()
 
 
-class Opener:
-    """Opens boxes in places: by the keeper of the place, who serves one job after another, or by its launcher."""
+class SandboxFactory:
+    """Opens sandboxes in slots, by the slot's job supervisor or its launcher; both serve job after job."""
 
     def __init__(self, isolation: Isolation, zygotes: Zygotes, launchers: Launchers | None) -> None:
         self.isolation = isolation
         self._zygotes = zygotes
         self._launchers = launchers
-        self._keepers: dict[str, tuple[str, Box]] = {}
+        self._supervised: dict[str, tuple[str, Sandbox]] = {}
 
     def forks(self, runtime: Runtime) -> bool:
-        """Whether programs of the runtime are forks of a keeper."""
+        """Returns whether programs of the runtime are forks of a warm interpreter."""
         return self.isolation.unsafe or (self.isolation.warm and runtime.python is not None)
 
     def explain_missing(self, runtime: Runtime) -> str | None:
-        """Why the runtime cannot be used with this isolation; None when it can."""
+        """Returns why the runtime cannot be used with this isolation; None when it can."""
         if self.forks(runtime) or self._launchers is not None:
             return None
         return f"needs containers ({'; '.join(self.isolation.reasons)})"
 
     @asynccontextmanager
-    async def open(self, runtime: Runtime, place: Place) -> AsyncIterator[Box]:
-        """A box in a place for as long as the block lasts; one that is broken afterwards leaves the place empty."""
-        if not place.is_empty:
-            await self.clear(place)
-            if not place.is_empty:
-                raise BoxFailedError(f"processes of an earlier job in {place.name} do not end")
-        opening = self._take_keeper(runtime, place) if self.forks(runtime) else self._open_container(runtime, place)
-        box = await opening
+    async def open(self, runtime: Runtime, slot: WorkerSlot) -> AsyncIterator[Sandbox]:
+        """Yields a sandbox in a slot; a slot whose sandbox is broken afterwards is cleared."""
+        if not slot.is_empty:
+            await self.clear(slot)
+            if not slot.is_empty:
+                raise SandboxFailedError(f"processes of an earlier job in {slot.name} do not end")
+        opening = self._open_supervised(runtime, slot) if self.forks(runtime) else self._open_container(runtime, slot)
+        sandbox = await opening
         try:
-            yield box
+            yield sandbox
         finally:
-            if box.broken:
-                box.close()
-                await self.clear(place)
+            if sandbox.broken:
+                sandbox.close()
+                await self.clear(slot)
             elif self.forks(runtime) and not self.isolation.unsafe:
-                self._keepers[place.name] = (runtime.name, box)
+                self._supervised[slot.name] = (runtime.name, sandbox)
             elif self.isolation.unsafe:
-                box.close()
+                sandbox.close()
 
-    async def _open_container(self, runtime: Runtime, place: Place) -> Box:
+    async def _open_container(self, runtime: Runtime, slot: WorkerSlot) -> Sandbox:
         if self._launchers is None:
-            raise BoxFailedError(f"{runtime.name} {self.explain_missing(runtime)}")
+            raise SandboxFailedError(f"{runtime.name} {self.explain_missing(runtime)}")
         try:
-            if (keeper := self._keepers.pop(place.name, None)) is not None:
-                await keeper[1].dismiss()  # its launcher may end everything else in the place's control group
-            return await self._launchers.open(runtime, place)
+            if (supervised := self._supervised.pop(slot.name, None)) is not None:
+                await supervised[1].end_supervisor()  # the launcher may end every other process of the slot
+            return await self._launchers.open(runtime, slot)
         except BaseException:
-            await self.clear(place)
+            await self.clear(slot)
             raise
 
-    async def _take_keeper(self, runtime: Runtime, place: Place) -> Box:
-        name, box = self._keepers.pop(place.name, ("", None))
-        if box is not None and name == runtime.name and not has_ended(box):
-            return box
+    async def _open_supervised(self, runtime: Runtime, slot: WorkerSlot) -> Sandbox:
+        name, sandbox = self._supervised.pop(slot.name, ("", None))
+        if sandbox is not None and name == runtime.name and not has_ended(sandbox):
+            return sandbox
         try:
-            if box is not None:
-                await box.dismiss()
+            if sandbox is not None:
+                await sandbox.end_supervisor()
             if self._launchers is not None:
-                await self._launchers.rest(place)
-        except BoxFailedError:
-            await self.clear(place)
+                await self._launchers.settle(slot)
+        except SandboxFailedError:
+            await self.clear(slot)
         except BaseException:
-            await self.clear(place)
+            await self.clear(slot)
             raise
-        return await self._zygotes.fork(runtime, place)
+        return await self._zygotes.fork(runtime, slot)
 
-    async def clear(self, place: Place) -> None:
-        """Ends everything in the place, also where the caller is cancelled meanwhile."""
-        await finish(self._clear(place))
+    async def clear(self, slot: WorkerSlot) -> None:
+        """Ends every process in the slot, also when the caller is cancelled meanwhile."""
+        await finish(self._clear(slot))
 
-    async def _clear(self, place: Place) -> None:
+    async def _clear(self, slot: WorkerSlot) -> None:
         metrics.CLEARED.inc()
-        if (keeper := self._keepers.pop(place.name, None)) is not None:
-            keeper[1].close()
+        if (supervised := self._supervised.pop(slot.name, None)) is not None:
+            supervised[1].close()
         if self._launchers is not None:
-            await self._launchers.kill(place)
-        await place.empty()
+            await self._launchers.kill(slot)
+        await slot.kill_all()

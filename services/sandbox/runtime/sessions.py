@@ -1,8 +1,7 @@
-"""The cells of a session: what is run, what became of it, and how the interpreter's replies are read.
+"""Sessions: stateful interpreters that keep variables, files and memory from cell to cell.
 
-A stateful interpreter: a session keeps its variables, files and memory from cell to cell.
-
-All open sessions: they are found by their ids, and end when they are idle for too long, or old."""
+A session runs in a worker slot of its own, and ends when it is idle for too long, or old.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +20,15 @@ from typing import Any
 
 from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from services.kit.telemetry import get_logger
-from services.sandbox.agent.archive import encode_parcel
+from services.sandbox.agent.archive import encode_archive
 from services.sandbox.agent.modes import REPLIED
-from services.sandbox.agent.protocol import BoxLimits
+from services.sandbox.agent.protocol import Limits
 from services.sandbox.runtime import metrics
-from services.sandbox.runtime.helper_process import BoxFailedError, finish, receive_packet, send
-from services.sandbox.runtime.jobs import InputFile, OutputFile, Program, Verdict
+from services.sandbox.runtime.helper_process import SandboxFailedError, finish, receive_packet, send
+from services.sandbox.runtime.jobs import InputFile, OutputFile, Program, Status
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.programs import LoadedProgram, explain, open_program, opened, read_output, unpack_files
-from services.sandbox.runtime.worker_slots import Place
+from services.sandbox.runtime.worker_slots import WorkerSlot
 
 _MOST_FORGED = 1000
 
@@ -45,10 +44,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class CellOutcome:
-    """What became of a cell; `result` is the repr of its last expression."""
+class CellResult:
+    """Result of a cell; `result` is the repr of its last expression."""
 
-    verdict: Verdict
+    status: Status
     stdout: bytes = b""
     stderr: bytes = b""
     stdout_truncated: bool = False
@@ -66,9 +65,9 @@ class CellOutcome:
 
 
 async def receive_reply(channel: socket.socket, number: int) -> None:
-    """Waits until the interpreter tells that it has run a cell; raises BoxFailedError when it ends, or talks nonsense.
+    """Waits for the interpreter's message that a cell has ended; raises SandboxFailedError when the interpreter ends.
 
-    The interpreter is the cells' own, so what comes may be forged: nothing but the number is read of it.
+    Cells share the interpreter and may forge messages: nothing but the number of the cell is read.
     """
     for _ in range(_MOST_FORGED):
         message = await receive_packet(channel)
@@ -76,11 +75,11 @@ async def receive_reply(channel: socket.socket, number: int) -> None:
             os.close(descriptor)
         if message.data == REPLIED % number:
             return
-    raise BoxFailedError("the session's cells have filled its channel")
+    raise SandboxFailedError("the cells of the session sent more than 1,000 forged messages")
 
 
 def read_reply(file: int, most_bytes: int) -> dict[str, Any]:
-    """What the interpreter says of a cell; it may have forged it, so everything is checked."""
+    """Reads the interpreter's reply to a cell, and checks all of it: the cell may have forged it."""
     content, cut = read_output(file, most_bytes)
     if cut:
         return {"ok": True, "too_long": True}
@@ -97,13 +96,13 @@ def read_reply(file: int, most_bytes: int) -> dict[str, Any]:
     return read
 
 
-def judge_cell(answer: dict[str, Any], output_cut: bool, output_bytes: int) -> tuple[Verdict, str]:
-    """The verdict of a cell that ended by itself."""
+def cell_status(answer: dict[str, Any], output_cut: bool, output_bytes: int) -> tuple[Status, str]:
+    """Returns status and reason of a cell that ended by itself."""
     if output_cut or answer.get("too_long"):
-        return Verdict.OUTPUT_LIMIT, f"output limit of {output_bytes} bytes"
+        return Status.OUTPUT_LIMIT, f"output limit of {output_bytes} bytes"
     if answer.get("ok"):
-        return Verdict.ACCEPTED, ""
-    return Verdict.RUNTIME_ERROR, answer.get("error_name", "") or "the interpreter gave no reply"
+        return Status.ACCEPTED, ""
+    return Status.RUNTIME_ERROR, answer.get("error_name", "") or "the interpreter gave no reply"
 
 
 log = get_logger(__name__)
@@ -111,21 +110,21 @@ log = get_logger(__name__)
 _INTERRUPT_S = 1.0
 """How long an interrupted cell may take to end before its session is ended."""
 _TICK_S = 0.1
-_FAREWELL_S = 5.0
+_END_S = 5.0
 
 
 class Session:
-    """One interpreter in a box of its own."""
+    """One interpreter in a sandbox of its own."""
 
-    def __init__(self, pool: Pool, program: Program, place: Place, idle_s: float) -> None:
+    def __init__(self, pool: Pool, program: Program, slot: WorkerSlot, idle_s: float) -> None:
         self.id = secrets.token_hex(16)
         self.idle_s = idle_s
         self.used_at = self.opened_at = time.monotonic()
         self._pool = pool
         self._program = program
-        self._place = place
-        self._turn = asyncio.Lock()
-        self._cells: set[asyncio.Task[CellOutcome]] = set()
+        self._slot = slot
+        self._lock = asyncio.Lock()
+        self._cells: set[asyncio.Task[CellResult]] = set()
         self._running: asyncio.Task[Any] | None = None
         self._ready: asyncio.Future[LoadedProgram] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.Event()
@@ -133,7 +132,7 @@ class Session:
         self._count = 0
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
-        self._task = asyncio.create_task(self._live())
+        self._task = asyncio.create_task(self._run_interpreter())
 
     @property
     def busy(self) -> bool:
@@ -142,33 +141,33 @@ class Session:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes cells."""
+        """Whether it accepts cells."""
         return not self._task.done() and not self._ended.is_set()
 
     async def start(self) -> None:
-        """Waits until the interpreter is there; raises BoxFailedError when it does not start."""
+        """Waits until the interpreter runs; raises SandboxFailedError when it does not start."""
         waited: list[asyncio.Future[Any]] = [self._ready, self._task]
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not self._ready.done():
             await self._task
 
-    async def _live(self) -> None:
+    async def _run_interpreter(self) -> None:
         """Runs the interpreter until it ends."""
         program = self._program
         try:
-            async with open_program(self._pool.opener, program, self._place) as loaded:
+            async with open_program(self._pool.factory, program, self._slot) as loaded:
                 await loaded.load()
-                parcel = loaded.parcel({}, [])
-                with opened(b"", b"", b"", parcel) as (stdin, stdout, stderr, job):
+                archive = loaded.archive({}, [])
+                with opened(b"", b"", b"", archive) as (stdin, stdout, stderr, job):
                     running = asyncio.create_task(
                         loaded.run_mode(
                             "session",
                             [stdin, stdout, stderr, self._theirs.fileno(), job],
-                            limits=self._life_limits(),
+                            limits=self._session_limits(),
                         )
                     )
                     try:
-                        await asyncio.sleep(0)  # the order has been sent, and with it the socket
+                        await asyncio.sleep(0)  # the request has been sent, and the socket with it
                         self._theirs.close()
                         self._ready.set_result(loaded)
                         outcome = await running
@@ -178,44 +177,44 @@ class Session:
                 self._end_reason = explain(outcome, program.limits) or "the interpreter has ended"
                 if outcome.stop == "memory":
                     self._end_reason = f"memory limit of {program.limits.memory_bytes} bytes"
-        except BoxFailedError as error:
+        except SandboxFailedError as error:
             self._end_reason = error.message
             raise
         finally:
             self._theirs.close()
             self._ended.set()
 
-    def _life_limits(self) -> BoxLimits:
-        """A session's own limits: a cell's times are watched here, cell by cell."""
+    def _session_limits(self) -> Limits:
+        """Limits of the whole session; the times of a cell are watched here, cell by cell."""
         most_ms = self._pool.config.session_seconds * 1000
         return dataclasses.replace(self._program.limits, wall_ms=most_ms, cpu_ms=most_ms)
 
-    async def run(self, cell: Cell) -> CellOutcome:
-        """Runs a cell when those before it have ended. Being cancelled interrupts it and leaves the session open.
+    async def run(self, cell: Cell) -> CellResult:
+        """Runs a cell after those before it; cancellation interrupts it and leaves the session open.
 
         Raises InvalidArgumentError when the cell asks for more time than the session has, NotFoundError when the
-        session ends before the cell's turn comes.
+        session ends before the cell begins.
         """
         most_ms = self._program.limits.wall_ms
         if cell.wall_ms is not None and cell.wall_ms > most_ms:
             raise InvalidArgumentError.of("wall_ms", f"is {cell.wall_ms}, at most the session's {most_ms} is allowed")
-        task = asyncio.create_task(self._run_in_turn(cell))
+        task = asyncio.create_task(self._run_in_order(cell))
         self._cells.add(task)
         task.add_done_callback(self._cells.discard)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task is self._running and self.alive:
-                with contextlib.suppress(BoxFailedError):  # the session has ended, and with it the cell
-                    (await self._ready).box.interrupt()  # the cell then ends by itself, or by its limit
+                with contextlib.suppress(SandboxFailedError):  # the session has ended, and with it the cell
+                    (await self._ready).sandbox.interrupt()  # the cell then ends by itself or by its limit
             else:
                 task.cancel()
             raise
 
-    async def _run_in_turn(self, cell: Cell) -> CellOutcome:
-        async with self._turn:
+    async def _run_in_order(self, cell: Cell) -> CellResult:
+        async with self._lock:
             if not self.alive:
-                raise NotFoundError(f"session {self.id!r} ended before the cell's turn came")
+                raise NotFoundError(f"session {self.id!r} ended before the cell began")
             self._running = asyncio.current_task()
             try:
                 return await self._run(cell)
@@ -223,7 +222,7 @@ class Session:
                 self.used_at = time.monotonic()
                 self._running = None
 
-    async def _run(self, cell: Cell) -> CellOutcome:
+    async def _run(self, cell: Cell) -> CellResult:
         loaded = await self._ready
         self._count += 1
         header = {
@@ -231,34 +230,34 @@ class Session:
             "paths": [file.path for file in cell.files],
             "executable": [file.executable for file in cell.files],
         }
-        parcel = encode_parcel(header, [cell.code, *(file.content for file in cell.files)])
+        archive = encode_archive(header, [cell.code, *(file.content for file in cell.files)])
         limits = self._program.limits
-        with opened(parcel, b"", b"", b"") as (job, stdout, stderr, reply):
+        with opened(archive, b"", b"", b"") as (job, stdout, stderr, reply):
             started, cpu_ns = time.monotonic(), self._cpu_ns()
-            verdict, reason = Verdict.ACCEPTED, ""
+            status, reason = Status.ACCEPTED, ""
             try:
                 send(self._ours, {"kind": "cell"}, [job, stdout, stderr, reply])
                 wall_ms = limits.wall_ms if cell.wall_ms is None else cell.wall_ms
-                verdict, reason = await self._await_reply(loaded, wall_ms, cpu_ns)
-            except BoxFailedError as error:
-                verdict, reason = await self._explain_end(error)
+                status, reason = await self._await_reply(loaded, wall_ms, cpu_ns)
+            except SandboxFailedError as error:
+                status, reason = await self._explain_end(error)
             wall_ms = math.ceil((time.monotonic() - started) * 1000)
             files: Sequence[OutputFile] = ()
             if self.alive and cell.output_files:
                 most = self._pool.config.max_output_file_bytes
                 try:
-                    files = unpack_files(await loaded.box.collect(list(cell.output_files), most))
-                except BoxFailedError as error:
-                    verdict, reason = await self._explain_end(error)
-                    if self.alive:  # and does not answer
+                    files = unpack_files(await loaded.sandbox.collect(list(cell.output_files), most))
+                except SandboxFailedError as error:
+                    status, reason = await self._explain_end(error)
+                    if self.alive:  # but does not answer
                         await self.close()
-                        verdict = Verdict.INFRA_ERROR
+                        status = Status.INFRA_ERROR
             (out, out_cut), (err, err_cut) = (read_output(file, limits.output_bytes) for file in (stdout, stderr))
             answer = read_reply(reply, limits.output_bytes)
-        if verdict is Verdict.ACCEPTED:
-            verdict, reason = judge_cell(answer, out_cut or err_cut, limits.output_bytes)
-        return CellOutcome(
-            verdict=verdict,
+        if status is Status.ACCEPTED:
+            status, reason = cell_status(answer, out_cut or err_cut, limits.output_bytes)
+        return CellResult(
+            status=status,
             stdout=out,
             stderr=err,
             stdout_truncated=out_cut,
@@ -275,8 +274,8 @@ class Session:
             execution_count=self._count,
         )
 
-    async def _await_reply(self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int) -> tuple[Verdict, str]:
-        """Waits for the cell's end; one that passes a limit is interrupted, and its session ended if that is no use."""
+    async def _await_reply(self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int) -> tuple[Status, str]:
+        """Waits for the end of a cell; one that passes a limit is interrupted, and its session ended if that fails."""
         limits = self._program.limits
         receiving = asyncio.create_task(receive_reply(self._ours, self._count))
         ending = asyncio.create_task(self._ended.wait())
@@ -288,52 +287,52 @@ class Session:
                 await asyncio.wait([receiving, ending], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
                 if receiving.done():
                     await receiving
-                    return Verdict.ACCEPTED, ""
+                    return Status.ACCEPTED, ""
                 if ending.done():
-                    raise BoxFailedError("the session has ended")
+                    raise SandboxFailedError("the session has ended")
                 if time.monotonic() >= deadline:
                     reason = f"wall-clock limit of {wall_ms} ms"
                 elif self._cpu_ns() - cpu_ns >= limits.cpu_ms * 1_000_000:
                     reason = f"CPU limit of {limits.cpu_ms} ms"
                 else:
                     continue
-                loaded.box.interrupt()
+                loaded.sandbox.interrupt()
                 await asyncio.wait([receiving], timeout=_INTERRUPT_S)
                 if not receiving.done():
                     await self.close()
                     return (
-                        Verdict.TIME_LIMIT,
-                        f"{reason}; the cell did not heed the interrupt and its session was ended",
+                        Status.TIME_LIMIT,
+                        f"{reason}; the cell ignored the interrupt and its session was ended",
                     )
                 await receiving
-                return Verdict.TIME_LIMIT, reason
+                return Status.TIME_LIMIT, reason
         finally:
             for task in (receiving, ending):
                 task.cancel()
             await asyncio.gather(receiving, ending, return_exceptions=True)
 
-    async def _explain_end(self, error: BoxFailedError) -> tuple[Verdict, str]:
-        """Why the session has ended during a cell; `error` is what was seen of it."""
+    async def _explain_end(self, error: SandboxFailedError) -> tuple[Status, str]:
+        """Returns status and reason of a cell during which the session ended; `error` is what was seen of the end."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_FAREWELL_S):
+            async with asyncio.timeout(_END_S):
                 await self._ended.wait()
         failed = self._task.done() and not self._task.cancelled() and self._task.exception() is not None
         if failed:
-            return Verdict.INFRA_ERROR, self._end_reason
-        verdict = Verdict.MEMORY_LIMIT if self._end_reason.startswith("memory") else Verdict.RUNTIME_ERROR
-        return verdict, self._end_reason or error.message
+            return Status.INFRA_ERROR, self._end_reason
+        status = Status.MEMORY_LIMIT if self._end_reason.startswith("memory") else Status.RUNTIME_ERROR
+        return status, self._end_reason or error.message
 
     def _cpu_ns(self) -> int:
-        return 0 if self._place.usage is None else self._place.usage.cpu_ns()
+        return 0 if self._slot.usage is None else self._slot.usage.cpu_ns()
 
     def _peak_bytes(self) -> int:
-        return 0 if self._place.usage is None else self._place.usage.peak_bytes()
+        return 0 if self._slot.usage is None else self._slot.usage.peak_bytes()
 
     async def close(self) -> None:
         """Ends the interpreter and waits until it is gone."""
         self._ended.set()
         self._task.cancel()
-        # cells that wait are told when their turn comes: after this one, where it is a cell that ends the session
+        # waiting cells fail once they get the lock: after this one, when a cell ends the session
         running = [] if self._running in (None, asyncio.current_task()) else [self._running]
         await asyncio.wait([self._task, *running])
         self._ours.close()
@@ -345,22 +344,22 @@ _RETRY_S = 5.0
 
 
 class Sessions:
-    """All open sessions, each with a place of its own; idle ones are ended."""
+    """All open sessions, each in a slot of its own; idle ones are ended."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._free = list(pool.session_places)
-        self._sessions: dict[str, tuple[Session, Place]] = {}
+        self._free = list(pool.session_slots)
+        self._sessions: dict[str, tuple[Session, WorkerSlot]] = {}
         self._sweeper = asyncio.create_task(self._sweep())
 
     async def create(self, program: Program, idle_s: float) -> Session:
-        """A new session; raises ResourceExhaustedError when there are too many."""
+        """Starts a session; raises ResourceExhaustedError when there are too many."""
         if not self._free:
             most = self._pool.config.max_sessions
             raise ResourceExhaustedError(f"{most} sessions are open, sandbox.max_sessions", retry_after_s=_RETRY_S)
-        place = self._free.pop()
-        session = Session(self._pool, program, place, idle_s)
-        self._sessions[session.id] = (session, place)
+        slot = self._free.pop()
+        session = Session(self._pool, program, slot, idle_s)
+        self._sessions[session.id] = (session, slot)
         metrics.SESSIONS.set(len(self._sessions))
         try:
             await session.start()
@@ -370,31 +369,31 @@ class Sessions:
         return session
 
     def find(self, session_id: str) -> Session:
-        """The session of an id; raises NotFoundError when it has ended or never was."""
+        """Returns the session of an id; raises NotFoundError when it has ended or never existed."""
         entry = self._sessions.get(session_id)
         if entry is None:
             raise NotFoundError(f"session {session_id[:40]!r} is not open: it was closed, was idle too long, or ended")
         return entry[0]
 
-    async def run(self, session_id: str, cell: Cell) -> CellOutcome:
-        """Runs a cell; a session that ends in it is forgotten."""
+    async def run(self, session_id: str, cell: Cell) -> CellResult:
+        """Runs a cell; a session that ends in it is removed."""
         session = self.find(session_id)
         outcome = await session.run(cell)
-        metrics.JOBS.labels("cell", outcome.verdict.name).inc()
+        metrics.JOBS.labels("cell", outcome.status.name).inc()
         if not outcome.alive:
             await self.end(session_id)
         return outcome
 
     async def end(self, session_id: str) -> None:
-        """Ends a session, if it is there, and frees its place."""
+        """Ends a session if it is open, and frees its slot."""
         entry = self._sessions.pop(session_id, None)
         if entry is None:
             return
         await finish(self._end(*entry))
 
-    async def _end(self, session: Session, place: Place) -> None:
+    async def _end(self, session: Session, slot: WorkerSlot) -> None:
         await session.close()
-        self._free.append(place)
+        self._free.append(slot)
         metrics.SESSIONS.set(len(self._sessions))
 
     async def _sweep(self) -> None:

@@ -1,8 +1,4 @@
-"""The users as which programs run: numbers without names, which belong to nobody else.
-
-Room for the descriptors of all places: those of their control groups, their boxes, and the files of their jobs.
-
-A place where one program runs at a time: its user, its folder, its control group, and who attends to it."""
+"""Worker slots: a slot runs one program at a time, under a user id, in a folder and in a control group of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +15,7 @@ from perigee.errors import FailedPreconditionError
 from services.kit.telemetry import get_logger
 from services.sandbox.agent.monitor import MUCH_BYTES, UsageFiles, open_usage
 from services.sandbox.runtime.cgroups import SlotCgroup
-from services.sandbox.runtime.helper_process import BoxFailedError, finish
+from services.sandbox.runtime.helper_process import SandboxFailedError, finish
 
 _RANGE = 4096
 _FIRST, _END = 1 << 20, 1 << 31
@@ -28,11 +24,11 @@ _ALL_USERS = 2**32 - 1
 
 
 def choose_first_uid(uid_map: str | None = None) -> int:
-    """The first of a range of users, given /proc/self/uid_map.
+    """Returns the first of a range of user ids that nobody else has, given /proc/self/uid_map.
 
-    The kernel counts the processes of a user over the whole machine: services beside each other must not share one, or
-    a program of the one meets its limit of processes because of the other's. So the range is one of half a million, by
-    chance. A user namespace that has only some of the numbers counts for itself.
+    The kernel counts the processes of a user over the whole machine: with a user in common, programs of one service
+    would meet their limit of processes because of another's. So the range is one of half a million, by chance. A user
+    namespace that has only some of the ids counts for itself.
     """
     text = Path("/proc/self/uid_map").read_text() if uid_map is None else uid_map
     lengths = [int(line.split()[2]) for line in text.splitlines()]
@@ -42,14 +38,16 @@ def choose_first_uid(uid_map: str | None = None) -> int:
 
 
 _OWN = 512
-_PER_PLACE = 24
+_PER_SLOT = 24
 
 
-def make_room(places: int, calls: int) -> None:
-    """Raises this process's limit of open files as far as the places need, and the calls where it may be; raises
-    FailedPreconditionError when it is too low for the places: the service would run, and fail once all are busy.
+def raise_open_file_limit(slots: int, calls: int) -> None:
+    """Raises this process's limit of open files to what the slots need, and as far as possible to what calls need.
+
+    Raises FailedPreconditionError when the hard limit is too low for the slots: the service would fail once all are
+    busy.
     """
-    needed = _OWN + _PER_PLACE * places
+    needed = _OWN + _PER_SLOT * slots
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = needed + calls
     if soft == resource.RLIM_INFINITY or soft >= wanted:
@@ -68,8 +66,8 @@ _EMPTY_S = 10.0
 _MARGIN_BYTES = 2 << 20
 
 
-class Place:
-    """One user id with one control group; whatever runs under either belongs to the job that has the place."""
+class WorkerSlot:
+    """One user id with one control group: what runs under either belongs to the job in the slot."""
 
     def __init__(self, name: str, uid: int, folder: Path, cgroup: SlotCgroup | None) -> None:
         self.name = name
@@ -79,10 +77,10 @@ class Place:
         self.entries: list[int] = []
         self.usage: UsageFiles | None = None
         self.is_empty = True
-        """False once what runs here could not be ended: no other job may have the place."""
+        """False while processes of a job may be left: no other job may have the slot."""
 
     def open(self) -> None:
-        """Makes folder and control group; raises FailedPreconditionError where this process may not."""
+        """Makes folder and control group; raises FailedPreconditionError when this process may not."""
         self.folder.mkdir(mode=0o711)
         if self.cgroup is None:
             return
@@ -95,49 +93,51 @@ class Place:
 
     @property
     def group_descriptors(self) -> list[int]:
-        """Descriptors by which a process enters the group, then those by which it reads what the group uses."""
+        """Descriptors by which a process enters the group, then those from which it reads what the group uses."""
         usage = self.usage
         return (
             [] if usage is None else [*self.entries, usage.cpu, usage.oom, usage.peak, usage.current, usage.statistics]
         )
 
-    async def make_room(self, memory_bytes: int) -> None:
-        """Has the kernel take pages of files back that have no room beside such a job, which takes long; to be done
-        before the job begins. Raises BoxFailedError.
+    async def reclaim_memory(self, memory_bytes: int) -> None:
+        """Has the kernel drop cached pages of files that have no room beside a job of this size.
+
+        It takes long, so it is done before the job begins. Raises SandboxFailedError.
         """
         if self.cgroup is not None and self.usage is not None:
             try:
-                held, limit = self._weigh(self.usage, memory_bytes)
+                held, limit = self._measure(self.usage, memory_bytes)
                 if held > limit:
                     await finish(asyncio.to_thread(self.cgroup.limit_memory, limit))
             except OSError as error:
-                raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
+                raise SandboxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
 
     def limit(self, memory_bytes: int, processes: int) -> None:
-        """Sets the limits of the next job. Raises BoxFailedError."""
+        """Sets the limits of the next job. Raises SandboxFailedError."""
         if self.cgroup is not None and self.usage is not None:
             try:
-                self.cgroup.limit(self._weigh(self.usage, memory_bytes)[1], processes)
+                self.cgroup.limit(self._measure(self.usage, memory_bytes)[1], processes)
             except OSError as error:  # more was charged meanwhile than the new limit allows
-                raise BoxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
+                raise SandboxFailedError(f"the limits of {self.name} cannot be set: {error.strerror}") from error
 
-    def _weigh(self, usage: UsageFiles, memory_bytes: int) -> tuple[int, int]:
-        """What the group holds, and its limit with such a job: what it holds already is not the job's, but for pages of
-        files, which make room as soon as a program wants it.
+    def _measure(self, usage: UsageFiles, memory_bytes: int) -> tuple[int, int]:
+        """Returns the memory that the group holds, and its limit with such a job on top of it.
+
+        Cached pages of files do not raise the limit: they make room as soon as a program wants it.
         """
         held = usage.current_bytes()
         stays = held - usage.cached_bytes() if held >= MUCH_BYTES else held
         return held, memory_bytes + (stays // _MARGIN_BYTES + 1) * _MARGIN_BYTES
 
     def oom_kills(self) -> int:
-        """How many processes the kernel has killed here for want of memory; raises BoxFailedError."""
+        """Returns how many processes the kernel has killed here for want of memory; raises SandboxFailedError."""
         try:
             return 0 if self.usage is None else self.usage.oom_kills()
         except OSError as error:
-            raise BoxFailedError(f"the control group of {self.name} cannot be read: {error.strerror}") from error
+            raise SandboxFailedError(f"the control group of {self.name} cannot be read: {error.strerror}") from error
 
-    async def empty(self) -> None:
-        """Kills everything in the control group and returns when it is gone, or after a while without success."""
+    async def kill_all(self) -> None:
+        """Kills every process of the control group; `is_empty` is false when some are left after 10 s."""
         cgroup, self.is_empty = self.cgroup, False
         try:
             async with asyncio.timeout(_EMPTY_S):
@@ -145,9 +145,9 @@ class Place:
                     for pid in processes:
                         with contextlib.suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
-                    await asyncio.sleep(0.002)  # a killed process leaves its group a moment later and tells nobody
+                    await asyncio.sleep(0.002)  # a killed process leaves its group a moment later, without a signal
         except TimeoutError:
-            log.error("place_not_empty", place=self.name)
+            log.error("slot_not_empty", slot=self.name)
         else:
             self.is_empty = True
 

@@ -1,4 +1,4 @@
-"""Places of sessions come back, whatever happens to the call that ends one."""
+"""Worker slots of sessions come back, whatever happens to the call that ends one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-async def test_a_close_that_is_cancelled_frees_the_place(open_folder: Path) -> None:
+async def test_a_close_that_is_cancelled_frees_the_slot(open_folder: Path) -> None:
     config = SandboxConfig(isolation="process", slots=1, max_sessions=1, state_path=str(open_folder))
     async with open_pool(config) as pool:
         sessions = Sessions(pool)

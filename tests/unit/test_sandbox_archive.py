@@ -1,4 +1,4 @@
-"""The files that cross the wall of a box."""
+"""Archives of files and replies of functions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from services.sandbox.agent.archive import (
     TOO_LONG,
     VALUE,
-    Parcel,
+    Archive,
     Reply,
-    encode_parcel,
+    encode_archive,
     encode_reply,
-    read_parcel,
+    read_archive,
     read_replies,
 )
 from services.sandbox.agent.protocol import memory_file
@@ -24,17 +24,17 @@ KINDS = st.sampled_from([b"v", b"n", b"e", b"l", b"c"])
 
 
 @given(st.lists(st.binary(), max_size=5), st.lists(st.text(), max_size=3))
-def test_a_parcel_comes_out_as_it_went_in(blobs: list[bytes], arguments: list[str]) -> None:
-    file = memory_file(encode_parcel({"arguments": arguments}, blobs))
-    assert read_parcel(file) == Parcel({"arguments": arguments}, blobs)
+def test_an_archive_comes_out_as_it_went_in(blobs: list[bytes], arguments: list[str]) -> None:
+    file = memory_file(encode_archive({"arguments": arguments}, blobs))
+    assert read_archive(file) == Archive({"arguments": arguments}, blobs)
     os.close(file)
 
 
 @given(st.binary(min_size=1))
-def test_a_damaged_parcel_is_refused(tail: bytes) -> None:
-    file = memory_file(encode_parcel({}, [b"x"]) + tail)
+def test_a_damaged_archive_is_refused(tail: bytes) -> None:
+    file = memory_file(encode_archive({}, [b"x"]) + tail)
     with pytest.raises(ValueError, match="parts end at"):
-        read_parcel(file)
+        read_archive(file)
     os.close(file)
 
 
