@@ -31,9 +31,9 @@ class Arm:
         return percentile(self.samples, 0.95)
 
 
-def percentile(samples: Sequence[float], share: float) -> float:
+def percentile(samples: Sequence[float], fraction: float) -> float:
     """The smallest sample that at least this share of the samples does not exceed; share in (0, 1]."""
-    return sorted(samples)[max(0, math.ceil(share * len(samples)) - 1)]
+    return sorted(samples)[max(0, math.ceil(fraction * len(samples)) - 1)]
 
 
 @dataclass(frozen=True)

@@ -4,17 +4,17 @@ import os
 import sys
 import time
 
-share = float(sys.argv[1]) / 2
+fraction = float(sys.argv[1]) / 2
 reads, writes = os.pipe()
 for _ in range(2):
     if os.fork() == 0:
         start = time.process_time()
-        while time.process_time() - start < share:
+        while time.process_time() - start < fraction:
             sum(range(1000))
         os.write(writes, f"{time.process_time()}\n".encode())
         os._exit(0)
 for _ in range(2):
     os.wait()
 os.close(writes)
-told = sum(map(float, os.read(reads, 4096).split()))
-print(told + time.process_time())
+report = sum(map(float, os.read(reads, 4096).split()))
+print(report + time.process_time())

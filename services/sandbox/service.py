@@ -24,8 +24,8 @@ from services.sandbox.api.responses import (
     stream_response,
 )
 from services.sandbox.judge.judge import judge
+from services.sandbox.runtime.execute import OutputChunk, execute, execute_stream
 from services.sandbox.runtime.pool import Pool
-from services.sandbox.runtime.programs import OutputChunk, execute, execute_stream
 from services.sandbox.runtime.sessions import Sessions
 from services.sandbox.runtime.versions import Versions
 

@@ -186,7 +186,7 @@ async def test_local_sockets_of_the_host_are_out_of_reach(sandbox: SandboxClient
     ("program", "number"),
     [("breakouts/kill_group.py", signal.SIGKILL), ("breakouts/abort.py", signal.SIGABRT)],
 )
-async def test_own_end_by_a_signal_is_told_as_such(sandbox: SandboxClient, program: str, number: int) -> None:
+async def test_own_end_by_a_signal_is_reported_as_such(sandbox: SandboxClient, program: str, number: int) -> None:
     response = await run_program(sandbox, program)
     assert (response.status, response.exit_code, response.signal) == (RUNTIME_ERROR, -1, number)
     await assert_serves(sandbox)

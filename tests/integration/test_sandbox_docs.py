@@ -71,8 +71,8 @@ def skip_without_curl() -> None:
     """Skips the test where curl cannot send JSON by itself."""
     if shutil.which("curl") is None:
         pytest.skip("needs curl")
-    told = subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True).stdout
-    if tuple(map(int, told.split()[1].split(".")[:2])) < JSON_CURL:
+    reported = subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True).stdout
+    if tuple(map(int, reported.split()[1].split(".")[:2])) < JSON_CURL:
         pytest.skip("needs curl 7.82")
 
 
@@ -81,12 +81,12 @@ async def test_calls_by_curl(fronts: Fronts, command: str) -> None:
     skip_without_curl()
     base = str(fronts.http.base_url).rstrip("/")
     answer = expected(command)
-    told = await run_lines(command, base)
+    reported = await run_lines(command, base)
     if isinstance(answer, list):
-        lines = sorted(map(json.loads, told.splitlines()), key=lambda line: line.get("index", 0))
-        assert is_part(answer, lines), told
+        lines = sorted(map(json.loads, reported.splitlines()), key=lambda line: line.get("index", 0))
+        assert is_part(answer, lines), reported
     else:
-        assert is_part(answer, json.loads(told)), told
+        assert is_part(answer, json.loads(reported)), reported
 
 
 async def run_lines(lines: str, base: str) -> str:
@@ -94,16 +94,16 @@ async def run_lines(lines: str, base: str) -> str:
     lines, calls = re.subn(r"http://127\.0\.0\.1:(8056|8080)", base, lines)
     assert calls
     process = await asyncio.create_subprocess_exec("bash", "-c", lines, stdout=subprocess.PIPE)
-    told = (await asyncio.wait_for(process.communicate(), 60))[0].decode()
+    reported = (await asyncio.wait_for(process.communicate(), 60))[0].decode()
     assert process.returncode == 0
-    return told
+    return reported
 
 
 async def test_a_session_by_curl(fronts: Fronts) -> None:
     skip_without_curl()
     [lines] = [block for block in blocks("docs/http.md") if "/v1/sessions" in block]
-    told = await run_lines(lines, str(fronts.http.base_url).rstrip("/"))
-    first, second, closed = re.findall(r"\{.*?\}", told)
+    reported = await run_lines(lines, str(fronts.http.base_url).rstrip("/"))
+    first, second, closed = re.findall(r"\{.*?\}", reported)
     assert json.loads(first)["status"] == "ok"
     assert json.loads(second)["result"] == "42"
     assert json.loads(closed) == {}

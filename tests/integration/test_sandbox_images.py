@@ -164,7 +164,7 @@ async def test_python_of_an_image_has_all_of_python_s_modes(images: SandboxClien
     assert cell.result == "'[false, 42]'"
 
 
-async def test_what_an_image_lacks_is_told(images: SandboxClient) -> None:
+async def test_what_an_image_lacks_is_reported(images: SandboxClient) -> None:
     missing = {entry.language: entry.reason for entry in (await images.list_runtimes(pb.ListRuntimesRequest())).missing}
     assert missing["absent-shell"].startswith("there is no image at ")
     assert missing["toolless-shell"] == "ksh is not there: install ksh"

@@ -183,7 +183,7 @@ async def test_modules_that_a_runtime_names_are_there_before_the_program(
 
 
 @pytest.mark.parametrize("name", NAMES)
-async def test_the_version_is_told(fronts: Fronts, name: str) -> None:
+async def test_the_version_is_reported(fronts: Fronts, name: str) -> None:
     runtime = await find_runtime(fronts, name)
     assert runtime.version[0].isdigit()
     assert runtime.title

@@ -50,7 +50,7 @@ async def test_variables_functions_and_imports_are_kept(session: Session) -> Non
     assert third.execution_count == second.execution_count + 1 == first.execution_count + 2
 
 
-async def test_the_last_expression_is_told(session: Session) -> None:
+async def test_the_last_expression_is_reported(session: Session) -> None:
     assert (await session.run("'text'")).result == "'text'"
     assert not (await session.run("None")).HasField("result")
     assert not (await session.run("x = 1")).HasField("result")
@@ -201,7 +201,7 @@ async def test_sessions_do_not_see_each_other(sandbox: SandboxClient) -> None:
         assert (await first.run(user)).result != (await second.run(user)).result
 
 
-async def test_a_place_is_clean_for_the_next_session(tmp_path_factory: pytest.TempPathFactory) -> None:
+async def test_a_slot_is_clean_for_the_next_session(tmp_path_factory: pytest.TempPathFactory) -> None:
     skip_unless_possible("zygote")
     folder = tmp_path_factory.mktemp("sandbox")
     async with running_sandbox(folder, isolation="zygote", slots=1, max_sessions=1) as client:

@@ -26,8 +26,8 @@ async def session(fronts: Fronts) -> AsyncIterator[str]:
 async def run_cell(client: httpx.AsyncClient, session: str, code: str, **fields: Any) -> dict[str, Any]:
     response = await client.post(f"{session}/cells", json={"code": code, **fields})
     assert response.status_code == 200
-    told: dict[str, Any] = response.json()
-    return told
+    reported: dict[str, Any] = response.json()
+    return reported
 
 
 async def test_cells_share_their_variables(fronts: Fronts, session: str) -> None:
@@ -38,7 +38,7 @@ async def test_cells_share_their_variables(fronts: Fronts, session: str) -> None
     assert "result" not in await run_cell(fronts.http, session, "None")
 
 
-async def test_exceptions_and_limits_are_told(fronts: Fronts, session: str) -> None:
+async def test_exceptions_and_limits_are_reported(fronts: Fronts, session: str) -> None:
     failed = await run_cell(fronts.http, session, "{}['a']")
     assert (failed["status"], failed["error_name"], failed["error_value"]) == ("runtime_error", "KeyError", "'a'")
     late = await run_cell(fronts.http, session, "import time\ntime.sleep(60)", wall_ms=200)

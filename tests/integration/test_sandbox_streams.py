@@ -143,16 +143,16 @@ async def test_files_environment_and_output_files(fronts: Fronts, language: str)
     assert files["absent"].error
     body = {"language": language, "source": sources[language].decode(), "env": {"MINE": "x"}, "output_files": ["d/out"]}
     body["files"] = [{"path": "in/x", "content": "y"}, {"path": "run.sh", "content": "#!/bin/sh", "executable": True}]
-    told = (await fronts.http.post("/v1/execute", json=body)).json()
-    assert told["files"] == [{"path": "d/out", "content": "yy", "truncated": False, "error": ""}]
+    reported = (await fronts.http.post("/v1/execute", json=body)).json()
+    assert reported["files"] == [{"path": "d/out", "content": "yy", "truncated": False, "error": ""}]
 
 
 async def test_output_that_is_no_text_is_kept_byte_for_byte(fronts: Fronts) -> None:
     source = "import sys; sys.stdout.buffer.write(bytes(range(256)))"
     response = await fronts.grpc.run(source)
     assert response.stdout == bytes(range(256))
-    told = (await fronts.http.post("/v1/execute", json={"language": "python", "source": source})).json()
-    assert base64.b64decode(told["stdout_base64"]) == bytes(range(256))
+    reported = (await fronts.http.post("/v1/execute", json={"language": "python", "source": source})).json()
+    assert base64.b64decode(reported["stdout_base64"]) == bytes(range(256))
 
 
 async def test_a_key_gives_the_first_response_again(fronts: Fronts) -> None:

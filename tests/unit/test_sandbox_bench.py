@@ -21,11 +21,11 @@ SAMPLES = st.lists(st.floats(min_value=0, max_value=1e6), min_size=1)
 
 
 @given(SAMPLES, st.floats(min_value=0.01, max_value=1))
-def test_a_percentile_is_not_exceeded_by_its_share_of_the_samples(samples: list[float], share: float) -> None:
-    found = percentile(samples, share)
+def test_a_percentile_is_not_exceeded_by_its_share_of_the_samples(samples: list[float], fraction: float) -> None:
+    found = percentile(samples, fraction)
     assert found in samples
-    assert sum(sample <= found for sample in samples) >= share * len(samples)
-    assert sum(sample < found for sample in samples) < share * len(samples)
+    assert sum(sample <= found for sample in samples) >= fraction * len(samples)
+    assert sum(sample < found for sample in samples) < fraction * len(samples)
 
 
 def test_percentiles_of_a_known_list() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from perigee.errors import InternalError
-from services.sandbox.agent.monitor import open_usage
+from services.sandbox.agent.usage import open_usage
 from services.sandbox.runtime import cgroups
 from services.sandbox.runtime.cgroups import (
     CgroupHost,

@@ -10,7 +10,7 @@ from pathlib import Path
 from services.sandbox.runtime.leftovers import claim, held_if_abandoned
 
 
-def test_a_claim_holds_until_it_is_let_go(tmp_path: Path) -> None:
+def test_a_claim_holds_until_it_is_released(tmp_path: Path) -> None:
     folder = tmp_path / "below" / "1-2"
     descriptor = claim(folder)
     with held_if_abandoned(folder) as abandoned:

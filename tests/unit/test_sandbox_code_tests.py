@@ -50,7 +50,7 @@ def test_endings(code_test: RunCodeTest, source: str, code: str, ending: str) ->
     assert (run.message == "") == (ending == PASSED)
 
 
-def test_a_failed_assertion_is_told_with_its_place(code_test: RunCodeTest) -> None:
+def test_a_failed_assertion_is_reported_with_its_line(code_test: RunCodeTest) -> None:
     run = code_test(DOUBLE, "x = 1\ndef check(c):\n    assert c(2) == 5, 'two\\nlines'")
     assert run.message == "AssertionError: two\nlines at `assert c(2) == 5, 'two\\nlines'`, line 3"
     assert run.calls == 1

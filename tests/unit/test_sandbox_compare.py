@@ -11,17 +11,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from perigee.sandbox import compare
 from perigee.sandbox.compare import (
     Comparison,
     Tolerance,
     find_difference,
     find_result_difference,
+    read_number,
     same_json,
     same_json_text,
     same_tokens,
 )
-from perigee.sandbox.comparisons import outputs
-from perigee.sandbox.comparisons.numbers import read_number
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(),
@@ -102,7 +102,7 @@ def test_json_numbers_within_a_tolerance() -> None:
         ("x" * 100, {}, f'result is "{"x" * 79}..., expected an object'),
     ],
 )
-def test_the_first_difference_of_json_values_is_told(actual: Any, expected: Any, reason: str) -> None:
+def test_the_first_difference_of_json_values_is_reported(actual: Any, expected: Any, reason: str) -> None:
     assert find_result_difference(json.dumps(actual).encode(), expected) == reason
 
 
@@ -132,7 +132,7 @@ def test_tokens(actual: bytes, expected: bytes, same: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "actual", "expected", "reason"),
+    ("comparator", "actual", "expected", "reason"),
     [
         (EXACT, b"1\n2\n", b"1\n2\n", None),
         (EXACT, b"1\n2", b"1\n2\n", 'line 3 is missing, expected ""'),
@@ -159,8 +159,10 @@ def test_tokens(actual: bytes, expected: bytes, same: bool) -> None:
         (TOKENS, b"\xff\x00", b"a", 'token 1 is "\N{REPLACEMENT CHARACTER}\\u0000", expected "a"'),
     ],
 )
-def test_the_first_difference_is_told(how: Comparison, actual: bytes, expected: bytes, reason: str | None) -> None:
-    assert find_difference(actual, expected, how) == reason
+def test_the_first_difference_is_reported(
+    comparator: Comparison, actual: bytes, expected: bytes, reason: str | None
+) -> None:
+    assert find_difference(actual, expected, comparator) == reason
 
 
 def test_long_words_are_cut_where_they_differ() -> None:
@@ -179,8 +181,8 @@ def test_blocks_do_not_show(actual: bytes, expected: bytes, block_bytes: int) ->
         return [line.rstrip() for line in output.rstrip().split(b"\n")]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs, "_BLOCK_BYTES", block_bytes)
-        same = {how: find_difference(actual, expected, how) is None for how in Comparison}
+        patch.setattr(compare, "_BLOCK_BYTES", block_bytes)
+        same = {comparator: find_difference(actual, expected, comparator) is None for comparator in Comparison}
         close = find_difference(actual, expected, Tolerance()) is None
     assert same == {
         EXACT: actual == expected,
@@ -193,14 +195,16 @@ def test_blocks_do_not_show(actual: bytes, expected: bytes, block_bytes: int) ->
     assert close == (numbers[0] == numbers[1])
 
 
-@pytest.mark.parametrize("how", [*Comparison, MICRO])
+@pytest.mark.parametrize("comparator", [*Comparison, MICRO])
 @settings(deadline=None)
 @given(words=st.lists(st.sampled_from([b"a", b"1", b"2.5", b"nan"]), min_size=1, max_size=6), data=st.data())
-def test_neither_a_prefix_nor_an_extension_passes(how: Comparison | Tolerance, words: list[bytes], data: Any) -> None:
+def test_neither_a_prefix_nor_an_extension_passes(
+    comparator: Comparison | Tolerance, words: list[bytes], data: Any
+) -> None:
     shorter = words[: data.draw(st.integers(0, len(words) - 1))]
     long, short = b"\n".join(words), b"\n".join(shorter)
-    assert find_difference(short, long, how) is not None
-    assert find_difference(long, short, how) is not None
+    assert find_difference(short, long, comparator) is not None
+    assert find_difference(long, short, comparator) is not None
 
 
 @pytest.mark.parametrize(

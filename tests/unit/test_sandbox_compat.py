@@ -65,7 +65,7 @@ def test_a_caret_fixes_the_first_number_that_is_not_zero() -> None:
     assert not selects("*", "unknown")
 
 
-def test_fields_are_renamed_and_told_once() -> None:
+def test_fields_are_renamed_and_reported_once() -> None:
     wrong = [(field, "is too much") for field in ("limits.wall_ms", "limits.cpu_ms")] + [("args[0]", "has NUL")]
     error = InvalidArgumentError("x", violations=[sandbox_fusion.FieldViolation(*each) for each in wrong])
     renamed = rename_fields(error, sandbox_fusion._FIELDS)
@@ -170,19 +170,19 @@ def test_a_fusion_response_tells_failures(
     response: pb.ExecuteResponse, status: str, run_status: str, return_code: int | None
 ) -> None:
     response.reason = "why"
-    told = sandbox_fusion.to_run_code_response(response)
-    assert (told.status, told.message) == (status, "why")
-    assert told.run_result is not None
-    assert (told.run_result.status, told.run_result.return_code) == (run_status, return_code)
+    reported = sandbox_fusion.to_run_code_response(response)
+    assert (reported.status, reported.message) == (status, "why")
+    assert reported.run_result is not None
+    assert (reported.run_result.status, reported.run_result.return_code) == (run_status, return_code)
 
 
 def test_a_fusion_response_to_what_does_not_compile_has_no_run() -> None:
     response = pb.ExecuteResponse(status="STATUS_COMPILE_ERROR", compile=pb.CompileResult(exit_code=1, stderr=b"no"))
-    told = sandbox_fusion.to_run_code_response(response)
-    assert told.status == "Failed"
-    assert told.run_result is None
-    assert told.compile_result is not None
-    assert (told.compile_result.return_code, told.compile_result.stderr) == (1, "no")
+    reported = sandbox_fusion.to_run_code_response(response)
+    assert reported.status == "Failed"
+    assert reported.run_result is None
+    assert reported.compile_result is not None
+    assert (reported.compile_result.return_code, reported.compile_result.stderr) == (1, "no")
 
 
 def test_fusion_errors_have_fastapi_s_form() -> None:
@@ -278,9 +278,9 @@ def test_a_piston_response_has_both_stages() -> None:
         peak_memory_bytes=1000,
         compile=pb.CompileResult(stderr=b"warning", wall_ms=7),
     )
-    told = piston.to_piston_response(response, CPP).model_dump(exclude_unset=True)
+    reported = piston.to_piston_response(response, CPP).model_dump(exclude_unset=True)
     nothing = {"signal": None, "message": None, "status": None, "code": 0}
-    assert told == {
+    assert reported == {
         "language": "cpp",
         "version": "g++ 12.2.0",
         "run": {"stdout": "out", "stderr": "err", "output": "outerr", "cpu_time": 4, "wall_time": 5, "memory": 1000}
@@ -300,9 +300,9 @@ def test_a_piston_response_has_both_stages() -> None:
 
 def test_a_piston_response_to_what_does_not_compile_repeats_the_compiler() -> None:
     response = pb.ExecuteResponse(status="STATUS_COMPILE_ERROR", compile=pb.CompileResult(exit_code=1, stderr=b"no"))
-    told = piston.to_piston_response(response, CPP)
-    assert told.run == told.compile
-    assert (told.run.code, told.run.status, told.run.stderr) == (1, "RE", "no")
+    reported = piston.to_piston_response(response, CPP)
+    assert reported.run == reported.compile
+    assert (reported.run.code, reported.run.status, reported.run.stderr) == (1, "RE", "no")
 
 
 def test_piston_lists_a_language_under_all_its_names() -> None:

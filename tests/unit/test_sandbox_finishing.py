@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from services.sandbox.runtime.helper_process import finish
+from services.sandbox.runtime.failure import finish
 
 
 async def test_the_result_is_handed_on() -> None:
@@ -37,7 +37,7 @@ async def test_no_number_of_cancellations_ends_it() -> None:
     assert done.is_set()
 
 
-async def test_its_own_failure_is_told_also_to_who_was_cancelled() -> None:
+async def test_its_own_failure_is_reported_also_to_who_was_cancelled() -> None:
     begun, gate = asyncio.Event(), asyncio.Event()
 
     async def work() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from services.sandbox.runtime.helper_process import HelperProcess, SandboxFailedError
+from services.sandbox.runtime.failure import SandboxFailedError
+from services.sandbox.runtime.helper_process import HelperProcess
 
 CHATTY = "import sys\nsys.stderr.write('x' * 1_000_000 + '\\nthe last line\\n')\nsys.stderr.flush()\n"
 

@@ -46,7 +46,7 @@ async def begin(job: Coroutine[Any, Any, str]) -> asyncio.Task[str]:
     return task
 
 
-async def settle() -> None:
+async def let_tasks_run() -> None:
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -87,13 +87,13 @@ async def test_a_small_job_overtakes_a_large_one_that_came_just_before() -> None
     clock.now += 5
     small = await begin(queue.acquire(1))
     queue.release(slot)
-    await settle()
+    await let_tasks_run()
     assert small.done()
     assert not large.done()
     clock.now += 4.5  # a small job now would be due 0.5 s after the large one
     late = await begin(queue.acquire(1))
     queue.release(small.result())
-    await settle()
+    await let_tasks_run()
     assert large.done()
     assert not late.done()
     queue.release(large.result())
@@ -137,10 +137,10 @@ def test_nobody_is_overtaken_by_who_comes_later_than_the_bound(
                 tasks.append(await begin(job(number, cost_s)))
             elif held:
                 queue.release(held.pop(0))
-                await settle()
+                await let_tasks_run()
         while served < len(tasks):
             queue.release(held.pop(0))
-            await settle()
+            await let_tasks_run()
         await asyncio.gather(*tasks)
         assert waiting == {}
 
@@ -225,7 +225,7 @@ async def test_who_stops_waiting_leaves_the_line_and_the_next_moves_up() -> None
     slot = await queue.acquire(1)
     first, second = await begin(queue.acquire(1)), await begin(queue.acquire(1))
     first.cancel()
-    await settle()
+    await let_tasks_run()
     assert queue.waiting == 1
     third = await begin(queue.acquire(1))
     queue.release(slot)

@@ -51,7 +51,7 @@ def test_no_cgroups() -> None:
     assert find_cgroups("1 0 8:1 / / rw - ext4 /dev/sda rw\n") is None
 
 
-def test_a_machine_without_root_is_told_what_to_do() -> None:
+def test_a_machine_without_root_is_reported_what_to_do() -> None:
     machine = Machine(root=False, cgroups=None, instance="1-1")
     with pytest.raises(FailedPreconditionError) as error:
         choose_isolation(SandboxConfig(), machine)

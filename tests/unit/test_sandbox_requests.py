@@ -45,7 +45,7 @@ def test_each_limit_has_a_maximum_and_a_minimum(name: str) -> None:
         assert set(violated(pb.ExecuteRequest(language="python", source=b"x", limits=limits))) == {f"limits.{name}"}
 
 
-def test_all_violations_are_told_at_once() -> None:
+def test_all_violations_are_reported_at_once() -> None:
     fields = violated(pb.JudgeRequest(language="pl/1", source=b"x" * 101))
     assert set(fields) == {"language", "source", "tests"}
     assert "python" in fields["language"]

@@ -27,7 +27,7 @@ def test_braces_of_one_s_own_are_written_twice(tmp_path: Path) -> None:
     assert runtime.command(runtime.config.run, 64 << 20) == ["awk", "{print $1}", "main.sh", "64"]
 
 
-def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"sandbox\.runtimes_path: .*gone is no folder"):
         load_catalog(SandboxConfig(runtimes_path=str(tmp_path / "gone")))
 
@@ -44,7 +44,7 @@ def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
         (RIGHT + "limits: {memory_bytes: 1}\n", "limits.memory_bytes: "),
     ],
 )
-def test_a_wrong_description_is_told_with_its_file(tmp_path: Path, text: str, words: str) -> None:
+def test_a_wrong_description_is_reported_with_its_file(tmp_path: Path, text: str, words: str) -> None:
     with pytest.raises(InvalidArgumentError) as error:
         load_catalog(described(tmp_path, text))
     assert words in error.value.message

@@ -10,7 +10,7 @@ import pytest
 
 from services.sandbox.agent import protocol
 from services.sandbox.agent.protocol import Limits, RunRequest
-from services.sandbox.runtime.helper_process import SandboxFailedError
+from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.sandboxes import Sandbox
 from services.sandbox.runtime.worker_slots import WorkerSlot
 

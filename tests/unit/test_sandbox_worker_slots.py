@@ -10,7 +10,7 @@ from services.sandbox.config import SandboxConfig
 from services.sandbox.languages.catalog import load_catalog
 from services.sandbox.runtime import worker_slots
 from services.sandbox.runtime.cgroups import CgroupHost, SlotCgroup
-from services.sandbox.runtime.helper_process import SandboxFailedError
+from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.isolation import Isolation
 from services.sandbox.runtime.sandboxes import SandboxFactory, Zygotes
 from services.sandbox.runtime.worker_slots import WorkerSlot

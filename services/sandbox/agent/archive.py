@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-_PARCEL_PREFIX = struct.Struct(">I")
+_ARCHIVE_PREFIX = struct.Struct(">I")
 _REPLY_PREFIX = struct.Struct(">Ic")
 VALUE, NOT_JSON, EXCEPTION, LOADED, COMPILE_ERROR, TOO_LONG = b"v", b"n", b"e", b"l", b"c", b"o"
 
@@ -35,16 +35,16 @@ class Reply(NamedTuple):
 def encode_archive(header: dict[str, Any], blobs: Sequence[bytes]) -> bytes:
     """Returns an archive as the contents of a file."""
     text = json.dumps({**header, "lengths": [len(blob) for blob in blobs]}).encode()
-    return b"".join([_PARCEL_PREFIX.pack(len(text)), text, *blobs])
+    return b"".join([_ARCHIVE_PREFIX.pack(len(text)), text, *blobs])
 
 
 def read_archive(descriptor: int) -> Archive:
     """Reads the archive in a file; raises ValueError when its parts do not fill it."""
     size = os.fstat(descriptor).st_size
     contents = _read(descriptor, size)
-    [header_length] = _PARCEL_PREFIX.unpack_from(contents)
-    offset = _PARCEL_PREFIX.size + header_length
-    header = json.loads(contents[_PARCEL_PREFIX.size : offset])
+    [header_length] = _ARCHIVE_PREFIX.unpack_from(contents)
+    offset = _ARCHIVE_PREFIX.size + header_length
+    header = json.loads(contents[_ARCHIVE_PREFIX.size : offset])
     blobs = []
     for length in header.pop("lengths"):
         blobs.append(contents[offset : offset + length])

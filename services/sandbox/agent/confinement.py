@@ -181,7 +181,7 @@ def apply_limits(confinement: Confinement, limits: Limits, runs: int) -> None:
         resource.setrlimit(resource.RLIMIT_NPROC, (limits.processes, limits.processes))
 
 
-def place_descriptors(descriptors: list[int]) -> None:
+def install_descriptors(descriptors: list[int]) -> None:
     """Makes `descriptors[i]` descriptor i, kept by an execve, and closes all others."""
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, _HIGH_DESCRIPTOR) for descriptor in descriptors]
     for target, descriptor in enumerate(high):

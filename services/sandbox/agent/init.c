@@ -108,7 +108,7 @@ static void take_strings(char **cursor, const char *end) {
 }
 
 /* Makes the job's descriptors 0 and up, and closes all others but the channel, which moves out of their way. */
-static int place_descriptors(int channel) {
+static int install_descriptors(int channel) {
     int high = fcntl(channel, F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR);
     for (int index = 0; index < descriptor_count; index++)
         descriptors[index] = fcntl(descriptors[index], F_DUPFD_CLOEXEC, HIGH_DESCRIPTOR);
@@ -135,7 +135,7 @@ static void become_job(int channel, ssize_t size) {
     char *cursor = request;
     const char *end = request + size;
     uid_t user = atoi(next_string(&cursor, end));
-    channel = place_descriptors(channel);
+    channel = install_descriptors(channel);
     take_limits(&cursor, end);
     take_strings(&cursor, end);
     if (setsid() < 0)

@@ -20,14 +20,15 @@ from typing import Any, NoReturn
 from . import kernel, protocol, root
 from .archive import own_files, read_files, write_files
 from .collect import collect_files
-from .confinement import Confinement, apply_limits, give_up_privileges, place_descriptors
+from .confinement import Confinement, apply_limits, give_up_privileges, install_descriptors
 from .modes import rehearse, run_mode
-from .monitor import Process, ProcessMonitor, UsageFiles
-from .protocol import Message, RunRequest, read_run_request
+from .monitor import Process, ProcessMonitor
+from .protocol import OWN_FOLDER, Message, RunRequest, read_run_request
+from .usage import UsageFiles
 
 _NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
 _UNFIT = 125
-_INIT = f"{root.OWN_FOLDER}/init"
+_INIT = f"{OWN_FOLDER}/init"
 
 
 class Program(Process):
@@ -97,7 +98,7 @@ class Isolated(Program):
         pid = os.fork()
         if pid == 0:
             ours.close()
-            _await_order(confinement, space_bytes, theirs)
+            _await_request(confinement, space_bytes, theirs)
         kernel.enter_namespace(own, kernel.CLONE_NEWPID)  # so that the next program can have a namespace of its own
         os.close(own)
         theirs.close()
@@ -147,7 +148,7 @@ class Plain(Program):
                 os.kill(target, signal.SIGKILL)
 
 
-def _await_order(confinement: Confinement, space_bytes: int, channel: socket.socket) -> NoReturn:
+def _await_request(confinement: Confinement, space_bytes: int, channel: socket.socket) -> NoReturn:
     """Gives up all privileges, waits for the request and runs it."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
@@ -185,7 +186,7 @@ def _run(confinement: Confinement, request: RunRequest, descriptors: list[int], 
             home = os.open(confinement.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             protocol.send(channel, {"kind": "home"}, [home])
         apply_limits(confinement, request.limits, request.answers)
-        place_descriptors(descriptors)
+        install_descriptors(descriptors)
     except Exception as error:
         _report_unfit(channel, error)
     try:

@@ -27,10 +27,11 @@ from typing import Any
 from . import kernel, protocol, root
 from .archive import File, own_files, read_files, write_files
 from .collect import collect_files
-from .confinement import build_filter, place_descriptors, resource_limits
-from .monitor import Process, ProcessMonitor, open_usage
-from .protocol import HOME, Message, RunRequest, memory_file, read_run_request
+from .confinement import build_filter, install_descriptors, resource_limits
+from .monitor import Process, ProcessMonitor
+from .protocol import HOME, OWN_FOLDER, Message, RunRequest, memory_file, read_run_request
 from .root import WRITABLE_FLAGS, sized
+from .usage import open_usage
 
 _UNPACKED_BYTES = 8192
 
@@ -220,7 +221,7 @@ class ContainerRuntime:
             return Container(pid, name, ours, self)
         try:
             kernel.die_with_parent(signal.SIGKILL)
-            place_descriptors([self._null, self._null, self._null, theirs.fileno(), self._filter, self._program])
+            install_descriptors([self._null, self._null, self._null, theirs.fileno(), self._filter, self._program])
             os.set_inheritable(_PROGRAM, False)
             arguments = [*self._command, "--preserve-fds", "2", name]
             os.execve(_PROGRAM, arguments, os.environ)
@@ -235,7 +236,7 @@ class ContainerRuntime:
         config = {
             **self._bundle,
             "root": {"path": root_path, "readonly": True},
-            "process": {**self._bundle["process"], "args": [f"{root.OWN_FOLDER}/init", "3", "4"]},
+            "process": {**self._bundle["process"], "args": [f"{OWN_FOLDER}/init", "3", "4"]},
             "mounts": [*self._bundle["mounts"], *binds],
         }
         text = json.dumps(config)
@@ -368,8 +369,8 @@ class Launcher:
                     self._run(message)
                 case "unload":
                     self._unload()
-                case "settle":
-                    protocol.send(self._channel, {"kind": "settled"}, [])
+                case "report_idle":
+                    protocol.send(self._channel, {"kind": "idle"}, [])
             message.close()
             if self._root and self._spare is None:
                 self._make_spare()
@@ -386,7 +387,7 @@ class Launcher:
     def _build_root(self, name: str, fields: dict[str, Any]) -> str:
         folder = f"{self._options.folder}/roots/{name}"
         Path(folder).mkdir(parents=True, exist_ok=True)
-        own = [[self._options.init, f"{root.OWN_FOLDER}/init"], [self._options.agent, f"{root.OWN_FOLDER}/agent"]]
+        own = [[self._options.init, f"{OWN_FOLDER}/init"], [self._options.agent, f"{OWN_FOLDER}/agent"]]
         built = root.build_root(root.RootOptions(**{**fields, "folder": folder, "mounts": [*fields["mounts"], *own]}))
         return str(built)
 

@@ -68,6 +68,8 @@ def memory_file(contents: bytes) -> int:
 
 HOME = "/box"
 """Working folder of every program."""
+OWN_FOLDER = "/.perigee"
+"""Folder with the init in front of the job and this package."""
 ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": HOME, "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 """Variables of every program, unless its runtime or its request sets others."""
 

@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import kernel
-from .protocol import HOME, start_code
+from .protocol import HOME, OWN_FOLDER, start_code
 
 PROC_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 WRITABLE_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV
 MAX_INODES = 1024
-OWN_FOLDER = "/.perigee"
-"""Folder with the init in front of the job and this package."""
 _DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
 _READ_ONLY = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
 _FOLDERS = ("proc", "box", "tmp", "dev", "etc", "run", OWN_FOLDER.strip("/"))

@@ -23,8 +23,8 @@ from . import kernel, protocol
 from .confinement import Confinement, build_filter
 from .job_supervisor import run_job_supervisor
 from .modes import hide_own_modules
-from .monitor import UsageFiles
 from .protocol import HOME
+from .usage import UsageFiles
 
 _REAP_MS = 1000
 

@@ -61,16 +61,16 @@ def _takes(comparator: str, version: Version) -> bool:
         after = _next(low, len(given))
         return {">": version >= after, ">=": version >= low, "<": version < low, "<=": version < after}[sign]
     if sign == "^":
-        fixed = next((place for place, part in enumerate(low[: len(given)], 1) if part), len(given))
+        fixed = next((index for index, part in enumerate(low[: len(given)], 1) if part), len(given))
         return low <= version < _next(low, fixed)
     if sign == "~":
         return low <= version < _next(low, min(len(given), 2))
     return low <= version < _next(low, len(given))
 
 
-def _next(version: Version, places: int) -> Version:
+def _next(version: Version, numbers: int) -> Version:
     """Returns the first version that differs in the given number of leading numbers."""
-    kept = [*version[: places - 1], version[places - 1] + 1]
+    kept = [*version[: numbers - 1], version[numbers - 1] + 1]
     return _pad([str(part) for part in kept])
 
 

@@ -220,7 +220,7 @@ def read_job(request: pb.ExecuteRequest, config: SandboxConfig, catalog: Catalog
 
 
 def read_json(reader: Reader, text: str, field: str) -> object:
-    """Reads a JSON value; returns an empty list for anything else, so that later checks do not report the field twice."""
+    """Reads a JSON value; returns an empty list for anything else, so that the field is reported once."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from perigee.errors import InvalidArgumentError, PerigeeError, to_status
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.api.requests import LIMIT_FIELDS
 from services.sandbox.config import LimitsConfig
+from services.sandbox.runtime.execute import OutputChunk
 from services.sandbox.runtime.jobs import (
     CompileReport,
     Execution,
@@ -17,7 +18,6 @@ from services.sandbox.runtime.jobs import (
     TestResult,
     TestWeight,
 )
-from services.sandbox.runtime.programs import OutputChunk
 from services.sandbox.runtime.sessions import CellResult
 
 _STATUS_NAMES = {Status.ACCEPTED: "OK"}

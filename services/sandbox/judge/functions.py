@@ -28,7 +28,6 @@ from services.sandbox.agent.protocol import Limits, RunResult
 from services.sandbox.judge.pairs import PairedRun, pipes
 from services.sandbox.judge.stdio import CUT_BYTES, decide, open_checker, run_checker, unjudged_result
 from services.sandbox.runtime.jobs import CodeTest, CompileReport, FunctionTest, Status, Submission, Test, TestResult
-from services.sandbox.runtime.pool import SlotPair
 from services.sandbox.runtime.programs import (
     LoadedProgram,
     Streams,
@@ -41,6 +40,7 @@ from services.sandbox.runtime.programs import (
     status_of_run,
 )
 from services.sandbox.runtime.sandboxes import SandboxFactory
+from services.sandbox.runtime.worker_slots import SlotPair
 
 _STATUS_BY_REPLY = {
     EXCEPTION: Status.RUNTIME_ERROR,

@@ -21,9 +21,8 @@ from services.sandbox.judge.stdio import (
     read_decision,
     unjudged_result,
 )
-from services.sandbox.runtime.helper_process import SandboxFailedError
+from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import CompileReport, InputFile, InteractiveTest, Status, Submission, TestResult
-from services.sandbox.runtime.pool import SlotPair
 from services.sandbox.runtime.programs import (
     LoadedProgram,
     Streams,
@@ -34,6 +33,7 @@ from services.sandbox.runtime.programs import (
     read_output,
 )
 from services.sandbox.runtime.sandboxes import SandboxFactory
+from services.sandbox.runtime.worker_slots import SlotPair
 
 PROGRAM, JUDGE = "program", "judge"
 _CHUNK_BYTES = 65536

@@ -10,7 +10,7 @@ from services.sandbox.judge.functions import judge_code, judge_functions
 from services.sandbox.judge.interactive import judge_interactive
 from services.sandbox.judge.stdio import judge_stdio
 from services.sandbox.runtime import metrics
-from services.sandbox.runtime.helper_process import SandboxFailedError
+from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import (
     CodeTest,
     CompileReport,
@@ -21,7 +21,8 @@ from services.sandbox.runtime.jobs import (
     Submission,
     TestResult,
 )
-from services.sandbox.runtime.pool import Pool, SlotPair
+from services.sandbox.runtime.pool import Pool
+from services.sandbox.runtime.worker_slots import SlotPair
 
 log = get_logger(__name__)
 
@@ -42,7 +43,7 @@ async def judge(pool: Pool, submission: Submission, remaining_s: float | None = 
             results, report = [TestResult(Status.INFRA_ERROR, reason=error.message)] * len(submission.tests), None
         wall_ms = math.ceil((time.monotonic() - started) * 1000)
     judgement = sum_up(submission, results, report, wall_ms)
-    metrics.count("judge", judgement.status, started)
+    metrics.count("judge", judgement.status.name, started)
     return judgement
 
 

@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from perigee.sandbox.compare import find_difference
-from services.sandbox.runtime.helper_process import SandboxFailedError
+from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import (
     Comparator,
     CompileReport,
@@ -26,7 +26,6 @@ from services.sandbox.runtime.jobs import (
     Submission,
     TestResult,
 )
-from services.sandbox.runtime.pool import SlotPair
 from services.sandbox.runtime.programs import (
     LoadedProgram,
     explain,
@@ -36,7 +35,7 @@ from services.sandbox.runtime.programs import (
     read_output,
 )
 from services.sandbox.runtime.sandboxes import SandboxFactory
-from services.sandbox.runtime.worker_slots import WorkerSlot
+from services.sandbox.runtime.worker_slots import SlotPair, WorkerSlot
 
 _MESSAGE_CHARACTERS = 1000
 _UTF8_BYTES = 4

@@ -10,33 +10,13 @@ import json
 import os
 import socket
 from asyncio.subprocess import Process
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from perigee.errors import PerigeeError
 from services.kit.telemetry import get_logger
 from services.sandbox.agent import protocol
 from services.sandbox.agent.protocol import ENVIRONMENT, Message, Packet, start_code
-
-T = TypeVar("T")
-
-
-async def finish(work: Coroutine[Any, Any, T]) -> T:
-    """Runs work to its end, also when the caller is cancelled meanwhile, and returns its result.
-
-    For work that gives something back: a slot that is only half cleared would be lost, or leak into another job.
-    """
-    task = asyncio.create_task(work)
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        while not task.done():
-            with contextlib.suppress(asyncio.CancelledError):  # the first one is raised below
-                await asyncio.wait({task})
-        task.result()  # its own error comes first
-        raise
-
+from services.sandbox.runtime.failure import SandboxFailedError, finish
 
 log = get_logger(__name__)
 
@@ -45,10 +25,6 @@ AGENT = Path(__file__).parents[1] / "agent"
 _START_S = 60.0
 _LAST_OUTPUT_S = 1.0
 _OUTPUT_BYTES = 4096
-
-
-class SandboxFailedError(PerigeeError):
-    """The sandbox failed, not the program: the job may be tried again."""
 
 
 class HelperProcess:

@@ -45,7 +45,7 @@ class JobQueue(Generic[T]):
     ) -> None:
         self._max_waiting = max_waiting
         self._max_wait_s = max_wait_s
-        self._overtaking_s = priority_window_s
+        self._priority_window_s = priority_window_s
         self._clock = clock
         self._free: deque[T] = deque()
         self._started: dict[int, float] = {}
@@ -129,7 +129,7 @@ class JobQueue(Generic[T]):
         self._waiting.clear()
 
     def _due(self, cost_s: float) -> float:
-        return self._clock() + min(cost_s, self._overtaking_s)
+        return self._clock() + min(cost_s, self._priority_window_s)
 
     def _estimate_s(self, due: float) -> float:
         ahead = bisect_right(self._waiting, due, key=_due)

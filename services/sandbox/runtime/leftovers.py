@@ -23,11 +23,13 @@ from services.sandbox.runtime.isolation import Machine
 def claim(folder: Path) -> int:
     """Makes a folder and locks it; the returned descriptor holds the lock until it is closed."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             descriptor = _open(folder)
-        except FileNotFoundError:
-            continue  # removed as a leftover before it was locked
+        except (FileNotFoundError, FileExistsError):  # removed as a leftover before it was locked
+            if folder.is_file():
+                raise
+            continue
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         if _is_at(descriptor, folder):
             return descriptor

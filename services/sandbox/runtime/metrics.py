@@ -6,8 +6,6 @@ import time
 
 from prometheus_client import Counter, Gauge, Histogram
 
-from services.sandbox.runtime.jobs import Status
-
 JOBS = Counter("perigee_sandbox_jobs_total", "Jobs by kind and status.", ["kind", "status"])
 JOB_SECONDS = Histogram(
     "perigee_sandbox_job_seconds",
@@ -27,7 +25,7 @@ CLEARED = Counter("perigee_sandbox_cleared_slots_total", "Slots cleared after a 
 SESSIONS = Gauge("perigee_sandbox_sessions", "Sessions that are open.")
 
 
-def count(kind: str, status: Status, started: float) -> None:
+def count(kind: str, status: str, started: float) -> None:
     """Counts a job that began at `started`, monotonic seconds."""
-    JOBS.labels(kind, status.name).inc()
+    JOBS.labels(kind, status).inc()
     JOB_SECONDS.labels(kind).observe(time.monotonic() - started)

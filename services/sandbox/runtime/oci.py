@@ -7,8 +7,6 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
 
-from services.sandbox.runtime.cgroups import CgroupHost
-
 # What the init needs to become the job's user; the job has none.
 _INIT_CAPABILITIES = ["CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
 _DEV_OPTIONS = ["nosuid", "noexec", "size=64k", "mode=755"]
@@ -42,7 +40,7 @@ class OciRuntime(ABC):
         """Returns the file to which the runtime logs errors; its standard error is the job's."""
         return folder / "runtime.log"
 
-    def hidden_mounts(self, host: CgroupHost) -> tuple[str, ...]:
+    def hidden_mounts(self, v2_mounts: tuple[str, ...]) -> tuple[str, ...]:
         """Returns control group mounts that the runtime must not see."""
         return ()
 
@@ -96,6 +94,6 @@ class Crun(OciRuntime):
         state, log = str(self.state_path(folder)), f"file:{self.log_path(folder)}"
         return [path, "--root", state, "--cgroup-manager", "disabled", "--log", log, "run", "--bundle", str(folder)]
 
-    def hidden_mounts(self, host: CgroupHost) -> tuple[str, ...]:
+    def hidden_mounts(self, v2_mounts: tuple[str, ...]) -> tuple[str, ...]:
         """Returns v2 mounts beside v1 ones, with which crun refuses to run."""
-        return host.hybrid
+        return v2_mounts

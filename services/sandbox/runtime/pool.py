@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from perigee.errors import FailedPreconditionError, ResourceExhaustedError
@@ -15,22 +14,14 @@ from services.sandbox.config import SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime, load_catalog
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import SlotCgroup
-from services.sandbox.runtime.helper_process import SandboxFailedError
+from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.isolation import Isolation, Machine, choose_isolation, make_init, read_machine
 from services.sandbox.runtime.job_queue import JobQueue
 from services.sandbox.runtime.leftovers import clear_leftovers, own_folders
 from services.sandbox.runtime.sandboxes import Launchers, SandboxFactory, Zygotes
-from services.sandbox.runtime.worker_slots import WorkerSlot, choose_first_uid, raise_open_file_limit
+from services.sandbox.runtime.worker_slots import SlotPair, WorkerSlot, choose_first_uid, raise_open_file_limit
 
 log = get_logger(__name__)
-
-
-@dataclass(eq=False)
-class SlotPair:
-    """Two slots for one job: one for its program, one for the program that judges it."""
-
-    program: WorkerSlot
-    judge: WorkerSlot
 
 
 class Pool:

@@ -4,21 +4,17 @@ written.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import os
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from services.sandbox.agent.archive import Archive, encode_archive
 from services.sandbox.agent.protocol import Limits, RunRequest, RunResult, memory_file
-from services.sandbox.runtime import metrics
-from services.sandbox.runtime.helper_process import SandboxFailedError
-from services.sandbox.runtime.jobs import CompileReport, Execution, InputFile, Job, OutputFile, Program, Status
-from services.sandbox.runtime.pool import Pool
+from services.sandbox.runtime.failure import SandboxFailedError
+from services.sandbox.runtime.jobs import CompileReport, Execution, InputFile, OutputFile, Program, Status
 from services.sandbox.runtime.sandboxes import Sandbox, SandboxFactory
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
@@ -226,8 +222,6 @@ def describe_exit(outcome: RunResult) -> str:
     return f"signal {outcome.signal}" if outcome.signal else f"exit code {outcome.exit_code}"
 
 
-_STREAM_TICK_S = 0.02
-_STREAM_CHUNK_BYTES = 1 << 20
 _STATUS_BY_STOP = {
     "wall": Status.TIME_LIMIT,
     "cpu": Status.TIME_LIMIT,
@@ -236,41 +230,6 @@ _STATUS_BY_STOP = {
     "exited": Status.RUNTIME_ERROR,
     "stopped": Status.RUNTIME_ERROR,
 }
-
-
-async def execute(
-    pool: Pool, job: Job, remaining_s: float | None = None, on_start: Callable[[Streams], None] | None = None
-) -> Execution:
-    """Compiles and runs a program; failures of the sandbox come back as INFRA_ERROR.
-
-    Raises ResourceExhaustedError when no slot is free in time.
-    """
-    program = job.program
-    cost_s = (program.limits.wall_ms + (program.compile_limits.wall_ms if program.runtime.config.compile else 0)) / 1000
-    async with pool.lease(cost_s, remaining_s) as pair:
-        started = time.monotonic()
-        try:
-            execution = await _execute(pool, job, pair.program, on_start)
-        except SandboxFailedError as error:
-            execution = Execution(Status.INFRA_ERROR, -1, reason=error.message)
-    metrics.count("execute", execution.status, started)
-    return execution
-
-
-async def _execute(pool: Pool, job: Job, slot: WorkerSlot, on_start: Callable[[Streams], None] | None) -> Execution:
-    program = job.program
-    async with open_program(pool.factory, program, slot) as loaded:
-        if not await loaded.load():
-            assert loaded.compile_report is not None
-            return compile_failure(loaded.compile_report)
-        with memory_streams(job.stdin) as streams:
-            if on_start is not None:
-                on_start(streams)
-            outcome, files = await loaded.run(streams, job.arguments, (), job.output_files, job.most_output_file_bytes)
-            if loaded.compile_report is not None and not loaded.compile_report.ok:
-                return compile_failure(loaded.compile_report)
-            execution = read_execution(outcome, streams, program.limits)
-    return dataclasses.replace(execution, compile=loaded.compile_report, files=files)
 
 
 def compile_failure(report: CompileReport) -> Execution:
@@ -311,51 +270,3 @@ def status_of_run(outcome: RunResult) -> Status:
 def read_output(file: int, most_bytes: int) -> tuple[bytes, bool]:
     """Reads an output in memory up to `most_bytes`; returns it and whether it was cut."""
     return os.pread(file, most_bytes, 0), os.fstat(file).st_size > most_bytes
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputChunk:
-    """Part of the output of a running program."""
-
-    stream: str
-    content: bytes
-
-
-async def execute_stream(
-    pool: Pool, job: Job, remaining_s: float | None = None
-) -> AsyncGenerator[OutputChunk | Execution, None]:
-    """Yields the output as it is written, then the result; leaving the iteration ends the program."""
-    taps: dict[str, int] = {}
-    sent = {"stdout": 0, "stderr": 0}
-
-    def tap(streams: Streams) -> None:
-        # copies: the run closes its descriptors when it ends
-        taps.update(stdout=os.dup(streams.stdout), stderr=os.dup(streams.stderr))
-
-    task = asyncio.create_task(execute(pool, job, remaining_s, tap))
-    try:
-        while not task.done():
-            await asyncio.wait([task], timeout=_STREAM_TICK_S)
-            for chunk in read_chunks(taps, sent, job.program.limits.output_bytes):
-                yield chunk
-        execution = await task
-        yield dataclasses.replace(execution, stdout=b"", stderr=b"")
-    finally:
-        task.cancel()
-        try:
-            await asyncio.gather(task, return_exceptions=True)
-        finally:
-            for descriptor in taps.values():
-                os.close(descriptor)
-
-
-def read_chunks(taps: dict[str, int], sent: dict[str, int], most_bytes: int) -> list[OutputChunk]:
-    """Reads what was written since the last call, up to the limit, in chunks that fit into a message."""
-    chunks = []
-    for name, descriptor in taps.items():
-        end = min(os.fstat(descriptor).st_size, most_bytes)
-        while sent[name] < end:
-            content = os.pread(descriptor, min(_STREAM_CHUNK_BYTES, end - sent[name]), sent[name])
-            sent[name] += len(content)
-            chunks.append(OutputChunk(name, content))
-    return chunks

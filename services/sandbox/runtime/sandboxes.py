@@ -20,20 +20,12 @@ from typing import Any
 
 from services.kit.telemetry import get_logger
 from services.sandbox.agent.archive import Archive, read_archive
-from services.sandbox.agent.protocol import ENVIRONMENT, RunRequest, RunResult, memory_file
-from services.sandbox.agent.root import OWN_FOLDER
+from services.sandbox.agent.protocol import ENVIRONMENT, OWN_FOLDER, RunRequest, RunResult, memory_file
 from services.sandbox.languages.catalog import Runtime, find_python
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import CgroupHost
-from services.sandbox.runtime.helper_process import (
-    AGENT,
-    HelperProcess,
-    SandboxFailedError,
-    finish,
-    receive,
-    receive_at_once,
-    send,
-)
+from services.sandbox.runtime.failure import SandboxFailedError, finish
+from services.sandbox.runtime.helper_process import AGENT, HelperProcess, receive, receive_at_once, send
 from services.sandbox.runtime.isolation import Isolation
 from services.sandbox.runtime.oci import OciRuntime
 from services.sandbox.runtime.worker_slots import WorkerSlot
@@ -42,7 +34,7 @@ log = get_logger(__name__)
 
 _ANSWER_S = 30.0
 _GRACE_S = 15.0
-_SETTLE_S = 30.0
+_IDLE_S = 30.0
 
 
 @dataclass(frozen=True)
@@ -305,7 +297,7 @@ class Launchers:
         self._init = init
         self._host = host
         self._processes: dict[str, HelperProcess] = {}
-        self._unsettled: set[str] = set()
+        self._busy: set[str] = set()
 
     async def open(self, runtime: Runtime, slot: WorkerSlot) -> Sandbox:
         """Returns the sandbox of a slot; raises SandboxFailedError when the launcher does not start."""
@@ -315,23 +307,23 @@ class Launchers:
             process = self._make(slot)
             self._processes[slot.name] = process
             await process.start()
-        self._unsettled.add(slot.name)
+        self._busy.add(slot.name)
         return Sandbox(process.channel, slot)
 
-    async def settle(self, slot: WorkerSlot) -> None:
+    async def wait_until_idle(self, slot: WorkerSlot) -> None:
         """Waits until the launcher of a slot has finished the work of its jobs, the next container included: it is
         charged to the slot, and may end other processes there. Raises SandboxFailedError when it has ended.
         """
-        if slot.name not in self._unsettled:
+        if slot.name not in self._busy:
             return
         channel = self._processes[slot.name].channel
-        send(channel, {"kind": "settle"}, [])
+        send(channel, {"kind": "report_idle"}, [])
         try:
-            async with asyncio.timeout(_SETTLE_S):
+            async with asyncio.timeout(_IDLE_S):
                 (await receive(channel)).close()
         except TimeoutError as error:
-            raise SandboxFailedError(f"the launcher of {slot.name} does not finish within {_SETTLE_S:g} s") from error
-        self._unsettled.remove(slot.name)
+            raise SandboxFailedError(f"the launcher of {slot.name} does not finish within {_IDLE_S:g} s") from error
+        self._busy.remove(slot.name)
 
     def _make(self, slot: WorkerSlot) -> HelperProcess:
         assert slot.cgroup is not None
@@ -349,13 +341,13 @@ class Launchers:
             "cgroup_procs": slot.cgroup.procs_paths,
             "cgroup_version": slot.cgroup.version,
             "usage_paths": slot.cgroup.usage_paths,
-            "hidden_cgroup_mounts": list(self._container.hidden_mounts(self._host)),
+            "hidden_cgroup_mounts": list(self._container.hidden_mounts(self._host.hybrid)),
         }
         return HelperProcess(f"the launcher of {slot.name}", sys.executable, "launcher", options)
 
     async def kill(self, slot: WorkerSlot) -> None:
         """Ends the launcher of a slot."""
-        self._unsettled.discard(slot.name)
+        self._busy.discard(slot.name)
         if process := self._processes.pop(slot.name, None):
             ended = not process.running
             output = await process.last_output()
@@ -426,7 +418,7 @@ class SandboxFactory:
             if sandbox is not None:
                 await sandbox.end_supervisor()
             if self._launchers is not None:
-                await self._launchers.settle(slot)
+                await self._launchers.wait_until_idle(slot)
         except SandboxFailedError:
             await self.clear(slot)
         except BaseException:

@@ -24,7 +24,8 @@ from services.sandbox.agent.archive import encode_archive
 from services.sandbox.agent.modes import REPLIED
 from services.sandbox.agent.protocol import Limits
 from services.sandbox.runtime import metrics
-from services.sandbox.runtime.helper_process import SandboxFailedError, finish, receive_packet, send
+from services.sandbox.runtime.failure import SandboxFailedError, finish
+from services.sandbox.runtime.helper_process import receive_packet, send
 from services.sandbox.runtime.jobs import InputFile, OutputFile, Program, Status
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.programs import LoadedProgram, explain, open_program, opened, read_output, unpack_files
@@ -198,7 +199,7 @@ class Session:
         most_ms = self._program.limits.wall_ms
         if cell.wall_ms is not None and cell.wall_ms > most_ms:
             raise InvalidArgumentError.of("wall_ms", f"is {cell.wall_ms}, at most the session's {most_ms} is allowed")
-        task = asyncio.create_task(self._run_in_order(cell))
+        task = asyncio.create_task(self._run_next(cell))
         self._cells.add(task)
         task.add_done_callback(self._cells.discard)
         try:
@@ -211,7 +212,7 @@ class Session:
                 task.cancel()
             raise
 
-    async def _run_in_order(self, cell: Cell) -> CellResult:
+    async def _run_next(self, cell: Cell) -> CellResult:
         async with self._lock:
             if not self.alive:
                 raise NotFoundError(f"session {self.id!r} ended before the cell began")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from services.sandbox.agent.protocol import Limits, RunRequest
 from services.sandbox.languages.catalog import Missing, Runtime, find_version
-from services.sandbox.runtime.helper_process import SandboxFailedError
+from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import Program
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.programs import check_started, explain, memory_streams, open_program, read_output

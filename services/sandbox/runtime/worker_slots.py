@@ -9,13 +9,14 @@ import resource
 import secrets
 import shutil
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 from perigee.errors import FailedPreconditionError
 from services.kit.telemetry import get_logger
-from services.sandbox.agent.monitor import MUCH_BYTES, UsageFiles, open_usage
+from services.sandbox.agent.usage import MUCH_BYTES, UsageFiles, open_usage
 from services.sandbox.runtime.cgroups import SlotCgroup
-from services.sandbox.runtime.helper_process import SandboxFailedError, finish
+from services.sandbox.runtime.failure import SandboxFailedError, finish
 
 _RANGE = 4096
 _FIRST, _END = 1 << 20, 1 << 31
@@ -157,3 +158,11 @@ class WorkerSlot:
             os.close(descriptor)
         self.entries, self.usage = [], None
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(eq=False)
+class SlotPair:
+    """Two slots for one job: one for its program, one for the program that judges it."""
+
+    program: WorkerSlot
+    judge: WorkerSlot

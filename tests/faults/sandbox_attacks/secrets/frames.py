@@ -24,14 +24,14 @@ def texts(value, depth=0):
 
 def search():
     frame = sys._getframe()
-    places = [*gc.get_objects()]
+    spots = [*gc.get_objects()]
     while frame:
-        places += [dict(frame.f_locals), frame.f_code]
+        spots += [dict(frame.f_locals), frame.f_code]
         frame = frame.f_back
     for trace in sys._current_frames().values():
-        places.append(dict(trace.f_locals))
-    for place in places:
-        for text in texts(place):
+        spots.append(dict(trace.f_locals))
+    for spot in spots:
+        for text in texts(spot):
             if found := PATTERN.search(text):
                 return found[0]
     return "nothing"

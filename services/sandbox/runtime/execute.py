@@ -1,0 +1,102 @@
+"""Runs programs once, whole or with their output as it is written."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import time
+from collections.abc import AsyncGenerator, Callable
+
+from services.sandbox.runtime import metrics
+from services.sandbox.runtime.failure import SandboxFailedError
+from services.sandbox.runtime.jobs import Execution, Job, Status
+from services.sandbox.runtime.pool import Pool
+from services.sandbox.runtime.programs import Streams, compile_failure, memory_streams, open_program, read_execution
+from services.sandbox.runtime.worker_slots import WorkerSlot
+
+_STREAM_TICK_S = 0.02
+_STREAM_CHUNK_BYTES = 1 << 20
+
+
+async def execute(
+    pool: Pool, job: Job, remaining_s: float | None = None, on_start: Callable[[Streams], None] | None = None
+) -> Execution:
+    """Compiles and runs a program; failures of the sandbox come back as INFRA_ERROR.
+
+    Raises ResourceExhaustedError when no slot is free in time.
+    """
+    program = job.program
+    cost_s = (program.limits.wall_ms + (program.compile_limits.wall_ms if program.runtime.config.compile else 0)) / 1000
+    async with pool.lease(cost_s, remaining_s) as pair:
+        started = time.monotonic()
+        try:
+            execution = await _execute(pool, job, pair.program, on_start)
+        except SandboxFailedError as error:
+            execution = Execution(Status.INFRA_ERROR, -1, reason=error.message)
+    metrics.count("execute", execution.status.name, started)
+    return execution
+
+
+async def _execute(pool: Pool, job: Job, slot: WorkerSlot, on_start: Callable[[Streams], None] | None) -> Execution:
+    program = job.program
+    async with open_program(pool.factory, program, slot) as loaded:
+        if not await loaded.load():
+            assert loaded.compile_report is not None
+            return compile_failure(loaded.compile_report)
+        with memory_streams(job.stdin) as streams:
+            if on_start is not None:
+                on_start(streams)
+            outcome, files = await loaded.run(streams, job.arguments, (), job.output_files, job.most_output_file_bytes)
+            if loaded.compile_report is not None and not loaded.compile_report.ok:
+                return compile_failure(loaded.compile_report)
+            execution = read_execution(outcome, streams, program.limits)
+    return dataclasses.replace(execution, compile=loaded.compile_report, files=files)
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputChunk:
+    """Part of the output of a running program."""
+
+    stream: str
+    content: bytes
+
+
+async def execute_stream(
+    pool: Pool, job: Job, remaining_s: float | None = None
+) -> AsyncGenerator[OutputChunk | Execution, None]:
+    """Yields the output as it is written, then the result; leaving the iteration ends the program."""
+    taps: dict[str, int] = {}
+    sent = {"stdout": 0, "stderr": 0}
+
+    def tap(streams: Streams) -> None:
+        # copies: the run closes its descriptors when it ends
+        taps.update(stdout=os.dup(streams.stdout), stderr=os.dup(streams.stderr))
+
+    task = asyncio.create_task(execute(pool, job, remaining_s, tap))
+    try:
+        while not task.done():
+            await asyncio.wait([task], timeout=_STREAM_TICK_S)
+            for chunk in read_chunks(taps, sent, job.program.limits.output_bytes):
+                yield chunk
+        execution = await task
+        yield dataclasses.replace(execution, stdout=b"", stderr=b"")
+    finally:
+        task.cancel()
+        try:
+            await asyncio.gather(task, return_exceptions=True)
+        finally:
+            for descriptor in taps.values():
+                os.close(descriptor)
+
+
+def read_chunks(taps: dict[str, int], sent: dict[str, int], most_bytes: int) -> list[OutputChunk]:
+    """Reads what was written since the last call, up to the limit, in chunks that fit into a message."""
+    chunks = []
+    for name, descriptor in taps.items():
+        end = min(os.fstat(descriptor).st_size, most_bytes)
+        while sent[name] < end:
+            content = os.pread(descriptor, min(_STREAM_CHUNK_BYTES, end - sent[name]), sent[name])
+            sent[name] += len(content)
+            chunks.append(OutputChunk(name, content))
+    return chunks
