@@ -33,19 +33,19 @@ class SandboxClient(ServiceClient):
         return await self.execute(request, timeout_s=timeout_s)
 
     async def execute(self, request: pb.ExecuteRequest, *, timeout_s: float = 60.0) -> pb.ExecuteResponse:
-        """Compiles a program where its language needs it, and runs it once."""
+        """Compiles a program if its language needs it, and runs it once."""
         return await self._unary(self._stub.Execute, request, timeout_s)
 
     def execute_stream(
         self, request: pb.ExecuteRequest, *, timeout_s: float = 180.0
     ) -> AsyncIterator[pb.ExecuteStreamResponse]:
-        """The same, with output as it is written; the last event is `finished`."""
+        """Runs a program and streams its output; the last event is `finished`."""
         return self._stream(self._stub.ExecuteStream, pb.ExecuteStreamRequest(execute=request), timeout_s)
 
     def execute_batch(
         self, request: pb.ExecuteBatchRequest, *, timeout_s: float = 3600.0
     ) -> AsyncIterator[pb.ExecuteBatchResponse]:
-        """Many programs; each response comes as soon as its program has ended."""
+        """Runs many programs; each response comes as soon as its program has ended."""
         return self._stream(self._stub.ExecuteBatch, request, timeout_s)
 
     async def judge(self, request: pb.JudgeRequest, *, timeout_s: float = 60.0) -> pb.JudgeResponse:
@@ -55,14 +55,14 @@ class SandboxClient(ServiceClient):
     def judge_batch(
         self, request: pb.JudgeBatchRequest, *, timeout_s: float = 3600.0
     ) -> AsyncIterator[pb.JudgeBatchResponse]:
-        """Many submissions; each response comes as soon as its submission is judged."""
+        """Judges many submissions; each response comes as soon as its submission is judged."""
         return self._stream(self._stub.JudgeBatch, request, timeout_s)
 
     @asynccontextmanager
     async def session(
         self, language: str = "python", *, limits: pb.Limits | None = None, environment: Mapping[str, str] | None = None
     ) -> AsyncIterator[Session]:
-        """An interpreter that keeps its variables from cell to cell, for as long as the block lasts."""
+        """Opens an interpreter that keeps its variables from cell to cell, and closes it when the block ends."""
         request = pb.CreateSessionRequest(language=language, limits=limits, env=environment)
         session = Session(self, (await self.create_session(request)).session_id)
         try:
@@ -94,7 +94,7 @@ class SandboxClient(ServiceClient):
 
 
 class Session:
-    """An open session."""
+    """Open session."""
 
     def __init__(self, client: SandboxClient, session_id: str) -> None:
         self.id = session_id

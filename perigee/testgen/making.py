@@ -1,4 +1,4 @@
-"""From a problem to its test cases: generate candidates, run the known solutions on each, decide."""
+"""Makes test cases: generates candidates in the sandbox, runs the known solutions on each, and selects."""
 
 from __future__ import annotations
 
@@ -7,25 +7,83 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from perigee.errors import (
+    DeadlineExceededError,
+    InternalError,
+    InvalidArgumentError,
+    PerigeeError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Plan, Problem, Program, candidate_seed, digest
-from perigee.testgen.sandboxed import last_words, run_program, status_name
-from perigee.testgen.store import Outcome, Store, sha256
-from perigee.testgen.verdicts import Case, Drop, SolutionRun, Verdict, drop_duplicates, judge_candidate, judge_problem
+from perigee.testgen.selection import Case, Drop, Selection, SolutionRun, drop_duplicates, select_case, select_problem
+from perigee.testgen.store import RunRecord, Store, sha256
 
-# What is worked on, how much of it is done, how much there is.
-Progress = Callable[[str, int, int], None]
+# Pauses between the attempts at one run.
+PAUSES_S = (0.5, 1.0, 2.0, 4.0)
+# A call's deadline beyond the program's own limits: the wait in the queue, and the compiler.
+QUEUE_S = 120.0
+COMPILE_S = 60.0
+_TRANSIENT = (UnavailableError, DeadlineExceededError, ResourceExhaustedError)
+
+
+async def run_program(
+    client: SandboxClient, request: pb.ExecuteRequest, what: str, wall_s: float
+) -> pb.ExecuteResponse:
+    """Runs a program and returns the response, whatever its status; a failure of the sandbox is tried again.
+
+    `what` names the run in errors; `wall_s` is the program's wall-clock limit. Raises InvalidArgumentError when the
+    sandbox refuses the program, UnavailableError when every attempt failed.
+    """
+    for pause_s in (*PAUSES_S, None):
+        try:
+            response = await client.execute(request, timeout_s=QUEUE_S + COMPILE_S + 2 * wall_s)
+            if response.status not in (pb.STATUS_INFRA_ERROR, pb.STATUS_UNSPECIFIED):
+                return response
+            failure: PerigeeError = InternalError(response.reason or "no reason given")
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError(f"{what}: {error.message}", violations=error.violations) from error
+        except _TRANSIENT as error:
+            failure = error
+        if pause_s is None:
+            break
+        await asyncio.sleep(max(pause_s, failure.retry_after_s or 0.0))
+    raise UnavailableError(f"{what}: the sandbox failed {len(PAUSES_S) + 1} times: {failure.message}") from failure
+
+
+def status_name(response: pb.ExecuteResponse) -> str:
+    """Returns the status: OK, TIME_LIMIT, ...; output that was cut is OUTPUT_LIMIT."""
+    if response.status == pb.STATUS_OK and response.stdout_truncated:
+        return "OUTPUT_LIMIT"
+    return pb.Status.Name(response.status).removeprefix("STATUS_")
+
+
+def describe_end(response: pb.ExecuteResponse) -> str:
+    """Describes the end of a program in one line of 200 characters at most."""
+    output = response.compile.stderr if response.status == pb.STATUS_COMPILE_ERROR else response.stderr
+    lines = [line for line in output.decode(errors="replace").splitlines() if line.strip()]
+    if response.status == pb.STATUS_COMPILE_ERROR:
+        return (lines[0] if lines else response.reason)[:200]
+    if response.status == pb.STATUS_RUNTIME_ERROR and lines:
+        return lines[-1].strip()[:200]
+    ending = f"signal {response.signal}" if response.signal else f"exit code {response.exit_code}"
+    return (response.reason or ending)[:200]
+
+
+# Called with the stage, and ending much of it is done of ending much.
+OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Where the work is done: the sandbox, the store, and the sandbox's wall-clock limits by language."""
+class GenerationContext:
+    """Sandbox, store, and the sandbox's wall-clock limits by language."""
 
     client: SandboxClient
     store: Store
     wall_seconds: Mapping[str, float]
-    progress: Progress
+    progress: OnProgress
 
 
 @dataclass(frozen=True)
@@ -36,29 +94,29 @@ class _Candidate:
     key: str
 
 
-async def make_cases(problem: Problem, plan: Plan, workshop: Workshop) -> Verdict:
-    """Decides on every candidate and on the problem. What the store holds is not run again.
+async def make_cases(problem: Problem, plan: Plan, context: GenerationContext) -> Selection:
+    """Makes the test cases of a problem. Runs that the store holds are not repeated.
 
-    Raises UnavailableError when the sandbox fails; what was computed until then is kept.
+    Raises UnavailableError when the sandbox fails; finished runs are kept.
     """
     candidates = _candidates(problem.generator, plan)
-    await _generate(problem.generator, candidates, plan, workshop)
-    dropped, inputs = _sort_inputs(candidates, workshop.store)
+    await _generate(problem.generator, candidates, plan, context)
+    dropped, inputs = _sort_inputs(candidates, context.store)
     if len(inputs) < plan.minimum:
         idle = "not run, because too few inputs are left"
         cases = [Case(c.name, c.seed, inputs.get(c.name, ""), dropped.get(c.name, idle)) for c in candidates]
         reason = f"the generator made {len(inputs)} usable inputs of {plan.candidates}, {plan.minimum} must be"
-        return Verdict(cases, Drop.TOO_FEW_CASES, reason)
-    await _run_solutions(problem, inputs, plan, workshop)
+        return Selection(cases, Drop.TOO_FEW_CASES, reason)
+    await _run_solutions(problem, inputs, plan, context)
     cases = []
     for candidate in candidates:
         if candidate.name in dropped:
             cases.append(Case(candidate.name, candidate.seed, dropped=dropped[candidate.name]))
             continue
         digest_of_input = inputs[candidate.name]
-        runs = {known.name: _read_run(problem, known, digest_of_input, workshop.store) for known in problem.known}
-        cases.append(judge_candidate(candidate.name, candidate.seed, digest_of_input, runs, problem.same, plan))
-    return judge_problem(cases, [known.name for known in problem.known], plan)
+        runs = {known.name: _read_run(problem, known, digest_of_input, context.store) for known in problem.known}
+        cases.append(select_case(candidate.name, candidate.seed, digest_of_input, runs, problem.same, plan))
+    return select_problem(cases, [known.name for known in problem.known], plan)
 
 
 def _candidates(generator: Program, plan: Plan) -> list[_Candidate]:
@@ -70,9 +128,9 @@ def _candidates(generator: Program, plan: Plan) -> list[_Candidate]:
     return candidates
 
 
-async def _generate(generator: Program, candidates: list[_Candidate], plan: Plan, workshop: Workshop) -> None:
-    missing = [candidate for candidate in candidates if workshop.store.find(candidate.key) is None]
-    count = _Count(workshop.progress, "inputs", len(candidates) - len(missing), len(candidates))
+async def _generate(generator: Program, candidates: list[_Candidate], plan: Plan, context: GenerationContext) -> None:
+    missing = [candidate for candidate in candidates if context.store.find(candidate.key) is None]
+    count = _Count(context.progress, "inputs", len(candidates) - len(missing), len(candidates))
 
     async def generate(candidate: _Candidate) -> None:
         what = f"{generator.name} for candidate {candidate.name}"
@@ -82,38 +140,38 @@ async def _generate(generator: Program, candidates: list[_Candidate], plan: Plan
             args=[str(candidate.index), str(candidate.seed)],
             stdin=b"%d %d\n" % (candidate.index, candidate.seed),
         )
-        wall_s = workshop.wall_seconds[generator.language]
-        first, again = [await run_program(workshop.client, request, what, wall_s) for _ in range(2)]
-        outcome = _outcome(first)
-        if outcome.status == "OK" and again.stdout != first.stdout:
-            outcome = Outcome("UNSTABLE", reason="two runs with the same seed differ")
-        elif outcome.status == "OK" and not first.stdout.strip():
-            outcome = Outcome("EMPTY", reason="it printed nothing")
-        await _keep(workshop.store, candidate.key, what, outcome, first.stdout)
+        wall_s = context.wall_seconds[generator.language]
+        first, again = [await run_program(context.client, request, what, wall_s) for _ in range(2)]
+        record = _record(first)
+        if record.status == "OK" and again.stdout != first.stdout:
+            record = RunRecord("UNSTABLE", reason="two runs with the same seed differ")
+        elif record.status == "OK" and not first.stdout.strip():
+            record = RunRecord("EMPTY", reason="it printed nothing")
+        await _keep(context.store, candidate.key, what, record, first.stdout)
         count.add()
 
     await _run_bounded((generate(candidate) for candidate in missing), plan.jobs)
 
 
 def _sort_inputs(candidates: list[_Candidate], store: Store) -> tuple[dict[str, str], dict[str, str]]:
-    """Why candidates are dropped before any solution runs, and the digests of the others' inputs."""
+    """Returns why candidates are dropped before any solution runs, and the digests of the others' inputs."""
     dropped: dict[str, str] = {}
     inputs: dict[str, str] = {}
     for candidate in candidates:
-        outcome = store.find(candidate.key)
-        assert outcome is not None
-        if outcome.output:
-            inputs[candidate.name] = outcome.output
+        record = store.find(candidate.key)
+        assert record is not None
+        if record.output:
+            inputs[candidate.name] = record.output
         else:
-            dropped[candidate.name] = f"the generator failed: {outcome.status}: {outcome.reason}"
+            dropped[candidate.name] = f"the generator failed: {record.status}: {record.reason}"
     for name, earlier in drop_duplicates(inputs).items():
         dropped[name] = f"the same input as {earlier}"
         del inputs[name]
     return dropped, inputs
 
 
-async def _run_solutions(problem: Problem, inputs: Mapping[str, str], plan: Plan, workshop: Workshop) -> None:
-    store = workshop.store
+async def _run_solutions(problem: Problem, inputs: Mapping[str, str], plan: Plan, context: GenerationContext) -> None:
+    store = context.store
     jobs = [
         (f"{known.name} on candidate {name}", known, digest_of_input, key)
         for name, digest_of_input in inputs.items()
@@ -121,15 +179,15 @@ async def _run_solutions(problem: Problem, inputs: Mapping[str, str], plan: Plan
         if store.find(key := _run_key(problem, known, digest_of_input)) is None
     ]
     total = len(inputs) * len(problem.known)
-    count = _Count(workshop.progress, "runs", total - len(jobs), total)
+    count = _Count(context.progress, "runs", total - len(jobs), total)
 
     async def run(what: str, known: Program, digest_of_input: str, key: str) -> None:
         request = pb.ExecuteRequest(
             language=known.language, source=known.source, stdin=store.read(digest_of_input), limits=problem.limits
         )
         limit_s = problem.limits.wall_ms / 1000 if problem.limits.HasField("wall_ms") else 0.0
-        response = await run_program(workshop.client, request, what, limit_s or workshop.wall_seconds[known.language])
-        await _keep(store, key, what, _outcome(response), response.stdout)
+        response = await run_program(context.client, request, what, limit_s or context.wall_seconds[known.language])
+        await _keep(store, key, what, _record(response), response.stdout)
         count.add()
 
     await _run_bounded((run(*job) for job in jobs), plan.jobs)
@@ -141,21 +199,21 @@ def _run_key(problem: Problem, known: Program, digest_of_input: str) -> str:
 
 
 def _read_run(problem: Problem, known: Program, digest_of_input: str, store: Store) -> SolutionRun:
-    outcome = store.find(_run_key(problem, known, digest_of_input))
-    assert outcome is not None
-    return SolutionRun(outcome.status, store.read(outcome.output) if outcome.output else None)
+    record = store.find(_run_key(problem, known, digest_of_input))
+    assert record is not None
+    return SolutionRun(record.status, store.read(record.output) if record.output else None)
 
 
-def _outcome(response: pb.ExecuteResponse) -> Outcome:
+def _record(response: pb.ExecuteResponse) -> RunRecord:
     status = status_name(response)
     if status == "OK":
-        return Outcome(status, output=sha256(response.stdout))
-    return Outcome(status, reason=last_words(response))
+        return RunRecord(status, output=sha256(response.stdout))
+    return RunRecord(status, reason=describe_end(response))
 
 
-async def _keep(store: Store, key: str, what: str, outcome: Outcome, output: bytes) -> None:
-    """Adds a result to the store; being cancelled does not lose one that is there."""
-    writing = asyncio.create_task(asyncio.to_thread(store.add, key, what, outcome, output))
+async def _keep(store: Store, key: str, what: str, record: RunRecord, output: bytes) -> None:
+    """Adds a record to the store, also when the caller is cancelled meanwhile."""
+    writing = asyncio.create_task(asyncio.to_thread(store.add, key, what, record, output))
     try:
         await asyncio.shield(writing)
     except asyncio.CancelledError:
@@ -164,14 +222,14 @@ async def _keep(store: Store, key: str, what: str, outcome: Outcome, output: byt
 
 
 class _Count:
-    """Tells the progress of one stage."""
+    """Reports the progress of one stage."""
 
-    def __init__(self, progress: Progress, stage: str, done: int, total: int) -> None:
+    def __init__(self, progress: OnProgress, stage: str, done: int, total: int) -> None:
         self._progress, self._stage, self._done, self._total = progress, stage, done, total
         progress(stage, done, total)
 
     def add(self) -> None:
-        """One more is done."""
+        """Counts one more."""
         self._done += 1
         self._progress(self._stage, self._done, self._total)
 

@@ -26,7 +26,7 @@ KNOWN = {
 }
 CANDIDATES = 10
 OPTIONS = ("--generator-language", "python", "--candidates", str(CANDIDATES), "--minimum", "6", "--solutions", "4")
-KEPT = ("--pass-share", "0.75")
+KEPT = ("--pass-fraction", "0.75")
 RUNS = CANDIDATES + 8 * len(KNOWN)  # all candidates, and the solutions on those that are usable
 
 
@@ -89,7 +89,7 @@ async def test_killed_again_and_again_it_ends_with_the_same_bytes(sandbox_addres
     assert await make(shaky, sandbox_address, *KEPT) == 0
     assert lines_of(journal) == RUNS  # nothing ran twice
     assert suite_of(shaky) == suite_of(sure)
-    assert sorted(path.name for path in (shaky / ".make-tests" / "aside").iterdir()) == []
+    assert sorted(path.name for path in (shaky / ".make-tests" / "staging").iterdir()) == []
 
 
 def lines_of(journal: Path) -> int:
@@ -121,7 +121,7 @@ async def test_two_at_once_do_not_mix(sandbox_address: str, tmp_path: Path) -> N
     first.send_signal(signal.SIGCONT)
     await first.communicate()
     assert (first.returncode, second.code) == (0, 1)
-    assert second.told == [f"perigee: {folder}: another make-tests works on this problem"]
+    assert second.messages == [f"perigee: {folder}: another make-tests works on this problem"]
 
 
 async def test_many_problems_end_in_a_funnel(sandbox_address: str, tmp_path: Path) -> None:
@@ -158,17 +158,17 @@ async def test_many_problems_end_in_a_funnel(sandbox_address: str, tmp_path: Pat
     ("options", "message"),
     [
         (("--minimum", "40"), "--minimum: must be from 1 to --candidates, 10"),
-        (("--agree-share", "half"), "--agree-share: 'half' is no share"),
+        (("--agree-fraction", "half"), "--agree-fraction: 'half' is no fraction"),
         (("--solutions", "5"), "known: holds 4 known solutions of 5"),
         (("--generator-language", "pythn"), "--generator-language: this sandbox has no runtime pythn"),
     ],
 )
-async def test_a_mistake_is_told_in_one_line(
+async def test_a_mistake_is_reported_in_one_line(
     sandbox_address: str, tmp_path: Path, options: tuple[str, ...], message: str
 ) -> None:
     folder = write_problem(tmp_path / "double")
     ended = await run_perigee("make-tests", str(folder), "--address", sandbox_address, *OPTIONS, *options)
     assert ended.code == 2
-    (line,) = ended.told
+    (line,) = ended.messages
     assert message in line
     assert not (folder / ".make-tests").exists()

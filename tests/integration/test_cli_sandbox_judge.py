@@ -59,7 +59,7 @@ async def test_json_holds_every_test(sandbox_address: str, problem: Path) -> Non
     assert [test["output"] for test in good["tests"]] == ["2\n", "6\n", "-4\n"]
 
 
-async def test_a_solution_that_breaks_its_promise_is_told(sandbox_address: str, problem: Path) -> None:
+async def test_a_solution_that_breaks_its_promise_is_reported(sandbox_address: str, problem: Path) -> None:
     (problem / "solutions" / "wrong_not.py").write_text(SOLUTIONS["good.py"])
     (problem / "solutions" / "good.py").write_text(SOLUTIONS["wrong_sign.py"])
     ended = await run_perigee("judge", str(problem), "--address", sandbox_address)
@@ -70,11 +70,11 @@ async def test_a_solution_that_breaks_its_promise_is_told(sandbox_address: str, 
     assert lines["solutions/wrong_not.py"].endswith("(its name says WRONG_ANSWER)")
 
 
-async def test_a_mistake_in_the_problem_is_told_before_anything_runs(sandbox_address: str, problem: Path) -> None:
+async def test_a_mistake_in_the_problem_is_reported_before_anything_runs(sandbox_address: str, problem: Path) -> None:
     (problem / "problem.yaml").write_text("limit: {}")
     ended = await run_perigee("judge", str(problem), "--address", sandbox_address)
     assert (ended.code, ended.stdout) == (2, b"")
-    assert ended.told == [f"perigee: {problem}/problem.yaml: limit: unknown key; did you mean limits?"]
+    assert ended.messages == [f"perigee: {problem}/problem.yaml: limit: unknown key; did you mean limits?"]
 
 
 async def test_a_runtime_that_is_not_there_is_named(sandbox_address: str, problem: Path) -> None:
@@ -92,11 +92,11 @@ async def test_limits_that_the_sandbox_refuses_are_named(sandbox_address: str, p
 
 
 @pytest.mark.parametrize(("command", "code"), [("judge", 3), ("runtimes", 3), ("make-tests", 3), ("run", 125)])
-async def test_nobody_listening_is_told_with_what_to_do(problem: Path, command: str, code: int) -> None:
+async def test_nobody_listening_is_reported_with_what_to_do(problem: Path, command: str, code: int) -> None:
     argument = {"run": [str(problem / "solutions" / "good.py")], "runtimes": []}.get(command, [str(problem)])
     ended = await run_perigee(command, *argument, "--address", "127.0.0.1:1")
     assert (ended.code, ended.stdout) == (code, b"")
-    (line,) = ended.told
+    (line,) = ended.messages
     assert "127.0.0.1:1 cannot be reached" in line
     assert line.endswith("; start one: perigee sandbox serve")
 

@@ -60,22 +60,22 @@ async def test_everything_around_a_program(sandbox_address: str, folder: Path) -
     assert ended.code == 0, ended.stderr
     assert ended.stdout == b"['one', '--two'] from here hello some words\n"
     assert (folder / "fetched" / "out" / "copy.bin").read_bytes() == bytes(range(256))
-    (stats,) = ended.told
+    (stats,) = ended.messages
     assert stats.startswith("wall ")
 
 
-async def test_a_file_that_is_not_there_is_told(sandbox_address: str, folder: Path) -> None:
+async def test_a_file_that_is_not_there_is_reported(sandbox_address: str, folder: Path) -> None:
     (folder / "nothing.py").write_text("print(1)")
     arguments = ("run", "nothing.py", "--output", "gone.txt", "--address", sandbox_address)
     ended = await run_perigee(*arguments, folder=folder)
     assert (ended.code, ended.stdout) == (1, b"1\n")
-    (line,) = ended.told
+    (line,) = ended.messages
     assert line.startswith("perigee: --output gone.txt: ")
     assert not (folder / "gone.txt").exists()
 
 
 @pytest.mark.parametrize(
-    ("source", "options", "code", "told"),
+    ("source", "options", "code", "reported"),
     [
         ("while True: pass", ("--cpu-ms", "300"), 124, "was ended: "),
         ("import time\ntime.sleep(20)", ("--wall-ms", "300"), 124, "was ended: "),
@@ -86,16 +86,16 @@ async def test_a_file_that_is_not_there_is_told(sandbox_address: str, folder: Pa
     ],
 )
 async def test_bad_ends_have_codes_of_their_own(
-    sandbox_address: str, folder: Path, source: str, options: tuple[str, ...], code: int, told: str
+    sandbox_address: str, folder: Path, source: str, options: tuple[str, ...], code: int, reported: str
 ) -> None:
     (folder / "bad.py").write_text(source)
     ended = await run_perigee("run", "bad.py", *options, "--address", sandbox_address, folder=folder)
     assert ended.code == code
-    assert any(line.startswith(f"perigee: bad.py {told}") for line in ended.told), ended.stderr
+    assert any(line.startswith(f"perigee: bad.py {reported}") for line in ended.messages), ended.stderr
 
 
 @pytest.mark.parametrize(
-    ("source", "options", "code", "told"),
+    ("source", "options", "code", "reported"),
     [
         ("import os\nos.fork()", ("--processes", "1"), 1, "BlockingIOError"),
         ("open('f', 'wb').write(bytes(3 << 20))", ("--file-mb", "2"), 1, "OSError"),
@@ -103,11 +103,11 @@ async def test_bad_ends_have_codes_of_their_own(
     ],
 )
 async def test_limits_and_names_as_the_sandbox_takes_them(
-    sandbox_address: str, folder: Path, source: str, options: tuple[str, ...], code: int, told: str
+    sandbox_address: str, folder: Path, source: str, options: tuple[str, ...], code: int, reported: str
 ) -> None:
     (folder / "program.py").write_text(source)
     ended = await run_perigee("run", "program.py", *options, "--address", sandbox_address, folder=folder)
-    assert (ended.code, told in ended.stderr) == (code, True), ended.stderr
+    assert (ended.code, reported in ended.stderr) == (code, True), ended.stderr
 
 
 async def test_a_reader_that_goes_away_ends_it(sandbox_address: str, folder: Path) -> None:

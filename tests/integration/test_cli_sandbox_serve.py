@@ -11,7 +11,7 @@ from tests.fixtures.command_line import run_perigee, start_perigee
 from tests.fixtures.sandbox import skip_unless_possible
 
 
-async def test_it_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
+async def test_it_serves_until_it_is_reported_to_end(tmp_path: Path) -> None:
     skip_unless_possible("zygote")
     port, http_port = pick_ports(2)
     state = f"state_path={tmp_path / 'state'}"

@@ -47,7 +47,9 @@ async def test_shortest_path_is_dropped_until_eight_of_ten_are_enough(
     strict = await run_perigee("make-tests", str(shortest_path), "--address", sandbox_address)
     assert strict.code == 1, strict.stderr
     assert "8 of 10 solutions pass all 50 cases, 9 must" in strict.stdout.decode()
-    lenient = await run_perigee("make-tests", str(shortest_path), "--pass-share", "0.8", "--address", sandbox_address)
+    lenient = await run_perigee(
+        "make-tests", str(shortest_path), "--pass-fraction", "0.8", "--address", sandbox_address
+    )
     assert lenient.code == 0
     summary = json.loads((shortest_path / "make-tests.json").read_text())
     failing = {report["name"] for report in summary["solutions"] if report["failed"]}

@@ -4,7 +4,7 @@ import pytest
 
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from perigee.testgen.comparison import (
+from perigee.testgen.plan import (
     Comparison,
     same_bytes,
     same_floats,
@@ -44,6 +44,6 @@ async def test_both_say_the_same(sandbox_address: str, checker: pb.Checker, same
     request = pb.JudgeRequest(language="python", source=ECHO, tests=tests, checker=checker)
     async with SandboxClient.connect(sandbox_address) as sandbox:
         response = await sandbox.judge(request, timeout_s=100)
-    told = [result.verdict == pb.TEST_VERDICT_ACCEPTED for result in response.results]
-    apart = [pair for pair, verdict in zip(PAIRS, told, strict=True) if verdict != same(*pair)]
+    reported = [result.verdict == pb.TEST_VERDICT_ACCEPTED for result in response.results]
+    apart = [pair for pair, verdict in zip(PAIRS, reported, strict=True) if verdict != same(*pair)]
     assert apart == []

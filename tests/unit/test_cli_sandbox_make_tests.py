@@ -11,14 +11,14 @@ from perigee.cli.sandbox.make_tests import (
     find_problems,
     funnel,
     make_many,
+    read_fraction,
     read_generated,
-    read_share,
     refuse,
 )
 from perigee.cli.sandbox.problem import load_problem
 from perigee.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from perigee.testgen.plan import Plan
-from perigee.testgen.verdicts import Drop, Verdict
+from perigee.testgen.selection import Drop, Selection
 
 PLAN = Plan(solutions=2)
 
@@ -80,7 +80,7 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
 
 
 def decided(name: str, drop: Drop | None) -> Decision:
-    return Decision(Path(name), verdict=Verdict([], drop, "because"))
+    return Decision(Path(name), selection=Selection([], drop, "because"))
 
 
 def test_the_funnel_counts_what_is_left() -> None:
@@ -118,7 +118,7 @@ async def test_one_that_cannot_be_used_holds_up_none_but_a_failing_sandbox_all()
 
     async def collect() -> None:
         async for decision in make_many(folders, make):
-            outcomes.append((decision.folder.name, decision.outcome, decision.reason))
+            outcomes.append((decision.folder.name, decision.kind, decision.reason))
 
     with pytest.raises(UnavailableError):
         await collect()
@@ -131,7 +131,7 @@ async def test_one_that_cannot_be_used_holds_up_none_but_a_failing_sandbox_all()
 
 
 def test_shares_are_exact() -> None:
-    assert read_share("--pass-share", "0.9") == read_share("--pass-share", "9/10") == Fraction(9, 10)
+    assert read_fraction("--pass-fraction", "0.9") == read_fraction("--pass-fraction", "9/10") == Fraction(9, 10)
     for text in ("most", "1/0", ""):
-        with pytest.raises(InvalidArgumentError, match=r"--pass-share: .* is no share; write 0.7 or 7/10"):
-            read_share("--pass-share", text)
+        with pytest.raises(InvalidArgumentError, match=r"--pass-fraction: .* is no fraction; write 0.7 or 7/10"):
+            read_fraction("--pass-fraction", text)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from perigee.cli.sandbox import judge as judging
-from perigee.cli.sandbox.judge import Judgement, exit_code, make_requests, merge, read_solutions
+from perigee.cli.sandbox.judge import JudgedSolution, exit_code, make_requests, merge, read_solutions
 from perigee.cli.sandbox.problem import Problem, load_problem
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
@@ -113,7 +113,7 @@ def test_functions_and_dialogues(tmp_path: Path) -> None:
     ("lost", "message"),
     [("1.out", "1.out: cannot be read"), ("1.in", "1.out: there is no 1.in beside it"), ("*", "holds no test")],
 )
-def test_a_test_in_halves_is_told(tmp_path: Path, lost: str, message: str) -> None:
+def test_a_test_in_halves_is_reported(tmp_path: Path, lost: str, message: str) -> None:
     problem = load_problem(write_problem(tmp_path))
     for path in (tmp_path / "tests").glob(lost):
         path.unlink()
@@ -204,9 +204,9 @@ def test_parts_make_a_whole() -> None:
     ],
 )
 def test_names_say_what_solutions_should_get(name: str, verdicts: list[pb.TestVerdict.ValueType], code: int) -> None:
-    judgement = Judgement(Program(f"solutions/{name}", "python", b""), response_of(*verdicts))
-    assert exit_code([judgement]) == code
-    assert exit_code([Judgement(Program("b.py", "python", b""), response_of(OK)), judgement]) == code
+    judged = JudgedSolution(Program(f"solutions/{name}", "python", b""), response_of(*verdicts))
+    assert exit_code([judged]) == code
+    assert exit_code([JudgedSolution(Program("b.py", "python", b""), response_of(OK)), judged]) == code
 
 
 def test_a_problem_is_a_folder_with_its_file(tmp_path: Path) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from perigee.cli.sandbox.app import service_command
 from perigee.cli.sandbox.run import RunOptions, describe_end, exit_code, make_request, stats_line
-from perigee.cli.sandbox.serve import serve_command
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
 
 @pytest.mark.parametrize(
-    ("response", "code", "told"),
+    ("response", "code", "reported"),
     [
         (pb.ExecuteResponse(status=pb.STATUS_OK), 0, []),
         (pb.ExecuteResponse(status=pb.STATUS_RUNTIME_ERROR, exit_code=7), 7, []),
@@ -40,9 +40,9 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
         (pb.ExecuteResponse(), 125, ["the sandbox failed; try again"]),
     ],
 )  # fmt: skip
-def test_how_a_program_ended_is_told(response: pb.ExecuteResponse, code: int, told: list[str]) -> None:
+def test_how_a_program_ended_is_reported(response: pb.ExecuteResponse, code: int, reported: list[str]) -> None:
     assert exit_code(response) == code
-    assert describe_end("x.c", response) == told
+    assert describe_end("x.c", response) == reported
 
 
 def test_stats_name_the_compiler_where_there_was_one() -> None:
@@ -109,7 +109,7 @@ def test_a_mistake_names_the_option(
 
 
 def test_what_is_set_by_hand_wins_when_serving() -> None:
-    command = serve_command(50056, 8056, 4, ["slots=2", "isolation=crun"])
+    command = service_command(50056, 8056, 4, ["slots=2", "isolation=crun"])
     assert command[:3] == [sys.executable, "-m", "services.sandbox"]
     assert command[3::2] == ["--set"] * 5
     assert command[4::2] == ["server.port=50056", "http.port=8056", "slots=4", "slots=2", "isolation=crun"]

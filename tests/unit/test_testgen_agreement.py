@@ -6,8 +6,8 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perigee.testgen.agreement import Agreement, find_agreement, needed
-from perigee.testgen.comparison import same_bytes, same_floats, same_tokens
+from perigee.testgen.plan import same_bytes, same_floats, same_tokens
+from perigee.testgen.selection import Agreement, find_agreement, needed
 
 outputs = st.lists(st.sampled_from([None, b"1", b"2", b"3 ", b"3"]), max_size=12)
 
@@ -51,13 +51,13 @@ def test_how_many_agree_does_not_depend_on_the_order(found: list[bytes | None], 
 
 
 @given(st.integers(1, 1000), st.integers(1, 100))
-def test_needed_is_the_smallest_count_with_the_share(count: int, percent: int) -> None:
-    share = Fraction(percent, 100)
-    least = needed(share, count)
-    assert Fraction(least, count) >= share > Fraction(least - 1, count)
+def test_needed_is_the_smallest_count_with_the_fraction(count: int, percent: int) -> None:
+    fraction = Fraction(percent, 100)
+    least = needed(fraction, count)
+    assert Fraction(least, count) >= fraction > Fraction(least - 1, count)
 
 
-def test_the_reports_shares() -> None:
+def test_the_reports_fractions() -> None:
     assert needed(Fraction("0.7"), 10) == 7
     assert needed(Fraction("0.9"), 10) == 9
     assert needed(Fraction("0.55"), 100) == 55  # which 0.55 * 100 as a float is not

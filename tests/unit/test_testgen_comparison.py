@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perigee.testgen.comparison import (
+from perigee.testgen.plan import (
     Comparison,
     same_bytes,
     same_floats,

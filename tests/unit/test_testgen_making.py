@@ -3,22 +3,22 @@
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from perigee.files import Journal, dump_line
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from perigee.testgen import sandboxed
-from perigee.testgen.comparison import same_tokens
-from perigee.testgen.making import Workshop, make_cases
-from perigee.testgen.plan import Plan, Problem, Program
-from perigee.testgen.store import Store
-from perigee.testgen.suite import check_names, write_suite
-from perigee.testgen.verdicts import Drop, Verdict
+from perigee.testgen import making
+from perigee.testgen.making import GenerationContext, make_cases
+from perigee.testgen.plan import Plan, Problem, Program, same_tokens
+from perigee.testgen.selection import Drop, Selection
+from perigee.testgen.store import Store, check_names, write_suite
 from tests.fixtures.scripted_sandbox import CRASH, INFRA_ERROR, TIME_LIMIT, Behaviour, ScriptedSandbox
 
 PLAN = Plan(candidates=8, minimum=4, solutions=4, jobs=3)
@@ -54,12 +54,12 @@ def problem_of(generator: bytes = b"generator", known: tuple[bytes, ...] = (b"a"
     return Problem(Program("generator.py", "python", generator), solutions, pb.Limits(wall_ms=1000), same_tokens)
 
 
-async def make(folder: Path, sandbox: ScriptedSandbox, problem: Problem = problem_of(), plan: Plan = PLAN) -> Verdict:
+async def make(folder: Path, sandbox: ScriptedSandbox, problem: Problem = problem_of(), plan: Plan = PLAN) -> Selection:
     with Store(folder) as store:
         check_names(folder, plan, store)
-        verdict = await make_cases(problem, plan, Workshop(sandbox, store, {"python": 1.0}, lambda *_: None))
-        write_suite(folder, problem.known, plan, verdict, store)
-    return verdict
+        selection = await make_cases(problem, plan, GenerationContext(sandbox, store, {"python": 1.0}, lambda *_: None))
+        write_suite(folder, problem.known, plan, selection, store)
+    return selection
 
 
 def suite_of(folder: Path) -> dict[str, bytes]:
@@ -69,8 +69,8 @@ def suite_of(folder: Path) -> dict[str, bytes]:
 
 
 async def test_candidates_are_dropped_with_reasons(tmp_path: Path) -> None:
-    verdict = await make(tmp_path, ScriptedSandbox(PROGRAMS))
-    assert {case.name: case.dropped for case in verdict.cases} == {
+    selection = await make(tmp_path, ScriptedSandbox(PROGRAMS))
+    assert {case.name: case.dropped for case in selection.cases} == {
         "001": "the generator failed: TIME_LIMIT: wall-clock limit of 1 ms",
         "002": "the generator failed: EMPTY: it printed nothing",
         "003": "",
@@ -78,14 +78,14 @@ async def test_candidates_are_dropped_with_reasons(tmp_path: Path) -> None:
         "005": "the same input as 004",
         **dict.fromkeys(("006", "007", "008"), ""),
     }
-    assert verdict.drop is Drop.SOLUTIONS_DIFFER
-    assert list(verdict.cases[2].results.values()) == ["AGREES", "AGREES", "AGREES", "RUNTIME_ERROR"]
+    assert selection.drop is Drop.SOLUTIONS_DIFFER
+    assert list(selection.cases[2].results.values()) == ["AGREES", "AGREES", "AGREES", "RUNTIME_ERROR"]
     assert list(suite_of(tmp_path)) == ["make-tests.json"]
 
 
 async def test_a_problem_that_is_kept_has_its_tests(tmp_path: Path) -> None:
-    verdict = await make(tmp_path, ScriptedSandbox(PROGRAMS), problem_of(known=(b"a", b"b", b"c")))
-    assert verdict.kept
+    selection = await make(tmp_path, ScriptedSandbox(PROGRAMS), problem_of(known=(b"a", b"b", b"c")))
+    assert selection.kept
     suite = suite_of(tmp_path)
     summary = json.loads(suite.pop("make-tests.json"))
     assert summary["tests"] == ["003", "004", "006", "007", "008"]
@@ -99,17 +99,17 @@ async def test_a_problem_that_is_kept_has_its_tests(tmp_path: Path) -> None:
 async def test_a_generator_that_ignores_its_seed_is_found_out(tmp_path: Path) -> None:
     counter = iter(range(1000))
     sandbox = ScriptedSandbox(PROGRAMS | {b"generator": lambda arguments, stdin: b"%d" % next(counter)})
-    verdict = await make(tmp_path, sandbox)
-    assert verdict.drop is Drop.TOO_FEW_CASES
-    assert verdict.reason == "the generator made 0 usable inputs of 8, 4 must be"
+    selection = await make(tmp_path, sandbox)
+    assert selection.drop is Drop.TOO_FEW_CASES
+    assert selection.reason == "the generator made 0 usable inputs of 8, 4 must be"
     unstable = "the generator failed: UNSTABLE: two runs with the same seed differ"
-    assert {case.dropped for case in verdict.cases} == {unstable}
+    assert {case.dropped for case in selection.cases} == {unstable}
     assert {request.source for request in sandbox.requests} == {b"generator"}
 
 
 @pytest.fixture
 def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandboxed, "PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(making, "PAUSES_S", (0.0, 0.0))
 
 
 FAILURES = [
@@ -248,7 +248,7 @@ async def test_killed_at_any_write_it_ends_with_the_same_files(
 def kill_at(patch: pytest.MonkeyPatch, writes: int, moment: str) -> None:
     """Lets so many writes of the store pass, ends the process at the next, and lets nothing be written afterwards."""
     left = [writes]
-    write, append = Store.write, Store._append
+    write, append = Store.write, Journal.append
 
     def dying(half: Callable[[], None], whole: Callable[[], None]) -> None:
         left[0] -= 1
@@ -261,19 +261,20 @@ def kill_at(patch: pytest.MonkeyPatch, writes: int, moment: str) -> None:
         raise Killed
 
     def dying_write(store: Store, path: Path, content: bytes) -> None:
-        aside = store.path / "aside" / path.name
+        staging = store.path / "staging" / path.name
 
         def half() -> None:
-            aside.write_bytes(content[: len(content) // 2])
+            staging.write_bytes(content[: len(content) // 2])
 
         dying(half, lambda: write(store, path, content))
 
-    def dying_append(store: Store, line: bytes) -> None:
-        def half() -> None:
-            with (store.path / "journal.jsonl").open("ab") as file:
-                file.write(line[:20])
+    def dying_append(journal: Journal, lines: Iterable[Mapping[str, Any]]) -> None:
+        whole = [*lines]
 
-        dying(half, lambda: append(store, line))
+        def half() -> None:
+            journal._file.write(b"".join(map(dump_line, whole))[:20])
+
+        dying(half, lambda: append(journal, whole))
 
     patch.setattr(Store, "write", dying_write)
-    patch.setattr(Store, "_append", dying_append)
+    patch.setattr(Journal, "append", dying_append)

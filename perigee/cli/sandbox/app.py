@@ -1,7 +1,10 @@
-"""The commands of `perigee sandbox`, as a person types them."""
+"""Command line of `perigee sandbox`."""
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-# What a command of judging or making ends with when the sandbox failed; `run` has 125 for it.
+# Exit code of judge and make-tests when the sandbox failed; `run` has 125 for it.
 SANDBOX_FAILED = 3
 
 AddressOption = Annotated[
@@ -38,7 +41,7 @@ def run(
         typer.Argument(metavar="[ARGS]...", help="Its arguments; after -- when they begin with a dash."),
     ] = None,
     language: Annotated[
-        str | None, typer.Option("--language", metavar="NAME", help="A runtime; the suffix tells by default.")
+        str | None, typer.Option("--language", metavar="NAME", help="A runtime; by the suffix unless set.")
     ] = None,
     stdin: Annotated[
         str | None, typer.Option("--stdin", metavar="FILE|-", help="Standard input; empty by default.")
@@ -60,7 +63,7 @@ def run(
     file_mb: Annotated[int | None, typer.Option("--file-mb", min=1, help="Space for its files in MiB.")] = None,
     output_mb: Annotated[int | None, typer.Option("--output-mb", min=1, help="Output limit in MiB.")] = None,
     stats: Annotated[
-        bool, typer.Option("--stats", help="Tell wall time, CPU time and memory on standard error.")
+        bool, typer.Option("--stats", help="Print wall time, CPU time and memory on standard error.")
     ] = False,
     address: AddressOption = ADDRESS,
     debug: DebugOption = False,
@@ -81,7 +84,7 @@ def run(
     def command() -> int:
         from perigee.cli.ending import Interrupt, run_interruptible
         from perigee.cli.sandbox import run as implementation
-        from perigee.cli.sandbox.reading import make_limits
+        from perigee.cli.sandbox.connection import make_limits
 
         options = implementation.RunOptions(
             file=file,
@@ -129,7 +132,7 @@ def judge(
 
     def command() -> int:
         from perigee.cli.ending import run_interruptible
-        from perigee.cli.sandbox.commands import judge_folder
+        from perigee.cli.sandbox.judge import judge_folder
 
         return run_interruptible(lambda _: judge_folder(address, folder, solutions or [], as_json))
 
@@ -142,7 +145,7 @@ def runtimes(as_json: JsonOption = False, address: AddressOption = ADDRESS, debu
 
     def command() -> int:
         from perigee.cli.ending import run_interruptible
-        from perigee.cli.sandbox.commands import list_runtimes
+        from perigee.cli.sandbox.judge import list_runtimes
 
         return run_interruptible(lambda _: list_runtimes(address, as_json))
 
@@ -158,11 +161,11 @@ def make_tests(
     solutions: Annotated[
         int, typer.Option("--solutions", min=2, help="Known solutions that a problem must bring.")
     ] = 10,
-    agree_share: Annotated[
-        str, typer.Option("--agree-share", metavar="SHARE", help="Share of them that must agree on a valid case.")
+    agree_fraction: Annotated[
+        str, typer.Option("--agree-fraction", metavar="FRACTION", help="Part of them that must agree on a valid case.")
     ] = "0.7",
-    pass_share: Annotated[
-        str, typer.Option("--pass-share", metavar="SHARE", help="Share of them that must pass all valid cases.")
+    pass_fraction: Annotated[
+        str, typer.Option("--pass-fraction", metavar="FRACTION", help="Part of them that must pass all valid cases.")
     ] = "0.9",
     jobs: Annotated[int, typer.Option("--jobs", min=1, max=256, help="Programs sent to the sandbox at once.")] = 8,
     generator_language: Annotated[
@@ -176,7 +179,7 @@ def make_tests(
     DIR holds problem.yaml, generator.py and known/ with solutions. The generator
     gets an index and a seed as arguments and prints one input.
 
-    Writes tests/ and make-tests.json. A run that was stopped or killed goes on
+    Writes tests/ and make-tests.json. A run that was stopped or killed continues
     where it was.
 
     Ends with 0 when the problem is kept (of many: when each got a verdict), 1 when
@@ -186,8 +189,7 @@ def make_tests(
 
     def command() -> int:
         from perigee.cli.ending import run_interruptible
-        from perigee.cli.sandbox.commands import make_folder_tests
-        from perigee.cli.sandbox.make_tests import read_share
+        from perigee.cli.sandbox.make_tests import make_folder_tests, read_fraction
         from perigee.testgen.plan import Plan
 
         plan = Plan(
@@ -195,8 +197,8 @@ def make_tests(
             candidates=candidates,
             minimum=minimum,
             solutions=solutions,
-            agree_share=read_share("--agree-share", agree_share),
-            pass_share=read_share("--pass-share", pass_share),
+            agree_fraction=read_fraction("--agree-fraction", agree_fraction),
+            pass_fraction=read_fraction("--pass-fraction", pass_fraction),
             jobs=jobs,
         )
         plan.check()
@@ -216,7 +218,22 @@ def serve(
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the configuration; repeat.")
     ] = None,
 ) -> None:
-    """Serve a sandbox in the foreground, on loopback; elsewhere (--set server.host=...) it wants PERIGEE_TOKEN."""
-    from perigee.cli.sandbox import serve as implementation
+    """Serve a sandbox in the foreground, on loopback; elsewhere (--set server.host=...) it needs PERIGEE_TOKEN."""
+    become_service(service_command(port, http_port, slots, overrides or []))
 
-    implementation.serve(implementation.serve_command(port, http_port, slots, overrides or []))
+
+def service_command(port: int, http_port: int, slots: int | None, overrides: Sequence[str]) -> list[str]:
+    """Returns the command of the service; overrides come last, so that they win."""
+    settings = [f"server.port={port}", f"http.port={http_port}"]
+    settings += [f"slots={slots}"] if slots is not None else []
+    command = [sys.executable, "-m", "services.sandbox"]
+    for setting in (*settings, *overrides):
+        command += ["--set", setting]
+    return command
+
+
+def become_service(command: list[str]) -> None:
+    """Replaces this process by the service, which then gets its signals and gives its exit code."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)

@@ -1,4 +1,4 @@
-"""The sandbox that a command talks to, and the runtimes that it has."""
+"""Connection of a command to a sandbox, the sandbox's runtimes, and the files and limits of requests."""
 
 from __future__ import annotations
 
@@ -6,13 +6,84 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath, PurePosixPath
+
+from rich.console import Console
 
 from perigee.errors import InvalidArgumentError, UnavailableError
+from perigee.rpc import MAX_MESSAGE_BYTES
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
-# What a suffix stands for, unless --language says otherwise.
+MIB = 1 << 20
+# Room for the envelope of a request.
+ENVELOPE_BYTES = 1024
+
+
+def read_bytes(path: Path) -> bytes:
+    """Reads a file. Raises InvalidArgumentError naming it when it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InvalidArgumentError.of(str(path), f"cannot be read: {error.strerror}") from error
+
+
+def read_input_file(option: str, name: str, folder: Path = Path()) -> pb.File:
+    """Reads a file below `folder` as one of the working folder, with the same relative path.
+
+    Raises InvalidArgumentError when the path leaves the folder or cannot be read.
+    """
+    path = folder / name
+    return pb.File(path=check_relative(option, name), content=read_bytes(path), executable=os.access(path, os.X_OK))
+
+
+def check_relative(option: str, name: str) -> str:
+    """Returns a relative path in its shortest form; raises InvalidArgumentError when it leaves its folder."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts or not path.parts:
+        raise InvalidArgumentError.of(option, f"{name!r} must be a relative path that does not leave its folder")
+    return path.as_posix()
+
+
+def check_size(request: pb.ExecuteRequest | pb.JudgeRequest, what: str) -> None:
+    """Raises InvalidArgumentError when the request is larger than a message may be."""
+    size = request.ByteSize()
+    if size > MAX_MESSAGE_BYTES - ENVELOPE_BYTES:
+        raise InvalidArgumentError.of(
+            what, f"makes a request of {size:,} bytes; at most {MAX_MESSAGE_BYTES:,} can be sent"
+        )
+
+
+def make_limits(
+    wall_ms: int | None = None,
+    cpu_ms: int | None = None,
+    memory_mb: int | None = None,
+    processes: int | None = None,
+    file_mb: int | None = None,
+    output_mb: int | None = None,
+) -> pb.Limits:
+    """Returns limits; unset ones are the runtime's."""
+    memory_bytes, file_bytes, output_bytes = (
+        None if size_mb is None else size_mb * MIB for size_mb in (memory_mb, file_mb, output_mb)
+    )
+    return pb.Limits(
+        wall_ms=wall_ms,
+        cpu_ms=cpu_ms,
+        memory_bytes=memory_bytes,
+        processes=processes,
+        file_bytes=file_bytes,
+        output_bytes=output_bytes,
+    )
+
+
+def megabytes(count: int) -> str:
+    """Formats bytes as MiB."""
+    return f"{count / MIB:.1f} MiB"
+
+
+# Lines in files and pipes are not folded at the 80 columns of a terminal that is not there.
+WIDE = 160
+# Language by the suffix of a file, unless --language is set.
 LANGUAGES = {
     ".py": "python",
     ".c": "c",
@@ -38,13 +109,13 @@ LANGUAGES = {
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A sandbox that answered."""
+    """Sandbox that has answered, with its runtimes."""
 
     client: SandboxClient
     runtimes: pb.ListRuntimesResponse
 
     def find_runtime(self, language: str, source: str) -> pb.Runtime:
-        """The runtime of this name or alias, whatever its case, as the sandbox takes it; `source` says what needs it.
+        """Finds the runtime of a name or alias, in upper or lower case; `source` names what needs it in errors.
 
         Raises InvalidArgumentError.
         """
@@ -60,7 +131,7 @@ class Sandbox:
 
 @asynccontextmanager
 async def open_sandbox(address: str) -> AsyncIterator[Sandbox]:
-    """The sandbox at `address`. Raises UnavailableError that says how to start one when nobody answers."""
+    """Connects to the sandbox at `address`; raises UnavailableError that says how to start one when none answers."""
     async with SandboxClient.connect(address, token=os.environ.get("PERIGEE_TOKEN")) as client:
         try:
             runtimes = await client.list_runtimes(pb.ListRuntimesRequest())
@@ -69,8 +140,14 @@ async def open_sandbox(address: str) -> AsyncIterator[Sandbox]:
         yield Sandbox(client, runtimes)
 
 
+def open_console() -> Console:
+    """Opens standard output as a console."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=WIDE)
+
+
 def language_of(path: PurePath) -> str:
-    """The language that the file's suffix stands for. Raises InvalidArgumentError when it stands for none."""
+    """Returns the language of a file by its suffix; raises InvalidArgumentError when there is none."""
     language = LANGUAGES.get(path.suffix)
     if language is None:
         what = f"the suffix {path.suffix} stands for" if path.suffix else "without a suffix it is of"
@@ -79,6 +156,6 @@ def language_of(path: PurePath) -> str:
 
 
 def wall_seconds(runtime: pb.Runtime, limits: pb.Limits) -> float:
-    """The wall-clock limit that a program with these limits has in this runtime."""
+    """Returns the wall-clock limit of a program with these limits in this runtime."""
     wall_ms = limits.wall_ms if limits.HasField("wall_ms") else runtime.default_limits.wall_ms
     return wall_ms / 1000

@@ -1,4 +1,4 @@
-"""`perigee sandbox judge`: the solutions of a problem's folder against its tests."""
+"""`perigee sandbox judge` and `runtimes`: solutions against the tests of a problem, and the languages."""
 
 from __future__ import annotations
 
@@ -7,39 +7,44 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from perigee.cli.sandbox.connection import Sandbox, wall_seconds
-from perigee.cli.sandbox.problem import Problem, list_programs
-from perigee.cli.sandbox.reading import check_size
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from perigee.cli.metrics import format_seconds
+from perigee.cli.sandbox.connection import MIB, Sandbox, check_size, megabytes, open_console, open_sandbox, wall_seconds
+from perigee.cli.sandbox.problem import Problem, list_programs, load_problem
 from perigee.errors import InternalError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
 
 SOLUTIONS_FOLDER = "solutions"
-# What the beginning of a solution's file name says it will get on a test at least.
+# Verdict on one test at least that the beginning of a solution's file name announces.
 EXPECTATIONS = {
     "wrong_": pb.TEST_VERDICT_WRONG_ANSWER,
     "slow_": pb.TEST_VERDICT_TIME_LIMIT,
     "big_": pb.TEST_VERDICT_MEMORY_LIMIT,
     "crash_": pb.TEST_VERDICT_RUNTIME_ERROR,
 }
-# Tests of one call: what is sent, and what comes back (12 KiB a test at most), fits in a message.
+# Bounds of one call: its request and its response (12 KiB a test at most) fit into a message.
 CALL_BYTES = 2 << 20
 CALL_TESTS = 250
-# A call's deadline beyond the tests' own limits: its place in the queue, its compiler, checkers.
+# A call's deadline beyond the tests' own limits: the wait in the queue, the compiler, checkers.
 QUEUE_S = 300.0
 COMPILE_S = 60.0
 
 
 @dataclass(frozen=True)
-class Judgement:
-    """A solution and what it got."""
+class JudgedSolution:
+    """Solution with the response of the sandbox."""
 
     solution: Program
     response: pb.JudgeResponse
 
     @property
     def expected(self) -> pb.TestVerdict.ValueType:
-        """What the solution's file name says."""
+        """Verdict that the solution's file name announces."""
         name = PurePosixPath(self.solution.name).name
         found = (verdict for prefix, verdict in EXPECTATIONS.items() if name.startswith(prefix))
         return next(found, pb.TEST_VERDICT_ACCEPTED)
@@ -51,7 +56,7 @@ class Judgement:
 
     @property
     def as_expected(self) -> bool:
-        """Accepted, or failed in the way that the file name says."""
+        """Whether it was accepted, or failed in the way that the file name announces."""
         if self.expected == pb.TEST_VERDICT_ACCEPTED:
             return self.response.verdict == pb.TEST_VERDICT_ACCEPTED
         return not self.sandbox_failed and any(result.verdict == self.expected for result in self.response.results)
@@ -61,7 +66,7 @@ _FAILURES = (pb.TEST_VERDICT_INFRA_ERROR, pb.TEST_VERDICT_UNSPECIFIED)
 
 
 def read_solutions(problem: Problem, chosen: Sequence[Path]) -> list[Program]:
-    """The solutions chosen, as paths or below the problem's folder; all of them where none is.
+    """Reads the chosen solutions, by paths as they are or below the problem's folder; all of them when none is chosen.
 
     Raises InvalidArgumentError naming what cannot be read or has no language.
     """
@@ -74,7 +79,7 @@ def read_solutions(problem: Problem, chosen: Sequence[Path]) -> list[Program]:
 
 
 def make_requests(problem: Problem, solution: Program, tests: Sequence[pb.TestCase]) -> list[pb.JudgeRequest]:
-    """The calls that judge a solution. Raises InvalidArgumentError naming a test that is too large to be sent."""
+    """Returns the calls that judge a solution; raises InvalidArgumentError naming a test that is too large."""
     common = pb.JudgeRequest(
         language=solution.language,
         source=solution.source,
@@ -94,7 +99,7 @@ def make_requests(problem: Problem, solution: Program, tests: Sequence[pb.TestCa
 
 
 def merge(responses: Sequence[pb.JudgeResponse]) -> pb.JudgeResponse:
-    """The responses to parts of the tests as one."""
+    """Merges the responses to parts of the tests."""
     whole = pb.JudgeResponse(
         verdict=next((r.verdict for r in responses if r.verdict != pb.TEST_VERDICT_ACCEPTED), pb.TEST_VERDICT_ACCEPTED),
         results=[result for response in responses for result in response.results],
@@ -111,8 +116,8 @@ def merge(responses: Sequence[pb.JudgeResponse]) -> pb.JudgeResponse:
 
 async def judge(
     sandbox: Sandbox, problem: Problem, solutions: Sequence[Program], tests: Sequence[pb.TestCase]
-) -> AsyncIterator[Judgement]:
-    """The judgements, one after another, so that solutions do not disturb each other's times."""
+) -> AsyncIterator[JudgedSolution]:
+    """Judges solutions one after another, so that they do not disturb each other's times."""
     runtimes = [sandbox.find_runtime(solution.language, solution.name) for solution in solutions]
     calls = [make_requests(problem, solution, tests) for solution in solutions]
     for solution, runtime, requests in zip(solutions, runtimes, calls, strict=True):
@@ -122,39 +127,39 @@ async def judge(
             response = await sandbox.client.judge(request, timeout_s=QUEUE_S + COMPILE_S + tests_s)
             _check_complete(request, response)
             responses.append(response)
-        yield Judgement(solution, merge(responses))
+        yield JudgedSolution(solution, merge(responses))
 
 
-def exit_code(judgements: Sequence[Judgement]) -> int:
-    """0 where all solutions got what they should, 3 where the sandbox failed, else 1."""
-    if any(judgement.sandbox_failed for judgement in judgements):
+def exit_code(judged_solutions: Sequence[JudgedSolution]) -> int:
+    """Returns 0 when all solutions are as expected, 3 when the sandbox failed, else 1."""
+    if any(judged.sandbox_failed for judged in judged_solutions):
         return 3
-    return 0 if all(judgement.as_expected for judgement in judgements) else 1
+    return 0 if all(judged.as_expected for judged in judged_solutions) else 1
 
 
-def to_json(problem: Problem, tests: Sequence[pb.TestCase], judgements: Sequence[Judgement]) -> dict[str, Any]:
-    """What was found, for programs."""
+def to_json(problem: Problem, tests: Sequence[pb.TestCase], judged: Sequence[JudgedSolution]) -> dict[str, Any]:
+    """Returns the results as JSON."""
     return {
         "problem": str(problem.folder),
-        "as_expected": all(judgement.as_expected for judgement in judgements),
-        "solutions": [_judgement_json(judgement, tests) for judgement in judgements],
+        "as_expected": all(each.as_expected for each in judged),
+        "solutions": [_solution_json(each, tests) for each in judged],
     }
 
 
 def verdict_name(verdict: pb.TestVerdict.ValueType) -> str:
-    """ACCEPTED, WRONG_ANSWER, ..."""
+    """Returns ACCEPTED, WRONG_ANSWER, ..."""
     return pb.TestVerdict.Name(verdict).removeprefix("TEST_VERDICT_")
 
 
-def _judgement_json(judgement: Judgement, tests: Sequence[pb.TestCase]) -> dict[str, Any]:
-    response = judgement.response
+def _solution_json(judged: JudgedSolution, tests: Sequence[pb.TestCase]) -> dict[str, Any]:
+    response = judged.response
     compiled = response.compile
     return {
-        "solution": judgement.solution.name,
-        "language": judgement.solution.language,
+        "solution": judged.solution.name,
+        "language": judged.solution.language,
         "verdict": verdict_name(response.verdict),
-        "expected": verdict_name(judgement.expected),
-        "as_expected": judgement.as_expected,
+        "expected": verdict_name(judged.expected),
+        "as_expected": judged.as_expected,
         "passed": response.passed,
         "points": response.points,
         "max_points": response.max_points,
@@ -188,7 +193,7 @@ def _judgement_json(judgement: Judgement, tests: Sequence[pb.TestCase]) -> dict[
 
 
 def _split(tests: Sequence[pb.TestCase]) -> Iterator[list[pb.TestCase]]:
-    """The tests in parts that fit into a call; a test that is too large makes a part of its own."""
+    """Splits the tests into parts that fit into a call; a larger test is a part of its own."""
     part: list[pb.TestCase] = []
     size = 0
     for test in tests:
@@ -202,4 +207,122 @@ def _split(tests: Sequence[pb.TestCase]) -> Iterator[list[pb.TestCase]]:
 
 def _check_complete(request: pb.JudgeRequest, response: pb.JudgeResponse) -> None:
     if len(response.results) != len(request.tests):
-        raise InternalError(f"the sandbox told {len(response.results)} results of {len(request.tests)} tests")
+        raise InternalError(f"the sandbox returned {len(response.results)} results of {len(request.tests)} tests")
+
+
+REASON_CUT = 60
+_GREEN, _RED, _YELLOW = "green", "red", "yellow"
+
+
+def test_table(judged: JudgedSolution, tests: Sequence[pb.TestCase]) -> Table:
+    """Returns a table with a row for each test."""
+    table = Table(title=escape(judged.solution.name), title_justify="left")
+    table.add_column("test")
+    table.add_column("verdict")
+    for heading in ("wall", "CPU", "memory", "points"):
+        table.add_column(heading, justify="right")
+    table.add_column("reason")
+    for test, result in zip(tests, judged.response.results, strict=True):
+        table.add_row(
+            escape(test.name),
+            _colored(result.verdict),
+            f"{result.wall_ms} ms",
+            f"{result.cpu_ms} ms",
+            megabytes(result.peak_memory_bytes),
+            f"{result.points:g}",
+            escape(" ".join(result.reason.split())[:REASON_CUT]),
+        )
+    return table
+
+
+def show_tests(console: Console, judged: JudgedSolution, tests: Sequence[pb.TestCase]) -> None:
+    """Prints the table, and the output of the compiler when it failed."""
+    console.print(test_table(judged, tests))
+    response = judged.response
+    if response.verdict == pb.TEST_VERDICT_COMPILE_ERROR and response.HasField("compile"):
+        output = response.compile.stderr or response.compile.stdout
+        console.print(output.decode(errors="replace").rstrip(), markup=False, soft_wrap=True)
+
+
+def solution_line(judged: JudgedSolution) -> str:
+    """Returns a line of markup about a solution."""
+    response = judged.response
+    line = (
+        f"{escape(judged.solution.name)}: {_colored(response.verdict)}, "
+        f"{response.passed} of {len(response.results)} tests, {response.points:g} of {response.max_points:g} points, "
+        f"{format_seconds(response.wall_ms / 1000)}"
+    )
+    if judged.expected == pb.TEST_VERDICT_ACCEPTED or judged.sandbox_failed:
+        return line
+    expected = verdict_name(judged.expected)
+    if judged.as_expected:
+        return f"{line} [{_GREEN}](as its name says)[/]"
+    return f"{line} [{_RED}](its name says {expected})[/]"
+
+
+def runtime_table(response: pb.ListRuntimesResponse) -> Table:
+    """Returns a table with a row for each runtime, and for each that is missing."""
+    table = Table()
+    for heading in ("language", "version", "isolation", "offers"):
+        table.add_column(heading)
+    for heading in ("wall", "CPU", "memory"):
+        table.add_column(heading, justify="right")
+    for runtime in response.runtimes:
+        names = ", ".join([runtime.language, *runtime.aliases])
+        offers = {"compiled": runtime.compiled, "sessions": runtime.sessions, "functions": runtime.functions}
+        default, maximum = runtime.default_limits, runtime.maximum_limits
+        table.add_row(
+            escape(names),
+            escape(runtime.version),
+            escape(runtime.isolation),
+            ", ".join(name for name, is_offered in offers.items() if is_offered),
+            f"{default.wall_ms / 1000:g} s (max {maximum.wall_ms / 1000:g})",
+            f"{default.cpu_ms / 1000:g} s (max {maximum.cpu_ms / 1000:g})",
+            f"{default.memory_bytes / MIB:g} MiB (max {maximum.memory_bytes / MIB:g})",
+        )
+    for missing in response.missing:
+        table.add_row(f"[{_YELLOW}]{escape(missing.language)}[/]", f"[{_YELLOW}]missing: {escape(missing.reason)}[/]")
+    return table
+
+
+def runtimes_json(response: pb.ListRuntimesResponse) -> dict[str, Any]:
+    """Returns the runtimes as JSON; byte counts are strings, as in protobuf's JSON."""
+    return MessageToDict(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+
+def _colored(verdict: pb.TestVerdict.ValueType) -> str:
+    name = verdict_name(verdict)
+    if verdict == pb.TEST_VERDICT_ACCEPTED:
+        return f"[{_GREEN}]{name}[/]"
+    is_grey = verdict in (pb.TEST_VERDICT_INFRA_ERROR, pb.TEST_VERDICT_SKIPPED, pb.TEST_VERDICT_UNSPECIFIED)
+    return f"[{_YELLOW if is_grey else _RED}]{name}[/]"
+
+
+async def list_runtimes(address: str, as_json: bool) -> int:
+    """Prints the runtimes and returns the exit code."""
+    console = open_console()
+    async with open_sandbox(address) as sandbox:
+        if as_json:
+            console.print_json(data=runtimes_json(sandbox.runtimes))
+        else:
+            console.print(runtime_table(sandbox.runtimes))
+    return 0
+
+
+async def judge_folder(address: str, folder: Path, chosen: Sequence[Path], as_json: bool) -> int:
+    """Prints a table for each solution as it is judged, then a line for each; returns the exit code."""
+    problem = load_problem(folder)
+    solutions, tests = read_solutions(problem, chosen), problem.read_tests()
+    console = open_console()
+    judged_solutions = []
+    async with open_sandbox(address) as sandbox:
+        async for judged in judge(sandbox, problem, solutions, tests):
+            judged_solutions.append(judged)
+            if not as_json:
+                show_tests(console, judged, tests)
+    if as_json:
+        console.print_json(data=to_json(problem, tests, judged_solutions))
+    else:
+        for judged in judged_solutions:
+            console.print(solution_line(judged))
+    return exit_code(judged_solutions)

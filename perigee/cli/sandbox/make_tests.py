@@ -2,62 +2,70 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-from perigee.cli.sandbox.connection import Sandbox, wall_seconds
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from perigee.cli.sandbox.connection import Sandbox, open_console, open_sandbox, read_bytes, wall_seconds
 from perigee.cli.sandbox.problem import PROBLEM_FILE, Problem, list_programs, load_problem
-from perigee.cli.sandbox.reading import read_bytes
 from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from perigee.files import write_atomically
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from perigee.testgen import comparison
-from perigee.testgen.making import Progress, Workshop, make_cases
+from perigee.testgen import plan as comparisons
+from perigee.testgen.making import GenerationContext, OnProgress, make_cases
 from perigee.testgen.plan import Plan, Program
 from perigee.testgen.plan import Problem as GeneratedProblem
-from perigee.testgen.store import Store
-from perigee.testgen.suite import SUMMARY_FILE, check_names, dump_json, write_suite
-from perigee.testgen.verdicts import Drop, Verdict
+from perigee.testgen.selection import AGREES, Drop, Selection
+from perigee.testgen.store import SUMMARY_FILE, Store, check_names, dump_json, write_suite
 
 GENERATOR_FILE = "generator.py"
 KNOWN_FOLDER = "known"
 GENERATOR_LANGUAGE = "python-generator"
 UNUSABLE = "unusable"
-_COMPARISONS: dict[str, comparison.Comparison] = {
-    "exact": comparison.same_bytes,
-    "tokens": comparison.same_tokens,
-    "lines": comparison.same_lines,
-    "unordered_lines": comparison.same_unordered_lines,
-    "unordered_tokens": comparison.same_unordered_tokens,
+_SAME_BY: dict[str, comparisons.SameOutput] = {
+    "exact": comparisons.same_bytes,
+    "tokens": comparisons.same_tokens,
+    "lines": comparisons.same_lines,
+    "unordered_lines": comparisons.same_unordered_lines,
+    "unordered_tokens": comparisons.same_unordered_tokens,
 }
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What became of one problem's folder: a verdict, or why none could be reached."""
+    """Decision on one problem's folder: a selection, or the error that prevented one."""
 
     folder: Path
     known: Sequence[Program] = ()
-    verdict: Verdict | None = None
+    selection: Selection | None = None
     error: str = ""
 
     @property
-    def outcome(self) -> str:
-        """kept, why it was dropped, or unusable."""
-        if self.verdict is None:
+    def kind(self) -> str:
+        """kept, the reason why it was dropped, or unusable."""
+        if self.selection is None:
             return UNUSABLE
-        return self.verdict.drop or "kept"
+        return self.selection.drop or "kept"
 
     @property
     def reason(self) -> str:
-        """In words."""
-        return self.error if self.verdict is None else self.verdict.reason
+        """Reason in words."""
+        return self.error if self.selection is None else self.selection.reason
 
 
 def find_problems(folder: Path) -> list[Path]:
-    """The folder itself when it is a problem's, else the problems' folders in it by name.
+    """Returns the folder itself when it is a problem's, else the problems' folders in it by name.
 
     Raises InvalidArgumentError when there is none.
     """
@@ -70,16 +78,16 @@ def find_problems(folder: Path) -> list[Path]:
     return found
 
 
-def read_share(option: str, text: str) -> Fraction:
-    """A share such as 0.7 or 7/10, exactly. Raises InvalidArgumentError naming the option."""
+def read_fraction(option: str, text: str) -> Fraction:
+    """Reads a fraction such as 0.7 or 7/10, exactly. Raises InvalidArgumentError naming the option."""
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
-        raise InvalidArgumentError.of(option, f"{text!r} is no share; write 0.7 or 7/10") from error
+        raise InvalidArgumentError.of(option, f"{text!r} is no fraction; write 0.7 or 7/10") from error
 
 
 async def make_tests(
-    sandbox: Sandbox, folder: Path, plan: Plan, generator_language: str, progress: Progress
+    sandbox: Sandbox, folder: Path, plan: Plan, generator_language: str, progress: OnProgress
 ) -> Decision:
     """Makes the test cases of one problem and writes them to its folder.
 
@@ -94,16 +102,16 @@ async def make_tests(
         check_names(folder, plan, store)
         if generated is None:
             assert refusal is not None
-            verdict = refusal
+            selection = refusal
         else:
-            workshop = Workshop(sandbox.client, store, _wall_seconds(sandbox, generated), progress)
-            verdict = await make_cases(generated, plan, workshop)
-        write_suite(folder, known, plan, verdict, store)
-    return Decision(folder, known, verdict)
+            context = GenerationContext(sandbox.client, store, _wall_seconds(sandbox, generated), progress)
+            selection = await make_cases(generated, plan, context)
+        write_suite(folder, known, plan, selection, store)
+    return Decision(folder, known, selection)
 
 
 async def make_many(folders: Sequence[Path], make: Callable[[Path], Awaitable[Decision]]) -> AsyncIterator[Decision]:
-    """Decides on each folder in turn; one that cannot be used holds up none of the others."""
+    """Decides on each folder in turn; an unusable one does not stop the others."""
     for folder in folders:
         try:
             yield await make(folder)
@@ -111,7 +119,7 @@ async def make_many(folders: Sequence[Path], make: Callable[[Path], Awaitable[De
             yield Decision(folder, error=error.message)
 
 
-def refuse(problem: Problem) -> Verdict | None:
+def refuse(problem: Problem) -> Selection | None:
     """The verdict on a problem whose outputs cannot be compared with each other; None where they can.
 
     Raises InvalidArgumentError when the problem's programs do not read standard input.
@@ -121,11 +129,11 @@ def refuse(problem: Problem) -> Verdict | None:
         path = problem.folder / PROBLEM_FILE
         raise InvalidArgumentError.of(f"{path}: function", "cases are made for programs that read standard input")
     needs = "a checker" if section.checker.kind == "program" else "an interactor" if section.interactor else ""
-    return Verdict([], Drop.NEEDS_CHECKER, f"needs {needs}: agreement can't be tested") if needs else None
+    return Selection([], Drop.NEEDS_CHECKER, f"needs {needs}: agreement can't be tested") if needs else None
 
 
 def read_generated(problem: Problem, plan: Plan, generator_language: str) -> GeneratedProblem:
-    """The generator and the known solutions. Raises InvalidArgumentError naming what is missing."""
+    """Reads the generator and the known solutions. Raises InvalidArgumentError naming what is missing."""
     generator_path = problem.folder / GENERATOR_FILE
     generator = Program(GENERATOR_FILE, generator_language, read_bytes(generator_path))
     known = [problem.read_program(path) for path in list_programs(problem.folder / KNOWN_FOLDER, "known solution")]
@@ -135,14 +143,14 @@ def read_generated(problem: Problem, plan: Plan, generator_language: str) -> Gen
             str(problem.folder / KNOWN_FOLDER), f"holds {len(known)} known solutions of {plan.solutions}; {hint}"
         )
     checker = problem.section.checker
-    same = _COMPARISONS[checker.comparison]
+    same = _SAME_BY[checker.comparison]
     if checker.kind == "floats":
-        same = comparison.same_floats(checker.floats.absolute, checker.floats.relative)
+        same = comparisons.same_floats(checker.floats.absolute, checker.floats.relative)
     return GeneratedProblem(generator, tuple(known), problem.section.limits.to_proto(), same)
 
 
 def funnel(decisions: Sequence[Decision], plan: Plan) -> list[tuple[str, int]]:
-    """How many problems are left after each step, as section 2.3.5 of the k1.5 report counts them."""
+    """Counts the problems that are left after each step, as section 2.3.5 of the k1.5 report does."""
     steps = (
         ("problems", ()),
         ("usable", (UNUSABLE,)),
@@ -153,7 +161,7 @@ def funnel(decisions: Sequence[Decision], plan: Plan) -> list[tuple[str, int]]:
     left = list(decisions)
     counts = []
     for name, dropped in steps:
-        left = [decision for decision in left if decision.outcome not in dropped]
+        left = [decision for decision in left if decision.kind not in dropped]
         counts.append((name, len(left)))
     return counts
 
@@ -163,7 +171,7 @@ def write_collection(folder: Path, decisions: Sequence[Decision], plan: Plan) ->
     summary = {
         "funnel": dict(funnel(decisions, plan)),
         "problems": {
-            decision.folder.name: {"outcome": decision.outcome, "reason": decision.reason} for decision in decisions
+            decision.folder.name: {"outcome": decision.kind, "reason": decision.reason} for decision in decisions
         },
     }
     write_atomically(folder / SUMMARY_FILE, dump_json(summary))
@@ -172,8 +180,8 @@ def write_collection(folder: Path, decisions: Sequence[Decision], plan: Plan) ->
 def exit_code(decisions: Sequence[Decision], is_collection: bool) -> int:
     """0 where the problem is kept, or a verdict was reached on each of many; else 1."""
     if is_collection:
-        return int(any(decision.verdict is None for decision in decisions))
-    return int(decisions[0].outcome != "kept")
+        return int(any(decision.selection is None for decision in decisions))
+    return int(decisions[0].kind != "kept")
 
 
 def _wall_seconds(sandbox: Sandbox, problem: GeneratedProblem) -> dict[str, float]:
@@ -181,3 +189,112 @@ def _wall_seconds(sandbox: Sandbox, problem: GeneratedProblem) -> dict[str, floa
         program.language: wall_seconds(sandbox.find_runtime(program.language, program.name), pb.Limits())
         for program in (problem.generator, *problem.known)
     }
+
+
+_STAGES = {"inputs": "inputs generated", "runs": "known solutions run"}
+
+
+class ProgressBars:
+    """Progress bars on a terminal; nothing elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.stop()
+
+    def advance(self, stage: str, done: int, total: int) -> None:
+        """Moves the stage's bar."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(_STAGES[stage])
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def next_problem(self) -> None:
+        """Clears the bars."""
+        for task in self._tasks.values():
+            self._bars.remove_task(task)
+        self._tasks.clear()
+
+
+def show_decision(console: Console, decision: Decision) -> None:
+    """Prints one problem in full: dropped candidates by reason, a row for each solution, the decision."""
+    selection = decision.selection
+    if selection is not None and selection.cases:
+        reasons = Counter(case.dropped for case in selection.cases if case.dropped)
+        console.print(f"{len(selection.test_cases)} of {len(selection.cases)} candidates are valid cases")
+        for reason, count in reasons.most_common():
+            names = [case.name for case in selection.cases if case.dropped == reason]
+            console.print(f"  {count} dropped: {escape(reason)} ({', '.join(names[:8])}{', ...' * (count > 8)})")
+    if selection is not None and selection.passes:
+        console.print(_solution_table(decision))
+    console.print(decision_line(decision))
+
+
+def decision_line(decision: Decision) -> str:
+    """Returns a line of markup about one problem."""
+    color = {"kept": "green", "unusable": "yellow"}.get(decision.kind, "red")
+    return f"{escape(decision.folder.name)}: [{color}]{decision.kind}[/]: {escape(decision.reason)}"
+
+
+def show_funnel(console: Console, decisions: Sequence[Decision], plan: Plan) -> None:
+    """Prints how many problems were left after each step."""
+    table = Table(show_header=False)
+    table.add_column("step")
+    table.add_column("left", justify="right")
+    for step, count in funnel(decisions, plan):
+        table.add_row(step, str(count))
+    console.print(table)
+
+
+def _solution_table(decision: Decision) -> Table:
+    assert decision.selection is not None
+    cases = decision.selection.test_cases
+    table = Table()
+    table.add_column("known solution")
+    table.add_column("passes", justify="right")
+    table.add_column("fails by")
+    for name, count in decision.selection.passes.items():
+        failures = Counter(case.results[name] for case in cases if case.results[name] != AGREES)
+        row_failures = ", ".join(f"{result} {number}" for result, number in failures.most_common())
+        table.add_row(escape(name), f"{count} of {len(cases)}", row_failures)
+    return table
+
+
+async def make_folder_tests(address: str, folder: Path, plan: Plan, generator_language: str) -> int:
+    """Makes the tests of one problem or of many, prints each decision and the funnel; returns the exit code."""
+    folders = find_problems(folder)
+    is_collection = folders != [folder]
+    console = open_console()
+    decisions = []
+    try:
+        async with open_sandbox(address) as sandbox:
+            sandbox.find_runtime(generator_language, "--generator-language")
+            with ProgressBars(console) as bars:
+
+                async def make(problem: Path) -> Decision:
+                    return await make_tests(sandbox, problem, plan, generator_language, bars.advance)
+
+                if not is_collection:
+                    decisions.append(await make(folder))
+                    show_decision(console, decisions[0])
+                else:
+                    async for decision in make_many(folders, make):
+                        decisions.append(decision)
+                        bars.next_problem()
+                        console.print(decision_line(decision))
+    except asyncio.CancelledError:
+        print("stopped; the same command continues with what is there", file=sys.stderr)
+        raise
+    if is_collection:
+        write_collection(folder, decisions, plan)
+        show_funnel(console, decisions, plan)
+    return exit_code(decisions, is_collection)

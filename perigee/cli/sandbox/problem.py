@@ -11,8 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from perigee.cli.sandbox.connection import language_of
-from perigee.cli.sandbox.reading import make_limits, read_box_file, read_bytes
+from perigee.cli.sandbox.connection import language_of, make_limits, read_bytes, read_input_file
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
@@ -39,7 +38,7 @@ class LimitsSection(Model):
     """Its output, in MiB."""
 
     def to_proto(self) -> pb.Limits:
-        """As a request has them."""
+        """Returns the limits of a request."""
         return make_limits(**self.model_dump())
 
 
@@ -49,11 +48,11 @@ class FloatsSection(Model):
     absolute: float = Field(0.0, ge=0)
     """Largest difference."""
     relative: float = Field(0.0, ge=0)
-    """Largest difference, as a share of the expected number."""
+    """Largest difference, as a fraction of the expected number."""
 
 
 class CheckerSection(Model):
-    """How an output is compared with the expected one: one of the three."""
+    """Comparator of outputs: one of the three."""
 
     comparison: Literal["exact", "tokens", "lines", "unordered_lines", "unordered_tokens"] = "tokens"
     """`checker: lines` is short for this."""
@@ -64,12 +63,12 @@ class CheckerSection(Model):
 
     @property
     def kind(self) -> str:
-        """Which of the three it is."""
+        """Returns which of the three it is."""
         return next(iter(self.model_fields_set), "comparison")
 
 
 class ProblemSection(Model):
-    """What `problem.yaml` holds."""
+    """Contents of `problem.yaml`."""
 
     title: str = ""
     """For readers."""
@@ -78,7 +77,7 @@ class ProblemSection(Model):
     limits: LimitsSection = LimitsSection()
     """Limits of a solution on one test; unset ones are the sandbox's defaults."""
     checker: CheckerSection = CheckerSection()
-    """How an output is compared with the expected one; by tokens unless set."""
+    """Comparator of outputs; by tokens unless set."""
     interactor: str = ""
     """A program beside problem.yaml that talks with the solution."""
     function: str = ""
@@ -86,7 +85,7 @@ class ProblemSection(Model):
     files: list[str] = []
     """Files placed beside checker and interactor, testlib.h for one."""
     points: dict[str, float] = {}
-    """What passing a test is worth, by name; 1 for those that are not named. Names such as 001 need quotes in YAML."""
+    """Points of a test by its name, 1 unless set. Names such as 001 need quotes in YAML."""
 
     @field_validator("checker", mode="before")
     @classmethod
@@ -101,29 +100,29 @@ class ProblemSection(Model):
 
 @dataclass(frozen=True)
 class Problem:
-    """A problem's folder and its checked `problem.yaml`."""
+    """Folder of a problem and its validated `problem.yaml`."""
 
     folder: Path
     section: ProblemSection
 
     def read_program(self, path: Path) -> Program:
-        """A solution, named by its path below the folder where it lies there."""
+        """Reads a solution, named by its path below the folder if it is there."""
         language = self.section.language or language_of(path)
         name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
         return Program(name.as_posix(), language, read_bytes(path))
 
     def read_helper(self, key: str, name: str) -> pb.Program:
-        """A checker or an interactor with the files that it needs. Raises InvalidArgumentError naming the key."""
+        """Reads a checker or an interactor with its files. Raises InvalidArgumentError naming the key."""
         path = self.folder / name
         if not path.is_file():
             raise InvalidArgumentError.of(f"{self.folder / PROBLEM_FILE}: {key}", f"{name} is no file of this folder")
         files = [
-            read_box_file(f"{self.folder / PROBLEM_FILE}: files", file, self.folder) for file in self.section.files
+            read_input_file(f"{self.folder / PROBLEM_FILE}: files", file, self.folder) for file in self.section.files
         ]
         return pb.Program(language=language_of(path), source=read_bytes(path), files=files)
 
     def checker(self) -> pb.Checker | None:
-        """As a request has it; None where `problem.yaml` names none."""
+        """Returns the checker of a request; None when `problem.yaml` names none."""
         section = self.section.checker
         if "checker" not in self.section.model_fields_set:
             return None
@@ -136,7 +135,7 @@ class Problem:
         return pb.Checker(comparison=pb.Comparison.Value(f"COMPARISON_{section.comparison.upper()}"))
 
     def read_tests(self) -> list[pb.TestCase]:
-        """The tests in the order of their names, 2 before 10. Raises InvalidArgumentError naming what is missing."""
+        """Reads the tests by name, 2 before 10; raises InvalidArgumentError naming what is missing."""
         folder = self.folder / TESTS_FOLDER
         names = sorted((path.stem for path in folder.glob("*.in")), key=_natural)
         if not names:
@@ -154,7 +153,7 @@ class Problem:
         folder = self.folder / TESTS_FOLDER
         content = read_bytes(folder / f"{name}.in")
         answer_path = folder / f"{name}.out"
-        # who decides by a program may need no answer
+        # a checker or an interactor may need no answer
         may_lack = self.section.interactor or self.section.checker.kind == "program"
         answer = b"" if may_lack and not answer_path.exists() else read_bytes(answer_path)
         test = pb.TestCase(name=name, points=self.section.points.get(name))
@@ -169,7 +168,7 @@ class Problem:
 
 
 def load_problem(folder: Path) -> Problem:
-    """The problem of a folder. Raises InvalidArgumentError whose one-line message names the file and the key."""
+    """Loads the problem of a folder; raises InvalidArgumentError naming the file and the key."""
     path = folder / PROBLEM_FILE
     if not path.is_file():
         hint = f"has no {PROBLEM_FILE}" if folder.is_dir() else "is no folder"
@@ -190,7 +189,7 @@ def _check_together(section: ProblemSection, path: str) -> None:
 
 
 def list_programs(folder: Path, what: str) -> Sequence[Path]:
-    """The programs of a folder by name; hidden files and folders are none.
+    """Lists the programs of a folder by name, without hidden files and folders.
 
     Raises InvalidArgumentError when there is none.
     """
@@ -201,7 +200,7 @@ def list_programs(folder: Path, what: str) -> Sequence[Path]:
 
 
 def _natural(name: str) -> tuple[list[tuple[int, str]], str]:
-    parts = re.split(r"([0-9]+)", name)  # numbers are at the odd places
+    parts = re.split(r"([0-9]+)", name)  # numbers are at the odd indices
     return [(int(part), "") if index % 2 else (-1, part) for index, part in enumerate(parts)], name
 
 

@@ -10,14 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from perigee.cli.sandbox.connection import language_of, open_sandbox, wall_seconds
-from perigee.cli.sandbox.reading import check_relative, check_size, megabytes, read_box_file, read_bytes
+from perigee.cli.sandbox.connection import (
+    check_relative,
+    check_size,
+    language_of,
+    megabytes,
+    open_sandbox,
+    read_bytes,
+    read_input_file,
+    wall_seconds,
+)
 from perigee.errors import InternalError, InvalidArgumentError
 from perigee.files import write_atomically
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
-# A call's deadline beyond the program's own limits: its place in the queue, and its compiler.
+# A call's deadline beyond the program's own limits: the wait in the queue, and the compiler.
 QUEUE_S = 300.0
 COMPILE_S = 60.0
 TIME_LIMIT_CODE = 124
@@ -36,7 +44,7 @@ _CODES: Mapping[int, int] = {
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What to run, and with what around it."""
+    """Options of a run."""
 
     file: Path
     arguments: Sequence[str] = ()
@@ -52,13 +60,13 @@ class RunOptions:
 
 
 def make_request(options: RunOptions) -> pb.ExecuteRequest:
-    """The request that the options stand for. Raises InvalidArgumentError naming the option that is wrong."""
+    """Returns the request of the options; raises InvalidArgumentError naming an invalid option."""
     request = pb.ExecuteRequest(
         language=options.language or language_of(options.file),
         source=read_bytes(options.file),
         args=options.arguments,
         limits=options.limits,
-        files=[read_box_file("--file", name) for name in options.files],
+        files=[read_input_file("--file", name) for name in options.files],
         env=dict(_split(text) for text in options.env),
         output_files=[check_relative("--output", name) for name in options.outputs],
     )
@@ -77,7 +85,7 @@ async def run(address: str, request: pb.ExecuteRequest, options: RunOptions) -> 
         deadline_s = QUEUE_S + COMPILE_S + 2 * wall_seconds(runtime, request.limits)
         try:
             response = await _stream(sandbox.client, request, deadline_s)
-        except BrokenPipeError:  # the reader of the output has gone, and with it the reason to go on
+        except BrokenPipeError:  # the reader of the output is gone
             return PIPE_CODE
     if response.status == pb.STATUS_COMPILE_ERROR:
         _write(2, response.compile.stdout + response.compile.stderr)
@@ -91,22 +99,22 @@ async def run(address: str, request: pb.ExecuteRequest, options: RunOptions) -> 
 
 
 def leave() -> None:
-    """Ends the process at once, even while a reader of its output makes it wait."""
+    """Ends the process at once, even while it waits for a reader of its output."""
     os._exit(128 + signal.SIGINT)
 
 
 def exit_code(response: pb.ExecuteResponse) -> int:
-    """The exit code that tells how the program ended."""
+    """Returns the exit code for a response."""
     if response.status in _CODES:
         return _CODES[response.status]
     if response.signal:
         return 128 + response.signal
-    # a program that failed did not end with 0, whatever else is known of it
+    # a program that failed never gives 0
     return response.exit_code if response.exit_code > 0 else int(response.status != pb.STATUS_OK)
 
 
 def describe_end(name: str, response: pb.ExecuteResponse) -> list[str]:
-    """What the program's own output does not tell of its end, a line each."""
+    """Describes the end of the program beyond its own output, in lines."""
     reason = f": {response.reason}" if response.reason else ""
     lines = []
     if response.status == pb.STATUS_COMPILE_ERROR:
@@ -123,7 +131,7 @@ def describe_end(name: str, response: pb.ExecuteResponse) -> list[str]:
 
 
 def stats_line(response: pb.ExecuteResponse) -> str:
-    """Time and memory in one line."""
+    """Returns time and memory in one line."""
     line = f"wall {response.wall_ms} ms, CPU {response.cpu_ms} ms, memory {megabytes(response.peak_memory_bytes)}"
     return f"{line}, compiler {response.compile.wall_ms} ms" if response.HasField("compile") else line
 
@@ -138,7 +146,7 @@ async def _stream(client: SandboxClient, request: pb.ExecuteRequest, deadline_s:
                 await asyncio.to_thread(_write, 2, event.stderr)
             case "finished":
                 return event.finished
-    raise InternalError("the sandbox ended the stream without telling how the program ended")
+    raise InternalError("the sandbox ended the stream before the program ended")
 
 
 def _write(descriptor: int, content: bytes) -> None:
@@ -148,9 +156,9 @@ def _write(descriptor: int, content: bytes) -> None:
 
 
 def _keep_outputs(folder: Path, request: pb.ExecuteRequest, response: pb.ExecuteResponse) -> bool:
-    """Writes the files that were asked for; False, and a line for each, where some are not there to write."""
+    """Writes the requested files; returns false, and prints a line for each, when some are missing."""
     if response.status in (pb.STATUS_COMPILE_ERROR, pb.STATUS_INFRA_ERROR):
-        return False  # it was not run, which is told already
+        return False  # it was not run, which is reported already
     found = {output.path: output for output in response.files}
     complete = True
     for name in request.output_files:

@@ -9,17 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perigee.errors import InvalidArgumentError
-from perigee.testgen.comparison import same_tokens
-from perigee.testgen.plan import Plan, candidate_seed, digest
-from perigee.testgen.verdicts import (
+from perigee.testgen.plan import Plan, candidate_seed, digest, same_tokens
+from perigee.testgen.selection import (
     AGREES,
     DIFFERS,
     Case,
     Drop,
     SolutionRun,
     drop_duplicates,
-    judge_candidate,
-    judge_problem,
+    select_case,
+    select_problem,
 )
 
 PLAN = Plan(candidates=5, minimum=4)
@@ -32,7 +31,7 @@ def judge(outputs: Sequence[bytes | str], plan: Plan = PLAN) -> Case:
         name: SolutionRun("OK", output) if isinstance(output, bytes) else SolutionRun(output)
         for name, output in zip(NAMES, outputs, strict=True)
     }
-    return judge_candidate("001", 7, "input", runs, same_tokens, plan)
+    return select_case("001", 7, "input", runs, same_tokens, plan)
 
 
 def test_seven_of_ten_make_a_case() -> None:
@@ -76,12 +75,12 @@ def cases_of(*wrong: int, dropped: int = 0) -> list[Case]:
     ],
 )
 def test_nine_of_ten_keep_a_problem(cases: list[Case], drop: Drop | None, reason: str) -> None:
-    verdict = judge_problem(cases, NAMES, PLAN)
+    verdict = select_problem(cases, NAMES, PLAN)
     assert (verdict.drop, verdict.reason) == (drop, reason)
 
 
 def test_passes_count_kept_cases_alone() -> None:
-    passes = judge_problem(cases_of(3, 1, 0, 0, 0, dropped=1), NAMES, PLAN).passes
+    passes = select_problem(cases_of(3, 1, 0, 0, 0, dropped=1), NAMES, PLAN).passes
     assert [passes[name] for name in NAMES] == [3, *[4] * 9]
 
 
@@ -93,7 +92,9 @@ def test_passes_count_kept_cases_alone() -> None:
 def test_asking_for_more_agreement_keeps_no_more(
     outputs: list[list[bytes | str]], one_percent: int, other_percent: int
 ) -> None:
-    low, high = (replace(PLAN, agree_share=Fraction(percent, 100)) for percent in sorted([one_percent, other_percent]))
+    low, high = (
+        replace(PLAN, agree_fraction=Fraction(percent, 100)) for percent in sorted([one_percent, other_percent])
+    )
     kept_low = [judge(row, low).kept for row in outputs]
     kept_high = [judge(row, high).kept for row in outputs]
     assert all(low_one >= high_one for low_one, high_one in zip(kept_low, kept_high, strict=True))
@@ -120,8 +121,8 @@ def test_digests_tell_lists_of_parts_apart(one: list[bytes], other: list[bytes])
     ("plan", "message"),
     [
         (Plan(candidates=10), "--minimum: must be from 1 to --candidates, 10"),
-        (Plan(agree_share=Fraction(1, 2)), "--agree-share: must be above 0.5"),
-        (Plan(pass_share=Fraction(3, 2)), "--pass-share: must be above 0"),
+        (Plan(agree_fraction=Fraction(1, 2)), "--agree-fraction: must be above 0.5"),
+        (Plan(pass_fraction=Fraction(3, 2)), "--pass-fraction: must be above 0"),
     ],
 )
 def test_a_plan_that_cannot_be_is_refused(plan: Plan, message: str) -> None:

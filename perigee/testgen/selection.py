@@ -1,22 +1,54 @@
-"""Which candidates become test cases, and whether the problem is kept: rules over results, and nothing else."""
+"""Selection of test cases: pure rules that decide which candidates are kept, and whether the problem is."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from fractions import Fraction
 
-from perigee.testgen.agreement import find_agreement, needed
-from perigee.testgen.comparison import Comparison
-from perigee.testgen.plan import Plan
+from perigee.testgen.plan import Plan, SameOutput
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Output on which most agree, and the indices of the outputs that are the same."""
+
+    output: bytes
+    members: tuple[int, ...]
+
+
+def find_agreement(outputs: Sequence[bytes | None], same: SameOutput) -> Agreement | None:
+    """Finds the output with the most others that are the same, the earliest at a tie; None when there is no output.
+
+    Within tolerances sameness is not transitive, so each output in turn is tried as the expected one. A solution
+    without an output, None, agrees with none.
+    """
+    best: Agreement | None = None
+    for expected in dict.fromkeys(outputs):
+        if expected is None:
+            continue
+        # equal bytes are compared once
+        equal = {output: same(output, expected) for output in dict.fromkeys(outputs) if output is not None}
+        members = tuple(index for index, output in enumerate(outputs) if output is not None and equal[output])
+        if best is None or len(members) > len(best.members):
+            best = Agreement(expected, members)
+    return best
+
+
+def needed(fraction: Fraction, count: int) -> int:
+    """Returns how many of `count` make up at least `fraction` of them."""
+    return math.ceil(fraction * count)
+
 
 AGREES = "AGREES"
 DIFFERS = "DIFFERS"
 
 
 class Drop(StrEnum):
-    """Why a problem is not kept."""
+    """Reason why a problem is dropped."""
 
     NEEDS_CHECKER = "needs_checker"
     TOO_FEW_CASES = "too_few_cases"
@@ -25,7 +57,7 @@ class Drop(StrEnum):
 
 @dataclass(frozen=True)
 class SolutionRun:
-    """How a known solution ended on one input, and its output where it ended well."""
+    """Run of a known solution on one input, with its output if the status is OK."""
 
     status: str
     output: bytes | None = None
@@ -33,13 +65,13 @@ class SolutionRun:
 
 @dataclass(frozen=True)
 class Case:
-    """A candidate and what became of it."""
+    """Candidate, kept as a test case or dropped."""
 
     name: str
     seed: int
-    # Empty where the generator gave none.
+    # Empty when the generator gave none.
     input_sha256: str = ""
-    # Why it was dropped; empty where it was kept.
+    # Why it was dropped; empty when it was kept.
     dropped: str = ""
     expected: bytes = field(default=b"", repr=False)
     # By solution: AGREES, DIFFERS, or the status of a run that did not end well.
@@ -52,11 +84,11 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is decided on a problem."""
+class Selection:
+    """Selection of a problem's test cases."""
 
     cases: Sequence[Case]
-    # None where the problem is kept.
+    # None when the problem is kept.
     drop: Drop | None
     reason: str
     # How many test cases each solution passes.
@@ -73,8 +105,8 @@ class Verdict:
         return [case for case in self.cases if case.kept]
 
 
-def judge_candidate(
-    name: str, seed: int, input_sha256: str, runs: Mapping[str, SolutionRun], same: Comparison, plan: Plan
+def select_case(
+    name: str, seed: int, input_sha256: str, runs: Mapping[str, SolutionRun], same: SameOutput, plan: Plan
 ) -> Case:
     """Keeps an input when enough solutions agree on its output, which then is the expected one."""
     agreement = find_agreement([run.output for run in runs.values()], same)
@@ -85,30 +117,30 @@ def judge_candidate(
     }
     expected = agreement.output if agreement else b""
     dropped = ""
-    if len(agreeing) < needed(plan.agree_share, len(runs)):
-        dropped = f"{len(agreeing)} of {len(runs)} solutions agree, {needed(plan.agree_share, len(runs))} must"
+    if len(agreeing) < needed(plan.agree_fraction, len(runs)):
+        dropped = f"{len(agreeing)} of {len(runs)} solutions agree, {needed(plan.agree_fraction, len(runs))} must"
     elif not expected.strip():
         dropped = "the solutions agree on an empty output"
     return Case(name, seed, input_sha256, dropped, expected, results)
 
 
-def judge_problem(cases: Sequence[Case], solutions: Sequence[str], plan: Plan) -> Verdict:
+def select_problem(cases: Sequence[Case], solutions: Sequence[str], plan: Plan) -> Selection:
     """Keeps the problem when enough cases are left and enough solutions pass them all."""
     kept = [case for case in cases if case.kept]
     passed = Counter(solution for case in kept for solution, result in case.results.items() if result == AGREES)
     passes = {solution: passed[solution] for solution in solutions}
     if len(kept) < plan.minimum:
         reason = f"{len(kept)} of {len(cases)} candidates are valid cases, {plan.minimum} must be"
-        return Verdict(cases, Drop.TOO_FEW_CASES, reason, passes)
+        return Selection(cases, Drop.TOO_FEW_CASES, reason, passes)
     passing = sum(count == len(kept) for count in passes.values())
-    must = needed(plan.pass_share, len(solutions))
+    must = needed(plan.pass_fraction, len(solutions))
     reason = f"{passing} of {len(solutions)} solutions pass all {len(kept)} cases"
     if passing < must:
-        return Verdict(cases, Drop.SOLUTIONS_DIFFER, f"{reason}, {must} must", passes)
-    return Verdict(cases, None, reason, passes)
+        return Selection(cases, Drop.SOLUTIONS_DIFFER, f"{reason}, {must} must", passes)
+    return Selection(cases, None, reason, passes)
 
 
 def drop_duplicates(inputs: Mapping[str, str]) -> dict[str, str]:
-    """The inputs that came before, by the candidate that repeats one; `inputs` are digests by candidate, in order."""
+    """Returns the first candidate with the same input, by the candidate that repeats it."""
     first: dict[str, str] = {}
     return {name: first[digest] for name, digest in inputs.items() if first.setdefault(digest, name) != name}
