@@ -16,7 +16,6 @@ from services.kit.http import HttpRoute
 from services.kit.single_flight import SingleFlightCache
 from services.sandbox.api.requests import check_batch, read_cell, read_job, read_session, read_submission
 from services.sandbox.api.responses import (
-    cell_response,
     execute_response,
     item_error,
     judge_response,
@@ -172,7 +171,7 @@ class SandboxService(SandboxServiceServicer):
     async def RunCell(self, request: pb.RunCellRequest, context: Context) -> pb.RunCellResponse:
         """Runs one cell of a session."""
         cell = read_cell(request, self._pool.config, self._pool.catalog)
-        return cell_response(await self._sessions.run(request.session_id, cell))
+        return await self._sessions.run(request.session_id, cell)
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
         """Ends a session."""

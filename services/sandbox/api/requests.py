@@ -19,7 +19,6 @@ from services.sandbox.runtime.jobs import (
     CodeTest,
     Comparator,
     FunctionTest,
-    InputFile,
     InteractiveTest,
     Job,
     Program,
@@ -90,12 +89,12 @@ class Reader:
         if "\0" in text:
             self.refuse(field, "must not contain NUL")
 
-    def read_files(self, field: str, files: Iterable[pb.File], taken: str | None) -> list[InputFile]:
+    def read_files(self, field: str, files: Iterable[pb.File], taken: str | None) -> list[pb.File]:
         """Reads files of the working folder; `taken` is the name of the source."""
-        read: list[InputFile] = []
+        read = list(files)
         seen = {taken}
         total = 0
-        for index, file in enumerate(files):
+        for index, file in enumerate(read):
             problem = find_path_problem(file.path)
             if problem is None and file.path in seen:
                 problem = f"{file.path!r} is there twice" if file.path != taken else "is the name of the source"
@@ -104,7 +103,6 @@ class Reader:
             seen.add(file.path)
             total += len(file.content)
             self.check_size(f"{field}[{index}].content", file.content)
-            read.append(InputFile(file.path, file.content, file.executable))
         folders = {str(parent) for file in read for parent in PurePosixPath(file.path).parents}
         for index, entry in enumerate(read):
             if entry.path in folders:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from perigee.errors import InvalidArgumentError, PerigeeError, to_status
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.api.requests import LIMIT_FIELDS
@@ -13,19 +11,10 @@ from services.sandbox.runtime.jobs import (
     CompileReport,
     Execution,
     JudgeResult,
-    OutputFile,
     Status,
     TestResult,
     TestWeight,
 )
-from services.sandbox.runtime.sessions import CellResult
-
-_STATUS_NAMES = {Status.ACCEPTED: "OK"}
-
-
-def status_of(verdict: Status) -> pb.Status.ValueType:
-    """Returns the status of a run."""
-    return pb.Status.Value(f"STATUS_{_STATUS_NAMES.get(verdict, verdict.name)}")
 
 
 def verdict_of(verdict: Status) -> pb.TestVerdict.ValueType:
@@ -36,7 +25,7 @@ def verdict_of(verdict: Status) -> pb.TestVerdict.ValueType:
 def execute_response(execution: Execution) -> pb.ExecuteResponse:
     """Returns the response of a run."""
     return pb.ExecuteResponse(
-        status=status_of(execution.status),
+        status=execution.status.of_run,
         exit_code=execution.exit_code,
         signal=execution.signal,
         stdout=execution.stdout,
@@ -48,7 +37,7 @@ def execute_response(execution: Execution) -> pb.ExecuteResponse:
         peak_memory_bytes=execution.peak_bytes,
         reason=execution.reason,
         compile=compile_result(execution.compile),
-        files=output_files(execution.files),
+        files=execution.files,
     )
 
 
@@ -68,25 +57,17 @@ def compile_result(report: CompileReport | None) -> pb.CompileResult | None:
     )
 
 
-def output_files(files: Iterable[OutputFile]) -> list[pb.OutputFile]:
-    """Returns the files that a program left."""
-    return [
-        pb.OutputFile(path=file.path, content=file.content, truncated=file.truncated, error=file.error)
-        for file in files
-    ]
-
-
-def judge_response(judgement: JudgeResult) -> pb.JudgeResponse:
+def judge_response(result: JudgeResult) -> pb.JudgeResponse:
     """Returns the response of a judged submission."""
     return pb.JudgeResponse(
-        verdict=verdict_of(judgement.status),
-        results=[test_result(*pair) for pair in zip(judgement.results, judgement.weights, strict=True)],
-        passed=sum(result.status is Status.ACCEPTED for result in judgement.results),
-        wall_ms=judgement.wall_ms,
-        peak_memory_bytes=judgement.peak_bytes,
-        points=judgement.points,
-        max_points=judgement.most_points,
-        compile=compile_result(judgement.compile),
+        verdict=verdict_of(result.status),
+        results=[test_result(*pair) for pair in zip(result.results, result.weights, strict=True)],
+        passed=sum(each.status is Status.ACCEPTED for each in result.results),
+        wall_ms=result.wall_ms,
+        peak_memory_bytes=result.peak_bytes,
+        points=result.points,
+        max_points=result.most_points,
+        compile=compile_result(result.compile),
     )
 
 
@@ -113,27 +94,6 @@ def is_final(response: pb.ExecuteResponse | pb.JudgeResponse) -> bool:
     if isinstance(response, pb.ExecuteResponse):
         return response.status != pb.STATUS_INFRA_ERROR
     return all(result.verdict != pb.TEST_VERDICT_INFRA_ERROR for result in response.results)
-
-
-def cell_response(result: CellResult) -> pb.RunCellResponse:
-    """Returns the response of a cell."""
-    return pb.RunCellResponse(
-        status=status_of(result.status),
-        stdout=result.stdout,
-        stderr=result.stderr,
-        stdout_truncated=result.stdout_truncated,
-        stderr_truncated=result.stderr_truncated,
-        result=result.result,
-        error_name=result.error_name,
-        error_value=result.error_value,
-        wall_ms=result.wall_ms,
-        cpu_ms=result.cpu_ms,
-        peak_memory_bytes=result.peak_bytes,
-        reason=result.reason,
-        files=output_files(result.files),
-        alive=result.alive,
-        execution_count=result.execution_count,
-    )
 
 
 def item_error(error: PerigeeError) -> pb.ItemError:

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.judge.pairs import PairedRun
 from services.sandbox.judge.stdio import (
     CHECKER_FILES,
@@ -22,7 +23,7 @@ from services.sandbox.judge.stdio import (
     unjudged_result,
 )
 from services.sandbox.runtime.failure import SandboxFailedError
-from services.sandbox.runtime.jobs import CompileReport, InputFile, InteractiveTest, Status, Submission, TestResult
+from services.sandbox.runtime.jobs import CompileReport, InteractiveTest, Status, Submission, TestResult
 from services.sandbox.runtime.programs import (
     LoadedProgram,
     Streams,
@@ -184,7 +185,7 @@ async def judge_interactive(
 async def run_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: InteractiveTest) -> TestResult:
     """Runs one dialogue."""
     contents = (test.input, b"", test.answer)
-    files = [InputFile(name, content) for name, content in zip(CHECKER_FILES, contents, strict=True)]
+    files = [pb.File(path=name, content=content) for name, content in zip(CHECKER_FILES, contents, strict=True)]
     most = (loaded.program.limits.output_bytes, interactor.program.limits.output_bytes)
     with opened(b"", b"", b"") as (errors, notes, nothing):
         async with relayed_pipes(*most) as (ends, dialogue):

@@ -42,9 +42,9 @@ async def judge(pool: Pool, submission: Submission, remaining_s: float | None = 
             log.warning("sandbox_failed", reason=error.message)
             results, report = [TestResult(Status.INFRA_ERROR, reason=error.message)] * len(submission.tests), None
         wall_ms = math.ceil((time.monotonic() - started) * 1000)
-    judgement = sum_up(submission, results, report, wall_ms)
-    metrics.count("judge", judgement.status.name, started)
-    return judgement
+    result = sum_up(submission, results, report, wall_ms)
+    metrics.count("judge", result.status.name, started)
+    return result
 
 
 def estimate_cost_s(submission: Submission) -> float:

@@ -14,12 +14,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from perigee.sandbox.compare import find_difference
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import (
     Comparator,
     CompileReport,
     Execution,
-    InputFile,
     Program,
     Status,
     StdioTest,
@@ -197,7 +197,7 @@ def compiler_message(loaded: LoadedProgram) -> str:
 async def run_checker(checker: LoadedProgram, stdin: bytes, output: bytes, expected: bytes) -> Decision:
     """Runs a checker on one output."""
     contents = (stdin, output, expected)
-    files = [InputFile(name, content) for name, content in zip(CHECKER_FILES, contents, strict=True)]
+    files = [pb.File(path=name, content=content) for name, content in zip(CHECKER_FILES, contents, strict=True)]
     with memory_streams(b"") as streams:
         run, _ = await checker.run(streams, CHECKER_FILES, files)
         if checker.compile_report is not None and not checker.compile_report.ok:

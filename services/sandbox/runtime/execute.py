@@ -47,10 +47,10 @@ async def _execute(pool: Pool, job: Job, slot: WorkerSlot, on_start: Callable[[S
         with memory_streams(job.stdin) as streams:
             if on_start is not None:
                 on_start(streams)
-            outcome, files = await loaded.run(streams, job.arguments, (), job.output_files, job.most_output_file_bytes)
+            result, files = await loaded.run(streams, job.arguments, (), job.output_files, job.most_output_file_bytes)
             if loaded.compile_report is not None and not loaded.compile_report.ok:
                 return compile_failure(loaded.compile_report)
-            execution = read_execution(outcome, streams, program.limits)
+            execution = read_execution(result, streams, program.limits)
     return dataclasses.replace(execution, compile=loaded.compile_report, files=files)
 
 

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from perigee.sandbox.compare import Comparison, Tolerance
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.protocol import Limits
 from services.sandbox.languages.catalog import Runtime
 
@@ -27,14 +28,10 @@ class Status(Enum):
     INFRA_ERROR = "INFRA_ERROR"
     SKIPPED = "SKIPPED"
 
-
-@dataclass(frozen=True)
-class InputFile:
-    """File of the working folder, by a path below it."""
-
-    path: str
-    content: bytes
-    executable: bool = False
+    @property
+    def of_run(self) -> pb.Status.ValueType:
+        """Status of a run in the protocol."""
+        return pb.STATUS_OK if self is Status.ACCEPTED else pb.Status.Value(f"STATUS_{self.name}")
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Program:
     source: bytes
     limits: Limits
     compile_limits: Limits
-    files: Sequence[InputFile] = ()
+    files: Sequence[pb.File] = ()
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -58,16 +55,6 @@ class Job:
     arguments: Sequence[str] = ()
     output_files: Sequence[str] = ()
     most_output_file_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class OutputFile:
-    """File that a program left; `error` says why there is no content."""
-
-    path: str
-    content: bytes
-    truncated: bool
-    error: str
 
 
 @dataclass(frozen=True)
@@ -98,7 +85,7 @@ class Execution:
     peak_bytes: int = 0
     reason: str = ""
     compile: CompileReport | None = None
-    files: Sequence[OutputFile] = ()
+    files: Sequence[pb.OutputFile] = ()
 
 
 @dataclass(frozen=True)

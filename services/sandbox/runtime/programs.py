@@ -11,10 +11,11 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.archive import Archive, encode_archive
 from services.sandbox.agent.protocol import Limits, RunRequest, RunResult, memory_file
 from services.sandbox.runtime.failure import SandboxFailedError
-from services.sandbox.runtime.jobs import CompileReport, Execution, InputFile, OutputFile, Program, Status
+from services.sandbox.runtime.jobs import CompileReport, Execution, Program, Status
 from services.sandbox.runtime.sandboxes import Sandbox, SandboxFactory
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
@@ -73,9 +74,9 @@ class LoadedProgram:
     async def send_files(self) -> None:
         """Hands over the files without compiling."""
         program = self.program
-        files: list[InputFile] = []
+        files: list[pb.File] = []
         if program.runtime.python is None:  # modes of Python get the files with each run
-            files = [*program.files, InputFile(program.runtime.config.source, program.source)]
+            files = [*program.files, pb.File(path=program.runtime.config.source, content=program.source)]
         header = {
             "root_name": program.runtime.name,
             "root": program.runtime.root_options([self.sandbox.slot.uid]),
@@ -90,22 +91,22 @@ class LoadedProgram:
         request = RunRequest("exec", limits, command, self._environment(), keep=True)
         with memory_streams(b"") as streams:
             ended = await self.sandbox.run(request, [streams.stdin, streams.stdout, streams.stderr])
-            outcome = ended.result
-            check_started(outcome, command)
+            result = ended.result
+            check_started(result, command)
             stdout, stderr = (os.pread(file, COMPILER_BYTES, 0) for file in (streams.stdout, streams.stderr))
-        ok = outcome.stop is None and outcome.exit_code == 0
-        reason = "" if ok else explain(outcome, limits) or f"the compiler ended with {describe_exit(outcome)}"
-        exit_code = -1 if outcome.exit_code is None else outcome.exit_code
-        return CompileReport(ok, exit_code, stdout, stderr, outcome.wall_ms, reason)
+        ok = result.stop is None and result.exit_code == 0
+        reason = "" if ok else explain(result, limits) or f"the compiler ended with {describe_exit(result)}"
+        exit_code = -1 if result.exit_code is None else result.exit_code
+        return CompileReport(ok, exit_code, stdout, stderr, result.wall_ms, reason)
 
     async def run(
         self,
         streams: Streams,
         arguments: Sequence[str] = (),
-        files: Sequence[InputFile] = (),
+        files: Sequence[pb.File] = (),
         collect: Sequence[str] = (),
         collect_bytes: int = 0,
-    ) -> tuple[RunResult, list[OutputFile]]:
+    ) -> tuple[RunResult, list[pb.OutputFile]]:
         """Runs the program once, with `files` for this run alone.
 
         A Python source that does not compile sets `compile_report`.
@@ -134,11 +135,11 @@ class LoadedProgram:
         """Runs one of Python's modes; the last of `descriptors` is the archive."""
         return (await self.sandbox.run(self._request(mode, **fields), descriptors)).result
 
-    def archive(self, header: dict[str, Any], blobs: Sequence[bytes], extra: Sequence[InputFile] = ()) -> bytes:
+    def archive(self, header: dict[str, Any], blobs: Sequence[bytes], extra: Sequence[pb.File] = ()) -> bytes:
         """Returns the archive for one of Python's modes: its own blobs, then the files of the working folder."""
         files = [*self.program.files, *extra]
         if header.get("main"):
-            files.append(InputFile(self.program.runtime.config.source, self.program.source))
+            files.append(pb.File(path=self.program.runtime.config.source, content=self.program.source))
         fields = {
             **header,
             "environment": self._environment(),
@@ -184,42 +185,42 @@ async def open_program(factory: SandboxFactory, program: Program, slot: WorkerSl
             sandbox.broken = True
 
 
-def pack_files(files: Sequence[InputFile]) -> bytes:
+def pack_files(files: Sequence[pb.File]) -> bytes:
     """Packs files into an archive."""
     header = {"paths": [file.path for file in files], "executable": [file.executable for file in files]}
     return encode_archive(header, [file.content for file in files])
 
 
-def unpack_files(archive: Archive | None) -> list[OutputFile]:
+def unpack_files(archive: Archive | None) -> list[pb.OutputFile]:
     """Returns the collected files in the order in which they were asked for."""
     if archive is None:
         return []
     entries = archive.header["files"]
     return [
-        OutputFile(entry["path"], content, entry["truncated"], entry["error"])
+        pb.OutputFile(path=entry["path"], content=content, truncated=entry["truncated"], error=entry["error"])
         for entry, content in zip(entries, archive.blobs, strict=True)
     ]
 
 
-def check_started(outcome: RunResult, command: Sequence[str]) -> None:
+def check_started(result: RunResult, command: Sequence[str]) -> None:
     """Raises SandboxFailedError when a command of the runtime's description could not be executed."""
-    if outcome.start_error:
-        raise SandboxFailedError(f"{command[0]} cannot be executed: {os.strerror(outcome.start_error)}")
+    if result.start_error:
+        raise SandboxFailedError(f"{command[0]} cannot be executed: {os.strerror(result.start_error)}")
 
 
-def explain(outcome: RunResult, limits: Limits) -> str:
+def explain(result: RunResult, limits: Limits) -> str:
     """Names the limit that ended a process; empty when none did."""
     return {
         "wall": f"wall-clock limit of {limits.wall_ms} ms",
         "cpu": f"CPU limit of {limits.cpu_ms} ms",
         "memory": f"memory limit of {limits.memory_bytes} bytes",
         "output": f"output limit of {limits.output_bytes} bytes",
-    }.get(outcome.stop or "", "")
+    }.get(result.stop or "", "")
 
 
-def describe_exit(outcome: RunResult) -> str:
+def describe_exit(result: RunResult) -> str:
     """Names the exit code or the signal of a process."""
-    return f"signal {outcome.signal}" if outcome.signal else f"exit code {outcome.exit_code}"
+    return f"signal {result.signal}" if result.signal else f"exit code {result.exit_code}"
 
 
 _STATUS_BY_STOP = {
@@ -238,33 +239,33 @@ def compile_failure(report: CompileReport) -> Execution:
     return Execution(status, report.exit_code, reason=report.reason or "the source does not compile", compile=report)
 
 
-def read_execution(outcome: RunResult, streams: Streams, limits: Limits) -> Execution:
+def read_execution(result: RunResult, streams: Streams, limits: Limits) -> Execution:
     """Returns the result of a run whose streams are in memory."""
     (stdout, stdout_cut), (stderr, stderr_cut) = (
         read_output(file, limits.output_bytes) for file in (streams.stdout, streams.stderr)
     )
-    if outcome.stop is None and (stdout_cut or stderr_cut):
-        outcome = dataclasses.replace(outcome, stop="output")
+    if result.stop is None and (stdout_cut or stderr_cut):
+        result = dataclasses.replace(result, stop="output")
     return Execution(
-        status=status_of_run(outcome),
-        exit_code=-1 if outcome.exit_code is None else outcome.exit_code,
-        signal=outcome.signal,
+        status=status_of_run(result),
+        exit_code=-1 if result.exit_code is None else result.exit_code,
+        signal=result.signal,
         stdout=stdout,
         stderr=stderr,
         stdout_truncated=stdout_cut,
         stderr_truncated=stderr_cut,
-        wall_ms=outcome.wall_ms,
-        cpu_ms=outcome.cpu_ms,
-        peak_bytes=outcome.peak_bytes or 0,
-        reason=explain(outcome, limits),
+        wall_ms=result.wall_ms,
+        cpu_ms=result.cpu_ms,
+        peak_bytes=result.peak_bytes or 0,
+        reason=explain(result, limits),
     )
 
 
-def status_of_run(outcome: RunResult) -> Status:
+def status_of_run(result: RunResult) -> Status:
     """Returns the status of a run of which nothing is expected but an exit code of 0."""
-    if outcome.stop is not None:
-        return _STATUS_BY_STOP[outcome.stop]
-    return Status.ACCEPTED if outcome.exit_code == 0 else Status.RUNTIME_ERROR
+    if result.stop is not None:
+        return _STATUS_BY_STOP[result.stop]
+    return Status.ACCEPTED if result.exit_code == 0 else Status.RUNTIME_ERROR
 
 
 def read_output(file: int, most_bytes: int) -> tuple[bytes, bool]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.kit.telemetry import get_logger
 from services.sandbox.agent.archive import encode_archive
 from services.sandbox.agent.modes import REPLIED
@@ -26,7 +27,7 @@ from services.sandbox.agent.protocol import Limits
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.failure import SandboxFailedError, finish
 from services.sandbox.runtime.helper_process import receive_packet, send
-from services.sandbox.runtime.jobs import InputFile, OutputFile, Program, Status
+from services.sandbox.runtime.jobs import Program, Status
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.programs import LoadedProgram, explain, open_program, opened, read_output, unpack_files
 from services.sandbox.runtime.worker_slots import WorkerSlot
@@ -39,30 +40,9 @@ class Cell:
     """Code to run in a session."""
 
     code: bytes
-    files: Sequence[InputFile] = ()
+    files: Sequence[pb.File] = ()
     output_files: Sequence[str] = ()
     wall_ms: int | None = None
-
-
-@dataclass(frozen=True)
-class CellResult:
-    """Result of a cell; `result` is the repr of its last expression."""
-
-    status: Status
-    stdout: bytes = b""
-    stderr: bytes = b""
-    stdout_truncated: bool = False
-    stderr_truncated: bool = False
-    result: str | None = None
-    error_name: str = ""
-    error_value: str = ""
-    wall_ms: int = 0
-    cpu_ms: int = 0
-    peak_bytes: int = 0
-    reason: str = ""
-    files: Sequence[OutputFile] = ()
-    alive: bool = True
-    execution_count: int = 0
 
 
 async def receive_reply(channel: socket.socket, number: int) -> None:
@@ -125,7 +105,7 @@ class Session:
         self._program = program
         self._slot = slot
         self._lock = asyncio.Lock()
-        self._cells: set[asyncio.Task[CellResult]] = set()
+        self._cells: set[asyncio.Task[pb.RunCellResponse]] = set()
         self._running: asyncio.Task[Any] | None = None
         self._ready: asyncio.Future[LoadedProgram] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.Event()
@@ -171,12 +151,12 @@ class Session:
                         await asyncio.sleep(0)  # the request has been sent, and the socket with it
                         self._theirs.close()
                         self._ready.set_result(loaded)
-                        outcome = await running
+                        result = await running
                     finally:
                         running.cancel()
                         await asyncio.gather(running, return_exceptions=True)
-                self._end_reason = explain(outcome, program.limits) or "the interpreter has ended"
-                if outcome.stop == "memory":
+                self._end_reason = explain(result, program.limits) or "the interpreter has ended"
+                if result.stop == "memory":
                     self._end_reason = f"memory limit of {program.limits.memory_bytes} bytes"
         except SandboxFailedError as error:
             self._end_reason = error.message
@@ -190,7 +170,7 @@ class Session:
         most_ms = self._pool.config.session_seconds * 1000
         return dataclasses.replace(self._program.limits, wall_ms=most_ms, cpu_ms=most_ms)
 
-    async def run(self, cell: Cell) -> CellResult:
+    async def run(self, cell: Cell) -> pb.RunCellResponse:
         """Runs a cell after those before it; cancellation interrupts it and leaves the session open.
 
         Raises InvalidArgumentError when the cell asks for more time than the session has, NotFoundError when the
@@ -212,7 +192,7 @@ class Session:
                 task.cancel()
             raise
 
-    async def _run_next(self, cell: Cell) -> CellResult:
+    async def _run_next(self, cell: Cell) -> pb.RunCellResponse:
         async with self._lock:
             if not self.alive:
                 raise NotFoundError(f"session {self.id!r} ended before the cell began")
@@ -223,7 +203,7 @@ class Session:
                 self.used_at = time.monotonic()
                 self._running = None
 
-    async def _run(self, cell: Cell) -> CellResult:
+    async def _run(self, cell: Cell) -> pb.RunCellResponse:
         loaded = await self._ready
         self._count += 1
         header = {
@@ -243,7 +223,7 @@ class Session:
             except SandboxFailedError as error:
                 status, reason = await self._explain_end(error)
             wall_ms = math.ceil((time.monotonic() - started) * 1000)
-            files: Sequence[OutputFile] = ()
+            files: Sequence[pb.OutputFile] = ()
             if self.alive and cell.output_files:
                 most = self._pool.config.max_output_file_bytes
                 try:
@@ -257,8 +237,9 @@ class Session:
             answer = read_reply(reply, limits.output_bytes)
         if status is Status.ACCEPTED:
             status, reason = cell_status(answer, out_cut or err_cut, limits.output_bytes)
-        return CellResult(
-            status=status,
+        metrics.JOBS.labels("cell", status.name).inc()
+        return pb.RunCellResponse(
+            status=status.of_run,
             stdout=out,
             stderr=err,
             stdout_truncated=out_cut,
@@ -268,7 +249,7 @@ class Session:
             error_value=answer.get("error_value", ""),
             wall_ms=wall_ms,
             cpu_ms=math.ceil((self._cpu_ns() - cpu_ns) / 1e6),
-            peak_bytes=self._peak_bytes(),
+            peak_memory_bytes=self._peak_bytes(),
             reason=reason,
             files=files,
             alive=self.alive,
@@ -376,14 +357,13 @@ class Sessions:
             raise NotFoundError(f"session {session_id[:40]!r} is not open: it was closed, was idle too long, or ended")
         return entry[0]
 
-    async def run(self, session_id: str, cell: Cell) -> CellResult:
+    async def run(self, session_id: str, cell: Cell) -> pb.RunCellResponse:
         """Runs a cell; a session that ends in it is removed."""
         session = self.find(session_id)
-        outcome = await session.run(cell)
-        metrics.JOBS.labels("cell", outcome.status.name).inc()
-        if not outcome.alive:
+        result = await session.run(cell)
+        if not result.alive:
             await self.end(session_id)
-        return outcome
+        return result
 
     async def end(self, session_id: str) -> None:
         """Ends a session if it is open, and frees its slot."""
