@@ -67,19 +67,7 @@ class Evaluation:
             with_greedy = config.greedy
         self.attempts = make_attempts(problems, with_greedy, config.samples)
         started = time.monotonic()
-        context.status.enter(coordinator_pb2.RUN_PHASE_EVALUATION, len(self.attempts))
-        await weights.ensure(self.policy_version)
-        async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
-            self._scoring = scoring
-            dispatcher = Dispatcher(
-                context.registry,
-                self.policy_version,
-                context.settings.dispatch,
-                self._generate,
-                context.status.set_waiting,
-            )
-            async with weights.run(self.policy_version):
-                await dispatcher.run(self.attempts)
+        await self._evaluate(weights)
         return {
             "iteration": iteration,
             "policy_version": self.policy_version,
@@ -95,6 +83,24 @@ class Evaluation:
             },
             "failures": sum(attempt.correct is None for attempt in self.attempts.values()),
         }
+
+    async def _evaluate(self, weights: WeightSync) -> None:
+        """Generates and scores the response of every attempt."""
+        context = self.context
+        context.status.enter(coordinator_pb2.RUN_PHASE_EVALUATION, len(self.attempts))
+        await weights.ensure(self.policy_version)
+        dispatcher = Dispatcher(
+            context.registry,
+            self.policy_version,
+            context.settings.dispatch,
+            self._generate,
+            context.status.set_waiting,
+        )
+        async with (
+            score_responses(context.peers.reward, context.settings.scoring, self._record) as self._scoring,
+            weights.run(self.policy_version),
+        ):
+            await dispatcher.run(self.attempts)
 
     async def _generate(self, worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
         for greedy in (True, False):
