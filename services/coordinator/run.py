@@ -286,13 +286,10 @@ async def fine_tune_base(context: RunContext, weight_sync: WeightSync) -> int:
 
 async def run_sft_stage(context: RunContext, stage: SftStage, number: int) -> trainer_pb2.FineTuneResponse:
     """Fine-tunes through one stage and returns the trainer's last message."""
-    request = trainer_pb2.FineTuneRequest(
+    request = to_message(
+        stage,
+        trainer_pb2.FineTuneRequest(),
         run_id=context.run_id,
-        dataset_path=stage.dataset,
-        steps=stage.steps,
-        batch_size=stage.batch_size,
-        max_tokens_per_microbatch=stage.max_tokens_per_microbatch,
-        optimizer=to_message(stage.optimizer, trainer_pb2.Optimizer()),
         seed=context.config.seed + number,
         new_version=number,
     )

@@ -55,7 +55,7 @@ class OptimizerConfig(Model):
 class SftStage(Model):
     """Supervised stage before the reinforcement learning."""
 
-    dataset: str
+    dataset: str = Field(serialization_alias="dataset_path")
     """JSON Lines of {"prompt", "response"}, on storage that the trainer reads."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
@@ -277,7 +277,7 @@ _NOT_IN_DIGEST = {"iterations", "time_limit_s", "evaluation"}
 
 def to_message(config: BaseModel, message: MessageT, **changes: Any) -> MessageT:
     """Fills a message that has the fields of `config`; `changes` are further fields, or other values of the same."""
-    return ParseDict(config.model_dump(mode="json") | changes, message)
+    return ParseDict(config.model_dump(mode="json", by_alias=True) | changes, message)
 
 
 def parse_run_config(text: str) -> RunConfig:

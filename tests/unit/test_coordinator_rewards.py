@@ -10,6 +10,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import InvalidArgumentError
 from perigee.reward.items import PromptLine
 from perigee.reward.v1 import reward_pb2
+from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.groups import Group, Trajectory
 from services.coordinator.iteration import learning_rate_at, overlong_rate
 from services.coordinator.prompts import Prompt
@@ -22,7 +23,7 @@ from services.coordinator.rewards import (
     overlong_penalty,
     shape_rewards,
 )
-from services.coordinator.run_config import LengthRewardConfig, RunConfig, parse_run_config
+from services.coordinator.run_config import LengthRewardConfig, RunConfig, SftStage, parse_run_config, to_message
 
 PROMPT = Prompt(PromptLine("p", "default", 0.0, reward_pb2.ScoreItem(prompt="1+1=")), (1, 2, 3))
 CORRECT, WRONG, FAILED = buffer_pb2.VERDICT_CORRECT, buffer_pb2.VERDICT_WRONG, buffer_pb2.VERDICT_FAILED
@@ -203,5 +204,8 @@ def test_settings_reach_the_trainer_under_their_own_names() -> None:
     assert (algorithm.name, dict(algorithm.settings)) == ("policy_mirror_descent", {"tau": 0.2, "baseline": "mean"})
     update = config.update_message()
     assert (update.minibatches, update.max_staleness, update.tis_cap, update.temperature) == (2, 3, 2.0, 0.7)
+    stage = SftStage(dataset="d.jsonl", steps=3, optimizer={"beta1": 0.8})
+    request = to_message(stage, trainer_pb2.FineTuneRequest(), seed=7)
+    assert (request.dataset_path, request.steps, request.seed, request.optimizer.beta1) == ("d.jsonl", 3, 7, 0.8)
     optimizer = config.optimizer_message(1.3e-4)
     assert (optimizer.learning_rate, optimizer.beta2, optimizer.max_grad_norm) == (1.3e-4, 0.98, 0.5)
