@@ -147,9 +147,13 @@ class Runs:
             optimizer=config.optimizer_message(config.optimizer.learning_rate),
         )
         try:
-            await self._peers.trainer.check_algorithm(request, timeout_s=self._settings.control_timeout_s)
+            response = await self._peers.trainer.check_algorithm(request, timeout_s=self._settings.control_timeout_s)
+            settings = dict(response.algorithm.settings)
+            log.info("algorithm", name=response.algorithm.name, settings=settings)
         except UNAVAILABLE as error:
             log.warning("the algorithm's settings were not checked", error=error.message)
+        except InvalidArgumentError as error:
+            raise InvalidArgumentError.for_fields([recipe_violation(each) for each in error.violations]) from error
 
     async def _execute(self, file: RunFile, context: RunContext) -> None:
         """Runs to the end. Errors do not leave this task: they are shown in the status and in run.json."""
@@ -191,6 +195,12 @@ def check_same_run(known: RunFile, run_id: str, config: RunConfig) -> None:
             f"Run {run_id} was started with another configuration, see {known.run_path}/{RUN_FILE}: "
             "only iterations, time_limit_s and evaluation may change."
         )
+
+
+def recipe_violation(violation: FieldViolation) -> FieldViolation:
+    """Returns a violation of the trainer under the key that the field has in the recipe."""
+    key = violation.field.replace("algorithm.settings.", "algorithm.", 1)
+    return FieldViolation(f"run.{key}", violation.description)
 
 
 def read_inputs(run_id: str, config: RunConfig, run_path: Path) -> RunInputs:
