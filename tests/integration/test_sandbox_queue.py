@@ -1,4 +1,4 @@
-"""The line before the slots, as callers see it."""
+"""The job queue, as callers see it."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ async def occupied_slot(fronts: Fronts) -> AsyncIterator[None]:
         await events.aclose()  # type: ignore[attr-defined]
 
 
-async def wait_for_line(fronts: Fronts, length: int) -> None:
+async def wait_for_queue(fronts: Fronts, length: int) -> None:
     """Returns when so many jobs wait."""
     async with asyncio.timeout(60):
-        # the line is in the service, and its metrics set no event
+        # the queue is in the service, and its metrics set no event
         while f"\nperigee_sandbox_waiting_jobs {length}.0" not in (await fronts.http.get("/metrics")).text:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
 
-async def test_a_full_line_refuses_with_a_hint(tmp_path: Path) -> None:
+async def test_a_full_queue_refuses_with_a_hint(tmp_path: Path) -> None:
     async with running_fronts(tmp_path, slots=1, queue_limit=2, max_sessions=0) as fronts:
         async with occupied_slot(fronts):
             waiting = [asyncio.create_task(fronts.grpc.execute(HELLO)) for _ in range(2)]
-            await wait_for_line(fronts, 2)
+            await wait_for_queue(fronts, 2)
             with pytest.raises(ResourceExhaustedError) as refused:
                 await fronts.grpc.execute(HELLO)
             assert refused.value.retry_after_s
@@ -59,17 +59,17 @@ async def test_a_full_line_refuses_with_a_hint(tmp_path: Path) -> None:
         assert (await fronts.http.post("/v1/execute", json=body)).json()["stdout"] == "1\n"
 
 
-async def test_the_line_is_as_long_as_it_says(tmp_path: Path) -> None:
+async def test_the_queue_is_as_long_as_configured(tmp_path: Path) -> None:
     async with running_fronts(tmp_path, slots=1, max_sessions=0) as fronts:
         async with occupied_slot(fronts):
             waiting = [asyncio.create_task(fronts.grpc.execute(HELLO)) for _ in range(400)]
-            await wait_for_line(fronts, 400)
+            await wait_for_queue(fronts, 400)
         responses = await asyncio.gather(*waiting)
     assert [response.stdout for response in responses] == [b"hello\n"] * 400
 
 
 async def test_a_caller_without_the_time_to_wait_is_refused_at_once(tmp_path: Path) -> None:
-    """A turn takes about two seconds, as the line has seen."""
+    """A lease takes about two seconds, as the queue has measured."""
     async with running_fronts(tmp_path, slots=1, max_sessions=0) as fronts:
         slow = pb.ExecuteRequest(language="python", source=b"import time\ntime.sleep(2)")
         await fronts.grpc.execute(slow)
@@ -83,13 +83,13 @@ async def test_a_caller_without_the_time_to_wait_is_refused_at_once(tmp_path: Pa
             assert response.status_code == 429
 
 
-async def test_nobody_waits_longer_than_the_service_allows(tmp_path: Path) -> None:
+async def test_no_job_waits_longer_than_the_service_allows(tmp_path: Path) -> None:
     async with running_fronts(tmp_path, slots=1, queue_seconds=0.5, max_sessions=0) as fronts, occupied_slot(fronts):
         with pytest.raises(ResourceExhaustedError, match="no slot was free"):
             await fronts.grpc.execute(HELLO)
 
 
-async def test_a_small_job_overtakes_large_ones(tmp_path: Path) -> None:
+async def test_a_small_job_goes_before_large_ones(tmp_path: Path) -> None:
     async with running_fronts(tmp_path, slots=1, priority_window_seconds=60, max_sessions=0) as fronts:
         ended: list[str] = []
 
@@ -102,7 +102,7 @@ async def test_a_small_job_overtakes_large_ones(tmp_path: Path) -> None:
         async with asyncio.TaskGroup() as group, occupied_slot(fronts):
             for number in range(3):
                 group.create_task(note("large", fronts.grpc.judge(large)))
-                await wait_for_line(fronts, number + 1)
+                await wait_for_queue(fronts, number + 1)
             group.create_task(note("small", fronts.grpc.execute(small)))
-            await wait_for_line(fronts, 4)
+            await wait_for_queue(fronts, 4)
         assert ended == ["small", "large", "large", "large"]

@@ -19,6 +19,7 @@ from services.sandbox.languages.catalog import PACKAGES_FOLDER
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
 ADDRESS = re.compile("at 0x[0-9a-f]+")
+TIME = re.compile(r"in \d+\.\d+s")
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ async def interpreter(cold: SandboxClient) -> str:
 def read_ending(response: pb.ExecuteResponse) -> Ending:
     stdout, stderr = (text.decode(errors="backslashreplace") for text in (response.stdout, response.stderr))
     status = pb.Status.Name(response.status)
-    return Ending(status, response.exit_code, response.signal, stdout, ADDRESS.sub("at 0x0", stderr))
+    return Ending(status, response.exit_code, response.signal, stdout, TIME.sub("in 0s", ADDRESS.sub("at 0x0", stderr)))
 
 
 async def run_python(client: SandboxClient, example: Example) -> Ending:
