@@ -97,7 +97,7 @@ class _ComparisonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Comparison
     COMPARISON_EXACT: _Comparison.ValueType  # 1
     """Byte for byte."""
     COMPARISON_TOKENS: _Comparison.ValueType  # 2
-    """The same words, however they are spaced."""
+    """The same words, whatever the white space."""
     COMPARISON_LINES: _Comparison.ValueType  # 3
     """The same lines, but for white space at their ends and empty lines at the end."""
     COMPARISON_UNORDERED_LINES: _Comparison.ValueType  # 4
@@ -111,7 +111,7 @@ COMPARISON_UNSPECIFIED: Comparison.ValueType  # 0
 COMPARISON_EXACT: Comparison.ValueType  # 1
 """Byte for byte."""
 COMPARISON_TOKENS: Comparison.ValueType  # 2
-"""The same words, however they are spaced."""
+"""The same words, whatever the white space."""
 COMPARISON_LINES: Comparison.ValueType  # 3
 """The same lines, but for white space at their ends and empty lines at the end."""
 COMPARISON_UNORDERED_LINES: Comparison.ValueType  # 4
@@ -246,7 +246,7 @@ Global___OutputFile: _TypeAlias = OutputFile  # noqa: Y015
 
 @_typing.final
 class CompileResult(_message.Message):
-    """What a compiler said."""
+    """Result of a compilation."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -373,7 +373,7 @@ class ExecuteResponse(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     status: Global___Status.ValueType
     exit_code: _builtins.int
-    """-1 where a signal ended the program."""
+    """-1 when a signal ended the program."""
     signal: _builtins.int
     """The signal that ended the program, or 0."""
     stdout: _builtins.bytes
@@ -424,7 +424,7 @@ class ExecuteStreamRequest(_message.Message):
     EXECUTE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def execute(self) -> Global___ExecuteRequest:
-        """Its idempotency key is not heeded: a stream runs each time."""
+        """Its idempotency key is ignored: a stream runs each time."""
 
     def __init__(
         self,
@@ -450,7 +450,7 @@ class ExecuteStreamResponse(_message.Message):
     stderr: _builtins.bytes
     @_builtins.property
     def finished(self) -> Global___ExecuteResponse:
-        """The last event; its stdout and stderr are empty, having been sent already."""
+        """The last event; its stdout and stderr are empty, since they were sent before."""
 
     def __init__(
         self,
@@ -471,7 +471,7 @@ Global___ExecuteStreamResponse: _TypeAlias = ExecuteStreamResponse  # noqa: Y015
 
 @_typing.final
 class ItemError(_message.Message):
-    """Why one item of a batch has no response."""
+    """Error of one item of a batch."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -505,7 +505,7 @@ class ItemError(_message.Message):
     retry_after_ms: _builtins.int
     @_builtins.property
     def field_violations(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """The fields that are wrong, and how."""
+        """Violations by field."""
 
     def __init__(
         self,
@@ -629,8 +629,8 @@ Global___FunctionTest: _TypeAlias = FunctionTest  # noqa: Y015
 
 @_typing.final
 class CodeTest(_message.Message):
-    """Python that tests the function: statements with assert, or a definition of check(candidate). It runs in a box of its
-    own, where the function is a stand-in that calls the submission's; only plain values pass between the two.
+    """Python that tests the function: statements with assert, or a definition of check(candidate). It runs in a sandbox of
+    its own, where the function is a stand-in that calls the submission's; only plain values pass between the two.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -685,7 +685,7 @@ class TestCase(_message.Message):
     POINTS_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     points: _builtins.float
-    """What passing it is worth; 1 unless set."""
+    """Points for passing it; 1 unless set."""
     name: _builtins.str
     @_builtins.property
     def stdio(self) -> Global___StdioTest: ...
@@ -746,7 +746,7 @@ Global___FloatTolerance: _TypeAlias = FloatTolerance  # noqa: Y015
 
 @_typing.final
 class Program(_message.Message):
-    """A program of the caller's: a checker or an interactor."""
+    """Program of the caller: a checker or an interactor."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -778,9 +778,8 @@ Global___Program: _TypeAlias = Program  # noqa: Y015
 
 @_typing.final
 class Checker(_message.Message):
-    """How an output is compared with the expected one; by tokens unless set. Results of functions are compared as JSON
-    values, within the tolerance where one is given, or by the program, which then reads arguments, result and expected
-    value as JSON.
+    """Comparator of outputs; by tokens unless set. Results of functions are compared as JSON values, within the tolerance if
+    one is given, or by the program, which then reads arguments, result and expected value as JSON.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -793,9 +792,9 @@ class Checker(_message.Message):
     def floats(self) -> Global___FloatTolerance: ...
     @_builtins.property
     def program(self) -> Global___Program:
-        """Started as `checker input.txt output.txt answer.txt` in a box of its own. Exit code 0 accepts, 1 and 2 refuse, 7
-        gives the share of points that its message tells in its first word or after a leading `points` (testlib's
-        convention), anything else is a failure of the checker; its message is standard error's.
+        """Started as `checker input.txt output.txt answer.txt` in a sandbox of its own. Exit code 0 accepts, 1 and 2
+        reject, 7 gives the fraction of points that is the first word of its message or follows a leading `points`
+        (testlib's convention), anything else is a failure of the checker; its message is standard error's.
         """
 
     def __init__(
@@ -859,7 +858,7 @@ class JudgeRequest(_message.Message):
     """The function that function and code tests call."""
     stop_at_first_failure: _builtins.bool
     setup_code: _builtins.str
-    """Python that runs before each code test, in the test's box."""
+    """Python that runs before each code test, in the test's sandbox."""
     idempotency_key: _builtins.str
     """As in ExecuteRequest."""
     @_builtins.property
@@ -1094,7 +1093,7 @@ class CreateSessionRequest(_message.Message):
     language: _builtins.str
     """A runtime whose `sessions` is true."""
     idle_seconds: _builtins.int
-    """Ends the session after this time without a cell; the service's default unless set."""
+    """Time without a cell after which the session ends; the service's default unless set."""
     @_builtins.property
     def limits(self) -> Global___Limits:
         """wall_ms and cpu_ms hold for each cell, the rest for the session."""
@@ -1302,7 +1301,7 @@ class Runtime(_message.Message):
     SESSIONS_FIELD_NUMBER: _builtins.int
     FUNCTIONS_FIELD_NUMBER: _builtins.int
     language: _builtins.str
-    """The name that requests use."""
+    """Name in requests."""
     version: _builtins.str
     isolation: _builtins.str
     """"crun" or "zygote", for instance."""
@@ -1341,7 +1340,7 @@ Global___Runtime: _TypeAlias = Runtime  # noqa: Y015
 
 @_typing.final
 class MissingRuntime(_message.Message):
-    """A runtime that is described but cannot be used here."""
+    """Runtime that is described but cannot be used here."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -87,21 +87,21 @@ class SandboxServiceServicer:
     """
 
     def Execute(self, request, context):
-        """Compiles a program where its language needs it, and runs it once.
+        """Compiles a program if its language needs it, and runs it once.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExecuteStream(self, request, context):
-        """The same, with output as it is written.
+        """Does the same, and streams the output as it is written.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ExecuteBatch(self, request, context):
-        """Many programs; each response comes as soon as its program has ended.
+        """Runs many programs; each response comes as soon as its program has ended.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -115,7 +115,7 @@ class SandboxServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def JudgeBatch(self, request, context):
-        """Many submissions; each response comes as soon as its submission is judged.
+        """Judges many submissions; each response comes as soon as its submission is judged.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,15 +34,15 @@ class SandboxServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> SandboxServiceAsyncStub: ...
     Execute: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ExecuteRequest, _sandbox_pb2.ExecuteResponse]
-    """Compiles a program where its language needs it, and runs it once."""
+    """Compiles a program if its language needs it, and runs it once."""
     ExecuteStream: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.ExecuteStreamRequest, _sandbox_pb2.ExecuteStreamResponse]
-    """The same, with output as it is written."""
+    """Does the same, and streams the output as it is written."""
     ExecuteBatch: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.ExecuteBatchRequest, _sandbox_pb2.ExecuteBatchResponse]
-    """Many programs; each response comes as soon as its program has ended."""
+    """Runs many programs; each response comes as soon as its program has ended."""
     Judge: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.JudgeRequest, _sandbox_pb2.JudgeResponse]
     """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""
     JudgeBatch: _grpc.UnaryStreamMultiCallable[_sandbox_pb2.JudgeBatchRequest, _sandbox_pb2.JudgeBatchResponse]
-    """Many submissions; each response comes as soon as its submission is judged."""
+    """Judges many submissions; each response comes as soon as its submission is judged."""
     CreateSession: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.CreateSessionRequest, _sandbox_pb2.CreateSessionResponse]
     """Starts an interpreter that keeps its variables from cell to cell."""
     RunCell: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.RunCellRequest, _sandbox_pb2.RunCellResponse]
@@ -57,15 +57,15 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Execute: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ExecuteRequest, _sandbox_pb2.ExecuteResponse]  # type: ignore[assignment]
-    """Compiles a program where its language needs it, and runs it once."""
+    """Compiles a program if its language needs it, and runs it once."""
     ExecuteStream: _aio.UnaryStreamMultiCallable[_sandbox_pb2.ExecuteStreamRequest, _sandbox_pb2.ExecuteStreamResponse]  # type: ignore[assignment]
-    """The same, with output as it is written."""
+    """Does the same, and streams the output as it is written."""
     ExecuteBatch: _aio.UnaryStreamMultiCallable[_sandbox_pb2.ExecuteBatchRequest, _sandbox_pb2.ExecuteBatchResponse]  # type: ignore[assignment]
-    """Many programs; each response comes as soon as its program has ended."""
+    """Runs many programs; each response comes as soon as its program has ended."""
     Judge: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.JudgeRequest, _sandbox_pb2.JudgeResponse]  # type: ignore[assignment]
     """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""
     JudgeBatch: _aio.UnaryStreamMultiCallable[_sandbox_pb2.JudgeBatchRequest, _sandbox_pb2.JudgeBatchResponse]  # type: ignore[assignment]
-    """Many submissions; each response comes as soon as its submission is judged."""
+    """Judges many submissions; each response comes as soon as its submission is judged."""
     CreateSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CreateSessionRequest, _sandbox_pb2.CreateSessionResponse]  # type: ignore[assignment]
     """Starts an interpreter that keeps its variables from cell to cell."""
     RunCell: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.RunCellRequest, _sandbox_pb2.RunCellResponse]  # type: ignore[assignment]
@@ -83,7 +83,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.ExecuteRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.ExecuteResponse, _abc.Awaitable[_sandbox_pb2.ExecuteResponse]]:
-        """Compiles a program where its language needs it, and runs it once."""
+        """Compiles a program if its language needs it, and runs it once."""
 
     @_abc_1.abstractmethod
     def ExecuteStream(
@@ -91,7 +91,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.ExecuteStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.ExecuteStreamResponse], _abc.AsyncIterator[_sandbox_pb2.ExecuteStreamResponse]]:
-        """The same, with output as it is written."""
+        """Does the same, and streams the output as it is written."""
 
     @_abc_1.abstractmethod
     def ExecuteBatch(
@@ -99,7 +99,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.ExecuteBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.ExecuteBatchResponse], _abc.AsyncIterator[_sandbox_pb2.ExecuteBatchResponse]]:
-        """Many programs; each response comes as soon as its program has ended."""
+        """Runs many programs; each response comes as soon as its program has ended."""
 
     @_abc_1.abstractmethod
     def Judge(
@@ -115,7 +115,7 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _sandbox_pb2.JudgeBatchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_sandbox_pb2.JudgeBatchResponse], _abc.AsyncIterator[_sandbox_pb2.JudgeBatchResponse]]:
-        """Many submissions; each response comes as soon as its submission is judged."""
+        """Judges many submissions; each response comes as soon as its submission is judged."""
 
     @_abc_1.abstractmethod
     def CreateSession(

@@ -1,7 +1,7 @@
-"""What runs at the box's side: zygotes and their boxes, launchers of containers, and the program's own process.
+"""Agent of the sandbox: zygotes and their job supervisors, launchers of containers, and the program's own process.
 
-This package is run by the box's Python interpreter, which need not be the service's, so it imports the standard
-library alone. It knows nothing of requests, verdicts or expected outputs.
+The sandbox's Python interpreter runs this package, which need not be the service's, so it imports the standard library
+alone. It knows nothing of requests of callers, verdicts or expected outputs.
 """
 
 from __future__ import annotations
@@ -9,4 +9,17 @@ from __future__ import annotations
 import sys
 
 MODULES_AT_START = frozenset(sys.modules)
-"""What the interpreter had imported before this package was."""
+"""Modules that the interpreter had imported before this package."""
+HOME = "/box"
+"""Working folder of every program."""
+OWN_FOLDER = "/.perigee"
+"""Folder with the init in front of the job and this package."""
+ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": HOME, "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+"""Variables of every program, unless its runtime or its request sets others."""
+
+
+def start_code(folder: str, module: str) -> str:
+    """Returns Python code that runs the main function of a module of this package, found in `folder`, and leaves no
+    trace of it on the import path.
+    """
+    return f"import sys; sys.path.insert(0, {folder!r}); from agent.{module} import main; del sys.path[0]; main()"

@@ -17,13 +17,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from . import kernel, protocol, root
+from . import OWN_FOLDER, kernel, protocol, root
 from .archive import own_files, read_files, write_files
 from .collect import collect_files
 from .confinement import Confinement, apply_limits, give_up_privileges, install_descriptors
 from .modes import rehearse, run_mode
 from .monitor import Process, ProcessMonitor
-from .protocol import OWN_FOLDER, Message, RunRequest, read_run_request
+from .protocol import Message, RunRequest, read_run_request
 from .usage import UsageFiles
 
 _NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET

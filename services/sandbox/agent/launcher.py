@@ -24,12 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import kernel, protocol, root
+from . import HOME, OWN_FOLDER, kernel, protocol, root
 from .archive import File, own_files, read_files, write_files
 from .collect import collect_files
 from .confinement import build_filter, install_descriptors, resource_limits
 from .monitor import Process, ProcessMonitor
-from .protocol import HOME, OWN_FOLDER, Message, RunRequest, memory_file, read_run_request
+from .protocol import Message, RunRequest, memory_file, read_run_request
 from .root import WRITABLE_FLAGS, sized
 from .usage import open_usage
 

@@ -24,7 +24,7 @@ import types
 from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
-from . import MODULES_AT_START, protocol
+from . import HOME, MODULES_AT_START, protocol
 from .archive import (
     COMPILE_ERROR,
     EXCEPTION,
@@ -39,7 +39,7 @@ from .archive import (
     write_files,
 )
 from .code_tests import LoadError, describe_exception, load_function, serve_calls, serve_code_test
-from .protocol import ANSWERED, FINISHED, HOME, memory_file
+from .protocol import ANSWERED, FINISHED, memory_file
 
 REPORT = 3
 """Descriptor of the file with the error of a source that does not compile."""

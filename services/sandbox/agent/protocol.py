@@ -66,21 +66,6 @@ def memory_file(contents: bytes) -> int:
     return descriptor
 
 
-HOME = "/box"
-"""Working folder of every program."""
-OWN_FOLDER = "/.perigee"
-"""Folder with the init in front of the job and this package."""
-ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": HOME, "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
-"""Variables of every program, unless its runtime or its request sets others."""
-
-
-def start_code(folder: str, module: str) -> str:
-    """Returns Python code that runs the main function of a module of this package, found in `folder`, and leaves no
-    trace of it on the import path.
-    """
-    return f"import sys; sys.path.insert(0, {folder!r}); from agent.{module} import main; del sys.path[0]; main()"
-
-
 @dataclass(frozen=True)
 class Limits:
     """Limits of one program: times in milliseconds for each test, sizes in bytes for the whole sandbox."""

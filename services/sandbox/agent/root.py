@@ -14,8 +14,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import kernel
-from .protocol import HOME, OWN_FOLDER, start_code
+from . import HOME, OWN_FOLDER, kernel, start_code
 
 PROC_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 WRITABLE_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV

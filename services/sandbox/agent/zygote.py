@@ -19,11 +19,10 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from . import kernel, protocol
+from . import HOME, kernel, protocol
 from .confinement import Confinement, build_filter
 from .job_supervisor import run_job_supervisor
 from .modes import hide_own_modules
-from .protocol import HOME
 from .usage import UsageFiles
 
 _REAP_MS = 1000

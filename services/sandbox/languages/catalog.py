@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from services.kit.config import Model, read_yaml, validate
-from services.sandbox.agent.protocol import ENVIRONMENT, OWN_FOLDER, start_code
+from services.sandbox.agent import ENVIRONMENT, OWN_FOLDER, start_code
 from services.sandbox.config import LimitsConfig, SandboxConfig
 
 _PROBE = "import platform, sys; print(platform.python_version()); print(sys.base_prefix)"

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from services.kit.telemetry import get_logger
-from services.sandbox.agent import protocol
-from services.sandbox.agent.protocol import ENVIRONMENT, Message, Packet, start_code
+from services.sandbox.agent import ENVIRONMENT, protocol, start_code
+from services.sandbox.agent.protocol import Message, Packet
 from services.sandbox.runtime.failure import SandboxFailedError, finish
 
 log = get_logger(__name__)

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from services.kit.telemetry import get_logger
+from services.sandbox.agent import ENVIRONMENT, OWN_FOLDER
 from services.sandbox.agent.archive import Archive, read_archive
-from services.sandbox.agent.protocol import ENVIRONMENT, OWN_FOLDER, RunRequest, RunResult, memory_file
+from services.sandbox.agent.protocol import RunRequest, RunResult, memory_file
 from services.sandbox.languages.catalog import Runtime, find_python
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import CgroupHost
