@@ -22,7 +22,7 @@ UNFINISHED = (pb.END_REASON_UNSPECIFIED, pb.END_REASON_BUDGET)
 
 @dataclass(frozen=True)
 class StoredTrajectory:
-    """A whole trajectory as the buffer stores it: a prompt and T response tokens.
+    """Whole trajectory as the buffer stores it: a prompt and T response tokens.
 
     `prompt_token_ids`, `token_ids` and `logprobs` are packed (`perigee.buffer.packing`). `logprobs` has one value for
     each response token, or none when they were not asked for. `versions` spans the response tokens in order.
@@ -38,12 +38,12 @@ class StoredTrajectory:
 
     @property
     def tokens(self) -> int:
-        """Number T of response tokens."""
+        """Returns the number T of response tokens."""
         return count_tokens(self.token_ids)
 
     @property
     def finished(self) -> bool:
-        """Whether the response has ended, not only a segment of it."""
+        """Returns whether the response has ended, not only a segment of it."""
         return self.end_reason not in UNFINISHED
 
 

@@ -36,5 +36,5 @@ class RolloutClient(ServiceClient):
         return self._stream(self._stub.ExtendTrajectories, request, timeout_s)
 
     async def get_state(self, request: pb.GetStateRequest, *, timeout_s: float = 20.0) -> pb.GetStateResponse:
-        """Tells the state of the service."""
+        """Returns the state of the worker."""
         return await self._unary(self._stub.GetState, request, timeout_s)

@@ -23,7 +23,7 @@ class WeightReceiverClient(ServiceClient):
         self._stub: WeightReceiverServiceAsyncStub = WeightReceiverServiceStub(self.channel)
 
     async def prepare(self, request: pb.PrepareRequest, *, timeout_s: float = 60.0) -> pb.PrepareResponse:
-        """Reserves a spare buffer for the manifest and tells where to write it."""
+        """Reserves a spare buffer for the manifest and returns where to write it."""
         return await self._unary(self._stub.Prepare, request, timeout_s)
 
     async def commit(self, request: pb.CommitRequest, *, timeout_s: float = 600.0) -> pb.CommitResponse:

@@ -11,7 +11,7 @@ from services.kit.config import Model, ServiceConfig
 
 
 class LocalServerConfig(Model):
-    """The Valkey server that the buffer starts when no `redis_url` is given."""
+    """Valkey server that the buffer starts when no `redis_url` is given."""
 
     fsync: Literal["always", "everysec"] = "always"
     """`always` syncs the append-only file before a write is answered; `everysec` waits where it must."""
@@ -24,7 +24,7 @@ class LocalServerConfig(Model):
 
 
 class LimitsConfig(Model):
-    """What one request may hold."""
+    """Bounds of one request."""
 
     chunks: int = Field(8192, ge=1)
     """Chunks of one AppendChunks call."""
@@ -37,7 +37,7 @@ class LimitsConfig(Model):
 
 
 class BufferConfig(ServiceConfig):
-    """The buffer service."""
+    """Buffer service."""
 
     section: ClassVar[str] = "buffer"
     environment_aliases: ClassVar[dict[str, str]] = {"PERIGEE_REDIS_URL": "redis_url"}
@@ -47,9 +47,9 @@ class BufferConfig(ServiceConfig):
     data_path: Path = Path("buffer")
     """Folder of the server that the buffer starts."""
     local_server: LocalServerConfig = LocalServerConfig()
-    """The server that the buffer starts."""
+    """Server that the buffer starts."""
     durability: Literal["segments", "commits", "none"] = "segments"
-    """What waits for the disk: all but chunks within a segment; only runs, verdicts and commits; or nothing."""
+    """Calls that wait for the disk: all but chunks within a segment; only runs, verdicts and commits; or none."""
     durability_timeout_s: float = Field(10.0, gt=0)
     """Seconds to wait for the disk; then the call fails as UNAVAILABLE and may be sent again."""
     request_timeout_s: float = Field(15.0, gt=0)
@@ -63,4 +63,4 @@ class BufferConfig(ServiceConfig):
     page_prompts: int = Field(1000, ge=1, le=10000)
     """Prompts of one page of ListPromptStatistics."""
     limits: LimitsConfig = LimitsConfig()
-    """What one request may hold."""
+    """Bounds of one request."""

@@ -1,4 +1,4 @@
-"""The Redis servers that hold the runs: one server, or the primaries of a cluster, learnt from its MOVED answers.
+"""Redis servers that hold the runs: one server, or the primaries of a cluster, learned from its MOVED replies.
 
 A run is one slot of a cluster. Move a slot that is in use with `CLUSTER MIGRATESLOTS` (Valkey 9), which moves it whole;
 the older way moves key by key, and a script may see half a run meanwhile.
@@ -27,7 +27,7 @@ FIRST_WITH_WAITAOF = (7, 2)
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server says of itself."""
+    """Version and settings that a server reports."""
 
     version: tuple[int, int]
     keeps_file: bool
@@ -35,10 +35,10 @@ class ServerFacts:
 
     @property
     def has_waitaof(self) -> bool:
-        """Whether it can be waited for a write to be on disk."""
+        """Returns whether a client can wait until a write is on disk."""
         return self.version >= FIRST_WITH_WAITAOF
 
-    def refuse_unfit(self, *, needs_file: bool) -> None:
+    def check_fit(self, *, needs_file: bool) -> None:
         """Raises FailedPreconditionError with what to change when the server cannot hold a run."""
         if self.version < OLDEST_REDIS:
             major, minor = self.version
@@ -55,7 +55,7 @@ class ServerFacts:
 
 
 async def read_facts(node: Redis) -> ServerFacts:
-    """Asks a server for its facts."""
+    """Reads a server's version and settings."""
     info = await node.info("server", "persistence", "memory")
     major, minor, *_ = str(info["redis_version"]).split(".")
     return ServerFacts(
@@ -66,7 +66,7 @@ async def read_facts(node: Redis) -> ServerFacts:
 
 
 class Nodes:
-    """Clients of the servers; lost connections are reopened, and nothing is sent before the first command.
+    """Clients of the servers; lost connections are reopened, nothing is sent before the first command.
 
     Raises InvalidArgumentError when `url` is not one.
     """
@@ -88,19 +88,19 @@ class Nodes:
         for node in self._by_address.values():
             await node.aclose()
 
-    def of(self, key: str) -> Redis:
-        """The server that holds the key, or one that knows which does."""
+    def holder_of(self, key: str) -> Redis:
+        """Returns the server that holds the key, or one that knows which does."""
         return self._by_slot.get(key_slot(key.encode()), self.first)
 
     def learn(self, moved: MovedError) -> None:
-        """Takes note of the server that holds a slot."""
+        """Remembers the server that holds a slot."""
         address = f"{moved.host}:{moved.port}"
         if address not in self._by_address:
             self._by_address[address] = self._open({"host": moved.host, "port": moved.port})
         self._by_slot[moved.slot_id] = self._by_address[address]
 
     def forget(self, node: Redis) -> None:
-        """Asks another server for the slots of one that cannot be reached."""
+        """Forgets the slots of a server that cannot be reached, so that another one is asked for them."""
         self._by_slot = {slot: holder for slot, holder in self._by_slot.items() if holder is not node}
 
     async def use_one_that_answers(self) -> None:
@@ -116,7 +116,7 @@ class Nodes:
                 return
         raise failure
 
-    def _open(self, place: dict[str, Any]) -> Redis:
+    def _open(self, address: dict[str, Any]) -> Redis:
         pool = BlockingConnectionPool.from_url(
             self._url,
             max_connections=self._connections,
@@ -126,5 +126,5 @@ class Nodes:
             # A pooled connection may have died with a server that is back: one more try finds out.
             retry=Retry(NoBackoff(), 1),
         )
-        pool.connection_kwargs.update(place)
+        pool.connection_kwargs.update(address)
         return Redis.from_pool(pool)

@@ -1,4 +1,4 @@
-"""Runs the Lua scripts on Redis: one script is one atomic change, and may be waited for until it is on disk."""
+"""Lua scripts on Redis: one script is one atomic change, whose sync to disk may be waited for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DURABILITY_SECONDS = Histogram(
 
 @dataclass(frozen=True)
 class Script:
-    """A Lua script and the digest that Redis knows it by."""
+    """Lua script and the digest that Redis knows it by."""
 
     name: str
     source: str
@@ -48,11 +48,11 @@ class Durability(IntEnum):
     """Class of a change by what its loss would cost, cheapest first."""
 
     NONE = 0
-    """Nothing, or tokens that are generated again: reads, chunks within a segment."""
+    """Loses nothing, or tokens that are generated again: reads, chunks within a segment."""
     SEGMENT = 1
-    """A segment that its worker believes to be kept, or a lease that fences: groups, leases, ends of segments."""
+    """Loses a segment that its worker believes to be kept, or a fence: groups, leases, ends of segments."""
     COMMIT = 2
-    """Work that is not done again: runs, verdicts, commits."""
+    """Loses work that is not done again: runs, verdicts, commits."""
 
 
 # The cheapest class that waits for the disk, by `durability` of the configuration.
@@ -86,7 +86,7 @@ class ScriptRunner:
         with translating_errors():
             await self._nodes.use_one_that_answers()
             facts = await read_facts(self._nodes.first)
-        facts.refuse_unfit(needs_file=self._least_synced is not None)
+        facts.check_fit(needs_file=self._least_synced is not None)
         if self._least_synced is not None and not facts.has_waitaof and self._has_waitaof is None:
             log.warning("redis has no WAITAOF: set appendfsync to always there", redis_version=facts.version)
         self._has_waitaof = facts.has_waitaof
@@ -105,7 +105,7 @@ class ScriptRunner:
             if waits and self._has_waitaof is None:
                 await self.check()
             for _ in range(MAX_REDIRECTIONS):
-                node = self._nodes.of(key)
+                node = self._nodes.holder_of(key)
                 reply = await self._execute(node, command, waits and bool(self._has_waitaof))
                 if isinstance(reply, exceptions.NoScriptError):
                     await node.script_load(script.source)
@@ -121,7 +121,7 @@ class ScriptRunner:
         return fields
 
     async def _execute(self, node: Redis, command: tuple[str | bytes | int, ...], waits: bool) -> Any:
-        """The reply or the error that the server answered; raises what kept it from answering."""
+        """Returns the reply or the error that the server sent; raises what kept it from replying."""
         pipeline = node.pipeline(transaction=False)
         pipeline.execute_command(*command)
         if not waits:

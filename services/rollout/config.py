@@ -11,18 +11,18 @@ from services.weights.config import WeightsConfig
 
 
 class SupervisionConfig(Model):
-    """What happens when the engine dies or does not start."""
+    """Restarts of an engine that dies or does not start."""
 
     start_attempts: int = Field(3, ge=1)
     """Starts in a row that may fail before the service ends with the error."""
     retry_seconds: float = Field(1.0, gt=0)
     """Pause before an engine that failed to start is started again."""
     stall_seconds: float = Field(300.0, gt=0)
-    """An engine with requests that hands out no token for this long is taken for dead and restarted."""
+    """Seconds without a token after which an engine with requests counts as dead and is restarted."""
 
 
 class RegistrationConfig(Model):
-    """How the worker keeps its lease at the coordinator."""
+    """Lease of the worker at the coordinator."""
 
     retry_seconds: float = Field(1.0, gt=0)
     """Pause between attempts to reach a coordinator that does not answer."""
@@ -31,7 +31,7 @@ class RegistrationConfig(Model):
 
 
 class RolloutConfig(ServiceConfig):
-    """One rollout worker: one engine that holds one policy version at a time."""
+    """Rollout worker: one engine that holds one policy version at a time."""
 
     section: ClassVar[str] = "rollout"
 
@@ -42,12 +42,12 @@ class RolloutConfig(ServiceConfig):
     advertise_address: str | None = None
     """host:port that the coordinator and the trainer dial; the bound address when unset."""
     buffer_address: str = "127.0.0.1:50052"
-    """The replay buffer."""
+    """host:port of the replay buffer."""
     coordinator_address: str | None = "127.0.0.1:50051"
-    """The coordinator to register with; null serves without one."""
+    """host:port of the coordinator to register with; null serves without one."""
 
     engine: Literal["vllm"] = "vllm"
-    """The generation engine."""
+    """Generation engine."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto takes the one of the model's config.json."""
     max_model_len: int | None = Field(None, ge=2)
@@ -75,19 +75,19 @@ class RolloutConfig(ServiceConfig):
     chunk_tokens: int = Field(512, ge=1, le=1 << 16)
     """Tokens of a trajectory that a crash can lose: it is appended to the buffer at least this often."""
     flush_seconds: float = Field(0.1, gt=0)
-    """How long ended segments wait for others so that they share one append."""
+    """Seconds that ended segments wait for others, to share one append."""
     max_queued_sequences: int = Field(16384, ge=1)
     """Sequences accepted and not ended; calls that pass it are refused with RESOURCE_EXHAUSTED."""
     buffer_timeout_seconds: float = Field(60.0, gt=0)
     """Deadline of one call to the buffer."""
     commit_wait_seconds: float = Field(120.0, gt=0)
-    """How long a weight commit waits for an engine that is starting."""
+    """Seconds that a weight commit waits for an engine that is starting."""
     update_timeout_seconds: float = Field(300.0, gt=0)
-    """An engine that takes longer over new weights is restarted."""
+    """Seconds that an engine may take over new weights before it is restarted."""
 
     supervision: SupervisionConfig = SupervisionConfig()
     """Restarts of the engine."""
     registration: RegistrationConfig = RegistrationConfig()
-    """The lease at the coordinator."""
+    """Lease at the coordinator."""
     weights: WeightsConfig = WeightsConfig()
-    """How pushed weights arrive."""
+    """Reception of pushed weights."""

@@ -1,4 +1,4 @@
-"""Base of the generation engines, and the engine that the configuration names."""
+"""Base of the generation engines."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
-from services.rollout.config import RolloutConfig
-from services.rollout.model import PolicyModel
 from services.weights.manifest import WeightImage
 
 
 class EngineDiedError(Exception):
-    """The engine's process is gone or no longer answers; requests in flight are lost."""
+    """Raised when the engine's process is gone or no longer answers; requests in flight are lost."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,11 @@ class EngineOutput:
 
 
 class Engine(ABC):
-    """A generation engine in a process of its own, started without weights."""
+    """Generation engine in a process of its own, started without weights."""
 
     @abstractmethod
     async def start(self) -> None:
-        """Starts the engine with weights that mean nothing."""
+        """Starts the engine with meaningless weights."""
 
     @abstractmethod
     async def stop(self) -> None:
@@ -77,11 +75,3 @@ class Engine(ABC):
         Requests in flight continue with the new weights. When it fails, the engine holds no usable weights and
         must be stopped. Raises EngineDiedError when the engine dies meanwhile.
         """
-
-
-def build_engine(config: RolloutConfig, model: PolicyModel) -> Engine:
-    """Returns the engine that the configuration names, not started."""
-    # The import takes seconds and belongs to processes that run this engine.
-    from services.rollout.vllm_engine import VllmEngine
-
-    return VllmEngine(config, model)

@@ -42,7 +42,7 @@ _calls = itertools.count()
 
 
 class AppendRefusedError(Exception):
-    """The buffer did not take a chunk: another lease holds the trajectory, or the chunk does not fit what is there."""
+    """Raised when the buffer refuses a chunk: another lease holds the trajectory, or other tokens are there."""
 
 
 async def extend_trajectories(
@@ -170,7 +170,7 @@ class _Call:
 
 
 def refusal(lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int) -> str | None:
-    """Returns why a trajectory cannot go on with `room` tokens of context beside its prompt; None when it can."""
+    """Returns why a trajectory cannot be continued, with `room` tokens beside its prompt; None when it can."""
     if trajectory.epoch != lease.epoch:
         return f"the trajectory is leased again: epoch {trajectory.epoch}, not {lease.epoch}"
     if trajectory.finished:
@@ -186,7 +186,7 @@ def refusal(lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int)
 
 @dataclass(frozen=True)
 class _PendingChunk:
-    """A chunk that waits for its append, and the writer's future."""
+    """Chunk that waits for its append, and its writer's future."""
 
     chunk: buffer_pb2.Chunk
     durable: asyncio.Future[None]

@@ -1,4 +1,4 @@
-"""The policy of a model folder: limits, stop tokens, tokenizer, and the tensors that a checkpoint of it must hold."""
+"""Policy of a model folder: limits, stop tokens, tokenizer, and the tensors that a checkpoint of it must hold."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ OUTPUT_LAYER = "lm_head.weight"
 
 @dataclass(frozen=True)
 class PolicyModel:
-    """A policy's shape and tokenizer; its weights are pushed later."""
+    """Shape and tokenizer of a policy; its weights are pushed later."""
 
     path: Path
     context_tokens: int

@@ -47,26 +47,26 @@ NEUTRAL: dict[str, tuple[float, ...]] = {
 
 @dataclass
 class Segment:
-    """A sequence to continue; token ids are packed."""
+    """Sequence to continue; token ids are packed."""
 
     segment_id: str
     """Unique among the segments in flight."""
     item_id: str
-    """The trajectory or item; with the offset it decides the seed."""
+    """Trajectory or item; with the offset it decides the seed."""
     prompt_token_ids: bytes
     response_token_ids: bytes
     """Tokens of earlier segments."""
     end_tokens: int
     """Response tokens, earlier ones included, at which the segment ends."""
     end_reason: EndReason
-    """Why it ends there: BUDGET or RESPONSE_CAP."""
+    """Reason for the end there: BUDGET or RESPONSE_CAP."""
     cached_tokens: int = 0
     """Prompt and earlier tokens served from the prefix cache, once the engine has said so."""
 
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """What the segments of one call share; `repetition_stop.min_repeats` 0 turns that stop off."""
+    """Settings that the segments of one call share; `repetition_stop.min_repeats` 0 turns that stop off."""
 
     sampling: pb.Sampling
     repetition_stop: pb.RepetitionStop

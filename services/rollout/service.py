@@ -18,10 +18,10 @@ from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_Roll
 from perigee.weights.v1.weights_pb2_grpc import add_WeightReceiverServiceServicer_to_server
 from services.kit.server import App
 from services.rollout.config import RolloutConfig
-from services.rollout.engine import build_engine
+from services.rollout.engine import Engine
 from services.rollout.extend import extend_trajectories
 from services.rollout.generate import generate
-from services.rollout.model import open_policy
+from services.rollout.model import PolicyModel, open_policy
 from services.rollout.registration import keep_registered
 from services.rollout.segment import SegmentSettings, check_repetition_stop, check_sampling
 from services.rollout.worker import DRAINING, READY, Worker, supervise
@@ -112,6 +112,14 @@ def check_extend_request(request: pb.ExtendTrajectoriesRequest) -> None:
         violations.append(FieldViolation("trajectories", "one of them is named twice"))
     if violations:
         raise InvalidArgumentError.for_fields(violations)
+
+
+def build_engine(config: RolloutConfig, model: PolicyModel) -> Engine:
+    """Returns the engine that the configuration names, not started."""
+    # The import takes seconds and belongs to processes that run this engine.
+    from services.rollout.vllm_engine import VllmEngine
+
+    return VllmEngine(config, model)
 
 
 @asynccontextmanager

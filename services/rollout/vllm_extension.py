@@ -40,7 +40,7 @@ class ImageInit(WeightTransferInitInfo):
 
 @dataclass
 class ImageUpdate(WeightTransferUpdateInfo):
-    """A file in shared memory that holds safetensors shards at [offset, offset + bytes)."""
+    """File in shared memory that holds safetensors shards at [offset, offset + bytes)."""
 
     path: str = ""
     shards: list[list[int]] = field(default_factory=list)

@@ -199,43 +199,54 @@ async def supervise(
 
     An engine that died is filled with the last committed weights when they are still in memory.
     """
-    settings = worker.config.supervision
-    failures = 0
-    refill_failed = False
+    refilled = True
     try:
-        while True:
-            start = time.monotonic()
-            try:
-                await worker.engine.start()
-            # Whatever keeps an engine from starting is logged; another attempt needs the same clean-up.
-            except Exception as error:
-                failures += 1
-                log.error("engine did not start", attempt=failures, exc_info=error)
-                await worker.engine.stop()
-                if failures >= settings.start_attempts:
-                    on_fatal(InternalError(f"The engine did not start in {failures} attempts: {error}"))
-                    return
-                await asyncio.sleep(settings.retry_seconds)
-                continue
-            failures = 0
-            seconds = time.monotonic() - start
-            ENGINE_START_SECONDS.observe(seconds)
-            log.info("engine started", seconds=round(seconds, 2), restarts=worker.engine_restarts)
-            worker.broken.clear()
-            try:
-                await worker.refill(None if refill_failed else held_image())
-                refill_failed = False
-            except PerigeeError as error:
-                log.error("engine not refilled", error=error.message)
-                refill_failed = True
+        while (error := await _start_engine(worker)) is None:
+            # Weights that broke the engine are not tried a second time.
+            refilled = await _refill(worker, held_image() if refilled else None)
             await _wait_end(worker)
             worker.set_status(STARTING)
             worker.engine_restarts += 1
             ENGINE_RESTARTS.inc()
             log.error("engine died", running=worker.running, restarts=worker.engine_restarts)
             await worker.engine.stop()
+        on_fatal(error)
     finally:
         await worker.engine.stop()
+
+
+async def _start_engine(worker: Worker) -> InternalError | None:
+    """Starts the engine; returns the error of the last attempt when none succeeds."""
+    settings = worker.config.supervision
+    attempt = 0
+    while True:
+        start = time.monotonic()
+        try:
+            await worker.engine.start()
+            break
+        # Whatever keeps an engine from starting is logged; another attempt needs the same clean-up.
+        except Exception as error:
+            attempt += 1
+            log.error("engine did not start", attempt=attempt, exc_info=error)
+            await worker.engine.stop()
+            if attempt >= settings.start_attempts:
+                return InternalError(f"The engine did not start in {attempt} attempts: {error}")
+            await asyncio.sleep(settings.retry_seconds)
+    seconds = time.monotonic() - start
+    ENGINE_START_SECONDS.observe(seconds)
+    log.info("engine started", seconds=round(seconds, 2), restarts=worker.engine_restarts)
+    worker.broken.clear()
+    return None
+
+
+async def _refill(worker: Worker, image: WeightImage | None) -> bool:
+    """Fills a started engine; returns whether it took the weights."""
+    try:
+        await worker.refill(image)
+    except PerigeeError as error:
+        log.error("engine not refilled", error=error.message)
+        return False
+    return True
 
 
 async def _wait_end(worker: Worker) -> None:

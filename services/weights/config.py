@@ -10,10 +10,10 @@ from services.kit.config import Model
 
 
 class WeightsConfig(Model):
-    """How weights travel from the trainer to the rollout workers."""
+    """Transfer of weights from the trainer to the rollout workers."""
 
     transport: Literal["tcp", "rdma"] = "tcp"
-    """What Mooncake writes over; "rdma" fails to start without a network card instead of falling back to TCP."""
+    """Transport of Mooncake's writes; "rdma" fails to start without a network card instead of falling back to TCP."""
     device: str = ""
     """RDMA devices, comma separated, "mlx5_0" for instance; empty takes every one that is there."""
     host: str = "127.0.0.1"
@@ -25,7 +25,7 @@ class WeightsConfig(Model):
     slice_bytes: int = Field(1 << 20, ge=1 << 16)
     """Bytes of one TCP write inside Mooncake."""
     progress_timeout_s: float = Field(10.0, ge=1)
-    """Seconds without a byte of progress after which Mooncake gives a TCP write up; whole seconds are used."""
+    """Seconds without a byte of progress after which Mooncake gives up a TCP write; whole seconds are used."""
     prepare_timeout_s: float = Field(60.0, gt=0)
     """Deadline of the receiver's answer to a preparation; a commit under way there is waited for within it."""
     transfer_timeout_s: float = Field(300.0, gt=0)
@@ -37,7 +37,7 @@ class WeightsConfig(Model):
     max_shard_bytes: int = Field(1 << 30, ge=1)
     """Tensors are packed into shards up to this size; one larger tensor is a shard of its own."""
     max_image_bytes: int = Field(1 << 40, ge=1)
-    """A receiver refuses larger images."""
+    """Bytes of the largest image that a receiver accepts."""
     shared_memory_dir: str = "/dev/shm"
     """Folder of the images; a tmpfs with room for one image in the trainer and for three in a rollout worker."""
 

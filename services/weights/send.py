@@ -135,13 +135,13 @@ class Destination:
 
 @dataclass(eq=False)
 class Endpoint:
-    """A transport and the receivers that it has dialled, by session."""
+    """Transport and the receivers that it has dialled, by session."""
 
     transport: Transport
     dialled: dict[str, str] = field(default_factory=dict)
 
     def is_outdated(self, destination: Destination) -> bool:
-        """Whether another receiver answered at the destination's session when this endpoint dialled it."""
+        """Returns whether another receiver answered at the destination's session when this endpoint dialled it."""
         return self.dialled.get(destination.session, destination.receiver_id) != destination.receiver_id
 
 
@@ -159,7 +159,7 @@ class EndpointPool:
         self._idle: list[Endpoint] = []
 
     def borrow(self, destination: Destination) -> Endpoint:
-        """An endpoint that knows nothing outdated about the destination; opens one when none is idle."""
+        """Borrows an endpoint that knows nothing outdated about the destination; opens one when none is idle."""
         with self._lock:
             outdated = [e for e in self._idle if e.is_outdated(destination)]
             usable = [e for e in self._idle if e not in outdated]

@@ -76,7 +76,7 @@ def explain_full_memory(directory: str, size: int) -> Iterator[None]:
 
 
 class SharedBuffer:
-    """A mapped file in shared memory; `address` and `size` (bytes) are what a transport registers.
+    """Mapped file in shared memory; `address` and `size` (bytes) are what a transport registers.
 
     While it is pinned (a write from it may be in flight) `close` removes the file but keeps the memory mapped until the
     last unpin.

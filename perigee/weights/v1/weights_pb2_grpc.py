@@ -59,7 +59,7 @@ class WeightReceiverServiceServicer:
     """
 
     def Prepare(self, request, context):
-        """Reserves a spare buffer for the manifest and tells where to write it.
+        """Reserves a spare buffer for the manifest and returns where to write it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

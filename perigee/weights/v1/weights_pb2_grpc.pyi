@@ -36,7 +36,7 @@ class WeightReceiverServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> WeightReceiverServiceAsyncStub: ...
     Prepare: _grpc.UnaryUnaryMultiCallable[_weights_pb2.PrepareRequest, _weights_pb2.PrepareResponse]
-    """Reserves a spare buffer for the manifest and tells where to write it."""
+    """Reserves a spare buffer for the manifest and returns where to write it."""
     Commit: _grpc.UnaryUnaryMultiCallable[_weights_pb2.CommitRequest, _weights_pb2.CommitResponse]
     """Verifies the shards and commits the version; DATA_LOSS when a checksum differs."""
     Abort: _grpc.UnaryUnaryMultiCallable[_weights_pb2.AbortRequest, _weights_pb2.AbortResponse]
@@ -50,7 +50,7 @@ class WeightReceiverServiceAsyncStub(WeightReceiverServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Prepare: _aio.UnaryUnaryMultiCallable[_weights_pb2.PrepareRequest, _weights_pb2.PrepareResponse]  # type: ignore[assignment]
-    """Reserves a spare buffer for the manifest and tells where to write it."""
+    """Reserves a spare buffer for the manifest and returns where to write it."""
     Commit: _aio.UnaryUnaryMultiCallable[_weights_pb2.CommitRequest, _weights_pb2.CommitResponse]  # type: ignore[assignment]
     """Verifies the shards and commits the version; DATA_LOSS when a checksum differs."""
     Abort: _aio.UnaryUnaryMultiCallable[_weights_pb2.AbortRequest, _weights_pb2.AbortResponse]  # type: ignore[assignment]
@@ -67,7 +67,7 @@ class WeightReceiverServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _weights_pb2.PrepareRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_weights_pb2.PrepareResponse, _abc.Awaitable[_weights_pb2.PrepareResponse]]:
-        """Reserves a spare buffer for the manifest and tells where to write it."""
+        """Reserves a spare buffer for the manifest and returns where to write it."""
 
     @_abc_1.abstractmethod
     def Commit(

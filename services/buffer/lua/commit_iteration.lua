@@ -13,7 +13,7 @@ local prefix = string.sub(KEYS[1], 1, -4)
 local ITERATIONS_REMEMBERED = 8
 local iteration, policy_version, digest, state, groups = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
 
-local function answer(word)
+local function reply(word)
   local run = redis.call('HMGET', KEYS[1], 'config_digest', 'iteration', 'policy_version', 'coordinator_state')
   return {word, run[1], run[2], run[3], run[4]}
 end
@@ -25,7 +25,7 @@ if held[1] == iteration then
   end
   -- Writing the same value again gives WAITAOF something to wait for when this call is a retry.
   redis.call('HSET', KEYS[1], 'commit_digest', digest)
-  return answer('DUPLICATE')
+  return reply('DUPLICATE')
 elseif tonumber(held[1]) + 1 ~= tonumber(iteration) then
   return {'NOT_NEXT', held[1]}
 end
@@ -58,4 +58,4 @@ for i = 6 + groups, #ARGV, 3 do
 end
 redis.call('HSET', KEYS[1], 'iteration', iteration, 'policy_version', policy_version, 'commit_digest', digest,
   'coordinator_state', state)
-return answer('OK')
+return reply('OK')
