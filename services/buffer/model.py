@@ -316,6 +316,7 @@ class _Range:
 
 
 async def _read_heads(scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str]) -> list[_Head]:
+    """Reads what is known of trajectories before their tokens."""
     word, *fields = await scripts.run(READ_HEADS, run_id, *trajectory_ids)
     if word == b"UNKNOWN":
         raise NotFoundError(f"trajectory {fields[0].decode()!r} does not exist in run {run_id!r}")
@@ -331,11 +332,13 @@ async def _read_heads(scripts: ScriptRunner, run_id: str, trajectory_ids: Sequen
 
 
 def _cut(head: _Head, piece_tokens: int) -> Iterator[_Range]:
+    """Yields the ranges of a trajectory's pieces, one at least."""
     for first in range(0, max(head.tokens, 1), piece_tokens):
         yield _Range(head, first, min(first + piece_tokens, head.tokens))
 
 
 def _batch(ranges: Sequence[_Range]) -> Iterator[list[_Range]]:
+    """Yields ranges in batches that one script call reads."""
     batch: list[_Range] = []
     size = 0
     for item in ranges:
@@ -351,6 +354,7 @@ def _batch(ranges: Sequence[_Range]) -> Iterator[list[_Range]]:
 async def _read_batch(
     scripts: ScriptRunner, run_id: str, batch: Sequence[_Range], with_logprobs: bool
 ) -> list[pb.ReadTrajectoriesResponse]:
+    """Reads the tokens of ranges in one script call."""
     arguments: Arguments = [int(with_logprobs)]
     for item in batch:
         if item.bytes:

@@ -26,7 +26,7 @@ from services.rollout.segment import (
     merge,
     plan_end,
 )
-from services.rollout.worker import CACHED_TOKENS, GENERATED_TOKENS, SEGMENTS, Admission, Worker
+from services.rollout.worker import CACHED_TOKENS, SEGMENTS, Admission, Worker
 
 log = get_logger(__name__)
 
@@ -115,6 +115,7 @@ class _Call:
     async def _extend(
         self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, emit: Emit[SegmentResult]
     ) -> None:
+        """Extends one trajectory and emits how that ended."""
         result: SegmentResult
         try:
             result = await self._generate(lease, trajectory)
@@ -126,46 +127,50 @@ class _Call:
         await emit(result)
 
     async def _generate(self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory) -> SegmentResult:
-        request, worker = self._request, self._worker
+        """Generates a segment into the buffer; raises EngineDiedError and AppendRefusedError."""
+        worker = self._worker
         room = worker.model.context_tokens - count_tokens(trajectory.prompt_token_ids)
         if reason := refusal(lease, trajectory, room):
             return pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=reason)
+        segment = self._plan_segment(lease, trajectory, room)
+        end_reason = segment.end_reason
+        token_ids = bytearray(trajectory.token_ids)
+        async with aclosing(generate_segment(worker.engine, segment, self._settings)) as chunks:
+            async for chunk in chunks:
+                token_ids += chunk.token_ids
+                end_reason = chunk.end_reason or end_reason
+                worker.count_generated(count_tokens(chunk.token_ids))
+                # A partial trajectory without new tokens is in the buffer as it stands.
+                if chunk.token_ids or end_reason != buffer_pb2.END_REASON_BUDGET:
+                    chunk.epoch = lease.epoch
+                    await self._writer.append(chunk)
+        CACHED_TOKENS.inc(segment.cached_tokens)
+        is_partial = end_reason == buffer_pb2.END_REASON_BUDGET
+        return pb.SegmentEnd(
+            trajectory_id=lease.trajectory_id,
+            end_reason=end_reason,
+            tokens=len(token_ids) // ITEM_BYTES,
+            new_tokens=(len(token_ids) - len(trajectory.token_ids)) // ITEM_BYTES,
+            text="" if is_partial else worker.model.decode(unpack_token_ids(bytes(token_ids))),
+            cached_tokens=segment.cached_tokens,
+        )
+
+    def _plan_segment(self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int) -> Segment:
+        """Returns the segment to generate in a context with `room` tokens beside the prompt."""
         end_tokens, end_reason = plan_end(
             held=trajectory.tokens,
             leased=lease.tokens,
-            budget=request.token_budget,
-            cap=request.max_response_tokens,
+            budget=self._request.token_budget,
+            cap=self._request.max_response_tokens,
             room=room,
         )
-        segment = Segment(
+        return Segment(
             segment_id=f"{lease.trajectory_id}/{lease.epoch}/{self._number}",
             item_id=lease.trajectory_id,
             prompt_token_ids=trajectory.prompt_token_ids,
             response_token_ids=trajectory.token_ids,
             end_tokens=end_tokens,
             end_reason=end_reason,
-        )
-        token_ids = bytearray(trajectory.token_ids)
-        async with aclosing(generate_segment(worker.engine, segment, self._settings)) as chunks:
-            async for chunk in chunks:
-                token_ids += chunk.token_ids
-                end_reason = chunk.end_reason or end_reason
-                tokens = count_tokens(chunk.token_ids)
-                worker.generated_tokens += tokens
-                GENERATED_TOKENS.inc(tokens)
-                # A partial trajectory without new tokens is in the buffer as it stands.
-                if chunk.token_ids or end_reason != buffer_pb2.END_REASON_BUDGET:
-                    chunk.epoch = lease.epoch
-                    await self._writer.append(chunk)
-        CACHED_TOKENS.inc(segment.cached_tokens)
-        partial_response = end_reason == buffer_pb2.END_REASON_BUDGET
-        return pb.SegmentEnd(
-            trajectory_id=lease.trajectory_id,
-            end_reason=end_reason,
-            tokens=len(token_ids) // ITEM_BYTES,
-            new_tokens=(len(token_ids) - len(trajectory.token_ids)) // ITEM_BYTES,
-            text="" if partial_response else worker.model.decode(unpack_token_ids(bytes(token_ids))),
-            cached_tokens=segment.cached_tokens,
         )
 
 
@@ -231,6 +236,7 @@ class ChunkWriter:
             _report_outcomes(batch, response.outcomes)
 
     async def _gather(self) -> list[_PendingChunk]:
+        """Waits for a chunk, then for those of the other writers, until the flush is due or the batch is full."""
         batch = [await self._queue.get()]
         tokens = count_tokens(batch[0].chunk.token_ids)
         deadline = asyncio.get_running_loop().time() + self._flush_seconds
@@ -245,6 +251,7 @@ class ChunkWriter:
 
 
 def _report_outcomes(batch: Sequence[_PendingChunk], outcomes: Sequence[buffer_pb2.AppendOutcome.ValueType]) -> None:
+    """Resolves the writers' futures."""
     for pending, outcome in zip(batch, outcomes, strict=True):
         if outcome not in DURABLE:
             name = buffer_pb2.AppendOutcome.Name(outcome).removeprefix("APPEND_OUTCOME_").lower()

@@ -22,7 +22,7 @@ from services.rollout.segment import (
     merge,
     plan_end,
 )
-from services.rollout.worker import GENERATED_TOKENS, SEGMENTS, Admission, Worker
+from services.rollout.worker import SEGMENTS, Admission, Worker
 
 _calls = itertools.count()
 
@@ -74,6 +74,7 @@ async def _generate_item(
     text_only: bool,
     emit: Emit[pb.GenerateResponse],
 ) -> None:
+    """Generates the response to one item and emits its chunks."""
     room = worker.model.context_tokens - count_tokens(item.prompt_token_ids)
     end_tokens, _ = plan_end(held=0, leased=0, budget=item.max_tokens, cap=item.max_tokens, room=room)
     segment = Segment(segment_id, item.id, item.prompt_token_ids, b"", end_tokens, buffer_pb2.END_REASON_RESPONSE_CAP)
@@ -81,9 +82,7 @@ async def _generate_item(
     async with aclosing(generate_segment(worker.engine, segment, settings)) as chunks:
         async for chunk in chunks:
             token_ids += chunk.token_ids
-            tokens = count_tokens(chunk.token_ids)
-            worker.generated_tokens += tokens
-            GENERATED_TOKENS.inc(tokens)
+            worker.count_generated(count_tokens(chunk.token_ids))
             response = pb.GenerateResponse(id=item.id)
             if not text_only:
                 response.offset = chunk.offset
@@ -100,6 +99,7 @@ async def _generate_item(
 
 
 def _find_faults(item: pb.GenerateItem, model: PolicyModel) -> Iterator[tuple[str, str]]:
+    """Yields the fields of an item that are wrong, with descriptions."""
     tokens = count_tokens(item.prompt_token_ids)
     if tokens == 0:
         yield "prompt_token_ids", "the prompt is empty"

@@ -48,6 +48,7 @@ async def keep_registered(worker: Worker, coordinator: CoordinatorClient, addres
 
 
 async def _register(worker: Worker, coordinator: CoordinatorClient, address: str) -> tuple[int, float]:
+    """Registers; returns the lease's epoch and seconds."""
     request = pb.RegisterWorkerRequest(
         worker_id=worker.worker_id,
         address=address,
@@ -60,6 +61,7 @@ async def _register(worker: Worker, coordinator: CoordinatorClient, address: str
 
 
 async def _renew(worker: Worker, coordinator: CoordinatorClient, epoch: int) -> float:
+    """Renews the lease; returns its seconds."""
     request = pb.RenewLeaseRequest(
         worker_id=worker.worker_id,
         lease_epoch=epoch,
@@ -72,6 +74,7 @@ async def _renew(worker: Worker, coordinator: CoordinatorClient, epoch: int) -> 
 
 
 async def _deregister(worker: Worker, coordinator: CoordinatorClient, epoch: int) -> None:
+    """Gives the lease back."""
     request = pb.DeregisterWorkerRequest(worker_id=worker.worker_id, lease_epoch=epoch)
     try:
         await coordinator.deregister_worker(request, timeout_s=worker.config.registration.timeout_seconds)

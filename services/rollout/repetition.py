@@ -42,6 +42,7 @@ class RepetitionDetector:
         return None
 
     def _feed_block(self, tokens_T: NDArray[np.int64]) -> int | None:
+        """Returns what `feed` returns, for a block of at least one token."""
         max_period, length = self._max_period, len(tokens_T)
         joined = np.concatenate([self._tail_P, tokens_T])
         # earlier_TP[t, p - 1] is the token p places before token t.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import TypeAlias, TypeVar
@@ -19,7 +19,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.errors import FieldViolation, InvalidArgumentError, first_error
 from perigee.rollout.v1 import rollout_pb2 as pb
-from services.rollout.engine import Engine, EngineRequest
+from services.rollout.engine import Engine, EngineOutput, EngineRequest
 from services.rollout.repetition import RepetitionDetector
 
 T = TypeVar("T")
@@ -146,55 +146,90 @@ async def generate_segment(
     Raises EngineDiedError when the engine dies.
     """
     offset = count_tokens(segment.response_token_ids)
-    max_tokens = segment.end_tokens - offset
-    if max_tokens <= 0:
+    if segment.end_tokens <= offset:
         yield buffer_pb2.Chunk(trajectory_id=segment.item_id, offset=offset, end_reason=segment.end_reason)
         return
-    response = unpack_token_ids(segment.response_token_ids)
-    stop = settings.repetition_stop
-    detector = RepetitionDetector(stop) if stop.min_repeats else None
-    if detector is not None:
-        # Earlier tokens that can take part in a match.
-        detector.feed(response[-stop.max_period * stop.min_repeats :])
+    detector = _resume_detector(segment, settings.repetition_stop)
+    cutter = _ChunkCutter(segment.item_id, offset, settings.chunk_tokens)
+    stride = min(settings.chunk_tokens, REPETITION_STRIDE_TOKENS) if detector else settings.chunk_tokens
     request = EngineRequest(
         request_id=segment.segment_id,
-        token_ids=[*unpack_token_ids(segment.prompt_token_ids), *response],
-        max_tokens=max_tokens,
+        token_ids=[*unpack_token_ids(segment.prompt_token_ids), *unpack_token_ids(segment.response_token_ids)],
+        max_tokens=segment.end_tokens - offset,
         temperature=settings.sampling.temperature,
         seed=segment_seed(settings.sampling, segment.item_id, offset),
         stop_token_ids=settings.stop_token_ids,
-        stride_tokens=min(settings.chunk_tokens, REPETITION_STRIDE_TOKENS if detector else settings.chunk_tokens),
+        stride_tokens=stride,
     )
-    token_ids: list[int] = []
-    logprobs: list[float] = []
-    versions: list[VersionSpan] = []
-    end_reason: EndReason = buffer_pb2.END_REASON_UNSPECIFIED
     async with aclosing(engine.generate(request)) as outputs:
         async for output in outputs:
             segment.cached_tokens = output.cached_tokens
-            cut = detector.feed(output.token_ids) if detector is not None else None
-            if cut is not None and not (output.finish == "stop" and cut == len(output.token_ids)):
-                end_reason = buffer_pb2.END_REASON_REPETITION
-            elif output.finish is not None:
-                end_reason = buffer_pb2.END_REASON_STOP if output.finish == "stop" else segment.end_reason
-            kept = cut if cut is not None else len(output.token_ids)
-            token_ids += output.token_ids[:kept]
-            logprobs += output.logprobs[:kept]
-            versions = slice_spans([*versions, *output.versions], 0, len(token_ids))
-            while len(token_ids) > settings.chunk_tokens or (token_ids and end_reason):
-                size = min(len(token_ids), settings.chunk_tokens)
-                yield buffer_pb2.Chunk(
-                    trajectory_id=segment.item_id,
-                    offset=offset,
-                    token_ids=pack_token_ids(token_ids[:size]),
-                    logprobs=pack_logprobs(logprobs[:size]),
-                    versions=slice_spans(versions, 0, size),
-                    end_reason=end_reason if size == len(token_ids) else buffer_pb2.END_REASON_UNSPECIFIED,
-                )
-                versions = slice_spans(versions, size, len(token_ids))
-                token_ids, logprobs, offset = token_ids[size:], logprobs[size:], offset + size
+            kept, end_reason = _find_end(output, detector, segment.end_reason)
+            for chunk in cutter.add(output, kept, end_reason):
+                yield chunk
             if end_reason:
                 return
+
+
+def _resume_detector(segment: Segment, stop: pb.RepetitionStop) -> RepetitionDetector | None:
+    """Returns a detector that knows the earlier tokens that can take part in a match; None when the stop is off."""
+    if not stop.min_repeats:
+        return None
+    detector = RepetitionDetector(stop)
+    detector.feed(unpack_token_ids(segment.response_token_ids)[-stop.max_period * stop.min_repeats :])
+    return detector
+
+
+def _find_end(output: EngineOutput, detector: RepetitionDetector | None, at_limit: EndReason) -> tuple[int, EndReason]:
+    """Returns how many tokens of an output to keep, and why the segment ends with them, if it does.
+
+    A stop token that completes a repetition wins over it. `at_limit` is the reason when max_tokens are there.
+    """
+    tokens = len(output.token_ids)
+    cut = detector.feed(output.token_ids) if detector is not None else None
+    if cut is not None and not (output.finish == "stop" and cut == tokens):
+        return cut, buffer_pb2.END_REASON_REPETITION
+    if output.finish is None:
+        return tokens, buffer_pb2.END_REASON_UNSPECIFIED
+    return tokens, buffer_pb2.END_REASON_STOP if output.finish == "stop" else at_limit
+
+
+class _ChunkCutter:
+    """Gathers tokens of a segment and cuts them into chunks."""
+
+    def __init__(self, item_id: str, offset: int, chunk_tokens: int) -> None:
+        self._item_id = item_id
+        self._offset = offset
+        self._chunk_tokens = chunk_tokens
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._versions: list[VersionSpan] = []
+
+    def add(self, output: EngineOutput, kept: int, end_reason: EndReason) -> Iterator[buffer_pb2.Chunk]:
+        """Adds the first `kept` tokens of an output; yields what is more than a chunk, and all of it at the end.
+
+        A full chunk is held back until the next token, since it may be the last one, which has the end reason.
+        """
+        self._token_ids += output.token_ids[:kept]
+        self._logprobs += output.logprobs[:kept]
+        self._versions = slice_spans([*self._versions, *output.versions], 0, len(self._token_ids))
+        while len(self._token_ids) > self._chunk_tokens or (self._token_ids and end_reason):
+            yield self._cut(min(len(self._token_ids), self._chunk_tokens), end_reason)
+
+    def _cut(self, tokens: int, end_reason: EndReason) -> buffer_pb2.Chunk:
+        """Returns the next chunk; the last one has the end reason."""
+        chunk = buffer_pb2.Chunk(
+            trajectory_id=self._item_id,
+            offset=self._offset,
+            token_ids=pack_token_ids(self._token_ids[:tokens]),
+            logprobs=pack_logprobs(self._logprobs[:tokens]),
+            versions=slice_spans(self._versions, 0, tokens),
+            end_reason=end_reason if tokens == len(self._token_ids) else buffer_pb2.END_REASON_UNSPECIFIED,
+        )
+        self._versions = slice_spans(self._versions, tokens, len(self._token_ids))
+        self._token_ids, self._logprobs = self._token_ids[tokens:], self._logprobs[tokens:]
+        self._offset += tokens
+        return chunk
 
 
 def slice_spans(spans: Iterable[VersionSpan], begin: int, end: int) -> list[VersionSpan]:

@@ -96,20 +96,7 @@ class VllmEngine(Engine):
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Yields only the final output when all tokens fit into one stride, else the new tokens per stride."""
         llm = self._alive()
-        try:
-            collector = await llm.add_request(
-                request.request_id,
-                TokensPrompt(prompt_token_ids=list(request.token_ids)),
-                sampling_params(request),
-            )
-        except VLLMValidationError as error:
-            raise InvalidArgumentError(f"The engine refuses sequence {request.request_id}: {error}") from error
-        except EngineDeadError as error:
-            raise EngineDiedError(str(error)) from error
-        except asyncio.CancelledError:
-            # It may have reached the engine.
-            await llm.abort(request.request_id)
-            raise
+        collector = await _submit(llm, request)
         internal_id = collector.request_id
         if not self._running:
             self._progress_time = time.monotonic()
@@ -121,21 +108,10 @@ class VllmEngine(Engine):
             while not finished:
                 output: Any = await collector.get()
                 self._progress_time = time.monotonic()
-                completion = output.outputs[0]
                 # A request that ends is dropped from the engine before its last output is read.
                 finished = output.finished
-                if finished and completion.finish_reason not in ("stop", "length"):
-                    raise EngineDiedError(f"the engine ended the request: {completion.finish_reason}")
-                starts = final_starts(completion) if finished else state.weight_version_starts
-                count = len(completion.token_ids)
-                yield EngineOutput(
-                    token_ids=completion.token_ids,
-                    logprobs=completion.logprobs.logprobs,
-                    versions=version_spans(starts, offset, offset + count),
-                    cached_tokens=output.num_cached_tokens or 0,
-                    finish=completion.finish_reason,
-                )
-                offset += count
+                yield _read_output(output, state, offset)
+                offset += len(output.outputs[0].token_ids)
         except EngineDeadError as error:
             finished = True
             raise EngineDiedError(str(error)) from error
@@ -164,9 +140,40 @@ class VllmEngine(Engine):
         self._progress_time = time.monotonic()
 
     def _alive(self) -> AsyncLLM:
+        """Returns the running AsyncLLM; raises EngineDiedError without one."""
         if self._llm is None or self._llm.errored:
             raise EngineDiedError("the engine does not run")
         return self._llm
+
+
+async def _submit(llm: AsyncLLM, request: EngineRequest) -> Any:
+    """Gives the engine a request; returns the collector of its outputs."""
+    prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
+    try:
+        return await llm.add_request(request.request_id, prompt, sampling_params(request))
+    except VLLMValidationError as error:
+        raise InvalidArgumentError(f"The engine refuses sequence {request.request_id}: {error}") from error
+    except EngineDeadError as error:
+        raise EngineDiedError(str(error)) from error
+    except asyncio.CancelledError:
+        # It may have reached the engine.
+        await llm.abort(request.request_id)
+        raise
+
+
+def _read_output(output: Any, state: Any, offset: int) -> EngineOutput:
+    """Returns an output whose first token is token `offset` of the request's; `state` is vLLM's record of it."""
+    completion = output.outputs[0]
+    if output.finished and completion.finish_reason not in ("stop", "length"):
+        raise EngineDiedError(f"the engine ended the request: {completion.finish_reason}")
+    starts = final_starts(completion) if output.finished else state.weight_version_starts
+    return EngineOutput(
+        token_ids=completion.token_ids,
+        logprobs=completion.logprobs.logprobs,
+        versions=version_spans(starts, offset, offset + len(completion.token_ids)),
+        cached_tokens=output.num_cached_tokens or 0,
+        finish=completion.finish_reason,
+    )
 
 
 def sampling_params(request: EngineRequest) -> SamplingParams:

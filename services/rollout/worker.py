@@ -95,6 +95,11 @@ class Worker:
                 f"Worker {self.worker_id} holds policy version {self.policy_version}, not {policy_version}."
             )
 
+    def count_generated(self, tokens: int) -> None:
+        """Counts tokens that the engine has generated."""
+        self.generated_tokens += tokens
+        GENERATED_TOKENS.inc(tokens)
+
     @contextmanager
     def admit(self, sequences: int) -> Iterator[Admission]:
         """Counts sequences as running until they leave, at the latest when the block ends.
@@ -123,6 +128,7 @@ class Worker:
         await asyncio.shield(self._commit)
 
     async def _commit_alone(self, image: WeightImage) -> None:
+        """Commits when no other commit runs and the engine is up."""
         async with self._committing:
             await self._wait_started()
             await asyncio.to_thread(self.model.check_image, image)
@@ -141,6 +147,7 @@ class Worker:
             await self._update(image)
 
     async def _wait_started(self) -> None:
+        """Waits for the engine; raises UnavailableError when it does not start in time or the worker shuts down."""
         try:
             async with asyncio.timeout(self.config.commit_wait_seconds):
                 while self.status == STARTING:
@@ -151,6 +158,7 @@ class Worker:
             raise UnavailableError(f"Worker {self.worker_id} shuts down.")
 
     async def _update(self, image: WeightImage) -> None:
+        """Loads the image and becomes READY; a failure restarts the engine."""
         start = time.monotonic()
         generation = self.engine_restarts
         try:
@@ -250,6 +258,7 @@ async def _refill(worker: Worker, image: WeightImage | None) -> bool:
 
 
 async def _wait_end(worker: Worker) -> None:
+    """Returns when the engine has died or must be restarted."""
     waits = [asyncio.create_task(worker.engine.wait_dead()), asyncio.create_task(worker.broken.wait())]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

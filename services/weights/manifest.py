@@ -77,6 +77,7 @@ def export_image(
 
 
 def _cut_into_shards(tensors: Iterable[NamedTensor], max_shard_bytes: int) -> Iterator[list[NamedTensor]]:
+    """Yields the tensors of each shard, checked."""
     shard: list[NamedTensor] = []
     shard_bytes = 0
     names: set[str] = set()
@@ -97,6 +98,7 @@ def _cut_into_shards(tensors: Iterable[NamedTensor], max_shard_bytes: int) -> It
 
 
 def _write_shards(descriptor: int, directory: str, shards: Iterable[list[NamedTensor]]) -> Iterator[pb.Shard]:
+    """Writes shards one after another; yields each without its name."""
     offset = 0
     for tensors in shards:
         hasher = xxhash.xxh3_128()

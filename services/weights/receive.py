@@ -172,6 +172,7 @@ class WeightReceiver:
             raise
 
     async def _prepare(self, manifest: pb.Manifest) -> pb.PrepareResponse:
+        """Prepares after the preparation or commit under way."""
         async with self._lock:
             if self._pool is None or self._transport is None:
                 raise FailedPreconditionError("the weight receiver is not running")
@@ -220,6 +221,7 @@ class WeightReceiver:
             self.abort(preparing.result().transfer_id)
 
     def _claim(self, transfer_id: str) -> WeightImage:
+        """Returns the prepared image of a transfer, which is prepared no longer."""
         if self._pending is None or self._pending[0] != transfer_id:
             raise AbortedError(
                 f"transfer {transfer_id} is not prepared here: a newer push voided it, or the worker restarted; "
@@ -230,6 +232,7 @@ class WeightReceiver:
         return image
 
     async def _verify_and_commit(self, image: WeightImage) -> pb.CommitResponse:
+        """Verifies the image and makes it the current one; an image that fails becomes the spare buffer."""
         assert self._pool is not None
         begin = time.monotonic()
         try:

@@ -95,6 +95,7 @@ def read_tensors(file: memoryview) -> Iterator[NamedTensor]:
 
 
 def _encode_header(tensors: Sequence[NamedTensor]) -> bytes:
+    """Returns the header with its length, padded so that the data are aligned."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors:
@@ -106,6 +107,7 @@ def _encode_header(tensors: Sequence[NamedTensor]) -> bytes:
 
 
 def _check_entry(entry: TensorEntry, data_bytes: int) -> None:
+    """Raises InvalidArgumentError for a tensor of unknown type or outside its shard."""
     if entry.dtype not in DTYPES:
         raise InvalidArgumentError.for_field(FIELD, f"tensor {entry.name} has the unknown type {entry.dtype}")
     expected = math.prod(entry.shape) * DTYPES[entry.dtype].itemsize

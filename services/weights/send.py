@@ -68,6 +68,7 @@ class WeightSender:
         await asyncio.to_thread(self._endpoints.close)
 
     async def _push_to(self, image: WeightImage, target: PushTarget) -> PushOutcome:
+        """Pushes to one target; every failure is an outcome."""
         outcome = PushOutcome(worker_id=target.worker_id)
         async with self._slots, self._connect(target.address) as client:
             try:
@@ -97,6 +98,7 @@ class WeightSender:
         return outcome
 
     async def _write(self, image: WeightImage, target: PushTarget, prepared: pb.PrepareResponse) -> float:
+        """Writes the image; returns the seconds. A write that outlives this call is aborted when it has ended."""
         destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
         write = start_write(self._endpoints, image.buffer, image.manifest.total_bytes, destination)
         try:
@@ -247,6 +249,7 @@ def _finish(source: SharedBuffer, future: asyncio.Future[float], outcome: float 
 
 
 def _write(transport: Transport, source: SharedBuffer, size: int, destination: Destination) -> float:
+    """Writes in this thread; returns the seconds of the transfer."""
     transport.register(source.address, size)
     begin = time.monotonic()
     try:
