@@ -49,7 +49,7 @@ TRAINED = PrometheusCounter("perigee_coordinator_trained_trajectories", "Traject
 END_NAMES = {
     buffer_pb2.END_REASON_STOP: "stop",
     buffer_pb2.END_REASON_REPETITION: "repetition",
-    buffer_pb2.END_REASON_RESPONSE_CAP: "max_response_tokens",
+    buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS: "max_response_tokens",
     buffer_pb2.END_REASON_BUDGET: "budget",
 }
 # Metric of the trainer whose maximum over the run goes into the summary.

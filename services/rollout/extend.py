@@ -158,7 +158,7 @@ class _Call:
     def _plan_segment(self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int) -> Segment:
         """Returns the segment to generate in a context with `room` tokens beside the prompt."""
         end_tokens, end_reason = plan_end(
-            held=trajectory.tokens,
+            stored=trajectory.tokens,
             leased=lease.tokens,
             budget=self._request.token_budget,
             cap=self._request.max_response_tokens,

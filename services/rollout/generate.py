@@ -76,8 +76,10 @@ async def _generate_item(
 ) -> None:
     """Generates the response to one item and emits its chunks."""
     room = worker.model.context_tokens - count_tokens(item.prompt_token_ids)
-    end_tokens, _ = plan_end(held=0, leased=0, budget=item.max_tokens, cap=item.max_tokens, room=room)
-    segment = Segment(segment_id, item.id, item.prompt_token_ids, b"", end_tokens, buffer_pb2.END_REASON_RESPONSE_CAP)
+    end_tokens, _ = plan_end(stored=0, leased=0, budget=item.max_tokens, cap=item.max_tokens, room=room)
+    segment = Segment(
+        segment_id, item.id, item.prompt_token_ids, b"", end_tokens, buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS
+    )
     token_ids = bytearray()
     async with aclosing(generate_segment(worker.engine, segment, settings)) as chunks:
         async for chunk in chunks:

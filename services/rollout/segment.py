@@ -59,7 +59,7 @@ class Segment:
     end_tokens: int
     """Response tokens, earlier ones included, at which the segment ends."""
     end_reason: EndReason
-    """Reason for the end there: BUDGET or RESPONSE_CAP."""
+    """Reason for the end there: BUDGET or MAX_RESPONSE_TOKENS."""
     cached_tokens: int = 0
     """Prompt and earlier tokens served from the prefix cache, once the engine has said so."""
 
@@ -126,16 +126,16 @@ def segment_seed(sampling: pb.Sampling, item_id: str, offset: int) -> int | None
     return int.from_bytes(digest) >> 1
 
 
-def plan_end(*, held: int, leased: int, budget: int, cap: int, room: int) -> tuple[int, EndReason]:
+def plan_end(*, stored: int, leased: int, budget: int, cap: int, room: int) -> tuple[int, EndReason]:
     """Returns where a segment ends, in response tokens, and why.
 
-    A trajectory with `leased` tokens may add `budget`; `held` can be more than `leased` when an earlier call under the
+    A trajectory with `leased` tokens may add `budget`; `stored` is more than `leased` when an earlier call under the
     same lease was cut off. `cap` bounds the whole response, earlier segments included, and `room` is what the context
     leaves beside the prompt.
     """
-    whole = max(min(cap, room), held)
-    part = max(leased + budget, held)
-    return (part, buffer_pb2.END_REASON_BUDGET) if part < whole else (whole, buffer_pb2.END_REASON_RESPONSE_CAP)
+    whole = max(min(cap, room), stored)
+    part = max(leased + budget, stored)
+    return (part, buffer_pb2.END_REASON_BUDGET) if part < whole else (whole, buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS)
 
 
 async def generate_segment(

@@ -145,11 +145,11 @@ async def test_a_resumed_trajectory_stays_within_its_cap(trajectories: NewTrajec
         assert end.new_tokens == end.tokens - 32
         assert held.end_reason == end.end_reason
         assert largest_difference(0, PROMPT, held) < TOLERANCE
-        if end.end_reason == buffer_pb2.END_REASON_RESPONSE_CAP:
+        if end.end_reason == buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS:
             assert end.tokens == 40
         else:
             assert (end.end_reason, held.token_ids[-1]) == (buffer_pb2.END_REASON_STOP, EOS)
-    assert any(end.end_reason == buffer_pb2.END_REASON_RESPONSE_CAP for end in ended.values())
+    assert any(end.end_reason == buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS for end in ended.values())
 
 
 async def test_a_call_repeated_under_one_lease_has_one_budget(trajectories: NewTrajectories) -> None:
@@ -346,7 +346,7 @@ async def test_the_context_bounds_a_response(trajectories: NewTrajectories) -> N
     ids = await trajectories.create([prompt], k=4)
     ended, failed = await trajectories.extend(ids, max_response_tokens=64)
     assert failed == {}
-    assert {end.tokens for end in ended.values() if end.end_reason == buffer_pb2.END_REASON_RESPONSE_CAP} == {6}
+    assert {end.tokens for end in ended.values() if end.end_reason == buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS} == {6}
 
 
 async def test_too_many_sequences_are_refused(worker: str, rollout_client: RolloutClient) -> None:

@@ -20,8 +20,12 @@ LONGEST_FILE = 700
 DEEPEST_IMPORT = 9
 # What does not hold yet.
 DEEP = {"coordinator", "reward", "sandbox", "trainer"}
-CIRCULAR = {"services"}
-IN_OLD_WORDS = {"bench", "examples", "perigee", "protos", "tests", *(f"services/{name}" for name in SERVICES)}
+CIRCULAR: set[str] = set()
+IN_OLD_WORDS = {"bench", "examples", "perigee", "protos", "tests", *(f"services/{name}" for name in SERVICES)} - {
+    "services/buffer",
+    "services/rollout",
+    "services/weights",
+}
 
 
 def pending(names: Iterable[str], unfinished: Set[str]) -> list[object]:

@@ -16,7 +16,7 @@ from services.weights.manifest import WeightImage
 
 STOP = buffer_pb2.END_REASON_STOP
 REPETITION = buffer_pb2.END_REASON_REPETITION
-RESPONSE_CAP = buffer_pb2.END_REASON_RESPONSE_CAP
+MAX_RESPONSE_TOKENS = buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS
 BUDGET = buffer_pb2.END_REASON_BUDGET
 
 
@@ -76,19 +76,19 @@ def tokens_of(*chunks: buffer_pb2.Chunk) -> list[int]:
 
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(1, 100), st.integers(1, 100), st.integers(1, 100))
 def test_a_segment_ends_at_the_nearest_limit(held: int, leased: int, budget: int, cap: int, room: int) -> None:
-    end, reason = plan_end(held=held, leased=leased, budget=budget, cap=cap, room=room)
+    end, reason = plan_end(stored=held, leased=leased, budget=budget, cap=cap, room=room)
     assert end == max(held, min(leased + budget, cap, room))
-    assert (reason == RESPONSE_CAP) == (end >= min(cap, room))
+    assert (reason == MAX_RESPONSE_TOKENS) == (end >= min(cap, room))
 
 
 def test_a_resumed_trajectory_gets_what_its_cap_leaves() -> None:
-    assert plan_end(held=50, leased=50, budget=32, cap=64, room=1000) == (64, RESPONSE_CAP)
-    assert plan_end(held=32, leased=32, budget=16, cap=64, room=1000) == (48, BUDGET)
+    assert plan_end(stored=50, leased=50, budget=32, cap=64, room=1000) == (64, MAX_RESPONSE_TOKENS)
+    assert plan_end(stored=32, leased=32, budget=16, cap=64, room=1000) == (48, BUDGET)
 
 
 def test_a_call_that_was_cut_off_gets_no_second_budget() -> None:
-    assert plan_end(held=20, leased=8, budget=16, cap=64, room=1000) == (24, BUDGET)
-    assert plan_end(held=24, leased=8, budget=16, cap=64, room=1000) == (24, BUDGET)
+    assert plan_end(stored=20, leased=8, budget=16, cap=64, room=1000) == (24, BUDGET)
+    assert plan_end(stored=24, leased=8, budget=16, cap=64, room=1000) == (24, BUDGET)
 
 
 async def test_chunks_are_whole_and_the_last_one_says_why() -> None:
@@ -113,8 +113,8 @@ async def test_a_stop_token_ends_the_response_and_belongs_to_it() -> None:
 
 async def test_no_room_ends_without_the_engine() -> None:
     engine = ScriptedEngine([5], stop=99)
-    [chunk] = await collect(engine, segment(2, response=(1, 2), end_reason=RESPONSE_CAP), settings())
-    assert (tokens_of(chunk), chunk.end_reason, engine.requests) == ([], RESPONSE_CAP, [])
+    [chunk] = await collect(engine, segment(2, response=(1, 2), end_reason=MAX_RESPONSE_TOKENS), settings())
+    assert (tokens_of(chunk), chunk.end_reason, engine.requests) == ([], MAX_RESPONSE_TOKENS, [])
 
 
 async def test_repetition_is_cut_where_it_begins_to_count() -> None:

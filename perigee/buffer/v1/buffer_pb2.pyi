@@ -30,8 +30,8 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The model emitted a stop token."""
     END_REASON_REPETITION: _EndReason.ValueType  # 2
     """The response repeated itself and was cut."""
-    END_REASON_RESPONSE_CAP: _EndReason.ValueType  # 3
-    """The response reached the response cap."""
+    END_REASON_MAX_RESPONSE_TOKENS: _EndReason.ValueType  # 3
+    """The response has as many tokens as it may have in all."""
     END_REASON_BUDGET: _EndReason.ValueType  # 4
     """The token budget of the iteration is used up: the trajectory is partial and is resumed later."""
 
@@ -43,8 +43,8 @@ END_REASON_STOP: EndReason.ValueType  # 1
 """The model emitted a stop token."""
 END_REASON_REPETITION: EndReason.ValueType  # 2
 """The response repeated itself and was cut."""
-END_REASON_RESPONSE_CAP: EndReason.ValueType  # 3
-"""The response reached the response cap."""
+END_REASON_MAX_RESPONSE_TOKENS: EndReason.ValueType  # 3
+"""The response has as many tokens as it may have in all."""
 END_REASON_BUDGET: EndReason.ValueType  # 4
 """The token budget of the iteration is used up: the trajectory is partial and is resumed later."""
 Global___EndReason: _TypeAlias = EndReason  # noqa: Y015
@@ -61,7 +61,7 @@ class _TrajectoryStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Traje
     TRAJECTORY_STATE_PARTIAL: _TrajectoryState.ValueType  # 2
     """Some tokens, not ended."""
     TRAJECTORY_STATE_FINISHED: _TrajectoryState.ValueType  # 3
-    """Ended by stop, repetition or the response cap."""
+    """Ended by stop, repetition or the most response tokens."""
 
 class TrajectoryState(_TrajectoryState, metaclass=_TrajectoryStateEnumTypeWrapper): ...
 
@@ -71,7 +71,7 @@ TRAJECTORY_STATE_PENDING: TrajectoryState.ValueType  # 1
 TRAJECTORY_STATE_PARTIAL: TrajectoryState.ValueType  # 2
 """Some tokens, not ended."""
 TRAJECTORY_STATE_FINISHED: TrajectoryState.ValueType  # 3
-"""Ended by stop, repetition or the response cap."""
+"""Ended by stop, repetition or the most response tokens."""
 Global___TrajectoryState: _TypeAlias = TrajectoryState  # noqa: Y015
 
 class _Verdict:
