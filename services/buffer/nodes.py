@@ -80,7 +80,9 @@ class Nodes:
         try:
             self.first = self._open({})
         except ValueError as error:
-            raise InvalidArgumentError.of("redis_url", f"{error}; use redis://host:port or unix:///path") from error
+            raise InvalidArgumentError.for_field(
+                "redis_url", f"{error}; use redis://host:port or unix:///path"
+            ) from error
         self._by_address[urlsplit(url).netloc.rpartition("@")[2]] = self.first
 
     async def close(self) -> None:

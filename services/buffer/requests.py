@@ -78,18 +78,14 @@ class Checks:
 
     def finish(self) -> None:
         """Raises InvalidArgumentError when something was refused."""
-        if not self._violations:
-            return
-        first = self._violations[0]
-        more = len(self._violations) - 1
-        message = f"{first.field}: {first.description}" + (f" (and {more} more)" if more else "")
-        raise InvalidArgumentError(message, violations=self._violations[:MAX_VIOLATIONS])
+        if self._violations:
+            raise InvalidArgumentError.for_fields(self._violations[:MAX_VIOLATIONS])
 
 
 def check_run_id(run_id: str) -> None:
     """Raises InvalidArgumentError for an id that no run can have."""
     if trouble := describe_bad_run_id(run_id):
-        raise InvalidArgumentError.of("run_id", trouble)
+        raise InvalidArgumentError.for_field("run_id", trouble)
 
 
 def check_groups(groups: Sequence[pb.NewGroup], limits: LimitsConfig) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 import xxhash
 
@@ -25,13 +26,20 @@ ENDPOINTS = EndpointPool(lambda: MooncakeTransport(CONFIG))
 Export = Callable[..., WeightImage]
 
 
-async def test_three_receivers_get_the_same_bits(export: Export) -> None:
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def sender() -> AsyncIterator[WeightSender]:
+    """A sender for all pushes: each engine that it opens takes a second to close."""
+    sender = WeightSender(CONFIG)
+    yield sender
+    await sender.close()
+
+
+async def test_three_receivers_get_the_same_bits(export: Export, sender: WeightSender) -> None:
     tensors = make_tensors(seed=1, megabytes=6)
     image = export(tensors, policy_version=3)
     assert len(image.manifest.shards) > 2
     async with AsyncExitStack() as stack:
         receivers = [await stack.enter_async_context(local_receiver(CONFIG)) for _ in range(3)]
-        sender = WeightSender(CONFIG)
         outcomes = await sender.push(image, [push_target(f"w{i}", r.address) for i, r in enumerate(receivers)])
         assert [(o.worker_id, o.committed, o.reason) for o in outcomes] == [(f"w{i}", True, "") for i in range(3)]
         assert all(o.transfer_seconds > 0 and o.commit_seconds > 0 for o in outcomes)
@@ -39,12 +47,10 @@ async def test_three_receivers_get_the_same_bits(export: Export) -> None:
             assert equal(receiver.loaded, tensors)
             assert receiver.receiver.current is not None
             assert receiver.receiver.current.manifest.policy_version == 3
-        await sender.close()
 
 
-async def test_versions_of_changing_size_follow_each_other(export: Export) -> None:
+async def test_versions_of_changing_size_follow_each_other(export: Export, sender: WeightSender) -> None:
     async with local_receiver(CONFIG) as local:
-        sender = WeightSender(CONFIG)
         for version, megabytes in enumerate([1, 1, 4, 2, 0.1, 6]):
             tensors = make_tensors(seed=version, megabytes=megabytes)
             image = export(tensors, version)
@@ -53,13 +59,11 @@ async def test_versions_of_changing_size_follow_each_other(export: Export) -> No
             assert outcome.committed, outcome.reason
             assert equal(local.loaded, tensors)
         assert local.versions == [0, 1, 2, 3, 4, 5]
-        await sender.close()
 
 
-async def test_a_damaged_shard_is_refused_and_the_old_version_serves_on(export: Export) -> None:
+async def test_a_damaged_shard_is_refused_and_the_old_version_serves_on(export: Export, sender: WeightSender) -> None:
     good, bad = make_tensors(seed=1, megabytes=1), make_tensors(seed=2, megabytes=1)
     async with local_receiver(CONFIG) as local:
-        sender = WeightSender(CONFIG)
         await sender.push(export(good, 1), [push_target("w", local.address)])
         damaged = export(bad, 2)
         with damaged.buffer.view() as view:
@@ -72,7 +76,6 @@ async def test_a_damaged_shard_is_refused_and_the_old_version_serves_on(export: 
         [outcome] = await sender.push(export(bad, 3), [push_target("w", local.address)])
         assert outcome.committed
         assert equal(local.loaded, bad)
-        await sender.close()
 
 
 async def test_damage_is_data_loss_on_the_wire(export: Export) -> None:
@@ -84,13 +87,12 @@ async def test_damage_is_data_loss_on_the_wire(export: Export) -> None:
             await client.commit(pb.CommitRequest(transfer_id=prepared.transfer_id))
 
 
-async def test_an_engine_that_refuses_keeps_the_old_version(export: Export) -> None:
+async def test_an_engine_that_refuses_keeps_the_old_version(export: Export, sender: WeightSender) -> None:
     def refuse_two(image: WeightImage) -> None:
         if image.manifest.policy_version == 2:
             raise DataLossError("the engine refused the weights")
 
     async with local_receiver(CONFIG, refuse_two) as local:
-        sender = WeightSender(CONFIG)
         target = push_target("w", local.address)
         [first] = await sender.push(export(make_tensors(1, 1), 1), [target])
         [second] = await sender.push(export(make_tensors(2, 1), 2), [target])
@@ -99,7 +101,6 @@ async def test_an_engine_that_refuses_keeps_the_old_version(export: Export) -> N
         assert local.receiver.current is not None
         assert local.receiver.current.manifest.policy_version == 1
         assert equal(local.loaded, make_tensors(1, 1))
-        await sender.close()
 
 
 async def test_a_newer_preparation_voids_the_older(export: Export) -> None:
@@ -152,11 +153,12 @@ async def test_bad_manifests_name_their_fields(export: Export) -> None:
         }
 
 
-async def test_an_image_closed_during_its_push_stays_until_the_write_has_ended(export: Export) -> None:
+async def test_an_image_closed_during_its_push_stays_until_the_write_has_ended(
+    export: Export, sender: WeightSender
+) -> None:
     tensors = {"w": torch.arange(16 << 20, dtype=torch.int32)}
     image = export(tensors, 1)
     async with local_receiver(CONFIG) as local:
-        sender = WeightSender(CONFIG)
         push = asyncio.create_task(sender.push(image, [push_target("w", local.address)]))
         await asyncio.sleep(0)  # the push begins
         image.close()
@@ -164,7 +166,6 @@ async def test_an_image_closed_during_its_push_stays_until_the_write_has_ended(e
         [outcome] = await push
         assert outcome.committed, outcome.reason
         assert equal(local.loaded, tensors)
-        await sender.close()
 
 
 def test_rdma_without_a_card_fails_instead_of_falling_back_to_tcp() -> None:
