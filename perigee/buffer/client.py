@@ -89,7 +89,7 @@ class BufferClient(ServiceClient):
     async def lease_trajectories(
         self, request: pb.LeaseTrajectoriesRequest, *, timeout_s: float = 20.0
     ) -> pb.LeaseTrajectoriesResponse:
-        """Gives trajectories to a worker: each lease raises the trajectory's epoch, which fences older ones."""
+        """Leases trajectories to a worker: each lease raises the trajectory's epoch, which fences older leases."""
         return await self._unary(self._stub.LeaseTrajectories, request, timeout_s)
 
     async def append_chunks(

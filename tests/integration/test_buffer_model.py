@@ -65,9 +65,9 @@ class ModelTrajectory:
 
 @dataclass(frozen=True)
 class LeaseStep:
-    """Lease a trajectory through a front."""
+    """Lease a trajectory through a replica."""
 
-    front: int
+    replica: int
     trajectory: int
 
 
@@ -75,7 +75,7 @@ class LeaseStep:
 class AppendStep:
     """Append chunks in one call: (trajectory, epochs behind, offset from the tokens held, length, oddity, end)."""
 
-    front: int
+    replica: int
     chunks: Sequence[tuple[int, int, int, int, str, int]]
 
 
@@ -83,11 +83,11 @@ class AppendStep:
 class AgainStep:
     """Send a call of before once more."""
 
-    front: int
+    replica: int
     calls_ago: int
 
 
-fronts = st.integers(0, 1)
+replicas = st.integers(0, 1)
 chunk_steps = st.tuples(
     st.integers(0, 1),
     st.sampled_from([0, 0, 0, 0, 0, 0, 1, -1]),
@@ -96,20 +96,20 @@ chunk_steps = st.tuples(
     st.sampled_from(["", "", "", "", "", "token", "logprob", "version", "mixed"]),
     st.sampled_from([OPEN, OPEN, OPEN, OPEN, BUDGET, BUDGET, STOP, CAP]),
 )
-append_steps = st.builds(AppendStep, fronts, st.lists(chunk_steps, min_size=1, max_size=4))
+append_steps = st.builds(AppendStep, replicas, st.lists(chunk_steps, min_size=1, max_size=4))
 steps = st.lists(
     st.one_of(
-        st.builds(LeaseStep, fronts, st.integers(0, 1)),
+        st.builds(LeaseStep, replicas, st.integers(0, 1)),
         append_steps,
         append_steps,
-        st.builds(AgainStep, fronts, st.integers(1, 3)),
+        st.builds(AgainStep, replicas, st.integers(1, 3)),
     ),
     max_size=25,
 )
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def two_fronts(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sequence[BufferClient]]:
+async def two_replicas(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sequence[BufferClient]]:
     """Clients of two buffers that share one Valkey server."""
     async with (
         local_server(tmp_path_factory.mktemp("shared"), LocalServerConfig()) as url,
@@ -174,17 +174,17 @@ async def lease(client: BufferClient, run_id: str, trajectory_id: str) -> tuple[
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=steps)
 async def test_buffer_does_what_the_model_does(
-    two_fronts: Sequence[BufferClient], steps: Sequence[LeaseStep | AppendStep | AgainStep]
+    two_replicas: Sequence[BufferClient], steps: Sequence[LeaseStep | AppendStep | AgainStep]
 ) -> None:
     run_id = f"model-{next(numbers)}"
     model = {"t0": ModelTrajectory(), "t1": ModelTrajectory()}
-    await two_fronts[0].create_run(pb.CreateRunRequest(run_id=run_id, config_digest="d"))
+    await two_replicas[0].create_run(pb.CreateRunRequest(run_id=run_id, config_digest="d"))
     new = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=pack_token_ids([1]), trajectory_ids=list(model))
-    await two_fronts[1].create_groups(pb.CreateGroupsRequest(run_id=run_id, groups=[new]))
+    await two_replicas[1].create_groups(pb.CreateGroupsRequest(run_id=run_id, groups=[new]))
     calls: list[list[tuple[str, int, int, list[Token], int]]] = []
 
     for step in (LeaseStep(0, 0), LeaseStep(1, 1), *steps):
-        client = two_fronts[step.front]
+        client = two_replicas[step.replica]
         if isinstance(step, LeaseStep):
             name = f"t{step.trajectory}"
             given_by_model = model[name].lease()
@@ -212,10 +212,10 @@ async def test_buffer_does_what_the_model_does(
             event(f"outcome {outcomes[-1]}")
         if call:
             request = pb.AppendChunksRequest(
-                run_id=run_id, chunks=[to_chunk(*fields, step.front == 0) for fields in call]
+                run_id=run_id, chunks=[to_chunk(*fields, step.replica == 0) for fields in call]
             )
             assert list((await client.append_chunks(request)).outcomes) == outcomes
 
     for name, held in model.items():
-        for client in two_fronts:
+        for client in two_replicas:
             assert await read_tokens(client, run_id, name) == (held.tokens, held.end, held.epoch)

@@ -36,7 +36,7 @@ class _EndReasonEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndReason.V
     """The token budget of the iteration is used up: the trajectory is partial and is resumed later."""
 
 class EndReason(_EndReason, metaclass=_EndReasonEnumTypeWrapper):
-    """Why a segment ended."""
+    """Reason for the end of a segment."""
 
 END_REASON_UNSPECIFIED: EndReason.ValueType  # 0
 END_REASON_STOP: EndReason.ValueType  # 1
@@ -84,18 +84,18 @@ class _VerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Verdict.Value
     VERDICT_CORRECT: _Verdict.ValueType  # 1
     VERDICT_WRONG: _Verdict.ValueType  # 2
     VERDICT_UNGRADABLE: _Verdict.ValueType  # 3
-    """The response holds nothing that could be judged."""
+    """The response has nothing that could be judged."""
     VERDICT_FAILED: _Verdict.ValueType  # 4
     """The verifier failed; there is no reward."""
 
 class Verdict(_Verdict, metaclass=_VerdictEnumTypeWrapper):
-    """A verdict is what is known of a response; a failure is not an answer and has no reward."""
+    """Judgement of a response; a failure judges nothing and has no reward."""
 
 VERDICT_UNSPECIFIED: Verdict.ValueType  # 0
 VERDICT_CORRECT: Verdict.ValueType  # 1
 VERDICT_WRONG: Verdict.ValueType  # 2
 VERDICT_UNGRADABLE: Verdict.ValueType  # 3
-"""The response holds nothing that could be judged."""
+"""The response has nothing that could be judged."""
 VERDICT_FAILED: Verdict.ValueType  # 4
 """The verifier failed; there is no reward."""
 Global___Verdict: _TypeAlias = Verdict  # noqa: Y015
@@ -112,9 +112,9 @@ class _AppendOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AppendO
     APPEND_OUTCOME_FENCED: _AppendOutcome.ValueType  # 3
     """The epoch is not the latest lease's."""
     APPEND_OUTCOME_GAP: _AppendOutcome.ValueType  # 4
-    """The offset is past the tokens held."""
+    """The offset is past the stored tokens."""
     APPEND_OUTCOME_CONFLICT: _AppendOutcome.ValueType  # 5
-    """The offset overlaps tokens held that differ, or the segment has ended: what follows needs a new lease."""
+    """The offset overlaps stored tokens that differ, or the segment has ended: more tokens need a new lease."""
     APPEND_OUTCOME_UNKNOWN: _AppendOutcome.ValueType  # 6
     """No such trajectory in this run."""
 
@@ -127,9 +127,9 @@ APPEND_OUTCOME_DUPLICATE: AppendOutcome.ValueType  # 2
 APPEND_OUTCOME_FENCED: AppendOutcome.ValueType  # 3
 """The epoch is not the latest lease's."""
 APPEND_OUTCOME_GAP: AppendOutcome.ValueType  # 4
-"""The offset is past the tokens held."""
+"""The offset is past the stored tokens."""
 APPEND_OUTCOME_CONFLICT: AppendOutcome.ValueType  # 5
-"""The offset overlaps tokens held that differ, or the segment has ended: what follows needs a new lease."""
+"""The offset overlaps stored tokens that differ, or the segment has ended: more tokens need a new lease."""
 APPEND_OUTCOME_UNKNOWN: AppendOutcome.ValueType  # 6
 """No such trajectory in this run."""
 Global___AppendOutcome: _TypeAlias = AppendOutcome  # noqa: Y015
@@ -160,7 +160,7 @@ Global___VersionSpan: _TypeAlias = VersionSpan  # noqa: Y015
 
 @_typing.final
 class RunState(_message.Message):
-    """The state that one atomic commit per iteration moves forward."""
+    """State of a run, moved forward by one atomic commit per iteration."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -381,7 +381,7 @@ class TrajectorySummary(_message.Message):
     tokens: _builtins.int
     epoch: _builtins.int
     end_reason: Global___EndReason.ValueType
-    """Why it ended, when finished."""
+    """Set when finished."""
     verdict: Global___Verdict.ValueType
     """Unspecified until recorded."""
     reward: _builtins.float

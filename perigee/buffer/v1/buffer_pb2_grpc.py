@@ -129,7 +129,7 @@ class BufferServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LeaseTrajectories(self, request, context):
-        """Gives trajectories to a worker: each lease raises the trajectory's epoch, which fences older ones.
+        """Leases trajectories to a worker: each lease raises the trajectory's epoch, which fences older leases.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -47,7 +47,7 @@ class BufferServiceStub:
     ListGroups: _grpc.UnaryStreamMultiCallable[_buffer_pb2.ListGroupsRequest, _buffer_pb2.ListGroupsResponse]
     """Lists the groups not consumed yet, oldest first, with the state of every trajectory but no tokens."""
     LeaseTrajectories: _grpc.UnaryUnaryMultiCallable[_buffer_pb2.LeaseTrajectoriesRequest, _buffer_pb2.LeaseTrajectoriesResponse]
-    """Gives trajectories to a worker: each lease raises the trajectory's epoch, which fences older ones."""
+    """Leases trajectories to a worker: each lease raises the trajectory's epoch, which fences older leases."""
     AppendChunks: _grpc.UnaryUnaryMultiCallable[_buffer_pb2.AppendChunksRequest, _buffer_pb2.AppendChunksResponse]
     """Appends chunks. The same chunk twice is one chunk; a gap, or the epoch of an older lease, is refused."""
     ReadTrajectories: _grpc.UnaryStreamMultiCallable[_buffer_pb2.ReadTrajectoriesRequest, _buffer_pb2.ReadTrajectoriesResponse]
@@ -77,7 +77,7 @@ class BufferServiceAsyncStub(BufferServiceStub):
     ListGroups: _aio.UnaryStreamMultiCallable[_buffer_pb2.ListGroupsRequest, _buffer_pb2.ListGroupsResponse]  # type: ignore[assignment]
     """Lists the groups not consumed yet, oldest first, with the state of every trajectory but no tokens."""
     LeaseTrajectories: _aio.UnaryUnaryMultiCallable[_buffer_pb2.LeaseTrajectoriesRequest, _buffer_pb2.LeaseTrajectoriesResponse]  # type: ignore[assignment]
-    """Gives trajectories to a worker: each lease raises the trajectory's epoch, which fences older ones."""
+    """Leases trajectories to a worker: each lease raises the trajectory's epoch, which fences older leases."""
     AppendChunks: _aio.UnaryUnaryMultiCallable[_buffer_pb2.AppendChunksRequest, _buffer_pb2.AppendChunksResponse]  # type: ignore[assignment]
     """Appends chunks. The same chunk twice is one chunk; a gap, or the epoch of an older lease, is refused."""
     ReadTrajectories: _aio.UnaryStreamMultiCallable[_buffer_pb2.ReadTrajectoriesRequest, _buffer_pb2.ReadTrajectoriesResponse]  # type: ignore[assignment]
@@ -134,7 +134,7 @@ class BufferServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _buffer_pb2.LeaseTrajectoriesRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_buffer_pb2.LeaseTrajectoriesResponse, _abc.Awaitable[_buffer_pb2.LeaseTrajectoriesResponse]]:
-        """Gives trajectories to a worker: each lease raises the trajectory's epoch, which fences older ones."""
+        """Leases trajectories to a worker: each lease raises the trajectory's epoch, which fences older leases."""
 
     @_abc_1.abstractmethod
     def AppendChunks(

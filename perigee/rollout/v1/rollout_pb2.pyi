@@ -370,7 +370,7 @@ Global___SegmentEnd: _TypeAlias = SegmentEnd  # noqa: Y015
 
 @_typing.final
 class SegmentFailure(_message.Message):
-    """The segment could not be finished: what the buffer holds stands, and the trajectory wants a new lease."""
+    """The segment could not be finished: the buffer keeps what it has, and the trajectory needs a new lease."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1,4 +1,4 @@
-"""Several buffers at once: races between fronts, and the servers that a buffer may or may not use."""
+"""Several buffers at once: races between replicas, and the servers that a buffer may or may not use."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def shared_url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def fronts(shared_url: str) -> AsyncIterator[Sequence[BufferClient]]:
+async def replicas(shared_url: str) -> AsyncIterator[Sequence[BufferClient]]:
     """Clients of two buffers on that server."""
     config = BufferConfig(redis_url=shared_url)
     async with (
@@ -54,10 +54,10 @@ async def start_run(client: BufferClient, run_id: str) -> None:
     await client.create_groups(pb.CreateGroupsRequest(run_id=run_id, groups=[new]))
 
 
-async def test_racing_leases_get_different_epochs_and_the_last_one_writes(fronts: Sequence[BufferClient]) -> None:
-    await start_run(fronts[0], "leases")
+async def test_racing_leases_get_different_epochs_and_the_last_one_writes(replicas: Sequence[BufferClient]) -> None:
+    await start_run(replicas[0], "leases")
     request = pb.LeaseTrajectoriesRequest(run_id="leases", worker_id="w", trajectory_ids=["t"])
-    responses = await asyncio.gather(*(fronts[index % 2].lease_trajectories(request) for index in range(40)))
+    responses = await asyncio.gather(*(replicas[index % 2].lease_trajectories(request) for index in range(40)))
     epochs = [response.leases[0].epoch for response in responses]
     assert sorted(epochs) == list(range(1, 41))
 
@@ -71,16 +71,16 @@ async def test_racing_leases_get_different_epochs_and_the_last_one_writes(fronts
         )
         return pb.AppendChunksRequest(run_id="leases", chunks=[chunk])
 
-    answers = await asyncio.gather(*(fronts[epoch % 2].append_chunks(append(epoch)) for epoch in epochs))
+    answers = await asyncio.gather(*(replicas[epoch % 2].append_chunks(append(epoch)) for epoch in epochs))
     outcomes = {epoch: answer.outcomes[0] for epoch, answer in zip(epochs, answers, strict=True)}
     assert outcomes.pop(40) == pb.APPEND_OUTCOME_APPENDED
     assert set(outcomes.values()) == {pb.APPEND_OUTCOME_FENCED}
 
 
-async def test_the_same_chunk_through_both_fronts_is_one_chunk(fronts: Sequence[BufferClient]) -> None:
-    await start_run(fronts[0], "chunks")
+async def test_the_same_chunk_through_both_replicas_is_one_chunk(replicas: Sequence[BufferClient]) -> None:
+    await start_run(replicas[0], "chunks")
     lease = pb.LeaseTrajectoriesRequest(run_id="chunks", worker_id="w", trajectory_ids=["t"])
-    await fronts[0].lease_trajectories(lease)
+    await replicas[0].lease_trajectories(lease)
     for offset in range(0, 400, 4):
         chunk = pb.Chunk(
             trajectory_id="t",
@@ -91,24 +91,24 @@ async def test_the_same_chunk_through_both_fronts_is_one_chunk(fronts: Sequence[
             versions=[pb.VersionSpan(policy_version=1, tokens=4)],
         )
         request = pb.AppendChunksRequest(run_id="chunks", chunks=[chunk])
-        answers = await asyncio.gather(*(front.append_chunks(request) for front in fronts))
+        answers = await asyncio.gather(*(replica.append_chunks(request) for replica in replicas))
         assert sorted(answer.outcomes[0] for answer in answers) == [1, 2]
-    (piece,) = [piece async for piece in fronts[1].read_trajectories("chunks", ["t"])]
+    (piece,) = [piece async for piece in replicas[1].read_trajectories("chunks", ["t"])]
     assert list(unpack_token_ids(piece.token_ids)) == list(range(400))
     assert piece.logprobs == b""
     assert [(span.policy_version, span.tokens) for span in piece.versions] == [(1, 400)]
 
 
-async def test_of_racing_commits_one_wins(fronts: Sequence[BufferClient]) -> None:
-    await start_run(fronts[0], "commits")
+async def test_of_racing_commits_one_wins(replicas: Sequence[BufferClient]) -> None:
+    await start_run(replicas[0], "commits")
     same = pb.CommitIterationRequest(run_id="commits", iteration=1, policy_version=1, consumed_group_ids=["g"])
-    answers = await asyncio.gather(*(fronts[index % 2].commit_iteration(same) for index in range(20)))
+    answers = await asyncio.gather(*(replicas[index % 2].commit_iteration(same) for index in range(20)))
     assert sorted(answer.duplicate for answer in answers) == [False] + [True] * 19
 
     async def commit(index: int) -> bool:
         request = pb.CommitIterationRequest(run_id="commits", iteration=2, coordinator_state=bytes([index]))
         try:
-            await fronts[index % 2].commit_iteration(request)
+            await replicas[index % 2].commit_iteration(request)
         except AbortedError:
             return False
         return True
@@ -175,17 +175,17 @@ async def test_a_server_without_append_only_file_is_refused(shared_url: str) -> 
         await redis.aclose()
 
 
-async def test_a_full_server_refuses_writes_and_still_reads(shared_url: str, fronts: Sequence[BufferClient]) -> None:
-    await start_run(fronts[0], "full")
+async def test_a_full_server_refuses_writes_and_still_reads(shared_url: str, replicas: Sequence[BufferClient]) -> None:
+    await start_run(replicas[0], "full")
     redis = Redis.from_url(shared_url)
     await redis.config_set("maxmemory", 1)
     try:
         with pytest.raises(ResourceExhaustedError, match="maxmemory") as caught:
-            await fronts[0].create_run(pb.CreateRunRequest(run_id="more", config_digest="d"))
+            await replicas[0].create_run(pb.CreateRunRequest(run_id="more", config_digest="d"))
         assert caught.value.retry_after_s
-        groups = [page async for page in fronts[0].list_groups(pb.ListGroupsRequest(run_id="full"))]
+        groups = [page async for page in replicas[0].list_groups(pb.ListGroupsRequest(run_id="full"))]
         assert groups[0].groups[0].group_id == "g"
-        assert [stored.tokens async for stored in fronts[1].read_trajectories("full", ["t"])] == [0]
+        assert [stored.tokens async for stored in replicas[1].read_trajectories("full", ["t"])] == [0]
     finally:
         await redis.config_set("maxmemory", 0)
         await redis.aclose()
