@@ -99,8 +99,7 @@ class WeightSender:
 
     async def _write(self, image: WeightImage, target: PushTarget, prepared: pb.PrepareResponse) -> float:
         """Writes the image; returns the seconds. A write that outlives this call is aborted when it has ended."""
-        destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
-        write = start_write(self._endpoints, image.buffer, image.manifest.total_bytes, destination)
+        write = start_write(self._endpoints, image.buffer, image.manifest.total_bytes, prepared)
         try:
             return await asyncio.wait_for(asyncio.shield(write), self._config.transfer_timeout_s)
         except TimeoutError as error:
@@ -126,15 +125,6 @@ class WeightSender:
                 log.info("transfer not aborted", worker_id=target.worker_id, reason=error.message)
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Session to dial, the receiver that it belonged to when it answered, and the address to write to."""
-
-    session: str
-    receiver_id: str
-    address: int
-
-
 @dataclass(eq=False)
 class Endpoint:
     """Transport and the receivers that it has dialled, by session."""
@@ -142,7 +132,7 @@ class Endpoint:
     transport: Transport
     dialled: dict[str, str] = field(default_factory=dict)
 
-    def is_outdated(self, destination: Destination) -> bool:
+    def is_outdated(self, destination: pb.PrepareResponse) -> bool:
         """Returns whether another receiver answered at the destination's session when this endpoint dialled it."""
         return self.dialled.get(destination.session, destination.receiver_id) != destination.receiver_id
 
@@ -160,7 +150,7 @@ class EndpointPool:
         self._lock = threading.Lock()
         self._idle: list[Endpoint] = []
 
-    def borrow(self, destination: Destination) -> Endpoint:
+    def borrow(self, destination: pb.PrepareResponse) -> Endpoint:
         """Borrows an endpoint that knows nothing outdated about the destination; opens one when none is idle."""
         with self._lock:
             outdated = [e for e in self._idle if e.is_outdated(destination)]
@@ -190,7 +180,7 @@ class EndpointPool:
 
 
 def start_write(
-    endpoints: EndpointPool, source: SharedBuffer, size: int, destination: Destination
+    endpoints: EndpointPool, source: SharedBuffer, size: int, destination: pb.PrepareResponse
 ) -> asyncio.Future[float]:
     """Writes the first `size` bytes of `source`; the future is done when the write has ended, one way or the other.
 
@@ -215,7 +205,7 @@ def _write_and_finish(
     endpoints: EndpointPool,
     source: SharedBuffer,
     size: int,
-    destination: Destination,
+    destination: pb.PrepareResponse,
     loop: asyncio.AbstractEventLoop,
     future: asyncio.Future[float],
 ) -> None:
@@ -248,7 +238,7 @@ def _finish(source: SharedBuffer, future: asyncio.Future[float], outcome: float 
         future.set_result(outcome)
 
 
-def _write(transport: Transport, source: SharedBuffer, size: int, destination: Destination) -> float:
+def _write(transport: Transport, source: SharedBuffer, size: int, destination: pb.PrepareResponse) -> float:
     """Writes in this thread; returns the seconds of the transfer."""
     transport.register(source.address, size)
     begin = time.monotonic()

@@ -17,7 +17,7 @@ from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
 from services.weights.manifest import WeightImage
-from services.weights.send import Destination, EndpointPool, WeightSender, start_write
+from services.weights.send import EndpointPool, WeightSender, start_write
 from services.weights.transport import MooncakeTransport
 from tests.fixtures.weights import equal, local_receiver, make_tensors, push_target
 
@@ -111,8 +111,7 @@ async def test_a_newer_preparation_voids_the_older(export: Export) -> None:
         # The older sender writes late; its buffer is not the newer one's.
         assert first.address != second.address
         for image, prepared in ((newer, second), (older, first)):
-            destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
-            await start_write(ENDPOINTS, image.buffer, image.manifest.total_bytes, destination)
+            await start_write(ENDPOINTS, image.buffer, image.manifest.total_bytes, prepared)
         with pytest.raises(AbortedError, match="newer push"):
             await client.commit(pb.CommitRequest(transfer_id=first.transfer_id))
         await client.commit(pb.CommitRequest(transfer_id=second.transfer_id))
@@ -125,8 +124,7 @@ async def test_a_commit_asked_twice_happens_once(export: Export) -> None:
     manifest = image.manifest
     async with local_receiver(CONFIG) as local, WeightReceiverClient.connect(local.address) as client:
         prepared = await client.prepare(pb.PrepareRequest(manifest=manifest))
-        destination = Destination(prepared.session, prepared.receiver_id, prepared.address)
-        await start_write(ENDPOINTS, image.buffer, image.manifest.total_bytes, destination)
+        await start_write(ENDPOINTS, image.buffer, image.manifest.total_bytes, prepared)
         commit = pb.CommitRequest(transfer_id=prepared.transfer_id)
         first, second = await asyncio.gather(client.commit(commit), client.commit(commit))
         assert first == second == await client.commit(commit)

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from perigee.errors import ResourceExhaustedError
+from perigee.weights.v1.weights_pb2 import PrepareResponse
 from services.weights.config import WeightsConfig
 from services.weights.receive import BufferPool
-from services.weights.send import Destination, EndpointPool
+from services.weights.send import EndpointPool
 from services.weights.transport import Transport, WriteState
 
 
@@ -42,7 +43,7 @@ class CountingTransport(Transport):
 
 def test_an_endpoint_serves_one_write_at_a_time_and_is_kept() -> None:
     pool = EndpointPool(CountingTransport)
-    a, b = Destination("a:1", "first", 0), Destination("b:1", "other", 0)
+    a, b = PrepareResponse(session="a:1", receiver_id="first"), PrepareResponse(session="b:1", receiver_id="other")
     to_a, to_b = pool.borrow(a), pool.borrow(b)
     assert to_a is not to_b
     pool.give_back(to_a)
@@ -53,9 +54,9 @@ def test_an_endpoint_serves_one_write_at_a_time_and_is_kept() -> None:
 
 def test_an_endpoint_that_dialled_the_predecessor_of_a_receiver_is_closed() -> None:
     pool = EndpointPool(CountingTransport)
-    old = pool.borrow(Destination("a:1", "first", 0))
+    old = pool.borrow(PrepareResponse(session="a:1", receiver_id="first"))
     pool.give_back(old)
-    new = pool.borrow(Destination("a:1", "restarted", 0))
+    new = pool.borrow(PrepareResponse(session="a:1", receiver_id="restarted"))
     assert new is not old
     assert isinstance(old.transport, CountingTransport)
     assert old.transport.closed
