@@ -70,7 +70,7 @@ _ASKS_FOR_VALUE = re.compile(
 
 
 def find_question_kinds(questions: Iterable[Question]) -> Iterator[Finding]:
-    """A finding per prompt, in order: dropped when it is of one of the three kinds, with the words that tell it."""
+    """Yields a finding per prompt, in order: one of the three kinds is dropped, with the words that show it."""
     for question in questions:
         found = classify(question)
         if found is None:
@@ -80,7 +80,7 @@ def find_question_kinds(questions: Iterable[Question]) -> Iterator[Finding]:
 
 
 def classify(question: Question) -> tuple[str, str] | None:
-    """The kind of a question that should not be trained on, and the evidence; None for any other question."""
+    """Returns the kind of a question that should not be trained on, and the evidence; None for any other question."""
     if question.kind in KINDS:
         return KINDS[question.kind], f"verifier {question.kind}"
     if question.kind == "code":
@@ -97,7 +97,7 @@ def classify(question: Question) -> tuple[str, str] | None:
 
 
 def find_options(question: Question) -> str | None:
-    """What tells a choice between given options: lettered options, or words that ask for a choice."""
+    """Returns the evidence of a choice between given options: lettered options, or words that ask for a choice."""
     letters = [one or other for one, other in _OPTION.findall(question.text)]
     run = _longest_run(letters)
     if run >= 3:
@@ -110,7 +110,7 @@ def find_options(question: Question) -> str | None:
 
 
 def find_true_or_false(question: Question) -> str | None:
-    """What tells a question with two possible answers."""
+    """Returns the evidence of a question with two possible answers."""
     if question.reference.strip().strip(".$").casefold() in _BINARY:
         return f"the reference {question.reference.strip()}"
     for pattern in (_TRUE_OR_FALSE, _WHETHER, _YES_NO_QUESTION):
@@ -120,7 +120,7 @@ def find_true_or_false(question: Question) -> str | None:
 
 
 def find_proof(question: Question) -> str | None:
-    """What tells that a proof is asked for and no value beside it."""
+    """Returns the evidence that a proof is asked for and no value beside it."""
     match = _PROVE.search(question.text)
     if match is None or _ASKS_FOR_VALUE.search(question.text, match.end()):
         return None
@@ -128,7 +128,7 @@ def find_proof(question: Question) -> str | None:
 
 
 def _longest_run(letters: list[str]) -> int:
-    """How many letters from A on come in order."""
+    """Returns how many letters from A on come in order."""
     wanted = "ABCDEFGH"
     length = 0
     for letter in letters:

@@ -196,7 +196,7 @@ async def test_ctrl_c_keeps_what_is_scored(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, stderr = await process.communicate()
     assert process.returncode == 128 + signal.SIGINT
-    assert b"go on with: perigee reward score" in stderr
+    assert b"resume with: perigee reward score" in stderr
     assert 64 <= len(read_whole(journal)) < 800
 
 
@@ -205,7 +205,7 @@ async def test_a_service_that_is_not_there_is_told(tmp_path: Path) -> None:
     ended = await run_perigee("reward", "score", str(file), "--address", "127.0.0.1:9", "--outage", "0")
     assert ended.code == 1
     assert "cannot be reached" in ended.stderr
-    assert "0 of 1 outcomes are kept; go on with: perigee reward score" in ended.stderr
+    assert "0 of 1 outcomes are kept; resume with: perigee reward score" in ended.stderr
 
 
 async def test_a_token_comes_from_the_environment(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import grpc
 import pytest
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.cli.prompts.asking import AskOptions, Inquiry, ask, read_policy_version
-from perigee.curation.pass_rates import SampleCounts
+from perigee.cli.prompts.sampling import SampleOptions, SampleRequest, read_policy_version, sample
+from perigee.curation.findings import SampleCounts
 from perigee.errors import FailedPreconditionError, UnavailableError
 from perigee.reward.client import RewardClient
 from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
@@ -51,15 +51,15 @@ class FakeSampler(RolloutServiceServicer):
             )
 
 
-def inquiries(count: int, samples: int = 4) -> list[Inquiry]:
+def requests(count: int, samples: int = 4) -> list[SampleRequest]:
     """Prompts whose right answer is 1."""
-    return [Inquiry(f"q{i}", [1, 2], samples, 8, math_item("", "1", "")) for i in range(count)]
+    return [SampleRequest(f"q{i}", [1, 2], samples, 8, math_item("", "1", "")) for i in range(count)]
 
 
 async def ask_all(
-    workers: Sequence[FakeSampler], reward: FakeReward, asked: Sequence[Inquiry], **changes: Any
+    workers: Sequence[FakeSampler], reward: FakeReward, asked: Sequence[SampleRequest], **changes: Any
 ) -> dict[str, SampleCounts]:
-    options = AskOptions(
+    options = SampleOptions(
         **({"policy_version": 5, "temperature": 1.0, "seed": 0, "stage": "s", "unavailable_s": 5.0} | changes)
     )
     found: dict[str, SampleCounts] = {}
@@ -70,7 +70,7 @@ async def ask_all(
             clients.append(await stack.enter_async_context(RolloutClient.connect(address)))
         address = await stack.enter_async_context(fake_server(add_RewardServiceServicer_to_server, reward))
         client = await stack.enter_async_context(RewardClient.connect(address))
-        async for counts in ask(clients, client, asked, options):
+        async for counts in sample(clients, client, asked, options):
             assert not found.keys() & counts.keys()
             found |= counts
     return found
@@ -78,7 +78,7 @@ async def ask_all(
 
 async def test_every_prompt_is_asked_about_and_workers_share_the_work() -> None:
     workers = [FakeSampler(), FakeSampler()]
-    found = await ask_all(workers, FakeReward(), inquiries(70))
+    found = await ask_all(workers, FakeReward(), requests(70))
     assert found == {f"q{i}": SampleCounts(correct=1, wrong=3) for i in range(70)}
     # 64 sequences a call: 16 prompts.
     assert [len(worker.asked) for worker in workers] == [3, 2]
@@ -86,26 +86,26 @@ async def test_every_prompt_is_asked_about_and_workers_share_the_work() -> None:
 
 async def test_an_engine_that_dies_is_asked_only_for_what_is_missing() -> None:
     worker = FakeSampler(deaths=2)
-    found = await ask_all([worker], FakeReward(), inquiries(2))
+    found = await ask_all([worker], FakeReward(), requests(2))
     assert found == {name: SampleCounts(correct=1, wrong=3) for name in ("q0", "q1")}
     assert [len(asked) for asked in worker.asked] == [8, 6, 4]
 
 
 async def test_what_is_never_judged_is_counted_as_failed() -> None:
     reward = FakeReward(broken={"s/q0/1", "s/q0/3"}, failing={"s/q1/1": 1})
-    found = await ask_all([FakeSampler()], reward, inquiries(2))
+    found = await ask_all([FakeSampler()], reward, requests(2))
     assert found == {"q0": SampleCounts(wrong=2, failed=2), "q1": SampleCounts(correct=1, wrong=3)}
 
 
 async def test_a_worker_with_other_weights_ends_it() -> None:
     with pytest.raises(FailedPreconditionError, match="holds policy version 5"):
-        await ask_all([FakeSampler()], FakeReward(), inquiries(1), policy_version=4)
+        await ask_all([FakeSampler()], FakeReward(), requests(1), policy_version=4)
 
 
 async def test_a_worker_that_stays_away_ends_it() -> None:
     worker = FakeSampler(deaths=10_000, last_words=0)
     with pytest.raises(UnavailableError, match="the engine died"):
-        await ask_all([worker], FakeReward(), inquiries(1), unavailable_s=0.3)
+        await ask_all([worker], FakeReward(), requests(1), unavailable_s=0.3)
     assert len(worker.asked) > 1
 
 

@@ -210,7 +210,7 @@ async def test_a_killed_curation_goes_on_with_the_same_results(
 
     again = await run_perigee(*command)
     assert again.code == 0, again.stderr
-    assert "going on with the curation" in again.stdout
+    assert "resuming the curation" in again.stdout
     assert "difficulty: 60 of 60\n" in again.stdout
     assert journal.read_text().startswith(kept)
     assert read_results(cut) == read_results(whole)
@@ -245,4 +245,4 @@ async def test_a_model_that_is_not_there_is_told(tmp_path: Path, policy_folder: 
     ended = await run_perigee(*command, "--model", str(policy_folder))
     assert ended.code == 1
     assert "cannot be reached" in ended.stderr
-    assert "the same command goes on" in ended.stderr
+    assert "the same command resumes" in ended.stderr

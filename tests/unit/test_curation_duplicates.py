@@ -9,9 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perigee.cli.prompts.duplicates import choose_rows, find_duplicates, hash_grams, jaccard, signature
+from perigee.cli.prompts.duplicates import (
+    choose_rows,
+    find_duplicates,
+    hash_grams,
+    jaccard,
+    normalize,
+    numbers,
+    signature,
+    tokens,
+)
 from perigee.curation.findings import Decision, Question
-from perigee.curation.wording import normalize, numbers, tokens
 
 STORY = (
     "A baker makes 24 rolls every morning and sells them for 3 dollars each at the market. On Sundays he also bakes "

@@ -8,17 +8,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perigee.curation.balance import OVER_THE_CAP, Buckets, Cell, balance, count_cells, shares
 from perigee.curation.domains import find_domains, tag
-from perigee.curation.findings import Decision, Finding, Question
-from perigee.curation.pass_rates import (
+from perigee.curation.findings import (
     EASY_TO_HACK,
+    OVER_THE_CAP,
     TRIVIAL,
     UNDETERMINED,
+    Buckets,
+    Cell,
+    Decision,
+    Finding,
+    Question,
     SampleCounts,
+    balance,
+    count_cells,
     decide_difficulty,
     decide_guessing,
     least_judged,
+    shares,
 )
 
 

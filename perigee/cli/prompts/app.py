@@ -20,7 +20,7 @@ def group() -> None:
 @prompts_app.command()
 def curate(
     source: Annotated[Path, typer.Argument(metavar="IN", help="JSON Lines, parquet, or a folder of datasets.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the curation; the same one goes on.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the curation; the same one is resumed.")],
     renames: Annotated[
         list[str] | None, typer.Option("--rename", metavar="FIELD=COLUMN", help="Take a field from a column; repeat.")
     ] = None,
@@ -71,8 +71,9 @@ def curate(
     """Curate a prompt set: duplicates, kinds of questions, domains, difficulty, guessing, balance."""
 
     def run() -> int:
-        from perigee.cli.prompts import options
+        from perigee.cli.prompts.candidates import make_columns
         from perigee.cli.prompts.curate import CurateCommand, ModelAccess, run_curate
+        from perigee.cli.prompts.sampling import make_settings, read_template
 
         sampling = {
             "samples": samples,
@@ -82,9 +83,9 @@ def curate(
             "guesses": guesses,
             "guess_tokens": guess_tokens,
             "min_judged": min_judged,
-            **options.read_template(guess_template),
+            **read_template(guess_template),
         }
-        settings = options.make_settings(
+        settings = make_settings(
             near_duplicates=near_duplicates,
             drop_question_kinds=not keep_question_kinds,
             sampling=sampling if rollout else None,
@@ -92,7 +93,7 @@ def curate(
             cap=cap,
             seed=seed,
         )
-        columns = options.make_columns(renames or [], defaults or [], answer_after, split)
+        columns = make_columns(renames or [], defaults or [], answer_after, split)
         access = ModelAccess(rollout or [], reward, model, push, token, ca_file, unavailable_s)
         return run_curate(CurateCommand(source, out, columns, settings, access, restart, plain))
 

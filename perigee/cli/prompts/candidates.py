@@ -1,4 +1,4 @@
-"""The prompts to curate: lines in the recipe's format, from JSON Lines or a folder of Hugging Face datasets."""
+"""Prompts to curate: lines in the recipe's format, from JSON Lines or a folder of Hugging Face datasets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ KNOWN_FIELDS = prompt_keys() - {"images"}
 
 @dataclass(frozen=True)
 class Columns:
-    """How columns of the input become fields of a prompt line."""
+    """Mapping from columns of the input to fields of a prompt line."""
 
     renames: Mapping[str, str] = field(default_factory=dict)
     """Field by column."""
@@ -53,15 +53,26 @@ class CandidateSet:
 
     @property
     def digest(self) -> str:
-        """Names the prompts, their order and all that is known of them."""
+        """Digest of the prompts, their order and all that is known of them."""
         digest = hashlib.blake2b(digest_size=16)
         for candidate in self.candidates:
             digest.update(json.dumps(candidate.line, sort_keys=True).encode() + b"\n")
         return digest.hexdigest()
 
 
+def make_columns(renames: Sequence[str], defaults: Sequence[str], answer_after: str, split: str | None) -> Columns:
+    """Returns how columns become fields. Raises InvalidArgumentError for a pair without an equals sign."""
+    fields = dict(_split_pair("--rename", pair) for pair in renames)
+    return Columns(
+        {column: field for field, column in fields.items()},
+        dict(_split_pair("--default", pair) for pair in defaults),
+        answer_after,
+        split,
+    )
+
+
 def read_candidates(path: Path, columns: Columns) -> CandidateSet:
-    """The prompts of a file or folder; one without an id is named after its place.
+    """Returns the prompts of a file or folder; one without an id is named after its place.
 
     Raises InvalidArgumentError with a violation per line that is no prompt.
     """
@@ -74,7 +85,7 @@ def read_candidates(path: Path, columns: Columns) -> CandidateSet:
             values = _read_fields(row, columns, place, f"{path.stem}-{number:06d}", left_out)
             candidate = make_candidate(values, place)
             if (first := places.setdefault(candidate.question.id, place)) != place:
-                raise InvalidArgumentError.of(f"{place}: id", f"{candidate.question.id} is that of {first}, too")
+                raise InvalidArgumentError.for_field(f"{place}: id", f"{candidate.question.id} is that of {first}, too")
         except InvalidArgumentError as error:
             violations.append(FieldViolation("line", error.message))
         else:
@@ -85,12 +96,12 @@ def read_candidates(path: Path, columns: Columns) -> CandidateSet:
         shown += [f"  and {more} more"] if more > 0 else []
         raise InvalidArgumentError("some lines are no prompts:\n" + "\n".join(shown), violations=violations)
     if not candidates:
-        raise InvalidArgumentError.of(str(path), "holds no prompts")
+        raise InvalidArgumentError.for_field(str(path), "holds no prompts")
     return CandidateSet(candidates, sorted(left_out))
 
 
 def make_candidate(values: dict[str, Any], place: str) -> Candidate:
-    """The candidate of a line's fields.
+    """Returns the candidate of a line's fields.
 
     A line of a kind that the recipe does not know is one only when the kind is one to drop.
     Raises InvalidArgumentError naming the place and the field.
@@ -99,7 +110,7 @@ def make_candidate(values: dict[str, Any], place: str) -> Candidate:
     if kind in VERIFIERS or kind not in KINDS:
         read_prompt_line(values, place)
     elif not isinstance(values.get("prompt"), str):
-        raise InvalidArgumentError.of(f"{place}: prompt", "is required")
+        raise InvalidArgumentError.for_field(f"{place}: prompt", "is required")
     domain, answers = str(values.get("domain", "")), values.get("answers", [])
     answer = answers[0] if len(answers) == 1 else values.get("answer", "")
     question = Question(
@@ -111,6 +122,13 @@ def make_candidate(values: dict[str, Any], place: str) -> Candidate:
         difficulty=values.get("difficulty"),
     )
     return Candidate(question, values)
+
+
+def _split_pair(option: str, pair: str) -> tuple[str, str]:
+    name, equals, value = pair.partition("=")
+    if not name or not equals:
+        raise InvalidArgumentError.for_field(option, f"{pair!r} is not of the form A=B")
+    return name, value
 
 
 def _read_fields(
@@ -125,14 +143,16 @@ def _read_fields(
         if name not in KNOWN_FIELDS:
             near = difflib.get_close_matches(name, KNOWN_FIELDS, n=1, cutoff=0.8)
             if near and near[0] not in names:
-                raise InvalidArgumentError.of(f"{place}: {name}", f"is no field of a prompt; did you mean {near[0]}?")
+                raise InvalidArgumentError.for_field(
+                    f"{place}: {name}", f"is no field of a prompt; did you mean {near[0]}?"
+                )
             left_out[name] += 1
             continue
         values[name] = value
     if columns.answer_after and isinstance(answer := values.get("answer"), str):
         _, found, rest = answer.rpartition(columns.answer_after)
         if not found:
-            raise InvalidArgumentError.of(f"{place}: answer", f"has no {columns.answer_after!r}")
+            raise InvalidArgumentError.for_field(f"{place}: answer", f"has no {columns.answer_after!r}")
         values["answer"] = rest.strip()
     return values
 
@@ -151,7 +171,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for place, line in read_lines(path):
             yield place, read_object(line, place)
     except OSError as error:
-        raise InvalidArgumentError.of(str(path), f"cannot be read: {error}") from error
+        raise InvalidArgumentError.for_field(str(path), f"cannot be read: {error}") from error
 
 
 def _read_folder(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -162,7 +182,7 @@ def _read_folder(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[s
         if files := sorted(path.rglob(pattern)):
             yield from _read_files(path, kind, files)
             return
-    raise InvalidArgumentError.of(
+    raise InvalidArgumentError.for_field(
         str(path), "is no folder of datasets: it has neither a saved dataset nor *.parquet nor *.jsonl"
     )
 
@@ -173,7 +193,7 @@ def _read_saved(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[st
     found = load_from_disk(str(path))
     if isinstance(found, DatasetDict):
         if split not in found:
-            raise InvalidArgumentError.of("--split", f"must be one of {', '.join(found)}")
+            raise InvalidArgumentError.for_field("--split", f"must be one of {', '.join(found)}")
         found = found[split]
     for number, row in enumerate(found):
         yield f"{path}[{number}]", row

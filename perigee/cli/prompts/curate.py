@@ -1,46 +1,284 @@
-"""`perigee prompts curate`: the stages in order, and the files that come of them."""
+"""`perigee prompts curate`: the stages in order, and the folder and files of their results."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shlex
+import shutil
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from perigee.cli.ending import Interrupt, run_interruptible
-from perigee.cli.prompts.asking import read_policy_version
 from perigee.cli.prompts.candidates import Candidate, CandidateSet, Columns, read_candidates
 from perigee.cli.prompts.duplicates import find_duplicates
-from perigee.cli.prompts.folder import CurationFolder, describe_model
-from perigee.cli.prompts.model_stages import AskedModel, ModelStage, ask_about, difficulty_stage, guessing_stage
-from perigee.cli.prompts.report import build_report, write_report
-from perigee.cli.prompts.settings import CurationSettings
-from perigee.cli.prompts.stages import Find, StageResult, run_stage, whole
+from perigee.cli.prompts.sampling import (
+    CurationSettings,
+    Find,
+    ModelStage,
+    SampledModel,
+    StageResult,
+    difficulty_stage,
+    guessing_stage,
+    read_policy_version,
+    run_stage,
+    sample_model,
+    whole,
+)
 from perigee.cli.view import ProgressView
-from perigee.curation.balance import Buckets, balance
 from perigee.curation.domains import find_domains
-from perigee.curation.findings import Decision, Finding, Question
+from perigee.curation.findings import Buckets, Cell, Decision, Finding, Question, balance, count_cells, shares
 from perigee.curation.question_kinds import find_question_kinds
-from perigee.errors import InvalidArgumentError, PerigeeError
+from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.files import write_atomically, write_lines
 from perigee.reward.client import RewardClient
 from perigee.reward.items import PromptLine, read_prompt_line
 from perigee.rollout.client import RolloutClient
 from perigee.rpc import ChannelOptions
+from perigee.weights.client import WeightReceiverClient
 from services.kit.hf import open_model_folder
+
+
+class CurationFolder:
+    """Files of one curation. Resuming it needs the same prompts, settings and policy version."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._head_path = path / "curation.json"
+        self._head: dict[str, Any] = {}
+
+    def open(self, head: Mapping[str, Any], *, restart: bool) -> bool:
+        """Begins a curation, or resumes the one that is there; returns True when it resumes.
+
+        Raises InvalidArgumentError when the folder holds something else, or a curation with another head.
+        """
+        if restart and self._head_path.exists():
+            shutil.rmtree(self.path / "stages", ignore_errors=True)
+            self._head_path.unlink()
+        if not self._head_path.exists():
+            if self.path.is_dir() and any(self.path.iterdir()) and not restart:
+                raise InvalidArgumentError.of(str(self.path), "holds other files; name an empty folder")
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._write_head(dict(head))
+            return False
+        self._head = json.loads(self._head_path.read_text())
+        for name, value in head.items():
+            self._check(name, value)
+        return True
+
+    def pin(self, name: str, value: Any) -> None:
+        """Records a value that is known only later; raises InvalidArgumentError when it was something else before."""
+        if name in self._head:
+            self._check(name, value)
+        else:
+            self._write_head(self._head | {name: value})
+
+    def stage_path(self, number: int, name: str) -> Path:
+        """Returns the file of a stage's findings."""
+        return self.path / "stages" / f"{number}-{name}.jsonl"
+
+    def _check(self, name: str, value: Any) -> None:
+        held = self._head.get(name)
+        if held == value:
+            return
+        if isinstance(held, dict) and isinstance(value, dict):
+            name, held, value = next(
+                (key, held.get(key), value.get(key)) for key in held | value if held.get(key) != value.get(key)
+            )
+        raise InvalidArgumentError.of(
+            str(self.path),
+            f"holds a curation with another {name}: {held!r}, now {value!r}; name another folder, or --restart",
+        )
+
+    def _write_head(self, head: dict[str, Any]) -> None:
+        self._head = head
+        write_atomically(self._head_path, json.dumps(head, indent=2).encode() + b"\n")
+
+
+def describe_model(path: Path) -> str:
+    """Returns a name that differs with a model's configuration, tokenizer and the sizes of their weight files."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in ("config.json", "tokenizer.json"):
+        digest.update((path / name).read_bytes())
+    for file in sorted(path.glob("*.safetensors")):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+    return f"{path.name} ({digest.hexdigest()})"
+
+
+EXAMPLES = 3
+EXAMPLE_CHARACTERS = 160
+
+
+def build_report(
+    stages: Sequence[StageResult],
+    before: Sequence[Question],
+    kept: Sequence[Question],
+    buckets: Buckets,
+    left_out: Sequence[str],
+) -> dict[str, Any]:
+    """Returns counts by stage and reason, and the set by domain and difficulty before and after the balance."""
+    cells_before, cells_after = count_cells(before, buckets), count_cells(kept, buckets)
+    return {
+        "prompts": len(stages[0].questions),
+        "kept": len(kept),
+        "dropped": sum(_count(stage, Decision.DROP).total() for stage in stages),
+        "aside": sum(_count(stage, Decision.ASIDE).total() for stage in stages),
+        "columns_left_out": list(left_out),
+        "stages": [_describe(stage) for stage in stages],
+        "domains": {
+            "before_balance": shares(cells_before),
+            "kept": shares(cells_after),
+        },
+        "buckets": [buckets.name(bucket) for bucket in range(buckets.count)],
+        "cells": {
+            domain: {
+                "before_balance": _row(cells_before, domain, buckets),
+                "kept": _row(cells_after, domain, buckets),
+            }
+            for domain in sorted({cell.domain for cell in cells_before})
+        },
+    }
+
+
+def write_report(path: Path, report: Mapping[str, Any]) -> None:
+    """Writes the report as Markdown."""
+    write_atomically(path, ("\n".join(_lines(report)) + "\n").encode())
+
+
+def _describe(stage: StageResult) -> dict[str, Any]:
+    if stage.skipped:
+        return {"name": stage.name, "seen": len(stage.questions), "skipped": stage.skipped}
+    examples: dict[str, list[dict[str, Any]]] = {}
+    for question in stage.questions:
+        finding = stage.findings[question.id]
+        if finding.decision is Decision.KEEP or len(examples.setdefault(finding.reason, [])) >= EXAMPLES:
+            continue
+        text = " ".join(question.text.split())
+        cut = text if len(text) <= EXAMPLE_CHARACTERS else f"{text[:EXAMPLE_CHARACTERS]}..."
+        examples[finding.reason].append({"id": question.id, "prompt": cut, "details": dict(finding.details)})
+    return {
+        "name": stage.name,
+        "seen": len(stage.questions),
+        "kept": len(stage.survivors()),
+        "dropped": dict(_count(stage, Decision.DROP)),
+        "aside": dict(_count(stage, Decision.ASIDE)),
+        "examples": examples,
+    }
+
+
+def _count(stage: StageResult, decision: Decision) -> Counter[str]:
+    return Counter(finding.reason for finding in stage.findings.values() if finding.decision is decision)
+
+
+def _row(cells: Mapping[Cell, int], domain: str, buckets: Buckets) -> list[int]:
+    return [cells.get(Cell(domain, bucket), 0) for bucket in range(buckets.count)]
+
+
+def _lines(report: Mapping[str, Any]) -> Iterable[str]:
+    yield "# Curation report"
+    yield ""
+    yield (
+        f"{report['kept']:,} of {report['prompts']:,} prompts are kept (`prompts.jsonl`), {report['dropped']:,} are "
+        f"dropped (`dropped.jsonl`), {report['aside']:,} put aside because nobody knows (`aside.jsonl`)."
+    )
+    if report["columns_left_out"]:
+        yield ""
+        yield f"Columns that are no fields of a prompt and were left out: {', '.join(report['columns_left_out'])}."
+    yield ""
+    yield "## Stages"
+    yield ""
+    yield "| stage | seen | kept | dropped | put aside |"
+    yield "|---|---|---|---|---|"
+    for stage in report["stages"]:
+        if "skipped" in stage:
+            yield f"| {stage['name']} | {stage['seen']:,} | skipped: {stage['skipped']} | | |"
+            continue
+        dropped, aside = _reasons(stage["dropped"]), _reasons(stage["aside"])
+        yield f"| {stage['name']} | {stage['seen']:,} | {stage['kept']:,} | {dropped} | {aside} |"
+    yield from _example_lines(report["stages"])
+    yield ""
+    yield "## Domains and difficulty"
+    yield ""
+    yield "Kept prompts, and in brackets those before the balance where there were more."
+    yield ""
+    yield f"| domain | share | {' | '.join(report['buckets'])} |"
+    yield "|---" * (2 + len(report["buckets"])) + "|"
+    for domain, cells in report["cells"].items():
+        share = report["domains"]["kept"].get(domain, 0.0)
+        yield f"| {domain} | {share:.1%} | {' | '.join(_cells(cells))} |"
+
+
+def _example_lines(stages: Iterable[Mapping[str, Any]]) -> Iterable[str]:
+    for stage in stages:
+        for reason, examples in stage.get("examples", {}).items():
+            yield ""
+            yield f"### {stage['name']}: {reason}"
+            yield ""
+            for example in examples:
+                details = ", ".join(f"{key} {value}" for key, value in example["details"].items())
+                yield f"- `{example['id']}`: {example['prompt']}" + (f" ({details})" if details else "")
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts.items(), key=lambda pair: -pair[1]))
+
+
+def _cells(cells: Mapping[str, Sequence[int]]) -> Iterable[str]:
+    for kept, before in zip(cells["kept"], cells["before_balance"], strict=True):
+        yield f"{kept:,}" + (f" ({before:,})" if before > kept else "")
+
+
+RUN_ID = "curation"
+SHARD_BYTES = 256 << 20
+
+
+async def push_weights(model: Path, addresses: Sequence[str], channel: ChannelOptions) -> None:
+    """Pushes the folder's weights to all workers, as policy version 0.
+
+    Raises InvalidArgumentError when the folder has none, UnavailableError naming the workers that did not take them.
+    """
+    from perigee.trainer.v1.trainer_pb2 import PushTarget
+    from services.weights.config import WeightsConfig
+    from services.weights.manifest import export_image
+    from services.weights.send import WeightSender
+
+    sender = WeightSender(WeightsConfig(), lambda address: WeightReceiverClient(address, channel))
+    image = export_image(RUN_ID, 0, _read_tensors(model), SHARD_BYTES)
+    try:
+        outcomes = await sender.push(image, [PushTarget(worker_id=address, address=address) for address in addresses])
+    finally:
+        image.close()
+        await sender.close()
+    if reasons := [f"{outcome.worker_id}: {outcome.reason}" for outcome in outcomes if not outcome.committed]:
+        raise UnavailableError(f"the weights of {model} were not taken by {'; '.join(reasons)}")
+
+
+def _read_tensors(model: Path) -> Iterator[tuple[str, Any]]:
+    from safetensors import safe_open
+
+    files = sorted(model.glob("*.safetensors"))
+    if not files:
+        raise InvalidArgumentError.of("--model", f"{model} holds no *.safetensors to push")
+    for file in files:
+        with safe_open(os.fspath(file), framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118, it is no mapping
+                yield name, tensors.get_tensor(name)
+
 
 NOT_ASKED = "no model was asked: name --rollout and --model"
 
 
 @dataclass(frozen=True)
 class ModelAccess:
-    """Where the model that is asked is served."""
+    """Addresses and folder of the model to sample, and how the services are reached."""
 
     rollout: Sequence[str]
     reward: str
@@ -52,13 +290,13 @@ class ModelAccess:
 
     @property
     def channel(self) -> ChannelOptions:
-        """How the services are reached."""
+        """Options of the channels to the services."""
         return ChannelOptions(token=self.token, ca_file=os.fspath(self.ca_file) if self.ca_file else None)
 
 
 @dataclass(frozen=True)
 class CurateCommand:
-    """What the command line asks for."""
+    """Options of the command line."""
 
     source: Path
     out: Path
@@ -81,14 +319,14 @@ def run_curate(command: CurateCommand) -> int:
     folder = CurationFolder(command.out)
     head = {"input": candidates.digest, "settings": json.loads(command.settings.model_dump_json())}
     if folder.open(head, restart=command.restart):
-        console.print(f"going on with the curation in {command.out}", highlight=False, soft_wrap=True)
+        console.print(f"resuming the curation in {command.out}", highlight=False, soft_wrap=True)
     curation = _Curation(command, candidates, folder, console)
 
     async def work(interrupt: Interrupt) -> int:
         await curation.run()
         return 0
 
-    again = "what was found is kept; the same command goes on"
+    again = "what was found is kept; the same command resumes"
     try:
         code = run_interruptible(work)
     except PerigeeError as error:
@@ -146,8 +384,6 @@ class _Curation:
             ]
             reward = await stack.enter_async_context(RewardClient(access.reward, access.channel))
             if access.push:
-                from perigee.cli.prompts.push import push_weights
-
                 await push_weights(access.model, access.rollout, access.channel)
             version, context_tokens = await read_policy_version(workers)
             self._folder.pin("model", describe_model(access.model))
@@ -155,7 +391,7 @@ class _Curation:
             folder = open_model_folder(access.model, "--model")
             context_tokens = min(context_tokens, folder.context_tokens)
             tokenizer = folder.open_tokenizer()
-            model = AskedModel(workers, reward, tokenizer, context_tokens, version, access.unavailable_s)
+            model = SampledModel(workers, reward, tokenizer, context_tokens, version, access.unavailable_s)
             questions = await self._ask_stage(difficulty_stage(sampling), model, lines, questions)
             if sampling.guesses:
                 return await self._ask_stage(guessing_stage(sampling), model, lines, questions)
@@ -163,11 +399,11 @@ class _Curation:
         return questions
 
     async def _ask_stage(
-        self, stage: ModelStage, model: AskedModel, lines: dict[str, PromptLine], questions: list[Question]
+        self, stage: ModelStage, model: SampledModel, lines: dict[str, PromptLine], questions: list[Question]
     ) -> list[Question]:
         settings = self._command.settings
         assert settings.sampling is not None
-        produce = ask_about(stage, model, lines, settings.sampling, settings.seed)
+        produce = sample_model(stage, model, lines, settings.sampling, settings.seed)
         with ProgressView(self._console, stage.name, len(questions), plain=self._command.plain) as progress:
 
             async def produce_and_show(missing: Sequence[Question]) -> AsyncIterator[Sequence[Finding]]:
@@ -228,7 +464,7 @@ class _Curation:
 
 
 def describe_kept(candidate: Candidate, question: Question) -> dict[str, object]:
-    """The line of a prompt that stays, in the recipe's format, with what was found out."""
+    """Returns the line of a prompt that stays, in the recipe's format, with what was found out."""
     line = {**candidate.line, "domain": question.domain or "default"}
     if question.difficulty is not None:
         line["difficulty"] = question.difficulty

@@ -7,6 +7,8 @@ its true Jaccard similarity: banding can miss a pair and cannot make one up.
 from __future__ import annotations
 
 import hashlib
+import re
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,7 +17,35 @@ import numpy as np
 import numpy.typing as npt
 
 from perigee.curation.findings import Decision, Finding, Question
-from perigee.curation.wording import ngrams, normalize, numbers, tokens
+
+_TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]|_")
+_NUMBER = re.compile(r"\d+(?:\.\d+)?")
+
+
+def normalize(text: str) -> str:
+    """Returns the text without differences of case, Unicode form and white space, and without punctuation at its end.
+
+    Signs inside it stay: 2+3 and 2-3 are two questions.
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(" .?!:;")
+
+
+def tokens(text: str) -> list[str]:
+    """Returns words, numbers and single signs of a normalized text."""
+    return _TOKEN.findall(text)
+
+
+def numbers(text: str) -> list[str]:
+    """Returns the numbers of a text, sorted: questions of one template with other numbers are other questions."""
+    return sorted(_NUMBER.findall(text))
+
+
+def ngrams(words: list[str], length: int) -> set[str]:
+    """Returns all runs of `length` words; a shorter text is one run."""
+    if len(words) <= length:
+        return {" ".join(words)}
+    return {" ".join(words[start : start + length]) for start in range(len(words) - length + 1)}
+
 
 NGRAM_WORDS = 4
 PERMUTATIONS = 128
@@ -28,7 +58,7 @@ Hashes = npt.NDArray[np.uint64]
 
 @dataclass
 class _Kept:
-    """A prompt that later ones are compared with."""
+    """Prompt that later ones are compared with."""
 
     id: str
     grams: Hashes
@@ -36,7 +66,7 @@ class _Kept:
 
 
 def find_duplicates(questions: Iterable[Question], threshold: float) -> Iterator[Finding]:
-    """A finding per prompt, in order; of duplicates the first stays. A threshold of 0 looks for exact ones alone.
+    """Yields a finding per prompt, in order; of duplicates the first stays. A threshold of 0 finds exact ones alone.
 
     Near duplicates have a Jaccard similarity of at least `threshold` and the same numbers: the same story about other
     numbers has another answer.
@@ -58,7 +88,7 @@ def find_duplicates(questions: Iterable[Question], threshold: float) -> Iterator
 
 
 class BandIndex:
-    """The prompts kept so far, found again by any band of their signatures."""
+    """Prompts kept so far, found again by any band of their signatures."""
 
     def __init__(self, threshold: float) -> None:
         self._threshold = threshold
@@ -68,7 +98,7 @@ class BandIndex:
         self._buckets: list[defaultdict[bytes, list[int]]] = [defaultdict(list) for _ in range(self._bands)]
 
     def add(self, question_id: str, text: str) -> tuple[str, float] | None:
-        """The most similar prompt kept that is a near duplicate, and how similar; without one this prompt is kept."""
+        """Returns the most similar prompt kept, if it is a near duplicate, and how similar; else keeps this prompt."""
         found = _Kept(question_id, hash_grams(text), numbers(text))
         keys = [band.tobytes() for band in signature(found.grams)[: self._bands * self._rows].reshape(self._bands, -1)]
         candidates = {
@@ -90,7 +120,7 @@ class BandIndex:
 
 
 def choose_rows(threshold: float) -> int:
-    """Rows of a band: the most that still find a pair at the threshold with a probability of MIN_RECALL.
+    """Returns the rows of a band: the most that still find a pair at the threshold with a probability of MIN_RECALL.
 
     A pair of similarity s shares a band of r rows with probability s^r, so one of b bands with 1 - (1 - s^r)^b.
     """
@@ -101,21 +131,21 @@ def choose_rows(threshold: float) -> int:
 
 
 def hash_grams(text: str) -> Hashes:
-    """Sorted 64-bit hashes of the text's distinct n-grams, shape (grams,)."""
+    """Returns sorted 64-bit hashes of the text's distinct n-grams, shape (grams,)."""
     grams = ngrams(tokens(text), NGRAM_WORDS)
     digests = b"".join(hashlib.blake2b(gram.encode(), digest_size=8).digest() for gram in grams)
     return np.unique(np.frombuffer(digests, np.uint64))
 
 
 def signature(grams: Hashes) -> Hashes:
-    """The smallest value of each permutation over the grams, shape (PERMUTATIONS,)."""
+    """Returns the smallest value of each permutation over the grams, shape (PERMUTATIONS,)."""
     values_GP = grams[:, None] * _MULTIPLIERS + _OFFSETS  # wraps around at 2^64
     smallest: Hashes = (values_GP >> np.uint64(32)).min(axis=0)
     return smallest
 
 
 def jaccard(one: Hashes, other: Hashes) -> float:
-    """Shared grams over all grams; the arrays hold distinct values."""
+    """Returns shared grams over all grams; the arrays hold distinct values."""
     shared = len(np.intersect1d(one, other, assume_unique=True))
     return shared / (len(one) + len(other) - shared)
 

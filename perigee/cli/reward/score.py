@@ -1,23 +1,317 @@
-"""`perigee reward score`: a file of responses through the reward service."""
+"""`perigee reward score`: a file of responses through the reward service.
+
+Items are JSON Lines, and every bad line is reported at once. Outcomes are kept in a journal until all are known, then
+in a file in the order of the items.
+"""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import shlex
 import sys
-from dataclasses import dataclass
+import time
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
 from rich.console import Console
+from rich.table import Table
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.ending import Interrupt, run_interruptible
-from perigee.cli.reward.item_file import read_item_file
-from perigee.cli.reward.outcomes import OutcomeBook
-from perigee.cli.reward.summary import show_summary, summarize
 from perigee.cli.view import ProgressView
-from perigee.errors import PerigeeError
+from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
+from perigee.files import Journal, write_lines
+from perigee.json_codec import write_message
 from perigee.reward.client import RewardClient
+from perigee.reward.items import read_item, read_lines, read_object
 from perigee.reward.scoring import ScoringOptions, score_items
+from perigee.reward.v1 import reward_pb2 as pb
+
+# Keys beside the item's own: the expected verdict, what a recipe's prompt line holds besides, and whatever `meta` is.
+OWN_KEYS = ("label", "domain", "difficulty", "tags", "meta")
+LABELS = ("correct", "wrong", "ungradable")
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class FileItem:
+    """Item of a line; by `digest` an earlier outcome is known to be of the same item."""
+
+    line: int
+    item: pb.ScoreItem
+    label: str | None
+    digest: str
+
+
+def read_item_file(path: Path) -> list[FileItem]:
+    """Returns the items of a file, empty lines skipped; an item without an id is named after its line.
+
+    Raises InvalidArgumentError with a violation per wrong field of any line.
+    """
+    items: list[FileItem] = []
+    violations: list[FieldViolation] = []
+    lines_by_id: dict[str, int] = {}
+    for place, line in _read_text_lines(path):
+        number = int(place.rpartition(":")[2])
+        try:
+            found = _read_line(line, number, path.parent)
+            if (first := lines_by_id.setdefault(found.item.id, number)) != number:
+                raise InvalidArgumentError.for_field("id", f"{found.item.id!r} is that of line {first}, too")
+        except InvalidArgumentError as error:
+            violations += [FieldViolation(f"line {number}: {v.field}", v.description) for v in error.violations]
+        else:
+            items.append(found)
+    if violations:
+        raise InvalidArgumentError(_describe(path, violations), violations=violations)
+    if not items:
+        raise InvalidArgumentError.for_field(str(path), "holds no items")
+    return items
+
+
+def _read_text_lines(path: Path) -> list[tuple[str, str]]:
+    try:
+        return list(read_lines(path))
+    except OSError as error:
+        raise InvalidArgumentError.for_field(str(path), f"cannot be read: {error}") from error
+
+
+def _read_line(line: str, number: int, folder: Path) -> FileItem:
+    values = read_object(line, "line")
+    violations: list[FieldViolation] = []
+    label = values.get("label")
+    if isinstance(label, bool):
+        label = "correct" if label else "wrong"
+    elif label is not None and label not in LABELS:
+        violations.append(FieldViolation("label", f"must be true, false or one of {', '.join(LABELS)}, got {label!r}"))
+    images, unreadable = _read_image_files(values.get("images"), folder)
+    violations += unreadable
+    item = pb.ScoreItem()
+    try:
+        item = read_item(values | {"images": images}, f"line-{number}", OWN_KEYS)
+    except InvalidArgumentError as error:
+        violations += error.violations
+    if violations:
+        raise InvalidArgumentError("the line is no item", violations=violations)
+    digest = hashlib.blake2b(item.SerializeToString(deterministic=True), digest_size=8).hexdigest()
+    return FileItem(number, item, label, digest)
+
+
+def _read_image_files(images: object, folder: Path) -> tuple[object, list[FieldViolation]]:
+    """Returns the images with the files among them read; what is neither URL nor name is left for the item's reader."""
+    if not isinstance(images, list):
+        return images, []
+    read: list[object] = []
+    violations = []
+    for index, image in enumerate(images):
+        if not isinstance(image, str) or image.startswith(("http://", "https://", "data:")):
+            read.append(image)
+            continue
+        try:
+            read.append({"data_base64": base64.b64encode((folder / image).read_bytes()).decode()})
+        except OSError as error:
+            violations.append(FieldViolation(f"images[{index}]", f"{image} cannot be read: {error.strerror}"))
+    return read, violations
+
+
+def _describe(path: Path, violations: Sequence[FieldViolation]) -> str:
+    shown = [f"  {violation.field}: {violation.description}" for violation in violations[:MAX_SHOWN]]
+    if len(violations) > MAX_SHOWN:
+        shown.append(f"  and {len(violations) - MAX_SHOWN} more")
+    return f"{path} has lines that are no items; nothing was scored:\n" + "\n".join(shown)
+
+
+FLUSH_OUTCOMES = 64
+FLUSH_S = 1.0
+FAILED = "failed"
+
+
+class OutcomeStore:
+    """The outcomes of a file's items; a context manager that keeps what is known also when the command ends early.
+
+    They are kept in a journal beside `out` until `finish` writes `out`.
+    """
+
+    def __init__(self, out: Path, items: Sequence[FileItem], *, resume: bool, overwrite: bool) -> None:
+        self._out = out
+        self._items = items
+        self._journal_path = out.with_name(f".{out.name}.partial")
+        earlier: list[dict[str, Any]] = []
+        for path, what in ((out, "outcomes of an earlier run"), (self._journal_path, "outcomes of a run cut short")):
+            if not path.exists():
+                continue
+            if overwrite:
+                path.unlink()
+            elif not resume:
+                raise InvalidArgumentError.for_field(
+                    str(path), f"holds {what}; --resume keeps them and scores the rest, --overwrite forgets them"
+                )
+            elif path == out:
+                with Journal(path) as held:
+                    earlier += held.lines
+        self._journal = Journal(self._journal_path)
+        earlier += self._journal.lines
+        digests = {item.item.id: item.digest for item in items}
+        # An item that has changed since is another item.
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        for line in earlier:
+            item_id = line.get("id")
+            if item_id in digests and line.get("item_digest") == digests[item_id]:
+                self.outcomes[item_id] = line
+        self._digests = digests
+        self._unwritten: list[dict[str, Any]] = []
+        self._flushed_at = time.monotonic()
+
+    @property
+    def missing(self) -> list[pb.ScoreItem]:
+        """Items without a judgement, those that FAILED earlier among them."""
+        return [item.item for item in self._items if self._verdict(item.item.id) in (None, FAILED)]
+
+    def add(self, response: pb.ScoreResponse) -> None:
+        """Keeps a final outcome; it is on disk a second later."""
+        line = read_outcome(response) | {"item_digest": self._digests[response.id]}
+        self.outcomes[response.id] = line
+        self._unwritten.append(line)
+        if len(self._unwritten) >= FLUSH_OUTCOMES or time.monotonic() - self._flushed_at > FLUSH_S:
+            self._flush()
+
+    def finish(self) -> list[Mapping[str, Any]]:
+        """Writes the file and returns its lines, in the order of the items."""
+        lines = [self.outcomes[item.item.id] for item in self._items]
+        write_lines(self._out, lines)
+        self._journal_path.unlink()
+        self._unwritten = []
+        return list(lines)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._flush()
+        self._journal.__exit__(kind, error, trace)
+        if not self.outcomes:  # nothing to resume with
+            self._journal_path.unlink(missing_ok=True)
+
+    def _flush(self) -> None:
+        if self._unwritten:
+            self._journal.append(self._unwritten)
+        self._unwritten = []
+        self._flushed_at = time.monotonic()
+
+    def _verdict(self, item_id: str) -> str | None:
+        outcome = self.outcomes.get(item_id)
+        return None if outcome is None else str(outcome["verdict"])
+
+
+def read_outcome(response: pb.ScoreResponse) -> dict[str, Any]:
+    """Returns the outcome as a JSON object; `reward` is null exactly when the verdict is failed."""
+    values = write_message(response)
+    for part in (values, *values["parts"]):
+        part.setdefault("reward", None)
+    if not values["parts"]:
+        del values["parts"]
+    return values
+
+
+VERDICTS = ("correct", "wrong", "ungradable", "failed")
+REASONS_SHOWN = 10
+
+
+@dataclass
+class VerifierSummary:
+    """Verdicts of one verifier, and the rewards of what was judged."""
+
+    verdicts: Counter[str] = field(default_factory=Counter)
+    rewards: list[float] = field(default_factory=list)
+
+    @property
+    def mean_reward(self) -> float | None:
+        """Over judged items; None when none was."""
+        return sum(self.rewards) / len(self.rewards) if self.rewards else None
+
+
+@dataclass
+class Agreement:
+    """Comparison of verdicts with labels, over judged items that have one."""
+
+    labelled: int = 0
+    agreed: int = 0
+    called_correct: int = 0
+    called_not_correct: int = 0
+
+
+@dataclass
+class Summary:
+    """Verdicts and rewards by verifier, reasons of failures, and agreement with labels."""
+
+    verifiers: dict[str, VerifierSummary]
+    reasons: Counter[str]
+    agreement: Agreement
+
+    @property
+    def failed(self) -> int:
+        """Items that could not be judged."""
+        return sum(summary.verdicts["failed"] for summary in self.verifiers.values())
+
+
+def summarize(outcomes: Sequence[Mapping[str, Any]], labels: Sequence[str | None]) -> Summary:
+    """Returns the summary of outcomes and their items' labels, in the same order."""
+    summary = Summary(defaultdict(VerifierSummary), Counter(), Agreement())
+    for outcome, label in zip(outcomes, labels, strict=True):
+        verifier = summary.verifiers[outcome["verifier"]]
+        verifier.verdicts[outcome["verdict"]] += 1
+        if outcome["verdict"] == "failed":
+            summary.reasons[outcome["reason"]] += 1
+            continue
+        verifier.rewards.append(outcome["reward"])
+        if label is not None:
+            _compare(summary.agreement, outcome["verdict"], label)
+    return summary
+
+
+def show_summary(summary: Summary, console: Console) -> None:
+    """Prints the tables."""
+    table = Table("verifier", *VERDICTS, "mean reward", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for name in sorted(summary.verifiers):
+        verifier = summary.verifiers[name]
+        counts = [f"{verifier.verdicts[verdict]:,}" for verdict in VERDICTS]
+        mean = "" if verifier.mean_reward is None else f"{verifier.mean_reward:.4f}"
+        table.add_row(name, *counts, mean)
+    console.print(table, highlight=False)
+    if summary.reasons:
+        console.print(f"{summary.failed:,} could not be judged and have no reward:", highlight=False)
+    for reason, count in summary.reasons.most_common(REASONS_SHOWN):
+        console.print(f"  {count:,}  {reason}", highlight=False, markup=False, soft_wrap=True)
+    if len(summary.reasons) > REASONS_SHOWN:
+        console.print(f"  and {len(summary.reasons) - REASONS_SHOWN:,} more reasons", highlight=False)
+    found = summary.agreement
+    if found.labelled:
+        console.print(
+            f"agreement with labels: {found.agreed:,} of {found.labelled:,} ({found.agreed / found.labelled:.1%}); "
+            f"{found.called_correct:,} called correct against the label, {found.called_not_correct:,} not correct",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _compare(agreement: Agreement, verdict: str, label: str) -> None:
+    agreement.labelled += 1
+    # A label says right or not right; which of the two ways of being not right matters only where it says so.
+    if verdict == label or (label == "wrong" and verdict == "ungradable"):
+        agreement.agreed += 1
+    elif verdict == "correct":
+        agreement.called_correct += 1
+    else:
+        agreement.called_not_correct += label == "correct"
+
 
 # Some items could not be judged.
 FAILED_REMAIN = 3
@@ -25,7 +319,7 @@ FAILED_REMAIN = 3
 
 @dataclass(frozen=True)
 class ScoreCommand:
-    """What the command line asks for."""
+    """Options of the command line."""
 
     file: Path
     out: Path | None
@@ -38,12 +332,12 @@ class ScoreCommand:
 
     @property
     def out_path(self) -> Path:
-        """Where the outcomes go: FILE.scored.jsonl unless told otherwise."""
+        """File of the outcomes: FILE.scored.jsonl unless it is set."""
         return self.out or self.file.with_name(f"{self.file.name.removesuffix('.jsonl')}.scored.jsonl")
 
     @property
     def again(self) -> str:
-        """The command that goes on."""
+        """Command line that resumes."""
         out = [] if self.out is None else ["--out", str(self.out)]
         return shlex.join(["perigee", "reward", "score", str(self.file), *out, "--resume"])
 
@@ -55,34 +349,34 @@ def run_score(command: ScoreCommand, options: ScoringOptions) -> int:
     """
     items = read_item_file(command.file)
     console = Console()
-    with OutcomeBook(command.out_path, items, resume=command.resume, overwrite=command.overwrite) as book:
+    with OutcomeStore(command.out_path, items, resume=command.resume, overwrite=command.overwrite) as store:
 
         async def work(interrupt: Interrupt) -> int:
-            await _score(command, options, book, console)
+            await _score(command, options, store, console)
             return 0
 
         try:
             code = run_interruptible(work)
         except PerigeeError as error:
-            kept = f"{len(book.outcomes):,} of {len(items):,} outcomes are kept; go on with: {command.again}"
+            kept = f"{len(store.outcomes):,} of {len(items):,} outcomes are kept; resume with: {command.again}"
             raise type(error)(f"{error.message}; {kept}") from error
         if code:
-            print(f"stopped; go on with: {command.again}", file=sys.stderr)
+            print(f"stopped; resume with: {command.again}", file=sys.stderr)
             return code
-        lines = book.finish()
+        lines = store.finish()
     summary = summarize(lines, [item.label for item in items])
     show_summary(summary, console)
     console.print(f"outcomes: {command.out_path}", highlight=False, soft_wrap=True)
     return FAILED_REMAIN if summary.failed else 0
 
 
-async def _score(command: ScoreCommand, options: ScoringOptions, book: OutcomeBook, console: Console) -> None:
-    missing = book.missing
+async def _score(command: ScoreCommand, options: ScoringOptions, store: OutcomeStore, console: Console) -> None:
+    missing = store.missing
     ca_file = str(command.ca_file) if command.ca_file is not None else None
     async with RewardClient.connect(command.address, token=command.token, ca_file=ca_file) as client:
         failed = 0
         with ProgressView(console, "scored", len(missing), plain=command.plain) as progress:
             async for response in score_items(client, missing, options):
-                book.add(response)
+                store.add(response)
                 failed += response.verdict == buffer_pb2.VERDICT_FAILED
                 progress.advance(note=f"{failed:,} failed" if failed else "")

@@ -1,4 +1,4 @@
-"""`perigee reward train`: checks the settings, trains, and tells how it goes in plain lines."""
+"""`perigee reward train`: checks the settings, trains, and reports progress in plain lines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def train_value_head(values: Mapping[str, Any], overrides: Sequence[str]) -> int
     with catching_signals() as caught:
         summary = train(config, lambda report: print(progress_line(report), flush=True), lambda: bool(caught()))
     if summary.reason == "interrupted":
-        print(f"stopped after step {summary.step}; go on with the same command and --resume")
+        print(f"stopped after step {summary.step}; resume with the same command and --resume")
         return 128 + caught()
     print(f"{summary.reason} after step {summary.step}")
     assert summary.best is not None
@@ -39,13 +39,13 @@ def train_value_head(values: Mapping[str, Any], overrides: Sequence[str]) -> int
 
 
 def progress_line(report: Report) -> str:
-    """One evaluation in one line."""
+    """Returns one evaluation in one line."""
     mark = "  best" if report.best else ""
     return f"step {report.step} of {report.steps}  loss {report.loss:.4f}  {figures(report.evaluation)}{mark}"
 
 
 def figures(evaluation: Evaluation) -> str:
-    """What an evaluation found."""
+    """Returns the figures of an evaluation in words."""
     pairs = "" if evaluation.pair_accuracy is None else f"  pairs {evaluation.pair_accuracy:.3f}"
     return (
         f"held out: loss {evaluation.loss:.4f}  accuracy {evaluation.accuracy:.3f}  AUC {evaluation.auc:.3f}{pairs} "
@@ -55,7 +55,7 @@ def figures(evaluation: Evaluation) -> str:
 
 @contextmanager
 def catching_signals() -> Iterator[Callable[[], int]]:
-    """Within it the first SIGINT, SIGTERM or SIGHUP is only taken note of, as a number, 0 before; the next one acts."""
+    """Yields a function that returns the first SIGINT, SIGTERM or SIGHUP, 0 before; the second one acts as usual."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     caught = 0

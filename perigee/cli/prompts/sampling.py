@@ -1,0 +1,413 @@
+"""Stages of a curation, and the two that sample a model: how hard a prompt is, and whether its answer can be guessed.
+
+Each finding is on disk before it counts. Samples come from rollout workers and verdicts on them from the reward
+service; they are counted by prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+from tokenizers import Tokenizer
+
+from perigee.buffer.packing import pack_token_ids
+from perigee.buffer.v1 import buffer_pb2
+from perigee.curation.findings import (
+    Decision,
+    Finding,
+    Question,
+    SampleCounts,
+    decide_difficulty,
+    decide_guessing,
+    least_judged,
+)
+from perigee.errors import TRANSIENT, FailedPreconditionError, InvalidArgumentError, UnavailableError
+from perigee.files import Journal
+from perigee.reward.items import PromptLine
+from perigee.reward.scoring import ScoreClient, ScoreJob, ScoringOptions, scoring
+from perigee.reward.v1 import reward_pb2
+from perigee.rollout.client import RolloutClient
+from perigee.rollout.v1 import rollout_pb2
+from services.kit.config import Model, validate
+from services.kit.hf import encode_prompts
+
+Find = Callable[[Sequence[Question]], Iterable[Finding]]
+Produce = Callable[[Sequence[Question]], AsyncIterator[Sequence[Finding]]]
+# Sequences and prompt tokens of one call; a message stays far below 4 MiB.
+MAX_SEQUENCES = 64
+MAX_PROMPT_TOKENS = 200_000
+CALLS_PER_WORKER = 2
+FIELDS = {
+    buffer_pb2.VERDICT_CORRECT: "correct",
+    buffer_pb2.VERDICT_WRONG: "wrong",
+    buffer_pb2.VERDICT_UNGRADABLE: "ungradable",
+    buffer_pb2.VERDICT_FAILED: "failed",
+}
+TOO_LONG = "too long for the model"
+GUESS_TEMPLATE = "{prompt}\nGive the final answer at once, without any reasoning.\n{answer_marker}"
+
+
+class SamplingSettings(Model):
+    """Settings of the samples of a model."""
+
+    samples: int = Field(10, ge=1)
+    """Answers per prompt whose pass rate gives its difficulty."""
+    temperature: float = Field(1.0, gt=0)
+    """Sampling temperature; the report's is a high one."""
+    response_tokens: int = Field(1024, ge=1)
+    """Tokens of an answer."""
+    trivial_pass_rate: float | None = Field(1.0, gt=0, le=1)
+    """Prompts solved at least this often are dropped; null keeps them."""
+    guesses: int = Field(8, ge=0)
+    """Guesses without reasoning per prompt; 0 asks for none."""
+    guess_tokens: int = Field(32, ge=1)
+    """Tokens of a guess."""
+    guess_template: str = GUESS_TEMPLATE
+    """How a guess is asked for, with {prompt} and, where the answer follows a marker, {answer_marker}."""
+    min_judged: float = Field(0.8, gt=0, le=1)
+    """Share of a prompt's samples that must have been judged; with less it is put aside."""
+
+
+class CurationSettings(Model):
+    """Settings of a curation: all that its result depends on, beside the prompts and the weights of the model."""
+
+    near_duplicates: float = Field(0.7, ge=0, le=1)
+    """Jaccard similarity of word n-grams from which two prompts are near duplicates; 0 looks for exact ones alone."""
+    drop_question_kinds: bool = True
+    """Drop multiple-choice, true-or-false and proof questions."""
+    sampling: SamplingSettings | None = None
+    """Null asks no model: difficulties are those of the input and nothing is dropped for them."""
+    buckets: int = Field(5, ge=1)
+    """Buckets of difficulty."""
+    cap: int | None = Field(None, ge=1)
+    """Prompts kept per domain and bucket; null keeps all."""
+    seed: int = Field(0, ge=0)
+    """Seed of samples and draws."""
+
+
+def make_settings(**values: Any) -> CurationSettings:
+    """Returns the settings. Raises InvalidArgumentError naming the one that is wrong."""
+    return validate(CurationSettings, values, "settings", "")
+
+
+def read_template(path: Path | None) -> dict[str, str]:
+    """Returns the template of guesses in a file. Raises InvalidArgumentError when it has no place for the prompt."""
+    if path is None:
+        return {}
+    try:
+        template = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError.for_field("--guess-template", f"{path} cannot be read: {error}") from error
+    if "{prompt}" not in template:
+        raise InvalidArgumentError.for_field("--guess-template", f"{path} has no {{prompt}}, where the prompt belongs")
+    return {"guess_template": template}
+
+
+@dataclass
+class StageResult:
+    """Prompts and findings of a stage; `skipped` says why it did not run."""
+
+    name: str
+    questions: Sequence[Question]
+    findings: dict[str, Finding] = field(default_factory=dict)
+    skipped: str = ""
+
+    def survivors(self) -> list[Question]:
+        """Returns the prompts that stay, with what the stage found out about them."""
+        if self.skipped:
+            return list(self.questions)
+        return [
+            learn(question, self.findings[question.id])
+            for question in self.questions
+            if self.findings[question.id].decision is Decision.KEEP
+        ]
+
+
+def learn(question: Question, finding: Finding) -> Question:
+    """Returns the question with the domain and difficulty that were found."""
+    known = {key: finding.details[key] for key in ("domain", "difficulty") if key in finding.details}
+    return replace(question, **known)
+
+
+async def run_stage(name: str, path: Path, questions: Sequence[Question], produce: Produce) -> StageResult:
+    """Runs `produce` on the prompts without a finding at `path` and keeps what it finds there, group by group."""
+    result = StageResult(name, questions)
+    with Journal(path) as journal:
+        result.findings = {line["id"]: Finding.from_line(line) for line in journal.lines}
+        missing = [question for question in questions if question.id not in result.findings]
+        if missing:
+            async for findings in produce(missing):
+                journal.append(finding.to_line() for finding in findings)
+                result.findings |= {finding.id: finding for finding in findings}
+    return result
+
+
+def whole(find: Find, questions: Sequence[Question]) -> Produce:
+    """Returns a stage that looks at all prompts at once; it is quick, so it begins anew when it was cut short."""
+
+    async def produce(missing: Sequence[Question]) -> AsyncIterator[Sequence[Finding]]:
+        wanted = {question.id for question in missing}
+        yield [finding for finding in find(questions) if finding.id in wanted]
+
+    return produce
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Request to sample a model on one prompt: `samples` answers to the same tokens."""
+
+    id: str
+    """The prompt's id."""
+    token_ids: Sequence[int]
+    samples: int
+    max_tokens: int
+    item: reward_pb2.ScoreItem
+    """The item of any answer, but for id and response."""
+    given: str = ""
+    """What of the answer the prompt ends with; the response is judged with it."""
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """Options of all samples of a stage."""
+
+    policy_version: int
+    """A worker that holds another version refuses, so that all answers are of one model."""
+    temperature: float
+    seed: int
+    """With an request's id and an answer's number it decides the answer's seed."""
+    stage: str
+    """Begins the ids of answers: the same prompt has other seeds in another stage."""
+    call_timeout_s: float = 3600.0
+    unavailable_s: float = 60.0
+
+
+async def read_policy_version(workers: Sequence[RolloutClient]) -> tuple[int, int]:
+    """Returns the policy version that all workers hold, and the smallest context among them.
+
+    Raises FailedPreconditionError when one holds no weights, or not all hold the same version.
+    """
+    states = await asyncio.gather(*(worker.get_state(rollout_pb2.GetStateRequest()) for worker in workers))
+    for worker, state in zip(workers, states, strict=True):
+        if state.status != rollout_pb2.WORKER_STATUS_READY:
+            name = rollout_pb2.WorkerStatus.Name(state.status).removeprefix("WORKER_STATUS_").lower()
+            raise FailedPreconditionError(
+                f"the worker at {worker.target} is {name} and answers nothing: --push gives it the weights of --model"
+            )
+    versions = {state.policy_version for state in states}
+    if len(versions) > 1:
+        raise FailedPreconditionError(f"the workers hold different policy versions: {sorted(versions)}")
+    return versions.pop(), min(state.max_model_len for state in states)
+
+
+async def sample(
+    workers: Sequence[RolloutClient], reward: ScoreClient, requests: Iterable[SampleRequest], options: SampleOptions
+) -> AsyncGenerator[dict[str, SampleCounts], None]:
+    """Yields counts of verdicts by prompt, some prompts at a time, as they become known.
+
+    Raises what a worker or the reward service fails with when trying again for `unavailable_s` does not help.
+    """
+    chunks = zip(_cut(requests), itertools.cycle(workers), strict=False)
+    pending: set[asyncio.Task[dict[str, SampleCounts]]] = set()
+    try:
+        for chunk, worker in chunks:
+            pending.add(asyncio.create_task(_sample_chunk(worker, reward, chunk, options)))
+            if len(pending) >= CALLS_PER_WORKER * len(workers):
+                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    yield task.result()
+        while pending:
+            done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                yield task.result()
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+
+
+def _cut(requests: Iterable[SampleRequest]) -> Iterator[list[SampleRequest]]:
+    """Yields the requests in order, as many at once as a call takes."""
+    chunk: list[SampleRequest] = []
+    sequences = tokens = 0
+    for request in requests:
+        more_tokens = request.samples * len(request.token_ids)
+        if chunk and (sequences + request.samples > MAX_SEQUENCES or tokens + more_tokens > MAX_PROMPT_TOKENS):
+            yield chunk
+            chunk, sequences, tokens = [], 0, 0
+        chunk.append(request)
+        sequences += request.samples
+        tokens += more_tokens
+    if chunk:
+        yield chunk
+
+
+async def _sample_chunk(
+    worker: RolloutClient, reward: ScoreClient, chunk: Sequence[SampleRequest], options: SampleOptions
+) -> dict[str, SampleCounts]:
+    sampled = {f"{options.stage}/{request.id}/{n}": request for request in chunk for n in range(request.samples)}
+    texts = await _generate(worker, sampled, options)
+    counts = {request.id: Counter[str]() for request in chunk}
+
+    async def count(outcomes: list[reward_pb2.ScoreResponse]) -> None:
+        # What FAILED was tried again; what stays FAILED is counted as such.
+        for outcome in outcomes:
+            counts[sampled[outcome.id].id][FIELDS[outcome.verdict]] += 1
+
+    async with scoring(reward, ScoringOptions(unavailable_s=options.unavailable_s), count) as pipeline:
+        for item_id, request in sampled.items():
+            await pipeline.submit(ScoreJob(item_id, request.given + texts[item_id], request.item))
+    return {question_id: SampleCounts(**found) for question_id, found in counts.items()}
+
+
+async def _generate(
+    worker: RolloutClient, sampled: Mapping[str, SampleRequest], options: SampleOptions
+) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    outage = _Outage(options.unavailable_s, texts)
+    sampling = rollout_pb2.Sampling(temperature=options.temperature, seed=options.seed)
+    async for attempt in AsyncRetrying(
+        retry=retry_if_exception_type(TRANSIENT),
+        wait=wait_random_exponential(multiplier=0.2, max=10),
+        stop=outage.is_over,
+        reraise=True,
+    ):
+        with attempt:
+            call = rollout_pb2.GenerateRequest(sampling=sampling, text_only=True, policy_version=options.policy_version)
+            for item_id, request in sampled.items():
+                if item_id not in texts:
+                    prompt = pack_token_ids(request.token_ids)
+                    call.items.add(id=item_id, prompt_token_ids=prompt, max_tokens=request.max_tokens)
+            async for response in worker.generate(call, timeout_s=options.call_timeout_s):
+                if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
+                    texts[response.id] = response.text
+            if left_out := len(sampled) - len(texts):
+                raise UnavailableError(f"the worker at {worker.target} left {left_out} prompts out")
+    return texts
+
+
+class _Outage:
+    """Time in which a worker has given nothing: calls are long, so the time since the first of them says nothing."""
+
+    def __init__(self, limit_s: float, texts: Mapping[str, str]) -> None:
+        self._limit_s = limit_s
+        self._texts = texts
+        self._held = -1
+        self._since = 0.0
+
+    def is_over(self, _: RetryCallState) -> bool:
+        """Returns whether the last answer came, or the first failure was, longer ago than the limit."""
+        now = time.monotonic()
+        if len(self._texts) > self._held:
+            self._held, self._since = len(self._texts), now
+        return now - self._since > self._limit_s
+
+
+@dataclass(frozen=True)
+class SampledModel:
+    """Model to sample, and the service that judges its answers."""
+
+    workers: Sequence[RolloutClient]
+    reward: ScoreClient
+    tokenizer: Tokenizer
+    context_tokens: int
+    policy_version: int
+    unavailable_s: float
+
+
+@dataclass(frozen=True)
+class ModelStage:
+    """Texts to sample on each prompt, and what the answers decide."""
+
+    name: str
+    samples: int
+    max_tokens: int
+    render: Callable[[PromptLine], str]
+    """From a prompt's line to the text that the model continues."""
+    given: Callable[[PromptLine], str]
+    """What of the answer the text holds already."""
+    decide: Callable[[str, SampleCounts], Finding]
+
+
+def difficulty_stage(settings: SamplingSettings) -> ModelStage:
+    """Returns the stage of difficulty = 1 - pass rate."""
+    least = least_judged(settings.samples, settings.min_judged)
+
+    def decide(question_id: str, counts: SampleCounts) -> Finding:
+        return decide_difficulty(
+            question_id, counts, min_judged=least, trivial_pass_rate=settings.trivial_pass_rate
+        )  # fmt: skip
+
+    return ModelStage(
+        "difficulty", settings.samples, settings.response_tokens, lambda line: line.item.prompt, lambda line: "", decide
+    )
+
+
+def guessing_stage(settings: SamplingSettings) -> ModelStage:
+    """Returns the stage in which a right guess without reasoning drops the prompt."""
+    least = least_judged(settings.guesses, settings.min_judged)
+
+    def render(line: PromptLine) -> str:
+        template = settings.guess_template.replace("{answer_marker}", line.item.answer_marker)
+        return template.replace("{prompt}", line.item.prompt).rstrip("\n")
+
+    def given(line: PromptLine) -> str:
+        # A template that ends with the marker leaves the bare answer to the model.
+        return line.item.answer_marker if render(line).endswith(line.item.answer_marker) else ""
+
+    def decide(question_id: str, counts: SampleCounts) -> Finding:
+        return decide_guessing(question_id, counts, min_judged=least)
+
+    return ModelStage("guessing", settings.guesses, settings.guess_tokens, render, given, decide)
+
+
+def sample_model(
+    stage: ModelStage,
+    model: SampledModel,
+    lines: Mapping[str, PromptLine],
+    settings: SamplingSettings,
+    seed: int,
+) -> Produce:
+    """Returns the stage's findings, some prompts at a time."""
+    options = SampleOptions(
+        policy_version=model.policy_version,
+        temperature=settings.temperature,
+        seed=seed,
+        stage=stage.name,
+        unavailable_s=model.unavailable_s,
+    )
+
+    async def produce(questions: Sequence[Question]) -> AsyncIterator[Sequence[Finding]]:
+        requests, too_long = make_requests(stage, model, [lines[question.id] for question in questions])
+        yield too_long
+        async for counts in sample(model.workers, model.reward, requests, options):
+            yield [stage.decide(question_id, found) for question_id, found in counts.items()]
+
+    return produce
+
+
+def make_requests(
+    stage: ModelStage, model: SampledModel, lines: Sequence[PromptLine]
+) -> tuple[list[SampleRequest], list[Finding]]:
+    """Returns the requests, and the prompts that the model's context has no room for."""
+    encodings = encode_prompts(model.tokenizer, [stage.render(line) for line in lines])
+    requests: list[SampleRequest] = []
+    too_long: list[Finding] = []
+    for line, token_ids in zip(lines, encodings, strict=True):
+        tokens = len(token_ids)
+        if not 0 < tokens <= model.context_tokens - stage.max_tokens:
+            too_long.append(Finding(line.id, Decision.ASIDE, TOO_LONG, {"prompt_tokens": tokens}))
+            continue
+        requests.append(
+            SampleRequest(line.id, token_ids, stage.samples, stage.max_tokens, line.item, stage.given(line))
+        )
+    return requests, too_long
