@@ -32,11 +32,11 @@ class Question:
 
 
 class Decision(Enum):
-    """KEEP and DROP are decided; ASIDE is undecided."""
+    """KEEP and DROP are decided; UNDECIDED: too little is known."""
 
     KEEP = "keep"
     DROP = "drop"
-    ASIDE = "aside"
+    UNDECIDED = "undecided"
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,12 @@ def decide_difficulty(
 ) -> Finding:
     """Returns the finding of difficulty, 1 - pass rate over the judged samples.
 
-    Aside when fewer than `min_judged` were judged; dropped when the pass rate reaches `trivial_pass_rate`, unless that
-    is None.
+    Undecided when fewer than `min_judged` were judged; dropped when the pass rate reaches `trivial_pass_rate`, unless
+    that is None.
     """
     details: dict[str, Any] = counts.to_details()
     if counts.judged < max(1, min_judged):
-        return Finding(question_id, Decision.ASIDE, UNDETERMINED, details)
+        return Finding(question_id, Decision.UNDECIDED, UNDETERMINED, details)
     pass_rate = counts.correct / counts.judged
     details["difficulty"] = round(1 - pass_rate, 6)
     if trivial_pass_rate is not None and pass_rate >= trivial_pass_rate:
@@ -106,12 +106,12 @@ def decide_difficulty(
 
 
 def decide_guessing(question_id: str, counts: SampleCounts, *, min_judged: int) -> Finding:
-    """Returns the finding of guesses: dropped when any was right; aside when fewer than `min_judged` were judged."""
+    """Returns the finding of guesses: dropped when any was right; undecided below `min_judged` judged ones."""
     details = counts.to_details()
     if counts.correct:
         return Finding(question_id, Decision.DROP, EASY_TO_HACK, details)
     if counts.judged < max(1, min_judged):
-        return Finding(question_id, Decision.ASIDE, UNDETERMINED, details)
+        return Finding(question_id, Decision.UNDECIDED, UNDETERMINED, details)
     return Finding(question_id, details=details)
 
 

@@ -45,8 +45,8 @@ _LONG_TO_SHORT = {
     "schema_json": "json_schema",
 }
 DEFAULTS: dict[str, dict[str, Any]] = {"CodeVerifier": {"language": "python"}}
-# Messages that their keys alone tell apart: a test with `stdin` is one by standard input and output.
-TOLD_BY_KEYS = ("TestCase",)
+# Messages whose kind their keys show: a test with `stdin` is one by standard input and output.
+KNOWN_BY_KEYS = ("TestCase",)
 
 # What a ground truth needs to be one: of each group, one of the fields.
 NEEDED: dict[str, Sequence[Sequence[str]]] = {
@@ -261,7 +261,7 @@ def spell_out(descriptor: Any, value: Any) -> Any:
     if not isinstance(value, Mapping):
         # A message of one text may be that text.
         return {descriptor.fields[0].name: value} if isinstance(value, str) and len(descriptor.fields) == 1 else value
-    if descriptor.name in TOLD_BY_KEYS:
+    if descriptor.name in KNOWN_BY_KEYS:
         value = _move_into_member(descriptor, value)
     if descriptor.name == "VerifierSpec" and isinstance(name := value.get("verifier"), str):
         value = {name: {key: part for key, part in value.items() if key != "verifier"}}

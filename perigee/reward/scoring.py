@@ -178,7 +178,7 @@ class ScoringPipeline:
         self._idle.set()
         self._waiting: deque[ScoreJob] = deque()
         self._arrived = asyncio.Event()
-        self._heard_at = -1.0
+        self._answered_at = -1.0
         self._unavailable_since: float | None = None
 
     async def submit(self, job: ScoreJob) -> None:
@@ -236,24 +236,24 @@ class ScoringPipeline:
             if call.is_postponed:
                 call.pinged_at = await self._ping()
             async for response in self._client.score(call.build_request(), timeout_s=self._options.call_timeout_s):
-                self._hear()
+                self._note_answer()
                 call.receive(response)
                 if call.finals and time.monotonic() - call.reported_at >= self._options.report_s:
                     await self._report(call.take_finals())
-            self._hear()
+            self._note_answer()
             call.fail_unanswered("the reward service gave no outcome")
         except FATAL:
             raise
         except UNAVAILABLE as error:
             # It was in reach meanwhile: these may be what it dies of. That it is full says nothing of them.
             was_full = isinstance(error, ResourceExhaustedError)
-            if self._heard_at > call.since or (call.pinged_at > call.since and not was_full):
+            if self._answered_at > call.since or (call.pinged_at > call.since and not was_full):
                 self._unavailable_since = None
                 call.split_unanswered(error)
             else:
                 call.postpone_unanswered(self._pause_of_outage(error))
         except InvalidArgumentError as error:
-            self._hear()
+            self._note_answer()
             call.refuse(error)
         except PerigeeError as error:
             call.split_unanswered(error)
@@ -266,8 +266,8 @@ class ScoringPipeline:
             pass
         return time.monotonic()
 
-    def _hear(self) -> None:
-        self._heard_at = time.monotonic()
+    def _note_answer(self) -> None:
+        self._answered_at = time.monotonic()
         self._unavailable_since = None
 
     def _pause_of_outage(self, error: PerigeeError) -> float:

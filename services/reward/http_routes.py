@@ -73,7 +73,7 @@ class ServicerClient:
         self._servicer = servicer
 
     async def score(self, request: pb.ScoreRequest, *, timeout_s: float) -> AsyncIterator[pb.ScoreResponse]:
-        """Outcomes as they are known. Raises DeadlineExceededError after `timeout_s`."""
+        """Yields outcomes as they are known. Raises DeadlineExceededError after `timeout_s`."""
         try:
             async with asyncio.timeout(timeout_s), aclosing(self._servicer.Score(request, None)) as outcomes:
                 async for outcome in outcomes:

@@ -31,7 +31,7 @@ DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """How many images an item may have and how large each may be."""
+    """Limits of an item's images."""
 
     images: int
     image_bytes: int
@@ -40,7 +40,7 @@ class ImageLimits:
 
 @dataclass(frozen=True)
 class ItemLimits:
-    """How large an item may be; texts in UTF-8."""
+    """Limits of an item; texts in UTF-8."""
 
     response_bytes: int
     prompt_bytes: int
@@ -79,7 +79,7 @@ def read_items(request: pb.ScoreRequest, verifiers: Mapping[str, Verifier[Any]],
 
 
 def find_violations(message: pb.ScoreItem, seen: set[str], limits: ItemLimits) -> list[FieldViolation]:
-    """What is wrong with an item, its images and its verifier's parameters aside."""
+    """Returns what is wrong with an item beside its images and its verifier's parameters."""
     violations = []
     if not message.id:
         violations.append(FieldViolation("id", "is required: outcomes are told apart by it"))
@@ -100,7 +100,7 @@ class NoImageError(ValueError):
 
 
 def read_images(message: pb.ScoreItem, limits: ImageLimits) -> tuple[tuple[ImagePart, ...], list[FieldViolation]]:
-    """The images of an item that are right, and what is wrong with the others."""
+    """Returns the images of an item that are right, and what is wrong with the others."""
     if len(message.images) > limits.images:
         text = f"has {len(message.images)} images, more than {limits.images}"
         return (), [FieldViolation("images", text)]
@@ -130,7 +130,7 @@ def read_image(image: pb.Image, limits: ImageLimits) -> ImagePart:
 
 
 def find_media_type(data: bytes, limits: ImageLimits) -> str:
-    """The media type that the bytes have; the picture itself is not decoded.
+    """Returns the media type that the bytes have; the picture itself is not decoded.
 
     Raises NoImageError when they are none of the four formats, damaged or too large.
     """

@@ -1,4 +1,4 @@
-"""What becomes of an item when its judge is down, slow, busy, talks rubbish or does not know JSON schemas."""
+"""What becomes of an item when its judge is down, slow, busy, talks malformed or does not know JSON schemas."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def test_a_judge_that_stays_busy_past_the_deadline_is_a_failure_with_its_h
 
 
 @pytest.mark.parametrize(
-    ("rubbish", "reason"),
+    ("malformed", "reason"),
     [
         (Reply("The response is right."), "is not JSON"),
         (Reply('{"reasoning": "r"}'), "verdict"),
@@ -111,14 +111,14 @@ async def test_a_judge_that_stays_busy_past_the_deadline_is_a_failure_with_its_h
     ],
     ids=["prose", "no verdict", "other verdict", "empty", "null", "truncated", "cut", "filtered", "html", "no choice"],
 )
-async def test_rubbish_is_asked_again_once_and_then_a_failure(
-    fake_judge: FakeJudge, rubbish: Reply, reason: str
+async def test_a_malformed_answer_is_asked_again_once_and_then_a_failure(
+    fake_judge: FakeJudge, malformed: Reply, reason: str
 ) -> None:
     async with running_judge(fake_judge.url) as verifier:
-        fake_judge.script = [rubbish]
+        fake_judge.script = [malformed]
         assert (await verifier.judge(judge_item())).verdict is Verdict.CORRECT
         assert len(fake_judge.requests) == 2
-        fake_judge.script = [rubbish, rubbish]
+        fake_judge.script = [malformed, malformed]
         outcome = await verifier.judge(judge_item())
         assert len(fake_judge.requests) == 4
     assert_failed(outcome, reason, retryable=True)
@@ -126,8 +126,8 @@ async def test_rubbish_is_asked_again_once_and_then_a_failure(
 
 
 async def test_votes_that_fail_take_no_part_in_the_majority(fake_judge: FakeJudge) -> None:
-    fake_judge.otherwise = Reply("rubbish")
-    fake_judge.script = [verdict("correct"), verdict("correct"), Reply("rubbish"), Reply("rubbish")]
+    fake_judge.otherwise = Reply("malformed")
+    fake_judge.script = [verdict("correct"), verdict("correct"), Reply("malformed"), Reply("malformed")]
     async with running_judge(fake_judge.url, concurrency=1) as verifier:
         outcome = await verifier.judge(judge_item(votes=3))
         assert (outcome.verdict, outcome.reward) == (Verdict.CORRECT, 1.0)

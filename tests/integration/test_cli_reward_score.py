@@ -59,7 +59,7 @@ async def test_outcomes_come_in_the_order_of_the_file(reward: RewardClient, tmp_
     assert names(tmp_path) == {"items.jsonl", "items.scored.jsonl"}
 
 
-async def test_bad_lines_are_told_all_at_once_and_nothing_is_scored(tmp_path: Path) -> None:
+async def test_bad_lines_are_reported_all_at_once_and_nothing_is_scored(tmp_path: Path) -> None:
     file = tmp_path / "items.jsonl"
     good = json.dumps(math_line("a", "#4"))
     bad = [
@@ -200,7 +200,7 @@ async def test_ctrl_c_keeps_what_is_scored(tmp_path: Path) -> None:
     assert 64 <= len(read_whole(journal)) < 800
 
 
-async def test_a_service_that_is_not_there_is_told(tmp_path: Path) -> None:
+async def test_a_service_that_is_not_there_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "items.jsonl", [math_line("a", "#4")])
     ended = await run_perigee("reward", "score", str(file), "--address", "127.0.0.1:9", "--outage", "0")
     assert ended.code == 1

@@ -76,7 +76,7 @@ async def test_without_a_model_the_pure_stages_run(tmp_path: Path) -> None:
         "d": ("question-kinds", "true or false"),
     }
     report = json.loads((out / "report.json").read_text())
-    assert (report["prompts"], report["kept"], report["dropped"], report["aside"]) == (26, 8, 18, 0)
+    assert (report["prompts"], report["kept"], report["dropped"], report["undecided"]) == (26, 8, 18, 0)
     assert [stage["name"] for stage in report["stages"] if "skipped" in stage] == ["difficulty", "guessing"]
     assert report["cells"]["squares"] == {"before_balance": [20, 0, 0, 0, 0], "kept": [5, 0, 0, 0, 0]}
     text = (out / "report.md").read_text()
@@ -216,7 +216,7 @@ async def test_a_killed_curation_goes_on_with_the_same_results(
     assert read_results(cut) == read_results(whole)
 
 
-async def test_what_cannot_be_judged_is_put_aside(rollout_address: str, policy_folder: Path, tmp_path: Path) -> None:
+async def test_what_cannot_be_judged_is_undecided(rollout_address: str, policy_folder: Path, tmp_path: Path) -> None:
     tests = [{"arguments": [1], "expected": 1}]
     lines = [
         math_line("math", "1+6=", answer_marker="#"),
@@ -227,16 +227,16 @@ async def test_what_cannot_be_judged_is_put_aside(rollout_address: str, policy_f
     async with running_reward(sandbox_address="127.0.0.1:9", code={"timeout_s": 0.2}) as client:
         ended = await curate(source, out, rollout_address, client.target, policy_folder, "--guesses", "0")
     assert ended.code == 0, ended.stderr
-    aside = {line["id"]: (line["stage"], line["reason"]) for line in read(out / "aside.jsonl")}
-    assert aside == {"code": ("difficulty", "undetermined"), "long": ("difficulty", "too long for the model")}
+    undecided = {line["id"]: (line["stage"], line["reason"]) for line in read(out / "undecided.jsonl")}
+    assert undecided == {"code": ("difficulty", "undetermined"), "long": ("difficulty", "too long for the model")}
     details = decisions(out, "difficulty")["code"]["details"]
     assert (details["failed"] + details["ungradable"], details["wrong"], details["correct"]) == (SAMPLES, 0, 0)
     assert details["failed"] > SAMPLES * 0.2
     assert [line["id"] for line in read(out / "prompts.jsonl")] == ["math"]
-    assert "2 put aside" in (out / "report.md").read_text()
+    assert "2 undecided" in (out / "report.md").read_text()
 
 
-async def test_a_model_that_is_not_there_is_told(tmp_path: Path, policy_folder: Path) -> None:
+async def test_a_model_that_is_not_there_is_named(tmp_path: Path, policy_folder: Path) -> None:
     source = write(tmp_path / "in.jsonl", [math_line("a", "1+6=")])
     command = ["prompts", "curate", str(source), str(tmp_path / "out"), "--rollout", "127.0.0.1:9"]
     ended = await run_perigee(*command)

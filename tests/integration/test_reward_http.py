@@ -67,20 +67,20 @@ async def test_outcomes_come_as_lines_and_say_what_grpc_says(gateway: Gateway) -
     client, http = gateway
     response = await http.post("/v1/score", json={"items": ITEMS})
     assert (response.status_code, response.headers["content-type"]) == (200, "application/x-ndjson")
-    told = {line["id"]: line for line in map(json.loads, response.text.splitlines())}
+    reported = {line["id"]: line for line in map(json.loads, response.text.splitlines())}
     items = read_message(pb.ScoreRequest, {"items": ITEMS}).items
     same = {outcome.id: outcome for outcome in await score(client, items)}
-    assert told.keys() == same.keys() == {item["id"] for item in ITEMS}
+    assert reported.keys() == same.keys() == {item["id"] for item in ITEMS}
     for name, outcome in same.items():
-        line = told[name]
+        line = reported[name]
         assert (line["verdict"], line["reward"]) == (VERDICTS[outcome.verdict], outcome.reward), name
         assert (line["verifier"], line["extracted_answer"]) == (outcome.verifier, outcome.extracted_answer)
-    assert {name: line["verdict"] for name, line in told.items() if line["verdict"] != "correct"} == {
+    assert {name: line["verdict"] for name, line in reported.items() if line["verdict"] != "correct"} == {
         "wrong": "wrong",
         "none": "ungradable",
         "parts": "wrong",
     }
-    assert [(part["name"], part["reward"]) for part in told["parts"]["parts"]] == [("value", 1.0), ("form", 0.0)]
+    assert [(part["name"], part["reward"]) for part in reported["parts"]["parts"]] == [("value", 1.0), ("form", 0.0)]
 
 
 async def test_collected_outcomes_are_in_the_order_of_the_items(gateway: Gateway) -> None:
@@ -206,9 +206,9 @@ async def test_the_service_is_ready_and_documented(gateway: Gateway) -> None:
     for path, body in bodies.items():
         call = document["paths"][path]["post"]
         [asked] = call["requestBody"]["content"].values()
-        [told] = call["responses"]["200"]["content"].values()
+        [reported] = call["responses"]["200"]["content"].values()
         jsonschema.validate(body, document | asked["schema"])
-        jsonschema.validate((await http.post(path, json=body)).json(), document | told["schema"])
+        jsonschema.validate((await http.post(path, json=body)).json(), document | reported["schema"])
     metrics = (await http.get("/metrics")).text
     for name in ("outcomes_total", "cache_hits_total", "queued_items", "agreements_total", "judgement_seconds"):
         assert f"# TYPE perigee_reward_{name.removesuffix('_total')}" in metrics

@@ -53,8 +53,8 @@ async def test_images_travel_to_the_judge_as_bytes_and_addresses(fake_judge: Fak
     assert [(part.name, part.verdict, part.reward) for part in outcome.parts] == [
         (f"vote {n}", VERDICT_CORRECT, 1.0) for n in (1, 2, 3)
     ]
-    [told] = answer.json()["outcomes"]
-    assert (told["verdict"], told["reward"], len(told["parts"])) == ("correct", 1.0, 3)
+    [reported] = answer.json()["outcomes"]
+    assert (reported["verdict"], reported["reward"], len(reported["parts"])) == ("correct", 1.0, 3)
     assert len(fake_judge.requests) == 6
     for request in fake_judge.requests:
         _, *images = request["messages"][-1]["content"]
@@ -75,8 +75,8 @@ async def fail(judge: JudgeConfig, reason: str) -> None:
     assert failed.retry_after_ms > 0
     assert reason in failed.reason
     assert outcomes["easy"].reward == 1.0
-    told, easy = answer["outcomes"]
-    for each in (told, line):
+    reported, easy = answer["outcomes"]
+    for each in (reported, line):
         assert (each["verdict"], "reward" in each, each["retryable"]) == ("failed", False, True)
         assert each["retry_after_ms"] > 0
         assert reason in each["reason"]
@@ -96,7 +96,7 @@ async def test_a_judge_that_is_slow_gives_no_reward(fake_judge: FakeJudge) -> No
 
 
 @pytest.mark.parametrize(
-    "rubbish",
+    "malformed",
     [
         Reply("correct"),
         Reply('{"reasoning": "", "verdict": "correct", "reward": 1}'),
@@ -105,8 +105,8 @@ async def test_a_judge_that_is_slow_gives_no_reward(fake_judge: FakeJudge) -> No
     ],
     ids=["word", "more than asked", "no verdict", "html"],
 )
-async def test_a_judge_that_talks_rubbish_gives_no_reward(fake_judge: FakeJudge, rubbish: Reply) -> None:
-    fake_judge.otherwise = rubbish
+async def test_a_judge_that_answers_malformed_text_gives_no_reward(fake_judge: FakeJudge, malformed: Reply) -> None:
+    fake_judge.otherwise = malformed
     await fail(judge_config(fake_judge.url), "judge main: ")
 
 
@@ -122,7 +122,7 @@ async def test_a_value_head_is_served_over_both_protocols(value_head_folder: Pat
     async with running_gateway(value_head=config, cache_entries=0) as (client, http):
         request = read_message(pb.ScoreRequest, {"items": items})
         outcomes = {outcome.id: outcome for outcome in await score(client, request.items)}
-        told = (await http.post("/v1/score/collected", json={"items": items})).json()["outcomes"]
+        reported = (await http.post("/v1/score/collected", json={"items": items})).json()["outcomes"]
         listed = (await client.list_verifiers(pb.ListVerifiersRequest())).verifiers
     [version] = [verifier.version for verifier in listed if verifier.name == "value_head"]
     assert version.startswith("1-")
@@ -131,5 +131,7 @@ async def test_a_value_head_is_served_over_both_protocols(value_head_folder: Pat
     wrong = [outcomes[f"{a}+{b}={a + b + 11}"].reward for a, b in sums]
     assert sum(right) / len(sums) > 0.25 + sum(wrong) / len(sums)
     # Batches differ, scores do not.
-    assert [each["id"] for each in told] == [item["id"] for item in items]
-    assert [each["reward"] for each in told] == pytest.approx([outcomes[item["id"]].reward for item in items], abs=1e-5)
+    assert [each["id"] for each in reported] == [item["id"] for item in items]
+    assert [each["reward"] for each in reported] == pytest.approx(
+        [outcomes[item["id"]].reward for item in items], abs=1e-5
+    )

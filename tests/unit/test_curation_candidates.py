@@ -77,7 +77,7 @@ def test_a_question_of_a_kind_to_drop_needs_no_verifier_of_the_recipe(tmp_path: 
     assert found.candidates[0].question.kind == "proof"
 
 
-def test_bad_lines_are_told_all_at_once(tmp_path: Path) -> None:
+def test_bad_lines_are_reported_all_at_once(tmp_path: Path) -> None:
     path = write_jsonl(
         tmp_path / "set.jsonl",
         [

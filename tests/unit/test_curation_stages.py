@@ -75,9 +75,9 @@ def test_difficulty_is_one_minus_the_pass_rate() -> None:
 
 def test_what_could_not_be_judged_is_not_wrong() -> None:
     assert decide(SampleCounts(correct=4, wrong=4, failed=2)).details["difficulty"] == 0.5
-    aside = decide(SampleCounts(correct=4, wrong=3, failed=3))
-    assert (aside.decision, aside.reason) == (Decision.ASIDE, UNDETERMINED)
-    assert "difficulty" not in aside.details
+    undecided = decide(SampleCounts(correct=4, wrong=3, failed=3))
+    assert (undecided.decision, undecided.reason) == (Decision.UNDECIDED, UNDETERMINED)
+    assert "difficulty" not in undecided.details
     assert decide_difficulty("q", SampleCounts(failed=10), min_judged=0, trivial_pass_rate=1.0).reason == UNDETERMINED
 
 
@@ -97,8 +97,8 @@ def test_trivial_prompts_go_when_they_are_to() -> None:
         # One right guess is enough, whatever became of the others.
         (SampleCounts(correct=1, failed=7), Decision.DROP, EASY_TO_HACK),
         (SampleCounts(wrong=5, ungradable=3), Decision.KEEP, ""),
-        (SampleCounts(wrong=6, failed=2), Decision.ASIDE, UNDETERMINED),
-        (SampleCounts(failed=8), Decision.ASIDE, UNDETERMINED),
+        (SampleCounts(wrong=6, failed=2), Decision.UNDECIDED, UNDETERMINED),
+        (SampleCounts(failed=8), Decision.UNDECIDED, UNDETERMINED),
     ],
 )
 def test_a_right_guess_drops_a_prompt(counts: SampleCounts, decision: Decision, reason: str) -> None:

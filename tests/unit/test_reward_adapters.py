@@ -94,7 +94,7 @@ def test_verl_gets_the_same_keys_and_no_number_for_a_failure() -> None:
         verl.read_score(LASTING)
 
 
-def test_a_data_source_without_a_verifier_is_told() -> None:
+def test_a_data_source_without_a_verifier_is_named() -> None:
     with pytest.raises(InvalidArgumentError, match="names none for the data source 'apps'"):
         verl.compute_score("apps", "x", "4", verifier={"gsm8k": "math"})
 

@@ -222,7 +222,7 @@ def test_a_failure_that_may_pass_says_when_to_ask_again() -> None:
     assert Outcome.failed("for good", retryable=False).retry_after_s is None
 
 
-def test_a_long_answer_is_told_by_its_beginning() -> None:
+def test_a_long_answer_is_cut_to_its_beginning() -> None:
     assert Outcome.wrong("x" * 5000).extracted == "x" * 1000
 
 

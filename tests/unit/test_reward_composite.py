@@ -115,7 +115,7 @@ async def test_parts_are_reported_and_those_behind_a_closed_gate_are_not_judged(
     assert inner.calls == 1
 
 
-async def test_a_part_that_failed_and_is_only_reported_is_told_without_a_reward() -> None:
+async def test_a_part_that_failed_and_is_only_reported_has_no_say_and_is_reported_without_a_reward() -> None:
     composite, _ = make()
     outcome = await composite.judge(item(part("a", CORRECT), part("b", FAILED, 0)))
     assert [(p.name, p.verdict, p.reward, p.reason) for p in outcome.parts] == [

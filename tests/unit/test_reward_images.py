@@ -35,7 +35,7 @@ def read(*images: pb.Image) -> tuple[list[str], list[tuple[str, str]]]:
 @pytest.mark.parametrize(
     ("kind", "media_type"), [("PNG", "image/png"), ("JPEG", "image/jpeg"), ("WEBP", "image/webp"), ("GIF", "image/gif")]
 )
-def test_images_are_told_by_their_bytes(kind: str, media_type: str) -> None:
+def test_images_are_known_by_their_bytes(kind: str, media_type: str) -> None:
     assert read(pb.Image(data=picture(kind))) == ([media_type], [])
 
 

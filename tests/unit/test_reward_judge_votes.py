@@ -74,7 +74,7 @@ def test_a_judgement_by_schema_is_the_whole_answer(answer: str) -> None:
         '{"reasoning":' * 100_000,
     ],
 )
-def test_anything_else_is_rubbish(answer: str) -> None:
+def test_anything_else_is_malformed(answer: str) -> None:
     with pytest.raises(MalformedResponseError):
         read_judgement(answer)
 

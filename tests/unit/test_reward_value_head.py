@@ -256,20 +256,20 @@ def test_the_rate_rises_and_falls_in_straight_lines(tmp_path: Path) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "model"
-    with writing_folder(target) as aside:
-        (aside / "a").write_text("old")
+    with writing_folder(target) as staging:
+        (staging / "a").write_text("old")
 
     def break_off() -> None:
-        with writing_folder(target) as aside:
-            (aside / "a").write_text("new")
+        with writing_folder(target) as staging:
+            (staging / "a").write_text("new")
             raise RuntimeError("half-way")
 
     with pytest.raises(RuntimeError, match="half-way"):
         break_off()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (target / "a").read_text() == "old"
-    with writing_folder(target) as aside:
-        (aside / "b").write_text("new")
+    with writing_folder(target) as staging:
+        (staging / "b").write_text("new")
     assert [path.name for path in target.iterdir()] == ["b"]
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

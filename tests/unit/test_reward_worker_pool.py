@@ -46,7 +46,7 @@ async def test_many_requests_get_their_own_answers() -> None:
         assert await asyncio.gather(*(ask(pool, text) for text in texts)) == texts
 
 
-async def test_requests_of_a_worker_that_dies_are_told_and_the_next_one_starts_another() -> None:
+async def test_requests_of_a_worker_that_dies_fail_and_the_next_one_starts_another() -> None:
     async with running() as pool:
         both = await asyncio.gather(ask(pool, "a", None), ask(pool, "b"), return_exceptions=True)
         assert [type(error) for error in both] == [WorkerDiedError, WorkerDiedError]
@@ -81,7 +81,7 @@ async def test_a_caller_that_goes_away_takes_nobody_along() -> None:
     ("script", "reason"),
     [("raise SystemExit", "ended with exit code 0"), ("import time; time.sleep(60)", "within 0.5 s")],
 )
-async def test_a_worker_that_does_not_get_ready_is_told(script: str, reason: str) -> None:
+async def test_a_worker_that_does_not_get_ready_is_reported(script: str, reason: str) -> None:
     async with running(script, start_s=0.5) as pool:
         with pytest.raises(WorkerDiedError, match=reason):
             await pool.start()

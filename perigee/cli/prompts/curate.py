@@ -130,7 +130,7 @@ def build_report(
         "prompts": len(stages[0].questions),
         "kept": len(kept),
         "dropped": sum(_count(stage, Decision.DROP).total() for stage in stages),
-        "aside": sum(_count(stage, Decision.ASIDE).total() for stage in stages),
+        "undecided": sum(_count(stage, Decision.UNDECIDED).total() for stage in stages),
         "columns_left_out": list(left_out),
         "stages": [_describe(stage) for stage in stages],
         "domains": {
@@ -169,7 +169,7 @@ def _describe(stage: StageResult) -> dict[str, Any]:
         "seen": len(stage.questions),
         "kept": len(stage.survivors()),
         "dropped": dict(_count(stage, Decision.DROP)),
-        "aside": dict(_count(stage, Decision.ASIDE)),
+        "undecided": dict(_count(stage, Decision.UNDECIDED)),
         "examples": examples,
     }
 
@@ -187,7 +187,7 @@ def _lines(report: Mapping[str, Any]) -> Iterable[str]:
     yield ""
     yield (
         f"{report['kept']:,} of {report['prompts']:,} prompts are kept (`prompts.jsonl`), {report['dropped']:,} are "
-        f"dropped (`dropped.jsonl`), {report['aside']:,} put aside because nobody knows (`aside.jsonl`)."
+        f"dropped (`dropped.jsonl`), {report['undecided']:,} undecided (`undecided.jsonl`)."
     )
     if report["columns_left_out"]:
         yield ""
@@ -195,14 +195,14 @@ def _lines(report: Mapping[str, Any]) -> Iterable[str]:
     yield ""
     yield "## Stages"
     yield ""
-    yield "| stage | seen | kept | dropped | put aside |"
+    yield "| stage | seen | kept | dropped | undecided |"
     yield "|---|---|---|---|---|"
     for stage in report["stages"]:
         if "skipped" in stage:
             yield f"| {stage['name']} | {stage['seen']:,} | skipped: {stage['skipped']} | | |"
             continue
-        dropped, aside = _reasons(stage["dropped"]), _reasons(stage["aside"])
-        yield f"| {stage['name']} | {stage['seen']:,} | {stage['kept']:,} | {dropped} | {aside} |"
+        dropped, undecided = _reasons(stage["dropped"]), _reasons(stage["undecided"])
+        yield f"| {stage['name']} | {stage['seen']:,} | {stage['kept']:,} | {dropped} | {undecided} |"
     yield from _example_lines(report["stages"])
     yield ""
     yield "## Domains and difficulty"
@@ -422,10 +422,10 @@ class _Curation:
     def _end(self, result: StageResult) -> list[Question]:
         self._stages.append(result)
         survivors = result.survivors()
-        aside = sum(finding.decision is Decision.ASIDE for finding in result.findings.values())
+        undecided = sum(finding.decision is Decision.UNDECIDED for finding in result.findings.values())
         self._console.print(
             f"{result.name}: {len(survivors):,} of {len(result.questions):,} stay"
-            + (f", {aside:,} put aside" if aside else ""),
+            + (f", {undecided:,} undecided" if undecided else ""),
             highlight=False,
         )
         return survivors
@@ -445,7 +445,7 @@ class _Curation:
         out = self._command.out
         by_id = {candidate.question.id: candidate for candidate in self._candidates.candidates}
         write_lines(out / "prompts.jsonl", (describe_kept(by_id[question.id], question) for question in kept))
-        for decision, name in ((Decision.DROP, "dropped.jsonl"), (Decision.ASIDE, "aside.jsonl")):
+        for decision, name in ((Decision.DROP, "dropped.jsonl"), (Decision.UNDECIDED, "undecided.jsonl")):
             write_lines(
                 out / name,
                 (

@@ -74,7 +74,7 @@ class SamplingSettings(Model):
     guess_template: str = GUESS_TEMPLATE
     """How a guess is asked for, with {prompt} and, where the answer follows a marker, {answer_marker}."""
     min_judged: float = Field(0.8, gt=0, le=1)
-    """Share of a prompt's samples that must have been judged; with less it is put aside."""
+    """Share of a prompt's samples that must have been judged; with less it is undecided."""
 
 
 class CurationSettings(Model):
@@ -405,7 +405,7 @@ def make_requests(
     for line, token_ids in zip(lines, encodings, strict=True):
         tokens = len(token_ids)
         if not 0 < tokens <= model.context_tokens - stage.max_tokens:
-            too_long.append(Finding(line.id, Decision.ASIDE, TOO_LONG, {"prompt_tokens": tokens}))
+            too_long.append(Finding(line.id, Decision.UNDECIDED, TOO_LONG, {"prompt_tokens": tokens}))
             continue
         requests.append(
             SampleRequest(line.id, token_ids, stage.samples, stage.max_tokens, line.item, stage.given(line))

@@ -98,7 +98,7 @@ class BlockingScorer:
             raise self._late(future, items) from error
 
     async def score_async(self, items: Sequence[pb.ScoreItem]) -> list[pb.ScoreResponse]:
-        """The same for a caller with an event loop of its own, which is not held up."""
+        """Returns the same for a caller with an event loop of its own, which is not held up."""
         future = self.submit(items)
         try:
             async with asyncio.timeout(self._deadline_s):

@@ -33,7 +33,7 @@ class PerigeeReward:
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], log_metric: Any = None, **columns: Any
     ) -> list[float | None]:
-        """A reward per completion, or None where nobody knows."""
+        """A reward per completion, or None where it was not judged."""
         truths = columns.get(self._column)
         if truths is None:
             raise InvalidArgumentError.of("column", f"the data set has no column {self._column!r} of ground truths")
@@ -48,7 +48,7 @@ class PerigeeReward:
 
 
 def read_text(value: Any) -> str:
-    """The text of a prompt or completion: itself, or the contents of its messages."""
+    """Returns the text of a prompt or completion: itself, or the contents of its messages."""
     if isinstance(value, str):
         return value
     return "\n".join(_read_content(message["content"]) for message in value)

@@ -5,7 +5,7 @@
     +reward.custom_reward_function.reward_kwargs.address=HOST:PORT
 
 `compute_score` judges one response, `compute_score_async` one without a thread of verl's, `compute_scores` a batch
-(verl's batch reward manager). verl has no way to say that nobody knows: a response that could not be judged raises an
+(verl's batch reward manager). verl has no value for an unknown reward: a response that could not be judged raises an
 error, since any number would be taken for a reward.
 """
 
@@ -35,7 +35,7 @@ def compute_score(
     deadline_s: float = 600.0,
     **_: Any,
 ) -> dict[str, Any]:
-    """The score of one response, with `acc` and `pred` for verl's metrics.
+    """Returns the score of one response, with `acc` and `pred` for verl's metrics.
 
     `verifier` is one for all, or one by data source. Raises UnavailableError or FailedPreconditionError when the
     response could not be judged.
@@ -57,7 +57,7 @@ async def compute_score_async(
     deadline_s: float = 600.0,
     **_: Any,
 ) -> dict[str, Any]:
-    """`compute_score` as a coroutine, which verl's reward loop awaits: as many at once as it likes."""
+    """Returns `compute_score` as a coroutine, which verl's reward loop awaits, many at once."""
     item = _make_item("0", data_source, solution_str, ground_truth, extra_info, verifier, answer_marker)
     [outcome] = await _scorer(address, deadline_s).score_async([item])
     return read_score(outcome)
@@ -75,7 +75,7 @@ def compute_scores(
     deadline_s: float = 600.0,
     **_: Any,
 ) -> list[dict[str, Any]]:
-    """The scores of a batch, in order."""
+    """Returns the scores of a batch, in order."""
     items = [
         _make_item(str(number), source, solution, truth, extra, verifier, answer_marker)
         for number, (source, solution, truth, extra) in enumerate(
@@ -86,7 +86,7 @@ def compute_scores(
 
 
 def read_score(outcome: pb.ScoreResponse) -> dict[str, Any]:
-    """The outcome as verl takes it; every one has the same keys.
+    """Returns the outcome as verl takes it; every one has the same keys.
 
     Raises UnavailableError, or FailedPreconditionError when asking again does not help, for an outcome without a
     reward.

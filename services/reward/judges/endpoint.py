@@ -172,7 +172,7 @@ class _VoteRequest:
     def left_s(self) -> float:
         return self.timeout_s if self.end is None else self.end - time.monotonic()
 
-    def is_worth_another(self, error: BaseException) -> bool:
+    def is_retryable(self, error: BaseException) -> bool:
         if isinstance(error, MalformedResponseError):
             self.malformed += 1
             return self.malformed < MALFORMED_ATTEMPTS
@@ -217,7 +217,7 @@ class Endpoint:
         """
         vote = _VoteRequest(quoted, self.config.timeout_s)
         retrying = AsyncRetrying(
-            retry=retry_if_exception(vote.is_worth_another), wait=_pause_s, stop=vote.is_over, reraise=True
+            retry=retry_if_exception(vote.is_retryable), wait=_pause_s, stop=vote.is_over, reraise=True
         )
         async with self._slots:
             try:

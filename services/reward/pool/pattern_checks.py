@@ -32,12 +32,12 @@ def warm_up() -> None:
 
 
 def check(request: dict[str, Any]) -> dict[str, str]:
-    """What one text comes to."""
+    """Returns the result of one check."""
     return check_regex(request) if request["kind"] == "regex" else check_json(request)
 
 
 def check_regex(request: dict[str, Any]) -> dict[str, str]:
-    """Whether the pattern matches the text: "match" with what it matched, "different" or "deadline"."""
+    """Returns whether the pattern matches the text: "match" with what it matched, "different" or "deadline"."""
     pattern = compile_pattern(request["pattern"], request["ignore_case"])
     find = pattern.search if request["search"] else pattern.fullmatch
     try:
@@ -55,7 +55,7 @@ def compile_pattern(pattern: str, ignore_case: bool) -> regex.Pattern[str]:
 
 
 def check_json(request: dict[str, Any]) -> dict[str, str]:
-    """Whether the text is JSON of the schema and the expected value: "equal", "different" or "unreadable"."""
+    """Returns whether the text is JSON of the schema and the expected value: "equal", "different" or "unreadable"."""
     try:
         value = read_json(strip_fence(request["text"]))
     except (NoJsonError, RecursionError) as error:
@@ -71,12 +71,12 @@ def check_json(request: dict[str, Any]) -> dict[str, str]:
 
 @lru_cache(maxsize=64)
 def validator_of(schema: str) -> jsonschema.Draft202012Validator:
-    """The validator of a schema that is right."""
+    """Returns the validator of a schema that is right."""
     return jsonschema.Draft202012Validator(json.loads(schema), registry=NO_DOCUMENTS)
 
 
 def strip_fence(text: str) -> str:
-    """The last fenced block of a text, or the text."""
+    """Returns the last fenced block of a text, or the text."""
     blocks = FENCE.findall(text)
     return str(blocks[-1]) if blocks else text
 
@@ -93,12 +93,12 @@ def read_json(text: str) -> Any:
 
 
 def refuse_constant(name: str) -> None:
-    """Python's own constants are not JSON."""
+    """Refuses Python's own constants, which are not JSON."""
     raise NoJsonError(f"{name} is no JSON value")
 
 
 def values_agree(expected: Any, found: Any) -> bool:
-    """Equality of JSON values: 1 is 1.0 but not true, the order of keys does not count."""
+    """Returns whether JSON values are equal: 1 is 1.0 but not true, the order of keys does not count."""
     if isinstance(expected, dict) and isinstance(found, dict):
         return expected.keys() == found.keys() and all(values_agree(expected[key], found[key]) for key in expected)
     if isinstance(expected, list) and isinstance(found, list):

@@ -17,7 +17,7 @@ class LineReader:
         self._rest = b""
 
     def read_available(self) -> list[bytes] | None:
-        """The lines that the next read completes, none of a piece of one; None when the other side has closed."""
+        """Returns the lines that the next read completes, perhaps none; None when the other side has closed."""
         chunk = os.read(self._descriptor, CHUNK_BYTES)
         if not chunk:
             return None
@@ -35,7 +35,7 @@ def write_line(descriptor: int, message: dict[str, Any]) -> None:
 
 
 def write_all(descriptor: int, data: bytes) -> None:
-    """All of the data, however the pipe cuts it."""
+    """Writes all of the data, however the pipe cuts it."""
     view = memoryview(data)
     while view:
         view = view[os.write(descriptor, view) :]

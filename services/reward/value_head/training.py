@@ -126,7 +126,7 @@ class Checkpoints:
                 shutil.rmtree(self._path(step))
 
     def restore(self, network: ValueHead, optimizer: torch.optim.Optimizer) -> Progress:
-        """Puts the newest checkpoint back; the beginning when there is none.
+        """Restores the newest checkpoint and returns its progress; the beginning when there is none.
 
         Raises FailedPreconditionError when it is another training's, DataLossError when it cannot be read.
         """
@@ -394,6 +394,6 @@ def fit_threshold(probabilities_N: NDArray[np.float64], correct_N: NDArray[np.bo
 
 
 def sigmoid(scores_N: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Probabilities of log-odds, without overflow."""
+    """Returns the probabilities of log-odds, without overflow."""
     probabilities_N: NDArray[np.float64] = np.exp(-np.logaddexp(0.0, -scores_N))
     return probabilities_N

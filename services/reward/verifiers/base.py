@@ -40,7 +40,7 @@ JUDGE_TOKENS = Counter("perigee_reward_judge_tokens_total", "Tokens that judges 
 
 
 class Verdict(Enum):
-    """CORRECT and WRONG are judgements; UNGRADABLE: the response offers nothing to grade; FAILED: nobody knows."""
+    """CORRECT and WRONG are judgements; UNGRADABLE: the response offers nothing to grade; FAILED: it was not judged."""
 
     CORRECT = "correct"
     WRONG = "wrong"
@@ -80,22 +80,22 @@ class Outcome:
 
     @classmethod
     def correct(cls, extracted: str) -> Self:
-        """Reward 1."""
+        """Returns a correct outcome, with reward 1."""
         return cls(Verdict.CORRECT, 1.0, extracted)
 
     @classmethod
     def wrong(cls, extracted: str, reason: str = "", reward: float = 0.0) -> Self:
-        """Reward 0, or the partial credit that the prompt asks for."""
+        """Returns a wrong outcome, with reward 0 or the partial credit that the prompt asks for."""
         return cls(Verdict.WRONG, reward, extracted, reason)
 
     @classmethod
     def ungradable(cls, reason: str, extracted: str = "") -> Self:
-        """Reward 0: the response itself is at fault."""
+        """Returns an ungradable outcome, with reward 0: the response itself is at fault."""
         return cls(Verdict.UNGRADABLE, 0.0, extracted, reason)
 
     @classmethod
     def failed(cls, reason: str, *, retryable: bool, extracted: str = "", retry_after_s: float | None = None) -> Self:
-        """No reward. A failure that may pass always says when to ask again."""
+        """Returns a failure, without a reward; one that may pass always says when to ask again."""
         if retryable and retry_after_s is None:
             retry_after_s = RETRY_AFTER_S
         return cls(Verdict.FAILED, None, extracted, reason, retryable, retry_after_s=retry_after_s)

@@ -125,18 +125,18 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
 
 
 def find_program(text: str) -> str:
-    """The content of the last fenced block, also of one that does not end; the text when it has none."""
+    """Returns the content of the last fenced block, also of one that does not end; the text when it has none."""
     blocks = FENCE.findall(text)
     return str(blocks[-1]).strip("\n") if blocks else text
 
 
 def points_of(test: sandbox_pb.TestCase) -> float:
-    """What passing a test is worth."""
+    """Returns the points of passing a test."""
     return test.points if test.HasField("points") else 1.0
 
 
 def build_request(parameters: pb.CodeVerifier, source: str) -> sandbox_pb.JudgeRequest:
-    """The sandbox's request; without partial credit the first failed test ends the run."""
+    """Returns the sandbox's request; without partial credit the first failed test ends the run."""
     return sandbox_pb.JudgeRequest(
         language=parameters.language,
         source=source.encode(),
@@ -152,7 +152,7 @@ def build_request(parameters: pb.CodeVerifier, source: str) -> sandbox_pb.JudgeR
 
 
 def is_judgement(response: sandbox_pb.JudgeResponse, parameters: pb.CodeVerifier) -> bool:
-    """Whether the response speaks of the program, not of the sandbox.
+    """Returns whether the response speaks of the program, not of the sandbox.
 
     A share of the points needs every test to have been judged; a failed test alone makes a program wrong.
     """
@@ -164,12 +164,12 @@ def is_judgement(response: sandbox_pb.JudgeResponse, parameters: pb.CodeVerifier
 
 
 def is_compile_error(response: sandbox_pb.JudgeResponse) -> bool:
-    """Whether the program never ran, so that no test of it was judged."""
+    """Returns whether the program never ran, so that no test of it was judged."""
     return response.verdict == sandbox_pb.TEST_VERDICT_COMPILE_ERROR
 
 
 def read_judgement(response: sandbox_pb.JudgeResponse, parameters: pb.CodeVerifier, extracted: str) -> Outcome:
-    """The outcome of a judged program."""
+    """Returns the outcome of a judged program."""
     if response.verdict == sandbox_pb.TEST_VERDICT_ACCEPTED:
         return Outcome.correct(extracted)
     share = response.points / response.max_points if parameters.partial_credit and response.max_points else 0.0
@@ -181,7 +181,7 @@ def read_judgement(response: sandbox_pb.JudgeResponse, parameters: pb.CodeVerifi
 
 
 def explain_compiler(compiled: sandbox_pb.CompileResult) -> str:
-    """The first line of what the compiler said that names an error, or its first line."""
+    """Returns the first line of what the compiler said that names an error, or its first line."""
     lines = [line.strip() for line in (compiled.stderr or compiled.stdout).decode(errors="replace").splitlines()]
     errors = [line for line in lines if "error" in line.lower()] or [line for line in lines if line]
     return errors[0] if errors else f"exit code {compiled.exit_code}"
@@ -197,7 +197,7 @@ def read_refusal(error: InvalidArgumentError, extracted: str) -> Outcome:
 
 
 def infrastructure_reason(response: sandbox_pb.JudgeResponse) -> str:
-    """Why the sandbox could not judge, as far as it says."""
+    """Returns why the sandbox could not judge, as far as it says."""
     judged = {sandbox_pb.TEST_VERDICT_ACCEPTED, sandbox_pb.TEST_VERDICT_SKIPPED, *WRONG_VERDICTS}
     reasons = [result.reason for result in response.results if result.verdict not in judged and result.reason]
     return reasons[0] if reasons else sandbox_pb.TestVerdict.Name(response.verdict)

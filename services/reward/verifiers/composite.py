@@ -105,7 +105,7 @@ def part_item(item: Item[pb.CompositeVerifier], part: pb.CompositePart) -> Item[
 
 
 def combine(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome]) -> Outcome:
-    """The whole's outcome once no gate has decided."""
+    """Returns the whole's outcome once no gate has decided."""
     extracted = first_extracted(parts, outcomes)
     counted = [part for part in parts if counts(part)]
     failed = [(part, outcomes[part.name]) for part in counted if is_failed(outcomes.get(part.name))]
@@ -128,7 +128,7 @@ def combine(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome]) 
 
 
 def report(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome], whole: Outcome) -> Outcome:
-    """The whole with the parts that were judged."""
+    """Returns the whole with the parts that were judged."""
     scores = tuple(
         PartScore(part.name, outcome.verdict, outcome.reward, outcome.reason)
         for part in parts
@@ -138,12 +138,12 @@ def report(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome], w
 
 
 def is_failed(outcome: Outcome | None) -> bool:
-    """Whether a part was judged and FAILED."""
+    """Returns whether a part was judged and FAILED."""
     return outcome is not None and outcome.verdict is Verdict.FAILED
 
 
 def first_extracted(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome]) -> str:
-    """The answer that the first part that found one found."""
+    """Returns the answer that the first part that found one found."""
     found = [outcomes[part.name].extracted for part in parts if part.name in outcomes]
     return next((extracted for extracted in found if extracted), "")
 

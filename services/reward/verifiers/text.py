@@ -74,7 +74,7 @@ class ShortAnswerVerifier(Verifier[pb.ShortAnswerVerifier]):
 
 
 def normalise_phrase(text: str) -> str:
-    """Lower case without accents, articles, punctuation and repeated white space.
+    """Returns a text in lower case without accents, articles, punctuation and repeated white space.
 
     Unicode compatibility forms are one form (NFKD), "&" is "and", apostrophes vanish, other punctuation parts words.
     """
