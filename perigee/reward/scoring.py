@@ -42,6 +42,10 @@ class RewardLostError(UnavailableError):
     """The reward service was out of reach for as long as the options allow."""
 
 
+class _SinkError(Exception):
+    """An outcome could not be handed over, for the reason that is its cause."""
+
+
 class ScoreClient(Protocol):
     """Anything that scores like `perigee.reward.client.RewardClient`."""
 
@@ -126,7 +130,9 @@ async def scoring(client: ScoreClient, options: ScoringOptions, sink: Sink) -> A
             for worker in workers:
                 worker.cancel()
     except BaseExceptionGroup as group:
-        raise first_error(group) from group
+        error = first_error(group)
+        # What a sink raises must not pass for an error of the call that it reports on.
+        raise (error.__cause__ or error if isinstance(error, _SinkError) else error) from group
 
 
 async def score_items(
@@ -288,7 +294,10 @@ class ScoringPipeline:
     async def _report(self, outcomes: list[pb.ScoreResponse]) -> None:
         if not outcomes:
             return
-        await self._sink(outcomes)
+        try:
+            await self._sink(outcomes)
+        except Exception as error:
+            raise _SinkError from error
         for outcome in outcomes:
             self._pending.remove(outcome.id)
             self._room.release()

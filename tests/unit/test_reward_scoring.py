@@ -25,7 +25,7 @@ from perigee.reward.scoring import MAX_BATCH_BYTES, ScoreJob, ScoringOptions, sc
 from perigee.reward.v1 import reward_pb2 as pb
 
 FAILED, CORRECT = buffer_pb2.VERDICT_FAILED, buffer_pb2.VERDICT_CORRECT
-QUICK = ScoringOptions(batch=4, concurrency=2, attempts=3, first_pause_s=0.001, last_pause_s=0.002, unavailable_s=0.05)
+QUICK = ScoringOptions(batch=4, concurrency=2, attempts=3, first_pause_s=0.001, last_pause_s=0.002, unavailable_s=30.0)
 
 
 @dataclass
@@ -170,7 +170,7 @@ async def test_a_service_that_stays_away_is_an_error_after_what_was_scored() -> 
     found = []
 
     async def collect() -> None:
-        async for response in score_items(scores, make_items(12), QUICK):
+        async for response in score_items(scores, make_items(12), replace(QUICK, unavailable_s=0.05)):
             found.append(response.id)
 
     with pytest.raises(UnavailableError, match="away"):
@@ -228,7 +228,7 @@ async def test_a_response_that_breaks_its_call_fails_alone(error: PerigeeError) 
 
     scores = FakeScores(behave)
     items = make_items(40)
-    options = replace(QUICK, batch=16, concurrency=1, unavailable_s=5.0)
+    options = replace(QUICK, batch=16, concurrency=1)
     found = [response async for response in score_items(scores, items, options)]
     assert sorted(int(response.id) for response in found) == list(range(40))
     assert {response.id for response in found if response.verdict == FAILED} == {"7", "13"}
@@ -253,7 +253,7 @@ async def test_nothing_is_asked_without_end_when_a_response_kills_the_service() 
         verdicts.update({response.id: response.verdict for response in some})
 
     item = make_items(1)[0]
-    async with scoring(FakeScores(behave), replace(QUICK, unavailable_s=5.0), take) as pipeline:
+    async with scoring(FakeScores(behave), QUICK, take) as pipeline:
         await pipeline.submit(ScoreJob("poison", "4", item))
         number = 0
         while "poison" not in verdicts:
@@ -294,14 +294,21 @@ async def test_an_id_in_use_is_refused() -> None:
         await outcomes(scores, [*make_items(2), *make_items(1)])
 
 
-async def test_a_fault_of_the_sink_cancels_the_block() -> None:
+@pytest.mark.parametrize(
+    "fault", [ValueError("the disk is full"), UnavailableError("the buffer is away"), InternalError("a bug")]
+)
+async def test_a_fault_of_the_sink_cancels_the_block_and_no_call_is_made_again(fault: Exception) -> None:
     async def take(some: list[pb.ScoreResponse]) -> None:
-        raise ValueError("the disk is full")
+        raise fault
+
+    scores = FakeScores(lambda ids, _: map(correct, ids))
 
     async def score() -> None:
-        async with scoring(FakeScores(lambda ids, _: map(correct, ids)), QUICK, take) as pipeline:
+        async with scoring(scores, QUICK, take) as pipeline:
             await pipeline.submit(ScoreJob("0", "4", make_items(1)[0]))
             await asyncio.Event().wait()
 
-    with pytest.raises(ValueError, match="disk"):
+    with pytest.raises(type(fault)) as caught:
         await score()
+    assert caught.value is fault
+    assert scores.calls == [["0"]]
