@@ -17,7 +17,7 @@ from services.reward.verifiers.text import normalise_phrase
 MAX_ANSWER_CHARACTERS = 3000
 # The answer stands at the end; what stands before is reasoning about the options.
 SEARCHED_CHARACTERS = 3000
-# Without their texts the number of options is unknown.
+# Without their texts nobody knows how many options there are.
 LETTERS = "ABCDEFGHIJ"
 ANNOUNCEMENT = re.compile(
     r"\b(?:options?|choices?|answers?)\s+(?P<named>\(?[A-Z]\)?)\s+(?:is|are)\s+(?:the\s+)?(?:correct|right|best|true)\b[^\n.]*"
@@ -74,20 +74,20 @@ class ChoiceVerifier(Verifier[pb.ChoiceVerifier]):
 
 
 def read_reference(text: str) -> frozenset[str]:
-    """Returns the letters of a reference; empty when it is none."""
+    """The letters of a reference; empty when it is none."""
     letters = re.sub(r"[\s,;()]|\band\b", "", text)
     return frozenset(letters) if re.fullmatch(r"[A-Z]+", letters) else frozenset()
 
 
 def allowed_letters(parameters: pb.ChoiceVerifier) -> str:
-    """Returns the letters that name an option."""
+    """The letters that name an option."""
     last = max(read_reference(parameters.reference))
     count = len(parameters.options) or max(len(LETTERS), ord(last) - ord("A") + 1)
     return "".join(chr(ord("A") + index) for index in range(count))
 
 
 def find_answers(text: str, *, marked: bool) -> list[str]:
-    """Returns the final answer, last, and before it those of the same breath that it does not correct."""
+    """The final answer, last, and before it those of the same breath that it does not correct."""
     after = drop_reasoning(text)
     if after is None:
         return []
@@ -113,12 +113,12 @@ def find_answers(text: str, *, marked: bool) -> list[str]:
 
 
 def breaks(between: str) -> bool:
-    """Returns whether what stands between two announcements parts them: a paragraph, or a word of correction."""
+    """Whether what stands between two announcements parts them: a paragraph, or a word of correction."""
     return "\n\n" in between or bool(CORRECTION.search(between))
 
 
 def read_choice(text: str, allowed: str, options: Sequence[str]) -> frozenset[str] | None:
-    """Returns the letters that an answer names; None when it names none or leaves a choice."""
+    """The letters that an answer names; None when it names none or leaves a choice."""
     text = WORD.sub("", MARKUP.sub("", text)).strip()
     by_text = [letter for letter, option in zip(allowed, options, strict=False) if same_phrase(option, text)]
     if len(by_text) == 1:
@@ -144,7 +144,7 @@ def read_choice(text: str, allowed: str, options: Sequence[str]) -> frozenset[st
 
 
 def skip_option(text: str, position: int, letter: str, options: Sequence[str]) -> int:
-    """Returns where the text continues after the letter's own option, "A) 2 and C) 5"."""
+    """Where the text goes on after the letter's own option, "A) 2 and C) 5"."""
     index = ord(letter) - ord("A")
     option = options[index].strip() if index < len(options) else ""
     follows = re.compile(r"[\s.:,;)\]-]*").match(text, position)
@@ -154,7 +154,7 @@ def skip_option(text: str, position: int, letter: str, options: Sequence[str]) -
 
 
 def explains(text: str, rest: str, letters: set[str], allowed: str, options: Sequence[str]) -> bool:
-    """Returns whether what follows the letters is theirs: the option's text, or words after a sign that parts them.
+    """Whether what follows the letters belongs to them: the option's text, or words after a sign that parts them.
 
     "A dog" names nothing; "A. dog", "(A) dog" and "A because ..." do. The text of another option is another answer.
     """
@@ -170,6 +170,6 @@ def explains(text: str, rest: str, letters: set[str], allowed: str, options: Seq
 
 
 def same_phrase(option: str, text: str) -> bool:
-    """Returns whether a text is an option's, case and punctuation aside."""
+    """Whether a text is an option's, case and punctuation aside."""
     phrase = normalise_phrase(text)
     return bool(phrase) and phrase == normalise_phrase(option)
