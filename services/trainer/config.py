@@ -18,7 +18,7 @@ class TrainerConfig(ServiceConfig):
     model: str
     """Hugging Face folder of the base model, policy version 0: config.json, tokenizer.json, safetensors weights."""
     run_path: str
-    """Folder of the run; checkpoints go to its subfolder `checkpoints`."""
+    """Folder for checkpoints; those of a run go to `checkpoints/<run id>` in it."""
     buffer_address: str = "127.0.0.1:50052"
     """host:port of the replay buffer that trajectories are read from."""
     tensor_parallel: int = Field(1, ge=1)
@@ -36,11 +36,11 @@ class TrainerConfig(ServiceConfig):
     max_sequence_length: int | None = Field(None, ge=2)
     """Longest prompt and response together, in tokens; the model's own limit when unset."""
     keep_checkpoints: int = Field(3, ge=2)
-    """Checkpoints kept; at least 2, so that an interrupted iteration finds the version that it started from."""
+    """Checkpoints kept of each run; at least 2, so that an interrupted iteration finds the version it started from."""
     max_shard_bytes: int = Field(4 << 30, ge=1 << 20)
     """Largest safetensors file of a checkpoint."""
     buffer_timeout_s: float = Field(120.0, gt=0)
-    """Deadline of one read of up to 256 trajectories from the buffer."""
+    """Deadline of one read of up to 512 trajectories from the buffer."""
     seed: int = 0
     """Seed of the order of groups over optimizer steps."""
     weights: WeightsConfig = WeightsConfig()

@@ -65,7 +65,7 @@ Command = FineTuneCommand | TrainCommand | LoadCommand | CollectCommand | StopCo
 
 
 class Engine:
-    """The policy of this rank and its channels to the others. All methods run in the thread that made the engine.
+    """Policy of this rank and its channels to the others. All methods run in the thread that made the engine.
 
     `read` fetches trajectories from the buffer for this rank's data-parallel replica.
     """
@@ -103,7 +103,7 @@ class Engine:
         examples: Sequence[TokenSequence] | None = None,
         sink: Sink | None = None,
     ) -> Any:
-        """Rank 0: has all ranks carry out the command, and returns its result.
+        """Has all ranks carry out the command, and returns its result; for rank 0.
 
         A job that fails leaves the weights as they were. Raises UnavailableError, and sets `broken`, when the ranks are
         no longer in step: another one died, or this one failed between collectives.
@@ -121,7 +121,7 @@ class Engine:
             raise UnavailableError(f"the trainer's processes lost each other and are ending: {error}") from error
 
     def follow(self) -> None:
-        """Other ranks: carries out the commands of rank 0 until it says stop."""
+        """Carries out the commands of rank 0 until it says stop; for the other ranks."""
         while True:
             command = self.everyone.broadcast(None)
             if isinstance(command, StopCommand):
@@ -177,13 +177,14 @@ def follow(config: TrainerConfig) -> None:
     """Runs a rank other than 0 until rank 0 says stop, with a channel of its own to the buffer."""
 
     def read(run_id: str, ids: Sequence[str]) -> Mapping[str, Trajectory]:
-        return asyncio.run(_read_once(config, run_id, ids))
+        return asyncio.run(read_over_own_channel(config, run_id, ids))
 
     engine = Engine(config, read)
     engine.follow()
     engine.close()
 
 
-async def _read_once(config: TrainerConfig, run_id: str, ids: Sequence[str]) -> Mapping[str, Trajectory]:
+async def read_over_own_channel(config: TrainerConfig, run_id: str, ids: Sequence[str]) -> Mapping[str, Trajectory]:
+    """Reads trajectories over a channel that lasts as long as the call."""
     async with BufferClient(config.buffer_address, channel_options(config)) as buffer:
         return await read_trajectories(buffer, run_id, ids, config.buffer_timeout_s)

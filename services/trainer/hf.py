@@ -25,7 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What the trainer has to know of an architecture to build it."""
+    """Sizes and options by which an architecture is built."""
 
     architecture: str
     layers: int
@@ -75,7 +75,7 @@ def read_model_shape(path: Path) -> ModelShape:
 
 
 def _read_architecture(folder: ModelFolder) -> str:
-    """Returns the kind of architecture, once everything that is asked of it is known to be supported."""
+    """Returns the kind of architecture; raises InvalidArgumentError when it, or an option of it, is not supported."""
     config = folder.config
     name = next(iter(config.get("architectures") or ["none"]))
     if name not in ARCHITECTURES:

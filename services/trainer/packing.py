@@ -160,7 +160,7 @@ def unpad(x_NL: torch.Tensor, packed: PackLayout) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """n tokens and, for each of the n - 1 predictions of a next token, whether it takes part in the loss."""
+    """Sequence of n tokens and, for each of its n - 1 predictions, whether it takes part in the loss."""
 
     tokens: npt.NDArray[np.int64]
     trained_T: npt.NDArray[np.bool_]
@@ -179,7 +179,7 @@ class MicroBatch:
 
 
 def make_micro_batches(packs: Sequence[Sequence[TokenSequence]], device: torch.device) -> list[MicroBatch]:
-    """Builds a micro-batch of each pack; one that trains nothing when there is no pack.
+    """Builds a micro-batch of each pack, or one that trains nothing when there is no pack.
 
     A rank without work needs that filler to take part in the collectives of a step.
     """

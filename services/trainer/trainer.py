@@ -266,9 +266,8 @@ class Trainer:
                 image = await self._replace_image(run_id, version)
         export_seconds = monotonic() - start
         outcomes = await self._sender.push(image, targets)
-        return pb.PushWeightsResponse(
-            outcomes=outcomes, export_seconds=export_seconds, bytes=image.manifest.total_bytes
-        )
+        size = image.manifest.total_bytes
+        return pb.PushWeightsResponse(outcomes=outcomes, export_seconds=export_seconds, bytes=size)
 
     async def _replace_image(self, run_id: str, version: int) -> WeightImage:
         if self._image is not None:

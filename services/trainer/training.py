@@ -44,7 +44,7 @@ _SLICE = 8
 
 @dataclass
 class JobContext:
-    """The other ranks of a job and, on rank 0, its caller: reports to them and whether they left."""
+    """Channels of a job to its other ranks and, on rank 0, to its caller."""
 
     everyone: ObjectChannel
     replica: ObjectChannel
@@ -203,7 +203,7 @@ def train_iteration(
 
 @dataclass(frozen=True)
 class _Pack:
-    """What a micro-batch of trajectories is made of; the T predictions of all of them, laid end to end."""
+    """Contents of a micro-batch of trajectories; T predictions of all of them, laid end to end."""
 
     trajectories: Sequence[PlannedTrajectory]
     sequences: list[TokenSequence]

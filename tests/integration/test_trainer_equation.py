@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 
+from perigee.buffer.client import BufferClient
 from perigee.errors import PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
-from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request
+from tests.fixtures.trainer import MadeTrajectory, make_groups, store_groups, train_request
 from tests.fixtures.trainer_ranks import RunRanks, Sizes, to_trajectories, train
 
 if TYPE_CHECKING:
@@ -162,7 +164,7 @@ def train_twice(engine: Engine, groups: dict[str, list[MadeTrajectory]], request
 
 @pytest.fixture(scope="module")
 def alone(run_ranks: RunRanks) -> Any:
-    """What one rank makes of it."""
+    """The job of `train_twice` on one rank."""
     return run_ranks(Sizes(), _job())
 
 
@@ -271,3 +273,33 @@ def test_every_rank_fails_when_one_cannot_read(run_ranks: RunRanks) -> None:
     assert first == second
     assert first[0] == "the buffer is away"
     assert "the buffer holds" in first[1]
+
+
+def train_from_buffer(engine: Engine, buffer_address: str, request: pb.TrainRequest) -> pb.TrainResult:
+    """An iteration in which every replica reads from the buffer as a rank other than 0 does."""
+    from services.trainer.config import TrainerConfig
+    from services.trainer.engine import read_over_own_channel
+    from services.trainer.training import train_iteration
+
+    config = TrainerConfig(model="", run_path="", buffer_address=buffer_address)
+    return train_iteration(
+        engine.policy,
+        engine.job_context(),
+        request,
+        0,
+        lambda run_id, ids: asyncio.run(read_over_own_channel(config, run_id, ids)),
+    )
+
+
+async def test_ranks_read_from_the_buffer_by_themselves(
+    run_ranks: RunRanks, buffer_client: BufferClient, buffer_address: str
+) -> None:
+    groups = make_groups("shared", 10, groups=4, k=4, spans=SPANS)
+    request = make_request(groups, minibatches=2)
+    await store_groups(buffer_client, "r", groups)
+    expected = await asyncio.to_thread(run_ranks, Sizes(), partial(train, groups=groups, request=request))
+    job = partial(train_from_buffer, buffer_address=buffer_address, request=request)
+    result = await asyncio.to_thread(run_ranks, Sizes(data=2), job)
+    assert result.trained_tokens == expected.trained_tokens
+    assert result.metrics["train/loss"] == pytest.approx(expected.metrics["train/loss"], rel=1e-4)
+    assert result.metrics["train/train_infer_kl"] == pytest.approx(expected.metrics["train/train_infer_kl"], rel=1e-4)

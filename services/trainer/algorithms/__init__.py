@@ -1,4 +1,4 @@
-"""The registered algorithms. Another one is a file beside `mirror_descent.py` and a line in `ALGORITHMS`."""
+"""Registry of the algorithms. A new one is a file beside `mirror_descent.py` and a line in `ALGORITHMS`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an algorithm is: advantages from the rewards of a group, and a loss on the log-probabilities of tokens.
+"""Base of the algorithms: advantages from the rewards of a group, and a loss on the log-probabilities of tokens.
 
 Everything else is the same for all algorithms and lives in `training.py`: reading and packing tokens, the pass that
 computes reference log-probabilities, masks, importance weights, optimizer steps and metrics.
@@ -21,7 +21,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class LossBatch:
-    """A micro-batch as a loss sees it: T predicted tokens of N trajectories, laid end to end."""
+    """Input of a loss: a micro-batch of T predicted tokens of N trajectories, laid end to end."""
 
     logprobs_T: torch.Tensor
     """log pi of each token at the sampling temperature, with gradient."""

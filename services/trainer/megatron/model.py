@@ -47,7 +47,7 @@ class Evaluated:
 
 
 class Policy:
-    """The part of the model on this rank. Its methods are collectives: every rank calls them alike."""
+    """Part of the model on this rank. Its methods are collectives: every rank calls them alike."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ def _finalize_unscaled(model: Any, _num_tokens: Any = None, **kwargs: Any) -> No
 
 
 class Split(Enum):
-    """How a parameter is cut over tensor-parallel ranks."""
+    """Cut of a parameter over tensor-parallel ranks."""
 
     WHOLE = "whole"
     ROWS = "rows"

@@ -74,7 +74,7 @@ class ObjectChannel:
         return values
 
     def scatter(self, values: Sequence[Any] | None) -> Any:
-        """Returns this rank's one of the source's values; other ranks pass None."""
+        """Returns the source's value for this rank; the other ranks pass None."""
         if self._group is None:
             assert values is not None
             return values[0]
