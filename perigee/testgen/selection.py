@@ -101,7 +101,7 @@ class Selection:
 
     @property
     def test_cases(self) -> list[Case]:
-        """The candidates that were kept."""
+        """Candidates that were kept."""
         return [case for case in self.cases if case.kept]
 
 

@@ -31,7 +31,7 @@ class LimitsConfig(Model):
 
 
 class SandboxServerConfig(ServerConfig):
-    """How the sandbox listens."""
+    """Address and bounds of the server."""
 
     max_concurrent_rpcs: int = Field(2048, ge=1)
     """Calls served at once, over gRPC and over HTTP each; more are refused with RESOURCE_EXHAUSTED. A job that
@@ -39,7 +39,7 @@ class SandboxServerConfig(ServerConfig):
 
 
 class SandboxConfig(ServiceConfig):
-    """The sandbox's section of a recipe."""
+    """Section of the sandbox in a recipe."""
 
     section: ClassVar[str] = "sandbox"
     renamed_keys: ClassVar[Mapping[str, str]] = {"overtaking_seconds": "priority_window_seconds"}
@@ -60,7 +60,7 @@ class SandboxConfig(ServiceConfig):
     """Longest wait for a slot; past it, or when its caller's deadline is expected to come first, a job is refused with
     RESOURCE_EXHAUSTED and a retry hint."""
     priority_window_seconds: float = Field(5.0, ge=0)
-    """How much later than a large job a smaller one may come and still go before it."""
+    """Time after a large job in which smaller ones may come and still go before it."""
     default_limits: LimitsConfig = LimitsConfig()
     """Limits of a request that sets none, where its runtime has no other."""
     maximum_limits: LimitsConfig = LimitsConfig(
@@ -98,13 +98,13 @@ class SandboxConfig(ServiceConfig):
     max_sessions: int = Field(16, ge=0)
     """Sessions at once; more are refused with RESOURCE_EXHAUSTED."""
     session_idle_seconds: int = Field(600, ge=1)
-    """A session without a cell for this time ends, where its request sets no other."""
+    """A session without a cell for this time ends, unless its request sets another."""
     session_maximum_idle_seconds: int = Field(3600, ge=1)
     """Longest idle time that a request may ask for."""
     session_seconds: int = Field(4 * 3600, ge=1)
     """A session ends after this time, however busy."""
     result_cache_seconds: float = Field(600.0, ge=0)
-    """How long the response to an idempotency key is kept."""
+    """Time for which the response to an idempotency key is kept."""
     result_cache_bytes: int = Field(64 * MIB, ge=0)
     """Memory for responses to idempotency keys; the oldest make room."""
     runtimes_path: str | None = None

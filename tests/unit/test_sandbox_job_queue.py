@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import ResourceExhaustedError, UnavailableError
+from services.sandbox.config import SandboxConfig
 from services.sandbox.runtime.job_queue import JobQueue
 
 
@@ -292,3 +293,9 @@ async def test_closing_refuses_all_who_wait_and_all_who_come() -> None:
         await queue.acquire(1)
     queue.release(slot)
     assert (queue.busy, queue.waiting) == (0, 0)
+
+
+def test_the_old_key_of_the_priority_window_is_accepted_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match="priority_window_seconds"):
+        config = SandboxConfig.model_validate({"overtaking_seconds": 7})
+    assert config.priority_window_seconds == 7

@@ -60,7 +60,7 @@ class Decision:
 
     @property
     def reason(self) -> str:
-        """Reason in words."""
+        """Reason as a sentence."""
         return self.error if self.selection is None else self.selection.reason
 
 
@@ -120,7 +120,7 @@ async def make_many(folders: Sequence[Path], make: Callable[[Path], Awaitable[De
 
 
 def refuse(problem: Problem) -> Selection | None:
-    """The verdict on a problem whose outputs cannot be compared with each other; None where they can.
+    """Drops a problem whose outputs cannot be compared with each other; returns None for others.
 
     Raises InvalidArgumentError when the problem's programs do not read standard input.
     """

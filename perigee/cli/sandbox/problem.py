@@ -59,7 +59,7 @@ class CheckerSection(Model):
     floats: FloatsSection = FloatsSection()
     """By tokens, with a tolerance."""
     program: str = ""
-    """A program beside problem.yaml: called as `checker input.txt output.txt answer.txt`, exit codes as testlib's."""
+    """Program beside problem.yaml: called as `checker input.txt output.txt answer.txt`, exit codes as testlib's."""
 
     @property
     def kind(self) -> str:
@@ -73,15 +73,15 @@ class ProblemSection(Model):
     title: str = ""
     """For readers."""
     language: str = ""
-    """The runtime of all solutions; by their suffixes unless set."""
+    """Runtime of all solutions; by their suffixes unless set."""
     limits: LimitsSection = LimitsSection()
     """Limits of a solution on one test; unset ones are the sandbox's defaults."""
     checker: CheckerSection = CheckerSection()
     """Comparator of outputs; by tokens unless set."""
     interactor: str = ""
-    """A program beside problem.yaml that talks with the solution."""
+    """Program beside problem.yaml that talks with the solution."""
     function: str = ""
-    """The function that tests call; NAME.in is then a JSON list of arguments, NAME.out the result as JSON."""
+    """Function that tests call; NAME.in is then a JSON list of arguments, NAME.out the result as JSON."""
     files: list[str] = []
     """Files placed beside checker and interactor, testlib.h for one."""
     points: dict[str, float] = {}

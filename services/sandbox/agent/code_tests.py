@@ -8,7 +8,7 @@ cannot be passed on.
 
 A submission may forge replies, which changes what it says its function returned and nothing else: what arrives becomes
 plain values and built-in exceptions, or ends the test. Whose fault a failure is decides between a wrong answer and a
-failure of the test, so exceptions are told apart by where they began.
+failure of the test, so exceptions are distinguished by where they began.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def serve_function(
 
 
 class LoadError(Exception):
-    """A submission that does not compile, raises while it is loaded, or lacks the function."""
+    """Submission that does not compile, raises while it is loaded, or lacks the function."""
 
     def __init__(self, message: str, does_not_compile: bool = False) -> None:
         super().__init__(message)
@@ -289,7 +289,7 @@ class CodeTestReport:
     """Result of a code test, with the first 1,000 characters of the reason; `calls` counts those of the function.
 
     SUBMISSION_ERROR: an exception of the submission's reached the end of the test, or its process ended. FAILED: an
-    assertion did not hold, or the test could not go on with what the function had returned. TEST_ERROR: the test is at
+    assertion did not hold, or the test failed on what the function had returned. TEST_ERROR: the test is at
     fault and says nothing of the submission, as one that never calls the function.
     """
 

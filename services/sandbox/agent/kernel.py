@@ -1,4 +1,4 @@
-"""The Linux calls that the `os` module does not offer, through ctypes; every failure raises OSError.
+"""Linux calls that the `os` module lacks, through ctypes; every failure raises OSError.
 
 Numbers and layouts are those of the kernel's headers, for x86_64 and aarch64.
 """
@@ -46,7 +46,7 @@ def mount(source: str, target: str, kind: str | None, flags: int, data: str = ""
 
 
 def move_mount(source: str, target: str) -> None:
-    """Moves a mount to another place."""
+    """Moves a mount to another path."""
     mount(source, target, None, MS_MOVE)
 
 
@@ -117,7 +117,7 @@ def die_with_parent(signal_number: int) -> None:
 
 
 def set_dumpable(dumpable: bool) -> None:
-    """Whether processes of the same user may look into this one (/proc/PID/mem, /proc/PID/fd)."""
+    """Sets whether processes of the same user may look into this one (/proc/PID/mem, /proc/PID/fd)."""
     _prctl(_PR_SET_DUMPABLE, int(dumpable), "prctl PR_SET_DUMPABLE")
 
 

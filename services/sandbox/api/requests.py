@@ -227,7 +227,7 @@ def read_json(reader: Reader, text: str, field: str) -> object:
 
 
 _PATIENCE_MS = 5000
-"""How much longer than the submission an interactor may take."""
+"""Time that an interactor has beyond that of the submission."""
 _COMPARISONS = {
     pb.COMPARISON_UNSPECIFIED: Comparison.TOKENS,
     pb.COMPARISON_EXACT: Comparison.EXACT,

@@ -13,7 +13,7 @@ from services.sandbox.runtime.failure import finish
 from services.sandbox.runtime.sandboxes import Sandbox
 
 _PATIENCE_S = 2.0
-"""How long one side may continue after the other has ended."""
+"""Time for which one side may continue after the other has ended."""
 
 T = TypeVar("T")
 

@@ -177,7 +177,7 @@ class RuntimeConfig(Model):
     requires: tuple[str, ...] = ()
     """Executables without which the runtime cannot be used."""
     install: str = ""
-    """What to install when they are missing."""
+    """Packages to install when they are missing."""
     environment: dict[str, str] = {}
     """Environment variables."""
     limits: RuntimeLimits = RuntimeLimits()

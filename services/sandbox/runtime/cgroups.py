@@ -135,7 +135,7 @@ class SlotCgroup:
         }
 
     def processes(self) -> list[int]:
-        """The processes in the group."""
+        """Returns the processes in the group."""
         path = next(iter(self._paths.values()))
         return [int(pid) for pid in (path / "cgroup.procs").read_text().split()] if path.exists() else []
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class SandboxFailedError(PerigeeError):
-    """The sandbox failed, not the program: the job may be tried again."""
+    """Failure of the sandbox and not of the program: the job may be tried again."""
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:

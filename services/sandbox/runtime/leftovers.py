@@ -1,4 +1,5 @@
-"""What a service leaves on the machine (control groups, processes, folders), and how it is removed.
+"""Leftovers of a service on the machine: control groups, processes and folders, claimed while it runs and removed
+after.
 
 A running service holds a lock on each of its folders. A lock ends with its process, however that ends, and holds across
 containers, in which process ids mean nothing.

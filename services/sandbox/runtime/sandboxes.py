@@ -40,7 +40,7 @@ _IDLE_S = 30.0
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended, and the files that it left."""
+    """Result of a run with the files that it left."""
 
     result: RunResult
     files: Archive | None = None

@@ -89,7 +89,7 @@ def cell_status(answer: dict[str, Any], output_cut: bool, output_bytes: int) -> 
 log = get_logger(__name__)
 
 _INTERRUPT_S = 1.0
-"""How long an interrupted cell may take to end before its session is ended."""
+"""Time that an interrupted cell has before its session is ended."""
 _TICK_S = 0.1
 _END_S = 5.0
 
