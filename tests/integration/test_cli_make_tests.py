@@ -106,7 +106,7 @@ async def test_a_signal_stops_it_in_order(sandbox_address: str, tmp_path: Path, 
     process.send_signal(number)
     stdout, stderr = await process.communicate()
     assert (process.returncode, stdout) == (128 + number, b"")
-    assert stderr.decode() == "stopped; the same command goes on with what is there\n"
+    assert stderr.decode() == "stopped; the same command continues with what is there\n"
     assert not (folder / "make-tests.json").exists()
 
 
