@@ -17,7 +17,7 @@ class ChecksConfig(Model):
     workers: int = Field(2, ge=1)
     """Processes that check; each takes one after the other."""
     check_timeout_s: float = Field(5.0, gt=0)
-    """Time of one check; past it its process is killed and the item FAILED."""
+    """CPU time of one check; past it, or 8 times as long by the clock, its process is killed and the item FAILED."""
     memory_bytes: int = Field(1 << 30, ge=1 << 27)
     """Memory of one check; past it its process is killed and the item FAILED."""
     start_timeout_s: float = Field(60.0, gt=0)

@@ -1,13 +1,16 @@
-"""The math verifier's check outside of its process: nothing in it needs a signal, or the main thread."""
+"""Checks outside of the service: the math verifier's needs no signal, and deadlines count CPU time."""
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
 
-from services.reward.mathematics.check import check
+from services.reward.math.check import check
 
 
 @pytest.mark.parametrize(
@@ -35,3 +38,42 @@ def test_a_check_needs_no_signal(monkeypatch: pytest.MonkeyPatch, reference: str
     thread.start()
     thread.join()
     assert [reply["status"] for reply in found] == [status]
+
+
+SPIN = """
+import time
+from services.reward.pool import check_worker
+
+def check(request):
+    if request["kind"] == "waits":
+        time.sleep(request["seconds"])
+    begin = time.process_time()
+    while request["kind"] == "computes" and time.process_time() < begin + request["seconds"]:
+        pass
+    return {"status": "equal", "reason": ""}
+
+supervisor = check_worker.Supervisor(check, check_worker.Limits(1 << 30, 60.0, 0))
+supervisor.serve()
+supervisor.end()
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "seconds", "status"),
+    [
+        # Off the processor, as on a busy machine, a check may take longer than its deadline; on it, it may not.
+        ("waits", 1.0, "equal"),
+        ("computes", 0.1, "equal"),
+        ("computes", 30.0, "deadline"),
+        ("waits", 30.0, "deadline"),
+    ],
+)
+def test_deadlines_count_the_time_that_a_check_had_the_processor(kind: str, seconds: float, status: str) -> None:
+    message = {"id": 1, "deadline_s": 0.4, "check": {"kind": kind, "seconds": seconds}}
+    with subprocess.Popen([sys.executable, "-c", SPIN], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps(message).encode() + b"\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["status"] == status
+        process.stdin.close()

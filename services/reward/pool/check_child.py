@@ -15,6 +15,7 @@ from services.reward.pool.pipes import LineReader, write_all, write_line
 
 MAX_REASON_CHARACTERS = 300
 PR_SET_PDEATHSIG = 1
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # Behind the checks that are quick; it still has its deadline.
 ASIDE_NICENESS = 5
@@ -97,6 +98,16 @@ def close_quietly(descriptor: int) -> None:
         os.close(descriptor)
     except OSError:
         return
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time that a process has taken, in user and system mode; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
 
 
 def resident_bytes(pid: int) -> int:

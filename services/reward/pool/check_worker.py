@@ -22,11 +22,11 @@ from collections import deque
 from dataclasses import dataclass, field
 from importlib import import_module
 
-from services.reward.pool.check_child import Check, Child, fork_child, resident_bytes
+from services.reward.pool.check_child import Check, Child, cpu_seconds, fork_child, resident_bytes
 from services.reward.pool.pipes import LineReader, write_line
 
 # What a module of checks offers: warm_up(), and check(request) that gives {"status", "reason"}.
-MODULES = {"math": "services.reward.mathematics.check", "pattern": "services.reward.pool.pattern_checks"}
+MODULES = {"math": "services.reward.math.check", "pattern": "services.reward.pool.pattern_checks"}
 # A computer algebra system caches; a child is replaced before that counts against an innocent answer.
 CHECKS_PER_CHILD = 1000
 # Checks in a child's pipe, so that it need not wait for the supervisor's turn between two of them. The pipe must hold
@@ -34,6 +34,8 @@ CHECKS_PER_CHILD = 1000
 SENT_CHECKS = 4
 SENT_BYTES = 32 << 10
 MEMORY_POLL_S = 0.05
+# A check that others keep from running has its deadline by the clock, too.
+WALL_FACTOR = 8
 
 
 @dataclass(frozen=True)
@@ -56,21 +58,39 @@ class Limits:
 
 @dataclass
 class Lane:
-    """A child and what it was sent; the first of these is under way since `begin`, of the monotonic clock."""
+    """A child and what it was sent; the first of these is under way since `begin`, of the monotonic clock.
+
+    A check's deadline counts the CPU time of its child, so that a busy machine fails no innocent check; by the clock a
+    check may take `WALL_FACTOR` times as long.
+    """
 
     child: Child
     sent: deque[Message] = field(default_factory=deque)
     begin: float = 0.0
+    begin_cpu: float = 0.0
+
+    def start_check(self) -> None:
+        """Starts the clocks of the next check."""
+        self.begin = time.monotonic()
+        self.begin_cpu = cpu_seconds(self.child.pid)
 
     @property
     def end(self) -> float:
-        """When the time of the check under way is up."""
+        """Earliest moment at which the time of the check under way may be up."""
         return self.begin + float(self.sent[0].deadline_s)
+
+    def is_overdue(self, now: float) -> bool:
+        """Whether the check under way has used up its CPU time, or waited far too long for it."""
+        deadline_s = self.sent[0].deadline_s
+        if now < self.begin + deadline_s:
+            return False
+        is_spent = cpu_seconds(self.child.pid) - self.begin_cpu >= deadline_s
+        return is_spent or now >= self.begin + WALL_FACTOR * deadline_s
 
     def send(self, message: Message) -> None:
         """Hands a check over."""
         if not self.sent:
-            self.begin = time.monotonic()
+            self.start_check()
         self.sent.append(message)
         self.child.send(message.check)
 
@@ -148,7 +168,8 @@ class Supervisor:
         ends = [lane.end for lane in busy]
         if self._may_step_aside():
             ends.append(self._front.begin + self._limits.slow_s)
-        return max(0.0, min(MEMORY_POLL_S, min(ends) - time.monotonic()))
+        now = time.monotonic()
+        return min([MEMORY_POLL_S, *(end - now for end in ends if end > now)])
 
     def _may_step_aside(self) -> bool:
         others = len(self._front.sent) > 1 or self._waiting
@@ -185,7 +206,7 @@ class Supervisor:
         replies = lane.child.read_replies()
         for reply in replies or ():
             write_line(1, json.loads(reply) | {"id": lane.sent.popleft().check_id})
-            lane.begin = time.monotonic()
+            lane.start_check()
             if lane is not self._front:
                 break  # what it was sent behind the slow check is with another by now
         if replies is None:
@@ -197,8 +218,8 @@ class Supervisor:
         """Kills what exceeds its time or memory, and lets a slow check step aside."""
         now = time.monotonic()
         for lane in self._busy():
-            if now >= lane.end:
-                self._fail(lane, "deadline", f"the check did not end within {lane.sent[0].deadline_s:g} s")
+            if lane.is_overdue(now):
+                self._fail(lane, "deadline", f"the check did not end within {lane.sent[0].deadline_s:g} s of CPU time")
             elif resident_bytes(lane.child.pid) > self._limits.memory_bytes:
                 self._fail(lane, "memory", f"the check took more than {self._limits.memory_bytes >> 20} MiB of memory")
         if self._may_step_aside() and now - self._front.begin >= self._limits.slow_s:

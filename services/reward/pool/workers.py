@@ -18,6 +18,7 @@ from perigee.errors import UnavailableError
 from services.kit.process import ChildProcess
 from services.kit.telemetry import get_logger
 from services.reward.config import ChecksConfig
+from services.reward.pool.check_worker import WALL_FACTOR
 from services.reward.verifiers.base import Outcome
 
 log = get_logger(__name__)
@@ -189,7 +190,8 @@ class CheckPool:
             *("--slow-checks", str(config.slow_checks)),
         )
         self._deadline_s = config.check_timeout_s
-        self._pool = WorkerPool(command, config.workers, config.start_timeout_s, config.check_timeout_s + GRACE_S)
+        silence_s = WALL_FACTOR * config.check_timeout_s + GRACE_S
+        self._pool = WorkerPool(command, config.workers, config.start_timeout_s, silence_s)
 
     async def start(self) -> None:
         """Starts the workers; UnavailableError when one does not get ready."""
