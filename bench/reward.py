@@ -31,7 +31,7 @@ from services.kit.server import serving
 from services.reward.__main__ import lifespan
 from services.reward.config import MathConfig, RewardConfig
 from services.reward.verifiers.base import Item
-from services.reward.verifiers.math import compare_plainly, find_answer
+from services.reward.verifiers.math import compare_plainly, extract
 from tests.fixtures.labelled import Labelled, read_labelled
 
 WORKERS = 2
@@ -59,9 +59,9 @@ class Turn:
 def needs_algebra(labelled: Labelled) -> bool:
     """Whether the service hands the item to a worker."""
     message = labelled.item
-    item = Item(message.id, message.response, message.answer_marker, message.math)
-    answer = find_answer(item)
-    return answer is not None and compare_plainly(message.math.reference, answer) is None
+    math = pb.MathVerifier(reference=message.math.reference, extraction=pb.ANSWER_EXTRACTION_PROSE)
+    found = extract(Item(message.id, message.response, message.answer_marker, math))
+    return any(compare_plainly(math.reference, answer) is None for answer in found.answers)
 
 
 def choose(count: int, algebra_share: float) -> list[Labelled]:
@@ -82,10 +82,12 @@ def number(items: Sequence[Labelled], bombs: bool) -> list[pb.ScoreItem]:
     for index, labelled in enumerate(items):
         message = pb.ScoreItem(id=f"item-{index}")
         message.MergeFrom(pb.ScoreItem(response=labelled.item.response, math=labelled.item.math))
+        message.math.extraction = pb.ANSWER_EXTRACTION_PROSE
         messages.append(message)
         if bombs and index % 100 == 50:
             text = BOMBS[index // 100 % len(BOMBS)]
-            messages.append(pb.ScoreItem(id=f"bomb-{index}", response=f"${text}$", math=pb.MathVerifier(reference="7")))
+            math = pb.MathVerifier(reference="7")
+            messages.append(pb.ScoreItem(id=f"bomb-{index}", response=f"\\boxed{{{text}}}", math=math))
     return messages
 
 

@@ -19,7 +19,9 @@ def read_solutions() -> list[str]:
 
 
 def make_item(name: str, response: str, reference: str, marker: str = "") -> pb.ScoreItem:
-    return pb.ScoreItem(id=name, response=response, answer_marker=marker, math=pb.MathVerifier(reference=reference))
+    prose = pb.ANSWER_EXTRACTION_PROSE if "bare" in name or "neighbour" in name else pb.ANSWER_EXTRACTION_UNSPECIFIED
+    math = pb.MathVerifier(reference=reference, extraction=prose)
+    return pb.ScoreItem(id=name, response=response, answer_marker=marker, math=math)
 
 
 async def test_every_answer_is_right_for_itself_and_wrong_for_its_neighbour(reward: RewardClient) -> None:

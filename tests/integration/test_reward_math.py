@@ -55,11 +55,26 @@ async def test_answers_get_their_verdicts(reward: RewardClient, reference: str, 
     assert outcome.verifier == "math"
 
 
-async def test_without_a_marker_the_boxed_or_last_answer_counts(reward: RewardClient) -> None:
+async def test_without_a_marker_the_box_counts_and_prose_where_it_is_asked_for(reward: RewardClient) -> None:
     boxed = "We add 3 and 4.\nThe sum is $\\boxed{7}$."
     assert (await score_one(reward, math_item("a", "7", boxed, marker=""))).verdict == VERDICT_CORRECT
     assert (await score_one(reward, math_item("a", "3", boxed, marker=""))).verdict == VERDICT_WRONG
-    assert (await score_one(reward, math_item("a", "2x+1", "2x+1", marker=""))).verdict == VERDICT_CORRECT
+    bare = math_item("a", "2x+1", "2x+1", marker="")
+    assert (await score_one(reward, bare)).verdict == VERDICT_UNGRADABLE
+    bare.math.extraction = pb.ANSWER_EXTRACTION_PROSE
+    assert (await score_one(reward, bare)).verdict == VERDICT_CORRECT
+
+
+async def test_two_answers_are_none_and_the_question_again_is_wrong(reward: RewardClient) -> None:
+    two = math_item("a", "5", "\\boxed{5}. The answer is: 6.", marker="")
+    outcome = await score_one(reward, two)
+    assert (outcome.verdict, outcome.reason) == (VERDICT_UNGRADABLE, "the response gives different answers")
+    same = math_item("a", "(10,2)", "\\boxed{(10,2)}. The answer is: (10,2).", marker="")
+    assert (await score_one(reward, same)).verdict == VERDICT_CORRECT
+    again = math_item("a", "6\\sqrt{2}", "\\boxed{\\sqrt{72}}", marker="")
+    assert (await score_one(reward, again)).verdict == VERDICT_WRONG
+    again.math.form = pb.ANSWER_FORM_VALUE
+    assert (await score_one(reward, again)).verdict == VERDICT_CORRECT
 
 
 @pytest.mark.parametrize("bomb", ["9^{9^{9^{9}}}", "123456789!"])
@@ -72,7 +87,7 @@ async def test_a_hanging_expression_fails_by_its_deadline_and_harms_no_other(bom
         outcomes = {outcome.id: outcome for outcome in await score(client, items)}
         assert outcomes["bomb"].verdict == VERDICT_FAILED
         assert not outcomes["bomb"].HasField("reward")
-        assert "did not end within 1 s" in outcomes["bomb"].reason
+        assert "did not end within 1 s of CPU time" in outcomes["bomb"].reason
         assert {outcomes[str(i)].verdict for i in range(1, 6)} == {VERDICT_CORRECT}
 
 
@@ -97,6 +112,7 @@ async def test_bad_requests_name_their_fields(reward: RewardClient) -> None:
         math_item("", "1", "#1"),
         math_item("a", " ", "#1"),
         math_item("a", "1", "x" * (1 << 20) + "#1"),
+        math_item("d", "\\frac{}{2}", "#1"),
         pb.ScoreItem(id="b", response="#1"),
         pb.ScoreItem(id="c", response="#1", code=pb.CodeVerifier()),
     ]
@@ -107,9 +123,10 @@ async def test_bad_requests_name_their_fields(reward: RewardClient) -> None:
         "items[1].math.reference",
         "items[2].id",
         "items[2].response",
-        "items[3].verifier",
-        "items[4].code.language",
-        "items[4].code.tests",
+        "items[3].math.reference",
+        "items[4].verifier",
+        "items[5].code.language",
+        "items[5].code.tests",
     }
 
 

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from perigee.buffer.v1 import buffer_pb2 as _buffer_pb2
 from perigee.sandbox.v1 import sandbox_pb2 as _sandbox_pb2
 import builtins as _builtins
@@ -20,6 +21,62 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _AnswerExtraction:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AnswerExtractionEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AnswerExtraction.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ANSWER_EXTRACTION_UNSPECIFIED: _AnswerExtraction.ValueType  # 0
+    """ANNOUNCED."""
+    ANSWER_EXTRACTION_BOXED: _AnswerExtraction.ValueType  # 1
+    """The last box, \\boxed, \\fbox or \\framebox; <answer> tags; an "answer" in JSON."""
+    ANSWER_EXTRACTION_MARKER: _AnswerExtraction.ValueType  # 2
+    """What follows the item's answer marker, ####, or "A:" or "Answer:" at the beginning of a line."""
+    ANSWER_EXTRACTION_ANNOUNCED: _AnswerExtraction.ValueType  # 3
+    """What the response says that the answer is: "the (final) answer is"."""
+    ANSWER_EXTRACTION_PROSE: _AnswerExtraction.ValueType  # 4
+    """The last value of the last sentence that has one. It can be earned by writing numbers: not for training."""
+
+class AnswerExtraction(_AnswerExtraction, metaclass=_AnswerExtractionEnumTypeWrapper):
+    """How the final answer of a response may be given; each level also takes what those before it take."""
+
+ANSWER_EXTRACTION_UNSPECIFIED: AnswerExtraction.ValueType  # 0
+"""ANNOUNCED."""
+ANSWER_EXTRACTION_BOXED: AnswerExtraction.ValueType  # 1
+"""The last box, \\boxed, \\fbox or \\framebox; <answer> tags; an "answer" in JSON."""
+ANSWER_EXTRACTION_MARKER: AnswerExtraction.ValueType  # 2
+"""What follows the item's answer marker, ####, or "A:" or "Answer:" at the beginning of a line."""
+ANSWER_EXTRACTION_ANNOUNCED: AnswerExtraction.ValueType  # 3
+"""What the response says that the answer is: "the (final) answer is"."""
+ANSWER_EXTRACTION_PROSE: AnswerExtraction.ValueType  # 4
+"""The last value of the last sentence that has one. It can be earned by writing numbers: not for training."""
+Global___AnswerExtraction: _TypeAlias = AnswerExtraction  # noqa: Y015
+
+class _AnswerForm:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _AnswerFormEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_AnswerForm.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ANSWER_FORM_UNSPECIFIED: _AnswerForm.ValueType  # 0
+    """REFERENCE."""
+    ANSWER_FORM_VALUE: _AnswerForm.ValueType  # 1
+    """Any expression of the same value is right."""
+    ANSWER_FORM_REFERENCE: _AnswerForm.ValueType  # 2
+    """The answer is worked out as far as the reference is, and is not the expression that was asked about."""
+
+class AnswerForm(_AnswerForm, metaclass=_AnswerFormEnumTypeWrapper):
+    """What an answer must be beside equal to the reference."""
+
+ANSWER_FORM_UNSPECIFIED: AnswerForm.ValueType  # 0
+"""REFERENCE."""
+ANSWER_FORM_VALUE: AnswerForm.ValueType  # 1
+"""Any expression of the same value is right."""
+ANSWER_FORM_REFERENCE: AnswerForm.ValueType  # 2
+"""The answer is worked out as far as the reference is, and is not the expression that was asked about."""
+Global___AnswerForm: _TypeAlias = AnswerForm  # noqa: Y015
+
 @_typing.final
 class MathVerifier(_message.Message):
     """Compares the final answer of the response with a reference, as mathematics."""
@@ -28,7 +85,11 @@ class MathVerifier(_message.Message):
 
     REFERENCE_FIELD_NUMBER: _builtins.int
     ALTERNATIVES_FIELD_NUMBER: _builtins.int
+    EXTRACTION_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
+    extraction: Global___AnswerExtraction.ValueType
+    form: Global___AnswerForm.ValueType
     @_builtins.property
     def alternatives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further answers that are as good."""
@@ -38,10 +99,12 @@ class MathVerifier(_message.Message):
         *,
         reference: _builtins.str = ...,
         alternatives: _abc.Iterable[_builtins.str] | None = ...,
+        extraction: Global___AnswerExtraction.ValueType = ...,
+        form: Global___AnswerForm.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "reference", b"reference"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "extraction", b"extraction", "form", b"form", "reference", b"reference"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -453,7 +516,7 @@ class ScoreItem(_message.Message):
     prompt: _builtins.str
     response: _builtins.str
     answer_marker: _builtins.str
-    """What follows the last occurrence of this marker is the answer; empty: the verifier's own extraction."""
+    """The answer follows the last occurrence of this marker; empty: the verifier finds it in the whole response."""
     @_builtins.property
     def math(self) -> Global___MathVerifier: ...
     @_builtins.property

@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from perigee.errors import FieldViolation
 from perigee.reward.v1 import reward_pb2 as pb
-from services.reward.mathematics.answers import drop_reasoning
-from services.reward.mathematics.boxes import find_boxed
+from services.reward.math.extract import clean, find_boxes, last_group
 from services.reward.verifiers.base import Item, Outcome, Verifier, read_answer
 from services.reward.verifiers.text import normalise_phrase
 
@@ -43,7 +42,7 @@ class ChoiceVerifier(Verifier[pb.ChoiceVerifier]):
     """
 
     name: ClassVar[str] = "choice"
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     def find_violations(self, parameters: pb.ChoiceVerifier) -> list[FieldViolation]:
         letters = read_reference(parameters.reference)
@@ -88,12 +87,12 @@ def allowed_letters(parameters: pb.ChoiceVerifier) -> str:
 
 def find_answers(text: str, *, marked: bool) -> list[str]:
     """The final answer, last, and before it those of the same breath that it does not correct."""
-    after = drop_reasoning(text)
-    if after is None:
+    after = clean(text)
+    boxes = None if after is None else find_boxes(after)
+    if after is None or boxes is None:
         return []
-    boxed = find_boxed(after)
-    if boxed is not None:
-        return [boxed] if boxed else []
+    if boxes:
+        return [", ".join(box.text for box in last_group(after, boxes))]
     lines = [line.strip() for line in after.splitlines() if line.strip(" \t*#`_-=")]
     if not lines:
         return []

@@ -6,21 +6,26 @@ from typing import ClassVar
 
 from perigee.errors import FieldViolation
 from perigee.reward.v1 import reward_pb2 as pb
-from services.reward.mathematics.answers import find_final_answer
-from services.reward.mathematics.compare import Algebra, agree
-from services.reward.mathematics.expectations import expect
-from services.reward.mathematics.families import Family
-from services.reward.mathematics.quantities import express_in
-from services.reward.mathematics.questions import with_question
-from services.reward.mathematics.shapes import Relation
+from services.reward.math.compare import Algebra, agree
+from services.reward.math.extract import Extraction, Found, Search, find_answers
+from services.reward.math.form import find_fault
+from services.reward.math.notation import MAX_DEPTH, nesting
+from services.reward.math.parse import Relation
+from services.reward.math.reference import check_reference, describe
 from services.reward.pool.workers import CheckPool
-from services.reward.verifiers.base import Item, Outcome, Verifier, extract_answer
+from services.reward.verifiers.base import Item, Outcome, Verdict, Verifier
 
 # Longer answers are taken apart in a process of their own, so that nobody waits for them.
 IN_PROCESS_CHARACTERS = 400
 # Nobody answers at such length; a longer reference allows a longer answer.
 MAX_ANSWER_CHARACTERS = 10_000
 LONGER_THAN_REFERENCE = 4
+# Levels that are not the default.
+EXTRACTIONS = {
+    pb.ANSWER_EXTRACTION_BOXED: Extraction.BOXED,
+    pb.ANSWER_EXTRACTION_MARKER: Extraction.MARKER,
+    pb.ANSWER_EXTRACTION_PROSE: Extraction.PROSE,
+}
 
 
 class NeedsAlgebraError(Exception):
@@ -36,60 +41,62 @@ class NoAlgebra(Algebra):
     def same_relation(self, expected: Relation, found: Relation) -> bool:
         raise NeedsAlgebraError
 
-    def same_family(self, expected: Family, found: Family) -> bool:
-        raise NeedsAlgebraError
-
 
 NO_ALGEBRA = NoAlgebra()
 
 
 class MathVerifier(Verifier[pb.MathVerifier]):
-    """Compares the response's final answer with the reference, as mathematics: see `mathematics.compare`.
+    """Compares the response's final answer with the reference, as mathematics: see `math.extract` and `math.compare`.
 
-    The answer is the last box, what is announced as the answer, or what the last sentence states that is no check, no
-    remark and no question; after an answer marker it is what the marker's line says. The reference's form and unit, and
-    what the prompt asks for, help to choose among the values of a sentence; the reference's value does not.
+    Where a response gives several answers side by side, all of them must be right. The reference tells how many values
+    are asked for and whether they are words; its value does not help to find the answer.
     """
 
     name: ClassVar[str] = "math"
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
 
     def __init__(self, pool: CheckPool) -> None:
         self._pool = pool
 
     def find_violations(self, parameters: pb.MathVerifier) -> list[FieldViolation]:
-        violations = []
-        if not parameters.reference.strip():
-            violations.append(FieldViolation("math.reference", "is required: the answer to compare with"))
-        for index, alternative in enumerate(parameters.alternatives):
-            if not alternative.strip():
-                violations.append(FieldViolation(f"math.alternatives[{index}]", "is empty"))
-        return violations
+        fields = ["math.reference", *(f"math.alternatives[{index}]" for index in range(len(parameters.alternatives)))]
+        faults = map(check_reference, references_of(parameters))
+        return [FieldViolation(field, fault) for field, fault in zip(fields, faults, strict=True) if fault]
 
     def graded_text(self, item: Item[pb.MathVerifier]) -> str | None:
-        answer = find_answer(item)
-        return f"no answer: {explain_absence(item)}" if answer is None else f"answer: {answer}"
+        found = extract(item)
+        prompt = "" if item.parameters.form == pb.ANSWER_FORM_VALUE else item.prompt
+        return repr((prompt, found.answers, found.reason))
 
     async def judge(self, item: Item[pb.MathVerifier]) -> Outcome:
-        answer = find_answer(item)
-        if answer is None:
-            return Outcome.ungradable(explain_absence(item))
-        references = [item.parameters.reference, *item.parameters.alternatives]
+        found = extract(item)
+        if not found.answers:
+            return Outcome.ungradable(found.reason)
+        outcomes = [await self._judge_answer(item, answer) for answer in found.answers]
+        verdicts = {outcome.verdict for outcome in outcomes}
+        if Verdict.FAILED not in verdicts and Verdict.CORRECT in verdicts and len(verdicts) > 1:
+            return Outcome.ungradable("the response gives different answers", " | ".join(found.answers))
+        return next((outcome for outcome in outcomes if outcome.verdict is Verdict.FAILED), outcomes[-1])
+
+    async def _judge_answer(self, item: Item[pb.MathVerifier], answer: str) -> Outcome:
+        references = references_of(item.parameters)
         most = max(MAX_ANSWER_CHARACTERS, LONGER_THAN_REFERENCE * max(map(len, references)))
         if len(answer) > most:
             return Outcome.ungradable(f"the answer has {len(answer)} characters, more than {most}", answer)
-        undecided = references
-        if max(map(len, [answer, *references])) <= IN_PROCESS_CHARACTERS:
-            verdicts = {reference: compare_plainly(reference, answer) for reference in references}
-            if any(verdicts.values()):
-                return Outcome.correct(answer)
-            undecided = [reference for reference, verdict in verdicts.items() if verdict is None]
-            if not undecided:
-                return Outcome.wrong(answer)
+        if nesting(answer) > MAX_DEPTH:
+            return Outcome.ungradable(f"the answer nests brackets more than {MAX_DEPTH} deep", answer)
+        undecided = []
+        for reference in references:
+            verdict = compare_plainly(reference, answer)
+            if verdict:
+                return grade_form(item, reference, answer)
+            undecided += [reference] if verdict is None else []
+        if not undecided:
+            return Outcome.wrong(answer)
         reply = await self._pool.check({"references": undecided, "answer": answer})
         match reply.status:
             case "equal":
-                return Outcome.correct(answer)
+                return grade_form(item, reply.reason, answer)
             case "different":
                 return Outcome.wrong(answer)
             case "unreadable":
@@ -97,27 +104,30 @@ class MathVerifier(Verifier[pb.MathVerifier]):
         return reply.failure(answer)
 
 
+def references_of(parameters: pb.MathVerifier) -> tuple[str, ...]:
+    """Returns all answers that are right."""
+    return (parameters.reference, *parameters.alternatives)
+
+
+def extract(item: Item[pb.MathVerifier]) -> Found:
+    """Finds the final answer of a response."""
+    asked = describe(item.parameters.reference)
+    level = EXTRACTIONS.get(item.parameters.extraction, Extraction.ANNOUNCED)
+    return find_answers(item.response, Search(level, item.answer_marker, asked.parts, asked.is_verbal, item.prompt))
+
+
 def compare_plainly(reference: str, answer: str) -> bool | None:
-    """Whether the answer is the reference; None when that takes algebra."""
+    """Returns whether the answer is the reference; None when that takes algebra, or is too long to be done here."""
+    if max(len(reference), len(answer)) > IN_PROCESS_CHARACTERS:
+        return None
     try:
         return agree(reference, answer, NO_ALGEBRA)
     except NeedsAlgebraError:
         return None
 
 
-def find_answer(item: Item[pb.MathVerifier]) -> str | None:
-    """The final answer; None when there is none."""
-    text = extract_answer(item.response, item.answer_marker)
-    if not text:
-        return None
-    expectation = with_question(expect(item.parameters.reference), item.prompt)
-    answer = find_final_answer(text, marked=bool(item.answer_marker), expectation=expectation)
-    return express_in(answer, *expectation.asked_unit) if answer and expectation.asked_unit else answer
-
-
-def explain_absence(item: Item[pb.MathVerifier]) -> str:
-    """Why there is no answer."""
-    text = extract_answer(item.response, item.answer_marker)
-    if text is None:
-        return f"the response has no answer marker {item.answer_marker!r}"
-    return "the response gives no final answer" if text else "the answer is empty"
+def grade_form(item: Item[pb.MathVerifier], reference: str, answer: str) -> Outcome:
+    """Grades an answer of the right value by its form."""
+    is_free = item.parameters.form == pb.ANSWER_FORM_VALUE
+    fault = "" if is_free else find_fault(reference, answer, item.prompt)
+    return Outcome.wrong(answer, f"the answer has the right value, but {fault}") if fault else Outcome.correct(answer)

@@ -8,8 +8,7 @@ from typing import ClassVar
 
 from perigee.errors import FieldViolation
 from perigee.reward.v1 import reward_pb2 as pb
-from services.reward.mathematics.answers import find_final_answer
-from services.reward.mathematics.expectations import WORDS
+from services.reward.math.extract import Extraction, Search, find_answers
 from services.reward.verifiers.base import Item, Outcome, Verifier, read_answer
 
 # A longer one is an essay and not a short answer; normalising it would only take time.
@@ -47,7 +46,7 @@ class ShortAnswerVerifier(Verifier[pb.ShortAnswerVerifier]):
     """
 
     name: ClassVar[str] = "short_answer"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
 
     def find_violations(self, parameters: pb.ShortAnswerVerifier) -> list[FieldViolation]:
         if not parameters.references:
@@ -59,18 +58,16 @@ class ShortAnswerVerifier(Verifier[pb.ShortAnswerVerifier]):
         ]
 
     async def judge(self, item: Item[pb.ShortAnswerVerifier]) -> Outcome:
-        text = read_answer(item)
-        if isinstance(text, Outcome):
-            return text
-        answer = find_final_answer(text, marked=bool(item.answer_marker), expectation=WORDS)
-        if answer is None:
-            return Outcome.ungradable("the response gives no final answer")
+        found = find_answers(item.response, Search(Extraction.PROSE, item.answer_marker, is_verbal=True))
+        if len(found.answers) != 1:
+            return Outcome.ungradable(found.reason or "the response gives different answers")
+        [answer] = found.answers
         if len(answer) > MAX_ANSWER_CHARACTERS:
             return Outcome.ungradable(f"the answer has {len(answer)} characters", answer)
         references = {normalise_phrase(reference) for reference in item.parameters.references}
         words = TEXT_COMMAND.sub(r"\1", answer)
-        found = {normalise_phrase(words), normalise_phrase(LEAD.sub("", words.strip()))}
-        return Outcome.correct(answer) if references & found else Outcome.wrong(answer)
+        phrases = {normalise_phrase(words), normalise_phrase(LEAD.sub("", words.strip()))}
+        return Outcome.correct(answer) if references & phrases else Outcome.wrong(answer)
 
 
 def normalise_phrase(text: str) -> str:

@@ -1,8 +1,8 @@
-"""One way of writing for answers that may be written in many: LaTeX, Unicode and plain text become one notation.
+r"""One notation for answers: LaTeX, Unicode and plain text become the same text for the same mathematics.
 
-Numbers, fractions, roots and functions are LaTeX's (\\frac{1}{2}, \\sqrt{2}, \\sin); everything that structures an
-answer is one character: * / ± ≤ ≥ ≠ ≈ ∈ ∪ ∩ ∞ ° ∅ ℝ, ⦃ ⦄ around sets, ⟨ ⟩ around vectors. Spacing, font and size
-commands go, digits are not grouped, and words stay words.
+Numbers, fractions, roots and functions are LaTeX's (\frac{1}{2}, \sqrt{2}, \sin); everything that structures an
+answer is one character: * / ± ≤ ≥ ≠ ≈ ∈ ∪ ∩ ∞ ° ∅ ℝ, ⦃ ⦄ around sets, ⟨ ⟩ around vectors. Commands for spacing, fonts
+and sizes go, digits are not grouped, and words stay words.
 """
 
 from __future__ import annotations
@@ -10,10 +10,23 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from services.reward.mathematics.formulas import ELLIPSIS, SPAN, flatten_math, name_constant, name_repeating
-from services.reward.mathematics.number_words import read_number_words
-from services.reward.mathematics.units import is_unit_phrase
+from services.reward.math.numbers import SMALL, read_number_words
+from services.reward.math.units import is_unit_phrase
 
+DISPLAY = re.compile(
+    r"\\\[(?P<bracket>.+?)\\\]|\$\$(?P<dollars>.+?)\$\$|\\\((?P<parenthesis>[^\n]+?)\\\)"
+    r"|(?P<environment>\\begin\{(?P<name>align\*?|aligned|equation\*?|gather\*?|cases|[pbvBV]?matrix|array)\}"
+    r".+?\\end\{(?P=name)\})",
+    re.DOTALL,
+)
+# TeX's rule as Markdown has it: a dollar sign that opens is followed by no blank, one that closes follows no blank and
+# precedes no digit. So "3 * $1.25 = $3.75" holds prices and no formula.
+SPAN = re.compile(r"(?<!\\)\$(?=[^\s$])((?:\\.|[^$\\])*)(?<=\S)(?<!\\)\$(?![0-9])")
+# In an answer a dollar sign may stand apart from its formula, "$\frac{1}{2} $".
+LOOSE_SPAN = re.compile(r"(?<!\\)\$((?:\\.|[^$\\])*)(?<!\\)\$(?![0-9])")
+# cm$^2$
+SPLIT_UNIT = re.compile(r"(?<=[ 0-9}$])([A-Za-z]{1,3})\$\s*(\^\{?[23]\}?)\s*\$")
+ELLIPSIS = re.compile(r"\.{3,}|\\(?:l|c)?dots(?![A-Za-z])")
 COMMANDS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "\\frac"),
     **dict.fromkeys(("dbinom", "tbinom"), "\\binom"),
@@ -102,52 +115,97 @@ ABOUT = re.compile(
 MODULUS = re.compile(r"\\pmod\s*(?:\{[^{}]*\}|[0-9a-z])|\(\s*(?:\\bmod|\\mod|mod)\s+[^()]*\)")
 UNIT_NAME = r"\{\s*([A-Za-z ]+(?:\^\{?[23]\}?)?)\s*\}"
 UNIT_FRACTION = re.compile(rf"\\frac\s*{UNIT_NAME}\s*{UNIT_NAME}")
+# Nobody nests brackets deeper.
+MAX_DEPTH = 50
 OPENING, CLOSING = "([{⦃⟨", ")]}⦄⟩"
+# Between the groups of a number's digits: 9\,500, 9{,}500, 9,\!500.
+THIN_SPACE = re.compile(r"(?<=[0-9])(?:\\[,!:; ]|\{[,\s]\}|\s*,\s*\\!\s*)(?=[0-9])")
+ARGUMENT = re.compile(r"\\sqrt\s*\{[^{}]*\}|\\[A-Za-z]+|.")
+OVER_ESCAPED = re.compile(r"\\\\(?=[A-Za-z]{2})")
+BASE_WORD = re.compile(rf"_\{{\s*({'|'.join(SMALL)})\s*\}}")
+CLOCK = re.compile(r"(?<=[0-9])\s*([AaPp])\.?\s?[Mm]\b\.?")
 GROUPED = re.compile(r"(?<![0-9.,])[1-9][0-9]{0,2}(?:(?:,[0-9]{3})+|(?: [0-9]{3})+)(?![0-9])(?!,[0-9])")
+
+
+def flatten_math(text: str) -> str:
+    """Puts every displayed formula between single dollar signs, and every environment, on one line."""
+
+    def flatten(match: re.Match[str]) -> str:
+        if match["environment"]:
+            return " ".join(match["environment"].split())
+        return f"${' '.join((match['bracket'] or match['dollars'] or match['parenthesis']).split())}$"
+
+    text = SPLIT_UNIT.sub(r"\1\2", text)
+    return DISPLAY.sub(flatten, text) if "\\" in text or "$$" in text else text
+
+
+def unwrap(text: str) -> str:
+    """Removes the dollar signs around formulas in prose."""
+    return SPAN.sub(lambda match: match[1], text) if "$" in text else text
 
 
 @lru_cache(maxsize=512)
 def normalise(text: str) -> str:
-    """The text in the notation of this module."""
-    text = ARROW.split(flatten_math(name_repeating(name_constant(text.strip()))))[-1].strip()
-    text = SPAN.sub(lambda match: f" {match[1]} ", text)
+    """Returns the text in the notation of this module."""
+    text = flatten_math(unescape(text.strip()))
+    text = LOOSE_SPAN.sub(lambda match: f" {match[1]} ", text)
     text = ROWS.sub(join_rows, text)
+    text = next((part for part in reversed(ARROW.split(text)) if part.strip()), "")
     text = SUPERSCRIPT_RUN.sub(lambda match: f"^{{{match[0].translate(SUPERSCRIPTS)}}}", text)
     text = text.translate(TRANSLATION)
     text = ELLIPSIS.sub("…", MODULUS.sub("", text))
     text = replace_commands(text)
     text = replace_plain(text)
-    text = fix_arguments(text)
+    text = fix_arguments(text) if nesting(text) <= MAX_DEPTH else text
     text = UNIT_FRACTION.sub(join_units, text)
-    text = ungroup_digits(text)
+    text = ungroup_digits(CLOCK.sub(lambda match: f" {match[1].lower()}m", text))
     text = read_chance(" ".join(text.split()))
     return text.strip(" *;,:").rstrip(" .,;:*")
 
 
+def nesting(text: str) -> int:
+    """Returns how deep brackets are nested in a text."""
+    depth = deepest = 0
+    for character in text:
+        depth = max(0, depth + (character in OPENING) - (character in CLOSING))
+        deepest = max(deepest, depth)
+    return deepest
+
+
+def unescape(text: str) -> str:
+    """Removes a backslash that nothing follows, and the second one of commands that were escaped twice."""
+    text = text.removesuffix("\\") if not text.endswith("\\\\") else text
+    if not OVER_ESCAPED.search(text):
+        return text
+    if "\\begin" not in text:
+        return OVER_ESCAPED.sub(lambda match: "\\", text)
+    return text.replace("\\\\", "\\") if re.search(r"\\\\begin", text) else text
+
+
 def read_chance(text: str) -> str:
-    """ "1 in 4" and "one out of four" as fractions."""
+    """Reads "1 in 4" and "one out of four" as fractions."""
     match = CHANCE.fullmatch(text)
     figures = [word if word.isdigit() else read_number_words(word) for word in match.groups()] if match else []
     return f"{figures[0]}/{figures[1]}" if figures and all(figures) else text
 
 
 def join_rows(match: re.Match[str]) -> str:
-    """The cases of a system, joined by commas; of other environments the last row, which is what they arrive at."""
+    """Joins the cases of a system by commas; of other environments returns the last row, which is their result."""
     rows = [row.replace("&", " ").strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2]) if row.strip(" &")]
     return ", ".join(rows) if match[1] == "cases" else (rows or [""])[-1]
 
 
 def join_units(match: re.Match[str]) -> str:
-    """A fraction of units with a slash; fractions of variables stay."""
+    """Writes a fraction of units with a slash; fractions of variables stay."""
     over, under = match[1].strip(), match[2].strip()
     is_unit = len(over + under) > 2 or match.string[: match.start()].rstrip() != match.string[: match.start()]
     return f" {over}/{under}" if is_unit and is_unit_phrase(f"{over}/{under}") else match[0]
 
 
 def replace_commands(text: str) -> str:
-    """Commands of LaTeX that are one character here, or nothing."""
+    """Replaces commands of LaTeX that are one character here, or nothing."""
     text = re.sub(r"\\(?:left|right)\s*\.", "", text)
-    text = re.sub(r"(?<=[0-9])(?:\\[,!:; ]|\{[,\s]\}|,\\!)(?=[0-9])", lambda m: "," if "," in m[0] else " ", text)
+    text = THIN_SPACE.sub(lambda match: "," if "," in match[0].replace("\\,", "") else " ", text)
     text = text.replace("{,}", ",").replace("\\!", "").replace("\\$", "$").replace("\\%", "%").replace("\\&", "&")
     text = re.sub(r"(?<!\\)\\[,;:> ]", " ", text)
     text = text.replace("\\{", "⦃").replace("\\}", "⦄").replace("\\|", "|")
@@ -159,12 +217,12 @@ def replace_commands(text: str) -> str:
 
 
 def replace_command(match: re.Match[str]) -> str:
-    """What stands for one command; others stay."""
+    """Returns the replacement of one command; others stay."""
     return COMMANDS.get(match[1], match[0])
 
 
 def replace_plain(text: str) -> str:
-    """Notation of plain text: ** and <=, sqrt(2), pi, 1e5, +-."""
+    """Replaces the notation of plain text: ** and <=, sqrt(2), pi, 1e5, +-."""
     text = ABOUT.sub("≈", text)
     text = re.sub(r"^<([^<>]*,[^<>]*)>$", r"⟨\1⟩", text.strip())
     text = re.sub(r"(?<![\\A-Za-z])log_?([0-9]+)\s*\(", r"\\log_{\1}(", text)
@@ -185,6 +243,7 @@ def replace_plain(text: str) -> str:
     text = re.sub(r"\^\s*\(([^()]*)\)", r"^{\1}", text)
     text = re.sub(r"\^\s*([+-]?[0-9]+)", r"^{\1}", text)
     text = re.sub(r"\^\s*(\\[A-Za-z]+(?:\{[^{}]*\})?)", r"^{\1}", text)
+    text = BASE_WORD.sub(lambda match: f"_{SMALL[match[1]]}", text)
     text = re.sub(r"_\{([A-Za-z0-9])\}", r"_\1", text)
     text = re.sub(r"\{([^{}]*?)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}", text)
     text = re.sub(r"(?<=[0-9])\s+to\s+(?=[0-9])", ":", text)
@@ -192,7 +251,7 @@ def replace_plain(text: str) -> str:
 
 
 def fix_arguments(text: str) -> str:
-    """Arguments of \\frac, \\binom and \\sqrt in braces, however they were written."""
+    r"""Puts the arguments of \frac, \binom and \sqrt in braces, however they were written."""
     pieces, position = [], 0
     for match in re.finditer(r"\\(frac|binom|sqrt)(?![A-Za-z])", text):
         if match.start() < position:
@@ -204,7 +263,7 @@ def fix_arguments(text: str) -> str:
 
 
 def read_command(text: str, match: re.Match[str]) -> tuple[str, int]:
-    """A command with its arguments in braces, and where it ends."""
+    """Returns a command with its arguments in braces, and where it ends."""
     position, result = match.end(), match[0]
     if match[1] == "sqrt":
         index = re.compile(r"\s*\[([^\[\]]*)\]").match(text, position)
@@ -217,7 +276,7 @@ def read_command(text: str, match: re.Match[str]) -> tuple[str, int]:
 
 
 def read_argument(text: str, position: int) -> tuple[str, int]:
-    """The argument that begins at `position` and where it ends: a group, a command, a number or one character."""
+    """Returns the argument at `position`, a group, a command, a number or one character, and where it ends."""
     while position < len(text) and text[position] == " ":
         position += 1
     if position == len(text):
@@ -225,13 +284,12 @@ def read_argument(text: str, position: int) -> tuple[str, int]:
     if text[position] in "{(":
         end = group_end(text, position)
         return text[position + 1 : end], min(end + 1, len(text))
-    pattern = r"\\sqrt\s*\{[^{}]*\}|\\[A-Za-z]+|." if text[position - 1] != " " else r"\\[A-Za-z]+|[0-9]+|."
-    word = re.compile(pattern).match(text, position)
+    word = ARGUMENT.match(text, position)
     return (word[0], word.end()) if word else ("", position)
 
 
 def group_end(text: str, opening: int) -> int:
-    """Where the group that opens at `opening` closes; the end of the text when it does not."""
+    """Returns where the group that opens at `opening` closes; the end of the text when it does not."""
     opener, closer = text[opening], CLOSING[OPENING.index(text[opening])]
     depth = 0
     for position in range(opening, len(text)):
@@ -242,7 +300,7 @@ def group_end(text: str, opening: int) -> int:
 
 
 def ungroup_digits(text: str) -> str:
-    """Numbers without separators of thousands; inside of brackets a comma always parts two numbers."""
+    """Removes separators of thousands; inside of brackets a comma always parts two numbers."""
     depths, depth = [], 0
     for character in text:
         depth += character in OPENING
@@ -256,5 +314,5 @@ def ungroup_digits(text: str) -> str:
 
 
 def squeeze(text: str) -> str:
-    """The text without white space, except between digits, for the comparison of texts."""
+    """Removes white space, except between digits, to compare texts."""
     return re.sub(r"(?<![0-9])\s+|\s+(?![0-9])", "", text)

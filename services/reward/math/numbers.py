@@ -1,4 +1,4 @@
-"""Numbers that need no algebra: integers, decimals, fractions, mixed numbers, powers of ten, words."""
+"""Numbers that need no algebra: integers, decimals, fractions, mixed numbers, powers of ten, English words."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from services.reward.mathematics.number_words import read_number_words
+COUNTED = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen"
+)
+TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+SCALES = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SMALL = {word: number for number, word in enumerate(COUNTED.split())} | {
+    word: 10 * number for number, word in enumerate(TENS.split(), start=2)
+}
+SIGNS = ("minus", "negative")
+FIGURES = re.compile(r"[0-9]+(?:\.[0-9]+)?|[0-9]+/[0-9]+")
+FRACTIONS = {"half": Fraction(1, 2), "a half": Fraction(1, 2), "one half": Fraction(1, 2)}
 
 # Longer ones are left to the algebra, which has a deadline.
 MAX_CHARACTERS = 100
 MAX_EXPONENT = 400
 # A decimal of as many significant digits stands for the number that it rounds to.
 PRECISE_DIGITS = 6
-# From here on a difference is floating-point noise.
-NOISE_DIGITS = 10
+# A decimal of as many digits was printed by a program, and its last ones are floating-point noise.
+NOISE_DIGITS = 15
+NOISE = Fraction(1, 10**13)
 DECIMAL = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)"
 NEGATED = re.compile(r"-\s*\(([^()]*)\)")
 PLAIN = re.compile(rf"([+-]*)\s*({DECIMAL})")
@@ -35,9 +47,49 @@ TRAILING = re.compile(r"([+-]*)\s*([0-9]*\.[0-9]{2,})…")
 TWICE = re.compile(r"([^()]+?)\s*\(([^()]+)\)")
 
 
+def is_number_word(word: str) -> bool:
+    """Returns whether a word alone reads as a number."""
+    return any(part in SMALL or part in SCALES or part == "hundred" for part in word.split("-"))
+
+
+def read_number_words(text: str) -> Fraction | None:
+    """Returns the value of a number in English words; None for anything else."""
+    words = text.lower().replace("-", " ").replace(",", " ").split()
+    sign = -1 if words and words[0] in SIGNS else 1
+    words = words[1:] if sign < 0 else words
+    if not any(word in SMALL or word in SCALES or word in ("hundred", "half") for word in words):
+        return None
+    value = FRACTIONS.get(" ".join(words)) or read_cardinal([word for word in words if word != "and"])
+    return None if value is None else sign * value
+
+
+def read_cardinal(words: list[str]) -> Fraction | None:
+    """Reads "two hundred thirty four thousand five" and "1.3 million"."""
+    if not words:
+        return None
+    total, group, last = Fraction(0), Fraction(0), Fraction(0)
+    for index, word in enumerate(words):
+        if word in SCALES:
+            if index == 0:
+                return None
+            total += group * SCALES[word]
+            group, last = Fraction(0), Fraction(0)
+        elif word == "hundred":
+            group = (group or Fraction(1)) * 100
+            last = Fraction(100)
+        elif word in SMALL and (last == 0 or (last >= 20 and SMALL[word] < last)):
+            group += SMALL[word]
+            last = Fraction(SMALL[word]) if SMALL[word] >= 20 else Fraction(1)
+        elif index == 0 and FIGURES.fullmatch(word):
+            group, last = Fraction(word), Fraction(1)
+        else:
+            return None
+    return total + group
+
+
 @dataclass(frozen=True)
 class Number:
-    """An exact value; `digits` counts the significant ones and `places` those after the point of a decimal."""
+    """Exact value of a number; of a decimal also its significant digits and its places behind the point."""
 
     value: Fraction
     is_decimal: bool = False
@@ -46,7 +98,7 @@ class Number:
 
 
 def read_number(text: str) -> Number | None:
-    """A number in the notation of `normalise`; None for anything else."""
+    """Reads a number in the notation of `normalise`; None for anything else."""
     text = text.strip()
     while text.startswith("(") and text.endswith(")") and ")" not in text[1:-1]:
         text = text[1:-1].strip()
@@ -73,12 +125,12 @@ def read_number(text: str) -> Number | None:
 
 
 def sign_of(signs: str) -> int:
-    """-1 or 1."""
+    """Returns -1 or 1."""
     return -1 if signs.count("-") % 2 else 1
 
 
 def read_plain(sign: int, text: str) -> Number:
-    """An integer or a decimal."""
+    """Reads an integer or a decimal."""
     _, point, after = text.partition(".")
     is_decimal = bool(point and after.strip("0"))
     digits = len(text.replace(".", "").lstrip("0"))
@@ -86,14 +138,14 @@ def read_plain(sign: int, text: str) -> Number:
 
 
 def read_repeating(sign: int, text: str, block: str) -> Number:
-    """A decimal whose last digits go on for ever."""
+    """Reads a decimal whose last digits repeat without end."""
     places = len(text.partition(".")[2])
     value = Fraction(text.rstrip(".") or "0") + Fraction(int(block), 10**places * (10 ** len(block) - 1))
     return Number(sign * value)
 
 
 def read_trailing(sign: int, text: str) -> Number | None:
-    """A decimal with dots after it: its last digits go on when they were written twice, single ones three times."""
+    """Reads a decimal with dots behind it: its last digits repeat when written twice, a single one when three times."""
     whole, _, digits = text.partition(".")
     for length in range(1, len(digits) // 2 + 1):
         block = digits[-length:]
@@ -104,16 +156,19 @@ def read_trailing(sign: int, text: str) -> Number | None:
 
 
 def read_scientific(match: re.Match[str]) -> Number | None:
-    """A power of ten with or without a factor."""
+    """Reads a power of ten with or without a factor."""
     exponent = int(match[3])
     if abs(exponent) > MAX_EXPONENT:
         return None
     factor = read_plain(sign_of(match[1]), match[2] or "1")
-    return Number(factor.value * Fraction(10) ** exponent)
+    value = factor.value * Fraction(10) ** exponent
+    if not factor.is_decimal or value.denominator == 1:
+        return Number(value)
+    return Number(value, is_decimal=True, digits=factor.digits, places=max(0, factor.places - exponent))
 
 
 def read_fraction(match: re.Match[str]) -> Number | None:
-    """A fraction or a mixed number; None where the denominator is zero or a whole number stands before no part of 1."""
+    """Reads a fraction or a mixed number; None for a zero denominator or a whole number before no part of 1."""
     up = Fraction((match["up"] or match["up2"]).replace(" ", "").rstrip("."))
     down = Fraction((match["down"] or match["down2"]).replace(" ", "").rstrip("."))
     if down == 0:
@@ -128,10 +183,11 @@ def read_fraction(match: re.Match[str]) -> Number | None:
 
 
 def numbers_agree(expected: Number, found: Number) -> bool:
-    """Whether two numbers are the same.
+    """Returns whether two numbers are the same.
 
-    A decimal of at least six significant digits agrees with the number that it rounds or truncates; decimals of ten
-    digits agree when they differ by floating-point noise. A decimal of fewer digits is only what it says.
+    A decimal of at least six significant digits agrees with the number that it rounds or truncates, and one that a
+    program printed in full agrees up to floating-point noise. A decimal of fewer digits, an integer and a fraction are
+    exactly what they say.
     """
     if expected.value == found.value:
         return True
@@ -139,7 +195,7 @@ def numbers_agree(expected: Number, found: Number) -> bool:
     decimals = [number for number in (expected, found) if number.is_decimal]
     if not decimals:
         return False
-    if max(number.digits for number in decimals) >= NOISE_DIGITS and difference * 10**9 <= abs(expected.value):
+    if max(number.digits for number in decimals) >= NOISE_DIGITS and difference <= NOISE * abs(expected.value):
         return True
     coarser = min(decimals, key=lambda number: number.places)
     is_finer = len(decimals) == 1 or decimals[0].places != decimals[1].places
@@ -147,5 +203,5 @@ def numbers_agree(expected: Number, found: Number) -> bool:
 
 
 def is_unevaluated(text: str) -> bool:
-    """Whether a text is a sum or product of plain numbers; a fraction is not."""
+    """Returns whether a text is a sum or product of plain numbers; a fraction is none."""
     return len(text) <= MAX_CHARACTERS * 10 and UNEVALUATED.fullmatch(text) is not None and read_number(text) is None
