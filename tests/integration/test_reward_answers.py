@@ -102,7 +102,9 @@ async def test_bugs_that_others_reported_are_none_here(reward: RewardClient) -> 
 
 
 @pytest.mark.parametrize("extraction", [pb.ANSWER_EXTRACTION_UNSPECIFIED, pb.ANSWER_EXTRACTION_PROSE])
-async def test_rewards_are_not_given_for_tricks(reward: RewardClient, extraction: pb.AnswerExtraction.ValueType) -> None:
+async def test_rewards_are_not_given_for_tricks(
+    reward: RewardClient, extraction: pb.AnswerExtraction.ValueType
+) -> None:
     counts = await count(reward, read_cases("adversarial", extraction))
     assert counts["passed"] <= 8
     assert counts["failed"] == 0

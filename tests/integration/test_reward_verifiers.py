@@ -100,7 +100,8 @@ async def test_a_part_that_fails_makes_the_whole_failed_unless_a_gate_closed(rew
 async def test_alternatives_are_as_good_as_the_reference(reward: RewardClient) -> None:
     verifier = pb.MathVerifier(reference="\\sqrt{2}", alternatives=["-\\sqrt{2}"])
     items = [
-        pb.ScoreItem(id=answer, response=answer, math=verifier) for answer in ("2^{1/2}", "-2^{1/2}", "2", "\\sqrt{2}")
+        pb.ScoreItem(id=answer, response=f"\\boxed{{{answer}}}", math=verifier)
+        for answer in ("2^{1/2}", "-2^{1/2}", "2", "\\sqrt{2}")
     ]
     outcomes = {outcome.id: outcome.verdict for outcome in await score(reward, items)}
     assert outcomes == {
