@@ -399,7 +399,7 @@ class IterationStats:
             "train/tokens": result.trained_tokens,
             **{f"train/tokens_by_version/{version}": tokens for version, tokens in tokens_by_version},
             "train/learning_rate": self.learning_rate,
-            **{name: value if math.isfinite(value) else None for name, value in result.metrics.items()},
+            **{name: value if math.isfinite(value) else None for name, value in sorted(result.metrics.items())},
         }
 
 

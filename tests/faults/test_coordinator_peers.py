@@ -49,6 +49,12 @@ class Stage:
         request = pb.WatchRunRequest(run_id=self.run_id)
         return [response.run async for response in self.client.watch_run(request, timeout_s=90)]
 
+    async def reach(self, phase: pb.RunPhase.ValueType) -> None:
+        """Waits until the run shows a phase."""
+        async with asyncio.timeout(30):
+            while (await self.client.get_status(pb.GetStatusRequest())).run.phase != phase:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
     def lines(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.run_path / "metrics.jsonl").read_text().splitlines()]
 
@@ -178,8 +184,7 @@ async def test_workers_that_all_leave_make_the_run_wait_for_the_next(buffer_addr
         await wait_until(lambda: first.calls)
         renewing.cancel()
         waiting = asyncio.create_task(s.finish())
-        await asyncio.sleep(1.5)
-        assert (await s.client.get_status(pb.GetStatusRequest())).run.phase == pb.RUN_PHASE_WAITING
+        await s.reach(pb.RUN_PHASE_WAITING)
         second, _ = await s.add_worker("second")
         assert (await waiting)[-1].phase == pb.RUN_PHASE_FINISHED
         assert second.extended
@@ -263,7 +268,7 @@ async def test_a_reward_service_that_goes_away_is_waited_for(buffer_address: str
         s.peers.reward.away = True
         await s.add_worker("a")
         await s.start()
-        await asyncio.sleep(0.6)
+        await wait_until(lambda: s.peers.reward.refusals >= 3)
         assert not s.peers.trainer.trained
         s.peers.reward.away = False
         assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
