@@ -15,9 +15,9 @@ import yaml
 from pydantic import Field
 
 from perigee.cli.run_folder import RunFolder, find_run, new_run
+from perigee.config import Model, merge, parse_override, read_yaml, validate
 from perigee.errors import InvalidArgumentError
 from perigee.files import write_atomically
-from services.kit.config import Model, ServiceConfig, merge, parse_override, read_yaml, validate
 
 RECIPE_FILE = "recipe.yaml"
 # The services in the order in which they are started.
@@ -188,7 +188,7 @@ def config_class(section: str) -> type[Model]:
     """The configuration class of a section, imported when it is asked for."""
     module_name, _, class_name = _CONFIG_CLASSES[section].partition(":")
     found = getattr(importlib.import_module(module_name), class_name)
-    assert issubclass(found, Model | ServiceConfig)
+    assert issubclass(found, Model)
     return found  # type: ignore[no-any-return]
 
 

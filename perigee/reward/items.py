@@ -20,9 +20,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from perigee.errors import FieldViolation, InvalidArgumentError
-from perigee.json_codec import fill_message, unknown_key
-from perigee.json_fields import keys_of
-from perigee.json_scalars import name_type
+from perigee.json_codec import fill_message, keys_of, name_type, unknown_key
 from perigee.reward.v1 import reward_pb2 as pb
 
 VERIFIERS = tuple(field.name for field in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields)

@@ -12,10 +12,10 @@ from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from perigee.config import Model, validate
 from perigee.errors import InvalidArgumentError
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2
-from services.kit.config import Model, validate
 
 MessageT = TypeVar("MessageT", bound=Message)
 

@@ -1,7 +1,8 @@
-"""What every call passes on its way in: token check, limit on calls at once, metrics, errors as statuses."""
+"""Interceptor that every gRPC call passes: token, limit on calls at once, metrics, errors as statuses."""
 
 from __future__ import annotations
 
+import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -13,12 +14,17 @@ from prometheus_client import Histogram
 
 from perigee.errors import (
     STATUS_DETAILS_KEY,
+    InternalError,
     InvalidArgumentError,
+    PerigeeError,
     ResourceExhaustedError,
     UnauthenticatedError,
+    UnimplementedError,
     to_status,
 )
-from services.kit.calls import as_perigee_error, check_token
+from services.kit.telemetry import get_logger
+
+log = get_logger(__name__)
 
 # Orchestrators probe health without a token.
 OPEN_PREFIX = "/grpc.health.v1.Health/"
@@ -26,6 +32,25 @@ OPEN_PREFIX = "/grpc.health.v1.Health/"
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
+
+
+def check_token(token: str | None, header: str | bytes | None) -> None:
+    """Raises UnauthenticatedError unless the authorization header carries the service's token, where it has one."""
+    if token is None:
+        return
+    if not isinstance(header, str) or not hmac.compare_digest(header.encode(), f"Bearer {token}".encode()):
+        raise UnauthenticatedError("The call carries no valid bearer token: set PERIGEE_TOKEN to the service's.")
+
+
+def as_perigee_error(error: Exception, call: str) -> PerigeeError:
+    """Returns the error that the caller gets: what is no PerigeeError is a fault of the service, and is logged."""
+    if isinstance(error, PerigeeError):
+        return error
+    if isinstance(error, NotImplementedError):
+        # Generated servicers raise it for methods that the service does not define.
+        return UnimplementedError(f"The service does not offer {call}.")
+    log.error("call failed", method=call, exc_info=error)
+    return InternalError(f"{type(error).__name__}: {error}")
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -124,7 +149,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 @dataclass(frozen=True)
 class _Unreadable:
-    """Stands in for a request that is not of the method's message."""
+    """Placeholder of a request that is not of the method's message."""
 
     reason: str
 

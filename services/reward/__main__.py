@@ -11,7 +11,7 @@ from services.kit.config import load_config
 from services.kit.http import http_serving
 from services.kit.server import App, run
 from services.reward.config import RewardConfig
-from services.reward.http_routes import ROUTES, ServicerClient, collecting_api, openrlhf_api
+from services.reward.http_routes import OPENAPI_FILE, ROUTES, compat_routers
 from services.reward.registry import open_scorer
 from services.reward.requests import ImageLimits, ItemLimits
 from services.reward.service import FULL_NAME, RewardService
@@ -24,8 +24,7 @@ async def lifespan(app: App[RewardConfig]) -> AsyncIterator[None]:
     async with open_scorer(config, app.connect(SandboxClient, config.sandbox_address)) as scorer:
         service = RewardService(scorer, item_limits(config))
         app.add(FULL_NAME, add_RewardServiceServicer_to_server, service)
-        foreign = (collecting_api(service), openrlhf_api(ServicerClient(service)))
-        async with http_serving(app, config.http, ROUTES, service, foreign):
+        async with http_serving(app, config.http, ROUTES, service, OPENAPI_FILE, compat_routers(service)):
             app.set_ready(FULL_NAME, True)
             yield
 

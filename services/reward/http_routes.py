@@ -16,6 +16,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 from fastapi import APIRouter, Query, Request, Response
@@ -27,8 +28,7 @@ from perigee.json_codec import dump_json, parse_json, read_message, write_messag
 from perigee.reward.adapters.blocking import GroundTruthOptions, make_item
 from perigee.reward.scoring import ScoreClient, ScoringOptions, score_items
 from perigee.reward.v1 import reward_pb2 as pb
-from services.kit.http import ForeignApi, HttpRoute, call_context
-from services.kit.http_errors import write_error
+from services.kit.http import CompatRouter, HttpRoute, call_context, write_error
 
 COLLECTED_PATH = "/v1/score/collected"
 OPENRLHF_PATH = "/v1/compat/openrlhf"
@@ -54,6 +54,7 @@ ANSWER_SCHEMA = {
     "required": ["rewards", "scores", "extra_logs"],
 }
 
+OPENAPI_FILE = Path(__file__).with_name("openapi.json")
 ROUTES = (
     HttpRoute("POST", "/v1/score", "Score", pb.ScoreRequest, pb.ScoreResponse, streaming=True),
     HttpRoute("GET", "/v1/verifiers", "ListVerifiers", pb.ListVerifiersRequest, pb.ListVerifiersResponse),
@@ -90,7 +91,7 @@ def collect(request: pb.ScoreRequest, outcomes: Iterable[pb.ScoreResponse]) -> l
     return [by_id[item.id] for item in request.items]
 
 
-def collecting_api(servicer: ScoreServicer) -> ForeignApi:
+def collecting_api(servicer: ScoreServicer) -> CompatRouter:
     """POST /v1/score/collected: the body of /v1/score, answered by {"outcomes": [...]} in the order of its items."""
     router = APIRouter()
     items = {"$ref": "#/components/schemas/ScoreRequest"}
@@ -111,7 +112,7 @@ def collecting_api(servicer: ScoreServicer) -> ForeignApi:
         body = dump_json({"outcomes": [write_message(outcome) for outcome in found]})
         return Response(body, media_type="application/json")
 
-    return ForeignApi(router, write_error)
+    return CompatRouter(router, write_error)
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ def build_answer(request: pb.ScoreRequest, outcomes: Sequence[pb.ScoreResponse])
     return Answer(200, {"rewards": rewards, "scores": rewards, "extra_logs": logs})
 
 
-def openrlhf_api(scores: ScoreClient) -> ForeignApi:
+def openrlhf_api(scores: ScoreClient) -> CompatRouter:
     """Returns the endpoint over a client of the reward service."""
     router = APIRouter()
 
@@ -213,10 +214,15 @@ def openrlhf_api(scores: ScoreClient) -> ForeignApi:
         headers = {"Retry-After": str(RETRY_AFTER_S)} if answer.status == 503 else None
         return JSONResponse(answer.body, answer.status, headers)
 
-    return ForeignApi(router, write_openrlhf_error)
+    return CompatRouter(router, write_openrlhf_error)
 
 
 def write_openrlhf_error(error: PerigeeError) -> tuple[int, Any]:
     """Returns one sentence with the error's status."""
     status, _ = write_error(error)
     return status, {"error": error.message}
+
+
+def compat_routers(servicer: ScoreServicer) -> tuple[CompatRouter, ...]:
+    """Returns the interfaces beside the RPCs, whose handlers call the servicer."""
+    return collecting_api(servicer), openrlhf_api(ServicerClient(servicer))

@@ -10,14 +10,12 @@ from services.kit.config import load_config
 from services.kit.http import http_serving
 from services.kit.server import App, run
 from services.kit.single_flight import SingleFlightCache
-from services.sandbox.api.piston import piston_api
 from services.sandbox.api.responses import is_final
-from services.sandbox.api.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.config import SandboxConfig
 from services.sandbox.runtime.pool import open_pool
 from services.sandbox.runtime.sessions import Sessions
 from services.sandbox.runtime.versions import Versions
-from services.sandbox.service import FULL_NAME, ROUTES, Response, SandboxService
+from services.sandbox.service import FULL_NAME, OPENAPI_FILE, ROUTES, Response, SandboxService, compat_routers
 
 MOST_RESULTS = 10_000
 
@@ -41,8 +39,8 @@ async def lifespan(app: App[SandboxConfig]) -> AsyncIterator[None]:
         stack.push_async_callback(results.close)
         service = SandboxService(pool, sessions, Versions(pool), results)
         app.add(FULL_NAME, add_SandboxServiceServicer_to_server, service)
-        foreign = (sandbox_fusion_api(service), piston_api(service))
-        await stack.enter_async_context(http_serving(app, config.http, ROUTES, service, foreign))
+        compat = compat_routers(service)
+        await stack.enter_async_context(http_serving(app, config.http, ROUTES, service, OPENAPI_FILE, compat))
         app.set_ready(FULL_NAME, True)
         yield
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, TypeVar
 
 import grpc
@@ -12,8 +13,9 @@ import grpc
 from perigee.errors import PerigeeError, ResourceExhaustedError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
-from services.kit.http import HttpRoute
+from services.kit.http import CompatRouter, HttpRoute
 from services.kit.single_flight import SingleFlightCache
+from services.sandbox.api.piston import piston_api
 from services.sandbox.api.requests import check_batch, read_cell, read_job, read_session, read_submission
 from services.sandbox.api.responses import (
     execute_response,
@@ -22,12 +24,14 @@ from services.sandbox.api.responses import (
     limits_message,
     stream_response,
 )
+from services.sandbox.api.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.judge.judge import judge
 from services.sandbox.runtime.execute import OutputChunk, execute, execute_stream
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.sessions import Sessions
 from services.sandbox.runtime.versions import Versions
 
+OPENAPI_FILE = Path(__file__).with_name("openapi.json")
 ROUTES = (
     HttpRoute("POST", "/v1/execute", "Execute", pb.ExecuteRequest, pb.ExecuteResponse),
     HttpRoute(
@@ -205,3 +209,8 @@ class SandboxService(SandboxServiceServicer):
         key = f"{request.DESCRIPTOR.name}:{request.idempotency_key}"
         response, _ = await self._results.get(key, work, request.SerializeToString(deterministic=True))
         return response
+
+
+def compat_routers(servicer: SandboxService | SandboxServiceServicer) -> tuple[CompatRouter, ...]:
+    """Returns the interfaces of other sandboxes, whose handlers call the servicer."""
+    return sandbox_fusion_api(servicer), piston_api(servicer)

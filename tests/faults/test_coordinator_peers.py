@@ -14,11 +14,11 @@ from typing import Any
 import grpc
 from tokenizers import Tokenizer
 
+from perigee.config import merge
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
-from services.kit.config import merge
 from services.kit.hf import open_tokenizer
 from services.kit.server import serving
 from tests.fixtures.coordinator import write_run_section

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 
 from perigee.errors import CancelledError, InvalidArgumentError, UnavailableError
 from services.kit.config import HttpConfig
-from services.kit.http_body import read_body
+from services.kit.http.middleware import read_body
 from tests.fixtures.certificates import Certificates
 from tests.fixtures.http_probe import FULL_NAME, connect, execute, probe_server
 

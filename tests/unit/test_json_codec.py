@@ -15,11 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import FieldViolation, InvalidArgumentError
-from perigee.json_codec import MAX_VIOLATIONS, dump_json, fill_message, parse_json, read_message, write_message
-from perigee.json_fields import enum_names
+from perigee.json_codec import (
+    MAX_VIOLATIONS,
+    dump_json,
+    enum_names,
+    fill_message,
+    parse_json,
+    read_message,
+    write_message,
+)
 from perigee.reward.v1 import reward_pb2
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.kit.openapi import descriptor_of
 from tests.fixtures.messages import messages_of
 
 MESSAGES = [
@@ -80,7 +86,7 @@ Odd = make_odd_message()
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_every_message_comes_back_as_it_was(data: st.DataObject, message_class: type[Message]) -> None:
-    message = data.draw(messages_of(descriptor_of(message_class)))
+    message = data.draw(messages_of(message_class.DESCRIPTOR))
     assert read_message(message_class, parse_json(dump_json(write_message(message)))) == message
 
 

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from perigee.config import Model, merge, nest, parse_override, validate
 from perigee.errors import InvalidArgumentError
-from services.kit.config import Model, ServiceConfig, load_config, merge, nest, parse_override, show, validate
+from services.kit.config import ServiceConfig, load_config, show
 
 
 class Nested(Model):
@@ -77,6 +78,40 @@ def test_a_wrong_configuration_ends_in_one_line_that_names_the_field(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert sentence in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("PERIGEE_EXAMPLE__WORKERZ", "example.workerz: unknown key; did you mean workers?"),
+        ("PERIGEE_EXAMPLE__NESTED__DEPT", "example.nested.dept: unknown key; did you mean depth?"),
+        ("PERIGEE_EXAMPLE__WORKERS", "example.workers: "),
+    ],
+)
+def test_a_wrong_variable_ends_in_one_line(
+    name: str, sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(name, "x")
+    with pytest.raises(SystemExit):
+        load_config(ExampleConfig, [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert sentence in line
+
+
+def test_variables_hold_json_and_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERIGEE_EXAMPLE__NESTED", '{"depth": 5}')
+    monkeypatch.setenv("PERIGEE_EXAMPLE__SERVER__METRICS_PORT", "null")
+    config = load_config(ExampleConfig, ["--set", "server.port=7"])
+    assert (config.nested.depth, config.server.metrics_port, config.server.port) == (5, None, 7)
+
+
+def test_a_variable_that_is_no_json_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PERIGEE_EXAMPLE__NESTED", "{")
+    with pytest.raises(SystemExit):
+        load_config(ExampleConfig, [])
+    assert "nested" in capsys.readouterr().err
 
 
 def test_a_recipe_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -279,11 +279,12 @@ def test_parameters_are_checked() -> None:
 def test_judges_come_from_the_configuration_and_their_keys_from_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from services.kit.config import environment_values, merge, show, validate
+    from perigee.config import merge, validate
+    from services.kit.config import environment_values, show
 
     monkeypatch.setenv("PERIGEE_REWARD__JUDGE__JUDGES__MAIN__API_KEY", "sk-secret")
     values: dict[str, Any] = {"judge": {"judges": {"main": {"base_url": "http://h/v1", "model": "m"}}}}
-    merge(values, environment_values("reward", {}))
+    merge(values, environment_values(RewardConfig))
     config = validate(RewardConfig, values, "recipe", "reward")
     key = config.judge.judges["main"].api_key
     assert key is not None

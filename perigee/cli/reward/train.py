@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from services.kit.config import merge, parse_override, validate
+from perigee.config import merge, parse_override, validate
 from services.reward.value_head.data import TrainingConfig
 
 if TYPE_CHECKING:

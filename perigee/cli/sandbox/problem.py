@@ -12,10 +12,10 @@ from typing import Any, Literal
 from pydantic import Field, field_validator
 
 from perigee.cli.sandbox.connection import language_of, make_limits, read_bytes, read_input_file
+from perigee.config import Model, read_yaml, validate
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
-from services.kit.config import Model, read_yaml, validate
 
 PROBLEM_FILE = "problem.yaml"
 TESTS_FOLDER = "tests"

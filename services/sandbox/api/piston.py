@@ -16,8 +16,7 @@ from pydantic import BaseModel, Field
 
 from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.kit.http import ForeignApi, call_context
-from services.kit.http_errors import write_error
+from services.kit.http import CompatRouter, call_context, write_error
 from services.sandbox.api.compat import Servicer, Text, find_runtime, names_of, rename_fields, whole
 
 Version = tuple[int, int, int]
@@ -153,7 +152,7 @@ class PistonError(BaseModel):
     message: str
 
 
-def piston_api(servicer: Servicer) -> ForeignApi:
+def piston_api(servicer: Servicer) -> CompatRouter:
     """Returns the router of the interface in front of a servicer."""
     errors: dict[int | str, dict[str, Any]] = {"4XX": {"model": PistonError}, "5XX": {"model": PistonError}}
     router = APIRouter(prefix="/api/v2", tags=["Piston"], responses=errors)
@@ -178,7 +177,7 @@ def piston_api(servicer: Servicer) -> ForeignApi:
             raise rename_fields(error, _FIELDS) from error
         return to_piston_response(response, runtime)
 
-    return ForeignApi(router, write_piston_error)
+    return CompatRouter(router, write_piston_error)
 
 
 def to_execute_request(body: PistonRequest, runtime: pb.Runtime) -> pb.ExecuteRequest:

@@ -16,8 +16,7 @@ from pydantic import BaseModel, Field
 
 from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.kit.http import ForeignApi, call_context
-from services.kit.http_errors import write_error
+from services.kit.http import CompatRouter, call_context, write_error
 from services.sandbox.api.compat import Servicer, Text, find_runtime, rename_fields, whole
 
 _FIELDS = {
@@ -79,7 +78,7 @@ class FusionError(BaseModel):
     detail: str | list[FusionErrorDetail]
 
 
-def sandbox_fusion_api(servicer: Servicer) -> ForeignApi:
+def sandbox_fusion_api(servicer: Servicer) -> CompatRouter:
     """Returns the router of the interface in front of a servicer."""
     router = APIRouter(tags=["SandboxFusion"])
     pod_name = socket.gethostname()
@@ -96,7 +95,7 @@ def sandbox_fusion_api(servicer: Servicer) -> ForeignApi:
             raise rename_fields(error, _FIELDS) from error
         return to_run_code_response(response, pod_name)
 
-    return ForeignApi(router, write_fusion_error)
+    return CompatRouter(router, write_fusion_error)
 
 
 def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.ExecuteRequest:

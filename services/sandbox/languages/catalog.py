@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from pydantic import Field, field_validator, model_validator
 
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
-from services.kit.config import Model, read_yaml, validate
+from perigee.config import Model, read_yaml, validate
 from services.sandbox.agent import ENVIRONMENT, OWN_FOLDER, start_code
 from services.sandbox.config import LimitsConfig, SandboxConfig
 

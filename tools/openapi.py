@@ -1,19 +1,34 @@
-"""JSON Schemas of protobuf messages, and the OpenAPI paths of a service's routes."""
+"""Writes the OpenAPI documents of the services that answer HTTP: their RPCs, compatibility routes and probes.
+
+    python -m tools.openapi
+
+A document lies beside the routes that it describes, and the service serves it. `make protos` calls this. Schemas of
+messages come from their descriptors, descriptions from the comments of the protos, which the stubs (.pyi) keep.
+"""
 
 from __future__ import annotations
 
+import ast
+import inspect
+import json
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
+from fastapi import FastAPI
 from google.protobuf.descriptor import Descriptor, EnumDescriptor, FieldDescriptor
 from google.protobuf.message import Message
 
-from perigee.json_fields import BASE64_SUFFIX, INT_RANGES, Field, enum_names, fields_of
-from perigee.json_scalars import SPECIAL_FLOATS
-from services.kit.http_errors import ERROR_SCHEMA, STATUS_BY_CODE
-from services.kit.http_gate import NDJSON
-from services.kit.http_routes import HttpRoute
-from services.kit.proto_comments import comments_of
+from perigee.json_codec import BASE64_SUFFIX, INT_RANGES, SPECIAL_FLOATS, Field, enum_names, fields_of
+from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
+from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
+from services.kit.http import CompatRouter, HttpRoute, build_gateway
+from services.kit.http.errors import ERROR_SCHEMA, STATUS_BY_CODE
+from services.kit.http.middleware import NDJSON
+from services.reward import http_routes as reward
+from services.sandbox import service as sandbox
 
 Schema = dict[str, Any]
 
@@ -22,7 +37,7 @@ _ERROR = "Error"
 
 
 def describe_routes(routes: Sequence[HttpRoute], servicer: type) -> tuple[Schema, Schema]:
-    """The paths and the schemas of all routes; `servicer` is the generated class, whose comments describe the methods.
+    """Returns the paths and the schemas of all routes, described by the comments of the generated class `servicer`.
 
     Schemas go by the messages' names. Raises ValueError where two packages have messages of one name.
     """
@@ -50,12 +65,12 @@ def describe_routes(routes: Sequence[HttpRoute], servicer: type) -> tuple[Schema
 
 
 def descriptor_of(message_class: type[Message]) -> Descriptor:
-    """The descriptor of a message's class."""
+    """Returns the descriptor of a message's class."""
     return cast(Descriptor, message_class.DESCRIPTOR)
 
 
 def reachable(descriptors: Iterable[Descriptor]) -> Iterator[Descriptor]:
-    """The messages and all that they hold, each once."""
+    """Yields the messages and all that they hold, each once."""
     seen: set[Descriptor] = set()
     waiting = list(descriptors)
     while waiting:
@@ -68,7 +83,7 @@ def reachable(descriptors: Iterable[Descriptor]) -> Iterator[Descriptor]:
 
 
 def message_schema(descriptor: Descriptor, *, is_request: bool, without: Sequence[str] = ()) -> Schema:
-    """The schema of one message; of what only responses hold, the fields that are always written are required."""
+    """Returns the schema of one message; in a response, the fields that are always written are required."""
     comments = comments_of(_module(descriptor))
     properties: Schema = {}
     required: list[str] = []
@@ -100,7 +115,7 @@ def message_schema(descriptor: Descriptor, *, is_request: bool, without: Sequenc
 
 
 def enum_schema(enum: EnumDescriptor) -> Schema:
-    """The schema of an enum; its description tells what the values mean."""
+    """Returns the schema of an enum; its description tells what the values mean."""
     comments = comments_of(_module(enum))
     schema: Schema = {"type": "string", "enum": list(enum_names(enum).values())}
     meanings = [
@@ -188,3 +203,69 @@ def _module(descriptor: Descriptor | EnumDescriptor) -> str:
 
 def _sentences(*texts: str) -> str:
     return " ".join(filter(None, texts))
+
+
+@cache
+def comments_of(module_name: str) -> dict[str, str]:
+    """Returns the comments of an imported module's stub; none without a stub.
+
+    Keys are `Message`, `Message.field`, `ENUM_VALUE` and `Servicer.Method`.
+    """
+    file = getattr(sys.modules.get(module_name), "__file__", None)
+    stub = Path(file).with_suffix(".pyi") if file else None
+    if stub is None or not stub.exists():
+        return {}
+    return dict(_read_comments(ast.parse(stub.read_text(encoding="utf-8")).body, ""))
+
+
+def _read_comments(nodes: list[ast.stmt], prefix: str) -> Iterator[tuple[str, str]]:
+    for node, following in zip(nodes, [*nodes[1:], None], strict=True):
+        if isinstance(node, ast.ClassDef):
+            if text := ast.get_docstring(node):
+                yield f"{prefix}{node.name}", text
+            yield from _read_comments(node.body, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.FunctionDef):
+            if text := ast.get_docstring(node):
+                yield f"{prefix}{node.name}", text
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            match following:
+                case ast.Expr(ast.Constant(str(text))):
+                    yield f"{prefix}{node.target.id}", inspect.cleandoc(text)
+
+
+def documents() -> dict[Path, Schema]:
+    """Returns every document by the file that holds it."""
+    return {
+        module.OPENAPI_FILE: build_document(
+            name,
+            module.ROUTES,
+            servicer,
+            module.compat_routers(servicer()),  # type: ignore[arg-type]
+        )
+        for name, module, servicer in (
+            ("sandbox", sandbox, SandboxServiceServicer),
+            ("reward", reward, RewardServiceServicer),
+        )
+    }
+
+
+def build_document(name: str, routes: Sequence[HttpRoute], servicer: type, compat: Sequence[CompatRouter]) -> Schema:
+    """Returns the OpenAPI document of service `name`; `servicer` is the generated class of its RPCs."""
+    document = FastAPI.openapi(build_gateway(name, routes, servicer(), compat, dict))
+    paths, schemas = describe_routes(routes, servicer)
+    document["paths"] = paths | document["paths"]
+    known = document.setdefault("components", {}).setdefault("schemas", {})
+    if common := known.keys() & schemas.keys():
+        raise ValueError(f"a message and a model go by one name: {', '.join(common)}")
+    known |= schemas
+    return document
+
+
+def dump(document: Schema) -> str:
+    """Returns the text of a document's file."""
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    for path, document in documents().items():
+        path.write_text(dump(document), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
 from services.kit.http import HttpRoute
-from services.kit.openapi import describe_routes, descriptor_of
 from services.sandbox.service import ROUTES
 from tests.fixtures.messages import messages_of
+from tools.openapi import describe_routes, descriptor_of, documents, dump
 
 SCORE = HttpRoute("POST", "/v1/score", "Score", reward_pb2.ScoreRequest, reward_pb2.ScoreResponse, streaming=True)
 
@@ -106,3 +107,8 @@ def test_messages_of_several_packages_share_a_document() -> None:
     _, schemas = describe_routes([SCORE], RewardServiceServicer)
     assert schemas["Verdict"]["enum"][:2] == ["unspecified", "correct"]
     assert schemas["CodeVerifier"]["properties"]["tests"]["items"] == {"$ref": "#/components/schemas/TestCase"}
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.parent.name)
+def test_a_committed_document_is_current(path: Path) -> None:
+    assert path.read_text() == dump(documents()[path]), "make protos writes it"

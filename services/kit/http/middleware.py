@@ -1,10 +1,11 @@
-"""What every HTTP request passes on its way in: token, limits, deadline, disconnect, metrics, errors as responses."""
+"""Middleware that every HTTP request passes: token, limits, deadline, disconnect, metrics, errors as responses."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Coroutine, Mapping
+from collections.abc import Collection, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,12 +20,11 @@ from perigee.errors import (
     InvalidArgumentError,
     NotFoundError,
     PerigeeError,
+    ResourceExhaustedError,
     UnavailableError,
 )
-from services.kit.calls import as_perigee_error, check_token
-from services.kit.http_body import is_json, read_body, replay
-from services.kit.http_calls import RETRY_AFTER_S, Calls
-from services.kit.http_errors import MethodNotAllowedError, WriteError, dump_error, error_headers, write_error
+from services.kit.http.errors import MethodNotAllowedError, WriteError, dump_error, error_headers, write_error
+from services.kit.interceptors import as_perigee_error, check_token
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -33,12 +33,60 @@ TIMEOUT_HEADER = "x-timeout-seconds"
 NDJSON = "application/x-ndjson"
 _LONGEST_TIMEOUT_S = 86_400.0
 _BODY_S = 60.0
+RETRY_AFTER_S = 1.0
+
+
+class Calls:
+    """Counter of requests in flight; `ended` is done when those still there must end. Belongs to the running loop."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._count = 0
+        self._draining = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    @contextmanager
+    def enter(self) -> Iterator[None]:
+        """Counts one request.
+
+        Raises ResourceExhaustedError when there are too many, UnavailableError while the service stops.
+        """
+        if self._draining:
+            raise UnavailableError("The service is stopping.", retry_after_s=RETRY_AFTER_S)
+        if self._count >= self._limit:
+            raise ResourceExhaustedError(
+                f"{self._limit} requests are in flight, the server's limit.", retry_after_s=RETRY_AFTER_S
+            )
+        self._count += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._count -= 1
+            if self._count == 0:
+                self._idle.set()
+
+    async def drain(self, seconds: float) -> None:
+        """Refuses new requests, and returns when the last has ended, by itself or after `seconds`."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            if not self.ended.done():
+                self.ended.set_result(None)
+            await self._idle.wait()
 
 
 @dataclass(frozen=True)
-class GateOptions:
-    """`open_paths` are served without a token and past every limit; `write_errors` has the paths whose errors look
-    otherwise than Perigee's."""
+class MiddlewareOptions:
+    """Settings of the middleware.
+
+    `open_paths` are served without a token and past every limit; `write_errors` has the paths whose errors have the
+    form of another tool.
+    """
 
     token: str | None
     max_body_bytes: int
@@ -47,11 +95,14 @@ class GateOptions:
     write_errors: Mapping[str, WriteError]
 
 
-class Gate:
-    """ASGI middleware. It reads the body whole, runs the handler in a task of its own, and cancels that task when the
-    caller goes away, when the deadline passes, and when the service has drained long enough."""
+class CallMiddleware:
+    """ASGI middleware that reads the body whole and runs the handler in a task of its own.
 
-    def __init__(self, app: ASGIApp, calls: Calls, options: GateOptions) -> None:
+    It cancels that task when the caller goes away, when the deadline passes, and when the service has drained long
+    enough.
+    """
+
+    def __init__(self, app: ASGIApp, calls: Calls, options: MiddlewareOptions) -> None:
         self._app = app
         self._calls = calls
         self._options = options
@@ -110,7 +161,7 @@ class Gate:
         late: str,
         until: Coroutine[Any, Any, None] | None = None,
     ) -> bytes:
-        """The call's result, unless `until` returns, the deadline passes or the service must stop before."""
+        """Returns the call's result, unless `until` returns, the deadline passes or the service must stop before."""
         task = asyncio.create_task(call)
         watch = asyncio.create_task(until) if until is not None else None
         ends: set[asyncio.Future[Any]] = {self._calls.ended} if watch is None else {self._calls.ended, watch}
@@ -133,7 +184,7 @@ class Gate:
 
 
 class Reply:
-    """What has been sent of a response."""
+    """Response on its way: what has been sent of it."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -142,7 +193,7 @@ class Reply:
         self.complete = False
 
     async def send(self, message: Message) -> None:
-        """Sends on what the handler sends."""
+        """Forwards what the handler sends."""
         if message["type"] == "http.response.start":
             self._started = True
             self._is_stream = Headers(raw=message["headers"]).get("content-type") == NDJSON
@@ -168,7 +219,7 @@ class Reply:
 
 
 def read_deadline(headers: Headers) -> float | None:
-    """When the caller gives up, in the loop's time; None where it does not say.
+    """Returns the caller's deadline in the loop's time; None without one.
 
     Raises InvalidArgumentError for what is no time.
     """
@@ -217,3 +268,42 @@ async def _cancel(task: asyncio.Task[Any]) -> None:
     await asyncio.wait({task})
     if not task.cancelled() and (error := task.exception()) is not None:
         log.error("call failed while it was cancelled", exc_info=error)
+
+
+async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
+    """Returns the whole body; raises InvalidArgumentError as soon as it is known to be above the limit."""
+    length = headers.get("content-length", "")
+    too_large = InvalidArgumentError.for_field("body", f"is larger than {limit} bytes, the largest that is taken")
+    if length.isdigit() and int(length) > limit:
+        raise too_large
+    chunks: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise CancelledError("The caller went away.")
+        chunk = message.get("body", b"")
+        size += len(chunk)
+        if size > limit:
+            raise too_large
+        chunks.append(chunk)
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def is_json(content_type: str) -> bool:
+    """Returns whether the header names JSON or a format made of it."""
+    media_type = content_type.partition(";")[0].strip().lower()
+    return media_type == "application/json" or (media_type.startswith("application/") and media_type.endswith("+json"))
+
+
+def replay(body: bytes) -> Receive:
+    """Returns a `receive` that gives a handler the body and then blocks: the middleware watches for the disconnect."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> Message:
+        if not messages:
+            await asyncio.Event().wait()
+        return messages.pop()
+
+    return receive

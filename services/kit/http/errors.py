@@ -30,12 +30,12 @@ STATUS_BY_CODE: Mapping[grpc.StatusCode, int] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: 504,
 }
 
-# The status and the JSON body of an error, for interfaces whose errors look otherwise than Perigee's.
+# Returns the status and the JSON body of an error, in the form of another tool's interface.
 WriteError = Callable[[PerigeeError], tuple[int, Any]]
 
 
 class MethodNotAllowedError(UnimplementedError):
-    """The path is there, for other methods."""
+    """The path is there, but for other methods."""
 
     def __init__(self, message: str, allowed: Iterable[str]) -> None:
         super().__init__(message)
@@ -70,7 +70,7 @@ ERROR_SCHEMA: dict[str, Any] = {
 
 
 def write_error(error: PerigeeError) -> tuple[int, Any]:
-    """The status and the body of an error."""
+    """Returns the status and the body of an error in Perigee's form."""
     violations = error.violations if isinstance(error, InvalidArgumentError) else ()
     body: dict[str, Any] = {
         "code": error.code.name,
@@ -84,7 +84,7 @@ def write_error(error: PerigeeError) -> tuple[int, Any]:
 
 
 def error_headers(error: PerigeeError) -> dict[str, str]:
-    """Headers that go with an error: the retry hint in whole seconds, how to authenticate, the methods there are."""
+    """Returns the headers of an error: the retry hint in whole seconds, how to authenticate, the methods there are."""
     headers = {}
     if isinstance(error, MethodNotAllowedError):
         headers["allow"] = error.allowed
@@ -96,5 +96,5 @@ def error_headers(error: PerigeeError) -> dict[str, str]:
 
 
 def dump_error(body: Any) -> bytes:
-    """The body in ASCII, for a message may quote text that UTF-8 cannot hold."""
+    """Returns the body in ASCII, for a message may quote text that UTF-8 cannot hold."""
     return json.dumps(body, separators=(",", ":")).encode()

@@ -1,4 +1,4 @@
-"""The RPCs of a servicer as HTTP endpoints: JSON in; JSON, or a line of JSON for each message of a stream, out."""
+"""RPCs of a servicer as HTTP endpoints: JSON in; JSON, or a line of JSON for each message of a stream, out."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from starlette.types import Receive, Scope, Send
 
 from perigee.errors import InvalidArgumentError
 from perigee.json_codec import dump_json, parse_json, read_message, write_message
-from services.kit.http_gate import NDJSON
+from services.kit.http.middleware import NDJSON
 
 
 @dataclass(frozen=True)
 class HttpRoute:
-    """One RPC over HTTP; `{name}` in the path fills the request's string field of that name."""
+    """RPC over HTTP; `{name}` in the path fills the request's string field of that name."""
 
     method: Literal["GET", "POST", "DELETE"]
     path: str
@@ -31,23 +31,23 @@ class HttpRoute:
 
     @property
     def path_fields(self) -> list[str]:
-        """The fields that the path fills."""
+        """Names of the fields that the path fills."""
         return list(compile_path(self.path)[2])
 
     @property
     def takes_body(self) -> bool:
-        """Whether the request is read from the body."""
+        """Whether the request comes in the body."""
         return self.method == "POST"
 
 
 class CallContext:
-    """What servicers ask of the context of a call, in place of gRPC's."""
+    """Context of a call that servicers get in place of gRPC's."""
 
     def __init__(self, deadline: float | None) -> None:
         self._deadline = deadline
 
     def time_remaining(self) -> float | None:
-        """Seconds until the caller gives up; None where it did not say when."""
+        """Returns the seconds until the caller's deadline; None without one."""
         return None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
 
     def set_code(self, code: Any) -> None:
@@ -58,12 +58,12 @@ class CallContext:
 
 
 def call_context(request: Request) -> CallContext:
-    """The context of the call that a request is."""
+    """Returns the context of the call that a request is."""
     return CallContext(request.scope["deadline"])
 
 
 def make_endpoint(route: HttpRoute, servicer: Any) -> Callable[[Request], Awaitable[Response]]:
-    """The handler of a route; it calls the servicer's method in this process."""
+    """Returns the handler of a route; it calls the servicer's method in this process."""
     method = getattr(servicer, route.rpc)
 
     async def call(request: Request) -> Response:
@@ -77,7 +77,7 @@ def make_endpoint(route: HttpRoute, servicer: Any) -> Callable[[Request], Awaita
 
 
 def read_request(route: HttpRoute, body: bytes, path_params: dict[str, Any]) -> Message:
-    """The request's message from body and path; raises InvalidArgumentError with every violation."""
+    """Returns the request's message from body and path; raises InvalidArgumentError with every violation."""
     value = parse_json(body) if route.takes_body else {}
     if isinstance(value, dict):
         for name in path_params.keys() & value.keys():
@@ -87,7 +87,7 @@ def read_request(route: HttpRoute, body: bytes, path_params: dict[str, Any]) -> 
 
 
 class NdjsonResponse(Response):
-    """The messages of a stream, a line each, sent as they come; an error before the first is the response's."""
+    """Response that sends the messages of a stream, a line each; an error before the first is the response's."""
 
     media_type = NDJSON
 
@@ -108,8 +108,8 @@ class NdjsonResponse(Response):
                     started = True
                 line = dump_json(write_message(message)) + b"\n"
                 await send({"type": "http.response.body", "body": line, "more_body": True})
-                # Neither a ready message nor a send to a caller that has gone suspends: without this, a stream of
-                # such would hold the loop, and the gate would never see the disconnect.
+                # Neither a ready message nor a send to a caller that has gone away suspends: without this, a stream of
+                # such would hold the loop, and the middleware would never see the disconnect.
                 await asyncio.sleep(0)
         if not started:
             await send(start)

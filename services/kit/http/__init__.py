@@ -1,0 +1,230 @@
+"""HTTP gateway of a service: its RPCs as JSON beside gRPC, with the same rules.
+
+A service's lifespan enters `http_serving` with a table of routes. Interfaces of other tools are added as routers of
+their own; their handlers call the servicer with `call_context`. uvicorn runs in the service's process, on its event
+loop, without signal handlers, and is drained with the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import json
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import uvicorn
+from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
+
+from perigee.errors import FieldViolation, InvalidArgumentError, UnavailableError
+from services.kit.config import HttpConfig, ServerConfig
+from services.kit.http.errors import WriteError, write_error
+from services.kit.http.middleware import CallMiddleware, Calls, MiddlewareOptions
+from services.kit.http.routes import CallContext, HttpRoute, call_context, make_endpoint
+from services.kit.server import App, require_token_off_loopback
+from services.kit.telemetry import get_logger, http_request_histogram
+
+__all__ = [
+    "CallContext",
+    "CompatRouter",
+    "HttpConfig",
+    "HttpRoute",
+    "build_gateway",
+    "call_context",
+    "http_serving",
+    "write_error",
+]
+
+log = get_logger(__name__)
+
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics")
+# Longer than clients keep connections, so that none is closed here while it is taken up again there.
+_KEEP_ALIVE_S = 75
+_FLUSH_S = 2.0
+
+
+@dataclass(frozen=True)
+class CompatRouter:
+    """Interface of another tool: its routes, without path parameters, and the form of its errors."""
+
+    router: APIRouter
+    write_error: WriteError
+
+
+@asynccontextmanager
+async def http_serving(
+    app: App[Any],
+    http: HttpConfig,
+    routes: Sequence[HttpRoute],
+    servicer: object,
+    openapi_file: Path,
+    compat: Sequence[CompatRouter] = (),
+) -> AsyncIterator[str | None]:
+    """Answers HTTP for as long as the block lasts, and yields where: host:port, or None where `http.port` is unset.
+
+    `openapi_file` is the service's description, as tools/openapi.py writes it. Requests in flight are drained with the
+    gRPC calls. Raises UnavailableError when the port cannot be bound.
+    """
+    if http.port is None:
+        yield None
+        return
+    server_config = app.config.server
+    require_token_off_loopback(server_config)
+    calls = Calls(server_config.max_concurrent_rpcs)
+    token = server_config.token.get_secret_value() if server_config.token else None
+    gateway = build_gateway(app.name, routes, servicer, compat, app.readiness)
+    document = _read_openapi(openapi_file, token is not None)
+    gateway.openapi = lambda: document  # type: ignore[method-assign]
+    options = MiddlewareOptions(
+        token=token,
+        max_body_bytes=http.max_body_bytes or 2 * app.config.message_bytes,
+        seconds=http_request_histogram(app.name),
+        open_paths=OPEN_PATHS,
+        write_errors={route.path: api.write_error for api in compat for route in api.router.routes},  # type: ignore[attr-defined]
+    )
+    gateway.add_middleware(CallMiddleware, calls=calls, options=options)
+    server = HttpServer(gateway, calls, server_config, http.port)
+    server.start()
+    app.on_drain(server.stop)
+    app.http_address = server.address
+    log.info("http listening", address=server.address)
+    try:
+        yield server.address
+    finally:
+        await server.stop()
+
+
+def build_gateway(
+    name: str,
+    routes: Sequence[HttpRoute],
+    servicer: object,
+    compat: Sequence[CompatRouter],
+    readiness: Callable[[], Mapping[str, bool]],
+) -> FastAPI:
+    """Returns the application of service `name`: routes, interfaces of other tools, health, readiness, metrics."""
+    gateway = FastAPI(title=f"Perigee {name}", version="v1", docs_url=None, redoc_url=None, redirect_slashes=False)
+    for route in routes:
+        gateway.add_api_route(
+            route.path, make_endpoint(route, servicer), methods=[route.method], name=route.rpc, include_in_schema=False
+        )
+    for api in compat:
+        gateway.include_router(api.router)
+    _add_probes(gateway, readiness)
+    gateway.add_exception_handler(RequestValidationError, _refuse_invalid)
+    gateway.add_exception_handler(HTTPException, _refuse_unreadable)
+    return gateway
+
+
+def _read_openapi(file: Path, has_token: bool) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    if has_token:
+        document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
+        document["security"] = [{"token": []}]
+        for path in OPEN_PATHS:
+            document["paths"][path]["get"]["security"] = []
+    return document
+
+
+def _add_probes(gateway: FastAPI, readiness: Callable[[], Mapping[str, bool]]) -> None:
+    @gateway.get("/healthz", summary="Whether the process answers.")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @gateway.get("/readyz", summary="Whether the service takes calls; 503 where it does not.")
+    async def readyz() -> JSONResponse:
+        ready = readiness()
+        return JSONResponse({"ready": ready}, 200 if all(ready.values()) else 503)
+
+    @gateway.get("/metrics", summary="Metrics for Prometheus.", response_class=Response)
+    async def metrics() -> Response:
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _refuse_invalid(request: Request, error: Exception) -> NoReturn:
+    assert isinstance(error, RequestValidationError)
+    violations = [
+        FieldViolation(_write_location(detail["loc"]), detail["msg"].removeprefix("Value error, "))
+        for detail in error.errors()
+    ]
+    raise InvalidArgumentError.for_fields(violations) from error
+
+
+async def _refuse_unreadable(request: Request, error: Exception) -> NoReturn:
+    assert isinstance(error, HTTPException)
+    raise InvalidArgumentError.for_field("body", f"is not JSON in UTF-8: {error.detail}") from error
+
+
+def _write_location(location: Sequence[str | int]) -> str:
+    steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location[1:]]
+    return "".join(steps).removeprefix(".") or "body"
+
+
+class HttpServer:
+    """uvicorn server of an ASGI application, from `start` to `stop`; `address` is where it listens."""
+
+    def __init__(self, app: ASGIApp, calls: Calls, config: ServerConfig, port: int) -> None:
+        self._calls = calls
+        self._drain_seconds = config.drain_seconds
+        has_tls = config.tls_cert_file is not None and config.tls_key_file is not None
+        uvicorn_config = uvicorn.Config(
+            app,
+            lifespan="off",
+            ws="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            ssl_certfile=config.tls_cert_file if has_tls else None,
+            ssl_keyfile=config.tls_key_file if has_tls else None,
+            ssl_ca_certs=config.tls_ca_file if has_tls else None,
+            ssl_cert_reqs=ssl.CERT_REQUIRED if has_tls and config.tls_ca_file else ssl.CERT_NONE,
+        )
+        uvicorn_config.load()
+        self._server = _Uvicorn(uvicorn_config)
+        self._socket = _bind(config.host, port)
+        self.address = f"{config.host}:{self._socket.getsockname()[1]}"
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to serve; connections made since the socket was bound wait until then."""
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def stop(self) -> None:
+        """Takes no more connections, lets requests finish within `drain_seconds`, then ends; may be called again."""
+        assert self._task is not None
+        self._server.should_exit = True
+        await self._calls.drain(self._drain_seconds)
+        await asyncio.wait({self._task}, timeout=_FLUSH_S)
+        for connection in list(self._server.server_state.connections):
+            # A caller that does not read what it asked for.
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self._task
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are the process's
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        family = socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise UnavailableError(f"http.port: {host}:{port} cannot be bound; choose another port") from error
