@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # uv does not read pip's configuration; a folder of wheels named there is honoured here.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-EXTRAS := cli curation services buffer coordinator sandbox reward weights rollout-cpu trainer
+EXTRAS := cli curation buffer coordinator sandbox reward weights rollout-cpu trainer
 
 .PHONY: help setup system run test unit lint format protos docs baseline lock clean
 
@@ -18,12 +18,12 @@ setup: system $(VENV)/.installed ## Install everything into .venv
 system:
 	@tools/system-packages.sh
 
-$(VENV)/.installed: constraints.txt pyproject.toml
+$(VENV)/.installed: constraints.txt pyproject.toml services/pyproject.toml services/setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not there: install Python 3.11, or name it with make PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep -m1 '^uv==' constraints.txt)"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode -r constraints.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e . -e ./services
 	@touch $@
 
 run: setup ## Train examples/arithmetic through all services and show that it got better
@@ -46,7 +46,7 @@ format: setup ## Format the code and the protos
 	$(BIN)/ruff format .
 	$(BIN)/buf format -w
 
-protos: setup ## Regenerate the gRPC stubs
+protos: setup ## Regenerate the gRPC stubs and the OpenAPI documents
 	tools/protos.sh
 
 docs: setup ## Print docs/configuration.md from the configuration's docstrings
@@ -57,8 +57,8 @@ baseline: setup ## Make the contract as it is the one that `make lint` guards; a
 
 lock: setup ## Pin every dependency anew in constraints.txt
 	$(BIN)/uv pip compile --quiet --python-version 3.11 $(EXTRAS:%=--extra %) --group dev --excludes tools/unneeded.txt \
-		--no-header --no-annotate --no-emit-find-links pyproject.toml | sed 's/+cpu$$//' > constraints.txt.new
+		--no-header --no-annotate --no-emit-find-links pyproject.toml services/pyproject.toml | sed 's/+cpu$$//' > constraints.txt.new
 	mv constraints.txt.new constraints.txt
 
 clean: ## Remove the environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build services/build *.egg-info services/*.egg-info

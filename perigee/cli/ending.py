@@ -46,7 +46,7 @@ def missing_package(error: ModuleNotFoundError) -> str:
     package = (error.name or "").partition(".")[0]
     if package in ("", "perigee"):
         raise error
-    if package == "services":
+    if package in ("services", "grpc_health"):  # perigee-services brings both
         return "this command needs the services, which are not installed: pip install perigee-services"
     return f"this command needs {package}, which is not installed: pip install 'perigee[cli,curation]' perigee-services"
 
