@@ -23,7 +23,7 @@ $(VENV)/.installed: constraints.txt pyproject.toml services/pyproject.toml servi
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep -m1 '^uv==' constraints.txt)"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --compile-bytecode -r constraints.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e . -e ./services
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e . -e ./services
 	@touch $@
 
 run: setup ## Train examples/arithmetic through all services and show that it got better

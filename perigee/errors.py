@@ -15,7 +15,7 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
-_TOLD_VIOLATIONS = 5
+_SHOWN_VIOLATIONS = 5
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class InvalidArgumentError(PerigeeError):
 
     @classmethod
     def for_fields(cls, violations: Sequence[FieldViolation]) -> InvalidArgumentError:
-        """Returns the error of several violations; its message tells the first few."""
-        told = "; ".join(f"{each.field}: {each.description}" for each in violations[:_TOLD_VIOLATIONS])
-        return cls(told, violations=violations)
+        """Returns the error of several violations; its message has the first few."""
+        shown = "; ".join(f"{each.field}: {each.description}" for each in violations[:_SHOWN_VIOLATIONS])
+        return cls(shown, violations=violations)
 
 
 class UnauthenticatedError(PerigeeError):

@@ -1,11 +1,11 @@
-"""A guard process above each service of the local stack: when it ends, nothing of the service is left.
+"""Guard process above each service of the local stack: when it ends, nothing of the service is left.
 
     python guard.py PARENT_PID GRACE_SECONDS LOG_FILE COMMAND...
 
 The guard is the subreaper of everything that the service starts (engine processes, the Redis server, torchrun's
 ranks), so none of them can escape to init. It ends the service, and then whatever is left of it, when the service dies,
-when it is told to by SIGTERM, and when its own parent dies in any way, SIGKILL included. It needs the standard library
-alone and imports nothing of Perigee, so it starts in milliseconds. Linux only: it stands on prctl.
+on SIGTERM, and when its own parent dies in any way, SIGKILL included. It needs the standard library alone and imports
+nothing of Perigee, so it starts in milliseconds. Linux only: it uses prctl.
 
 Exit code: the service's, or 128 + the signal that ended it.
 """
@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
     prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     prctl(PR_SET_CHILD_SUBREAPER, 1)
-    if os.getppid() != parent_pid:  # the parent died before prctl could tell
+    if os.getppid() != parent_pid:  # the parent died before prctl took effect
         return 128 + signal.SIGTERM
     log = os.open(log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     guard_pid = os.getpid()
@@ -93,7 +93,7 @@ def wait_for(pid: int, grace_s: float) -> tuple[int, bool]:
 
 
 def reap(pid: int) -> int | None:
-    """Reaps all that ended; the exit code of `pid` when it is among them."""
+    """Reaps all that ended; returns the exit code of `pid` when it is among them."""
     code = None
     while True:
         try:
@@ -108,7 +108,7 @@ def reap(pid: int) -> int | None:
 
 
 def end_remains() -> None:
-    """Ends every process that the service left: SIGTERM, a little patience, SIGKILL until none is there."""
+    """Ends every process that the service left: SIGTERM, then SIGKILL until none is there."""
     for pid in descendants():
         kill(pid, signal.SIGTERM)
     deadline = time.monotonic() + REMAINS_GRACE_S
@@ -121,7 +121,7 @@ def end_remains() -> None:
 
 
 def descendants() -> list[int]:
-    """Ids of all living processes below this one."""
+    """Returns the ids of all living processes below this one."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -142,7 +142,7 @@ def descendants() -> list[int]:
 
 
 def kill(pid: int, number: int) -> None:
-    """Sends a signal; a process that is gone is as good as ended."""
+    """Sends a signal, unless the process is gone."""
     try:
         os.kill(pid, number)
     except ProcessLookupError:

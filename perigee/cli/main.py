@@ -105,7 +105,7 @@ def _up(recipe_path: Path | None, workers: int | None, only: list[str], override
         return 0
 
     code = run_interruptible(work)
-    return 0 if code > 128 else code  # being told to end is how this command ends
+    return 0 if code > 128 else code  # a signal is how this command ends
 
 
 def _train(

@@ -36,14 +36,14 @@ RUN_FOLDER_VALUES: Mapping[str, Mapping[str, str]] = {
 
 
 class LocalConfig(Model):
-    """How the local stack is made up."""
+    """Processes of the local stack."""
 
     workers: int = Field(1, ge=1, le=64)
     """Rollout workers to start."""
 
 
 class RecipeHead(Model):
-    """The top level of a recipe beside the sections of the run and the services."""
+    """Top level of a recipe beside the sections of the run and the services."""
 
     name: str = Field("run", pattern=r"^[a-z0-9][a-z0-9_.-]*$")
     """Begins the ids of the recipe's runs."""
@@ -57,7 +57,7 @@ class RecipeHead(Model):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe; `values` is what it holds in full, with overrides and without expansion."""
+    """Checked recipe; `values` is all that it holds, with overrides and without expansion."""
 
     path: Path
     head: RecipeHead
@@ -89,7 +89,7 @@ class Recipe:
 
 
 def find_recipe(path: Path) -> Path:
-    """The recipe file that `path`, a file or a folder, stands for. Raises InvalidArgumentError when there is none."""
+    """Returns the recipe file at `path`, a file or a folder. Raises InvalidArgumentError when there is none."""
     file = path / RECIPE_FILE if path.is_dir() else path
     if not file.is_file():
         hint = f"no {RECIPE_FILE} in this folder" if path.is_dir() else "no such file"
@@ -108,7 +108,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
-    """The values with overrides, and with the folder values that they lack, as a checked recipe.
+    """Returns the values with overrides, and with the folder values that they lack, as a checked recipe.
 
     Raises InvalidArgumentError whose one-line message names the file, the field and what to do.
     """
@@ -156,7 +156,7 @@ def _check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
 
 
 def open_new_run(runs_path: Path, recipe: Recipe) -> tuple[RunFolder, Recipe]:
-    """A new run folder that holds the expanded recipe; returns both.
+    """Makes a run folder that holds the expanded recipe; returns both.
 
     Raises InvalidArgumentError when the folder cannot be made or the recipe's script is missing.
     """
@@ -169,7 +169,7 @@ def open_new_run(runs_path: Path, recipe: Recipe) -> tuple[RunFolder, Recipe]:
 
 
 def open_old_run(runs_path: Path, name: str, overrides: list[str]) -> tuple[RunFolder, Recipe]:
-    """The run folder that `name` stands for and its recipe, with further overrides laid over it.
+    """Returns the run folder that `name` stands for and its recipe, with further overrides.
 
     Raises InvalidArgumentError when there is no such run, when its stack runs already, or when an override is wrong.
     """
@@ -185,7 +185,7 @@ def _write_recipe(run: RunFolder, recipe: Recipe) -> Recipe:
 
 
 def config_class(section: str) -> type[Model]:
-    """The configuration class of a section, imported when it is asked for."""
+    """Returns the configuration class of a section, imported when it is asked for."""
     module_name, _, class_name = _CONFIG_CLASSES[section].partition(":")
     found = getattr(importlib.import_module(module_name), class_name)
     assert issubclass(found, Model)
@@ -193,12 +193,12 @@ def config_class(section: str) -> type[Model]:
 
 
 def dump_yaml(values: Mapping[str, Any]) -> str:
-    """YAML that keeps the order of the keys; what is not ASCII is escaped, since not all of it reads back otherwise."""
+    """Returns YAML in the order of the keys; what is not ASCII is escaped, since not all of it reads back otherwise."""
     return yaml.safe_dump(dict(values), sort_keys=False)
 
 
 def map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    """A copy of nested mappings and lists with `change` applied to every string value."""
+    """Returns a copy of nested mappings and lists with `change` applied to every string value."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, Mapping):

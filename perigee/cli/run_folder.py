@@ -17,7 +17,7 @@ LATEST = "latest"
 
 @dataclass(frozen=True)
 class StackFile:
-    """What `stack.json` tells about the local stack of a run: who runs it, and where its services listen."""
+    """Contents of `stack.json`: the process that runs the local stack, and where its services listen."""
 
     pid: int
     # host:port by process name: buffer, sandbox, reward, trainer, coordinator, rollout-0, ...
@@ -26,7 +26,7 @@ class StackFile:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run; its name is the run's id."""
+    """Folder of one run; its name is the run's id."""
 
     path: Path
 
@@ -37,7 +37,7 @@ class RunFolder:
 
     @property
     def data_path(self) -> Path:
-        """What the recipe's prepare script made."""
+        """Data that the recipe's prepare script made."""
         return self.path / "data"
 
     @property
@@ -52,7 +52,7 @@ class RunFolder:
 
     @property
     def stack_path(self) -> Path:
-        """Where the local stack listens; there only while it runs."""
+        """Addresses of the local stack; there only while it runs."""
         return self.path / "stack.json"
 
     def create(self) -> None:
@@ -67,7 +67,7 @@ class RunFolder:
         write_atomically(self.stack_path, f"{json.dumps(asdict(stack), indent=2)}\n".encode())
 
     def read_stack(self) -> StackFile | None:
-        """The running local stack of this run; None when there is none, or when its owner is gone."""
+        """Returns the running local stack of this run; None when there is none, or when its owner is gone."""
         try:
             stack = StackFile(**json.loads(self.stack_path.read_text()))
         except FileNotFoundError:
@@ -76,7 +76,7 @@ class RunFolder:
 
 
 def new_run(runs_path: Path, name: str) -> RunFolder:
-    """A folder for a new run, not made yet: name and local time, with a number when that is taken."""
+    """Returns a folder for a new run, not made yet: name and local time, with a number when that is taken."""
     stem = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     path, number = runs_path / stem, 2
     while path.exists():
@@ -85,7 +85,7 @@ def new_run(runs_path: Path, name: str) -> RunFolder:
 
 
 def find_run(runs_path: Path, name: str) -> RunFolder:
-    """The run that `name` stands for: an id below `runs_path`, `latest`, or a path.
+    """Returns the run that `name` stands for: an id below `runs_path`, `latest`, or a path.
 
     Raises InvalidArgumentError when there is no such run.
     """
@@ -98,7 +98,7 @@ def find_run(runs_path: Path, name: str) -> RunFolder:
 
 
 def find_stack(runs_path: Path) -> tuple[RunFolder, StackFile] | None:
-    """The local stack started last of those that run below `runs_path`, with its run folder."""
+    """Returns the local stack started last of those that run below `runs_path`, with its run folder."""
     found = sorted(runs_path.glob("*/stack.json"), key=lambda path: path.stat().st_mtime, reverse=True)
     for path in found:
         run = RunFolder(path.parent.resolve())

@@ -227,17 +227,17 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
 async def _follow(
     client: CoordinatorClient, request: RunRequest, cursor: Cursor, local: LocalStack | None, view: View
 ) -> pb.RunSnapshot:
-    watching = asyncio.create_task(_show(client, request, cursor, view))
-    tasks: set[asyncio.Task[pb.RunSnapshot] | asyncio.Task[None]] = {watching}
+    events = asyncio.create_task(_show(client, request, cursor, view))
+    tasks: set[asyncio.Task[pb.RunSnapshot] | asyncio.Task[None]] = {events}
     if local is not None:
         tasks.add(asyncio.create_task(local.supervise()))
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done - {watching}:
+        for task in done - {events}:
             task.result()
-        return watching.result()
+        return events.result()
     except asyncio.CancelledError:
-        if not watching.done():
+        if not events.done():
             view.note("stopping the run")
             try:
                 await stop_run(client, request.run_id)

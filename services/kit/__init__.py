@@ -1,1 +1,1 @@
-"""The chassis that every service stands on: configuration, server, interceptors, telemetry."""
+"""Service framework: configuration, server, HTTP gateway, telemetry, child processes, model folders."""

@@ -152,7 +152,7 @@ def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
 
 
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the token ids of prompts that a model goes on from.
+    """Returns the token ids of prompts that a model continues.
 
     The tokens that the tokenizer puts before a text (BOS) stand there exactly once, also where the text, as rendered by
     a chat template, begins with them; those that it puts behind one (EOS) do not.
@@ -163,6 +163,7 @@ def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]
 
 
 def _added_prefix(tokenizer: Tokenizer) -> list[int]:
+    """Returns the tokens that the tokenizer puts before every text."""
     plain = list(tokenizer.encode("a", add_special_tokens=False).ids)
     full = list(tokenizer.encode("a").ids)
     for length in range(len(full) - len(plain) + 1):
@@ -172,6 +173,7 @@ def _added_prefix(tokenizer: Tokenizer) -> list[int]:
 
 
 def _token_ids(value: object) -> list[int]:
+    """Returns an eos_token_id of either form, one id or a list, as a list."""
     if value is None:
         return []
     return [value] if isinstance(value, int) else [int(item) for item in value]  # type: ignore[attr-defined]

@@ -96,6 +96,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _wrap_unary(
         self, method: str, behaviour: Callable[[Any, Context], Awaitable[Any]], header: str | bytes | None
     ) -> Callable[[Any, Context], Awaitable[Any]]:
+        """Returns the handler of a unary method with token, limit, metrics and statuses."""
+
         async def call(request: Any, context: Context) -> Any:
             start = time.perf_counter()
             try:
@@ -114,6 +116,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     def _wrap_stream(
         self, method: str, behaviour: Callable[[Any, Context], AsyncIterator[Any]], header: str | bytes | None
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
+        """Returns the handler of a streaming method with token, limit, metrics and statuses."""
+
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             start = time.perf_counter()
             try:
@@ -130,12 +134,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return call
 
     def _enter(self, header: str | bytes | None) -> None:
+        """Counts one call in; raises UnauthenticatedError or ResourceExhaustedError."""
         check_token(self._token, header)
         if self._calls >= self._limit:
             raise ResourceExhaustedError(f"{self._limit} calls are in flight, the server's limit.", retry_after_s=1.0)
         self._calls += 1
 
     async def _abort(self, method: str, error: Exception, context: Context, start: float) -> None:
+        """Ends the call with the status of an error."""
         if isinstance(error, grpc.aio.AbortError):
             raise error
         shown = as_perigee_error(error, method.removeprefix("/"))
@@ -155,7 +161,7 @@ class _Unreadable:
 
 
 def _read_request(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    # What a deserializer raises, gRPC answers with INTERNAL and without details: the handler raises instead.
+    """Wraps a deserializer, whose error gRPC would answer with INTERNAL and without details."""
     assert deserializer is not None
 
     def read(data: bytes) -> Any:
@@ -174,6 +180,8 @@ def _require_message(request: Any) -> Any:
 
 
 def _refuse_stream(message: str) -> Handler:
+    """Returns a handler that refuses the call."""
+
     async def refuse(_requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
         yield

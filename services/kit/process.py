@@ -187,11 +187,11 @@ class ChildProcess:
         """Returns one sentence: how it ended, the error that it logged since its start, and where the log is."""
         lines = [] if self.log_path is None else read_tail(self.log_path, self._log_start)
         if exit_code > 128:  # what it wrote last need not have to do with its end
-            how, error = f"was ended by {signal.Signals(exit_code - 128).name}", last_error(lines)
+            end, error = f"was ended by {signal.Signals(exit_code - 128).name}", last_error(lines)
         else:
-            how, error = f"ended with exit code {exit_code}", last_error(lines) or last_words(lines)
+            end, error = f"ended with exit code {exit_code}", last_error(lines) or last_words(lines)
         where = "" if self.log_path is None else f" (log: {self.log_path})"
-        return f"{self.name} {how}{f': {error}' if error else ''}{where}"
+        return f"{self.name} {end}{f': {error}' if error else ''}{where}"
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -221,6 +221,7 @@ def last_words(lines: Iterable[str]) -> str:
 
 
 def _error_in(line: str) -> str:
+    """Returns the error that a line of a log names; nothing when it names none."""
     if not line.startswith("{"):
         return line if _ERROR_LINE.match(line) else ""
     try:

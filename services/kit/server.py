@@ -171,6 +171,7 @@ def _trace_calls() -> list[grpc.aio.ClientInterceptor]:
 
 
 def _build_server(config: ServiceConfig) -> grpc.aio.Server:
+    """Returns a gRPC server with the interceptors of every service."""
     token = config.server.token.get_secret_value() if config.server.token else None
     interceptors: list[grpc.aio.ServerInterceptor] = [
         CallInterceptor(token, config.server.max_concurrent_rpcs, request_histogram(config.section))
@@ -201,6 +202,7 @@ def require_token_off_loopback(config: ServerConfig) -> None:
 
 
 def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
+    """Returns host:port; raises UnavailableError when the address cannot be bound."""
     require_token_off_loopback(config)
     target = f"{config.host}:{config.port}"
     try:
@@ -214,6 +216,7 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
 
 
 def _credentials(config: ServerConfig) -> grpc.ServerCredentials:
+    """Returns the server's TLS credentials; with roots, callers must show a certificate."""
     assert config.tls_cert_file is not None
     assert config.tls_key_file is not None
     pair = (Path(config.tls_key_file).read_bytes(), Path(config.tls_cert_file).read_bytes())

@@ -110,6 +110,7 @@ class SingleFlightCache(Generic[K, T]):
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _start(self, key: K, digest: bytes, work: Callable[[], Awaitable[T]]) -> _Running[T]:
+        """Starts the work of a key and keeps its result when it ends."""
         running = self._running[key] = _Running(digest, asyncio.create_task(_await(work)))
         self._tasks.add(running.task)
 
@@ -124,6 +125,7 @@ class SingleFlightCache(Generic[K, T]):
         return running
 
     def _keep(self, key: K, digest: bytes, result: T) -> None:
+        """Keeps a final result, and drops the least recently used ones above the limits."""
         size = self._size_of(result)
         if size > self._total_bytes or not self._is_final(result):
             return

@@ -68,5 +68,6 @@ def http_request_histogram(service: str) -> Histogram:
 
 
 def _histogram(name: str, documentation: str, labels: list[str]) -> Histogram:
+    """Returns the histogram of this name, made once per process."""
     known = REGISTRY._names_to_collectors.get(name)
     return known if isinstance(known, Histogram) else Histogram(name, documentation, labels)

@@ -211,6 +211,6 @@ class SandboxService(SandboxServiceServicer):
         return response
 
 
-def compat_routers(servicer: SandboxService | SandboxServiceServicer) -> tuple[CompatRouter, ...]:
+def compat_routers(servicer: Any) -> tuple[CompatRouter, ...]:
     """Returns the interfaces of other sandboxes, whose handlers call the servicer."""
     return sandbox_fusion_api(servicer), piston_api(servicer)

@@ -92,7 +92,7 @@ def write_recipe(folder: Path, iterations: int) -> Path:
     return path
 
 
-async def test_what_ends_while_nobody_watches_is_told_later(buffer_address: str, tmp_path: Path) -> None:
+async def test_what_ends_during_an_outage_is_shown_later(buffer_address: str, tmp_path: Path) -> None:
     port, output = free_port(), io.StringIO()
     options = TrainOptions(
         write_recipe(tmp_path, ITERATIONS), None, [], tmp_path / "runs", coordinator=f"127.0.0.1:{port}"
@@ -113,7 +113,7 @@ async def test_what_ends_while_nobody_watches_is_told_later(buffer_address: str,
     assert results(output) == expected(0, ITERATIONS)
 
 
-async def test_a_run_that_goes_on_is_told_from_there(buffer_address: str, tmp_path: Path) -> None:
+async def test_a_resumed_run_is_shown_from_there(buffer_address: str, tmp_path: Path) -> None:
     port = free_port()
     options = TrainOptions(write_recipe(tmp_path, 3), None, [], tmp_path / "runs", coordinator=f"127.0.0.1:{port}")
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")

@@ -49,20 +49,20 @@ async def test_a_program_runs(gateway: httpx.AsyncClient) -> None:
     body = {"language": "python", "source": source, "stdin": "héllo", "args": ["a", "b"]}
     response = await gateway.post("/v1/execute", json=body)
     assert response.status_code == 200
-    told = response.json()
-    assert told["status"] == "ok"
-    assert base64.b64decode(told["stdout_base64"]) == "héllo a b\n".encode() + b"\xff"
-    assert told["stderr"] == ""
-    assert told["peak_memory_bytes"] > 0
+    answer = response.json()
+    assert answer["status"] == "ok"
+    assert base64.b64decode(answer["stdout_base64"]) == "héllo a b\n".encode() + b"\xff"
+    assert answer["stderr"] == ""
+    assert answer["peak_memory_bytes"] > 0
 
 
 async def test_a_submission_is_judged(gateway: httpx.AsyncClient) -> None:
     tests = [{"stdio": {"stdin": "2", "expected_stdout": "4"}}, {"stdio": {"stdin": "3", "expected_stdout": "6"}}]
     body = {"language": "python", "source": "n = int(input())\nprint(n * n)", "tests": tests}
-    told = (await gateway.post("/v1/judge", json=body)).json()
-    assert told["verdict"] == "wrong_answer"
-    assert [result["verdict"] for result in told["results"]] == ["accepted", "wrong_answer"]
-    assert told["passed"] == 1
+    answer = (await gateway.post("/v1/judge", json=body)).json()
+    assert answer["verdict"] == "wrong_answer"
+    assert [result["verdict"] for result in answer["results"]] == ["accepted", "wrong_answer"]
+    assert answer["passed"] == 1
 
 
 async def test_runtimes_are_listed(gateway: httpx.AsyncClient) -> None:
@@ -116,8 +116,8 @@ async def test_the_service_is_ready_and_documented(gateway: httpx.AsyncClient) -
 async def run_fusion(gateway: httpx.AsyncClient, code: str, **fields: Any) -> dict[str, Any]:
     response = await gateway.post("/run_code", json={"code": code, "language": "python"} | fields)
     assert response.status_code == 200
-    told: dict[str, Any] = response.json()
-    return told
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 async def test_sandbox_fusion_s_clients_are_answered(gateway: httpx.AsyncClient) -> None:
@@ -152,8 +152,8 @@ async def run_piston(gateway: httpx.AsyncClient, content: str, **fields: Any) ->
     body = {"language": "py", "version": "3.x", "files": [{"name": "my.py", "content": content}]}
     response = await gateway.post("/api/v2/execute", json=body | fields)
     assert response.status_code == 200
-    told: dict[str, Any] = response.json()
-    return told
+    answer: dict[str, Any] = response.json()
+    return answer
 
 
 async def test_piston_s_clients_are_answered(gateway: httpx.AsyncClient) -> None:

@@ -109,7 +109,7 @@ async def test_the_exit_code_and_the_log_are_the_commands(log: Path) -> None:
     assert process.describe_end(1) == f"x ended with exit code 1: ValueError: wrong (log: {log})"
 
 
-async def test_a_program_that_is_not_there_is_told(log: Path) -> None:
+async def test_a_program_that_is_not_there_is_named(log: Path) -> None:
     process = await start_guarded("x", ["/nowhere/program"], log)
     assert await process.wait() == 127
     assert "/nowhere/program cannot be started: [Errno 2]" in process.describe_end(127)

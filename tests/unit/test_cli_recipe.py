@@ -84,7 +84,7 @@ def test_broken_yaml_names_the_file_and_line(tmp_path: Path) -> None:
     assert "line 2" in message
 
 
-def test_a_wrong_override_is_told(tmp_path: Path) -> None:
+def test_a_wrong_override_is_refused(tmp_path: Path) -> None:
     assert "'run.iterations' is not of the form a.b=c" in message_of(tmp_path, RECIPE, "run.iterations")
     assert "run.iterations: input should be a valid integer" in message_of(tmp_path, RECIPE, "run.iterations=many")
 

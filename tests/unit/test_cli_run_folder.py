@@ -37,13 +37,13 @@ def test_runs_are_found_by_id_path_and_latest(tmp_path: Path) -> None:
     assert (tmp_path / "latest").readlink() == Path("small-2")
 
 
-def test_an_unknown_run_is_told_with_the_known_ones(tmp_path: Path) -> None:
+def test_an_unknown_run_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     make_run(tmp_path, "small-1")
     with pytest.raises(InvalidArgumentError, match=r"nothing: no such run; the runs in .* are small-1"):
         find_run(tmp_path, "nothing")
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidArgumentError, match="cannot be made: Not a directory"):
         RunFolder(tmp_path / "file" / "run").create()

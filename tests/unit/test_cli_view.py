@@ -57,18 +57,18 @@ def test_an_iteration_is_one_plain_line() -> None:
     ]
 
 
-def test_phases_outside_the_iterations_are_told_once() -> None:
+def test_phases_outside_the_iterations_are_shown_once() -> None:
     evaluating = snapshot(pb.RUN_PHASE_EVALUATION, phase_done=3, phase_total=500, elapsed_seconds=62.0)
     lines = plain_lines(evaluating, evaluating, snapshot(pb.RUN_PHASE_ROLLOUT), snapshot(pb.RUN_PHASE_TRAINING))
     assert lines == ["evaluation: iteration 5 of 10, policy version 6, 3 of 500 problems, 1 m 02 s since the start"]
 
 
-def test_each_supervised_stage_is_told() -> None:
+def test_each_supervised_stage_is_shown() -> None:
     stages = [snapshot(pb.RUN_PHASE_SFT, policy_version=version, iteration=0) for version in (0, 0, 1)]
     assert sum(line.startswith("sft:") for line in plain_lines(*stages)) == 2
 
 
-def test_a_held_out_accuracy_is_told_with_its_interval() -> None:
+def test_a_held_out_accuracy_is_shown_with_its_interval() -> None:
     stream = io.StringIO()
     PlainView(stream).show_evaluation(EVALUATION)
     expected = "held-out accuracy at iteration 4: overall sampled 0.400 [0.350, 0.450] greedy 0.500\n"
@@ -88,11 +88,11 @@ def test_the_live_view_shows_run_figures_workers_and_notes() -> None:
         assert expected in text
 
 
-def test_an_evaluation_is_read_as_the_coordinator_tells_it() -> None:
+def test_an_evaluation_is_read_from_the_coordinators_message() -> None:
     overall = pb.DomainAccuracy(domain="overall", sampled=pb.AccuracyEstimate(mean=0.4, low=0.35, high=0.45))
     overall.greedy.mean = 0.5
-    told = pb.EvaluationResult(number=2, iteration=4, accuracies=[overall, pb.DomainAccuracy(domain="math")])
-    assert read_evaluation(told) == EVALUATION
+    shown = pb.EvaluationResult(number=2, iteration=4, accuracies=[overall, pb.DomainAccuracy(domain="math")])
+    assert read_evaluation(shown) == EVALUATION
 
 
 def test_the_live_view_draws_before_anything_is_known() -> None:

@@ -47,7 +47,7 @@ def test_a_line_that_a_crash_cut_goes(tmp_path: Path, cut: int) -> None:
         assert journal.lines == [{"id": "a"}, {"id": "c"}]
 
 
-def test_damage_elsewhere_is_told(tmp_path: Path) -> None:
+def test_damage_elsewhere_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_text('{"id": "a"}\n{"id": \n{"id": "c"}\n')
     with pytest.raises(DataLossError, match=r"journal\.jsonl:2 is not JSON"):

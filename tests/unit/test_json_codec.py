@@ -162,7 +162,7 @@ def test_an_empty_object_is_a_field_that_is_there() -> None:
     assert read_message(pb.ExecuteRequest, {"limits": {"wall_ms": 0}}).limits.HasField("wall_ms")
 
 
-def test_all_violations_are_told_with_their_places() -> None:
+def test_all_violations_are_listed_with_their_places() -> None:
     body = {
         "langage": "python",
         "source": 5,

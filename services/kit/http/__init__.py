@@ -126,6 +126,7 @@ def build_gateway(
 
 
 def _read_openapi(file: Path, has_token: bool) -> dict[str, Any]:
+    """Returns the committed document, with the bearer token where the service asks for one."""
     document: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if has_token:
         document["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
@@ -136,6 +137,8 @@ def _read_openapi(file: Path, has_token: bool) -> dict[str, Any]:
 
 
 def _add_probes(gateway: FastAPI, readiness: Callable[[], Mapping[str, bool]]) -> None:
+    """Adds liveness, readiness and metrics, which need no token."""
+
     @gateway.get("/healthz", summary="Whether the process answers.")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -151,6 +154,7 @@ def _add_probes(gateway: FastAPI, readiness: Callable[[], Mapping[str, bool]]) -
 
 
 async def _refuse_invalid(request: Request, error: Exception) -> NoReturn:
+    """Raises what a compatibility route's model refused, field by field."""
     assert isinstance(error, RequestValidationError)
     violations = [
         FieldViolation(_write_location(detail["loc"]), detail["msg"].removeprefix("Value error, "))
@@ -160,11 +164,13 @@ async def _refuse_invalid(request: Request, error: Exception) -> NoReturn:
 
 
 async def _refuse_unreadable(request: Request, error: Exception) -> NoReturn:
+    """Raises that the body of a compatibility route cannot be read."""
     assert isinstance(error, HTTPException)
     raise InvalidArgumentError.for_field("body", f"is not JSON in UTF-8: {error.detail}") from error
 
 
 def _write_location(location: Sequence[str | int]) -> str:
+    """Returns the path of a field, the body's own name left out."""
     steps = [f"[{step}]" if isinstance(step, int) else f".{step}" for step in location[1:]]
     return "".join(steps).removeprefix(".") or "body"
 
@@ -220,6 +226,7 @@ class _Uvicorn(uvicorn.Server):
 
 
 def _bind(host: str, port: int) -> socket.socket:
+    """Returns a listening socket; raises UnavailableError when the address is taken."""
     try:
         family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
     except ValueError:

@@ -130,6 +130,7 @@ class CallMiddleware:
     async def _serve(
         self, route: Route | None, allowed: set[str], scope: Scope, receive: Receive, reply: Reply
     ) -> None:
+        """Checks the request, reads its body and runs the handler."""
         headers = Headers(scope=scope)
         check_token(self._options.token, headers.get("authorization"))
         if route is None and allowed:
@@ -145,6 +146,7 @@ class CallMiddleware:
             await self._supervise(_run(handler), deadline, late, _until_disconnect(receive, reply))
 
     async def _read_body(self, headers: Headers, receive: Receive, deadline: float | None) -> bytes:
+        """Returns the body; raises PerigeeError when it is late, too large or no JSON."""
         arrival = asyncio.get_running_loop().time() + _BODY_S
         late = "The body did not arrive in time."
         reading = read_body(headers, receive, self._options.max_body_bytes)
@@ -238,6 +240,7 @@ def read_deadline(headers: Headers) -> float | None:
 
 
 def _find_route(scope: Scope) -> tuple[Route | None, set[str]]:
+    """Returns the route of a request, or the methods that its path takes instead."""
     allowed: set[str] = set()
     for route in scope["app"].routes:
         match, _ = route.matches(scope)
@@ -254,6 +257,7 @@ async def _run(handler: Any) -> bytes:
 
 
 async def _until_disconnect(receive: Receive, reply: Reply) -> None:
+    """Returns when the caller closes the connection before the response is complete."""
     while (await receive())["type"] != "http.disconnect":
         pass
     if reply.complete:
@@ -262,6 +266,7 @@ async def _until_disconnect(receive: Receive, reply: Reply) -> None:
 
 
 async def _cancel(task: asyncio.Task[Any]) -> None:
+    """Cancels a task, waits for its end, and logs an error that it ends with."""
     if task.done():
         return
     task.cancel()

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from google.protobuf import json_format
 
+from perigee.config import validate
 from perigee.errors import InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.kit.config import validate
 from services.trainer.algorithms.base import Algorithm
 from services.trainer.algorithms.mirror_descent import PolicyMirrorDescent
 
