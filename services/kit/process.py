@@ -154,7 +154,7 @@ class ChildProcess:
             await self.end()
             raise
         if not line:
-            raise UnavailableError(self.describe_end(await self.stop()))
+            raise UnavailableError(self.describe_end(await self._wait_or_kill()))
         return line
 
     async def wait(self) -> int:
@@ -168,10 +168,7 @@ class ChildProcess:
         """SIGTERM, then SIGKILL after the grace period; returns the exit code."""
         if self._process.returncode is None:
             self._process.send_signal(signal.SIGTERM)
-        try:
-            return await asyncio.wait_for(self.wait(), self._grace_s)
-        except TimeoutError:
-            return await self.end()
+        return await self._wait_or_kill()
 
     async def end(self) -> int:
         """SIGKILL at once; returns the exit code."""
@@ -192,6 +189,13 @@ class ChildProcess:
             end, error = f"ended with exit code {exit_code}", last_error(lines) or last_words(lines)
         where = "" if self.log_path is None else f" (log: {self.log_path})"
         return f"{self.name} {end}{f': {error}' if error else ''}{where}"
+
+    async def _wait_or_kill(self) -> int:
+        """Waits for the end within the grace period, then kills; returns the exit code."""
+        try:
+            return await asyncio.wait_for(self.wait(), self._grace_s)
+        except TimeoutError:
+            return await self.end()
 
     def _kill_group(self) -> None:
         with contextlib.suppress(ProcessLookupError):

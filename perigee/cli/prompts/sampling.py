@@ -21,6 +21,7 @@ from tokenizers import Tokenizer
 
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
+from perigee.config import Model, validate
 from perigee.curation.findings import (
     Decision,
     Finding,
@@ -37,7 +38,6 @@ from perigee.reward.scoring import ScoreClient, ScoreJob, ScoringOptions, scorin
 from perigee.reward.v1 import reward_pb2
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2
-from services.kit.config import Model, validate
 from services.kit.hf import encode_prompts
 
 Find = Callable[[Sequence[Question]], Iterable[Finding]]

@@ -17,8 +17,8 @@ from typing import Any, Self
 from packaging.requirements import Requirement
 from pydantic import Field, field_validator, model_validator
 
-from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.config import Model, read_yaml, validate
+from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from services.sandbox.agent import ENVIRONMENT, OWN_FOLDER, start_code
 from services.sandbox.config import LimitsConfig, SandboxConfig
 
