@@ -244,7 +244,7 @@ async def test_checks_that_hang_among_many_take_nobody_along() -> None:
         assert by_id[name].verdict != VERDICT_CORRECT
 
 
-async def test_more_checks_that_hang_than_may_step_aside_only_take_longer() -> None:
+async def test_more_checks_that_hang_than_may_be_slow_only_take_longer() -> None:
     items = [math_item(f"bomb-{i}", "7", f"#{9 + i}^{{9^{{9^{{9}}}}}}") for i in range(5)]
     items.append(ALGEBRA)
     config = MathConfig(workers=1, check_timeout_s=1, slow_checks=1, slow_check_s=0.1)

@@ -2,8 +2,8 @@
 
 The supervisor imports what the checks need once and only ever waits, so it cannot hang; a child that exceeds its time
 or memory is killed and the next one forked, which takes milliseconds where a new interpreter takes a second. A check
-that takes long while others wait steps aside: its child goes on to its deadline beside the next one, so that a few
-checks that hang hold nobody up.
+that takes long while others wait becomes slow: its child continues to its deadline beside a new one for the others, so
+that a few checks that hang hold up no other.
 
 It speaks JSON lines: {"id", "deadline_s", "check"} or {"cancel": id} on standard input, as many as the caller likes,
 and {"id", "status", "reason"} on standard output in the order in which checks end.
@@ -12,30 +12,42 @@ and {"id", "status", "reason"} on standard output in the order in which checks e
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import gc
 import json
 import logging
+import os
+import resource
 import select
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from typing import Any
 
-from services.reward.pool.check_child import Check, Child, cpu_seconds, fork_child, resident_bytes
-from services.reward.pool.pipes import LineReader, write_line
-
-# What a module of checks offers: warm_up(), and check(request) that gives {"status", "reason"}.
+# A module of checks has warm_up(), and check(request) that returns {"status", "reason"}.
 MODULES = {"math": "services.reward.math.check", "pattern": "services.reward.pool.pattern_checks"}
 # A computer algebra system caches; a child is replaced before that counts against an innocent answer.
 CHECKS_PER_CHILD = 1000
-# Checks in a child's pipe, so that it need not wait for the supervisor's turn between two of them. The pipe must hold
+# Checks in a child's pipe, so that it need not wait for the supervisor between two of them. The pipe must hold
 # them all: the supervisor may never wait for a child that hangs.
 SENT_CHECKS = 4
 SENT_BYTES = 32 << 10
 MEMORY_POLL_S = 0.05
 # A check that others keep from running has its deadline by the clock, too.
 WALL_FACTOR = 8
+CHUNK_BYTES = 1 << 16
+MAX_REASON_CHARACTERS = 300
+PR_SET_PDEATHSIG = 1
+TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+# Behind the checks that are quick; it still has its deadline.
+SLOW_NICENESS = 5
+
+Check = Callable[[dict[str, Any]], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -49,15 +61,67 @@ class Message:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a check may take, and when and how many of them step aside."""
+    """Memory of a check, and when and how many checks become slow."""
 
     memory_bytes: int
     slow_s: float
     slow_checks: int
 
 
+class LineReader:
+    """Lines of a pipe as they arrive."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._rest = b""
+
+    def read_available(self) -> list[bytes] | None:
+        """Returns the lines that the next read completes, perhaps none; None when the other side has closed."""
+        chunk = os.read(self._descriptor, CHUNK_BYTES)
+        if not chunk:
+            return None
+        # Only what is new is searched: a line of a megabyte comes in many pieces.
+        if b"\n" not in chunk:
+            self._rest += chunk
+            return []
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
+        return lines
+
+
+class Child:
+    """A process and the pipes to it."""
+
+    def __init__(self, pid: int, requests: int, replies: int) -> None:
+        self.pid = pid
+        self.checks = 0
+        self.descriptor = replies
+        self._requests = requests
+        self._replies = LineReader(replies)
+
+    def send(self, check: bytes) -> None:
+        """Hands a line over; that a child is dead shows in its replies."""
+        self.checks += 1
+        with contextlib.suppress(BrokenPipeError):
+            write_all(self._requests, check)
+
+    def read_replies(self) -> list[bytes] | None:
+        """Returns the replies that have arrived; None when the child died instead."""
+        return self._replies.read_available()
+
+    def lower_priority(self) -> None:
+        """Gives way to the processes of other checks."""
+        os.setpriority(os.PRIO_PROCESS, self.pid, SLOW_NICENESS)
+
+    def end(self) -> None:
+        """Kills it and waits until it is gone."""
+        os.close(self._requests)
+        os.close(self.descriptor)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+
+
 @dataclass
-class Lane:
+class WorkerSlot:
     """A child and what it was sent; the first of these is under way since `begin`, of the monotonic clock.
 
     A check's deadline counts the CPU time of its child, so that a busy machine fails no innocent check; by the clock a
@@ -80,7 +144,7 @@ class Lane:
         return self.begin + float(self.sent[0].deadline_s)
 
     def is_overdue(self, now: float) -> bool:
-        """Whether the check under way has used up its CPU time, or waited far too long for it."""
+        """Returns whether the check under way has used up its CPU time, or waited far too long for it."""
         deadline_s = self.sent[0].deadline_s
         if now < self.begin + deadline_s:
             return False
@@ -95,7 +159,7 @@ class Lane:
         self.child.send(message.check)
 
     def takes(self, message: Message) -> bool:
-        """Whether the child's pipe has room for a further check."""
+        """Returns whether the child's pipe has room for a further check."""
         if not self.sent:
             return True
         size = sum(len(each.check) for each in self.sent) + len(message.check)
@@ -126,57 +190,57 @@ def main() -> None:
 
 
 class Supervisor:
-    """A lane in front, where one check follows the other, and a lane beside it for every slow check."""
+    """Supervises a fast slot, where one check follows the other, and a slot beside it for every slow check."""
 
     def __init__(self, check: Check, limits: Limits) -> None:
         self._check = check
         self._limits = limits
         self._requests = LineReader(0)
         self._waiting: deque[Message] = deque()
-        self._front = self._open_lane()
-        self._aside: list[Lane] = []
+        self._fast = self._open_slot()
+        self._slow: list[WorkerSlot] = []
 
     def serve(self) -> None:
-        """Until standard input ends."""
+        """Serves until standard input ends."""
         while True:
             self._send_waiting()
-            lanes = {lane.child.descriptor: lane for lane in self._busy()}
-            readable, _, _ = select.select([0, *lanes], [], [], self._patience())
+            slots = {slot.child.descriptor: slot for slot in self._busy()}
+            readable, _, _ = select.select([0, *slots], [], [], self._patience())
             for descriptor in readable:
-                if descriptor in lanes:
-                    self._take_replies(lanes[descriptor])
+                if descriptor in slots:
+                    self._take_replies(slots[descriptor])
             if 0 in readable and not self._receive():
                 return
             self._enforce()
 
     def end(self) -> None:
         """Kills all children."""
-        for lane in [self._front, *self._aside]:
-            lane.child.end()
+        for slot in [self._fast, *self._slow]:
+            slot.child.end()
 
-    def _open_lane(self) -> Lane:
-        return Lane(fork_child(self._check))
+    def _open_slot(self) -> WorkerSlot:
+        return WorkerSlot(fork_child(self._check))
 
-    def _busy(self) -> list[Lane]:
-        return [lane for lane in (self._front, *self._aside) if lane.sent]
+    def _busy(self) -> list[WorkerSlot]:
+        return [slot for slot in (self._fast, *self._slow) if slot.sent]
 
     def _patience(self) -> float | None:
-        """How long nothing needs to be done unless something arrives."""
+        """Returns how long to wait for what arrives; None while there is nothing to enforce."""
         busy = self._busy()
         if not busy:
             return None
-        ends = [lane.end for lane in busy]
-        if self._may_step_aside():
-            ends.append(self._front.begin + self._limits.slow_s)
+        ends = [slot.end for slot in busy]
+        if self._may_become_slow():
+            ends.append(self._fast.begin + self._limits.slow_s)
         now = time.monotonic()
         return min([MEMORY_POLL_S, *(end - now for end in ends if end > now)])
 
-    def _may_step_aside(self) -> bool:
-        others = len(self._front.sent) > 1 or self._waiting
-        return bool(self._front.sent and others) and len(self._aside) < self._limits.slow_checks
+    def _may_become_slow(self) -> bool:
+        others = len(self._fast.sent) > 1 or self._waiting
+        return bool(self._fast.sent and others) and len(self._slow) < self._limits.slow_checks
 
     def _receive(self) -> bool:
-        """Takes what the service sent; whether it is still there."""
+        """Receives what the service sent; returns whether it is still there."""
         lines = self._requests.read_available()
         for line in lines or ():
             message = json.loads(line)
@@ -189,61 +253,137 @@ class Supervisor:
         return lines is not None
 
     def _cancel(self, check_id: int) -> None:
-        """Ends a check that nobody waits for; one that stands in a child's pipe has its turn and no listener."""
+        """Ends a cancelled check; one that is in a child's pipe already is done, and its reply has no listener."""
         self._waiting = deque(message for message in self._waiting if message.check_id != check_id)
-        for lane in self._busy():
-            if lane.sent[0].check_id == check_id:
-                self._close(lane)
+        for slot in self._busy():
+            if slot.sent[0].check_id == check_id:
+                self._close(slot)
 
     def _send_waiting(self) -> None:
-        if not self._front.sent and self._front.child.checks >= CHECKS_PER_CHILD:
-            self._close(self._front)
-        while self._waiting and self._front.takes(self._waiting[0]):
-            self._front.send(self._waiting.popleft())
+        if not self._fast.sent and self._fast.child.checks >= CHECKS_PER_CHILD:
+            self._close(self._fast)
+        while self._waiting and self._fast.takes(self._waiting[0]):
+            self._fast.send(self._waiting.popleft())
 
-    def _take_replies(self, lane: Lane) -> None:
-        """Passes replies on; a child that died instead has the check that was under way on its conscience."""
-        replies = lane.child.read_replies()
+    def _take_replies(self, slot: WorkerSlot) -> None:
+        """Passes replies on; of a child that died instead, the check that was under way has failed."""
+        replies = slot.child.read_replies()
         for reply in replies or ():
-            write_line(1, json.loads(reply) | {"id": lane.sent.popleft().check_id})
-            lane.start_check()
-            if lane is not self._front:
-                break  # what it was sent behind the slow check is with another by now
+            write_line(1, json.loads(reply) | {"id": slot.sent.popleft().check_id})
+            slot.start_check()
+            if slot is not self._fast:
+                break  # another slot has what it was sent behind the slow check
         if replies is None:
-            self._fail(lane, "died", "the checking process died")
-        elif lane is not self._front and not lane.sent:
-            self._close(lane)
+            self._fail(slot, "died", "the checking process died")
+        elif slot is not self._fast and not slot.sent:
+            self._close(slot)
 
     def _enforce(self) -> None:
-        """Kills what exceeds its time or memory, and lets a slow check step aside."""
+        """Kills what exceeds its time or memory, and makes room beside a slow check."""
         now = time.monotonic()
-        for lane in self._busy():
-            if lane.is_overdue(now):
-                self._fail(lane, "deadline", f"the check did not end within {lane.sent[0].deadline_s:g} s of CPU time")
-            elif resident_bytes(lane.child.pid) > self._limits.memory_bytes:
-                self._fail(lane, "memory", f"the check took more than {self._limits.memory_bytes >> 20} MiB of memory")
-        if self._may_step_aside() and now - self._front.begin >= self._limits.slow_s:
-            slow, self._front = self._front, self._open_lane()
-            slow.child.step_aside()
+        for slot in self._busy():
+            if slot.is_overdue(now):
+                self._fail(slot, "deadline", f"the check did not end within {slot.sent[0].deadline_s:g} s of CPU time")
+            elif resident_bytes(slot.child.pid) > self._limits.memory_bytes:
+                self._fail(slot, "memory", f"the check took more than {self._limits.memory_bytes >> 20} MiB of memory")
+        if self._may_become_slow() and now - self._fast.begin >= self._limits.slow_s:
+            slow, self._fast = self._fast, self._open_slot()
+            slow.child.lower_priority()
             self._take_back(slow)
-            self._aside.append(slow)
+            self._slow.append(slow)
 
-    def _fail(self, lane: Lane, status: str, reason: str) -> None:
-        write_line(1, {"id": lane.sent[0].check_id, "status": status, "reason": reason})
-        self._close(lane)
+    def _fail(self, slot: WorkerSlot, status: str, reason: str) -> None:
+        write_line(1, {"id": slot.sent[0].check_id, "status": status, "reason": reason})
+        self._close(slot)
 
-    def _close(self, lane: Lane) -> None:
-        """Kills a lane's child; what it was sent behind the check under way is done by another."""
-        lane.child.end()
-        self._take_back(lane)
-        if lane is self._front:
-            self._front = self._open_lane()
+    def _close(self, slot: WorkerSlot) -> None:
+        """Kills a slot's child; another does what it was sent behind the check under way."""
+        slot.child.end()
+        self._take_back(slot)
+        if slot is self._fast:
+            self._fast = self._open_slot()
         else:
-            self._aside.remove(lane)
+            self._slow.remove(slot)
 
-    def _take_back(self, lane: Lane) -> None:
-        while len(lane.sent) > 1:
-            self._waiting.appendleft(lane.sent.pop())
+    def _take_back(self, slot: WorkerSlot) -> None:
+        while len(slot.sent) > 1:
+            self._waiting.appendleft(slot.sent.pop())
+
+
+def fork_child(check: Check) -> Child:
+    """Forks a child that answers checks until its pipe closes, and dies with this process."""
+    request_end, requests = os.pipe()
+    replies, reply_end = os.pipe()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid:
+        os.close(request_end)
+        os.close(reply_end)
+        return Child(pid, requests, replies)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+    # Whatever the libraries print must not reach the supervisor's pipes.
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    kept = {0, 1, 2, request_end, reply_end}
+    for descriptor in range(3, 1 + max(kept | {requests, replies})):
+        if descriptor not in kept:
+            close_quietly(descriptor)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    reader = LineReader(request_end)
+    while (lines := reader.read_available()) is not None:
+        for line in lines:
+            write_line(reply_end, answer(check, line))
+    os._exit(0)
+
+
+def answer(check: Check, line: bytes) -> dict[str, str]:
+    """Returns the reply to one check."""
+    try:
+        return check(json.loads(line))
+    except Exception as error:  # whatever a computer algebra system may raise is the check's outcome
+        return {"status": "error", "reason": f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]}
+
+
+def close_quietly(descriptor: int) -> None:
+    """Closes a descriptor that may not be open: the pipes of other children, which must see their end."""
+    try:
+        os.close(descriptor)
+    except OSError:
+        return
+
+
+def cpu_seconds(pid: int) -> float:
+    """Returns the CPU time that a process has taken, in user and system mode; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / TICKS_PER_S
+
+
+def resident_bytes(pid: int) -> int:
+    """Returns the memory that a process holds; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:
+            return int(file.read().split()[1]) * PAGE_BYTES
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+
+
+def write_line(descriptor: int, message: dict[str, Any]) -> None:
+    """Writes one JSON line."""
+    write_all(descriptor, json.dumps(message).encode() + b"\n")
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Writes all of the data, however the pipe cuts it."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
 
 
 if __name__ == "__main__":
