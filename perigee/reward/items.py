@@ -195,11 +195,13 @@ def find_faults(message: Message, place: str = "") -> list[FieldViolation]:
 
 
 def _is_set(message: Message, name: str) -> bool:
+    """Returns whether a field holds something."""
     field = message.DESCRIPTOR.fields_by_name[name]
     return message.HasField(name) if field.has_presence else bool(getattr(message, name))
 
 
 def _raise_any(violations: Sequence[FieldViolation]) -> None:
+    """Raises InvalidArgumentError when there are violations."""
     if violations:
         first = violations[0]
         raise InvalidArgumentError(f"{first.field}: {first.description}", violations=violations)
@@ -235,6 +237,7 @@ def _fill_verifier(item: pb.ScoreItem, verifier: object, rest: Mapping[str, Any]
 
 
 def _fill_member(item: pb.ScoreItem, name: str, parameters: Any, place: str) -> list[FieldViolation]:
+    """Sets the message of one verifier; guesses what unknown keys should be among short names, too."""
     message: Message = getattr(item, name)
     message.SetInParent()
     violations = fill_message(message, spell_out(message.DESCRIPTOR, parameters), place)
@@ -276,6 +279,7 @@ def spell_out(descriptor: Any, value: Any) -> Any:
 
 
 def _spell_out_field(descriptor: Any, key: str, value: Any) -> tuple[str, Any]:
+    """Returns the name and value of a field for a key and its value."""
     if key in keys_of(descriptor):
         name = key
     elif name := next((name for name in SHORT_NAMES.get(key, ()) if name in descriptor.fields_by_name), ""):

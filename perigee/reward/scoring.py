@@ -218,6 +218,7 @@ class ScoringPipeline:
             await self._score(self._take_batch())
 
     def _take_batch(self) -> list[ScoreJob]:
+        """Takes submitted jobs for one call, in order."""
         batch = [self._waiting.popleft()]
         size = batch[0].size
         while self._waiting and len(batch) < self._options.batch and size + self._waiting[0].size <= MAX_BATCH_BYTES:
@@ -233,10 +234,12 @@ class ScoringPipeline:
             self._tasks.create_task(self._score_later(some, pause_s))
 
     async def _score_later(self, jobs: list[ScoreJob], pause_s: float) -> None:
+        """Scores after a pause."""
         await asyncio.sleep(pause_s)
         await self._score(jobs)
 
     async def _call(self, jobs: list[ScoreJob]) -> _Call:
+        """Makes one call and reports its final outcomes; the result says what to call again."""
         call = _Call(jobs, self._options)
         try:
             if call.is_postponed:
@@ -273,6 +276,7 @@ class ScoringPipeline:
         return time.monotonic()
 
     def _note_answer(self) -> None:
+        """Notes that the service is in reach."""
         self._answered_at = time.monotonic()
         self._unavailable_since = None
 
@@ -292,6 +296,7 @@ class ScoringPipeline:
         return min(pause_s, self._options.last_pause_s)
 
     async def _report(self, outcomes: list[pb.ScoreResponse]) -> None:
+        """Hands outcomes over and makes room for as many jobs."""
         if not outcomes:
             return
         try:
@@ -389,6 +394,7 @@ class _Call:
         return finals
 
     def _take_unanswered(self) -> list[ScoreJob]:
+        """Takes the jobs without an outcome."""
         jobs = list(self._unanswered.values())
         self._unanswered.clear()
         for job in jobs:

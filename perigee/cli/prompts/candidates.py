@@ -134,6 +134,7 @@ def _split_pair(option: str, pair: str) -> tuple[str, str]:
 def _read_fields(
     row: Mapping[str, Any], columns: Columns, place: str, default_id: str, left_out: Counter[str]
 ) -> dict[str, Any]:
+    """Returns the fields of a row, with columns renamed; unknown columns are counted and left out."""
     values: dict[str, Any] = {"id": default_id, **columns.defaults}
     names = {columns.renames.get(column, column) for column in row}
     for column, value in row.items():
@@ -158,6 +159,7 @@ def _read_fields(
 
 
 def _read_rows(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the rows of the input, each after its place."""
     if path.is_dir():
         yield from _read_folder(path, split)
     elif path.suffix == ".parquet":
@@ -188,6 +190,7 @@ def _read_folder(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[s
 
 
 def _read_saved(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the rows of a saved dataset."""
     from datasets import DatasetDict, load_from_disk
 
     found = load_from_disk(str(path))
@@ -200,6 +203,7 @@ def _read_saved(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[st
 
 
 def _read_files(path: Path, kind: str, files: Iterable[Path]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the rows of data files."""
     from datasets import load_dataset
 
     # Streaming keeps no copy in a cache.

@@ -86,6 +86,7 @@ class CurationFolder:
         return self.path / "stages" / f"{number}-{name}.jsonl"
 
     def _check(self, name: str, value: Any) -> None:
+        """Raises InvalidArgumentError naming what differs from the curation in the folder."""
         held = self._head.get(name)
         if held == value:
             return
@@ -262,6 +263,7 @@ async def push_weights(model: Path, addresses: Sequence[str], channel: ChannelOp
 
 
 def _read_tensors(model: Path) -> Iterator[tuple[str, Any]]:
+    """Yields the tensors of a model folder by name."""
     from safetensors import safe_open
 
     files = sorted(model.glob("*.safetensors"))
@@ -368,10 +370,12 @@ class _Curation:
         self._write(before, questions, buckets)
 
     async def _find(self, name: str, questions: Sequence[Question], find: Find) -> list[Question]:
+        """Runs a stage that looks at all prompts at once."""
         result = await run_stage(name, self._path(name), questions, whole(find, questions))
         return self._end(result)
 
     async def _ask(self, questions: list[Question]) -> list[Question]:
+        """Runs the two stages that sample a model, where there is one."""
         sampling, access = self._command.settings.sampling, self._command.access
         if sampling is None or access.model is None:
             self._skip("difficulty", questions, NOT_ASKED)
@@ -401,6 +405,7 @@ class _Curation:
     async def _ask_stage(
         self, stage: ModelStage, model: SampledModel, lines: dict[str, PromptLine], questions: list[Question]
     ) -> list[Question]:
+        """Runs one stage that samples a model, with a progress line."""
         settings = self._command.settings
         assert settings.sampling is not None
         produce = sample_model(stage, model, lines, settings.sampling, settings.seed)
@@ -416,10 +421,12 @@ class _Curation:
         return self._end(result)
 
     def _skip(self, name: str, questions: Sequence[Question], why: str) -> None:
+        """Records that a stage did not run."""
         self._stages.append(StageResult(name, questions, skipped=why))
         self._console.print(f"{name}: skipped, {why}", highlight=False, soft_wrap=True)
 
     def _end(self, result: StageResult) -> list[Question]:
+        """Records a stage and returns the prompts that stay."""
         self._stages.append(result)
         survivors = result.survivors()
         undecided = sum(finding.decision is Decision.UNDECIDED for finding in result.findings.values())
@@ -442,6 +449,7 @@ class _Curation:
         }
 
     def _write(self, before: Sequence[Question], kept: Sequence[Question], buckets: Buckets) -> None:
+        """Writes kept, dropped and undecided prompts and the report."""
         out = self._command.out
         by_id = {candidate.question.id: candidate for candidate in self._candidates.candidates}
         write_lines(out / "prompts.jsonl", (describe_kept(by_id[question.id], question) for question in kept))

@@ -254,6 +254,7 @@ def _cut(requests: Iterable[SampleRequest]) -> Iterator[list[SampleRequest]]:
 async def _sample_chunk(
     worker: RolloutClient, reward: ScoreClient, chunk: Sequence[SampleRequest], options: SampleOptions
 ) -> dict[str, SampleCounts]:
+    """Samples some prompts on one worker and counts the verdicts."""
     sampled = {f"{options.stage}/{request.id}/{n}": request for request in chunk for n in range(request.samples)}
     texts = await _generate(worker, sampled, options)
     counts = {request.id: Counter[str]() for request in chunk}
@@ -272,6 +273,7 @@ async def _sample_chunk(
 async def _generate(
     worker: RolloutClient, sampled: Mapping[str, SampleRequest], options: SampleOptions
 ) -> dict[str, str]:
+    """Returns the texts by id; what a worker left out is asked again."""
     texts: dict[str, str] = {}
     outage = _Outage(options.unavailable_s, texts)
     sampling = rollout_pb2.Sampling(temperature=options.temperature, seed=options.seed)

@@ -81,6 +81,7 @@ def _read_text_lines(path: Path) -> list[tuple[str, str]]:
 
 
 def _read_line(line: str, number: int, folder: Path) -> FileItem:
+    """Reads one item; raises InvalidArgumentError with a violation per wrong field."""
     values = read_object(line, "line")
     violations: list[FieldViolation] = []
     label = values.get("label")
@@ -199,6 +200,7 @@ class OutcomeStore:
             self._journal_path.unlink(missing_ok=True)
 
     def _flush(self) -> None:
+        """Writes what is new to the journal."""
         if self._unwritten:
             self._journal.append(self._unwritten)
         self._unwritten = []
@@ -303,6 +305,7 @@ def show_summary(summary: Summary, console: Console) -> None:
 
 
 def _compare(agreement: Agreement, verdict: str, label: str) -> None:
+    """Counts a verdict against its label."""
     agreement.labelled += 1
     # A label says right or not right; which of the two ways of being not right matters only where it says so.
     if verdict == label or (label == "wrong" and verdict == "ungradable"):
@@ -371,6 +374,7 @@ def run_score(command: ScoreCommand, options: ScoringOptions) -> int:
 
 
 async def _score(command: ScoreCommand, options: ScoringOptions, store: OutcomeStore, console: Console) -> None:
+    """Scores the items without a judgement, with a progress line."""
     missing = store.missing
     ca_file = str(command.ca_file) if command.ca_file is not None else None
     async with RewardClient.connect(command.address, token=command.token, ca_file=ca_file) as client:

@@ -131,6 +131,7 @@ class BlockingScorer:
     def _late(
         self, future: concurrent.futures.Future[list[pb.ScoreResponse]], items: Sequence[pb.ScoreItem]
     ) -> DeadlineExceededError:
+        """Cancels the calls and returns the error of a missed deadline."""
         future.cancel()
         return DeadlineExceededError(f"{len(items)} items were not scored within {self._deadline_s:g} s")
 
@@ -171,6 +172,7 @@ async def _connect(address: str, channel: ChannelOptions) -> RewardClient:
 
 
 async def _end_all(client: RewardClient) -> RewardClient:
+    """Cancels what is in flight on this loop and closes the client."""
     others = asyncio.all_tasks() - {asyncio.current_task()}
     for task in others:
         task.cancel()
@@ -187,6 +189,7 @@ async def _score(
 
 
 def _references(values: list[str], verifier: str) -> dict[str, Any]:
+    """Returns values as the references of a verifier, however many it has."""
     if verifier not in VERIFIERS:
         raise InvalidArgumentError.of("verifier", f"must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
     message_type = pb.ScoreItem.DESCRIPTOR.fields_by_name[verifier].message_type
@@ -205,6 +208,7 @@ def _references(values: list[str], verifier: str) -> dict[str, Any]:
 
 
 def _as_fields(ground_truth: Any) -> dict[str, Any] | None:
+    """Returns the fields of a verifier that a ground truth holds; None when it is a value."""
     if isinstance(ground_truth, str) and ground_truth.lstrip().startswith("{"):
         try:
             ground_truth = json.loads(ground_truth)
