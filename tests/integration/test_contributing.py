@@ -78,4 +78,4 @@ def test_the_example_works(section: str, tmp_path: Path) -> None:
 
 
 def test_there_are_four_examples() -> None:
-    assert [section.split()[2] for section in SECTIONS] == ["verifier", "recipe", "call", "algorithm"]
+    assert [section.split()[2] for section in SECTIONS] == ["verifier", "recipe", "RPC", "algorithm"]
