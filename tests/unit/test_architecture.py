@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.conftest import GROUPS
 from tools.measure_code import Module, find_circles, import_graph, longest_chain, read_modules
 
 ROOT = Path(__file__).parents[2]
@@ -239,6 +240,11 @@ def test_retired_words_are_found_in_names_only() -> None:
     ]
     tree = ast.parse("def tell(a): self.b = told(c)")
     assert [name for _, name in names_in_python(tree)] == ["tell", "a", "b"]
+
+
+def test_groups_of_tests_name_files_that_exist() -> None:
+    stems = {path.stem for path in (ROOT / "tests").rglob("test_*.py")}
+    assert {stem for stems_of_group in GROUPS.values() for stem in stems_of_group} <= stems
 
 
 def test_no_file_names_a_path_of_one_machine() -> None:
