@@ -157,17 +157,17 @@ def find_answers(response: str, search: Search) -> Found:
         return Found(reason="the box is empty or was cut off")
     if not marks and search.marker and search.extraction >= Extraction.MARKER:
         line = flatten_math(re.sub(r"</\w+>", "", text)).strip().partition("\n")[0]
-        return settle([read_said(line, search)])
+        return finish([read_said(line, search)])
     if marks and is_withdrawn(text[marks[-1].end :], marks[-1]):
         return Found(reason="the response takes its answer back")
     if marks:
-        return settle(join_parts(text, last_group(text, marks), search))
+        return finish(join_parts(text, last_group(text, marks), search))
     if search.extraction < Extraction.PROSE:
         return Found(reason="the response marks no answer")
-    return settle([read_prose(text, search)])
+    return finish([read_prose(text, search)])
 
 
-def settle(answers: list[str]) -> Found:
+def finish(answers: list[str]) -> Found:
     """Removes what was said twice; an answer that says nothing is none."""
     if not answers or not all(answer.strip() for answer in answers):
         return Found(reason="the response gives no final answer")
