@@ -86,7 +86,7 @@ def test_comments_of_the_protos_are_descriptions(document: dict[str, Any]) -> No
     assert "skipped: Not run, because an earlier test failed." in schemas["TestVerdict"]["description"]
     assert "At most one of stdio, function, code, interactive is set." in schemas["TestCase"]["description"]
     execute = document["paths"]["/v1/execute"]["post"]
-    assert execute["summary"] == "Compiles a program where its language needs it, and runs it once."
+    assert execute["summary"] == "Compiles a program if its language needs it, and runs it once."
 
 
 def test_a_field_that_the_path_fills_is_not_of_the_body(document: dict[str, Any]) -> None:
