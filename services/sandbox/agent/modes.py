@@ -22,6 +22,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import Any, NoReturn
 
 from . import HOME, MODULES_AT_START, protocol
@@ -61,7 +62,8 @@ def run_program(archive: Archive, home: str) -> NoReturn:
     os.close(REPORT)
     sys.argv = [path, *archive.header["arguments"]]
     sys.path.insert(0, home)
-    finish(_execute(code, path), home)
+    loaded = len(sys.modules)
+    finish(_execute(code, path), home, loaded)
 
 
 def _execute(code: types.CodeType, path: str) -> int:
@@ -92,9 +94,9 @@ def _exit_code(exit_: SystemExit) -> int:
     return 1
 
 
-def finish(exit_code: int, home: str) -> NoReturn:
+def finish(exit_code: int, home: str, loaded: int) -> NoReturn:
     """Ends as the interpreter does: joins threads, runs exit functions, flushes streams and finalizes the program's
-    objects. The interpreter itself is not taken apart.
+    objects. Of the modules, the first `loaded` are the interpreter's, which is not taken apart.
     """
     threading = sys.modules.get("threading")
     try:
@@ -104,7 +106,7 @@ def finish(exit_code: int, home: str) -> NoReturn:
         flushed = _flush(sys.stdout) & _flush(sys.stderr)
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
         if len(sys._current_frames()) == 1:  # a daemon thread would use what has been finalized
-            _drop_modules(home)
+            _drop_modules(home, loaded)
         _flush_open_files()
         flushed &= _flush(sys.stdout) & _flush(sys.stderr)
         if not flushed and exit_code >= 0:
@@ -116,13 +118,13 @@ def finish(exit_code: int, home: str) -> NoReturn:
         os._exit(exit_code)
 
 
-def _drop_modules(home: str) -> None:
+def _drop_modules(home: str, loaded: int) -> None:
     """Finalizes what the program's own modules hold: destructors run, suspended generators end, files are closed."""
     gc.collect()  # brings objects into the order in which they refer to each other: a stream before its descriptor
-    for name, module in list(sys.modules.items()):
-        if name == "__main__" or str(getattr(module, "__file__", None)).startswith(f"{home}/"):
-            del sys.modules[name]
-    del module
+    # from the end: a look at the interpreter's own modules would copy the memory pages that they are on
+    for name in ["__main__", *islice(reversed(sys.modules), max(0, len(sys.modules) - loaded))]:
+        if name == "__main__" or str(getattr(sys.modules[name], "__file__", None)).startswith(f"{home}/"):
+            sys.modules.pop(name, None)
     gc.collect()
 
 
