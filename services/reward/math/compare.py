@@ -33,11 +33,9 @@ from services.reward.math.parse import (
     interval_of,
     may_be_intervals,
     read_shape,
-    relation_of,
 )
 from services.reward.math.units import (
     DEGREES,
-    NAMES,
     RADIANS,
     Quantity,
     is_unit_phrase,
@@ -56,8 +54,6 @@ HAS_VARIABLE = re.compile(r"(?<![\\A-Za-z])[A-Za-z](?![A-Za-z])")
 HUNDRED = Fraction(100)
 HALF_OF_DAY = re.compile(r" [ap]m$")
 RATIO = re.compile(r"[^:]+(?::[^:]+)+")
-# "37.5L" where a number is expected; where an expression is, "2m" is two times m.
-LETTER_UNIT = re.compile(r"([+-]?[0-9.]+)([mgLlshtVWNJ])")
 DIGITS = re.compile(r"[0-9A-Z]+")
 BASED = re.compile(r"([0-9A-Z]+)_\{?([0-9]+)\}?")
 
@@ -125,11 +121,6 @@ def is_single(text: str) -> bool:
 
 def shapes_agree(wanted: Shape, given: Shape, algebra: Algebra) -> bool:
     """Returns whether two answers that were taken apart agree."""
-    if names_set(given) and not names_set(wanted):
-        given = right_side(given)
-    if isinstance(wanted, Region) and isinstance(given, Region | Relation) and needs_relation(wanted, given):
-        bounds = relation_of(wanted), given if isinstance(given, Relation) else relation_of(given)
-        return bounds[0] is not None and bounds[1] is not None and algebra.same_relation(bounds[0], bounds[1])
     if isinstance(wanted, Region) or isinstance(given, Region):
         return regions_agree(wanted, given, algebra)
     if isinstance(wanted, Group):
@@ -152,9 +143,6 @@ def scalar_agrees(wanted: Scalar, given: Shape, algebra: Algebra) -> bool:
             return texts_agree(wanted.text, value, algebra)
         case Relation(_, "=", right):
             return texts_agree(wanted.text, right, algebra)
-        case Group("list", items) if len(read_names(items) or ()) > 1 or is_derivation(items):
-            # "w = 6, l = 12, A = 72": the last is what the others lead to.
-            return scalar_agrees(wanted, read_shape(items[-1]), algebra)
         case Group(kind, items) if items and kind != "tuple":
             return all(texts_agree(wanted.text, item, algebra) for item in items)
     return False
@@ -165,14 +153,14 @@ def assignment_agrees(wanted: Assignment, given: Shape, algebra: Algebra) -> boo
     if isinstance(given, Assignment):
         if names_agree(wanted, given):
             return texts_agree(wanted.value, given.value, algebra)
-        given = as_relation(given)
+        given = Relation(given.name, "=", given.value)
     value = read_shape(wanted.value)
     if isinstance(given, Relation):
         is_function = bool(HAS_VARIABLE.search(wanted.value))
-        return is_function and given.sign == "=" and algebra.same_relation(as_relation(wanted), given)
+        return (
+            is_function and given.sign == "=" and algebra.same_relation(Relation(wanted.name, "=", wanted.value), given)
+        )
     if isinstance(given, Group) and given.kind == "list":
-        if is_derivation(given.items):
-            return assignment_agrees(wanted, read_shape(given.items[-1]), algebra)
         if isinstance(value, Group) and value.kind == "list":
             named = tuple(f"{wanted.name} = {item}" for item in value.items)
             return group_agrees(Group("list", named), given, algebra)
@@ -185,7 +173,7 @@ def assignment_agrees(wanted: Assignment, given: Shape, algebra: Algebra) -> boo
 def relation_agrees(wanted: Relation, given: Shape, algebra: Algebra) -> bool:
     """Compares an equation or inequality with another one; nothing else is one."""
     if isinstance(given, Assignment):
-        given = as_relation(given)
+        given = Relation(given.name, "=", given.value)
     return isinstance(given, Relation) and algebra.same_relation(wanted, given)
 
 
@@ -207,21 +195,15 @@ def group_agrees(wanted: Group, given: Shape, algebra: Algebra) -> bool:
         return False
     names = read_names(wanted.items)
     if names is not None:
-        return named_agree(names, given, algebra)
+        others = read_names(given.items)
+        is_other = others is not None and others.keys() != names.keys()
+        return not is_other and given.kind != "set" and in_order(by_name(wanted.items), by_name(given.items), algebra)
     nouns = [match[1] for item in wanted.items if (match := COUNTED.search(item)) and not is_unit_phrase(match[1])]
     if len(set(nouns)) == len(wanted.items):
         return given.kind == "list" and in_order(wanted.items, given.items, algebra)
     expected = expand_items(with_names(wanted.items))
     found = expand_items(with_names(given.items))
     return in_any_order(expected, found, algebra)
-
-
-def named_agree(names: dict[str, str], given: Group, algebra: Algebra) -> bool:
-    """Compares values under different names: each under its own, or all of them in the order of the names."""
-    others = read_names(given.items)
-    if given.kind == "set" or (others is not None and others.keys() != names.keys()):
-        return False
-    return in_order(tuple(names.values()), by_name(given.items), algebra)
 
 
 def in_order(expected: Sequence[str], found: Sequence[str], algebra: Algebra) -> bool:
@@ -294,9 +276,6 @@ def matrix_agrees(wanted: Matrix, given: Shape, algebra: Algebra) -> bool:
             return False
         return all(in_order(left, right, algebra) for left, right in zip(wanted.rows, given.rows, strict=True))
     cells = flatten_vector(wanted)
-    if isinstance(given, Scalar) and "\\begin{" in given.text:
-        rows = " \\\\ ".join(" & ".join(row) for row in wanted.rows)
-        return algebra.equal(f"\\begin{{pmatrix}}{rows}\\end{{pmatrix}}", given.text)
     is_tuple = isinstance(given, Group) and given.kind in ("tuple", "list")
     return is_tuple and isinstance(given, Group) and cells is not None and in_order(cells, given.items, algebra)
 
@@ -314,25 +293,6 @@ def names_agree(wanted: Assignment, given: Assignment) -> bool:
         others = [name for function, name in zip(functions, (left, right), strict=True) if not function]
         return len(arguments) == 1 and all(name == "y" for name in others)
     return not VARIABLE.fullmatch(left) or not VARIABLE.fullmatch(right)
-
-
-def names_set(shape: Shape) -> bool:
-    """Returns whether a name is that of a set, "S = \\{4\\}", and not of what is in it."""
-    if not isinstance(shape, Assignment) or not SET_NAME.fullmatch(squeeze(shape.name)):
-        return False
-    value = read_shape(shape.value)
-    return isinstance(value, Region) or (isinstance(value, Group) and value.kind == "set")
-
-
-def is_derivation(items: Sequence[str]) -> bool:
-    """Returns whether unsolved equations lead to a solved one, "x + 3 = 25, x = 22"."""
-    *before, last = map(read_shape, items)
-    return bool(before) and all(isinstance(shape, Relation) for shape in before) and isinstance(last, Assignment)
-
-
-def as_relation(assignment: Assignment) -> Relation:
-    """Returns the equation that an assignment is."""
-    return Relation(assignment.name, "=", assignment.value)
 
 
 def right_side(shape: Shape) -> Shape:
@@ -370,32 +330,16 @@ def by_name(items: Sequence[str]) -> tuple[str, ...]:
 
 def expand_items(items: Sequence[str]) -> list[str]:
     """Returns items with ± as two, and an item that is a list or set as its items."""
-    expanded = []
+    expanded: list[str] = []
     for item in items:
-        if "±" in item or "∓" in item:
-            expanded += expand_plus_minus(item)
-            continue
         shape = read_shape(item)
+        name = f"{shape.name} = " if isinstance(shape, Assignment) else ""
         inner = read_shape(shape.value) if isinstance(shape, Assignment) else shape
-        expanded += inner.items if isinstance(inner, Group) and inner.kind == "set" else [item]
+        if isinstance(inner, Group) and (inner.kind == "set" or "±" in item or "∓" in item):
+            expanded += inner.items if inner.kind == "set" else [name + value for value in inner.items]
+        else:
+            expanded.append(item)
     return expanded
-
-
-def expand_plus_minus(item: str) -> list[str]:
-    """Returns both values of ±, each with the name that the item has."""
-    shape = read_shape(item)
-    name = f"{shape.name} = " if isinstance(shape, Assignment) else ""
-    values = read_shape(shape.value) if isinstance(shape, Assignment) else shape
-    return [name + value for value in values.items] if isinstance(values, Group) else [item]
-
-
-def needs_relation(wanted: Region, given: Region | Relation) -> bool:
-    """Returns whether two inequalities are of several variables, or solved for different ones."""
-    if isinstance(given, Relation):
-        return given.sign != "="
-    bounds = relation_of(wanted), relation_of(given)
-    has_variables = all(bound is not None and HAS_VARIABLE.search(bound.right) for bound in bounds)
-    return wanted.variable != given.variable and has_variables
 
 
 def scalars_agree(expected: str, found: str, algebra: Algebra) -> bool:
@@ -416,18 +360,11 @@ def scalars_agree(expected: str, found: str, algebra: Algebra) -> bool:
 
 
 def ratios_agree(expected: str, found: str, algebra: Algebra) -> bool:
-    """Compares ratios: the same numbers in the same order; a ratio of two may be written as a fraction."""
+    """Compares ratios: the same numbers in the same order."""
     left, right = expected.split(":"), found.split(":")
     if len(left) == len(right):
         return all(scalars_agree(a.strip(), b.strip(), algebra) for a, b in zip(left, right, strict=True))
-    if {len(left), len(right)} != {1, 2}:
-        return False
-    pair, single = (left, found) if len(left) == 2 else (right, expected)
-    numbers = [read_number(part) for part in pair]
-    value = read_number(single)
-    if numbers[0] is None or numbers[1] is None or value is None or numbers[1].value == 0:
-        return False
-    return numbers[0].value / numbers[1].value == value.value and "." not in single
+    return False
 
 
 def quantities_agree(expected: Quantity, found: Quantity, algebra: Algebra) -> bool:
@@ -440,8 +377,6 @@ def quantities_agree(expected: Quantity, found: Quantity, algebra: Algebra) -> b
         return radians_agree(expected, found, algebra)
     if wanted is not None and given is not None:
         return percents_agree(expected, found, wanted, scale(given, factor))
-    if wanted is not None and (match := LETTER_UNIT.fullmatch(found.body)):
-        return quantities_agree(expected, Quantity(match[1], NAMES.get(match[2])), algebra)
     if wanted is not None and is_unevaluated(found.body):
         return False
     if not found.body or not expected.body:

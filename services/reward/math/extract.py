@@ -7,7 +7,6 @@ linear, and only the end of a long response is searched with patterns.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -55,23 +54,19 @@ JOINT = re.compile(
     r"[\s,;$&]*(?:\\q?quad)?[\s*_$\\(\[]*",
     re.IGNORECASE,
 )
-RETRACTION = re.compile(
-    r"\b(?:wait|actually|correction|scratch that|on second thought|i made (?:a|an) (?:mistake|error)"
-    r"|(?:that|this|it) (?:is|was) (?:wrong|incorrect|not right)|that's (?:wrong|incorrect|not right))\b",
-    re.IGNORECASE,
-)
 REFUSAL = re.compile(
     r"\b(?:i|we)(?:'m| am| are)?\s+(?:really\s+)?"
     r"(?:cannot|can't|could not|couldn't|do not|don't|unable|not able|not sure|have no)\b"
     r"|\bimpossible to (?:say|tell|know|answer)\b|\bground truth\b|\breference\b|\bmark (?:this|it|me)\b",
     re.IGNORECASE,
 )
-# What takes back the last answer though none follows it.
-WITHDRAWAL = re.compile(
+# What takes back the last answer though none follows it, and what does so before another one.
+WITHDRAWN = (
     r"\bscratch that\b|\b(?:that|this|it)(?:'s| is| was) (?:wrong|incorrect|not right)\b"
-    r"|\bi made (?:a|an) (?:mistake|error)\b|\b(?:wait|actually),? no\b",
-    re.IGNORECASE,
+    r"|\bi made (?:a|an) (?:mistake|error)\b|\b(?:wait|actually),? no\b"
 )
+WITHDRAWAL = re.compile(WITHDRAWN, re.IGNORECASE)
+RETRACTION = re.compile(rf"{WITHDRAWN}|\b(?:wait|actually|correction|on second thought)\b", re.IGNORECASE)
 NEGATED = re.compile(r"\b(?:not|never|cannot be|isn't|aren't)\s+\S?$", re.IGNORECASE)
 ABOUT = re.compile(r"\b(?:about|approximately|approx|roughly)\b|≈|\\approx")
 HEDGE = re.compile(
@@ -90,7 +85,6 @@ REMARK = re.compile(
 )
 NAME = re.compile(r"\\?[A-Za-z]+'?(?:_\{?\w\}?)?(?:\([A-Za-z, ]+\))?")
 SENTENCE_END = re.compile(r"(?<=[.!?])(?<!\b[A-Za-z]\.)\s+|[。！？]|\n+")
-EXCLAMATION = re.compile(r"!{2,}$")
 CHINESE = re.compile(r"[\u3000-\u303f\u4e00-\u9fff，；：]+")
 GROUP = re.compile(r"\{[^{}]*\}|\((?:(?![A-Za-z]{3})[^()\n])*\)")
 TEXT = re.compile(r"\\(?:text|mathrm|mbox)\s*\{([^{}]*)\}")
@@ -192,7 +186,7 @@ def find_marks(text: str, search: Search) -> list[Mark] | None:
     if boxes is None:
         return None
     marks = [*boxes, *(Mark(m.start(), m.end(), m[1].strip()) for m in TAGGED.finditer(text))]
-    marks += [Mark(m.start(), m.end(), str(json.loads(m[1], parse_float=str))) for m in JSON_ANSWER.finditer(text)]
+    marks += [Mark(m.start(), m.end(), m[1].strip('"').replace("\\\\", "\\")) for m in JSON_ANSWER.finditer(text)]
     begin = max(0, len(text) - SEARCHED_CHARACTERS)
     patterns = (MARKERS, ANNOUNCEMENT)[: max(0, search.extraction - 1)]
     for pattern in patterns:
@@ -313,7 +307,7 @@ def read_said(said: str, search: Search) -> str:
     runs = find_runs(explained) or runs
     if not runs or not PROSE_WORD.search(explained):
         return restore(explained)
-    return runs[0] if explained.startswith(first_word(runs[0])) else runs[-1]
+    return runs[0] if explained.startswith(runs[0][0]) else runs[-1]
 
 
 def read_prose(text: str, search: Search) -> str:
@@ -361,13 +355,13 @@ def protect_formula(match: re.Match[str]) -> str:
 
 def restore(text: str) -> str:
     """Undoes `protect` and removes dollar signs, markup and the full stop."""
-    text = unwrap(text.replace("\x00", " ").replace("**", " ")).strip(" *_`,;:").removesuffix(".")
-    return EXCLAMATION.sub("", text).strip()
+    return unwrap(text.replace("\x00", " ").replace("**", " ")).strip(" *_`,;:").removesuffix(".").strip()
 
 
 def find_runs(sentence: str) -> list[str]:
     """Returns the stretches of mathematics in a protected sentence, with their units."""
-    return [restore(" ".join(run)) for run in iterate_runs(sentence.replace("**", " ").split())]
+    runs = iterate_runs(sentence.replace("**", " ").split())
+    return [text for run in runs if (text := restore(" ".join(run)))]
 
 
 def iterate_runs(words: list[str]) -> Iterator[list[str]]:
@@ -399,8 +393,3 @@ def is_value(word: str) -> bool:
     """Returns whether a word holds mathematics that is more than a name."""
     bare = word.strip("*_`.,;:!?") or word
     return bool(SIGN.search(bare) or bare.startswith("$")) and not NAME.fullmatch(bare.strip("$"))
-
-
-def first_word(text: str) -> str:
-    """Returns what a run begins with, as far as markup cannot have changed it."""
-    return text.split(" ", 1)[0][:1]

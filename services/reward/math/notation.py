@@ -10,8 +10,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from services.reward.math.numbers import SMALL, read_number_words
-from services.reward.math.units import is_unit_phrase
+from services.reward.math.numbers import SMALL
 
 DISPLAY = re.compile(
     r"\\\[(?P<bracket>.+?)\\\]|\$\$(?P<dollars>.+?)\$\$|\\\((?P<parenthesis>[^\n]+?)\\\)"
@@ -24,8 +23,6 @@ DISPLAY = re.compile(
 SPAN = re.compile(r"(?<!\\)\$(?=[^\s$])((?:\\.|[^$\\])*)(?<=\S)(?<!\\)\$(?![0-9])")
 # In an answer a dollar sign may stand apart from its formula, "$\frac{1}{2} $".
 LOOSE_SPAN = re.compile(r"(?<!\\)\$((?:\\.|[^$\\])*)(?<!\\)\$(?![0-9])")
-# cm$^2$
-SPLIT_UNIT = re.compile(r"(?<=[ 0-9}$])([A-Za-z]{1,3})\$\s*(\^\{?[23]\}?)\s*\$")
 ELLIPSIS = re.compile(r"\.{3,}|\\(?:l|c)?dots(?![A-Za-z])")
 COMMANDS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "\\frac"),
@@ -44,22 +41,13 @@ COMMANDS = {
     **dict.fromkeys(("quad", "qquad"), " ; "),
     **dict.fromkeys(("left", "right", "displaystyle", "textstyle", "limits", "big", "Big", "bigg", "Bigg"), ""),
     **dict.fromkeys(("bigl", "bigr", "Bigl", "Bigr", "rm", "bf", "it", "nonumber", "hfill", "phantom"), ""),
-    "equiv": "=",
-    "lt": "<",
-    "gt": ">",
-    "in": "∈",
-    "cup": "∪",
-    "cap": "∩",
-    "pm": "±",
-    "mp": "∓",
-    "div": "/",
-    "infty": "∞",
-    "degree": "°",
-    "langle": "⟨",
-    "rangle": "⟩",
-    "colon": ":",
-    "euro": "€",
-    "pounds": "£",
+    **dict(
+        pair.split()
+        for pair in (
+            *("equiv =", "lt <", "gt >", "in ∈", "cup ∪", "cap ∩", "pm ±", "mp ∓", "div /", "infty ∞", "degree °"),
+            *("langle ⟨", "rangle ⟩", "colon :", "euro €", "pounds £"),
+        )
+    ),
 }
 GREEK = "alpha beta gamma delta epsilon theta lambda mu pi rho sigma phi omega"
 CHARACTERS = {
@@ -73,22 +61,11 @@ CHARACTERS = {
     **{character: str(digit) for digit, character in enumerate("０１２３４５６７８９")},
     **{character: f"_{digit}" for digit, character in enumerate("₀₁₂₃₄₅₆₇₈₉")},
     "≡": "=",
-    "÷": "/",
-    "⁄": "/",
-    "∕": "/",
+    **dict.fromkeys("÷⁄∕", "/"),
     "º": "°",
     **{sign: f"\\{name} " for sign, name in zip("αβγδεθλμπρσφω", GREEK.split(), strict=True)},
-    "½": "\\frac{1}{2}",
-    "⅓": "\\frac{1}{3}",
-    "⅔": "\\frac{2}{3}",
-    "¼": "\\frac{1}{4}",
-    "¾": "\\frac{3}{4}",
-    "⅕": "\\frac{1}{5}",
-    "⅛": "\\frac{1}{8}",
-    "≈": "≈",
-    "“": "",
-    "”": "",
-    "\u200b": "",
+    **{sign: f"\\frac{{{up}}}{{{down}}}" for sign, up, down in ("½12", "⅓13", "⅔23", "¼14", "¾34", "⅕15", "⅛18")},
+    **dict.fromkeys("“”\u200b", ""),
     "（": "(",
     "）": ")",
     "，": ",",
@@ -108,13 +85,10 @@ SCIENTIFIC = re.compile(r"(?<![0-9A-Za-z.])([0-9]+(?:\.[0-9]+)?)[eE]([+-]?[0-9]{
 ROWS = re.compile(r"\\begin\{(cases|align\*?|aligned|gather\*?|equation\*?)\}(.*?)\\end\{\1\}", re.DOTALL)
 # What follows the last one is what all of it comes to.
 ARROW = re.compile(r"=>|⇒|⟹|∴|\\(?:Rightarrow|implies|Longrightarrow|therefore|iff|Leftrightarrow)(?![A-Za-z])")
-CHANCE = re.compile(r"([0-9]+|[a-z-]+) (?:in|out of)(?: every)? ([0-9]+|[a-z-]+)", re.IGNORECASE)
 ABOUT = re.compile(
     r"(?<=\S)[\s,;]*(?:\bor\b|\bthat is\b|\bi\.e\.,?)?\s*\b(?:about|approximately|roughly)\s+", re.IGNORECASE
 )
 MODULUS = re.compile(r"\\pmod\s*(?:\{[^{}]*\}|[0-9a-z])|\(\s*(?:\\bmod|\\mod|mod)\s+[^()]*\)")
-UNIT_NAME = r"\{\s*([A-Za-z ]+(?:\^\{?[23]\}?)?)\s*\}"
-UNIT_FRACTION = re.compile(rf"\\frac\s*{UNIT_NAME}\s*{UNIT_NAME}")
 # Nobody nests brackets deeper.
 MAX_DEPTH = 50
 OPENING, CLOSING = "([{⦃⟨", ")]}⦄⟩"
@@ -135,7 +109,6 @@ def flatten_math(text: str) -> str:
             return " ".join(match["environment"].split())
         return f"${' '.join((match['bracket'] or match['dollars'] or match['parenthesis']).split())}$"
 
-    text = SPLIT_UNIT.sub(r"\1\2", text)
     return DISPLAY.sub(flatten, text) if "\\" in text or "$$" in text else text
 
 
@@ -157,9 +130,8 @@ def normalise(text: str) -> str:
     text = replace_commands(text)
     text = replace_plain(text)
     text = fix_arguments(text) if nesting(text) <= MAX_DEPTH else text
-    text = UNIT_FRACTION.sub(join_units, text)
     text = ungroup_digits(CLOCK.sub(lambda match: f" {match[1].lower()}m", text))
-    text = read_chance(" ".join(text.split()))
+    text = " ".join(text.split())
     return text.strip(" *;,:").rstrip(" .,;:*")
 
 
@@ -182,24 +154,10 @@ def unescape(text: str) -> str:
     return text.replace("\\\\", "\\") if re.search(r"\\\\begin", text) else text
 
 
-def read_chance(text: str) -> str:
-    """Reads "1 in 4" and "one out of four" as fractions."""
-    match = CHANCE.fullmatch(text)
-    figures = [word if word.isdigit() else read_number_words(word) for word in match.groups()] if match else []
-    return f"{figures[0]}/{figures[1]}" if figures and all(figures) else text
-
-
 def join_rows(match: re.Match[str]) -> str:
     """Joins the cases of a system by commas; of other environments returns the last row, which is their result."""
     rows = [row.replace("&", " ").strip() for row in re.split(r"\\\\(?:\[[^\]]*\])?", match[2]) if row.strip(" &")]
     return ", ".join(rows) if match[1] == "cases" else (rows or [""])[-1]
-
-
-def join_units(match: re.Match[str]) -> str:
-    """Writes a fraction of units with a slash; fractions of variables stay."""
-    over, under = match[1].strip(), match[2].strip()
-    is_unit = len(over + under) > 2 or match.string[: match.start()].rstrip() != match.string[: match.start()]
-    return f" {over}/{under}" if is_unit and is_unit_phrase(f"{over}/{under}") else match[0]
 
 
 def replace_commands(text: str) -> str:

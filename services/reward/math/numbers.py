@@ -44,7 +44,6 @@ REPEATING = re.compile(
     r"([+-]*)\s*([0-9]*\.[0-9]*)(?:\\(?:overline|bar|dot|overbar)\s*\{?\s*([0-9]+)\s*\}?|\(([0-9]+)\)|\{([0-9]+)\})"
 )
 TRAILING = re.compile(r"([+-]*)\s*([0-9]*\.[0-9]{2,})…")
-TWICE = re.compile(r"([^()]+?)\s*\(([^()]+)\)")
 
 
 def is_number_word(word: str) -> bool:
@@ -117,9 +116,6 @@ def read_number(text: str) -> Number | None:
         return read_repeating(sign_of(match[1]), match[2], match[3] or match[4] or match[5])
     if match := TRAILING.fullmatch(text):
         return read_trailing(sign_of(match[1]), match[2])
-    if match := TWICE.fullmatch(text):
-        first, second = read_number(match[1]), read_number(match[2])
-        return first if first and second and first.value == second.value else None
     words = read_number_words(text)
     return None if words is None else Number(words)
 

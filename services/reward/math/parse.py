@@ -20,7 +20,6 @@ FUNCTION_NAME = re.compile(
     r"[A-Za-z]+'*(?:_\{?[A-Za-z0-9]+\}?)?(?:\^\{[^{}]*\}|\^-1)?\s*\([^=]*\)"
     r"|\\frac\{d[^{}]*\}\{d[^{}]*\}.*|\\(?:int|lim)(?![A-Za-z]).*"
 )
-MATRIX_NAME = re.compile(r"[A-Z]\^\{(?:-1|T)\}")
 WORDY_NAME = re.compile(r"(?:\\(?:angle|triangle|overline)\s*)?\{?[A-Z]{2,4}\}?|[A-Za-z][A-Za-z ]{2,}")
 SET_BUILDER = re.compile(r"[⦃{]\s*[A-Za-z]\s*(?:∈\s*ℝ\s*)?[:|]\s*(.+?)\s*[⦄}]")
 REAL_VARIABLE = re.compile(r"[A-Za-z]\s*∈\s*ℝ")
@@ -204,7 +203,7 @@ def flatten_vector(matrix: Matrix) -> tuple[str, ...] | None:
 
 def is_name(text: str) -> bool:
     """Returns whether a text names a value: a variable, f(x), angle ABC, (x, y), or words."""
-    if any(kind.fullmatch(text) for kind in (VARIABLE, FUNCTION_NAME, MATRIX_NAME)) or is_words_name(text):
+    if any(kind.fullmatch(text) for kind in (VARIABLE, FUNCTION_NAME)) or is_words_name(text):
         return True
     group = read_brackets(text)
     return group is not None and group.kind == "tuple" and all(VARIABLE.fullmatch(item) for item in group.items)
@@ -324,16 +323,6 @@ def join_regions(regions: Sequence[Region]) -> Region:
     return Region(variable, tuple(part for region in regions for part in region.parts))
 
 
-def relation_of(region: Region) -> Relation | None:
-    """Returns the inequality that a half-line of a named variable is; None of other regions."""
-    if not region.variable or len(region.parts) != 1:
-        return None
-    [part] = region.parts
-    if part.low == "-∞":
-        return Relation(region.variable, "<" if part.high_open else "≤", part.high)
-    return Relation(region.variable, ">" if part.low_open else "≥", part.low) if part.high == "∞" else None
-
-
 def read_shape(text: str) -> Shape:
     """Reads the shape of an answer in the notation of `normalise`."""
     text = strip_outer(text)
@@ -366,18 +355,10 @@ def read_plus_minus(text: str) -> Group | Assignment | None:
 
 
 def drop_approximation(text: str) -> str:
-    """Removes a decimal that rounds an exact value before it: "x = 36/7 ≈ 5.14" is x = 36/7.
-
-    Of two decimals the second one is what the first was rounded to.
-    """
+    """Returns the exact side of "36/7 ≈ 5.14", and the rounded one where the other side is only a name."""
     exact, sign, rounded = text.partition("≈")
     value = split_relations(exact)[0][-1]
-    if not sign or not value or is_name(value):
-        return text
-    numbers = read_number(value), read_number(rounded)
-    if numbers[0] and numbers[1] and numbers[0].is_decimal and abs(numbers[0].value - numbers[1].value) < 1:
-        return rounded.strip()
-    return exact.strip()
+    return exact.strip() if sign and value and not is_name(value) else (rounded or text).strip()
 
 
 def read_relation(text: str) -> Assignment | Relation | None:

@@ -49,7 +49,6 @@ speed     1609.344/3600 mph
 speed     1000/3600  kmph kph kmh
 celsius   1          °C celsius
 fahrenheit 1         °F fahrenheit
-kelvin    1          K kelvin
 usd       1          $ USD dollar usd
 usd       1/100      ¢ cent
 eur       1          € EUR euro
@@ -59,8 +58,6 @@ jpy       1          ¥ JPY yen
 force     1          N newton
 energy    1          J joule
 power     1          W watt
-power     1000       kW kilowatt
-volt      1          V volt
 ampere    1          A ampere amp
 """
 DERIVED = {"area": (("length", 2),), "volume": (("length", 3),), "speed": (("length", 1), ("time", -1))}
@@ -155,8 +152,6 @@ APPROXIMATELY = re.compile(
     r"^(?:≈|~|about|approximately|approx\.?|roughly|around|exactly|only|just|a total of|the number|=|is|equals)\s*",
     re.IGNORECASE,
 )
-# "35 (students)".
-NAMED = re.compile(r"\s*\(([A-Za-z][A-Za-z ]{2,})\)$")
 PERCENT = re.compile(r"\s*%(?P<rest>.*)$")
 DEGREE = re.compile(r"\s*(?:°|degrees?\b)\s*(?P<scale>[CF]\b|celsius|fahrenheit)?", re.IGNORECASE)
 # A number directly before a unit of two letters or more, "240cm".
@@ -165,7 +160,6 @@ ATTACHED = re.compile(r"([+-]?[0-9.]+)([A-Za-z]{2}[A-Za-z/^{}0-9]*)")
 ENDS_TERM = re.compile(r"(?:^(?!a$)|[0-9+\-*/^{(]\s*)[A-Za-z]$", re.IGNORECASE)
 UNIT_WORD = re.compile(r"(?:(?:square|cubic) )?(?:[A-Za-z]{4,}|[ckm]m|kg|ft)\b.*")
 NOUNS = re.compile(r"(?:[A-Za-z'-]+(?:\^\{[23]\})?[ ,]*){1,8}")
-COMPOUND = re.compile(r"([0-9.]+(?:\s+[0-9]+/[0-9]+)?)\s*([A-Za-z]+)(?:\s*,?\s*(?:and\s+)?|$)")
 DEGREES = Unit(Fraction(1), (("angle", 1),))
 CELSIUS, FAHRENHEIT = NAMES["°C"], NAMES["°F"]
 RADIANS = NAMES["rad"]
@@ -182,7 +176,7 @@ class Quantity:
 
 def read_quantity(text: str) -> Quantity:
     """Splits a value from its unit; a text without a unit is the value."""
-    text = APPROXIMATELY.sub("", NAMED.sub(r" \1", text.strip()))
+    text = APPROXIMATELY.sub("", text.strip())
     if read_number(text) is not None:
         return Quantity(text)
     currency = CURRENCY.match(text)
@@ -192,9 +186,6 @@ def read_quantity(text: str) -> Quantity:
         return Quantity(inner.body, unit)
     if text[-1:] in CURRENCY_SIGNS and read_number(text[:-1]) is not None:
         return Quantity(text[:-1].strip(), read_unit(text[-1]))
-    compound = read_compound(text)
-    if compound is not None:
-        return compound
     percent = PERCENT.search(text)
     if percent and (not percent["rest"].strip() or NOUNS.fullmatch(percent["rest"].strip())):
         return Quantity(text[: percent.start()].strip(), is_percent=True)
@@ -229,23 +220,3 @@ def read_trailing_unit(text: str) -> Quantity:
 def ends_value(body: str) -> bool:
     """Returns whether a value may end here: after a digit, a bracket, a constant, a variable, or a number in words."""
     return bool(body) and (body[-1] in "0123456789.)}|!²³" or body.endswith("\\pi") or read_number(body) is not None)
-
-
-def read_compound(text: str) -> Quantity | None:
-    """Reads amounts that add up, "2 hours and 30 minutes", in the first unit; None of fewer than two."""
-    if not text[:1].isdigit() or not text[-1:].isalpha():
-        return None
-    total, largest, last, position, count = Fraction(0), None, None, 0, 0
-    while position < len(text):
-        match = COMPOUND.match(text, position)
-        number = read_number(match[1]) if match else None
-        unit = read_unit(match[2]) if match else None
-        if match is None or number is None or unit is None or (largest and largest.dimension != unit.dimension):
-            return None
-        if last is not None and unit.factor >= last.factor:
-            return None  # "4 cm and 9 cm" are two lengths
-        last = unit
-        largest = largest or unit
-        total += number.value * unit.factor / largest.factor
-        position, count = match.end(), count + 1
-    return Quantity(str(total), largest) if count > 1 else None

@@ -11,12 +11,6 @@ from services.reward.math.units import is_unit_phrase
 WORD = re.compile(r"(?<![\\A-Za-z])[A-Za-z]{4,}(?![A-Za-z])")
 ENVIRONMENT = re.compile(r"\\(?:begin|end)\{[a-z]+\}")
 PHRASE = re.compile(r"[A-Za-z][A-Za-z'() -]*[A-Za-z)]|\([A-Z]\)")
-MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
-DATE = re.compile(
-    rf"(?:(?P<month>{MONTHS}) (?P<day>[0-9]{{1,2}})"
-    rf"|(?P<day2>[0-9]{{1,2}})(?:st|nd|rd|th)?(?: of)? (?P<month2>{MONTHS}))"
-    r"(?:st|nd|rd|th)?(?P<year>,? [0-9]{4})?"
-)
 # Words that lead up to an answer: "Therefore, it is a".
 LEAD = re.compile(
     r"^(?:(?:therefore|thus|so|hence|then|well|and)[, ]+)*"
@@ -51,8 +45,6 @@ def has_words(text: str) -> bool:
 
 def is_wordy(text: str) -> bool:
     """Returns whether a normalised text is words, and no number, unit, variable or name of a set of numbers."""
-    if DATE.fullmatch(text):
-        return True
     if not PHRASE.fullmatch(text) or len(text) < 2 or REALS.fullmatch(text):
         return False
     longest = max((len(word) for word in re.findall(r"[A-Za-z]+", text)), default=0)
@@ -92,10 +84,7 @@ def leaves_open(rest: str) -> bool:
 
 
 def canonical(text: str) -> str:
-    """Returns lower case without markup, punctuation, and words that lead up to an answer; dates as month and day."""
+    """Returns lower case without markup, punctuation, and words that lead up to an answer."""
     text = re.sub(r"⦃\s*⦄|\{\s*\}", "∅", text)
     text = re.sub(r"[\s~]+", " ", text.replace("{", "").replace("}", "")).strip(" .,;:!*\"'()")
-    if date := DATE.fullmatch(text):
-        month, day = date["month"] or date["month2"], date["day"] or date["day2"]
-        return f"{month} {day}{date['year'] or ''}".lower().replace(",", "")
     return LEAD.sub("", text, count=1).lower().strip()
