@@ -21,7 +21,6 @@ from services.sandbox.api.responses import (
     execute_response,
     item_error,
     judge_response,
-    limits_message,
     stream_response,
 )
 from services.sandbox.api.sandbox_fusion import sandbox_fusion_api
@@ -184,24 +183,7 @@ class SandboxService(SandboxServiceServicer):
 
     async def ListRuntimes(self, request: pb.ListRuntimesRequest, context: Context) -> pb.ListRuntimesResponse:
         """Lists the languages with their versions, limits and isolation, and those that are missing."""
-        described = await self._versions.describe()
-        runtimes = [
-            pb.Runtime(
-                language=runtime.name,
-                version=version,
-                default_limits=limits_message(runtime.limits),
-                maximum_limits=limits_message(self._pool.config.maximum_limits),
-                isolation=isolation,
-                title=runtime.config.title,
-                aliases=runtime.config.aliases,
-                compiled=bool(runtime.config.compile),
-                sessions=runtime.python is not None,
-                functions=runtime.python is not None,
-            )
-            for runtime, version, isolation in described.runtimes
-        ]
-        missing = [pb.MissingRuntime(language=entry.name, reason=entry.reason) for entry in described.missing]
-        return pb.ListRuntimesResponse(runtimes=runtimes, missing=missing)
+        return await self._versions.describe()
 
     async def _run_once(self, request: pb.ExecuteRequest | pb.JudgeRequest, work: Any) -> Response:
         if not request.idempotency_key:

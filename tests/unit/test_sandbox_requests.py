@@ -12,7 +12,7 @@ from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.api.requests import find_path_problem, read_job, read_submission
 from services.sandbox.config import LimitsConfig, SandboxConfig
-from services.sandbox.languages.catalog import Catalog, Missing, load_catalog
+from services.sandbox.languages.catalog import Catalog, load_catalog
 from services.sandbox.runtime.jobs import FunctionTest, StdioTest
 
 CONFIG = SandboxConfig(max_source_bytes=100, max_tests=3, default_limits=LimitsConfig(wall_ms=123))
@@ -171,7 +171,7 @@ def test_tolerances_and_points_are_numbers() -> None:
 
 
 def test_what_is_missing_says_why() -> None:
-    catalog = Catalog([], [Missing("cobol", "cobc is not there: install gnucobol")])
+    catalog = Catalog([], [pb.MissingRuntime(language="cobol", reason="cobc is not there: install gnucobol")])
     with pytest.raises(InvalidArgumentError, match="install gnucobol"):
         read_job(pb.ExecuteRequest(language="cobol", source=b"x"), CONFIG, catalog)
 

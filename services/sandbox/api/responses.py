@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from perigee.errors import InvalidArgumentError, PerigeeError, to_status
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.api.requests import LIMIT_FIELDS
-from services.sandbox.config import LimitsConfig
 from services.sandbox.runtime.execute import OutputChunk
 from services.sandbox.runtime.jobs import (
     CompileReport,
@@ -104,8 +102,3 @@ def item_error(error: PerigeeError) -> pb.ItemError:
     if error.retry_after_s is not None:
         item.retry_after_ms = round(error.retry_after_s * 1000)
     return item
-
-
-def limits_message(config: LimitsConfig) -> pb.Limits:
-    """Returns a message with all limits."""
-    return pb.Limits(**{name: getattr(config, name) for name in LIMIT_FIELDS})

@@ -19,6 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from perigee.config import Model, read_yaml, validate
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent import ENVIRONMENT, OWN_FOLDER, start_code
 from services.sandbox.config import LimitsConfig, SandboxConfig
 
@@ -243,20 +244,12 @@ class Runtime:
         return [self.python.path, "-I", "-c", start_code(OWN_FOLDER, "modes"), *self.import_path]
 
 
-@dataclass(frozen=True)
-class Missing:
-    """Runtime that is described but cannot be used here, and why."""
-
-    name: str
-    reason: str
-
-
 class Catalog:
     """All runtimes by name and alias."""
 
-    def __init__(self, runtimes: Iterable[Runtime], missing: Iterable[Missing]) -> None:
+    def __init__(self, runtimes: Iterable[Runtime], missing: Iterable[pb.MissingRuntime]) -> None:
         self.runtimes = sorted(runtimes, key=lambda runtime: runtime.name)
-        self.missing = sorted(missing, key=lambda entry: entry.name)
+        self.missing = sorted(missing, key=lambda entry: entry.language)
         self._by_name = {name: runtime for runtime in self.runtimes for name in runtime.config.aliases}
         self._by_name.update({runtime.name: runtime for runtime in self.runtimes})
 
@@ -267,7 +260,7 @@ class Catalog:
     def explain(self, language: str) -> str:
         """Returns why a language cannot be used."""
         for entry in self.missing:
-            if entry.name == language:
+            if entry.language == language:
                 return f"{language} cannot be used here: {entry.reason}"
         return f"{language!r} is unknown; known: {', '.join(runtime.name for runtime in self.runtimes)}"
 
@@ -287,24 +280,24 @@ def load_catalog(config: SandboxConfig) -> Catalog:
     resolved = [resolve(runtime, config) for runtime in described.values()]
     return Catalog(
         [entry for entry in resolved if isinstance(entry, Runtime)],
-        [entry for entry in resolved if isinstance(entry, Missing)],
+        [entry for entry in resolved if isinstance(entry, pb.MissingRuntime)],
     )
 
 
-def resolve(config: RuntimeConfig, service: SandboxConfig) -> Runtime | Missing:
+def resolve(config: RuntimeConfig, service: SandboxConfig) -> Runtime | pb.MissingRuntime:
     """Returns the runtime on this machine, or what it lacks."""
     image, environment = "", dict(ENVIRONMENT)
     if config.image is not None:
         found = open_image(Path(config.image))
         if found is None:
-            return Missing(config.name, f"there is no image at {config.image}")
+            return _missing(config, f"there is no image at {config.image}")
         image, own = found
         environment |= own
     environment |= config.environment
     hint = f"install {config.install}" if config.install else "install it"
     for executable in config.requires:
         if not has_executable(image, executable, environment["PATH"]):
-            return Missing(config.name, f"{executable} is not there: {hint}")
+            return _missing(config, f"{executable} is not there: {hint}")
     python: Python | None = None
     settings = [str(path) for pattern in _HOST_SETTINGS for path in sorted(Path("/").glob(pattern))]
     binds: tuple[str, ...] = () if image else (*HOST_FOLDERS, *settings)
@@ -312,17 +305,17 @@ def resolve(config: RuntimeConfig, service: SandboxConfig) -> Runtime | Missing:
         try:
             python = find_python(image, config.interpreter or service.python_path)
         except FailedPreconditionError as error:
-            return Missing(config.name, error.message)
+            return _missing(config, error.message)
         if not image and not any(is_below(python.prefix, folder) for folder in HOST_FOLDERS):
             binds = (*binds, python.prefix)
     mounts: tuple[tuple[str, str], ...] = ()
     if config.packages:
         if python is None or python.minor_version != sys.version_info[:2]:
             wanted = ".".join(map(str, sys.version_info[:2]))
-            return Missing(config.name, f"its packages are those of Python {wanted}: set sandbox.python_path to one")
+            return _missing(config, f"its packages are those of Python {wanted}: set sandbox.python_path to one")
         packages = find_packages(config.packages)
         if isinstance(packages, str):
-            return Missing(config.name, packages)
+            return _missing(config, packages)
         mounts = packages
         environment["PYTHONPATH"] = PACKAGES_FOLDER
     return Runtime(
@@ -335,6 +328,10 @@ def resolve(config: RuntimeConfig, service: SandboxConfig) -> Runtime | Missing:
         limits=overlay(service.default_limits, config.limits),
         compile_limits=overlay(service.compile_limits, config.compile_limits),
     )
+
+
+def _missing(config: RuntimeConfig, reason: str) -> pb.MissingRuntime:
+    return pb.MissingRuntime(language=config.name, reason=reason)
 
 
 def open_image(folder: Path) -> tuple[str, dict[str, str]] | None:

@@ -90,8 +90,7 @@ class LoadedProgram:
         command = runtime.command(runtime.config.compile, limits.memory_bytes)
         request = RunRequest("exec", limits, command, self._environment(), keep=True)
         with memory_streams(b"") as streams:
-            ended = await self.sandbox.run(request, [streams.stdin, streams.stdout, streams.stderr])
-            result = ended.result
+            result, _ = await self.sandbox.run(request, [streams.stdin, streams.stdout, streams.stderr])
             check_started(result, command)
             stdout, stderr = (os.pread(file, COMPILER_BYTES, 0) for file in (streams.stdout, streams.stderr))
         ok = result.stop is None and result.exit_code == 0
@@ -119,21 +118,22 @@ class LoadedProgram:
                 "exec", command, collect=collect, collect_bytes=collect_bytes, brings_files=bool(files)
             )
             with opened(*([pack_files(files)] if files else [])) as brought:
-                ended = await self.sandbox.run(request, [*standard, *brought])
-            check_started(ended.result, command)
-            return ended.result, unpack_files(ended.files)
+                result, left = await self.sandbox.run(request, [*standard, *brought])
+            check_started(result, command)
+            return result, unpack_files(left)
         request = self._request("program", collect=collect, collect_bytes=collect_bytes)
         header = {"main": runtime.config.source, "arguments": list(arguments)}
         with opened(b"", self.archive(header, [self.program.source], files)) as (report, archive):
-            ended = await self.sandbox.run(request, [*standard, report, archive])
+            result, left = await self.sandbox.run(request, [*standard, report, archive])
             if os.fstat(report).st_size:
                 message = os.pread(report, COMPILER_BYTES, 0)
-                self.compile_report = CompileReport(False, 1, b"", message, ended.result.wall_ms)
-        return ended.result, unpack_files(ended.files)
+                self.compile_report = CompileReport(False, 1, b"", message, result.wall_ms)
+        return result, unpack_files(left)
 
     async def run_mode(self, mode: str, descriptors: list[int], **fields: Any) -> RunResult:
         """Runs one of Python's modes; the last of `descriptors` is the archive."""
-        return (await self.sandbox.run(self._request(mode, **fields), descriptors)).result
+        result, _ = await self.sandbox.run(self._request(mode, **fields), descriptors)
+        return result
 
     def archive(self, header: dict[str, Any], blobs: Sequence[bytes], extra: Sequence[pb.File] = ()) -> bytes:
         """Returns the archive for one of Python's modes: its own blobs, then the files of the working folder."""

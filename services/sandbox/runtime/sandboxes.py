@@ -14,7 +14,6 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +37,6 @@ _GRACE_S = 15.0
 _IDLE_S = 30.0
 
 
-@dataclass(frozen=True)
-class Ended:
-    """Result of a run with the files that it left."""
-
-    result: RunResult
-    files: Archive | None = None
-
-
 class Sandbox:
     """Service's end of a sandbox: runs the processes of one job, one after another."""
 
@@ -60,8 +51,11 @@ class Sandbox:
         self._running = False
         self._collected: asyncio.Future[Archive] | None = None
 
-    async def run(self, request: RunRequest, descriptors: list[int]) -> Ended:
-        """Runs a process to its end; cancellation ends it. Raises SandboxFailedError when the sandbox breaks."""
+    async def run(self, request: RunRequest, descriptors: list[int]) -> tuple[RunResult, Archive | None]:
+        """Runs a process to its end and returns its result and files; cancellation ends it.
+
+        Raises SandboxFailedError when the sandbox breaks.
+        """
         self.slot.limit(request.limits.memory_bytes, request.limits.processes)
         kills_before = self.slot.oom_kills()
         runs_s = max(1, request.answers) * request.limits.wall_ms / 1000
@@ -72,7 +66,7 @@ class Sandbox:
             self.broken = True
             if self.slot.oom_kills() == kills_before:
                 raise SandboxFailedError(f"{self.slot.name}: {error.message}") from error
-            return Ended(RunResult("memory", None, 9, peak_bytes=request.limits.memory_bytes))
+            return RunResult("memory", None, 9, peak_bytes=request.limits.memory_bytes), None
         except TimeoutError as error:
             self.broken = True
             raise SandboxFailedError(f"{self.slot.name} overran the limits of its job") from error
@@ -80,7 +74,7 @@ class Sandbox:
             self.broken = True
             raise
 
-    async def _run(self, request: RunRequest, descriptors: list[int]) -> Ended:
+    async def _run(self, request: RunRequest, descriptors: list[int]) -> tuple[RunResult, Archive | None]:
         header = request.to_header()
         prepared = self._take_prepared(request)
         if prepared is not None:  # the job supervisor gets it, too, and only watches
@@ -103,7 +97,7 @@ class Sandbox:
                     files = read_archive(message.descriptors[0]) if message.descriptors else None
                 finally:
                     message.close()
-                return Ended(RunResult(**fields), files)
+                return RunResult(**fields), files
         finally:
             self._running = False
             if self._collected is not None and not self._collected.done():

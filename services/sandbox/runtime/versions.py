@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass
 
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.protocol import Limits, RunRequest
-from services.sandbox.languages.catalog import Missing, Runtime, find_version
+from services.sandbox.languages.catalog import Runtime, find_version
 from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import Program
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.programs import check_started, explain, memory_streams, open_program, read_output
 
 _LIMITS = Limits(20_000, 10_000, 512 << 20, 128, 1 << 20, 65536)
-
-
-@dataclass(frozen=True)
-class Described:
-    """Runtimes with version and isolation, and those that are missing."""
-
-    runtimes: list[tuple[Runtime, str, str]]
-    missing: list[Missing]
 
 
 class Versions:
@@ -31,23 +23,36 @@ class Versions:
         self._versions: dict[str, str] = {}
         self._asking = asyncio.Lock()
 
-    async def describe(self) -> Described:
+    async def describe(self) -> pb.ListRuntimesResponse:
         """Describes all runtimes; the first call runs the version command of each."""
         factory = self._pool.factory
-        missing = list(self._pool.catalog.missing)
-        runtimes: list[tuple[Runtime, str, str]] = []
+        response = pb.ListRuntimesResponse(missing=self._pool.catalog.missing)
         async with self._asking:
             for runtime in self._pool.catalog.runtimes:
                 if (reason := factory.explain_missing(runtime)) is not None:
-                    missing.append(Missing(runtime.name, reason))
+                    response.missing.add(language=runtime.name, reason=reason)
                     continue
                 if (version := self._versions.get(runtime.name)) is None:
                     try:
                         version = self._versions[runtime.name] = await self._ask(runtime)
                     except SandboxFailedError as error:  # it may be temporary: the next call asks again
                         version = f"unknown ({error.message})"
-                runtimes.append((runtime, version, factory.isolation.label(runtime.python is not None)))
-        return Described(runtimes, missing)
+                response.runtimes.append(self._describe(runtime, version))
+        return response
+
+    def _describe(self, runtime: Runtime, version: str) -> pb.Runtime:
+        return pb.Runtime(
+            language=runtime.name,
+            version=version,
+            default_limits=pb.Limits(**runtime.limits.model_dump()),
+            maximum_limits=pb.Limits(**self._pool.config.maximum_limits.model_dump()),
+            isolation=self._pool.factory.isolation.label(runtime.python is not None),
+            title=runtime.config.title,
+            aliases=runtime.config.aliases,
+            compiled=bool(runtime.config.compile),
+            sessions=runtime.python is not None,
+            functions=runtime.python is not None,
+        )
 
     async def _ask(self, runtime: Runtime) -> str:
         if runtime.python is not None:
@@ -63,9 +68,9 @@ class Versions:
             await loaded.send_files()
             with memory_streams(b"") as streams:
                 request = RunRequest("exec", _LIMITS, command, dict(runtime.environment))
-                ended = await loaded.sandbox.run(request, [streams.stdin, streams.stdout, streams.stderr])
-                check_started(ended.result, command)
-                if ended.result.stop is not None:
-                    raise SandboxFailedError(f"{command[0]} passed its {explain(ended.result, _LIMITS)}")
+                result, _ = await loaded.sandbox.run(request, [streams.stdin, streams.stdout, streams.stderr])
+                check_started(result, command)
+                if result.stop is not None:
+                    raise SandboxFailedError(f"{command[0]} passed its {explain(result, _LIMITS)}")
                 texts = [read_output(file, 4096)[0] for file in (streams.stdout, streams.stderr)]
         return find_version(b"\n".join(texts).decode(errors="replace"))
