@@ -51,8 +51,6 @@ class InvalidArgumentError(PerigeeError):
         """Returns the error of one violation, with the message made from it."""
         return cls.for_fields([FieldViolation(field, description)])
 
-    of = for_field
-
     @classmethod
     def for_fields(cls, violations: Sequence[FieldViolation]) -> InvalidArgumentError:
         """Returns the error of several violations; its message has the first few."""

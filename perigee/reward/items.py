@@ -203,8 +203,7 @@ def _is_set(message: Message, name: str) -> bool:
 def _raise_any(violations: Sequence[FieldViolation]) -> None:
     """Raises InvalidArgumentError when there are violations."""
     if violations:
-        first = violations[0]
-        raise InvalidArgumentError(f"{first.field}: {first.description}", violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
 
 
 def _fill_item(item: pb.ScoreItem, values: Mapping[str, Any]) -> list[FieldViolation]:

@@ -65,11 +65,13 @@ class Plan:
     def check(self) -> None:
         """Raises InvalidArgumentError naming the option that is wrong."""
         if not 1 <= self.minimum <= self.candidates:
-            raise InvalidArgumentError.of("--minimum", f"must be from 1 to --candidates, {self.candidates}")
+            raise InvalidArgumentError.for_field("--minimum", f"must be from 1 to --candidates, {self.candidates}")
         if not Fraction(1, 2) < self.agree_fraction <= 1:
-            raise InvalidArgumentError.of("--agree-fraction", "must be above 0.5, for one output to win, and at most 1")
+            raise InvalidArgumentError.for_field(
+                "--agree-fraction", "must be above 0.5, for one output to win, and at most 1"
+            )
         if not 0 < self.pass_fraction <= 1:
-            raise InvalidArgumentError.of("--pass-fraction", "must be above 0 and at most 1")
+            raise InvalidArgumentError.for_field("--pass-fraction", "must be above 0 and at most 1")
 
     def names(self) -> list[str]:
         """Returns the candidates' names in their order: 001, 002, ..."""

@@ -145,7 +145,7 @@ def check_names(folder: Path, plan: Plan, store: Store) -> None:
     for name in plan.names():
         for path in _paths(folder, name):
             if name not in owned and path.exists():
-                raise InvalidArgumentError.of(str(path), "was not made by make-tests; rename or remove it")
+                raise InvalidArgumentError.for_field(str(path), "was not made by make-tests; rename or remove it")
 
 
 def write_suite(folder: Path, known: Sequence[Program], plan: Plan, selection: Selection, store: Store) -> None:

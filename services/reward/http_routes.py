@@ -131,19 +131,19 @@ def read_request(body: object, options: GroundTruthOptions, ends: Sequence[str] 
     Raises InvalidArgumentError with a violation per wrong field.
     """
     if not isinstance(body, Mapping):
-        raise InvalidArgumentError.of("body", "must be a JSON object with query, prompts and labels")
+        raise InvalidArgumentError.for_field("body", "must be a JSON object with query, prompts and labels")
     queries, prompts, labels = (body.get(name) for name in ("query", "prompts", "labels"))
     lists = {"query": queries, "prompts": prompts, "labels": labels}
     violations = [
         FieldViolation(name, "must be a list") for name, found in lists.items() if not isinstance(found, list)
     ]
     if violations:
-        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
     assert isinstance(queries, list)
     assert isinstance(prompts, list)
     assert isinstance(labels, list)
     if not len(queries) == len(prompts) == len(labels):
-        raise InvalidArgumentError.of(
+        raise InvalidArgumentError.for_field(
             "query", f"query, prompts and labels differ in length: {len(queries)}, {len(prompts)}, {len(labels)}"
         )
     request = pb.ScoreRequest()
@@ -154,7 +154,7 @@ def read_request(body: object, options: GroundTruthOptions, ends: Sequence[str] 
         except InvalidArgumentError as error:
             violations += [FieldViolation(f"[{number}].{v.field}", v.description) for v in error.violations]
     if violations:
-        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
     return request
 
 
@@ -164,10 +164,10 @@ def split_response(query: object, prompt: object, ends: Sequence[str]) -> str:
     Raises InvalidArgumentError when the query does not hold the prompt.
     """
     if not isinstance(query, str) or not isinstance(prompt, str):
-        raise InvalidArgumentError.of("query", "query and prompt must be strings")
+        raise InvalidArgumentError.for_field("query", "query and prompt must be strings")
     place = query.find(prompt)
     if not 0 <= place <= MAX_PREFIX:
-        raise InvalidArgumentError.of("query", "does not begin with its prompt")
+        raise InvalidArgumentError.for_field("query", "does not begin with its prompt")
     response = query[place + len(prompt) :].rstrip()
     while end := next((end for end in ends if end and response.endswith(end)), ""):
         response = response.removesuffix(end).rstrip()

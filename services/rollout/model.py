@@ -50,7 +50,7 @@ class PolicyModel:
 
         config = AutoConfig.from_pretrained(self.path)
         with torch.device("meta"):
-            state = AutoModelForCausalLM.from_config(config).state_dict()  # type: ignore[no-untyped-call]
+            state = AutoModelForCausalLM.from_config(config).state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if config.tie_word_embeddings:
             del shapes[OUTPUT_LAYER]

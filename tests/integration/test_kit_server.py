@@ -50,7 +50,7 @@ class Probe(RewardServiceServicer):
     async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResponse]:
         match request.items[0].id:
             case "invalid":
-                raise InvalidArgumentError.of("items[0].id", "must be a number")
+                raise InvalidArgumentError.for_field("items[0].id", "must be a number")
             case "full":
                 raise ResourceExhaustedError("The queue is full.", retry_after_s=2.5)
             case "bug":

@@ -106,7 +106,7 @@ async def test_one_that_cannot_be_used_holds_up_none_but_a_failing_sandbox_all()
     async def make(folder: Path) -> Decision:
         match folder.name:
             case "wrong":
-                raise InvalidArgumentError.of("problem.yaml", "no")
+                raise InvalidArgumentError.for_field("problem.yaml", "no")
             case "taken":
                 raise FailedPreconditionError("another make-tests works on this problem")
             case "infra":

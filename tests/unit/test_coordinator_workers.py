@@ -204,7 +204,7 @@ async def test_errors_of_peers_and_requests_end_the_dispatch() -> None:
     worker = add_worker(registry, "a")
 
     async def refuse(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
-        raise InvalidArgumentError.of("sampling.top_p", "is refused")
+        raise InvalidArgumentError.for_field("sampling.top_p", "is refused")
         yield Progress()
 
     async def lose_buffer(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:

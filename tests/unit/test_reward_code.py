@@ -135,8 +135,8 @@ async def test_what_does_not_compile_is_wrong_in_the_compilers_words() -> None:
     ("make", "verdict", "reward"),
     [
         # The program is what the sandbox does not take.
-        (lambda: InvalidArgumentError.of("source", "is too large"), Verdict.UNGRADABLE, 0.0),
-        (lambda: InvalidArgumentError.of("tests", "has no test"), Verdict.FAILED, None),
+        (lambda: InvalidArgumentError.for_field("source", "is too large"), Verdict.UNGRADABLE, 0.0),
+        (lambda: InvalidArgumentError.for_field("tests", "has no test"), Verdict.FAILED, None),
         (
             lambda: InvalidArgumentError("wrong", violations=[FieldViolation(n, "is wrong") for n in ("source", "x")]),
             Verdict.FAILED,

@@ -186,7 +186,7 @@ def test_a_fusion_response_to_what_does_not_compile_has_no_run() -> None:
 
 
 def test_fusion_errors_have_fastapi_s_form() -> None:
-    assert sandbox_fusion.write_fusion_error(InvalidArgumentError.of("code", "must not be empty")) == (
+    assert sandbox_fusion.write_fusion_error(InvalidArgumentError.for_field("code", "must not be empty")) == (
         422,
         {"detail": [{"loc": ["body", "code"], "msg": "must not be empty", "type": "value_error"}]},
     )

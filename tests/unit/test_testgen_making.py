@@ -152,7 +152,7 @@ async def test_a_sandbox_that_stays_away_stops_the_run_and_the_next_one_goes_on(
 
 
 async def test_a_refused_program_is_named(tmp_path: Path) -> None:
-    refusal = InvalidArgumentError.of("source", "has 2000000 bytes")
+    refusal = InvalidArgumentError.for_field("source", "has 2000000 bytes")
     sandbox = ScriptedSandbox(PROGRAMS, lambda call: refusal)
     with pytest.raises(InvalidArgumentError, match=r"generator.py for candidate 001: source: has"):
         await make(tmp_path, sandbox, plan=Plan(candidates=8, minimum=4, jobs=1))

@@ -65,7 +65,7 @@ class CurationFolder:
             self._head_path.unlink()
         if not self._head_path.exists():
             if self.path.is_dir() and any(self.path.iterdir()) and not restart:
-                raise InvalidArgumentError.of(str(self.path), "holds other files; name an empty folder")
+                raise InvalidArgumentError.for_field(str(self.path), "holds other files; name an empty folder")
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_head(dict(head))
             return False
@@ -94,7 +94,7 @@ class CurationFolder:
             name, held, value = next(
                 (key, held.get(key), value.get(key)) for key in held | value if held.get(key) != value.get(key)
             )
-        raise InvalidArgumentError.of(
+        raise InvalidArgumentError.for_field(
             str(self.path),
             f"holds a curation with another {name}: {held!r}, now {value!r}; name another folder, or --restart",
         )
@@ -268,7 +268,7 @@ def _read_tensors(model: Path) -> Iterator[tuple[str, Any]]:
 
     files = sorted(model.glob("*.safetensors"))
     if not files:
-        raise InvalidArgumentError.of("--model", f"{model} holds no *.safetensors to push")
+        raise InvalidArgumentError.for_field("--model", f"{model} holds no *.safetensors to push")
     for file in files:
         with safe_open(os.fspath(file), framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118, it is no mapping
@@ -315,7 +315,9 @@ def run_curate(command: CurateCommand) -> int:
     Raises InvalidArgumentError naming bad lines or settings, and what a service fails with.
     """
     if command.settings.sampling is not None and command.access.model is None:
-        raise InvalidArgumentError.of("--model", "is required with --rollout: its tokenizer makes the prompts' tokens")
+        raise InvalidArgumentError.for_field(
+            "--model", "is required with --rollout: its tokenizer makes the prompts' tokens"
+        )
     console = Console()
     candidates = read_candidates(command.source, command.columns)
     folder = CurationFolder(command.out)

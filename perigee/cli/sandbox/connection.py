@@ -25,7 +25,7 @@ def read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise InvalidArgumentError.of(str(path), f"cannot be read: {error.strerror}") from error
+        raise InvalidArgumentError.for_field(str(path), f"cannot be read: {error.strerror}") from error
 
 
 def read_input_file(option: str, name: str, folder: Path = Path()) -> pb.File:
@@ -41,7 +41,7 @@ def check_relative(option: str, name: str) -> str:
     """Returns a relative path in its shortest form; raises InvalidArgumentError when it leaves its folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not path.parts:
-        raise InvalidArgumentError.of(option, f"{name!r} must be a relative path that does not leave its folder")
+        raise InvalidArgumentError.for_field(option, f"{name!r} must be a relative path that does not leave its folder")
     return path.as_posix()
 
 
@@ -49,7 +49,7 @@ def check_size(request: pb.ExecuteRequest | pb.JudgeRequest, what: str) -> None:
     """Raises InvalidArgumentError when the request is larger than a message may be."""
     size = request.ByteSize()
     if size > MAX_MESSAGE_BYTES - ENVELOPE_BYTES:
-        raise InvalidArgumentError.of(
+        raise InvalidArgumentError.for_field(
             what, f"makes a request of {size:,} bytes; at most {MAX_MESSAGE_BYTES:,} can be sent"
         )
 
@@ -124,9 +124,9 @@ class Sandbox:
                 return runtime
         for missing in self.runtimes.missing:
             if missing.language == language:
-                raise InvalidArgumentError.of(source, f"this sandbox cannot run {language}: {missing.reason}")
+                raise InvalidArgumentError.for_field(source, f"this sandbox cannot run {language}: {missing.reason}")
         known = ", ".join(runtime.language for runtime in self.runtimes.runtimes)
-        raise InvalidArgumentError.of(source, f"this sandbox has no runtime {language}; it has {known}")
+        raise InvalidArgumentError.for_field(source, f"this sandbox has no runtime {language}; it has {known}")
 
 
 @asynccontextmanager
@@ -151,7 +151,7 @@ def language_of(path: PurePath) -> str:
     language = LANGUAGES.get(path.suffix)
     if language is None:
         what = f"the suffix {path.suffix} stands for" if path.suffix else "without a suffix it is of"
-        raise InvalidArgumentError.of(str(path), f"{what} no known language; known are {' '.join(LANGUAGES)}")
+        raise InvalidArgumentError.for_field(str(path), f"{what} no known language; known are {' '.join(LANGUAGES)}")
     return language
 
 

@@ -74,7 +74,7 @@ def find_problems(folder: Path) -> list[Path]:
     found = sorted(path.parent for path in folder.glob(f"*/{PROBLEM_FILE}") if not path.parent.name.startswith("."))
     if not found:
         hint = f"holds no {PROBLEM_FILE}, nor does a folder in it" if folder.is_dir() else "is no folder"
-        raise InvalidArgumentError.of(str(folder), f"{hint}; name a problem's folder")
+        raise InvalidArgumentError.for_field(str(folder), f"{hint}; name a problem's folder")
     return found
 
 
@@ -83,7 +83,7 @@ def read_fraction(option: str, text: str) -> Fraction:
     try:
         return Fraction(text)
     except (ValueError, ZeroDivisionError) as error:
-        raise InvalidArgumentError.of(option, f"{text!r} is no fraction; write 0.7 or 7/10") from error
+        raise InvalidArgumentError.for_field(option, f"{text!r} is no fraction; write 0.7 or 7/10") from error
 
 
 async def make_tests(
@@ -127,7 +127,9 @@ def refuse(problem: Problem) -> Selection | None:
     section = problem.section
     if section.function:
         path = problem.folder / PROBLEM_FILE
-        raise InvalidArgumentError.of(f"{path}: function", "cases are made for programs that read standard input")
+        raise InvalidArgumentError.for_field(
+            f"{path}: function", "cases are made for programs that read standard input"
+        )
     needs = "a checker" if section.checker.kind == "program" else "an interactor" if section.interactor else ""
     return Selection([], Drop.NEEDS_CHECKER, f"needs {needs}: agreement can't be tested") if needs else None
 
@@ -139,7 +141,7 @@ def read_generated(problem: Problem, plan: Plan, generator_language: str) -> Gen
     known = [problem.read_program(path) for path in list_programs(problem.folder / KNOWN_FOLDER, "known solution")]
     if len(known) < plan.solutions:
         hint = "add some, or ask for fewer with --solutions"
-        raise InvalidArgumentError.of(
+        raise InvalidArgumentError.for_field(
             str(problem.folder / KNOWN_FOLDER), f"holds {len(known)} known solutions of {plan.solutions}; {hint}"
         )
     checker = problem.section.checker

@@ -115,7 +115,9 @@ class Problem:
         """Reads a checker or an interactor with its files. Raises InvalidArgumentError naming the key."""
         path = self.folder / name
         if not path.is_file():
-            raise InvalidArgumentError.of(f"{self.folder / PROBLEM_FILE}: {key}", f"{name} is no file of this folder")
+            raise InvalidArgumentError.for_field(
+                f"{self.folder / PROBLEM_FILE}: {key}", f"{name} is no file of this folder"
+            )
         files = [
             read_input_file(f"{self.folder / PROBLEM_FILE}: files", file, self.folder) for file in self.section.files
         ]
@@ -139,14 +141,18 @@ class Problem:
         folder = self.folder / TESTS_FOLDER
         names = sorted((path.stem for path in folder.glob("*.in")), key=_natural)
         if not names:
-            raise InvalidArgumentError.of(str(folder), "holds no test; a test is NAME.in and NAME.out")
+            raise InvalidArgumentError.for_field(str(folder), "holds no test; a test is NAME.in and NAME.out")
         if lonely := sorted({path.stem for path in folder.glob("*.out")} - set(names)):
-            raise InvalidArgumentError.of(str(folder / f"{lonely[0]}.out"), f"there is no {lonely[0]}.in beside it")
+            raise InvalidArgumentError.for_field(
+                str(folder / f"{lonely[0]}.out"), f"there is no {lonely[0]}.in beside it"
+            )
         for name in self.section.points:
             if name not in names:
                 near = difflib.get_close_matches(name, names, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise InvalidArgumentError.of(f"{self.folder / PROBLEM_FILE}: points.{name}", f"no such test{hint}")
+                raise InvalidArgumentError.for_field(
+                    f"{self.folder / PROBLEM_FILE}: points.{name}", f"no such test{hint}"
+                )
         return [self._read_test(name) for name in names]
 
     def _read_test(self, name: str) -> pb.TestCase:
@@ -172,7 +178,7 @@ def load_problem(folder: Path) -> Problem:
     path = folder / PROBLEM_FILE
     if not path.is_file():
         hint = f"has no {PROBLEM_FILE}" if folder.is_dir() else "is no folder"
-        raise InvalidArgumentError.of(str(folder), f"{hint}; name a problem's folder")
+        raise InvalidArgumentError.for_field(str(folder), f"{hint}; name a problem's folder")
     values = {} if not read_bytes(path).strip() else read_yaml(path)
     section = validate(ProblemSection, values, str(path), "")
     _check_together(section, str(path))
@@ -181,11 +187,11 @@ def load_problem(folder: Path) -> Problem:
 
 def _check_together(section: ProblemSection, path: str) -> None:
     if len(section.checker.model_fields_set) > 1:
-        raise InvalidArgumentError.of(
+        raise InvalidArgumentError.for_field(
             f"{path}: checker", f"must be one of {', '.join(sorted(section.checker.model_fields_set))}"
         )
     if section.interactor and (section.function or "checker" in section.model_fields_set):
-        raise InvalidArgumentError.of(f"{path}: interactor", "decides by itself; leave out checker and function")
+        raise InvalidArgumentError.for_field(f"{path}: interactor", "decides by itself; leave out checker and function")
 
 
 def list_programs(folder: Path, what: str) -> Sequence[Path]:
@@ -195,7 +201,7 @@ def list_programs(folder: Path, what: str) -> Sequence[Path]:
     """
     found = [path for path in sorted(folder.glob("*")) if path.is_file() and not path.name.startswith(".")]
     if not found:
-        raise InvalidArgumentError.of(str(folder), f"holds no {what}")
+        raise InvalidArgumentError.for_field(str(folder), f"holds no {what}")
     return found
 
 
@@ -208,4 +214,4 @@ def _decode(path: Path, content: bytes) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise InvalidArgumentError.of(str(path), "is not UTF-8, which JSON must be") from error
+        raise InvalidArgumentError.for_field(str(path), "is not UTF-8, which JSON must be") from error

@@ -174,7 +174,7 @@ def _keep_outputs(folder: Path, request: pb.ExecuteRequest, response: pb.Execute
 def _split(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise InvalidArgumentError.of("--env", f"{text!r} is not of the form NAME=VALUE")
+        raise InvalidArgumentError.for_field("--env", f"{text!r} is not of the form NAME=VALUE")
     return name, value
 
 

@@ -56,7 +56,9 @@ def read_ground_truth(ground_truth: Any, verifier: str) -> dict[str, Any]:
         return fields
     values = list(ground_truth) if isinstance(ground_truth, list | tuple) else [ground_truth]
     if not values or any(value is None or isinstance(value, Mapping | list) for value in values):
-        raise InvalidArgumentError.of("ground_truth", f"is neither a value nor a verifier's fields: {ground_truth!r}")
+        raise InvalidArgumentError.for_field(
+            "ground_truth", f"is neither a value nor a verifier's fields: {ground_truth!r}"
+        )
     return {"verifier": verifier, **_references([str(value) for value in values], verifier)}
 
 
@@ -191,7 +193,7 @@ async def _score(
 def _references(values: list[str], verifier: str) -> dict[str, Any]:
     """Returns values as the references of a verifier, however many it has."""
     if verifier not in VERIFIERS:
-        raise InvalidArgumentError.of("verifier", f"must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
+        raise InvalidArgumentError.for_field("verifier", f"must be one of {', '.join(VERIFIERS)}, got {verifier!r}")
     message_type = pb.ScoreItem.DESCRIPTOR.fields_by_name[verifier].message_type
     assert message_type is not None
     fields = message_type.fields_by_name
@@ -202,7 +204,7 @@ def _references(values: list[str], verifier: str) -> dict[str, Any]:
     if "alternatives" in fields:
         return {"reference": values[0], "alternatives": values[1:]}
     known = ", ".join(fields)
-    raise InvalidArgumentError.of(
+    raise InvalidArgumentError.for_field(
         "ground_truth", f"must be an object with the fields of the {verifier} verifier ({known}), got {values!r}"
     )
 

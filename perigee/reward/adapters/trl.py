@@ -36,7 +36,9 @@ class PerigeeReward:
         """A reward per completion, or None where it was not judged."""
         truths = columns.get(self._column)
         if truths is None:
-            raise InvalidArgumentError.of("column", f"the data set has no column {self._column!r} of ground truths")
+            raise InvalidArgumentError.for_field(
+                "column", f"the data set has no column {self._column!r} of ground truths"
+            )
         items = [
             make_item(str(number), read_text(prompt), read_text(completion), truth, self._options)
             for number, (prompt, completion, truth) in enumerate(zip(prompts, completions, truths, strict=True))

@@ -112,7 +112,7 @@ def _make_item(
 ) -> pb.ScoreItem:
     kind = verifier if isinstance(verifier, str) else verifier.get(data_source)
     if kind is None:
-        raise InvalidArgumentError.of("verifier", f"names none for the data source {data_source!r}")
+        raise InvalidArgumentError.for_field("verifier", f"names none for the data source {data_source!r}")
     prompt = str((extra_info or {}).get("question", ""))
     return make_item(item_id, prompt, solution, ground_truth, GroundTruthOptions(kind, answer_marker))
 

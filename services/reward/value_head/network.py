@@ -30,8 +30,8 @@ from services.reward.value_head.folder import (
 )
 
 # It speaks of the missing language-model head and draws progress bars into the log.
-logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+logging.set_verbosity_error()
+logging.disable_progress_bar()
 
 
 class ValueHead(nn.Module):

@@ -184,7 +184,7 @@ def to_execute_request(body: PistonRequest, runtime: pb.Runtime) -> pb.ExecuteRe
     """Converts a request; raises InvalidArgumentError when a file cannot be decoded or none is text."""
     program = next((index for index, file in enumerate(body.files) if file.encoding == "utf8"), None)
     if program is None:
-        raise InvalidArgumentError.of("files", "must include at least one utf8 encoded file")
+        raise InvalidArgumentError.for_field("files", "must include at least one utf8 encoded file")
     violations: list[FieldViolation] = []
     files: list[pb.File] = []
     for index, file in enumerate(body.files):
@@ -195,7 +195,7 @@ def to_execute_request(body: PistonRequest, runtime: pb.Runtime) -> pb.ExecuteRe
         except ValueError:
             violations.append(FieldViolation(f"files[{index}].content", f"is not {file.encoding}"))
     if violations:
-        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
     request = pb.ExecuteRequest(
         language=runtime.language,
         source=body.files[program].content.encode(),

@@ -365,9 +365,11 @@ def extend_wall_limit(interactor: Program, wall_ms: int) -> Program:
 def check_batch(requests: Sized, config: SandboxConfig) -> None:
     """Raises InvalidArgumentError for an empty or too large batch."""
     if not len(requests):
-        raise InvalidArgumentError.of("requests", "must not be empty")
+        raise InvalidArgumentError.for_field("requests", "must not be empty")
     if len(requests) > config.max_batch:
-        raise InvalidArgumentError.of("requests", f"has {len(requests)} items, at most {config.max_batch} are taken")
+        raise InvalidArgumentError.for_field(
+            "requests", f"has {len(requests)} items, at most {config.max_batch} are taken"
+        )
 
 
 def read_session(request: pb.CreateSessionRequest, config: SandboxConfig, catalog: Catalog) -> tuple[Program, int]:

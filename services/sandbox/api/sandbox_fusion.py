@@ -113,7 +113,7 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         except ValueError:
             violations.append(FieldViolation(f"files.{path}", "is not base64"))
     if violations:
-        raise InvalidArgumentError(f"{violations[0].field}: {violations[0].description}", violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
     # SandboxFusion has no limit of CPU time: the timeout sets both
     run_ms = whole(body.run_timeout * 1000)
     limits = pb.Limits(wall_ms=run_ms, cpu_ms=run_ms)

@@ -271,7 +271,7 @@ def load_catalog(config: SandboxConfig) -> Catalog:
     Raises InvalidArgumentError for an invalid file and for a missing folder.
     """
     if config.runtimes_path is not None and not Path(config.runtimes_path).is_dir():
-        raise InvalidArgumentError.of("sandbox.runtimes_path", f"{config.runtimes_path} is no folder")
+        raise InvalidArgumentError.for_field("sandbox.runtimes_path", f"{config.runtimes_path} is no folder")
     described: dict[str, RuntimeConfig] = {}
     for folder in (OWN_RUNTIMES, *([Path(config.runtimes_path)] if config.runtimes_path else [])):
         for path in sorted(folder.glob("*.yaml")):

@@ -178,7 +178,9 @@ class Session:
         """
         most_ms = self._program.limits.wall_ms
         if cell.wall_ms is not None and cell.wall_ms > most_ms:
-            raise InvalidArgumentError.of("wall_ms", f"is {cell.wall_ms}, at most the session's {most_ms} is allowed")
+            raise InvalidArgumentError.for_field(
+                "wall_ms", f"is {cell.wall_ms}, at most the session's {most_ms} is allowed"
+            )
         task = asyncio.create_task(self._run_next(cell))
         self._cells.add(task)
         task.add_done_callback(self._cells.discard)
