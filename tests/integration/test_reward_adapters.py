@@ -169,7 +169,9 @@ async def test_trl_trains_on_rewards_of_the_service(lame_reward: RewardClient, t
         text = "".join(rng.choice(CHARACTERS[:36]) for _ in range(9))
         digit, probability = best_digit(policy, text)
         if 0.3 < probability < 0.9:
-            rows.append({"prompt": text, "answer": digit})
+            # The completions are one character without a marker.
+            truth = {"math": {"reference": digit, "extraction": "prose"}}
+            rows.append({"prompt": text, "answer": json.dumps(truth)})
     # Programs cannot be judged here.
     rows += [{"prompt": f"{n}+{n}", "answer": json.dumps(CODE)} for n in range(4)]
     data = tmp_path / "data.jsonl"

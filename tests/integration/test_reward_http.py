@@ -47,7 +47,7 @@ ITEMS = [
     {"id": "value", "response": '{"a": 1.0}', "json": {"expected_json": '{"a": 1}'}},
     {
         "id": "parts",
-        "response": "0.5",
+        "response": "\\boxed{0.5}",
         "composite": {
             "parts": [
                 {"name": "value", "weight": 3, "verifier": {"math": {"reference": "1/2"}}},

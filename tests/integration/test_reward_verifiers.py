@@ -119,7 +119,7 @@ async def test_an_answer_of_endless_length_is_no_answer(reward: RewardClient) ->
 
 
 async def test_a_reference_that_is_no_mathematics_fails_and_is_no_zero(reward: RewardClient) -> None:
-    outcome = await score_one(reward, math_item("a", "\\bigstar{((", "#7"))
+    outcome = await score_one(reward, math_item("a", "\\bigstar((", "#7"))
     assert (outcome.verdict, outcome.HasField("reward"), outcome.retryable) == (VERDICT_FAILED, False, False)
     assert "reference" in outcome.reason
 

@@ -359,6 +359,7 @@ def test_the_question_again_has_the_value_and_not_the_form(prompt: str, referenc
     ("prompt", "reference", "answer"),
     [
         ("", "2^{10}", "1024"),
+        ("", "\\sqrt2", "2^{1/2}"),
         ("", "x^2-5x+6", "(x-2)(x-3)"),
         ("", "\\frac12", "0.5"),
         ("", "\\frac12", "\\frac24"),

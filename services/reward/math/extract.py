@@ -290,7 +290,9 @@ def closing_brace(text: str, opening: int) -> int | None:
 
 def read_said(said: str, search: Search) -> str:
     """Returns the value that an announcement or the line of a marker gives; empty where it gives a choice or none."""
-    protected = protect(said[:SEARCHED_CHARACTERS])
+    if len(said) > SEARCHED_CHARACTERS:
+        return said.strip()  # no prose is like that: whatever it is, it is not cut
+    protected = protect(said)
     sentence = next((part for part in SENTENCE_END.split(protected) if part.strip(" *_`")), "").strip(" *_`")
     if inner := ANNOUNCEMENT.search(sentence):
         sentence = inner["said"] or inner["chinese"]

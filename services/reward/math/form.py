@@ -24,7 +24,7 @@ FAMILIES = {
     "root": r"\\sqrt",
     "extremum": r"\\(?:max|min)(?![a-z])",
     "rounding": r"\\[lr](?:floor|ceil)",
-    "power": r"(?<![0-9.A-Za-z}])(?!10\^)[0-9.]+\s*\^\s*\{?\s*[0-9]+",
+    "power": r"(?<![0-9.A-Za-z}])(?!10\^)[0-9.]+\s*\^\s*(?:\{\s*[0-9]+\s*\}|[0-9])",
 }
 PATTERNS = {name: re.compile(pattern) for name, pattern in FAMILIES.items()}
 VARIABLE = re.compile(r"(?<![\\A-Za-z])[a-df-hj-z](?![A-Za-z])")
