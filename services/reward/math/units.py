@@ -55,10 +55,8 @@ eur       1          € EUR euro
 gbp       1          £ GBP
 inr       1          ₹ INR Rs rupee
 jpy       1          ¥ JPY yen
-force     1          N newton
 energy    1          J joule
 power     1          W watt
-ampere    1          A ampere amp
 """
 DERIVED = {"area": (("length", 2),), "volume": (("length", 3),), "speed": (("length", 1), ("time", -1))}
 HALVES_OF_DAY = ("am", "pm", "a.m", "p.m", "a.m.", "p.m.")
