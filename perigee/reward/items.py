@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
@@ -23,6 +22,10 @@ from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.json_codec import fill_message, keys_of, name_type, unknown_key
 from perigee.reward.v1 import reward_pb2 as pb
 
+RowT = TypeVar("RowT")
+NamedT = TypeVar("NamedT", bound="Named")
+# Wrong fields that an error's message names.
+MAX_SHOWN = 20
 VERIFIERS = tuple(field.name for field in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields)
 PLAIN_FIELDS = ("id", "prompt", "response", "answer_marker", "images")
 ITEM_KEYS = (*PLAIN_FIELDS, "verifier")
@@ -120,18 +123,45 @@ def read_prompt_line(values: Mapping[str, Any], source: str) -> PromptLine:
 def read_prompt_file(path: Path, field: str) -> list[PromptLine]:
     """Returns the prompts of a JSON Lines file, empty lines skipped; `field` is the setting that names the file.
 
-    Raises InvalidArgumentError naming file, line and field of the first line that is wrong, or an id that is repeated.
+    Raises InvalidArgumentError with a violation for each wrong field of any line.
     """
-    try:
-        lines = [read_prompt_line(read_object(text, source), source) for source, text in read_lines(path)]
-    except OSError as error:
-        raise InvalidArgumentError.for_field(field, f"{path} cannot be read: {error}") from error
-    if not lines:
-        raise InvalidArgumentError.for_field(field, f"{path} holds no prompts")
-    repeated = [name for name, count in Counter(line.id for line in lines).items() if count > 1]
-    if repeated:
-        raise InvalidArgumentError.for_field(field, f"{path} holds the id {repeated[0]} more than once")
-    return lines
+    return read_rows(
+        read_lines(path, field), lambda text, place: read_prompt_line(read_object(text, place), place), field
+    )
+
+
+class Named(Protocol):
+    """What has an id."""
+
+    @property
+    def id(self) -> str: ...
+
+
+def read_rows(
+    rows: Iterable[tuple[str, RowT]], read: Callable[[RowT, str], NamedT], field: str, what: str = "prompts"
+) -> list[NamedT]:
+    """Returns what `read` makes of rows and their places; ids must differ.
+
+    Raises InvalidArgumentError for all wrong rows at once, and naming `field` when there are none.
+    """
+    found: list[NamedT] = []
+    violations: list[FieldViolation] = []
+    places: dict[str, str] = {}
+    for place, row in rows:
+        try:
+            one = read(row, place)
+            if (first := places.setdefault(one.id, place)) != place:
+                raise InvalidArgumentError.for_field(f"{place}: id", f"{one.id!r} is that of {first}, too")
+            found.append(one)
+        except InvalidArgumentError as error:
+            violations += error.violations
+    if violations:
+        shown = [f"  {each.field}: {each.description}" for each in violations[:MAX_SHOWN]]
+        more = [f"  and {len(violations) - MAX_SHOWN} more"] if len(violations) > MAX_SHOWN else []
+        raise InvalidArgumentError("\n".join([f"some lines are no {what}:", *shown, *more]), violations=violations)
+    if not found:
+        raise InvalidArgumentError.for_field(field, f"holds no {what}")
+    return found
 
 
 def prompt_keys() -> frozenset[str]:
@@ -144,15 +174,15 @@ def short_keys(descriptor: Any) -> list[str]:
     return [_LONG_TO_SHORT.get(field.name, field.name.removesuffix("_json")) for field in descriptor.fields]
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, str]]:
+def read_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
     """Yields the lines of a text file that are not empty, each after its place, "file:line".
 
-    Raises OSError.
+    Raises InvalidArgumentError naming `field`, which names the file.
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise OSError(f"is not UTF-8: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError.for_field(field, f"{path} cannot be read: {error}") from error
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", line

@@ -13,7 +13,6 @@ from services.kit.server import App, run
 from services.reward.config import RewardConfig
 from services.reward.http_routes import OPENAPI_FILE, ROUTES, compat_routers
 from services.reward.registry import open_scorer
-from services.reward.requests import ImageLimits, ItemLimits
 from services.reward.service import FULL_NAME, RewardService
 
 
@@ -22,17 +21,11 @@ async def lifespan(app: App[RewardConfig]) -> AsyncIterator[None]:
     """Runs the verifiers for as long as the service runs."""
     config = app.config
     async with open_scorer(config, app.connect(SandboxClient, config.sandbox_address)) as scorer:
-        service = RewardService(scorer, item_limits(config))
+        service = RewardService(scorer, config)
         app.add(FULL_NAME, add_RewardServiceServicer_to_server, service)
         async with http_serving(app, config.http, ROUTES, service, OPENAPI_FILE, compat_routers(service)):
             app.set_ready(FULL_NAME, True)
             yield
-
-
-def item_limits(config: RewardConfig) -> ItemLimits:
-    """Returns the configured limits of items."""
-    images = ImageLimits(config.max_images, config.max_image_bytes, config.max_image_pixels)
-    return ItemLimits(config.max_response_bytes, config.max_prompt_bytes, images)
 
 
 def main() -> None:

@@ -9,7 +9,6 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,6 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.reward.v1 import reward_pb2 as pb
+from services.reward.config import RewardConfig
 from services.reward.verifiers.base import ImagePart, Item, Verifier
 
 # More would not fit into an error's trailing metadata.
@@ -29,25 +29,9 @@ MAX_URL_CHARACTERS = 8192
 DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
-@dataclass(frozen=True)
-class ImageLimits:
-    """Limits of an item's images."""
-
-    images: int
-    image_bytes: int
-    pixels: int
-
-
-@dataclass(frozen=True)
-class ItemLimits:
-    """Limits of an item; texts in UTF-8."""
-
-    response_bytes: int
-    prompt_bytes: int
-    images: ImageLimits
-
-
-def read_items(request: pb.ScoreRequest, verifiers: Mapping[str, Verifier[Any]], limits: ItemLimits) -> list[Item[Any]]:
+def read_items(
+    request: pb.ScoreRequest, verifiers: Mapping[str, Verifier[Any]], config: RewardConfig
+) -> list[Item[Any]]:
     """Returns the request's items.
 
     Raises InvalidArgumentError with a violation for each wrong field, the first 20 of them.
@@ -56,9 +40,9 @@ def read_items(request: pb.ScoreRequest, verifiers: Mapping[str, Verifier[Any]],
     violations: list[FieldViolation] = []
     seen: set[str] = set()
     for index, message in enumerate(request.items):
-        found = find_violations(message, seen, limits)
+        found = find_violations(message, seen, config)
         seen.add(message.id)
-        images, wrong_images = read_images(message, limits.images)
+        images, wrong_images = read_images(message, config)
         found += wrong_images
         name = message.WhichOneof("verifier") or ""
         if name in verifiers:
@@ -78,7 +62,7 @@ def read_items(request: pb.ScoreRequest, verifiers: Mapping[str, Verifier[Any]],
     return items
 
 
-def find_violations(message: pb.ScoreItem, seen: set[str], limits: ItemLimits) -> list[FieldViolation]:
+def find_violations(message: pb.ScoreItem, seen: set[str], config: RewardConfig) -> list[FieldViolation]:
     """Returns what is wrong with an item beside its images and its verifier's parameters."""
     violations = []
     if not message.id:
@@ -86,8 +70,8 @@ def find_violations(message: pb.ScoreItem, seen: set[str], limits: ItemLimits) -
     elif message.id in seen:
         violations.append(FieldViolation("id", f"{message.id!r} is used twice in this call"))
     for name, text, most in (
-        ("response", message.response, limits.response_bytes),
-        ("prompt", message.prompt, limits.prompt_bytes),
+        ("response", message.response, config.max_response_bytes),
+        ("prompt", message.prompt, config.max_prompt_bytes),
     ):
         size = len(text.encode())
         if size > most:
@@ -99,15 +83,15 @@ class NoImageError(ValueError):
     """Bytes or an address that are not an image; its text says why."""
 
 
-def read_images(message: pb.ScoreItem, limits: ImageLimits) -> tuple[tuple[ImagePart, ...], list[FieldViolation]]:
+def read_images(message: pb.ScoreItem, config: RewardConfig) -> tuple[tuple[ImagePart, ...], list[FieldViolation]]:
     """Returns the images of an item that are right, and what is wrong with the others."""
-    if len(message.images) > limits.images:
-        text = f"has {len(message.images)} images, more than {limits.images}"
+    if len(message.images) > config.max_images:
+        text = f"has {len(message.images)} images, more than {config.max_images}"
         return (), [FieldViolation("images", text)]
     images, violations = [], []
     for index, image in enumerate(message.images):
         try:
-            images.append(read_image(image, limits))
+            images.append(read_image(image, config))
         except NoImageError as error:
             field = image.WhichOneof("source")
             name = f"images[{index}].{field}" if field else f"images[{index}]"
@@ -115,27 +99,27 @@ def read_images(message: pb.ScoreItem, limits: ImageLimits) -> tuple[tuple[Image
     return tuple(images), violations
 
 
-def read_image(image: pb.Image, limits: ImageLimits) -> ImagePart:
+def read_image(image: pb.Image, config: RewardConfig) -> ImagePart:
     """One image.
 
     Raises NoImageError.
     """
     match image.WhichOneof("source"):
         case "data":
-            return ImagePart(image.data, find_media_type(image.data, limits))
+            return ImagePart(image.data, find_media_type(image.data, config))
         case "url":
-            check_url(image.url, limits)
+            check_url(image.url, config)
             return ImagePart(url=image.url)
     raise NoImageError("data or url is required")
 
 
-def find_media_type(data: bytes, limits: ImageLimits) -> str:
+def find_media_type(data: bytes, config: RewardConfig) -> str:
     """Returns the media type that the bytes have; the picture itself is not decoded.
 
     Raises NoImageError when they are none of the four formats, damaged or too large.
     """
-    if len(data) > limits.image_bytes:
-        raise NoImageError(f"has {len(data)} bytes, more than {limits.image_bytes}")
+    if len(data) > config.max_image_bytes:
+        raise NoImageError(f"has {len(data)} bytes, more than {config.max_image_bytes}")
     try:
         with Image.open(io.BytesIO(data), formats=tuple(MEDIA_TYPES)) as picture:
             width, height = picture.size
@@ -145,12 +129,12 @@ def find_media_type(data: bytes, limits: ImageLimits) -> str:
         raise NoImageError("is no PNG, JPEG, WebP or GIF image") from error
     except DAMAGE as error:
         raise NoImageError(f"is a damaged image: {error}") from error
-    if width * height > limits.pixels:
-        raise NoImageError(f"has {width} x {height} pixels, more than {limits.pixels}")
+    if width * height > config.max_image_pixels:
+        raise NoImageError(f"has {width} x {height} pixels, more than {config.max_image_pixels}")
     return media_type
 
 
-def check_url(url: str, limits: ImageLimits) -> None:
+def check_url(url: str, config: RewardConfig) -> None:
     """Refuses an address that a judge's endpoint cannot read.
 
     Raises NoImageError.
@@ -162,14 +146,14 @@ def check_url(url: str, limits: ImageLimits) -> None:
     if parts.scheme not in SCHEMES:
         raise NoImageError(f"must begin with {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}, got {parts.scheme!r}")
     if parts.scheme == "data":
-        check_data_url(url, limits)
+        check_data_url(url, config)
     elif not parts.hostname:
         raise NoImageError("names no host")
     elif len(url) > MAX_URL_CHARACTERS:
         raise NoImageError(f"has {len(url)} characters, more than {MAX_URL_CHARACTERS}")
 
 
-def check_data_url(url: str, limits: ImageLimits) -> None:
+def check_data_url(url: str, config: RewardConfig) -> None:
     """Refuses a data URL whose content is not the image that it says.
 
     Raises NoImageError.
@@ -181,6 +165,6 @@ def check_data_url(url: str, limits: ImageLimits) -> None:
         data = base64.b64decode(match[2], validate=True)
     except binascii.Error as error:
         raise NoImageError(f"is not base64: {error}") from error
-    media_type = find_media_type(data, limits)
+    media_type = find_media_type(data, config)
     if media_type != match[1]:
         raise NoImageError(f"says {match[1]} but holds {media_type}")

@@ -9,7 +9,8 @@ from typing import Any
 from perigee.buffer.v1 import buffer_pb2
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
-from services.reward.requests import ItemLimits, read_items
+from services.reward.config import RewardConfig
+from services.reward.requests import read_items
 from services.reward.scorer import Scored, Scorer
 from services.reward.verifiers.base import PartScore, Verdict
 
@@ -26,12 +27,12 @@ VERDICTS = {
 class RewardService(RewardServiceServicer):
     """Translates protobuf to the scorer and back."""
 
-    def __init__(self, scorer: Scorer, limits: ItemLimits) -> None:
+    def __init__(self, scorer: Scorer, config: RewardConfig) -> None:
         self._scorer = scorer
-        self._limits = limits
+        self._config = config
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncGenerator[pb.ScoreResponse, None]:
-        items = read_items(request, self._scorer.verifiers, self._limits)
+        items = read_items(request, self._scorer.verifiers, self._config)
         async with aclosing(self._scorer.score(items)) as outcomes:
             async for scored in outcomes:
                 yield build_response(scored)

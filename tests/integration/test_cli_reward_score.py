@@ -40,7 +40,7 @@ async def test_outcomes_come_in_the_order_of_the_file(reward: RewardClient, tmp_
     lines[3] = math_line("i3", "nothing", label="ungradable")
     lines[5] = math_line("i5", "#5", "5", label=False)
     # The hard ones take longest, so that outcomes come out of order.
-    lines[0] = math_line("i0", r"#\frac{1}{2}+\sqrt{4}", r"\frac{5}{2}", label=True)
+    lines[0] = math_line("i0", r"#\frac{1}{2}+\sqrt{4}", r"\frac{5}{2}", form="value", label=True)
     file = write(tmp_path / "items.jsonl", lines)
     ended = await run_perigee("reward", "score", str(file), "--batch", "7", "--address", reward.target)
     assert (ended.code, ended.stderr) == (0, "")
@@ -73,13 +73,13 @@ async def test_bad_lines_are_reported_all_at_once_and_nothing_is_scored(tmp_path
     ended = await run_perigee("reward", "score", str(file), "--address", "127.0.0.1:9")
     assert ended.code == 2
     for part in (
-        "line 2: line: is not JSON",
-        "line 3: label: must be true, false or one of",
-        "line 3: refrence: unknown key; did you mean reference?",
-        "line 4: response: is required",
-        "line 4: verifier.math.reference: must be a string, got a number",
-        "line 5: id: 'a' is that of line 1, too",
-        "line 6: images[0]: missing.png cannot be read",
+        "items.jsonl:2: is not JSON",
+        "items.jsonl:3: label: must be true, false or one of",
+        "items.jsonl:3: refrence: unknown key; did you mean reference?",
+        "items.jsonl:4: response: is required",
+        "items.jsonl:4: verifier.math.reference: must be a string, got a number",
+        f"items.jsonl:5: id: 'a' is that of {file}:1, too",
+        "items.jsonl:6: images[0]: missing.png cannot be read",
     ):
         assert part in ended.stderr
     assert names(tmp_path) == {"items.jsonl"}

@@ -50,7 +50,7 @@ ITEMS = [
         "response": "\\boxed{0.5}",
         "composite": {
             "parts": [
-                {"name": "value", "weight": 3, "verifier": {"math": {"reference": "1/2"}}},
+                {"name": "value", "weight": 3, "verifier": {"math": {"reference": "1/2", "extraction": "prose"}}},
                 {"name": "form", "weight": 1, "verifier": {"exact": {"reference": "1/2"}}},
             ]
         },

@@ -66,7 +66,7 @@ def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
             line("x", "composite", parts=[part("a", {"verifier": "judge"})]),
             ":2: parts[0].verifier.judge.answer: is required",
         ),
-        (math_line("m1", "1+1=", "2"), "holds the id m1 more than once"),
+        (math_line("m1", "1+1=", "2"), ":2: id: 'm1' is that of "),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path: Path, line: dict[str, Any] | str, said: str) -> None:

@@ -96,7 +96,7 @@ def test_bad_lines_are_reported_all_at_once(tmp_path: Path) -> None:
         f"{path}:3: prompt: is required",
         "did you mean answer?",
         f"{path}:5: function: is required by tests with arguments",
-        f"{path}:6: id: a is that of {path}:1, too",
+        f"{path}:6: id: 'a' is that of {path}:1, too",
     ):
         assert part in caught.value.message
     assert len(caught.value.violations) == 5

@@ -15,7 +15,7 @@ from perigee.reward.adapters import verl
 from perigee.reward.adapters.blocking import BlockingScorer, GroundTruthOptions, make_item
 from perigee.reward.adapters.trl import PerigeeReward, read_text
 from perigee.reward.v1 import reward_pb2 as pb
-from services.reward.http_routes import ROUTES, build_answer, collect, read_request, split_response
+from services.reward.http_routes import ROUTES, OpenRlhfCall, build_answer, collect, read_request, split_response
 
 MATH4 = pb.ScoreItem(id="i", prompt="2+2", response="#4", answer_marker="#", math=pb.MathVerifier(reference="4"))
 
@@ -108,8 +108,8 @@ def test_adapters_travel_to_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def openrlhf(*queries: str, prompt: str = "2+2=", label: Any = "4", **options: Any) -> pb.ScoreRequest:
-    body = {"query": queries, "prompts": [prompt] * len(queries), "labels": [label] * len(queries)}
-    return read_request({name: list(values) for name, values in body.items()}, GroundTruthOptions(**options), ["<eos>"])
+    call = OpenRlhfCall(query=list(queries), prompts=[prompt] * len(queries), labels=[label] * len(queries))
+    return read_request(call, GroundTruthOptions(**options), ["<eos>"])
 
 
 def test_openrlhf_queries_become_items() -> None:
@@ -126,8 +126,6 @@ def test_openrlhf_queries_become_items() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ([], "body: must be a JSON object"),
-        ({"query": ["a"]}, "prompts: must be a list"),
         (
             {"query": ["a"], "prompts": ["a"], "labels": []},
             "query: query, prompts and labels differ in length: 1, 1, 0",
@@ -138,22 +136,21 @@ def test_openrlhf_queries_become_items() -> None:
 )
 def test_openrlhf_calls_that_are_wrong_name_the_field(body: Any, message: str) -> None:
     with pytest.raises(InvalidArgumentError, match=message):
-        read_request(body, GroundTruthOptions())
+        read_request(OpenRlhfCall(**body), GroundTruthOptions())
 
 
 def test_openrlhf_gets_rewards_in_order_and_no_number_for_a_failure() -> None:
-    request = openrlhf("2+2=4", "2+2=")
-    answer = build_answer(request, [UNGRADABLE, CORRECT])
-    assert (answer.status, answer.body) == (
+    answer = build_answer([CORRECT, UNGRADABLE])
+    assert (answer.status_code, json.loads(bytes(answer.body))) == (
         200,
         {"rewards": [1.0, 0.0], "scores": [1.0, 0.0],
          "extra_logs": {"correct": [1.0, 0.0], "ungradable": [0.0, 1.0]}},
     )  # fmt: skip
-    failed = build_answer(request, [CORRECT, PASSING])
-    assert failed.status == 503
-    assert failed.body == {"error": "1 of 2 responses could not be judged: the sandbox is away"}
-    assert build_answer(request, [CORRECT, LASTING]).status == 422
-    assert build_answer(openrlhf(), []).body["rewards"] == []
+    failed = build_answer([CORRECT, PASSING])
+    assert (failed.status_code, failed.headers["retry-after"]) == (503, "1")
+    assert json.loads(bytes(failed.body)) == {"error": "1 of 2 responses could not be judged: the sandbox is away"}
+    assert build_answer([CORRECT, LASTING]).status_code == 422
+    assert json.loads(bytes(build_answer([]).body))["rewards"] == []
 
 
 def test_outcomes_are_collected_in_the_order_of_the_items() -> None:

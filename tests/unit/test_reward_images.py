@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 from perigee.reward.v1 import reward_pb2 as pb
-from services.reward.requests import ImageLimits, read_images
+from services.reward.config import RewardConfig
+from services.reward.requests import read_images
 
-LIMITS = ImageLimits(images=3, image_bytes=20_000, pixels=10_000)
+CONFIG = RewardConfig(max_images=3, max_image_bytes=20_000, max_image_pixels=10_000)
 
 
 def picture(kind: str, size: tuple[int, int] = (8, 8)) -> bytes:
@@ -28,7 +29,7 @@ PNG = picture("PNG")
 
 
 def read(*images: pb.Image) -> tuple[list[str], list[tuple[str, str]]]:
-    parts, violations = read_images(pb.ScoreItem(images=images), LIMITS)
+    parts, violations = read_images(pb.ScoreItem(images=images), CONFIG)
     return [part.media_type or part.url for part in parts], [(v.field, v.description) for v in violations]
 
 

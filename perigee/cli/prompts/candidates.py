@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,10 +15,9 @@ from typing import Any
 from perigee.curation.domains import EMPTY_TAGS
 from perigee.curation.findings import Question
 from perigee.curation.question_kinds import KINDS
-from perigee.errors import FieldViolation, InvalidArgumentError
-from perigee.reward.items import VERIFIERS, prompt_keys, read_lines, read_object, read_prompt_line
+from perigee.errors import InvalidArgumentError
+from perigee.reward.items import VERIFIERS, prompt_keys, read_lines, read_object, read_prompt_line, read_rows
 
-MAX_SHOWN = 20
 # Columns of images are of many forms, which no stage looks at.
 KNOWN_FIELDS = prompt_keys() - {"images"}
 
@@ -42,6 +42,11 @@ class Candidate:
 
     question: Question
     line: Mapping[str, Any]
+
+    @property
+    def id(self) -> str:
+        """The prompt's id."""
+        return self.question.id
 
 
 @dataclass(frozen=True)
@@ -76,28 +81,15 @@ def read_candidates(path: Path, columns: Columns) -> CandidateSet:
 
     Raises InvalidArgumentError with a violation per line that is no prompt.
     """
-    candidates: list[Candidate] = []
-    violations: list[FieldViolation] = []
     left_out: Counter[str] = Counter()
-    places: dict[str, str] = {}
-    for number, (place, row) in enumerate(_read_rows(path, columns.split), start=1):
-        try:
-            values = _read_fields(row, columns, place, f"{path.stem}-{number:06d}", left_out)
-            candidate = make_candidate(values, place)
-            if (first := places.setdefault(candidate.question.id, place)) != place:
-                raise InvalidArgumentError.for_field(f"{place}: id", f"{candidate.question.id} is that of {first}, too")
-        except InvalidArgumentError as error:
-            violations.append(FieldViolation("line", error.message))
-        else:
-            candidates.append(candidate)
-    if violations:
-        shown = [f"  {violation.description}" for violation in violations[:MAX_SHOWN]]
-        more = len(violations) - MAX_SHOWN
-        shown += [f"  and {more} more"] if more > 0 else []
-        raise InvalidArgumentError("some lines are no prompts:\n" + "\n".join(shown), violations=violations)
-    if not candidates:
-        raise InvalidArgumentError.for_field(str(path), "holds no prompts")
-    return CandidateSet(candidates, sorted(left_out))
+    numbers = itertools.count(1)
+
+    def read(row: str | Mapping[str, Any], place: str) -> Candidate:
+        default_id = f"{path.stem}-{next(numbers):06d}"
+        values = read_object(row, place) if isinstance(row, str) else row
+        return make_candidate(_read_fields(values, columns, place, default_id, left_out), place)
+
+    return CandidateSet(read_rows(_read_rows(path, columns.split), read, "IN"), sorted(left_out))
 
 
 def make_candidate(values: dict[str, Any], place: str) -> Candidate:
@@ -158,22 +150,14 @@ def _read_fields(
     return values
 
 
-def _read_rows(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yields the rows of the input, each after its place."""
+def _read_rows(path: Path, split: str | None) -> Iterator[tuple[str, str | Mapping[str, Any]]]:
+    """Yields the rows of the input, each after its place; of JSON Lines the text."""
     if path.is_dir():
         yield from _read_folder(path, split)
     elif path.suffix == ".parquet":
         yield from _read_files(path, "parquet", [path])
     else:
-        yield from _read_json_lines(path)
-
-
-def _read_json_lines(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        for place, line in read_lines(path):
-            yield place, read_object(line, place)
-    except OSError as error:
-        raise InvalidArgumentError.for_field(str(path), f"cannot be read: {error}") from error
+        yield from read_lines(path, "IN")
 
 
 def _read_folder(path: Path, split: str | None) -> Iterator[tuple[str, Mapping[str, Any]]]:

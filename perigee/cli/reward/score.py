@@ -15,6 +15,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from types import TracebackType
 from typing import Any, Self
 
@@ -28,24 +29,27 @@ from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
 from perigee.files import Journal, write_lines
 from perigee.json_codec import write_message
 from perigee.reward.client import RewardClient
-from perigee.reward.items import read_item, read_lines, read_object
+from perigee.reward.items import read_item, read_lines, read_object, read_rows
 from perigee.reward.scoring import ScoringOptions, score_items
 from perigee.reward.v1 import reward_pb2 as pb
 
 # Keys beside the item's own: the expected verdict, what a recipe's prompt line holds besides, and whatever `meta` is.
 OWN_KEYS = ("label", "domain", "difficulty", "tags", "meta")
 LABELS = ("correct", "wrong", "ungradable")
-MAX_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class FileItem:
     """Item of a line; by `digest` an earlier outcome is known to be of the same item."""
 
-    line: int
     item: pb.ScoreItem
     label: str | None
     digest: str
+
+    @property
+    def id(self) -> str:
+        """The item's id."""
+        return self.item.id
 
 
 def read_item_file(path: Path) -> list[FileItem]:
@@ -53,36 +57,15 @@ def read_item_file(path: Path) -> list[FileItem]:
 
     Raises InvalidArgumentError with a violation per wrong field of any line.
     """
-    items: list[FileItem] = []
-    violations: list[FieldViolation] = []
-    lines_by_id: dict[str, int] = {}
-    for place, line in _read_text_lines(path):
-        number = int(place.rpartition(":")[2])
-        try:
-            found = _read_line(line, number, path.parent)
-            if (first := lines_by_id.setdefault(found.item.id, number)) != number:
-                raise InvalidArgumentError.for_field("id", f"{found.item.id!r} is that of line {first}, too")
-        except InvalidArgumentError as error:
-            violations += [FieldViolation(f"line {number}: {v.field}", v.description) for v in error.violations]
-        else:
-            items.append(found)
-    if violations:
-        raise InvalidArgumentError(_describe(path, violations), violations=violations)
-    if not items:
-        raise InvalidArgumentError.for_field(str(path), "holds no items")
-    return items
+
+    def read(line: str, place: str) -> FileItem:
+        return _read_line(read_object(line, place), place, path.parent)
+
+    return read_rows(read_lines(path, "FILE"), read, "FILE", "items")
 
 
-def _read_text_lines(path: Path) -> list[tuple[str, str]]:
-    try:
-        return list(read_lines(path))
-    except OSError as error:
-        raise InvalidArgumentError.for_field(str(path), f"cannot be read: {error}") from error
-
-
-def _read_line(line: str, number: int, folder: Path) -> FileItem:
+def _read_line(values: dict[str, Any], place: str, folder: Path) -> FileItem:
     """Reads one item; raises InvalidArgumentError with a violation per wrong field."""
-    values = read_object(line, "line")
     violations: list[FieldViolation] = []
     label = values.get("label")
     if isinstance(label, bool):
@@ -93,13 +76,15 @@ def _read_line(line: str, number: int, folder: Path) -> FileItem:
     violations += unreadable
     item = pb.ScoreItem()
     try:
-        item = read_item(values | {"images": images}, f"line-{number}", OWN_KEYS)
+        item = read_item(values | {"images": images}, f"line-{place.rpartition(':')[2]}", OWN_KEYS)
     except InvalidArgumentError as error:
         violations += error.violations
     if violations:
-        raise InvalidArgumentError("the line is no item", violations=violations)
+        raise InvalidArgumentError.for_fields(
+            [FieldViolation(f"{place}: {v.field}", v.description) for v in violations]
+        )
     digest = hashlib.blake2b(item.SerializeToString(deterministic=True), digest_size=8).hexdigest()
-    return FileItem(number, item, label, digest)
+    return FileItem(item, label, digest)
 
 
 def _read_image_files(images: object, folder: Path) -> tuple[object, list[FieldViolation]]:
@@ -117,13 +102,6 @@ def _read_image_files(images: object, folder: Path) -> tuple[object, list[FieldV
         except OSError as error:
             violations.append(FieldViolation(f"images[{index}]", f"{image} cannot be read: {error.strerror}"))
     return read, violations
-
-
-def _describe(path: Path, violations: Sequence[FieldViolation]) -> str:
-    shown = [f"  {violation.field}: {violation.description}" for violation in violations[:MAX_SHOWN]]
-    if len(violations) > MAX_SHOWN:
-        shown.append(f"  and {len(violations) - MAX_SHOWN} more")
-    return f"{path} has lines that are no items; nothing was scored:\n" + "\n".join(shown)
 
 
 FLUSH_OUTCOMES = 64
@@ -156,7 +134,7 @@ class OutcomeStore:
                     earlier += held.lines
         self._journal = Journal(self._journal_path)
         earlier += self._journal.lines
-        digests = {item.item.id: item.digest for item in items}
+        digests = {item.id: item.digest for item in items}
         # An item that has changed since is another item.
         self.outcomes: dict[str, dict[str, Any]] = {}
         for line in earlier:
@@ -170,7 +148,7 @@ class OutcomeStore:
     @property
     def missing(self) -> list[pb.ScoreItem]:
         """Items without a judgement, those that FAILED earlier among them."""
-        return [item.item for item in self._items if self._verdict(item.item.id) in (None, FAILED)]
+        return [item.item for item in self._items if self._verdict(item.id) in (None, FAILED)]
 
     def add(self, response: pb.ScoreResponse) -> None:
         """Keeps a final outcome; it is on disk a second later."""
@@ -182,7 +160,7 @@ class OutcomeStore:
 
     def finish(self) -> list[Mapping[str, Any]]:
         """Writes the file and returns its lines, in the order of the items."""
-        lines = [self.outcomes[item.item.id] for item in self._items]
+        lines = [self.outcomes[item.id] for item in self._items]
         write_lines(self._out, lines)
         self._journal_path.unlink()
         self._unwritten = []
@@ -226,54 +204,34 @@ REASONS_SHOWN = 10
 
 
 @dataclass
-class VerifierSummary:
-    """Verdicts of one verifier, and the rewards of what was judged."""
-
-    verdicts: Counter[str] = field(default_factory=Counter)
-    rewards: list[float] = field(default_factory=list)
-
-    @property
-    def mean_reward(self) -> float | None:
-        """Over judged items; None when none was."""
-        return sum(self.rewards) / len(self.rewards) if self.rewards else None
-
-
-@dataclass
-class Agreement:
-    """Comparison of verdicts with labels, over judged items that have one."""
-
-    labelled: int = 0
-    agreed: int = 0
-    called_correct: int = 0
-    called_not_correct: int = 0
-
-
-@dataclass
 class Summary:
     """Verdicts and rewards by verifier, reasons of failures, and agreement with labels."""
 
-    verifiers: dict[str, VerifierSummary]
-    reasons: Counter[str]
-    agreement: Agreement
+    verdicts: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    rewards: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Rewards of what was judged."""
+    reasons: Counter[str] = field(default_factory=Counter)
+    labelled: Counter[str] = field(default_factory=Counter)
+    """Judged items with a label: `agreed`, called `correct` or `not correct` against it, or neither."""
 
     @property
     def failed(self) -> int:
         """Items that could not be judged."""
-        return sum(summary.verdicts["failed"] for summary in self.verifiers.values())
+        return self.reasons.total()
 
 
 def summarize(outcomes: Sequence[Mapping[str, Any]], labels: Sequence[str | None]) -> Summary:
     """Returns the summary of outcomes and their items' labels, in the same order."""
-    summary = Summary(defaultdict(VerifierSummary), Counter(), Agreement())
+    summary = Summary()
     for outcome, label in zip(outcomes, labels, strict=True):
-        verifier = summary.verifiers[outcome["verifier"]]
-        verifier.verdicts[outcome["verdict"]] += 1
-        if outcome["verdict"] == "failed":
+        verifier, verdict = outcome["verifier"], outcome["verdict"]
+        summary.verdicts[verifier][verdict] += 1
+        if verdict == "failed":
             summary.reasons[outcome["reason"]] += 1
             continue
-        verifier.rewards.append(outcome["reward"])
+        summary.rewards[verifier].append(outcome["reward"])
         if label is not None:
-            _compare(summary.agreement, outcome["verdict"], label)
+            summary.labelled[_compare(verdict, label)] += 1
     return summary
 
 
@@ -282,11 +240,9 @@ def show_summary(summary: Summary, console: Console) -> None:
     table = Table("verifier", *VERDICTS, "mean reward", box=None, pad_edge=False)
     for column in table.columns[1:]:
         column.justify = "right"
-    for name in sorted(summary.verifiers):
-        verifier = summary.verifiers[name]
-        counts = [f"{verifier.verdicts[verdict]:,}" for verdict in VERDICTS]
-        mean = "" if verifier.mean_reward is None else f"{verifier.mean_reward:.4f}"
-        table.add_row(name, *counts, mean)
+    for name, verdicts in sorted(summary.verdicts.items()):
+        mean = f"{fmean(rewards):.4f}" if (rewards := summary.rewards[name]) else ""
+        table.add_row(name, *(f"{verdicts[verdict]:,}" for verdict in VERDICTS), mean)
     console.print(table, highlight=False)
     if summary.reasons:
         console.print(f"{summary.failed:,} could not be judged and have no reward:", highlight=False)
@@ -294,26 +250,24 @@ def show_summary(summary: Summary, console: Console) -> None:
         console.print(f"  {count:,}  {reason}", highlight=False, markup=False, soft_wrap=True)
     if len(summary.reasons) > REASONS_SHOWN:
         console.print(f"  and {len(summary.reasons) - REASONS_SHOWN:,} more reasons", highlight=False)
-    found = summary.agreement
-    if found.labelled:
+    if total := summary.labelled.total():
+        found = summary.labelled
         console.print(
-            f"agreement with labels: {found.agreed:,} of {found.labelled:,} ({found.agreed / found.labelled:.1%}); "
-            f"{found.called_correct:,} called correct against the label, {found.called_not_correct:,} not correct",
+            f"agreement with labels: {found['agreed']:,} of {total:,} ({found['agreed'] / total:.1%}); "
+            f"{found['correct']:,} called correct against the label, {found['not correct']:,} not correct",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def _compare(agreement: Agreement, verdict: str, label: str) -> None:
-    """Counts a verdict against its label."""
-    agreement.labelled += 1
+def _compare(verdict: str, label: str) -> str:
+    """Returns how a verdict stands to its label, as `Summary.labelled` counts it."""
     # A label says right or not right; which of the two ways of being not right matters only where it says so.
     if verdict == label or (label == "wrong" and verdict == "ungradable"):
-        agreement.agreed += 1
-    elif verdict == "correct":
-        agreement.called_correct += 1
-    else:
-        agreement.called_not_correct += label == "correct"
+        return "agreed"
+    if verdict == "correct":
+        return "correct"
+    return "not correct" if label == "correct" else "neither"
 
 
 # Some items could not be judged.

@@ -12,6 +12,7 @@ error, since any number would be taken for a reward.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +21,37 @@ from perigee.errors import FailedPreconditionError, InvalidArgumentError, Unavai
 from perigee.reward.adapters.blocking import BlockingScorer, GroundTruthOptions, make_item
 from perigee.reward.v1 import reward_pb2 as pb
 
-Verifier = str | Mapping[str, str]
+
+@dataclass(frozen=True)
+class Options:
+    """Keywords of `reward_kwargs`."""
+
+    address: str | None = None
+    """Address of the reward service; that of PERIGEE_REWARD_ADDRESS unless set."""
+    verifier: str | Mapping[str, str] = "math"
+    """The verifier of all responses, or one by data source."""
+    answer_marker: str = ""
+    deadline_s: float = 600.0
+
+    @classmethod
+    def from_keywords(cls, keywords: Mapping[str, Any]) -> Options:
+        """Returns the options among a call's keywords; verl adds others of its own."""
+        return cls(**{name: keywords[name] for name in cls.__match_args__ if name in keywords})
+
+    def make_item(
+        self, item_id: str, data_source: str, solution: str, ground_truth: Any, extra_info: Mapping[str, Any] | None
+    ) -> pb.ScoreItem:
+        """Returns the item of a response. Raises InvalidArgumentError naming the field."""
+        kind = self.verifier if isinstance(self.verifier, str) else self.verifier.get(data_source)
+        if kind is None:
+            raise InvalidArgumentError.for_field("verifier", f"names none for the data source {data_source!r}")
+        prompt = str((extra_info or {}).get("question", ""))
+        return make_item(item_id, prompt, solution, ground_truth, GroundTruthOptions(kind, self.answer_marker))
+
+    @property
+    def scorer(self) -> BlockingScorer:
+        """Scorer of all calls with this address and deadline."""
+        return _scorer(self.address, self.deadline_s)
 
 
 def compute_score(
@@ -28,21 +59,14 @@ def compute_score(
     solution_str: str,
     ground_truth: Any,
     extra_info: Mapping[str, Any] | None = None,
-    *,
-    address: str | None = None,
-    verifier: Verifier = "math",
-    answer_marker: str = "",
-    deadline_s: float = 600.0,
-    **_: Any,
+    **keywords: Any,
 ) -> dict[str, Any]:
-    """Returns the score of one response, with `acc` and `pred` for verl's metrics.
+    """Returns the score of one response, with `acc` and `pred` for verl's metrics; keywords are those of `Options`.
 
-    `verifier` is one for all, or one by data source. Raises UnavailableError or FailedPreconditionError when the
-    response could not be judged.
+    Raises UnavailableError or FailedPreconditionError when the response could not be judged.
     """
-    item = _make_item("0", data_source, solution_str, ground_truth, extra_info, verifier, answer_marker)
-    [outcome] = _scorer(address, deadline_s).score([item])
-    return read_score(outcome)
+    [score] = compute_scores([data_source], [solution_str], [ground_truth], [extra_info], **keywords)
+    return score
 
 
 async def compute_score_async(
@@ -50,16 +74,12 @@ async def compute_score_async(
     solution_str: str,
     ground_truth: Any,
     extra_info: Mapping[str, Any] | None = None,
-    *,
-    address: str | None = None,
-    verifier: Verifier = "math",
-    answer_marker: str = "",
-    deadline_s: float = 600.0,
-    **_: Any,
+    **keywords: Any,
 ) -> dict[str, Any]:
     """Returns `compute_score` as a coroutine, which verl's reward loop awaits, many at once."""
-    item = _make_item("0", data_source, solution_str, ground_truth, extra_info, verifier, answer_marker)
-    [outcome] = await _scorer(address, deadline_s).score_async([item])
+    options = Options.from_keywords(keywords)
+    item = options.make_item("0", data_source, solution_str, ground_truth, extra_info)
+    [outcome] = await options.scorer.score_async([item])
     return read_score(outcome)
 
 
@@ -68,21 +88,13 @@ def compute_scores(
     solution_strs: Sequence[str],
     ground_truths: Sequence[Any],
     extra_infos: Sequence[Mapping[str, Any] | None],
-    *,
-    address: str | None = None,
-    verifier: Verifier = "math",
-    answer_marker: str = "",
-    deadline_s: float = 600.0,
-    **_: Any,
+    **keywords: Any,
 ) -> list[dict[str, Any]]:
     """Returns the scores of a batch, in order."""
-    items = [
-        _make_item(str(number), source, solution, truth, extra, verifier, answer_marker)
-        for number, (source, solution, truth, extra) in enumerate(
-            zip(data_sources, solution_strs, ground_truths, extra_infos, strict=True)
-        )
-    ]
-    return [read_score(outcome) for outcome in _scorer(address, deadline_s).score(items)]
+    options = Options.from_keywords(keywords)
+    rows = zip(data_sources, solution_strs, ground_truths, extra_infos, strict=True)
+    items = [options.make_item(str(number), *row) for number, row in enumerate(rows)]
+    return [read_score(outcome) for outcome in options.scorer.score(items)]
 
 
 def read_score(outcome: pb.ScoreResponse) -> dict[str, Any]:
@@ -99,22 +111,6 @@ def read_score(outcome: pb.ScoreResponse) -> dict[str, Any]:
         "acc": float(outcome.verdict == buffer_pb2.VERDICT_CORRECT),
         "pred": outcome.extracted_answer,
     }
-
-
-def _make_item(
-    item_id: str,
-    data_source: str,
-    solution: str,
-    ground_truth: Any,
-    extra_info: Mapping[str, Any] | None,
-    verifier: Verifier,
-    answer_marker: str,
-) -> pb.ScoreItem:
-    kind = verifier if isinstance(verifier, str) else verifier.get(data_source)
-    if kind is None:
-        raise InvalidArgumentError.for_field("verifier", f"names none for the data source {data_source!r}")
-    prompt = str((extra_info or {}).get("question", ""))
-    return make_item(item_id, prompt, solution, ground_truth, GroundTruthOptions(kind, answer_marker))
 
 
 @lru_cache(maxsize=16)

@@ -157,7 +157,11 @@ async def _refuse_invalid(request: Request, error: Exception) -> NoReturn:
     """Raises what a compatibility route's model refused, field by field."""
     assert isinstance(error, RequestValidationError)
     violations = [
-        FieldViolation(_write_location(detail["loc"]), detail["msg"].removeprefix("Value error, "))
+        # The place in text that is not JSON is no field.
+        FieldViolation(
+            _write_location(detail["loc"][: 1 if detail["type"] == "json_invalid" else None]),
+            detail["msg"].removeprefix("Value error, "),
+        )
         for detail in error.errors()
     ]
     raise InvalidArgumentError.for_fields(violations) from error

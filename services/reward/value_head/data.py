@@ -180,10 +180,7 @@ def read_examples(path: Path) -> list[Example]:
 
     Raises InvalidArgumentError naming file and line.
     """
-    try:
-        examples = [_read_line(place, line) for place, line in read_lines(path)]
-    except OSError as error:
-        raise InvalidArgumentError.for_field("data", f"{path} cannot be read: {error}") from error
+    examples = [_read_line(place, line) for place, line in read_lines(path, "data")]
     if not examples:
         raise InvalidArgumentError.for_field("data", f"{path} holds no example")
     return examples
