@@ -212,7 +212,6 @@ AREAS = ["services/" + name for name in SERVICES] + ["perigee", "protos", "tests
 
 
 @pytest.mark.parametrize("area", AREAS)
-@pytest.mark.xfail(reason="services/reward says lane and aside", strict=False)
 def test_retired_words_are_not_used(area: str) -> None:
     files = [path for path in tracked("*.py", "*.proto", "*.lua") if path.is_relative_to(ROOT / area)]
     assert [finding for path in files for finding in find_retired(path)] == []
