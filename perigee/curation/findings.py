@@ -77,15 +77,6 @@ class SampleCounts:
         """Samples with a verdict; one that offers nothing to grade has not passed."""
         return self.correct + self.wrong + self.ungradable
 
-    def to_details(self) -> dict[str, int]:
-        """Returns them as JSON values."""
-        return asdict(self)
-
-    @classmethod
-    def from_details(cls, details: Mapping[str, Any]) -> SampleCounts:
-        """Returns the counts that `to_details` wrote."""
-        return cls(**{name: details[name] for name in ("correct", "wrong", "ungradable", "failed")})
-
 
 def decide_difficulty(
     question_id: str, counts: SampleCounts, *, min_judged: int, trivial_pass_rate: float | None
@@ -95,7 +86,7 @@ def decide_difficulty(
     Undecided when fewer than `min_judged` were judged; dropped when the pass rate reaches `trivial_pass_rate`, unless
     that is None.
     """
-    details: dict[str, Any] = counts.to_details()
+    details: dict[str, Any] = asdict(counts)
     if counts.judged < max(1, min_judged):
         return Finding(question_id, Decision.UNDECIDED, UNDETERMINED, details)
     pass_rate = counts.correct / counts.judged
@@ -107,7 +98,7 @@ def decide_difficulty(
 
 def decide_guessing(question_id: str, counts: SampleCounts, *, min_judged: int) -> Finding:
     """Returns the finding of guesses: dropped when any was right; undecided below `min_judged` judged ones."""
-    details = counts.to_details()
+    details = asdict(counts)
     if counts.correct:
         return Finding(question_id, Decision.DROP, EASY_TO_HACK, details)
     if counts.judged < max(1, min_judged):

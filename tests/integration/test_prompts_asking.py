@@ -9,12 +9,15 @@ from typing import Any
 
 import grpc
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.cli.prompts.sampling import SampleOptions, SampleRequest, read_policy_version, sample
-from perigee.curation.findings import SampleCounts
+from perigee.cli.prompts.sampling import EncodedPrompt, ModelStage, SampledModel, read_policy_version, sample
+from perigee.curation.findings import Finding, SampleCounts
 from perigee.errors import FailedPreconditionError, UnavailableError
 from perigee.reward.client import RewardClient
+from perigee.reward.items import PromptLine
 from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
@@ -51,17 +54,19 @@ class FakeSampler(RolloutServiceServicer):
             )
 
 
-def requests(count: int, samples: int = 4) -> list[SampleRequest]:
+SAMPLES = 4
+
+
+def prompts(count: int) -> list[EncodedPrompt]:
     """Prompts whose right answer is 1."""
-    return [SampleRequest(f"q{i}", [1, 2], samples, 8, math_item("", "1", "")) for i in range(count)]
+    return [EncodedPrompt(PromptLine(f"q{i}", "d", 0.0, math_item("", "1", "")), [1, 2]) for i in range(count)]
 
 
 async def ask_all(
-    workers: Sequence[FakeSampler], reward: FakeReward, asked: Sequence[SampleRequest], **changes: Any
+    workers: Sequence[FakeSampler], reward: FakeReward, asked: Sequence[EncodedPrompt], **changes: Any
 ) -> dict[str, SampleCounts]:
-    options = SampleOptions(
-        **({"policy_version": 5, "temperature": 1.0, "seed": 0, "stage": "s", "unavailable_s": 5.0} | changes)
-    )
+    stage = ModelStage("s", SAMPLES, 8, lambda name, counts: Finding(name))
+    options = {"policy_version": 5, "temperature": 1.0, "seed": 0, "unavailable_s": 5.0, "context_tokens": 64} | changes
     found: dict[str, SampleCounts] = {}
     async with AsyncExitStack() as stack:
         clients = []
@@ -70,7 +75,8 @@ async def ask_all(
             clients.append(await stack.enter_async_context(RolloutClient.connect(address)))
         address = await stack.enter_async_context(fake_server(add_RewardServiceServicer_to_server, reward))
         client = await stack.enter_async_context(RewardClient.connect(address))
-        async for counts in sample(clients, client, asked, options):
+        model = SampledModel(clients, client, Tokenizer(WordLevel()), **options)
+        async for counts in sample(stage, model, asked):
             assert not found.keys() & counts.keys()
             found |= counts
     return found
@@ -78,7 +84,7 @@ async def ask_all(
 
 async def test_every_prompt_is_asked_about_and_workers_share_the_work() -> None:
     workers = [FakeSampler(), FakeSampler()]
-    found = await ask_all(workers, FakeReward(), requests(70))
+    found = await ask_all(workers, FakeReward(), prompts(70))
     assert found == {f"q{i}": SampleCounts(correct=1, wrong=3) for i in range(70)}
     # 64 sequences a call: 16 prompts.
     assert [len(worker.asked) for worker in workers] == [3, 2]
@@ -86,26 +92,26 @@ async def test_every_prompt_is_asked_about_and_workers_share_the_work() -> None:
 
 async def test_an_engine_that_dies_is_asked_only_for_what_is_missing() -> None:
     worker = FakeSampler(deaths=2)
-    found = await ask_all([worker], FakeReward(), requests(2))
+    found = await ask_all([worker], FakeReward(), prompts(2))
     assert found == {name: SampleCounts(correct=1, wrong=3) for name in ("q0", "q1")}
     assert [len(asked) for asked in worker.asked] == [8, 6, 4]
 
 
 async def test_what_is_never_judged_is_counted_as_failed() -> None:
     reward = FakeReward(broken={"s/q0/1", "s/q0/3"}, failing={"s/q1/1": 1})
-    found = await ask_all([FakeSampler()], reward, requests(2))
+    found = await ask_all([FakeSampler()], reward, prompts(2))
     assert found == {"q0": SampleCounts(wrong=2, failed=2), "q1": SampleCounts(correct=1, wrong=3)}
 
 
 async def test_a_worker_with_other_weights_ends_it() -> None:
     with pytest.raises(FailedPreconditionError, match="holds policy version 5"):
-        await ask_all([FakeSampler()], FakeReward(), requests(1), policy_version=4)
+        await ask_all([FakeSampler()], FakeReward(), prompts(1), policy_version=4)
 
 
 async def test_a_worker_that_stays_away_ends_it() -> None:
     worker = FakeSampler(deaths=10_000, last_words=0)
     with pytest.raises(UnavailableError, match="the engine died"):
-        await ask_all([worker], FakeReward(), requests(1), unavailable_s=0.3)
+        await ask_all([worker], FakeReward(), prompts(1), unavailable_s=0.3)
     assert len(worker.asked) > 1
 
 

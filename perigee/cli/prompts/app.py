@@ -73,7 +73,9 @@ def curate(
     def run() -> int:
         from perigee.cli.prompts.candidates import make_columns
         from perigee.cli.prompts.curate import CurateCommand, ModelAccess, run_curate
-        from perigee.cli.prompts.sampling import make_settings, read_template
+        from perigee.cli.prompts.sampling import CurationSettings, read_template
+        from perigee.config import validate
+        from perigee.rpc import ChannelOptions
 
         sampling = {
             "samples": samples,
@@ -85,16 +87,18 @@ def curate(
             "min_judged": min_judged,
             **read_template(guess_template),
         }
-        settings = make_settings(
-            near_duplicates=near_duplicates,
-            drop_question_kinds=not keep_question_kinds,
-            sampling=sampling if rollout else None,
-            buckets=buckets,
-            cap=cap,
-            seed=seed,
-        )
+        values = {
+            "near_duplicates": near_duplicates,
+            "drop_question_kinds": not keep_question_kinds,
+            "sampling": sampling if rollout else None,
+            "buckets": buckets,
+            "cap": cap,
+            "seed": seed,
+        }
+        settings = validate(CurationSettings, values, "settings", "")
         columns = make_columns(renames or [], defaults or [], answer_after, split)
-        access = ModelAccess(rollout or [], reward, model, push, token, ca_file, unavailable_s)
+        channel = ChannelOptions(token=token, ca_file=str(ca_file) if ca_file else None)
+        access = ModelAccess(rollout or [], reward, model, push, channel, unavailable_s)
         return run_curate(CurateCommand(source, out, columns, settings, access, restart, plain))
 
     end(run, debug)

@@ -9,7 +9,7 @@ import shlex
 import shutil
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from perigee.cli.prompts.sampling import (
 )
 from perigee.cli.view import ProgressView
 from perigee.curation.domains import find_domains
-from perigee.curation.findings import Buckets, Cell, Decision, Finding, Question, balance, count_cells, shares
+from perigee.curation.findings import Buckets, Cell, Decision, Question, balance, count_cells, shares
 from perigee.curation.question_kinds import find_question_kinds
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.files import write_atomically, write_lines
@@ -286,14 +286,8 @@ class ModelAccess:
     reward: str
     model: Path | None
     push: bool
-    token: str | None
-    ca_file: Path | None
+    channel: ChannelOptions
     unavailable_s: float
-
-    @property
-    def channel(self) -> ChannelOptions:
-        """Options of the channels to the services."""
-        return ChannelOptions(token=self.token, ca_file=os.fspath(self.ca_file) if self.ca_file else None)
 
 
 @dataclass(frozen=True)
@@ -373,8 +367,7 @@ class _Curation:
 
     async def _find(self, name: str, questions: Sequence[Question], find: Find) -> list[Question]:
         """Runs a stage that looks at all prompts at once."""
-        result = await run_stage(name, self._path(name), questions, whole(find, questions))
-        return self._end(result)
+        return self._end(await run_stage(name, self._path(name), questions, whole(find, questions)))
 
     async def _ask(self, questions: list[Question]) -> list[Question]:
         """Runs the two stages that sample a model, where there is one."""
@@ -397,7 +390,10 @@ class _Curation:
             folder = open_model_folder(access.model, "--model")
             context_tokens = min(context_tokens, folder.context_tokens)
             tokenizer = folder.open_tokenizer()
-            model = SampledModel(workers, reward, tokenizer, context_tokens, version, access.unavailable_s)
+            temperature, seed = sampling.temperature, self._command.settings.seed
+            model = SampledModel(
+                workers, reward, tokenizer, context_tokens, version, temperature, seed, access.unavailable_s
+            )
             questions = await self._ask_stage(difficulty_stage(sampling), model, lines, questions)
             if sampling.guesses:
                 return await self._ask_stage(guessing_stage(sampling), model, lines, questions)
@@ -408,18 +404,9 @@ class _Curation:
         self, stage: ModelStage, model: SampledModel, lines: dict[str, PromptLine], questions: list[Question]
     ) -> list[Question]:
         """Runs one stage that samples a model, with a progress line."""
-        settings = self._command.settings
-        assert settings.sampling is not None
-        produce = sample_model(stage, model, lines, settings.sampling, settings.seed)
         with ProgressView(self._console, stage.name, len(questions), plain=self._command.plain) as progress:
-
-            async def produce_and_show(missing: Sequence[Question]) -> AsyncIterator[Sequence[Finding]]:
-                progress.advance(len(questions) - len(missing))
-                async for findings in produce(missing):
-                    progress.advance(len(findings))
-                    yield findings
-
-            result = await run_stage(stage.name, self._path(stage.name), questions, produce_and_show)
+            produce = sample_model(stage, model, lines)
+            result = await run_stage(stage.name, self._path(stage.name), questions, produce, progress.advance)
         return self._end(result)
 
     def _skip(self, name: str, questions: Sequence[Question], why: str) -> None:

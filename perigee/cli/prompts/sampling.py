@@ -12,8 +12,8 @@ import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
@@ -21,7 +21,7 @@ from tokenizers import Tokenizer
 
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
-from perigee.config import Model, validate
+from perigee.config import Model
 from perigee.curation.findings import (
     Decision,
     Finding,
@@ -46,12 +46,7 @@ Produce = Callable[[Sequence[Question]], AsyncIterator[Sequence[Finding]]]
 MAX_SEQUENCES = 64
 MAX_PROMPT_TOKENS = 200_000
 CALLS_PER_WORKER = 2
-FIELDS = {
-    buffer_pb2.VERDICT_CORRECT: "correct",
-    buffer_pb2.VERDICT_WRONG: "wrong",
-    buffer_pb2.VERDICT_UNGRADABLE: "ungradable",
-    buffer_pb2.VERDICT_FAILED: "failed",
-}
+CALL_TIMEOUT_S = 3600.0
 TOO_LONG = "too long for the model"
 GUESS_TEMPLATE = "{prompt}\nGive the final answer at once, without any reasoning.\n{answer_marker}"
 
@@ -94,11 +89,6 @@ class CurationSettings(Model):
     """Seed of samples and draws."""
 
 
-def make_settings(**values: Any) -> CurationSettings:
-    """Returns the settings. Raises InvalidArgumentError naming the one that is wrong."""
-    return validate(CurationSettings, values, "settings", "")
-
-
 def read_template(path: Path | None) -> dict[str, str]:
     """Returns the template of guesses in a file. Raises InvalidArgumentError when it has no place for the prompt."""
     if path is None:
@@ -138,16 +128,27 @@ def learn(question: Question, finding: Finding) -> Question:
     return replace(question, **known)
 
 
-async def run_stage(name: str, path: Path, questions: Sequence[Question], produce: Produce) -> StageResult:
-    """Runs `produce` on the prompts without a finding at `path` and keeps what it finds there, group by group."""
+async def run_stage(
+    name: str,
+    path: Path,
+    questions: Sequence[Question],
+    produce: Produce,
+    advance: Callable[[int], object] = lambda count: None,
+) -> StageResult:
+    """Runs `produce` on the prompts without a finding at `path` and keeps what it finds there, group by group.
+
+    `advance` is called with the number of prompts that have their findings since the call before.
+    """
     result = StageResult(name, questions)
     with Journal(path) as journal:
         result.findings = {line["id"]: Finding.from_line(line) for line in journal.lines}
         missing = [question for question in questions if question.id not in result.findings]
+        advance(len(questions) - len(missing))
         if missing:
             async for findings in produce(missing):
                 journal.append(finding.to_line() for finding in findings)
                 result.findings |= {finding.id: finding for finding in findings}
+                advance(len(findings))
     return result
 
 
@@ -162,33 +163,89 @@ def whole(find: Find, questions: Sequence[Question]) -> Produce:
 
 
 @dataclass(frozen=True)
-class SampleRequest:
-    """Request to sample a model on one prompt: `samples` answers to the same tokens."""
+class SampledModel:
+    """Model to sample, how it is sampled, and the service that judges its answers."""
 
-    id: str
-    """The prompt's id."""
-    token_ids: Sequence[int]
-    samples: int
-    max_tokens: int
-    item: reward_pb2.ScoreItem
-    """The item of any answer, but for id and response."""
-    given: str = ""
-    """What of the answer the prompt ends with; the response is judged with it."""
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """Options of all samples of a stage."""
-
+    workers: Sequence[RolloutClient]
+    reward: ScoreClient
+    tokenizer: Tokenizer
+    context_tokens: int
     policy_version: int
     """A worker that holds another version refuses, so that all answers are of one model."""
     temperature: float
     seed: int
-    """With an request's id and an answer's number it decides the answer's seed."""
-    stage: str
+    """With stage, prompt and the answer's number it decides an answer's seed."""
+    unavailable_s: float
+
+
+@dataclass(frozen=True)
+class ModelStage:
+    """Texts to sample on each prompt, and what the answers decide."""
+
+    name: str
     """Begins the ids of answers: the same prompt has other seeds in another stage."""
-    call_timeout_s: float = 3600.0
-    unavailable_s: float = 60.0
+    samples: int
+    max_tokens: int
+    decide: Callable[[str, SampleCounts], Finding]
+    template: str = "{prompt}"
+    """The text that the model continues, with {prompt} and perhaps {answer_marker}."""
+
+    def render(self, item: reward_pb2.ScoreItem) -> str:
+        """Returns the text that the model continues."""
+        return self.template.replace("{answer_marker}", item.answer_marker).replace("{prompt}", item.prompt)
+
+    def given(self, item: reward_pb2.ScoreItem) -> str:
+        """Returns what of the answer the text holds already: a marker at its end leaves the answer to the model."""
+        return item.answer_marker if self.template.endswith("{answer_marker}") else ""
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt's line, and the tokens of the text that the model continues."""
+
+    line: PromptLine
+    token_ids: Sequence[int]
+
+
+def difficulty_stage(settings: SamplingSettings) -> ModelStage:
+    """Returns the stage of difficulty = 1 - pass rate."""
+    least = least_judged(settings.samples, settings.min_judged)
+    decide = partial(decide_difficulty, min_judged=least, trivial_pass_rate=settings.trivial_pass_rate)
+    return ModelStage("difficulty", settings.samples, settings.response_tokens, decide)
+
+
+def guessing_stage(settings: SamplingSettings) -> ModelStage:
+    """Returns the stage in which a right guess without reasoning drops the prompt."""
+    decide = partial(decide_guessing, min_judged=least_judged(settings.guesses, settings.min_judged))
+    template = settings.guess_template.rstrip("\n")
+    return ModelStage("guessing", settings.guesses, settings.guess_tokens, decide, template)
+
+
+def sample_model(stage: ModelStage, model: SampledModel, lines: Mapping[str, PromptLine]) -> Produce:
+    """Returns the stage's findings, some prompts at a time."""
+
+    async def produce(questions: Sequence[Question]) -> AsyncIterator[Sequence[Finding]]:
+        prompts, too_long = encode_lines(stage, model, [lines[question.id] for question in questions])
+        yield too_long
+        async for counts in sample(stage, model, prompts):
+            yield [stage.decide(question_id, found) for question_id, found in counts.items()]
+
+    return produce
+
+
+def encode_lines(
+    stage: ModelStage, model: SampledModel, lines: Sequence[PromptLine]
+) -> tuple[list[EncodedPrompt], list[Finding]]:
+    """Returns the prompts as tokens, and findings of those that the model's context has no room for."""
+    prompts: list[EncodedPrompt] = []
+    too_long: list[Finding] = []
+    encodings = encode_prompts(model.tokenizer, [stage.render(line.item) for line in lines])
+    for line, token_ids in zip(lines, encodings, strict=True):
+        if 0 < len(token_ids) <= model.context_tokens - stage.max_tokens:
+            prompts.append(EncodedPrompt(line, token_ids))
+        else:
+            too_long.append(Finding(line.id, Decision.UNDECIDED, TOO_LONG, {"prompt_tokens": len(token_ids)}))
+    return prompts, too_long
 
 
 async def read_policy_version(workers: Sequence[RolloutClient]) -> tuple[int, int]:
@@ -210,22 +267,21 @@ async def read_policy_version(workers: Sequence[RolloutClient]) -> tuple[int, in
 
 
 async def sample(
-    workers: Sequence[RolloutClient], reward: ScoreClient, requests: Iterable[SampleRequest], options: SampleOptions
+    stage: ModelStage, model: SampledModel, prompts: Iterable[EncodedPrompt]
 ) -> AsyncGenerator[dict[str, SampleCounts], None]:
     """Yields counts of verdicts by prompt, some prompts at a time, as they become known.
 
     Raises what a worker or the reward service fails with when trying again for `unavailable_s` does not help.
     """
-    chunks = zip(_cut(requests), itertools.cycle(workers), strict=False)
+    most = CALLS_PER_WORKER * len(model.workers)
+    chunks = zip(_cut(prompts, stage.samples), itertools.cycle(model.workers), strict=False)
     pending: set[asyncio.Task[dict[str, SampleCounts]]] = set()
     try:
-        for chunk, worker in chunks:
-            pending.add(asyncio.create_task(_sample_chunk(worker, reward, chunk, options)))
-            if len(pending) >= CALLS_PER_WORKER * len(workers):
-                done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    yield task.result()
-        while pending:
+        while True:
+            for chunk, worker in itertools.islice(chunks, most - len(pending)):
+                pending.add(asyncio.create_task(_sample_chunk(worker, chunk, stage, model)))
+            if not pending:
+                return
             done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 yield task.result()
@@ -235,48 +291,49 @@ async def sample(
         await asyncio.gather(*pending, return_exceptions=True)
 
 
-def _cut(requests: Iterable[SampleRequest]) -> Iterator[list[SampleRequest]]:
-    """Yields the requests in order, as many at once as a call takes."""
-    chunk: list[SampleRequest] = []
-    sequences = tokens = 0
-    for request in requests:
-        more_tokens = request.samples * len(request.token_ids)
-        if chunk and (sequences + request.samples > MAX_SEQUENCES or tokens + more_tokens > MAX_PROMPT_TOKENS):
+def _cut(prompts: Iterable[EncodedPrompt], samples: int) -> Iterator[list[EncodedPrompt]]:
+    """Yields the prompts in order, as many at once as a call takes."""
+    chunk: list[EncodedPrompt] = []
+    tokens = 0
+    for prompt in prompts:
+        more = samples * len(prompt.token_ids)
+        if chunk and ((len(chunk) + 1) * samples > MAX_SEQUENCES or tokens + more > MAX_PROMPT_TOKENS):
             yield chunk
-            chunk, sequences, tokens = [], 0, 0
-        chunk.append(request)
-        sequences += request.samples
-        tokens += more_tokens
+            chunk, tokens = [], 0
+        chunk.append(prompt)
+        tokens += more
     if chunk:
         yield chunk
 
 
 async def _sample_chunk(
-    worker: RolloutClient, reward: ScoreClient, chunk: Sequence[SampleRequest], options: SampleOptions
+    worker: RolloutClient, chunk: Sequence[EncodedPrompt], stage: ModelStage, model: SampledModel
 ) -> dict[str, SampleCounts]:
     """Samples some prompts on one worker and counts the verdicts."""
-    sampled = {f"{options.stage}/{request.id}/{n}": request for request in chunk for n in range(request.samples)}
-    texts = await _generate(worker, sampled, options)
-    counts = {request.id: Counter[str]() for request in chunk}
+    sampled = {f"{stage.name}/{prompt.line.id}/{n}": prompt for prompt in chunk for n in range(stage.samples)}
+    texts = await _generate(worker, sampled, stage, model)
+    counts = {prompt.line.id: Counter[str]() for prompt in chunk}
 
     async def count(outcomes: list[reward_pb2.ScoreResponse]) -> None:
         # What FAILED was tried again; what stays FAILED is counted as such.
         for outcome in outcomes:
-            counts[sampled[outcome.id].id][FIELDS[outcome.verdict]] += 1
+            verdict = buffer_pb2.Verdict.Name(outcome.verdict).removeprefix("VERDICT_").lower()
+            counts[sampled[outcome.id].line.id][verdict] += 1
 
-    async with scoring(reward, ScoringOptions(unavailable_s=options.unavailable_s), count) as pipeline:
-        for item_id, request in sampled.items():
-            await pipeline.submit(ScoreJob(item_id, request.given + texts[item_id], request.item))
+    async with scoring(model.reward, ScoringOptions(unavailable_s=model.unavailable_s), count) as pipeline:
+        for item_id, prompt in sampled.items():
+            item = prompt.line.item
+            await pipeline.submit(ScoreJob(item_id, stage.given(item) + texts[item_id], item))
     return {question_id: SampleCounts(**found) for question_id, found in counts.items()}
 
 
 async def _generate(
-    worker: RolloutClient, sampled: Mapping[str, SampleRequest], options: SampleOptions
+    worker: RolloutClient, sampled: Mapping[str, EncodedPrompt], stage: ModelStage, model: SampledModel
 ) -> dict[str, str]:
     """Returns the texts by id; what a worker left out is asked again."""
     texts: dict[str, str] = {}
-    outage = _Outage(options.unavailable_s, texts)
-    sampling = rollout_pb2.Sampling(temperature=options.temperature, seed=options.seed)
+    outage = _Outage(model.unavailable_s, texts)
+    sampling = rollout_pb2.Sampling(temperature=model.temperature, seed=model.seed)
     async for attempt in AsyncRetrying(
         retry=retry_if_exception_type(TRANSIENT),
         wait=wait_random_exponential(multiplier=0.2, max=10),
@@ -284,12 +341,12 @@ async def _generate(
         reraise=True,
     ):
         with attempt:
-            call = rollout_pb2.GenerateRequest(sampling=sampling, text_only=True, policy_version=options.policy_version)
-            for item_id, request in sampled.items():
+            call = rollout_pb2.GenerateRequest(sampling=sampling, text_only=True, policy_version=model.policy_version)
+            for item_id, prompt in sampled.items():
                 if item_id not in texts:
-                    prompt = pack_token_ids(request.token_ids)
-                    call.items.add(id=item_id, prompt_token_ids=prompt, max_tokens=request.max_tokens)
-            async for response in worker.generate(call, timeout_s=options.call_timeout_s):
+                    token_ids = pack_token_ids(prompt.token_ids)
+                    call.items.add(id=item_id, prompt_token_ids=token_ids, max_tokens=stage.max_tokens)
+            async for response in worker.generate(call, timeout_s=CALL_TIMEOUT_S):
                 if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
                     texts[response.id] = response.text
             if left_out := len(sampled) - len(texts):
@@ -312,104 +369,3 @@ class _Outage:
         if len(self._texts) > self._held:
             self._held, self._since = len(self._texts), now
         return now - self._since > self._limit_s
-
-
-@dataclass(frozen=True)
-class SampledModel:
-    """Model to sample, and the service that judges its answers."""
-
-    workers: Sequence[RolloutClient]
-    reward: ScoreClient
-    tokenizer: Tokenizer
-    context_tokens: int
-    policy_version: int
-    unavailable_s: float
-
-
-@dataclass(frozen=True)
-class ModelStage:
-    """Texts to sample on each prompt, and what the answers decide."""
-
-    name: str
-    samples: int
-    max_tokens: int
-    render: Callable[[PromptLine], str]
-    """From a prompt's line to the text that the model continues."""
-    given: Callable[[PromptLine], str]
-    """What of the answer the text holds already."""
-    decide: Callable[[str, SampleCounts], Finding]
-
-
-def difficulty_stage(settings: SamplingSettings) -> ModelStage:
-    """Returns the stage of difficulty = 1 - pass rate."""
-    least = least_judged(settings.samples, settings.min_judged)
-
-    def decide(question_id: str, counts: SampleCounts) -> Finding:
-        return decide_difficulty(
-            question_id, counts, min_judged=least, trivial_pass_rate=settings.trivial_pass_rate
-        )  # fmt: skip
-
-    return ModelStage(
-        "difficulty", settings.samples, settings.response_tokens, lambda line: line.item.prompt, lambda line: "", decide
-    )
-
-
-def guessing_stage(settings: SamplingSettings) -> ModelStage:
-    """Returns the stage in which a right guess without reasoning drops the prompt."""
-    least = least_judged(settings.guesses, settings.min_judged)
-
-    def render(line: PromptLine) -> str:
-        template = settings.guess_template.replace("{answer_marker}", line.item.answer_marker)
-        return template.replace("{prompt}", line.item.prompt).rstrip("\n")
-
-    def given(line: PromptLine) -> str:
-        # A template that ends with the marker leaves the bare answer to the model.
-        return line.item.answer_marker if render(line).endswith(line.item.answer_marker) else ""
-
-    def decide(question_id: str, counts: SampleCounts) -> Finding:
-        return decide_guessing(question_id, counts, min_judged=least)
-
-    return ModelStage("guessing", settings.guesses, settings.guess_tokens, render, given, decide)
-
-
-def sample_model(
-    stage: ModelStage,
-    model: SampledModel,
-    lines: Mapping[str, PromptLine],
-    settings: SamplingSettings,
-    seed: int,
-) -> Produce:
-    """Returns the stage's findings, some prompts at a time."""
-    options = SampleOptions(
-        policy_version=model.policy_version,
-        temperature=settings.temperature,
-        seed=seed,
-        stage=stage.name,
-        unavailable_s=model.unavailable_s,
-    )
-
-    async def produce(questions: Sequence[Question]) -> AsyncIterator[Sequence[Finding]]:
-        requests, too_long = make_requests(stage, model, [lines[question.id] for question in questions])
-        yield too_long
-        async for counts in sample(model.workers, model.reward, requests, options):
-            yield [stage.decide(question_id, found) for question_id, found in counts.items()]
-
-    return produce
-
-
-def make_requests(
-    stage: ModelStage, model: SampledModel, lines: Sequence[PromptLine]
-) -> tuple[list[SampleRequest], list[Finding]]:
-    """Returns the requests, and the prompts that the model's context has no room for."""
-    encodings = encode_prompts(model.tokenizer, [stage.render(line) for line in lines])
-    requests: list[SampleRequest] = []
-    too_long: list[Finding] = []
-    for line, token_ids in zip(lines, encodings, strict=True):
-        tokens = len(token_ids)
-        if not 0 < tokens <= model.context_tokens - stage.max_tokens:
-            too_long.append(Finding(line.id, Decision.UNDECIDED, TOO_LONG, {"prompt_tokens": tokens}))
-            continue
-        requests.append(
-            SampleRequest(line.id, token_ids, stage.samples, stage.max_tokens, line.item, stage.given(line))
-        )
-    return requests, too_long
