@@ -104,8 +104,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def _read_estimate(estimate: pb.AccuracyEstimate) -> Estimate:
-    low = estimate.low if estimate.HasField("low") else None
-    return Estimate(estimate.mean, low, estimate.high if estimate.HasField("high") else None)
+    return Estimate(estimate.mean, estimate.low, estimate.high)
 
 
 async def read_coordinator(address: str) -> pb.GetStatusResponse:

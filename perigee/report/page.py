@@ -159,11 +159,10 @@ def _accuracy_table(found: list[Change]) -> str:
     rows = []
     for change in found:
         cells = [change.domain, change.kind]
-        for estimate in (change.before, change.after):
-            bounds = ""
-            if estimate.low is not None and estimate.high is not None:
-                bounds = f" <span class='quiet'>{estimate.low:.1%} to {estimate.high:.1%}</span>"
-            cells.append(f"{estimate.mean:.1%}{bounds}")
+        cells += [
+            f"{estimate.mean:.1%} <span class='quiet'>{estimate.low:.1%} to {estimate.high:.1%}</span>"
+            for estimate in (change.before, change.after)
+        ]
         cells.append(f"{change.gain * 100:+.1f}")
         rows.append("".join(f"<td>{cell}</td>" for cell in cells))
     head = "".join(f"<th>{name}</th>" for name in ("Domain", "Answers", "Before", "After", "Points"))

@@ -5,13 +5,13 @@ Every thing has one color throughout; the ground is transparent, and lines have 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from perigee.report.records import OVERALL, Evaluation, Iteration, RunRecords
+from perigee.report.records import OVERALL, Estimate, Iteration, RunRecords
 
 # Readable on light and dark ground, told apart by the color-blind (after Okabe and Ito).
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = (
@@ -28,6 +28,8 @@ GRID = "rgba(128,138,155,0.22)"
 FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 SMOOTHING = 5
 Points = tuple[list[int], list[float]]
+# Iteration and accuracy of each evaluation.
+Estimates = Sequence[tuple[int, Estimate]]
 
 
 def plot_accuracy(records: RunRecords) -> go.Figure | None:
@@ -40,10 +42,10 @@ def plot_accuracy(records: RunRecords) -> go.Figure | None:
     figure = make_subplots(cols=len(names), shared_yaxes=True, horizontal_spacing=0.07, subplot_titles=names)
     for column, name in enumerate(names, start=1):
         color = colors.get(name, GREY)
-        _add_sampled(figure, evaluations, name, color, column)
-        _add_greedy(figure, evaluations, name, color, column)
-    base = new_figure(height=340)
-    figure.update_layout(base.layout)
+        where = {"row": 1, "col": column}
+        _add_sampled(figure, [(e.iteration, e.sampled[name]) for e in evaluations if name in e.sampled], color, where)
+        _add_greedy(figure, [(e.iteration, e.greedy[name]) for e in evaluations if name in e.greedy], color, where)
+    figure.update_layout(new_figure(height=340).layout)
     figure.update_layout(hovermode="closest", margin={"t": 36, "r": 24})
     style_axes(figure)
     figure.update_xaxes(title_text="iteration")
@@ -51,54 +53,41 @@ def plot_accuracy(records: RunRecords) -> go.Figure | None:
     return figure
 
 
-def _add_sampled(figure: go.Figure, evaluations: Sequence[Evaluation], name: str, color: str, column: int) -> None:
-    points = [(e.iteration, e.sampled[name]) for e in evaluations if name in e.sampled]
-    if not points:
-        return
+def _add_sampled(figure: go.Figure, points: Estimates, color: str, where: Mapping[str, int]) -> None:
+    """Draws the mean with its interval as a band."""
     x = [iteration for iteration, _ in points]
-    bounded = [(i, e.low, e.high) for i, e in points if e.low is not None and e.high is not None]
-    band_x = [i for i, _, _ in bounded] + [i for i, _, _ in reversed(bounded)]
-    band_y = [high for _, _, high in bounded] + [low for _, low, _ in reversed(bounded)]
     figure.add_scatter(
-        x=band_x, y=band_y, fill="toself", fillcolor=with_alpha(color, 0.18), line_width=0, hoverinfo="skip",
-        mode="lines", row=1, col=column,
+        x=x + x[::-1], y=[e.high for _, e in points] + [e.low for _, e in reversed(points)], fill="toself",
+        fillcolor=with_alpha(color, 0.18), line_width=0, hoverinfo="skip", mode="lines", **where,
     )  # fmt: skip
-    text = [_interval_text("sampled", e.mean, e.low, e.high) for _, e in points]
+    line = {"color": color, "width": 2.5}
+    _add_means(figure, points, "sampled", where, line=line, marker={"size": 6})
+
+
+def _add_greedy(figure: go.Figure, points: Estimates, color: str, where: Mapping[str, int]) -> None:
+    """Draws the mean with its interval as bars."""
+    bars = {
+        "type": "data", "symmetric": False, "width": 3, "thickness": 1,
+        "array": [e.high - e.mean for _, e in points], "arrayminus": [e.mean - e.low for _, e in points],
+    }  # fmt: skip
+    line = {"color": color, "width": 1.5, "dash": "dot"}
+    marker = {"symbol": "diamond-open", "size": 8}
+    _add_means(figure, points, "greedy", where, line=line, marker=marker, error_y=bars)
+
+
+def _add_means(figure: go.Figure, points: Estimates, kind: str, where: Mapping[str, int], **style: Any) -> None:
+    """Draws a line through the means, with the name of the kind at its end: sampled below, greedy above."""
     figure.add_scatter(
-        x=x, y=[e.mean for _, e in points], mode="lines+markers", line={"color": color, "width": 2.5},
-        marker={"size": 6}, hovertext=text, hoverinfo="text", row=1, col=column,
+        x=[iteration for iteration, _ in points], y=[e.mean for _, e in points], mode="lines+markers",
+        hovertext=[f"{kind} {e.mean:.1%} ({e.low:.1%} to {e.high:.1%})" for _, e in points], hoverinfo="text",
+        **style, **where,
     )  # fmt: skip
-    figure.add_annotation(
-        x=x[-1], y=points[-1][1].mean, text="sampled", showarrow=False, xanchor="right", yanchor="top", yshift=-8,
-        font={"color": color, "size": 12}, row=1, col=column,
-    )  # fmt: skip
-
-
-def _add_greedy(figure: go.Figure, evaluations: Sequence[Evaluation], name: str, color: str, column: int) -> None:
-    points = [(e.iteration, e.greedy[name]) for e in evaluations if name in e.greedy]
-    if not points:
-        return
-    bounds = None
-    if all(e.low is not None and e.high is not None for _, e in points):
-        bounds = {
-            "type": "data", "symmetric": False, "width": 3, "thickness": 1,
-            "array": [(e.high or e.mean) - e.mean for _, e in points],
-            "arrayminus": [e.mean - (e.low or 0.0) for _, e in points],
-        }  # fmt: skip
-    figure.add_scatter(
-        x=[i for i, _ in points], y=[e.mean for _, e in points], error_y=bounds, mode="lines+markers",
-        line={"color": color, "width": 1.5, "dash": "dot"}, marker={"symbol": "diamond-open", "size": 8},
-        hovertext=[_interval_text("greedy", e.mean, e.low, e.high) for _, e in points], hoverinfo="text",
-        row=1, col=column,
-    )  # fmt: skip
-    figure.add_annotation(
-        x=points[-1][0], y=points[-1][1].mean, text="greedy", showarrow=False, xanchor="right", yanchor="bottom",
-        yshift=8, font={"color": color, "size": 12}, row=1, col=column,
-    )  # fmt: skip
-
-
-def _interval_text(kind: str, mean: float, low: float | None, high: float | None) -> str:
-    return f"{kind} {mean:.1%}" + (f" ({low:.1%} to {high:.1%})" if low is not None and high is not None else "")
+    if points:
+        yanchor, yshift = ("top", -8) if kind == "sampled" else ("bottom", 8)
+        figure.add_annotation(
+            x=points[-1][0], y=points[-1][1].mean, text=kind, showarrow=False, xanchor="right", yanchor=yanchor,
+            yshift=yshift, font={"color": style["line"]["color"], "size": 12}, **where,
+        )  # fmt: skip
 
 
 def plot_reward(records: RunRecords) -> go.Figure | None:

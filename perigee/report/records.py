@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from perigee.config import read_yaml
 from perigee.errors import InvalidArgumentError
 from perigee.files import read_lines
 
@@ -18,22 +17,18 @@ OVERALL = "overall"
 
 @dataclass(frozen=True)
 class Estimate:
-    """Fraction with its 95% interval; the bounds are None where the records have none."""
+    """Fraction with its 95% interval."""
 
     mean: float
-    low: float | None = None
-    high: float | None = None
+    low: float
+    high: float
 
     def __str__(self) -> str:
         """The mean with its interval: 0.590 [0.561, 0.619]."""
-        if self.low is None or self.high is None:
-            return f"{self.mean:.3f}"
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
     def is_apart_from(self, other: Estimate) -> bool:
-        """Returns whether the two intervals do not overlap; False when one has no bounds."""
-        if self.low is None or self.high is None or other.low is None or other.high is None:
-            return False
+        """Returns whether the two intervals do not overlap."""
         return self.low > other.high or other.low > self.high
 
 
@@ -86,14 +81,6 @@ class RunRecords:
         """Id of the run."""
         return self.path.name
 
-    def first_and_last(self) -> tuple[Evaluation, Evaluation] | None:
-        """Returns the evaluations to compare: those of the summary, else the first and the last; None of fewer."""
-        baseline = _read_accuracy(0, self.summary.get("accuracy_baseline"))
-        final = _read_accuracy(len(self.iterations), self.summary.get("accuracy_final"))
-        if baseline is not None and final is not None:
-            return baseline, final
-        return (self.evaluations[0], self.evaluations[-1]) if len(self.evaluations) >= 2 else None
-
 
 @dataclass(frozen=True)
 class Change:
@@ -116,11 +103,10 @@ class Change:
 
 
 def changes(records: RunRecords) -> list[Change]:
-    """Returns all changes of accuracy over the run, `overall` first, sampled before greedy."""
-    pair = records.first_and_last()
-    if pair is None:
+    """Returns the changes from the first evaluation to the last, `overall` first, sampled before greedy."""
+    if len(records.evaluations) < 2:
         return []
-    before, after = pair
+    before, after = records.evaluations[0], records.evaluations[-1]
     found = []
     for domain in after.domains:
         for kind, old, new in (("sampled", before.sampled, after.sampled), ("greedy", before.greedy, after.greedy)):
@@ -147,7 +133,7 @@ def read_records(path: Path) -> RunRecords:
     """
     rows = read_lines(path / "metrics.jsonl")
     evaluations = read_evaluations(path)
-    summary = _read_json(path / "summary.json")
+    summary = _read_summary(path / "summary.json")
     if not rows and not evaluations and not summary:
         raise InvalidArgumentError.for_field(str(path), "has no metrics.jsonl, evaluations.jsonl or summary.json")
     return RunRecords(
@@ -155,7 +141,7 @@ def read_records(path: Path) -> RunRecords:
         iterations=[_read_iteration(index, row) for index, row in enumerate(rows, start=1)],
         evaluations=evaluations,
         summary=summary,
-        recipe=_read_recipe(path / "recipe.yaml"),
+        recipe=read_yaml(path / "recipe.yaml") if (path / "recipe.yaml").is_file() else {},
     )
 
 
@@ -197,29 +183,19 @@ def _read_iteration(index: int, row: dict[str, Any]) -> Iteration:
 
 
 def _read_evaluation(row: Mapping[str, Any]) -> Evaluation:
-    evaluation = _read_accuracy(int(row.get("iteration", 0)), row.get("accuracy", row))
-    assert evaluation is not None
-    return evaluation
+    greedy, sampled = (
+        {domain: Estimate(**kinds[kind]) for domain, kinds in row["accuracy"].items() if _has_mean(kinds.get(kind))}
+        for kind in ("greedy", "sampled")
+    )
+    return Evaluation(row["iteration"], greedy, sampled)
 
 
-def _read_accuracy(iteration: int, accuracy: Mapping[str, Any] | None) -> Evaluation | None:
-    if not accuracy:
-        return None
-    found: dict[str, dict[str, Estimate]] = {"greedy": {}, "sampled": {}}
-    for domain, kinds in accuracy.items():
-        for kind, estimates in found.items():
-            if isinstance(kinds, Mapping) and (estimate := _read_estimate(kinds.get(kind))) is not None:
-                estimates[domain] = estimate
-    return Evaluation(iteration, found["greedy"], found["sampled"])
+def _has_mean(estimate: Mapping[str, Any] | None) -> bool:
+    """Returns whether any response counts for an estimate."""
+    return estimate is not None and estimate["mean"] is not None
 
 
-def _read_estimate(value: Any) -> Estimate | None:
-    if isinstance(value, Mapping) and value.get("mean") is not None:
-        return Estimate(value["mean"], value.get("low"), value.get("high"))
-    return Estimate(value) if isinstance(value, int | float) else None
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
+def _read_summary(path: Path) -> Mapping[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -229,13 +205,3 @@ def _read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise InvalidArgumentError.for_field(str(path), "must be a JSON object")
     return values
-
-
-def _read_recipe(path: Path) -> Mapping[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InvalidArgumentError.for_field(str(path), f"is not YAML: {' '.join(str(error).split())}") from error
-    return values if isinstance(values, dict) else {}

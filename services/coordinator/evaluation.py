@@ -12,7 +12,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -246,8 +246,4 @@ def _summarize_scope(attempts: Sequence[Attempt]) -> dict[str, dict[str, float |
 
 
 def _as_numbers(interval: Interval) -> dict[str, float | None]:
-    return {
-        "mean": number_or_none(interval.mean),
-        "low": number_or_none(interval.low),
-        "high": number_or_none(interval.high),
-    }
+    return {name: number_or_none(value) for name, value in asdict(interval).items()}

@@ -6,7 +6,6 @@ import base64
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,33 +23,14 @@ class SamplerState:
     draws: str = ""
 
 
-class Sampler(Protocol):
-    """Draws prompts for new groups; the same state draws the same prompts."""
-
-    def sample(self, count: int, iteration: int, exclude: Collection[str]) -> list[Prompt]:
-        """Returns at most `count` different prompts that are not in `exclude`."""
-
-    def record(self, prompt_id: str, trajectories: int, correct: int) -> None:
-        """Adds judged trajectories to the prompt's success rate."""
-
-    def count_draw(self, prompt_id: str) -> None:
-        """Counts a prompt that was drawn by a process that died before it could save its state."""
-
-    def state(self) -> SamplerState:
-        """Returns the state that `restore` takes."""
-
-    def restore(self, state: SamplerState) -> None:
-        """Sets the sampler to a saved state."""
-
-
-class CurriculumSampler:
+class Sampler:
     """Draws prompts of the difficulty that the iteration allows, those drawn least first, ties broken at random.
 
-    When fewer prompts are allowed than asked for, the nearest difficulties fill up.
+    When fewer prompts are allowed than asked for, the nearest difficulties fill up. The same state draws the same.
     """
 
     def __init__(self, prompts: Sequence[Prompt], curriculum: CurriculumConfig, seed: int) -> None:
-        self.prompts = prompts
+        self._prompts = prompts
         self._curriculum = curriculum
         self._seed = seed
         self._step = 0
@@ -60,23 +40,25 @@ class CurriculumSampler:
 
     def sample(self, count: int, iteration: int, exclude: Collection[str]) -> list[Prompt]:
         """Returns at most `count` different prompts that are not in `exclude`."""
-        return self.choose(count, iteration, exclude, self._draws_P.astype(np.float64))
+        return self._choose(count, iteration, exclude, self._draws_P.astype(np.float64))
 
-    def choose(self, count: int, iteration: int, exclude: Collection[str], cost_P: NDArray[np.float64]) -> list[Prompt]:
+    def _choose(
+        self, count: int, iteration: int, exclude: Collection[str], cost_P: NDArray[np.float64]
+    ) -> list[Prompt]:
         """Returns the allowed prompts of least cost, ties at random, and counts the draws."""
-        generator = self.next_generator()
-        distance_P = self.distance_from_allowed(iteration)
-        order_P = np.lexsort((generator.random(len(self.prompts)), cost_P, distance_P))
-        chosen = [int(index) for index in order_P if self.prompts[int(index)].id not in exclude][:count]
+        generator = self._next_generator()
+        distance_P = self._distance_from_allowed(iteration)
+        order_P = np.lexsort((generator.random(len(self._prompts)), cost_P, distance_P))
+        chosen = [int(index) for index in order_P if self._prompts[int(index)].id not in exclude][:count]
         self._draws_P[chosen] += 1
-        return [self.prompts[index] for index in chosen]
+        return [self._prompts[index] for index in chosen]
 
-    def next_generator(self) -> np.random.Generator:
+    def _next_generator(self) -> np.random.Generator:
         """Returns a new random generator for each step, so that the number of the step is all of its state."""
         self._step += 1
         return np.random.default_rng([self._seed, self._step])
 
-    def distance_from_allowed(self, iteration: int) -> NDArray[np.float64]:
+    def _distance_from_allowed(self, iteration: int) -> NDArray[np.float64]:
         """Returns the distance of each prompt's difficulty from the range that the iteration allows; 0 inside."""
         low, high = allowed_difficulty(self._curriculum, iteration)
         outside_P = np.maximum(low - self._difficulty_P, self._difficulty_P - high)
@@ -97,24 +79,24 @@ class CurriculumSampler:
     def restore(self, state: SamplerState) -> None:
         """Sets the sampler to a saved state; raises DataLossError when it is of another prompt set."""
         draws_P = np.frombuffer(zlib.decompress(base64.b64decode(state.draws)), dtype="<u4")
-        if len(draws_P) != len(self.prompts):
-            raise DataLossError(f"The run's state counts {len(draws_P)} prompts, the file holds {len(self.prompts)}.")
+        if len(draws_P) != len(self._prompts):
+            raise DataLossError(f"The run's state counts {len(draws_P)} prompts, the file holds {len(self._prompts)}.")
         self._step = state.step
         self._draws_P = draws_P.astype(np.uint32)
 
 
-class PrioritizedSampler:
+class PrioritizedSampler(Sampler):
     """Draws prompts with probabilities proportional to 1 - success rate, among those that the curriculum allows.
 
-    A prompt that was never judged has a success rate of 0; `floor` is the smallest weight.
+    A prompt that was never judged has a success rate of 0; `floor` is the smallest weight. Success rates are no part of
+    the state: they are the buffer's prompt statistics.
     """
 
-    def __init__(self, curriculum: CurriculumSampler, floor: float) -> None:
-        self._curriculum = curriculum
+    def __init__(self, prompts: Sequence[Prompt], curriculum: CurriculumConfig, seed: int, floor: float) -> None:
+        super().__init__(prompts, curriculum, seed)
         self._floor = floor
-        self._index = {prompt.id: index for index, prompt in enumerate(curriculum.prompts)}
-        self._judged_P = np.zeros(len(curriculum.prompts))
-        self._correct_P = np.zeros(len(curriculum.prompts))
+        self._judged_P = np.zeros(len(prompts))
+        self._correct_P = np.zeros(len(prompts))
 
     def weights(self) -> NDArray[np.float64]:
         """Returns each prompt's weight."""
@@ -124,8 +106,8 @@ class PrioritizedSampler:
     def sample(self, count: int, iteration: int, exclude: Collection[str]) -> list[Prompt]:
         """Returns at most `count` different prompts that are not in `exclude`, drawn without replacement."""
         # Exponential clocks: the first `count` to ring are a weighted draw without replacement.
-        clock_P = self._curriculum.next_generator().exponential(size=len(self._judged_P)) / self.weights()
-        return self._curriculum.choose(count, iteration, exclude, clock_P)
+        clock_P = self._next_generator().exponential(size=len(self._judged_P)) / self.weights()
+        return self._choose(count, iteration, exclude, clock_P)
 
     def record(self, prompt_id: str, trajectories: int, correct: int) -> None:
         """Adds judged trajectories to the prompt's success rate."""
@@ -133,18 +115,6 @@ class PrioritizedSampler:
         if index is not None:
             self._judged_P[index] += trajectories
             self._correct_P[index] += correct
-
-    def count_draw(self, prompt_id: str) -> None:
-        """Counts a prompt that was drawn by a process that died before it could save its state."""
-        self._curriculum.count_draw(prompt_id)
-
-    def state(self) -> SamplerState:
-        """Returns the curriculum's state; success rates are the buffer's prompt statistics."""
-        return self._curriculum.state()
-
-    def restore(self, state: SamplerState) -> None:
-        """Sets the sampler to a saved state."""
-        self._curriculum.restore(state)
 
 
 def allowed_difficulty(curriculum: CurriculumConfig, iteration: int) -> tuple[float, float]:
@@ -167,8 +137,9 @@ def make_sampler(
     statistics: Mapping[str, tuple[int, int]],
 ) -> Sampler:
     """Returns the run's sampler; `statistics` has (judged, correct) of each prompt judged before."""
-    by_difficulty = CurriculumSampler(prompts, curriculum, seed)
-    sampler: Sampler = PrioritizedSampler(by_difficulty, prioritized.floor) if prioritized.enabled else by_difficulty
+    sampler = Sampler(prompts, curriculum, seed)
+    if prioritized.enabled:
+        sampler = PrioritizedSampler(prompts, curriculum, seed, prioritized.floor)
     for prompt_id, (judged, correct) in statistics.items():
         sampler.record(prompt_id, judged, correct)
     return sampler

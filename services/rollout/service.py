@@ -25,7 +25,7 @@ from services.rollout.model import PolicyModel, open_policy
 from services.rollout.registration import keep_registered
 from services.rollout.segment import SegmentSettings, check_repetition_stop, check_sampling
 from services.rollout.worker import DRAINING, READY, Worker, supervise
-from services.weights.receive import WeightReceiver, WeightReceiverService
+from services.weights.receive import WeightReceiver
 
 MAX_RESPONSE_BYTES = 1 << 20
 ROLLOUT = "perigee.rollout.v1.RolloutService"
@@ -151,7 +151,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         add_RolloutServiceServicer_to_server,
         RolloutService(worker, app.connect(BufferClient, config.buffer_address)),
     )
-    app.add(WEIGHTS, add_WeightReceiverServiceServicer_to_server, WeightReceiverService(receiver))
+    app.add(WEIGHTS, add_WeightReceiverServiceServicer_to_server, receiver)
     app.set_ready(WEIGHTS, True)
     tasks = [
         asyncio.create_task(supervise(worker, lambda: receiver.current, end_service)),

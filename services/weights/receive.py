@@ -6,7 +6,6 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import Histogram
@@ -102,14 +101,10 @@ class BufferPool:
         buffer.close()
 
 
-@dataclass
-class _Committing:
-    transfer_id: str
-    task: asyncio.Task[pb.CommitResponse]
+class WeightReceiver(WeightReceiverServiceServicer):
+    """Receives weights as perigee.weights.v1.WeightReceiverService, which the rollout service hosts.
 
-
-class WeightReceiver:
-    """Receives weights; `commit` is awaited with each verified image and loads it into the engine.
+    `commit` is awaited with each verified image and loads it into the engine.
 
     `current` is the last image that `commit` took without an error; it stays in shared memory so that a restarted
     engine can be filled from it. When `commit` raises, the image is dropped and `current` stays.
@@ -129,7 +124,9 @@ class WeightReceiver:
         self._transport: Transport | None = None
         self._pool: BufferPool | None = None
         self._pending: tuple[str, WeightImage] | None = None
-        self._committing: _Committing | None = None
+        # The latest commit and the transfer that it is of.
+        self._committing: asyncio.Task[pb.CommitResponse] | None = None
+        self._committing_id = ""
         # Preparations come one at a time and wait for a commit under way: its buffer is not theirs to take.
         self._lock = asyncio.Lock()
 
@@ -143,7 +140,7 @@ class WeightReceiver:
     async def close(self) -> None:
         """Waits for a commit under way, then unregisters and removes all buffers."""
         if self._committing is not None:
-            await asyncio.wait({self._committing.task})
+            await asyncio.wait({self._committing})
         async with self._lock:
             self._pending = None
             self.current = None
@@ -152,12 +149,13 @@ class WeightReceiver:
                 await asyncio.to_thread(self._transport.close)
             self._pool = self._transport = None
 
-    async def prepare(self, manifest: pb.Manifest) -> pb.PrepareResponse:
+    async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareResponse:
         """Reserves a spare buffer for the manifest; voids a preparation that is not committed.
 
         Raises InvalidArgumentError for a manifest of no image or of one above `max_image_bytes`, ResourceExhaustedError
         without memory.
         """
+        manifest = request.manifest
         check_manifest(manifest)
         if manifest.total_bytes > self._config.max_image_bytes:
             raise InvalidArgumentError.for_field(
@@ -177,7 +175,7 @@ class WeightReceiver:
             if self._pool is None or self._transport is None:
                 raise FailedPreconditionError("the weight receiver is not running")
             if self._committing is not None:
-                await asyncio.wait({self._committing.task})
+                await asyncio.wait({self._committing})
             if self._pending is not None:
                 transfer_id, image = self._pending
                 self._pending = None
@@ -193,7 +191,7 @@ class WeightReceiver:
                 transfer_id=transfer_id,
             )
 
-    async def commit(self, transfer_id: str) -> pb.CommitResponse:
+    async def Commit(self, request: pb.CommitRequest, context: Any) -> pb.CommitResponse:
         """Verifies what was written and commits it; a second call with the same id gets the same response.
 
         It runs to its end when the caller goes away: an engine must not stay half loaded.
@@ -201,13 +199,18 @@ class WeightReceiver:
         Raises AbortedError when the preparation is voided, DataLossError for a damaged shard, and whatever the engine
         raises.
         """
-        if self._committing is None or self._committing.transfer_id != transfer_id:
-            image = self._claim(transfer_id)
-            self._committing = _Committing(transfer_id, asyncio.create_task(self._verify_and_commit(image)))
-        return await asyncio.shield(self._committing.task)
+        if self._committing is None or self._committing_id != request.transfer_id:
+            image = self._claim(request.transfer_id)
+            self._committing = asyncio.create_task(self._verify_and_commit(image))
+            self._committing_id = request.transfer_id
+        return await asyncio.shield(self._committing)
 
-    def abort(self, transfer_id: str) -> None:
+    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
         """Drops a preparation whose write has ended; an unknown id is no error, a commit under way is not stopped."""
+        self._abort(request.transfer_id)
+        return pb.AbortResponse()
+
+    def _abort(self, transfer_id: str) -> None:
         if self._pool is None:
             return
         if self._pending is not None and self._pending[0] == transfer_id:
@@ -218,7 +221,7 @@ class WeightReceiver:
     def _drop_unanswered(self, preparing: asyncio.Task[pb.PrepareResponse]) -> None:
         """Drops a preparation whose caller went away before it learned where to write, so nothing can be under way."""
         if not preparing.cancelled() and preparing.exception() is None:
-            self.abort(preparing.result().transfer_id)
+            self._abort(preparing.result().transfer_id)
 
     def _claim(self, transfer_id: str) -> WeightImage:
         """Returns the prepared image of a transfer, which is prepared no longer."""
@@ -267,23 +270,3 @@ class WeightReceiver:
 def _verify(image: WeightImage) -> None:
     with image.buffer.view() as view:
         verify_shards(view, image.manifest)
-
-
-class WeightReceiverService(WeightReceiverServiceServicer):
-    """perigee.weights.v1.WeightReceiverService on a receiver; the rollout service hosts it."""
-
-    def __init__(self, receiver: WeightReceiver) -> None:
-        self._receiver = receiver
-
-    async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareResponse:
-        """Reserves a spare buffer."""
-        return await self._receiver.prepare(request.manifest)
-
-    async def Commit(self, request: pb.CommitRequest, context: Any) -> pb.CommitResponse:
-        """Verifies and commits."""
-        return await self._receiver.commit(request.transfer_id)
-
-    async def Abort(self, request: pb.AbortRequest, context: Any) -> pb.AbortResponse:
-        """Drops a preparation."""
-        self._receiver.abort(request.transfer_id)
-        return pb.AbortResponse()

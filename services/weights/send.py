@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from prometheus_client import Counter, Histogram
@@ -188,54 +189,25 @@ def start_write(
     The thread is a daemon: Mooncake offers no way to end a write to a silent peer, and a process that is told to
     stop must not wait a minute for one.
     """
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[float] = loop.create_future()
+    ended: Future[float] = Future()
+    written = asyncio.wrap_future(ended)
     source.pin()
-    thread = threading.Thread(
-        target=_write_and_finish,
-        args=(endpoints, source, size, destination, loop, future),
-        name=f"weights-to-{destination.session}",
-        daemon=True,
-    )
-    thread.start()
-    return future
+    written.add_done_callback(lambda _: source.unpin())
 
+    def write() -> None:
+        endpoint: Endpoint | None = None
+        try:
+            endpoint = endpoints.borrow(destination)
+            ended.set_result(_write(endpoint.transport, source, size, destination))
+            endpoints.give_back(endpoint)
+        except Exception as error:
+            reason = f"the write to {destination.session} failed: {type(error).__name__}: {error}"
+            ended.set_exception(error if isinstance(error, PerigeeError) else InternalError(reason))
+            if endpoint is not None:
+                endpoint.transport.close()
 
-def _write_and_finish(
-    endpoints: EndpointPool,
-    source: SharedBuffer,
-    size: int,
-    destination: pb.PrepareResponse,
-    loop: asyncio.AbstractEventLoop,
-    future: asyncio.Future[float],
-) -> None:
-    endpoint: Endpoint | None = None
-    outcome: float | PerigeeError
-    try:
-        endpoint = endpoints.borrow(destination)
-        outcome = _write(endpoint.transport, source, size, destination)
-    except PerigeeError as error:
-        outcome = error
-    except Exception as error:
-        outcome = InternalError(f"the write to {destination.session} failed: {type(error).__name__}: {error}")
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(_finish, source, future, outcome)
-    if endpoint is None:
-        return
-    if isinstance(outcome, PerigeeError):
-        endpoint.transport.close()
-    else:
-        endpoints.give_back(endpoint)
-
-
-def _finish(source: SharedBuffer, future: asyncio.Future[float], outcome: float | PerigeeError) -> None:
-    source.unpin()
-    if future.cancelled():
-        return
-    if isinstance(outcome, PerigeeError):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
+    threading.Thread(target=write, name=f"weights-to-{destination.session}", daemon=True).start()
+    return written
 
 
 def _write(transport: Transport, source: SharedBuffer, size: int, destination: pb.PrepareResponse) -> float:

@@ -24,7 +24,7 @@ METRICS = {
     "time/rollout/start": 0.0,
     "time/rollout/seconds": 2.0,
 }
-EVALUATION = Evaluation(4, {"overall": Estimate(0.5)}, {"overall": Estimate(0.4, 0.35, 0.45)})
+EVALUATION = Evaluation(4, {"overall": Estimate(0.5, 0.44, 0.56)}, {"overall": Estimate(0.4, 0.35, 0.45)})
 
 
 def snapshot(phase: pb.RunPhase.ValueType = pb.RUN_PHASE_ROLLOUT, **fields: object) -> pb.RunSnapshot:
@@ -71,8 +71,8 @@ def test_each_supervised_stage_is_shown() -> None:
 def test_a_held_out_accuracy_is_shown_with_its_interval() -> None:
     stream = io.StringIO()
     PlainView(stream).show_evaluation(EVALUATION)
-    expected = "held-out accuracy at iteration 4: overall sampled 0.400 [0.350, 0.450] greedy 0.500\n"
-    assert stream.getvalue() == expected
+    expected = "held-out accuracy at iteration 4: overall sampled 0.400 [0.350, 0.450] greedy 0.500 [0.440, 0.560]"
+    assert stream.getvalue() == f"{expected}\n"
 
 
 def test_the_live_view_shows_run_figures_workers_and_notes() -> None:
@@ -90,7 +90,7 @@ def test_the_live_view_shows_run_figures_workers_and_notes() -> None:
 
 def test_an_evaluation_is_read_from_the_coordinators_message() -> None:
     overall = pb.DomainAccuracy(domain="overall", sampled=pb.AccuracyEstimate(mean=0.4, low=0.35, high=0.45))
-    overall.greedy.mean = 0.5
+    overall.greedy.CopyFrom(pb.AccuracyEstimate(mean=0.5, low=0.44, high=0.56))
     shown = pb.EvaluationResult(number=2, iteration=4, accuracies=[overall, pb.DomainAccuracy(domain="math")])
     assert read_evaluation(shown) == EVALUATION
 

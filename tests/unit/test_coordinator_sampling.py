@@ -14,7 +14,7 @@ from perigee.reward.items import PromptLine
 from perigee.reward.v1 import reward_pb2
 from services.coordinator.prompts import Prompt
 from services.coordinator.run_config import CurriculumConfig, PrioritizedConfig
-from services.coordinator.sampling import CurriculumSampler, PrioritizedSampler, allowed_difficulty, make_sampler
+from services.coordinator.sampling import PrioritizedSampler, Sampler, allowed_difficulty, make_sampler
 
 OFF = CurriculumConfig()
 
@@ -31,7 +31,7 @@ def ids(prompts: list[Prompt]) -> list[str]:
 
 
 def test_every_prompt_is_drawn_once_before_any_is_drawn_twice() -> None:
-    sampler = CurriculumSampler(make_prompts([1.0] * 30), OFF, seed=1)
+    sampler = Sampler(make_prompts([1.0] * 30), OFF, seed=1)
     drawn = Counter(prompt_id for _ in range(6) for prompt_id in ids(sampler.sample(10, 1, set())))
     assert set(drawn.values()) == {2}
     assert len(drawn) == 30
@@ -41,27 +41,27 @@ def test_a_ramp_allows_harder_prompts_as_iterations_pass() -> None:
     curriculum = CurriculumConfig(kind="ramp", start_difficulty=2, end_difficulty=6, iterations=4)
     assert [allowed_difficulty(curriculum, iteration)[1] for iteration in (1, 2, 3, 5, 9)] == [2, 3, 4, 6, 6]
     prompts = make_prompts([float(n % 8) for n in range(80)])
-    sampler = CurriculumSampler(prompts, curriculum, seed=0)
+    sampler = Sampler(prompts, curriculum, seed=0)
     assert {p.line.difficulty for p in sampler.sample(30, 1, set())} == {0.0, 1.0, 2.0}
     assert max(p.line.difficulty for p in sampler.sample(60, 9, set())) == 6.0
 
 
 def test_too_few_allowed_prompts_are_filled_up_by_the_nearest() -> None:
     curriculum = CurriculumConfig(kind="ramp", start_difficulty=1, end_difficulty=1, iterations=1)
-    sampler = CurriculumSampler(make_prompts([1.0, 1.0, 2.0, 3.0, 9.0]), curriculum, seed=0)
+    sampler = Sampler(make_prompts([1.0, 1.0, 2.0, 3.0, 9.0]), curriculum, seed=0)
     assert set(ids(sampler.sample(4, 1, set()))) == {"p0", "p1", "p2", "p3"}
 
 
 def test_hard_after_warmup() -> None:
     curriculum = CurriculumConfig(kind="hard_after_warmup", end_difficulty=3, iterations=2)
-    sampler = CurriculumSampler(make_prompts([1.0, 2.0, 3.0, 4.0] * 5), curriculum, seed=0)
+    sampler = Sampler(make_prompts([1.0, 2.0, 3.0, 4.0] * 5), curriculum, seed=0)
     assert {p.line.difficulty for p in sampler.sample(20, 2, set())} == {1.0, 2.0, 3.0, 4.0}
     assert {p.line.difficulty for p in sampler.sample(10, 3, set())} == {3.0, 4.0}
 
 
 def test_prioritized_draws_in_proportion_to_one_minus_success_rate() -> None:
     prompts = make_prompts([1.0] * 3)
-    sampler = PrioritizedSampler(CurriculumSampler(prompts, OFF, seed=3), floor=0.1)
+    sampler = PrioritizedSampler(prompts, OFF, seed=3, floor=0.1)
     sampler.record("p0", 10, 10)
     sampler.record("p1", 10, 5)
     assert sampler.weights() == pytest.approx([0.1, 0.5, 1.0])
@@ -95,6 +95,6 @@ def test_a_restored_sampler_draws_what_the_first_would_have(
 
 
 def test_a_state_of_another_prompt_set_is_refused() -> None:
-    state = CurriculumSampler(make_prompts([1.0] * 3), OFF, 0).state()
+    state = Sampler(make_prompts([1.0] * 3), OFF, 0).state()
     with pytest.raises(DataLossError, match="counts 3 prompts, the file holds 4"):
-        CurriculumSampler(make_prompts([1.0] * 4), OFF, 0).restore(state)
+        Sampler(make_prompts([1.0] * 4), OFF, 0).restore(state)

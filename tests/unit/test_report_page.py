@@ -124,8 +124,8 @@ def test_a_run_that_has_not_finished_compares_its_evaluations(run_path: Path) ->
 
 
 def test_intervals_that_overlap_are_not_called_apart(run_path: Path) -> None:
-    summary = {"accuracy_baseline": accuracy(0.0), "accuracy_final": accuracy(0.05)}
-    (run_path / "summary.json").write_text(json.dumps(summary))
+    lines = [{"iteration": i, "accuracy": accuracy(gain)} for i, gain in ((0, 0.0), (8, 0.05))]
+    write_lines(run_path / "evaluations.jsonl", lines)
     assert not any("apart" in line for line in headline_lines(read_records(run_path)))
 
 
