@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 from prometheus_client import Counter
@@ -59,6 +59,8 @@ VERDICTS = Counter("perigee_buffer_verdicts_total", "Verdicts recorded.")
 COMMITS = Counter("perigee_buffer_commits_total", "Iterations committed.")
 
 Arguments = list[str | bytes | int]
+# Part of a trajectory, and the bytes of its tokens.
+Piece = tuple[pb.ReadTrajectoriesResponse, int]
 
 
 async def create_run(scripts: ScriptRunner, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
@@ -260,12 +262,12 @@ async def read_trajectories(
     Raises NotFoundError for an unknown trajectory, AbortedError when one is consumed while it is read.
     """
     for start in range(0, len(trajectory_ids), HEADS_PER_CALL):
-        heads = await _read_heads(scripts, run_id, trajectory_ids[start : start + HEADS_PER_CALL])
-        ranges = [span for head in heads for span in _cut(head, piece_tokens)]
-        for batch in _batch(ranges):
-            for piece in await _read_batch(scripts, run_id, batch, with_logprobs):
-                TOKENS_READ.inc(count_tokens(piece.token_ids))
-                yield piece
+        pieces = await _plan_pieces(scripts, run_id, trajectory_ids[start : start + HEADS_PER_CALL], piece_tokens)
+        for batch in _batch(pieces):
+            await _read_batch(scripts, run_id, batch, with_logprobs)
+            for message, size in batch:
+                TOKENS_READ.inc(size // ITEM_BYTES)
+                yield message
 
 
 def pack_spans(spans: Iterable[pb.VersionSpan], offset: int) -> str:
@@ -290,96 +292,62 @@ def unpack_spans(versions: str, first: int, last: int) -> list[pb.VersionSpan]:
     return spans
 
 
-@dataclass(frozen=True)
-class _Head:
-    """A trajectory before its tokens are read."""
-
-    trajectory_id: str
-    prompt_token_ids: bytes
-    tokens: int
-    epoch: int
-    end_reason: pb.EndReason.ValueType
-    versions: str
-
-
-@dataclass(frozen=True)
-class _Range:
-    """Response tokens [first, last) of a trajectory."""
-
-    head: _Head
-    first: int
-    last: int
-
-    @property
-    def bytes(self) -> int:
-        return (self.last - self.first) * ITEM_BYTES
-
-
-async def _read_heads(scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str]) -> list[_Head]:
-    """Reads what is known of trajectories before their tokens."""
+async def _plan_pieces(
+    scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str], piece_tokens: int
+) -> list[Piece]:
+    """Returns the pieces of trajectories, one of each at least, before their tokens are read."""
     word, *fields = await scripts.run(READ_HEADS, run_id, *trajectory_ids)
     if word == b"UNKNOWN":
         raise NotFoundError(f"trajectory {fields[0].decode()!r} does not exist in run {run_id!r}")
     rows, prompt_sizes = json.loads(fields[0])
-    prompts, start = [], 0
-    for size in prompt_sizes:
-        prompts.append(fields[1][start : start + size])
-        start += size
-    return [
-        _Head(trajectory_id, prompts[prompt], int(tokens), int(epoch), pb.EndReason.ValueType(int(ending)), versions)
-        for trajectory_id, (prompt, tokens, epoch, ending, versions) in zip(trajectory_ids, rows, strict=True)
-    ]
+    ends = list(accumulate(prompt_sizes))
+    pieces = []
+    for trajectory_id, (prompt, tokens_text, epoch, ending, versions) in zip(trajectory_ids, rows, strict=True):
+        tokens = int(tokens_text)
+        for first in range(0, max(tokens, 1), piece_tokens):
+            last = min(first + piece_tokens, tokens)
+            message = pb.ReadTrajectoriesResponse(
+                trajectory_id=trajectory_id,
+                offset=first,
+                versions=unpack_spans(versions, first, last),
+                last=last == tokens,
+                end_reason=pb.EndReason.ValueType(int(ending)),
+                epoch=int(epoch),
+            )
+            if first == 0:
+                message.prompt_token_ids = fields[1][ends[prompt] - prompt_sizes[prompt] : ends[prompt]]
+            pieces.append((message, (last - first) * ITEM_BYTES))
+    return pieces
 
 
-def _cut(head: _Head, piece_tokens: int) -> Iterator[_Range]:
-    """Yields the ranges of a trajectory's pieces, one at least."""
-    for first in range(0, max(head.tokens, 1), piece_tokens):
-        yield _Range(head, first, min(first + piece_tokens, head.tokens))
-
-
-def _batch(ranges: Sequence[_Range]) -> Iterator[list[_Range]]:
-    """Yields ranges in batches that one script call reads."""
-    batch: list[_Range] = []
+def _batch(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+    """Yields pieces in batches that one script call reads."""
+    batch: list[Piece] = []
     size = 0
-    for item in ranges:
-        if batch and size + item.bytes > TOKENS_PER_CALL * ITEM_BYTES:
+    for piece in pieces:
+        if batch and size + piece[1] > TOKENS_PER_CALL * ITEM_BYTES:
             yield batch
             batch, size = [], 0
-        batch.append(item)
-        size += item.bytes
+        batch.append(piece)
+        size += piece[1]
     if batch:
         yield batch
 
 
-async def _read_batch(
-    scripts: ScriptRunner, run_id: str, batch: Sequence[_Range], with_logprobs: bool
-) -> list[pb.ReadTrajectoriesResponse]:
-    """Reads the tokens of ranges in one script call."""
+async def _read_batch(scripts: ScriptRunner, run_id: str, batch: Sequence[Piece], with_logprobs: bool) -> None:
+    """Fills in the tokens of pieces, read in one script call."""
     arguments: Arguments = [int(with_logprobs)]
-    for item in batch:
-        if item.bytes:
-            arguments += (item.head.trajectory_id, item.first * ITEM_BYTES, item.last * ITEM_BYTES - 1)
+    for message, size in batch:
+        if size:
+            begin = message.offset * ITEM_BYTES
+            arguments += (message.trajectory_id, begin, begin + size - 1)
     _, token_ids, logprobs = await scripts.run(READ_TOKENS, run_id, *arguments)
-    if len(token_ids) != sum(item.bytes for item in batch):
+    if len(token_ids) != sum(size for _, size in batch):
         raise AbortedError(f"a trajectory of run {run_id!r} was consumed while it was read")
-    pieces, start = [], 0
-    for item in batch:
-        stop = start + item.bytes
-        pieces.append(
-            pb.ReadTrajectoriesResponse(
-                trajectory_id=item.head.trajectory_id,
-                prompt_token_ids=item.head.prompt_token_ids if item.first == 0 else b"",
-                offset=item.first,
-                token_ids=token_ids[start:stop],
-                logprobs=logprobs[start:stop],
-                versions=unpack_spans(item.head.versions, item.first, item.last),
-                last=item.last == item.head.tokens,
-                end_reason=item.head.end_reason,
-                epoch=item.head.epoch,
-            )
-        )
-        start = stop
-    return pieces
+    start = 0
+    for message, size in batch:
+        message.token_ids, message.logprobs = token_ids[start : start + size], logprobs[start : start + size]
+        start += size
 
 
 def _read_run_state(run_id: str, fields: Sequence[Any]) -> pb.RunState:

@@ -82,12 +82,6 @@ class Checks:
             raise InvalidArgumentError.for_fields(self._violations[:MAX_VIOLATIONS])
 
 
-def check_run_id(run_id: str) -> None:
-    """Raises InvalidArgumentError for an id that no run can have."""
-    if trouble := describe_bad_run_id(run_id):
-        raise InvalidArgumentError.for_field("run_id", trouble)
-
-
 def check_groups(groups: Sequence[pb.NewGroup], limits: LimitsConfig) -> None:
     """Raises InvalidArgumentError for groups that cannot be created."""
     checks = Checks()

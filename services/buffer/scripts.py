@@ -15,8 +15,15 @@ from redis import exceptions
 from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
-from perigee.errors import FailedPreconditionError, NotFoundError, ResourceExhaustedError, UnavailableError
+from perigee.errors import (
+    FailedPreconditionError,
+    InvalidArgumentError,
+    NotFoundError,
+    ResourceExhaustedError,
+    UnavailableError,
+)
 from services.buffer.nodes import Nodes, read_facts
+from services.buffer.requests import describe_bad_run_id
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -60,7 +67,12 @@ LEAST_SYNCED = {"segments": Durability.SEGMENT, "commits": Durability.COMMIT, "n
 
 
 def run_key(run_id: str) -> str:
-    """Returns the key of the run's state, from which the scripts derive every other key of the run."""
+    """Returns the key of the run's state, from which the scripts derive every other key of the run.
+
+    Raises InvalidArgumentError for an id that no run can have.
+    """
+    if trouble := describe_bad_run_id(run_id):
+        raise InvalidArgumentError.for_field("run_id", trouble)
     return f"perigee:{{{run_id}}}:run"
 
 

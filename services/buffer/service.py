@@ -36,24 +36,20 @@ class BufferService(BufferServiceServicer):
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
         """Creates the run or confirms it."""
-        requests.check_run_id(request.run_id)
         return await model.create_run(self._scripts, request)
 
     async def GetRun(self, request: pb.GetRunRequest, context: Context) -> pb.GetRunResponse:
         """Reads the run's state."""
-        requests.check_run_id(request.run_id)
         return pb.GetRunResponse(run=await model.get_run(self._scripts, request.run_id))
 
     async def CreateGroups(self, request: pb.CreateGroupsRequest, context: Context) -> pb.CreateGroupsResponse:
         """Creates groups with their trajectories."""
-        requests.check_run_id(request.run_id)
         requests.check_groups(request.groups, self._config.limits)
         created = await model.create_groups(self._scripts, request.run_id, request.groups)
         return pb.CreateGroupsResponse(created=created)
 
     async def ListGroups(self, request: pb.ListGroupsRequest, context: Context) -> AsyncIterator[pb.ListGroupsResponse]:
         """Streams the groups not consumed."""
-        requests.check_run_id(request.run_id)
         pages = model.list_groups(self._scripts, request.run_id, self._config.page_trajectories)
         async with aclosing(pages):
             async for page in pages:
@@ -63,7 +59,6 @@ class BufferService(BufferServiceServicer):
         self, request: pb.LeaseTrajectoriesRequest, context: Context
     ) -> pb.LeaseTrajectoriesResponse:
         """Leases trajectories to a worker."""
-        requests.check_run_id(request.run_id)
         ids = request.trajectory_ids
         requests.check_ids("trajectory_ids", ids, self._config.limits, worker_id=request.worker_id)
         leases = await model.lease_trajectories(self._scripts, request.run_id, request.worker_id, ids)
@@ -71,7 +66,6 @@ class BufferService(BufferServiceServicer):
 
     async def AppendChunks(self, request: pb.AppendChunksRequest, context: Context) -> pb.AppendChunksResponse:
         """Appends chunks."""
-        requests.check_run_id(request.run_id)
         requests.check_chunks(request.chunks, self._config.limits)
         outcomes = await model.append_chunks(self._scripts, request.run_id, request.chunks)
         return pb.AppendChunksResponse(outcomes=outcomes)
@@ -80,7 +74,6 @@ class BufferService(BufferServiceServicer):
         self, request: pb.ReadTrajectoriesRequest, context: Context
     ) -> AsyncIterator[pb.ReadTrajectoriesResponse]:
         """Streams trajectories with their tokens."""
-        requests.check_run_id(request.run_id)
         requests.check_ids("trajectory_ids", request.trajectory_ids, self._config.limits)
         pieces = model.read_trajectories(
             self._scripts,
@@ -95,7 +88,6 @@ class BufferService(BufferServiceServicer):
 
     async def RecordVerdicts(self, request: pb.RecordVerdictsRequest, context: Context) -> pb.RecordVerdictsResponse:
         """Records verdicts."""
-        requests.check_run_id(request.run_id)
         requests.check_verdicts(request.verdicts, self._config.limits)
         recorded = await model.record_verdicts(self._scripts, request.run_id, request.verdicts)
         return pb.RecordVerdictsResponse(recorded=recorded)
@@ -104,12 +96,10 @@ class BufferService(BufferServiceServicer):
         self, request: pb.ListPromptStatisticsRequest, context: Context
     ) -> pb.ListPromptStatisticsResponse:
         """Reads a page of statistics."""
-        requests.check_run_id(request.run_id)
         return await model.list_statistics(self._scripts, request.run_id, request.page_token, self._config.page_prompts)
 
     async def CommitIteration(self, request: pb.CommitIterationRequest, context: Context) -> pb.CommitIterationResponse:
         """Closes an iteration."""
-        requests.check_run_id(request.run_id)
         requests.check_commit(request, self._config.limits)
         return await model.commit_iteration(self._scripts, request)
 

@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prometheus_client import Histogram
 
@@ -38,7 +38,8 @@ MAX_BATCH_CHUNKS = 2048
 DURABLE = {buffer_pb2.APPEND_OUTCOME_APPENDED, buffer_pb2.APPEND_OUTCOME_DUPLICATE}
 
 SegmentResult = pb.SegmentEnd | pb.SegmentFailure
-_calls = itertools.count()
+# Chunk that waits for its append, and what its writer waits for.
+PendingChunk = tuple[buffer_pb2.Chunk, asyncio.Future[None]]
 
 
 class AppendRefusedError(Exception):
@@ -56,7 +57,7 @@ async def extend_trajectories(
     worker.check_ready(request.run_id, request.policy_version)
     writer = ChunkWriter(buffer, request.run_id, worker.config.flush_seconds, worker.config.buffer_timeout_seconds)
     with worker.admit(len(request.trajectories)) as admission:
-        call = _Call(worker, buffer, writer, request, settings, admission, next(_calls))
+        call = _Call(worker, buffer, writer, request, settings, admission)
         writing = asyncio.create_task(writer.run())
         start, failures = time.monotonic(), 0
         try:
@@ -80,33 +81,24 @@ async def extend_trajectories(
             await asyncio.wait([writing])
 
 
+@dataclass(eq=False)
 class _Call:
     """One ExtendTrajectories call in flight."""
 
-    def __init__(
-        self,
-        worker: Worker,
-        buffer: BufferClient,
-        writer: ChunkWriter,
-        request: pb.ExtendTrajectoriesRequest,
-        settings: SegmentSettings,
-        admission: Admission,
-        number: int,
-    ) -> None:
-        self._worker = worker
-        self._buffer = buffer
-        self._writer = writer
-        self._request = request
-        self._settings = settings
-        self._admission = admission
-        self._number = number
+    worker: Worker
+    buffer: BufferClient
+    writer: ChunkWriter
+    request: pb.ExtendTrajectoriesRequest
+    settings: SegmentSettings
+    admission: Admission
+    number: int = field(default_factory=itertools.count().__next__)
 
     async def run(self, emit: Emit[SegmentResult]) -> None:
         """Starts each trajectory as soon as its tokens are read."""
-        leases = {lease.trajectory_id: lease for lease in self._request.trajectories}
-        self._writer.writers = len(leases)
-        stored = self._buffer.read_trajectories(
-            self._request.run_id, list(leases), timeout_s=self._worker.config.buffer_timeout_seconds
+        leases = {lease.trajectory_id: lease for lease in self.request.trajectories}
+        self.writer.writers = len(leases)
+        stored = self.buffer.read_trajectories(
+            self.request.run_id, list(leases), timeout_s=self.worker.config.buffer_timeout_seconds
         )
         async with asyncio.TaskGroup() as group:
             async for trajectory in stored:
@@ -121,21 +113,21 @@ class _Call:
             result = await self._generate(lease, trajectory)
         except (EngineDiedError, AppendRefusedError) as error:
             result = pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=str(error))
-        self._writer.writers -= 1
-        self._admission.leave()
+        self.writer.writers -= 1
+        self.admission.leave()
         SEGMENTS.labels(end_reason_label(result.end_reason) if isinstance(result, pb.SegmentEnd) else "failed").inc()
         await emit(result)
 
     async def _generate(self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory) -> SegmentResult:
         """Generates a segment into the buffer; raises EngineDiedError and AppendRefusedError."""
-        worker = self._worker
+        worker = self.worker
         room = worker.model.context_tokens - count_tokens(trajectory.prompt_token_ids)
         if reason := refusal(lease, trajectory, room):
             return pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=reason)
         segment = self._plan_segment(lease, trajectory, room)
         end_reason = segment.end_reason
         token_ids = bytearray(trajectory.token_ids)
-        async with aclosing(generate_segment(worker.engine, segment, self._settings)) as chunks:
+        async with aclosing(generate_segment(worker.engine, segment, self.settings)) as chunks:
             async for chunk in chunks:
                 token_ids += chunk.token_ids
                 end_reason = chunk.end_reason or end_reason
@@ -143,7 +135,7 @@ class _Call:
                 # A partial trajectory without new tokens is in the buffer as it stands.
                 if chunk.token_ids or end_reason != buffer_pb2.END_REASON_BUDGET:
                     chunk.epoch = lease.epoch
-                    await self._writer.append(chunk)
+                    await self.writer.append(chunk)
         CACHED_TOKENS.inc(segment.cached_tokens)
         is_partial = end_reason == buffer_pb2.END_REASON_BUDGET
         return pb.SegmentEnd(
@@ -160,12 +152,12 @@ class _Call:
         end_tokens, end_reason = plan_end(
             stored=trajectory.tokens,
             leased=lease.tokens,
-            budget=self._request.token_budget,
-            cap=self._request.max_response_tokens,
+            budget=self.request.token_budget,
+            cap=self.request.max_response_tokens,
             room=room,
         )
         return Segment(
-            segment_id=f"{lease.trajectory_id}/{lease.epoch}/{self._number}",
+            segment_id=f"{lease.trajectory_id}/{lease.epoch}/{self.number}",
             item_id=lease.trajectory_id,
             prompt_token_ids=trajectory.prompt_token_ids,
             response_token_ids=trajectory.token_ids,
@@ -189,14 +181,6 @@ def refusal(lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int)
     return None
 
 
-@dataclass(frozen=True)
-class _PendingChunk:
-    """Chunk that waits for its append, and its writer's future."""
-
-    chunk: buffer_pb2.Chunk
-    durable: asyncio.Future[None]
-
-
 class ChunkWriter:
     """Appends the chunks of many trajectories to the buffer with few calls; `run` must run while `append` is awaited.
 
@@ -208,7 +192,7 @@ class ChunkWriter:
         self._run_id = run_id
         self._flush_seconds = flush_seconds
         self._timeout_seconds = timeout_seconds
-        self._queue: asyncio.Queue[_PendingChunk] = asyncio.Queue(MAX_BATCH_CHUNKS)
+        self._queue: asyncio.Queue[PendingChunk] = asyncio.Queue(MAX_BATCH_CHUNKS)
         self.writers = 0
         """Trajectories that may still append: when all of them wait, there is nothing to wait for."""
 
@@ -217,28 +201,28 @@ class ChunkWriter:
 
         Raises AppendRefusedError when the buffer refuses it, and the buffer's error when the call fails.
         """
-        pending = _PendingChunk(chunk, asyncio.get_running_loop().create_future())
-        await self._queue.put(pending)
-        await pending.durable
+        durable = asyncio.get_running_loop().create_future()
+        await self._queue.put((chunk, durable))
+        await durable
 
     async def run(self) -> None:
         """Writes until cancelled."""
         while True:
             batch = await self._gather()
-            request = buffer_pb2.AppendChunksRequest(run_id=self._run_id, chunks=[pending.chunk for pending in batch])
+            request = buffer_pb2.AppendChunksRequest(run_id=self._run_id, chunks=[chunk for chunk, _ in batch])
             try:
                 with APPEND_SECONDS.time():
                     response = await self._buffer.append_chunks(request, timeout_s=self._timeout_seconds)
             except Exception as error:
-                for pending in batch:
-                    _fail(pending.durable, error)
+                for _, durable in batch:
+                    _fail(durable, error)
                 continue
             _report_outcomes(batch, response.outcomes)
 
-    async def _gather(self) -> list[_PendingChunk]:
+    async def _gather(self) -> list[PendingChunk]:
         """Waits for a chunk, then for those of the other writers, until the flush is due or the batch is full."""
         batch = [await self._queue.get()]
-        tokens = count_tokens(batch[0].chunk.token_ids)
+        tokens = count_tokens(batch[0][0].token_ids)
         deadline = asyncio.get_running_loop().time() + self._flush_seconds
         while tokens < MAX_BATCH_TOKENS and len(batch) < min(self.writers, MAX_BATCH_CHUNKS):
             try:
@@ -246,18 +230,18 @@ class ChunkWriter:
                     batch.append(await self._queue.get())
             except TimeoutError:
                 break
-            tokens += count_tokens(batch[-1].chunk.token_ids)
+            tokens += count_tokens(batch[-1][0].token_ids)
         return batch
 
 
-def _report_outcomes(batch: Sequence[_PendingChunk], outcomes: Sequence[buffer_pb2.AppendOutcome.ValueType]) -> None:
+def _report_outcomes(batch: Sequence[PendingChunk], outcomes: Sequence[buffer_pb2.AppendOutcome.ValueType]) -> None:
     """Resolves the writers' futures."""
-    for pending, outcome in zip(batch, outcomes, strict=True):
+    for (_, durable), outcome in zip(batch, outcomes, strict=True):
         if outcome not in DURABLE:
             name = buffer_pb2.AppendOutcome.Name(outcome).removeprefix("APPEND_OUTCOME_").lower()
-            _fail(pending.durable, AppendRefusedError(f"the buffer refused the tokens: {name}"))
-        elif not pending.durable.done():
-            pending.durable.set_result(None)
+            _fail(durable, AppendRefusedError(f"the buffer refused the tokens: {name}"))
+        elif not durable.done():
+            durable.set_result(None)
 
 
 def _fail(future: asyncio.Future[None], error: Exception) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from perigee.buffer.packing import count_tokens, pack_logprobs, pack_token_ids, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
@@ -24,6 +24,7 @@ from services.rollout.repetition import RepetitionDetector
 
 T = TypeVar("T")
 Emit = Callable[[T], Awaitable[None]]
+Producer = Callable[[Emit[T]], Coroutine[Any, Any, None]]
 EndReason: TypeAlias = "buffer_pb2.EndReason.ValueType"
 
 # Tokens that may be generated past the point of repetition before it is seen.
@@ -247,45 +248,38 @@ def slice_spans(spans: Iterable[VersionSpan], begin: int, end: int) -> list[Vers
     return sliced
 
 
-async def merge(producers: Iterable[Callable[[Emit[T]], Awaitable[None]]]) -> AsyncGenerator[list[T], None]:
+async def merge(producers: Iterable[Producer[T]]) -> AsyncGenerator[list[T], None]:
     """Runs many producers at once and yields what they emit, in batches, through one bounded queue.
 
     The first producer that raises cancels the others, and its error is raised here. Closing the iterator cancels all
     producers and waits for them. `producers` is read lazily on a task of its own, so it may start as it goes.
     """
-    queue: asyncio.Queue[T | _End] = asyncio.Queue(QUEUE_ITEMS)
+    # None follows the last item.
+    queue: asyncio.Queue[T | None] = asyncio.Queue(QUEUE_ITEMS)
 
-    async def run_all() -> None:
+    async def run_all() -> BaseException | None:
         error: BaseException | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 for producer in producers:
-                    group.create_task(_call(producer, queue.put))
+                    group.create_task(producer(queue.put))
         except BaseExceptionGroup as failed:
             error = first_error(failed)
-        await queue.put(_End(error))
+        await queue.put(None)
+        return error
 
     runner = asyncio.create_task(run_all())
     try:
-        while True:
+        ended = False
+        while not ended:
             items = [await queue.get()]
             while not queue.empty():
                 items.append(queue.get_nowait())
-            if ready := [item for item in items if not isinstance(item, _End)]:
+            ended = items[-1] is None
+            if ready := [item for item in items if item is not None]:
                 yield ready
-            if isinstance(end := items[-1], _End):
-                if end.error is not None:
-                    raise end.error
-                return
+        if (error := await runner) is not None:
+            raise error
     finally:
         runner.cancel()
         await asyncio.wait([runner])
-
-
-class _End:
-    def __init__(self, error: BaseException | None) -> None:
-        self.error = error
-
-
-async def _call(producer: Callable[[Emit[T]], Awaitable[None]], emit: Emit[T]) -> None:
-    await producer(emit)
