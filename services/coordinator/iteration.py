@@ -164,20 +164,17 @@ class Iteration:
             version = result.policy_version
             with self._timeline.phase("checkpoint"):
                 await self._weight_sync.save(version)
-        stats = IterationStats(
-            iteration=self._number,
-            policy_version=version,
-            counts=counts,
-            scoring_failures=self._scoring_failures,
-            batch=batch,
-            result=result,
-            learning_rate=learning_rate,
-            weights=weights,
-            live_groups=len(self._groups) - len(batch.consumed),
-            workers=len(context.registry.all()),
-            elapsed_seconds=context.status.elapsed_seconds,
-        )
-        line = stats.line(self._timeline)
+        line = {
+            "iteration": self._number,
+            "policy_version": version,
+            **reward_metrics(counts.finished, self._scoring_failures, weights),
+            **rollout_metrics(counts, self._timeline, weights),
+            "rollout/live_groups": len(self._groups) - len(batch.consumed),
+            "rollout/workers": len(context.registry.all()),
+            **train_metrics(batch, result, learning_rate),
+            "time/elapsed_seconds": round(context.status.elapsed_seconds, 3),
+            **time_metrics(self._timeline),
+        }
         await self._close(batch, version, line)
         return line
 
@@ -328,79 +325,53 @@ def learning_rate_at(first: float, final_ratio: float, progress: float) -> float
     return first * (1.0 - (1.0 - final_ratio) * progress)
 
 
-@dataclass(frozen=True)
-class IterationStats:
-    """Counts and results of an iteration when it closes."""
+def reward_metrics(finished: Sequence[Trajectory], failures: int, weights: ShapingWeights) -> dict[str, Any]:
+    """Returns the metrics of the verdicts on the responses that finished."""
+    judged = [trajectory for trajectory in finished if trajectory.reward is not None]
+    return {
+        "reward/mean": mean([trajectory.reward or 0.0 for trajectory in judged]),
+        **{f"reward/accuracy/{domain}": value for domain, value in accuracies(judged).items()},
+        "reward/failures": failures,
+        "reward/length_reward_weight": weights.length,
+    }
 
-    iteration: int
-    policy_version: int
-    counts: RolloutCounts
-    scoring_failures: int
-    batch: TrainingBatch
-    result: trainer_pb2.TrainResult | None
-    learning_rate: float
-    weights: ShapingWeights
-    live_groups: int
-    workers: int
-    elapsed_seconds: float
 
-    def line(self, timeline: Timeline) -> dict[str, Any]:
-        """Returns the line of metrics.jsonl, without the phases that are not over yet."""
-        return {
-            "iteration": self.iteration,
-            "policy_version": self.policy_version,
-            **self._reward_metrics(),
-            **self._rollout_metrics(timeline),
-            **self._train_metrics(),
-            "time/elapsed_seconds": round(self.elapsed_seconds, 3),
-            **time_metrics(timeline),
-        }
+def rollout_metrics(counts: RolloutCounts, timeline: Timeline, weights: ShapingWeights) -> dict[str, Any]:
+    """Returns the metrics of the generation."""
+    finished = counts.finished
+    ended = Counter(END_NAMES[reason] for reason in counts.ended.values())
+    seconds = timeline.phases["rollout"].seconds
+    lengths = [trajectory.tokens for trajectory in finished]
+    return {
+        "rollout/tokens": counts.tokens,
+        "rollout/cached_tokens": counts.cached_tokens,
+        "rollout/tokens_per_second": round(counts.tokens / seconds, 1) if seconds else None,
+        "rollout/finished": len(finished),
+        "rollout/response_tokens/mean": mean(lengths),
+        "rollout/response_tokens/p95": float(np.percentile(lengths, 95)) if lengths else None,
+        "rollout/response_tokens/max": max(lengths, default=None),
+        **{f"rollout/ended/{name}": ended[name] for name in END_NAMES.values()},
+        "rollout/partial_rate": rate(ended["budget"], ended.total()),
+        "rollout/repetition_rate": rate(ended["repetition"], len(finished)),
+        "rollout/overlong_rate": overlong_rate(lengths, weights),
+        "rollout/failures": counts.failures,
+    }
 
-    def _reward_metrics(self) -> dict[str, Any]:
-        judged = [trajectory for trajectory in self.counts.finished if trajectory.reward is not None]
-        return {
-            "reward/mean": mean([trajectory.reward or 0.0 for trajectory in judged]),
-            **{f"reward/accuracy/{domain}": value for domain, value in accuracies(judged).items()},
-            "reward/failures": self.scoring_failures,
-            "reward/length_reward_weight": self.weights.length,
-        }
 
-    def _rollout_metrics(self, timeline: Timeline) -> dict[str, Any]:
-        counts, finished = self.counts, self.counts.finished
-        ended = Counter(END_NAMES[reason] for reason in counts.ended.values())
-        seconds = timeline.phases["rollout"].seconds if "rollout" in timeline.phases else 0.0
-        lengths = [trajectory.tokens for trajectory in finished]
-        return {
-            "rollout/tokens": counts.tokens,
-            "rollout/cached_tokens": counts.cached_tokens,
-            "rollout/tokens_per_second": round(counts.tokens / seconds, 1) if seconds else None,
-            "rollout/finished": len(finished),
-            "rollout/response_tokens/mean": mean(lengths),
-            "rollout/response_tokens/p95": float(np.percentile(lengths, 95)) if lengths else None,
-            "rollout/response_tokens/max": max(lengths, default=None),
-            **{f"rollout/ended/{name}": ended[name] for name in END_NAMES.values()},
-            "rollout/partial_rate": rate(ended["budget"], ended.total()),
-            "rollout/repetition_rate": rate(ended["repetition"], len(finished)),
-            "rollout/overlong_rate": overlong_rate(lengths, self.weights),
-            "rollout/failures": counts.failures,
-            "rollout/live_groups": self.live_groups,
-            "rollout/workers": self.workers,
-        }
-
-    def _train_metrics(self) -> dict[str, Any]:
-        result = self.result or trainer_pb2.TrainResult()
-        tokens_by_version = sorted(self.batch.tokens_by_version.items())
-        return {
-            "train/groups": len(self.batch.groups),
-            "train/groups_uniform": self.batch.uniform,
-            "train/groups_failed": self.batch.failed,
-            "train/trajectories": result.trajectories,
-            "train/trajectories_multi_version": result.trajectories_multi_version,
-            "train/tokens": result.trained_tokens,
-            **{f"train/tokens_by_version/{version}": tokens for version, tokens in tokens_by_version},
-            "train/learning_rate": self.learning_rate,
-            **{name: value if math.isfinite(value) else None for name, value in sorted(result.metrics.items())},
-        }
+def train_metrics(batch: TrainingBatch, result: trainer_pb2.TrainResult | None, learning_rate: float) -> dict[str, Any]:
+    """Returns the metrics of the update; `result` is None when nothing was trained."""
+    result = result or trainer_pb2.TrainResult()
+    return {
+        "train/groups": len(batch.groups),
+        "train/groups_uniform": batch.uniform,
+        "train/groups_failed": batch.failed,
+        "train/trajectories": result.trajectories,
+        "train/trajectories_multi_version": result.trajectories_multi_version,
+        "train/tokens": result.trained_tokens,
+        **{f"train/tokens_by_version/{version}": n for version, n in sorted(batch.tokens_by_version.items())},
+        "train/learning_rate": learning_rate,
+        **{name: value if math.isfinite(value) else None for name, value in sorted(result.metrics.items())},
+    }
 
 
 def time_metrics(timeline: Timeline) -> dict[str, float]:

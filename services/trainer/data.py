@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, ValidationError
 
 from perigee.buffer.client import BufferClient, StoredTrajectory
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from services.kit.hf import encode_prompts, open_tokenizer
 from services.trainer.packing import TokenSequence
+
+
+class Example(BaseModel):
+    """Prompt and response of a line."""
+
+    prompt: str
+    response: str
 
 
 @dataclass(frozen=True)
@@ -64,10 +71,10 @@ def read_examples(dataset: Path, model: Path, eos_token_id: int, max_tokens: int
     lines = _read_lines(dataset)
     if not lines:
         raise InvalidArgumentError.for_field("dataset_path", f"{dataset} holds no example")
-    prompts = encode_prompts(tokenizer, [prompt for _, prompt, _ in lines])
-    responses = tokenizer.encode_batch([response for _, _, response in lines], add_special_tokens=False)
+    prompts = encode_prompts(tokenizer, [line.prompt for _, line in lines])
+    responses = tokenizer.encode_batch([line.response for _, line in lines], add_special_tokens=False)
     examples = []
-    for (where, _, _), prompt_tokens, response in zip(lines, prompts, responses, strict=True):
+    for (where, _), prompt_tokens, response in zip(lines, prompts, responses, strict=True):
         if not prompt_tokens:
             raise InvalidArgumentError.for_field("dataset_path", f"{where}: the prompt is empty")
         tokens = np.array([*prompt_tokens, *response.ids, eos_token_id], dtype=np.int64)
@@ -79,28 +86,21 @@ def read_examples(dataset: Path, model: Path, eos_token_id: int, max_tokens: int
     return examples
 
 
-def _read_lines(dataset: Path) -> list[tuple[str, str, str]]:
-    """Returns where each example is, its prompt and its response."""
+def _read_lines(dataset: Path) -> list[tuple[str, Example]]:
+    """Returns where each example is, and the example."""
     try:
         lines = dataset.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError.for_field("dataset_path", f"{dataset} cannot be read: {error}") from error
-    found = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            where = f"{dataset} line {number}"
-            found.append((where, *_parse_line(where, line)))
-    return found
+    places = ((f"{dataset} line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+    return [(where, _parse_line(where, line)) for where, line in places]
 
 
-def _parse_line(where: str, line: str) -> tuple[str, str]:
+def _parse_line(where: str, line: str) -> Example:
     try:
-        value = json.loads(line)
-    except ValueError as error:
-        raise InvalidArgumentError.for_field("dataset_path", f"{where} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidArgumentError.for_field("dataset_path", f"{where} is no JSON object")
-    for key in ("prompt", "response"):
-        if not isinstance(value.get(key), str):
-            raise InvalidArgumentError.for_field("dataset_path", f"{where}: {key} is missing or no text")
-    return value["prompt"], value["response"]
+        return Example.model_validate_json(line)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        path = ".".join(map(str, problem["loc"]))
+        reason = f"{where}: {path or 'the line'}: {problem['msg']}"
+        raise InvalidArgumentError.for_field("dataset_path", reason) from error

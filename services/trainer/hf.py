@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from perigee.errors import InvalidArgumentError, ResourceExhaustedError
 from perigee.files import staging_folder
 from services.kit.hf import COMPANION_FILES, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ModelFolder, open_model_folder
+from services.weights.safetensors import cut_into_shards
 
 ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -178,7 +179,8 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
     shard_by_name: dict[str, int] = {}
     shards = total_bytes = 0
     dtype = "float32"
-    for shard in _cut_into_shards(tensors, max_shard_bytes):
+    for each in cut_into_shards(((name, tensor.cpu()) for name, tensor in tensors), max_shard_bytes):
+        shard = dict(each)
         save_file(shard, folder / f"shard-{shards}", metadata={"format": "pt"})
         shard_by_name.update(dict.fromkeys(shard, shards))
         shards += 1
@@ -194,20 +196,6 @@ def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]], max
     weight_map = {name: names[i] for name, i in shard_by_name.items()}
     _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
     return dtype
-
-
-def _cut_into_shards(
-    tensors: Iterable[tuple[str, torch.Tensor]], max_shard_bytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    shard: dict[str, torch.Tensor] = {}
-    shard_bytes = 0
-    for name, tensor in tensors:
-        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-            yield shard
-            shard, shard_bytes = {}, 0
-        shard[name] = tensor.cpu()
-        shard_bytes += tensor.nbytes
-    yield shard
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -61,9 +61,9 @@ _META = "perigee.json"
 _PROGRESS_QUEUE = 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LoadedPolicy:
-    """The version in the engine. `serial` changes whenever the weights do.
+    """The version in the engine; another object whenever the weights change.
 
     `request` is the one that trained it and `result` its last response, so that the same request again is answered and
     not trained; None for a version that was loaded.
@@ -71,7 +71,6 @@ class LoadedPolicy:
 
     run_id: str
     version: int
-    serial: int
     request: pb.TrainRequest | pb.FineTuneRequest | None = None
     result: Any = None
 
@@ -153,14 +152,14 @@ class Trainer:
         self.checkpoints = Checkpoints(
             Path(config.run_path) / "checkpoints", Path(config.model), config.keep_checkpoints, config.max_shard_bytes
         )
-        self.loaded = LoadedPolicy("", 0, 0)
+        self.loaded = LoadedPolicy("", 0)
         self.busy = False
         self._buffer = buffer
         self._sender = sender
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="megatron")
         self._image: WeightImage | None = None
-        # The run and the serial of the weights in the image.
-        self._image_key: tuple[str, int] | None = None
+        # The run and the weights that the image is of.
+        self._image_key: tuple[str, LoadedPolicy] | None = None
         self._reading: concurrent.futures.Future[dict[str, Trajectory]] | None = None
 
     async def open(self) -> None:
@@ -261,7 +260,7 @@ class Trainer:
         self._check_loaded(run_id, version)
         start = monotonic()
         image = self._image
-        if image is None or self._image_key != (run_id, self.loaded.serial):
+        if image is None or self._image_key != (run_id, self.loaded):
             with self._claim():
                 image = await self._replace_image(run_id, version)
         export_seconds = monotonic() - start
@@ -277,7 +276,7 @@ class Trainer:
         image: WeightImage = await self._collect(
             lambda tensors: export_image(run_id, version, tensors, weights.max_shard_bytes, weights.shared_memory_dir)
         )
-        self._image, self._image_key = image, (run_id, self.loaded.serial)
+        self._image, self._image_key = image, (run_id, self.loaded)
         return image
 
     def _read_trajectories(
@@ -337,7 +336,7 @@ class Trainer:
         self, run_id: str, version: int, request: pb.TrainRequest | pb.FineTuneRequest | None, result: Any
     ) -> Any:
         """Records what the engine has loaded; called in its thread, before the caller may leave."""
-        self.loaded = LoadedPolicy(run_id, version, self.loaded.serial + 1, request, result)
+        self.loaded = LoadedPolicy(run_id, version, request, result)
         POLICY_VERSION.set(version)
         return result
 

@@ -15,7 +15,7 @@ import xxhash
 
 from perigee.errors import DataLossError, FieldViolation, InvalidArgumentError
 from perigee.weights.v1 import weights_pb2 as pb
-from services.weights.safetensors import ALIGNMENT, DTYPE_NAMES, NamedTensor, encode_file
+from services.weights.safetensors import ALIGNMENT, DTYPE_NAMES, NamedTensor, cut_into_shards, encode_file
 from services.weights.shared_memory import SharedBuffer, create_shared_file, discard_shared_file, explain_full_memory
 
 MAX_SHARDS = 16384
@@ -59,7 +59,7 @@ def export_image(
     """
     path, descriptor = create_shared_file(directory)
     try:
-        shards = list(_write_shards(descriptor, directory, _cut_into_shards(tensors, max_shard_bytes)))
+        shards = list(_write_shards(descriptor, directory, cut_into_shards(_checked(tensors), max_shard_bytes)))
         if not shards:
             raise InvalidArgumentError.for_field("tensors", "an image needs at least one tensor")
         for index, shard in enumerate(shards):
@@ -76,10 +76,8 @@ def export_image(
         raise
 
 
-def _cut_into_shards(tensors: Iterable[NamedTensor], max_shard_bytes: int) -> Iterator[list[NamedTensor]]:
-    """Yields the tensors of each shard, checked."""
-    shard: list[NamedTensor] = []
-    shard_bytes = 0
+def _checked(tensors: Iterable[NamedTensor]) -> Iterator[NamedTensor]:
+    """Yields the tensors; raises InvalidArgumentError for a name given twice, or a type that safetensors lacks."""
     names: set[str] = set()
     for name, tensor in tensors:
         if name in names:
@@ -88,13 +86,7 @@ def _cut_into_shards(tensors: Iterable[NamedTensor], max_shard_bytes: int) -> It
             reason = f"{name} has type {tensor.dtype}, which safetensors cannot hold"
             raise InvalidArgumentError.for_field("tensors", reason)
         names.add(name)
-        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
-            yield shard
-            shard, shard_bytes = [], 0
-        shard.append((name, tensor))
-        shard_bytes += tensor.nbytes
-    if shard:
-        yield shard
+        yield name, tensor
 
 
 def _write_shards(descriptor: int, directory: str, shards: Iterable[list[NamedTensor]]) -> Iterator[pb.Shard]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +55,20 @@ def encode_file(tensors: Sequence[NamedTensor]) -> Iterator[memoryview]:
     for _, tensor in tensors:
         flat = tensor.detach().to("cpu").contiguous().flatten()
         yield memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # an ndarray is a buffer
+
+
+def cut_into_shards(tensors: Iterable[NamedTensor], max_shard_bytes: int) -> Iterator[list[NamedTensor]]:
+    """Yields the tensors of each shard of at most `max_shard_bytes`; one larger tensor is a shard of its own."""
+    shard: list[NamedTensor] = []
+    shard_bytes = 0
+    for name, tensor in tensors:
+        if shard and shard_bytes + tensor.nbytes > max_shard_bytes:
+            yield shard
+            shard, shard_bytes = [], 0
+        shard.append((name, tensor))
+        shard_bytes += tensor.nbytes
+    if shard:
+        yield shard
 
 
 def read_header(file: memoryview) -> tuple[list[TensorEntry], int]:
