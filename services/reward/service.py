@@ -12,7 +12,7 @@ from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
 from services.reward.config import RewardConfig
 from services.reward.requests import read_items
 from services.reward.scorer import Scored, Scorer
-from services.reward.verifiers.base import PartScore, Verdict
+from services.reward.verifiers.base import Verdict
 
 FULL_NAME = "perigee.reward.v1.RewardService"
 
@@ -48,6 +48,10 @@ class RewardService(RewardServiceServicer):
 def build_response(scored: Scored) -> pb.ScoreResponse:
     """Returns the message of one outcome; without a reward when it is FAILED."""
     outcome = scored.outcome
+    parts = [
+        pb.PartScore(name=name, verdict=VERDICTS[part.verdict], reward=part.reward, reason=part.reason)
+        for name, part in outcome.parts.items()
+    ]
     return pb.ScoreResponse(
         id=scored.item_id,
         verdict=VERDICTS[outcome.verdict],
@@ -58,11 +62,6 @@ def build_response(scored: Scored) -> pb.ScoreResponse:
         latency_ms=scored.seconds * 1000,
         retryable=outcome.retryable,
         verifier_version=scored.verifier.version,
-        parts=[build_part(part) for part in outcome.parts],
+        parts=parts,
         retry_after_ms=None if outcome.retry_after_s is None else round(outcome.retry_after_s * 1000),
     )
-
-
-def build_part(part: PartScore) -> pb.PartScore:
-    """Returns the message of a part; without a reward when it is FAILED."""
-    return pb.PartScore(name=part.name, verdict=VERDICTS[part.verdict], reward=part.reward, reason=part.reason)

@@ -103,14 +103,14 @@ async def test_the_whole_follows_from_its_parts(
 async def test_parts_are_reported_and_those_behind_a_closed_gate_are_not_judged() -> None:
     composite, inner = make()
     outcome = await composite.judge(item(part("a", PARTIAL), part("b", CORRECT)))
-    assert [(p.name, p.verdict, p.reward, p.reason) for p in outcome.parts] == [
+    assert [(name, p.verdict, p.reward, p.reason) for name, p in outcome.parts.items()] == [
         ("a", Verdict.WRONG, 0.5, "half of it"),
         ("b", Verdict.CORRECT, 1.0, ""),
     ]
     assert "part a: half of it" in outcome.reason
     inner.calls = 0
     outcome = await composite.judge(item(part("a", CORRECT), part("gate", WRONG, 0, True)))
-    assert [p.name for p in outcome.parts] == ["gate"]
+    assert list(outcome.parts) == ["gate"]
     assert outcome.reason == "gate gate: not it"
     assert inner.calls == 1
 
@@ -118,7 +118,7 @@ async def test_parts_are_reported_and_those_behind_a_closed_gate_are_not_judged(
 async def test_a_part_that_failed_and_is_only_reported_has_no_say_and_is_reported_without_a_reward() -> None:
     composite, _ = make()
     outcome = await composite.judge(item(part("a", CORRECT), part("b", FAILED, 0)))
-    assert [(p.name, p.verdict, p.reward, p.reason) for p in outcome.parts] == [
+    assert [(name, p.verdict, p.reward, p.reason) for name, p in outcome.parts.items()] == [
         ("a", Verdict.CORRECT, 1.0, ""),
         ("b", Verdict.FAILED, None, "nobody knows"),
     ]

@@ -19,22 +19,18 @@ from services.reward.config import JudgeConfig, JudgeEndpointConfig, RewardConfi
 from services.reward.judges.endpoint import (
     Budget,
     BudgetSpentError,
+    MalformedResponseError,
+    TransientError,
+    VoteError,
     build_body,
     estimate_tokens,
     read_completion,
-    read_retry_after,
-)
-from services.reward.judges.votes import (
-    MalformedResponseError,
-    TransientError,
-    Vote,
-    VoteError,
     read_judgement,
+    read_retry_after,
     read_signed_judgement,
-    tally,
 )
-from services.reward.verifiers.base import Verdict
-from services.reward.verifiers.judge import JudgeVerifier
+from services.reward.verifiers.base import Outcome, Verdict
+from services.reward.verifiers.judge import JudgeVerifier, failed_vote, tally
 
 GOOD = '{"reasoning": "r", "verdict": "ungradable"}'
 
@@ -101,11 +97,11 @@ def test_a_signed_judgement_ends_the_answer_and_begins_with_the_id() -> None:
 
 
 VOTES = {
-    "c": Vote(Verdict.CORRECT, "agrees"),
-    "w": Vote(Verdict.WRONG, "differs"),
-    "u": Vote(Verdict.UNGRADABLE, "empty"),
-    "r": Vote.failed(TransientError("slow", retry_after_s=7)),
-    "f": Vote.failed(VoteError("no key")),
+    "c": Outcome(Verdict.CORRECT, 1.0, reason="agrees"),
+    "w": Outcome(Verdict.WRONG, 0.0, reason="differs"),
+    "u": Outcome(Verdict.UNGRADABLE, 0.0, reason="empty"),
+    "r": failed_vote(TransientError("slow", retry_after_s=7)),
+    "f": failed_vote(VoteError("no key")),
 }
 
 
@@ -124,8 +120,8 @@ VOTES = {
 def test_more_than_half_decide(cast: str, verdict: Verdict, reward: float) -> None:
     outcome = tally([VOTES[vote] for vote in cast], "4")
     assert (outcome.verdict, outcome.reward, outcome.extracted) == (verdict, reward, "4")
-    assert [part.verdict for part in outcome.parts] == [VOTES[vote].verdict for vote in cast]
-    assert outcome.parts[0].name == "vote 1"
+    assert [part.verdict for part in outcome.parts.values()] == [VOTES[vote].verdict for vote in cast]
+    assert next(iter(outcome.parts)) == "vote 1"
     assert outcome.reason == next(vote.reason for vote in map(VOTES.get, cast) if vote and vote.verdict is verdict)
 
 
@@ -149,7 +145,7 @@ def test_less_than_a_majority_is_a_failure_and_no_reward(cast: str, retryable: b
     assert (outcome.verdict, outcome.reward) == (Verdict.FAILED, None)
     assert (outcome.retryable, outcome.retry_after_s) == (retryable, hint_s)
     assert ("no key" if "f" in cast else "slow" if "r" in cast else "no majority") in outcome.reason
-    for part, vote in zip(outcome.parts, cast, strict=True):
+    for part, vote in zip(outcome.parts.values(), cast, strict=True):
         assert (part.reward is None) is (VOTES[vote].verdict is Verdict.FAILED)
 
 

@@ -1,6 +1,10 @@
-"""A judge behind the chat-completions API of an endpoint: asked within a deadline, and within a budget.
+"""A judge behind the chat-completions API of an endpoint: asked within a deadline and a budget, its answers read.
 
 The budget limits calls and tokens: in any minute, for which calls wait, and in total, after which votes fail.
+
+The judgement that is asked for is JSON. With structured output the whole answer is the JSON object. Asked in words, a
+model may write before it; then the object has to end the answer and to begin with the request's random id, which no
+quoted text can hold. A vote that failed decides nothing.
 """
 
 from __future__ import annotations
@@ -8,28 +12,20 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import json
+import re
 import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential_jitter
 
 from services.kit.telemetry import get_logger
 from services.reward.config import JudgeEndpointConfig
 from services.reward.judges.prompts import Message, Quoted, build_messages
-from services.reward.judges.votes import (
-    SCHEMA,
-    Judgement,
-    MalformedResponseError,
-    TransientError,
-    VoteError,
-    read_judgement,
-    read_signed_judgement,
-)
 from services.reward.verifiers.base import JUDGE_CALLS, JUDGE_TOKENS
 
 log = get_logger(__name__)
@@ -40,10 +36,62 @@ BACKOFF = wait_exponential_jitter(initial=0.25, max=10, jitter=0.25)
 CHARACTERS_PER_TOKEN = 2
 TOKENS_PER_IMAGE = 1500
 MAX_SERVER_WORDS = 300
+SHOWN_CHARACTERS = 80
+CODE_BLOCK = re.compile(r"```(?:json)?\s*(.*?)\s*```", re.DOTALL)
 # Timeout, conflict, too early, too many requests, and whatever is the server's own fault.
 TRANSIENT_STATUSES = {408, 409, 425, 429}
 REFUSED_STATUSES = {400, 422, 501}
 PERIOD_S = 60.0
+
+
+class VoteError(Exception):
+    """A vote that came to nothing; `retryable` says whether asking again may help, `retry_after_s` when."""
+
+    retryable = False
+
+    def __init__(self, reason: str, retry_after_s: float | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class TransientError(VoteError):
+    """The endpoint is down, slow or busy: worth another try within the deadline."""
+
+    retryable = True
+
+
+class MalformedResponseError(VoteError):
+    """The endpoint answered, but not with a judgement: worth one more try."""
+
+    retryable = True
+
+
+class Judgement(BaseModel):
+    """Decision of a judge; the reasoning comes first, so that it is written first."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    reasoning: str
+    verdict: Literal["correct", "wrong", "ungradable"]
+
+
+class SignedJudgement(Judgement):
+    """A judgement with the id of the request that it answers."""
+
+    id: str
+
+
+# "title" and "description" left out: strict servers know few keywords.
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "reasoning": {"type": "string"},
+        "verdict": {"type": "string", "enum": ["correct", "wrong", "ungradable"]},
+    },
+    "required": ["reasoning", "verdict"],
+    "additionalProperties": False,
+}
 
 
 class RefusedError(VoteError):
@@ -343,6 +391,53 @@ def read_retry_after(headers: httpx.Headers) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except ValueError:
         return None
+
+
+def read_judgement(answer: str) -> Judgement:
+    """Returns the judgement that the whole answer is, a code block around it aside.
+
+    Raises MalformedResponseError.
+    """
+    text = answer.strip()
+    if match := CODE_BLOCK.fullmatch(text):
+        text = match[1]
+    return _validate(Judgement, text)
+
+
+def read_signed_judgement(answer: str, request_id: str) -> Judgement:
+    """Returns the judgement that ends the answer and begins with `request_id`.
+
+    Raises MalformedResponseError.
+    """
+    text = answer.strip().removesuffix("```").rstrip()
+    starts = [match.start() for match in re.finditer(rf'\{{\s*"id"\s*:\s*"{re.escape(request_id)}"', text)]
+    if not starts:
+        raise MalformedResponseError(f"the answer does not end with a judgement: {_show(answer)}")
+    return _validate(SignedJudgement, text[starts[-1] :])
+
+
+def _validate(model: type[Judgement], text: str) -> Judgement:
+    if not text:
+        raise MalformedResponseError("the answer is empty")
+    try:
+        return model.model_validate(json.loads(text, object_pairs_hook=_refuse_repeated_keys))
+    except ValidationError as error:
+        detail = error.errors()[0]
+        field = ".".join(str(part) for part in detail["loc"]) or "judgement"
+        raise MalformedResponseError(f"the answer is no judgement: {field}: {detail['msg']}: {_show(text)}") from error
+    except (ValueError, RecursionError) as error:
+        raise MalformedResponseError(f"the answer is not JSON: {_show(text)}") from error
+
+
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) != len(keys):
+        raise ValueError("a key stands twice")
+    return dict(pairs)
+
+
+def _show(text: str) -> str:
+    return repr(text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "...")
 
 
 def estimate_tokens(body: dict[str, Any], max_tokens: int) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -49,20 +50,11 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True)
-class PartScore:
-    """Result of one part of a composite, or of one vote of a judge; without a reward when FAILED."""
-
-    name: str
-    verdict: Verdict
-    reward: float | None
-    reason: str = ""
-
-
-@dataclass(frozen=True)
 class Outcome:
     """A verdict, its reward (absent exactly when FAILED), the beginning of the answer found, and why.
 
-    `retryable` says whether asking again may help when the verdict is FAILED, `retry_after_s` when.
+    `retryable` says whether asking again may help when the verdict is FAILED, `retry_after_s` when. `parts` are the
+    outcomes of a composite's parts, or of a judge's votes, by name.
     """
 
     verdict: Verdict
@@ -70,7 +62,7 @@ class Outcome:
     extracted: str = ""
     reason: str = ""
     retryable: bool = False
-    parts: tuple[PartScore, ...] = ()
+    parts: Mapping[str, Outcome] = field(default_factory=dict)
     retry_after_s: float | None = None
 
     def __post_init__(self) -> None:
@@ -100,11 +92,19 @@ class Outcome:
             retry_after_s = RETRY_AFTER_S
         return cls(Verdict.FAILED, None, extracted, reason, retryable, retry_after_s=retry_after_s)
 
+    @classmethod
+    def failed_for(cls, failures: Collection[Outcome], reason: str, extracted: str) -> Self:
+        """Returns the failure that others cause; one that fails for good makes asking again useless."""
+        retryable = all(failure.retryable for failure in failures)
+        hints = [failure.retry_after_s for failure in failures if failure.retry_after_s is not None]
+        hint_s = max(hints, default=None) if retryable else None
+        return cls.failed(reason, retryable=retryable, extracted=extracted, retry_after_s=hint_s)
+
 
 ParametersT = TypeVar("ParametersT", bound=Message)
 
 _NAMES: dict[Any, str] = {
-    field.message_type: field.name for field in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields
+    member.message_type: member.name for member in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields
 }
 
 

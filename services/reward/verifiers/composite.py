@@ -13,7 +13,7 @@ from google.protobuf.message import Message
 
 from perigee.errors import FieldViolation
 from perigee.reward.v1 import reward_pb2 as pb
-from services.reward.verifiers.base import AGREEMENTS, Item, Outcome, PartScore, Verdict, Verifier, graded_whole
+from services.reward.verifiers.base import AGREEMENTS, Item, Outcome, Verdict, Verifier, graded_whole
 
 MAX_PARTS = 16
 
@@ -111,11 +111,7 @@ def combine(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome]) 
     failed = [(part, outcomes[part.name]) for part in counted if is_failed(outcomes.get(part.name))]
     if failed:
         reason = "; ".join(f"part {part.name}: {outcome.reason}" for part, outcome in failed)
-        # One that fails for good makes asking again useless.
-        retryable = all(outcome.retryable for _, outcome in failed)
-        hints = [outcome.retry_after_s for _, outcome in failed if outcome.retry_after_s is not None]
-        hint_s = max(hints, default=None) if retryable else None
-        return Outcome.failed(reason, retryable=retryable, extracted=extracted, retry_after_s=hint_s)
+        return Outcome.failed_for([outcome for _, outcome in failed], reason, extracted)
     total = sum(part.weight for part in parts)
     reward = sum(part.weight * (outcomes[part.name].reward or 0.0) for part in parts) / total
     missed = [part for part in counted if outcomes[part.name].verdict is not Verdict.CORRECT]
@@ -129,12 +125,7 @@ def combine(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome]) 
 
 def report(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome], whole: Outcome) -> Outcome:
     """Returns the whole with the parts that were judged."""
-    scores = tuple(
-        PartScore(part.name, outcome.verdict, outcome.reward, outcome.reason)
-        for part in parts
-        if (outcome := outcomes.get(part.name)) is not None
-    )
-    return replace(whole, parts=scores)
+    return replace(whole, parts={part.name: outcomes[part.name] for part in parts if part.name in outcomes})
 
 
 def is_failed(outcome: Outcome | None) -> bool:

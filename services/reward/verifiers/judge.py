@@ -6,15 +6,19 @@ Kimi k1.5, section 2.3.5: a chain-of-thought reward model judges better than a s
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 from perigee.errors import FieldViolation
 from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import MAX_VOTES, JudgeConfig
-from services.reward.judges.endpoint import Endpoint
+from services.reward.judges.endpoint import Endpoint, VoteError
 from services.reward.judges.prompts import Case, Quoted
-from services.reward.judges.votes import Vote, VoteError, tally
 from services.reward.verifiers.base import Item, Outcome, Verdict, Verifier, graded_whole, read_answer
+
+MAX_REASON_CHARACTERS = 1000
 
 
 class JudgeVerifier(Verifier[pb.JudgeVerifier]):
@@ -78,10 +82,38 @@ class JudgeVerifier(Verifier[pb.JudgeVerifier]):
         return tally([task.result() for task in tasks], extracted)
 
 
-async def cast_vote(endpoint: Endpoint, quoted: Quoted) -> Vote:
-    """Asks for one vote; an error makes it a failed one."""
+async def cast_vote(endpoint: Endpoint, quoted: Quoted) -> Outcome:
+    """Returns the outcome of one vote; an error makes it a failed one."""
     try:
         judgement = await endpoint.vote(quoted)
     except VoteError as error:
-        return Vote.failed(error)
-    return Vote(Verdict(judgement.verdict), judgement.reasoning)
+        return failed_vote(error)
+    verdict = Verdict(judgement.verdict)
+    return Outcome(verdict, float(verdict is Verdict.CORRECT), reason=judgement.reasoning[:MAX_REASON_CHARACTERS])
+
+
+def failed_vote(error: VoteError) -> Outcome:
+    """Returns the vote that an error stands for."""
+    reason = error.reason[:MAX_REASON_CHARACTERS]
+    return Outcome.failed(reason, retryable=error.retryable, retry_after_s=error.retry_after_s)
+
+
+def tally(votes: Sequence[Outcome], extracted: str) -> Outcome:
+    """Returns the verdict of more than half of all votes, failed ones counted; FAILED without one."""
+    counts = Counter(vote.verdict for vote in votes)
+    verdict, count = counts.most_common(1)[0]
+    if verdict is not Verdict.FAILED and 2 * count > len(votes):
+        decided = replace(next(vote for vote in votes if vote.verdict is verdict), extracted=extracted)
+    else:
+        failures = [vote for vote in votes if vote.verdict is Verdict.FAILED]
+        decided = Outcome.failed_for(failures, _explain(counts, failures, len(votes)), extracted)
+    return replace(decided, parts={f"vote {number}": vote for number, vote in enumerate(votes, start=1)})
+
+
+def _explain(counts: Counter[Verdict], failures: Sequence[Outcome], votes: int) -> str:
+    if len(failures) == votes == 1:
+        return failures[0].reason
+    split = ", ".join(f"{counts[verdict]} {verdict.value}" for verdict in Verdict if counts[verdict])
+    # What cannot be cured comes first.
+    first = min(failures, key=lambda vote: vote.retryable, default=None)
+    return f"no majority among {votes} votes: {split}" + (f"; {first.reason}" if first else "")
