@@ -22,7 +22,7 @@ def assert_failed(outcome: Outcome, reason: str, *, retryable: bool) -> None:
     assert reason in outcome.reason
     assert outcome.retryable is retryable
     assert (outcome.retry_after_s is not None) is retryable
-    assert all(part.verdict is Verdict.FAILED and part.reward is None for part in outcome.parts)
+    assert all(part.verdict is Verdict.FAILED and part.reward is None for part in outcome.parts.values())
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ async def test_a_judgement_becomes_the_outcome(fake_judge: FakeJudge, name: str,
         budget = verifier.endpoints["main"].budget
     assert (outcome.verdict.value, outcome.reward, outcome.extracted) == (name, reward, "4")
     assert outcome.reason == "Step by step."
-    assert [part.name for part in outcome.parts] == ["vote 1", "vote 2", "vote 3"]
+    assert list(outcome.parts) == ["vote 1", "vote 2", "vote 3"]
     assert (budget.used_calls, budget.used_tokens) == (3, 360)
     [body, *_] = fake_judge.requests
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("tiny", 0.5, 500)
@@ -131,7 +131,7 @@ async def test_votes_that_fail_take_no_part_in_the_majority(fake_judge: FakeJudg
     async with running_judge(fake_judge.url, concurrency=1) as verifier:
         outcome = await verifier.judge(judge_item(votes=3))
         assert (outcome.verdict, outcome.reward) == (Verdict.CORRECT, 1.0)
-        assert [part.verdict for part in outcome.parts] == [Verdict.CORRECT, Verdict.CORRECT, Verdict.FAILED]
+        assert [part.verdict for part in outcome.parts.values()] == [Verdict.CORRECT, Verdict.CORRECT, Verdict.FAILED]
         fake_judge.script = [verdict("correct"), verdict("wrong")]
         split = await verifier.judge(judge_item(votes=2))
         fake_judge.script = [verdict("correct")]

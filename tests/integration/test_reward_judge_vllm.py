@@ -31,11 +31,11 @@ async def test_votes_by_schema_become_verdicts_and_their_tokens_are_counted(vllm
     async with running_judge(vllm_url, temperature=1.0, votes=3) as verifier:
         outcomes = await asyncio.gather(*(verifier.judge(judge_item(f"It is {number}.")) for number in range(8)))
         endpoint = verifier.endpoints["main"]
-    votes = [part for outcome in outcomes for part in outcome.parts]
+    votes = [part for outcome in outcomes for part in outcome.parts.values()]
     assert len(votes) == 24
     for outcome in outcomes:
         assert outcome.reward == REWARDS[outcome.verdict]
-        counts = [sum(part.verdict is verdict for part in outcome.parts) for verdict in Verdict]
+        counts = [sum(part.verdict is verdict for part in outcome.parts.values()) for verdict in Verdict]
         assert (outcome.verdict is Verdict.FAILED) is (max(counts) < 2)
     # The server holds the random model to the schema: every vote is a judgement, and they differ.
     assert all(vote.verdict is not Verdict.FAILED and vote.reward == REWARDS[vote.verdict] for vote in votes)

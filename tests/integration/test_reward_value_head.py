@@ -281,7 +281,7 @@ def test_training_stops_when_it_gets_no_better(tmp_path: Path, value_head_backbo
     [
         ({"max_tokens": CONTEXT + 1}, f"at most {CONTEXT} tokens"),
         ({"data": "missing.jsonl"}, "missing.jsonl cannot be read"),
-        ({"backbone": Path("missing")}, "missing/config.json cannot be read"),
+        ({"backbone": Path("missing")}, "missing is not a folder"),
     ],
 )
 def test_settings_that_cannot_be_are_named(
