@@ -86,8 +86,7 @@ def read_message(message_class: type[MessageT], value: Any) -> MessageT:
     """
     message = message_class()
     if violations := fill_message(message, value):
-        first = "; ".join(f"{violation.field}: {violation.description}" for violation in violations[:5])
-        raise InvalidArgumentError(first, violations=violations)
+        raise InvalidArgumentError.for_fields(violations)
     return message
 
 

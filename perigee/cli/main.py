@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,6 +15,9 @@ from perigee.cli.prompts.app import prompts_app
 from perigee.cli.reward.app import reward_app
 from perigee.cli.sandbox.app import app as sandbox_app
 from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError
+
+if TYPE_CHECKING:
+    from perigee.cli.train import TrainOptions
 
 app = typer.Typer(
     name="perigee",
@@ -26,6 +29,7 @@ app = typer.Typer(
 app.add_typer(sandbox_app)
 app.add_typer(reward_app, name="reward", help="Score responses with the reward service, and train its value heads.")
 app.add_typer(prompts_app, name="prompts", help="Curate prompt sets.")
+
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Override a value of the recipe.")]
@@ -70,7 +74,13 @@ def train(
 ) -> None:
     """Train a recipe: start the stack, run to the end, write the report, stop the stack."""
     sets = [*(overrides or []), *([f"run.seed={seed}", f"trainer.seed={seed}"] if seed is not None else [])]
-    _end(lambda: _train(recipe, resume, workers, sets, coordinator, runs_dir, plain), debug)
+
+    def command() -> int:
+        from perigee.cli.train import TrainOptions
+
+        return _train(TrainOptions(recipe, resume, sets, runs_dir, workers, coordinator), plain)
+
+    _end(command, debug)
 
 
 @app.command()
@@ -93,12 +103,15 @@ def report(
 
 def _up(recipe_path: Path | None, workers: int | None, only: list[str], overrides: list[str], runs_dir: Path) -> int:
     from perigee.cli import train as command
-    from perigee.cli.recipe import open_new_run
+    from perigee.cli.recipe import RECIPE_FILE, build_recipe, find_recipe, load_recipe, open_new_run
     from perigee.cli.view import PlainView
 
-    found = command.find_up_recipe(recipe_path, overrides)
-    services = command.choose_services(found, only)
-    run, checked = open_new_run(runs_dir, found or command.empty_recipe(overrides))
+    path = recipe_path or (Path(RECIPE_FILE) if Path(RECIPE_FILE).is_file() else None)
+    services = command.choose_services(path is not None, only)
+    recipe = (
+        load_recipe(find_recipe(path), overrides) if path else build_recipe(Path("--set"), {"name": "up"}, overrides)
+    )
+    run, checked = open_new_run(runs_dir, recipe)
 
     async def work(interrupt: Interrupt) -> int:
         await command.up(run, checked, services, workers or checked.head.local.workers, PlainView(), interrupt)
@@ -108,27 +121,19 @@ def _up(recipe_path: Path | None, workers: int | None, only: list[str], override
     return 0 if code > 128 else code  # a signal is how this command ends
 
 
-def _train(
-    recipe_path: Path | None,
-    resume: str | None,
-    workers: int | None,
-    overrides: list[str],
-    coordinator: str | None,
-    runs_dir: Path,
-    plain: bool,
-) -> int:
+def _train(options: TrainOptions, plain: bool) -> int:
     from perigee.cli import train as command
     from perigee.cli.metrics import read_coordinator
     from perigee.cli.view import open_view
 
-    if coordinator is not None:
-        if workers is not None:
+    if options.coordinator is not None:
+        if options.workers is not None:
             raise InvalidArgumentError.for_field(
                 "--workers", "the stack of --coordinator has workers of its own; leave it out"
             )
-        asyncio.run(read_coordinator(coordinator))  # before anything is made for a stack that is not there
-    options = command.TrainOptions(recipe_path, resume, overrides, runs_dir, workers, coordinator)
+        asyncio.run(read_coordinator(options.coordinator))  # before anything is made for a stack that is not there
     run, recipe = command.open_run(options)
+    runs_dir = options.runs_path
 
     async def work(interrupt: Interrupt) -> int:
         with open_view(plain) as view:

@@ -228,8 +228,15 @@ async def check_health(address: str, service: str, token: str | None = None) -> 
 
     An empty `service` asks whether the process lives at all.
     """
+    metadata = (("authorization", f"Bearer {token}"),) if token else None
+    request = health_pb2.HealthCheckRequest(service=service)
     async with grpc.aio.insecure_channel(address) as channel:
-        return await _check_health(channel, service, token)
+        stub: health_pb2_grpc.HealthAsyncStub = health_pb2_grpc.HealthStub(channel)
+        try:
+            response = await stub.Check(request, timeout=HEALTH_TIMEOUT_S, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            return error.code().name
+    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
 
 async def wait_serving(address: str, service: str, token: str | None = None) -> None:
@@ -245,17 +252,6 @@ async def health_lines(addresses: Mapping[str, str]) -> list[str]:
     checks = (check_health(address, HEALTH_NAMES[name.partition("-")[0]], token) for name, address in addresses.items())
     healths = await asyncio.gather(*checks)
     return [f"{name:<12} {addresses[name]:<22} {health}" for name, health in zip(addresses, healths, strict=True)]
-
-
-async def _check_health(channel: grpc.aio.Channel, service: str, token: str | None) -> str:
-    stub: health_pb2_grpc.HealthAsyncStub = health_pb2_grpc.HealthStub(channel)
-    metadata = (("authorization", f"Bearer {token}"),) if token else None
-    request = health_pb2.HealthCheckRequest(service=service)
-    try:
-        response = await stub.Check(request, timeout=HEALTH_TIMEOUT_S, metadata=metadata)
-    except grpc.aio.AioRpcError as error:
-        return error.code().name
-    return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
 
 def pick_ports(count: int) -> list[int]:

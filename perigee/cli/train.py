@@ -15,10 +15,8 @@ from pathlib import Path
 from perigee.cli.ending import Interrupt
 from perigee.cli.metrics import read_evaluation
 from perigee.cli.recipe import (
-    RECIPE_FILE,
     SERVICES,
     Recipe,
-    build_recipe,
     dump_yaml,
     find_recipe,
     load_recipe,
@@ -49,20 +47,12 @@ MODEL_FREE = ("buffer", "sandbox", "reward")
 ENDED = (pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_FAILED, pb.RUN_PHASE_STOPPED)
 # One stream lasts this long at most; the next one continues it.
 STREAM_S = 3600.0
+START_S = 120.0
 RECONNECT_S = 1.0
 # Without a snapshot for so long the coordinator is given up.
 SILENCE_S = 300.0
 # What calls end with while the coordinator is away, or back without the run.
 _COORDINATOR_AWAY = (*UNAVAILABLE, DeadlineExceededError, NotFoundError, CancelledError)
-
-
-@dataclass(frozen=True)
-class RunRequest:
-    """Run to be started: its id, its configuration as YAML, its folder."""
-
-    run_id: str
-    config_yaml: str
-    run_path: str
 
 
 @dataclass
@@ -73,26 +63,8 @@ class Cursor:
     evaluation: int = 0
 
 
-def read_cursor(run_path: Path) -> Cursor:
-    """Returns the position after all that the run's folder records, so that a resumed run shows nothing twice.
-
-    Read it before the run is started, which records more. Raises InvalidArgumentError naming a line that cannot be
-    read.
-    """
-    return Cursor(*last_recorded(run_path))
-
-
-async def start_run(client: CoordinatorClient, request: RunRequest) -> bool:
-    """Starts the run or resumes it; returns whether it was resumed."""
-    response = await client.start_run(
-        pb.StartRunRequest(run_id=request.run_id, config_yaml=request.config_yaml, run_path=request.run_path),
-        timeout_s=120.0,
-    )
-    return response.resumed
-
-
 async def watch_run(
-    client: CoordinatorClient, request: RunRequest, cursor: Cursor, note: Callable[[str], None]
+    client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, note: Callable[[str], None]
 ) -> AsyncIterator[pb.WatchRunResponse]:
     """Yields the events of a started run: snapshots, the last of them in a phase of ENDED, and each iteration and
     evaluation after `cursor` once and in order, those that ended while the coordinator was away included.
@@ -121,15 +93,10 @@ async def watch_run(
             raise UnavailableError(f"no event of run {request.run_id} for {SILENCE_S:g} s: {error.message}") from error
         await asyncio.sleep(RECONNECT_S)
         try:
-            await start_run(client, request)
+            await client.start_run(request, timeout_s=START_S)
             note("watching the run again")
         except _COORDINATOR_AWAY as away:
             error = away
-
-
-async def stop_run(client: CoordinatorClient, run_id: str) -> None:
-    """Asks the coordinator to end the run; what it has committed stays."""
-    await client.stop_run(pb.StopRunRequest(run_id=run_id), timeout_s=20.0)
 
 
 def check_end(snapshot: pb.RunSnapshot) -> None:
@@ -155,21 +122,18 @@ class TrainOptions:
 
 def open_run(options: TrainOptions) -> tuple[RunFolder, Recipe]:
     """Returns the run folder, to which `latest` then points, and its checked recipe. Raises InvalidArgumentError."""
-    run, recipe = _open_run(options)
+    if options.resume is not None:
+        run, recipe = open_old_run(options.runs_path, options.resume, list(options.overrides))
+    elif options.recipe_path is not None:
+        recipe = load_recipe(find_recipe(options.recipe_path), options.overrides)
+        for section in ("run", "trainer", "rollout"):
+            if section not in recipe.values:
+                raise InvalidArgumentError.for_field(f"{recipe.path.name}: {section}", "is required to train")
+        run, recipe = open_new_run(options.runs_path, recipe)
+    else:
+        raise InvalidArgumentError.for_field("RECIPE", "is required, unless --resume names a run")
     point_latest(run.path)
     return run, recipe
-
-
-def _open_run(options: TrainOptions) -> tuple[RunFolder, Recipe]:
-    if options.resume is not None:
-        return open_old_run(options.runs_path, options.resume, list(options.overrides))
-    if options.recipe_path is None:
-        raise InvalidArgumentError.for_field("RECIPE", "is required, unless --resume names a run")
-    recipe = load_recipe(find_recipe(options.recipe_path), options.overrides)
-    for section in ("run", "trainer", "rollout"):
-        if section not in recipe.values:
-            raise InvalidArgumentError.for_field(f"{recipe.path.name}: {section}", "is required to train")
-    return open_new_run(options.runs_path, recipe)
 
 
 async def prepare_data(run: RunFolder, recipe: Recipe) -> None:
@@ -203,7 +167,8 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
     if recipe.prepare_path is not None and not run.data_path.is_dir():
         view.note(f"preparing data with {recipe.prepare_path.name}")
     await prepare_data(run, recipe)
-    request = RunRequest(run.run_id, dump_yaml(recipe.values["run"]), str(run.path))
+    config_yaml = dump_yaml(recipe.values["run"])
+    request = pb.StartRunRequest(run_id=run.run_id, config_yaml=config_yaml, run_path=str(run.path))
     async with AsyncExitStack() as stack:
         local: LocalStack | None = None
         address = options.coordinator
@@ -217,15 +182,16 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
             address = local.addresses["coordinator"]
         client = CoordinatorClient.connect(address, token=os.environ.get("PERIGEE_TOKEN"))
         await stack.enter_async_context(client)
-        cursor = read_cursor(run.path)
-        resumed = await start_run(client, request)
+        # Read before the run is started, which records more: a resumed run shows nothing twice.
+        cursor = Cursor(*last_recorded(run.path))
+        resumed = (await client.start_run(request, timeout_s=START_S)).resumed
         view.note(f"{'going on with' if resumed else 'training'} {run.run_id}")
         last = await _follow(client, request, cursor, local, view)
     check_end(last)
 
 
 async def _follow(
-    client: CoordinatorClient, request: RunRequest, cursor: Cursor, local: LocalStack | None, view: View
+    client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, local: LocalStack | None, view: View
 ) -> pb.RunSnapshot:
     events = asyncio.create_task(_show(client, request, cursor, view))
     tasks: set[asyncio.Task[pb.RunSnapshot] | asyncio.Task[None]] = {events}
@@ -240,7 +206,7 @@ async def _follow(
         if not events.done():
             view.note("stopping the run")
             try:
-                await stop_run(client, request.run_id)
+                await client.stop_run(pb.StopRunRequest(run_id=request.run_id))
             except UnavailableError as error:
                 view.note(error.message)
         raise
@@ -250,7 +216,7 @@ async def _follow(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _show(client: CoordinatorClient, request: RunRequest, cursor: Cursor, view: View) -> pb.RunSnapshot:
+async def _show(client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, view: View) -> pb.RunSnapshot:
     last: pb.RunSnapshot | None = None
     async for response in watch_run(client, request, cursor, view.note):
         if response.HasField("iteration"):
@@ -264,7 +230,7 @@ async def _show(client: CoordinatorClient, request: RunRequest, cursor: Cursor, 
     return last
 
 
-def choose_services(recipe: Recipe | None, only: Sequence[str]) -> list[str]:
+def choose_services(has_recipe: bool, only: Sequence[str]) -> list[str]:
     """Returns the services to start: those asked for, else all with a recipe, else those that need no model.
 
     Raises InvalidArgumentError when one is unknown or needs a recipe.
@@ -272,22 +238,10 @@ def choose_services(recipe: Recipe | None, only: Sequence[str]) -> list[str]:
     for name in only:
         if name not in SERVICES:
             raise InvalidArgumentError.for_field("--only", f"{name} is no service; choose from {', '.join(SERVICES)}")
-    chosen = only or (SERVICES if recipe else MODEL_FREE)
-    if recipe is None and (needy := [name for name in chosen if name not in MODEL_FREE]):
+    chosen = only or (SERVICES if has_recipe else MODEL_FREE)
+    if not has_recipe and (needy := [name for name in chosen if name not in MODEL_FREE]):
         raise InvalidArgumentError.for_field("RECIPE", f"is required to start {', '.join(needy)}")
     return [name for name in SERVICES if name in chosen]
-
-
-def find_up_recipe(path: Path | None, overrides: Sequence[str]) -> Recipe | None:
-    """Returns the recipe named, else the one in the working folder, else None."""
-    if path is not None or Path(RECIPE_FILE).is_file():
-        return load_recipe(find_recipe(path or Path(RECIPE_FILE)), overrides)
-    return None
-
-
-def empty_recipe(overrides: Sequence[str]) -> Recipe:
-    """Returns a recipe with nothing but overrides, for services that need none."""
-    return build_recipe(Path("--set"), {"name": "up"}, overrides)
 
 
 async def up(

@@ -24,18 +24,6 @@ def compare_by(comparator: Comparison | Tolerance) -> SameOutput:
     return same
 
 
-same_bytes = compare_by(Comparison.EXACT)
-same_tokens = compare_by(Comparison.TOKENS)
-same_lines = compare_by(Comparison.LINES)
-same_unordered_lines = compare_by(Comparison.UNORDERED_LINES)
-same_unordered_tokens = compare_by(Comparison.UNORDERED_TOKENS)
-
-
-def same_floats(absolute: float, relative: float) -> SameOutput:
-    """Compares numbers with a tolerance; other words must be the same."""
-    return compare_by(Tolerance(absolute, relative))
-
-
 @dataclass(frozen=True)
 class Program:
     """Generator or known solution; `name` is its path in the problem's folder."""

@@ -19,7 +19,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
@@ -74,9 +73,7 @@ class Store:
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._writing:  # a thread that is still running writes nothing once another process may
             assert self._journal is not None
             self._journal.close()

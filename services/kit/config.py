@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import Field, SecretStr
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from perigee.config import Model, merge, nest, parse_override, read_yaml, validate
 from perigee.errors import InvalidArgumentError
 from perigee.rpc import MAX_MESSAGE_BYTES
 
-__all__ = ["HttpConfig", "Model", "ServerConfig", "ServiceConfig", "TelemetryConfig", "load_config", "show"]
+__all__ = ["HttpConfig", "Model", "ServerConfig", "ServiceConfig", "TelemetryConfig", "load_config"]
 
 
 class ServerConfig(Model):
@@ -137,9 +136,3 @@ def environment_values(config_class: type[ServiceConfig]) -> dict[str, Any]:
         if name.startswith(prefix) and keys[0] not in config_class.model_fields:
             merge(values, nest(keys, text))
     return values
-
-
-def show(config: BaseModel) -> dict[str, Any]:
-    """Returns the whole configuration for the log, secrets masked."""
-    shown: dict[str, Any] = json.loads(config.model_dump_json())
-    return shown

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,17 +100,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Returns the handler of a unary method with token, limit, metrics and statuses."""
 
         async def call(request: Any, context: Context) -> Any:
-            start = time.perf_counter()
-            try:
-                self._enter(header)
-                try:
-                    response = await behaviour(_require_message(request), context)
-                finally:
-                    self._calls -= 1
-                self._observe(method, "OK", start)
-                return response
-            except Exception as error:
-                await self._abort(method, error, context, start)
+            async with self._serving(method, header, context):
+                return await behaviour(_require_message(request), context)
 
         return call
 
@@ -119,26 +111,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         """Returns the handler of a streaming method with token, limit, metrics and statuses."""
 
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            start = time.perf_counter()
-            try:
-                self._enter(header)
-                try:
-                    async for response in behaviour(_require_message(request), context):
-                        yield response
-                finally:
-                    self._calls -= 1
-                self._observe(method, "OK", start)
-            except Exception as error:
-                await self._abort(method, error, context, start)
+            async with self._serving(method, header, context):
+                async for response in behaviour(_require_message(request), context):
+                    yield response
 
         return call
 
-    def _enter(self, header: str | bytes | None) -> None:
-        """Counts one call in; raises UnauthenticatedError or ResourceExhaustedError."""
-        check_token(self._token, header)
-        if self._calls >= self._limit:
-            raise ResourceExhaustedError(f"{self._limit} calls are in flight, the server's limit.", retry_after_s=1.0)
-        self._calls += 1
+    @asynccontextmanager
+    async def _serving(self, method: str, header: str | bytes | None, context: Context) -> AsyncIterator[None]:
+        """Admits one call, counts it for as long as the block lasts, and ends it with the status of what it raises."""
+        start = time.perf_counter()
+        try:
+            check_token(self._token, header)
+            if self._calls >= self._limit:
+                message = f"{self._limit} calls are in flight, the server's limit."
+                raise ResourceExhaustedError(message, retry_after_s=1.0)
+            self._calls += 1
+            try:
+                yield
+            finally:
+                self._calls -= 1
+            self._observe(method, "OK", start)
+        except Exception as error:
+            await self._abort(method, error, context, start)
 
     async def _abort(self, method: str, error: Exception, context: Context, start: float) -> None:
         """Ends the call with the status of an error."""

@@ -22,7 +22,7 @@ from prometheus_client import start_http_server
 
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.rpc import KEEPALIVE_MS, ChannelOptions, ServiceClient
-from services.kit.config import ServerConfig, ServiceConfig, show
+from services.kit.config import ServerConfig, ServiceConfig
 from services.kit.interceptors import CallInterceptor
 from services.kit.telemetry import get_logger, request_histogram, start_logging, start_tracing, stop_tracing
 
@@ -129,7 +129,7 @@ def run(config: ConfigT, lifespan: Lifespan[ConfigT]) -> None:
     """Serves until SIGTERM or SIGINT, then drains; a PerigeeError ends the process with one line and exit code 1."""
     start_logging(config.section, config.telemetry)
     start_tracing(config.section, config.telemetry)
-    log.info("configuration", **{config.section: show(config)})
+    log.info("configuration", **{config.section: config.model_dump(mode="json")})
     try:
         uvloop.run(_run_until_signal(config, lifespan))
     except PerigeeError as error:

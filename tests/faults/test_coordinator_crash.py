@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.cli.train import Cursor, RunRequest, watch_run
+from perigee.cli.train import Cursor, watch_run
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import UnavailableError
@@ -76,7 +76,7 @@ class Watched:
     last: pb.RunSnapshot = field(default_factory=pb.RunSnapshot)
 
 
-async def watch_to_the_end(client: CoordinatorClient, request: RunRequest) -> Watched:
+async def watch_to_the_end(client: CoordinatorClient, request: pb.StartRunRequest) -> Watched:
     watched = Watched()
     async for response in watch_run(client, request, Cursor(), lambda note: None):
         if response.HasField("iteration"):
@@ -130,8 +130,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
                 async with coordinator_process(recipe, port, run_path) as process:
                     if watch is None:
                         await call_when_up(lambda: client.start_run(request))
-                        asked = RunRequest(run_id, section, str(run_path))
-                        watch = tasks.create_task(watch_to_the_end(client, asked))
+                        watch = tasks.create_task(watch_to_the_end(client, request))
                     if stall_in == "rollout":
                         # The second call of several: some trajectories have ended, some are under way.
                         await wait_until(lambda: len(worker.calls) >= 2)

@@ -3,16 +3,9 @@
 import pytest
 
 from perigee.sandbox.client import SandboxClient
+from perigee.sandbox.compare import Comparison, Tolerance
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from perigee.testgen.plan import (
-    Comparison,
-    same_bytes,
-    same_floats,
-    same_lines,
-    same_tokens,
-    same_unordered_lines,
-    same_unordered_tokens,
-)
+from perigee.testgen.plan import SameOutput, compare_by
 
 # A program that prints its input, so that inputs are the outputs to be compared.
 ECHO = b"import sys\nsys.stdout.buffer.write(sys.stdin.buffer.read())"
@@ -27,19 +20,19 @@ OUTPUTS = {
     b"-inf\n": [b"-inf\n", b"-Infinity\n", b"inf\n"],
 }
 PAIRS = [pair for one, others in OUTPUTS.items() for other in others for pair in ((one, other), (other, one))]
-CASES: list[tuple[pb.Checker, Comparison]] = [
-    (pb.Checker(comparison=pb.COMPARISON_EXACT), same_bytes),
-    (pb.Checker(comparison=pb.COMPARISON_TOKENS), same_tokens),
-    (pb.Checker(comparison=pb.COMPARISON_LINES), same_lines),
-    (pb.Checker(comparison=pb.COMPARISON_UNORDERED_LINES), same_unordered_lines),
-    (pb.Checker(comparison=pb.COMPARISON_UNORDERED_TOKENS), same_unordered_tokens),
-    (pb.Checker(floats=pb.FloatTolerance(absolute=1e-6)), same_floats(1e-6, 0)),
-    (pb.Checker(floats=pb.FloatTolerance(relative=0.2)), same_floats(0, 0.2)),
+CASES: list[tuple[pb.Checker, SameOutput]] = [
+    (pb.Checker(comparison=pb.COMPARISON_EXACT), compare_by(Comparison.EXACT)),
+    (pb.Checker(comparison=pb.COMPARISON_TOKENS), compare_by(Comparison.TOKENS)),
+    (pb.Checker(comparison=pb.COMPARISON_LINES), compare_by(Comparison.LINES)),
+    (pb.Checker(comparison=pb.COMPARISON_UNORDERED_LINES), compare_by(Comparison.UNORDERED_LINES)),
+    (pb.Checker(comparison=pb.COMPARISON_UNORDERED_TOKENS), compare_by(Comparison.UNORDERED_TOKENS)),
+    (pb.Checker(floats=pb.FloatTolerance(absolute=1e-6)), compare_by(Tolerance(1e-6, 0))),
+    (pb.Checker(floats=pb.FloatTolerance(relative=0.2)), compare_by(Tolerance(0, 0.2))),
 ]
 
 
 @pytest.mark.parametrize(("checker", "same"), CASES, ids=[same.__name__ for _, same in CASES])
-async def test_both_say_the_same(sandbox_address: str, checker: pb.Checker, same: Comparison) -> None:
+async def test_both_say_the_same(sandbox_address: str, checker: pb.Checker, same: SameOutput) -> None:
     tests = [pb.TestCase(stdio=pb.StdioTest(stdin=actual, expected_stdout=expected)) for actual, expected in PAIRS]
     request = pb.JudgeRequest(language="python", source=ECHO, tests=tests, checker=checker)
     async with SandboxClient.connect(sandbox_address) as sandbox:

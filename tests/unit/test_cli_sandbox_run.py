@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from perigee.cli.sandbox.app import service_command
-from perigee.cli.sandbox.run import RunOptions, describe_end, exit_code, make_request, stats_line
+from perigee.cli.sandbox.run import describe_end, exit_code, make_request, stats_line
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
@@ -59,7 +59,7 @@ def test_options_make_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     Path("data/run.sh").write_bytes(b"\xff")
     Path("data/run.sh").chmod(0o755)
     Path("in.txt").write_text("5")
-    options = RunOptions(
+    request = make_request(
         file=Path("main.py"),
         arguments=["-x", "y"],
         stdin="in.txt",
@@ -68,7 +68,7 @@ def test_options_make_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         env=["A=B=C", "EMPTY="],
         limits=pb.Limits(wall_ms=5),
     )
-    assert make_request(options) == pb.ExecuteRequest(
+    assert request == pb.ExecuteRequest(
         language="python",
         source=b"print(1)",
         stdin=b"5",
@@ -83,27 +83,30 @@ def test_options_make_the_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda: RunOptions(Path("gone.py")), "gone.py: cannot be read: No such file or directory"),
-        (lambda: RunOptions(Path("notes.txt")), "notes.txt: the suffix .txt stands for no known language; known are "),
-        (lambda: RunOptions(Path("notes")), "notes: without a suffix it is of no known language"),
-        (lambda: RunOptions(Path("a.py"), files=["/etc/passwd"]), "--file: '/etc/passwd' must be a relative path"),
-        (lambda: RunOptions(Path("a.py"), files=["b/../../c"]), "--file: 'b/../../c' must be a relative path"),
-        (lambda: RunOptions(Path("a.py"), files=["gone"]), "gone: cannot be read"),
-        (lambda: RunOptions(Path("a.py"), outputs=["../x"]), "--output: '../x' must be a relative path"),
-        (lambda: RunOptions(Path("a.py"), outputs=[""]), "--output: '' must be a relative path"),
-        (lambda: RunOptions(Path("a.py"), env=["A"]), "--env: 'A' is not of the form NAME=VALUE"),
-        (lambda: RunOptions(Path("a.py"), stdin="gone"), "gone: cannot be read"),
-        (lambda: RunOptions(Path("large.py")), "large.py: makes a request of 5,000,"),
+        (lambda: make_request(Path("gone.py")), "gone.py: cannot be read: No such file or directory"),
+        (
+            lambda: make_request(Path("notes.txt")),
+            "notes.txt: the suffix .txt stands for no known language; known are",
+        ),
+        (lambda: make_request(Path("notes")), "notes: without a suffix it is of no known language"),
+        (lambda: make_request(Path("a.py"), files=["/etc/passwd"]), "--file: '/etc/passwd' must be a relative path"),
+        (lambda: make_request(Path("a.py"), files=["b/../../c"]), "--file: 'b/../../c' must be a relative path"),
+        (lambda: make_request(Path("a.py"), files=["gone"]), "gone: cannot be read"),
+        (lambda: make_request(Path("a.py"), outputs=["../x"]), "--output: '../x' must be a relative path"),
+        (lambda: make_request(Path("a.py"), outputs=[""]), "--output: '' must be a relative path"),
+        (lambda: make_request(Path("a.py"), env=["A"]), "--env: 'A' is not of the form NAME=VALUE"),
+        (lambda: make_request(Path("a.py"), stdin="gone"), "gone: cannot be read"),
+        (lambda: make_request(Path("large.py")), "large.py: makes a request of 5,000,"),
     ],
 )
 def test_a_mistake_names_the_option(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[], RunOptions], message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[], pb.ExecuteRequest], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.py").write_text("print(1)")
     Path("large.py").write_bytes(b"#" * 5_000_000)
     with pytest.raises(InvalidArgumentError) as caught:
-        make_request(change())
+        change()
     assert caught.value.message.startswith(message)
     assert "\n" not in caught.value.message
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import itertools
-import json
 import time
 from typing import Any
 
@@ -276,7 +275,7 @@ def test_judges_come_from_the_configuration_and_their_keys_from_the_environment(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from perigee.config import merge, validate
-    from services.kit.config import environment_values, show
+    from services.kit.config import environment_values
 
     monkeypatch.setenv("PERIGEE_REWARD__JUDGE__JUDGES__MAIN__API_KEY", "sk-secret")
     values: dict[str, Any] = {"judge": {"judges": {"main": {"base_url": "http://h/v1", "model": "m"}}}}
@@ -285,6 +284,6 @@ def test_judges_come_from_the_configuration_and_their_keys_from_the_environment(
     key = config.judge.judges["main"].api_key
     assert key is not None
     assert key.get_secret_value() == "sk-secret"
-    assert "sk-secret" not in json.dumps(show(config))
+    assert "sk-secret" not in config.model_dump_json()
     with pytest.raises(ValueError, match="none of the judges"):
         JudgeConfig(judges={"main": endpoint()}, default="other")

@@ -6,8 +6,12 @@ from fractions import Fraction
 from hypothesis import given
 from hypothesis import strategies as st
 
-from perigee.testgen.plan import same_bytes, same_floats, same_tokens
+from perigee.sandbox.compare import Comparison, Tolerance
+from perigee.testgen.plan import compare_by
 from perigee.testgen.selection import Agreement, find_agreement, needed
+
+same_tokens = compare_by(Comparison.TOKENS)
+same_bytes = compare_by(Comparison.EXACT)
 
 outputs = st.lists(st.sampled_from([None, b"1", b"2", b"3 ", b"3"]), max_size=12)
 
@@ -26,7 +30,7 @@ def test_failures_agree_on_nothing() -> None:
 
 
 def test_within_a_tolerance_the_output_in_the_middle_wins() -> None:
-    agreement = find_agreement([b"0.0", b"1.0", b"2.0"], same_floats(1, 0))
+    agreement = find_agreement([b"0.0", b"1.0", b"2.0"], compare_by(Tolerance(1, 0)))
     assert agreement == Agreement(b"1.0", (0, 1, 2))
 
 
@@ -46,7 +50,10 @@ def test_byte_agreement_is_the_largest_count(found: list[bytes | None]) -> None:
 def test_how_many_agree_does_not_depend_on_the_order(found: list[bytes | None], random: object) -> None:
     shuffled = list(found)
     random.shuffle(shuffled)  # type: ignore[attr-defined]
-    first, second = find_agreement(found, same_tokens), find_agreement(shuffled, same_tokens)
+    first, second = (
+        find_agreement(found, same_tokens),
+        find_agreement(shuffled, same_tokens),
+    )
     assert (first and len(first.members)) == (second and len(second.members))
 
 

@@ -13,13 +13,20 @@ from hypothesis import strategies as st
 
 from perigee.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
 from perigee.files import Journal, dump_line
+from perigee.sandbox.compare import Comparison
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen import making
 from perigee.testgen.making import GenerationContext, make_cases
-from perigee.testgen.plan import Plan, Problem, Program, same_tokens
+from perigee.testgen.plan import Plan, Problem, Program, compare_by
 from perigee.testgen.selection import Drop, Selection
 from perigee.testgen.store import Store, check_names, write_suite
 from tests.fixtures.scripted_sandbox import CRASH, INFRA_ERROR, TIME_LIMIT, Behaviour, ScriptedSandbox
+
+same_lines = compare_by(Comparison.LINES)
+same_tokens = compare_by(Comparison.TOKENS)
+same_bytes = compare_by(Comparison.EXACT)
+same_unordered_lines = compare_by(Comparison.UNORDERED_LINES)
+same_unordered_tokens = compare_by(Comparison.UNORDERED_TOKENS)
 
 PLAN = Plan(candidates=8, minimum=4, solutions=4, jobs=3)
 

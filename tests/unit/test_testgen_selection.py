@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from perigee.errors import InvalidArgumentError
-from perigee.testgen.plan import Plan, candidate_seed, digest, same_tokens
+from perigee.sandbox.compare import Comparison
+from perigee.testgen.plan import Plan, candidate_seed, compare_by, digest
 from perigee.testgen.selection import (
     AGREES,
     DIFFERS,
@@ -31,7 +32,7 @@ def judge(outputs: Sequence[bytes | str], plan: Plan = PLAN) -> Case:
         name: SolutionRun("OK", output) if isinstance(output, bytes) else SolutionRun(output)
         for name, output in zip(NAMES, outputs, strict=True)
     }
-    return select_case("001", 7, "input", runs, same_tokens, plan)
+    return select_case("001", 7, "input", runs, compare_by(Comparison.TOKENS), plan)
 
 
 def test_seven_of_ten_make_a_case() -> None:

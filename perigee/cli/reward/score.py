@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -169,11 +168,9 @@ class OutcomeStore:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._flush()
-        self._journal.__exit__(kind, error, trace)
+        self._journal.close()
         if not self.outcomes:  # nothing to resume with
             self._journal_path.unlink(missing_ok=True)
 

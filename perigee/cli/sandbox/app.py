@@ -84,25 +84,23 @@ def run(
     def command() -> int:
         from perigee.cli.ending import Interrupt, run_interruptible
         from perigee.cli.sandbox import run as implementation
-        from perigee.cli.sandbox.connection import make_limits
+        from perigee.cli.sandbox.problem import LimitsSection
 
-        options = implementation.RunOptions(
-            file=file,
-            arguments=arguments or [],
-            language=language,
-            stdin=stdin,
-            files=files or [],
-            outputs=outputs or [],
-            output_folder=output_dir,
-            env=env or [],
-            limits=make_limits(wall_ms, cpu_ms, memory_mb, processes, file_mb, output_mb),
-            stats=stats,
+        limits = LimitsSection(
+            wall_ms=wall_ms,
+            cpu_ms=cpu_ms,
+            memory_mb=memory_mb,
+            processes=processes,
+            file_mb=file_mb,
+            output_mb=output_mb,
         )
-        request = implementation.make_request(options)
+        request = implementation.make_request(
+            file, arguments or [], language, stdin, files or [], outputs or [], env or [], limits.to_proto()
+        )
 
         async def work(interrupt: Interrupt) -> int:
             interrupt.end_at_once = implementation.leave
-            return await implementation.run(address, request, options)
+            return await implementation.run(address, request, str(file), output_dir, stats)
 
         return run_interruptible(work)
 

@@ -1,4 +1,4 @@
-"""Connection of a command to a sandbox, the sandbox's runtimes, and the files and limits of requests."""
+"""Connection of a command to a sandbox, the sandbox's runtimes, and the files of requests."""
 
 from __future__ import annotations
 
@@ -52,28 +52,6 @@ def check_size(request: pb.ExecuteRequest | pb.JudgeRequest, what: str) -> None:
         raise InvalidArgumentError.for_field(
             what, f"makes a request of {size:,} bytes; at most {MAX_MESSAGE_BYTES:,} can be sent"
         )
-
-
-def make_limits(
-    wall_ms: int | None = None,
-    cpu_ms: int | None = None,
-    memory_mb: int | None = None,
-    processes: int | None = None,
-    file_mb: int | None = None,
-    output_mb: int | None = None,
-) -> pb.Limits:
-    """Returns limits; unset ones are the runtime's."""
-    memory_bytes, file_bytes, output_bytes = (
-        None if size_mb is None else size_mb * MIB for size_mb in (memory_mb, file_mb, output_mb)
-    )
-    return pb.Limits(
-        wall_ms=wall_ms,
-        cpu_ms=cpu_ms,
-        memory_bytes=memory_bytes,
-        processes=processes,
-        file_bytes=file_bytes,
-        output_bytes=output_bytes,
-    )
 
 
 def megabytes(count: int) -> str:

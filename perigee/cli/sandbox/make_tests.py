@@ -9,8 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,10 +19,10 @@ from perigee.cli.sandbox.connection import Sandbox, open_console, open_sandbox, 
 from perigee.cli.sandbox.problem import PROBLEM_FILE, Problem, list_programs, load_problem
 from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from perigee.files import write_atomically
+from perigee.sandbox.compare import Comparison, Tolerance
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from perigee.testgen import plan as comparisons
 from perigee.testgen.making import GenerationContext, OnProgress, make_cases
-from perigee.testgen.plan import Plan, Program
+from perigee.testgen.plan import Plan, Program, compare_by
 from perigee.testgen.plan import Problem as GeneratedProblem
 from perigee.testgen.selection import AGREES, Drop, Selection
 from perigee.testgen.store import SUMMARY_FILE, Store, check_names, dump_json, write_suite
@@ -33,13 +31,6 @@ GENERATOR_FILE = "generator.py"
 KNOWN_FOLDER = "known"
 GENERATOR_LANGUAGE = "python-generator"
 UNUSABLE = "unusable"
-_SAME_BY: dict[str, comparisons.SameOutput] = {
-    "exact": comparisons.same_bytes,
-    "tokens": comparisons.same_tokens,
-    "lines": comparisons.same_lines,
-    "unordered_lines": comparisons.same_unordered_lines,
-    "unordered_tokens": comparisons.same_unordered_tokens,
-}
 
 
 @dataclass(frozen=True)
@@ -145,9 +136,8 @@ def read_generated(problem: Problem, plan: Plan, generator_language: str) -> Gen
             str(problem.folder / KNOWN_FOLDER), f"holds {len(known)} known solutions of {plan.solutions}; {hint}"
         )
     checker = problem.section.checker
-    same = _SAME_BY[checker.comparison]
-    if checker.kind == "floats":
-        same = comparisons.same_floats(checker.floats.absolute, checker.floats.relative)
+    is_floats = checker.kind == "floats"
+    same = compare_by(Tolerance(**checker.floats.model_dump()) if is_floats else Comparison[checker.comparison.upper()])
     return GeneratedProblem(generator, tuple(known), problem.section.limits.to_proto(), same)
 
 
@@ -196,35 +186,25 @@ def _wall_seconds(sandbox: Sandbox, problem: GeneratedProblem) -> dict[str, floa
 _STAGES = {"inputs": "inputs generated", "runs": "known solutions run"}
 
 
-class ProgressBars:
-    """Progress bars on a terminal; nothing elsewhere."""
+class StageProgress(Progress):
+    """A bar for each stage of a problem on a terminal; nothing elsewhere."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._tasks: dict[str, TaskID] = {}
+        super().__init__(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._stages: dict[str, TaskID] = {}
 
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-
-    def advance(self, stage: str, done: int, total: int) -> None:
+    def show_stage(self, stage: str, done: int, total: int) -> None:
         """Moves the stage's bar."""
-        if stage not in self._tasks:
-            self._tasks[stage] = self._bars.add_task(_STAGES[stage])
-        self._bars.update(self._tasks[stage], completed=done, total=total)
+        if stage not in self._stages:
+            self._stages[stage] = self.add_task(_STAGES[stage])
+        self.update(self._stages[stage], completed=done, total=total)
 
     def next_problem(self) -> None:
         """Clears the bars."""
-        for task in self._tasks.values():
-            self._bars.remove_task(task)
-        self._tasks.clear()
+        for task in self._stages.values():
+            self.remove_task(task)
+        self._stages.clear()
 
 
 def show_decision(console: Console, decision: Decision) -> None:
@@ -280,10 +260,10 @@ async def make_folder_tests(address: str, folder: Path, plan: Plan, generator_la
     try:
         async with open_sandbox(address) as sandbox:
             sandbox.find_runtime(generator_language, "--generator-language")
-            with ProgressBars(console) as bars:
+            with StageProgress(console) as bars:
 
                 async def make(problem: Path) -> Decision:
-                    return await make_tests(sandbox, problem, plan, generator_language, bars.advance)
+                    return await make_tests(sandbox, problem, plan, generator_language, bars.show_stage)
 
                 if not is_collection:
                     decisions.append(await make(folder))

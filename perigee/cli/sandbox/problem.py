@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from perigee.cli.sandbox.connection import language_of, make_limits, read_bytes, read_input_file
+from perigee.cli.sandbox.connection import MIB, language_of, read_bytes, read_input_file
 from perigee.config import Model, read_yaml, validate
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
@@ -22,7 +22,7 @@ TESTS_FOLDER = "tests"
 
 
 class LimitsSection(Model):
-    """Limits of a solution on one test; unset ones are the sandbox's defaults."""
+    """Limits of one run of a program; unset ones are the sandbox's defaults."""
 
     wall_ms: int | None = Field(None, ge=1)
     """Wall-clock time."""
@@ -39,7 +39,13 @@ class LimitsSection(Model):
 
     def to_proto(self) -> pb.Limits:
         """Returns the limits of a request."""
-        return make_limits(**self.model_dump())
+        values = self.model_dump(exclude_none=True)
+        return pb.Limits(
+            **{
+                name.replace("_mb", "_bytes"): value * MIB if name.endswith("_mb") else value
+                for name, value in values.items()
+            }
+        )
 
 
 class FloatsSection(Model):

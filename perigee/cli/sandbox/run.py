@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from perigee.cli.sandbox.connection import (
@@ -42,46 +41,39 @@ _CODES: Mapping[int, int] = {
 }
 
 
-@dataclass(frozen=True)
-class RunOptions:
-    """Options of a run."""
+def make_request(
+    file: Path,
+    arguments: Sequence[str] = (),
+    language: str | None = None,
+    stdin: str | None = None,
+    files: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    env: Sequence[str] = (),
+    limits: pb.Limits | None = None,
+) -> pb.ExecuteRequest:
+    """Returns the request of the command's options; `stdin` is a file, or "-" for standard input.
 
-    file: Path
-    arguments: Sequence[str] = ()
-    language: str | None = None
-    # A file, "-" for standard input; nothing unless given.
-    stdin: str | None = None
-    files: Sequence[str] = ()
-    outputs: Sequence[str] = ()
-    output_folder: Path = Path()
-    env: Sequence[str] = ()
-    limits: pb.Limits = field(default_factory=pb.Limits)
-    stats: bool = False
-
-
-def make_request(options: RunOptions) -> pb.ExecuteRequest:
-    """Returns the request of the options; raises InvalidArgumentError naming an invalid option."""
+    Raises InvalidArgumentError naming an invalid option.
+    """
     request = pb.ExecuteRequest(
-        language=options.language or language_of(options.file),
-        source=read_bytes(options.file),
-        args=options.arguments,
-        limits=options.limits,
-        files=[read_input_file("--file", name) for name in options.files],
-        env=dict(_split(text) for text in options.env),
-        output_files=[check_relative("--output", name) for name in options.outputs],
+        language=language or language_of(file),
+        source=read_bytes(file),
+        args=arguments,
+        limits=limits,
+        files=[read_input_file("--file", name) for name in files],
+        env=dict(_split(text) for text in env),
+        output_files=[check_relative("--output", name) for name in outputs],
     )
-    if options.stdin == "-":
-        request.stdin = sys.stdin.buffer.read()
-    elif options.stdin is not None:
-        request.stdin = read_bytes(Path(options.stdin))
-    check_size(request, str(options.file))
+    if stdin is not None:
+        request.stdin = sys.stdin.buffer.read() if stdin == "-" else read_bytes(Path(stdin))
+    check_size(request, str(file))
     return request
 
 
-async def run(address: str, request: pb.ExecuteRequest, options: RunOptions) -> int:
-    """Runs the program and returns the exit code to end with."""
+async def run(address: str, request: pb.ExecuteRequest, name: str, output_folder: Path, with_stats: bool) -> int:
+    """Runs the program and returns the exit code to end with; `name` is the program's in messages."""
     async with open_sandbox(address) as sandbox:
-        runtime = sandbox.find_runtime(request.language, str(options.file))
+        runtime = sandbox.find_runtime(request.language, name)
         deadline_s = QUEUE_S + COMPILE_S + 2 * wall_seconds(runtime, request.limits)
         try:
             response = await _stream(sandbox.client, request, deadline_s)
@@ -89,10 +81,10 @@ async def run(address: str, request: pb.ExecuteRequest, options: RunOptions) -> 
             return PIPE_CODE
     if response.status == pb.STATUS_COMPILE_ERROR:
         _write(2, response.compile.stdout + response.compile.stderr)
-    for line in describe_end(str(options.file), response):
+    for line in describe_end(name, response):
         print(f"perigee: {line}", file=sys.stderr)
-    fetched = _keep_outputs(options.output_folder, request, response)
-    if options.stats:
+    fetched = _keep_outputs(output_folder, request, response)
+    if with_stats:
         print(stats_line(response), file=sys.stderr)
     code = exit_code(response)
     return code if code or fetched else 1
