@@ -10,12 +10,11 @@ from services.kit.config import load_config
 from services.kit.http import http_serving
 from services.kit.server import App, run
 from services.kit.single_flight import SingleFlightCache
-from services.sandbox.api.responses import is_final
 from services.sandbox.config import SandboxConfig
 from services.sandbox.runtime.pool import open_pool
 from services.sandbox.runtime.sessions import Sessions
 from services.sandbox.runtime.versions import Versions
-from services.sandbox.service import FULL_NAME, OPENAPI_FILE, ROUTES, Response, SandboxService, compat_routers
+from services.sandbox.service import FULL_NAME, OPENAPI_FILE, ROUTES, Response, SandboxService, compat_routers, is_final
 
 MOST_RESULTS = 10_000
 

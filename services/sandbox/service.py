@@ -10,22 +10,16 @@ from typing import Any, TypeVar
 
 import grpc
 
-from perigee.errors import PerigeeError, ResourceExhaustedError
+from perigee.errors import InvalidArgumentError, PerigeeError, ResourceExhaustedError, to_status
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
 from services.kit.http import CompatRouter, HttpRoute
 from services.kit.single_flight import SingleFlightCache
 from services.sandbox.api.piston import piston_api
 from services.sandbox.api.requests import check_batch, read_cell, read_job, read_session, read_submission
-from services.sandbox.api.responses import (
-    execute_response,
-    item_error,
-    judge_response,
-    stream_response,
-)
 from services.sandbox.api.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.judge.judge import judge
-from services.sandbox.runtime.execute import OutputChunk, execute, execute_stream
+from services.sandbox.runtime.execute import execute, execute_stream
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.sessions import Sessions
 from services.sandbox.runtime.versions import Versions
@@ -86,6 +80,23 @@ async def run_batch(
                 task.cancel()
 
 
+def is_final(response: pb.ExecuteResponse | pb.JudgeResponse) -> bool:
+    """Returns whether a response is about the program, and no failure of the sandbox, which may be temporary."""
+    if isinstance(response, pb.ExecuteResponse):
+        return response.status != pb.STATUS_INFRA_ERROR
+    return all(result.verdict != pb.TEST_VERDICT_INFRA_ERROR for result in response.results)
+
+
+def item_error(error: PerigeeError) -> pb.ItemError:
+    """Returns the error of one item of a batch."""
+    item = pb.ItemError(code=to_status(error).code, message=error.message)
+    if isinstance(error, InvalidArgumentError):
+        item.field_violations.update({violation.field: violation.description for violation in error.violations})
+    if error.retry_after_s is not None:
+        item.retry_after_ms = round(error.retry_after_s * 1000)
+    return item
+
+
 FULL_NAME = "perigee.sandbox.v1.SandboxService"
 
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -111,7 +122,7 @@ class SandboxService(SandboxServiceServicer):
         job = read_job(request, self._pool.config, self._pool.catalog)
 
         async def work() -> Response:
-            return execute_response(await execute(self._pool, job, remaining_s))
+            return await execute(self._pool, job, remaining_s)
 
         response = await self._run_once(request, work)
         assert isinstance(response, pb.ExecuteResponse)
@@ -124,10 +135,7 @@ class SandboxService(SandboxServiceServicer):
         job = read_job(request.execute, self._pool.config, self._pool.catalog)
         async with aclosing(execute_stream(self._pool, job, context.time_remaining())) as events:
             async for event in events:
-                if isinstance(event, OutputChunk):
-                    yield stream_response(event)
-                else:
-                    yield pb.ExecuteStreamResponse(finished=execute_response(event))
+                yield event
 
     async def ExecuteBatch(
         self, request: pb.ExecuteBatchRequest, context: Context
@@ -149,7 +157,7 @@ class SandboxService(SandboxServiceServicer):
         submission = read_submission(request, self._pool.config, self._pool.catalog)
 
         async def work() -> Response:
-            return judge_response(await judge(self._pool, submission, remaining_s))
+            return await judge(self._pool, submission, remaining_s)
 
         response = await self._run_once(request, work)
         assert isinstance(response, pb.JudgeResponse)

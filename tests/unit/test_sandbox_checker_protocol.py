@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.judge.stdio import Decision, read_decision
-from services.sandbox.runtime.jobs import Status
 
-ACCEPTED, WRONG, FAILED = Status.ACCEPTED, Status.WRONG_ANSWER, Status.INFRA_ERROR
+ACCEPTED, WRONG, FAILED = pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_WRONG_ANSWER, pb.TEST_VERDICT_INFRA_ERROR
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_whatever_is_no_decision_is_a_failure_with_a_reason(
     exit_code: int, signal: int, stderr: bytes, limit: str, reason: str
 ) -> None:
     decision = read_decision(exit_code, signal, stderr, limit)
-    assert (decision.status, decision.fraction) == (FAILED, None)
+    assert (decision.verdict, decision.fraction) == (FAILED, None)
     assert decision.message.startswith("the checking program ")
     assert reason in decision.message
 
@@ -74,7 +74,7 @@ def test_a_python_checker_that_raises_has_not_decided() -> None:
     fine, crashed = (read_decision(run.returncode, 0, run.stderr) for run in runs)
     assert fine == Decision(WRONG, 0.25, "points 0.25")
     assert runs[1].returncode == 1
-    assert crashed.status is FAILED
+    assert crashed.verdict == FAILED
     assert crashed.message.endswith("ended with an uncaught exception: ZeroDivisionError: division by zero")
 
 
@@ -91,13 +91,13 @@ def test_messages_are_cut() -> None:
 def test_only_the_codes_for_it_decide(exit_code: int, signal: int, stderr: bytes, limit: str) -> None:
     decision = read_decision(exit_code, signal, stderr, limit)
     if signal or limit or exit_code not in (0, 1, 2, 7):
-        assert decision.status is FAILED
-    if decision.status is FAILED:
+        assert decision.verdict == FAILED
+    if decision.verdict == FAILED:
         assert decision.fraction is None
         assert decision.message
     else:
         assert decision.fraction is not None
-        assert (decision.status is ACCEPTED) == (decision.fraction == 1)
+        assert (decision.verdict == ACCEPTED) == (decision.fraction == 1)
 
 
 @settings(deadline=None)

@@ -254,11 +254,14 @@ class CompileResult(_message.Message):
     STDOUT_FIELD_NUMBER: _builtins.int
     STDERR_FIELD_NUMBER: _builtins.int
     WALL_MS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
     exit_code: _builtins.int
     stdout: _builtins.bytes
     """Standard output and standard error of the compiler, cut to 64 KiB each."""
     stderr: _builtins.bytes
     wall_ms: _builtins.int
+    reason: _builtins.str
+    """Why it failed: the limit that was passed, or how the compiler ended; empty when it compiled."""
     def __init__(
         self,
         *,
@@ -266,10 +269,11 @@ class CompileResult(_message.Message):
         stdout: _builtins.bytes = ...,
         stderr: _builtins.bytes = ...,
         wall_ms: _builtins.int = ...,
+        reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_code", b"exit_code", "stderr", b"stderr", "stdout", b"stdout", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_code", b"exit_code", "reason", b"reason", "stderr", b"stderr", "stdout", b"stdout", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

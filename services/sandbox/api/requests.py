@@ -15,18 +15,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.protocol import Limits
 from services.sandbox.config import LimitsConfig, SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime
-from services.sandbox.runtime.jobs import (
-    CodeTest,
-    Comparator,
-    FunctionTest,
-    InteractiveTest,
-    Job,
-    Program,
-    StdioTest,
-    Submission,
-    Test,
-    TestWeight,
-)
+from services.sandbox.runtime.jobs import Comparator, Job, Program, Submission
 from services.sandbox.runtime.sessions import Cell
 
 LIMIT_FIELDS = ("wall_ms", "cpu_ms", "memory_bytes", "processes", "file_bytes", "output_bytes")
@@ -242,7 +231,10 @@ def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Ca
     """Reads a Judge request; raises InvalidArgumentError."""
     reader = Reader(config, catalog)
     program = reader.read_program(request, request.compile_limits, request.env)
-    tests = read_tests(reader, request)
+    expected = read_tests(reader, request)
+    for index, test in enumerate(request.tests):
+        if not 0 <= test.points < math.inf:
+            reader.refuse(f"tests[{index}].points", f"must be a number of at least 0, got {test.points}")
     comparator, checker = read_checker(reader, request.checker)
     interactor = None
     if request.HasField("interactor"):
@@ -255,14 +247,13 @@ def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Ca
     if program is not None and kind in ("function", "code") and program.runtime.python is None:
         reader.refuse("language", f"{program.runtime.name} has no {kind} tests; give stdio tests")
     reader.check_key(request.idempotency_key)
-    weights = [TestWeight(test.name, read_points(reader, index, test)) for index, test in enumerate(request.tests)]
     reader.finish()
     assert program is not None
     return Submission(
         program=program,
-        tests=tests,
-        weights=weights,
+        tests=request.tests,
         comparator=comparator,
+        expected=expected,
         function_name=request.function_name,
         checker=checker,
         interactor=None if interactor is None else extend_wall_limit(interactor, program.limits.wall_ms),
@@ -277,8 +268,8 @@ def find_kind(reader: Reader, request: pb.JudgeRequest) -> str | None:
     return next(iter(kinds)) if len(kinds) == 1 else None
 
 
-def read_tests(reader: Reader, request: pb.JudgeRequest) -> list[Test]:
-    """Reads the tests, all of one kind."""
+def read_tests(reader: Reader, request: pb.JudgeRequest) -> list[object]:
+    """Checks the tests, all of one kind; returns the values that function tests expect."""
     kinds = {test.WhichOneof("kind") for test in request.tests}
     if not request.tests:
         reader.refuse("tests", "must not be empty")
@@ -293,39 +284,29 @@ def read_tests(reader: Reader, request: pb.JudgeRequest) -> list[Test]:
         reader.refuse("function_name", f"must be the name of a function, got {request.function_name!r}")
     elif not kinds & {"function", "code"} and request.function_name:
         reader.refuse("function_name", f"must be empty for {next(iter(kinds))} tests")
-    else:
-        return [read_test(reader, f"tests[{index}]", test) for index, test in enumerate(request.tests)]
-    if kinds == {"function"}:  # violations of the tests themselves are reported, too
-        return [read_test(reader, f"tests[{index}]", test) for index, test in enumerate(request.tests)]
-    return []
+    if len(kinds) != 1:
+        return []
+    return [check_test(reader, f"tests[{index}]", test) for index, test in enumerate(request.tests)]
 
 
-def read_test(reader: Reader, field: str, test: pb.TestCase) -> Test:
-    """Reads one test."""
+def check_test(reader: Reader, field: str, test: pb.TestCase) -> object:
+    """Checks one test; returns the value that a function test expects, None for other kinds."""
     match test.WhichOneof("kind"):
         case "function":
-            return read_function_test(reader, f"{field}.function", test.function)
+            arguments = read_json(reader, test.function.arguments_json, f"{field}.function.arguments_json")
+            if not isinstance(arguments, list):
+                reader.refuse(f"{field}.function.arguments_json", "must be a JSON array of arguments")
+            return read_json(reader, test.function.expected_json, f"{field}.function.expected_json")
         case "code":
-            code = test.code.code.encode()
-            reader.check_source(f"{field}.code.code", code)
-            return CodeTest(code)
+            reader.check_source(f"{field}.code.code", test.code.code.encode())
         case "interactive":
             reader.check_size(f"{field}.interactive.input", test.interactive.input)
             reader.check_size(f"{field}.interactive.answer", test.interactive.answer)
-            return InteractiveTest(test.interactive.input, test.interactive.answer)
-    reader.check_size(f"{field}.stdio.stdin", test.stdio.stdin)
-    reader.check_size(f"{field}.stdio.expected_stdout", test.stdio.expected_stdout)
-    reader.check_arguments(f"{field}.stdio.args", test.stdio.args)
-    return StdioTest(test.stdio.stdin, test.stdio.expected_stdout, list(test.stdio.args))
-
-
-def read_function_test(reader: Reader, field: str, test: pb.FunctionTest) -> FunctionTest:
-    """Reads one call and its result."""
-    arguments = read_json(reader, test.arguments_json, f"{field}.arguments_json")
-    if not isinstance(arguments, list):
-        reader.refuse(f"{field}.arguments_json", "must be a JSON array of arguments")
-    expected = read_json(reader, test.expected_json, f"{field}.expected_json")
-    return FunctionTest(test.arguments_json.encode(), expected, test.expected_json.encode())
+        case "stdio":
+            reader.check_size(f"{field}.stdio.stdin", test.stdio.stdin)
+            reader.check_size(f"{field}.stdio.expected_stdout", test.stdio.expected_stdout)
+            reader.check_arguments(f"{field}.stdio.args", test.stdio.args)
+    return None
 
 
 def read_checker(reader: Reader, checker: pb.Checker) -> tuple[Comparator, Program | None]:
@@ -345,15 +326,6 @@ def read_checker(reader: Reader, checker: pb.Checker) -> tuple[Comparator, Progr
             program = reader.read_program(checker.program, pb.Limits(), {}, "checker.program.")
             return Comparison.TOKENS, program
     return Comparison.TOKENS, None
-
-
-def read_points(reader: Reader, index: int, test: pb.TestCase) -> float:
-    """Reads the points of a test."""
-    if not test.HasField("points"):
-        return 1.0
-    if not 0 <= test.points < math.inf:
-        reader.refuse(f"tests[{index}].points", f"must be a number of at least 0, got {test.points}")
-    return test.points
 
 
 def extend_wall_limit(interactor: Program, wall_ms: int) -> Program:

@@ -16,6 +16,7 @@ from services.sandbox.judge.pairs import PairedRun
 from services.sandbox.judge.stdio import (
     CHECKER_FILES,
     Decision,
+    Results,
     compiler_message,
     decide,
     open_checker,
@@ -23,10 +24,11 @@ from services.sandbox.judge.stdio import (
     unjudged_result,
 )
 from services.sandbox.runtime.failure import SandboxFailedError
-from services.sandbox.runtime.jobs import CompileReport, InteractiveTest, Status, Submission, TestResult
+from services.sandbox.runtime.jobs import Submission
 from services.sandbox.runtime.programs import (
     LoadedProgram,
     Streams,
+    exit_code_of,
     explain,
     open_program,
     opened,
@@ -162,27 +164,24 @@ async def _pass_on(
         dialogue.left.append(direction.listener)
 
 
-async def judge_interactive(
-    factory: SandboxFactory, submission: Submission, pair: SlotPair
-) -> tuple[list[TestResult], CompileReport | None]:
+async def judge_interactive(factory: SandboxFactory, submission: Submission, pair: SlotPair) -> Results:
     """Returns the result of each dialogue, up to the first failure when that is asked for."""
     assert submission.interactor is not None
-    results: list[TestResult] = []
+    results: list[pb.TestResult] = []
     async with open_program(factory, submission.program, pair.program) as loaded:
         if not await loaded.load():
-            return [], loaded.compile_report
+            return [], loaded.compiled
         async with open_checker(factory, submission.interactor, pair.judge) as interactor:
             for test in submission.tests:
-                assert isinstance(test, InteractiveTest)
-                results.append(await run_dialogue(loaded, interactor, test))
-                if loaded.compile_report is not None and not loaded.compile_report.ok:
-                    return [], loaded.compile_report
-                if submission.stop_at_first_failure and results[-1].status is not Status.ACCEPTED:
+                results.append(await run_dialogue(loaded, interactor, test.interactive))
+                if loaded.compile_failed:
+                    return [], loaded.compiled
+                if submission.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
                     break
-    return results, loaded.compile_report
+    return results, loaded.compiled
 
 
-async def run_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: InteractiveTest) -> TestResult:
+async def run_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: pb.InteractiveTest) -> pb.TestResult:
     """Runs one dialogue."""
     contents = (test.input, b"", test.answer)
     files = [pb.File(path=name, content=content) for name, content in zip(CHECKER_FILES, contents, strict=True)]
@@ -198,7 +197,7 @@ async def run_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: I
             await paired.begin()
             ends.close()
             (run, _), (decided, _), program_first = await paired.finish()
-        if interactor.compile_report is not None and not interactor.compile_report.ok:
+        if interactor.compile_failed:
             raise SandboxFailedError(f"the interactor does not compile: {compiler_message(interactor)}")
         if PROGRAM in dialogue.too_much and run.stop in (None, "stopped"):
             run = replace(run, stop="output")
@@ -207,21 +206,21 @@ async def run_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: I
     limit = explain(decided, interactor.program.limits)
     if JUDGE in dialogue.too_much:
         limit = f"output limit of {interactor.program.limits.output_bytes} bytes"
-    exit_code = -1 if decided.exit_code is None else decided.exit_code
-    decision = read_decision(exit_code, decided.signal, message, limit)
+    decision = read_decision(exit_code_of(decided), decided.signal, message, limit)
     known = unjudged_result(execution)
-    crashed = known.status is Status.RUNTIME_ERROR and program_first
+    crashed = known.verdict == pb.TEST_VERDICT_RUNTIME_ERROR and program_first
     if crashed or run.stop in ("wall", "cpu", "memory", "output"):
         return known
     return decide_dialogue(known, decision, dialogue)
 
 
-def decide_dialogue(known: TestResult, decision: Decision, dialogue: Dialogue) -> TestResult:
+def decide_dialogue(known: pb.TestResult, decision: Decision, dialogue: Dialogue) -> pb.TestResult:
     """Returns the interactor's decision on a submission that has neither passed a limit nor crashed.
 
     An interactor that fails after the submission left has not failed: the submission has.
     """
-    if decision.status is Status.INFRA_ERROR and dialogue.program_left_first:
-        reason = f"the submission left before the dialogue was over; {decision.message}"
-        return replace(known, status=Status.WRONG_ANSWER, reason=reason)
-    return decide(replace(known, reason=""), decision)
+    if decision.verdict == pb.TEST_VERDICT_INFRA_ERROR and dialogue.program_left_first:
+        known.verdict = pb.TEST_VERDICT_WRONG_ANSWER
+        known.reason = f"the submission left before the dialogue was over; {decision.message}"
+        return known
+    return decide(known, decision)

@@ -7,7 +7,6 @@ The exit codes and messages of checkers and interactors are testlib's (https://g
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -18,16 +17,12 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import (
     Comparator,
-    CompileReport,
-    Execution,
     Program,
-    Status,
-    StdioTest,
     Submission,
-    TestResult,
 )
 from services.sandbox.runtime.programs import (
     LoadedProgram,
+    exit_code_of,
     explain,
     memory_streams,
     open_program,
@@ -49,11 +44,11 @@ _CRASH = re.compile(rb"\s*(?:Traceback \(most recent call last\):|Exception in t
 class Decision:
     """Decision of a checker or an interactor.
 
-    `status` is ACCEPTED, WRONG_ANSWER or INFRA_ERROR, `fraction` the part of the test's points from 0 to 1, None for a
+    `verdict` is ACCEPTED, WRONG_ANSWER or INFRA_ERROR, `fraction` the part of the test's points from 0 to 1, None for a
     failure, `message` the program's own, or why it failed.
     """
 
-    status: Status
+    verdict: pb.TestVerdict.ValueType
     fraction: float | None
     message: str
 
@@ -72,12 +67,12 @@ def read_decision(exit_code: int, signal: int, stderr: bytes, limit: str = "") -
     if signal:
         return _failure(f"was ended by signal {signal}", message)
     if exit_code == _ACCEPTED:
-        return Decision(Status.ACCEPTED, 1.0, message)
+        return Decision(pb.TEST_VERDICT_ACCEPTED, 1.0, message)
     if exit_code in (_WRONG_ANSWER, _PRESENTATION_ERROR):
         if _CRASH.match(stderr):
             end = stderr[-_MESSAGE_CHARACTERS:].decode(errors="replace").strip().rpartition("\n")[2]
             return _failure("ended with an uncaught exception", end)
-        return Decision(Status.WRONG_ANSWER, 0.0, message)
+        return Decision(pb.TEST_VERDICT_WRONG_ANSWER, 0.0, message)
     if exit_code == _POINTS:
         return _read_points(message)
     return _failure(f"ended with exit code {exit_code}", message)
@@ -90,12 +85,12 @@ def _read_points(message: str) -> Decision:
     fraction = float(found[1])
     if not 0 <= fraction <= 1:
         return _failure(f"gave {found[1]} points, which is no fraction from 0 to 1", message)
-    return Decision(Status.ACCEPTED if fraction == 1 else Status.WRONG_ANSWER, fraction, message)
+    return Decision(pb.TEST_VERDICT_ACCEPTED if fraction == 1 else pb.TEST_VERDICT_WRONG_ANSWER, fraction, message)
 
 
 def _failure(reason: str, message: str) -> Decision:
     text = f"the checking program {reason}: {message}" if message else f"the checking program {reason}"
-    return Decision(Status.INFRA_ERROR, None, text[:_MESSAGE_CHARACTERS])
+    return Decision(pb.TEST_VERDICT_INFRA_ERROR, None, text[:_MESSAGE_CHARACTERS])
 
 
 CUT_BYTES = 4096
@@ -103,64 +98,74 @@ _LARGE_BYTES = 1 << 18
 CHECKER_FILES = ("input.txt", "output.txt", "answer.txt")
 
 
-async def judge_stdio(
-    factory: SandboxFactory, submission: Submission, pair: SlotPair
-) -> tuple[list[TestResult], CompileReport | None]:
+# Results of the tests that were run, with points from 0 to 1, and the compilation, if there was one.
+Results = tuple[list[pb.TestResult], pb.CompileResult | None]
+
+
+async def judge_stdio(factory: SandboxFactory, submission: Submission, pair: SlotPair) -> Results:
     """Returns the result of each test, up to the first failure when that is asked for."""
-    results: list[TestResult] = []
+    results: list[pb.TestResult] = []
     async with AsyncExitStack() as stack:
         loaded = await stack.enter_async_context(open_program(factory, submission.program, pair.program))
         if not await loaded.load():
-            return [], loaded.compile_report
+            return [], loaded.compiled
         checker: LoadedProgram | None = None
         for test in submission.tests:
-            assert isinstance(test, StdioTest)
-            with memory_streams(test.stdin) as streams:
-                run, _ = await loaded.run(streams, test.arguments)
-                if loaded.compile_report is not None and not loaded.compile_report.ok:
-                    return [], loaded.compile_report
+            with memory_streams(test.stdio.stdin) as streams:
+                run, _ = await loaded.run(streams, test.stdio.args)
+                if loaded.compile_failed:
+                    return [], loaded.compiled
                 execution = read_execution(run, streams, submission.program.limits)
-            if execution.status is Status.ACCEPTED and submission.checker is not None and checker is None:
+            if execution.status == pb.STATUS_OK and submission.checker is not None and checker is None:
                 checker = await stack.enter_async_context(open_checker(factory, submission.checker, pair.judge))
-            results.append(await judge_output(execution, test, submission.comparator, checker))
-            if submission.stop_at_first_failure and results[-1].status is not Status.ACCEPTED:
+            results.append(await judge_output(execution, test.stdio, submission.comparator, checker))
+            if submission.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
                 break
-    return results, loaded.compile_report
+    return results, loaded.compiled
 
 
 async def judge_output(
-    execution: Execution, test: StdioTest, comparator: Comparator, checker: LoadedProgram | None
-) -> TestResult:
+    execution: pb.ExecuteResponse, test: pb.StdioTest, comparator: Comparator, checker: LoadedProgram | None
+) -> pb.TestResult:
     """Returns the result of a test whose program has ended."""
     result = unjudged_result(execution)
-    if execution.status is not Status.ACCEPTED:
+    if execution.status != pb.STATUS_OK:
         return result
     if checker is not None:
-        decision = await run_checker(checker, test.stdin, execution.stdout, test.expected)
+        decision = await run_checker(checker, test.stdin, execution.stdout, test.expected_stdout)
         return decide(result, decision)
-    if len(execution.stdout) + len(test.expected) > _LARGE_BYTES:
-        difference = await asyncio.to_thread(find_difference, execution.stdout, test.expected, comparator)
+    if len(execution.stdout) + len(test.expected_stdout) > _LARGE_BYTES:
+        difference = await asyncio.to_thread(find_difference, execution.stdout, test.expected_stdout, comparator)
     else:
-        difference = find_difference(execution.stdout, test.expected, comparator)
-    if difference is not None:
-        return dataclasses.replace(result, status=Status.WRONG_ANSWER, reason=difference)
-    return dataclasses.replace(result, fraction=1.0)
+        difference = find_difference(execution.stdout, test.expected_stdout, comparator)
+    if difference is None:
+        result.points = 1.0
+    else:
+        result.verdict, result.reason = pb.TEST_VERDICT_WRONG_ANSWER, difference
+    return result
 
 
-def unjudged_result(execution: Execution) -> TestResult:
+def verdict_of(status: pb.Status.ValueType) -> pb.TestVerdict.ValueType:
+    """Returns the verdict on a program of which nothing is expected but that it ends well."""
+    if status == pb.STATUS_OK:
+        return pb.TEST_VERDICT_ACCEPTED
+    return pb.TestVerdict.Value(f"TEST_VERDICT_{pb.Status.Name(status).removeprefix('STATUS_')}")
+
+
+def unjudged_result(execution: pb.ExecuteResponse) -> pb.TestResult:
     """Returns the result of a test before its output is compared."""
     reason = execution.reason
-    if execution.status is Status.RUNTIME_ERROR and not reason:
+    if execution.status == pb.STATUS_RUNTIME_ERROR and not reason:
         last_line = execution.stderr.decode(errors="replace").strip().rpartition("\n")[2]
         end = f"signal {execution.signal}" if execution.signal else f"exit code {execution.exit_code}"
         reason = last_line or end
-    return TestResult(
-        status=execution.status,
+    return pb.TestResult(
+        verdict=verdict_of(execution.status),
         wall_ms=execution.wall_ms,
         output=execution.stdout[:CUT_BYTES],
         reason=reason,
         cpu_ms=execution.cpu_ms,
-        peak_bytes=execution.peak_bytes,
+        peak_memory_bytes=execution.peak_memory_bytes,
         exit_code=execution.exit_code,
         signal=execution.signal,
         stderr=execution.stderr[:CUT_BYTES],
@@ -168,11 +173,10 @@ def unjudged_result(execution: Execution) -> TestResult:
     )
 
 
-def decide(result: TestResult, decision: Decision) -> TestResult:
-    """Returns the result with the decision of a checker or an interactor."""
-    return dataclasses.replace(
-        result, status=decision.status, fraction=decision.fraction or 0.0, reason=decision.message
-    )
+def decide(result: pb.TestResult, decision: Decision) -> pb.TestResult:
+    """Sets what a checker or an interactor decided, and returns the result."""
+    result.verdict, result.points, result.reason = decision.verdict, decision.fraction or 0.0, decision.message
+    return result
 
 
 @asynccontextmanager
@@ -189,9 +193,9 @@ async def open_checker(factory: SandboxFactory, program: Program, slot: WorkerSl
 
 def compiler_message(loaded: LoadedProgram) -> str:
     """Returns the end of a compiler's output."""
-    report = loaded.compile_report
-    assert report is not None
-    return (report.stderr or report.stdout).decode(errors="replace").strip()[-1000:] or report.reason
+    compiled = loaded.compiled
+    assert compiled is not None
+    return (compiled.stderr or compiled.stdout).decode(errors="replace").strip()[-1000:] or compiled.reason
 
 
 async def run_checker(checker: LoadedProgram, stdin: bytes, output: bytes, expected: bytes) -> Decision:
@@ -200,9 +204,9 @@ async def run_checker(checker: LoadedProgram, stdin: bytes, output: bytes, expec
     files = [pb.File(path=name, content=content) for name, content in zip(CHECKER_FILES, contents, strict=True)]
     with memory_streams(b"") as streams:
         run, _ = await checker.run(streams, CHECKER_FILES, files)
-        if checker.compile_report is not None and not checker.compile_report.ok:
+        if checker.compile_failed:
             raise SandboxFailedError(f"the checking program does not compile: {compiler_message(checker)}")
         limits = checker.program.limits
         message, _ = read_output(streams.stderr, limits.output_bytes)
     limit = explain(run, limits)
-    return read_decision(-1 if run.exit_code is None else run.exit_code, run.signal, message, limit)
+    return read_decision(exit_code_of(run), run.signal, message, limit)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import time
 from collections.abc import AsyncGenerator, Callable
 
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.failure import SandboxFailedError
-from services.sandbox.runtime.jobs import Execution, Job, Status
+from services.sandbox.runtime.jobs import Job
 from services.sandbox.runtime.pool import Pool
-from services.sandbox.runtime.programs import Streams, compile_failure, memory_streams, open_program, read_execution
+from services.sandbox.runtime.programs import LoadedProgram, Streams, memory_streams, open_program, read_execution
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
 _STREAM_TICK_S = 0.02
@@ -21,7 +21,7 @@ _STREAM_CHUNK_BYTES = 1 << 20
 
 async def execute(
     pool: Pool, job: Job, remaining_s: float | None = None, on_start: Callable[[Streams], None] | None = None
-) -> Execution:
+) -> pb.ExecuteResponse:
     """Compiles and runs a program; failures of the sandbox come back as INFRA_ERROR.
 
     Raises ResourceExhaustedError when no slot is free in time.
@@ -31,40 +31,44 @@ async def execute(
     async with pool.lease(cost_s, remaining_s) as pair:
         started = time.monotonic()
         try:
-            execution = await _execute(pool, job, pair.program, on_start)
+            response = await _execute(pool, job, pair.program, on_start)
         except SandboxFailedError as error:
-            execution = Execution(Status.INFRA_ERROR, -1, reason=error.message)
-    metrics.count("execute", execution.status.name, started)
-    return execution
+            response = pb.ExecuteResponse(status=pb.STATUS_INFRA_ERROR, exit_code=-1, reason=error.message)
+    metrics.count("execute", pb.Status.Name(response.status).removeprefix("STATUS_"), started)
+    return response
 
 
-async def _execute(pool: Pool, job: Job, slot: WorkerSlot, on_start: Callable[[Streams], None] | None) -> Execution:
+async def _execute(
+    pool: Pool, job: Job, slot: WorkerSlot, on_start: Callable[[Streams], None] | None
+) -> pb.ExecuteResponse:
     program = job.program
     async with open_program(pool.factory, program, slot) as loaded:
         if not await loaded.load():
-            assert loaded.compile_report is not None
-            return compile_failure(loaded.compile_report)
+            return _compile_failure(loaded)
         with memory_streams(job.stdin) as streams:
             if on_start is not None:
                 on_start(streams)
             result, files = await loaded.run(streams, job.arguments, (), job.output_files, job.most_output_file_bytes)
-            if loaded.compile_report is not None and not loaded.compile_report.ok:
-                return compile_failure(loaded.compile_report)
-            execution = read_execution(result, streams, program.limits)
-    return dataclasses.replace(execution, compile=loaded.compile_report, files=files)
+            if loaded.compile_failed:
+                return _compile_failure(loaded)
+            response = read_execution(result, streams, program.limits)
+    response.files.extend(files)
+    if loaded.compiled is not None:
+        response.compile.CopyFrom(loaded.compiled)
+    return response
 
 
-@dataclasses.dataclass(frozen=True)
-class OutputChunk:
-    """Part of the output of a running program."""
-
-    stream: str
-    content: bytes
+def _compile_failure(loaded: LoadedProgram) -> pb.ExecuteResponse:
+    compiled = loaded.compiled
+    assert compiled is not None
+    return pb.ExecuteResponse(
+        status=pb.STATUS_COMPILE_ERROR, exit_code=compiled.exit_code, reason=compiled.reason, compile=compiled
+    )
 
 
 async def execute_stream(
     pool: Pool, job: Job, remaining_s: float | None = None
-) -> AsyncGenerator[OutputChunk | Execution, None]:
+) -> AsyncGenerator[pb.ExecuteStreamResponse, None]:
     """Yields the output as it is written, then the result; leaving the iteration ends the program."""
     taps: dict[str, int] = {}
     sent = {"stdout": 0, "stderr": 0}
@@ -79,8 +83,10 @@ async def execute_stream(
             await asyncio.wait([task], timeout=_STREAM_TICK_S)
             for chunk in read_chunks(taps, sent, job.program.limits.output_bytes):
                 yield chunk
-        execution = await task
-        yield dataclasses.replace(execution, stdout=b"", stderr=b"")
+        response = await task
+        response.ClearField("stdout")
+        response.ClearField("stderr")
+        yield pb.ExecuteStreamResponse(finished=response)
     finally:
         task.cancel()
         try:
@@ -90,7 +96,7 @@ async def execute_stream(
                 os.close(descriptor)
 
 
-def read_chunks(taps: dict[str, int], sent: dict[str, int], most_bytes: int) -> list[OutputChunk]:
+def read_chunks(taps: dict[str, int], sent: dict[str, int], most_bytes: int) -> list[pb.ExecuteStreamResponse]:
     """Reads what was written since the last call, up to the limit, in chunks that fit into a message."""
     chunks = []
     for name, descriptor in taps.items():
@@ -98,5 +104,8 @@ def read_chunks(taps: dict[str, int], sent: dict[str, int], most_bytes: int) -> 
         while sent[name] < end:
             content = os.pread(descriptor, min(_STREAM_CHUNK_BYTES, end - sent[name]), sent[name])
             sent[name] += len(content)
-            chunks.append(OutputChunk(name, content))
+            if name == "stdout":
+                chunks.append(pb.ExecuteStreamResponse(stdout=content))
+            else:
+                chunks.append(pb.ExecuteStreamResponse(stderr=content))
     return chunks

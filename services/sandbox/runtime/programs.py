@@ -15,7 +15,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.archive import Archive, encode_archive
 from services.sandbox.agent.protocol import Limits, RunRequest, RunResult, memory_file
 from services.sandbox.runtime.failure import SandboxFailedError
-from services.sandbox.runtime.jobs import CompileReport, Execution, Program, Status
+from services.sandbox.runtime.jobs import Program
 from services.sandbox.runtime.sandboxes import Sandbox, SandboxFactory
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
@@ -57,7 +57,8 @@ class LoadedProgram:
     def __init__(self, program: Program, sandbox: Sandbox, forks: bool) -> None:
         self.program = program
         self.sandbox = sandbox
-        self.compile_report: CompileReport | None = None
+        self.compiled: pb.CompileResult | None = None
+        """Result of the compilation; its reason says whether it failed."""
         self._in_container = not forks
         self._is_loaded = False
 
@@ -67,9 +68,13 @@ class LoadedProgram:
         if self._in_container or runtime.python is None:
             await self.send_files()
         if runtime.config.compile:
-            self.compile_report = await self._compile()
-            return self.compile_report.ok
-        return True
+            self.compiled = await self._compile()
+        return not self.compile_failed
+
+    @property
+    def compile_failed(self) -> bool:
+        """Whether the program does not compile."""
+        return self.compiled is not None and bool(self.compiled.reason)
 
     async def send_files(self) -> None:
         """Hands over the files without compiling."""
@@ -85,7 +90,7 @@ class LoadedProgram:
         await self.sandbox.load(header, pack_files(files))
         self._is_loaded = True
 
-    async def _compile(self) -> CompileReport:
+    async def _compile(self) -> pb.CompileResult:
         runtime, limits = self.program.runtime, self.program.compile_limits
         command = runtime.command(runtime.config.compile, limits.memory_bytes)
         request = RunRequest("exec", limits, command, self._environment(), keep=True)
@@ -95,8 +100,9 @@ class LoadedProgram:
             stdout, stderr = (os.pread(file, COMPILER_BYTES, 0) for file in (streams.stdout, streams.stderr))
         ok = result.stop is None and result.exit_code == 0
         reason = "" if ok else explain(result, limits) or f"the compiler ended with {describe_exit(result)}"
-        exit_code = -1 if result.exit_code is None else result.exit_code
-        return CompileReport(ok, exit_code, stdout, stderr, result.wall_ms, reason)
+        return pb.CompileResult(
+            exit_code=exit_code_of(result), stdout=stdout, stderr=stderr, wall_ms=result.wall_ms, reason=reason
+        )
 
     async def run(
         self,
@@ -108,7 +114,7 @@ class LoadedProgram:
     ) -> tuple[RunResult, list[pb.OutputFile]]:
         """Runs the program once, with `files` for this run alone.
 
-        A Python source that does not compile sets `compile_report`.
+        A Python source that does not compile sets `compiled`.
         """
         runtime, limits = self.program.runtime, self.program.limits
         standard = [streams.stdin, streams.stdout, streams.stderr]
@@ -127,7 +133,8 @@ class LoadedProgram:
             result, left = await self.sandbox.run(request, [*standard, report, archive])
             if os.fstat(report).st_size:
                 message = os.pread(report, COMPILER_BYTES, 0)
-                self.compile_report = CompileReport(False, 1, b"", message, result.wall_ms)
+                reason = "the source does not compile"
+                self.compiled = pb.CompileResult(exit_code=1, stderr=message, wall_ms=result.wall_ms, reason=reason)
         return result, unpack_files(left)
 
     async def run_mode(self, mode: str, descriptors: list[int], **fields: Any) -> RunResult:
@@ -223,32 +230,31 @@ def describe_exit(result: RunResult) -> str:
     return f"signal {result.signal}" if result.signal else f"exit code {result.exit_code}"
 
 
+def exit_code_of(result: RunResult) -> int:
+    """Returns the exit code of a process; -1 when it has none."""
+    return -1 if result.exit_code is None else result.exit_code
+
+
 _STATUS_BY_STOP = {
-    "wall": Status.TIME_LIMIT,
-    "cpu": Status.TIME_LIMIT,
-    "memory": Status.MEMORY_LIMIT,
-    "output": Status.OUTPUT_LIMIT,
-    "exited": Status.RUNTIME_ERROR,
-    "stopped": Status.RUNTIME_ERROR,
+    "wall": pb.STATUS_TIME_LIMIT,
+    "cpu": pb.STATUS_TIME_LIMIT,
+    "memory": pb.STATUS_MEMORY_LIMIT,
+    "output": pb.STATUS_OUTPUT_LIMIT,
+    "exited": pb.STATUS_RUNTIME_ERROR,
+    "stopped": pb.STATUS_RUNTIME_ERROR,
 }
 
 
-def compile_failure(report: CompileReport) -> Execution:
-    """Returns the result of a program that did not compile."""
-    status = Status.COMPILE_ERROR
-    return Execution(status, report.exit_code, reason=report.reason or "the source does not compile", compile=report)
-
-
-def read_execution(result: RunResult, streams: Streams, limits: Limits) -> Execution:
+def read_execution(result: RunResult, streams: Streams, limits: Limits) -> pb.ExecuteResponse:
     """Returns the result of a run whose streams are in memory."""
     (stdout, stdout_cut), (stderr, stderr_cut) = (
         read_output(file, limits.output_bytes) for file in (streams.stdout, streams.stderr)
     )
     if result.stop is None and (stdout_cut or stderr_cut):
         result = dataclasses.replace(result, stop="output")
-    return Execution(
+    return pb.ExecuteResponse(
         status=status_of_run(result),
-        exit_code=-1 if result.exit_code is None else result.exit_code,
+        exit_code=exit_code_of(result),
         signal=result.signal,
         stdout=stdout,
         stderr=stderr,
@@ -256,16 +262,16 @@ def read_execution(result: RunResult, streams: Streams, limits: Limits) -> Execu
         stderr_truncated=stderr_cut,
         wall_ms=result.wall_ms,
         cpu_ms=result.cpu_ms,
-        peak_bytes=result.peak_bytes or 0,
+        peak_memory_bytes=result.peak_bytes or 0,
         reason=explain(result, limits),
     )
 
 
-def status_of_run(result: RunResult) -> Status:
+def status_of_run(result: RunResult) -> pb.Status.ValueType:
     """Returns the status of a run of which nothing is expected but an exit code of 0."""
     if result.stop is not None:
         return _STATUS_BY_STOP[result.stop]
-    return Status.ACCEPTED if result.exit_code == 0 else Status.RUNTIME_ERROR
+    return pb.STATUS_OK if result.exit_code == 0 else pb.STATUS_RUNTIME_ERROR
 
 
 def read_output(file: int, most_bytes: int) -> tuple[bytes, bool]:

@@ -27,7 +27,7 @@ from services.sandbox.agent.protocol import Limits
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.failure import SandboxFailedError, finish
 from services.sandbox.runtime.helper_process import receive_packet, send
-from services.sandbox.runtime.jobs import Program, Status
+from services.sandbox.runtime.jobs import Program
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.programs import LoadedProgram, explain, open_program, opened, read_output, unpack_files
 from services.sandbox.runtime.worker_slots import WorkerSlot
@@ -77,13 +77,13 @@ def read_reply(file: int, most_bytes: int) -> dict[str, Any]:
     return read
 
 
-def cell_status(answer: dict[str, Any], output_cut: bool, output_bytes: int) -> tuple[Status, str]:
+def cell_status(answer: dict[str, Any], output_cut: bool, output_bytes: int) -> tuple[pb.Status.ValueType, str]:
     """Returns status and reason of a cell that ended by itself."""
     if output_cut or answer.get("too_long"):
-        return Status.OUTPUT_LIMIT, f"output limit of {output_bytes} bytes"
+        return pb.STATUS_OUTPUT_LIMIT, f"output limit of {output_bytes} bytes"
     if answer.get("ok"):
-        return Status.ACCEPTED, ""
-    return Status.RUNTIME_ERROR, answer.get("error_name", "") or "the interpreter gave no reply"
+        return pb.STATUS_OK, ""
+    return pb.STATUS_RUNTIME_ERROR, answer.get("error_name", "") or "the interpreter gave no reply"
 
 
 log = get_logger(__name__)
@@ -217,7 +217,7 @@ class Session:
         limits = self._program.limits
         with opened(archive, b"", b"", b"") as (job, stdout, stderr, reply):
             started, cpu_ns = time.monotonic(), self._cpu_ns()
-            status, reason = Status.ACCEPTED, ""
+            status, reason = pb.STATUS_OK, ""
             try:
                 send(self._ours, {"kind": "cell"}, [job, stdout, stderr, reply])
                 wall_ms = limits.wall_ms if cell.wall_ms is None else cell.wall_ms
@@ -234,14 +234,14 @@ class Session:
                     status, reason = await self._explain_end(error)
                     if self.alive:  # but does not answer
                         await self.close()
-                        status = Status.INFRA_ERROR
+                        status = pb.STATUS_INFRA_ERROR
             (out, out_cut), (err, err_cut) = (read_output(file, limits.output_bytes) for file in (stdout, stderr))
             answer = read_reply(reply, limits.output_bytes)
-        if status is Status.ACCEPTED:
+        if status == pb.STATUS_OK:
             status, reason = cell_status(answer, out_cut or err_cut, limits.output_bytes)
-        metrics.JOBS.labels("cell", status.name).inc()
+        metrics.JOBS.labels("cell", pb.Status.Name(status).removeprefix("STATUS_")).inc()
         return pb.RunCellResponse(
-            status=status.of_run,
+            status=status,
             stdout=out,
             stderr=err,
             stdout_truncated=out_cut,
@@ -258,7 +258,7 @@ class Session:
             execution_count=self._count,
         )
 
-    async def _await_reply(self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int) -> tuple[Status, str]:
+    async def _await_reply(self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int) -> tuple[pb.Status.ValueType, str]:
         """Waits for the end of a cell; one that passes a limit is interrupted, and its session ended if that fails."""
         limits = self._program.limits
         receiving = asyncio.create_task(receive_reply(self._ours, self._count))
@@ -271,7 +271,7 @@ class Session:
                 await asyncio.wait([receiving, ending], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
                 if receiving.done():
                     await receiving
-                    return Status.ACCEPTED, ""
+                    return pb.STATUS_OK, ""
                 if ending.done():
                     raise SandboxFailedError("the session has ended")
                 if time.monotonic() >= deadline:
@@ -285,25 +285,25 @@ class Session:
                 if not receiving.done():
                     await self.close()
                     return (
-                        Status.TIME_LIMIT,
+                        pb.STATUS_TIME_LIMIT,
                         f"{reason}; the cell ignored the interrupt and its session was ended",
                     )
                 await receiving
-                return Status.TIME_LIMIT, reason
+                return pb.STATUS_TIME_LIMIT, reason
         finally:
             for task in (receiving, ending):
                 task.cancel()
             await asyncio.gather(receiving, ending, return_exceptions=True)
 
-    async def _explain_end(self, error: SandboxFailedError) -> tuple[Status, str]:
+    async def _explain_end(self, error: SandboxFailedError) -> tuple[pb.Status.ValueType, str]:
         """Returns status and reason of a cell during which the session ended; `error` is what was seen of the end."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_END_S):
                 await self._ended.wait()
         failed = self._task.done() and not self._task.cancelled() and self._task.exception() is not None
         if failed:
-            return Status.INFRA_ERROR, self._end_reason
-        status = Status.MEMORY_LIMIT if self._end_reason.startswith("memory") else Status.RUNTIME_ERROR
+            return pb.STATUS_INFRA_ERROR, self._end_reason
+        status = pb.STATUS_MEMORY_LIMIT if self._end_reason.startswith("memory") else pb.STATUS_RUNTIME_ERROR
         return status, self._end_reason or error.message
 
     def _cpu_ns(self) -> int:
