@@ -8,12 +8,13 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, PerigeeError
 
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 

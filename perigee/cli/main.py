@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from perigee.cli.ending import Interrupt, run_interruptible
+from perigee.cli.ending import DebugOption, Interrupt, run_interruptible
 from perigee.cli.ending import end as _end
 from perigee.cli.prompts.app import prompts_app
 from perigee.cli.reward.app import reward_app
@@ -39,7 +39,6 @@ WorkersOption = Annotated[
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the run and of its data.")]
 PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 CoordinatorOption = Annotated[
     str | None, typer.Option("--coordinator", metavar="HOST:PORT", help="The coordinator of a running stack.")
 ]

@@ -178,7 +178,7 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
             interrupt.end_at_once = local.kill
             view.note(f"starting {len(local.specs)} services (logs: {run.logs_path})")
             await stack.enter_async_context(local)
-            stack.callback(view.stopping)
+            stack.callback(view.note, "stopping the services")
             address = local.addresses["coordinator"]
         client = CoordinatorClient.connect(address, token=os.environ.get("PERIGEE_TOKEN"))
         await stack.enter_async_context(client)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import time
-from abc import ABC, abstractmethod
 from collections import deque
 from typing import Self, TextIO
 
@@ -51,42 +50,18 @@ _ITERATION_PHASES = (
 PLAIN_EVERY_S = 5.0
 
 
-class View(ABC):
-    """Shows notes and snapshots of a run; a context manager, so that the terminal is left as it was found."""
-
-    @abstractmethod
-    def note(self, text: str) -> None:
-        """Shows one line about what the program does."""
-
-    @abstractmethod
-    def show(self, snapshot: pb.RunSnapshot) -> None:
-        """Shows the state of the run."""
-
-    @abstractmethod
-    def show_iteration(self, result: pb.IterationResult) -> None:
-        """Shows an iteration that was committed."""
-
-    @abstractmethod
-    def show_evaluation(self, evaluation: Evaluation) -> None:
-        """Shows a held-out accuracy."""
-
-    def stopping(self) -> None:
-        """Shows that the services are being ended."""
-        self.note("stopping the services")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-
-class PlainView(View):
+class PlainView:
     """One line per note, phase outside the iterations, and iteration: for logs and pipes."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._phase: tuple[int, int, int] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leaves nothing to undo."""
 
     def note(self, text: str) -> None:
         """Prints the line."""
@@ -111,14 +86,8 @@ class PlainView(View):
         self.note(evaluation_line(evaluation))
 
 
-def open_view(plain: bool) -> View:
-    """Returns the live view on a terminal, plain lines elsewhere or when they are asked for."""
-    console = Console()
-    return LiveView(console) if console.is_terminal and not plain else PlainView(sys.stdout)
-
-
-class LiveView(View):
-    """Redraws one panel in place."""
+class LiveView:
+    """Redraws one panel in place; a context manager, so that the terminal is left as it was found."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -200,6 +169,15 @@ class LiveView(View):
                 _phase_bar(phases),
             )
         return table
+
+
+View = PlainView | LiveView
+
+
+def open_view(plain: bool) -> View:
+    """Returns the live view on a terminal, plain lines elsewhere or when they are asked for."""
+    console = Console()
+    return LiveView(console) if console.is_terminal and not plain else PlainView(sys.stdout)
 
 
 def sparkline(values: list[float]) -> str:

@@ -146,11 +146,6 @@ def read_json_object(path: Path, field: str) -> dict[str, Any]:
     return values
 
 
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Returns the token ids of one prompt; see `encode_prompts`."""
-    return encode_prompts(tokenizer, [text])[0]
-
-
 def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of prompts that a model continues.
 

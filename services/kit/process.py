@@ -23,12 +23,13 @@ LOG_TAIL_BYTES = 64 << 10
 GRACE_S = 10.0
 _PR_SET_PDEATHSIG = 1
 _MOST_CHARACTERS = 300
-# Sets what prctl sets and becomes the program: the request survives exec, and a `preexec_fn` is unsafe with threads.
+# Asks for SIGTERM at the death of the parent and becomes the program: the request survives exec, and a `preexec_fn` is
+# unsafe with threads.
 _TIE = """
 import ctypes, os, sys
-parent, number, program = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
+parent, program = int(sys.argv[1]), sys.argv[2:]
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, number)
+    ctypes.CDLL(None).prctl(1, 15)
     if os.getppid() != parent:
         sys.exit("the parent died before the program began")
 try:
@@ -43,21 +44,16 @@ _ERROR_LINE = re.compile(
 )
 
 
-def die_with_parent(parent_pid: int, number: int = signal.SIGKILL) -> None:
-    """Has the kernel send this process a signal when its parent dies.
+def die_with_parent(parent_pid: int) -> None:
+    """Has the kernel kill this process when its parent dies.
 
     Linux ties it to the thread that started this process. Raises UnavailableError when the parent has died already.
     """
     if sys.platform != "linux":
         return
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         raise UnavailableError("the parent process is gone")
-
-
-def tied_to_parent(number: int = signal.SIGTERM) -> list[str]:
-    """Returns the command line to put before a program that is to get a signal when this process dies."""
-    return [sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()), str(int(number))]
 
 
 class ChildProcess:
@@ -88,7 +84,7 @@ class ChildProcess:
         environment: Mapping[str, str] | None = None,
         pass_fds: Sequence[int] = (),
     ) -> ChildProcess:
-        """Starts `command` behind `launcher`, `tied_to_parent()` unless given.
+        """Starts `command` behind `launcher`; without one it gets SIGTERM when this process dies.
 
         `stop` gives it `grace_s` between SIGTERM and SIGKILL. Its output is appended to `log_path`; without one it goes
         where this process's goes. `with_pipes` opens `stdin` and `stdout` to it instead.
@@ -101,7 +97,7 @@ class ChildProcess:
             log_start = os.fstat(output).st_size
         try:
             process = await asyncio.create_subprocess_exec(
-                *(tied_to_parent() if launcher is None else launcher),
+                *(launcher or (sys.executable, "-I", "-S", "-c", _TIE, str(os.getpid()))),
                 *command,
                 stdin=asyncio.subprocess.PIPE if with_pipes else asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.PIPE if with_pipes else output,

@@ -76,13 +76,9 @@ class App(Generic[ConfigT]):
         """Has `drain` awaited while the server drains, beside the calls in flight."""
         self._drains.append(drain)
 
-    def channel_options(self) -> ChannelOptions:
-        """How this service reaches its peers: with its token, its certificates and its traces."""
-        return channel_options(self.config)
-
     def connect(self, client_class: Callable[[str, ChannelOptions], ClientT], target: str) -> ClientT:
         """A client of a peer, closed when this service ends."""
-        client = client_class(target, self.channel_options())
+        client = client_class(target, channel_options(self.config))
         self._stack.push_async_callback(client.close)
         return client
 
@@ -118,7 +114,7 @@ def channel_options(config: ServiceConfig) -> ChannelOptions:
         ca_file=server.tls_ca_file,
         cert_file=server.tls_cert_file if server.tls_ca_file else None,
         key_file=server.tls_key_file if server.tls_ca_file else None,
-        interceptors=_trace_calls() if config.telemetry.otlp_endpoint else (),
+        interceptors=[*aio_client_interceptors()] if config.telemetry.otlp_endpoint else (),  # type: ignore[no-untyped-call]
     )
 
 
@@ -164,10 +160,6 @@ async def _run_until_signal(config: ConfigT, lifespan: Lifespan[ConfigT]) -> Non
         log.info("listening", address=app.address)
         await stop.wait()
         log.info("draining", seconds=config.server.drain_seconds)
-
-
-def _trace_calls() -> list[grpc.aio.ClientInterceptor]:
-    return list(aio_client_interceptors())  # type: ignore[no-untyped-call]
 
 
 def _build_server(config: ServiceConfig) -> grpc.aio.Server:

@@ -12,7 +12,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 
 from perigee.errors import InvalidArgumentError
-from services.kit.hf import encode_prompt, encode_prompts, open_model_folder
+from services.kit.hf import encode_prompts, open_model_folder
 
 
 def make_tokenizer(template: str | None) -> Tokenizer:
@@ -37,7 +37,7 @@ def make_tokenizer(template: str | None) -> Tokenizer:
     ],
 )
 def test_a_prompt_begins_once(template: str | None, text: str, ids: list[int]) -> None:
-    assert encode_prompt(make_tokenizer(template), text) == ids
+    assert encode_prompts(make_tokenizer(template), [text]) == [ids]
 
 
 def test_prompts_are_encoded_together() -> None:

@@ -7,12 +7,11 @@ from typing import Annotated
 
 import typer
 
-from perigee.cli.ending import end
+from perigee.cli.ending import DebugOption, end
 
 reward_app = typer.Typer(no_args_is_help=True)
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A=B", help="Set any other setting; repeat.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 
 
 @reward_app.command()

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from perigee.cli.ending import end
+from perigee.cli.ending import DebugOption, end
 
 app = typer.Typer(
     name="sandbox",
@@ -28,7 +28,6 @@ AddressOption = Annotated[
         "--address", metavar="HOST:PORT", envvar="PERIGEE_SANDBOX_ADDRESS", help="The sandbox; PERIGEE_TOKEN is sent."
     ),
 ]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 ADDRESS = "127.0.0.1:50056"
 

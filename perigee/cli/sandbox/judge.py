@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -16,6 +15,7 @@ from perigee.cli.metrics import format_seconds
 from perigee.cli.sandbox.connection import MIB, Sandbox, check_size, megabytes, open_console, open_sandbox, wall_seconds
 from perigee.cli.sandbox.problem import Problem, list_programs, load_problem
 from perigee.errors import InternalError
+from perigee.json_codec import write_message
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
 
@@ -138,7 +138,7 @@ def exit_code(judged_solutions: Sequence[JudgedSolution]) -> int:
 
 
 def to_json(problem: Problem, tests: Sequence[pb.TestCase], judged: Sequence[JudgedSolution]) -> dict[str, Any]:
-    """Returns the results as JSON."""
+    """Returns the results as JSON, messages in the form of the HTTP gateway; verdicts are upper-case."""
     return {
         "problem": str(problem.folder),
         "as_expected": all(each.as_expected for each in judged),
@@ -152,42 +152,17 @@ def verdict_name(verdict: pb.TestVerdict.ValueType) -> str:
 
 
 def _solution_json(judged: JudgedSolution, tests: Sequence[pb.TestCase]) -> dict[str, Any]:
-    response = judged.response
-    compiled = response.compile
-    return {
+    response = write_message(judged.response)
+    del response["results"]
+    return response | {
         "solution": judged.solution.name,
         "language": judged.solution.language,
-        "verdict": verdict_name(response.verdict),
+        "verdict": verdict_name(judged.response.verdict),
         "expected": verdict_name(judged.expected),
         "as_expected": judged.as_expected,
-        "passed": response.passed,
-        "points": response.points,
-        "max_points": response.max_points,
-        "wall_ms": response.wall_ms,
-        "peak_memory_bytes": response.peak_memory_bytes,
-        "compile": {
-            "exit_code": compiled.exit_code,
-            "wall_ms": compiled.wall_ms,
-            "stdout": compiled.stdout.decode(errors="replace"),
-            "stderr": compiled.stderr.decode(errors="replace"),
-        }
-        if response.HasField("compile")
-        else None,
         "tests": [
-            {
-                "name": test.name,
-                "verdict": verdict_name(result.verdict),
-                "points": result.points,
-                "wall_ms": result.wall_ms,
-                "cpu_ms": result.cpu_ms,
-                "peak_memory_bytes": result.peak_memory_bytes,
-                "exit_code": result.exit_code,
-                "signal": result.signal,
-                "reason": result.reason,
-                "output": result.output.decode(errors="replace"),
-                "stderr": result.stderr.decode(errors="replace"),
-            }
-            for test, result in zip(tests, response.results, strict=True)
+            write_message(result) | {"name": test.name, "verdict": verdict_name(result.verdict)}
+            for test, result in zip(tests, judged.response.results, strict=True)
         ],
     }
 
@@ -285,11 +260,6 @@ def runtime_table(response: pb.ListRuntimesResponse) -> Table:
     return table
 
 
-def runtimes_json(response: pb.ListRuntimesResponse) -> dict[str, Any]:
-    """Returns the runtimes as JSON; byte counts are strings, as in protobuf's JSON."""
-    return MessageToDict(response, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-
 def _colored(verdict: pb.TestVerdict.ValueType) -> str:
     name = verdict_name(verdict)
     if verdict == pb.TEST_VERDICT_ACCEPTED:
@@ -303,7 +273,7 @@ async def list_runtimes(address: str, as_json: bool) -> int:
     console = open_console()
     async with open_sandbox(address) as sandbox:
         if as_json:
-            console.print_json(data=runtimes_json(sandbox.runtimes))
+            console.print_json(data=write_message(sandbox.runtimes))
         else:
             console.print(runtime_table(sandbox.runtimes))
     return 0
