@@ -29,7 +29,7 @@ from prometheus_client import Counter
 from perigee.buffer.client import UNFINISHED
 from perigee.buffer.packing import ITEM_BYTES, count_tokens
 from perigee.buffer.v1 import buffer_pb2 as pb
-from perigee.errors import AbortedError, AlreadyExistsError, FailedPreconditionError, NotFoundError
+from perigee.errors import AbortedError, AlreadyExistsError
 from services.buffer.scripts import Durability, ScriptRunner, load_script
 
 CREATE_RUN = load_script("create_run")
@@ -109,27 +109,9 @@ async def commit_iteration(scripts: ScriptRunner, request: pb.CommitIterationReq
     for increment in request.prompt_increments:
         arguments += (increment.prompt_id, increment.trajectories, increment.correct)
     word, *fields = await scripts.run(COMMIT_ITERATION, run_id, *arguments, durability=Durability.COMMIT)
-    match word:
-        case b"OK":
-            COMMITS.inc()
-            return pb.CommitIterationResponse(run=_read_run_state(run_id, fields))
-        case b"DUPLICATE":
-            return pb.CommitIterationResponse(run=_read_run_state(run_id, fields), duplicate=True)
-        case b"NOT_NEXT":
-            committed = int(fields[0])
-            raise FailedPreconditionError(
-                f"iteration {request.iteration} cannot be committed: run {run_id!r} has {committed} committed "
-                f"iterations, so the next is {committed + 1}"
-            )
-        case b"OTHER_CONTENTS":
-            raise AbortedError(
-                f"iteration {request.iteration} of run {run_id!r} was committed with other contents: "
-                "another coordinator drives this run"
-            )
-        case b"CONSUMED_BEFORE":
-            raise FailedPreconditionError(f"group {fields[0].decode()!r} was consumed by an earlier iteration")
-        case _:
-            raise FailedPreconditionError(f"group {fields[0].decode()!r} does not exist and cannot be consumed")
+    is_duplicate = word == b"DUPLICATE"
+    COMMITS.inc(not is_duplicate)
+    return pb.CommitIterationResponse(run=_read_run_state(run_id, fields), duplicate=is_duplicate)
 
 
 def commit_digest(request: pb.CommitIterationRequest) -> str:
@@ -161,9 +143,7 @@ async def create_groups(scripts: ScriptRunner, run_id: str, groups: Iterable[pb.
     for group in groups:
         arguments += (group.group_id, group.prompt_id, group.iteration, group.prompt_token_ids)
         arguments += (len(group.trajectory_ids), *group.trajectory_ids)
-    word, value = await scripts.run(CREATE_GROUPS, run_id, *arguments, durability=Durability.SEGMENT)
-    if word == b"TRAJECTORY_TAKEN":
-        raise AlreadyExistsError(f"trajectory {value.decode()!r} belongs to another group: take a new id")
+    _, value = await scripts.run(CREATE_GROUPS, run_id, *arguments, durability=Durability.SEGMENT)
     return int(value)
 
 
@@ -200,11 +180,7 @@ async def record_verdicts(scripts: ScriptRunner, run_id: str, verdicts: Iterable
     arguments: Arguments = []
     for item in verdicts:
         arguments += (item.trajectory_id, item.verdict, repr(item.reward) if item.HasField("reward") else "")
-    word, value = await scripts.run(RECORD_VERDICTS, run_id, *arguments, durability=Durability.COMMIT)
-    if word == b"UNKNOWN":
-        raise NotFoundError(f"trajectory {value.decode()!r} does not exist in run {run_id!r}")
-    if word == b"UNFINISHED":
-        raise FailedPreconditionError(f"trajectory {value.decode()!r} is not finished: it cannot have a verdict")
+    _, value = await scripts.run(RECORD_VERDICTS, run_id, *arguments, durability=Durability.COMMIT)
     VERDICTS.inc(int(value))
     return int(value)
 
@@ -216,11 +192,7 @@ async def lease_trajectories(
 
     Raises NotFoundError for an unknown trajectory, FailedPreconditionError for a finished one; then none is leased.
     """
-    word, value = await scripts.run(LEASE, run_id, worker_id, *trajectory_ids, durability=Durability.SEGMENT)
-    if word == b"UNKNOWN":
-        raise NotFoundError(f"trajectory {value.decode()!r} does not exist in run {run_id!r}")
-    if word == b"FINISHED":
-        raise FailedPreconditionError(f"trajectory {value.decode()!r} is finished: it cannot be leased")
+    _, value = await scripts.run(LEASE, run_id, worker_id, *trajectory_ids, durability=Durability.SEGMENT)
     pairs = [pair.split(":") for pair in value.decode().split(",") if pair]
     LEASES.inc(len(pairs))
     return [
@@ -296,10 +268,8 @@ async def _plan_pieces(
     scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str], piece_tokens: int
 ) -> list[Piece]:
     """Returns the pieces of trajectories, one of each at least, before their tokens are read."""
-    word, *fields = await scripts.run(READ_HEADS, run_id, *trajectory_ids)
-    if word == b"UNKNOWN":
-        raise NotFoundError(f"trajectory {fields[0].decode()!r} does not exist in run {run_id!r}")
-    rows, prompt_sizes = json.loads(fields[0])
+    _, page_json, prompts = await scripts.run(READ_HEADS, run_id, *trajectory_ids)
+    rows, prompt_sizes = json.loads(page_json)
     ends = list(accumulate(prompt_sizes))
     pieces = []
     for trajectory_id, (prompt, tokens_text, epoch, ending, versions) in zip(trajectory_ids, rows, strict=True):
@@ -315,7 +285,7 @@ async def _plan_pieces(
                 epoch=int(epoch),
             )
             if first == 0:
-                message.prompt_token_ids = fields[1][ends[prompt] - prompt_sizes[prompt] : ends[prompt]]
+                message.prompt_token_ids = prompts[ends[prompt] - prompt_sizes[prompt] : ends[prompt]]
             pieces.append((message, (last - first) * ITEM_BYTES))
     return pieces
 

@@ -6,7 +6,7 @@ the older way moves key by key, and a script may see half a run meanwhile.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -25,44 +25,24 @@ OLDEST_REDIS = (7, 0)
 FIRST_WITH_WAITAOF = (7, 2)
 
 
-@dataclass(frozen=True)
-class ServerFacts:
-    """Version and settings that a server reports."""
+def check_server(info: Mapping[str, Any], *, needs_file: bool) -> tuple[int, int]:
+    """Returns the version of a server that reports `info` (sections server, persistence, memory).
 
-    version: tuple[int, int]
-    keeps_file: bool
-    drops_keys: bool
-
-    @property
-    def has_waitaof(self) -> bool:
-        """Returns whether a client can wait until a write is on disk."""
-        return self.version >= FIRST_WITH_WAITAOF
-
-    def check_fit(self, *, needs_file: bool) -> None:
-        """Raises FailedPreconditionError with what to change when the server cannot hold a run."""
-        if self.version < OLDEST_REDIS:
-            major, minor = self.version
-            raise FailedPreconditionError(f"redis_url: Redis 7.0 or later is needed, the server is {major}.{minor}")
-        if self.drops_keys:
-            raise FailedPreconditionError(
-                "redis_url: the server drops keys when it is full: set `maxmemory-policy noeviction` there"
-            )
-        if needs_file and not self.keeps_file:
-            raise FailedPreconditionError(
-                "redis_url: the server keeps no append-only file, so its crash would lose the run: "
-                "set `appendonly yes` there, or `durability: none` here"
-            )
-
-
-async def read_facts(node: Redis) -> ServerFacts:
-    """Reads a server's version and settings."""
-    info = await node.info("server", "persistence", "memory")
+    Raises FailedPreconditionError with what to change when it cannot hold a run.
+    """
     major, minor, *_ = str(info["redis_version"]).split(".")
-    return ServerFacts(
-        version=(int(major), int(minor)),
-        keeps_file=bool(info.get("aof_enabled", 0)),
-        drops_keys=bool(info.get("maxmemory", 0)) and str(info.get("maxmemory_policy", "")).startswith("allkeys"),
-    )
+    if (int(major), int(minor)) < OLDEST_REDIS:
+        raise FailedPreconditionError(f"redis_url: Redis 7.0 or later is needed, the server is {major}.{minor}")
+    if info.get("maxmemory", 0) and str(info.get("maxmemory_policy", "")).startswith("allkeys"):
+        raise FailedPreconditionError(
+            "redis_url: the server drops keys when it is full: set `maxmemory-policy noeviction` there"
+        )
+    if needs_file and not info.get("aof_enabled", 0):
+        raise FailedPreconditionError(
+            "redis_url: the server keeps no append-only file, so its crash would lose the run: "
+            "set `appendonly yes` there, or `durability: none` here"
+        )
+    return int(major), int(minor)
 
 
 class Nodes:

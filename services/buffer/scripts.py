@@ -16,13 +16,16 @@ from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
 
 from perigee.errors import (
+    AbortedError,
+    AlreadyExistsError,
     FailedPreconditionError,
     InvalidArgumentError,
     NotFoundError,
+    PerigeeError,
     ResourceExhaustedError,
     UnavailableError,
 )
-from services.buffer.nodes import Nodes, read_facts
+from services.buffer.nodes import FIRST_WITH_WAITAOF, Nodes, check_server
 from services.buffer.requests import describe_bad_run_id
 from services.kit.telemetry import get_logger
 
@@ -62,6 +65,21 @@ class Durability(IntEnum):
     """Loses work that is not done again: runs, verdicts, commits."""
 
 
+# Errors by the first element of a reply; {0} is the second one.
+REFUSALS: dict[bytes, tuple[type[PerigeeError], str]] = {
+    b"NO_RUN": (NotFoundError, "run {run!r} does not exist: create it first"),
+    b"UNKNOWN": (NotFoundError, "trajectory {0!r} does not exist in run {run!r}"),
+    b"FINISHED": (FailedPreconditionError, "trajectory {0!r} is finished: it cannot be leased"),
+    b"UNFINISHED": (FailedPreconditionError, "trajectory {0!r} is not finished: it cannot have a verdict"),
+    b"TRAJECTORY_TAKEN": (AlreadyExistsError, "trajectory {0!r} belongs to another group: take a new id"),
+    b"UNKNOWN_GROUP": (FailedPreconditionError, "group {0!r} does not exist and cannot be consumed"),
+    b"CONSUMED_BEFORE": (FailedPreconditionError, "group {0!r} was consumed by an earlier iteration"),
+    b"NOT_NEXT": (FailedPreconditionError, "run {run!r} has {0} committed iterations: only the next can be committed"),
+    b"OTHER_CONTENTS": (
+        AbortedError,
+        "iteration {0} of run {run!r} was committed with other contents: another coordinator drives this run",
+    ),
+}
 # The cheapest class that waits for the disk, by `durability` of the configuration.
 LEAST_SYNCED = {"segments": Durability.SEGMENT, "commits": Durability.COMMIT, "none": None}
 
@@ -97,18 +115,20 @@ class ScriptRunner:
         """
         with translating_errors():
             await self._nodes.use_one_that_answers()
-            facts = await read_facts(self._nodes.first)
-        facts.check_fit(needs_file=self._least_synced is not None)
-        if self._least_synced is not None and not facts.has_waitaof and self._has_waitaof is None:
-            log.warning("redis has no WAITAOF: set appendfsync to always there", redis_version=facts.version)
-        self._has_waitaof = facts.has_waitaof
+            info = await self._nodes.first.info("server", "persistence", "memory")
+        version = check_server(info, needs_file=self._least_synced is not None)
+        has_waitaof = version >= FIRST_WITH_WAITAOF
+        if self._least_synced is not None and not has_waitaof and self._has_waitaof is None:
+            log.warning("redis has no WAITAOF: set appendfsync to always there", redis_version=version)
+        self._has_waitaof = has_waitaof
 
     async def run(
         self, script: Script, run_id: str, *arguments: str | bytes | int, durability: Durability = Durability.NONE
     ) -> list[Any]:
-        """Returns the reply of `script`, whose first element is "OK" or the reason that nothing changed.
+        """Returns the reply of `script`; its first element is "OK", or another word for a change that was there before.
 
-        Raises NotFoundError for an unknown run, UnavailableError when Redis cannot be reached or does not sync in time.
+        Raises the error of `REFUSALS` when the script changes nothing, NotFoundError for an unknown run for instance,
+        and UnavailableError when Redis cannot be reached or does not sync in time.
         """
         key = run_key(run_id)
         command = ("EVALSHA", script.sha1, 1, key, *arguments)
@@ -128,8 +148,9 @@ class ScriptRunner:
             if isinstance(reply, Exception):
                 raise reply
         fields = cast(list[Any], reply)
-        if fields[0] == b"NO_RUN":
-            raise NotFoundError(f"run {run_id!r} does not exist: create it first")
+        if fields[0] in REFUSALS:
+            error, text = REFUSALS[fields[0]]
+            raise error(text.format(*(value.decode() for value in fields[1:]), run=run_id))
         return fields
 
     async def _execute(self, node: Redis, command: tuple[str | bytes | int, ...], waits: bool) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from perigee.buffer.client import BufferClient
 from perigee.reward.client import RewardClient
 from perigee.trainer.client import TrainerClient
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.prompts import PromptSet
+from services.coordinator.prompts import Prompt
 from services.coordinator.run_config import RunConfig
 from services.coordinator.run_log import RunLog
 from services.coordinator.run_status import RunStatus
@@ -35,8 +36,8 @@ class RunInputs:
     run_path: Path
     config: RunConfig
     tokenizer: Tokenizer
-    prompts: PromptSet
-    heldout: PromptSet
+    prompts: Mapping[str, Prompt]
+    heldout: Mapping[str, Prompt]
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class Evaluation:
     async def run(self, kind: Kind, iteration: int, weights: WeightSync) -> dict[str, Any]:
         """Evaluates the version and returns the line of evaluations.jsonl."""
         context, config = self.context, self.context.config.evaluation
-        problems: Sequence[Prompt] = context.inputs.heldout.prompts
+        problems: Sequence[Prompt] = list(context.inputs.heldout.values())
         with_greedy = True
         if kind == "periodic":
             problems = spread(problems, config.problems or len(problems))

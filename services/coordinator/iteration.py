@@ -46,12 +46,7 @@ REWARD = Gauge("perigee_coordinator_reward_mean", "Mean reward of the latest ite
 GENERATED = PrometheusCounter("perigee_coordinator_generated_tokens", "Tokens generated in training rollouts.")
 TRAINED = PrometheusCounter("perigee_coordinator_trained_trajectories", "Trajectories trained on.")
 
-END_NAMES = {
-    buffer_pb2.END_REASON_STOP: "stop",
-    buffer_pb2.END_REASON_REPETITION: "repetition",
-    buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS: "max_response_tokens",
-    buffer_pb2.END_REASON_BUDGET: "budget",
-}
+END_NAMES = ("stop", "repetition", "max_response_tokens", "budget")
 # Metric of the trainer whose maximum over the run goes into the summary.
 LOGPROB_DIFF = "train/train_infer_logprob_diff_max"
 
@@ -339,7 +334,9 @@ def reward_metrics(finished: Sequence[Trajectory], failures: int, weights: Shapi
 def rollout_metrics(counts: RolloutCounts, timeline: Timeline, weights: ShapingWeights) -> dict[str, Any]:
     """Returns the metrics of the generation."""
     finished = counts.finished
-    ended = Counter(END_NAMES[reason] for reason in counts.ended.values())
+    ended = Counter(
+        buffer_pb2.EndReason.Name(reason).removeprefix("END_REASON_").lower() for reason in counts.ended.values()
+    )
     seconds = timeline.phases["rollout"].seconds
     lengths = [trajectory.tokens for trajectory in finished]
     return {
@@ -350,7 +347,7 @@ def rollout_metrics(counts: RolloutCounts, timeline: Timeline, weights: ShapingW
         "rollout/response_tokens/mean": mean(lengths),
         "rollout/response_tokens/p95": float(np.percentile(lengths, 95)) if lengths else None,
         "rollout/response_tokens/max": max(lengths, default=None),
-        **{f"rollout/ended/{name}": ended[name] for name in END_NAMES.values()},
+        **{f"rollout/ended/{name}": ended[name] for name in END_NAMES},
         "rollout/partial_rate": rate(ended["budget"], ended.total()),
         "rollout/repetition_rate": rate(ended["repetition"], len(finished)),
         "rollout/overlong_rate": overlong_rate(lengths, weights),

@@ -1,4 +1,4 @@
-"""Prompt sets: the problems of a prompt file, tokenized with the base model's tokenizer."""
+"""Prompts: the problems of a prompt file, tokenized with the base model's tokenizer."""
 
 from __future__ import annotations
 
@@ -30,26 +30,18 @@ class Prompt:
         return self.line.domain
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """Prompts of one file, in its order."""
-
-    prompts: tuple[Prompt, ...]
-    by_id: dict[str, Prompt]
-
-
 def read_prompts(
     path: str, field: str, tokenizer: Tokenizer, context_tokens: int, max_response_tokens: int
-) -> PromptSet:
-    """Reads and tokenizes a prompt file; `field` is the configuration key that named it.
+) -> dict[str, Prompt]:
+    """Returns the prompts of a file by id, in its order, tokenized; `field` is the configuration key that named it.
 
     Raises InvalidArgumentError naming file, line and field of the first malformed line, a repeated id, or the id of a
     prompt that leaves less than `max_response_tokens` of the model's `context_tokens`.
     """
     lines = read_prompt_file(Path(path), field)
     encodings = encode_prompts(tokenizer, [line.item.prompt for line in lines])
-    prompts = tuple(Prompt(line, tuple(ids)) for line, ids in zip(lines, encodings, strict=True))
-    for prompt in prompts:
+    prompts = {line.id: Prompt(line, tuple(ids)) for line, ids in zip(lines, encodings, strict=True)}
+    for prompt in prompts.values():
         tokens = len(prompt.token_ids)
         if tokens == 0:
             raise InvalidArgumentError.for_field(
@@ -61,4 +53,4 @@ def read_prompts(
                 f"has {tokens} tokens, which with a response of {max_response_tokens} pass the model's context of "
                 f"{context_tokens}: shorten it or lower run.rollout.max_response_tokens",
             )
-    return PromptSet(prompts, {prompt.id: prompt for prompt in prompts})
+    return prompts

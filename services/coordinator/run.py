@@ -127,7 +127,7 @@ class Run:
         await self._weight_sync.ensure_version(run.policy_version)
         context.registry.invalidate()
         groups = LiveGroups(self._run_id, context.peers.buffer, context.settings.control_timeout_s)
-        await groups.load(context.inputs.prompts.by_id)
+        await groups.load(context.inputs.prompts)
         sampler = await self._make_sampler(state)
         for group in groups:
             number = int(group.id.removeprefix("g"))
@@ -169,7 +169,8 @@ class Run:
             self._age_known = True
         version = await fine_tune_base(context, self._weight_sync)
         config = context.config
-        sampler = make_sampler(context.inputs.prompts.prompts, config.curriculum, config.prioritized, config.seed, {})
+        prompts = list(context.inputs.prompts.values())
+        sampler = make_sampler(prompts, config.curriculum, config.prioritized, config.seed, {})
         state = CoordinatorState(sampler.state(), elapsed_seconds=context.status.elapsed_seconds)
         state.totals.add_seconds("sft", await asyncio.to_thread(context.log.sft_seconds))
         request = buffer_pb2.CreateRunRequest(
@@ -190,7 +191,7 @@ class Run:
             if not page.next_page_token:
                 break
             request.page_token = page.next_page_token
-        prompts = context.inputs.prompts.prompts
+        prompts = list(context.inputs.prompts.values())
         sampler = make_sampler(prompts, config.curriculum, config.prioritized, config.seed, statistics)
         sampler.restore(state.sampler)
         return sampler

@@ -30,21 +30,26 @@ def main() -> None:
 
             read_model_shape(Path(config.model))
             launch(config, sys.argv[1:])
-        if config.world > 1:
-            # The ranks die with torchrun, so that none is orphaned.
-            die_with_parent(os.getppid())
-        if os.environ["RANK"] == "0":
-            from services.kit.server import run
-            from services.trainer.service import lifespan
-
-            run(config, lifespan)
-        else:
-            from services.trainer.engine import follow
-
-            follow(config)
+        become_rank(config)
     except PerigeeError as error:
         print(f"trainer: {error.message}", file=sys.stderr)
         raise SystemExit(1) from error
+
+
+def become_rank(config: TrainerConfig) -> None:
+    """Serves as rank 0, or follows it as another rank; returns when the trainer ends."""
+    if config.world > 1:
+        # The ranks die with torchrun, so that none is orphaned.
+        die_with_parent(os.getppid())
+    if os.environ["RANK"] == "0":
+        from services.kit.server import run
+        from services.trainer.service import lifespan
+
+        run(config, lifespan)
+    else:
+        from services.trainer.engine import follow
+
+        follow(config)
 
 
 def launch(config: TrainerConfig, arguments: list[str]) -> None:

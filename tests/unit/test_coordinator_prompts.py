@@ -13,7 +13,7 @@ from perigee.errors import InvalidArgumentError
 from perigee.reward.items import read_prompt_line
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2
-from services.coordinator.prompts import PromptSet, read_prompts
+from services.coordinator.prompts import Prompt, read_prompts
 from services.kit.hf import open_model_folder
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
 
@@ -26,7 +26,7 @@ def part(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"name": name, "judged_by": spec}
 
 
-def read(folder: Path, path: Path, max_response_tokens: int, field: str = "run.prompts") -> PromptSet:
+def read(folder: Path, path: Path, max_response_tokens: int, field: str = "run.prompts") -> dict[str, Prompt]:
     """Reads a prompt file with the model of `folder`, which is made where there is none."""
     if not (folder / "model").exists():
         write_model_folder(folder / "model")
@@ -37,12 +37,12 @@ def read(folder: Path, path: Path, max_response_tokens: int, field: str = "run.p
 def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "prompts.jsonl", [math_line("m1", "1+2=", "3"), code_line("c1")])
     prompts = read(tmp_path, path, 16)
-    assert [prompt.id for prompt in prompts.prompts] == ["m1", "c1"]
+    assert [prompt.id for prompt in prompts.values()] == ["m1", "c1"]
     assert (
-        open_model_folder(tmp_path / "model", "run.model").open_tokenizer().decode(list(prompts.by_id["m1"].token_ids))
+        open_model_folder(tmp_path / "model", "run.model").open_tokenizer().decode(list(prompts["m1"].token_ids))
         == "1+2="
     )
-    assert prompts.by_id["c1"].line.item.WhichOneof("verifier") == "code"
+    assert prompts["c1"].line.item.WhichOneof("verifier") == "code"
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: dict[str, Any] | str, s
 def test_a_prompt_longer_than_the_context_is_named(tmp_path: Path) -> None:
     write_model_folder(tmp_path / "model", context=64)
     path = write_lines(tmp_path / "prompts.jsonl", [math_line("short", "1+2=", "3"), math_line("long", "1" * 49, "1")])
-    assert read(tmp_path, path, 15).by_id["long"]
+    assert read(tmp_path, path, 15)["long"]
     with pytest.raises(InvalidArgumentError, match=r"prompt long: has 49 tokens, .* context of 64"):
         read(tmp_path, path, 16)
 
@@ -97,7 +97,7 @@ def test_prompts_begin_with_the_bos_of_the_tokenizer_exactly_once(tmp_path: Path
     tokenizer.save(str(folder / "tokenizer.json"))
     rendered = math_line("rendered", "<bos>1+2=", "3")
     path = write_lines(tmp_path / "prompts.jsonl", [math_line("plain", "1+2=", "3"), rendered])
-    plain, with_template = read(tmp_path, path, 16).prompts
+    plain, with_template = read(tmp_path, path, 16).values()
     assert plain.token_ids == with_template.token_ids
     assert plain.token_ids.count(bos) == 1
     assert plain.token_ids[0] == bos
@@ -114,7 +114,7 @@ def test_a_missing_or_empty_file_is_named(tmp_path: Path) -> None:
 def test_prompts_carry_the_ground_truth(tmp_path: Path) -> None:
     stdio = code_line("c2") | {"tests": [{"stdin": "1\n", "expected_stdout": "2\n"}], "limits": {"wall_ms": 500}}
     path = write_lines(tmp_path / "p.jsonl", [math_line("m1", "1+2=", "3"), code_line("c1"), stdio])
-    prompts = read(tmp_path, path, 16).by_id
+    prompts = read(tmp_path, path, 16)
     math = prompts["m1"].line.item
     assert (math.id, math.response, math.answer_marker, math.math.reference) == ("", "", "#", "3")
     code = prompts["c1"].line.item.code
