@@ -74,7 +74,7 @@ REFUSALS: dict[bytes, tuple[type[PerigeeError], str]] = {
     b"TRAJECTORY_TAKEN": (AlreadyExistsError, "trajectory {0!r} belongs to another group: take a new id"),
     b"UNKNOWN_GROUP": (FailedPreconditionError, "group {0!r} does not exist and cannot be consumed"),
     b"CONSUMED_BEFORE": (FailedPreconditionError, "group {0!r} was consumed by an earlier iteration"),
-    b"NOT_NEXT": (FailedPreconditionError, "run {run!r} has {0} committed iterations: only the next can be committed"),
+    b"NOT_NEXT": (FailedPreconditionError, "this iteration of run {run!r} cannot be committed: the next is {0}"),
     b"OTHER_CONTENTS": (
         AbortedError,
         "iteration {0} of run {run!r} was committed with other contents: another coordinator drives this run",

@@ -15,7 +15,6 @@ from perigee.rollout.v1 import rollout_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
 from services.coordinator.groups import EndReason, LiveGroups, Trajectory
-from services.coordinator.run_config import RolloutSettings
 from services.coordinator.workers import Worker
 
 
@@ -59,16 +58,12 @@ class RolloutPhase:
         return self.counts
 
     @property
-    def _rollout(self) -> RolloutSettings:
-        return self.context.config.rollout
-
-    @property
     def _cap(self) -> int:
-        return self._rollout.max_response_tokens
+        return self.context.config.rollout.max_response_tokens
 
     @property
     def _budget(self) -> int:
-        return self._rollout.token_budget or self._cap
+        return self.context.config.rollout.token_budget or self._cap
 
     async def _extend(self, worker: Worker, trajectory_ids: list[str]) -> AsyncGenerator[Progress, None]:
         """Makes one call: leases the trajectories, extends them, records their ends."""
@@ -123,7 +118,7 @@ class RolloutPhase:
     async def _call(
         self, worker: Worker, leases: Sequence[buffer_pb2.Lease], budget: int
     ) -> AsyncGenerator[Progress, None]:
-        settings = self._rollout
+        settings = self.context.config.rollout
         request = rollout_pb2.ExtendTrajectoriesRequest(
             run_id=self.context.run_id,
             policy_version=self.policy_version,

@@ -123,7 +123,7 @@ RETIRED = [
     Retired("^held$", "LoadedPolicy", r"services/(rollout|coordinator)"),
     Retired("distrust", "invalidate"),
     Retired("status board", "RunStatus"),
-    Retired("iteration facts", "IterationStats"),
+    Retired("iteration facts", "rollout_metrics"),
     Retired("^settle", "finish"),
     Retired("^tell", "report"),
     Retired("^hear", "receive"),

@@ -27,7 +27,7 @@ if held[1] == iteration then
   redis.call('HSET', KEYS[1], 'commit_digest', digest)
   return reply('DUPLICATE')
 elseif tonumber(held[1]) + 1 ~= tonumber(iteration) then
-  return {'NOT_NEXT', held[1]}
+  return {'NOT_NEXT', string.format('%d', held[1] + 1)}
 end
 for i = 6, 5 + groups do
   if redis.call('EXISTS', prefix .. 'group:' .. ARGV[i]) == 0 then
