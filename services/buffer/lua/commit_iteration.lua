@@ -3,7 +3,7 @@
 -- the run's iteration, policy version and coordinator state forward. One change, or none.
 -- KEYS: run. ARGV: iteration, policy version, request digest, coordinator state, number of groups, group ids, then per
 --   prompt: id, trajectories, correct.
--- Returns {'NO_RUN'}, {'NOT_NEXT', committed}, {'OTHER_CONTENTS', committed}, {'UNKNOWN_GROUP', id},
+-- Returns {'NO_RUN'}, {'NOT_NEXT', next}, {'OTHER_CONTENTS', iteration}, {'UNKNOWN_GROUP', id},
 --   {'CONSUMED_BEFORE', id} or {'OK' or 'DUPLICATE', digest, iteration, policy version, coordinator state}.
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return {'NO_RUN'}
