@@ -39,12 +39,7 @@ SHORT_NAMES = {
     "json_schema": ("schema_json",),
     "judged_by": ("verifier",),
 }
-_LONG_TO_SHORT = {
-    "reference": "answer",
-    "references": "answers",
-    "function_name": "function",
-    "schema_json": "json_schema",
-}
+_LONG_TO_SHORT = {long: short for short, longs in SHORT_NAMES.items() for long in longs if long != "verifier"}
 DEFAULTS: dict[str, dict[str, Any]] = {"CodeVerifier": {"language": "python"}}
 # Messages whose kind their keys show: a test with `stdin` is one by standard input and output.
 KNOWN_BY_KEYS = ("TestCase",)

@@ -43,6 +43,5 @@ async def open_scorer(config: RewardConfig, sandbox: SandboxClient) -> AsyncIter
         for part in parts:
             stack.push_async_callback(part.close)
             await part.start()
-        for verifier in verifiers:
-            scorer.add(verifier)
+        scorer.verifiers |= {verifier.name: verifier for verifier in verifiers}
         yield scorer

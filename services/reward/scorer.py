@@ -46,14 +46,11 @@ class Scorer:
     """Scores many items at once, so many of each verifier; a verifier that is behind holds up no other."""
 
     def __init__(self, cache_entries: int, max_queued_items: int) -> None:
+        # By name, which is that of their message in the contract.
         self.verifiers: dict[str, Verifier[Any]] = {}
         self._cache = outcome_cache(cache_entries)
         self._max_queued_items = max_queued_items
         self._queued: Counter[str] = Counter()
-
-    def add(self, verifier: Verifier[Any]) -> None:
-        """Offers a verifier under its name, which is that of its message in the contract."""
-        self.verifiers[verifier.name] = verifier
 
     async def score(self, items: Sequence[Item[Any]]) -> AsyncGenerator[Scored, None]:
         """Yields outcomes in the order in which they become known; leaving the iteration ends the judgements.

@@ -1,27 +1,40 @@
-"""perigee.reward.v1.RewardService over a Scorer."""
+"""perigee.reward.v1.RewardService over a Scorer: requests are checked and become items, outcomes become messages.
+
+Checked are texts, ground truths, and that images are images.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import base64
+import binascii
+import io
+import re
+import struct
+import zlib
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image, UnidentifiedImageError
 
 from perigee.buffer.v1 import buffer_pb2
+from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
 from services.reward.config import RewardConfig
-from services.reward.requests import read_items
 from services.reward.scorer import Scored, Scorer
-from services.reward.verifiers.base import Verdict
+from services.reward.verifiers.base import ImagePart, Item, Verdict, Verifier
 
 FULL_NAME = "perigee.reward.v1.RewardService"
-
-VERDICTS = {
-    Verdict.CORRECT: buffer_pb2.VERDICT_CORRECT,
-    Verdict.WRONG: buffer_pb2.VERDICT_WRONG,
-    Verdict.UNGRADABLE: buffer_pb2.VERDICT_UNGRADABLE,
-    Verdict.FAILED: buffer_pb2.VERDICT_FAILED,
-}
+# More would not fit into an error's trailing metadata.
+MAX_VIOLATIONS = 20
+MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
+SCHEMES = ("http", "https", "data")
+DATA_URL = re.compile(r"data:(image/[a-z]+);base64,([A-Za-z0-9+/=]+)")
+MAX_URL_CHARACTERS = 8192
+# What Pillow raises on damaged files of the four formats.
+DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class RewardService(RewardServiceServicer):
@@ -49,12 +62,12 @@ def build_response(scored: Scored) -> pb.ScoreResponse:
     """Returns the message of one outcome; without a reward when it is FAILED."""
     outcome = scored.outcome
     parts = [
-        pb.PartScore(name=name, verdict=VERDICTS[part.verdict], reward=part.reward, reason=part.reason)
+        pb.PartScore(name=name, verdict=write_verdict(part.verdict), reward=part.reward, reason=part.reason)
         for name, part in outcome.parts.items()
     ]
     return pb.ScoreResponse(
         id=scored.item_id,
-        verdict=VERDICTS[outcome.verdict],
+        verdict=write_verdict(outcome.verdict),
         reward=outcome.reward,
         extracted_answer=outcome.extracted,
         reason=outcome.reason,
@@ -65,3 +78,149 @@ def build_response(scored: Scored) -> pb.ScoreResponse:
         parts=parts,
         retry_after_ms=None if outcome.retry_after_s is None else round(outcome.retry_after_s * 1000),
     )
+
+
+def write_verdict(verdict: Verdict) -> buffer_pb2.Verdict.ValueType:
+    """Returns the contract's verdict."""
+    return buffer_pb2.Verdict.Value(f"VERDICT_{verdict.name}")
+
+
+def read_items(
+    request: pb.ScoreRequest, verifiers: Mapping[str, Verifier[Any]], config: RewardConfig
+) -> list[Item[Any]]:
+    """Returns the request's items.
+
+    Raises InvalidArgumentError with a violation for each wrong field, the first 20 of them.
+    """
+    items: list[Item[Any]] = []
+    violations: list[FieldViolation] = []
+    seen: set[str] = set()
+    for index, message in enumerate(request.items):
+        found = find_violations(message, seen, config)
+        seen.add(message.id)
+        images, wrong_images = read_images(message, config)
+        found += wrong_images
+        name = message.WhichOneof("verifier") or ""
+        if name in verifiers:
+            parameters = getattr(message, name)
+            items.append(Item(message.id, message.response, message.answer_marker, parameters, message.prompt, images))
+            found += verifiers[name].find_violations(parameters)
+        else:
+            known = f"one of {', '.join(verifiers)}"
+            found.append(
+                FieldViolation("verifier", f"{name} is not offered: {known}" if name else f"is required: {known}")
+            )
+        violations += [FieldViolation(f"items[{index}].{v.field}", v.description) for v in found]
+        if len(violations) >= MAX_VIOLATIONS:
+            break
+    if violations:
+        raise InvalidArgumentError.for_fields(violations[:MAX_VIOLATIONS])
+    return items
+
+
+def find_violations(message: pb.ScoreItem, seen: set[str], config: RewardConfig) -> list[FieldViolation]:
+    """Returns what is wrong with an item beside its images and its verifier's parameters."""
+    violations = []
+    if not message.id:
+        violations.append(FieldViolation("id", "is required: outcomes are told apart by it"))
+    elif message.id in seen:
+        violations.append(FieldViolation("id", f"{message.id!r} is used twice in this call"))
+    for name, text, most in (
+        ("response", message.response, config.max_response_bytes),
+        ("prompt", message.prompt, config.max_prompt_bytes),
+    ):
+        size = len(text.encode())
+        if size > most:
+            violations.append(FieldViolation(name, f"has {size} bytes, more than {most}"))
+    return violations
+
+
+class NoImageError(ValueError):
+    """Bytes or an address that are not an image; its text says why."""
+
+
+def read_images(message: pb.ScoreItem, config: RewardConfig) -> tuple[tuple[ImagePart, ...], list[FieldViolation]]:
+    """Returns the images of an item that are right, and what is wrong with the others."""
+    if len(message.images) > config.max_images:
+        text = f"has {len(message.images)} images, more than {config.max_images}"
+        return (), [FieldViolation("images", text)]
+    images, violations = [], []
+    for index, image in enumerate(message.images):
+        try:
+            images.append(read_image(image, config))
+        except NoImageError as error:
+            field = image.WhichOneof("source")
+            name = f"images[{index}].{field}" if field else f"images[{index}]"
+            violations.append(FieldViolation(name, str(error)))
+    return tuple(images), violations
+
+
+def read_image(image: pb.Image, config: RewardConfig) -> ImagePart:
+    """One image.
+
+    Raises NoImageError.
+    """
+    match image.WhichOneof("source"):
+        case "data":
+            return ImagePart(image.data, find_media_type(image.data, config))
+        case "url":
+            check_url(image.url, config)
+            return ImagePart(url=image.url)
+    raise NoImageError("data or url is required")
+
+
+def find_media_type(data: bytes, config: RewardConfig) -> str:
+    """Returns the media type that the bytes have; the picture itself is not decoded.
+
+    Raises NoImageError when they are none of the four formats, damaged or too large.
+    """
+    if len(data) > config.max_image_bytes:
+        raise NoImageError(f"has {len(data)} bytes, more than {config.max_image_bytes}")
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(MEDIA_TYPES)) as picture:
+            width, height = picture.size
+            media_type = MEDIA_TYPES[picture.format or ""]
+            picture.verify()
+    except UnidentifiedImageError as error:
+        raise NoImageError("is no PNG, JPEG, WebP or GIF image") from error
+    except DAMAGE as error:
+        raise NoImageError(f"is a damaged image: {error}") from error
+    if width * height > config.max_image_pixels:
+        raise NoImageError(f"has {width} x {height} pixels, more than {config.max_image_pixels}")
+    return media_type
+
+
+def check_url(url: str, config: RewardConfig) -> None:
+    """Refuses an address that a judge's endpoint cannot read.
+
+    Raises NoImageError.
+    """
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise NoImageError(f"is no URL: {error}") from error
+    if parts.scheme not in SCHEMES:
+        raise NoImageError(f"must begin with {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}, got {parts.scheme!r}")
+    if parts.scheme == "data":
+        check_data_url(url, config)
+    elif not parts.hostname:
+        raise NoImageError("names no host")
+    elif len(url) > MAX_URL_CHARACTERS:
+        raise NoImageError(f"has {len(url)} characters, more than {MAX_URL_CHARACTERS}")
+
+
+def check_data_url(url: str, config: RewardConfig) -> None:
+    """Refuses a data URL whose content is not the image that it says.
+
+    Raises NoImageError.
+    """
+    match = DATA_URL.fullmatch(url)
+    if match is None:
+        raise NoImageError("must be of the form data:image/png;base64,...")
+    try:
+        data = base64.b64decode(match[2], validate=True)
+    except binascii.Error as error:
+        raise NoImageError(f"is not base64: {error}") from error
+    media_type = find_media_type(data, config)
+    if media_type != match[1]:
+        raise NoImageError(f"says {match[1]} but holds {media_type}")

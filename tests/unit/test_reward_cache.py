@@ -66,7 +66,7 @@ class OtherVerifier(EchoVerifier):
 
 def make(verifier: EchoVerifier, entries: int = 10, max_queued_items: int = 100) -> Scorer:
     scorer = Scorer(entries, max_queued_items)
-    scorer.add(verifier)
+    scorer.verifiers[verifier.name] = verifier
     return scorer
 
 

@@ -45,8 +45,8 @@ class SetVerifier(Verifier[pb.RegexVerifier]):
 def make() -> tuple[CompositeVerifier, SetVerifier]:
     inner = SetVerifier()
     scorer = Scorer(0, 100)
-    scorer.add(inner)
-    scorer.add(ExactVerifier())
+    scorer.verifiers[inner.name] = inner
+    scorer.verifiers["exact"] = ExactVerifier()
     return CompositeVerifier(scorer.verifiers, scorer.judge_part), inner
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import RewardConfig
-from services.reward.requests import read_images
+from services.reward.service import read_images
 
 CONFIG = RewardConfig(max_images=3, max_image_bytes=20_000, max_image_pixels=10_000)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from perigee.cli.ending import SIGNALS
 from perigee.config import merge, parse_override, validate
 from services.reward.value_head.data import TrainingConfig
 
@@ -27,11 +27,11 @@ def train_value_head(values: Mapping[str, Any], overrides: Sequence[str]) -> int
     # Only now, because torch takes seconds to load.
     from services.reward.value_head.training import train
 
-    with catching_signals() as caught:
-        summary = train(config, lambda report: print(progress_line(report), flush=True), lambda: bool(caught()))
+    caught = catch_signals()
+    summary = train(config, lambda report: print(progress_line(report), flush=True), lambda: bool(caught))
     if summary.reason == "interrupted":
         print(f"stopped after step {summary.step}; resume with the same command and --resume")
-        return 128 + caught()
+        return 128 + caught[0]
     print(f"{summary.reason} after step {summary.step}")
     assert summary.best is not None
     print(f"model: {summary.model}  threshold {summary.best.threshold:.4f}  {figures(summary.best)}")
@@ -53,23 +53,15 @@ def figures(evaluation: Evaluation) -> str:
     )
 
 
-@contextmanager
-def catching_signals() -> Iterator[Callable[[], int]]:
-    """Yields a function that returns the first SIGINT, SIGTERM or SIGHUP, 0 before; the second one acts as usual."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.getsignal(number) for number in numbers}
-    caught = 0
+def catch_signals() -> list[int]:
+    """Returns a list that gets the first SIGINT, SIGTERM or SIGHUP; a second one ends the process at once."""
+    caught: list[int] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        nonlocal caught
-        caught = number
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        caught.append(number)
+        for each in SIGNALS:
+            signal.signal(each, signal.SIG_DFL)
 
-    for number in numbers:
+    for number in SIGNALS:
         signal.signal(number, receive)
-    try:
-        yield lambda: caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return caught

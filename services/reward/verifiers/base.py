@@ -146,10 +146,8 @@ class Verifier(ABC, Generic[ParametersT]):
     # Part of the cache key: raise it when verdicts change.
     version: ClassVar[str]
 
-    @property
-    def unavailable(self) -> str:
-        """Names what the verifier needs that is not there; empty when it is ready."""
-        return ""
+    # What the verifier needs that is not there; empty when it is ready.
+    unavailable: str = ""
 
     @abstractmethod
     def find_violations(self, parameters: ParametersT) -> list[FieldViolation]:

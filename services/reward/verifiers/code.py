@@ -56,11 +56,6 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
         self._config = config
         self._sandbox = sandbox
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._problem = ""
-
-    @property
-    def unavailable(self) -> str:
-        return self._problem
 
     def find_violations(self, parameters: pb.CodeVerifier) -> list[FieldViolation]:
         violations = []
@@ -104,7 +99,7 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
             hint_s: float | None = None
             try:
                 response = await self._sandbox.judge(request, timeout_s=max(0.01, end - time.monotonic()))
-                self._problem = ""
+                self.unavailable = ""
                 if is_judgement(response, parameters):
                     return read_judgement(response, parameters, source)
                 reason = f"the sandbox could not judge: {infrastructure_reason(response)}"
@@ -112,7 +107,7 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
                 reason = reason or f"the sandbox did not answer within {self._config.timeout_s:g} s"
             except RETRIED as error:
                 reason, hint_s = error.message, error.retry_after_s
-                self._problem = error.message if isinstance(error, UnavailableError) else ""
+                self.unavailable = error.message if isinstance(error, UnavailableError) else ""
             except InvalidArgumentError as error:
                 return read_refusal(error, source)
             except PerigeeError as error:

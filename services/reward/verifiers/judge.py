@@ -28,34 +28,26 @@ class JudgeVerifier(Verifier[pb.JudgeVerifier]):
     version: ClassVar[str] = "1"
 
     def __init__(self, config: JudgeConfig) -> None:
-        self._endpoints = {
+        self.endpoints = {
             name: Endpoint(name, judge, config.max_response_characters) for name, judge in config.judges.items()
         }
         self._default = config.default or next(iter(config.judges), "")
-
-    @property
-    def unavailable(self) -> str:
-        return "" if self._endpoints else "no judge is configured: set reward.judge.judges"
-
-    @property
-    def endpoints(self) -> dict[str, Endpoint]:
-        """The judges by name."""
-        return self._endpoints
+        self.unavailable = "" if self.endpoints else "no judge is configured: set reward.judge.judges"
 
     async def start(self) -> None:
-        for endpoint in self._endpoints.values():
+        for endpoint in self.endpoints.values():
             await endpoint.start()
 
     async def close(self) -> None:
-        for endpoint in self._endpoints.values():
+        for endpoint in self.endpoints.values():
             await endpoint.close()
 
     def find_violations(self, parameters: pb.JudgeVerifier) -> list[FieldViolation]:
         violations = []
         if not parameters.reference.strip() and not parameters.rubric.strip():
             violations.append(FieldViolation("judge.reference", "is required where there is no rubric"))
-        if parameters.judge and self._endpoints and parameters.judge not in self._endpoints:
-            known = ", ".join(self._endpoints)
+        if parameters.judge and self.endpoints and parameters.judge not in self.endpoints:
+            known = ", ".join(self.endpoints)
             violations.append(FieldViolation("judge.judge", f"{parameters.judge!r} is not configured: one of {known}"))
         if parameters.HasField("votes") and not 1 <= parameters.votes <= MAX_VOTES:
             violations.append(FieldViolation("judge.votes", f"must be 1 to {MAX_VOTES}, got {parameters.votes}"))
@@ -69,7 +61,7 @@ class JudgeVerifier(Verifier[pb.JudgeVerifier]):
         if isinstance(answer, Outcome):
             return answer
         parameters = item.parameters
-        endpoint = self._endpoints.get(parameters.judge or self._default)
+        endpoint = self.endpoints.get(parameters.judge or self._default)
         if endpoint is None:
             reason = self.unavailable or f"judge {parameters.judge!r} is not configured"
             return Outcome.failed(reason, retryable=False)

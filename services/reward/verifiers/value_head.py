@@ -39,6 +39,8 @@ class ValueHeadVerifier(Verifier[pb.ValueHeadVerifier]):
 
     def __init__(self, config: ValueHeadConfig) -> None:
         self._config = config
+        if config.path is None:
+            self.unavailable = "no model is configured: reward.value_head.path names none made by perigee reward train"
         self._description: Description | None = None
         self._encoder: Encoder | None = None
         command = (sys.executable, "-m", "services.reward.value_head.worker")
@@ -47,12 +49,6 @@ class ValueHeadVerifier(Verifier[pb.ValueHeadVerifier]):
         self._batcher = MicroBatcher[Score](
             self._score, config.max_batch_tokens, config.max_batch_items, config.batch_wait_ms / 1000
         )
-
-    @property
-    def unavailable(self) -> str:
-        if self._config.path is not None:
-            return ""
-        return "no model is configured: set reward.value_head.path to a folder made by perigee reward train"
 
     async def start(self) -> None:
         if self._config.path is None:
