@@ -100,7 +100,7 @@ def make_prompts(count: int) -> list[dict[str, Any]]:
         # With a marker, the answer to a guess follows it at once; without, the whole response is the answer.
         marker = "#" if number % 2 else ""
         answer = best_digit(policy, text + marker)[0] if number % 3 else "77777"
-        fields = {"answer_marker": marker, "extraction": "prose", "domain": "noise"}
+        fields = {"verifier": "exact", "answer_marker": marker, "domain": "noise"}
         lines.append(math_line(f"p{number}", text, answer, **fields))
     return lines
 

@@ -164,7 +164,7 @@ async def test_outcomes_are_counted_by_verifier_and_verdict() -> None:
 async def test_a_verifier_that_is_behind_holds_up_no_other() -> None:
     slow, other = EchoVerifier(), OtherVerifier()
     scorer = make(slow, entries=0, max_queued_items=1)
-    scorer.add(other)
+    scorer.verifiers[other.name] = other
     waiting = asyncio.create_task(verdicts(scorer, item("a", "wait")))
     await slow.called.wait()
     with pytest.raises(ResourceExhaustedError, match="items of the exact verifier are under way"):
