@@ -16,7 +16,7 @@ from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
 from services.kit.http import CompatRouter, HttpRoute
 from services.kit.single_flight import SingleFlightCache
 from services.sandbox.api.piston import piston_api
-from services.sandbox.api.requests import check_batch, read_cell, read_job, read_session, read_submission
+from services.sandbox.api.requests import check_batch, check_cell, read_job, read_session, read_submission
 from services.sandbox.api.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.judge.judge import judge
 from services.sandbox.runtime.execute import execute, execute_stream
@@ -181,8 +181,8 @@ class SandboxService(SandboxServiceServicer):
 
     async def RunCell(self, request: pb.RunCellRequest, context: Context) -> pb.RunCellResponse:
         """Runs one cell of a session."""
-        cell = read_cell(request, self._pool.config, self._pool.catalog)
-        return await self._sessions.run(request.session_id, cell)
+        check_cell(request, self._pool.config, self._pool.catalog)
+        return await self._sessions.run(request)
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
         """Ends a session."""

@@ -13,7 +13,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.api.requests import read_session
 from services.sandbox.config import SandboxConfig
 from services.sandbox.runtime.pool import open_pool
-from services.sandbox.runtime.sessions import Cell, Sessions
+from services.sandbox.runtime.sessions import Sessions
 
 
 @pytest.fixture
@@ -38,6 +38,6 @@ async def test_a_close_that_is_cancelled_frees_the_slot(open_folder: Path) -> No
                 with pytest.raises(asyncio.CancelledError):
                     await closing
             session = await sessions.create(program, idle_s)
-            assert (await sessions.run(session.id, Cell(b"6 * 7"))).result == "42"
+            assert (await sessions.run(pb.RunCellRequest(session_id=session.id, code=b"6 * 7"))).result == "42"
         finally:
             await sessions.close()

@@ -41,7 +41,7 @@ def encode_archive(header: dict[str, Any], blobs: Sequence[bytes]) -> bytes:
 def read_archive(descriptor: int) -> Archive:
     """Reads the archive in a file; raises ValueError when its parts do not fill it."""
     size = os.fstat(descriptor).st_size
-    contents = _read(descriptor, size)
+    contents = read_start(descriptor, size)
     [header_length] = _ARCHIVE_PREFIX.unpack_from(contents)
     offset = _ARCHIVE_PREFIX.size + header_length
     header = json.loads(contents[_ARCHIVE_PREFIX.size : offset])
@@ -54,8 +54,8 @@ def read_archive(descriptor: int) -> Archive:
     return Archive(header, blobs)
 
 
-def _read(descriptor: int, size: int) -> bytes:
-    """Reads a file in parts: one read gives at most 2 GiB less a page."""
+def read_start(descriptor: int, size: int) -> bytes:
+    """Reads the first `size` bytes of a file, in parts: one read gives at most 2 GiB less a page."""
     parts: list[bytes] = []
     offset = 0
     while offset < size and (part := os.pread(descriptor, size - offset, offset)):

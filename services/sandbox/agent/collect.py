@@ -12,7 +12,7 @@ import stat
 from collections.abc import Sequence
 
 from . import kernel
-from .archive import encode_archive
+from .archive import encode_archive, read_start
 from .protocol import memory_file
 
 _ERRORS = {
@@ -46,16 +46,7 @@ def _read_file(folder: int, path: str, most_bytes: int) -> tuple[bytes, bool, st
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             return b"", False, "not a regular file"
-        content = _read_up_to(descriptor, min(status.st_size, most_bytes))
+        content = read_start(descriptor, min(status.st_size, most_bytes))
         return content, len(content) < status.st_size, ""
     finally:
         os.close(descriptor)
-
-
-def _read_up_to(descriptor: int, size: int) -> bytes:
-    parts: list[bytes] = []
-    left = size
-    while left and (part := os.read(descriptor, min(left, 1 << 24))):
-        parts.append(part)
-        left -= len(part)
-    return b"".join(parts)

@@ -16,7 +16,6 @@ from services.sandbox.agent.protocol import Limits
 from services.sandbox.config import LimitsConfig, SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime
 from services.sandbox.runtime.jobs import Comparator, Job, Program, Submission
-from services.sandbox.runtime.sessions import Cell
 
 LIMIT_FIELDS = ("wall_ms", "cpu_ms", "memory_bytes", "processes", "file_bytes", "output_bytes")
 _MINIMUM = {"wall_ms": 1, "cpu_ms": 1, "memory_bytes": 16 << 20, "processes": 1, "file_bytes": 65536, "output_bytes": 1}
@@ -361,16 +360,14 @@ def read_session(request: pb.CreateSessionRequest, config: SandboxConfig, catalo
     return Program(runtime, b"", limits, limits, files, dict(request.env)), idle_s
 
 
-def read_cell(request: pb.RunCellRequest, config: SandboxConfig, catalog: Catalog) -> Cell:
-    """Reads a cell; raises InvalidArgumentError."""
+def check_cell(request: pb.RunCellRequest, config: SandboxConfig, catalog: Catalog) -> None:
+    """Checks a cell; raises InvalidArgumentError."""
     reader = Reader(config, catalog)
     if not request.session_id:
         reader.refuse("session_id", "is required")
     reader.check_source("code", request.code)
-    files = reader.read_files("files", request.files, None)
+    reader.read_files("files", request.files, None)
     reader.check_paths("output_files", request.output_files)
-    wall_ms = request.wall_ms if request.HasField("wall_ms") else None
-    if wall_ms is not None and not 1 <= wall_ms <= config.maximum_limits.wall_ms:
-        reader.refuse("wall_ms", f"is {wall_ms}, must be from 1 to {config.maximum_limits.wall_ms}")
+    if request.HasField("wall_ms") and not 1 <= request.wall_ms <= config.maximum_limits.wall_ms:
+        reader.refuse("wall_ms", f"is {request.wall_ms}, must be from 1 to {config.maximum_limits.wall_ms}")
     reader.finish()
-    return Cell(request.code, files, list(request.output_files), wall_ms)

@@ -13,7 +13,7 @@ from perigee.errors import FailedPreconditionError
 from services.kit.telemetry import get_logger
 from services.sandbox.config import SandboxConfig
 from services.sandbox.runtime.cgroups import CgroupHost, find_cgroups, instance_name
-from services.sandbox.runtime.oci import Crun, OciRuntime
+from services.sandbox.runtime.oci import Crun
 
 _SOURCE = Path(__file__).parents[1] / "agent" / "init.c"
 _COMPILERS = ("cc", "gcc", "clang")
@@ -53,7 +53,6 @@ def _find_compiler() -> str | None:
 
 log = get_logger(__name__)
 
-CONTAINER_RUNTIMES: dict[str, type[OciRuntime]] = {cls.name: cls for cls in (Crun,)}
 UNSAFE_LABEL = "process (unsafe)"
 
 
@@ -73,7 +72,7 @@ class Isolation:
     """
 
     warm: bool
-    container: OciRuntime | None
+    container: Crun | None
     unsafe: bool = False
     reasons: tuple[str, ...] = ()
     """Reasons why a part of it does not work here."""
@@ -100,8 +99,8 @@ def find_problem(name: str, machine: Machine, config: SandboxConfig | None = Non
         return "start the service as root"
     if machine.cgroups is None:
         return "mount cgroup controllers memory, pids and cpu (in a container: make /sys/fs/cgroup writable)"
-    if name in CONTAINER_RUNTIMES and (container := CONTAINER_RUNTIMES[name]()).find() is None:
-        return f"install {container.executable} (apt-get install {container.debian_package})"
+    if name == Crun.name and Crun().find() is None:
+        return "install crun (apt-get install crun)"
     return find_init_problem(config.init_path if config else None)
 
 
@@ -115,11 +114,10 @@ def choose_isolation(config: SandboxConfig, machine: Machine) -> Isolation:
             "unsafe_isolation", reason="process isolation leaves the host's files and network open to every program"
         )
         return Isolation(warm=True, container=None, unsafe=True)
-    container_name = config.isolation if config.isolation in CONTAINER_RUNTIMES else Crun.name
-    no_container = find_problem(container_name, machine, config)
+    no_container = find_problem(Crun.name, machine, config)
     no_zygote = find_problem("zygote", machine, config)
-    container = None if no_container else CONTAINER_RUNTIMES[container_name]()
-    reasons = [f"{name}: {why}" for name, why in (("zygote", no_zygote), (container_name, no_container)) if why]
+    container = None if no_container else Crun()
+    reasons = [f"{name}: {why}" for name, why in (("zygote", no_zygote), (Crun.name, no_container)) if why]
     warm = no_zygote is None and config.isolation in ("auto", "zygote")
     wanted = {"auto": warm or container, "zygote": warm}.get(config.isolation, container)
     if not wanted:

@@ -1,36 +1,32 @@
-"""Container runtimes: the command that runs a bundle, and the bundle itself (OCI runtime specification 1.0.2)."""
+"""crun: the command that runs a bundle, and the bundle itself (OCI runtime specification 1.0.2)."""
 
 from __future__ import annotations
 
 import shutil
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 # What the init needs to become the job's user; the job has none.
 _INIT_CAPABILITIES = ["CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
 _DEV_OPTIONS = ["nosuid", "noexec", "size=64k", "mode=755"]
 
 
-class OciRuntime(ABC):
-    """Container runtime.
+class Crun:
+    """crun, run in the foreground without control groups of its own.
 
     The launcher of a slot, already in the slot's control group, starts it with the bundle's folder and the container's
     name. Limits are those of the group, the process and its mounts; the runtime makes namespaces and mounts and drops
     all privileges.
     """
 
-    name: ClassVar[str]
-    debian_package: ClassVar[str]
+    name = "crun"
 
-    @property
-    @abstractmethod
-    def executable(self) -> str:
-        """Name of the program that must be installed."""
-
-    @abstractmethod
     def run_command(self, folder: Path) -> list[str]:
-        """Returns the command that runs the bundle in `folder` in the foreground; options and name follow."""
+        """Returns the command that runs the bundle in `folder`, but for the container's name."""
+        path = self.find()
+        assert path is not None
+        state, log = str(self.state_path(folder)), f"file:{self.log_path(folder)}"
+        return [path, "--root", state, "--cgroup-manager", "disabled", "--log", log, "run", "--bundle", str(folder)]
 
     def state_path(self, folder: Path) -> Path:
         """Returns the folder in which the runtime keeps its state of containers."""
@@ -40,13 +36,9 @@ class OciRuntime(ABC):
         """Returns the file to which the runtime logs errors; its standard error is the job's."""
         return folder / "runtime.log"
 
-    def hidden_mounts(self, v2_mounts: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns control group mounts that the runtime must not see."""
-        return ()
-
     def find(self) -> str | None:
         """Returns the path of the executable; None when it is not installed."""
-        return shutil.which(self.executable)
+        return shutil.which(self.name)
 
     def bundle(self, environment: dict[str, str]) -> dict[str, Any]:
         """Returns the configuration that all containers of a slot share; root, arguments and the job's mounts are
@@ -74,26 +66,3 @@ class OciRuntime(ABC):
                 "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
             },
         }
-
-
-class Crun(OciRuntime):
-    """crun, run in the foreground without control groups of its own."""
-
-    name: ClassVar[str] = "crun"
-    debian_package: ClassVar[str] = "crun"
-
-    @property
-    def executable(self) -> str:
-        """Name of the program."""
-        return "crun"
-
-    def run_command(self, folder: Path) -> list[str]:
-        """Returns everything but the container's name."""
-        path = self.find()
-        assert path is not None
-        state, log = str(self.state_path(folder)), f"file:{self.log_path(folder)}"
-        return [path, "--root", state, "--cgroup-manager", "disabled", "--log", log, "run", "--bundle", str(folder)]
-
-    def hidden_mounts(self, v2_mounts: tuple[str, ...]) -> tuple[str, ...]:
-        """Returns v2 mounts beside v1 ones, with which crun refuses to run."""
-        return v2_mounts

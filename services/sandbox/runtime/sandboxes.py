@@ -27,7 +27,7 @@ from services.sandbox.runtime.cgroups import CgroupHost
 from services.sandbox.runtime.failure import SandboxFailedError, finish
 from services.sandbox.runtime.helper_process import AGENT, HelperProcess, receive, receive_at_once, send
 from services.sandbox.runtime.isolation import Isolation
-from services.sandbox.runtime.oci import OciRuntime
+from services.sandbox.runtime.oci import Crun
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
 log = get_logger(__name__)
@@ -287,7 +287,7 @@ class Zygotes:
 class Launchers:
     """Launchers of containers by slot."""
 
-    def __init__(self, container: OciRuntime, init: Path, host: CgroupHost) -> None:
+    def __init__(self, container: Crun, init: Path, host: CgroupHost) -> None:
         self._container = container
         self._init = init
         self._host = host
@@ -336,7 +336,7 @@ class Launchers:
             "cgroup_procs": slot.cgroup.procs_paths,
             "cgroup_version": slot.cgroup.version,
             "usage_paths": slot.cgroup.usage_paths,
-            "hidden_cgroup_mounts": list(self._container.hidden_mounts(self._host.hybrid)),
+            "hidden_cgroup_mounts": list(self._host.hybrid),  # v2 mounts beside v1 ones, with which crun refuses to run
         }
         return HelperProcess(f"the launcher of {slot.name}", sys.executable, "launcher", options)
 

@@ -15,7 +15,6 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
@@ -33,16 +32,6 @@ from services.sandbox.runtime.programs import LoadedProgram, explain, open_progr
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
 _MOST_FORGED = 1000
-
-
-@dataclass(frozen=True)
-class Cell:
-    """Code to run in a session."""
-
-    code: bytes
-    files: Sequence[pb.File] = ()
-    output_files: Sequence[str] = ()
-    wall_ms: int | None = None
 
 
 async def receive_reply(channel: socket.socket, number: int) -> None:
@@ -170,14 +159,14 @@ class Session:
         most_ms = self._pool.config.session_seconds * 1000
         return dataclasses.replace(self._program.limits, wall_ms=most_ms, cpu_ms=most_ms)
 
-    async def run(self, cell: Cell) -> pb.RunCellResponse:
+    async def run(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
         """Runs a cell after those before it; cancellation interrupts it and leaves the session open.
 
         Raises InvalidArgumentError when the cell asks for more time than the session has, NotFoundError when the
         session ends before the cell begins.
         """
         most_ms = self._program.limits.wall_ms
-        if cell.wall_ms is not None and cell.wall_ms > most_ms:
+        if cell.wall_ms > most_ms:
             raise InvalidArgumentError.for_field(
                 "wall_ms", f"is {cell.wall_ms}, at most the session's {most_ms} is allowed"
             )
@@ -194,7 +183,7 @@ class Session:
                 task.cancel()
             raise
 
-    async def _run_next(self, cell: Cell) -> pb.RunCellResponse:
+    async def _run_next(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
         async with self._lock:
             if not self.alive:
                 raise NotFoundError(f"session {self.id!r} ended before the cell began")
@@ -205,7 +194,7 @@ class Session:
                 self.used_at = time.monotonic()
                 self._running = None
 
-    async def _run(self, cell: Cell) -> pb.RunCellResponse:
+    async def _run(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
         loaded = await self._ready
         self._count += 1
         header = {
@@ -220,7 +209,7 @@ class Session:
             status, reason = pb.STATUS_OK, ""
             try:
                 send(self._ours, {"kind": "cell"}, [job, stdout, stderr, reply])
-                wall_ms = limits.wall_ms if cell.wall_ms is None else cell.wall_ms
+                wall_ms = cell.wall_ms or limits.wall_ms
                 status, reason = await self._await_reply(loaded, wall_ms, cpu_ns)
             except SandboxFailedError as error:
                 status, reason = await self._explain_end(error)
@@ -359,12 +348,12 @@ class Sessions:
             raise NotFoundError(f"session {session_id[:40]!r} is not open: it was closed, was idle too long, or ended")
         return entry[0]
 
-    async def run(self, session_id: str, cell: Cell) -> pb.RunCellResponse:
+    async def run(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
         """Runs a cell; a session that ends in it is removed."""
-        session = self.find(session_id)
+        session = self.find(cell.session_id)
         result = await session.run(cell)
         if not result.alive:
-            await self.end(session_id)
+            await self.end(cell.session_id)
         return result
 
     async def end(self, session_id: str) -> None:
