@@ -7,7 +7,7 @@ problem decides nothing ("return True or False" is no true-or-false question).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from perigee.curation.findings import Decision, Finding, Question
 
@@ -85,12 +85,7 @@ def classify(question: Question) -> tuple[str, str] | None:
         return KINDS[question.kind], f"verifier {question.kind}"
     if question.kind == "code":
         return None
-    rules: tuple[tuple[str, Callable[[Question], str | None]], ...] = (
-        (MULTIPLE_CHOICE, find_options),
-        (TRUE_FALSE, find_true_or_false),
-        (PROOF, find_proof),
-    )
-    for kind, rule in rules:
+    for kind, rule in ((MULTIPLE_CHOICE, find_options), (TRUE_FALSE, find_true_or_false), (PROOF, find_proof)):
         if (evidence := rule(question)) is not None:
             return kind, evidence
     return None

@@ -81,10 +81,6 @@ class CurationFolder:
         else:
             self._write_head(self._head | {name: value})
 
-    def stage_path(self, number: int, name: str) -> Path:
-        """Returns the file of a stage's findings."""
-        return self.path / "stages" / f"{number}-{name}.jsonl"
-
     def _check(self, name: str, value: Any) -> None:
         """Raises InvalidArgumentError naming what differs from the curation in the folder."""
         held = self._head.get(name)
@@ -147,11 +143,6 @@ def build_report(
             for domain in sorted({cell.domain for cell in cells_before})
         },
     }
-
-
-def write_report(path: Path, report: Mapping[str, Any]) -> None:
-    """Writes the report as Markdown."""
-    write_atomically(path, ("\n".join(_lines(report)) + "\n").encode())
 
 
 def _describe(stage: StageResult) -> dict[str, Any]:
@@ -376,7 +367,9 @@ class _Curation:
             self._skip("difficulty", questions, NOT_ASKED)
             self._skip("guessing", questions, NOT_ASKED)
             return questions
-        lines = self._lines(questions)
+        wanted = {question.id for question in questions}
+        kept = [each for each in self._candidates.candidates if each.id in wanted]
+        lines = {each.id: read_prompt_line(each.line, each.id) for each in kept}
         async with AsyncExitStack() as stack:
             workers = [
                 await stack.enter_async_context(RolloutClient(address, access.channel)) for address in access.rollout
@@ -427,15 +420,7 @@ class _Curation:
         return survivors
 
     def _path(self, name: str) -> Path:
-        return self._folder.stage_path(len(self._stages) + 1, name)
-
-    def _lines(self, questions: Sequence[Question]) -> dict[str, PromptLine]:
-        wanted = {question.id for question in questions}
-        return {
-            candidate.question.id: read_prompt_line(candidate.line, candidate.question.id)
-            for candidate in self._candidates.candidates
-            if candidate.question.id in wanted
-        }
+        return self._folder.path / "stages" / f"{len(self._stages) + 1}-{name}.jsonl"
 
     def _write(self, before: Sequence[Question], kept: Sequence[Question], buckets: Buckets) -> None:
         """Writes kept, dropped and undecided prompts and the report."""
@@ -455,7 +440,7 @@ class _Curation:
         report = build_report(self._stages, before, kept, buckets, self._candidates.left_out)
         report["settings"] = json.loads(self._command.settings.model_dump_json())
         write_atomically(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")
-        write_report(out / "report.md", report)
+        write_atomically(out / "report.md", ("\n".join(_lines(report)) + "\n").encode())
         self._console.print(f"{len(kept):,} prompts: {out / 'prompts.jsonl'}", highlight=False, soft_wrap=True)
         self._console.print(f"report: {out / 'report.md'}", highlight=False, soft_wrap=True)
 

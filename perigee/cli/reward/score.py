@@ -147,7 +147,9 @@ class OutcomeStore:
     @property
     def missing(self) -> list[pb.ScoreItem]:
         """Items without a judgement, those that FAILED earlier among them."""
-        return [item.item for item in self._items if self._verdict(item.id) in (None, FAILED)]
+        return [
+            item.item for item in self._items if self.outcomes.get(item.id, {"verdict": FAILED})["verdict"] == FAILED
+        ]
 
     def add(self, response: pb.ScoreResponse) -> None:
         """Keeps a final outcome; it is on disk a second later."""
@@ -180,10 +182,6 @@ class OutcomeStore:
             self._journal.append(self._unwritten)
         self._unwritten = []
         self._flushed_at = time.monotonic()
-
-    def _verdict(self, item_id: str) -> str | None:
-        outcome = self.outcomes.get(item_id)
-        return None if outcome is None else str(outcome["verdict"])
 
 
 def read_outcome(response: pb.ScoreResponse) -> dict[str, Any]:

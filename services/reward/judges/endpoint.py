@@ -231,7 +231,7 @@ class _VoteRequest:
 
 
 class Endpoint:
-    """A configured judge; `start` and `close` frame its use."""
+    """A configured judge; nothing is sent before the first vote, and `close` ends its use."""
 
     def __init__(self, name: str, config: JudgeEndpointConfig, max_response_characters: int) -> None:
         self.name = name
@@ -242,21 +242,15 @@ class Endpoint:
         self._url = config.base_url.rstrip("/") + "/chat/completions"
         self._max_response_characters = max_response_characters
         self._slots = asyncio.Semaphore(config.concurrency)
-        self._client: httpx.AsyncClient | None = None
-
-    async def start(self) -> None:
-        """Opens the client; nothing is sent."""
-        key = self.config.api_key
         self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {key.get_secret_value()}"} if key else {},
+            headers={"Authorization": f"Bearer {config.api_key.get_secret_value()}"} if config.api_key else {},
             timeout=None,  # each request has a deadline as a whole
-            limits=httpx.Limits(max_connections=self.config.concurrency),
+            limits=httpx.Limits(max_connections=config.concurrency),
         )
 
     async def close(self) -> None:
         """Closes the connections."""
-        if self._client is not None:
-            await self._client.aclose()
+        await self._client.aclose()
 
     async def vote(self, quoted: Quoted) -> Judgement:
         """Returns one judgement: waits for a slot, then takes at most the judge's `timeout_s`.
@@ -316,7 +310,6 @@ class Endpoint:
             JUDGE_CALLS.labels(self.name, end).inc()
 
     async def _post(self, body: dict[str, Any], timeout_s: float) -> httpx.Response:
-        assert self._client is not None
         try:
             async with asyncio.timeout(timeout_s):
                 return await self._client.post(self._url, json=body)

@@ -96,21 +96,13 @@ class Child:
         self.checks = 0
         self.descriptor = replies
         self._requests = requests
-        self._replies = LineReader(replies)
+        self.replies = LineReader(replies)
 
     def send(self, check: bytes) -> None:
         """Hands a line over; that a child is dead shows in its replies."""
         self.checks += 1
         with contextlib.suppress(BrokenPipeError):
             write_all(self._requests, check)
-
-    def read_replies(self) -> list[bytes] | None:
-        """Returns the replies that have arrived; None when the child died instead."""
-        return self._replies.read_available()
-
-    def lower_priority(self) -> None:
-        """Gives way to the processes of other checks."""
-        os.setpriority(os.PRIO_PROCESS, self.pid, SLOW_NICENESS)
 
     def end(self) -> None:
         """Kills it and waits until it is gone."""
@@ -267,7 +259,7 @@ class Supervisor:
 
     def _take_replies(self, slot: WorkerSlot) -> None:
         """Passes replies on; of a child that died instead, the check that was under way has failed."""
-        replies = slot.child.read_replies()
+        replies = slot.child.replies.read_available()
         for reply in replies or ():
             write_line(1, json.loads(reply) | {"id": slot.sent.popleft().check_id})
             slot.start_check()
@@ -288,7 +280,7 @@ class Supervisor:
                 self._fail(slot, "memory", f"the check took more than {self._limits.memory_bytes >> 20} MiB of memory")
         if self._may_become_slow() and now - self._fast.begin >= self._limits.slow_s:
             slow, self._fast = self._fast, self._open_slot()
-            slow.child.lower_priority()
+            os.setpriority(os.PRIO_PROCESS, slow.child.pid, SLOW_NICENESS)
             self._take_back(slow)
             self._slow.append(slow)
 
@@ -329,8 +321,10 @@ def fork_child(check: Check) -> Child:
     os.dup2(null, 1)
     kept = {0, 1, 2, request_end, reply_end}
     for descriptor in range(3, 1 + max(kept | {requests, replies})):
+        # It may not be open. Other children must see the end of their pipes.
         if descriptor not in kept:
-            close_quietly(descriptor)
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     reader = LineReader(request_end)
     while (lines := reader.read_available()) is not None:
@@ -345,14 +339,6 @@ def answer(check: Check, line: bytes) -> dict[str, str]:
         return check(json.loads(line))
     except Exception as error:  # whatever a computer algebra system may raise is the check's outcome
         return {"status": "error", "reason": f"{type(error).__name__}: {error}"[:MAX_REASON_CHARACTERS]}
-
-
-def close_quietly(descriptor: int) -> None:
-    """Closes a descriptor that may not be open: the pipes of other children, which must see their end."""
-    try:
-        os.close(descriptor)
-    except OSError:
-        return
 
 
 def cpu_seconds(pid: int) -> float:

@@ -179,7 +179,7 @@ class Reply:
         return Outcome.failed(self.reason, retryable=self.status == "died", extracted=extracted)
 
 
-class CheckPool:
+class CheckPool(WorkerPool):
     """Worker processes for one kind of checks: see `pool.check_worker`."""
 
     def __init__(self, kind: str, config: ChecksConfig) -> None:
@@ -191,15 +191,7 @@ class CheckPool:
         )
         self._deadline_s = config.check_timeout_s
         silence_s = WALL_FACTOR * config.check_timeout_s + GRACE_S
-        self._pool = WorkerPool(command, config.workers, config.start_timeout_s, silence_s)
-
-    async def start(self) -> None:
-        """Starts the workers; UnavailableError when one does not get ready."""
-        await self._pool.start()
-
-    async def close(self) -> None:
-        """Ends the workers."""
-        await self._pool.close()
+        super().__init__(command, config.workers, config.start_timeout_s, silence_s)
 
     async def check(self, request: dict[str, Any]) -> Reply:
         """Returns the reply to a check; one whose process died is tried once more."""
@@ -207,7 +199,7 @@ class CheckPool:
         reason = ""
         for _ in range(CHECK_ATTEMPTS):
             try:
-                reply = await self._pool.ask(message)
+                reply = await self.ask(message)
             except WorkerDiedError as error:
                 reply = {"status": "died", "reason": error.message}
             if reply["status"] != "died":

@@ -34,10 +34,6 @@ class JudgeVerifier(Verifier[pb.JudgeVerifier]):
         self._default = config.default or next(iter(config.judges), "")
         self.unavailable = "" if self.endpoints else "no judge is configured: set reward.judge.judges"
 
-    async def start(self) -> None:
-        for endpoint in self.endpoints.values():
-            await endpoint.start()
-
     async def close(self) -> None:
         for endpoint in self.endpoints.values():
             await endpoint.close()
