@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import grpc
-from google.protobuf import any_pb2, duration_pb2
+from google.protobuf import duration_pb2
 from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
@@ -161,11 +161,11 @@ def to_status(error: PerigeeError) -> status_pb2.Status:
         bad_request = error_details_pb2.BadRequest()
         for violation in error.violations:
             bad_request.field_violations.add(field=violation.field, description=violation.description)
-        status.details.append(_pack(bad_request))
+        status.details.add().Pack(bad_request)
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()
         delay.FromMilliseconds(round(error.retry_after_s * 1000))
-        status.details.append(_pack(error_details_pb2.RetryInfo(retry_delay=delay)))
+        status.details.add().Pack(error_details_pb2.RetryInfo(retry_delay=delay))
     return status
 
 
@@ -195,9 +195,3 @@ def from_rpc_error(error: grpc.aio.AioRpcError, target: str) -> PerigeeError:
     if error_class is InvalidArgumentError:
         return InvalidArgumentError(message, violations=violations)
     return error_class(message, retry_after_s=retry_after_s)
-
-
-def _pack(message: error_details_pb2.BadRequest | error_details_pb2.RetryInfo) -> any_pb2.Any:
-    packed = any_pb2.Any()
-    packed.Pack(message)
-    return packed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Protocol, Self, TypeVar
 
 import grpc
@@ -147,7 +148,4 @@ def _service_config(service_name: str, idempotent: Sequence[str]) -> str:
 
 
 def _read(path: str | None) -> bytes | None:
-    if path is None:
-        return None
-    with open(path, "rb") as file:
-        return file.read()
+    return None if path is None else Path(path).read_bytes()

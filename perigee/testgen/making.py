@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from perigee.errors import (
@@ -130,7 +131,8 @@ def _candidates(generator: Program, plan: Plan) -> list[_Candidate]:
 
 async def _generate(generator: Program, candidates: list[_Candidate], plan: Plan, context: GenerationContext) -> None:
     missing = [candidate for candidate in candidates if context.store.find(candidate.key) is None]
-    count = _Count(context.progress, "inputs", len(candidates) - len(missing), len(candidates))
+    done = count(len(candidates) - len(missing))
+    context.progress("inputs", next(done), len(candidates))
 
     async def generate(candidate: _Candidate) -> None:
         what = f"{generator.name} for candidate {candidate.name}"
@@ -148,7 +150,7 @@ async def _generate(generator: Program, candidates: list[_Candidate], plan: Plan
         elif record.status == "OK" and not first.stdout.strip():
             record = RunRecord("EMPTY", reason="it printed nothing")
         await _keep(context.store, candidate.key, what, record, first.stdout)
-        count.add()
+        context.progress("inputs", next(done), len(candidates))
 
     await _run_bounded((generate(candidate) for candidate in missing), plan.jobs)
 
@@ -179,7 +181,8 @@ async def _run_solutions(problem: Problem, inputs: Mapping[str, str], plan: Plan
         if store.find(key := _run_key(problem, known, digest_of_input)) is None
     ]
     total = len(inputs) * len(problem.known)
-    count = _Count(context.progress, "runs", total - len(jobs), total)
+    done = count(total - len(jobs))
+    context.progress("runs", next(done), total)
 
     async def run(what: str, known: Program, digest_of_input: str, key: str) -> None:
         request = pb.ExecuteRequest(
@@ -188,7 +191,7 @@ async def _run_solutions(problem: Problem, inputs: Mapping[str, str], plan: Plan
         limit_s = problem.limits.wall_ms / 1000 if problem.limits.HasField("wall_ms") else 0.0
         response = await run_program(context.client, request, what, limit_s or context.wall_seconds[known.language])
         await _keep(store, key, what, _record(response), response.stdout)
-        count.add()
+        context.progress("runs", next(done), total)
 
     await _run_bounded((run(*job) for job in jobs), plan.jobs)
 
@@ -219,19 +222,6 @@ async def _keep(store: Store, key: str, what: str, record: RunRecord, output: by
     except asyncio.CancelledError:
         await writing
         raise
-
-
-class _Count:
-    """Reports the progress of one stage."""
-
-    def __init__(self, progress: OnProgress, stage: str, done: int, total: int) -> None:
-        self._progress, self._stage, self._done, self._total = progress, stage, done, total
-        progress(stage, done, total)
-
-    def add(self) -> None:
-        """Counts one more."""
-        self._done += 1
-        self._progress(self._stage, self._done, self._total)
 
 
 async def _run_bounded(jobs: Iterable[Coroutine[Any, Any, None]], at_once: int) -> None:

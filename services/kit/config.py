@@ -6,7 +6,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import Field, SecretStr
@@ -93,7 +92,8 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str] | None = None) 
     parser.add_argument("--set", metavar="A.B=C", action="append", default=[], dest="overrides")
     arguments = parser.parse_args(argv)
     try:
-        values = read_section(arguments.config, config_class.section) if arguments.config else {}
+        recipe = read_yaml(arguments.config) if arguments.config else {}
+        values = dict(recipe.get(config_class.section) or {})
         merge(values, environment_values(config_class))
         for override in arguments.overrides:
             merge(values, parse_override(override))
@@ -101,14 +101,6 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str] | None = None) 
     except InvalidArgumentError as error:
         print(error.message, file=sys.stderr)
         raise SystemExit(2) from error
-
-
-def read_section(path: str | Path, section: str) -> dict[str, Any]:
-    """Returns the section of a recipe file; empty when the recipe has none.
-
-    Raises InvalidArgumentError when the file cannot be read or is no mapping.
-    """
-    return dict(read_yaml(path).get(section) or {})
 
 
 def environment_values(config_class: type[ServiceConfig]) -> dict[str, Any]:

@@ -185,17 +185,15 @@ def server_arguments(config: ServiceConfig) -> list[tuple[str, int]]:
     ]
 
 
-def require_token_off_loopback(config: ServerConfig) -> None:
-    """Raises InvalidArgumentError where others could reach the server without a token."""
-    if not _is_loopback(config.host) and config.token is None:
-        raise InvalidArgumentError.for_field(
-            "server.token", f"is required to listen on {config.host}: set PERIGEE_TOKEN"
-        )
-
-
 def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
-    """Returns host:port; raises UnavailableError when the address cannot be bound."""
-    require_token_off_loopback(config)
+    """Returns host:port.
+
+    Raises UnavailableError when the address cannot be bound, InvalidArgumentError where others than this machine could
+    reach the server without a token.
+    """
+    if not _is_loopback(config.host) and config.token is None:
+        message = f"is required to listen on {config.host}: set PERIGEE_TOKEN"
+        raise InvalidArgumentError.for_field("server.token", message)
     target = f"{config.host}:{config.port}"
     try:
         if config.tls_cert_file and config.tls_key_file:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from perigee.cli.ending import end
+from perigee.cli.ending import DebugOption, end
 
 prompts_app = typer.Typer(no_args_is_help=True)
 
@@ -66,7 +66,7 @@ def curate(
     ca_file: Annotated[Path | None, typer.Option("--ca-file", help="PEM roots of the services' certificates.")] = None,
     unavailable_s: Annotated[float, typer.Option("--outage", min=0, help="Seconds a service may be away.")] = 60.0,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+    debug: DebugOption = False,
 ) -> None:
     """Curate a prompt set: duplicates, kinds of questions, domains, difficulty, guessing, balance."""
 

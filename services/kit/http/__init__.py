@@ -29,9 +29,9 @@ from starlette.types import ASGIApp
 from perigee.errors import FieldViolation, InvalidArgumentError, UnavailableError
 from services.kit.config import HttpConfig, ServerConfig
 from services.kit.http.errors import WriteError, write_error
-from services.kit.http.middleware import CallMiddleware, Calls, MiddlewareOptions
+from services.kit.http.middleware import CallMiddleware, Calls
 from services.kit.http.routes import CallContext, HttpRoute, call_context, make_endpoint
-from services.kit.server import App, require_token_off_loopback
+from services.kit.server import App
 from services.kit.telemetry import get_logger, http_request_histogram
 
 __all__ = [
@@ -79,22 +79,21 @@ async def http_serving(
         yield None
         return
     server_config = app.config.server
-    require_token_off_loopback(server_config)
     calls = Calls(server_config.max_concurrent_rpcs)
     token = server_config.token.get_secret_value() if server_config.token else None
     gateway = build_gateway(app.name, routes, servicer, compat, app.readiness)
     document = _read_openapi(openapi_file, token is not None)
     gateway.openapi = lambda: document  # type: ignore[method-assign]
-    options = MiddlewareOptions(
+    gateway.add_middleware(
+        CallMiddleware,
+        calls=calls,
         token=token,
         max_body_bytes=http.max_body_bytes or 2 * app.config.message_bytes,
         seconds=http_request_histogram(app.name),
         open_paths=OPEN_PATHS,
         write_errors={route.path: api.write_error for api in compat for route in api.router.routes},  # type: ignore[attr-defined]
     )
-    gateway.add_middleware(CallMiddleware, calls=calls, options=options)
     server = HttpServer(gateway, calls, server_config, http.port)
-    server.start()
     app.on_drain(server.stop)
     app.http_address = server.address
     log.info("http listening", address=server.address)
@@ -180,7 +179,7 @@ def _write_location(location: Sequence[str | int]) -> str:
 
 
 class HttpServer:
-    """uvicorn server of an ASGI application, from `start` to `stop`; `address` is where it listens."""
+    """uvicorn server of an ASGI application, which serves until `stop`; `address` is where it listens."""
 
     def __init__(self, app: ASGIApp, calls: Calls, config: ServerConfig, port: int) -> None:
         self._calls = calls
@@ -202,17 +201,12 @@ class HttpServer:
         )
         uvicorn_config.load()
         self._server = _Uvicorn(uvicorn_config)
-        self._socket = _bind(config.host, port)
-        self.address = f"{config.host}:{self._socket.getsockname()[1]}"
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        """Begins to serve; connections made since the socket was bound wait until then."""
-        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        listening = _bind(config.host, port)
+        self.address = f"{config.host}:{listening.getsockname()[1]}"
+        self._task = asyncio.create_task(self._server.serve(sockets=[listening]))
 
     async def stop(self) -> None:
         """Takes no more connections, lets requests finish within `drain_seconds`, then ends; may be called again."""
-        assert self._task is not None
         self._server.should_exit = True
         await self._calls.drain(self._drain_seconds)
         await asyncio.wait({self._task}, timeout=_FLUSH_S)

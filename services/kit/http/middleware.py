@@ -81,36 +81,26 @@ class Calls:
 
 
 @dataclass(frozen=True)
-class MiddlewareOptions:
-    """Settings of the middleware.
+class CallMiddleware:
+    """ASGI middleware that reads the body whole and runs the handler in a task of its own.
 
-    `open_paths` are served without a token and past every limit; `write_errors` has the paths whose errors have the
-    form of another tool.
+    It cancels that task when the caller goes away, when the deadline passes, and when the service has drained long
+    enough. `open_paths` are served without a token and past every limit; `write_errors` has the paths whose errors have
+    the form of another tool.
     """
 
+    app: ASGIApp
+    calls: Calls
     token: str | None
     max_body_bytes: int
     seconds: Histogram
     open_paths: Collection[str]
     write_errors: Mapping[str, WriteError]
 
-
-class CallMiddleware:
-    """ASGI middleware that reads the body whole and runs the handler in a task of its own.
-
-    It cancels that task when the caller goes away, when the deadline passes, and when the service has drained long
-    enough.
-    """
-
-    def __init__(self, app: ASGIApp, calls: Calls, options: MiddlewareOptions) -> None:
-        self._app = app
-        self._calls = calls
-        self._options = options
-
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route, allowed = _find_route(scope)
-        if route is not None and route.path in self._options.open_paths:
-            await self._app(scope, receive, send)
+        if route is not None and route.path in self.open_paths:
+            await self.app(scope, receive, send)
             return
         label = f"{scope['method']} {route.path}" if route else "unmatched"
         reply = Reply(send)
@@ -122,26 +112,26 @@ class CallMiddleware:
         except Exception as error:
             shown = as_perigee_error(error, label)
             code = shown.code.name
-            write = self._options.write_errors.get(route.path, write_error) if route else write_error
+            write = self.write_errors.get(route.path, write_error) if route else write_error
             await reply.fail(shown, write)
         finally:
-            self._options.seconds.labels(label, code).observe(time.perf_counter() - start)
+            self.seconds.labels(label, code).observe(time.perf_counter() - start)
 
     async def _serve(
         self, route: Route | None, allowed: set[str], scope: Scope, receive: Receive, reply: Reply
     ) -> None:
         """Checks the request, reads its body and runs the handler."""
         headers = Headers(scope=scope)
-        check_token(self._options.token, headers.get("authorization"))
+        check_token(self.token, headers.get("authorization"))
         if route is None and allowed:
             raise MethodNotAllowedError(f"{scope['path']} takes {', '.join(sorted(allowed))}.", allowed)
         if route is None:
             raise NotFoundError(f"{scope['method']} {scope['path']} is no route of this service; see /openapi.json.")
         deadline = read_deadline(headers)
-        with self._calls.enter():
+        with self.calls.enter():
             body = await self._read_body(headers, receive, deadline)
             scope["deadline"] = deadline
-            handler = self._app(scope, replay(body), reply.send)
+            handler = self.app(scope, replay(body), reply.send)
             late = "The call did not finish before its deadline."
             await self._supervise(_run(handler), deadline, late, _until_disconnect(receive, reply))
 
@@ -149,7 +139,7 @@ class CallMiddleware:
         """Returns the body; raises PerigeeError when it is late, too large or no JSON."""
         arrival = asyncio.get_running_loop().time() + _BODY_S
         late = "The body did not arrive in time."
-        reading = read_body(headers, receive, self._options.max_body_bytes)
+        reading = read_body(headers, receive, self.max_body_bytes)
         body = await self._supervise(reading, arrival if deadline is None else min(arrival, deadline), late)
         if body and not is_json(headers.get("content-type", "")):
             # Web pages may send other types to any address without being asked for permission first.
@@ -166,7 +156,7 @@ class CallMiddleware:
         """Returns the call's result, unless `until` returns, the deadline passes or the service must stop before."""
         task = asyncio.create_task(call)
         watch = asyncio.create_task(until) if until is not None else None
-        ends: set[asyncio.Future[Any]] = {self._calls.ended} if watch is None else {self._calls.ended, watch}
+        ends: set[asyncio.Future[Any]] = {self.calls.ended} if watch is None else {self.calls.ended, watch}
         left = None if deadline is None else max(0.0, deadline - asyncio.get_running_loop().time())
         try:
             await asyncio.wait({task, *ends}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
@@ -176,7 +166,7 @@ class CallMiddleware:
                 return task.result()
             if watch is not None and watch.done():
                 raise CancelledError("The caller went away.")
-            if self._calls.ended.done():
+            if self.calls.ended.done():
                 raise UnavailableError("The service is stopping.", retry_after_s=RETRY_AFTER_S)
             raise DeadlineExceededError(late)
         finally:
