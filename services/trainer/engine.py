@@ -37,14 +37,6 @@ class FineTuneCommand:
 
 
 @dataclass(frozen=True)
-class TrainCommand:
-    """Run one iteration of reinforcement learning."""
-
-    request: pb.TrainRequest
-    seed: int
-
-
-@dataclass(frozen=True)
 class LoadCommand:
     """Load the weights of a Hugging Face folder."""
 
@@ -61,7 +53,8 @@ class StopCommand:
     """Leave the loop."""
 
 
-Command = FineTuneCommand | TrainCommand | LoadCommand | CollectCommand | StopCommand
+# A TrainRequest runs one iteration of reinforcement learning.
+Command = FineTuneCommand | pb.TrainRequest | LoadCommand | CollectCommand | StopCommand
 
 
 class Engine:
@@ -73,6 +66,7 @@ class Engine:
     def __init__(self, config: TrainerConfig, read: Reader) -> None:
         self.broken = False
         self._read = read
+        self._seed = abs(config.seed)
         with ExitStack() as stack:
             torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.world))
             stack.enter_context(megatron_on_cpu())
@@ -142,8 +136,9 @@ class Engine:
         policy = self.policy
         if isinstance(command, FineTuneCommand):
             return self._or_restore(lambda: fine_tune(policy, context, command.request, command.counts, examples))
-        if isinstance(command, TrainCommand):
-            return self._or_restore(lambda: train_iteration(policy, context, command.request, command.seed, self._read))
+        if isinstance(command, pb.TrainRequest):
+            seed = self._seed + command.iteration
+            return self._or_restore(lambda: train_iteration(policy, context, command, seed, self._read))
         if isinstance(command, LoadCommand):
             return self._or_restore(lambda: self._load(command.folder))
         if isinstance(command, CollectCommand):

@@ -37,7 +37,6 @@ from services.trainer.engine import (
     LoadCommand,
     Sink,
     StopCommand,
-    TrainCommand,
 )
 from services.trainer.hf import write_folder
 from services.trainer.packing import TokenSequence
@@ -225,8 +224,7 @@ class Trainer:
                 observe_iteration(result)
                 return response
 
-            command = TrainCommand(request, seed=abs(self.config.seed) + request.iteration)
-            async for response in self._stream(command, finish):
+            async for response in self._stream(request, finish):
                 yield response
 
     async def save_checkpoint(self, run_id: str, version: int) -> tuple[Path, int]:
