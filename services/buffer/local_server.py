@@ -7,7 +7,6 @@ A lock on the folder, which the child inherits, keeps two servers from one appen
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import fcntl
 import os
 import sys
@@ -24,6 +23,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from perigee.errors import FailedPreconditionError, UnavailableError
 from services.buffer.config import LocalServerConfig
 from services.kit.process import ChildProcess, last_words, read_tail
+from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -54,9 +54,7 @@ async def local_server(folder: Path, config: LocalServerConfig) -> AsyncIterator
             try:
                 yield f"unix://{server.socket}"
             finally:
-                supervisor.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await supervisor
+                await end_tasks(supervisor)
         finally:
             await server.stop()
 

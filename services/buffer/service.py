@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
@@ -17,7 +16,7 @@ from services.buffer.config import BufferConfig
 from services.buffer.local_server import local_server
 from services.buffer.nodes import Nodes
 from services.buffer.scripts import ScriptRunner
-from services.kit.server import App
+from services.kit.server import App, end_tasks
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -132,9 +131,7 @@ async def lifespan(app: App[BufferConfig]) -> AsyncIterator[None]:
         try:
             yield
         finally:
-            watcher.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await watcher
+            await end_tasks(watcher)
 
 
 async def _follow_redis(app: App[BufferConfig], scripts: ScriptRunner) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +18,7 @@ from services.coordinator.runs import Runs
 from services.coordinator.service import CoordinatorService
 from services.coordinator.workers import WorkerRegistry
 from services.kit.config import load_config
-from services.kit.server import App, run
+from services.kit.server import App, end_tasks, run
 
 FULL_NAME = "perigee.coordinator.v1.CoordinatorService"
 
@@ -45,9 +44,7 @@ async def lifespan(app: App[CoordinatorConfig]) -> AsyncIterator[None]:
         yield
     finally:
         await runs.close()
-        sweeping.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await sweeping
+        await end_tasks(sweeping)
 
 
 def main() -> None:

@@ -97,9 +97,7 @@ class App(Generic[ConfigT]):
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(self.server.stop(self.config.server.drain_seconds), *(drain() for drain in self._drains))
         if self._publishing is not None:
-            self._publishing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._publishing
+            await end_tasks(self._publishing)
 
     async def _publish_statuses(self) -> None:
         while True:
@@ -133,6 +131,15 @@ def run(config: ConfigT, lifespan: Lifespan[ConfigT]) -> None:
         raise SystemExit(1) from error
     finally:
         stop_tracing()
+
+
+async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
+    """Cancels tasks and waits for their ends; raises the error of one that failed."""
+    for task in tasks:
+        task.cancel()
+    for task in tasks:
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from perigee.buffer.client import BufferClient
@@ -16,7 +16,7 @@ from perigee.errors import FieldViolation, InternalError, InvalidArgumentError
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
 from perigee.weights.v1.weights_pb2_grpc import add_WeightReceiverServiceServicer_to_server
-from services.kit.server import App
+from services.kit.server import App, end_tasks
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine
 from services.rollout.extend import extend_trajectories
@@ -164,11 +164,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         yield
     finally:
         worker.set_status(DRAINING)
-        for task in tasks:
-            task.cancel()
-        for task in tasks:
-            with suppress(asyncio.CancelledError):
-                await task
+        await end_tasks(*tasks)
         await receiver.close()
     if fatal:
         raise fatal[0]

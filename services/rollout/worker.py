@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TypeAlias
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -18,6 +18,7 @@ from perigee.errors import (
     UnavailableError,
 )
 from perigee.rollout.v1 import rollout_pb2 as pb
+from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError
@@ -263,7 +264,4 @@ async def _wait_end(worker: Worker) -> None:
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        for wait in waits:
-            wait.cancel()
-            with suppress(asyncio.CancelledError):
-                await wait
+        await end_tasks(*waits)
