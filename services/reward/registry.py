@@ -36,7 +36,7 @@ async def open_scorer(config: RewardConfig, sandbox: SandboxClient) -> AsyncIter
         JsonVerifier(pattern_checks),
         JudgeVerifier(config.judge),
         ValueHeadVerifier(config.value_head),
-        CompositeVerifier(scorer.verifiers, scorer.judge_part),
+        CompositeVerifier(scorer),
     ]
     async with AsyncExitStack() as stack:
         parts: list[CheckPool | Verifier[Any]] = [math_checks, pattern_checks, *verifiers]

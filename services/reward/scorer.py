@@ -93,10 +93,6 @@ class Scorer:
             CACHE_HITS.labels(verifier.name).inc()
         return Scored(item.id, outcome, verifier, seconds)
 
-    async def judge_part(self, item: Item[Any]) -> Outcome:
-        """Judges one part of a composite."""
-        return (await self.judge(item)).outcome
-
     def _refuse_excess(self, more: Counter[str]) -> None:
         for name, count in more.items():
             if self._queued[name] + count > self._max_queued_items:

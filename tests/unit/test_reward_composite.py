@@ -47,7 +47,7 @@ def make() -> tuple[CompositeVerifier, SetVerifier]:
     scorer = Scorer(0, 100)
     scorer.verifiers[inner.name] = inner
     scorer.verifiers["exact"] = ExactVerifier()
-    return CompositeVerifier(scorer.verifiers, scorer.judge_part), inner
+    return CompositeVerifier(scorer), inner
 
 
 def item(*parts: pb.CompositePart, response: str = "r") -> Item[pb.CompositeVerifier]:

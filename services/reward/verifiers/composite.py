@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from google.protobuf.message import Message
-
 from perigee.errors import FieldViolation
 from perigee.reward.v1 import reward_pb2 as pb
+from services.reward.scorer import Scorer
 from services.reward.verifiers.base import AGREEMENTS, Item, Outcome, Verdict, Verifier, graded_whole
 
 MAX_PARTS = 16
@@ -28,13 +27,8 @@ class CompositeVerifier(Verifier[pb.CompositeVerifier]):
     name: ClassVar[str] = "composite"
     version: ClassVar[str] = "2"
 
-    def __init__(
-        self,
-        verifiers: Mapping[str, Verifier[Any]],
-        judge_part: Callable[[Item[Any]], Awaitable[Outcome]],
-    ) -> None:
-        self._verifiers = verifiers
-        self._judge_part = judge_part
+    def __init__(self, scorer: Scorer) -> None:
+        self._scorer = scorer
 
     def find_violations(self, parameters: pb.CompositeVerifier) -> list[FieldViolation]:
         parts = parameters.parts
@@ -58,7 +52,7 @@ class CompositeVerifier(Verifier[pb.CompositeVerifier]):
             violations.append(FieldViolation("name", "is required, and different for each part"))
         if not math.isfinite(part.weight) or part.weight < 0:
             violations.append(FieldViolation("weight", f"must be a number from 0, got {part.weight}"))
-        verifier = self._verifiers.get(part.verifier.WhichOneof("kind") or "")
+        verifier = self._scorer.verifiers.get(part.verifier.WhichOneof("kind") or "")
         if verifier is None:
             return [*violations, FieldViolation("verifier", "must be one of those that are offered")]
         inner = verifier.find_violations(parameters_of(part))
@@ -84,24 +78,20 @@ class CompositeVerifier(Verifier[pb.CompositeVerifier]):
     async def _judge_parts(
         self, item: Item[pb.CompositeVerifier], parts: Sequence[pb.CompositePart]
     ) -> dict[str, Outcome]:
-        outcomes = await asyncio.gather(*(self._judge_part(part_item(item, part)) for part in parts))
-        return {part.name: outcome for part, outcome in zip(parts, outcomes, strict=True)}
+        judged = await asyncio.gather(
+            *(self._scorer.judge(replace(item, parameters=parameters_of(part))) for part in parts)
+        )
+        return {part.name: scored.outcome for part, scored in zip(parts, judged, strict=True)}
 
 
-def parameters_of(part: pb.CompositePart) -> Message:
-    """Returns the parameters of a part's verifier."""
-    parameters: Message = getattr(part.verifier, str(part.verifier.WhichOneof("kind")))
-    return parameters
+def parameters_of(part: pb.CompositePart) -> Any:
+    """Returns the parameters of a part's verifier, the message that is set."""
+    return getattr(part.verifier, str(part.verifier.WhichOneof("kind")))
 
 
 def counts(part: pb.CompositePart) -> bool:
     """Returns whether verdict and reward depend on the part; without weight and gate it is only reported."""
     return part.gate or part.weight > 0
-
-
-def part_item(item: Item[pb.CompositeVerifier], part: pb.CompositePart) -> Item[Any]:
-    """Returns the item for the verifier of one part."""
-    return Item(item.id, item.response, item.answer_marker, parameters_of(part), item.prompt, item.images)
 
 
 def combine(parts: Sequence[pb.CompositePart], outcomes: Mapping[str, Outcome]) -> Outcome:
