@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -18,17 +19,20 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks of e
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-def end(command: Callable[[], int], debug: bool, failure_code: int = 1) -> None:
-    """Runs a command and ends the program with its exit code.
+@contextmanager
+def reporting_errors(debug: bool, failure_code: int = 1) -> Iterator[None]:
+    """Ends the program with one line on standard error when the block raises.
 
-    An error ends it with 2 when the command was called wrongly, `failure_code` when a service failed, and 1 when a
-    state of things here is in the way or a package is missing. With `debug` errors show their tracebacks.
+    The exit code is 2 when the command was called wrongly, `failure_code` when a service failed, and 1 when a state of
+    things here is in the way or a package is missing. With `debug` errors show their tracebacks.
     """
     if debug:
-        raise typer.Exit(command())
+        yield
+        return
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # gRPC's own words for a refused connection
     try:
-        code = command()
+        yield
+        return
     except PerigeeError as error:
         print(f"perigee: {error.message}", file=sys.stderr)
         here = isinstance(error, FailedPreconditionError | DataLossError)

@@ -5,19 +5,15 @@ from __future__ import annotations
 import asyncio
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from perigee.cli.ending import DebugOption, Interrupt, run_interruptible
-from perigee.cli.ending import end as _end
+from perigee.cli.ending import DebugOption, Interrupt, reporting_errors, run_interruptible
 from perigee.cli.prompts.app import prompts_app
 from perigee.cli.reward.app import reward_app
 from perigee.cli.sandbox.app import app as sandbox_app
 from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError
-
-if TYPE_CHECKING:
-    from perigee.cli.train import TrainOptions
 
 app = typer.Typer(
     name="perigee",
@@ -56,7 +52,23 @@ def up(
     debug: DebugOption = False,
 ) -> None:
     """Start the local stack and keep it up until Ctrl-C; without a recipe, the services that need no model."""
-    _end(lambda: _up(recipe, workers, only or [], overrides or [], runs_dir), debug)
+    with reporting_errors(debug):
+        from perigee.cli import train as command
+        from perigee.cli.recipe import RECIPE_FILE, build_recipe, find_recipe, load_recipe, open_new_run
+        from perigee.cli.view import PlainView
+
+        sets = overrides or []
+        path = recipe or (Path(RECIPE_FILE) if Path(RECIPE_FILE).is_file() else None)
+        services = command.choose_services(path is not None, only or [])
+        chosen = load_recipe(find_recipe(path), sets) if path else build_recipe(Path("--set"), {"name": "up"}, sets)
+        run, checked = open_new_run(runs_dir, chosen)
+
+        async def work(interrupt: Interrupt) -> int:
+            await command.up(run, checked, services, workers or checked.head.local.workers, PlainView(), interrupt)
+            return 0
+
+        code = run_interruptible(work)
+        raise typer.Exit(0 if code > 128 else code)  # a signal is how this command ends
 
 
 @app.command()
@@ -73,13 +85,39 @@ def train(
 ) -> None:
     """Train a recipe: start the stack, run to the end, write the report, stop the stack."""
     sets = [*(overrides or []), *([f"run.seed={seed}", f"trainer.seed={seed}"] if seed is not None else [])]
+    with reporting_errors(debug):
+        from perigee.cli import train as command
+        from perigee.cli.metrics import read_coordinator
+        from perigee.cli.view import open_view
 
-    def command() -> int:
-        from perigee.cli.train import TrainOptions
+        if coordinator is not None:
+            if workers is not None:
+                raise InvalidArgumentError.for_field(
+                    "--workers", "the stack of --coordinator has workers of its own; leave it out"
+                )
+            asyncio.run(read_coordinator(coordinator))  # before anything is made for a stack that is not there
+        options = command.TrainOptions(recipe, resume, sets, runs_dir, workers, coordinator)
+        run, checked = command.open_run(options)
 
-        return _train(TrainOptions(recipe, resume, sets, runs_dir, workers, coordinator), plain)
+        async def work(interrupt: Interrupt) -> int:
+            with open_view(plain) as view:
+                await command.train(options, run, checked, view, interrupt)
+            return 0
 
-    _end(command, debug)
+        again = f"perigee train --resume {run.run_id}" + ("" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}")
+        try:
+            code = run_interruptible(work)
+        except PerigeeError as error:
+            raise type(error)(f"{error.message}; go on with: {again}") from error
+        if code:
+            print(f"stopped; go on with: {again}", file=sys.stderr)
+            raise typer.Exit(code)
+        from perigee.report.page import write_report
+
+        page = write_report(run.path)
+        for line in page.headline:
+            print(line)
+        print(f"report: {page.path}")
 
 
 @app.command()
@@ -87,7 +125,30 @@ def status(
     coordinator: CoordinatorOption = None, runs_dir: RunsOption = Path("runs"), debug: DebugOption = False
 ) -> None:
     """Show services, workers and the run of the newest stack, or of the coordinator named."""
-    _end(lambda: _status(coordinator, runs_dir), debug)
+    with reporting_errors(debug):
+        from perigee.cli.metrics import read_coordinator, status_lines
+        from perigee.cli.run_folder import find_stack
+
+        addresses: dict[str, str] = {}
+        if coordinator is None:
+            found = find_stack(runs_dir)
+            if found is None:
+                raise NotFoundError(
+                    f"no stack runs below {runs_dir}; name one with --coordinator, or start one: perigee up RECIPE"
+                )
+            addresses = dict(found[1].addresses)
+            coordinator = addresses.get("coordinator")
+
+        async def work() -> list[str]:
+            lines = []
+            if addresses:
+                from perigee.cli.stack import health_lines
+
+                lines += await health_lines(addresses)
+            return lines + (status_lines(await read_coordinator(coordinator)) if coordinator else [])
+
+        for line in asyncio.run(work()):
+            print(line)
 
 
 @app.command()
@@ -97,98 +158,11 @@ def report(
     debug: DebugOption = False,
 ) -> None:
     """Write report.html of a run anew from its records."""
-    _end(lambda: _report(run, runs_dir), debug)
+    with reporting_errors(debug):
+        from perigee.cli.run_folder import find_run
+        from perigee.report.page import write_report
 
-
-def _up(recipe_path: Path | None, workers: int | None, only: list[str], overrides: list[str], runs_dir: Path) -> int:
-    from perigee.cli import train as command
-    from perigee.cli.recipe import RECIPE_FILE, build_recipe, find_recipe, load_recipe, open_new_run
-    from perigee.cli.view import PlainView
-
-    path = recipe_path or (Path(RECIPE_FILE) if Path(RECIPE_FILE).is_file() else None)
-    services = command.choose_services(path is not None, only)
-    recipe = (
-        load_recipe(find_recipe(path), overrides) if path else build_recipe(Path("--set"), {"name": "up"}, overrides)
-    )
-    run, checked = open_new_run(runs_dir, recipe)
-
-    async def work(interrupt: Interrupt) -> int:
-        await command.up(run, checked, services, workers or checked.head.local.workers, PlainView(), interrupt)
-        return 0
-
-    code = run_interruptible(work)
-    return 0 if code > 128 else code  # a signal is how this command ends
-
-
-def _train(options: TrainOptions, plain: bool) -> int:
-    from perigee.cli import train as command
-    from perigee.cli.metrics import read_coordinator
-    from perigee.cli.view import open_view
-
-    if options.coordinator is not None:
-        if options.workers is not None:
-            raise InvalidArgumentError.for_field(
-                "--workers", "the stack of --coordinator has workers of its own; leave it out"
-            )
-        asyncio.run(read_coordinator(options.coordinator))  # before anything is made for a stack that is not there
-    run, recipe = command.open_run(options)
-    runs_dir = options.runs_path
-
-    async def work(interrupt: Interrupt) -> int:
-        with open_view(plain) as view:
-            await command.train(options, run, recipe, view, interrupt)
-        return 0
-
-    again = f"perigee train --resume {run.run_id}" + ("" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}")
-    try:
-        code = run_interruptible(work)
-    except PerigeeError as error:
-        raise type(error)(f"{error.message}; go on with: {again}") from error
-    if code:
-        print(f"stopped; go on with: {again}", file=sys.stderr)
-        return code
-    from perigee.report.page import write_report
-
-    page = write_report(run.path)
-    for line in page.headline:
-        print(line)
-    print(f"report: {page.path}")
-    return 0
-
-
-def _status(coordinator: str | None, runs_dir: Path) -> int:
-    from perigee.cli.metrics import read_coordinator, status_lines
-    from perigee.cli.run_folder import find_stack
-
-    addresses: dict[str, str] = {}
-    if coordinator is None:
-        found = find_stack(runs_dir)
-        if found is None:
-            raise NotFoundError(
-                f"no stack runs below {runs_dir}; name one with --coordinator, or start one: perigee up RECIPE"
-            )
-        addresses = dict(found[1].addresses)
-        coordinator = addresses.get("coordinator")
-
-    async def work() -> list[str]:
-        lines = []
-        if addresses:
-            from perigee.cli.stack import health_lines
-
-            lines += await health_lines(addresses)
-        return lines + (status_lines(await read_coordinator(coordinator)) if coordinator else [])
-
-    for line in asyncio.run(work()):
-        print(line)
-    return 0
-
-
-def _report(name: str, runs_dir: Path) -> int:
-    from perigee.cli.run_folder import find_run
-    from perigee.report.page import write_report
-
-    print(write_report(find_run(runs_dir, name).path).path)
-    return 0
+        print(write_report(find_run(runs_dir, run).path).path)
 
 
 if __name__ == "__main__":

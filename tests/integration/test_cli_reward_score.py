@@ -197,7 +197,7 @@ async def test_ctrl_c_keeps_what_is_scored(tmp_path: Path) -> None:
         _, stderr = await process.communicate()
     assert process.returncode == 128 + signal.SIGINT
     assert b"resume with: perigee reward score" in stderr
-    assert 64 <= len(read_whole(journal)) < 800
+    assert 0 < len(read_whole(journal)) < 800
 
 
 async def test_a_service_that_is_not_there_is_named(tmp_path: Path) -> None:

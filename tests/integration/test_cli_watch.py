@@ -14,10 +14,9 @@ from pathlib import Path
 import yaml
 
 from perigee.cli.ending import Interrupt
-from perigee.cli.main import TrainOptions
 from perigee.cli.recipe import Recipe
 from perigee.cli.run_folder import RunFolder
-from perigee.cli.train import open_run, train
+from perigee.cli.train import TrainOptions, open_run, train
 from perigee.cli.view import PlainView
 from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from perigee.cli.ending import DebugOption, end
+from perigee.cli.ending import DebugOption, reporting_errors
 
 prompts_app = typer.Typer(no_args_is_help=True)
 
@@ -70,7 +70,7 @@ def curate(
 ) -> None:
     """Curate a prompt set: duplicates, kinds of questions, domains, difficulty, guessing, balance."""
 
-    def run() -> int:
+    with reporting_errors(debug):
         from perigee.cli.prompts.candidates import make_columns
         from perigee.cli.prompts.curate import CurateCommand, ModelAccess, run_curate
         from perigee.cli.prompts.sampling import CurationSettings, read_template
@@ -99,6 +99,4 @@ def curate(
         columns = make_columns(renames or [], defaults or [], answer_after, split)
         channel = ChannelOptions(token=token, ca_file=str(ca_file) if ca_file else None)
         access = ModelAccess(rollout or [], reward, model, push, channel, unavailable_s)
-        return run_curate(CurateCommand(source, out, columns, settings, access, restart, plain))
-
-    end(run, debug)
+        raise typer.Exit(run_curate(CurateCommand(source, out, columns, settings, access, restart, plain)))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from perigee.cli.ending import DebugOption, end
+from perigee.cli.ending import DebugOption, reporting_errors
 
 reward_app = typer.Typer(no_args_is_help=True)
 
@@ -37,14 +37,12 @@ def score(
 ) -> None:
     """Score the responses of a file; exit code 3 when some could not be judged."""
 
-    def run() -> int:
+    with reporting_errors(debug):
         from perigee.cli.reward.score import ScoreCommand, run_score
         from perigee.reward.scoring import ScoringOptions
 
         options = ScoringOptions(batch, concurrency, attempts, call_timeout_s, unavailable_s)
-        return run_score(ScoreCommand(file, out, address, token, ca_file, resume, overwrite, plain), options)
-
-    end(run, debug)
+        raise typer.Exit(run_score(ScoreCommand(file, out, address, token, ca_file, resume, overwrite, plain), options))
 
 
 @reward_app.command()
@@ -77,9 +75,7 @@ def train(
         "resume": resume,
     }
 
-    def work() -> int:
+    with reporting_errors(debug):
         from perigee.cli.reward.train import train_value_head
 
-        return train_value_head(values, overrides or [])
-
-    end(work, debug)
+        raise typer.Exit(train_value_head(values, overrides or []))

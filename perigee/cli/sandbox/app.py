@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from perigee.cli.ending import DebugOption, end
+from perigee.cli.ending import DebugOption, Interrupt, reporting_errors, run_interruptible
 
 app = typer.Typer(
     name="sandbox",
@@ -80,8 +80,7 @@ def run(
     153 output limit.
     """
 
-    def command() -> int:
-        from perigee.cli.ending import Interrupt, run_interruptible
+    with reporting_errors(debug, failure_code=125):
         from perigee.cli.sandbox import run as implementation
         from perigee.cli.sandbox.problem import LimitsSection
 
@@ -101,9 +100,7 @@ def run(
             interrupt.end_at_once = implementation.leave
             return await implementation.run(address, request, str(file), output_dir, stats)
 
-        return run_interruptible(work)
-
-    end(command, debug, failure_code=125)
+        raise typer.Exit(run_interruptible(work))
 
 
 @app.command()
@@ -127,26 +124,20 @@ def judge(
     usage, 3 when the sandbox failed.
     """
 
-    def command() -> int:
-        from perigee.cli.ending import run_interruptible
+    with reporting_errors(debug, SANDBOX_FAILED):
         from perigee.cli.sandbox.judge import judge_folder
 
-        return run_interruptible(lambda _: judge_folder(address, folder, solutions or [], as_json))
-
-    end(command, debug, SANDBOX_FAILED)
+        raise typer.Exit(run_interruptible(lambda _: judge_folder(address, folder, solutions or [], as_json)))
 
 
 @app.command()
 def runtimes(as_json: JsonOption = False, address: AddressOption = ADDRESS, debug: DebugOption = False) -> None:
     """List the languages with their versions and limits, and what is missing for others."""
 
-    def command() -> int:
-        from perigee.cli.ending import run_interruptible
+    with reporting_errors(debug, SANDBOX_FAILED):
         from perigee.cli.sandbox.judge import list_runtimes
 
-        return run_interruptible(lambda _: list_runtimes(address, as_json))
-
-    end(command, debug, SANDBOX_FAILED)
+        raise typer.Exit(run_interruptible(lambda _: list_runtimes(address, as_json)))
 
 
 @app.command("make-tests")
@@ -184,8 +175,7 @@ def make_tests(
     failed.
     """
 
-    def command() -> int:
-        from perigee.cli.ending import run_interruptible
+    with reporting_errors(debug, SANDBOX_FAILED):
         from perigee.cli.sandbox.make_tests import make_folder_tests, read_fraction
         from perigee.testgen.plan import Plan
 
@@ -199,9 +189,7 @@ def make_tests(
             jobs=jobs,
         )
         plan.check()
-        return run_interruptible(lambda _: make_folder_tests(address, folder, plan, generator_language))
-
-    end(command, debug, SANDBOX_FAILED)
+        raise typer.Exit(run_interruptible(lambda _: make_folder_tests(address, folder, plan, generator_language)))
 
 
 @app.command()
