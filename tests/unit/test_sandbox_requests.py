@@ -79,8 +79,8 @@ def test_function_tests_are_json(arguments: str, expected: str, fields: set[str]
 
 def test_what_a_submission_becomes() -> None:
     submission = read_submission(judge_request(FUNCTION, function_name="f"), CONFIG, CATALOG)
-    assert (submission.tests, submission.expected) == ([FUNCTION], [True])
-    assert read_submission(judge_request(STDIO), CONFIG, CATALOG).tests == [STDIO]
+    assert (submission.request.tests, submission.expected) == ([FUNCTION], [True])
+    assert read_submission(judge_request(STDIO), CONFIG, CATALOG).request.tests == [STDIO]
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_tolerances_and_points_are_numbers() -> None:
     request.checker.floats.relative = -1e-9
     assert set(violated(request)) == {"checker.floats.absolute", "checker.floats.relative", "tests[0].points"}
     submission = read_submission(judge_request(pb.TestCase(stdio=pb.StdioTest(), points=0)), CONFIG, CATALOG)
-    assert submission.tests[0].points == 0
+    assert submission.request.tests[0].points == 0
 
 
 def test_what_is_missing_says_why() -> None:

@@ -202,7 +202,7 @@ def read_job(request: pb.ExecuteRequest, config: SandboxConfig, catalog: Catalog
     reader.check_key(request.idempotency_key)
     reader.finish()
     assert program is not None
-    return Job(program, request.stdin, list(request.args), list(request.output_files), config.max_output_file_bytes)
+    return Job(program, request)
 
 
 def read_json(reader: Reader, text: str, field: str) -> object:
@@ -250,14 +250,11 @@ def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Ca
     assert program is not None
     return Submission(
         program=program,
-        tests=request.tests,
+        request=request,
         comparator=comparator,
         expected=expected,
-        function_name=request.function_name,
         checker=checker,
         interactor=None if interactor is None else extend_wall_limit(interactor, program.limits.wall_ms),
-        setup_code=request.setup_code.encode(),
-        stop_at_first_failure=request.stop_at_first_failure,
     )
 
 

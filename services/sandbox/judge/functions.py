@@ -66,10 +66,10 @@ async def judge_functions(factory: SandboxFactory, submission: Submission, pair:
     results: list[pb.TestResult] = []
     async with open_program(factory, submission.program, pair.program) as loaded:
         await loaded.load()
-        while len(results) < len(submission.tests):
+        while len(results) < len(submission.request.tests):
             results += await _run(loaded, submission, len(results))
             failed = any(result.verdict != pb.TEST_VERDICT_ACCEPTED for result in results)
-            if submission.stop_at_first_failure and failed:
+            if submission.request.stop_at_first_failure and failed:
                 break
     if submission.checker is not None:
         await check_results(factory, submission, pair, results)
@@ -81,11 +81,11 @@ async def judge_functions(factory: SandboxFactory, submission: Submission, pair:
 async def _run(loaded: LoadedProgram, submission: Submission, first: int) -> list[pb.TestResult]:
     expected, limits = submission.expected[first:], submission.program.limits
     header = {
-        "function_name": submission.function_name,
+        "function_name": submission.request.function_name,
         "output_bytes": limits.output_bytes,
         "first_input": 1 + first,
     }
-    inputs = [test.function.arguments_json.encode() for test in submission.tests]
+    inputs = [test.function.arguments_json.encode() for test in submission.request.tests]
     archive = loaded.archive(header, [submission.program.source, *inputs])
     with opened(b"", b"", b"", b"", archive) as descriptors:
         run = await loaded.run_mode("functions", descriptors, answers=len(expected) + 1)
@@ -99,7 +99,7 @@ async def check_results(
     """Has the caller's checker decide on the results of functions."""
     assert submission.checker is not None
     async with open_checker(factory, submission.checker, pair.judge) as checker:
-        for result, test in zip(results, submission.tests, strict=False):
+        for result, test in zip(results, submission.request.tests, strict=False):
             if result.output and result.verdict in (pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_WRONG_ANSWER):
                 arguments, expected = test.function.arguments_json.encode(), test.function.expected_json.encode()
                 decide(result, await run_checker(checker, arguments, result.output, expected))
@@ -193,11 +193,11 @@ async def judge_code(factory: SandboxFactory, submission: Submission, pair: Slot
     ):
         await loaded.load()
         await judging.load()
-        for test in submission.tests:
+        for test in submission.request.tests:
             results.append(await run_code_test(loaded, judging, submission, test.code.code.encode()))
             if results[-1].verdict == pb.TEST_VERDICT_COMPILE_ERROR:
-                return results * len(submission.tests), None
-            if submission.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
+                return results * len(submission.request.tests), None
+            if submission.request.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
                 break
     return results, None
 
@@ -216,9 +216,9 @@ async def run_code_test(
     loaded: LoadedProgram, judging: LoadedProgram, submission: Submission, code: bytes
 ) -> pb.TestResult:
     """Runs one test."""
-    header = {"function_name": submission.function_name, "reply_bytes": _REPLY_BYTES}
+    header = {"function_name": submission.request.function_name, "reply_bytes": _REPLY_BYTES}
     job = loaded.archive(header, [submission.program.source])
-    test_job = judging.archive(header, [submission.setup_code, code])
+    test_job = judging.archive(header, [submission.request.setup_code.encode(), code])
     with opened(b"", b"", b"", job, b"", b"", b"", b"", test_job) as descriptors:
         stdin, stdout, stderr, archive = descriptors[:4]
         test_stdin, test_stdout, test_stderr, report, test_archive = descriptors[4:]

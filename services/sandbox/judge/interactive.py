@@ -172,11 +172,11 @@ async def judge_interactive(factory: SandboxFactory, submission: Submission, pai
         if not await loaded.load():
             return [], loaded.compiled
         async with open_checker(factory, submission.interactor, pair.judge) as interactor:
-            for test in submission.tests:
+            for test in submission.request.tests:
                 results.append(await run_dialogue(loaded, interactor, test.interactive))
                 if loaded.compile_failed:
                     return [], loaded.compiled
-                if submission.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
+                if submission.request.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
                     break
     return results, loaded.compiled
 

@@ -31,7 +31,7 @@ async def judge(pool: Pool, submission: Submission, remaining_s: float | None = 
         except SandboxFailedError as error:
             log.warning("sandbox_failed", reason=error.message)
             failure = pb.TestResult(verdict=pb.TEST_VERDICT_INFRA_ERROR, reason=error.message)
-            results, compiled = [failure] * len(submission.tests), None
+            results, compiled = [failure] * len(submission.request.tests), None
         wall_ms = math.ceil((time.monotonic() - started) * 1000)
     response = sum_up(submission, results, compiled)
     response.wall_ms = wall_ms
@@ -43,11 +43,11 @@ def estimate_cost_s(submission: Submission) -> float:
     """Returns the time that a submission may take at most, by which the queue is ordered."""
     program = submission.program
     compile_ms = program.compile_limits.wall_ms if program.runtime.config.compile else 0
-    return (compile_ms + len(submission.tests) * program.limits.wall_ms) / 1000
+    return (compile_ms + len(submission.request.tests) * program.limits.wall_ms) / 1000
 
 
 async def _judge(pool: Pool, submission: Submission, pair: SlotPair) -> Results:
-    match submission.tests[0].WhichOneof("kind"):
+    match submission.request.tests[0].WhichOneof("kind"):
         case "function":
             return await judge_functions(pool.factory, submission, pair)
         case "code":
@@ -61,7 +61,7 @@ def sum_up(submission: Submission, results: list[pb.TestResult], compiled: pb.Co
     """Adds names, points, and SKIPPED for tests that were not run; drops results after the first failure when that is
     asked for.
     """
-    tests = submission.tests
+    tests = submission.request.tests
     if compiled is not None and compiled.reason:
         output = (compiled.stderr or compiled.stdout).decode(errors="replace").strip()
         failure = pb.TestResult(verdict=pb.TEST_VERDICT_COMPILE_ERROR, reason=output or compiled.reason)
@@ -69,7 +69,7 @@ def sum_up(submission: Submission, results: list[pb.TestResult], compiled: pb.Co
     verdicts = [result.verdict for result in results]
     failed = next((index for index, verdict in enumerate(verdicts) if verdict != pb.TEST_VERDICT_ACCEPTED), None)
     verdict = pb.TEST_VERDICT_ACCEPTED if failed is None else verdicts[failed]
-    if failed is not None and submission.stop_at_first_failure and verdict != pb.TEST_VERDICT_COMPILE_ERROR:
+    if failed is not None and submission.request.stop_at_first_failure and verdict != pb.TEST_VERDICT_COMPILE_ERROR:
         results = results[: failed + 1]
     skipped = [pb.TestResult(verdict=pb.TEST_VERDICT_SKIPPED)] * (len(tests) - len(results))
     response = pb.JudgeResponse(verdict=verdict, results=[*results, *skipped], compile=compiled)

@@ -110,7 +110,7 @@ async def judge_stdio(factory: SandboxFactory, submission: Submission, pair: Slo
         if not await loaded.load():
             return [], loaded.compiled
         checker: LoadedProgram | None = None
-        for test in submission.tests:
+        for test in submission.request.tests:
             with memory_streams(test.stdio.stdin) as streams:
                 run, _ = await loaded.run(streams, test.stdio.args)
                 if loaded.compile_failed:
@@ -119,7 +119,7 @@ async def judge_stdio(factory: SandboxFactory, submission: Submission, pair: Slo
             if execution.status == pb.STATUS_OK and submission.checker is not None and checker is None:
                 checker = await stack.enter_async_context(open_checker(factory, submission.checker, pair.judge))
             results.append(await judge_output(execution, test.stdio, submission.comparator, checker))
-            if submission.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
+            if submission.request.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
                 break
     return results, loaded.compiled
 

@@ -41,14 +41,15 @@ async def execute(
 async def _execute(
     pool: Pool, job: Job, slot: WorkerSlot, on_start: Callable[[Streams], None] | None
 ) -> pb.ExecuteResponse:
-    program = job.program
+    program, request = job.program, job.request
     async with open_program(pool.factory, program, slot) as loaded:
         if not await loaded.load():
             return _compile_failure(loaded)
-        with memory_streams(job.stdin) as streams:
+        with memory_streams(request.stdin) as streams:
             if on_start is not None:
                 on_start(streams)
-            result, files = await loaded.run(streams, job.arguments, (), job.output_files, job.most_output_file_bytes)
+            most_bytes = pool.config.max_output_file_bytes
+            result, files = await loaded.run(streams, request.args, (), request.output_files, most_bytes)
             if loaded.compile_failed:
                 return _compile_failure(loaded)
             response = read_execution(result, streams, program.limits)

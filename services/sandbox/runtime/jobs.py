@@ -30,10 +30,7 @@ class Job:
     """Program to run once."""
 
     program: Program
-    stdin: bytes = b""
-    arguments: Sequence[str] = ()
-    output_files: Sequence[str] = ()
-    most_output_file_bytes: int = 0
+    request: pb.ExecuteRequest
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,9 @@ class Submission:
     """Program or function with its tests, all of one kind."""
 
     program: Program
-    tests: Sequence[pb.TestCase]
+    request: pb.JudgeRequest
     comparator: Comparator
     expected: Sequence[object] = ()
     """Values that function tests expect, read from their JSON."""
-    function_name: str = ""
     checker: Program | None = None
     interactor: Program | None = None
-    setup_code: bytes = b""
-    stop_at_first_failure: bool = False
