@@ -41,8 +41,8 @@ def test_trajectories_span_policy_versions(trained_run: TrainedRun) -> None:
 
 
 def test_the_summary_has_intervals_for_every_domain(trained_run: TrainedRun) -> None:
-    for moment in ("accuracy_before", "accuracy_after"):
-        accuracy = trained_run.summary[moment]
+    for kind in ("accuracy_baseline", "accuracy_final"):
+        accuracy = trained_run.summary[kind]
         assert set(accuracy) == {"overall", "math", "code"}
         for way in ("greedy", "sampled"):
             for domain in accuracy.values():
