@@ -27,7 +27,7 @@ async def test_math_and_code_are_judged_as_they_arrive(coding_reward: RewardClie
         {"id": "letter", "prompt": "1+2=?", "verifier": "choice", "answer": "B", "answer_marker": "#"},
         {"id": "both", "prompt": "1+2=", "verifier": "composite", "parts": parts, "answer_marker": "#"},
     ]
-    prompts = read_prompts(str(write_lines(tmp_path / "p.jsonl", lines)), "run.prompts", tokenizer, 256, 16).by_id
+    prompts = read_prompts(str(write_lines(tmp_path / "p.jsonl", lines)), "run.prompts", tokenizer, 256, 16)
     outcomes: dict[str, reward_pb2.ScoreResponse] = {}
 
     async def take(some: list[reward_pb2.ScoreResponse]) -> None:
