@@ -3,7 +3,7 @@
 Measures packed bytes, the contract's form, against the same messages with `repeated` fields, in turns on one buffer
 service with a Valkey server of its own. CPU time of every process counts: the client's, the service's and Valkey's.
 
-    python bench/token_hops.py [--trajectories 64] [--tokens 16384] [--rounds 3] [--out figures.json]
+    python -m bench.token_hops [--trajectories 64] [--tokens 16384] [--rounds 3] [--out figures.json]
 
 Ends with exit status 1 when a million tokens take more than 0.35 s over both hops.
 """
