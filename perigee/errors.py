@@ -71,13 +71,13 @@ class PermissionDeniedError(PerigeeError):
 
 
 class NotFoundError(PerigeeError):
-    """What the request names does not exist."""
+    """NOT_FOUND: the request names what does not exist."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
 class AlreadyExistsError(PerigeeError):
-    """What the request creates exists with other contents."""
+    """ALREADY_EXISTS: the request creates what exists with other contents."""
 
     code = grpc.StatusCode.ALREADY_EXISTS
 

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, one line on standard error that says what to do, and the signals that end it."""
+"""End of a command: its exit code, one line on standard error that says what to do, and the signals that end it."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def read_prompt_file(path: Path, field: str) -> list[PromptLine]:
 
 
 class Named(Protocol):
-    """What has an id."""
+    """Anything with an id."""
 
     @property
     def id(self) -> str: ...

@@ -36,7 +36,7 @@ ClientT = TypeVar("ClientT", bound=ServiceClient)
 
 
 class App(Generic[ConfigT]):
-    """What a service's lifespan works with: configuration, the server to add to, readiness, clients of peers.
+    """Context of a service's lifespan: configuration, the server to add to, readiness, clients of peers.
 
     `http_address` is where the service answers HTTP, None where it does not.
     """
@@ -69,7 +69,7 @@ class App(Generic[ConfigT]):
         self._statuses.put_nowait((full_name, SERVING if ready else NOT_SERVING))
 
     def readiness(self) -> dict[str, bool]:
-        """Which services are ready: what grpc.health.v1 says of them."""
+        """Readiness of the services, as grpc.health.v1 reports it."""
         return {name: self._running and self._ready[name] for name in self._names}
 
     def on_drain(self, drain: Callable[[], Awaitable[None]]) -> None:

@@ -95,7 +95,7 @@ NO_UNITS = ("in", "am", "second", "a")
 
 
 class Extraction(IntEnum):
-    """How an answer may be given; each level also takes what those before it take."""
+    """Level of extraction: how an answer may be given; each level also takes what those before it take."""
 
     BOXED = 1
     MARKER = 2

@@ -1,4 +1,4 @@
-"""Whether an answer of the right value is worked out as far as its reference, or is only the question again."""
+"""Form of an answer: worked out as far as its reference, or only the question again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a reference asks for, and whether it can be read at all."""
+"""Reading of references: what one asks for, and whether it can be read at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Asked:
-    """How many values a reference has, and whether it is words."""
+    """Number of values of a reference, and whether it is words."""
 
     parts: int = 1
     is_verbal: bool = False

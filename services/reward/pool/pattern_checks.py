@@ -1,4 +1,4 @@
-"""The checks of the regex and json verifiers, in their process: both may take for ever on a bad pattern.
+"""The checks of the regex and json verifiers, in their process: both may never end on a bad pattern.
 
 {"kind": "regex", "pattern", "ignore_case", "search", "text", "timeout_s"} or {"kind": "json", "schema", "expected",
 "text"}, where schema and expected are JSON texts and expected may be null.
