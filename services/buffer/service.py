@@ -138,15 +138,15 @@ async def _follow_redis(app: App[BufferConfig], scripts: ScriptRunner) -> None:
     """Sets the readiness of the service to that of Redis, until cancelled."""
     ready = False
     while True:
+        reason = ""
         try:
             await scripts.check()
-            serves = True
         except PerigeeError as error:
-            serves = False
+            reason = error.message
             if ready:
-                log.error("redis does not serve", reason=error.message)
-        if serves != ready:
-            ready = serves
-            app.set_ready(SERVICE_NAME, ready)
+                log.error("redis does not serve", reason=reason)
+        if ready != (not reason):
+            ready = not reason
             log.info("readiness", ready=ready)
+        app.set_ready(SERVICE_NAME, ready, reason)
         await asyncio.sleep(CHECK_EVERY_S)

@@ -40,7 +40,7 @@ from services.coordinator.run_log import Timeline
 from services.coordinator.sampling import Sampler, SamplerState
 from services.coordinator.weight_sync import WeightSync
 
-ITERATION = Gauge("perigee_coordinator_iteration_count", "Iterations committed by the run.")
+ITERATION = Gauge("perigee_coordinator_iteration", "Iterations committed by the run.")
 POLICY_VERSION = Gauge("perigee_coordinator_policy_version_number", "Policy version that the run has committed.")
 REWARD = Gauge("perigee_coordinator_reward_mean", "Mean reward of the latest iteration.")
 GENERATED = PrometheusCounter("perigee_coordinator_generated_tokens", "Tokens generated in training rollouts.")

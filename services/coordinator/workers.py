@@ -16,8 +16,8 @@ from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
 
-WORKERS = Gauge("perigee_coordinator_workers_count", "Rollout workers with a lease.")
-FAILURES = Counter("perigee_coordinator_failures_count", "Failures by kind.", ["kind"])
+WORKERS = Gauge("perigee_coordinator_workers", "Rollout workers with a lease.")
+FAILURES = Counter("perigee_coordinator_failures", "Failures by kind.", ["kind"])
 
 
 class PeerLostError(UnavailableError):

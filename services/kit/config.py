@@ -37,8 +37,9 @@ class ServerConfig(Model):
     """Calls served at once; more are refused with RESOURCE_EXHAUSTED."""
     drain_seconds: float = Field(10.0, ge=0)
     """Time that calls in flight have after SIGTERM."""
-    metrics_port: int | None = None
-    """Port of the Prometheus endpoint; none when unset."""
+    metrics_port: int | None = Field(None, ge=0, le=65535)
+    """Port of `/metrics`, `/healthz` and `/readyz`, in clear and without a token; 0 takes a free one, none when
+    unset."""
 
 
 class HttpConfig(Model):

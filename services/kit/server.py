@@ -18,11 +18,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
 from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_server_interceptor
-from prometheus_client import start_http_server
 
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.rpc import KEEPALIVE_MS, ChannelOptions, ServiceClient
 from services.kit.config import ServerConfig, ServiceConfig
+from services.kit.health import serving_probes
 from services.kit.interceptors import CallInterceptor
 from services.kit.telemetry import get_logger, request_histogram, start_logging, start_tracing, stop_tracing
 
@@ -38,7 +38,8 @@ ClientT = TypeVar("ClientT", bound=ServiceClient)
 class App(Generic[ConfigT]):
     """Context of a service's lifespan: configuration, the server to add to, readiness, clients of peers.
 
-    `http_address` is where the service answers HTTP, None where it does not.
+    `http_address` is where the service answers HTTP, `metrics_address` where probes and Prometheus are answered; None
+    where it does not.
     """
 
     def __init__(self, config: ConfigT, server: grpc.aio.Server, address: str, stack: AsyncExitStack) -> None:
@@ -46,31 +47,55 @@ class App(Generic[ConfigT]):
         self.server = server
         self.address = address
         self.http_address: str | None = None
+        self.metrics_address: str | None = None
         self.name = config.section
         self._stack = stack
         self._names: list[str] = []
         self._ready: dict[str, bool] = {}
+        # By required name, why it is not ready; a sentence.
+        self._obstacles: dict[str, str] = {}
         self._running = False
+        self._draining = False
         self._drains: list[Callable[[], Awaitable[None]]] = []
         self._health = health_aio.HealthServicer()
         self._publishing: asyncio.Task[None] | None = None
         self._statuses: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
 
-    def add(self, full_name: str, add_to_server: Callable[[Any, grpc.aio.Server], None], servicer: object) -> None:
-        """Serves `servicer` under `full_name`, not ready until `set_ready`."""
+    def add(
+        self,
+        full_name: str,
+        add_to_server: Callable[[Any, grpc.aio.Server], None],
+        servicer: object,
+        *,
+        required: bool = True,
+    ) -> None:
+        """Serves `servicer` under `full_name`, not ready until `set_ready`; `/readyz` waits for what is required."""
         add_to_server(servicer, self.server)
         self._names.append(full_name)
+        if required:
+            self._obstacles[full_name] = ""
         self.set_ready(full_name, False)
 
-    def set_ready(self, full_name: str, ready: bool) -> None:
-        """Tells the readiness of a service to grpc.health.v1."""
-        self._ready[full_name] = ready
-        self._statuses.put_nowait((full_name, SERVING if ready else NOT_SERVING))
+    def set_ready(self, full_name: str, ready: bool, reason: str = "") -> None:
+        """Tells the readiness of a service to grpc.health.v1, and the reason of one that is not to `/readyz`."""
+        if full_name in self._obstacles:
+            self._obstacles[full_name] = "" if ready else reason or f"{full_name} does not serve yet."
+        if self._ready.get(full_name) != ready:
+            self._ready[full_name] = ready
+            self._statuses.put_nowait((full_name, SERVING if ready else NOT_SERVING))
 
     def readiness(self) -> dict[str, bool]:
         """Readiness of the services, as grpc.health.v1 reports it."""
         return {name: self._running and self._ready[name] for name in self._names}
+
+    def find_obstacle(self) -> str | None:
+        """Returns a sentence that says why the service cannot do its work; None where it can. Any thread may ask."""
+        if self._draining:
+            return "The service is stopping."
+        if not self._running:
+            return "The service is starting."
+        return next(filter(None, list(self._obstacles.values())), None)
 
     def on_drain(self, drain: Callable[[], Awaitable[None]]) -> None:
         """Has `drain` awaited while the server drains, beside the calls in flight."""
@@ -93,7 +118,7 @@ class App(Generic[ConfigT]):
 
     async def drain(self) -> None:
         """Says NOT_SERVING, lets calls in flight finish within `drain_seconds`, then stops."""
-        self._running = False
+        self._running, self._draining = False, True
         await self._health.enter_graceful_shutdown()
         await asyncio.gather(self.server.stop(self.config.server.drain_seconds), *(drain() for drain in self._drains))
         if self._publishing is not None:
@@ -148,6 +173,9 @@ async def serving(config: ConfigT, lifespan: Lifespan[ConfigT]) -> AsyncIterator
     async with AsyncExitStack() as stack:
         server = _build_server(config)
         app = App(config, server, _bind(server, config.server), stack)
+        if config.server.metrics_port is not None:
+            probes = serving_probes(config.server.host, config.server.metrics_port, app.find_obstacle)
+            app.metrics_address = await stack.enter_async_context(probes)
         async with lifespan(app):
             await app.start()
             try:
@@ -161,10 +189,8 @@ async def _run_until_signal(config: ConfigT, lifespan: Lifespan[ConfigT]) -> Non
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    if config.server.metrics_port is not None:
-        start_http_server(config.server.metrics_port, config.server.host)
     async with serving(config, lifespan) as app:
-        log.info("listening", address=app.address)
+        log.info("listening", address=app.address, metrics=app.metrics_address)
         await stop.wait()
         log.info("draining", seconds=config.server.drain_seconds)
 

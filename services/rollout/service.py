@@ -150,6 +150,8 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         ROLLOUT,
         add_RolloutServiceServicer_to_server,
         RolloutService(worker, app.connect(BufferClient, config.buffer_address)),
+        # It serves within a run only: a worker that can take weights is ready for one.
+        required=False,
     )
     app.add(WEIGHTS, add_WeightReceiverServiceServicer_to_server, receiver)
     app.set_ready(WEIGHTS, True)

@@ -11,6 +11,7 @@ from services.kit.http import http_serving
 from services.kit.server import App, run
 from services.kit.single_flight import SingleFlightCache
 from services.sandbox.config import SandboxConfig
+from services.sandbox.runtime.execute import check_jobs_run
 from services.sandbox.runtime.pool import open_pool
 from services.sandbox.runtime.sessions import Sessions
 from services.sandbox.runtime.versions import Versions
@@ -21,10 +22,11 @@ MOST_RESULTS = 10_000
 
 @asynccontextmanager
 async def lifespan(app: App[SandboxConfig]) -> AsyncIterator[None]:
-    """Opens the pool, its sessions and both fronts of the service."""
+    """Opens the pool, its sessions and both fronts of the service; ready once a job has run."""
     config = app.config
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(open_pool(config))
+        await check_jobs_run(pool)
         sessions = Sessions(pool)
         stack.push_async_callback(sessions.close)
         results: SingleFlightCache[str, Response] = SingleFlightCache(

@@ -7,10 +7,12 @@ import os
 import time
 from collections.abc import AsyncGenerator, Callable
 
+from perigee.errors import FailedPreconditionError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.agent.protocol import Limits
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.failure import SandboxFailedError
-from services.sandbox.runtime.jobs import Job
+from services.sandbox.runtime.jobs import Job, Program
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.programs import LoadedProgram, Streams, memory_streams, open_program, read_execution
 from services.sandbox.runtime.worker_slots import WorkerSlot
@@ -65,6 +67,24 @@ def _compile_failure(loaded: LoadedProgram) -> pb.ExecuteResponse:
     return pb.ExecuteResponse(
         status=pb.STATUS_COMPILE_ERROR, exit_code=compiled.exit_code, reason=compiled.reason, compile=compiled
     )
+
+
+async def check_jobs_run(pool: Pool) -> None:
+    """Runs a job, since a sandbox may open where programs cannot be started; raises FailedPreconditionError.
+
+    Does nothing where the sandbox has no Python.
+    """
+    runtime = pool.catalog.find("python")
+    if runtime is None or pool.factory.explain_missing(runtime) is not None:
+        return
+    limits = Limits(**runtime.limits.model_dump())
+    job = Job(Program(runtime, b"print()", limits, limits), pb.ExecuteRequest())
+    try:
+        async with pool.lease(cost_s=0.0) as pair:
+            await _execute(pool, job, pair.program, None)
+    except SandboxFailedError as error:
+        label = pool.factory.isolation.label(python=True)
+        raise FailedPreconditionError(f"sandbox.isolation: {label} runs no job here: {error.message}") from error
 
 
 async def execute_stream(
