@@ -10,6 +10,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from prometheus_client import Gauge
+
 from perigee.errors import (
     FailedPreconditionError,
     InternalError,
@@ -25,6 +27,8 @@ from services.coordinator.workers import FAILURES, PeerLostError, Worker, Worker
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
+
+WAITING = Gauge("perigee_coordinator_waiting_sequences", "Sequences of the phase under way that no worker has.")
 
 # The same call would fail on every worker, so the run fails.
 FATAL = (InvalidArgumentError, UnauthenticatedError, PermissionDeniedError, UnimplementedError)
@@ -84,6 +88,7 @@ class Dispatcher:
         `attempts` times, and what peers other than workers raise.
         """
         self._queue.extend(keys)
+        WAITING.set_function(lambda: len(self._queue))
         try:
             async with asyncio.TaskGroup() as tasks:
                 with self._registry.watch(self._wake.set):
@@ -96,6 +101,7 @@ class Dispatcher:
             raise first_error(group) from group
         finally:
             self._set_waiting(False)
+            self._queue.clear()
 
     def _start_calls(self, tasks: asyncio.TaskGroup) -> None:
         while self._queue:

@@ -18,6 +18,8 @@ log = get_logger(__name__)
 
 WORKERS = Gauge("perigee_coordinator_workers", "Rollout workers with a lease.")
 FAILURES = Counter("perigee_coordinator_failures", "Failures by kind.", ["kind"])
+CAPACITY = Gauge("perigee_coordinator_sequence_capacity", "Sequences that the workers with a lease decode at once.")
+RUNNING = Gauge("perigee_coordinator_running_sequences", "Sequences given to workers that have not ended.")
 
 
 class PeerLostError(UnavailableError):
@@ -65,6 +67,11 @@ class WorkerRegistry:
     _workers: dict[str, Worker] = field(default_factory=dict)
     _watchers: set[Callable[[], None]] = field(default_factory=set)
     _epochs: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+
+    def __post_init__(self) -> None:
+        WORKERS.set_function(lambda: len(self._workers))
+        CAPACITY.set_function(lambda: sum(worker.capacity for worker in list(self._workers.values())))
+        RUNNING.set_function(lambda: sum(worker.outstanding for worker in list(self._workers.values())))
 
     def register(self, worker_id: str, address: str, capacity: int, policy_version: int, ready: bool) -> Worker:
         """Begins a lease; an earlier one of the same worker ends, and its work is given out again."""
@@ -172,7 +179,6 @@ class WorkerRegistry:
 
     def notify(self) -> None:
         """Calls the watchers."""
-        WORKERS.set(len(self._workers))
         for watcher in list(self._watchers):
             watcher()
 

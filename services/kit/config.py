@@ -27,6 +27,9 @@ class ServerConfig(Model):
     """Port to bind; 0 takes a free one."""
     token: SecretStr | None = None
     """Bearer token that callers must send, and that this service sends to the others; PERIGEE_TOKEN serves too."""
+    advertise_host: str | None = None
+    """Name or address under which other machines reach this process; PERIGEE_ADVERTISE_HOST serves too. When unset, the
+    bound address; for 0.0.0.0 the address of the host name, else that of the interface of the default route."""
     tls_cert_file: str | None = None
     """PEM certificate chain; with `tls_key_file` the server speaks TLS."""
     tls_key_file: str | None = None
@@ -40,6 +43,12 @@ class ServerConfig(Model):
     metrics_port: int | None = Field(None, ge=0, le=65535)
     """Port of `/metrics`, `/healthz` and `/readyz`, in clear and without a token; 0 takes a free one, none when
     unset."""
+    max_connection_age_seconds: float | None = Field(120.0, gt=0)
+    """Age at which a connection takes no new calls, so that its caller looks up the addresses of the service again and
+    finds new replicas; never when null."""
+    max_connection_grace_seconds: float | None = Field(None, gt=0)
+    """Time that calls in flight have on a connection of that age; when unset they end by themselves, at the latest at
+    their own deadlines, so that no stream breaks off."""
 
 
 class HttpConfig(Model):
@@ -78,7 +87,7 @@ class ServiceConfig(Model):
         return MAX_MESSAGE_BYTES
 
 
-TOKEN_ALIAS = {"PERIGEE_TOKEN": "server.token"}
+SERVER_ALIASES = {"PERIGEE_TOKEN": "server.token", "PERIGEE_ADVERTISE_HOST": "server.advertise_host"}
 
 ConfigT = TypeVar("ConfigT", bound=ServiceConfig)
 
@@ -111,7 +120,7 @@ def environment_values(config_class: type[ServiceConfig]) -> dict[str, Any]:
     """
     prefix = f"PERIGEE_{config_class.section.upper()}__"
     values: dict[str, Any] = {}
-    for name, field in (TOKEN_ALIAS | config_class.environment_aliases).items():
+    for name, field in (SERVER_ALIASES | config_class.environment_aliases).items():
         if text := os.environ.get(name):
             merge(values, nest(field.split("."), text))
     source = EnvSettingsSource(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ipaddress
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -21,6 +20,7 @@ from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_serv
 
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.rpc import KEEPALIVE_MS, ChannelOptions, ServiceClient
+from services.kit.addresses import is_loopback
 from services.kit.config import ServerConfig, ServiceConfig
 from services.kit.health import serving_probes
 from services.kit.interceptors import CallInterceptor
@@ -208,6 +208,11 @@ def _build_server(config: ServiceConfig) -> grpc.aio.Server:
 
 def server_arguments(config: ServiceConfig) -> list[tuple[str, int]]:
     """gRPC's options of a server by name; gRPC takes no notice of a name that it does not know."""
+    server = config.server
+    ages = {
+        "grpc.max_connection_age_ms": server.max_connection_age_seconds,
+        "grpc.max_connection_age_grace_ms": server.max_connection_grace_seconds,
+    }
     return [
         ("grpc.max_send_message_length", config.message_bytes),
         ("grpc.max_receive_message_length", config.message_bytes),
@@ -215,6 +220,7 @@ def server_arguments(config: ServiceConfig) -> list[tuple[str, int]]:
         # Without it a channel that is silent but for its probes is closed after a few of them.
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
         ("grpc.keepalive_permit_without_calls", 1),
+        *((name, round(seconds * 1000)) for name, seconds in ages.items() if seconds is not None),
     ]
 
 
@@ -224,7 +230,7 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
     Raises UnavailableError when the address cannot be bound, InvalidArgumentError where others than this machine could
     reach the server without a token.
     """
-    if not _is_loopback(config.host) and config.token is None:
+    if not is_loopback(config.host) and config.token is None:
         message = f"is required to listen on {config.host}: set PERIGEE_TOKEN"
         raise InvalidArgumentError.for_field("server.token", message)
     target = f"{config.host}:{config.port}"
@@ -245,12 +251,3 @@ def _credentials(config: ServerConfig) -> grpc.ServerCredentials:
     pair = (Path(config.tls_key_file).read_bytes(), Path(config.tls_cert_file).read_bytes())
     roots = Path(config.tls_ca_file).read_bytes() if config.tls_ca_file else None
     return grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -40,7 +40,7 @@ class RolloutConfig(ServiceConfig):
     worker_id: str | None = None
     """Name of this worker, unique in the run; host name and process id when unset."""
     advertise_address: str | None = None
-    """host:port that the coordinator and the trainer dial; the bound address when unset."""
+    """host:port that the coordinator and the trainer dial; unset takes `server.advertise_host` and the bound port."""
     buffer_address: str = "127.0.0.1:50052"
     """host:port of the replay buffer."""
     coordinator_address: str | None = "127.0.0.1:50051"

@@ -16,6 +16,7 @@ from perigee.errors import FieldViolation, InternalError, InvalidArgumentError
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
 from perigee.weights.v1.weights_pb2_grpc import add_WeightReceiverServiceServicer_to_server
+from services.kit.addresses import advertised_host, join_address
 from services.kit.server import App, end_tasks
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine
@@ -30,7 +31,6 @@ from services.weights.receive import WeightReceiver
 MAX_RESPONSE_BYTES = 1 << 20
 ROLLOUT = "perigee.rollout.v1.RolloutService"
 WEIGHTS = "perigee.weights.v1.WeightReceiverService"
-UNSPECIFIED_HOSTS = {"0.0.0.0", "::", "[::]"}
 
 
 class RolloutService(RolloutServiceServicer):
@@ -130,15 +130,11 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     """
     config = app.config
     model = open_policy(config.model, config.max_model_len)
-    address = config.advertise_address or app.address
-    if config.coordinator_address and address.rsplit(":", 1)[0] in UNSPECIFIED_HOSTS:
-        raise InvalidArgumentError.for_field(
-            "rollout.advertise_address", f"is required: nobody can dial {address}; give this worker's host:port"
-        )
+    address = config.advertise_address or join_address(advertised_host(config.server), app.address.rpartition(":")[2])
     # The import takes seconds, and SIGTERM must be heard meanwhile.
     engine = await asyncio.to_thread(build_engine, config, model)
     worker = Worker(config, model, engine, config.worker_id or f"{socket.gethostname()}-{os.getpid()}")
-    receiver = WeightReceiver(config.weights, worker.commit)
+    receiver = WeightReceiver(config.weights.reached_at(address.rpartition(":")[0]), worker.commit)
     fatal: list[InternalError] = []
 
     def end_service(error: InternalError) -> None:

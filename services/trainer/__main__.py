@@ -22,6 +22,8 @@ def main() -> None:
     # other services share the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     config = load_config(TrainerConfig)
+    if config.network_interface is not None:
+        os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), config.network_interface)
     # Megatron warns of every accelerator library that is absent.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:
@@ -57,10 +59,19 @@ def launch(config: TrainerConfig, arguments: list[str]) -> None:
     if config.world == 1:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         return
-    # A host name need not resolve, and on one machine the ranks speak over loopback.
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(config.world)]
-    os.execv(sys.executable, [*torchrun, "-m", "services.trainer", *arguments])
+    if config.nodes == 1:
+        # A host name need not resolve, and on one machine the ranks speak over loopback.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.execv(sys.executable, [sys.executable, *torchrun_arguments(config), "-m", "services.trainer", *arguments])
+
+
+def torchrun_arguments(config: TrainerConfig) -> list[str]:
+    """Returns how Python starts torchrun for the processes of this machine."""
+    arguments = ["-m", "torch.distributed.run", "--nproc-per-node", str(config.world // config.nodes)]
+    if config.nodes == 1:
+        return [*arguments, "--standalone"]
+    arguments += ["--nnodes", str(config.nodes), "--node-rank", str(config.node_rank)]
+    return [*arguments, "--master-addr", str(config.master_address), "--master-port", str(config.master_port)]
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from services.kit.config import ServiceConfig
 from services.weights.config import WeightsConfig
@@ -27,6 +27,18 @@ class TrainerConfig(ServiceConfig):
     """Processes that the layers are divided over."""
     data_parallel: int = Field(1, ge=1)
     """Copies of the model that share each step's sequences."""
+    nodes: int = Field(1, ge=1)
+    """Machines that the processes are spread over, the same number on each; every one starts the trainer with its own
+    `node_rank`, and has the model's and the run's folders under the same paths."""
+    node_rank: int = Field(0, ge=0)
+    """Number of this machine; 0 serves, the others follow it."""
+    master_address: str | None = None
+    """Name or address of machine 0, required with several."""
+    master_port: int = Field(29500, ge=1, le=65535)
+    """Port of machine 0 at which the processes meet; it carries no authentication: fence it off."""
+    network_interface: str | None = None
+    """Interface of the collectives (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), "eth0" for instance; unset takes loopback
+    on one machine, and the one of the host name's address with several."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each process; all cores divided by the processes when unset."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -50,3 +62,13 @@ class TrainerConfig(ServiceConfig):
     def world(self) -> int:
         """Number of processes."""
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+
+    @model_validator(mode="after")
+    def _check_nodes(self) -> Self:
+        if self.world % self.nodes:
+            raise ValueError(f"nodes must divide the {self.world} processes, got {self.nodes}")
+        if self.node_rank >= self.nodes:
+            raise ValueError(f"node_rank must be below nodes, got {self.node_rank} of {self.nodes}")
+        if self.nodes > 1 and not self.master_address:
+            raise ValueError("master_address is required with several nodes: name machine 0")
+        return self

@@ -68,7 +68,8 @@ class Engine:
         self._read = read
         self._seed = abs(config.seed)
         with ExitStack() as stack:
-            torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // config.world))
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", config.world))
+            torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // processes))
             stack.enter_context(megatron_on_cpu())
             folder = Path(config.model)
             self.shape = read_model_shape(folder)

@@ -16,6 +16,7 @@ from perigee.errors import InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 from perigee.weights.client import WeightReceiverClient
+from services.kit.addresses import advertised_host
 from services.kit.server import App, channel_options
 from services.trainer.config import TrainerConfig
 from services.trainer.trainer import Trainer
@@ -125,7 +126,10 @@ async def lifespan(app: App[TrainerConfig]) -> AsyncIterator[None]:
     """Builds the engine, then serves it; the process ends with one message when the model cannot be used."""
     config = app.config
     # The sender closes each client when its push is over.
-    sender = WeightSender(config.weights, lambda address: WeightReceiverClient(address, channel_options(config)))
+    sender = WeightSender(
+        config.weights.reached_at(advertised_host(config.server)),
+        lambda address: WeightReceiverClient(address, channel_options(config)),
+    )
     trainer = Trainer(config, app.connect(BufferClient, config.buffer_address), sender)
     await trainer.open()
     try:

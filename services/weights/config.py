@@ -6,6 +6,8 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from perigee.errors import InvalidArgumentError
+from services.kit.addresses import is_loopback
 from services.kit.config import Model
 
 
@@ -16,8 +18,9 @@ class WeightsConfig(Model):
     """Transport of Mooncake's writes; "rdma" fails to start without a network card instead of falling back to TCP."""
     device: str = ""
     """RDMA devices, comma separated, "mlx5_0" for instance; empty takes every one that is there."""
-    host: str = "127.0.0.1"
-    """Name or address under which the other side reaches this process."""
+    host: str | None = None
+    """Name or address under which the other side reaches this process; unset takes the one that the service
+    advertises."""
     min_rpc_port: int = Field(15000, ge=1024, le=65535)
     """First port that Mooncake may listen on; it listens on all interfaces without a token, so fence the range off."""
     max_rpc_port: int = Field(16999, ge=1024, le=65535)
@@ -40,6 +43,17 @@ class WeightsConfig(Model):
     """Bytes of the largest image that a receiver accepts."""
     shared_memory_dir: str = "/dev/shm"
     """Folder of the images; a tmpfs with room for one image in the trainer and for three in a rollout worker."""
+
+    def reached_at(self, advertised_host: str) -> WeightsConfig:
+        """Returns these settings with a host; raises InvalidArgumentError for loopback where others are elsewhere."""
+        if self.host is None:
+            return self.model_copy(update={"host": advertised_host})
+        if is_loopback(self.host) and not is_loopback(advertised_host):
+            raise InvalidArgumentError.for_field(
+                "weights.host",
+                f"{self.host} cannot be reached from other machines: leave it out to take {advertised_host}",
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_ports(self) -> Self:

@@ -84,14 +84,15 @@ class MooncakeTransport(Transport):
         set_environment(config)
         from mooncake.engine import TransferEngine  # reads the environment
 
+        host = config.host or "127.0.0.1"
         self._engine: TransferEngine | None = TransferEngine()
-        if self._engine.initialize(config.host, "P2PHANDSHAKE", config.transport, config.device):
+        if self._engine.initialize(host, "P2PHANDSHAKE", config.transport, config.device):
             raise FailedPreconditionError(
-                f"weights.transport: Mooncake cannot start {config.transport} on {config.host} "
+                f"weights.transport: Mooncake cannot start {config.transport} on {host} "
                 f"(device {config.device or 'any'}, ports {config.min_rpc_port}-{config.max_rpc_port}); "
                 "check weights.device, weights.host and the port range"
             )
-        self._session = f"{config.host}:{self._engine.get_rpc_port()}"
+        self._session = f"{host}:{self._engine.get_rpc_port()}"
 
     @property
     def session(self) -> str:

@@ -43,8 +43,10 @@ class Probe(RewardServiceServicer):
 
     def __init__(self) -> None:
         self.release = asyncio.Event()
+        self.peers: list[str] = []
 
     async def ListVerifiers(self, request: pb.ListVerifiersRequest, context: Any) -> pb.ListVerifiersResponse:
+        self.peers.append(context.peer())
         return pb.ListVerifiersResponse()
 
     async def Score(self, request: pb.ScoreRequest, context: Any) -> AsyncIterator[pb.ScoreResponse]:
@@ -78,6 +80,20 @@ async def probe_server(**server: Any) -> AsyncIterator[tuple[App[ProbeConfig], P
 async def score(client: RewardClient, item_id: str) -> list[str]:
     request = pb.ScoreRequest(items=[pb.ScoreItem(id=item_id)])
     return [response.id async for response in client.score(request, timeout_s=10)]
+
+
+async def test_a_connection_of_age_takes_no_new_calls_and_breaks_no_stream_off() -> None:
+    async with (
+        probe_server(max_connection_age_seconds=0.1) as (app, probe),
+        RewardClient.connect(app.address) as client,
+        asyncio.timeout(30),
+    ):
+        stream = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=30)
+        assert (await anext(stream)).id == "started"
+        while len(set(probe.peers)) < 3:
+            await client.list_verifiers(pb.ListVerifiersRequest())
+        probe.release.set()
+        assert [response.id async for response in stream] == ["done"]
 
 
 async def test_domain_errors_arrive_as_the_classes_that_were_raised() -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
 from perigee.errors import InternalError, InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.rollout.client import RolloutClient
@@ -72,6 +73,24 @@ async def test_registrations_are_checked() -> None:
         with pytest.raises(InvalidArgumentError) as caught:
             registry.register(*arguments)
         assert caught.value.violations[0].field == field
+
+
+async def test_the_backlog_is_a_metric_for_autoscalers() -> None:
+    def read() -> list[float | None]:
+        names = ("waiting_sequences", "running_sequences", "sequence_capacity", "workers")
+        return [REGISTRY.get_sample_value(f"perigee_coordinator_{name}") for name in names]
+
+    registry = make_registry()
+    add_worker(registry, "a", capacity=3)
+    seen = []
+
+    async def call(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        seen.append(read())
+        yield Progress(ended=keys)
+
+    await make_dispatcher(registry, call, calls_per_worker=1, overcommit=1.0).run(["1", "2", "3", "4"])
+    assert seen == [[1, 3, 3, 1], [0, 1, 3, 1]]
+    assert read() == [0, 0, 3, 1]
 
 
 async def test_a_suspect_worker_is_out_until_it_renews() -> None:
