@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,10 @@ from services.weights.manifest import WeightImage
 
 class EngineDiedError(Exception):
     """Raised when the engine's process is gone or no longer answers; requests in flight are lost."""
+
+
+class RequestAbortedError(EngineDiedError):
+    """Raised when a request ended early, after the tokens that it had."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class EngineOutput:
     """Spans over these tokens, in order."""
     cached_tokens: int
     """Tokens of the request served from the prefix cache."""
-    finish: Literal["stop", "length"] | None
-    """Set on the last output: a stop token was sampled, or max_tokens are there."""
+    finish: Literal["stop", "length", "abort"] | None
+    """Set on the last output: a stop token was sampled, max_tokens are there, or the request was interrupted."""
 
 
 class Engine(ABC):
@@ -67,6 +71,10 @@ class Engine(ABC):
 
         Raises EngineDiedError when the engine dies, and InvalidArgumentError for what it cannot take.
         """
+
+    @abstractmethod
+    async def interrupt(self, request_ids: Iterable[str]) -> None:
+        """Ends requests with the tokens that they have: their last outputs say `abort`. Unknown ids are no error."""
 
     @abstractmethod
     async def update_weights(self, image: WeightImage) -> None:

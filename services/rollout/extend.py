@@ -14,9 +14,10 @@ from prometheus_client import Histogram
 from perigee.buffer.client import BufferClient, StoredTrajectory
 from perigee.buffer.packing import ITEM_BYTES, count_tokens, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
+from perigee.errors import UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.telemetry import get_logger
-from services.rollout.engine import EngineDiedError
+from services.rollout.engine import EngineDiedError, RequestAbortedError
 from services.rollout.segment import (
     Emit,
     Segment,
@@ -26,7 +27,7 @@ from services.rollout.segment import (
     merge,
     plan_end,
 )
-from services.rollout.worker import CACHED_TOKENS, SEGMENTS, Admission, Worker
+from services.rollout.worker import CACHED_TOKENS, DRAINING, SEGMENTS, Admission, Worker
 
 log = get_logger(__name__)
 
@@ -35,6 +36,7 @@ APPEND_SECONDS = Histogram("perigee_rollout_append_seconds", "Seconds of an appe
 # A token takes 8 bytes in a chunk, a chunk's other fields a few hundred: this stays below half a message.
 MAX_BATCH_TOKENS = 128 << 10
 MAX_BATCH_CHUNKS = 2048
+INTERRUPT_EVERY_S = 0.1
 DURABLE = {buffer_pb2.APPEND_OUTCOME_APPENDED, buffer_pb2.APPEND_OUTCOME_DUPLICATE}
 
 SegmentResult = pb.SegmentEnd | pb.SegmentFailure
@@ -52,13 +54,14 @@ async def extend_trajectories(
     """Extends each trajectory of the request by a segment; yields ends and failures as they come, one per trajectory.
 
     Raises FailedPreconditionError when the worker does not hold the policy version, ResourceExhaustedError when it has
-    too much to do, and the buffer's error when it cannot be reached.
+    too much to do, the buffer's error when it cannot be reached, and UnavailableError when the worker shuts down, after
+    the tokens that there were have reached the buffer.
     """
     worker.check_ready(request.run_id, request.policy_version)
     writer = ChunkWriter(buffer, request.run_id, worker.config.flush_seconds, worker.config.buffer_timeout_seconds)
     with worker.admit(len(request.trajectories)) as admission:
         call = _Call(worker, buffer, writer, request, settings, admission)
-        writing = asyncio.create_task(writer.run())
+        helpers = [asyncio.create_task(writer.run()), asyncio.create_task(call.interrupt_when_draining())]
         start, failures = time.monotonic(), 0
         try:
             async with aclosing(merge([call.run])) as batches:
@@ -77,8 +80,9 @@ async def extend_trajectories(
                 seconds=round(time.monotonic() - start, 3),
             )
         finally:
-            writing.cancel()
-            await asyncio.wait([writing])
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.wait(helpers)
 
 
 @dataclass(eq=False)
@@ -92,6 +96,10 @@ class _Call:
     settings: SegmentSettings
     admission: Admission
     number: int = field(default_factory=itertools.count().__next__)
+    running: set[str] = field(default_factory=set)
+    """Ids of the segments in the engine."""
+    handed_back: int = 0
+    """Trajectories whose segments the worker's shutdown cut short."""
 
     async def run(self, emit: Emit[SegmentResult]) -> None:
         """Starts each trajectory as soon as its tokens are read."""
@@ -103,28 +111,51 @@ class _Call:
         async with asyncio.TaskGroup() as group:
             async for trajectory in stored:
                 group.create_task(self._extend(leases[trajectory.trajectory_id], trajectory, emit))
+        if self.handed_back:
+            raise UnavailableError(
+                f"Worker {self.worker.worker_id} shuts down and hands {self.handed_back} trajectories back."
+            )
+
+    async def interrupt_when_draining(self) -> None:
+        """Ends the segments once the worker drains, with the tokens that they have; runs until cancelled."""
+        while self.worker.status != DRAINING:
+            await self.worker.wait_change()
+        while True:
+            await self.worker.engine.interrupt(list(self.running))
+            await asyncio.sleep(INTERRUPT_EVERY_S)  # one on its way into the engine is not seen there yet
 
     async def _extend(
         self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, emit: Emit[SegmentResult]
     ) -> None:
         """Extends one trajectory and emits how that ended."""
         result: SegmentResult
+        segment_id = f"{lease.trajectory_id}/{lease.epoch}/{self.number}"
+        self.running.add(segment_id)
         try:
-            result = await self._generate(lease, trajectory)
+            result = await self._generate(segment_id, lease, trajectory)
         except (EngineDiedError, AppendRefusedError) as error:
             result = pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=str(error))
-        self.writer.writers -= 1
-        self.admission.leave()
+            if isinstance(error, RequestAbortedError) and self.worker.status == DRAINING:
+                self.handed_back += 1
+                return
+        finally:
+            self.running.remove(segment_id)
+            self.writer.writers -= 1
+            self.admission.leave()
         SEGMENTS.labels(end_reason_label(result.end_reason) if isinstance(result, pb.SegmentEnd) else "failed").inc()
         await emit(result)
 
-    async def _generate(self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory) -> SegmentResult:
+    async def _generate(
+        self, segment_id: str, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory
+    ) -> SegmentResult:
         """Generates a segment into the buffer; raises EngineDiedError and AppendRefusedError."""
         worker = self.worker
         room = worker.model.context_tokens - count_tokens(trajectory.prompt_token_ids)
         if reason := refusal(lease, trajectory, room):
             return pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=reason)
-        segment = self._plan_segment(lease, trajectory, room)
+        if worker.status == DRAINING:
+            raise RequestAbortedError("the worker shuts down")
+        segment = self._plan_segment(segment_id, lease, trajectory, room)
         end_reason = segment.end_reason
         token_ids = bytearray(trajectory.token_ids)
         async with aclosing(generate_segment(worker.engine, segment, self.settings)) as chunks:
@@ -147,7 +178,9 @@ class _Call:
             cached_tokens=segment.cached_tokens,
         )
 
-    def _plan_segment(self, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int) -> Segment:
+    def _plan_segment(
+        self, segment_id: str, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int
+    ) -> Segment:
         """Returns the segment to generate in a context with `room` tokens beside the prompt."""
         end_tokens, end_reason = plan_end(
             stored=trajectory.tokens,
@@ -157,7 +190,7 @@ class _Call:
             room=room,
         )
         return Segment(
-            segment_id=f"{lease.trajectory_id}/{lease.epoch}/{self.number}",
+            segment_id=segment_id,
             item_id=lease.trajectory_id,
             prompt_token_ids=trajectory.prompt_token_ids,
             response_token_ids=trajectory.token_ids,

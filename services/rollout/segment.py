@@ -19,7 +19,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.errors import FieldViolation, InvalidArgumentError, first_error
 from perigee.rollout.v1 import rollout_pb2 as pb
-from services.rollout.engine import Engine, EngineOutput, EngineRequest
+from services.rollout.engine import Engine, EngineOutput, EngineRequest, RequestAbortedError
 from services.rollout.repetition import RepetitionDetector
 
 T = TypeVar("T")
@@ -144,7 +144,7 @@ async def generate_segment(
 ) -> AsyncGenerator[buffer_pb2.Chunk, None]:
     """Generates the chunks of one segment, each of at most `chunk_tokens` tokens; only the last has an end reason.
 
-    Raises EngineDiedError when the engine dies.
+    Raises EngineDiedError when the engine dies, and RequestAbortedError after the last token of an interrupted segment.
     """
     offset = count_tokens(segment.response_token_ids)
     if segment.end_tokens <= offset:
@@ -166,8 +166,11 @@ async def generate_segment(
         async for output in outputs:
             segment.cached_tokens = output.cached_tokens
             kept, end_reason = _find_end(output, detector, segment.end_reason)
-            for chunk in cutter.add(output, kept, end_reason):
+            aborted = output.finish == "abort" and not end_reason
+            for chunk in cutter.add(output, kept, end_reason, is_last=bool(end_reason) or aborted):
                 yield chunk
+            if aborted:
+                raise RequestAbortedError("the engine ended the request early")
             if end_reason:
                 return
 
@@ -190,7 +193,7 @@ def _find_end(output: EngineOutput, detector: RepetitionDetector | None, at_limi
     cut = detector.feed(output.token_ids) if detector is not None else None
     if cut is not None and not (output.finish == "stop" and cut == tokens):
         return cut, buffer_pb2.END_REASON_REPETITION
-    if output.finish is None:
+    if output.finish in (None, "abort"):
         return tokens, buffer_pb2.END_REASON_UNSPECIFIED
     return tokens, buffer_pb2.END_REASON_STOP if output.finish == "stop" else at_limit
 
@@ -206,7 +209,9 @@ class _ChunkCutter:
         self._logprobs: list[float] = []
         self._versions: list[VersionSpan] = []
 
-    def add(self, output: EngineOutput, kept: int, end_reason: EndReason) -> Iterator[buffer_pb2.Chunk]:
+    def add(
+        self, output: EngineOutput, kept: int, end_reason: EndReason, *, is_last: bool
+    ) -> Iterator[buffer_pb2.Chunk]:
         """Adds the first `kept` tokens of an output; yields what is more than a chunk, and all of it at the end.
 
         A full chunk is held back until the next token, since it may be the last one, which has the end reason.
@@ -214,7 +219,7 @@ class _ChunkCutter:
         self._token_ids += output.token_ids[:kept]
         self._logprobs += output.logprobs[:kept]
         self._versions = slice_spans([*self._versions, *output.versions], 0, len(self._token_ids))
-        while len(self._token_ids) > self._chunk_tokens or (self._token_ids and end_reason):
+        while len(self._token_ids) > self._chunk_tokens or (self._token_ids and is_last):
             yield self._cut(min(len(self._token_ids), self._chunk_tokens), end_reason)
 
     def _cut(self, tokens: int, end_reason: EndReason) -> buffer_pb2.Chunk:

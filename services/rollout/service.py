@@ -141,7 +141,11 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         fatal.append(error)
         signal.raise_signal(signal.SIGTERM)
 
+    async def hand_back() -> None:
+        worker.set_status(DRAINING)
+
     await receiver.start()
+    app.on_drain(hand_back)
     app.add(
         ROLLOUT,
         add_RolloutServiceServicer_to_server,

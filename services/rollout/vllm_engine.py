@@ -7,7 +7,7 @@ import gc
 import multiprocessing
 import os
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -120,6 +120,11 @@ class VllmEngine(Engine):
             if not finished and not llm.errored:
                 await llm.abort(internal_id, internal=True)
 
+    async def interrupt(self, request_ids: Iterable[str]) -> None:
+        """Has vLLM hand over what it has of each request."""
+        if self._llm is not None and not self._llm.errored:
+            await self._llm.abort(request_ids)
+
     async def update_weights(self, image: WeightImage) -> None:
         """Pauses, reloads from the shared-memory file, labels the version, resumes.
 
@@ -164,7 +169,7 @@ async def _submit(llm: AsyncLLM, request: EngineRequest) -> Any:
 def _read_output(output: Any, state: Any, offset: int) -> EngineOutput:
     """Returns an output whose first token is token `offset` of the request's; `state` is vLLM's record of it."""
     completion = output.outputs[0]
-    if output.finished and completion.finish_reason not in ("stop", "length"):
+    if output.finished and completion.finish_reason not in ("stop", "length", "abort"):
         raise EngineDiedError(f"the engine ended the request: {completion.finish_reason}")
     starts = final_starts(completion) if output.finished else state.weight_version_starts
     return EngineOutput(

@@ -19,10 +19,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from perigee.buffer.client import BufferClient
-from perigee.errors import FailedPreconditionError
+from perigee.errors import FailedPreconditionError, UnavailableError
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from tests.fixtures.rollout import (
+    CHUNK,
     NewTrajectories,
     Pusher,
     make_policy,
@@ -173,15 +174,18 @@ async def test_sigterm_ends_requests_engine_and_service(
         await trajectories.wait_for_tokens(ids[0])
         processes = psutil.Process(service.process.pid).children(recursive=True)
         service.process.send_signal(signal.SIGTERM)
-        await asyncio.wait([running])
+        with pytest.raises(UnavailableError, match=r"hands \d+ trajectories back"):
+            await running
         async with asyncio.timeout(30):
             assert await service.process.wait() == 0, (tmp_path / "log").read_text()
         await wait_gone(processes, seconds=5)
         assert images() == set()
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log, log
-    # What the buffer took before the end stands.
-    assert (await trajectories.read(ids[0])).token_ids
+    # The tokens of unfinished chunks have reached the buffer, with their log-probabilities and versions.
+    held = [await trajectories.read(trajectory_id) for trajectory_id in ids[:64]]
+    assert any(len(each.token_ids) % CHUNK for each in held)
+    assert all(len(each.token_ids) == len(each.logprobs) == sum(span.tokens for span in each.versions) for each in held)
 
 
 @pytest.mark.timeout(240)

@@ -11,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from perigee.buffer.client import BufferClient
+from perigee.errors import UnavailableError
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.rollout.extend import SegmentResult, extend_trajectories
 from services.rollout.model import open_policy
 from services.rollout.segment import SegmentSettings
-from services.rollout.worker import READY, Worker
+from services.rollout.worker import DRAINING, READY, Worker
 from tests.fixtures.rollout import CHUNK, EOS, NewTrajectories, extend_request, rollout_config
 from tests.fixtures.rollout_engine import PausedEngine
 
@@ -101,3 +102,17 @@ async def test_a_call_that_is_cancelled_ends_its_requests(extension: Extension) 
     async with extension.running(ids):
         assert extension.worker.running == 4
     assert (extension.worker.running, extension.engine.waiting) == (0, 0)
+
+
+async def test_a_worker_that_shuts_down_hands_trajectories_back_with_all_their_tokens(extension: Extension) -> None:
+    ids = await extension.trajectories.create([[5, 6]], k=4)
+    async with extension.running(ids) as task:
+        extension.worker.set_status(DRAINING)
+        with pytest.raises(UnavailableError, match="hands 4 trajectories back"):
+            await task
+    # None has ended, and what was less than a chunk is in the buffer, for the next worker to go on from.
+    assert extension.results == []
+    for trajectory_id in ids:
+        assert len((await extension.trajectories.read(trajectory_id)).token_ids) == TOKENS - 1
+    assert [lease.tokens for lease in await extension.trajectories.lease(ids)] == [TOKENS - 1] * 4
+    assert extension.worker.running == 0

@@ -1,7 +1,7 @@
 """Segments over an engine whose tokens are known: budgets, chunks, repetition, versions."""
 
 import itertools
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,6 +35,7 @@ class ScriptedEngine(Engine):
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
     async def wait_dead(self) -> None: ...
+    async def interrupt(self, request_ids: Iterable[str]) -> None: ...
     async def update_weights(self, image: WeightImage) -> None: ...
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
