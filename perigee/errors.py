@@ -169,7 +169,7 @@ def to_status(error: PerigeeError) -> status_pb2.Status:
     return status
 
 
-def from_rpc_error(error: grpc.aio.AioRpcError, target: str) -> PerigeeError:
+def from_rpc_error(error: grpc.aio.AioRpcError | grpc.Call, target: str) -> PerigeeError:
     """Returns the error that a failed call stands for; `target` names the peer when it could not be reached."""
     message = error.details() or error.code().name
     if error.code() is grpc.StatusCode.UNAVAILABLE:

@@ -36,6 +36,7 @@ GROUPS = {
     "rollout faults": ("test_rollout_faults",),
     "value head of labelled items": ("test_reward_value_head_labelled",),
     "examples": ("test_examples_sandbox",),
+    "clients": ("test_packaging", "test_examples_clients"),
 }
 GROUP_OF = {stem: group for group, stems in GROUPS.items() for stem in stems}
 

@@ -3,29 +3,115 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import json
 import os
+import shutil
 import sys
+import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet
+import pytest
+import pytest_asyncio
 
+from services.kit.config import HttpConfig
+from services.kit.server import serving
+from services.reward.__main__ import lifespan as reward_lifespan
+from services.reward.config import MathConfig, RewardConfig
+from services.sandbox.__main__ import lifespan as sandbox_lifespan
+from services.sandbox.config import SandboxConfig
+from tests.fixtures.certificates import Certificates
+from tests.fixtures.packaging import Environment
 from tests.fixtures.reward import running_gateway
 
 ROOT = Path(__file__).parents[2]
 
 
-async def run_example(name: str, *arguments: str) -> tuple[int, list[str]]:
+CLIENTS = ROOT / "examples" / "clients"
+TYPESCRIPT = CLIENTS / "typescript"
+JUDGED = ["a VERDICT_CORRECT 1", "b VERDICT_WRONG 0", "square TEST_VERDICT_ACCEPTED 2 of 2 tests"]
+
+
+async def run_example(name: str, *arguments: str, **environment: str) -> tuple[int, list[str]]:
     """An example's exit code and the lines that it prints."""
+    return await run(sys.executable, CLIENTS / name, *arguments, PYTHONPATH=str(ROOT), **environment)
+
+
+async def run(*command: str | Path, cwd: Path | None = None, **environment: str) -> tuple[int, list[str]]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, str(ROOT / "examples" / "clients" / name), *arguments),
-        stdout=asyncio.subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        *command, stdout=asyncio.subprocess.PIPE, cwd=cwd, env=os.environ | environment
     )
     stdout, _ = await process.communicate()
     assert process.returncode is not None
     return process.returncode, stdout.decode().splitlines()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def team(certificates: Certificates) -> AsyncIterator[dict[str, str]]:
+    """What another team is given to reach a reward service and a sandbox: addresses, a token, and the authority."""
+    shared: dict[str, Any] = {
+        "server": {"token": "team", "tls_cert_file": certificates.certificate, "tls_key_file": certificates.key},
+        "http": HttpConfig(port=0),
+    }
+    with tempfile.TemporaryDirectory() as state_path:
+        # Programs run under a uid of their own where the service is root.
+        Path(state_path).chmod(0o755)  # noqa: ASYNC240
+        sandbox_config = SandboxConfig(isolation="process", slots=1, state_path=state_path, **shared)
+        async with (
+            serving(RewardConfig(math=MathConfig(workers=1), **shared), reward_lifespan) as reward,
+            serving(sandbox_config, sandbox_lifespan) as sandbox,
+        ):
+            assert reward.http_address
+            assert sandbox.http_address
+            yield {
+                "PERIGEE_REWARD_ADDRESS": reward.address,
+                "PERIGEE_REWARD_HTTP": reward.http_address,
+                "PERIGEE_SANDBOX_ADDRESS": sandbox.address,
+                "PERIGEE_SANDBOX_HTTP": sandbox.http_address,
+                "PERIGEE_TOKEN": "team",
+                "PERIGEE_CA_FILE": certificates.ca,
+            }
+
+
+@pytest.mark.parametrize("program", ["asynchronous.py", "blocking.py"])
+async def test_the_wheel_alone_calls_over_tls_with_a_token(
+    program: str, client_environment: Environment, team: dict[str, str]
+) -> None:
+    assert await run(client_environment.bin / "python", CLIENTS / "python" / program, **team) == (0, JUDGED)
+
+
+async def test_curl_calls_over_tls_with_a_token(team: dict[str, str]) -> None:
+    code, lines = await run(CLIENTS / "curl" / "judge.sh", **team)
+    assert code == 0
+    scored, judged = map(json.loads, lines)
+    assert [(each["id"], each["verdict"], each["reward"]) for each in scored["outcomes"]] == [
+        ("a", "correct", 1),
+        ("b", "wrong", 0),
+    ]
+    assert (judged["verdict"], judged["passed"]) == ("accepted", 2)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def typescript() -> None:
+    """The TypeScript example, built; skipped by name where something that it needs is not there."""
+    if not all(map(shutil.which, ("node", "npm"))):
+        pytest.skip("needs node and npm: they build the TypeScript example")
+    installed, locked = TYPESCRIPT / "node_modules/.package-lock.json", TYPESCRIPT / "package-lock.json"
+    if not installed.exists() or installed.stat().st_mtime < locked.stat().st_mtime:
+        code, _ = await run("npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts", cwd=TYPESCRIPT)
+        if code:
+            pytest.skip("needs a registry of npm packages: it has those of the TypeScript example")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    assert await run("npm", "run", "--silent", "build", cwd=TYPESCRIPT, PATH=path) == (0, [])
+
+
+@pytest.mark.usefixtures("typescript")
+async def test_typescript_calls_over_tls_with_a_token(team: dict[str, str]) -> None:
+    assert await run("node", "build/judge.js", cwd=TYPESCRIPT, **team) == (0, JUDGED)
 
 
 def write_parquet(path: Path, truths: list[str]) -> Path:
@@ -69,3 +155,10 @@ async def test_a_data_set_for_openrlhf_is_checked(tmp_path: Path) -> None:
         assert code == 1
         assert lines[0].startswith("'1+1=': '5 #### 6': 422 ")
         assert lines[1:] == ["0 of 1 labels have the reward 1"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray: runs the example of Ray Data")
+async def test_ray_data_scores_over_tls_with_a_token(team: dict[str, str]) -> None:
+    code, lines = await run_example("ray/score.py", "--workers", "1", **team)
+    assert code == 0
+    assert sorted(lines) == [r"\boxed{2/5} VERDICT_WRONG 0.0", r"\boxed{5/6} VERDICT_CORRECT 1.0"]

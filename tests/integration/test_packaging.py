@@ -2,100 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
-import shutil
-import subprocess
-import sys
 import tomllib
-import venv
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import perigee
+from tests.fixtures.packaging import ROOT, Environment, requirements_of, run
 
-ROOT = Path(__file__).parents[2]
 # The command line, and what it alone uses, need the extra `cli`.
 NEEDS_CLI = ("perigee.cli", "perigee.config", "perigee.report", "perigee.curation", "perigee.testgen")
-
-
-def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, cwd=cwd, timeout=100)
-
-
-@pytest.fixture(scope="module")
-def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Both wheels by the names of their distributions, built from a copy of the sources without any index."""
-    folder = tmp_path_factory.mktemp("wheels")
-    source = folder / "source"
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
-    for name in ("perigee", "services"):
-        shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder)
-    built = run(sys.executable, "-m", "pip", "wheel", *options, source, source / "services")
-    assert built.returncode == 0, built.stderr
-    return {path.name.split("-")[0]: path for path in folder.glob("*.whl")}
-
-
-def closure(requirements: Iterator[Requirement]) -> dict[str, importlib.metadata.Distribution]:
-    """The installed distributions that satisfy requirements, and all that those require in turn."""
-    found: dict[str, importlib.metadata.Distribution] = {}
-    waiting = list(requirements)
-    while waiting:
-        requirement = waiting.pop()
-        name = canonicalize_name(requirement.name)
-        if name in found:
-            continue
-        found[name] = importlib.metadata.distribution(name)
-        for text in found[name].requires or ():
-            inner = Requirement(text)
-            if inner.marker is None or inner.marker.evaluate({"extra": ""}):
-                waiting.append(inner)
-    return found
-
-
-def requirements_of(wheel: Path, extra: str = "") -> Iterator[Requirement]:
-    with zipfile.ZipFile(wheel) as archive:
-        (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        lines = archive.read(metadata).decode().splitlines()
-    for line in lines:
-        if line.startswith("Requires-Dist: "):
-            requirement = Requirement(line.removeprefix("Requires-Dist: "))
-            if requirement.marker is None or requirement.marker.evaluate({"extra": extra}):
-                yield requirement
-
-
-class Environment:
-    """A virtual environment that holds the client wheel and what this environment has of its requirements."""
-
-    def __init__(self, folder: Path, wheel: Path, extra: str = "") -> None:
-        venv.create(folder)
-        self.bin = folder / "bin"
-        (site,) = folder.glob("lib/*/site-packages")
-        for distribution in closure(requirements_of(wheel, extra)).values():
-            for file in distribution.files or ():
-                if ".." not in file.parts:
-                    (site / file).parent.mkdir(parents=True, exist_ok=True)
-                    shutil.copy(Path(str(file.locate())), site / file)
-        uv = Path(sys.executable).with_name("uv")
-        options = ("--quiet", "--offline", "--no-deps", "--python", self.bin / "python")
-        installed = run(uv, "pip", "install", *options, wheel)
-        assert installed.returncode == 0, installed.stderr
-
-    def run(self, program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return run(self.bin / program, *arguments, cwd=self.bin)
-
-
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path]) -> Environment:
-    return Environment(tmp_path_factory.mktemp("client"), wheels["perigee"])
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +25,24 @@ def command_line(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Pat
 def test_the_clients_need_grpc_and_protobuf_alone(wheels: dict[str, Path]) -> None:
     names = {requirement.name for requirement in requirements_of(wheels["perigee"])}
     assert names == {"grpcio", "grpcio-status", "protobuf"}
+
+
+def test_an_empty_environment_gets_nothing_else(client_environment: Environment) -> None:
+    """googleapis-common-protos is grpcio-status's, typing-extensions grpcio's."""
+    code = "import importlib.metadata as m; print(*(each.metadata['Name'] for each in m.distributions()))"
+    installed = client_environment.run("python", "-c", code)
+    expected = {"googleapis-common-protos", "grpcio", "grpcio-status", "perigee", "protobuf", "typing-extensions"}
+    assert set(map(canonicalize_name, installed.stdout.split())) == expected, installed.stderr
+
+
+def test_the_clients_import_grpc_and_protobuf_alone(client_environment: Environment) -> None:
+    code = (
+        "import sys, perigee.reward.client, perigee.reward.adapters.blocking, perigee.sandbox.blocking\n"
+        "files = [str(getattr(module, '__file__', '')) for module in sys.modules.values()]\n"
+        "print(*sorted({file.split('/site-packages/')[1].split('/')[0] for file in files if 'site-packages' in file}))"
+    )
+    imported = client_environment.run("python", "-c", code)
+    assert imported.stdout.split() == ["google", "grpc", "perigee", "typing_extensions.py"], imported.stderr
 
 
 def test_each_distribution_holds_its_package(wheels: dict[str, Path]) -> None:
@@ -125,18 +62,18 @@ def test_the_versions_agree() -> None:
     assert f"perigee=={perigee.__version__}" in services["dependencies"]
 
 
-def test_every_client_module_is_imported_without_anything_else(client: Environment) -> None:
+def test_every_client_module_is_imported_without_anything_else(client_environment: Environment) -> None:
     modules = sorted(
         str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
         for path in (ROOT / "perigee").rglob("*.py")
     )
     code = "\n".join(f"import {module}" for module in modules if not module.startswith(NEEDS_CLI))
-    ended = client.run("python", "-c", code + "\nprint(perigee.__version__)")
+    ended = client_environment.run("python", "-c", code + "\nprint(perigee.__version__)")
     assert (ended.returncode, ended.stdout.strip()) == (0, perigee.__version__), ended.stderr
 
 
-def test_the_command_says_what_to_install(client: Environment) -> None:
-    ended = client.run("perigee", "train")
+def test_the_command_says_what_to_install(client_environment: Environment) -> None:
+    ended = client_environment.run("perigee", "train")
     assert ended.returncode == 1
     pattern = r"perigee: the command line needs \w+, which is not installed: pip install 'perigee\[cli\]'\n"
     assert re.fullmatch(pattern, ended.stderr)
