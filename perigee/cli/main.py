@@ -72,6 +72,31 @@ def up(
 
 
 @app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the data and the prepared recipe.")],
+    seed: SeedOption = None,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Make a recipe's data and the recipe that services start with: --config DIR/recipe.yaml."""
+    sets = [*(overrides or []), *([f"run.seed={seed}", f"trainer.seed={seed}"] if seed is not None else [])]
+    with reporting_errors(debug):
+        from perigee.cli import train as command
+        from perigee.cli.recipe import find_recipe, load_recipe
+        from perigee.cli.run_folder import RunFolder
+
+        checked, run = load_recipe(find_recipe(recipe), sets), RunFolder(out.absolute())
+
+        async def work(interrupt: Interrupt) -> int:
+            await command.prepare(checked, run)
+            print(f"services start with --config {run.recipe_path}; train with: perigee train {run.recipe_path}")
+            return 0
+
+        raise typer.Exit(run_interruptible(work))
+
+
+@app.command()
 def train(
     recipe: RecipeArgument = None,
     resume: Annotated[str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")] = None,

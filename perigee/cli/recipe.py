@@ -155,14 +155,19 @@ def _check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
     return Recipe(path=path, head=head, values=values)
 
 
+def check_script(recipe: Recipe) -> None:
+    """Raises InvalidArgumentError when the recipe's script is missing."""
+    script = recipe.prepare_path
+    if script is not None and not script.is_file():
+        raise InvalidArgumentError.for_field(f"{recipe.path.name}: prepare", f"{script} is no file")
+
+
 def open_new_run(runs_path: Path, recipe: Recipe) -> tuple[RunFolder, Recipe]:
     """Makes a run folder that holds the expanded recipe; returns both.
 
     Raises InvalidArgumentError when the folder cannot be made or the recipe's script is missing.
     """
-    script = recipe.prepare_path
-    if script is not None and not script.is_file():
-        raise InvalidArgumentError.for_field(f"{recipe.path.name}: prepare", f"{script} is no file")
+    check_script(recipe)
     run = new_run(runs_path, recipe.head.name)
     run.create()
     return run, _write_recipe(run, recipe.expand(run))

@@ -17,6 +17,7 @@ from perigee.cli.metrics import read_evaluation
 from perigee.cli.recipe import (
     SERVICES,
     Recipe,
+    check_script,
     dump_yaml,
     find_recipe,
     load_recipe,
@@ -39,6 +40,7 @@ from perigee.errors import (
     PerigeeError,
     UnavailableError,
 )
+from perigee.files import write_atomically
 from perigee.report.records import last_recorded
 
 # What runs without a recipe: these need no model.
@@ -156,6 +158,19 @@ async def prepare_data(run: RunFolder, recipe: Recipe) -> None:
         if code != 0:
             raise FailedPreconditionError(process.describe_end(code))
     staging.rename(run.data_path)
+
+
+async def prepare(recipe: Recipe, run: RunFolder) -> None:
+    """Makes the recipe's data in a folder, and last its recipe.yaml without script and placeholders.
+
+    Data that is there already is kept. Raises what `prepare_data` raises, and InvalidArgumentError without a script.
+    """
+    check_script(recipe)
+    run.create()
+    expanded = recipe.expand(run)
+    await prepare_data(run, expanded)
+    values = {key: value for key, value in expanded.values.items() if key != "prepare"}
+    write_atomically(run.recipe_path, dump_yaml(values).encode())
 
 
 async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: View, interrupt: Interrupt) -> None:

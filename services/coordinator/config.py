@@ -66,7 +66,8 @@ class CoordinatorConfig(ServiceConfig):
     reward_address: str = "127.0.0.1:50055"
     """host:port of the reward service."""
     run_path: str | None = None
-    """Folder of a run that this process resumes when it starts and finds it unfinished there."""
+    """Folder of a run that this process resumes when it starts and finds it unfinished there; where its runs have other
+    folders, it resumes the last of them."""
     lease_seconds: float = Field(10.0, gt=0)
     """Seconds without a sign of a rollout worker after which its trajectories are given to others."""
     control_timeout_s: float = Field(30.0, gt=0)

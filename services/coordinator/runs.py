@@ -36,6 +36,8 @@ from services.kit.telemetry import get_logger
 log = get_logger(__name__)
 
 RUN_FILE = "run.json"
+# Beside the coordinator's own `run_path`: the run that it served last, whose folder may be elsewhere.
+LAST_RUN_FILE = "last_run.json"
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Runs:
         check_request(run_id, config_yaml, run_path)
         config = parse_run_config(config_yaml)
         async with self._starting:
-            known = await asyncio.to_thread(read_run_file, Path(run_path))
+            known = await asyncio.to_thread(read_run_file, Path(run_path) / RUN_FILE)
             if self._run is not None and not self._run.task.done():
                 if self._run.file.run_id == run_id:
                     return True
@@ -88,15 +90,17 @@ class Runs:
             inputs = await asyncio.to_thread(read_inputs, run_id, config, Path(run_path))
             await self._check_algorithm(config)
             file = RunFile(run_id, config_yaml, config_digest(config), str(inputs.run_path), "running")
-            await asyncio.to_thread(save_run_file, file)
+            await asyncio.to_thread(self._save, file)
             self._launch(file, inputs)
         return known is not None
 
     async def resume(self, run_path: Path) -> None:
-        """Resumes the run of a folder when its coordinator died before it ended."""
-        file = await asyncio.to_thread(read_run_file, run_path)
-        if file is not None and file.status == "running":
-            await self.start(file.run_id, file.config_yaml, str(run_path))
+        """Resumes the run of a folder, or the one that a coordinator with this folder served last, unless it ended."""
+        for name in (LAST_RUN_FILE, RUN_FILE):
+            file = await asyncio.to_thread(read_run_file, run_path / name)
+            if file is not None and file.status == "running":
+                await self.start(file.run_id, file.config_yaml, file.run_path)
+                return
 
     async def stop(self, run_id: str) -> None:
         """Ends a run at once; the buffer keeps what is needed to resume it. Stopping an ended run changes nothing."""
@@ -105,7 +109,7 @@ class Runs:
             return
         run.task.cancel()
         await asyncio.wait([run.task])
-        await asyncio.to_thread(save_run_file, replace(run.file, status="stopped"))
+        await asyncio.to_thread(self._save, replace(run.file, status="stopped"))
         run.status.enter(pb.RUN_PHASE_STOPPED)
 
     async def end_watches(self) -> None:
@@ -133,6 +137,14 @@ class Runs:
             raise NotFoundError(f"This coordinator has no run {run_id}." if run_id else "This coordinator has no run.")
         return self._run
 
+    def _save(self, file: RunFile) -> None:
+        """Writes run.json atomically, and the same into the coordinator's own folder where that is another."""
+        data = f"{json.dumps(asdict(file), indent=2)}\n".encode()
+        write_atomically(Path(file.run_path) / RUN_FILE, data)
+        own = self._settings.run_path
+        if own is not None and Path(own) != Path(file.run_path):
+            write_atomically(Path(own) / LAST_RUN_FILE, data)
+
     def _launch(self, file: RunFile, inputs: RunInputs) -> None:
         status = RunStatus(inputs.run_id, inputs.config.iterations, self._registry)
         run_log = RunLog(inputs.run_path)
@@ -159,7 +171,7 @@ class Runs:
         """Runs to the end. Errors do not leave this task: they are shown in the status and in run.json."""
         try:
             await Run(context).execute()
-            await asyncio.to_thread(save_run_file, replace(file, status="finished"))
+            await asyncio.to_thread(self._save, replace(file, status="finished"))
             context.status.enter(pb.RUN_PHASE_FINISHED)
         except Exception as error:
             expected = isinstance(error, PerigeeError)
@@ -167,7 +179,7 @@ class Runs:
             log.error("run failed", run=file.run_id, error=message, exc_info=None if expected else error)
             with contextlib.suppress(OSError):
                 # A full disk must not hide why the run failed.
-                await asyncio.to_thread(save_run_file, replace(file, status="failed"))
+                await asyncio.to_thread(self._save, replace(file, status="failed"))
             context.status.fail(message)
         finally:
             context.log.close()
@@ -217,18 +229,11 @@ def read_inputs(run_id: str, config: RunConfig, run_path: Path) -> RunInputs:
     return RunInputs(run_id, run_path, config, tokenizer, prompts, heldout)
 
 
-def read_run_file(run_path: Path) -> RunFile | None:
-    """Reads run.json of a folder; None when it has none. Raises DataLossError when it cannot be read."""
-    path = run_path / RUN_FILE
+def read_run_file(path: Path) -> RunFile | None:
+    """Reads run.json; None when there is none. Raises DataLossError when it cannot be read."""
     if not path.exists():
         return None
     try:
         return RunFile(**json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise DataLossError(f"{path} cannot be read: {error}") from error
-
-
-def save_run_file(file: RunFile) -> None:
-    """Writes run.json atomically."""
-    text = json.dumps(asdict(file), indent=2) + "\n"
-    write_atomically(Path(file.run_path) / RUN_FILE, text.encode())

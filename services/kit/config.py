@@ -88,6 +88,8 @@ class ServiceConfig(Model):
 
 
 SERVER_ALIASES = {"PERIGEE_TOKEN": "server.token", "PERIGEE_ADVERTISE_HOST": "server.advertise_host"}
+# Folders in a recipe that `perigee` fills in.
+PLACEHOLDERS = ("{data}", "{run}", "{recipe}")
 
 ConfigT = TypeVar("ConfigT", bound=ServiceConfig)
 
@@ -107,10 +109,25 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str] | None = None) 
         merge(values, environment_values(config_class))
         for override in arguments.overrides:
             merge(values, parse_override(override))
-        return validate(config_class, values, arguments.config or "configuration", config_class.section)
+        source = arguments.config or "configuration"
+        refuse_placeholders(values, source, config_class.section)
+        return validate(config_class, values, source, config_class.section)
     except InvalidArgumentError as error:
         print(error.message, file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def refuse_placeholders(value: Any, source: str, field: str) -> None:
+    """Raises InvalidArgumentError for a value with a placeholder, which only the command line can fill in."""
+    if isinstance(value, dict):
+        for key, each in value.items():
+            refuse_placeholders(each, source, f"{field}.{key}")
+    elif isinstance(value, str) and any(name in value for name in PLACEHOLDERS):
+        raise InvalidArgumentError.for_field(
+            f"{source}: {field}",
+            f"{value} names a folder that a service does not know: run `perigee prepare RECIPE --out DIR` first and "
+            "start it with --config DIR/recipe.yaml",
+        )
 
 
 def environment_values(config_class: type[ServiceConfig]) -> dict[str, Any]:

@@ -267,6 +267,22 @@ async def test_stop_and_go_on(buffer_address: str, tmp_path: Path) -> None:
     assert committed == trained
 
 
+async def test_a_coordinator_that_is_back_goes_on_with_a_run_whose_folder_is_elsewhere(
+    buffer_address: str, tmp_path: Path
+) -> None:
+    run_id, own = f"run-{uuid.uuid4().hex}", str(tmp_path / "own")
+    run_path = str(tmp_path / "run")
+    async with fake_peers(buffer_address) as peers:
+        async with coordinator(peers, run_path=own) as client:
+            section = write_run_section(tmp_path)
+            await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=run_path))
+        async with coordinator(peers, run_path=own) as client:
+            assert (await client.get_status(pb.GetStatusRequest())).run.run_id == run_id
+            await client.stop_run(pb.StopRunRequest(run_id=run_id))
+        async with coordinator(peers, run_path=own) as client:
+            assert not (await client.get_status(pb.GetStatusRequest())).HasField("run")
+
+
 async def test_the_time_limit_ends_a_run_after_an_iteration(buffer_address: str, tmp_path: Path) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
     section = write_run_section(tmp_path, iterations=10_000, time_limit_s=1.5)

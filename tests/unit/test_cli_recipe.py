@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from perigee.cli.recipe import SERVICES, config_class, dump_yaml, find_recipe, load_recipe, map_strings
 from perigee.cli.run_folder import RunFolder
+from perigee.cli.train import prepare
 from perigee.errors import InvalidArgumentError
-from services.kit.config import ServiceConfig
+from services.kit.config import ServiceConfig, load_config
+from services.rollout.config import RolloutConfig
 
 RECIPE = """
 name: small
@@ -47,6 +49,28 @@ def test_expansion_names_the_folders_of_the_run(tmp_path: Path) -> None:
     assert values["run"]["prompts"] == "/runs/small-1/data/prompts.jsonl"
     assert values["prepare"] == str(tmp_path / "prepare.py")
     assert "{" not in dump_yaml(values["run"])
+
+
+async def test_a_prepared_recipe_needs_neither_script_nor_placeholders(tmp_path: Path) -> None:
+    (tmp_path / "prepare.py").write_text("import sys; open(sys.argv[2] + '/prompts.jsonl', 'w').close()")
+    out = tmp_path / "out"
+    await prepare(load_recipe(write_recipe(tmp_path)), RunFolder(out))
+    assert (out / "data/prompts.jsonl").is_file()
+    values = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert "prepare" not in values
+    assert values["run"]["prompts"] == str(out / "data/prompts.jsonl")
+    config = load_config(RolloutConfig, ["--config", str(out / "recipe.yaml")])
+    assert config.model == str(out / "data/model")
+
+
+def test_a_service_refuses_a_recipe_that_is_not_prepared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        load_config(RolloutConfig, ["--config", str(write_recipe(tmp_path))])
+    message = capsys.readouterr().err
+    assert "rollout.model: {data}/model names a folder that a service does not know" in message
+    assert "perigee prepare RECIPE --out DIR" in message
+    given = load_config(RolloutConfig, ["--config", str(tmp_path / "recipe.yaml"), "--set", "model=/models/a"])
+    assert given.model == "/models/a"
 
 
 def test_services_get_the_folder_of_the_run_unless_the_recipe_says_otherwise(tmp_path: Path) -> None:
