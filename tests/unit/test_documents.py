@@ -10,7 +10,10 @@ import pytest
 from tools.print_configuration import render
 
 ROOT = Path(__file__).parents[2]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/**/*.md"), *ROOT.glob("bench/**/*.md")]
+FOLDERS = ("docs", "examples", "bench", "deploy")
+PAGES = [*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in ROOT.glob(f"{folder}/**/*.md"))]
+# What npm installed for an example is others'.
+PAGES = [page for page in PAGES if "node_modules" not in page.parts]
 
 
 def test_the_page_on_configuration_is_current() -> None:
