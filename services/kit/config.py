@@ -6,16 +6,56 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from perigee.config import Model, merge, nest, parse_override, read_yaml, validate
 from perigee.errors import InvalidArgumentError
 from perigee.rpc import MAX_MESSAGE_BYTES
 
-__all__ = ["HttpConfig", "Model", "ServerConfig", "ServiceConfig", "TelemetryConfig", "load_config"]
+__all__ = [
+    "Audience",
+    "CallerConfig",
+    "HttpConfig",
+    "Model",
+    "QuotaConfig",
+    "ServerConfig",
+    "ServiceConfig",
+    "TelemetryConfig",
+    "load_config",
+]
+
+
+Audience = Literal["control", "reward", "sandbox"]
+
+
+class QuotaConfig(Model):
+    """Bounds on the calls of one caller to one process, over gRPC and HTTP together; none where unset."""
+
+    max_in_flight: int | None = Field(None, ge=1)
+    """Calls at once; more are refused with RESOURCE_EXHAUSTED."""
+    per_second: float | None = Field(None, gt=0)
+    """Calls begun per second, on average over one second; more are refused with RESOURCE_EXHAUSTED."""
+
+
+class CallerConfig(Model):
+    """Another team or pipeline that may call."""
+
+    tokens: list[SecretStr] = Field(min_length=1)
+    """Its bearer tokens, all of them valid: the old one and the new one while they are rotated."""
+    audiences: list[Audience] = Field(min_length=1)
+    """What it may call: reward, sandbox, or control, which is every other service."""
+    quota: QuotaConfig | None = None
+    """Its own quota; `server.quota` when unset."""
+
+    @field_validator("tokens")
+    @classmethod
+    def _check_tokens(cls, tokens: list[SecretStr]) -> list[SecretStr]:
+        if not all(token.get_secret_value() for token in tokens):
+            raise ValueError("a token is empty")
+        return tokens
 
 
 class ServerConfig(Model):
@@ -26,16 +66,31 @@ class ServerConfig(Model):
     port: int = Field(0, ge=0, le=65535)
     """Port to bind; 0 takes a free one."""
     token: SecretStr | None = None
-    """Bearer token that callers must send, and that this service sends to the others; PERIGEE_TOKEN serves too."""
+    """Bearer token of the stack, valid everywhere, that this service sends to the others; PERIGEE_TOKEN serves too."""
     advertise_host: str | None = None
     """Name or address under which other machines reach this process; PERIGEE_ADVERTISE_HOST serves too. When unset, the
     bound address; for 0.0.0.0 the address of the host name, else that of the interface of the default route."""
+    token_file: str | None = None
+    """File with `token`, read anew when it changes; of several, one a line, all are valid and the first is sent.
+    PERIGEE_TOKEN_FILE serves too."""
+    callers: dict[str, CallerConfig] = {}
+    """Further callers by name, with tokens of their own."""
+    callers_file: str | None = None
+    """YAML file with more of `callers`, read anew when it changes; PERIGEE_CALLERS_FILE serves too."""
+    quota: QuotaConfig = QuotaConfig()
+    """Quota of each of `callers` without one of its own; the stack's token has none."""
+    audit: Literal["none", "callers", "all"] = "callers"
+    """Calls with a line in the log: none, those without the stack's token, or all."""
     tls_cert_file: str | None = None
-    """PEM certificate chain; with `tls_key_file` the server speaks TLS."""
+    """PEM certificate chain; with `tls_key_file` the server speaks TLS. Files are read anew when they change."""
     tls_key_file: str | None = None
     """PEM private key."""
     tls_ca_file: str | None = None
-    """PEM roots: callers must show a certificate signed by them, and peers are checked against them."""
+    """PEM roots: peers are reached by TLS and checked against them, and callers must show a certificate of theirs."""
+    tls_verify_clients: bool = True
+    """Whether `tls_ca_file` has callers show a certificate, too; without, a token is enough."""
+    tls_server_name: str | None = None
+    """Name in the peers' certificates, where they are not for the peers' addresses."""
     max_concurrent_rpcs: int = Field(256, ge=1)
     """Calls served at once; more are refused with RESOURCE_EXHAUSTED."""
     drain_seconds: float = Field(10.0, ge=0)
@@ -49,6 +104,23 @@ class ServerConfig(Model):
     max_connection_grace_seconds: float | None = Field(None, gt=0)
     """Time that calls in flight have on a connection of that age; when unset they end by themselves, at the latest at
     their own deadlines, so that no stream breaks off."""
+
+    @model_validator(mode="after")
+    def _check_credentials(self) -> Self:
+        if self.token is not None and self.token_file is not None:
+            raise ValueError("token and token_file are both given: leave out one of them")
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            raise ValueError("tls_cert_file and tls_key_file are given together or not at all")
+        if self.tls_ca_file is not None and self.tls_cert_file is None and self.tls_verify_clients:
+            raise ValueError("tls_ca_file needs tls_cert_file and tls_key_file, unless tls_verify_clients is false")
+        if self.tls_server_name is not None and self.tls_ca_file is None:
+            raise ValueError("tls_server_name needs tls_ca_file, since peers are reached in clear without it")
+        return self
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether calls need a token."""
+        return any(each is not None for each in (self.token, self.token_file, self.callers_file)) or bool(self.callers)
 
 
 class HttpConfig(Model):
@@ -73,6 +145,8 @@ class ServiceConfig(Model):
     """Base of every service's configuration; `section` is its name in a recipe."""
 
     section: ClassVar[str]
+    audience: ClassVar[Audience] = "control"
+    """What a caller's token must be for."""
     environment_aliases: ClassVar[dict[str, str]] = {}
     """Further environment variables and the fields that they set."""
 
@@ -87,7 +161,12 @@ class ServiceConfig(Model):
         return MAX_MESSAGE_BYTES
 
 
-SERVER_ALIASES = {"PERIGEE_TOKEN": "server.token", "PERIGEE_ADVERTISE_HOST": "server.advertise_host"}
+SERVER_ALIASES = {
+    "PERIGEE_TOKEN": "server.token",
+    "PERIGEE_TOKEN_FILE": "server.token_file",
+    "PERIGEE_CALLERS_FILE": "server.callers_file",
+    "PERIGEE_ADVERTISE_HOST": "server.advertise_host",
+}
 # Folders in a recipe that `perigee` fills in.
 PLACEHOLDERS = ("{data}", "{run}", "{recipe}")
 

@@ -1,13 +1,12 @@
-"""Interceptor that every gRPC call passes: token, limit on calls at once, metrics, errors as statuses."""
+"""Interceptor that every gRPC call passes: access, limit on calls at once, metrics, log, errors as statuses."""
 
 from __future__ import annotations
 
-import hmac
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -19,10 +18,10 @@ from perigee.errors import (
     InvalidArgumentError,
     PerigeeError,
     ResourceExhaustedError,
-    UnauthenticatedError,
     UnimplementedError,
     to_status,
 )
+from services.kit.access import REQUEST_ID_HEADER, Access, Call
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -33,14 +32,7 @@ OPEN_PREFIX = "/grpc.health.v1.Health/"
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
     Handler = grpc.RpcMethodHandler[Any, Any]
-
-
-def check_token(token: str | None, header: str | bytes | None) -> None:
-    """Raises UnauthenticatedError unless the authorization header carries the service's token, where it has one."""
-    if token is None:
-        return
-    if not isinstance(header, str) or not hmac.compare_digest(header.encode(), f"Bearer {token}".encode()):
-        raise UnauthenticatedError("The call carries no valid bearer token: set PERIGEE_TOKEN to the service's.")
+    CallMetadata = Mapping[str, str | bytes]
 
 
 def as_perigee_error(error: Exception, call: str) -> PerigeeError:
@@ -57,8 +49,8 @@ def as_perigee_error(error: Exception, call: str) -> PerigeeError:
 class CallInterceptor(grpc.aio.ServerInterceptor):
     """Wraps every handler: a PerigeeError becomes its status with details, anything else INTERNAL with a log entry."""
 
-    def __init__(self, token: str | None, limit: int, seconds: Histogram) -> None:
-        self._token = token
+    def __init__(self, access: Access, limit: int, seconds: Histogram) -> None:
+        self._access = access
         self._limit = limit
         self._seconds = seconds
         self._calls = 0
@@ -74,78 +66,80 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None or method.startswith(OPEN_PREFIX):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
-        header = metadata.get("authorization")
         if handler.unary_unary:
             return grpc.unary_unary_rpc_method_handler(
-                self._wrap_unary(method, handler.unary_unary, header),  # type: ignore[arg-type]
+                self._wrap_unary(method, handler.unary_unary, metadata),  # type: ignore[arg-type]
                 request_deserializer=_read_request(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
-        if handler.unary_stream:
-            return grpc.unary_stream_rpc_method_handler(
-                self._wrap_stream(method, handler.unary_stream, header),  # type: ignore[arg-type]
-                request_deserializer=_read_request(handler.request_deserializer),
-                response_serializer=handler.response_serializer,
-            )
-        # Only reflection takes a stream of requests; it has no domain errors to translate.
-        try:
-            check_token(self._token, header)
-        except UnauthenticatedError as error:
-            return _refuse_stream(error.message)
-        return handler
+        # Only reflection takes a stream of requests.
+        behaviour = handler.unary_stream or handler.stream_stream
+        make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
+        return make(
+            self._wrap_stream(method, behaviour, metadata),  # type: ignore[arg-type]
+            request_deserializer=_read_request(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
 
     def _wrap_unary(
-        self, method: str, behaviour: Callable[[Any, Context], Awaitable[Any]], header: str | bytes | None
+        self, method: str, behaviour: Callable[[Any, Context], Awaitable[Any]], metadata: CallMetadata
     ) -> Callable[[Any, Context], Awaitable[Any]]:
-        """Returns the handler of a unary method with token, limit, metrics and statuses."""
+        """Returns the handler of a unary method with access, limit, metrics, log and statuses."""
 
         async def call(request: Any, context: Context) -> Any:
-            async with self._serving(method, header, context):
+            async with self._serving(method, metadata, context):
                 return await behaviour(_require_message(request), context)
 
         return call
 
     def _wrap_stream(
-        self, method: str, behaviour: Callable[[Any, Context], AsyncIterator[Any]], header: str | bytes | None
+        self, method: str, behaviour: Callable[[Any, Context], AsyncIterator[Any]], metadata: CallMetadata
     ) -> Callable[[Any, Context], AsyncIterator[Any]]:
-        """Returns the handler of a streaming method with token, limit, metrics and statuses."""
+        """Returns the handler of a streaming method with access, limit, metrics, log and statuses."""
 
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._serving(method, header, context):
+            async with self._serving(method, metadata, context):
                 async for response in behaviour(_require_message(request), context):
                     yield response
 
         return call
 
     @asynccontextmanager
-    async def _serving(self, method: str, header: str | bytes | None, context: Context) -> AsyncIterator[None]:
+    async def _serving(self, method: str, metadata: CallMetadata, context: Context) -> AsyncIterator[None]:
         """Admits one call, counts it for as long as the block lasts, and ends it with the status of what it raises."""
-        start = time.perf_counter()
+        call = self._access.begin(method, context.peer(), metadata.get(REQUEST_ID_HEADER))
         try:
-            check_token(self._token, header)
-            if self._calls >= self._limit:
-                message = f"{self._limit} calls are in flight, the server's limit."
-                raise ResourceExhaustedError(message, retry_after_s=1.0)
-            self._calls += 1
-            try:
+            with self._access.admit(call, metadata.get("authorization")), self._count():
                 yield
-            finally:
-                self._calls -= 1
-            self._observe(method, "OK", start)
+            self._end(call, "OK")
+        except asyncio.CancelledError:
+            self._end(call, "CANCELLED")
+            raise
         except Exception as error:
-            await self._abort(method, error, context, start)
+            await self._abort(call, error, context)
 
-    async def _abort(self, method: str, error: Exception, context: Context, start: float) -> None:
+    @contextmanager
+    def _count(self) -> Iterator[None]:
+        if self._calls >= self._limit:
+            raise ResourceExhaustedError(f"{self._limit} calls are in flight, the server's limit.", retry_after_s=1.0)
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+    async def _abort(self, call: Call, error: Exception, context: Context) -> NoReturn:
         """Ends the call with the status of an error."""
         if isinstance(error, grpc.aio.AbortError):
             raise error
-        shown = as_perigee_error(error, method.removeprefix("/"))
-        self._observe(method, shown.code.name, start)
+        shown = as_perigee_error(error, call.method.removeprefix("/"))
+        self._end(call, shown.code.name)
         details = to_status(shown).SerializeToString()
         await context.abort(shown.code, shown.message, ((STATUS_DETAILS_KEY, details),))
 
-    def _observe(self, method: str, code: str, start: float) -> None:
-        self._seconds.labels(method.rsplit("/", 1)[-1], code).observe(time.perf_counter() - start)
+    def _end(self, call: Call, code: str) -> None:
+        self._seconds.labels(call.method.rsplit("/", 1)[-1], code).observe(call.seconds)
+        self._access.record(call, code)
 
 
 @dataclass(frozen=True)
@@ -172,13 +166,3 @@ def _require_message(request: Any) -> Any:
     if isinstance(request, _Unreadable):
         raise InvalidArgumentError.for_field("request", f"is not of the method's message: {request.reason}")
     return request
-
-
-def _refuse_stream(message: str) -> Handler:
-    """Returns a handler that refuses the call."""
-
-    async def refuse(_requests: AsyncIterator[Any], context: Context) -> AsyncIterator[Any]:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, message)
-        yield
-
-    return grpc.stream_stream_rpc_method_handler(refuse)

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import grpc
@@ -20,11 +19,13 @@ from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_serv
 
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.rpc import KEEPALIVE_MS, ChannelOptions, ServiceClient
+from services.kit.access import Access
 from services.kit.addresses import is_loopback
 from services.kit.config import ServerConfig, ServiceConfig
 from services.kit.health import serving_probes
 from services.kit.interceptors import CallInterceptor
 from services.kit.telemetry import get_logger, request_histogram, start_logging, start_tracing, stop_tracing
+from services.kit.tls import server_credentials
 
 log = get_logger(__name__)
 
@@ -42,8 +43,11 @@ class App(Generic[ConfigT]):
     where it does not.
     """
 
-    def __init__(self, config: ConfigT, server: grpc.aio.Server, address: str, stack: AsyncExitStack) -> None:
+    def __init__(
+        self, config: ConfigT, access: Access, server: grpc.aio.Server, address: str, stack: AsyncExitStack
+    ) -> None:
         self.config = config
+        self.access = access
         self.server = server
         self.address = address
         self.http_address: str | None = None
@@ -134,9 +138,11 @@ def channel_options(config: ServiceConfig) -> ChannelOptions:
     server = config.server
     return ChannelOptions(
         token=server.token.get_secret_value() if server.token else None,
+        token_file=server.token_file,
         ca_file=server.tls_ca_file,
         cert_file=server.tls_cert_file if server.tls_ca_file else None,
         key_file=server.tls_key_file if server.tls_ca_file else None,
+        server_name=server.tls_server_name,
         interceptors=[*aio_client_interceptors()] if config.telemetry.otlp_endpoint else (),  # type: ignore[no-untyped-call]
     )
 
@@ -171,8 +177,9 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
 async def serving(config: ConfigT, lifespan: Lifespan[ConfigT]) -> AsyncIterator[App[ConfigT]]:
     """A running server for as long as the block lasts; `address` of the App is where it listens."""
     async with AsyncExitStack() as stack:
-        server = _build_server(config)
-        app = App(config, server, _bind(server, config.server), stack)
+        access = Access(config)
+        server = _build_server(config, access)
+        app = App(config, access, server, _bind(server, config.server), stack)
         if config.server.metrics_port is not None:
             probes = serving_probes(config.server.host, config.server.metrics_port, app.find_obstacle)
             app.metrics_address = await stack.enter_async_context(probes)
@@ -195,11 +202,10 @@ async def _run_until_signal(config: ConfigT, lifespan: Lifespan[ConfigT]) -> Non
         log.info("draining", seconds=config.server.drain_seconds)
 
 
-def _build_server(config: ServiceConfig) -> grpc.aio.Server:
+def _build_server(config: ServiceConfig, access: Access) -> grpc.aio.Server:
     """Returns a gRPC server with the interceptors of every service."""
-    token = config.server.token.get_secret_value() if config.server.token else None
     interceptors: list[grpc.aio.ServerInterceptor] = [
-        CallInterceptor(token, config.server.max_concurrent_rpcs, request_histogram(config.section))
+        CallInterceptor(access, config.server.max_concurrent_rpcs, request_histogram(config.section))
     ]
     if config.telemetry.otlp_endpoint is not None:
         interceptors.insert(0, aio_server_interceptor())  # type: ignore[no-untyped-call]
@@ -228,26 +234,15 @@ def _bind(server: grpc.aio.Server, config: ServerConfig) -> str:
     """Returns host:port.
 
     Raises UnavailableError when the address cannot be bound, InvalidArgumentError where others than this machine could
-    reach the server without a token.
+    reach the server without a token, or a file is no certificate.
     """
-    if not is_loopback(config.host) and config.token is None:
+    if not is_loopback(config.host) and not config.has_tokens:
         message = f"is required to listen on {config.host}: set PERIGEE_TOKEN"
         raise InvalidArgumentError.for_field("server.token", message)
     target = f"{config.host}:{config.port}"
+    credentials = server_credentials(config)
     try:
-        if config.tls_cert_file and config.tls_key_file:
-            port = server.add_secure_port(target, _credentials(config))
-        else:
-            port = server.add_insecure_port(target)
+        port = server.add_secure_port(target, credentials) if credentials else server.add_insecure_port(target)
     except RuntimeError as error:
         raise UnavailableError(f"server.port: {target} cannot be bound; choose another port") from error
     return f"{config.host}:{port}"
-
-
-def _credentials(config: ServerConfig) -> grpc.ServerCredentials:
-    """Returns the server's TLS credentials; with roots, callers must show a certificate."""
-    assert config.tls_cert_file is not None
-    assert config.tls_key_file is not None
-    pair = (Path(config.tls_key_file).read_bytes(), Path(config.tls_cert_file).read_bytes())
-    roots = Path(config.tls_ca_file).read_bytes() if config.tls_ca_file else None
-    return grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)

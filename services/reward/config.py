@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, SecretStr, model_validator
 
-from services.kit.config import HttpConfig, Model, ServiceConfig
+from services.kit.config import Audience, HttpConfig, Model, ServiceConfig
 
 MAX_VOTES = 32
 
@@ -127,6 +127,7 @@ class RewardConfig(ServiceConfig):
     """The reward service's section of a recipe."""
 
     section: ClassVar[str] = "reward"
+    audience: ClassVar[Audience] = "reward"
 
     http: HttpConfig = HttpConfig()
     """How the service answers HTTP."""

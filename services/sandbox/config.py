@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from services.kit.config import HttpConfig, Model, ServerConfig, ServiceConfig
+from services.kit.config import Audience, HttpConfig, Model, ServerConfig, ServiceConfig
 
 MIB = 1024 * 1024
 
@@ -42,6 +42,7 @@ class SandboxConfig(ServiceConfig):
     """Section of the sandbox in a recipe."""
 
     section: ClassVar[str] = "sandbox"
+    audience: ClassVar[Audience] = "sandbox"
     renamed_keys: ClassVar[Mapping[str, str]] = {"overtaking_seconds": "priority_window_seconds"}
 
     server: SandboxServerConfig = SandboxServerConfig()

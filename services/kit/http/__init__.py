@@ -11,7 +11,6 @@ import asyncio
 import ipaddress
 import json
 import socket
-import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -33,6 +32,7 @@ from services.kit.http.middleware import CallMiddleware, Calls
 from services.kit.http.routes import CallContext, HttpRoute, call_context, make_endpoint
 from services.kit.server import App
 from services.kit.telemetry import get_logger, http_request_histogram
+from services.kit.tls import server_context
 
 __all__ = [
     "CallContext",
@@ -80,14 +80,13 @@ async def http_serving(
         return
     server_config = app.config.server
     calls = Calls(server_config.max_concurrent_rpcs)
-    token = server_config.token.get_secret_value() if server_config.token else None
     gateway = build_gateway(app.name, routes, servicer, compat, app.readiness)
-    document = _read_openapi(openapi_file, token is not None)
+    document = _read_openapi(openapi_file, app.access.needs_token)
     gateway.openapi = lambda: document  # type: ignore[method-assign]
     gateway.add_middleware(
         CallMiddleware,
         calls=calls,
-        token=token,
+        access=app.access,
         max_body_bytes=http.max_body_bytes or 2 * app.config.message_bytes,
         seconds=http_request_histogram(app.name),
         open_paths=OPEN_PATHS,
@@ -184,7 +183,7 @@ class HttpServer:
     def __init__(self, app: ASGIApp, calls: Calls, config: ServerConfig, port: int) -> None:
         self._calls = calls
         self._drain_seconds = config.drain_seconds
-        has_tls = config.tls_cert_file is not None and config.tls_key_file is not None
+        context = server_context(config)
         uvicorn_config = uvicorn.Config(
             app,
             lifespan="off",
@@ -194,10 +193,7 @@ class HttpServer:
             server_header=False,
             proxy_headers=False,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            ssl_certfile=config.tls_cert_file if has_tls else None,
-            ssl_keyfile=config.tls_key_file if has_tls else None,
-            ssl_ca_certs=config.tls_ca_file if has_tls else None,
-            ssl_cert_reqs=ssl.CERT_REQUIRED if has_tls and config.tls_ca_file else ssl.CERT_NONE,
+            ssl_context_factory=(lambda *_: context) if context is not None else None,
         )
         uvicorn_config.load()
         self._server = _Uvicorn(uvicorn_config)

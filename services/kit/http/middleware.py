@@ -1,9 +1,8 @@
-"""Middleware that every HTTP request passes: token, limits, deadline, disconnect, metrics, errors as responses."""
+"""Middleware that every HTTP request passes: access, limits, deadline, disconnect, metrics, log, error responses."""
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Collection, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from perigee.errors import (
     ResourceExhaustedError,
     UnavailableError,
 )
+from services.kit.access import REQUEST_ID_HEADER, Access
 from services.kit.http.errors import MethodNotAllowedError, WriteError, dump_error, error_headers, write_error
-from services.kit.interceptors import as_perigee_error, check_token
+from services.kit.interceptors import as_perigee_error
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -91,7 +91,7 @@ class CallMiddleware:
 
     app: ASGIApp
     calls: Calls
-    token: str | None
+    access: Access
     max_body_bytes: int
     seconds: Histogram
     open_paths: Collection[str]
@@ -104,10 +104,13 @@ class CallMiddleware:
             return
         label = f"{scope['method']} {route.path}" if route else "unmatched"
         reply = Reply(send)
-        start = time.perf_counter()
+        headers = Headers(scope=scope)
+        peer = ":".join(str(part) for part in scope["client"] or ())
+        call = self.access.begin(label, peer, headers.get(REQUEST_ID_HEADER))
         code = "CANCELLED"
         try:
-            await self._serve(route, allowed, scope, receive, reply)
+            with self.access.admit(call, headers.get("authorization")):
+                await self._serve(route, allowed, scope, receive, reply)
             code = "OK"
         except Exception as error:
             shown = as_perigee_error(error, label)
@@ -115,14 +118,14 @@ class CallMiddleware:
             write = self.write_errors.get(route.path, write_error) if route else write_error
             await reply.fail(shown, write)
         finally:
-            self.seconds.labels(label, code).observe(time.perf_counter() - start)
+            self.seconds.labels(label, code).observe(call.seconds)
+            self.access.record(call, code)
 
     async def _serve(
         self, route: Route | None, allowed: set[str], scope: Scope, receive: Receive, reply: Reply
     ) -> None:
         """Checks the request, reads its body and runs the handler."""
         headers = Headers(scope=scope)
-        check_token(self.token, headers.get("authorization"))
         if route is None and allowed:
             raise MethodNotAllowedError(f"{scope['path']} takes {', '.join(sorted(allowed))}.", allowed)
         if route is None:

@@ -1,0 +1,177 @@
+"""Who may call a service, and how much: tokens and their audiences, quotas, and the log of calls.
+
+One `Access` serves gRPC and HTTP, so that a caller has one quota for both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pydantic import SecretStr
+
+from perigee.config import Model, read_yaml, validate
+from perigee.errors import InvalidArgumentError, PermissionDeniedError, ResourceExhaustedError, UnauthenticatedError
+from perigee.reload import Reloaded, read_tokens
+from services.kit.config import CallerConfig, QuotaConfig, ServerConfig, ServiceConfig
+from services.kit.telemetry import get_logger
+
+log = get_logger(__name__)
+
+REQUEST_ID_HEADER = "x-request-id"
+AUDIENCES = ("control", "reward", "sandbox")
+# Holders of the stack's own token, and anyone where there are no tokens.
+STACK, ANYONE = "stack", "anyone"
+_REQUEST_ID_LENGTH = 128
+_NO_QUOTA = QuotaConfig()
+_RETRY_AFTER_S = 1.0
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Holder of a valid token."""
+
+    name: str
+    audiences: frozenset[str]
+    quota: QuotaConfig
+
+
+@dataclass
+class Call:
+    """What the log says of a call; `caller` is empty until the token is known."""
+
+    method: str
+    peer: str
+    request_id: str
+    caller: str = ""
+    begun_at: float = field(default_factory=time.perf_counter)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it began."""
+        return time.perf_counter() - self.begun_at
+
+
+class Usage:
+    """Calls of one caller in flight, and those of the last second."""
+
+    def __init__(self) -> None:
+        self._in_flight = 0
+        # When the calls begun so far would all have begun, had they come at the quota's rate.
+        self._paid_until = 0.0
+
+    @contextmanager
+    def enter(self, caller: Caller) -> Iterator[None]:
+        """Counts one call; raises ResourceExhaustedError, with when to try again, above the caller's quota."""
+        quota = caller.quota
+        if quota.max_in_flight is not None and self._in_flight >= quota.max_in_flight:
+            message = f"{caller.name} has {self._in_flight} calls in flight, its quota."
+            raise ResourceExhaustedError(message, retry_after_s=_RETRY_AFTER_S)
+        if quota.per_second is not None:
+            self._pay(caller.name, quota.per_second)
+        self._in_flight += 1
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+
+    def _pay(self, name: str, per_second: float) -> None:
+        """Pays for one call; a second's worth, or one call where that is less, may come at once."""
+        now, interval = time.monotonic(), 1 / per_second
+        paid_until = max(now, self._paid_until) + interval
+        if (early_s := paid_until - now - max(1.0, interval)) > 0:
+            message = f"{name} calls more often than {per_second:g} times a second, its quota."
+            raise ResourceExhaustedError(message, retry_after_s=early_s)
+        self._paid_until = paid_until
+
+
+class Access:
+    """Tokens, quotas and log of a service."""
+
+    def __init__(self, config: ServiceConfig) -> None:
+        server = config.server
+        self.needs_token = server.has_tokens
+        self._service = config.section
+        self._audience = config.audience
+        self._audit = server.audit
+        self._callers = Reloaded((server.token_file, server.callers_file), lambda: read_callers(server))
+        self._usage: defaultdict[str, Usage] = defaultdict(Usage)
+
+    def begin(self, method: str, peer: str, request_id: str | bytes | None) -> Call:
+        """Returns the record of a call; it keeps the caller's `x-request-id`, else it gets one."""
+        given = request_id if isinstance(request_id, str) and request_id else uuid.uuid4().hex
+        return Call(method, peer, given[:_REQUEST_ID_LENGTH])
+
+    @contextmanager
+    def admit(self, call: Call, header: str | bytes | None) -> Iterator[None]:
+        """Admits a call with this authorization header for as long as the block lasts.
+
+        Raises UnauthenticatedError, PermissionDeniedError for another audience, and ResourceExhaustedError.
+        """
+        caller = self.identify(header)
+        call.caller = caller.name
+        if self._audience not in caller.audiences:
+            granted = " and ".join(sorted(caller.audiences))
+            message = f"The token of {caller.name} is for {granted}; {self._service} asks for one for {self._audience}."
+            raise PermissionDeniedError(message)
+        with self._usage[caller.name].enter(caller):
+            yield
+
+    def identify(self, header: str | bytes | None) -> Caller:
+        """Returns who holds the header's token; raises UnauthenticatedError."""
+        if not self.needs_token:
+            return Caller(ANYONE, frozenset(AUDIENCES), _NO_QUOTA)
+        scheme, _, token = header.partition(" ") if isinstance(header, str) else ("", "", "")
+        caller = self._callers.value.get(_digest(token)) if scheme.lower() == "bearer" else None
+        if caller is None:
+            raise UnauthenticatedError("The call carries no valid bearer token: set PERIGEE_TOKEN to one.")
+        return caller
+
+    def record(self, call: Call, code: str) -> None:
+        """Logs the end of a call, where the configuration asks for it."""
+        if self._audit == "all" or (self._audit == "callers" and call.caller not in (STACK, ANYONE)):
+            log.info(
+                "call",
+                caller=call.caller or None,
+                method=call.method,
+                code=code,
+                seconds=round(call.seconds, 6),
+                request_id=call.request_id,
+                peer=call.peer,
+            )
+
+
+class _CallersFile(Model):
+    callers: dict[str, CallerConfig]
+
+
+def read_callers(server: ServerConfig) -> Mapping[bytes, Caller]:
+    """Returns the callers by their tokens' digests, which are looked up in a time that says nothing of the tokens.
+
+    Raises InvalidArgumentError naming the file and the field, or the callers that have the same token.
+    """
+    tokens = [server.token.get_secret_value()] if server.token else []
+    tokens += read_tokens(server.token_file) if server.token_file else []
+    found = {_digest(token): Caller(STACK, frozenset(AUDIENCES), _NO_QUOTA) for token in tokens}
+    configs = dict(server.callers)
+    if server.callers_file is not None:
+        configs |= validate(_CallersFile, {"callers": read_yaml(server.callers_file)}, server.callers_file, "").callers
+    for name, config in configs.items():
+        caller = Caller(name, frozenset(config.audiences), config.quota or server.quota)
+        for token in config.tokens:
+            if (other := found.setdefault(_secret_digest(token), caller)).name != name:
+                raise InvalidArgumentError.for_field("callers", f"{name} and {other.name} have the same token")
+    return found
+
+
+def _secret_digest(token: SecretStr) -> bytes:
+    return _digest(token.get_secret_value())
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
