@@ -36,7 +36,7 @@ _TLS_SIGNS = ("handshake", "verification", "Socket closed", "reset", "EOF", "rec
 
 RequestT = TypeVar("RequestT", bound=Message)
 ResponseT = TypeVar("ResponseT", bound=Message)
-Metadata = Sequence[tuple[str, str | bytes]]
+Metadata = tuple[tuple[str, str | bytes], ...]
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,16 @@ class ChannelOptions:
         key, cert = (None, None) if self.cert_file is None else read_pair(self.cert_file, self.key_file or "")
         return grpc.ssl_channel_credentials(read_roots(self.ca_file), key, cert)
 
+    def find_fault(self, target: str) -> str | None:
+        """Returns what TLS has against a connection to `target`, by a handshake; None when it has nothing."""
+        return find_tls_fault(
+            target.rpartition("/")[2],  # dns:///host:port
+            ca_file=self.ca_file,
+            cert_file=self.cert_file,
+            key_file=self.key_file,
+            server_name=self.server_name,
+        )
+
 
 class UnaryCall(Protocol[RequestT, ResponseT]):
     """A unary method of a generated stub."""
@@ -130,6 +140,21 @@ def open_channel(
             ),
         ),
     )
+
+
+def open_blocking_channel(target: str, options: ChannelOptions, client: type[ServiceClient]) -> grpc.Channel:
+    """A channel like that of `client` for code that is not asynchronous, with the certificates as they are now."""
+    arguments = channel_arguments(client.service_name, client.idempotent, client.message_bytes)
+    if options.ca_file is None:
+        return grpc.insecure_channel(target, options=arguments)
+    if options.server_name is not None:
+        arguments.append(("grpc.ssl_target_name_override", options.server_name))
+    return grpc.secure_channel(target, options.read_credentials(), options=arguments)
+
+
+def may_be_tls(error: PerigeeError) -> bool:
+    """Whether TLS may be why a call failed."""
+    return isinstance(error, UnavailableError) and any(sign in error.message for sign in _TLS_SIGNS)
 
 
 class _ReloadedChannel:
@@ -248,19 +273,8 @@ class ServiceClient:
     async def _describe(self, error: grpc.aio.AioRpcError) -> PerigeeError:
         """Returns the error of a call, with the reason where TLS is what failed."""
         shown = from_rpc_error(error, self._label)
-        if isinstance(shown, UnavailableError) and any(sign in shown.message for sign in _TLS_SIGNS):
-            options = self._options
-            address = self.target.rpartition("/")[2]  # dns:///host:port
-            fault = await asyncio.to_thread(
-                find_tls_fault,
-                address,
-                ca_file=options.ca_file,
-                cert_file=options.cert_file,
-                key_file=options.key_file,
-                server_name=options.server_name,
-            )
-            if fault is not None:
-                return UnavailableError(f"{self._label} cannot be reached: {fault}")
+        if may_be_tls(shown) and (fault := await asyncio.to_thread(self._options.find_fault, self.target)):
+            return UnavailableError(f"{self._label} cannot be reached: {fault}")
         return shown
 
 

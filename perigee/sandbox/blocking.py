@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Self, cast
 
 import grpc
 
-from perigee.errors import from_rpc_error
-from perigee.rpc import ChannelOptions, channel_arguments
+from perigee.errors import UnavailableError, from_rpc_error
+from perigee.reload import Reloaded
+from perigee.rpc import ChannelOptions, may_be_tls, open_blocking_channel
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
@@ -23,10 +23,11 @@ class BlockingSandbox:
     """
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
-        self._channel = _open_channel(target, options)
+        self._channel = open_blocking_channel(target, options, SandboxClient)
         self._stub = SandboxServiceStub(self._channel)
-        self._label = f"SandboxService at {target}"
-        self._metadata = (("authorization", f"Bearer {options.token}"),) if options.token else None
+        self._target = target
+        self._options = options
+        self._metadata = Reloaded((options.token_file,), options.read_metadata)
 
     def __enter__(self) -> Self:
         return self
@@ -48,18 +49,18 @@ class BlockingSandbox:
     def execute(self, request: pb.ExecuteRequest, *, timeout_s: float = 60.0) -> pb.ExecuteResponse:
         """Compiles a program if its language needs it, and runs it once."""
         with self._raising():
-            return self._stub.Execute(request, timeout=timeout_s, metadata=self._metadata)
+            return self._stub.Execute(request, timeout=timeout_s, metadata=self._metadata.value)
 
     def judge(self, request: pb.JudgeRequest, *, timeout_s: float = 60.0) -> pb.JudgeResponse:
         """Runs a submission against its tests."""
         with self._raising():
-            return self._stub.Judge(request, timeout=timeout_s, metadata=self._metadata)
+            return self._stub.Judge(request, timeout=timeout_s, metadata=self._metadata.value)
 
     def judge_batch(
         self, request: pb.JudgeBatchRequest, *, timeout_s: float = 3600.0
     ) -> Iterator[pb.JudgeBatchResponse]:
         """Judges many submissions; each response comes as soon as its submission is judged."""
-        call = self._stub.JudgeBatch(request, timeout=timeout_s, metadata=self._metadata)
+        call = self._stub.JudgeBatch(request, timeout=timeout_s, metadata=self._metadata.value)
         try:
             with self._raising():
                 yield from call
@@ -69,7 +70,7 @@ class BlockingSandbox:
     def list_runtimes(self, *, timeout_s: float = 60.0) -> pb.ListRuntimesResponse:
         """Lists the languages with their versions and limits, and what is missing."""
         with self._raising():
-            return self._stub.ListRuntimes(pb.ListRuntimesRequest(), timeout=timeout_s, metadata=self._metadata)
+            return self._stub.ListRuntimes(pb.ListRuntimesRequest(), timeout=timeout_s, metadata=self._metadata.value)
 
     @contextmanager
     def _raising(self) -> Iterator[None]:
@@ -77,14 +78,8 @@ class BlockingSandbox:
         try:
             yield
         except grpc.RpcError as error:
-            raise from_rpc_error(cast(grpc.Call, error), self._label) from error
-
-
-def _open_channel(target: str, options: ChannelOptions) -> grpc.Channel:
-    """Returns a channel like that of `SandboxClient`."""
-    arguments = channel_arguments(SandboxClient.service_name, SandboxClient.idempotent, SandboxClient.message_bytes)
-    if options.ca_file is None:
-        return grpc.insecure_channel(target, options=arguments)
-    files = (options.ca_file, options.key_file, options.cert_file)
-    contents = (None if file is None else Path(file).read_bytes() for file in files)
-    return grpc.secure_channel(target, grpc.ssl_channel_credentials(*contents), options=arguments)
+            label = f"SandboxService at {self._target}"
+            shown = from_rpc_error(cast(grpc.Call, error), label)
+            if may_be_tls(shown) and (fault := self._options.find_fault(self._target)):
+                shown = UnavailableError(f"{label} cannot be reached: {fault}")
+            raise shown from error

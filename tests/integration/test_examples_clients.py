@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 
+from perigee.rpc import ChannelOptions
+from perigee.sandbox.client import SandboxClient
+from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.kit.config import HttpConfig
 from services.kit.server import serving
 from services.reward.__main__ import lifespan as reward_lifespan
@@ -33,6 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 CLIENTS = ROOT / "examples" / "clients"
 TYPESCRIPT = CLIENTS / "typescript"
+CALLER = {"tokens": ["team"], "audiences": ["reward", "sandbox"], "quota": {"max_in_flight": 1}}
 JUDGED = ["a VERDICT_CORRECT 1", "b VERDICT_WRONG 0", "square TEST_VERDICT_ACCEPTED 2 of 2 tests"]
 
 
@@ -54,7 +59,11 @@ async def run(*command: str | Path, cwd: Path | None = None, **environment: str)
 async def team(certificates: Certificates) -> AsyncIterator[dict[str, str]]:
     """What another team is given to reach a reward service and a sandbox: addresses, a token, and the authority."""
     shared: dict[str, Any] = {
-        "server": {"token": "team", "tls_cert_file": certificates.certificate, "tls_key_file": certificates.key},
+        "server": {
+            "callers": {"team": CALLER},
+            "tls_cert_file": certificates.certificate,
+            "tls_key_file": certificates.key,
+        },
         "http": HttpConfig(port=0),
     }
     with tempfile.TemporaryDirectory() as state_path:
@@ -77,15 +86,42 @@ async def team(certificates: Certificates) -> AsyncIterator[dict[str, str]]:
             }
 
 
+async def run_beyond_quota(example: Awaitable[tuple[int, list[str]]], team: dict[str, str]) -> tuple[int, list[str]]:
+    """Runs an example whose first call to the sandbox is refused with a hint, since the team's quota is used up."""
+    options = ChannelOptions(token=team["PERIGEE_TOKEN"], ca_file=team["PERIGEE_CA_FILE"])
+    program = pb.ExecuteRequest(language="python", source=b"import time\nprint(flush=True)\ntime.sleep(60)")
+    async with SandboxClient(team["PERIGEE_SANDBOX_ADDRESS"], options) as client:
+        call = client.execute_stream(program)
+        await anext(call)
+        refused = count_refusals()
+        running = asyncio.ensure_future(example)
+        while count_refusals() == refused and not running.done():  # noqa: ASYNC110 -- other processes set no event
+            await asyncio.sleep(0.02)
+        await call.aclose()  # type: ignore[attr-defined]
+    return await running
+
+
+def count_refusals() -> float:
+    """Calls over gRPC and HTTP that the sandbox refused because a quota was used up."""
+    return sum(
+        sample.value
+        for metric in REGISTRY.collect()
+        if metric.name in ("perigee_sandbox_request_seconds", "perigee_sandbox_http_request_seconds")
+        for sample in metric.samples
+        if sample.name.endswith("_count") and sample.labels["code"] == "RESOURCE_EXHAUSTED"
+    )
+
+
 @pytest.mark.parametrize("program", ["asynchronous.py", "blocking.py"])
 async def test_the_wheel_alone_calls_over_tls_with_a_token(
     program: str, client_environment: Environment, team: dict[str, str]
 ) -> None:
-    assert await run(client_environment.bin / "python", CLIENTS / "python" / program, **team) == (0, JUDGED)
+    example = run(client_environment.bin / "python", CLIENTS / "python" / program, **team)
+    assert await run_beyond_quota(example, team) == (0, JUDGED)
 
 
 async def test_curl_calls_over_tls_with_a_token(team: dict[str, str]) -> None:
-    code, lines = await run(CLIENTS / "curl" / "judge.sh", **team)
+    code, lines = await run_beyond_quota(run(CLIENTS / "curl" / "judge.sh", **team), team)
     assert code == 0
     scored, judged = map(json.loads, lines)
     assert [(each["id"], each["verdict"], each["reward"]) for each in scored["outcomes"]] == [
@@ -111,7 +147,8 @@ async def typescript() -> None:
 
 @pytest.mark.usefixtures("typescript")
 async def test_typescript_calls_over_tls_with_a_token(team: dict[str, str]) -> None:
-    assert await run("node", "build/judge.js", cwd=TYPESCRIPT, **team) == (0, JUDGED)
+    example = run("node", "build/judge.js", cwd=TYPESCRIPT, **team)
+    assert await run_beyond_quota(example, team) == (0, JUDGED)
 
 
 def write_parquet(path: Path, truths: list[str]) -> Path:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from questions import ANSWERS, CA_FILE, REWARD, SANDBOX, SQUARE, TOKEN, show_judged, show_outcome
+from questions import ANSWERS, OPTIONS, REWARD, SANDBOX, SQUARE, show_judged, show_outcome
 
 from perigee.errors import UNAVAILABLE
 from perigee.reward.client import RewardClient
@@ -27,9 +27,7 @@ async def call_again(call: Callable[[], Awaitable[T]], attempts: int = 8) -> T:
 
 async def main() -> None:
     """Prints the verdicts."""
-    reward = RewardClient.connect(REWARD, token=TOKEN, ca_file=CA_FILE)
-    sandbox = SandboxClient.connect(SANDBOX, token=TOKEN, ca_file=CA_FILE)
-    async with reward, sandbox:
+    async with RewardClient(REWARD, OPTIONS) as reward, SandboxClient(SANDBOX, OPTIONS) as sandbox:
         # Calls in batches, and again where that may help.
         outcomes = [outcome async for outcome in score_items(reward, ANSWERS)]
         for outcome in sorted(outcomes, key=lambda outcome: outcome.id):

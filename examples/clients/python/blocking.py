@@ -5,11 +5,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from questions import ANSWERS, CA_FILE, REWARD, SANDBOX, SQUARE, TOKEN, show_judged, show_outcome
+from questions import ANSWERS, OPTIONS, REWARD, SANDBOX, SQUARE, show_judged, show_outcome
 
 from perigee.errors import UNAVAILABLE
 from perigee.reward.adapters.blocking import BlockingScorer
-from perigee.rpc import ChannelOptions
 from perigee.sandbox.blocking import BlockingSandbox
 
 T = TypeVar("T")
@@ -27,10 +26,11 @@ def call_again(call: Callable[[], T], attempts: int = 8) -> T:
 
 def main() -> None:
     """Prints the verdicts."""
-    # Calls in batches, and again where that may help; the outcomes come in the order of the items.
-    for outcome in BlockingScorer(REWARD, token=TOKEN, ca_file=CA_FILE).score(ANSWERS):
+    # Reads token and certificates from the environment; calls in batches, and again where that may help. The outcomes
+    # come in the order of the items.
+    for outcome in BlockingScorer(REWARD).score(ANSWERS):
         show_outcome(outcome)
-    with BlockingSandbox(SANDBOX, ChannelOptions(token=TOKEN, ca_file=CA_FILE)) as sandbox:
+    with BlockingSandbox(SANDBOX, OPTIONS) as sandbox:
         show_judged(call_again(lambda: sandbox.judge(SQUARE)))
 
 

@@ -4,12 +4,14 @@ import os
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.reward.v1 import reward_pb2
+from perigee.rpc import ChannelOptions
 from perigee.sandbox.v1 import sandbox_pb2
 
 REWARD = os.environ["PERIGEE_REWARD_ADDRESS"]
 SANDBOX = os.environ["PERIGEE_SANDBOX_ADDRESS"]
-TOKEN = os.environ.get("PERIGEE_TOKEN")
-CA_FILE = os.environ.get("PERIGEE_CA_FILE")
+# Token and certificates: PERIGEE_TOKEN or PERIGEE_TOKEN_FILE, PERIGEE_CA_FILE, and, where the services ask for one,
+# PERIGEE_CERT_FILE and PERIGEE_KEY_FILE.
+OPTIONS = ChannelOptions.from_environment()
 
 ANSWERS = [
     reward_pb2.ScoreItem(id=name, response=response, math=reward_pb2.MathVerifier(reference="5/6"))

@@ -7,7 +7,6 @@ PERIGEE_REWARD_ADDRESS, PERIGEE_TOKEN and PERIGEE_CA_FILE on each node.
 """
 
 import argparse
-import os
 
 import pyarrow as pa
 import ray
@@ -31,7 +30,7 @@ class Judge:
 
     def __init__(self, options: GroundTruthOptions) -> None:
         self._options = options
-        self._scorer = BlockingScorer(ca_file=os.environ.get("PERIGEE_CA_FILE"))
+        self._scorer = BlockingScorer()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         items = [

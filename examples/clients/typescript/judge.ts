@@ -30,11 +30,10 @@ async function callAgain<T>(call: () => Promise<T>, attempts = 8): Promise<T> {
   for (let attempt = 1; ; attempt++) {
     try {
       return await call();
-    } catch (error) {
-      const { code, ...failed } = ConnectError.from(error);
-      const passes = code === Code.ResourceExhausted || code === Code.Unavailable;
-      if (!passes || attempt === attempts) throw error;
-      const delay = ConnectError.from(error).findDetails(RetryInfoSchema)[0]?.retryDelay;
+    } catch (thrown) {
+      const error = ConnectError.from(thrown);
+      if (attempt === attempts || ![Code.ResourceExhausted, Code.Unavailable].includes(error.code)) throw error;
+      const delay = error.findDetails(RetryInfoSchema)[0]?.retryDelay;
       await sleep((delay ? durationMs(delay) : 100 * 2 ** attempt) * (1 + Math.random() / 2));
     }
   }

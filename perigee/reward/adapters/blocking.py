@@ -66,8 +66,8 @@ class BlockingScorer:
     """Scores items and waits for all outcomes; any number of threads may share one.
 
     Nothing is connected before the first call, so it can be pickled and sent to workers, and a process that was forked
-    from one that has connected connects anew. Address and token are those of PERIGEE_REWARD_ADDRESS and PERIGEE_TOKEN
-    unless they are given.
+    from one that has connected connects anew. Address, token and certificates are those of PERIGEE_REWARD_ADDRESS,
+    PERIGEE_TOKEN, PERIGEE_CA_FILE and so on unless they are given.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class BlockingScorer:
         deadline_s: float = 600.0,
     ) -> None:
         self.address = address or os.environ.get("PERIGEE_REWARD_ADDRESS", DEFAULT_ADDRESS)
-        self._channel = ChannelOptions(token=token or os.environ.get("PERIGEE_TOKEN"), ca_file=ca_file)
+        self._channel = ChannelOptions.from_environment(token=token, ca_file=ca_file)
         self._options = options
         self._deadline_s = deadline_s
         self._lock = threading.Lock()
