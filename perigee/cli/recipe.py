@@ -151,8 +151,26 @@ def _check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
         section_values = {} if values[section] is None else values[section]
         if not isinstance(section_values, dict):
             raise InvalidArgumentError.for_field(f"{source}: {section}", "must be a mapping of keys to values")
-        validate(config_class(section), section_values, source, section)
+        checked = validate(config_class(section), section_values, source, section)
+        if section == "run":
+            _check_algorithm(checked, source)
     return Recipe(path=path, head=head, values=values)
+
+
+def _check_algorithm(run: Any, source: str) -> None:
+    """Raises InvalidArgumentError for an algorithm or a setting that the trainer would refuse.
+
+    Without what the trainer's files need, the trainer alone checks them, when the run starts.
+    """
+    try:
+        algorithms = importlib.import_module("services.trainer.algorithms").ALGORITHMS
+    except ImportError:
+        return
+    name = run.algorithm.name
+    if name not in algorithms:
+        known = ", ".join(sorted(algorithms))
+        raise InvalidArgumentError.for_field(f"{source}: run.algorithm.name", f"{name!r} is unknown; known are {known}")
+    validate(algorithms[name].Settings, run.algorithm.settings, source, "run.algorithm")
 
 
 def check_script(recipe: Recipe) -> None:

@@ -1,5 +1,7 @@
 """Recipes: overrides, expansion, and one clear line for every mistake."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -93,6 +95,14 @@ def test_services_get_the_folder_of_the_run_unless_the_recipe_says_otherwise(tmp
             RECIPE.replace("iterations: 2", "iterations: 2, update: {minibatchs: 2}"),
             "recipe.yaml: run.update.minibatchs: unknown key; did you mean minibatches?",
         ),
+        (
+            RECIPE.replace("iterations: 2", "iterations: 2, algorithm: {name: policy_mirror_decent}"),
+            "recipe.yaml: run.algorithm.name: 'policy_mirror_decent' is unknown; known are policy_mirror_descent",
+        ),
+        (
+            RECIPE.replace("iterations: 2", "iterations: 2, algorithm: {tua: 0.1}"),
+            "recipe.yaml: run.algorithm.tua: unknown key; did you mean tau?",
+        ),
         (RECIPE.replace(", iterations: 2", ""), "recipe.yaml: run.iterations: is required"),
         (RECIPE + "local: {worker: 2}\n", "recipe.yaml: local.worker: unknown key; did you mean workers?"),
         (RECIPE + "buffer: 3\n", "recipe.yaml: buffer: must be a mapping of keys to values"),
@@ -100,6 +110,12 @@ def test_services_get_the_folder_of_the_run_unless_the_recipe_says_otherwise(tmp
 )
 def test_a_mistake_is_one_line_that_names_the_field(tmp_path: Path, text: str, expected: str) -> None:
     assert message_of(tmp_path, text) == expected
+
+
+def test_a_recipe_is_checked_without_torch(tmp_path: Path) -> None:
+    code = f"import sys, pathlib, perigee.cli.recipe as r; r.load_recipe(pathlib.Path({str(write_recipe(tmp_path))!r}))"
+    checked = subprocess.run([sys.executable, "-c", code + "; print('torch' in sys.modules)"], capture_output=True)
+    assert checked.stdout == b"False\n", checked.stderr
 
 
 def test_broken_yaml_names_the_file_and_line(tmp_path: Path) -> None:

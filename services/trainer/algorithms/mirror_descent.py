@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
-import torch
 from pydantic import Field, model_validator
 
 from services.kit.config import Model
 from services.trainer.algorithms.base import Algorithm, FloatArray, LossBatch
+
+if TYPE_CHECKING:
+    import torch
 
 
 class PolicyMirrorDescent(Algorithm):
