@@ -7,7 +7,10 @@ need() { # PACKAGE, then a command or a file that it brings
   command -v "$2" >/dev/null || [ -e "$2" ] || missing+=("$1")
 }
 need crun crun                            # containers of the sandbox
-need libibverbs1 "/usr/lib/$(uname -m)-linux-gnu/libibverbs.so.1" # weight transfer
+libraries=/usr/lib/$(uname -m)-linux-gnu
+need libibverbs1 "$libraries/libibverbs.so.1" # weight transfer
+need libcurl4 "$libraries/libcurl.so.4"       # weight transfer
+need libnuma1 "$libraries/libnuma.so.1"       # weight transfer, vLLM
 need gcc gcc                              # C, and the init of the sandbox's boxes
 need libc6-dev /usr/include/stdlib.h
 need g++ g++                              # C++
@@ -19,5 +22,5 @@ if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 else
-  echo "setup: not installed: ${missing[*]}; install them with your package manager (crun and gcc isolate sandboxed code, libibverbs1 serves weight transfer, the others are languages of the sandbox)" >&2
+  echo "setup: not installed: ${missing[*]}; install them with your package manager (crun and gcc isolate sandboxed code, libibverbs1, libcurl4 and libnuma1 serve weight transfer and vLLM, the others are languages of the sandbox)" >&2
 fi
