@@ -8,10 +8,10 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 EXTRAS := cli curation buffer coordinator sandbox reward weights rollout-cpu trainer
 
-.PHONY: help setup system run test unit lint format protos docs baseline lock clean
+.PHONY: help setup system run test test-deploy unit lint format protos docs baseline lock clean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: system $(VENV)/.installed ## Install everything into .venv
 
@@ -31,6 +31,9 @@ run: setup ## Train examples/arithmetic through all services and show that it go
 
 test: setup ## Run every check and test
 	@tools/run-tests.sh
+
+test-deploy: setup ## Build the images with podman and test them and the compose stack; as root, half an hour
+	PERIGEE_TEST_IMAGES="$(IMAGES)" $(BIN)/python -m pytest -s -v tests/deploy/test_images.py tests/deploy/test_compose.py
 
 unit: setup ## Run the tests that need no server
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -n 2 tests/unit
