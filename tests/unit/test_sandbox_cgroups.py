@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from perigee.errors import InternalError
+from perigee.errors import FailedPreconditionError, InternalError
 from services.sandbox.agent.usage import open_usage
 from services.sandbox.runtime import cgroups
 from services.sandbox.runtime.cgroups import (
@@ -18,6 +18,8 @@ from services.sandbox.runtime.cgroups import (
     group_folders,
     remove_group,
 )
+from services.sandbox.runtime.delegation import SERVICE_FOLDER, delegate_own_group
+from services.sandbox.runtime.isolation import Machine, find_problem
 
 INSTANCE = "1-2-0"
 V2_FILES = {
@@ -192,3 +194,57 @@ def test_a_process_without_a_number_is_not_killed(tmp_path: Path, monkeypatch: p
     (tmp_path / "1-2" / "cgroup.procs").write_text("0\n")
     with pytest.raises(InternalError, match="1-2 cannot be removed"):
         remove_group(tmp_path / "1-2")
+
+
+def container(top: Path, processes: str = "1\n7\n") -> CgroupHost:
+    """The group of a container as the top of its own mount."""
+    fill(top, {"cgroup.type": "domain", "cgroup.procs": processes})
+    return CgroupHost(2, {"unified": top}, ())
+
+
+def test_a_containers_group_hands_its_processes_down_and_controllers_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = container(tmp_path)
+    moved: list[str] = []
+
+    def move(path: Path, text: str) -> int:
+        """As the kernel: a process that enters a group leaves its old one."""
+        if path == tmp_path / SERVICE_FOLDER / "cgroup.procs":
+            moved.append(text)
+            fill(tmp_path, {"cgroup.procs": "".join(f"{pid}\n" for pid in (1, 7) if str(pid) not in moved)})
+            if text == "7":
+                raise ProcessLookupError  # it ended meanwhile
+            return 0
+        return open(path, "w").write(text)
+
+    monkeypatch.setattr(Path, "write_text", move)
+    delegate_own_group(host)
+    assert moved == ["1", "7"]
+    assert (tmp_path / "cgroup.subtree_control").read_text() == "+memory +pids +cpu"
+
+
+def test_the_top_of_the_hierarchy_and_v1_are_left_as_they_are(tmp_path: Path) -> None:
+    delegate_own_group(CgroupHost(2, {"unified": tmp_path}, ()))
+    delegate_own_group(CgroupHost(1, {"memory": tmp_path}, ()))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_group_that_cannot_be_written_ends_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(mount: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(mount))
+
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(FailedPreconditionError, match="SYS_ADMIN and a control group namespace of its own"):
+        delegate_own_group(container(tmp_path), refuse)
+
+
+def test_a_mount_from_outside_of_the_namespace_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "cgroup.controllers").write_text("cpu memory pids")
+    mounts = f"35 29 0:33 /../.. {tmp_path} rw - cgroup2 cgroup2 rw\n"
+    host = find_cgroups(mounts)
+    assert host is not None
+    assert host.foreign
+    problem = find_problem("zygote", Machine(root=True, cgroups=host, instance="i"))
+    assert problem is not None
+    assert "leave the host's /sys/fs/cgroup out" in problem

@@ -19,15 +19,20 @@ _REMOVAL_S = 5.0
 _OWN_PROCESSES = 16
 _PERIOD_US = 100_000
 _UNLIMITED = 2**63
+CONTROLLERS = "+memory +pids +cpu"
 
 
 @dataclass(frozen=True)
 class CgroupHost:
-    """Mounts of this host's controllers; `hybrid` lists v2 mounts beside v1 ones."""
+    """Mounts of this host's controllers; `hybrid` lists v2 mounts beside v1 ones.
+
+    `foreign` is a v2 mount from outside of this process's control group namespace, whose groups no process here enters.
+    """
 
     version: int
     mounts: dict[str, Path]
     hybrid: tuple[str, ...]
+    foreign: bool = False
 
 
 def find_cgroups(mountinfo: str | None = None) -> CgroupHost | None:
@@ -37,14 +42,16 @@ def find_cgroups(mountinfo: str | None = None) -> CgroupHost | None:
     text = Path("/proc/self/mountinfo").read_text() if mountinfo is None else mountinfo
     v1: dict[str, Path] = {}
     v2: list[str] = []
+    foreign = False
     for line in text.splitlines():
         fields, _, tail = line.partition(" - ")
-        target = fields.split()[4]
+        root, target = fields.split()[3:5]
         kind, _, options = tail.split(" ", 2)
         if kind == "cgroup":
             for name in options.split(","):
                 v1.setdefault(name, Path(target))
         elif kind == "cgroup2":
+            foreign = root.startswith("/..") if not v2 else foreign
             v2.append(target)
     if all(name in v1 for name in NEEDED):
         return CgroupHost(1, {name: v1[name] for name in (*NEEDED, "cpu") if name in v1}, tuple(v2))
@@ -53,7 +60,7 @@ def find_cgroups(mountinfo: str | None = None) -> CgroupHost | None:
     available = (Path(v2[0]) / "cgroup.controllers").read_text().split() if Path(v2[0]).exists() else []
     if not {"memory", "pids", "cpu"} <= set(available):
         return None
-    return CgroupHost(2, {"unified": Path(v2[0])}, ())
+    return CgroupHost(2, {"unified": Path(v2[0])}, (), foreign)
 
 
 def instance_name() -> str:
@@ -137,14 +144,19 @@ class SlotCgroup:
     def processes(self) -> list[int]:
         """Returns the processes in the group."""
         path = next(iter(self._paths.values()))
-        return [int(pid) for pid in (path / "cgroup.procs").read_text().split()] if path.exists() else []
+        return processes_in(path) if path.exists() else []
+
+
+def processes_in(path: Path) -> list[int]:
+    """Returns the processes of a group; 0 is one without an id in this namespace."""
+    return [int(pid) for pid in (path / "cgroup.procs").read_text().split()]
 
 
 def _enable_controllers(path: Path) -> None:
     """Enables the controllers in each ancestor, as v2 requires."""
     for parent in (path.parents[2], path.parents[1], path.parents[0]):
         parent.mkdir(exist_ok=True)
-        (parent / "cgroup.subtree_control").write_text("+memory +pids +cpu")
+        (parent / "cgroup.subtree_control").write_text(CONTROLLERS)
 
 
 def _write_if_there(path: Path, text: str) -> None:
@@ -170,8 +182,8 @@ def remove_group(top: Path) -> None:
     deadline = time.monotonic() + _REMOVAL_S
     for folder in (*top.glob("*/"), top):
         while folder.exists():
-            for pid in (folder / "cgroup.procs").read_text().split():
-                _kill(int(pid))
+            for pid in processes_in(folder):
+                _kill(pid)
             try:
                 folder.rmdir()
             except OSError as error:

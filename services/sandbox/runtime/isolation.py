@@ -99,6 +99,8 @@ def find_problem(name: str, machine: Machine, config: SandboxConfig | None = Non
         return "start the service as root"
     if machine.cgroups is None:
         return "mount cgroup controllers memory, pids and cpu (in a container: make /sys/fs/cgroup writable)"
+    if machine.cgroups.foreign:
+        return "leave the host's /sys/fs/cgroup out of the container, which has a control group namespace of its own"
     if name == Crun.name and Crun().find() is None:
         return "install crun (apt-get install crun)"
     return find_init_problem(config.init_path if config else None)

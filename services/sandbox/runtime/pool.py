@@ -14,6 +14,7 @@ from services.sandbox.config import SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime, load_catalog
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import SlotCgroup
+from services.sandbox.runtime.delegation import delegate_own_group
 from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.isolation import Isolation, Machine, choose_isolation, make_init, read_machine
 from services.sandbox.runtime.job_queue import JobQueue
@@ -98,8 +99,10 @@ async def open_pool(config: SandboxConfig) -> AsyncIterator[Pool]:
     machine = read_machine()
     state = Path(config.state_path)
     raise_open_file_limit(2 * config.slots + config.max_sessions, config.server.max_concurrent_rpcs)
-    await asyncio.to_thread(clear_leftovers, machine, state)
     isolation = choose_isolation(config, machine)
+    if not isolation.unsafe and machine.cgroups is not None:
+        await asyncio.to_thread(delegate_own_group, machine.cgroups)
+    await asyncio.to_thread(clear_leftovers, machine, state)
     catalog = load_catalog(config)
     async with AsyncExitStack() as stack:
         folder = await stack.enter_async_context(own_folders(machine, state, with_groups=not isolation.unsafe))
