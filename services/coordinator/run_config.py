@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -295,5 +296,9 @@ def parse_run_config(text: str) -> RunConfig:
 
 
 def config_digest(config: RunConfig) -> str:
-    """Returns a digest of everything that must stay the same when a run is resumed."""
-    return hashlib.sha256(config.model_dump_json(exclude=_NOT_IN_DIGEST).encode()).hexdigest()[:32]
+    """Returns a digest of everything that must stay the same when a run is resumed.
+
+    Defaults are left out, so that a coordinator of a version with more keys resumes the run.
+    """
+    values = config.model_dump(mode="json", exclude=_NOT_IN_DIGEST, exclude_defaults=True)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

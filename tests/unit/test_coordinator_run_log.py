@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from perigee.errors import DataLossError
 from perigee.files import append_lines, read_lines
 from services.coordinator.iteration import CoordinatorState, Totals, decode_state
-from services.coordinator.run_config import config_digest, parse_run_config
+from services.coordinator.run_config import RunConfig, UpdateConfig, config_digest, parse_run_config
 from services.coordinator.run_log import RunLog, number_or_none, numbers
 from services.coordinator.sampling import SamplerState
 from tests.fixtures.coordinator import write_run_section
@@ -98,3 +98,16 @@ def test_the_digest_holds_what_must_not_change(tmp_path: Path) -> None:
     longer = section.replace("iterations: 3", "iterations: 30") + "time_limit_s: 60\nevaluation: {every: 4}\n"
     assert config_digest(parse_run_config(longer)) == digest
     assert config_digest(parse_run_config(section + "seed: 4\n")) != digest
+
+
+def test_a_key_that_a_later_version_adds_leaves_the_digest(tmp_path: Path) -> None:
+    class LaterUpdate(UpdateConfig):
+        min_trained_tokens: int = 1
+
+    class LaterRun(RunConfig):
+        update: LaterUpdate = LaterUpdate()
+
+    values = yaml.safe_load(write_run_section(tmp_path))
+    digest = config_digest(RunConfig(**values))
+    assert config_digest(LaterRun(**values)) == digest
+    assert config_digest(LaterRun(**values, update=LaterUpdate(min_trained_tokens=4))) != digest
