@@ -80,7 +80,12 @@ class ChannelOptions:
             options |= {"token": None, "token_file": None}
         return cls(**options | {name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
-    def read_metadata(self) -> Metadata | None:
+    @property
+    def name_arguments(self) -> list[tuple[str, int | str]]:
+        """gRPC's option of a channel for `server_name`."""
+        return [] if self.server_name is None else [("grpc.ssl_target_name_override", self.server_name)]
+
+    def read_metadata(self) -> tuple[tuple[str, str | bytes], ...] | None:
         """Returns what every call carries."""
         token = self.token if self.token_file is None else read_tokens(self.token_file)[0]
         return (("authorization", f"Bearer {token}"),) if token else None
@@ -129,8 +134,7 @@ def open_channel(
     arguments = channel_arguments(service_name, idempotent, message_bytes)
     if options.ca_file is None:
         return grpc.aio.insecure_channel(target, options=arguments, interceptors=options.interceptors)
-    if options.server_name is not None:
-        arguments.append(("grpc.ssl_target_name_override", options.server_name))
+    arguments += options.name_arguments
     return cast(
         grpc.aio.Channel,
         _ReloadedChannel(
@@ -147,9 +151,7 @@ def open_blocking_channel(target: str, options: ChannelOptions, client: type[Ser
     arguments = channel_arguments(client.service_name, client.idempotent, client.message_bytes)
     if options.ca_file is None:
         return grpc.insecure_channel(target, options=arguments)
-    if options.server_name is not None:
-        arguments.append(("grpc.ssl_target_name_override", options.server_name))
-    return grpc.secure_channel(target, options.read_credentials(), options=arguments)
+    return grpc.secure_channel(target, options.read_credentials(), options=[*arguments, *options.name_arguments])
 
 
 def may_be_tls(error: PerigeeError) -> bool:
@@ -274,7 +276,7 @@ class ServiceClient:
         """Returns the error of a call, with the reason where TLS is what failed."""
         shown = from_rpc_error(error, self._label)
         if may_be_tls(shown) and (fault := await asyncio.to_thread(self._options.find_fault, self.target)):
-            return UnavailableError(f"{self._label} cannot be reached: {fault}")
+            return UnavailableError(fault)
         return shown
 
 

@@ -9,11 +9,13 @@ from typing import Annotated
 
 import typer
 
+from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, Interrupt, reporting_errors, run_interruptible
 from perigee.cli.prompts.app import prompts_app
 from perigee.cli.reward.app import reward_app
 from perigee.cli.sandbox.app import app as sandbox_app
 from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError
+from perigee.rpc import ChannelOptions
 
 app = typer.Typer(
     name="perigee",
@@ -97,7 +99,9 @@ def prepare(
 
 
 @app.command()
+@connecting
 def train(
+    channel: ChannelOptions,
     recipe: RecipeArgument = None,
     resume: Annotated[str | None, typer.Option("--resume", metavar="RUN", help="Go on with this run.")] = None,
     workers: WorkersOption = None,
@@ -120,8 +124,8 @@ def train(
                 raise InvalidArgumentError.for_field(
                     "--workers", "the stack of --coordinator has workers of its own; leave it out"
                 )
-            asyncio.run(read_coordinator(coordinator))  # before anything is made for a stack that is not there
-        options = command.TrainOptions(recipe, resume, sets, runs_dir, workers, coordinator)
+            asyncio.run(read_coordinator(coordinator, channel))  # before anything is made for a stack that is not there
+        options = command.TrainOptions(recipe, resume, sets, runs_dir, workers, coordinator, channel)
         run, checked = command.open_run(options)
 
         async def work(interrupt: Interrupt) -> int:
@@ -146,8 +150,12 @@ def train(
 
 
 @app.command()
+@connecting
 def status(
-    coordinator: CoordinatorOption = None, runs_dir: RunsOption = Path("runs"), debug: DebugOption = False
+    channel: ChannelOptions,
+    coordinator: CoordinatorOption = None,
+    runs_dir: RunsOption = Path("runs"),
+    debug: DebugOption = False,
 ) -> None:
     """Show services, workers and the run of the newest stack, or of the coordinator named."""
     with reporting_errors(debug):
@@ -169,8 +177,8 @@ def status(
             if addresses:
                 from perigee.cli.stack import health_lines
 
-                lines += await health_lines(addresses)
-            return lines + (status_lines(await read_coordinator(coordinator)) if coordinator else [])
+                lines += await health_lines(addresses, channel)
+            return lines + (status_lines(await read_coordinator(coordinator, channel)) if coordinator else [])
 
         for line in asyncio.run(work()):
             print(line)

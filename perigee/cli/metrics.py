@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.records import Estimate, Evaluation
+from perigee.rpc import ChannelOptions
 
 CALL_TIMEOUT_S = 5.0
 # Units of a snapshot's phase_done and phase_total.
@@ -107,9 +107,9 @@ def _read_estimate(estimate: pb.AccuracyEstimate) -> Estimate:
     return Estimate(estimate.mean, estimate.low, estimate.high)
 
 
-async def read_coordinator(address: str) -> pb.GetStatusResponse:
+async def read_coordinator(address: str, channel: ChannelOptions) -> pb.GetStatusResponse:
     """Returns the coordinator's status. Raises UnavailableError when it cannot be reached."""
-    async with CoordinatorClient.connect(address, token=os.environ.get("PERIGEE_TOKEN")) as client:
+    async with CoordinatorClient(address, channel) as client:
         return await client.get_status(pb.GetStatusRequest(), timeout_s=CALL_TIMEOUT_S)
 
 

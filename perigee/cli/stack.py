@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from perigee.cli.guard import GRACE_S, GUARD_MARGIN_S, launcher
 from perigee.cli.recipe import SERVICES
 from perigee.cli.run_folder import RunFolder, StackFile
 from perigee.errors import UnavailableError, first_error
+from perigee.rpc import VARIABLES, ChannelOptions, open_channel
 from services.kit.process import ChildProcess
 
 # Importing the engines takes a minute on a busy machine of two cores.
@@ -63,7 +64,7 @@ class ServiceSpec:
     command: Sequence[str]
     log_path: Path
     address: str
-    token: str | None = None
+    channel: ChannelOptions = field(default_factory=ChannelOptions)
 
 
 def plan_stack(
@@ -88,9 +89,25 @@ def plan_stack(
             arguments += ["--set", override]
         log_path = run.logs_path / f"{name}.log"
         server = (values.get(service) or {}).get("server") or {}
-        token = server.get("token") or os.environ.get("PERIGEE_TOKEN")
-        specs.append(ServiceSpec(name, service, arguments, log_path, addresses[name], token))
+        specs.append(ServiceSpec(name, service, arguments, log_path, addresses[name], local_channel(server)))
     return specs
+
+
+def local_channel(server: Mapping[str, Any]) -> ChannelOptions:
+    """Returns how a service with this `server` section is reached from here: as its peers reach it."""
+    token, token_file = server.get("token"), server.get("token_file")
+    if token is None and token_file is None:
+        token, token_file = (os.environ.get(VARIABLES[name]) or None for name in ("token", "token_file"))
+    if not server.get("tls_cert_file"):
+        return ChannelOptions(token, token_file)
+    return ChannelOptions(
+        token=token,
+        token_file=token_file,
+        ca_file=server.get("tls_ca_file"),
+        cert_file=server.get("tls_cert_file"),
+        key_file=server.get("tls_key_file"),
+        server_name=server.get("tls_server_name"),
+    )
 
 
 class LocalStack:
@@ -157,7 +174,7 @@ class LocalStack:
         self._processes[spec.name] = process
         self._ready_at.pop(spec.name, None)
         try:
-            await wait_ready(process, spec.address, HEALTH_NAMES[spec.service], spec.token)
+            await wait_ready(process, spec.address, HEALTH_NAMES[spec.service], spec.channel)
         except UnavailableError:
             await process.stop()
             raise
@@ -203,13 +220,17 @@ async def start_guarded(name: str, command: Sequence[str], log_path: Path) -> Ch
 
 
 async def wait_ready(
-    process: ChildProcess, address: str, service: str, token: str | None = None, timeout_s: float = START_TIMEOUT_S
+    process: ChildProcess,
+    address: str,
+    service: str,
+    channel: ChannelOptions = ChannelOptions(),
+    timeout_s: float = START_TIMEOUT_S,
 ) -> None:
     """Returns when the process serves `service` at `address`.
 
     Raises UnavailableError, with the last error of its log, when it ends before or takes longer.
     """
-    ready = asyncio.create_task(wait_serving(address, service, token))
+    ready = asyncio.create_task(wait_serving(address, service, channel))
     ended = asyncio.create_task(process.wait())
     try:
         await asyncio.wait((ready, ended), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
@@ -223,33 +244,35 @@ async def wait_ready(
         await asyncio.gather(ready, ended, return_exceptions=True)
 
 
-async def check_health(address: str, service: str, token: str | None = None) -> str:
+async def check_health(address: str, service: str, channel: ChannelOptions = ChannelOptions()) -> str:
     """Returns the health of `service` at `address`: SERVING, NOT_SERVING, UNKNOWN, or the gRPC code of a failed check.
 
     An empty `service` asks whether the process lives at all.
     """
-    metadata = (("authorization", f"Bearer {token}"),) if token else None
     request = health_pb2.HealthCheckRequest(service=service)
-    async with grpc.aio.insecure_channel(address) as channel:
-        stub: health_pb2_grpc.HealthAsyncStub = health_pb2_grpc.HealthStub(channel)
-        try:
-            response = await stub.Check(request, timeout=HEALTH_TIMEOUT_S, metadata=metadata)
-        except grpc.aio.AioRpcError as error:
-            return error.code().name
+    connection = open_channel(address, channel)
+    try:
+        stub: health_pb2_grpc.HealthAsyncStub = health_pb2_grpc.HealthStub(connection)
+        response = await stub.Check(request, timeout=HEALTH_TIMEOUT_S)
+    except grpc.aio.AioRpcError as error:
+        return error.code().name
+    finally:
+        await connection.close()
     return str(health_pb2.HealthCheckResponse.ServingStatus.Name(response.status))
 
 
-async def wait_serving(address: str, service: str, token: str | None = None) -> None:
+async def wait_serving(address: str, service: str, channel: ChannelOptions) -> None:
     """Returns when `service` at `address` is SERVING; waits without a deadline."""
     # A channel of its own per attempt: no back-off of a channel that was refused delays the next one.
-    while await check_health(address, service, token) != "SERVING":  # noqa: ASYNC110 (another process knows)
+    while await check_health(address, service, channel) != "SERVING":  # noqa: ASYNC110 (another process knows)
         await asyncio.sleep(HEALTH_POLL_S)
 
 
-async def health_lines(addresses: Mapping[str, str]) -> list[str]:
+async def health_lines(addresses: Mapping[str, str], channel: ChannelOptions) -> list[str]:
     """Returns a line of name, address and health for every process, all asked at once."""
-    token = os.environ.get("PERIGEE_TOKEN")
-    checks = (check_health(address, HEALTH_NAMES[name.partition("-")[0]], token) for name, address in addresses.items())
+    checks = (
+        check_health(address, HEALTH_NAMES[name.partition("-")[0]], channel) for name, address in addresses.items()
+    )
     healths = await asyncio.gather(*checks)
     return [f"{name:<12} {addresses[name]:<22} {health}" for name, health in zip(addresses, healths, strict=True)]
 

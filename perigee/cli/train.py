@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from perigee.cli.ending import Interrupt
@@ -42,6 +41,7 @@ from perigee.errors import (
 )
 from perigee.files import write_atomically
 from perigee.report.records import last_recorded
+from perigee.rpc import ChannelOptions
 
 # What runs without a recipe: these need no model.
 MODEL_FREE = ("buffer", "sandbox", "reward")
@@ -120,6 +120,8 @@ class TrainOptions:
     workers: int | None = None
     # host:port of a running coordinator; a stack of the run's own is started when None.
     coordinator: str | None = None
+    # How `coordinator` is reached.
+    channel: ChannelOptions = field(default_factory=ChannelOptions)
 
 
 def open_run(options: TrainOptions) -> tuple[RunFolder, Recipe]:
@@ -186,7 +188,7 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
     request = pb.StartRunRequest(run_id=run.run_id, config_yaml=config_yaml, run_path=str(run.path))
     async with AsyncExitStack() as stack:
         local: LocalStack | None = None
-        address = options.coordinator
+        address, channel = options.coordinator, options.channel
         if address is None:
             workers = options.workers or recipe.head.local.workers
             local = LocalStack(run, plan_stack(run, recipe.values, workers), view.note)
@@ -194,8 +196,9 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
             view.note(f"starting {len(local.specs)} services (logs: {run.logs_path})")
             await stack.enter_async_context(local)
             stack.callback(view.note, "stopping the services")
-            address = local.addresses["coordinator"]
-        client = CoordinatorClient.connect(address, token=os.environ.get("PERIGEE_TOKEN"))
+            [coordinator] = [spec for spec in local.specs if spec.service == "coordinator"]
+            address, channel = coordinator.address, coordinator.channel
+        client = CoordinatorClient(address, channel)
         await stack.enter_async_context(client)
         # Read before the run is started, which records more: a resumed run shows nothing twice.
         cursor = Cursor(*last_recorded(run.path))

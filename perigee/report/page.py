@@ -200,7 +200,7 @@ def _configuration(recipe: Mapping[str, Any]) -> str:
 
 
 def _show(key: str, value: Any) -> str:
-    if any(secret in key.rpartition("/")[2] for secret in SECRET_KEYS) and isinstance(value, str):
+    if any(secret in key.rpartition("/")[2] for secret in SECRET_KEYS) and isinstance(value, str | list):
         return "(not shown)"
     return json.dumps(value) if isinstance(value, list | bool) or value is None else str(value)
 

@@ -19,7 +19,7 @@ from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
 class BlockingSandbox:
     """Runs and judges programs, and waits; any number of threads may share one.
 
-    Its methods, deadlines and errors are those of `SandboxClient`.
+    Its methods, deadlines and errors are those of `SandboxClient`; it reads its certificates once.
     """
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
@@ -78,8 +78,7 @@ class BlockingSandbox:
         try:
             yield
         except grpc.RpcError as error:
-            label = f"SandboxService at {self._target}"
-            shown = from_rpc_error(cast(grpc.Call, error), label)
+            shown = from_rpc_error(cast(grpc.Call, error), f"SandboxService at {self._target}")
             if may_be_tls(shown) and (fault := self._options.find_fault(self._target)):
-                shown = UnavailableError(f"{label} cannot be reached: {fault}")
+                shown = UnavailableError(fault)
             raise shown from error

@@ -108,6 +108,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     async def _serving(self, method: str, metadata: CallMetadata, context: Context) -> AsyncIterator[None]:
         """Admits one call, counts it for as long as the block lasts, and ends it with the status of what it raises."""
         call = self._access.begin(method, context.peer(), metadata.get(REQUEST_ID_HEADER))
+        context.set_trailing_metadata(((REQUEST_ID_HEADER, call.request_id),))
         try:
             with self._access.admit(call, metadata.get("authorization")), self._count():
                 yield
@@ -135,7 +136,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         shown = as_perigee_error(error, call.method.removeprefix("/"))
         self._end(call, shown.code.name)
         details = to_status(shown).SerializeToString()
-        await context.abort(shown.code, shown.message, ((STATUS_DETAILS_KEY, details),))
+        trailing = ((STATUS_DETAILS_KEY, details), (REQUEST_ID_HEADER, call.request_id))
+        await context.abort(shown.code, shown.message, trailing)
 
     def _end(self, call: Call, code: str) -> None:
         self._seconds.labels(call.method.rsplit("/", 1)[-1], code).observe(call.seconds)

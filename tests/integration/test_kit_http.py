@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import shutil
 import socket
 import ssl
 from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,7 +14,8 @@ import pytest
 from prometheus_client import REGISTRY
 from starlette.datastructures import Headers
 
-from perigee.errors import CancelledError, InvalidArgumentError, UnavailableError
+from perigee.errors import CancelledError, InvalidArgumentError, ResourceExhaustedError, UnavailableError
+from perigee.sandbox.client import SandboxClient
 from services.kit.config import HttpConfig
 from services.kit.http.middleware import read_body
 from tests.fixtures.certificates import Certificates
@@ -255,17 +258,59 @@ async def test_certificates_are_those_of_the_server(certificates: Certificates) 
                 await execute(client, "ok")
 
 
-async def test_with_an_authority_callers_need_a_certificate(certificates: Certificates) -> None:
-    files = {
-        "tls_cert_file": certificates.certificate,
-        "tls_key_file": certificates.key,
-        "tls_ca_file": certificates.ca,
+async def test_with_an_authority_callers_need_a_certificate(certificates: Certificates, tmp_path: Path) -> None:
+    """Its files may be replaced: new connections get what they hold then, and old ones go on."""
+    c = certificates
+    own = {"tls_cert_file": c.certificate, "tls_key_file": c.key, "tls_ca_file": c.ca}
+    files = {name: str(shutil.copy(path, tmp_path / name)) for name, path in own.items()}
+
+    def caller(ca_file: str, cert_file: str | None) -> httpx.AsyncClient:
+        context = ssl.create_default_context(cafile=ca_file)
+        if cert_file is not None:
+            context.load_cert_chain(cert_file, c.key)
+        return httpx.AsyncClient(base_url=f"https://{app.http_address}", verify=context)
+
+    async with probe_server(**files) as (app, _), caller(c.ca, c.certificate) as old:
+        assert (await execute(old, "ok")).status_code == 200
+        shutil.copy(c.foreign, files["tls_cert_file"])
+        shutil.copy(c.other_ca, files["tls_ca_file"])
+        async with caller(c.other_ca, c.foreign) as new:
+            assert (await execute(new, "ok")).status_code == 200
+        assert (await execute(old, "ok")).status_code == 200
+        for refused in (caller(c.other_ca, None), caller(c.other_ca, c.certificate), caller(c.ca, c.foreign)):
+            async with refused:
+                with pytest.raises(httpx.HTTPError):
+                    await execute(refused, "ok")
+
+
+async def test_a_caller_has_one_quota_for_http_and_grpc() -> None:
+    callers = {
+        "team": {"tokens": ["t"], "audiences": ["control"], "quota": {"max_in_flight": 1}},
+        "other": {"tokens": ["o"], "audiences": ["reward", "sandbox"]},
     }
-    context = ssl.create_default_context(cafile=certificates.ca)
-    async with probe_server(**files) as (app, _):
-        async with httpx.AsyncClient(base_url=f"https://{app.http_address}", verify=context) as client:
-            with pytest.raises(httpx.HTTPError):
-                await execute(client, "ok")
-        context.load_cert_chain(certificates.certificate, certificates.key)
-        async with httpx.AsyncClient(base_url=f"https://{app.http_address}", verify=context) as client:
-            assert (await execute(client, "ok")).status_code == 200
+    async with (
+        probe_server(token="own", callers=callers) as (app, probe),
+        connect(app, "t") as client,
+        SandboxClient.connect(app.address, token="t") as sandbox,
+    ):
+        waiting = asyncio.create_task(execute(client, "wait"))
+        await probe.started.wait()
+        with pytest.raises(ResourceExhaustedError, match="team has 1 calls in flight, its quota") as refused:
+            await sandbox.run("")
+        assert refused.value.retry_after_s == 1.0
+        over_http = await execute(client, "ok")
+        assert (over_http.status_code, over_http.headers["retry-after"]) == (429, "1")
+        async with connect(app, "own") as own:
+            assert (await execute(own, "ok")).status_code == 200
+        probe.release.set()
+        assert (await waiting).status_code == 200
+        async with connect(app, "o") as other:
+            forbidden = await execute(other, "ok")
+        assert (forbidden.status_code, forbidden.json()["error"]["code"]) == (403, "PERMISSION_DENIED")
+
+
+async def test_a_request_keeps_its_id() -> None:
+    async with probe_server() as (app, _), connect(app) as client:
+        for language in ("ok", "full"):
+            assert (await execute(client, language, **{"X-Request-Id": "a-1"})).headers["x-request-id"] == "a-1"
+        assert len((await execute(client, "ok")).headers["x-request-id"]) == 32

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, reporting_errors
+from perigee.rpc import ChannelOptions
 
 prompts_app = typer.Typer(no_args_is_help=True)
 
@@ -18,7 +20,9 @@ def group() -> None:
 
 
 @prompts_app.command()
+@connecting
 def curate(
+    channel: ChannelOptions,
     source: Annotated[Path, typer.Argument(metavar="IN", help="JSON Lines, parquet, or a folder of datasets.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the curation; the same one is resumed.")],
     renames: Annotated[
@@ -62,8 +66,6 @@ def curate(
     cap: Annotated[int | None, typer.Option("--cap", min=1, help="Prompts kept per domain and bucket.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of samples and draws.")] = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what OUT holds.")] = False,
-    token: Annotated[str | None, typer.Option("--token", envvar="PERIGEE_TOKEN", help="Bearer token.")] = None,
-    ca_file: Annotated[Path | None, typer.Option("--ca-file", help="PEM roots of the services' certificates.")] = None,
     unavailable_s: Annotated[float, typer.Option("--outage", min=0, help="Seconds a service may be away.")] = 60.0,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")] = False,
     debug: DebugOption = False,
@@ -75,7 +77,6 @@ def curate(
         from perigee.cli.prompts.curate import CurateCommand, ModelAccess, run_curate
         from perigee.cli.prompts.sampling import CurationSettings, read_template
         from perigee.config import validate
-        from perigee.rpc import ChannelOptions
 
         sampling = {
             "samples": samples,
@@ -97,6 +98,5 @@ def curate(
         }
         settings = validate(CurationSettings, values, "settings", "")
         columns = make_columns(renames or [], defaults or [], answer_after, split)
-        channel = ChannelOptions(token=token, ca_file=str(ca_file) if ca_file else None)
         access = ModelAccess(rollout or [], reward, model, push, channel, unavailable_s)
         raise typer.Exit(run_curate(CurateCommand(source, out, columns, settings, access, restart, plain)))

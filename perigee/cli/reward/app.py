@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
+from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, reporting_errors
+from perigee.rpc import ChannelOptions
 
 reward_app = typer.Typer(no_args_is_help=True)
 
@@ -15,14 +17,14 @@ SetOption = Annotated[list[str] | None, typer.Option("--set", metavar="A=B", hel
 
 
 @reward_app.command()
+@connecting
 def score(
+    channel: ChannelOptions,
     file: Annotated[Path, typer.Argument(help="JSON Lines with an item to score a line.")],
     out: Annotated[Path | None, typer.Option("--out", help="Where outcomes go; FILE.scored.jsonl by default.")] = None,
     address: Annotated[
         str, typer.Option("--address", envvar="PERIGEE_REWARD_ADDRESS", metavar="HOST:PORT", help="The reward service.")
     ] = "127.0.0.1:50055",
-    token: Annotated[str | None, typer.Option("--token", envvar="PERIGEE_TOKEN", help="Bearer token.")] = None,
-    ca_file: Annotated[Path | None, typer.Option("--ca-file", help="PEM roots of the service's certificate.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Keep what is scored; score the rest and what FAILED.")
     ] = False,
@@ -42,7 +44,7 @@ def score(
         from perigee.reward.scoring import ScoringOptions
 
         options = ScoringOptions(batch, concurrency, attempts, call_timeout_s, unavailable_s)
-        raise typer.Exit(run_score(ScoreCommand(file, out, address, token, ca_file, resume, overwrite, plain), options))
+        raise typer.Exit(run_score(ScoreCommand(file, out, address, channel, resume, overwrite, plain), options))
 
 
 @reward_app.command()

@@ -31,6 +31,7 @@ from perigee.reward.client import RewardClient
 from perigee.reward.items import read_item, read_lines, read_object, read_rows
 from perigee.reward.scoring import ScoringOptions, score_items
 from perigee.reward.v1 import reward_pb2 as pb
+from perigee.rpc import ChannelOptions
 
 # Keys beside the item's own: the expected verdict, what a recipe's prompt line holds besides, and whatever `meta` is.
 OWN_KEYS = ("label", "domain", "difficulty", "tags", "meta")
@@ -276,8 +277,7 @@ class ScoreCommand:
     file: Path
     out: Path | None
     address: str
-    token: str | None
-    ca_file: Path | None
+    channel: ChannelOptions
     resume: bool
     overwrite: bool
     plain: bool
@@ -325,8 +325,7 @@ def run_score(command: ScoreCommand, options: ScoringOptions) -> int:
 async def _score(command: ScoreCommand, options: ScoringOptions, store: OutcomeStore, console: Console) -> None:
     """Scores the items without a judgement, with a progress line."""
     missing = store.missing
-    ca_file = str(command.ca_file) if command.ca_file is not None else None
-    async with RewardClient.connect(command.address, token=command.token, ca_file=ca_file) as client:
+    async with RewardClient(command.address, command.channel) as client:
         failed = 0
         with ProgressView(console, "scored", len(missing), plain=command.plain) as progress:
             async for response in score_items(client, missing, options):

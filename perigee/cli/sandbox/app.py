@@ -10,7 +10,9 @@ from typing import Annotated
 
 import typer
 
+from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, Interrupt, reporting_errors, run_interruptible
+from perigee.rpc import ChannelOptions
 
 app = typer.Typer(
     name="sandbox",
@@ -24,16 +26,16 @@ SANDBOX_FAILED = 3
 
 AddressOption = Annotated[
     str,
-    typer.Option(
-        "--address", metavar="HOST:PORT", envvar="PERIGEE_SANDBOX_ADDRESS", help="The sandbox; PERIGEE_TOKEN is sent."
-    ),
+    typer.Option("--address", metavar="HOST:PORT", envvar="PERIGEE_SANDBOX_ADDRESS", help="The sandbox."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 ADDRESS = "127.0.0.1:50056"
 
 
 @app.command()
+@connecting
 def run(
+    channel: ChannelOptions,
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The program's source.")],
     arguments: Annotated[
         list[str] | None,
@@ -98,13 +100,15 @@ def run(
 
         async def work(interrupt: Interrupt) -> int:
             interrupt.end_at_once = implementation.leave
-            return await implementation.run(address, request, str(file), output_dir, stats)
+            return await implementation.run(address, channel, request, str(file), output_dir, stats)
 
         raise typer.Exit(run_interruptible(work))
 
 
 @app.command()
+@connecting
 def judge(
+    channel: ChannelOptions,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A problem's folder.")],
     solutions: Annotated[
         list[Path] | None, typer.Option("--solution", metavar="FILE", help="Judge just this; repeat.")
@@ -127,21 +131,26 @@ def judge(
     with reporting_errors(debug, SANDBOX_FAILED):
         from perigee.cli.sandbox.judge import judge_folder
 
-        raise typer.Exit(run_interruptible(lambda _: judge_folder(address, folder, solutions or [], as_json)))
+        raise typer.Exit(run_interruptible(lambda _: judge_folder(address, channel, folder, solutions or [], as_json)))
 
 
 @app.command()
-def runtimes(as_json: JsonOption = False, address: AddressOption = ADDRESS, debug: DebugOption = False) -> None:
+@connecting
+def runtimes(
+    channel: ChannelOptions, as_json: JsonOption = False, address: AddressOption = ADDRESS, debug: DebugOption = False
+) -> None:
     """List the languages with their versions and limits, and what is missing for others."""
 
     with reporting_errors(debug, SANDBOX_FAILED):
         from perigee.cli.sandbox.judge import list_runtimes
 
-        raise typer.Exit(run_interruptible(lambda _: list_runtimes(address, as_json)))
+        raise typer.Exit(run_interruptible(lambda _: list_runtimes(address, channel, as_json)))
 
 
 @app.command("make-tests")
+@connecting
 def make_tests(
+    channel: ChannelOptions,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A problem's folder, or a folder of such folders.")],
     seed: Annotated[int, typer.Option("--seed", min=0, help="The candidates' seeds are made from it.")] = 0,
     candidates: Annotated[int, typer.Option("--candidates", min=1, help="Inputs to generate.")] = 50,
@@ -189,7 +198,9 @@ def make_tests(
             jobs=jobs,
         )
         plan.check()
-        raise typer.Exit(run_interruptible(lambda _: make_folder_tests(address, folder, plan, generator_language)))
+        raise typer.Exit(
+            run_interruptible(lambda _: make_folder_tests(address, channel, folder, plan, generator_language))
+        )
 
 
 @app.command()

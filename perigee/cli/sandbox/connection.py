@@ -11,7 +11,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from rich.console import Console
 
 from perigee.errors import InvalidArgumentError, UnavailableError
-from perigee.rpc import MAX_MESSAGE_BYTES
+from perigee.rpc import MAX_MESSAGE_BYTES, ChannelOptions
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
@@ -108,13 +108,14 @@ class Sandbox:
 
 
 @asynccontextmanager
-async def open_sandbox(address: str) -> AsyncIterator[Sandbox]:
+async def open_sandbox(address: str, channel: ChannelOptions) -> AsyncIterator[Sandbox]:
     """Connects to the sandbox at `address`; raises UnavailableError that says how to start one when none answers."""
-    async with SandboxClient.connect(address, token=os.environ.get("PERIGEE_TOKEN")) as client:
+    async with SandboxClient(address, channel) as client:
         try:
             runtimes = await client.list_runtimes(pb.ListRuntimesRequest())
         except UnavailableError as error:
-            raise UnavailableError(f"{error.message}; start one: perigee sandbox serve") from error
+            hint = "; start one: perigee sandbox serve" if "refused" in error.message else ""
+            raise UnavailableError(error.message + hint) from error
         yield Sandbox(client, runtimes)
 
 

@@ -16,6 +16,7 @@ from perigee.cli.sandbox.connection import MIB, Sandbox, check_size, megabytes, 
 from perigee.cli.sandbox.problem import Problem, list_programs, load_problem
 from perigee.errors import InternalError
 from perigee.json_codec import write_message
+from perigee.rpc import ChannelOptions
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
 
@@ -268,10 +269,10 @@ def _colored(verdict: pb.TestVerdict.ValueType) -> str:
     return f"[{_YELLOW if is_grey else _RED}]{name}[/]"
 
 
-async def list_runtimes(address: str, as_json: bool) -> int:
+async def list_runtimes(address: str, channel: ChannelOptions, as_json: bool) -> int:
     """Prints the runtimes and returns the exit code."""
     console = open_console()
-    async with open_sandbox(address) as sandbox:
+    async with open_sandbox(address, channel) as sandbox:
         if as_json:
             console.print_json(data=write_message(sandbox.runtimes))
         else:
@@ -279,13 +280,15 @@ async def list_runtimes(address: str, as_json: bool) -> int:
     return 0
 
 
-async def judge_folder(address: str, folder: Path, chosen: Sequence[Path], as_json: bool) -> int:
+async def judge_folder(
+    address: str, channel: ChannelOptions, folder: Path, chosen: Sequence[Path], as_json: bool
+) -> int:
     """Prints a table for each solution as it is judged, then a line for each; returns the exit code."""
     problem = load_problem(folder)
     solutions, tests = read_solutions(problem, chosen), problem.read_tests()
     console = open_console()
     judged_solutions = []
-    async with open_sandbox(address) as sandbox:
+    async with open_sandbox(address, channel) as sandbox:
         async for judged in judge(sandbox, problem, solutions, tests):
             judged_solutions.append(judged)
             if not as_json:

@@ -19,6 +19,7 @@ from perigee.cli.sandbox.connection import Sandbox, open_console, open_sandbox, 
 from perigee.cli.sandbox.problem import PROBLEM_FILE, Problem, list_programs, load_problem
 from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError
 from perigee.files import write_atomically
+from perigee.rpc import ChannelOptions
 from perigee.sandbox.compare import Comparison, Tolerance
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.making import GenerationContext, OnProgress, make_cases
@@ -251,14 +252,16 @@ def _solution_table(decision: Decision) -> Table:
     return table
 
 
-async def make_folder_tests(address: str, folder: Path, plan: Plan, generator_language: str) -> int:
+async def make_folder_tests(
+    address: str, channel: ChannelOptions, folder: Path, plan: Plan, generator_language: str
+) -> int:
     """Makes the tests of one problem or of many, prints each decision and the funnel; returns the exit code."""
     folders = find_problems(folder)
     is_collection = folders != [folder]
     console = open_console()
     decisions = []
     try:
-        async with open_sandbox(address) as sandbox:
+        async with open_sandbox(address, channel) as sandbox:
             sandbox.find_runtime(generator_language, "--generator-language")
             with StageProgress(console) as bars:
 

@@ -21,6 +21,7 @@ from perigee.cli.sandbox.connection import (
 )
 from perigee.errors import InternalError, InvalidArgumentError
 from perigee.files import write_atomically
+from perigee.rpc import ChannelOptions
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
@@ -70,9 +71,16 @@ def make_request(
     return request
 
 
-async def run(address: str, request: pb.ExecuteRequest, name: str, output_folder: Path, with_stats: bool) -> int:
+async def run(
+    address: str,
+    channel: ChannelOptions,
+    request: pb.ExecuteRequest,
+    name: str,
+    output_folder: Path,
+    with_stats: bool,
+) -> int:
     """Runs the program and returns the exit code to end with; `name` is the program's in messages."""
-    async with open_sandbox(address) as sandbox:
+    async with open_sandbox(address, channel) as sandbox:
         runtime = sandbox.find_runtime(request.language, name)
         deadline_s = QUEUE_S + COMPILE_S + 2 * wall_seconds(runtime, request.limits)
         try:

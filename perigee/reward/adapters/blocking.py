@@ -75,12 +75,23 @@ class BlockingScorer:
         address: str | None = None,
         *,
         token: str | None = None,
+        token_file: str | None = None,
         ca_file: str | None = None,
+        cert_file: str | None = None,
+        key_file: str | None = None,
+        server_name: str | None = None,
         options: ScoringOptions = ScoringOptions(),
         deadline_s: float = 600.0,
     ) -> None:
         self.address = address or os.environ.get("PERIGEE_REWARD_ADDRESS", DEFAULT_ADDRESS)
-        self._channel = ChannelOptions.from_environment(token=token, ca_file=ca_file)
+        self._channel = ChannelOptions.from_environment(
+            token=token,
+            token_file=token_file,
+            ca_file=ca_file,
+            cert_file=cert_file,
+            key_file=key_file,
+            server_name=server_name,
+        )
         self._options = options
         self._deadline_s = deadline_s
         self._lock = threading.Lock()

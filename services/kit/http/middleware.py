@@ -103,10 +103,10 @@ class CallMiddleware:
             await self.app(scope, receive, send)
             return
         label = f"{scope['method']} {route.path}" if route else "unmatched"
-        reply = Reply(send)
         headers = Headers(scope=scope)
         peer = ":".join(str(part) for part in scope["client"] or ())
         call = self.access.begin(label, peer, headers.get(REQUEST_ID_HEADER))
+        reply = Reply(send, call.request_id)
         code = "CANCELLED"
         try:
             with self.access.admit(call, headers.get("authorization")):
@@ -181,8 +181,9 @@ class CallMiddleware:
 class Reply:
     """Response on its way: what has been sent of it."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, request_id: str) -> None:
         self._send = send
+        self._request_id = (REQUEST_ID_HEADER.encode(), request_id.encode("latin-1"))
         self._started = False
         self._is_stream = False
         self.complete = False
@@ -192,6 +193,7 @@ class Reply:
         if message["type"] == "http.response.start":
             self._started = True
             self._is_stream = Headers(raw=message["headers"]).get("content-type") == NDJSON
+            message = {**message, "headers": [*message["headers"], self._request_id]}
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True
@@ -208,7 +210,7 @@ class Reply:
             await self._send({"type": "http.response.body", "body": body + b"\n"})
             return
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        raw = [*((name.encode(), value.encode()) for name, value in headers.items()), self._request_id]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
         await self._send({"type": "http.response.body", "body": body})
 
