@@ -64,7 +64,8 @@ def run_path(tmp_path: Path) -> Path:
     write_lines(path / "evaluations.jsonl", evaluations)
     summary = {"accuracy_baseline": accuracy(0.0), "accuracy_final": accuracy(0.32), "tokens_generated": 12345}
     (path / "summary.json").write_text(json.dumps(summary))
-    (path / "recipe.yaml").write_text("name: small\nrun: {iterations: 8}\nbuffer: {server: {token: hush, callers: {team: {tokens: [hush]}}}}\n")
+    server = "{token: hush, callers: {team: {tokens: [hush]}}}"
+    (path / "recipe.yaml").write_text(f"name: small\nrun: {{iterations: 8}}\nbuffer: {{server: {server}}}\n")
     return path
 
 
