@@ -11,7 +11,7 @@ import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -74,6 +74,8 @@ class ScoringOptions:
     """Responses without an outcome; `submit` waits while there are more."""
     report_s: float = 0.0
     """Least time between two reports of one call, but for its last."""
+    around_call: Callable[[int], AbstractContextManager[object]] = nullcontext
+    """Entered with the number of responses around each call; for traces."""
 
 
 @dataclass(slots=True, eq=False)
@@ -229,7 +231,8 @@ class ScoringPipeline:
     async def _score(self, jobs: list[ScoreJob]) -> None:
         """Makes one call; what it leaves without an outcome is called again by tasks of its own."""
         async with self._calls:
-            call = await self._call(jobs)
+            with self._options.around_call(len(jobs)):
+                call = await self._call(jobs)
         for some, pause_s in call.plan_retries():
             self._tasks.create_task(self._score_later(some, pause_s))
 

@@ -10,6 +10,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, cast
 
+from opentelemetry.trace import SpanKind
 from prometheus_client import Histogram
 from redis import exceptions
 from redis.asyncio import Redis
@@ -28,6 +29,7 @@ from perigee.errors import (
 from services.buffer.nodes import FIRST_WITH_WAITAOF, Nodes, check_server
 from services.buffer.requests import describe_bad_run_id
 from services.kit.telemetry import get_logger
+from services.kit.tracing import span
 
 log = get_logger(__name__)
 
@@ -133,7 +135,7 @@ class ScriptRunner:
         key = run_key(run_id)
         command = ("EVALSHA", script.sha1, 1, key, *arguments)
         waits = self._least_synced is not None and durability >= self._least_synced
-        with translating_errors():
+        with translating_errors(), span(f"redis {script.name}", SpanKind.CLIENT, run=run_id):
             if waits and self._has_waitaof is None:
                 await self.check()
             for _ in range(MAX_REDIRECTIONS):

@@ -25,6 +25,7 @@ from perigee.errors import (
 from services.coordinator.config import DispatchConfig
 from services.coordinator.workers import FAILURES, PeerLostError, Worker, WorkerRegistry
 from services.kit.telemetry import get_logger
+from services.kit.tracing import detached_span
 
 log = get_logger(__name__)
 
@@ -125,9 +126,10 @@ class Dispatcher:
     async def _run_call(self, worker: Worker, batch: list[str]) -> None:
         remaining = dict.fromkeys(batch)
         try:
-            async with aclosing(self._call(worker, batch)) as stream:
-                async for progress in stream:
-                    self._apply(worker, remaining, progress)
+            with detached_span("dispatch", worker=worker.worker_id, sequences=len(batch)):
+                async with aclosing(self._call(worker, batch)) as stream:
+                    async for progress in stream:
+                        self._apply(worker, remaining, progress)
             if remaining:
                 self._registry.suspect(worker, f"its call ended without {len(remaining)} of {len(batch)} sequences")
         except PeerError as wrapped:

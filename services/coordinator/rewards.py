@@ -18,6 +18,7 @@ from services.coordinator.groups import Group, Trajectory
 from services.coordinator.run_config import LengthRewardConfig, RunConfig
 from services.coordinator.workers import FAILURES, PeerLostError
 from services.kit.telemetry import get_logger
+from services.kit.tracing import detached_span
 
 log = get_logger(__name__)
 
@@ -49,6 +50,7 @@ async def score_responses(client: RewardClient, config: ScoringConfig, sink: Sin
         first_pause_s=config.retry_s,
         max_pending=config.queue,
         report_s=REPORT_SECONDS,
+        around_call=lambda responses: detached_span("score", responses=responses),
     )
     try:
         async with scoring(client, options, report) as pipeline:

@@ -52,6 +52,7 @@ from services.coordinator.sampling import Sampler, make_sampler
 from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import PeerLostError
 from services.kit.telemetry import get_logger
+from services.kit.tracing import detached_span
 
 log = get_logger(__name__)
 
@@ -101,10 +102,12 @@ class Run:
         while not self._is_over(committed):
             if every and committed.iteration and committed.iteration % every == 0:
                 await self._evaluate(committed, "periodic")
-            line = await Iteration(context, committed, groups, sampler, self._weight_sync).run()
-            self._committed_iteration = committed.iteration
-            context.status.metrics = numbers(line)
-            log.info("iteration", run=self._run_id, metrics=numbers(line))
+            number, version = committed.iteration + 1, committed.policy_version
+            with detached_span("iteration", run=self._run_id, iteration=number, version=version):
+                line = await Iteration(context, committed, groups, sampler, self._weight_sync).run()
+                self._committed_iteration = committed.iteration
+                context.status.metrics = numbers(line)
+                log.info("iteration", metrics=numbers(line))
         baseline = await self._evaluate(committed, "baseline")
         final = await self._evaluate(committed, "final")
         await self._finish(committed, baseline, final)
@@ -207,7 +210,9 @@ class Run:
             raise DataLossError(
                 f"{context.log.path}/evaluations.jsonl lacks the evaluation before the first iteration."
             )
-        line = await Evaluation(context, committed.policy_version).run(kind, iteration, self._weight_sync)
+        version = committed.policy_version
+        with detached_span("evaluation", run=self._run_id, kind=kind, iteration=iteration, version=version):
+            line = await Evaluation(context, version).run(kind, iteration, self._weight_sync)
         await asyncio.to_thread(context.log.add_evaluation, line)
         committed.state.totals.add_seconds("evaluation", line["seconds"])
         log.info("evaluation", run=self._run_id, kind=kind, accuracy=numbers(line["accuracy"]))
@@ -271,8 +276,9 @@ async def fine_tune_base(context: RunContext, weight_sync: WeightSync) -> int:
     for number, stage in enumerate(stages[done:], start=done + 1):
         context.status.policy_version = number - 1
         started = time.monotonic()
-        last = await run_sft_stage(context, stage, number)
-        await weight_sync.save(number)
+        with detached_span("supervised stage", run=context.run_id, stage=number):
+            last = await run_sft_stage(context, stage, number)
+            await weight_sync.save(number)
         line = {
             "stage": number,
             "policy_version": number,

@@ -21,6 +21,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from perigee.files import append_lines, read_lines, write_atomically, write_lines
+from services.kit.tracing import span
 
 PHASE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 PHASE_SECONDS = Histogram("perigee_coordinator_phase_seconds", "Seconds per phase.", ["phase"], buckets=PHASE_BUCKETS)
@@ -137,7 +138,8 @@ class Timeline:
         """Times the block."""
         start = time.monotonic()
         try:
-            yield
+            with span(name):
+                yield
         finally:
             seconds = time.monotonic() - start
             self.phases[name] = PhaseTime(start - self.started, seconds)

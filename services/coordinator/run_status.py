@@ -9,6 +9,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from prometheus_client import Gauge, Info
+
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import UnavailableError
 from services.coordinator.run_log import RunLog, numbers
@@ -21,6 +23,9 @@ TERMINAL = frozenset((pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_FAILED, pb.RUN_PHASE_S
 WATCH_SECONDS = 0.5
 # Snapshots that wait for a slow watcher.
 WATCH_QUEUE = 64
+PHASE = Gauge("perigee_coordinator_run_phase", "1 for the phase that the newest run is in, else 0.", ["phase"])
+RUN = Info("perigee_coordinator_run", "Newest run of this coordinator.")
+PHASE_NAMES = {value: name.removeprefix("RUN_PHASE_").lower() for name, value in pb.RunPhase.items() if value}
 
 
 @dataclass
@@ -36,6 +41,7 @@ class RunStatus:
 
     def __init__(self, run_id: str, iterations: int, registry: WorkerRegistry) -> None:
         self._run_id = run_id
+        RUN.info({"run": run_id})
         self._iterations = iterations
         self._registry = registry
         self._phase: RunPhase = pb.RUN_PHASE_WAITING
@@ -128,6 +134,8 @@ class RunStatus:
             changes.put_nowait(None)
 
     def _publish(self) -> None:
+        for phase, name in PHASE_NAMES.items():
+            PHASE.labels(name).set(phase == self.phase)
         if self._closed:
             return
         for changes in self._watchers:

@@ -32,6 +32,7 @@ from services.coordinator.run_status import Cursor, RunStatus, stream_events
 from services.coordinator.workers import WorkerRegistry
 from services.kit.hf import open_model_folder
 from services.kit.telemetry import get_logger
+from services.kit.tracing import detached_span
 
 log = get_logger(__name__)
 
@@ -170,7 +171,8 @@ class Runs:
     async def _execute(self, file: RunFile, context: RunContext) -> None:
         """Runs to the end. Errors do not leave this task: they are shown in the status and in run.json."""
         try:
-            await Run(context).execute()
+            with detached_span("run", run=file.run_id):
+                await Run(context).execute()
             await asyncio.to_thread(self._save, replace(file, status="finished"))
             context.status.enter(pb.RUN_PHASE_FINISHED)
         except Exception as error:

@@ -18,6 +18,8 @@ log = get_logger(__name__)
 
 WORKERS = Gauge("perigee_coordinator_workers", "Rollout workers with a lease.")
 FAILURES = Counter("perigee_coordinator_failures", "Failures by kind.", ["kind"])
+for _kind in ("worker_call", "segment", "push", "judging"):
+    FAILURES.labels(_kind)  # a rate over a counter that appears with its first failure misses that one
 CAPACITY = Gauge("perigee_coordinator_sequence_capacity", "Sequences that the workers with a lease decode at once.")
 RUNNING = Gauge("perigee_coordinator_running_sequences", "Sequences given to workers that have not ended.")
 

@@ -137,8 +137,11 @@ class TelemetryConfig(Model):
 
     log_level: str = "info"
     """debug, info, warning or error."""
+    log_format: Literal["json", "console"] = "json"
+    """Form of log lines: `json` for machines, `console` for people."""
     otlp_endpoint: str | None = None
-    """OTLP/gRPC collector for traces, host:port; no traces when unset."""
+    """OTLP/gRPC collector for traces: host:port or http://host:port in clear, https://host:port with TLS. Unset, the
+    OTEL_EXPORTER_OTLP_ENDPOINT variable decides; without either there are no traces."""
 
 
 class ServiceConfig(Model):

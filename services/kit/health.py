@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from http.server import ThreadingHTTPServer
 
-from prometheus_client import MetricsHandler, disable_created_metrics
+from prometheus_client import Gauge, MetricsHandler, disable_created_metrics
 
 from perigee.errors import UnavailableError
 
 # A loop that is silent for this long is stuck, and the orchestrator should start the process again.
 LOOP_SILENCE_S = 5.0
+READY = Gauge("perigee_ready", "1 while the service can do its work, as /readyz says.")
 # Each counter and histogram would have a second series with the time at which it was made.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -31,6 +32,7 @@ async def serving_probes(host: str, port: int, find_obstacle: Callable[[], str |
     sentence. Raises UnavailableError when the port cannot be bound.
     """
     loop = asyncio.get_running_loop()
+    READY.set_function(lambda: find_obstacle() is None)
 
     class Handler(MetricsHandler):
         timeout = 30

@@ -23,6 +23,7 @@ from perigee.errors import (
 )
 from services.kit.access import REQUEST_ID_HEADER, Access, Call
 from services.kit.telemetry import get_logger
+from services.kit.tracing import carry_request
 
 log = get_logger(__name__)
 
@@ -167,4 +168,5 @@ def _read_request(deserializer: Callable[[bytes], Any] | None) -> Callable[[byte
 def _require_message(request: Any) -> Any:
     if isinstance(request, _Unreadable):
         raise InvalidArgumentError.for_field("request", f"is not of the method's message: {request.reason}")
+    carry_request(request)
     return request

@@ -15,7 +15,6 @@ import uvloop
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1.health import aio as health_aio
 from grpc_reflection.v1alpha import reflection
-from opentelemetry.instrumentation.grpc import aio_client_interceptors, aio_server_interceptor
 
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.rpc import KEEPALIVE_MS, ChannelOptions, ServiceClient
@@ -24,8 +23,9 @@ from services.kit.addresses import is_loopback
 from services.kit.config import ServerConfig, ServiceConfig
 from services.kit.health import serving_probes
 from services.kit.interceptors import CallInterceptor
-from services.kit.telemetry import get_logger, request_histogram, start_logging, start_tracing, stop_tracing
+from services.kit.telemetry import get_logger, request_histogram, start_logging
 from services.kit.tls import server_credentials
+from services.kit.tracing import client_interceptors, server_interceptors, start_tracing, stop_tracing
 
 log = get_logger(__name__)
 
@@ -143,7 +143,7 @@ def channel_options(config: ServiceConfig) -> ChannelOptions:
         cert_file=server.tls_cert_file if server.tls_ca_file else None,
         key_file=server.tls_key_file if server.tls_ca_file else None,
         server_name=server.tls_server_name,
-        interceptors=[*aio_client_interceptors()] if config.telemetry.otlp_endpoint else (),  # type: ignore[no-untyped-call]
+        interceptors=client_interceptors(),
     )
 
 
@@ -204,11 +204,8 @@ async def _run_until_signal(config: ConfigT, lifespan: Lifespan[ConfigT]) -> Non
 
 def _build_server(config: ServiceConfig, access: Access) -> grpc.aio.Server:
     """Returns a gRPC server with the interceptors of every service."""
-    interceptors: list[grpc.aio.ServerInterceptor] = [
-        CallInterceptor(access, config.server.max_concurrent_rpcs, request_histogram(config.section))
-    ]
-    if config.telemetry.otlp_endpoint is not None:
-        interceptors.insert(0, aio_server_interceptor())  # type: ignore[no-untyped-call]
+    calls = CallInterceptor(access, config.server.max_concurrent_rpcs, request_histogram(config.section))
+    interceptors: list[grpc.aio.ServerInterceptor] = [*server_interceptors(), calls]
     return grpc.aio.server(interceptors=interceptors, options=server_arguments(config))
 
 

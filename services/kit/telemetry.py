@@ -1,39 +1,52 @@
-"""JSON logs, request metrics and OpenTelemetry traces."""
+"""Logs, and metrics of requests."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import cast
+from typing import Any, cast
 
 import structlog
-from opentelemetry import trace
-from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
-from opentelemetry.sdk.resources import Resource
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
-from prometheus_client import REGISTRY, Histogram
+from prometheus_client import REGISTRY, Histogram, Info
 from structlog.typing import FilteringBoundLogger
 
+import perigee
 from services.kit.config import TelemetryConfig
+from services.kit.tracing import add_trace_context
 
 
 def start_logging(service: str, config: TelemetryConfig) -> None:
-    """Sends the service's log to standard error, one JSON object a line, each with the service's name."""
+    """Sends the service's log and the libraries' warnings to standard error, a line each, with the service's name."""
+    BUILD.info({"service": service, "version": perigee.__version__})
+
+    def add_service(_logger: Any, _method: str, event: Any) -> Any:
+        event["service"] = service
+        return event
+
+    context: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        add_service,
+        add_trace_context,
+    ]
+    render: list[Any] = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    if config.log_format == "console":
+        render = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
     structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(),
-        ],
+        processors=[*context, *render],
         wrapper_class=structlog.make_filtering_bound_logger(config.log_level),
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         cache_logger_on_first_use=True,
     )
-    structlog.contextvars.bind_contextvars(service=service)
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    of_libraries = logging.StreamHandler(sys.stderr)
+    of_libraries.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*context, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    logging.basicConfig(level=logging.WARNING, handlers=[of_libraries])
 
 
 def get_logger(name: str) -> FilteringBoundLogger:
@@ -41,20 +54,7 @@ def get_logger(name: str) -> FilteringBoundLogger:
     return cast(FilteringBoundLogger, structlog.get_logger(module=name))
 
 
-def start_tracing(service: str, config: TelemetryConfig) -> None:
-    """Exports spans to the configured collector; without one, spans are not recorded."""
-    if config.otlp_endpoint is None:
-        return
-    provider = TracerProvider(resource=Resource.create({"service.name": f"perigee-{service}"}))
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=config.otlp_endpoint, insecure=True)))
-    trace.set_tracer_provider(provider)
-
-
-def stop_tracing() -> None:
-    """Sends the spans not exported yet."""
-    provider = trace.get_tracer_provider()
-    if isinstance(provider, TracerProvider):
-        provider.shutdown()
+BUILD = Info("perigee_build", "Name and version of the service.")
 
 
 def request_histogram(service: str) -> Histogram:

@@ -17,6 +17,7 @@ from typing import Any
 from perigee.errors import ResourceExhaustedError
 from services.kit.single_flight import SingleFlightCache
 from services.kit.telemetry import get_logger
+from services.kit.tracing import describe, span
 from services.reward.verifiers.base import (
     CACHE_HITS,
     JUDGEMENT_SECONDS,
@@ -80,12 +81,14 @@ class Scorer:
         """Judges one item; a fault of its verifier is a FAILED outcome."""
         verifier = self.verifiers[item.verifier]
         begin = time.monotonic()
-        try:
-            outcome, is_shared = await self._cache.get(content_key(verifier, item), lambda: verifier.judge(item))
-        except Exception as error:  # a fault of the verifier is this item's failure, and nobody else's
-            log.exception("verifier failed", verifier=verifier.name, item_id=item.id)
-            outcome = Outcome.failed(f"the {verifier.name} verifier failed: {type(error).__name__}", retryable=False)
-            is_shared = False
+        with span("judge", item=item.id, verifier=verifier.name) as opened:
+            try:
+                outcome, is_shared = await self._cache.get(content_key(verifier, item), lambda: verifier.judge(item))
+            except Exception as error:  # a fault of the verifier is this item's failure, and nobody else's
+                log.exception("verifier failed", verifier=verifier.name, item_id=item.id)
+                reason = f"the {verifier.name} verifier failed: {type(error).__name__}"
+                outcome, is_shared = Outcome.failed(reason, retryable=False), False
+            describe(opened, verdict=outcome.verdict.value, cached=is_shared)
         seconds = time.monotonic() - begin
         OUTCOMES.labels(verifier.name, outcome.verdict.value).inc()
         JUDGEMENT_SECONDS.labels(verifier.name).observe(seconds)

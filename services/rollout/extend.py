@@ -17,6 +17,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.telemetry import get_logger
+from services.kit.tracing import describe, span
 from services.rollout.engine import EngineDiedError, RequestAbortedError
 from services.rollout.segment import (
     Emit,
@@ -132,7 +133,10 @@ class _Call:
         segment_id = f"{lease.trajectory_id}/{lease.epoch}/{self.number}"
         self.running.add(segment_id)
         try:
-            result = await self._generate(segment_id, lease, trajectory)
+            with span("segment", trajectory=lease.trajectory_id, offset=trajectory.tokens) as opened:
+                result = await self._generate(segment_id, lease, trajectory)
+                if isinstance(result, pb.SegmentEnd):
+                    describe(opened, tokens=result.new_tokens, end=end_reason_label(result.end_reason))
         except (EngineDiedError, AppendRefusedError) as error:
             result = pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=str(error))
             if isinstance(error, RequestAbortedError) and self.worker.status == DRAINING:

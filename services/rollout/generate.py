@@ -11,6 +11,7 @@ from perigee.buffer.packing import ITEM_BYTES, count_tokens, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FieldViolation, InvalidArgumentError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
+from services.kit.tracing import describe, span
 from services.rollout.engine import EngineDiedError
 from services.rollout.model import PolicyModel
 from services.rollout.segment import (
@@ -81,23 +82,25 @@ async def _generate_item(
         segment_id, item.id, item.prompt_token_ids, b"", end_tokens, buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS
     )
     token_ids = bytearray()
-    async with aclosing(generate_segment(worker.engine, segment, settings)) as chunks:
-        async for chunk in chunks:
-            token_ids += chunk.token_ids
-            worker.count_generated(count_tokens(chunk.token_ids))
-            response = pb.GenerateResponse(id=item.id)
-            if not text_only:
-                response.offset = chunk.offset
-                response.token_ids, response.logprobs = chunk.token_ids, chunk.logprobs
-                response.versions.extend(chunk.versions)
-            if chunk.end_reason:
-                response.end_reason = chunk.end_reason
-                response.text = worker.model.decode(unpack_token_ids(bytes(token_ids)))
-                response.tokens = len(token_ids) // ITEM_BYTES
-                SEGMENTS.labels(end_reason_label(chunk.end_reason)).inc()
-                admission.leave()
-            if chunk.end_reason or not text_only:
-                await emit(response)
+    with span("segment", item=item.id) as opened:
+        async with aclosing(generate_segment(worker.engine, segment, settings)) as chunks:
+            async for chunk in chunks:
+                token_ids += chunk.token_ids
+                worker.count_generated(count_tokens(chunk.token_ids))
+                response = pb.GenerateResponse(id=item.id)
+                if not text_only:
+                    response.offset = chunk.offset
+                    response.token_ids, response.logprobs = chunk.token_ids, chunk.logprobs
+                    response.versions.extend(chunk.versions)
+                if chunk.end_reason:
+                    response.end_reason = chunk.end_reason
+                    response.text = worker.model.decode(unpack_token_ids(bytes(token_ids)))
+                    response.tokens = len(token_ids) // ITEM_BYTES
+                    SEGMENTS.labels(end_reason_label(chunk.end_reason)).inc()
+                    describe(opened, tokens=response.tokens, end=end_reason_label(chunk.end_reason))
+                    admission.leave()
+                if chunk.end_reason or not text_only:
+                    await emit(response)
 
 
 def _find_faults(item: pb.GenerateItem, model: PolicyModel) -> Iterator[tuple[str, str]]:

@@ -53,6 +53,8 @@ class VllmEngine(Engine):
     async def start(self) -> None:
         """Spawns EngineCore with dummy weights: seconds on a small model."""
         os.environ.update(engine_environment(self._config))
+        # Its processes would export spans of their own, of every layer that they load.
+        os.environ.pop("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", None)
         loop = asyncio.get_running_loop()
         arguments = engine_arguments(self._config, self._model)
         starting = loop.run_in_executor(self._spawner, AsyncLLM.from_engine_args, arguments)

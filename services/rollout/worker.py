@@ -20,6 +20,7 @@ from perigee.errors import (
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
+from services.kit.tracing import span
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError
 from services.rollout.model import PolicyModel
@@ -163,8 +164,9 @@ class Worker:
         start = time.monotonic()
         generation = self.engine_restarts
         try:
-            async with asyncio.timeout(self.config.update_timeout_seconds):
-                await self.engine.update_weights(image)
+            with span("load weights", worker=self.worker_id, version=image.manifest.policy_version):
+                async with asyncio.timeout(self.config.update_timeout_seconds):
+                    await self.engine.update_weights(image)
         except Exception as error:
             # Nobody knows which of its weights are new: this engine must not serve again.
             self.set_status(STARTING)

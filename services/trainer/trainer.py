@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -294,7 +295,8 @@ class Trainer:
     async def _call(self, command: Command, finish: Callable[[Any], ResultT], sink: Sink | None = None) -> ResultT:
         """Runs a command to its end even when the caller leaves: until then the engine stays claimed."""
         loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._thread, lambda: finish(self.engine.run(command, sink=sink)))
+        run = copy_context().run
+        future = loop.run_in_executor(self._thread, run, lambda: finish(self.engine.run(command, sink=sink)))
         try:
             return await asyncio.shield(future)
         finally:
@@ -317,7 +319,8 @@ class Trainer:
         context = self.engine.job_context(
             report=lambda report: loop.call_soon_threadsafe(put, report), is_cancelled=left.is_set
         )
-        future = loop.run_in_executor(self._thread, lambda: finish(self.engine.run(command, context, examples)))
+        run = copy_context().run
+        future = loop.run_in_executor(self._thread, run, lambda: finish(self.engine.run(command, context, examples)))
         future.add_done_callback(lambda _: put(None))
         try:
             while (report := await reports.get()) is not None:

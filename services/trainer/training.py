@@ -26,6 +26,7 @@ from perigee.errors import (
     PerigeeError,
 )
 from perigee.trainer.v1 import trainer_pb2 as pb
+from services.kit.tracing import span
 from services.trainer.algorithms import make_algorithm
 from services.trainer.algorithms.base import Algorithm, LossBatch
 from services.trainer.data import Trajectory
@@ -240,7 +241,8 @@ class _Iteration:
             ("update", self._take_steps),
         ):
             start = time.monotonic()
-            phase()
+            with span(name):
+                phase()
             seconds[name] = time.monotonic() - start
         return self._result(seconds)
 

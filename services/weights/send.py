@@ -16,6 +16,7 @@ from perigee.trainer.v1.trainer_pb2 import PushOutcome, PushTarget
 from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.kit.telemetry import get_logger
+from services.kit.tracing import span
 from services.weights.config import WeightsConfig
 from services.weights.manifest import WeightImage
 from services.weights.shared_memory import SharedBuffer, remove_leftovers
@@ -26,6 +27,7 @@ log = get_logger(__name__)
 FIRST_POLL_S = 0.0005
 LAST_POLL_S = 0.005
 PUSHES = Counter("perigee_weights_pushes_total", "Pushes to one receiver", ["result"])
+PUSHES.labels("failed")  # a rate over a counter that appears with its first failure misses that one
 TRANSFER_SECONDS = Histogram("perigee_weights_transfer_seconds", "Bytes to one receiver", buckets=BUCKETS)
 
 
@@ -102,7 +104,8 @@ class WeightSender:
         """Writes the image; returns the seconds. A write that outlives this call is aborted when it has ended."""
         write = start_write(self._endpoints, image.buffer, image.manifest.total_bytes, prepared)
         try:
-            return await asyncio.wait_for(asyncio.shield(write), self._config.transfer_timeout_s)
+            with span("transfer weights", worker=target.worker_id, bytes=image.manifest.total_bytes):
+                return await asyncio.wait_for(asyncio.shield(write), self._config.transfer_timeout_s)
         except TimeoutError as error:
             raise DeadlineExceededError(
                 f"{image.manifest.total_bytes} bytes did not reach {target.address} within "

@@ -1,4 +1,4 @@
-"""The chassis, with a real server and client: errors, token, limits, health, drain, traces."""
+"""The chassis, with a real server and client: errors, token, limits, health, drain."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -8,11 +8,6 @@ from typing import Any, ClassVar
 import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from opentelemetry import trace
-from opentelemetry.instrumentation.grpc import aio_client_interceptors
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from perigee.errors import (
     FieldViolation,
@@ -27,8 +22,7 @@ from perigee.errors import (
 from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer, add_RewardServiceServicer_to_server
-from perigee.rpc import ChannelOptions
-from services.kit.config import ServerConfig, ServiceConfig, TelemetryConfig
+from services.kit.config import ServerConfig, ServiceConfig
 from services.kit.server import App, serving
 
 FULL_NAME = "perigee.reward.v1.RewardService"
@@ -205,24 +199,3 @@ async def test_an_unreachable_service_is_named() -> None:
     async with RewardClient.connect("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError, match=r"RewardService at 127\.0\.0\.1:1 cannot be reached"):
             await client.list_verifiers(pb.ListVerifiersRequest(), timeout_s=5)
-
-
-async def test_one_trace_spans_caller_and_service() -> None:
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    trace.set_tracer_provider(provider)
-
-    @asynccontextmanager
-    async def lifespan(app: App[ProbeConfig]) -> AsyncIterator[None]:
-        app.add(FULL_NAME, add_RewardServiceServicer_to_server, Probe())
-        yield
-
-    # The endpoint is never dialled: this test's provider records the spans.
-    traced = ProbeConfig(telemetry=TelemetryConfig(otlp_endpoint="127.0.0.1:1"))
-    options = ChannelOptions(interceptors=aio_client_interceptors())
-    async with serving(traced, lifespan) as app, RewardClient(app.address, options) as client:
-        await client.list_verifiers(pb.ListVerifiersRequest())
-    spans = exporter.get_finished_spans()
-    assert {span.kind.name for span in spans} == {"CLIENT", "SERVER"}
-    assert len({span.context.trace_id for span in spans if span.context}) == 1

@@ -26,6 +26,7 @@ from services.kit.access import REQUEST_ID_HEADER, Access
 from services.kit.http.errors import MethodNotAllowedError, WriteError, dump_error, error_headers, write_error
 from services.kit.interceptors import as_perigee_error
 from services.kit.telemetry import get_logger
+from services.kit.tracing import describe, http_span, mark_failed
 
 log = get_logger(__name__)
 
@@ -108,18 +109,21 @@ class CallMiddleware:
         call = self.access.begin(label, peer, headers.get(REQUEST_ID_HEADER))
         reply = Reply(send, call.request_id)
         code = "CANCELLED"
-        try:
-            with self.access.admit(call, headers.get("authorization")):
-                await self._serve(route, allowed, scope, receive, reply)
-            code = "OK"
-        except Exception as error:
-            shown = as_perigee_error(error, label)
-            code = shown.code.name
-            write = self.write_errors.get(route.path, write_error) if route else write_error
-            await reply.fail(shown, write)
-        finally:
-            self.seconds.labels(label, code).observe(call.seconds)
-            self.access.record(call, code)
+        with http_span(label, headers) as span:
+            try:
+                with self.access.admit(call, headers.get("authorization")):
+                    await self._serve(route, allowed, scope, receive, reply)
+                code = "OK"
+            except Exception as error:
+                shown = as_perigee_error(error, label)
+                code = shown.code.name
+                mark_failed(span, shown.message)
+                write = self.write_errors.get(route.path, write_error) if route else write_error
+                await reply.fail(shown, write)
+            finally:
+                describe(span, code=code)
+                self.seconds.labels(label, code).observe(call.seconds)
+                self.access.record(call, code)
 
     async def _serve(
         self, route: Route | None, allowed: set[str], scope: Scope, receive: Receive, reply: Reply

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import httpx
+from opentelemetry.trace import SpanKind
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, wait_exponential_jitter
 
 from services.kit.telemetry import get_logger
+from services.kit.tracing import span
 from services.reward.config import JudgeEndpointConfig
 from services.reward.judges.prompts import Message, Quoted, build_messages
 from services.reward.verifiers.base import JUDGE_CALLS, JUDGE_TOKENS
@@ -294,7 +296,8 @@ class Endpoint:
         tokens: int | None = None  # of a request that broke off they are unknown
         end = "failed"
         try:
-            response = await self._post(body, min(self.config.attempt_timeout_s, vote.left_s()))
+            with span("call judge", SpanKind.CLIENT, judge=self.name, model=self.config.model):
+                response = await self._post(body, min(self.config.attempt_timeout_s, vote.left_s()))
             tokens = 0
             completion = read_completion(response)
             if (usage := completion.usage) is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from perigee.errors import FailedPreconditionError, ResourceExhaustedError
 from services.kit.telemetry import get_logger
+from services.kit.tracing import span
 from services.sandbox.config import SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime, load_catalog
 from services.sandbox.runtime import metrics
@@ -55,7 +56,8 @@ class Pool:
         """Leases the slots of a job that may take `cost_s`; raises ResourceExhaustedError when none are free."""
         asked = time.monotonic()
         try:
-            pair = await self._queue.acquire(cost_s, remaining_s)
+            with span("wait for a slot"):
+                pair = await self._queue.acquire(cost_s, remaining_s)
         except ResourceExhaustedError:
             metrics.REFUSED.inc()
             raise
