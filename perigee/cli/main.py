@@ -185,6 +185,27 @@ def status(
 
 
 @app.command()
+def doctor(
+    recipe: RecipeArgument = None,
+    probes: Annotated[
+        list[str] | None,
+        typer.Option("--probe", metavar="HOST:PORT", help="Metrics port of a service that runs; repeat."),
+    ] = None,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Check what services need on this machine and between machines; says what to do, exit code 1 for a problem."""
+    with reporting_errors(debug):
+        from perigee.cli.doctor import examine, read_configs
+
+        found = []
+        for finding in examine(read_configs(recipe, overrides or []), probes or []):
+            found.append(finding)
+            print(finding)
+        raise typer.Exit(1 if any(finding.level == "problem" for finding in found) else 0)
+
+
+@app.command()
 def report(
     run: Annotated[str, typer.Argument(help="A run's id, its folder, or latest.")] = "latest",
     runs_dir: RunsOption = Path("runs"),

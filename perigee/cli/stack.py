@@ -80,15 +80,17 @@ def plan_stack(
     specs = []
     for name in names:
         service = name.partition("-")[0]
+        server = (values.get(service) or {}).get("server") or {}
         sets = [f"server.port={addresses[name].rpartition(':')[2]}"]
         sets += [f"{peer}_address={addresses[peer]}" for peer in PEERS.get(service, ()) if peer in addresses]
         if service == "rollout":
             sets.append(f"worker_id={name}")
+            if first := server.get("metrics_port"):
+                sets.append(f"server.metrics_port={first + int(name.partition('-')[2])}")
         arguments = [sys.executable, "-m", f"services.{service}", "--config", str(run.recipe_path)]
         for override in sets:
             arguments += ["--set", override]
         log_path = run.logs_path / f"{name}.log"
-        server = (values.get(service) or {}).get("server") or {}
         specs.append(ServiceSpec(name, service, arguments, log_path, addresses[name], local_channel(server)))
     return specs
 
