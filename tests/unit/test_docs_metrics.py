@@ -22,7 +22,7 @@ REQUESTS = ("request_seconds", "http_request_seconds")
 
 def base_name(name: str) -> str:
     """Returns a metric's name without the ending of a sample."""
-    return re.sub(r"_(total|bucket|sum|count)$", "", name)
+    return re.sub(r"_(total|bucket|sum|count|info)$", "", name)
 
 
 def test_the_pages_name_metrics_that_exist() -> None:
