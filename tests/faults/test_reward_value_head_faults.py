@@ -24,6 +24,7 @@ from services.reward.config import ValueHeadConfig
 from services.reward.value_head.training import train
 from services.reward.verifiers.base import Item, Outcome, Verdict
 from services.reward.verifiers.value_head import ValueHeadVerifier
+from tests.fixtures.cli import invoke, start_perigee
 from tests.fixtures.value_head import labelled_lines, make_sums, training_config, write_lines
 
 pytestmark = pytest.mark.timeout(300)  # the first test waits for a model to be trained
@@ -61,14 +62,6 @@ def serves(process: psutil.Process, folder: Path) -> bool:
         return False
 
 
-async def wait_for_another(folder: Path, pid: int) -> int:
-    """The process that replaces one that was killed."""
-    async with asyncio.timeout(120):
-        while not (others := [other for other in worker_pids(folder) if other != pid]):  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
-    return others[0]
-
-
 async def test_a_batch_whose_process_is_killed_is_tried_once_more(value_head_folder: Path) -> None:
     # A batch begins when it has its three items.
     async with running(value_head_folder, max_batch_items=3, batch_wait_ms=60_000) as verifier:
@@ -82,16 +75,15 @@ async def test_a_batch_whose_process_is_killed_is_tried_once_more(value_head_fol
         judging = asyncio.create_task(judge_three())
         os.kill(pid, signal.SIGKILL)
         assert await judging == before
-        [pid] = worker_pids(value_head_folder)
-        # Killed again, before it answers, as its successor is.
-        os.kill(pid, signal.SIGSTOP)
+        # Every successor is killed as it starts, until the batch has failed.
         judging = asyncio.create_task(judge_three())
-        os.kill(pid, signal.SIGKILL)
-        os.kill(await wait_for_another(value_head_folder, pid), signal.SIGKILL)
+        while not judging.done():
+            for pid in worker_pids(value_head_folder):
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.005)
         for outcome in await judging:
             assert_failed(outcome, "worker process", retryable=True)
         assert await judge_three() == before
-        assert not psutil.pid_exists(pid)
 
 
 async def test_a_process_that_hangs_is_replaced_at_the_deadline(value_head_folder: Path) -> None:
@@ -112,21 +104,9 @@ async def test_a_score_that_is_no_number_is_no_reward(value_head_folder: Path, t
         assert_failed(await verifier.judge(ITEM), "is not a number", retryable=False)
 
 
-async def test_what_the_model_refuses_is_a_failure_and_costs_no_process(
+async def test_what_the_model_refuses_fails_alone_in_its_batch_and_costs_no_process(
     value_head_folder: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(value_head_folder, folder)
-    described = json.loads((folder / "perigee_value_head.json").read_text())
-    # A token that the embedding does not have.
-    (folder / "perigee_value_head.json").write_text(json.dumps(described | {"end_token_id": 10_000}))
-    async with running(folder) as verifier:
-        [pid] = worker_pids(folder)
-        assert_failed(await verifier.judge(ITEM), "the model failed", retryable=False)
-        assert worker_pids(folder) == [pid]
-
-
-async def test_what_the_model_refuses_fails_alone_in_its_batch(value_head_folder: Path, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     shutil.copytree(value_head_folder, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
@@ -136,12 +116,13 @@ async def test_what_the_model_refuses_fails_alone_in_its_batch(value_head_folder
     tokenizer["model"]["vocab"]["snowman"] = 10_000
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     others = [Item("a", f"It is {n}", "", pb.ValueHeadVerifier(reference="47"), prompt="12+35") for n in range(40, 47)]
-    async with running(folder, max_batch_items=8, batch_wait_ms=60_000) as verifier:
+    async with running(folder, max_batch_items=8, batch_wait_ms=1000) as verifier:
+        [pid] = worker_pids(folder)
         bad = Item("b", "snowman", "", pb.ValueHeadVerifier(reference="47"), prompt="12+35")
         outcomes = await asyncio.gather(*(verifier.judge(item) for item in (*others[:3], bad, *others[3:])))
+        alone = await asyncio.gather(*(verifier.judge(item) for item in others))
+        assert worker_pids(folder) == [pid]
     assert_failed(outcomes.pop(3), "the model failed", retryable=False)
-    async with running(value_head_folder) as verifier:
-        alone = [await verifier.judge(item) for item in others]
     assert [outcome.verdict for outcome in outcomes] == [outcome.verdict for outcome in alone]
     assert all(outcome.verdict is not Verdict.FAILED for outcome in outcomes)
 
@@ -202,78 +183,60 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, value_head_backbone: Path
         train(config.model_copy(update={"resume": True}))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-async def test_the_command_goes_on_after_it_was_ended(
-    tmp_path: Path, value_head_backbone: Path, number: signal.Signals
-) -> None:
+async def test_the_command_goes_on_after_it_was_ended(tmp_path: Path, value_head_backbone: Path) -> None:
+    """By SIGTERM, and then by SIGKILL."""
     write_lines(tmp_path / "data.jsonl", labelled_lines(make_sums(200, 2)))
+    settings = {"batch_size": 8, "eval_every_steps": 20, "checkpoint_every_steps": 5, "patience": 99, "epochs": 6}
+    config = training_config(tmp_path, value_head_backbone, **settings)
+    options = ("data", "backbone", "out", "epochs")
     arguments = [
-        *("--data", str(tmp_path / "data.jsonl"), "--backbone", str(value_head_backbone), "--epochs", "6"),
-        *(word for setting in SETTINGS for word in ("--set", setting)),
+        f"--{name}={value}" if name in options else f"--set={name}={value}"
+        for name, value in config.model_dump(exclude_unset=True).items()
     ]
-    whole = await start_command(*arguments, "--out", str(tmp_path / "whole"))
-    stopped = await start_command(*arguments, "--out", str(tmp_path / "parts"))
-    try:
-        assert whole.stdout is not None
-        assert stopped.stdout is not None
-        assert (await stopped.stdout.readline()).startswith(b"step 20 of ")
-        stopped.send_signal(number)
-        said = await stopped.stdout.read()
-        if number is signal.SIGTERM:
-            assert await stopped.wait() == 128 + signal.SIGTERM
-            assert b"--resume" in said
-        else:
-            assert await stopped.wait() == -signal.SIGKILL
-        expected = (await whole.stdout.read()).splitlines()
-    finally:
-        for process in (whole, stopped):
-            if process.returncode is None:
-                process.kill()
-            await process.wait()
+    ended = await stop_command(arguments, b"step 20 of ", signal.SIGTERM)
+    assert b"--resume" in ended
+    await stop_command([*arguments, "--resume"], b"step 40 of ", signal.SIGKILL)
     # No folder is half-written, whatever the moment.
-    for folder in (tmp_path / "parts").glob("checkpoints/step-*"):
+    for folder in (tmp_path / "out").glob("checkpoints/step-*"):
         assert (folder / "state.pt").exists()
-    resumed = await start_command(*arguments, "--out", str(tmp_path / "parts"), "--resume")
-    output, _ = await resumed.communicate()
-    assert resumed.returncode == 0
-    [first, second] = [json.loads((tmp_path / name / "model" / FILE).read_text()) for name in ("whole", "parts")]
+    resumed = train(config.model_copy(update={"resume": True}))
+    whole = train(config.model_copy(update={"out": str(tmp_path / "whole")}))
+    assert (resumed.reason, resumed.step, resumed.best) == (whole.reason, whole.step, whole.best)
+    [first, second] = [(tmp_path / name / "model" / FILE).read_text() for name in ("whole", "out")]
     assert first == second
-    assert output.splitlines()[-2] == expected[-2]
-    assert not list((tmp_path / "parts").glob(".*"))
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+async def stop_command(arguments: list[str], line: bytes, number: signal.Signals) -> bytes:
+    """Ends the command by a signal once it has printed a line; returns what it printed after it."""
+    process = await start_perigee("reward", "train", *arguments)
+    assert process.stdout is not None
+    async for said in process.stdout:
+        if said.startswith(line):
+            break
+    process.send_signal(number)
+    rest = await process.stdout.read()
+    assert await process.wait() == (128 + number if number is signal.SIGTERM else -number)
+    return rest
 
 
 FILE = "perigee_value_head.json"
-SETTINGS = (
-    *("device=cpu", "threads=1", "max_tokens=128", "batch_size=8", "learning_rate=2e-3"),
-    *("eval_every_steps=20", "checkpoint_every_steps=5", "patience=99"),
-)
-
-
-async def start_command(*arguments: str) -> asyncio.subprocess.Process:
-    """`perigee reward train`."""
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "perigee.cli.main", "reward", "train", *arguments), stdout=asyncio.subprocess.PIPE
-    )
 
 
 @pytest.mark.parametrize(
     ("setting", "said"),
-    [
-        ("loss=ranking", "loss: input should be"),
-        ("epoch=3", "epoch: unknown key; did you mean epochs?"),
-        ("max_tokens=4000", "max_tokens: the backbone reads at most 128 tokens"),
-    ],
+    [("loss=ranking", "loss: input should be"), ("epoch=3", "epoch: unknown key; did you mean epochs?")],
 )
-async def test_the_command_names_what_is_wrong(
-    tmp_path: Path, value_head_backbone: Path, setting: str, said: str
-) -> None:
+def test_the_command_names_what_is_wrong(tmp_path: Path, setting: str, said: str) -> None:
+    folders = ("--data", str(tmp_path / "data.jsonl"), "--backbone", str(tmp_path), "--out", str(tmp_path / "o"))
+    ended = invoke(("reward", "train", "--set", setting, *folders), None, None, {})
+    assert ended.code == 2
+    assert said in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_more_tokens_than_the_backbone_reads_are_refused(tmp_path: Path, value_head_backbone: Path) -> None:
     write_lines(tmp_path / "data.jsonl", labelled_lines(make_sums(20, 2)))
-    command = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "perigee.cli.main", "reward", "train", "--set", setting),
-        *("--data", str(tmp_path / "data.jsonl"), "--backbone", str(value_head_backbone), "--out", str(tmp_path / "o")),
-        stderr=asyncio.subprocess.PIPE,
-    )
-    _, error = await command.communicate()
-    assert command.returncode == 2
-    assert said in error.decode()
-    assert len(error.decode().splitlines()) == 1
+    config = training_config(tmp_path, value_head_backbone).model_copy(update={"max_tokens": 4000})
+    with pytest.raises(InvalidArgumentError, match="max_tokens: the backbone reads at most 128 tokens"):
+        train(config)
