@@ -43,6 +43,7 @@ def become_rank(config: TrainerConfig) -> None:
     if config.world > 1:
         # The ranks die with torchrun, so that none is orphaned.
         die_with_parent(os.getppid())
+    import_megatron()
     if os.environ["RANK"] == "0":
         from services.kit.server import run
         from services.trainer.service import lifespan
@@ -52,6 +53,19 @@ def become_rank(config: TrainerConfig) -> None:
         from services.trainer.engine import follow
 
         follow(config)
+
+
+def import_megatron() -> None:
+    """Imports Megatron, without torch's compiler where no GPU would run what it compiles: loading it takes seconds."""
+    import torch
+
+    compile_function = torch.compile
+    if not torch.cuda.is_available():
+        torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
+    try:
+        import megatron.core  # noqa: F401  # its fusions are compiled when they are defined
+    finally:
+        torch.compile = compile_function
 
 
 def launch(config: TrainerConfig, arguments: list[str]) -> None:
