@@ -89,7 +89,8 @@ OTHER_LANGUAGES = [
     # giving it the last of its memory may cost the kernel seconds, which count as the program's
     Attack("resources/memory_bomb.js", (MEMORY_LIMIT,), limits=PATIENT),
     Attack("resources/memory_bomb.sh", (MEMORY_LIMIT, RUNTIME_ERROR)),
-    Attack("resources/Memory.java", (MEMORY_LIMIT, TIME_LIMIT)),
+    # It goes on for ever once its share is used up, so the clock ends it.
+    Attack("resources/Memory.java", (MEMORY_LIMIT, TIME_LIMIT), limits={"wall_ms": 5000}),
     Attack("resources/deaf.c", (TIME_LIMIT,), limits=SHORT),
     Attack("resources/deaf.sh", (TIME_LIMIT,), limits=SHORT),
     Attack("resources/output_flood.c", (OUTPUT_LIMIT,)),
