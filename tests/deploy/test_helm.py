@@ -21,6 +21,7 @@ import perigee
 from perigee.cli.main import app
 from perigee.cli.recipe import load_recipe
 from perigee.cli.run_folder import RunFolder
+from perigee.rpc import VARIABLES
 from services.kit.config import SERVER_ALIASES, ServiceConfig, environment_values, validate
 from services.kit.health import serving_probes
 from tests.fixtures.helm import CHART, NAMESPACE, RECIPE, RELEASE, Helm, Manifest, Render, of_kind, pods
@@ -150,7 +151,7 @@ def find_faults(manifest: Manifest, version: str) -> list[str]:
 def test_manifests_meet_the_schemas_of_kubernetes(render: Render) -> None:
     distinct = {json.dumps(each, sort_keys=True): each for case in CASES for each in render(case[0], *case[1])}
     kinds = {each["kind"] for each in distinct.values()}
-    assert kinds >= {"Deployment", "StatefulSet", "Job", *custom_schemas()} - {"PrometheusRule"}
+    assert kinds >= {"Deployment", "StatefulSet", "Job", *custom_schemas()}
     faults = {
         (version, each["kind"], each["metadata"]["name"]): found
         for version in KUBERNETES
@@ -232,12 +233,12 @@ def test_pods_have_what_a_linter_asks_for(render: Render, values: str, options: 
 
 
 def test_images_are_those_that_are_built(render: Render) -> None:
-    dockerfile = ROOT / "deploy/images/Dockerfile"
-    if not dockerfile.exists():
-        pytest.skip("deploy/images is not there")
-    targets = set(re.findall(r"^FROM \S+ AS (\S+)$", dockerfile.read_text(), flags=re.MULTILINE))
+    dockerfile = (ROOT / "deploy/images/Dockerfile").read_text()
+    targets = set(re.findall(r"^FROM \S+ AS (\S+)$", dockerfile, flags=re.MULTILINE))
     images = {container_of(template)["image"] for values in VALUES for _, template in pods(render(values))}
-    assert {image.rpartition("/")[2].partition(":")[0] for image in images} <= targets
+    assert {image.rpartition("/")[2].partition(":")[0] for image in images} <= {*targets, "arithmetic"}
+    assert 'ENTRYPOINT ["tini", "--"]' in dockerfile  # pods give arguments alone
+    assert set(re.findall(r"^USER (\d+)", dockerfile, flags=re.MULTILINE)) == {"0", "10001"}
 
 
 # References between manifests.
@@ -377,6 +378,9 @@ def parameters_of(manifests: list[Manifest], job: str) -> dict[str, Any]:
     """What the command line understands of a job's arguments."""
     name, command, *arguments = container_of(dict(pods(manifests))[job])["args"]
     assert (name, command) == ("perigee", job)
+    assert set(environment(dict(pods(manifests))[job])) - {"HOME", "LWS_WORKER_INDEX", "LWS_LEADER_ADDRESS"} <= {
+        *VARIABLES.values()
+    }
     return get_command(app).commands[job].make_context(job, arguments).params  # type: ignore[attr-defined,no-any-return]
 
 
