@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # uv does not read pip's configuration; a folder of wheels named there is honoured here.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
-EXTRAS := cli curation buffer coordinator sandbox reward weights rollout-cpu trainer
+EXTRAS := cli curation buffer coordinator sandbox reward weights rollout-cpu trainer s3
 
 .PHONY: help setup system run test test-deploy unit lint format protos docs baseline lock clean
 

@@ -42,7 +42,7 @@ PEERS: Mapping[str, Sequence[str]] = {
     "reward": ("sandbox",),
     "trainer": ("buffer",),
     "coordinator": ("buffer", "trainer", "reward"),
-    "rollout": ("buffer", "coordinator"),
+    "rollout": ("buffer", "coordinator", "trainer"),
 }
 # A worker is ready once the first weights were pushed, which takes a run: its process being alive is enough.
 HEALTH_NAMES: Mapping[str, str] = {

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import json
 import shutil
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from perigee.cli.ending import Interrupt
 from perigee.cli.metrics import read_evaluation
@@ -39,7 +42,7 @@ from perigee.errors import (
     PerigeeError,
     UnavailableError,
 )
-from perigee.files import write_atomically
+from perigee.files import append_lines, write_atomically
 from perigee.report.records import last_recorded
 from perigee.rpc import ChannelOptions
 
@@ -99,6 +102,46 @@ async def watch_run(
             note("watching the run again")
         except _COORDINATOR_AWAY as away:
             error = away
+
+
+async def send_files(
+    client: CoordinatorClient, request: pb.StartRunRequest, section: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Sends the files that a run section names to the coordinator; returns the section with their paths there.
+
+    Names that are no files of this machine stay: they are the coordinator's. So does no model folder of this machine:
+    the trainer has the model.
+    """
+
+    sent = copy.deepcopy(dict(section))
+    for values, key in files_of(sent):
+        values[key] = await client.put_file(Path(values[key]), request.run_id, request.run_path)
+    return sent
+
+
+def files_of(section: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """Returns where a run section names files of this machine, and takes a model folder of this machine out of it."""
+    if Path(section.get("model") or "-").is_dir():
+        del section["model"]
+    stages = [(stage, "dataset") for stage in section.get("sft", ())]
+    named = [(section, "prompts"), (section, "heldout"), *stages]
+    return [(values, key) for values, key in named if Path(values[key]).is_file()]
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Records of a run in its folder, from the events of its coordinator, which has the folder elsewhere."""
+
+    path: Path
+
+    def add(self, event: pb.WatchRunResponse) -> None:
+        """Writes what an event brings."""
+        if event.iteration.record:
+            append_lines(self.path / "metrics.jsonl", [json.loads(event.iteration.record)])
+        if event.evaluation.record:
+            append_lines(self.path / "evaluations.jsonl", [json.loads(event.evaluation.record)])
+        if event.HasField("summary"):
+            write_atomically(self.path / "summary.json", event.summary.encode())
 
 
 def check_end(snapshot: pb.RunSnapshot) -> None:
@@ -202,16 +245,24 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
         await stack.enter_async_context(client)
         # Read before the run is started, which records more: a resumed run shows nothing twice.
         cursor = Cursor(*last_recorded(run.path))
+        if local is None:
+            request.config_yaml = dump_yaml(await send_files(client, request, recipe.values["run"]))
         resumed = (await client.start_run(request, timeout_s=START_S)).resumed
         view.note(f"{'going on with' if resumed else 'training'} {run.run_id}")
-        last = await _follow(client, request, cursor, local, view)
+        # A coordinator that has this folder wrote its run.json here, and writes the records.
+        recorder = None if (run.path / "run.json").exists() else Recorder(run.path)
+        last = await _follow(_show(client, request, cursor, view, recorder), client, request.run_id, local, view)
     check_end(last)
 
 
 async def _follow(
-    client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, local: LocalStack | None, view: View
+    show: Coroutine[Any, Any, pb.RunSnapshot],
+    client: CoordinatorClient,
+    run_id: str,
+    local: LocalStack | None,
+    view: View,
 ) -> pb.RunSnapshot:
-    events = asyncio.create_task(_show(client, request, cursor, view))
+    events = asyncio.create_task(show)
     tasks: set[asyncio.Task[pb.RunSnapshot] | asyncio.Task[None]] = {events}
     if local is not None:
         tasks.add(asyncio.create_task(local.supervise()))
@@ -224,7 +275,7 @@ async def _follow(
         if not events.done():
             view.note("stopping the run")
             try:
-                await client.stop_run(pb.StopRunRequest(run_id=request.run_id))
+                await client.stop_run(pb.StopRunRequest(run_id=run_id))
             except UnavailableError as error:
                 view.note(error.message)
         raise
@@ -234,9 +285,13 @@ async def _follow(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _show(client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, view: View) -> pb.RunSnapshot:
+async def _show(
+    client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, view: View, recorder: Recorder | None
+) -> pb.RunSnapshot:
     last: pb.RunSnapshot | None = None
     async for response in watch_run(client, request, cursor, view.note):
+        if recorder is not None:
+            recorder.add(response)
         if response.HasField("iteration"):
             view.show_iteration(response.iteration)
         if response.HasField("evaluation"):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceStub
+from perigee.errors import DataLossError
 from perigee.rpc import ChannelOptions, ServiceClient
+from perigee.trainer.client import read_pieces
 
 if TYPE_CHECKING:
     from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceAsyncStub
@@ -17,7 +20,7 @@ class CoordinatorClient(ServiceClient):
     """Client of the coordinator (`perigee.coordinator.v1.CoordinatorService`)."""
 
     service_name = "perigee.coordinator.v1.CoordinatorService"
-    idempotent = ("RegisterWorker", "RenewLease", "DeregisterWorker", "StartRun", "StopRun", "GetStatus")
+    idempotent = ("RegisterWorker", "RenewLease", "DeregisterWorker", "StartRun", "StopRun", "GetStatus", "PutFile")
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
         super().__init__(target, options)
@@ -42,6 +45,15 @@ class CoordinatorClient(ServiceClient):
     async def start_run(self, request: pb.StartRunRequest, *, timeout_s: float = 20.0) -> pb.StartRunResponse:
         """Starts a run, or resumes it when the buffer knows it."""
         return await self._unary(self._stub.StartRun, request, timeout_s)
+
+    async def put_file(self, path: Path, run_id: str, run_path: str, *, timeout_s: float = 60.0) -> str:
+        """Sends a file of a run, unless the coordinator has it; returns its path there. `timeout_s` bounds a piece."""
+        for piece in read_pieces(path):
+            request = pb.PutFileRequest(run_id=run_id, run_path=run_path, piece=piece)
+            response = await self._unary(self._stub.PutFile, request, timeout_s)
+            if response.path:
+                return response.path
+        raise DataLossError(f"{path} changed while it was sent")
 
     async def stop_run(self, request: pb.StopRunRequest, *, timeout_s: float = 20.0) -> pb.StopRunResponse:
         """Ends the run at once; the buffer keeps what is needed to resume it."""

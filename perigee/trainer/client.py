@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import hashlib
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perigee.errors import DataLossError
 from perigee.rpc import ChannelOptions, ServiceClient
 from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceStub
@@ -13,11 +16,25 @@ if TYPE_CHECKING:
     from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceAsyncStub
 
 
+PIECE_BYTES = 1 << 20
+
+
+def read_pieces(path: Path) -> Iterator[pb.FilePiece]:
+    """Yields a file in the pieces in which it goes to another machine; at least one."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        file_bytes = file.tell()
+        for offset in range(0, max(1, file_bytes), PIECE_BYTES):
+            file.seek(offset)
+            content = file.read(PIECE_BYTES)
+            yield pb.FilePiece(digest=digest, file_bytes=file_bytes, offset=offset, content=content)
+
+
 class TrainerClient(ServiceClient):
     """Client of the trainer (`perigee.trainer.v1.TrainerService`)."""
 
     service_name = "perigee.trainer.v1.TrainerService"
-    idempotent = ("GetState", "CheckAlgorithm", "SaveCheckpoint", "LoadCheckpoint", "ExportModel")
+    idempotent = ("GetState", "CheckAlgorithm", "SaveCheckpoint", "LoadCheckpoint", "ExportModel", "PutFile")
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
         super().__init__(target, options)
@@ -60,3 +77,17 @@ class TrainerClient(ServiceClient):
     async def export_model(self, request: pb.ExportModelRequest, *, timeout_s: float = 600.0) -> pb.ExportModelResponse:
         """Writes the policy as a Hugging Face folder."""
         return await self._unary(self._stub.ExportModel, request, timeout_s)
+
+    def read_model_files(
+        self, request: pb.ReadModelFilesRequest, *, timeout_s: float = 120.0
+    ) -> AsyncIterator[pb.ReadModelFilesResponse]:
+        """Streams the configuration and the tokenizer of the base model, a file after another."""
+        return self._stream(self._stub.ReadModelFiles, request, timeout_s)
+
+    async def put_file(self, path: Path, *, timeout_s: float = 60.0) -> str:
+        """Sends a file, unless the trainer has it; returns its path there. `timeout_s` is of each piece."""
+        for piece in read_pieces(path):
+            response = await self._unary(self._stub.PutFile, pb.PutFileRequest(piece=piece), timeout_s)
+            if response.path:
+                return response.path
+        raise DataLossError(f"{path} changed while it was sent")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 from perigee.buffer.client import BufferClient
 from perigee.coordinator.v1.coordinator_pb2_grpc import add_CoordinatorServiceServicer_to_server
@@ -38,8 +37,7 @@ async def lifespan(app: App[CoordinatorConfig]) -> AsyncIterator[None]:
     app.add(FULL_NAME, add_CoordinatorServiceServicer_to_server, CoordinatorService(registry, runs))
     sweeping = asyncio.create_task(registry.sweep())
     try:
-        if config.run_path is not None:
-            await runs.resume(Path(config.run_path))
+        await runs.resume()
         app.set_ready(FULL_NAME, True)
         yield
     finally:

@@ -67,7 +67,8 @@ class CoordinatorConfig(ServiceConfig):
     """host:port of the reward service."""
     run_path: str | None = None
     """Folder of a run that this process resumes when it starts and finds it unfinished there; where its runs have other
-    folders, it resumes the last of them."""
+    folders, it resumes the last of them. A run whose own folder this machine does not see goes to `runs/<run id>` in
+    it, as do all runs where it is a URL such as s3://bucket/folder."""
     lease_seconds: float = Field(10.0, gt=0)
     """Seconds without a sign of a rollout worker after which its trajectories are given to others."""
     control_timeout_s: float = Field(30.0, gt=0)

@@ -34,6 +34,8 @@ class RunInputs:
 
     run_id: str
     run_path: Path
+    # Where the trainer exports the model to; its own choice when empty.
+    export_path: str
     config: RunConfig
     tokenizer: Tokenizer
     prompts: Mapping[str, Prompt]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from perigee.errors import InvalidArgumentError
 from perigee.reward.items import PromptLine, read_prompt_file
 from services.kit.hf import encode_prompts
+from services.kit.storage import local_file
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class Prompt:
 def read_prompts(
     path: str, field: str, tokenizer: Tokenizer, context_tokens: int, max_response_tokens: int
 ) -> dict[str, Prompt]:
-    """Returns the prompts of a file by id, in its order, tokenized; `field` is the configuration key that named it.
+    """Returns the prompts of a file or URL by id, in its order, tokenized; `field` is the key that named it.
 
     Raises InvalidArgumentError naming file, line and field of the first malformed line, a repeated id, or the id of a
     prompt that leaves less than `max_response_tokens` of the model's `context_tokens`.
     """
-    lines = read_prompt_file(Path(path), field)
+    lines = read_prompt_file(local_file(path, field), field)
     encodings = encode_prompts(tokenizer, [line.item.prompt for line in lines])
     prompts = {line.id: Prompt(line, tuple(ids)) for line, ids in zip(lines, encodings, strict=True)}
     for prompt in prompts.values():

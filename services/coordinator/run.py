@@ -26,6 +26,7 @@ from __future__ import annotations
 import asyncio
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from perigee.buffer.v1 import buffer_pb2
@@ -51,6 +52,7 @@ from services.coordinator.run_log import numbers
 from services.coordinator.sampling import Sampler, make_sampler
 from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import PeerLostError
+from services.kit.storage import is_url
 from services.kit.telemetry import get_logger
 from services.kit.tracing import detached_span
 
@@ -221,10 +223,9 @@ class Run:
     async def _finish(self, committed: Committed, baseline: dict[str, Any], final: dict[str, Any]) -> None:
         """Exports the model and writes the summary, last: a run with a summary has finished."""
         context = self._context
-        path = context.inputs.run_path / "model"
         await self._weight_sync.ensure_version(committed.policy_version)
-        await context.peers.trainer.export_model(
-            trainer_pb2.ExportModelRequest(run_id=self._run_id, path=str(path)),
+        exported = await context.peers.trainer.export_model(
+            trainer_pb2.ExportModelRequest(run_id=self._run_id, path=context.inputs.export_path),
             timeout_s=context.settings.checkpoint_timeout_s,
         )
         totals = committed.state.totals
@@ -235,7 +236,7 @@ class Run:
             "policy_version": committed.policy_version,
             "problems": final["problems"],
             "samples_per_problem": final["samples"],
-            "model": str(path),
+            "model": exported.path,
             "accuracy_baseline": baseline["accuracy"],
             "accuracy_final": final["accuracy"],
             **asdict(totals),
@@ -293,12 +294,16 @@ async def fine_tune_base(context: RunContext, weight_sync: WeightSync) -> int:
 
 async def run_sft_stage(context: RunContext, stage: SftStage, number: int) -> trainer_pb2.FineTuneResponse:
     """Fine-tunes through one stage and returns the trainer's last message."""
+    dataset = stage.dataset
+    if not is_url(dataset):
+        dataset = await context.peers.trainer.put_file(Path(dataset), timeout_s=context.settings.control_timeout_s)
     request = to_message(
         stage,
         trainer_pb2.FineTuneRequest(),
         run_id=context.run_id,
         seed=context.config.seed + number,
         new_version=number,
+        dataset_path=dataset,
     )
     status = context.status
     status.enter(coordinator_pb2.RUN_PHASE_SFT, stage.steps)

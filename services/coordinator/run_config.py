@@ -57,7 +57,7 @@ class SftStage(Model):
     """Supervised stage before the reinforcement learning."""
 
     dataset: str = Field(serialization_alias="dataset_path")
-    """JSON Lines of {"prompt", "response"}, on storage that the trainer reads."""
+    """JSON Lines of {"prompt", "response"}: a path, which the trainer is sent, or a URL, which it reads."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(32, ge=1)
@@ -201,12 +201,13 @@ class RunConfig(Model):
 
     seed: int = Field(0, ge=0)
     """Seed of prompt sampling and of the order of supervised examples."""
-    model: str
-    """Hugging Face folder of the base model: its tokenizer and context length are read here."""
+    model: str | None = None
+    """Hugging Face folder of the base model, a path or a URL, for its tokenizer and context length; the trainer is
+    asked for them when unset."""
     prompts: str
-    """JSON Lines of training prompts."""
+    """JSON Lines of training prompts: a path or a URL."""
     heldout: str
-    """JSON Lines of held-out problems."""
+    """JSON Lines of held-out problems: a path or a URL."""
     iterations: int = Field(ge=0)
     """Iterations of reinforcement learning."""
     time_limit_s: float | None = Field(None, gt=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,10 +28,11 @@ PHASE_SECONDS = Histogram("perigee_coordinator_phase_seconds", "Seconds per phas
 
 
 class RunLog:
-    """Files of one run."""
+    """Files of one run; `on_change` is called after each record, in the thread that wrote it."""
 
-    def __init__(self, run_path: Path) -> None:
+    def __init__(self, run_path: Path, on_change: Callable[[], None] = lambda: None) -> None:
         self.path = run_path
+        self._on_change = on_change
         # Grows with every new line.
         self.revision = 0
         self._tensor_board = TensorBoard(run_path / "tensorboard")
@@ -65,10 +66,12 @@ class RunLog:
         append_lines(self.path / "metrics.jsonl", [line])
         self.revision += 1
         self._tensor_board.add_scalars(numbers(line), int(line["iteration"]))
+        self._on_change()
 
     def add_sft_stage(self, line: Mapping[str, Any]) -> None:
         """Appends a supervised stage."""
         append_lines(self.path / "sft.jsonl", [line])
+        self._on_change()
 
     def add_sft_step(self, step: int, values: Mapping[str, float]) -> None:
         """Adds an optimizer step of a supervised stage to TensorBoard; steps count over all stages."""
@@ -83,6 +86,7 @@ class RunLog:
         append_lines(self.path / "evaluations.jsonl", [line])
         self.revision += 1
         self._tensor_board.add_scalars(numbers({"evaluation": line["accuracy"]}), int(line["iteration"]))
+        self._on_change()
 
     def evaluation(self, kind: str, iteration: int) -> dict[str, Any] | None:
         """Returns the evaluation of a kind at an iteration; None when it has not been made."""
@@ -91,10 +95,17 @@ class RunLog:
                 return line
         return None
 
+    def summary(self) -> str:
+        """Returns summary.json; empty before the run has finished."""
+        path = self.path / "summary.json"
+        return path.read_text(encoding="utf-8") if path.is_file() else ""
+
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         """Writes summary.json."""
         text = json.dumps(summary, indent=2, allow_nan=False) + "\n"
         write_atomically(self.path / "summary.json", text.encode())
+        self.revision += 1
+        self._on_change()
 
 
 class TensorBoard:

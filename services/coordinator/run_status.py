@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
@@ -182,7 +183,9 @@ def read_results(log: RunLog, cursor: Cursor, iterations: int) -> list[pb.WatchR
     if cursor.iteration is not None:
         for line in log.iterations():
             if (number := int(line["iteration"])) > cursor.iteration:
-                result = pb.IterationResult(iteration=number, iterations=iterations, metrics=numbers(line))
+                result = pb.IterationResult(
+                    iteration=number, iterations=iterations, metrics=numbers(line), record=json.dumps(line)
+                )
                 found.append((number, pb.WatchRunResponse(iteration=result)))
                 cursor.iteration = number
     if cursor.evaluation is not None:
@@ -191,12 +194,17 @@ def read_results(log: RunLog, cursor: Cursor, iterations: int) -> list[pb.WatchR
                 found.append((int(line["iteration"]), pb.WatchRunResponse(evaluation=evaluation_result(number, line))))
                 cursor.evaluation = number
     # An evaluation comes after the iteration whose weights it measures: the sort keeps the order of equals.
-    return [response for _, response in sorted(found, key=lambda item: item[0])]
+    results = [response for _, response in sorted(found, key=lambda item: item[0])]
+    if cursor.iteration is not None and (summary := log.summary()):
+        results.append(pb.WatchRunResponse(summary=summary))
+    return results
 
 
 def evaluation_result(number: int, line: Mapping[str, Any]) -> pb.EvaluationResult:
     """Returns a line of evaluations.jsonl as a message."""
-    result = pb.EvaluationResult(number=number, iteration=line["iteration"], policy_version=line["policy_version"])
+    result = pb.EvaluationResult(
+        number=number, iteration=line["iteration"], policy_version=line["policy_version"], record=json.dumps(line)
+    )
     for domain, estimates in line["accuracy"].items():
         greedy, sampled = (_estimate(estimates.get(kind)) for kind in ("greedy", "sampled"))
         result.accuracies.add(domain=domain, greedy=greedy, sampled=sampled)

@@ -30,7 +30,8 @@ from services.coordinator.run_config import RunConfig, config_digest, parse_run_
 from services.coordinator.run_log import RunLog
 from services.coordinator.run_status import Cursor, RunStatus, stream_events
 from services.coordinator.workers import WorkerRegistry
-from services.kit.hf import open_model_folder
+from services.kit.hf import fetch_model, open_model_folder, receive_model_files
+from services.kit.storage import Mirror, is_url, join, receive_piece
 from services.kit.telemetry import get_logger
 from services.kit.tracing import detached_span
 
@@ -71,6 +72,8 @@ class Runs:
         self._registry = registry
         self._run: ActiveRun | None = None
         self._starting = asyncio.Lock()
+        # The coordinator's own folder.
+        self._own = None if settings.run_path is None else Mirror(settings.run_path, "coordinator.run_path")
 
     async def start(self, run_id: str, config_yaml: str, run_path: str) -> bool:
         """Starts or resumes a run; returns whether its folder had it. Asking again for a run under way is harmless.
@@ -78,27 +81,55 @@ class Runs:
         Raises InvalidArgumentError for a wrong configuration, model folder or prompt file, FailedPreconditionError
         when another run is under way or the run was started with another configuration.
         """
-        check_request(run_id, config_yaml, run_path)
+        folder = self._find_folder(run_id, run_path, config_yaml)
         config = parse_run_config(config_yaml)
         async with self._starting:
-            known = await asyncio.to_thread(read_run_file, Path(run_path) / RUN_FILE)
+            if self._own is not None:
+                await asyncio.to_thread(self._own.pull, f"runs/{run_id}")
+            known = await asyncio.to_thread(read_run_file, folder / RUN_FILE)
             if self._run is not None and not self._run.task.done():
                 if self._run.file.run_id == run_id:
                     return True
                 raise FailedPreconditionError(f"Run {self._run.file.run_id} is under way: stop it first.")
             if known is not None:
                 check_same_run(known, run_id, config)
-            inputs = await asyncio.to_thread(read_inputs, run_id, config, Path(run_path))
+            model = await self._find_model(config, folder)
+            inputs = await asyncio.to_thread(read_inputs, run_id, config, folder, model, self._export_path(folder))
             await self._check_algorithm(config)
             file = RunFile(run_id, config_yaml, config_digest(config), str(inputs.run_path), "running")
             await asyncio.to_thread(self._save, file)
             self._launch(file, inputs)
         return known is not None
 
-    async def resume(self, run_path: Path) -> None:
-        """Resumes the run of a folder, or the one that a coordinator with this folder served last, unless it ended."""
+    async def put_file(self, run_id: str, run_path: str, piece: trainer_pb2.FilePiece) -> str:
+        """Takes a piece of a file of a run; returns its path when the file is whole, empty before."""
+        return await asyncio.to_thread(receive_piece, self._find_folder(run_id, run_path) / "inputs", piece)
+
+    def _find_folder(self, run_id: str, run_path: str, config_yaml: str | None = None) -> Path:
+        """Returns the folder of a run: the caller's where this machine sees it, else one in the coordinator's own.
+
+        Raises InvalidArgumentError with a violation per wrong field.
+        """
+        own = self._own
+        check_request(run_id, config_yaml, run_path if own is None else run_path or str(own.path))
+        if own is None or (own.url is None and (Path(run_path) == own.path or (run_path and Path(run_path).is_dir()))):
+            return Path(run_path)
+        return own.path / "runs" / run_id
+
+    def _export_path(self, folder: Path) -> str:
+        """Returns where the trainer exports to: into the folder that a caller shares, else wherever it keeps models."""
+        if self._own is None or folder.parent != self._own.path / "runs":
+            return str(folder / "model")
+        return join(self._own.url, "runs", folder.name, "model") if self._own.url else ""
+
+    async def resume(self) -> None:
+        """Resumes the run of the coordinator's own folder, or the one that it served last, unless it ended."""
+        own = self._own
+        if own is None:
+            return
         for name in (LAST_RUN_FILE, RUN_FILE):
-            file = await asyncio.to_thread(read_run_file, run_path / name)
+            await asyncio.to_thread(own.pull, name)
+            file = await asyncio.to_thread(read_run_file, own.path / name)
             if file is not None and file.status == "running":
                 await self.start(file.run_id, file.config_yaml, file.run_path)
                 return
@@ -142,15 +173,33 @@ class Runs:
         """Writes run.json atomically, and the same into the coordinator's own folder where that is another."""
         data = f"{json.dumps(asdict(file), indent=2)}\n".encode()
         write_atomically(Path(file.run_path) / RUN_FILE, data)
-        own = self._settings.run_path
-        if own is not None and Path(own) != Path(file.run_path):
-            write_atomically(Path(own) / LAST_RUN_FILE, data)
+        if self._own is not None and self._own.path != Path(file.run_path):
+            write_atomically(self._own.path / LAST_RUN_FILE, data)
+        self._publish(Path(file.run_path))
+
+    def _publish(self, folder: Path) -> None:
+        """Publishes what changed in a run's folder; a failure is told, and made good with the next change."""
+        try:
+            if self._own is not None and folder.is_relative_to(self._own.path):
+                self._own.push(folder)
+        except PerigeeError as error:
+            log.warning("the run's folder is on this machine only", path=str(folder), error=error.message)
 
     def _launch(self, file: RunFile, inputs: RunInputs) -> None:
         status = RunStatus(inputs.run_id, inputs.config.iterations, self._registry)
-        run_log = RunLog(inputs.run_path)
+        run_log = RunLog(inputs.run_path, lambda: self._publish(inputs.run_path))
         context = RunContext(inputs, self._settings, self._peers, self._registry, status, run_log)
         self._run = ActiveRun(file, status, run_log, asyncio.create_task(self._execute(file, context)))
+
+    async def _find_model(self, config: RunConfig, folder: Path) -> str:
+        """Returns a folder with configuration and tokenizer of the base model: the trainer's unless one is named."""
+        if config.model is not None:
+            return await asyncio.to_thread(fetch_model, config.model, "run.model")
+        target = folder / "base_model"
+        if not target.is_dir():
+            files = self._peers.trainer.read_model_files(trainer_pb2.ReadModelFilesRequest())
+            await receive_model_files(files, target)
+        return str(target)
 
     async def _check_algorithm(self, config: RunConfig) -> None:
         """Has the trainer check the settings that only it knows; one that is away checks them with its first job."""
@@ -187,12 +236,12 @@ class Runs:
             context.log.close()
 
 
-def check_request(run_id: str, config_yaml: str, run_path: str) -> None:
-    """Raises InvalidArgumentError with a violation per wrong field."""
+def check_request(run_id: str, config_yaml: str | None, run_path: str) -> None:
+    """Raises InvalidArgumentError with a violation per wrong field; None is a request without configuration."""
     violations = []
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", run_id):
         violations.append(FieldViolation("run_id", "must be 1 to 128 letters, digits, dots, dashes and underscores"))
-    if not config_yaml.strip():
+    if config_yaml is not None and not config_yaml.strip():
         violations.append(FieldViolation("config_yaml", "is required"))
     if not Path(run_path).is_absolute():
         violations.append(FieldViolation("run_path", f"must be an absolute path, got {run_path!r}"))
@@ -217,18 +266,18 @@ def recipe_violation(violation: FieldViolation) -> FieldViolation:
     return FieldViolation(f"run.{key}", violation.description)
 
 
-def read_inputs(run_id: str, config: RunConfig, run_path: Path) -> RunInputs:
+def read_inputs(run_id: str, config: RunConfig, run_path: Path, model_path: str, export_path: str) -> RunInputs:
     """Checks and reads the files of a run, before anything is started."""
     for number, stage in enumerate(config.sft):
-        if not Path(stage.dataset).is_file():
+        if not is_url(stage.dataset) and not Path(stage.dataset).is_file():
             raise InvalidArgumentError.for_field(f"run.sft.{number}.dataset", f"{stage.dataset} is no file")
-    model = open_model_folder(config.model, "run.model")
+    model = open_model_folder(model_path, "run.model")
     tokenizer, context_tokens = model.open_tokenizer(), model.context_tokens
     longest = config.rollout.max_response_tokens
     prompts = read_prompts(config.prompts, "run.prompts", tokenizer, context_tokens, longest)
     longest = config.evaluation.max_response_tokens or longest
     heldout = read_prompts(config.heldout, "run.heldout", tokenizer, context_tokens, longest)
-    return RunInputs(run_id, run_path, config, tokenizer, prompts, heldout)
+    return RunInputs(run_id, run_path, export_path, config, tokenizer, prompts, heldout)
 
 
 def read_run_file(path: Path) -> RunFile | None:

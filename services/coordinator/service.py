@@ -47,6 +47,9 @@ class CoordinatorService(CoordinatorServiceServicer):
         resumed = await self._runs.start(request.run_id, request.config_yaml, request.run_path)
         return pb.StartRunResponse(run_id=request.run_id, resumed=resumed)
 
+    async def PutFile(self, request: pb.PutFileRequest, context: Context) -> pb.PutFileResponse:
+        return pb.PutFileResponse(path=await self._runs.put_file(request.run_id, request.run_path, request.piece))
+
     async def StopRun(self, request: pb.StopRunRequest, context: Context) -> pb.StopRunResponse:
         await self._runs.stop(request.run_id)
         return pb.StopRunResponse()

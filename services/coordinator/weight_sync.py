@@ -62,10 +62,12 @@ class WeightSync:
 
     async def save(self, version: int) -> None:
         """Has the trainer write the checkpoint of the version that it has loaded."""
-        await self._trainer.save_checkpoint(
+        response = await self._trainer.save_checkpoint(
             pb.SaveCheckpointRequest(run_id=self._run_id, policy_version=version),
             timeout_s=self._config.checkpoint_timeout_s,
         )
+        if response.upload_error:
+            log.warning("the checkpoint is on the trainer's machine only", version=version, error=response.upload_error)
 
     async def push(self, version: int) -> int:
         """Pushes to every live worker that lacks the version; returns how many workers have it.

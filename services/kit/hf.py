@@ -6,12 +6,16 @@ The tokenizer library is imported when a tokenizer is opened.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perigee.errors import InvalidArgumentError
+from perigee.files import staging_folder
+from perigee.trainer.client import PIECE_BYTES
+from perigee.trainer.v1 import trainer_pb2 as pb
+from services.kit.storage import local_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -21,6 +25,7 @@ GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+WEIGHTS_SUFFIXES = (".safetensors", INDEX_FILE)
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
     "tokenizer_config.json",
@@ -98,6 +103,37 @@ class ModelFolder:
     def error(self, file: str, description: str) -> InvalidArgumentError:
         """Returns the error of a file of this folder."""
         return InvalidArgumentError.for_field(self.field, f"{self.path / file} {description}")
+
+
+def fetch_model(name: str, field: str, *, weights: bool = False) -> str:
+    """Returns the folder of a model that is named by a path or a URL; of a URL a copy, without weights unless asked.
+
+    Raises what `storage.local_folder` raises.
+    """
+
+    def is_wanted(file: str) -> bool:
+        return file in (CONFIG_FILE, *COMPANION_FILES) or (weights and file.endswith(WEIGHTS_SUFFIXES))
+
+    return str(local_folder(name, field, is_wanted))
+
+
+def read_model_files(folder: Path) -> Iterator[pb.ReadModelFilesResponse]:
+    """Yields the files of a model folder, its weights left out, in pieces."""
+    for path in (folder / name for name in (CONFIG_FILE, *COMPANION_FILES)):
+        if path.is_file():
+            with path.open("rb") as file:
+                while content := file.read(PIECE_BYTES):
+                    yield pb.ReadModelFilesResponse(name=path.name, content=content)
+
+
+async def receive_model_files(pieces: AsyncIterator[pb.ReadModelFilesResponse], target: Path) -> None:
+    """Writes the files of a model folder, its weights left out, as folder `target`, which appears whole."""
+    with staging_folder(target) as staging:
+        async for piece in pieces:
+            if piece.name not in (CONFIG_FILE, *COMPANION_FILES):
+                raise InvalidArgumentError.for_field("name", f"{piece.name} is no file of a model")
+            with (staging / piece.name).open("ab") as file:
+                file.write(piece.content)
 
 
 def open_model_folder(path: str | Path, field: str) -> ModelFolder:

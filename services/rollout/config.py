@@ -35,8 +35,11 @@ class RolloutConfig(ServiceConfig):
 
     section: ClassVar[str] = "rollout"
 
-    model: str
-    """Folder with config.json and tokenizer.json of the policy; its weights are pushed later, not read from here."""
+    model: str | None = None
+    """Folder with config.json and tokenizer.json of the policy, a path or a URL; its weights are pushed later, not read
+    from here. The trainer is asked for these files when unset."""
+    trainer_address: str = "127.0.0.1:50054"
+    """host:port of the trainer, which has the model's files."""
     worker_id: str | None = None
     """Name of this worker, unique in the run; host name and process id when unset."""
     advertise_address: str | None = None

@@ -6,18 +6,24 @@ import asyncio
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from perigee.buffer.client import BufferClient
 from perigee.coordinator.client import CoordinatorClient
-from perigee.errors import FieldViolation, InternalError, InvalidArgumentError
+from perigee.errors import FieldViolation, InternalError, InvalidArgumentError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
+from perigee.trainer.client import TrainerClient
+from perigee.trainer.v1.trainer_pb2 import ReadModelFilesRequest
 from perigee.weights.v1.weights_pb2_grpc import add_WeightReceiverServiceServicer_to_server
 from services.kit.addresses import advertised_host, join_address
+from services.kit.hf import fetch_model, receive_model_files
 from services.kit.server import App, end_tasks
+from services.kit.storage import cache_folder
+from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine
 from services.rollout.extend import extend_trajectories
@@ -28,7 +34,11 @@ from services.rollout.segment import SegmentSettings, check_repetition_stop, che
 from services.rollout.worker import DRAINING, READY, Worker, supervise
 from services.weights.receive import WeightReceiver
 
+log = get_logger(__name__)
+
 MAX_RESPONSE_BYTES = 1 << 20
+# Seconds that a worker waits for the model's files of a trainer that is starting.
+MODEL_WAIT_S = 300.0
 ROLLOUT = "perigee.rollout.v1.RolloutService"
 WEIGHTS = "perigee.weights.v1.WeightReceiverService"
 
@@ -122,6 +132,30 @@ def build_engine(config: RolloutConfig, model: PolicyModel) -> Engine:
     return VllmEngine(config, model)
 
 
+async def find_model(app: App[RolloutConfig]) -> str:
+    """Returns a folder with configuration and tokenizer of the policy: the trainer's unless one is named.
+
+    A trainer that is away may be starting and is asked again; raises UnavailableError when it stays away.
+    """
+    config = app.config
+    if config.model is not None:
+        return await asyncio.to_thread(fetch_model, config.model, "rollout.model")
+    target = cache_folder() / f"model-of-{app.address}"
+    trainer = app.connect(TrainerClient, config.trainer_address)
+    deadline = time.monotonic() + MODEL_WAIT_S
+    while True:
+        try:
+            await receive_model_files(trainer.read_model_files(ReadModelFilesRequest()), target)
+            return str(target)
+        except UnavailableError as error:
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"rollout.model is unset and no trainer gave the model: {error.message}"
+                ) from error
+            log.warning("waiting for the model's configuration and tokenizer", error=error.message)
+            await asyncio.sleep(config.registration.retry_seconds)
+
+
 @asynccontextmanager
 async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     """Serves once the engine's code is imported; the engine comes up meanwhile, and readiness follows its status.
@@ -129,7 +163,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     Raises InvalidArgumentError when the model folder is none, and InternalError after an engine that does not start.
     """
     config = app.config
-    model = open_policy(config.model, config.max_model_len)
+    model = open_policy(await find_model(app), config.max_model_len)
     address = config.advertise_address or join_address(advertised_host(config.server), app.address.rpartition(":")[2])
     # The import takes seconds, and SIGTERM must be heard meanwhile.
     engine = await asyncio.to_thread(build_engine, config, model)

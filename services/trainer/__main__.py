@@ -12,6 +12,7 @@ from pathlib import Path
 
 from perigee.errors import PerigeeError
 from services.kit.config import load_config
+from services.kit.hf import fetch_model
 from services.kit.process import die_with_parent
 from services.trainer.config import TrainerConfig
 
@@ -27,6 +28,8 @@ def main() -> None:
     # Megatron warns of every accelerator library that is absent.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:
+        # Before ranks are started, which find the copy of a URL; a rank that was started by others makes its own.
+        config = config.model_copy(update={"model": fetch_model(config.model, "trainer.model", weights=True)})
         if "RANK" not in os.environ:
             from services.trainer.hf import read_model_shape
 

@@ -16,9 +16,11 @@ class TrainerConfig(ServiceConfig):
     section: ClassVar[str] = "trainer"
 
     model: str
-    """Hugging Face folder of the base model, policy version 0: config.json, tokenizer.json, safetensors weights."""
+    """Hugging Face folder of the base model, policy version 0: config.json, tokenizer.json, safetensors weights. A
+    path, or a URL: s3://bucket/folder, hf://owner/model."""
     run_path: str
-    """Folder for checkpoints; those of a run go to `checkpoints/<run id>` in it."""
+    """Folder for checkpoints; those of a run go to `checkpoints/<run id>` in it. A path, or a URL such as
+    s3://bucket/folder: they are then written to this machine first."""
     buffer_address: str = "127.0.0.1:50052"
     """host:port of the replay buffer that trajectories are read from."""
     tensor_parallel: int = Field(1, ge=1)
@@ -29,7 +31,7 @@ class TrainerConfig(ServiceConfig):
     """Copies of the model that share each step's sequences."""
     nodes: int = Field(1, ge=1)
     """Machines that the processes are spread over, the same number on each; every one starts the trainer with its own
-    `node_rank`, and has the model's and the run's folders under the same paths."""
+    `node_rank`, and has the model's and the run's folders under the same paths or URLs."""
     node_rank: int = Field(0, ge=0)
     """Number of this machine; 0 serves, the others follow it."""
     master_address: str | None = None

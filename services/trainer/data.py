@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from perigee.buffer.client import BufferClient, StoredTrajectory
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from services.kit.hf import encode_prompts, open_tokenizer
+from services.kit.storage import local_file
 from services.trainer.packing import TokenSequence
 
 
@@ -61,13 +62,16 @@ def unpack_trajectory(stored: StoredTrajectory) -> Trajectory:
     )
 
 
-def read_examples(dataset: Path, model: Path, eos_token_id: int, max_tokens: int) -> list[TokenSequence]:
+def read_examples(name: str, model: Path, eos_token_id: int, max_tokens: int) -> list[TokenSequence]:
     """Returns the examples of a JSON Lines file with "prompt" and "response" text, by the tokenizer of `model`.
+
+    `name` is a path or a URL.
 
     A prompt has the tokens that it has in a rollout, BOS included; EOS follows each response. Raises
     InvalidArgumentError naming file and line for a malformed or overlong example.
     """
     tokenizer = open_tokenizer(model, "trainer.model")
+    dataset = local_file(name, "dataset_path")
     lines = _read_lines(dataset)
     if not lines:
         raise InvalidArgumentError.for_field("dataset_path", f"{dataset} holds no example")

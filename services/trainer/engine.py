@@ -16,6 +16,7 @@ from perigee.buffer.client import BufferClient
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.server import channel_options
+from services.trainer.checkpoints import Checkpoints
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_trajectories
 from services.trainer.hf import DTYPES, read_model_shape
@@ -38,9 +39,10 @@ class FineTuneCommand:
 
 @dataclass(frozen=True)
 class LoadCommand:
-    """Load the weights of a Hugging Face folder."""
+    """Load a version of a run, the base model as version 0."""
 
-    folder: Path
+    run_id: str
+    version: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Engine:
         self.broken = False
         self._read = read
         self._seed = abs(config.seed)
+        self.checkpoints = Checkpoints.of(config)
         with ExitStack() as stack:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", config.world))
             torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // processes))
@@ -83,7 +86,7 @@ class Engine:
             stack.callback(leave_group)
             self.everyone, self.replica = open_channels(self.dims)
             self.policy = Policy(self.shape, self.dims, DTYPES[config.dtype], self.max_tokens, config.recompute)
-            self._load(folder)
+            self._load(lambda: folder)
             self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
             self._stack = stack.pop_all()
 
@@ -141,7 +144,7 @@ class Engine:
             seed = self._seed + command.iteration
             return self._or_restore(lambda: train_iteration(policy, context, command, seed, self._read))
         if isinstance(command, LoadCommand):
-            return self._or_restore(lambda: self._load(command.folder))
+            return self._or_restore(lambda: self._load(lambda: self.checkpoints.fetch(command.run_id, command.version)))
         if isinstance(command, CollectCommand):
             tensors = policy.collect()
             if sink is not None:
@@ -159,11 +162,11 @@ class Engine:
             self.policy.restore_snapshot(snapshot)
             raise
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, find_folder: Callable[[], Path]) -> None:
         """Loads on every rank or raises on every rank: each reads its own tensors, and one may be damaged."""
         problem = None
         try:
-            self.policy.load(folder)
+            self.policy.load(find_folder())
         except PerigeeError as error:
             problem = error
         self.everyone.raise_first(problem)

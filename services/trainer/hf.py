@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from perigee.errors import InvalidArgumentError, ResourceExhaustedError
-from perigee.files import staging_folder
+from services.kit import storage
 from services.kit.hf import COMPANION_FILES, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ModelFolder, open_model_folder
 from services.weights.safetensors import cut_into_shards
 
@@ -142,13 +142,13 @@ def _open_tensors(path: Path) -> Iterator[Any]:
 
 
 def write_folder(
-    target: Path,
+    target: str,
     source: Path,
     tensors: Iterable[tuple[str, torch.Tensor]],
     extra: Mapping[str, Mapping[str, Any]],
     max_shard_bytes: int,
 ) -> int:
-    """Writes the tensors with the configuration and tokenizer of `source` as folder `target`; returns its bytes.
+    """Writes the tensors with the configuration and tokenizer of `source` as folder or URL `target`; returns its bytes.
 
     The folder appears whole or not at all; one that was there is replaced. `extra` holds further JSON files by name.
     The iterable is always run to its end, as other ranks take part in it. Raises ResourceExhaustedError naming the
@@ -156,7 +156,7 @@ def write_folder(
     """
     remaining = iter(tensors)
     try:
-        with staging_folder(target) as staging:
+        with storage.writing_folder(target, "path", CONFIG_FILE) as staging:
             dtype = _write_shards(staging, remaining, max_shard_bytes)
             config = open_model_folder(source, "trainer.model").config | {"dtype": dtype, "torch_dtype": dtype}
             for name, content in {CONFIG_FILE: config, **extra}.items():

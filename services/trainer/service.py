@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +18,9 @@ from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 from perigee.weights.client import WeightReceiverClient
 from services.kit.addresses import advertised_host
+from services.kit.hf import read_model_files
 from services.kit.server import App, channel_options
+from services.kit.storage import cache_folder, receive_piece
 from services.trainer.config import TrainerConfig
 from services.trainer.trainer import Trainer
 from services.trainer.training import check_training
@@ -36,10 +39,11 @@ class TrainerService(TrainerServiceServicer):
     async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
         """See the contract."""
         trainer = self._trainer
+        run_id = request.run_id or trainer.loaded.run_id
         return pb.GetStateResponse(
             run_id=trainer.loaded.run_id,
             policy_version=trainer.loaded.version,
-            checkpoints=trainer.checkpoints.versions(request.run_id or trainer.loaded.run_id),
+            checkpoints=await asyncio.to_thread(trainer.checkpoints.versions, run_id),
             parameters=trainer.engine.parameters,
             world_size=trainer.config.world,
             tensor_parallel=trainer.config.tensor_parallel,
@@ -72,8 +76,7 @@ class TrainerService(TrainerServiceServicer):
 
     async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
         """See the contract."""
-        path, size = await self._trainer.save_checkpoint(request.run_id, request.policy_version)
-        return pb.SaveCheckpointResponse(path=str(path), bytes=size)
+        return await self._trainer.save_checkpoint(request.run_id, request.policy_version)
 
     async def LoadCheckpoint(self, request: pb.LoadCheckpointRequest, context: Context) -> pb.LoadCheckpointResponse:
         """See the contract."""
@@ -82,10 +85,18 @@ class TrainerService(TrainerServiceServicer):
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Context) -> pb.ExportModelResponse:
         """See the contract."""
-        if not request.path:
-            raise InvalidArgumentError.for_field("path", "is empty")
-        path = await self._trainer.export_model(request.run_id, Path(request.path))
-        return pb.ExportModelResponse(path=str(path))
+        return pb.ExportModelResponse(path=await self._trainer.export_model(request.run_id, request.path))
+
+    async def ReadModelFiles(
+        self, request: pb.ReadModelFilesRequest, context: Context
+    ) -> AsyncIterator[pb.ReadModelFilesResponse]:
+        """See the contract."""
+        for piece in read_model_files(Path(self._trainer.config.model)):
+            yield piece
+
+    async def PutFile(self, request: pb.PutFileRequest, context: Context) -> pb.PutFileResponse:
+        """See the contract."""
+        return pb.PutFileResponse(path=await asyncio.to_thread(receive_piece, cache_folder() / "files", request.piece))
 
 
 def _check_groups(request: pb.TrainRequest, max_tokens: int) -> None:

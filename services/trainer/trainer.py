@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import json
-import re
-import shutil
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -18,16 +15,15 @@ from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
-from urllib.parse import quote
 
-import torch
 from prometheus_client import Counter, Gauge
 
 from perigee.buffer.client import BufferClient
-from perigee.errors import CancelledError, DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
-from perigee.files import remove_stale_staging
+from perigee.errors import CancelledError, FailedPreconditionError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from services.kit import storage
 from services.kit.telemetry import get_logger
+from services.trainer.checkpoints import Checkpoints, run_name
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_examples, read_trajectories
 from services.trainer.engine import (
@@ -51,12 +47,13 @@ ResultT = TypeVar("ResultT")
 POLICY_VERSION = Gauge("perigee_trainer_policy_version", "Version of the policy that the trainer has loaded.")
 TOKENS = Counter("perigee_trainer_trained_tokens", "Response tokens that took part in a loss.")
 TRAJECTORIES = Counter("perigee_trainer_trajectories", "Trajectories trained on.")
+UPLOAD_FAILURES = Counter(
+    "perigee_trainer_checkpoint_upload_failures", "Checkpoints that stayed on this machine because an upload failed."
+)
 METRIC = Gauge(
     "perigee_trainer_iteration_metric", "Metrics of the last iteration by name, as in TrainResult.", ["name"]
 )
 
-# What a checkpoint says of itself, beside the model's own files.
-_META = "perigee.json"
 # Reports between a job and a slow caller; older ones give way.
 _PROGRESS_QUEUE = 8
 
@@ -75,83 +72,12 @@ class LoadedPolicy:
     result: Any = None
 
 
-@dataclass(frozen=True)
-class Checkpoints:
-    """Checkpoints of runs: Hugging Face folders `folder/<run id>/v<version>`, complete or absent, `keep` of each run.
-
-    They hold weights only, as the optimizer is reset at each iteration; configuration and tokenizer are those of
-    `source`.
-    """
-
-    folder: Path
-    source: Path
-    keep: int
-    max_shard_bytes: int
-
-    def versions(self, run_id: str) -> list[int]:
-        """Returns the versions of a run that have a checkpoint, oldest first."""
-        if not run_id:
-            return []
-        matches = [re.fullmatch(r"v(\d+)", path.name) for path in self._run_folder(run_id).glob("v*")]
-        return sorted(int(match[1]) for match in matches if match)
-
-    def path_of(self, run_id: str, version: int) -> Path:
-        """Returns the folder of a version."""
-        return self._run_folder(run_id) / f"v{version:06d}"
-
-    def clean(self) -> None:
-        """Removes what a killed process left half-written."""
-        for run_folder in self.folder.glob("*"):
-            remove_stale_staging(run_folder)
-
-    def write(self, run_id: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
-        """Writes a version and removes the run's oldest beyond `keep`; returns its bytes.
-
-        Raises ResourceExhaustedError naming the folder when the disk refuses.
-        """
-        meta = {_META: {"run_id": run_id, "policy_version": version}}
-        size = write_folder(self.path_of(run_id, version), self.source, tensors, meta, self.max_shard_bytes)
-        for old in self.versions(run_id)[: -self.keep]:
-            if old != version:
-                shutil.rmtree(self.path_of(run_id, old))
-        return size
-
-    def find(self, run_id: str, version: int | None) -> tuple[int, Path]:
-        """Returns a version of a run and its folder: the newest when none is named, the base model as version 0.
-
-        Raises NotFoundError when there is no such checkpoint, DataLossError when it is damaged.
-        """
-        written = self.versions(run_id)
-        if version is None:
-            version = written[-1] if written else 0
-        path = self.path_of(run_id, version)
-        if version not in written:
-            if version == 0:
-                return 0, self.source
-            raise NotFoundError(f"{path.parent} holds no checkpoint of version {version}, only {written}")
-        try:
-            meta = json.loads((path / _META).read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataLossError(f"checkpoint {path} is damaged: {_META} cannot be read: {error}") from error
-        if meta != {"run_id": run_id, "policy_version": version}:
-            raise DataLossError(f"checkpoint {path} says that it is {meta}")
-        return version, path
-
-    def _run_folder(self, run_id: str) -> Path:
-        if not run_id:
-            raise InvalidArgumentError.for_field("run_id", "is empty")
-        # A run id may hold any character; a folder name may not, nor may it begin with a dot.
-        return self.folder / re.sub(r"^\.", "%2E", quote(run_id, safe=""))
-
-
 class Trainer:
     """Owns the engine's thread. `open` starts it, `close` ends it."""
 
     def __init__(self, config: TrainerConfig, buffer: BufferClient, sender: WeightSender) -> None:
         self.config = config
-        self.checkpoints = Checkpoints(
-            Path(config.run_path) / "checkpoints", Path(config.model), config.keep_checkpoints, config.max_shard_bytes
-        )
+        self.checkpoints = Checkpoints.of(config)
         self.loaded = LoadedPolicy("", 0)
         self.busy = False
         self._buffer = buffer
@@ -192,7 +118,7 @@ class Trainer:
         with self._claim():
             examples = await asyncio.to_thread(
                 read_examples,
-                Path(request.dataset_path),
+                request.dataset_path,
                 Path(self.config.model),
                 self.engine.shape.eos_token_id,
                 self.engine.max_tokens,
@@ -228,12 +154,18 @@ class Trainer:
             async for response in self._stream(request, finish):
                 yield response
 
-    async def save_checkpoint(self, run_id: str, version: int) -> tuple[Path, int]:
-        """Writes the loaded version; returns its folder and bytes."""
+    async def save_checkpoint(self, run_id: str, version: int) -> pb.SaveCheckpointResponse:
+        """Writes the loaded version here, then where the run folder is."""
         with self._claim():
             self._check_loaded(run_id, version)
             size = await self._collect(lambda tensors: self.checkpoints.write(run_id, version, tensors))
-            return self.checkpoints.path_of(run_id, version), size
+            problem = await asyncio.to_thread(self.checkpoints.publish, run_id, version)
+        if problem:
+            UPLOAD_FAILURES.inc()
+            log.warning("the checkpoint is on this machine only", run_id=run_id, policy_version=version, error=problem)
+        return pb.SaveCheckpointResponse(
+            path=self.checkpoints.name_of(run_id, version), bytes=size, upload_error=problem
+        )
 
     async def load_checkpoint(self, run_id: str, version: int | None) -> int:
         """Loads a version of a run: its newest when none is named; version 0 is the base model.
@@ -241,16 +173,17 @@ class Trainer:
         The trainer serves that run from then on, whichever it served before.
         """
         with self._claim():
-            found, folder = self.checkpoints.find(run_id, version)
-            await self._call(LoadCommand(folder), lambda _: self._set_loaded(run_id, found, None, None))
-            log.info("loaded", run_id=run_id, policy_version=found, path=str(folder))
+            found = await asyncio.to_thread(self.checkpoints.find, run_id, version)
+            await self._call(LoadCommand(run_id, found), lambda _: self._set_loaded(run_id, found, None, None))
+            log.info("loaded", run_id=run_id, policy_version=found)
             return found
 
-    async def export_model(self, run_id: str, path: Path) -> Path:
-        """Writes the loaded version as a Hugging Face folder."""
+    async def export_model(self, run_id: str, path: str) -> str:
+        """Writes the loaded version as a Hugging Face folder, a path or a URL; `models/<run id>` when it is empty."""
         with self._claim():
             self._check_run(run_id)
             source, limit = Path(self.config.model), self.config.max_shard_bytes
+            path = path or storage.join(self.config.run_path, "models", run_name(run_id))
             await self._collect(lambda tensors: write_folder(path, source, tensors, {}, limit))
             return path
 

@@ -6,6 +6,7 @@ import asyncio
 import io
 import re
 import socket
+import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,8 +17,12 @@ import yaml
 from perigee.cli.ending import Interrupt
 from perigee.cli.recipe import Recipe
 from perigee.cli.run_folder import RunFolder
-from perigee.cli.train import TrainOptions, open_run, train
+from perigee.cli.train import Cursor, Recorder, TrainOptions, open_run, send_files, train, watch_run
 from perigee.cli.view import PlainView
+from perigee.coordinator.client import CoordinatorClient
+from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.files import read_lines
+from perigee.report.records import read_records
 from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
 from services.kit.config import ServerConfig
@@ -100,6 +105,7 @@ async def test_what_ends_during_an_outage_is_shown_later(buffer_address: str, tm
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     run, recipe = open_run(options)
     async with fake_peers(buffer_address) as peers, asyncio.TaskGroup() as tasks:
+        peers.trainer.model = tmp_path / "model"
         worker = peers.add_worker("a", tokenizer, call_seconds=0.05)
         async with coordinator(peers, worker, port):
             training = tasks.create_task(follow(options, run, recipe, output))
@@ -119,6 +125,7 @@ async def test_a_resumed_run_is_shown_from_there(buffer_address: str, tmp_path: 
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     run, recipe = open_run(options)
     async with fake_peers(buffer_address) as peers:
+        peers.trainer.model = tmp_path / "model"
         worker = peers.add_worker("a", tokenizer)
         async with coordinator(peers, worker, port):
             await follow(options, run, recipe, io.StringIO())
@@ -129,3 +136,35 @@ async def test_a_resumed_run_is_shown_from_there(buffer_address: str, tmp_path: 
     assert f"going on with {run.run_id}" in output.getvalue()
     # The evaluation that ended the first part is of iteration 3, and so is the one in the middle of the run.
     assert results(output) == ["held-out accuracy at iteration 3", *expected(4, ITERATIONS)]
+
+
+async def test_a_run_without_a_shared_folder_is_recorded_here(buffer_address: str, tmp_path: Path) -> None:
+    here, own = tmp_path / "here", tmp_path / "own"
+    here.mkdir()
+    (tmp_path / "sft.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\n' * 100_000)
+    stage = {"dataset": str(tmp_path / "sft.jsonl"), "steps": 1}
+    section = yaml.safe_load(write_run_section(tmp_path, iterations=2, sft=[stage]))
+    request = pb.StartRunRequest(run_id=f"run-{uuid.uuid4().hex}")
+    port = free_port()
+    async with fake_peers(buffer_address) as peers, CoordinatorClient.connect(f"127.0.0.1:{port}") as client:
+        worker = peers.add_worker("a", open_tokenizer(tmp_path / "model", "run.model"))
+        # The trainer has the model, and what the command knows of it is not there any more.
+        peers.trainer.model = (tmp_path / "model").rename(tmp_path / "base")
+        async with coordinator(peers, worker, port, run_path=own):
+            sent = await send_files(client, request, section | {"model": str(tmp_path / "base")})
+            assert "model" not in sent
+            for name in ("prompts", "heldout", "sft"):
+                (tmp_path / f"{name}.jsonl").unlink()
+            request.config_yaml = yaml.safe_dump(sent)
+            await client.start_run(request)
+            recorder = Recorder(here)
+            async for event in watch_run(client, request, Cursor(), print):
+                recorder.add(event)
+    there = own / "runs" / request.run_id
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        assert read_lines(here / name) == read_lines(there / name)
+    assert (here / "summary.json").read_text() == (there / "summary.json").read_text()
+    assert [row.number for row in read_records(here).iterations] == [1, 2]
+    [fine_tuned] = peers.trainer.fine_tuned
+    assert fine_tuned.dataset_path == f"/files/{Path(sent['sft'][0]['dataset']).name}"
+    assert peers.trainer.exported == [""]

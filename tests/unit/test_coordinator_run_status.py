@@ -95,6 +95,10 @@ def test_a_result_holds_the_metrics_of_its_line(run_log: RunLog) -> None:
     add_evaluation(run_log, "baseline", 0)
     add_iteration(run_log, 1)
     evaluation, iteration = read_results(run_log, Cursor(0, 0), 4)
+    assert json.loads(iteration.iteration.record) == run_log.iterations()[0]
+    assert json.loads(evaluation.evaluation.record) == run_log.evaluations()[0]
+    iteration.iteration.ClearField("record")
+    evaluation.evaluation.ClearField("record")
     assert iteration.iteration == pb.IterationResult(
         iteration=1, iterations=4, metrics={"iteration": 1.0, "reward/mean": 0.1}
     )

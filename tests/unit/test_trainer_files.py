@@ -19,8 +19,8 @@ from perigee.errors import (
     NotFoundError,
     ResourceExhaustedError,
 )
+from services.trainer.checkpoints import Checkpoints
 from services.trainer.hf import TensorReader, read_model_shape, write_folder
-from services.trainer.trainer import Checkpoints
 
 
 def tensors(offset: float = 0.0) -> Iterator[tuple[str, torch.Tensor]]:
@@ -73,7 +73,7 @@ def test_the_llama_3_rope_is_transformers_own(trainer_model: Path, tmp_path: Pat
 
 
 def test_shards_are_bounded_and_read_back(trainer_model: Path, tmp_path: Path) -> None:
-    write_folder(tmp_path / "out", trainer_model, tensors(), {"more.json": {"a": 1}}, max_shard_bytes=1000)
+    write_folder(str(tmp_path / "out"), trainer_model, tensors(), {"more.json": {"a": 1}}, max_shard_bytes=1000)
     shards = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert shards == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     reader = TensorReader(tmp_path / "out")
@@ -87,7 +87,7 @@ def test_a_failed_write_leaves_the_old_folder_and_runs_the_tensors_to_their_end(
     trainer_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "out"
-    write_folder(target, trainer_model, tensors(), {}, max_shard_bytes=400)
+    write_folder(str(target), trainer_model, tensors(), {}, max_shard_bytes=400)
     seen = []
 
     def watched() -> Iterator[tuple[str, torch.Tensor]]:
@@ -102,7 +102,7 @@ def test_a_failed_write_leaves_the_old_folder_and_runs_the_tensors_to_their_end(
 
     monkeypatch.setattr("services.trainer.hf.save_file", fill_up)
     with pytest.raises(ResourceExhaustedError, match=rf"{target}: No space left on device"):
-        write_folder(target, trainer_model, watched(), {}, max_shard_bytes=400)
+        write_folder(str(target), trainer_model, watched(), {}, max_shard_bytes=400)
     assert seen == [f"t{i}" for i in range(5)]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert torch.equal(TensorReader(target).read("t3"), torch.full((100,), 3.0))
@@ -110,8 +110,8 @@ def test_a_failed_write_leaves_the_old_folder_and_runs_the_tensors_to_their_end(
 
 def test_a_folder_is_replaced_whole(trainer_model: Path, tmp_path: Path) -> None:
     target = tmp_path / "out"
-    write_folder(target, trainer_model, tensors(), {}, max_shard_bytes=400)
-    write_folder(target, trainer_model, tensors(5.0), {}, max_shard_bytes=1 << 20)
+    write_folder(str(target), trainer_model, tensors(), {}, max_shard_bytes=400)
+    write_folder(str(target), trainer_model, tensors(5.0), {}, max_shard_bytes=1 << 20)
     assert sorted(path.name for path in target.glob("*.safetensors*")) == ["model.safetensors"]
     assert load_file(target / "model.safetensors")["t1"][0] == 6.0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -119,16 +119,18 @@ def test_a_folder_is_replaced_whole(trainer_model: Path, tmp_path: Path) -> None
 
 def test_checkpoints_are_kept_n_deep_and_found_by_version(trainer_model: Path, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", trainer_model, keep=2, max_shard_bytes=1 << 20)
-    assert checkpoints.find("r", None) == (0, trainer_model)
+    assert checkpoints.find("r", None) == 0
+    assert checkpoints.fetch("r", 0) == trainer_model
     for version in (1, 2, 3):
         checkpoints.write("r", version, tensors(version))
     assert checkpoints.versions("r") == [2, 3]
-    assert checkpoints.find("r", None) == (3, checkpoints.path_of("r", 3))
+    assert checkpoints.find("r", None) == 3
+    assert checkpoints.fetch("r", 3) == checkpoints.path_of("r", 3)
     with pytest.raises(NotFoundError, match=r"no checkpoint of version 1, only \[2, 3\]"):
         checkpoints.find("r", 1)
     (checkpoints.path_of("r", 3) / "perigee.json").unlink()
     with pytest.raises(DataLossError, match=str(checkpoints.path_of("r", 3))):
-        checkpoints.find("r", 3)
+        checkpoints.fetch("r", 3)
 
 
 def test_runs_neither_overwrite_nor_prune_each_other_s_checkpoints(trainer_model: Path, tmp_path: Path) -> None:
@@ -139,7 +141,6 @@ def test_runs_neither_overwrite_nor_prune_each_other_s_checkpoints(trainer_model
         checkpoints.write("../second", version, tensors(10 * version))
     assert checkpoints.versions("first") == [1, 2]
     assert checkpoints.versions("../second") == [3, 4]
-    _, path = checkpoints.find("first", None)
-    assert TensorReader(path).read("t0")[0] == 2
+    assert TensorReader(checkpoints.fetch("first", 2)).read("t0")[0] == 2
     assert [folder.name for folder in tmp_path.iterdir()] == ["checkpoints"]
-    assert checkpoints.find("third", None) == (0, trainer_model)
+    assert checkpoints.find("third", None) == 0

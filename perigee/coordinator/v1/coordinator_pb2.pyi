@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from perigee.trainer.v1 import trainer_pb2 as _trainer_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -207,7 +208,7 @@ class StartRunRequest(_message.Message):
     config_yaml: _builtins.str
     """The "run" section of a recipe, as YAML."""
     run_path: _builtins.str
-    """Folder of the run, on storage that the coordinator and the trainer share."""
+    """Folder of the run on the coordinator's machine; a coordinator with `runs_path` makes its own."""
     def __init__(
         self,
         *,
@@ -245,6 +246,55 @@ class StartRunResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartRunResponse: _TypeAlias = StartRunResponse  # noqa: Y015
+
+@_typing.final
+class PutFileRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    RUN_PATH_FIELD_NUMBER: _builtins.int
+    PIECE_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    """These two as in StartRun."""
+    run_path: _builtins.str
+    @_builtins.property
+    def piece(self) -> _trainer_pb2.FilePiece: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        run_path: _builtins.str = ...,
+        piece: _trainer_pb2.FilePiece | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["piece", b"piece", "run_id", b"run_id", "run_path", b"run_path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutFileRequest: _TypeAlias = PutFileRequest  # noqa: Y015
+
+@_typing.final
+class PutFileResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path on the coordinator's machine, for config_yaml, once the whole file is there; further pieces are not needed
+    then. Empty before.
+    """
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutFileResponse: _TypeAlias = PutFileResponse  # noqa: Y015
 
 @_typing.final
 class StopRunRequest(_message.Message):
@@ -503,9 +553,12 @@ class IterationResult(_message.Message):
     ITERATION_FIELD_NUMBER: _builtins.int
     ITERATIONS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
     iteration: _builtins.int
     iterations: _builtins.int
     """Iterations of the whole run."""
+    record: _builtins.str
+    """The line of metrics.jsonl."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics of the iteration, as in metrics.jsonl."""
@@ -516,10 +569,11 @@ class IterationResult(_message.Message):
         iteration: _builtins.int = ...,
         iterations: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
+        record: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "iterations", b"iterations", "metrics", b"metrics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "iterations", b"iterations", "metrics", b"metrics", "record", b"record"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -606,10 +660,13 @@ class EvaluationResult(_message.Message):
     ITERATION_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     ACCURACIES_FIELD_NUMBER: _builtins.int
+    RECORD_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Counts the evaluations of the run from 1: the line of evaluations.jsonl."""
     iteration: _builtins.int
     policy_version: _builtins.int
+    record: _builtins.str
+    """The line of evaluations.jsonl."""
     @_builtins.property
     def accuracies(self) -> _containers.RepeatedCompositeFieldContainer[Global___DomainAccuracy]: ...
     def __init__(
@@ -619,10 +676,11 @@ class EvaluationResult(_message.Message):
         iteration: _builtins.int = ...,
         policy_version: _builtins.int = ...,
         accuracies: _abc.Iterable[Global___DomainAccuracy] | None = ...,
+        record: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracies", b"accuracies", "iteration", b"iteration", "number", b"number", "policy_version", b"policy_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracies", b"accuracies", "iteration", b"iteration", "number", b"number", "policy_version", b"policy_version", "record", b"record"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -637,6 +695,9 @@ class WatchRunResponse(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     ITERATION_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    summary: _builtins.str
+    """summary.json of a run that has finished, to watchers that ask for iterations."""
     @_builtins.property
     def run(self) -> Global___RunSnapshot: ...
     @_builtins.property
@@ -649,10 +710,11 @@ class WatchRunResponse(_message.Message):
         run: Global___RunSnapshot | None = ...,
         iteration: Global___IterationResult | None = ...,
         evaluation: Global___EvaluationResult | None = ...,
+        summary: _builtins.str | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_iteration", b"_iteration", "_run", b"_run", "evaluation", b"evaluation", "iteration", b"iteration", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_iteration", b"_iteration", "_run", b"_run", "_summary", b"_summary", "evaluation", b"evaluation", "iteration", b"iteration", "run", b"run", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_iteration", b"_iteration", "_run", b"_run", "evaluation", b"evaluation", "iteration", b"iteration", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_iteration", b"_iteration", "_run", b"_run", "_summary", b"_summary", "evaluation", b"evaluation", "iteration", b"iteration", "run", b"run", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__evaluation: _TypeAlias = _typing.Literal["evaluation"]  # noqa: Y015
     _WhichOneofArgType__evaluation: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation"]  # noqa: Y015
@@ -660,11 +722,15 @@ class WatchRunResponse(_message.Message):
     _WhichOneofArgType__iteration: _TypeAlias = _typing.Literal["_iteration", b"_iteration"]  # noqa: Y015
     _WhichOneofReturnType__run: _TypeAlias = _typing.Literal["run"]  # noqa: Y015
     _WhichOneofArgType__run: _TypeAlias = _typing.Literal["_run", b"_run"]  # noqa: Y015
+    _WhichOneofReturnType__summary: _TypeAlias = _typing.Literal["summary"]  # noqa: Y015
+    _WhichOneofArgType__summary: _TypeAlias = _typing.Literal["_summary", b"_summary"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation) -> _WhichOneofReturnType__evaluation | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__iteration) -> _WhichOneofReturnType__iteration | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__run) -> _WhichOneofReturnType__run | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__summary) -> _WhichOneofReturnType__summary | None: ...
 
 Global___WatchRunResponse: _TypeAlias = WatchRunResponse  # noqa: Y015

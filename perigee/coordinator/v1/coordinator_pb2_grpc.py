@@ -55,6 +55,11 @@ class CoordinatorServiceStub:
                 request_serializer=perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.StartRunRequest.SerializeToString,
                 response_deserializer=perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.StartRunResponse.FromString,
                 _registered_method=True)
+        self.PutFile = channel.unary_unary(
+                '/perigee.coordinator.v1.CoordinatorService/PutFile',
+                request_serializer=perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.PutFileRequest.SerializeToString,
+                response_deserializer=perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.PutFileResponse.FromString,
+                _registered_method=True)
         self.StopRun = channel.unary_unary(
                 '/perigee.coordinator.v1.CoordinatorService/StopRun',
                 request_serializer=perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.StopRunRequest.SerializeToString,
@@ -103,6 +108,14 @@ class CoordinatorServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PutFile(self, request, context):
+        """Takes a piece of a file of a run, prompts for example, and keeps the whole file in the run's folder under a path by
+        its digest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StopRun(self, request, context):
         """Ends the run at once; the buffer keeps what is needed to resume it.
         """
@@ -146,6 +159,11 @@ def add_CoordinatorServiceServicer_to_server(servicer, server):
                     servicer.StartRun,
                     request_deserializer=perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.StartRunRequest.FromString,
                     response_serializer=perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.StartRunResponse.SerializeToString,
+            ),
+            'PutFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutFile,
+                    request_deserializer=perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.PutFileRequest.FromString,
+                    response_serializer=perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.PutFileResponse.SerializeToString,
             ),
             'StopRun': grpc.unary_unary_rpc_method_handler(
                     servicer.StopRun,
@@ -272,6 +290,33 @@ class CoordinatorService:
             '/perigee.coordinator.v1.CoordinatorService/StartRun',
             perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.StartRunRequest.SerializeToString,
             perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.StartRunResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.coordinator.v1.CoordinatorService/PutFile',
+            perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.PutFileRequest.SerializeToString,
+            perigee_dot_coordinator_dot_v1_dot_coordinator__pb2.PutFileResponse.FromString,
             options,
             channel_credentials,
             insecure,

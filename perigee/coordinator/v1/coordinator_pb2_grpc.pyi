@@ -40,6 +40,10 @@ class CoordinatorServiceStub:
     DeregisterWorker: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.DeregisterWorkerRequest, _coordinator_pb2.DeregisterWorkerResponse]
     StartRun: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StartRunRequest, _coordinator_pb2.StartRunResponse]
     """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe."""
+    PutFile: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PutFileRequest, _coordinator_pb2.PutFileResponse]
+    """Takes a piece of a file of a run, prompts for example, and keeps the whole file in the run's folder under a path by
+    its digest.
+    """
     StopRun: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StopRunRequest, _coordinator_pb2.StopRunResponse]
     """Ends the run at once; the buffer keeps what is needed to resume it."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]
@@ -60,6 +64,10 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     DeregisterWorker: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.DeregisterWorkerRequest, _coordinator_pb2.DeregisterWorkerResponse]  # type: ignore[assignment]
     StartRun: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StartRunRequest, _coordinator_pb2.StartRunResponse]  # type: ignore[assignment]
     """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe."""
+    PutFile: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PutFileRequest, _coordinator_pb2.PutFileResponse]  # type: ignore[assignment]
+    """Takes a piece of a file of a run, prompts for example, and keeps the whole file in the run's folder under a path by
+    its digest.
+    """
     StopRun: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StopRunRequest, _coordinator_pb2.StopRunResponse]  # type: ignore[assignment]
     """Ends the run at once; the buffer keeps what is needed to resume it."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]  # type: ignore[assignment]
@@ -101,6 +109,16 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.StartRunResponse, _abc.Awaitable[_coordinator_pb2.StartRunResponse]]:
         """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe."""
+
+    @_abc_1.abstractmethod
+    def PutFile(
+        self,
+        request: _coordinator_pb2.PutFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_coordinator_pb2.PutFileResponse, _abc.Awaitable[_coordinator_pb2.PutFileResponse]]:
+        """Takes a piece of a file of a run, prompts for example, and keeps the whole file in the run's folder under a path by
+        its digest.
+        """
 
     @_abc_1.abstractmethod
     def StopRun(

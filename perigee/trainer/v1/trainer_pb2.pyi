@@ -141,7 +141,7 @@ class FineTuneRequest(_message.Message):
     NEW_VERSION_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     dataset_path: _builtins.str
-    """JSON Lines with "prompt" and "response" text, on storage that the trainer reads."""
+    """JSON Lines with "prompt" and "response" text: a path that PutFile returned, or a URL such as s3://bucket/file."""
     steps: _builtins.int
     batch_size: _builtins.int
     """Examples per step."""
@@ -680,17 +680,24 @@ class SaveCheckpointResponse(_message.Message):
 
     PATH_FIELD_NUMBER: _builtins.int
     BYTES_FIELD_NUMBER: _builtins.int
+    UPLOAD_ERROR_FIELD_NUMBER: _builtins.int
     path: _builtins.str
+    """Folder or URL."""
     bytes: _builtins.int
+    upload_error: _builtins.str
+    """Why the checkpoint stayed on the trainer's machine and is not at its URL; empty when it is. The next save tries
+    again.
+    """
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         bytes: _builtins.int = ...,
+        upload_error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "path", b"path", "upload_error", b"upload_error"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -747,7 +754,9 @@ class ExportModelRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     path: _builtins.str
-    """A folder on storage that the trainer writes."""
+    """A folder on storage that the trainer writes, or a URL such as s3://bucket/folder. When empty the trainer takes
+    `models/<run id>` in its run folder.
+    """
     def __init__(
         self,
         *,
@@ -780,3 +789,114 @@ class ExportModelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExportModelResponse: _TypeAlias = ExportModelResponse  # noqa: Y015
+
+@_typing.final
+class ReadModelFilesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadModelFilesRequest: _TypeAlias = ReadModelFilesRequest  # noqa: Y015
+
+@_typing.final
+class ReadModelFilesResponse(_message.Message):
+    """Piece of a file; the pieces of one come one after another."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    content: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadModelFilesResponse: _TypeAlias = ReadModelFilesResponse  # noqa: Y015
+
+@_typing.final
+class FilePiece(_message.Message):
+    """Piece of a file on its way to another machine. Pieces come in order; the same piece twice is one piece."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    FILE_BYTES_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """SHA-256 of the whole file, hexadecimal."""
+    file_bytes: _builtins.int
+    """Bytes of the whole file."""
+    offset: _builtins.int
+    content: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        file_bytes: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "digest", b"digest", "file_bytes", b"file_bytes", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FilePiece: _TypeAlias = FilePiece  # noqa: Y015
+
+@_typing.final
+class PutFileRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def piece(self) -> Global___FilePiece: ...
+    def __init__(
+        self,
+        *,
+        piece: Global___FilePiece | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["piece", b"piece"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutFileRequest: _TypeAlias = PutFileRequest  # noqa: Y015
+
+@_typing.final
+class PutFileResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Path on the trainer's machine once the whole file is there; further pieces are not needed then. Empty before."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["path", b"path"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutFileResponse: _TypeAlias = PutFileResponse  # noqa: Y015

@@ -77,6 +77,16 @@ class TrainerServiceStub:
                 request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.ExportModelRequest.SerializeToString,
                 response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.ExportModelResponse.FromString,
                 _registered_method=True)
+        self.ReadModelFiles = channel.unary_stream(
+                '/perigee.trainer.v1.TrainerService/ReadModelFiles',
+                request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.ReadModelFilesRequest.SerializeToString,
+                response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.ReadModelFilesResponse.FromString,
+                _registered_method=True)
+        self.PutFile = channel.unary_unary(
+                '/perigee.trainer.v1.TrainerService/PutFile',
+                request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileRequest.SerializeToString,
+                response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServiceServicer:
@@ -139,6 +149,20 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ReadModelFiles(self, request, context):
+        """Streams the configuration and the tokenizer of the base model: what others need of it, its weights left out.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutFile(self, request, context):
+        """Takes a piece of a file, and keeps the whole file under a path by its digest, for FineTune.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -181,6 +205,16 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.ExportModel,
                     request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.ExportModelRequest.FromString,
                     response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.ExportModelResponse.SerializeToString,
+            ),
+            'ReadModelFiles': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadModelFiles,
+                    request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.ReadModelFilesRequest.FromString,
+                    response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.ReadModelFilesResponse.SerializeToString,
+            ),
+            'PutFile': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutFile,
+                    request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileRequest.FromString,
+                    response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -402,6 +436,60 @@ class TrainerService:
             '/perigee.trainer.v1.TrainerService/ExportModel',
             perigee_dot_trainer_dot_v1_dot_trainer__pb2.ExportModelRequest.SerializeToString,
             perigee_dot_trainer_dot_v1_dot_trainer__pb2.ExportModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadModelFiles(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/perigee.trainer.v1.TrainerService/ReadModelFiles',
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.ReadModelFilesRequest.SerializeToString,
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.ReadModelFilesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutFile(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.trainer.v1.TrainerService/PutFile',
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileRequest.SerializeToString,
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileResponse.FromString,
             options,
             channel_credentials,
             insecure,

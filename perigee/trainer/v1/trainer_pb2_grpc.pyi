@@ -50,6 +50,10 @@ class TrainerServiceStub:
     """Loads a version from its checkpoint, or the run's newest when none is named."""
     ExportModel: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.ExportModelRequest, _trainer_pb2.ExportModelResponse]
     """Writes the policy as a Hugging Face folder."""
+    ReadModelFiles: _grpc.UnaryStreamMultiCallable[_trainer_pb2.ReadModelFilesRequest, _trainer_pb2.ReadModelFilesResponse]
+    """Streams the configuration and the tokenizer of the base model: what others need of it, its weights left out."""
+    PutFile: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PutFileRequest, _trainer_pb2.PutFileResponse]
+    """Takes a piece of a file, and keeps the whole file under a path by its digest, for FineTune."""
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -73,6 +77,10 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Loads a version from its checkpoint, or the run's newest when none is named."""
     ExportModel: _aio.UnaryUnaryMultiCallable[_trainer_pb2.ExportModelRequest, _trainer_pb2.ExportModelResponse]  # type: ignore[assignment]
     """Writes the policy as a Hugging Face folder."""
+    ReadModelFiles: _aio.UnaryStreamMultiCallable[_trainer_pb2.ReadModelFilesRequest, _trainer_pb2.ReadModelFilesResponse]  # type: ignore[assignment]
+    """Streams the configuration and the tokenizer of the base model: what others need of it, its weights left out."""
+    PutFile: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PutFileRequest, _trainer_pb2.PutFileResponse]  # type: ignore[assignment]
+    """Takes a piece of a file, and keeps the whole file under a path by its digest, for FineTune."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     """TrainerService owns the policy: it fine-tunes it, optimizes it by a reinforcement learning algorithm, writes
@@ -141,5 +149,21 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.ExportModelResponse, _abc.Awaitable[_trainer_pb2.ExportModelResponse]]:
         """Writes the policy as a Hugging Face folder."""
+
+    @_abc_1.abstractmethod
+    def ReadModelFiles(
+        self,
+        request: _trainer_pb2.ReadModelFilesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_trainer_pb2.ReadModelFilesResponse], _abc.AsyncIterator[_trainer_pb2.ReadModelFilesResponse]]:
+        """Streams the configuration and the tokenizer of the base model: what others need of it, its weights left out."""
+
+    @_abc_1.abstractmethod
+    def PutFile(
+        self,
+        request: _trainer_pb2.PutFileRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.PutFileResponse, _abc.Awaitable[_trainer_pb2.PutFileResponse]]:
+        """Takes a piece of a file, and keeps the whole file under a path by its digest, for FineTune."""
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
