@@ -31,6 +31,7 @@ VALUES = sorted(path.stem for path in (CHART / "values").glob("*.yaml"))
 # What no file of values has, each rendered with one of them.
 OVERLAYS = {
     "gpu-multi-node": (
+        ("--set", "runs.url=s3://bucket/folder,runs.secret=bucket,train.enabled=true"),
         ("--set", "services.trainer.controller=LeaderWorkerSet"),
         ("--set", "autoscaling.kind=hpa"),
         ("--set", "services.rollout.rdma.ipcLock=true"),
@@ -203,7 +204,7 @@ def test_all_pods_but_the_sandbox_are_restricted(render: Render, values: str, op
             assert set(security["capabilities"]["add"]) == SANDBOX_CAPABILITIES
             assert security["appArmorProfile"] == {"type": "Unconfined"}
         elif "ipcLock" in "".join(options) and service == "rollout":
-            assert faults == ["root", "rollout", "wait-for-prepare"]
+            assert faults == ["root", "rollout"]
         else:
             assert faults == []
 
@@ -334,7 +335,7 @@ def test_ports_without_tokens_are_fenced(render: Render) -> None:
     manifests = render("gpu-multi-node")
     assert policy_rules(manifests, "rollout") == {"grpc": ["coordinator", "trainer"], "15000-16999": ["trainer"]}
     assert policy_rules(manifests, "trainer") == {
-        "grpc": ["coordinator"],
+        "grpc": ["coordinator", "rollout"],
         "15000-16999": ["rollout"],
         "all": ["trainer"],
     }
@@ -391,9 +392,8 @@ def test_pods_read_the_recipe_that_prepare_writes(render: Render) -> None:
     kept = {key: value for key, value in prepared.values.items() if key in ("run", "rollout", "sandbox")}
     assert {key: value for key, value in recipe_of(manifests).items() if key in kept} == kept
     assert "prepare" not in recipe_of(manifests)
-    for service in ("trainer", "rollout"):
-        (waiting,) = dict(pods(manifests))[service]["spec"]["initContainers"]
-        assert waiting["args"][-1] == str(RunFolder(out).recipe_path)
+    (waiting,) = dict(pods(manifests))["trainer"]["spec"]["initContainers"]
+    assert waiting["args"][-1] == str(RunFolder(out).recipe_path)
     training = parameters_of(manifests, "train")
     assert training["recipe"] == Path("/etc/perigee/recipe.yaml")
     assert (

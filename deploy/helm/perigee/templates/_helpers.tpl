@@ -44,9 +44,12 @@ labels:
 {{- end }}
 {{- end }}
 
+{{- /* Folder or URL of what runs read and write. */ -}}
+{{- define "perigee.runs" -}}{{ .Values.runs.url | default .Values.runs.path }}{{- end }}
+
 {{- /* Folder that `perigee prepare` fills, of each recipe by its name. */ -}}
 {{- define "perigee.prepared" -}}
-{{ .Values.runs.path }}/{{ (.Values.recipe | fromYaml).name | default "run" }}
+{{ include "perigee.runs" . }}/{{ (.Values.recipe | fromYaml).name | default "run" }}
 {{- end }}
 
 {{- /* The recipe as `perigee prepare` writes it, without placeholders and script. */ -}}
@@ -93,7 +96,7 @@ labels:
 - {name: {{ $prefix }}HTTP__PORT, value: {{ . | quote }}}
 {{- end }}
 {{- if eq .service "coordinator" }}
-- {name: PERIGEE_COORDINATOR__RUN_PATH, value: {{ $root.runs.path }}/coordinator}
+- {name: PERIGEE_COORDINATOR__RUN_PATH, value: {{ include "perigee.runs" .root }}/coordinator}
 {{- include "perigee.peerEnv" (merge (dict "peers" (list "buffer" "trainer" "reward")) .) }}
 {{- else if eq .service "buffer" }}
 - {name: PERIGEE_BUFFER__DATA_PATH, value: /data/buffer}
@@ -108,7 +111,7 @@ labels:
 - name: PERIGEE_SANDBOX__SLOTS
   valueFrom: {resourceFieldRef: {containerName: sandbox, resource: limits.cpu}}
 {{- else }}
-{{- include "perigee.peerEnv" (merge (dict "peers" (ternary (list "buffer" "coordinator") (list "buffer") (eq .service "rollout"))) .) }}
+{{- include "perigee.peerEnv" (merge (dict "peers" (ternary (list "buffer" "coordinator" "trainer") (list "buffer") (eq .service "rollout"))) .) }}
 - name: POD_NAME
   valueFrom: {fieldRef: {fieldPath: metadata.name}}
 - name: POD_IP
@@ -122,8 +125,9 @@ labels:
 {{- end }}
 {{- if eq .service "rollout" }}
 - {name: PERIGEE_ROLLOUT__WORKER_ID, value: $(POD_NAME)}
+- {name: PERIGEE_ROLLOUT__MODEL, value: "null"}{{/* the trainer gives its configuration and tokenizer */}}
 {{- else if eq .service "trainer" }}
-- {name: PERIGEE_TRAINER__RUN_PATH, value: {{ $root.runs.path }}/trainer}
+- {name: PERIGEE_TRAINER__RUN_PATH, value: {{ include "perigee.runs" .root }}/trainer}
 {{- if gt (int .values.nodes) 1 }}
 - {name: PERIGEE_TRAINER__NODES, value: {{ .values.nodes | quote }}}
 - {name: PERIGEE_TRAINER__MASTER_PORT, value: "29500"}
@@ -149,8 +153,15 @@ labels:
 {{- end }}
 {{- end }}
 
+{{- /* Credentials of object storage, for those who read or write there. */ -}}
+{{- define "perigee.storageEnv" -}}
+{{- if and .root.Values.runs.secret (has .service (list "trainer" "coordinator" "train")) -}}
+envFrom: [{secretRef: {name: {{ .root.Values.runs.secret }}}}]
+{{- end }}
+{{- end }}
+
 {{- define "perigee.usesRuns" -}}
-{{- if has .service (list "trainer" "coordinator" "rollout" "prepare" "train") }}true{{ end }}
+{{- if and (has .service (list "trainer" "coordinator" "prepare" "train")) (not .root.Values.runs.url) }}true{{ end }}
 {{- end }}
 
 {{- define "perigee.podSecurity" -}}
@@ -228,7 +239,7 @@ timeoutSeconds: 5
 - {name: tls, mountPath: /etc/perigee/tls, readOnly: true}
 {{- end }}
 {{- if include "perigee.usesRuns" . }}
-- {name: runs, mountPath: {{ .root.Values.runs.path }}{{ if eq .service "rollout" }}, readOnly: true{{ end }}}
+- {name: runs, mountPath: {{ .root.Values.runs.path }}}
 {{- end }}
 {{- if .values.shm }}
 - {name: shm, mountPath: /dev/shm}
@@ -250,7 +261,7 @@ timeoutSeconds: 5
       {{- with .root.Values.auth.callersSecret }}
       - secret: {name: {{ . }}, items: [{key: callers.yaml, path: callers.yaml}]}
       {{- end }}
-- {name: tmp, emptyDir: {sizeLimit: 8Gi}}
+- {name: tmp, emptyDir: {sizeLimit: {{ .values.tmp | default "8Gi" }}}}
 {{- with .root.Values.tls.secret }}
 - {name: tls, secret: {secretName: {{ . }}, defaultMode: 0440}}
 {{- end }}
@@ -297,7 +308,7 @@ metadata:
     {{- with .values.podLabels }}{{ toYaml . | nindent 4 }}{{ end }}
   annotations:
     {{- /* A change of the section `run` restarts nothing. */}}
-    checksum/recipe: {{ get (include "perigee.recipe" .root | fromYaml) .service | toYaml | sha256sum }}
+    checksum/recipe: {{ get (include "perigee.recipe" .root | fromYaml) .service | toYaml | sha256sum | trunc 16 }}
     {{- with .values.podAnnotations }}{{ toYaml . | nindent 4 }}{{ end }}
 spec:
   serviceAccountName: {{ include "perigee.name" . }}
@@ -315,7 +326,7 @@ spec:
   {{- end }}
   securityContext: {{- include "perigee.podSecurity" . | nindent 4 }}
   {{- include "perigee.placement" . | trim | nindent 2 }}
-  {{- if and .root.Values.prepare.enabled (has .service (list "trainer" "rollout")) }}
+  {{- if and .root.Values.prepare.enabled (eq .service "trainer") (not .root.Values.runs.url) }}
   initContainers:
     - name: wait-for-prepare
       {{- include "perigee.image" . | nindent 6 }}
@@ -330,6 +341,7 @@ spec:
       {{- /* Behind the image's init, which reaps the orphans of killed programs. */}}
       args: [python, -m, services.{{ .service }}, --config, /etc/perigee/recipe.yaml]
       env: {{- include "perigee.env" . | trim | nindent 8 }}
+      {{- with include "perigee.storageEnv" . }}{{ . | nindent 6 }}{{ end }}
       ports:
         - {name: grpc, containerPort: {{ .values.port }}}
         - {name: metrics, containerPort: 9100}
