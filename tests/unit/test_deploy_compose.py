@@ -25,7 +25,7 @@ OWN = {
     for name, service in SERVICES.items()
     if (match := re.search(r"services\.([a-z]+)", str(service.get("command"))))
 }
-PROFILES = ("stack", "gpu", "reward-only", "sandbox-only")
+PROFILES = ("stack", "gpu", "reward-only", "sandbox-only", "observability")
 
 
 @pytest.fixture
