@@ -1,20 +1,7 @@
 #!/bin/sh
-# Installs what the named extras need into /opt/perigee, at the versions of the lock.
-# install.sh cpu|cuda EXTRA...
+# Installs the packages of /tmp/packages.txt, and no others, into /opt/perigee.
 set -eu
-accelerator=$1
-shift
 # Roots of a proxy that opens TLS, where there is one.
 [ ! -f /run/secrets/ca ] || export SSL_CERT_FILE=/run/secrets/ca
-if [ "$accelerator" = cuda ]; then
-  lock=deploy/images/constraints-cuda.txt
-  grep -v triton tools/unneeded.txt >/tmp/unneeded.txt
-else
-  lock=constraints.txt
-  cp tools/unneeded.txt /tmp/unneeded.txt
-fi
-extras=$(printf -- '--extra %s ' "$@")
-# shellcheck disable=SC2086
-uv pip compile --quiet --python /opt/perigee/bin/python -c $lock --excludes /tmp/unneeded.txt --no-header --no-annotate \
-  $extras pyproject.toml services/pyproject.toml >/tmp/packages.txt
+uv venv --quiet --python /usr/bin/python3 /opt/perigee
 uv pip install --quiet --python /opt/perigee/bin/python --no-deps --compile-bytecode -r /tmp/packages.txt
