@@ -43,23 +43,26 @@ def test_every_image_is_a_target_and_each_has_its_size_stated(stages: dict[str, 
     assert set(re.findall(r"^\| `([a-z-]+)` \|", (IMAGES / "README.md").read_text(), re.MULTILINE)) == set(TARGETS)
 
 
-def test_extras_exist_and_each_service_has_those_of_its_name(stages: dict[str, list[str]]) -> None:
-    known = set()
+def test_extras_exist_and_each_image_has_those_of_its_services(stages: dict[str, list[str]]) -> None:
+    known: set[str] = set()
     for project in ("pyproject.toml", "services/pyproject.toml"):
         known |= set(tomllib.loads((ROOT / project).read_text())["project"]["optional-dependencies"])
-    installed = {
-        name: set(re.findall(r"[a-z]+(?:-[a-z]+)?", " ".join(re.findall(r"install\.sh (.*)|s=\"?([a-z -]+)", line)[0])))
-        for name, lines in stages.items()
-        for line in lines
-        if "install.sh " in line and line.startswith("RUN")
+    text = " ".join(stages["locks"]).replace("${rollout}", "rollout-cpu rollout-gpu")
+    extras = {
+        image: set(words.split())
+        for image, words in re.findall(r"lock\.sh (\w+) ([a-z -]+)", text.replace("${weights}", "weights weights-cuda"))
     }
-    wanted = {"control": {"coordinator", "buffer", "cli"}, "reward": {"reward"}, "trainer": {"trainer", "cli"}}
-    wanted |= {"sandbox": {"sandbox"}, "rollout": {"rollout-cpu", "rollout-gpu", "weights", "weights-cuda"}}
-    text = {name: " ".join(stages[f"{name}-packages"]) for name in wanted}
-    for name, extras in wanted.items():
-        assert extras <= known
-        assert all(re.search(rf"\b{extra}\b", text[name]) for extra in extras), name
-    assert installed.keys() == {f"{name}-packages" for name in wanted}
+    assert extras == {
+        "control": {"cli", "coordinator", "buffer"},
+        "reward": {"reward"},
+        "trainer": {"cli", "trainer", "weights", "weights-cuda"},
+        "rollout": {"rollout-cpu", "rollout-gpu", "weights", "weights-cuda"},
+        "sandbox": {"sandbox"},
+    }
+    assert set().union(*extras.values()) <= known
+    for image in extras:
+        assert f"COPY --from=locks /locks/{image}.txt /tmp/packages.txt" in stages[f"{image}-packages"]
+        assert f"COPY --from={image}-packages /opt/perigee /opt/perigee" in stages[image]
 
 
 @pytest.mark.parametrize("target", TARGETS)
