@@ -5,6 +5,7 @@ Every thing has one color throughout; the ground is transparent, and lines have 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -130,7 +131,10 @@ def plot_logprob_diff(records: RunRecords) -> go.Figure | None:
     figure = _plot_lines(records, (("train/train_infer_logprob_diff_max", "largest", BLUE),), "nats")
     if figure is not None:
         figure.add_hline(y=1e-3, line={"color": RED, "width": 1, "dash": "dash"})
-        figure.update_yaxes(type="log", exponentformat="power")
+        figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+        for label in figure.layout.annotations:
+            # Labels, other than lines, are placed by the logarithm.
+            label.y = math.log10(max(label.y, 1e-12))
     return figure
 
 

@@ -73,6 +73,12 @@ def drawn(page: str) -> set[str]:
     return set(re.findall(r"<figure id='(\w+)'>", page))
 
 
+def test_a_label_stands_at_the_end_of_its_line_on_a_logarithmic_axis(run_path: Path) -> None:
+    figure = plots.plot_logprob_diff(read_records(run_path))
+    assert figure is not None
+    assert [label.y for label in figure.layout.annotations] == [pytest.approx(-4)]
+
+
 def test_a_full_run_fills_every_section(run_path: Path) -> None:
     report = write_report(run_path)
     page = report.path.read_text()
