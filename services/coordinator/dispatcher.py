@@ -182,7 +182,8 @@ class Dispatcher:
         self._set_waiting(True)
         started = time.monotonic()
         try:
-            await asyncio.wait_for(self._wake.wait(), timeout=self._config.worker_wait_s - self._idle_s)
+            async with asyncio.timeout(self._config.worker_wait_s - self._idle_s):
+                await self._wake.wait()
         except TimeoutError:
             raise PeerLostError(self._explain_wait()) from None
         finally:

@@ -122,7 +122,8 @@ class RunStatus:
                 if snapshot.phase in TERMINAL:
                     return
                 try:
-                    snapshot = await asyncio.wait_for(changes.get(), timeout=WATCH_SECONDS)
+                    async with asyncio.timeout(WATCH_SECONDS):
+                        snapshot = await changes.get()
                 except TimeoutError:
                     snapshot = self.snapshot()
         finally:

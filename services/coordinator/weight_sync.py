@@ -124,7 +124,8 @@ class WeightSync:
         """Waits until a worker changes or a retry is due."""
         changed = asyncio.Event()
         with self._registry.watch(changed.set), contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(changed.wait(), timeout=self._config.weights.retry_s)
+            async with asyncio.timeout(self._config.weights.retry_s):
+                await changed.wait()
 
     def _may_try(self, worker: Worker) -> bool:
         self._retry_at = {w: at for w, at in self._retry_at.items() if self._registry.is_live(w)}

@@ -189,7 +189,8 @@ class ChildProcess:
     async def _wait_or_kill(self) -> int:
         """Waits for the end within the grace period, then kills; returns the exit code."""
         try:
-            return await asyncio.wait_for(self.wait(), self._grace_s)
+            async with asyncio.timeout(self._grace_s):
+                return await self.wait()
         except TimeoutError:
             return await self.end()
 

@@ -105,7 +105,8 @@ class WeightSender:
         write = start_write(self._endpoints, image.buffer, image.manifest.total_bytes, prepared)
         try:
             with span("transfer weights", worker=target.worker_id, bytes=image.manifest.total_bytes):
-                return await asyncio.wait_for(asyncio.shield(write), self._config.transfer_timeout_s)
+                async with asyncio.timeout(self._config.transfer_timeout_s):
+                    return await asyncio.shield(write)
         except TimeoutError as error:
             raise DeadlineExceededError(
                 f"{image.manifest.total_bytes} bytes did not reach {target.address} within "

@@ -165,7 +165,8 @@ class Budget:
                         break
                     self._finished.clear()
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._finished.wait(), pause_s)
+                        async with asyncio.timeout(pause_s):
+                            await self._finished.wait()
         except TimeoutError as error:
             raise TransientError(
                 "the judge's calls_per_minute or tokens_per_minute is used up", retry_after_s=self._period_s
