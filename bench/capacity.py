@@ -108,12 +108,13 @@ async def measure_buffer(count: int, lengths: Sequence[int]) -> None:
                 await wait_for_buffer(client)
                 (valkey,) = process.children()
                 empty = (await redis.info("memory"))["used_memory"]
+                begun = cpu_seconds(process), cpu_seconds(valkey)
                 ids = await fill(client, "run", count, length)
                 used = (await redis.info("memory"))["used_memory"] - empty
-                appending = cpu_seconds(process), cpu_seconds(valkey)
+                written = cpu_seconds(process), cpu_seconds(valkey)
                 async for _ in client.read_trajectories("run", ids, with_logprobs=True):
                     pass
-                reading = cpu_seconds(process) - appending[0], cpu_seconds(valkey) - appending[1]
+                read = cpu_seconds(process), cpu_seconds(valkey)
                 disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())  # noqa: ASYNC240
                 resident = process.memory_info().rss
                 per_token = used / count / length
@@ -121,8 +122,8 @@ async def measure_buffer(count: int, lengths: Sequence[int]) -> None:
         print(
             f"1,000 trajectories of {length:>6,} tokens: Redis {used * scale / MIB:6.0f} MiB ({per_token:.1f} bytes a "
             f"token), append-only file {disk * scale / MIB:6.0f} MiB, buffer {resident / MIB:.0f} MiB resident; CPU "
-            f"seconds writing {appending[0] * scale:.2f} + {appending[1] * scale:.2f} (buffer, Redis), "
-            f"reading {reading[0] * scale:.2f} + {reading[1] * scale:.2f}"
+            f"seconds writing {(written[0] - begun[0]) * scale:.2f} + {(written[1] - begun[1]) * scale:.2f} (buffer, "
+            f"Redis), reading {(read[0] - written[0]) * scale:.2f} + {(read[1] - written[1]) * scale:.2f}"
         )
 
 
@@ -138,7 +139,7 @@ async def run_coordinator(count: int, iterations: int) -> tuple[int, float, int]
             prompts=2 * count,
             max_live_groups=count // 4,
             iterations=iterations,
-            evaluation={"every": 0, "baseline": False},
+            evaluation={"every": 0},
         )
         settings = {key: value for key, value in peers.settings().items() if key.endswith("_address")}
         address, process = await stack.enter_async_context(service("coordinator", **settings))
