@@ -26,7 +26,7 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ
 # Files that share a slow service, by the group that they make. The groups start in this order, those that take longest
 # first, so that the last ones to start are short; then come the other files.
 GROUPS = {
-    "training": ("test_training",),
+    "training": ("test_training", "test_observability"),
     "rollout": ("test_rollout_service", "test_prompts_curate"),
     "attacks on judging": ("test_sandbox_attacks_answers",),
     "trainer": ("test_trainer_equation", "test_trainer_weights", "test_trainer_service", "test_trainer_push"),

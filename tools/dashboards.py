@@ -188,7 +188,7 @@ SERVICES = [
     Panel("Calls", [("{{job}}", "perigee:requests:rate5m")], "ops"),
     Panel(
         "Calls that fail",
-        [("{{job}}", "perigee:request_errors:ratio5m or perigee:requests:rate5m * 0")],
+        [("{{job}}", "perigee:request_errors:ratio5m")],
         "percentunit",
         "With a code that is the service's fault: INTERNAL, UNKNOWN, DATA_LOSS, UNAVAILABLE, DEADLINE_EXCEEDED.",
     ),

@@ -26,6 +26,10 @@ RULES = [rule for group in read("rules.yaml")["groups"] for rule in group["rules
 ALERTS = [rule["alert"] for rule in RULES if "alert" in rule]
 
 
+def test_the_chart_has_the_same_rules() -> None:
+    assert (ROOT / "deploy/helm/perigee/rules.yaml").read_text() == (FOLDER / "rules.yaml").read_text()
+
+
 def test_the_dashboards_are_current() -> None:
     written = {path: path.read_text() for path in (FOLDER / "grafana/dashboards").glob("*.json")}
     assert written == render_all(), "run python tools/dashboards.py"
