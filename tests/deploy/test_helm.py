@@ -394,7 +394,9 @@ def test_pods_read_the_recipe_that_prepare_writes(render: Render) -> None:
     assert "prepare" not in recipe_of(manifests)
     (waiting,) = dict(pods(manifests))["trainer"]["spec"]["initContainers"]
     assert waiting["args"][-1] == str(RunFolder(out).recipe_path)
+    (waiting,) = dict(pods(manifests))["train"]["spec"]["initContainers"]
     training = parameters_of(manifests, "train")
+    assert waiting["args"][-1] == training["coordinator"]
     assert training["recipe"] == Path("/etc/perigee/recipe.yaml")
     assert (
         training["coordinator"] == environment(dict(pods(manifests))["rollout"])["PERIGEE_ROLLOUT__COORDINATOR_ADDRESS"]
