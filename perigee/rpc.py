@@ -206,6 +206,8 @@ def channel_arguments(
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.initial_reconnect_backoff_ms", 200),
         ("grpc.max_reconnect_backoff_ms", 5_000),
+        # Half a minute otherwise, for which a replica that moved to another address would be missed.
+        ("grpc.dns_min_time_between_resolutions_ms", 5_000),
         ("grpc.enable_retries", 1),
         ("grpc.service_config", _service_config(service_name, idempotent)),
     ]
