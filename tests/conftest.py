@@ -27,6 +27,7 @@ WORKER = "PYTEST_XDIST_WORKER" in os.environ
 # first, so that the last ones to start are short; then come the other files.
 GROUPS = {
     "training": ("test_training", "test_observability"),
+    "network": ("test_namespaces",),
     "rollout": ("test_rollout_service", "test_prompts_curate"),
     "attacks on judging": ("test_sandbox_attacks_answers",),
     "trainer": ("test_trainer_equation", "test_trainer_weights", "test_trainer_service", "test_trainer_push"),

@@ -18,10 +18,11 @@ need default-jdk-headless javac           # Java
 need nodejs node                          # JavaScript
 need perl perl
 need prometheus promtool                  # tests of alerts and dashboards
+need iproute2 ip                          # tests across network namespaces
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 else
-  echo "setup: not installed: ${missing[*]}; install them with your package manager (crun and gcc isolate sandboxed code, libibverbs1, libcurl4 and libnuma1 serve weight transfer and vLLM, prometheus tests alerts and dashboards, the others are languages of the sandbox)" >&2
+  echo "setup: not installed: ${missing[*]}; install them with your package manager (crun and gcc isolate sandboxed code, libibverbs1, libcurl4 and libnuma1 serve weight transfer and vLLM, prometheus tests alerts and dashboards, iproute2 networks, the others are languages of the sandbox)" >&2
 fi

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -251,6 +252,8 @@ def count_groups() -> None:
 @pytest.fixture(scope="module")
 def cluster(make_network: Callable[..., Network], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Services that were started in the wrong order, and a run that they train."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl: makes the certificates of the TLS tests")
     network, folder = make_network(*HOSTS), tmp_path_factory.mktemp("cluster")
     cluster = Cluster(network, folder)
     make_certificates(network, folder / "pki")
