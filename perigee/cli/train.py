@@ -52,7 +52,8 @@ MODEL_FREE = ("buffer", "sandbox", "reward")
 ENDED = (pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_FAILED, pb.RUN_PHASE_STOPPED)
 # One stream lasts this long at most; the next one continues it.
 STREAM_S = 3600.0
-START_S = 120.0
+# A trainer that is starting is waited for.
+START_S = 330.0
 RECONNECT_S = 1.0
 # Without a snapshot for so long the coordinator is given up.
 SILENCE_S = 300.0

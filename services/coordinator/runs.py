@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ log = get_logger(__name__)
 RUN_FILE = "run.json"
 # Beside the coordinator's own `run_path`: the run that it served last, whose folder may be elsewhere.
 LAST_RUN_FILE = "last_run.json"
+TRAINER_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -197,9 +199,21 @@ class Runs:
             return await asyncio.to_thread(fetch_model, config.model, "run.model")
         target = folder / "base_model"
         if not target.is_dir():
-            files = self._peers.trainer.read_model_files(trainer_pb2.ReadModelFilesRequest())
-            await receive_model_files(files, target)
+            await self._receive_model(target)
         return str(target)
+
+    async def _receive_model(self, target: Path) -> None:
+        """Takes the trainer's model; waits for a trainer that is not there yet for `recovery_wait_s` at most."""
+        deadline = time.monotonic() + self._settings.recovery_wait_s
+        while True:
+            files = self._peers.trainer.read_model_files(trainer_pb2.ReadModelFilesRequest())
+            try:
+                return await receive_model_files(files, target)
+            except UNAVAILABLE as error:
+                if time.monotonic() > deadline:
+                    raise
+                log.warning("waiting for the trainer, which has the model", error=error.message)
+            await asyncio.sleep(TRAINER_POLL_SECONDS)
 
     async def _check_algorithm(self, config: RunConfig) -> None:
         """Has the trainer check the settings that only it knows; one that is away checks them with its first job."""
