@@ -200,8 +200,8 @@ def run_perigee() -> None:
     app(prog_name="perigee")
 
 
-def tell_refusals() -> None:
-    """Writes what each wrong client is told."""
+def report_refusals() -> None:
+    """Writes what each wrong client hears."""
     answer, pki = Path(sys.argv[1]), Path(sys.argv[2])
     answer.write_text(json.dumps(asyncio.run(try_wrong_clients(pki))))
 
@@ -222,16 +222,16 @@ async def try_wrong_clients(pki: Path) -> dict[str, str]:
         "other audience": shows("client", OTHER_TOKEN),
         "right": shows("client"),
     }
-    told = {}
+    answers = {}
     for name, options in clients.items():
         async with BufferClient(f"buffer:{PORTS['buffer']}", options) as buffer:
             try:
                 await buffer.get_run(buffer_pb2.GetRunRequest(run_id="none"))
             except PerigeeError as error:
-                told[name] = error.message
+                answers[name] = error.message
     async with RewardClient(f"reward:{PORTS['reward']}", shows("client", OTHER_TOKEN)) as reward:
-        told["reward"] = str([each async for each in reward.score(reward_pb2.ScoreRequest())])
-    return told
+        answers["reward"] = str([each async for each in reward.score(reward_pb2.ScoreRequest())])
+    return answers
 
 
 def count_groups() -> None:
@@ -325,12 +325,12 @@ def test_a_run_survives_scaling_a_partition_and_the_replacement_of_every_service
 
 
 def test_wrong_clients_are_refused_with_one_sentence(cluster: Cluster) -> None:
-    told = cluster.ask(tell_refusals)
-    assert "speaks TLS: name the roots" in told["clear"]
-    assert "wants a client certificate" in told["no certificate"]
-    assert "it has expired" in told["expired"]
-    assert "have not signed it" in told["foreign"]
-    assert "token" in told["no token"]
-    assert "The token of team is for reward" in told["other audience"]
-    assert told["reward"] == "[]"
-    assert "none" in told["right"]  # it has no such run
+    answers = cluster.ask(report_refusals)
+    assert "speaks TLS: name the roots" in answers["clear"]
+    assert "wants a client certificate" in answers["no certificate"]
+    assert "it has expired" in answers["expired"]
+    assert "have not signed it" in answers["foreign"]
+    assert "token" in answers["no token"]
+    assert "The token of team is for reward" in answers["other audience"]
+    assert answers["reward"] == "[]"
+    assert "none" in answers["right"]  # it has no such run
