@@ -144,6 +144,8 @@ async def run_coordinator(count: int, iterations: int) -> tuple[int, float, int]
         settings = {key: value for key, value in peers.settings().items() if key.endswith("_address")}
         address, process = await stack.enter_async_context(service("coordinator", **settings))
         client = await stack.enter_async_context(CoordinatorClient.connect(address))
+        async with asyncio.timeout(120):
+            await client.channel.channel_ready()
         worker = peers.add_worker("a", open_tokenizer(folder / "model", "run.model"), capacity=256)
         await stack.enter_async_context(worker_in_service(worker, address))
         started = cpu_seconds(process)
@@ -172,7 +174,7 @@ def main() -> None:
     """Reads the command line, measures and prints."""
     parser = argparse.ArgumentParser(description="What the services need for 1,000 trajectories in flight.")
     parser.add_argument("--trajectories", type=int, default=1000)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 8192, 32768])
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 8192, 32768])
     parser.add_argument("--iterations", type=int, default=3)
     arguments = parser.parse_args()
     print(describe_machine())
