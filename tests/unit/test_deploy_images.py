@@ -50,13 +50,13 @@ def test_extras_exist_and_each_image_has_those_of_its_services(stages: dict[str,
     text = " ".join(stages["locks"]).replace("${rollout}", "rollout-cpu rollout-gpu")
     extras = {
         image: set(words.split())
-        for image, words in re.findall(r"lock\.sh (\w+) ([a-z -]+)", text.replace("${weights}", "weights weights-cuda"))
+        for image, words in re.findall(r"lock\.sh (\w+) ([a-z0-9 -]+)", text.replace("${weights}", "weights weights-cuda"))
     }
     assert extras == {
-        "control": {"cli", "coordinator", "buffer"},
+        "control": {"cli", "coordinator", "buffer", "s3"},
         "reward": {"reward"},
-        "trainer": {"cli", "trainer", "weights", "weights-cuda"},
-        "rollout": {"rollout-cpu", "rollout-gpu", "weights", "weights-cuda"},
+        "trainer": {"cli", "trainer", "weights", "weights-cuda", "s3"},
+        "rollout": {"rollout-cpu", "rollout-gpu", "weights", "weights-cuda", "s3"},
         "sandbox": {"sandbox"},
     }
     assert set().union(*extras.values()) <= known
