@@ -101,7 +101,7 @@ class Stack:
     async def start_run(self, iterations: int) -> str:
         """Starts another run of the recipe in a container of its own and returns its id."""
         old = (await self.status()).run.run_id
-        self.podman("rm", "--force", "--ignore", self.name("train"))
+        self.podman("rm", "--force", self.name("train"))
         self.compose("up", "--detach", "train", TRAIN_OPTIONS=f"--set run.iterations={iterations}")
         return (await self.wait_until(lambda status: status.run.run_id not in (old, ""))).run.run_id
 
@@ -177,7 +177,7 @@ def stack(podman: Podman, recipe: Path) -> Iterator[Stack]:
         names = made.podman("ps", "--all", "--format", "{{.Names}}", "--filter", f"name={PROJECT}_").split()
         log.write_text("\n".join(f"== {name}\n{made.podman('logs', name, check=False)}" for name in names))
         started = time.monotonic()
-        made.podman("rm", "--force", "--time", "20", *names)
+        made.podman("rm", "--force", "--depend", "--time", "60", *names, check=False)
         made.compose("down", "--volumes")
         print(f"the stack is gone {time.monotonic() - started:.1f} s after the command; its logs: {log}")
 
