@@ -48,9 +48,12 @@ def test_extras_exist_and_each_image_has_those_of_its_services(stages: dict[str,
     for project in ("pyproject.toml", "services/pyproject.toml"):
         known |= set(tomllib.loads((ROOT / project).read_text())["project"]["optional-dependencies"])
     text = " ".join(stages["locks"]).replace("${rollout}", "rollout-cpu rollout-gpu")
+    text = text.replace("${weights}", "weights weights-cuda")
     extras = {
         image: set(words.split())
-        for image, words in re.findall(r"lock\.sh (\w+) ([a-z0-9 -]+)", text.replace("${weights}", "weights weights-cuda"))
+        for image, words in re.findall(
+            r"lock\.sh (\w+) ([a-z0-9 -]+)", text.replace("${weights}", "weights weights-cuda")
+        )
     }
     assert extras == {
         "control": {"cli", "coordinator", "buffer", "s3"},
