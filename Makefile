@@ -65,3 +65,4 @@ lock: setup ## Pin every dependency anew in constraints.txt
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build services/build *.egg-info services/*.egg-info
+	rm -rf examples/clients/typescript/node_modules examples/clients/typescript/generated examples/clients/typescript/build
