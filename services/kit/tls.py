@@ -19,7 +19,16 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
     if config.tls_cert_file is None:
         return None
     files = Reloaded(_files(config), lambda: _read_configuration(config))
-    return grpc.dynamic_ssl_server_credentials(files.value, lambda: files.value, _client_roots(config) is not None)
+    used = files.value
+
+    def fetch_change() -> grpc.ServerCertificateConfiguration | None:
+        nonlocal used
+        if (current := files.value) is used:
+            return None
+        used = current
+        return current
+
+    return grpc.dynamic_ssl_server_credentials(used, fetch_change, _client_roots(config) is not None)
 
 
 def server_context(config: ServerConfig) -> ssl.SSLContext | None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import pytest
 
 from perigee.buffer.v1 import buffer_pb2
+from perigee.cli.stack import check_health, local_channel
 from perigee.coordinator.v1 import coordinator_pb2
 from perigee.coordinator.v1.coordinator_pb2_grpc import (
     CoordinatorServiceServicer,
@@ -102,6 +103,13 @@ async def test_the_environment_serves_too(address: str, certificates: Certificat
     # What is given goes before it.
     ended = await run_perigee("status", "--coordinator", address, "--token", "other", **environment)
     assert ended.stderr == "perigee: The call carries no valid bearer token: set PERIGEE_TOKEN to one.\n"
+
+
+async def test_a_stack_is_reached_as_its_services_reach_one_another(address: str, certificates: Certificates) -> None:
+    c = certificates
+    server = {"token": "own", "tls_cert_file": c.certificate, "tls_key_file": c.key, "tls_ca_file": c.ca}
+    assert await check_health(address, "", local_channel(server)) == "SERVING"
+    assert await check_health(address, "", local_channel({})) == "UNAVAILABLE"
 
 
 async def test_a_refusal_is_one_sentence(address: str, certificates: Certificates) -> None:

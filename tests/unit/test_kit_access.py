@@ -8,8 +8,14 @@ from pydantic import ValidationError
 from structlog.testing import capture_logs
 
 from perigee.errors import InvalidArgumentError, PermissionDeniedError, ResourceExhaustedError, UnauthenticatedError
+from services.buffer.config import BufferConfig
+from services.coordinator.config import CoordinatorConfig
 from services.kit.access import Access, Caller, Usage
 from services.kit.config import Audience, QuotaConfig, ServerConfig, ServiceConfig
+from services.reward.config import RewardConfig
+from services.rollout.config import RolloutConfig
+from services.sandbox.config import SandboxConfig
+from services.trainer.config import TrainerConfig
 
 TEAM = {"tokens": ["old", "new"], "audiences": ["reward"]}
 
@@ -42,6 +48,13 @@ def test_callers_are_known_by_any_of_their_tokens() -> None:
 
 def test_without_tokens_anyone_may_call() -> None:
     assert call(make_access(), None) == "anyone"
+
+
+def test_each_service_asks_for_its_audience() -> None:
+    configs = (CoordinatorConfig, BufferConfig, TrainerConfig, RolloutConfig, RewardConfig, SandboxConfig)
+    audiences = {config.section: config.audience for config in configs}
+    control = dict.fromkeys(("coordinator", "buffer", "trainer", "rollout"), "control")
+    assert audiences == {**control, "reward": "reward", "sandbox": "sandbox"}
 
 
 def test_a_token_for_another_audience_is_refused_in_one_sentence() -> None:
