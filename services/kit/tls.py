@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ssl
+import time
 
 import grpc
 
 from perigee.reload import Reloaded
 from perigee.tls import read_pair, read_roots
 from services.kit.config import ServerConfig
+
+HANDOVER_S = 0.5
 
 
 def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
@@ -25,10 +28,13 @@ def server_credentials(config: ServerConfig) -> grpc.ServerCredentials | None:
         nonlocal used
         if (current := files.value) is used:
             return None
+        # gRPC holds new handshakes back meanwhile, in threads of its own. One that has read the address of the old
+        # certificates, but does not share in them yet, would find them freed, and the process would crash.
+        time.sleep(HANDOVER_S)
         used = current
         return current
 
-    return grpc.dynamic_ssl_server_credentials(used, fetch_change, _client_roots(config) is not None)
+    return grpc.dynamic_ssl_server_credentials(used, fetch_change, _client_roots(config) is not None)  # type: ignore[arg-type]
 
 
 def server_context(config: ServerConfig) -> ssl.SSLContext | None:

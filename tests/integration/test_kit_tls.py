@@ -115,11 +115,14 @@ async def test_a_name_may_stand_for_the_address(certificates: Certificates) -> N
         await call(app.connect(RewardClient, app.address))
 
 
-async def test_replaced_certificates_are_used_without_a_break(certificates: Certificates, tmp_path: Path) -> None:
+async def test_replaced_certificates_are_used_without_a_break(
+    certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Server and client change their authority, and a call goes on all the while."""
     c = certificates
     names = {"ca_file": c.ca, "cert_file": c.certificate, "key_file": c.key}
     files = {name: str(shutil.copy(path, tmp_path / name)) for name, path in names.items()}
+    monkeypatch.setattr("services.kit.tls.HANDOVER_S", 0.01)
     release = asyncio.Event()
     config = server_config(c, **{f"tls_{name}": path for name, path in files.items()})
     async with tls_server(config) as app, RewardClient(app.address, ChannelOptions(**files)) as client:
