@@ -110,8 +110,7 @@ async def send_files(
 ) -> dict[str, Any]:
     """Sends the files that a run section names to the coordinator; returns the section with their paths there.
 
-    Names that are no files of this machine stay: they are the coordinator's. So does no model folder of this machine:
-    the trainer has the model.
+    Names that are no files of this machine stay: they are URLs, or the coordinator's.
     """
 
     sent = copy.deepcopy(dict(section))
@@ -121,9 +120,7 @@ async def send_files(
 
 
 def files_of(section: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """Returns where a run section names files of this machine, and takes a model folder of this machine out of it."""
-    if Path(section.get("model") or "-").is_dir():
-        del section["model"]
+    """Returns where a run section names files of this machine."""
     stages = [(stage, "dataset") for stage in section.get("sft", ())]
     named = [(section, "prompts"), (section, "heldout"), *stages]
     return [(values, key) for values, key in named if Path(values[key]).is_file()]

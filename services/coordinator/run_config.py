@@ -203,7 +203,7 @@ class RunConfig(Model):
     """Seed of prompt sampling and of the order of supervised examples."""
     model: str | None = None
     """Hugging Face folder of the base model, a path or a URL, for its tokenizer and context length; the trainer is
-    asked for them when unset."""
+    asked for them when it is unset or not on the coordinator's machine."""
     prompts: str
     """JSON Lines of training prompts: a path or a URL."""
     heldout: str

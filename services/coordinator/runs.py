@@ -194,8 +194,11 @@ class Runs:
         self._run = ActiveRun(file, status, run_log, asyncio.create_task(self._execute(file, context)))
 
     async def _find_model(self, config: RunConfig, folder: Path) -> str:
-        """Returns a folder with configuration and tokenizer of the base model: the trainer's unless one is named."""
-        if config.model is not None:
+        """Returns a folder with configuration and tokenizer of the base model.
+
+        It is the trainer's unless one is named that this machine has.
+        """
+        if config.model is not None and is_in_reach(config.model):
             return await asyncio.to_thread(fetch_model, config.model, "run.model")
         target = folder / "base_model"
         if not target.is_dir():
@@ -278,6 +281,11 @@ def recipe_violation(violation: FieldViolation) -> FieldViolation:
     """Returns a violation of the trainer under the key that the field has in the recipe."""
     key = violation.field.replace("algorithm.settings.", "algorithm.", 1)
     return FieldViolation(f"run.{key}", violation.description)
+
+
+def is_in_reach(folder: str) -> bool:
+    """Returns whether a folder is a URL or on this machine."""
+    return is_url(folder) or Path(folder).is_dir()
 
 
 def read_inputs(run_id: str, config: RunConfig, run_path: Path, model_path: str, export_path: str) -> RunInputs:

@@ -42,7 +42,7 @@ async def start_trainer(tmp_path: Path, trainer_model: Path) -> AsyncIterator[Ca
             assert process.stderr is not None
             async with asyncio.timeout(START_S):
                 async for line in process.stderr:
-                    if match := re.search(r'"address": "([\d.:]+)", "event": "listening"', line.decode()):
+                    if match := re.search(r'"address": "([\d.:]+)".*"event": "listening"', line.decode()):
                         reading = asyncio.create_task(process.stderr.read())
                         stack.push_async_callback(_cancel, reading)
                         return process, await stack.enter_async_context(TrainerClient.connect(match[1]))

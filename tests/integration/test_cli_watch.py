@@ -105,7 +105,6 @@ async def test_what_ends_during_an_outage_is_shown_later(buffer_address: str, tm
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     run, recipe = open_run(options)
     async with fake_peers(buffer_address) as peers, asyncio.TaskGroup() as tasks:
-        peers.trainer.model = tmp_path / "model"
         worker = peers.add_worker("a", tokenizer, call_seconds=0.05)
         async with coordinator(peers, worker, port):
             training = tasks.create_task(follow(options, run, recipe, output))
@@ -125,7 +124,6 @@ async def test_a_resumed_run_is_shown_from_there(buffer_address: str, tmp_path: 
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     run, recipe = open_run(options)
     async with fake_peers(buffer_address) as peers:
-        peers.trainer.model = tmp_path / "model"
         worker = peers.add_worker("a", tokenizer)
         async with coordinator(peers, worker, port):
             await follow(options, run, recipe, io.StringIO())
@@ -148,11 +146,10 @@ async def test_a_run_without_a_shared_folder_is_recorded_here(buffer_address: st
     port = free_port()
     async with fake_peers(buffer_address) as peers, CoordinatorClient.connect(f"127.0.0.1:{port}") as client:
         worker = peers.add_worker("a", open_tokenizer(tmp_path / "model", "run.model"))
-        # The trainer has the model, and what the command knows of it is not there any more.
+        # The trainer has the model, under a path of its own.
         peers.trainer.model = (tmp_path / "model").rename(tmp_path / "base")
         async with coordinator(peers, worker, port, run_path=own):
-            sent = await send_files(client, request, section | {"model": str(tmp_path / "base")})
-            assert "model" not in sent
+            sent = await send_files(client, request, section)
             for name in ("prompts", "heldout", "sft"):
                 (tmp_path / f"{name}.jsonl").unlink()
             request.config_yaml = yaml.safe_dump(sent)
