@@ -61,6 +61,8 @@ async def lifespan(app: App[ProbeConfig]) -> AsyncIterator[None]:
 async def address(certificates: Certificates, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
     for variable in VARIABLES.values():
         monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("perigee.cli.metrics.CALL_TIMEOUT_S", 60.0)
+    monkeypatch.setattr("perigee.cli.stack.HEALTH_TIMEOUT_S", 60.0)
     server = ServerConfig(
         token="own",
         callers={"team": {"tokens": ["theirs"], "audiences": ["sandbox"]}},

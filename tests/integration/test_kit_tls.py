@@ -65,7 +65,7 @@ def channel_options(certificates: Certificates, **changed: str | None) -> Channe
 
 async def call(client: RewardClient) -> None:
     """Makes a call that is not retried, so that a refusal takes no time."""
-    async for _ in client.score(pb.ScoreRequest(), timeout_s=10):
+    async for _ in client.score(pb.ScoreRequest(), timeout_s=60):
         pass
 
 
@@ -127,7 +127,7 @@ async def test_replaced_certificates_are_used_without_a_break(
     config = server_config(c, **{f"tls_{name}": path for name, path in files.items()})
     async with tls_server(config) as app, RewardClient(app.address, ChannelOptions(**files)) as client:
         Probe.release = release
-        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=30)
+        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=60)
         assert (await anext(waiting)).id == "wait"
         write_file(files["ca_file"], read_file(c.ca) + read_file(c.other_ca))
         await call(client)
