@@ -71,7 +71,7 @@ def local_folder(name: str, field: str, is_wanted: Callable[[str], bool]) -> Pat
             raise InvalidArgumentError.for_field(field, f"{name} holds no such file")
         digest = hashlib.sha256(repr([name, sorted(listing.items())]).encode()).hexdigest()[:16]
         copy = cache_folder() / f"{name.rstrip('/').rpartition('/')[2]}-{digest}"
-        with _only_process(copy):
+        with only_process(copy):
             if not copy.is_dir():
                 _download(name, listing, copy)
         return copy
@@ -79,7 +79,7 @@ def local_folder(name: str, field: str, is_wanted: Callable[[str], bool]) -> Pat
 
 def download_folder(url: str, field: str, target: Path) -> None:
     """Copies the files of a folder to `target`, which appears whole; a folder that is there is replaced."""
-    with _explained(url, field), _only_process(target):
+    with _explained(url, field):
         _download(url, _read_listing(url), target)
 
 
@@ -243,8 +243,8 @@ def _download(url: str, listing: Mapping[str, tuple[int, str]], target: Path) ->
 
 
 @contextmanager
-def _only_process(target: Path) -> Iterator[None]:
-    """Keeps other processes of this machine from making the same copy meanwhile: ranks start together."""
+def only_process(target: Path) -> Iterator[None]:
+    """Keeps others on this machine from making the same copy meanwhile: ranks of a trainer start and load together."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with (target.parent / f".{target.name}.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

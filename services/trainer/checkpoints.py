@@ -118,8 +118,10 @@ class Checkpoints:
         """
         path = self.path_of(run_id, version)
         published = self._published_meta(run_id, version)
-        if published is not None and published != self._local_meta(run_id, version):
-            storage.download_folder(self.name_of(run_id, version), FIELD, path)
+        if published is not None:
+            with storage.only_process(path):
+                if published != self._local_meta(run_id, version):
+                    storage.download_folder(self.name_of(run_id, version), FIELD, path)
         if version == 0 and not path.is_dir():
             return self.source
         meta = self._local_meta(run_id, version)
