@@ -113,6 +113,19 @@ def test_all_run_read_only_and_only_the_sandbox_has_capabilities() -> None:
         assert set(service.get("cap_add", ())) == wanted
 
 
+def test_prometheus_scrapes_every_service_and_what_is_mounted_is_there(configs: dict[str, ServiceConfig]) -> None:
+    scraped = yaml.safe_load((ROOT / "deploy/observability/prometheus.yaml").read_text())["scrape_configs"]
+    found = {(each["names"][0], each["port"]) for job in scraped for each in job["dns_sd_configs"]}
+    assert found == {(section, configs[name].server.metrics_port) for name, section in OWN.items()}
+    for name in OWN:
+        assert networks_of(name) & networks_of("prometheus")
+        aliases = (SERVICES[name]["networks"] or {})["control"]["aliases"] if name.endswith("-gpu") else [name]
+        assert aliases == [OWN[name]]
+    for service in SERVICES.values():
+        for source in (volume.split(":")[0] for volume in service.get("volumes", ()) if volume[0] == "."):
+            assert (COMPOSE / source).exists(), source
+
+
 def test_every_variable_is_in_the_example_of_settings() -> None:
     used = set(re.findall(r"\$\{(\w+)", TEXT))
     named = set(re.findall(r"^(?:# )?([A-Z_]+)=", (COMPOSE / ".env.example").read_text(), re.MULTILINE))
