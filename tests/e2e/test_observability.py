@@ -89,6 +89,8 @@ def test_every_expression_of_the_dashboards_has_data(trained_run: TrainedRun) ->
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus: evaluates the rules over a run")
-def test_no_alert_fires_for_processes_that_are_restarted(trained_run: TrainedRun) -> None:
+def test_every_service_gets_ready_and_no_alert_fires_for_one_that_is_restarted(trained_run: TrainedRun) -> None:
+    ready = {series["metric"]["job"] for series in trained_run.watch.query("perigee_ready == 1")}
+    assert ready == {f"perigee-{name}" for name in SERVICES}
     firing = {series["metric"]["alertname"] for series in trained_run.watch.query('ALERTS{alertstate="firing"}')}
     assert firing == set()
