@@ -25,6 +25,7 @@ from services.kit.tracing import detached_span, span, start_tracing, stop_tracin
 from tests.fixtures.certificates import Certificates
 from tests.fixtures.collector import Collector, collecting
 from tests.fixtures.http_probe import ProbeConfig, probe_server
+from tests.fixtures.judge import FakeJudge, judge_item, running_judge, verdict
 
 NAME = "perigee.buffer.v1.BufferService"
 
@@ -104,6 +105,18 @@ async def test_an_http_callers_trace_is_taken_up(collector: Collector) -> None:
     assert (request.name, request.trace_id, request.parent_id) == ("POST /v1/execute", trace_id, span_id)
     assert request.failed
     assert request.attributes["perigee.code"] == "INVALID_ARGUMENT"
+
+
+async def test_calls_of_judges_have_spans(collector: Collector, fake_judge: FakeJudge) -> None:
+    start_tracing("reward", TelemetryConfig(otlp_endpoint=collector.address))
+    fake_judge.otherwise = verdict("correct")
+    async with running_judge(fake_judge.url, votes=2) as verifier:
+        with detached_span("score", run="r1"):
+            await verifier.judge(judge_item())
+    stop_tracing()
+    [score], calls = collector.named("score"), collector.named("call judge")
+    assert [call.parent_id for call in calls] == [score.span_id] * 2
+    assert {(call.attributes["perigee.model"], call.attributes["perigee.run"]) for call in calls} == {("tiny", "r1")}
 
 
 def test_the_variables_of_opentelemetry_are_honoured(
