@@ -222,16 +222,18 @@ async def try_wrong_clients(pki: Path) -> dict[str, str]:
         "other audience": shows("client", OTHER_TOKEN),
         "right": shows("client"),
     }
-    answers = {}
-    for name, options in clients.items():
-        async with BufferClient(f"buffer:{PORTS['buffer']}", options) as buffer:
-            try:
-                await buffer.get_run(buffer_pb2.GetRunRequest(run_id="none"))
-            except PerigeeError as error:
-                answers[name] = error.message
+    answers = dict(zip(clients, await asyncio.gather(*map(ask_buffer, clients.values())), strict=True))
     async with RewardClient(f"reward:{PORTS['reward']}", shows("client", OTHER_TOKEN)) as reward:
         answers["reward"] = str([each async for each in reward.score(reward_pb2.ScoreRequest())])
     return answers
+
+
+async def ask_buffer(options: ChannelOptions) -> str:
+    """The error of a call to the buffer."""
+    async with BufferClient(f"buffer:{PORTS['buffer']}", options) as buffer:
+        with pytest.raises(PerigeeError) as caught:
+            await buffer.get_run(buffer_pb2.GetRunRequest(run_id="none"))
+    return caught.value.message
 
 
 def count_groups() -> None:
