@@ -179,11 +179,15 @@ class Trainer:
             return found
 
     async def export_model(self, run_id: str, path: str) -> str:
-        """Writes the loaded version as a Hugging Face folder, a path or a URL; `models/<run id>` when it is empty."""
+        """Writes the loaded version as a Hugging Face folder, a path or a URL.
+
+        The folder is `models/<run id>` when none is named, or one within a folder that this machine does not have.
+        """
         with self._claim():
             self._check_run(run_id)
             source, limit = Path(self.config.model), self.config.max_shard_bytes
-            path = path or storage.join(self.config.run_path, "models", run_name(run_id))
+            if not path or not (storage.is_url(path) or await asyncio.to_thread(Path(path).parent.is_dir)):
+                path = storage.join(self.config.run_path, "models", run_name(run_id))
             await self._collect(lambda tensors: write_folder(path, source, tensors, {}, limit))
             return path
 

@@ -147,6 +147,8 @@ async def test_checkpoints_restore_every_bit_and_are_kept_n_deep(
     assert list(state.checkpoints) == [2, 3]
     assert any(not torch.equal(saved[2][name], saved[3][name]) for name in saved[2])
     await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=2))
+    elsewhere = await trainer.client.export_model(pb.ExportModelRequest(run_id=RUN, path=str(tmp_path / "none/model")))
+    assert elsewhere.path == str(trainer.run_path / "models" / RUN)
     await trainer.client.export_model(pb.ExportModelRequest(run_id=RUN, path=str(tmp_path / "out")))
     exported = load_file(tmp_path / "out" / "model.safetensors")
     assert exported.keys() == saved[2].keys()

@@ -754,8 +754,8 @@ class ExportModelRequest(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     path: _builtins.str
-    """A folder on storage that the trainer writes, or a URL such as s3://bucket/folder. When empty the trainer takes
-    `models/<run id>` in its run folder.
+    """A folder on the trainer's machine, or a URL such as s3://bucket/folder. When it is empty, or within a folder that
+    the trainer does not have, the trainer takes `models/<run id>` in its run folder.
     """
     def __init__(
         self,
