@@ -19,8 +19,11 @@ from perigee.errors import (
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
+from services.kit.telemetry import get_logger
 from services.reward.config import CodeConfig
 from services.reward.verifiers.base import Item, Outcome, Verifier, extract_answer
+
+log = get_logger(__name__)
 
 MAX_REASON_CHARACTERS = 500
 FIRST_PAUSE_S = 0.1
@@ -107,7 +110,7 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
                 reason = reason or f"the sandbox did not answer within {self._config.timeout_s:g} s"
             except RETRIED as error:
                 reason, hint_s = error.message, error.retry_after_s
-                self.unavailable = error.message if isinstance(error, UnavailableError) else ""
+                self._set_unavailable(error.message if isinstance(error, UnavailableError) else "")
             except InvalidArgumentError as error:
                 return read_refusal(error, source)
             except PerigeeError as error:
@@ -117,6 +120,11 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
                 return Outcome.failed(reason, retryable=True, extracted=source, retry_after_s=pause_s)
             await asyncio.sleep(pause_s)
             backoff_s *= 2
+
+    def _set_unavailable(self, reason: str) -> None:
+        if reason and not self.unavailable:
+            log.warning("the sandbox is waited for", reason=reason)
+        self.unavailable = reason
 
 
 def find_program(text: str) -> str:
