@@ -17,7 +17,8 @@ need g++ g++                              # C++
 need default-jdk-headless javac           # Java
 need nodejs node                          # JavaScript
 need perl perl
-need prometheus promtool                  # tests of alerts and dashboards
+# Where systemd runs, Debian's package would start a server.
+[ -d /run/systemd/system ] || need prometheus promtool # tests of alerts and dashboards
 need iproute2 ip                          # tests across network namespaces
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then

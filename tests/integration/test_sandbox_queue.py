@@ -69,15 +69,15 @@ async def test_the_queue_is_as_long_as_configured(tmp_path: Path) -> None:
 
 
 async def test_a_caller_without_the_time_to_wait_is_refused_at_once(tmp_path: Path) -> None:
-    """A lease takes about two seconds, as the queue has measured."""
+    """A lease takes about four seconds, as the queue has measured."""
     async with running_fronts(tmp_path, slots=1, max_sessions=0) as fronts:
-        slow = pb.ExecuteRequest(language="python", source=b"import time\ntime.sleep(2)")
+        slow = pb.ExecuteRequest(language="python", source=b"import time\ntime.sleep(4)")
         await fronts.grpc.execute(slow)
         async with occupied_slot(fronts):
             with pytest.raises(ResourceExhaustedError, match=r"longer than the .* left") as refused:
-                await fronts.grpc.execute(HELLO, timeout_s=1.9)
+                await fronts.grpc.execute(HELLO, timeout_s=3.9)
             assert refused.value.retry_after_s
-            headers = {"X-Timeout-Seconds": "1.9"}
+            headers = {"X-Timeout-Seconds": "3.9"}
             body = {"language": "python", "source": "print(1)"}
             response = await fronts.http.post("/v1/execute", json=body, headers=headers)
             assert response.status_code == 429

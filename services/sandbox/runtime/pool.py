@@ -41,7 +41,7 @@ class Pool:
         self.catalog = catalog
         self.factory = factory
         self.session_slots = session_slots
-        self._pairs = pairs
+        self.pairs = pairs
         self._queue: JobQueue[SlotPair] = JobQueue(
             max_waiting=config.queue_limit,
             max_wait_s=config.queue_seconds,
@@ -76,7 +76,7 @@ class Pool:
             return
         try:
             async with asyncio.TaskGroup() as group:
-                for pair in self._pairs:
+                for pair in self.pairs:
                     group.create_task(self._open_once(python, pair.program))
         except* SandboxFailedError as errors:
             label = self.factory.isolation.label(python=True)
@@ -91,7 +91,7 @@ class Pool:
     async def close(self) -> None:
         """Refuses waiting jobs and ends everything in all slots."""
         self._queue.close()
-        slots = [slot for pair in self._pairs for slot in (pair.program, pair.judge)]
+        slots = [slot for pair in self.pairs for slot in (pair.program, pair.judge)]
         await asyncio.gather(*(self.factory.clear(slot) for slot in (*slots, *self.session_slots)))
 
 
