@@ -32,8 +32,9 @@ run: setup ## Train examples/arithmetic through all services and show that it go
 test: setup ## Run every check and test
 	@tools/run-tests.sh
 
-test-deploy: setup ## Build the images with podman and test them, the compose stack and the chart's pods; as root, half an hour
+test-deploy: setup ## Build the images with podman and test them, the compose stack, the chart's pods and an upgrade; as root, half an hour
 	PERIGEE_TEST_IMAGES="$(IMAGES)" $(BIN)/python -m pytest -s -v tests/deploy/test_images.py tests/deploy/test_compose.py tests/deploy/test_helm_pods.py
+	PERIGEE_TEST_UPGRADE=1 $(BIN)/python -m pytest -s -v tests/deploy/test_upgrade.py
 
 unit: setup ## Run the tests that need no server
 	HYPOTHESIS_PROFILE=ci $(BIN)/python -m pytest -n 2 tests/unit
