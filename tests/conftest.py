@@ -1,6 +1,6 @@
 """Loads the fixtures of every part, spreads tests over worker processes, and lists the tools that were not there.
 
-Under `pytest -n 2` a worker takes a group of tests at a time: those of one file, or of the files that share a service
+Under `pytest -n 3` a worker takes a group of tests at a time: those of one file, or of the files that share a service
 which is slow to start. A test marked `serial` measures time or CPU, or kills processes that others could feel, and has
 the machine to itself.
 """
@@ -24,16 +24,17 @@ pytest_plugins = [
 
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 # Files that share a slow service, by the group that they make. The groups start in this order, those that take longest
-# first, so that the last ones to start are short; then come the other files.
+# first, so that the last ones to start are short, and between those that compute one that waits; then come the other
+# files.
 GROUPS = {
     "training": ("test_training", "test_observability"),
+    "attacks": ("test_sandbox_attacks",),
     "network": ("test_namespaces",),
     "rollout": ("test_rollout_service", "test_prompts_curate"),
     "attacks on judging": ("test_sandbox_attacks_answers",),
     "trainer": ("test_trainer_equation", "test_trainer_weights", "test_trainer_service", "test_trainer_push"),
     "value head": ("test_reward_value_head_faults", "test_reward_value_head", "test_reward_models_served"),
     "trainer faults": ("test_trainer_faults",),
-    "attacks": ("test_sandbox_attacks",),
     "rollout faults": ("test_rollout_faults",),
     "value head of labelled items": ("test_reward_value_head_labelled",),
     "examples": ("test_examples_sandbox",),

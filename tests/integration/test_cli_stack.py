@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -65,8 +64,9 @@ class Workers:
         return sum(text in note for note in self.notes)
 
     def kill(self, index: int) -> None:
-        for process in psutil.Process(os.getpid()).children(recursive=True):
-            if self.specs[index].address in process.cmdline() and "-c" in process.cmdline()[:2]:
+        for process in psutil.process_iter(["cmdline"]):  # of one that has ended, it is None or empty
+            line = process.info["cmdline"] or []
+            if self.specs[index].address in line and "-c" in line[:2]:
                 process.send_signal(signal.SIGKILL)
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
