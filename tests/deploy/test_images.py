@@ -67,10 +67,9 @@ def container(request: pytest.FixtureRequest, podman: Podman) -> Iterator[tuple[
     podman.build(STARTED[service])
     name = f"perigee-test-{service}"
     volumes = ["--volume", "/sys/fs/cgroup:/sys/fs/cgroup:rw"] if service == "sandbox" and on_cgroup_v1() else []
-    volumes += ["--tmpfs", "/data:mode=777"] if service == "buffer" else []
     command = ["python", "-m", f"services.{service}"]
     if service == "buffer":
-        command += ["--set", "data_path=/data"]
+        command += ["--set", "data_path=/tmp/data"]
     image = f"{PREFIX}/{STARTED[service]}:latest"
     podman("rm", "--force", "--ignore", name)
     options = ["--name", name, "--env", f"PERIGEE_TOKEN={TOKEN}", *options_of(service), *volumes]
