@@ -11,6 +11,7 @@ libraries=/usr/lib/$(uname -m)-linux-gnu
 need libibverbs1 "$libraries/libibverbs.so.1" # weight transfer
 need libcurl4 "$libraries/libcurl.so.4"       # weight transfer
 need libnuma1 "$libraries/libnuma.so.1"       # weight transfer, vLLM
+need libgomp1 "$libraries/libgomp.so.1"       # vLLM
 need gcc gcc                              # C, and the init of the sandbox's boxes
 need libc6-dev /usr/include/stdlib.h
 need g++ g++                              # C++
