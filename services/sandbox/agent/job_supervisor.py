@@ -105,10 +105,6 @@ class Isolated(Program):
         ours.setblocking(False)
         return cls(pid, ours, init, space_bytes, held_bytes)
 
-    def offer(self, channel: socket.socket) -> None:
-        """Sends the service the channel to the process, so that the request need not pass through here."""
-        protocol.send(channel, {"kind": "prepared", "space_bytes": self.space_bytes}, [self._channel.fileno()])
-
     def begin(self, request: RunRequest, descriptors: list[int]) -> None:
         """Hands the request over."""
         with contextlib.suppress(BrokenPipeError):  # it has ended, as the monitor is about to see
@@ -230,7 +226,6 @@ class JobSupervisor:
         while True:
             if self._isolated and self._prepared is None:
                 self._prepared = self._prepare()
-                self._prepared.offer(self._channel)
             message = protocol.receive(self._channel)
             match message.header["kind"]:
                 case "run":
@@ -259,10 +254,7 @@ class JobSupervisor:
         descriptors = message.descriptors[:-1] if request.brings_files else message.descriptors
         if request.brings_files:
             self._unpack(message.descriptors[-1])
-        begun = message.header.get("begun", False)
-        result = self._monitor.run(
-            request, descriptors, lambda handed: self._start(request, handed, begun), self._receive
-        )
+        result = self._monitor.run(request, descriptors, lambda handed: self._start(request, handed), self._receive)
         assert self._program is not None
         found: list[int] = []
         if request.collect:
@@ -285,18 +277,15 @@ class JobSupervisor:
         self._program.close()
         self._program = None
 
-    def _start(self, request: RunRequest, descriptors: list[int], begun: bool) -> Program:
+    def _start(self, request: RunRequest, descriptors: list[int]) -> Program:
         if self._isolated:
             program, self._prepared = self._prepared, None
             assert program is not None
-            if (
-                not begun and program.space_bytes != request.limits.file_bytes
-            ):  # the next requests are likely to have the same limits
+            if program.space_bytes != request.limits.file_bytes:  # the next requests are likely to have the same limits
                 self._space_bytes = request.limits.file_bytes
                 program.discard()
                 program = self._prepare()
-            if not begun:
-                program.begin(request, descriptors)
+            program.begin(request, descriptors)
             self._program = program
         else:
             self._program = Plain.start(self._confinement, request, descriptors)

@@ -106,7 +106,7 @@ class RunRequest:
 
 def read_run_request(header: dict[str, Any]) -> RunRequest:
     """Reads the request from the header of a message."""
-    fields = {name: value for name, value in header.items() if name not in ("kind", "begun")}
+    fields = {name: value for name, value in header.items() if name != "kind"}
     return RunRequest(**{**fields, "limits": Limits(**fields["limits"])})
 
 

@@ -25,7 +25,7 @@ from services.sandbox.languages.catalog import Runtime, find_python
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import CgroupHost
 from services.sandbox.runtime.failure import SandboxFailedError, finish
-from services.sandbox.runtime.helper_process import AGENT, HelperProcess, receive, receive_at_once, send
+from services.sandbox.runtime.helper_process import AGENT, HelperProcess, receive, send
 from services.sandbox.runtime.isolation import Isolation
 from services.sandbox.runtime.oci import Crun
 from services.sandbox.runtime.worker_slots import WorkerSlot
@@ -44,7 +44,6 @@ class Sandbox:
         self.channel = channel
         self.slot = slot
         self._home = home
-        self._prepared: tuple[int, int] | None = None
         """Space of the process that waits for a request, and the descriptor on which it receives it."""
         self.broken = False
         """Whether the sandbox must not be used again."""
@@ -76,11 +75,6 @@ class Sandbox:
 
     async def _run(self, request: RunRequest, descriptors: list[int]) -> tuple[RunResult, Archive | None]:
         header = request.to_header()
-        prepared = self._take_prepared(request)
-        if prepared is not None:  # the job supervisor gets it, too, and only watches
-            with socket.socket(fileno=prepared) as program:
-                send(program, header, descriptors)
-            header["begun"] = True
         send(self.channel, header, descriptors)
         self._running = True
         try:
@@ -88,9 +82,6 @@ class Sandbox:
                 message = await receive(self.channel)
                 if message.header["kind"] == "collected":
                     self._set_collected(message.descriptors)
-                    continue
-                if message.header["kind"] == "prepared":  # the process that runs already
-                    message.close()
                     continue
                 fields = {name: value for name, value in message.header.items() if name != "kind"}
                 try:
@@ -105,28 +96,6 @@ class Sandbox:
                     SandboxFailedError("the process has ended before its files were collected")
                 )
 
-    def _take_prepared(self, request: RunRequest) -> int | None:
-        """Returns the descriptor of a process that was prepared for such a request, for the caller to close; None
-        without one.
-        """
-        while (message := receive_at_once(self.channel)) is not None:
-            self._drop_prepared()
-            self._prepared = (message.header["space_bytes"], message.descriptors[0])
-        if self._prepared is None:
-            return None
-        space_bytes, descriptor = self._prepared
-        is_fit = space_bytes == request.limits.file_bytes and not request.answers and not request.brings_files
-        if not is_fit:
-            self._drop_prepared()
-            return None
-        self._prepared = None
-        return descriptor
-
-    def _drop_prepared(self) -> None:
-        if self._prepared is not None:
-            os.close(self._prepared[1])
-            self._prepared = None
-
     def _set_collected(self, descriptors: list[int]) -> None:
         archive = read_archive(descriptors[0])
         os.close(descriptors[0])
@@ -135,7 +104,6 @@ class Sandbox:
 
     def close(self) -> None:
         """Closes the sandbox and removes its folder."""
-        self._drop_prepared()
         self.channel.close()
         if self._home:
             shutil.rmtree(self._home, ignore_errors=True)
@@ -143,7 +111,6 @@ class Sandbox:
     async def end_supervisor(self) -> None:
         """Ends the job supervisor and waits for it: what it still does is charged to its slot."""
         try:
-            self._drop_prepared()
             self.channel.shutdown(socket.SHUT_WR)
             async with asyncio.timeout(_ANSWER_S):
                 while True:
