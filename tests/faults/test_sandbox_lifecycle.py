@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from perigee.errors import DeadlineExceededError, InvalidArgumentError, ResourceExhaustedError
@@ -95,7 +96,6 @@ async def test_full_queue_cancel_and_deadline(isolation: str, tmp_path: Path) ->
         running = asyncio.create_task(sleep_in_the_sandbox(client, awake))
         await asyncio.wait_for(awake.wait(), 20)
         waiting = asyncio.create_task(client.execute(HELLO))
-        await asyncio.sleep(0.1)
         with pytest.raises(ResourceExhaustedError) as refused:
             await client.execute(HELLO)
         assert refused.value.retry_after_s is not None
@@ -215,6 +215,30 @@ async def test_a_killed_service_leaves_nothing_of_50_jobs(tmp_path: Path) -> Non
         process.wait()
         assert process.stderr is not None
         process.stderr.close()
+
+
+async def test_a_program_does_not_run_before_it_is_measured(tmp_path: Path) -> None:
+    skip_unless_possible("zygote")
+    known = set(job_supervisors())
+    async with running_sandbox(tmp_path, isolation="zygote", slots=1) as client:
+        assert (await client.execute(HELLO)).stdout == b"hello\n"
+        supervisors = set(job_supervisors()) - known
+        [supervisor] = [each for each in supervisors if each.children()]
+        # The next program waits for its request, and has an init beside it.
+        await until(lambda: len(supervisor.children()) == 2)
+        supervisor.suspend()
+        running = asyncio.create_task(client.run("held = bytearray(b'x') * (100 << 20)"))
+        await asyncio.sleep(0.5)  # enough for the program to end, had it been given the request
+        supervisor.resume()
+        response = await running
+    assert response.status == pb.STATUS_OK
+    assert 100 << 20 <= response.peak_memory_bytes <= 140 << 20
+
+
+def job_supervisors() -> list[psutil.Process]:
+    """The processes below this one that have the programs of warm Python run."""
+    zygotes = [child for child in psutil.Process().children() if "agent.zygote" in " ".join(child.cmdline())]
+    return [child for zygote in zygotes for child in zygote.children()]
 
 
 async def test_wrong_requests_name_their_fields(sandbox_address: str) -> None:

@@ -122,16 +122,6 @@ async def receive(channel: socket.socket) -> Message:
     return _read(await receive_packet(channel))
 
 
-def receive_at_once(channel: socket.socket) -> Message | None:
-    """Receives a message that has arrived already, or None; errors as for `receive`."""
-    try:
-        return _read(protocol.receive_packet(channel))
-    except BlockingIOError:
-        return None
-    except (EOFError, ConnectionError) as error:
-        raise SandboxFailedError(f"the sandbox broke: {error}") from error
-
-
 def _read(packet: Packet) -> Message:
     message = Message(json.loads(packet.data), packet.descriptors)
     if message.header["kind"] == "failed":
