@@ -18,7 +18,6 @@ from perigee.errors import (
     InvalidArgumentError,
     PerigeeError,
     ResourceExhaustedError,
-    UnimplementedError,
     to_status,
 )
 from services.kit.access import REQUEST_ID_HEADER, Access, Call
@@ -40,9 +39,6 @@ def as_perigee_error(error: Exception, call: str) -> PerigeeError:
     """Returns the error that the caller gets: what is no PerigeeError is a fault of the service, and is logged."""
     if isinstance(error, PerigeeError):
         return error
-    if isinstance(error, NotImplementedError):
-        # Generated servicers raise it for methods that the service does not define.
-        return UnimplementedError(f"The service does not offer {call}.")
     log.error("call failed", method=call, exc_info=error)
     return InternalError(f"{type(error).__name__}: {error}")
 

@@ -66,10 +66,6 @@ async def test_paths_fill_fields_and_nothing_else_does() -> None:
 
 async def test_what_is_not_served_says_so() -> None:
     async with probe_server() as (app, _), connect(app) as client:
-        undefined = await client.post("/v1/judge", json={})
-        assert (undefined.status_code, undefined.json()["error"]["code"]) == (501, "UNIMPLEMENTED")
-        stream = await client.post("/v1/judge/batch", json={})
-        assert (stream.status_code, stream.json()["error"]["code"]) == (501, "UNIMPLEMENTED")
         unknown = await client.get("/v1/nothing")
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "NOT_FOUND")
         method = await client.get("/v1/execute")

@@ -51,6 +51,8 @@ class Probe(RewardServiceServicer):
                 raise ResourceExhaustedError("The queue is full.", retry_after_s=2.5)
             case "bug":
                 raise ZeroDivisionError("division by zero")
+            case "not implemented":
+                raise NotImplementedError("no kernel for this type")
             case "wait":
                 yield pb.ScoreResponse(id="started")
                 await self.release.wait()
@@ -100,6 +102,9 @@ async def test_domain_errors_arrive_as_the_classes_that_were_raised() -> None:
         assert full.value.retry_after_s == 2.5
         with pytest.raises(InternalError, match="ZeroDivisionError"):
             await score(client, "bug")
+        # Libraries raise it, too, for what they cannot do; the method is there.
+        with pytest.raises(InternalError, match="NotImplementedError"):
+            await score(client, "not implemented")
 
 
 @pytest.mark.parametrize(
@@ -122,17 +127,11 @@ async def test_a_request_that_is_no_message_is_an_invalid_argument(data: bytes, 
             await channel.unary_stream(f"/{FULL_NAME}/Score")(data, timeout=10).read()
 
 
-async def test_a_method_that_the_service_does_not_define_is_unimplemented() -> None:
-    @asynccontextmanager
-    async def lifespan(app: App[ProbeConfig]) -> AsyncIterator[None]:
-        app.add(FULL_NAME, add_RewardServiceServicer_to_server, RewardServiceServicer())  # type: ignore[abstract]
-        yield
-
-    async with serving(ProbeConfig(), lifespan) as app, RewardClient.connect(app.address) as client:
-        with pytest.raises(UnimplementedError, match=f"does not offer {FULL_NAME}/ListVerifiers"):
-            await client.list_verifiers(pb.ListVerifiersRequest())
-        with pytest.raises(UnimplementedError):
-            await score(client, "any")
+async def test_a_method_that_the_contract_lacks_is_unimplemented() -> None:
+    async with probe_server() as (app, _), grpc.aio.insecure_channel(app.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary(f"/{FULL_NAME}/Guess")(b"", timeout=10)
+    assert isinstance(from_rpc_error(caught.value, "probe"), UnimplementedError)
 
 
 async def test_a_call_without_the_token_is_refused_but_health_answers() -> None:

@@ -50,12 +50,6 @@ class CallContext:
         """Returns the seconds until the caller's deadline; None without one."""
         return None if self._deadline is None else max(0.0, self._deadline - asyncio.get_running_loop().time())
 
-    def set_code(self, code: Any) -> None:
-        """Does nothing: generated servicers raise what they set here."""
-
-    def set_details(self, details: str) -> None:
-        """Does nothing: generated servicers raise what they set here."""
-
 
 def call_context(request: Request) -> CallContext:
     """Returns the context of the call that a request is."""
