@@ -192,14 +192,30 @@ async def serving(config: ConfigT, lifespan: Lifespan[ConfigT]) -> AsyncIterator
 
 
 async def _run_until_signal(config: ConfigT, lifespan: Lifespan[ConfigT]) -> None:
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
+    """Serves until a signal, which also ends a start that waits, as for a peer."""
+    stop, started = asyncio.Event(), asyncio.Event()
+
+    async def serve() -> None:
+        async with serving(config, lifespan) as app:
+            started.set()
+            log.info("listening", address=app.address, metrics=app.metrics_address)
+            await stop.wait()
+            log.info("draining", seconds=config.server.drain_seconds)
+
+    task = asyncio.create_task(serve())
+
+    def end() -> None:
+        if not stop.is_set() and not started.is_set():
+            task.cancel()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with serving(config, lifespan) as app:
-        log.info("listening", address=app.address, metrics=app.metrics_address)
-        await stop.wait()
-        log.info("draining", seconds=config.server.drain_seconds)
+        asyncio.get_running_loop().add_signal_handler(number, end)
+    await asyncio.wait([task])
+    if task.cancelled() and stop.is_set():
+        log.info("ended before it was ready")
+        return
+    await task
 
 
 def _build_server(config: ServiceConfig, access: Access) -> grpc.aio.Server:

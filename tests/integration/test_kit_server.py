@@ -1,6 +1,8 @@
 """The chassis, with a real server and client: errors, token, limits, health, drain."""
 
 import asyncio
+import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, ClassVar
@@ -198,3 +200,48 @@ async def test_an_unreachable_service_is_named() -> None:
     async with RewardClient.connect("127.0.0.1:1") as client:
         with pytest.raises(UnavailableError, match=r"RewardService at 127\.0\.0\.1:1 cannot be reached"):
             await client.list_verifiers(pb.ListVerifiersRequest(), timeout_s=5)
+
+
+NEVER_READY = """
+import asyncio
+from contextlib import asynccontextmanager
+
+from services.kit.config import ServiceConfig
+from services.kit.server import run
+
+
+class Waiting(ServiceConfig):
+    section = "waiting"
+
+
+@asynccontextmanager
+async def lifespan(app):
+    try:
+        print("waits for a peer", flush=True)
+        await asyncio.sleep(3600)
+        yield
+    finally:
+        print("cleaned up", flush=True)
+
+
+run(Waiting(), lifespan)
+"""
+
+
+async def test_sigterm_ends_a_start_that_waits() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", NEVER_READY), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"waits for a peer\n"
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(60):
+            rest, log = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert (process.returncode, rest) == (0, b"cleaned up\n"), log
+    assert b"ended before it was ready" in log
+    assert b"Traceback" not in log
