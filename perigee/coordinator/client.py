@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceStub
-from perigee.errors import DataLossError
 from perigee.rpc import ChannelOptions, ServiceClient
-from perigee.trainer.client import read_pieces
+from perigee.trainer.client import send_file
+from perigee.trainer.v1.trainer_pb2 import FilePiece
 
 if TYPE_CHECKING:
     from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceAsyncStub
@@ -48,12 +48,12 @@ class CoordinatorClient(ServiceClient):
 
     async def put_file(self, path: Path, run_id: str, run_path: str, *, timeout_s: float = 60.0) -> str:
         """Sends a file of a run, unless the coordinator has it; returns its path there. `timeout_s` bounds a piece."""
-        for piece in read_pieces(path):
+
+        async def put(piece: FilePiece) -> str:
             request = pb.PutFileRequest(run_id=run_id, run_path=run_path, piece=piece)
-            response = await self._unary(self._stub.PutFile, request, timeout_s)
-            if response.path:
-                return response.path
-        raise DataLossError(f"{path} changed while it was sent")
+            return (await self._unary(self._stub.PutFile, request, timeout_s)).path
+
+        return await send_file(path, put)
 
     async def stop_run(self, request: pb.StopRunRequest, *, timeout_s: float = 20.0) -> pb.StopRunResponse:
         """Ends the run at once; the buffer keeps what is needed to resume it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,18 @@ def read_pieces(path: Path) -> Iterator[pb.FilePiece]:
             file.seek(offset)
             content = file.read(PIECE_BYTES)
             yield pb.FilePiece(digest=digest, file_bytes=file_bytes, offset=offset, content=content)
+
+
+async def send_file(path: Path, put: Callable[[pb.FilePiece], Awaitable[str]]) -> str:
+    """Sends a file piece by piece; returns the path that `put` returns with the last one, or before where it is known.
+
+    Files are read in a thread, since hashing a large one takes seconds. Raises DataLossError when it changed meanwhile.
+    """
+    pieces = read_pieces(path)
+    while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+        if found := await put(piece):
+            return found
+    raise DataLossError(f"{path} changed while it was sent")
 
 
 class TrainerClient(ServiceClient):
@@ -86,8 +99,8 @@ class TrainerClient(ServiceClient):
 
     async def put_file(self, path: Path, *, timeout_s: float = 60.0) -> str:
         """Sends a file, unless the trainer has it; returns its path there. `timeout_s` is of each piece."""
-        for piece in read_pieces(path):
-            response = await self._unary(self._stub.PutFile, pb.PutFileRequest(piece=piece), timeout_s)
-            if response.path:
-                return response.path
-        raise DataLossError(f"{path} changed while it was sent")
+
+        async def put(piece: pb.FilePiece) -> str:
+            return (await self._unary(self._stub.PutFile, pb.PutFileRequest(piece=piece), timeout_s)).path
+
+        return await send_file(path, put)

@@ -91,7 +91,8 @@ class TrainerService(TrainerServiceServicer):
         self, request: pb.ReadModelFilesRequest, context: Context
     ) -> AsyncIterator[pb.ReadModelFilesResponse]:
         """See the contract."""
-        for piece in read_model_files(Path(self._trainer.config.model)):
+        pieces = read_model_files(Path(self._trainer.config.model))
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
             yield piece
 
     async def PutFile(self, request: pb.PutFileRequest, context: Context) -> pb.PutFileResponse:
