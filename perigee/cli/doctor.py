@@ -27,7 +27,7 @@ from typing import Any, cast
 import perigee
 from perigee.cli.recipe import SERVICES, config_class, find_recipe, load_recipe
 from perigee.config import merge, validate
-from perigee.errors import PerigeeError
+from perigee.errors import PerigeeError, UnavailableError
 from perigee.tls import find_tls_fault, read_pair, read_roots
 from services.kit.config import ServerConfig, ServiceConfig, environment_values
 
@@ -244,7 +244,7 @@ def check_redis(config: Any) -> Finding:
     try:
         asyncio.run(check())
     except PerigeeError as error:
-        advice = "start it, or open the way to it" if "cannot be used" in error.message else "mend it"
+        advice = "start it, or open the way to it" if isinstance(error, UnavailableError) else "mend it"
         return Finding("problem", "redis", f"{error.message}: {advice}")
     return Finding("ok", "redis", "answers, and keeps what it is given")
 

@@ -12,19 +12,20 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import get_args
 
 from pydantic import SecretStr
 
 from perigee.config import Model, read_yaml, validate
 from perigee.errors import InvalidArgumentError, PermissionDeniedError, ResourceExhaustedError, UnauthenticatedError
 from perigee.reload import Reloaded, read_tokens
-from services.kit.config import CallerConfig, QuotaConfig, ServerConfig, ServiceConfig
+from services.kit.config import Audience, CallerConfig, QuotaConfig, ServerConfig, ServiceConfig
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
 
 REQUEST_ID_HEADER = "x-request-id"
-AUDIENCES = ("control", "reward", "sandbox")
+EVERYTHING = frozenset(get_args(Audience))
 # Holders of the stack's own token, and anyone where there are no tokens.
 STACK, ANYONE = "stack", "anyone"
 _REQUEST_ID_LENGTH = 128
@@ -125,7 +126,7 @@ class Access:
     def identify(self, header: str | bytes | None) -> Caller:
         """Returns who holds the header's token; raises UnauthenticatedError."""
         if not self.needs_token:
-            return Caller(ANYONE, frozenset(AUDIENCES), _NO_QUOTA)
+            return Caller(ANYONE, EVERYTHING, _NO_QUOTA)
         scheme, _, token = header.partition(" ") if isinstance(header, str) else ("", "", "")
         caller = self._callers.value.get(_digest(token)) if scheme.lower() == "bearer" else None
         if caller is None:
@@ -157,7 +158,7 @@ def read_callers(server: ServerConfig) -> Mapping[bytes, Caller]:
     """
     tokens = [server.token.get_secret_value()] if server.token else []
     tokens += read_tokens(server.token_file) if server.token_file else []
-    found = {_digest(token): Caller(STACK, frozenset(AUDIENCES), _NO_QUOTA) for token in tokens}
+    found = {_digest(token): Caller(STACK, EVERYTHING, _NO_QUOTA) for token in tokens}
     configs = dict(server.callers)
     if server.callers_file is not None:
         configs |= validate(_CallersFile, {"callers": read_yaml(server.callers_file)}, server.callers_file, "").callers
