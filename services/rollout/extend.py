@@ -16,6 +16,7 @@ from perigee.buffer.packing import ITEM_BYTES, count_tokens, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
+from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 from services.kit.tracing import describe, span
 from services.rollout.engine import EngineDiedError, RequestAbortedError
@@ -62,7 +63,8 @@ async def extend_trajectories(
     writer = ChunkWriter(buffer, request.run_id, worker.config.flush_seconds, worker.config.buffer_timeout_seconds)
     with worker.admit(len(request.trajectories)) as admission:
         call = _Call(worker, buffer, writer, request, settings, admission)
-        helpers = [asyncio.create_task(writer.run()), asyncio.create_task(call.interrupt_when_draining())]
+        writing = asyncio.create_task(writer.run())
+        interrupting = asyncio.create_task(call.interrupt_when_draining())
         start, failures = time.monotonic(), 0
         try:
             async with aclosing(merge([call.run])) as batches:
@@ -81,9 +83,9 @@ async def extend_trajectories(
                 seconds=round(time.monotonic() - start, 3),
             )
         finally:
-            for helper in helpers:
-                helper.cancel()
-            await asyncio.wait(helpers)
+            writing.cancel()
+            await asyncio.wait([writing])
+            await end_tasks(interrupting)
 
 
 @dataclass(eq=False)
