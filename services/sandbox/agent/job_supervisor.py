@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from .usage import UsageFiles
 
 _NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
 _UNFIT = 125
+_READY_S = 30.0
 _INIT = f"{OWN_FOLDER}/init"
 
 
@@ -38,6 +40,7 @@ class Program(Process):
         self.pid = pid
         self._channel = channel
         self._home = -1
+        self._unfit = ""
 
     @abstractmethod
     def kill(self) -> None:
@@ -50,15 +53,19 @@ class Program(Process):
         return status
 
     def _receive(self) -> None:
-        """Receives the reports of the process before it was confined; afterwards it has no channel for any."""
-        while True:
-            try:
+        """Receives the reports of the process before it was confined; afterwards it has no channel for any.
+
+        Raises RuntimeError when it could not be confined.
+        """
+        with contextlib.suppress(BlockingIOError, EOFError, ConnectionError):
+            while True:
                 header, descriptors = protocol.receive(self._channel)
-            except (BlockingIOError, EOFError, ConnectionError):
-                return
-            if header["kind"] == "unfit":
-                raise RuntimeError(f"cannot confine the program: {header['reason']}")
-            [self._home] = descriptors
+                if header["kind"] == "unfit":
+                    self._unfit = header["reason"]
+                elif header["kind"] == "home":
+                    [self._home] = descriptors
+        if self._unfit:
+            raise RuntimeError(f"cannot confine the program: {self._unfit}")
 
     @contextmanager
     def opened_home(self) -> Iterator[int]:
@@ -104,6 +111,17 @@ class Isolated(Program):
         theirs.close()
         ours.setblocking(False)
         return cls(pid, ours, init, space_bytes, held_bytes)
+
+    def await_ready(self) -> None:
+        """Waits until the process has made itself ready, which is not charged to the program.
+
+        One that could not is told of when its request has come.
+        """
+        poller = select.poll()
+        poller.register(self._channel, select.POLLIN)
+        poller.poll(_READY_S * 1000)
+        with contextlib.suppress(RuntimeError):
+            self._receive()
 
     def begin(self, request: RunRequest, descriptors: list[int]) -> None:
         """Hands the request over."""
@@ -155,6 +173,7 @@ def _await_request(confinement: Confinement, space_bytes: int, channel: socket.s
         root.mount_writable(confinement.uid, space_bytes)
         give_up_privileges(confinement)
         rehearse()
+        protocol.send(channel, {"kind": "ready"}, [])
         header, descriptors = protocol.receive(channel)
         request = read_run_request(header)
     except (EOFError, ConnectionError):
@@ -236,7 +255,10 @@ class JobSupervisor:
 
     def _prepare(self) -> Isolated:
         assert self._usage is not None
-        return Isolated.prepare(self._confinement, self._space_bytes, self._usage)
+        program = Isolated.prepare(self._confinement, self._space_bytes, self._usage)
+        program.await_ready()
+        self._monitor.take_baseline()
+        return program
 
     def discard_prepared(self) -> None:
         """Ends the program that waits for a request, so that nothing is left for others to reap."""

@@ -66,10 +66,17 @@ class ProcessMonitor:
         self._rusage_cpu_us = 0
         self._rusage_peak = 0
         self._peak_known = False
+        self._has_baseline = False
         self._started = 0.0
         self._cpu_ns = self._begun_cpu_ns = 0
         self._oom_kills = 0
         self._baseline = self._cached = 0
+
+    def take_baseline(self) -> None:
+        """Measures from here what the next run takes, ahead of its request, which then waits for no figures."""
+        self._oom_kills = self._usage.oom_kills() if self._usage else 0
+        self._begin()
+        self._has_baseline = True
 
     def run(self, request: RunRequest, descriptors: Sequence[int], start: Start, on_call: OnCall) -> RunResult:
         """Runs the process of a request to its end or to a limit; it is dead and reaped afterwards."""
@@ -81,8 +88,10 @@ class ProcessMonitor:
             os.set_blocking(progress, False)
             handed.insert(len(handed) - 1, reports)
         self._rusage_cpu_us = self._rusage_peak = 0
-        self._oom_kills = self._usage.oom_kills() if self._usage else 0
-        self._begin()
+        if not self._has_baseline:
+            self.take_baseline()
+        self._has_baseline = False
+        self._started = time.monotonic()
         process = start(handed)
         if process.baseline_bytes is not None:
             self._baseline = min(self._baseline, process.baseline_bytes)  # cached pages may have been dropped meanwhile
