@@ -277,8 +277,7 @@ async def test_seeded_prompts_that_fill_several_steps_give_the_same_answers(
 
 async def test_text_only_carries_no_tokens(worker: str, rollout_client: RolloutClient) -> None:
     [answer] = await generate(rollout_client, [PROMPT], text_only=True)
-    assert answer.text
-    assert answer.tokens
+    assert answer.tokens  # the text may be empty: the first token sampled may end the response
     assert (len(answer.token_ids), len(answer.logprobs), len(answer.versions)) == (0, 0, 0)
 
 

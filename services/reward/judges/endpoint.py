@@ -318,7 +318,7 @@ class Endpoint:
             async with asyncio.timeout(timeout_s):
                 return await self._client.post(self._url, json=body)
         except TimeoutError as error:
-            raise TransientError(f"{self._url} did not answer within {timeout_s:.3g} s") from error
+            raise TransientError(f"{self._url} did not answer within {max(timeout_s, 0.0):.3g} s") from error
         except httpx.TransportError as error:
             raise TransientError(f"{self._url} cannot be reached: {error or type(error).__name__}") from error
 
