@@ -87,7 +87,7 @@ async def test_a_judge_that_is_down_gives_no_reward() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{probe.getsockname()[1]}/v1"
-        await fail(judge_config(url, timeout_s=2), "cannot be reached")
+        await fail(judge_config(url, timeout_s=0.3), "cannot be reached")
 
 
 async def test_a_judge_that_is_slow_gives_no_reward(fake_judge: FakeJudge) -> None:

@@ -18,6 +18,7 @@ from services.reward.config import JudgeConfig, JudgeEndpointConfig, RewardConfi
 from services.reward.judges.endpoint import (
     Budget,
     BudgetSpentError,
+    Endpoint,
     MalformedResponseError,
     TransientError,
     VoteError,
@@ -28,6 +29,7 @@ from services.reward.judges.endpoint import (
     read_retry_after,
     read_signed_judgement,
 )
+from services.reward.judges.prompts import Case, Quoted
 from services.reward.verifiers.base import Outcome, Verdict
 from services.reward.verifiers.judge import JudgeVerifier, failed_vote, tally
 
@@ -287,3 +289,22 @@ def test_judges_come_from_the_configuration_and_their_keys_from_the_environment(
     assert "sk-secret" not in config.model_dump_json()
     with pytest.raises(ValueError, match="none of the judges"):
         JudgeConfig(judges={"main": endpoint()}, default="other")
+
+
+async def test_a_retry_whose_time_has_gone_by_tells_of_the_failure_before_it() -> None:
+    asked = 0
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        # The event loop is held up, as by a machine under load, past the pause (at most 0.5 s) and the vote's time.
+        asyncio.get_running_loop().call_soon(time.sleep, 0.6)
+        raise httpx.ConnectError("refused", request=request)
+
+    judge = Endpoint("judge", endpoint(timeout_s=0.55), 1000)
+    await judge.close()
+    judge._client = httpx.AsyncClient(transport=httpx.MockTransport(refuse))
+    with pytest.raises(VoteError, match="cannot be reached: refused"):
+        await judge.vote(Quoted.from_case(Case("2 + 2?", "4", "", "4")))
+    await judge.close()
+    assert asked == 1

@@ -219,11 +219,13 @@ class _VoteRequest:
     timeout_s: float
     end: float | None = None
     malformed: int = 0
+    failure: BaseException | None = None
 
     def left_s(self) -> float:
         return self.timeout_s if self.end is None else self.end - time.monotonic()
 
     def is_retryable(self, error: BaseException) -> bool:
+        self.failure = error
         if isinstance(error, MalformedResponseError):
             self.malformed += 1
             return self.malformed < MALFORMED_ATTEMPTS
@@ -287,6 +289,8 @@ class Endpoint:
         return read_judgement(answer) if by_schema else read_signed_judgement(answer, vote.quoted.fence.nonce)
 
     async def _call(self, vote: _VoteRequest, by_schema: bool) -> Completion:
+        if vote.left_s() <= 0:  # it went by during the pause: what failed before says more
+            raise vote.failure or TransientError(f"{self._url} used up its {vote.timeout_s:.3g} s")
         messages = build_messages(vote.quoted, by_schema, self._max_response_characters)
         body = build_body(self.config, messages, by_schema)
         reservation = await self.budget.reserve(
@@ -318,7 +322,7 @@ class Endpoint:
             async with asyncio.timeout(timeout_s):
                 return await self._client.post(self._url, json=body)
         except TimeoutError as error:
-            raise TransientError(f"{self._url} did not answer within {max(timeout_s, 0.0):.3g} s") from error
+            raise TransientError(f"{self._url} did not answer within {timeout_s:.3g} s") from error
         except httpx.TransportError as error:
             raise TransientError(f"{self._url} cannot be reached: {error or type(error).__name__}") from error
 

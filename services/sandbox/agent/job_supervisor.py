@@ -119,7 +119,9 @@ class Isolated(Program):
         """
         poller = select.poll()
         poller.register(self._channel, select.POLLIN)
-        poller.poll(_READY_S * 1000)
+        if not poller.poll(_READY_S * 1000):
+            self._unfit = f"it was not ready within {_READY_S:.0f} s"
+            return
         with contextlib.suppress(RuntimeError):
             self._receive()
 
