@@ -276,9 +276,13 @@ async def test_seeded_prompts_that_fill_several_steps_give_the_same_answers(
 
 
 async def test_text_only_carries_no_tokens(worker: str, rollout_client: RolloutClient) -> None:
-    [answer] = await generate(rollout_client, [PROMPT], text_only=True)
-    assert answer.tokens  # the text may be empty: the first token sampled may end the response
-    assert (len(answer.token_ids), len(answer.logprobs), len(answer.versions)) == (0, 0, 0)
+    greedy = pb.Sampling(temperature=0)
+    answers = await generate(rollout_client, MANY_PROMPTS, sampling=greedy)
+    texts = await generate(rollout_client, MANY_PROMPTS, sampling=greedy, text_only=True)
+    assert [(text.text, text.tokens) for text in texts] == [(each.text, each.tokens) for each in answers]
+    assert all(text.tokens for text in texts)
+    assert any(text.text for text in texts)
+    assert not any(text.token_ids or text.logprobs or text.versions for text in texts)
 
 
 async def test_a_checkpoint_of_another_model_is_refused_and_the_old_one_serves_on(
