@@ -119,10 +119,28 @@ async def send_files(
     return sent
 
 
-def files_of(section: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """Returns where a run section names files of this machine."""
-    stages = [(stage, "dataset") for stage in section.get("sft", ())]
-    named = [(section, "prompts"), (section, "heldout"), *stages]
+def files_of(section: dict[str, Any]) -> list[tuple[Any, Any]]:
+    """Returns where a run section names files of this machine: a mapping or list, and the key or index in it.
+
+    Raises InvalidArgumentError for a folder, which is not sent.
+    """
+    named: list[tuple[Any, Any]] = [(stage, "dataset") for stage in section.get("sft", ())]
+    for key in ("prompts", "heldout"):
+        holder: Any = section
+        if isinstance(section[key], dict) and "sources" in section[key]:
+            holder, key = section[key], "sources"
+        if isinstance(holder[key], list):
+            named += [
+                (each, "path") if isinstance(each, dict) else (holder[key], n) for n, each in enumerate(holder[key])
+            ]
+        elif isinstance(holder[key], dict):
+            named += [(holder[key], "path")] if "path" in holder[key] else []
+        else:
+            named.append((holder, key))
+    if folder := next((values[key] for values, key in named if Path(values[key]).is_dir()), None):
+        raise InvalidArgumentError.for_field(
+            "run", f"{folder} is a folder, and a coordinator elsewhere is sent files: name a file or a URL"
+        )
     return [(values, key) for values, key in named if Path(values[key]).is_file()]
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
+from perigee.chat import Asked, ChatMessage, read_messages, read_question
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.json_codec import fill_message, keys_of, name_type, unknown_key
 from perigee.reward.v1 import reward_pb2 as pb
@@ -29,7 +30,7 @@ MAX_SHOWN = 20
 VERIFIERS = tuple(field.name for field in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields)
 PLAIN_FIELDS = ("id", "prompt", "response", "answer_marker", "images")
 ITEM_KEYS = (*PLAIN_FIELDS, "verifier")
-LINE_KEYS = ("id", "domain", "difficulty", "prompt", "answer_marker", "images", "verifier")
+LINE_KEYS = ("id", "domain", "difficulty", "prompt", "messages", "answer_marker", "images", "verifier")
 
 # Short names, each for the first of its fields that a message has; beside them `x` stands for the JSON text `x_json`.
 SHORT_NAMES = {
@@ -73,7 +74,16 @@ class PromptLine:
     difficulty: float
     """What the curriculum goes by."""
     item: pb.ScoreItem
-    """The item of any response to it, but for id and response."""
+    """The item of any response to it, but for id and response; its prompt is the question as the user wrote it."""
+    messages: tuple[ChatMessage, ...] = ()
+    """The chat that asks the question; none where it is asked as text."""
+    place: str = ""
+    """Where it stands, for messages of errors."""
+
+    @property
+    def asked(self) -> Asked:
+        """What a model is asked."""
+        return self.messages or self.item.prompt
 
 
 def read_item(values: Mapping[str, Any], default_id: str, ignored: Collection[str] = ()) -> pb.ScoreItem:
@@ -82,7 +92,8 @@ def read_item(values: Mapping[str, Any], default_id: str, ignored: Collection[st
     Raises InvalidArgumentError with a violation for each field that is wrong.
     """
     item = pb.ScoreItem(id=default_id)
-    violations = _fill_item(item, {key: value for key, value in values.items() if key not in ignored})
+    values, _, violations = _ask_as_text({key: value for key, value in values.items() if key not in ignored})
+    violations += _fill_item(item, values)
     if values.get("response") is None:
         violations.append(FieldViolation("response", "is required"))
     _raise_any(violations)
@@ -98,31 +109,24 @@ def read_prompt_line(values: Mapping[str, Any], source: str) -> PromptLine:
     item = pb.ScoreItem()
     # A response is none of a prompt's fields.
     rest = {key: value for key, value in values.items() if key not in ("domain", "difficulty", "response")}
-    violations = [] if "response" not in values else [FieldViolation("response", unknown_key("response", LINE_KEYS))]
+    rest, messages, violations = _ask_as_text(rest)
+    if "response" in values:
+        violations.append(FieldViolation("response", unknown_key("response", LINE_KEYS)))
     violations += _fill_item(item, rest)
     if not isinstance(domain, str) or not domain:
         violations.append(FieldViolation("domain", f"must be a text, got {domain!r}"))
     if isinstance(difficulty, bool) or not isinstance(difficulty, int | float) or not math.isfinite(difficulty):
         violations.append(FieldViolation("difficulty", f"must be a number, got {name_type(difficulty)}"))
-    violations += [FieldViolation(name, "is required") for name in ("id", "prompt") if not values.get(name)]
+    needed = ("id",) if "messages" in values else ("id", "prompt")
+    violations += [FieldViolation(name, "is required") for name in needed if not values.get(name)]
     if not violations:
         verifier = values["verifier"]
         place = "" if isinstance(verifier, str) else f"verifier.{item.WhichOneof('verifier')}."
         violations = find_faults(getattr(item, str(item.WhichOneof("verifier"))), place)
     _raise_any([FieldViolation(f"{source}: {each.field}", each.description) for each in violations])
-    line = PromptLine(item.id, domain, float(difficulty), item)
+    line = PromptLine(item.id, domain, float(difficulty), item, messages, source)
     item.ClearField("id")
     return line
-
-
-def read_prompt_file(path: Path, field: str) -> list[PromptLine]:
-    """Returns the prompts of a JSON Lines file, empty lines skipped; `field` is the setting that names the file.
-
-    Raises InvalidArgumentError with a violation for each wrong field of any line.
-    """
-    return read_rows(
-        read_lines(path, field), lambda text, place: read_prompt_line(read_object(text, place), place), field
-    )
 
 
 class Named(Protocol):
@@ -231,6 +235,22 @@ def _raise_any(violations: Sequence[FieldViolation]) -> None:
         raise InvalidArgumentError.for_fields(violations)
 
 
+def _ask_as_text(
+    values: Mapping[str, Any],
+) -> tuple[dict[str, Any], tuple[ChatMessage, ...], list[FieldViolation]]:
+    """Returns the values with the question of their messages as prompt, the messages, and what is wrong with them."""
+    rest = dict(values)
+    if rest.pop("messages", None) is None:
+        return rest, (), []
+    if values.get("prompt") is not None:
+        return rest, (), [FieldViolation("prompt", "stands beside messages: give one of them")]
+    try:
+        messages = read_messages(values["messages"])
+        return rest | {"prompt": read_question(messages)}, messages, []
+    except InvalidArgumentError as error:
+        return rest, (), list(error.violations)
+
+
 def _fill_item(item: pb.ScoreItem, values: Mapping[str, Any]) -> list[FieldViolation]:
     """Sets the item's fields; returns what is wrong, field by field."""
     plain = {name: values[name] for name in PLAIN_FIELDS if name in values}
@@ -314,10 +334,19 @@ def _spell_out_field(descriptor: Any, key: str, value: Any) -> tuple[str, Any]:
     elif f"{key}_json" in descriptor.fields_by_name:
         name, value = f"{key}_json", json.dumps(value)
     field = descriptor.fields_by_name.get(name or key)
+    if (name or key) in ("reference", "references") and field is not None and field.type == field.TYPE_STRING:
+        value = [_write_number(each) for each in value] if isinstance(value, list) else _write_number(value)
     if field is not None and field.message_type is not None:
         parts = [spell_out(field.message_type, part) for part in value] if isinstance(value, list) else None
         value = spell_out(field.message_type, value) if parts is None else parts
     return name or key, value
+
+
+def _write_number(value: Any) -> Any:
+    """Returns a number as the text of an answer, anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _move_into_member(descriptor: Any, value: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -174,8 +174,7 @@ class Run:
             self._age_known = True
         version = await fine_tune_base(context, self._weight_sync)
         config = context.config
-        prompts = list(context.inputs.prompts.values())
-        sampler = make_sampler(prompts, config.curriculum, config.prioritized, config.seed, {})
+        sampler = make_sampler(list(context.inputs.prompts.values()), config, {})
         state = CoordinatorState(sampler.state(), elapsed_seconds=context.status.elapsed_seconds)
         state.totals.add_seconds("sft", await asyncio.to_thread(context.log.sft_seconds))
         request = buffer_pb2.CreateRunRequest(
@@ -196,8 +195,7 @@ class Run:
             if not page.next_page_token:
                 break
             request.page_token = page.next_page_token
-        prompts = list(context.inputs.prompts.values())
-        sampler = make_sampler(prompts, config.curriculum, config.prioritized, config.seed, statistics)
+        sampler = make_sampler(list(context.inputs.prompts.values()), config, statistics)
         sampler.restore(state.sampler)
         return sampler
 
@@ -305,6 +303,7 @@ async def run_sft_stage(context: RunContext, stage: SftStage, number: int) -> tr
         new_version=number,
         dataset_path=dataset,
     )
+    request.chat.CopyFrom(context.config.chat_message())
     status = context.status
     status.enter(coordinator_pb2.RUN_PHASE_SFT, stage.steps)
     steps_before = sum(earlier.steps for earlier in context.config.sft[: number - 1])

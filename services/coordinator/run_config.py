@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 
 from perigee.config import Model, validate
 from perigee.errors import InvalidArgumentError
@@ -53,11 +53,75 @@ class OptimizerConfig(Model):
         return dict(zip(("beta1", "beta2"), values["betas"], strict=True)) | rest
 
 
+class PromptSource(Model):
+    """Prompts of a file, folder or data set; a text is the path of one whose columns are a prompt line's fields."""
+
+    path: str
+    """JSON Lines or Parquet, a folder of these or of `datasets.save_to_disk`; a path or a URL, also
+    hf://datasets/OWNER/NAME/FOLDER."""
+    columns: dict[str, str] = {}
+    """Field by column: {prompt: question, answer: answer}; a dot leads into a column of objects. Other columns are left
+    out."""
+    answer_after: str = ""
+    """The answer is what follows the last of these in its column."""
+    verifier: str | dict[str, Any] | None = None
+    """Verifier of lines that have none: its name, or {NAME: parameters}; math for lines with an answer when unset."""
+    defaults: dict[str, Any] = {}
+    """Values of other fields that lines lack: {domain: algebra}."""
+    split: str | None = None
+    """The split of a saved data set, or the beginning of the names of a folder's files."""
+    name: str | None = None
+    """Begins the ids of lines that have none; the file's name when unset."""
+    weight: float = Field(1.0, gt=0)
+    """Prompts are drawn from the sources in proportion to their weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_a_path(cls, values: Any) -> Any:
+        return {"path": values} if isinstance(values, str) else values
+
+    @property
+    def renames(self) -> dict[str, str]:
+        """Field by column of the data."""
+        return {column: field for field, column in self.columns.items()}
+
+    @property
+    def defaults_with_verifier(self) -> dict[str, Any]:
+        """Values of fields that lines lack."""
+        return self.defaults | ({} if self.verifier is None else {"verifier": self.verifier})
+
+
+class HeldoutConfig(Model):
+    """Held-out problems: sources of their own, or a part of the prompts."""
+
+    sources: tuple[PromptSource, ...] = ()
+    """Sources like those of `prompts`; a path, a source or a list of sources may stand in the place of this section."""
+    fraction: float | None = Field(None, gt=0, lt=1)
+    """Part of the prompts' different questions that is held out, where there are no sources."""
+    count: int | None = Field(None, ge=1)
+    """Number of different questions held out, in the place of `fraction`."""
+    seed: int = Field(0, ge=0)
+    """Seed of the choice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _accept_sources(cls, values: Any) -> Any:
+        if isinstance(values, str) or (isinstance(values, Mapping) and "path" in values):
+            values = [values]
+        return {"sources": values} if isinstance(values, list | tuple) else values
+
+    @model_validator(mode="after")
+    def _choose_one(self) -> Self:
+        if sum(map(bool, (self.sources, self.fraction, self.count))) != 1:
+            raise ValueError("wants one of a path, fraction and count")
+        return self
+
+
 class SftStage(Model):
     """Supervised stage before the reinforcement learning."""
 
     dataset: str = Field(serialization_alias="dataset_path")
-    """JSON Lines of {"prompt", "response"}: a path, which the trainer is sent, or a URL, which it reads."""
+    """JSON Lines of {"prompt" or "messages", "response"}: a path, which the trainer is sent, or a URL that it reads."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(32, ge=1)
@@ -204,10 +268,18 @@ class RunConfig(Model):
     model: str | None = None
     """Hugging Face folder of the base model, a path or a URL, for its tokenizer and context length; the trainer is
     asked for them when it is unset or not on the coordinator's machine."""
-    prompts: str
-    """JSON Lines of training prompts: a path or a URL."""
-    heldout: str
-    """JSON Lines of held-out problems: a path or a URL."""
+    prompts: tuple[PromptSource, ...] = Field(min_length=1)
+    """Training prompts: a path or URL of JSON Lines or other data, a source, or a list of sources that are mixed."""
+    heldout: HeldoutConfig
+    """Held-out problems: sources like those of `prompts`, or {fraction or count, seed} of the prompts."""
+    chat: Literal["auto", "always", "never"] = "auto"
+    """Prompts the model's chat template is applied to. auto: those with `messages`, and all when there is a
+    system_prompt. always: text, too, as what the user says. never: none; text is taken as it stands."""
+    system_prompt: str = ""
+    """First message of each chat that has no system message of its own."""
+    instruction: str = ""
+    """Follows the last text of the user on a line of its own, such as how to state the answer; verifiers and judges do
+    not see it."""
     iterations: int = Field(ge=0)
     """Iterations of reinforcement learning."""
     time_limit_s: float | None = Field(None, gt=0)
@@ -243,6 +315,26 @@ class RunConfig(Model):
     evaluation: EvaluationConfig = EvaluationConfig()
     """Accuracy on held-out problems."""
 
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _accept_one_source(cls, values: Any) -> Any:
+        return values if isinstance(values, list | tuple) else [values]
+
+    @field_serializer("prompts", "heldout")
+    def _write_plain_paths(self, value: Any) -> Any:
+        """Writes one plain path as such, so that a run's digest is that of a coordinator that knows no sources."""
+        sources = value.sources if isinstance(value, HeldoutConfig) else value
+        if len(sources) == 1 and sources[0] == PromptSource(path=sources[0].path):
+            return sources[0].path
+        sections = value if isinstance(value, tuple) else (value,)
+        return [section.model_dump(mode="json", exclude_defaults=True) for section in sections]
+
+    @model_validator(mode="after")
+    def _check_chat(self) -> Self:
+        if self.chat == "never" and self.system_prompt:
+            raise ValueError("system_prompt needs a chat template, and chat is never: leave one of them out")
+        return self
+
     @model_validator(mode="after")
     def _leave_room_below_the_cap(self) -> Self:
         penalty, cap = self.overlong_penalty, self.overlong_cap
@@ -254,6 +346,10 @@ class RunConfig(Model):
                 f"{self.rollout.max_response_tokens}"
             )
         return self
+
+    def chat_message(self) -> trainer_pb2.ChatSettings:
+        """Returns how prompts become what the model is asked."""
+        return trainer_pb2.ChatSettings(mode=self.chat, system_prompt=self.system_prompt, instruction=self.instruction)
 
     def algorithm_message(self) -> trainer_pb2.Algorithm:
         """Returns the algorithm with its settings."""

@@ -25,12 +25,13 @@ from perigee.files import write_atomically
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import Peers, RunContext, RunInputs
-from services.coordinator.prompts import read_prompts
+from services.coordinator.prompts import read_problems
 from services.coordinator.run import Run
 from services.coordinator.run_config import RunConfig, config_digest, parse_run_config
 from services.coordinator.run_log import RunLog
 from services.coordinator.run_status import Cursor, RunStatus, stream_events
 from services.coordinator.workers import WorkerRegistry
+from services.kit.chat import encode_examples, open_encoder
 from services.kit.hf import fetch_model, open_model_folder, receive_model_files
 from services.kit.storage import Mirror, is_url, join, receive_piece
 from services.kit.telemetry import get_logger
@@ -294,12 +295,12 @@ def read_inputs(run_id: str, config: RunConfig, run_path: Path, model_path: str,
         if not is_url(stage.dataset) and not Path(stage.dataset).is_file():
             raise InvalidArgumentError.for_field(f"run.sft.{number}.dataset", f"{stage.dataset} is no file")
     model = open_model_folder(model_path, "run.model")
-    tokenizer, context_tokens = model.open_tokenizer(), model.context_tokens
-    longest = config.rollout.max_response_tokens
-    prompts = read_prompts(config.prompts, "run.prompts", tokenizer, context_tokens, longest)
-    longest = config.evaluation.max_response_tokens or longest
-    heldout = read_prompts(config.heldout, "run.heldout", tokenizer, context_tokens, longest)
-    return RunInputs(run_id, run_path, export_path, config, tokenizer, prompts, heldout)
+    encoder = open_encoder(model, config.chat_message())
+    for number, stage in enumerate(config.sft):
+        if not is_url(stage.dataset):
+            encode_examples(Path(stage.dataset), f"run.sft.{number}.dataset", encoder, model.context_tokens)
+    prompts, heldout = read_problems(config, encoder)
+    return RunInputs(run_id, run_path, export_path, config, encoder.tokenizer, prompts, heldout)
 
 
 def read_run_file(path: Path) -> RunFile | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import zlib
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from perigee.errors import DataLossError
 from services.coordinator.prompts import Prompt
-from services.coordinator.run_config import CurriculumConfig, PrioritizedConfig
+from services.coordinator.run_config import CurriculumConfig, RunConfig
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,16 @@ class SamplerState:
 class Sampler:
     """Draws prompts of the difficulty that the iteration allows, those drawn least first, ties broken at random.
 
-    When fewer prompts are allowed than asked for, the nearest difficulties fill up. The same state draws the same.
+    Sources take part in proportion to their weights. When fewer prompts are allowed than asked for, the nearest
+    difficulties fill up. The same state draws the same.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], curriculum: CurriculumConfig, seed: int) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], curriculum: CurriculumConfig, seed: int, weights: Sequence[float] = (1.0,)
+    ) -> None:
         self._prompts = prompts
+        self._weights_S = weights
+        self._source_P = np.array([prompt.source for prompt in prompts], dtype=np.int64)
         self._curriculum = curriculum
         self._seed = seed
         self._step = 0
@@ -49,9 +55,28 @@ class Sampler:
         generator = self._next_generator()
         distance_P = self._distance_from_allowed(iteration)
         order_P = np.lexsort((generator.random(len(self._prompts)), cost_P, distance_P))
-        chosen = [int(index) for index in order_P if self._prompts[int(index)].id not in exclude][:count]
+        free = [int(index) for index in order_P if self._prompts[int(index)].id not in exclude]
+        chosen = free[:count] if len(self._weights_S) == 1 else self._mix(free, count, distance_P)
         self._draws_P[chosen] += 1
         return [self._prompts[index] for index in chosen]
+
+    def _mix(self, order: Sequence[int], count: int, distance_P: NDArray[np.float64]) -> list[int]:
+        """Returns the first `count` prompts, one at a time from the source that is furthest behind its weight.
+
+        Prompts that the iteration allows come before others, whatever their source. What each source has given follows
+        from the draws, so that a resumed run goes on with the same mixture.
+        """
+        sources = range(len(self._weights_S))
+        queues = [deque(index for index in order if self._source_P[index] == source) for source in sources]
+        drawn_S = np.bincount(self._source_P, weights=self._draws_P, minlength=len(sources))
+        chosen: list[int] = []
+        while len(chosen) < count and (open_sources := [source for source in sources if queues[source]]):
+            source = min(
+                open_sources, key=lambda s: (distance_P[queues[s][0]], (drawn_S[s] + 1) / self._weights_S[s], s)
+            )
+            chosen.append(queues[source].popleft())
+            drawn_S[source] += 1
+        return chosen
 
     def _next_generator(self) -> np.random.Generator:
         """Returns a new random generator for each step, so that the number of the step is all of its state."""
@@ -92,8 +117,15 @@ class PrioritizedSampler(Sampler):
     the state: they are the buffer's prompt statistics.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], curriculum: CurriculumConfig, seed: int, floor: float) -> None:
-        super().__init__(prompts, curriculum, seed)
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        curriculum: CurriculumConfig,
+        seed: int,
+        floor: float,
+        weights: Sequence[float] = (1.0,),
+    ) -> None:
+        super().__init__(prompts, curriculum, seed, weights)
         self._floor = floor
         self._judged_P = np.zeros(len(prompts))
         self._correct_P = np.zeros(len(prompts))
@@ -129,17 +161,12 @@ def allowed_difficulty(curriculum: CurriculumConfig, iteration: int) -> tuple[fl
     return -np.inf, np.inf
 
 
-def make_sampler(
-    prompts: Sequence[Prompt],
-    curriculum: CurriculumConfig,
-    prioritized: PrioritizedConfig,
-    seed: int,
-    statistics: Mapping[str, tuple[int, int]],
-) -> Sampler:
+def make_sampler(prompts: Sequence[Prompt], config: RunConfig, statistics: Mapping[str, tuple[int, int]]) -> Sampler:
     """Returns the run's sampler; `statistics` has (judged, correct) of each prompt judged before."""
-    sampler = Sampler(prompts, curriculum, seed)
-    if prioritized.enabled:
-        sampler = PrioritizedSampler(prompts, curriculum, seed, prioritized.floor)
+    weights = [source.weight for source in config.prompts]
+    sampler = Sampler(prompts, config.curriculum, config.seed, weights)
+    if config.prioritized.enabled:
+        sampler = PrioritizedSampler(prompts, config.curriculum, config.seed, config.prioritized.floor, weights)
     for prompt_id, (judged, correct) in statistics.items():
         sampler.record(prompt_id, judged, correct)
     return sampler

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 WEIGHTS_SUFFIXES = (".safetensors", INDEX_FILE)
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
-    "tokenizer_config.json",
+    TOKENIZER_SETTINGS_FILE,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -164,9 +165,13 @@ def open_tokenizer(folder: Path, field: str) -> Tokenizer:
     if not path.is_file():
         raise InvalidArgumentError.for_field(field, f"{path} is missing")
     try:
-        return Tokenizer.from_file(str(path))
+        tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for a malformed file
         raise InvalidArgumentError.for_field(field, f"{path} is not a tokenizer: {error}") from error
+    # Left over from other uses, they would cut prompts or fill them up.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def read_json_object(path: Path, field: str) -> dict[str, Any]:

@@ -4,24 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ValidationError
 
 from perigee.buffer.client import BufferClient, StoredTrajectory
-from perigee.errors import FailedPreconditionError, InvalidArgumentError
-from services.kit.hf import encode_prompts, open_tokenizer
+from perigee.errors import FailedPreconditionError
+from perigee.trainer.v1 import trainer_pb2 as pb
+from services.kit.chat import encode_examples, open_encoder
+from services.kit.hf import ModelFolder
 from services.kit.storage import local_file
 from services.trainer.packing import TokenSequence
-
-
-class Example(BaseModel):
-    """Prompt and response of a line."""
-
-    prompt: str
-    response: str
 
 
 @dataclass(frozen=True)
@@ -62,49 +55,16 @@ def unpack_trajectory(stored: StoredTrajectory) -> Trajectory:
     )
 
 
-def read_examples(name: str, model: Path, eos_token_id: int, max_tokens: int) -> list[TokenSequence]:
-    """Returns the examples of a JSON Lines file with "prompt" and "response" text, by the tokenizer of `model`.
+def read_examples(name: str, model: ModelFolder, chat: pb.ChatSettings, max_tokens: int) -> list[TokenSequence]:
+    """Returns the examples of a JSON Lines file, by the tokenizer of `model`; `name` is a path or a URL.
 
-    `name` is a path or a URL.
-
-    A prompt has the tokens that it has in a rollout, BOS included; EOS follows each response. Raises
-    InvalidArgumentError naming file and line for a malformed or overlong example.
+    A prompt has the tokens that it has in a rollout, and a stop token ends each response. Raises InvalidArgumentError
+    naming file and line for malformed or overlong examples.
     """
-    tokenizer = open_tokenizer(model, "trainer.model")
-    dataset = local_file(name, "dataset_path")
-    lines = _read_lines(dataset)
-    if not lines:
-        raise InvalidArgumentError.for_field("dataset_path", f"{dataset} holds no example")
-    prompts = encode_prompts(tokenizer, [line.prompt for _, line in lines])
-    responses = tokenizer.encode_batch([line.response for _, line in lines], add_special_tokens=False)
-    examples = []
-    for (where, _), prompt_tokens, response in zip(lines, prompts, responses, strict=True):
-        if not prompt_tokens:
-            raise InvalidArgumentError.for_field("dataset_path", f"{where}: the prompt is empty")
-        tokens = np.array([*prompt_tokens, *response.ids, eos_token_id], dtype=np.int64)
-        if len(tokens) > max_tokens:
-            raise InvalidArgumentError.for_field(
-                "dataset_path", f"{where}: {len(tokens)} tokens are more than the context of {max_tokens}"
-            )
-        examples.append(TokenSequence(tokens, np.arange(1, len(tokens)) >= len(prompt_tokens)))
-    return examples
-
-
-def _read_lines(dataset: Path) -> list[tuple[str, Example]]:
-    """Returns where each example is, and the example."""
-    try:
-        lines = dataset.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidArgumentError.for_field("dataset_path", f"{dataset} cannot be read: {error}") from error
-    places = ((f"{dataset} line {number}", line) for number, line in enumerate(lines, start=1) if line.strip())
-    return [(where, _parse_line(where, line)) for where, line in places]
-
-
-def _parse_line(where: str, line: str) -> Example:
-    try:
-        return Example.model_validate_json(line)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        path = ".".join(map(str, problem["loc"]))
-        reason = f"{where}: {path or 'the line'}: {problem['msg']}"
-        raise InvalidArgumentError.for_field("dataset_path", reason) from error
+    found = encode_examples(local_file(name, "dataset_path"), "dataset_path", open_encoder(model, chat), max_tokens)
+    return [
+        TokenSequence(
+            np.array([*prompt, *response], dtype=np.int64), np.arange(1, len(prompt) + len(response)) >= len(prompt)
+        )
+        for prompt, response in found
+    ]

@@ -41,7 +41,6 @@ class ModelShape:
     qkv_bias: bool
     qk_norm: bool
     tied: bool
-    eos_token_id: int
     inverse_frequencies_D: torch.Tensor
 
 
@@ -70,7 +69,6 @@ def read_model_shape(path: Path) -> ModelShape:
         qkv_bias=kind == "qwen2",
         qk_norm=kind == "qwen3",
         tied=bool(config.get("tie_word_embeddings", False)),
-        eos_token_id=folder.eos_token_id,
         inverse_frequencies_D=_inverse_frequencies(folder, head_width),
     )
 

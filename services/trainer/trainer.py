@@ -22,6 +22,7 @@ from perigee.buffer.client import BufferClient
 from perigee.errors import CancelledError, FailedPreconditionError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit import storage
+from services.kit.hf import open_model_folder
 from services.kit.telemetry import get_logger
 from services.trainer.checkpoints import Checkpoints, run_name
 from services.trainer.config import TrainerConfig
@@ -119,8 +120,8 @@ class Trainer:
             examples = await asyncio.to_thread(
                 read_examples,
                 request.dataset_path,
-                Path(self.config.model),
-                self.engine.shape.eos_token_id,
+                open_model_folder(self.config.model, "trainer.model"),
+                request.chat,
                 self.engine.max_tokens,
             )
             log.info("fine-tuning", run_id=request.run_id, examples=len(examples), steps=request.steps)

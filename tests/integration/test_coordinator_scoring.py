@@ -11,12 +11,14 @@ from perigee.reward.v1 import reward_pb2
 from services.coordinator.config import ScoringConfig
 from services.coordinator.prompts import read_prompts
 from services.coordinator.rewards import score_responses
-from services.kit.hf import open_tokenizer
+from services.coordinator.run_config import PromptSource
+from services.kit.chat import open_encoder
+from services.kit.hf import open_model_folder
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
 
 
 async def test_math_and_code_are_judged_as_they_arrive(coding_reward: RewardClient, tmp_path: Path) -> None:
-    tokenizer = open_tokenizer(write_model_folder(tmp_path / "model"), "run.model")
+    encoder = open_encoder(open_model_folder(write_model_folder(tmp_path / "model"), "run.model"))
     parts = [
         {"name": "value", "judged_by": {"verifier": "math", "answer": "3"}},
         {"name": "form", "judged_by": {"verifier": "regex", "pattern": "[0-9]"}},
@@ -27,7 +29,9 @@ async def test_math_and_code_are_judged_as_they_arrive(coding_reward: RewardClie
         {"id": "letter", "prompt": "1+2=?", "verifier": "choice", "answer": "B", "answer_marker": "#"},
         {"id": "both", "prompt": "1+2=", "verifier": "composite", "parts": parts, "answer_marker": "#"},
     ]
-    prompts = read_prompts(str(write_lines(tmp_path / "p.jsonl", lines)), "run.prompts", tokenizer, 256, 16)
+    prompts = read_prompts(
+        [PromptSource(path=str(write_lines(tmp_path / "p.jsonl", lines)))], "run.prompts", encoder, 16
+    )
     outcomes: dict[str, reward_pb2.ScoreResponse] = {}
 
     async def take(some: list[reward_pb2.ScoreResponse]) -> None:

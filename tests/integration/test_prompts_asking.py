@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.prompts.sampling import EncodedPrompt, ModelStage, SampledModel, read_policy_version, sample
@@ -22,6 +20,7 @@ from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_serve
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
+from services.kit.chat import PromptEncoder
 from tests.fixtures.coordinator_fakes import FakeReward, fake_server
 from tests.fixtures.reward import math_item
 
@@ -75,7 +74,7 @@ async def ask_all(
             clients.append(await stack.enter_async_context(RolloutClient.connect(address)))
         address = await stack.enter_async_context(fake_server(add_RewardServiceServicer_to_server, reward))
         client = await stack.enter_async_context(RewardClient.connect(address))
-        model = SampledModel(clients, client, Tokenizer(WordLevel()), **options)
+        model = SampledModel(clients, client, cast(PromptEncoder, None), **options)
         async for counts in sample(stage, model, asked):
             assert not found.keys() & counts.keys()
             found |= counts

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 
 from perigee.buffer.packing import pack_token_ids
 from perigee.reward.client import RewardClient
-from perigee.reward.items import read_prompt_file
+from perigee.reward.sources import Columns, read_source
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2
 from tests.fixtures.cli import Ended, run_perigee, start_perigee
@@ -64,7 +64,7 @@ async def test_without_a_model_the_pure_stages_run(tmp_path: Path) -> None:
     ended = await run_perigee("prompts", "curate", str(source), str(out), "--cap", "5")
     assert (ended.code, ended.stderr) == (0, "")
     # What stays is a prompt file of a recipe.
-    kept = {line.id: line for line in read_prompt_file(out / "prompts.jsonl", "run.prompts")}
+    kept = {line.id: line for line in read_source(out / "prompts.jsonl", Columns(), "run.prompts")}
     assert {name for name in kept if not name.startswith("g")} == {"a", "e", "f"}
     assert sum(name.startswith("g") for name in kept) == 5
     assert {name: kept[name].domain for name in "aef"} == {"a": "arithmetic", "e": "geometry", "f": "olympiad"}
@@ -180,7 +180,7 @@ async def test_difficulty_and_guessing_are_those_of_the_model(
     hacked = {name for name, right in expected.items() if right}
     assert 0 < len(hacked) < len(prompts)
     assert {line["id"] for line in read(out / "dropped.jsonl")} == hacked
-    kept = read_prompt_file(out / "prompts.jsonl", "run.prompts")
+    kept = read_source(out / "prompts.jsonl", Columns(), "run.prompts")
     assert {line.id for line in kept} == {line["id"] for line in prompts} - hacked
     assert all(0 <= line.difficulty <= 1 for line in kept)
 

@@ -66,10 +66,10 @@ async def test_fine_tuning_lowers_the_loss_and_repeats_its_answer(trainer: Train
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"prompt": "1+1="}', "line 2: response: Field required"),
-        ("{not json", "line 2: the line: Invalid JSON"),
-        ('{"prompt": "", "response": "2"}', "line 2: the prompt is empty"),
-        ('{"prompt": "1", "response": "%s"}' % ("2" * 200), "line 2: 202 tokens are more than the context of 128"),
+        ('{"prompt": "1+1="}', ":2: response: is empty"),
+        ("{not json", ":2: is not JSON"),
+        ('{"prompt": "", "response": "2"}', ":2: prompt: must be a text.* the prompt is empty"),
+        ('{"prompt": "1", "response": "%s"}' % ("2" * 200), ":2: 202 tokens are more than the context of 128"),
     ],
 )
 async def test_a_malformed_line_is_named(trainer: TrainerAt, tmp_path: Path, line: str, message: str) -> None:

@@ -14,6 +14,8 @@ from perigee.reward.items import read_prompt_line
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2
 from services.coordinator.prompts import Prompt, read_prompts
+from services.coordinator.run_config import PromptSource
+from services.kit.chat import open_encoder
 from services.kit.hf import open_model_folder
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
 
@@ -31,7 +33,7 @@ def read(folder: Path, path: Path, max_response_tokens: int, field: str = "run.p
     if not (folder / "model").exists():
         write_model_folder(folder / "model")
     model = open_model_folder(folder / "model", "run.model")
-    return read_prompts(str(path), field, model.open_tokenizer(), model.context_tokens, max_response_tokens)
+    return read_prompts([PromptSource(path=str(path))], field, open_encoder(model), max_response_tokens)
 
 
 def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:

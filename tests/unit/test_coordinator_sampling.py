@@ -13,7 +13,7 @@ from perigee.errors import DataLossError
 from perigee.reward.items import PromptLine
 from perigee.reward.v1 import reward_pb2
 from services.coordinator.prompts import Prompt
-from services.coordinator.run_config import CurriculumConfig, PrioritizedConfig
+from services.coordinator.run_config import CurriculumConfig, PrioritizedConfig, RunConfig
 from services.coordinator.sampling import PrioritizedSampler, Sampler, allowed_difficulty, make_sampler
 
 OFF = CurriculumConfig()
@@ -83,13 +83,17 @@ def test_a_restored_sampler_draws_what_the_first_would_have(
 ) -> None:
     prompts = make_prompts([float(n) for n in range(12)])
     curriculum = CurriculumConfig(kind="ramp", start_difficulty=3, end_difficulty=9, iterations=5)
+    config = RunConfig.model_validate(
+        {"prompts": "p", "heldout": "h", "iterations": 1, "seed": seed, "curriculum": curriculum}
+        | {"prioritized": PrioritizedConfig(enabled=enabled)}
+    )
     exclude = {f"p{n}" for n in excluded}
-    first = make_sampler(prompts, curriculum, PrioritizedConfig(enabled=enabled), seed, {"p1": (4, 3)})
+    first = make_sampler(prompts, config, {"p1": (4, 3)})
     for iteration, count in enumerate(counts, start=1):
         chosen = first.sample(count, iteration, exclude)
         assert len(set(ids(chosen))) == len(chosen) == min(count, 12 - len(exclude))
         assert not exclude & set(ids(chosen))
-    second = make_sampler(prompts, curriculum, PrioritizedConfig(enabled=enabled), seed, {"p1": (4, 3)})
+    second = make_sampler(prompts, config, {"p1": (4, 3)})
     second.restore(first.state())
     assert ids(second.sample(5, 4, exclude)) == ids(first.sample(5, 4, exclude))
 

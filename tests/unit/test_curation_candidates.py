@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from datasets import Dataset, DatasetDict
 
-from perigee.cli.prompts.candidates import Columns, read_candidates
+from perigee.cli.prompts.candidates import read_candidates
 from perigee.errors import InvalidArgumentError
+from perigee.reward.sources import Columns
 
 ROWS = [
     {"id": "a", "prompt": "1+1=", "verifier": "math", "answer": "2", "domain": "sums", "difficulty": 1.0},
@@ -64,7 +65,7 @@ def test_saved_datasets_parquet_and_folders_hold_the_same(tmp_path: Path) -> Non
     assert read_candidates(tmp_path / "splits" / "gsm", split).digest == expected
     assert read_candidates(tmp_path / "parquet" / "gsm", GSM_COLUMNS).digest == expected
     assert read_candidates(tmp_path / "lines" / "gsm", GSM_COLUMNS).digest == expected
-    with pytest.raises(InvalidArgumentError, match="--split: must be one of train, test"):
+    with pytest.raises(InvalidArgumentError, match="split: must be one of train, test"):
         read_candidates(tmp_path / "splits" / "gsm", GSM_COLUMNS)
     with pytest.raises(InvalidArgumentError, match="neither a saved dataset nor"):
         read_candidates(tmp_path / "splits", GSM_COLUMNS)

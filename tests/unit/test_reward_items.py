@@ -77,14 +77,14 @@ def test_images_are_urls_or_data() -> None:
 def test_every_wrong_field_is_named() -> None:
     composite = {
         "parts": [
-            {"name": "a", "weight": "heavy", "verifier": {"math": {"reference": 4}}},
+            {"name": "a", "weight": "heavy", "verifier": {"math": {"reference": [4]}}},
             {"verifier": {"math": {}, "exact": {}}, "gate": 1, "wieght": 1},
         ]
     }
     assert refused(id=7, verifier={"composite": composite}) == {
         "id": "must be a string, got a number",
         "verifier.composite.parts[0].weight": "must be a number, got a string",
-        "verifier.composite.parts[0].verifier.math.reference": "must be a string, got a number",
+        "verifier.composite.parts[0].verifier.math.reference": "must be a string, got an array",
         "verifier.composite.parts[1].verifier.exact": "must not be given beside math: only one of them may be set",
         "verifier.composite.parts[1].gate": "must be true or false, got a number",
         "verifier.composite.parts[1].wieght": "unknown key; did you mean weight?",

@@ -15,6 +15,8 @@ from perigee.buffer.client import StoredTrajectory
 from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import FailedPreconditionError
+from perigee.trainer.v1.trainer_pb2 import ChatSettings
+from services.kit.hf import open_model_folder
 from services.trainer.data import read_examples, unpack_trajectory
 from tests.fixtures.trainer import CHARACTERS, EOS, write_tokenizer
 
@@ -29,6 +31,8 @@ def write_example(folder: Path, prompt: str) -> Path:
 
 def test_a_prompt_has_bos_exactly_once_where_the_tokenizer_adds_it(tmp_path: Path) -> None:
     """Also where the prompt, as rendered by a chat template, begins with it."""
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": EOS}))
+    model = open_model_folder(tmp_path, "trainer.model")
     one, two = (CHARACTERS.index(character) + 2 for character in "12")
     for add_bos, prompt in [(False, "1"), (True, "1"), (True, "b1")]:
         write_tokenizer(tmp_path / "tokenizer.json")
@@ -36,7 +40,7 @@ def test_a_prompt_has_bos_exactly_once_where_the_tokenizer_adds_it(tmp_path: Pat
             tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
             tokenizer.post_processor = TemplateProcessing(single="b $A", special_tokens=[("b", BOS)])
             tokenizer.save(str(tmp_path / "tokenizer.json"))
-        (example,) = read_examples(str(write_example(tmp_path, prompt)), tmp_path, EOS, 128)
+        (example,) = read_examples(str(write_example(tmp_path, prompt)), model, ChatSettings(), 128)
         prompt_tokens = [BOS, one] if add_bos else [one]
         assert example.tokens.tolist() == [*prompt_tokens, two, EOS]
         # The prediction of token i + 1 is at i: the response and EOS are trained.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,12 +11,56 @@ from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, reporting_errors
 from perigee.rpc import ChannelOptions
 
+ChatMode = Literal["auto", "always", "never"]
+ChatOption = Annotated[ChatMode, typer.Option("--chat", help="Apply the chat template: auto, to messages alone.")]
+SystemPromptOption = Annotated[str, typer.Option("--system-prompt", help="First message of each chat.")]
+InstructionOption = Annotated[str, typer.Option("--instruction", help="Follows the last text of the user.")]
+
 prompts_app = typer.Typer(no_args_is_help=True)
 
 
-@prompts_app.callback()
-def group() -> None:
-    """Keeps `curate` a command of its own while it is the only one."""
+@prompts_app.command()
+def preview(
+    source: Annotated[Path, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or prompts in any form.")],
+    model: Annotated[str | None, typer.Option("--model", help="Model folder or URL; the recipe's when unset.")] = None,
+    count: Annotated[int, typer.Option("--count", min=1, help="Prompts to show.")] = 3,
+    response: Annotated[
+        str | None, typer.Option("--response", help="A response to judge; the reference, stated, when unset.")
+    ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", metavar="FIELD=COLUMN", help="Take a field from a column; repeat.")
+    ] = None,
+    answer_after: Annotated[str, typer.Option("--answer-after", help="The answer follows this in its column.")] = "",
+    split: Annotated[str | None, typer.Option("--split", help="Split of a saved data set.")] = None,
+    verifier: Annotated[str | None, typer.Option("--verifier", help="Verifier of lines that have none.")] = None,
+    chat: ChatOption = "auto",
+    system_prompt: SystemPromptOption = "",
+    instruction: InstructionOption = "",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe; repeat.")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Show prompts as the model will see them, token by token, and how a response is judged."""
+    with reporting_errors(debug):
+        import asyncio
+
+        from perigee.cli.prompts.candidates import split_pair
+        from perigee.cli.prompts.preview import read_preview, show_preview
+
+        section = {
+            "chat": chat,
+            "system_prompt": system_prompt,
+            "instruction": instruction,
+            "prompts": {
+                "path": str(source),
+                "columns": dict(split_pair("--column", pair) for pair in columns or []),
+                "answer_after": answer_after,
+                "split": split,
+                "verifier": verifier,
+            },
+        }
+        asyncio.run(show_preview(read_preview(source, section, model, overrides or []), count, response))
 
 
 @prompts_app.command()
@@ -66,6 +110,9 @@ def curate(
     cap: Annotated[int | None, typer.Option("--cap", min=1, help="Prompts kept per domain and bucket.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of samples and draws.")] = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what OUT holds.")] = False,
+    chat: ChatOption = "auto",
+    system_prompt: SystemPromptOption = "",
+    instruction: InstructionOption = "",
     unavailable_s: Annotated[float, typer.Option("--outage", min=0, help="Seconds a service may be away.")] = 60.0,
     plain: Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")] = False,
     debug: DebugOption = False,
@@ -77,6 +124,7 @@ def curate(
         from perigee.cli.prompts.curate import CurateCommand, ModelAccess, run_curate
         from perigee.cli.prompts.sampling import CurationSettings, read_template
         from perigee.config import validate
+        from perigee.trainer.v1.trainer_pb2 import ChatSettings
 
         sampling = {
             "samples": samples,
@@ -98,5 +146,6 @@ def curate(
         }
         settings = validate(CurationSettings, values, "settings", "")
         columns = make_columns(renames or [], defaults or [], answer_after, split)
-        access = ModelAccess(rollout or [], reward, model, push, channel, unavailable_s)
+        asking = ChatSettings(mode=chat, system_prompt=system_prompt, instruction=instruction)
+        access = ModelAccess(rollout or [], reward, model, push, channel, unavailable_s, asking)
         raise typer.Exit(run_curate(CurateCommand(source, out, columns, settings, access, restart, plain)))

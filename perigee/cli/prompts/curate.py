@@ -11,14 +11,14 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from perigee.cli.ending import Interrupt, run_interruptible
-from perigee.cli.prompts.candidates import Candidate, CandidateSet, Columns, read_candidates
+from perigee.cli.prompts.candidates import Candidate, CandidateSet, read_candidates
 from perigee.cli.prompts.duplicates import find_duplicates
 from perigee.cli.prompts.sampling import (
     CurationSettings,
@@ -39,11 +39,15 @@ from perigee.curation.findings import Buckets, Cell, Decision, Question, balance
 from perigee.curation.question_kinds import find_question_kinds
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.files import write_atomically, write_lines
+from perigee.json_codec import write_message
 from perigee.reward.client import RewardClient
 from perigee.reward.items import PromptLine, read_prompt_line
+from perigee.reward.sources import Columns
 from perigee.rollout.client import RolloutClient
 from perigee.rpc import ChannelOptions
+from perigee.trainer.v1.trainer_pb2 import ChatSettings
 from perigee.weights.client import WeightReceiverClient
+from services.kit.chat import open_encoder
 from services.kit.hf import open_model_folder
 
 
@@ -279,6 +283,7 @@ class ModelAccess:
     push: bool
     channel: ChannelOptions
     unavailable_s: float
+    chat: ChatSettings
 
 
 @dataclass(frozen=True)
@@ -307,6 +312,8 @@ def run_curate(command: CurateCommand) -> int:
     candidates = read_candidates(command.source, command.columns)
     folder = CurationFolder(command.out)
     head = {"input": candidates.digest, "settings": json.loads(command.settings.model_dump_json())}
+    if command.access.chat != ChatSettings():
+        head["chat"] = write_message(command.access.chat)
     if folder.open(head, restart=command.restart):
         console.print(f"resuming the curation in {command.out}", highlight=False, soft_wrap=True)
     curation = _Curation(command, candidates, folder, console)
@@ -382,14 +389,17 @@ class _Curation:
             self._folder.pin("policy_version", version)
             folder = open_model_folder(access.model, "--model")
             context_tokens = min(context_tokens, folder.context_tokens)
-            tokenizer = folder.open_tokenizer()
+            encoder = open_encoder(folder, access.chat)
             temperature, seed = sampling.temperature, self._command.settings.seed
             model = SampledModel(
-                workers, reward, tokenizer, context_tokens, version, temperature, seed, access.unavailable_s
+                workers, reward, encoder, context_tokens, version, temperature, seed, access.unavailable_s
             )
             questions = await self._ask_stage(difficulty_stage(sampling), model, lines, questions)
             if sampling.guesses:
-                return await self._ask_stage(guessing_stage(sampling), model, lines, questions)
+                # A guess is asked for without what the instruction says of reasoning.
+                bare = ChatSettings(mode=access.chat.mode, system_prompt=access.chat.system_prompt)
+                guessed = replace(model, encoder=replace(encoder, settings=bare))
+                return await self._ask_stage(guessing_stage(sampling), guessed, lines, questions)
         self._skip("guessing", questions, "--guesses 0")
         return questions
 

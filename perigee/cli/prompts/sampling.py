@@ -17,10 +17,10 @@ from pathlib import Path
 
 from pydantic import Field
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
-from tokenizers import Tokenizer
 
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
+from perigee.chat import Asked, ChatMessage
 from perigee.config import Model
 from perigee.curation.findings import (
     Decision,
@@ -38,7 +38,7 @@ from perigee.reward.scoring import ScoreClient, ScoreJob, ScoringOptions, scorin
 from perigee.reward.v1 import reward_pb2
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2
-from services.kit.hf import encode_prompts
+from services.kit.chat import PromptEncoder
 
 Find = Callable[[Sequence[Question]], Iterable[Finding]]
 Produce = Callable[[Sequence[Question]], AsyncIterator[Sequence[Finding]]]
@@ -168,7 +168,7 @@ class SampledModel:
 
     workers: Sequence[RolloutClient]
     reward: ScoreClient
-    tokenizer: Tokenizer
+    encoder: PromptEncoder
     context_tokens: int
     policy_version: int
     """A worker that holds another version refuses, so that all answers are of one model."""
@@ -188,11 +188,18 @@ class ModelStage:
     max_tokens: int
     decide: Callable[[str, SampleCounts], Finding]
     template: str = "{prompt}"
-    """The text that the model continues, with {prompt} and perhaps {answer_marker}."""
+    """What the user says, with {prompt} and perhaps {answer_marker}; a marker at its end begins the answer."""
 
-    def render(self, item: reward_pb2.ScoreItem) -> str:
-        """Returns the text that the model continues."""
-        return self.template.replace("{answer_marker}", item.answer_marker).replace("{prompt}", item.prompt)
+    def ask(self, line: PromptLine) -> Asked:
+        """Returns what the model is asked, the marker that begins the answer left out."""
+        if self.template == "{prompt}":
+            return line.asked
+        template, item = self.template.removesuffix("{answer_marker}"), line.item
+        text = template.replace("{answer_marker}", item.answer_marker).replace("{prompt}", item.prompt)
+        if not line.messages:
+            return text
+        last = max(index for index, message in enumerate(line.messages) if message["role"] == "user")
+        return (*line.messages[:last], ChatMessage(role="user", content=text.strip()), *line.messages[last + 1 :])
 
     def given(self, item: reward_pb2.ScoreItem) -> str:
         """Returns what of the answer the text holds already: a marker at its end leaves the answer to the model."""
@@ -239,7 +246,7 @@ def encode_lines(
     """Returns the prompts as tokens, and findings of those that the model's context has no room for."""
     prompts: list[EncodedPrompt] = []
     too_long: list[Finding] = []
-    encodings = encode_prompts(model.tokenizer, [stage.render(line.item) for line in lines])
+    encodings = [model.encoder.encode([stage.ask(line)], [line.place], stage.given(line.item))[0] for line in lines]
     for line, token_ids in zip(lines, encodings, strict=True):
         if 0 < len(token_ids) <= model.context_tokens - stage.max_tokens:
             prompts.append(EncodedPrompt(line, token_ids))

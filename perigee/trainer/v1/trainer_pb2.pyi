@@ -139,9 +139,12 @@ class FineTuneRequest(_message.Message):
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     NEW_VERSION_FIELD_NUMBER: _builtins.int
+    CHAT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     dataset_path: _builtins.str
-    """JSON Lines with "prompt" and "response" text: a path that PutFile returned, or a URL such as s3://bucket/file."""
+    """JSON Lines with "prompt" or "messages", and "response": a path that PutFile returned, or a URL such as
+    s3://bucket/file.
+    """
     steps: _builtins.int
     batch_size: _builtins.int
     """Examples per step."""
@@ -152,6 +155,10 @@ class FineTuneRequest(_message.Message):
     """The version number of the result."""
     @_builtins.property
     def optimizer(self) -> Global___Optimizer: ...
+    @_builtins.property
+    def chat(self) -> Global___ChatSettings:
+        """How the model is asked, as in the rollout."""
+
     def __init__(
         self,
         *,
@@ -163,14 +170,47 @@ class FineTuneRequest(_message.Message):
         optimizer: Global___Optimizer | None = ...,
         seed: _builtins.int = ...,
         new_version: _builtins.int = ...,
+        chat: Global___ChatSettings | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["optimizer", b"optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "dataset_path", b"dataset_path", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "new_version", b"new_version", "optimizer", b"optimizer", "run_id", b"run_id", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "chat", b"chat", "dataset_path", b"dataset_path", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "new_version", b"new_version", "optimizer", b"optimizer", "run_id", b"run_id", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FineTuneRequest: _TypeAlias = FineTuneRequest  # noqa: Y015
+
+@_typing.final
+class ChatSettings(_message.Message):
+    """How prompts become what a model is asked."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODE_FIELD_NUMBER: _builtins.int
+    SYSTEM_PROMPT_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
+    mode: _builtins.str
+    """auto (also when empty): the model's chat template is applied to messages, and to text where there is a system
+    prompt; always: to all prompts; never: to none.
+    """
+    system_prompt: _builtins.str
+    """First message of a chat that has no system message of its own."""
+    instruction: _builtins.str
+    """Follows the last text of the user, on a line of its own."""
+    def __init__(
+        self,
+        *,
+        mode: _builtins.str = ...,
+        system_prompt: _builtins.str = ...,
+        instruction: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instruction", b"instruction", "mode", b"mode", "system_prompt", b"system_prompt"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatSettings: _TypeAlias = ChatSettings  # noqa: Y015
 
 @_typing.final
 class FineTuneResponse(_message.Message):

@@ -1,0 +1,122 @@
+"""`perigee prompts preview`: the first prompts as the model will see them, and how a response to them is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from perigee.buffer.v1 import buffer_pb2
+from perigee.cli.recipe import RECIPE_FILE, find_recipe, load_recipe
+from perigee.config import validate
+from perigee.errors import InvalidArgumentError
+from perigee.reward.client import RewardClient
+from perigee.reward.scoring import score_items
+from perigee.reward.v1 import reward_pb2
+from services.coordinator.prompts import Prompt, read_prompts
+from services.coordinator.run_config import RunConfig
+from services.kit.chat import PromptEncoder, open_encoder
+from services.kit.hf import fetch_model, open_model_folder
+from services.kit.server import serving
+from services.reward.__main__ import lifespan
+from services.reward.config import RewardConfig
+
+RECIPE_SUFFIXES = (".yaml", ".yml")
+# What a run section needs beside its prompts.
+_REST = {"heldout": {"fraction": 0.5}, "iterations": 0, "rollout": {"max_response_tokens": 1}}
+
+
+def read_preview(
+    source: Path, section: Mapping[str, Any], model: str | None, overrides: Sequence[str]
+) -> tuple[PromptEncoder, list[Prompt]]:
+    """Returns the encoder and the prompts of a recipe, or of a file that is read by the run section given.
+
+    Raises InvalidArgumentError naming what is wrong with recipe, model or prompts.
+    """
+    if source.suffix in RECIPE_SUFFIXES or (source / RECIPE_FILE).is_file():
+        recipe = load_recipe(find_recipe(source), overrides)
+        if "run" not in recipe.values:
+            raise InvalidArgumentError.for_field(f"{source}: run", "is required to show prompts")
+        run = validate(RunConfig, recipe.values["run"], source.name, "run")
+        model = model or next(
+            (found for name in ("run", "rollout", "trainer") if (found := recipe.values.get(name, {}).get("model"))),
+            None,
+        )
+    else:
+        run = validate(RunConfig, {**_REST, **section}, str(source), "")
+    if model is None:
+        raise InvalidArgumentError.for_field("--model", "is required: its tokenizer and template make the prompts")
+    if any("{" in path for path in (model, *(each.path for each in run.prompts))):
+        raise InvalidArgumentError.for_field(
+            str(source), "names files that its script makes: preview the recipe that `perigee prepare` writes"
+        )
+    encoder = open_encoder(open_model_folder(fetch_model(model, "--model"), "--model"), run.chat_message())
+    prompts = read_prompts(run.prompts, "run.prompts", encoder, run.rollout.max_response_tokens)
+    return encoder, list(prompts.values())
+
+
+async def show_preview(read: tuple[PromptEncoder, list[Prompt]], count: int, response: str | None) -> None:
+    """Prints the first prompts token by token, and the verdict on a response to each, the stated reference if None."""
+    encoder, prompts = read
+    shown = prompts[:count]
+    console = Console()
+    stops = " ".join(_show_token(encoder, token) for token in encoder.model.stop_token_ids)
+    lengths = sorted(len(prompt.token_ids) for prompt in prompts)
+    console.print(
+        f"{len(prompts):,} prompts, {lengths[0]:,} to {lengths[-1]:,} tokens; a response ends with {stops}",
+        highlight=False,
+        markup=False,
+    )
+    if encoder.template is not None and not encoder.uses_template(shown[0].line.asked):
+        console.print("The model has a chat template, which is not applied to text: chat: always applies it.")
+    verdicts = await judge([make_item(prompt, response) for prompt in shown])
+    for prompt in shown:
+        templated = "with" if encoder.uses_template(prompt.line.asked) else "without"
+        console.print()
+        head = f"{prompt.id} ({prompt.domain}), {len(prompt.token_ids):,} tokens, {templated} the chat template"
+        console.print(Text(head, style="bold"))
+        console.print(Text(" ".join(_show_token(encoder, token) for token in prompt.token_ids)), soft_wrap=True)
+        console.print(Text(describe_verdict(prompt, response, verdicts.get(prompt.id))), soft_wrap=True)
+
+
+def make_item(prompt: Prompt, response: str | None) -> reward_pb2.ScoreItem:
+    """Returns the item of a response, of the stated reference if None."""
+    item = reward_pb2.ScoreItem()
+    item.CopyFrom(prompt.line.item)
+    item.id, item.response = prompt.id, state_reference(prompt.line.item) if response is None else response
+    return item
+
+
+def state_reference(item: reward_pb2.ScoreItem) -> str:
+    """Returns a response that states the reference, after the marker or in a box; nothing where there is no text."""
+    verifier = getattr(item, str(item.WhichOneof("verifier")))
+    reference = getattr(verifier, "reference", "") or next(iter(getattr(verifier, "references", ())), "")
+    if not reference:
+        return ""
+    boxed = f"\\boxed{{{reference}}}" if item.WhichOneof("verifier") == "math" else reference
+    return item.answer_marker + reference if item.answer_marker else boxed
+
+
+async def judge(items: Sequence[reward_pb2.ScoreItem]) -> dict[str, reward_pb2.ScoreResponse]:
+    """Returns verdicts by id, of a reward service in this process; items without a response are left out."""
+    async with serving(RewardConfig(), lifespan) as app, RewardClient.connect(app.address) as reward:
+        return {each.id: each async for each in score_items(reward, [item for item in items if item.response])}
+
+
+def describe_verdict(prompt: Prompt, response: str | None, verdict: reward_pb2.ScoreResponse | None) -> str:
+    """Returns a sentence on how a response is judged."""
+    name = prompt.line.item.WhichOneof("verifier")
+    if verdict is None:
+        return f"judged by {name}; no reference to state: --response gives one to judge"
+    text = state_reference(prompt.line.item) if response is None else response
+    outcome = buffer_pb2.Verdict.Name(verdict.verdict).removeprefix("VERDICT_").lower()
+    because = f": {verdict.reason}" if verdict.reason else ""
+    return f"judged by {name}: {text!r} is {outcome}{because}"
+
+
+def _show_token(encoder: PromptEncoder, token: int) -> str:
+    """Returns a token's text between quotes, and its id."""
+    return f"{encoder.tokenizer.decode([token], skip_special_tokens=False)!r}:{token}"

@@ -1,0 +1,237 @@
+"""Token ids of prompts: the one place that applies a model's chat template and its special tokens.
+
+A text that a model continues begins with the tokens that the tokenizer puts before a text (BOS). A rendered chat
+template has all special tokens that it wants: none is added.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from perigee.chat import Asked, ChatMessage, read_example
+from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.reward.items import read_lines, read_object
+from perigee.trainer.v1 import trainer_pb2 as pb
+from services.kit.hf import TOKENIZER_SETTINGS_FILE, ModelFolder, encode_prompts, read_json_object
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+CHAT_TEMPLATE_FILE = "chat_template.jinja"
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+# A response that no template changes.
+_PROBE = "perigee-response"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Template of a model folder that makes one text of messages."""
+
+    source: str
+    special_tokens: dict[str, str]
+
+    def render(self, messages: Sequence[ChatMessage], *, generation: bool = True) -> str:
+        """Returns the chat as text, with the beginning of an answer if `generation`.
+
+        Raises InvalidArgumentError when the template fails or refuses the messages.
+        """
+        try:
+            return str(
+                self._compiled.render(
+                    messages=[dict(message) for message in messages],
+                    add_generation_prompt=generation,
+                    **self.special_tokens,
+                )
+            )
+        except Exception as error:  # a template may raise anything
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InvalidArgumentError.for_field("messages", f"the model's chat template fails: {reason}") from error
+
+    @cached_property
+    def _compiled(self) -> Any:
+        """The template in the environment that transformers documents for chat templates."""
+        from jinja2 import ext
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        class GenerationTag(ext.Extension):
+            """Takes what the model wrote, between {% generation %} and {% endgeneration %}, as it stands."""
+
+            tags = {"generation"}
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[ext.loopcontrols, GenerationTag]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": _format_now}
+        return environment.from_string(self.source)
+
+
+def open_chat_template(folder: Path, field: str) -> ChatTemplate | None:
+    """Returns the chat template of a model folder, None when it has none; `field` named the folder, for errors."""
+    file, settings_file = folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_SETTINGS_FILE
+    settings = read_json_object(settings_file, field) if settings_file.exists() else {}
+    source = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
+    if isinstance(source, list):
+        source = next((each["template"] for each in source if each["name"] == "default"), None)
+    if not isinstance(source, str):
+        return None
+    tokens = {name: settings.get(name) for name in _SPECIAL_TOKENS}
+    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items() if token}
+    return ChatTemplate(source, texts)
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Makes token ids of what a model is asked, and of the responses that it learns."""
+
+    model: ModelFolder
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    settings: pb.ChatSettings = field(default_factory=pb.ChatSettings)
+
+    def uses_template(self, asked: Asked) -> bool:
+        """Returns whether the chat template is applied: to messages, and to text by `chat` or a system prompt."""
+        mode = self.settings.mode
+        return not isinstance(asked, str) or mode == "always" or (bool(self.settings.system_prompt) and mode != "never")
+
+    def render(self, asked: Asked) -> str:
+        """Returns the text that the model continues; raises InvalidArgumentError naming the field."""
+        instruction = self.settings.instruction
+        if not self.uses_template(asked):
+            return f"{asked}\n{instruction}" if instruction else str(asked)
+        if self.template is None or self.settings.mode == "never":
+            why = "run.chat is never" if self.template else f"{self.model.path} has no chat template"
+            raise InvalidArgumentError.for_field(
+                "prompt" if isinstance(asked, str) else "messages", f"cannot be asked as a chat: {why}"
+            )
+        if isinstance(asked, str):
+            self._check_raw(asked)
+            asked = (ChatMessage(role="user", content=asked),)
+        messages = list(asked)
+        last = max((index for index, each in enumerate(messages) if each["role"] == "user"), default=None)
+        if instruction and last is not None:
+            messages[last] = ChatMessage(role="user", content=f"{messages[last]['content']}\n{instruction}")
+        if self.settings.system_prompt and messages[0]["role"] != "system":
+            messages.insert(0, ChatMessage(role="system", content=self.settings.system_prompt))
+        return self.template.render(messages)
+
+    def encode(self, asked: Sequence[Asked], places: Sequence[str], begun: str = "") -> list[list[int]]:
+        """Returns the token ids of prompts, each followed by what is `begun` of the answer.
+
+        `places` tells where each stands, for the violations of the InvalidArgumentError that is raised for all at once.
+        """
+        texts: list[str] = []
+        violations: list[FieldViolation] = []
+        for each, place in zip(asked, places, strict=True):
+            try:
+                texts.append(self.render(each) + begun)
+            except InvalidArgumentError as error:
+                violations += [FieldViolation(f"{place}: {one.field}", one.description) for one in error.violations]
+        if violations:
+            raise InvalidArgumentError.for_fields(violations)
+        templated = [self.uses_template(each) for each in asked]
+        plain = iter(encode_prompts(self.tokenizer, [t for t, chat in zip(texts, templated, strict=True) if not chat]))
+        rendered = iter(self._encode_bare([t for t, chat in zip(texts, templated, strict=True) if chat]))
+        return [next(rendered) if chat else next(plain) for chat in templated]
+
+    def encode_responses(self, asked: Sequence[Asked], responses: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of responses, each ended by a stop token: the one that it ends with, else its kind's.
+
+        That is the one that the template puts behind an answer, and the model's first for text without a template.
+        """
+        stops = self.model.stop_token_ids
+        encoded = self._encode_bare(responses)
+        for each, ids in zip(asked, encoded, strict=True):
+            if not ids or ids[-1] not in stops:
+                ids.append(self._answer_end if self.uses_template(each) else self.model.eos_token_id)
+        return encoded
+
+    def _encode_bare(self, texts: Sequence[str]) -> list[list[int]]:
+        """Returns the token ids of texts, with no special token but those that they spell out."""
+        return [list(each.ids) for each in self.tokenizer.encode_batch([*texts], add_special_tokens=False)]
+
+    @cached_property
+    def _answer_end(self) -> int:
+        """The first stop token that the template puts behind an answer, else the model's first."""
+        assert self.template is not None
+        chat = (ChatMessage(role="user", content="a"), ChatMessage(role="assistant", content=_PROBE))
+        end = self.template.render(chat, generation=False).rpartition(_PROBE)[2]
+        [ids] = self._encode_bare([end])
+        return next((token for token in ids if token in self.model.stop_token_ids), self.model.eos_token_id)
+
+    def _check_raw(self, text: str) -> None:
+        """Raises InvalidArgumentError for a prompt that is a rendered template already."""
+        for token in self.tokenizer.get_added_tokens_decoder().values():
+            if token.special and text.startswith(token.content):
+                raise InvalidArgumentError.for_field(
+                    "prompt", f"begins with {token.content}, as a rendered chat does: chat: never takes it as it is"
+                )
+
+
+def open_encoder(model: ModelFolder, settings: pb.ChatSettings | None = None) -> PromptEncoder:
+    """Returns the encoder of a model folder; raises InvalidArgumentError that names the folder's field and the file."""
+    template = open_chat_template(model.path, model.field)
+    return PromptEncoder(model, model.open_tokenizer(), template, settings or pb.ChatSettings())
+
+
+def encode_examples(
+    path: Path, field: str, encoder: PromptEncoder, max_tokens: int
+) -> list[tuple[list[int], list[int]]]:
+    """Returns the token ids of prompt and response of each line of a supervised set; `field` is the key that named it.
+
+    Raises InvalidArgumentError naming file, line and field of malformed examples, and of those that have more than
+    `max_tokens`.
+    """
+    examples: list[tuple[str, Asked, str]] = []
+    violations: list[FieldViolation] = []
+    for place, text in read_lines(path, field):
+        try:
+            examples.append((place, *read_example(read_object(text, place))))
+        except InvalidArgumentError as error:
+            # A line that is no object is named already.
+            violations += [
+                FieldViolation(field, f"{'' if each.field == place else f'{place}: '}{each.field}: {each.description}")
+                for each in error.violations
+            ]
+    if violations:
+        raise InvalidArgumentError.for_fields(violations)
+    if not examples:
+        raise InvalidArgumentError.for_field(field, f"{path} holds no example")
+    places, asked, responses = zip(*examples, strict=True)
+    try:
+        pairs = list(zip(encoder.encode(asked, places), encoder.encode_responses(asked, responses), strict=True))
+    except InvalidArgumentError as error:
+        named = [FieldViolation(field, f"{each.field}: {each.description}") for each in error.violations]
+        raise InvalidArgumentError.for_fields(named) from error
+    for place, (prompt, response) in zip(places, pairs, strict=True):
+        if not prompt:
+            raise InvalidArgumentError.for_field(field, f"{place}: prompt: has no tokens in the model's vocabulary")
+        if (tokens := len(prompt) + len(response)) > max_tokens:
+            raise InvalidArgumentError.for_field(
+                field, f"{place}: {tokens} tokens are more than the context of {max_tokens}"
+            )
+    return pairs
+
+
+def _refuse(reason: str) -> NoReturn:
+    """Ends a template, at its own wish."""
+    raise ValueError(reason)
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    """Returns JSON without the escapes for HTML that jinja makes."""
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _format_now(form: str) -> str:
+    return datetime.now().strftime(form)

@@ -1,0 +1,185 @@
+"""Prompts as data sets hold them: columns, answers, splits, held-out parts and mixtures."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from perigee.cli.train import files_of
+from perigee.config import validate
+from perigee.errors import InvalidArgumentError
+from services.coordinator.prompts import Prompt, read_problems
+from services.coordinator.run_config import PromptSource, RunConfig, config_digest
+from services.coordinator.sampling import Sampler, make_sampler
+from services.kit.chat import open_encoder
+from services.kit.hf import open_model_folder
+from tests.fixtures.chat import write_chat_model
+
+GSM = [{"question": f"{n}+1=?", "answer": f"one more\n#### {n + 1}", "level": n} for n in range(20)]
+GSM_SOURCE = {"columns": {"prompt": "question"}, "answer_after": "####"}
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def make_config(**values: Any) -> RunConfig:
+    rest = {"iterations": 1, "heldout": {"count": 2}, "rollout": {"max_response_tokens": 16}}
+    return validate(RunConfig, rest | values, "recipe", "run")
+
+
+def read(folder: Path, context: int = 256, **values: Any) -> tuple[dict[str, Prompt], dict[str, Prompt]]:
+    config = make_config(**values)
+    model = open_model_folder(write_chat_model(folder / "model", context), "run.model")
+    return read_problems(config, open_encoder(model, config.chat_message()))
+
+
+def test_columns_become_fields_and_parquet_holds_the_same(tmp_path: Path) -> None:
+    lines = GSM_SOURCE | {"path": write(tmp_path / "gsm.jsonl", GSM), "defaults": {"domain": "sums"}}
+    # A file that was sent has no suffix.
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GSM), tmp_path / "0f3a")
+    table = lines | {"path": str(tmp_path / "0f3a"), "name": "gsm"}
+    found = [read(tmp_path, prompts=source)[0] for source in (lines, table)]
+    assert [[(p.id, p.domain, p.line.item, p.token_ids) for p in one.values()] for one in found[:1]] == [
+        [(p.id, p.domain, p.line.item, p.token_ids) for p in one.values()] for one in found[1:]
+    ]
+    prompt = found[0]["gsm-000003"]
+    assert (prompt.domain, prompt.line.item.prompt, prompt.line.item.math.reference) == ("sums", "2+1=?", "3")
+
+
+def test_the_question_stays_as_it_was_written(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"{n}=?"}], "info": {"truth": n}} for n in range(4)]
+    source = {"path": write(tmp_path / "p.jsonl", rows), "columns": {"answer": "info.truth"}, "verifier": {"math": {}}}
+    prompts, heldout = read(tmp_path, prompts=source, instruction="Box it.", system_prompt="Add.")
+    prompt = (prompts | heldout)["p-000002"]
+    assert (prompt.line.item.prompt, prompt.line.item.math.reference) == ("1=?", "1")
+    tokenizer = open_model_folder(tmp_path / "model", "model").open_tokenizer()
+    assert tokenizer.decode(list(prompt.token_ids), skip_special_tokens=False) == (
+        "<bos><turn>system: Add.<end><turn>user: 1=?\nBox it.<end><turn>assistant: "
+    )
+
+
+@pytest.mark.parametrize(("answer", "reference"), [(7, "7"), (0.5, "0.5"), (-3.0, "-3"), ("x", "x")])
+def test_a_number_is_an_answer(tmp_path: Path, answer: object, reference: str) -> None:
+    rows = [{"prompt": f"{n}=?", "answer": answer} for n in range(3)]
+    prompts, _ = read(tmp_path, prompts=write(tmp_path / "p.jsonl", rows))
+    assert {prompt.line.item.math.reference for prompt in prompts.values()} == {reference}
+
+
+@pytest.mark.parametrize(
+    ("rows", "changes", "said"),
+    [
+        (GSM, {"columns": {"prompt": "problem"}}, "p.jsonl:1: problem: is no column, and prompt is to be read from it"),
+        (GSM, {"answer_after": "@"}, "p.jsonl:1: answer: has no '@'"),
+        (
+            [{"question": "1", "answer": [1]}],
+            {"answer_after": ""},
+            "p.jsonl:1: reference: must be a string, got an array",
+        ),
+        ([{"question": None, "answer": "#### 1"}], {}, "p.jsonl:1: prompt: is required"),
+    ],
+)
+def test_a_bad_source_is_named(tmp_path: Path, rows: list[dict[str, Any]], changes: dict[str, Any], said: str) -> None:
+    source = GSM_SOURCE | {"path": write(tmp_path / "p.jsonl", rows)} | changes
+    with pytest.raises(InvalidArgumentError) as caught:
+        read(tmp_path, prompts=source)
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"content": "1"}], ":1: messages[0].role: is required"),
+        ([{"role": "user", "content": [{"type": "image"}]}], ":1: messages[0].content[0]: is an image"),
+        ([{"role": "assistant", "content": "1"}], ":1: messages: must end with what is to be answered"),
+        ([{"role": "system", "content": "1"}], ":1: messages: holds no message of the role user"),
+        (
+            [{"role": "user", "content": "1"}, {"role": "tool", "content": "1"}],
+            "chat template fails: tools are not known",
+        ),
+    ],
+)
+def test_bad_messages_are_named(tmp_path: Path, messages: Any, said: str) -> None:
+    path = write(tmp_path / "p.jsonl", [{"messages": messages, "answer": 1}])
+    with pytest.raises(InvalidArgumentError) as caught:
+        read(tmp_path, prompts=path)
+    assert said in caught.value.message
+    assert f"{path}:1: " in caught.value.message
+
+
+def test_a_context_shorter_than_prompt_and_cap_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [{"prompt": "1" * 50, "answer": 1}])
+    with pytest.raises(InvalidArgumentError, match=r"p.jsonl:1: prompt p-000001: has 51 tokens, .* context of 60"):
+        read(tmp_path, context=60, prompts=path)
+
+
+def test_parquet_without_its_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GSM), tmp_path / "p.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(InvalidArgumentError, match=r"run\.prompts: .*p\.parquet needs the package pyarrow"):
+        read(tmp_path, prompts=GSM_SOURCE | {"path": str(tmp_path / "p.parquet")})
+
+
+def test_a_part_is_held_out_by_seed(tmp_path: Path) -> None:
+    rows = [{"prompt": f"{n % 10}=?", "answer": n % 10} for n in range(20)]
+    path = write(tmp_path / "p.jsonl", rows)
+    prompts, heldout = read(tmp_path, prompts=path, heldout={"fraction": 0.3, "seed": 1})
+    assert (len(prompts), len(heldout)) == (14, 6)
+    assert not {p.line.item.prompt for p in prompts.values()} & {p.line.item.prompt for p in heldout.values()}
+    assert read(tmp_path, prompts=path, heldout={"count": 3, "seed": 1})[1].keys() == heldout.keys()
+    assert read(tmp_path, prompts=path, heldout={"count": 3, "seed": 2})[1].keys() != heldout.keys()
+    with pytest.raises(InvalidArgumentError, match=r"run\.heldout: takes 10 of 10 different prompts"):
+        read(tmp_path, prompts=path, heldout={"count": 10})
+
+
+@pytest.mark.parametrize("heldout", [{"count": 1, "fraction": 0.1}, {"seed": 1}, []])
+def test_a_held_out_part_has_one_size(heldout: Any) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"run\.heldout: wants one of a path, fraction and count"):
+        make_config(prompts="p", heldout=heldout)
+
+
+def test_one_plain_path_keeps_its_digest() -> None:
+    config = make_config(prompts="p", heldout="h")
+    assert (config.model_dump()["prompts"], config.model_dump()["heldout"]) == ("p", "h")
+    assert config_digest(config) == config_digest(make_config(prompts=[{"path": "p"}], heldout={"path": "h"}))
+    assert config_digest(config) != config_digest(make_config(prompts="p", heldout={"count": 1}))
+    with pytest.raises(InvalidArgumentError, match="system_prompt needs a chat template"):
+        make_config(prompts="p", heldout="h", chat="never", system_prompt="Add.")
+
+
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_sources_are_mixed_by_weight_and_the_mixture_goes_on(tmp_path: Path, prioritized: bool) -> None:
+    paths = [write(tmp_path / f"{name}.jsonl", [{"prompt": f"{n}", "answer": n} for n in range(size)])
+             for name, size in (("a", 8), ("b", 400))]  # fmt: skip
+    sources = [{"path": paths[0], "weight": 3}, paths[1]]
+    config = make_config(prompts=sources, heldout=paths[0], prioritized={"enabled": prioritized})
+    assert config.prompts[1] == PromptSource(path=paths[1])
+    prompts = list(read(tmp_path, prompts=sources, heldout=paths[0])[0].values())
+
+    def draw(sampler: Sampler, times: int) -> list[str]:
+        return [prompt.id for _ in range(times) for prompt in sampler.sample(4, 1, set())]
+
+    sampler = make_sampler(prompts, config, {})
+    first = draw(sampler, 10)
+    assert Counter(prompt_id[0] for prompt_id in first) == {"a": 30, "b": 10}
+    restored = make_sampler(prompts, config, {})
+    restored.restore(sampler.state())
+    assert draw(restored, 10) == draw(sampler, 10)
+
+
+def test_files_of_sources_are_sent_to_a_coordinator_elsewhere(tmp_path: Path) -> None:
+    path, url = write(tmp_path / "p.jsonl", GSM), "s3://b/p.jsonl"
+    for sources in (path, {"path": path}, [path, url], [{"path": url}, {"path": path}]):
+        section = {"prompts": sources, "heldout": {"sources": [path]}, "sft": [{"dataset": url}]}
+        assert [values[key] for values, key in files_of(section)] == [path, path]
+    assert [values[key] for values, key in files_of({"prompts": path, "heldout": {"count": 2}})] == [path]
+    with pytest.raises(InvalidArgumentError, match="is a folder, and a coordinator elsewhere is sent files"):
+        files_of({"prompts": str(tmp_path), "heldout": path})
