@@ -50,12 +50,15 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def parse_override(override: str) -> dict[str, Any]:
     """Returns `a.b=c` as nested mappings; the value is read as YAML.
 
-    Raises InvalidArgumentError when there is no key or no equals sign.
+    Raises InvalidArgumentError when there is no key, no equals sign, or the value is not YAML.
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InvalidArgumentError.for_field("--set", f"{override!r} is not of the form a.b=c")
-    return nest(key.split("."), yaml.safe_load(text))
+    try:
+        return nest(key.split("."), yaml.safe_load(text))
+    except yaml.YAMLError as error:
+        raise InvalidArgumentError.for_field("--set", f"{text!r} is not YAML: {key}='\"{text}\"' is text") from error
 
 
 def nest(keys: Sequence[str], value: Any) -> dict[str, Any]:

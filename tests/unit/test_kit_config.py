@@ -67,6 +67,7 @@ def test_the_token_comes_from_the_environment_and_is_masked(monkeypatch: pytest.
         ("server.prot=3", "example.server.prot: unknown key; did you mean port?"),
         ("workers=many", "example.workers: "),
         ("workers", "--set: 'workers' is not of the form a.b=c"),
+        ("name={data}/x", "--set: '{data}/x' is not YAML: name='\"{data}/x\"' is text"),
     ],
 )
 def test_a_wrong_configuration_ends_in_one_line_that_names_the_field(
