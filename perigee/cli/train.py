@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import json
 import shutil
 import sys
@@ -57,6 +56,8 @@ START_S = 330.0
 RECONNECT_S = 1.0
 # Without a snapshot for so long the coordinator is given up.
 SILENCE_S = 300.0
+# Keys of a run section that name files, or hold what does.
+FILE_KEYS = ("prompts", "heldout", "sources", "path", "sft", "dataset")
 # What calls end with while the coordinator is away, or back without the run.
 _COORDINATOR_AWAY = (*UNAVAILABLE, DeadlineExceededError, NotFoundError, CancelledError)
 
@@ -110,38 +111,30 @@ async def send_files(
 ) -> dict[str, Any]:
     """Sends the files that a run section names to the coordinator; returns the section with their paths there.
 
-    Names that are no files of this machine stay: they are URLs, or the coordinator's.
+    Names that are no files of this machine stay: they are URLs, or the coordinator's. Raises InvalidArgumentError for a
+    folder, which is not sent.
     """
 
-    sent = copy.deepcopy(dict(section))
-    for values, key in files_of(sent):
-        values[key] = await client.put_file(Path(values[key]), request.run_id, request.run_path)
+    async def send(value: Any) -> Any:
+        """Returns a name, or what holds names, as the coordinator has it."""
+        if isinstance(value, list):
+            return [await send(each) for each in value]
+        if isinstance(value, Mapping):
+            return {key: await send(part) if key in FILE_KEYS else part for key, part in value.items()}
+        here = is_file_here(value)
+        return await client.put_file(Path(value), request.run_id, request.run_path) if here else value
+
+    sent: dict[str, Any] = await send(section)
     return sent
 
 
-def files_of(section: dict[str, Any]) -> list[tuple[Any, Any]]:
-    """Returns where a run section names files of this machine: a mapping or list, and the key or index in it.
-
-    Raises InvalidArgumentError for a folder, which is not sent.
-    """
-    named: list[tuple[Any, Any]] = [(stage, "dataset") for stage in section.get("sft", ())]
-    for key in ("prompts", "heldout"):
-        holder: Any = section
-        if isinstance(section[key], dict) and "sources" in section[key]:
-            holder, key = section[key], "sources"
-        if isinstance(holder[key], list):
-            named += [
-                (each, "path") if isinstance(each, dict) else (holder[key], n) for n, each in enumerate(holder[key])
-            ]
-        elif isinstance(holder[key], dict):
-            named += [(holder[key], "path")] if "path" in holder[key] else []
-        else:
-            named.append((holder, key))
-    if folder := next((values[key] for values, key in named if Path(values[key]).is_dir()), None):
+def is_file_here(name: str) -> bool:
+    """Returns whether a name is that of a file of this machine; raises InvalidArgumentError for a folder."""
+    if Path(name).is_dir():
         raise InvalidArgumentError.for_field(
-            "run", f"{folder} is a folder, and a coordinator elsewhere is sent files: name a file or a URL"
+            "run", f"{name} is a folder, and a coordinator elsewhere is sent files: name a file or a URL"
         )
-    return [(values, key) for values, key in named if Path(values[key]).is_file()]
+    return Path(name).is_file()
 
 
 @dataclass(frozen=True)

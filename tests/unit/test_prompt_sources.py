@@ -6,14 +6,16 @@ import json
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 
-from perigee.cli.train import files_of
+from perigee.cli.train import send_files
 from perigee.config import validate
+from perigee.coordinator.client import CoordinatorClient
+from perigee.coordinator.v1 import coordinator_pb2
 from perigee.errors import InvalidArgumentError
 from services.coordinator.prompts import Prompt, read_problems
 from services.coordinator.run_config import PromptSource, RunConfig, config_digest
@@ -175,11 +177,23 @@ def test_sources_are_mixed_by_weight_and_the_mixture_goes_on(tmp_path: Path, pri
     assert draw(restored, 10) == draw(sampler, 10)
 
 
-def test_files_of_sources_are_sent_to_a_coordinator_elsewhere(tmp_path: Path) -> None:
+class Receiver:
+    async def put_file(self, path: Path, run_id: str, run_path: str) -> str:
+        return f"{run_path}/{path.name}"
+
+
+async def test_files_of_sources_are_sent_to_a_coordinator_elsewhere(tmp_path: Path) -> None:
+    client = cast(CoordinatorClient, Receiver())
+    request = coordinator_pb2.StartRunRequest(run_path="there")
     path, url = write(tmp_path / "p.jsonl", GSM), "s3://b/p.jsonl"
-    for sources in (path, {"path": path}, [path, url], [{"path": url}, {"path": path}]):
-        section = {"prompts": sources, "heldout": {"sources": [path]}, "sft": [{"dataset": url}]}
-        assert [values[key] for values, key in files_of(section)] == [path, path]
-    assert [values[key] for values, key in files_of({"prompts": path, "heldout": {"count": 2}})] == [path]
+    there = "there/p.jsonl"
+    for section, sent in [
+        ({"prompts": path, "heldout": {"count": 2}}, {"prompts": there, "heldout": {"count": 2}}),
+        ({"prompts": {"path": path, "name": path}}, {"prompts": {"path": there, "name": path}}),
+        ({"prompts": [path, {"path": url}], "model": path}, {"prompts": [there, {"path": url}], "model": path}),
+        ({"heldout": {"sources": [{"path": path}, url]}}, {"heldout": {"sources": [{"path": there}, url]}}),
+        ({"heldout": url, "sft": [{"dataset": path}]}, {"heldout": url, "sft": [{"dataset": there}]}),
+    ]:
+        assert await send_files(client, request, section) == sent
     with pytest.raises(InvalidArgumentError, match="is a folder, and a coordinator elsewhere is sent files"):
-        files_of({"prompts": str(tmp_path), "heldout": path})
+        await send_files(client, request, {"prompts": str(tmp_path), "heldout": path})
