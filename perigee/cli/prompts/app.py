@@ -11,6 +11,14 @@ from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, reporting_errors
 from perigee.rpc import ChannelOptions
 
+RenamesOption = Annotated[
+    list[str] | None, typer.Option("--rename", metavar="FIELD=COLUMN", help="Take a field from a column; repeat.")
+]
+DefaultsOption = Annotated[
+    list[str] | None, typer.Option("--default", metavar="FIELD=TEXT", help="Value where there is none; repeat.")
+]
+AnswerAfterOption = Annotated[str, typer.Option("--answer-after", help="The answer follows this in its column.")]
+SplitOption = Annotated[str | None, typer.Option("--split", help="Split of a saved DatasetDict, or of a folder.")]
 ChatMode = Literal["auto", "always", "never"]
 ChatOption = Annotated[ChatMode, typer.Option("--chat", help="Apply the chat template: auto, to messages alone.")]
 SystemPromptOption = Annotated[str, typer.Option("--system-prompt", help="First message of each chat.")]
@@ -27,12 +35,10 @@ def preview(
     response: Annotated[
         str | None, typer.Option("--response", help="A response to judge; the reference, stated, when unset.")
     ] = None,
-    columns: Annotated[
-        list[str] | None, typer.Option("--column", metavar="FIELD=COLUMN", help="Take a field from a column; repeat.")
-    ] = None,
-    answer_after: Annotated[str, typer.Option("--answer-after", help="The answer follows this in its column.")] = "",
-    split: Annotated[str | None, typer.Option("--split", help="Split of a saved data set.")] = None,
-    verifier: Annotated[str | None, typer.Option("--verifier", help="Verifier of lines that have none.")] = None,
+    renames: RenamesOption = None,
+    defaults: DefaultsOption = None,
+    answer_after: AnswerAfterOption = "",
+    split: SplitOption = None,
     chat: ChatOption = "auto",
     system_prompt: SystemPromptOption = "",
     instruction: InstructionOption = "",
@@ -54,10 +60,10 @@ def preview(
             "instruction": instruction,
             "prompts": {
                 "path": str(source),
-                "columns": dict(split_pair("--column", pair) for pair in columns or []),
+                "columns": dict(split_pair("--rename", pair) for pair in renames or []),
+                "defaults": dict(split_pair("--default", pair) for pair in defaults or []),
                 "answer_after": answer_after,
                 "split": split,
-                "verifier": verifier,
             },
         }
         asyncio.run(show_preview(read_preview(source, section, model, overrides or []), count, response))
@@ -69,14 +75,10 @@ def curate(
     channel: ChannelOptions,
     source: Annotated[Path, typer.Argument(metavar="IN", help="JSON Lines, parquet, or a folder of datasets.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the curation; the same one is resumed.")],
-    renames: Annotated[
-        list[str] | None, typer.Option("--rename", metavar="FIELD=COLUMN", help="Take a field from a column; repeat.")
-    ] = None,
-    defaults: Annotated[
-        list[str] | None, typer.Option("--default", metavar="FIELD=TEXT", help="Value where there is none; repeat.")
-    ] = None,
-    answer_after: Annotated[str, typer.Option("--answer-after", help="The answer follows this in its column.")] = "",
-    split: Annotated[str | None, typer.Option("--split", help="Split of a saved DatasetDict.")] = None,
+    renames: RenamesOption = None,
+    defaults: DefaultsOption = None,
+    answer_after: AnswerAfterOption = "",
+    split: SplitOption = None,
     near_duplicates: Annotated[
         float, typer.Option("--near-duplicates", min=0, max=1, help="Jaccard similarity of near duplicates; 0 is off.")
     ] = 0.7,
