@@ -10,7 +10,7 @@ from perigee.json_codec import name_type
 
 
 class ChatMessage(TypedDict):
-    """ChatMessage of a chat."""
+    """Message of a chat, its parts of text joined."""
 
     role: str
     content: str

@@ -154,6 +154,8 @@ def read_rows(
             found.append(one)
         except InvalidArgumentError as error:
             violations += error.violations
+    if len(violations) == 1:
+        raise InvalidArgumentError.for_fields(violations)
     if violations:
         shown = [f"  {each.field}: {each.description}" for each in violations[:MAX_SHOWN]]
         more = [f"  and {len(violations) - MAX_SHOWN} more"] if len(violations) > MAX_SHOWN else []

@@ -115,7 +115,10 @@ class PromptEncoder:
                 "prompt" if isinstance(asked, str) else "messages", f"cannot be asked as a chat: {why}"
             )
         if isinstance(asked, str):
-            self._check_raw(asked)
+            if asked.startswith(self._special_texts):
+                raise InvalidArgumentError.for_field(
+                    "prompt", "begins with a special token, as a rendered chat does: chat: never takes it as it is"
+                )
             asked = (ChatMessage(role="user", content=asked),)
         messages = list(asked)
         last = max((index for index, each in enumerate(messages) if each["role"] == "user"), default=None)
@@ -169,13 +172,11 @@ class PromptEncoder:
         [ids] = self._encode_bare([end])
         return next((token for token in ids if token in self.model.stop_token_ids), self.model.eos_token_id)
 
-    def _check_raw(self, text: str) -> None:
-        """Raises InvalidArgumentError for a prompt that is a rendered template already."""
-        for token in self.tokenizer.get_added_tokens_decoder().values():
-            if token.special and text.startswith(token.content):
-                raise InvalidArgumentError.for_field(
-                    "prompt", f"begins with {token.content}, as a rendered chat does: chat: never takes it as it is"
-                )
+    @cached_property
+    def _special_texts(self) -> tuple[str, ...]:
+        """Texts of the special tokens."""
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        return tuple(token.content for token in added if token.special)
 
 
 def open_encoder(model: ModelFolder, settings: pb.ChatSettings | None = None) -> PromptEncoder:

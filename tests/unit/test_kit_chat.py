@@ -95,7 +95,7 @@ def test_a_system_message_of_the_line_stands(tmp_path: Path) -> None:
         (None, {}, ASKED, "has no chat template"),
         (None, {"mode": "always"}, "1", "p:1: prompt: cannot be asked as a chat: "),
         (TEMPLATE, {"mode": "never"}, ASKED, "run.chat is never"),
-        (TEMPLATE, {"mode": "always"}, "<turn>user: 1", "p:1: prompt: begins with <turn>, as a rendered chat does"),
+        (TEMPLATE, {"mode": "always"}, "<turn>user: 1", "p:1: prompt: begins with a special token"),
     ],
 )
 def test_what_cannot_be_asked_is_named(
