@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import yaml
 
+from perigee.config import validate
+from services.coordinator.prompts import read_problems
+from services.coordinator.run_config import RunConfig
+from services.kit.chat import open_encoder
+from services.kit.hf import open_model_folder
 from tests.fixtures.training import TrainedRun, processes_below
 
 pytestmark = pytest.mark.timeout(600)
@@ -28,6 +34,15 @@ def test_every_iteration_trains_and_makes_the_next_version(trained_run: TrainedR
     versions = [line["policy_version"] for line in lines]
     assert versions == sorted(versions)
     assert versions[-1] == 1 + len(trained)
+
+
+def test_chats_are_asked_by_the_template_and_text_as_it_stands(trained_run: TrainedRun) -> None:
+    values = yaml.safe_load((trained_run.path / "recipe.yaml").read_text())
+    run = validate(RunConfig, values["run"], "recipe.yaml", "run")
+    encoder = open_encoder(open_model_folder(str(run.model), "run.model"), run.chat_message())
+    chat, text, *_ = read_problems(run, encoder)[0].values()
+    asked = [encoder.tokenizer.decode(list(each.token_ids)) for each in (chat, text)]
+    assert asked == [f"user:{chat.line.item.prompt};assistant:", text.line.item.prompt]
 
 
 def test_rollout_and_trainer_agree_on_every_token(trained_run: TrainedRun) -> None:
