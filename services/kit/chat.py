@@ -18,7 +18,7 @@ from perigee.chat import Asked, ChatMessage, read_example
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.reward.items import read_lines, read_object
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.kit.hf import TOKENIZER_SETTINGS_FILE, ModelFolder, encode_prompts, read_json_object
+from services.kit.hf import TOKENIZER_SETTINGS_FILE, ModelFolder, read_json_object
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -142,10 +142,11 @@ class PromptEncoder:
                 violations += [FieldViolation(f"{place}: {one.field}", one.description) for one in error.violations]
         if violations:
             raise InvalidArgumentError.for_fields(violations)
-        templated = [self.uses_template(each) for each in asked]
-        plain = iter(encode_prompts(self.tokenizer, [t for t, chat in zip(texts, templated, strict=True) if not chat]))
-        rendered = iter(self._encode_bare([t for t, chat in zip(texts, templated, strict=True) if chat]))
-        return [next(rendered) if chat else next(plain) for chat in templated]
+        before = self._tokens_before_text
+        return [
+            ids if self.uses_template(each) or ids[: len(before)] == before else [*before, *ids]
+            for each, ids in zip(asked, self._encode_bare(texts), strict=True)
+        ]
 
     def encode_responses(self, asked: Sequence[Asked], responses: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of responses, each ended by a stop token: the one that it ends with, else its kind's.
@@ -162,6 +163,13 @@ class PromptEncoder:
     def _encode_bare(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of texts, with no special token but those that they spell out."""
         return [list(each.ids) for each in self.tokenizer.encode_batch([*texts], add_special_tokens=False)]
+
+    @cached_property
+    def _tokens_before_text(self) -> list[int]:
+        """Tokens that the tokenizer puts before every text (BOS); those that it puts behind one (EOS) are left out."""
+        plain, full = (list(self.tokenizer.encode("a", add_special_tokens=added).ids) for added in (False, True))
+        starts = range(len(full) - len(plain) + 1)
+        return next((full[:start] for start in starts if full[start : start + len(plain)] == plain), [])
 
     @cached_property
     def _answer_end(self) -> int:

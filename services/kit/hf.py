@@ -6,7 +6,7 @@ The tokenizer library is imported when a tokenizer is opened.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -185,27 +185,6 @@ def read_json_object(path: Path, field: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidArgumentError.for_field(field, f"{path} is not a JSON object")
     return values
-
-
-def encode_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """Returns the token ids of prompts that a model continues.
-
-    The tokens that the tokenizer puts before a text (BOS) stand there exactly once, also where the text, as rendered by
-    a chat template, begins with them; those that it puts behind one (EOS) do not.
-    """
-    prefix = _added_prefix(tokenizer)
-    encodings = tokenizer.encode_batch([*texts], add_special_tokens=False)
-    return [ids if ids[: len(prefix)] == prefix else [*prefix, *ids] for ids in (list(each.ids) for each in encodings)]
-
-
-def _added_prefix(tokenizer: Tokenizer) -> list[int]:
-    """Returns the tokens that the tokenizer puts before every text."""
-    plain = list(tokenizer.encode("a", add_special_tokens=False).ids)
-    full = list(tokenizer.encode("a").ids)
-    for length in range(len(full) - len(plain) + 1):
-        if full[length : length + len(plain)] == plain:
-            return full[:length]
-    return []
 
 
 def _token_ids(value: object) -> list[int]:

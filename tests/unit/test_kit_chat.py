@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from perigee.chat import Asked, ChatMessage, read_messages
@@ -15,7 +19,7 @@ from perigee.errors import InvalidArgumentError
 from perigee.reward.items import read_prompt_line
 from perigee.trainer.v1.trainer_pb2 import ChatSettings
 from services.kit.chat import PromptEncoder, encode_examples, open_encoder
-from services.kit.hf import open_model_folder
+from services.kit.hf import ModelFolder, open_model_folder
 from tests.fixtures.chat import BOS, END, EOS, TEMPLATE, write_chat_model
 
 ASKED: Asked = (ChatMessage(role="user", content="1+1=?"),)
@@ -47,6 +51,35 @@ def test_a_chat_has_the_tokens_that_transformers_gives_it(tmp_path: Path) -> Non
     assert encoder.render(tuple(messages)) == expected
     [ids] = encoder.encode([tuple(messages)], ["p:1"])
     assert ids == reference(expected, add_special_tokens=False, truncation=False, padding=False)["input_ids"]
+
+
+def make_bare_encoder(template: str | None) -> PromptEncoder:
+    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    if template is not None:
+        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+    return PromptEncoder(cast(ModelFolder, None), tokenizer, None)
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "ids"),
+    [
+        (None, "a b", [3, 4]),
+        (None, "<s>a", [1, 3]),
+        ("<s> $A", "a b", [1, 3, 4]),
+        ("<s> $A", "<s>a b", [1, 3, 4]),
+        ("<s> $A </s>", "a", [1, 3]),
+        ("$A </s>", "a", [3]),
+        ("<s> $A", "", [1]),
+    ],
+)
+def test_a_text_begins_once(template: str | None, text: str, ids: list[int]) -> None:
+    assert make_bare_encoder(template).encode([text], ["p:1"]) == [ids]
+
+
+def test_prompts_are_encoded_together() -> None:
+    assert make_bare_encoder("<s> $A").encode(["a", "<s>b"], ["p:1", "p:2"]) == [[1, 3], [1, 4]]
 
 
 def test_special_tokens_are_there_once(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read of them, and BOS exactly once."""
+"""Hugging Face folders: what is read of them."""
 
 from __future__ import annotations
 
@@ -6,42 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
-from tokenizers.processors import TemplateProcessing
 
 from perigee.errors import InvalidArgumentError
-from services.kit.hf import encode_prompts, open_model_folder
-
-
-def make_tokenizer(template: str | None) -> Tokenizer:
-    tokenizer = Tokenizer(WordLevel({"[UNK]": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = Whitespace()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    if template is not None:
-        tokenizer.post_processor = TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
-    return tokenizer
-
-
-@pytest.mark.parametrize(
-    ("template", "text", "ids"),
-    [
-        (None, "a b", [3, 4]),
-        (None, "<s>a", [1, 3]),
-        ("<s> $A", "a b", [1, 3, 4]),
-        ("<s> $A", "<s>a b", [1, 3, 4]),
-        ("<s> $A </s>", "a", [1, 3]),
-        ("$A </s>", "a", [3]),
-        ("<s> $A", "", [1]),
-    ],
-)
-def test_a_prompt_begins_once(template: str | None, text: str, ids: list[int]) -> None:
-    assert encode_prompts(make_tokenizer(template), [text]) == [ids]
-
-
-def test_prompts_are_encoded_together() -> None:
-    assert encode_prompts(make_tokenizer("<s> $A"), ["a", "<s>b"]) == [[1, 3], [1, 4]]
+from services.kit.hf import open_model_folder
 
 
 def write_model(folder: Path, **files: object) -> Path:
