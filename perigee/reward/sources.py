@@ -18,6 +18,7 @@ from perigee.reward.items import PromptLine, prompt_keys, read_lines, read_objec
 KNOWN_FIELDS = prompt_keys() - {"images"}
 PARQUET_MAGIC = b"PAR1"
 Row = str | Mapping[str, Any]
+_MISSING = object()
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,6 @@ def _spread_verifier(defaults: Mapping[str, Any], row: Mapping[str, Any]) -> dic
     return rest if row.get("verifier") is not None else {"verifier": name, **(parameters or {}), **rest}
 
 
-_MISSING = object()
-
-
 def _find_column(row: Mapping[str, Any], column: str) -> Any:
     """Returns the value of a column, or of what a dotted name leads to."""
     if column in row:
@@ -184,7 +182,7 @@ def _read_saved(path: Path, field: str) -> Iterator[tuple[str, Row]]:
     """Yields the rows of a dataset as `save_to_disk` wrote it."""
     arrow = _open_arrow(path, field)
     files = [path / each["filename"] for each in json.loads((path / "state.json").read_text())["_data_files"]]
-    batches = (batch for file in files for batch in arrow.ipc.open_stream(file.read_bytes()))
+    batches = (batch for file in files for batch in arrow.ipc.open_stream(arrow.memory_map(str(file))))
     yield from _number_rows(path, batches)
 
 

@@ -58,8 +58,9 @@ def test_columns_become_fields_and_parquet_holds_the_same(tmp_path: Path) -> Non
 
 
 def test_the_question_stays_as_it_was_written(tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": f"{n}=?"}], "info": {"truth": n}} for n in range(4)]
-    source = {"path": write(tmp_path / "p.jsonl", rows), "columns": {"answer": "info.truth"}, "verifier": {"math": {}}}
+    rows = [{"prompt": [{"role": "user", "content": f"{n}=?"}], "info": {"truth": n}} for n in range(4)]
+    columns = {"messages": "prompt", "answer": "info.truth"}
+    source = {"path": write(tmp_path / "p.jsonl", rows), "columns": columns, "verifier": {"math": {}}}
     prompts, heldout = read(tmp_path, prompts=source, instruction="Box it.", system_prompt="Add.")
     prompt = (prompts | heldout)["p-000002"]
     assert (prompt.line.item.prompt, prompt.line.item.math.reference) == ("1=?", "1")
