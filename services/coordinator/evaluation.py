@@ -8,14 +8,11 @@ failed is left out and counted in `failures`.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
-
-import numpy as np
 
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
@@ -23,18 +20,18 @@ from perigee.coordinator.v1 import coordinator_pb2
 from perigee.reward.scoring import ScoreJob
 from perigee.reward.v1 import reward_pb2
 from perigee.rollout.v1 import rollout_pb2 as pb
+from perigee.statistics import Interval, clustered_interval, wilson_interval
 from services.coordinator.context import RunContext
 from services.coordinator.dispatcher import Dispatcher, Progress
 from services.coordinator.prompts import Prompt
 from services.coordinator.rewards import score_responses
+from services.coordinator.run_config import EvaluationConfig
 from services.coordinator.run_log import number_or_none
 from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import Worker
 
 # Prompt tokens per call: a message stays far below 4 MiB.
 MAX_PROMPT_TOKENS = 200_000
-# The two-sided 95% quantile of the standard normal distribution.
-Z_95 = 1.959963984540054
 
 Kind = Literal["baseline", "periodic", "final"]
 
@@ -60,11 +57,8 @@ class Evaluation:
     async def run(self, kind: Kind, iteration: int, weights: WeightSync) -> dict[str, Any]:
         """Evaluates the version and returns the line of evaluations.jsonl."""
         context, config = self.context, self.context.config.evaluation
-        problems: Sequence[Prompt] = list(context.inputs.heldout.values())
-        with_greedy = True
-        if kind == "periodic":
-            problems = spread(problems, config.problems or len(problems))
-            with_greedy = config.greedy
+        problems = choose_problems(kind, list(context.inputs.heldout.values()), config)
+        with_greedy = kind != "periodic" or config.greedy
         self.attempts = make_attempts(problems, with_greedy, config.samples)
         started = time.monotonic()
         await self._evaluate(weights)
@@ -149,6 +143,11 @@ def make_attempts(problems: Iterable[Prompt], greedy: bool, samples: int) -> dic
     return attempts
 
 
+def choose_problems(kind: Kind, problems: Sequence[Prompt], config: EvaluationConfig) -> Sequence[Prompt]:
+    """Returns the problems of an evaluation of this kind."""
+    return spread(problems, (config.problems if kind == "periodic" else config.end_problems) or len(problems))
+
+
 def spread(problems: Sequence[Prompt], count: int) -> Sequence[Prompt]:
     """Returns `count` problems at even distances, so that every domain of a sorted file is there."""
     count = min(count, len(problems))
@@ -181,55 +180,6 @@ def mean_tokens(attempts: Iterable[Attempt]) -> float | None:
     """Returns the mean response length; None without attempts."""
     lengths = [attempt.tokens for attempt in attempts]
     return round(sum(lengths) / len(lengths), 2) if lengths else None
-
-
-@dataclass(frozen=True)
-class Interval:
-    """Mean with its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-
-def wilson_interval(correct: int, total: int) -> Interval:
-    """Returns Wilson's score interval of a fraction: one answer per problem."""
-    if total == 0:
-        return Interval(math.nan, math.nan, math.nan)
-    interval = _wilson_at(correct / total, total)
-    # Rounding must not put the fraction itself outside.
-    return Interval(interval.mean, min(interval.mean, interval.low), max(interval.mean, interval.high))
-
-
-def clustered_interval(correct_by_problem: Sequence[Sequence[bool]]) -> Interval:
-    """Returns the interval of the mean accuracy when each problem was answered several times.
-
-    Answers to one problem depend on each other, so the problem is the unit: the Wilson interval at the number of
-    independent answers that has the same variance as the mean over problems (ratio estimator).
-    """
-    answered = [answers for answers in correct_by_problem if answers]
-    if not answered:
-        return Interval(math.nan, math.nan, math.nan)
-    sizes_P = np.array([len(answers) for answers in answered], dtype=np.float64)
-    correct_P = np.array([sum(answers) for answers in answered], dtype=np.float64)
-    mean = float(correct_P.sum() / sizes_P.sum())
-    problems = len(answered)
-    if problems == 1 or mean in (0.0, 1.0):
-        plain = wilson_interval(round(mean * problems), problems)
-        return Interval(mean, min(mean, plain.low), max(mean, plain.high))
-    residual_P = correct_P - mean * sizes_P
-    variance = float((residual_P**2).sum()) * problems / (problems - 1) / float(sizes_P.sum()) ** 2
-    if variance == 0.0:
-        # Every problem is as often right as the others: no less certain than independent answers.
-        return _wilson_at(mean, float(sizes_P.sum()))
-    return _wilson_at(mean, mean * (1 - mean) / variance)
-
-
-def _wilson_at(fraction: float, effective: float) -> Interval:
-    scale = 1 + Z_95**2 / effective
-    center = (fraction + Z_95**2 / (2 * effective)) / scale
-    half = Z_95 / scale * math.sqrt(fraction * (1 - fraction) / effective + Z_95**2 / (4 * effective**2))
-    return Interval(fraction, max(0.0, center - half), min(1.0, center + half))
 
 
 def _summarize_scope(attempts: Sequence[Attempt]) -> dict[str, dict[str, float | None]]:

@@ -44,7 +44,7 @@ from perigee.errors import (
 )
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.context import RunContext
-from services.coordinator.evaluation import Evaluation, Kind
+from services.coordinator.evaluation import Evaluation, Kind, choose_problems
 from services.coordinator.groups import LiveGroups
 from services.coordinator.iteration import Committed, CoordinatorState, Iteration, decode_state
 from services.coordinator.run_config import SftStage, config_digest, to_message
@@ -211,6 +211,13 @@ class Run:
                 f"{context.log.path}/evaluations.jsonl lacks the evaluation before the first iteration."
             )
         version = committed.policy_version
+        problems = choose_problems(kind, list(context.inputs.heldout.values()), context.config.evaluation)
+        # The same weights on the same problems: without an iteration the last model is the first one.
+        known = await asyncio.to_thread(context.log.evaluation_of, version, len(problems))
+        if known is not None:
+            line = known | {"kind": kind, "iteration": iteration, "seconds": 0.0}
+            await asyncio.to_thread(context.log.add_evaluation, line)
+            return line
         with detached_span("evaluation", run=self._run_id, kind=kind, iteration=iteration, version=version):
             line = await Evaluation(context, version).run(kind, iteration, self._weight_sync)
         await asyncio.to_thread(context.log.add_evaluation, line)

@@ -243,7 +243,9 @@ class EvaluationConfig(Model):
     samples: int = Field(2, ge=1)
     """Responses per problem at temperature 1."""
     problems: int | None = Field(None, ge=1)
-    """Problems of a periodic evaluation; all when unset. The first and the last evaluation use all problems."""
+    """Problems of a periodic evaluation; all when unset."""
+    end_problems: int | None = Field(None, ge=1)
+    """Problems of the first and of the last evaluation, the same for both; all when unset."""
     greedy: bool = True
     """Evaluate greedy decoding, too, in periodic evaluations."""
     max_response_tokens: int | None = Field(None, ge=1)

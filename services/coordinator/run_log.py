@@ -95,6 +95,14 @@ class RunLog:
                 return line
         return None
 
+    def evaluation_of(self, policy_version: int, problems: int) -> dict[str, Any] | None:
+        """Returns an evaluation of the version on as many problems, greedy decoding included; None without one."""
+        for line in self.evaluations():
+            if (line["policy_version"], line["problems"]) == (policy_version, problems):
+                if "greedy" in line["accuracy"]["overall"]:
+                    return line
+        return None
+
     def summary(self) -> str:
         """Returns summary.json; empty before the run has finished."""
         path = self.path / "summary.json"

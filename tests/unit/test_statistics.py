@@ -1,4 +1,4 @@
-"""95% intervals: against published values, and their coverage."""
+"""95% intervals and paired tests: against published values, and their coverage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.coordinator.evaluation import clustered_interval, wilson_interval
+from perigee.statistics import clustered_interval, majority, mcnemar, paired_bootstrap, wilson_interval
 
 
 def test_wilson_against_known_values() -> None:
@@ -52,3 +52,29 @@ def test_an_interval_holds_its_mean(answers: list[list[bool]]) -> None:
         assert math.isnan(interval.mean)
     else:
         assert 0.0 <= interval.low <= interval.mean <= interval.high <= 1.0
+
+
+def test_mcnemar_is_the_exact_binomial_test() -> None:
+    # Fleiss, Levin and Paik (2003), chapter 13: the tail of a binomial at one half.
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(1, 9) == mcnemar(9, 1) == pytest.approx(2 * 11 / 1024)
+    assert mcnemar(5, 5) == 1.0
+
+
+def test_bootstrap_finds_a_difference_only_where_there_is_one() -> None:
+    found, p = paired_bootstrap([0.5] * 30 + [0.0] * 70)
+    assert found.low < found.mean == pytest.approx(0.15) < found.high
+    assert found.low > 0
+    assert p < 0.001
+    none, p = paired_bootstrap([0.5, -0.5] * 50)
+    assert none.low < 0 < none.high
+    assert p > 0.5
+    with pytest.raises(ValueError, match="no problem"):
+        paired_bootstrap([])
+
+
+def test_the_most_frequent_answer_wins() -> None:
+    assert majority([("4", True), ("5", False), ("4", True)])
+    assert not majority([("5", False), ("4", True)])
+    assert not majority([("", False), ("", False)])
+    assert majority([("", False), ("", False), ("4", True)])
