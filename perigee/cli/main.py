@@ -11,6 +11,7 @@ import typer
 
 from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, Interrupt, reporting_errors, run_interruptible
+from perigee.cli.eval.app import evaluate
 from perigee.cli.prompts.app import prompts_app
 from perigee.cli.reward.app import reward_app
 from perigee.cli.sandbox.app import app as sandbox_app
@@ -27,6 +28,7 @@ app = typer.Typer(
 app.add_typer(sandbox_app)
 app.add_typer(reward_app, name="reward", help="Score responses with the reward service, and train its value heads.")
 app.add_typer(prompts_app, name="prompts", help="Curate prompt sets.")
+app.command("eval")(evaluate)
 
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]

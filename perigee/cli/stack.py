@@ -215,10 +215,14 @@ class LocalStack:
         self._report(f"{end}; the stack goes on without it")
 
 
-async def start_guarded(name: str, command: Sequence[str], log_path: Path) -> ChildProcess:
+async def start_guarded(
+    name: str, command: Sequence[str], log_path: Path, environment: Mapping[str, str] | None = None
+) -> ChildProcess:
     """Starts a command below a guard, so that its whole process tree ends with it, and with this process."""
     grace_s = GRACE_S + GUARD_MARGIN_S
-    return await ChildProcess.start(name, command, log_path=log_path, launcher=launcher(log_path), grace_s=grace_s)
+    return await ChildProcess.start(
+        name, command, log_path=log_path, launcher=launcher(log_path), grace_s=grace_s, environment=environment
+    )
 
 
 async def wait_ready(

@@ -98,9 +98,9 @@ class RunLog:
     def evaluation_of(self, policy_version: int, problems: int) -> dict[str, Any] | None:
         """Returns an evaluation of the version on as many problems, greedy decoding included; None without one."""
         for line in self.evaluations():
-            if (line["policy_version"], line["problems"]) == (policy_version, problems):
-                if "greedy" in line["accuracy"]["overall"]:
-                    return line
+            is_same = (line["policy_version"], line["problems"]) == (policy_version, problems)
+            if is_same and "greedy" in line["accuracy"]["overall"]:
+                return line
         return None
 
     def summary(self) -> str:

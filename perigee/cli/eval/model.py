@@ -1,0 +1,193 @@
+"""Models that answer: any OpenAI-compatible endpoint, and a vLLM server of its own for local weights."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+
+from perigee.cli.run_folder import find_run
+from perigee.cli.stack import HOST, START_TIMEOUT_S, pick_ports, start_guarded
+from perigee.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from services.kit.hf import open_model_folder
+
+SERVED_NAME = "policy"
+POLL_S = 0.5
+ATTEMPTS = 6
+# Servers answer with these what may pass.
+PASSING_STATUS = (408, 409, 429)
+# What a model's generation_config.json would change about a stated sampling, in vLLM's words.
+NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Response of a model; `tokens` is 0 where the endpoint does not count them."""
+
+    text: str
+    tokens: int
+    truncated: bool
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """OpenAI-compatible endpoint; `chat` is off for a model without a chat template, which continues the last message.
+
+    `extra` is added to every request.
+    """
+
+    url: str
+    model: str
+    chat: bool = True
+    api_key: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    timeout_s: float = 3600.0
+
+    def make_client(self, concurrency: int) -> httpx.AsyncClient:
+        """Returns a client for as many requests at once."""
+        headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+        limits = httpx.Limits(max_connections=concurrency)
+        return httpx.AsyncClient(headers=headers, limits=limits, timeout=self.timeout_s)
+
+    def make_request(self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the body of a request for one response."""
+        asked = {"messages": list(messages)} if self.chat else {"prompt": messages[-1]["content"]}
+        return {"model": self.model, **asked, **sampling, **self.extra}
+
+    async def complete(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Completion:
+        """Returns the response to a request; what may pass is tried again.
+
+        Raises UnavailableError when the endpoint stays away, FailedPreconditionError when it refuses the request.
+        """
+        url = f"{self.url.rstrip('/')}/{'chat/completions' if self.chat else 'completions'}"
+        retrying = AsyncRetrying(
+            retry=retry_if_exception_type(UnavailableError),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_exponential_jitter(initial=1, max=30),
+            reraise=True,
+        )
+        return read_completion(await retrying(_post, client, url, body), url)
+
+
+async def _post(client: httpx.AsyncClient, url: str, body: Mapping[str, Any]) -> httpx.Response:
+    try:
+        response = await client.post(url, json=body)
+    except httpx.TransportError as error:
+        raise UnavailableError(f"{url} does not answer: {error or type(error).__name__}") from error
+    if response.is_success:
+        return response
+    words = f"{url} answered {response.status_code}: {' '.join(response.text.split())[:300]}"
+    if response.status_code >= 500 or response.status_code in PASSING_STATUS:
+        raise UnavailableError(words)
+    raise FailedPreconditionError(words)
+
+
+def read_completion(response: httpx.Response, url: str) -> Completion:
+    """Returns the first choice of an answer. Raises FailedPreconditionError when it has none."""
+    try:
+        values = response.json()
+        choice = values["choices"][0]
+        text = choice["message"]["content"] if "message" in choice else choice["text"]
+        tokens = int((values.get("usage") or {}).get("completion_tokens") or 0)
+        return Completion(text or "", tokens, choice.get("finish_reason") == "length")
+    except (ValueError, LookupError, TypeError) as error:
+        raise FailedPreconditionError(f"{url} gave no completion: {response.text[:300]!r}") from error
+
+
+def find_model(name: str, runs_path: Path) -> Path:
+    """Returns the model folder that `name` is, or that the run of this name exported.
+
+    Raises InvalidArgumentError when there is neither.
+    """
+    if (folder := Path(name) / "config.json").is_file():
+        return folder.parent.absolute()
+    if Path(name).is_dir() and not (Path(name) / "recipe.yaml").is_file():
+        raise InvalidArgumentError.for_field(name, "is neither a model folder (no config.json) nor a run")
+    run = find_run(runs_path, name)
+    summary = run.path / "summary.json"
+    exported = Path(json.loads(summary.read_text())["model"]) if summary.is_file() else run.path / "model"
+    if not (exported / "config.json").is_file():
+        raise InvalidArgumentError.for_field(
+            name, f"has no exported model at {exported}; a run exports it when it has finished"
+        )
+    return exported
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Returns whether a model folder has a chat template."""
+    settings = folder / "tokenizer_config.json"
+    return (folder / "chat_template.jinja").is_file() or (
+        settings.is_file() and bool(json.loads(settings.read_text()).get("chat_template"))
+    )
+
+
+def identify_weights(folder: Path) -> str:
+    """Returns what tells the weights of a model folder from others: path, size and time of each file of them."""
+    files = sorted(folder.glob("*.safetensors"))
+    return f"{folder}:" + ",".join(f"{file.name}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
+
+
+@asynccontextmanager
+async def serving_model(
+    folder: Path, log_path: Path, concurrency: int, dtype: str, note: Callable[[str], None]
+) -> AsyncIterator[Endpoint]:
+    """Serves a model folder with vLLM on this machine while the block runs.
+
+    Raises InvalidArgumentError when the folder is no model's, UnavailableError when the server does not start.
+    """
+    open_model_folder(folder, "MODEL")
+    [port] = pick_ports(1)
+    arguments = {
+        "model": str(folder),
+        "served-model-name": SERVED_NAME,
+        "host": HOST,
+        "port": str(port),
+        "dtype": dtype,
+        "max-num-seqs": str(concurrency),
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += [word for name, value in arguments.items() for word in (f"--{name}", value)]
+    environment = ENVIRONMENT
+    if not _has_gpu():
+        # vLLM's own default takes nine tenths of the memory, and compiling costs more than it gains here.
+        command += ["--kv-cache-memory-bytes", str(1 << 30), "--block-size", "32", "--enforce-eager"]
+        environment = {**environment, "TORCHDYNAMO_DISABLE": "1"}
+    note(f"starting vLLM with {folder} (log: {log_path})")
+    server = await start_guarded("vllm", command, log_path, environment)
+    ended = asyncio.create_task(server.wait())
+    try:
+        async with asyncio.timeout(START_TIMEOUT_S), httpx.AsyncClient() as client:
+            while not await _is_healthy(client, f"http://{HOST}:{port}/health"):
+                if ended.done():
+                    raise UnavailableError(server.describe_end(ended.result()))
+                await asyncio.wait([ended], timeout=POLL_S)
+        url = f"http://{HOST}:{port}/v1"
+        yield Endpoint(url, SERVED_NAME, has_chat_template(folder), extra=NEUTRAL)
+    except TimeoutError as error:
+        raise UnavailableError(f"vLLM was not ready after {START_TIMEOUT_S:g} s (log: {log_path})") from error
+    finally:
+        ended.cancel()
+        await asyncio.gather(ended, return_exceptions=True)
+        await server.stop()
+
+
+async def _is_healthy(client: httpx.AsyncClient, url: str) -> bool:
+    try:
+        return (await client.get(url)).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,273 @@
+"""Suites of problems: a YAML file that says how a data file's records become prompts with a verifier, or a prompt file.
+
+`{column}` in a suite's texts stands for a record's column; a text that is nothing else takes the value as it is.
+Readers and `options` add columns of their own.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import io
+import json
+import pickle
+import random
+import re
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from pydantic import Field
+
+from perigee.config import Model, read_yaml, validate
+from perigee.errors import FailedPreconditionError, InvalidArgumentError
+from perigee.reward.items import PromptLine, read_lines, read_object, read_prompt_line, read_rows
+
+SUITES_PATH = Path(__file__).parent / "suites"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_COLUMN = re.compile(r"\{([A-Za-z_][\w -]*)\}")
+_CALL = re.compile(r"(\w+)\s*\(")
+
+Record = dict[str, Any]
+
+
+class SamplingSettings(Model):
+    """How responses are drawn."""
+
+    greedy: bool = True
+    """One response to each problem by greedy decoding."""
+    samples: int = Field(4, ge=0)
+    """Further responses to each problem, drawn at `temperature`."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature of the samples."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Smallest probability mass that samples are drawn from."""
+    max_tokens: int = Field(2048, ge=1)
+    """Response tokens at most."""
+    seed: int = Field(0, ge=0)
+    """Seed of the samples, each with one of its own."""
+
+
+class Suite(Model):
+    """Problems, how a model is asked, and how its responses are judged."""
+
+    description: str = ""
+    source: str
+    """Where the data comes from."""
+    licence: str
+    """Licence of the data."""
+    size: int | None = None
+    """Problems of the whole data file."""
+    data: list[str]
+    """Names of the data file, any of which serves: JSON Lines, also compressed by gzip, or Parquet."""
+    waits_for: str | None = None
+    """What is missing before the suite can be used."""
+    reader: str | None = None
+    """Reader that adds columns: mbpp or livecodebench."""
+    answer_after: dict[str, str] = {}
+    """Columns of which only what follows the last marker counts, without the commas in its numbers."""
+    options: str | list[str] | None = None
+    """Column of a list of options, or columns of one option each, of which the first is right and all are shuffled."""
+    system_prompt: str | None = None
+    """System message."""
+    prompt: str
+    """User message."""
+    line: dict[str, Any]
+    """Verifier, ground truth and domain, as in the lines of a prompt file."""
+    sampling: SamplingSettings = SamplingSettings()
+    """How responses are drawn."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Problem of a suite, and the messages that ask a model."""
+
+    suite: str
+    line: PromptLine
+    messages: Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class LoadedSuite:
+    """Suite with its problems; `name` is the one it is reported by."""
+
+    name: str
+    sampling: SamplingSettings
+    problems: Sequence[Problem]
+
+
+def suite_names() -> list[str]:
+    """Returns the names of the suites that come with the package."""
+    return sorted(path.stem for path in SUITES_PATH.glob("*.yaml"))
+
+
+def read_suite(path: Path) -> Suite:
+    """Returns a suite. Raises InvalidArgumentError that names the file and the field."""
+    return validate(Suite, read_yaml(path), path.name, "")
+
+
+def load_suite(name: str, data_path: Path, limit: int | None = None) -> LoadedSuite:
+    """Returns the suite of a name, of a YAML file or of a prompt file, its first `limit` problems only.
+
+    Raises InvalidArgumentError when it is none of these or a record does not fit, FailedPreconditionError when its data
+    is absent or it waits for something.
+    """
+    if name.endswith(".jsonl"):
+        path = Path(name)
+        lines = read_rows(
+            [*read_lines(path, name)][:limit], lambda text, at: read_prompt_line(read_object(text, at), at), name
+        )
+        asked = [Problem(path.stem, line, [{"role": "user", "content": line.item.prompt}]) for line in lines]
+        return LoadedSuite(path.stem, SamplingSettings(), asked)
+    path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES_PATH / f"{name}.yaml"
+    if not path.is_file():
+        raise InvalidArgumentError.for_field(
+            name, f"is no suite: give a YAML file, a prompt file (.jsonl) or one of {', '.join(suite_names())}"
+        )
+    suite = read_suite(path)
+    if suite.waits_for:
+        raise FailedPreconditionError(f"suite {path.stem} waits for {suite.waits_for}")
+    file = find_data_file(path.stem, suite, [data_path, path.parent])
+    rows = [(f"{file}:{number}", record) for number, record in enumerate(read_records(file, limit), start=1)]
+    return LoadedSuite(path.stem, suite.sampling, read_problems(path.stem, suite, rows))
+
+
+def find_data_file(name: str, suite: Suite, folders: Sequence[Path]) -> Path:
+    """Returns the suite's data file. Raises FailedPreconditionError that says where to get it and where to put it."""
+    for folder in folders:
+        for file in suite.data:
+            if (folder / file).is_file():
+                return folder / file
+    raise FailedPreconditionError(
+        f"the data of suite {name} is not here: get {suite.source} and put it at {folders[0] / suite.data[0]}"
+    )
+
+
+def read_records(path: Path, limit: int | None = None) -> list[Record]:
+    """Returns the first records of a data file. Raises InvalidArgumentError when it cannot be read."""
+    if path.suffix == ".parquet":
+        import datasets
+
+        return [dict(row) for row in datasets.Dataset.from_parquet(str(path)).to_list()[:limit]]
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        lines = [line for line in data.decode().split("\n") if line.strip()][:limit]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise InvalidArgumentError.for_field(str(path), f"cannot be read: {error}") from error
+    return [read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def read_problems(name: str, suite: Suite, rows: Sequence[tuple[str, Record]]) -> list[Problem]:
+    """Returns the problems of records and their places. Raises InvalidArgumentError naming every one that is wrong."""
+    by_id: dict[str, Problem] = {}
+
+    def read(record: Record, place: str) -> PromptLine:
+        columns = add_columns(suite, record, place)
+        prompt = fill(suite.prompt, columns, place)
+        default_id = str(columns.get("task_id") or columns.get("id") or place.rpartition(":")[2])
+        line = read_prompt_line({"id": default_id, "prompt": prompt} | fill_line(suite.line, columns, place), place)
+        system = [{"role": "system", "content": suite.system_prompt}] if suite.system_prompt else []
+        by_id[line.id] = Problem(name, line, [*system, {"role": "user", "content": prompt}])
+        return line
+
+    return [by_id[line.id] for line in read_rows(rows, read, name, "problems")]
+
+
+def add_columns(suite: Suite, record: Record, place: str) -> Record:
+    """Returns the record with what the suite makes of its columns."""
+    try:
+        columns = READERS[suite.reader](record) if suite.reader else dict(record)
+        for column, marker in suite.answer_after.items():
+            columns[column] = str(record[column]).rpartition(marker)[2].strip().replace(",", "")
+        if isinstance(suite.options, str):
+            columns["options"] = list(record[suite.options])
+        elif suite.options:
+            right, *_ = options = [str(record[column]).strip() for column in suite.options]
+            random.Random(hashlib.blake2b("".join(options).encode()).digest()).shuffle(options)
+            columns |= {"options": options, "letter": LETTERS[options.index(right)]}
+    except KeyError as error:
+        raise InvalidArgumentError.for_field(place, f"has no column {error}") from error
+    if suite.options:
+        lettered = zip(LETTERS, columns["options"], strict=False)
+        columns["choices"] = "\n".join(f"{letter}. {option}" for letter, option in lettered)
+    return columns
+
+
+def fill(template: Any, columns: Mapping[str, Any], place: str) -> Any:
+    """Returns the template, at every depth, with columns for their names in braces.
+
+    Raises InvalidArgumentError when the record lacks one.
+    """
+    if isinstance(template, Mapping):
+        return {key: fill(value, columns, place) for key, value in template.items()}
+    if isinstance(template, list):
+        return [fill(value, columns, place) for value in template]
+    if not isinstance(template, str):
+        return template
+
+    def column(match: re.Match[str]) -> Any:
+        if match[1] not in columns:
+            raise InvalidArgumentError.for_field(place, f"has no column {match[1]!r}")
+        return columns[match[1]]
+
+    whole = _COLUMN.fullmatch(template)
+    return column(whole) if whole else _COLUMN.sub(lambda match: str(column(match)), template)
+
+
+def fill_line(template: Mapping[str, Any], columns: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """Returns the keys of a prompt line; those without a value are left out, and a mathematical answer is a text."""
+    line = {key: value for key, value in fill(template, columns, place).items() if value not in (None, "")}
+    if line.get("verifier") in ("math", "choice"):
+        line["answer"] = str(line.get("answer", ""))
+    return line
+
+
+def read_mbpp(record: Record) -> Record:
+    """Returns a record of MBPP with its tests as one text and the function that they call."""
+    tests = "\n".join(record["test_list"])
+    called = [name for name in _CALL.findall(tests) if f"def {name}" in record["code"]]
+    imports = "\n".join([record.get("test_setup_code") or "", *(record.get("test_imports") or ())]).strip()
+    text = record.get("text") or record.get("prompt")
+    return record | {"text": text, "tests": tests, "function": (called or [""])[0], "test_setup_code": imports}
+
+
+def read_livecodebench(record: Record) -> Record:
+    """Returns a record of LiveCodeBench with all tests, public ones first, and the form that an answer is to have."""
+    cases = [*json.loads(record["public_test_cases"]), *read_private_cases(record["private_test_cases"])]
+    function = json.loads(record["metadata"] or "{}").get("func_name", "")
+    if function:
+        form = f"Complete this code in one Python code block:\n\n```python\n{record['starter_code']}\n```"
+        tests = [
+            {
+                "arguments": [json.loads(line) for line in case["input"].split("\n") if line.strip()],
+                "expected": json.loads(case["output"]),
+            }
+            for case in cases
+        ]
+    else:
+        form = "Read from standard input, write to standard output, and answer with one Python code block."
+        tests = [{"stdin": case["input"], "expected_stdout": case["output"]} for case in cases]
+    return record | {"function": function, "form": form, "tests": tests}
+
+
+class _TextUnpickler(pickle.Unpickler):
+    """Reads plain values: a class in the data, which could do anything, is refused."""
+
+    def find_class(self, module: str, name: str) -> NoReturn:
+        """Refuses every class."""
+        raise pickle.UnpicklingError(f"{module}.{name} is no plain value")
+
+
+def read_private_cases(text: str) -> list[dict[str, str]]:
+    """Returns LiveCodeBench's hidden tests: JSON, or JSON that was pickled, compressed and written in base64."""
+    if text.startswith("["):
+        cases: list[dict[str, str]] = json.loads(text)
+        return cases
+    packed = io.BytesIO(zlib.decompress(base64.b64decode(text)))
+    return list(json.loads(_TextUnpickler(packed).load()))
+
+
+READERS: Mapping[str, Callable[[Record], Record]] = {"mbpp": read_mbpp, "livecodebench": read_livecodebench}
