@@ -73,7 +73,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     if discordant == 0:
         return 1.0
     tail = sum(math.comb(discordant, count) for count in range(min(only_first, only_second) + 1))
-    return min(1.0, 2 * tail / 2**discordant)
+    return min(1.0, 2 * tail / (1 << discordant))
 
 
 def paired_bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[Interval, float]:

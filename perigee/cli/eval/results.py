@@ -6,7 +6,6 @@ truncated, verdict, answer and reason. Responses that could not be judged are le
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -110,24 +109,23 @@ def to_json(figures: Mapping[str, Mapping[str, Figures]]) -> dict[str, Any]:
 
 
 def show(figures: Mapping[str, Mapping[str, Figures]], console: Console) -> None:
-    """Prints the figures; intervals are of 95%."""
-    head = ("suite", "domain", "problems", "greedy", "k", "avg@k", "maj@k", "pass@k", "tokens", "truncated", "failed")
+    """Prints the figures, a line for each measure; intervals are of 95%."""
+    head = ("suite", "domain", "problems", "measure", "accuracy", "tokens", "truncated", "failed")
     table = Table(*head, box=None, pad_edge=False)
-    for column in table.columns[2:]:
-        column.justify = "right"
-        column.no_wrap = True
+    table.columns[4].no_wrap = True
     for suite, scopes in figures.items():
         for scope, each in scopes.items():
-            intervals = (each.greedy, each.avg_at_k, each.maj_at_k, each.pass_at_k)
-            greedy, *sampled = map(_show_interval, intervals)
-            length = (f"{each.tokens:,.0f}", f"{each.truncated:.1%}", str(each.failures or ""))
-            table.add_row(suite, scope, f"{each.problems:,}", greedy, str(each.samples or ""), *sampled, *length)
+            k = each.samples
+            measures = (("greedy", each.greedy), (f"avg@{k}", each.avg_at_k), (f"maj@{k}", each.maj_at_k))
+            measured = [*measures, (f"pass@{k}", each.pass_at_k)]
+            rest = (f"{each.tokens:,.0f}", f"{each.truncated:.1%}", str(each.failures))
+            for name, interval in measured:
+                if interval is not None:
+                    table.add_row(suite, scope, f"{each.problems:,}", name, _show_interval(interval), *rest)
     console.print(table, highlight=False)
 
 
-def _show_interval(interval: Interval | None) -> str:
-    if interval is None or math.isnan(interval.mean):
-        return ""
+def _show_interval(interval: Interval) -> str:
     return f"{interval.mean:.3f} \\[{interval.low:.3f}, {interval.high:.3f}]"
 
 

@@ -16,7 +16,16 @@ from rich.console import Console
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.ending import Interrupt
-from perigee.cli.eval.model import SERVED_NAME, Completion, Endpoint, find_model, identify_weights, serving_model
+from perigee.cli.eval.model import (
+    NEUTRAL,
+    SERVED_NAME,
+    Completion,
+    Endpoint,
+    find_model,
+    has_chat_template,
+    identify_weights,
+    serving_model,
+)
 from perigee.cli.eval.results import ANSWERS_FILE, GREEDY, RESULTS_FILE, by_suite, show, summarize, to_json
 from perigee.cli.eval.suites import LoadedSuite, Problem, SamplingSettings, load_suite
 from perigee.cli.run_folder import RunFolder
@@ -162,13 +171,14 @@ async def evaluate(options: EvalOptions, console: Console, interrupt: Interrupt)
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     # What is asked does not depend on where a local model is served, so that an evaluation goes on at another port.
-    asked = options.endpoint or Endpoint("", SERVED_NAME)
-    identity = identify_weights(folder) if folder else f"{asked.url} {asked.model}"
+    if folder is not None:
+        asked = Endpoint("", SERVED_NAME, has_chat_template(folder), extra=NEUTRAL)
+        identity = f"{identify_weights(folder)} {options.dtype}"
+    else:
+        assert options.endpoint is not None
+        asked = options.endpoint
+        identity = f"{asked.url} {asked.model}"
     async with AsyncExitStack() as stack:
-        if folder is not None:
-            from perigee.cli.eval.model import NEUTRAL, has_chat_template
-
-            asked = Endpoint("", SERVED_NAME, has_chat_template(folder), extra=NEUTRAL)
         attempts = [
             attempt for suite in suites for attempt in make_attempts(suite, samplings[suite.name], asked, identity)
         ]

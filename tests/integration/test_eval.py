@@ -1,0 +1,94 @@
+"""`perigee eval` against a fake endpoint and a real reward service: results, resumption, comparison, errors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from perigee.files import read_lines
+from services.kit.server import serving
+from services.reward.__main__ import lifespan
+from services.reward.config import RewardConfig
+from tests.fixtures.cli import run_perigee
+from tests.fixtures.judge import FakeJudge, Reply
+
+LINES = [
+    {"id": f"p{n}", "domain": "ab"[n % 2], "prompt": f"1+{n}=", "verifier": "math", "answer": n + 1} for n in range(4)
+]
+
+
+@pytest_asyncio.fixture
+async def reward_address() -> AsyncIterator[str]:
+    """A reward service."""
+    async with serving(RewardConfig(), lifespan) as app:
+        yield app.address
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    """Four sums in a prompt file."""
+    path = tmp_path / "sums.jsonl"
+    path.write_text("".join(json.dumps(line | {"answer": str(line["answer"])}) + "\n" for line in LINES))
+    return path
+
+
+async def test_an_evaluation_from_answers_to_comparison(
+    tmp_path: Path, suite: Path, fake_judge: FakeJudge, reward_address: str
+) -> None:
+    asked = ("eval", "--endpoint", fake_judge.url, "--model", "m", "--reward", reward_address, "--plain", str(suite))
+    fake_judge.otherwise = Reply(r"It is \boxed{2}.")
+    one = str(tmp_path / "one")
+    short = await run_perigee(*asked, "--samples", "2", "--limit", "2", "--out", one)
+    assert short.code == 0, short.stderr
+    assert len(fake_judge.requests) == 6
+    whole = await run_perigee(*asked, "--samples", "2", "--out", one)
+    assert len(fake_judge.requests) == 12
+    assert "6 of 12 answers are in" in whole.stdout
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    overall = results["suites"]["sums"]["overall"]
+    assert (overall["problems"], overall["greedy"]["mean"], overall["maj_at_k"]["mean"]) == (4, 0.25, 0.25)
+    assert results["suites"]["sums"]["a"]["tokens"] == 20
+    assert {line["answer"] for line in read_lines(tmp_path / "one" / "answers.jsonl")} == {"2"}
+
+    fake_judge.otherwise = Reply("I do not know.", finish_reason="length")
+    two = str(tmp_path / "two")
+    await run_perigee(*asked, "--samples", "0", "--out", two)
+    assert json.loads((tmp_path / "two" / "results.json").read_text())["suites"]["sums"]["overall"]["truncated"] == 1.0
+    compared = await run_perigee("eval", "compare", one, two, "--json", str(tmp_path / "compared.json"))
+    assert compared.code == 0, compared.stderr
+    [found] = json.loads((tmp_path / "compared.json").read_text())
+    assert (found["only_first"], found["only_second"], found["p"]) == (1, 0, 1.0)
+
+
+async def test_what_is_wrong_is_one_line(
+    tmp_path: Path, suite: Path, fake_judge: FakeJudge, reward_address: str
+) -> None:
+    fake_judge.otherwise = Reply(status=404, body="no such model")
+    asked = (
+        "eval",
+        "--endpoint",
+        fake_judge.url,
+        "--model",
+        "m",
+        "--reward",
+        reward_address,
+        "--out",
+        str(tmp_path / "o"),
+    )
+    refused = await run_perigee(*asked, str(suite))
+    assert (refused.code, refused.stderr.count("\n")) == (1, 1)
+    assert "answered 404: no such model" in refused.stderr
+    for arguments, words in (
+        (("eval", str(tmp_path)), "SUITE: is required"),
+        (("eval", str(tmp_path), str(suite)), "is neither a model folder"),
+        (("eval", "--endpoint", "http://x", str(suite)), "given together"),
+        (("eval", "compare", str(tmp_path)), "takes two results folders"),
+        (("eval", "compare", str(tmp_path), str(tmp_path)), "holds no answers.jsonl"),
+    ):
+        ended = await run_perigee(*arguments)
+        assert ended.code == 2
+        assert words in ended.stderr

@@ -1,0 +1,95 @@
+"""Figures and comparisons of answers, and what an evaluation that was cut short has left to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from perigee.buffer.v1 import buffer_pb2
+from perigee.cli.eval.model import Completion, Endpoint
+from perigee.cli.eval.results import compare, read_answers, summarize
+from perigee.cli.eval.run import AnswerStore, Attempt, make_attempts
+from perigee.cli.eval.suites import LoadedSuite, SamplingSettings, load_suite
+from perigee.errors import InvalidArgumentError
+from perigee.reward.v1 import reward_pb2
+
+
+def answer(problem: int, attempt: str, verdict: str, **values: Any) -> dict[str, Any]:
+    """A line of answers.jsonl."""
+    named = {"suite": "s", "id": str(problem), "attempt": attempt, "verdict": verdict}
+    return named | {"domain": "d", "answer": verdict, "tokens": 10, "truncated": False} | values
+
+
+def test_figures() -> None:
+    answers = [answer(n, "greedy", "correct" if n < 3 else "wrong", domain="ab"[n % 2]) for n in range(4)]
+    answers += [answer(0, f"sample-{n}", "correct" if n != 2 else "wrong", domain="a") for n in range(3)]
+    answers += [answer(1, f"sample-{n}", "correct" if n == 2 else "wrong", domain="b") for n in range(3)]
+    answers.append(answer(2, "sample-0", "failed", domain="a", tokens=44, truncated=True))
+    figures = summarize(answers)
+    assert set(figures) == {"overall", "a", "b"}
+    overall = figures["overall"]
+    assert overall.greedy is not None
+    assert overall.avg_at_k is not None
+    assert overall.maj_at_k is not None
+    assert overall.pass_at_k is not None
+    assert (overall.problems, overall.samples, overall.failures) == (4, 3, 1)
+    assert (overall.greedy.mean, overall.avg_at_k.mean) == (0.75, pytest.approx(0.5))
+    assert (overall.maj_at_k.mean, overall.pass_at_k.mean) == (0.5, 1.0)
+    assert overall.tokens == pytest.approx((10 * 10 + 44) / 11, abs=0.01)
+    assert overall.truncated == pytest.approx(1 / 11, abs=1e-4)
+    assert figures["b"].greedy is not None
+    assert figures["b"].greedy.mean == 0.5
+
+
+def test_a_comparison_pairs_problems() -> None:
+    first = [answer(n, "greedy", "correct" if n < 5 else "wrong") for n in range(30)]
+    second = [answer(n, "greedy", "correct" if n < 20 else "wrong") for n in range(29)]
+    [found] = compare(first, second)
+    assert (found.problems, found.only_first, found.only_second) == (29, 0, 15)
+    assert found.p == pytest.approx(2 / 2**15)
+    assert found.difference.low > 0
+    samples = [answer(n, "sample-0", "wrong") for n in range(9)]
+    [same] = compare(samples, samples)
+    assert (same.test, same.p, same.difference.mean) == ("paired bootstrap over problems", 1.0, 0.0)
+    with pytest.raises(InvalidArgumentError, match="no problem in common"):
+        compare(first, samples)
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> LoadedSuite:
+    """One problem."""
+    (tmp_path / "sums.jsonl").write_text('{"id": "a", "prompt": "1+1=", "verifier": "math", "answer": "2"}\n')
+    return load_suite(str(tmp_path / "sums.jsonl"), tmp_path)
+
+
+def plan(suite: LoadedSuite, **sampling: Any) -> list[Attempt]:
+    """The attempts of a suite at some sampling."""
+    return make_attempts(suite, SamplingSettings(**sampling), Endpoint("u", "m"), "weights")
+
+
+def test_an_evaluation_goes_on_and_keeps_what_is_the_same(tmp_path: Path, suite: LoadedSuite) -> None:
+    outcomes = {"greedy": buffer_pb2.VERDICT_CORRECT, "sample-0": buffer_pb2.VERDICT_FAILED}
+    store = AnswerStore(tmp_path / "out", plan(suite, samples=2))
+    assert len(store.missing()) == 3
+    for name, verdict in outcomes.items():
+        store.hold(f"sums/a/{name}", Completion("2", 1, truncated=False))
+        store.add([reward_pb2.ScoreResponse(id=f"sums/a/{name}", verdict=verdict, extracted_answer="2")])
+    store.close()
+    again = AnswerStore(tmp_path / "out", plan(suite, samples=2))
+    assert [attempt.name for attempt in again.missing()] == ["sample-0", "sample-1"]
+    again.close()
+    # Another cap is another question.
+    other = AnswerStore(tmp_path / "out", plan(suite, samples=2, max_tokens=5))
+    assert len(other.missing()) == 3
+    other.close()
+    assert [line["verdict"] for line in read_answers(tmp_path / "out")] == ["correct", "failed"]
+
+
+def test_requests(suite: LoadedSuite) -> None:
+    greedy, first, second = (attempt.body for attempt in plan(suite, samples=2, seed=3))
+    assert (greedy["temperature"], greedy["messages"][0]["content"]) == (0.0, "1+1=")
+    assert first["seed"] != second["seed"]
+    [plain] = make_attempts(suite, SamplingSettings(samples=0), Endpoint("u", "m", chat=False), "")
+    assert plain.body["prompt"] == "1+1="
