@@ -301,3 +301,20 @@ async def test_the_time_limit_ends_a_run_after_an_iteration(buffer_address: str,
     assert elapsed == sorted(elapsed)
     assert elapsed[-1] >= 1.5
     assert lines[-1]["train/learning_rate"] <= lines[0]["train/learning_rate"]
+
+
+async def test_the_same_weights_are_evaluated_once(buffer_address: str, tmp_path: Path) -> None:
+    section = write_run_section(tmp_path, iterations=0, evaluation={"end_problems": 3, "samples": 2})
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
+    async with AsyncExitStack() as stack:
+        peers = await stack.enter_async_context(fake_peers(buffer_address))
+        client = await stack.enter_async_context(coordinator(peers))
+        worker = peers.add_worker("a", tokenizer)
+        await stack.enter_async_context(worker_in_service(worker, client.target))
+        run_path, run_id = tmp_path / "run", f"run-{uuid.uuid4().hex}"
+        await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path)))
+        assert (await finish(client, run_id))[-1].error == ""
+    baseline, final = read_json_lines(run_path / "evaluations.jsonl")
+    assert (baseline["kind"], final["kind"], baseline["problems"]) == ("baseline", "final", 3)
+    assert final == baseline | {"kind": "final", "seconds": 0.0}
+    assert baseline["seconds"] > 0

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-import pytest_asyncio
 
 from perigee.files import read_lines
-from services.kit.server import serving
-from services.reward.__main__ import lifespan
-from services.reward.config import RewardConfig
+from perigee.reward.client import RewardClient
 from tests.fixtures.cli import run_perigee
 from tests.fixtures.judge import FakeJudge, Reply
 
@@ -21,11 +17,10 @@ LINES = [
 ]
 
 
-@pytest_asyncio.fixture
-async def reward_address() -> AsyncIterator[str]:
-    """A reward service."""
-    async with serving(RewardConfig(), lifespan) as app:
-        yield app.address
+def saying(text: str, finish_reason: str = "stop") -> Reply:
+    """A completion of 20 tokens."""
+    choice = {"message": {"role": "assistant", "content": text}, "finish_reason": finish_reason}
+    return Reply(body=json.dumps({"choices": [choice], "usage": {"completion_tokens": 20}}))
 
 
 @pytest.fixture
@@ -37,10 +32,10 @@ def suite(tmp_path: Path) -> Path:
 
 
 async def test_an_evaluation_from_answers_to_comparison(
-    tmp_path: Path, suite: Path, fake_judge: FakeJudge, reward_address: str
+    tmp_path: Path, suite: Path, fake_judge: FakeJudge, reward: RewardClient
 ) -> None:
-    asked = ("eval", "--endpoint", fake_judge.url, "--model", "m", "--reward", reward_address, "--plain", str(suite))
-    fake_judge.otherwise = Reply(r"It is \boxed{2}.")
+    asked = ("eval", "--endpoint", fake_judge.url, "--model", "m", "--reward", reward.target, "--plain", str(suite))
+    fake_judge.otherwise = saying(r"It is \boxed{2}.")
     one = str(tmp_path / "one")
     short = await run_perigee(*asked, "--samples", "2", "--limit", "2", "--out", one)
     assert short.code == 0, short.stderr
@@ -54,7 +49,7 @@ async def test_an_evaluation_from_answers_to_comparison(
     assert results["suites"]["sums"]["a"]["tokens"] == 20
     assert {line["answer"] for line in read_lines(tmp_path / "one" / "answers.jsonl")} == {"2"}
 
-    fake_judge.otherwise = Reply("I do not know.", finish_reason="length")
+    fake_judge.otherwise = saying("I do not know.", "length")
     two = str(tmp_path / "two")
     await run_perigee(*asked, "--samples", "0", "--out", two)
     assert json.loads((tmp_path / "two" / "results.json").read_text())["suites"]["sums"]["overall"]["truncated"] == 1.0
@@ -65,7 +60,7 @@ async def test_an_evaluation_from_answers_to_comparison(
 
 
 async def test_what_is_wrong_is_one_line(
-    tmp_path: Path, suite: Path, fake_judge: FakeJudge, reward_address: str
+    tmp_path: Path, suite: Path, fake_judge: FakeJudge, reward: RewardClient
 ) -> None:
     fake_judge.otherwise = Reply(status=404, body="no such model")
     asked = (
@@ -75,7 +70,7 @@ async def test_what_is_wrong_is_one_line(
         "--model",
         "m",
         "--reward",
-        reward_address,
+        reward.target,
         "--out",
         str(tmp_path / "o"),
     )

@@ -118,7 +118,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"is no suite: .* gsm8k"):
         load_suite("gsm9k", tmp_path)
     write_data(tmp_path, "gsm8k", {"question": "How many?"})
-    with pytest.raises(InvalidArgumentError, match="gsm8k_test.jsonl:1: has no column 'answer'"):
+    with pytest.raises(InvalidArgumentError, match=r"gsm8k_test\.jsonl:1: has no column 'answer'"):
         load_suite("gsm8k", tmp_path)
 
 
