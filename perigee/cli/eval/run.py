@@ -141,7 +141,8 @@ class AnswerStore:
             "tokens": completion.tokens,
             "truncated": completion.truncated,
             "verdict": buffer_pb2.Verdict.Name(outcome.verdict).removeprefix("VERDICT_").lower(),
-            "answer": outcome.extracted_answer,
+            # Programs are not voted on.
+            "answer": "" if outcome.verifier == "code" else outcome.extracted_answer,
             "reason": outcome.reason,
         }
 
