@@ -47,6 +47,10 @@ class TrainerConfig(ServiceConfig):
     """Type of the weights and activations; gradients and optimizer state are always float32."""
     recompute: bool = False
     """Keeps only each layer's input and computes the rest again in the backward pass, for long sequences."""
+    max_microbatch_bytes: int | None = Field(None, ge=1 << 20)
+    """Most memory that the activations of micro-batches take on a process, by what a token takes when measured at the
+    start; tokens of a micro-batch are bounded by it and by `max_tokens_per_microbatch`, and by the latter alone when
+    unset. A sequence longer than that has a micro-batch of its own."""
     max_sequence_length: int | None = Field(None, ge=2)
     """Longest prompt and response together, in tokens; the model's own limit when unset."""
     keep_checkpoints: int = Field(3, ge=2)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from perigee.buffer.client import BufferClient
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.server import channel_options
+from services.kit.telemetry import get_logger
 from services.trainer.checkpoints import Checkpoints
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_trajectories
@@ -24,6 +25,10 @@ from services.trainer.megatron.model import Policy
 from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
 from services.trainer.packing import TokenSequence
 from services.trainer.training import JobContext, Reader, fine_tune, train_iteration
+
+log = get_logger(__name__)
+
+RequestT = TypeVar("RequestT", pb.TrainRequest, pb.FineTuneRequest)
 
 # Receives the gathered weights on rank 0; has to run the iterable to its end.
 Sink = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
@@ -65,8 +70,12 @@ class Engine:
     `read` fetches trajectories from the buffer for this rank's data-parallel replica.
     """
 
+    saved: Path | None = None
+    """Folder that holds the loaded weights; on rank 0, whose caller sets it after a save. None while none does."""
+
     def __init__(self, config: TrainerConfig, read: Reader) -> None:
         self.broken = False
+        self._snapshot_bytes = 0
         self._read = read
         self._seed = abs(config.seed)
         self.checkpoints = Checkpoints.of(config)
@@ -88,6 +97,7 @@ class Engine:
             self.policy = Policy(self.shape, self.dims, DTYPES[config.dtype], self.max_tokens, config.recompute)
             self._load(lambda: folder)
             self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
+            self._max_tokens_per_microbatch = self._measure_bound(config.max_microbatch_bytes)
             self._stack = stack.pop_all()
 
     def job_context(self, **caller: Any) -> JobContext:
@@ -139,10 +149,14 @@ class Engine:
     ) -> Any:
         policy = self.policy
         if isinstance(command, FineTuneCommand):
-            return self._or_restore(lambda: fine_tune(policy, context, command.request, command.counts, examples))
+            tuning = self._bound(command.request)
+            return self._or_restore(lambda: fine_tune(policy, context, tuning, command.counts, examples))
         if isinstance(command, pb.TrainRequest):
             seed = self._seed + command.iteration
-            return self._or_restore(lambda: train_iteration(policy, context, command, seed, self._read))
+            training = self._bound(command)
+            result = self._or_restore(lambda: train_iteration(policy, context, training, seed, self._read))
+            result.metrics.update(self._count_copies())
+            return result
         if isinstance(command, LoadCommand):
             return self._or_restore(lambda: self._load(lambda: self.checkpoints.fetch(command.run_id, command.version)))
         if isinstance(command, CollectCommand):
@@ -154,22 +168,70 @@ class Engine:
         return None
 
     def _or_restore(self, job: Callable[[], Any]) -> Any:
-        """Runs a job, and puts the weights back when it fails."""
-        snapshot = self.policy.take_snapshot()
+        """Runs a job, and puts the weights back when it fails: from the folder that holds them, else from a copy."""
+        folder: Path | None = self.everyone.broadcast(self.saved)
+        # A folder may be on the machine of rank 0 alone.
+        on_disk = folder is not None and all(self.everyone.gather(folder.is_dir()))
+        snapshot = [] if on_disk else self.policy.take_snapshot()
+        self._snapshot_bytes = sum(tensor.nbytes for tensor in snapshot)
+        self.saved = None
         try:
             return job()
-        except BaseException:
-            self.policy.restore_snapshot(snapshot)
+        except BaseException as error:
+            # Ranks that raise anything else are out of step and end.
+            if self.dims.world == 1 or isinstance(error, PerigeeError):
+                self._restore(folder if on_disk else None, snapshot)
+                self.saved = folder
             raise
+
+    def _restore(self, folder: Path | None, snapshot: Sequence[torch.Tensor]) -> None:
+        """Puts the weights back; sets `broken` when the folder that holds them cannot be read any more."""
+        if folder is None:
+            self.policy.restore_snapshot(snapshot)
+            return
+        try:
+            self._load(lambda: folder)
+        except BaseException:
+            self.broken = True
+            raise
+
+    def _count_copies(self) -> dict[str, float]:
+        """Logs the bytes of each copy of the policy on each rank, and returns the largest of any rank as metrics."""
+        every = self.everyone.gather(self.policy.count_copies() | {"undo_snapshot": self._snapshot_bytes})
+        if self.dims.rank == 0:
+            for rank, copies in enumerate(every):
+                log.info("memory of the policy", rank=rank, **{f"{name}_bytes": copies[name] for name in copies})
+        return {f"train/{name}_bytes": max(copies[name] for copies in every) for name in every[0]}
+
+    def _measure_bound(self, limit: int | None) -> int | None:
+        """Returns the tokens of a micro-batch whose activations take at most `limit` bytes on every rank."""
+        if limit is None:
+            return None
+        token_bytes = max(self.everyone.gather(self.policy.measure_activations()))
+        tokens = max(1, int(limit / token_bytes))
+        log.info("micro-batches are bounded by memory", bytes_per_token=int(token_bytes), max_tokens=tokens)
+        return tokens
+
+    def _bound(self, request: RequestT) -> RequestT:
+        """Returns the request with micro-batches that fit in memory; the caller's stays as it is."""
+        bounded = type(request)()
+        bounded.CopyFrom(request)
+        settings = bounded.update if isinstance(bounded, pb.TrainRequest) else bounded
+        if self._max_tokens_per_microbatch is not None:
+            tokens = min(settings.max_tokens_per_microbatch, self._max_tokens_per_microbatch)
+            settings.max_tokens_per_microbatch = tokens
+        return bounded
 
     def _load(self, find_folder: Callable[[], Path]) -> None:
         """Loads on every rank or raises on every rank: each reads its own tensors, and one may be damaged."""
-        problem = None
+        problem, folder = None, None
         try:
-            self.policy.load(find_folder())
+            folder = find_folder()
+            self.policy.load(folder)
         except PerigeeError as error:
             problem = error
         self.everyone.raise_first(problem)
+        self.saved = folder
 
 
 def follow(config: TrainerConfig) -> None:

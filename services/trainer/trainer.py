@@ -6,7 +6,7 @@ import asyncio
 import concurrent.futures
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from contextvars import copy_context
@@ -16,6 +16,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeVar
 
+import torch
 from prometheus_client import Counter, Gauge
 
 from perigee.buffer.client import BufferClient
@@ -146,6 +147,8 @@ class Trainer:
             log.info("training", run_id=request.run_id, iteration=request.iteration, groups=len(request.groups))
 
             def finish(result: pb.TrainResult) -> pb.TrainResponse:
+                image = self._image
+                result.metrics["train/push_image_bytes"] = 0 if image is None else image.manifest.total_bytes
                 steps = min(request.update.minibatches, len(request.groups))
                 response = pb.TrainResponse(step=steps, steps=steps, result=result)
                 self._set_loaded(request.run_id, request.new_version, request, response)
@@ -159,7 +162,7 @@ class Trainer:
         """Writes the loaded version here, then where the run folder is."""
         with self._claim():
             self._check_loaded(run_id, version)
-            size = await self._collect(lambda tensors: self.checkpoints.write(run_id, version, tensors))
+            size = await self._collect(lambda tensors: self._write_checkpoint(run_id, version, tensors))
             problem = await asyncio.to_thread(self.checkpoints.publish, run_id, version)
         if problem:
             UPLOAD_FAILURES.inc()
@@ -167,6 +170,12 @@ class Trainer:
         return pb.SaveCheckpointResponse(
             path=self.checkpoints.name_of(run_id, version), bytes=size, upload_error=problem
         )
+
+    def _write_checkpoint(self, run_id: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+        """Writes the loaded version here, where a failed job then finds the weights; called in the engine's thread."""
+        size = self.checkpoints.write(run_id, version, tensors)
+        self.engine.saved = self.checkpoints.path_of(run_id, version)
+        return size
 
     async def load_checkpoint(self, run_id: str, version: int | None) -> int:
         """Loads a version of a run: its newest when none is named; version 0 is the base model.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from perigee.buffer.client import BufferClient
-from perigee.errors import PerigeeError, UnavailableError
+from perigee.errors import InternalError, InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from tests.fixtures.trainer import MadeTrajectory, make_groups, store_groups, train_request
 from tests.fixtures.trainer_ranks import RunRanks, Sizes, to_trajectories, train
@@ -303,3 +304,100 @@ async def test_ranks_read_from_the_buffer_by_themselves(
     assert result.trained_tokens == expected.trained_tokens
     assert result.metrics["train/loss"] == pytest.approx(expected.metrics["train/loss"], rel=1e-4)
     assert result.metrics["train/train_infer_kl"] == pytest.approx(expected.metrics["train/train_infer_kl"], rel=1e-4)
+
+
+def head_of_shares(engine: Engine) -> list[float]:
+    """The largest errors of a head whose vocabulary is shared by the ranks: log-probabilities, entropies, gradients."""
+    from megatron.core import parallel_state
+
+    from services.trainer.megatron.head import Head
+
+    generator = torch.Generator().manual_seed(0)
+    hidden_TD, weight_VD = (
+        torch.randn(*size, generator=generator, requires_grad=True) for size in ((37, 16), (96, 16))
+    )
+    targets_T = torch.randint(0, 96, (37,), generator=generator)
+    upstream_T = torch.randn(37, generator=generator)
+    table_TV = torch.log_softmax(hidden_TD @ weight_VD.T / 0.7, -1)
+    expected_T = table_TV.gather(1, targets_T[:, None])[:, 0]
+    (expected_T * upstream_T).sum().backward()  # type: ignore[no-untyped-call]
+
+    rank, group = engine.dims.tensor_rank, parallel_state.get_tensor_model_parallel_group()
+    own_TD = hidden_TD.detach().clone().requires_grad_()
+    own_VD = weight_VD.detach().chunk(2)[rank].clone().requires_grad_()
+    head = Head(own_VD, 0.7, group, chunk_bytes=4 * 48 * 10)
+    everything_T = torch.ones(37, dtype=torch.bool)
+    logprobs_T = head.logprobs(own_TD, targets_T, everything_T)
+    (logprobs_T * upstream_T).sum().backward()  # type: ignore[no-untyped-call]
+    _, entropies_T = head.evaluate(own_TD, targets_T, everything_T)
+    assert hidden_TD.grad is not None
+    assert weight_VD.grad is not None
+    assert own_TD.grad is not None
+    assert own_VD.grad is not None
+    errors = [
+        logprobs_T - expected_T,
+        entropies_T + (table_TV.exp() * table_TV).sum(-1),
+        own_TD.grad - hidden_TD.grad,
+        own_VD.grad - weight_VD.grad.chunk(2)[rank],
+    ]
+    return [max(each) for each in zip(*engine.everyone.gather([float(e.abs().max()) for e in errors]), strict=True)]
+
+
+def test_a_head_shared_by_ranks_is_the_whole_one(run_ranks: RunRanks) -> None:
+    assert max(run_ranks(Sizes(tensor=2), head_of_shares)) < 1e-5
+
+
+def fail_a_job(engine: Engine, saved: Path | None, *, remove: bool = False) -> tuple[bool, int, bool]:
+    """Whether the weights are back after a failed job, the bytes of the copy, and whether the trainer has to end."""
+    engine.saved = saved
+    before = dict(engine.policy.collect())
+
+    def job() -> None:
+        with torch.no_grad():
+            for parameter in engine.policy.core.parameters():
+                parameter.zero_()
+        if remove:
+            shutil.rmtree(saved or "")
+        raise InternalError("the job failed")
+
+    with pytest.raises(InvalidArgumentError if remove else InternalError):
+        engine._or_restore(job)
+    broken, engine.broken = engine.broken, False
+    after = dict(engine.policy.collect())
+    return all(torch.equal(after[name], before[name]) for name in before), engine._snapshot_bytes, broken
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2)], ids=str)
+def test_a_failed_job_goes_back_to_the_folder_or_to_a_copy(
+    run_ranks: RunRanks, trainer_model: Path, sizes: Sizes
+) -> None:
+    assert run_ranks(sizes, partial(fail_a_job, saved=trainer_model)) == (True, 0, False)
+    undone, copied, broken = run_ranks(sizes, partial(fail_a_job, saved=None))
+    assert undone
+    assert copied > 0
+    assert not broken
+
+
+def test_a_trainer_whose_folder_is_gone_ends(run_ranks: RunRanks, trainer_model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(trainer_model, tmp_path / "model")
+    assert run_ranks(Sizes(), partial(fail_a_job, saved=folder, remove=True)) == (False, 0, True)
+
+
+def bound_by_memory(engine: Engine) -> tuple[int | None, float, int]:
+    """The tokens of a micro-batch in 1 MiB, the measured bytes of a token, and the bound in a request's copy."""
+    engine._max_tokens_per_microbatch = bound = engine._measure_bound(1 << 20)
+    token_bytes = max(engine.everyone.gather(engine.policy.measure_activations()))
+    request = pb.TrainRequest(update=pb.UpdateSettings(max_tokens_per_microbatch=1 << 20))
+    bounded = engine._bound(request).update.max_tokens_per_microbatch
+    engine._max_tokens_per_microbatch = None
+    assert request.update.max_tokens_per_microbatch == 1 << 20
+    return bound, token_bytes, bounded
+
+
+def test_micro_batches_are_bounded_by_what_a_token_takes(run_ranks: RunRanks) -> None:
+    found = {sizes: run_ranks(sizes, bound_by_memory) for sizes in (Sizes(), Sizes(recompute=True), Sizes(tensor=2))}
+    for bound, token_bytes, bounded in found.values():
+        assert bound == bounded == int((1 << 20) / token_bytes)
+    whole = found[Sizes()][1]
+    assert found[Sizes(recompute=True)][1] < whole
+    assert found[Sizes(tensor=2)][1] < whole

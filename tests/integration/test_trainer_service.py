@@ -25,6 +25,10 @@ METRICS = {
     *(f"train/{name}" for name in ("loss", "grad_norm", "entropy", "kl_k1", "kl_k3", "clip_share", "mask_share")),
     *(f"train/train_infer_{name}" for name in ("logprob_diff_mean", "logprob_diff_max", "kl")),
     *("train/tokens_per_second", "train/peak_memory_bytes"),
+    *(
+        f"train/{copy}_bytes"
+        for copy in ("weights", "gradients", "moments", "main_weights", "undo_snapshot", "push_image")
+    ),
     *("time/read_seconds", "time/reference_seconds", "time/update_seconds"),
 }
 
@@ -102,6 +106,10 @@ async def test_an_iteration_raises_the_rewarded_and_lowers_the_others(
     assert result.metrics["train/mask_share"] == result.metrics["train/clip_share"] == 0
     assert result.metrics["train/tokens_per_second"] > 0
     assert result.metrics["train/peak_memory_bytes"] > 1 << 20
+    copies = [result.metrics[f"train/{copy}_bytes"] for copy in ("weights", "gradients", "moments", "main_weights")]
+    assert copies == [copies[0], copies[0], 2 * copies[0], 0]
+    # The base model's folder holds the weights that a failure goes back to.
+    assert result.metrics["train/undo_snapshot_bytes"] == 0
     assert await train(trainer, request) == result
     with pytest.raises(FailedPreconditionError, match="already has version 1 loaded"):
         await train(trainer, train_request(RUN, groups, [1.0, 0.0, 0.0, 0.0], minibatches=2))

@@ -27,7 +27,7 @@ class LossBatch:
     """Input of a loss: a micro-batch of T predicted tokens of N trajectories, laid end to end."""
 
     logprobs_T: torch.Tensor
-    """log pi of each token at the sampling temperature, with gradient."""
+    """log pi of each token at the sampling temperature, with gradient; 0 for tokens that are not trained."""
     reference_logprobs_T: torch.Tensor
     """The same under the weights that open the iteration, without gradient."""
     trained_T: torch.Tensor

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,7 +19,6 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
@@ -26,12 +26,14 @@ from perigee.errors import InternalError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.trainer.hf import ModelShape, TensorReader
 from services.trainer.megatron.attention import PackedAttention, PackedRotary
+from services.trainer.megatron.head import Head, HiddenOutput
+from services.trainer.megatron.memory import SavedTensors, count_copies
 from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
 from services.trainer.megatron.parallel import ParallelDims
-from services.trainer.packing import MicroBatch
+from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches
 
-# Tokens whose entropy is computed at once: its temporaries are as wide as the vocabulary.
-_ENTROPY_TOKENS = 1024
+# Tokens of the forward and backward pass that measures what a token takes.
+_PROBE_TOKENS = 64
 
 # The loss of a micro-batch from its log-probabilities [T], and what is to be reported of it.
 LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
@@ -39,7 +41,10 @@ LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Log-probability of each of a micro-batch's T targets, and entropy of the distribution it was drawn from."""
+    """Log-probability of each of a micro-batch's T targets, and entropy of the distribution it was drawn from.
+
+    Both are 0 where the target is not trained.
+    """
 
     batch: MicroBatch
     logprobs_T: torch.Tensor
@@ -91,10 +96,9 @@ class Policy:
     def evaluate(self, batches: Sequence[MicroBatch], temperature: float) -> list[Evaluated]:
         """Evaluates the targets of each micro-batch, on ranks of the last pipeline stage; empty on others."""
 
-        def finish(batch: MicroBatch, logits_TV: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            logprobs_T = _target_logprobs(logits_TV, batch.targets_T, temperature, self.dims.tensor)
-            entropies_T = _entropies(logits_TV, temperature, self.dims.tensor)
-            return logprobs_T.sum(), Evaluated(batch, logprobs_T.detach(), entropies_T)
+        def finish(batch: MicroBatch, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            found = self._head(temperature).evaluate(hidden_TD, batch.targets_T, batch.trained_T)
+            return found[0].sum(), Evaluated(batch, *found)
 
         with torch.no_grad():
             return self._run(batches, finish, forward_only=True)
@@ -108,20 +112,49 @@ class Policy:
         Raises InternalError, on every rank, when the norm is not finite.
         """
 
-        def finish(batch: MicroBatch, logits_TV: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            return loss(batch, _target_logprobs(logits_TV, batch.targets_T, temperature, self.dims.tensor))
-
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._run(batches, finish, forward_only=False)
+        reports = self._run_losses(batches, temperature, loss)
         set_learning_rate(self.optimizer, learning_rate)
         _, norm, _ = self.optimizer.step()
         if not math.isfinite(norm):
             raise InternalError(f"the gradient norm is {norm}; the trainer went back to the version that it had before")
         return float(norm), reports
 
+    def measure_activations(self) -> float:
+        """Returns the bytes that a micro-batch's forward pass keeps for its backward pass, for each of its tokens.
+
+        As many micro-batches as there are pipeline stages may be in flight. Buffers of a fixed size, such as the
+        logits of a chunk, are not in it.
+        """
+        probe = TokenSequence(np.zeros(_PROBE_TOKENS + 1, np.int64), np.ones(_PROBE_TOKENS, np.bool_))
+        batches = make_micro_batches([[probe]], self.dims.device)
+        with SavedTensors(self.core.parameters()) as saved:
+            self._run_losses(batches, 1.0, lambda _, logprobs_T: (logprobs_T.sum(), None))
+        self.model.zero_grad_buffer()
+        return saved.peak / _PROBE_TOKENS * self.dims.pipeline
+
+    def count_copies(self) -> dict[str, int]:
+        """Returns the bytes of each copy of the policy that this rank keeps, by name."""
+        return count_copies(self.core.parameters(), self.optimizer)
+
+    def _head(self, temperature: float) -> Head:
+        """Returns the head; on ranks of the last pipeline stage."""
+        tied = self.shape.tied
+        weight_VD = self.core.shared_embedding_or_output_weight() if tied else self.core.output_layer.weight
+        group = parallel_state.get_tensor_model_parallel_group() if self.dims.tensor > 1 else None
+        return Head(weight_VD, temperature, group)
+
+    def _run_losses(self, batches: Sequence[MicroBatch], temperature: float, loss: LossFunction) -> list[Any]:
+        """Adds the gradients of the micro-batches' losses to those that there are; returns the reports."""
+
+        def finish(batch: MicroBatch, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            return loss(batch, self._head(temperature).logprobs(hidden_TD, batch.targets_T, batch.trained_T))
+
+        return self._run(batches, finish, forward_only=False)
+
     def _run(self, batches: Sequence[MicroBatch], finish: LossFunction, *, forward_only: bool) -> list[Any]:
-        """Runs Megatron's schedule; `finish` turns logits [T, V] into a loss and what is reported of the batch."""
+        """Runs Megatron's schedule; `finish` turns hidden states [T, D] into a loss and what is reported of them."""
 
         def forward_step(
             source: Iterator[MicroBatch], model: Any
@@ -129,8 +162,8 @@ class Policy:
             batch = next(source)
             output = model(batch.inputs_T[None], None, None, packed_seq_params=batch.packed)
 
-            def finish_batch(logits_1TV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-                value, report = finish(batch, logits_1TV[0])
+            def finish_batch(hidden_1TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+                value, report = finish(batch, hidden_1TD[0])
                 return value, torch.zeros((), dtype=torch.int), report
 
             return output, finish_batch
@@ -145,36 +178,6 @@ class Policy:
             forward_only=forward_only,
         )
         return reports
-
-
-def _target_logprobs(logits_TV: torch.Tensor, targets_T: torch.Tensor, temperature: float, ranks: int) -> torch.Tensor:
-    """Returns log softmax(logits / temperature) at the targets in float32; V is this rank's share of the vocabulary."""
-    scaled_TV = logits_TV.float() if temperature == 1.0 else logits_TV.float() / temperature
-    if ranks == 1:
-        return -F.cross_entropy(scaled_TV, targets_T, reduction="none")
-    # Megatron's loss overwrites its input.
-    owned_TV = scaled_TV.clone(memory_format=torch.contiguous_format)
-    logprobs_T: torch.Tensor = -vocab_parallel_cross_entropy(owned_TV, targets_T)
-    return logprobs_T
-
-
-def _entropies(logits_TV: torch.Tensor, temperature: float, ranks: int) -> torch.Tensor:
-    """Returns the entropy of softmax(logits / temperature) in nats; V is this rank's share of the vocabulary."""
-    chunks: tuple[torch.Tensor, ...] = torch.split(logits_TV, _ENTROPY_TOKENS)
-    return torch.cat([_chunk_entropies(logits_CV.float() / temperature, ranks) for logits_CV in chunks])
-
-
-def _chunk_entropies(logits_CV: torch.Tensor, ranks: int) -> torch.Tensor:
-    top_C = logits_CV.amax(-1)
-    if ranks > 1:
-        dist.all_reduce(top_C, dist.ReduceOp.MAX, group=parallel_state.get_tensor_model_parallel_group())
-    shifted_CV = logits_CV - top_C[:, None]
-    weights_CV = shifted_CV.exp()
-    sums_2C = torch.stack([weights_CV.sum(-1), (weights_CV * shifted_CV).sum(-1)])
-    if ranks > 1:
-        dist.all_reduce(sums_2C, group=parallel_state.get_tensor_model_parallel_group())
-    # With w = exp(x - top): H = log sum w - sum (w * (x - top)) / sum w.
-    return sums_2C[0].log() - sums_2C[1] / sums_2C[0]
 
 
 def build_model(
@@ -199,6 +202,8 @@ def build_model(
         share_embeddings_and_output_weights=shape.tied,
         position_embedding_type="rope",
     )
+    if dims.is_last_stage:
+        core.output_layer = HiddenOutput(core.output_layer.weight)
     core.rotary_pos_emb = PackedRotary(shape.inverse_frequencies_D)
     core.to(dims.device)
     module = Float16Module(config, core) if dtype is torch.bfloat16 else core

@@ -37,7 +37,7 @@ def build_optimizer(model: DistributedDataParallel, bf16: bool) -> MegatronOptim
 
 def reset_optimizer(optimizer: MegatronOptimizer, settings: pb.Optimizer) -> None:
     """Clears all moments and sets what a new job asks for (k1.5 section 2.3.2: a fresh optimizer each iteration)."""
-    for part in _parts(optimizer):
+    for part in list_parts(optimizer):
         part.optimizer.state.clear()
         # With an infinite bound Megatron scales nothing, but computes the norm that is reported.
         vars(part.config).update(clip_grad=settings.max_grad_norm or math.inf)
@@ -49,10 +49,11 @@ def reset_optimizer(optimizer: MegatronOptimizer, settings: pb.Optimizer) -> Non
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
     """Sets the learning rate of the next step."""
-    for part in _parts(optimizer):
+    for part in list_parts(optimizer):
         for group in part.optimizer.param_groups:
             group["lr"] = rate
 
 
-def _parts(optimizer: MegatronOptimizer) -> list[Any]:
+def list_parts(optimizer: MegatronOptimizer) -> list[Any]:
+    """Returns the optimizers that Megatron chained together, or the only one."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))

@@ -41,7 +41,7 @@ class ParallelDims:
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this process computes logits."""
+        """Whether this process has the output head."""
         return self.pipeline_rank == self.pipeline - 1
 
     @property
