@@ -75,7 +75,8 @@ def test_no_trained_token_is_no_gradient() -> None:
 
 def test_a_storage_counts_once_and_until_its_backward_pass() -> None:
     weight_DD = torch.nn.Parameter(torch.ones(8, 8))
-    with SavedTensors([weight_DD]) as saved:
+    saved = SavedTensors([weight_DD])
+    with saved:
         for _ in range(2):
             # Both products save `x`, and the second its own input of 4 * 8 floats.
             x_4D = torch.ones(4, 8, requires_grad=True)

@@ -120,11 +120,11 @@ class _Logprobs(torch.autograd.Function):
         rows: torch.Tensor,
         head: Head,
     ) -> torch.Tensor:
-        logprobs_T, normalizers_T, _ = head.describe(hidden_TD, targets_T, rows, with_entropies=False)
-        ctx.save_for_backward(hidden_TD, targets_T, rows, normalizers_T)
+        found_3T = head.describe(hidden_TD, targets_T, rows, with_entropies=False)
+        ctx.save_for_backward(hidden_TD, targets_T, rows, found_3T[1])
         # The parameter itself, which has `main_grad`.
         ctx.head = head
-        return logprobs_T.clone()
+        return found_3T[0].clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -21,11 +21,11 @@ def count_copies(parameters: Iterable[torch.nn.Parameter], optimizer: MegatronOp
     storages = {_storage(parameter) for parameter in own}
     inner = [part.optimizer for part in list_parts(optimizer)]
     updated = [weight for each in inner for group in each.param_groups for weight in group["params"]]
-    moments = [value for each in inner for state in each.state.values() for value in state.values()]
+    states = [state for each in inner for state in each.state.values()]
     return {
         "weights": _bytes(own),
         "gradients": _bytes(parameter.main_grad for parameter in own),  # type: ignore[attr-defined]
-        "moments": _bytes(value for value in moments if isinstance(value, torch.Tensor)),
+        "moments": _bytes(state[name] for state in states for name in ("exp_avg", "exp_avg_sq")),
         "main_weights": _bytes(weight for weight in updated if _storage(weight) not in storages),
     }
 

@@ -129,7 +129,8 @@ class Policy:
         """
         probe = TokenSequence(np.zeros(_PROBE_TOKENS + 1, np.int64), np.ones(_PROBE_TOKENS, np.bool_))
         batches = make_micro_batches([[probe]], self.dims.device)
-        with SavedTensors(self.core.parameters()) as saved:
+        saved = SavedTensors(self.core.parameters())
+        with saved:
             self._run_losses(batches, 1.0, lambda _, logprobs_T: (logprobs_T.sum(), None))
         self.model.zero_grad_buffer()
         return saved.peak / _PROBE_TOKENS * self.dims.pipeline
