@@ -177,11 +177,17 @@ def main() -> None:
         / statistics.median(seconds["full"][clock])
         for clock in ("wall_s", "cpu_s")
     }
+    # Fewer cores than the machine has: other work took part in the measurement, and wall seconds are of both.
+    cores = {
+        form: [round(cpu / wall, 2) for wall, cpu in zip(each["wall_s"], each["cpu_s"], strict=True)]
+        for form, each in seconds.items()
+    }
     figures = {
         "machine": describe_machine(),
         "options": {name: getattr(arguments, name) for name in ("tokens", "vocabulary", "layers", "prompt_share")},
         "memory_gib": memory,
         "seconds": seconds,
+        "cores_used": cores,
         "ratios": {name: round(value, 3) for name, value in ratios.items()},
     }
     text = json.dumps(figures, indent=2)
