@@ -48,9 +48,9 @@ class TrainerConfig(ServiceConfig):
     recompute: bool = False
     """Keeps only each layer's input and computes the rest again in the backward pass, for long sequences."""
     max_microbatch_bytes: int | None = Field(None, ge=1 << 20)
-    """Most memory that the activations of micro-batches take on a process, by what a token takes when measured at the
-    start; tokens of a micro-batch are bounded by it and by `max_tokens_per_microbatch`, and by the latter alone when
-    unset. A sequence longer than that has a micro-batch of its own."""
+    """Most memory that activations take on a process, by what a token takes when measured at the start; half of what is
+    free then, when unset. Tokens of a micro-batch are bounded by it and by `max_tokens_per_microbatch`; a sequence that
+    is longer has a micro-batch of its own."""
     max_sequence_length: int | None = Field(None, ge=2)
     """Longest prompt and response together, in tokens; the model's own limit when unset."""
     keep_checkpoints: int = Field(3, ge=2)

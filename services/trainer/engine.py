@@ -21,6 +21,7 @@ from services.trainer.checkpoints import Checkpoints
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_trajectories
 from services.trainer.hf import DTYPES, read_model_shape
+from services.trainer.megatron.memory import free_bytes
 from services.trainer.megatron.model import Policy
 from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
 from services.trainer.packing import TokenSequence
@@ -97,7 +98,8 @@ class Engine:
             self.policy = Policy(self.shape, self.dims, DTYPES[config.dtype], self.max_tokens, config.recompute)
             self._load(lambda: folder)
             self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
-            self._max_tokens_per_microbatch = self._measure_bound(config.max_microbatch_bytes)
+            self._log_copies()
+            self._max_tokens = self._bound_tokens(config.max_microbatch_bytes, processes)
             self._stack = stack.pop_all()
 
     def job_context(self, **caller: Any) -> JobContext:
@@ -155,7 +157,8 @@ class Engine:
             seed = self._seed + command.iteration
             training = self._bound(command)
             result = self._or_restore(lambda: train_iteration(policy, context, training, seed, self._read))
-            result.metrics.update(self._count_copies())
+            copies = self._count_copies()
+            result.metrics.update({f"train/{name}_bytes": max(each[name] for each in copies) for name in copies[0]})
             return result
         if isinstance(command, LoadCommand):
             return self._or_restore(lambda: self._load(lambda: self.checkpoints.fetch(command.run_id, command.version)))
@@ -195,21 +198,24 @@ class Engine:
             self.broken = True
             raise
 
-    def _count_copies(self) -> dict[str, float]:
-        """Logs the bytes of each copy of the policy on each rank, and returns the largest of any rank as metrics."""
-        every = self.everyone.gather(self.policy.count_copies() | {"undo_snapshot": self._snapshot_bytes})
-        if self.dims.rank == 0:
-            for rank, copies in enumerate(every):
-                log.info("memory of the policy", rank=rank, **{f"{name}_bytes": copies[name] for name in copies})
-        return {f"train/{name}_bytes": max(copies[name] for copies in every) for name in every[0]}
+    def _count_copies(self) -> list[dict[str, int]]:
+        """Returns the bytes of each copy of the policy, by rank."""
+        return self.everyone.gather(self.policy.count_copies() | {"undo_snapshot": self._snapshot_bytes})
 
-    def _measure_bound(self, limit: int | None) -> int | None:
+    def _log_copies(self) -> None:
+        copies = self._count_copies()
+        if self.dims.rank == 0:
+            for rank, each in enumerate(copies):
+                log.info("memory of the policy", rank=rank, **{f"{name}_bytes": size for name, size in each.items()})
+
+    def _bound_tokens(self, limit: int | None, processes: int) -> int:
         """Returns the tokens of a micro-batch whose activations take at most `limit` bytes on every rank."""
         if limit is None:
-            return None
-        token_bytes = max(self.everyone.gather(self.policy.measure_activations()))
-        tokens = max(1, int(limit / token_bytes))
-        log.info("micro-batches are bounded by memory", bytes_per_token=int(token_bytes), max_tokens=tokens)
+            moments = self.policy.count_copies()["moments"]
+            limit = (free_bytes(self.dims.device, processes) - moments) // 2
+        tokens = max(1, min(self.everyone.gather(int(limit / self.policy.measure_activations()))))
+        if self.dims.rank == 0:
+            log.info("micro-batches are bounded by memory", max_tokens=tokens)
         return tokens
 
     def _bound(self, request: RequestT) -> RequestT:
@@ -217,9 +223,7 @@ class Engine:
         bounded = type(request)()
         bounded.CopyFrom(request)
         settings = bounded.update if isinstance(bounded, pb.TrainRequest) else bounded
-        if self._max_tokens_per_microbatch is not None:
-            tokens = min(settings.max_tokens_per_microbatch, self._max_tokens_per_microbatch)
-            settings.max_tokens_per_microbatch = tokens
+        settings.max_tokens_per_microbatch = min(settings.max_tokens_per_microbatch, self._max_tokens)
         return bounded
 
     def _load(self, find_folder: Callable[[], Path]) -> None:

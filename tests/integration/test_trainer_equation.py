@@ -383,21 +383,23 @@ def test_a_trainer_whose_folder_is_gone_ends(run_ranks: RunRanks, trainer_model:
     assert run_ranks(Sizes(), partial(fail_a_job, saved=folder, remove=True)) == (False, 0, True)
 
 
-def bound_by_memory(engine: Engine) -> tuple[int | None, float, int]:
-    """The tokens of a micro-batch in 1 MiB, the measured bytes of a token, and the bound in a request's copy."""
-    engine._max_tokens_per_microbatch = bound = engine._measure_bound(1 << 20)
+def bound_by_memory(engine: Engine) -> tuple[int, float, int, int]:
+    """The tokens of a micro-batch in 1 MiB, the measured bytes of a token, the bound in a request's copy, and its own."""
+    own, engine._max_tokens = engine._max_tokens, engine._bound_tokens(1 << 20, 1)
     token_bytes = max(engine.everyone.gather(engine.policy.measure_activations()))
     request = pb.TrainRequest(update=pb.UpdateSettings(max_tokens_per_microbatch=1 << 20))
     bounded = engine._bound(request).update.max_tokens_per_microbatch
-    engine._max_tokens_per_microbatch = None
+    found, engine._max_tokens = engine._max_tokens, own
     assert request.update.max_tokens_per_microbatch == 1 << 20
-    return bound, token_bytes, bounded
+    return found, token_bytes, bounded, own
 
 
 def test_micro_batches_are_bounded_by_what_a_token_takes(run_ranks: RunRanks) -> None:
     found = {sizes: run_ranks(sizes, bound_by_memory) for sizes in (Sizes(), Sizes(recompute=True), Sizes(tensor=2))}
-    for bound, token_bytes, bounded in found.values():
+    for bound, token_bytes, bounded, own in found.values():
         assert bound == bounded == int((1 << 20) / token_bytes)
+        # Without a limit the machine's memory is one, and more than 1 MiB of it is free.
+        assert bound < own
     whole = found[Sizes()][1]
     assert found[Sizes(recompute=True)][1] < whole
     assert found[Sizes(tensor=2)][1] < whole

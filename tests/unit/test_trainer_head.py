@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from services.trainer.megatron.head import Head
-from services.trainer.megatron.memory import SavedTensors
+from services.trainer.megatron.memory import SavedTensors, free_bytes
 
 T, D, V = 53, 16, 96
 
@@ -82,3 +84,12 @@ def test_a_storage_counts_once_and_until_its_backward_pass() -> None:
             x_4D = torch.ones(4, 8, requires_grad=True)
             (x_4D @ weight_DD + x_4D.exp()).sum().backward()  # type: ignore[no-untyped-call]
     assert saved.peak == 2 * 4 * 8 * 4
+
+
+def test_a_container_has_the_memory_of_its_limit(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    machine = free_bytes(torch.device("cpu"), 1, limit)
+    limit.write_text("max\n", encoding="utf-8")
+    assert free_bytes(torch.device("cpu"), 4, limit) < machine
+    limit.write_text("0\n", encoding="utf-8")
+    assert free_bytes(torch.device("cpu"), 1, limit) < 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,23 +13,40 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from services.trainer.megatron.optimizer import list_parts
 
+_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
 
 def count_copies(parameters: Iterable[torch.nn.Parameter], optimizer: MegatronOptimizer) -> dict[str, int]:
-    """Returns the bytes of this rank's weights, gradients, moments (0 before a job's first step) and main weights.
+    """Returns the bytes of this rank's weights, gradients, moments and main weights.
 
-    Main weights are the float32 copies that the optimizer of a bfloat16 model updates.
+    Moments are there from a job's first step on. Main weights are the float32 copies that the optimizer of a bfloat16
+    model updates.
     """
     own = list(parameters)
     storages = {_storage(parameter) for parameter in own}
-    inner = [part.optimizer for part in list_parts(optimizer)]
-    updated = [weight for each in inner for group in each.param_groups for weight in group["params"]]
-    states = [state for each in inner for state in each.state.values()]
+    groups = [group for part in list_parts(optimizer) for group in part.optimizer.param_groups]
+    updated = [weight for group in groups for weight in group["params"]]
     return {
         "weights": _bytes(own),
         "gradients": _bytes(parameter.main_grad for parameter in own),  # type: ignore[attr-defined]
-        "moments": _bytes(state[name] for state in states for name in ("exp_avg", "exp_avg_sq")),
+        "moments": 2 * _bytes(updated),
         "main_weights": _bytes(weight for weight in updated if _storage(weight) not in storages),
     }
+
+
+def free_bytes(device: torch.device, processes: int, limit: Path = _LIMIT) -> int:
+    """Returns the memory that is free for this process: of its GPU, or its share of this machine and of the container.
+
+    `limit` is the file that holds the container's limit, if any.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = int(_find(r"MemAvailable:\s+(\d+) kB", "/proc/meminfo")) * 1024 // processes
+    bound = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
+    if bound == "max":
+        return available
+    resident = int(_find(r"VmRSS:\s+(\d+) kB", "/proc/self/status")) * 1024
+    return min(available, int(bound) // processes - resident)
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
@@ -74,6 +93,12 @@ class _Saved:
     def __del__(self) -> None:
         if self._count is not None:
             self._count.release(self.tensor)
+
+
+def _find(pattern: str, file: str) -> str:
+    found = re.search(pattern, Path(file).read_text(encoding="utf-8"))
+    assert found is not None
+    return found[1]
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -33,7 +33,7 @@ from services.trainer.megatron.parallel import ParallelDims
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches
 
 # Tokens of the forward and backward pass that measures what a token takes.
-_PROBE_TOKENS = 64
+_PROBE_TOKENS = 32
 
 # The loss of a micro-batch from its log-probabilities [T], and what is to be reported of it.
 LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
