@@ -384,7 +384,7 @@ def test_a_trainer_whose_folder_is_gone_ends(run_ranks: RunRanks, trainer_model:
 
 
 def bound_by_memory(engine: Engine) -> tuple[int, float, int, int]:
-    """The tokens of a micro-batch in 1 MiB, the measured bytes of a token, the bound in a request's copy, and its own."""
+    """The bound in 1 MiB, the measured bytes of a token, the bound in a copy of a request, and the bound by default."""
     own, engine._max_tokens = engine._max_tokens, engine._bound_tokens(1 << 20, 1)
     token_bytes = max(engine.everyone.gather(engine.policy.measure_activations()))
     request = pb.TrainRequest(update=pb.UpdateSettings(max_tokens_per_microbatch=1 << 20))
