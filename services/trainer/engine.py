@@ -213,7 +213,7 @@ class Engine:
         if limit is None:
             moments = self.policy.count_copies()["moments"]
             limit = (free_bytes(self.dims.device, processes) - moments) // 2
-        tokens = max(1, min(self.everyone.gather(int(limit / self.policy.measure_activations()))))
+        tokens: int = max(1, min(self.everyone.gather(int(limit / self.policy.measure_activations()))))
         if self.dims.rank == 0:
             log.info("micro-batches are bounded by memory", max_tokens=tokens)
         return tokens
