@@ -36,18 +36,24 @@ async def test_an_evaluation_from_answers_to_comparison(
 ) -> None:
     asked = ("eval", "--endpoint", fake_judge.url, "--model", "m", "--reward", reward.target, "--plain", str(suite))
     fake_judge.otherwise = saying(r"It is \boxed{2}.")
+    fake_judge.script = [Reply(status=400, body="too long")]
     one = str(tmp_path / "one")
     short = await run_perigee(*asked, "--samples", "2", "--limit", "2", "--out", one)
     assert short.code == 0, short.stderr
+    assert "1 of 6 answers failed and are left out" in short.stdout
+    assert "answered 400: too long" in short.stdout
+    overall = json.loads((tmp_path / "one" / "results.json").read_text())["suites"]["sums"]["overall"]
+    assert (overall["problems"], overall["failures"], overall["tokens"]) == (2, 1, 20)
     assert len(fake_judge.requests) == 6
     whole = await run_perigee(*asked, "--samples", "2", "--out", one)
-    assert len(fake_judge.requests) == 12
-    assert "6 of 12 answers are in" in whole.stdout
+    assert len(fake_judge.requests) == 13
+    assert "5 of 12 answers are in" in whole.stdout
     results = json.loads((tmp_path / "one" / "results.json").read_text())
     overall = results["suites"]["sums"]["overall"]
     assert (overall["problems"], overall["greedy"]["mean"], overall["maj_at_k"]["mean"]) == (4, 0.25, 0.25)
     assert results["suites"]["sums"]["a"]["tokens"] == 20
-    assert {line["answer"] for line in read_lines(tmp_path / "one" / "answers.jsonl")} == {"2"}
+    lines = read_lines(tmp_path / "one" / "answers.jsonl")
+    assert {(line["verdict"] == "failed", line["answer"]) for line in lines} == {(False, "2"), (True, "")}
 
     fake_judge.otherwise = saying("I do not know.", "length")
     two = str(tmp_path / "two")
@@ -63,20 +69,15 @@ async def test_what_is_wrong_is_one_line(
     tmp_path: Path, suite: Path, fake_judge: FakeJudge, reward: RewardClient
 ) -> None:
     fake_judge.otherwise = Reply(status=404, body="no such model")
-    asked = (
-        "eval",
-        "--endpoint",
-        fake_judge.url,
-        "--model",
-        "m",
-        "--reward",
-        reward.target,
-        "--out",
-        str(tmp_path / "o"),
-    )
+    out = ("--out", str(tmp_path / "o"))
+    asked = ("eval", "--endpoint", fake_judge.url, "--model", "m", "--reward", reward.target, *out)
     refused = await run_perigee(*asked, str(suite))
     assert (refused.code, refused.stderr.count("\n")) == (1, 1)
     assert "answered 404: no such model" in refused.stderr
+    fake_judge.otherwise = Reply(status=400, body="no such key")
+    refused = await run_perigee(*asked, str(suite), "--samples", "0", "--plain")
+    assert (refused.code, refused.stderr.count("\n")) == (1, 1)
+    assert "4 of 4 answers failed" in refused.stderr
     for arguments, words in (
         (("eval", str(tmp_path)), "SUITE: is required"),
         (("eval", str(tmp_path), str(suite)), "is neither a model folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import csv
 import json
 import pickle
 import zlib
@@ -11,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from perigee.cli.eval.suites import SUITES_PATH, load_suite, read_private_cases, read_suite, suite_names
+from perigee.chat import read_question
+from perigee.cli.eval.suites import SUITES_PATH, Problem, load_suite, read_private_cases, read_suite, suite_names
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from tests.fixtures.data import find_data
 
@@ -48,17 +50,29 @@ RECORDS: dict[str, dict[str, Any]] = {
 
 def write_data(folder: Path, suite: str, *records: dict[str, Any]) -> Path:
     """The data file of a suite."""
-    path = folder / next(name for name in read_suite(SUITES_PATH / f"{suite}.yaml").data if name.endswith(".jsonl"))
+    path = folder / read_suite(SUITES_PATH / f"{suite}.yaml").data[0]
+    if path.suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, records[0])
+            writer.writeheader()
+            writer.writerows(records)
+        return path
     path.write_text("".join(f"{json.dumps(record)}\n" for record in records))
     return path
+
+
+def ask(problem: Problem) -> str:
+    """What the user says last."""
+    assert not isinstance(problem.asked, str)
+    return read_question(problem.asked)
 
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_records_become_problems(tmp_path: Path, name: str) -> None:
     write_data(tmp_path, name, RECORDS[name])
     [problem] = load_suite(name, tmp_path).problems
-    assert problem.messages[-1]["role"] == "user"
-    assert "{" not in str(problem.messages[-1]["content"]).replace(r"\boxed{}", "").replace("{1}", "")
+    asked = ask(problem)
+    assert "{" not in asked.replace(r"\boxed{}", "").replace("{1}", "")
 
 
 def test_every_suite_states_source_and_licence() -> None:
@@ -83,9 +97,9 @@ def test_ground_truths(tmp_path: Path) -> None:
         (b"1 2\n", b"3\n"),
         (b"2 2\n", b"4\n"),
     ]
-    assert "J. option 9" in loaded["mmlu_pro"].messages[-1]["content"]
+    assert "J. option 9" in ask(loaded["mmlu_pro"])
     gpqa = loaded["gpqa"]
-    assert f"{gpqa.line.item.choice.reference}. right" in gpqa.messages[-1]["content"]
+    assert f"{gpqa.line.item.choice.reference}. right" in ask(gpqa)
 
 
 def test_functions_of_contest_problems(tmp_path: Path) -> None:
@@ -95,7 +109,7 @@ def test_functions_of_contest_problems(tmp_path: Path) -> None:
     [problem] = load_suite("livecodebench", tmp_path).problems
     [test] = problem.line.item.code.tests
     assert json.loads(test.function.arguments_json) == [[1, 2], "a"]
-    assert "def f():" in problem.messages[0]["content"]
+    assert "def f():" in ask(problem)
 
 
 def test_a_class_in_hidden_tests_is_refused() -> None:
@@ -124,7 +138,7 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
 
 def test_suites_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "sums.jsonl").write_text('{"id": "a", "prompt": "1+1=", "verifier": "math", "answer": "2"}\n')
-    assert load_suite(str(tmp_path / "sums.jsonl"), tmp_path).problems[0].messages[0]["content"] == "1+1="
+    assert load_suite(str(tmp_path / "sums.jsonl"), tmp_path).problems[0].asked == "1+1="
     suite = tmp_path / "mine.yaml"
     suite.write_text(
         "{source: me, licence: MIT, data: [rows.jsonl], system_prompt: Be brief., prompt: 'Q: {q}', "
@@ -132,7 +146,8 @@ def test_suites_of_ones_own(tmp_path: Path) -> None:
     )
     (tmp_path / "rows.jsonl").write_text('{"q": "one", "a": "eins"}\n')
     [problem] = load_suite(str(suite), tmp_path / "elsewhere").problems
-    assert [message["content"] for message in problem.messages] == ["Be brief.", "Q: one"]
+    assert problem.asked[0] == {"role": "system", "content": "Be brief."}
+    assert ask(problem) == "Q: one"
     suite.write_text("{source: me, licence: MIT, data: [x], promt: y, line: {}}")
     with pytest.raises(InvalidArgumentError, match=r"promt: unknown key; did you mean prompt|prompt: is required"):
         load_suite(str(suite), tmp_path)

@@ -33,7 +33,7 @@ def evaluate(
         str | None, typer.Option("--api-key", envvar="PERIGEE_EVAL_API_KEY", help="The endpoint's key.")
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat/--completions", help="Ask the endpoint for chat completions, or for plain ones.")
+        bool, typer.Option("--chat/--completions", help="Ask by chat, or have the model continue the question.")
     ] = True,
     data: Annotated[
         Path, typer.Option("--data", envvar="PERIGEE_EVAL_DATA", metavar="DIR", help="Folder of the suites' data.")
@@ -83,7 +83,8 @@ def evaluate(
         options = command.EvalOptions(
             target=target,
             suites=suites,
-            endpoint=Endpoint(endpoint, model, chat, api_key) if endpoint and model else None,
+            endpoint=Endpoint(endpoint, model, chat, api_key=api_key) if endpoint and model else None,
+            chat=chat,
             data_path=data,
             runs_path=runs_dir,
             out=out,

@@ -7,23 +7,28 @@ import json
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
+from perigee.chat import Asked, ChatMessage, read_question
 from perigee.cli.run_folder import find_run
 from perigee.cli.stack import HOST, START_TIMEOUT_S, pick_ports, start_guarded
-from perigee.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from perigee.errors import FailedPreconditionError, InternalError, InvalidArgumentError, UnavailableError
+from perigee.trainer.v1 import trainer_pb2
+from services.kit.chat import PromptEncoder, open_encoder
 from services.kit.hf import open_model_folder
 
 SERVED_NAME = "policy"
 POLL_S = 0.5
 ATTEMPTS = 6
-# Servers answer with these what may pass.
-PASSING_STATUS = (408, 409, 429)
+# Servers answer with these what may pass, and what every other request would meet, too.
+PASSING_STATUS, FATAL_STATUS = (408, 409, 429), (401, 403, 404)
+# Errors of one request, beside which others are answered.
+REQUEST_ERRORS = (InternalError, InvalidArgumentError)
 # What a model's generation_config.json would change about a stated sampling, in vLLM's words.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -40,14 +45,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """OpenAI-compatible endpoint; `chat` is off for a model without a chat template, which continues the last message.
+    """OpenAI-compatible endpoint; without `chat` the model continues what the user said last.
 
-    `extra` is added to every request.
+    With an `encoder` it is asked by token ids, into which that writes the chat. `extra` is added to every request.
     """
 
     url: str
     model: str
     chat: bool = True
+    encoder: PromptEncoder | None = None
     api_key: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float = 3600.0
@@ -58,19 +64,32 @@ class Endpoint:
         limits = httpx.Limits(max_connections=concurrency)
         return httpx.AsyncClient(headers=headers, limits=limits, timeout=self.timeout_s)
 
-    def make_request(self, messages: Sequence[Mapping[str, Any]], sampling: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns the body of a request for one response."""
-        asked = {"messages": list(messages)} if self.chat else {"prompt": messages[-1]["content"]}
-        return {"model": self.model, **asked, **sampling, **self.extra}
+    def write_prompts(self, asked: Sequence[Asked], places: Sequence[str]) -> list[dict[str, Any]]:
+        """Returns the part of a request that asks each; raises InvalidArgumentError when a chat template fails."""
+        if self.chat and self.encoder is None:
+            user = [(ChatMessage(role="user", content=each),) if isinstance(each, str) else each for each in asked]
+            return [{"messages": list(messages)} for messages in user]
+        if not self.chat:
+            asked = [each if isinstance(each, str) else read_question(each) for each in asked]
+        return [{"prompt": prompt} for prompt in (self.encoder.encode(asked, places) if self.encoder else asked)]
+
+    def make_request(self, prompt: Mapping[str, Any], sampling: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the body of a request for one response, which is no longer than a local model's context allows."""
+        body = {"model": self.model, **prompt, **sampling, **self.extra}
+        if self.encoder is not None:
+            room = self.encoder.model.context_tokens - len(body["prompt"])
+            body["max_tokens"] = max(1, min(body["max_tokens"], room))
+        return body
 
     async def complete(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Completion:
         """Returns the response to a request; what may pass is tried again.
 
-        Raises UnavailableError when the endpoint stays away, FailedPreconditionError when it refuses the request.
+        Raises UnavailableError when the endpoint stays away, FailedPreconditionError when it takes no requests from
+        here, and one of REQUEST_ERRORS when it does not answer this one.
         """
-        url = f"{self.url.rstrip('/')}/{'chat/completions' if self.chat else 'completions'}"
+        url = f"{self.url.rstrip('/')}/{'chat/completions' if 'messages' in body else 'completions'}"
         retrying = AsyncRetrying(
-            retry=retry_if_exception_type(UnavailableError),
+            retry=retry_if_exception_type((UnavailableError, InternalError)),
             stop=stop_after_attempt(ATTEMPTS),
             wait=wait_exponential_jitter(initial=1, max=30),
             reraise=True,
@@ -87,12 +106,14 @@ async def _post(client: httpx.AsyncClient, url: str, body: Mapping[str, Any]) ->
         return response
     words = f"{url} answered {response.status_code}: {' '.join(response.text.split())[:300]}"
     if response.status_code >= 500 or response.status_code in PASSING_STATUS:
-        raise UnavailableError(words)
-    raise FailedPreconditionError(words)
+        raise InternalError(words)
+    if response.status_code < 400 or response.status_code in FATAL_STATUS:
+        raise FailedPreconditionError(words)
+    raise InvalidArgumentError(words)
 
 
 def read_completion(response: httpx.Response, url: str) -> Completion:
-    """Returns the first choice of an answer. Raises FailedPreconditionError when it has none."""
+    """Returns the first choice of an answer. Raises InternalError when it has none."""
     try:
         values = response.json()
         choice = values["choices"][0]
@@ -100,7 +121,7 @@ def read_completion(response: httpx.Response, url: str) -> Completion:
         tokens = int((values.get("usage") or {}).get("completion_tokens") or 0)
         return Completion(text or "", tokens, choice.get("finish_reason") == "length")
     except (ValueError, LookupError, TypeError) as error:
-        raise FailedPreconditionError(f"{url} gave no completion: {response.text[:300]!r}") from error
+        raise InternalError(f"{url} gave no completion: {response.text[:300]!r}") from error
 
 
 def find_model(name: str, runs_path: Path) -> Path:
@@ -122,12 +143,15 @@ def find_model(name: str, runs_path: Path) -> Path:
     return exported
 
 
-def has_chat_template(folder: Path) -> bool:
-    """Returns whether a model folder has a chat template."""
-    settings = folder / "tokenizer_config.json"
-    return (folder / "chat_template.jinja").is_file() or (
-        settings.is_file() and bool(json.loads(settings.read_text()).get("chat_template"))
-    )
+def local_endpoint(folder: Path, chat: bool) -> Endpoint:
+    """Returns the endpoint of a model folder, without the URL that it gets once it is served.
+
+    Raises InvalidArgumentError when the folder is no model's.
+    """
+    encoder = open_encoder(open_model_folder(folder, "MODEL"), trainer_pb2.ChatSettings(mode="always"))
+    if not chat or encoder.template is None:
+        encoder = replace(encoder, settings=trainer_pb2.ChatSettings(mode="never"))
+    return Endpoint("", SERVED_NAME, encoder.settings.mode == "always", encoder, extra=NEUTRAL)
 
 
 def identify_weights(folder: Path) -> str:
@@ -139,12 +163,11 @@ def identify_weights(folder: Path) -> str:
 @asynccontextmanager
 async def serving_model(
     folder: Path, log_path: Path, concurrency: int, dtype: str, note: Callable[[str], None]
-) -> AsyncIterator[Endpoint]:
-    """Serves a model folder with vLLM on this machine while the block runs.
+) -> AsyncIterator[str]:
+    """Serves a model folder with vLLM on this machine while the block runs; yields the URL.
 
-    Raises InvalidArgumentError when the folder is no model's, UnavailableError when the server does not start.
+    Raises UnavailableError when the server does not start.
     """
-    open_model_folder(folder, "MODEL")
     [port] = pick_ports(1)
     arguments = {
         "model": str(folder),
@@ -170,8 +193,7 @@ async def serving_model(
                 if ended.done():
                     raise UnavailableError(server.describe_end(ended.result()))
                 await asyncio.wait([ended], timeout=POLL_S)
-        url = f"http://{HOST}:{port}/v1"
-        yield Endpoint(url, SERVED_NAME, has_chat_template(folder), extra=NEUTRAL)
+        yield f"http://{HOST}:{port}/v1"
     except TimeoutError as error:
         raise UnavailableError(f"vLLM was not ready after {START_TIMEOUT_S:g} s (log: {log_path})") from error
     finally:

@@ -1,7 +1,7 @@
 """Results of an evaluation: figures by suite and domain, as a table and JSON, and the comparison of two of them.
 
 A line of answers.jsonl has suite, id, domain, attempt ("greedy" or "sample-0" and so on), digest, response, tokens,
-truncated, verdict, answer and reason. Responses that could not be judged are left out and counted as failures.
+truncated, verdict, answer and reason. What was not answered or not judged is left out and counted as a failure.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Figures:
     truncated: float
     """Share of responses that reached the cap."""
     failures: int
-    """Responses without a verdict."""
+    """Requests without a response, and responses without a verdict."""
 
 
 def is_correct(answer: Answer) -> bool:
@@ -82,8 +82,8 @@ def _figures(answers: Sequence[Answer]) -> Figures:
         avg_at_k=clustered_interval([list(map(is_correct, group)) for group in groups]) if groups else None,
         maj_at_k=wilson_interval(sum(votes), len(votes)) if has_answers else None,
         pass_at_k=wilson_interval(sum(any_right), len(groups)) if groups else None,
-        tokens=round(fmean(answer["tokens"] for answer in answers), 2),
-        truncated=round(fmean(answer["truncated"] for answer in answers), 4),
+        tokens=round(fmean([answer["tokens"] for answer in judged] or [0]), 2),
+        truncated=round(fmean([answer["truncated"] for answer in judged] or [0]), 4),
         failures=len(answers) - len(judged),
     )
 

@@ -6,9 +6,10 @@ import asyncio
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,26 +18,28 @@ from rich.console import Console
 from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.ending import Interrupt
 from perigee.cli.eval.model import (
-    NEUTRAL,
-    SERVED_NAME,
+    REQUEST_ERRORS,
     Completion,
     Endpoint,
     find_model,
-    has_chat_template,
     identify_weights,
+    local_endpoint,
     serving_model,
 )
-from perigee.cli.eval.results import ANSWERS_FILE, GREEDY, RESULTS_FILE, by_suite, show, summarize, to_json
+from perigee.cli.eval.results import ANSWERS_FILE, GREEDY, RESULTS_FILE, Answer, by_suite, show, summarize, to_json
 from perigee.cli.eval.suites import LoadedSuite, Problem, SamplingSettings, load_suite
 from perigee.cli.run_folder import RunFolder
-from perigee.cli.stack import LocalStack, plan_stack
+from perigee.cli.stack import LocalStack, Report, plan_stack
 from perigee.cli.view import ProgressView
-from perigee.errors import InvalidArgumentError
+from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.files import Journal, write_atomically
 from perigee.reward.client import RewardClient
-from perigee.reward.scoring import ScoreJob, ScoringOptions, ScoringPipeline, scoring
+from perigee.reward.scoring import ScoreJob, ScoringOptions, ScoringPipeline, failed, scoring
 from perigee.reward.v1 import reward_pb2
 from perigee.rpc import ChannelOptions
+
+# Of a request that the endpoint did not answer.
+NO_COMPLETION = Completion("", 0, truncated=False)
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class EvalOptions:
     target: str | None
     suites: Sequence[str]
     endpoint: Endpoint | None
+    chat: bool
     data_path: Path
     runs_path: Path
     out: Path | None
@@ -57,6 +61,25 @@ class EvalOptions:
     reward: str | None
     channel: ChannelOptions = field(default_factory=ChannelOptions)
     plain: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """Model that is evaluated; `identity` tells its weights from others, `folder` is None behind an endpoint."""
+
+    name: str
+    endpoint: Endpoint
+    identity: str
+    folder: Path | None = None
+
+
+def open_target(options: EvalOptions) -> Target:
+    """Returns the model; what is asked of a local one does not depend on where it will be served."""
+    if options.endpoint is not None:
+        return Target(options.endpoint.model, options.endpoint, f"{options.endpoint.url} {options.endpoint.model}")
+    folder = find_model(str(options.target), options.runs_path)
+    identity = f"{identify_weights(folder)} {options.dtype}"
+    return Target(str(options.target), local_endpoint(folder, options.chat), identity, folder)
 
 
 @dataclass(frozen=True)
@@ -79,13 +102,15 @@ def make_attempts(suite: LoadedSuite, sampling: SamplingSettings, endpoint: Endp
     settings: list[tuple[str, dict[str, Any]]] = [(GREEDY, {"temperature": 0.0})] if sampling.greedy else []
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     settings += [(f"sample-{number}", drawn) for number in range(sampling.samples)]
+    places = [problem.line.place or problem.line.id for problem in suite.problems]
+    prompts = endpoint.write_prompts([problem.asked for problem in suite.problems], places)
     attempts = []
     for name, values in settings:
-        for problem in suite.problems:
+        for problem, prompt in zip(suite.problems, prompts, strict=True):
             asked = values | {"max_tokens": sampling.max_tokens}
             if name != GREEDY:
                 asked["seed"] = _seed(sampling.seed, problem.line.id, name)
-            body = endpoint.make_request(problem.messages, asked)
+            body = endpoint.make_request(prompt, asked)
             truth = problem.line.item.SerializeToString(deterministic=True).hex()
             digest = hashlib.blake2b(json.dumps([identity, body, truth]).encode(), digest_size=12).hexdigest()
             attempts.append(Attempt(problem, name, body, digest))
@@ -130,7 +155,7 @@ class AnswerStore:
         self._journal.close()
 
     def _line(self, outcome: reward_pb2.ScoreResponse) -> dict[str, Any]:
-        attempt, completion = self.attempts[outcome.id], self._completions.pop(outcome.id)
+        attempt, completion = self.attempts[outcome.id], self._completions.pop(outcome.id, NO_COMPLETION)
         return {
             "suite": attempt.problem.suite,
             "id": attempt.problem.line.id,
@@ -158,63 +183,54 @@ def choose_sampling(suite: LoadedSuite, changes: dict[str, Any]) -> SamplingSett
 async def evaluate(options: EvalOptions, console: Console, interrupt: Interrupt) -> None:
     """Evaluates the suites, prints the figures and writes results.json.
 
-    Raises PerigeeError, with what to do, when data is absent or a service does not start.
+    Raises PerigeeError, with what to do, when data is absent, a service does not start or nothing could be judged.
     """
     suites = [load_suite(name, options.data_path, options.limit) for name in options.suites]
     samplings = {suite.name: choose_sampling(suite, options.sampling) for suite in suites}
     if len(samplings) < len(suites):
         raise InvalidArgumentError.for_field("SUITE", f"two suites have the same name: {', '.join(samplings)}")
-    folder = find_model(options.target, options.runs_path) if options.target else None
-    name = options.endpoint.model if options.endpoint else str(options.target)
-    out = options.out or Path("evals") / re.sub(r"[^\w.-]+", "-", name).strip("-")
+    target = open_target(options)
+    out = options.out or Path("evals") / re.sub(r"[^\w.-]+", "-", target.name).strip("-")
+    attempts = [
+        attempt
+        for suite in suites
+        for attempt in make_attempts(suite, samplings[suite.name], target.endpoint, target.identity)
+    ]
 
     def note(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    # What is asked does not depend on where a local model is served, so that an evaluation goes on at another port.
-    if folder is not None:
-        asked = Endpoint("", SERVED_NAME, has_chat_template(folder), extra=NEUTRAL)
-        identity = f"{identify_weights(folder)} {options.dtype}"
-    else:
-        assert options.endpoint is not None
-        asked = options.endpoint
-        identity = f"{asked.url} {asked.model}"
-    async with AsyncExitStack() as stack:
-        attempts = [
-            attempt for suite in suites for attempt in make_attempts(suite, samplings[suite.name], asked, identity)
-        ]
-        store = AnswerStore(out, attempts)
-        stack.callback(store.close)
+    with closing(AnswerStore(out, attempts)) as store:
         missing = store.missing()
         if len(missing) < len(attempts):
             note(f"{len(attempts) - len(missing):,} of {len(attempts):,} answers are in {out}")
         if missing:
-            reward, channel = options.reward, options.channel
-            if reward is None:
-                needs_code = any(attempt.problem.line.item.WhichOneof("verifier") == "code" for attempt in missing)
-                local = plan_reward_stack(out / "services", needs_code, note)
-                interrupt.end_at_once = local.kill
-                await stack.enter_async_context(local)
-                [(reward, channel)] = [(each.address, each.channel) for each in local.specs if each.service == "reward"]
-            if folder is not None:
-                log_path = out / "services" / "logs" / "vllm.log"
-                serving = serving_model(folder, log_path, options.concurrency, options.dtype, note)
-                asked = await stack.enter_async_context(serving)
-            client = await stack.enter_async_context(RewardClient(reward, channel))
-            await answer_all(missing, asked, client, store, options, console)
-    figures = {suite: summarize(answers) for suite, answers in by_suite(store.answers.values()).items()}
-    results = {
-        "model": name,
-        "endpoint": options.endpoint.url if options.endpoint else None,
-        "sampling": {suite: sampling.model_dump() for suite, sampling in samplings.items()},
-        "suites": to_json(figures),
-    }
-    write_atomically(out / RESULTS_FILE, f"{json.dumps(results, indent=2)}\n".encode())
-    show(figures, console)
-    note(f"results: {out / RESULTS_FILE}, answers: {out / ANSWERS_FILE}")
+            async with serving(options, target, missing, out / "services", note, interrupt) as (endpoint, client):
+                await answer_all(missing, endpoint, client, store, options, console)
+        write_results(list(store.answers.values()), target, samplings, out, console, note)
 
 
-def plan_reward_stack(path: Path, needs_code: bool, note: Any) -> LocalStack:
+@asynccontextmanager
+async def serving(
+    options: EvalOptions, target: Target, missing: Sequence[Attempt], path: Path, note: Report, interrupt: Interrupt
+) -> AsyncIterator[tuple[Endpoint, RewardClient]]:
+    """Starts what is not running yet: the reward service, the sandbox where code is judged, a server of the model."""
+    async with AsyncExitStack() as stack:
+        reward, channel, endpoint = options.reward, options.channel, target.endpoint
+        if reward is None:
+            needs_code = any(attempt.problem.line.item.WhichOneof("verifier") == "code" for attempt in missing)
+            local = plan_reward_stack(path, needs_code, note)
+            interrupt.end_at_once = local.kill
+            await stack.enter_async_context(local)
+            [(reward, channel)] = [(each.address, each.channel) for each in local.specs if each.service == "reward"]
+        if target.folder is not None:
+            log_path = path / "logs" / "vllm.log"
+            server = serving_model(target.folder, log_path, options.concurrency, options.dtype, note)
+            endpoint = replace(endpoint, url=await stack.enter_async_context(server))
+        yield endpoint, await stack.enter_async_context(RewardClient(reward, channel))
+
+
+def plan_reward_stack(path: Path, needs_code: bool, note: Report) -> LocalStack:
     """Returns a reward service, and a sandbox where code is judged, to be started."""
     run = RunFolder(path.absolute())
     run.create()
@@ -231,7 +247,7 @@ async def answer_all(
     options: EvalOptions,
     console: Console,
 ) -> None:
-    """Generates and scores the responses, `concurrency` at once."""
+    """Generates and scores the responses, `concurrency` at once; a request that fails is an answer that failed."""
     with ProgressView(console, "answered", len(attempts), plain=options.plain) as progress:
 
         async def keep(outcomes: list[reward_pb2.ScoreResponse]) -> None:
@@ -247,9 +263,42 @@ async def answer_all(
 
             async def work(waiting: Iterator[Attempt], pipeline: ScoringPipeline) -> None:
                 for attempt in waiting:
-                    completion = await endpoint.complete(http, attempt.body)
-                    store.hold(attempt.key, completion)
-                    await pipeline.submit(ScoreJob(attempt.key, completion.text, attempt.problem.line.item))
+                    item = attempt.problem.line.item
+                    try:
+                        completion = await endpoint.complete(http, attempt.body)
+                    except REQUEST_ERRORS as error:
+                        await keep([failed(ScoreJob(attempt.key, "", item), error.message, retryable=True)])
+                    else:
+                        store.hold(attempt.key, completion)
+                        await pipeline.submit(ScoreJob(attempt.key, completion.text, item))
 
             for _ in range(min(options.concurrency, len(attempts))):
                 group.create_task(work(queue, pipeline))
+
+
+def write_results(
+    answers: Sequence[Answer],
+    target: Target,
+    samplings: Mapping[str, SamplingSettings],
+    out: Path,
+    console: Console,
+    note: Report,
+) -> None:
+    """Writes results.json and prints the figures. Raises FailedPreconditionError when no response was judged."""
+    figures = {suite: summarize(some) for suite, some in by_suite(answers).items()}
+    results = {
+        "model": target.name,
+        "endpoint": None if target.folder else target.endpoint.url,
+        "sampling": {suite: sampling.model_dump() for suite, sampling in samplings.items()},
+        "suites": to_json(figures),
+    }
+    write_atomically(out / RESULTS_FILE, f"{json.dumps(results, indent=2)}\n".encode())
+    reasons = Counter(answer["reason"] for answer in answers if answer["verdict"] == "failed")
+    if reasons:
+        [(reason, _)] = reasons.most_common(1)
+        words = f"{reasons.total():,} of {len(answers):,} answers failed and are left out, most often because {reason}"
+        if reasons.total() == len(answers):
+            raise FailedPreconditionError(words)
+        note(f"{words}; the same command asks for them again")
+    show(figures, console)
+    note(f"results: {out / RESULTS_FILE}, answers: {out / ANSWERS_FILE}")

@@ -7,9 +7,11 @@ Readers and `options` add columns of their own.
 from __future__ import annotations
 
 import base64
+import csv
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import pickle
 import random
@@ -22,9 +24,11 @@ from typing import Any, NoReturn
 
 from pydantic import Field
 
+from perigee.chat import Asked, ChatMessage
 from perigee.config import Model, read_yaml, validate
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
-from perigee.reward.items import PromptLine, read_lines, read_object, read_prompt_line, read_rows
+from perigee.reward.items import PromptLine, read_object, read_prompt_line, read_rows
+from perigee.reward.sources import Columns, read_data, read_source
 
 SUITES_PATH = Path(__file__).parent / "suites"
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -62,7 +66,7 @@ class Suite(Model):
     size: int | None = None
     """Problems of the whole data file."""
     data: list[str]
-    """Names of the data file, any of which serves: JSON Lines, also compressed by gzip, or Parquet."""
+    """Names of the data file, any of which serves: JSON Lines, also compressed by gzip, CSV or Parquet."""
     waits_for: str | None = None
     """What is missing before the suite can be used."""
     reader: str | None = None
@@ -83,11 +87,11 @@ class Suite(Model):
 
 @dataclass(frozen=True)
 class Problem:
-    """Problem of a suite, and the messages that ask a model."""
+    """Problem of a suite, and what a model is asked."""
 
     suite: str
     line: PromptLine
-    messages: Sequence[Mapping[str, Any]]
+    asked: Asked
 
 
 @dataclass(frozen=True)
@@ -117,11 +121,8 @@ def load_suite(name: str, data_path: Path, limit: int | None = None) -> LoadedSu
     """
     if name.endswith(".jsonl"):
         path = Path(name)
-        lines = read_rows(
-            [*read_lines(path, name)][:limit], lambda text, at: read_prompt_line(read_object(text, at), at), name
-        )
-        asked = [Problem(path.stem, line, [{"role": "user", "content": line.item.prompt}]) for line in lines]
-        return LoadedSuite(path.stem, SamplingSettings(), asked)
+        lines = read_source(path, Columns(), name)[:limit]
+        return LoadedSuite(path.stem, SamplingSettings(), [Problem(path.stem, line, line.asked) for line in lines])
     path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES_PATH / f"{name}.yaml"
     if not path.is_file():
         raise InvalidArgumentError.for_field(
@@ -148,14 +149,16 @@ def find_data_file(name: str, suite: Suite, folders: Sequence[Path]) -> Path:
 
 def read_records(path: Path, limit: int | None = None) -> list[Record]:
     """Returns the first records of a data file. Raises InvalidArgumentError when it cannot be read."""
-    if path.suffix == ".parquet":
-        import datasets
-
-        return [dict(row) for row in datasets.Dataset.from_parquet(str(path)).to_list()[:limit]]
+    if path.suffix not in (".gz", ".csv"):
+        rows = itertools.islice(read_data(path, None, str(path)), limit)
+        return [read_object(row, place) if isinstance(row, str) else dict(row) for place, row in rows]
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = [line for line in data.decode().split("\n") if line.strip()][:limit]
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        if path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                return list(itertools.islice(csv.DictReader(file), limit))
+        with gzip.open(path, "rt", encoding="utf-8") as file:
+            lines = list(itertools.islice(filter(str.strip, file), limit))
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidArgumentError.for_field(str(path), f"cannot be read: {error}") from error
     return [read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
@@ -169,8 +172,8 @@ def read_problems(name: str, suite: Suite, rows: Sequence[tuple[str, Record]]) -
         prompt = fill(suite.prompt, columns, place)
         default_id = str(columns.get("task_id") or columns.get("id") or place.rpartition(":")[2])
         line = read_prompt_line({"id": default_id, "prompt": prompt} | fill_line(suite.line, columns, place), place)
-        system = [{"role": "system", "content": suite.system_prompt}] if suite.system_prompt else []
-        by_id[line.id] = Problem(name, line, [*system, {"role": "user", "content": prompt}])
+        system = (ChatMessage(role="system", content=suite.system_prompt),) if suite.system_prompt else ()
+        by_id[line.id] = Problem(name, line, (*system, ChatMessage(role="user", content=prompt)))
         return line
 
     return [by_id[line.id] for line in read_rows(rows, read, name, "problems")]
