@@ -162,14 +162,15 @@ async def test_sigterm_ends_requests_engine_and_service(
         return set(Path("/dev/shm").glob(f"perigee-weights-{service.process.pid}-*"))
 
     async with (
-        running_service(policy_folder, buffer_address, tmp_path / "log") as service,
+        # Few at once, so that most responses have not begun when the signal comes, however late that is.
+        running_service(policy_folder, buffer_address, tmp_path / "log", max_num_seqs=8) as service,
         RolloutClient.connect(service.address) as client,
     ):
         await wait_for_status(client, pb.WORKER_STATUS_EMPTY)
         trajectories = NewTrajectories(buffer_client, client, "rollout-sigterm")
         assert await pusher.push(policy_tensors(POLICY), 0, service.address, trajectories.run_id) == ""
         assert images()
-        ids = await trajectories.create([PROMPT] * 16, k=32)
+        ids = await trajectories.create([PROMPT] * 16, k=16)
         running = asyncio.create_task(trajectories.extend(ids, token_budget=200, max_response_tokens=200))
         await trajectories.wait_for_tokens(ids[0])
         processes = psutil.Process(service.process.pid).children(recursive=True)
@@ -183,7 +184,7 @@ async def test_sigterm_ends_requests_engine_and_service(
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log, log
     # The tokens of unfinished chunks have reached the buffer, with their log-probabilities and versions.
-    held = [await trajectories.read(trajectory_id) for trajectory_id in ids[:64]]
+    held = [await trajectories.read(trajectory_id) for trajectory_id in ids]
     assert any(len(each.token_ids) % CHUNK for each in held)
     assert all(len(each.token_ids) == len(each.logprobs) == sum(span.tokens for span in each.versions) for each in held)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
+from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnavailableError
 from perigee.sandbox.client import SandboxClient, Session
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.runtime import sessions
+from services.sandbox.runtime.programs import LoadedProgram, open_program
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
 SLEEP = "import time\ntime.sleep(60)"
@@ -222,6 +225,39 @@ async def test_an_idle_session_ends_and_a_busy_one_does_not(sandbox: SandboxClie
         with pytest.raises(NotFoundError):
             await run_cell(sandbox, idle, "1")
         assert (await working).result == "'done'"
+
+
+async def test_a_session_that_takes_long_to_start_is_not_idle(
+    sandbox: SandboxClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def open_slowly(*arguments: Any) -> AsyncIterator[LoadedProgram]:
+        await asyncio.sleep(2.5)  # past the session's second, and past the next look for idle ones
+        async with open_program(*arguments) as loaded:
+            yield loaded
+
+    monkeypatch.setattr(sessions, "open_program", open_slowly)
+    async with opened_session(sandbox, idle_seconds=1) as session_id:
+        assert (await run_cell(sandbox, session_id, "1 + 1")).result == "2"
+
+
+async def test_a_session_that_is_ended_while_it_starts_is_an_error(
+    sandbox: SandboxClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @asynccontextmanager
+    async def never_open(*arguments: Any) -> AsyncIterator[LoadedProgram]:
+        await asyncio.Event().wait()
+        yield LoadedProgram(*arguments)
+
+    async def end_at_once(session: sessions.Session) -> None:
+        asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(session.close()))
+        await start(session)
+
+    start = sessions.Session.start
+    monkeypatch.setattr(sessions, "open_program", never_open)
+    monkeypatch.setattr(sessions.Session, "start", end_at_once)
+    with pytest.raises(UnavailableError, match="ended while it started"):
+        await sandbox.create_session(pb.CreateSessionRequest(language="python"), timeout_s=10)
 
 
 async def test_a_closed_session_is_not_there(sandbox: SandboxClient) -> None:

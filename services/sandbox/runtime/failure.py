@@ -7,12 +7,12 @@ import contextlib
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from perigee.errors import PerigeeError
+from perigee.errors import UnavailableError
 
 T = TypeVar("T")
 
 
-class SandboxFailedError(PerigeeError):
+class SandboxFailedError(UnavailableError):
     """Failure of the sandbox and not of the program: the job may be tried again."""
 
 

@@ -106,8 +106,8 @@ class Session:
 
     @property
     def busy(self) -> bool:
-        """Whether a cell runs or waits."""
-        return bool(self._cells)
+        """Whether it starts, or a cell runs or waits."""
+        return not self._ready.done() or bool(self._cells)
 
     @property
     def alive(self) -> bool:
@@ -115,11 +115,14 @@ class Session:
         return not self._task.done() and not self._ended.is_set()
 
     async def start(self) -> None:
-        """Waits until the interpreter runs; raises SandboxFailedError when it does not start."""
+        """Waits until the interpreter runs; raises SandboxFailedError when it does not start, or is ended before."""
         waited: list[asyncio.Future[Any]] = [self._ready, self._task]
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+        if self._task.cancelled():
+            raise SandboxFailedError("the session was ended while it started")
         if not self._ready.done():
             await self._task
+        self.used_at = time.monotonic()
 
     async def _run_interpreter(self) -> None:
         """Runs the interpreter until it ends."""
