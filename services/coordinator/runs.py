@@ -291,9 +291,6 @@ def is_in_reach(folder: str) -> bool:
 
 def read_inputs(run_id: str, config: RunConfig, run_path: Path, model_path: str, export_path: str) -> RunInputs:
     """Checks and reads the files of a run, before anything is started."""
-    for number, stage in enumerate(config.sft):
-        if not is_url(stage.dataset) and not Path(stage.dataset).is_file():
-            raise InvalidArgumentError.for_field(f"run.sft.{number}.dataset", f"{stage.dataset} is no file")
     model = open_model_folder(model_path, "run.model")
     encoder = open_encoder(model, config.chat_message())
     for number, stage in enumerate(config.sft):

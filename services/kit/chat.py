@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from perigee.chat import Asked, ChatMessage, read_example
 from perigee.errors import FieldViolation, InvalidArgumentError
-from perigee.reward.items import read_lines, read_object
+from perigee.reward.items import MAX_SHOWN, read_lines, read_object
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.hf import TOKENIZER_SETTINGS_FILE, ModelFolder, read_json_object
 
@@ -36,10 +36,10 @@ class ChatTemplate:
     source: str
     special_tokens: dict[str, str]
 
-    def render(self, messages: Sequence[ChatMessage], *, generation: bool = True) -> str:
+    def render(self, messages: Sequence[ChatMessage], *, generation: bool = True, field: str = "messages") -> str:
         """Returns the chat as text, with the beginning of an answer if `generation`.
 
-        Raises InvalidArgumentError when the template fails or refuses the messages.
+        Raises InvalidArgumentError naming `field` when the template fails or refuses the messages.
         """
         try:
             return str(
@@ -51,7 +51,7 @@ class ChatTemplate:
             )
         except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise InvalidArgumentError.for_field("messages", f"the model's chat template fails: {reason}") from error
+            raise InvalidArgumentError.for_field(field, f"the model's chat template fails: {reason}") from error
 
     @cached_property
     def _compiled(self) -> Any:
@@ -106,18 +106,16 @@ class PromptEncoder:
 
     def render(self, asked: Asked) -> str:
         """Returns the text that the model continues; raises InvalidArgumentError naming the field."""
-        instruction = self.settings.instruction
+        instruction, field = self.settings.instruction, "prompt" if isinstance(asked, str) else "messages"
         if not self.uses_template(asked):
             return f"{asked}\n{instruction}" if instruction else str(asked)
         if self.template is None or self.settings.mode == "never":
             why = "run.chat is never" if self.template else f"{self.model.path} has no chat template"
-            raise InvalidArgumentError.for_field(
-                "prompt" if isinstance(asked, str) else "messages", f"cannot be asked as a chat: {why}"
-            )
+            raise InvalidArgumentError.for_field(field, f"cannot be asked as a chat: {why}")
         if isinstance(asked, str):
             if asked.startswith(self._special_texts):
                 raise InvalidArgumentError.for_field(
-                    "prompt", "begins with a special token, as a rendered chat does: chat: never takes it as it is"
+                    field, "begins with a special token, as a rendered chat does: chat: never takes it as it is"
                 )
             asked = (ChatMessage(role="user", content=asked),)
         messages = list(asked)
@@ -126,12 +124,12 @@ class PromptEncoder:
             messages[last] = ChatMessage(role="user", content=f"{messages[last]['content']}\n{instruction}")
         if self.settings.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, ChatMessage(role="system", content=self.settings.system_prompt))
-        return self.template.render(messages)
+        return self.template.render(messages, field=field)
 
     def encode(self, asked: Sequence[Asked], places: Sequence[str], begun: str = "") -> list[list[int]]:
         """Returns the token ids of prompts, each followed by what is `begun` of the answer.
 
-        `places` tells where each stands, for the violations of the InvalidArgumentError that is raised for all at once.
+        `places` tells where each stands. Raises InvalidArgumentError naming the first of those that cannot be asked.
         """
         texts: list[str] = []
         violations: list[FieldViolation] = []
@@ -140,6 +138,8 @@ class PromptEncoder:
                 texts.append(self.render(each) + begun)
             except InvalidArgumentError as error:
                 violations += [FieldViolation(f"{place}: {one.field}", one.description) for one in error.violations]
+                if len(violations) >= MAX_SHOWN:  # a template that is broken fails for all
+                    break
         if violations:
             raise InvalidArgumentError.for_fields(violations)
         before = self._tokens_before_text

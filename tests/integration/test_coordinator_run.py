@@ -216,7 +216,7 @@ async def test_bad_requests_name_the_field_and_write_nothing(buffer_address: str
         (values | {"prompts": str(malformed)}, "malformed.jsonl:2: verifier"),
         (values | {"heldout": str(too_long)}, "prompt huge"),
         (values | {"algorithm": {"name": "magic"}}, "run.algorithm.name: magic is unknown"),
-        (values | {"sft": [{"dataset": "/none", "steps": 1}]}, "run.sft.0.dataset: /none is no file"),
+        (values | {"sft": [{"dataset": "/none", "steps": 1}]}, "run.sft.0.dataset: /none cannot be read"),
     ]
     async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
         for wrong, said in cases:

@@ -17,10 +17,11 @@ from perigee.config import validate
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2
 from perigee.errors import InvalidArgumentError
-from services.coordinator.prompts import Prompt, read_problems
+from perigee.reward.items import MAX_SHOWN
+from services.coordinator.prompts import Prompt
 from services.coordinator.run_config import PromptSource, RunConfig, config_digest
+from services.coordinator.runs import read_inputs
 from services.coordinator.sampling import Sampler, make_sampler
-from services.kit.chat import open_encoder
 from services.kit.hf import open_model_folder
 from tests.fixtures.chat import write_chat_model
 
@@ -40,8 +41,8 @@ def make_config(**values: Any) -> RunConfig:
 
 def read(folder: Path, context: int = 256, **values: Any) -> tuple[dict[str, Prompt], dict[str, Prompt]]:
     config = make_config(**values)
-    model = open_model_folder(write_chat_model(folder / "model", context), "run.model")
-    return read_problems(config, open_encoder(model, config.chat_message()))
+    inputs = read_inputs("r", config, folder, str(write_chat_model(folder / "model", context)), "")
+    return dict(inputs.prompts), dict(inputs.heldout)
 
 
 def test_columns_become_fields_and_parquet_holds_the_same(tmp_path: Path) -> None:
@@ -116,6 +117,24 @@ def test_bad_messages_are_named(tmp_path: Path, messages: Any, said: str) -> Non
         read(tmp_path, prompts=path)
     assert said in caught.value.message
     assert f"{path}:1: " in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_an_empty_response_to_learn_is_named(tmp_path: Path) -> None:
+    prompts, examples = write(tmp_path / "p.jsonl", GSM), write(tmp_path / "sft.jsonl", [{"prompt": "1"}])
+    with pytest.raises(InvalidArgumentError, match=r"^run\.sft\.0\.dataset: .*sft\.jsonl:1: response: is empty: "):
+        read(tmp_path, prompts=GSM_SOURCE | {"path": prompts}, sft=[{"dataset": examples, "steps": 1}])
+
+
+def test_a_broken_template_is_named_at_the_first_prompts(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.jsonl", [{"prompt": str(n), "answer": 1} for n in range(100)])
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/chat_template.jinja").write_text("{% for %}")
+    with pytest.raises(
+        InvalidArgumentError, match=r"p\.jsonl:1: messages: the model's chat template fails: "
+    ) as caught:
+        read(tmp_path, prompts=path, chat="always")
+    assert len(caught.value.violations) == MAX_SHOWN
 
 
 def test_a_context_shorter_than_prompt_and_cap_is_named(tmp_path: Path) -> None:

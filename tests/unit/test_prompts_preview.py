@@ -63,5 +63,7 @@ def test_what_cannot_be_shown_is_named(data: Path) -> None:
     path.write_text(yaml.safe_dump({"name": "r", "run": {"prompts": "{data}/p", "heldout": "h", "iterations": 1}}))
     assert "preview the recipe that `perigee prepare` writes" in preview(path, "--model", data.parent / "model")[1]
     assert "--model: is required" in preview(data)[1]
+    assert "instruction: stands in the recipe: --set changes it there" in preview(path, "--instruction", "x")[1]
+    assert f"--set: changes keys of a recipe, and {data} is none" in preview(data, "--set", "run.chat=always")[1]
     path.write_text("name: r")
     assert "run: is required to show prompts" in preview(path)[1]

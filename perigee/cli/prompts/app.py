@@ -20,7 +20,7 @@ DefaultsOption = Annotated[
 AnswerAfterOption = Annotated[str, typer.Option("--answer-after", help="The answer follows this in its column.")]
 SplitOption = Annotated[str | None, typer.Option("--split", help="Split of a saved DatasetDict, or of a folder.")]
 ChatMode = Literal["auto", "always", "never"]
-ChatOption = Annotated[ChatMode, typer.Option("--chat", help="Apply the chat template: auto, to messages alone.")]
+CHAT = typer.Option("--chat", help="Apply the chat template: auto, the default, to messages alone.")
 SystemPromptOption = Annotated[str, typer.Option("--system-prompt", help="First message of each chat.")]
 InstructionOption = Annotated[str, typer.Option("--instruction", help="Follows the last text of the user.")]
 
@@ -39,7 +39,7 @@ def preview(
     defaults: DefaultsOption = None,
     answer_after: AnswerAfterOption = "",
     split: SplitOption = None,
-    chat: ChatOption = "auto",
+    chat: Annotated[ChatMode | None, CHAT] = None,
     system_prompt: SystemPromptOption = "",
     instruction: InstructionOption = "",
     overrides: Annotated[
@@ -54,19 +54,11 @@ def preview(
         from perigee.cli.prompts.candidates import split_pair
         from perigee.cli.prompts.preview import read_preview, show_preview
 
-        section = {
-            "chat": chat,
-            "system_prompt": system_prompt,
-            "instruction": instruction,
-            "prompts": {
-                "path": str(source),
-                "columns": dict(split_pair("--rename", pair) for pair in renames or []),
-                "defaults": dict(split_pair("--default", pair) for pair in defaults or []),
-                "answer_after": answer_after,
-                "split": split,
-            },
-        }
-        asyncio.run(show_preview(read_preview(source, section, model, overrides or []), count, response))
+        columns = dict(split_pair("--rename", pair) for pair in renames or [])
+        values = dict(split_pair("--default", pair) for pair in defaults or [])
+        reading = {"columns": columns, "defaults": values, "answer_after": answer_after, "split": split}
+        asking = {"chat": chat, "system_prompt": system_prompt, "instruction": instruction}
+        asyncio.run(show_preview(read_preview(source, reading, asking, model, overrides or []), count, response))
 
 
 @prompts_app.command()
@@ -112,7 +104,7 @@ def curate(
     cap: Annotated[int | None, typer.Option("--cap", min=1, help="Prompts kept per domain and bucket.")] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of samples and draws.")] = 0,
     restart: Annotated[bool, typer.Option("--restart", help="Forget what OUT holds.")] = False,
-    chat: ChatOption = "auto",
+    chat: Annotated[ChatMode, CHAT] = "auto",
     system_prompt: SystemPromptOption = "",
     instruction: InstructionOption = "",
     unavailable_s: Annotated[float, typer.Option("--outage", min=0, help="Seconds a service may be away.")] = 60.0,

@@ -30,13 +30,16 @@ _REST = {"heldout": {"fraction": 0.5}, "iterations": 0, "rollout": {"max_respons
 
 
 def read_preview(
-    source: Path, section: Mapping[str, Any], model: str | None, overrides: Sequence[str]
+    source: Path, reading: Mapping[str, Any], asking: Mapping[str, Any], model: str | None, overrides: Sequence[str]
 ) -> tuple[PromptEncoder, list[Prompt]]:
-    """Returns the encoder and the prompts of a recipe, or of a file that is read by the run section given.
+    """Returns the encoder and the prompts of a recipe, or of a file; `reading` and `asking` have a file's keys.
 
-    Raises InvalidArgumentError naming what is wrong with recipe, model or prompts.
+    Raises InvalidArgumentError naming what is wrong with recipe, model or prompts, and an option that has no use.
     """
+    reading, asking = ({key: value for key, value in each.items() if value} for each in (reading, asking))
     if source.suffix in RECIPE_SUFFIXES or (source / RECIPE_FILE).is_file():
+        if given := [*reading, *asking]:
+            raise InvalidArgumentError.for_field(given[0], "stands in the recipe: --set changes it there")
         recipe = load_recipe(find_recipe(source), overrides)
         if "run" not in recipe.values:
             raise InvalidArgumentError.for_field(f"{source}: run", "is required to show prompts")
@@ -45,8 +48,10 @@ def read_preview(
             (found for name in ("run", "rollout", "trainer") if (found := recipe.values.get(name, {}).get("model"))),
             None,
         )
+    elif overrides:
+        raise InvalidArgumentError.for_field("--set", f"changes keys of a recipe, and {source} is none")
     else:
-        run = validate(RunConfig, {**_REST, **section}, str(source), "")
+        run = validate(RunConfig, {**_REST, **asking, "prompts": {"path": str(source), **reading}}, str(source), "")
     if model is None:
         raise InvalidArgumentError.for_field("--model", "is required: its tokenizer and template make the prompts")
     if any("{" in path for path in (model, *(each.path for each in run.prompts))):
