@@ -130,9 +130,7 @@ def test_a_broken_template_is_named_at_the_first_prompts(tmp_path: Path) -> None
     path = write(tmp_path / "p.jsonl", [{"prompt": str(n), "answer": 1} for n in range(100)])
     (tmp_path / "model").mkdir()
     (tmp_path / "model/chat_template.jinja").write_text("{% for %}")
-    with pytest.raises(
-        InvalidArgumentError, match=r"p\.jsonl:1: messages: the model's chat template fails: "
-    ) as caught:
+    with pytest.raises(InvalidArgumentError, match=r"p\.jsonl:1: prompt: the model's chat template fails: ") as caught:
         read(tmp_path, prompts=path, chat="always")
     assert len(caught.value.violations) == MAX_SHOWN
 
