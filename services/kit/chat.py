@@ -149,16 +149,17 @@ class PromptEncoder:
         ]
 
     def encode_responses(self, asked: Sequence[Asked], responses: Sequence[str]) -> list[list[int]]:
-        """Returns the token ids of responses, each ended by a stop token: the one that it ends with, else its kind's.
+        """Returns the token ids of responses, each ended by a stop token: the first that it spells out.
 
-        That is the one that the template puts behind an answer, and the model's first for text without a template.
+        Others end with the one that the template puts behind an answer, and with the model's first without a template.
         """
         stops = self.model.stop_token_ids
-        encoded = self._encode_bare(responses)
-        for each, ids in zip(asked, encoded, strict=True):
-            if not ids or ids[-1] not in stops:
-                ids.append(self._answer_end if self.uses_template(each) else self.model.eos_token_id)
-        return encoded
+        ended = []
+        for each, ids in zip(asked, self._encode_bare(responses), strict=True):
+            ids.append(self._answer_end if self.uses_template(each) else self.model.eos_token_id)
+            end = next(place for place, token in enumerate(ids, start=1) if token in stops)
+            ended.append(ids[:end])
+        return ended
 
     def _encode_bare(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of texts, with no special token but those that they spell out."""
@@ -201,35 +202,32 @@ def encode_examples(
     Raises InvalidArgumentError naming file, line and field of malformed examples, and of those that have more than
     `max_tokens`.
     """
+    places, asked, responses = zip(*_read_examples(path, field), strict=True)
+    pairs = list(zip(encoder.encode(asked, places), encoder.encode_responses(asked, responses), strict=True))
+    for place, (prompt, response) in zip(places, pairs, strict=True):
+        if not prompt:
+            raise InvalidArgumentError.for_field(f"{place}: prompt", "has no tokens in the model's vocabulary")
+        if (tokens := len(prompt) + len(response)) > max_tokens:
+            raise InvalidArgumentError.for_field(place, f"{tokens} tokens are more than the context of {max_tokens}")
+    return pairs
+
+
+def _read_examples(path: Path, field: str) -> list[tuple[str, Asked, str]]:
+    """Returns where each line of a supervised set stands, what a model is asked there, and the response."""
     examples: list[tuple[str, Asked, str]] = []
     violations: list[FieldViolation] = []
-    for place, text in read_lines(path, field):
+    for line, text in read_lines(path, field):
+        place = f"{field}: {line}"
+        values = read_object(text, place)
         try:
-            examples.append((place, *read_example(read_object(text, place))))
+            examples.append((place, *read_example(values)))
         except InvalidArgumentError as error:
-            # A line that is no object is named already.
-            violations += [
-                FieldViolation(field, f"{'' if each.field == place else f'{place}: '}{each.field}: {each.description}")
-                for each in error.violations
-            ]
+            violations += [FieldViolation(f"{place}: {each.field}", each.description) for each in error.violations]
     if violations:
         raise InvalidArgumentError.for_fields(violations)
     if not examples:
         raise InvalidArgumentError.for_field(field, f"{path} holds no example")
-    places, asked, responses = zip(*examples, strict=True)
-    try:
-        pairs = list(zip(encoder.encode(asked, places), encoder.encode_responses(asked, responses), strict=True))
-    except InvalidArgumentError as error:
-        named = [FieldViolation(field, f"{each.field}: {each.description}") for each in error.violations]
-        raise InvalidArgumentError.for_fields(named) from error
-    for place, (prompt, response) in zip(places, pairs, strict=True):
-        if not prompt:
-            raise InvalidArgumentError.for_field(field, f"{place}: prompt: has no tokens in the model's vocabulary")
-        if (tokens := len(prompt) + len(response)) > max_tokens:
-            raise InvalidArgumentError.for_field(
-                field, f"{place}: {tokens} tokens are more than the context of {max_tokens}"
-            )
-    return pairs
+    return examples
 
 
 def _refuse(reason: str) -> NoReturn:

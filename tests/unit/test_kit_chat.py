@@ -175,10 +175,17 @@ def test_every_stop_token_ends_a_response(tmp_path: Path) -> None:
         {"messages": [user], "response": "2"},
         {"messages": [user, answer]},
         {"prompt": "1", "response": "2<end>"},
+        {"messages": [user], "response": "2<eos>\n"},
     )
     pairs = encode_examples(path, "dataset", encoder, 128)
     two = encoder.tokenizer.token_to_id("2")
-    assert [response for _, response in pairs] == [[two, EOS], [two, END], [two, END], [two, END]]
+    assert [response for _, response in pairs] == [
+        [two, EOS],
+        [two, END],
+        [two, END],
+        [two, END],
+        [two, EOS],
+    ]
     assert pairs[1] == pairs[2]
 
 
