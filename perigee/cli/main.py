@@ -221,5 +221,46 @@ def report(
         print(write_report(find_run(runs_dir, run).path).path)
 
 
+@app.command()
+def samples(
+    run: Annotated[str, typer.Argument(help="A run's id, its folder, or latest.")] = "latest",
+    verdict: Annotated[
+        str | None,
+        typer.Option("--verdict", help="correct, wrong, ungradable, failed, or a kind: right, capped, repeated."),
+    ] = None,
+    domain: Annotated[str | None, typer.Option("--domain", help="Domain of the prompts.")] = None,
+    iteration: Annotated[int | None, typer.Option("--iteration", min=0, help="Only of this iteration.")] = None,
+    evaluation: Annotated[
+        str | None, typer.Option("--evaluation", help="baseline, periodic or final; any; none: of training only.")
+    ] = None,
+    count: Annotated[int, typer.Option("-n", min=1, help="The newest so many.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON lines.")] = False,
+    runs_dir: RunsOption = Path("runs"),
+    debug: DebugOption = False,
+) -> None:
+    """Show responses of a run: the prompt as the model saw it, the response, and how it was judged."""
+    with reporting_errors(debug):
+        import json
+
+        from perigee.cli.run_folder import find_run
+        from perigee.report.samples import KINDS, SampleFilter, read_samples, text_lines, to_line
+
+        verdicts = (*KINDS, "correct")
+        for name, value, known in (
+            ("--verdict", verdict, verdicts),
+            ("--evaluation", evaluation, ("baseline", "periodic", "final", "any", "none")),
+        ):
+            if value is not None and value not in known:
+                raise InvalidArgumentError.for_field(name, f"{value} is unknown; choose from {', '.join(known)}")
+        path = find_run(runs_dir, run).path
+        chosen = SampleFilter(verdict, domain, iteration, evaluation)
+        found = [sample for sample in read_samples(path) if chosen.matches(sample)][-count:]
+        if not found:
+            raise NotFoundError(f"{path}/samples.jsonl has no such response; leave out a filter, or wait for more")
+        for sample in found:
+            lines = [json.dumps(to_line(sample), ensure_ascii=False)] if as_json else text_lines(sample)
+            print("\n".join(lines))
+
+
 if __name__ == "__main__":
     app()

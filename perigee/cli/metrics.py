@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.report.ranges import find_warnings
 from perigee.report.records import Estimate, Evaluation
 from perigee.rpc import ChannelOptions
 
@@ -14,7 +15,7 @@ CALL_TIMEOUT_S = 5.0
 # Units of a snapshot's phase_done and phase_total.
 _UNITS: Mapping[int, str] = {
     pb.RUN_PHASE_SFT: "steps",
-    pb.RUN_PHASE_EVALUATION: "problems",
+    pb.RUN_PHASE_EVALUATION: "responses",
     pb.RUN_PHASE_ROLLOUT: "trajectories",
     pb.RUN_PHASE_SCORING: "responses",
     pb.RUN_PHASE_TRAINING: "steps",
@@ -24,11 +25,16 @@ _UNITS: Mapping[int, str] = {
 _SHOWN_METRICS = (
     ("reward/mean", "reward", "{:.3f}"),
     ("reward/accuracy/overall", "accuracy", "{:.3f}"),
+    ("reward/responses", "of responses", "{:,.0f}"),
     ("rollout/response_tokens/mean", "length", "{:.1f}"),
     ("rollout/response_tokens/p95", "length p95", "{:.0f}"),
     ("rollout/tokens_per_second", "tokens/s", "{:,.0f}"),
     ("rollout/partial_rate", "partial", "{:.1%}"),
     ("rollout/repetition_rate", "repeated", "{:.1%}"),
+    ("rollout/finished", "finished", "{:,.0f}"),
+    ("train/groups", "groups trained", "{:,.0f}"),
+    ("train/grad_norm", "gradient norm", "{:.3g}"),
+    ("train/train_infer_logprob_diff_mean", "mismatch", "{:.1e}"),
 )
 
 
@@ -42,6 +48,8 @@ def progress_line(snapshot: pb.RunSnapshot) -> str:
     parts = [f"iteration {snapshot.iteration} of {snapshot.iterations}", f"policy version {snapshot.policy_version}"]
     if snapshot.phase_total:
         parts.append(f"{snapshot.phase_done:,} of {snapshot.phase_total:,} {_UNITS.get(snapshot.phase, '')}".rstrip())
+    if snapshot.waiting_for:
+        parts.append(f"waiting for {snapshot.waiting_for}")
     return ", ".join(parts)
 
 
@@ -63,6 +71,22 @@ def result_line(result: pb.IterationResult) -> str:
     if phases:
         parts.append(" ".join(f"{name} {seconds:.1f}s" for name, seconds in phases.items()))
     return "  ".join(parts)
+
+
+def remaining_seconds(snapshot: pb.RunSnapshot) -> float | None:
+    """Returns the seconds that the iterations left will take at the pace of the latest; None before there is one."""
+    pace = snapshot.metrics.get("time/iteration_seconds")
+    left = snapshot.iterations - snapshot.metrics.get("iteration", 0.0)
+    return pace * left if pace and left > 0 else None
+
+
+def new_warnings(metrics: Mapping[str, float], known: set[str]) -> list[str]:
+    """Returns the warnings whose metric had none in the iteration before, and keeps in `known` those that have one."""
+    found = find_warnings(metrics)
+    fresh = [f"warning: {text}" for key, text in found.items() if key not in known]
+    known.clear()
+    known.update(found)
+    return fresh
 
 
 def shown_metrics(metrics: Mapping[str, float]) -> list[ShownMetric]:
@@ -123,7 +147,7 @@ def status_lines(status: pb.GetStatusResponse) -> list[str]:
             f"policy version {worker.policy_version}, lease {format_seconds(worker.lease_remaining_seconds)}"
         )
     if not status.workers:
-        lines.append("no rollout worker is registered")
+        lines.append("no rollout worker is registered: one registers when its engine has loaded")
     if not status.HasField("run"):
         lines.append("no run")
         return lines

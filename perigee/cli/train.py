@@ -43,6 +43,7 @@ from perigee.errors import (
 )
 from perigee.files import append_lines, write_atomically
 from perigee.report.records import last_recorded
+from perigee.report.samples import SAMPLES_FILE
 from perigee.rpc import ChannelOptions
 
 # What runs without a recipe: these need no model.
@@ -145,6 +146,9 @@ class Recorder:
 
     def add(self, event: pb.WatchRunResponse) -> None:
         """Writes what an event brings."""
+        samples = [*event.iteration.samples, *event.evaluation.samples]
+        if samples:
+            append_lines(self.path / SAMPLES_FILE, map(json.loads, samples))
         if event.iteration.record:
             append_lines(self.path / "metrics.jsonl", [json.loads(event.iteration.record)])
         if event.evaluation.record:

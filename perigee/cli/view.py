@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections import deque
@@ -18,17 +19,22 @@ from rich.text import Text
 from perigee.cli.metrics import (
     evaluation_line,
     format_seconds,
+    new_warnings,
     phase_name,
     phase_seconds,
     progress_line,
+    remaining_seconds,
     result_line,
     shown_metrics,
 )
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.records import Evaluation
+from perigee.report.samples import Sample, read_sample, text_lines
 
 REFRESH_PER_SECOND = 4
 NOTES_SHOWN = 4
+SAMPLE_LINES = 4
+SAMPLE_COLUMNS = 160
 TREND_LENGTH = 40
 PHASE_BAR_WIDTH = 20
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -56,6 +62,7 @@ class PlainView:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
         self._phase: tuple[int, int, int] | None = None
+        self._warned: set[str] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -78,8 +85,10 @@ class PlainView:
                 self.note(f"{phase_name(snapshot.phase)}: {progress_line(snapshot)}, {elapsed} since the start")
 
     def show_iteration(self, result: pb.IterationResult) -> None:
-        """Prints a line."""
+        """Prints a line, and one for each metric that has left its range."""
         self.note(result_line(result))
+        for warning in new_warnings(result.metrics, self._warned):
+            self.note(warning)
 
     def show_evaluation(self, evaluation: Evaluation) -> None:
         """Prints a line."""
@@ -96,6 +105,8 @@ class LiveView:
         self._received_at = time.monotonic()
         self._trends: dict[str, deque[float]] = {}
         self._evaluation: Evaluation | None = None
+        self._sample: Sample | None = None
+        self._warned: set[str] = set()
         # Draws at once, so it comes last.
         self._live = Live(console=console, refresh_per_second=REFRESH_PER_SECOND, get_renderable=self._render)
 
@@ -118,6 +129,9 @@ class LiveView:
         """Adds the metrics to their trends."""
         for key, value in result.metrics.items():
             self._trends.setdefault(key, deque(maxlen=TREND_LENGTH)).append(value)
+        if result.samples:
+            self._sample = read_sample(json.loads(result.samples[0]))
+        self._notes.extend(new_warnings(result.metrics, self._warned))
 
     def show_evaluation(self, evaluation: Evaluation) -> None:
         """Keeps the accuracy for the next drawing."""
@@ -133,8 +147,12 @@ class LiveView:
             parts += [self._metric_table(snapshot), Text()]
         if self._evaluation is not None:
             parts += [_evaluation_table(self._evaluation), Text()]
+        if self._sample is not None:
+            parts += [_sample_text(self._sample), Text()]
         parts += [_worker_table(snapshot), Text(), notes]
         title = f"perigee · {snapshot.run_id} · {format_seconds(self._since(snapshot.elapsed_seconds))}"
+        if (left := remaining_seconds(snapshot)) is not None and snapshot.phase < pb.RUN_PHASE_FINISHED:
+            title += f" · about {format_seconds(left)} left"
         return Panel(Group(*parts), title=title, title_align="left", border_style="blue")
 
     def _since(self, seconds: float) -> float:
@@ -207,9 +225,16 @@ def _evaluation_table(evaluation: Evaluation) -> RenderableType:
     return table
 
 
+def _sample_text(sample: Sample) -> RenderableType:
+    """A sample's facts, and the first lines of its response."""
+    facts, *lines = text_lines(sample)
+    shown = [line[:SAMPLE_COLUMNS] for line in lines if line.startswith(">")][:SAMPLE_LINES]
+    return Text("\n".join([facts, *shown]), style="dim", overflow="ellipsis", no_wrap=True)
+
+
 def _worker_table(snapshot: pb.RunSnapshot) -> RenderableType:
     if not snapshot.workers:
-        return Text("no rollout worker is registered", style="yellow")
+        return Text("no rollout worker is registered: one registers when its engine has loaded", style="yellow")
     table = Table.grid(padding=(0, 2))
     for worker in snapshot.workers:
         state = Text("ready", style="green") if worker.ready else Text("not ready", style="yellow")

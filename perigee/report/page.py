@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 from perigee.files import write_atomically
 from perigee.report import plots
 from perigee.report.records import OVERALL, Change, RunRecords, changes, flatten, headline_lines, read_records
+from perigee.report.samples import Sample, pick_each_kind, read_samples
 
 TEMPLATE = Path(__file__).with_name("page.html")
 REPORT_FILE = "report.html"
@@ -32,6 +33,11 @@ class Section:
     draw: Callable[[RunRecords], go.Figure | None]
 
 
+def lines(unit: str, *metrics: tuple[str, str], **axis: str) -> Callable[[RunRecords], go.Figure | None]:
+    """Returns what draws metrics, each with its label, as lines over the iterations."""
+    return lambda records: plots.plot_lines(records, unit, *metrics, **axis)
+
+
 SECTIONS = (
     Section(
         "accuracy",
@@ -42,10 +48,15 @@ SECTIONS = (
     Section(
         "reward",
         "Reward",
-        "Mean reward of the trajectories that were scored in an iteration.",
+        "Mean reward of the responses of the groups that an iteration completed, before shaping.",
         plots.plot_reward,
     ),
-    Section("length", "Response length", "Tokens of finished responses.", plots.plot_length),
+    Section(
+        "length",
+        "Response length",
+        "Tokens of the responses of completed groups.",
+        lines("tokens", ("rollout/response_tokens/mean", "mean"), ("rollout/response_tokens/p95", "p95")),
+    ),
     Section(
         "rates",
         "Partial and repeated trajectories",
@@ -58,6 +69,54 @@ SECTIONS = (
         "Tokens per policy version",
         "Tokens of the trained trajectories by how many policy versions old they were when they were trained on.",
         plots.plot_staleness,
+    ),
+    Section(
+        "loss",
+        "Loss",
+        "Mean over the optimizer steps of an iteration.",
+        lines("loss", ("train/loss", "loss"), rangemode="normal"),
+    ),
+    Section(
+        "gradient",
+        "Gradient norm",
+        "Mean over the optimizer steps, before clipping.",
+        lines("norm", ("train/grad_norm", "norm")),
+    ),
+    Section(
+        "kl",
+        "Policy KL",
+        "KL per token between the policy that opens the iteration and the one that it trains, by two estimators.",
+        lines("nats per token", ("train/kl_k3", "k3"), ("train/kl_k1", "k1"), rangemode="normal"),
+    ),
+    Section(
+        "entropy",
+        "Entropy",
+        "Nats per token of the policy that opens the iteration.",
+        lines("nats per token", ("train/entropy", "entropy")),
+    ),
+    Section(
+        "rate",
+        "Learning rate",
+        "That of the iteration.",
+        lines("learning rate", ("train/learning_rate", "rate"), tickformat=".1e"),
+    ),
+    Section(
+        "uniform",
+        "Groups without a signal",
+        "Complete groups whose rewards agree: too easy or too hard for the model, they train nothing.",
+        lines("fraction of groups", ("train/uniform_rate", "equal rewards"), tickformat=".0%"),
+    ),
+    Section(
+        "speed",
+        "Speed",
+        "Tokens per second: generated in the rollout, and passed by the trainer.",
+        lines("tokens per second", ("rollout/tokens_per_second", "rollout"), ("train/tokens_per_second", "trainer")),
+    ),
+    Section(
+        "memory",
+        "Memory of the trainer",
+        "Largest of its processes.",
+        lines("bytes", ("train/peak_memory_bytes", "peak"), tickformat=".3s"),
     ),
     Section(
         "timeline",
@@ -96,7 +155,8 @@ def write_report(run_path: Path) -> Report:
 def render_page(records: RunRecords) -> str:
     """Returns the whole page as HTML."""
     figures: dict[str, Any] = {}
-    parts = [_header(records), _cards(records), _accuracy_table(changes(records))]
+    parts = [_header(records), _cards(records), _accuracy_table(changes(records)), _warnings(records)]
+    parts.append(_samples(read_samples(records.path)))
     for section in SECTIONS:
         figure = section.draw(records)
         parts.append(f"<h2>{section.title}</h2><p class='quiet'>{section.caption}</p>")
@@ -167,6 +227,44 @@ def _accuracy_table(found: list[Change]) -> str:
         rows.append("".join(f"<td>{cell}</td>" for cell in cells))
     head = "".join(f"<th>{name}</th>" for name in ("Domain", "Answers", "Before", "After", "Points"))
     return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"
+
+
+def _warnings(records: RunRecords) -> str:
+    """The last warning of each metric, with the number of iterations that had one."""
+    found: dict[str, list[str]] = {}
+    for row in records.iterations:
+        for key, text in (row.values.get("warnings") or {}).items():
+            found.setdefault(key, []).append(f"iteration {row.number}: {text}")
+    if not found:
+        return ""
+    lines = [
+        f"<p class='warning'>{html.escape(texts[-1])} <span class='quiet'>{len(texts)} of "
+        f"{len(records.iterations)} iterations</span></p>"
+        for texts in found.values()
+    ]
+    return "<h2>Warnings</h2>" + "".join(lines)
+
+
+def _samples(samples: list[Sample]) -> str:
+    """The newest sample of each kind, whole."""
+    parts = [
+        "<h2>Samples</h2><p class='quiet'>The newest kept response of each kind; <code>perigee samples</code> shows "
+        "the others.</p>"
+    ]
+    for sample in pick_each_kind(samples):
+        reward = "no reward" if sample.reward is None else f"reward {sample.reward:g}"
+        where = f"{sample.evaluation} evaluation, " if sample.evaluation else ""
+        facts = (
+            f"{where}iteration {sample.iteration} · {sample.domain} · {sample.verdict}, {reward} · "
+            f"{sample.tokens:,} tokens, {sample.finish_reason} · answer {sample.extracted_answer or 'none'}"
+        )
+        parts.append(
+            f"<details open><summary><b>{sample.kind}</b> <span class='quiet'>{html.escape(facts)}</span></summary>"
+            f"<pre>{html.escape(sample.prompt)}</pre><pre>{html.escape(sample.response)}</pre>"
+            f"<p class='quiet'>{html.escape(sample.reason)}</p></details>"
+        )
+    missing = "<p class='missing'>This run kept no samples: run.samples.count was 0, or it is older.</p>"
+    return "\n".join(parts if samples else [parts[0], missing])
 
 
 def _totals(records: RunRecords) -> str:

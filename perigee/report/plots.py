@@ -18,6 +18,7 @@ from perigee.report.records import OVERALL, Estimate, Iteration, RunRecords
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = (
     "#3b7dd8", "#e08a1e", "#2a9d74", "#b05fb8", "#58b4e0", "#d9534f", "#8a93a2",
 )  # fmt: skip
+LINE_COLORS = (BLUE, ORANGE, GREEN)
 DOMAIN_COLORS = (ORANGE, GREEN, PURPLE, SKY, RED)
 PHASE_COLORS = {
     "preparation": RED, "rollout": BLUE, "scoring": SKY, "training": ORANGE, "checkpoint": PURPLE, "weights": GREEN,
@@ -28,6 +29,8 @@ AGE_COLORS = ("#9ecae8", "#58a5d8", "#2f74b8", "#1d4c85", "#122c54")
 GRID = "rgba(128,138,155,0.22)"
 FONT = "Inter, system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 SMOOTHING = 5
+# Height of the ground of a plot of lines, and of a label.
+PLOT_PIXELS, LABEL_PIXELS = 260, 16
 Points = tuple[list[int], list[float]]
 # Iteration and accuracy of each evaluation.
 Estimates = Sequence[tuple[int, Estimate]]
@@ -49,7 +52,7 @@ def plot_accuracy(records: RunRecords) -> go.Figure | None:
     figure.update_layout(new_figure(height=340).layout)
     figure.update_layout(hovermode="closest", margin={"t": 36, "r": 24})
     style_axes(figure)
-    figure.update_xaxes(title_text="iteration")
+    style_iterations(figure, records)
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     return figure
 
@@ -101,34 +104,27 @@ def plot_reward(records: RunRecords) -> go.Figure | None:
     smooth = moving_mean(y, SMOOTHING)
     figure.add_scatter(x=x, y=smooth, mode="lines", line={"color": BLUE, "width": 2.5}, name=f"mean of {SMOOTHING}")
     label_end(figure, x[-1], smooth[-1], f"mean of {SMOOTHING}", BLUE)
-    figure.update_xaxes(title_text="iteration")
+    style_iterations(figure, records)
     figure.update_yaxes(title_text="reward")
     return figure
-
-
-def plot_length(records: RunRecords) -> go.Figure | None:
-    """Plots response length: mean and 95th percentile."""
-    lines = (("rollout/response_tokens/mean", "mean", BLUE), ("rollout/response_tokens/p95", "p95", ORANGE))
-    return _plot_lines(records, lines, "tokens")
 
 
 def plot_rates(records: RunRecords) -> go.Figure | None:
     """Plots fractions of trajectories: partial, of several versions, cut for repeating themselves."""
     lines = (
-        ("rollout/partial_rate", "partial", BLUE),
-        ("train/multi_version_rate", "several versions", GREEN),
-        ("rollout/repetition_rate", "repeated", RED),
+        ("rollout/partial_rate", "partial"),
+        ("train/multi_version_rate", "several versions"),
+        ("rollout/repetition_rate", "repeated"),
     )
-    figure = _plot_lines(records, lines, "fraction of trajectories")
+    figure = plot_lines(records, "fraction of trajectories", *lines, tickformat=".0%")
     if figure is not None:
         figure.update_layout(margin={"r": 130})
-        figure.update_yaxes(tickformat=".0%")
     return figure
 
 
 def plot_logprob_diff(records: RunRecords) -> go.Figure | None:
     """Plots the largest difference between the engine's and the trainer's log-probabilities of the same token."""
-    figure = _plot_lines(records, (("train/train_infer_logprob_diff_max", "largest", BLUE),), "nats")
+    figure = plot_lines(records, "nats", ("train/train_infer_logprob_diff_max", "largest"))
     if figure is not None:
         figure.add_hline(y=1e-3, line={"color": RED, "width": 1, "dash": "dash"})
         figure.update_yaxes(type="log", exponentformat="power", dtick=1)
@@ -152,7 +148,7 @@ def plot_staleness(records: RunRecords) -> go.Figure | None:
             figure.add_bar(x=[number for number, _ in stacks], y=counts, marker_color=color, name=name)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0})
     figure.update_layout(margin={"t": 40, "r": 24})
-    figure.update_xaxes(title_text="iteration")
+    style_iterations(figure, records)
     figure.update_yaxes(title_text="tokens trained")
     return figure
 
@@ -203,18 +199,40 @@ def moving_mean(values: Sequence[float], window: int) -> list[float]:
     ]
 
 
-def _plot_lines(records: RunRecords, lines: Sequence[tuple[str, str, str]], unit: str) -> go.Figure | None:
-    found = [(_points(records.iterations, key), name, color) for key, name, color in lines]
-    if not any(points[0] for points, _, _ in found):
+def plot_lines(records: RunRecords, unit: str, *lines: tuple[str, str], **axis: str) -> go.Figure | None:
+    """Plots metrics over the iterations, each with its label; `axis` styles the vertical axis."""
+    found = [(_points(records.iterations, key), name) for key, name in lines]
+    drawn = [(points, name, color) for (points, name), color in zip(found, LINE_COLORS, strict=False) if points[0]]
+    if not drawn:
         return None
     figure = new_figure()
-    for (x, y), name, color in found:
-        if x:
-            figure.add_scatter(x=x, y=y, mode="lines", line={"color": color, "width": 2}, name=name)
-            label_end(figure, x[-1], y[-1], name, color)
-    figure.update_xaxes(title_text="iteration")
-    figure.update_yaxes(title_text=unit, rangemode="tozero")
+    shifts = label_shifts([y[-1] for (_, y), _, _ in drawn], max(max(y) for (_, y), _, _ in drawn))
+    for ((x, y), name, color), shift in zip(drawn, shifts, strict=True):
+        figure.add_scatter(x=x, y=y, mode="lines", line={"color": color, "width": 2}, name=name)
+        label_end(figure, x[-1], y[-1], name, color, yshift=shift)
+    style_iterations(figure, records)
+    figure.update_yaxes(**({"title_text": unit, "rangemode": "tozero"} | axis))
     return figure
+
+
+def label_shifts(ends: Sequence[float], top: float) -> list[float]:
+    """Returns by how many pixels the label at each line's end goes up, so that none covers another.
+
+    The axis goes from 0 to `top` over PLOT_PIXELS.
+    """
+    shifts = [0.0] * len(ends)
+    below = -math.inf
+    for index in sorted(range(len(ends)), key=lambda index: ends[index]):
+        own = PLOT_PIXELS * ends[index] / top if top > 0 else 0.0
+        below = max(own, below + LABEL_PIXELS)
+        shifts[index] = below - own
+    return shifts
+
+
+def style_iterations(figure: go.Figure, records: RunRecords) -> None:
+    """Gives axes of iterations whole numbers as ticks, ten at most."""
+    last = max((*(row.number for row in records.iterations), *(e.iteration for e in records.evaluations)), default=1)
+    figure.update_xaxes(title_text="iteration", tick0=0, dtick=max(1, math.ceil(last / 10)))
 
 
 def _points(iterations: Sequence[Iteration], key: str) -> Points:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.v1 import coordinator_pb2
+from perigee.report.samples import Sample
 from perigee.reward.scoring import ScoreJob
 from perigee.reward.v1 import reward_pb2
 from perigee.rollout.v1 import rollout_pb2 as pb
@@ -27,6 +28,7 @@ from services.coordinator.prompts import Prompt
 from services.coordinator.rewards import score_responses
 from services.coordinator.run_config import EvaluationConfig
 from services.coordinator.run_log import number_or_none
+from services.coordinator.samples import SampleCollector
 from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import Worker
 
@@ -59,6 +61,8 @@ class Evaluation:
         context, config = self.context, self.context.config.evaluation
         problems = choose_problems(kind, list(context.inputs.heldout.values()), config)
         with_greedy = kind != "periodic" or config.greedy
+        inputs = context.inputs
+        self._samples = SampleCollector(inputs.heldout, inputs.tokenizer, inputs.config, iteration, kind)
         self.attempts = make_attempts(problems, with_greedy, config.samples)
         started = time.monotonic()
         await self._evaluate(weights)
@@ -125,9 +129,16 @@ class Evaluation:
     async def _submit(self, response: pb.GenerateResponse) -> None:
         attempt = self.attempts[response.id]
         attempt.tokens = response.tokens
+        versions = [self.policy_version]
+        self._samples.add(response.id, attempt.prompt, response.text, attempt.tokens, versions, response.end_reason)
         await self._scoring.submit(ScoreJob(response.id, response.text, attempt.prompt.line.item))
 
+    def samples(self) -> list[Sample]:
+        """Returns the samples of the evaluation that has been made."""
+        return self._samples.chosen()
+
     async def _record(self, outcomes: list[reward_pb2.ScoreResponse]) -> None:
+        self._samples.judge(outcomes)
         for outcome in outcomes:
             if outcome.verdict != buffer_pb2.VERDICT_FAILED:
                 self.attempts[outcome.id].correct = outcome.verdict == buffer_pb2.VERDICT_CORRECT

@@ -5,9 +5,13 @@ verdicts and rewards, `train/` for the update, `time/` for seconds. Means over n
 metrics that it measures in the update; they are absent when the iteration trained nothing.
 
 - `rollout/ended/REASON` counts segments by end reason; `rollout/partial_rate` is the fraction that ended by the token
-  budget, `rollout/repetition_rate` and `rollout/overlong_rate` are fractions of the finished responses.
-- `reward/mean` and `reward/accuracy/DOMAIN` are means over the responses that finished in the iteration and have a
-  verdict; rewards are those of the verifier, before shaping.
+  budget.
+- `reward/mean`, `reward/accuracy/DOMAIN`, `rollout/response_tokens/...` and the rates of ungradable, capped, repeated
+  and overlong responses are over the responses of the groups that the iteration completed, however many iterations or
+  processes these took: `reward/groups` groups with `reward/responses` judged responses. Short responses finish first,
+  so a mean over whatever has finished would rise by itself. Rewards are those of the verifier, before shaping.
+- `train/uniform_rate` is the fraction of the complete groups with equal rewards.
+- `warnings` has a sentence for each metric outside of its range (`perigee/report/ranges.py`), by its key.
 - `train/tokens_by_version/VERSION` counts tokens of the trained trajectories by the policy version that sampled them.
 - `time/PHASE/start` and `time/PHASE/seconds` are a phase's offset from the iteration's start and its length.
 """
@@ -29,6 +33,7 @@ from prometheus_client import Gauge
 from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.v1 import coordinator_pb2
 from perigee.errors import DataLossError, InternalError, first_error
+from perigee.report.ranges import find_warnings
 from perigee.reward.scoring import ScoreJob, ScoringPipeline, read_reward
 from perigee.reward.v1 import reward_pb2
 from perigee.trainer.v1 import trainer_pb2
@@ -37,14 +42,19 @@ from services.coordinator.groups import LiveGroups, Trajectory
 from services.coordinator.rewards import ShapingWeights, TrainingBatch, make_training_batch, score_responses
 from services.coordinator.rollout_phase import RolloutCounts, RolloutPhase, read_response_texts
 from services.coordinator.run_log import Timeline
+from services.coordinator.samples import SampleCollector, reason_name
 from services.coordinator.sampling import Sampler, SamplerState
 from services.coordinator.weight_sync import WeightSync
+from services.kit.telemetry import get_logger
 
 ITERATION = Gauge("perigee_coordinator_iteration", "Iterations committed by the run.")
 POLICY_VERSION = Gauge("perigee_coordinator_policy_version_number", "Policy version that the run has committed.")
 REWARD = Gauge("perigee_coordinator_reward_mean", "Mean reward of the latest iteration.")
 GENERATED = PrometheusCounter("perigee_coordinator_generated_tokens", "Tokens generated in training rollouts.")
 TRAINED = PrometheusCounter("perigee_coordinator_trained_trajectories", "Trajectories trained on.")
+
+WARNINGS = PrometheusCounter("perigee_coordinator_warnings", "Iterations with a metric out of range.", ["metric"])
+log = get_logger(__name__)
 
 END_NAMES = ("stop", "repetition", "max_response_tokens", "budget")
 # Metric of the trainer whose maximum over the run goes into the summary.
@@ -61,6 +71,8 @@ class Totals:
     train_infer_logprob_diff_max: float = 0.0
     # Seconds per phase, those before the first iteration included.
     seconds: dict[str, float] = field(default_factory=dict)
+    # Iterations in which no group trained.
+    iterations_untrained: int = 0
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Adds to a phase's seconds."""
@@ -73,6 +85,7 @@ class Totals:
             trajectories_trained=self.trajectories_trained + line["train/trajectories"],
             trajectories_multi_version=self.trajectories_multi_version + line["train/trajectories_multi_version"],
             train_infer_logprob_diff_max=max(self.train_infer_logprob_diff_max, line.get(LOGPROB_DIFF) or 0.0),
+            iterations_untrained=self.iterations_untrained + (not line["train/groups"]),
             seconds=dict(self.seconds),
         )
         for name, phase in timeline.phases.items():
@@ -119,6 +132,10 @@ class Committed:
     policy_version: int
     state: CoordinatorState
 
+    def uncounted(self, iterations: int) -> int:
+        """Returns how many iterations do not count towards `iterations`: those without training, as many at most."""
+        return min(self.state.totals.iterations_untrained, iterations)
+
 
 class Iteration:
     """The iteration after the committed one. `run` changes `committed` only when the buffer has committed it."""
@@ -140,6 +157,8 @@ class Iteration:
         self._next_group = committed.state.next_group
         self._timeline = Timeline()
         self._scoring_failures = 0
+        inputs = context.inputs
+        self._samples = SampleCollector(inputs.prompts, inputs.tokenizer, inputs.config, self._number)
 
     async def run(self) -> dict[str, Any]:
         """Runs the iteration and returns its line of metrics.jsonl."""
@@ -159,17 +178,21 @@ class Iteration:
             version = result.policy_version
             with self._timeline.phase("checkpoint"):
                 await self._weight_sync.save(version)
-        line = {
+        line: dict[str, Any] = {
             "iteration": self._number,
             "policy_version": version,
-            **reward_metrics(counts.finished, self._scoring_failures, weights),
-            **rollout_metrics(counts, self._timeline, weights),
+            **reward_metrics(batch, self._scoring_failures, weights),
+            **rollout_metrics(counts, batch, self._timeline, weights),
             "rollout/live_groups": len(self._groups) - len(batch.consumed),
             "rollout/workers": len(context.registry.all()),
             **train_metrics(batch, result, learning_rate),
             "time/elapsed_seconds": round(context.status.elapsed_seconds, 3),
             **time_metrics(self._timeline),
         }
+        line["warnings"] = find_warnings(line)
+        for key, warning in line["warnings"].items():
+            WARNINGS.labels(key).inc()
+            log.warning(warning, run=context.run_id, iteration=self._number, metric=key)
         await self._close(batch, version, line)
         return line
 
@@ -190,7 +213,7 @@ class Iteration:
         unscored = [t for t in self._groups.trajectories() if t.finished and not t.judged]
         status.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, len(unfinished))
         async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
-            phase = RolloutPhase(context, version, self._groups, scoring)
+            phase = RolloutPhase(context, version, self._groups, scoring, self._samples, is_first=self._number == 1)
             with self._timeline.phase("rollout"):
                 async with self._weight_sync.run(version):
                     await self._score_again(unscored, scoring)
@@ -208,11 +231,20 @@ class Iteration:
             some = unscored[start : start + context.settings.scoring.batch]
             texts = await read_response_texts(context, [trajectory.id for trajectory in some])
             for trajectory in some:
+                self._samples.add(
+                    trajectory.id,
+                    trajectory.group.prompt,
+                    texts[trajectory.id],
+                    trajectory.tokens,
+                    trajectory.tokens_by_version,
+                    trajectory.end_reason,
+                )
                 await scoring.submit(ScoreJob(trajectory.id, texts[trajectory.id], trajectory.group.prompt.line.item))
 
     async def _record(self, outcomes: list[reward_pb2.ScoreResponse]) -> None:
         """Makes verdicts durable, then counts them. The first verdict recorded stands."""
         context = self._context
+        self._samples.judge(outcomes)
         request = buffer_pb2.RecordVerdictsRequest(
             run_id=context.run_id,
             verdicts=[
@@ -266,6 +298,8 @@ class Iteration:
             totals=self._committed.state.totals.with_iteration(line, self._timeline),
             last_line=line,
         )
+        # Before the commit: a committed iteration has its samples.
+        await asyncio.to_thread(context.log.add_samples, self._samples.chosen())
         status.enter(coordinator_pb2.RUN_PHASE_WEIGHTS)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -286,6 +320,7 @@ class Iteration:
         set_gauges(line)
         await asyncio.to_thread(context.log.add_iteration, line)
         status.policy_version = version
+        status.uncounted = self._committed.uncounted(context.config.iterations)
 
     async def _commit(self, batch: TrainingBatch, version: int, state: CoordinatorState) -> None:
         context = self._context
@@ -307,7 +342,8 @@ class Iteration:
     def _progress(self) -> float:
         """Returns the fraction of the run that has passed, by iterations or by time, whichever is larger."""
         config, state = self._context.config, self._committed.state
-        by_iterations = (self._number - 1) / max(1, config.iterations - 1)
+        counted = self._committed.iteration - self._committed.uncounted(config.iterations)
+        by_iterations = counted / max(1, config.iterations - 1)
         by_time = 0.0
         if config.time_limit_s is not None and state.started_seconds is not None:
             left = max(1e-9, config.time_limit_s - state.started_seconds)
@@ -320,10 +356,14 @@ def learning_rate_at(first: float, final_ratio: float, progress: float) -> float
     return first * (1.0 - (1.0 - final_ratio) * progress)
 
 
-def reward_metrics(finished: Sequence[Trajectory], failures: int, weights: ShapingWeights) -> dict[str, Any]:
-    """Returns the metrics of the verdicts on the responses that finished."""
-    judged = [trajectory for trajectory in finished if trajectory.reward is not None]
+def reward_metrics(batch: TrainingBatch, failures: int, weights: ShapingWeights) -> dict[str, Any]:
+    """Returns the metrics of the verdicts on the responses of the complete groups."""
+    judged = [trajectory for trajectory in batch.trajectories if trajectory.reward is not None]
+    ungradable = sum(trajectory.verdict == buffer_pb2.VERDICT_UNGRADABLE for trajectory in judged)
     return {
+        "reward/groups": len(batch.consumed),
+        "reward/responses": len(judged),
+        "reward/ungradable_rate": rate(ungradable, len(judged)),
         "reward/mean": mean([trajectory.reward or 0.0 for trajectory in judged]),
         **{f"reward/accuracy/{domain}": value for domain, value in accuracies(judged).items()},
         "reward/failures": failures,
@@ -331,25 +371,26 @@ def reward_metrics(finished: Sequence[Trajectory], failures: int, weights: Shapi
     }
 
 
-def rollout_metrics(counts: RolloutCounts, timeline: Timeline, weights: ShapingWeights) -> dict[str, Any]:
+def rollout_metrics(
+    counts: RolloutCounts, batch: TrainingBatch, timeline: Timeline, weights: ShapingWeights
+) -> dict[str, Any]:
     """Returns the metrics of the generation."""
-    finished = counts.finished
-    ended = Counter(
-        buffer_pb2.EndReason.Name(reason).removeprefix("END_REASON_").lower() for reason in counts.ended.values()
-    )
+    ended = Counter(map(reason_name, counts.ended.values()))
     seconds = timeline.phases["rollout"].seconds
-    lengths = [trajectory.tokens for trajectory in finished]
+    complete = Counter(reason_name(trajectory.end_reason) for trajectory in batch.trajectories)
+    lengths = [trajectory.tokens for trajectory in batch.trajectories]
     return {
         "rollout/tokens": counts.tokens,
         "rollout/cached_tokens": counts.cached_tokens,
         "rollout/tokens_per_second": round(counts.tokens / seconds, 1) if seconds else None,
-        "rollout/finished": len(finished),
+        "rollout/finished": len(counts.finished),
         "rollout/response_tokens/mean": mean(lengths),
         "rollout/response_tokens/p95": float(np.percentile(lengths, 95)) if lengths else None,
         "rollout/response_tokens/max": max(lengths, default=None),
         **{f"rollout/ended/{name}": ended[name] for name in END_NAMES},
         "rollout/partial_rate": rate(ended["budget"], ended.total()),
-        "rollout/repetition_rate": rate(ended["repetition"], len(finished)),
+        "rollout/capped_rate": rate(complete["max_response_tokens"], len(lengths)),
+        "rollout/repetition_rate": rate(complete["repetition"], len(lengths)),
         "rollout/overlong_rate": overlong_rate(lengths, weights),
         "rollout/failures": counts.failures,
     }
@@ -361,6 +402,7 @@ def train_metrics(batch: TrainingBatch, result: trainer_pb2.TrainResult | None, 
     return {
         "train/groups": len(batch.groups),
         "train/groups_uniform": batch.uniform,
+        "train/uniform_rate": batch.uniform / len(batch.consumed) if batch.consumed else None,
         "train/groups_failed": batch.failed,
         "train/trajectories": result.trajectories,
         "train/trajectories_multi_version": result.trajectories_multi_version,
@@ -391,7 +433,7 @@ def accuracies(judged: Sequence[Trajectory]) -> dict[str, float | None]:
 
 
 def overlong_rate(lengths: Sequence[int], weights: ShapingWeights) -> float:
-    """Returns the fraction of finished responses that lose reward to the overlong penalty."""
+    """Returns the fraction of responses that lose reward to the overlong penalty."""
     if not weights.overlong_penalty:
         return 0.0
     return rate(sum(tokens > weights.overlong_cap - weights.overlong_buffer for tokens in lengths), len(lengths))

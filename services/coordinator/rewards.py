@@ -149,6 +149,11 @@ class TrainingBatch:
     tokens_by_version: Counter[int] = field(default_factory=Counter)
     increments: list[buffer_pb2.PromptStatistics] = field(default_factory=list)
 
+    @property
+    def trajectories(self) -> list[Trajectory]:
+        """Trajectories of the complete groups."""
+        return [trajectory for group in self.consumed for trajectory in group.trajectories]
+
 
 def make_training_batch(groups: Iterable[Group], weights: ShapingWeights, drop_uniform: bool) -> TrainingBatch:
     """Shapes the rewards of the complete groups; members whose judging failed take no part."""

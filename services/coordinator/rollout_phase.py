@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
@@ -15,6 +16,7 @@ from perigee.rollout.v1 import rollout_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
 from services.coordinator.groups import EndReason, LiveGroups, Trajectory
+from services.coordinator.samples import SampleCollector
 from services.coordinator.workers import Worker
 
 
@@ -38,13 +40,19 @@ class RolloutPhase:
     policy_version: int
     groups: LiveGroups
     scoring: ScoringPipeline
+    samples: SampleCollector
+    # Whether this is the run's first iteration.
+    is_first: bool
     counts: RolloutCounts = field(default_factory=RolloutCounts)
     _targets: dict[str, int] = field(default_factory=dict)
 
     async def run(self, trajectories: Sequence[Trajectory]) -> RolloutCounts:
         """Extends the trajectories in the order given, until the segment of each has ended."""
         starts = {trajectory.id: trajectory.tokens for trajectory in trajectories}
-        self._targets = {trajectory_id: min(self._cap, start + self._budget) for trajectory_id, start in starts.items()}
+        self._targets = {
+            trajectory.id: min(self._cap, trajectory.tokens + self._budget_of(trajectory))
+            for trajectory in trajectories
+        }
         context = self.context
         dispatcher = Dispatcher(
             context.registry,
@@ -53,7 +61,8 @@ class RolloutPhase:
             self._extend,
             context.status.set_waiting,
         )
-        await dispatcher.run(starts)
+        # One call after another for each budget: long ones first, those of one length in one call.
+        await dispatcher.run(sorted(starts, key=lambda key: -self._budget_of(self.groups.trajectory(key))))
         self.counts.tokens = sum(trajectory.tokens - starts[trajectory.id] for trajectory in trajectories)
         return self.counts
 
@@ -64,6 +73,17 @@ class RolloutPhase:
     @property
     def _budget(self) -> int:
         return self.context.config.rollout.token_budget or self._cap
+
+    def _budget_of(self, trajectory: Trajectory) -> int:
+        """Returns the trajectory's budget in this iteration: one token budget, except in the run's first iteration.
+
+        Groups that begin together would end together, budgets later, and the iterations between would train nothing:
+        in the first iteration they get one to `cap / budget` budgets in turn.
+        """
+        if not self.is_first:
+            return self._budget
+        turns = math.ceil(self._cap / self._budget)
+        return self._budget * (turns - int(trajectory.group.id.removeprefix("g")) % turns)
 
     async def _extend(self, worker: Worker, trajectory_ids: list[str]) -> AsyncGenerator[Progress, None]:
         """Makes one call: leases the trajectories, extends them, records their ends."""
@@ -80,8 +100,9 @@ class RolloutPhase:
             left = self._targets[lease.trajectory_id] - lease.tokens
             if left > 0:
                 # A call that broke off leaves a part of the budget; otherwise only the length limit shortens it.
-                is_full = left == min(self._budget, self._cap - lease.tokens)
-                by_budget[self._budget if is_full else left].append(lease)
+                budget = self._budget_of(self.groups.trajectory(lease.trajectory_id))
+                is_full = left == min(budget, self._cap - lease.tokens)
+                by_budget[budget if is_full else left].append(lease)
             else:
                 self._record_tokens(lease.trajectory_id, lease.tokens)
                 ended.append(lease.trajectory_id)
@@ -166,7 +187,9 @@ class RolloutPhase:
     async def _finish(self, trajectory: Trajectory, end_reason: EndReason, text: str) -> None:
         if self.counts.ended.get(trajectory.id, buffer_pb2.END_REASON_BUDGET) != buffer_pb2.END_REASON_BUDGET:
             return
-        await self.scoring.submit(ScoreJob(trajectory.id, text, trajectory.group.prompt.line.item))
+        prompt, versions = trajectory.group.prompt, trajectory.tokens_by_version
+        self.samples.add(trajectory.id, prompt, text, trajectory.tokens, versions, end_reason)
+        await self.scoring.submit(ScoreJob(trajectory.id, text, prompt.line.item))
         trajectory.finished = True
         trajectory.end_reason = end_reason
         self.counts.ended[trajectory.id] = end_reason

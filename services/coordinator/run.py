@@ -24,11 +24,16 @@ Components of the coordinator, each below its caller:
 from __future__ import annotations
 
 import asyncio
+import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any
 
+from perigee import __version__
 from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.v1 import coordinator_pb2
 from perigee.errors import (
@@ -90,7 +95,7 @@ class Run:
                 if failures > self._context.settings.recoveries:
                     raise
                 log.warning("the run is resumed from its committed state", error=error.message, failures=failures)
-                status.set_waiting(True)
+                status.set_waiting(True, "trainer and buffer to answer again")
                 await self._wait_for_peers()
                 status.set_waiting(False)
 
@@ -116,7 +121,7 @@ class Run:
 
     def _is_over(self, committed: Committed) -> bool:
         config = self._context.config
-        if committed.iteration >= config.iterations:
+        if committed.iteration - committed.uncounted(config.iterations) >= config.iterations:
             return True
         return config.time_limit_s is not None and committed.state.elapsed_seconds >= config.time_limit_s
 
@@ -127,6 +132,8 @@ class Run:
         state = decode_state(run.coordinator_state)
         status = context.status
         status.iteration, status.policy_version = run.iteration, run.policy_version
+        committed = Committed(run.iteration, run.policy_version, state)
+        status.uncounted = committed.uncounted(context.config.iterations)
         last = await asyncio.to_thread(context.log.restore_iterations, run.iteration, state.last_line)
         status.metrics = numbers(last) if last is not None else {}
         await self._weight_sync.ensure_version(run.policy_version)
@@ -142,7 +149,7 @@ class Run:
         state.next_group = max([state.next_group, *(int(group.id.removeprefix("g")) + 1 for group in groups)])
         self._committed_iteration = run.iteration
         log.info("run restored", run=self._run_id, iteration=run.iteration, live_groups=len(groups))
-        return Committed(run.iteration, run.policy_version, state), groups, sampler
+        return committed, groups, sampler
 
     async def _find_or_create(self) -> buffer_pb2.RunState:
         context = self._context
@@ -219,7 +226,9 @@ class Run:
             await asyncio.to_thread(context.log.add_evaluation, line)
             return line
         with detached_span("evaluation", run=self._run_id, kind=kind, iteration=iteration, version=version):
-            line = await Evaluation(context, version).run(kind, iteration, self._weight_sync)
+            evaluation = Evaluation(context, version)
+            line = await evaluation.run(kind, iteration, self._weight_sync)
+        await asyncio.to_thread(context.log.add_samples, evaluation.samples())
         await asyncio.to_thread(context.log.add_evaluation, line)
         committed.state.totals.add_seconds("evaluation", line["seconds"])
         log.info("evaluation", run=self._run_id, kind=kind, accuracy=numbers(line["accuracy"]))
@@ -244,6 +253,7 @@ class Run:
             "model": exported.path,
             "accuracy_baseline": baseline["accuracy"],
             "accuracy_final": final["accuracy"],
+            "versions": software_versions(),
             **asdict(totals),
             "seconds": {phase: round(seconds, 3) for phase, seconds in totals.seconds.items()},
         }
@@ -270,6 +280,15 @@ class Run:
             await asyncio.sleep(PEER_POLL_SECONDS)
 
 
+def software_versions() -> dict[str, str]:
+    """Returns the versions of what matters for a run's results, as far as the coordinator's machine has it."""
+    found = {"python": platform.python_version(), "perigee": __version__}
+    for name in ("torch", "vllm", "megatron-core", "transformers"):
+        with suppress(PackageNotFoundError):
+            found[name] = package_version(name)
+    return found
+
+
 async def fine_tune_base(context: RunContext, weight_sync: WeightSync) -> int:
     """Does the supervised stages without a checkpoint, and returns the policy version that the first iteration uses.
 
@@ -284,7 +303,7 @@ async def fine_tune_base(context: RunContext, weight_sync: WeightSync) -> int:
         started = time.monotonic()
         with detached_span("supervised stage", run=context.run_id, stage=number):
             last = await run_sft_stage(context, stage, number)
-            await weight_sync.save(number)
+            await weight_sync.save(number, pinned=number == len(stages))
         line = {
             "stage": number,
             "policy_version": number,

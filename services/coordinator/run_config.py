@@ -151,9 +151,11 @@ class RolloutSettings(Model):
     renamed_keys: ClassVar[Mapping[str, str]] = {"response_cap": "max_response_tokens"}
 
     token_budget: int = Field(0, ge=0)
-    """Output tokens that a trajectory may add in one iteration; 0 is no budget."""
-    max_response_tokens: int = Field(200, ge=1)
-    """Response tokens that a trajectory may have over all iterations."""
+    """Output tokens that a trajectory may add in one iteration; 0 is no budget. In the run's first iteration the groups
+    get one budget, two and so on up to `max_response_tokens` in turn, so that they do not all end together later."""
+    max_response_tokens: int = Field(1024, ge=1)
+    """Response tokens that a trajectory may have over all iterations; more than most responses of the model need: those
+    cut by it have no answer."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
     repetition_stop: RepetitionStopConfig = RepetitionStopConfig()
@@ -228,9 +230,22 @@ class UpdateConfig(Model):
     max_staleness: int = Field(0, ge=0)
     """Tokens of versions older than the iteration's by more than this are left out of the loss."""
     token_scale: float = Field(1.0, gt=0)
-    """Log-probability sums are divided by this before the loss."""
-    tis_cap: float = Field(0.0, ge=0)
-    """Cap of truncated importance sampling against the engine's log-probabilities; 0 is off."""
+    """Log-probability sums are divided by this before the loss. The loss is least where the sum over a response has
+    moved by `token_scale * advantage / tau`: 1 keeps a pretrained model near its start, a response within 10 nats at
+    tau 0.1 and rewards of 0 and 1; the tokens of a response let each token move as far, for small models that have much
+    to learn."""
+    tis_cap: float | None = Field(None, ge=0)
+    """Cap of truncated importance sampling against the engine's log-probabilities; 0 is off. Unset, it is 2 where the
+    trainer computes in bfloat16, whose rounding sets the two engines apart, and off in float32."""
+
+
+class SamplesConfig(Model):
+    """Responses that are kept for people to read, in samples.jsonl."""
+
+    count: int = Field(10, ge=0, le=32)
+    """Samples of an iteration, and of an evaluation: right, wrong, ungradable, capped, repeated in turn; 0 is none."""
+    max_text_bytes: int = Field(4096, ge=64, le=8192)
+    """Bytes of a prompt, and of a response; of longer ones beginning and end are kept."""
 
 
 class EvaluationConfig(Model):
@@ -288,8 +303,9 @@ class RunConfig(Model):
     """The run ends after the iteration in which its age, supervised stages and evaluations included, passes this."""
     sft: tuple[SftStage, ...] = ()
     """Supervised stages before the first iteration."""
-    max_live_groups: int = Field(160, ge=1)
-    """Groups generated at once; those that were trained on are replaced by new ones."""
+    max_live_groups: int = Field(64, ge=1)
+    """Groups generated at once; those that were trained on are replaced by new ones. By rule of thumb 32 to 256: an
+    update on fewer follows the luck of a few prompts, more of them wait longer for an update."""
     group_size: int = Field(8, ge=2)
     """Trajectories per group."""
     rollout: RolloutSettings = RolloutSettings()
@@ -310,12 +326,18 @@ class RunConfig(Model):
     """Algorithm that trains the policy."""
     update: UpdateConfig = UpdateConfig()
     """Update of the policy, whatever the algorithm."""
-    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4)
-    """Optimizer of each iteration; its learning rate is that of the first iteration."""
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6)
+    """Optimizer of each iteration; its learning rate is that of the first iteration. GRPO (arXiv 2402.03300) and DAPO
+    (arXiv 2503.14476) trained models of 7B and 32B parameters at 1e-6; below 1B take up to 5e-6, by rule of thumb. The
+    optimizer starts anew at each iteration, so that its first step moves every weight by the whole rate, whatever the
+    loss's scale: 2e-5 made a model of 135M parameters ramble in three updates. Small models trained from scratch take
+    1e-4 and more."""
     final_lr_ratio: float = Field(1.0, gt=0, le=1)
     """The learning rate falls linearly over the run's iterations to this fraction of the first iteration's."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Accuracy on held-out problems."""
+    samples: SamplesConfig = SamplesConfig()
+    """Responses that are kept for people to read."""
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -359,7 +381,8 @@ class RunConfig(Model):
 
     def update_message(self) -> trainer_pb2.UpdateSettings:
         """Returns the settings of the update, for the temperature of the rollout."""
-        return to_message(self.update, trainer_pb2.UpdateSettings(), temperature=self.rollout.temperature)
+        own = {"temperature": self.rollout.temperature, "default_tis_cap": self.update.tis_cap is None}
+        return to_message(self.update, trainer_pb2.UpdateSettings(), **own)
 
     def optimizer_message(self, learning_rate: float) -> trainer_pb2.Optimizer:
         """Returns the optimizer's settings at a learning rate."""
@@ -372,7 +395,7 @@ class RunConfig(Model):
 
 
 # These may change when a run is resumed.
-_NOT_IN_DIGEST = {"iterations", "time_limit_s", "evaluation"}
+_NOT_IN_DIGEST = {"iterations", "time_limit_s", "evaluation", "samples"}
 
 
 def to_message(config: BaseModel, message: MessageT, **changes: Any) -> MessageT:

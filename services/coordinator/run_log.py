@@ -1,4 +1,4 @@
-"""Log of a run in its folder: metrics.jsonl, evaluations.jsonl, sft.jsonl, summary.json, TensorBoard files.
+"""Log of a run in its folder: metrics.jsonl, evaluations.jsonl, samples.jsonl, sft.jsonl, summary.json, TensorBoard.
 
 metrics.jsonl has a line per committed iteration, evaluations.jsonl one per evaluation, sft.jsonl one per supervised
 stage. The keys of a line are documented where it is made, in `iteration.py` and `evaluation.py`.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from perigee.files import append_lines, read_lines, write_atomically, write_lines
+from perigee.files import append_lines, dump_line, read_lines, write_atomically, write_lines
+from perigee.report.samples import SAMPLES_FILE, Sample, to_line
 from services.kit.tracing import span
 
 PHASE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -36,6 +38,9 @@ class RunLog:
         # Grows with every new line.
         self.revision = 0
         self._tensor_board = TensorBoard(run_path / "tensorboard")
+        # Begin and end in samples.jsonl of each evaluation or iteration, for watchers; None before the file was read.
+        self._spans: dict[tuple[str, int], tuple[int, int]] | None = None
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Closes the TensorBoard file."""
@@ -67,6 +72,34 @@ class RunLog:
         self.revision += 1
         self._tensor_board.add_scalars(numbers(line), int(line["iteration"]))
         self._on_change()
+
+    def add_samples(self, samples: Sequence[Sample]) -> None:
+        """Appends the samples of one iteration or evaluation, before it is recorded itself."""
+        if not samples:
+            return
+        lines = [to_line(sample) for sample in samples]
+        with self._lock:
+            spans = self._read_spans()
+            append_lines(self.path / SAMPLES_FILE, lines)
+            for line in lines:
+                _add_span(spans, line)
+
+    def samples(self, evaluation: str, iteration: int) -> list[str]:
+        """Returns the lines of samples.jsonl of an iteration, or of an evaluation of a kind."""
+        with self._lock:
+            begin, end = self._read_spans().get((evaluation, iteration), (0, 0))
+            if not end:
+                return []
+            with (self.path / SAMPLES_FILE).open("rb") as file:
+                file.seek(begin)
+                return file.read(end - begin).decode().split("\n")[:-1]
+
+    def _read_spans(self) -> dict[tuple[str, int], tuple[int, int]]:
+        if self._spans is None:
+            self._spans = {}
+            for line in read_lines(self.path / SAMPLES_FILE):
+                _add_span(self._spans, line)
+        return self._spans
 
     def add_sft_stage(self, line: Mapping[str, Any]) -> None:
         """Appends a supervised stage."""
@@ -114,6 +147,13 @@ class RunLog:
         write_atomically(self.path / "summary.json", text.encode())
         self.revision += 1
         self._on_change()
+
+
+def _add_span(spans: dict[tuple[str, int], tuple[int, int]], line: Mapping[str, Any]) -> None:
+    """Adds the line behind the last one; lines of the same iteration or evaluation that are not before it are older."""
+    _, last = next(reversed(spans.values()), (0, 0))
+    begin, end = spans.pop(key := (line["evaluation"], line["iteration"]), (last, last))
+    spans[key] = (begin if end == last else last, last + len(dump_line(line)))
 
 
 class TensorBoard:

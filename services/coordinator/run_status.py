@@ -47,6 +47,7 @@ class RunStatus:
         self._registry = registry
         self._phase: RunPhase = pb.RUN_PHASE_WAITING
         self._waiting = False
+        self._waiting_for = "trainer and buffer to answer"
         self._started = time.monotonic()
         self._phase_started = self._started
         self._ended: float | None = None
@@ -55,6 +56,8 @@ class RunStatus:
         self._closed = False
         self.earlier_seconds = 0.0
         self.iteration = 0
+        # Iterations so far that do not count, because no group was complete.
+        self.uncounted = 0
         self.policy_version = 0
         self.done = 0
         self.total = 0
@@ -78,8 +81,9 @@ class RunStatus:
         self._ended = self._phase_started if phase in TERMINAL else None
         self._publish()
 
-    def set_waiting(self, waiting: bool) -> None:
+    def set_waiting(self, waiting: bool, peer: str = "a rollout worker that has the weights") -> None:
         """Sets whether the phase waits for a worker or another peer."""
+        self._waiting_for = peer
         if waiting != self._waiting:
             self._waiting = waiting
             self._publish()
@@ -95,7 +99,7 @@ class RunStatus:
             run_id=self._run_id,
             phase=self.phase,
             iteration=self.iteration,
-            iterations=self._iterations,
+            iterations=self._iterations + self.uncounted,
             policy_version=self.policy_version,
             phase_done=self.done,
             phase_total=self.total,
@@ -104,6 +108,7 @@ class RunStatus:
             metrics=self.metrics,
             workers=worker_snapshots(self._registry),
             error=self.error,
+            waiting_for=self._waiting_for if self.phase == pb.RUN_PHASE_WAITING else "",
         )
 
     async def watch(self) -> AsyncGenerator[pb.RunSnapshot, None]:
@@ -187,12 +192,15 @@ def read_results(log: RunLog, cursor: Cursor, iterations: int) -> list[pb.WatchR
                 result = pb.IterationResult(
                     iteration=number, iterations=iterations, metrics=numbers(line), record=json.dumps(line)
                 )
+                result.samples.extend(log.samples("", number))
                 found.append((number, pb.WatchRunResponse(iteration=result)))
                 cursor.iteration = number
     if cursor.evaluation is not None:
         for number, line in enumerate(log.evaluations(), start=1):
             if number > cursor.evaluation:
-                found.append((int(line["iteration"]), pb.WatchRunResponse(evaluation=evaluation_result(number, line))))
+                evaluation = evaluation_result(number, line)
+                evaluation.samples.extend(log.samples(line.get("kind", ""), line["iteration"]))
+                found.append((int(line["iteration"]), pb.WatchRunResponse(evaluation=evaluation)))
                 cursor.evaluation = number
     # An evaluation comes after the iteration whose weights it measures: the sort keeps the order of equals.
     results = [response for _, response in sorted(found, key=lambda item: item[0])]

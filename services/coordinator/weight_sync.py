@@ -60,10 +60,10 @@ class WeightSync:
             timeout_s=self._config.checkpoint_timeout_s,
         )
 
-    async def save(self, version: int) -> None:
-        """Has the trainer write the checkpoint of the version that it has loaded."""
+    async def save(self, version: int, pinned: bool = False) -> None:
+        """Has the trainer write the checkpoint of the version that it has loaded; a pinned one stays for ever."""
         response = await self._trainer.save_checkpoint(
-            pb.SaveCheckpointRequest(run_id=self._run_id, policy_version=version),
+            pb.SaveCheckpointRequest(run_id=self._run_id, policy_version=version, pinned=pinned),
             timeout_s=self._config.checkpoint_timeout_s,
         )
         if response.upload_error:

@@ -28,7 +28,7 @@ FIELD = "trainer.run_path"
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Checkpoints `folder/<run id>/v<version>`, complete or absent, `keep` of each run.
+    """Checkpoints `folder/<run id>/v<version>`, complete or absent, the newest `keep` of each run and the pinned ones.
 
     They hold weights only, as the optimizer is reset at each iteration; configuration and tokenizer are those of
     `source`. Those below `url` are what others read; `folder` is then this machine's copy.
@@ -67,16 +67,18 @@ class Checkpoints:
         for run_folder in self.folder.glob("*"):
             remove_stale_staging(run_folder)
 
-    def write(self, run_id: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+    def write(
+        self, run_id: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]], pinned: bool = False
+    ) -> int:
         """Writes a version on this machine and removes the run's oldest beyond `keep`; returns its bytes.
 
         Raises ResourceExhaustedError naming the folder when the disk refuses.
         """
-        meta = {META_FILE: {"run_id": run_id, "policy_version": version, "id": uuid.uuid4().hex}}
+        meta = {META_FILE: {"run_id": run_id, "policy_version": version, "id": uuid.uuid4().hex, "pinned": pinned}}
         target = str(self.path_of(run_id, version))
         size = write_folder(target, self.source, tensors, meta, self.max_shard_bytes)
         for old in self._local_versions(run_id)[: -self.keep]:
-            if old != version:
+            if old != version and not (self._local_meta(run_id, old) or {}).get("pinned"):
                 shutil.rmtree(self.path_of(run_id, old))
         return size
 
@@ -93,7 +95,8 @@ class Checkpoints:
                 path, name = self.path_of(run_id, each), self.name_of(run_id, each)
                 storage.publish_folder(path, name, FIELD, META_FILE)
             for old in self._published_versions(run_id)[: -self.keep]:
-                storage.remove_folder(self.name_of(run_id, old), FIELD, META_FILE)
+                if not (self._published_meta(run_id, old) or {}).get("pinned"):
+                    storage.remove_folder(self.name_of(run_id, old), FIELD, META_FILE)
         except PerigeeError as error:
             return error.message
         return ""

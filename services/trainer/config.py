@@ -54,7 +54,8 @@ class TrainerConfig(ServiceConfig):
     max_sequence_length: int | None = Field(None, ge=2)
     """Longest prompt and response together, in tokens; the model's own limit when unset."""
     keep_checkpoints: int = Field(3, ge=2)
-    """Checkpoints kept of each run; at least 2, so that an interrupted iteration finds the version it started from."""
+    """Checkpoints kept of each run; at least 2, so that an interrupted iteration finds the version it started from. The
+    supervised model, a run's first policy, is kept besides, for comparisons from the same start."""
     max_shard_bytes: int = Field(4 << 30, ge=1 << 20)
     """Largest safetensors file of a checkpoint."""
     buffer_timeout_s: float = Field(120.0, gt=0)

@@ -76,7 +76,7 @@ class TrainerService(TrainerServiceServicer):
 
     async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
         """See the contract."""
-        return await self._trainer.save_checkpoint(request.run_id, request.policy_version)
+        return await self._trainer.save_checkpoint(request.run_id, request.policy_version, request.pinned)
 
     async def LoadCheckpoint(self, request: pb.LoadCheckpointRequest, context: Context) -> pb.LoadCheckpointResponse:
         """See the contract."""

@@ -44,6 +44,9 @@ from services.weights.manifest import WeightImage, export_image
 from services.weights.send import WeightSender
 
 log = get_logger(__name__)
+
+# Cap of the importance weights where rounding sets rollout and trainer apart, unless the recipe has one.
+BFLOAT16_TIS_CAP = 2.0
 ResultT = TypeVar("ResultT")
 
 POLICY_VERSION = Gauge("perigee_trainer_policy_version", "Version of the policy that the trainer has loaded.")
@@ -133,6 +136,8 @@ class Trainer:
 
     async def train(self, request: pb.TrainRequest) -> AsyncIterator[pb.TrainResponse]:
         """Trains one iteration on groups read from the buffer, reporting as it goes."""
+        if request.update.default_tis_cap and self.config.dtype == "bfloat16":
+            request.update.tis_cap = BFLOAT16_TIS_CAP
         check_training(request.algorithm, request.update, request.optimizer)
         if request == self.loaded.request:
             yield self.loaded.result
@@ -158,11 +163,11 @@ class Trainer:
             async for response in self._stream(request, finish):
                 yield response
 
-    async def save_checkpoint(self, run_id: str, version: int) -> pb.SaveCheckpointResponse:
+    async def save_checkpoint(self, run_id: str, version: int, pinned: bool = False) -> pb.SaveCheckpointResponse:
         """Writes the loaded version here, then where the run folder is."""
         with self._claim():
             self._check_loaded(run_id, version)
-            size = await self._collect(lambda tensors: self._write_checkpoint(run_id, version, tensors))
+            size = await self._collect(lambda tensors: self._write_checkpoint(run_id, version, tensors, pinned))
             problem = await asyncio.to_thread(self.checkpoints.publish, run_id, version)
         if problem:
             UPLOAD_FAILURES.inc()
@@ -171,9 +176,11 @@ class Trainer:
             path=self.checkpoints.name_of(run_id, version), bytes=size, upload_error=problem
         )
 
-    def _write_checkpoint(self, run_id: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]]) -> int:
+    def _write_checkpoint(
+        self, run_id: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]], pinned: bool
+    ) -> int:
         """Writes the loaded version here, where a failed job then finds the weights; called in the engine's thread."""
-        size = self.checkpoints.write(run_id, version, tensors)
+        size = self.checkpoints.write(run_id, version, tensors, pinned)
         self.engine.saved = self.checkpoints.path_of(run_id, version)
         return size
 

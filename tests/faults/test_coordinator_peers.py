@@ -287,13 +287,13 @@ async def test_a_reward_service_that_stays_away_ends_the_run(buffer_address: str
 
 async def test_a_call_that_breaks_off_gives_no_second_budget(buffer_address: str, tmp_path: Path) -> None:
     rollout = {"token_budget": 2, "max_response_tokens": 24}
-    async with stage(buffer_address, tmp_path, {}, iterations=1, rollout=rollout) as s:
-        worker, _ = await s.add_worker("a", cut_after=3)
+    async with stage(buffer_address, tmp_path, {}, iterations=2, rollout=rollout) as s:
+        worker, _ = await s.add_worker("a", cut_after=64 + 3)
         await s.start()
         assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
-        # The third segment was appended and not told; its trajectory is not extended again in this iteration.
-        assert sorted(worker.extended) == sorted(set(worker.extended))
-        assert len(worker.calls) > 3
-        [line] = s.lines()
-        assert line["rollout/ended/budget"] == 64
-        assert line["rollout/tokens"] == 128
+        # The third segment of iteration 2 was appended and not told; its trajectory is not extended again there.
+        first, second = s.lines()[:2]
+        assert sum(first[f"rollout/ended/{reason}"] for reason in ("stop", "budget")) == 64
+        extended = worker.extended[64:][: second["rollout/ended/stop"] + second["rollout/ended/budget"]]
+        assert len(set(extended)) == len(extended)
+        assert 0 < second["rollout/tokens"] <= 2 * len(extended)

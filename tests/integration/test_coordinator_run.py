@@ -101,7 +101,20 @@ async def test_a_run_from_sft_to_summary(buffer_address: str, tmp_path: Path) ->
 
     lines = read_json_lines(run_path / "metrics.jsonl")
     assert [line["iteration"] for line in lines] == [1, 2, 3]
+    kept = read_json_lines(run_path / "samples.jsonl")
+    assert Counter((line["evaluation"], line["iteration"]) for line in kept) == {
+        ("baseline", 0): 10,
+        ("", 1): 10,
+        ("", 2): 10,
+        ("periodic", 2): 10,
+        ("", 3): 10,
+        ("final", 3): 10,
+    }
+    assert {line["kind"] for line in kept} >= {"right", "wrong"}
+    assert all(line["prompt"] and line["response"] and line["policy_versions"] for line in kept)
     for line in lines:
+        assert line["reward/groups"] > 0
+        assert line["reward/responses"] == 4 * line["reward/groups"]
         assert line["rollout/ended/stop"] + line["rollout/ended/budget"] > 0
         assert line["rollout/finished"] == line["rollout/ended/stop"]
         assert {key.split("/")[1] for key in line if key.endswith("/start")} == PHASES
@@ -192,7 +205,8 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
                 pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run"))
             )
             assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
-    assert {call.token_budget for call in worker.calls} == {4}
+    # In the first iteration groups get one, two or three budgets in turn.
+    assert {call.token_budget for call in worker.calls} == {4, 8, 12}
     assert {call.max_response_tokens for call in worker.calls} == {11}
     # A response of 4 tokens an iteration takes three at most.
     assert max(Counter(worker.extended).values()) == 3

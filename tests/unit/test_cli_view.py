@@ -60,7 +60,7 @@ def test_an_iteration_is_one_plain_line() -> None:
 def test_phases_outside_the_iterations_are_shown_once() -> None:
     evaluating = snapshot(pb.RUN_PHASE_EVALUATION, phase_done=3, phase_total=500, elapsed_seconds=62.0)
     lines = plain_lines(evaluating, evaluating, snapshot(pb.RUN_PHASE_ROLLOUT), snapshot(pb.RUN_PHASE_TRAINING))
-    assert lines == ["evaluation: iteration 5 of 10, policy version 6, 3 of 500 problems, 1 m 02 s since the start"]
+    assert lines == ["evaluation: iteration 5 of 10, policy version 6, 3 of 500 responses, 1 m 02 s since the start"]
 
 
 def test_each_supervised_stage_is_shown() -> None:

@@ -121,12 +121,12 @@ def test_weights_of_an_iteration_come_from_the_recipe() -> None:
     ("penalty", "message"),
     [
         (
-            "{weight: 1, buffer: 200}",
-            "recipe: run: overlong_penalty.buffer must be less than the cap of 200 tokens, is 200",
+            "{weight: 1, buffer: 1024}",
+            "recipe: run: overlong_penalty.buffer must be less than the cap of 1024 tokens, is 1024",
         ),
         (
-            "{weight: 1, cap: 250}",
-            "recipe: run: overlong_penalty.cap of 250 tokens is never reached: rollout.max_response_tokens",
+            "{weight: 1, cap: 1250}",
+            "recipe: run: overlong_penalty.cap of 1250 tokens is never reached: rollout.max_response_tokens",
         ),
         ("{wieght: 1}", "recipe: run.overlong_penalty.wieght: unknown key; did you mean weight?"),
     ],

@@ -1,5 +1,6 @@
 """The report: what it shows of the records, what it says when they lack something, and that it needs no network."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,9 @@ from hypothesis import strategies as st
 from perigee.errors import DataLossError, InvalidArgumentError
 from perigee.report import plots
 from perigee.report.page import SECTIONS, write_report
+from perigee.report.ranges import find_warnings
 from perigee.report.records import Iteration, changes, headline_lines, read_evaluations, read_records
+from perigee.report.samples import Sample, to_line
 
 
 def interval(mean: float, half: float) -> dict[str, float]:
@@ -41,6 +44,17 @@ def metrics_line(iteration: int) -> dict[str, Any]:
         "train/trajectories": 200,
         "train/trajectories_multi_version": 30,
         "train/train_infer_logprob_diff_max": 1e-4,
+        "train/loss": 0.1,
+        "train/grad_norm": 0.4,
+        "train/kl_k1": 0.001,
+        "train/kl_k3": 0.001 if iteration < 8 else 0.3,
+        "train/entropy": 0.5,
+        "train/learning_rate": 1e-6,
+        "train/uniform_rate": 0.2,
+        "train/tokens_per_second": 900.0,
+        "train/peak_memory_bytes": 5.4e9,
+        "rollout/tokens_per_second": 400.0,
+        "warnings": find_warnings({"train/kl_k3": 0.001 if iteration < 8 else 0.3}),
         "time/iteration_seconds": 4.0,
         "time/rollout/start": 0.1,
         "time/rollout/seconds": 2.0,
@@ -89,6 +103,34 @@ def test_a_full_run_fills_every_section(run_path: Path) -> None:
         "overall    sampled  0.300 [0.270, 0.330] -> 0.620 [0.590, 0.650]  +0.320  intervals apart"
     )
     assert [path.name for path in run_path.iterdir() if "report" in path.name] == ["report.html"]
+
+
+def test_a_warning_names_the_key_to_change(run_path: Path) -> None:
+    page = write_report(run_path).path.read_text()
+    assert "iteration 8: policy KL per token is 0.3, above 0.05: lower run.optimizer.learning_rate" in page
+    assert "1 of 8 iterations" in page
+
+
+def test_the_newest_sample_of_each_kind_is_shown_and_cannot_break_the_page(run_path: Path) -> None:
+    lines = [
+        to_line(Sample(1, "", str(n), "p", "math", "<b>why</b>", f"</script>{n}", 3, [0], end, verdict))
+        for n, (end, verdict) in enumerate(
+            [
+                ("stop", "correct"),
+                ("stop", "correct"),
+                ("stop", "wrong"),
+                ("stop", "ungradable"),
+                ("max_response_tokens", "wrong"),
+                ("repetition", "ungradable"),
+            ]
+        )
+    ]
+    write_lines(run_path / "samples.jsonl", lines)
+    page = write_report(run_path).path.read_text()
+    assert re.findall(r"<summary><b>(\w+)</b>", page) == ["right", "wrong", "ungradable", "capped", "repeated"]
+    assert "&lt;/script&gt;1" in page
+    assert "&lt;/script&gt;0" not in page
+    assert page.count("</script>") == 2
 
 
 def test_the_page_fetches_nothing(run_path: Path) -> None:
@@ -183,6 +225,15 @@ def test_the_rate_of_several_versions_is_drawn(run_path: Path) -> None:
     figure = plots.plot_rates(read_records(run_path))
     shares = {line.name: list(line.y) for line in figure.data}
     assert shares["several versions"] == pytest.approx([0.15] * 8)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=5))
+def test_labels_of_lines_that_end_close_together_stand_apart(ends: list[float]) -> None:
+    shifts = plots.label_shifts(ends, 1.0)
+    places = sorted(plots.PLOT_PIXELS * end + shift for end, shift in zip(ends, shifts, strict=True))
+    assert all(above - below >= plots.LABEL_PIXELS - 1e-6 for below, above in itertools.pairwise(places))
+    assert min(shifts) >= 0
 
 
 @settings(deadline=None)

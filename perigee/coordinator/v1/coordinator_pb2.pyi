@@ -400,6 +400,7 @@ class RunSnapshot(_message.Message):
     METRICS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    WAITING_FOR_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     phase: Global___RunPhase.ValueType
     iteration: _builtins.int
@@ -412,6 +413,8 @@ class RunSnapshot(_message.Message):
     elapsed_seconds: _builtins.float
     error: _builtins.str
     """The reason when the phase is FAILED."""
+    waiting_for: _builtins.str
+    """What the run waits for when the phase is WAITING."""
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics of the latest iteration, as in metrics.jsonl; of the current stage before the first iteration."""
@@ -433,10 +436,11 @@ class RunSnapshot(_message.Message):
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         workers: _abc.Iterable[Global___WorkerSnapshot] | None = ...,
         error: _builtins.str = ...,
+        waiting_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_seconds", b"elapsed_seconds", "error", b"error", "iteration", b"iteration", "iterations", b"iterations", "metrics", b"metrics", "phase", b"phase", "phase_done", b"phase_done", "phase_seconds", b"phase_seconds", "phase_total", b"phase_total", "policy_version", b"policy_version", "run_id", b"run_id", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_seconds", b"elapsed_seconds", "error", b"error", "iteration", b"iteration", "iterations", b"iterations", "metrics", b"metrics", "phase", b"phase", "phase_done", b"phase_done", "phase_seconds", b"phase_seconds", "phase_total", b"phase_total", "policy_version", b"policy_version", "run_id", b"run_id", "waiting_for", b"waiting_for", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -554,6 +558,7 @@ class IterationResult(_message.Message):
     ITERATIONS_FIELD_NUMBER: _builtins.int
     METRICS_FIELD_NUMBER: _builtins.int
     RECORD_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     iteration: _builtins.int
     iterations: _builtins.int
     """Iterations of the whole run."""
@@ -563,6 +568,10 @@ class IterationResult(_message.Message):
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Metrics of the iteration, as in metrics.jsonl."""
 
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The iteration's lines of samples.jsonl."""
+
     def __init__(
         self,
         *,
@@ -570,10 +579,11 @@ class IterationResult(_message.Message):
         iterations: _builtins.int = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
         record: _builtins.str = ...,
+        samples: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "iterations", b"iterations", "metrics", b"metrics", "record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "iterations", b"iterations", "metrics", b"metrics", "record", b"record", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -661,6 +671,7 @@ class EvaluationResult(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     ACCURACIES_FIELD_NUMBER: _builtins.int
     RECORD_FIELD_NUMBER: _builtins.int
+    SAMPLES_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Counts the evaluations of the run from 1: the line of evaluations.jsonl."""
     iteration: _builtins.int
@@ -669,6 +680,10 @@ class EvaluationResult(_message.Message):
     """The line of evaluations.jsonl."""
     @_builtins.property
     def accuracies(self) -> _containers.RepeatedCompositeFieldContainer[Global___DomainAccuracy]: ...
+    @_builtins.property
+    def samples(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """The evaluation's lines of samples.jsonl."""
+
     def __init__(
         self,
         *,
@@ -677,10 +692,11 @@ class EvaluationResult(_message.Message):
         policy_version: _builtins.int = ...,
         accuracies: _abc.Iterable[Global___DomainAccuracy] | None = ...,
         record: _builtins.str = ...,
+        samples: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracies", b"accuracies", "iteration", b"iteration", "number", b"number", "policy_version", b"policy_version", "record", b"record"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accuracies", b"accuracies", "iteration", b"iteration", "number", b"number", "policy_version", b"policy_version", "record", b"record", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

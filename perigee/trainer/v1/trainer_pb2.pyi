@@ -291,6 +291,7 @@ class UpdateSettings(_message.Message):
     TOKEN_SCALE_FIELD_NUMBER: _builtins.int
     TEMPERATURE_FIELD_NUMBER: _builtins.int
     TIS_CAP_FIELD_NUMBER: _builtins.int
+    DEFAULT_TIS_CAP_FIELD_NUMBER: _builtins.int
     minibatches: _builtins.int
     """Optimizer steps per iteration, over equal shares of the groups."""
     max_tokens_per_microbatch: _builtins.int
@@ -303,6 +304,8 @@ class UpdateSettings(_message.Message):
     """The temperature that the trajectories were sampled with."""
     tis_cap: _builtins.float
     """Cap of truncated importance sampling against the rollout's log-probabilities; 0 is off."""
+    default_tis_cap: _builtins.bool
+    """The trainer chooses tis_cap: 2 where it computes in bfloat16, else off."""
     def __init__(
         self,
         *,
@@ -312,10 +315,11 @@ class UpdateSettings(_message.Message):
         token_scale: _builtins.float = ...,
         temperature: _builtins.float = ...,
         tis_cap: _builtins.float = ...,
+        default_tis_cap: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_staleness", b"max_staleness", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "minibatches", b"minibatches", "temperature", b"temperature", "tis_cap", b"tis_cap", "token_scale", b"token_scale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["default_tis_cap", b"default_tis_cap", "max_staleness", b"max_staleness", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "minibatches", b"minibatches", "temperature", b"temperature", "tis_cap", b"tis_cap", "token_scale", b"token_scale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -698,17 +702,21 @@ class SaveCheckpointRequest(_message.Message):
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    PINNED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     policy_version: _builtins.int
+    pinned: _builtins.bool
+    """The checkpoint stays however many newer ones there are."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         policy_version: _builtins.int = ...,
+        pinned: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_version", b"policy_version", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pinned", b"pinned", "policy_version", b"policy_version", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
