@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import difflib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -132,6 +132,23 @@ def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
             return []
         known = field.annotation
     return list(known.model_fields) if isinstance(known, type) and issubclass(known, BaseModel) else []
+
+
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """Returns the models that a type is made of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models_in(part)]
+
+
+def key_paths(model: type[BaseModel], path: str) -> Iterator[str]:
+    """Yields the dotted path of each key below `path`, inner ones included; `[]` stands for an item of a list."""
+    for name, field in model.model_fields.items():
+        key = f"{path}.{name}" if path else name
+        yield key
+        inside = "[]" if get_origin(field.annotation) in (list, tuple) else ""
+        for inner in models_in(field.annotation):
+            yield from key_paths(inner, key + inside)
 
 
 def _pop_path(values: dict[str, Any], keys: Sequence[str]) -> Any:

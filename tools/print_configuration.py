@@ -18,6 +18,8 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from perigee.config import models_in
+
 ROOT = Path(__file__).parents[1]
 SERVICES = ("coordinator", "rollout", "trainer", "reward", "sandbox", "buffer")
 SHARED = ("server", "telemetry", "http")
@@ -84,13 +86,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The models that a type is made of."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in models_in(part)]
-
-
 def rows_of(model: type[BaseModel], prefix: str, given: Any = None) -> Iterator[tuple[str, str, str, str]]:
     """Key, type, default and meaning of each field; those of nested models follow under their path."""
     for name, field in model.model_fields.items():
@@ -143,9 +138,10 @@ def shared_lines() -> list[str]:
 
 def render() -> str:
     """The whole page."""
+    from perigee.cli.recipe import RecipeHead
     from services.coordinator.run_config import RunConfig
 
-    lines = [HEAD, *section("run", RunConfig, skip_shared=False)]
+    lines = [HEAD, *section("Top level", RecipeHead, skip_shared=False), *section("run", RunConfig, skip_shared=False)]
     for service in SERVICES:
         lines += section(service, service_config(service), skip_shared=True)
     text = "\n".join([*lines, *shared_lines()]).rstrip() + "\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -101,6 +102,40 @@ def prepare(
 
 
 @app.command()
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")],
+    data: Annotated[
+        Path | None, typer.Option("--data", metavar="DIR", help="Folder for what the recipe's script makes; kept.")
+    ] = None,
+    seed: SeedOption = None,
+    overrides: SetOption = None,
+    debug: DebugOption = False,
+) -> None:
+    """Find what is wrong with a recipe, its model and its prompts, and estimate memory, before a service starts."""
+    sets = [*(overrides or []), *([f"run.seed={seed}", f"trainer.seed={seed}"] if seed is not None else [])]
+    with reporting_errors(debug):
+        from perigee.cli import train as command
+        from perigee.cli.check import check_inputs
+        from perigee.cli.recipe import check_script, find_recipe, load_recipe
+        from perigee.cli.run_folder import RunFolder
+
+        checked = load_recipe(find_recipe(recipe), sets)
+        check_script(checked)
+
+        async def work(interrupt: Interrupt) -> int:
+            with tempfile.TemporaryDirectory(prefix="perigee-check-") as folder:
+                run = RunFolder((data or Path(folder)).absolute())
+                run.create()
+                expanded = checked.expand(run)
+                await command.prepare_data(run, expanded)
+                for line in check_inputs(expanded):
+                    print(line)
+            return 0
+
+        raise typer.Exit(run_interruptible(work))
+
+
+@app.command()
 @connecting
 def train(
     channel: ChannelOptions,
@@ -138,6 +173,8 @@ def train(
         again = f"perigee train --resume {run.run_id}" + ("" if runs_dir == Path("runs") else f" --runs-dir {runs_dir}")
         try:
             code = run_interruptible(work)
+        except InvalidArgumentError:  # what is wrong stays wrong when the run goes on
+            raise
         except PerigeeError as error:
             raise type(error)(f"{error.message}; go on with: {again}") from error
         if code:

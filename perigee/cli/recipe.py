@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field
 
 from perigee.cli.run_folder import RunFolder, find_run, new_run
-from perigee.config import Model, merge, parse_override, read_yaml, validate
+from perigee.config import Model, ModelT, key_paths, merge, parse_override, read_yaml, validate
 from perigee.errors import InvalidArgumentError
 from perigee.files import write_atomically
 
@@ -35,6 +35,25 @@ RUN_FOLDER_VALUES: Mapping[str, Mapping[str, str]] = {
 }
 
 
+# What the top-level `model` is for, where a section names none.
+MODEL_SECTIONS = ("run", "rollout", "trainer")
+# Keys of other trainers, each with the key here or a sentence.
+FOREIGN_KEYS: Mapping[str, str] = {
+    "lr": "did you mean run.optimizer.learning_rate?",
+    "num_generations": "did you mean run.group_size?",
+    "max_completion_length": "did you mean run.rollout.max_response_tokens?",
+    "max_tokens": "did you mean run.rollout.max_response_tokens?",
+    "max_steps": "did you mean run.iterations?",
+    "kl_coef": "did you mean run.algorithm.tau?",
+    "beta": "did you mean run.algorithm.tau?",
+    "stop": "responses end with the eos_token_id of the model's generation_config.json; name further tokens there",
+    **dict.fromkeys(
+        ("top_p", "top_k", "min_p"),
+        "responses are sampled from the whole distribution, whose log-probabilities training needs; leave it out",
+    ),
+}
+
+
 class LocalConfig(Model):
     """Processes of the local stack."""
 
@@ -49,6 +68,8 @@ class RecipeHead(Model):
     """Begins the ids of the recipe's runs."""
     description: str = ""
     """What the recipe is about, for readers and the report."""
+    model: str | None = None
+    """Hugging Face folder of the model, a path or a URL: `model` of run, rollout and trainer where these name none."""
     prepare: str | None = None
     """A Python script beside the recipe, run once as `python SCRIPT --out DIR --seed N` to fill `{data}`."""
     local: LocalConfig = LocalConfig()
@@ -108,12 +129,17 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -> Recipe:
-    """Returns the values with overrides, and with the folder values that they lack, as a checked recipe.
+    """Returns the values with overrides, and with the model and the folders that sections lack, as a checked recipe.
 
     Raises InvalidArgumentError whose one-line message names the file, the field and what to do.
     """
     for override in overrides:
         merge(values, parse_override(override))
+    if values.get("model") is not None:
+        for section in MODEL_SECTIONS:
+            given = values.get(section) or {}
+            if isinstance(given, dict) and (given or section != "run"):
+                values[section] = {"model": values["model"], **given}
     for section, defaults in RUN_FOLDER_VALUES.items():
         # A trainer cannot do with these values alone: without a section of its own there is none.
         given = values.get(section, None if section == "trainer" else {})
@@ -143,18 +169,47 @@ def _check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:
         if section not in known:
             near = difflib.get_close_matches(str(section), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"the sections are {', '.join(known)}"
+            hint = hint if near else _find_key(str(section), "") or hint
             raise InvalidArgumentError.for_field(f"{source}: {section}", f"unknown key; {hint}")
-    head = validate(RecipeHead, {key: value for key, value in values.items() if key not in _CONFIG_CLASSES}, source, "")
+    head = _validate(
+        RecipeHead, {key: value for key, value in values.items() if key not in _CONFIG_CLASSES}, source, ""
+    )
     for section in _CONFIG_CLASSES:
         if section not in values:
             continue
         section_values = {} if values[section] is None else values[section]
         if not isinstance(section_values, dict):
             raise InvalidArgumentError.for_field(f"{source}: {section}", "must be a mapping of keys to values")
-        checked = validate(config_class(section), section_values, source, section)
+        checked = _validate(config_class(section), section_values, source, section)
         if section == "run":
             _check_algorithm(checked, source)
     return Recipe(path=path, head=head, values=values)
+
+
+def _validate(model: type[ModelT], values: Mapping[str, Any], source: str, section: str) -> ModelT:
+    """Returns the values as `model`; the error of a key that belongs elsewhere in a recipe says where.
+
+    Raises InvalidArgumentError.
+    """
+    try:
+        return validate(model, values, source, section)
+    except InvalidArgumentError as error:
+        first = error.violations[0]
+        hint = first.description.startswith("unknown key") and _find_key(first.field.rpartition(".")[2], section)
+        if not hint:
+            raise
+        raise InvalidArgumentError.for_field(f"{source}: {first.field}", f"unknown key; {hint}") from error
+
+
+def _find_key(name: str, section: str) -> str:
+    """Returns where in a recipe a key of this name stands, those of `section` and the outermost first; "" for none."""
+    models = {"": RecipeHead, **{each: config_class(each) for each in _CONFIG_CLASSES}}
+    paths = [path for each, model in models.items() for path in key_paths(model, each)]
+    found = [path for path in paths if path.rpartition(".")[2] == name]
+    if not found:
+        return FOREIGN_KEYS.get(name, "")
+    ranks = {path: (path.partition(".")[0] not in (section, "run"), path.count("."), "[]" in path) for path in found}
+    return f"did you mean {min(found, key=ranks.__getitem__)}?"
 
 
 def _check_algorithm(run: Any, source: str) -> None:

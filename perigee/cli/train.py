@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perigee.cli.check import check_inputs
 from perigee.cli.ending import Interrupt
 from perigee.cli.metrics import read_evaluation
 from perigee.cli.recipe import (
@@ -240,6 +241,9 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
     if recipe.prepare_path is not None and not run.data_path.is_dir():
         view.note(f"preparing data with {recipe.prepare_path.name}")
     await prepare_data(run, recipe)
+    if options.coordinator is None:  # elsewhere, the services have files of their own
+        for line in await asyncio.to_thread(check_inputs, recipe):
+            view.note(line)
     config_yaml = dump_yaml(recipe.values["run"])
     request = pb.StartRunRequest(run_id=run.run_id, config_yaml=config_yaml, run_path=str(run.path))
     async with AsyncExitStack() as stack:

@@ -188,6 +188,8 @@ def load_config(config_class: type[ConfigT], argv: Sequence[str] | None = None) 
     try:
         recipe = read_yaml(arguments.config) if arguments.config else {}
         values = dict(recipe.get(config_class.section) or {})
+        if recipe.get("model") is not None and "model" in config_class.model_fields:
+            values.setdefault("model", recipe["model"])
         merge(values, environment_values(config_class))
         for override in arguments.overrides:
             merge(values, parse_override(override))

@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from perigee.errors import InvalidArgumentError, ResourceExhaustedError
 from services.kit import storage
 from services.kit.hf import COMPANION_FILES, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ModelFolder, open_model_folder
+from services.trainer.architecture import read_architecture, read_rope
 from services.weights.safetensors import cut_into_shards
 
-ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -51,7 +51,7 @@ def read_model_shape(path: Path) -> ModelShape:
     """
     folder = open_model_folder(path, "trainer.model")
     config = folder.config
-    kind = _read_architecture(folder)
+    kind = read_architecture(folder)
     heads = folder.positive_integer("num_attention_heads")
     hidden = folder.positive_integer("hidden_size")
     head_width = int(config.get("head_dim") or hidden // heads)
@@ -73,37 +73,17 @@ def read_model_shape(path: Path) -> ModelShape:
     )
 
 
-def _read_architecture(folder: ModelFolder) -> str:
-    """Returns the kind of architecture; raises InvalidArgumentError when it, or an option of it, is not supported."""
-    config = folder.config
-    name = next(iter(config.get("architectures") or ["none"]))
-    if name not in ARCHITECTURES:
-        raise folder.error(CONFIG_FILE, f"has architecture {name}, which is not one of {sorted(ARCHITECTURES)}")
-    kind = ARCHITECTURES[name]
-    wanted: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
-    if kind != "qwen2":
-        wanted["attention_bias"] = False
-    for field, value in wanted.items():
-        if config.get(field, value) != value:
-            raise folder.error(CONFIG_FILE, f"has {field} {config[field]}, of which only {value} is supported")
-    return kind
-
-
 def _inverse_frequencies(folder: ModelFolder, head_width: int) -> torch.Tensor:
     """Returns the rotary embedding's frequencies, [head_width / 2]."""
     config = folder.config
-    # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    kind, rope = read_rope(folder)
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     exponents_D = torch.arange(0, head_width, 2, dtype=torch.int64).float() / head_width
     frequencies_D = 1.0 / theta**exponents_D
-    kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return frequencies_D
     if kind == "linear":
         return frequencies_D / float(rope["factor"])
-    if kind != "llama3":
-        raise folder.error(CONFIG_FILE, f"has rope type {kind}, which is not one of default, linear, llama3")
     context = float(rope["original_max_position_embeddings"])
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     wavelengths_D = 2 * math.pi / frequencies_D

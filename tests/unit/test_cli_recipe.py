@@ -46,6 +46,14 @@ def test_overrides_reach_the_values(tmp_path: Path) -> None:
     assert recipe.seed == 5
 
 
+def test_the_model_stands_once_and_a_section_may_name_another(tmp_path: Path) -> None:
+    text = "model: a\nrun: {prompts: p, heldout: h, iterations: 1}\ntrainer: {model: b}\n"
+    values = load_recipe(write_recipe(tmp_path, text)).values
+    assert [values[section]["model"] for section in ("run", "rollout", "trainer")] == ["a", "a", "b"]
+    config = load_config(RolloutConfig, ["--config", str(tmp_path / "recipe.yaml")])
+    assert config.model == "a"
+
+
 def test_expansion_names_the_folders_of_the_run(tmp_path: Path) -> None:
     values = load_recipe(write_recipe(tmp_path)).expand(RunFolder(Path("/runs/small-1"))).values
     assert values["run"]["prompts"] == "/runs/small-1/data/prompts.jsonl"
@@ -102,6 +110,23 @@ def test_services_get_the_folder_of_the_run_unless_the_recipe_says_otherwise(tmp
         (
             RECIPE.replace("iterations: 2", "iterations: 2, algorithm: {tua: 0.1}"),
             "recipe.yaml: run.algorithm.tua: unknown key; did you mean tau?",
+        ),
+        (
+            RECIPE.replace("iterations: 2", "iterations: 2, learning_rate: 1.0e-5"),
+            "recipe.yaml: run.learning_rate: unknown key; did you mean run.optimizer.learning_rate?",
+        ),
+        (
+            RECIPE.replace("rollout: {", "rollout: {temperature: 1.0, "),
+            "recipe.yaml: rollout.temperature: unknown key; did you mean run.rollout.temperature?",
+        ),
+        (
+            RECIPE.replace("rollout: {", "rollout: {top_p: 0.9, "),
+            "recipe.yaml: rollout.top_p: unknown key; responses are sampled from the whole distribution, whose "
+            "log-probabilities training needs; leave it out",
+        ),
+        (
+            RECIPE + "group_size: 4\n",
+            "recipe.yaml: group_size: unknown key; did you mean run.group_size?",
         ),
         (RECIPE.replace(", iterations: 2", ""), "recipe.yaml: run.iterations: is required"),
         (RECIPE + "local: {worker: 2}\n", "recipe.yaml: local.worker: unknown key; did you mean workers?"),

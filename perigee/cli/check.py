@@ -1,0 +1,166 @@
+"""`perigee check`: a recipe's model, prompts and languages, and an estimate of memory, before a service starts."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from google.protobuf.message import Message
+
+from perigee.cli.doctor import NVIDIA
+from perigee.cli.recipe import Recipe, config_class
+from perigee.config import validate
+from perigee.errors import InvalidArgumentError
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+CPU_KV_BYTES = 1 << 30
+# Activations of a layer that the backward pass needs, in hidden states of the sequence.
+HIDDEN_STATES_PER_LAYER = 34
+# Interpreter and libraries of the trainer, and of a rollout worker with its engine.
+PROCESS_BYTES = 3 << 28
+GIB = 1 << 30
+
+
+def check_inputs(recipe: Recipe) -> list[str]:
+    """Returns what a run of an expanded recipe is made of and the memory it will take, in lines for people.
+
+    Raises InvalidArgumentError, in one sentence that names the key, file or line, for a model folder that cannot be
+    trained, a prompt that cannot be judged or is too long, and a language that the sandbox lacks.
+    """
+    from services.coordinator.runs import read_inputs
+
+    configs: dict[str, Any] = {
+        name: validate(config_class(name), recipe.values.get(name) or {}, recipe.path.name, name)
+        for name in ("run", "rollout", "trainer", "sandbox")
+    }
+    model, parameters = check_model(configs["trainer"].model, "trainer.model")
+    inputs = read_inputs("", configs["run"], Path(), str(model.path), "")
+    items = [prompt.line.item for prompt in (*inputs.prompts.values(), *inputs.heldout.values())]
+    check_languages(items, configs["sandbox"])
+    longest = max(len(prompt.token_ids) for prompt in inputs.prompts.values())
+    return [
+        f"model: {parameters / 1e6:,.1f}M parameters, {model.config['architectures'][0]}, context {model.context_tokens}",
+        f"prompts: {len(inputs.prompts)} to train on, {len(inputs.heldout)} held out, the longest of {longest} tokens",
+        *describe_memory(estimate_memory(model, parameters, configs), recipe.head.local.workers),
+    ]
+
+
+def check_model(path: str, field: str) -> tuple[Any, int]:
+    """Returns the model folder and the number of its parameters.
+
+    Raises InvalidArgumentError naming `field` and the file that is missing, broken, or not supported.
+    """
+    from services.kit.hf import fetch_model, open_model_folder
+    from services.trainer.architecture import read_architecture
+
+    model = open_model_folder(fetch_model(path, field), field)
+    read_architecture(model)
+    model.open_tokenizer()
+    if not Path(path).is_dir():  # the trainer alone fetches the weights of a URL
+        return model, count_by_config(model.config)
+    shapes = dict(read_shapes(model))
+    embedding = shapes.get("model.embed_tokens.weight")
+    if embedding is None or embedding[0] != model.vocabulary_size:
+        found = "no model.embed_tokens.weight" if embedding is None else f"an embedding of {embedding[0]} rows"
+        raise model.error("config.json", f"has a vocabulary of {model.vocabulary_size}, and the weights have {found}")
+    return model, sum(math.prod(shape) for shape in shapes.values())
+
+
+def read_shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields name and shape of each tensor, from the headers of the weights' files."""
+    from safetensors import SafetensorError, safe_open
+
+    from services.kit.hf import SINGLE_FILE
+
+    for path in sorted(set(model.tensor_files().values())) or [model.path / SINGLE_FILE]:
+        if not path.is_file():
+            raise model.error(path.name, "is missing: the trainer needs the weights as safetensors")
+        try:
+            with safe_open(path, framework="np") as file:
+                for name in file.keys():  # noqa: SIM118 (a file, not a mapping)
+                    yield name, tuple(file.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise model.error(path.name, f"cannot be read: {error}") from error
+
+
+def count_by_config(config: Mapping[str, Any]) -> int:
+    """Returns the number of parameters by the sizes of config.json, without biases and norms."""
+    hidden, layers, heads = (int(config[key]) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
+    width = int(config.get("head_dim") or hidden // heads)
+    groups = int(config.get("num_key_value_heads") or heads)
+    layer = 2 * hidden * width * (heads + groups) + 3 * hidden * int(config["intermediate_size"])
+    return layers * layer + int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings") else 2)
+
+
+def check_languages(items: Sequence[Message], sandbox: Any) -> None:
+    """Raises InvalidArgumentError for the first language of the items' programs that the sandbox cannot run here."""
+    languages = sorted({language for item in items for language in find_languages(item)})
+    if not languages:
+        return
+    catalog = importlib.import_module("services.sandbox.languages.catalog").load_catalog(sandbox)
+    for language in languages:
+        if catalog.find(language) is None:
+            raise InvalidArgumentError.for_field("run.prompts: language", catalog.explain(language))
+
+
+def find_languages(message: Message) -> Iterator[str]:
+    """Yields the languages that a ground truth names, at every depth."""
+    for field, value in message.ListFields():
+        if field.name == "language":
+            yield value
+        elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
+            for part in value if field.is_repeated else [value]:
+                yield from find_languages(part)
+
+
+def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    """Returns estimated bytes by process and part; those of the trainer are of each of its ranks."""
+    run, rollout, trainer = (configs[name] for name in ("run", "rollout", "trainer"))
+    share = parameters // (trainer.tensor_parallel * trainer.pipeline_parallel)
+    size = BYTES[trainer.dtype]
+    tokens = max([run.update.max_tokens_per_microbatch, *(stage.max_tokens_per_microbatch for stage in run.sft)])
+    layers = model.config["num_hidden_layers"] // trainer.pipeline_parallel
+    states = 1 if trainer.recompute else HIDDEN_STATES_PER_LAYER
+    engine_size = BYTES.get(model.dtype if rollout.dtype == "auto" else rollout.dtype, 4)
+    return {
+        "trainer": {
+            "libraries": PROCESS_BYTES,
+            "weights": share * size,
+            "main weights": share * 4 if size < 4 else 0,
+            "gradients": share * 4,
+            "moments": share * 8,
+            "undo snapshot and image to push": 2 * share * size,
+            "activations": tokens * layers * states * model.config["hidden_size"] * size // trainer.tensor_parallel,
+            "logits": 3 * tokens * model.vocabulary_size * 4 // trainer.tensor_parallel,
+        },
+        "rollout": {
+            "libraries": PROCESS_BYTES,
+            "weights": parameters * engine_size // rollout.tensor_parallel_size,
+            "received image": parameters * size,
+            "KV cache": rollout.kv_cache_bytes or CPU_KV_BYTES,
+        },
+    }
+
+
+def describe_memory(estimate: Mapping[str, Mapping[str, int]], workers: int) -> list[str]:
+    """Returns a line for each process, and one more where they pass the memory that this machine has available."""
+    lines = [
+        f"memory of {name}, estimated: {sum(parts.values()) / GIB:.1f} GiB ("
+        + ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size)
+        + ")"
+        for name, parts in estimate.items()
+    ]
+    needed = sum(estimate["trainer"].values()) + workers * sum(estimate["rollout"].values())
+    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not any(NVIDIA.glob("*")) and needed > physical:
+        lines.append(
+            f"warning: about {needed / GIB:.1f} GiB are needed and this machine has {physical / GIB:.1f} GiB "
+            f"({available / GIB:.1f} GiB unused): lower run.update.max_tokens_per_microbatch or rollout.kv_cache_bytes, "
+            "or set trainer.recompute"
+        )
+    return lines

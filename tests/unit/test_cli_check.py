@@ -1,0 +1,101 @@
+"""What is found wrong with a recipe before a service starts: the model's folder, prompts and languages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from perigee.cli.check import check_inputs, check_languages, describe_memory
+from perigee.cli.recipe import load_recipe
+from perigee.errors import InvalidArgumentError
+from perigee.reward.items import read_prompt_line
+from services.sandbox.config import SandboxConfig
+from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
+
+RECIPE = """
+model: model
+run: {prompts: prompts.jsonl, heldout: prompts.jsonl, iterations: 2, rollout: {max_response_tokens: 40}}
+"""
+CONFIG: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    model = write_model_folder(tmp_path / "model")
+    change_config(model, CONFIG)
+    save_file({"model.embed_tokens.weight": np.zeros((64, 8), np.float32)}, model / "model.safetensors")
+    write_lines(tmp_path / "prompts.jsonl", [math_line("a", "1+1=", "2"), code_line("b")])
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path
+
+
+def change_config(model: Path, values: Mapping[str, Any]) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def message_of(folder: Path) -> str:
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_inputs(load_recipe(folder / "recipe.yaml"))
+    assert "\n" not in caught.value.message
+    return caught.value.message
+
+
+def test_a_recipe_without_fault_is_described(folder: Path) -> None:
+    model, prompts, trainer, rollout = check_inputs(load_recipe(folder / "recipe.yaml"))
+    assert model == "model: 0.0M parameters, Qwen2ForCausalLM, context 256"
+    assert prompts == "prompts: 2 to train on, 2 held out, the longest of 5 tokens"
+    assert trainer.startswith("memory of trainer, estimated: ")
+    assert "KV cache 1.0" in rollout
+
+
+def test_a_folder_that_is_no_model_is_named(folder: Path) -> None:
+    (folder / "model/config.json").unlink()
+    assert "trainer.model: model/config.json cannot be read" in message_of(folder)
+
+
+def test_an_architecture_that_is_not_supported_is_named(folder: Path) -> None:
+    change_config(folder / "model", {"architectures": ["MambaForCausalLM"]})
+    assert "model/config.json has architecture MambaForCausalLM" in message_of(folder)
+
+
+def test_weights_that_are_missing_cut_or_of_another_vocabulary_are_named(folder: Path) -> None:
+    weights = folder / "model/model.safetensors"
+    change_config(folder / "model", {"vocab_size": 65})
+    assert "has a vocabulary of 65, and the weights have an embedding of 64 rows" in message_of(folder)
+    weights.write_bytes(weights.read_bytes()[:100])
+    assert "model.safetensors cannot be read" in message_of(folder)
+    weights.unlink()
+    assert "model.safetensors is missing" in message_of(folder)
+
+
+def test_a_prompt_that_leaves_no_room_for_the_response_is_named(folder: Path) -> None:
+    write_lines(folder / "prompts.jsonl", [math_line("long", "1+1=" * 60, "2")])
+    assert "prompt long: has 240 tokens, which with a response of 40 pass the model's context of 256" in message_of(
+        folder
+    )
+
+
+def test_a_language_that_the_sandbox_lacks_is_named() -> None:
+    item = read_prompt_line(code_line("b") | {"language": "cobol"}, "line").item
+    with pytest.raises(InvalidArgumentError, match="'cobol' is unknown; known: "):
+        check_languages([item], SandboxConfig())
+
+
+def test_memory_beyond_the_machines_is_a_warning() -> None:
+    lines = describe_memory({"trainer": {"weights": 1 << 60}, "rollout": {"KV cache": 1}}, workers=1)
+    assert lines[-1].startswith("warning: about ")
