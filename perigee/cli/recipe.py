@@ -15,6 +15,7 @@ import yaml
 from pydantic import Field
 
 from perigee.cli.run_folder import RunFolder, find_run, new_run
+from perigee.cli.trackers import TrackersConfig
 from perigee.config import Model, ModelT, key_paths, merge, parse_override, read_yaml, validate
 from perigee.errors import InvalidArgumentError
 from perigee.files import write_atomically
@@ -74,6 +75,8 @@ class RecipeHead(Model):
     """A Python script beside the recipe, run once as `python SCRIPT --out DIR --seed N` to fill `{data}`."""
     local: LocalConfig = LocalConfig()
     """How the local stack is made up."""
+    trackers: TrackersConfig = TrackersConfig()
+    """Experiment trackers that `perigee train` sends the run's records to."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from perigee.cli.recipe import (
 )
 from perigee.cli.run_folder import RunFolder, point_latest
 from perigee.cli.stack import LocalStack, plan_stack, start_guarded
+from perigee.cli.trackers import Trackers
 from perigee.cli.view import View
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
@@ -244,9 +245,12 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
     if options.coordinator is None:  # elsewhere, the services have files of their own
         for line in await asyncio.to_thread(check_inputs, recipe):
             view.note(line)
+    trackers = Trackers(run.path, recipe.values, view.note)
+    await asyncio.to_thread(trackers.open, recipe.head.trackers)
     config_yaml = dump_yaml(recipe.values["run"])
     request = pb.StartRunRequest(run_id=run.run_id, config_yaml=config_yaml, run_path=str(run.path))
     async with AsyncExitStack() as stack:
+        stack.push_async_callback(trackers.close)
         local: LocalStack | None = None
         address, channel = options.coordinator, options.channel
         if address is None:
@@ -268,7 +272,7 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
         view.note(f"{'going on with' if resumed else 'training'} {run.run_id}")
         # A coordinator that has this folder wrote its run.json here, and writes the records.
         recorder = None if (run.path / "run.json").exists() else Recorder(run.path)
-        last = await _follow(_show(client, request, cursor, view, recorder), client, request.run_id, local, view)
+        last = await _follow(_show(client, request, cursor, view, recorder, trackers), client, request.run_id, local, view)
     check_end(last)
 
 
@@ -303,7 +307,7 @@ async def _follow(
 
 
 async def _show(
-    client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, view: View, recorder: Recorder | None
+    client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, view: View, recorder: Recorder | None, trackers: Trackers
 ) -> pb.RunSnapshot:
     last: pb.RunSnapshot | None = None
     async for response in watch_run(client, request, cursor, view.note):
@@ -313,6 +317,8 @@ async def _show(
             view.show_iteration(response.iteration)
         if response.HasField("evaluation"):
             view.show_evaluation(read_evaluation(response.evaluation))
+        if response.HasField("iteration") or response.HasField("evaluation"):
+            await trackers.update()
         if response.HasField("run"):
             last = response.run
             view.show(last)

@@ -1,0 +1,295 @@
+"""Experiment trackers: the records of a run, sent to W&B, TensorBoard, MLflow or Trackio, each point once.
+
+Records are read from the files of the run's folder, and `trackers.json` there says how far each tracker has them: what
+was recorded while nobody followed, or could not be sent, is sent with the next record.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from perigee.config import Model
+from perigee.errors import FailedPreconditionError, InvalidArgumentError
+from perigee.files import read_lines, write_atomically
+
+STATE_FILE = "trackers.json"
+
+
+class WandbConfig(Model):
+    """Weights & Biases; its own variables (WANDB_API_KEY, WANDB_BASE_URL) hold."""
+
+    project: str
+    """Project, made when missing."""
+    entity: str | None = None
+    """Team or user; the account's default when unset."""
+    mode: str = Field("online", pattern="^(online|offline|disabled)$")
+    """online, offline (files in the run's folder, sent by `wandb sync`) or disabled."""
+
+
+class TensorBoardConfig(Model):
+    """TensorBoard files in a folder of several runs, beside those that every run has in its own folder."""
+
+    folder: str
+    """Folder, below which each run has one of its name."""
+
+
+class MlflowConfig(Model):
+    """MLflow; its own variables (MLFLOW_TRACKING_USERNAME and so on) hold."""
+
+    experiment: str
+    """Experiment, made when missing."""
+    uri: str | None = None
+    """Tracking server or folder; MLFLOW_TRACKING_URI when unset."""
+
+
+class TrackioConfig(Model):
+    """Trackio, a local dashboard."""
+
+    project: str
+    """Project, made when missing."""
+    space_id: str | None = None
+    """Space that shows the project; this machine when unset."""
+
+
+class TrackersConfig(Model):
+    """Experiment trackers, each off when unset."""
+
+    wandb: WandbConfig | None = None
+    """Weights & Biases."""
+    tensorboard: TensorBoardConfig | None = None
+    """TensorBoard files of several runs in one folder."""
+    mlflow: MlflowConfig | None = None
+    """MLflow."""
+    trackio: TrackioConfig | None = None
+    """Trackio."""
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings of each tracker that is on."""
+        return {name: settings for name in type(self).model_fields if (settings := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker shows of a run beside its numbers; `own_id` is what the tracker called it before, if anything."""
+
+    path: Path
+    recipe: Mapping[str, Any]
+    own_id: str | None
+
+
+class Tracker(ABC):
+    """Connection to one tracker; its methods may block."""
+
+    own_id: str | None = None
+
+    @abstractmethod
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Sends numbers at an iteration."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Sends what is left and ends the connection."""
+
+
+class WandbTracker(Tracker):
+    """A W&B run of the same id."""
+
+    def __init__(self, settings: WandbConfig, run: TrackedRun) -> None:
+        wandb = import_package("wandb")
+        self._run = wandb.init(
+            project=settings.project,
+            entity=settings.entity,
+            mode=settings.mode,
+            id=run.path.name,
+            name=run.path.name,
+            dir=str(run.path),
+            config=dict(run.recipe),
+            resume="allow",
+        )
+        # W&B's own steps only rise, and an evaluation may follow the next iteration.
+        self._run.define_metric("*", step_metric="iteration")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Sends numbers at an iteration."""
+        self._run.log({**values, "iteration": step})
+
+    def close(self) -> None:
+        """Waits until all is sent."""
+        self._run.finish()
+
+
+class TensorBoardTracker(Tracker):
+    """Event files in a folder of the run's name."""
+
+    def __init__(self, settings: TensorBoardConfig, run: TrackedRun) -> None:
+        import_package("tensorboard")
+        from services.coordinator.run_log import TensorBoard
+
+        self._files = TensorBoard(Path(settings.folder) / run.path.name)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Writes numbers at an iteration."""
+        self._files.add_scalars(values, step)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._files.close()
+
+
+class MlflowTracker(Tracker):
+    """An MLflow run, taken up again by the id that MLflow gave it."""
+
+    def __init__(self, settings: MlflowConfig, run: TrackedRun) -> None:
+        self._client = import_package("mlflow").MlflowClient(tracking_uri=settings.uri)
+        self.own_id = run.own_id or self._create(settings.experiment, run)
+
+    def _create(self, experiment: str, run: TrackedRun) -> str:
+        found = self._client.get_experiment_by_name(experiment)
+        experiment_id = found.experiment_id if found else self._client.create_experiment(experiment)
+        run_id = self._client.create_run(experiment_id, run_name=run.path.name).info.run_id
+        self._client.log_dict(run_id, dict(run.recipe), "recipe.json")
+        return str(run_id)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Sends numbers at an iteration, in one call."""
+        entities = importlib.import_module("mlflow.entities")
+        metrics = [entities.Metric(key, value, 0, step) for key, value in values.items()]
+        self._client.log_batch(self.own_id, metrics=metrics)
+
+    def close(self) -> None:
+        """Marks the run as finished."""
+        self._client.set_terminated(self.own_id)
+
+
+class TrackioTracker(Tracker):
+    """A Trackio run of the same name."""
+
+    def __init__(self, settings: TrackioConfig, run: TrackedRun) -> None:
+        self._run = import_package("trackio").init(
+            project=settings.project,
+            name=run.path.name,
+            space_id=settings.space_id,
+            config=dict(run.recipe),
+            resume="allow",
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Sends numbers at an iteration."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """Waits until all is sent."""
+        self._run.finish()
+
+
+TRACKERS: Mapping[str, Callable[[Any, TrackedRun], Tracker]] = {
+    "wandb": WandbTracker,
+    "tensorboard": TensorBoardTracker,
+    "mlflow": MlflowTracker,
+    "trackio": TrackioTracker,
+}
+
+
+def import_package(name: str) -> Any:
+    """Returns a tracker's package; raises FailedPreconditionError that says what to install."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        raise FailedPreconditionError(f"trackers.{name} needs {name}, which is not installed: pip install {name}") from error
+
+
+@dataclass
+class Progress:
+    """How far a tracker has the records of a run."""
+
+    iteration: int = 0
+    evaluations: int = 0
+    own_id: str | None = None
+
+
+@dataclass
+class Trackers:
+    """The trackers of a run; `note` says once for each failure in a row that one does not take its numbers."""
+
+    path: Path
+    recipe: Mapping[str, Any]
+    note: Callable[[str], None]
+    _open: dict[str, Tracker] = field(default_factory=dict)
+    _progress: dict[str, Progress] = field(default_factory=dict)
+    _failing: set[str] = field(default_factory=set)
+
+    def open(self, config: TrackersConfig) -> None:
+        """Opens each tracker; raises FailedPreconditionError for a package that is missing and InvalidArgumentError for
+        a tracker that refuses its settings."""
+        file = self.path / STATE_FILE
+        known = json.loads(file.read_text()) if file.is_file() else {}
+        self._progress = {name: Progress(**known.get(name, {})) for name in config.chosen}
+        for name, settings in config.chosen.items():
+            run = TrackedRun(self.path, self.recipe, self._progress[name].own_id)
+            try:
+                self._open[name] = TRACKERS[name](settings, run)
+            except FailedPreconditionError:
+                raise
+            except Exception as error:  # each package has classes of its own
+                raise InvalidArgumentError.for_field(f"trackers.{name}", f"cannot be opened: {error}") from error
+            self._progress[name].own_id = self._open[name].own_id
+        self._save()
+
+    async def update(self) -> None:
+        """Sends the records that are new."""
+        if self._open:
+            await asyncio.to_thread(self._update)
+
+    async def close(self) -> None:
+        """Sends what is left and closes the trackers."""
+        await self.update()
+        for name, tracker in self._open.items():
+            await asyncio.to_thread(self._guard, name, tracker.close)
+
+    def _update(self) -> None:
+        iterations = read_lines(self.path / "metrics.jsonl")
+        evaluations = read_lines(self.path / "evaluations.jsonl")
+        for name, tracker in self._open.items():
+            self._guard(name, lambda tracker=tracker, name=name: self._send(tracker, name, iterations, evaluations))
+
+    def _send(
+        self, tracker: Tracker, name: str, iterations: list[dict[str, Any]], evaluations: list[dict[str, Any]]
+    ) -> None:
+        from services.coordinator.run_log import numbers
+
+        progress = self._progress[name]
+        for line in evaluations[progress.evaluations :]:
+            tracker.log(numbers({"evaluation": line["accuracy"]}), int(line["iteration"]))
+            progress.evaluations += 1
+            self._save()
+        for line in iterations:
+            if int(line["iteration"]) > progress.iteration:
+                tracker.log(numbers(line), int(line["iteration"]))
+                progress.iteration = int(line["iteration"])
+                self._save()
+
+    def _guard(self, name: str, work: Callable[[], None]) -> None:
+        """Does the work; a tracker that fails is no reason to end a run."""
+        try:
+            work()
+            self._failing.discard(name)
+        except Exception as error:  # each package has classes of its own
+            if name not in self._failing:
+                self.note(f"trackers.{name}: {error}; sent again with the next record")
+            self._failing.add(name)
+
+    def _save(self) -> None:
+        values = {name: vars(progress) for name, progress in self._progress.items()}
+        write_atomically(self.path / STATE_FILE, json.dumps(values).encode())
