@@ -207,7 +207,9 @@ def import_package(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != name:
             raise
-        raise FailedPreconditionError(f"trackers.{name} needs {name}, which is not installed: pip install {name}") from error
+        raise FailedPreconditionError(
+            f"trackers.{name} needs {name}, which is not installed: pip install {name}"
+        ) from error
 
 
 @dataclass

@@ -272,7 +272,9 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
         view.note(f"{'going on with' if resumed else 'training'} {run.run_id}")
         # A coordinator that has this folder wrote its run.json here, and writes the records.
         recorder = None if (run.path / "run.json").exists() else Recorder(run.path)
-        last = await _follow(_show(client, request, cursor, view, recorder, trackers), client, request.run_id, local, view)
+        last = await _follow(
+            _show(client, request, cursor, view, recorder, trackers), client, request.run_id, local, view
+        )
     check_end(last)
 
 
@@ -307,7 +309,12 @@ async def _follow(
 
 
 async def _show(
-    client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, view: View, recorder: Recorder | None, trackers: Trackers
+    client: CoordinatorClient,
+    request: pb.StartRunRequest,
+    cursor: Cursor,
+    view: View,
+    recorder: Recorder | None,
+    trackers: Trackers,
 ) -> pb.RunSnapshot:
     last: pb.RunSnapshot | None = None
     async for response in watch_run(client, request, cursor, view.note):
