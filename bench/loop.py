@@ -28,9 +28,17 @@ from rollout_ratio import measure_rollout_ratio
 from tasks import sets
 from token_budget import BudgetLoad, measure_budget_ratio, write_long_model
 
+from perigee.reward.items import read_prompt_file
+from services.kit.hf import encode_prompts, open_tokenizer
 from services.rollout.config import RolloutConfig
 
 TARGETS = {"rollout_ratio": 0.90, "other_share": 0.10, "budget_iteration_ratio": 1.30}
+
+
+def read_prompt_ids(path: Path, model: Path, count: int) -> list[list[int]]:
+    """Returns token ids of the first prompts of a file, in the tokens of a model."""
+    lines = read_prompt_file(path, "--prompts")[:count]
+    return encode_prompts(open_tokenizer(model, "--model"), [line.item.prompt for line in lines])
 
 
 def draw_prompts(count: int, seed: int) -> list[list[int]]:
@@ -45,12 +53,13 @@ async def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]
     quick = arguments.quick
     tiny_model.write_model(folder / "model", seed=0)
     trained = arguments.run / "model"
-    model = trained if (trained / "model.safetensors").exists() else folder / "model"
+    model = arguments.model or (trained if (trained / "model.safetensors").exists() else folder / "model")
     settings = {"dtype": "float32", "max_num_seqs": arguments.max_num_seqs, "engine_threads": arguments.threads}
     results: dict[str, Any] = {"machine": {"cores": os.cpu_count()}, "targets": TARGETS, "settings": settings}
 
     (folder / "ratio").mkdir(parents=True, exist_ok=True)
-    prompts = draw_prompts(48 if quick else 160, seed=0)
+    count = 48 if quick else 160
+    prompts = read_prompt_ids(arguments.prompts, model, count) if arguments.prompts else draw_prompts(count, seed=0)
     ratio = await measure_rollout_ratio(
         folder / "ratio", RolloutConfig(model=str(model), **settings), prompts, 8, 32, turns=2 if quick else 5
     )
@@ -115,6 +124,8 @@ def main() -> None:
     parser.add_argument(
         "--run", type=Path, default=Path("runs/latest"), help="run folder to read, and its model to use"
     )
+    parser.add_argument("--model", type=Path, help="model folder of the rollouts; the run's by default")
+    parser.add_argument("--prompts", type=Path, help="prompt file of the rollouts, in that model's tokens")
     parser.add_argument("--out", type=Path, default=Path("bench/results/loop.json"), help="file for the figures")
     parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences decoded at once")
     parser.add_argument("--threads", type=int, default=1, help="threads of an engine's forward pass")

@@ -43,7 +43,8 @@ def check_inputs(recipe: Recipe) -> list[str]:
     check_languages(items, configs["sandbox"])
     longest = max(len(prompt.token_ids) for prompt in inputs.prompts.values())
     return [
-        f"model: {parameters / 1e6:,.1f}M parameters, {model.config['architectures'][0]}, context {model.context_tokens}",
+        f"model: {parameters / 1e6:,.1f}M parameters, {model.config['architectures'][0]}, context of "
+        f"{model.context_tokens} tokens",
         f"prompts: {len(inputs.prompts)} to train on, {len(inputs.heldout)} held out, the longest of {longest} tokens",
         *describe_memory(estimate_memory(model, parameters, configs), recipe.head.local.workers),
     ]
@@ -155,12 +156,10 @@ def describe_memory(estimate: Mapping[str, Mapping[str, int]], workers: int) -> 
         for name, parts in estimate.items()
     ]
     needed = sum(estimate["trainer"].values()) + workers * sum(estimate["rollout"].values())
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if not any(NVIDIA.glob("*")) and needed > physical:
         lines.append(
-            f"warning: about {needed / GIB:.1f} GiB are needed and this machine has {physical / GIB:.1f} GiB "
-            f"({available / GIB:.1f} GiB unused): lower run.update.max_tokens_per_microbatch or rollout.kv_cache_bytes, "
-            "or set trainer.recompute"
+            f"warning: about {needed / GIB:.1f} GiB are needed and this machine has {physical / GIB:.1f} GiB: lower "
+            "run.update.max_tokens_per_microbatch or rollout.kv_cache_bytes, or set trainer.recompute"
         )
     return lines

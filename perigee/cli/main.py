@@ -102,6 +102,21 @@ def prepare(
 
 
 @app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="A new folder for the recipe and its prompts.")],
+    model: Annotated[str, typer.Option("--model", metavar="DIR", help="Hugging Face model folder.")],
+    prompts: Annotated[Path, typer.Option("--prompts", metavar="FILE", help="JSON Lines of questions and answers.")],
+    debug: DebugOption = False,
+) -> None:
+    """Write a commented recipe for a model folder and a data set."""
+    with reporting_errors(debug):
+        from perigee.cli.init import init as write_recipe
+
+        for line in write_recipe(folder, model, prompts):
+            print(line)
+
+
+@app.command()
 def check(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")],
     data: Annotated[

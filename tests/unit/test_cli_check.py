@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from perigee.cli.check import check_inputs, check_languages, describe_memory
+from perigee.cli.init import init
 from perigee.cli.recipe import load_recipe
 from perigee.errors import InvalidArgumentError
 from perigee.reward.items import read_prompt_line
@@ -57,7 +58,7 @@ def message_of(folder: Path) -> str:
 
 def test_a_recipe_without_fault_is_described(folder: Path) -> None:
     model, prompts, trainer, rollout = check_inputs(load_recipe(folder / "recipe.yaml"))
-    assert model == "model: 0.0M parameters, Qwen2ForCausalLM, context 256"
+    assert model == "model: 0.0M parameters, Qwen2ForCausalLM, context of 256 tokens"
     assert prompts == "prompts: 2 to train on, 2 held out, the longest of 5 tokens"
     assert trainer.startswith("memory of trainer, estimated: ")
     assert "KV cache 1.0" in rollout
@@ -99,3 +100,21 @@ def test_a_language_that_the_sandbox_lacks_is_named() -> None:
 def test_memory_beyond_the_machines_is_a_warning() -> None:
     lines = describe_memory({"trainer": {"weights": 1 << 60}, "rollout": {"KV cache": 1}}, workers=1)
     assert lines[-1].startswith("warning: about ")
+
+
+def test_a_recipe_is_written_for_a_model_and_a_data_set(folder: Path) -> None:
+    rows = [{"question": f"{i}+1?", "answer": f"{i}+1 is {i + 1}.\n#### {i + 1}"} for i in range(20)]
+    data = write_lines(folder / "data.jsonl", rows)
+    found = init(folder / "new", "model", data)
+    assert found[1] == "data: questions in question, answers in answer after ####; 18 to train on, 2 held out"
+    lines = [json.loads(line) for line in (folder / "new/prompts.jsonl").read_text().splitlines()]
+    assert {line["answer"] for line in lines} <= {str(number) for number in range(1, 21)}
+    assert load_recipe(folder / "new/recipe.yaml").values["trainer"]["model"] == str(folder / "model")
+    with pytest.raises(InvalidArgumentError, match="has a recipe.yaml already"):
+        init(folder / "new", "model", data)
+
+
+def test_a_data_set_without_the_columns_is_named(folder: Path) -> None:
+    data = write_lines(folder / "data.jsonl", [{"question": "1?", "label": 1}] * 2)
+    with pytest.raises(InvalidArgumentError, match=r"data\.jsonl:1: has no column for the answer .*, only question"):
+        init(folder / "new", "model", data)
