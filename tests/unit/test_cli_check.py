@@ -110,7 +110,7 @@ def test_a_recipe_is_written_for_a_model_and_a_data_set(folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "new/prompts.jsonl").read_text().splitlines()]
     assert {line["answer"] for line in lines} <= {str(number) for number in range(1, 21)}
     assert load_recipe(folder / "new/recipe.yaml").values["trainer"]["model"] == str(folder / "model")
-    with pytest.raises(InvalidArgumentError, match="has a recipe.yaml already"):
+    with pytest.raises(InvalidArgumentError, match=r"has a recipe\.yaml already"):
         init(folder / "new", "model", data)
 
 
