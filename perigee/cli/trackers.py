@@ -235,6 +235,8 @@ class Trackers:
     def open(self, config: TrackersConfig) -> None:
         """Opens each tracker; raises FailedPreconditionError for a package that is missing and InvalidArgumentError for
         a tracker that refuses its settings."""
+        if not config.chosen:
+            return
         file = self.path / STATE_FILE
         known = json.loads(file.read_text()) if file.is_file() else {}
         self._progress = {name: Progress(**known.get(name, {})) for name in config.chosen}
