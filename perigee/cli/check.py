@@ -18,8 +18,9 @@ from perigee.errors import InvalidArgumentError
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_KV_BYTES = 1 << 30
-# Activations of a layer that the backward pass needs, in hidden states of the sequence.
-HIDDEN_STATES_PER_LAYER = 34
+# Activations of a layer that the backward pass needs, in hidden states of the sequence, without attention's matrix
+# (arXiv 2205.05198, section 4.1: 34 bytes per token and hidden unit in numbers of two bytes).
+HIDDEN_STATES_PER_LAYER = 17
 # Interpreter and libraries of the trainer, and of a rollout worker with its engine.
 PROCESS_BYTES = 3 << 28
 GIB = 1 << 30
