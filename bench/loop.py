@@ -28,17 +28,22 @@ from rollout_ratio import measure_rollout_ratio
 from tasks import sets
 from token_budget import BudgetLoad, measure_budget_ratio, write_long_model
 
-from perigee.reward.items import read_prompt_file
-from services.kit.hf import encode_prompts, open_tokenizer
+from perigee.reward.sources import Columns, read_source
+from perigee.trainer.v1 import trainer_pb2
+from services.kit.chat import open_encoder
+from services.kit.hf import open_model_folder
 from services.rollout.config import RolloutConfig
 
 TARGETS = {"rollout_ratio": 0.90, "other_share": 0.10, "budget_iteration_ratio": 1.30}
 
 
 def read_prompt_ids(path: Path, model: Path, count: int) -> list[list[int]]:
-    """Returns token ids of the first prompts of a file, in the tokens of a model."""
-    lines = read_prompt_file(path, "--prompts")[:count]
-    return encode_prompts(open_tokenizer(model, "--model"), [line.item.prompt for line in lines])
+    """Returns token ids of the first prompts of a source, by the model's chat template where it has one."""
+    lines = read_source(path, Columns(), "--prompts")[:count]
+    encoder = open_encoder(open_model_folder(model, "--model"))
+    if encoder.template is not None:
+        encoder = open_encoder(encoder.model, trainer_pb2.ChatSettings(mode="always"))
+    return encoder.encode([line.asked for line in lines], [line.place for line in lines])
 
 
 def draw_prompts(count: int, seed: int) -> list[list[int]]:

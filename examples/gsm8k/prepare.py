@@ -26,16 +26,13 @@ STORIES = (
     ("{name} had {a} {things} and gave away {b}. How many {things} does {name} have left?", lambda a, b: a - b),
     ("{name} sees {a} {things} on one table and {b} on another. How many {things} are there?", lambda a, b: a + b),
 )
-QUESTION = "{story} Answer with one number in \\boxed{{}}, for example \\boxed{{3}}."
-CHAT = "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def draw_problem(rng: random.Random) -> tuple[str, int]:
     """Returns a question with one-digit numbers, and its answer."""
     story, solve = rng.choice(STORIES)
     a, b = sorted((rng.randint(1, 9), rng.randint(1, 9)), reverse=True)
-    text = story.format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=a, b=b)
-    return QUESTION.format(story=text), solve(a, b)
+    return story.format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=a, b=b), solve(a, b)
 
 
 def draw_problems(rng: random.Random, count: int) -> list[dict[str, Any]]:
@@ -45,7 +42,7 @@ def draw_problems(rng: random.Random, count: int) -> list[dict[str, Any]]:
         question, answer = draw_problem(rng)
         found[question] = answer
     return [
-        {"id": f"{index:04d}", "prompt": CHAT.format(question=question), "verifier": "math", "answer": str(answer)}
+        {"id": f"{index:04d}", "prompt": question, "answer": answer}
         for index, (question, answer) in enumerate(found.items())
     ]
 

@@ -1,4 +1,4 @@
-"""`perigee check`: a recipe's model, prompts and languages, and an estimate of memory, before a service starts."""
+"""`perigee check`: a recipe's model, prompts and verifiers, and an estimate of memory, before a service starts."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from perigee.cli.doctor import NVIDIA
 from perigee.cli.recipe import Recipe, config_class
 from perigee.config import validate
 from perigee.errors import InvalidArgumentError
+from perigee.reward.v1 import reward_pb2
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_KV_BYTES = 1 << 30
@@ -30,23 +31,25 @@ def check_inputs(recipe: Recipe) -> list[str]:
     """Returns what a run of an expanded recipe is made of and the memory it will take, in lines for people.
 
     Raises InvalidArgumentError, in one sentence that names the key, file or line, for a model folder that cannot be
-    trained, a prompt that cannot be judged or is too long, and a language that the sandbox lacks.
+    trained, a prompt that cannot be asked or judged or is too long, and a verifier or language that is not set up.
     """
     from services.coordinator.runs import read_inputs
 
     configs: dict[str, Any] = {
         name: validate(config_class(name), recipe.values.get(name) or {}, recipe.path.name, name)
-        for name in ("run", "rollout", "trainer", "sandbox")
+        for name in ("run", "rollout", "trainer", "reward", "sandbox")
     }
     model, parameters = check_model(configs["trainer"].model, "trainer.model")
     inputs = read_inputs("", configs["run"], Path(), str(model.path), "")
-    items = [prompt.line.item for prompt in (*inputs.prompts.values(), *inputs.heldout.values())]
-    check_languages(items, configs["sandbox"])
-    longest = max(len(prompt.token_ids) for prompt in inputs.prompts.values())
+    problems = [*inputs.prompts.values(), *inputs.heldout.values()]
+    longest = max(problems, key=lambda prompt: len(prompt.token_ids))
+    check_lengths(model, longest, configs)
+    check_verifiers([prompt.line.item for prompt in problems], configs["reward"], configs["sandbox"])
     return [
         f"model: {parameters / 1e6:,.1f}M parameters, {model.config['architectures'][0]}, context of "
         f"{model.context_tokens} tokens",
-        f"prompts: {len(inputs.prompts)} to train on, {len(inputs.heldout)} held out, the longest of {longest} tokens",
+        f"prompts: {len(inputs.prompts)} to train on, {len(inputs.heldout)} held out, the longest of "
+        f"{len(longest.token_ids)} tokens",
         *describe_memory(estimate_memory(model, parameters, configs), recipe.head.local.workers),
     ]
 
@@ -98,25 +101,48 @@ def count_by_config(config: Mapping[str, Any]) -> int:
     return layers * layer + int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings") else 2)
 
 
-def check_languages(items: Sequence[Message], sandbox: Any) -> None:
-    """Raises InvalidArgumentError for the first language of the items' programs that the sandbox cannot run here."""
-    languages = sorted({language for item in items for language in find_languages(item)})
-    if not languages:
-        return
-    catalog = importlib.import_module("services.sandbox.languages.catalog").load_catalog(sandbox)
-    for language in languages:
-        if catalog.find(language) is None:
-            raise InvalidArgumentError.for_field("run.prompts: language", catalog.explain(language))
+def check_lengths(model: Any, longest: Any, configs: Mapping[str, Any]) -> None:
+    """Raises InvalidArgumentError for a limit beyond the model's context, or below the longest prompt and response."""
+    limits = {
+        "rollout.max_model_len": configs["rollout"].max_model_len,
+        "trainer.max_sequence_length": configs["trainer"].max_sequence_length,
+    }
+    response = configs["run"].rollout.max_response_tokens
+    needed = len(longest.token_ids) + response
+    for key, limit in limits.items():
+        if limit is not None and limit > model.context_tokens:
+            raise InvalidArgumentError.for_field(key, f"{limit} is more than the model's {model.context_tokens}")
+        if limit is not None and needed > limit:
+            raise InvalidArgumentError.for_field(
+                key,
+                f"{limit} is less than the {needed} tokens of prompt {longest.id} and a response of {response}: raise "
+                "it, or lower run.rollout.max_response_tokens",
+            )
 
 
-def find_languages(message: Message) -> Iterator[str]:
-    """Yields the languages that a ground truth names, at every depth."""
+def check_verifiers(items: Sequence[Message], reward: Any, sandbox: Any) -> None:
+    """Raises InvalidArgumentError for the first judge, value head or language that the items need and is not set up."""
+    parts = [part for item in items for part in find_parts(item)]
+    kinds = {type(part) for part in parts}
+    if reward_pb2.JudgeVerifier in kinds and not reward.judge.judges:
+        raise InvalidArgumentError.for_field("reward.judge.judges", "is empty, and prompts are judged by a judge")
+    if reward_pb2.ValueHeadVerifier in kinds and not reward.value_head.path:
+        raise InvalidArgumentError.for_field("reward.value_head.path", "is unset, and prompts are judged by value_head")
+    languages = sorted({part.language for part in parts if "language" in part.DESCRIPTOR.fields_by_name} - {""})
+    if languages:
+        catalog = importlib.import_module("services.sandbox.languages.catalog").load_catalog(sandbox)
+        for language in languages:
+            if catalog.find(language) is None:
+                raise InvalidArgumentError.for_field("run.prompts: language", catalog.explain(language))
+
+
+def find_parts(message: Message) -> Iterator[Any]:
+    """Yields a message and the messages in it, at every depth."""
+    yield message
     for field, value in message.ListFields():
-        if field.name == "language":
-            yield value
-        elif field.message_type is not None and not field.message_type.GetOptions().map_entry:
+        if field.message_type is not None and not field.message_type.GetOptions().map_entry:
             for part in value if field.is_repeated else [value]:
-                yield from find_languages(part)
+                yield from find_parts(part)
 
 
 def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> dict[str, dict[str, int]]:

@@ -1,43 +1,52 @@
-"""`perigee init`: prompts and a commented recipe for a model folder and a data set of questions and answers."""
+"""`perigee init`: a commented recipe for a model folder and a data set of questions and answers."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from perigee.cli.check import check_model
 from perigee.cli.doctor import NVIDIA
+from perigee.cli.recipe import RECIPE_FILE
+from perigee.config import validate
 from perigee.errors import InvalidArgumentError
-from perigee.files import write_atomically, write_lines
-from perigee.reward.items import read_lines, read_object, read_prompt_line
+from perigee.files import write_atomically
+from perigee.reward.items import PromptLine, read_object
+from perigee.reward.sources import Columns, read_data, read_source
+from services.coordinator.prompts import fetch_source
+from services.coordinator.run_config import PromptSource
+from services.kit.chat import open_chat_template
+from services.kit.storage import is_url
 
-# Names that data sets give their columns.
-QUESTIONS = ("question", "problem", "prompt", "query", "instruction", "input")
-ANSWERS = ("answer", "final_answer", "solution", "expected_answer", "target", "output")
+# Names that data sets give their columns, after a prompt line's own.
+QUESTIONS = ("prompt", "messages", "question", "problem", "query", "instruction", "input")
+ANSWERS = ("answer", "final_answer", "expected_answer", "solution", "target", "output")
 # GSM8K has its answers after this.
 ANSWER_AFTER = "####"
 MOST_HELD_OUT = 200
-INSTRUCTION = "\n\nThink step by step and put the final answer in \\boxed{}."
+INSTRUCTION = "Think step by step and put the final answer in \\boxed{}."
 RECIPE = """\
-# Written by `perigee init`; docs/recipes.md explains every line. Next: perigee check {folder}, perigee train {folder}
+# Written by `perigee init`; docs/recipes.md explains every line, docs/configuration.md lists all keys.
+# Next: perigee check {folder}, perigee prompts preview {folder}, perigee train {folder}
 name: {name}
-model: {model}                      # Hugging Face folder; run, rollout and trainer take it from here
+model: {model}  # a Hugging Face folder or URL; run, rollout and trainer take it from here
 
 run:
-  prompts: "{{recipe}}/prompts.jsonl"   # {train} problems to train on
-  heldout: "{{recipe}}/heldout.jsonl"   # {heldout} problems for accuracy alone
+  prompts:{source}
+  heldout: {{count: {held_out}, seed: 0}}  # of {lines} problems, for accuracy alone
+  chat: {chat}  # always: the model's chat template makes a user's message of each prompt
+  instruction: {instruction}  # follows each question
   iterations: 100
-  group_size: 8                     # responses per problem, compared with one another
-  max_live_groups: {groups}               # problems in work at once
+  group_size: 8  # responses per problem, compared with one another
+  max_live_groups: {groups}  # problems in work at once
   rollout:
-    max_response_tokens: {cap}        # prompt and response fit the context of {context} tokens
-    token_budget: {budget}               # tokens that a response may grow by in one iteration
-  optimizer: {{learning_rate: {rate}}}  # halve it when run.evaluation falls or policy_kl leaps
-  update: {{minibatches: 2, max_tokens_per_microbatch: {tokens}, max_staleness: 4, token_scale: {cap}.0}}
+    max_response_tokens: {cap}  # a longer response is cut; with its prompt it fits the context of {context} tokens
+    token_budget: {budget}  # tokens that a response may grow by in one iteration
+  optimizer: {{learning_rate: {rate}}}  # halve it when accuracy on held-out problems falls
+  update: {{minibatches: 2, max_tokens_per_microbatch: {tokens}, max_staleness: 4}}
   evaluation: {{every: 10, samples: 2, problems: 100}}
 
 rollout:
@@ -45,59 +54,91 @@ rollout:
   max_num_seqs: {sequences}
 trainer:
   dtype: {dtype}
-  recompute: {recompute}                  # true takes less memory and a third more time
+  recompute: {recompute}  # true takes less memory and a third more time
 # trackers: {{wandb: {{project: {name}}}}}
 """
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Where a data set has its questions and answers."""
+def init(folder: Path, model_path: str, given: Mapping[str, Any]) -> list[str]:
+    """Writes recipe.yaml into a folder; `given` is what is known of the prompts' source. Returns what was found.
 
-    question: str
-    answer: str
-    answer_after: str
-
-
-def init(folder: Path, model_path: str, data: Path) -> list[str]:
-    """Writes prompts.jsonl, heldout.jsonl and recipe.yaml into a new folder; returns what was found, for people.
-
-    Lines that are prompts already stay as they are. Raises InvalidArgumentError for a model that cannot be trained, a
-    data set without questions and answers, and a folder that has a recipe.
+    Raises InvalidArgumentError for a model that cannot be trained, a data set without questions and answers, a line
+    that is wrong, and a folder that has a recipe.
     """
-    if (folder / "recipe.yaml").exists():
-        raise InvalidArgumentError.for_field(str(folder), "has a recipe.yaml already; name another folder")
+    if (folder / RECIPE_FILE).exists():
+        raise InvalidArgumentError.for_field(str(folder), f"has a {RECIPE_FILE} already; name another folder")
     model, parameters = check_model(model_path, "--model")
-    rows = [read_object(text, place) for place, text in read_lines(data, "--prompts")]
-    if len(rows) < 2:
-        raise InvalidArgumentError.for_field("--prompts", f"{data} has fewer than the two problems that a run needs")
-    template = has_chat_template(model.path)
-    if "verifier" in rows[0]:
-        lines, found = rows, "prompt lines with verifiers"
-        for number, line in enumerate(lines, start=1):
-            read_prompt_line(line, f"{data}:{number}")
-    else:
-        columns = find_columns(rows, data)
-        lines = [to_line(row, columns, f"{data}:{number}", number) for number, row in enumerate(rows, start=1)]
-        found = f"questions in {columns.question}, answers in {columns.answer}"
-        found += f" after {columns.answer_after}" if columns.answer_after else ""
-        if template:
-            lines = render_chats(model.path, lines)
-    random.Random(0).shuffle(lines)
-    held_out = min(MOST_HELD_OUT, max(1, len(lines) // 10))
+    source, lines = read_prompts(validate(PromptSource, given, "--prompts", ""))
+    template = open_chat_template(model.path, "--model") is not None
+    if not template and any(line.messages for line in lines):
+        raise InvalidArgumentError.for_field("--prompts", f"holds messages, and {model_path} has no chat template")
+    boxed = all(line.item.WhichOneof("verifier") == "math" and not line.item.answer_marker for line in lines)
+    settings = {
+        "folder": folder,
+        "name": "".join(c if c.isalnum() else "-" for c in folder.absolute().name.lower()).strip("-") or "run",
+        "model": write_value(make_absolute(model_path)),
+        "source": "".join(f"\n    {key}: {write_value(value)}" for key, value in source.items()),
+        "lines": len(lines),
+        "held_out": min(MOST_HELD_OUT, max(1, len(lines) // 10)),
+        "chat": "always" if template else "never",
+        "instruction": write_value(INSTRUCTION if boxed else ""),
+        "context": model.context_tokens,
+        **choose_settings(model.context_tokens, parameters),
+    }
     folder.mkdir(parents=True, exist_ok=True)
-    write_lines(folder / "heldout.jsonl", lines[:held_out])
-    write_lines(folder / "prompts.jsonl", lines[held_out:])
-    name = "".join(c if c.isalnum() else "-" for c in folder.absolute().name.lower()).strip("-") or "run"
-    values = {"folder": folder, "name": name, "model": json.dumps(str(Path(model_path).absolute()))}
-    sizes = {"train": len(lines) - held_out, "heldout": held_out, "context": model.context_tokens}
-    text = RECIPE.format(**values, **sizes, **choose_settings(model.context_tokens, parameters))
-    write_atomically(folder / "recipe.yaml", text.encode())
+    write_atomically(folder / RECIPE_FILE, RECIPE.format(**settings).encode())
     return [
         f"model: {parameters / 1e6:,.1f}M parameters, {'with a' if template else 'without'} chat template",
-        f"data: {found}; {len(lines) - held_out} to train on, {held_out} held out",
-        f"next: perigee check {folder}",
+        f"prompts: {len(lines)}, judged by {', '.join(sorted({line.item.WhichOneof('verifier') for line in lines}))}",
+        f"wrote {folder / RECIPE_FILE}; next: perigee check {folder}",
     ]
+
+
+def read_prompts(source: PromptSource) -> tuple[dict[str, Any], list[PromptLine]]:
+    """Returns the source as a recipe names it, with the columns found, and its prompts."""
+    path = fetch_source(source, "--prompts")
+    rows = [
+        read_object(row, place) if isinstance(row, str) else row
+        for place, row in itertools.islice(read_data(path, source.split, "--prompts"), 100)
+    ]
+    columns, answer_after = dict(source.columns), source.answer_after
+    if rows and not columns and "verifier" not in rows[0]:
+        columns, answer_after = find_columns(rows, path, answer_after)
+    renames = {column: name for name, column in columns.items()}
+    reading = Columns(renames, source.defaults_with_verifier, answer_after, source.split)
+    lines = read_source(path, reading, "--prompts", source.name or Path(source.path).stem)
+    if len(lines) < 2:
+        raise InvalidArgumentError.for_field("--prompts", f"{source.path} has fewer than the two problems of a run")
+    found = {"path": make_absolute(source.path), "columns": columns, "answer_after": answer_after}
+    rest = source.model_dump(exclude_defaults=True, exclude={"path", "columns", "answer_after"})
+    return {key: value for key, value in found.items() if value} | rest, lines
+
+
+def find_columns(rows: Sequence[Mapping[str, Any]], path: Path, answer_after: str) -> tuple[dict[str, str], str]:
+    """Returns the column of question and answer by their usual names, and what stands before the answers.
+
+    Raises InvalidArgumentError with the columns that there are.
+    """
+    question, answer = (next((name for name in names if name in rows[0]), "") for names in (QUESTIONS, ANSWERS))
+    for what, found, names in (("question", question, QUESTIONS), ("answer", answer, ANSWERS)):
+        if not found:
+            known = ", ".join(rows[0])
+            raise InvalidArgumentError.for_field(
+                f"{path}: {what}", f"no column is named {', '.join(names)}; --column names one of {known}"
+            )
+    marked = all(ANSWER_AFTER in str(row.get(answer)) for row in rows)
+    columns = {"messages" if question == "messages" else "prompt": question, "answer": answer}
+    return columns, answer_after or (ANSWER_AFTER if marked else "")
+
+
+def make_absolute(path: str) -> str:
+    """Returns a path that does not depend on the folder of the caller; a URL as it is."""
+    return path if is_url(path) else str(Path(path).absolute())
+
+
+def write_value(value: Any) -> str:
+    """Returns a value as YAML on one line."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 def choose_settings(context: int, parameters: int) -> dict[str, Any]:
@@ -112,52 +153,5 @@ def choose_settings(context: int, parameters: int) -> dict[str, Any]:
         "sequences": 512 if gpu else 64,
         "dtype": "bfloat16" if gpu else "float32",
         "recompute": "true" if gpu and parameters > 1_000_000_000 else "false",
-        # A policy of a few layers bears more than a pretrained one of billions.
-        "rate": "1.0e-6" if parameters > 1_000_000_000 else "5.0e-6",
+        "rate": "1.0e-6" if parameters > 1_000_000_000 else "2.0e-6",
     }
-
-
-def find_columns(rows: Sequence[Mapping[str, Any]], data: Path) -> Columns:
-    """Returns the columns by their usual names; raises InvalidArgumentError with those there are."""
-    question, answer = (next((name for name in names if name in rows[0]), "") for names in (QUESTIONS, ANSWERS))
-    if not question or not answer:
-        lacking = "question" if not question else "answer"
-        names = QUESTIONS if not question else ANSWERS
-        raise InvalidArgumentError.for_field(
-            f"{data}:1", f"has no column for the {lacking} ({', '.join(names)}), only {', '.join(rows[0])}: rename one"
-        )
-    has_marker = all(ANSWER_AFTER in str(row.get(answer)) for row in rows)
-    return Columns(question, answer, ANSWER_AFTER if has_marker else "")
-
-
-def to_line(row: Mapping[str, Any], columns: Columns, place: str, number: int) -> dict[str, Any]:
-    """Returns a row as a line of a prompt file, judged as mathematics."""
-    for name in (columns.question, columns.answer):
-        if row.get(name) in (None, ""):
-            raise InvalidArgumentError.for_field(f"{place}: {name}", "is empty")
-    answer = str(row[columns.answer])
-    if columns.answer_after:
-        answer = answer.rpartition(columns.answer_after)[2].strip()
-    line = {"id": str(row.get("id", number)), "prompt": str(row[columns.question]) + INSTRUCTION}
-    return line | {"verifier": "math", "answer": answer}
-
-
-def has_chat_template(model: Path) -> bool:
-    """Returns whether a model folder has a chat template."""
-    config = model / "tokenizer_config.json"
-    return (model / "chat_template.jinja").is_file() or (
-        config.is_file() and bool(json.loads(config.read_text()).get("chat_template"))
-    )
-
-
-def render_chats(model: Path, lines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the lines with their prompts as the user's message in the model's chat template."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-
-    def render(text: str) -> str:
-        messages = [{"role": "user", "content": text}]
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    return [{**line, "prompt": render(line["prompt"])} for line in lines]

@@ -103,16 +103,32 @@ def prepare(
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="A new folder for the recipe and its prompts.")],
-    model: Annotated[str, typer.Option("--model", metavar="DIR", help="Hugging Face model folder.")],
-    prompts: Annotated[Path, typer.Option("--prompts", metavar="FILE", help="JSON Lines of questions and answers.")],
+    folder: Annotated[Path, typer.Argument(help="A folder for the recipe.")],
+    model: Annotated[str, typer.Option("--model", metavar="DIR", help="Hugging Face model folder, or its URL.")],
+    prompts: Annotated[
+        str, typer.Option("--prompts", metavar="PATH", help="Questions with answers: a file, a folder or a URL.")
+    ],
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", metavar="FIELD=COLUMN", help="Take a field from a column; repeat.")
+    ] = None,
+    answer_after: Annotated[str, typer.Option("--answer-after", help="The answer follows this in its column.")] = "",
+    split: Annotated[str | None, typer.Option("--split", help="Split of a saved data set.")] = None,
+    verifier: Annotated[str | None, typer.Option("--verifier", help="Verifier of lines that have none.")] = None,
     debug: DebugOption = False,
 ) -> None:
     """Write a commented recipe for a model folder and a data set."""
     with reporting_errors(debug):
         from perigee.cli.init import init as write_recipe
+        from perigee.cli.prompts.candidates import split_pair
 
-        for line in write_recipe(folder, model, prompts):
+        given = {
+            "path": prompts,
+            "columns": dict(split_pair("--column", pair) for pair in columns or []),
+            "answer_after": answer_after,
+            "split": split,
+            "verifier": verifier,
+        }
+        for line in write_recipe(folder, model, given):
             print(line)
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +233,7 @@ class Trackers:
     _open: dict[str, Tracker] = field(default_factory=dict)
     _progress: dict[str, Progress] = field(default_factory=dict)
     _failing: set[str] = field(default_factory=set)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self, config: TrackersConfig) -> None:
         """Opens each tracker; raises FailedPreconditionError for a package that is missing and InvalidArgumentError for
@@ -263,25 +266,21 @@ class Trackers:
             await asyncio.to_thread(self._guard, name, tracker.close)
 
     def _update(self) -> None:
-        iterations = read_lines(self.path / "metrics.jsonl")
-        evaluations = read_lines(self.path / "evaluations.jsonl")
-        for name, tracker in self._open.items():
-            self._guard(name, lambda tracker=tracker, name=name: self._send(tracker, name, iterations, evaluations))
+        with self._lock:  # a call that was cancelled goes on in its thread
+            for name, tracker in self._open.items():
+                self._guard(name, partial(self._send, tracker, self._progress[name]))
 
-    def _send(
-        self, tracker: Tracker, name: str, iterations: list[dict[str, Any]], evaluations: list[dict[str, Any]]
-    ) -> None:
+    def _send(self, tracker: Tracker, progress: Progress) -> None:
         from services.coordinator.run_log import numbers
 
-        progress = self._progress[name]
-        for line in evaluations[progress.evaluations :]:
+        for line in read_lines(self.path / "evaluations.jsonl")[progress.evaluations :]:
             tracker.log(numbers({"evaluation": line["accuracy"]}), int(line["iteration"]))
             progress.evaluations += 1
             self._save()
-        for line in iterations:
-            if int(line["iteration"]) > progress.iteration:
-                tracker.log(numbers(line), int(line["iteration"]))
-                progress.iteration = int(line["iteration"])
+        for line in read_lines(self.path / "metrics.jsonl"):
+            if (iteration := int(line["iteration"])) > progress.iteration:
+                tracker.log(numbers(line), iteration)
+                progress.iteration = iteration
                 self._save()
 
     def _guard(self, name: str, work: Callable[[], None]) -> None:

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from perigee.cli.check import check_inputs, check_languages, describe_memory
+from perigee.cli.check import check_inputs, check_verifiers, describe_memory
 from perigee.cli.init import init
 from perigee.cli.recipe import load_recipe
 from perigee.errors import InvalidArgumentError
 from perigee.reward.items import read_prompt_line
+from services.reward.config import RewardConfig
 from services.sandbox.config import SandboxConfig
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
 
@@ -91,10 +92,35 @@ def test_a_prompt_that_leaves_no_room_for_the_response_is_named(folder: Path) ->
     )
 
 
-def test_a_language_that_the_sandbox_lacks_is_named() -> None:
-    item = read_prompt_line(code_line("b") | {"language": "cobol"}, "line").item
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("rollout: {max_model_len: 44}", "rollout.max_model_len: 44 is less than the 45 tokens of prompt b and a res"),
+        ("trainer: {max_sequence_length: 300}", "trainer.max_sequence_length: 300 is more than the model's 256"),
+    ],
+)
+def test_a_limit_that_does_not_fit_is_named(folder: Path, section: str, message: str) -> None:
+    (folder / "recipe.yaml").write_text(RECIPE + section)
+    assert message in message_of(folder)
+
+
+def test_a_chat_template_that_fails_is_named(folder: Path) -> None:
+    (folder / "model/chat_template.jinja").write_text("{{ raise_exception('no system') }}")
+    (folder / "recipe.yaml").write_text(RECIPE.replace("run: {", "run: {chat: always, "))
+    assert "prompts.jsonl:1: messages: the model's chat template fails: no system" in message_of(folder)
+
+
+def test_a_verifier_or_language_that_is_not_set_up_is_named() -> None:
+    def check(values: Mapping[str, Any]) -> None:
+        check_verifiers([read_prompt_line({"id": "a", "prompt": "p", **values}, "line").item], reward, SandboxConfig())
+
+    reward = RewardConfig()
     with pytest.raises(InvalidArgumentError, match="'cobol' is unknown; known: "):
-        check_languages([item], SandboxConfig())
+        check(code_line("b") | {"language": "cobol"})
+    with pytest.raises(InvalidArgumentError, match=r"reward\.judge\.judges: is empty"):
+        check({"verifier": "judge", "reference": "2"})
+    with pytest.raises(InvalidArgumentError, match=r"reward\.value_head\.path: is unset"):
+        check({"verifier": "value_head"})
 
 
 def test_memory_beyond_the_machines_is_a_warning() -> None:
@@ -103,18 +129,26 @@ def test_memory_beyond_the_machines_is_a_warning() -> None:
 
 
 def test_a_recipe_is_written_for_a_model_and_a_data_set(folder: Path) -> None:
-    rows = [{"question": f"{i}+1?", "answer": f"{i}+1 is {i + 1}.\n#### {i + 1}"} for i in range(20)]
+    rows = [{"question": f"{i}+1?", "answer": f"{i}+1 is {i + 1}.\n#### {i + 1}", "kind": 1} for i in range(20)]
     data = write_lines(folder / "data.jsonl", rows)
-    found = init(folder / "new", "model", data)
-    assert found[1] == "data: questions in question, answers in answer after ####; 18 to train on, 2 held out"
-    lines = [json.loads(line) for line in (folder / "new/prompts.jsonl").read_text().splitlines()]
-    assert {line["answer"] for line in lines} <= {str(number) for number in range(1, 21)}
-    assert load_recipe(folder / "new/recipe.yaml").values["trainer"]["model"] == str(folder / "model")
+    found = init(folder / "new", "model", {"path": str(data)})
+    assert found[1] == "prompts: 20, judged by math"
+    recipe = load_recipe(folder / "new/recipe.yaml")
+    assert recipe.values["trainer"]["model"] == str(folder / "model")
+    [source] = [recipe.values["run"]["prompts"]]
+    assert source == {
+        "path": str(data),
+        "columns": {"prompt": "question", "answer": "answer"},
+        "answer_after": "####",
+    }
+    assert check_inputs(recipe)[1] == "prompts: 18 to train on, 2 held out, the longest of 63 tokens"
     with pytest.raises(InvalidArgumentError, match=r"has a recipe\.yaml already"):
-        init(folder / "new", "model", data)
+        init(folder / "new", "model", {"path": str(data)})
 
 
 def test_a_data_set_without_the_columns_is_named(folder: Path) -> None:
     data = write_lines(folder / "data.jsonl", [{"question": "1?", "label": 1}] * 2)
-    with pytest.raises(InvalidArgumentError, match=r"data\.jsonl:1: has no column for the answer .*, only question"):
-        init(folder / "new", "model", data)
+    with pytest.raises(InvalidArgumentError, match=r"data\.jsonl: answer: no column is named .* question, label"):
+        init(folder / "new", "model", {"path": str(data)})
+    init(folder / "new", "model", {"path": str(data), "columns": {"prompt": "question", "answer": "label"}})
+    assert load_recipe(folder / "new/recipe.yaml").values["run"]["prompts"]["columns"]["answer"] == "label"
