@@ -72,7 +72,8 @@ def init(folder: Path, model_path: str, given: Mapping[str, Any]) -> list[str]:
     template = open_chat_template(model.path, "--model") is not None
     if not template and any(line.messages for line in lines):
         raise InvalidArgumentError.for_field("--prompts", f"holds messages, and {model_path} has no chat template")
-    boxed = all(line.item.WhichOneof("verifier") == "math" and not line.item.answer_marker for line in lines)
+    verifiers = sorted({str(line.item.WhichOneof("verifier")) for line in lines})
+    boxed = verifiers == ["math"] and not any(line.item.answer_marker for line in lines)
     settings = {
         "folder": folder,
         "name": "".join(c if c.isalnum() else "-" for c in folder.absolute().name.lower()).strip("-") or "run",
@@ -89,7 +90,7 @@ def init(folder: Path, model_path: str, given: Mapping[str, Any]) -> list[str]:
     write_atomically(folder / RECIPE_FILE, RECIPE.format(**settings).encode())
     return [
         f"model: {parameters / 1e6:,.1f}M parameters, {'with a' if template else 'without'} chat template",
-        f"prompts: {len(lines)}, judged by {', '.join(sorted({line.item.WhichOneof('verifier') for line in lines}))}",
+        f"prompts: {len(lines)}, judged by {', '.join(verifiers)}",
         f"wrote {folder / RECIPE_FILE}; next: perigee check {folder}",
     ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from perigee.cli.run_folder import RunFolder, find_run, new_run
 from perigee.cli.trackers import TrackersConfig
@@ -206,7 +206,7 @@ def _validate(model: type[ModelT], values: Mapping[str, Any], source: str, secti
 
 def _find_key(name: str, section: str) -> str:
     """Returns where in a recipe a key of this name stands, those of `section` and the outermost first; "" for none."""
-    models = {"": RecipeHead, **{each: config_class(each) for each in _CONFIG_CLASSES}}
+    models: dict[str, type[BaseModel]] = {"": RecipeHead, **{each: config_class(each) for each in _CONFIG_CLASSES}}
     paths = [path for each, model in models.items() for path in key_paths(model, each)]
     found = [path for path in paths if path.rpartition(".")[2] == name]
     if not found:
