@@ -107,7 +107,7 @@ def test_a_limit_that_does_not_fit_is_named(folder: Path, section: str, message:
 def test_a_chat_template_that_fails_is_named(folder: Path) -> None:
     (folder / "model/chat_template.jinja").write_text("{{ raise_exception('no system') }}")
     (folder / "recipe.yaml").write_text(RECIPE.replace("run: {", "run: {chat: always, "))
-    assert "prompts.jsonl:1: messages: the model's chat template fails: no system" in message_of(folder)
+    assert "prompts.jsonl:1: prompt: the model's chat template fails: no system" in message_of(folder)
 
 
 def test_a_verifier_or_language_that_is_not_set_up_is_named() -> None:
