@@ -30,7 +30,7 @@ GROUPS = {
     "training": ("test_training", "test_observability"),
     "attacks": ("test_sandbox_attacks",),
     "network": ("test_namespaces",),
-    "rollout": ("test_rollout_service", "test_prompts_curate"),
+    "rollout": ("test_rollout_service", "test_rollout_openai", "test_prompts_curate"),
     "attacks on judging": ("test_sandbox_attacks_answers",),
     "trainer": ("test_trainer_equation", "test_trainer_weights", "test_trainer_service", "test_trainer_push"),
     "value head": ("test_reward_value_head_faults", "test_reward_value_head", "test_reward_models_served"),

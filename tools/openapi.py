@@ -23,11 +23,13 @@ from google.protobuf.message import Message
 
 from perigee.json_codec import BASE64_SUFFIX, INT_RANGES, SPECIAL_FLOATS, Field, enum_names, fields_of
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
+from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
 from services.kit.http import CompatRouter, HttpRoute, build_gateway
 from services.kit.http.errors import ERROR_SCHEMA, STATUS_BY_CODE
 from services.kit.http.middleware import NDJSON
 from services.reward import http_routes as reward
+from services.rollout import openai_api as rollout
 from services.sandbox import service as sandbox
 
 Schema = dict[str, Any]
@@ -245,6 +247,7 @@ def documents() -> dict[Path, Schema]:
         for name, module, servicer in (
             ("sandbox", sandbox, SandboxServiceServicer),
             ("reward", reward, RewardServiceServicer),
+            ("rollout", rollout, RolloutServiceServicer),
         )
     }
 

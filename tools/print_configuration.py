@@ -86,6 +86,15 @@ def plain(value: Any) -> Any:
     return value
 
 
+def is_own(model: type[BaseModel], key: str) -> bool:
+    """Whether a key is the service's own, or has a default of its own, and is not as every service has it."""
+    name, _, rest = key.partition(".")
+    annotation: Any = model.model_fields[name].annotation
+    if name not in SHARED:
+        return True
+    return annotation.__module__ != "services.kit.config" and rest.split(".")[0] in annotation.__annotations__
+
+
 def rows_of(model: type[BaseModel], prefix: str, given: Any = None) -> Iterator[tuple[str, str, str, str]]:
     """Key, type, default and meaning of each field; those of nested models follow under their path."""
     for name, field in model.model_fields.items():
@@ -99,7 +108,7 @@ def rows_of(model: type[BaseModel], prefix: str, given: Any = None) -> Iterator[
         default = field.default if value is None else value
         origin = get_origin(field.annotation)
         inside = "[]." if origin in (list, tuple) else ".NAME." if origin is dict else "."
-        for inner in nested if prefix or name not in SHARED else ():
+        for inner in nested:
             yield from rows_of(inner, key + inside, default if isinstance(default, inner) else None)
 
 
@@ -108,7 +117,7 @@ def section(name: str, model: type[BaseModel], skip_shared: bool) -> list[str]:
     lines = [f"## {name}", "", " ".join((model.__doc__ or "").split("\n\n")[0].split()), ""]
     lines += ["| key | type | default | |", "|---|---|---|---|"]
     for key, kind, default, meaning in rows_of(model, ""):
-        if skip_shared and key.split(".")[0] in SHARED:
+        if skip_shared and not is_own(model, key):
             continue
         lines.append(f"| `{key}` | {kind} | {default} | {meaning} |")
     return [*lines, ""]

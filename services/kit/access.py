@@ -109,16 +109,18 @@ class Access:
         return Call(method, peer, given[:_REQUEST_ID_LENGTH])
 
     @contextmanager
-    def admit(self, call: Call, header: str | bytes | None) -> Iterator[None]:
+    def admit(self, call: Call, header: str | bytes | None, audience: Audience | None = None) -> Iterator[None]:
         """Admits a call with this authorization header for as long as the block lasts.
 
-        Raises UnauthenticatedError, PermissionDeniedError for another audience, and ResourceExhaustedError.
+        `audience` stands for the service's own where it is given. Raises UnauthenticatedError, PermissionDeniedError
+        for another audience, and ResourceExhaustedError.
         """
         caller = self.identify(header)
         call.caller = caller.name
-        if self._audience not in caller.audiences:
+        audience = audience or self._audience
+        if audience not in caller.audiences:
             granted = " and ".join(sorted(caller.audiences))
-            message = f"The token of {caller.name} is for {granted}; {self._service} asks for one for {self._audience}."
+            message = f"The token of {caller.name} is for {granted}; {self._service} asks for one for {audience}."
             raise PermissionDeniedError(message)
         with self._usage[caller.name].enter(caller):
             yield

@@ -129,7 +129,8 @@ class PromptEncoder:
     def encode(self, asked: Sequence[Asked], places: Sequence[str], begun: str = "") -> list[list[int]]:
         """Returns the token ids of prompts, each followed by what is `begun` of the answer.
 
-        `places` tells where each stands. Raises InvalidArgumentError naming the first of those that cannot be asked.
+        `places` tells where each stands, empty where it is the call's own. Raises InvalidArgumentError naming the first
+        of those that cannot be asked.
         """
         texts: list[str] = []
         violations: list[FieldViolation] = []
@@ -137,7 +138,8 @@ class PromptEncoder:
             try:
                 texts.append(self.render(each) + begun)
             except InvalidArgumentError as error:
-                violations += [FieldViolation(f"{place}: {one.field}", one.description) for one in error.violations]
+                named = [(f"{place}: {one.field}".removeprefix(": "), one.description) for one in error.violations]
+                violations += [FieldViolation(*each) for each in named]
                 if len(violations) >= MAX_SHOWN:  # a template that is broken fails for all
                     break
         if violations:

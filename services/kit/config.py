@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 
-Audience = Literal["control", "reward", "sandbox"]
+Audience = Literal["control", "policy", "reward", "sandbox"]
 
 
 class QuotaConfig(Model):
@@ -46,7 +46,8 @@ class CallerConfig(Model):
     tokens: list[SecretStr] = Field(min_length=1)
     """Its bearer tokens, all of them valid: the old one and the new one while they are rotated."""
     audiences: list[Audience] = Field(min_length=1)
-    """What it may call: reward, sandbox, or control, which is every other service."""
+    """What it may call: reward, sandbox, policy, which is the endpoint of rollout workers alone, or control, which is
+    every other service."""
     quota: QuotaConfig | None = None
     """Its own quota; `server.quota` when unset."""
 
@@ -126,10 +127,15 @@ class ServerConfig(Model):
 class HttpConfig(Model):
     """HTTP beside gRPC, with the host, the token, the certificates and the limits of `server`."""
 
+    audience: ClassVar[Audience | None] = None
+    """What a caller's token must be for over HTTP; as over gRPC when None."""
+
     port: int | None = Field(None, ge=0, le=65535)
     """Port to bind; 0 takes a free one, unset leaves HTTP off."""
     max_body_bytes: int | None = Field(None, ge=1)
     """Largest body of a request; twice the largest gRPC message unless set, since JSON takes more room."""
+    timeout_seconds: float | None = Field(None, gt=0)
+    """Deadline of a call that brings none; unset leaves it without one."""
 
 
 class TelemetryConfig(Model):

@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from services.kit.config import Model, ServiceConfig
+from services.kit.config import Audience, HttpConfig, Model, ServiceConfig
 from services.weights.config import WeightsConfig
 
 
@@ -28,6 +28,20 @@ class RegistrationConfig(Model):
     """Pause between attempts to reach a coordinator that does not answer."""
     timeout_seconds: float = Field(5.0, gt=0)
     """Deadline of one call."""
+
+
+class EndpointConfig(HttpConfig):
+    """OpenAI-compatible endpoint, with the host, the tokens, the certificates and the limits of `server`."""
+
+    audience: ClassVar[Audience | None] = "policy"
+
+    max_body_bytes: int | None = Field(16 << 20, ge=1)
+    """Largest body of a request."""
+    timeout_seconds: float | None = Field(3600.0, gt=0)
+    """Deadline of a call that brings none."""
+    max_sequences: int = Field(64, ge=1)
+    """Responses under way at once, of all calls together; calls that pass it are refused with 429, so that the run's
+    trajectories keep their room."""
 
 
 class RolloutConfig(ServiceConfig):
@@ -88,6 +102,8 @@ class RolloutConfig(ServiceConfig):
     update_timeout_seconds: float = Field(300.0, gt=0)
     """Seconds that an engine may take over new weights before it is restarted."""
 
+    http: EndpointConfig = EndpointConfig()
+    """The OpenAI-compatible endpoint."""
     supervision: SupervisionConfig = SupervisionConfig()
     """Restarts of the engine."""
     registration: RegistrationConfig = RegistrationConfig()

@@ -33,6 +33,18 @@ class EngineRequest:
     stop_token_ids: tuple[int, ...]
     stride_tokens: int
     """Tokens are handed over at least this often; larger strides cost less."""
+    score_prompt: bool = False
+    """Whether the last output has the log-probabilities of the prompt."""
+
+
+@dataclass(frozen=True)
+class PromptScore:
+    """Log-probabilities at one place of a prompt at temperature 1, nats."""
+
+    logprob: float
+    """Of the token that stands there."""
+    best_token_id: int
+    best_logprob: float
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,8 @@ class EngineOutput:
     """Tokens of the request served from the prefix cache."""
     finish: Literal["stop", "length", "abort"] | None
     """Set on the last output: a stop token was sampled, max_tokens are there, or the request was interrupted."""
+    prompt_scores: Sequence[PromptScore] = ()
+    """Those of the tokens after the first, where the request asks for them."""
 
 
 class Engine(ABC):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from perigee.errors import InvalidArgumentError
+from services.kit.chat import PromptEncoder, open_encoder
 from services.kit.hf import open_model_folder
 from services.weights.manifest import WeightImage
 from services.weights.safetensors import FIELD as SHARDS_FIELD
@@ -33,7 +34,13 @@ class PolicyModel:
     dtype: str
     """Type of the weights by config.json; "auto" when it names none."""
     stop_token_ids: tuple[int, ...]
-    tokenizer: Tokenizer
+    encoder: PromptEncoder
+    """Chat template and tokenizer."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer."""
+        return self.encoder.tokenizer
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of a response without the stop token that ends it; special tokens inside it are shown."""
@@ -97,5 +104,5 @@ def open_policy(path: str, max_model_len: int | None) -> PolicyModel:
         vocabulary_size=folder.vocabulary_size,
         dtype=folder.dtype,
         stop_token_ids=folder.stop_token_ids,
-        tokenizer=folder.open_tokenizer(),
+        encoder=open_encoder(folder),
     )

@@ -197,13 +197,28 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         coordinator = app.connect(CoordinatorClient, config.coordinator_address)
         tasks.append(asyncio.create_task(keep_registered(worker, coordinator, address)))
     try:
-        yield
+        async with serve_endpoint(app, worker):
+            yield
     finally:
         worker.set_status(DRAINING)
         await end_tasks(*tasks)
         await receiver.close()
     if fatal:
         raise fatal[0]
+
+
+@asynccontextmanager
+async def serve_endpoint(app: App[RolloutConfig], worker: Worker) -> AsyncIterator[None]:
+    """Answers OpenAI's calls over HTTP for as long as the block lasts, where `http.port` is set."""
+    if app.config.http.port is None:
+        yield
+        return
+    # Workers without the endpoint need not import the web framework.
+    from services.kit.http import http_serving
+    from services.rollout.openai_api import OPENAPI_FILE, ROUTES, compat_routers
+
+    async with http_serving(app, app.config.http, ROUTES, worker, OPENAPI_FILE, compat_routers(worker)):
+        yield
 
 
 async def _follow_worker(app: App[RolloutConfig], worker: Worker) -> None:

@@ -24,7 +24,7 @@ from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.errors import InvalidArgumentError
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
-from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest
+from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest, PromptScore
 from services.rollout.model import PolicyModel
 from services.weights.manifest import WeightImage
 
@@ -180,7 +180,17 @@ def _read_output(output: Any, state: Any, offset: int) -> EngineOutput:
         versions=version_spans(starts, offset, offset + len(completion.token_ids)),
         cached_tokens=output.num_cached_tokens or 0,
         finish=completion.finish_reason,
+        prompt_scores=read_scores(output.prompt_logprobs) if output.prompt_logprobs else (),
     )
+
+
+def read_scores(flat: Any) -> list[PromptScore]:
+    """Returns the scores in vLLM's flat log-probabilities, which have the token and the likeliest for each place."""
+    # The first place has neither.
+    return [
+        PromptScore(flat.logprobs[place], flat.token_ids[place + 1], flat.logprobs[place + 1])
+        for place in flat.start_indices[1:]
+    ]
 
 
 def sampling_params(request: EngineRequest) -> SamplingParams:
@@ -192,6 +202,7 @@ def sampling_params(request: EngineRequest) -> SamplingParams:
         max_tokens=request.max_tokens,
         stop_token_ids=list(request.stop_token_ids),
         logprobs=0,
+        prompt_logprobs=1 if request.score_prompt else None,
         flat_logprobs=True,
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY if final_only else RequestOutputKind.DELTA,

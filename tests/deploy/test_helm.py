@@ -422,7 +422,8 @@ def test_services_accept_their_configuration(
         ports = {port["name"]: port["containerPort"] for port in container_of(template)["ports"]}
         assert ports.pop("grpc") == config.server.port
         assert ports.pop("metrics") == config.server.metrics_port
-        assert ports == ({"http": config.http.port} if hasattr(config, "http") else {})
+        http_port = config.http.port if hasattr(config, "http") else None
+        assert ports == ({"http": http_port} if http_port else {})
         check_paths(template, config)
 
 

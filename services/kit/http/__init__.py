@@ -28,17 +28,19 @@ from starlette.types import ASGIApp
 from perigee.errors import FieldViolation, InvalidArgumentError, UnavailableError
 from services.kit.config import HttpConfig, ServerConfig
 from services.kit.http.errors import WriteError, write_error
-from services.kit.http.middleware import CallMiddleware, Calls
-from services.kit.http.routes import CallContext, HttpRoute, call_context, make_endpoint
+from services.kit.http.middleware import EVENTS, CallMiddleware, Calls
+from services.kit.http.routes import CallContext, HttpRoute, StreamResponse, call_context, make_endpoint
 from services.kit.server import App
 from services.kit.telemetry import get_logger, http_request_histogram
 from services.kit.tls import server_context
 
 __all__ = [
+    "EVENTS",
     "CallContext",
     "CompatRouter",
     "HttpConfig",
     "HttpRoute",
+    "StreamResponse",
     "build_gateway",
     "call_context",
     "http_serving",
@@ -87,7 +89,9 @@ async def http_serving(
         CallMiddleware,
         calls=calls,
         access=app.access,
+        audience=http.audience,
         max_body_bytes=http.max_body_bytes or 2 * app.config.message_bytes,
+        timeout_s=http.timeout_seconds,
         seconds=http_request_histogram(app.name),
         open_paths=OPEN_PATHS,
         write_errors={route.path: api.write_error for api in compat for route in api.router.routes},  # type: ignore[attr-defined]

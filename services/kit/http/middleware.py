@@ -23,6 +23,7 @@ from perigee.errors import (
     UnavailableError,
 )
 from services.kit.access import REQUEST_ID_HEADER, Access
+from services.kit.config import Audience
 from services.kit.http.errors import MethodNotAllowedError, WriteError, dump_error, error_headers, write_error
 from services.kit.interceptors import as_perigee_error
 from services.kit.telemetry import get_logger
@@ -31,7 +32,9 @@ from services.kit.tracing import describe, http_span, mark_failed
 log = get_logger(__name__)
 
 TIMEOUT_HEADER = "x-timeout-seconds"
-NDJSON = "application/x-ndjson"
+NDJSON, EVENTS = "application/x-ndjson", "text/event-stream"
+# A stream's last part, an error, by the stream's type.
+_LAST_PARTS = {NDJSON: b"%s\n", EVENTS: b"data: %s\n\n"}
 _LONGEST_TIMEOUT_S = 86_400.0
 _BODY_S = 60.0
 RETRY_AFTER_S = 1.0
@@ -93,7 +96,9 @@ class CallMiddleware:
     app: ASGIApp
     calls: Calls
     access: Access
+    audience: Audience | None
     max_body_bytes: int
+    timeout_s: float | None
     seconds: Histogram
     open_paths: Collection[str]
     write_errors: Mapping[str, WriteError]
@@ -111,7 +116,7 @@ class CallMiddleware:
         code = "CANCELLED"
         with http_span(label, headers) as span:
             try:
-                with self.access.admit(call, headers.get("authorization")):
+                with self.access.admit(call, headers.get("authorization"), self.audience):
                     await self._serve(route, allowed, scope, receive, reply)
                 code = "OK"
             except Exception as error:
@@ -134,7 +139,7 @@ class CallMiddleware:
             raise MethodNotAllowedError(f"{scope['path']} takes {', '.join(sorted(allowed))}.", allowed)
         if route is None:
             raise NotFoundError(f"{scope['method']} {scope['path']} is no route of this service; see /openapi.json.")
-        deadline = read_deadline(headers)
+        deadline = read_deadline(headers, self.timeout_s)
         with self.calls.enter():
             body = await self._read_body(headers, receive, deadline)
             scope["deadline"] = deadline
@@ -189,29 +194,30 @@ class Reply:
         self._send = send
         self._request_id = (REQUEST_ID_HEADER.encode(), request_id.encode("latin-1"))
         self._started = False
-        self._is_stream = False
+        self._last_part: bytes | None = None
         self.complete = False
 
     async def send(self, message: Message) -> None:
         """Forwards what the handler sends."""
         if message["type"] == "http.response.start":
             self._started = True
-            self._is_stream = Headers(raw=message["headers"]).get("content-type") == NDJSON
+            content_type = Headers(raw=message["headers"]).get("content-type", "")
+            self._last_part = _LAST_PARTS.get(content_type.partition(";")[0])
             message = {**message, "headers": [*message["headers"], self._request_id]}
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body", False):
             self.complete = True
 
     async def fail(self, error: PerigeeError, write: WriteError) -> None:
-        """Sends an error: as the response, as the last line of a stream; raises it where neither can be."""
+        """Sends an error: as the response, as the last part of a stream; raises it where neither can be."""
         if self.complete:
             return
-        if self._started and not self._is_stream:
+        if self._started and self._last_part is None:
             raise error
         status, content = write(error)
         body = dump_error(content)
-        if self._started:
-            await self._send({"type": "http.response.body", "body": body + b"\n"})
+        if self._last_part is not None:
+            await self._send({"type": "http.response.body", "body": self._last_part % body})
             return
         headers = {"content-type": "application/json", "content-length": str(len(body)), **error_headers(error)}
         raw = [*((name.encode(), value.encode()) for name, value in headers.items()), self._request_id]
@@ -219,14 +225,14 @@ class Reply:
         await self._send({"type": "http.response.body", "body": body})
 
 
-def read_deadline(headers: Headers) -> float | None:
-    """Returns the caller's deadline in the loop's time; None without one.
+def read_deadline(headers: Headers, timeout_s: float | None) -> float | None:
+    """Returns the caller's deadline in the loop's time, that of `timeout_s` when the caller brings none.
 
     Raises InvalidArgumentError for what is no time.
     """
     text = headers.get(TIMEOUT_HEADER)
     if text is None:
-        return None
+        return None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s
     try:
         seconds = float(text)
     except ValueError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,7 +63,7 @@ def make_endpoint(route: HttpRoute, servicer: Any) -> Callable[[Request], Awaita
     async def call(request: Request) -> Response:
         message = read_request(route, await request.body(), request.path_params)
         if route.streaming:
-            return NdjsonResponse(method(message, call_context(request)))
+            return StreamResponse(write_lines(method(message, call_context(request))), NDJSON)
         response = await method(message, call_context(request))
         return Response(dump_json(write_message(response)), media_type="application/json")
 
@@ -80,29 +80,36 @@ def read_request(route: HttpRoute, body: bytes, path_params: dict[str, Any]) -> 
     return read_message(route.request, value)
 
 
-class NdjsonResponse(Response):
-    """Response that sends the messages of a stream, a line each; an error before the first is the response's."""
+async def write_lines(messages: AsyncGenerator[Message, None]) -> AsyncGenerator[bytes, None]:
+    """Yields messages as lines of JSON."""
+    async with aclosing(messages):
+        async for message in messages:
+            yield dump_json(write_message(message)) + b"\n"
 
-    media_type = NDJSON
 
-    def __init__(self, messages: AsyncGenerator[Message, None]) -> None:
+class StreamResponse(Response):
+    """Response that sends the parts of a stream as they come; an error before the first is the response's."""
+
+    def __init__(
+        self, parts: AsyncGenerator[bytes, None], media_type: str, headers: Mapping[str, str] | None = None
+    ) -> None:
         self.status_code = 200
         self.background = None
-        self.init_headers()
-        self._messages = messages
+        self.media_type = media_type
+        self.init_headers(headers)
+        self._parts = parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Sends the response; leaving it early ends the stream."""
         start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
         started = False
-        async with aclosing(self._messages) as messages:
-            async for message in messages:
+        async with aclosing(self._parts) as parts:
+            async for part in parts:
                 if not started:
                     await send(start)
                     started = True
-                line = dump_json(write_message(message)) + b"\n"
-                await send({"type": "http.response.body", "body": line, "more_body": True})
-                # Neither a ready message nor a send to a caller that has gone away suspends: without this, a stream of
+                await send({"type": "http.response.body", "body": part, "more_body": True})
+                # Neither a ready part nor a send to a caller that has gone away suspends: without this, a stream of
                 # such would hold the loop, and the middleware would never see the disconnect.
                 await asyncio.sleep(0)
         if not started:
