@@ -97,9 +97,11 @@ def take_step(policy: Any, tokens: int, form: str, before: int) -> Step:
     from services.trainer.packing import TokenSequence, make_micro_batches
 
     class FullHead(head.Head):
-        def logprobs(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, trained_T: torch.Tensor) -> torch.Tensor:
+        def evaluate(
+            self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, trained_T: torch.Tensor, *, with_entropies: bool
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             logits_TV = (hidden_TD @ self.weight_VD.T).float()
-            return -F.cross_entropy(logits_TV, targets_T, reduction="none")
+            return -F.cross_entropy(logits_TV, targets_T, reduction="none"), torch.zeros(len(targets_T))
 
     length = tokens // SEQUENCES
     drawn = np.random.default_rng(0).integers(policy.shape.vocabulary, size=(SEQUENCES, length + 1))
@@ -108,7 +110,7 @@ def take_step(policy: Any, tokens: int, form: str, before: int) -> Step:
     vars(model)["Head"] = head.Head if form == "chunks" else FullHead
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     start, cpu = time.monotonic(), time.process_time()
-    policy.step(batches, 1.0, lambda _, logprobs_T: (-logprobs_T.sum() / tokens, None), learning_rate=1e-5)
+    policy.step(batches, 1.0, lambda found: (-found.logprobs_T.sum() / tokens, None), learning_rate=1e-5)
     wall_s, cpu_s = time.monotonic() - start, time.process_time() - cpu
     return Step((resident_bytes("VmHWM") - before) / GIB, wall_s, cpu_s)
 

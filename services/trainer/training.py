@@ -30,7 +30,7 @@ from services.kit.tracing import span
 from services.trainer.algorithms import make_algorithm
 from services.trainer.algorithms.base import Algorithm, LossBatch
 from services.trainer.data import Trajectory
-from services.trainer.megatron.model import Policy
+from services.trainer.megatron.model import Evaluated, Policy
 from services.trainer.megatron.optimizer import scheduled_rate
 from services.trainer.megatron.parallel import ObjectChannel
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches, pack_sequences
@@ -222,9 +222,9 @@ class _Iteration:
         self._update = request.update
         self._algorithm = check_training(request.algorithm, request.update, request.optimizer)
         self._steps = plan_steps(request, self._algorithm, policy.dims.data, seed)
-        # This rank's packs and their reference log-probabilities, by step and micro-batch.
+        # This rank's packs and their reference log-probabilities, by step and micro-batch; the first step needs none.
         self._packs: list[list[_Pack]] = []
-        self._reference: list[list[torch.Tensor]] = []
+        self._reference: list[list[torch.Tensor]] = [[]]
         self._norms: list[float] = []
         # Sums over this rank's tokens, and the largest difference between rollout and trainer.
         self._sums: defaultdict[str, float] = defaultdict(float)
@@ -295,8 +295,11 @@ class _Iteration:
         return make_micro_batches([pack.sequences for pack in self._packs[step]], self._policy.dims.device)
 
     def _evaluate_reference(self) -> None:
-        """Computes the log-probabilities under the weights that open the iteration, on the last pipeline stage."""
-        for number, step in enumerate(self._steps):
+        """Computes the log-probabilities under the weights that open the iteration, on the last pipeline stage.
+
+        The first step is taken from these weights, and what it computes of its own tokens is their reference.
+        """
+        for number, step in enumerate(self._steps[1:], start=1):
             batches = self._make_batches(number) if self._packs[number] else []
             reference = []
             # As many checks on every rank, whatever its own packs.
@@ -305,14 +308,15 @@ class _Iteration:
                 some = batches[start : start + _SLICE]
                 for found in self._policy.evaluate(some, self._update.temperature) if some else ():
                     reference.append(found.logprobs_T.cpu())
-                    self._compare(self._packs[number][found.batch.index], reference[-1])
-                    self._sums["entropy"] += float((found.entropies_T * found.batch.trained_T).sum())
+                    self._describe(number, found)
             self._reference.append(reference)
 
-    def _compare(self, pack: _Pack, reference_T: torch.Tensor) -> None:
-        """Adds up how far the rollout's log-probabilities are from the trainer's for tokens of the base version."""
+    def _describe(self, step: int, found: Evaluated) -> None:
+        """Adds up entropies, and for tokens of the base version the distance of the rollout's log-probabilities."""
+        self._sums["entropy"] += float(found.entropies_T.sum())
+        pack = self._packs[step][found.batch.index]
         # log (pi_trainer / pi_rollout) of tokens that the rollout drew, for the k3 estimate of KL(rollout || trainer).
-        ratios_B = (reference_T - pack.rollout_logprobs_T)[pack.base_T].double()
+        ratios_B = (found.logprobs_T.detach().cpu() - pack.rollout_logprobs_T)[pack.base_T].double()
         if not len(ratios_B):
             return
         self._sums["difference"] += float(ratios_B.abs().sum())
@@ -327,19 +331,28 @@ class _Iteration:
             self._context.report(pb.TrainResponse(step=number, steps=len(self._steps)))
             rate = scheduled_rate(self._request.optimizer, number, len(self._steps))
             norm, reports = self._policy.step(
-                self._make_batches(number), self._update.temperature, partial(self._loss, number), rate
+                self._make_batches(number),
+                self._update.temperature,
+                partial(self._loss, number),
+                rate,
+                entropies=number == 0,
             )
             self._norms.append(norm)
             for report in reports:
                 for name, value in report.items():
                     self._sums[name] += value
 
-    def _loss(self, step: int, batch: MicroBatch, logprobs_T: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+    def _loss(self, step: int, found: Evaluated) -> tuple[torch.Tensor, dict[str, float]]:
         """Returns the micro-batch's part of the minibatch's loss, and the sums to report of it."""
+        batch, logprobs_T = found.batch, found.logprobs_T
         if batch.is_filler:
             return logprobs_T.sum() * 0.0, {}
         pack = self._packs[step][batch.index]
-        reference_T = self._reference[step][batch.index].to(logprobs_T.device)
+        if step:
+            reference_T = self._reference[step][batch.index].to(logprobs_T.device)
+        else:
+            reference_T = logprobs_T.detach()
+            self._describe(step, found)
         rollout_T = pack.rollout_logprobs_T.to(reference_T.device)
         importance_T = truncate_importance(reference_T, rollout_T, self._update.tis_cap)
         loss, sums = self._algorithm.loss(
@@ -461,8 +474,8 @@ class _FineTuning:
         batches = make_micro_batches([[self.own[i] for i in pack] for pack in packs], dims.device)
         trained = sum(self.counts[i][1] for i in chosen)
 
-        def loss(batch: MicroBatch, logprobs_T: torch.Tensor) -> tuple[torch.Tensor, float]:
-            value = -(logprobs_T * batch.trained_T).sum()
+        def loss(found: Evaluated) -> tuple[torch.Tensor, float]:
+            value = -found.logprobs_T.sum()
             return value / trained, float(value.detach())
 
         rate = scheduled_rate(request.optimizer, step - 1, request.steps)

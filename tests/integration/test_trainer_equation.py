@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 REWARDS = [1.0, 0.25, 0.0, 0.6]
 # Base version 3: spans of versions 1 and 2 lie behind it.
 SPANS = [[(3, 7)], [(1, 4), (2, 3), (3, 5)], [(2, 6), (3, 2)], [(2, 5)]]
+# Factor by which the weights move after the reference was taken.
+MOVE = 1.05
 
 
 def make_request(groups: dict[str, list[MadeTrajectory]], baseline: str = "mean", **fields: Any) -> pb.TrainRequest:
@@ -41,14 +43,17 @@ def make_request(groups: dict[str, list[MadeTrajectory]], baseline: str = "mean"
 def loss_and_gradient(
     engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """The trainer's own: an iteration of one step on moved weights, with the reference taken before the move."""
+    """The trainer's own: the mean loss of an iteration whose steps see moved weights, and the last step's gradient.
+
+    The first step is its own reference; those of later ones are taken before the move.
+    """
     # The quadratic term is flat at the reference itself, so the gradient is taken a step away from it.
     begin_job = engine.policy.begin_job
 
     def move_then_begin(optimizer: pb.Optimizer) -> None:
         with torch.no_grad():
             for _, parameter in sorted(engine.policy.core.named_parameters()):
-                parameter.mul_(1.05)
+                parameter.mul_(MOVE)
         begin_job(optimizer)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -61,16 +66,20 @@ def loss_and_gradient(
 
 
 def equation_3(
-    model_path: Path, made: dict[str, list[MadeTrajectory]], request: pb.TrainRequest
+    model_path: Path, made: dict[str, list[MadeTrajectory]], request: pb.TrainRequest, reference_scale: float = 1.0
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss (the surrogate with the sign turned) and gradient, trajectory by trajectory, in float64."""
+    """Loss (the surrogate with the sign turned) and gradient, trajectory by trajectory, in float64.
+
+    The reference is the model's weights times `reference_scale`.
+    """
     from transformers import AutoModelForCausalLM
 
     reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
     with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.05)
+        for parameter, before in zip(model.parameters(), reference.parameters(), strict=True):
+            parameter.mul_(MOVE)
+            before.mul_(reference_scale)
     settings, update = dict(request.algorithm.settings), request.update
     rewards = torch.tensor(REWARDS, dtype=torch.float64)
     baseline = rewards.mean()
@@ -107,23 +116,30 @@ def equation_3(
 
 
 @pytest.mark.parametrize(
-    ("baseline", "cap", "sizes"),
+    ("baseline", "cap", "sizes", "steps"),
     [
-        ("mean", 0.0, Sizes()),
-        ("log_mean_exp", 0.0, Sizes()),
-        ("mean", 1.5, Sizes()),
-        ("mean", 0.0, Sizes(tensor=2)),
-        ("mean", 0.0, Sizes(pipeline=2)),
+        ("mean", 0.0, Sizes(), 2),
+        ("log_mean_exp", 0.0, Sizes(), 2),
+        ("mean", 1.5, Sizes(), 2),
+        ("mean", 1.5, Sizes(), 1),
+        ("mean", 0.0, Sizes(tensor=2), 2),
+        ("mean", 0.0, Sizes(pipeline=2), 2),
     ],
 )
 def test_loss_and_gradient_are_equation_3(
-    run_ranks: RunRanks, trainer_model: Path, baseline: str, cap: float, sizes: Sizes
+    run_ranks: RunRanks, trainer_model: Path, baseline: str, cap: float, sizes: Sizes, steps: int
 ) -> None:
-    made = make_groups("eq", 5, groups=3, k=4, spans=SPANS)
-    request = make_request(made, baseline, tis_cap=cap)
+    from services.trainer.training import split_groups
+
+    made = make_groups("eq", 5, groups=2, k=4, spans=SPANS)
+    request = make_request(made, baseline, tis_cap=cap, minibatches=steps)
+    # So small that the second step has the weights of the first.
+    request.optimizer.learning_rate = 1e-30
     loss, gradient = run_ranks(sizes, partial(loss_and_gradient, groups=made, request=request))
-    expected_loss, expected = equation_3(trainer_model, made, request)
-    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    shares = [{key: made[key] for key in np.array(list(made))[share]} for share in split_groups(2, steps, 0)]
+    found = [equation_3(trainer_model, share, request, 1.0 if step else MOVE) for step, share in enumerate(shares)]
+    assert loss == pytest.approx(np.mean([each for each, _ in found]), rel=1e-5)
+    _, expected = found[-1]
     assert gradient.keys() == expected.keys()
     largest = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
@@ -327,9 +343,8 @@ def head_of_shares(engine: Engine) -> list[float]:
     own_VD = weight_VD.detach().chunk(2)[rank].clone().requires_grad_()
     head = Head(own_VD, 0.7, group, chunk_bytes=4 * 48 * 10)
     everything_T = torch.ones(37, dtype=torch.bool)
-    logprobs_T = head.logprobs(own_TD, targets_T, everything_T)
+    logprobs_T, entropies_T = head.evaluate(own_TD, targets_T, everything_T, with_entropies=True)
     (logprobs_T * upstream_T).sum().backward()  # type: ignore[no-untyped-call]
-    _, entropies_T = head.evaluate(own_TD, targets_T, everything_T)
     assert hidden_TD.grad is not None
     assert weight_VD.grad is not None
     assert own_TD.grad is not None

@@ -40,7 +40,7 @@ def test_values_and_gradients_are_those_of_the_whole_table(
     if accumulated:
         weight_VD.main_grad = torch.ones(V, D)  # type: ignore[attr-defined]
     head = Head(weight_VD, temperature, chunk_bytes=4 * V * chunk_tokens)
-    logprobs_T = head.logprobs(hidden_TD, targets_T, trained_T)
+    logprobs_T, entropies_T = head.evaluate(hidden_TD, targets_T, trained_T, with_entropies=True)
     (logprobs_T * upstream_T).sum().backward()  # type: ignore[no-untyped-call]
     found_VD = weight_VD.main_grad - 1 if accumulated else weight_VD.grad  # type: ignore[attr-defined]
     assert (logprobs_T - expected_T).abs().max() < 1e-5
@@ -48,8 +48,10 @@ def test_values_and_gradients_are_those_of_the_whole_table(
     assert (found_VD - expected[1]).abs().max() < 1e-5
     assert (weight_VD.grad is None) == accumulated
 
-    again_T, entropies_T = head.evaluate(hidden_TD, targets_T, trained_T)
+    again_T, zeros_T = head.evaluate(hidden_TD, targets_T, trained_T, with_entropies=False)
     assert torch.equal(again_T, logprobs_T)
+    assert not zeros_T.any()
+    assert not entropies_T.requires_grad
     assert (entropies_T + (table_TV.exp() * table_TV).sum(-1) * trained_T).abs().max() < 1e-5
 
 
@@ -58,7 +60,8 @@ def test_bfloat16_accumulates_in_float32() -> None:
     low_VD = weight_VD.detach().bfloat16().requires_grad_()
     low_VD.main_grad = torch.zeros(V, D)  # type: ignore[attr-defined]
     low_TD = hidden_TD.detach().bfloat16().float().requires_grad_()
-    logprobs_T = Head(low_VD, chunk_bytes=4 * V * 7).logprobs(low_TD, targets_T, trained_T)
+    head = Head(low_VD, chunk_bytes=4 * V * 7)
+    logprobs_T, _ = head.evaluate(low_TD, targets_T, trained_T, with_entropies=False)
     (logprobs_T * upstream_T).sum().backward()  # type: ignore[no-untyped-call]
     table_TV = table_of(hidden_TD, weight_VD, 1.0)
     whole = (table_TV.gather(1, targets_T[:, None])[:, 0] * trained_T * upstream_T).sum()
@@ -70,7 +73,8 @@ def test_bfloat16_accumulates_in_float32() -> None:
 def test_no_trained_token_is_no_gradient() -> None:
     hidden_TD, weight_VD, targets_T, _, _ = make_tensors()
     nothing_T = torch.zeros(T, dtype=torch.bool)
-    Head(weight_VD).logprobs(hidden_TD, targets_T, nothing_T).sum().backward()  # type: ignore[no-untyped-call]
+    logprobs_T, _ = Head(weight_VD).evaluate(hidden_TD, targets_T, nothing_T, with_entropies=False)
+    logprobs_T.sum().backward()  # type: ignore[no-untyped-call]
     assert hidden_TD.grad is not None
     assert not hidden_TD.grad.any()
 

@@ -44,26 +44,20 @@ class Head:
     chunk_bytes: int = _CHUNK_BYTES
     """Float32 logits that exist at once."""
 
-    def logprobs(self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, trained_T: torch.Tensor) -> torch.Tensor:
-        """Returns log softmax(logits / temperature) at the targets in float32, with gradient; 0 where not trained.
+    def evaluate(
+        self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, trained_T: torch.Tensor, *, with_entropies: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns log softmax(logits / temperature) at the targets with gradient, and entropies in nats without.
 
-        The weight's gradient is added to its `main_grad` where it has one, as Megatron's own layers with fused
-        accumulation do: another tensor of its size would come to more than the logits of a chunk.
+        Both are in float32, and 0 where not trained; entropies are 0 unless asked for. The weight's gradient is added
+        to its `main_grad` where it has one, as Megatron's own layers with fused accumulation do: another tensor of its
+        size would come to more than the logits of a chunk.
         """
         rows = trained_T.nonzero()[:, 0]
-        logprobs_T: torch.Tensor = _Logprobs.apply(  # type: ignore[no-untyped-call]
-            hidden_TD, self.weight_VD, targets_T, rows, self
+        found: tuple[torch.Tensor, torch.Tensor] = _Evaluation.apply(  # type: ignore[no-untyped-call]
+            hidden_TD, self.weight_VD, targets_T, rows, self, with_entropies
         )
-        return logprobs_T
-
-    @torch.no_grad()
-    def evaluate(
-        self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, trained_T: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the log-probabilities and the entropies in nats, both without gradient; 0 where not trained."""
-        rows = trained_T.nonzero()[:, 0]
-        logprobs_T, _, entropies_T = self.describe(hidden_TD, targets_T, rows, with_entropies=True)
-        return logprobs_T, entropies_T
+        return found
 
     def describe(
         self, hidden_TD: torch.Tensor, targets_T: torch.Tensor, rows: torch.Tensor, *, with_entropies: bool
@@ -110,7 +104,7 @@ class Head:
         return values
 
 
-class _Logprobs(torch.autograd.Function):
+class _Evaluation(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -119,12 +113,15 @@ class _Logprobs(torch.autograd.Function):
         targets_T: torch.Tensor,
         rows: torch.Tensor,
         head: Head,
-    ) -> torch.Tensor:
-        found_3T = head.describe(hidden_TD, targets_T, rows, with_entropies=False)
+        with_entropies: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        found_3T = head.describe(hidden_TD, targets_T, rows, with_entropies=with_entropies)
         ctx.save_for_backward(hidden_TD, targets_T, rows, found_3T[1])
         # The parameter itself, which has `main_grad`.
         ctx.head = head
-        return found_3T[0].clone()
+        entropies_T = found_3T[2].clone()
+        ctx.mark_non_differentiable(entropies_T)
+        return found_3T[0].clone(), entropies_T
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -152,4 +149,4 @@ class _Logprobs(torch.autograd.Function):
                 gradient_VD += signed_CV.T @ hidden_CD
         head.reduce(hidden_gradient_TD)
         weight_gradient_VD = gradient_VD.to(weight_VD.dtype) if main_gradient_VD is None else None
-        return hidden_gradient_TD, weight_gradient_VD, None, None, None
+        return hidden_gradient_TD, weight_gradient_VD, None, None, None, None

@@ -35,20 +35,21 @@ from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batch
 # Tokens of the forward and backward pass that measures what a token takes.
 _PROBE_TOKENS = 32
 
-# The loss of a micro-batch from its log-probabilities [T], and what is to be reported of it.
-LossFunction = Callable[[MicroBatch, torch.Tensor], tuple[torch.Tensor, Any]]
-
 
 @dataclass(frozen=True)
 class Evaluated:
     """Log-probability of each of a micro-batch's T targets, and entropy of the distribution it was drawn from.
 
-    Both are 0 where the target is not trained.
+    Both are 0 where the target is not trained; entropies have no gradient.
     """
 
     batch: MicroBatch
     logprobs_T: torch.Tensor
     entropies_T: torch.Tensor
+
+
+# The loss of a micro-batch, and what is to be reported of it.
+LossFunction = Callable[[Evaluated], tuple[torch.Tensor, Any]]
 
 
 class Policy:
@@ -96,25 +97,28 @@ class Policy:
     def evaluate(self, batches: Sequence[MicroBatch], temperature: float) -> list[Evaluated]:
         """Evaluates the targets of each micro-batch, on ranks of the last pipeline stage; empty on others."""
 
-        def finish(batch: MicroBatch, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            found = self._head(temperature).evaluate(hidden_TD, batch.targets_T, batch.trained_T)
-            return found[0].sum(), Evaluated(batch, *found)
-
         with torch.no_grad():
-            return self._run(batches, finish, forward_only=True)
+            return self._run(
+                batches, temperature, lambda found: (found.logprobs_T.sum(), found), forward_only=True, entropies=True
+            )
 
     def step(
-        self, batches: Sequence[MicroBatch], temperature: float, loss: LossFunction, learning_rate: float
+        self,
+        batches: Sequence[MicroBatch],
+        temperature: float,
+        loss: LossFunction,
+        learning_rate: float,
+        *,
+        entropies: bool = False,
     ) -> tuple[float, list[Any]]:
         """Takes one optimizer step on the summed losses of all micro-batches of all ranks.
 
-        Returns the gradient norm before clipping, and the reports of this rank's micro-batches (last stage only).
-        Raises InternalError, on every rank, when the norm is not finite.
+        The loss finds entropies of 0 unless asked for. Returns the gradient norm before clipping, and the reports of
+        this rank's micro-batches (last stage only). Raises InternalError, on every rank, when the norm is not finite.
         """
-
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._run_losses(batches, temperature, loss)
+        reports = self._run(batches, temperature, loss, entropies=entropies)
         set_learning_rate(self.optimizer, learning_rate)
         _, norm, _ = self.optimizer.step()
         if not math.isfinite(norm):
@@ -131,7 +135,7 @@ class Policy:
         batches = make_micro_batches([[probe]], self.dims.device)
         saved = SavedTensors(self.core.parameters())
         with saved:
-            self._run_losses(batches, 1.0, lambda _, logprobs_T: (logprobs_T.sum(), None))
+            self._run(batches, 1.0, lambda found: (found.logprobs_T.sum(), None))
         self.model.zero_grad_buffer()
         return saved.peak / _PROBE_TOKENS * self.dims.pipeline
 
@@ -146,16 +150,16 @@ class Policy:
         group = parallel_state.get_tensor_model_parallel_group() if self.dims.tensor > 1 else None
         return Head(weight_VD, temperature, group)
 
-    def _run_losses(self, batches: Sequence[MicroBatch], temperature: float, loss: LossFunction) -> list[Any]:
-        """Adds the gradients of the micro-batches' losses to those that there are; returns the reports."""
-
-        def finish(batch: MicroBatch, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, Any]:
-            return loss(batch, self._head(temperature).logprobs(hidden_TD, batch.targets_T, batch.trained_T))
-
-        return self._run(batches, finish, forward_only=False)
-
-    def _run(self, batches: Sequence[MicroBatch], finish: LossFunction, *, forward_only: bool) -> list[Any]:
-        """Runs Megatron's schedule; `finish` turns hidden states [T, D] into a loss and what is reported of them."""
+    def _run(
+        self,
+        batches: Sequence[MicroBatch],
+        temperature: float,
+        loss: LossFunction,
+        *,
+        forward_only: bool = False,
+        entropies: bool = False,
+    ) -> list[Any]:
+        """Runs Megatron's schedule, which adds gradients to those that there are; returns the reports."""
 
         def forward_step(
             source: Iterator[MicroBatch], model: Any
@@ -164,7 +168,10 @@ class Policy:
             output = model(batch.inputs_T[None], None, None, packed_seq_params=batch.packed)
 
             def finish_batch(hidden_1TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
-                value, report = finish(batch, hidden_1TD[0])
+                found = self._head(temperature).evaluate(
+                    hidden_1TD[0], batch.targets_T, batch.trained_T, with_entropies=entropies
+                )
+                value, report = loss(Evaluated(batch, *found))
                 return value, torch.zeros((), dtype=torch.int), report
 
             return output, finish_batch
