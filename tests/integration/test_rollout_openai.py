@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import shutil
+import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
 import pytest_asyncio
 
 from perigee.buffer.client import BufferClient
+from perigee.errors import PermissionDeniedError
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
-from services.kit.server import App
+from perigee.rollout.v1.rollout_pb2_grpc import add_RolloutServiceServicer_to_server
+from services.kit.server import App, serving
 from services.rollout.config import RolloutConfig
+from services.rollout.model import open_policy
+from services.rollout.service import ROLLOUT, RolloutService, serve_endpoint
+from services.rollout.worker import READY, Worker
 from tests.fixtures.rollout import (
     CHARACTERS,
     CONTEXT,
@@ -23,8 +35,10 @@ from tests.fixtures.rollout import (
     make_policy,
     policy_logprobs,
     policy_tensors,
+    rollout_config,
     wait_for_state,
 )
+from tests.fixtures.rollout_engine import PausedEngine
 
 POLICIES = [make_policy(seed) for seed in (11, 12)]
 # Log-probabilities of the engine against an fp32 forward pass of transformers on the same tokens.
@@ -33,6 +47,7 @@ PROMPT = "12+34="
 PROMPT_IDS = [2 + CHARACTERS.index(character) for character in PROMPT]
 IDS = {"return_token_ids": True}
 RUN = "run-openai"
+LM_EVAL = shutil.which(os.environ.get("PERIGEE_LM_EVAL", "lm_eval"))
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
@@ -67,26 +82,25 @@ async def test_the_logprobs_of_a_trajectory_are_those_of_its_echo(
     client: openai.AsyncOpenAI, buffer_client: BufferClient, rollout_client: RolloutClient
 ) -> None:
     trajectories = NewTrajectories(buffer_client, rollout_client, RUN)
-    [trajectory] = await trajectories.create([PROMPT_IDS])
-    await trajectories.extend([trajectory], policy_version=3, sampling=pb.Sampling(temperature=1, seed=1))
-    held = await trajectories.read(trajectory)
-    assert len(held.token_ids) > 8
-    whole = [*PROMPT_IDS, *held.token_ids]
+    ids = await trajectories.create([PROMPT_IDS], k=4)
+    await trajectories.extend(ids, policy_version=3)
+    held = [await trajectories.read(trajectory_id) for trajectory_id in ids]
     # As lm-evaluation-harness asks for the likelihood of texts: several prompts, one token more.
+    prompts = [[*PROMPT_IDS, *each.token_ids] for each in held]
     answer = await client.completions.create(
-        model="policy", prompt=[whole, PROMPT_IDS], echo=True, logprobs=1, max_tokens=1, temperature=0
+        model="policy", prompt=prompts, echo=True, logprobs=1, max_tokens=1, temperature=0
     )
-    echo = answer.choices[0].logprobs
-    assert echo.token_logprobs[0] is None
-    assert echo.token_logprobs[len(PROMPT_IDS) : len(whole)] == pytest.approx(held.logprobs, abs=TOLERANCE)
-    assert len(echo.tokens) == len(whole) + 1
-    assert "".join(echo.tokens) == answer.choices[0].text
-    assert answer.choices[1].text.startswith(PROMPT)
-    assert echo.text_offset[: len(PROMPT)] == list(range(len(PROMPT)))
-    # The last place of the second prompt is where greedy decoding went on in the first.
-    for logprob, top in zip(echo.token_logprobs[1:-1], echo.top_logprobs[1:-1], strict=True):
-        assert logprob in top.values()
-        assert logprob <= max(top.values())
+    for prompt, each, choice in zip(prompts, held, answer.choices, strict=True):
+        echo = choice.logprobs
+        assert len(echo.tokens) == len(echo.token_logprobs) == len(prompt) + 1
+        assert echo.token_logprobs[0] is None
+        assert echo.token_logprobs[len(PROMPT) : -1] == pytest.approx(each.logprobs, abs=TOLERANCE)
+        assert "".join(echo.tokens) == choice.text
+        assert choice.text.startswith(PROMPT)
+        assert echo.text_offset[: len(PROMPT)] == list(range(len(PROMPT)))
+        for logprob, top in zip(echo.token_logprobs[1:-1], echo.top_logprobs[1:-1], strict=True):
+            assert logprob in top.values()
+            assert max(top.values()) > -3.9  # what the likeliest of 47 tokens has at least
 
 
 async def test_a_stream_is_the_whole_answer_in_parts(client: openai.AsyncOpenAI) -> None:
@@ -108,6 +122,9 @@ async def test_a_stream_is_the_whole_answer_in_parts(client: openai.AsyncOpenAI)
     assert len(parts) > 2
     assert events[0].prompt_token_ids == whole.prompt_token_ids
     assert [token for part in parts for token in part.token_ids] == whole.choices[0].token_ids
+    assert [span["tokens"] for part in parts for span in part.policy_versions] == [
+        len(part.token_ids) for part in parts
+    ]
     logprobs = [token.logprob for part in parts for token in part.logprobs.content]
     assert logprobs == pytest.approx([token.logprob for token in whole.choices[0].logprobs.content], abs=TOLERANCE)
     assert [part.finish_reason for part in parts[:-1]] == [None] * (len(parts) - 1)
@@ -182,29 +199,32 @@ async def test_the_model_is_listed_with_its_version(client: openai.AsyncOpenAI) 
 
 
 async def test_new_weights_reach_a_chat_and_the_responses_under_way(
-    client: openai.AsyncOpenAI, rollout_app: App[RolloutConfig], pusher: Pusher
+    client: openai.AsyncOpenAI, rollout_app: App[RolloutConfig], rollout_client: RolloutClient, pusher: Pusher
 ) -> None:
     asked = {"model": "policy", "messages": [{"role": "user", "content": "1+1"}], "logprobs": True, "extra_body": IDS}
-    text = "user=1+1;assistant="
-    prompt = [2 + CHARACTERS.index(character) for character in text]
-    stream = await client.chat.completions.create(**asked, n=32, seed=1, stream=True)
-    events = aiter(stream)
-    parts = [await anext(events)]
-    assert await pusher.push(policy_tensors(POLICIES[1]), 4, rollout_app.address, RUN) == ""
-    parts += [event async for event in events]
-    both = 0
-    for index in range(32):
-        mine = [event.choices[0] for event in parts if event.choices[0].index == index]
-        tokens = [token for part in mine for token in part.token_ids]
-        versions = [
-            span["policy_version"] for part in mine for span in part.policy_versions for _ in range(span["tokens"])
-        ]
-        by_version = {3 + policy: policy_logprobs(POLICIES[policy], prompt, tokens) for policy in (0, 1)}
+    prompt = [2 + CHARACTERS.index(character) for character in "user=1+1;assistant="]
+    pushed = asyncio.Event()
+    choices: list[Any] = []
+
+    async def chat_until_pushed() -> None:
+        while not pushed.is_set():
+            choices.extend((await client.chat.completions.create(**asked, n=4)).choices)
+
+    async with asyncio.TaskGroup() as group:
+        # Several calls at once, so that responses are under way at whatever moment the commit comes.
+        for _ in range(4):
+            group.create_task(chat_until_pushed())
+        await wait_for_state(rollout_client, lambda state: state.running > 0)
+        assert await pusher.push(policy_tensors(POLICIES[1]), 4, rollout_app.address, RUN) == ""
+        pushed.set()
+    mixed = [choice for choice in choices if len(choice.policy_versions) == 2]
+    assert mixed
+    for choice in mixed[:4]:
+        versions = [span["policy_version"] for span in choice.policy_versions for _ in range(span["tokens"])]
+        assert versions == sorted(versions)
+        by_version = {3 + each: policy_logprobs(POLICIES[each], prompt, choice.token_ids) for each in (0, 1)}
         expected = [by_version[version][place] for place, version in enumerate(versions)]
-        found = [token.logprob for part in mine for token in part.logprobs.content]
-        assert found == pytest.approx(expected, abs=TOLERANCE)
-        both += set(versions) == {3, 4}
-    assert both
+        assert [token.logprob for token in choice.logprobs.content] == pytest.approx(expected, abs=TOLERANCE)
 
     raw = await client.chat.completions.with_raw_response.create(**asked, max_tokens=8)
     answer = raw.parse()
@@ -212,3 +232,140 @@ async def test_new_weights_reach_a_chat_and_the_responses_under_way(
     assert (raw.headers["x-perigee-policy-version"], answer.policy_version) == ("4", 4)
     assert answer.choices[0].policy_versions == [{"policy_version": 4, "tokens": len(answer.choices[0].token_ids)}]
     assert "".join(token.token for token in answer.choices[0].logprobs.content) == answer.choices[0].message.content
+
+
+@asynccontextmanager
+async def paused_worker(folder: Path, **fields: Any) -> AsyncIterator[App[RolloutConfig]]:
+    """A worker whose engine hands out all but the last token and waits."""
+
+    @asynccontextmanager
+    async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
+        worker = Worker(app.config, open_policy(str(folder), None), PausedEngine(), "w")
+        worker.set_status(READY, RUN, 3)
+        service = RolloutService(worker, None)  # type: ignore[arg-type]
+        app.add(ROLLOUT, add_RolloutServiceServicer_to_server, service)
+        async with serve_endpoint(app, worker):
+            yield
+
+    async with serving(rollout_config(folder, "127.0.0.1:9", http={"port": 0}, **fields), lifespan) as app:
+        yield app
+
+
+def connect(app: App[RolloutConfig], token: str) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=f"http://{app.http_address}/v1", api_key=token, max_retries=0)
+
+
+async def test_a_token_for_the_policy_opens_the_endpoint_and_nothing_else(policy_folder: Path) -> None:
+    callers = {
+        "agent": {"tokens": ["a"], "audiences": ["policy"], "quota": {"per_second": 0.001}},
+        "team": {"tokens": ["t"], "audiences": ["control", "reward"]},
+    }
+    async with paused_worker(policy_folder, server={"callers": callers}) as app:
+        async with connect(app, "a") as agent, connect(app, "t") as team, connect(app, "wrong") as nobody:
+            assert [model.id async for model in agent.models.list()] == ["policy"]
+            for client, kind, status in (
+                (agent, "rate_limit_error", 429),
+                (team, "permission_error", 403),
+                (nobody, "authentication_error", 401),
+            ):
+                with pytest.raises(openai.APIStatusError) as caught:
+                    await client.completions.create(model="policy", prompt=PROMPT)
+                assert (caught.value.status_code, caught.value.body["type"]) == (status, kind)
+        async with RolloutClient.connect(app.address, token="t") as team_client:
+            assert (await team_client.get_state(pb.GetStateRequest())).policy_version == 3
+        async with RolloutClient.connect(app.address, token="a") as agent_client:
+            with pytest.raises(PermissionDeniedError, match="The token of agent is for policy"):
+                await agent_client.get_state(pb.GetStateRequest())
+
+
+async def test_a_stream_ends_with_the_reason_when_the_worker_stops(policy_folder: Path) -> None:
+    async with paused_worker(policy_folder, server={"drain_seconds": 0}) as app, connect(app, "none") as client:
+        stream = aiter(await client.completions.create(model="policy", prompt=PROMPT, max_tokens=20, stream=True))
+        assert (await anext(stream)).choices[0].text
+        draining = asyncio.create_task(app.drain())
+        with pytest.raises(openai.APIError, match="The service is stopping"):
+            [event async for event in stream]
+        await draining
+
+
+async def test_responses_are_bounded_over_all_calls(policy_folder: Path) -> None:
+    async with paused_worker(policy_folder) as app, connect(app, "none") as client:
+        asked = {"model": "policy", "prompt": [PROMPT] * 2, "max_tokens": 20, "n": 20, "stream": True}
+        async with await client.completions.create(**asked) as stream:
+            await anext(aiter(stream))
+            with pytest.raises(openai.RateLimitError, match="40 of at most 64 responses are under way, and 40 more"):
+                await client.completions.create(**asked)
+
+
+HARNESS = {
+    # What it asks of a chat, and of texts whose likelihood it compares.
+    "local-chat-completions": {
+        "output_type": "generate_until",
+        "doc_to_text": "{{question}}",
+        "doc_to_target": "{{choices[answer]}}",
+        "generation_kwargs": {"until": [";"], "max_gen_toks": 12},
+        "metric_list": [{"metric": "exact_match"}],
+    },
+    "local-completions": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    },
+}
+PROBLEMS = [{"question": f"{a}+{a}=", "choices": [f"{2 * a}", f"{a}5;"], "answer": a % 2} for a in range(6)]
+
+
+async def ask_with_harness(app: App[RolloutConfig], model: str, folder: Path, policy_folder: Path) -> list[Any]:
+    """The samples of lm-evaluation-harness on PROBLEMS, in order."""
+    tokenizer = folder / "tokenizer"
+    tokenizer.mkdir()
+    shutil.copy(policy_folder / "tokenizer.json", tokenizer)
+    (tokenizer / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    data = folder / "problems.jsonl"
+    data.write_text("".join(f"{json.dumps(problem)}\n" for problem in PROBLEMS))
+    source = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}}, "test_split": "test"}
+    # YAML takes JSON.
+    (folder / "sums.yaml").write_text(json.dumps({"task": "sums", **source, **HARNESS[model]}))
+    path = "chat/completions" if "chat" in model else "completions"
+    arguments = f"model=policy,base_url=http://{app.http_address}/v1/{path},max_retries=1,max_length={CONTEXT}"
+    arguments += ",num_concurrent=4" if "chat" in model else f",tokenizer_backend=huggingface,tokenizer={tokenizer}"
+    options = ["--tasks", "sums", "--include_path", str(folder), "--output_path", str(folder), "--log_samples"]
+    options += ["--apply_chat_template"] if "chat" in model else ["--batch_size", "4"]
+    environment = {"HF_HOME": str(folder / "hub"), "HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
+    assert LM_EVAL is not None
+    process = await asyncio.create_subprocess_exec(
+        LM_EVAL, "--model", model, "--model_args", arguments, *options, env=os.environ | environment, stderr=sys.stderr
+    )
+    assert await process.wait() == 0
+    return sorted(read_samples(folder), key=lambda sample: sample["doc_id"])
+
+
+def read_samples(folder: Path) -> list[Any]:
+    [samples] = folder.rglob("samples_*.jsonl")
+    return [json.loads(line) for line in samples.read_text().splitlines()]
+
+
+@pytest.mark.skipif(LM_EVAL is None, reason="needs lm_eval[api] on the PATH, or where PERIGEE_LM_EVAL says")
+async def test_lm_evaluation_harness_generates_and_compares_likelihoods(
+    client: openai.AsyncOpenAI, rollout_app: App[RolloutConfig], pusher: Pusher, policy_folder: Path, tmp_path: Path
+) -> None:
+    assert await pusher.push(policy_tensors(POLICIES[0]), 3, rollout_app.address, RUN) == ""
+    for model in HARNESS:
+        (folder := tmp_path / model).mkdir()
+        samples = await ask_with_harness(rollout_app, model, folder, policy_folder)
+        assert len(samples) == len(PROBLEMS)
+        for sample, problem in zip(samples, PROBLEMS, strict=True):
+            if model == "local-chat-completions":
+                messages = [{"role": "user", "content": problem["question"]}]
+                answer = await client.chat.completions.create(
+                    model="policy", messages=messages, max_tokens=12, temperature=0, stop=";"
+                )
+                assert sample["resps"] == [[answer.choices[0].message.content]]
+                continue
+            prompt = [2 + CHARACTERS.index(character) for character in problem["question"]]
+            for [[logprob, _]], choice in zip(sample["resps"], problem["choices"], strict=True):
+                tokens = [2 + CHARACTERS.index(character) for character in choice]
+                assert float(logprob) == pytest.approx(sum(policy_logprobs(POLICIES[0], prompt, tokens)), abs=1e-2)
