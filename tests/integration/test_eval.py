@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from perigee.buffer.v1 import buffer_pb2
+from perigee.cli.eval.suites import load_suite
 from perigee.files import read_lines
 from perigee.reward.client import RewardClient
+from perigee.reward.v1 import reward_pb2
 from tests.fixtures.cli import run_perigee
 from tests.fixtures.judge import FakeJudge, Reply
 
@@ -63,6 +66,23 @@ async def test_an_evaluation_from_answers_to_comparison(
     assert compared.code == 0, compared.stderr
     [found] = json.loads((tmp_path / "compared.json").read_text())
     assert (found["only_first"], found["only_second"], found["p"]) == (1, 0, 1.0)
+
+
+async def test_instructions_are_judged_together(tmp_path: Path, reward: RewardClient) -> None:
+    record = {
+        "key": 1,
+        "prompt": "Write JSON.",
+        "instruction_id_list": ["length_constraints:number_words", "detectable_format:json_format"],
+        "kwargs": [{"num_words": 3, "relation": "at least"}, {}],
+    }
+    (tmp_path / "ifeval_input_data.jsonl").write_text(json.dumps(record))
+    [problem] = load_suite("ifeval", tmp_path).problems
+    answers = ('["a", "b", "c"]', "a, b and c", '["a"]')
+    items = [reward_pb2.ScoreItem(id=answer, response=answer) for answer in answers]
+    for item in items:
+        item.MergeFrom(problem.line.item)
+    found = {each.id: each.verdict async for each in reward.score(reward_pb2.ScoreRequest(items=items))}
+    assert [found[answer] == buffer_pb2.VERDICT_CORRECT for answer in answers] == [True, False, False]
 
 
 async def test_what_is_wrong_is_one_line(

@@ -25,12 +25,15 @@ from typing import Any, NoReturn
 from pydantic import Field
 
 from perigee.chat import Asked, ChatMessage
+from perigee.cli.eval.ifeval import read_ifeval
 from perigee.config import Model, read_yaml, validate
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.reward.items import PromptLine, read_object, read_prompt_line, read_rows
 from perigee.reward.sources import Columns, read_data, read_source
 
 SUITES_PATH = Path(__file__).parent / "suites"
+# The first of them that a record has names its problem.
+ID_COLUMNS = ("task_id", "id", "key")
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 _COLUMN = re.compile(r"\{([A-Za-z_][\w -]*)\}")
 _CALL = re.compile(r"(\w+)\s*\(")
@@ -70,7 +73,7 @@ class Suite(Model):
     waits_for: str | None = None
     """What is missing before the suite can be used."""
     reader: str | None = None
-    """Reader that adds columns: mbpp or livecodebench."""
+    """Reader that adds columns: ifeval, livecodebench or mbpp."""
     answer_after: dict[str, str] = {}
     """Columns of which only what follows the last marker counts, without the commas in its numbers."""
     options: str | list[str] | None = None
@@ -170,7 +173,7 @@ def read_problems(name: str, suite: Suite, rows: Sequence[tuple[str, Record]]) -
     def read(record: Record, place: str) -> PromptLine:
         columns = add_columns(suite, record, place)
         prompt = fill(suite.prompt, columns, place)
-        default_id = str(columns.get("task_id") or columns.get("id") or place.rpartition(":")[2])
+        default_id = str(next(filter(None, map(columns.get, ID_COLUMNS)), place.rpartition(":")[2]))
         line = read_prompt_line({"id": default_id, "prompt": prompt} | fill_line(suite.line, columns, place), place)
         system = (ChatMessage(role="system", content=suite.system_prompt),) if suite.system_prompt else ()
         by_id[line.id] = Problem(name, line, (*system, ChatMessage(role="user", content=prompt)))
@@ -273,4 +276,8 @@ def read_private_cases(text: str) -> list[dict[str, str]]:
     return list(json.loads(_TextUnpickler(packed).load()))
 
 
-READERS: Mapping[str, Callable[[Record], Record]] = {"mbpp": read_mbpp, "livecodebench": read_livecodebench}
+READERS: Mapping[str, Callable[[Record], Record]] = {
+    "ifeval": read_ifeval,
+    "livecodebench": read_livecodebench,
+    "mbpp": read_mbpp,
+}
