@@ -41,7 +41,7 @@ async def rollout_stack(folder: Path, config: RolloutConfig, run_id: str) -> Asy
     """
     buffer_port, rollout_port = pick_ports(2)
     buffer_address, rollout_address = f"{HOST}:{buffer_port}", f"{HOST}:{rollout_port}"
-    settings = {name: getattr(config, name) for name in config.model_fields_set}
+    settings = config.model_dump(mode="json", exclude_unset=True)
     settings |= {"buffer_address": buffer_address, "coordinator_address": None}
     processes: list[ChildProcess] = []
     try:
