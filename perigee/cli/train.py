@@ -246,11 +246,11 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
         for line in await asyncio.to_thread(check_inputs, recipe):
             view.note(line)
     trackers = Trackers(run.path, recipe.values, view.note)
-    await asyncio.to_thread(trackers.open, recipe.head.trackers)
     config_yaml = dump_yaml(recipe.values["run"])
     request = pb.StartRunRequest(run_id=run.run_id, config_yaml=config_yaml, run_path=str(run.path))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(trackers.close)
+        await asyncio.to_thread(trackers.open, recipe.head.trackers)
         local: LocalStack | None = None
         address, channel = options.coordinator, options.channel
         if address is None:
