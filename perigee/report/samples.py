@@ -131,7 +131,7 @@ def text_lines(sample: Sample) -> list[str]:
 
 def printable(text: str) -> str:
     """Returns a text without what a terminal would take for commands."""
-    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    return "".join(letter if letter.isprintable() or letter == "\t" else "\N{REPLACEMENT CHARACTER}" for letter in text)
 
 
 def pick_each_kind(samples: Sequence[Sample]) -> list[Sample]:

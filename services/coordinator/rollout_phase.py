@@ -61,7 +61,7 @@ class RolloutPhase:
             self._extend,
             context.status.set_waiting,
         )
-        # One call after another for each budget: long ones first, those of one length in one call.
+        # A worker is called once for each budget, in turn: those of one length go together, long ones first.
         await dispatcher.run(sorted(starts, key=lambda key: -self._budget_of(self.groups.trajectory(key))))
         self.counts.tokens = sum(trajectory.tokens - starts[trajectory.id] for trajectory in trajectories)
         return self.counts

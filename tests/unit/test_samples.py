@@ -16,7 +16,9 @@ from services.coordinator.run_log import RunLog
 
 
 def make(number: int, verdict: str = "wrong", end: str = "stop", iteration: int = 1, evaluation: str = "") -> Sample:
-    return Sample(iteration, evaluation, f"t{number}", "p", "math", "1+1=", "so: 2\u2028", 3, [0], end, verdict, 0.0)
+    return Sample(
+        iteration, evaluation, f"t{number}", "p", "math", "1+1=", "so:\t2\u2028\x1b[31m", 3, [0], end, verdict, 0.0
+    )
 
 
 MANY = [
@@ -81,7 +83,8 @@ def test_the_command_shows_samples_and_says_when_there_is_none(tmp_path: Path) -
     arguments = ["samples", str(tmp_path / "r"), "--runs-dir", str(tmp_path)]
     shown = runner.invoke(app, [*arguments, "--verdict", "repeated"])
     assert (shown.exit_code, shown.output.count("---")) == (0, 1)
-    assert "> so: 2" in shown.output
+    assert "> so:\t2" in shown.output
+    assert "\x1b" not in shown.output
     assert len(runner.invoke(app, [*arguments, "-n", "3", "--json"]).output.split("\n")) == 4
     assert runner.invoke(app, [*arguments, "--verdict", "nice"]).exit_code != 0
     assert runner.invoke(app, [*arguments, "--domain", "code"]).exit_code != 0
