@@ -44,7 +44,7 @@ RANGES = (
     MetricRange(
         "train/train_infer_logprob_diff_mean",
         "mean log-probability difference of rollout and trainer",
-        "set run.update.tis_cap to 2, or rollout.dtype and trainer.dtype to float32",
+        "keep run.update.tis_cap at 2, or set rollout.dtype and trainer.dtype to float32",
         high=0.05,
     ),
     MetricRange(
