@@ -118,15 +118,14 @@ def text_lines(sample: Sample) -> list[str]:
     where = f"{sample.evaluation} evaluation, " if sample.evaluation else ""
     versions = ", ".join(map(str, sample.policy_versions))
     reward = "no reward" if sample.reward is None else f"reward {sample.reward:g}"
-    lines = [
+    return [
         f"--- {sample.kind} · {sample.verdict}, {reward} · {where}iteration {sample.iteration} · {sample.domain} · "
         f"{sample.id} · {sample.tokens:,} tokens, {sample.finish_reason} · policy version {versions}",
         *(f"  {printable(line)}" for line in sample.prompt.splitlines()),
         *(f"> {printable(line)}" for line in (sample.response.splitlines() or ["(an empty response)"])),
+        *(f"answer: {printable(line)}" for line in sample.extracted_answer.splitlines()),
+        *(f"reason: {printable(line)}" for line in sample.reason.splitlines()),
     ]
-    if sample.extracted_answer:
-        lines.append(f"answer: {printable(sample.extracted_answer)}")
-    return [*lines, f"reason: {printable(sample.reason)}"] if sample.reason else lines
 
 
 def printable(text: str) -> str:
