@@ -71,8 +71,6 @@ class Totals:
     train_infer_logprob_diff_max: float = 0.0
     # Seconds per phase, those before the first iteration included.
     seconds: dict[str, float] = field(default_factory=dict)
-    # Iterations in which no group trained.
-    iterations_untrained: int = 0
 
     def add_seconds(self, phase: str, seconds: float) -> None:
         """Adds to a phase's seconds."""
@@ -85,7 +83,6 @@ class Totals:
             trajectories_trained=self.trajectories_trained + line["train/trajectories"],
             trajectories_multi_version=self.trajectories_multi_version + line["train/trajectories_multi_version"],
             train_infer_logprob_diff_max=max(self.train_infer_logprob_diff_max, line.get(LOGPROB_DIFF) or 0.0),
-            iterations_untrained=self.iterations_untrained + (not line["train/groups"]),
             seconds=dict(self.seconds),
         )
         for name, phase in timeline.phases.items():
@@ -132,9 +129,14 @@ class Committed:
     policy_version: int
     state: CoordinatorState
 
+    @property
+    def untrained(self) -> int:
+        """Iterations so far in which no group trained."""
+        return int((self.state.last_line or {}).get("untrained_iterations", 0))
+
     def uncounted(self, iterations: int) -> int:
         """Returns how many iterations do not count towards `iterations`: those without training, as many at most."""
-        return min(self.state.totals.iterations_untrained, iterations)
+        return min(self.untrained, iterations)
 
 
 class Iteration:
@@ -181,6 +183,7 @@ class Iteration:
         line: dict[str, Any] = {
             "iteration": self._number,
             "policy_version": version,
+            "untrained_iterations": self._committed.untrained + (not batch.groups),
             **reward_metrics(batch, self._scoring_failures, weights),
             **rollout_metrics(counts, batch, self._timeline, weights),
             "rollout/live_groups": len(self._groups) - len(batch.consumed),

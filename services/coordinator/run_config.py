@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, TypeVar
 import yaml
 from google.protobuf.json_format import ParseDict
 from google.protobuf.message import Message
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, create_model, field_serializer, field_validator, model_validator
 
 from perigee.config import Model, validate
 from perigee.errors import InvalidArgumentError
@@ -307,7 +307,8 @@ class RunConfig(Model):
     """Groups generated at once; those that were trained on are replaced by new ones. By rule of thumb 32 to 256: an
     update on fewer follows the luck of a few prompts, more of them wait longer for an update."""
     group_size: int = Field(8, ge=2)
-    """Trajectories per group."""
+    """Trajectories per group. DAPO (arXiv 2503.14476) takes 16, GRPO (arXiv 2402.03300) 64; in smaller groups all
+    rewards are equal more often, and nothing is trained."""
     rollout: RolloutSettings = RolloutSettings()
     """Sampling of trajectories."""
     curriculum: CurriculumConfig = CurriculumConfig()
@@ -420,7 +421,17 @@ def parse_run_config(text: str) -> RunConfig:
 def config_digest(config: RunConfig) -> str:
     """Returns a digest of everything that must stay the same when a run is resumed.
 
-    Defaults are left out, so that a coordinator of a version with more keys resumes the run.
+    Defaults are left out, so that a coordinator of a version with more keys resumes the run. A key counts from the
+    default that it had first: a run goes on with the values that it began with, or not at all.
     """
-    values = config.model_dump(mode="json", exclude=_NOT_IN_DIGEST, exclude_defaults=True)
+    rollout = create_model("FirstRollout", __base__=RolloutSettings, max_response_tokens=(int, 200))
+    kind: type[RunConfig] = create_model(
+        "FirstRun",
+        __base__=type(config),
+        max_live_groups=(int, 160),
+        rollout=(rollout, rollout()),
+        optimizer=(OptimizerConfig, OptimizerConfig(learning_rate=2e-4)),
+    )
+    first = kind.model_construct(**dict(config) | {"rollout": rollout(**dict(config.rollout))})
+    values = first.model_dump(mode="json", exclude=_NOT_IN_DIGEST, exclude_defaults=True)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

@@ -111,3 +111,14 @@ def test_a_key_that_a_later_version_adds_leaves_the_digest(tmp_path: Path) -> No
     digest = config_digest(RunConfig(**values))
     assert config_digest(LaterRun(**values)) == digest
     assert config_digest(LaterRun(**values, update=LaterUpdate(min_trained_tokens=4))) != digest
+
+
+def test_a_key_whose_default_changed_counts_from_its_first_default() -> None:
+    values = {"model": "m", "prompts": "p", "heldout": "h", "iterations": 3, "group_size": 4}
+    first = {"max_live_groups": 160, "rollout": {"max_response_tokens": 200}, "optimizer": {"learning_rate": 2e-4}}
+    # As version 0.2.0 had it, whether or not the recipe named these.
+    digest = "4069843c7a72abfdd40d08ac7661ff0d"
+    assert config_digest(RunConfig(**values, **first)) == digest
+    for key in first:
+        others = {name: value for name, value in first.items() if name != key}
+        assert config_digest(RunConfig(**values, **others)) != digest

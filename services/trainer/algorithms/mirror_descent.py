@@ -23,7 +23,8 @@ class PolicyMirrorDescent(Algorithm):
         """Settings of policy mirror descent."""
 
         tau: float = Field(0.1, ge=0, allow_inf_nan=False)
-        """Strength of the pull towards the policy that opens the iteration."""
+        """Strength of the pull towards the policy that opens the iteration; `update.token_scale` says how far it lets a
+        response move. Raise it when `train/kl_k3` passes its range."""
         baseline: Literal["mean", "log_mean_exp"] = "mean"
         """What stands for tau log Z: the group's mean reward, or tau log mean exp(r / tau)."""
 
