@@ -44,20 +44,23 @@ def test_no_more_micro_batches_than_needed() -> None:
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 def test_padding_and_back_is_the_identity_with_its_gradient(lengths: list[int]) -> None:
-    packed = pack_layout(lengths, torch.device("cpu"))
+    batches = pack_layout(lengths, torch.device("cpu")).batches
     generator = torch.Generator().manual_seed(0)
     x_T3 = torch.randn(sum(lengths), 3, generator=generator, requires_grad=True)
-    padded = pad(x_T3, packed)
-    assert padded.shape == (len(lengths), max(lengths), 3)
-    start = 0
-    for row, length in zip(padded, lengths, strict=True):
-        assert torch.equal(row[:length], x_T3[start : start + length])
-        assert not row[length:].any()
-        start += length
-    weights_NL3 = torch.randn(padded.shape, generator=generator)
-    back_T3 = unpad(padded * weights_NL3, packed)
-    back_T3.sum().backward()
-    assert torch.equal(x_T3.grad, unpad(weights_NL3, packed))
+    remaining = list(lengths)
+    for x_B3, batch in zip(x_T3.split([len(batch.rows_T) for batch in batches]), batches, strict=True):
+        own, remaining = remaining[: batch.sequences], remaining[batch.sequences :]
+        padded = pad(x_B3, batch)
+        assert padded.shape == (len(own), max(own), 3)
+        assert min(own) >= 0.7 * max(own)
+        for row, length, part in zip(padded, own, x_B3.split(own), strict=True):
+            assert torch.equal(row[:length], part)
+            assert not row[length:].any()
+        weights_NL3 = torch.randn(padded.shape, generator=generator)
+        back_B3 = unpad(padded * weights_NL3, batch)
+        [gradient_B3] = torch.autograd.grad(back_B3.sum(), [x_B3])
+        assert torch.equal(gradient_B3, unpad(weights_NL3, batch))
+    assert not remaining
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))

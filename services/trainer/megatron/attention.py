@@ -10,7 +10,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from services.trainer.packing import PackLayout, pad, unpad
+from services.trainer.packing import PackLayout, PaddedBatch, pad, unpad
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is untyped
@@ -42,12 +42,20 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is
     ) -> torch.Tensor:
         """Attends from query [T, 1, heads, d] to key and value [T, 1, groups, d]; returns [T, 1, heads * d]."""
         assert packed_seq_params is not None, "packed micro-batches only"
-        packed = packed_seq_params
-        query_NHLD, key_NGLD, value_NGLD = (pad(x.squeeze(1), packed).transpose(1, 2) for x in (query, key, value))
+        batches = packed_seq_params.batches
+        sizes = [len(batch.rows_T) for batch in batches]
+        parts = zip(*(torch.split(x.squeeze(1), sizes) for x in (query, key, value)), batches, strict=True)
+        contexts = [self._attend(*part) for part in parts]
+        return (contexts[0] if len(contexts) == 1 else torch.cat(contexts)).unsqueeze(1)
+
+    def _attend(
+        self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, batch: PaddedBatch
+    ) -> torch.Tensor:
+        query_NHLD, key_NGLD, value_NGLD = (pad(x, batch).transpose(1, 2) for x in (query_THD, key_TGD, value_TGD))
         context_NHLD = F.scaled_dot_product_attention(
             query_NHLD, key_NGLD, value_NGLD, is_causal=True, scale=self.scale, enable_gqa=self.grouped
         )
-        return unpad(context_NHLD.transpose(1, 2).flatten(2), packed).unsqueeze(1)
+        return unpad(context_NHLD.transpose(1, 2).flatten(2), batch)
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Returns nothing: attention has no weights."""
