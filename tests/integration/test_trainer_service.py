@@ -82,7 +82,7 @@ async def test_a_malformed_line_is_named(trainer: TrainerAt, tmp_path: Path, lin
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(InvalidArgumentError, match=message) as caught:
         [_ async for _ in trainer.client.fine_tune(fine_tune_request(path), timeout_s=60)]
-    assert caught.value.violations[0].field == "dataset_path"
+    assert caught.value.violations[0].field.startswith(f"dataset_path: {path}:2")
     assert str(path) in caught.value.message
 
 
