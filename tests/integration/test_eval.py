@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,10 @@ async def test_an_evaluation_from_answers_to_comparison(
     fake_judge.otherwise = saying("I do not know.", "length")
     two = str(tmp_path / "two")
     await run_perigee(*asked, "--samples", "0", "--out", two)
-    assert json.loads((tmp_path / "two" / "results.json").read_text())["suites"]["sums"]["overall"]["truncated"] == 1.0
+    shutil.copy(suite, tmp_path / "more.jsonl")
+    await run_perigee(*asked[:-1], str(tmp_path / "more.jsonl"), "--samples", "0", "--limit", "1", "--out", two)
+    suites = json.loads((tmp_path / "two" / "results.json").read_text())["suites"]
+    assert {name: each["overall"]["truncated"] for name, each in suites.items()} == {"sums": 1.0, "more": 1.0}
     compared = await run_perigee("eval", "compare", one, two, "--json", str(tmp_path / "compared.json"))
     assert compared.code == 0, compared.stderr
     [found] = json.loads((tmp_path / "compared.json").read_text())

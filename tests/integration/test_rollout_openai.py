@@ -18,6 +18,8 @@ import pytest_asyncio
 
 from perigee.buffer.client import BufferClient
 from perigee.errors import PermissionDeniedError
+from perigee.files import read_lines
+from perigee.reward.client import RewardClient
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import add_RolloutServiceServicer_to_server
@@ -26,6 +28,7 @@ from services.rollout.config import RolloutConfig
 from services.rollout.model import open_policy
 from services.rollout.service import ROLLOUT, RolloutService, serve_endpoint
 from services.rollout.worker import READY, Worker
+from tests.fixtures.cli import run_perigee
 from tests.fixtures.rollout import (
     CHARACTERS,
     CONTEXT,
@@ -346,6 +349,20 @@ async def ask_with_harness(app: App[RolloutConfig], model: str, folder: Path, po
 def read_samples(folder: Path) -> list[Any]:
     [samples] = folder.rglob("samples_*.jsonl")
     return [json.loads(line) for line in samples.read_text().splitlines()]
+
+
+async def test_an_evaluation_is_of_one_version(
+    rollout_app: App[RolloutConfig], pusher: Pusher, reward: RewardClient, tmp_path: Path
+) -> None:
+    suite = tmp_path / "sums.jsonl"
+    suite.write_text(json.dumps({"id": "a", "prompt": "1+1=", "verifier": "math", "answer": "2"}))
+    asked = ("eval", "--endpoint", f"http://{rollout_app.http_address}/v1", "--model", "policy", str(suite), "--plain")
+    options = ("--reward", reward.target, "--samples", "1", "--max-tokens", "4", "--out", str(tmp_path / "out"))
+    for version in (7, 7, 8):
+        assert await pusher.push(policy_tensors(POLICIES[0]), version, rollout_app.address, RUN) == ""
+        ended = await run_perigee(*asked, *options)
+        assert ended.code == 0, ended.stderr
+    assert len(read_lines(tmp_path / "out" / "answers.jsonl")) == 4
 
 
 @pytest.mark.skipif(LM_EVAL is None, reason="needs lm_eval[api] on the PATH, or where PERIGEE_LM_EVAL says")

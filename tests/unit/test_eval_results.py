@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.cli.eval.model import Completion, Endpoint, local_endpoint
+from perigee.cli.eval.model import Completion, Endpoint, find_model, local_endpoint
 from perigee.cli.eval.results import compare, read_answers, summarize
 from perigee.cli.eval.run import AnswerStore, Attempt, make_attempts
 from perigee.cli.eval.suites import LoadedSuite, SamplingSettings, load_suite
@@ -109,3 +109,13 @@ def test_a_local_model_is_asked_by_its_template(
     assert tokenizer.decode(greedy.body["prompt"], skip_special_tokens=False) == text
     # The context has 256 tokens, the suite's cap is 2,048.
     assert greedy.body["max_tokens"] == 256 - len(greedy.body["prompt"])
+
+
+def test_a_run_is_asked_as_it_was_trained(tmp_path: Path, suite: LoadedSuite) -> None:
+    write_chat_model(tmp_path / "run" / "model")
+    (tmp_path / "run" / "recipe.yaml").write_text("run: {chat: never, instruction: Be brief.}")
+    folder, run = find_model("run", tmp_path)
+    endpoint = local_endpoint(folder, chat=True, run=run)
+    [greedy] = make_attempts(suite, SamplingSettings(samples=0), endpoint, "")
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert tokenizer.decode(greedy.body["prompt"], skip_special_tokens=False) == "<bos>1+1=\nBe brief."

@@ -17,6 +17,7 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 from perigee.chat import Asked, ChatMessage, read_question
 from perigee.cli.run_folder import find_run
 from perigee.cli.stack import HOST, START_TIMEOUT_S, pick_ports, start_guarded
+from perigee.config import read_yaml
 from perigee.errors import FailedPreconditionError, InternalError, InvalidArgumentError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2
 from services.kit.chat import PromptEncoder, open_encoder
@@ -26,7 +27,7 @@ SERVED_NAME = "policy"
 POLL_S = 0.5
 ATTEMPTS = 6
 # Servers answer with these what may pass, and what every other request would meet, too.
-PASSING_STATUS, FATAL_STATUS = (408, 409, 429), (401, 403, 404)
+PASSING_STATUS, FATAL_STATUS = (408, 409, 429), (401, 403, 404, 412)
 # Errors of one request, beside which others are answered.
 REQUEST_ERRORS = (InternalError, InvalidArgumentError)
 # What a model's generation_config.json would change about a stated sampling, in vLLM's words.
@@ -97,6 +98,17 @@ class Endpoint:
         return read_completion(await retrying(_post, client, url, body), url)
 
 
+async def fix_version(endpoint: Endpoint) -> Endpoint:
+    """Returns an endpoint that answers by the policy version that it has now, where it has versions, as workers do."""
+    async with endpoint.make_client(1) as client:
+        try:
+            models = (await client.get(f"{endpoint.url.rstrip('/')}/models")).json()["data"]
+            versions = [each["policy_version"] for each in models if each["id"] == endpoint.model]
+        except (httpx.TransportError, ValueError, LookupError, TypeError):
+            return endpoint
+    return replace(endpoint, extra={**endpoint.extra, "policy_version": versions[0]}) if versions else endpoint
+
+
 async def _post(client: httpx.AsyncClient, url: str, body: Mapping[str, Any]) -> httpx.Response:
     try:
         response = await client.post(url, json=body)
@@ -124,13 +136,13 @@ def read_completion(response: httpx.Response, url: str) -> Completion:
         raise InternalError(f"{url} gave no completion: {response.text[:300]!r}") from error
 
 
-def find_model(name: str, runs_path: Path) -> Path:
-    """Returns the model folder that `name` is, or that the run of this name exported.
+def find_model(name: str, runs_path: Path) -> tuple[Path, Mapping[str, Any] | None]:
+    """Returns the model folder that `name` is, or that the run of this name exported, then with the run's settings.
 
     Raises InvalidArgumentError when there is neither.
     """
     if (folder := Path(name) / "config.json").is_file():
-        return folder.parent.absolute()
+        return folder.parent.absolute(), None
     if Path(name).is_dir() and not (Path(name) / "recipe.yaml").is_file():
         raise InvalidArgumentError.for_field(name, "is neither a model folder (no config.json) nor a run")
     run = find_run(runs_path, name)
@@ -140,18 +152,23 @@ def find_model(name: str, runs_path: Path) -> Path:
         raise InvalidArgumentError.for_field(
             name, f"has no exported model at {exported}; a run exports it when it has finished"
         )
-    return exported
+    return exported, read_yaml(run.recipe_path).get("run") or {}
 
 
-def local_endpoint(folder: Path, chat: bool) -> Endpoint:
+def local_endpoint(folder: Path, chat: bool, run: Mapping[str, Any] | None = None) -> Endpoint:
     """Returns the endpoint of a model folder, without the URL that it gets once it is served.
 
-    Raises InvalidArgumentError when the folder is no model's.
+    It asks by chat where the model has a template, or as a `run` of these settings asked. Raises InvalidArgumentError
+    when the folder is no model's.
     """
-    encoder = open_encoder(open_model_folder(folder, "MODEL"), trainer_pb2.ChatSettings(mode="always"))
-    if not chat or encoder.template is None:
-        encoder = replace(encoder, settings=trainer_pb2.ChatSettings(mode="never"))
-    return Endpoint("", SERVED_NAME, encoder.settings.mode == "always", encoder, extra=NEUTRAL)
+    encoder = open_encoder(open_model_folder(folder, "MODEL"))
+    if run is not None:
+        texts = {key: run.get(key) or "" for key in ("system_prompt", "instruction")}
+        settings = trainer_pb2.ChatSettings(mode=run.get("chat") or "auto", **texts)
+    else:
+        chat = chat and encoder.template is not None
+        settings = trainer_pb2.ChatSettings(mode="always" if chat else "never")
+    return Endpoint("", SERVED_NAME, chat, replace(encoder, settings=settings), extra=NEUTRAL)
 
 
 def identify_weights(folder: Path) -> str:
@@ -162,9 +179,11 @@ def identify_weights(folder: Path) -> str:
 
 @asynccontextmanager
 async def serving_model(
-    folder: Path, log_path: Path, concurrency: int, dtype: str, note: Callable[[str], None]
+    folder: Path, log_path: Path, concurrency: int, max_model_len: int, dtype: str, note: Callable[[str], None]
 ) -> AsyncIterator[str]:
     """Serves a model folder with vLLM on this machine while the block runs; yields the URL.
+
+    `max_model_len` bounds a prompt with its response, for which the cache must have room.
 
     Raises UnavailableError when the server does not start.
     """
@@ -176,6 +195,7 @@ async def serving_model(
         "port": str(port),
         "dtype": dtype,
         "max-num-seqs": str(concurrency),
+        "max-model-len": str(max_model_len),
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += [word for name, value in arguments.items() for word in (f"--{name}", value)]

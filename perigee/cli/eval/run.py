@@ -22,6 +22,7 @@ from perigee.cli.eval.model import (
     Completion,
     Endpoint,
     find_model,
+    fix_version,
     identify_weights,
     local_endpoint,
     serving_model,
@@ -65,21 +66,32 @@ class EvalOptions:
 
 @dataclass(frozen=True)
 class Target:
-    """Model that is evaluated; `identity` tells its weights from others, `folder` is None behind an endpoint."""
+    """Model that is evaluated; `identity` tells its weights from others, `folder` is None behind an endpoint.
+
+    `as_trained` asks prompt files as the run did that made the model.
+    """
 
     name: str
     endpoint: Endpoint
     identity: str
     folder: Path | None = None
+    as_trained: Endpoint | None = None
+
+    def plan(self, suite: LoadedSuite, sampling: SamplingSettings) -> list[Attempt]:
+        """Returns the responses that a suite asks for, greedy ones first."""
+        endpoint = (self.as_trained if suite.is_prompt_file else None) or self.endpoint
+        return make_attempts(suite, sampling, endpoint, self.identity)
 
 
-def open_target(options: EvalOptions) -> Target:
+async def open_target(options: EvalOptions) -> Target:
     """Returns the model; what is asked of a local one does not depend on where it will be served."""
     if options.endpoint is not None:
-        return Target(options.endpoint.model, options.endpoint, f"{options.endpoint.url} {options.endpoint.model}")
-    folder = find_model(str(options.target), options.runs_path)
+        endpoint = await fix_version(options.endpoint)
+        return Target(endpoint.model, endpoint, f"{endpoint.url} {endpoint.model}")
+    folder, run = find_model(str(options.target), options.runs_path)
     identity = f"{identify_weights(folder)} {options.dtype}"
-    return Target(str(options.target), local_endpoint(folder, options.chat), identity, folder)
+    as_trained = None if run is None else local_endpoint(folder, options.chat, run)
+    return Target(str(options.target), local_endpoint(folder, options.chat), identity, folder, as_trained)
 
 
 @dataclass(frozen=True)
@@ -189,13 +201,9 @@ async def evaluate(options: EvalOptions, console: Console, interrupt: Interrupt)
     samplings = {suite.name: choose_sampling(suite, options.sampling) for suite in suites}
     if len(samplings) < len(suites):
         raise InvalidArgumentError.for_field("SUITE", f"two suites have the same name: {', '.join(samplings)}")
-    target = open_target(options)
+    target = await open_target(options)
     out = options.out or Path("evals") / re.sub(r"[^\w.-]+", "-", target.name).strip("-")
-    attempts = [
-        attempt
-        for suite in suites
-        for attempt in make_attempts(suite, samplings[suite.name], target.endpoint, target.identity)
-    ]
+    attempts = [attempt for suite in suites for attempt in target.plan(suite, samplings[suite.name])]
 
     def note(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -223,9 +231,11 @@ async def serving(
             interrupt.end_at_once = local.kill
             await stack.enter_async_context(local)
             [(reward, channel)] = [(each.address, each.channel) for each in local.specs if each.service == "reward"]
-        if target.folder is not None:
+        if target.folder is not None and endpoint.encoder is not None:
+            longest = max(len(each.body["prompt"]) + each.body["max_tokens"] for each in missing)
+            length = min(longest, endpoint.encoder.model.context_tokens)
             log_path = path / "logs" / "vllm.log"
-            server = serving_model(target.folder, log_path, options.concurrency, options.dtype, note)
+            server = serving_model(target.folder, log_path, options.concurrency, length, options.dtype, note)
             endpoint = replace(endpoint, url=await stack.enter_async_context(server))
         yield endpoint, await stack.enter_async_context(RewardClient(reward, channel))
 
@@ -286,12 +296,12 @@ def write_results(
 ) -> None:
     """Writes results.json and prints the figures. Raises FailedPreconditionError when no response was judged."""
     figures = {suite: summarize(some) for suite, some in by_suite(answers).items()}
-    results = {
-        "model": target.name,
-        "endpoint": None if target.folder else target.endpoint.url,
-        "sampling": {suite: sampling.model_dump() for suite, sampling in samplings.items()},
-        "suites": to_json(figures),
-    }
+    head = {"model": target.name, "endpoint": None if target.folder else target.endpoint.url}
+    found = {"sampling": {suite: each.model_dump() for suite, each in samplings.items()}, "suites": to_json(figures)}
+    before = json.loads((out / RESULTS_FILE).read_text()) if (out / RESULTS_FILE).is_file() else {}
+    # Other suites of the same model stay.
+    kept = before if all(before.get(key) == value for key, value in head.items()) else {}
+    results = head | {key: kept.get(key, {}) | values for key, values in found.items()}
     write_atomically(out / RESULTS_FILE, f"{json.dumps(results, indent=2)}\n".encode())
     reasons = Counter(answer["reason"] for answer in answers if answer["verdict"] == "failed")
     if reasons:

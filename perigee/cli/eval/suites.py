@@ -104,6 +104,7 @@ class LoadedSuite:
     name: str
     sampling: SamplingSettings
     problems: Sequence[Problem]
+    is_prompt_file: bool = False
 
 
 def suite_names() -> list[str]:
@@ -125,7 +126,8 @@ def load_suite(name: str, data_path: Path, limit: int | None = None) -> LoadedSu
     if name.endswith(".jsonl"):
         path = Path(name)
         lines = read_source(path, Columns(), name)[:limit]
-        return LoadedSuite(path.stem, SamplingSettings(), [Problem(path.stem, line, line.asked) for line in lines])
+        problems = [Problem(path.stem, line, line.asked) for line in lines]
+        return LoadedSuite(path.stem, SamplingSettings(), problems, is_prompt_file=True)
     path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES_PATH / f"{name}.yaml"
     if not path.is_file():
         raise InvalidArgumentError.for_field(
