@@ -11,7 +11,7 @@ from tokenizers import Tokenizer
 from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.eval.model import Completion, Endpoint, find_model, local_endpoint
 from perigee.cli.eval.results import compare, read_answers, summarize
-from perigee.cli.eval.run import AnswerStore, Attempt, make_attempts
+from perigee.cli.eval.run import AnswerStore, Attempt, make_attempts, runs_code
 from perigee.cli.eval.suites import LoadedSuite, SamplingSettings, load_suite
 from perigee.errors import InvalidArgumentError
 from perigee.reward.v1 import reward_pb2
@@ -86,6 +86,12 @@ def test_an_evaluation_goes_on_and_keeps_what_is_the_same(tmp_path: Path, suite:
     assert len(other.missing()) == 3
     other.close()
     assert [line["verdict"] for line in read_answers(tmp_path / "out")] == ["correct", "failed"]
+
+
+def test_a_part_that_is_code_needs_the_sandbox(suite: LoadedSuite) -> None:
+    item = reward_pb2.ScoreItem()
+    item.composite.parts.add(name="program").verifier.code.function_name = "f"
+    assert [runs_code(each) for each in (item, suite.problems[0].line.item)] == [True, False]
 
 
 def test_requests(suite: LoadedSuite) -> None:

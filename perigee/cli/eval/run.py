@@ -226,8 +226,7 @@ async def serving(
     async with AsyncExitStack() as stack:
         reward, channel, endpoint = options.reward, options.channel, target.endpoint
         if reward is None:
-            needs_code = any(attempt.problem.line.item.WhichOneof("verifier") == "code" for attempt in missing)
-            local = plan_reward_stack(path, needs_code, note)
+            local = plan_reward_stack(path, any(runs_code(each.problem.line.item) for each in missing), note)
             interrupt.end_at_once = local.kill
             await stack.enter_async_context(local)
             [(reward, channel)] = [(each.address, each.channel) for each in local.specs if each.service == "reward"]
@@ -238,6 +237,12 @@ async def serving(
             server = serving_model(target.folder, log_path, options.concurrency, length, options.dtype, note)
             endpoint = replace(endpoint, url=await stack.enter_async_context(server))
         yield endpoint, await stack.enter_async_context(RewardClient(reward, channel))
+
+
+def runs_code(item: reward_pb2.ScoreItem) -> bool:
+    """Returns whether the item, or a part of it, is judged in the sandbox."""
+    kinds = {item.WhichOneof("verifier"), *(part.verifier.WhichOneof("kind") for part in item.composite.parts)}
+    return "code" in kinds
 
 
 def plan_reward_stack(path: Path, needs_code: bool, note: Report) -> LocalStack:
