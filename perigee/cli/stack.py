@@ -85,8 +85,9 @@ def plan_stack(
         sets += [f"{peer}_address={addresses[peer]}" for peer in PEERS.get(service, ()) if peer in addresses]
         if service == "rollout":
             sets.append(f"worker_id={name}")
-            if first := server.get("metrics_port"):
-                sets.append(f"server.metrics_port={first + int(name.partition('-')[2])}")
+            http = (values.get(service) or {}).get("http") or {}
+            ports = {"server.metrics_port": server.get("metrics_port"), "http.port": http.get("port")}
+            sets += [f"{key}={first + int(name.partition('-')[2])}" for key, first in ports.items() if first]
         arguments = [sys.executable, "-m", f"services.{service}", "--config", str(run.recipe_path)]
         for override in sets:
             arguments += ["--set", override]

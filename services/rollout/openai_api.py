@@ -6,6 +6,7 @@ engine recomputes their keys and values, and `policy_versions` says which tokens
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from perigee.buffer.packing import pack_token_ids, unpack_logprobs, unpack_token_ids
@@ -83,7 +85,7 @@ class Choice:
     prompt: list[int]
     request: pb.GenerateRequest
     stops: Sequence[str]
-    model: PolicyModel
+    tokenizer: Tokenizer
     echo: list[Token] = field(default_factory=list)
     is_scored: bool = False
     """Whether the echoed tokens get their log-probabilities."""
@@ -103,7 +105,7 @@ class Choice:
         for count, (token_id, logprob) in enumerate(zip(token_ids, unpack_logprobs(chunk.logprobs), strict=True), 1):
             # The token that ends a response is none of its text.
             is_text = not (stops and count == len(token_ids))
-            text = (self._decoder.step(self.model.tokenizer, token_id) or "") if is_text else ""
+            text = (self._decoder.step(self.tokenizer, token_id) or "") if is_text else ""
             self.tokens.append(Token(token_id, logprob, text, begin + len(self.text)))
             if self._append(text):
                 break
@@ -135,7 +137,7 @@ class Choice:
         """Gives the echoed tokens after the first their log-probabilities."""
         for place, score in enumerate(scores, 1):
             token = self.echo[place]
-            best = self.model.tokenizer.decode([score.best_token_id], skip_special_tokens=False)
+            best = self.tokenizer.decode([score.best_token_id], skip_special_tokens=False)
             tops = {token.text: score.logprob, best: score.best_logprob}
             self.echo[place] = replace(token, logprob=score.logprob, best=tops)
 
@@ -150,7 +152,7 @@ class Choice:
     def _broken_character(self, stops: bool) -> str:
         """Returns the text of last tokens that never became a whole character."""
         ids = [token.id for token in self.tokens]
-        whole = self.model.tokenizer.decode(ids[:-1] if stops else ids, skip_special_tokens=False)
+        whole = self.tokenizer.decode(ids[:-1] if stops else ids, skip_special_tokens=False)
         return whole.removeprefix(self.text) if whole.startswith(self.text) else ""
 
 
@@ -316,7 +318,8 @@ class Endpoint:
 
     async def respond(self, call: SampledCall) -> Response:
         """Returns the response to a call, or the stream that becomes it."""
-        choices = self._plan(call)
+        # A long text takes a tokenizer seconds.
+        choices = await asyncio.to_thread(self._plan, call)
         self._worker.check_ready("", call.policy_version)
         head = self._head(call)
         headers = {VERSION_HEADER: str(self._worker.policy_version), "cache-control": "no-store"}
@@ -351,9 +354,9 @@ class Endpoint:
             )
             check_items([item], model)
             request = pb.GenerateRequest(items=[item], sampling=sampling, policy_version=call.policy_version)
-            choices.append(Choice(index, prompt, request, call.stop, model))
+            choices.append(Choice(index, prompt, request, call.stop, model.tokenizer))
             if isinstance(call, CompletionCall) and call.echo:
-                choices[-1].echo = split_text(prompt, model)
+                choices[-1].echo = split_text(prompt, model.tokenizer)
                 choices[-1].is_scored = call.logprobs is not None
         return choices
 
@@ -421,7 +424,7 @@ class Endpoint:
                 output = await anext(outputs)
         except EngineDiedError as error:
             raise UnavailableError(f"The engine died and is restarted: {error}", retry_after_s=10.0) from error
-        if version != self._worker.policy_version:
+        if output.versions[0].policy_version != version:
             raise UnavailableError("New weights came while the prompt was scored: call again.", retry_after_s=1.0)
         return output.prompt_scores
 
@@ -459,12 +462,12 @@ def check_vocabulary(field: str, token_ids: Sequence[int], model: PolicyModel) -
         raise InvalidArgumentError.for_field(field, message)
 
 
-def split_text(prompt: Sequence[int], model: PolicyModel) -> list[Token]:
+def split_text(prompt: Sequence[int], tokenizer: Tokenizer) -> list[Token]:
     """Returns the tokens of a prompt with their texts."""
     decoder, offset = DecodeStream(skip_special_tokens=False), 0
     tokens = []
     for token_id in prompt:
-        text = decoder.step(model.tokenizer, token_id) or ""
+        text = decoder.step(tokenizer, token_id) or ""
         tokens.append(Token(token_id, None, text, offset))
         offset += len(text)
     return tokens

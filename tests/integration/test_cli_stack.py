@@ -13,7 +13,7 @@ import pytest
 
 from perigee.cli import stack as stack_module
 from perigee.cli.run_folder import RunFolder
-from perigee.cli.stack import HOST, LocalStack, ServiceSpec, pick_ports
+from perigee.cli.stack import HOST, LocalStack, ServiceSpec, pick_ports, plan_stack
 from perigee.errors import UnavailableError
 
 # Answers health checks until it is killed; ends at once where the file `broken` exists.
@@ -37,6 +37,12 @@ HEALTHY_S = 0.3
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stack_module, "RESTART_DELAYS_S", (0.01, 0.01, 0.01))
     monkeypatch.setattr(stack_module, "HEALTHY_S", HEALTHY_S, raising=False)
+
+
+def test_workers_take_ports_in_a_row(tmp_path: Path) -> None:
+    values = {"rollout": {"server": {"metrics_port": 9100}, "http": {"port": 8080}}}
+    for index, spec in enumerate(plan_stack(RunFolder(tmp_path), values, 2, ["rollout"])):
+        assert {f"server.metrics_port={9100 + index}", f"http.port={8080 + index}"} <= {*spec.command}
 
 
 class Workers:

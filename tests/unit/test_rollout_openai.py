@@ -1,0 +1,73 @@
+"""Text of a response as its tokens come."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from perigee.buffer.packing import pack_logprobs, pack_token_ids
+from perigee.buffer.v1 import buffer_pb2
+from perigee.rollout.v1 import rollout_pb2 as pb
+from services.rollout.openai_api import Choice, Part
+
+# A token for each byte, as byte-level tokenizers have at the least.
+BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
+TOKENIZER = Tokenizer(models.BPE({byte: number for number, byte in enumerate(BYTES)}, []))
+TOKENIZER.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+TOKENIZER.decoder = decoders.ByteLevel()
+TEXT = st.text(st.sampled_from("ab\u00e4\u20ac\U0001f600 "), max_size=12)
+
+
+def stream(token_ids: list[int], stops: list[str], sizes: list[int], end_reason: int) -> tuple[Choice, list[Part]]:
+    """A choice that gets tokens in chunks of these sizes, in turn, and the parts that are taken after each."""
+    choice = Choice(0, [1], pb.GenerateRequest(), stops, TOKENIZER)
+    parts, begin = [], 0
+    for chunk in range(len(token_ids) + 1):
+        end = min(len(token_ids), begin + sizes[chunk % len(sizes)])
+        is_last = end == len(token_ids)
+        choice.add(
+            pb.GenerateResponse(
+                token_ids=pack_token_ids(token_ids[begin:end]),
+                logprobs=pack_logprobs([-1.0] * (end - begin)),
+                versions=[buffer_pb2.VersionSpan(policy_version=chunk, tokens=end - begin)],
+                end_reason=end_reason if is_last else 0,  # type: ignore[arg-type]
+            )
+        )
+        parts += filter(None, [choice.take()])
+        if choice.finish:
+            break
+        begin = end
+    assert choice.take() is None
+    return choice, parts
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The text before the stop string that is complete first, of those the one that begins first."""
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    first = min(ends)[0] if ends else 0
+    return text[: min(begin for end, begin in ends if end == first)] if ends else text
+
+
+@given(TEXT, st.lists(TEXT.filter(bool), max_size=2), st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_parts_join_to_the_text_before_the_first_stop_string(text: str, stops: list[str], sizes: list[int]) -> None:
+    token_ids = TOKENIZER.encode(text).ids
+    choice, parts = stream([*token_ids, 5], stops, sizes, buffer_pb2.END_REASON_STOP)
+    assert "".join(part.text for part in parts) == choice.text == cut(text, stops)
+    assert choice.finish == "stop"
+    assert [part.finish for part in parts] == [None] * (len(parts) - 1) + ["stop"]
+    assert [token for part in parts for token in part.tokens] == choice.tokens
+    assert [token.id for token in choice.tokens] == [*token_ids, 5][: len(choice.tokens)]
+    assert sum(span.tokens for part in parts for span in part.versions) == len(choice.tokens)
+    for token in choice.tokens:
+        assert text[token.offset :].startswith(token.text)
+
+
+@given(st.lists(st.integers(0, 255), min_size=1, max_size=40), st.lists(st.integers(1, 5), min_size=1, max_size=3))
+def test_tokens_that_are_no_characters_become_what_the_tokenizer_makes_of_them(
+    token_ids: list[int], sizes: list[int]
+) -> None:
+    choice, parts = stream(token_ids, [], sizes, buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS)
+    assert "".join(part.text for part in parts) == choice.text
+    assert choice.text == TOKENIZER.decode(token_ids, skip_special_tokens=False)
+    assert choice.finish == "length"
