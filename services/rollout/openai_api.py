@@ -48,9 +48,25 @@ COMPLETION_TOKENS = 16
 ERROR_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+class TokenDecoder:
+    """Text that each token adds to those before it; empty for one that only begins a character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(skip_special_tokens=False)
+
+    def decode(self, token_id: int) -> str:
+        """Returns the text of the next token."""
+        try:
+            return self._stream.step(self._tokenizer, token_id) or ""
+        except Exception:  # the library raises bare Exception after bytes that are no character, whose text is lost
+            self._stream = DecodeStream(skip_special_tokens=False)
+            return self._stream.step(self._tokenizer, token_id) or ""
+
+
 @dataclass(frozen=True, slots=True)
 class Token:
-    """Token of a response, or of a prompt that is echoed; `text` is empty where it only begins a character."""
+    """Token of a response, or of a prompt that is echoed, with the text that it adds."""
 
     id: int
     logprob: float | None
@@ -93,9 +109,11 @@ class Choice:
     tokens: list[Token] = field(default_factory=list)
     versions: list[buffer_pb2.VersionSpan] = field(default_factory=list)
     finish: Literal["stop", "length"] | None = None
-    _decoder: DecodeStream = field(default_factory=lambda: DecodeStream(skip_special_tokens=False))
     _taken: tuple[int, int, bool] = (0, 0, False)
     """Characters and tokens that were taken, and whether the end was."""
+
+    def __post_init__(self) -> None:
+        self._decoder = TokenDecoder(self.tokenizer)
 
     def add(self, chunk: pb.GenerateResponse) -> None:
         """Adds the tokens of a chunk, up to the one that completes a stop string."""
@@ -105,7 +123,7 @@ class Choice:
         for count, (token_id, logprob) in enumerate(zip(token_ids, unpack_logprobs(chunk.logprobs), strict=True), 1):
             # The token that ends a response is none of its text.
             is_text = not (stops and count == len(token_ids))
-            text = (self._decoder.step(self.tokenizer, token_id) or "") if is_text else ""
+            text = self._decoder.decode(token_id) if is_text else ""
             self.tokens.append(Token(token_id, logprob, text, begin + len(self.text)))
             if self._append(text):
                 break
@@ -464,10 +482,10 @@ def check_vocabulary(field: str, token_ids: Sequence[int], model: PolicyModel) -
 
 def split_text(prompt: Sequence[int], tokenizer: Tokenizer) -> list[Token]:
     """Returns the tokens of a prompt with their texts."""
-    decoder, offset = DecodeStream(skip_special_tokens=False), 0
+    decoder, offset = TokenDecoder(tokenizer), 0
     tokens = []
     for token_id in prompt:
-        text = decoder.step(tokenizer, token_id) or ""
+        text = decoder.decode(token_id)
         tokens.append(Token(token_id, None, text, offset))
         offset += len(text)
     return tokens

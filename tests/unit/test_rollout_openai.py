@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.decoders import DecodeStream
 
 from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
@@ -16,12 +18,18 @@ BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
 TOKENIZER = Tokenizer(models.BPE({byte: number for number, byte in enumerate(BYTES)}, []))
 TOKENIZER.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
 TOKENIZER.decoder = decoders.ByteLevel()
+# Characters and single bytes, as SentencePiece models have them.
+PIECES = [("<unk>", 0.0), *((f"<0x{byte:02X}>", -1.0) for byte in range(256)), ("a", -2.0)]
+FALLBACK = Tokenizer(models.Unigram(PIECES, 0, True))
+FALLBACK.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
 TEXT = st.text(st.sampled_from("ab\u00e4\u20ac\U0001f600 "), max_size=12)
 
 
-def stream(token_ids: list[int], stops: list[str], sizes: list[int], end_reason: int) -> tuple[Choice, list[Part]]:
+def stream(
+    token_ids: list[int], stops: list[str], sizes: list[int], end_reason: int, tokenizer: Tokenizer = TOKENIZER
+) -> tuple[Choice, list[Part]]:
     """A choice that gets tokens in chunks of these sizes, in turn, and the parts that are taken after each."""
-    choice = Choice(0, [1], pb.GenerateRequest(), stops, TOKENIZER)
+    choice = Choice(0, [1], pb.GenerateRequest(), stops, tokenizer)
     parts, begin = [], 0
     for chunk in range(len(token_ids) + 1):
         end = min(len(token_ids), begin + sizes[chunk % len(sizes)])
@@ -71,3 +79,14 @@ def test_tokens_that_are_no_characters_become_what_the_tokenizer_makes_of_them(
     assert "".join(part.text for part in parts) == choice.text
     assert choice.text == TOKENIZER.decode(token_ids, skip_special_tokens=False)
     assert choice.finish == "length"
+
+
+def test_bytes_after_which_the_library_fails_end_no_response() -> None:
+    # A character, then bytes that make it none; then text again.
+    token_ids = [*(1 + byte for byte in "\u0364".encode()), 1 + 0xCD, 1 + 0x20, 257, 257]
+    with pytest.raises(Exception, match="Invalid prefix"):
+        [step for decoder in [DecodeStream()] for step in (decoder.step(FALLBACK, each) for each in token_ids)]
+    choice, parts = stream(token_ids, [], [2], buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS, FALLBACK)
+    assert "".join(part.text for part in parts) == choice.text
+    assert choice.text.endswith("aa")
+    assert [token.id for token in choice.tokens] == token_ids
