@@ -214,6 +214,8 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
     ended = Counter({key: sum(line[key] for line in lines) for key in lines[0] if key.startswith("rollout/ended/")})
     assert ended.total() == len(worker.extended)
     assert max(line["rollout/response_tokens/max"] or 0 for line in lines) == 11
+    # Groups of responses as long as three budgets do not end together.
+    assert all(line["reward/groups"] for line in lines)
     assert ended["rollout/ended/max_response_tokens"] > 0
 
 

@@ -1,6 +1,7 @@
 """The views: plain lines for logs and pipes, one panel on a terminal."""
 
 import io
+import json
 
 import pytest
 from rich.console import Console
@@ -9,6 +10,7 @@ from perigee.cli.metrics import format_seconds, phase_seconds, read_evaluation
 from perigee.cli.view import LiveView, PlainView, open_view, sparkline
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.records import Estimate, Evaluation
+from perigee.report.samples import Sample, to_line
 
 METRICS = {
     "iteration": 4.0,
@@ -86,6 +88,35 @@ def test_the_live_view_shows_run_figures_workers_and_notes() -> None:
     text = stream.getvalue()
     for expected in ("small-1", "50 of 200 trajectories", "0.412", "12.5%", "rollout-0", "trainer ready", "0.350", "▁"):
         assert expected in text
+
+
+def test_the_live_view_shows_a_sample_warnings_and_the_time_left() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=140)
+    view = LiveView(console)
+    shown = result()
+    shown.metrics.update({"train/kl_k3": 0.3, "time/iteration_seconds": 20.0})
+    sample = Sample(4, "", "t1", "p", "math", "1+1=", "I think it is [b]3[/b]", 3, [0], "stop", "wrong", 0.0)
+    shown.samples.append(json.dumps(to_line(sample)))
+    view.show_iteration(shown)
+    now = snapshot()
+    now.metrics.update(shown.metrics)
+    view.show(now)
+    with console.capture() as capture:
+        console.print(view._render())
+    for expected in ("> I think it is [b]3[/b]", "lower run.optimizer.learning_rate", "about 2 m 00 s left"):
+        assert expected in capture.get()
+
+
+def test_a_warning_is_printed_when_a_metric_leaves_its_range_and_what_a_run_waits_for() -> None:
+    stream = io.StringIO()
+    view = PlainView(stream)
+    bad = result()
+    bad.metrics["train/kl_k3"] = 0.3
+    for one in (bad, bad, result(), bad):
+        view.show_iteration(one)
+    assert sum(line.startswith("warning: policy KL") for line in stream.getvalue().splitlines()) == 2
+    [line] = plain_lines(snapshot(pb.RUN_PHASE_WAITING, waiting_for="the trainer"))
+    assert "waiting for the trainer" in line
 
 
 def test_an_evaluation_is_read_from_the_coordinators_message() -> None:

@@ -204,6 +204,8 @@ def test_settings_reach_the_trainer_under_their_own_names() -> None:
     assert (algorithm.name, dict(algorithm.settings)) == ("policy_mirror_descent", {"tau": 0.2, "baseline": "mean"})
     update = config.update_message()
     assert (update.minibatches, update.max_staleness, update.tis_cap, update.temperature) == (2, 3, 2.0, 0.7)
+    assert not update.default_tis_cap
+    assert RunConfig(**RUN).update_message().default_tis_cap
     stage = SftStage(dataset="d.jsonl", steps=3, optimizer={"beta1": 0.8})
     request = to_message(stage, trainer_pb2.FineTuneRequest(), seed=7)
     assert (request.dataset_path, request.steps, request.seed, request.optimizer.beta1) == ("d.jsonl", 3, 7, 0.8)

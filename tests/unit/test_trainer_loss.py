@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +16,9 @@ from perigee.errors import InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.trainer.algorithms import ALGORITHMS, make_algorithm
 from services.trainer.algorithms.base import Algorithm, LossBatch
+from services.trainer.config import TrainerConfig
 from services.trainer.megatron.optimizer import scheduled_rate
+from services.trainer.trainer import LoadedPolicy, Trainer
 from services.trainer.training import (
     PlannedTrajectory,
     check_training,
@@ -198,3 +201,14 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     adam = pb.Optimizer(learning_rate=2.0, warmup_steps=2, min_lr_ratio=0.5)
     rates = [scheduled_rate(adam, step, 6) for step in range(7)]
     assert rates == pytest.approx([1.0, 2.0, 2.0, 1.75, 1.5, 1.25, 1.0])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "default", "cap"), [("bfloat16", True, 2.0), ("bfloat16", False, 0.0), ("float32", True, 0.0)]
+)
+async def test_bfloat16_alone_has_a_cap_by_default(tmp_path: Path, dtype: str, default: bool, cap: float) -> None:
+    trainer = Trainer(TrainerConfig(model=str(tmp_path), run_path=str(tmp_path), dtype=dtype), None, None)
+    done = train_request("r", {}, [], tis_cap=cap, default_tis_cap=default)
+    trainer.loaded = LoadedPolicy("r", 1, done, "the answer of the job before")
+    again = train_request("r", {}, [], default_tis_cap=default)
+    assert [response async for response in trainer.train(again)] == ["the answer of the job before"]
