@@ -45,11 +45,12 @@ def test_a_file_is_shown_token_by_token_and_its_references_are_judged(data: Path
 
 
 def test_a_recipe_is_shown_and_a_response_is_judged(data: Path) -> None:
-    recipe = {
-        "name": "r",
-        "run": {"model": str(data.parent / "model"), "prompts": str(data), "heldout": str(data), "iterations": 1}
-        | {"chat": "always", "rollout": {"max_response_tokens": 8}},
-    }
+    """The recipe's script makes the prompts, as it does for a run."""
+    script = f"import shutil, sys; shutil.copytree({str(data.parent)!r}, sys.argv[2], dirs_exist_ok=True)"
+    (data.parent / "prepare.py").write_text(script)
+    run = {"prompts": "{data}/p.jsonl", "heldout": "{recipe}/p.jsonl", "iterations": 1}
+    run |= {"chat": "always", "rollout": {"max_response_tokens": 8}}
+    recipe = {"name": "r", "prepare": "prepare.py", "model": "{data}/model", "run": run}
     path = data.parent / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     code, text = preview(path, "--response", "It is 3.", "--count", 1)
@@ -60,8 +61,8 @@ def test_a_recipe_is_shown_and_a_response_is_judged(data: Path) -> None:
 
 def test_what_cannot_be_shown_is_named(data: Path) -> None:
     path = data.parent / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"name": "r", "run": {"prompts": "{data}/p", "heldout": "h", "iterations": 1}}))
-    assert "preview the recipe that `perigee prepare` writes" in preview(path, "--model", data.parent / "model")[1]
+    path.write_text(yaml.safe_dump({"name": "r", "run": {"prompts": "{recipe}/q", "heldout": "h", "iterations": 1}}))
+    assert f"run.prompts: {data.parent}/q cannot be read" in preview(path, "--model", data.parent / "model")[1]
     assert "--model: is required" in preview(data)[1]
     assert "instruction: stands in the recipe: --set changes it there" in preview(path, "--instruction", "x")[1]
     assert f"--set: changes keys of a recipe, and {data} is none" in preview(data, "--set", "run.chat=always")[1]

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from perigee.cli.channel import connecting
-from perigee.cli.ending import DebugOption, reporting_errors
+from perigee.cli.ending import DebugOption, Interrupt, reporting_errors, run_interruptible
 from perigee.rpc import ChannelOptions
 
 RenamesOption = Annotated[
-    list[str] | None, typer.Option("--rename", metavar="FIELD=COLUMN", help="Take a field from a column; repeat.")
+    list[str] | None,
+    typer.Option("--column", "--rename", metavar="FIELD=COLUMN", help="Take a field from a column; repeat."),
 ]
 DefaultsOption = Annotated[
     list[str] | None, typer.Option("--default", metavar="FIELD=TEXT", help="Value where there is none; repeat.")
@@ -49,16 +51,21 @@ def preview(
 ) -> None:
     """Show prompts as the model will see them, token by token, and how a response is judged."""
     with reporting_errors(debug):
-        import asyncio
-
         from perigee.cli.prompts.candidates import split_pair
         from perigee.cli.prompts.preview import read_preview, show_preview
 
-        columns = dict(split_pair("--rename", pair) for pair in renames or [])
+        columns = dict(split_pair("--column", pair) for pair in renames or [])
         values = dict(split_pair("--default", pair) for pair in defaults or [])
         reading = {"columns": columns, "defaults": values, "answer_after": answer_after, "split": split}
         asking = {"chat": chat, "system_prompt": system_prompt, "instruction": instruction}
-        asyncio.run(show_preview(read_preview(source, reading, asking, model, overrides or []), count, response))
+
+        async def work(interrupt: Interrupt) -> int:
+            with tempfile.TemporaryDirectory(prefix="perigee-preview-") as folder:
+                read = await read_preview(source, reading, asking, model, overrides or [], Path(folder))
+                await show_preview(*read, count, response)
+            return 0
+
+        raise typer.Exit(run_interruptible(work))
 
 
 @prompts_app.command()

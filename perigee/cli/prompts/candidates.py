@@ -50,7 +50,7 @@ class CandidateSet:
 
 def make_columns(renames: Sequence[str], defaults: Sequence[str], answer_after: str, split: str | None) -> Columns:
     """Returns how columns become fields. Raises InvalidArgumentError for a pair without an equals sign."""
-    fields = dict(split_pair("--rename", pair) for pair in renames)
+    fields = dict(split_pair("--column", pair) for pair in renames)
     return Columns(
         {column: field for field, column in fields.items()},
         dict(split_pair("--default", pair) for pair in defaults),

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.text import Text
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.cli.recipe import RECIPE_FILE, find_recipe, load_recipe
+from perigee.cli.recipe import RECIPE_FILE, check_script, find_recipe, load_recipe
+from perigee.cli.run_folder import RunFolder
+from perigee.cli.train import prepare_data
 from perigee.config import validate
 from perigee.errors import InvalidArgumentError
 from perigee.reward.client import RewardClient
@@ -29,12 +31,18 @@ RECIPE_SUFFIXES = (".yaml", ".yml")
 _REST = {"heldout": {"fraction": 0.5}, "iterations": 0, "rollout": {"max_response_tokens": 1}}
 
 
-def read_preview(
-    source: Path, reading: Mapping[str, Any], asking: Mapping[str, Any], model: str | None, overrides: Sequence[str]
+async def read_preview(
+    source: Path,
+    reading: Mapping[str, Any],
+    asking: Mapping[str, Any],
+    model: str | None,
+    overrides: Sequence[str],
+    scratch: Path,
 ) -> tuple[PromptEncoder, list[Prompt]]:
     """Returns the encoder and the prompts of a recipe, or of a file; `reading` and `asking` have a file's keys.
 
-    Raises InvalidArgumentError naming what is wrong with recipe, model or prompts, and an option that has no use.
+    A recipe's script makes its data in `scratch`. Raises InvalidArgumentError naming what is wrong with recipe, model
+    or prompts, and an option that has no use.
     """
     reading, asking = ({key: value for key, value in each.items() if value} for each in (reading, asking))
     if source.suffix in RECIPE_SUFFIXES or (source / RECIPE_FILE).is_file():
@@ -43,6 +51,11 @@ def read_preview(
         recipe = load_recipe(find_recipe(source), overrides)
         if "run" not in recipe.values:
             raise InvalidArgumentError.for_field(f"{source}: run", "is required to show prompts")
+        check_script(recipe)
+        folder = RunFolder(scratch)
+        folder.create()
+        recipe = recipe.expand(folder)
+        await prepare_data(folder, recipe)
         run = validate(RunConfig, recipe.values["run"], source.name, "run")
         model = model or next(
             (found for name in ("run", "rollout", "trainer") if (found := recipe.values.get(name, {}).get("model"))),
@@ -54,18 +67,13 @@ def read_preview(
         run = validate(RunConfig, {**_REST, **asking, "prompts": {"path": str(source), **reading}}, str(source), "")
     if model is None:
         raise InvalidArgumentError.for_field("--model", "is required: its tokenizer and template make the prompts")
-    if any("{" in path for path in (model, *(each.path for each in run.prompts))):
-        raise InvalidArgumentError.for_field(
-            str(source), "names files that its script makes: preview the recipe that `perigee prepare` writes"
-        )
     encoder = open_encoder(open_model_folder(fetch_model(model, "--model"), "--model"), run.chat_message())
     prompts = read_prompts(run.prompts, "run.prompts", encoder, run.rollout.max_response_tokens)
     return encoder, list(prompts.values())
 
 
-async def show_preview(read: tuple[PromptEncoder, list[Prompt]], count: int, response: str | None) -> None:
+async def show_preview(encoder: PromptEncoder, prompts: Sequence[Prompt], count: int, response: str | None) -> None:
     """Prints the first prompts token by token, and the verdict on a response to each, the stated reference if None."""
-    encoder, prompts = read
     shown = prompts[:count]
     console = Console()
     stops = " ".join(_show_token(encoder, token) for token in encoder.model.stop_token_ids)
