@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from perigee.chat import Asked, ChatMessage, read_example
 from perigee.errors import FieldViolation, InvalidArgumentError
-from perigee.reward.items import MAX_SHOWN, read_lines, read_object
+from perigee.reward.items import read_lines, read_object
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.hf import TOKENIZER_SETTINGS_FILE, ModelFolder, read_json_object
 
@@ -130,20 +130,16 @@ class PromptEncoder:
         """Returns the token ids of prompts, each followed by what is `begun` of the answer.
 
         `places` tells where each stands, empty where it is the call's own. Raises InvalidArgumentError naming the first
-        of those that cannot be asked.
+        that cannot be asked.
         """
         texts: list[str] = []
-        violations: list[FieldViolation] = []
         for each, place in zip(asked, places, strict=True):
             try:
                 texts.append(self.render(each) + begun)
             except InvalidArgumentError as error:
-                named = [(f"{place}: {one.field}".removeprefix(": "), one.description) for one in error.violations]
-                violations += [FieldViolation(*each) for each in named]
-                if len(violations) >= MAX_SHOWN:  # a template that is broken fails for all
-                    break
-        if violations:
-            raise InvalidArgumentError.for_fields(violations)
+                [violation] = error.violations
+                named = f"{place}: {violation.field}".removeprefix(": ")
+                raise InvalidArgumentError.for_field(named, violation.description) from error
         before = self._tokens_before_text
         return [
             ids if self.uses_template(each) or ids[: len(before)] == before else [*before, *ids]
