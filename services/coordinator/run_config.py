@@ -329,7 +329,7 @@ class RunConfig(Model):
     """Update of the policy, whatever the algorithm."""
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6)
     """Optimizer of each iteration; its learning rate is that of the first iteration. GRPO (arXiv 2402.03300) and DAPO
-    (arXiv 2503.14476) trained models of 7B and 32B parameters at 1e-6; below 1B take up to 5e-6, by rule of thumb. The
+    (arXiv 2503.14476) trained models of 7B and 32B parameters at 1e-6; below 1B take up to 1e-5, by rule of thumb. The
     optimizer starts anew at each iteration, so that its first step moves every weight by the whole rate, whatever the
     loss's scale: 2e-5 made a model of 135M parameters ramble in three updates. Small models trained from scratch take
     1e-4 and more."""
