@@ -11,9 +11,10 @@ import importlib
 import json
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pydantic import Field
 from perigee.config import Model
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.files import read_lines, write_atomically
+from perigee.report.samples import SAMPLES_FILE, read_sample, text_lines
 
 STATE_FILE = "trackers.json"
 
@@ -98,6 +100,9 @@ class Tracker(ABC):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends numbers at an iteration."""
 
+    def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:  # noqa: B027 (not all have a place)
+        """Sends responses for people to read; a tracker that has no place for them leaves them out."""
+
     @abstractmethod
     def close(self) -> None:
         """Sends what is left and ends the connection."""
@@ -107,8 +112,8 @@ class WandbTracker(Tracker):
     """A W&B run of the same id."""
 
     def __init__(self, settings: WandbConfig, run: TrackedRun) -> None:
-        wandb = import_package("wandb")
-        self._run = wandb.init(
+        self._wandb = import_package("wandb")
+        self._run = self._wandb.init(
             project=settings.project,
             entity=settings.entity,
             mode=settings.mode,
@@ -124,6 +129,11 @@ class WandbTracker(Tracker):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends numbers at an iteration."""
         self._run.log({**values, "iteration": step})
+
+    def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:
+        """Sends a table."""
+        table = self._wandb.Table(columns=["sample"], data=[[text] for text in texts])
+        self._run.log({name: table, "iteration": step})
 
     def close(self) -> None:
         """Waits until all is sent."""
@@ -142,6 +152,10 @@ class TensorBoardTracker(Tracker):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes numbers at an iteration."""
         self._files.add_scalars(values, step)
+
+    def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:
+        """Writes texts at an iteration."""
+        self._files.add_texts(name, texts, step)
 
     def close(self) -> None:
         """Closes the file."""
@@ -167,6 +181,10 @@ class MlflowTracker(Tracker):
         entities = importlib.import_module("mlflow.entities")
         metrics = [entities.Metric(key, value, 0, step) for key, value in values.items()]
         self._client.log_batch(self.own_id, metrics=metrics)
+
+    def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:
+        """Sends a file."""
+        self._client.log_text(self.own_id, "\n\n".join(texts), f"{name}/{step}.txt")
 
     def close(self) -> None:
         """Marks the run as finished."""
@@ -220,6 +238,7 @@ class Progress:
 
     iteration: int = 0
     evaluations: int = 0
+    samples: int = 0
     own_id: str | None = None
 
 
@@ -282,6 +301,12 @@ class Trackers:
                 tracker.log(numbers(line), iteration)
                 progress.iteration = iteration
                 self._save()
+        new = read_lines(self.path / SAMPLES_FILE)[progress.samples :]
+        for (evaluation, step), lines in groupby(new, key=lambda line: (line["evaluation"], line["iteration"])):
+            texts = ["\n".join(text_lines(read_sample(line))) for line in lines]
+            tracker.log_samples(f"samples/{evaluation or 'rollout'}", texts, step)
+            progress.samples += len(texts)
+            self._save()
 
     def _guard(self, name: str, work: Callable[[], None]) -> None:
         """Does the work; a tracker that fails is no reason to end a run."""

@@ -18,11 +18,14 @@ from typing import Any
 
 from prometheus_client import Histogram
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DataType
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from perigee.files import append_lines, dump_line, read_lines, write_atomically, write_lines
-from perigee.report.samples import SAMPLES_FILE, Sample, to_line
+from perigee.report.samples import SAMPLES_FILE, Sample, text_lines, to_line
 from services.kit.tracing import span
 
 PHASE_BUCKETS = (0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
@@ -83,6 +86,8 @@ class RunLog:
             append_lines(self.path / SAMPLES_FILE, lines)
             for line in lines:
                 _add_span(spans, line)
+        name, texts = samples[0].evaluation or "rollout", ["\n".join(text_lines(sample)) for sample in samples]
+        self._tensor_board.add_texts(f"samples/{name}", texts, samples[0].iteration)
 
     def samples(self, evaluation: str, iteration: int) -> list[str]:
         """Returns the lines of samples.jsonl of an iteration, or of an evaluation of a kind."""
@@ -165,10 +170,21 @@ class TensorBoard:
 
     def add_scalars(self, values: Mapping[str, float], step: int) -> None:
         """Adds numbers at a step and flushes them."""
+        self._add([Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()], step)
+
+    def add_texts(self, tag: str, texts: Sequence[str], step: int) -> None:
+        """Adds texts under one tag at a step and flushes them."""
+        # Four spaces make preformatted text of a line.
+        shown = ["".join(f"    {line}\n" for line in text.splitlines()).encode() for text in texts]
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(shown))])
+        tensor = TensorProto(dtype=DataType.DT_STRING, string_val=shown, tensor_shape=shape)
+        metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+        self._add([Summary.Value(tag=tag, tensor=tensor, metadata=metadata)], step)
+
+    def _add(self, values: Sequence[Summary.Value], step: int) -> None:
         if self._writer is None:
             self._writer = EventFileWriter(str(self._folder))
-        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._writer.flush()
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from perigee.cli import trackers
 from perigee.cli.trackers import Trackers, TrackersConfig
 from perigee.errors import FailedPreconditionError
 from perigee.files import append_lines
+from perigee.report.samples import SAMPLES_FILE, Sample, to_line
 
 SETTINGS = {
     "wandb": {"project": "p", "mode": "offline"},
@@ -28,6 +29,11 @@ def add_iteration(run: Path, iteration: int) -> None:
 
 def add_evaluation(run: Path, iteration: int) -> None:
     append_lines(run / "evaluations.jsonl", [{"iteration": iteration, "accuracy": {"overall": 0.5}}])
+
+
+def add_sample(run: Path, iteration: int, evaluation: str = "") -> None:
+    sample = Sample(iteration, evaluation, "t1", "p1", "d", "2+2=", "it is 4", 4, [0], "stop", "correct", 1.0)
+    append_lines(run / SAMPLES_FILE, [to_line(sample)])
 
 
 async def follow(run: Path, notes: list[str], name: str = "tensorboard") -> None:
@@ -47,14 +53,20 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 async def test_a_resumed_run_has_each_point_once(run: Path) -> None:
     notes: list[str] = []
+    add_sample(run, 0, "baseline")
     add_evaluation(run, 0)
     add_iteration(run, 1)
     await follow(run, notes)
+    add_sample(run, 2)
     add_iteration(run, 2)  # while nobody followed
     await follow(run, notes)
     events = EventAccumulator("boards/run-1").Reload()
     assert [point.step for point in events.Scalars("reward/mean")] == [1, 2]
     assert [point.step for point in events.Scalars("evaluation/overall")] == [0]
+    for name, step in (("baseline", 0), ("rollout", 2)):
+        [samples] = events.Tensors(f"samples/{name}")
+        assert samples.step == step
+        assert b"> it is 4" in samples.tensor_proto.string_val[0]
     assert notes == []
 
 
@@ -62,6 +74,7 @@ async def test_a_resumed_run_has_each_point_once(run: Path) -> None:
 async def test_a_tracker_takes_a_run_and_its_second_part(run: Path, name: str) -> None:
     pytest.importorskip(name)
     notes: list[str] = []
+    add_sample(run, 1)
     add_iteration(run, 1)
     await follow(run, notes, name)
     add_iteration(run, 2)
