@@ -19,7 +19,7 @@ from typer.main import get_command
 
 import perigee
 from perigee.cli.main import app
-from perigee.cli.recipe import load_recipe
+from perigee.cli.recipe import build_recipe, load_recipe
 from perigee.cli.run_folder import RunFolder
 from perigee.rpc import VARIABLES
 from services.kit.config import SERVER_ALIASES, ServiceConfig, environment_values, validate
@@ -389,8 +389,9 @@ def test_pods_read_the_recipe_that_prepare_writes(render: Render) -> None:
     manifests = render("local-cpu", *OVERLAYS["local-cpu"][0])
     out = parameters_of(manifests, "prepare")["out"]
     prepared = load_recipe(RECIPE).expand(RunFolder(out))
-    kept = {key: value for key, value in prepared.values.items() if key in ("run", "rollout", "sandbox")}
-    assert {key: value for key, value in recipe_of(manifests).items() if key in kept} == kept
+    kept = {key: value for key, value in prepared.values.items() if key in ("model", "run", "rollout", "sandbox")}
+    read = build_recipe(RunFolder(out).recipe_path, recipe_of(manifests), [])
+    assert {key: value for key, value in read.values.items() if key in kept} == kept
     assert "prepare" not in recipe_of(manifests)
     (waiting,) = dict(pods(manifests))["trainer"]["spec"]["initContainers"]
     assert waiting["args"][-1] == str(RunFolder(out).recipe_path)
@@ -417,7 +418,8 @@ def test_services_accept_their_configuration(
                 patch.setenv(name, value)
             kind = config_class(service)
             # Two ranks, since a pod of several has to have its own.
-            section = dict(recipe.get(service) or {}) | ({"data_parallel": 2} if service == "trainer" else {})
+            model = {"model": recipe["model"]} if "model" in kind.model_fields and "model" in recipe else {}
+            section = model | dict(recipe.get(service) or {}) | ({"data_parallel": 2} if service == "trainer" else {})
             config = validate(kind, section | environment_values(kind), "chart", service)
         ports = {port["name"]: port["containerPort"] for port in container_of(template)["ports"]}
         assert ports.pop("grpc") == config.server.port

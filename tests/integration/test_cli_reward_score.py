@@ -65,7 +65,7 @@ async def test_bad_lines_are_reported_all_at_once_and_nothing_is_scored(tmp_path
     bad = [
         "{",
         json.dumps(math_line("b", "#4", refrence="4", label="yes")),
-        json.dumps({"id": "c", "verifier": {"math": {"reference": 4}}}),
+        json.dumps({"id": "c", "verifier": {"math": {"reference": True}}}),
         json.dumps(math_line("a", "#5")),
         json.dumps({"response": "x", "verifier": "judge", "images": ["missing.png"]}),
     ]
@@ -77,7 +77,7 @@ async def test_bad_lines_are_reported_all_at_once_and_nothing_is_scored(tmp_path
         "items.jsonl:3: label: must be true, false or one of",
         "items.jsonl:3: refrence: unknown key; did you mean reference?",
         "items.jsonl:4: response: is required",
-        "items.jsonl:4: verifier.math.reference: must be a string, got a number",
+        "items.jsonl:4: verifier.math.reference: must be a string, got a boolean",
         f"items.jsonl:5: id: 'a' is that of {file}:1, too",
         "items.jsonl:6: images[0]: missing.png cannot be read",
     ):

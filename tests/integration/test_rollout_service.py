@@ -165,7 +165,7 @@ async def test_a_call_repeated_under_one_lease_has_one_budget(trajectories: NewT
 
 
 async def test_every_token_knows_its_version_when_weights_change_under_way(
-    trajectories: NewTrajectories, worker: str, pusher: Pusher
+    trajectories: NewTrajectories, worker: str, rollout_client: RolloutClient, pusher: Pusher
 ) -> None:
     extended: list[str] = []
 
@@ -182,7 +182,7 @@ async def test_every_token_knows_its_version_when_weights_change_under_way(
         # Several calls at once, so that sequences are in flight at whatever moment the commit comes.
         for _ in range(6):
             group.create_task(extend_until_refused())
-        await asyncio.sleep(0.2)
+        await wait_for_state(rollout_client, lambda state: state.running > 0)
         assert await pusher.push(policy_tensors(POLICIES[1]), 1, worker, trajectories.run_id) == ""
     mixed = 0
     for trajectory_id in extended:

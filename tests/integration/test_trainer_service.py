@@ -68,22 +68,23 @@ async def test_fine_tuning_lowers_the_loss_and_repeats_its_answer(trainer: Train
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "place", "message"),
     [
-        ('{"prompt": "1+1="}', ":2: response: is empty"),
-        ("{not json", ":2: is not JSON"),
-        ('{"prompt": "", "response": "2"}', ":2: prompt: must be a text.* the prompt is empty"),
-        ('{"prompt": "1", "response": "%s"}' % ("2" * 200), ":2: 202 tokens are more than the context of 128"),
+        ('{"prompt": "1+1="}', ":2: response", "is empty"),
+        ("{not json", ":2", "is not JSON"),
+        ('{"prompt": "", "response": "2"}', ":2: prompt", "must be a text.* the prompt is empty"),
+        ('{"prompt": "1", "response": "%s"}' % ("2" * 200), ":2", "202 tokens are more than the context of 128"),
     ],
 )
-async def test_a_malformed_line_is_named(trainer: TrainerAt, tmp_path: Path, line: str, message: str) -> None:
+async def test_a_malformed_line_is_named(
+    trainer: TrainerAt, tmp_path: Path, line: str, place: str, message: str
+) -> None:
     await reload_base(trainer)
     path = write_dataset(tmp_path / "bad.jsonl", 1)
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(InvalidArgumentError, match=message) as caught:
         [_ async for _ in trainer.client.fine_tune(fine_tune_request(path), timeout_s=60)]
-    assert caught.value.violations[0].field.startswith(f"dataset_path: {path}:2")
-    assert str(path) in caught.value.message
+    assert caught.value.violations[0].field == f"dataset_path: {path}{place}"
 
 
 async def test_an_iteration_raises_the_rewarded_and_lowers_the_others(

@@ -308,7 +308,9 @@ metadata:
     {{- with .values.podLabels }}{{ toYaml . | nindent 4 }}{{ end }}
   annotations:
     {{- /* A change of the section `run` restarts nothing. */}}
-    checksum/recipe: {{ get (include "perigee.recipe" .root | fromYaml) .service | toYaml | sha256sum | trunc 16 }}
+    {{- $recipe := include "perigee.recipe" .root | fromYaml }}
+    {{- $model := ternary $recipe.model "" (has .service (list "trainer" "rollout")) }}
+    checksum/recipe: {{ list (get $recipe .service) $model | toYaml | sha256sum | trunc 16 }}
     {{- with .values.podAnnotations }}{{ toYaml . | nindent 4 }}{{ end }}
 spec:
   serviceAccountName: {{ include "perigee.name" . }}
