@@ -47,7 +47,7 @@ async def test_an_evaluation_from_answers_to_comparison(
     assert "1 of 6 answers failed and are left out" in short.stdout
     assert "answered 400: too long" in short.stdout
     overall = json.loads((tmp_path / "one" / "results.json").read_text())["suites"]["sums"]["overall"]
-    assert (overall["problems"], overall["failures"], overall["tokens"]) == (2, 1, 20)
+    assert (overall["problems"], overall["failures"], overall["sample_length"]["tokens"]) == (2, 1, 20)
     assert len(fake_judge.requests) == 6
     whole = await run_perigee(*asked, "--samples", "2", "--out", one)
     assert len(fake_judge.requests) == 13
@@ -55,7 +55,7 @@ async def test_an_evaluation_from_answers_to_comparison(
     results = json.loads((tmp_path / "one" / "results.json").read_text())
     overall = results["suites"]["sums"]["overall"]
     assert (overall["problems"], overall["greedy"]["mean"], overall["maj_at_k"]["mean"]) == (4, 0.25, 0.25)
-    assert results["suites"]["sums"]["a"]["tokens"] == 20
+    assert results["suites"]["sums"]["a"]["greedy_length"]["tokens"] == 20
     lines = read_lines(tmp_path / "one" / "answers.jsonl")
     assert {(line["verdict"] == "failed", line["answer"]) for line in lines} == {(False, "2"), (True, "")}
 
@@ -65,7 +65,10 @@ async def test_an_evaluation_from_answers_to_comparison(
     shutil.copy(suite, tmp_path / "more.jsonl")
     await run_perigee(*asked[:-1], str(tmp_path / "more.jsonl"), "--samples", "0", "--limit", "1", "--out", two)
     suites = json.loads((tmp_path / "two" / "results.json").read_text())["suites"]
-    assert {name: each["overall"]["truncated"] for name, each in suites.items()} == {"sums": 1.0, "more": 1.0}
+    assert {name: each["overall"]["greedy_length"]["truncated"] for name, each in suites.items()} == {
+        "sums": 1.0,
+        "more": 1.0,
+    }
     compared = await run_perigee("eval", "compare", one, two, "--json", str(tmp_path / "compared.json"))
     assert compared.code == 0, compared.stderr
     [found] = json.loads((tmp_path / "compared.json").read_text())

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.eval.model import Completion, Endpoint, find_model, local_endpoint
-from perigee.cli.eval.results import compare, read_answers, summarize
+from perigee.cli.eval.results import Length, compare, read_answers, summarize
 from perigee.cli.eval.run import AnswerStore, Attempt, make_attempts, runs_code
 from perigee.cli.eval.suites import LoadedSuite, SamplingSettings, load_suite
 from perigee.errors import InvalidArgumentError
@@ -26,6 +26,7 @@ def answer(problem: int, attempt: str, verdict: str, **values: Any) -> dict[str,
 
 def test_figures() -> None:
     answers = [answer(n, "greedy", "correct" if n < 3 else "wrong", domain="ab"[n % 2]) for n in range(4)]
+    answers[0] |= {"tokens": 90, "truncated": True}
     answers += [answer(0, f"sample-{n}", "correct" if n != 2 else "wrong", domain="a") for n in range(3)]
     answers += [answer(1, f"sample-{n}", "correct" if n == 2 else "wrong", domain="b") for n in range(3)]
     answers.append(answer(2, "sample-0", "failed", domain="a", tokens=44, truncated=True))
@@ -39,7 +40,8 @@ def test_figures() -> None:
     assert (overall.problems, overall.samples, overall.failures) == (4, 3, 1)
     assert (overall.greedy.mean, overall.avg_at_k.mean) == (0.75, pytest.approx(0.5))
     assert (overall.maj_at_k.mean, overall.pass_at_k.mean) == (0.5, 1.0)
-    assert (overall.tokens, overall.truncated) == (10, 0)
+    assert overall.greedy_length == Length(30, 0.25)
+    assert overall.sample_length == Length(10, 0)
     assert figures["b"].greedy is not None
     assert figures["b"].greedy.mean == 0.5
 

@@ -29,8 +29,18 @@ Answer = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
+class Length:
+    """Length of some responses."""
+
+    tokens: float
+    """Mean."""
+    truncated: float
+    """Share of those that reached the cap."""
+
+
+@dataclass(frozen=True)
 class Figures:
-    """Accuracy, length and truncation of the responses to some problems; an interval is None without such responses."""
+    """Accuracy and length of the responses to some problems; None without such responses."""
 
     problems: int
     samples: int
@@ -43,10 +53,8 @@ class Figures:
     """Whether the most frequent answer is right; None for verifiers that extract no answer."""
     pass_at_k: Interval | None
     """Whether any sample is right."""
-    tokens: float
-    """Mean length."""
-    truncated: float
-    """Share of responses that reached the cap."""
+    greedy_length: Length | None
+    sample_length: Length | None
     failures: int
     """Requests without a response, and responses without a verdict."""
 
@@ -69,7 +77,7 @@ def summarize(answers: Iterable[Answer]) -> dict[str, Figures]:
 
 def _figures(answers: Sequence[Answer]) -> Figures:
     judged = [answer for answer in answers if answer["verdict"] != "failed"]
-    greedy = [is_correct(answer) for answer in judged if answer["attempt"] == GREEDY]
+    greedy = [answer for answer in judged if answer["attempt"] == GREEDY]
     sampled = [answer for answer in judged if answer["attempt"] != GREEDY]
     groups = list(_by_problem(sampled).values())
     votes = [majority([(each["answer"], is_correct(each)) for each in group]) for group in groups]
@@ -78,14 +86,21 @@ def _figures(answers: Sequence[Answer]) -> Figures:
     return Figures(
         problems=len(_by_problem(answers)),
         samples=max(map(len, groups), default=0),
-        greedy=wilson_interval(sum(greedy), len(greedy)) if greedy else None,
+        greedy=wilson_interval(sum(map(is_correct, greedy)), len(greedy)) if greedy else None,
         avg_at_k=clustered_interval([list(map(is_correct, group)) for group in groups]) if groups else None,
         maj_at_k=wilson_interval(sum(votes), len(votes)) if has_answers else None,
         pass_at_k=wilson_interval(sum(any_right), len(groups)) if groups else None,
-        tokens=round(fmean([answer["tokens"] for answer in judged] or [0]), 2),
-        truncated=round(fmean([answer["truncated"] for answer in judged] or [0]), 4),
+        greedy_length=_measure_length(greedy),
+        sample_length=_measure_length(sampled),
         failures=len(answers) - len(judged),
     )
+
+
+def _measure_length(answers: Sequence[Answer]) -> Length | None:
+    if not answers:
+        return None
+    tokens, truncated = ([answer[key] for answer in answers] for key in ("tokens", "truncated"))
+    return Length(round(fmean(tokens), 2), round(fmean(truncated), 4))
 
 
 def _by_problem(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
@@ -116,12 +131,12 @@ def show(figures: Mapping[str, Mapping[str, Figures]], console: Console) -> None
     for suite, scopes in figures.items():
         for scope, each in scopes.items():
             k = each.samples
-            measures = (("greedy", each.greedy), (f"avg@{k}", each.avg_at_k), (f"maj@{k}", each.maj_at_k))
-            measured = [*measures, (f"pass@{k}", each.pass_at_k)]
-            rest = (f"{each.tokens:,.0f}", f"{each.truncated:.1%}", str(each.failures))
-            for name, interval in measured:
-                if interval is not None:
-                    table.add_row(suite, scope, f"{each.problems:,}", name, _show_interval(interval), *rest)
+            sampled = ((f"avg@{k}", each.avg_at_k), (f"maj@{k}", each.maj_at_k), (f"pass@{k}", each.pass_at_k))
+            rows = [("greedy", each.greedy, each.greedy_length), *((*row, each.sample_length) for row in sampled)]
+            for name, interval, length in rows:
+                if interval is not None and length is not None:
+                    shown = (f"{length.tokens:,.0f}", f"{length.truncated:.1%}", str(each.failures))
+                    table.add_row(suite, scope, f"{each.problems:,}", name, _show_interval(interval), *shown)
     console.print(table, highlight=False)
 
 
