@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import shutil
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from perigee.buffer.client import BufferClient
+from perigee.cli.check import count_activations
 from perigee.errors import InternalError, InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from tests.fixtures.trainer import MadeTrajectory, make_groups, store_groups, train_request
@@ -409,12 +411,15 @@ def bound_by_memory(engine: Engine) -> tuple[int, float, int, int]:
     return found, token_bytes, bounded, own
 
 
-def test_micro_batches_are_bounded_by_what_a_token_takes(run_ranks: RunRanks) -> None:
+def test_micro_batches_are_bounded_by_what_a_token_takes(run_ranks: RunRanks, trainer_model: Path) -> None:
     found = {sizes: run_ranks(sizes, bound_by_memory) for sizes in (Sizes(), Sizes(recompute=True), Sizes(tensor=2))}
     for bound, token_bytes, bounded, own in found.values():
         assert bound == bounded == int((1 << 20) / token_bytes)
         # Without a limit the machine's memory is one, and more than 1 MiB of it is free.
         assert bound < own
-    whole = found[Sizes()][1]
-    assert found[Sizes(recompute=True)][1] < whole
-    assert found[Sizes(tensor=2)][1] < whole
+    assert found[Sizes(tensor=2)][1] < found[Sizes()][1]
+    config = json.loads((trainer_model / "config.json").read_text())
+    for recompute in (False, True):
+        # What `perigee check` estimates.
+        token_bytes = found[Sizes(recompute=recompute)][1]
+        assert 4 * count_activations(config, recompute) == pytest.approx(token_bytes, rel=0.25)
