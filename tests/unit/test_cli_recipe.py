@@ -16,6 +16,8 @@ from perigee.errors import InvalidArgumentError
 from services.kit.config import ServiceConfig, load_config
 from services.rollout.config import RolloutConfig
 
+ROOT = Path(__file__).parents[2]
+
 RECIPE = """
 name: small
 prepare: prepare.py
@@ -199,3 +201,10 @@ def test_yaml_of_values_reads_back_the_same(values: dict[str, object]) -> None:
 @given(json_values)
 def test_changing_no_string_changes_nothing(value: object) -> None:
     assert map_strings(value, lambda text: text) == value
+
+
+@pytest.mark.parametrize(
+    "path", sorted(ROOT.glob("examples/*/recipe*.yaml")), ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_the_examples_are_recipes(path: Path) -> None:
+    assert load_recipe(path).values["run"]["iterations"] > 0
