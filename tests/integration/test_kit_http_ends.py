@@ -6,6 +6,7 @@ import json
 import httpx
 import pytest
 
+from services.kit.config import HttpConfig
 from tests.fixtures.http_probe import FULL_NAME, connect, execute, probe_server
 
 
@@ -39,6 +40,13 @@ async def test_a_deadline_ends_the_call() -> None:
             "/v1/execute/stream", json={"execute": {"language": "wait"}}, headers={"X-Timeout-Seconds": "0.2"}
         )
         assert json.loads(stream.text.splitlines()[-1])["error"]["code"] == "DEADLINE_EXCEEDED"
+
+
+async def test_a_call_without_a_deadline_has_the_service_s() -> None:
+    async with probe_server(HttpConfig(port=0, timeout_seconds=0.2)) as (app, probe), connect(app) as client:
+        assert (await execute(client, "wait")).status_code == 504
+        assert probe.cancelled.is_set()
+        assert 0.2 < float((await execute(client, "time", **{"X-Timeout-Seconds": "60"})).json()["reason"]) <= 60
 
 
 async def test_the_servicer_knows_the_time_that_is_left() -> None:
