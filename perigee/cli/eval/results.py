@@ -50,9 +50,9 @@ class Figures:
     avg_at_k: Interval | None
     """Mean over samples: pass@1 of sampling."""
     maj_at_k: Interval | None
-    """Whether the most frequent answer is right; None for verifiers that extract no answer."""
+    """Whether the most frequent answer is right; None for one sample, and for verifiers that extract no answer."""
     pass_at_k: Interval | None
-    """Whether any sample is right."""
+    """Whether any sample is right; None for one sample."""
     greedy_length: Length | None
     sample_length: Length | None
     failures: int
@@ -82,14 +82,15 @@ def _figures(answers: Sequence[Answer]) -> Figures:
     groups = list(_by_problem(sampled).values())
     votes = [majority([(each["answer"], is_correct(each)) for each in group]) for group in groups]
     any_right = [any(map(is_correct, group)) for group in groups]
+    k = max(map(len, groups), default=0)
     has_answers = any(each["answer"] for each in sampled)
     return Figures(
         problems=len(_by_problem(answers)),
-        samples=max(map(len, groups), default=0),
+        samples=k,
         greedy=wilson_interval(sum(map(is_correct, greedy)), len(greedy)) if greedy else None,
         avg_at_k=clustered_interval([list(map(is_correct, group)) for group in groups]) if groups else None,
-        maj_at_k=wilson_interval(sum(votes), len(votes)) if has_answers else None,
-        pass_at_k=wilson_interval(sum(any_right), len(groups)) if groups else None,
+        maj_at_k=wilson_interval(sum(votes), len(votes)) if has_answers and k > 1 else None,
+        pass_at_k=wilson_interval(sum(any_right), len(groups)) if k > 1 else None,
         greedy_length=_measure_length(greedy),
         sample_length=_measure_length(sampled),
         failures=len(answers) - len(judged),
