@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 # Large enough that reading the weight and its gradient once for each chunk costs little beside the products.
-_CHUNK_BYTES = 256 << 20
+_CHUNK_BYTES = 512 << 20
 
 
 class HiddenOutput(torch.nn.Module):
@@ -135,18 +135,17 @@ class _Evaluation(torch.autograd.Function):
             gradient_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
         for rows_C in head.chunks(rows):
             hidden_CD = hidden_TD[rows_C].to(weight_VD.dtype)
-            scale_C1 = gradients[0][rows_C, None] / head.temperature
-            # d log p / d logits = one-hot - softmax.
-            logits_CV = head.logits(hidden_CD)
-            probabilities_CV = logits_CV.sub_(normalizers_T[rows_C, None]).exp_()
+            # d log p / d logits = one-hot - softmax, here with its sign turned; [C, V] is written as seldom as can be.
+            scale_C1 = -gradients[0][rows_C, None] / head.temperature
             columns_C1, owned_C1 = head.locate(targets_T[rows_C])
-            signed_CV = probabilities_CV.mul_(-scale_C1).scatter_add_(1, columns_C1, scale_C1 * owned_C1)
-            signed_CV = signed_CV.to(weight_VD.dtype)
-            hidden_gradient_TD[rows_C] = (signed_CV @ weight_VD).to(hidden_TD.dtype)
+            error_CV = head.logits(hidden_CD).sub_(normalizers_T[rows_C, None]).exp_()
+            error_CV = error_CV.scatter_add_(1, columns_C1, -owned_C1.float()).to(weight_VD.dtype)
+            hidden_gradient_TD[rows_C] = (error_CV @ weight_VD * scale_C1).to(hidden_TD.dtype)
+            scaled_CD = (hidden_CD * scale_C1).to(weight_VD.dtype)
             if gradient_VD.dtype == weight_VD.dtype:
-                gradient_VD.addmm_(signed_CV.T, hidden_CD)
+                gradient_VD.addmm_(error_CV.T, scaled_CD)
             else:
-                gradient_VD += signed_CV.T @ hidden_CD
+                gradient_VD += error_CV.T @ scaled_CD
         head.reduce(hidden_gradient_TD)
         weight_gradient_VD = gradient_VD.to(weight_VD.dtype) if main_gradient_VD is None else None
         return hidden_gradient_TD, weight_gradient_VD, None, None, None, None
