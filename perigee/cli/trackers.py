@@ -10,6 +10,7 @@ import asyncio
 import importlib
 import json
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,8 +101,9 @@ class Tracker(ABC):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends numbers at an iteration."""
 
-    def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:  # noqa: B027 (not all have a place)
-        """Sends responses for people to read; a tracker that has no place for them leaves them out."""
+    @abstractmethod
+    def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:
+        """Sends responses for people to read."""
 
     @abstractmethod
     def close(self) -> None:
@@ -179,7 +181,8 @@ class MlflowTracker(Tracker):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends numbers at an iteration, in one call."""
         entities = importlib.import_module("mlflow.entities")
-        metrics = [entities.Metric(key, value, 0, step) for key, value in values.items()]
+        now = time.time_ns() // 1_000_000
+        metrics = [entities.Metric(key, value, now, step) for key, value in values.items()]
         self._client.log_batch(self.own_id, metrics=metrics)
 
     def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:
@@ -195,7 +198,8 @@ class TrackioTracker(Tracker):
     """A Trackio run of the same name."""
 
     def __init__(self, settings: TrackioConfig, run: TrackedRun) -> None:
-        self._run = import_package("trackio").init(
+        self._trackio = import_package("trackio")
+        self._run = self._trackio.init(
             project=settings.project,
             name=run.path.name,
             space_id=settings.space_id,
@@ -206,6 +210,11 @@ class TrackioTracker(Tracker):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Sends numbers at an iteration."""
         self._run.log(dict(values), step=step)
+
+    def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:
+        """Sends one page."""
+        page = "\n\n".join(f"```\n{text}\n```" for text in texts)
+        self._run.log({name: self._trackio.Markdown(page)}, step=step)
 
     def close(self) -> None:
         """Waits until all is sent."""
