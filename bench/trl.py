@@ -30,6 +30,8 @@ import psutil
 
 RECIPE = Path(__file__).parents[1] / "examples" / "arithmetic"
 PROBLEMS, SAMPLES = 256, 2
+# So that no right program is late where the machine is busy; the recipe's limit of CPU time stays.
+WALL_MS = 20_000
 POLL_S = 0.1
 
 
@@ -108,8 +110,10 @@ def perigee(*arguments: str | Path) -> list[str]:
 
 
 def warm_up(folder: Path, seed: int) -> Path:
-    """Runs the recipe's supervised stages; returns the run's folder, with `model` and `data` in it."""
+    """Returns the folder of a run of the recipe's supervised stages, with `model` and `data` in it."""
     runs = folder / f"warm-up-{seed}"
+    if (runs / "latest" / "model").exists():
+        return (runs / "latest").resolve()
     command = perigee("train", RECIPE, "--plain", "--seed", str(seed), "--runs-dir", runs, "--set", "run.iterations=0")
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return (runs / "latest").resolve()
@@ -121,6 +125,7 @@ def train_perigee(folder: Path, warm: Path, seed: int, accuracy: float, max_cpu_
     model = warm / "model"
     values = {
         "run.sft": "[]",
+        "sandbox.default_limits.wall_ms": WALL_MS,
         "run.model": model,
         "rollout.model": model,
         "trainer.model": model,
@@ -146,7 +151,7 @@ def train_trl(folder: Path, warm: Path, seed: int, rate: float, options: argpars
         warm / "data",
     ]
     command += ["--rate", rate, "--seed", seed, "--out", out, "--problems", PROBLEMS, "--samples", SAMPLES]
-    command += ["--threads", options.threads, "--every", options.trl_every]
+    command += ["--threads", options.threads, "--every", options.trl_every, "--wall-ms", WALL_MS]
     with (out / "log").open("wb") as log:
         process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
         with end_of(process):
@@ -226,7 +231,12 @@ def main() -> None:
     parser.add_argument("--trl-every", type=int, default=8, help="optimizer steps of TRL between evaluations")
     parser.add_argument("--max-cpu-s", type=float, default=600.0, help="CPU seconds after which a training is given up")
     parser.add_argument("--out", type=Path, default=Path("bench/results/trl.json"), help="file for the figures")
-    parser.add_argument("--work", type=Path, help="new folder for models, runs and logs, kept; else a temporary one")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        help="folder for models, runs and logs, kept; supervised stages that are in it are not run again; else a "
+        "temporary one",
+    )
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with tempfile.TemporaryDirectory(prefix="perigee-bench-") as temporary:

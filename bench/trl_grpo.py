@@ -156,11 +156,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--every", type=int, required=True, help="steps between evaluations")
+    parser.add_argument("--wall-ms", type=int, required=True, help="wall-clock limit of a program")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     runs = options.out / "services"
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     command = [sys.executable, "-m", "perigee.cli.main", "up", RECIPE, "--only", "reward", "--only", "sandbox"]
+    command += ["--set", f"sandbox.default_limits.wall_ms={options.wall_ms}"]
     services = subprocess.Popen([*command, "--runs-dir", runs], stdout=subprocess.DEVNULL)
     try:
         while not (found := list(runs.glob("*/stack.json"))):
