@@ -144,6 +144,7 @@ def train_trl(folder: Path, warm: Path, seed: int, rate: float, options: argpars
     out.mkdir()
     command = [
         sys.executable,
+        "-P",  # else `import trl` finds this file
         Path(__file__).parent / "trl_grpo.py",
         "--model",
         warm / "model",
