@@ -96,7 +96,7 @@ def follow(process: subprocess.Popen[bytes], evaluations: Path, accuracy: float,
             curve.accuracies.append(line["accuracy"]["overall"]["sampled"]["mean"])
             print(f"    {curve.cpu_s[-1]:7.1f} CPU s {curve.wall_s[-1]:7.1f} s  {curve.accuracies[-1]:.3f}", flush=True)
             if curve.accuracies[-1] >= accuracy or curve.cpu_s[-1] > max_cpu_s:
-                process.send_signal(signal.SIGINT)
+                process.terminate()
                 process.wait(120)
                 return curve
     if process.returncode:
