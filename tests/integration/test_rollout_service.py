@@ -173,7 +173,8 @@ async def test_every_token_knows_its_version_when_weights_change_under_way(
         # The first call after the commit asks for weights that are gone.
         with suppress(FailedPreconditionError):
             while True:
-                ids = await trajectories.create([PROMPT], k=16)
+                # With six calls more than the engine decodes at once: it is busy until the last one ends.
+                ids = await trajectories.create([PROMPT], k=48)
                 _, failed = await trajectories.extend(ids, token_budget=200, max_response_tokens=200)
                 assert failed == {}
                 extended.extend(ids)
