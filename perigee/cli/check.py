@@ -20,7 +20,7 @@ from perigee.reward.v1 import reward_pb2
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_KV_BYTES = 1 << 30
 # Logits that the trainer computes at once, and the same again for their exponentials.
-LOGIT_BYTES = 2 * (512 << 20)
+LOGIT_BYTES = 2 * (384 << 20)
 # Interpreter and libraries of the trainer, and of a rollout worker with its engine.
 PROCESS_BYTES = 3 << 28
 GIB = 1 << 30

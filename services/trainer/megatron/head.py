@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 # Large enough that reading the weight and its gradient once for each chunk costs little beside the products.
-_CHUNK_BYTES = 512 << 20
+_CHUNK_BYTES = 384 << 20
 
 
 class HiddenOutput(torch.nn.Module):
