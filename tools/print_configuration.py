@@ -149,8 +149,11 @@ def render() -> str:
     """The whole page."""
     from perigee.cli.recipe import RecipeHead
     from services.coordinator.run_config import RunConfig
+    from services.trainer.algorithms import ALGORITHMS
 
     lines = [HEAD, *section("Top level", RecipeHead, skip_shared=False), *section("run", RunConfig, skip_shared=False)]
+    for name, algorithm in ALGORITHMS.items():
+        lines += section(f"run.algorithm where its name is {name}", algorithm.Settings, skip_shared=False)
     for service in SERVICES:
         lines += section(service, service_config(service), skip_shared=True)
     text = "\n".join([*lines, *shared_lines()]).rstrip() + "\n"

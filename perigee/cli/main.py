@@ -76,6 +76,11 @@ def up(
         raise typer.Exit(0 if code > 128 else code)  # a signal is how this command ends
 
 
+def with_seed(overrides: list[str] | None, seed: int | None) -> list[str]:
+    """Returns the overrides of a recipe with those of a seed behind them."""
+    return [*(overrides or []), *([f"run.seed={seed}", f"trainer.seed={seed}"] if seed is not None else [])]
+
+
 @app.command()
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")],
@@ -85,7 +90,7 @@ def prepare(
     debug: DebugOption = False,
 ) -> None:
     """Make a recipe's data and the recipe that services start with: --config DIR/recipe.yaml."""
-    sets = [*(overrides or []), *([f"run.seed={seed}", f"trainer.seed={seed}"] if seed is not None else [])]
+    sets = with_seed(overrides, seed)
     with reporting_errors(debug):
         from perigee.cli import train as command
         from perigee.cli.recipe import find_recipe, load_recipe
@@ -143,7 +148,7 @@ def check(
     debug: DebugOption = False,
 ) -> None:
     """Find what is wrong with a recipe, its model and its prompts, and estimate memory, before a service starts."""
-    sets = [*(overrides or []), *([f"run.seed={seed}", f"trainer.seed={seed}"] if seed is not None else [])]
+    sets = with_seed(overrides, seed)
     with reporting_errors(debug):
         from perigee.cli import train as command
         from perigee.cli.check import check_inputs
@@ -181,7 +186,7 @@ def train(
     debug: DebugOption = False,
 ) -> None:
     """Train a recipe: start the stack, run to the end, write the report, stop the stack."""
-    sets = [*(overrides or []), *([f"run.seed={seed}", f"trainer.seed={seed}"] if seed is not None else [])]
+    sets = with_seed(overrides, seed)
     with reporting_errors(debug):
         from perigee.cli import train as command
         from perigee.cli.metrics import read_coordinator

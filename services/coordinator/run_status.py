@@ -56,7 +56,7 @@ class RunStatus:
         self._closed = False
         self.earlier_seconds = 0.0
         self.iteration = 0
-        # Iterations so far that do not count, because no group was complete.
+        # Iterations so far that do not count, because no group was trained.
         self.uncounted = 0
         self.policy_version = 0
         self.done = 0
