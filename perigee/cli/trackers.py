@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import re
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -27,6 +28,10 @@ from perigee.files import read_lines, write_atomically
 from perigee.report.samples import SAMPLES_FILE, read_sample, text_lines
 
 STATE_FILE = "trackers.json"
+# Trackers get this long at the end of a run for what is left.
+CLOSE_S = 60.0
+# What MLflow takes in no name of a metric; domains have any text.
+_REFUSED = re.compile(r"[^/\w.\- ]")
 
 
 class WandbConfig(Model):
@@ -182,7 +187,7 @@ class MlflowTracker(Tracker):
         """Sends numbers at an iteration, in one call."""
         entities = importlib.import_module("mlflow.entities")
         now = time.time_ns() // 1_000_000
-        metrics = [entities.Metric(key, value, now, step) for key, value in values.items()]
+        metrics = [entities.Metric(_REFUSED.sub("_", key), value, now, step) for key, value in values.items()]
         self._client.log_batch(self.own_id, metrics=metrics)
 
     def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:
@@ -261,6 +266,7 @@ class Trackers:
     _open: dict[str, Tracker] = field(default_factory=dict)
     _progress: dict[str, Progress] = field(default_factory=dict)
     _failing: set[str] = field(default_factory=set)
+    _sending: threading.Thread | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def open(self, config: TrackersConfig) -> None:
@@ -282,19 +288,29 @@ class Trackers:
             self._progress[name].own_id = self._open[name].own_id
         self._save()
 
-    async def update(self) -> None:
-        """Sends the records that are new."""
-        if self._open:
-            await asyncio.to_thread(self._update)
+    def update(self) -> None:
+        """Begins to send the records that are new, unless some are still being sent: nothing waits for a tracker."""
+        if self._open and not (self._sending and self._sending.is_alive()):
+            self._sending = threading.Thread(target=self._update, daemon=True)
+            self._sending.start()
 
     async def close(self) -> None:
-        """Sends what is left and closes the trackers."""
-        await self.update()
+        """Sends what is left and closes the trackers; gives up after CLOSE_S."""
+        if not self._open:
+            return
+        last = threading.Thread(target=self._finish, daemon=True)
+        last.start()
+        await asyncio.to_thread(last.join, CLOSE_S)
+        if last.is_alive():
+            self.note(f"trackers: not all was sent within {CLOSE_S:g} s; the next --resume sends the rest")
+
+    def _finish(self) -> None:
+        self._update()
         for name, tracker in self._open.items():
-            await asyncio.to_thread(self._guard, name, tracker.close)
+            self._guard(name, tracker.close)
 
     def _update(self) -> None:
-        with self._lock:  # a call that was cancelled goes on in its thread
+        with self._lock:
             for name, tracker in self._open.items():
                 self._guard(name, partial(self._send, tracker, self._progress[name]))
 

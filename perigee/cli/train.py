@@ -325,7 +325,7 @@ async def _show(
         if response.HasField("evaluation"):
             view.show_evaluation(read_evaluation(response.evaluation))
         if response.HasField("iteration") or response.HasField("evaluation"):
-            await trackers.update()
+            trackers.update()
         if response.HasField("run"):
             last = response.run
             view.show(last)

@@ -181,16 +181,19 @@ def _read_folder(path: Path, split: str | None, field: str) -> Iterator[tuple[st
 def _read_saved(path: Path, field: str) -> Iterator[tuple[str, Row]]:
     """Yields the rows of a dataset as `save_to_disk` wrote it."""
     arrow = _open_arrow(path, field)
-    files = [path / each["filename"] for each in json.loads((path / "state.json").read_text())["_data_files"]]
-    batches = (batch for file in files for batch in arrow.ipc.open_stream(arrow.memory_map(str(file))))
-    yield from _number_rows(path, batches)
+    try:
+        files = [path / each["filename"] for each in json.loads((path / "state.json").read_text())["_data_files"]]
+        batches = (batch for file in files for batch in arrow.ipc.open_stream(arrow.memory_map(str(file))))
+        yield from _number_rows(path, batches)
+    except (OSError, ValueError, LookupError) as error:
+        raise InvalidArgumentError.for_field(field, f"{path} is no saved dataset that can be read: {error}") from error
 
 
 def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Row]]:
     try:
         with _open_arrow(path, field).parquet.ParquetFile(path) as file:
             yield from _number_rows(path, file.iter_batches())
-    except OSError as error:  # pyarrow's own class for a damaged file is one
+    except (OSError, ValueError) as error:  # pyarrow's class for a damaged file is a ValueError
         raise InvalidArgumentError.for_field(field, f"{path} cannot be read: {error}") from error
 
 

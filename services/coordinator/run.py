@@ -220,7 +220,9 @@ class Run:
         version = committed.policy_version
         problems = choose_problems(kind, list(context.inputs.heldout.values()), context.config.evaluation)
         # The same weights on the same problems: without an iteration the last model is the first one.
-        known = await asyncio.to_thread(context.log.evaluation_of, version, len(problems))
+        known = await asyncio.to_thread(
+            context.log.evaluation_of, version, len(problems), context.config.evaluation.samples
+        )
         if known is not None:
             line = known | {"kind": kind, "iteration": iteration, "seconds": 0.0}
             await asyncio.to_thread(context.log.add_evaluation, line)

@@ -425,13 +425,16 @@ def config_digest(config: RunConfig) -> str:
     default that it had first: a run goes on with the values that it began with, or not at all.
     """
     rollout = create_model("FirstRollout", __base__=RolloutSettings, max_response_tokens=(int, 200))
+    update = create_model("FirstUpdate", __base__=type(config.update), tis_cap=(float | None, 0.0))
     kind: type[RunConfig] = create_model(
         "FirstRun",
         __base__=type(config),
         max_live_groups=(int, 160),
         rollout=(rollout, rollout()),
+        update=(update, update()),
         optimizer=(OptimizerConfig, OptimizerConfig(learning_rate=2e-4)),
     )
-    first = kind.model_construct(**dict(config) | {"rollout": rollout(**dict(config.rollout))})
+    parts = {"rollout": rollout(**dict(config.rollout)), "update": update(**dict(config.update))}
+    first = kind.model_construct(**dict(config) | parts)
     values = first.model_dump(mode="json", exclude=_NOT_IN_DIGEST, exclude_defaults=True)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

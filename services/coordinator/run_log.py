@@ -133,10 +133,11 @@ class RunLog:
                 return line
         return None
 
-    def evaluation_of(self, policy_version: int, problems: int) -> dict[str, Any] | None:
-        """Returns an evaluation of the version on as many problems, greedy decoding included; None without one."""
+    def evaluation_of(self, policy_version: int, problems: int, samples: int) -> dict[str, Any] | None:
+        """Returns an evaluation of the version on as many problems with as many samples, greedy decoding included."""
+        wanted = (policy_version, problems, samples)
         for line in self.evaluations():
-            is_same = (line["policy_version"], line["problems"]) == (policy_version, problems)
+            is_same = (line["policy_version"], line["problems"], line["samples"]) == wanted
             if is_same and "greedy" in line["accuracy"]["overall"]:
                 return line
         return None

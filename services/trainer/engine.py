@@ -213,7 +213,12 @@ class Engine:
         if limit is None:
             moments = self.policy.count_copies()["moments"]
             limit = (free_bytes(self.dims.device, processes) - moments) // 2
-        tokens: int = max(1, min(self.everyone.gather(int(limit / self.policy.measure_activations()))))
+        tokens: int = min(self.everyone.gather(int(limit / self.policy.measure_activations())))
+        if tokens < 1:
+            raise InvalidArgumentError.for_field(
+                "trainer.max_microbatch_bytes",
+                "leaves no room for the activations of one token on some rank: free memory, use more ranks, or set it",
+            )
         if self.dims.rank == 0:
             log.info("micro-batches are bounded by memory", max_tokens=tokens)
         return tokens

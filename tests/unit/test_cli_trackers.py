@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perigee.cli import trackers
-from perigee.cli.trackers import Trackers, TrackersConfig
+from perigee.cli.trackers import Tracker, Trackers, TrackersConfig
 from perigee.errors import FailedPreconditionError
 from perigee.files import append_lines
 from perigee.report.samples import SAMPLES_FILE, Sample, to_line
@@ -39,8 +40,21 @@ def add_sample(run: Path, iteration: int, evaluation: str = "") -> None:
 async def follow(run: Path, notes: list[str], name: str = "tensorboard") -> None:
     followed = Trackers(run, {"name": "r"}, notes.append)
     followed.open(TrackersConfig.model_validate({name: SETTINGS[name]}))
-    await followed.update()
+    followed.update()
     await followed.close()
+
+
+class HangingTracker(Tracker):
+    """A tracker whose service never answers."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        threading.Event().wait()
+
+    def log_samples(self, name: str, texts: Sequence[str], step: int) -> None:
+        threading.Event().wait()
+
+    def close(self) -> None:
+        threading.Event().wait()
 
 
 @pytest.fixture
@@ -108,3 +122,12 @@ def test_a_package_that_is_missing_is_one_sentence(run: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(FailedPreconditionError, match=r"trackers\.wandb needs wandb, which is not installed"):
         Trackers(run, {}, print).open(TrackersConfig.model_validate({"wandb": SETTINGS["wandb"]}))
+
+
+async def test_a_tracker_that_hangs_holds_up_no_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(trackers.TRACKERS, "tensorboard", lambda settings, run: HangingTracker())
+    monkeypatch.setattr(trackers, "CLOSE_S", 0.1)
+    notes: list[str] = []
+    add_iteration(run, 1)
+    await follow(run, notes)
+    assert notes == ["trackers: not all was sent within 0.1 s; the next --resume sends the rest"]

@@ -116,6 +116,7 @@ def test_a_key_that_a_later_version_adds_leaves_the_digest(tmp_path: Path) -> No
 def test_a_key_whose_default_changed_counts_from_its_first_default() -> None:
     values = {"model": "m", "prompts": "p", "heldout": "h", "iterations": 3, "group_size": 4}
     first = {"max_live_groups": 160, "rollout": {"max_response_tokens": 200}, "optimizer": {"learning_rate": 2e-4}}
+    first |= {"update": {"tis_cap": 0}}
     # As version 0.2.0 had it, whether or not the recipe named these.
     digest = "4069843c7a72abfdd40d08ac7661ff0d"
     assert config_digest(RunConfig(**values, **first)) == digest

@@ -88,7 +88,7 @@ def test_ground_truths(tmp_path: Path) -> None:
     for name, record in RECORDS.items():
         write_data(tmp_path, name, record)
         [loaded[name]] = load_suite(name, tmp_path).problems
-    assert loaded["gsm8k"].line.item.math.reference == "1004"
+    assert loaded["gsm8k"].line.item.math.reference == "1,004"
     assert (loaded["math_500"].line.domain, loaded["math_500"].line.difficulty) == ("Algebra", 3.0)
     assert (loaded["aime_2024"].line.id, loaded["aime_2024"].line.item.math.reference) == ("60", "204")
     assert loaded["mbpp"].line.item.code.function_name == "f"

@@ -140,6 +140,12 @@ def test_a_context_shorter_than_prompt_and_cap_is_named(tmp_path: Path) -> None:
         read(tmp_path, context=60, prompts=path)
 
 
+def test_damaged_parquet_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "p.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(InvalidArgumentError, match=r"run\.prompts: .*p\.parquet cannot be read"):
+        read(tmp_path, prompts=GSM_SOURCE | {"path": str(tmp_path / "p.parquet")})
+
+
 def test_parquet_without_its_package_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GSM), tmp_path / "p.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

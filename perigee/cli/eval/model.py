@@ -37,10 +37,10 @@ ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"
 
 @dataclass(frozen=True)
 class Completion:
-    """Response of a model; `tokens` is 0 where the endpoint does not count them."""
+    """Response of a model; `tokens` is None where the endpoint does not count them."""
 
     text: str
-    tokens: int
+    tokens: int | None
     truncated: bool
 
 
@@ -104,7 +104,9 @@ async def fix_version(endpoint: Endpoint) -> Endpoint:
         try:
             models = (await client.get(f"{endpoint.url.rstrip('/')}/models")).json()["data"]
             versions = [each["policy_version"] for each in models if each["id"] == endpoint.model]
-        except (httpx.TransportError, ValueError, LookupError, TypeError):
+        except httpx.TransportError as error:
+            raise UnavailableError(f"{endpoint.url} does not answer: {error or type(error).__name__}") from error
+        except (ValueError, LookupError, TypeError):  # it has no versions
             return endpoint
     return replace(endpoint, extra={**endpoint.extra, "policy_version": versions[0]}) if versions else endpoint
 
@@ -125,15 +127,21 @@ async def _post(client: httpx.AsyncClient, url: str, body: Mapping[str, Any]) ->
 
 
 def read_completion(response: httpx.Response, url: str) -> Completion:
-    """Returns the first choice of an answer. Raises InternalError when it has none."""
+    """Returns the first choice of an answer.
+
+    Raises InternalError when it has none, InvalidArgumentError when the model was kept from answering in text.
+    """
     try:
         values = response.json()
         choice = values["choices"][0]
         text = choice["message"]["content"] if "message" in choice else choice["text"]
-        tokens = int((values.get("usage") or {}).get("completion_tokens") or 0)
-        return Completion(text or "", tokens, choice.get("finish_reason") == "length")
-    except (ValueError, LookupError, TypeError) as error:
+        tokens = (values.get("usage") or {}).get("completion_tokens")
+        end = choice.get("finish_reason")
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InternalError(f"{url} gave no completion: {response.text[:300]!r}") from error
+    if text is None and end not in ("stop", "length"):  # a reasoning model may end before its answer
+        raise InvalidArgumentError(f"{url} gave no text: the response ended by {end}")
+    return Completion(text or "", None if tokens is None else int(tokens), end == "length")
 
 
 def find_model(name: str, runs_path: Path) -> tuple[Path, Mapping[str, Any] | None]:
@@ -208,14 +216,15 @@ async def serving_model(
     server = await start_guarded("vllm", command, log_path, environment)
     ended = asyncio.create_task(server.wait())
     try:
-        async with asyncio.timeout(START_TIMEOUT_S), httpx.AsyncClient() as client:
-            while not await _is_healthy(client, f"http://{HOST}:{port}/health"):
-                if ended.done():
-                    raise UnavailableError(server.describe_end(ended.result()))
-                await asyncio.wait([ended], timeout=POLL_S)
+        try:
+            async with asyncio.timeout(START_TIMEOUT_S), httpx.AsyncClient() as client:
+                while not await _is_healthy(client, f"http://{HOST}:{port}/health"):
+                    if ended.done():
+                        raise UnavailableError(server.describe_end(ended.result()))
+                    await asyncio.wait([ended], timeout=POLL_S)
+        except TimeoutError as error:
+            raise UnavailableError(f"vLLM was not ready after {START_TIMEOUT_S:g} s (log: {log_path})") from error
         yield f"http://{HOST}:{port}/v1"
-    except TimeoutError as error:
-        raise UnavailableError(f"vLLM was not ready after {START_TIMEOUT_S:g} s (log: {log_path})") from error
     finally:
         ended.cancel()
         await asyncio.gather(ended, return_exceptions=True)

@@ -6,6 +6,7 @@ truncated, verdict, answer and reason. What was not answered or not judged is le
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,8 +33,8 @@ Answer = Mapping[str, Any]
 class Length:
     """Length of some responses."""
 
-    tokens: float
-    """Mean."""
+    tokens: float | None
+    """Mean; None where the endpoint does not count them."""
     truncated: float
     """Share of those that reached the cap."""
 
@@ -100,8 +101,9 @@ def _figures(answers: Sequence[Answer]) -> Figures:
 def _measure_length(answers: Sequence[Answer]) -> Length | None:
     if not answers:
         return None
-    tokens, truncated = ([answer[key] for answer in answers] for key in ("tokens", "truncated"))
-    return Length(round(fmean(tokens), 2), round(fmean(truncated), 4))
+    tokens = [answer["tokens"] for answer in answers if answer["tokens"] is not None]
+    truncated = fmean(answer["truncated"] for answer in answers)
+    return Length(round(fmean(tokens), 2) if tokens else None, round(truncated, 4))
 
 
 def _by_problem(answers: Iterable[Answer]) -> dict[str, list[Answer]]:
@@ -136,7 +138,8 @@ def show(figures: Mapping[str, Mapping[str, Figures]], console: Console) -> None
             rows = [("greedy", each.greedy, each.greedy_length), *((*row, each.sample_length) for row in sampled)]
             for name, interval, length in rows:
                 if interval is not None and length is not None:
-                    shown = (f"{length.tokens:,.0f}", f"{length.truncated:.1%}", str(each.failures))
+                    tokens = "-" if length.tokens is None else f"{length.tokens:,.0f}"
+                    shown = (tokens, f"{length.truncated:.1%}", str(each.failures))
                     table.add_row(suite, scope, f"{each.problems:,}", name, _show_interval(interval), *shown)
     console.print(table, highlight=False)
 
@@ -164,10 +167,16 @@ class Comparison:
 
 
 def read_answers(folder: Path) -> list[Answer]:
-    """Returns the last answer of each attempt. Raises InvalidArgumentError where there are no results."""
-    if not (folder / ANSWERS_FILE).is_file():
-        raise InvalidArgumentError.for_field(str(folder), f"holds no {ANSWERS_FILE}; name a results folder")
-    lines = read_lines(folder / ANSWERS_FILE)
+    """Returns the answers that the folder's figures are made of: those of other weights or sampling are left out.
+
+    Raises InvalidArgumentError where there are no results.
+    """
+    for name in (ANSWERS_FILE, RESULTS_FILE):
+        if not (folder / name).is_file():
+            raise InvalidArgumentError.for_field(str(folder), f"holds no {name}; name the folder of a whole evaluation")
+    digests = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))["digests"]
+    counted = {(suite, digest) for suite, some in digests.items() for digest in some}
+    lines = [line for line in read_lines(folder / ANSWERS_FILE) if (line["suite"], line["digest"]) in counted]
     return list({(line["suite"], line["id"], line["attempt"]): line for line in lines}.values())
 
 

@@ -40,7 +40,7 @@ from perigee.reward.v1 import reward_pb2
 from perigee.rpc import ChannelOptions
 
 # Of a request that the endpoint did not answer.
-NO_COMPLETION = Completion("", 0, truncated=False)
+NO_COMPLETION = Completion("", None, truncated=False)
 
 
 @dataclass(frozen=True)
@@ -302,7 +302,11 @@ def write_results(
     """Writes results.json and prints the figures. Raises FailedPreconditionError when no response was judged."""
     figures = {suite: summarize(some) for suite, some in by_suite(answers).items()}
     head = {"model": target.name, "endpoint": None if target.folder else target.endpoint.url}
-    found = {"sampling": {suite: each.model_dump() for suite, each in samplings.items()}, "suites": to_json(figures)}
+    found = {
+        "sampling": {suite: each.model_dump() for suite, each in samplings.items()},
+        "suites": to_json(figures),
+        "digests": {suite: sorted(each["digest"] for each in some) for suite, some in by_suite(answers).items()},
+    }
     before = json.loads((out / RESULTS_FILE).read_text()) if (out / RESULTS_FILE).is_file() else {}
     # Other suites of the same model stay.
     kept = before if all(before.get(key) == value for key, value in head.items()) else {}

@@ -189,7 +189,10 @@ def add_columns(suite: Suite, record: Record, place: str) -> Record:
     try:
         columns = READERS[suite.reader](record) if suite.reader else dict(record)
         for column, marker in suite.answer_after.items():
-            columns[column] = str(record[column]).rpartition(marker)[2].strip().replace(",", "")
+            _, found, answer = str(record[column]).rpartition(marker)
+            if not found:
+                raise InvalidArgumentError.for_field(f"{place}: {column}", f"has no {marker!r} before the answer")
+            columns[column] = answer.strip()
         if isinstance(suite.options, str):
             columns["options"] = list(record[suite.options])
         elif suite.options:
