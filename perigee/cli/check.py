@@ -24,6 +24,7 @@ LOGIT_BYTES = 2 * (384 << 20)
 # Interpreter and libraries of the trainer, and of a rollout worker with its engine.
 PROCESS_BYTES = 3 << 28
 GIB = 1 << 30
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_inputs(recipe: Recipe) -> list[str]:
@@ -185,7 +186,7 @@ def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> 
 
 
 def describe_memory(estimate: Mapping[str, Mapping[str, int]], workers: int) -> list[str]:
-    """Returns a line for each process, and one more where they pass the memory that this machine has available."""
+    """Returns a line for each process, and one more where they pass the memory of this machine or container."""
     lines = [
         f"memory of {name}, estimated: {sum(parts.values()) / GIB:.1f} GiB ("
         + ", ".join(f"{part} {size / GIB:.1f}" for part, size in parts.items() if size)
@@ -194,6 +195,9 @@ def describe_memory(estimate: Mapping[str, Mapping[str, int]], workers: int) -> 
     ]
     needed = sum(estimate["trainer"].values()) + workers * sum(estimate["rollout"].values())
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = CONTAINER_LIMIT.read_text(encoding="utf-8").strip() if CONTAINER_LIMIT.is_file() else "max"
+    if limit != "max":
+        physical = min(physical, int(limit))
     if not any(NVIDIA.glob("*")) and needed > physical:
         lines.append(
             f"warning: about {needed / GIB:.1f} GiB are needed and this machine has {physical / GIB:.1f} GiB: lower "

@@ -298,6 +298,12 @@ class CompletionCall(SampledCall):
     echo: bool = False
     """Whether the response begins with the prompt, with its log-probabilities where `logprobs` is given."""
 
+    @model_validator(mode="after")
+    def _score_once(self) -> CompletionCall:
+        if self.echo and self.logprobs is not None and self.n > 1:
+            raise ValueError("n has to be 1 where echo and logprobs ask for the prompt's log-probabilities")
+        return self
+
     def encode(self, encoder: PromptEncoder) -> list[list[int]]:
         """Returns the token ids of one text, several texts, one list of ids or several."""
         prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
@@ -336,7 +342,7 @@ class Endpoint:
 
     async def respond(self, call: SampledCall) -> Response:
         """Returns the response to a call, or the stream that becomes it."""
-        # A long text takes a tokenizer seconds.
+        self._check_room(call.n)  # before a long text takes a tokenizer seconds
         choices = await asyncio.to_thread(self._plan, call)
         self._worker.check_ready("", call.policy_version)
         head = self._head(call)
@@ -413,7 +419,9 @@ class Endpoint:
     async def _sample_one(self, settings: SegmentSettings, choice: Choice, emit: Emit[Choice]) -> None:
         """Samples one response; a stop string takes it out of the engine."""
         if choice.is_scored:
-            choice.score_prompt(await self._score(choice.prompt))
+            with self._worker.admit(1):
+                scores = await self._score(choice.prompt)
+            choice.score_prompt(scores)
         async with aclosing(generate(self._worker, choice.request, settings)) as chunks:
             async for chunk in chunks:
                 choice.add(chunk)

@@ -26,6 +26,12 @@ META_FILE = "perigee.json"
 FIELD = "trainer.run_path"
 
 
+def identify(folder: Path) -> bytes | None:
+    """Returns what tells a version's folder from others of its name: None without one, empty for a base model."""
+    meta = folder / META_FILE
+    return (meta.read_bytes() if meta.is_file() else b"") if folder.is_dir() else None
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """Checkpoints `folder/<run id>/v<version>`, complete or absent, the newest `keep` of each run and the pinned ones.

@@ -17,7 +17,7 @@ from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.server import channel_options
 from services.kit.telemetry import get_logger
-from services.trainer.checkpoints import Checkpoints
+from services.trainer.checkpoints import Checkpoints, identify
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_trajectories
 from services.trainer.hf import DTYPES, read_model_shape
@@ -173,8 +173,9 @@ class Engine:
     def _or_restore(self, job: Callable[[], Any]) -> Any:
         """Runs a job, and puts the weights back when it fails: from the folder that holds them, else from a copy."""
         folder: Path | None = self.everyone.broadcast(self.saved)
-        # A folder may be on the machine of rank 0 alone.
-        on_disk = folder is not None and all(self.everyone.gather(folder.is_dir()))
+        # A folder may be on the machine of rank 0 alone, and that of an earlier attempt on another one.
+        found = [None] if folder is None else self.everyone.gather(identify(folder))
+        on_disk = found[0] is not None and len(set(found)) == 1
         snapshot = [] if on_disk else self.policy.take_snapshot()
         self._snapshot_bytes = sum(tensor.nbytes for tensor in snapshot)
         self.saved = None

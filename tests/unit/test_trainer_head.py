@@ -95,5 +95,7 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path: Path) -> None:
     machine = free_bytes(torch.device("cpu"), 1, limit)
     limit.write_text("max\n", encoding="utf-8")
     assert free_bytes(torch.device("cpu"), 4, limit) < machine
-    limit.write_text("0\n", encoding="utf-8")
-    assert free_bytes(torch.device("cpu"), 1, limit) < 0
+    limit.write_text(f"{4 << 20}\n", encoding="utf-8")
+    (tmp_path / "memory.current").write_text(f"{3 << 20}\n", encoding="utf-8")
+    (tmp_path / "memory.stat").write_text(f"active_file 7\ninactive_file {1 << 20}\n", encoding="utf-8")
+    assert free_bytes(torch.device("cpu"), 2, limit) == 1 << 20

@@ -45,8 +45,9 @@ def free_bytes(device: torch.device, processes: int, limit: Path = _LIMIT) -> in
     bound = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
     if bound == "max":
         return available
-    resident = int(_find(r"VmRSS:\s+(\d+) kB", "/proc/self/status")) * 1024
-    return min(available, int(bound) // processes - resident)
+    used = int(limit.with_name("memory.current").read_text(encoding="utf-8"))
+    cached = int(_find(r"inactive_file (\d+)", str(limit.with_name("memory.stat"))))  # given back when it is needed
+    return min(available, (int(bound) - used + cached) // processes)
 
 
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
