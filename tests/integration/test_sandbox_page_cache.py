@@ -12,7 +12,7 @@ from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
 READER = b"""
 import os
-left = 200 << 20
+left = 300 << 20  # more than the limits of the jobs that follow
 for folder, _, names in os.walk('/usr/lib'):
     for name in names:
         path = os.path.join(folder, name)

@@ -88,7 +88,7 @@ class ProcessMonitor:
             os.set_blocking(progress, False)
             handed.insert(len(handed) - 1, reports)
         self._rusage_cpu_us = self._rusage_peak = 0
-        if not self._has_baseline:
+        if not self._has_baseline or self._lost_memory():
             self.take_baseline()
         self._has_baseline = False
         self._started = time.monotonic()
@@ -231,6 +231,13 @@ class ProcessMonitor:
             self._baseline = self._usage.current_bytes()
             self._cached = self._usage.cached_bytes() if self._baseline >= MUCH_BYTES else 0
             self._peak_known = self._usage.reset_peak()
+
+    def _lost_memory(self) -> bool:
+        """Whether much has left the group since the baseline: cached pages that were dropped to make room for the job.
+
+        The peak of before, with them, would count as the program's.
+        """
+        return self._usage is not None and self._baseline - self._usage.current_bytes() >= MUCH_BYTES
 
     def _oom_killed(self) -> bool:
         return self._usage is not None and self._usage.oom_kills() > self._oom_kills
