@@ -22,6 +22,14 @@ class Interval:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        """The mean with its interval: 0.590 [0.561, 0.619]."""
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    def is_apart_from(self, other: Interval) -> bool:
+        """Returns whether the two intervals do not overlap."""
+        return self.low > other.high or other.low > self.high
+
 
 def wilson_interval(correct: int, total: int) -> Interval:
     """Returns Wilson's score interval of a fraction: one answer per problem."""

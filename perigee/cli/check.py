@@ -40,7 +40,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
         for name in ("run", "rollout", "trainer", "reward", "sandbox")
     }
     model, parameters = check_model(configs["trainer"].model, "trainer.model")
-    inputs = read_inputs("", configs["run"], Path(), str(model.path), "")
+    inputs = read_inputs("", configs["run"], Path(), str(model.path), "", examples=None)
     problems = [*inputs.prompts.values(), *inputs.heldout.values()]
     longest = max(problems, key=lambda prompt: len(prompt.token_ids))
     check_lengths(model, longest, configs)

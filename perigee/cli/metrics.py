@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.ranges import find_warnings
-from perigee.report.records import Estimate, Evaluation
+from perigee.report.records import Evaluation
 from perigee.rpc import ChannelOptions
+from perigee.statistics import Interval
 
 CALL_TIMEOUT_S = 5.0
 # Units of a snapshot's phase_done and phase_total.
@@ -127,8 +128,8 @@ def format_seconds(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02} m"
 
 
-def _read_estimate(estimate: pb.AccuracyEstimate) -> Estimate:
-    return Estimate(estimate.mean, estimate.low, estimate.high)
+def _read_estimate(estimate: pb.AccuracyEstimate) -> Interval:
+    return Interval(estimate.mean, estimate.low, estimate.high)
 
 
 async def read_coordinator(address: str, channel: ChannelOptions) -> pb.GetStatusResponse:

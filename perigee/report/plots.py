@@ -12,7 +12,8 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from perigee.report.records import OVERALL, Estimate, Iteration, RunRecords
+from perigee.report.records import OVERALL, Iteration, RunRecords
+from perigee.statistics import Interval
 
 # Readable on light and dark ground, told apart by the color-blind (after Okabe and Ito).
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, GREY = (
@@ -33,7 +34,7 @@ SMOOTHING = 5
 PLOT_PIXELS, LABEL_PIXELS = 260, 16
 Points = tuple[list[int], list[float]]
 # Iteration and accuracy of each evaluation.
-Estimates = Sequence[tuple[int, Estimate]]
+Estimates = Sequence[tuple[int, Interval]]
 
 
 def plot_accuracy(records: RunRecords) -> go.Figure | None:

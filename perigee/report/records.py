@@ -11,25 +11,9 @@ from typing import Any
 from perigee.config import read_yaml
 from perigee.errors import InvalidArgumentError
 from perigee.files import read_lines
+from perigee.statistics import Interval
 
 OVERALL = "overall"
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """Fraction with its 95% interval."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """The mean with its interval: 0.590 [0.561, 0.619]."""
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-    def is_apart_from(self, other: Estimate) -> bool:
-        """Returns whether the two intervals do not overlap."""
-        return self.low > other.high or other.low > self.high
 
 
 @dataclass(frozen=True)
@@ -37,8 +21,8 @@ class Evaluation:
     """Held-out accuracy of one policy version, by domain and for all of them under `overall`."""
 
     iteration: int
-    greedy: Mapping[str, Estimate]
-    sampled: Mapping[str, Estimate]
+    greedy: Mapping[str, Interval]
+    sampled: Mapping[str, Interval]
 
     @property
     def domains(self) -> list[str]:
@@ -88,8 +72,8 @@ class Change:
 
     domain: str
     kind: str
-    before: Estimate
-    after: Estimate
+    before: Interval
+    after: Interval
 
     @property
     def gain(self) -> float:
@@ -184,7 +168,7 @@ def _read_iteration(index: int, row: dict[str, Any]) -> Iteration:
 
 def _read_evaluation(row: Mapping[str, Any]) -> Evaluation:
     greedy, sampled = (
-        {domain: Estimate(**kinds[kind]) for domain, kinds in row["accuracy"].items() if _has_mean(kinds.get(kind))}
+        {domain: Interval(**kinds[kind]) for domain, kinds in row["accuracy"].items() if _has_mean(kinds.get(kind))}
         for kind in ("greedy", "sampled")
     )
     return Evaluation(row["iteration"], greedy, sampled)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +17,11 @@ from perigee.reward.items import PromptLine, prompt_keys, read_lines, read_objec
 
 # Columns of images are of many forms, which nothing here looks at.
 KNOWN_FIELDS = prompt_keys() - {"images"}
+# OWNER/NAME; what has a suffix is a file.
+HUB_NAME = re.compile(r"\w[\w-]*/\w[\w-]*")
 PARQUET_MAGIC = b"PAR1"
+# What `datasets` puts into the folder of a saved DatasetDict, and of a saved Dataset.
+SPLITS_FILE, STATE_FILE = "dataset_dict.json", "state.json"
 Row = str | Mapping[str, Any]
 _MISSING = object()
 
@@ -144,6 +149,10 @@ def read_data(path: Path, split: str | None, field: str) -> Iterator[tuple[str, 
     """Yields the rows of a file or folder, each after its place; of JSON Lines the text."""
     if path.is_dir():
         yield from _read_folder(path, split, field)
+    elif not path.exists() and HUB_NAME.fullmatch(str(path)):
+        raise InvalidArgumentError.for_field(
+            field, f"{path} is no folder here; of a data set on the Hugging Face Hub name hf://datasets/{path}/FOLDER"
+        )
     elif _is_parquet(path):
         yield from _read_parquet(path, field)
     else:
@@ -159,12 +168,12 @@ def _is_parquet(path: Path) -> bool:
 
 
 def _read_folder(path: Path, split: str | None, field: str) -> Iterator[tuple[str, Row]]:
-    if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+    if (path / SPLITS_FILE).is_file():
+        splits = json.loads((path / SPLITS_FILE).read_text())["splits"]
         if split not in splits:
             raise InvalidArgumentError.for_field("split", f"must be one of {', '.join(splits)}, got {split}")
         path = path / str(split)
-    if (path / "state.json").is_file():
+    if (path / STATE_FILE).is_file():
         yield from _read_saved(path, field)
         return
     for pattern in ("*.parquet", "*.jsonl"):
@@ -182,7 +191,7 @@ def _read_saved(path: Path, field: str) -> Iterator[tuple[str, Row]]:
     """Yields the rows of a dataset as `save_to_disk` wrote it."""
     arrow = _open_arrow(path, field)
     try:
-        files = [path / each["filename"] for each in json.loads((path / "state.json").read_text())["_data_files"]]
+        files = [path / each["filename"] for each in json.loads((path / STATE_FILE).read_text())["_data_files"]]
         batches = (batch for file in files for batch in arrow.ipc.open_stream(arrow.memory_map(str(file))))
         yield from _number_rows(path, batches)
     except (OSError, ValueError, LookupError) as error:

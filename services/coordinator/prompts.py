@@ -11,10 +11,10 @@ import numpy as np
 
 from perigee.errors import InvalidArgumentError
 from perigee.reward.items import PromptLine
-from perigee.reward.sources import Columns, read_source
+from perigee.reward.sources import SPLITS_FILE, STATE_FILE, Columns, read_source
 from services.coordinator.run_config import PromptSource, RunConfig
 from services.kit.chat import PromptEncoder
-from services.kit.storage import is_url, local_file, local_folder
+from services.kit.storage import is_file, is_url, join, local_file, local_folder
 
 DATA_SUFFIXES = (".parquet", ".jsonl")
 
@@ -97,11 +97,18 @@ def read_problems(config: RunConfig, encoder: PromptEncoder) -> tuple[dict[str, 
 
 
 def fetch_source(source: PromptSource, field: str) -> Path:
-    """Returns the path of a source's file or folder; of a URL that of a copy."""
-    if not is_url(source.path) or source.path.endswith(DATA_SUFFIXES):
-        return local_file(source.path, field)
-    prefix = source.split or ""
-    return local_folder(source.path, field, lambda name: name.startswith(prefix) and name.endswith(DATA_SUFFIXES))
+    """Returns the path of a source's file or folder; of a URL that of a copy, of a saved DatasetDict its split's."""
+    url, split = source.path, source.split or ""
+    if not is_url(url) or is_file(url, field):
+        return local_file(url, field)
+    if split and is_file(join(url, SPLITS_FILE), field):
+        url = join(url, split)
+
+    def is_wanted(name: str) -> bool:
+        is_data = name.startswith(split) and name.endswith(DATA_SUFFIXES)
+        return is_data or name in (SPLITS_FILE, STATE_FILE) or name.endswith(".arrow")
+
+    return local_folder(url, field, is_wanted)
 
 
 def check_room(line: PromptLine, token_ids: Sequence[int], context_tokens: int, max_response_tokens: int) -> None:

@@ -90,14 +90,15 @@ class RunLog:
         self._tensor_board.add_texts(f"samples/{name}", texts, samples[0].iteration)
 
     def samples(self, evaluation: str, iteration: int) -> list[str]:
-        """Returns the lines of samples.jsonl of an iteration, or of an evaluation of a kind."""
+        """Returns the lines of samples.jsonl of an iteration, or of an evaluation of a kind, none twice."""
         with self._lock:
             begin, end = self._read_spans().get((evaluation, iteration), (0, 0))
             if not end:
                 return []
             with (self.path / SAMPLES_FILE).open("rb") as file:
                 file.seek(begin)
-                return file.read(end - begin).decode().split("\n")[:-1]
+                lines = file.read(end - begin).decode().split("\n")[:-1]
+        return list({json.loads(line)["id"]: line for line in lines}.values())
 
     def _read_spans(self) -> dict[tuple[str, int], tuple[int, int]]:
         if self._spans is None:

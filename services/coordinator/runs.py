@@ -43,6 +43,8 @@ RUN_FILE = "run.json"
 # Beside the coordinator's own `run_path`: the run that it served last, whose folder may be elsewhere.
 LAST_RUN_FILE = "last_run.json"
 TRAINER_POLL_SECONDS = 1.0
+# Of a supervised set, within the deadline of a call; the trainer checks the rest when the stage begins.
+CHECKED_EXAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -289,13 +291,20 @@ def is_in_reach(folder: str) -> bool:
     return is_url(folder) or Path(folder).is_dir()
 
 
-def read_inputs(run_id: str, config: RunConfig, run_path: Path, model_path: str, export_path: str) -> RunInputs:
-    """Checks and reads the files of a run, before anything is started."""
+def read_inputs(
+    run_id: str,
+    config: RunConfig,
+    run_path: Path,
+    model_path: str,
+    export_path: str,
+    examples: int | None = CHECKED_EXAMPLES,
+) -> RunInputs:
+    """Checks and reads the files of a run, before anything is started; of supervised sets the first `examples`."""
     model = open_model_folder(model_path, "run.model")
     encoder = open_encoder(model, config.chat_message())
     for number, stage in enumerate(config.sft):
         if not is_url(stage.dataset):
-            encode_examples(Path(stage.dataset), f"run.sft.{number}.dataset", encoder, model.context_tokens)
+            encode_examples(Path(stage.dataset), f"run.sft.{number}.dataset", encoder, model.context_tokens, examples)
     prompts, heldout = read_problems(config, encoder)
     return RunInputs(run_id, run_path, export_path, config, encoder.tokenizer, prompts, heldout)
 

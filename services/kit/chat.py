@@ -6,6 +6,7 @@ template has all special tokens that it wants: none is added.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -195,14 +196,15 @@ def open_encoder(model: ModelFolder, settings: pb.ChatSettings | None = None) ->
 
 
 def encode_examples(
-    path: Path, field: str, encoder: PromptEncoder, max_tokens: int
+    path: Path, field: str, encoder: PromptEncoder, max_tokens: int, limit: int | None = None
 ) -> list[tuple[list[int], list[int]]]:
-    """Returns the token ids of prompt and response of each line of a supervised set; `field` is the key that named it.
+    """Returns the token ids of prompt and response of each line of a supervised set, or of its first `limit` lines;
+    `field` is the key that named it.
 
     Raises InvalidArgumentError naming file, line and field of malformed examples, and of those that have more than
     `max_tokens`.
     """
-    places, asked, responses = zip(*_read_examples(path, field), strict=True)
+    places, asked, responses = zip(*_read_examples(path, field, limit), strict=True)
     pairs = list(zip(encoder.encode(asked, places), encoder.encode_responses(asked, responses), strict=True))
     for place, (prompt, response) in zip(places, pairs, strict=True):
         if not prompt:
@@ -212,11 +214,11 @@ def encode_examples(
     return pairs
 
 
-def _read_examples(path: Path, field: str) -> list[tuple[str, Asked, str]]:
+def _read_examples(path: Path, field: str, limit: int | None) -> list[tuple[str, Asked, str]]:
     """Returns where each line of a supervised set stands, what a model is asked there, and the response."""
     examples: list[tuple[str, Asked, str]] = []
     violations: list[FieldViolation] = []
-    for line, text in read_lines(path, field):
+    for line, text in itertools.islice(read_lines(path, field), limit):
         place = f"{field}: {line}"
         values = read_object(text, place)
         try:

@@ -6,6 +6,7 @@ The tokenizer library is imported when a tokenizer is opened.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+# OWNER/NAME.
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 WEIGHTS_SUFFIXES = (".safetensors", INDEX_FILE)
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
@@ -144,7 +147,8 @@ def open_model_folder(path: str | Path, field: str) -> ModelFolder:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise InvalidArgumentError.for_field(field, f"{path} is not a folder; give a Hugging Face model folder")
+        hub = f", or hf://{path} where the Hugging Face Hub has it" if HUB_NAME.fullmatch(str(path)) else ""
+        raise InvalidArgumentError.for_field(field, f"{path} is not a folder; give a Hugging Face model folder{hub}")
     generation = folder / GENERATION_FILE
     model = ModelFolder(
         path=folder,

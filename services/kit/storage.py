@@ -93,6 +93,13 @@ def read_file(url: str, field: str) -> bytes | None:
             return None
 
 
+def is_file(url: str, field: str) -> bool:
+    """Returns whether a URL is that of a file."""
+    with _explained(url, field):
+        fs, path = _open(url)
+        return bool(fs.isfile(path))
+
+
 def list_files(url: str, field: str) -> list[str]:
     """Returns the paths, from `url` on, of all files below it."""
     with _explained(url, field):

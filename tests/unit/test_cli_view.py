@@ -9,8 +9,9 @@ from rich.console import Console
 from perigee.cli.metrics import format_seconds, phase_seconds, read_evaluation
 from perigee.cli.view import LiveView, PlainView, open_view, sparkline
 from perigee.coordinator.v1 import coordinator_pb2 as pb
-from perigee.report.records import Estimate, Evaluation
+from perigee.report.records import Evaluation
 from perigee.report.samples import Sample, to_line
+from perigee.statistics import Interval
 
 METRICS = {
     "iteration": 4.0,
@@ -26,7 +27,7 @@ METRICS = {
     "time/rollout/start": 0.0,
     "time/rollout/seconds": 2.0,
 }
-EVALUATION = Evaluation(4, {"overall": Estimate(0.5, 0.44, 0.56)}, {"overall": Estimate(0.4, 0.35, 0.45)})
+EVALUATION = Evaluation(4, {"overall": Interval(0.5, 0.44, 0.56)}, {"overall": Interval(0.4, 0.35, 0.45)})
 
 
 def snapshot(phase: pb.RunPhase.ValueType = pb.RUN_PHASE_ROLLOUT, **fields: object) -> pb.RunSnapshot:

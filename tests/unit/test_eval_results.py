@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import pytest
 from tokenizers import Tokenizer
 
 from perigee.buffer.v1 import buffer_pb2
+from perigee.cli.eval import model
 from perigee.cli.eval.model import Completion, Endpoint, find_model, local_endpoint
 from perigee.cli.eval.results import Length, compare, read_answers, summarize
 from perigee.cli.eval.run import AnswerStore, Attempt, make_attempts, runs_code
 from perigee.cli.eval.suites import LoadedSuite, SamplingSettings, load_suite
-from perigee.errors import InvalidArgumentError
+from perigee.errors import InvalidArgumentError, UnavailableError
 from perigee.reward.v1 import reward_pb2
+from services.kit.process import ChildProcess
 from tests.fixtures.chat import TEMPLATE, write_chat_model
 
 
@@ -122,6 +126,39 @@ def test_a_local_model_is_asked_by_its_template(
     assert tokenizer.decode(greedy.body["prompt"], skip_special_tokens=False) == text
     # The context has 256 tokens, the suite's cap is 2,048.
     assert greedy.body["max_tokens"] == 256 - len(greedy.body["prompt"])
+
+
+def test_a_bare_hub_name_is_told_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"neither a folder nor a run here; .* hf://owner/Model-1\.7B"):
+        find_model("owner/Model-1.7B", tmp_path)
+
+
+async def test_the_end_of_the_server_is_told_in_its_own_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = (
+        "import http.server, sys\n"
+        "class Handler(http.server.BaseHTTPRequestHandler):\n"
+        "    def do_GET(self):\n"
+        "        self.send_response(200); self.end_headers()\n"
+        "server = http.server.HTTPServer(('127.0.0.1', int(sys.argv[1])), Handler)\n"
+        "server.handle_request()\n"
+        "sys.exit('ValueError: out of memory')\n"
+    )
+
+    async def start(name: str, command: list[str], log_path: Path, environment: Any) -> ChildProcess:
+        port = command[command.index("--port") + 1]
+        return await ChildProcess.start(name, [sys.executable, "-c", program, port], log_path=log_path)
+
+    monkeypatch.setattr(model, "start_guarded", start)
+    monkeypatch.setattr(model, "ATTEMPTS", 1)
+
+    async def ask() -> None:
+        async with model.serving_model(tmp_path, tmp_path / "log", 1, 8, "auto", lambda _: None) as url:
+            endpoint = Endpoint(url, "policy", chat=False)
+            async with endpoint.make_client(1) as client, asyncio.TaskGroup() as group:
+                group.create_task(endpoint.complete(client, {"prompt": "1+1="}))
+
+    with pytest.raises(UnavailableError, match=r"vllm ended with exit code 1: ValueError: out of memory"):
+        await ask()
 
 
 def test_a_run_is_asked_as_it_was_trained(tmp_path: Path, suite: LoadedSuite) -> None:

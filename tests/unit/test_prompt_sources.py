@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, cast
 
+import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -21,7 +22,9 @@ from services.coordinator.prompts import Prompt
 from services.coordinator.run_config import PromptSource, RunConfig, config_digest
 from services.coordinator.runs import read_inputs
 from services.coordinator.sampling import Sampler, make_sampler
+from services.kit.chat import encode_examples, open_encoder
 from services.kit.hf import open_model_folder
+from services.kit.storage import CACHE_VARIABLE
 from tests.fixtures.chat import write_chat_model
 
 GSM = [{"question": f"{n}+1=?", "answer": f"one more\n#### {n + 1}", "level": n} for n in range(20)]
@@ -119,6 +122,15 @@ def test_bad_messages_are_named(tmp_path: Path, messages: Any, said: str) -> Non
     assert "\n" not in caught.value.message
 
 
+def test_a_run_starts_after_a_look_at_the_first_examples_to_learn(tmp_path: Path) -> None:
+    encoder = open_encoder(open_model_folder(write_chat_model(tmp_path / "model"), "model"))
+    rows = [{"prompt": "1+1=", "response": "2"}, {"prompt": "1+1=", "response": ""}]
+    path = Path(write(tmp_path / "sft.jsonl", rows))
+    assert len(encode_examples(path, "run.sft.0.dataset", encoder, 256, 1)) == 1
+    with pytest.raises(InvalidArgumentError, match=r"sft\.jsonl:2: response"):
+        encode_examples(path, "run.sft.0.dataset", encoder, 256)
+
+
 def test_an_empty_response_to_learn_is_named(tmp_path: Path) -> None:
     prompts, examples = write(tmp_path / "p.jsonl", GSM), write(tmp_path / "sft.jsonl", [{"prompt": "1"}])
     with pytest.raises(InvalidArgumentError, match=r"^run\.sft\.0\.dataset: .*sft\.jsonl:1: response: is empty: "):
@@ -138,6 +150,30 @@ def test_a_context_shorter_than_prompt_and_cap_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "p.jsonl", [{"prompt": "1" * 50, "answer": 1}])
     with pytest.raises(InvalidArgumentError, match=r"p.jsonl:1: prompt p-000001: has 51 tokens, .* context of 60"):
         read(tmp_path, context=60, prompts=path)
+
+
+def test_a_url_is_a_file_or_a_folder_whatever_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    storage, table = fsspec.filesystem("memory"), pyarrow.Table.from_pylist(GSM)
+    lines = "".join(json.dumps(row) + "\n" for row in GSM).encode()
+    storage.pipe({"/urls/a.json": lines, "/urls/b.txt": lines, "/urls/c.json/train.jsonl": lines})
+    storage.pipe("/urls/saved/dataset_dict.json", b'{"splits": ["train", "test"]}')
+    storage.pipe("/urls/saved/train/state.json", b'{"_data_files": [{"filename": "data.arrow"}]}')
+    with storage.open("/urls/saved/train/data.arrow", "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as sink:
+        sink.write_table(table)
+    for path, split in (("a.json", None), ("b.txt", None), ("c.json", None), ("saved", "train"), ("saved/train", None)):
+        source = GSM_SOURCE | {"path": f"memory://urls/{path}", "split": split}
+        found = [sum(map(len, read(tmp_path, prompts=source)))]
+        assert found == [len(GSM)], path
+    with pytest.raises(InvalidArgumentError, match="split: must be one of train, test, got None"):
+        read(tmp_path, prompts=GSM_SOURCE | {"path": "memory://urls/saved"})
+
+
+def test_a_bare_hub_name_is_told_what_to_write(tmp_path: Path) -> None:
+    with pytest.raises(InvalidArgumentError, match=r"openai/gsm8k is no folder here; .* hf://datasets/openai/gsm8k/"):
+        read(tmp_path, prompts="openai/gsm8k")
+    with pytest.raises(InvalidArgumentError, match=r"or hf://owner/Model-1\.7B where the Hugging Face Hub has it"):
+        open_model_folder("owner/Model-1.7B", "model")
 
 
 def test_damaged_parquet_is_one_sentence(tmp_path: Path) -> None:

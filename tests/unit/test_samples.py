@@ -55,6 +55,7 @@ def test_what_is_made_again_after_a_crash_is_read_and_sent_once(tmp_path: Path) 
     log.add_samples([make(1), make(2)])
     log.add_samples([make(3, iteration=2)])
     log.add_samples([make(4, iteration=1, evaluation="periodic")])
+    log.add_samples([make(3, iteration=2)])
     log.add_samples([make(3, iteration=2), make(5, iteration=2)])
     assert [sample.id for sample in read_samples(tmp_path)] == ["t1", "t2", "t3", "t4", "t5"]
     for each in (log, RunLog(tmp_path)):

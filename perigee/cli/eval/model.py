@@ -21,7 +21,8 @@ from perigee.config import read_yaml
 from perigee.errors import FailedPreconditionError, InternalError, InvalidArgumentError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2
 from services.kit.chat import PromptEncoder, open_encoder
-from services.kit.hf import open_model_folder
+from services.kit.hf import HUB_NAME, fetch_model, open_model_folder
+from services.kit.storage import is_url
 
 SERVED_NAME = "policy"
 POLL_S = 0.5
@@ -145,14 +146,20 @@ def read_completion(response: httpx.Response, url: str) -> Completion:
 
 
 def find_model(name: str, runs_path: Path) -> tuple[Path, Mapping[str, Any] | None]:
-    """Returns the model folder that `name` is, or that the run of this name exported, then with the run's settings.
+    """Returns the model folder or URL that `name` is, or what the run of this name exported, with the run's settings.
 
     Raises InvalidArgumentError when there is neither.
     """
+    if is_url(name):
+        return Path(fetch_model(name, "MODEL", weights=True)), None
     if (folder := Path(name) / "config.json").is_file():
         return folder.parent.absolute(), None
     if Path(name).is_dir() and not (Path(name) / "recipe.yaml").is_file():
         raise InvalidArgumentError.for_field(name, "is neither a model folder (no config.json) nor a run")
+    if HUB_NAME.fullmatch(name) and not Path(name).exists():
+        raise InvalidArgumentError.for_field(
+            name, f"is neither a folder nor a run here; a model on the Hugging Face Hub is hf://{name}"
+        )
     run = find_run(runs_path, name)
     summary = run.path / "summary.json"
     exported = Path(json.loads(summary.read_text())["model"]) if summary.is_file() else run.path / "model"
@@ -193,7 +200,7 @@ async def serving_model(
 
     `max_model_len` bounds a prompt with its response, for which the cache must have room.
 
-    Raises UnavailableError when the server does not start.
+    Raises UnavailableError when the server does not start, and in the place of the block's error when it has ended.
     """
     [port] = pick_ports(1)
     arguments = {
@@ -224,7 +231,12 @@ async def serving_model(
                     await asyncio.wait([ended], timeout=POLL_S)
         except TimeoutError as error:
             raise UnavailableError(f"vLLM was not ready after {START_TIMEOUT_S:g} s (log: {log_path})") from error
-        yield f"http://{HOST}:{port}/v1"
+        try:
+            yield f"http://{HOST}:{port}/v1"
+        except Exception as error:
+            if not ended.done():
+                raise
+            raise UnavailableError(server.describe_end(ended.result())) from error
     finally:
         ended.cancel()
         await asyncio.gather(ended, return_exceptions=True)

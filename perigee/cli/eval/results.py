@@ -140,12 +140,8 @@ def show(figures: Mapping[str, Mapping[str, Figures]], console: Console) -> None
                 if interval is not None and length is not None:
                     tokens = "-" if length.tokens is None else f"{length.tokens:,.0f}"
                     shown = (tokens, f"{length.truncated:.1%}", str(each.failures))
-                    table.add_row(suite, scope, f"{each.problems:,}", name, _show_interval(interval), *shown)
+                    table.add_row(suite, scope, f"{each.problems:,}", name, str(interval), *shown)
     console.print(table, highlight=False)
-
-
-def _show_interval(interval: Interval) -> str:
-    return f"{interval.mean:.3f} \\[{interval.low:.3f}, {interval.high:.3f}]"
 
 
 @dataclass(frozen=True)
@@ -220,6 +216,6 @@ def show_comparisons(comparisons: Iterable[Comparison], console: Console) -> Non
     table = Table(*head, box=None, pad_edge=False)
     for each in comparisons:
         apart = ["" if count is None else str(count) for count in (each.only_first, each.only_second)]
-        means = (f"{each.first:.3f}", f"{each.second:.3f}", _show_interval(each.difference))
+        means = (f"{each.first:.3f}", f"{each.second:.3f}", str(each.difference))
         table.add_row(each.suite, each.measure, f"{each.problems:,}", *means, *apart, f"{each.p:.4f}", each.test)
     console.print(table, highlight=False)
