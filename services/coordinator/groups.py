@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -29,6 +29,8 @@ class Trajectory:
     id: str
     group: Group
     tokens: int = 0
+    # Tokens with which it began the iteration under way, whatever attempt at it added the others.
+    start: int = 0
     finished: bool = False
     end_reason: EndReason = pb.END_REASON_UNSPECIFIED
     verdict: Verdict = pb.VERDICT_UNSPECIFIED
@@ -40,6 +42,11 @@ class Trajectory:
     def judged(self) -> bool:
         """Whether there is a verdict, a failure included."""
         return self.verdict != pb.VERDICT_UNSPECIFIED
+
+    @property
+    def added(self) -> int:
+        """Tokens that the iteration under way has added."""
+        return self.tokens - self.start
 
     @property
     def correct(self) -> bool:
@@ -101,8 +108,8 @@ class LiveGroups:
         """Returns the ids of the prompts that have a live group."""
         return {group.prompt.id for group in self}
 
-    async def load(self, prompts: Mapping[str, Prompt]) -> None:
-        """Loads the groups of the run in the buffer.
+    async def load(self, prompts: Mapping[str, Prompt], starts: Mapping[str, Sequence[int]]) -> None:
+        """Loads the groups of the run in the buffer; `starts` as the latest commit had them.
 
         Raises FailedPreconditionError when a group is of a prompt that the prompt set lacks.
         """
@@ -117,8 +124,10 @@ class LiveGroups:
                 )
             group = Group(summary.group_id, prompt, summary.iteration)
             self._add(group, [trajectory.trajectory_id for trajectory in summary.trajectories])
-            for trajectory, listed in zip(group.trajectories, summary.trajectories, strict=True):
+            begun = starts.get(group.id, [0] * len(group.trajectories))
+            for trajectory, listed, start in zip(group.trajectories, summary.trajectories, begun, strict=True):
                 trajectory.apply(listed)
+                trajectory.start = start
 
     async def refresh(self, trajectories: Iterable[Trajectory]) -> None:
         """Reads the state of these trajectories from the buffer."""
@@ -149,12 +158,20 @@ class LiveGroups:
         if request.groups:
             await self._buffer.create_groups(request, timeout_s=self._timeout_s)
 
-    def remove(self, groups: Iterable[Group]) -> None:
-        """Removes groups that an iteration has consumed."""
-        for group in groups:
+    def starts(self, consumed: Iterable[Group]) -> dict[str, list[int]]:
+        """Returns the tokens of each trajectory of the groups that go on without `consumed`, where one has any."""
+        tokens = {group.id: [trajectory.tokens for trajectory in group.trajectories] for group in self}
+        gone = {group.id for group in consumed}
+        return {group_id: some for group_id, some in tokens.items() if any(some) and group_id not in gone}
+
+    def close_iteration(self, consumed: Iterable[Group]) -> None:
+        """Removes the groups that the iteration has consumed; the others begin the next one as they are."""
+        for group in consumed:
             del self._groups[group.id]
             for trajectory in group.trajectories:
                 del self._trajectories[trajectory.id]
+        for trajectory in self.trajectories():
+            trajectory.start = trajectory.tokens
 
     def _add(self, group: Group, trajectory_ids: Iterable[str]) -> None:
         self._groups[group.id] = group

@@ -102,6 +102,9 @@ class CoordinatorState:
     # Age at which the first iteration began.
     started_seconds: float | None = None
     totals: Totals = field(default_factory=Totals)
+    # Tokens of the trajectories of each live group: what the next iteration adds counts from here, however often it is
+    # cut and done again.
+    starts: dict[str, list[int]] = field(default_factory=dict)
     # The last committed iteration's line of metrics.jsonl: written again when a crash lost it.
     last_line: dict[str, Any] | None = None
 
@@ -210,21 +213,18 @@ class Iteration:
     async def _roll_out(self) -> RolloutCounts:
         context, status = self._context, self._context.status
         version = self._committed.policy_version
-        # Partial trajectories first, oldest first; then those that have no token yet.
-        unfinished = [trajectory for trajectory in self._groups.trajectories() if not trajectory.finished]
-        unfinished.sort(key=lambda trajectory: trajectory.tokens == 0)
         unscored = [t for t in self._groups.trajectories() if t.finished and not t.judged]
-        status.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, len(unfinished))
+        moving = sum(not t.finished or t.added > 0 for t in self._groups.trajectories())
+        status.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, moving)
         async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
             phase = RolloutPhase(context, version, self._groups, scoring, self._samples, is_first=self._number == 1)
             with self._timeline.phase("rollout"):
                 async with self._weight_sync.run(version):
                     await self._score_again(unscored, scoring)
-                    counts = await phase.run(unfinished)
+                    counts = await phase.run()
             status.enter(coordinator_pb2.RUN_PHASE_SCORING)
             with self._timeline.phase("scoring"):
                 await scoring.drain()
-        counts.finished.extend(unscored)
         return counts
 
     async def _score_again(self, unscored: Sequence[Trajectory], scoring: ScoringPipeline) -> None:
@@ -300,6 +300,7 @@ class Iteration:
             elapsed_seconds=status.elapsed_seconds,
             totals=self._committed.state.totals.with_iteration(line, self._timeline),
             last_line=line,
+            starts=self._groups.starts(batch.consumed),
         )
         # Before the commit: a committed iteration has its samples.
         await asyncio.to_thread(context.log.add_samples, self._samples.chosen())
@@ -313,7 +314,7 @@ class Iteration:
             raise first_error(group) from group
         self._committed.iteration, self._committed.policy_version = self._number, version
         self._committed.state = state
-        self._groups.remove(batch.consumed)
+        self._groups.close_iteration(batch.consumed)
         for increment in batch.increments:
             self._sampler.record(increment.prompt_id, increment.trajectories, increment.correct)
         line |= time_metrics(self._timeline)
@@ -385,8 +386,8 @@ def rollout_metrics(
     return {
         "rollout/tokens": counts.tokens,
         "rollout/cached_tokens": counts.cached_tokens,
-        "rollout/tokens_per_second": round(counts.tokens / seconds, 1) if seconds else None,
-        "rollout/finished": len(counts.finished),
+        "rollout/tokens_per_second": round(counts.timed_tokens / seconds, 1) if seconds else None,
+        "rollout/finished": ended.total() - ended["budget"],
         "rollout/response_tokens/mean": mean(lengths),
         "rollout/response_tokens/p95": float(np.percentile(lengths, 95)) if lengths else None,
         "rollout/response_tokens/max": max(lengths, default=None),

@@ -24,17 +24,21 @@ from services.coordinator.workers import Worker
 class RolloutCounts:
     """Tokens, ends and failures of a rollout phase."""
 
+    # Of the iteration, those that an attempt that broke off had made durable included; `timed_tokens` without them.
     tokens: int = 0
+    timed_tokens: int = 0
     cached_tokens: int = 0
     failures: int = 0
     # End reason of each trajectory's segment.
     ended: dict[str, EndReason] = field(default_factory=dict)
-    finished: list[Trajectory] = field(default_factory=list)
 
 
 @dataclass
 class RolloutPhase:
-    """Extends every trajectory by one segment of at most the token budget, with one policy version."""
+    """Extends every unfinished trajectory by one token budget at most, with one policy version.
+
+    An iteration that is done again, after a trainer or a coordinator died, goes on where its tokens in the buffer end.
+    """
 
     context: RunContext
     policy_version: int
@@ -46,13 +50,22 @@ class RolloutPhase:
     counts: RolloutCounts = field(default_factory=RolloutCounts)
     _targets: dict[str, int] = field(default_factory=dict)
 
-    async def run(self, trajectories: Sequence[Trajectory]) -> RolloutCounts:
-        """Extends the trajectories in the order given, until the segment of each has ended."""
-        starts = {trajectory.id: trajectory.tokens for trajectory in trajectories}
-        self._targets = {
-            trajectory.id: min(self._cap, trajectory.tokens + self._budget_of(trajectory))
-            for trajectory in trajectories
-        }
+    async def run(self) -> RolloutCounts:
+        """Extends the trajectories until the segment of each has ended."""
+        due: list[Trajectory] = []
+        for trajectory in self.groups.trajectories():
+            self._targets[trajectory.id] = min(self._cap, trajectory.start + self._budget_of(trajectory))
+            if trajectory.finished:
+                if trajectory.added:
+                    self.counts.ended[trajectory.id] = trajectory.end_reason
+            elif trajectory.tokens < self._targets[trajectory.id]:
+                due.append(trajectory)
+            else:
+                self.counts.ended[trajectory.id] = buffer_pb2.END_REASON_BUDGET
+        # A worker is called once for each budget, in turn: those of one length go together, long ones first. Of these,
+        # partial trajectories come before those that have no token yet, oldest first.
+        due.sort(key=lambda trajectory: (-self._budget_of(trajectory), trajectory.tokens == 0))
+        tokens_before = self._count_tokens()
         context = self.context
         dispatcher = Dispatcher(
             context.registry,
@@ -61,10 +74,13 @@ class RolloutPhase:
             self._extend,
             context.status.set_waiting,
         )
-        # A worker is called once for each budget, in turn: those of one length go together, long ones first.
-        await dispatcher.run(sorted(starts, key=lambda key: -self._budget_of(self.groups.trajectory(key))))
-        self.counts.tokens = sum(trajectory.tokens - starts[trajectory.id] for trajectory in trajectories)
+        await dispatcher.run(trajectory.id for trajectory in due)
+        self.counts.tokens = self._count_tokens()
+        self.counts.timed_tokens = self.counts.tokens - tokens_before
         return self.counts
+
+    def _count_tokens(self) -> int:
+        return sum(trajectory.added for trajectory in self.groups.trajectories())
 
     @property
     def _cap(self) -> int:
@@ -173,10 +189,8 @@ class RolloutPhase:
 
     def _record_tokens(self, trajectory_id: str, tokens: int) -> None:
         trajectory = self.groups.trajectory(trajectory_id)
-        added = tokens - trajectory.tokens
+        trajectory.tokens_by_version[self.policy_version] += tokens - trajectory.tokens
         trajectory.tokens = tokens
-        trajectory.tokens_by_version[self.policy_version] += added
-        self.counts.tokens += added
         self.counts.ended[trajectory_id] = buffer_pb2.END_REASON_BUDGET
 
     async def _recover_end(self, trajectory_id: str) -> None:
@@ -193,7 +207,6 @@ class RolloutPhase:
         trajectory.finished = True
         trajectory.end_reason = end_reason
         self.counts.ended[trajectory.id] = end_reason
-        self.counts.finished.append(trajectory)
 
 
 async def read_response_texts(context: RunContext, trajectory_ids: Sequence[str]) -> Mapping[str, str]:

@@ -139,7 +139,7 @@ class Run:
         await self._weight_sync.ensure_version(run.policy_version)
         context.registry.invalidate()
         groups = LiveGroups(self._run_id, context.peers.buffer, context.settings.control_timeout_s)
-        await groups.load(context.inputs.prompts)
+        await groups.load(context.inputs.prompts, state.starts)
         sampler = await self._make_sampler(state)
         for group in groups:
             number = int(group.id.removeprefix("g"))

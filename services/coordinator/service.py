@@ -10,7 +10,7 @@ from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceServicer
 from services.coordinator.run_status import Cursor, worker_snapshots
 from services.coordinator.runs import Runs
-from services.coordinator.workers import WorkerRegistry
+from services.coordinator.workers import EMPTY, READY, WorkerRegistry, WorkerStatus
 
 if TYPE_CHECKING:
     import grpc
@@ -27,13 +27,13 @@ class CoordinatorService(CoordinatorServiceServicer):
 
     async def RegisterWorker(self, request: pb.RegisterWorkerRequest, context: Context) -> pb.RegisterWorkerResponse:
         worker = self._registry.register(
-            request.worker_id, request.address, request.capacity, request.policy_version, request.ready
+            request.worker_id, request.address, request.capacity, request.policy_version, read_status(request)
         )
         return pb.RegisterWorkerResponse(lease_epoch=worker.lease_epoch, lease_seconds=self._registry.lease_seconds)
 
     async def RenewLease(self, request: pb.RenewLeaseRequest, context: Context) -> pb.RenewLeaseResponse:
         self._registry.renew(
-            request.worker_id, request.lease_epoch, request.running, request.policy_version, request.ready
+            request.worker_id, request.lease_epoch, request.running, request.policy_version, read_status(request)
         )
         return pb.RenewLeaseResponse(lease_seconds=self._registry.lease_seconds)
 
@@ -69,3 +69,8 @@ class CoordinatorService(CoordinatorServiceServicer):
         async with aclosing(self._runs.watch(request.run_id, cursor)) as responses:
             async for response in responses:
                 yield response
+
+
+def read_status(request: pb.RegisterWorkerRequest | pb.RenewLeaseRequest) -> WorkerStatus:
+    """Returns the status that a worker reports; one of an earlier release says only whether it is ready."""
+    return request.status or (READY if request.ready else EMPTY)

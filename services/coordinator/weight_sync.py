@@ -12,7 +12,8 @@ from perigee.errors import DeadlineExceededError, FailedPreconditionError, Perig
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.coordinator.context import RunContext
-from services.coordinator.workers import FAILURES, PeerLostError, Worker
+from services.coordinator.workers import EMPTY, FAILURES, READY, PeerLostError, Worker
+from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -70,12 +71,14 @@ class WeightSync:
             log.warning("the checkpoint is on the trainer's machine only", version=version, error=response.upload_error)
 
     async def push(self, version: int) -> int:
-        """Pushes to every live worker that lacks the version; returns how many workers have it.
+        """Pushes to every live worker that lacks the version and whose engine runs; returns how many workers have it.
 
         A worker whose push fails gets no work and is tried again later; errors of the trainer itself are raised.
         """
         lacking = [
-            worker for worker in self._registry.all() if not worker.has_version(version) and self._may_try(worker)
+            worker
+            for worker in self._registry.all()
+            if worker.takes_weights and not worker.has_version(version) and self._may_try(worker)
         ]
         missing = [worker for worker in lacking if not await self._reports_version(worker, version)]
         if missing:
@@ -83,9 +86,9 @@ class WeightSync:
         return len(self._registry.with_version(version))
 
     async def ensure(self, version: int) -> None:
-        """Pushes until at least one worker has the version; raises PeerLostError after `worker_wait_s`."""
+        """Pushes unless a worker has the version, until one has; raises PeerLostError after `worker_wait_s`."""
         deadline = time.monotonic() + self._config.dispatch.worker_wait_s
-        while await self.push(version) == 0:
+        while not self._registry.with_version(version) and await self.push(version) == 0:
             self._on_waiting(True)
             if time.monotonic() > deadline:
                 raise PeerLostError(
@@ -97,28 +100,22 @@ class WeightSync:
 
     @asynccontextmanager
     async def run(self, version: int) -> AsyncIterator[None]:
-        """Pushes to workers that register while the block runs. A push under way is finished at the end."""
-        stop = asyncio.Event()
-        task = asyncio.create_task(self._push_until(stop, version))
+        """Pushes to workers that register while the block runs. At the end nobody needs a push that is under way."""
+        pushing = asyncio.create_task(self._keep_pushing(version))
         try:
             yield
-        except BaseException:
-            task.cancel()
-            raise
         finally:
-            stop.set()
-            self._registry.notify()
-            await asyncio.wait([task])
-        task.result()
+            await end_tasks(pushing)
+        # A push that had no image yet keeps the trainer until it has one.
+        await self.wait_until_free()
 
-    async def _push_until(self, stop: asyncio.Event, version: int) -> None:
-        while not stop.is_set():
+    async def _keep_pushing(self, version: int) -> None:
+        while True:
             try:
                 await self.push(version)
             except PerigeeError as error:
                 log.warning("weights could not be pushed", version=version, error=error.message)
-            if not stop.is_set():
-                await self._wait_for_change()
+            await self._wait_for_change()
 
     async def _wait_for_change(self) -> None:
         """Waits until a worker changes or a retry is due."""
@@ -142,11 +139,11 @@ class WeightSync:
         except PerigeeError as error:
             self._postpone(worker, error.message)
             return True
-        if state.status == rollout_pb2.WORKER_STATUS_READY and state.policy_version == version:
+        if state.status == READY and state.policy_version == version:
             if worker.suspect is None:
                 self._registry.mark_pushed(worker, version)
             return True
-        return False
+        return state.status not in (EMPTY, READY)
 
     async def _push_to(self, workers: list[Worker], version: int) -> None:
         request = pb.PushWeightsRequest(

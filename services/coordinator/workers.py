@@ -7,14 +7,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from prometheus_client import Counter, Gauge
 
 from perigee.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.rollout.client import RolloutClient
+from perigee.rollout.v1 import rollout_pb2
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
+
+WorkerStatus: TypeAlias = "rollout_pb2.WorkerStatus.ValueType"
+EMPTY, READY = rollout_pb2.WORKER_STATUS_EMPTY, rollout_pb2.WORKER_STATUS_READY
 
 WORKERS = Gauge("perigee_coordinator_workers", "Rollout workers with a lease.")
 FAILURES = Counter("perigee_coordinator_failures", "Failures by kind.", ["kind"])
@@ -38,7 +43,7 @@ class Worker:
     lease_epoch: int
     client: RolloutClient
     expires: float
-    ready: bool
+    status: WorkerStatus
     reported_version: int
     running: int = 0
     # The version that this coordinator had pushed to it. The version that a worker reports is not trusted: its weights
@@ -48,6 +53,16 @@ class Worker:
     outstanding: int = 0
     # Why it gets no work until it renews its lease.
     suspect: str | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether its engine holds weights."""
+        return self.status == READY
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether its engine runs."""
+        return self.status in (EMPTY, READY)
 
     def has_version(self, version: int) -> bool:
         """Returns whether it may be given work of a policy version."""
@@ -75,7 +90,9 @@ class WorkerRegistry:
         CAPACITY.set_function(lambda: sum(worker.capacity for worker in list(self._workers.values())))
         RUNNING.set_function(lambda: sum(worker.outstanding for worker in list(self._workers.values())))
 
-    def register(self, worker_id: str, address: str, capacity: int, policy_version: int, ready: bool) -> Worker:
+    def register(
+        self, worker_id: str, address: str, capacity: int, policy_version: int, status: WorkerStatus
+    ) -> Worker:
         """Begins a lease; an earlier one of the same worker ends, and its work is given out again."""
         if not worker_id:
             raise InvalidArgumentError.for_field("worker_id", "is required")
@@ -93,21 +110,21 @@ class WorkerRegistry:
             lease_epoch=self._epochs,
             client=self.connect(address),
             expires=self.clock() + self.lease_seconds,
-            ready=ready,
+            status=status,
             reported_version=policy_version,
         )
         self._workers[worker_id] = worker
-        log.info("worker registered", worker=worker_id, address=address, capacity=capacity, ready=ready)
+        log.info("worker registered", worker=worker_id, address=address, capacity=capacity, ready=worker.ready)
         self.notify()
         return worker
 
-    def renew(self, worker_id: str, lease_epoch: int, running: int, policy_version: int, ready: bool) -> None:
+    def renew(self, worker_id: str, lease_epoch: int, running: int, policy_version: int, status: WorkerStatus) -> None:
         """Renews a lease and stores the worker's report; raises NotFoundError when the lease is lost."""
         worker = self._leased(worker_id, lease_epoch)
         worker.expires = self.clock() + self.lease_seconds
         worker.running = running
-        changed = (worker.ready, worker.reported_version) != (ready, policy_version) or worker.suspect is not None
-        worker.ready, worker.reported_version, worker.suspect = ready, policy_version, None
+        changed = (worker.status, worker.reported_version) != (status, policy_version) or worker.suspect is not None
+        worker.status, worker.reported_version, worker.suspect = status, policy_version, None
         if changed:
             self.notify()
 
@@ -144,7 +161,7 @@ class WorkerRegistry:
 
     def mark_pushed(self, worker: Worker, version: int) -> None:
         """Records that the worker has committed a version that this coordinator had pushed to it."""
-        worker.pushed_version, worker.ready, worker.suspect = version, True, None
+        worker.pushed_version, worker.status, worker.suspect = version, READY, None
         self.notify()
 
     def suspect(self, worker: Worker, reason: str) -> None:

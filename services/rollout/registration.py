@@ -55,6 +55,7 @@ async def _register(worker: Worker, coordinator: CoordinatorClient, address: str
         capacity=worker.config.max_num_seqs,
         policy_version=worker.policy_version,
         ready=worker.status == READY,
+        status=worker.status,
     )
     response = await coordinator.register_worker(request, timeout_s=worker.config.registration.timeout_seconds)
     return response.lease_epoch, response.lease_seconds
@@ -68,6 +69,7 @@ async def _renew(worker: Worker, coordinator: CoordinatorClient, epoch: int) -> 
         running=worker.running,
         policy_version=worker.policy_version,
         ready=worker.status == READY,
+        status=worker.status,
     )
     response = await coordinator.renew_lease(request, timeout_s=worker.config.registration.timeout_seconds)
     return response.lease_seconds

@@ -149,7 +149,12 @@ class Worker:
             await self._update(image)
 
     async def _wait_started(self) -> None:
-        """Waits for the engine; raises UnavailableError when it does not start in time or the worker shuts down."""
+        """Waits for the first engine; raises UnavailableError when it takes too long or the worker shuts down.
+
+        One that starts again after its death is not waited for: others wait for the end of this push.
+        """
+        if self.status == STARTING and self.engine_restarts:
+            raise UnavailableError(f"The engine of worker {self.worker_id} died and starts again.")
         try:
             async with asyncio.timeout(self.config.commit_wait_seconds):
                 while self.status == STARTING:

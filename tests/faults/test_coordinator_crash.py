@@ -27,6 +27,7 @@ from tests.fixtures.coordinator import write_lines, write_run_section
 from tests.fixtures.coordinator_fakes import FakePeers, fake_peers, worker_in_service
 
 ITERATIONS = 5
+BUDGET = 6
 
 
 def free_port() -> int:
@@ -95,9 +96,11 @@ async def wait_for_version(peers: FakePeers, run_id: str, version: int) -> None:
             await asyncio.sleep(0.02)
 
 
-async def live_groups(peers: FakePeers, run_id: str) -> set[str]:
+async def live_groups(peers: FakePeers, run_id: str) -> dict[str, int]:
+    """Response tokens of each live group."""
     request = buffer_pb2.ListGroupsRequest(run_id=run_id)
-    return {group.group_id async for page in peers.buffer.list_groups(request) for group in page.groups}
+    groups = [group async for page in peers.buffer.list_groups(request) for group in page.groups]
+    return {group.group_id: sum(member.tokens for member in group.trajectories) for group in groups}
 
 
 @pytest.mark.timeout(180)
@@ -106,7 +109,11 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     dataset = write_lines(tmp_path / "sft.jsonl", [{"prompt": "1+1=", "response": "2"}])
     stages = [{"dataset": str(dataset), "steps": 2}, {"dataset": str(dataset), "steps": 3}]
     section = write_run_section(
-        tmp_path, iterations=ITERATIONS, sft=stages, rollout={"token_budget": 9, "max_response_tokens": 24}
+        tmp_path,
+        iterations=ITERATIONS,
+        sft=stages,
+        rollout={"token_budget": BUDGET, "max_response_tokens": 24},
+        drop_uniform_groups=False,
     )
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with fake_peers(buffer_address) as peers:
@@ -170,11 +177,16 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
     assert set(trained.values()) == {1}
     # Groups are numbered without a gap: each was trained once, dropped as uniform, or is still live.
     trained_groups = {group.group_id for r in committed.values() for group in r.groups}
-    assert not trained_groups & live
-    uniform = sum(line["train/groups_uniform"] for line in lines)
-    created = 1 + max(int(group.removeprefix("g")) for group in trained_groups | live)
-    assert created == len(trained_groups) + len(live) + uniform
+    assert not trained_groups & {*live}
+    created = 1 + max(int(group.removeprefix("g")) for group in trained_groups | {*live})
+    assert created == len(trained_groups) + len(live)
     assert len(live) == lines[-1]["rollout/live_groups"]
+    # Every token is counted, and no iteration gave a second budget to what it had extended before it was cut.
+    tokens = [m.tokens_by_version for r in committed.values() for g in r.groups for m in g.trajectories]
+    trained_tokens = sum(sum(by_version.values()) for by_version in tokens)
+    assert sum(line["rollout/tokens"] for line in lines) == trained_tokens + sum(live.values())
+    first = len(stages)
+    assert max(n for by_version in tokens for version, n in by_version.items() if version > first) == BUDGET
     totals = json.loads((run_path / "summary.json").read_text())
     assert totals["trajectories_trained"] == sum(trained.values())
 

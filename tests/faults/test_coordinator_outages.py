@@ -36,7 +36,7 @@ async def wait_until(condition: Callable[[], bool]) -> None:
 @pytest.mark.parametrize("peer", ["buffer", "trainer"])
 async def test_a_peer_that_goes_away_is_waited_for(peer: str, tmp_path: Path) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
-    section = write_run_section(tmp_path, iterations=6, rollout={"token_budget": 9, "max_response_tokens": 24})
+    section = write_run_section(tmp_path, iterations=6, rollout={"token_budget": 6, "max_response_tokens": 24})
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     config = BufferConfig(data_path=tmp_path / "store", server=ServerConfig(drain_seconds=0.0))
     async with AsyncExitStack() as stack, AsyncExitStack() as fronts, AsyncExitStack() as trainers:
@@ -74,3 +74,6 @@ async def test_a_peer_that_goes_away_is_waited_for(peer: str, tmp_path: Path) ->
     committed = {request.iteration: request for request in peers.trainer.trained}
     ids = [m.trajectory_id for r in committed.values() for g in r.groups for m in g.trajectories]
     assert len(ids) == len(set(ids)) == sum(line["train/trajectories"] for line in lines)
+    # The iteration that was cut gave no second budget.
+    given = [m.tokens_by_version for r in committed.values() for g in r.groups for m in g.trajectories]
+    assert max(n for by_version in given for version, n in by_version.items() if version) == 6

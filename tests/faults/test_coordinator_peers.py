@@ -168,6 +168,29 @@ async def test_an_engine_that_restarts_is_filled_again(buffer_address: str, tmp_
         assert [line["iteration"] for line in s.lines()] == [1, 2, 3, 4]
 
 
+async def test_neither_a_dead_engine_nor_a_late_push_holds_up_an_iteration(buffer_address: str, tmp_path: Path) -> None:
+    async with stage(buffer_address, tmp_path, {}, iterations=6) as s:
+        good, _ = await s.add_worker("good", call_seconds=0.02)
+        dead, _ = await s.add_worker("dead")
+        await s.start()
+        await wait_until(lambda: len(s.peers.trainer.trained) >= 1)
+        dead.starting = True
+        async with asyncio.timeout(30):
+            while all(w.ready for w in (await s.client.get_status(pb.GetStatusRequest())).workers):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        pushes = len(s.peers.trainer.pushes)
+        s.peers.trainer.stall_for, good.call_seconds, calls = "late", 0.5, len(good.calls)
+        await wait_until(lambda: len(good.calls) > calls + 1)
+        late, _ = await s.add_worker("late")
+        await wait_until(lambda: not s.peers.trainer.stall_for)
+        good.call_seconds = 0.0
+        assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
+        assert not any("dead" in targets for _, targets in s.peers.trainer.pushes[pushes:])
+        # Its first push was still under way when the iteration went on.
+        assert late.extended
+        assert [line["iteration"] for line in s.lines()] == [1, 2, 3, 4, 5, 6]
+
+
 async def test_without_workers_a_run_waits_and_then_says_so(buffer_address: str, tmp_path: Path) -> None:
     async with stage(buffer_address, tmp_path, {"dispatch": {"worker_wait_s": 0.8}}) as s:
         await s.start()

@@ -15,7 +15,7 @@ from perigee.errors import InternalError, InvalidArgumentError, NotFoundError, U
 from perigee.rollout.client import RolloutClient
 from services.coordinator.config import DispatchConfig
 from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
-from services.coordinator.workers import PeerLostError, Worker, WorkerRegistry
+from services.coordinator.workers import EMPTY, READY, PeerLostError, Worker, WorkerRegistry
 
 
 class Clock:
@@ -32,7 +32,7 @@ def make_registry(clock: Clock | None = None) -> WorkerRegistry:
 
 
 def add_worker(registry: WorkerRegistry, worker_id: str, version: int = 1, capacity: int = 4) -> Worker:
-    worker = registry.register(worker_id, "127.0.0.1:1", capacity, 0, False)
+    worker = registry.register(worker_id, "127.0.0.1:1", capacity, 0, EMPTY)
     registry.mark_pushed(worker, version)
     return worker
 
@@ -42,19 +42,19 @@ async def test_a_lease_ends_unless_it_is_renewed() -> None:
     registry = make_registry(clock)
     worker, other = add_worker(registry, "a"), add_worker(registry, "b")
     clock.now += 8
-    registry.renew("a", worker.lease_epoch, 0, 1, True)
+    registry.renew("a", worker.lease_epoch, 0, 1, READY)
     clock.now += 3
     assert registry.expire() == [other]
     assert registry.is_live(worker)
     assert not registry.is_live(other)
     with pytest.raises(NotFoundError, match="register again"):
-        registry.renew("b", other.lease_epoch, 0, 1, True)
+        registry.renew("b", other.lease_epoch, 0, 1, READY)
 
 
 async def test_a_second_registration_ends_the_first() -> None:
     registry = make_registry()
     first = add_worker(registry, "a")
-    second = registry.register("a", "127.0.0.1:1", 4, 1, True)
+    second = registry.register("a", "127.0.0.1:1", 4, 1, READY)
     assert not registry.is_live(first)
     assert second.lease_epoch > first.lease_epoch
     with pytest.raises(NotFoundError):
@@ -66,9 +66,9 @@ async def test_a_second_registration_ends_the_first() -> None:
 async def test_registrations_are_checked() -> None:
     registry = make_registry()
     for arguments, field in [
-        (("", "h:1", 1, 0, True), "worker_id"),
-        (("a", "host", 1, 0, True), "address"),
-        (("a", "h:1", 0, 0, True), "capacity"),
+        (("", "h:1", 1, 0, READY), "worker_id"),
+        (("a", "host", 1, 0, READY), "address"),
+        (("a", "h:1", 0, 0, READY), "capacity"),
     ]:
         with pytest.raises(InvalidArgumentError) as caught:
             registry.register(*arguments)
@@ -98,7 +98,7 @@ async def test_a_suspect_worker_is_out_until_it_renews() -> None:
     worker = add_worker(registry, "a")
     registry.suspect(worker, "cut")
     assert registry.with_version(1) == []
-    registry.renew("a", worker.lease_epoch, 0, 1, True)
+    registry.renew("a", worker.lease_epoch, 0, 1, READY)
     assert registry.with_version(1) == [worker]
     registry.invalidate()
     assert registry.with_version(1) == []
@@ -164,7 +164,7 @@ async def test_every_sequence_ends_once_within_every_workers_room(
             if to_break and len(ended) > 3:
                 to_break -= 1
                 asyncio.get_running_loop().call_later(
-                    0.001, lambda: registry.renew(worker.worker_id, worker.lease_epoch, 0, 1, True)
+                    0.001, lambda: registry.renew(worker.worker_id, worker.lease_epoch, 0, 1, READY)
                 )
                 raise UnavailableError("cut")
             ended.append(key)

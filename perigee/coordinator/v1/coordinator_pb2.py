@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from perigee.rollout.v1 import rollout_pb2 as perigee_dot_rollout_dot_v1_dot_rollout__pb2
 from perigee.trainer.v1 import trainer_pb2 as perigee_dot_trainer_dot_v1_dot_trainer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(perigee/coordinator/v1/coordinator.proto\x12\x16perigee.coordinator.v1\x1a perigee/trainer/v1/trainer.proto\"t\n\x15RegisterWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x03 \x01(\r\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\x12\r\n\x05ready\x18\x05 \x01(\x08\"D\n\x16RegisterWorkerResponse\x12\x13\n\x0blease_epoch\x18\x01 \x01(\x04\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\"s\n\x11RenewLeaseRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0blease_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\x12\r\n\x05ready\x18\x05 \x01(\x08\"+\n\x12RenewLeaseResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\"A\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0blease_epoch\x18\x02 \x01(\x04\"\x1a\n\x18\x44\x65registerWorkerResponse\"H\n\x0fStartRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_yaml\x18\x02 \x01(\t\x12\x10\n\x08run_path\x18\x03 \x01(\t\"3\n\x10StartRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\"`\n\x0ePutFileRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08run_path\x18\x02 \x01(\t\x12,\n\x05piece\x18\x03 \x01(\x0b\x32\x1d.perigee.trainer.v1.FilePiece\"\x1f\n\x0fPutFileResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\" \n\x0eStopRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x11\n\x0fStopRunResponse\"\x8d\x01\n\x0eWorkerSnapshot\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x04\x12\x1f\n\x17lease_remaining_seconds\x18\x06 \x01(\x01\"\xb6\x03\n\x0bRunSnapshot\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12/\n\x05phase\x18\x02 \x01(\x0e\x32 .perigee.coordinator.v1.RunPhase\x12\x11\n\titeration\x18\x03 \x01(\x04\x12\x12\n\niterations\x18\x04 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x04\x12\x12\n\nphase_done\x18\x06 \x01(\x04\x12\x13\n\x0bphase_total\x18\x07 \x01(\x04\x12\x15\n\rphase_seconds\x18\x08 \x01(\x01\x12\x17\n\x0f\x65lapsed_seconds\x18\t \x01(\x01\x12\x41\n\x07metrics\x18\n \x03(\x0b\x32\x30.perigee.coordinator.v1.RunSnapshot.MetricsEntry\x12\x37\n\x07workers\x18\x0b \x03(\x0b\x32&.perigee.coordinator.v1.WorkerSnapshot\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12\x13\n\x0bwaiting_for\x18\r \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\"\n\x10GetStatusRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x8b\x01\n\x11GetStatusResponse\x12\x35\n\x03run\x18\x01 \x01(\x0b\x32#.perigee.coordinator.v1.RunSnapshotH\x00\x88\x01\x01\x12\x37\n\x07workers\x18\x02 \x03(\x0b\x32&.perigee.coordinator.v1.WorkerSnapshotB\x06\n\x04_run\"\x87\x01\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1c\n\x0f\x61\x66ter_iteration\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x10\x61\x66ter_evaluation\x18\x03 \x01(\x04H\x01\x88\x01\x01\x42\x12\n\x10_after_iterationB\x13\n\x11_after_evaluation\"\xd0\x01\n\x0fIterationResult\x12\x11\n\titeration\x18\x01 \x01(\x04\x12\x12\n\niterations\x18\x02 \x01(\x04\x12\x45\n\x07metrics\x18\x03 \x03(\x0b\x32\x34.perigee.coordinator.v1.IterationResult.MetricsEntry\x12\x0e\n\x06record\x18\x04 \x01(\t\x12\x0f\n\x07samples\x18\x05 \x03(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"V\n\x10\x41\x63\x63uracyEstimate\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x10\n\x03low\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_lowB\x07\n\x05_high\"\xb6\x01\n\x0e\x44omainAccuracy\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12=\n\x06greedy\x18\x02 \x01(\x0b\x32(.perigee.coordinator.v1.AccuracyEstimateH\x00\x88\x01\x01\x12>\n\x07sampled\x18\x03 \x01(\x0b\x32(.perigee.coordinator.v1.AccuracyEstimateH\x01\x88\x01\x01\x42\t\n\x07_greedyB\n\n\x08_sampled\"\xaa\x01\n\x10\x45valuationResult\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\titeration\x18\x02 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12:\n\naccuracies\x18\x04 \x03(\x0b\x32&.perigee.coordinator.v1.DomainAccuracy\x12\x0e\n\x06record\x18\x05 \x01(\t\x12\x0f\n\x07samples\x18\x06 \x03(\t\"\x94\x02\n\x10WatchRunResponse\x12\x35\n\x03run\x18\x01 \x01(\x0b\x32#.perigee.coordinator.v1.RunSnapshotH\x00\x88\x01\x01\x12?\n\titeration\x18\x02 \x01(\x0b\x32\'.perigee.coordinator.v1.IterationResultH\x01\x88\x01\x01\x12\x41\n\nevaluation\x18\x03 \x01(\x0b\x32(.perigee.coordinator.v1.EvaluationResultH\x02\x88\x01\x01\x12\x14\n\x07summary\x18\x04 \x01(\tH\x03\x88\x01\x01\x42\x06\n\x04_runB\x0c\n\n_iterationB\r\n\x0b_evaluationB\n\n\x08_summary*\xa1\x02\n\x08RunPhase\x12\x19\n\x15RUN_PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_PHASE_WAITING\x10\x01\x12\x11\n\rRUN_PHASE_SFT\x10\x02\x12\x18\n\x14RUN_PHASE_EVALUATION\x10\x03\x12\x15\n\x11RUN_PHASE_ROLLOUT\x10\x04\x12\x15\n\x11RUN_PHASE_SCORING\x10\x05\x12\x16\n\x12RUN_PHASE_TRAINING\x10\x06\x12\x15\n\x11RUN_PHASE_WEIGHTS\x10\x07\x12\x14\n\x10RUN_PHASE_COMMIT\x10\x08\x12\x16\n\x12RUN_PHASE_FINISHED\x10\t\x12\x14\n\x10RUN_PHASE_FAILED\x10\n\x12\x15\n\x11RUN_PHASE_STOPPED\x10\x0b\x32\xbb\x06\n\x12\x43oordinatorService\x12o\n\x0eRegisterWorker\x12-.perigee.coordinator.v1.RegisterWorkerRequest\x1a..perigee.coordinator.v1.RegisterWorkerResponse\x12\x63\n\nRenewLease\x12).perigee.coordinator.v1.RenewLeaseRequest\x1a*.perigee.coordinator.v1.RenewLeaseResponse\x12u\n\x10\x44\x65registerWorker\x12/.perigee.coordinator.v1.DeregisterWorkerRequest\x1a\x30.perigee.coordinator.v1.DeregisterWorkerResponse\x12]\n\x08StartRun\x12\'.perigee.coordinator.v1.StartRunRequest\x1a(.perigee.coordinator.v1.StartRunResponse\x12Z\n\x07PutFile\x12&.perigee.coordinator.v1.PutFileRequest\x1a\'.perigee.coordinator.v1.PutFileResponse\x12Z\n\x07StopRun\x12&.perigee.coordinator.v1.StopRunRequest\x1a\'.perigee.coordinator.v1.StopRunResponse\x12`\n\tGetStatus\x12(.perigee.coordinator.v1.GetStatusRequest\x1a).perigee.coordinator.v1.GetStatusResponse\x12_\n\x08WatchRun\x12\'.perigee.coordinator.v1.WatchRunRequest\x1a(.perigee.coordinator.v1.WatchRunResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n(perigee/coordinator/v1/coordinator.proto\x12\x16perigee.coordinator.v1\x1a perigee/rollout/v1/rollout.proto\x1a perigee/trainer/v1/trainer.proto\"\xa6\x01\n\x15RegisterWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x10\n\x08\x63\x61pacity\x18\x03 \x01(\r\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x30\n\x06status\x18\x06 \x01(\x0e\x32 .perigee.rollout.v1.WorkerStatus\"D\n\x16RegisterWorkerResponse\x12\x13\n\x0blease_epoch\x18\x01 \x01(\x04\x12\x15\n\rlease_seconds\x18\x02 \x01(\x01\"\xa5\x01\n\x11RenewLeaseRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0blease_epoch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x16\n\x0epolicy_version\x18\x04 \x01(\x04\x12\r\n\x05ready\x18\x05 \x01(\x08\x12\x30\n\x06status\x18\x06 \x01(\x0e\x32 .perigee.rollout.v1.WorkerStatus\"+\n\x12RenewLeaseResponse\x12\x15\n\rlease_seconds\x18\x01 \x01(\x01\"A\n\x17\x44\x65registerWorkerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0blease_epoch\x18\x02 \x01(\x04\"\x1a\n\x18\x44\x65registerWorkerResponse\"H\n\x0fStartRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x13\n\x0b\x63onfig_yaml\x18\x02 \x01(\t\x12\x10\n\x08run_path\x18\x03 \x01(\t\"3\n\x10StartRunResponse\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x0f\n\x07resumed\x18\x02 \x01(\x08\"`\n\x0ePutFileRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x10\n\x08run_path\x18\x02 \x01(\t\x12,\n\x05piece\x18\x03 \x01(\x0b\x32\x1d.perigee.trainer.v1.FilePiece\"\x1f\n\x0fPutFileResponse\x12\x0c\n\x04path\x18\x01 \x01(\t\" \n\x0eStopRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x11\n\x0fStopRunResponse\"\x8d\x01\n\x0eWorkerSnapshot\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x04\x12\x1f\n\x17lease_remaining_seconds\x18\x06 \x01(\x01\"\xb6\x03\n\x0bRunSnapshot\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12/\n\x05phase\x18\x02 \x01(\x0e\x32 .perigee.coordinator.v1.RunPhase\x12\x11\n\titeration\x18\x03 \x01(\x04\x12\x12\n\niterations\x18\x04 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x05 \x01(\x04\x12\x12\n\nphase_done\x18\x06 \x01(\x04\x12\x13\n\x0bphase_total\x18\x07 \x01(\x04\x12\x15\n\rphase_seconds\x18\x08 \x01(\x01\x12\x17\n\x0f\x65lapsed_seconds\x18\t \x01(\x01\x12\x41\n\x07metrics\x18\n \x03(\x0b\x32\x30.perigee.coordinator.v1.RunSnapshot.MetricsEntry\x12\x37\n\x07workers\x18\x0b \x03(\x0b\x32&.perigee.coordinator.v1.WorkerSnapshot\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x12\x13\n\x0bwaiting_for\x18\r \x01(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\"\n\x10GetStatusRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\"\x8b\x01\n\x11GetStatusResponse\x12\x35\n\x03run\x18\x01 \x01(\x0b\x32#.perigee.coordinator.v1.RunSnapshotH\x00\x88\x01\x01\x12\x37\n\x07workers\x18\x02 \x03(\x0b\x32&.perigee.coordinator.v1.WorkerSnapshotB\x06\n\x04_run\"\x87\x01\n\x0fWatchRunRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x1c\n\x0f\x61\x66ter_iteration\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x1d\n\x10\x61\x66ter_evaluation\x18\x03 \x01(\x04H\x01\x88\x01\x01\x42\x12\n\x10_after_iterationB\x13\n\x11_after_evaluation\"\xd0\x01\n\x0fIterationResult\x12\x11\n\titeration\x18\x01 \x01(\x04\x12\x12\n\niterations\x18\x02 \x01(\x04\x12\x45\n\x07metrics\x18\x03 \x03(\x0b\x32\x34.perigee.coordinator.v1.IterationResult.MetricsEntry\x12\x0e\n\x06record\x18\x04 \x01(\t\x12\x0f\n\x07samples\x18\x05 \x03(\t\x1a.\n\x0cMetricsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"V\n\x10\x41\x63\x63uracyEstimate\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x10\n\x03low\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x11\n\x04high\x18\x03 \x01(\x01H\x01\x88\x01\x01\x42\x06\n\x04_lowB\x07\n\x05_high\"\xb6\x01\n\x0e\x44omainAccuracy\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12=\n\x06greedy\x18\x02 \x01(\x0b\x32(.perigee.coordinator.v1.AccuracyEstimateH\x00\x88\x01\x01\x12>\n\x07sampled\x18\x03 \x01(\x0b\x32(.perigee.coordinator.v1.AccuracyEstimateH\x01\x88\x01\x01\x42\t\n\x07_greedyB\n\n\x08_sampled\"\xaa\x01\n\x10\x45valuationResult\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x11\n\titeration\x18\x02 \x01(\x04\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12:\n\naccuracies\x18\x04 \x03(\x0b\x32&.perigee.coordinator.v1.DomainAccuracy\x12\x0e\n\x06record\x18\x05 \x01(\t\x12\x0f\n\x07samples\x18\x06 \x03(\t\"\x94\x02\n\x10WatchRunResponse\x12\x35\n\x03run\x18\x01 \x01(\x0b\x32#.perigee.coordinator.v1.RunSnapshotH\x00\x88\x01\x01\x12?\n\titeration\x18\x02 \x01(\x0b\x32\'.perigee.coordinator.v1.IterationResultH\x01\x88\x01\x01\x12\x41\n\nevaluation\x18\x03 \x01(\x0b\x32(.perigee.coordinator.v1.EvaluationResultH\x02\x88\x01\x01\x12\x14\n\x07summary\x18\x04 \x01(\tH\x03\x88\x01\x01\x42\x06\n\x04_runB\x0c\n\n_iterationB\r\n\x0b_evaluationB\n\n\x08_summary*\xa1\x02\n\x08RunPhase\x12\x19\n\x15RUN_PHASE_UNSPECIFIED\x10\x00\x12\x15\n\x11RUN_PHASE_WAITING\x10\x01\x12\x11\n\rRUN_PHASE_SFT\x10\x02\x12\x18\n\x14RUN_PHASE_EVALUATION\x10\x03\x12\x15\n\x11RUN_PHASE_ROLLOUT\x10\x04\x12\x15\n\x11RUN_PHASE_SCORING\x10\x05\x12\x16\n\x12RUN_PHASE_TRAINING\x10\x06\x12\x15\n\x11RUN_PHASE_WEIGHTS\x10\x07\x12\x14\n\x10RUN_PHASE_COMMIT\x10\x08\x12\x16\n\x12RUN_PHASE_FINISHED\x10\t\x12\x14\n\x10RUN_PHASE_FAILED\x10\n\x12\x15\n\x11RUN_PHASE_STOPPED\x10\x0b\x32\xbb\x06\n\x12\x43oordinatorService\x12o\n\x0eRegisterWorker\x12-.perigee.coordinator.v1.RegisterWorkerRequest\x1a..perigee.coordinator.v1.RegisterWorkerResponse\x12\x63\n\nRenewLease\x12).perigee.coordinator.v1.RenewLeaseRequest\x1a*.perigee.coordinator.v1.RenewLeaseResponse\x12u\n\x10\x44\x65registerWorker\x12/.perigee.coordinator.v1.DeregisterWorkerRequest\x1a\x30.perigee.coordinator.v1.DeregisterWorkerResponse\x12]\n\x08StartRun\x12\'.perigee.coordinator.v1.StartRunRequest\x1a(.perigee.coordinator.v1.StartRunResponse\x12Z\n\x07PutFile\x12&.perigee.coordinator.v1.PutFileRequest\x1a\'.perigee.coordinator.v1.PutFileResponse\x12Z\n\x07StopRun\x12&.perigee.coordinator.v1.StopRunRequest\x1a\'.perigee.coordinator.v1.StopRunResponse\x12`\n\tGetStatus\x12(.perigee.coordinator.v1.GetStatusRequest\x1a).perigee.coordinator.v1.GetStatusResponse\x12_\n\x08WatchRun\x12\'.perigee.coordinator.v1.WatchRunRequest\x1a(.perigee.coordinator.v1.WatchRunResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,56 +37,56 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RUNSNAPSHOT_METRICSENTRY']._serialized_options = b'8\001'
   _globals['_ITERATIONRESULT_METRICSENTRY']._loaded_options = None
   _globals['_ITERATIONRESULT_METRICSENTRY']._serialized_options = b'8\001'
-  _globals['_RUNPHASE']._serialized_start=2696
-  _globals['_RUNPHASE']._serialized_end=2985
-  _globals['_REGISTERWORKERREQUEST']._serialized_start=102
-  _globals['_REGISTERWORKERREQUEST']._serialized_end=218
-  _globals['_REGISTERWORKERRESPONSE']._serialized_start=220
-  _globals['_REGISTERWORKERRESPONSE']._serialized_end=288
-  _globals['_RENEWLEASEREQUEST']._serialized_start=290
-  _globals['_RENEWLEASEREQUEST']._serialized_end=405
-  _globals['_RENEWLEASERESPONSE']._serialized_start=407
-  _globals['_RENEWLEASERESPONSE']._serialized_end=450
-  _globals['_DEREGISTERWORKERREQUEST']._serialized_start=452
-  _globals['_DEREGISTERWORKERREQUEST']._serialized_end=517
-  _globals['_DEREGISTERWORKERRESPONSE']._serialized_start=519
-  _globals['_DEREGISTERWORKERRESPONSE']._serialized_end=545
-  _globals['_STARTRUNREQUEST']._serialized_start=547
-  _globals['_STARTRUNREQUEST']._serialized_end=619
-  _globals['_STARTRUNRESPONSE']._serialized_start=621
-  _globals['_STARTRUNRESPONSE']._serialized_end=672
-  _globals['_PUTFILEREQUEST']._serialized_start=674
-  _globals['_PUTFILEREQUEST']._serialized_end=770
-  _globals['_PUTFILERESPONSE']._serialized_start=772
-  _globals['_PUTFILERESPONSE']._serialized_end=803
-  _globals['_STOPRUNREQUEST']._serialized_start=805
-  _globals['_STOPRUNREQUEST']._serialized_end=837
-  _globals['_STOPRUNRESPONSE']._serialized_start=839
-  _globals['_STOPRUNRESPONSE']._serialized_end=856
-  _globals['_WORKERSNAPSHOT']._serialized_start=859
-  _globals['_WORKERSNAPSHOT']._serialized_end=1000
-  _globals['_RUNSNAPSHOT']._serialized_start=1003
-  _globals['_RUNSNAPSHOT']._serialized_end=1441
-  _globals['_RUNSNAPSHOT_METRICSENTRY']._serialized_start=1395
-  _globals['_RUNSNAPSHOT_METRICSENTRY']._serialized_end=1441
-  _globals['_GETSTATUSREQUEST']._serialized_start=1443
-  _globals['_GETSTATUSREQUEST']._serialized_end=1477
-  _globals['_GETSTATUSRESPONSE']._serialized_start=1480
-  _globals['_GETSTATUSRESPONSE']._serialized_end=1619
-  _globals['_WATCHRUNREQUEST']._serialized_start=1622
-  _globals['_WATCHRUNREQUEST']._serialized_end=1757
-  _globals['_ITERATIONRESULT']._serialized_start=1760
-  _globals['_ITERATIONRESULT']._serialized_end=1968
-  _globals['_ITERATIONRESULT_METRICSENTRY']._serialized_start=1395
-  _globals['_ITERATIONRESULT_METRICSENTRY']._serialized_end=1441
-  _globals['_ACCURACYESTIMATE']._serialized_start=1970
-  _globals['_ACCURACYESTIMATE']._serialized_end=2056
-  _globals['_DOMAINACCURACY']._serialized_start=2059
-  _globals['_DOMAINACCURACY']._serialized_end=2241
-  _globals['_EVALUATIONRESULT']._serialized_start=2244
-  _globals['_EVALUATIONRESULT']._serialized_end=2414
-  _globals['_WATCHRUNRESPONSE']._serialized_start=2417
-  _globals['_WATCHRUNRESPONSE']._serialized_end=2693
-  _globals['_COORDINATORSERVICE']._serialized_start=2988
-  _globals['_COORDINATORSERVICE']._serialized_end=3815
+  _globals['_RUNPHASE']._serialized_start=2832
+  _globals['_RUNPHASE']._serialized_end=3121
+  _globals['_REGISTERWORKERREQUEST']._serialized_start=137
+  _globals['_REGISTERWORKERREQUEST']._serialized_end=303
+  _globals['_REGISTERWORKERRESPONSE']._serialized_start=305
+  _globals['_REGISTERWORKERRESPONSE']._serialized_end=373
+  _globals['_RENEWLEASEREQUEST']._serialized_start=376
+  _globals['_RENEWLEASEREQUEST']._serialized_end=541
+  _globals['_RENEWLEASERESPONSE']._serialized_start=543
+  _globals['_RENEWLEASERESPONSE']._serialized_end=586
+  _globals['_DEREGISTERWORKERREQUEST']._serialized_start=588
+  _globals['_DEREGISTERWORKERREQUEST']._serialized_end=653
+  _globals['_DEREGISTERWORKERRESPONSE']._serialized_start=655
+  _globals['_DEREGISTERWORKERRESPONSE']._serialized_end=681
+  _globals['_STARTRUNREQUEST']._serialized_start=683
+  _globals['_STARTRUNREQUEST']._serialized_end=755
+  _globals['_STARTRUNRESPONSE']._serialized_start=757
+  _globals['_STARTRUNRESPONSE']._serialized_end=808
+  _globals['_PUTFILEREQUEST']._serialized_start=810
+  _globals['_PUTFILEREQUEST']._serialized_end=906
+  _globals['_PUTFILERESPONSE']._serialized_start=908
+  _globals['_PUTFILERESPONSE']._serialized_end=939
+  _globals['_STOPRUNREQUEST']._serialized_start=941
+  _globals['_STOPRUNREQUEST']._serialized_end=973
+  _globals['_STOPRUNRESPONSE']._serialized_start=975
+  _globals['_STOPRUNRESPONSE']._serialized_end=992
+  _globals['_WORKERSNAPSHOT']._serialized_start=995
+  _globals['_WORKERSNAPSHOT']._serialized_end=1136
+  _globals['_RUNSNAPSHOT']._serialized_start=1139
+  _globals['_RUNSNAPSHOT']._serialized_end=1577
+  _globals['_RUNSNAPSHOT_METRICSENTRY']._serialized_start=1531
+  _globals['_RUNSNAPSHOT_METRICSENTRY']._serialized_end=1577
+  _globals['_GETSTATUSREQUEST']._serialized_start=1579
+  _globals['_GETSTATUSREQUEST']._serialized_end=1613
+  _globals['_GETSTATUSRESPONSE']._serialized_start=1616
+  _globals['_GETSTATUSRESPONSE']._serialized_end=1755
+  _globals['_WATCHRUNREQUEST']._serialized_start=1758
+  _globals['_WATCHRUNREQUEST']._serialized_end=1893
+  _globals['_ITERATIONRESULT']._serialized_start=1896
+  _globals['_ITERATIONRESULT']._serialized_end=2104
+  _globals['_ITERATIONRESULT_METRICSENTRY']._serialized_start=1531
+  _globals['_ITERATIONRESULT_METRICSENTRY']._serialized_end=1577
+  _globals['_ACCURACYESTIMATE']._serialized_start=2106
+  _globals['_ACCURACYESTIMATE']._serialized_end=2192
+  _globals['_DOMAINACCURACY']._serialized_start=2195
+  _globals['_DOMAINACCURACY']._serialized_end=2377
+  _globals['_EVALUATIONRESULT']._serialized_start=2380
+  _globals['_EVALUATIONRESULT']._serialized_end=2550
+  _globals['_WATCHRUNRESPONSE']._serialized_start=2553
+  _globals['_WATCHRUNRESPONSE']._serialized_end=2829
+  _globals['_COORDINATORSERVICE']._serialized_start=3124
+  _globals['_COORDINATORSERVICE']._serialized_end=3951
 # @@protoc_insertion_point(module_scope)

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from perigee.rollout.v1 import rollout_pb2 as _rollout_pb2
 from perigee.trainer.v1 import trainer_pb2 as _trainer_pb2
 import builtins as _builtins
 import sys
@@ -64,12 +65,15 @@ class RegisterWorkerRequest(_message.Message):
     CAPACITY_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     address: _builtins.str
     """host:port at which the coordinator and the trainer call the worker."""
     capacity: _builtins.int
     policy_version: _builtins.int
     ready: _builtins.bool
+    status: _rollout_pb2.WorkerStatus.ValueType
+    """Weights are pushed to a worker that is EMPTY or READY."""
     def __init__(
         self,
         *,
@@ -78,10 +82,11 @@ class RegisterWorkerRequest(_message.Message):
         capacity: _builtins.int = ...,
         policy_version: _builtins.int = ...,
         ready: _builtins.bool = ...,
+        status: _rollout_pb2.WorkerStatus.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "policy_version", b"policy_version", "ready", b"ready", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "capacity", b"capacity", "policy_version", b"policy_version", "ready", b"ready", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -118,12 +123,15 @@ class RenewLeaseRequest(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     lease_epoch: _builtins.int
     running: _builtins.int
     policy_version: _builtins.int
     ready: _builtins.bool
     """False while the engine restarts or has no weights."""
+    status: _rollout_pb2.WorkerStatus.ValueType
+    """As in RegisterWorker."""
     def __init__(
         self,
         *,
@@ -132,10 +140,11 @@ class RenewLeaseRequest(_message.Message):
         running: _builtins.int = ...,
         policy_version: _builtins.int = ...,
         ready: _builtins.bool = ...,
+        status: _rollout_pb2.WorkerStatus.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_epoch", b"lease_epoch", "policy_version", b"policy_version", "ready", b"ready", "running", b"running", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_epoch", b"lease_epoch", "policy_version", b"policy_version", "ready", b"ready", "running", b"running", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
