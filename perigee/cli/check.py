@@ -27,8 +27,9 @@ GIB = 1 << 30
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
-def check_inputs(recipe: Recipe) -> list[str]:
-    """Returns what a run of an expanded recipe is made of and the memory it will take, in lines for people.
+def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
+    """Returns what a run of an expanded recipe is made of and the memory it will take, in lines for people; `workers`
+    stand in place of the recipe's.
 
     Raises InvalidArgumentError, in one sentence that names the key, file or line, for a model folder that cannot be
     trained, a prompt that cannot be asked or judged or is too long, and a verifier or language that is not set up.
@@ -50,7 +51,7 @@ def check_inputs(recipe: Recipe) -> list[str]:
         f"{model.context_tokens} tokens",
         f"prompts: {len(inputs.prompts)} to train on, {len(inputs.heldout)} held out, the longest of "
         f"{len(longest.token_ids)} tokens",
-        *describe_memory(estimate_memory(model, parameters, configs), recipe.head.local.workers),
+        *describe_memory(estimate_memory(model, parameters, configs), workers or recipe.head.local.workers),
     ]
 
 

@@ -143,6 +143,7 @@ def check(
     data: Annotated[
         Path | None, typer.Option("--data", metavar="DIR", help="Folder for what the recipe's script makes; kept.")
     ] = None,
+    workers: WorkersOption = None,
     seed: SeedOption = None,
     overrides: SetOption = None,
     debug: DebugOption = False,
@@ -164,7 +165,7 @@ def check(
                 run.create()
                 expanded = checked.expand(run)
                 await command.prepare_data(run, expanded)
-                for line in check_inputs(expanded):
+                for line in check_inputs(expanded, workers):
                     print(line)
             return 0
 

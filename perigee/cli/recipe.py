@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ from perigee.errors import InvalidArgumentError
 from perigee.files import write_atomically
 
 RECIPE_FILE = "recipe.yaml"
+# Begins the path of a source that is a suite of `perigee eval`.
+SUITE_PREFIX = "suite:"
 # The services in the order in which they are started.
 SERVICES = ("buffer", "sandbox", "reward", "trainer", "coordinator", "rollout")
 _CONFIG_CLASSES = {
@@ -98,13 +101,18 @@ class Recipe:
         return None if self.head.prepare is None else self.path.parent / self.head.prepare
 
     def expand(self, run: RunFolder) -> Recipe:
-        """Returns the run's recipe: `{data}`, `{run}` and `{recipe}` are replaced by the folders they stand for."""
+        """Returns the run's recipe: `{data}`, `{run}` and `{recipe}` are replaced by the folders they stand for.
+
+        Of sources `suite:NAME`, the suites are written into the run's folder. Raises what `write_prompt_file` raises.
+        """
         folders = {
             "{data}": str(run.data_path),
             "{run}": str(run.path),
             "{recipe}": str(self.path.parent.absolute()),
         }
         expanded = map_strings(self.values, lambda text: _replace_all(text, folders))
+        for key in expanded.get("run", {}).keys() & {"prompts", "heldout"}:
+            expanded["run"][key] = map_strings(expanded["run"][key], lambda text: _place_suite(text, run.path))
         head = self.head
         if self.prepare_path is not None:
             expanded["prepare"] = str(self.prepare_path.absolute())
@@ -287,6 +295,15 @@ def map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list):
         return [map_strings(item, change) for item in value]
     return value
+
+
+def _place_suite(text: str, folder: Path) -> str:
+    """Returns the prompt file that a suite is written to, for `suite:NAME`; another text as it is."""
+    if not text.startswith(SUITE_PREFIX):
+        return text
+    suites = importlib.import_module("perigee.cli.eval.suites")
+    data_path = Path(os.environ.get(suites.DATA_VARIABLE) or suites.DEFAULT_DATA)
+    return str(suites.write_prompt_file(text.removeprefix(SUITE_PREFIX), data_path, folder / "suites"))
 
 
 def _replace_all(text: str, replacements: Mapping[str, str]) -> str:

@@ -242,8 +242,8 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
     if recipe.prepare_path is not None and not run.data_path.is_dir():
         view.note(f"preparing data with {recipe.prepare_path.name}")
     await prepare_data(run, recipe)
-    if options.coordinator is None:  # elsewhere, the services have files of their own
-        for line in await asyncio.to_thread(check_inputs, recipe):
+    if options.coordinator is None:  # elsewhere the services have files of their own, which the coordinator checks
+        for line in await asyncio.to_thread(check_inputs, recipe, options.workers):
             view.note(line)
     trackers = Trackers(run.path, recipe.values, view.note)
     config_yaml = dump_yaml(recipe.values["run"])
@@ -350,8 +350,14 @@ def choose_services(has_recipe: bool, only: Sequence[str]) -> list[str]:
 async def up(
     run: RunFolder, recipe: Recipe, services: Sequence[str], workers: int, view: View, interrupt: Interrupt
 ) -> None:
-    """Starts the services and keeps them up; raises UnavailableError when one cannot be kept."""
+    """Starts the services and keeps them up, checked as `train` checks them where the recipe has a run.
+
+    Raises InvalidArgumentError for what is wrong, UnavailableError when a service cannot be kept.
+    """
     await prepare_data(run, recipe)
+    if "run" in recipe.values and {"trainer", "rollout"} <= {*services}:
+        for line in await asyncio.to_thread(check_inputs, recipe, workers):
+            view.note(line)
     local = LocalStack(run, plan_stack(run, recipe.values, workers, services), view.note)
     interrupt.end_at_once = local.kill
     view.note(f"starting {', '.join(spec.name for spec in local.specs)} (logs: {run.logs_path})")

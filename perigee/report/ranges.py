@@ -36,10 +36,10 @@ RANGES = (
         high=0.05,
     ),
     MetricRange(
-        "train/entropy",
-        "entropy per token",
+        "train/entropy_ratio",
+        "entropy per token, as a fraction of that in the run's first training,",
         "lower run.optimizer.learning_rate, or raise run.rollout.temperature",
-        low=0.02,
+        low=0.1,
     ),
     MetricRange(
         "train/train_infer_logprob_diff_mean",

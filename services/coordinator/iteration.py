@@ -105,6 +105,8 @@ class CoordinatorState:
     # Tokens of the trajectories of each live group: what the next iteration adds counts from here, however often it is
     # cut and done again.
     starts: dict[str, list[int]] = field(default_factory=dict)
+    # Entropy of the policy that the first training began with.
+    first_entropy: float | None = None
     # The last committed iteration's line of metrics.jsonl: written again when a crash lost it.
     last_line: dict[str, Any] | None = None
 
@@ -195,6 +197,8 @@ class Iteration:
             "time/elapsed_seconds": round(context.status.elapsed_seconds, 3),
             **time_metrics(self._timeline),
         }
+        if entropy := line.get("train/entropy"):
+            line["train/entropy_ratio"] = entropy / (self._committed.state.first_entropy or entropy)
         line["warnings"] = find_warnings(line)
         for key, warning in line["warnings"].items():
             WARNINGS.labels(key).inc()
@@ -217,7 +221,8 @@ class Iteration:
         moving = sum(not t.finished or t.added > 0 for t in self._groups.trajectories())
         status.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, moving)
         async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
-            phase = RolloutPhase(context, version, self._groups, scoring, self._samples, is_first=self._number == 1)
+            all_begin = all(group.iteration == self._number for group in self._groups)
+            phase = RolloutPhase(context, version, self._groups, scoring, self._samples, all_begin)
             with self._timeline.phase("rollout"):
                 async with self._weight_sync.run(version):
                     await self._score_again(unscored, scoring)
@@ -299,6 +304,7 @@ class Iteration:
             next_group=self._next_group,
             elapsed_seconds=status.elapsed_seconds,
             totals=self._committed.state.totals.with_iteration(line, self._timeline),
+            first_entropy=self._committed.state.first_entropy or line.get("train/entropy"),
             last_line=line,
             starts=self._groups.starts(batch.consumed),
         )

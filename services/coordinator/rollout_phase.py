@@ -45,8 +45,8 @@ class RolloutPhase:
     groups: LiveGroups
     scoring: ScoringPipeline
     samples: SampleCollector
-    # Whether this is the run's first iteration.
-    is_first: bool
+    # Whether every group begins in this iteration, as in a run's first, and when all ended together before.
+    all_begin: bool
     counts: RolloutCounts = field(default_factory=RolloutCounts)
     _targets: dict[str, int] = field(default_factory=dict)
 
@@ -91,12 +91,12 @@ class RolloutPhase:
         return self.context.config.rollout.token_budget or self._cap
 
     def _budget_of(self, trajectory: Trajectory) -> int:
-        """Returns the trajectory's budget in this iteration: one token budget, except in the run's first iteration.
+        """Returns the trajectory's budget in this iteration: one token budget, unless every group begins in it.
 
         Groups that begin together would end together, budgets later, and the iterations between would train nothing:
-        in the first iteration they get one to `cap / budget` budgets in turn.
+        they get one to `cap / budget` budgets in turn.
         """
-        if not self.is_first:
+        if not self.all_begin:
             return self._budget
         turns = math.ceil(self._cap / self._budget)
         return self._budget * (turns - int(trajectory.group.id.removeprefix("g")) % turns)

@@ -58,7 +58,7 @@ class PromptSource(Model):
 
     path: str
     """JSON Lines or Parquet, a folder of these or of `datasets.save_to_disk`; a path or a URL, also
-    hf://datasets/OWNER/NAME/FOLDER."""
+    hf://datasets/OWNER/NAME/FOLDER; for `perigee train` also suite:NAME, a suite of `perigee eval`."""
     columns: dict[str, str] = {}
     """Field by column: {prompt: question, answer: answer}; a dot leads into a column of objects. Other columns are left
     out."""
@@ -151,8 +151,9 @@ class RolloutSettings(Model):
     renamed_keys: ClassVar[Mapping[str, str]] = {"response_cap": "max_response_tokens"}
 
     token_budget: int = Field(0, ge=0)
-    """Output tokens that a trajectory may add in one iteration; 0 is no budget. In the run's first iteration the groups
-    get one budget, two and so on up to `max_response_tokens` in turn, so that they do not all end together later."""
+    """Output tokens that a trajectory may add in one iteration; 0 is no budget. In an iteration in which every group
+    begins, as in the first, they get one budget, two and so on up to `max_response_tokens` in turn, so that they do not
+    all end together later."""
     max_response_tokens: int = Field(1024, ge=1)
     """Response tokens that a trajectory may have over all iterations; more than most responses of the model need: those
     cut by it have no answer."""

@@ -402,14 +402,14 @@ class _Iteration:
             for name, value in part.items():
                 sums[name] += value
         trained = result.trained_tokens
-        # Before the first step the policy is the reference.
+        # Before the first step the policy is the reference: with no other step the KL is unknown.
         later = sum(step.trained_tokens for step in self._steps[1:])
         metrics = {
             "train/loss": sums["loss"] / len(self._steps),
             "train/grad_norm": float(np.mean(self._norms)),
             "train/entropy": _ratio(sums["entropy"], trained),
-            "train/kl_k1": _ratio(sums["kl_k1"], later),
-            "train/kl_k3": _ratio(sums["kl_k3"], later),
+            "train/kl_k1": sums["kl_k1"] / later if later else math.nan,
+            "train/kl_k3": sums["kl_k3"] / later if later else math.nan,
             "train/train_infer_logprob_diff_mean": _ratio(sums["difference"], base_tokens),
             "train/train_infer_logprob_diff_max": max(largest for _, largest, _ in reports),
             "train/train_infer_kl": _ratio(sums["infer_kl"], base_tokens),

@@ -119,6 +119,8 @@ async def test_a_run_from_sft_to_summary(buffer_address: str, tmp_path: Path) ->
         assert line["rollout/finished"] == line["rollout/ended/stop"]
         assert {key.split("/")[1] for key in line if key.endswith("/start")} == PHASES
         assert line["rollout/live_groups"] + line["train/groups"] + line["train/groups_uniform"] == 16
+    # The fake trainer's entropy is halved at each iteration.
+    assert [line["train/entropy_ratio"] for line in lines] == [1, 0.5, 0.25]
     trained = sum(line["train/trajectories"] for line in lines)
     assert trained == sum(trained_ids(peers).values())
     assert sum(line["train/trajectories_multi_version"] for line in lines) > 0
@@ -217,6 +219,32 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
     # Groups of responses as long as three budgets do not end together.
     assert all(line["reward/groups"] for line in lines)
     assert ended["rollout/ended/max_response_tokens"] > 0
+
+
+async def test_groups_that_begin_together_do_not_end_together(buffer_address: str, tmp_path: Path) -> None:
+    groups, run_id = 14, f"run-{uuid.uuid4().hex}"
+    rollout = {"token_budget": 16, "max_response_tokens": 32}
+    changes = {"iterations": 3, "max_live_groups": groups, "group_size": 2, "rollout": rollout}
+    section = write_run_section(tmp_path, **changes)
+
+    def respond(trajectory_id: str, prompt: str) -> str:
+        """Short responses of the first groups, which end together, then some that no budget is enough for."""
+        return "#1" if int(trajectory_id[1:9]) < groups else "1" * 40
+
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
+    async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
+        worker = peers.add_worker("a", tokenizer)
+        worker.respond = respond
+        async with worker_in_service(worker, client.target):
+            await client.start_run(
+                pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run"))
+            )
+            assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
+    completed = [line["reward/groups"] for line in read_json_lines(tmp_path / "run" / "metrics.jsonl")]
+    # Iterations without a signal are not counted, up to as many.
+    assert completed[0] == groups
+    assert completed[1:] == [groups // 2] * (len(completed) - 1)
+    assert len(completed) > 3
 
 
 async def test_bad_requests_name_the_field_and_write_nothing(buffer_address: str, tmp_path: Path) -> None:

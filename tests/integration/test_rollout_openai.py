@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import openai
 import pytest
 import pytest_asyncio
+from tokenizers import Tokenizer
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.errors import PermissionDeniedError
 from perigee.files import read_lines
 from perigee.reward.client import RewardClient
@@ -24,11 +27,15 @@ from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import add_RolloutServiceServicer_to_server
 from services.kit.server import App, serving
+from services.reward.verifiers.base import Verdict
 from services.rollout.config import RolloutConfig
+from services.rollout.engine import Engine, EngineOutput, EngineRequest
 from services.rollout.model import open_policy
 from services.rollout.service import ROLLOUT, RolloutService, serve_endpoint
 from services.rollout.worker import READY, Worker
+from tests.fixtures.chat import write_chat_model
 from tests.fixtures.cli import run_perigee
+from tests.fixtures.judge import judge_item, running_judge
 from tests.fixtures.rollout import (
     CHARACTERS,
     CONTEXT,
@@ -41,7 +48,7 @@ from tests.fixtures.rollout import (
     rollout_config,
     wait_for_state,
 )
-from tests.fixtures.rollout_engine import PausedEngine
+from tests.fixtures.rollout_engine import FragileEngine, PausedEngine
 
 POLICIES = [make_policy(seed) for seed in (11, 12)]
 # Log-probabilities of the engine against an fp32 forward pass of transformers on the same tokens.
@@ -237,13 +244,41 @@ async def test_new_weights_reach_a_chat_and_the_responses_under_way(
     assert "".join(token.token for token in answer.choices[0].logprobs.content) == answer.choices[0].message.content
 
 
+class JudgingEngine(FragileEngine):
+    """Ends its answer with the judgement that a judge is asked for: right when the response is 4."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        asked = self.tokenizer.decode(list(request.token_ids))
+        response, nonce = re.findall(r"BEGIN RESPONSE.*?\n(.*)\n.*END RESPONSE (\w+)", asked)[-1]
+        verdict = "correct" if "It is 4." in response else "wrong"
+        answer = f'So: {{"id": "{nonce}", "reasoning": "a sum", "verdict": "{verdict}"}}'
+        ids = [*self.tokenizer.encode(answer, add_special_tokens=False).ids, EOS]
+        spans = [VersionSpan(policy_version=0, tokens=len(ids))]
+        yield EngineOutput(ids, [-1.0] * len(ids), spans, cached_tokens=0, finish="stop")
+
+
+async def test_a_judge_is_the_policy(tmp_path: Path) -> None:
+    model = open_policy(str(write_chat_model(tmp_path / "model", context=8192)), None)
+    async with (
+        scripted_worker(model.path, JudgingEngine(model.tokenizer)) as app,
+        running_judge(f"http://{app.http_address}/v1", model="policy") as verifier,
+    ):
+        outcomes = [await verifier.judge(judge_item(f"It is {number}.")) for number in (4, 5)]
+        assert not verifier.endpoints["main"].by_schema  # which the endpoint refuses
+    assert [(each.verdict, each.reward) for each in outcomes] == [(Verdict.CORRECT, 1.0), (Verdict.WRONG, 0.0)]
+
+
 @asynccontextmanager
-async def paused_worker(folder: Path, **fields: Any) -> AsyncIterator[App[RolloutConfig]]:
-    """A worker whose engine hands out all but the last token and waits."""
+async def scripted_worker(folder: Path, engine: Engine, **fields: Any) -> AsyncIterator[App[RolloutConfig]]:
+    """A worker with an engine that does as the test tells it."""
 
     @asynccontextmanager
     async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
-        worker = Worker(app.config, open_policy(str(folder), None), PausedEngine(), "w")
+        worker = Worker(app.config, open_policy(str(folder), None), engine, "w")
         worker.set_status(READY, RUN, 3)
         service = RolloutService(worker, None)  # type: ignore[arg-type]
         app.add(ROLLOUT, add_RolloutServiceServicer_to_server, service)
@@ -263,7 +298,7 @@ async def test_a_token_for_the_policy_opens_the_endpoint_and_nothing_else(policy
         "agent": {"tokens": ["a"], "audiences": ["policy"], "quota": {"per_second": 0.001}},
         "team": {"tokens": ["t"], "audiences": ["control", "reward"]},
     }
-    async with paused_worker(policy_folder, server={"callers": callers}) as app:
+    async with scripted_worker(policy_folder, PausedEngine(), server={"callers": callers}) as app:
         async with connect(app, "a") as agent, connect(app, "t") as team, connect(app, "wrong") as nobody:
             assert [model.id async for model in agent.models.list()] == ["policy"]
             for client, kind, status in (
@@ -282,7 +317,10 @@ async def test_a_token_for_the_policy_opens_the_endpoint_and_nothing_else(policy
 
 
 async def test_a_stream_ends_with_the_reason_when_the_worker_stops(policy_folder: Path) -> None:
-    async with paused_worker(policy_folder, server={"drain_seconds": 0}) as app, connect(app, "none") as client:
+    async with (
+        scripted_worker(policy_folder, PausedEngine(), server={"drain_seconds": 0}) as app,
+        connect(app, "none") as client,
+    ):
         stream = aiter(await client.completions.create(model="policy", prompt=PROMPT, max_tokens=20, stream=True))
         assert (await anext(stream)).choices[0].text
         draining = asyncio.create_task(app.drain())
@@ -292,7 +330,7 @@ async def test_a_stream_ends_with_the_reason_when_the_worker_stops(policy_folder
 
 
 async def test_responses_are_bounded_over_all_calls(policy_folder: Path) -> None:
-    async with paused_worker(policy_folder) as app, connect(app, "none") as client:
+    async with scripted_worker(policy_folder, PausedEngine()) as app, connect(app, "none") as client:
         asked = {"model": "policy", "prompt": [PROMPT] * 2, "max_tokens": 20, "n": 20, "stream": True}
         async with await client.completions.create(**asked) as stream:
             await anext(aiter(stream))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from perigee.cli.check import check_inputs, check_verifiers, describe_memory
+from perigee.cli.ending import Interrupt
 from perigee.cli.init import init
-from perigee.cli.recipe import load_recipe
+from perigee.cli.recipe import SERVICES, load_recipe, open_new_run
+from perigee.cli.train import up
+from perigee.cli.view import PlainView
 from perigee.errors import InvalidArgumentError
 from perigee.reward.items import read_prompt_line
 from services.reward.config import RewardConfig
@@ -121,6 +125,20 @@ def test_a_verifier_or_language_that_is_not_set_up_is_named() -> None:
         check({"verifier": "judge", "reference": "2"})
     with pytest.raises(InvalidArgumentError, match=r"reward\.value_head\.path: is unset"):
         check({"verifier": "value_head"})
+
+
+async def test_services_that_stay_are_checked_before_they_start(folder: Path) -> None:
+    run, recipe = open_new_run(folder / "runs", load_recipe(folder / "recipe.yaml", ["rollout.max_model_len=44"]))
+    task = asyncio.current_task()
+    assert task is not None
+    with pytest.raises(InvalidArgumentError, match=r"44 is less than the 45 tokens of prompt b"):
+        await up(run, recipe, SERVICES, 1, PlainView(), Interrupt(task))
+
+
+def test_the_workers_of_the_command_are_counted(folder: Path) -> None:
+    recipe = load_recipe(folder / "recipe.yaml", [])
+    assert "warning: about" in check_inputs(recipe, 100_000)[-1]
+    assert "warning" not in check_inputs(recipe)[-1]
 
 
 def test_memory_beyond_the_machines_is_a_warning() -> None:

@@ -13,8 +13,19 @@ from typing import Any
 import pytest
 
 from perigee.chat import read_question
-from perigee.cli.eval.suites import SUITES_PATH, Problem, load_suite, read_private_cases, read_suite, suite_names
+from perigee.cli.eval.suites import (
+    DATA_VARIABLE,
+    SUITES_PATH,
+    Problem,
+    load_suite,
+    read_private_cases,
+    read_suite,
+    suite_names,
+)
+from perigee.cli.recipe import load_recipe
+from perigee.cli.run_folder import RunFolder
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
+from perigee.reward.sources import Columns, read_source
 from tests.fixtures.data import find_data
 
 OPTIONS = [f"option {number}" for number in range(10)]
@@ -134,6 +145,25 @@ def test_what_is_missing_is_said_in_one_line(tmp_path: Path) -> None:
     write_data(tmp_path, "gsm8k", {"question": "How many?"})
     with pytest.raises(InvalidArgumentError, match=r"gsm8k_test\.jsonl:1: has no column 'answer'"):
         load_suite("gsm8k", tmp_path)
+
+
+def test_a_run_measures_by_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(DATA_VARIABLE, str(tmp_path))
+    write_data(tmp_path, "gsm8k", {"question": "How many?", "answer": "Two.\n#### 2"})
+    (tmp_path / "brief.yaml").write_text(
+        "{source: me, licence: MIT, data: [gsm8k_test.jsonl], system_prompt: Be brief., prompt: 'Q: {question}', "
+        "answer_after: {answer: '####'}, line: {verifier: exact, answer: '{answer}'}}"
+    )
+    (tmp_path / "recipe.yaml").write_text(
+        f"run: {{prompts: p.jsonl, iterations: 1, heldout: [suite:gsm8k, {{path: 'suite:{tmp_path}/brief.yaml'}}]}}"
+    )
+    recipe = load_recipe(tmp_path / "recipe.yaml").expand(RunFolder(tmp_path / "run"))
+    first, second = recipe.values["run"]["heldout"]
+    [gsm8k], [brief] = (read_source(Path(path), Columns(), "f") for path in (first, second["path"]))
+    [problem] = load_suite("gsm8k", tmp_path).problems
+    assert (gsm8k.id, gsm8k.item, gsm8k.asked) == (f"gsm8k-{problem.line.id}", problem.line.item, gsm8k.item.prompt)
+    assert [message["content"] for message in brief.asked] == ["Be brief.", "Q: How many?"]
+    assert brief.item.exact.reference == "2"
 
 
 def test_suites_of_ones_own(tmp_path: Path) -> None:

@@ -9,10 +9,9 @@ import typer
 
 from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, Interrupt, reporting_errors, run_interruptible
+from perigee.cli.eval.suites import DATA_VARIABLE, DEFAULT_DATA
 from perigee.errors import InvalidArgumentError
 from perigee.rpc import ChannelOptions
-
-DEFAULT_DATA = Path.home() / ".cache" / "perigee" / "eval"
 
 
 @connecting
@@ -36,7 +35,7 @@ def evaluate(
         bool, typer.Option("--chat/--completions", help="Ask by chat, or have the model continue the question.")
     ] = True,
     data: Annotated[
-        Path, typer.Option("--data", envvar="PERIGEE_EVAL_DATA", metavar="DIR", help="Folder of the suites' data.")
+        Path, typer.Option("--data", envvar=DATA_VARIABLE, metavar="DIR", help="Folder of the suites' data.")
     ] = DEFAULT_DATA,
     out: Annotated[
         Path | None, typer.Option("--out", metavar="DIR", help="Results folder; evals/MODEL by default.")

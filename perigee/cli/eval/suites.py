@@ -28,9 +28,12 @@ from perigee.chat import Asked, ChatMessage
 from perigee.cli.eval.ifeval import read_ifeval
 from perigee.config import Model, read_yaml, validate
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
+from perigee.files import write_lines
 from perigee.reward.items import PromptLine, read_object, read_prompt_line, read_rows
 from perigee.reward.sources import Columns, read_data, read_source
 
+DATA_VARIABLE = "PERIGEE_EVAL_DATA"
+DEFAULT_DATA = Path.home() / ".cache" / "perigee" / "eval"
 SUITES_PATH = Path(__file__).parent / "suites"
 # The first of them that a record has names its problem.
 ID_COLUMNS = ("task_id", "id", "key")
@@ -120,14 +123,23 @@ def read_suite(path: Path) -> Suite:
 def load_suite(name: str, data_path: Path, limit: int | None = None) -> LoadedSuite:
     """Returns the suite of a name, of a YAML file or of a prompt file, its first `limit` problems only.
 
-    Raises InvalidArgumentError when it is none of these or a record does not fit, FailedPreconditionError when its data
-    is absent or it waits for something.
+    Raises what `open_suite` raises, and InvalidArgumentError when a record does not fit.
     """
     if name.endswith(".jsonl"):
         path = Path(name)
         lines = read_source(path, Columns(), name)[:limit]
         problems = [Problem(path.stem, line, line.asked) for line in lines]
         return LoadedSuite(path.stem, SamplingSettings(), problems, is_prompt_file=True)
+    name, suite, rows = open_suite(name, data_path, limit)
+    return LoadedSuite(name, suite.sampling, read_problems(name, suite, rows))
+
+
+def open_suite(name: str, data_path: Path, limit: int | None = None) -> tuple[str, Suite, list[tuple[str, Record]]]:
+    """Returns the name that a suite is reported by, the suite, and its first records, each after its place.
+
+    Raises InvalidArgumentError when there is none, FailedPreconditionError when its data is absent or it waits for
+    something.
+    """
     path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES_PATH / f"{name}.yaml"
     if not path.is_file():
         raise InvalidArgumentError.for_field(
@@ -138,7 +150,23 @@ def load_suite(name: str, data_path: Path, limit: int | None = None) -> LoadedSu
         raise FailedPreconditionError(f"suite {path.stem} waits for {suite.waits_for}")
     file = find_data_file(path.stem, suite, [data_path, path.parent])
     rows = [(f"{file}:{number}", record) for number, record in enumerate(read_records(file, limit), start=1)]
-    return LoadedSuite(path.stem, suite.sampling, read_problems(path.stem, suite, rows))
+    return path.stem, suite, rows
+
+
+def write_prompt_file(name: str, data_path: Path, folder: Path) -> Path:
+    """Writes a suite as a prompt file into a folder, for runs; returns its path. Raises what `load_suite` raises."""
+    stem, suite, rows = open_suite(name, data_path)
+    read_problems(stem, suite, rows)
+    lines = []
+    for place, record in rows:
+        line = make_line(suite, record, place)
+        line["id"] = f"{stem}-{line['id']}"
+        if suite.system_prompt:
+            user = {"role": "user", "content": line.pop("prompt")}
+            line["messages"] = [{"role": "system", "content": suite.system_prompt}, user]
+        lines.append(line)
+    write_lines(folder / f"{stem}.jsonl", lines)
+    return folder / f"{stem}.jsonl"
 
 
 def find_data_file(name: str, suite: Suite, folders: Sequence[Path]) -> Path:
@@ -173,15 +201,20 @@ def read_problems(name: str, suite: Suite, rows: Sequence[tuple[str, Record]]) -
     by_id: dict[str, Problem] = {}
 
     def read(record: Record, place: str) -> PromptLine:
-        columns = add_columns(suite, record, place)
-        prompt = fill(suite.prompt, columns, place)
-        default_id = str(next(filter(None, map(columns.get, ID_COLUMNS)), place.rpartition(":")[2]))
-        line = read_prompt_line({"id": default_id, "prompt": prompt} | fill_line(suite.line, columns, place), place)
+        line = read_prompt_line(make_line(suite, record, place), place)
         system = (ChatMessage(role="system", content=suite.system_prompt),) if suite.system_prompt else ()
-        by_id[line.id] = Problem(name, line, (*system, ChatMessage(role="user", content=prompt)))
+        by_id[line.id] = Problem(name, line, (*system, ChatMessage(role="user", content=line.item.prompt)))
         return line
 
     return [by_id[line.id] for line in read_rows(rows, read, name, "problems")]
+
+
+def make_line(suite: Suite, record: Record, place: str) -> dict[str, Any]:
+    """Returns the prompt line of a record."""
+    columns = add_columns(suite, record, place)
+    default_id = str(next(filter(None, map(columns.get, ID_COLUMNS)), place.rpartition(":")[2]))
+    prompt = fill(suite.prompt, columns, place)
+    return {"id": default_id, "prompt": prompt, **fill_line(suite.line, columns, place)}
 
 
 def add_columns(suite: Suite, record: Record, place: str) -> Record:
