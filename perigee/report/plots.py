@@ -54,6 +54,8 @@ def plot_accuracy(records: RunRecords) -> go.Figure | None:
     figure.update_layout(hovermode="closest", margin={"t": 36, "r": 24})
     style_axes(figure)
     style_iterations(figure, records)
+    # The names of the lines have room behind their ends.
+    figure.update_xaxes(range=[-0.05 * (width := max(1, last_iteration(records))), 1.3 * width])
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
     return figure
 
@@ -81,18 +83,15 @@ def _add_greedy(figure: go.Figure, points: Estimates, color: str, where: Mapping
 
 
 def _add_means(figure: go.Figure, points: Estimates, kind: str, where: Mapping[str, int], **style: Any) -> None:
-    """Draws a line through the means, with the name of the kind at its end: sampled below, greedy above."""
+    """Draws a line through the means, with the name of the kind behind its end: sampled lower, greedy higher."""
     figure.add_scatter(
         x=[iteration for iteration, _ in points], y=[e.mean for _, e in points], mode="lines+markers",
         hovertext=[f"{kind} {e.mean:.1%} ({e.low:.1%} to {e.high:.1%})" for _, e in points], hoverinfo="text",
         **style, **where,
     )  # fmt: skip
     if points:
-        yanchor, yshift = ("top", -8) if kind == "sampled" else ("bottom", 8)
-        figure.add_annotation(
-            x=points[-1][0], y=points[-1][1].mean, text=kind, showarrow=False, xanchor="right", yanchor=yanchor,
-            yshift=yshift, font={"color": style["line"]["color"], "size": 12}, **where,
-        )  # fmt: skip
+        yanchor = "top" if kind == "sampled" else "bottom"
+        label_end(figure, points[-1][0], points[-1][1].mean, kind, style["line"]["color"], yanchor=yanchor, **where)
 
 
 def plot_reward(records: RunRecords) -> go.Figure | None:
@@ -231,9 +230,14 @@ def label_shifts(ends: Sequence[float], top: float) -> list[float]:
 
 
 def style_iterations(figure: go.Figure, records: RunRecords) -> None:
-    """Gives axes of iterations whole numbers as ticks, ten at most."""
-    last = max((*(row.number for row in records.iterations), *(e.iteration for e in records.evaluations)), default=1)
-    figure.update_xaxes(title_text="iteration", tick0=0, dtick=max(1, math.ceil(last / 10)))
+    """Gives axes of iterations those of the run as ticks, ten or so."""
+    last = last_iteration(records)
+    figure.update_xaxes(title_text="iteration", tickvals=list(range(0, last + 1, max(1, math.ceil(last / 10)))))
+
+
+def last_iteration(records: RunRecords) -> int:
+    """Returns the number of the last iteration that was recorded or evaluated."""
+    return max((*(row.number for row in records.iterations), *(e.iteration for e in records.evaluations)), default=1)
 
 
 def _points(iterations: Sequence[Iteration], key: str) -> Points:

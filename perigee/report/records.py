@@ -26,9 +26,12 @@ class Evaluation:
 
     @property
     def domains(self) -> list[str]:
-        """`overall` first, then the domains by name."""
+        """`overall` first, then the domains by name; one domain says nothing more."""
         names = {*self.greedy, *self.sampled}
-        return [name for name in (OVERALL, *sorted(names - {OVERALL})) if name in names]
+        domains = sorted(names - {OVERALL})
+        return [
+            name for name in (OVERALL, *(domains if len(domains) > 1 or OVERALL not in names else ())) if name in names
+        ]
 
 
 @dataclass(frozen=True)

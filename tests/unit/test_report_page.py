@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.errors import DataLossError, InvalidArgumentError
+from perigee.files import read_lines
 from perigee.report import plots
 from perigee.report.page import SECTIONS, write_report
 from perigee.report.ranges import find_warnings
@@ -103,6 +104,21 @@ def test_a_full_run_fills_every_section(run_path: Path) -> None:
         "overall    sampled  0.300 [0.270, 0.330] -> 0.620 [0.590, 0.650]  +0.320  intervals apart"
     )
     assert [path.name for path in run_path.iterdir() if "report" in path.name] == ["report.html"]
+
+
+def test_one_domain_says_no_more_than_all(run_path: Path) -> None:
+    lines = read_lines(run_path / "evaluations.jsonl")
+    for line in lines:
+        line["accuracy"] = {name: line["accuracy"][name] for name in ("overall", "math")}
+    write_lines(run_path / "evaluations.jsonl", lines)
+    assert {change.domain for change in changes(read_records(run_path))} == {"overall"}
+
+
+def test_ticks_are_iterations_of_the_run(run_path: Path) -> None:
+    for plot in (plots.plot_accuracy, plots.plot_reward, plots.plot_rates):
+        figure = plot(read_records(run_path))
+        assert figure is not None
+        assert list(figure.layout.xaxis.tickvals) == list(range(9))
 
 
 def test_a_warning_names_the_key_to_change(run_path: Path) -> None:
