@@ -144,9 +144,12 @@ async def test_the_end_of_the_server_is_told_in_its_own_words(tmp_path: Path, mo
         "sys.exit('ValueError: out of memory')\n"
     )
 
+    servers: list[ChildProcess] = []
+
     async def start(name: str, command: list[str], log_path: Path, environment: Any) -> ChildProcess:
         port = command[command.index("--port") + 1]
-        return await ChildProcess.start(name, [sys.executable, "-c", program, port], log_path=log_path)
+        servers.append(await ChildProcess.start(name, [sys.executable, "-c", program, port], log_path=log_path))
+        return servers[0]
 
     monkeypatch.setattr(model, "start_guarded", start)
     monkeypatch.setattr(model, "ATTEMPTS", 1)
@@ -154,6 +157,7 @@ async def test_the_end_of_the_server_is_told_in_its_own_words(tmp_path: Path, mo
     async def ask() -> None:
         async with model.serving_model(tmp_path, tmp_path / "log", 1, 8, "auto", lambda _: None) as url:
             endpoint = Endpoint(url, "policy", chat=False)
+            await servers[0].wait()
             async with endpoint.make_client(1) as client, asyncio.TaskGroup() as group:
                 group.create_task(endpoint.complete(client, {"prompt": "1+1="}))
 
