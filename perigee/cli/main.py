@@ -261,6 +261,45 @@ def status(
 
 
 @app.command()
+@connecting
+def worker(
+    channel: ChannelOptions,
+    recipe: RecipeArgument = None,
+    coordinator: CoordinatorOption = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = Path("runs"),
+    debug: DebugOption = False,
+) -> None:
+    """Start a rollout worker on this machine that joins the run of the newest stack, or of the coordinator named."""
+    with reporting_errors(debug):
+        from perigee.cli import worker as command
+        from perigee.cli.metrics import read_coordinator
+        from perigee.cli.recipe import build_recipe, find_recipe, load_recipe
+        from perigee.cli.run_folder import find_stack
+        from perigee.cli.view import PlainView
+
+        sets, folder, is_of_run = overrides or [], runs_dir.absolute() / "workers", False
+        if coordinator is None:
+            found = find_stack(runs_dir)
+            if found is None:
+                raise NotFoundError(f"no stack runs below {runs_dir}; name a coordinator: --coordinator HOST:PORT")
+            coordinator = found[1].addresses["coordinator"]
+            if recipe is None:
+                recipe, folder, is_of_run = found[0].recipe_path, found[0].logs_path, True
+        chosen = load_recipe(find_recipe(recipe), sets) if recipe else build_recipe(Path("--set"), {}, sets)
+        command.export_credentials(channel)
+        status = asyncio.run(read_coordinator(coordinator, channel))
+        spec = command.plan_worker(coordinator, status, chosen.values.get("rollout") or {}, folder, is_of_run)
+
+        async def work(interrupt: Interrupt) -> int:
+            await command.work(spec, coordinator, channel, PlainView(), interrupt)
+            return 0
+
+        code = run_interruptible(work)
+        raise typer.Exit(0 if code > 128 else code)  # a signal is how this command ends
+
+
+@app.command()
 def doctor(
     recipe: RecipeArgument = None,
     probes: Annotated[

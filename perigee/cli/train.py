@@ -85,7 +85,10 @@ async def watch_run(
     while True:
         try:
             watch = pb.WatchRunRequest(
-                run_id=request.run_id, after_iteration=cursor.iteration, after_evaluation=cursor.evaluation
+                run_id=request.run_id,
+                after_iteration=cursor.iteration,
+                after_evaluation=cursor.evaluation,
+                events=True,
             )
             async for response in client.watch_run(watch, timeout_s=STREAM_S):
                 received_at = time.monotonic()
@@ -326,6 +329,8 @@ async def _show(
             view.show_evaluation(read_evaluation(response.evaluation))
         if response.HasField("iteration") or response.HasField("evaluation"):
             trackers.update()
+        if response.HasField("event"):
+            view.note(response.event.text)
         if response.HasField("run"):
             last = response.run
             view.show(last)

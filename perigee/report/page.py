@@ -155,7 +155,8 @@ def write_report(run_path: Path) -> Report:
 def render_page(records: RunRecords) -> str:
     """Returns the whole page as HTML."""
     figures: dict[str, Any] = {}
-    parts = [_header(records), _cards(records), _accuracy_table(changes(records)), _warnings(records)]
+    parts = [_header(records), _cards(records), _accuracy_table(changes(records))]
+    parts += [_warnings(records), _events(records)]
     parts.append(_samples(read_samples(records.path)))
     for section in SECTIONS:
         figure = section.draw(records)
@@ -243,6 +244,20 @@ def _warnings(records: RunRecords) -> str:
         for texts in found.values()
     ]
     return "<h2>Warnings</h2>" + "".join(lines)
+
+
+def _events(records: RunRecords) -> str:
+    """Workers that joined and left, engines and servers that started again, each with the iteration."""
+    rows = [
+        f"<tr><td>{row.number}</td><td class='number'>{event['seconds']:,.0f} s</td>"
+        f"<td>{html.escape(event['event'])}</td></tr>"
+        for row in records.iterations
+        for event in row.values.get("events") or []
+    ]
+    if not rows:
+        return ""
+    head = "<tr><th>Iteration</th><th>Age of the run</th><th>Event</th></tr>"
+    return f"<h2>Events</h2><table>{head}{''.join(rows)}</table>"
 
 
 def _samples(samples: list[Sample]) -> str:

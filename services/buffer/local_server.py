@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from prometheus_client import Counter
+from prometheus_client import REGISTRY, Counter
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
@@ -35,6 +35,11 @@ RESTART_DELAY_S = 1.0
 SERVER_RESTARTS = Counter("perigee_buffer_server_restarts_total", "Restarts of the Valkey server that the buffer runs.")
 # sockaddr_un holds 108 bytes on Linux, 104 on macOS.
 MAX_SOCKET_PATH_BYTES = 100
+
+
+def count_restarts() -> int:
+    """Returns how often this process's server was started again."""
+    return int(REGISTRY.get_sample_value("perigee_buffer_server_restarts_total") or 0)
 
 
 @asynccontextmanager

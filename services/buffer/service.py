@@ -13,7 +13,7 @@ from perigee.buffer.v1.buffer_pb2_grpc import BufferServiceServicer, add_BufferS
 from perigee.errors import PerigeeError, UnavailableError
 from services.buffer import model, requests
 from services.buffer.config import BufferConfig
-from services.buffer.local_server import local_server
+from services.buffer.local_server import count_restarts, local_server
 from services.buffer.nodes import Nodes
 from services.buffer.scripts import ScriptRunner
 from services.kit.server import App, end_tasks
@@ -100,7 +100,9 @@ class BufferService(BufferServiceServicer):
     async def CommitIteration(self, request: pb.CommitIterationRequest, context: Context) -> pb.CommitIterationResponse:
         """Closes an iteration."""
         requests.check_commit(request, self._config.limits)
-        return await model.commit_iteration(self._scripts, request)
+        response = await model.commit_iteration(self._scripts, request)
+        response.store_restarts = count_restarts()
+        return response
 
 
 @asynccontextmanager

@@ -159,9 +159,10 @@ class Dispatcher:
             self._queue.append(key)
             self._failures[key] += 1
             FAILURES.labels("segment").inc()
-            log.warning("sequence failed", sequence=key, worker=worker.worker_id, reason=reason)
             if self._failures[key] >= self._config.attempts:
                 raise PeerError(InternalError(f"Sequence {key} failed {self._failures[key]} times, last: {reason}"))
+        for reason, count in Counter(reason for _, reason in progress.failed).items():
+            log.warning("sequences failed", sequences=count, worker=worker.worker_id, reason=reason)
         if progress.ended:
             self._idle_s = 0.0
         self._wake.set()

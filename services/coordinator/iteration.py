@@ -11,6 +11,7 @@ metrics that it measures in the update; they are absent when the iteration train
   processes these took: `reward/groups` groups with `reward/responses` judged responses. Short responses finish first,
   so a mean over whatever has finished would rise by itself. Rewards are those of the verifier, before shaping.
 - `train/uniform_rate` is the fraction of the complete groups with equal rewards.
+- `events` are what befell the run since the line before: workers that joined or left, engines that started again.
 - `warnings` has a sentence for each metric outside of its range (`perigee/report/ranges.py`), by its key.
 - `train/tokens_by_version/VERSION` counts tokens of the trained trajectories by the policy version that sampled them.
 - `time/PHASE/start` and `time/PHASE/seconds` are a phase's offset from the iteration's start and its length.
@@ -199,11 +200,17 @@ class Iteration:
         }
         if entropy := line.get("train/entropy"):
             line["train/entropy_ratio"] = entropy / (self._committed.state.first_entropy or entropy)
+        reported = context.status.event_count
+        line["events"] = [
+            {"seconds": round(event.elapsed_seconds, 1), "event": event.text}
+            for event in context.status.events_after(context.status.events_recorded)
+        ]
         line["warnings"] = find_warnings(line)
         for key, warning in line["warnings"].items():
             WARNINGS.labels(key).inc()
             log.warning(warning, run=context.run_id, iteration=self._number, metric=key)
         await self._close(batch, version, line)
+        context.status.events_recorded = reported
         return line
 
     async def _create_groups(self) -> None:
@@ -343,7 +350,10 @@ class Iteration:
             coordinator_state=state.encode(),
         )
         with self._timeline.phase("commit"):
-            await context.peers.buffer.commit_iteration(request, timeout_s=context.settings.control_timeout_s)
+            response = await context.peers.buffer.commit_iteration(
+                request, timeout_s=context.settings.control_timeout_s
+            )
+        context.status.count_store_restarts(response.store_restarts)
 
     async def _push(self, version: int) -> None:
         with self._timeline.phase("weights"):

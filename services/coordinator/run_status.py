@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ TERMINAL = frozenset((pb.RUN_PHASE_FINISHED, pb.RUN_PHASE_FAILED, pb.RUN_PHASE_S
 WATCH_SECONDS = 0.5
 # Snapshots that wait for a slow watcher.
 WATCH_QUEUE = 64
+# Events that are kept for watchers, and for the line of the iteration.
+EVENTS_KEPT = 256
 PHASE = Gauge("perigee_coordinator_run_phase", "1 for the phase that the newest run is in, else 0.", ["phase"])
 RUN = Info("perigee_coordinator_run", "Newest run of this coordinator.")
 PHASE_NAMES = {value: name.removeprefix("RUN_PHASE_").lower() for name, value in pb.RunPhase.items() if value}
@@ -63,6 +66,11 @@ class RunStatus:
         self.total = 0
         self.metrics: Mapping[str, float] = {}
         self.error = ""
+        self._events: deque[pb.RunEvent] = deque(maxlen=EVENTS_KEPT)
+        self.event_count = 0
+        # How many of them lines of metrics.jsonl have.
+        self.events_recorded = 0
+        self._store_restarts: int | None = None
 
     @property
     def phase(self) -> RunPhase:
@@ -87,6 +95,23 @@ class RunStatus:
         if waiting != self._waiting:
             self._waiting = waiting
             self._publish()
+
+    def report(self, text: str) -> None:
+        """Adds an event."""
+        self._events.append(pb.RunEvent(elapsed_seconds=self.elapsed_seconds, text=text))
+        self.event_count += 1
+        self._publish()
+
+    def count_store_restarts(self, count: int) -> None:
+        """Reports when the buffer's count of its server's restarts has grown; that of a new buffer begins at 0."""
+        if self._store_restarts is not None and count > self._store_restarts:
+            self.report("the buffer's Valkey server died and was started again")
+        self._store_restarts = count
+
+    def events_after(self, count: int) -> list[pb.RunEvent]:
+        """Returns the events after the first `count`, as far as they are kept."""
+        new = self.event_count - count
+        return list(self._events)[-new:] if new else []
 
     def fail(self, error: str) -> None:
         """Enters the failed phase."""
@@ -168,15 +193,23 @@ def _worker_snapshot(worker: Worker, now: float) -> pb.WorkerSnapshot:
     )
 
 
-async def stream_events(status: RunStatus, log: RunLog, cursor: Cursor) -> AsyncGenerator[pb.WatchRunResponse, None]:
-    """Yields snapshots until the run has ended, each after the results that were recorded before it was made."""
-    revision = -1
+async def stream_events(
+    status: RunStatus, log: RunLog, cursor: Cursor, events: bool = False
+) -> AsyncGenerator[pb.WatchRunResponse, None]:
+    """Yields snapshots until the run has ended, each after the results that were recorded before it was made.
+
+    With `events`, also what happens meanwhile.
+    """
+    revision, sent = -1, status.event_count
     async with aclosing(status.watch()) as snapshots:
         async for snapshot in snapshots:
             if log.revision != revision:
                 revision = log.revision
                 for result in await asyncio.to_thread(read_results, log, cursor, snapshot.iterations):
                     yield result
+            new, sent = status.events_after(sent), status.event_count
+            for event in new if events else ():
+                yield pb.WatchRunResponse(event=event)
             yield pb.WatchRunResponse(run=snapshot)
 
 

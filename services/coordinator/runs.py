@@ -160,10 +160,15 @@ class Runs:
             self._run.task.cancel()
             await asyncio.wait([self._run.task])
 
-    def watch(self, run_id: str, cursor: Cursor) -> AsyncGenerator[pb.WatchRunResponse, None]:
+    def watch(self, run_id: str, cursor: Cursor, events: bool) -> AsyncGenerator[pb.WatchRunResponse, None]:
         """Streams the events of a run after the cursor; of the newest run when no id is given. Raises NotFoundError."""
         run = self._find(run_id)
-        return stream_events(run.status, run.log, cursor)
+        return stream_events(run.status, run.log, cursor, events)
+
+    @property
+    def settings(self) -> CoordinatorConfig:
+        """Configuration of this process."""
+        return self._settings
 
     def status(self, run_id: str) -> RunStatus | None:
         """Returns the status of a run; of the newest run, if any, when no id is given. Raises NotFoundError."""
@@ -192,6 +197,7 @@ class Runs:
 
     def _launch(self, file: RunFile, inputs: RunInputs) -> None:
         status = RunStatus(inputs.run_id, inputs.config.iterations, self._registry)
+        self._registry.report = status.report
         run_log = RunLog(inputs.run_path, lambda: self._publish(inputs.run_path))
         context = RunContext(inputs, self._settings, self._peers, self._registry, status, run_log)
         self._run = ActiveRun(file, status, run_log, asyncio.create_task(self._execute(file, context)))

@@ -56,7 +56,12 @@ class CoordinatorService(CoordinatorServiceServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         status = self._runs.status(request.run_id)
-        response = pb.GetStatusResponse(workers=worker_snapshots(self._registry))
+        settings = self._runs.settings
+        response = pb.GetStatusResponse(
+            workers=worker_snapshots(self._registry),
+            buffer_address=settings.buffer_address,
+            trainer_address=settings.trainer_address,
+        )
         if status is not None:
             response.run.CopyFrom(status.snapshot())
         return response
@@ -66,7 +71,7 @@ class CoordinatorService(CoordinatorServiceServicer):
             request.after_iteration if request.HasField("after_iteration") else None,
             request.after_evaluation if request.HasField("after_evaluation") else None,
         )
-        async with aclosing(self._runs.watch(request.run_id, cursor)) as responses:
+        async with aclosing(self._runs.watch(request.run_id, cursor, request.events)) as responses:
             async for response in responses:
                 yield response
 

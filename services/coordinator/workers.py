@@ -19,7 +19,11 @@ from services.kit.telemetry import get_logger
 log = get_logger(__name__)
 
 WorkerStatus: TypeAlias = "rollout_pb2.WorkerStatus.ValueType"
-EMPTY, READY = rollout_pb2.WORKER_STATUS_EMPTY, rollout_pb2.WORKER_STATUS_READY
+STARTING, EMPTY, READY = (
+    rollout_pb2.WORKER_STATUS_STARTING,
+    rollout_pb2.WORKER_STATUS_EMPTY,
+    rollout_pb2.WORKER_STATUS_READY,
+)
 
 WORKERS = Gauge("perigee_coordinator_workers", "Rollout workers with a lease.")
 FAILURES = Counter("perigee_coordinator_failures", "Failures by kind.", ["kind"])
@@ -81,6 +85,8 @@ class WorkerRegistry:
     connect: Callable[[str], RolloutClient]
     lease_seconds: float
     clock: Callable[[], float] = time.monotonic
+    # Receives a sentence for each worker that joins or leaves, and of each engine that dies or runs again.
+    report: Callable[[str], None] = lambda text: None
     _workers: dict[str, Worker] = field(default_factory=dict)
     _watchers: set[Callable[[], None]] = field(default_factory=set)
     _epochs: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
@@ -114,6 +120,7 @@ class WorkerRegistry:
             reported_version=policy_version,
         )
         self._workers[worker_id] = worker
+        self.report(f"{worker_id} joined, at {address}")
         log.info("worker registered", worker=worker_id, address=address, capacity=capacity, ready=worker.ready)
         self.notify()
         return worker
@@ -124,6 +131,8 @@ class WorkerRegistry:
         worker.expires = self.clock() + self.lease_seconds
         worker.running = running
         changed = (worker.status, worker.reported_version) != (status, policy_version) or worker.suspect is not None
+        if worker.status != status and STARTING in (worker.status, status):
+            self.report(f"{worker_id}: its engine {'died and starts again' if status == STARTING else 'runs again'}")
         worker.status, worker.reported_version, worker.suspect = status, policy_version, None
         if changed:
             self.notify()
@@ -209,4 +218,5 @@ class WorkerRegistry:
 
     def _remove(self, worker_id: str, reason: str) -> None:
         del self._workers[worker_id]
+        self.report(f"{worker_id} left: {reason}")
         log.warning("worker left", worker=worker_id, reason=reason)

@@ -182,7 +182,8 @@ class ChildProcess:
         if exit_code > 128:  # what it wrote last need not have to do with its end
             end, error = f"was ended by {signal.Signals(exit_code - 128).name}", last_error(lines)
         else:
-            end, error = f"ended with exit code {exit_code}", last_error(lines) or last_words(lines)
+            words = last_words(lines) if exit_code else ""  # a warning is no reason for a clean end
+            end, error = f"ended with exit code {exit_code}", last_error(lines) or words
         where = "" if self.log_path is None else f" (log: {self.log_path})"
         return f"{self.name} {end}{f': {error}' if error else ''}{where}"
 

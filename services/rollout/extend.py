@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -69,10 +70,10 @@ async def extend_trajectories(
         try:
             async with aclosing(merge([call.run])) as batches:
                 async for batch in batches:
-                    for result in batch:
-                        if isinstance(result, pb.SegmentFailure):
-                            failures += 1
-                            log.warning("segment failed", trajectory=result.trajectory_id, reason=result.reason)
+                    reasons = Counter(result.reason for result in batch if isinstance(result, pb.SegmentFailure))
+                    failures += reasons.total()
+                    for reason, count in reasons.items():
+                        log.warning("segments failed", segments=count, reason=reason)
                     yield batch
             log.info(
                 "segments ended",

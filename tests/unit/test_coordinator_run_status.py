@@ -140,6 +140,21 @@ async def test_a_watcher_that_reads_slowly_loses_snapshots_but_no_results(status
     assert found[-1] == "FINISHED"
 
 
+async def test_events_are_sent_once_to_watchers_that_ask(status: RunStatus, run_log: RunLog) -> None:
+    status.report("before the watch")
+    asked, other = (stream_events(status, run_log, Cursor(), events) for events in (True, False))
+    assert await until_snapshot(asked) == await until_snapshot(other) == ["WAITING"]
+    status.report("rollout-1 left: silent for 10 s")
+    for restarts in (1, 1, 2, 0):
+        status.count_store_restarts(restarts)
+    status.enter(pb.RUN_PHASE_FINISHED)
+    assert [response.event.text async for response in asked if response.HasField("event")] == [
+        "rollout-1 left: silent for 10 s",
+        "the buffer's Valkey server died and was started again",
+    ]
+    assert [response async for response in other if response.HasField("event")] == []
+
+
 async def test_a_line_that_a_crash_lost_is_sent_when_it_is_restored(status: RunStatus, run_log: RunLog) -> None:
     add_iteration(run_log, 1)
     responses = stream_events(status, run_log, Cursor(1, 0))

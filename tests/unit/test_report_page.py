@@ -74,7 +74,9 @@ def write_lines(path: Path, lines: list[dict[str, Any]]) -> None:
 def run_path(tmp_path: Path) -> Path:
     path = tmp_path / "small-1"
     path.mkdir()
-    write_lines(path / "metrics.jsonl", [metrics_line(iteration) for iteration in range(1, 9)])
+    lines = [metrics_line(iteration) for iteration in range(1, 9)]
+    lines[2]["events"] = [{"seconds": 61.2, "event": "rollout-1 left: <silent>"}]
+    write_lines(path / "metrics.jsonl", lines)
     evaluations = [{"kind": "periodic", "iteration": i, "accuracy": accuracy(0.04 * i)} for i in (0, 4, 8)]
     write_lines(path / "evaluations.jsonl", evaluations)
     summary = {"accuracy_baseline": accuracy(0.0), "accuracy_final": accuracy(0.32), "tokens_generated": 12345}
@@ -98,6 +100,7 @@ def test_a_full_run_fills_every_section(run_path: Path) -> None:
     report = write_report(run_path)
     page = report.path.read_text()
     assert drawn(page) == {section.id for section in SECTIONS}
+    assert "<td>3</td><td class='number'>61 s</td><td>rollout-1 left: &lt;silent&gt;</td>" in page
     assert "30.0%<span class='arrow'>→</span>62.0%" in page
     assert "+32.0 points, intervals apart" in page
     assert report.headline[0] == (

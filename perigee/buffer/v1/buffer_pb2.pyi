@@ -906,8 +906,11 @@ class CommitIterationResponse(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     DUPLICATE_FIELD_NUMBER: _builtins.int
+    STORE_RESTARTS_FIELD_NUMBER: _builtins.int
     duplicate: _builtins.bool
     """True when this very iteration was committed before."""
+    store_restarts: _builtins.int
+    """Restarts of the Valkey server that the buffer runs for itself, since the buffer started."""
     @_builtins.property
     def run(self) -> Global___RunState: ...
     def __init__(
@@ -915,10 +918,11 @@ class CommitIterationResponse(_message.Message):
         *,
         run: Global___RunState | None = ...,
         duplicate: _builtins.bool = ...,
+        store_restarts: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["duplicate", b"duplicate", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duplicate", b"duplicate", "run", b"run", "store_restarts", b"store_restarts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

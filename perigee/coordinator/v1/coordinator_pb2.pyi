@@ -481,6 +481,11 @@ class GetStatusResponse(_message.Message):
 
     RUN_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    BUFFER_ADDRESS_FIELD_NUMBER: _builtins.int
+    TRAINER_ADDRESS_FIELD_NUMBER: _builtins.int
+    buffer_address: _builtins.str
+    """host:port of replay buffer and trainer as the coordinator dials them, for workers that join."""
+    trainer_address: _builtins.str
     @_builtins.property
     def run(self) -> Global___RunSnapshot:
         """Absent when the coordinator has no run."""
@@ -492,10 +497,12 @@ class GetStatusResponse(_message.Message):
         *,
         run: Global___RunSnapshot | None = ...,
         workers: _abc.Iterable[Global___WorkerSnapshot] | None = ...,
+        buffer_address: _builtins.str = ...,
+        trainer_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_run", b"_run", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_run", b"_run", "run", b"run", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_run", b"_run", "buffer_address", b"buffer_address", "run", b"run", "trainer_address", b"trainer_address", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__run: _TypeAlias = _typing.Literal["run"]  # noqa: Y015
     _WhichOneofArgType__run: _TypeAlias = _typing.Literal["_run", b"_run"]  # noqa: Y015
@@ -510,21 +517,25 @@ class WatchRunRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     AFTER_ITERATION_FIELD_NUMBER: _builtins.int
     AFTER_EVALUATION_FIELD_NUMBER: _builtins.int
+    EVENTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     after_iteration: _builtins.int
     """The last iteration that the watcher has received, 0 for none: later ones are sent. Absent: no iteration is sent."""
     after_evaluation: _builtins.int
     """The number of the last evaluation that the watcher has received, 0 for none. Absent: no evaluation is sent."""
+    events: _builtins.bool
+    """Whether events are sent."""
     def __init__(
         self,
         *,
         run_id: _builtins.str = ...,
         after_iteration: _builtins.int | None = ...,
         after_evaluation: _builtins.int | None = ...,
+        events: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_after_evaluation", b"_after_evaluation", "_after_iteration", b"_after_iteration", "after_evaluation", b"after_evaluation", "after_iteration", b"after_iteration"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_evaluation", b"_after_evaluation", "_after_iteration", b"_after_iteration", "after_evaluation", b"after_evaluation", "after_iteration", b"after_iteration", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_after_evaluation", b"_after_evaluation", "_after_iteration", b"_after_iteration", "after_evaluation", b"after_evaluation", "after_iteration", b"after_iteration", "events", b"events", "run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__after_evaluation: _TypeAlias = _typing.Literal["after_evaluation"]  # noqa: Y015
     _WhichOneofArgType__after_evaluation: _TypeAlias = _typing.Literal["_after_evaluation", b"_after_evaluation"]  # noqa: Y015
@@ -536,6 +547,31 @@ class WatchRunRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__after_iteration) -> _WhichOneofReturnType__after_iteration | None: ...
 
 Global___WatchRunRequest: _TypeAlias = WatchRunRequest  # noqa: Y015
+
+@_typing.final
+class RunEvent(_message.Message):
+    """Something that befell the run while it was watched: a worker that joined or left, an engine that starts again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ELAPSED_SECONDS_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    elapsed_seconds: _builtins.float
+    """Age of the run."""
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        elapsed_seconds: _builtins.float = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_seconds", b"elapsed_seconds", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunEvent: _TypeAlias = RunEvent  # noqa: Y015
 
 @_typing.final
 class IterationResult(_message.Message):
@@ -721,6 +757,7 @@ class WatchRunResponse(_message.Message):
     ITERATION_FIELD_NUMBER: _builtins.int
     EVALUATION_FIELD_NUMBER: _builtins.int
     SUMMARY_FIELD_NUMBER: _builtins.int
+    EVENT_FIELD_NUMBER: _builtins.int
     summary: _builtins.str
     """summary.json of a run that has finished, to watchers that ask for iterations."""
     @_builtins.property
@@ -729,6 +766,10 @@ class WatchRunResponse(_message.Message):
     def iteration(self) -> Global___IterationResult: ...
     @_builtins.property
     def evaluation(self) -> Global___EvaluationResult: ...
+    @_builtins.property
+    def event(self) -> Global___RunEvent:
+        """To watchers that ask for events."""
+
     def __init__(
         self,
         *,
@@ -736,13 +777,16 @@ class WatchRunResponse(_message.Message):
         iteration: Global___IterationResult | None = ...,
         evaluation: Global___EvaluationResult | None = ...,
         summary: _builtins.str | None = ...,
+        event: Global___RunEvent | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_iteration", b"_iteration", "_run", b"_run", "_summary", b"_summary", "evaluation", b"evaluation", "iteration", b"iteration", "run", b"run", "summary", b"summary"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_event", b"_event", "_iteration", b"_iteration", "_run", b"_run", "_summary", b"_summary", "evaluation", b"evaluation", "event", b"event", "iteration", b"iteration", "run", b"run", "summary", b"summary"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_iteration", b"_iteration", "_run", b"_run", "_summary", b"_summary", "evaluation", b"evaluation", "iteration", b"iteration", "run", b"run", "summary", b"summary"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation", "_event", b"_event", "_iteration", b"_iteration", "_run", b"_run", "_summary", b"_summary", "evaluation", b"evaluation", "event", b"event", "iteration", b"iteration", "run", b"run", "summary", b"summary"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__evaluation: _TypeAlias = _typing.Literal["evaluation"]  # noqa: Y015
     _WhichOneofArgType__evaluation: _TypeAlias = _typing.Literal["_evaluation", b"_evaluation"]  # noqa: Y015
+    _WhichOneofReturnType__event: _TypeAlias = _typing.Literal["event"]  # noqa: Y015
+    _WhichOneofArgType__event: _TypeAlias = _typing.Literal["_event", b"_event"]  # noqa: Y015
     _WhichOneofReturnType__iteration: _TypeAlias = _typing.Literal["iteration"]  # noqa: Y015
     _WhichOneofArgType__iteration: _TypeAlias = _typing.Literal["_iteration", b"_iteration"]  # noqa: Y015
     _WhichOneofReturnType__run: _TypeAlias = _typing.Literal["run"]  # noqa: Y015
@@ -751,6 +795,8 @@ class WatchRunResponse(_message.Message):
     _WhichOneofArgType__summary: _TypeAlias = _typing.Literal["_summary", b"_summary"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__evaluation) -> _WhichOneofReturnType__evaluation | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__event) -> _WhichOneofReturnType__event | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__iteration) -> _WhichOneofReturnType__iteration | None: ...
     @_typing.overload

@@ -1,0 +1,76 @@
+"""`perigee worker`: what it starts, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from perigee.cli.ending import Interrupt
+from perigee.cli.stack import ServiceSpec, wait_serving
+from perigee.cli.view import PlainView
+from perigee.cli.worker import plan_worker, work
+from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.errors import UnavailableError
+from perigee.rpc import ChannelOptions
+from services.coordinator.__main__ import lifespan
+from services.coordinator.config import CoordinatorConfig
+from services.kit.server import serving
+from tests.integration.test_cli_stack import SERVICE
+
+STATUS = pb.GetStatusResponse(buffer_address="127.0.0.1:52", trainer_address="trainer.example:54")
+
+
+def read_section(spec: ServiceSpec) -> dict[str, object]:
+    section: dict[str, object] = yaml.safe_load(Path(spec.command[-1]).read_text())["rollout"]
+    return section
+
+
+def test_a_worker_dials_what_the_coordinator_dials_from_where_it_is(tmp_path: Path) -> None:
+    spec = plan_worker("gpu-7:51", STATUS, {"max_num_seqs": 8, "worker_id": "w"}, tmp_path, is_of_run=False)
+    section = read_section(spec)
+    assert section | {"server": {}} == {
+        "max_num_seqs": 8,
+        "worker_id": "w",
+        "coordinator_address": "gpu-7:51",
+        "buffer_address": "gpu-7:52",
+        "trainer_address": "trainer.example:54",
+        "server": {},
+    }
+    # Coordinator and trainer are elsewhere and must reach it.
+    assert section["server"] == {"host": "0.0.0.0", "port": int(spec.address.rpartition(":")[2])}
+
+
+def test_beside_a_runs_own_workers_it_takes_none_of_their_ports(tmp_path: Path) -> None:
+    values = {"server": {"port": 1, "metrics_port": 2, "token": "t"}, "http": {"port": 3}}
+    section = read_section(plan_worker("127.0.0.1:51", STATUS, values, tmp_path, is_of_run=True))
+    assert section["server"] == {"token": "t", "port": section["server"]["port"]}  # type: ignore[index]
+    assert section["http"] == {}
+    assert section["buffer_address"] == "127.0.0.1:52"
+
+
+async def test_it_ends_with_its_process_and_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with serving(CoordinatorConfig(), lifespan) as app:
+        broken = tmp_path / "broken"
+        planned = plan_worker(app.address, STATUS, {"worker_id": "w"}, tmp_path, is_of_run=False)
+        spec = replace(planned, command=[sys.executable, "-c", SERVICE, planned.address, str(broken)])
+
+        async def run() -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            await work(spec, app.address, ChannelOptions(), PlainView(), Interrupt(task))
+
+        working = asyncio.create_task(run())
+        async with asyncio.timeout(60):
+            await wait_serving(spec.address, "", ChannelOptions())
+        working.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+        broken.touch()
+        with pytest.raises(UnavailableError, match=r"w ended with exit code 1: ValueError: broken"):
+            await run()
+    assert capsys.readouterr().out.count("w has ended") == 2
