@@ -98,8 +98,19 @@ def count_by_config(config: Mapping[str, Any]) -> int:
     hidden, layers, heads = (int(config[key]) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     width = int(config.get("head_dim") or hidden // heads)
     groups = int(config.get("num_key_value_heads") or heads)
-    layer = 2 * hidden * width * (heads + groups) + 3 * hidden * int(config["intermediate_size"])
-    return layers * layer + int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    experts = count_expert_parameters(config)
+    layer = 2 * hidden * width * (heads + groups) + (0 if experts else 3 * hidden * int(config["intermediate_size"]))
+    embeddings = int(config["vocab_size"]) * hidden * (1 if config.get("tie_word_embeddings") else 2)
+    return layers * layer + experts + embeddings
+
+
+def count_expert_parameters(config: Mapping[str, Any]) -> int:
+    """Returns the number of parameters of all experts of a mixture of experts, 0 for another model."""
+    experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
+    if not experts:
+        return 0
+    sizes = (int(config[key]) for key in ("num_hidden_layers", "hidden_size", "moe_intermediate_size"))
+    return 3 * experts * math.prod(sizes)
 
 
 def check_lengths(model: Any, longest: Any, configs: Mapping[str, Any]) -> None:
@@ -149,19 +160,26 @@ def find_parts(message: Message) -> Iterator[Any]:
 def count_activations(config: Mapping[str, Any], recompute: bool) -> int:
     """Returns the numbers that a token's backward pass needs, by what the trainer measures at its start.
 
-    Within an eighth of that in float32 on six shapes of hidden 128 to 1,024; in bfloat16 up to a third below, as some
-    numbers stay in float32.
+    Within an eighth of that in float32 on six shapes of hidden 128 to 1,024, and on four of a mixture of experts of
+    hidden 128 and 256; in bfloat16 up to a third below, as some numbers stay in float32.
     """
     hidden, layers, heads = (int(config[key]) for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
     width = heads * int(config.get("head_dim") or hidden // heads)
-    layer = 12 * max(hidden, width) + 5 * int(config["intermediate_size"])
+    if count_expert_parameters(config):
+        chosen = int(config["num_experts_per_tok"])
+        feed_forward = chosen * (hidden + 5 * int(config["moe_intermediate_size"]))
+    else:
+        feed_forward = 5 * int(config["intermediate_size"])
+    layer = 12 * max(hidden, width) + feed_forward
     return layers * hidden + layer if recompute else layers * layer
 
 
 def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Returns estimated bytes by process and part; those of the trainer are of each of its ranks."""
     run, rollout, trainer = (configs[name] for name in ("run", "rollout", "trainer"))
-    share = parameters // (trainer.tensor_parallel * trainer.pipeline_parallel)
+    experts = count_expert_parameters(model.config)
+    share = (parameters - experts) // trainer.tensor_parallel + experts // trainer.expert_parallel
+    share //= trainer.pipeline_parallel
     size = BYTES[trainer.dtype]
     tokens = max([run.update.max_tokens_per_microbatch, *(stage.max_tokens_per_microbatch for stage in run.sft)])
     activations = tokens * count_activations(model.config, trainer.recompute) * size // trainer.tensor_parallel

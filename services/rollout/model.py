@@ -54,10 +54,13 @@ class PolicyModel:
         """Names and shapes of the tensors of a checkpoint, from config.json; no memory is taken for them."""
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers.core_model_loading import revert_weight_conversion
 
         config = AutoConfig.from_pretrained(self.path)
         with torch.device("meta"):
-            state = AutoModelForCausalLM.from_config(config).state_dict()
+            model = AutoModelForCausalLM.from_config(config)
+            # In memory the experts of a layer are one tensor.
+            state = revert_weight_conversion(model, model.state_dict())
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if config.tie_word_embeddings:
             del shapes[OUTPUT_LAYER]

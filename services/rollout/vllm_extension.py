@@ -57,6 +57,8 @@ class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
 
     def start_weight_update(self) -> None:
         """Puts the layers into the state that takes checkpoint tensors."""
+        if current_platform.is_cpu():
+            forget_packed_experts(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: ImageUpdate) -> None:
@@ -74,6 +76,16 @@ class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
 
     def shutdown(self) -> None:
         """Nothing to release."""
+
+
+def forget_packed_experts(model: Any) -> None:
+    """Has the load that follows pack a mixture's experts, which vLLM on a CPU does with the first load alone.
+
+    A reload would put unpacked weights in their place, without an error, with logprobs off by several nats.
+    """
+    for layer in model.modules():
+        if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
+            layer.quant_method.moe_kernel = None
 
 
 def repack_tied_head(model: Any) -> None:

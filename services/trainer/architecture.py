@@ -6,7 +6,12 @@ from typing import Any
 
 from services.kit.hf import CONFIG_FILE, ModelFolder
 
-ARCHITECTURES = {"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3", "LlamaForCausalLM": "llama"}
+ARCHITECTURES = {
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "LlamaForCausalLM": "llama",
+}
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
@@ -20,8 +25,12 @@ def read_architecture(folder: ModelFolder) -> str:
     wanted: dict[str, Any] = {"hidden_act": "silu", "mlp_bias": False, "use_sliding_window": False}
     if kind != "qwen2":
         wanted["attention_bias"] = False
+    if kind == "qwen3_moe":
+        wanted |= {"decoder_sparse_step": 1, "mlp_only_layers": []}
+        if config.get("num_experts_per_tok") == 1:
+            wanted["norm_topk_prob"] = False
     for field, value in wanted.items():
-        if config.get(field, value) != value:
+        if (config.get(field) or value) != value:
             raise folder.error(CONFIG_FILE, f"has {field} {config[field]}, of which only {value} is supported")
     read_rope(folder)
     return kind

@@ -29,6 +29,10 @@ class TrainerConfig(ServiceConfig):
     """Processes that the layers are divided over."""
     data_parallel: int = Field(1, ge=1)
     """Copies of the model that share each step's sequences."""
+    expert_parallel: int = Field(1, ge=1)
+    """Processes that the experts of a mixture of experts (Qwen3-MoE) are divided over, out of those of
+    `tensor_parallel` and `data_parallel` together, whose product it divides. Each expert is whole on its process, so
+    that tensor parallelism alone does not divide experts."""
     nodes: int = Field(1, ge=1)
     """Machines that the processes are spread over, the same number on each; every one starts the trainer with its own
     `node_rank`, and has the model's and the run's folders under the same paths or URLs."""
@@ -47,6 +51,10 @@ class TrainerConfig(ServiceConfig):
     """Type of the weights and activations; gradients and optimizer state are always float32."""
     recompute: bool = False
     """Keeps only each layer's input and computes the rest again in the backward pass, for long sequences."""
+    router_aux_loss_coef: float = Field(0.0, ge=0)
+    """Factor of the load-balancing loss of a mixture of experts; 0 is none. The loss of a layer and micro-batch is the
+    number of experts times the sum over experts of share of the choices times mean probability, 1 where all are used
+    alike; that of a step is the sum over layers, weighted over micro-batches by their tokens."""
     max_microbatch_bytes: int | None = Field(None, ge=1 << 20)
     """Most memory that activations take on a process, by what a token takes when measured at the start; half of what is
     free then, when unset. Tokens of a micro-batch are bounded by it and by `max_tokens_per_microbatch`; a sequence that
@@ -71,7 +79,12 @@ class TrainerConfig(ServiceConfig):
         return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
 
     @model_validator(mode="after")
-    def _check_nodes(self) -> Self:
+    def _check_processes(self) -> Self:
+        replicas = self.tensor_parallel * self.data_parallel
+        if replicas % self.expert_parallel:
+            raise ValueError(
+                f"expert_parallel must divide tensor_parallel x data_parallel, {replicas}, got {self.expert_parallel}"
+            )
         if self.world % self.nodes:
             raise ValueError(f"nodes must divide the {self.world} processes, got {self.nodes}")
         if self.node_rank >= self.nodes:

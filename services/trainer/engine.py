@@ -92,10 +92,23 @@ class Engine:
                     "trainer.max_sequence_length",
                     f"{self.max_tokens} is more than the model's {self.shape.max_positions} positions",
                 )
-            self.dims = join_group(config.tensor_parallel, config.pipeline_parallel, config.data_parallel, config.seed)
+            self.dims = join_group(
+                config.tensor_parallel,
+                config.pipeline_parallel,
+                config.data_parallel,
+                config.expert_parallel,
+                config.seed,
+            )
             stack.callback(leave_group)
             self.everyone, self.replica = open_channels(self.dims)
-            self.policy = Policy(self.shape, self.dims, DTYPES[config.dtype], self.max_tokens, config.recompute)
+            self.policy = Policy(
+                self.shape,
+                self.dims,
+                DTYPES[config.dtype],
+                self.max_tokens,
+                config.recompute,
+                config.router_aux_loss_coef,
+            )
             self._load(lambda: folder)
             self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
             self._log_copies()

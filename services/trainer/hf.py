@@ -32,6 +32,7 @@ class ModelShape:
     layers: int
     hidden: int
     ffn_hidden: int
+    """Width of the feed-forward part, or of each expert."""
     heads: int
     query_groups: int
     head_width: int
@@ -41,6 +42,10 @@ class ModelShape:
     qkv_bias: bool
     qk_norm: bool
     tied: bool
+    experts: int
+    """0 without a mixture of experts."""
+    experts_per_token: int
+    norm_topk_prob: bool
     inverse_frequencies_D: torch.Tensor
 
 
@@ -55,11 +60,14 @@ def read_model_shape(path: Path) -> ModelShape:
     heads = folder.positive_integer("num_attention_heads")
     hidden = folder.positive_integer("hidden_size")
     head_width = int(config.get("head_dim") or hidden // heads)
+    is_moe = kind == "qwen3_moe"
+    # transformers 4 writes num_experts, transformers 5 num_local_experts.
+    count = "num_experts" if "num_experts" in config else "num_local_experts"
     return ModelShape(
         architecture=kind,
         layers=folder.positive_integer("num_hidden_layers"),
         hidden=hidden,
-        ffn_hidden=folder.positive_integer("intermediate_size"),
+        ffn_hidden=folder.positive_integer("moe_intermediate_size" if is_moe else "intermediate_size"),
         heads=heads,
         query_groups=int(config.get("num_key_value_heads") or heads),
         head_width=head_width,
@@ -67,8 +75,11 @@ def read_model_shape(path: Path) -> ModelShape:
         max_positions=folder.context_tokens,
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
         qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
         tied=bool(config.get("tie_word_embeddings", False)),
+        experts=folder.positive_integer(count) if is_moe else 0,
+        experts_per_token=folder.positive_integer("num_experts_per_tok") if is_moe else 0,
+        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
         inverse_frequencies_D=_inverse_frequencies(folder, head_width),
     )
 

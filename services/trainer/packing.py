@@ -194,15 +194,19 @@ class MicroBatch:
     is_filler: bool = False
 
 
-def make_micro_batches(packs: Sequence[Sequence[TokenSequence]], device: torch.device) -> list[MicroBatch]:
-    """Builds a micro-batch of each pack, or one that trains nothing when there is no pack.
+def make_micro_batches(
+    packs: Sequence[Sequence[TokenSequence]], device: torch.device, count: int = 1
+) -> list[MicroBatch]:
+    """Builds a micro-batch of each pack, and further ones up to `count`, which train nothing.
 
-    A rank without work needs that filler to take part in the collectives of a step.
+    A rank with fewer packs than others needs these fillers to take part in the collectives of a step, and of the
+    experts in each micro-batch.
     """
-    if packs:
-        return [_make_batch(pack, device, index) for index, pack in enumerate(packs)]
     filler = TokenSequence(np.zeros(2, np.int64), np.zeros(1, np.bool_))
-    return [_make_batch([filler], device, 0, is_filler=True)]
+    batches = [_make_batch(pack, device, index) for index, pack in enumerate(packs)]
+    return batches + [
+        _make_batch([filler], device, index, is_filler=True) for index in range(len(packs), max(count, 1))
+    ]
 
 
 def _make_batch(

@@ -291,24 +291,24 @@ class _Iteration:
         )
 
     def _make_batches(self, step: int) -> list[MicroBatch]:
-        """Builds the micro-batches of this rank's packs, or the filler of a rank without any."""
-        return make_micro_batches([pack.sequences for pack in self._packs[step]], self._policy.dims.device)
+        """Builds the micro-batches of this rank's packs, as many as the rank with the most has."""
+        count = max(len(packs) for packs in self._steps[step].packs_by_rank)
+        return make_micro_batches([pack.sequences for pack in self._packs[step]], self._policy.dims.device, count)
 
     def _evaluate_reference(self) -> None:
         """Computes the log-probabilities under the weights that open the iteration, on the last pipeline stage.
 
         The first step is taken from these weights, and what it computes of its own tokens is their reference.
         """
-        for number, step in enumerate(self._steps[1:], start=1):
-            batches = self._make_batches(number) if self._packs[number] else []
+        for number in range(1, len(self._steps)):
+            batches = self._make_batches(number)
             reference = []
-            # As many checks on every rank, whatever its own packs.
-            for start in range(0, max(len(packs) for packs in step.packs_by_rank), _SLICE):
+            for start in range(0, len(batches), _SLICE):
                 self._context.check()
-                some = batches[start : start + _SLICE]
-                for found in self._policy.evaluate(some, self._update.temperature) if some else ():
-                    reference.append(found.logprobs_T.cpu())
-                    self._describe(number, found)
+                for found in self._policy.evaluate(batches[start : start + _SLICE], self._update.temperature):
+                    if not found.batch.is_filler:
+                        reference.append(found.logprobs_T.cpu())
+                        self._describe(number, found)
             self._reference.append(reference)
 
     def _describe(self, step: int, found: Evaluated) -> None:
@@ -470,8 +470,9 @@ class _FineTuning:
 
     def _take_step(self, step: int, chosen: Sequence[int]) -> None:
         dims, request = self.policy.dims, self.request
-        packs = _pack_examples(chosen, request, self.counts, dims.data)[dims.data_rank]
-        batches = make_micro_batches([[self.own[i] for i in pack] for pack in packs], dims.device)
+        packs_by_rank = _pack_examples(chosen, request, self.counts, dims.data)
+        own = [[self.own[i] for i in pack] for pack in packs_by_rank[dims.data_rank]]
+        batches = make_micro_batches(own, dims.device, max(len(packs) for packs in packs_by_rank))
         trained = sum(self.counts[i][1] for i in chosen)
 
         def loss(found: Evaluated) -> tuple[torch.Tensor, float]:

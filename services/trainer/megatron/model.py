@@ -26,6 +26,7 @@ from perigee.errors import InternalError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.trainer.hf import ModelShape, TensorReader
 from services.trainer.megatron.attention import PackedAttention, PackedRotary
+from services.trainer.megatron.experts import DividedMoELayer, reduce_apart
 from services.trainer.megatron.head import Head, HiddenOutput
 from services.trainer.megatron.memory import SavedTensors, count_copies
 from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
@@ -62,6 +63,7 @@ class Policy:
         dtype: torch.dtype,
         max_sequence_length: int,
         recompute: bool = False,
+        router_aux_loss_coef: float = 0.0,
     ) -> None:
         self.shape = shape
         self.dims = dims
@@ -69,6 +71,7 @@ class Policy:
         self.core = core_of(self.model)
         self.optimizer = build_optimizer(self.model, bf16=dtype is torch.bfloat16)
         self._run_schedule = get_forward_backward_func()
+        self._router_aux_loss_coef = router_aux_loss_coef
 
     def load(self, folder: Path) -> None:
         """Loads the weights of a Hugging Face folder."""
@@ -118,12 +121,20 @@ class Policy:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
+        self._scale_router_loss(batches)
         reports = self._run(batches, temperature, loss, entropies=entropies)
         set_learning_rate(self.optimizer, learning_rate)
         _, norm, _ = self.optimizer.step()
         if not math.isfinite(norm):
             raise InternalError(f"the gradient norm is {norm}; the trainer went back to the version that it had before")
         return float(norm), reports
+
+    def _scale_router_loss(self, batches: Sequence[MicroBatch]) -> None:
+        """Makes a step's load-balancing loss the mean over its tokens; Megatron adds it up for each of them."""
+        if self.shape.experts and self._router_aux_loss_coef:
+            tokens = torch.tensor(float(sum(len(batch.inputs_T) for batch in batches)), device=self.dims.device)
+            dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+            self.core.config.moe_aux_loss_coeff = self._router_aux_loss_coef * self.dims.tensor / tokens.item()
 
     def measure_activations(self) -> float:
         """Returns the bytes that a micro-batch's forward pass keeps for its backward pass, for each of its tokens.
@@ -198,8 +209,10 @@ def build_model(
     """
     check_divisible(shape, dims)
     config = _make_config(shape, dims, dtype, recompute)
-    spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
+    spec = get_gpt_layer_local_spec(shape.experts or None, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
+    if shape.experts and dims.tensor > 1:
+        spec.submodules.mlp.module = DividedMoELayer
     core = GPTModel(
         config,
         spec,
@@ -214,6 +227,7 @@ def build_model(
         core.output_layer = HiddenOutput(core.output_layer.weight)
     core.rotary_pos_emb = PackedRotary(shape.inverse_frequencies_D)
     core.to(dims.device)
+    reduce_apart(core.named_parameters())
     module = Float16Module(config, core) if dtype is torch.bfloat16 else core
     ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=dims.data > 1)
     model = DistributedDataParallel(config, ddp_config, module)
@@ -251,7 +265,21 @@ def _make_config(shape: ModelShape, dims: ParallelDims, dtype: torch.dtype, reco
         recompute_granularity="full" if recompute else None,
         recompute_method="uniform" if recompute else None,
         recompute_num_layers=1 if recompute else None,
+        **(_expert_options(shape, dims) if shape.experts else {}),
     )
+
+
+def _expert_options(shape: ModelShape, dims: ParallelDims) -> dict[str, Any]:
+    return {
+        "num_moe_experts": shape.experts,
+        "moe_router_topk": shape.experts_per_token,
+        "moe_ffn_hidden_size": shape.ffn_hidden,
+        "moe_router_pre_softmax": not shape.norm_topk_prob,
+        # Its factor is set for each step, 0 until then.
+        "moe_router_load_balancing_type": "aux_loss",
+        "expert_model_parallel_size": dims.expert,
+        "expert_tensor_parallel_size": 1,
+    }
 
 
 def core_of(model: DistributedDataParallel) -> GPTModel:
@@ -271,6 +299,10 @@ def check_divisible(shape: ModelShape, dims: ParallelDims) -> None:
             raise InvalidArgumentError(
                 f"trainer.tensor_parallel {dims.tensor} does not divide the model's {name} ({size})"
             )
+    if shape.experts % dims.expert or shape.experts < dims.expert > 1:
+        raise InvalidArgumentError(
+            f"trainer.expert_parallel {dims.expert} does not divide the model's experts ({shape.experts})"
+        )
     if shape.layers % dims.pipeline:
         raise InvalidArgumentError(
             f"trainer.pipeline_parallel {dims.pipeline} does not divide the model's {shape.layers} layers"
@@ -300,6 +332,8 @@ class Mapping:
     parameter: torch.nn.Parameter
     names: tuple[str, ...]
     split: Split
+    expert: int | None = None
+    """Number of the expert, whose parameters are whole on one of the expert-parallel ranks."""
 
 
 _LAYER = {
@@ -312,6 +346,11 @@ _LAYER = {
     "self_attention.linear_proj.weight": (("self_attn.o_proj.weight",), Split.COLUMNS),
     "mlp.linear_fc1.weight": (("mlp.gate_proj.weight", "mlp.up_proj.weight"), Split.GATED),
     "mlp.linear_fc2.weight": (("mlp.down_proj.weight",), Split.COLUMNS),
+    "mlp.router.weight": (("mlp.gate.weight",), Split.WHOLE),
+}
+_EXPERT = {
+    "linear_fc1.weight": (("gate_proj.weight", "up_proj.weight"), Split.GATED),
+    "linear_fc2.weight": (("down_proj.weight",), Split.WHOLE),
 }
 
 
@@ -320,6 +359,7 @@ def map_parameters(core: GPTModel, tied: bool) -> list[Mapping]:
     mappings = []
     names: tuple[str, ...]
     for name, parameter in core.named_parameters():
+        expert = None
         if name == "embedding.word_embeddings.weight":
             names, split = ("model.embed_tokens.weight",), Split.ROWS
         elif name == "output_layer.weight":
@@ -327,12 +367,18 @@ def map_parameters(core: GPTModel, tied: bool) -> list[Mapping]:
         elif name == "decoder.final_layernorm.weight":
             names, split = ("model.norm.weight",), Split.WHOLE
         else:
-            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(.+)", name)
+            match = re.fullmatch(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)", name)
             assert match is not None, name
-            layer = core.decoder.layers[int(match[1])].layer_number - 1
-            suffixes, split = _LAYER[match[2]]
-            names = tuple(f"model.layers.{layer}.{suffix}" for suffix in suffixes)
-        mappings.append(Mapping(parameter, names, split))
+            layer = core.decoder.layers[int(match[1])]
+            prefix = f"model.layers.{layer.layer_number - 1}."
+            if match[2] is None:
+                suffixes, split = _LAYER[match[3]]
+            else:
+                suffixes, split = _EXPERT[match[3]]
+                expert = layer.mlp.local_expert_indices[int(match[2])]
+                prefix += f"mlp.experts.{expert}."
+            names = tuple(prefix + suffix for suffix in suffixes)
+        mappings.append(Mapping(parameter, names, split, expert))
     return mappings
 
 
@@ -342,8 +388,8 @@ def load_weights(core: GPTModel, shape: ModelShape, dims: ParallelDims, read: Ca
 
     Raises InvalidArgumentError naming the tensor whose shape does not fit the configuration.
     """
-    ranks, rank = dims.tensor, dims.tensor_rank
     for mapping in map_parameters(core, shape.tied):
+        ranks, rank = (dims.tensor, dims.tensor_rank) if mapping.expert is None else (1, 0)
         tensors = [read(name) for name in mapping.names]
         if mapping.split is Split.QKV:
             grouped = [_group_rows(tensor, shape.query_groups) for tensor in tensors]
@@ -383,27 +429,43 @@ def collect_weights(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> It
 
 
 def _stage_tensors(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterator[tuple[str, torch.Tensor]]:
-    group = parallel_state.get_tensor_model_parallel_group()
-    heads_per_group = shape.heads // shape.query_groups
-    widths = [heads_per_group * shape.head_width, shape.head_width, shape.head_width]
+    tensor_group = parallel_state.get_tensor_model_parallel_group()
+    expert_group = parallel_state.get_expert_model_parallel_group()
     for mapping in map_parameters(core, shape.tied):
-        own = mapping.parameter.detach().contiguous()
-        if mapping.split is Split.WHOLE:
-            yield mapping.names[0], own.clone()
+        if mapping.expert is None:
+            yield from _join(mapping.names, mapping.split, _gather(mapping, tensor_group), shape)
             continue
-        parts = [own]
-        if dims.tensor > 1:
-            parts = [torch.empty_like(own) for _ in range(dims.tensor)]
-            dist.all_gather(parts, own, group=group)
-        if mapping.split is Split.QKV:
-            grouped = _group_rows(torch.cat(parts), shape.query_groups)
-            for name, tensor in zip(mapping.names, torch.split(grouped, widths, dim=1), strict=True):
-                yield name, tensor.flatten(0, 1).contiguous()
-        elif mapping.split is Split.GATED:
-            for name, halves in zip(mapping.names, zip(*(part.chunk(2) for part in parts), strict=True), strict=True):
-                yield name, torch.cat(halves)
-        else:
-            yield mapping.names[0], torch.cat(parts, dim=1 if mapping.split is Split.COLUMNS else 0)
+        for rank, part in enumerate(_gather(mapping, expert_group)):
+            expert = mapping.expert + (rank - dims.expert_rank) * shape.experts // dims.expert
+            names = [name.replace(f"experts.{mapping.expert}.", f"experts.{expert}.") for name in mapping.names]
+            yield from _join(names, mapping.split, [part], shape)
+
+
+def _gather(mapping: Mapping, group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Returns the parameter of each rank of the group, of this rank alone where all have the same."""
+    own = mapping.parameter.detach().contiguous()
+    if group.size() == 1 or (mapping.split is Split.WHOLE and mapping.expert is None):
+        return [own]
+    parts = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(parts, own, group=group)
+    return parts
+
+
+def _join(
+    names: Sequence[str], split: Split, parts: Sequence[torch.Tensor], shape: ModelShape
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the Hugging Face tensors, in memory of their own, that the parts of a parameter make up."""
+    if split is Split.QKV:
+        heads_per_group = shape.heads // shape.query_groups
+        widths = [heads_per_group * shape.head_width, shape.head_width, shape.head_width]
+        grouped = _group_rows(torch.cat(list(parts)), shape.query_groups)
+        for name, tensor in zip(names, torch.split(grouped, widths, dim=1), strict=True):
+            yield name, tensor.flatten(0, 1).contiguous()
+    elif split is Split.GATED:
+        for name, halves in zip(names, zip(*(part.chunk(2) for part in parts), strict=True), strict=True):
+            yield name, torch.cat(halves)
+    else:
+        yield names[0], torch.cat(list(parts), dim=1 if split is Split.COLUMNS else 0)
 
 
 def _share_stage(

@@ -7,7 +7,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -28,9 +28,11 @@ class ParallelDims:
     tensor: int
     pipeline: int
     data: int
+    expert: int
     tensor_rank: int
     pipeline_rank: int
     data_rank: int
+    expert_rank: int
     rank: int
     device: torch.device
 
@@ -97,8 +99,10 @@ class ObjectChannel:
                 raise found[0](found[1])
 
 
-def join_group(tensor: int, pipeline: int, data: int, seed: int) -> ParallelDims:
+def join_group(tensor: int, pipeline: int, data: int, expert: int, seed: int) -> ParallelDims:
     """Enters the process group described by RANK and WORLD_SIZE and builds Megatron's groups.
+
+    Experts are divided over `expert` of the ranks of a pipeline stage, and are whole on each.
 
     Raises InvalidArgumentError when the sizes do not multiply to WORLD_SIZE.
     """
@@ -116,15 +120,19 @@ def join_group(tensor: int, pipeline: int, data: int, seed: int) -> ParallelDims
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend)
-    parallel_state.initialize_model_parallel(tensor, pipeline)
+    parallel_state.initialize_model_parallel(
+        tensor, pipeline, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ParallelDims(
         tensor=tensor,
         pipeline=pipeline,
         data=data,
+        expert=expert,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
         rank=rank,
         device=device,
     )
@@ -170,6 +178,21 @@ def _ignore(*_: object, **__: object) -> None:
     return None
 
 
+def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    # Megatron's own leaves a tensor that is on CPU as it is, which all_to_all_single does not take for split sizes.
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+class _NoStream:
+    """CUDA's stream and event where there is none: what it is asked for has been done."""
+
+    synchronize = wait_stream = _ignore
+
+    def record_event(self) -> Self:
+        """Returns an event that has happened."""
+        return self
+
+
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
     """Scope, for this thread, in which megatron-core 0.16.1 may be built, run and stepped without a GPU.
@@ -181,12 +204,17 @@ def megatron_on_cpu() -> Iterator[None]:
         yield
         return
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import token_dispatcher
 
     patches: list[tuple[Any, str, Callable[..., Any]]] = [
         (torch.cuda, "current_device", lambda: _CPU),
         (torch.cuda, "synchronize", _ignore),
+        (torch.cuda, "Stream", _NoStream),
+        (torch.cuda, "current_stream", lambda *_: _NoStream()),
+        (torch.cuda, "stream", lambda _: contextlib.nullcontext()),
         (torch.cuda, "get_rng_state", lambda *_, **__: torch.get_rng_state()),
         (torch.cuda, "manual_seed", torch.manual_seed),
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _move_to_cpu),
         (megatron_random, "_get_cuda_rng_state", lambda *_, **__: torch.get_rng_state()),
         (megatron_random, "_set_cuda_rng_state", lambda state, *_, **__: torch.set_rng_state(state)),
     ]

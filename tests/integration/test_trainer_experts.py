@@ -1,0 +1,219 @@
+"""Qwen3-MoE: Hugging Face in and out; log-probabilities and training over tensor, pipeline, expert and data ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from perigee.cli.check import count_activations, count_by_config
+from perigee.errors import InvalidArgumentError
+from perigee.trainer.v1 import trainer_pb2 as pb
+from services.rollout.model import open_policy
+from services.trainer.config import TrainerConfig
+from services.trainer.hf import read_model_shape
+from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request, write_model
+from tests.fixtures.trainer_ranks import RunRanks, Sizes, train
+
+if TYPE_CHECKING:
+    from services.trainer.engine import Engine
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LAYOUTS = [
+    Sizes(tensor=2),
+    Sizes(tensor=2, expert=2),
+    Sizes(data=2, expert=2),
+    Sizes(pipeline=2, data=2, expert=2, recompute=True),
+]
+
+
+@pytest.fixture(scope="module")
+def trainer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Qwen3-MoE, which the ranks of this module hold."""
+    return write_model(tmp_path_factory.mktemp("experts"), "Qwen3Moe", tied=False, norm_topk_prob=True, **EXPERTS)
+
+
+def sequences() -> list[np.ndarray[Any, np.dtype[np.int64]]]:
+    generator = np.random.default_rng(0)
+    return [generator.integers(0, 48, n) for n in (2, 9, 30, 31)]
+
+
+def evaluate(engine: Engine, folder: Path) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """The weights of a folder once loaded, and the log-probabilities of the sequences."""
+    from services.trainer.megatron.model import Policy
+    from services.trainer.packing import TokenSequence, make_micro_batches
+
+    policy = Policy(read_model_shape(folder), engine.dims, torch.float32, 128)
+    policy.load(folder)
+    packs = [[TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_))] for tokens in sequences()]
+    found = policy.evaluate(make_micro_batches(packs, engine.dims.device), 1.0)
+    logprobs = engine.everyone.gather([each.logprobs_T for each in found])
+    return dict(policy.collect()), next(part for part in logprobs if part)
+
+
+def train_twice(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest) -> Any:
+    """The metrics of a fine-tuning job and of an iteration, and the weights after them."""
+    from services.trainer.packing import TokenSequence
+    from services.trainer.training import fine_tune
+
+    generator = np.random.default_rng(0)
+    # Three micro-batches, so that of two replicas one has a micro-batch more than the other.
+    examples = [TokenSequence(generator.integers(2, 48, n), np.arange(1, n) >= n // 2) for n in (4, 27, 12)]
+    tuning = pb.FineTuneRequest(
+        steps=3, batch_size=3, max_tokens_per_microbatch=20, seed=1, optimizer=request.optimizer
+    )
+    context = engine.job_context()
+    context.interval_s = math.inf
+    counts = [(len(example.tokens), int(example.trained_T.sum())) for example in examples]
+    first = fine_tune(engine.policy, context, tuning, counts, examples if engine.dims.rank == 0 else None)
+    second = train(engine, groups, request)
+    names = ("loss", "grad_norm", "entropy", "kl_k3")
+    metrics = [first.loss, first.grad_norm, *(second.metrics[f"train/{name}"] for name in names)]
+    return metrics, dict(engine.policy.collect())
+
+
+@pytest.fixture(scope="module")
+def trained(run_ranks: RunRanks) -> Any:
+    """The job of `train_twice` on one rank."""
+    return run_ranks(Sizes(), _job())
+
+
+def _job() -> Any:
+    groups = make_groups("experts", 6, groups=3, k=3, spans=[[(0, 7)], [(0, 12)], [(0, 3)]])
+    optimizer = pb.Optimizer(learning_rate=2e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0)
+    request = train_request(
+        "r", groups, [1.0, 0.25, 0.0], optimizer=optimizer, minibatches=2, max_tokens_per_microbatch=24
+    )
+    return partial(train_twice, groups=groups, request=request)
+
+
+@pytest.mark.parametrize("renormalized", [True, False])
+def test_weights_round_trip_and_logits_agree(
+    run_ranks: RunRanks, trainer_model: Path, tmp_path: Path, renormalized: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = trainer_model
+    if not renormalized:
+        folder = write_model(tmp_path, "Qwen3Moe", tied=True, seed=1, norm_topk_prob=False, **EXPERTS)
+    original = load_file(folder / "model.safetensors")
+    shapes = open_policy(str(folder), None).tensor_shapes
+    assert shapes == {name: tuple(tensor.shape) for name, tensor in original.items()}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for sizes in (Sizes(), *LAYOUTS) if renormalized else (Sizes(),):
+        weights, logprobs = run_ranks(sizes, partial(evaluate, folder=folder))
+        assert weights.keys() == original.keys()
+        assert all(torch.equal(weights[name], original[name]) for name in original), sizes
+        for tokens, logprobs_T in zip(sequences(), logprobs, strict=True):
+            ids = torch.from_numpy(tokens)[None]
+            with torch.no_grad():
+                expected_TV = torch.log_softmax(model(ids).logits[0, :-1], -1)
+            assert (logprobs_T - expected_TV.gather(1, ids[0, 1:, None])[:, 0]).abs().max() < 1e-5, sizes
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_every_layout_trains_as_one_rank(run_ranks: RunRanks, trained: Any, sizes: Sizes) -> None:
+    metrics, weights = run_ranks(sizes, _job())
+    assert metrics == pytest.approx(trained[0], rel=1e-4, abs=1e-6)
+    assert weights.keys() == trained[1].keys()
+    for name, value in trained[1].items():
+        assert (weights[name] - value).abs().max() < 2e-5, name
+
+
+COEFFICIENT = 0.5
+
+
+def balance(engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
+    """The gradient of a step whose policy has no loss of its own, with a micro-batch for each sequence."""
+    from services.trainer.megatron.model import Policy
+    from services.trainer.packing import TokenSequence, make_micro_batches
+
+    policy = Policy(read_model_shape(folder), engine.dims, torch.float32, 128, router_aux_loss_coef=COEFFICIENT)
+    policy.load(folder)
+    policy.begin_job(pb.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0))
+    packs = [[TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_))] for tokens in sequences()]
+    batches = make_micro_batches(packs, engine.dims.device)
+    policy.step(batches, 1.0, lambda found: (found.logprobs_T.sum() * 0.0, None), 0.0)
+    with torch.no_grad():
+        for parameter in policy.core.parameters():
+            parameter.copy_(parameter.main_grad)
+    return dict(policy.collect())
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2)], ids=str)
+def test_the_load_balancing_loss_is_the_mean_over_tokens(
+    run_ranks: RunRanks, trainer_model: Path, sizes: Sizes
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(trainer_model, dtype=torch.float32)
+    loss = torch.zeros(())
+    for tokens in sequences():
+        output = model(torch.from_numpy(tokens)[None, :-1], output_router_logits=True)
+        for logits_TE in output.router_logits:
+            probabilities_TE = logits_TE.softmax(-1)
+            chosen_TK = probabilities_TE.topk(2, -1).indices
+            shares_E = torch.bincount(chosen_TK.flatten(), minlength=4) / chosen_TK.numel()
+            loss = loss + (len(tokens) - 1) * 4 * (shares_E * probabilities_TE.mean(0)).sum()
+    loss = COEFFICIENT * loss / sum(len(tokens) - 1 for tokens in sequences())
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradient = run_ranks(sizes, partial(balance, folder=trainer_model))
+    compared = [name for name, _ in model.named_parameters() if name in gradient and "lm_head" not in name]
+    assert sum(name.endswith("mlp.gate.weight") for name in compared) == 2
+    for name in compared:
+        expected = model.get_parameter(name).grad
+        if expected is not None:
+            assert torch.allclose(gradient[name], expected, rtol=1e-3, atol=1e-6), name
+
+
+def measure(engine: Engine) -> float:
+    """The bytes of a token's activations."""
+    return engine.policy.measure_activations()
+
+
+def test_sizes_are_those_that_a_recipe_is_checked_by(run_ranks: RunRanks, trainer_model: Path) -> None:
+    config = json.loads((trainer_model / "config.json").read_text())
+    assert 4 * count_activations(config, recompute=False) == pytest.approx(run_ranks(Sizes(), measure), rel=0.25)
+    matrices = {name: tensor.numel() for name, tensor in load_file(trainer_model / "model.safetensors").items()}
+    counted = sum(size for name, size in matrices.items() if "norm" not in name and "mlp.gate." not in name)
+    assert count_by_config(config) == counted
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"mlp_only_layers": [0]}, r"has mlp_only_layers \[0\], of which only \[\] is supported"),
+        ({"decoder_sparse_step": 2}, "has decoder_sparse_step 2, of which only 1 is supported"),
+        ({"num_experts_per_tok": 1}, "has norm_topk_prob True, of which only False is supported"),
+        ({"num_local_experts": None}, "has no num_local_experts"),
+    ],
+)
+def test_an_unsupported_mixture_is_refused_by_field(
+    trainer_model: Path, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    config = json.loads((trainer_model / "config.json").read_text()) | fields
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidArgumentError, match=message):
+        read_model_shape(tmp_path)
+
+
+def test_processes_that_cannot_share_the_experts_are_refused(trainer_model: Path) -> None:
+    from services.trainer.megatron.model import check_divisible
+    from services.trainer.megatron.parallel import ParallelDims
+
+    with pytest.raises(ValidationError, match="expert_parallel must divide tensor_parallel x data_parallel, 2, got 4"):
+        TrainerConfig(model="m", run_path="r", data_parallel=2, expert_parallel=4)
+    shape = read_model_shape(trainer_model)
+    dims = ParallelDims(*[1, 1, 3, 3, 0, 0, 0, 0, 0], torch.device("cpu"))
+    for experts in (4, 0):
+        with pytest.raises(InvalidArgumentError, match=rf"expert_parallel 3 does not .* experts \({experts}\)"):
+            check_divisible(replace(shape, experts=experts), dims)
