@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import itertools
-import os
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -24,14 +23,13 @@ _numbers = itertools.count()
 
 @asynccontextmanager
 async def bare_engine(config: RolloutConfig) -> "AsyncIterator[AsyncLLM]":
-    """Starts an engine with the arguments and environment of the rollout service, with the folder's weights."""
+    """Starts an engine with the arguments and processes of the rollout service, with the folder's weights."""
     from vllm.v1.engine.async_llm import AsyncLLM
 
-    from services.rollout.vllm_engine import engine_arguments, engine_environment
+    from services.rollout.vllm_engine import engine_arguments, prepare_vllm
 
-    os.environ.update(engine_environment(config))
+    prepare_vllm(config)
     model = open_policy(config.model, config.max_model_len)
-    # In this thread: EngineCore dies with the thread that spawned it.
     engine = AsyncLLM.from_engine_args(replace(engine_arguments(config, model), load_format="auto"))
     try:
         yield engine

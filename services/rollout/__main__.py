@@ -5,18 +5,23 @@ import gc
 from services.kit.config import load_config
 from services.kit.server import run
 from services.rollout.config import RolloutConfig
-from services.rollout.service import lifespan
+from services.rollout.fork_server import start_fork_server
 
 
 def main() -> None:
     """Serves until SIGTERM or SIGINT."""
+    config = load_config(RolloutConfig)
+    start_fork_server(config)
+    # It imports numpy, whose threads would stand in the way of the fork.
+    from services.rollout.service import lifespan
+
     try:
-        run(load_config(RolloutConfig), lifespan)
+        run(config, lifespan)
     finally:
         # The interpreter's last collection would walk everything that the engine imported, for seconds.
         gc.freeze()
 
 
-# The engine's process is spawned and imports this module again: without the guard it would start a second service.
+# Processes that a GPU's engine spawns import this module again: without the guard they would start a second service.
 if __name__ == "__main__":
     main()

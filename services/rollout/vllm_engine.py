@@ -8,15 +8,16 @@ import multiprocessing
 import os
 import time
 from collections.abc import AsyncGenerator, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models import registry
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import utils as engine_utils
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
@@ -25,7 +26,9 @@ from perigee.errors import InvalidArgumentError
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest, PromptScore
+from services.rollout.fork_server import EngineContext, engine_environment
 from services.rollout.model import PolicyModel
+from services.rollout.vllm_extension import BACKEND, WorkerExtension
 from services.weights.manifest import WeightImage
 
 log = get_logger(__name__)
@@ -33,9 +36,7 @@ log = get_logger(__name__)
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 DEATH_POLL_SECONDS = 0.1
 STOP_SECONDS = 0.5
-# Named by strings: importing the extension here would arm its death signal in the service itself.
-EXTENSION_CLASS = "services.rollout.vllm_extension.WorkerExtension"
-WEIGHT_BACKEND = "perigee-shm"
+EXTENSION_CLASS = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
 
 
 class VllmEngine(Engine):
@@ -47,17 +48,12 @@ class VllmEngine(Engine):
         self._llm: AsyncLLM | None = None
         self._running: dict[str, Any] = {}
         self._progress_time = time.monotonic()
-        # EngineCore dies with the thread that spawned it, so that thread is kept as long as this object.
-        self._spawner = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine-spawner")
 
     async def start(self) -> None:
-        """Spawns EngineCore with dummy weights: seconds on a small model."""
-        os.environ.update(engine_environment(self._config))
-        # Its processes would export spans of their own, of every layer that they load.
-        os.environ.pop("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", None)
-        loop = asyncio.get_running_loop()
+        """Forks EngineCore from the fork server, with dummy weights."""
+        prepare_vllm(self._config)
         arguments = engine_arguments(self._config, self._model)
-        starting = loop.run_in_executor(self._spawner, AsyncLLM.from_engine_args, arguments)
+        starting = asyncio.create_task(asyncio.to_thread(AsyncLLM.from_engine_args, arguments))
         try:
             self._llm = await asyncio.shield(starting)
         except asyncio.CancelledError:
@@ -77,8 +73,8 @@ class VllmEngine(Engine):
             collector.put(EngineDeadError())
         await asyncio.to_thread(llm.shutdown, STOP_SECONDS)
 
-    async def _end_start(self, starting: asyncio.Future[AsyncLLM]) -> None:
-        """Kills the EngineCore that a start has spawned or will spawn, and waits for the start to fail of it."""
+    async def _end_start(self, starting: asyncio.Task[AsyncLLM]) -> None:
+        """Kills the EngineCore that a start has forked or will fork, and waits for the start to fail of it."""
         while not starting.done():
             for process in multiprocessing.active_children():
                 process.kill()
@@ -227,20 +223,16 @@ def version_spans(starts: Sequence[tuple[str, int]], begin: int, end: int) -> li
     return spans
 
 
-def engine_environment(config: RolloutConfig) -> dict[str, str]:
-    """Returns the environment variables that EngineCore inherits."""
-    return {
-        # With several GPUs the extension runs in EngineCore's children, which EngineCore itself ends.
-        **({"PERIGEE_ROLLOUT_PARENT": str(os.getpid())} if config.tensor_parallel_size == 1 else {}),
-        "OMP_NUM_THREADS": str(config.engine_threads),
-        # Pinned threads of several workers would share a core while others idle.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        **({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if current_platform.is_cpu() else {}),
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
-        # Eager engines would still compile the logprob kernels on the first request, for 20 seconds.
-        **({"TORCHDYNAMO_DISABLE": "1"} if config.enforce_eager else {}),
-    }
+def prepare_vllm(config: RolloutConfig) -> None:
+    """Sets the environment that EngineCore gets, and has vLLM fork it from the fork server."""
+    os.environ.update(engine_environment(config))
+    # Its processes would export spans of their own, of every layer that they load.
+    os.environ.pop("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", None)
+    if current_platform.is_cpu():
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        # A process of its own would import vLLM once more, to keep from touching a GPU.
+        registry._run_in_subprocess = lambda fn: fn()
+    engine_utils.get_mp_context = EngineContext  # type: ignore[attr-defined]
 
 
 def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineArgs:
@@ -268,7 +260,7 @@ def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineAr
         # The model's own generation_config.json would truncate the distribution.
         generation_config="vllm",
         worker_extension_cls=EXTENSION_CLASS,
-        weight_transfer_config=WeightTransferConfig(backend=WEIGHT_BACKEND),
+        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
         disable_log_stats=True,
         max_num_batched_tokens=config.max_num_batched_tokens,
         kv_cache_memory_bytes=kv_cache_bytes,

@@ -1,4 +1,4 @@
-"""Extension of vLLM's engine process: it dies with the service, and loads weights from shared memory.
+"""Extension of vLLM's engine process: it loads weights from shared memory.
 
 vLLM imports this module in the engine's process because `WorkerExtension` is named as the worker's extension class.
 """
@@ -6,7 +6,6 @@ vLLM imports this module in the engine's process because `WorkerExtension` is na
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +20,9 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
-from services.kit.process import die_with_parent
 from services.weights.safetensors import read_tensors
 
 BACKEND = "perigee-shm"
-# The service's process id: set by the service before it spawns the engine.
-PARENT_VARIABLE = "PERIGEE_ROLLOUT_PARENT"
 
 
 class WorkerExtension:
@@ -134,9 +130,6 @@ def _tensors(image: memoryview, shards: list[list[int]]) -> Iterator[tuple[str, 
         yield from read_tensors(image[offset : offset + size])
 
 
-# An engine whose service was killed would otherwise keep its memory and its cores.
-if (parent := os.environ.get(PARENT_VARIABLE)) is not None:
-    die_with_parent(int(parent))
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ImageTransferEngine)
     if current_platform.is_cpu():
