@@ -47,7 +47,15 @@ class TrainerClient(ServiceClient):
     """Client of the trainer (`perigee.trainer.v1.TrainerService`)."""
 
     service_name = "perigee.trainer.v1.TrainerService"
-    idempotent = ("GetState", "CheckAlgorithm", "SaveCheckpoint", "LoadCheckpoint", "ExportModel", "PutFile")
+    idempotent = (
+        "GetState",
+        "CheckAlgorithm",
+        "PublishWeights",
+        "SaveCheckpoint",
+        "LoadCheckpoint",
+        "ExportModel",
+        "PutFile",
+    )
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
         super().__init__(target, options)
@@ -74,6 +82,12 @@ class TrainerClient(ServiceClient):
     async def push_weights(self, request: pb.PushWeightsRequest, *, timeout_s: float = 600.0) -> pb.PushWeightsResponse:
         """Pushes the loaded version to rollout workers; each has an outcome of its own."""
         return await self._unary(self._stub.PushWeights, request, timeout_s)
+
+    async def publish_weights(
+        self, request: pb.PublishWeightsRequest, *, timeout_s: float = 600.0
+    ) -> pb.PublishWeightsResponse:
+        """Converts the loaded version and lends it to receivers until another version is published."""
+        return await self._unary(self._stub.PublishWeights, request, timeout_s)
 
     async def save_checkpoint(
         self, request: pb.SaveCheckpointRequest, *, timeout_s: float = 600.0

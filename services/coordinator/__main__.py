@@ -11,13 +11,14 @@ from perigee.coordinator.v1.coordinator_pb2_grpc import add_CoordinatorServiceSe
 from perigee.reward.client import RewardClient
 from perigee.rollout.client import RolloutClient
 from perigee.trainer.client import TrainerClient
+from perigee.weights.client import WeightReceiverClient
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import Peers
 from services.coordinator.runs import Runs
 from services.coordinator.service import CoordinatorService
 from services.coordinator.workers import WorkerRegistry
 from services.kit.config import load_config
-from services.kit.server import App, end_tasks, run
+from services.kit.server import App, channel_options, end_tasks, run
 
 FULL_NAME = "perigee.coordinator.v1.CoordinatorService"
 
@@ -30,6 +31,7 @@ async def lifespan(app: App[CoordinatorConfig]) -> AsyncIterator[None]:
         buffer=app.connect(BufferClient, config.buffer_address),
         trainer=app.connect(TrainerClient, config.trainer_address),
         reward=app.connect(RewardClient, config.reward_address),
+        connect_receiver=lambda address: WeightReceiverClient(address, channel_options(config)),
     )
     registry = WorkerRegistry(lambda address: app.connect(RolloutClient, address), config.lease_seconds)
     runs = Runs(config, peers, registry)

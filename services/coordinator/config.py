@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -46,10 +46,13 @@ class ScoringConfig(Model):
 
 
 class WeightsConfig(Model):
-    """Pushes of policy versions to the workers."""
+    """How policy versions reach the workers."""
 
+    transfer: Literal["push", "pull"] = "push"
+    """Whether the trainer gathers the weights and pushes them to every worker, or each of its processes lends what it
+    owns and the workers pull it, those on other hosts from one another."""
     push_timeout_s: float = Field(600.0, gt=0)
-    """Deadline of one push to all workers."""
+    """Deadline of one push to all workers, or of one worker's pull."""
     retry_s: float = Field(2.0, gt=0)
     """Pause before a worker whose push failed is tried again."""
 
@@ -86,4 +89,4 @@ class CoordinatorConfig(ServiceConfig):
     scoring: ScoringConfig = ScoringConfig()
     """Scoring of finished responses by the reward service."""
     weights: WeightsConfig = WeightsConfig()
-    """Pushes of policy versions to the workers."""
+    """How policy versions reach the workers."""

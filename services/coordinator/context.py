@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from perigee.buffer.client import BufferClient
 from perigee.reward.client import RewardClient
 from perigee.trainer.client import TrainerClient
+from perigee.weights.client import WeightReceiverClient
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.prompts import Prompt
 from services.coordinator.run_config import RunConfig
@@ -26,6 +27,7 @@ class Peers:
     buffer: BufferClient
     trainer: TrainerClient
     reward: RewardClient
+    connect_receiver: Callable[[str], WeightReceiverClient] = WeightReceiverClient.connect
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Keeps trainer and rollout workers at the policy version of the run: checkpoints are loaded, weights are pushed."""
+"""Keeps trainer and workers at the policy version of the run: checkpoints are loaded, weights are pushed or pulled."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from perigee.errors import DeadlineExceededError, FailedPreconditionError, PerigeeError
+from perigee.errors import DeadlineExceededError, FailedPreconditionError, PerigeeError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2 as pb
+from perigee.weights.v1 import weights_pb2
 from services.coordinator.context import RunContext
+from services.coordinator.directory import Directory, plan_sources
 from services.coordinator.workers import EMPTY, FAILURES, READY, PeerLostError, Worker
 from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
@@ -30,6 +32,8 @@ class WeightSync:
         self._registry = context.registry
         self._config = context.settings
         self._on_waiting = context.status.set_waiting
+        self._connect_receiver = context.peers.connect_receiver
+        self._directory = Directory(context.registry)
         # When a worker whose push failed may be tried again.
         self._retry_at: dict[Worker, float] = {}
 
@@ -81,7 +85,9 @@ class WeightSync:
             if worker.takes_weights and not worker.has_version(version) and self._may_try(worker)
         ]
         missing = [worker for worker in lacking if not await self._reports_version(worker, version)]
-        if missing:
+        if missing and self._config.weights.transfer == "pull":
+            await self._pull_to(missing, version)
+        elif missing:
             await self._push_to(missing, version)
         return len(self._registry.with_version(version))
 
@@ -166,6 +172,45 @@ class WeightSync:
             elif not outcome.committed:
                 FAILURES.labels("push").inc()
                 self._postpone(worker, outcome.reason)
+
+    async def _pull_to(self, workers: list[Worker], version: int) -> None:
+        """Has the version published and every worker pull it, from workers that have it or pull it, too."""
+        published = await self._publish(version)
+        sources = plan_sources(published.source, self._directory.holders(), [worker.address for worker in workers])
+        await asyncio.gather(
+            *(self._pull(worker, version, published.image_id, sources[worker.address]) for worker in workers)
+        )
+
+    async def _pull(self, worker: Worker, version: int, image_id: str, sources: list[str]) -> None:
+        request = weights_pb2.PullRequest(image_id=image_id, sources=sources)
+        try:
+            async with self._connect_receiver(worker.address) as receiver:
+                await receiver.pull(request, timeout_s=self._config.weights.push_timeout_s)
+        except PerigeeError as error:
+            FAILURES.labels("push").inc()
+            self._postpone(worker, error.message)
+            return
+        if self._registry.is_live(worker):
+            self._directory.add(image_id, worker)
+            self._registry.mark_pushed(worker, version)
+
+    async def _publish(self, version: int) -> pb.PublishWeightsResponse:
+        """Has the trainer publish the version; while it is away, workers that have the version do without it."""
+        request = pb.PublishWeightsRequest(run_id=self._run_id, policy_version=version)
+        timeout_s = self._config.weights.push_timeout_s
+        try:
+            published = await self._trainer.publish_weights(request, timeout_s=timeout_s)
+        except FailedPreconditionError:
+            # A trainer that restarted has the base model loaded.
+            await self.ensure_version(version)
+            published = await self._trainer.publish_weights(request, timeout_s=timeout_s)
+        except UnavailableError:
+            known = self._directory.find(version)
+            if known is None or not self._directory.holders():
+                raise
+            return known
+        self._directory.publish(version, published)
+        return published
 
     def _postpone(self, worker: Worker, reason: str) -> None:
         log.warning("worker did not take the weights", worker=worker.worker_id, reason=reason)

@@ -72,7 +72,7 @@ class PolicyModel:
         A missing part of a fused weight would leave garbage in its place without any error from the engine.
         Raises InvalidArgumentError that names the first tensor that is wrong.
         """
-        found: dict[str, tuple[int, ...]] = {}
+        found = {tensor.name: tuple(tensor.shape) for tensor in image.manifest.tensors}
         with image.path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             for shard in image.manifest.shards:
                 with memoryview(mapped)[shard.offset : shard.offset + shard.bytes] as view:

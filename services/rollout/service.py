@@ -18,10 +18,14 @@ from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
 from perigee.trainer.client import TrainerClient
 from perigee.trainer.v1.trainer_pb2 import ReadModelFilesRequest
-from perigee.weights.v1.weights_pb2_grpc import add_WeightReceiverServiceServicer_to_server
+from perigee.weights.client import WeightSourceClient
+from perigee.weights.v1.weights_pb2_grpc import (
+    add_WeightReceiverServiceServicer_to_server,
+    add_WeightSourceServiceServicer_to_server,
+)
 from services.kit.addresses import advertised_host, join_address
 from services.kit.hf import fetch_model, receive_model_files
-from services.kit.server import App, end_tasks
+from services.kit.server import App, channel_options, end_tasks
 from services.kit.storage import cache_folder
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
@@ -41,6 +45,7 @@ MAX_RESPONSE_BYTES = 1 << 20
 MODEL_WAIT_S = 300.0
 ROLLOUT = "perigee.rollout.v1.RolloutService"
 WEIGHTS = "perigee.weights.v1.WeightReceiverService"
+WEIGHT_SOURCE = "perigee.weights.v1.WeightSourceService"
 
 
 class RolloutService(RolloutServiceServicer):
@@ -168,7 +173,11 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     # The import takes seconds, and SIGTERM must be heard meanwhile.
     engine = await asyncio.to_thread(build_engine, config, model)
     worker = Worker(config, model, engine, config.worker_id or f"{socket.gethostname()}-{os.getpid()}")
-    receiver = WeightReceiver(config.weights.reached_at(address.rpartition(":")[0]), worker.commit)
+    receiver = WeightReceiver(
+        config.weights.reached_at(address.rpartition(":")[0]),
+        worker.commit,
+        connect=lambda source: WeightSourceClient(source, channel_options(config)),
+    )
     fatal: list[InternalError] = []
 
     def end_service(error: InternalError) -> None:
@@ -180,6 +189,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
 
     await receiver.start()
     app.on_drain(hand_back)
+    app.on_drain(receiver.source.close)
     app.add(
         ROLLOUT,
         add_RolloutServiceServicer_to_server,
@@ -189,6 +199,8 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     )
     app.add(WEIGHTS, add_WeightReceiverServiceServicer_to_server, receiver)
     app.set_ready(WEIGHTS, True)
+    app.add(WEIGHT_SOURCE, add_WeightSourceServiceServicer_to_server, receiver.source)
+    app.set_ready(WEIGHT_SOURCE, True)
     tasks = [
         asyncio.create_task(supervise(worker, lambda: receiver.current, end_service)),
         asyncio.create_task(_follow_worker(app, worker)),

@@ -130,8 +130,7 @@ class VllmEngine(Engine):
         recompute their keys and values under the new weights.
         """
         llm = self._alive()
-        shards = [[shard.offset, shard.bytes] for shard in image.manifest.shards]
-        update = {"path": str(image.path), "shards": shards}
+        update = {"path": str(image.path), "manifest": image.manifest.SerializeToString()}
         try:
             await llm.pause_generation(mode="keep", clear_cache=True)
             await llm.start_weight_update()

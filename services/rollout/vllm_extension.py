@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
 
+from perigee.weights.v1 import weights_pb2 as pb
+from services.weights.pieces import read_pieces
 from services.weights.safetensors import read_tensors
 
 BACKEND = "perigee-shm"
@@ -36,10 +38,10 @@ class ImageInit(WeightTransferInitInfo):
 
 @dataclass
 class ImageUpdate(WeightTransferUpdateInfo):
-    """File in shared memory that holds safetensors shards at [offset, offset + bytes)."""
+    """File in shared memory that holds an image, and the image's manifest as bytes."""
 
     path: str = ""
-    shards: list[list[int]] = field(default_factory=list)
+    manifest: bytes = b""
 
 
 class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
@@ -63,7 +65,7 @@ class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
             image = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         # The layers keep views of the image until they are processed, so it is unmapped with the last of them.
         model: Any = self.model
-        model.load_weights(_tensors(image, update_info.shards))
+        model.load_weights(_tensors(image, pb.Manifest.FromString(update_info.manifest)))
 
     def finish_weight_update(self) -> None:
         """Brings the layers back to the form that the kernels use."""
@@ -125,9 +127,10 @@ def restore_seeds_of_split_prefills(runner: Any) -> None:
     runner._sample, runner._bookkeeping_sync = sample_and_restore, keep_books_without_generators
 
 
-def _tensors(image: memoryview, shards: list[list[int]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for offset, size in shards:
-        yield from read_tensors(image[offset : offset + size])
+def _tensors(image: memoryview, manifest: pb.Manifest) -> Iterator[tuple[str, torch.Tensor]]:
+    for shard in manifest.shards:
+        yield from read_tensors(image[shard.offset : shard.offset + shard.bytes])
+    yield from read_pieces(image, manifest)
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

@@ -15,6 +15,7 @@ import torch
 from perigee.buffer.client import BufferClient
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from services.kit.addresses import advertised_host
 from services.kit.server import channel_options
 from services.kit.telemetry import get_logger
 from services.trainer.checkpoints import Checkpoints, identify
@@ -26,6 +27,7 @@ from services.trainer.megatron.model import Policy
 from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
 from services.trainer.packing import TokenSequence
 from services.trainer.training import JobContext, Reader, fine_tune, train_iteration
+from services.weights.pieces import Export, PieceStore
 
 log = get_logger(__name__)
 
@@ -57,12 +59,17 @@ class CollectCommand:
 
 
 @dataclass(frozen=True)
+class ExportCommand:
+    """Convert what each rank owns of the weights and register it; the exports of all ranks are the result."""
+
+
+@dataclass(frozen=True)
 class StopCommand:
     """Leave the loop."""
 
 
 # A TrainRequest runs one iteration of reinforcement learning.
-Command = FineTuneCommand | pb.TrainRequest | LoadCommand | CollectCommand | StopCommand
+Command = FineTuneCommand | pb.TrainRequest | LoadCommand | CollectCommand | ExportCommand | StopCommand
 
 
 class Engine:
@@ -112,6 +119,8 @@ class Engine:
             self._load(lambda: folder)
             self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
             self._log_copies()
+            self._pieces = PieceStore(config.weights.reached_at(advertised_host(config.server)), self.dims.rank)
+            stack.callback(self._pieces.close)
             self._max_tokens = self._bound_tokens(config.max_microbatch_bytes, processes)
             self._stack = stack.pop_all()
 
@@ -181,7 +190,19 @@ class Engine:
                 return sink(tensors)
             for _ in tensors:
                 pass
+        if isinstance(command, ExportCommand):
+            return self._export()
         return None
+
+    def _export(self) -> list[Export]:
+        """Exports on every rank or raises on every rank: one may lack memory."""
+        problem, export = None, None
+        try:
+            export = self._pieces.fill(self.policy.slices)
+        except PerigeeError as error:
+            problem = error
+        self.everyone.raise_first(problem)
+        return self.everyone.gather(export)
 
     def _or_restore(self, job: Callable[[], Any]) -> Any:
         """Runs a job, and puts the weights back when it fails: from the folder that holds them, else from a copy."""

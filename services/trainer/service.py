@@ -17,7 +17,8 @@ from perigee.errors import InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceServicer, add_TrainerServiceServicer_to_server
 from perigee.weights.client import WeightReceiverClient
-from services.kit.addresses import advertised_host
+from perigee.weights.v1.weights_pb2_grpc import add_WeightSourceServiceServicer_to_server
+from services.kit.addresses import advertised_host, join_address
 from services.kit.hf import read_model_files
 from services.kit.server import App, channel_options
 from services.kit.storage import cache_folder, receive_piece
@@ -27,14 +28,16 @@ from services.trainer.training import check_training
 from services.weights.send import WeightSender
 
 SERVICE = "perigee.trainer.v1.TrainerService"
+WEIGHT_SOURCE = "perigee.weights.v1.WeightSourceService"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class TrainerService(TrainerServiceServicer):
     """Serves one trainer."""
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, address: str) -> None:
         self._trainer = trainer
+        self._address = address
 
     async def GetState(self, request: pb.GetStateRequest, context: Context) -> pb.GetStateResponse:
         """See the contract."""
@@ -73,6 +76,12 @@ class TrainerService(TrainerServiceServicer):
     async def PushWeights(self, request: pb.PushWeightsRequest, context: Context) -> pb.PushWeightsResponse:
         """See the contract."""
         return await self._trainer.push_weights(request.run_id, request.policy_version, request.targets)
+
+    async def PublishWeights(self, request: pb.PublishWeightsRequest, context: Context) -> pb.PublishWeightsResponse:
+        """See the contract."""
+        published = await self._trainer.publish_weights(request.run_id, request.policy_version)
+        published.source = self._address
+        return published
 
     async def SaveCheckpoint(self, request: pb.SaveCheckpointRequest, context: Context) -> pb.SaveCheckpointResponse:
         """See the contract."""
@@ -145,8 +154,12 @@ async def lifespan(app: App[TrainerConfig]) -> AsyncIterator[None]:
     trainer = Trainer(config, app.connect(BufferClient, config.buffer_address), sender)
     await trainer.open()
     try:
-        app.add(SERVICE, add_TrainerServiceServicer_to_server, TrainerService(trainer))
+        address = join_address(advertised_host(config.server), app.address.rpartition(":")[2])
+        app.add(SERVICE, add_TrainerServiceServicer_to_server, TrainerService(trainer, address))
         app.set_ready(SERVICE, True)
+        app.add(WEIGHT_SOURCE, add_WeightSourceServiceServicer_to_server, trainer.source)
+        app.set_ready(WEIGHT_SOURCE, True)
+        app.on_drain(trainer.source.close)
         yield
     finally:
         await sender.close()

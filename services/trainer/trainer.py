@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import signal
 import threading
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from services.trainer.engine import (
     CollectCommand,
     Command,
     Engine,
+    ExportCommand,
     FineTuneCommand,
     LoadCommand,
     Sink,
@@ -40,7 +42,9 @@ from services.trainer.engine import (
 from services.trainer.hf import write_folder
 from services.trainer.packing import TokenSequence
 from services.trainer.training import check_fine_tuning, check_training
+from services.weights.lend import LentImage, WeightSource
 from services.weights.manifest import WeightImage, export_image
+from services.weights.pieces import join_exports
 from services.weights.send import WeightSender
 
 log = get_logger(__name__)
@@ -91,6 +95,10 @@ class Trainer:
         self._image: WeightImage | None = None
         # The run and the weights that the image is of.
         self._image_key: tuple[str, LoadedPolicy] | None = None
+        self.source = WeightSource(config.weights.transfer_timeout_s)
+        self._published: pb.PublishWeightsResponse | None = None
+        # The run, the version and the weights that are published.
+        self._published_key: tuple[str, int, LoadedPolicy] | None = None
         self._reading: concurrent.futures.Future[dict[str, Trajectory]] | None = None
 
     async def open(self) -> None:
@@ -220,6 +228,26 @@ class Trainer:
         outcomes = await self._sender.push(image, targets)
         size = image.manifest.total_bytes
         return pb.PushWeightsResponse(outcomes=outcomes, export_seconds=export_seconds, bytes=size)
+
+    async def publish_weights(self, run_id: str, version: int) -> pb.PublishWeightsResponse:
+        """Lends the loaded version, which each rank converts in place of the version before once nobody reads that."""
+        self._check_loaded(run_id, version)
+        key = (run_id, version, self.loaded)
+        if self._published is None or self._published_key != key:
+            with self._claim():
+                start = monotonic()
+                if self._published is not None:
+                    await self.source.withdraw(self._published.image_id)
+                    self._published = None
+                exports = await self._call(ExportCommand(), lambda result: result)
+                manifest, holdings = join_exports(run_id, version, exports)
+                image_id = uuid.uuid4().hex
+                self.source.lend(image_id, LentImage(manifest, holdings))
+                self._published = pb.PublishWeightsResponse(
+                    image_id=image_id, export_seconds=monotonic() - start, bytes=manifest.total_bytes
+                )
+                self._published_key = key
+        return self._published
 
     async def _replace_image(self, run_id: str, version: int) -> WeightImage:
         if self._image is not None:

@@ -15,7 +15,7 @@ class WeightsConfig(Model):
     """Transfer of weights from the trainer to the rollout workers."""
 
     transport: Literal["tcp", "rdma"] = "tcp"
-    """Transport of Mooncake's writes; "rdma" fails to start without a network card instead of falling back to TCP."""
+    """Transport of Mooncake; "rdma" fails to start without a network card instead of falling back to TCP."""
     device: str = ""
     """RDMA devices, comma separated, "mlx5_0" for instance; empty takes every one that is there."""
     host: str | None = None
@@ -39,6 +39,9 @@ class WeightsConfig(Model):
     """Receivers written to at once."""
     max_shard_bytes: int = Field(1 << 30, ge=1)
     """Tensors are packed into shards up to this size; one larger tensor is a shard of its own."""
+    block_bytes: int = Field(1 << 20, ge=1 << 12)
+    """Bytes of a piece where weights are pulled: tensors are cut into blocks of rows, and a relay passes on the first
+    while it reads the next."""
     max_image_bytes: int = Field(1 << 40, ge=1)
     """Bytes of the largest image that a receiver accepts."""
     shared_memory_dir: str = "/dev/shm"

@@ -1,23 +1,37 @@
-"""Receives policy versions: into a spare buffer, verified, then into the engine; the old version serves meanwhile."""
+"""Receives policy versions: into a spare buffer, verified, then into the engine; the old version serves meanwhile.
+
+A version is pushed by the trainer, or pulled from the trainer and from workers that pull it, too.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from prometheus_client import Histogram
 
-from perigee.errors import AbortedError, FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
+from perigee.errors import (
+    AbortedError,
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ResourceExhaustedError,
+)
+from perigee.weights.client import WeightSourceClient
 from perigee.weights.v1 import weights_pb2 as pb
 from perigee.weights.v1.weights_pb2_grpc import WeightReceiverServiceServicer
+from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 from services.weights.config import WeightsConfig
+from services.weights.lend import LentImage, WeightSource
 from services.weights.manifest import WeightImage, check_manifest, verify_shards
+from services.weights.pieces import describe_image, place_pieces
+from services.weights.pull import Connect, ImagePull, Target
 from services.weights.shared_memory import SharedBuffer, remove_leftovers
-from services.weights.transport import BUCKETS, MooncakeTransport, Transport
+from services.weights.transport import BUCKETS, EndpointPool, MooncakeTransport, Transport
 
 log = get_logger(__name__)
 
@@ -89,9 +103,13 @@ class BufferPool:
             self.give_back(entry[0])
 
     async def close(self) -> None:
-        """Unregisters and removes every buffer."""
-        for buffer in list(self._all):
-            await self._drop(buffer)
+        """Closes the transport, so that nobody reaches the buffers any more, and removes them."""
+        for buffer in self._all:
+            await asyncio.to_thread(self._transport.unregister, buffer.address)
+        await asyncio.to_thread(self._transport.close)
+        for buffer in self._all:
+            buffer.close()
+        self._all.clear()
         self._free.clear()
         self._quarantined.clear()
 
@@ -106,6 +124,8 @@ class WeightReceiver(WeightReceiverServiceServicer):
 
     `commit` is awaited with each verified image and loads it into the engine.
 
+    What is pulled is lent through `source` to other receivers, piece by piece as it arrives.
+
     `current` is the last image that `commit` took without an error; it stays in shared memory so that a restarted
     engine can be filled from it. When `commit` raises, the image is dropped and `current` stays.
     """
@@ -115,8 +135,10 @@ class WeightReceiver(WeightReceiverServiceServicer):
         config: WeightsConfig,
         commit: Callable[[WeightImage], Awaitable[None]],
         open_transport: Callable[[], Transport] | None = None,
+        connect: Connect = WeightSourceClient.connect,
     ) -> None:
         self.current: WeightImage | None = None
+        self.source = WeightSource(config.transfer_timeout_s)
         self._config = config
         self._receiver_id = uuid.uuid4().hex
         self._commit = commit
@@ -127,6 +149,14 @@ class WeightReceiver(WeightReceiverServiceServicer):
         # The latest commit and the transfer that it is of.
         self._committing: asyncio.Task[pb.CommitResponse] | None = None
         self._committing_id = ""
+        self._connect = connect
+        self._endpoints = EndpointPool(self._open_transport)
+        # The latest pull with the id of its image, and the image that is current and lent.
+        self._pulling: asyncio.Task[pb.PullResponse] | None = None
+        self._pulling_id = ""
+        self._current_id = ""
+        # Buffers that others still read, each with what gives it back.
+        self._retiring: set[asyncio.Task[None]] = set()
         # Preparations come one at a time and wait for a commit under way: its buffer is not theirs to take.
         self._lock = asyncio.Lock()
 
@@ -139,15 +169,19 @@ class WeightReceiver(WeightReceiverServiceServicer):
 
     async def close(self) -> None:
         """Waits for a commit under way, then unregisters and removes all buffers."""
+        if self._pulling is not None:
+            self._pulling.cancel()
+            await asyncio.wait({self._pulling})
         if self._committing is not None:
             await asyncio.wait({self._committing})
+        await end_tasks(*self._retiring)
         async with self._lock:
             self._pending = None
             self.current = None
-            if self._pool is not None and self._transport is not None:
+            if self._pool is not None:
                 await self._pool.close()
-                await asyncio.to_thread(self._transport.close)
             self._pool = self._transport = None
+        await asyncio.to_thread(self._endpoints.close)
 
     async def Prepare(self, request: pb.PrepareRequest, context: Any) -> pb.PrepareResponse:
         """Reserves a spare buffer for the manifest; voids a preparation that is not committed.
@@ -234,21 +268,143 @@ class WeightReceiver(WeightReceiverServiceServicer):
         self._pending = None
         return image
 
+    async def Pull(self, request: pb.PullRequest, context: Any) -> pb.PullResponse:
+        """Pulls an image and commits it, beside what the engine does; it runs to its end when the caller goes away.
+
+        Raises InvalidArgumentError for an image above `max_image_bytes`, UnavailableError when no source has the whole
+        image, AbortedError when another pull began meanwhile, and whatever the engine raises.
+        """
+        if not request.image_id or not request.sources:
+            raise InvalidArgumentError.for_field("sources", "and image_id are required")
+        if self._pulling is None or self._pulling_id != request.image_id or self._has_ended_without(request.image_id):
+            previous, self._pulling_id = self._pulling, request.image_id
+            self._pulling = asyncio.create_task(self._pull_after(previous, request))
+        assert self._pulling is not None
+        try:
+            return await asyncio.shield(self._pulling)
+        except asyncio.CancelledError as error:
+            if self._pulling_id == request.image_id:
+                raise
+            raise AbortedError("another pull began meanwhile") from error
+
+    def _has_ended_without(self, image_id: str) -> bool:
+        """Returns whether no pull is under way and the image is not the one in the engine."""
+        return self._pulling is not None and self._pulling.done() and self._current_id != image_id
+
+    async def _pull_after(
+        self, previous: asyncio.Task[pb.PullResponse] | None, request: pb.PullRequest
+    ) -> pb.PullResponse:
+        """Pulls and commits after the end of the pull before, which is cancelled unless it commits."""
+        if previous is not None:
+            previous.cancel()
+            await asyncio.wait({previous})
+        begin = time.monotonic()
+        async with self._lock:
+            image, lent, sources = await self._pull(request)
+            transferred = time.monotonic()
+            self._committing_id = ""
+            self._committing = asyncio.create_task(self._commit_pulled(request.image_id, image, lent))
+        report = await asyncio.shield(self._committing)
+        return pb.PullResponse(
+            policy_version=report.policy_version,
+            bytes=image.manifest.total_bytes,
+            transfer_seconds=transferred - begin,
+            commit_seconds=report.commit_seconds,
+            sources=sources,
+        )
+
+    async def _pull(self, request: pb.PullRequest) -> tuple[WeightImage, LentImage, list[str]]:
+        """Returns a whole image that is lent, and the sources that gave it."""
+        if self._pool is None or self._transport is None:
+            raise FailedPreconditionError("the weight receiver is not running")
+        pool, session = self._pool, self._transport.session
+        if self._committing is not None:
+            await asyncio.wait({self._committing})
+        lent: LentImage | None = None
+        buffer: SharedBuffer | None = None
+
+        async def begin(manifest: pb.Manifest) -> Target:
+            nonlocal lent, buffer
+            offsets = place_pieces(manifest, None)
+            size = describe_image(manifest, offsets).total_bytes
+            if size > self._config.max_image_bytes:
+                reason = f"{size} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}"
+                raise InvalidArgumentError.for_field("manifest.total_bytes", reason)
+            buffer, lent = await pool.take(size), LentImage(manifest)
+            self.source.lend(request.image_id, lent)
+            base, image = buffer.address, lent
+
+            def announce(pieces: Iterable[int]) -> None:
+                holding = pb.Holding(session=session, holder_id=self._receiver_id, pieces=pieces)
+                holding.addresses.extend(base + offsets[piece] for piece in holding.pieces)
+                image.announce(holding)
+
+            return Target(manifest, offsets, buffer, announce)
+
+        pull = ImagePull(self._config, self._endpoints, self._connect, begin)
+        try:
+            async with asyncio.timeout(self._config.transfer_timeout_s):
+                target = await pull.run(request.image_id, request.sources)
+        except BaseException as error:
+            if lent is not None and buffer is not None:
+                lent.give_up()
+                self._retire(request.image_id, buffer)
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceededError(
+                    f"the image did not arrive within weights.transfer_timeout_s = {self._config.transfer_timeout_s:g}"
+                ) from error
+            raise
+        assert lent is not None
+        return WeightImage(describe_image(target.manifest, target.offsets), target.buffer), lent, pull.sources
+
+    async def _commit_pulled(self, image_id: str, image: WeightImage, lent: LentImage) -> pb.CommitResponse:
+        """Commits an image that was verified as it arrived."""
+        try:
+            report = await self._load(image, time.monotonic())
+        except BaseException as error:
+            log.error("weights not committed", policy_version=image.manifest.policy_version, reason=str(error))
+            lent.give_up()
+            self._retire(image_id, image.buffer)
+            raise
+        self._current_id = image_id
+        return report
+
+    def _retire(self, image_id: str, buffer: SharedBuffer) -> None:
+        """Gives a buffer back once nobody reads it any more; what was pushed is not lent and has no image id."""
+        assert self._pool is not None
+        if not image_id:
+            self._pool.give_back(buffer)
+            return
+
+        async def give_back() -> None:
+            await self.source.withdraw(image_id)
+            if self._pool is not None:
+                self._pool.give_back(buffer)
+
+        task = asyncio.create_task(give_back())
+        self._retiring.add(task)
+        task.add_done_callback(self._retiring.discard)
+
     async def _verify_and_commit(self, image: WeightImage) -> pb.CommitResponse:
         """Verifies the image and makes it the current one; an image that fails becomes the spare buffer."""
         assert self._pool is not None
         begin = time.monotonic()
         try:
             await asyncio.to_thread(_verify, image)
-            verified = time.monotonic()
-            await self._commit(image)
-        except BaseException as error:
+            report = await self._load(image, begin)
+        except BaseException:
             self._pool.give_back(image.buffer)
-            log.error("weights not committed", policy_version=image.manifest.policy_version, reason=str(error))
             raise
+        self._current_id = ""
+        return report
+
+    async def _load(self, image: WeightImage, begin: float) -> pb.CommitResponse:
+        """Loads a verified image into the engine and makes it the current one."""
+        verified = time.monotonic()
+        await self._commit(image)
         previous, self.current = self.current, image
         if previous is not None:
-            self._pool.give_back(previous.buffer)
+            self._retire(self._current_id, previous.buffer)
         report = pb.CommitResponse(
             policy_version=image.manifest.policy_version,
             verify_seconds=verified - begin,

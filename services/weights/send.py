@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 
 from prometheus_client import Counter, Histogram
 
@@ -20,12 +19,10 @@ from services.kit.tracing import span
 from services.weights.config import WeightsConfig
 from services.weights.manifest import WeightImage
 from services.weights.shared_memory import SharedBuffer, remove_leftovers
-from services.weights.transport import BUCKETS, MooncakeTransport, Transport, WriteState
+from services.weights.transport import BUCKETS, Endpoint, EndpointPool, MooncakeTransport, Transport, wait_for_transfers
 
 log = get_logger(__name__)
 
-FIRST_POLL_S = 0.0005
-LAST_POLL_S = 0.005
 PUSHES = Counter("perigee_weights_pushes_total", "Pushes to one receiver", ["result"])
 PUSHES.labels("failed")  # a rate over a counter that appears with its first failure misses that one
 TRANSFER_SECONDS = Histogram("perigee_weights_transfer_seconds", "Bytes to one receiver", buckets=BUCKETS)
@@ -130,60 +127,6 @@ class WeightSender:
                 log.info("transfer not aborted", worker_id=target.worker_id, reason=error.message)
 
 
-@dataclass(eq=False)
-class Endpoint:
-    """Transport and the receivers that it has dialled, by session."""
-
-    transport: Transport
-    dialled: dict[str, str] = field(default_factory=dict)
-
-    def is_outdated(self, destination: pb.PrepareResponse) -> bool:
-        """Returns whether another receiver answered at the destination's session when this endpoint dialled it."""
-        return self.dialled.get(destination.session, destination.receiver_id) != destination.receiver_id
-
-
-class EndpointPool:
-    """Lends endpoints to threads.
-
-    Mooncake's engine dictates this. A silent peer blocks an engine for a minute, so one engine must not serve two
-    writes at once; closing an engine stops the whole interpreter for a second, so they are kept; and an engine
-    remembers what a session stood for, so one that dialled a receiver since restarted must not dial it again.
-    """
-
-    def __init__(self, open_transport: Callable[[], Transport]) -> None:
-        self._open_transport = open_transport
-        self._lock = threading.Lock()
-        self._idle: list[Endpoint] = []
-
-    def borrow(self, destination: pb.PrepareResponse) -> Endpoint:
-        """Borrows an endpoint that knows nothing outdated about the destination; opens one when none is idle."""
-        with self._lock:
-            outdated = [e for e in self._idle if e.is_outdated(destination)]
-            usable = [e for e in self._idle if e not in outdated]
-            # One that has dialled the receiver saves a handshake.
-            usable.sort(key=lambda endpoint: destination.session in endpoint.dialled)
-            endpoint = usable.pop() if usable else None
-            self._idle = usable
-        for other in outdated:
-            other.transport.close()
-        if endpoint is None:
-            endpoint = Endpoint(self._open_transport())
-        endpoint.dialled[destination.session] = destination.receiver_id
-        return endpoint
-
-    def give_back(self, endpoint: Endpoint) -> None:
-        """Takes an endpoint back whose write has succeeded; close the transport of any other."""
-        with self._lock:
-            self._idle.append(endpoint)
-
-    def close(self) -> None:
-        """Closes the idle endpoints."""
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for endpoint in idle:
-            endpoint.transport.close()
-
-
 def start_write(
     endpoints: EndpointPool, source: SharedBuffer, size: int, destination: pb.PrepareResponse
 ) -> asyncio.Future[float]:
@@ -201,7 +144,7 @@ def start_write(
     def write() -> None:
         endpoint: Endpoint | None = None
         try:
-            endpoint = endpoints.borrow(destination)
+            endpoint = endpoints.borrow(destination.session, destination.receiver_id)
             ended.set_result(_write(endpoint.transport, source, size, destination))
             endpoints.give_back(endpoint)
         except Exception as error:
@@ -220,12 +163,9 @@ def _write(transport: Transport, source: SharedBuffer, size: int, destination: p
     begin = time.monotonic()
     try:
         write = transport.submit_write(destination.session, source.address, destination.address, size)
-        pause_s = FIRST_POLL_S
-        while (state := transport.poll(write)) is WriteState.PENDING:
-            time.sleep(pause_s)
-            pause_s = min(pause_s * 1.5, LAST_POLL_S)
+        arrived = wait_for_transfers(transport, [write])
     finally:
         transport.unregister(source.address)
-    if state is WriteState.FAILED:
+    if not arrived:
         raise UnavailableError(f"the write to {destination.session} broke off: the receiver died or made no progress")
     return time.monotonic() - begin

@@ -1,9 +1,13 @@
-"""One-sided writes of registered memory into a peer's registered memory: the base, and Mooncake's transfer engine."""
+"""One-sided reads and writes of a peer's registered memory: the base, Mooncake's engine, and a pool."""
 
 from __future__ import annotations
 
 import os
+import threading
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
@@ -15,10 +19,12 @@ if TYPE_CHECKING:
 
 # Bounds of the histograms of seconds, on both sides.
 BUCKETS = (0.01, 0.05, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300)
+FIRST_POLL_S = 0.0005
+LAST_POLL_S = 0.005
 
 
-class WriteState(Enum):
-    """State of a submitted write; DONE and FAILED are final, and the source may be changed only then."""
+class TransferState(Enum):
+    """State of a submitted transfer; DONE and FAILED are final, and the local memory may be changed only then."""
 
     PENDING = "pending"
     DONE = "done"
@@ -26,12 +32,12 @@ class WriteState(Enum):
 
 
 class Transport(ABC):
-    """One endpoint that can be written to and can write to others. All methods block: call them in a thread."""
+    """One endpoint whose memory others can read and write, and vice versa. All methods block: call them in a thread."""
 
     @property
     @abstractmethod
     def session(self) -> str:
-        """Returns the address that a peer dials to write to this endpoint."""
+        """Returns the address that a peer dials to reach this endpoint."""
 
     @abstractmethod
     def register(self, address: int, size: int) -> None:
@@ -49,16 +55,35 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def poll(self, write: int) -> WriteState:
-        """Returns the state of a write; must not be called again after a final one."""
+    def submit_read(self, session: str, source: int, target: int, size: int) -> int:
+        """Starts to read `size` bytes from address `source` of `session` to address `target`; returns a handle.
+
+        Raises UnavailableError when the peer cannot be reached.
+        """
+
+    @abstractmethod
+    def poll(self, transfer: int) -> TransferState:
+        """Returns the state of a transfer; must not be called again after a final one."""
 
     @abstractmethod
     def close(self) -> None:
         """Releases ports and threads."""
 
 
+def wait_for_transfers(transport: Transport, transfers: Iterable[int]) -> bool:
+    """Blocks until every transfer has ended; returns whether all have succeeded."""
+    succeeded = True
+    for transfer in transfers:
+        pause_s = FIRST_POLL_S
+        while (state := transport.poll(transfer)) is TransferState.PENDING:
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 1.5, LAST_POLL_S)
+        succeeded = succeeded and state is TransferState.DONE
+    return succeeded
+
+
 # transfer_check_status: 1 done, 0 pending; -1 failed and -2 timed out are both final.
-STATES = {1: WriteState.DONE, 0: WriteState.PENDING, -1: WriteState.FAILED, -2: WriteState.FAILED}
+STATES = {1: TransferState.DONE, 0: TransferState.PENDING, -1: TransferState.FAILED, -2: TransferState.FAILED}
 
 
 def set_environment(config: WeightsConfig) -> None:
@@ -112,8 +137,15 @@ class MooncakeTransport(Transport):
             raise UnavailableError(f"the weight buffer at {session} cannot be reached")
         return write
 
-    def poll(self, write: int) -> WriteState:
-        return STATES[self._open_engine().transfer_check_status(write)]
+    def submit_read(self, session: str, source: int, target: int, size: int) -> int:
+        # One entry per handle: the state of a batch is that of its first entry.
+        read: int = self._open_engine().batch_transfer_async_read(session, [target], [source], [size])
+        if read == 0:
+            raise UnavailableError(f"the weights at {session} cannot be reached")
+        return read
+
+    def poll(self, transfer: int) -> TransferState:
+        return STATES[self._open_engine().transfer_check_status(transfer)]
 
     def close(self) -> None:
         self._engine = None
@@ -122,3 +154,57 @@ class MooncakeTransport(Transport):
         if self._engine is None:
             raise InternalError("the weight transport is closed")
         return self._engine
+
+
+@dataclass(eq=False)
+class Endpoint:
+    """Transport and the ids of the peers that it has dialled, by session."""
+
+    transport: Transport
+    dialled: dict[str, str] = field(default_factory=dict)
+
+    def is_outdated(self, session: str, peer_id: str) -> bool:
+        """Returns whether another peer answered at the session when this endpoint dialled it."""
+        return self.dialled.get(session, peer_id) != peer_id
+
+
+class EndpointPool:
+    """Lends endpoints to threads.
+
+    Mooncake's engine dictates this. A silent peer blocks an engine for a minute, so one engine must not serve two
+    transfers at once; closing an engine stops the whole interpreter for a second, so they are kept; and an engine
+    remembers what a session stood for, so one that dialled a peer since restarted must not dial it again.
+    """
+
+    def __init__(self, open_transport: Callable[[], Transport]) -> None:
+        self._open_transport = open_transport
+        self._lock = threading.Lock()
+        self._idle: list[Endpoint] = []
+
+    def borrow(self, session: str, peer_id: str) -> Endpoint:
+        """Borrows an endpoint that knows nothing outdated about the peer; opens one when none is idle."""
+        with self._lock:
+            outdated = [e for e in self._idle if e.is_outdated(session, peer_id)]
+            usable = [e for e in self._idle if e not in outdated]
+            # One that has dialled the peer saves a handshake.
+            usable.sort(key=lambda endpoint: session in endpoint.dialled)
+            endpoint = usable.pop() if usable else None
+            self._idle = usable
+        for other in outdated:
+            other.transport.close()
+        if endpoint is None:
+            endpoint = Endpoint(self._open_transport())
+        endpoint.dialled[session] = peer_id
+        return endpoint
+
+    def give_back(self, endpoint: Endpoint) -> None:
+        """Takes an endpoint back whose transfer has succeeded; close the transport of any other."""
+        with self._lock:
+            self._idle.append(endpoint)
+
+    def close(self) -> None:
+        """Closes the idle endpoints."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for endpoint in idle:
+            endpoint.transport.close()

@@ -19,6 +19,9 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
+from perigee.weights.client import WeightReceiverClient
+from perigee.weights.v1 import weights_pb2
+from services.weights.config import WeightsConfig
 from tests.fixtures.rollout import (
     CHARACTERS,
     CONTEXT,
@@ -33,6 +36,7 @@ from tests.fixtures.rollout import (
     policy_tensors,
     wait_for_state,
 )
+from tests.fixtures.weights import local_source
 
 POLICIES = [make_policy(seed) for seed in (11, 12)]
 # Logprobs of the engine against an fp32 forward pass of transformers on the same tokens.
@@ -115,6 +119,22 @@ async def test_a_push_reaches_the_tied_head_and_forgets_cached_prefixes(
     # The two policies are far apart, so this would notice any part of the old one.
     assert largest_difference(0, LONG_PROMPT, held) > 1
     assert [(span.policy_version, span.tokens) for span in held.versions] == [(1, len(held.token_ids))]
+
+
+async def test_pulled_slices_are_the_engine_s_weights(
+    worker: str, pusher: Pusher, rollout_client: RolloutClient
+) -> None:
+    """Rows of the embedding from two ranks are one view of the image, columns are put together by the engine."""
+    tensors = policy_tensors(POLICIES[1])
+    config = WeightsConfig(block_bytes=1 << 12)
+    async with local_source(config, ranks=2) as source, WeightReceiverClient.connect(worker) as receiver:
+        source.publish("image", tensors, 3, columns="down_proj.weight")
+        request = weights_pb2.PullRequest(image_id="image", sources=[source.address])
+        assert (await receiver.pull(request, timeout_s=60)).policy_version == 3
+        [answer] = await generate(rollout_client, [PROMPT])
+        assert largest_difference(1, PROMPT, answer) < TOLERANCE
+        assert {span.policy_version for span in answer.versions} == {3}
+    assert await pusher.push(policy_tensors(POLICIES[0]), 10, worker) == ""
 
 
 async def test_a_continuation_is_the_uninterrupted_response(worker: str, rollout_client: RolloutClient) -> None:

@@ -22,7 +22,7 @@ from services.rollout.model import open_policy
 from services.trainer.config import TrainerConfig
 from services.trainer.hf import read_model_shape
 from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request, write_model
-from tests.fixtures.trainer_ranks import RunRanks, Sizes, train
+from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, train
 
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
@@ -78,6 +78,7 @@ def train_twice(engine: Engine, groups: dict[str, list[MadeTrajectory]], request
     second = train(engine, groups, request)
     names = ("loss", "grad_norm", "entropy", "kl_k3")
     metrics = [first.loss, first.grad_norm, *(second.metrics[f"train/{name}"] for name in names)]
+    check_slices(engine, engine.policy)
     return metrics, dict(engine.policy.collect())
 
 

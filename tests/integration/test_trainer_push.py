@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,14 @@ import torch
 
 from perigee.buffer.client import BufferClient
 from perigee.errors import FailedPreconditionError
+from perigee.rollout.client import RolloutClient
+from perigee.trainer.client import TrainerClient
 from perigee.trainer.v1 import trainer_pb2 as pb
+from perigee.weights.client import WeightReceiverClient
+from perigee.weights.v1 import weights_pb2
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.weight_sync import WeightSync
+from services.coordinator.workers import READY, WorkerRegistry
 from services.trainer.config import TrainerConfig
 from services.trainer.engine import Sink
 from services.trainer.trainer import Trainer
@@ -45,6 +53,15 @@ async def test_each_version_reaches_the_receiver_bit_for_bit(
             assert response.outcomes[0].committed
             assert receiver.versions[-1] == version
             pushed.append(dict(receiver.loaded))
+            published = await trainer.client.publish_weights(
+                pb.PublishWeightsRequest(run_id=RUN, policy_version=version), timeout_s=60
+            )
+            async with WeightReceiverClient.connect(receiver.address) as client:
+                pull = weights_pb2.PullRequest(image_id=published.image_id, sources=[published.source])
+                assert (await client.pull(pull, timeout_s=60)).bytes >= published.bytes
+            assert receiver.versions[-2:] == [version, version]
+            assert receiver.loaded.keys() == pushed[-1].keys()
+            assert all(torch.equal(receiver.loaded[name], pushed[-1][name]) for name in pushed[-1])
             path = tmp_path / str(version)
             await trainer.client.export_model(pb.ExportModelRequest(run_id=RUN, path=str(path)))
             exported = load_file(path / "model.safetensors")
@@ -59,6 +76,30 @@ async def test_each_version_reaches_the_receiver_bit_for_bit(
     assert any(not torch.equal(pushed[0][name], pushed[1][name]) for name in pushed[0])
     with pytest.raises(FailedPreconditionError, match="policy_version is 0, but the trainer has version 1 loaded"):
         await trainer.client.push_weights(pb.PushWeightsRequest(run_id=RUN, policy_version=0), timeout_s=60)
+
+
+async def test_the_coordinator_has_workers_pull_and_does_without_a_trainer_that_is_gone(trainer: TrainerAt) -> None:
+    await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=0))
+    settings = CoordinatorConfig.model_validate({"weights": {"transfer": "pull"}, "run_path": "unused"})
+    registry = WorkerRegistry(RolloutClient.connect, lease_seconds=60)
+    peers = SimpleNamespace(trainer=trainer.client, connect_receiver=WeightReceiverClient.connect)
+    context = SimpleNamespace(
+        run_id=RUN, peers=peers, registry=registry, settings=settings, status=SimpleNamespace(set_waiting=print)
+    )
+    sync = WeightSync(context)  # type: ignore[arg-type]
+    async with local_receiver(WeightsConfig()) as first, local_receiver(WeightsConfig()) as late:
+        registry.register("first", first.address, 1, 0, READY)
+        assert await sync.push(0) == 1
+        assert await sync.push(0) == 1
+        assert first.versions == [0]
+        registry.register("late", late.address, 1, 0, READY)
+        async with TrainerClient.connect("127.0.0.1:1") as gone:
+            sync._trainer = gone
+            assert await sync.push(0) == 2
+        assert late.loaded.keys() == first.loaded.keys()
+        assert all(torch.equal(late.loaded[name], first.loaded[name]) for name in first.loaded)
+    for worker in registry.all():
+        await worker.client.close()
 
 
 class EngineOfOneTensor:

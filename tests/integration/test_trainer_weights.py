@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.fixtures.trainer import VOCABULARY, write_model
-from tests.fixtures.trainer_ranks import RunRanks, Sizes
+from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices
 
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
@@ -44,6 +44,7 @@ def load_and_evaluate(engine: Engine, folders: list[Path]) -> list[tuple[dict[st
             sequence_T = each.batch.packed.sequence_T
             logprobs |= {i: values_2T[:, sequence_T == n] for n, i in enumerate(packs[each.batch.index])}
         logprobs = {i: v for part in engine.everyone.gather(logprobs) for i, v in part.items()}
+        check_slices(engine, policy)
         found.append((dict(policy.collect()), logprobs))
     return found
 

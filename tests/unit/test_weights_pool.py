@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from perigee.errors import ResourceExhaustedError
-from perigee.weights.v1.weights_pb2 import PrepareResponse
 from services.weights.config import WeightsConfig
 from services.weights.receive import BufferPool
-from services.weights.send import EndpointPool
-from services.weights.transport import Transport, WriteState
+from services.weights.transport import EndpointPool, TransferState, Transport
 
 
 class CountingTransport(Transport):
@@ -34,8 +32,11 @@ class CountingTransport(Transport):
     def submit_write(self, session: str, source: int, target: int, size: int) -> int:
         return 1
 
-    def poll(self, write: int) -> WriteState:
-        return WriteState.DONE
+    def submit_read(self, session: str, source: int, target: int, size: int) -> int:
+        return 1
+
+    def poll(self, transfer: int) -> TransferState:
+        return TransferState.DONE
 
     def close(self) -> None:
         self.closed = True
@@ -43,20 +44,20 @@ class CountingTransport(Transport):
 
 def test_an_endpoint_serves_one_write_at_a_time_and_is_kept() -> None:
     pool = EndpointPool(CountingTransport)
-    a, b = PrepareResponse(session="a:1", receiver_id="first"), PrepareResponse(session="b:1", receiver_id="other")
-    to_a, to_b = pool.borrow(a), pool.borrow(b)
+    a, b = ("a:1", "first"), ("b:1", "other")
+    to_a, to_b = pool.borrow(*a), pool.borrow(*b)
     assert to_a is not to_b
     pool.give_back(to_a)
     pool.give_back(to_b)
-    assert pool.borrow(b) is to_b
-    assert pool.borrow(a) is to_a
+    assert pool.borrow(*b) is to_b
+    assert pool.borrow(*a) is to_a
 
 
 def test_an_endpoint_that_dialled_the_predecessor_of_a_receiver_is_closed() -> None:
     pool = EndpointPool(CountingTransport)
-    old = pool.borrow(PrepareResponse(session="a:1", receiver_id="first"))
+    old = pool.borrow("a:1", "first")
     pool.give_back(old)
-    new = pool.borrow(PrepareResponse(session="a:1", receiver_id="restarted"))
+    new = pool.borrow("a:1", "restarted")
     assert new is not old
     assert isinstance(old.transport, CountingTransport)
     assert old.transport.closed

@@ -62,6 +62,11 @@ class TrainerServiceStub:
                 request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PushWeightsRequest.SerializeToString,
                 response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PushWeightsResponse.FromString,
                 _registered_method=True)
+        self.PublishWeights = channel.unary_unary(
+                '/perigee.trainer.v1.TrainerService/PublishWeights',
+                request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PublishWeightsRequest.SerializeToString,
+                response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PublishWeightsResponse.FromString,
+                _registered_method=True)
         self.SaveCheckpoint = channel.unary_unary(
                 '/perigee.trainer.v1.TrainerService/SaveCheckpoint',
                 request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.SaveCheckpointRequest.SerializeToString,
@@ -129,6 +134,13 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def PublishWeights(self, request, context):
+        """Converts the loaded version and lends it to receivers, each rank what it owns, until another version is published.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SaveCheckpoint(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -190,6 +202,11 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.PushWeights,
                     request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PushWeightsRequest.FromString,
                     response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PushWeightsResponse.SerializeToString,
+            ),
+            'PublishWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.PublishWeights,
+                    request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PublishWeightsRequest.FromString,
+                    response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PublishWeightsResponse.SerializeToString,
             ),
             'SaveCheckpoint': grpc.unary_unary_rpc_method_handler(
                     servicer.SaveCheckpoint,
@@ -355,6 +372,33 @@ class TrainerService:
             '/perigee.trainer.v1.TrainerService/PushWeights',
             perigee_dot_trainer_dot_v1_dot_trainer__pb2.PushWeightsRequest.SerializeToString,
             perigee_dot_trainer_dot_v1_dot_trainer__pb2.PushWeightsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PublishWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.trainer.v1.TrainerService/PublishWeights',
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.PublishWeightsRequest.SerializeToString,
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.PublishWeightsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class TrainerServiceStub:
     """One iteration of policy optimization on complete groups, read from the buffer."""
     PushWeights: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PushWeightsRequest, _trainer_pb2.PushWeightsResponse]
     """Pushes the loaded version to rollout workers; each has an outcome of its own."""
+    PublishWeights: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PublishWeightsRequest, _trainer_pb2.PublishWeightsResponse]
+    """Converts the loaded version and lends it to receivers, each rank what it owns, until another version is published."""
     SaveCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]
     LoadCheckpoint: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.LoadCheckpointRequest, _trainer_pb2.LoadCheckpointResponse]
     """Loads a version from its checkpoint, or the run's newest when none is named."""
@@ -72,6 +74,8 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """One iteration of policy optimization on complete groups, read from the buffer."""
     PushWeights: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PushWeightsRequest, _trainer_pb2.PushWeightsResponse]  # type: ignore[assignment]
     """Pushes the loaded version to rollout workers; each has an outcome of its own."""
+    PublishWeights: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PublishWeightsRequest, _trainer_pb2.PublishWeightsResponse]  # type: ignore[assignment]
+    """Converts the loaded version and lends it to receivers, each rank what it owns, until another version is published."""
     SaveCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.SaveCheckpointRequest, _trainer_pb2.SaveCheckpointResponse]  # type: ignore[assignment]
     LoadCheckpoint: _aio.UnaryUnaryMultiCallable[_trainer_pb2.LoadCheckpointRequest, _trainer_pb2.LoadCheckpointResponse]  # type: ignore[assignment]
     """Loads a version from its checkpoint, or the run's newest when none is named."""
@@ -126,6 +130,14 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.PushWeightsResponse, _abc.Awaitable[_trainer_pb2.PushWeightsResponse]]:
         """Pushes the loaded version to rollout workers; each has an outcome of its own."""
+
+    @_abc_1.abstractmethod
+    def PublishWeights(
+        self,
+        request: _trainer_pb2.PublishWeightsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.PublishWeightsResponse, _abc.Awaitable[_trainer_pb2.PublishWeightsResponse]]:
+        """Converts the loaded version and lends it to receivers, each rank what it owns, until another version is published."""
 
     @_abc_1.abstractmethod
     def SaveCheckpoint(

@@ -51,6 +51,11 @@ class WeightReceiverServiceStub:
                 request_serializer=perigee_dot_weights_dot_v1_dot_weights__pb2.AbortRequest.SerializeToString,
                 response_deserializer=perigee_dot_weights_dot_v1_dot_weights__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Pull = channel.unary_unary(
+                '/perigee.weights.v1.WeightReceiverService/Pull',
+                request_serializer=perigee_dot_weights_dot_v1_dot_weights__pb2.PullRequest.SerializeToString,
+                response_deserializer=perigee_dot_weights_dot_v1_dot_weights__pb2.PullResponse.FromString,
+                _registered_method=True)
 
 
 class WeightReceiverServiceServicer:
@@ -79,6 +84,14 @@ class WeightReceiverServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pull(self, request, context):
+        """Pulls an image from sources, verifies every piece and commits the version. An image that is committed already is
+        answered at once, one that is being pulled when it is committed; another image gives up the pull under way.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WeightReceiverServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -96,6 +109,11 @@ def add_WeightReceiverServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=perigee_dot_weights_dot_v1_dot_weights__pb2.AbortRequest.FromString,
                     response_serializer=perigee_dot_weights_dot_v1_dot_weights__pb2.AbortResponse.SerializeToString,
+            ),
+            'Pull': grpc.unary_unary_rpc_method_handler(
+                    servicer.Pull,
+                    request_deserializer=perigee_dot_weights_dot_v1_dot_weights__pb2.PullRequest.FromString,
+                    response_serializer=perigee_dot_weights_dot_v1_dot_weights__pb2.PullResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -181,6 +199,113 @@ class WeightReceiverService:
             '/perigee.weights.v1.WeightReceiverService/Abort',
             perigee_dot_weights_dot_v1_dot_weights__pb2.AbortRequest.SerializeToString,
             perigee_dot_weights_dot_v1_dot_weights__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Pull(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.weights.v1.WeightReceiverService/Pull',
+            perigee_dot_weights_dot_v1_dot_weights__pb2.PullRequest.SerializeToString,
+            perigee_dot_weights_dot_v1_dot_weights__pb2.PullResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class WeightSourceServiceStub:
+    """WeightSourceService lends images to receivers, which read their pieces over Mooncake. The trainer serves it, and every
+    receiver, which lends what it has verified while it pulls the rest.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Lend = channel.unary_stream(
+                '/perigee.weights.v1.WeightSourceService/Lend',
+                request_serializer=perigee_dot_weights_dot_v1_dot_weights__pb2.LendRequest.SerializeToString,
+                response_deserializer=perigee_dot_weights_dot_v1_dot_weights__pb2.LendResponse.FromString,
+                _registered_method=True)
+
+
+class WeightSourceServiceServicer:
+    """WeightSourceService lends images to receivers, which read their pieces over Mooncake. The trainer serves it, and every
+    receiver, which lends what it has verified while it pulls the rest.
+    """
+
+    def Lend(self, request, context):
+        """Tells which pieces of an image can be read, and keeps them in place until the stream ends. Empty responses are
+        signs of life. NOT_FOUND when the image is not here.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_WeightSourceServiceServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Lend': grpc.unary_stream_rpc_method_handler(
+                    servicer.Lend,
+                    request_deserializer=perigee_dot_weights_dot_v1_dot_weights__pb2.LendRequest.FromString,
+                    response_serializer=perigee_dot_weights_dot_v1_dot_weights__pb2.LendResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'perigee.weights.v1.WeightSourceService', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('perigee.weights.v1.WeightSourceService', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class WeightSourceService:
+    """WeightSourceService lends images to receivers, which read their pieces over Mooncake. The trainer serves it, and every
+    receiver, which lends what it has verified while it pulls the rest.
+    """
+
+    @staticmethod
+    def Lend(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/perigee.weights.v1.WeightSourceService/Lend',
+            perigee_dot_weights_dot_v1_dot_weights__pb2.LendRequest.SerializeToString,
+            perigee_dot_weights_dot_v1_dot_weights__pb2.LendResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class WeightReceiverServiceStub:
     """Verifies the shards and commits the version; DATA_LOSS when a checksum differs."""
     Abort: _grpc.UnaryUnaryMultiCallable[_weights_pb2.AbortRequest, _weights_pb2.AbortResponse]
     """Drops a prepared version."""
+    Pull: _grpc.UnaryUnaryMultiCallable[_weights_pb2.PullRequest, _weights_pb2.PullResponse]
+    """Pulls an image from sources, verifies every piece and commits the version. An image that is committed already is
+    answered at once, one that is being pulled when it is committed; another image gives up the pull under way.
+    """
 
 @_typing.type_check_only
 class WeightReceiverServiceAsyncStub(WeightReceiverServiceStub):
@@ -55,6 +59,10 @@ class WeightReceiverServiceAsyncStub(WeightReceiverServiceStub):
     """Verifies the shards and commits the version; DATA_LOSS when a checksum differs."""
     Abort: _aio.UnaryUnaryMultiCallable[_weights_pb2.AbortRequest, _weights_pb2.AbortResponse]  # type: ignore[assignment]
     """Drops a prepared version."""
+    Pull: _aio.UnaryUnaryMultiCallable[_weights_pb2.PullRequest, _weights_pb2.PullResponse]  # type: ignore[assignment]
+    """Pulls an image from sources, verifies every piece and commits the version. An image that is committed already is
+    answered at once, one that is being pulled when it is committed; another image gives up the pull under way.
+    """
 
 class WeightReceiverServiceServicer(metaclass=_abc_1.ABCMeta):
     """WeightReceiverService takes a policy version into a rollout worker: prepare a spare buffer, let the
@@ -85,4 +93,57 @@ class WeightReceiverServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_weights_pb2.AbortResponse, _abc.Awaitable[_weights_pb2.AbortResponse]]:
         """Drops a prepared version."""
 
+    @_abc_1.abstractmethod
+    def Pull(
+        self,
+        request: _weights_pb2.PullRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_weights_pb2.PullResponse, _abc.Awaitable[_weights_pb2.PullResponse]]:
+        """Pulls an image from sources, verifies every piece and commits the version. An image that is committed already is
+        answered at once, one that is being pulled when it is committed; another image gives up the pull under way.
+        """
+
 def add_WeightReceiverServiceServicer_to_server(servicer: WeightReceiverServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
+
+class WeightSourceServiceStub:
+    """WeightSourceService lends images to receivers, which read their pieces over Mooncake. The trainer serves it, and every
+    receiver, which lends what it has verified while it pulls the rest.
+    """
+
+    @_typing.overload
+    def __new__(cls, channel: _grpc.Channel) -> _Self: ...
+    @_typing.overload
+    def __new__(cls, channel: _aio.Channel) -> WeightSourceServiceAsyncStub: ...
+    Lend: _grpc.UnaryStreamMultiCallable[_weights_pb2.LendRequest, _weights_pb2.LendResponse]
+    """Tells which pieces of an image can be read, and keeps them in place until the stream ends. Empty responses are
+    signs of life. NOT_FOUND when the image is not here.
+    """
+
+@_typing.type_check_only
+class WeightSourceServiceAsyncStub(WeightSourceServiceStub):
+    """WeightSourceService lends images to receivers, which read their pieces over Mooncake. The trainer serves it, and every
+    receiver, which lends what it has verified while it pulls the rest.
+    """
+
+    def __init__(self, channel: _aio.Channel) -> None: ...
+    Lend: _aio.UnaryStreamMultiCallable[_weights_pb2.LendRequest, _weights_pb2.LendResponse]  # type: ignore[assignment]
+    """Tells which pieces of an image can be read, and keeps them in place until the stream ends. Empty responses are
+    signs of life. NOT_FOUND when the image is not here.
+    """
+
+class WeightSourceServiceServicer(metaclass=_abc_1.ABCMeta):
+    """WeightSourceService lends images to receivers, which read their pieces over Mooncake. The trainer serves it, and every
+    receiver, which lends what it has verified while it pulls the rest.
+    """
+
+    @_abc_1.abstractmethod
+    def Lend(
+        self,
+        request: _weights_pb2.LendRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_weights_pb2.LendResponse], _abc.AsyncIterator[_weights_pb2.LendResponse]]:
+        """Tells which pieces of an image can be read, and keeps them in place until the stream ends. Empty responses are
+        signs of life. NOT_FOUND when the image is not here.
+        """
+
+def add_WeightSourceServiceServicer_to_server(servicer: WeightSourceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

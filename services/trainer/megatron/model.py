@@ -32,6 +32,7 @@ from services.trainer.megatron.memory import SavedTensors, count_copies
 from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
 from services.trainer.megatron.parallel import ParallelDims
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches
+from services.weights.pieces import TensorSlice
 
 # Tokens of the forward and backward pass that measures what a token takes.
 _PROBE_TOKENS = 32
@@ -81,6 +82,10 @@ class Policy:
     def collect(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the whole policy as Hugging Face tensors; see `collect_weights`."""
         return collect_weights(self.core, self.shape, self.dims)
+
+    def slices(self) -> Iterator[TensorSlice]:
+        """Yields what this rank owns of the policy; see `own_slices`."""
+        return own_slices(self.core, self.shape, self.dims)
 
     def take_snapshot(self) -> list[torch.Tensor]:
         """Copies this rank's weights, to go back to when a job fails."""
@@ -466,6 +471,41 @@ def _join(
             yield name, torch.cat(halves)
     else:
         yield names[0], torch.cat(list(parts), dim=1 if split is Split.COLUMNS else 0)
+
+
+@torch.no_grad()
+def own_slices(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterator[TensorSlice]:
+    """Yields this rank's slices of Hugging Face tensors, without collectives; together the ranks have every element.
+
+    The first tensor-parallel rank has what is not split, and the first stage the embedding of tied weights. Copies of
+    the model have the same slices and share the pieces out, and so do the copies of an expert.
+    """
+    heads_per_group = shape.heads // shape.query_groups
+    widths = [heads_per_group * shape.head_width, shape.head_width, shape.head_width]
+    for mapping in map_parameters(core, shape.tied):
+        own, ranks, rank = mapping.parameter.detach(), dims.tensor, dims.tensor_rank
+        copy, copies = dims.data_rank, dims.data
+        if mapping.expert is not None:
+            ranks, rank = 1, 0
+            copy = parallel_state.get_expert_data_parallel_rank()
+            copies = parallel_state.get_expert_data_parallel_world_size()
+        if mapping.split is Split.WHOLE:
+            parts = [own] if rank == 0 else []
+        elif mapping.split is Split.QKV:
+            grouped = _group_rows(own, shape.query_groups // ranks)
+            parts = [part.flatten(0, 1) for part in torch.split(grouped, widths, dim=1)]
+        elif mapping.split is Split.GATED:
+            parts = list(own.chunk(2))
+        elif mapping.names == ("model.embed_tokens.weight",) and dims.pipeline_rank > 0:
+            parts = []
+        else:
+            parts = [own]
+        for name, part in zip(mapping.names, parts, strict=False):
+            whole, lower = list(part.shape), [0] * part.ndim
+            if mapping.split is not Split.WHOLE:
+                axis = 1 if mapping.split is Split.COLUMNS else 0
+                whole[axis], lower[axis] = ranks * part.shape[axis], rank * part.shape[axis]
+            yield TensorSlice(name, tuple(whole), tuple(lower), part, copy, copies)
 
 
 def _share_stage(

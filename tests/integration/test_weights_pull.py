@@ -1,0 +1,107 @@
+"""Pulls over Mooncake: from ranks that own the pieces, through receivers that relay them, past sources that fail."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+
+import pytest
+
+from perigee.errors import NotFoundError, UnavailableError
+from perigee.weights.client import WeightReceiverClient, WeightSourceClient
+from perigee.weights.v1 import weights_pb2 as pb
+from services.weights.config import WeightsConfig
+from tests.fixtures.weights import LocalReceiver, equal, local_receiver, local_source, make_tensors
+
+CONFIG = WeightsConfig(block_bytes=1 << 16, progress_timeout_s=2)
+
+
+async def pull(receiver: LocalReceiver, image_id: str, *sources: str) -> pb.PullResponse:
+    """Has a receiver pull an image."""
+    async with WeightReceiverClient.connect(receiver.address) as client:
+        return await client.pull(pb.PullRequest(image_id=image_id, sources=sources), timeout_s=60)
+
+
+async def test_slices_of_several_ranks_arrive_bit_for_bit_and_versions_follow_one_another() -> None:
+    async with local_source(CONFIG, ranks=2) as source, local_receiver(CONFIG) as receiver:
+        for version in (1, 2, 3):
+            tensors = make_tensors(version, 2)
+            manifest = source.publish(f"image-{version}", tensors, version)
+            response = await pull(receiver, f"image-{version}", source.address)
+            assert (response.policy_version, list(response.sources)) == (version, [source.address])
+            assert {piece.owner for piece in manifest.pieces} == {0, 1}
+            assert equal(receiver.loaded, tensors)
+            # The pull is over, so nothing keeps the source from filling its memory again.
+            await asyncio.wait_for(source.source.withdraw(f"image-{version}"), 10)
+        assert receiver.versions == [1, 2, 3]
+        again = await pull(receiver, "image-3", "127.0.0.1:1")
+        assert again.policy_version == 3
+        assert receiver.versions == [1, 2, 3]
+
+
+async def test_a_chain_passes_pieces_on_and_a_late_worker_needs_no_trainer() -> None:
+    tensors = make_tensors(1, 2)
+    async with AsyncExitStack() as stack, local_source(CONFIG) as source:
+        receivers = [await stack.enter_async_context(local_receiver(CONFIG)) for _ in range(3)]
+        source.publish("image", tensors, 1)
+        first, second, late = receivers
+        responses = await asyncio.gather(
+            pull(first, "image", source.address), pull(second, "image", first.address, source.address)
+        )
+        assert [list(response.sources) for response in responses] == [[source.address], [first.address]]
+        await source.source.withdraw("image")
+        await pull(late, "image", second.address, source.address)
+        assert all(equal(receiver.loaded, tensors) for receiver in receivers)
+
+
+async def test_what_a_lost_source_has_not_given_comes_from_the_next() -> None:
+    tensors = make_tensors(1, 4)
+    async with local_source(CONFIG) as source, local_receiver(CONFIG) as receiver:
+        source.publish("image", tensors, 1)
+        async with local_source(CONFIG) as other:
+            # The same pieces, of which the second half is announced and cannot be read.
+            manifest = other.publish("image", tensors, 1)
+            lent = other.source._images["image"]
+            half = len(manifest.pieces) // 2
+            [holding] = lent._holdings
+            broken = pb.Holding(session="127.0.0.1:9", holder_id="gone")
+            broken.pieces.extend(holding.pieces[half:])
+            broken.addresses.extend(holding.addresses[half:])
+            del holding.pieces[half:], holding.addresses[half:]
+            lent.announce(broken)
+            response = await pull(receiver, "image", "127.0.0.1:1", other.address, source.address)
+        assert list(response.sources) == [other.address, source.address]
+        assert equal(receiver.loaded, tensors)
+
+
+async def test_a_damaged_piece_is_not_committed() -> None:
+    async with local_source(CONFIG) as source, local_receiver(CONFIG) as receiver:
+        source.publish("good", make_tensors(1, 1), 1)
+        await pull(receiver, "good", source.address)
+        await source.source.withdraw("good")
+        manifest = source.publish("damaged", make_tensors(2, 1), 2)
+        source.source._images["damaged"].manifest.pieces[-1].checksum = bytes(16)
+        with pytest.raises(UnavailableError, match="arrived damaged"):
+            await pull(receiver, "damaged", source.address)
+        assert manifest.policy_version == 2
+        assert receiver.versions == [1]
+        # The worker still serves, and lends, the version that it has.
+        async with WeightSourceClient.connect(receiver.address) as client:
+            first = await anext(client.lend(pb.LendRequest(image_id="good")))
+            assert first.manifest.policy_version == 1
+
+
+async def test_a_source_keeps_an_image_until_every_reader_has_left() -> None:
+    async with local_source(CONFIG) as source, WeightSourceClient.connect(source.address) as client:
+        source.publish("image", make_tensors(1, 0.1), 1)
+        reading = client.lend(pb.LendRequest(image_id="image"))
+        await anext(reading)
+        withdrawing = asyncio.create_task(source.source.withdraw("image"))
+        await asyncio.wait([withdrawing], timeout=0.05)
+        assert not withdrawing.done()
+        with pytest.raises(NotFoundError, match="publish the weights again"):
+            async for _ in client.lend(pb.LendRequest(image_id="image")):
+                pass
+        assert not withdrawing.done()
+        await reading.aclose()  # type: ignore[attr-defined]
+        await asyncio.wait_for(withdrawing, 10)
