@@ -3,9 +3,9 @@
 Measures packed bytes, the contract's form, against the same messages with `repeated` fields, in turns on one buffer
 service with a Valkey server of its own. CPU time of every process counts: the client's, the service's and Valkey's.
 
-    python -m bench.token_hops [--trajectories 64] [--tokens 16384] [--rounds 3] [--out figures.json]
+    python -m bench.token_hops [--trajectories 64] [--tokens 16384] [--chunk 512] [--rounds 3] [--out figures.json]
 
-Ends with exit status 1 when a million tokens take more than 0.35 s over both hops.
+Ends with exit status 1 when a million tokens, in chunks of 512, take more than 0.35 s over both hops.
 """
 
 from __future__ import annotations
@@ -287,17 +287,19 @@ async def create(client: BufferClient, run_id: str, ids: Sequence[str]) -> None:
     await client.lease_trajectories(pb.LeaseTrajectoriesRequest(run_id=run_id, worker_id="w", trajectory_ids=ids))
 
 
-async def append_all(form: Form, run_id: str, ids: Sequence[str], tokens: Sequence[int], logprobs: Any) -> None:
+async def append_all(
+    form: Form, run_id: str, ids: Sequence[str], tokens: Sequence[int], logprobs: Any, chunk: int
+) -> None:
     """Appends the same response to every trajectory, a chunk of each in one call."""
-    for offset in range(0, len(tokens), CHUNK_TOKENS):
-        last = offset + CHUNK_TOKENS >= len(tokens)
+    for offset in range(0, len(tokens), chunk):
+        last = offset + chunk >= len(tokens)
         chunks: list[ChunkFields] = [
             {
                 "trajectory_id": trajectory_id,
                 "epoch": 1,
                 "offset": offset,
-                "token_ids": tokens[offset : offset + CHUNK_TOKENS],
-                "logprobs": logprobs[offset : offset + CHUNK_TOKENS],
+                "token_ids": tokens[offset : offset + chunk],
+                "logprobs": logprobs[offset : offset + chunk],
                 "end_reason": pb.END_REASON_STOP if last else pb.END_REASON_UNSPECIFIED,
             }
             for trajectory_id in ids
@@ -306,7 +308,7 @@ async def append_all(form: Form, run_id: str, ids: Sequence[str], tokens: Sequen
         assert set(response.outcomes) == {pb.APPEND_OUTCOME_APPENDED}
 
 
-async def measure(trajectories: int, length: int, rounds: int) -> dict[str, Cost]:
+async def measure(trajectories: int, length: int, chunk: int, rounds: int) -> dict[str, Cost]:
     """Runs both forms in turns; returns the costs by `form hop`."""
     generator = random.Random(0)
     tokens = [generator.randrange(VOCABULARY) for _ in range(length)]
@@ -333,7 +335,7 @@ async def measure(trajectories: int, length: int, rounds: int) -> dict[str, Cost
                     for name, form in forms.items():
                         run_id = f"{name}-{number}"
                         await create(client, run_id, ids)
-                        appending = append_all(form, run_id, ids, tokens, logprobs)
+                        appending = append_all(form, run_id, ids, tokens, logprobs, chunk)
                         await measurement.hop(f"{name} append", appending)
                         arrays = await measurement.hop(f"{name} read", form.read(run_id, ids))
                         assert all(tokens_T.tolist() == tokens for tokens_T, _ in arrays)
@@ -364,6 +366,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--trajectories", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--chunk", type=int, default=CHUNK_TOKENS, help="tokens that are appended at once")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
@@ -371,14 +374,14 @@ def main() -> None:
     if arguments.serve:
         asyncio.run(serve(arguments.serve))
         return
-    costs = asyncio.run(measure(arguments.trajectories, arguments.tokens, arguments.rounds))
+    costs = asyncio.run(measure(arguments.trajectories, arguments.tokens, arguments.chunk, arguments.rounds))
     figures = {"machine": describe_machine(), "cpu_seconds_per_million_tokens": summarize(costs)}
     text = json.dumps(figures, indent=2)
     if arguments.out:
         arguments.out.write_text(text + "\n", encoding="utf-8")
     print(text)
     total = figures["cpu_seconds_per_million_tokens"]["packed"]["total"]  # type: ignore[index]
-    if total > MAX_CPU_SECONDS:
+    if arguments.chunk == CHUNK_TOKENS and total > MAX_CPU_SECONDS:
         sys.exit(f"{total} s of CPU per million tokens, {MAX_CPU_SECONDS} at most")
 
 

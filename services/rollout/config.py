@@ -89,8 +89,9 @@ class RolloutConfig(ServiceConfig):
     seed: int | None = Field(None, ge=0)
     """Seed of the engine's sampling; drawn at each start when unset. Give workers of one run different ones."""
 
-    chunk_tokens: int = Field(512, ge=1, le=1 << 16)
-    """Tokens of a trajectory that a crash can lose: it is appended to the buffer at least this often."""
+    chunk_tokens: int = Field(64, ge=1, le=1 << 16)
+    """Tokens of a trajectory that a crash can lose: it is appended to the buffer at least this often. What is lost is
+    drawn again, and long responses lose more than short ones."""
     flush_seconds: float = Field(0.1, gt=0)
     """Seconds that ended segments wait for others, to share one append."""
     max_queued_sequences: int = Field(16384, ge=1)
