@@ -1,16 +1,12 @@
 """Loads the fixtures of every part, spreads tests over worker processes, and lists the tools that were not there.
 
 Under `pytest -n 3` a worker takes a group of tests at a time: those of one file, or of the files that share a service
-which is slow to start. A test marked `serial` measures time or CPU, or kills processes that others could feel, and has
-the machine to itself.
+which is slow to start. No test measures time or has the machine to itself.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-from collections.abc import Generator, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import hypothesis
@@ -81,25 +77,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if WORKER:
         order = {group: place for place, group in enumerate(GROUPS)}
         items.sort(key=lambda item: order.setdefault(group_of(item.nodeid), len(order)))
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Has a serial test wait until no other runs, and others wait for it; the wait counts in no time limit."""
-    if not WORKER:
-        return (yield)
-    with _machine(Path(item.config.getoption("basetemp")).parent, exclusive="serial" in item.keywords):
-        return (yield)
-
-
-@contextmanager
-def _machine(folder: Path, exclusive: bool) -> Iterator[None]:
-    """Shares the machine with the tests of other workers, or holds it alone; whoever asks first has it first."""
-    with (folder / "machine.lock").open("w") as machine:
-        with (folder / "next.lock").open("w") as turn:
-            fcntl.flock(turn, fcntl.LOCK_EX)
-            fcntl.flock(machine, fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH)
-        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

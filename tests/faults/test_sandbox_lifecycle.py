@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,8 +23,8 @@ from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
 SLEEPER = pb.ExecuteRequest(
     language="python",
-    source=b"import time\nprint('awake', flush=True)\ntime.sleep(30)",
-    limits=pb.Limits(wall_ms=40_000),
+    source=b"import time\nprint('awake', flush=True)\ntime.sleep(60)",
+    limits=pb.Limits(wall_ms=60_000),
 )
 SHELL_SLEEPER = pb.ExecuteRequest(
     language="bash", source=b"sleep 30 & echo awake; sleep 30; wait", limits=pb.Limits(wall_ms=40_000)
@@ -87,7 +86,6 @@ def left_behind(instance_pid: int) -> list[str]:
     return [str(path) for mount in host.mounts.values() for path in mount.glob(f"perigee-sandbox/{instance_pid}-*")]
 
 
-@pytest.mark.serial
 @pytest.mark.parametrize("isolation", ["zygote", "crun"])
 async def test_full_queue_cancel_and_deadline(isolation: str, tmp_path: Path) -> None:
     skip_unless_possible(isolation)
@@ -102,10 +100,8 @@ async def test_full_queue_cancel_and_deadline(isolation: str, tmp_path: Path) ->
             refused.result()
         assert refusal.value.retry_after_s is not None
         assert refusal.value.retry_after_s > 0
-        started = time.monotonic()
         running.cancel()
-        assert (await waiting).stdout == b"hello\n"
-        assert time.monotonic() - started < 5
+        assert (await asyncio.wait_for(waiting, 25)).stdout == b"hello\n"  # the sleeper's own end comes later
         with pytest.raises(DeadlineExceededError):
             await client.execute(SLEEPER, timeout_s=0.5)
         assert (await client.execute(HELLO)).stdout == b"hello\n"
