@@ -35,14 +35,14 @@ HELLOS = {
 }
 SMALL = {
     "wall_ms": 10_000,
-    "cpu_ms": 1000,
+    "cpu_ms": 400,
     "memory_bytes": 64 << 20,
     "processes": 16,
     "file_bytes": 1 << 20,
     "output_bytes": 65536,
 }
 # Node and Java start with tens of threads and a large heap.
-LARGE = {**SMALL, "cpu_ms": 5000, "wall_ms": 20_000, "memory_bytes": 512 << 20, "processes": 64}
+LARGE = {**SMALL, "cpu_ms": 2000, "wall_ms": 20_000, "memory_bytes": 512 << 20, "processes": 64}
 CALL_S = 110.0
 OK, RUNTIME_ERROR, TIME_LIMIT = pb.STATUS_OK, pb.STATUS_RUNTIME_ERROR, pb.STATUS_TIME_LIMIT
 MEMORY_LIMIT, OUTPUT_LIMIT, COMPILE_ERROR = pb.STATUS_MEMORY_LIMIT, pb.STATUS_OUTPUT_LIMIT, pb.STATUS_COMPILE_ERROR
