@@ -188,6 +188,7 @@ async def test_every_token_knows_its_version_when_weights_change_under_way(
     trajectories: NewTrajectories, worker: str, rollout_client: RolloutClient, pusher: Pusher
 ) -> None:
     extended: list[str] = []
+    before = (await rollout_client.get_state(pb.GetStateRequest())).generated_tokens
 
     async def extend_until_refused() -> None:
         # The first call after the commit asks for weights that are gone.
@@ -203,7 +204,7 @@ async def test_every_token_knows_its_version_when_weights_change_under_way(
         # Several calls at once, so that sequences are in flight at whatever moment the commit comes.
         for _ in range(6):
             group.create_task(extend_until_refused())
-        await wait_for_state(rollout_client, lambda state: state.running > 0)
+        await wait_for_state(rollout_client, lambda state: state.running > 0 and state.generated_tokens > before)
         assert await pusher.push(policy_tensors(POLICIES[1]), 1, worker, trajectories.run_id) == ""
     mixed = 0
     for trajectory_id in extended:
