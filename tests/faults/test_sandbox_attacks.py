@@ -7,7 +7,6 @@ import os
 import secrets
 import signal
 import socket
-import time
 
 import pytest
 
@@ -101,9 +100,7 @@ OTHER_LANGUAGES = [
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=str)
 async def test_attack_is_held(sandbox: SandboxClient, attack: Attack) -> None:
-    started = time.monotonic()
     response = await assert_held(sandbox, attack)
-    assert time.monotonic() - started < 30
     assert max(len(response.stdout), len(response.stderr)) <= 65536
 
 

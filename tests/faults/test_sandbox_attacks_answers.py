@@ -70,14 +70,15 @@ async def judge(client: SandboxClient, program: str, tests: list[pb.TestCase], *
 
 
 @pytest.mark.parametrize("program", ANSWERS)
-async def test_tricks_do_not_pass_for_answers(sandbox: SandboxClient, program: str) -> None:
-    """Not in any kind of function tests."""
-    limits = make_limits("python")
+async def test_tricks_do_not_pass_for_answers(
+    sandbox: SandboxClient, program: str, request: pytest.FixtureRequest
+) -> None:
+    """Not in any kind of function tests; in a container, which is slow to start, each program meets one kind."""
+    limits, kinds = make_limits("python"), list(FUNCTION_TESTS.values())
+    if request.node.callspec.params["sandbox"] == "crun":
+        kinds = [kinds[ANSWERS.index(program) % len(kinds)]]
     for response in await asyncio.gather(
-        *(
-            judge(sandbox, program, tests, function_name="f", checker=checker, limits=limits)
-            for tests, checker in FUNCTION_TESTS.values()
-        )
+        *(judge(sandbox, program, tests, function_name="f", checker=checker, limits=limits) for tests, checker in kinds)
     ):
         assert_refused(response)
     await assert_serves(sandbox)
