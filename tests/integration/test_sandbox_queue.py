@@ -60,15 +60,14 @@ async def test_a_full_queue_refuses_with_a_hint(tmp_path: Path) -> None:
 
 
 async def test_the_queue_is_as_long_as_configured(tmp_path: Path) -> None:
-    async with running_fronts(tmp_path, slots=1, max_sessions=0) as fronts:
-        async with occupied_slot(fronts):
-            waiting = [asyncio.create_task(fronts.grpc.execute(HELLO)) for _ in range(400)]
-            await wait_for_queue(fronts, 400)
-            for call in waiting:
-                call.cancel()
-            ended = await asyncio.gather(*waiting, return_exceptions=True)
-            assert all(isinstance(end, asyncio.CancelledError) for end in ended), ended
-            await wait_for_queue(fronts, 0)
+    async with running_fronts(tmp_path, slots=1, max_sessions=0) as fronts, occupied_slot(fronts):
+        waiting = [asyncio.create_task(fronts.grpc.execute(HELLO)) for _ in range(400)]
+        await wait_for_queue(fronts, 400)
+        for call in waiting:
+            call.cancel()
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(end, asyncio.CancelledError) for end in ended), ended
+        await wait_for_queue(fronts, 0)
 
 
 async def test_a_caller_without_the_time_to_wait_is_refused_at_once(tmp_path: Path) -> None:
