@@ -102,6 +102,11 @@ class RolloutConfig(ServiceConfig):
     """Seconds that a weight commit waits for an engine that is starting."""
     update_timeout_seconds: float = Field(300.0, gt=0)
     """Seconds that an engine may take over new weights before it is restarted."""
+    max_fingerprint_difference: float = Field(0.5, gt=0)
+    """Mean absolute difference, in nats, of the engine's log-probabilities of a fixed prompt from the trainer's above
+    which pulled weights are refused and the engine is restarted."""
+    fingerprint_timeout_seconds: float = Field(20.0, gt=0)
+    """Seconds that this comparison may wait for a place in the engine; it is left out then."""
 
     http: EndpointConfig = EndpointConfig()
     """The OpenAI-compatible endpoint."""

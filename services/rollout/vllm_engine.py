@@ -23,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.errors import InvalidArgumentError
+from perigee.weights.v1.weights_pb2 import Manifest
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest, PromptScore
@@ -47,10 +48,13 @@ class VllmEngine(Engine):
         self._model = model
         self._llm: AsyncLLM | None = None
         self._running: dict[str, Any] = {}
+        # Whether the engine's processes know which slices of pulled tensors they take.
+        self._knows_slices = False
         self._progress_time = time.monotonic()
 
     async def start(self) -> None:
         """Forks EngineCore from the fork server, with dummy weights."""
+        self._knows_slices = False
         prepare_vllm(self._config)
         arguments = engine_arguments(self._config, self._model)
         starting = asyncio.create_task(asyncio.to_thread(AsyncLLM.from_engine_args, arguments))
@@ -133,6 +137,11 @@ class VllmEngine(Engine):
         update = {"path": str(image.path), "manifest": image.manifest.SerializeToString()}
         try:
             await llm.pause_generation(mode="keep", clear_cache=True)
+            if image.manifest.pieces and not self._knows_slices:
+                tensors = Manifest(tensors=image.manifest.tensors)
+                found = await llm.collective_rpc("find_slices", args=(tensors.SerializeToString(),))
+                log.info("slices of pulled tensors found", tensors_by_process=found)
+                self._knows_slices = True
             await llm.start_weight_update()
             await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
             await llm.finish_weight_update(weight_version=str(image.manifest.policy_version))

@@ -6,11 +6,12 @@ vLLM imports this module in the engine's process because `WorkerExtension` is na
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from vllm.config import set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -21,14 +22,23 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.platforms import current_platform
 
 from perigee.weights.v1 import weights_pb2 as pb
-from services.weights.pieces import read_pieces
+from services.rollout.vllm_slices import find_slices
+from services.weights.pieces import Rectangle, read_pieces
 from services.weights.safetensors import read_tensors
 
 BACKEND = "perigee-shm"
 
 
 class WorkerExtension:
-    """Makes vLLM load this module; it adds no method to the worker."""
+    """Makes vLLM load this module, and adds a method to the worker."""
+
+    def find_slices(self, manifest: bytes) -> int:
+        """Learns which parts of the manifest's tensors this worker takes; returns of how many tensors."""
+        worker: Any = self
+        engine: ImageTransferEngine = worker.weight_transfer_engine
+        with set_current_vllm_config(worker.vllm_config):
+            engine.wanted = find_slices(engine.model, pb.Manifest.FromString(manifest).tensors)
+        return len(engine.wanted or {})
 
 
 @dataclass
@@ -49,6 +59,8 @@ class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
 
     init_info_cls = ImageInit
     update_info_cls = ImageUpdate
+    wanted: Mapping[str, Sequence[Rectangle]] | None = None
+    """What this worker takes of each tensor; all of it when None."""
 
     def init_transfer_engine(self, init_info: ImageInit) -> None:
         """Nothing to set up."""
@@ -65,7 +77,7 @@ class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
             image = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         # The layers keep views of the image until they are processed, so it is unmapped with the last of them.
         model: Any = self.model
-        model.load_weights(_tensors(image, pb.Manifest.FromString(update_info.manifest)))
+        model.load_weights(_tensors(image, pb.Manifest.FromString(update_info.manifest), self.wanted))
 
     def finish_weight_update(self) -> None:
         """Brings the layers back to the form that the kernels use."""
@@ -127,10 +139,12 @@ def restore_seeds_of_split_prefills(runner: Any) -> None:
     runner._sample, runner._bookkeeping_sync = sample_and_restore, keep_books_without_generators
 
 
-def _tensors(image: memoryview, manifest: pb.Manifest) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(
+    image: memoryview, manifest: pb.Manifest, wanted: Mapping[str, Sequence[Rectangle]] | None
+) -> Iterator[tuple[str, torch.Tensor]]:
     for shard in manifest.shards:
         yield from read_tensors(image[shard.offset : shard.offset + shard.bytes])
-    yield from read_pieces(image, manifest)
+    yield from read_pieces(image, manifest, wanted)
 
 
 if BACKEND not in WeightTransferEngineFactory._registry:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from typing import TypeAlias
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -22,7 +23,7 @@ from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 from services.kit.tracing import span
 from services.rollout.config import RolloutConfig
-from services.rollout.engine import Engine, EngineDiedError
+from services.rollout.engine import Engine, EngineDiedError, EngineRequest
 from services.rollout.model import PolicyModel
 from services.weights.manifest import WeightImage
 
@@ -43,6 +44,9 @@ ENGINE_START_SECONDS = Histogram(
     "perigee_rollout_engine_start_seconds", "Seconds until an engine runs.", buckets=(5, 10, 20, 40, 80, 160, 320)
 )
 COMMIT_SECONDS = Histogram("perigee_rollout_commit_seconds", "Seconds of a weight commit in the engine.")
+FINGERPRINT_DIFFERENCE = Gauge(
+    "perigee_rollout_fingerprint_difference", "Mean difference from the trainer's log-probabilities after a pull, nats."
+)
 
 
 class Worker:
@@ -172,6 +176,7 @@ class Worker:
             with span("load weights", worker=self.worker_id, version=image.manifest.policy_version):
                 async with asyncio.timeout(self.config.update_timeout_seconds):
                     await self.engine.update_weights(image)
+                await self._compare(image)
         except Exception as error:
             # Nobody knows which of its weights are new: this engine must not serve again.
             self.set_status(STARTING)
@@ -191,6 +196,48 @@ class Worker:
             policy_version=manifest.policy_version,
             seconds=round(seconds, 4),
         )
+
+    async def _compare(self, image: WeightImage) -> None:
+        """Compares what the engine computes with what the trainer computes, where the image says it.
+
+        Raises InternalError when they are too far apart: some of the weights are not those of the image.
+        """
+        if not image.manifest.HasField("fingerprint"):
+            return
+        expected = image.manifest.fingerprint
+        try:
+            async with asyncio.timeout(self.config.fingerprint_timeout_seconds):
+                found = await score_prompt(self.engine, expected.token_ids)
+        except TimeoutError:
+            log.warning("fingerprint not compared: the engine had no place for it")
+            return
+        pairs = zip(expected.logprobs, found, strict=True)
+        difference = sum(abs(trainer - engine) for trainer, engine in pairs) / len(found)
+        FINGERPRINT_DIFFERENCE.set(difference)
+        if not difference <= self.config.max_fingerprint_difference:
+            raise InternalError(
+                f"the engine's log-probabilities are {difference:.3g} nats from the trainer's on average, above "
+                f"rollout.max_fingerprint_difference {self.config.max_fingerprint_difference:g}"
+            )
+
+
+async def score_prompt(engine: Engine, token_ids: Sequence[int]) -> list[float]:
+    """Returns the engine's log-probability of each token after the first, at temperature 1."""
+    request = EngineRequest(
+        request_id=f"fingerprint-{uuid.uuid4().hex}",
+        token_ids=list(token_ids),
+        max_tokens=1,
+        temperature=0.0,
+        seed=None,
+        stop_token_ids=(),
+        stride_tokens=1,
+        score_prompt=True,
+    )
+    scores: list[float] = []
+    async with aclosing(engine.generate(request)) as outputs:
+        async for output in outputs:
+            scores += [score.logprob for score in output.prompt_scores]
+    return scores
 
 
 class Admission:

@@ -15,6 +15,7 @@ import torch
 from perigee.buffer.client import BufferClient
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from perigee.weights.v1.weights_pb2 import Fingerprint
 from services.kit.addresses import advertised_host
 from services.kit.server import channel_options
 from services.kit.telemetry import get_logger
@@ -60,7 +61,7 @@ class CollectCommand:
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Convert what each rank owns of the weights and register it; the exports of all ranks are the result."""
+    """Convert what each rank owns and register it; the result is the exports of all ranks and the fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -194,15 +195,16 @@ class Engine:
             return self._export()
         return None
 
-    def _export(self) -> list[Export]:
-        """Exports on every rank or raises on every rank: one may lack memory."""
+    def _export(self) -> tuple[list[Export], Fingerprint]:
+        """Exports on every rank or raises on every rank: one may lack memory. Returns what the weights compute, too."""
         problem, export = None, None
         try:
             export = self._pieces.fill(self.policy.slices)
         except PerigeeError as error:
             problem = error
         self.everyone.raise_first(problem)
-        return self.everyone.gather(export)
+        found = self.everyone.gather((export, self.policy.fingerprint()))
+        return [each for each, _ in found], next(each for _, each in found if each is not None)
 
     def _or_restore(self, job: Callable[[], Any]) -> Any:
         """Runs a job, and puts the weights back when it fails: from the folder that holds them, else from a copy."""

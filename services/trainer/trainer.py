@@ -239,8 +239,9 @@ class Trainer:
                 if self._published is not None:
                     await self.source.withdraw(self._published.image_id)
                     self._published = None
-                exports = await self._call(ExportCommand(), lambda result: result)
+                exports, fingerprint = await self._call(ExportCommand(), lambda result: result)
                 manifest, holdings = join_exports(run_id, version, exports)
+                manifest.fingerprint.CopyFrom(fingerprint)
                 image_id = uuid.uuid4().hex
                 self.source.lend(image_id, LentImage(manifest, holdings))
                 self._published = pb.PublishWeightsResponse(

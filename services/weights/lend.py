@@ -123,6 +123,7 @@ def _cut_manifest(manifest: pb.Manifest) -> Iterator[pb.Manifest]:
         run_id=manifest.run_id,
         policy_version=manifest.policy_version,
         total_bytes=manifest.total_bytes,
+        fingerprint=manifest.fingerprint if manifest.HasField("fingerprint") else None,
     )
     yield head
     for begin in range(0, len(manifest.tensors), MAX_ENTRIES):

@@ -210,6 +210,8 @@ def place_pieces(manifest: pb.Manifest, wanted: Mapping[str, Sequence[Rectangle]
 def describe_image(manifest: pb.Manifest, offsets: Mapping[int, int]) -> pb.Manifest:
     """Returns the manifest of an image that holds these pieces at these offsets."""
     image = pb.Manifest(run_id=manifest.run_id, policy_version=manifest.policy_version, tensors=manifest.tensors)
+    if manifest.HasField("fingerprint"):
+        image.fingerprint.CopyFrom(manifest.fingerprint)
     for index, offset in offsets.items():
         piece = image.pieces.add()
         piece.CopyFrom(manifest.pieces[index])
@@ -218,11 +220,13 @@ def describe_image(manifest: pb.Manifest, offsets: Mapping[int, int]) -> pb.Mani
     return image
 
 
-def read_pieces(image: memoryview, manifest: pb.Manifest) -> Iterator[NamedTensor]:
+def read_pieces(
+    image: memoryview, manifest: pb.Manifest, wanted: Mapping[str, Sequence[Rectangle]] | None = None
+) -> Iterator[NamedTensor]:
     """Yields the tensors of an image of pieces, in the manifest's order; those without a piece are left out.
 
     A tensor in blocks of whole rows is a view of the image. Any other is put together in memory of its own, where
-    elements that the image lacks are undefined.
+    elements of pieces that the image lacks or that touch nothing wanted are undefined.
     """
     by_tensor: dict[int, list[pb.Piece]] = defaultdict(list)
     for piece in manifest.pieces:
@@ -237,6 +241,8 @@ def read_pieces(image: memoryview, manifest: pb.Manifest) -> Iterator[NamedTenso
             continue
         tensor = torch.empty(shape, dtype=dtype)
         for piece in pieces:
+            if wanted is not None and not _touches(piece, wanted.get(spec.name, ())):
+                continue
             part = tensor[tuple(slice(low, high) for low, high in zip(piece.lower, piece.upper, strict=True))]
             part.copy_(_view(image, piece.offset, _extent(piece), dtype))
         yield spec.name, tensor

@@ -12,6 +12,7 @@ import grpc
 import pytest
 import pytest_asyncio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+from prometheus_client import REGISTRY
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.packing import pack_token_ids, unpack_logprobs, unpack_token_ids
@@ -128,13 +129,40 @@ async def test_pulled_slices_are_the_engine_s_weights(
     tensors = policy_tensors(POLICIES[1])
     config = WeightsConfig(block_bytes=1 << 12)
     async with local_source(config, ranks=2) as source, WeightReceiverClient.connect(worker) as receiver:
-        source.publish("image", tensors, 3, columns="down_proj.weight")
+        manifest = source.publish("image", tensors, 3, columns="down_proj.weight")
+        logprobs = policy_logprobs(POLICIES[1], PROMPT[:1], PROMPT[1:])
+        manifest.fingerprint.CopyFrom(weights_pb2.Fingerprint(token_ids=PROMPT, logprobs=logprobs))
         request = weights_pb2.PullRequest(image_id="image", sources=[source.address])
         assert (await receiver.pull(request, timeout_s=60)).policy_version == 3
         [answer] = await generate(rollout_client, [PROMPT])
         assert largest_difference(1, PROMPT, answer) < TOLERANCE
         assert {span.policy_version for span in answer.versions} == {3}
+        assert REGISTRY.get_sample_value("perigee_rollout_fingerprint_difference") < TOLERANCE
     assert await pusher.push(policy_tensors(POLICIES[0]), 10, worker) == ""
+
+
+def test_slices_that_loaders_of_two_workers_copy_are_rectangles() -> None:
+    """What is used of vLLM's fake tensors, which are no public interface."""
+    import torch
+    from vllm.distributed.weight_transfer.sharded_rdt_fake import FakeRDTTensor
+
+    from services.rollout.vllm_slices import SliceRecorder
+
+    recorder = SliceRecorder({"a": (8, 6), "b": (6,)})
+
+    def fake(name: str, *shape: int) -> Any:
+        return FakeRDTTensor(name, torch.Size(shape), torch.float32, torch.device("cpu"), sink=recorder)  # type: ignore[arg-type]
+
+    target = torch.empty(4, 6, device="meta")
+    target.copy_(fake("a", 8, 6).narrow(0, 4, 4))
+    target[:, :3].copy_(fake("a", 8, 6).narrow(1, 3, 3)[:4])
+    torch.empty(6, device="meta").copy_(fake("b", 6))
+    assert recorder.rectangles["a"] == {((4, 0), (8, 6)), ((0, 3), (4, 6))}
+    torch.empty(6, 8, device="meta").copy_(fake("a", 8, 6).t())
+    assert ((0, 0), (8, 6)) in recorder.rectangles["a"]
+    assert recorder.rectangles["b"] == {((0,), (6,))}
+    with pytest.raises(NotImplementedError, match="unsupported op"):
+        target.copy_(fake("a", 8, 6)[:4] * 2)
 
 
 async def test_a_continuation_is_the_uninterrupted_response(worker: str, rollout_client: RolloutClient) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from perigee.errors import (
     UnavailableError,
 )
 from perigee.rollout.v1 import rollout_pb2 as pb
+from services.rollout.engine import EngineOutput, EngineRequest, PromptScore
 from services.rollout.extend import ChunkWriter, extend_trajectories
 from services.rollout.model import open_policy
 from services.rollout.segment import SegmentSettings
@@ -48,8 +49,10 @@ class Bench:
         self.held: WeightImage | None = None
         self.fatal: asyncio.Queue[InternalError] = asyncio.Queue()
 
-    async def commit(self, version: int) -> None:
+    async def commit(self, version: int, fingerprint: Sequence[float] = ()) -> None:
         image = export_image("run", version, self.tensors.items(), 1 << 20, str(self.images))
+        if fingerprint:
+            image.manifest.fingerprint.logprobs.extend(fingerprint)
         await self.worker.commit(image)
         self.held = image
 
@@ -117,6 +120,25 @@ async def test_a_failed_update_restarts_the_engine_with_the_old_weights(bench: B
         assert bench.worker.policy_version == 4
         await bench.commit(5)
         assert (bench.engine.versions, bench.worker.policy_version) == ([4, 4, 5], 5)
+
+
+async def test_an_engine_that_computes_something_else_than_the_trainer_is_restarted(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def generate(request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        scores = [PromptScore(logprob, 0, 0.0) for logprob in (-1.0, -2.0)]
+        yield EngineOutput([], [], [], cached_tokens=0, finish="length", prompt_scores=scores)
+
+    monkeypatch.setattr(bench.engine, "generate", generate)
+    async with bench.supervised():
+        await bench.wait(EMPTY)
+        await bench.commit(4, [-1.1, -2.3])
+        with pytest.raises(InternalError, match=r"3 nats from the trainer's .* max_fingerprint_difference 0\.5"):
+            await bench.commit(5, [-3.0, -6.0])
+        await bench.wait(READY, restarts=1)
+        assert bench.worker.policy_version == 4
+        with pytest.raises(InternalError, match="nan nats"):
+            await bench.commit(6, [float("nan"), -2.0])
 
 
 async def test_weights_that_break_the_engine_again_are_not_tried_for_ever(bench: Bench) -> None:

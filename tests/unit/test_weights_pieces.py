@@ -112,6 +112,11 @@ def test_only_pieces_that_touch_what_is_wanted_are_placed() -> None:
     found = dict(read_pieces(memory, image))
     assert list(found) == ["rows", "columns", "norm"]
     assert bool((found["rows"][4:] == 1).all() and (found["columns"][:, :4] == 1).all())
+    # A process that wants less of an image than its host has puts only that together.
+    whole = describe_image(manifest, place_pieces(manifest, None))
+    memory = memoryview(bytearray(b"\x00\x00\x80\x3f" * (whole.total_bytes // 4)))
+    part = dict(read_pieces(memory, whole, {"columns": [((0, 4), (4, 8))]}))
+    assert bool((part["columns"][:, 4:] == 1).all())
 
 
 @pytest.mark.parametrize(

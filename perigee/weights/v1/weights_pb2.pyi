@@ -61,6 +61,7 @@ class Manifest(_message.Message):
     SHARDS_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
     PIECES_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     policy_version: _builtins.int
     total_bytes: _builtins.int
@@ -74,6 +75,10 @@ class Manifest(_message.Message):
     def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___Piece]:
         """They cover every tensor, each element once."""
 
+    @_builtins.property
+    def fingerprint(self) -> Global___Fingerprint:
+        """What the weights compute, where the trainer says so: a receiver's engine that computes something else is refused."""
+
     def __init__(
         self,
         *,
@@ -83,14 +88,45 @@ class Manifest(_message.Message):
         shards: _abc.Iterable[Global___Shard] | None = ...,
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
         pieces: _abc.Iterable[Global___Piece] | None = ...,
+        fingerprint: Global___Fingerprint | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_fingerprint", b"_fingerprint", "fingerprint", b"fingerprint"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_fingerprint", b"_fingerprint", "fingerprint", b"fingerprint", "pieces", b"pieces", "policy_version", b"policy_version", "run_id", b"run_id", "shards", b"shards", "tensors", b"tensors", "total_bytes", b"total_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__fingerprint: _TypeAlias = _typing.Literal["fingerprint"]  # noqa: Y015
+    _WhichOneofArgType__fingerprint: _TypeAlias = _typing.Literal["_fingerprint", b"_fingerprint"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__fingerprint) -> _WhichOneofReturnType__fingerprint | None: ...
+
+Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+
+@_typing.final
+class Fingerprint(_message.Message):
+    """Log-probabilities of a fixed prompt."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    LOGPROBS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def logprobs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of each token after the first, at temperature 1, nats."""
+
+    def __init__(
+        self,
+        *,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        logprobs: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["pieces", b"pieces", "policy_version", b"policy_version", "run_id", b"run_id", "shards", b"shards", "tensors", b"tensors", "total_bytes", b"total_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["logprobs", b"logprobs", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Manifest: _TypeAlias = Manifest  # noqa: Y015
+Global___Fingerprint: _TypeAlias = Fingerprint  # noqa: Y015
 
 @_typing.final
 class TensorSpec(_message.Message):

@@ -24,6 +24,7 @@ from megatron.core.transformer.module import Float16Module
 
 from perigee.errors import InternalError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from perigee.weights.v1.weights_pb2 import Fingerprint
 from services.trainer.hf import ModelShape, TensorReader
 from services.trainer.megatron.attention import PackedAttention, PackedRotary
 from services.trainer.megatron.experts import DividedMoELayer, reduce_apart
@@ -36,6 +37,9 @@ from services.weights.pieces import TensorSlice
 
 # Tokens of the forward and backward pass that measures what a token takes.
 _PROBE_TOKENS = 32
+# The prompt of the fingerprint takes tokens from all over the vocabulary; few, so that short contexts hold it.
+FINGERPRINT_TOKENS = 24
+FINGERPRINT_STRIDE = 7919
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,13 @@ class Policy:
             return self._run(
                 batches, temperature, lambda found: (found.logprobs_T.sum(), found), forward_only=True, entropies=True
             )
+
+    def fingerprint(self) -> Fingerprint | None:
+        """Returns the log-probabilities of a fixed prompt at temperature 1; None on ranks without the head."""
+        tokens = np.arange(FINGERPRINT_TOKENS, dtype=np.int64) * FINGERPRINT_STRIDE % self.shape.vocabulary
+        prompt = TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_))
+        found = self.evaluate(make_micro_batches([[prompt]], self.dims.device), 1.0)
+        return Fingerprint(token_ids=tokens.tolist(), logprobs=found[0].logprobs_T.tolist()) if found else None
 
     def step(
         self,

@@ -1,0 +1,90 @@
+"""Slices of a checkpoint that one worker of vLLM's engine takes, found by loading tensors that have no data.
+
+`FakeRDTTensor` and the parts of the layerwise reload are vLLM 0.32's own and no public interface.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.sharded_rdt_fake import FakeRDTTensor
+from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import (
+    _get_original_loader,
+    _place_kernel_tensors,
+    get_layerwise_info,
+)
+from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
+
+from perigee.weights.v1 import weights_pb2 as pb
+from services.weights.pieces import Rectangle
+from services.weights.safetensors import DTYPES
+
+
+class SliceRecorder:
+    """Sink of fake tensors: records which rectangle of which tensor is copied, and copies nothing."""
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.rectangles: dict[str, set[Rectangle]] = defaultdict(set)
+        self._shapes = shapes
+
+    def accept_copy(self, destination: torch.Tensor, source: Any) -> torch.Tensor:
+        """Records a copy; the whole tensor where what is copied is no rectangle of it."""
+        name, operations = source._key()
+        whole = torch.empty(tuple(self._shapes[name]), dtype=source.dtype, device="meta")
+        part: Any = whole
+        for operation, arguments, options in operations:
+            part = getattr(part, operation)(*arguments, **dict(options))
+        self.rectangles[name].add(find_rectangle(whole, part))
+        return destination
+
+
+def find_rectangle(whole: torch.Tensor, part: torch.Tensor) -> Rectangle:
+    """Returns the rectangle of a tensor that a view of it shows, or all of it when the view is no rectangle."""
+    if part.stride() != whole.stride():
+        return (0,) * whole.ndim, tuple(whole.shape)
+    lower, offset = [], part.storage_offset()
+    for stride in whole.stride():
+        lower.append(offset // stride)
+        offset %= stride
+    return tuple(lower), tuple(low + n for low, n in zip(lower, part.shape, strict=True))
+
+
+@torch.no_grad()
+def find_slices(model: Any, tensors: Iterable[pb.TensorSpec]) -> dict[str, list[Rectangle]] | None:
+    """Returns what the model's loaders copy of each tensor, None where they do more than to copy views.
+
+    No forward pass may run meanwhile; the model is as before when this returns.
+    """
+    specs = {spec.name: spec for spec in tensors}
+    recorder = SliceRecorder({name: spec.shape for name, spec in specs.items()})
+    cpu = torch.device("cpu")
+    initialize_layerwise_reload(model)
+    try:
+        for module in model.modules():
+            for tensor in get_layer_tensors(module).values():
+                if hasattr(tensor, "weight_loader"):
+                    tensor.weight_loader = _get_original_loader(tensor)
+        model.load_weights(
+            (name, FakeRDTTensor(name, torch.Size(spec.shape), DTYPES[spec.dtype], cpu, sink=recorder))  # type: ignore[arg-type]
+            for name, spec in specs.items()
+        )
+    except NotImplementedError:
+        return None
+    finally:
+        _put_back(model)
+    return {name: sorted(found) for name, found in recorder.rectangles.items()}
+
+
+def _put_back(model: Any) -> None:
+    """Gives every layer the tensors back that the kernels use."""
+    for module in model.modules():
+        info = get_layerwise_info(module)
+        if info.can_load():
+            if info.kernel_tensors is not None:
+                _place_kernel_tensors(module, info)
+            info.reset()  # type: ignore[no-untyped-call]
+    model._do_torchao_reload = model._original_do_torchao_reload
