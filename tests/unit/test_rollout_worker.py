@@ -133,7 +133,7 @@ async def test_an_engine_that_computes_something_else_than_the_trainer_is_restar
     async with bench.supervised():
         await bench.wait(EMPTY)
         await bench.commit(4, [-1.1, -2.3])
-        with pytest.raises(InternalError, match=r"3 nats from the trainer's .* max_fingerprint_difference 0\.5"):
+        with pytest.raises(InternalError, match=r"3 nats from the trainer's .*max_fingerprint_difference 0\.5"):
             await bench.commit(5, [-3.0, -6.0])
         await bench.wait(READY, restarts=1)
         assert bench.worker.policy_version == 4
