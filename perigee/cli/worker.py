@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from perigee.cli.ending import Interrupt
-from perigee.cli.metrics import CALL_TIMEOUT_S
 from perigee.cli.recipe import dump_yaml
 from perigee.cli.stack import HOST, ServiceSpec, local_channel, pick_ports, start_guarded, wait_ready
-from perigee.cli.train import ENDED, SILENCE_S
+from perigee.cli.train import ENDED, SILENCE_S, STREAM_S
 from perigee.cli.view import View
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
-from perigee.errors import PerigeeError, UnavailableError
+from perigee.errors import NotFoundError, PerigeeError, UnavailableError
 from perigee.files import write_atomically
 from perigee.rpc import VARIABLES, ChannelOptions
 from services.kit.addresses import is_loopback, join_address
@@ -103,10 +102,13 @@ async def _follow(
     async with CoordinatorClient(coordinator, channel) as client:
         while True:
             try:
-                status = await client.get_status(pb.GetStatusRequest(), timeout_s=CALL_TIMEOUT_S)
-                heard_at, ended = time.monotonic(), status.run.phase in ENDED
-                if joined != (joined := spec.name in {worker.worker_id for worker in status.workers}):
-                    view.note(f"{spec.name} {'has joined' if joined else 'is not registered any more'}")
+                # To the run's last snapshot: a coordinator that ends with its run has sent it before.
+                async for response in client.watch_run(pb.WatchRunRequest(), timeout_s=STREAM_S):
+                    heard_at, ended = time.monotonic(), response.run.phase in ENDED
+                    if joined != (joined := spec.name in {worker.worker_id for worker in response.run.workers}):
+                        view.note(f"{spec.name} {'has joined' if joined else 'is not registered any more'}")
+            except NotFoundError:  # it has no run yet
+                heard_at, ended = time.monotonic(), False
             except PerigeeError as error:
                 if ended:
                     return "the run has ended, and its coordinator with it"

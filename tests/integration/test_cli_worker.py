@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,11 +17,16 @@ from perigee.cli.stack import ServiceSpec, wait_serving
 from perigee.cli.view import PlainView
 from perigee.cli.worker import plan_worker, work
 from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.coordinator.v1.coordinator_pb2_grpc import (
+    CoordinatorServiceServicer,
+    add_CoordinatorServiceServicer_to_server,
+)
 from perigee.errors import UnavailableError
 from perigee.rpc import ChannelOptions
 from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
 from services.kit.server import serving
+from tests.fixtures.coordinator_fakes import fake_server
 from tests.integration.test_cli_stack import SERVICE
 
 STATUS = pb.GetStatusResponse(buffer_address="127.0.0.1:52", trainer_address="trainer.example:54")
@@ -28,6 +35,18 @@ STATUS = pb.GetStatusResponse(buffer_address="127.0.0.1:52", trainer_address="tr
 def read_section(spec: ServiceSpec) -> dict[str, object]:
     section: dict[str, object] = yaml.safe_load(Path(spec.command[-1]).read_text())["rollout"]
     return section
+
+
+def plan(folder: Path, coordinator: str) -> ServiceSpec:
+    """A worker that only answers health checks, and does not start where the file `broken` exists."""
+    spec = plan_worker(coordinator, STATUS, {"worker_id": "w"}, folder, is_of_run=False)
+    return replace(spec, command=[sys.executable, "-c", SERVICE, spec.address, str(folder / "broken")])
+
+
+async def start(spec: ServiceSpec, coordinator: str) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    await work(spec, coordinator, ChannelOptions(), PlainView(), Interrupt(task))
 
 
 def test_a_worker_dials_what_the_coordinator_dials_from_where_it_is(tmp_path: Path) -> None:
@@ -53,24 +72,40 @@ def test_beside_a_runs_own_workers_it_takes_none_of_their_ports(tmp_path: Path) 
     assert section["buffer_address"] == "127.0.0.1:52"
 
 
+class EndedCoordinator(CoordinatorServiceServicer):
+    """A coordinator whose run has ended, and which is then cut."""
+
+    def __init__(self) -> None:
+        self.watched = asyncio.Event()
+
+    async def WatchRun(self, request: pb.WatchRunRequest, context: Any) -> AsyncIterator[pb.WatchRunResponse]:
+        yield pb.WatchRunResponse(run=pb.RunSnapshot(phase=pb.RUN_PHASE_FINISHED))
+        self.watched.set()
+
+
+async def test_it_ends_when_its_run_has_and_the_coordinator_is_gone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = EndedCoordinator()
+    async with fake_server(add_CoordinatorServiceServicer_to_server, ended) as address:
+        working = asyncio.create_task(start(plan(tmp_path, address), address))
+        async with asyncio.timeout(60):
+            await ended.watched.wait()
+    async with asyncio.timeout(60):
+        await working
+    assert "the run has ended, and its coordinator with it\nw has ended\n" in capsys.readouterr().out
+
+
 async def test_it_ends_with_its_process_and_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     async with serving(CoordinatorConfig(), lifespan) as app:
-        broken = tmp_path / "broken"
-        planned = plan_worker(app.address, STATUS, {"worker_id": "w"}, tmp_path, is_of_run=False)
-        spec = replace(planned, command=[sys.executable, "-c", SERVICE, planned.address, str(broken)])
-
-        async def run() -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            await work(spec, app.address, ChannelOptions(), PlainView(), Interrupt(task))
-
-        working = asyncio.create_task(run())
+        spec = plan(tmp_path, app.address)
+        working = asyncio.create_task(start(spec, app.address))
         async with asyncio.timeout(60):
             await wait_serving(spec.address, "", ChannelOptions())
         working.cancel()
         with pytest.raises(asyncio.CancelledError):
             await working
-        broken.touch()
+        (tmp_path / "broken").touch()
         with pytest.raises(UnavailableError, match=r"w ended with exit code 1: ValueError: broken"):
-            await run()
+            await start(spec, app.address)
     assert capsys.readouterr().out.count("w has ended") == 2

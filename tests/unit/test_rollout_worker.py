@@ -104,6 +104,9 @@ async def test_a_dead_engine_is_restarted_and_filled_from_memory(bench: Bench) -
         await bench.wait(STARTING)
         with pytest.raises(FailedPreconditionError, match="starting"):
             bench.worker.check_ready("run", None)
+        # Others wait for the end of this push.
+        with pytest.raises(UnavailableError, match="died and starts again"):
+            await bench.commit(5)
         bench.engine.may_start.set()
         await bench.wait(READY, restarts=1)
         assert (bench.engine.starts, bench.engine.versions, bench.worker.policy_version) == (2, [4, 4], 4)
