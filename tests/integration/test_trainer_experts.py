@@ -31,7 +31,6 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 LAYOUTS = [
     Sizes(tensor=2),
     Sizes(tensor=2, expert=2),
-    Sizes(data=2, expert=2),
     Sizes(pipeline=2, data=2, expert=2, recompute=True),
 ]
 
