@@ -28,6 +28,7 @@ from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest, PromptScore
 from services.rollout.fork_server import EngineContext, engine_environment
+from services.rollout.held_outputs import END_REQUESTS
 from services.rollout.model import PolicyModel
 from services.rollout.vllm_extension import BACKEND, WorkerExtension
 from services.weights.manifest import WeightImage
@@ -124,8 +125,13 @@ class VllmEngine(Engine):
 
     async def interrupt(self, request_ids: Iterable[str]) -> None:
         """Has vLLM hand over what it has of each request."""
-        if self._llm is not None and not self._llm.errored:
-            await self._llm.abort(request_ids)
+        llm = self._llm
+        if llm is None or llm.errored:
+            return
+        # Ended in the service, a request would lose the tokens that gather in the engine.
+        known = llm.output_processor.external_req_ids
+        internal_ids = [internal for request_id in request_ids for internal in known.get(request_id, ())]
+        await llm.engine_core.call_utility_async(END_REQUESTS, internal_ids)
 
     async def update_weights(self, image: WeightImage) -> None:
         """Pauses, reloads from the shared-memory file, labels the version, resumes.

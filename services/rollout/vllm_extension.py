@@ -20,8 +20,11 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.platforms import current_platform
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine.core import EngineCoreProc
 
 from perigee.weights.v1 import weights_pb2 as pb
+from services.rollout.held_outputs import hold_outputs
 from services.rollout.vllm_slices import find_slices
 from services.weights.pieces import Rectangle, read_pieces
 from services.weights.safetensors import read_tensors
@@ -149,6 +152,7 @@ def _tensors(
 
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ImageTransferEngine)
+    hold_outputs(EngineCoreProc, Scheduler)
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
