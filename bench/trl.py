@@ -2,11 +2,13 @@
 
     python bench/trl.py [--seeds 0 1 2] [--rates 1e-4 2e-4 3e-4] [--accuracy 0.70] [--out bench/results/trl.json]
 
-For each seed: the supervised stages of examples/arithmetic make a model; Perigee trains it by the recipe, then TRL by
-`trl_grpo.py`, with the same prompts, curriculum and reward service, the learning rate being the fastest of `--rates` on
-the first seed. What counts is the time of all processes of a side from its first iteration on, without evaluations,
-until 256 held-out problems, two samples each, reach the accuracy; between two evaluations it is interpolated. What
-starts the services and loads the models is left out on both sides.
+For each seed: the supervised stages of examples/arithmetic make a model; Perigee trains it by the recipe with PERIGEE's
+changes, then TRL by `trl_grpo.py`, with the same prompts, curriculum and reward service, the learning rate being the
+fastest of `--rates` on the first seed. Either side computes on one thread at a time in its trainer and its engine, and
+is evaluated about every 250 groups. What counts is the time of all processes of a side from its first iteration on,
+without evaluations, until 256 held-out problems, two samples each, reach the accuracy; between two evaluations it is
+interpolated. What starts the services and loads the models is left out on both sides. The file of figures is written
+after each training.
 """
 
 from __future__ import annotations
@@ -32,7 +34,12 @@ RECIPE = Path(__file__).parents[1] / "examples" / "arithmetic"
 PROBLEMS, SAMPLES = 256, 2
 # So that no right program is late where the machine is busy; the recipe's limit of CPU time stays.
 WALL_MS = 20_000
+# More than an evaluation takes: one under way when the CPU seconds have run out may end.
+EVALUATION_CPU_S = 15.0
 POLL_S = 0.1
+# About as many groups an update as TRL has: the recipe's 160 take more CPU seconds for the same accuracy. A budget
+# that most responses end within, so that few are prefilled again under new weights.
+PERIGEE = {"run.max_live_groups": 48, "run.rollout.token_budget": 48}
 
 
 @dataclass
@@ -66,7 +73,7 @@ def measure_cpu_s(root: psutil.Process) -> float:
 
 
 def follow(process: subprocess.Popen[bytes], evaluations: Path, accuracy: float, max_cpu_s: float) -> Curve:
-    """Reads evaluations as they are written until one reaches the accuracy, and ends the process.
+    """Reads evaluations as they are written until one reaches the accuracy or CPU seconds run out; ends the process.
 
     A line of the file has `seconds`, how long the evaluation took, and the accuracy. Raises RuntimeError when the
     process fails.
@@ -95,10 +102,11 @@ def follow(process: subprocess.Popen[bytes], evaluations: Path, accuracy: float,
                 curve.wall_s.append(0.0)
             curve.accuracies.append(line["accuracy"]["overall"]["sampled"]["mean"])
             print(f"    {curve.cpu_s[-1]:7.1f} CPU s {curve.wall_s[-1]:7.1f} s  {curve.accuracies[-1]:.3f}", flush=True)
-            if curve.accuracies[-1] >= accuracy or curve.cpu_s[-1] > max_cpu_s:
-                process.terminate()
-                process.wait(120)
-                return curve
+        reached = bool(curve.accuracies) and curve.accuracies[-1] >= accuracy
+        if reached or (start is not None and cpu - start[1] - spent_cpu > max_cpu_s + EVALUATION_CPU_S):
+            process.terminate()
+            process.wait(120)
+            return curve
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, process.args))} failed: see {evaluations.parent}")
     return curve
@@ -115,30 +123,33 @@ def warm_up(folder: Path, seed: int) -> Path:
     if (runs / "latest" / "model").exists():
         return (runs / "latest").resolve()
     command = perigee("train", RECIPE, "--plain", "--seed", str(seed), "--runs-dir", runs, "--set", "run.iterations=0")
+    command += ["--set", "run.evaluation={samples: 1, end_problems: 1}"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return (runs / "latest").resolve()
 
 
-def train_perigee(folder: Path, warm: Path, seed: int, accuracy: float, max_cpu_s: float, every: int) -> Curve:
-    """Trains by the recipe, without its supervised stages."""
+def train_perigee(folder: Path, warm: Path, seed: int, options: argparse.Namespace) -> Curve:
+    """Trains by the recipe with PERIGEE's changes, without its supervised stages."""
     runs = folder / f"perigee-{seed}"
     model = warm / "model"
-    values = {
+    evaluation = f"every: {options.every}, samples: {SAMPLES}, problems: {PROBLEMS}, end_problems: {PROBLEMS}"
+    values = PERIGEE | {
         "run.sft": "[]",
         "sandbox.default_limits.wall_ms": WALL_MS,
         "run.model": model,
         "rollout.model": model,
         "trainer.model": model,
-        "run.evaluation": f"{{every: {every}, samples: {SAMPLES}, problems: {PROBLEMS}, greedy: false}}",
+        "trainer.threads": options.threads,
+        "run.evaluation": f"{{{evaluation}, greedy: false}}",
     }
     command = perigee("train", RECIPE, "--plain", "--seed", str(seed), "--runs-dir", runs)
     for key, value in values.items():
         command += ["--set", f"{key}={value}"]
     with (folder / f"perigee-{seed}.log").open("wb") as log, end_of(subprocess.Popen(command, stdout=log)) as process:
-        return follow(process, runs / "latest" / "evaluations.jsonl", accuracy, max_cpu_s)
+        return follow(process, runs / "latest" / "evaluations.jsonl", options.accuracy, options.max_cpu_s)
 
 
-def train_trl(folder: Path, warm: Path, seed: int, rate: float, options: argparse.Namespace) -> Curve:
+def train_trl(folder: Path, warm: Path, seed: int, rate: float, options: argparse.Namespace, max_cpu_s: float) -> Curve:
     """Trains with TRL beside Perigee's reward service and sandbox, whose CPU time counts, too."""
     out = folder / f"trl-{seed}-{rate:g}"
     out.mkdir()
@@ -156,7 +167,7 @@ def train_trl(folder: Path, warm: Path, seed: int, rate: float, options: argpars
     with (out / "log").open("wb") as log:
         process = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
         with end_of(process):
-            return follow(process, out / "evaluations.jsonl", options.accuracy, options.max_cpu_s)
+            return follow(process, out / "evaluations.jsonl", options.accuracy, max_cpu_s)
 
 
 @contextlib.contextmanager
@@ -178,39 +189,47 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         print(f"seed {seed}: supervised stages", flush=True)
         warm = warm_up(folder, seed)
         print("  Perigee", flush=True)
-        ours = train_perigee(folder, warm, seed, options.accuracy, options.max_cpu_s, options.every)
-        theirs = {}
+        ours = train_perigee(folder, warm, seed, options)
+        found: dict[str, Any] = {"seed": seed, "perigee": asdict(ours), "trl": {}}
+        results["seeds"].append(found)
+        write(options.out, results)
+        theirs: dict[float, Curve] = {}
         for rate in rates:
             print(f"  TRL, learning rate {rate:g}", flush=True)
-            theirs[rate] = train_trl(folder, warm, seed, rate, options)
-        rates = [min(theirs, key=lambda rate: _cpu_s(theirs[rate], options.accuracy))]
-        results["seeds"].append(
-            {
-                "seed": seed,
-                "perigee": asdict(ours),
-                "trl": {f"{rate:g}": asdict(curve) for rate, curve in theirs.items()},
-            }
-            | _ratios(ours, theirs[rates[0]], options.accuracy)
-        )
-        write(options.out, results)
+            # A rate that is slower than another is of no interest.
+            fastest = min(
+                (cpu_s for each in theirs.values() if (cpu_s := _cpu_s(each, options.accuracy))), default=None
+            )
+            theirs[rate] = train_trl(folder, warm, seed, rate, options, fastest or options.max_cpu_s)
+            found["trl"][f"{rate:g}"] = asdict(theirs[rate])
+            best = min(theirs, key=lambda rate: _order(theirs[rate], options.accuracy))
+            found |= {"rate": best} | _ratios(ours, theirs[best], options.accuracy)
+            write(options.out, results)
+        rates = [best]
     return results
 
 
-def _cpu_s(curve: Curve, accuracy: float) -> float:
+def _cpu_s(curve: Curve, accuracy: float) -> float | None:
+    """Returns the CPU seconds to the accuracy; None when it was not reached."""
+    return curve.seconds_to(accuracy, curve.cpu_s)
+
+
+def _order(curve: Curve, accuracy: float) -> float:
     """Returns the CPU seconds to the accuracy; of a training that did not reach it, later ones for lower accuracies."""
-    found = curve.seconds_to(accuracy, curve.cpu_s)
+    found = _cpu_s(curve, accuracy)
     return 1e9 * (1.0 - max(curve.accuracies)) if found is None else found
 
 
 def _ratios(ours: Curve, theirs: Curve, accuracy: float) -> dict[str, Any]:
-    """Returns TRL / Perigee in CPU and wall seconds; a bound from below where TRL did not reach the accuracy."""
+    """Returns TRL / Perigee in CPU and wall seconds; None where Perigee did not reach the accuracy.
+
+    A bound from below where TRL did not.
+    """
     found: dict[str, Any] = {"trl_reached": theirs.seconds_to(accuracy, theirs.cpu_s) is not None}
     for name in ("cpu_s", "wall_s"):
         own = ours.seconds_to(accuracy, getattr(ours, name))
-        if own is None:
-            raise RuntimeError(f"Perigee did not reach {accuracy}: {ours.accuracies}")
         other = theirs.seconds_to(accuracy, getattr(theirs, name))
-        found[f"{name}_ratio"] = (getattr(theirs, name)[-1] if other is None else other) / own
+        found[f"{name}_ratio"] = (getattr(theirs, name)[-1] if other is None else other) / own if own else None
         found[f"perigee_{name}"], found[f"trl_{name}"] = own, other
     return found
 
@@ -227,8 +246,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-4, 2e-4, 3e-4], help="learning rates of TRL")
     parser.add_argument("--accuracy", type=float, default=0.70, help="held-out sampled accuracy to reach")
-    parser.add_argument("--threads", type=int, default=1, help="threads of TRL's process")
-    parser.add_argument("--every", type=int, default=3, help="iterations of Perigee between evaluations")
+    parser.add_argument("--threads", type=int, default=1, help="threads of TRL's process and of Perigee's trainer")
+    parser.add_argument("--every", type=int, default=5, help="iterations of Perigee between evaluations")
     parser.add_argument("--trl-every", type=int, default=8, help="optimizer steps of TRL between evaluations")
     parser.add_argument("--max-cpu-s", type=float, default=600.0, help="CPU seconds after which a training is given up")
     parser.add_argument("--out", type=Path, default=Path("bench/results/trl.json"), help="file for the figures")
@@ -245,12 +264,18 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         results = compare(options, folder)
     for each in results["seeds"]:
-        bound = "" if each["trl_reached"] else " at least"
-        print(
-            f"seed {each['seed']}: TRL / Perigee{bound} {each['cpu_s_ratio']:.2f} CPU, {each['wall_s_ratio']:.2f} wall"
-        )
-    for name in ("cpu_s", "wall_s"):
-        print(f"median of {name}: {statistics.median(each[f'{name}_ratio'] for each in results['seeds']):.2f}")
+        print(f"seed {each['seed']}: {describe(each)}")
+    reached = [each for each in results["seeds"] if each["cpu_s_ratio"]]
+    for name in ("cpu_s", "wall_s") if reached else ():
+        print(f"median of {name}: {statistics.median(each[f'{name}_ratio'] for each in reached):.2f}")
+
+
+def describe(found: dict[str, Any]) -> str:
+    """Returns a seed's result as a line."""
+    if not found["cpu_s_ratio"]:
+        return "Perigee did not reach the accuracy"
+    bound = "" if found["trl_reached"] else " at least"
+    return f"TRL / Perigee{bound} {found['cpu_s_ratio']:.2f} CPU, {found['wall_s_ratio']:.2f} wall"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import signal
 import subprocess
@@ -80,8 +81,10 @@ class Evaluator(TrainerCallback):  # type: ignore[misc]
         """Appends a line to evaluations.jsonl."""
         started = time.monotonic()
         prompts, answers = [row["prompt"] for row in self.rows], [row["answer"] for row in self.rows]
-        was_training = model.training
+        was_training, threads = model.training, torch.get_num_threads()
         model.eval()
+        # Evaluations do not count, and need not take long.
+        torch.set_num_threads(os.cpu_count() or 1)
         batch = self.tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
         with torch.no_grad():
             ids = model.generate(
@@ -93,6 +96,7 @@ class Evaluator(TrainerCallback):  # type: ignore[misc]
                 top_k=0,
                 top_p=1.0,
             )
+        torch.set_num_threads(threads)
         model.train(was_training)
         texts = self.tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         rewards = self.reward(prompts, texts, answer=answers)
