@@ -17,7 +17,7 @@ class RolloutClient(ServiceClient):
     """Client of a rollout worker (`perigee.rollout.v1.RolloutService`)."""
 
     service_name = "perigee.rollout.v1.RolloutService"
-    idempotent = ("GetState",)
+    idempotent = ("GetState", "Leave", "ComeBack")
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
         super().__init__(target, options)
@@ -38,3 +38,11 @@ class RolloutClient(ServiceClient):
     async def get_state(self, request: pb.GetStateRequest, *, timeout_s: float = 20.0) -> pb.GetStateResponse:
         """Returns the state of the worker."""
         return await self._unary(self._stub.GetState, request, timeout_s)
+
+    async def leave(self, request: pb.LeaveRequest, *, timeout_s: float = 600.0) -> pb.LeaveResponse:
+        """Has the worker take no more work and give its engine's memory to others on the same devices."""
+        return await self._unary(self._stub.Leave, request, timeout_s)
+
+    async def come_back(self, request: pb.ComeBackRequest, *, timeout_s: float = 600.0) -> pb.ComeBackResponse:
+        """Has the worker take the memory again, with the weights that it holds."""
+        return await self._unary(self._stub.ComeBack, request, timeout_s)

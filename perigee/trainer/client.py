@@ -55,6 +55,8 @@ class TrainerClient(ServiceClient):
         "LoadCheckpoint",
         "ExportModel",
         "PutFile",
+        "Offload",
+        "Onload",
     )
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
@@ -88,6 +90,13 @@ class TrainerClient(ServiceClient):
     ) -> pb.PublishWeightsResponse:
         """Converts the loaded version and lends it to receivers until another version is published."""
         return await self._unary(self._stub.PublishWeights, request, timeout_s)
+    async def offload(self, request: pb.OffloadRequest, *, timeout_s: float = 600.0) -> pb.OffloadResponse:
+        """Moves the weights out of memory and drops gradients and moments."""
+        return await self._unary(self._stub.Offload, request, timeout_s)
+
+    async def onload(self, request: pb.OnloadRequest, *, timeout_s: float = 600.0) -> pb.OnloadResponse:
+        """Brings the weights back, bit for bit."""
+        return await self._unary(self._stub.Onload, request, timeout_s)
 
     async def save_checkpoint(
         self, request: pb.SaveCheckpointRequest, *, timeout_s: float = 600.0

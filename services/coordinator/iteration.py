@@ -40,6 +40,7 @@ from perigee.reward.v1 import reward_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.groups import LiveGroups, Trajectory
+from services.coordinator.hybrid import SharedDevices
 from services.coordinator.rewards import ShapingWeights, TrainingBatch, make_training_batch, score_responses
 from services.coordinator.rollout_phase import RolloutCounts, RolloutPhase, read_response_texts
 from services.coordinator.run_log import Timeline
@@ -164,6 +165,7 @@ class Iteration:
         self._number = committed.iteration + 1
         self._next_group = committed.state.next_group
         self._timeline = Timeline()
+        self._devices = SharedDevices(context, self._number, self._timeline)
         self._scoring_failures = 0
         inputs = context.inputs
         self._samples = SampleCollector(inputs.prompts, inputs.tokenizer, inputs.config, self._number)
@@ -173,6 +175,7 @@ class Iteration:
         context, config = self._context, self._context.config
         context.status.iteration = self._number
         with self._timeline.phase("preparation"):
+            await self._devices.give_to_workers(self._committed.policy_version)
             await self._weight_sync.ensure(self._committed.policy_version)
             await self._create_groups()
         counts = await self._roll_out()
@@ -182,6 +185,7 @@ class Iteration:
         result: trainer_pb2.TrainResult | None = None
         version = self._committed.policy_version
         if batch.groups:
+            await self._devices.give_to_trainer()
             result = await self._train(batch, learning_rate)
             version = result.policy_version
             with self._timeline.phase("checkpoint"):
@@ -331,7 +335,7 @@ class Iteration:
         for increment in batch.increments:
             self._sampler.record(increment.prompt_id, increment.trajectories, increment.correct)
         line |= time_metrics(self._timeline)
-        for phase in ("commit", "weights"):
+        for phase in ("commit", "convert", "offload", "weights"):
             if phase in self._timeline.phases:
                 state.totals.add_seconds(phase, self._timeline.phases[phase].seconds)
         set_gauges(line)
@@ -356,6 +360,7 @@ class Iteration:
         context.status.count_store_restarts(response.store_restarts)
 
     async def _push(self, version: int) -> None:
+        await self._devices.give_to_workers(version)
         with self._timeline.phase("weights"):
             await self._weight_sync.push(version)
 

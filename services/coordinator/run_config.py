@@ -268,6 +268,18 @@ class EvaluationConfig(Model):
     """Response tokens at most; the rollout's max_response_tokens when unset."""
 
 
+class HybridConfig(Model):
+    """Memory that trainer and rollout workers leave to each other where they use the same devices in turn."""
+
+    engine: Literal["keep", "sleep", "restart"] = "sleep"
+    """What an engine does while the trainer trains: keep its memory, give that of weights and KV cache back, or end and
+    start anew. A GPU's engine sleeps where `rollout.enable_sleep_mode` is set."""
+    trainer: Literal["keep", "shelve"] = "shelve"
+    """Whether the trainer keeps its memory while workers generate, or moves its weights to `trainer.offload_path`."""
+    workers: tuple[str, ...] = ()
+    """Ids of the workers on the trainer's devices; those with the trainer's host in their address when empty."""
+
+
 class RunConfig(Model):
     """Configuration of a run."""
 
@@ -340,6 +352,10 @@ class RunConfig(Model):
     """Accuracy on held-out problems."""
     samples: SamplesConfig = SamplesConfig()
     """Responses that are kept for people to read."""
+    deployment: Literal["separate", "hybrid"] = "separate"
+    """`hybrid` has trainer and rollout workers use the same devices in turn; otherwise each has its own."""
+    hybrid: HybridConfig = HybridConfig()
+    """Memory of a hybrid deployment."""
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -397,7 +413,7 @@ class RunConfig(Model):
 
 
 # These may change when a run is resumed.
-_NOT_IN_DIGEST = {"iterations", "time_limit_s", "evaluation", "samples"}
+_NOT_IN_DIGEST = {"iterations", "time_limit_s", "evaluation", "samples", "deployment", "hybrid"}
 
 
 def to_message(config: BaseModel, message: MessageT, **changes: Any) -> MessageT:

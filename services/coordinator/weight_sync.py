@@ -14,7 +14,7 @@ from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1 import weights_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.directory import Directory, plan_sources
-from services.coordinator.workers import EMPTY, FAILURES, READY, PeerLostError, Worker
+from services.coordinator.workers import AWAY, EMPTY, FAILURES, READY, PeerLostError, Worker
 from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 
@@ -149,7 +149,7 @@ class WeightSync:
             if worker.suspect is None:
                 self._registry.mark_pushed(worker, version)
             return True
-        return state.status not in (EMPTY, READY)
+        return state.status not in (EMPTY, READY, AWAY)
 
     async def _push_to(self, workers: list[Worker], version: int) -> None:
         request = pb.PushWeightsRequest(

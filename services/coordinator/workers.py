@@ -24,6 +24,7 @@ STARTING, EMPTY, READY = (
     rollout_pb2.WORKER_STATUS_EMPTY,
     rollout_pb2.WORKER_STATUS_READY,
 )
+AWAY = rollout_pb2.WORKER_STATUS_AWAY
 
 WORKERS = Gauge("perigee_coordinator_workers", "Rollout workers with a lease.")
 FAILURES = Counter("perigee_coordinator_failures", "Failures by kind.", ["kind"])
@@ -65,8 +66,8 @@ class Worker:
 
     @property
     def takes_weights(self) -> bool:
-        """Whether its engine runs."""
-        return self.status in (EMPTY, READY)
+        """Whether its engine runs, or comes back with the weights."""
+        return self.status in (EMPTY, READY, AWAY)
 
     def has_version(self, version: int) -> bool:
         """Returns whether it may be given work of a policy version."""

@@ -83,6 +83,8 @@ class RolloutConfig(ServiceConfig):
     """GPUs that one engine spans."""
     enforce_eager: bool = True
     """Run without captured graphs; they make small models faster on GPUs and the start slower."""
+    enable_sleep_mode: bool = False
+    """Let a GPU's engine sleep while a trainer uses the GPU; an engine on a CPU always can."""
     engine_threads: int = Field(1, ge=1)
     """Threads of one forward pass on a CPU."""
 

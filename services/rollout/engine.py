@@ -97,3 +97,15 @@ class Engine(ABC):
         Requests in flight continue with the new weights. When it fails, the engine holds no usable weights and
         must be stopped. Raises EngineDiedError when the engine dies meanwhile.
         """
+
+    @abstractmethod
+    async def sleep(self) -> None:
+        """Gives the memory of weights and KV cache back; requests in flight wait, and others must not come."""
+
+    @abstractmethod
+    async def wake_up(self, image: WeightImage) -> None:
+        """Takes the memory again, loads the weights, and goes on with the requests in flight."""
+
+    @abstractmethod
+    def count_memory(self) -> int:
+        """Returns the bytes that the engine's processes have for themselves; 0 without any."""

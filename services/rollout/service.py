@@ -7,13 +7,19 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from perigee.buffer.client import BufferClient
 from perigee.coordinator.client import CoordinatorClient
-from perigee.errors import FieldViolation, InternalError, InvalidArgumentError, UnavailableError
+from perigee.errors import (
+    FailedPreconditionError,
+    FieldViolation,
+    InternalError,
+    InvalidArgumentError,
+    UnavailableError,
+)
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
 from perigee.trainer.client import TrainerClient
@@ -34,8 +40,10 @@ from services.rollout.extend import extend_trajectories
 from services.rollout.generate import generate
 from services.rollout.model import PolicyModel, open_policy
 from services.rollout.registration import keep_registered
+from services.rollout.residence import RESIDENCES
 from services.rollout.segment import SegmentSettings, check_repetition_stop, check_sampling
-from services.rollout.worker import DRAINING, READY, Worker, supervise
+from services.rollout.worker import AWAY, DRAINING, READY, Worker, supervise
+from services.weights.manifest import WeightImage
 from services.weights.receive import WeightReceiver
 
 log = get_logger(__name__)
@@ -51,9 +59,10 @@ WEIGHT_SOURCE = "perigee.weights.v1.WeightSourceService"
 class RolloutService(RolloutServiceServicer):
     """Serves generation on one worker."""
 
-    def __init__(self, worker: Worker, buffer: BufferClient) -> None:
+    def __init__(self, worker: Worker, buffer: BufferClient, held_image: Callable[[], WeightImage | None]) -> None:
         self._worker = worker
         self._buffer = buffer
+        self._held_image = held_image
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> AsyncIterator[pb.GenerateResponse]:
         """Generates from prompts in the request."""
@@ -98,6 +107,28 @@ class RolloutService(RolloutServiceServicer):
             generated_tokens=worker.generated_tokens,
             engine_restarts=worker.engine_restarts,
         )
+
+    async def Leave(self, request: pb.LeaveRequest, context: Any) -> pb.LeaveResponse:
+        """Has the worker leave its memory to others."""
+        residence = RESIDENCES.get(request.residence)
+        if residence is None:
+            raise InvalidArgumentError.for_field("residence", f"{request.residence} is none that this worker knows")
+        self._worker.check_iteration(request.run_id, request.iteration)
+        start = time.monotonic()
+        freed = await self._worker.leave(residence)
+        return pb.LeaveResponse(seconds=time.monotonic() - start, freed_bytes=freed)
+
+    async def ComeBack(self, request: pb.ComeBackRequest, context: Any) -> pb.ComeBackResponse:
+        """Has the worker come back with the weights that it holds."""
+        worker = self._worker
+        worker.check_iteration(request.run_id, request.iteration)
+        start = time.monotonic()
+        if worker.status == AWAY:
+            image = self._held_image()
+            if image is None:
+                raise FailedPreconditionError(f"Worker {worker.worker_id} holds no weights: push a policy version.")
+            await worker.come_back(image)
+        return pb.ComeBackResponse(seconds=time.monotonic() - start, policy_version=worker.policy_version)
 
 
 def segment_settings(
@@ -193,7 +224,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     app.add(
         ROLLOUT,
         add_RolloutServiceServicer_to_server,
-        RolloutService(worker, app.connect(BufferClient, config.buffer_address)),
+        RolloutService(worker, app.connect(BufferClient, config.buffer_address), lambda: receiver.current),
         # It serves within a run only: a worker that can take weights is ready for one.
         required=False,
     )

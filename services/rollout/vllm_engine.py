@@ -6,8 +6,11 @@ import asyncio
 import gc
 import multiprocessing
 import os
+import re
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
@@ -52,11 +55,13 @@ class VllmEngine(Engine):
         # Whether the engine's processes know which slices of pulled tensors they take.
         self._knows_slices = False
         self._progress_time = time.monotonic()
+        self._asleep = False
 
     async def start(self) -> None:
         """Forks EngineCore from the fork server, with dummy weights."""
         self._knows_slices = False
         prepare_vllm(self._config)
+        self._asleep = False
         arguments = engine_arguments(self._config, self._model)
         starting = asyncio.create_task(asyncio.to_thread(AsyncLLM.from_engine_args, arguments))
         try:
@@ -91,7 +96,7 @@ class VllmEngine(Engine):
         """Watches the process, and that requests in flight make progress."""
         while self._llm is not None and not self._llm.errored:
             stalled = time.monotonic() - self._progress_time
-            if self._running and stalled > self._config.supervision.stall_seconds:
+            if self._running and not self._asleep and stalled > self._config.supervision.stall_seconds:
                 log.error("engine stalled", seconds=round(stalled, 1), running=len(self._running))
                 return
             await asyncio.sleep(DEATH_POLL_SECONDS)
@@ -140,27 +145,82 @@ class VllmEngine(Engine):
         recompute their keys and values under the new weights.
         """
         llm = self._alive()
-        update = {"path": str(image.path), "manifest": image.manifest.SerializeToString()}
-        try:
+        with _deaths():
             await llm.pause_generation(mode="keep", clear_cache=True)
-            if image.manifest.pieces and not self._knows_slices:
-                tensors = Manifest(tensors=image.manifest.tensors)
-                found = await llm.collective_rpc("find_slices", args=(tensors.SerializeToString(),))
-                log.info("slices of pulled tensors found", tensors_by_process=found)
-                self._knows_slices = True
-            await llm.start_weight_update()
-            await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
-            await llm.finish_weight_update(weight_version=str(image.manifest.policy_version))
+            await self._load(llm, image)
             await llm.resume_generation()
-        except EngineDeadError as error:
-            raise EngineDiedError(str(error)) from error
         self._progress_time = time.monotonic()
+
+    async def _load(self, llm: AsyncLLM, image: WeightImage) -> None:
+        """Reloads a paused engine from an image."""
+        if image.manifest.pieces and not self._knows_slices:
+            tensors = Manifest(tensors=image.manifest.tensors)
+            found = await llm.collective_rpc("find_slices", args=(tensors.SerializeToString(),))
+            log.info("slices of pulled tensors found", tensors_by_process=found)
+            self._knows_slices = True
+        update = {"path": str(image.path), "manifest": image.manifest.SerializeToString()}
+        await llm.start_weight_update()
+        await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+        await llm.finish_weight_update(weight_version=str(image.manifest.policy_version))
+
+    async def sleep(self) -> None:
+        """Pauses, then has vLLM free a GPU's memory, or the worker's extension that of a CPU, where vLLM cannot."""
+        llm = self._alive()
+        with _deaths():
+            await llm.pause_generation(mode="keep", clear_cache=True)
+            self._asleep = True
+            if current_platform.is_cpu():
+                await llm.collective_rpc("free_memory")
+            else:
+                await llm.sleep(level=2, mode="keep")
+
+    async def wake_up(self, image: WeightImage) -> None:
+        """Takes the KV cache's memory after the load, which needs some of its own."""
+        llm = self._alive()
+        with _deaths():
+            await self._take_memory(llm, "weights")
+            await self._load(llm, image)
+            await self._take_memory(llm, "kv_cache")
+            await llm.resume_generation()
+        self._progress_time, self._asleep = time.monotonic(), False
+
+    async def _take_memory(self, llm: AsyncLLM, tag: str) -> None:
+        if current_platform.is_cpu():
+            await llm.collective_rpc(f"take_{tag}_memory")
+        else:
+            await llm.wake_up(tags=[tag])
+
+    def count_memory(self) -> int:
+        """Reads it from the kernel; pages that processes share count in part."""
+        if self._llm is None:
+            return 0
+        manager: Any = self._llm.engine_core.resources.engine_manager
+        return sum(count_own_bytes(process.pid) for process in manager.processes)
 
     def _alive(self) -> AsyncLLM:
         """Returns the running AsyncLLM; raises EngineDiedError without one."""
         if self._llm is None or self._llm.errored:
             raise EngineDiedError("the engine does not run")
         return self._llm
+
+
+@contextmanager
+def _deaths() -> Iterator[None]:
+    """Raises EngineDiedError for vLLM's error of a dead engine."""
+    try:
+        yield
+    except EngineDeadError as error:
+        raise EngineDiedError(str(error)) from error
+
+
+def count_own_bytes(pid: int) -> int:
+    """Returns the memory of a process, shared pages in part (PSS); 0 for one that has ended."""
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
 
 
 async def _submit(llm: AsyncLLM, request: EngineRequest) -> Any:
@@ -278,4 +338,5 @@ def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineAr
         disable_log_stats=True,
         max_num_batched_tokens=config.max_num_batched_tokens,
         kv_cache_memory_bytes=kv_cache_bytes,
+        enable_sleep_mode=config.enable_sleep_mode and not current_platform.is_cpu(),
     )

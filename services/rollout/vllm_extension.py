@@ -1,12 +1,13 @@
-"""Extension of vLLM's engine process: it loads weights from shared memory.
+"""Extension of vLLM's engine process: it loads weights from shared memory, and gives memory back.
 
 vLLM imports this module in the engine's process because `WorkerExtension` is named as the worker's extension class.
 """
 
 from __future__ import annotations
 
+import ctypes
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +34,36 @@ BACKEND = "perigee-shm"
 
 
 class WorkerExtension:
-    """Makes vLLM load this module, and adds a method to the worker."""
+    """Methods of a worker: what it takes of pulled tensors, and its memory on a CPU; vLLM sleeps on GPUs alone."""
+
+    model_runner: Any
+    # Tensors without memory, with the bytes that they had.
+    _freed: dict[str, list[tuple[torch.Tensor, int]]]
+
+    def free_memory(self) -> None:
+        """Frees parameters, the packed copies that the kernels use, and the KV cache, of an engine that is paused.
+
+        Buffers stay: no checkpoint has them.
+        """
+        model = self.model_runner.model
+        for module in model.modules():
+            if hasattr(module, "cpu_linear"):
+                # The packed copy lives in this closure; the next reload makes another.
+                module.cpu_linear = None
+        forget_packed_experts(model)
+        self._freed = {"weights": _free(model.parameters()), "kv_cache": _free(_flatten(self.model_runner.kv_caches))}
+        ctypes.CDLL(None).malloc_trim(0)
+
+    def take_weights_memory(self) -> None:
+        """Gives the parameters memory, with arbitrary content."""
+        for tensor, size in self._freed["weights"]:
+            tensor.untyped_storage().resize_(size)
+
+    def take_kv_cache_memory(self) -> None:
+        """Gives the KV cache memory, zeroed."""
+        for tensor, size in self._freed["kv_cache"]:
+            tensor.untyped_storage().resize_(size)
+            tensor.zero_()
 
     def find_slices(self, manifest: bytes) -> int:
         """Learns which parts of the manifest's tensors this worker takes; returns of how many tensors."""
@@ -42,6 +72,26 @@ class WorkerExtension:
         with set_current_vllm_config(worker.vllm_config):
             engine.wanted = find_slices(engine.model, pb.Manifest.FromString(manifest).tensors)
         return len(engine.wanted or {})
+
+
+def _free(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
+    """Frees the storages of tensors; returns one tensor of each, with its bytes."""
+    freed = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if size := storage.nbytes():
+            storage.resize_(0)
+            freed.append((tensor, size))
+    return freed
+
+
+def _flatten(tensors: Any) -> Iterator[torch.Tensor]:
+    """Yields the tensors of nested lists."""
+    if isinstance(tensors, torch.Tensor):
+        yield tensors
+    else:
+        for each in tensors:
+            yield from _flatten(each)
 
 
 @dataclass

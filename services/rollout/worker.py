@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -25,13 +25,16 @@ from services.kit.tracing import span
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError, EngineRequest
 from services.rollout.model import PolicyModel
+from services.rollout.residence import Residence, Restart
 from services.weights.manifest import WeightImage
 
 log = get_logger(__name__)
 
+ResultT = TypeVar("ResultT")
 WorkerStatus: TypeAlias = "pb.WorkerStatus.ValueType"
 STARTING, EMPTY = pb.WORKER_STATUS_STARTING, pb.WORKER_STATUS_EMPTY
 READY, DRAINING = pb.WORKER_STATUS_READY, pb.WORKER_STATUS_DRAINING
+AWAY = pb.WORKER_STATUS_AWAY
 
 GENERATED_TOKENS = Counter("perigee_rollout_generated_tokens", "Response tokens generated.")
 CACHED_TOKENS = Counter("perigee_rollout_cached_tokens", "Prompt and earlier tokens served from the prefix cache.")
@@ -66,7 +69,12 @@ class Worker:
         self.broken = asyncio.Event()
         """Set when the engine must be restarted though its process lives."""
         self._committing = asyncio.Lock()
-        self._commit: asyncio.Task[None] | None = None
+        self._change: asyncio.Task[Any] | None = None
+        # Of the last leave, and the iteration of a run that the last call named.
+        self._residence: Residence = Restart()
+        self._iteration = ("", 0)
+        self.returns = 0
+        """Times that the worker came back."""
         self._changed = asyncio.Event()
 
     @property
@@ -129,18 +137,79 @@ class Worker:
         Raises InvalidArgumentError when the checkpoint is not this model's (the old version serves on),
         UnavailableError when no engine runs, InternalError when the engine failed half-way and is restarted.
         """
-        # A caller that goes away must not leave the engine half-loaded and paused.
-        self._commit = asyncio.create_task(self._commit_alone(image))
-        await asyncio.shield(self._commit)
+        await self._finish(self._commit_alone(image))
+
+    async def _finish(self, change: Coroutine[Any, Any, ResultT]) -> ResultT:
+        """Runs a change of the engine to its end: a caller that goes away must not leave it half-loaded and paused."""
+        self._change = asyncio.create_task(change)
+        return await asyncio.shield(self._change)
 
     async def _commit_alone(self, image: WeightImage) -> None:
         """Commits when no other commit runs and the engine is up."""
         async with self._committing:
             await self._wait_started()
             await asyncio.to_thread(self.model.check_image, image)
-            if self.status not in (EMPTY, READY):
+            if self.status not in (EMPTY, READY, AWAY):
                 raise UnavailableError("The engine died before the commit and is restarted.")
             await self._update(image)
+
+    def check_iteration(self, run_id: str, iteration: int) -> None:
+        """Raises FailedPreconditionError when a call is of an iteration before the last one that was named."""
+        if self._iteration[0] == run_id and iteration < self._iteration[1]:
+            raise FailedPreconditionError(f"Run {run_id} is in iteration {self._iteration[1]}, not {iteration}.")
+        self._iteration = (run_id, iteration)
+
+    async def leave(self, residence: Residence) -> int:
+        """Becomes AWAY unless it is, and gives the engine's memory back; returns the bytes that were freed.
+
+        Raises UnavailableError when no engine runs, InternalError when the engine failed and is restarted.
+        """
+        return await self._finish(self._leave_alone(residence))
+
+    async def _leave_alone(self, residence: Residence) -> int:
+        async with self._committing:
+            await self._wait_started(again=True)
+            if self.status == AWAY:
+                return 0
+            if self.status not in (EMPTY, READY):
+                raise UnavailableError("The engine died and is restarted.")
+            before = await asyncio.to_thread(self.engine.count_memory)
+            self.set_status(AWAY, self.run_id, self.policy_version)
+            self._residence = residence
+            try:
+                async with asyncio.timeout(self.config.update_timeout_seconds):
+                    await residence.leave(self.engine)
+            except Exception as error:
+                self._break()
+                raise InternalError(f"The engine failed when it left and is restarted: {error}") from error
+            return before - await asyncio.to_thread(self.engine.count_memory)
+
+    async def come_back(self, image: WeightImage) -> None:
+        """Becomes READY with these weights if it is AWAY; raises what `commit` raises."""
+        await self._finish(self._come_back_alone(image))
+
+    async def _come_back_alone(self, image: WeightImage) -> None:
+        async with self._committing:
+            if self.status == AWAY:
+                await self._update(image)
+
+    async def _load(self, image: WeightImage) -> None:
+        """Loads weights into the engine, or has it come back with them: another engine where this one does not."""
+        if self.status != AWAY:
+            await self.engine.update_weights(image)
+            return
+        try:
+            await self._residence.come_back(self.engine, image)
+        # Whatever it is, another engine need not have it.
+        except Exception as error:
+            log.error("engine did not come back; another is started", exc_info=error)
+            await Restart().come_back(self.engine, image)
+        self.returns += 1
+
+    def _break(self) -> None:
+        """Has the engine restarted: nobody knows what it holds."""
+        self.set_status(STARTING)
+        self.broken.set()
 
     async def refill(self, image: WeightImage | None) -> None:
         """Makes a started engine EMPTY, or READY again with weights that are still in memory.
@@ -152,12 +221,12 @@ class Worker:
         else:
             await self._update(image)
 
-    async def _wait_started(self) -> None:
+    async def _wait_started(self, again: bool = False) -> None:
         """Waits for the first engine; raises UnavailableError when it takes too long or the worker shuts down.
 
-        One that starts again after its death is not waited for: others wait for the end of this push.
+        Commits do not wait for one that starts again after its death: others wait for the end of their push.
         """
-        if self.status == STARTING and self.engine_restarts:
+        if self.status == STARTING and self.engine_restarts and not again:
             raise UnavailableError(f"The engine of worker {self.worker_id} died and starts again.")
         try:
             async with asyncio.timeout(self.config.commit_wait_seconds):
@@ -175,12 +244,10 @@ class Worker:
         try:
             with span("load weights", worker=self.worker_id, version=image.manifest.policy_version):
                 async with asyncio.timeout(self.config.update_timeout_seconds):
-                    await self.engine.update_weights(image)
+                    await self._load(image)
                 await self._compare(image)
         except Exception as error:
-            # Nobody knows which of its weights are new: this engine must not serve again.
-            self.set_status(STARTING)
-            self.broken.set()
+            self._break()
             if isinstance(error, EngineDiedError):
                 raise UnavailableError("The engine died during the commit and is restarted.") from error
             raise InternalError(f"The engine failed in the commit and is restarted: {error}") from error
@@ -313,7 +380,18 @@ async def _refill(worker: Worker, image: WeightImage | None) -> bool:
 
 
 async def _wait_end(worker: Worker) -> None:
-    """Returns when the engine has died or must be restarted."""
+    """Returns when the engine has died or must be restarted; one that ends while the worker is away, comes back."""
+    while True:
+        returns = worker.returns
+        await _wait_death(worker)
+        while worker.status == AWAY and not worker.broken.is_set():
+            await worker.wait_change()
+        # After a return the death may be that of an engine which another one has replaced.
+        if worker.broken.is_set() or worker.returns == returns:
+            return
+
+
+async def _wait_death(worker: Worker) -> None:
     waits = [asyncio.create_task(worker.engine.wait_dead()), asyncio.create_task(worker.broken.wait())]
     try:
         await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)

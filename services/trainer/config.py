@@ -64,6 +64,9 @@ class TrainerConfig(ServiceConfig):
     keep_checkpoints: int = Field(3, ge=2)
     """Checkpoints kept of each run; at least 2, so that an interrupted iteration finds the version it started from. The
     supervised model, a run's first policy, is kept besides, for comparisons from the same start."""
+    offload_path: str | None = None
+    """Folder on a disk of every machine that takes the weights while others use the memory; the system's temporary
+    folder when unset. One in memory, such as /dev/shm, frees nothing."""
     max_shard_bytes: int = Field(4 << 30, ge=1 << 20)
     """Largest safetensors file of a checkpoint."""
     buffer_timeout_s: float = Field(120.0, gt=0)

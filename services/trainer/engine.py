@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from services.trainer.hf import DTYPES, read_model_shape
 from services.trainer.megatron.memory import free_bytes
 from services.trainer.megatron.model import Policy
 from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
+from services.trainer.megatron.shelf import Shelf
 from services.trainer.packing import TokenSequence
 from services.trainer.training import JobContext, Reader, fine_tune, train_iteration
 from services.weights.pieces import Export, PieceStore
@@ -65,12 +67,31 @@ class ExportCommand:
 
 
 @dataclass(frozen=True)
+class OffloadCommand:
+    """Move the weights out of memory; the result is the bytes dropped and shelved by all ranks."""
+
+
+@dataclass(frozen=True)
+class OnloadCommand:
+    """Bring the weights back, as every command does that needs them."""
+
+
+@dataclass(frozen=True)
 class StopCommand:
     """Leave the loop."""
 
 
 # A TrainRequest runs one iteration of reinforcement learning.
-Command = FineTuneCommand | pb.TrainRequest | LoadCommand | CollectCommand | ExportCommand | StopCommand
+Command = (
+    FineTuneCommand
+    | pb.TrainRequest
+    | LoadCommand
+    | CollectCommand
+    | ExportCommand
+    | OffloadCommand
+    | OnloadCommand
+    | StopCommand
+)
 
 
 class Engine:
@@ -85,6 +106,8 @@ class Engine:
     def __init__(self, config: TrainerConfig, read: Reader) -> None:
         self.broken = False
         self._snapshot_bytes = 0
+        self._shelf: Shelf | None = None
+        self._offload_path = Path(config.offload_path or tempfile.gettempdir())
         self._read = read
         self._seed = abs(config.seed)
         self.checkpoints = Checkpoints.of(config)
@@ -173,6 +196,10 @@ class Engine:
         self, command: Command, context: JobContext, examples: Sequence[TokenSequence] | None, sink: Sink | None
     ) -> Any:
         policy = self.policy
+        if isinstance(command, OffloadCommand):
+            return self._offload()
+        if not isinstance(command, StopCommand):
+            self._onload()
         if isinstance(command, FineTuneCommand):
             tuning = self._bound(command.request)
             return self._or_restore(lambda: fine_tune(policy, context, tuning, command.counts, examples))
@@ -205,6 +232,28 @@ class Engine:
         self.everyone.raise_first(problem)
         found = self.everyone.gather((export, self.policy.fingerprint()))
         return [each for each, _ in found], next(each for _, each in found if each is not None)
+
+    def _offload(self) -> tuple[int, int]:
+        """Offloads on every rank or raises on every rank."""
+        problem = None
+        if self._shelf is None:
+            try:
+                self._shelf = self.policy.offload(self._offload_path)
+            except OSError as error:
+                problem = UnavailableError(f"trainer.offload_path: {self._offload_path} takes no weights: {error}")
+        try:
+            self.everyone.raise_first(problem)
+        except PerigeeError:
+            self._onload()
+            raise
+        assert self._shelf is not None
+        sizes = self.everyone.gather((self._shelf.dropped, self._shelf.shelved))
+        return sum(dropped for dropped, _ in sizes), sum(shelved for _, shelved in sizes)
+
+    def _onload(self) -> None:
+        if self._shelf is not None:
+            self._shelf.close()
+            self._shelf = None
 
     def _or_restore(self, job: Callable[[], Any]) -> Any:
         """Runs a job, and puts the weights back when it fails: from the folder that holds them, else from a copy."""

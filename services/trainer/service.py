@@ -22,10 +22,13 @@ from services.kit.addresses import advertised_host, join_address
 from services.kit.hf import read_model_files
 from services.kit.server import App, channel_options
 from services.kit.storage import cache_folder, receive_piece
+from services.kit.telemetry import get_logger
 from services.trainer.config import TrainerConfig
 from services.trainer.trainer import Trainer
 from services.trainer.training import check_training
 from services.weights.send import WeightSender
+
+log = get_logger(__name__)
 
 SERVICE = "perigee.trainer.v1.TrainerService"
 WEIGHT_SOURCE = "perigee.weights.v1.WeightSourceService"
@@ -53,6 +56,7 @@ class TrainerService(TrainerServiceServicer):
             pipeline_parallel=trainer.config.pipeline_parallel,
             data_parallel=trainer.config.data_parallel,
             busy=trainer.busy,
+            offloaded=trainer.offloaded,
         )
 
     async def CheckAlgorithm(self, request: pb.CheckAlgorithmRequest, context: Context) -> pb.CheckAlgorithmResponse:
@@ -91,6 +95,16 @@ class TrainerService(TrainerServiceServicer):
         """See the contract."""
         version = request.policy_version if request.HasField("policy_version") else None
         return pb.LoadCheckpointResponse(policy_version=await self._trainer.load_checkpoint(request.run_id, version))
+
+    async def Offload(self, request: pb.OffloadRequest, context: Context) -> pb.OffloadResponse:
+        """See the contract."""
+        log.info("offloading", run_id=request.run_id, iteration=request.iteration)
+        return await self._trainer.offload()
+
+    async def Onload(self, request: pb.OnloadRequest, context: Context) -> pb.OnloadResponse:
+        """See the contract."""
+        log.info("onloading", run_id=request.run_id, iteration=request.iteration)
+        return await self._trainer.onload()
 
     async def ExportModel(self, request: pb.ExportModelRequest, context: Context) -> pb.ExportModelResponse:
         """See the contract."""

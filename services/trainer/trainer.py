@@ -36,6 +36,8 @@ from services.trainer.engine import (
     ExportCommand,
     FineTuneCommand,
     LoadCommand,
+    OffloadCommand,
+    OnloadCommand,
     Sink,
     StopCommand,
 )
@@ -89,6 +91,7 @@ class Trainer:
         self.checkpoints = Checkpoints.of(config)
         self.loaded = LoadedPolicy("", 0)
         self.busy = False
+        self.offloaded = False
         self._buffer = buffer
         self._sender = sender
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="megatron")
@@ -216,6 +219,21 @@ class Trainer:
             await self._collect(lambda tensors: write_folder(path, source, tensors, {}, limit))
             return path
 
+    async def offload(self) -> pb.OffloadResponse:
+        """Moves the weights out of memory; the image of a push stays."""
+        start = monotonic()
+        with self._claim():
+            dropped, shelved = await self._call(OffloadCommand(), lambda result: result)
+            self.offloaded = True
+        return pb.OffloadResponse(seconds=monotonic() - start, dropped_bytes=dropped, shelved_bytes=shelved)
+
+    async def onload(self) -> pb.OnloadResponse:
+        """Brings the weights back."""
+        start = monotonic()
+        with self._claim():
+            await self._call(OnloadCommand(), lambda result: result)
+        return pb.OnloadResponse(seconds=monotonic() - start)
+
     async def push_weights(self, run_id: str, version: int, targets: Sequence[pb.PushTarget]) -> pb.PushWeightsResponse:
         """Pushes the loaded version to workers. Its image stays, so a later push may run beside a job."""
         self._check_loaded(run_id, version)
@@ -335,6 +353,8 @@ class Trainer:
         if self.busy:
             raise FailedPreconditionError("the trainer runs another job; wait for its end")
         self.busy = True
+        # Whatever the engine does next brings the weights back first.
+        self.offloaded = False
         try:
             yield
         finally:

@@ -362,3 +362,27 @@ async def test_the_same_weights_are_evaluated_once(buffer_address: str, tmp_path
     assert (baseline["kind"], final["kind"], baseline["problems"]) == ("baseline", "final", 3)
     assert final == baseline | {"kind": "final", "seconds": 0.0}
     assert baseline["seconds"] > 0
+
+
+async def test_trainer_and_workers_take_turns_on_shared_devices(buffer_address: str, tmp_path: Path) -> None:
+    run_id = f"run-{uuid.uuid4().hex}"
+    section = write_run_section(
+        tmp_path, iterations=2, deployment="hybrid", hybrid={"engine": "restart", "workers": ["pod"]}
+    )
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
+    async with AsyncExitStack() as stack:
+        peers = await stack.enter_async_context(fake_peers(buffer_address))
+        client = await stack.enter_async_context(coordinator(peers))
+        for name in ("pod", "other"):
+            worker = peers.add_worker(name, tokenizer)
+            await stack.enter_async_context(worker_in_service(worker, client.target))
+        await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run")))
+        snapshots = await finish(client, run_id)
+    assert snapshots[-1].phase == pb.RUN_PHASE_FINISHED
+    assert peers.workers["pod"].left == {1: 1, 2: 1}
+    assert not peers.workers["other"].left
+    assert not peers.workers["pod"].away
+    for line in read_json_lines(tmp_path / "run" / "metrics.jsonl"):
+        starts = [line[f"time/{phase}/start"] for phase in ("leave", "onload", "training", "convert", "offload")]
+        assert starts == sorted(starts)
+        assert line["time/offload/start"] < line["time/weights/start"]

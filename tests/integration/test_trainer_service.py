@@ -177,6 +177,39 @@ async def test_checkpoints_restore_every_bit_and_are_kept_n_deep(
         await trainer.client.save_checkpoint(pb.SaveCheckpointRequest(run_id=RUN, policy_version=2))
 
 
+async def test_an_offloaded_trainer_comes_back_bit_for_bit(
+    trainer: TrainerAt, buffer_client: BufferClient, tmp_path: Path
+) -> None:
+    async def export(name: str) -> bytes:
+        await trainer.client.export_model(pb.ExportModelRequest(run_id=RUN, path=str(tmp_path / name)))
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    await reload_base(trainer)
+    groups = make_groups("shelf", 5, groups=2, k=2, spans=[[(0, 8)]])
+    await store_groups(buffer_client, RUN, groups)
+    first = await train(trainer, train_request(RUN, groups, [1.0, 0.0], max_staleness=9))
+    weights = int(first.metrics["train/weights_bytes"])
+    before = await export("before")
+    for _ in range(2):
+        offloaded = await trainer.client.offload(pb.OffloadRequest(run_id=RUN, iteration=1))
+        assert (await trainer.client.get_state(pb.GetStateRequest())).offloaded
+        assert offloaded.shelved_bytes == weights
+        # Gradients, two moments, and the number of a step for each tensor.
+        assert 3 * weights <= offloaded.dropped_bytes < 3 * weights + 1024
+    await trainer.client.onload(pb.OnloadRequest(run_id=RUN, iteration=2))
+    assert not (await trainer.client.get_state(pb.GetStateRequest())).offloaded
+    assert await export("after") == before
+    # What needs the weights brings them back, and training goes on as if nothing had been.
+    request = train_request(RUN, groups, [1.0, 0.0], base=1, max_staleness=9)
+    undisturbed = await train(trainer, request)
+    await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=0))
+    await train(trainer, train_request(RUN, groups, [1.0, 0.0], max_staleness=9))
+    await trainer.client.offload(pb.OffloadRequest(run_id=RUN, iteration=2))
+    disturbed = await train(trainer, request)
+    for name in ("train/loss", "train/grad_norm", "train/entropy"):
+        assert disturbed.metrics[name] == undisturbed.metrics[name]
+
+
 async def test_the_export_loads_in_transformers(trainer: TrainerAt, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -1,7 +1,7 @@
 """Segments over an engine whose tokens are known: budgets, chunks, repetition, versions."""
 
 import itertools
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.rollout.v1.rollout_pb2 import RepetitionStop, Sampling
 from services.rollout.engine import Engine, EngineOutput, EngineRequest
 from services.rollout.segment import EndReason, Segment, SegmentSettings, generate_segment, plan_end, slice_spans
-from services.weights.manifest import WeightImage
+from tests.fixtures.rollout_engine import FragileEngine
 
 STOP = buffer_pb2.END_REASON_STOP
 REPETITION = buffer_pb2.END_REASON_REPETITION
@@ -24,19 +24,14 @@ def span(version: int, tokens: int) -> VersionSpan:
     return VersionSpan(policy_version=version, tokens=tokens)
 
 
-class ScriptedEngine(Engine):
+class ScriptedEngine(FragileEngine):
     """Hands out given tokens, one version for the first `switch` of them and the next for the others."""
 
     def __init__(self, tokens: Sequence[int], stop: int, switch: int = 1 << 30) -> None:
+        super().__init__()
         self.tokens, self.stop_token, self.switch = tokens, stop, switch
         self.requests: list[EngineRequest] = []
         self.handed_out = 0
-
-    async def start(self) -> None: ...
-    async def stop(self) -> None: ...
-    async def wait_dead(self) -> None: ...
-    async def interrupt(self, request_ids: Iterable[str]) -> None: ...
-    async def update_weights(self, image: WeightImage) -> None: ...
 
     async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         self.requests.append(request)

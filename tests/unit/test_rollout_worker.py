@@ -24,8 +24,9 @@ from perigee.rollout.v1 import rollout_pb2 as pb
 from services.rollout.engine import EngineOutput, EngineRequest, PromptScore
 from services.rollout.extend import ChunkWriter, extend_trajectories
 from services.rollout.model import open_policy
+from services.rollout.residence import RESIDENCES
 from services.rollout.segment import SegmentSettings
-from services.rollout.worker import DRAINING, EMPTY, READY, STARTING, Worker, WorkerStatus, supervise
+from services.rollout.worker import AWAY, DRAINING, EMPTY, READY, STARTING, Worker, WorkerStatus, supervise
 from services.weights.manifest import WeightImage, export_image
 from tests.fixtures.rollout import make_policy, policy_tensors, rollout_config
 from tests.fixtures.rollout_engine import FragileEngine
@@ -84,6 +85,59 @@ async def test_a_worker_is_empty_until_weights_arrive(bench: Bench) -> None:
         await bench.commit(4)
         assert (bench.worker.status, bench.worker.policy_version) == (READY, 4)
         bench.worker.check_ready("run", 4)
+
+
+@pytest.mark.parametrize("name", pb.Residence.keys()[1:])
+async def test_a_worker_leaves_and_comes_back(bench: Bench, name: str) -> None:
+    residence = RESIDENCES[pb.Residence.Value(name)]
+    async with bench.supervised():
+        await bench.commit(4)
+        for cycle in (1, 2):
+            freed = await bench.worker.leave(residence)
+            assert (freed, bench.worker.status) == (0 if name == "RESIDENCE_KEEP" else 100, AWAY)
+            assert await bench.worker.leave(residence) == 0
+            with pytest.raises(FailedPreconditionError, match="is away"):
+                bench.worker.check_ready("run", 4)
+            assert bench.held is not None
+            await bench.worker.come_back(bench.held)
+            await bench.worker.come_back(bench.held)
+            assert (bench.worker.status, bench.engine.versions) == (READY, [4] * (1 + cycle))
+        await bench.worker.leave(residence)
+        await bench.commit(5)
+        assert (bench.worker.status, bench.worker.policy_version, bench.worker.engine_restarts) == (READY, 5, 0)
+        assert bench.engine.starts == (4 if name == "RESIDENCE_RESTART" else 1)
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+async def test_an_engine_that_does_not_wake_up_is_replaced(bench: Bench, is_killed: bool) -> None:
+    async with bench.supervised():
+        await bench.commit(4)
+        await bench.worker.leave(RESIDENCES[pb.RESIDENCE_SLEEP])
+        bench.engine.failing_wakes = 1
+        if is_killed:
+            bench.engine.dead.set()
+        await bench.commit(5)
+        assert (bench.worker.status, bench.worker.policy_version, bench.engine.starts) == (READY, 5, 2)
+        bench.engine.dead.set()
+        await bench.wait(READY, restarts=1)
+
+
+async def test_a_worker_whose_next_engine_fails_too_is_restarted(bench: Bench) -> None:
+    async with bench.supervised():
+        await bench.commit(4)
+        await bench.worker.leave(RESIDENCES[pb.RESIDENCE_SLEEP])
+        bench.engine.failing_wakes = bench.engine.failing_starts = 1
+        assert bench.held is not None
+        with pytest.raises(InternalError, match="no memory"):
+            await bench.worker.come_back(bench.held)
+        await bench.wait(READY, restarts=1)
+
+
+def test_a_call_of_an_earlier_iteration_is_refused(bench: Bench) -> None:
+    for run, iteration in (("run", 3), ("run", 3), ("other", 1), ("run", 2)):
+        bench.worker.check_iteration(run, iteration)
+    with pytest.raises(FailedPreconditionError, match="iteration 2, not 1"):
+        bench.worker.check_iteration("run", 1)
 
 
 async def test_a_commit_waits_for_an_engine_that_starts(bench: Bench) -> None:

@@ -73,7 +73,7 @@ class RegisterWorkerRequest(_message.Message):
     policy_version: _builtins.int
     ready: _builtins.bool
     status: _rollout_pb2.WorkerStatus.ValueType
-    """Weights are pushed to a worker that is EMPTY or READY."""
+    """Weights are pushed to a worker that is EMPTY, READY or AWAY."""
     def __init__(
         self,
         *,

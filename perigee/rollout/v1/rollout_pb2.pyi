@@ -33,6 +33,8 @@ class _WorkerStatusEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerSt
     """The engine runs but holds no pushed weights."""
     WORKER_STATUS_READY: _WorkerStatus.ValueType  # 3
     WORKER_STATUS_DRAINING: _WorkerStatus.ValueType  # 4
+    WORKER_STATUS_AWAY: _WorkerStatus.ValueType  # 5
+    """The engine has left its memory to others."""
 
 class WorkerStatus(_WorkerStatus, metaclass=_WorkerStatusEnumTypeWrapper): ...
 
@@ -43,7 +45,35 @@ WORKER_STATUS_EMPTY: WorkerStatus.ValueType  # 2
 """The engine runs but holds no pushed weights."""
 WORKER_STATUS_READY: WorkerStatus.ValueType  # 3
 WORKER_STATUS_DRAINING: WorkerStatus.ValueType  # 4
+WORKER_STATUS_AWAY: WorkerStatus.ValueType  # 5
+"""The engine has left its memory to others."""
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+class _Residence:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ResidenceEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Residence.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    RESIDENCE_UNSPECIFIED: _Residence.ValueType  # 0
+    RESIDENCE_KEEP: _Residence.ValueType  # 1
+    """It keeps its memory; requests in flight go on."""
+    RESIDENCE_SLEEP: _Residence.ValueType  # 2
+    """It gives the memory of weights and KV cache back; requests in flight wait."""
+    RESIDENCE_RESTART: _Residence.ValueType  # 3
+    """It ends, and requests in flight fail; another one starts when the worker comes back."""
+
+class Residence(_Residence, metaclass=_ResidenceEnumTypeWrapper):
+    """What an engine does while its worker is away."""
+
+RESIDENCE_UNSPECIFIED: Residence.ValueType  # 0
+RESIDENCE_KEEP: Residence.ValueType  # 1
+"""It keeps its memory; requests in flight go on."""
+RESIDENCE_SLEEP: Residence.ValueType  # 2
+"""It gives the memory of weights and KV cache back; requests in flight wait."""
+RESIDENCE_RESTART: Residence.ValueType  # 3
+"""It ends, and requests in flight fail; another one starts when the worker comes back."""
+Global___Residence: _TypeAlias = Residence  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):
@@ -421,6 +451,99 @@ class ExtendTrajectoriesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ExtendTrajectoriesResponse: _TypeAlias = ExtendTrajectoriesResponse  # noqa: Y015
+
+@_typing.final
+class LeaveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ITERATION_FIELD_NUMBER: _builtins.int
+    RESIDENCE_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    iteration: _builtins.int
+    residence: Global___Residence.ValueType
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        iteration: _builtins.int = ...,
+        residence: Global___Residence.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "residence", b"residence", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveRequest: _TypeAlias = LeaveRequest  # noqa: Y015
+
+@_typing.final
+class LeaveResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    FREED_BYTES_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    freed_bytes: _builtins.int
+    """Memory of the engine's processes, as far as it is their own, before less after."""
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+        freed_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["freed_bytes", b"freed_bytes", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LeaveResponse: _TypeAlias = LeaveResponse  # noqa: Y015
+
+@_typing.final
+class ComeBackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ITERATION_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    iteration: _builtins.int
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        iteration: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComeBackRequest: _TypeAlias = ComeBackRequest  # noqa: Y015
+
+@_typing.final
+class ComeBackResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    POLICY_VERSION_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    policy_version: _builtins.int
+    """Of the weights that the worker serves."""
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+        policy_version: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy_version", b"policy_version", "seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ComeBackResponse: _TypeAlias = ComeBackResponse  # noqa: Y015
 
 @_typing.final
 class GetStateRequest(_message.Message):

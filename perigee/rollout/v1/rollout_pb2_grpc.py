@@ -52,6 +52,16 @@ class RolloutServiceStub:
                 request_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.GetStateRequest.SerializeToString,
                 response_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.GetStateResponse.FromString,
                 _registered_method=True)
+        self.Leave = channel.unary_unary(
+                '/perigee.rollout.v1.RolloutService/Leave',
+                request_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.LeaveRequest.SerializeToString,
+                response_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.LeaveResponse.FromString,
+                _registered_method=True)
+        self.ComeBack = channel.unary_unary(
+                '/perigee.rollout.v1.RolloutService/ComeBack',
+                request_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.ComeBackRequest.SerializeToString,
+                response_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.ComeBackResponse.FromString,
+                _registered_method=True)
 
 
 class RolloutServiceServicer:
@@ -81,6 +91,22 @@ class RolloutServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Leave(self, request, context):
+        """Takes no more work and gives the engine's memory to others on the same devices. A worker that is away stays so.
+        FAILED_PRECONDITION for an iteration before the last one named.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ComeBack(self, request, context):
+        """Takes the memory again, with the weights that the worker holds; pushed weights bring a worker back as well. An
+        engine that does not come back is started anew. Nothing happens to a worker that is there.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RolloutServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -98,6 +124,16 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     servicer.GetState,
                     request_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.GetStateRequest.FromString,
                     response_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.GetStateResponse.SerializeToString,
+            ),
+            'Leave': grpc.unary_unary_rpc_method_handler(
+                    servicer.Leave,
+                    request_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.LeaveRequest.FromString,
+                    response_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.LeaveResponse.SerializeToString,
+            ),
+            'ComeBack': grpc.unary_unary_rpc_method_handler(
+                    servicer.ComeBack,
+                    request_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.ComeBackRequest.FromString,
+                    response_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.ComeBackResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -184,6 +220,60 @@ class RolloutService:
             '/perigee.rollout.v1.RolloutService/GetState',
             perigee_dot_rollout_dot_v1_dot_rollout__pb2.GetStateRequest.SerializeToString,
             perigee_dot_rollout_dot_v1_dot_rollout__pb2.GetStateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Leave(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.rollout.v1.RolloutService/Leave',
+            perigee_dot_rollout_dot_v1_dot_rollout__pb2.LeaveRequest.SerializeToString,
+            perigee_dot_rollout_dot_v1_dot_rollout__pb2.LeaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ComeBack(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.rollout.v1.RolloutService/ComeBack',
+            perigee_dot_rollout_dot_v1_dot_rollout__pb2.ComeBackRequest.SerializeToString,
+            perigee_dot_rollout_dot_v1_dot_rollout__pb2.ComeBackResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -43,6 +43,14 @@ class RolloutServiceStub:
     progress and the text of responses that ended.
     """
     GetState: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.GetStateRequest, _rollout_pb2.GetStateResponse]
+    Leave: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.LeaveRequest, _rollout_pb2.LeaveResponse]
+    """Takes no more work and gives the engine's memory to others on the same devices. A worker that is away stays so.
+    FAILED_PRECONDITION for an iteration before the last one named.
+    """
+    ComeBack: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ComeBackRequest, _rollout_pb2.ComeBackResponse]
+    """Takes the memory again, with the weights that the worker holds; pushed weights bring a worker back as well. An
+    engine that does not come back is started anew. Nothing happens to a worker that is there.
+    """
 
 @_typing.type_check_only
 class RolloutServiceAsyncStub(RolloutServiceStub):
@@ -59,6 +67,14 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     progress and the text of responses that ended.
     """
     GetState: _aio.UnaryUnaryMultiCallable[_rollout_pb2.GetStateRequest, _rollout_pb2.GetStateResponse]  # type: ignore[assignment]
+    Leave: _aio.UnaryUnaryMultiCallable[_rollout_pb2.LeaveRequest, _rollout_pb2.LeaveResponse]  # type: ignore[assignment]
+    """Takes no more work and gives the engine's memory to others on the same devices. A worker that is away stays so.
+    FAILED_PRECONDITION for an iteration before the last one named.
+    """
+    ComeBack: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ComeBackRequest, _rollout_pb2.ComeBackResponse]  # type: ignore[assignment]
+    """Takes the memory again, with the weights that the worker holds; pushed weights bring a worker back as well. An
+    engine that does not come back is started anew. Nothing happens to a worker that is there.
+    """
 
 class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
     """RolloutService generates trajectories with one policy version at a time.
@@ -90,5 +106,25 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.GetStateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.GetStateResponse, _abc.Awaitable[_rollout_pb2.GetStateResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Leave(
+        self,
+        request: _rollout_pb2.LeaveRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.LeaveResponse, _abc.Awaitable[_rollout_pb2.LeaveResponse]]:
+        """Takes no more work and gives the engine's memory to others on the same devices. A worker that is away stays so.
+        FAILED_PRECONDITION for an iteration before the last one named.
+        """
+
+    @_abc_1.abstractmethod
+    def ComeBack(
+        self,
+        request: _rollout_pb2.ComeBackRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.ComeBackResponse, _abc.Awaitable[_rollout_pb2.ComeBackResponse]]:
+        """Takes the memory again, with the weights that the worker holds; pushed weights bring a worker back as well. An
+        engine that does not come back is started anew. Nothing happens to a worker that is there.
+        """
 
 def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

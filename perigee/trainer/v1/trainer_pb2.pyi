@@ -20,6 +20,95 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class OffloadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ITERATION_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    iteration: _builtins.int
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        iteration: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OffloadRequest: _TypeAlias = OffloadRequest  # noqa: Y015
+
+@_typing.final
+class OffloadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    DROPPED_BYTES_FIELD_NUMBER: _builtins.int
+    SHELVED_BYTES_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    dropped_bytes: _builtins.int
+    """Of all ranks: gradients and moments that are dropped, weights and main weights that are kept on disk."""
+    shelved_bytes: _builtins.int
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+        dropped_bytes: _builtins.int = ...,
+        shelved_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped_bytes", b"dropped_bytes", "seconds", b"seconds", "shelved_bytes", b"shelved_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OffloadResponse: _TypeAlias = OffloadResponse  # noqa: Y015
+
+@_typing.final
+class OnloadRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    ITERATION_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    iteration: _builtins.int
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        iteration: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["iteration", b"iteration", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OnloadRequest: _TypeAlias = OnloadRequest  # noqa: Y015
+
+@_typing.final
+class OnloadResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SECONDS_FIELD_NUMBER: _builtins.int
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["seconds", b"seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OnloadResponse: _TypeAlias = OnloadResponse  # noqa: Y015
+
+@_typing.final
 class GetStateRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -52,6 +141,7 @@ class GetStateResponse(_message.Message):
     PIPELINE_PARALLEL_FIELD_NUMBER: _builtins.int
     DATA_PARALLEL_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
+    OFFLOADED_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run of the loaded version; empty until a run has used the trainer."""
     policy_version: _builtins.int
@@ -61,6 +151,8 @@ class GetStateResponse(_message.Message):
     pipeline_parallel: _builtins.int
     data_parallel: _builtins.int
     busy: _builtins.bool
+    offloaded: _builtins.bool
+    """The weights are not in memory."""
     @_builtins.property
     def checkpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Versions of the requested run that have a checkpoint, oldest first."""
@@ -77,10 +169,11 @@ class GetStateResponse(_message.Message):
         pipeline_parallel: _builtins.int = ...,
         data_parallel: _builtins.int = ...,
         busy: _builtins.bool = ...,
+        offloaded: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "checkpoints", b"checkpoints", "data_parallel", b"data_parallel", "parameters", b"parameters", "pipeline_parallel", b"pipeline_parallel", "policy_version", b"policy_version", "run_id", b"run_id", "tensor_parallel", b"tensor_parallel", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "checkpoints", b"checkpoints", "data_parallel", b"data_parallel", "offloaded", b"offloaded", "parameters", b"parameters", "pipeline_parallel", b"pipeline_parallel", "policy_version", b"policy_version", "run_id", b"run_id", "tensor_parallel", b"tensor_parallel", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -92,6 +92,16 @@ class TrainerServiceStub:
                 request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileRequest.SerializeToString,
                 response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileResponse.FromString,
                 _registered_method=True)
+        self.Offload = channel.unary_unary(
+                '/perigee.trainer.v1.TrainerService/Offload',
+                request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.OffloadRequest.SerializeToString,
+                response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.OffloadResponse.FromString,
+                _registered_method=True)
+        self.Onload = channel.unary_unary(
+                '/perigee.trainer.v1.TrainerService/Onload',
+                request_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.OnloadRequest.SerializeToString,
+                response_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.OnloadResponse.FromString,
+                _registered_method=True)
 
 
 class TrainerServiceServicer:
@@ -175,6 +185,21 @@ class TrainerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Offload(self, request, context):
+        """Moves the weights out of memory and drops gradients and moments; an image to be pushed stays. Whatever needs the
+        weights brings them back first. Nothing happens to a trainer that is offloaded.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Onload(self, request, context):
+        """Brings the weights back, bit for bit. Nothing happens to a trainer that has them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_TrainerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -232,6 +257,16 @@ def add_TrainerServiceServicer_to_server(servicer, server):
                     servicer.PutFile,
                     request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileRequest.FromString,
                     response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileResponse.SerializeToString,
+            ),
+            'Offload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Offload,
+                    request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.OffloadRequest.FromString,
+                    response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.OffloadResponse.SerializeToString,
+            ),
+            'Onload': grpc.unary_unary_rpc_method_handler(
+                    servicer.Onload,
+                    request_deserializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.OnloadRequest.FromString,
+                    response_serializer=perigee_dot_trainer_dot_v1_dot_trainer__pb2.OnloadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -534,6 +569,60 @@ class TrainerService:
             '/perigee.trainer.v1.TrainerService/PutFile',
             perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileRequest.SerializeToString,
             perigee_dot_trainer_dot_v1_dot_trainer__pb2.PutFileResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Offload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.trainer.v1.TrainerService/Offload',
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.OffloadRequest.SerializeToString,
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.OffloadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Onload(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.trainer.v1.TrainerService/Onload',
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.OnloadRequest.SerializeToString,
+            perigee_dot_trainer_dot_v1_dot_trainer__pb2.OnloadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -56,6 +56,12 @@ class TrainerServiceStub:
     """Streams the configuration and the tokenizer of the base model: what others need of it, its weights left out."""
     PutFile: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PutFileRequest, _trainer_pb2.PutFileResponse]
     """Takes a piece of a file, and keeps the whole file under a path by its digest, for FineTune."""
+    Offload: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.OffloadRequest, _trainer_pb2.OffloadResponse]
+    """Moves the weights out of memory and drops gradients and moments; an image to be pushed stays. Whatever needs the
+    weights brings them back first. Nothing happens to a trainer that is offloaded.
+    """
+    Onload: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.OnloadRequest, _trainer_pb2.OnloadResponse]
+    """Brings the weights back, bit for bit. Nothing happens to a trainer that has them."""
 
 @_typing.type_check_only
 class TrainerServiceAsyncStub(TrainerServiceStub):
@@ -85,6 +91,12 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     """Streams the configuration and the tokenizer of the base model: what others need of it, its weights left out."""
     PutFile: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PutFileRequest, _trainer_pb2.PutFileResponse]  # type: ignore[assignment]
     """Takes a piece of a file, and keeps the whole file under a path by its digest, for FineTune."""
+    Offload: _aio.UnaryUnaryMultiCallable[_trainer_pb2.OffloadRequest, _trainer_pb2.OffloadResponse]  # type: ignore[assignment]
+    """Moves the weights out of memory and drops gradients and moments; an image to be pushed stays. Whatever needs the
+    weights brings them back first. Nothing happens to a trainer that is offloaded.
+    """
+    Onload: _aio.UnaryUnaryMultiCallable[_trainer_pb2.OnloadRequest, _trainer_pb2.OnloadResponse]  # type: ignore[assignment]
+    """Brings the weights back, bit for bit. Nothing happens to a trainer that has them."""
 
 class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
     """TrainerService owns the policy: it fine-tunes it, optimizes it by a reinforcement learning algorithm, writes
@@ -177,5 +189,23 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.PutFileResponse, _abc.Awaitable[_trainer_pb2.PutFileResponse]]:
         """Takes a piece of a file, and keeps the whole file under a path by its digest, for FineTune."""
+
+    @_abc_1.abstractmethod
+    def Offload(
+        self,
+        request: _trainer_pb2.OffloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.OffloadResponse, _abc.Awaitable[_trainer_pb2.OffloadResponse]]:
+        """Moves the weights out of memory and drops gradients and moments; an image to be pushed stays. Whatever needs the
+        weights brings them back first. Nothing happens to a trainer that is offloaded.
+        """
+
+    @_abc_1.abstractmethod
+    def Onload(
+        self,
+        request: _trainer_pb2.OnloadRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_trainer_pb2.OnloadResponse, _abc.Awaitable[_trainer_pb2.OnloadResponse]]:
+        """Brings the weights back, bit for bit. Nothing happens to a trainer that has them."""
 
 def add_TrainerServiceServicer_to_server(servicer: TrainerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

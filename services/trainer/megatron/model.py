@@ -32,6 +32,7 @@ from services.trainer.megatron.head import Head, HiddenOutput
 from services.trainer.megatron.memory import SavedTensors, count_copies
 from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
 from services.trainer.megatron.parallel import ParallelDims
+from services.trainer.megatron.shelf import Shelf
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches
 from services.weights.pieces import TensorSlice
 
@@ -165,6 +166,10 @@ class Policy:
             self._run(batches, 1.0, lambda found: (found.logprobs_T.sum(), None))
         self.model.zero_grad_buffer()
         return saved.peak / _PROBE_TOKENS * self.dims.pipeline
+
+    def offload(self, folder: Path) -> Shelf:
+        """Moves this rank's weights to a file and drops gradients and moments, until the shelf is closed."""
+        return Shelf(self.model, self.optimizer, folder)
 
     def count_copies(self) -> dict[str, int]:
         """Returns the bytes of each copy of the policy that this rank keeps, by name."""
