@@ -14,6 +14,7 @@ from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.run_log import Timeline
+from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import Worker
 from services.kit.telemetry import get_logger
 
@@ -23,8 +24,9 @@ log = get_logger(__name__)
 class SharedDevices:
     """The shared devices of one iteration; does nothing where `run.deployment` is `separate`."""
 
-    def __init__(self, context: RunContext, iteration: int, timeline: Timeline) -> None:
+    def __init__(self, context: RunContext, weight_sync: WeightSync, iteration: int, timeline: Timeline) -> None:
         self._context = context
+        self._weight_sync = weight_sync
         self._iteration = iteration
         self._timeline = timeline
         self._hybrid = context.config.hybrid
@@ -55,10 +57,7 @@ class SharedDevices:
         if (await trainer.get_state(trainer_pb2.GetStateRequest(run_id=run_id))).offloaded:
             return
         with self._timeline.phase("convert"):
-            await trainer.push_weights(
-                trainer_pb2.PushWeightsRequest(run_id=run_id, policy_version=version),
-                timeout_s=self._context.settings.weights.push_timeout_s,
-            )
+            await self._weight_sync.convert(version)
         with self._timeline.phase("offload"):
             await trainer.offload(
                 trainer_pb2.OffloadRequest(run_id=run_id, iteration=self._iteration),

@@ -91,6 +91,14 @@ class WeightSync:
             await self._push_to(missing, version)
         return len(self._registry.with_version(version))
 
+    async def convert(self, version: int) -> None:
+        """Has the trainer make what workers are pushed, or pull, of the version that it has loaded."""
+        if self._config.weights.transfer == "pull":
+            await self._publish(version)
+            return
+        request = pb.PushWeightsRequest(run_id=self._run_id, policy_version=version)
+        await self._trainer.push_weights(request, timeout_s=self._config.weights.push_timeout_s)
+
     async def ensure(self, version: int) -> None:
         """Pushes unless a worker has the version, until one has; raises PeerLostError after `worker_wait_s`."""
         deadline = time.monotonic() + self._config.dispatch.worker_wait_s
