@@ -90,6 +90,7 @@ class TrainerClient(ServiceClient):
     ) -> pb.PublishWeightsResponse:
         """Converts the loaded version and lends it to receivers until another version is published."""
         return await self._unary(self._stub.PublishWeights, request, timeout_s)
+
     async def offload(self, request: pb.OffloadRequest, *, timeout_s: float = 600.0) -> pb.OffloadResponse:
         """Moves the weights out of memory and drops gradients and moments."""
         return await self._unary(self._stub.Offload, request, timeout_s)
