@@ -8,13 +8,13 @@ Workers elsewhere never leave; those that do are the ones on the trainer's host,
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 
 from perigee.errors import PerigeeError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.run_log import Timeline
-from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import Worker
 from services.kit.telemetry import get_logger
 
@@ -24,9 +24,11 @@ log = get_logger(__name__)
 class SharedDevices:
     """The shared devices of one iteration; does nothing where `run.deployment` is `separate`."""
 
-    def __init__(self, context: RunContext, weight_sync: WeightSync, iteration: int, timeline: Timeline) -> None:
+    def __init__(
+        self, context: RunContext, convert: Callable[[int], Awaitable[None]], iteration: int, timeline: Timeline
+    ) -> None:
         self._context = context
-        self._weight_sync = weight_sync
+        self._convert = convert
         self._iteration = iteration
         self._timeline = timeline
         self._hybrid = context.config.hybrid
@@ -57,7 +59,7 @@ class SharedDevices:
         if (await trainer.get_state(trainer_pb2.GetStateRequest(run_id=run_id))).offloaded:
             return
         with self._timeline.phase("convert"):
-            await self._weight_sync.convert(version)
+            await self._convert(version)
         with self._timeline.phase("offload"):
             await trainer.offload(
                 trainer_pb2.OffloadRequest(run_id=run_id, iteration=self._iteration),

@@ -165,7 +165,7 @@ class Iteration:
         self._number = committed.iteration + 1
         self._next_group = committed.state.next_group
         self._timeline = Timeline()
-        self._devices = SharedDevices(context, weight_sync, self._number, self._timeline)
+        self._devices = SharedDevices(context, weight_sync.convert, self._number, self._timeline)
         self._scoring_failures = 0
         inputs = context.inputs
         self._samples = SampleCollector(inputs.prompts, inputs.tokenizer, inputs.config, self._number)
