@@ -249,7 +249,8 @@ class ImagePull:
         try:
             _transfer(endpoint.transport, target, unit)
         except BaseException:
-            endpoint.transport.close()
+            # Other reads go on: another source may have the rest.
+            self._endpoints.discard(endpoint)
             raise
         idle.append(endpoint)
         with target.buffer.view() as view:

@@ -281,7 +281,10 @@ class WeightReceiver(WeightReceiverServiceServicer):
             self._pulling = asyncio.create_task(self._pull_after(previous, request))
         assert self._pulling is not None
         try:
-            return await asyncio.shield(self._pulling)
+            response = await asyncio.shield(self._pulling)
+            # It takes a second each, in which nothing else runs.
+            await asyncio.to_thread(self._endpoints.close_broken)
+            return response
         except asyncio.CancelledError as error:
             if self._pulling_id == request.image_id:
                 raise

@@ -180,6 +180,7 @@ class EndpointPool:
         self._open_transport = open_transport
         self._lock = threading.Lock()
         self._idle: list[Endpoint] = []
+        self._broken: list[Endpoint] = []
 
     def borrow(self, session: str, peer_id: str) -> Endpoint:
         """Borrows an endpoint that knows nothing outdated about the peer; opens one when none is idle."""
@@ -202,8 +203,21 @@ class EndpointPool:
         with self._lock:
             self._idle.append(endpoint)
 
+    def discard(self, endpoint: Endpoint) -> None:
+        """Takes an endpoint back whose transfer has failed, to be closed when the second that it takes does no harm."""
+        with self._lock:
+            self._broken.append(endpoint)
+
+    def close_broken(self) -> None:
+        """Closes the endpoints that were discarded."""
+        with self._lock:
+            broken, self._broken = self._broken, []
+        for endpoint in broken:
+            endpoint.transport.close()
+
     def close(self) -> None:
-        """Closes the idle endpoints."""
+        """Closes the endpoints that are not borrowed."""
+        self.close_broken()
         with self._lock:
             idle, self._idle = self._idle, []
         for endpoint in idle:
