@@ -280,7 +280,7 @@ async def scripted_worker(folder: Path, engine: Engine, **fields: Any) -> AsyncI
     async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         worker = Worker(app.config, open_policy(str(folder), None), engine, "w")
         worker.set_status(READY, RUN, 3)
-        service = RolloutService(worker, None)  # type: ignore[arg-type]
+        service = RolloutService(worker, None, lambda: None)  # type: ignore[arg-type]
         app.add(ROLLOUT, add_RolloutServiceServicer_to_server, service)
         async with serve_endpoint(app, worker):
             yield

@@ -429,16 +429,17 @@ async def test_an_engine_that_comes_back_answers_as_before(
         return await generate(rollout_client, MANY_PROMPTS[:4], sampling=pb.Sampling(temperature=0), max_tokens=24)
 
     before, freed = await answer(), []
+    version = (await rollout_client.get_state(pb.GetStateRequest())).policy_version
     for iteration in range(2 if name == "RESIDENCE_RESTART" else 10):
         moment: dict[str, Any] = {"run_id": name, "iteration": iteration}
         left = await rollout_client.leave(pb.LeaveRequest(**moment, residence=name))
         freed.append(left.freed_bytes)
         state = await rollout_client.get_state(pb.GetStateRequest())
-        assert (state.status, state.policy_version) == (pb.WORKER_STATUS_AWAY, 10)
+        assert (state.status, state.policy_version) == (pb.WORKER_STATUS_AWAY, version)
         with pytest.raises(FailedPreconditionError, match="is away"):
             await answer()
         back = await rollout_client.come_back(pb.ComeBackRequest(**moment))
-        assert back.policy_version == 10
+        assert back.policy_version == version
         assert await answer() == before
     if name != "RESIDENCE_KEEP":
         # The first cache has untouched pages, which take no memory.
@@ -452,15 +453,16 @@ async def test_requests_in_flight_sleep_and_go_on(worker: str, rollout_client: R
         return await generate(rollout_client, MANY_PROMPTS, sampling=pb.Sampling(temperature=0), max_tokens=200)
 
     undisturbed = await answer()
-    generated = (await rollout_client.get_state(pb.GetStateRequest())).generated_tokens
+    state = await rollout_client.get_state(pb.GetStateRequest())
+    version, generated = state.policy_version, state.generated_tokens
     running = asyncio.create_task(answer())
     # Short answers have ended, long ones have not.
     await wait_for_state(rollout_client, lambda state: state.generated_tokens > generated)
     await rollout_client.leave(pb.LeaveRequest(residence=pb.RESIDENCE_SLEEP))
     assert (await rollout_client.get_state(pb.GetStateRequest())).running
     # A push brings it back as well.
-    assert await pusher.push(policy_tensors(POLICIES[0]), 11, worker) == ""
+    assert await pusher.push(policy_tensors(POLICIES[0]), version + 1, worker) == ""
     disturbed = await running
     assert [each.token_ids for each in disturbed] == [each.token_ids for each in undisturbed]
-    assert {span.policy_version for each in disturbed for span in each.versions} == {10, 11}
-    assert await pusher.push(policy_tensors(POLICIES[0]), 10, worker) == ""
+    assert {span.policy_version for each in disturbed for span in each.versions} == {version, version + 1}
+    assert await pusher.push(policy_tensors(POLICIES[0]), version, worker) == ""
