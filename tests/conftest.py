@@ -1,6 +1,6 @@
 """Loads the fixtures of every part, spreads tests over worker processes, and lists the tools that were not there.
 
-Under `pytest -n 3` a worker takes a group of tests at a time: those of one file, or of the files that share a service
+Under `pytest -n 4` a worker takes a group of tests at a time: those of one file, or of the files that share a service
 which is slow to start. No test measures time or has the machine to itself.
 """
 

@@ -4,7 +4,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 log=$(mktemp)
-HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-ci} "${VENV:-.venv}"/bin/python -m pytest -n "${TEST_PROCESSES:-3}" "$@" >"$log" 2>&1 &
+HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-ci} "${VENV:-.venv}"/bin/python -m pytest -n "${TEST_PROCESSES:-4}" "$@" >"$log" 2>&1 &
 tests=$!
 trap 'kill $tests 2>/dev/null; rm -f "$log"' EXIT
 trap 'exit 130' INT TERM

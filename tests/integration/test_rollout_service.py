@@ -117,8 +117,8 @@ async def test_a_push_reaches_the_tied_head_and_forgets_cached_prefixes(
     assert ended[fresh].cached_tokens == 0
     held = await trajectories.read(fresh)
     assert largest_difference(1, LONG_PROMPT, held) < TOLERANCE
-    # The two policies are far apart, so this would notice any part of the old one.
-    assert largest_difference(0, LONG_PROMPT, held) > 1
+    # The two policies are far apart, even in a short answer, so this would notice any part of the old one.
+    assert largest_difference(0, LONG_PROMPT, held) > 20 * TOLERANCE
     assert [(span.policy_version, span.tokens) for span in held.versions] == [(1, len(held.token_ids))]
 
 
