@@ -37,6 +37,8 @@ WALL_MS = 20_000
 # More than an evaluation takes: one under way when the CPU seconds have run out may end.
 EVALUATION_CPU_S = 15.0
 POLL_S = 0.1
+# Four standard errors of an evaluation.
+MOST_APART = 0.1
 # About as many groups an update as TRL has: the recipe's 160 take more CPU seconds for the same accuracy. A budget
 # that most responses end within, so that few are prefilled again under new weights.
 PERIGEE = {"run.max_live_groups": 48, "run.rollout.token_budget": 48}
@@ -202,11 +204,18 @@ def compare(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
             )
             theirs[rate] = train_trl(folder, warm, seed, rate, options, fastest or options.max_cpu_s)
             found["trl"][f"{rate:g}"] = asdict(theirs[rate])
+            check_start(ours, theirs[rate])
             best = min(theirs, key=lambda rate: _order(theirs[rate], options.accuracy))
             found |= {"rate": best} | _ratios(ours, theirs[best], options.accuracy)
             write(options.out, results)
         rates = [best]
     return results
+
+
+def check_start(ours: Curve, theirs: Curve) -> None:
+    """Raises RuntimeError where one side answers far better with the model that both begin with: they ask otherwise."""
+    if abs(ours.accuracies[0] - theirs.accuracies[0]) > MOST_APART:
+        raise RuntimeError(f"one model has accuracies {ours.accuracies[0]:.3f} and {theirs.accuracies[0]:.3f}")
 
 
 def _cpu_s(curve: Curve, accuracy: float) -> float | None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from perigee.cli.stack import wait_serving
@@ -113,7 +113,8 @@ class Evaluator(TrainerCallback):  # type: ignore[misc]
 def train(options: argparse.Namespace, address: str) -> None:
     """Trains until it is ended."""
     torch.set_num_threads(options.threads)
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    # AutoTokenizer takes a Qwen2's own splitting of text, which loses the spaces of this model's characters.
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
     reward = PerigeeReward(address)
     config = GRPOConfig(
         output_dir=str(options.out),
