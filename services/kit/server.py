@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -168,9 +167,12 @@ async def end_tasks(*tasks: asyncio.Task[Any]) -> None:
     """Cancels tasks and waits for their ends; raises the error of one that failed."""
     for task in tasks:
         task.cancel()
+    if tasks:
+        # To await a task and suppress its cancellation would suppress the caller's, too.
+        await asyncio.wait(tasks)
     for task in tasks:
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        if not task.cancelled():
+            task.result()
 
 
 @asynccontextmanager

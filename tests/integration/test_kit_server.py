@@ -25,7 +25,7 @@ from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer, add_RewardServiceServicer_to_server
 from services.kit.config import ServerConfig, ServiceConfig
-from services.kit.server import App, serving
+from services.kit.server import App, end_tasks, serving
 
 FULL_NAME = "perigee.reward.v1.RewardService"
 
@@ -245,3 +245,32 @@ async def test_sigterm_ends_a_start_that_waits() -> None:
     assert (process.returncode, rest) == (0, b"cleaned up\n"), log
     assert b"ended before it was ready" in log
     assert b"Traceback" not in log
+
+
+async def test_who_is_cancelled_while_tasks_end_is_cancelled() -> None:
+    closing = asyncio.Event()
+
+    async def close_slowly() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            closing.set()
+            await asyncio.Event().wait()
+
+    async def fail() -> None:
+        raise ValueError("failed")
+
+    task = asyncio.create_task(close_slowly())
+    await asyncio.sleep(0)
+    ending = asyncio.create_task(end_tasks(task))
+    await closing.wait()
+    ending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ending
+    task.cancel()
+    await asyncio.wait({task})
+    failing = asyncio.create_task(fail())
+    await asyncio.sleep(0)
+    with pytest.raises(ValueError, match="failed"):
+        await end_tasks(failing)
+    await end_tasks()
