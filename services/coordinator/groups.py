@@ -108,8 +108,8 @@ class LiveGroups:
         """Returns the ids of the prompts that have a live group."""
         return {group.prompt.id for group in self}
 
-    async def load(self, prompts: Mapping[str, Prompt], starts: Mapping[str, Sequence[int]]) -> None:
-        """Loads the groups of the run in the buffer; `starts` as the latest commit had them.
+    async def load(self, prompts: Mapping[str, Prompt], starts: Mapping[str, Sequence[int]] | None) -> None:
+        """Loads the groups of the run in the buffer; `starts` as the latest commit had them, None as they are now.
 
         Raises FailedPreconditionError when a group is of a prompt that the prompt set lacks.
         """
@@ -124,7 +124,8 @@ class LiveGroups:
                 )
             group = Group(summary.group_id, prompt, summary.iteration)
             self._add(group, [trajectory.trajectory_id for trajectory in summary.trajectories])
-            begun = starts.get(group.id, [0] * len(group.trajectories))
+            tokens = [listed.tokens for listed in summary.trajectories]
+            begun = tokens if starts is None else starts.get(group.id, [0] * len(tokens))
             for trajectory, listed, start in zip(group.trajectories, summary.trajectories, begun, strict=True):
                 trajectory.apply(listed)
                 trajectory.start = start

@@ -105,8 +105,8 @@ class CoordinatorState:
     started_seconds: float | None = None
     totals: Totals = field(default_factory=Totals)
     # Tokens of the trajectories of each live group: what the next iteration adds counts from here, however often it is
-    # cut and done again.
-    starts: dict[str, list[int]] = field(default_factory=dict)
+    # cut and done again. None in a state that an earlier release has stored.
+    starts: dict[str, list[int]] | None = None
     # Entropy of the policy that the first training began with.
     first_entropy: float | None = None
     # The last committed iteration's line of metrics.jsonl: written again when a crash lost it.

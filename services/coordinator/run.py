@@ -182,7 +182,7 @@ class Run:
         version = await fine_tune_base(context, self._weight_sync)
         config = context.config
         sampler = make_sampler(list(context.inputs.prompts.values()), config, {})
-        state = CoordinatorState(sampler.state(), elapsed_seconds=context.status.elapsed_seconds)
+        state = CoordinatorState(sampler.state(), elapsed_seconds=context.status.elapsed_seconds, starts={})
         state.totals.add_seconds("sft", await asyncio.to_thread(context.log.sft_seconds))
         request = buffer_pb2.CreateRunRequest(
             run_id=self._run_id, config_digest=digest, policy_version=version, coordinator_state=state.encode()

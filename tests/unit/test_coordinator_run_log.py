@@ -5,16 +5,22 @@ from __future__ import annotations
 import copy
 import json
 import tempfile
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perigee.buffer.client import BufferClient
+from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import DataLossError
 from perigee.files import append_lines, read_lines
+from services.coordinator.groups import LiveGroups
 from services.coordinator.iteration import CoordinatorState, Totals, decode_state
+from services.coordinator.prompts import Prompt
 from services.coordinator.run_config import RunConfig, UpdateConfig, config_digest, parse_run_config
 from services.coordinator.run_log import RunLog, number_or_none, numbers
 from services.coordinator.sampling import SamplerState
@@ -61,6 +67,28 @@ def test_the_state_survives_its_encoding() -> None:
     for wrong in (b"{}", b"not json", json.dumps({"sampler": {"colour": 1}, "totals": {}}).encode()):
         with pytest.raises(DataLossError, match="cannot be read"):
             decode_state(wrong)
+
+
+async def test_trajectories_of_a_state_without_starts_begin_as_they_are() -> None:
+    class Buffer:
+        """Has a group with a partial trajectory and one without tokens."""
+
+        async def list_groups(self, *_: object, timeout_s: float) -> AsyncIterator[pb.ListGroupsResponse]:
+            trajectories = [pb.TrajectorySummary(trajectory_id=f"g0-{tokens}", tokens=tokens) for tokens in (7, 0)]
+            group = pb.GroupSummary(group_id="g0", prompt_id="p", trajectories=trajectories)
+            yield pb.ListGroupsResponse(groups=[group])
+
+    stored = json.loads(CoordinatorState(SamplerState(3, "abc")).encode())
+    del stored["starts"]
+    groups = LiveGroups("run", cast(BufferClient, Buffer()), 1.0)
+    prompts = {"p": cast(Prompt, object())}
+    for starts, added in (
+        (decode_state(json.dumps(stored).encode()).starts, [0, 0]),
+        ({}, [7, 0]),
+        ({"g0": [5, 0]}, [2, 0]),
+    ):
+        await groups.load(prompts, starts)
+        assert [trajectory.added for trajectory in groups.trajectories()] == added
 
 
 def test_old_names_of_keys_give_the_same_run(tmp_path: Path) -> None:
