@@ -282,7 +282,7 @@ def check_same_run(known: RunFile, run_id: str, config: RunConfig) -> None:
     if known.config_digest != config_digest(config):
         raise FailedPreconditionError(
             f"Run {run_id} was started with another configuration, see {known.run_path}/{RUN_FILE}: "
-            "only iterations, time_limit_s, evaluation and samples may change."
+            "only iterations, time_limit_s, evaluation, samples, deployment and hybrid may change."
         )
 
 
