@@ -1,0 +1,100 @@
+"""Workers leave the trainer's devices before it takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from perigee.errors import FailedPreconditionError, InternalError, PerigeeError, UnavailableError
+from perigee.rollout.client import RolloutClient
+from perigee.rollout.v1 import rollout_pb2
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.context import RunContext
+from services.coordinator.hybrid import SharedDevices
+from services.coordinator.run_config import HybridConfig
+from services.coordinator.run_log import Timeline
+from services.coordinator.workers import AWAY, READY, WorkerRegistry
+
+
+class Client:
+    """Of a worker that fails to leave as often as there are errors."""
+
+    def __init__(self) -> None:
+        self.errors: list[PerigeeError] = []
+        self.on_call: Callable[[], None] = lambda: None
+
+    async def leave(self, request: rollout_pb2.LeaveRequest, *, timeout_s: float) -> rollout_pb2.LeaveResponse:
+        self.on_call()
+        if self.errors:
+            raise self.errors.pop()
+        return rollout_pb2.LeaveResponse()
+
+
+class Devices(SharedDevices):
+    """Shared devices with one worker, and what the trainer and the watchers of the run are told."""
+
+    def __init__(self, *names: str) -> None:
+        self.client = Client()
+        self.registry = WorkerRegistry(lambda _: cast(RolloutClient, self.client), lease_seconds=10.0)
+        self.worker = self.registry.register("w", "127.0.0.1:1", 4, 0, READY)
+        self.onloads = 0
+        self.reports: list[str] = []
+        context: Any = SimpleNamespace(
+            run_id="run",
+            config=SimpleNamespace(deployment="hybrid", hybrid=HybridConfig(workers=names)),
+            settings=CoordinatorConfig(weights={"retry_s": 0.01}),  # type: ignore[arg-type]
+            registry=self.registry,
+            status=SimpleNamespace(report=self.reports.append),
+            peers=SimpleNamespace(trainer=self),
+        )
+        super().__init__(cast(RunContext, context), self.convert, 1, Timeline())
+
+    async def convert(self, version: int) -> None:
+        """Makes nothing."""
+
+    async def onload(self, *_: object, timeout_s: float) -> None:
+        """As the trainer's client."""
+        self.onloads += 1
+
+
+async def test_a_worker_that_fails_to_leave_is_told_again() -> None:
+    devices = Devices()
+    devices.client.errors = [InternalError("the engine failed and is restarted"), UnavailableError("it starts again")]
+    await devices.give_to_trainer()
+    assert devices.worker.status == AWAY
+    assert devices.onloads == 1
+    assert not devices.reports
+
+
+async def test_a_worker_that_died_is_waited_for_until_its_lease_ends() -> None:
+    devices = Devices()
+    calls: list[None] = []
+
+    def end_lease() -> None:
+        calls.append(None)
+        devices.client.errors = [UnavailableError("refused")]
+        if len(calls) == 3:
+            devices.registry.deregister("w", devices.worker.lease_epoch)
+
+    devices.client.on_call = end_lease
+    await devices.give_to_trainer()
+    assert len(calls) == 3
+    assert devices.onloads == 1
+
+
+async def test_a_worker_that_refuses_to_leave_keeps_the_trainer_off_the_devices() -> None:
+    devices = Devices()
+    devices.client.errors = [FailedPreconditionError("run run is in iteration 2, not 1")]
+    with pytest.raises(UnavailableError, match="did not leave the shared devices: w: run run is in iteration 2"):
+        await devices.give_to_trainer()
+    assert not devices.onloads
+
+
+async def test_it_is_told_when_no_worker_is_on_the_devices() -> None:
+    devices = Devices("v")
+    await devices.give_to_trainer()
+    assert devices.worker.status == READY
+    assert "run.hybrid.workers" in devices.reports[0]
