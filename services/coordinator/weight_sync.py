@@ -34,6 +34,8 @@ class WeightSync:
         self._on_waiting = context.status.set_waiting
         self._connect_receiver = context.peers.connect_receiver
         self._directory = Directory(context.registry)
+        self._is_shared = context.config.deployment == "hybrid"
+        self._pushing = asyncio.Lock()
         # When a worker whose push failed may be tried again.
         self._retry_at: dict[Worker, float] = {}
 
@@ -114,19 +116,27 @@ class WeightSync:
 
     @asynccontextmanager
     async def run(self, version: int) -> AsyncIterator[None]:
-        """Pushes to workers that register while the block runs. At the end nobody needs a push that is under way."""
+        """Pushes to workers that register while the block runs. At the end nobody needs a push that is under way.
+
+        On shared devices it is waited for: a worker ends it alone, and would come back after it was told to leave.
+        """
         pushing = asyncio.create_task(self._keep_pushing(version))
         try:
             yield
+            if self._is_shared:
+                async with self._pushing:
+                    pushing.cancel()
         finally:
             await end_tasks(pushing)
-        # A push that had no image yet keeps the trainer until it has one.
-        await self.wait_until_free()
+        # A push that had no image yet keeps the trainer until it has one; a trainer that is away has no push.
+        with contextlib.suppress(UnavailableError):
+            await self.wait_until_free()
 
     async def _keep_pushing(self, version: int) -> None:
         while True:
             try:
-                await self.push(version)
+                async with self._pushing:
+                    await self.push(version)
             except PerigeeError as error:
                 log.warning("weights could not be pushed", version=version, error=error.message)
             await self._wait_for_change()
