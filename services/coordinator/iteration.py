@@ -309,6 +309,7 @@ class Iteration:
     async def _close(self, batch: TrainingBatch, version: int, line: dict[str, Any]) -> None:
         """Commits and pushes at once, since both only need the checkpoint to be there; then records the line."""
         context, status = self._context, self._context.status
+        counted = dict(self._timeline.phases)
         state = replace(
             self._committed.state,
             sampler=self._sampler.state(),
@@ -335,9 +336,9 @@ class Iteration:
         for increment in batch.increments:
             self._sampler.record(increment.prompt_id, increment.trajectories, increment.correct)
         line |= time_metrics(self._timeline)
-        for phase in ("commit", "convert", "offload", "weights"):
-            if phase in self._timeline.phases:
-                state.totals.add_seconds(phase, self._timeline.phases[phase].seconds)
+        for name, phase in self._timeline.phases.items():
+            if phase is not counted.get(name):
+                state.totals.add_seconds(name, phase.seconds)
         set_gauges(line)
         await asyncio.to_thread(context.log.add_iteration, line)
         status.policy_version = version

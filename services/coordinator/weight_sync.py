@@ -57,10 +57,14 @@ class WeightSync:
                 )
             await asyncio.sleep(TRAINER_POLL_SECONDS)
 
+    async def has_loaded(self, version: int) -> bool:
+        """Returns whether the trainer has the version loaded, once it has no job."""
+        state = await self.wait_until_free()
+        return state.policy_version == version and state.run_id in ("", self._run_id)
+
     async def ensure_version(self, version: int) -> None:
         """Has the trainer load the version's checkpoint unless it has the version loaded."""
-        state = await self.wait_until_free()
-        if state.policy_version == version and state.run_id in ("", self._run_id):
+        if await self.has_loaded(version):
             return
         await self._trainer.load_checkpoint(
             pb.LoadCheckpointRequest(run_id=self._run_id, policy_version=version),

@@ -366,23 +366,60 @@ async def test_the_same_weights_are_evaluated_once(buffer_address: str, tmp_path
 
 async def test_trainer_and_workers_take_turns_on_shared_devices(buffer_address: str, tmp_path: Path) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
+    dataset = write_lines(tmp_path / "sft.jsonl", [{"prompt": "1+1=", "response": "2"}])
     section = write_run_section(
-        tmp_path, iterations=2, deployment="hybrid", hybrid={"engine": "restart", "workers": ["pod"]}
+        tmp_path,
+        iterations=2,
+        sft=[{"dataset": str(dataset), "steps": 3, "optimizer": {"learning_rate": 1e-3}}],
+        deployment="hybrid",
+        hybrid={"engine": "restart", "workers": ["pod"]},
     )
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with AsyncExitStack() as stack:
         peers = await stack.enter_async_context(fake_peers(buffer_address))
+        # As another run has left it.
+        peers.trainer.shares_with, peers.trainer.version, peers.trainer.offloaded = "pod", 3, True
         client = await stack.enter_async_context(coordinator(peers))
         for name in ("pod", "other"):
             worker = peers.add_worker(name, tokenizer)
             await stack.enter_async_context(worker_in_service(worker, client.target))
+        while len((await client.get_status(pb.GetStatusRequest())).workers) < 2:  # noqa: ASYNC110 (others register)
+            await asyncio.sleep(0.01)
         await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run")))
         snapshots = await finish(client, run_id)
     assert snapshots[-1].phase == pb.RUN_PHASE_FINISHED
-    assert peers.workers["pod"].left == {1: 1, 2: 1}
+    # Before the supervised stage, both iterations and the export.
+    assert peers.workers["pod"].left == {1: 2, 2: 1, 3: 1}
     assert not peers.workers["other"].left
-    assert not peers.workers["pod"].away
+    assert peers.trainer.loaded == [0]
+    assert peers.trainer.exported
     for line in read_json_lines(tmp_path / "run" / "metrics.jsonl"):
         starts = [line[f"time/{phase}/start"] for phase in ("leave", "onload", "training", "convert", "offload")]
         assert starts == sorted(starts)
         assert line["time/offload/start"] < line["time/weights/start"]
+
+
+async def test_seconds_of_phases_count_once_in_an_iteration_that_trains_nothing(
+    buffer_address: str, tmp_path: Path
+) -> None:
+    run_id, run_path = f"run-{uuid.uuid4().hex}", tmp_path / "run"
+    section = write_run_section(tmp_path, iterations=1, deployment="hybrid", hybrid={"workers": ["pod"]})
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
+    run_path.mkdir()
+    # Without it the trainer would leave for the evaluation, before the first iteration.
+    baseline = {"kind": "baseline", "iteration": 0, "policy_version": 9, "problems": 1, "samples": 1}
+    write_lines(run_path / "evaluations.jsonl", [baseline | {"accuracy": {"overall": {}}}])
+    async with AsyncExitStack() as stack:
+        peers = await stack.enter_async_context(fake_peers(buffer_address))
+        peers.trainer.convert_seconds = 0.1
+        client = await stack.enter_async_context(coordinator(peers))
+        worker = peers.add_worker("other", tokenizer, respond=lambda *_: "#0")
+        await stack.enter_async_context(worker_in_service(worker, client.target))
+        await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path)))
+        assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
+    assert not peers.trainer.trained
+    lines = read_json_lines(run_path / "metrics.jsonl")
+    seconds = json.loads((run_path / "summary.json").read_text())["seconds"]
+    for phase in ("convert", "offload", "rollout"):
+        of_lines = sum(line.get(f"time/{phase}/seconds", 0.0) for line in lines)
+        assert seconds[phase] == pytest.approx(of_lines, abs=0.01), phase
