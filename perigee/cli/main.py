@@ -281,8 +281,8 @@ def worker(
         sets, folder, is_of_run = overrides or [], runs_dir.absolute() / "workers", False
         if coordinator is None:
             found = find_stack(runs_dir)
-            if found is None:
-                raise NotFoundError(f"no stack runs below {runs_dir}; name a coordinator: --coordinator HOST:PORT")
+            if found is None or "coordinator" not in found[1].addresses:
+                raise NotFoundError(f"no stack below {runs_dir} has a coordinator; name one: --coordinator HOST:PORT")
             coordinator = found[1].addresses["coordinator"]
             if recipe is None:
                 recipe, folder, is_of_run = found[0].recipe_path, found[0].logs_path, True

@@ -21,7 +21,7 @@ from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import NotFoundError, PerigeeError, UnavailableError
 from perigee.files import write_atomically
 from perigee.rpc import VARIABLES, ChannelOptions
-from services.kit.addresses import is_loopback, join_address
+from services.kit.addresses import UNSPECIFIED, is_loopback, join_address
 from services.kit.process import ChildProcess
 
 POLL_S = 1.0
@@ -35,7 +35,8 @@ def plan_worker(
     """Returns the process of a worker; its configuration, written into `folder`, is the rollout section `values`.
 
     Buffer and trainer are where the coordinator dials them unless `values` say otherwise: on its machine, where those
-    are loopback addresses. With `is_of_run` the section is that of a local run, whose own workers have its ports.
+    are loopback addresses. With `is_of_run` the section is that of a local run, whose own workers have its ports, and
+    whose stack has addresses of its own.
     """
     host = coordinator.rpartition(":")[0]
     server = dict(values.get("server") or {})
@@ -48,12 +49,14 @@ def plan_worker(
         section["server"]["port"] = pick_ports(1)[0]
     name = section.setdefault("worker_id", f"{socket.gethostname()}-{os.getpid()}")
     section["coordinator_address"] = coordinator
-    section.setdefault("buffer_address", reached_from_here(status.buffer_address, host))
-    section.setdefault("trainer_address", reached_from_here(status.trainer_address, host))
+    for key, peer in (("buffer_address", status.buffer_address), ("trainer_address", status.trainer_address)):
+        if is_of_run or key not in section:
+            section[key] = reached_from_here(peer, host)
     config = folder / f"{name}.yaml"
     write_atomically(config, dump_yaml({"rollout": section}).encode(), mode=0o600)
     command = [sys.executable, "-m", "services.rollout", "--config", str(config)]
-    address = f"{HOST}:{section['server']['port']}"
+    bound = section["server"].get("host", HOST)
+    address = join_address(HOST if bound in UNSPECIFIED else bound, section["server"]["port"])
     return ServiceSpec(name, "rollout", command, folder / f"{name}.log", address, local_channel(section["server"]))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from perigee.cli.ending import Interrupt
+from perigee.cli.run_folder import RunFolder, StackFile
 from perigee.cli.stack import ServiceSpec, wait_serving
 from perigee.cli.view import PlainView
 from perigee.cli.worker import plan_worker, work
@@ -26,6 +28,7 @@ from perigee.rpc import ChannelOptions
 from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
 from services.kit.server import serving
+from tests.fixtures.cli import invoke
 from tests.fixtures.coordinator_fakes import fake_server
 from tests.integration.test_cli_stack import SERVICE
 
@@ -65,11 +68,28 @@ def test_a_worker_dials_what_the_coordinator_dials_from_where_it_is(tmp_path: Pa
 
 
 def test_beside_a_runs_own_workers_it_takes_none_of_their_ports(tmp_path: Path) -> None:
-    values = {"server": {"port": 1, "metrics_port": 2, "token": "t"}, "http": {"port": 3}}
+    values = {
+        "server": {"port": 1, "metrics_port": 2, "token": "t"},
+        "http": {"port": 3},
+        "buffer_address": "buffer.example:52",
+    }
     section = read_section(plan_worker("127.0.0.1:51", STATUS, values, tmp_path, is_of_run=True))
     assert section["server"] == {"token": "t", "port": section["server"]["port"]}  # type: ignore[index]
     assert section["http"] == {}
     assert section["buffer_address"] == "127.0.0.1:52"
+
+
+def test_it_is_asked_where_it_listens(tmp_path: Path) -> None:
+    for host, reached in (("0.0.0.0", "127.0.0.1:7"), ("10.0.0.5", "10.0.0.5:7"), ("fd00::5", "[fd00::5]:7")):
+        values = {"worker_id": "w", "server": {"host": host, "port": 7}}
+        assert plan_worker("gpu-7:51", STATUS, values, tmp_path, is_of_run=False).address == reached
+
+
+def test_a_stack_without_a_coordinator_is_none_to_join(tmp_path: Path) -> None:
+    RunFolder(tmp_path / "up").write_stack(StackFile(os.getpid(), {"buffer": "127.0.0.1:1"}))
+    ended = invoke(("worker", "--runs-dir", str(tmp_path)), None, None, {"COLUMNS": "200"})
+    assert ended.code != 0
+    assert "has a coordinator; name one: --coordinator HOST:PORT" in ended.stderr
 
 
 class EndedCoordinator(CoordinatorServiceServicer):
