@@ -62,8 +62,10 @@ def plan_worker(
 
 def export_credentials(channel: ChannelOptions) -> None:
     """Has the services that this process starts, and its own checks of them, use the token of these options."""
-    given = {"token": channel.token, "token_file": channel.token_file}
-    os.environ.update({VARIABLES[name]: value for name, value in given.items() if value})
+    given = {VARIABLES["token"]: channel.token, VARIABLES["token_file"]: channel.token_file}
+    for variable in given if any(given.values()) else ():  # both at once are refused
+        os.environ.pop(variable, None)
+    os.environ.update({variable: value for variable, value in given.items() if value})
 
 
 def reached_from_here(address: str, coordinator_host: str) -> str:

@@ -17,7 +17,7 @@ from perigee.cli.ending import Interrupt
 from perigee.cli.run_folder import RunFolder, StackFile
 from perigee.cli.stack import ServiceSpec, wait_serving
 from perigee.cli.view import PlainView
-from perigee.cli.worker import plan_worker, work
+from perigee.cli.worker import export_credentials, plan_worker, work
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.coordinator.v1.coordinator_pb2_grpc import (
     CoordinatorServiceServicer,
@@ -83,6 +83,15 @@ def test_it_is_asked_where_it_listens(tmp_path: Path) -> None:
     for host, reached in (("0.0.0.0", "127.0.0.1:7"), ("10.0.0.5", "10.0.0.5:7"), ("fd00::5", "[fd00::5]:7")):
         values = {"worker_id": "w", "server": {"host": host, "port": 7}}
         assert plan_worker("gpu-7:51", STATUS, values, tmp_path, is_of_run=False).address == reached
+
+
+def test_its_token_is_the_one_that_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PERIGEE_TOKEN", "another")
+    monkeypatch.setenv("PERIGEE_TOKEN_FILE", "another")
+    export_credentials(ChannelOptions())
+    assert os.environ["PERIGEE_TOKEN"] == "another"
+    export_credentials(ChannelOptions(token="given"))
+    assert ChannelOptions.from_environment() == ChannelOptions(token="given")
 
 
 def test_a_stack_without_a_coordinator_is_none_to_join(tmp_path: Path) -> None:
