@@ -288,7 +288,7 @@ async def create(client: BufferClient, run_id: str, ids: Sequence[str]) -> None:
 
 
 async def append_all(
-    form: Form, run_id: str, ids: Sequence[str], tokens: Sequence[int], logprobs: Any, chunk: int
+    form: Form, run_id: str, ids: Sequence[str], tokens: Sequence[int], logprobs: Any, chunk: int = CHUNK_TOKENS
 ) -> None:
     """Appends the same response to every trajectory, a chunk of each in one call."""
     for offset in range(0, len(tokens), chunk):
