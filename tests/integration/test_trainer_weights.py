@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from perigee.trainer.v1 import trainer_pb2 as pb
 from tests.fixtures.trainer import VOCABULARY, write_model
 from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices
 
@@ -74,3 +75,49 @@ def test_weights_round_trip_and_logits_agree(run_ranks: RunRanks, models: list[P
             logprobs_T, entropies_T = values[i]
             assert (logprobs_T - expected_TV.gather(1, ids[0, 1:, None])[:, 0]).abs().max() < 2e-5
             assert (entropies_T + (expected_TV.exp() * expected_TV).sum(-1)).abs().max() < 2e-5
+
+
+def train_beside_the_shelf(engine: Engine, folder: Path, disk: Path) -> tuple[list[dict[str, torch.Tensor]], list[int]]:
+    """The weights of a bfloat16 model after two jobs, without the shelf and with it in between.
+
+    And bytes: weights and main weights, those on the shelf, and the weights that PyTorch still had when it was asked
+    for its cache.
+    """
+    from services.trainer.hf import read_model_shape
+    from services.trainer.megatron.model import Policy
+    from services.trainer.packing import TokenSequence, make_micro_batches
+
+    policy = Policy(read_model_shape(folder), engine.dims, torch.bfloat16, 128)
+    packs = [[TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_))] for tokens in sequences()]
+    batches = make_micro_batches(packs, engine.dims.device)
+    copies = policy.count_copies()
+    sizes = [copies["weights"] + copies["main_weights"]]
+
+    def count_weights() -> None:
+        sizes.append(sum(parameter.untyped_storage().nbytes() for parameter in policy.core.parameters()))
+
+    found = []
+    for is_shelved in (False, True):
+        policy.load(folder)
+        for job in range(2):
+            if job and is_shelved:
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(torch.cuda, "empty_cache", count_weights)
+                    shelf = policy.offload(disk)
+                sizes.append(shelf.shelved)
+                shelf.close()
+            policy.begin_job(pb.Optimizer(beta1=0.9, beta2=0.95))
+            # Most updates are too small for bfloat16: the main weights have them.
+            policy.step(batches, 1.0, lambda each: (-each.logprobs_T.sum(), None), 1e-4)
+        found.append({name: tensor.clone() for name, tensor in policy.collect()})
+    return found, sizes
+
+
+def test_a_bfloat16_model_trains_as_if_it_had_not_been_on_the_shelf(
+    run_ranks: RunRanks, models: list[Path], tmp_path: Path
+) -> None:
+    job = partial(train_beside_the_shelf, folder=models[1], disk=tmp_path)
+    (undisturbed, shelved), (size, left, on_shelf) = run_ranks(Sizes(), job)
+    assert all(torch.equal(undisturbed[name], shelved[name]) for name in undisturbed)
+    assert on_shelf == size
+    assert left == 0

@@ -49,10 +49,12 @@ class Shelf:
             _write(self._file, storage, size)
         for part in parts:
             part.optimizer.state.clear()
-        model.offload_grad_buffers(synchronize=self._gpu, empty_cache=self._gpu)
+        model.offload_grad_buffers(synchronize=self._gpu, empty_cache=False)
         for storage, _ in self._storages:
             storage.resize_(0)
         gc.collect()
+        # After all of it, or PyTorch would keep a GPU's memory for itself.
+        torch.cuda.empty_cache()
         ctypes.CDLL(None).malloc_trim(0)
 
     def close(self) -> None:
