@@ -102,11 +102,12 @@ class Engine:
 
     saved: Path | None = None
     """Folder that holds the loaded weights; on rank 0, whose caller sets it after a save. None while none does."""
+    shelf: Shelf | None = None
+    """Where the weights are while they are out of memory."""
 
     def __init__(self, config: TrainerConfig, read: Reader) -> None:
         self.broken = False
         self._snapshot_bytes = 0
-        self._shelf: Shelf | None = None
         self._offload_path = Path(config.offload_path or tempfile.gettempdir())
         self._read = read
         self._seed = abs(config.seed)
@@ -236,9 +237,9 @@ class Engine:
     def _offload(self) -> tuple[int, int]:
         """Offloads on every rank or raises on every rank."""
         problem = None
-        if self._shelf is None:
+        if self.shelf is None:
             try:
-                self._shelf = self.policy.offload(self._offload_path)
+                self.shelf = self.policy.offload(self._offload_path)
             except OSError as error:
                 problem = UnavailableError(f"trainer.offload_path: {self._offload_path} takes no weights: {error}")
         try:
@@ -246,14 +247,14 @@ class Engine:
         except PerigeeError:
             self._onload()
             raise
-        assert self._shelf is not None
-        sizes = self.everyone.gather((self._shelf.dropped, self._shelf.shelved))
+        assert self.shelf is not None
+        sizes = self.everyone.gather((self.shelf.dropped, self.shelf.shelved))
         return sum(dropped for dropped, _ in sizes), sum(shelved for _, shelved in sizes)
 
     def _onload(self) -> None:
-        if self._shelf is not None:
-            self._shelf.close()
-            self._shelf = None
+        if self.shelf is not None:
+            self.shelf.close()
+            self.shelf = None
 
     def _or_restore(self, job: Callable[[], Any]) -> Any:
         """Runs a job, and puts the weights back when it fails: from the folder that holds them, else from a copy."""

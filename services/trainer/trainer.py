@@ -91,7 +91,6 @@ class Trainer:
         self.checkpoints = Checkpoints.of(config)
         self.loaded = LoadedPolicy("", 0)
         self.busy = False
-        self.offloaded = False
         self._buffer = buffer
         self._sender = sender
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="megatron")
@@ -219,12 +218,16 @@ class Trainer:
             await self._collect(lambda tensors: write_folder(path, source, tensors, {}, limit))
             return path
 
+    @property
+    def offloaded(self) -> bool:
+        """Whether the weights are out of memory."""
+        return self.engine.shelf is not None
+
     async def offload(self) -> pb.OffloadResponse:
         """Moves the weights out of memory; the image of a push stays."""
         start = monotonic()
         with self._claim():
             dropped, shelved = await self._call(OffloadCommand(), lambda result: result)
-            self.offloaded = True
         return pb.OffloadResponse(seconds=monotonic() - start, dropped_bytes=dropped, shelved_bytes=shelved)
 
     async def onload(self) -> pb.OnloadResponse:
@@ -353,8 +356,6 @@ class Trainer:
         if self.busy:
             raise FailedPreconditionError("the trainer runs another job; wait for its end")
         self.busy = True
-        # Whatever the engine does next brings the weights back first.
-        self.offloaded = False
         try:
             yield
         finally:

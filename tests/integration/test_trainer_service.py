@@ -192,6 +192,9 @@ async def test_an_offloaded_trainer_comes_back_bit_for_bit(
     before = await export("before")
     for _ in range(2):
         offloaded = await trainer.client.offload(pb.OffloadRequest(run_id=RUN, iteration=1))
+        # A refused call brings nothing back.
+        with pytest.raises(NotFoundError):
+            await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=99))
         assert (await trainer.client.get_state(pb.GetStateRequest())).offloaded
         assert offloaded.shelved_bytes == weights
         # Gradients, two moments, and the number of a step for each tensor.
