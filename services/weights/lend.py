@@ -26,6 +26,7 @@ class LentImage:
     def __init__(self, manifest: pb.Manifest, holdings: Sequence[pb.Holding] = ()) -> None:
         self.manifest = manifest
         self.readers = 0
+        self.is_withdrawn = False
         self._failed = False
         self._holdings = list(holdings)
         self._changed = asyncio.Event()
@@ -90,9 +91,16 @@ class WeightSource(WeightSourceServiceServicer):
         self._appeared = asyncio.Event()
 
     async def withdraw(self, image_id: str) -> None:
-        """Lends an image no longer, and returns when nobody reads it any more; an unknown id is no error."""
-        if (image := self._images.pop(image_id, None)) is not None:
+        """Lends an image no longer, and returns when nobody reads it any more; an unknown id is no error.
+
+        A call that is cancelled can be made again.
+        """
+        if (image := self._images.get(image_id)) is not None:
+            image.is_withdrawn = True
             await image.wait_unread()
+            # Another image may have taken its place.
+            if self._images.get(image_id) is image:
+                del self._images[image_id]
 
     async def close(self) -> None:
         """Ends the calls of those who read."""
@@ -106,7 +114,7 @@ class WeightSource(WeightSourceServiceServicer):
         """
         begin = time.monotonic()
         appeared = self._appeared
-        while (image := self._images.get(request.image_id)) is None:
+        while (image := self._images.get(request.image_id)) is None or image.is_withdrawn:
             if time.monotonic() > begin + APPEARANCE_S:
                 raise NotFoundError(f"image {request.image_id} is not here: publish the weights again")
             yield pb.LendResponse()

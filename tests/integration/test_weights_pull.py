@@ -96,6 +96,9 @@ async def test_a_source_keeps_an_image_until_every_reader_has_left() -> None:
         source.publish("image", make_tensors(1, 0.1), 1)
         reading = client.lend(pb.LendRequest(image_id="image"))
         await anext(reading)
+        # A caller who leaves takes nothing from the next one.
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(source.source.withdraw("image"), 0.05)
         withdrawing = asyncio.create_task(source.source.withdraw("image"))
         await asyncio.wait([withdrawing], timeout=0.05)
         assert not withdrawing.done()
