@@ -87,14 +87,20 @@ class PieceStore:
     def fill(self, slices: Callable[[], Iterable[TensorSlice]]) -> Export:
         """Copies the slices into the store, in place of what it held, which nobody may read any more; blocking.
 
-        Raises ResourceExhaustedError when shared memory is full and FailedPreconditionError without a transport.
+        Raises ResourceExhaustedError when shared memory is full, InternalError when it cannot be registered, and
+        FailedPreconditionError without a transport.
         """
         if self._transport is None:
             self._transport = self._open_transport()
         if self._buffer is None:
             size = sum(_padded(block.tensor.nbytes) for block in self._blocks(slices))
-            self._buffer = SharedBuffer.allocate(self._config.shared_memory_dir, max(size, MIN_BUFFER_BYTES))
-            self._transport.register(self._buffer.address, self._buffer.size)
+            buffer = SharedBuffer.allocate(self._config.shared_memory_dir, max(size, MIN_BUFFER_BYTES))
+            try:
+                self._transport.register(buffer.address, buffer.size)
+            except BaseException:
+                buffer.close()
+                raise
+            self._buffer = buffer
         tensors: dict[str, pb.TensorSpec] = {}
         index_by_name: dict[str, int] = {}
         pieces: list[pb.Piece] = []
