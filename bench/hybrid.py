@@ -33,6 +33,7 @@ from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.trainer.client import TrainerClient
 from perigee.trainer.v1 import trainer_pb2
+from services.kit.server import end_tasks
 from services.rollout.vllm_engine import count_own_bytes
 
 RUN = "bench"
@@ -197,7 +198,7 @@ async def measure_peak(pair: Pair, engine: str, trainer: str, iterations: int) -
         await pair.train()
     seconds = time.monotonic() - start
     await pair.push()
-    sampling.cancel()
+    await end_tasks(sampling)
     return {"peak_mib": peak // MIB, "iteration_s": seconds / iterations}
 
 

@@ -66,7 +66,7 @@ class TrainerConfig(ServiceConfig):
     supervised model, a run's first policy, is kept besides, for comparisons from the same start."""
     offload_path: str | None = None
     """Folder on a disk of every machine that takes the weights while others use the memory; the system's temporary
-    folder when unset. One in memory, such as /dev/shm, frees nothing."""
+    folder when unset. One in memory, such as /dev/shm, frees that of GPUs alone."""
     max_shard_bytes: int = Field(4 << 30, ge=1 << 20)
     """Largest safetensors file of a checkpoint."""
     buffer_timeout_s: float = Field(120.0, gt=0)
