@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -337,6 +338,8 @@ def follow(config: TrainerConfig) -> None:
         return asyncio.run(read_over_own_channel(config, run_id, ids))
 
     engine = Engine(config, read)
+    # torchrun sends it to every rank: rank 0 ends its jobs and then this loop, so that memory is given back.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     engine.follow()
     engine.close()
 

@@ -20,7 +20,7 @@ from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
 from services.weights.safetensors import ALIGNMENT, DTYPE_NAMES, DTYPES, NamedTensor
-from services.weights.shared_memory import SharedBuffer
+from services.weights.shared_memory import SharedBuffer, remove_leftovers
 from services.weights.transport import MooncakeTransport, Transport
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
@@ -93,6 +93,8 @@ class PieceStore:
         if self._transport is None:
             self._transport = self._open_transport()
         if self._buffer is None:
+            # Those of a rank that was killed, on a machine where nobody receives.
+            remove_leftovers(self._config.shared_memory_dir)
             size = sum(_padded(block.tensor.nbytes) for block in self._blocks(slices))
             buffer = SharedBuffer.allocate(self._config.shared_memory_dir, max(size, MIN_BUFFER_BYTES))
             try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from perigee.weights.v1 import weights_pb2
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import READY, WorkerRegistry
+from services.trainer import engine
 from services.trainer.config import TrainerConfig
 from services.trainer.engine import Sink
 from services.trainer.trainer import Trainer
@@ -126,3 +128,24 @@ async def test_a_run_that_follows_one_that_never_trained_pushes_its_own_image(tm
         assert receiver.run_ids == ["first", "second", "second"]
         await sender.close()
         await trainer.close()
+
+
+def test_a_rank_that_follows_is_ended_by_rank_0_and_gives_its_memory_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[Any] = []
+
+    class Follower:
+        def __init__(self, *_: object) -> None:
+            events.append("built")
+
+        def follow(self) -> None:
+            events.append("stopped")
+
+        def close(self) -> None:
+            events.append("closed")
+
+    monkeypatch.setattr(engine, "Engine", Follower)
+    monkeypatch.setattr(signal, "signal", lambda *action: events.append(action))
+    engine.follow(TrainerConfig(model=str(tmp_path), run_path=str(tmp_path)))
+    assert events == ["built", (signal.SIGTERM, signal.SIG_IGN), "stopped", "closed"]

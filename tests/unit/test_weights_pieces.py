@@ -204,6 +204,7 @@ def test_copies_of_a_slice_share_its_blocks_out() -> None:
 
 
 def test_memory_that_cannot_be_registered_is_given_back_and_asked_for_again(tmp_path: Path) -> None:
+    (tmp_path / "perigee-weights-1-killed").touch()
     refusals, registered = [InternalError("check the memlock limit")], []
 
     def register(address: int, size: int) -> None:
