@@ -4,7 +4,9 @@
 
 Every node has a network namespace and a link that is limited both ways. Figures are multiples of size / bandwidth:
 `star` has each receiver pull from the source, `chain` from the one before it, `killed` is a chain whose second
-receiver is killed at half time. Every piece is verified, and the whole image again at the end. Needs root and tc.
+receiver is killed at half time. `local` is one receiver on the machine of the source, without a limit, beside a raw
+socket that carries the same bytes: best of three each, in turn. Every piece is verified, and the whole image again at
+the end. All but `local` need root and tc.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -37,10 +40,25 @@ from services.weights.lend import LentImage, WeightSource
 from services.weights.manifest import WeightImage
 from services.weights.pieces import PieceStore, TensorSlice, join_exports
 from services.weights.receive import WeightReceiver
+from services.weights.shared_memory import remove_leftovers
 
 TOKEN = "bench-token-of-the-weights-relay"
 PORT = 7000
 HUB = "perigee-hub"
+RAW_RECEIVER = """
+import socket, sys
+size = int(sys.argv[1])
+data = memoryview(bytearray(size))
+server = socket.create_server(("127.0.0.1", 0))
+print(server.getsockname()[1], flush=True)
+connection, _ = server.accept()
+received = 0
+while received < size:
+    received += connection.recv_into(data[received:], min(1 << 20, size - received))
+connection.sendall(b"x")
+"""
+# Names of one image, so that it can be pulled several times.
+IMAGES = ("first", "second", "third")
 
 
 class NodeConfig(ServiceConfig):
@@ -49,7 +67,7 @@ class NodeConfig(ServiceConfig):
     section = "node"
 
 
-async def run_node(host: str, mib: int) -> None:
+async def run_node(host: str, port: int, mib: int) -> None:
     """Lends random weights, or pulls them when it is told from where on standard input."""
     torch.set_num_threads(1)
     weights = WeightsConfig(host=host, progress_timeout_s=3)
@@ -63,7 +81,7 @@ async def run_node(host: str, mib: int) -> None:
         add_WeightSourceServiceServicer_to_server(served, app.server)
         yield
 
-    config = NodeConfig.model_validate({"server": {"host": host, "port": PORT, "token": TOKEN}})
+    config = NodeConfig.model_validate({"server": {"host": host, "port": port, "token": TOKEN}})
     async with serving(config, lifespan):
         digest = ""
         if mib:
@@ -71,12 +89,14 @@ async def run_node(host: str, mib: int) -> None:
             digest = xxhash.xxh3_128_hexdigest(tensor.numpy())
             exports = [store.fill(lambda: [TensorSlice("weights", tuple(tensor.shape), (0, 0), tensor)])]
             manifest, holdings = join_exports("bench", 1, exports)
-            source.lend("image", LentImage(manifest, holdings))
+            for image_id in IMAGES:
+                source.lend(image_id, LentImage(manifest, holdings))
         print(json.dumps({"digest": digest}), flush=True)
         reader = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
         while line := await reader.readline():
-            response = await receiver.Pull(pb.PullRequest(image_id="image", sources=json.loads(line)), None)
+            image_id, sources = json.loads(line)
+            response = await receiver.Pull(pb.PullRequest(image_id=image_id, sources=sources), None)
             assert receiver.current is not None
             with receiver.current.buffer.view() as view:
                 digest = xxhash.xxh3_128_hexdigest(view[: response.bytes])
@@ -120,14 +140,19 @@ def make_network(nodes: int, mbit: int) -> None:
             shell(f"ip netns exec {space} tc qdisc add dev {device} {limit}")
 
 
-async def start_node(number: int, mib: int) -> tuple[asyncio.subprocess.Process, str]:
-    """Starts a node in its namespace; returns it with the digest of what it lends."""
-    command = ["ip", "netns", "exec", f"perigee-node-{number}", sys.executable, __file__]
+async def start_node(address: str, mib: int, prefix: Sequence[str] = ()) -> tuple[asyncio.subprocess.Process, str]:
+    """Starts a node, with a command before it; returns it with the digest of what it lends."""
     process = await asyncio.create_subprocess_exec(
-        *command, "--node", f"10.77.0.{number + 1}", "--mib", str(mib),
+        *prefix, sys.executable, __file__, "--node", address, "--mib", str(mib),
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     return process, (await read_answer(process))["digest"]
+
+
+def ask(process: asyncio.subprocess.Process, image_id: str, sources: Sequence[str]) -> None:
+    """Has a node pull an image."""
+    assert process.stdin is not None
+    process.stdin.write(json.dumps([image_id, sources]).encode() + b"\n")
 
 
 async def read_answer(process: asyncio.subprocess.Process) -> dict[str, Any]:
@@ -144,14 +169,14 @@ async def read_answer(process: asyncio.subprocess.Process) -> dict[str, Any]:
 async def measure(mode: str, receivers: int, mib: int, mbit: int) -> None:
     """Prints one line."""
     ideal = mib * (1 << 20) * 8 / (mbit * 1e6)
-    nodes = await asyncio.gather(*(start_node(n, 0 if n else mib) for n in range(receivers + 1)))
     addresses = [f"10.77.0.{n + 1}:{PORT}" for n in range(receivers + 1)]
+    spaces = [("ip", "netns", "exec", f"perigee-node-{n}") for n in range(receivers + 1)]
+    starts = zip(addresses, [mib] + [0] * receivers, spaces, strict=True)
+    nodes = await asyncio.gather(*(start_node(*start) for start in starts))
     plan = plan_sources(addresses[0], [], addresses[1:])
     begin = time.monotonic()
     for (process, _), address in zip(nodes[1:], addresses[1:], strict=True):
-        assert process.stdin is not None
-        sources = addresses[:1] if mode == "star" else plan[address]
-        process.stdin.write(json.dumps(sources).encode() + b"\n")
+        ask(process, IMAGES[0], addresses[:1] if mode == "star" else plan[address])
     answers = [asyncio.create_task(read_answer(process)) for process, _ in nodes[1:]]
     if mode == "killed":
         await asyncio.sleep(ideal / 2)
@@ -165,18 +190,61 @@ async def measure(mode: str, receivers: int, mib: int, mbit: int) -> None:
         f"fall-backs {sum(len(answer['sources']) - 1 for answer in found)}",
         flush=True,
     )
-    for process, _ in nodes:
+    await stop_nodes([process for process, _ in nodes])
+
+
+async def stop_nodes(processes: Sequence[asyncio.subprocess.Process]) -> None:
+    """Kills nodes, as closing Mooncake's engines would take seconds, and removes what they leave."""
+    for process in processes:
         if process.returncode is None:
             process.kill()
         await process.wait()
+    remove_leftovers(WeightsConfig().shared_memory_dir)
+
+
+async def measure_local(mib: int) -> None:
+    """Prints the seconds of a pull and of a raw socket on one machine."""
+    addresses = [f"127.0.0.1:{PORT + n}" for n in range(2)]
+    (lender, digest), (receiver, _) = [
+        await start_node(address, 0 if n else mib) for n, address in enumerate(addresses)
+    ]
+    pulls, raws = [], []
+    for image_id in IMAGES:
+        ask(receiver, image_id, addresses[:1])
+        answer = await read_answer(receiver)
+        assert answer["digest"] == digest
+        pulls.append(answer["seconds"])
+        raws.append(await asyncio.to_thread(time_raw_socket, mib << 20))
+    print(f"local, {mib} MiB: pull {min(pulls):.2f} s, raw socket {min(raws):.2f} s, {min(raws) / min(pulls):.2f}")
+    await stop_nodes([lender, receiver])
+
+
+def time_raw_socket(size: int) -> float:
+    """Returns the seconds in which another process receives bytes over loopback into memory of its own."""
+    child = subprocess.Popen([sys.executable, "-c", RAW_RECEIVER, str(size)], stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    data = memoryview(bytearray(size))
+    with socket.create_connection(("127.0.0.1", int(child.stdout.readline()))) as connection:
+        begin = time.monotonic()
+        connection.sendall(data)
+        connection.recv(1)
+        seconds = time.monotonic() - begin
+    child.wait()
+    return seconds
 
 
 async def run(arguments: argparse.Namespace) -> None:
     """Measures every mode for every number of receivers."""
     counts = [int(count) for count in arguments.receivers.split(",")]
+    modes = arguments.modes.split(",")
+    if "local" in modes:
+        modes.remove("local")
+        await measure_local(arguments.mib)
+    if not modes:
+        return
     make_network(max(counts) + 1, arguments.mbit)
     try:
-        for mode in arguments.modes.split(","):
+        for mode in modes:
             for count in counts if mode != "killed" else counts[-1:]:
                 await measure(mode, count, arguments.mib, arguments.mbit)
     finally:
@@ -192,7 +260,8 @@ def main() -> None:
     parser.add_argument("--modes", default="star,chain,killed")
     parser.add_argument("--node", default="", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    asyncio.run(run_node(arguments.node, arguments.mib) if arguments.node else run(arguments))
+    host, _, port = arguments.node.rpartition(":")
+    asyncio.run(run_node(host, int(port), arguments.mib) if host else run(arguments))
 
 
 if __name__ == "__main__":
