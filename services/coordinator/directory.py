@@ -45,6 +45,8 @@ def plan_sources(trainer: str, holders: Sequence[str], workers: Sequence[str]) -
     hosts before it, the trainer last, are what a worker falls back on. Workers of one host read from the first of them,
     those of the trainer's host from the trainer, or from one of them that has the weights.
     """
+    # One that pulls again has lost its engine and its weights.
+    holders = [holder for holder in holders if holder not in workers]
     # The first worker of each host.
     chain: list[str] = []
     sources: dict[str, list[str]] = {}

@@ -208,6 +208,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         config.weights.reached_at(address.rpartition(":")[0]),
         worker.commit,
         connect=lambda source: WeightSourceClient(source, channel_options(config)),
+        is_loaded=lambda: worker.status == READY,
     )
     fatal: list[InternalError] = []
 

@@ -127,7 +127,8 @@ class WeightReceiver(WeightReceiverServiceServicer):
     What is pulled is lent through `source` to other receivers, piece by piece as it arrives.
 
     `current` is the last image that `commit` took without an error; it stays in shared memory so that a restarted
-    engine can be filled from it. When `commit` raises, the image is dropped and `current` stays.
+    engine can be filled from it. When `commit` raises, the image is dropped and `current` stays. `is_loaded` tells
+    whether the engine still has it; one that has not gets it again when it is pulled again.
     """
 
     def __init__(
@@ -136,12 +137,14 @@ class WeightReceiver(WeightReceiverServiceServicer):
         commit: Callable[[WeightImage], Awaitable[None]],
         open_transport: Callable[[], Transport] | None = None,
         connect: Connect = WeightSourceClient.connect,
+        is_loaded: Callable[[], bool] = lambda: True,
     ) -> None:
         self.current: WeightImage | None = None
         self.source = WeightSource(config.transfer_timeout_s)
         self._config = config
         self._receiver_id = uuid.uuid4().hex
         self._commit = commit
+        self._is_loaded = is_loaded
         self._open_transport = open_transport or (lambda: MooncakeTransport(config))
         self._transport: Transport | None = None
         self._pool: BufferPool | None = None
@@ -292,7 +295,8 @@ class WeightReceiver(WeightReceiverServiceServicer):
 
     def _has_ended_without(self, image_id: str) -> bool:
         """Returns whether no pull is under way and the image is not the one in the engine."""
-        return self._pulling is not None and self._pulling.done() and self._current_id != image_id
+        is_there = self._current_id == image_id and self._is_loaded()
+        return self._pulling is not None and self._pulling.done() and not is_there
 
     async def _pull_after(
         self, previous: asyncio.Task[pb.PullResponse] | None, request: pb.PullRequest
@@ -303,10 +307,18 @@ class WeightReceiver(WeightReceiverServiceServicer):
             await asyncio.wait({previous})
         begin = time.monotonic()
         async with self._lock:
-            image, lent, sources = await self._pull(request)
+            if self._committing is not None:
+                await asyncio.wait({self._committing})
+            sources: list[str] = []
+            if self.current is not None and self._current_id == request.image_id:
+                image = self.current
+                commit = self._load(image, time.monotonic())
+            else:
+                image, lent, sources = await self._pull(request)
+                commit = self._commit_pulled(request.image_id, image, lent)
             transferred = time.monotonic()
             self._committing_id = ""
-            self._committing = asyncio.create_task(self._commit_pulled(request.image_id, image, lent))
+            self._committing = asyncio.create_task(commit)
         report = await asyncio.shield(self._committing)
         return pb.PullResponse(
             policy_version=report.policy_version,
@@ -321,8 +333,6 @@ class WeightReceiver(WeightReceiverServiceServicer):
         if self._pool is None or self._transport is None:
             raise FailedPreconditionError("the weight receiver is not running")
         pool, session = self._pool, self._transport.session
-        if self._committing is not None:
-            await asyncio.wait({self._committing})
         lent: LentImage | None = None
         buffer: SharedBuffer | None = None
 
@@ -406,7 +416,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
         verified = time.monotonic()
         await self._commit(image)
         previous, self.current = self.current, image
-        if previous is not None:
+        if previous is not None and previous is not image:
             self._retire(self._current_id, previous.buffer)
         report = pb.CommitResponse(
             policy_version=image.manifest.policy_version,

@@ -37,6 +37,13 @@ async def test_slices_of_several_ranks_arrive_bit_for_bit_and_versions_follow_on
         again = await pull(receiver, "image-3", "127.0.0.1:1")
         assert again.policy_version == 3
         assert receiver.versions == [1, 2, 3]
+        # An engine that started again, or is away, gets what is still in memory, which is lent on.
+        receiver.receiver._is_loaded = lambda: False
+        assert list((await pull(receiver, "image-3", "127.0.0.1:1")).sources) == []
+        assert receiver.versions == [1, 2, 3, 3]
+        assert equal(receiver.loaded, tensors)
+        async with WeightSourceClient.connect(receiver.address) as client:
+            assert (await anext(client.lend(pb.LendRequest(image_id="image-3")))).manifest.policy_version == 3
 
 
 async def test_a_chain_passes_pieces_on_and_a_late_worker_needs_no_trainer() -> None:

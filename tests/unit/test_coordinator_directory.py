@@ -38,3 +38,7 @@ def test_hosts_pass_the_weights_on_in_a_chain(nodes: list[tuple[int, int]], held
             assert host(worker) not in {host(other) for other in seen[:-1]}
             uplinks.append(host(sources[0]))
     assert len(uplinks) == len(set(uplinks))
+
+
+def test_a_worker_that_pulls_again_does_not_pull_from_itself() -> None:
+    assert plan_sources(TRAINER, ["host-1:2"], ["host-1:2"]) == {"host-1:2": [TRAINER]}
