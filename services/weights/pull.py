@@ -8,7 +8,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import AbstractAsyncContextManager, aclosing
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -170,7 +170,12 @@ class ImagePull:
                     log.warning("weights not pulled from source", source=address, reason=error.message)
             raise UnavailableError(f"no source has the whole image {image_id}: {'; '.join(problems)}")
         finally:
-            await self._end()
+            ending = asyncio.create_task(self._end())
+            # A second cancellation does not end it: a read under way would write into a buffer that is used again.
+            while not ending.done():
+                with suppress(asyncio.CancelledError):
+                    await asyncio.wait({ending})
+            ending.result()
 
     async def _pull_from(self, image_id: str, address: str, is_last: bool) -> Target:
         """Reads what the source has, until nothing is missing."""
@@ -186,7 +191,7 @@ class ImagePull:
 
     async def _begin_with(self, manifest: pb.Manifest) -> Target:
         """Returns where the pieces go, which the first source's manifest says."""
-        check_pieces(manifest)
+        await asyncio.to_thread(check_pieces, manifest)
         self._target = target = await self._begin(manifest)
         sizes = {index: piece_bytes(manifest, manifest.pieces[index]) for index in target.offsets}
         self._schedule = Schedule(sizes, self._config.block_bytes)

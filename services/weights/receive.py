@@ -54,14 +54,33 @@ class BufferPool:
         self._quarantine_s = config.transfer_timeout_s + config.progress_timeout_s
         self._free: list[SharedBuffer] = []
         self._all: list[SharedBuffer] = []
+        # A caller that was cancelled may have left a take under way.
+        self._taking = asyncio.Lock()
         # transfer id -> buffer and the monotonic time after which it may be used again
         self._quarantined: dict[str, tuple[SharedBuffer, float]] = {}
 
     async def take(self, size: int) -> SharedBuffer:
         """Takes a registered buffer of at least `size` bytes that nobody else writes to.
 
-        Raises ResourceExhaustedError when all are taken, with the time to wait, or when memory is short.
+        A caller that is cancelled leaves it as the spare. Raises ResourceExhaustedError when all are taken, with the
+        time to wait, or when memory is short.
         """
+        taking = asyncio.create_task(self._take(size))
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(self._give_back_taken)
+            raise
+
+    def _give_back_taken(self, taking: asyncio.Task[SharedBuffer]) -> None:
+        if not taking.cancelled() and taking.exception() is None:
+            self.give_back(taking.result())
+
+    async def _take(self, size: int) -> SharedBuffer:
+        async with self._taking:
+            return await self._take_alone(size)
+
+    async def _take_alone(self, size: int) -> SharedBuffer:
         now = time.monotonic()
         for transfer_id in [key for key, (_, until) in self._quarantined.items() if until <= now]:
             self.release(transfer_id)
@@ -335,11 +354,14 @@ class WeightReceiver(WeightReceiverServiceServicer):
         pool, session = self._pool, self._transport.session
         lent: LentImage | None = None
         buffer: SharedBuffer | None = None
+        placed = pb.Manifest()
 
         async def begin(manifest: pb.Manifest) -> Target:
-            nonlocal lent, buffer
-            offsets = place_pieces(manifest, None)
-            size = describe_image(manifest, offsets).total_bytes
+            nonlocal lent, buffer, placed
+            # Seconds of an image with many pieces, in which leases are to be renewed and pieces to be lent.
+            offsets = await asyncio.to_thread(place_pieces, manifest, None)
+            placed = await asyncio.to_thread(describe_image, manifest, offsets)
+            size = placed.total_bytes
             if size > self._config.max_image_bytes:
                 reason = f"{size} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}"
                 raise InvalidArgumentError.for_field("manifest.total_bytes", reason)
@@ -368,7 +390,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
                 ) from error
             raise
         assert lent is not None
-        return WeightImage(describe_image(target.manifest, target.offsets), target.buffer), lent, pull.sources
+        return WeightImage(placed, target.buffer), lent, pull.sources
 
     async def _commit_pulled(self, image_id: str, image: WeightImage, lent: LentImage) -> pb.CommitResponse:
         """Commits an image that was verified as it arrived."""

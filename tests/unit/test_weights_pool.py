@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from perigee.errors import ResourceExhaustedError
+from perigee.errors import InternalError, ResourceExhaustedError
+from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
+from services.weights.pieces import PieceStore, TensorSlice
+from services.weights.pull import ImagePull, Target
 from services.weights.receive import BufferPool
+from services.weights.shared_memory import SharedBuffer
 from services.weights.transport import EndpointPool, TransferState, Transport
 
 
@@ -17,6 +27,7 @@ class CountingTransport(Transport):
 
     def __init__(self) -> None:
         self.registered: dict[int, int] = {}
+        self.refusals = 0
         self.closed = False
 
     @property
@@ -24,6 +35,9 @@ class CountingTransport(Transport):
         return "here"
 
     def register(self, address: int, size: int) -> None:
+        if self.refusals:
+            self.refusals -= 1
+            raise InternalError("check the memlock limit")
         self.registered[address] = size
 
     def unregister(self, address: int) -> None:
@@ -113,3 +127,95 @@ async def test_spares_that_are_too_small_make_room_for_larger_ones(
     assert list(transport.registered.values()) == [1 << 20]
     assert names_in(tmp_path) == [large.path.name]
     await pool.close()
+
+
+async def test_a_buffer_whose_taker_was_cancelled_becomes_the_spare(
+    tmp_path: Path, transport: CountingTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_register = threading.Event()
+    register = transport.register
+
+    def register_late(address: int, size: int) -> None:
+        may_register.wait()
+        register(address, size)
+
+    monkeypatch.setattr(transport, "register", register_late)
+    pool = BufferPool(WeightsConfig(shared_memory_dir=str(tmp_path)), transport)
+    taking = asyncio.create_task(pool.take(4096))
+    while not names_in(tmp_path):  # noqa: ASYNC110, another thread makes it
+        await asyncio.sleep(0.001)
+    taking.cancel()
+    await asyncio.wait([taking])
+    may_register.set()
+    async with asyncio.timeout(10):
+        while not pool._free:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+    buffer = await pool.take(4096)
+    assert (names_in(tmp_path), list(transport.registered)) == ([buffer.path.name], [buffer.address])
+    await pool.close()
+    assert names_in(tmp_path) == []
+
+
+class SlowTransport(CountingTransport):
+    """Reads nothing until it may."""
+
+    def __init__(self, may_read: threading.Event) -> None:
+        super().__init__()
+        self.reading = threading.Event()
+        self._may_read = may_read
+
+    def submit_read(self, session: str, source: int, target: int, size: int) -> int:
+        self.reading.set()
+        self._may_read.wait()
+        return 1
+
+
+class SourceOfOneByte:
+    """Lends an image of one byte, for ever."""
+
+    async def lend(self, request: pb.LendRequest, timeout_s: float) -> AsyncIterator[pb.LendResponse]:
+        """Announces its piece."""
+        manifest = pb.Manifest(run_id="run", tensors=[pb.TensorSpec(name="a", dtype="U8", shape=[1])])
+        manifest.pieces.add(lower=[0], upper=[1])
+        yield pb.LendResponse(manifest=manifest)
+        yield pb.LendResponse(holding=pb.Holding(session="there", holder_id="it", pieces=[0], addresses=[1]))
+        await asyncio.Event().wait()
+
+
+async def test_a_pull_that_is_cancelled_twice_still_waits_for_its_reads(tmp_path: Path) -> None:
+    """Its buffer is used for the next pull, into which they would write."""
+    config = WeightsConfig(shared_memory_dir=str(tmp_path))
+    buffer = SharedBuffer.allocate(str(tmp_path), 64)
+    may_read = threading.Event()
+    transport = SlowTransport(may_read)
+
+    async def begin(manifest: pb.Manifest) -> Target:
+        return Target(manifest, {0: 0}, buffer, lambda pieces: None)
+
+    @asynccontextmanager
+    async def connect(address: str) -> AsyncIterator[Any]:
+        yield SourceOfOneByte()
+
+    pulling = asyncio.create_task(ImagePull(config, EndpointPool(lambda: transport), connect, begin).run("i", ["s"]))
+    await asyncio.to_thread(transport.reading.wait)
+    for _ in range(2):
+        pulling.cancel()
+        await asyncio.wait([pulling], timeout=0.05)
+        assert not pulling.done()
+    may_read.set()
+    await asyncio.wait([pulling])
+    assert pulling.cancelled()
+    assert transport.registered == {}
+    buffer.close()
+
+
+def test_a_store_whose_memory_cannot_be_registered_registers_it_when_filled_again(tmp_path: Path) -> None:
+    transport = CountingTransport()
+    store = PieceStore(WeightsConfig(shared_memory_dir=str(tmp_path)), open_transport=lambda: transport)
+    part = TensorSlice("a", (1,), (0,), torch.zeros(1))
+    transport.refusals = 1
+    with pytest.raises(InternalError, match="memlock"):
+        store.fill(lambda: [part])
+    assert names_in(tmp_path) == []
+    assert [*store.fill(lambda: [part]).addresses] == list(transport.registered)
+    store.close()
