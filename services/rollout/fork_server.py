@@ -99,6 +99,8 @@ def _fork_instead(path: bytes, command: Sequence[str], keep: Sequence[int]) -> i
     try:
         # The caller's, who is not in this process.
         _SERVER._lock.release()
+        # A signal to the service's group, as of Ctrl-C, is for the service, which drains the engines.
+        os.setpgrp()
         for low, high in pairwise((2, *sorted(keep), os.sysconf("SC_OPEN_MAX"))):
             os.closerange(low + 1, high)
         exec(command[-1], {})

@@ -8,8 +8,8 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.errors import InvalidArgumentError
 from perigee.weights.v1.weights_pb2 import Manifest
+from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError, EngineOutput, EngineRequest, PromptScore
@@ -41,6 +42,8 @@ log = get_logger(__name__)
 DEFAULT_CPU_KV_CACHE_BYTES = 1 << 30
 DEATH_POLL_SECONDS = 0.1
 STOP_SECONDS = 0.5
+# An engine that does not end requests within it keeps the tokens that gather there.
+INTERRUPT_SECONDS = 3.0
 EXTENSION_CLASS = f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}"
 
 
@@ -136,7 +139,12 @@ class VllmEngine(Engine):
         # Ended in the service, a request would lose the tokens that gather in the engine.
         known = llm.output_processor.external_req_ids
         internal_ids = [internal for request_id in request_ids for internal in known.get(request_id, ())]
-        await llm.engine_core.call_utility_async(END_REQUESTS, internal_ids)
+        try:
+            async with asyncio.timeout(INTERRUPT_SECONDS):
+                await llm.engine_core.call_utility_async(END_REQUESTS, internal_ids)
+        except TimeoutError:
+            # It loads weights or stands still: what the service has must reach the buffer before the drain's end.
+            await llm.abort(internal_ids, internal=True)
 
     async def update_weights(self, image: WeightImage) -> None:
         """Pauses, reloads from the shared-memory file, labels the version, resumes.
@@ -145,7 +153,7 @@ class VllmEngine(Engine):
         recompute their keys and values under the new weights.
         """
         llm = self._alive()
-        with _deaths():
+        async with _deaths(llm):
             await llm.pause_generation(mode="keep", clear_cache=True)
             await self._load(llm, image)
             await llm.resume_generation()
@@ -166,7 +174,7 @@ class VllmEngine(Engine):
     async def sleep(self) -> None:
         """Pauses, then has vLLM free a GPU's memory, or the worker's extension that of a CPU, where vLLM cannot."""
         llm = self._alive()
-        with _deaths():
+        async with _deaths(llm):
             await llm.pause_generation(mode="keep", clear_cache=True)
             self._asleep = True
             if current_platform.is_cpu():
@@ -177,7 +185,7 @@ class VllmEngine(Engine):
     async def wake_up(self, image: WeightImage) -> None:
         """Takes the KV cache's memory after the load, which needs some of its own."""
         llm = self._alive()
-        with _deaths():
+        async with _deaths(llm):
             await self._take_memory(llm, "weights")
             await self._load(llm, image)
             await self._take_memory(llm, "kv_cache")
@@ -204,13 +212,24 @@ class VllmEngine(Engine):
         return self._llm
 
 
-@contextmanager
-def _deaths() -> Iterator[None]:
-    """Raises EngineDiedError for vLLM's error of a dead engine."""
+@asynccontextmanager
+async def _deaths(llm: AsyncLLM) -> AsyncIterator[None]:
+    """Raises EngineDiedError when the engine dies meanwhile, for whose answer vLLM would wait for ever."""
+
+    async def end_block() -> None:
+        while not llm.errored:
+            await asyncio.sleep(DEATH_POLL_SECONDS)
+        block.reschedule(asyncio.get_running_loop().time())
+
     try:
-        yield
-    except EngineDeadError as error:
-        raise EngineDiedError(str(error)) from error
+        async with asyncio.timeout(None) as block:
+            watching = asyncio.create_task(end_block())
+            try:
+                yield
+            finally:
+                await end_tasks(watching)
+    except (EngineDeadError, TimeoutError) as error:
+        raise EngineDiedError(str(error) or "the engine died meanwhile") from error
 
 
 def count_own_bytes(pid: int) -> int:

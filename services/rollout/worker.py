@@ -247,7 +247,9 @@ class Worker:
                     await self._load(image)
                 await self._compare(image)
         except Exception as error:
-            self._break()
+            # One that has died meanwhile is restarted already.
+            if self.engine_restarts == generation:
+                self._break()
             if isinstance(error, EngineDiedError):
                 raise UnavailableError("The engine died during the commit and is restarted.") from error
             raise InternalError(f"The engine failed in the commit and is restarted: {error}") from error

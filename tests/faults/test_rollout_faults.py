@@ -82,6 +82,7 @@ async def running_service(
             *arguments,
             stderr=stderr,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
+            start_new_session=True,
         )
     try:
         yield ServiceProcess(process, await asyncio.to_thread(wait_for_address, process, log))
@@ -185,7 +186,8 @@ async def test_sigterm_ends_requests_engine_and_service(
         running = asyncio.create_task(trajectories.extend(ids, token_budget=200, max_response_tokens=200))
         await trajectories.wait_for_tokens(ids[0])
         processes = psutil.Process(service.process.pid).children(recursive=True)
-        service.process.send_signal(signal.SIGTERM)
+        # As a shell does; the engine is needed until its requests have ended.
+        os.killpg(service.process.pid, signal.SIGTERM)
         with pytest.raises(UnavailableError, match=r"hands \d+ trajectories back"):
             await running
         async with asyncio.timeout(30):

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import Sequence
 from contextlib import suppress
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -446,6 +447,48 @@ async def test_an_engine_that_comes_back_answers_as_before(
         assert freed[-1] > 30 << 20
     with pytest.raises(FailedPreconditionError, match="is in iteration"):
         await rollout_client.leave(pb.LeaveRequest(run_id=name, residence=name))
+
+
+class SilentLlm:
+    """vLLM's client of a process that answers nothing."""
+
+    errored = False
+
+    def __init__(self) -> None:
+        self.engine_core = self
+        self.output_processor = SimpleNamespace(external_req_ids={"a": ["a-1"]})
+        self.aborted: list[str] = []
+
+    async def pause_generation(self, **options: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def collective_rpc(self, method: str) -> None:
+        await asyncio.Event().wait()
+
+    async def call_utility_async(self, *arguments: Any) -> None:
+        await asyncio.Event().wait()
+
+    async def abort(self, request_ids: Sequence[str], internal: bool) -> None:
+        self.aborted += request_ids
+
+
+async def test_what_a_silent_engine_is_asked_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    from services.rollout import vllm_engine
+    from services.rollout.engine import EngineDiedError
+
+    nothing: Any = None
+    engine, llm = vllm_engine.VllmEngine(nothing, nothing), SilentLlm()
+    monkeypatch.setattr(engine, "_llm", llm)
+    monkeypatch.setattr(vllm_engine, "INTERRUPT_SECONDS", 0.01)
+    await engine.interrupt(["a", "unknown"])
+    assert llm.aborted == ["a-1"]
+    for change in (engine.update_weights, engine.wake_up):
+        llm.errored = False
+        changing = asyncio.ensure_future(change(nothing))
+        await asyncio.wait([changing], timeout=0.01)
+        llm.errored = True
+        with pytest.raises(EngineDiedError, match="died meanwhile"):
+            await changing
 
 
 async def test_requests_in_flight_sleep_and_go_on(worker: str, rollout_client: RolloutClient, pusher: Pusher) -> None:

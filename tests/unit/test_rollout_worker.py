@@ -236,6 +236,21 @@ async def test_an_engine_that_dies_in_a_commit_does_not_become_ready(bench: Benc
         assert bench.worker.status == EMPTY
 
 
+async def test_a_commit_that_fails_after_its_engine_does_not_end_the_next_one(bench: Bench) -> None:
+    async with bench.supervised():
+        await bench.wait(EMPTY)
+        bench.engine.may_update.clear()
+        bench.engine.failing_updates = 1
+        commit = asyncio.create_task(bench.commit(4))
+        await bench.engine.updating.wait()
+        bench.engine.dead.set()
+        await bench.wait(EMPTY, restarts=1)
+        bench.engine.may_update.set()
+        with pytest.raises(InternalError, match="half loaded"):
+            await commit
+        assert (bench.worker.status, bench.worker.broken.is_set()) == (EMPTY, False)
+
+
 async def test_a_start_that_fails_is_tried_again(bench: Bench) -> None:
     bench.engine.failing_starts = 2
     async with bench.supervised():
