@@ -217,7 +217,7 @@ async def _deaths(llm: AsyncLLM) -> AsyncIterator[None]:
     """Raises EngineDiedError when the engine dies meanwhile, for whose answer vLLM would wait for ever."""
 
     async def end_block() -> None:
-        while not llm.errored:
+        while not llm.errored:  # noqa: ASYNC110, vLLM has no event for it
             await asyncio.sleep(DEATH_POLL_SECONDS)
         block.reschedule(asyncio.get_running_loop().time())
 

@@ -382,11 +382,14 @@ async def _refill(worker: Worker, image: WeightImage | None) -> bool:
 
 
 async def _wait_end(worker: Worker) -> None:
-    """Returns when the engine has died or must be restarted; one that ends while the worker is away, comes back."""
+    """Returns when the engine has died or must be restarted.
+
+    One that ends while the worker is away, comes back; one that ends while it shuts down, is not needed any more.
+    """
     while True:
         returns = worker.returns
         await _wait_death(worker)
-        while worker.status == AWAY and not worker.broken.is_set():
+        while worker.status in (AWAY, DRAINING) and not worker.broken.is_set():
             await worker.wait_change()
         # After a return the death may be that of an engine which another one has replaced.
         if worker.broken.is_set() or worker.returns == returns:

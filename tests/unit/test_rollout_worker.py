@@ -315,6 +315,20 @@ async def test_an_append_that_fails_tells_its_writer_and_the_next_one_is_tried()
         writing.cancel()
 
 
+@pytest.mark.parametrize("is_away", [False, True])
+async def test_a_worker_that_shuts_down_starts_no_engine(bench: Bench, is_away: bool) -> None:
+    """Where it was away, others have the memory."""
+    async with bench.supervised():
+        await bench.commit(4)
+        if is_away:
+            await bench.worker.leave(RESIDENCES[pb.RESIDENCE_RESTART])
+        bench.worker.set_status(DRAINING)
+        bench.engine.dead.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (bench.engine.starts, bench.worker.engine_restarts) == (1, 0)
+
+
 def test_draining_is_final(bench: Bench) -> None:
     bench.worker.set_status(DRAINING)
     bench.worker.set_status(READY, "run", 3)
