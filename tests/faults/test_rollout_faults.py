@@ -196,6 +196,8 @@ async def test_sigterm_ends_requests_engine_and_service(
         assert images() == set()
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log, log
+    assert "segments failed" not in log, log
+    assert "engine died" not in log, log
     # The tokens of unfinished chunks have reached the buffer, with their log-probabilities and versions.
     held = [await trajectories.read(trajectory_id) for trajectory_id in ids]
     assert any(len(each.token_ids) % CHUNK for each in held)
