@@ -223,11 +223,11 @@ async def _deaths(llm: AsyncLLM) -> AsyncIterator[None]:
 
     try:
         async with asyncio.timeout(None) as block:
-            watching = asyncio.create_task(end_block())
+            waiting = asyncio.create_task(end_block())
             try:
                 yield
             finally:
-                await end_tasks(watching)
+                await end_tasks(waiting)
     except (EngineDeadError, TimeoutError) as error:
         raise EngineDiedError(str(error) or "the engine died meanwhile") from error
 
