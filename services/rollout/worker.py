@@ -389,7 +389,7 @@ async def _wait_end(worker: Worker) -> None:
     while True:
         returns = worker.returns
         await _wait_death(worker)
-        while worker.status in (AWAY, DRAINING) and not worker.broken.is_set():
+        while worker.status == DRAINING or (worker.status == AWAY and not worker.broken.is_set()):
             await worker.wait_change()
         # After a return the death may be that of an engine which another one has replaced.
         if worker.broken.is_set() or worker.returns == returns:
