@@ -125,8 +125,8 @@ async def test_a_killed_engine_comes_back_filled_and_a_killed_service_leaves_non
 
         [engine] = service.engines()
         running = asyncio.create_task(trajectories.extend(ids, token_budget=200, max_response_tokens=200))
-        # The first four have ended, most have not begun.
-        await wait_for_state(client, lambda state: state.generated_tokens >= 4 * 200)
+        # Of four at a time the first are there, so most have not begun.
+        await wait_for_state(client, lambda state: state.generated_tokens > 0)
         engine.kill()
         ended, failed = await running
         assert set(ended) | set(failed) == set(ids)
