@@ -157,7 +157,7 @@ async def test_a_caller_that_leaves_a_stream_frees_the_engine(
     client: openai.AsyncOpenAI, rollout_client: RolloutClient
 ) -> None:
     stream = await client.completions.create(
-        model="policy", prompt=PROMPT, max_tokens=CONTEXT - 8, n=16, seed=3, stream=True
+        model="policy", prompt=PROMPT, max_tokens=CONTEXT - 8, n=64, seed=3, stream=True
     )
     await anext(aiter(stream))
     assert (await rollout_client.get_state(pb.GetStateRequest())).running > 0

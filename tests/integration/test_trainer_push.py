@@ -86,7 +86,12 @@ async def test_the_coordinator_has_workers_pull_and_does_without_a_trainer_that_
     registry = WorkerRegistry(RolloutClient.connect, lease_seconds=60)
     peers = SimpleNamespace(trainer=trainer.client, connect_receiver=WeightReceiverClient.connect)
     context = SimpleNamespace(
-        run_id=RUN, peers=peers, registry=registry, settings=settings, status=SimpleNamespace(set_waiting=print)
+        run_id=RUN,
+        peers=peers,
+        registry=registry,
+        settings=settings,
+        config=SimpleNamespace(deployment="separate"),
+        status=SimpleNamespace(set_waiting=print),
     )
     sync = WeightSync(context)  # type: ignore[arg-type]
     async with local_receiver(WeightsConfig()) as first, local_receiver(WeightsConfig()) as late:
