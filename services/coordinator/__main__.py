@@ -36,7 +36,7 @@ async def lifespan(app: App[CoordinatorConfig]) -> AsyncIterator[None]:
     registry = WorkerRegistry(lambda address: app.connect(RolloutClient, address), config.lease_seconds)
     runs = Runs(config, peers, registry)
     app.on_drain(runs.end_watches)
-    app.add(FULL_NAME, add_CoordinatorServiceServicer_to_server, CoordinatorService(registry, runs))
+    app.add(FULL_NAME, add_CoordinatorServiceServicer_to_server, CoordinatorService(config, registry, runs))
     sweeping = asyncio.create_task(registry.sweep())
     try:
         await runs.resume()

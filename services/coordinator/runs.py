@@ -165,11 +165,6 @@ class Runs:
         run = self._find(run_id)
         return stream_events(run.status, run.log, cursor, events)
 
-    @property
-    def settings(self) -> CoordinatorConfig:
-        """Configuration of this process."""
-        return self._settings
-
     def status(self, run_id: str) -> RunStatus | None:
         """Returns the status of a run; of the newest run, if any, when no id is given. Raises NotFoundError."""
         return self._find(run_id).status if run_id or self._run is not None else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.coordinator.v1.coordinator_pb2_grpc import CoordinatorServiceServicer
+from services.coordinator.config import CoordinatorConfig
 from services.coordinator.run_status import Cursor, worker_snapshots
 from services.coordinator.runs import Runs
 from services.coordinator.workers import EMPTY, READY, WorkerRegistry, WorkerStatus
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 class CoordinatorService(CoordinatorServiceServicer):
     """Serves registrations and runs."""
 
-    def __init__(self, registry: WorkerRegistry, runs: Runs) -> None:
+    def __init__(self, config: CoordinatorConfig, registry: WorkerRegistry, runs: Runs) -> None:
+        self._config = config
         self._registry = registry
         self._runs = runs
 
@@ -56,11 +58,10 @@ class CoordinatorService(CoordinatorServiceServicer):
 
     async def GetStatus(self, request: pb.GetStatusRequest, context: Context) -> pb.GetStatusResponse:
         status = self._runs.status(request.run_id)
-        settings = self._runs.settings
         response = pb.GetStatusResponse(
             workers=worker_snapshots(self._registry),
-            buffer_address=settings.buffer_address,
-            trainer_address=settings.trainer_address,
+            buffer_address=self._config.buffer_address,
+            trainer_address=self._config.trainer_address,
         )
         if status is not None:
             response.run.CopyFrom(status.snapshot())
