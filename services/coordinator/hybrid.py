@@ -104,7 +104,7 @@ class SharedDevices:
         request = rollout_pb2.LeaveRequest(
             run_id=self._context.run_id,
             iteration=self._iteration,
-            residence=f"RESIDENCE_{self._hybrid.engine.upper()}",  # type: ignore[arg-type]
+            residence=rollout_pb2.Residence.Value(f"RESIDENCE_{self._hybrid.engine.upper()}"),
         )
         try:
             response = await worker.client.leave(request, timeout_s=self._context.settings.weights.push_timeout_s)
