@@ -27,11 +27,8 @@ class Evaluation:
     @property
     def domains(self) -> list[str]:
         """`overall` first, then the domains by name; one domain says nothing more."""
-        names = {*self.greedy, *self.sampled}
-        domains = sorted(names - {OVERALL})
-        return [
-            name for name in (OVERALL, *(domains if len(domains) > 1 or OVERALL not in names else ())) if name in names
-        ]
+        names = sorted({*self.greedy, *self.sampled}, key=lambda name: (name != OVERALL, name))
+        return names[:1] if len(names) == 2 else names
 
 
 @dataclass(frozen=True)
