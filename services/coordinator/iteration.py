@@ -1,8 +1,8 @@
 """One iteration: rollout with scoring, training, checkpoint, weights, commit, and its line of metrics.jsonl.
 
 A line has `iteration` and `policy_version`, and metrics under four namespaces: `rollout/` for generation, `reward/` for
-verdicts and rewards, `train/` for the update, `time/` for seconds. Means over nothing are null. The trainer names the
-metrics that it measures in the update; they are absent when the iteration trained nothing.
+verdicts and rewards, `train/` for the update, `time/` for seconds. Means and rates of nothing are null. The trainer
+names the metrics that it measures in the update; they are absent when the iteration trained nothing.
 
 - `rollout/ended/REASON` counts segments by end reason; `rollout/partial_rate` is the fraction that ended by the token
   budget.
@@ -428,7 +428,7 @@ def train_metrics(batch: TrainingBatch, result: trainer_pb2.TrainResult | None, 
     return {
         "train/groups": len(batch.groups),
         "train/groups_uniform": batch.uniform,
-        "train/uniform_rate": batch.uniform / len(batch.consumed) if batch.consumed else None,
+        "train/uniform_rate": rate(batch.uniform, len(batch.consumed)),
         "train/groups_failed": batch.failed,
         "train/trajectories": result.trajectories,
         "train/trajectories_multi_version": result.trajectories_multi_version,
@@ -458,16 +458,16 @@ def accuracies(judged: Sequence[Trajectory]) -> dict[str, float | None]:
     return {"overall": mean(every), **{domain: mean(by_domain[domain]) for domain in sorted(by_domain)}}
 
 
-def overlong_rate(lengths: Sequence[int], weights: ShapingWeights) -> float:
+def overlong_rate(lengths: Sequence[int], weights: ShapingWeights) -> float | None:
     """Returns the fraction of responses that lose reward to the overlong penalty."""
     if not weights.overlong_penalty:
         return 0.0
     return rate(sum(tokens > weights.overlong_cap - weights.overlong_buffer for tokens in lengths), len(lengths))
 
 
-def rate(count: int, total: int) -> float:
-    """Returns a fraction; 0 of nothing."""
-    return count / total if total else 0.0
+def rate(count: int, total: int) -> float | None:
+    """Returns a fraction; None of nothing."""
+    return count / total if total else None
 
 
 def mean(values: Sequence[float]) -> float | None:

@@ -12,10 +12,11 @@ from perigee.reward.items import PromptLine
 from perigee.reward.v1 import reward_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.groups import Group, Trajectory
-from services.coordinator.iteration import learning_rate_at, overlong_rate
+from services.coordinator.iteration import learning_rate_at, overlong_rate, reward_metrics, rollout_metrics
 from services.coordinator.prompts import Prompt
 from services.coordinator.rewards import (
     ShapingWeights,
+    TrainingBatch,
     is_uniform,
     length_reward,
     length_reward_weight,
@@ -23,7 +24,9 @@ from services.coordinator.rewards import (
     overlong_penalty,
     shape_rewards,
 )
+from services.coordinator.rollout_phase import RolloutCounts
 from services.coordinator.run_config import LengthRewardConfig, RunConfig, SftStage, parse_run_config, to_message
+from services.coordinator.run_log import PhaseTime, Timeline
 
 PROMPT = Prompt(PromptLine("p", "default", 0.0, reward_pb2.ScoreItem(prompt="1+1=")), (1, 2, 3))
 CORRECT, WRONG, FAILED = buffer_pb2.VERDICT_CORRECT, buffer_pb2.VERDICT_WRONG, buffer_pb2.VERDICT_FAILED
@@ -142,7 +145,20 @@ def test_a_penalty_that_makes_no_sense_is_refused(penalty: str, message: str) ->
 def test_the_rate_of_overlong_responses(weight: float, rate: float) -> None:
     weights = ShapingWeights(0.0, 0.0, overlong_penalty=weight, overlong_cap=100, overlong_buffer=20)
     assert overlong_rate([10, 11, 81, 200], weights) == rate
-    assert overlong_rate([], weights) == 0.0
+
+
+def test_rates_of_no_response_are_null() -> None:
+    weights = ShapingWeights(0.0, 0.0, overlong_penalty=0.5, overlong_cap=100, overlong_buffer=20)
+    batch = TrainingBatch()
+    timeline = Timeline(phases={"rollout": PhaseTime(0.0, 1.0)})
+    line = rollout_metrics(RolloutCounts(), batch, timeline, weights) | reward_metrics(batch, 0, weights)
+    assert {key: value for key, value in line.items() if key.endswith("_rate")} == {
+        "rollout/partial_rate": None,
+        "rollout/capped_rate": None,
+        "rollout/repetition_rate": None,
+        "rollout/overlong_rate": None,
+        "reward/ungradable_rate": None,
+    }
 
 
 def test_uniform_groups() -> None:
