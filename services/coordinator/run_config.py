@@ -412,8 +412,8 @@ class RunConfig(Model):
         return self.overlong_penalty.cap or self.rollout.max_response_tokens
 
 
-# These may change when a run is resumed.
-_NOT_IN_DIGEST = {"iterations", "time_limit_s", "evaluation", "samples", "deployment", "hybrid"}
+# Keys that may change when a run is resumed.
+CHANGEABLE_KEYS = ("iterations", "time_limit_s", "evaluation", "samples", "deployment", "hybrid")
 
 
 def to_message(config: BaseModel, message: MessageT, **changes: Any) -> MessageT:
@@ -453,5 +453,5 @@ def config_digest(config: RunConfig) -> str:
     )
     parts = {"rollout": rollout(**dict(config.rollout)), "update": update(**dict(config.update))}
     first = kind.model_construct(**dict(config) | parts)
-    values = first.model_dump(mode="json", exclude=_NOT_IN_DIGEST, exclude_defaults=True)
+    values = first.model_dump(mode="json", exclude={*CHANGEABLE_KEYS}, exclude_defaults=True)
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]

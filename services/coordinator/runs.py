@@ -27,7 +27,7 @@ from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import Peers, RunContext, RunInputs
 from services.coordinator.prompts import read_problems
 from services.coordinator.run import Run
-from services.coordinator.run_config import RunConfig, config_digest, parse_run_config
+from services.coordinator.run_config import CHANGEABLE_KEYS, RunConfig, config_digest, parse_run_config
 from services.coordinator.run_log import RunLog
 from services.coordinator.run_status import Cursor, RunStatus, stream_events
 from services.coordinator.workers import WorkerRegistry
@@ -277,7 +277,7 @@ def check_same_run(known: RunFile, run_id: str, config: RunConfig) -> None:
     if known.config_digest != config_digest(config):
         raise FailedPreconditionError(
             f"Run {run_id} was started with another configuration, see {known.run_path}/{RUN_FILE}: "
-            "only iterations, time_limit_s, evaluation, samples, deployment and hybrid may change."
+            f"only {', '.join(CHANGEABLE_KEYS)} may change."
         )
 
 
