@@ -49,6 +49,8 @@ HEALTH_NAMES: Mapping[str, str] = {
     **{name: f"perigee.{name}.v1.{name.capitalize()}Service" for name in SERVICES},
     "rollout": "",
 }
+# Ports of a worker besides its own; in a recipe they are those of the first worker, and the others take the next ones.
+WORKER_PORTS = (("server", "metrics_port"), ("http", "port"))
 # Ended in this order: no work is handed out, then none is done, then what holds the results goes.
 STOP_ORDER = (("coordinator",), ("rollout", "trainer", "reward"), ("sandbox", "buffer"))
 
@@ -80,14 +82,15 @@ def plan_stack(
     specs = []
     for name in names:
         service = name.partition("-")[0]
-        server = (values.get(service) or {}).get("server") or {}
+        section = values.get(service) or {}
+        server = section.get("server") or {}
         sets = [f"server.port={addresses[name].rpartition(':')[2]}"]
         sets += [f"{peer}_address={addresses[peer]}" for peer in PEERS.get(service, ()) if peer in addresses]
         if service == "rollout":
             sets.append(f"worker_id={name}")
-            http = (values.get(service) or {}).get("http") or {}
-            ports = {"server.metrics_port": server.get("metrics_port"), "http.port": http.get("port")}
-            sets += [f"{key}={first + int(name.partition('-')[2])}" for key, first in ports.items() if first]
+            for part, key in WORKER_PORTS:
+                if first := (section.get(part) or {}).get(key):
+                    sets.append(f"{part}.{key}={first + int(name.partition('-')[2])}")
         arguments = [sys.executable, "-m", f"services.{service}", "--config", str(run.recipe_path)]
         for override in sets:
             arguments += ["--set", override]

@@ -13,7 +13,15 @@ from typing import Any
 
 from perigee.cli.ending import Interrupt
 from perigee.cli.recipe import dump_yaml
-from perigee.cli.stack import HOST, ServiceSpec, local_channel, pick_ports, start_guarded, wait_ready
+from perigee.cli.stack import (
+    HOST,
+    WORKER_PORTS,
+    ServiceSpec,
+    local_channel,
+    pick_ports,
+    start_guarded,
+    wait_ready,
+)
 from perigee.cli.train import ENDED, SILENCE_S, STREAM_S
 from perigee.cli.view import View
 from perigee.coordinator.client import CoordinatorClient
@@ -25,8 +33,6 @@ from services.kit.addresses import UNSPECIFIED, is_loopback, join_address
 from services.kit.process import ChildProcess
 
 POLL_S = 1.0
-# Ports of its own run's workers, which stand in a recipe for the first of them.
-WORKER_PORTS = (("server", "metrics_port"), ("http", "port"))
 
 
 def plan_worker(
