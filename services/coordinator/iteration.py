@@ -11,7 +11,7 @@ names the metrics that it measures in the update; they are absent when the itera
   processes these took: `reward/groups` groups with `reward/responses` judged responses. Short responses finish first,
   so a mean over whatever has finished would rise by itself. Rewards are those of the verifier, before shaping.
 - `train/uniform_rate` is the fraction of the complete groups with equal rewards.
-- `events` are what befell the run since the line before: workers that joined or left, engines that started again.
+- `events` are what happened to the run since the line before: workers joined or left, engines started again.
 - `warnings` has a sentence for each metric outside of its range (`perigee/report/ranges.py`), by its key.
 - `train/tokens_by_version/VERSION` counts tokens of the trained trajectories by the policy version that sampled them.
 - `time/PHASE/start` and `time/PHASE/seconds` are a phase's offset from the iteration's start and its length.

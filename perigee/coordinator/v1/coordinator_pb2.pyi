@@ -550,7 +550,7 @@ Global___WatchRunRequest: _TypeAlias = WatchRunRequest  # noqa: Y015
 
 @_typing.final
 class RunEvent(_message.Message):
-    """Something that befell the run while it was watched: a worker that joined or left, an engine that starts again."""
+    """Something that happened to the run while it was watched: a worker joined or left, an engine started again."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
