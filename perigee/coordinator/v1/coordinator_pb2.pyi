@@ -72,6 +72,7 @@ class RegisterWorkerRequest(_message.Message):
     capacity: _builtins.int
     policy_version: _builtins.int
     ready: _builtins.bool
+    """Stands for the status of a worker that sends none."""
     status: _rollout_pb2.WorkerStatus.ValueType
     """Weights are pushed to a worker that is EMPTY, READY or AWAY."""
     def __init__(
@@ -129,7 +130,7 @@ class RenewLeaseRequest(_message.Message):
     running: _builtins.int
     policy_version: _builtins.int
     ready: _builtins.bool
-    """False while the engine restarts or has no weights."""
+    """False while the engine restarts or has no weights; stands for the status of a worker that sends none."""
     status: _rollout_pb2.WorkerStatus.ValueType
     """As in RegisterWorker."""
     def __init__(
