@@ -44,6 +44,7 @@ from services.coordinator.hybrid import SharedDevices
 from services.coordinator.rewards import ShapingWeights, TrainingBatch, make_training_batch, score_responses
 from services.coordinator.rollout_phase import RolloutCounts, RolloutPhase, read_response_texts
 from services.coordinator.run_log import Timeline
+from services.coordinator.run_status import RunStatus
 from services.coordinator.samples import SampleCollector, reason_name
 from services.coordinator.sampling import Sampler, SamplerState
 from services.coordinator.weight_sync import WeightSync
@@ -205,10 +206,7 @@ class Iteration:
         if entropy := line.get("train/entropy"):
             line["train/entropy_ratio"] = entropy / (self._committed.state.first_entropy or entropy)
         reported = context.status.event_count
-        line["events"] = [
-            {"seconds": round(event.elapsed_seconds, 1), "event": event.text}
-            for event in context.status.events_after(context.status.events_recorded)
-        ]
+        line["events"] = unrecorded_events(context.status, self._committed.state.last_line)
         line["warnings"] = find_warnings(line)
         for key, warning in line["warnings"].items():
             WARNINGS.labels(key).inc()
@@ -375,6 +373,13 @@ class Iteration:
             left = max(1e-9, config.time_limit_s - state.started_seconds)
             by_time = (self._context.status.elapsed_seconds - state.started_seconds) / left
         return min(1.0, max(by_iterations, by_time))
+
+
+def unrecorded_events(status: RunStatus, last_line: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Returns the events that no line has; the last line may be of an iteration that failed after its commit."""
+    events = status.events_after(status.events_recorded)
+    found = [{"seconds": round(event.elapsed_seconds, 1), "event": event.text} for event in events]
+    return [event for event in found if event not in (last_line or {}).get("events", [])]
 
 
 def learning_rate_at(first: float, final_ratio: float, progress: float) -> float:

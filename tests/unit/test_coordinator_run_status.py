@@ -11,6 +11,7 @@ import pytest
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.rollout.client import RolloutClient
+from services.coordinator.iteration import unrecorded_events
 from services.coordinator.run_log import RunLog
 from services.coordinator.run_status import WATCH_QUEUE, Cursor, RunStatus, read_results, stream_events
 from services.coordinator.workers import WorkerRegistry
@@ -153,6 +154,15 @@ async def test_events_are_sent_once_to_watchers_that_ask(status: RunStatus, run_
         "the buffer's Valkey server died and was started again",
     ]
     assert [response async for response in other if response.HasField("event")] == []
+
+
+def test_an_event_is_in_one_line_where_an_iteration_fails_once_it_is_committed(status: RunStatus) -> None:
+    status.report("rollout-1 left: silent for 10 s")
+    events = unrecorded_events(status, None)
+    assert [event["event"] for event in events] == ["rollout-1 left: silent for 10 s"]
+    status.report("rollout-1 joined, at host:1")
+    found = unrecorded_events(status, {"iteration": 1, "events": events})
+    assert [event["event"] for event in found] == ["rollout-1 joined, at host:1"]
 
 
 async def test_a_line_that_a_crash_lost_is_sent_when_it_is_restored(status: RunStatus, run_log: RunLog) -> None:
