@@ -242,6 +242,7 @@ async def test_new_weights_reach_a_chat_and_the_responses_under_way(
     assert (raw.headers["x-perigee-policy-version"], answer.policy_version) == ("4", 4)
     assert answer.choices[0].policy_versions == [{"policy_version": 4, "tokens": len(answer.choices[0].token_ids)}]
     assert "".join(token.token for token in answer.choices[0].logprobs.content) == answer.choices[0].message.content
+    assert await pusher.push(policy_tensors(POLICIES[0]), 3, rollout_app.address, RUN) == ""
 
 
 class JudgingEngine(FragileEngine):
@@ -396,7 +397,7 @@ async def test_an_evaluation_is_of_one_version(
     suite.write_text(json.dumps({"id": "a", "prompt": "1+1=", "verifier": "math", "answer": "2"}))
     asked = ("eval", "--endpoint", f"http://{rollout_app.http_address}/v1", "--model", "policy", str(suite), "--plain")
     options = ("--reward", reward.target, "--samples", "1", "--max-tokens", "4", "--out", str(tmp_path / "out"))
-    for version in (7, 7, 8):
+    for version in (7, 7, 3):
         assert await pusher.push(policy_tensors(POLICIES[0]), version, rollout_app.address, RUN) == ""
         ended = await run_perigee(*asked, *options)
         assert ended.code == 0, ended.stderr
@@ -405,9 +406,8 @@ async def test_an_evaluation_is_of_one_version(
 
 @pytest.mark.skipif(LM_EVAL is None, reason="needs lm_eval[api] on the PATH, or where PERIGEE_LM_EVAL says")
 async def test_lm_evaluation_harness_generates_and_compares_likelihoods(
-    client: openai.AsyncOpenAI, rollout_app: App[RolloutConfig], pusher: Pusher, policy_folder: Path, tmp_path: Path
+    client: openai.AsyncOpenAI, rollout_app: App[RolloutConfig], policy_folder: Path, tmp_path: Path
 ) -> None:
-    assert await pusher.push(policy_tensors(POLICIES[0]), 3, rollout_app.address, RUN) == ""
     for model in HARNESS:
         (folder := tmp_path / model).mkdir()
         samples = await ask_with_harness(rollout_app, model, folder, policy_folder)

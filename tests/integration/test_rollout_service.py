@@ -49,20 +49,22 @@ LONG_PROMPT = [2 + (5 * i * i) % len(CHARACTERS) for i in range(100)]
 _runs = itertools.count()
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def worker(rollout_address: str, pusher: Pusher) -> str:
-    """The worker with policy 0 as version 10."""
-    assert await pusher.push(policy_tensors(POLICIES[0]), 10, rollout_address) == ""
+@pytest_asyncio.fixture(loop_scope="session")
+async def worker(rollout_address: str, pusher: Pusher, rollout_client: RolloutClient) -> str:
+    """The worker with policy 0 as version 10, whatever the test before has left; no test pushes others as 10."""
+    state = await rollout_client.get_state(pb.GetStateRequest())
+    if (state.status, state.policy_version) != (pb.WORKER_STATUS_READY, 10):
+        assert await pusher.push(policy_tensors(POLICIES[0]), 10, rollout_address) == ""
     return rollout_address
 
 
 @pytest_asyncio.fixture(loop_scope="session")
 async def trajectories(
-    worker: str, pusher: Pusher, buffer_client: BufferClient, rollout_client: RolloutClient
+    rollout_address: str, pusher: Pusher, buffer_client: BufferClient, rollout_client: RolloutClient
 ) -> NewTrajectories:
-    """Trajectories of a run of its own, whose weights the worker holds."""
+    """Trajectories of a run of its own, whose weights the worker holds: policy 0 as version 0."""
     run_id = f"rollout-{next(_runs)}"
-    assert await pusher.push(policy_tensors(POLICIES[0]), 0, worker, run_id) == ""
+    assert await pusher.push(policy_tensors(POLICIES[0]), 0, rollout_address, run_id) == ""
     return NewTrajectories(buffer_client, rollout_client, run_id)
 
 
@@ -104,7 +106,7 @@ async def test_logprobs_are_those_of_the_sampled_distribution(
 
 
 async def test_a_push_reaches_the_tied_head_and_forgets_cached_prefixes(
-    trajectories: NewTrajectories, worker: str, pusher: Pusher, rollout_client: RolloutClient
+    trajectories: NewTrajectories, rollout_address: str, pusher: Pusher
 ) -> None:
     [warm] = await trajectories.create([LONG_PROMPT])
     await trajectories.extend([warm], token_budget=4)
@@ -112,7 +114,7 @@ async def test_a_push_reaches_the_tied_head_and_forgets_cached_prefixes(
     ended, _ = await trajectories.extend([again], token_budget=4)
     assert ended[again].cached_tokens >= 64
 
-    assert await pusher.push(policy_tensors(POLICIES[1]), 1, worker, trajectories.run_id) == ""
+    assert await pusher.push(policy_tensors(POLICIES[1]), 1, rollout_address, trajectories.run_id) == ""
     [fresh] = await trajectories.create([LONG_PROMPT])
     ended, _ = await trajectories.extend([fresh], policy_version=1)
     assert ended[fresh].cached_tokens == 0
@@ -123,9 +125,7 @@ async def test_a_push_reaches_the_tied_head_and_forgets_cached_prefixes(
     assert [(span.policy_version, span.tokens) for span in held.versions] == [(1, len(held.token_ids))]
 
 
-async def test_pulled_slices_are_the_engine_s_weights(
-    worker: str, pusher: Pusher, rollout_client: RolloutClient
-) -> None:
+async def test_pulled_slices_are_the_engine_s_weights(worker: str, rollout_client: RolloutClient) -> None:
     """Rows of the embedding from two ranks are one view of the image, columns are put together by the engine."""
     tensors = policy_tensors(POLICIES[1])
     config = WeightsConfig(block_bytes=1 << 12)
@@ -139,7 +139,6 @@ async def test_pulled_slices_are_the_engine_s_weights(
         assert largest_difference(1, PROMPT, answer) < TOLERANCE
         assert {span.policy_version for span in answer.versions} == {3}
         assert REGISTRY.get_sample_value("perigee_rollout_fingerprint_difference") < TOLERANCE
-    assert await pusher.push(policy_tensors(POLICIES[0]), 10, worker) == ""
 
 
 def test_slices_that_loaders_of_two_workers_copy_are_rectangles() -> None:
@@ -214,7 +213,7 @@ async def test_a_call_repeated_under_one_lease_has_one_budget(trajectories: NewT
 
 
 async def test_every_token_knows_its_version_when_weights_change_under_way(
-    trajectories: NewTrajectories, worker: str, rollout_client: RolloutClient, pusher: Pusher
+    trajectories: NewTrajectories, rollout_address: str, rollout_client: RolloutClient, pusher: Pusher
 ) -> None:
     extended: list[str] = []
     before = (await rollout_client.get_state(pb.GetStateRequest())).generated_tokens
@@ -234,7 +233,7 @@ async def test_every_token_knows_its_version_when_weights_change_under_way(
         for _ in range(6):
             group.create_task(extend_until_refused())
         await wait_for_state(rollout_client, lambda state: state.running > 0 and state.generated_tokens > before)
-        assert await pusher.push(policy_tensors(POLICIES[1]), 1, worker, trajectories.run_id) == ""
+        assert await pusher.push(policy_tensors(POLICIES[1]), 1, rollout_address, trajectories.run_id) == ""
     mixed = 0
     for trajectory_id in extended:
         held = await trajectories.read(trajectory_id)
@@ -316,14 +315,14 @@ async def test_seeded_prompts_that_fill_several_steps_give_the_same_answers(
 ) -> None:
     # A commit forgets the cached prefixes, so the prompts exceed what one step prefills.
     assert await pusher.push(policy_tensors(POLICIES[0]), 10, worker) == ""
+    restarts = (await rollout_client.get_state(pb.GetStateRequest())).engine_restarts
     prompts = [[2 + (i * 7 + j) % len(CHARACTERS) for j in range(100)] for i in range(64)]
     sampling = pb.Sampling(temperature=1, seed=5)
     together = await generate(rollout_client, prompts, sampling=sampling, max_tokens=8)
     for count in (1, 16):
         few = await generate(rollout_client, prompts[:count], sampling=sampling, max_tokens=8)
         assert [answer.token_ids for answer in few] == [answer.token_ids for answer in together[:count]]
-    state = await rollout_client.get_state(pb.GetStateRequest())
-    assert state.engine_restarts == 0
+    assert (await rollout_client.get_state(pb.GetStateRequest())).engine_restarts == restarts
 
 
 async def test_text_only_carries_no_tokens(worker: str, rollout_client: RolloutClient) -> None:
@@ -337,13 +336,13 @@ async def test_text_only_carries_no_tokens(worker: str, rollout_client: RolloutC
 
 
 async def test_a_checkpoint_of_another_model_is_refused_and_the_old_one_serves_on(
-    worker: str, pusher: Pusher, trajectories: NewTrajectories, rollout_client: RolloutClient
+    rollout_address: str, pusher: Pusher, trajectories: NewTrajectories, rollout_client: RolloutClient
 ) -> None:
     tensors = policy_tensors(POLICIES[1])
     missing = {name: tensor for name, tensor in tensors.items() if "q_proj.weight" not in name}
-    assert "q_proj.weight is missing" in await pusher.push(missing, 1, worker, trajectories.run_id)
+    assert "q_proj.weight is missing" in await pusher.push(missing, 1, rollout_address, trajectories.run_id)
     larger = tensors | {"model.norm.weight": tensors["model.norm.weight"].repeat(2)}
-    assert "model.norm.weight has shape" in await pusher.push(larger, 1, worker, trajectories.run_id)
+    assert "model.norm.weight has shape" in await pusher.push(larger, 1, rollout_address, trajectories.run_id)
     assert (await rollout_client.get_state(pb.GetStateRequest())).policy_version == 0
     [answer] = await generate(rollout_client, [PROMPT])
     assert largest_difference(0, PROMPT, answer) < TOLERANCE
@@ -412,10 +411,12 @@ async def test_too_many_sequences_are_refused(worker: str, rollout_client: Rollo
 
 
 async def test_state_and_readiness(worker: str, rollout_client: RolloutClient) -> None:
+    before = (await rollout_client.get_state(pb.GetStateRequest())).generated_tokens
+    [response] = await generate(rollout_client, [PROMPT])
     state = await rollout_client.get_state(pb.GetStateRequest())
     assert (state.status, state.running, state.capacity) == (pb.WORKER_STATUS_READY, 0, 64)
     assert state.max_model_len == CONTEXT
-    assert state.generated_tokens > 0
+    assert state.generated_tokens == before + len(response.token_ids)
     async with grpc.aio.insecure_channel(worker) as channel:
         check = health_pb2_grpc.HealthStub(channel).Check
         answer = await check(health_pb2.HealthCheckRequest(service="perigee.rollout.v1.RolloutService"))
@@ -508,4 +509,3 @@ async def test_requests_in_flight_sleep_and_go_on(worker: str, rollout_client: R
     disturbed = await running
     assert [each.token_ids for each in disturbed] == [each.token_ids for each in undisturbed]
     assert {span.policy_version for each in disturbed for span in each.versions} == {version, version + 1}
-    assert await pusher.push(policy_tensors(POLICIES[0]), version, worker) == ""
