@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perigee.errors import InternalError, InvalidArgumentError
+from perigee.errors import InvalidArgumentError
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
 from services.weights.pieces import (
@@ -190,8 +188,7 @@ def test_a_large_tensor_is_cut_once() -> None:
 
 def test_copies_of_a_slice_share_its_blocks_out() -> None:
     slices = [TensorSlice("a", (7, 2), (0, 0), torch.zeros(7, 2)), TensorSlice("b", (2,), (0,), torch.zeros(2))]
-    store = PieceStore(WeightsConfig(block_bytes=1 << 12))
-    store._config = WeightsConfig.model_construct(block_bytes=8)
+    store = PieceStore(WeightsConfig.model_construct(block_bytes=8))
     shares = [
         [
             (block.name, block.lower)
@@ -201,24 +198,3 @@ def test_copies_of_a_slice_share_its_blocks_out() -> None:
     ]
     assert sorted(shares[0] + shares[1]) == [("a", (row, 0)) for row in range(7)] + [("b", (0,))]
     assert min(len(share) for share in shares) >= 3
-
-
-def test_memory_that_cannot_be_registered_is_given_back_and_asked_for_again(tmp_path: Path) -> None:
-    (tmp_path / "perigee-weights-1-killed").touch()
-    refusals, registered = [InternalError("check the memlock limit")], []
-
-    def register(address: int, size: int) -> None:
-        if refusals:
-            raise refusals.pop()
-        registered.append(size)
-
-    transport = SimpleNamespace(register=register, session="session", close=lambda: None)
-    config = WeightsConfig(shared_memory_dir=str(tmp_path))
-    store = PieceStore(config, open_transport=lambda: transport)  # type: ignore[arg-type, return-value]
-    slices = [TensorSlice("a", (2,), (0,), torch.zeros(2))]
-    with pytest.raises(InternalError, match="memlock"):
-        store.fill(lambda: slices)
-    assert not [*tmp_path.iterdir()]
-    export = store.fill(lambda: slices)
-    assert len(registered) == len(export.pieces) == 1
-    store.close()

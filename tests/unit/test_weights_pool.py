@@ -210,6 +210,7 @@ async def test_a_pull_that_is_cancelled_twice_still_waits_for_its_reads(tmp_path
 
 
 def test_a_store_whose_memory_cannot_be_registered_registers_it_when_filled_again(tmp_path: Path) -> None:
+    (tmp_path / "perigee-weights-1-killed").touch()
     transport = CountingTransport()
     store = PieceStore(WeightsConfig(shared_memory_dir=str(tmp_path)), open_transport=lambda: transport)
     part = TensorSlice("a", (1,), (0,), torch.zeros(1))
