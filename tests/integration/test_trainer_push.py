@@ -27,7 +27,7 @@ from services.trainer.trainer import Trainer
 from services.weights.config import WeightsConfig
 from services.weights.send import WeightSender
 from tests.fixtures.trainer import TrainerAt, make_groups, store_groups, train_request
-from tests.fixtures.weights import local_receiver
+from tests.fixtures.weights import equal, local_receiver
 
 RUN = "trainer-run"
 
@@ -62,8 +62,7 @@ async def test_each_version_reaches_the_receiver_bit_for_bit(
                 pull = weights_pb2.PullRequest(image_id=published.image_id, sources=[published.source])
                 assert (await client.pull(pull, timeout_s=60)).bytes >= published.bytes
             assert receiver.versions[-2:] == [version, version]
-            assert receiver.loaded.keys() == pushed[-1].keys()
-            assert all(torch.equal(receiver.loaded[name], pushed[-1][name]) for name in pushed[-1])
+            assert equal(receiver.loaded, pushed[-1])
             path = tmp_path / str(version)
             await trainer.client.export_model(pb.ExportModelRequest(run_id=RUN, path=str(path)))
             exported = load_file(path / "model.safetensors")
@@ -103,8 +102,7 @@ async def test_the_coordinator_has_workers_pull_and_does_without_a_trainer_that_
         async with TrainerClient.connect("127.0.0.1:1") as gone:
             sync._trainer = gone
             assert await sync.push(0) == 2
-        assert late.loaded.keys() == first.loaded.keys()
-        assert all(torch.equal(late.loaded[name], first.loaded[name]) for name in first.loaded)
+        assert equal(late.loaded, first.loaded)
     for worker in registry.all():
         await worker.client.close()
 
@@ -138,19 +136,21 @@ async def test_a_run_that_follows_one_that_never_trained_pushes_its_own_image(tm
 def test_a_rank_that_follows_is_ended_by_rank_0_and_gives_its_memory_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events: list[Any] = []
+    events: list[str] = []
 
     class Follower:
-        def __init__(self, *_: object) -> None:
-            events.append("built")
+        def __init__(self, *_: object) -> None: ...
 
         def follow(self) -> None:
-            events.append("stopped")
+            signal.raise_signal(signal.SIGTERM)
 
         def close(self) -> None:
             events.append("closed")
 
     monkeypatch.setattr(engine, "Engine", Follower)
-    monkeypatch.setattr(signal, "signal", lambda *action: events.append(action))
-    engine.follow(TrainerConfig(model=str(tmp_path), run_path=str(tmp_path)))
-    assert events == ["built", (signal.SIGTERM, signal.SIG_IGN), "stopped", "closed"]
+    before = signal.signal(signal.SIGTERM, lambda *_: events.append("ended"))
+    try:
+        engine.follow(TrainerConfig(model=str(tmp_path), run_path=str(tmp_path)))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert events == ["closed"]
