@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from tests.fixtures.rollout import policy_logprobs
 from tests.fixtures.trainer import write_model
 
 LARGEST_DIFFERENCE = 1e-4
@@ -58,10 +59,8 @@ def compare(folder: Path, tokens: list[int], logprobs: list[float]) -> float:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    with torch.no_grad():
-        logits_TV = model(torch.tensor([[*PROMPT, *tokens]])).logits[0, len(PROMPT) - 1 : -1]
-    expected_T = torch.log_softmax(logits_TV, -1)[range(len(tokens)), tokens]
-    return float((expected_T - torch.tensor(logprobs)).abs().max())
+    expected = policy_logprobs(model, PROMPT, tokens)
+    return max(abs(a - b) for a, b in zip(expected, logprobs, strict=True))
 
 
 def main() -> None:

@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -26,8 +25,9 @@ from typing import Any
 import psutil
 
 from bench.machine import describe_machine
+from bench.rollout_stack import start_service
 from perigee.buffer.packing import pack_token_ids
-from perigee.cli.stack import HOST, pick_ports, start_guarded, wait_ready
+from perigee.cli.stack import HOST, pick_ports, wait_ready
 from perigee.errors import UnavailableError
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
@@ -114,15 +114,12 @@ async def running_pair(model: Path, dtype: str, kv_bytes: int) -> AsyncIterator[
         dataset.write_text("".join(json.dumps({"prompt": f"{i}", "response": "1 2 3"}) + "\n" for i in range(16)))
         ports = pick_ports(2)
         settings: list[dict[str, Any]] = [
-            {"model": str(model), "coordinator_address": "null", "dtype": dtype, "kv_cache_bytes": kv_bytes},
-            {"model": str(model), "run_path": str(folder / "run"), "dtype": dtype, "threads": 1},
+            {"coordinator_address": None, "kv_cache_bytes": kv_bytes},
+            {"run_path": str(folder / "run"), "offload_path": str(folder), "threads": 1},
         ]
-        settings[1]["offload_path"] = str(folder)
         processes = []
         for name, port, values in zip(("rollout", "trainer"), ports, settings, strict=True):
-            command = [sys.executable, "-m", f"services.{name}", "--set", f"server.port={port}"]
-            command += [item for key, value in values.items() for item in ("--set", f"{key}={value}")]
-            process = await start_guarded(name, command, folder / f"{name}.log")
+            process = await start_service(folder, name, port, values | {"model": str(model), "dtype": dtype})
             stack.push_async_callback(process.stop)
             await wait_ready(process, f"{HOST}:{port}", "")
             processes.append(psutil.Process(process.pid).children()[0])

@@ -45,8 +45,8 @@ async def rollout_stack(folder: Path, config: RolloutConfig, run_id: str) -> Asy
     settings |= {"buffer_address": buffer_address, "coordinator_address": None}
     processes: list[ChildProcess] = []
     try:
-        processes.append(await _start(folder, "buffer", buffer_port, {"data_path": str(folder / "buffer")}))
-        processes.append(await _start(folder, "rollout", rollout_port, settings))
+        processes.append(await start_service(folder, "buffer", buffer_port, {"data_path": str(folder / "buffer")}))
+        processes.append(await start_service(folder, "rollout", rollout_port, settings))
         await wait_ready(processes[0], buffer_address, "perigee.buffer.v1.BufferService")
         await wait_ready(processes[1], rollout_address, "")
         await _push_weights(Path(config.model), run_id, rollout_address)
@@ -56,7 +56,8 @@ async def rollout_stack(folder: Path, config: RolloutConfig, run_id: str) -> Asy
         await asyncio.gather(*(process.stop() for process in processes))
 
 
-async def _start(folder: Path, name: str, port: int, settings: Mapping[str, object]) -> ChildProcess:
+async def start_service(folder: Path, name: str, port: int, settings: Mapping[str, object]) -> ChildProcess:
+    """Starts a service, which writes its log into the folder, on a port."""
     arguments = [sys.executable, "-m", f"services.{name}", "--set", f"server.port={port}"]
     for field, value in settings.items():
         arguments += ["--set", f"{field}={json.dumps(value)}"]
