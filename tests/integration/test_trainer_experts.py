@@ -22,7 +22,7 @@ from services.rollout.model import open_policy
 from services.trainer.config import TrainerConfig
 from services.trainer.hf import read_model_shape
 from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request, write_model
-from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, train
+from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, make_batches, train
 
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
@@ -49,12 +49,10 @@ def sequences() -> list[np.ndarray[Any, np.dtype[np.int64]]]:
 def evaluate(engine: Engine, folder: Path) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """The weights of a folder once loaded, and the log-probabilities of the sequences."""
     from services.trainer.megatron.model import Policy
-    from services.trainer.packing import TokenSequence, make_micro_batches
 
     policy = Policy(read_model_shape(folder), engine.dims, torch.float32, 128)
     policy.load(folder)
-    packs = [[TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_))] for tokens in sequences()]
-    found = policy.evaluate(make_micro_batches(packs, engine.dims.device), 1.0)
+    found = policy.evaluate(make_batches(engine, sequences()), 1.0)
     logprobs = engine.everyone.gather([each.logprobs_T for each in found])
     return dict(policy.collect()), next(part for part in logprobs if part)
 
@@ -135,13 +133,11 @@ COEFFICIENT = 0.5
 def balance(engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
     """The gradient of a step whose policy has no loss of its own, with a micro-batch for each sequence."""
     from services.trainer.megatron.model import Policy
-    from services.trainer.packing import TokenSequence, make_micro_batches
 
     policy = Policy(read_model_shape(folder), engine.dims, torch.float32, 128, router_aux_loss_coef=COEFFICIENT)
     policy.load(folder)
     policy.begin_job(pb.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0))
-    packs = [[TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_))] for tokens in sequences()]
-    batches = make_micro_batches(packs, engine.dims.device)
+    batches = make_batches(engine, sequences())
     policy.step(batches, 1.0, lambda found: (found.logprobs_T.sum() * 0.0, None), 0.0)
     with torch.no_grad():
         for parameter in policy.core.parameters():

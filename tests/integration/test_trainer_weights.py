@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from perigee.trainer.v1 import trainer_pb2 as pb
 from tests.fixtures.trainer import VOCABULARY, write_model
-from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices
+from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, make_batches
 
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
@@ -85,11 +85,9 @@ def train_beside_the_shelf(engine: Engine, folder: Path, disk: Path) -> tuple[li
     """
     from services.trainer.hf import read_model_shape
     from services.trainer.megatron.model import Policy
-    from services.trainer.packing import TokenSequence, make_micro_batches
 
     policy = Policy(read_model_shape(folder), engine.dims, torch.bfloat16, 128)
-    packs = [[TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_))] for tokens in sequences()]
-    batches = make_micro_batches(packs, engine.dims.device)
+    batches = make_batches(engine, sequences())
     copies = policy.count_copies()
     sizes = [copies["weights"] + copies["main_weights"]]
 
