@@ -333,7 +333,10 @@ def policy_rules(manifests: list[Manifest], service: str) -> dict[str, list[str]
 
 def test_ports_without_tokens_are_fenced(render: Render) -> None:
     manifests = render("gpu-multi-node")
-    assert policy_rules(manifests, "rollout") == {"grpc": ["coordinator", "trainer"], "15000-16999": ["trainer"]}
+    assert policy_rules(manifests, "rollout") == {
+        "grpc": ["coordinator", "trainer", "rollout"],
+        "15000-16999": ["trainer", "rollout"],
+    }
     assert policy_rules(manifests, "trainer") == {
         "grpc": ["coordinator", "rollout"],
         "15000-16999": ["rollout"],
