@@ -1,6 +1,6 @@
 """Seconds until N receivers on hosts of their own have the weights, over links of limited bandwidth.
 
-    .venv/bin/python bench/weights_relay.py [--receivers 1,2,4] [--mib 256] [--mbit 200] [--modes star,chain,killed]
+    python bench/weights_relay.py [--receivers 1,2,4] [--mib 256] [--mbit 200] [--modes star,chain,killed]
 
 Every node has a network namespace and a link that is limited both ways. Figures are multiples of size / bandwidth:
 `star` has each receiver pull from the source, `chain` from the one before it, `killed` is a chain whose second
