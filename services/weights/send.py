@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from functools import partial
 
 from prometheus_client import Counter, Histogram
 
-from perigee.errors import DeadlineExceededError, InternalError, PerigeeError, UnavailableError
+from perigee.errors import DeadlineExceededError, PerigeeError, UnavailableError
 from perigee.trainer.v1.trainer_pb2 import PushOutcome, PushTarget
 from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2 as pb
@@ -19,7 +18,14 @@ from services.kit.tracing import span
 from services.weights.config import WeightsConfig
 from services.weights.manifest import WeightImage
 from services.weights.shared_memory import SharedBuffer, remove_leftovers
-from services.weights.transport import BUCKETS, Endpoint, EndpointPool, MooncakeTransport, Transport, wait_for_transfers
+from services.weights.transport import (
+    BUCKETS,
+    EndpointPool,
+    MooncakeTransport,
+    Transport,
+    run_in_daemon,
+    wait_for_transfers,
+)
 
 log = get_logger(__name__)
 
@@ -125,6 +131,7 @@ class WeightSender:
                 await client.abort(pb.AbortRequest(transfer_id=transfer_id), timeout_s=self._config.prepare_timeout_s)
             except PerigeeError as error:  # the receiver takes the buffer back by itself after a while
                 log.info("transfer not aborted", worker_id=target.worker_id, reason=error.message)
+        await asyncio.to_thread(self._endpoints.close_broken)
 
 
 def start_write(
@@ -133,32 +140,26 @@ def start_write(
     """Writes the first `size` bytes of `source`; the future is done when the write has ended, one way or the other.
 
     Its result is the seconds of the transfer, its exception a PerigeeError. The source stays pinned until then.
-    The thread is a daemon: Mooncake offers no way to end a write to a silent peer, and a process that is told to
-    stop must not wait a minute for one.
     """
-    ended: Future[float] = Future()
-    written = asyncio.wrap_future(ended)
     source.pin()
+    written = run_in_daemon(partial(_write, endpoints, source, size, destination), f"weights-to-{destination.session}")
     written.add_done_callback(lambda _: source.unpin())
-
-    def write() -> None:
-        endpoint: Endpoint | None = None
-        try:
-            endpoint = endpoints.borrow(destination.session, destination.receiver_id)
-            ended.set_result(_write(endpoint.transport, source, size, destination))
-            endpoints.give_back(endpoint)
-        except Exception as error:
-            reason = f"the write to {destination.session} failed: {type(error).__name__}: {error}"
-            ended.set_exception(error if isinstance(error, PerigeeError) else InternalError(reason))
-            if endpoint is not None:
-                endpoint.transport.close()
-
-    threading.Thread(target=write, name=f"weights-to-{destination.session}", daemon=True).start()
     return written
 
 
-def _write(transport: Transport, source: SharedBuffer, size: int, destination: pb.PrepareResponse) -> float:
+def _write(endpoints: EndpointPool, source: SharedBuffer, size: int, destination: pb.PrepareResponse) -> float:
     """Writes in this thread; returns the seconds of the transfer."""
+    endpoint = endpoints.borrow(destination.session, destination.receiver_id)
+    try:
+        seconds = _transfer(endpoint.transport, source, size, destination)
+    except BaseException:
+        endpoints.discard(endpoint)
+        raise
+    endpoints.give_back(endpoint)
+    return seconds
+
+
+def _transfer(transport: Transport, source: SharedBuffer, size: int, destination: pb.PrepareResponse) -> float:
     transport.register(source.address, size)
     begin = time.monotonic()
     try:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from perigee.errors import FailedPreconditionError, InternalError, UnavailableError
+from perigee.errors import FailedPreconditionError, InternalError, PerigeeError, UnavailableError
 from services.weights.config import WeightsConfig
 
 if TYPE_CHECKING:
@@ -80,6 +82,26 @@ def wait_for_transfers(transport: Transport, transfers: Iterable[int]) -> bool:
             pause_s = min(pause_s * 1.5, LAST_POLL_S)
         succeeded = succeeded and state is TransferState.DONE
     return succeeded
+
+
+def run_in_daemon(call: Callable[[], float], name: str) -> asyncio.Future[float]:
+    """Runs a call in a thread that does not keep the process from ending, for transfers: Mooncake calls none back.
+
+    An exception that is no PerigeeError becomes an InternalError.
+    """
+    ended: Future[float] = Future()
+
+    def run() -> None:
+        try:
+            ended.set_result(call())
+        except Exception as error:
+            shown = (
+                error if isinstance(error, PerigeeError) else InternalError(f"{name}: {type(error).__name__}: {error}")
+            )
+            ended.set_exception(shown)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return asyncio.wrap_future(ended)
 
 
 # transfer_check_status: 1 done, 0 pending; -1 failed and -2 timed out are both final.
@@ -199,7 +221,7 @@ class EndpointPool:
         return endpoint
 
     def give_back(self, endpoint: Endpoint) -> None:
-        """Takes an endpoint back whose transfer has succeeded; close the transport of any other."""
+        """Takes an endpoint back whose transfer has succeeded; discard any other."""
         with self._lock:
             self._idle.append(endpoint)
 
