@@ -197,44 +197,28 @@ def check_pieces(manifest: pb.Manifest) -> None:
         raise InvalidArgumentError.for_fields(violations or [FieldViolation("manifest.pieces", "is empty")])
 
 
-def place_pieces(manifest: pb.Manifest, wanted: Mapping[str, Sequence[Rectangle]] | None) -> dict[int, int]:
-    """Returns the offset in a receiver's image of each piece that touches what is wanted; of all when that is None.
+def place_pieces(manifest: pb.Manifest) -> pb.Manifest:
+    """Returns the manifest of a receiver's image: each piece has an offset, and `total_bytes` is the image's.
 
     Pieces of a tensor lie one after another, so that blocks of whole rows make up the tensor without a copy.
     """
-    pieces = manifest.pieces
-    offsets: dict[int, int] = {}
+    image = pb.Manifest()
+    image.CopyFrom(manifest)
     end, tensor = 0, None
-    for index in sorted(range(len(pieces)), key=lambda i: (pieces[i].tensor, list(pieces[i].lower))):
-        piece = pieces[index]
-        if wanted is not None and not _touches(piece, wanted.get(manifest.tensors[piece.tensor].name, ())):
-            continue
-        offsets[index] = end = _padded(end) if piece.tensor != tensor else end
-        tensor = piece.tensor
-        end += piece_bytes(manifest, piece)
-    return offsets
-
-
-def describe_image(manifest: pb.Manifest, offsets: Mapping[int, int]) -> pb.Manifest:
-    """Returns the manifest of an image that holds these pieces at these offsets."""
-    image = pb.Manifest(run_id=manifest.run_id, policy_version=manifest.policy_version, tensors=manifest.tensors)
-    if manifest.HasField("fingerprint"):
-        image.fingerprint.CopyFrom(manifest.fingerprint)
-    for index, offset in offsets.items():
-        piece = image.pieces.add()
-        piece.CopyFrom(manifest.pieces[index])
-        piece.offset = offset
-        image.total_bytes = max(image.total_bytes, offset + piece_bytes(manifest, piece))
+    for piece in sorted(image.pieces, key=lambda piece: (piece.tensor, list(piece.lower))):
+        piece.offset = end if piece.tensor == tensor else _padded(end)
+        end, tensor = piece.offset + piece_bytes(image, piece), piece.tensor
+    image.total_bytes = end
     return image
 
 
 def read_pieces(
     image: memoryview, manifest: pb.Manifest, wanted: Mapping[str, Sequence[Rectangle]] | None = None
 ) -> Iterator[NamedTensor]:
-    """Yields the tensors of an image of pieces, in the manifest's order; those without a piece are left out.
+    """Yields the tensors of an image of pieces, in the manifest's order.
 
     A tensor in blocks of whole rows is a view of the image. Any other is put together in memory of its own, where
-    elements of pieces that the image lacks or that touch nothing wanted are undefined.
+    elements of pieces that touch nothing wanted are undefined.
     """
     by_tensor: dict[int, list[pb.Piece]] = defaultdict(list)
     for piece in manifest.pieces:
@@ -242,8 +226,6 @@ def read_pieces(
     for index, spec in enumerate(manifest.tensors):
         pieces = sorted(by_tensor[index], key=lambda piece: piece.offset)
         shape, dtype = tuple(spec.shape), DTYPES[spec.dtype]
-        if not pieces and 0 not in shape:
-            continue
         if _is_whole(manifest, spec, pieces):
             yield spec.name, _view(image, pieces[0].offset, shape, dtype)
             continue

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +16,6 @@ import xxhash
 from perigee.errors import (
     DataLossError,
     DeadlineExceededError,
-    InternalError,
     InvalidArgumentError,
     PerigeeError,
     ResourceExhaustedError,
@@ -28,10 +25,11 @@ from perigee.weights.client import WeightSourceClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.kit.telemetry import get_logger
 from services.weights.config import WeightsConfig
-from services.weights.lend import HEARTBEAT_S
+from services.weights.lend import HEARTBEAT_S, LentImage
+from services.weights.manifest import WeightImage
 from services.weights.pieces import check_pieces, piece_bytes
 from services.weights.shared_memory import SharedBuffer
-from services.weights.transport import Endpoint, EndpointPool, Transport, wait_for_transfers
+from services.weights.transport import Endpoint, EndpointPool, Transport, run_in_daemon, wait_for_transfers
 
 log = get_logger(__name__)
 
@@ -59,12 +57,22 @@ class Unit:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """Where a pull puts the pieces, by offset; `announce` receives those that are here and verified."""
+    """Image that a pull fills, and how others read from it what is here and verified."""
 
-    manifest: pb.Manifest
-    offsets: Mapping[int, int]
-    buffer: SharedBuffer
-    announce: Callable[[Iterable[int]], None]
+    image: WeightImage
+    lent: LentImage
+    session: str
+    holder_id: str
+
+    def announce(self, pieces: Iterable[int]) -> None:
+        """Lends pieces from now on."""
+        holding = pb.Holding(session=self.session, holder_id=self.holder_id, pieces=pieces)
+        holding.addresses.extend(self.address(piece) for piece in holding.pieces)
+        self.lent.announce(holding)
+
+    def address(self, piece: int) -> int:
+        """Returns the address of a piece in this process."""
+        return self.image.buffer.address + self.image.manifest.pieces[piece].offset
 
 
 class Schedule:
@@ -143,11 +151,12 @@ class ImagePull:
     ) -> None:
         self.sources: list[str] = []
         """Sources that pieces were asked of, in turn."""
+        self.target: Target | None = None
+        """What `begin` returned; None before."""
         self._config = config
         self._endpoints = endpoints
         self._connect = connect
         self._begin = begin
-        self._target: Target | None = None
         self._schedule = Schedule({}, config.block_bytes)
         self._reads: dict[asyncio.Future[float], Unit] = {}
         self._idle: dict[str, list[Endpoint]] = defaultdict(list)
@@ -183,7 +192,7 @@ class ImagePull:
             lent = client.lend(pb.LendRequest(image_id=image_id), timeout_s=self._config.transfer_timeout_s)
             async with aclosing(_watch(lent, None if is_last else SILENCE_S)) as responses:
                 manifest, response = await _read_manifest(responses)
-                target = self._target or await self._begin_with(manifest)
+                target = self.target or await self._begin_with(manifest)
                 self._schedule.forget_offers()
                 self.sources.append(address)
                 await self._read_pieces(target, response, responses)
@@ -192,8 +201,8 @@ class ImagePull:
     async def _begin_with(self, manifest: pb.Manifest) -> Target:
         """Returns where the pieces go, which the first source's manifest says."""
         await asyncio.to_thread(check_pieces, manifest)
-        self._target = target = await self._begin(manifest)
-        sizes = {index: piece_bytes(manifest, manifest.pieces[index]) for index in target.offsets}
+        self.target = target = await self._begin(manifest)
+        sizes = {index: piece_bytes(manifest, piece) for index, piece in enumerate(manifest.pieces)}
         self._schedule = Schedule(sizes, self._config.block_bytes)
         return target
 
@@ -228,7 +237,7 @@ class ImagePull:
         for session in self._schedule.sessions:
             running = sum(unit.session == session for unit in self._reads.values())
             while running < DEPTH and (unit := self._schedule.next_unit(session)) is not None:
-                read = _run_in_daemon(partial(self._read, target, unit), f"weights-from-{session}")
+                read = run_in_daemon(partial(self._read, target, unit), f"weights-from-{session}")
                 self._reads[read] = unit
                 started.add(read)
                 running += 1
@@ -258,18 +267,19 @@ class ImagePull:
             self._endpoints.discard(endpoint)
             raise
         idle.append(endpoint)
-        with target.buffer.view() as view:
+        manifest = target.image.manifest
+        with target.image.buffer.view() as view:
             for index in unit.addresses:
-                piece, offset = target.manifest.pieces[index], target.offsets[index]
-                with view[offset : offset + piece_bytes(target.manifest, piece)] as data:
+                piece = manifest.pieces[index]
+                with view[piece.offset : piece.offset + piece_bytes(manifest, piece)] as data:
                     if xxhash.xxh3_128_digest(data) != piece.checksum:
-                        name = target.manifest.tensors[piece.tensor].name
+                        name = manifest.tensors[piece.tensor].name
                         raise DataLossError(f"a piece of {name} from {unit.session} arrived damaged")
         return time.monotonic() - begin
 
     def _open(self, target: Target, unit: Unit) -> Endpoint:
         endpoint = self._endpoints.borrow(unit.session, unit.holder_id)
-        endpoint.transport.register(target.buffer.address, target.buffer.size)
+        endpoint.transport.register(target.image.buffer.address, target.image.buffer.size)
         return endpoint
 
     async def _end(self) -> None:
@@ -278,9 +288,8 @@ class ImagePull:
             await asyncio.wait(self._reads)
             for read in self._reads:
                 read.exception()
-        target = self._target
-        if target is not None:
-            await asyncio.to_thread(self._give_back, target.buffer)
+        if self.target is not None:
+            await asyncio.to_thread(self._give_back, self.target.image.buffer)
 
     def _give_back(self, buffer: SharedBuffer) -> None:
         for endpoint in (endpoint for idle in self._idle.values() for endpoint in idle):
@@ -329,8 +338,8 @@ def _runs(target: Target, unit: Unit) -> Iterator[tuple[int, int, int]]:
     """Yields address there, address here and size of each run of pieces that adjoin on both sides."""
     source, place, size = 0, 0, 0
     for index, address in unit.addresses.items():
-        here = target.buffer.address + target.offsets[index]
-        length = piece_bytes(target.manifest, target.manifest.pieces[index])
+        here = target.address(index)
+        length = piece_bytes(target.image.manifest, target.image.manifest.pieces[index])
         if size and (source + size, place + size) == (address, here):
             size += length
             continue
@@ -339,18 +348,3 @@ def _runs(target: Target, unit: Unit) -> Iterator[tuple[int, int, int]]:
         source, place, size = address, here, length
     if size:
         yield source, place, size
-
-
-def _run_in_daemon(call: Callable[[], float], name: str) -> asyncio.Future[float]:
-    """Runs a call in a thread that does not keep the process from ending."""
-    ended: Future[float] = Future()
-
-    def run() -> None:
-        try:
-            ended.set_result(call())
-        except Exception as error:
-            shown = error if isinstance(error, PerigeeError) else InternalError(f"{type(error).__name__}: {error}")
-            ended.set_exception(shown)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return asyncio.wrap_future(ended)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 from prometheus_client import Histogram
@@ -17,6 +18,7 @@ from perigee.errors import (
     AbortedError,
     DeadlineExceededError,
     FailedPreconditionError,
+    FieldViolation,
     InvalidArgumentError,
     ResourceExhaustedError,
 )
@@ -28,7 +30,7 @@ from services.kit.telemetry import get_logger
 from services.weights.config import WeightsConfig
 from services.weights.lend import LentImage, WeightSource
 from services.weights.manifest import WeightImage, check_manifest, verify_shards
-from services.weights.pieces import describe_image, place_pieces
+from services.weights.pieces import place_pieces
 from services.weights.pull import Connect, ImagePull, Target
 from services.weights.shared_memory import SharedBuffer, remove_leftovers
 from services.weights.transport import BUCKETS, EndpointPool, MooncakeTransport, Transport
@@ -296,8 +298,9 @@ class WeightReceiver(WeightReceiverServiceServicer):
         Raises InvalidArgumentError for an image above `max_image_bytes`, UnavailableError when no source has the whole
         image, AbortedError when another pull began meanwhile, and whatever the engine raises.
         """
-        if not request.image_id or not request.sources:
-            raise InvalidArgumentError.for_field("sources", "and image_id are required")
+        missing = [name for name in ("image_id", "sources") if not getattr(request, name)]
+        if missing:
+            raise InvalidArgumentError.for_fields([FieldViolation(name, "is required") for name in missing])
         if self._pulling is None or self._pulling_id != request.image_id or self._has_ended_without(request.image_id):
             previous, self._pulling_id = self._pulling, request.image_id
             self._pulling = asyncio.create_task(self._pull_after(previous, request))
@@ -333,8 +336,8 @@ class WeightReceiver(WeightReceiverServiceServicer):
                 image = self.current
                 commit = self._load(image, time.monotonic())
             else:
-                image, lent, sources = await self._pull(request)
-                commit = self._commit_pulled(request.image_id, image, lent)
+                target, sources = await self._pull(request)
+                image, commit = target.image, self._commit_pulled(request.image_id, target)
             transferred = time.monotonic()
             self._committing_id = ""
             self._committing = asyncio.create_task(commit)
@@ -347,62 +350,53 @@ class WeightReceiver(WeightReceiverServiceServicer):
             sources=sources,
         )
 
-    async def _pull(self, request: pb.PullRequest) -> tuple[WeightImage, LentImage, list[str]]:
-        """Returns a whole image that is lent, and the sources that gave it."""
+    async def _pull(self, request: pb.PullRequest) -> tuple[Target, list[str]]:
+        """Returns a whole image, which is lent, and the sources that gave it."""
         if self._pool is None or self._transport is None:
             raise FailedPreconditionError("the weight receiver is not running")
-        pool, session = self._pool, self._transport.session
-        lent: LentImage | None = None
-        buffer: SharedBuffer | None = None
-        placed = pb.Manifest()
-
-        async def begin(manifest: pb.Manifest) -> Target:
-            nonlocal lent, buffer, placed
-            # Seconds of an image with many pieces, in which leases are to be renewed and pieces to be lent.
-            offsets = await asyncio.to_thread(place_pieces, manifest, None)
-            placed = await asyncio.to_thread(describe_image, manifest, offsets)
-            size = placed.total_bytes
-            if size > self._config.max_image_bytes:
-                reason = f"{size} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}"
-                raise InvalidArgumentError.for_field("manifest.total_bytes", reason)
-            buffer, lent = await pool.take(size), LentImage(manifest)
-            self.source.lend(request.image_id, lent)
-            base, image = buffer.address, lent
-
-            def announce(pieces: Iterable[int]) -> None:
-                holding = pb.Holding(session=session, holder_id=self._receiver_id, pieces=pieces)
-                holding.addresses.extend(base + offsets[piece] for piece in holding.pieces)
-                image.announce(holding)
-
-            return Target(manifest, offsets, buffer, announce)
-
+        begin = partial(self._begin_pull, request.image_id, self._pool, self._transport.session)
         pull = ImagePull(self._config, self._endpoints, self._connect, begin)
         try:
             async with asyncio.timeout(self._config.transfer_timeout_s):
-                target = await pull.run(request.image_id, request.sources)
+                return await pull.run(request.image_id, request.sources), pull.sources
         except BaseException as error:
-            if lent is not None and buffer is not None:
-                lent.give_up()
-                self._retire(request.image_id, buffer)
+            if pull.target is not None:
+                self._withdraw(request.image_id, pull.target)
             if isinstance(error, TimeoutError):
                 raise DeadlineExceededError(
                     f"the image did not arrive within weights.transfer_timeout_s = {self._config.transfer_timeout_s:g}"
                 ) from error
             raise
-        assert lent is not None
-        return WeightImage(placed, target.buffer), lent, pull.sources
 
-    async def _commit_pulled(self, image_id: str, image: WeightImage, lent: LentImage) -> pb.CommitResponse:
+    async def _begin_pull(self, image_id: str, pool: BufferPool, session: str, manifest: pb.Manifest) -> Target:
+        """Makes room for an image and lends what will be there of it."""
+        # Seconds of an image with many pieces, in which leases are to be renewed and pieces to be lent.
+        placed = await asyncio.to_thread(place_pieces, manifest)
+        size = placed.total_bytes
+        if size > self._config.max_image_bytes:
+            reason = f"{size} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}"
+            raise InvalidArgumentError.for_field("manifest.total_bytes", reason)
+        image = WeightImage(placed, await pool.take(size))
+        target = Target(image, LentImage(manifest), session, self._receiver_id)
+        self.source.lend(image_id, target.lent)
+        return target
+
+    async def _commit_pulled(self, image_id: str, target: Target) -> pb.CommitResponse:
         """Commits an image that was verified as it arrived."""
+        image = target.image
         try:
             report = await self._load(image, time.monotonic())
         except BaseException as error:
             log.error("weights not committed", policy_version=image.manifest.policy_version, reason=str(error))
-            lent.give_up()
-            self._retire(image_id, image.buffer)
+            self._withdraw(image_id, target)
             raise
         self._current_id = image_id
         return report
+
+    def _withdraw(self, image_id: str, target: Target) -> None:
+        """Ends the calls of those who read an image that was pulled in vain, and gives its buffer back."""
+        target.lent.give_up()
+        self._retire(image_id, target.image.buffer)
 
     def _retire(self, image_id: str, buffer: SharedBuffer) -> None:
         """Gives a buffer back once nobody reads it any more; what was pushed is not lent and has no image id."""

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from perigee.errors import NotFoundError, UnavailableError
+from perigee.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.weights.client import WeightReceiverClient, WeightSourceClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
@@ -37,6 +37,9 @@ async def test_slices_of_several_ranks_arrive_bit_for_bit_and_versions_follow_on
         again = await pull(receiver, "image-3", "127.0.0.1:1")
         assert again.policy_version == 3
         assert receiver.versions == [1, 2, 3]
+        with pytest.raises(InvalidArgumentError) as nameless:
+            await pull(receiver, "")
+        assert [violation.field for violation in nameless.value.violations] == ["image_id", "sources"]
         # An engine that started again, or is away, gets what is still in memory, which is lent on.
         receiver.is_loaded = False
         assert list((await pull(receiver, "image-3", "127.0.0.1:1")).sources) == []

@@ -19,8 +19,6 @@ from services.weights.pieces import (
     TensorSlice,
     check_pieces,
     cut_slice,
-    describe_image,
-    piece_bytes,
     place_pieces,
     read_pieces,
 )
@@ -72,13 +70,14 @@ def test_tensors_come_back_from_pieces_in_any_order(
     Random(seed).shuffle(blocks)
     manifest = describe(blocks)
     check_pieces(manifest)
-    offsets = place_pieces(manifest, None)
-    image = describe_image(manifest, offsets)
+    image = place_pieces(manifest)
+    assert not any(piece.offset for piece in manifest.pieces)
     memory = bytearray(image.total_bytes)
     for index, block in enumerate(blocks):
         data = block.tensor.contiguous().numpy().tobytes()
-        assert not any(memory[offsets[index] : offsets[index] + len(data)])
-        memory[offsets[index] : offsets[index] + len(data)] = data
+        offset = image.pieces[index].offset
+        assert not any(memory[offset : offset + len(data)])
+        memory[offset : offset + len(data)] = data
     found = dict(read_pieces(memoryview(memory), image))
     assert found.keys() == originals.keys()
     assert all(torch.equal(found[name], originals[name]) for name in originals)
@@ -87,36 +86,19 @@ def test_tensors_come_back_from_pieces_in_any_order(
 def test_blocks_of_whole_rows_are_read_without_a_copy() -> None:
     blocks = [*cut_slice(TensorSlice("a", (6, 4), (0, 0), torch.randn(6, 4)), 32)]
     assert len(blocks) == 3
-    image = describe_image(manifest := describe(blocks), place_pieces(manifest, None))
+    image = place_pieces(describe(blocks))
     memory = bytearray(image.total_bytes)
     [(_, tensor)] = read_pieces(memoryview(memory), image)
     memory[0:4] = b"\x00\x00\x80\x3f"
     assert tensor[0, 0] == 1.0
 
 
-def test_only_pieces_that_touch_what_is_wanted_are_placed() -> None:
-    """A worker of two that share each layer: half of what is split, all of what is not."""
-    blocks = [
-        *slice_evenly("rows", torch.zeros(8, 4), 0, 4),
-        *slice_evenly("columns", torch.zeros(4, 8), 1, 2),
-        TensorSlice("norm", (4,), (0,), torch.zeros(4)),
-        TensorSlice("other", (4,), (0,), torch.zeros(4)),
-    ]
-    manifest = describe(blocks)
-    wanted = {"rows": [((4, 0), (8, 4))], "columns": [((0, 0), (4, 4))], "norm": [((0,), (4,))]}
-    offsets = place_pieces(manifest, wanted)
-    assert list(offsets) == [2, 3, 4, 6]
-    assert sum(piece_bytes(manifest, manifest.pieces[index]) for index in offsets) == (8 * 4 + 4 * 8) * 4 // 2 + 16
-    image = describe_image(manifest, offsets)
+def test_only_pieces_that_touch_what_is_wanted_are_put_together() -> None:
+    """A process of the engine that uses one half of the columns."""
+    image = place_pieces(describe(slice_evenly("columns", torch.zeros(4, 8), 1, 4)))
     memory = memoryview(bytearray(b"\x00\x00\x80\x3f" * (image.total_bytes // 4)))
-    found = dict(read_pieces(memory, image))
-    assert list(found) == ["rows", "columns", "norm"]
-    assert bool((found["rows"][4:] == 1).all() and (found["columns"][:, :4] == 1).all())
-    # A process that wants less of an image than its host has puts only that together.
-    whole = describe_image(manifest, place_pieces(manifest, None))
-    memory = memoryview(bytearray(b"\x00\x00\x80\x3f" * (whole.total_bytes // 4)))
-    part = dict(read_pieces(memory, whole, {"columns": [((0, 4), (4, 8))]}))
-    assert bool((part["columns"][:, 4:] == 1).all())
+    [(_, tensor)] = read_pieces(memory, image, {"columns": [((0, 4), (4, 8))]})
+    assert bool((tensor[:, 4:] == 1).all())
 
 
 @pytest.mark.parametrize(

@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from perigee.errors import InternalError, ResourceExhaustedError
+from perigee.errors import InternalError, ResourceExhaustedError, UnavailableError
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
+from services.weights.lend import LentImage
+from services.weights.manifest import WeightImage
 from services.weights.pieces import PieceStore, TensorSlice
 from services.weights.pull import ImagePull, Target
 from services.weights.receive import BufferPool
+from services.weights.send import start_write
 from services.weights.shared_memory import SharedBuffer
 from services.weights.transport import EndpointPool, TransferState, Transport
 
@@ -75,6 +78,26 @@ def test_an_endpoint_that_dialled_the_predecessor_of_a_receiver_is_closed() -> N
     assert new is not old
     assert isinstance(old.transport, CountingTransport)
     assert old.transport.closed
+
+
+async def test_an_endpoint_whose_write_failed_is_not_used_again(tmp_path: Path) -> None:
+    class FailingTransport(CountingTransport):
+        def poll(self, transfer: int) -> TransferState:
+            return TransferState.FAILED
+
+    transport = FailingTransport()
+    pool = EndpointPool(lambda: transport)
+    buffer = SharedBuffer.allocate(str(tmp_path), 64)
+    destination = pb.PrepareResponse(session="there", receiver_id="it", address=1)
+    with pytest.raises(UnavailableError, match="broke off"):
+        await start_write(pool, buffer, 64, destination)
+    assert (transport.registered, transport.closed) == ({}, False)
+    pool.close_broken()
+    assert transport.closed
+    transport.refusals = 1
+    with pytest.raises(InternalError, match="memlock"):
+        await start_write(pool, buffer, 64, destination)
+    buffer.close()
 
 
 def names_in(folder: Path) -> list[str]:
@@ -190,7 +213,7 @@ async def test_a_pull_that_is_cancelled_twice_still_waits_for_its_reads(tmp_path
     transport = SlowTransport(may_read)
 
     async def begin(manifest: pb.Manifest) -> Target:
-        return Target(manifest, {0: 0}, buffer, lambda pieces: None)
+        return Target(WeightImage(manifest, buffer), LentImage(manifest), "here", "me")
 
     @asynccontextmanager
     async def connect(address: str) -> AsyncIterator[Any]:
