@@ -163,8 +163,8 @@ class VllmEngine(Engine):
         """Reloads a paused engine from an image."""
         if image.manifest.pieces and not self._knows_slices:
             tensors = Manifest(tensors=image.manifest.tensors)
-            found = await llm.collective_rpc("find_slices", args=(tensors.SerializeToString(),))
-            log.info("slices of pulled tensors found", tensors_by_process=found)
+            for reason in filter(None, await llm.collective_rpc("find_slices", args=(tensors.SerializeToString(),))):
+                log.warning("engine process loads pulled tensors whole", reason=reason)
             self._knows_slices = True
         update = {"path": str(image.path), "manifest": image.manifest.SerializeToString()}
         await llm.start_weight_update()
@@ -194,7 +194,7 @@ class VllmEngine(Engine):
 
     async def _take_memory(self, llm: AsyncLLM, tag: str) -> None:
         if current_platform.is_cpu():
-            await llm.collective_rpc(f"take_{tag}_memory")
+            await llm.collective_rpc("take_memory", args=(tag,))
         else:
             await llm.wake_up(tags=[tag])
 

@@ -37,7 +37,7 @@ class WorkerExtension:
     """Methods of a worker: what it takes of pulled tensors, and its memory on a CPU; vLLM sleeps on GPUs alone."""
 
     model_runner: Any
-    # Tensors without memory, with the bytes that they had.
+    # Tensors without memory, with the bytes that they had, by vLLM's tag.
     _freed: dict[str, list[tuple[torch.Tensor, int]]]
 
     def free_memory(self) -> None:
@@ -54,24 +54,27 @@ class WorkerExtension:
         self._freed = {"weights": _free(model.parameters()), "kv_cache": _free(_flatten(self.model_runner.kv_caches))}
         ctypes.CDLL(None).malloc_trim(0)
 
-    def take_weights_memory(self) -> None:
-        """Gives the parameters memory, with arbitrary content."""
-        for tensor, size in self._freed["weights"]:
+    def take_memory(self, tag: str) -> None:
+        """Gives `weights` memory with arbitrary content, or the `kv_cache` memory that is zeroed."""
+        for tensor, size in self._freed[tag]:
             tensor.untyped_storage().resize_(size)
+            if tag == "kv_cache":
+                tensor.zero_()
 
-    def take_kv_cache_memory(self) -> None:
-        """Gives the KV cache memory, zeroed."""
-        for tensor, size in self._freed["kv_cache"]:
-            tensor.untyped_storage().resize_(size)
-            tensor.zero_()
+    def find_slices(self, manifest: bytes) -> str:
+        """Learns which parts of the manifest's tensors this worker takes; returns why it takes all, "" if it does not.
 
-    def find_slices(self, manifest: bytes) -> int:
-        """Learns which parts of the manifest's tensors this worker takes; returns of how many tensors."""
+        Loaders that do arithmetic with a tensor get all of it.
+        """
         worker: Any = self
         engine: ImageTransferEngine = worker.weight_transfer_engine
-        with set_current_vllm_config(worker.vllm_config):
-            engine.wanted = find_slices(engine.model, pb.Manifest.FromString(manifest).tensors)
-        return len(engine.wanted or {})
+        engine.wanted = None
+        try:
+            with set_current_vllm_config(worker.vllm_config):
+                engine.wanted = find_slices(engine.model, pb.Manifest.FromString(manifest).tensors)
+        except NotImplementedError as error:
+            return str(error)
+        return ""
 
 
 def _free(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:

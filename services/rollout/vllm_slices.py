@@ -54,10 +54,11 @@ def find_rectangle(whole: torch.Tensor, part: torch.Tensor) -> Rectangle:
 
 
 @torch.no_grad()
-def find_slices(model: Any, tensors: Iterable[pb.TensorSpec]) -> dict[str, list[Rectangle]] | None:
-    """Returns what the model's loaders copy of each tensor, None where they do more than to copy views.
+def find_slices(model: Any, tensors: Iterable[pb.TensorSpec]) -> dict[str, list[Rectangle]]:
+    """Returns what the model's loaders copy of each tensor.
 
-    No forward pass may run meanwhile; the model is as before when this returns.
+    No forward pass may run meanwhile; the model is as before when this returns or raises. Raises NotImplementedError
+    when a loader does more than to copy views of a tensor.
     """
     specs = {spec.name: spec for spec in tensors}
     recorder = SliceRecorder({name: spec.shape for name, spec in specs.items()})
@@ -72,8 +73,6 @@ def find_slices(model: Any, tensors: Iterable[pb.TensorSpec]) -> dict[str, list[
             (name, FakeRDTTensor(name, torch.Size(spec.shape), DTYPES[spec.dtype], cpu, sink=recorder))  # type: ignore[arg-type]
             for name, spec in specs.items()
         )
-    except NotImplementedError:
-        return None
     finally:
         _put_back(model)
     return {name: sorted(found) for name, found in recorder.rectangles.items()}

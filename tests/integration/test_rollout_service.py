@@ -165,6 +165,39 @@ def test_slices_that_loaders_of_two_workers_copy_are_rectangles() -> None:
         target.copy_(fake("a", 8, 6)[:4] * 2)
 
 
+def test_a_process_whose_loader_computes_takes_whole_tensors_and_says_why() -> None:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.model_executor.model_loader.reload import record_metadata_for_reloading
+
+    from services.rollout.vllm_extension import WorkerExtension
+
+    class Doubling(torch.nn.Module):
+        """Model whose loader does not copy what it is given."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+
+        def load_weights(self, weights: Any) -> None:
+            for _, tensor in weights:
+                self.weight.copy_(tensor * 2)
+
+    model = Doubling()
+    record_metadata_for_reloading(model)
+
+    class Process(WorkerExtension):
+        """What the extension uses of vLLM's worker."""
+
+        weight_transfer_engine = SimpleNamespace(model=model, wanted={})
+        vllm_config = VllmConfig()
+
+    manifest = weights_pb2.Manifest(tensors=[weights_pb2.TensorSpec(name="weight", dtype="F32", shape=[2])])
+    assert "unsupported op" in Process().find_slices(manifest.SerializeToString())
+    assert Process.weight_transfer_engine.wanted is None
+    assert model.weight.tolist() == [1, 1]
+
+
 async def test_a_continuation_is_the_uninterrupted_response(worker: str, rollout_client: RolloutClient) -> None:
     greedy = pb.Sampling(temperature=0)
     wholes = await generate(rollout_client, MANY_PROMPTS, sampling=greedy)
@@ -469,7 +502,7 @@ class SilentLlm:
     async def pause_generation(self, **options: Any) -> None:
         await asyncio.Event().wait()
 
-    async def collective_rpc(self, method: str) -> None:
+    async def collective_rpc(self, method: str, args: Sequence[str] = ()) -> None:
         await asyncio.Event().wait()
 
     async def call_utility_async(self, *arguments: Any) -> None:
