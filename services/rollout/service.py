@@ -246,6 +246,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     finally:
         worker.set_status(DRAINING)
         await end_tasks(*tasks)
+        await worker.close()
         await receiver.close()
     if fatal:
         raise fatal[0]

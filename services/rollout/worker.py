@@ -69,7 +69,8 @@ class Worker:
         self.broken = asyncio.Event()
         """Set when the engine must be restarted though its process lives."""
         self._committing = asyncio.Lock()
-        self._change: asyncio.Task[Any] | None = None
+        # Of the engine, under way: the first one runs, the others wait for it.
+        self._changes: set[asyncio.Task[Any]] = set()
         # Of the last leave, and the iteration of a run that the last call named.
         self._residence: Residence = Restart()
         self._iteration = ("", 0)
@@ -141,8 +142,18 @@ class Worker:
 
     async def _finish(self, change: Coroutine[Any, Any, ResultT]) -> ResultT:
         """Runs a change of the engine to its end: a caller that goes away must not leave it half-loaded and paused."""
-        self._change = asyncio.create_task(change)
-        return await asyncio.shield(self._change)
+        task = asyncio.create_task(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        return await asyncio.shield(task)
+
+    async def close(self) -> None:
+        """Ends changes under way, and the engine that one of them may have started since its supervisor ended."""
+        if changes := list(self._changes):
+            for change in changes:
+                change.cancel()
+            await asyncio.wait(changes)
+        await self.engine.stop()
 
     async def _commit_alone(self, image: WeightImage) -> None:
         """Commits when no other commit runs and the engine is up."""

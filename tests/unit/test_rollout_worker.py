@@ -222,6 +222,23 @@ async def test_a_caller_that_goes_away_does_not_stop_a_commit(bench: Bench) -> N
         assert bench.engine.versions == [4]
 
 
+async def test_an_engine_that_starts_again_while_the_worker_shuts_down_is_ended(bench: Bench) -> None:
+    async with bench.supervised():
+        await bench.commit(4)
+        await bench.worker.leave(RESIDENCES[pb.RESIDENCE_RESTART])
+        bench.engine.may_start.clear()
+        assert bench.held is not None
+        coming = asyncio.create_task(bench.worker.come_back(bench.held))
+        await asyncio.sleep(0)
+        coming.cancel()
+        await asyncio.wait([coming])
+        bench.worker.set_status(DRAINING)
+    await bench.worker.close()
+    bench.engine.may_start.set()
+    await asyncio.sleep(0.01)
+    assert (bench.engine.starts, bench.engine.dead.is_set()) == (1, True)
+
+
 async def test_an_engine_that_dies_in_a_commit_does_not_become_ready(bench: Bench) -> None:
     async with bench.supervised():
         await bench.wait(EMPTY)
