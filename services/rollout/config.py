@@ -117,4 +117,4 @@ class RolloutConfig(ServiceConfig):
     registration: RegistrationConfig = RegistrationConfig()
     """Lease at the coordinator."""
     weights: WeightsConfig = WeightsConfig()
-    """Reception of pushed weights."""
+    """Reception of weights."""

@@ -28,10 +28,10 @@ class Residence(ABC):
 
 
 class Keep(Residence):
-    """Both stay in memory."""
+    """The engine stays as it is."""
 
     async def leave(self, engine: Engine) -> None:
-        """Leaves the engine as it is."""
+        """Does nothing: requests in flight go on."""
 
     async def come_back(self, engine: Engine, image: WeightImage) -> None:
         """Loads the weights as at any other time."""
