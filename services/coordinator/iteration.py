@@ -40,7 +40,6 @@ from perigee.reward.v1 import reward_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.groups import LiveGroups, Trajectory
-from services.coordinator.hybrid import SharedDevices
 from services.coordinator.rewards import ShapingWeights, TrainingBatch, make_training_batch, score_responses
 from services.coordinator.rollout_phase import RolloutCounts, RolloutPhase, read_response_texts
 from services.coordinator.run_log import Timeline
@@ -166,7 +165,6 @@ class Iteration:
         self._number = committed.iteration + 1
         self._next_group = committed.state.next_group
         self._timeline = Timeline()
-        self._devices = SharedDevices(context, weight_sync.convert, self._number, self._timeline)
         self._scoring_failures = 0
         inputs = context.inputs
         self._samples = SampleCollector(inputs.prompts, inputs.tokenizer, inputs.config, self._number)
@@ -175,8 +173,8 @@ class Iteration:
         """Runs the iteration and returns its line of metrics.jsonl."""
         context, config = self._context, self._context.config
         context.status.iteration = self._number
+        self._weight_sync.begin(self._number, self._timeline)
         with self._timeline.phase("preparation"):
-            await self._devices.give_to_workers(self._committed.policy_version)
             await self._weight_sync.ensure(self._committed.policy_version)
             await self._create_groups()
         counts = await self._roll_out()
@@ -186,7 +184,6 @@ class Iteration:
         result: trainer_pb2.TrainResult | None = None
         version = self._committed.policy_version
         if batch.groups:
-            await self._devices.give_to_trainer()
             result = await self._train(batch, learning_rate)
             version = result.policy_version
             with self._timeline.phase("checkpoint"):
@@ -294,12 +291,13 @@ class Iteration:
         )
         context.status.enter(coordinator_pb2.RUN_PHASE_TRAINING, config.update.minibatches)
         result: trainer_pb2.TrainResult | None = None
-        with self._timeline.phase("training"):
-            # To the stream's end: until then the trainer is busy and refuses the checkpoint.
-            async for response in context.peers.trainer.train(request, timeout_s=context.settings.train_timeout_s):
-                context.status.done, context.status.total = response.step, response.steps
-                if response.HasField("result"):
-                    result = response.result
+        async with self._weight_sync.trainers_turn(base):
+            with self._timeline.phase("training"):
+                # To the stream's end: until then the trainer is busy and refuses the checkpoint.
+                async for response in context.peers.trainer.train(request, timeout_s=context.settings.train_timeout_s):
+                    context.status.done, context.status.total = response.step, response.steps
+                    if response.HasField("result"):
+                        result = response.result
         if result is None:
             raise InternalError("The trainer ended an iteration without a result: look at its log.")
         return result
@@ -325,7 +323,7 @@ class Iteration:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._commit(batch, version, state))
                 if version != self._committed.policy_version:
-                    tasks.create_task(self._push(version))
+                    tasks.create_task(self._weight_sync.push(version))
         except BaseExceptionGroup as group:
             raise first_error(group) from group
         self._committed.iteration, self._committed.policy_version = self._number, version
@@ -357,11 +355,6 @@ class Iteration:
                 request, timeout_s=context.settings.control_timeout_s
             )
         context.status.count_store_restarts(response.store_restarts)
-
-    async def _push(self, version: int) -> None:
-        await self._devices.give_to_workers(version)
-        with self._timeline.phase("weights"):
-            await self._weight_sync.push(version)
 
     def _progress(self) -> float:
         """Returns the fraction of the run that has passed, by iterations or by time, whichever is larger."""

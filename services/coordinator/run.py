@@ -12,7 +12,7 @@ Components of the coordinator, each below its caller:
             sampling         draws prompts: curriculum and priorities
           evaluation         accuracy on held-out problems with its intervals
           weight_sync        trainer and workers at the run's policy version
-          hybrid             trainer and workers take turns on devices that they share
+            hybrid           trainer and workers take turns on devices that they share
 
     workers                  leases of rollout workers, which dispatcher and weight sync watch
     groups                   live groups and their trajectories, as the buffer has them
@@ -52,10 +52,9 @@ from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.evaluation import Evaluation, Kind, choose_problems
 from services.coordinator.groups import LiveGroups
-from services.coordinator.hybrid import SharedDevices
 from services.coordinator.iteration import Committed, CoordinatorState, Iteration, decode_state
 from services.coordinator.run_config import SftStage, config_digest, to_message
-from services.coordinator.run_log import numbers
+from services.coordinator.run_log import Timeline, numbers
 from services.coordinator.sampling import Sampler, make_sampler
 from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import PeerLostError
@@ -138,9 +137,8 @@ class Run:
         status.uncounted = committed.uncounted(context.config.iterations)
         last = await asyncio.to_thread(context.log.restore_iterations, run.iteration, state.last_line)
         status.metrics = numbers(last) if last is not None else {}
-        if not await self._weight_sync.has_loaded(run.policy_version):
-            await self._devices(run.iteration).give_to_trainer()
-            await self._weight_sync.ensure_version(run.policy_version)
+        self._weight_sync.begin(run.iteration + 1, Timeline())
+        await self._weight_sync.ensure_version(run.policy_version)
         context.registry.invalidate()
         groups = LiveGroups(self._run_id, context.peers.buffer, context.settings.control_timeout_s)
         await groups.load(context.inputs.prompts, state.starts)
@@ -183,7 +181,8 @@ class Run:
         if not self._age_known:
             context.status.earlier_seconds = await asyncio.to_thread(context.log.sft_seconds)
             self._age_known = True
-        version = await fine_tune_base(context, self._weight_sync, self._devices(0))
+        self._weight_sync.begin(1, Timeline())
+        version = await fine_tune_base(context, self._weight_sync)
         config = context.config
         sampler = make_sampler(list(context.inputs.prompts.values()), config, {})
         state = CoordinatorState(sampler.state(), elapsed_seconds=context.status.elapsed_seconds, starts={})
@@ -231,7 +230,6 @@ class Run:
             line = known | {"kind": kind, "iteration": iteration, "seconds": 0.0}
             await asyncio.to_thread(context.log.add_evaluation, line)
             return line
-        await self._devices(iteration).give_to_workers(version)
         with detached_span("evaluation", run=self._run_id, kind=kind, iteration=iteration, version=version):
             evaluation = Evaluation(context, version)
             line = await evaluation.run(kind, iteration, self._weight_sync)
@@ -244,12 +242,11 @@ class Run:
     async def _finish(self, committed: Committed, baseline: dict[str, Any], final: dict[str, Any]) -> None:
         """Exports the model and writes the summary, last: a run with a summary has finished."""
         context = self._context
-        await self._devices(committed.iteration).give_to_trainer()
-        await self._weight_sync.ensure_version(committed.policy_version)
-        exported = await context.peers.trainer.export_model(
-            trainer_pb2.ExportModelRequest(run_id=self._run_id, path=context.inputs.export_path),
-            timeout_s=context.settings.checkpoint_timeout_s,
-        )
+        async with self._weight_sync.trainers_turn(committed.policy_version):
+            exported = await context.peers.trainer.export_model(
+                trainer_pb2.ExportModelRequest(run_id=self._run_id, path=context.inputs.export_path),
+                timeout_s=context.settings.checkpoint_timeout_s,
+            )
         totals = committed.state.totals
         totals.seconds["total"] = context.status.elapsed_seconds
         summary = {
@@ -266,10 +263,6 @@ class Run:
             "seconds": {phase: round(seconds, 3) for phase, seconds in totals.seconds.items()},
         }
         await asyncio.to_thread(context.log.write_summary, summary)
-
-    def _devices(self, committed: int) -> SharedDevices:
-        """Returns the devices that are shared, after an iteration: workers refuse calls that name an earlier one."""
-        return SharedDevices(self._context, self._weight_sync.convert, committed + 1)
 
     async def _wait_for_peers(self) -> None:
         """Waits until buffer and trainer answer; raises PeerLostError after `recovery_wait_s`."""
@@ -301,7 +294,7 @@ def software_versions() -> dict[str, str]:
     return found
 
 
-async def fine_tune_base(context: RunContext, weight_sync: WeightSync, devices: SharedDevices) -> int:
+async def fine_tune_base(context: RunContext, weight_sync: WeightSync) -> int:
     """Does the supervised stages without a checkpoint, and returns the policy version that the first iteration uses.
 
     Version 0 is the base model, version i the result of stage i.
@@ -309,15 +302,15 @@ async def fine_tune_base(context: RunContext, weight_sync: WeightSync, devices: 
     stages = context.config.sft
     state = await weight_sync.wait_until_free()
     done = max((version for version in state.checkpoints if version <= len(stages)), default=0)
-    if stages[done:] or not await weight_sync.has_loaded(done):
-        await devices.give_to_trainer()
-    await weight_sync.ensure_version(done)
+    if done == len(stages):
+        await weight_sync.ensure_version(done)
     for number, stage in enumerate(stages[done:], start=done + 1):
         context.status.policy_version = number - 1
         started = time.monotonic()
-        with detached_span("supervised stage", run=context.run_id, stage=number):
-            last = await run_sft_stage(context, stage, number)
-            await weight_sync.save(number, pinned=number == len(stages))
+        async with weight_sync.trainers_turn(number - 1):
+            with detached_span("supervised stage", run=context.run_id, stage=number):
+                last = await run_sft_stage(context, stage, number)
+                await weight_sync.save(number, pinned=number == len(stages))
         line = {
             "stage": number,
             "policy_version": number,

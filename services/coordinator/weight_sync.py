@@ -1,4 +1,7 @@
-"""Keeps trainer and workers at the policy version of the run: checkpoints are loaded, weights are pushed or pulled."""
+"""Keeps trainer and workers at the policy version of the run: checkpoints are loaded, weights are pushed or pulled.
+
+Where they share devices, this is where these change hands.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,8 @@ from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1 import weights_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.directory import Directory, plan_sources
+from services.coordinator.hybrid import SharedDevices
+from services.coordinator.run_log import Timeline
 from services.coordinator.workers import AWAY, EMPTY, FAILURES, READY, PeerLostError, Worker
 from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
@@ -31,13 +36,26 @@ class WeightSync:
         self._trainer = context.peers.trainer
         self._registry = context.registry
         self._config = context.settings
-        self._on_waiting = context.status.set_waiting
+        self._status = context.status
         self._connect_receiver = context.peers.connect_receiver
         self._directory = Directory(context.registry)
-        self._is_shared = context.config.deployment == "hybrid"
+        self._devices = SharedDevices(
+            context.run_id,
+            context.config,
+            context.settings,
+            context.registry,
+            context.peers.trainer,
+            context.status.report,
+            self._convert,
+        )
         self._pushing = asyncio.Lock()
         # When a worker whose push failed may be tried again.
         self._retry_at: dict[Worker, float] = {}
+
+    def begin(self, iteration: int, timeline: Timeline) -> None:
+        """Counts what follows to an iteration, and its seconds to that iteration's timeline."""
+        self._devices.iteration, self._devices.timeline = iteration, timeline
+        self._status.timeline = timeline
 
     async def wait_until_free(self) -> pb.GetStateResponse:
         """Returns the trainer's state once it has no job: one of a coordinator that died may still be ending.
@@ -64,12 +82,21 @@ class WeightSync:
 
     async def ensure_version(self, version: int) -> None:
         """Has the trainer load the version's checkpoint unless it has the version loaded."""
-        if await self.has_loaded(version):
-            return
-        await self._trainer.load_checkpoint(
-            pb.LoadCheckpointRequest(run_id=self._run_id, policy_version=version),
-            timeout_s=self._config.checkpoint_timeout_s,
-        )
+        if not await self.has_loaded(version):
+            async with self.trainers_turn(version):
+                pass  # it has loaded the version
+
+    @asynccontextmanager
+    async def trainers_turn(self, version: int) -> AsyncIterator[None]:
+        """The trainer has the shared devices, and the version loaded, while the block lasts: it can train or export."""
+        is_loaded = await self.has_loaded(version)
+        async with self._devices.trainers_turn():
+            if not is_loaded:
+                await self._trainer.load_checkpoint(
+                    pb.LoadCheckpointRequest(run_id=self._run_id, policy_version=version),
+                    timeout_s=self._config.checkpoint_timeout_s,
+                )
+            yield
 
     async def save(self, version: int, pinned: bool = False) -> None:
         """Has the trainer write the checkpoint of the version that it has loaded; a pinned one stays for ever."""
@@ -83,21 +110,37 @@ class WeightSync:
     async def push(self, version: int) -> int:
         """Pushes to every live worker that lacks the version and whose engine runs; returns how many workers have it.
 
-        A worker whose push fails gets no work and is tried again later; errors of the trainer itself are raised.
+        The trainer leaves shared devices before, and workers that are away come back. A worker whose push fails gets no
+        work and is tried again later; errors of the trainer itself are raised.
         """
-        lacking = [
+        if self._find_lacking(version):
+            try:
+                await self._push_to_lacking(version)
+            except FailedPreconditionError:
+                # A trainer that restarted has the base model loaded.
+                await self.ensure_version(version)
+                await self._push_to_lacking(version)
+        return len(self._registry.with_version(version))
+
+    def _find_lacking(self, version: int) -> list[Worker]:
+        return [
             worker
             for worker in self._registry.all()
             if worker.takes_weights and not worker.has_version(version) and self._may_try(worker)
         ]
-        missing = [worker for worker in lacking if not await self._reports_version(worker, version)]
-        if missing and self._config.weights.transfer == "pull":
-            await self._pull_to(missing, version)
-        elif missing:
-            await self._push_to(missing, version)
-        return len(self._registry.with_version(version))
 
-    async def convert(self, version: int) -> None:
+    async def _push_to_lacking(self, version: int) -> None:
+        await self._devices.give_to_workers(version)
+        with self._devices.timeline.phase("weights"):
+            lacking = self._find_lacking(version)
+            have = await asyncio.gather(*(self._reports_version(worker, version) for worker in lacking))
+            missing = [worker for worker, has_it in zip(lacking, have, strict=True) if not has_it]
+            if missing and self._config.weights.transfer == "pull":
+                await self._pull_to(missing, version)
+            elif missing:
+                await self._push_to(missing, version)
+
+    async def _convert(self, version: int) -> None:
         """Has the trainer make what workers are pushed, or pull, of the version that it has loaded."""
         if self._config.weights.transfer == "pull":
             await self._publish(version)
@@ -109,14 +152,14 @@ class WeightSync:
         """Pushes unless a worker has the version, until one has; raises PeerLostError after `worker_wait_s`."""
         deadline = time.monotonic() + self._config.dispatch.worker_wait_s
         while not self._registry.with_version(version) and await self.push(version) == 0:
-            self._on_waiting(True)
+            self._status.set_waiting(True)
             if time.monotonic() > deadline:
                 raise PeerLostError(
                     f"No rollout worker took the weights for {self._config.dispatch.worker_wait_s:g} s: "
                     "start one, or look at its log."
                 )
             await self._wait_for_change()
-        self._on_waiting(False)
+        self._status.set_waiting(False)
 
     @asynccontextmanager
     async def run(self, version: int) -> AsyncIterator[None]:
@@ -127,7 +170,7 @@ class WeightSync:
         pushing = asyncio.create_task(self._keep_pushing(version))
         try:
             yield
-            if self._is_shared:
+            if self._devices.are_shared:
                 async with self._pushing:
                     pushing.cancel()
         finally:
@@ -167,11 +210,24 @@ class WeightSync:
         except PerigeeError as error:
             self._postpone(worker, error.message)
             return True
+        if state.status == AWAY and state.policy_version == version:
+            return await self._comes_back(worker, version)
         if state.status == READY and state.policy_version == version:
             if worker.suspect is None:
                 self._registry.mark_pushed(worker, version)
             return True
         return state.status not in (EMPTY, READY, AWAY)
+
+    async def _comes_back(self, worker: Worker, version: int) -> bool:
+        """Has a worker that left with the version come back with it; returns whether it did, or else lacks it."""
+        try:
+            is_back = await self._devices.bring_back(worker) == version
+        except PerigeeError as error:
+            log.warning("worker did not come back", worker=worker.worker_id, error=error.message)
+            return False
+        if is_back and self._registry.is_live(worker):
+            self._registry.mark_pushed(worker, version)
+        return is_back
 
     async def _push_to(self, workers: list[Worker], version: int) -> None:
         request = pb.PushWeightsRequest(
@@ -179,13 +235,7 @@ class WeightSync:
             policy_version=version,
             targets=[pb.PushTarget(worker_id=worker.worker_id, address=worker.address) for worker in workers],
         )
-        timeout_s = self._config.weights.push_timeout_s
-        try:
-            response = await self._trainer.push_weights(request, timeout_s=timeout_s)
-        except FailedPreconditionError:
-            # A trainer that restarted has the base model loaded.
-            await self.ensure_version(version)
-            response = await self._trainer.push_weights(request, timeout_s=timeout_s)
+        response = await self._trainer.push_weights(request, timeout_s=self._config.weights.push_timeout_s)
         by_id = {worker.worker_id: worker for worker in workers}
         for outcome in response.outcomes:
             worker = by_id[outcome.worker_id]
@@ -219,13 +269,8 @@ class WeightSync:
     async def _publish(self, version: int) -> pb.PublishWeightsResponse:
         """Has the trainer publish the version; while it is away, workers that have the version do without it."""
         request = pb.PublishWeightsRequest(run_id=self._run_id, policy_version=version)
-        timeout_s = self._config.weights.push_timeout_s
         try:
-            published = await self._trainer.publish_weights(request, timeout_s=timeout_s)
-        except FailedPreconditionError:
-            # A trainer that restarted has the base model loaded.
-            await self.ensure_version(version)
-            published = await self._trainer.publish_weights(request, timeout_s=timeout_s)
+            published = await self._trainer.publish_weights(request, timeout_s=self._config.weights.push_timeout_s)
         except UnavailableError:
             known = self._directory.find(version)
             if known is None or not self._directory.holders():

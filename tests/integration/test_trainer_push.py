@@ -90,7 +90,7 @@ async def test_the_coordinator_has_workers_pull_and_does_without_a_trainer_that_
         registry=registry,
         settings=settings,
         config=SimpleNamespace(deployment="separate"),
-        status=SimpleNamespace(set_waiting=print),
+        status=SimpleNamespace(set_waiting=print, report=print),
     )
     sync = WeightSync(context)  # type: ignore[arg-type]
     async with local_receiver(WeightsConfig()) as first, local_receiver(WeightsConfig()) as late:

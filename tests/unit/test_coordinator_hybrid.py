@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -11,12 +12,11 @@ import pytest
 from perigee.errors import FailedPreconditionError, InternalError, PerigeeError, UnavailableError
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2
+from perigee.trainer.client import TrainerClient
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.context import RunContext
 from services.coordinator.hybrid import SharedDevices
 from services.coordinator.run_config import HybridConfig
-from services.coordinator.run_log import Timeline
-from services.coordinator.workers import AWAY, READY, WorkerRegistry
+from services.coordinator.workers import AWAY, EMPTY, READY, WorkerRegistry
 
 
 class Client:
@@ -25,9 +25,14 @@ class Client:
     def __init__(self) -> None:
         self.errors: list[PerigeeError] = []
         self.on_call: Callable[[], None] = lambda: None
+        self.hangs = False
+        self.called = asyncio.Event()
 
     async def leave(self, request: rollout_pb2.LeaveRequest, *, timeout_s: float) -> rollout_pb2.LeaveResponse:
         self.on_call()
+        self.called.set()
+        if self.hangs:
+            await asyncio.Event().wait()
         if self.errors:
             raise self.errors.pop()
         return rollout_pb2.LeaveResponse()
@@ -38,22 +43,22 @@ class Devices(SharedDevices):
 
     def __init__(self, *names: str) -> None:
         self.client = Client()
-        self.registry = WorkerRegistry(lambda _: cast(RolloutClient, self.client), lease_seconds=10.0)
-        self.worker = self.registry.register("w", "127.0.0.1:1", 4, 0, READY)
+        registry = WorkerRegistry(lambda _: cast(RolloutClient, self.client), lease_seconds=10.0)
+        self.worker = registry.register("w", "127.0.0.1:1", 4, 0, READY)
         self.onloads = 0
         self.reports: list[str] = []
-        context: Any = SimpleNamespace(
-            run_id="run",
-            config=SimpleNamespace(deployment="hybrid", hybrid=HybridConfig(workers=names)),
-            settings=CoordinatorConfig(weights={"retry_s": 0.01}),  # type: ignore[arg-type]
-            registry=self.registry,
-            status=SimpleNamespace(report=self.reports.append),
-            peers=SimpleNamespace(trainer=self),
-        )
-        super().__init__(cast(RunContext, context), self.convert, 1, Timeline())
+        config: Any = SimpleNamespace(deployment="hybrid", hybrid=HybridConfig(workers=names))
+        settings = CoordinatorConfig(weights={"retry_s": 0.01})  # type: ignore[arg-type]
+        trainer, convert = cast(TrainerClient, self), self.make_image
+        super().__init__("run", config, settings, registry, trainer, self.reports.append, convert)
 
-    async def convert(self, version: int) -> None:
+    async def make_image(self, version: int) -> None:
         """Makes nothing."""
+
+    async def give_to_trainer(self) -> None:
+        """Gives the devices to a trainer that does nothing."""
+        async with self.trainers_turn():
+            pass
 
     async def onload(self, *_: object, timeout_s: float) -> None:
         """As the trainer's client."""
@@ -83,6 +88,31 @@ async def test_a_worker_that_died_is_waited_for_until_its_lease_ends() -> None:
     await devices.give_to_trainer()
     assert len(calls) == 3
     assert devices.onloads == 1
+
+
+async def test_nobody_waits_for_the_answer_of_a_worker_that_hangs_after_its_lease() -> None:
+    devices = Devices()
+    devices.client.hangs = True
+    giving = asyncio.create_task(devices.give_to_trainer())
+    await devices.client.called.wait()
+    assert not devices.onloads
+    devices.registry.deregister("w", devices.worker.lease_epoch)
+    async with asyncio.timeout(10):
+        await giving
+    assert devices.onloads == 1
+
+
+async def test_a_worker_that_registers_while_the_trainer_has_the_devices_leaves() -> None:
+    devices = Devices()
+    async with devices.trainers_turn(), asyncio.timeout(10):
+        devices.client.called.clear()
+        restarted = devices.registry.register("w", "127.0.0.1:1", 4, 0, EMPTY)
+        await devices.client.called.wait()
+    assert restarted.status == AWAY
+    devices.client.called.clear()
+    devices.registry.register("w", "127.0.0.1:1", 4, 0, EMPTY)
+    await asyncio.sleep(0)
+    assert not devices.client.called.is_set()
 
 
 async def test_a_worker_that_refuses_to_leave_keeps_the_trainer_off_the_devices() -> None:

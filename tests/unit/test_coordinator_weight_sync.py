@@ -1,4 +1,4 @@
-"""What becomes of a push that is under way when nobody needs it any more."""
+"""What becomes of a push that is under way when nobody needs it any more, and of one whose trainer restarted."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from typing import Any, cast
 
 import pytest
 
-from perigee.errors import UnavailableError
+from perigee.errors import FailedPreconditionError, InternalError, UnavailableError
 from perigee.rollout.client import RolloutClient
+from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import RunContext
+from services.coordinator.run_config import HybridConfig
 from services.coordinator.weight_sync import WeightSync
-from services.coordinator.workers import WorkerRegistry
+from services.coordinator.workers import AWAY, EMPTY, READY, WorkerRegistry
 
 
 class Sync(WeightSync):
@@ -26,7 +28,7 @@ class Sync(WeightSync):
             config=SimpleNamespace(deployment=deployment),
             settings=CoordinatorConfig(),
             registry=WorkerRegistry(RolloutClient.connect, lease_seconds=10.0),
-            status=SimpleNamespace(set_waiting=lambda _: None),
+            status=SimpleNamespace(set_waiting=lambda _: None, report=print),
             peers=SimpleNamespace(trainer=self, connect_receiver=None),
         )
         super().__init__(cast(RunContext, context))
@@ -77,3 +79,95 @@ async def test_a_block_that_failed_waits_for_no_push(deployment: str) -> None:
 
 async def test_a_trainer_that_is_away_at_the_end_has_no_push() -> None:
     await work(Sync("separate", is_away=True))
+
+
+class Pod:
+    """A trainer that has restarted, and two workers on its devices: `a` holds version 1, `b` none. Tells of each call.
+
+    `broken` are workers that do not come back.
+    """
+
+    def __init__(self, broken: str = "") -> None:
+        self.calls: list[str] = []
+        self.broken = broken
+        self.version, self.offloaded = 0, False
+        self.registry = WorkerRegistry(lambda name: cast(RolloutClient, PodWorker(self, name[0])), lease_seconds=60.0)
+        self.status = {"a": READY, "b": EMPTY}
+        for name, status in self.status.items():
+            self.registry.register(name, f"{name}:1", 4, 0, status)
+        self.registry.mark_pushed(self.registry.all()[0], 1)
+        context: Any = SimpleNamespace(
+            run_id="run",
+            config=SimpleNamespace(deployment="hybrid", hybrid=HybridConfig(workers=("a", "b"))),
+            settings=CoordinatorConfig(),
+            registry=self.registry,
+            status=SimpleNamespace(set_waiting=print, report=print),
+            peers=SimpleNamespace(trainer=self, connect_receiver=None),
+        )
+        self.sync = WeightSync(cast(RunContext, context))
+
+    async def get_state(self, *_: object, timeout_s: float) -> trainer_pb2.GetStateResponse:
+        return trainer_pb2.GetStateResponse(policy_version=self.version, offloaded=self.offloaded)
+
+    async def onload(self, *_: object, timeout_s: float) -> None:
+        self.calls.append("onload")
+
+    async def load_checkpoint(self, request: trainer_pb2.LoadCheckpointRequest, *, timeout_s: float) -> None:
+        assert set(self.status.values()) == {AWAY}
+        self.calls.append("load")
+        self.version = request.policy_version
+
+    async def offload(self, *_: object, timeout_s: float) -> None:
+        self.calls.append("offload")
+        self.offloaded = True
+
+    async def push_weights(
+        self, request: trainer_pb2.PushWeightsRequest, *, timeout_s: float
+    ) -> trainer_pb2.PushWeightsResponse:
+        if request.policy_version != self.version:
+            raise FailedPreconditionError(f"the trainer has version {self.version} loaded")
+        names = [target.worker_id for target in request.targets]
+        self.calls.append(f"push {' '.join(names)}".strip())
+        response = trainer_pb2.PushWeightsResponse()
+        for name in names:
+            response.outcomes.add(worker_id=name, committed=name not in self.broken, reason="no engine")
+        return response
+
+
+class PodWorker:
+    """The client of a worker of a Pod."""
+
+    def __init__(self, pod: Pod, name: str) -> None:
+        self._pod, self._name = pod, name
+
+    async def leave(self, *_: object, timeout_s: float) -> rollout_pb2.LeaveResponse:
+        self._pod.calls.append(f"leave {self._name}")
+        self._pod.status[self._name] = AWAY
+        return rollout_pb2.LeaveResponse()
+
+    async def get_state(self, *_: object, timeout_s: float) -> rollout_pb2.GetStateResponse:
+        return rollout_pb2.GetStateResponse(status=self._pod.status[self._name], policy_version=1)
+
+    async def come_back(self, *_: object, timeout_s: float) -> rollout_pb2.ComeBackResponse:
+        assert self._pod.offloaded
+        self._pod.calls.append(f"come back {self._name}")
+        if self._name in self._pod.broken:
+            raise InternalError("the engine failed in the commit and is restarted")
+        return rollout_pb2.ComeBackResponse(policy_version=1)
+
+
+async def test_workers_leave_before_a_trainer_that_restarted_loads_what_one_of_them_lacks() -> None:
+    pod = Pod()
+    assert await pod.sync.push(1) == 2
+    assert pod.calls == [
+        *("leave a", "leave b", "onload", "load"),
+        # What a worker holds is not sent again.
+        *("push", "offload", "come back a", "push b"),
+    ]
+
+
+async def test_a_worker_that_does_not_come_back_is_lost_and_not_the_run() -> None:
+    pod = Pod(broken="a")
+    assert await pod.sync.push(1) == 1
+    assert pod.calls[-2:] == ["come back a", "push a b"]
+    assert [worker.worker_id for worker in pod.registry.with_version(1)] == ["b"]
