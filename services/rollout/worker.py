@@ -206,15 +206,19 @@ class Worker:
 
     async def _load(self, image: WeightImage) -> None:
         """Loads weights into the engine, or has it come back with them: another engine where this one does not."""
+        limit_s = self.config.update_timeout_seconds
         if self.status != AWAY:
-            await self.engine.update_weights(image)
+            async with asyncio.timeout(limit_s):
+                await self.engine.update_weights(image)
             return
         try:
-            await self._residence.come_back(self.engine, image)
+            async with asyncio.timeout(limit_s):
+                await self._residence.come_back(self.engine, image)
         # Whatever it is, another engine need not have it.
         except Exception as error:
             log.error("engine did not come back; another is started", exc_info=error)
-            await Restart().come_back(self.engine, image)
+            async with asyncio.timeout(limit_s):
+                await Restart().come_back(self.engine, image)
         self.returns += 1
 
     def _break(self) -> None:
@@ -254,8 +258,7 @@ class Worker:
         generation = self.engine_restarts
         try:
             with span("load weights", worker=self.worker_id, version=image.manifest.policy_version):
-                async with asyncio.timeout(self.config.update_timeout_seconds):
-                    await self._load(image)
+                await self._load(image)
                 await self._compare(image)
         except Exception as error:
             # One that has died meanwhile is restarted already.

@@ -26,6 +26,7 @@ from services.rollout.extend import ChunkWriter, extend_trajectories
 from services.rollout.model import open_policy
 from services.rollout.residence import RESIDENCES
 from services.rollout.segment import SegmentSettings
+from services.rollout.service import RolloutService
 from services.rollout.worker import AWAY, DRAINING, EMPTY, READY, STARTING, Worker, WorkerStatus, supervise
 from services.weights.manifest import WeightImage, export_image
 from tests.fixtures.rollout import make_policy, policy_tensors, rollout_config
@@ -120,6 +121,24 @@ async def test_an_engine_that_does_not_wake_up_is_replaced(bench: Bench, is_kill
         assert (bench.worker.status, bench.worker.policy_version, bench.engine.starts) == (READY, 5, 2)
         bench.engine.dead.set()
         await bench.wait(READY, restarts=1)
+
+
+async def test_an_engine_that_hangs_as_it_comes_back_is_replaced(bench: Bench) -> None:
+    bench.worker.config = bench.worker.config.model_copy(update={"update_timeout_seconds": 0.05})
+    async with bench.supervised():
+        await bench.commit(4)
+        await bench.worker.leave(RESIDENCES[pb.RESIDENCE_SLEEP])
+        bench.engine.hanging_wakes = 1
+        await bench.commit(5)
+        assert (bench.worker.status, bench.worker.policy_version, bench.engine.starts) == (READY, 5, 2)
+
+
+async def test_a_worker_without_weights_does_not_say_that_it_came_back(bench: Bench) -> None:
+    service = RolloutService(bench.worker, None, lambda: bench.held)  # type: ignore[arg-type]
+    async with bench.supervised():
+        await bench.wait(EMPTY)
+        with pytest.raises(FailedPreconditionError, match="is empty and holds no weights"):
+            await service.ComeBack(pb.ComeBackRequest(run_id="run", iteration=1), None)
 
 
 async def test_a_worker_whose_next_engine_fails_too_is_restarted(bench: Bench) -> None:
