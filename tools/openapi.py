@@ -25,12 +25,15 @@ from perigee.json_codec import BASE64_SUFFIX, INT_RANGES, SPECIAL_FLOATS, Field,
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
 from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
+from perigee.trainer.v1.trainer_pb2_grpc import TrainerServiceServicer
 from services.kit.http import CompatRouter, HttpRoute, build_gateway
 from services.kit.http.errors import ERROR_SCHEMA, STATUS_BY_CODE
 from services.kit.http.middleware import NDJSON
 from services.reward import http_routes as reward
-from services.rollout import openai_api as rollout
+from services.rollout import http_routes as rollout
+from services.rollout import openai_api
 from services.sandbox import service as sandbox
+from services.trainer import http_routes as trainer
 
 Schema = dict[str, Any]
 
@@ -237,18 +240,15 @@ def _read_comments(nodes: list[ast.stmt], prefix: str) -> Iterator[tuple[str, st
 
 def documents() -> dict[Path, Schema]:
     """Returns every document by the file that holds it."""
+    services: tuple[tuple[str, Any, type, Any], ...] = (
+        ("sandbox", sandbox, SandboxServiceServicer, sandbox.compat_routers),
+        ("reward", reward, RewardServiceServicer, reward.compat_routers),
+        ("rollout", rollout, RolloutServiceServicer, openai_api.compat_routers),
+        ("trainer", trainer, TrainerServiceServicer, lambda servicer: ()),
+    )
     return {
-        module.OPENAPI_FILE: build_document(
-            name,
-            module.ROUTES,
-            servicer,
-            module.compat_routers(servicer()),  # type: ignore[arg-type]
-        )
-        for name, module, servicer in (
-            ("sandbox", sandbox, SandboxServiceServicer),
-            ("reward", reward, RewardServiceServicer),
-            ("rollout", rollout, RolloutServiceServicer),
-        )
+        module.OPENAPI_FILE: build_document(name, module.ROUTES, servicer, compat_routers(servicer()))
+        for name, module, servicer, compat_routers in services
     }
 
 

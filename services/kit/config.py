@@ -128,7 +128,7 @@ class HttpConfig(Model):
     """HTTP beside gRPC, with the host, the token, the certificates and the limits of `server`."""
 
     audience: ClassVar[Audience | None] = None
-    """What a caller's token must be for over HTTP; as over gRPC when None."""
+    """What a caller's token must be for over HTTP; as over gRPC when None, and for RPCs in any case."""
 
     port: int | None = Field(None, ge=0, le=65535)
     """Port to bind; 0 takes a free one, unset leaves HTTP off."""

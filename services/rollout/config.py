@@ -31,7 +31,8 @@ class RegistrationConfig(Model):
 
 
 class EndpointConfig(HttpConfig):
-    """OpenAI-compatible endpoint, with the host, the tokens, the certificates and the limits of `server`."""
+    """OpenAI-compatible endpoint, with the host, the tokens, the certificates and the limits of `server`; calls of
+    operators beside it, for tokens that are for `control`."""
 
     audience: ClassVar[Audience | None] = "policy"
 
@@ -111,7 +112,7 @@ class RolloutConfig(ServiceConfig):
     """Seconds that this comparison may wait for a place in the engine; it is left out then."""
 
     http: EndpointConfig = EndpointConfig()
-    """The OpenAI-compatible endpoint."""
+    """The OpenAI-compatible endpoint, and calls of operators."""
     supervision: SupervisionConfig = SupervisionConfig()
     """Restarts of the engine."""
     registration: RegistrationConfig = RegistrationConfig()

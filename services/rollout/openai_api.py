@@ -14,7 +14,6 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from fastapi import APIRouter, Response
@@ -29,7 +28,7 @@ from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError, Re
 from perigee.json_codec import dump_json
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.chat import PromptEncoder
-from services.kit.http import EVENTS, CompatRouter, HttpRoute, StreamResponse, write_error
+from services.kit.http import EVENTS, CompatRouter, StreamResponse, write_error
 from services.rollout.engine import EngineDiedError, EngineRequest, PromptScore
 from services.rollout.generate import check_items, generate
 from services.rollout.model import PolicyModel
@@ -38,8 +37,6 @@ from services.rollout.worker import Worker
 
 MODEL = "policy"
 VERSION_HEADER = "x-perigee-policy-version"
-OPENAPI_FILE = Path(__file__).with_name("openapi.json")
-ROUTES: tuple[HttpRoute, ...] = ()
 # Tokens of an event of a stream, and between two looks for a stop string.
 STRIDE_TOKENS = 8
 MAX_STOPS = 16

@@ -119,7 +119,7 @@ class RolloutService(RolloutServiceServicer):
         return pb.LeaveResponse(seconds=time.monotonic() - start, freed_bytes=freed)
 
     async def ComeBack(self, request: pb.ComeBackRequest, context: Any) -> pb.ComeBackResponse:
-        """Has the worker come back with the weights that it holds."""
+        """Has the worker come back with the weights that it holds; refuses when it has none afterwards."""
         worker = self._worker
         worker.check_iteration(request.run_id, request.iteration)
         start = time.monotonic()
@@ -128,6 +128,7 @@ class RolloutService(RolloutServiceServicer):
             if image is None:
                 raise FailedPreconditionError(f"Worker {worker.worker_id} holds no weights: push a policy version.")
             await worker.come_back(image)
+        worker.check_ready("", None)
         return pb.ComeBackResponse(seconds=time.monotonic() - start, policy_version=worker.policy_version)
 
 
@@ -222,10 +223,11 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     await receiver.start()
     app.on_drain(hand_back)
     app.on_drain(receiver.source.close)
+    service = RolloutService(worker, app.connect(BufferClient, config.buffer_address), lambda: receiver.current)
     app.add(
         ROLLOUT,
         add_RolloutServiceServicer_to_server,
-        RolloutService(worker, app.connect(BufferClient, config.buffer_address), lambda: receiver.current),
+        service,
         # It serves within a run only: a worker that can take weights is ready for one.
         required=False,
     )
@@ -241,7 +243,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         coordinator = app.connect(CoordinatorClient, config.coordinator_address)
         tasks.append(asyncio.create_task(keep_registered(worker, coordinator, address)))
     try:
-        async with serve_endpoint(app, worker):
+        async with serve_http(app, worker, service):
             yield
     finally:
         worker.set_status(DRAINING)
@@ -253,16 +255,17 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
 
 
 @asynccontextmanager
-async def serve_endpoint(app: App[RolloutConfig], worker: Worker) -> AsyncIterator[None]:
-    """Answers OpenAI's calls over HTTP for as long as the block lasts, where `http.port` is set."""
+async def serve_http(app: App[RolloutConfig], worker: Worker, service: RolloutService) -> AsyncIterator[None]:
+    """Answers operators and OpenAI's calls for as long as the block lasts, where `http.port` is set."""
     if app.config.http.port is None:
         yield
         return
-    # Workers without the endpoint need not import the web framework.
+    # Workers without it need not import the web framework.
     from services.kit.http import http_serving
-    from services.rollout.openai_api import OPENAPI_FILE, ROUTES, compat_routers
+    from services.rollout.http_routes import OPENAPI_FILE, ROUTES
+    from services.rollout.openai_api import compat_routers
 
-    async with http_serving(app, app.config.http, ROUTES, worker, OPENAPI_FILE, compat_routers(worker)):
+    async with http_serving(app, app.config.http, ROUTES, service, OPENAPI_FILE, compat_routers(worker)):
         yield
 
 

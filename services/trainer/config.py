@@ -6,7 +6,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from services.kit.config import ServiceConfig
+from services.kit.config import HttpConfig, ServiceConfig
 from services.weights.config import WeightsConfig
 
 
@@ -73,6 +73,8 @@ class TrainerConfig(ServiceConfig):
     """Deadline of one read of up to 512 trajectories from the buffer."""
     seed: int = 0
     """Seed of the order of groups over optimizer steps."""
+    http: HttpConfig = HttpConfig()
+    """Calls of operators over HTTP, answered by machine 0."""
     weights: WeightsConfig = WeightsConfig()
     """How weights travel to rollout workers."""
 

@@ -98,11 +98,13 @@ class TrainerService(TrainerServiceServicer):
 
     async def Offload(self, request: pb.OffloadRequest, context: Context) -> pb.OffloadResponse:
         """See the contract."""
+        self._trainer.check_iteration(request.run_id, request.iteration)
         log.info("offloading", run_id=request.run_id, iteration=request.iteration)
         return await self._trainer.offload()
 
     async def Onload(self, request: pb.OnloadRequest, context: Context) -> pb.OnloadResponse:
         """See the contract."""
+        self._trainer.check_iteration(request.run_id, request.iteration)
         log.info("onloading", run_id=request.run_id, iteration=request.iteration)
         return await self._trainer.onload()
 
@@ -169,12 +171,28 @@ async def lifespan(app: App[TrainerConfig]) -> AsyncIterator[None]:
     await trainer.open()
     try:
         address = join_address(advertised_host(config.server), app.address.rpartition(":")[2])
-        app.add(SERVICE, add_TrainerServiceServicer_to_server, TrainerService(trainer, address))
+        service = TrainerService(trainer, address)
+        app.add(SERVICE, add_TrainerServiceServicer_to_server, service)
         app.set_ready(SERVICE, True)
         app.add(WEIGHT_SOURCE, add_WeightSourceServiceServicer_to_server, trainer.source)
         app.set_ready(WEIGHT_SOURCE, True)
         app.on_drain(trainer.source.close)
-        yield
+        async with serve_http(app, service):
+            yield
     finally:
         await sender.close()
         await trainer.close()
+
+
+@asynccontextmanager
+async def serve_http(app: App[TrainerConfig], service: TrainerService) -> AsyncIterator[None]:
+    """Answers operators for as long as the block lasts, where `http.port` is set."""
+    if app.config.http.port is None:
+        yield
+        return
+    # Trainers without it need not import the web framework.
+    from services.kit.http import http_serving
+    from services.trainer.http_routes import OPENAPI_FILE, ROUTES
+
+    async with http_serving(app, app.config.http, ROUTES, service, OPENAPI_FILE):
+        yield

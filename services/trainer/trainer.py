@@ -102,6 +102,8 @@ class Trainer:
         # The run, the version and the weights that are published.
         self._published_key: tuple[str, int, LoadedPolicy] | None = None
         self._reading: concurrent.futures.Future[dict[str, Trajectory]] | None = None
+        # The iteration of a run that the last Offload or Onload named.
+        self._iteration = ("", 0)
 
     async def open(self) -> None:
         """Builds the engine and loads the base model; raises InvalidArgumentError when the model cannot be used."""
@@ -217,6 +219,12 @@ class Trainer:
                 path = storage.join(self.config.run_path, "models", run_name(run_id))
             await self._collect(lambda tensors: write_folder(path, source, tensors, {}, limit))
             return path
+
+    def check_iteration(self, run_id: str, iteration: int) -> None:
+        """Raises FailedPreconditionError when a call is of an iteration before the last one that was named."""
+        if self._iteration[0] == run_id and iteration < self._iteration[1]:
+            raise FailedPreconditionError(f"run {run_id} is in iteration {self._iteration[1]}, not {iteration}")
+        self._iteration = (run_id, iteration)
 
     @property
     def offloaded(self) -> bool:

@@ -31,10 +31,12 @@ from services.reward.verifiers.base import Verdict
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineOutput, EngineRequest
 from services.rollout.model import open_policy
-from services.rollout.service import ROLLOUT, RolloutService, serve_endpoint
+from services.rollout.service import ROLLOUT, RolloutService, serve_http
 from services.rollout.worker import READY, Worker
+from services.weights.manifest import WeightImage, export_image
 from tests.fixtures.chat import write_chat_model
 from tests.fixtures.cli import run_perigee
+from tests.fixtures.curl import call, control_calls
 from tests.fixtures.judge import judge_item, running_judge
 from tests.fixtures.rollout import (
     CHARACTERS,
@@ -275,16 +277,18 @@ async def test_a_judge_is_the_policy(tmp_path: Path) -> None:
 
 
 @asynccontextmanager
-async def scripted_worker(folder: Path, engine: Engine, **fields: Any) -> AsyncIterator[App[RolloutConfig]]:
-    """A worker with an engine that does as the test tells it."""
+async def scripted_worker(
+    folder: Path, engine: Engine, image: WeightImage | None = None, **fields: Any
+) -> AsyncIterator[App[RolloutConfig]]:
+    """A worker with an engine that does as the test tells it, and that holds an image."""
 
     @asynccontextmanager
     async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         worker = Worker(app.config, open_policy(str(folder), None), engine, "w")
         worker.set_status(READY, RUN, 3)
-        service = RolloutService(worker, None, lambda: None)  # type: ignore[arg-type]
+        service = RolloutService(worker, None, lambda: image)  # type: ignore[arg-type]
         app.add(ROLLOUT, add_RolloutServiceServicer_to_server, service)
-        async with serve_endpoint(app, worker):
+        async with serve_http(app, worker, service):
             yield
 
     async with serving(rollout_config(folder, "127.0.0.1:9", http={"port": 0}, **fields), lifespan) as app:
@@ -311,11 +315,35 @@ async def test_a_token_for_the_policy_opens_the_endpoint_and_nothing_else(policy
                 with pytest.raises(openai.APIStatusError) as caught:
                     await client.completions.create(model="policy", prompt=PROMPT)
                 assert (caught.value.status_code, caught.value.body["type"]) == (status, kind)
+        state, *_ = control_calls("come_back")
+        assert app.http_address is not None
+        refused = await call(state, app.http_address, "-H 'Authorization: Bearer a'")
+        assert "The token of agent is for policy; rollout asks for one for control" in refused["error"]["message"]
+        allowed = await call(state, app.http_address, "-H 'Authorization: Bearer t'")
+        assert (allowed["status"], allowed["policy_version"]) == ("ready", 3)
         async with RolloutClient.connect(app.address, token="t") as team_client:
             assert (await team_client.get_state(pb.GetStateRequest())).policy_version == 3
         async with RolloutClient.connect(app.address, token="a") as agent_client:
             with pytest.raises(PermissionDeniedError, match="The token of agent is for policy"):
                 await agent_client.get_state(pb.GetStateRequest())
+
+
+async def test_an_operator_has_a_worker_leave_and_come_back(policy_folder: Path, tmp_path: Path) -> None:
+    state, leave, come_back = control_calls("come_back")
+    image = export_image(RUN, 3, policy_tensors(POLICIES[0]).items(), 1 << 20, str(tmp_path))
+    async with scripted_worker(policy_folder, FragileEngine(), image) as app:
+        assert app.http_address is not None
+        for _ in range(2):
+            assert "freed_bytes" in await call(leave, app.http_address)
+            assert (await call(state, app.http_address))["status"] == "away"
+        for _ in range(2):
+            assert (await call(come_back, app.http_address))["policy_version"] == 3
+            assert (await call(state, app.http_address))["status"] == "ready"
+        stale = await call(leave.replace('"iteration": 7', '"iteration": 6'), app.http_address)
+        unknown = await call(leave.replace("sleep", "nap"), app.http_address)
+    assert (stale["error"]["code"], unknown["error"]["code"]) == ("FAILED_PRECONDITION", "INVALID_ARGUMENT")
+    assert unknown["error"]["field_violations"][0]["field"] == "residence"
+    image.close()
 
 
 async def test_a_stream_ends_with_the_reason_when_the_worker_stops(policy_folder: Path) -> None:

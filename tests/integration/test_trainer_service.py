@@ -12,6 +12,7 @@ import torch
 from perigee.buffer.client import BufferClient
 from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from tests.fixtures.curl import call, control_calls
 from tests.fixtures.trainer import (
     EOS,
     TrainerAt,
@@ -177,6 +178,20 @@ async def test_checkpoints_restore_every_bit_and_are_kept_n_deep(
         await trainer.client.save_checkpoint(pb.SaveCheckpointRequest(run_id=RUN, policy_version=2))
 
 
+async def test_an_operator_has_it_leave_memory_over_http(trainer: TrainerAt) -> None:
+    state, offload, onload = control_calls("onload")
+    await reload_base(trainer)
+    for _ in range(2):
+        left = await call(offload, trainer.http_address)
+        assert left["shelved_bytes"] > 0
+        assert (await call(state, trainer.http_address))["offloaded"]
+    assert "seconds" in await call(onload, trainer.http_address)
+    assert not (await call(state, trainer.http_address))["offloaded"]
+    refused = await call(offload.replace('"iteration": 7', '"iteration": 6'), trainer.http_address)
+    assert refused["error"]["code"] == "FAILED_PRECONDITION"
+    assert "is in iteration 7, not 6" in refused["error"]["message"]
+
+
 async def test_an_offloaded_trainer_comes_back_bit_for_bit(
     trainer: TrainerAt, buffer_client: BufferClient, tmp_path: Path
 ) -> None:
@@ -208,6 +223,8 @@ async def test_an_offloaded_trainer_comes_back_bit_for_bit(
     await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=0))
     await train(trainer, train_request(RUN, groups, [1.0, 0.0], max_staleness=9))
     await trainer.client.offload(pb.OffloadRequest(run_id=RUN, iteration=2))
+    with pytest.raises(FailedPreconditionError, match="is in iteration 2, not 1"):
+        await trainer.client.onload(pb.OnloadRequest(run_id=RUN, iteration=1))
     disturbed = await train(trainer, request)
     for name in ("train/loss", "train/grad_norm", "train/entropy"):
         assert disturbed.metrics[name] == undisturbed.metrics[name]

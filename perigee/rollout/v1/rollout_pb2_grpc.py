@@ -86,7 +86,8 @@ class RolloutServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetState(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+        """Returns what the worker is, holds and does.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -100,8 +101,9 @@ class RolloutServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ComeBack(self, request, context):
-        """Takes the memory again, with the weights that the worker holds; pushed weights bring a worker back as well. An
-        engine that does not come back is started anew. Nothing happens to a worker that is there.
+        """Takes the memory again, with the weights that the worker holds; weights that are pushed or pulled bring a worker
+        back as well. An engine that does not come back is started anew. Nothing happens to a worker that is there.
+        FAILED_PRECONDITION for an iteration before the last one named, and for a worker without weights.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,13 +43,15 @@ class RolloutServiceStub:
     progress and the text of responses that ended.
     """
     GetState: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.GetStateRequest, _rollout_pb2.GetStateResponse]
+    """Returns what the worker is, holds and does."""
     Leave: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.LeaveRequest, _rollout_pb2.LeaveResponse]
     """Takes no more work and gives the engine's memory to others on the same devices. A worker that is away stays so.
     FAILED_PRECONDITION for an iteration before the last one named.
     """
     ComeBack: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.ComeBackRequest, _rollout_pb2.ComeBackResponse]
-    """Takes the memory again, with the weights that the worker holds; pushed weights bring a worker back as well. An
-    engine that does not come back is started anew. Nothing happens to a worker that is there.
+    """Takes the memory again, with the weights that the worker holds; weights that are pushed or pulled bring a worker
+    back as well. An engine that does not come back is started anew. Nothing happens to a worker that is there.
+    FAILED_PRECONDITION for an iteration before the last one named, and for a worker without weights.
     """
 
 @_typing.type_check_only
@@ -67,13 +69,15 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     progress and the text of responses that ended.
     """
     GetState: _aio.UnaryUnaryMultiCallable[_rollout_pb2.GetStateRequest, _rollout_pb2.GetStateResponse]  # type: ignore[assignment]
+    """Returns what the worker is, holds and does."""
     Leave: _aio.UnaryUnaryMultiCallable[_rollout_pb2.LeaveRequest, _rollout_pb2.LeaveResponse]  # type: ignore[assignment]
     """Takes no more work and gives the engine's memory to others on the same devices. A worker that is away stays so.
     FAILED_PRECONDITION for an iteration before the last one named.
     """
     ComeBack: _aio.UnaryUnaryMultiCallable[_rollout_pb2.ComeBackRequest, _rollout_pb2.ComeBackResponse]  # type: ignore[assignment]
-    """Takes the memory again, with the weights that the worker holds; pushed weights bring a worker back as well. An
-    engine that does not come back is started anew. Nothing happens to a worker that is there.
+    """Takes the memory again, with the weights that the worker holds; weights that are pushed or pulled bring a worker
+    back as well. An engine that does not come back is started anew. Nothing happens to a worker that is there.
+    FAILED_PRECONDITION for an iteration before the last one named, and for a worker without weights.
     """
 
 class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -105,7 +109,8 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         self,
         request: _rollout_pb2.GetStateRequest,
         context: _ServicerContext,
-    ) -> _typing.Union[_rollout_pb2.GetStateResponse, _abc.Awaitable[_rollout_pb2.GetStateResponse]]: ...
+    ) -> _typing.Union[_rollout_pb2.GetStateResponse, _abc.Awaitable[_rollout_pb2.GetStateResponse]]:
+        """Returns what the worker is, holds and does."""
 
     @_abc_1.abstractmethod
     def Leave(
@@ -123,8 +128,9 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _rollout_pb2.ComeBackRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_rollout_pb2.ComeBackResponse, _abc.Awaitable[_rollout_pb2.ComeBackResponse]]:
-        """Takes the memory again, with the weights that the worker holds; pushed weights bring a worker back as well. An
-        engine that does not come back is started anew. Nothing happens to a worker that is there.
+        """Takes the memory again, with the weights that the worker holds; weights that are pushed or pulled bring a worker
+        back as well. An engine that does not come back is started anew. Nothing happens to a worker that is there.
+        FAILED_PRECONDITION for an iteration before the last one named, and for a worker without weights.
         """
 
 def add_RolloutServiceServicer_to_server(servicer: RolloutServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

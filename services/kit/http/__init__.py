@@ -90,6 +90,7 @@ async def http_serving(
         calls=calls,
         access=app.access,
         audience=http.audience,
+        rpc_paths={route.path for route in routes},
         max_body_bytes=http.max_body_bytes or 2 * app.config.message_bytes,
         timeout_s=http.timeout_seconds,
         seconds=http_request_histogram(app.name),

@@ -89,14 +89,16 @@ class CallMiddleware:
     """ASGI middleware that reads the body whole and runs the handler in a task of its own.
 
     It cancels that task when the caller goes away, when the deadline passes, and when the service has drained long
-    enough. `open_paths` are served without a token and past every limit; `write_errors` has the paths whose errors have
-    the form of another tool.
+    enough. `open_paths` are served without a token and past every limit; `rpc_paths` ask for a token that is for the
+    service, the others for one that is for `audience`; `write_errors` has the paths whose errors have the form of
+    another tool.
     """
 
     app: ASGIApp
     calls: Calls
     access: Access
     audience: Audience | None
+    rpc_paths: Collection[str]
     max_body_bytes: int
     timeout_s: float | None
     seconds: Histogram
@@ -116,7 +118,8 @@ class CallMiddleware:
         code = "CANCELLED"
         with http_span(label, headers) as span:
             try:
-                with self.access.admit(call, headers.get("authorization"), self.audience):
+                audience = None if route is not None and route.path in self.rpc_paths else self.audience
+                with self.access.admit(call, headers.get("authorization"), audience):
                     await self._serve(route, allowed, scope, receive, reply)
                 code = "OK"
             except Exception as error:
