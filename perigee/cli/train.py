@@ -73,6 +73,15 @@ class Cursor:
     evaluation: int = 0
 
 
+async def start_run(client: CoordinatorClient, request: pb.StartRunRequest, note: Callable[[str], None]) -> bool:
+    """Starts the run, however long its files take to read; returns whether it is resumed."""
+    while True:
+        try:
+            return (await client.start_run(request, timeout_s=START_S)).resumed
+        except DeadlineExceededError:
+            note("the coordinator still reads the run's model and prompts")
+
+
 async def watch_run(
     client: CoordinatorClient, request: pb.StartRunRequest, cursor: Cursor, note: Callable[[str], None]
 ) -> AsyncIterator[pb.WatchRunResponse]:
@@ -271,7 +280,7 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
         cursor = Cursor(*last_recorded(run.path))
         if local is None:
             request.config_yaml = dump_yaml(await send_files(client, request, recipe.values["run"]))
-        resumed = (await client.start_run(request, timeout_s=START_S)).resumed
+        resumed = await start_run(client, request, view.note)
         view.note(f"{'going on with' if resumed else 'training'} {run.run_id}")
         # A coordinator that has this folder wrote its run.json here, and writes the records.
         recorder = None if (run.path / "run.json").exists() else Recorder(run.path)

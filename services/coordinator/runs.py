@@ -77,15 +77,25 @@ class Runs:
         self._registry = registry
         self._run: ActiveRun | None = None
         self._starting = asyncio.Lock()
+        # By request.
+        self._starts: dict[tuple[str, str, str], asyncio.Task[bool]] = {}
         # The coordinator's own folder.
         self._own = None if settings.run_path is None else Mirror(settings.run_path, "coordinator.run_path")
 
     async def start(self, run_id: str, config_yaml: str, run_path: str) -> bool:
         """Starts or resumes a run; returns whether its folder had it. Asking again for a run under way is harmless.
 
-        Raises InvalidArgumentError for a wrong configuration, model folder or prompt file, FailedPreconditionError
-        when another run is under way or the run was started with another configuration.
+        Large prompt files take longer to read than a caller may wait: the start goes on without it, and who asks again
+        joins it. Raises InvalidArgumentError for a wrong configuration, model folder or prompt file,
+        FailedPreconditionError when another run is under way or the run was started with another configuration.
         """
+        request = (run_id, config_yaml, run_path)
+        if request not in self._starts:
+            self._starts[request] = asyncio.create_task(self._start(*request))
+            self._starts[request].add_done_callback(lambda _: self._starts.pop(request))
+        return await asyncio.shield(self._starts[request])
+
+    async def _start(self, run_id: str, config_yaml: str, run_path: str) -> bool:
         folder = self._find_folder(run_id, run_path, config_yaml)
         config = parse_run_config(config_yaml)
         async with self._starting:
@@ -156,6 +166,10 @@ class Runs:
 
     async def close(self) -> None:
         """Ends the run under way without calling it stopped, so that the next process resumes it."""
+        for start in self._starts.values():
+            start.cancel()
+        if self._starts:
+            await asyncio.wait(self._starts.values())
         if self._run is not None:
             self._run.task.cancel()
             await asyncio.wait([self._run.task])

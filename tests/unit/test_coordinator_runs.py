@@ -1,0 +1,86 @@
+"""A start of a run outlasts the caller that asked for it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from perigee.errors import InvalidArgumentError
+from perigee.rollout.client import RolloutClient
+from services.coordinator import runs
+from services.coordinator.config import CoordinatorConfig
+from services.coordinator.context import Peers, RunInputs
+from services.coordinator.run_config import RunConfig
+from services.coordinator.runs import RunFile, Runs
+from services.coordinator.workers import WorkerRegistry
+
+SECTION = "{prompts: p, heldout: h, iterations: 1}"
+
+
+class SlowRuns(Runs):
+    """Runs whose prompts are read for as long as the test says; what is launched is only counted."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        registry = WorkerRegistry(RolloutClient.connect, lease_seconds=10.0)
+        super().__init__(CoordinatorConfig(), Peers(None, None, None), registry)  # type: ignore[arg-type]
+        self.launched: list[str] = []
+        self.reads, self.error = 0, False
+        self.reading, self.may_end = asyncio.Event(), threading.Event()
+        loop = asyncio.get_running_loop()
+
+        def read(run_id: str, config: RunConfig, run_path: Path, *_: object) -> Any:
+            self.reads += 1
+            loop.call_soon_threadsafe(self.reading.set)
+            assert self.may_end.wait(10)
+            if self.error:
+                raise InvalidArgumentError.for_field("run.prompts", "is wrong")
+            return SimpleNamespace(run_id=run_id, run_path=run_path)
+
+        monkeypatch.setattr(runs, "read_inputs", read)
+
+    async def _find_model(self, config: RunConfig, folder: Path) -> str:
+        return ""
+
+    async def _check_algorithm(self, config: RunConfig) -> None:
+        """Nobody to ask."""
+
+    def _launch(self, file: RunFile, inputs: RunInputs) -> None:
+        self.launched.append(file.run_id)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_who_asks_again_joins_a_start_whose_caller_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    slow = SlowRuns(monkeypatch)
+    slow.error = fails
+    first = asyncio.create_task(slow.start("r", SECTION, str(tmp_path)))
+    await slow.reading.wait()
+    first.cancel()
+    await asyncio.wait([first])
+    again = asyncio.create_task(slow.start("r", SECTION, str(tmp_path)))
+    await asyncio.sleep(0)
+    slow.may_end.set()
+    if fails:
+        with pytest.raises(InvalidArgumentError, match="is wrong"):
+            await again
+    else:
+        assert not await again
+    assert (slow.reads, slow.launched) == (1, [] if fails else ["r"])
+    await slow.close()
+
+
+async def test_a_start_ends_with_the_coordinator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowRuns(monkeypatch)
+    start = asyncio.create_task(slow.start("r", SECTION, str(tmp_path)))
+    await slow.reading.wait()
+    slow.may_end.set()
+    await slow.close()
+    await asyncio.wait([start])
+    assert start.cancelled()
+    assert not slow.launched
