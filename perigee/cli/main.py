@@ -289,7 +289,7 @@ def worker(
         chosen = load_recipe(find_recipe(recipe), sets) if recipe else build_recipe(Path("--set"), {}, sets)
         command.export_credentials(channel)
         status = asyncio.run(read_coordinator(coordinator, channel))
-        spec = command.plan_worker(coordinator, status, chosen.values.get("rollout") or {}, folder, is_of_run)
+        spec = command.plan_worker(coordinator, status, chosen.values.get("rollout") or {}, folder, is_of_run, channel)
 
         async def work(interrupt: Interrupt) -> int:
             await command.work(spec, coordinator, channel, PlainView(), interrupt)

@@ -36,16 +36,24 @@ POLL_S = 1.0
 
 
 def plan_worker(
-    coordinator: str, status: pb.GetStatusResponse, values: Mapping[str, Any], folder: Path, is_of_run: bool
+    coordinator: str,
+    status: pb.GetStatusResponse,
+    values: Mapping[str, Any],
+    folder: Path,
+    is_of_run: bool,
+    channel: ChannelOptions = ChannelOptions(),
 ) -> ServiceSpec:
     """Returns the process of a worker; its configuration, written into `folder`, is the rollout section `values`.
 
     Buffer and trainer are where the coordinator dials them unless `values` say otherwise: on its machine, where those
     are loopback addresses. With `is_of_run` the section is that of a local run, whose own workers have its ports, and
-    whose stack has addresses of its own.
+    whose stack has addresses of its own. It speaks TLS with the files of `channel` where the section names none.
     """
     host = coordinator.rpartition(":")[0]
     server = dict(values.get("server") or {})
+    for name in ("ca_file", "cert_file", "key_file", "server_name"):
+        if (given := getattr(channel, name)) is not None:
+            server.setdefault(f"tls_{name}", given)
     if not is_loopback(host):
         server.setdefault("host", "0.0.0.0")
     section = dict(values) | {"server": server}

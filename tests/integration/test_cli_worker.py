@@ -79,6 +79,15 @@ def test_beside_a_runs_own_workers_it_takes_none_of_their_ports(tmp_path: Path) 
     assert section["buffer_address"] == "127.0.0.1:52"
 
 
+def test_it_speaks_tls_with_what_reaches_the_coordinator_unless_its_recipe_names_more(tmp_path: Path) -> None:
+    channel = ChannelOptions(ca_file="ca", cert_file="cert", key_file="key")
+    values = {"worker_id": "w", "server": {"tls_ca_file": "other"}}
+    spec = plan_worker("gpu-7:51", STATUS, values, tmp_path, is_of_run=False, channel=channel)
+    server = read_section(spec)["server"]
+    assert server == server | {"tls_ca_file": "other", "tls_cert_file": "cert", "tls_key_file": "key"}  # type: ignore[operator]
+    assert spec.channel == ChannelOptions(ca_file="other", cert_file="cert", key_file="key")
+
+
 def test_it_is_asked_where_it_listens(tmp_path: Path) -> None:
     for host, reached in (("0.0.0.0", "127.0.0.1:7"), ("10.0.0.5", "10.0.0.5:7"), ("fd00::5", "[fd00::5]:7")):
         values = {"worker_id": "w", "server": {"host": host, "port": 7}}
