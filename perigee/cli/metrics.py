@@ -9,6 +9,7 @@ from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.ranges import find_warnings
 from perigee.report.records import Evaluation
+from perigee.rollout.v1 import rollout_pb2
 from perigee.rpc import ChannelOptions
 from perigee.statistics import Interval
 
@@ -21,6 +22,12 @@ _UNITS: Mapping[int, str] = {
     pb.RUN_PHASE_SCORING: "responses",
     pb.RUN_PHASE_TRAINING: "steps",
     pb.RUN_PHASE_WEIGHTS: "workers",
+}
+# Why a worker takes no work.
+_WORKER_STATES: Mapping[int, str] = {
+    rollout_pb2.WORKER_STATUS_STARTING: "starting",
+    rollout_pb2.WORKER_STATUS_EMPTY: "without weights",
+    rollout_pb2.WORKER_STATUS_AWAY: "away: the trainer has its devices",
 }
 # Key in the metrics, label, format.
 _SHOWN_METRICS = (
@@ -51,7 +58,14 @@ def progress_line(snapshot: pb.RunSnapshot) -> str:
         parts.append(f"{snapshot.phase_done:,} of {snapshot.phase_total:,} {_UNITS.get(snapshot.phase, '')}".rstrip())
     if snapshot.waiting_for:
         parts.append(f"waiting for {snapshot.waiting_for}")
+    if phases := [phase for phase in snapshot.phases if phase != phase_name(snapshot.phase)]:
+        parts.append(f"now {' and '.join(phases)}")
     return ", ".join(parts)
+
+
+def worker_state(worker: pb.WorkerSnapshot) -> str:
+    """Returns whether a worker takes work, or why not."""
+    return "ready" if worker.ready else _WORKER_STATES.get(worker.status, "not ready")
 
 
 @dataclass(frozen=True)
@@ -142,9 +156,8 @@ def status_lines(status: pb.GetStatusResponse) -> list[str]:
     """Returns workers and run of a coordinator, a line each."""
     lines = []
     for worker in status.workers:
-        state = "ready" if worker.ready else "not ready"
         lines.append(
-            f"worker {worker.worker_id} at {worker.address}: {state}, {worker.running} running, "
+            f"worker {worker.worker_id} at {worker.address}: {worker_state(worker)}, {worker.running} running, "
             f"policy version {worker.policy_version}, lease {format_seconds(worker.lease_remaining_seconds)}"
         )
     if not status.workers:

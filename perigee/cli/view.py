@@ -26,6 +26,7 @@ from perigee.cli.metrics import (
     remaining_seconds,
     result_line,
     shown_metrics,
+    worker_state,
 )
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.records import Evaluation
@@ -45,6 +46,10 @@ _PHASE_COLORS = {
     "checkpoint": "red",
     "weights": "yellow",
     "commit": "green",
+    "leave": "bright_black",
+    "onload": "bright_magenta",
+    "convert": "bright_red",
+    "offload": "bright_yellow",
 }
 _ITERATION_PHASES = (
     pb.RUN_PHASE_ROLLOUT,
@@ -237,7 +242,7 @@ def _worker_table(snapshot: pb.RunSnapshot) -> RenderableType:
         return Text("no rollout worker is registered: one registers when its engine has loaded", style="yellow")
     table = Table.grid(padding=(0, 2))
     for worker in snapshot.workers:
-        state = Text("ready", style="green") if worker.ready else Text("not ready", style="yellow")
+        state = Text(worker_state(worker), style="green" if worker.ready else "yellow")
         table.add_row(
             Text(worker.worker_id),
             Text(worker.address, style="dim"),

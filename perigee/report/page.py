@@ -121,7 +121,8 @@ SECTIONS = (
     Section(
         "timeline",
         "Phases of the iterations",
-        "Responses are scored as they finish, while others are still being generated.",
+        "Responses are scored as they finish, while others are still being generated. On shared devices workers leave "
+        "and the trainer onloads before training; it converts and offloads before weights bring the workers back.",
         plots.plot_timeline,
     ),
     Section(

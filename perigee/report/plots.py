@@ -23,7 +23,9 @@ LINE_COLORS = (BLUE, ORANGE, GREEN)
 DOMAIN_COLORS = (ORANGE, GREEN, PURPLE, SKY, RED)
 PHASE_COLORS = {
     "preparation": RED, "rollout": BLUE, "scoring": SKY, "training": ORANGE, "checkpoint": PURPLE, "weights": GREEN,
-    "commit": GREY, "leave": SKY, "onload": RED, "convert": PURPLE, "offload": RED,
+    "commit": GREY,
+    # Where trainer and workers share devices.
+    "leave": "#1f4e8c", "onload": "#a8741a", "convert": "#6d3f86", "offload": "#8c2f39",
 }  # fmt: skip
 # Tokens by how many versions old they are: fresh ones are pale.
 AGE_COLORS = ("#9ecae8", "#58a5d8", "#2f74b8", "#1d4c85", "#122c54")

@@ -209,15 +209,19 @@ class Timeline:
 
     started: float = field(default_factory=time.monotonic)
     phases: dict[str, PhaseTime] = field(default_factory=dict)
+    # Names of the phases under way, the oldest first.
+    under_way: list[str] = field(default_factory=list)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times the block."""
         start = time.monotonic()
+        self.under_way.append(name)
         try:
             with span(name):
                 yield
         finally:
+            self.under_way.remove(name)
             seconds = time.monotonic() - start
             self.phases[name] = PhaseTime(start - self.started, seconds)
             PHASE_SECONDS.labels(name).observe(seconds)

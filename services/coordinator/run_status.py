@@ -15,7 +15,7 @@ from prometheus_client import Gauge, Info
 
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import UnavailableError
-from services.coordinator.run_log import RunLog, numbers
+from services.coordinator.run_log import RunLog, Timeline, numbers
 from services.coordinator.workers import Worker, WorkerRegistry
 
 RunPhase: TypeAlias = "pb.RunPhase.ValueType"
@@ -64,6 +64,7 @@ class RunStatus:
         self.policy_version = 0
         self.done = 0
         self.total = 0
+        self.timeline = Timeline()
         self.metrics: Mapping[str, float] = {}
         self.error = ""
         self._events: deque[pb.RunEvent] = deque(maxlen=EVENTS_KEPT)
@@ -134,6 +135,7 @@ class RunStatus:
             workers=worker_snapshots(self._registry),
             error=self.error,
             waiting_for=self._waiting_for if self.phase == pb.RUN_PHASE_WAITING else "",
+            phases=self.timeline.under_way,
         )
 
     async def watch(self) -> AsyncGenerator[pb.RunSnapshot, None]:
@@ -190,6 +192,7 @@ def _worker_snapshot(worker: Worker, now: float) -> pb.WorkerSnapshot:
         running=max(worker.running, worker.outstanding),
         policy_version=worker.reported_version if worker.pushed_version is None else worker.pushed_version,
         lease_remaining_seconds=max(0.0, worker.expires - now),
+        status=worker.status,
     )
 
 

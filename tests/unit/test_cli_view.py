@@ -6,11 +6,19 @@ import json
 import pytest
 from rich.console import Console
 
-from perigee.cli.metrics import format_seconds, phase_seconds, read_evaluation
+from perigee.cli.metrics import (
+    format_seconds,
+    phase_seconds,
+    progress_line,
+    read_evaluation,
+    status_lines,
+    worker_state,
+)
 from perigee.cli.view import LiveView, PlainView, open_view, sparkline
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.report.records import Evaluation
 from perigee.report.samples import Sample, to_line
+from perigee.rollout.v1 import rollout_pb2
 from perigee.statistics import Interval
 
 METRICS = {
@@ -64,6 +72,23 @@ def test_phases_outside_the_iterations_are_shown_once() -> None:
     evaluating = snapshot(pb.RUN_PHASE_EVALUATION, phase_done=3, phase_total=500, elapsed_seconds=62.0)
     lines = plain_lines(evaluating, evaluating, snapshot(pb.RUN_PHASE_ROLLOUT), snapshot(pb.RUN_PHASE_TRAINING))
     assert lines == ["evaluation: iteration 5 of 10, policy version 6, 3 of 500 responses, 1 m 02 s since the start"]
+
+
+def test_what_is_under_way_within_a_phase_is_shown() -> None:
+    training = snapshot(pb.RUN_PHASE_TRAINING)
+    training.phases.extend(["training"])
+    assert progress_line(training) == "iteration 5 of 10, policy version 6"
+    training.phases[:] = ["leave"]
+    assert progress_line(training).endswith(", now leave")
+
+
+def test_a_worker_that_takes_no_work_says_why() -> None:
+    away = pb.WorkerSnapshot(worker_id="w", address="h:1", status=rollout_pb2.WORKER_STATUS_AWAY)
+    [line, _] = status_lines(pb.GetStatusResponse(workers=[away]))
+    assert "w at h:1: away: the trainer has its devices, " in line
+    # One that failed a call, or whose coordinator is of an earlier release.
+    assert worker_state(pb.WorkerSnapshot(status=rollout_pb2.WORKER_STATUS_READY)) == "not ready"
+    assert worker_state(pb.WorkerSnapshot()) == "not ready"
 
 
 def test_each_supervised_stage_is_shown() -> None:

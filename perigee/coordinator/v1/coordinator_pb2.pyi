@@ -350,12 +350,15 @@ class WorkerSnapshot(_message.Message):
     RUNNING_FIELD_NUMBER: _builtins.int
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     LEASE_REMAINING_SECONDS_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     address: _builtins.str
     ready: _builtins.bool
     running: _builtins.int
     policy_version: _builtins.int
     lease_remaining_seconds: _builtins.float
+    status: _rollout_pb2.WorkerStatus.ValueType
+    """As its last report or the last call to it says."""
     def __init__(
         self,
         *,
@@ -365,10 +368,11 @@ class WorkerSnapshot(_message.Message):
         running: _builtins.int = ...,
         policy_version: _builtins.int = ...,
         lease_remaining_seconds: _builtins.float = ...,
+        status: _rollout_pb2.WorkerStatus.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "lease_remaining_seconds", b"lease_remaining_seconds", "policy_version", b"policy_version", "ready", b"ready", "running", b"running", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "lease_remaining_seconds", b"lease_remaining_seconds", "policy_version", b"policy_version", "ready", b"ready", "running", b"running", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -411,6 +415,7 @@ class RunSnapshot(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     WAITING_FOR_FIELD_NUMBER: _builtins.int
+    PHASES_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     phase: Global___RunPhase.ValueType
     iteration: _builtins.int
@@ -431,6 +436,10 @@ class RunSnapshot(_message.Message):
 
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerSnapshot]: ...
+    @_builtins.property
+    def phases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Phases under way as metrics.jsonl times them, finer than `phase`: "leave", "convert", "weights" for instance."""
+
     def __init__(
         self,
         *,
@@ -447,10 +456,11 @@ class RunSnapshot(_message.Message):
         workers: _abc.Iterable[Global___WorkerSnapshot] | None = ...,
         error: _builtins.str = ...,
         waiting_for: _builtins.str = ...,
+        phases: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_seconds", b"elapsed_seconds", "error", b"error", "iteration", b"iteration", "iterations", b"iterations", "metrics", b"metrics", "phase", b"phase", "phase_done", b"phase_done", "phase_seconds", b"phase_seconds", "phase_total", b"phase_total", "policy_version", b"policy_version", "run_id", b"run_id", "waiting_for", b"waiting_for", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["elapsed_seconds", b"elapsed_seconds", "error", b"error", "iteration", b"iteration", "iterations", b"iterations", "metrics", b"metrics", "phase", b"phase", "phase_done", b"phase_done", "phase_seconds", b"phase_seconds", "phase_total", b"phase_total", "phases", b"phases", "policy_version", b"policy_version", "run_id", b"run_id", "waiting_for", b"waiting_for", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
