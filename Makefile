@@ -26,8 +26,8 @@ $(VENV)/.installed: constraints.txt pyproject.toml services/pyproject.toml servi
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e . -e ./services
 	@touch $@
 
-run: setup ## Train examples/arithmetic through all services and show that it got better
-	$(BIN)/perigee train examples/arithmetic
+run: setup ## Train examples/arithmetic through all services and show that it got better; ARGS="--set deployment=hybrid"
+	$(BIN)/perigee train examples/arithmetic $(ARGS)
 
 test: setup ## Run every check and test
 	@tools/run-tests.sh

@@ -13,9 +13,11 @@ from google.protobuf.message import Message
 
 from perigee.cli.doctor import NVIDIA
 from perigee.cli.recipe import Recipe, config_class
+from perigee.cli.stack import HOST
 from perigee.config import validate
 from perigee.errors import InvalidArgumentError
 from perigee.reward.v1 import reward_pb2
+from services.kit.addresses import is_loopback
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_KV_BYTES = 1 << 30
@@ -23,6 +25,8 @@ CPU_KV_BYTES = 1 << 30
 LOGIT_BYTES = 2 * (384 << 20)
 # Interpreter and libraries of the trainer, and of a rollout worker with its engine.
 PROCESS_BYTES = 3 << 28
+# What the trainer and an engine that sleeps or ends keep of their memory while the other has the devices.
+KEPT = ("libraries", "image to push", "received image")
 GIB = 1 << 30
 CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
@@ -38,7 +42,7 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
 
     configs: dict[str, Any] = {
         name: validate(config_class(name), recipe.values.get(name) or {}, recipe.path.name, name)
-        for name in ("run", "rollout", "trainer", "reward", "sandbox")
+        for name in ("run", "rollout", "trainer", "coordinator", "reward", "sandbox")
     }
     model, parameters = check_model(configs["trainer"].model, "trainer.model")
     inputs = read_inputs("", configs["run"], Path(), str(model.path), "", examples=None)
@@ -46,12 +50,14 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
     longest = max(problems, key=lambda prompt: len(prompt.token_ids))
     check_lengths(model, longest, configs)
     check_verifiers([prompt.line.item for prompt in problems], configs["reward"], configs["sandbox"])
+    count = workers or recipe.head.local.workers
     return [
         f"model: {parameters / 1e6:,.1f}M parameters, {model.config['architectures'][0]}, context of "
         f"{model.context_tokens} tokens",
         f"prompts: {len(inputs.prompts)} to train on, {len(inputs.heldout)} held out, the longest of "
         f"{len(longest.token_ids)} tokens",
-        *describe_memory(estimate_memory(model, parameters, configs), workers or recipe.head.local.workers),
+        *describe_memory(estimate_memory(model, parameters, configs), count, configs["run"]),
+        *(f"warning: {text}" for text in find_hybrid_faults(configs, [f"rollout-{index}" for index in range(count)])),
     ]
 
 
@@ -204,7 +210,39 @@ def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> 
     }
 
 
-def describe_memory(estimate: Mapping[str, Mapping[str, int]], workers: int) -> list[str]:
+def count_peak(estimate: Mapping[str, Mapping[str, int]], workers: int, run: Any) -> int:
+    """Returns the bytes of trainer and workers together, at most: in a hybrid run one side keeps only KEPT."""
+    whole = {name: sum(parts.values()) for name, parts in estimate.items()}
+    kept = {name: sum(parts.get(part, 0) for part in KEPT) for name, parts in estimate.items()}
+    if run.deployment != "hybrid" or run.hybrid.trainer == "keep":
+        kept["trainer"] = whole["trainer"]
+    if run.deployment != "hybrid" or run.hybrid.engine == "keep":
+        kept["rollout"] = whole["rollout"]
+    return max(whole["trainer"] + workers * kept["rollout"], kept["trainer"] + workers * whole["rollout"])
+
+
+def find_hybrid_faults(configs: Mapping[str, Any], workers: Sequence[str]) -> Iterator[str]:
+    """Yields what keeps a hybrid run from sharing devices, in sentences; `workers` are those of the local stack."""
+    run, rollout, trainer = (configs[name] for name in ("run", "rollout", "trainer"))
+    if run.deployment != "hybrid":
+        return
+    named, server = run.hybrid.workers, rollout.server
+    host = (rollout.advertise_address or "").rpartition(":")[0] or server.advertise_host or server.host
+    if named and not {*named} & {*workers}:
+        yield f"run.hybrid.workers names none of {', '.join(workers)}: no worker leaves the trainer's devices"
+    if not named and not is_loopback(host):
+        yield f"workers register as {host}, and the trainer is at {HOST}: name those that leave in run.hybrid.workers"
+    if run.hybrid.engine == "sleep" and any(NVIDIA.glob("*")) and not rollout.enable_sleep_mode:
+        yield "a GPU's engine cannot sleep: set rollout.enable_sleep_mode, or run.hybrid.engine to restart"
+    if run.hybrid.engine == run.hybrid.trainer == "keep":
+        yield "run.hybrid has engine and trainer keep their memory: both have to fit at once"
+    if trainer.nodes > 1 and not named:
+        yield "trainer.nodes is above 1, and only workers beside machine 0 leave: name all in run.hybrid.workers"
+    if trainer.nodes > 1 and configs["coordinator"].weights.transfer == "push":
+        yield "machine 0 of the trainer holds the whole model to push: set coordinator.weights.transfer to pull"
+
+
+def describe_memory(estimate: Mapping[str, Mapping[str, int]], workers: int, run: Any) -> list[str]:
     """Returns a line for each process, and one more where they pass the memory of this machine or container."""
     lines = [
         f"memory of {name}, estimated: {sum(parts.values()) / GIB:.1f} GiB ("
@@ -212,7 +250,9 @@ def describe_memory(estimate: Mapping[str, Mapping[str, int]], workers: int) -> 
         + ")"
         for name, parts in estimate.items()
     ]
-    needed = sum(estimate["trainer"].values()) + workers * sum(estimate["rollout"].values())
+    needed = count_peak(estimate, workers, run)
+    if run.deployment == "hybrid":
+        lines.append(f"memory of trainer and {workers} workers in turn, estimated: {needed / GIB:.1f} GiB at most")
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = CONTAINER_LIMIT.read_text(encoding="utf-8").strip() if CONTAINER_LIMIT.is_file() else "max"
     if limit != "max":
@@ -221,5 +261,6 @@ def describe_memory(estimate: Mapping[str, Mapping[str, int]], workers: int) -> 
         lines.append(
             f"warning: about {needed / GIB:.1f} GiB are needed and this machine has {physical / GIB:.1f} GiB: lower "
             "run.update.max_tokens_per_microbatch or rollout.kv_cache_bytes, or set trainer.recompute"
+            + ("" if run.deployment == "hybrid" else ", or deployment: hybrid where one side alone would fit")
         )
     return lines

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field
@@ -74,6 +74,8 @@ class RecipeHead(Model):
     """What the recipe is about, for readers and the report."""
     model: str | None = None
     """Hugging Face folder of the model, a path or a URL: `model` of run, rollout and trainer where these name none."""
+    deployment: Literal["separate", "hybrid"] | None = None
+    """Short for `run.deployment`, where it is kept."""
     prepare: str | None = None
     """A Python script beside the recipe, run once as `python SCRIPT --out DIR --seed N` to fill `{data}`."""
     local: LocalConfig = LocalConfig()
@@ -144,8 +146,11 @@ def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -
 
     Raises InvalidArgumentError whose one-line message names the file, the field and what to do.
     """
-    for override in overrides:
-        merge(values, parse_override(override))
+    for override in ("", *overrides):
+        if override:
+            merge(values, parse_override(override))
+        # After each, so that the last one holds, whichever of the two keys it names.
+        move_deployment(values)
     if values.get("model") is not None:
         for section in MODEL_SECTIONS:
             given = values.get(section) or {}
@@ -157,6 +162,12 @@ def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -
         if isinstance(given, dict):
             values[section] = {**defaults, **given}
     return check_recipe(path, values)
+
+
+def move_deployment(values: dict[str, Any]) -> None:
+    """Moves `deployment` to `run.deployment`, where the values have a run."""
+    if values.get("deployment") is not None and isinstance(values.get("run"), dict):
+        values["run"]["deployment"] = values.pop("deployment")
 
 
 def check_recipe(path: Path, values: Mapping[str, Any]) -> Recipe:

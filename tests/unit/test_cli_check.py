@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from perigee.cli.check import check_inputs, check_verifiers, describe_memory
+from perigee.cli.check import check_inputs, check_verifiers, count_peak, describe_memory
 from perigee.cli.ending import Interrupt
 from perigee.cli.init import init
 from perigee.cli.recipe import SERVICES, load_recipe, open_new_run
@@ -20,6 +20,7 @@ from perigee.cli.train import up
 from perigee.cli.view import PlainView
 from perigee.errors import InvalidArgumentError
 from perigee.reward.items import read_prompt_line
+from services.coordinator.run_config import RunConfig
 from services.reward.config import RewardConfig
 from services.sandbox.config import SandboxConfig
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
@@ -142,8 +143,66 @@ def test_the_workers_of_the_command_are_counted(folder: Path) -> None:
 
 
 def test_memory_beyond_the_machines_is_a_warning() -> None:
-    lines = describe_memory({"trainer": {"weights": 1 << 60}, "rollout": {"KV cache": 1}}, workers=1)
+    lines = describe_memory({"trainer": {"weights": 1 << 60}, "rollout": {"KV cache": 1}}, 1, run_config())
     assert lines[-1].startswith("warning: about ")
+    assert lines[-1].endswith("deployment: hybrid where one side alone would fit")
+
+
+def run_config(**values: Any) -> RunConfig:
+    return RunConfig(prompts="p", heldout="h", iterations=1, **values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("hybrid", "peak"),
+    [
+        ({}, max(13 + 2 * 2, 5 + 2 * 9)),
+        ({"engine": "keep"}, 13 + 2 * 9),
+        ({"trainer": "keep"}, 13 + 2 * 9),
+        (None, 13 + 2 * 9),
+    ],
+)
+def test_memory_in_turn_is_that_of_the_larger_side_and_what_the_other_keeps(
+    hybrid: dict[str, str] | None, peak: int
+) -> None:
+    estimate = {
+        "trainer": {"libraries": 1, "image to push": 4, "weights": 8},
+        "rollout": {"libraries": 1, "received image": 1, "KV cache": 7},
+    }
+    config = run_config() if hybrid is None else run_config(deployment="hybrid", hybrid=hybrid)
+    assert count_peak(estimate, 2, config) == peak
+
+
+@pytest.mark.parametrize(
+    ("values", "faults"),
+    [
+        ({}, []),
+        ({"run": {"hybrid": {"workers": ["gpu-7"]}}}, ["names none of rollout-0, rollout-1"]),
+        ({"rollout": {"advertise_address": "gpu-7:50053"}}, ["workers register as gpu-7"]),
+        ({"rollout": {"server": {"host": "0.0.0.0", "token": "t"}}}, ["workers register as 0.0.0.0"]),
+        ({"run": {"hybrid": {"engine": "keep", "trainer": "keep"}}}, ["both have to fit at once"]),
+        (
+            {"trainer": {"nodes": 2, "data_parallel": 2, "master_address": "gpu-0"}},
+            ["only workers beside machine 0", "coordinator.weights.transfer to pull"],
+        ),
+    ],
+)
+def test_what_keeps_a_hybrid_run_from_sharing_devices_is_told(
+    folder: Path, values: Mapping[str, Any], faults: list[str]
+) -> None:
+    overrides = [f"{section}={json.dumps(keys)}" for section, keys in values.items()]
+    lines = check_inputs(load_recipe(folder / "recipe.yaml", ["deployment=hybrid", *overrides]), workers=2)
+    assert "memory of trainer and 2 workers in turn, estimated: " in lines[4]
+    found = [line for line in lines[5:] if "GiB are needed" not in line]
+    assert len(found) == len(faults)
+    for line, fault in zip(found, faults, strict=True):
+        assert fault in line
+
+
+def test_a_gpu_whose_engine_cannot_sleep_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "gpus/0").mkdir(parents=True)
+    monkeypatch.setattr("perigee.cli.check.NVIDIA", folder / "gpus")
+    recipe = load_recipe(folder / "recipe.yaml", ["deployment=hybrid"])
+    assert "set rollout.enable_sleep_mode" in check_inputs(recipe)[-1]
 
 
 def test_a_recipe_is_written_for_a_model_and_a_data_set(folder: Path) -> None:

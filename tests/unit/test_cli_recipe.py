@@ -56,6 +56,21 @@ def test_the_model_stands_once_and_a_section_may_name_another(tmp_path: Path) ->
     assert config.model == "a"
 
 
+def test_the_deployment_is_kept_in_the_run_and_the_last_that_names_it_holds(tmp_path: Path) -> None:
+    path = write_recipe(tmp_path, f"deployment: hybrid\n{RECIPE}")
+
+    def deployment(*overrides: str) -> object:
+        values = load_recipe(path, overrides).values
+        assert "deployment" not in values
+        return values["run"]["deployment"]
+
+    assert deployment() == "hybrid"
+    assert deployment("deployment=separate") == "separate"
+    assert deployment("run.deployment=separate", "deployment=hybrid") == "hybrid"
+    assert deployment("deployment=hybrid", "run.deployment=separate") == "separate"
+    assert "run.deployment" in message_of(tmp_path, RECIPE, "deployment=mixed")
+
+
 def test_expansion_names_the_folders_of_the_run(tmp_path: Path) -> None:
     values = load_recipe(write_recipe(tmp_path)).expand(RunFolder(Path("/runs/small-1"))).values
     assert values["run"]["prompts"] == "/runs/small-1/data/prompts.jsonl"
