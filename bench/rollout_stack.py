@@ -8,8 +8,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from perigee.buffer.client import BufferClient
 from perigee.cli.stack import HOST, pick_ports, start_guarded, wait_ready
 from perigee.errors import UnavailableError
@@ -18,8 +16,6 @@ from perigee.trainer.v1.trainer_pb2 import PushTarget
 from services.kit.process import ChildProcess
 from services.rollout.config import RolloutConfig
 from services.weights.config import WeightsConfig
-from services.weights.manifest import export_image
-from services.weights.send import WeightSender
 
 POLICY_VERSION = 1
 
@@ -66,6 +62,12 @@ async def start_service(folder: Path, name: str, port: int, settings: Mapping[st
 
 async def _push_weights(model: Path, run_id: str, address: str) -> None:
     """Pushes the weights, again while the worker's engine starts."""
+    # They load torch, whose pages a bench would share that measures the memory of services.
+    from safetensors.torch import load_file
+
+    from services.weights.manifest import export_image
+    from services.weights.send import WeightSender
+
     config = WeightsConfig()
     image = export_image(run_id, POLICY_VERSION, load_file(model / "model.safetensors").items(), config.max_shard_bytes)
     sender = WeightSender(config)

@@ -13,13 +13,7 @@ from typing import Any
 
 from perigee.buffer.client import BufferClient
 from perigee.coordinator.client import CoordinatorClient
-from perigee.errors import (
-    FailedPreconditionError,
-    FieldViolation,
-    InternalError,
-    InvalidArgumentError,
-    UnavailableError,
-)
+from perigee.errors import FieldViolation, InternalError, InvalidArgumentError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceServicer, add_RolloutServiceServicer_to_server
 from perigee.trainer.client import TrainerClient
@@ -42,7 +36,7 @@ from services.rollout.model import PolicyModel, open_policy
 from services.rollout.registration import keep_registered
 from services.rollout.residence import RESIDENCES
 from services.rollout.segment import SegmentSettings, check_repetition_stop, check_sampling
-from services.rollout.worker import AWAY, DRAINING, READY, Worker, supervise
+from services.rollout.worker import DRAINING, READY, Worker, supervise
 from services.weights.manifest import WeightImage
 from services.weights.receive import WeightReceiver
 
@@ -123,11 +117,7 @@ class RolloutService(RolloutServiceServicer):
         worker = self._worker
         worker.check_iteration(request.run_id, request.iteration)
         start = time.monotonic()
-        if worker.status == AWAY:
-            image = self._held_image()
-            if image is None:
-                raise FailedPreconditionError(f"Worker {worker.worker_id} holds no weights: push a policy version.")
-            await worker.come_back(image)
+        await worker.come_back(self._held_image)
         worker.check_ready("", None)
         return pb.ComeBackResponse(seconds=time.monotonic() - start, policy_version=worker.policy_version)
 
@@ -210,6 +200,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         worker.commit,
         connect=lambda source: WeightSourceClient(source, channel_options(config)),
         is_loaded=lambda: worker.status == READY,
+        is_away=lambda: worker.is_away,
     )
     fatal: list[InternalError] = []
 

@@ -8,8 +8,8 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,14 @@ class VllmEngine(Engine):
         prepare_vllm(self._config)
         self._asleep = False
         arguments = engine_arguments(self._config, self._model)
-        starting = asyncio.create_task(asyncio.to_thread(AsyncLLM.from_engine_args, arguments))
-        try:
-            self._llm = await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            await self._end_start(starting)
-            raise
-        await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
+        with _timed("start"):
+            starting = asyncio.create_task(asyncio.to_thread(AsyncLLM.from_engine_args, arguments))
+            try:
+                self._llm = await asyncio.shield(starting)
+            except asyncio.CancelledError:
+                await self._end_start(starting)
+                raise
+            await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         # Collections during generation need not walk what the imports left.
         gc.freeze()
 
@@ -167,9 +168,10 @@ class VllmEngine(Engine):
                 log.warning("engine process loads pulled tensors whole", reason=reason)
             self._knows_slices = True
         update = {"path": str(image.path), "manifest": image.manifest.SerializeToString()}
-        await llm.start_weight_update()
-        await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
-        await llm.finish_weight_update(weight_version=str(image.manifest.policy_version))
+        with _timed("load"):
+            await llm.start_weight_update()
+            await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
+            await llm.finish_weight_update(weight_version=str(image.manifest.policy_version))
 
     async def sleep(self) -> None:
         """Pauses, then has vLLM free a GPU's memory, or the worker's extension that of a CPU, where vLLM cannot."""
@@ -193,10 +195,11 @@ class VllmEngine(Engine):
         self._progress_time, self._asleep = time.monotonic(), False
 
     async def _take_memory(self, llm: AsyncLLM, tag: str) -> None:
-        if current_platform.is_cpu():
-            await llm.collective_rpc("take_memory", args=(tag,))
-        else:
-            await llm.wake_up(tags=[tag])
+        with _timed(f"memory of {tag}"):
+            if current_platform.is_cpu():
+                await llm.collective_rpc("take_memory", args=(tag,))
+            else:
+                await llm.wake_up(tags=[tag])
 
     def count_memory(self) -> int:
         """Reads it from the kernel; pages that processes share count in part."""
@@ -210,6 +213,14 @@ class VllmEngine(Engine):
         if self._llm is None or self._llm.errored:
             raise EngineDiedError("the engine does not run")
         return self._llm
+
+
+@contextmanager
+def _timed(stage: str) -> Iterator[None]:
+    """Logs how long a stage of an engine's start or return takes."""
+    begin = time.monotonic()
+    yield
+    log.info("engine stage", stage=stage, seconds=round(time.monotonic() - begin, 4))
 
 
 @asynccontextmanager

@@ -195,14 +195,25 @@ class Worker:
                 raise InternalError(f"The engine failed when it left and is restarted: {error}") from error
             return before - await asyncio.to_thread(self.engine.count_memory)
 
-    async def come_back(self, image: WeightImage) -> None:
-        """Becomes READY with these weights if it is AWAY; raises what `commit` raises."""
-        await self._finish(self._come_back_alone(image))
+    @property
+    def is_away(self) -> bool:
+        """Whether it is AWAY and neither leaves nor comes back."""
+        return self.status == AWAY and not self._committing.locked()
 
-    async def _come_back_alone(self, image: WeightImage) -> None:
+    async def come_back(self, held_image: Callable[[], WeightImage | None]) -> None:
+        """Becomes READY with the weights that are still in memory if it is AWAY.
+
+        Raises FailedPreconditionError when there are none, and what `commit` raises.
+        """
+        await self._finish(self._come_back_alone(held_image))
+
+    async def _come_back_alone(self, held_image: Callable[[], WeightImage | None]) -> None:
         async with self._committing:
-            if self.status == AWAY:
-                await self._update(image)
+            if self.status != AWAY:
+                return
+            if (image := held_image()) is None:
+                raise FailedPreconditionError(f"Worker {self.worker_id} holds no weights: push a policy version.")
+            await self._update(image)
 
     async def _load(self, image: WeightImage) -> None:
         """Loads weights into the engine, or has it come back with them: another engine where this one does not."""

@@ -149,7 +149,8 @@ class WeightReceiver(WeightReceiverServiceServicer):
 
     `current` is the last image that `commit` took without an error; it stays in shared memory so that a restarted
     engine can be filled from it. When `commit` raises, the image is dropped and `current` stays. `is_loaded` tells
-    whether the engine still has it; one that has not gets it again when it is pulled again.
+    whether the engine still has it; one that has not gets it again when it is pulled again. `is_away` tells whether the
+    engine has left its memory: what is pushed then takes the place of `current`, so that there is one image.
     """
 
     def __init__(
@@ -159,6 +160,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
         open_transport: Callable[[], Transport] | None = None,
         connect: Connect = WeightSourceClient.connect,
         is_loaded: Callable[[], bool] = lambda: True,
+        is_away: Callable[[], bool] = lambda: False,
     ) -> None:
         self.current: WeightImage | None = None
         self.source = WeightSource(config.transfer_timeout_s)
@@ -166,6 +168,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
         self._receiver_id = uuid.uuid4().hex
         self._commit = commit
         self._is_loaded = is_loaded
+        self._is_away = is_away
         self._open_transport = open_transport or (lambda: MooncakeTransport(config))
         self._transport: Transport | None = None
         self._pool: BufferPool | None = None
@@ -239,6 +242,9 @@ class WeightReceiver(WeightReceiverServiceServicer):
                 self._pending = None
                 self._pool.quarantine(transfer_id, image.buffer)
                 log.info("preparation voided by a newer one", transfer_id=transfer_id)
+            if self.current is not None and self._is_away():
+                self._retire(self._current_id, self.current.buffer)
+                self.current, self._current_id = None, ""
             buffer = await self._pool.take(manifest.total_bytes)
             transfer_id = uuid.uuid4().hex
             self._pending = transfer_id, WeightImage(manifest, buffer)

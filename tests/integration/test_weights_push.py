@@ -59,6 +59,13 @@ async def test_versions_of_changing_size_follow_each_other(export: Export, sende
             assert outcome.committed, outcome.reason
             assert equal(local.loaded, tensors)
         assert local.versions == [0, 1, 2, 3, 4, 5]
+        assert local.receiver.current is not None
+        address, tensors, local.is_away = local.receiver.current.buffer.address, make_tensors(6, 6), True
+        [outcome] = await sender.push(export(tensors, 6), [push_target("w", local.address)])
+        assert outcome.committed, outcome.reason
+        # The weights of an engine that has left its memory need not stay.
+        assert local.receiver.current.buffer.address == address
+        assert equal(local.loaded, tensors)
 
 
 async def test_a_damaged_shard_is_refused_and_the_old_version_serves_on(export: Export, sender: WeightSender) -> None:

@@ -99,9 +99,10 @@ async def test_a_worker_leaves_and_comes_back(bench: Bench, name: str) -> None:
             assert await bench.worker.leave(residence) == 0
             with pytest.raises(FailedPreconditionError, match="is away"):
                 bench.worker.check_ready("run", 4)
-            assert bench.held is not None
-            await bench.worker.come_back(bench.held)
-            await bench.worker.come_back(bench.held)
+            assert bench.worker.is_away
+            await bench.worker.come_back(lambda: bench.held)
+            await bench.worker.come_back(lambda: None)
+            assert not bench.worker.is_away
             assert (bench.worker.status, bench.engine.versions) == (READY, [4] * (1 + cycle))
         await bench.worker.leave(residence)
         await bench.commit(5)
@@ -146,9 +147,10 @@ async def test_a_worker_whose_next_engine_fails_too_is_restarted(bench: Bench) -
         await bench.commit(4)
         await bench.worker.leave(RESIDENCES[pb.RESIDENCE_SLEEP])
         bench.engine.failing_wakes = bench.engine.failing_starts = 1
-        assert bench.held is not None
+        with pytest.raises(FailedPreconditionError, match="holds no weights"):
+            await bench.worker.come_back(lambda: None)
         with pytest.raises(InternalError, match="no memory"):
-            await bench.worker.come_back(bench.held)
+            await bench.worker.come_back(lambda: bench.held)
         await bench.wait(READY, restarts=1)
 
 
@@ -246,8 +248,7 @@ async def test_an_engine_that_starts_again_while_the_worker_shuts_down_is_ended(
         await bench.commit(4)
         await bench.worker.leave(RESIDENCES[pb.RESIDENCE_RESTART])
         bench.engine.may_start.clear()
-        assert bench.held is not None
-        coming = asyncio.create_task(bench.worker.come_back(bench.held))
+        coming = asyncio.create_task(bench.worker.come_back(lambda: bench.held))
         await asyncio.sleep(0)
         coming.cancel()
         await asyncio.wait([coming])
