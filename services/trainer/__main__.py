@@ -5,6 +5,7 @@ One process serves and trains; several are torchrun's workers, of which rank 0 s
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -47,6 +48,8 @@ def become_rank(config: TrainerConfig) -> None:
         # The ranks die with torchrun, so that none is orphaned.
         die_with_parent(os.getppid())
     import_megatron()
+    # The collection before an offload need not walk what the imports left.
+    gc.freeze()
     if os.environ["RANK"] == "0":
         from services.kit.server import run
         from services.trainer.service import lifespan

@@ -499,7 +499,7 @@ class SilentLlm:
         self.output_processor = SimpleNamespace(external_req_ids={"a": ["a-1"]})
         self.aborted: list[str] = []
 
-    async def pause_generation(self, **options: Any) -> None:
+    async def pause_scheduler_async(self, **options: Any) -> None:
         await asyncio.Event().wait()
 
     async def collective_rpc(self, method: str, args: Sequence[str] = ()) -> None:
