@@ -105,13 +105,7 @@ class RepeatedBuffer:
 
     async def read(self, request: pb.ReadTrajectoriesRequest, context: Any) -> AsyncIterator[Any]:
         """Streams trajectories."""
-        pieces = model.read_trajectories(
-            self._scripts,
-            request.run_id,
-            request.trajectory_ids,
-            with_logprobs=True,
-            piece_tokens=self._config.read_piece_tokens,
-        )
+        pieces = model.read_trajectories(self._scripts, request, self._config.read_piece_tokens)
         async for piece in pieces:
             yield REPEATED["ReadTrajectoriesResponse"](
                 trajectory_id=piece.trajectory_id,
@@ -235,7 +229,9 @@ class RepeatedForm(Form):
 
     async def read(self, run_id: str, ids: Sequence[str]) -> list[Arrays]:
         arrays, pieces = [], []
-        async for piece in self._read(pb.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=ids)):
+        async for piece in self._read(
+            pb.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=ids, with_logprobs=True)
+        ):
             pieces.append(piece)
             if piece.last:
                 tokens_T = np.concatenate([np.array(piece.token_ids, dtype=np.int64) for piece in pieces])

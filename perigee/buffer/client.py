@@ -25,7 +25,8 @@ class StoredTrajectory:
     """Whole trajectory as the buffer stores it: a prompt and T response tokens.
 
     `prompt_token_ids`, `token_ids` and `logprobs` are packed (`perigee.buffer.packing`). `logprobs` has one value for
-    each response token, or none when they were not asked for. `versions` spans the response tokens in order.
+    each response token, or none when they were not asked for; so has `experts`, where expert choices are recorded.
+    `versions` spans the response tokens in order.
     """
 
     trajectory_id: str
@@ -35,6 +36,7 @@ class StoredTrajectory:
     versions: Sequence[pb.VersionSpan]
     end_reason: pb.EndReason.ValueType
     epoch: int
+    experts: bytes = b""
 
     @property
     def tokens(self) -> int:
@@ -105,7 +107,13 @@ class BufferClient(ServiceClient):
         return self._stream(self._stub.ReadTrajectories, request, timeout_s)
 
     async def read_trajectories(
-        self, run_id: str, trajectory_ids: Sequence[str], *, with_logprobs: bool = False, timeout_s: float = 60.0
+        self,
+        run_id: str,
+        trajectory_ids: Sequence[str],
+        *,
+        with_logprobs: bool = False,
+        with_experts: bool = False,
+        timeout_s: float = 60.0,
     ) -> AsyncIterator[StoredTrajectory]:
         """Reads whole trajectories in the order asked for, each as soon as its last piece is there.
 
@@ -118,6 +126,7 @@ class BufferClient(ServiceClient):
                 run_id=run_id,
                 trajectory_ids=trajectory_ids[start : start + TRAJECTORIES_PER_CALL],
                 with_logprobs=with_logprobs,
+                with_experts=with_experts,
             )
             pieces: list[pb.ReadTrajectoriesResponse] = []
             async for piece in self.read_pieces(request, timeout_s=timeout_s):
@@ -171,6 +180,7 @@ def join_pieces(
         versions=[span for piece in pieces for span in piece.versions],
         end_reason=pieces[-1].end_reason,
         epoch=pieces[-1].epoch,
+        experts=b"".join(piece.experts for piece in pieces),
     )
     spanned = sum(span.tokens for span in trajectory.versions)
     logprobs = len(trajectory.logprobs) if with_logprobs else len(trajectory.token_ids)

@@ -1,5 +1,7 @@
 """Packed token ids and log-probabilities: 4 bytes for each token, little-endian, end to end.
 
+Expert choices are packed, too: for each token, layers times experts per token integers of `choice_bytes`.
+
 Unpacking copies nothing: the views read the bytes in place. numpy reads the same bytes with
 `np.frombuffer(packed, dtype="<u4")` and `np.frombuffer(packed, dtype="<f4")`.
 """
@@ -40,6 +42,11 @@ def unpack_logprobs(packed: bytes) -> memoryview[float]:
 def count_tokens(packed: bytes) -> int:
     """Returns the number of tokens in packed token ids or log-probabilities."""
     return len(packed) // ITEM_BYTES
+
+
+def choice_bytes(experts: int) -> int:
+    """Returns the bytes of one packed expert choice among so many experts of a layer."""
+    return 1 if experts <= 256 else 2
 
 
 def all_finite(packed_logprobs: bytes) -> bool:

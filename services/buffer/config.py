@@ -57,7 +57,7 @@ class BufferConfig(ServiceConfig):
     connections: int = Field(32, ge=1)
     """Connections to Redis at most."""
     read_piece_tokens: int = Field(32768, ge=1, le=262144)
-    """Tokens of one piece that ReadTrajectories streams."""
+    """Tokens of one piece that ReadTrajectories streams; fewer where expert choices would make it more than 2 MiB."""
     page_trajectories: int = Field(1024, ge=1, le=16384)
     """Trajectories of one page that ListGroups streams; a larger group is a page of its own."""
     page_prompts: int = Field(1000, ge=1, le=10000)

@@ -5,9 +5,11 @@ All keys of a run share the hash tag `{run}`, so one change of many keys is one 
     perigee:{R}:run             hash: configuration digest, iteration, policy version, coordinator state
     perigee:{R}:groups          sorted set: ids of the groups not consumed, by the order of their creation
     perigee:{R}:group:G         hash: prompt id, iteration, packed prompt tokens, trajectory ids as JSON
-    perigee:{R}:trajectory:T    hash: group, epoch, worker, token count, end reason, versions, verdict, reward
+    perigee:{R}:trajectory:T    hash: group, epoch, worker, token count, end reason, versions, verdict, reward, bytes
+                                of a token's expert choices
     perigee:{R}:tokens:T        string: response tokens, packed
     perigee:{R}:logprobs:T      string: log-probabilities, packed
+    perigee:{R}:experts:T       string: expert choices of all tokens, packed; missing where none are recorded
     perigee:{R}:consumed        sorted set: ids of the groups that the last iterations consumed, by iteration
     perigee:{R}:prompts         sorted set: ids of the prompts that have statistics, in lexical order
     perigee:{R}:statistics      hash: prompt id -> `trajectories correct`
@@ -48,8 +50,10 @@ READ_TOKENS = load_script("read_tokens")
 GROUPS_PER_CALL = 64
 # Trajectories whose heads one script call reads, for the same reason.
 HEADS_PER_CALL = 512
-# Tokens that one script call reads beyond the first range: bounds the memory of a reply.
-TOKENS_PER_CALL = 65536
+# Bytes of tokens and expert choices that one script call reads beyond the first range: bounds the memory of a reply.
+BYTES_PER_CALL = 65536 * ITEM_BYTES
+# Bytes of a piece, which has fewer tokens than asked for where expert choices would make it larger.
+PIECE_BYTES = 2 << 20
 
 CHUNKS = Counter("perigee_buffer_chunks_total", "Chunks received, by outcome.", ["outcome"])
 TOKENS_RECEIVED = Counter("perigee_buffer_received_tokens_total", "Tokens in the chunks received.")
@@ -59,8 +63,8 @@ VERDICTS = Counter("perigee_buffer_verdicts_total", "Verdicts recorded.")
 COMMITS = Counter("perigee_buffer_commits_total", "Iterations committed.")
 
 Arguments = list[str | bytes | int]
-# Part of a trajectory, and the bytes of its tokens.
-Piece = tuple[pb.ReadTrajectoriesResponse, int]
+# Part of a trajectory, and the bytes of its tokens and of its expert choices.
+Piece = tuple[pb.ReadTrajectoriesResponse, int, int]
 
 
 async def create_run(scripts: ScriptRunner, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
@@ -215,6 +219,7 @@ async def append_chunks(
             chunk.logprobs,
             pack_spans(chunk.versions, chunk.offset),
             chunk.end_reason,
+            chunk.experts,
         )
     ends = any(chunk.end_reason for chunk in chunks)
     durability = Durability.SEGMENT if ends else Durability.NONE
@@ -227,17 +232,18 @@ async def append_chunks(
 
 
 async def read_trajectories(
-    scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str], *, with_logprobs: bool, piece_tokens: int
+    scripts: ScriptRunner, request: pb.ReadTrajectoriesRequest, piece_tokens: int
 ) -> AsyncGenerator[pb.ReadTrajectoriesResponse, None]:
-    """Reads every trajectory in pieces of at most `piece_tokens` tokens, in the order asked for.
+    """Reads every trajectory in pieces of at most `piece_tokens` tokens and 2 MiB, in the order asked for.
 
     Raises NotFoundError for an unknown trajectory, AbortedError when one is consumed while it is read.
     """
-    for start in range(0, len(trajectory_ids), HEADS_PER_CALL):
-        pieces = await _plan_pieces(scripts, run_id, trajectory_ids[start : start + HEADS_PER_CALL], piece_tokens)
+    for start in range(0, len(request.trajectory_ids), HEADS_PER_CALL):
+        ids = request.trajectory_ids[start : start + HEADS_PER_CALL]
+        pieces = await _plan_pieces(scripts, request.run_id, ids, piece_tokens, request.with_experts)
         for batch in _batch(pieces):
-            await _read_batch(scripts, run_id, batch, with_logprobs)
-            for message, size in batch:
+            await _read_batch(scripts, request.run_id, batch, request.with_logprobs)
+            for message, size, _ in batch:
                 TOKENS_READ.inc(size // ITEM_BYTES)
                 yield message
 
@@ -265,17 +271,20 @@ def unpack_spans(versions: str, first: int, last: int) -> list[pb.VersionSpan]:
 
 
 async def _plan_pieces(
-    scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str], piece_tokens: int
+    scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str], piece_tokens: int, with_experts: bool
 ) -> list[Piece]:
     """Returns the pieces of trajectories, one of each at least, before their tokens are read."""
     _, page_json, prompts = await scripts.run(READ_HEADS, run_id, *trajectory_ids)
     rows, prompt_sizes = json.loads(page_json)
     ends = list(accumulate(prompt_sizes))
     pieces = []
-    for trajectory_id, (prompt, tokens_text, epoch, ending, versions) in zip(trajectory_ids, rows, strict=True):
-        tokens = int(tokens_text)
-        for first in range(0, max(tokens, 1), piece_tokens):
-            last = min(first + piece_tokens, tokens)
+    for trajectory_id, (prompt, tokens_text, epoch, ending, versions, choices) in zip(
+        trajectory_ids, rows, strict=True
+    ):
+        tokens, expert_bytes = int(tokens_text), int(choices) if with_experts else 0
+        step = min(piece_tokens, max(1, PIECE_BYTES // (2 * ITEM_BYTES + expert_bytes)))
+        for first in range(0, max(tokens, 1), step):
+            last = min(first + step, tokens)
             message = pb.ReadTrajectoriesResponse(
                 trajectory_id=trajectory_id,
                 offset=first,
@@ -286,7 +295,7 @@ async def _plan_pieces(
             )
             if first == 0:
                 message.prompt_token_ids = prompts[ends[prompt] - prompt_sizes[prompt] : ends[prompt]]
-            pieces.append((message, (last - first) * ITEM_BYTES))
+            pieces.append((message, (last - first) * ITEM_BYTES, (last - first) * expert_bytes))
     return pieces
 
 
@@ -295,11 +304,12 @@ def _batch(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
-        if batch and size + piece[1] > TOKENS_PER_CALL * ITEM_BYTES:
+        _, token_bytes, expert_bytes = piece
+        if batch and size + token_bytes + expert_bytes > BYTES_PER_CALL:
             yield batch
             batch, size = [], 0
         batch.append(piece)
-        size += piece[1]
+        size += token_bytes + expert_bytes
     if batch:
         yield batch
 
@@ -307,17 +317,18 @@ def _batch(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
 async def _read_batch(scripts: ScriptRunner, run_id: str, batch: Sequence[Piece], with_logprobs: bool) -> None:
     """Fills in the tokens of pieces, read in one script call."""
     arguments: Arguments = [int(with_logprobs)]
-    for message, size in batch:
+    for message, size, expert_size in batch:
         if size:
             begin = message.offset * ITEM_BYTES
-            arguments += (message.trajectory_id, begin, begin + size - 1)
-    _, token_ids, logprobs = await scripts.run(READ_TOKENS, run_id, *arguments)
-    if len(token_ids) != sum(size for _, size in batch):
+            arguments += (message.trajectory_id, begin, begin + size - 1, expert_size * ITEM_BYTES // size)
+    _, token_ids, logprobs, experts = await scripts.run(READ_TOKENS, run_id, *arguments)
+    if (len(token_ids), len(experts)) != (sum(size for _, size, _ in batch), sum(size for _, _, size in batch)):
         raise AbortedError(f"a trajectory of run {run_id!r} was consumed while it was read")
-    start = 0
-    for message, size in batch:
+    start = expert_start = 0
+    for message, size, expert_size in batch:
         message.token_ids, message.logprobs = token_ids[start : start + size], logprobs[start : start + size]
-        start += size
+        message.experts = experts[expert_start : expert_start + expert_size]
+        start, expert_start = start + size, expert_start + expert_size
 
 
 def _read_run_state(run_id: str, fields: Sequence[Any]) -> pb.RunState:

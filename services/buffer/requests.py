@@ -124,6 +124,8 @@ def _check_chunk(field: str, chunk: pb.Chunk, checks: Checks, limits: LimitsConf
         checks.refuse(f"{field}.logprobs", f"holds {len(chunk.logprobs)} bytes, token_ids {len(chunk.token_ids)}")
     elif not len(chunk.logprobs) % ITEM_BYTES and not all_finite(chunk.logprobs):
         checks.refuse(f"{field}.logprobs", "must be finite numbers")
+    if len(chunk.experts) % max(tokens, 1) or (chunk.experts and not tokens):
+        checks.refuse(f"{field}.experts", f"holds {len(chunk.experts)} bytes, not as many for each of {tokens} tokens")
     if (spanned := sum(span.tokens for span in chunk.versions)) != tokens:
         checks.refuse(f"{field}.versions", f"spans {spanned} tokens, the chunk has {tokens}")
     if chunk.offset + tokens > limits.trajectory_tokens:

@@ -74,13 +74,7 @@ class BufferService(BufferServiceServicer):
     ) -> AsyncIterator[pb.ReadTrajectoriesResponse]:
         """Streams trajectories with their tokens."""
         requests.check_ids("trajectory_ids", request.trajectory_ids, self._config.limits)
-        pieces = model.read_trajectories(
-            self._scripts,
-            request.run_id,
-            request.trajectory_ids,
-            with_logprobs=request.with_logprobs,
-            piece_tokens=self._config.read_piece_tokens,
-        )
+        pieces = model.read_trajectories(self._scripts, request, self._config.read_piece_tokens)
         async with aclosing(pieces):
             async for piece in pieces:
                 yield piece

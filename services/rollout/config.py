@@ -88,6 +88,9 @@ class RolloutConfig(ServiceConfig):
     """Let a GPU's engine sleep while a trainer uses the GPU; an engine on a CPU always can."""
     engine_threads: int = Field(1, ge=1)
     """Threads of one forward pass on a CPU."""
+    router_replay: bool = False
+    """Record the experts that each token passes in a mixture of experts, for the trainer to use the same ones. A token
+    then takes layers times experts per token bytes more in the buffer, and twice that with more than 256 experts."""
 
     seed: int | None = Field(None, ge=0)
     """Seed of the engine's sampling; drawn at each start when unset. Give workers of one run different ones."""

@@ -62,6 +62,8 @@ class EngineOutput:
     """Set on the last output: a stop token was sampled, max_tokens are there, or the request was interrupted."""
     prompt_scores: Sequence[PromptScore] = ()
     """Those of the tokens after the first, where the request asks for them."""
+    experts: Sequence[bytes] = ()
+    """Packed expert choices of each token; none where they are not recorded."""
 
 
 class Engine(ABC):

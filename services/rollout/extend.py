@@ -22,6 +22,7 @@ from services.kit.telemetry import get_logger
 from services.kit.tracing import describe, span
 from services.rollout.engine import EngineDiedError, RequestAbortedError
 from services.rollout.segment import (
+    MAX_CHUNK_BYTES,
     Emit,
     Segment,
     SegmentSettings,
@@ -36,8 +37,7 @@ log = get_logger(__name__)
 
 APPEND_SECONDS = Histogram("perigee_rollout_append_seconds", "Seconds of an append to the buffer.")
 
-# A token takes 8 bytes in a chunk, a chunk's other fields a few hundred: this stays below half a message.
-MAX_BATCH_TOKENS = 128 << 10
+# A chunk's other fields take a few hundred bytes.
 MAX_BATCH_CHUNKS = 2048
 INTERRUPT_EVERY_S = 0.1
 DURABLE = {buffer_pb2.APPEND_OUTCOME_APPENDED, buffer_pb2.APPEND_OUTCOME_DUPLICATE}
@@ -262,16 +262,20 @@ class ChunkWriter:
     async def _gather(self) -> list[PendingChunk]:
         """Waits for a chunk, then for those of the other writers, until the flush is due or the batch is full."""
         batch = [await self._queue.get()]
-        tokens = count_tokens(batch[0][0].token_ids)
+        size = _count_bytes(batch[0][0])
         deadline = asyncio.get_running_loop().time() + self._flush_seconds
-        while tokens < MAX_BATCH_TOKENS and len(batch) < min(self.writers, MAX_BATCH_CHUNKS):
+        while size < MAX_CHUNK_BYTES and len(batch) < min(self.writers, MAX_BATCH_CHUNKS):
             try:
                 async with asyncio.timeout_at(deadline):
                     batch.append(await self._queue.get())
             except TimeoutError:
                 break
-            tokens += count_tokens(batch[-1][0].token_ids)
+            size += _count_bytes(batch[-1][0])
         return batch
+
+
+def _count_bytes(chunk: buffer_pb2.Chunk) -> int:
+    return len(chunk.token_ids) + len(chunk.logprobs) + len(chunk.experts)
 
 
 def _report_outcomes(batch: Sequence[PendingChunk], outcomes: Sequence[buffer_pb2.AppendOutcome.ValueType]) -> None:

@@ -69,6 +69,9 @@ def merge(parts: list[EngineCoreOutput]) -> EngineCoreOutput:
             np.concatenate([each.logprobs for each in logprobs]),
             np.concatenate([each.sampled_token_ranks for each in logprobs]),
         )
+    experts = [part.routed_experts for part in parts if part.routed_experts is not None]
+    if experts:
+        last.routed_experts = np.concatenate(experts)
     last.prefill_stats = first.prefill_stats
     return last
 

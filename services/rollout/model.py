@@ -9,9 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from perigee.buffer.packing import choice_bytes
 from perigee.errors import InvalidArgumentError
 from services.kit.chat import PromptEncoder, open_encoder
-from services.kit.hf import open_model_folder
+from services.kit.hf import ModelFolder, open_model_folder
 from services.weights.manifest import WeightImage
 from services.weights.safetensors import FIELD as SHARDS_FIELD
 from services.weights.safetensors import read_header
@@ -36,6 +37,8 @@ class PolicyModel:
     stop_token_ids: tuple[int, ...]
     encoder: PromptEncoder
     """Chat template and tokenizer."""
+    expert_bytes: int = 0
+    """Bytes of a token's packed expert choices; 0 without a mixture of experts."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -108,4 +111,15 @@ def open_policy(path: str, max_model_len: int | None) -> PolicyModel:
         dtype=folder.dtype,
         stop_token_ids=folder.stop_token_ids,
         encoder=open_encoder(folder),
+        expert_bytes=count_expert_bytes(folder),
     )
+
+
+def count_expert_bytes(folder: ModelFolder) -> int:
+    """Returns the bytes of a token's packed expert choices; 0 without a mixture of experts."""
+    # transformers 4 writes num_experts, transformers 5 num_local_experts.
+    experts = folder.config.get("num_experts") or folder.config.get("num_local_experts") or 0
+    if not experts:
+        return 0
+    layers = folder.positive_integer("num_hidden_layers")
+    return layers * folder.positive_integer("num_experts_per_tok") * choice_bytes(experts)

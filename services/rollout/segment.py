@@ -30,6 +30,9 @@ EndReason: TypeAlias = "buffer_pb2.EndReason.ValueType"
 # Tokens that may be generated past the point of repetition before it is seen.
 REPETITION_STRIDE_TOKENS = 32
 MAX_PERIOD = 4096
+# Tokens, log-probabilities and expert choices of a chunk, and of those that share an append: two of them stay below
+# half a message.
+MAX_CHUNK_BYTES = 1 << 20
 # Items that producers may be ahead of the caller.
 QUEUE_ITEMS = 1024
 MAX_TEMPERATURE = 10.0
@@ -208,6 +211,8 @@ class _ChunkCutter:
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[VersionSpan] = []
+        # As many as tokens, or too few where the engine did not give those of each.
+        self._experts: list[bytes] = []
 
     def add(
         self, output: EngineOutput, kept: int, end_reason: EndReason, *, is_last: bool
@@ -218,6 +223,7 @@ class _ChunkCutter:
         """
         self._token_ids += output.token_ids[:kept]
         self._logprobs += output.logprobs[:kept]
+        self._experts += output.experts[:kept]
         self._versions = slice_spans([*self._versions, *output.versions], 0, len(self._token_ids))
         while len(self._token_ids) > self._chunk_tokens or (self._token_ids and is_last):
             yield self._cut(min(len(self._token_ids), self._chunk_tokens), end_reason)
@@ -231,9 +237,11 @@ class _ChunkCutter:
             logprobs=pack_logprobs(self._logprobs[:tokens]),
             versions=slice_spans(self._versions, 0, tokens),
             end_reason=end_reason if tokens == len(self._token_ids) else buffer_pb2.END_REASON_UNSPECIFIED,
+            experts=b"".join(self._experts[:tokens]) if len(self._experts) == len(self._token_ids) else b"",
         )
         self._versions = slice_spans(self._versions, tokens, len(self._token_ids))
         self._token_ids, self._logprobs = self._token_ids[tokens:], self._logprobs[tokens:]
+        self._experts = self._experts[tokens:]
         self._offset += tokens
         return chunk
 

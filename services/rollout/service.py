@@ -12,6 +12,7 @@ from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.packing import ITEM_BYTES
 from perigee.coordinator.client import CoordinatorClient
 from perigee.errors import FieldViolation, InternalError, InvalidArgumentError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
@@ -35,7 +36,7 @@ from services.rollout.generate import generate
 from services.rollout.model import PolicyModel, open_policy
 from services.rollout.registration import keep_registered
 from services.rollout.residence import RESIDENCES
-from services.rollout.segment import SegmentSettings, check_repetition_stop, check_sampling
+from services.rollout.segment import MAX_CHUNK_BYTES, SegmentSettings, check_repetition_stop, check_sampling
 from services.rollout.worker import DRAINING, READY, Worker, supervise
 from services.weights.manifest import WeightImage
 from services.weights.receive import WeightReceiver
@@ -128,11 +129,13 @@ def segment_settings(
     """Returns the settings that a call's segments share; raises InvalidArgumentError for what cannot be corrected."""
     check_sampling(request.sampling, trained_on=trained_on)
     check_repetition_stop(request.repetition_stop)
+    config, model = worker.config, worker.model
+    token_bytes = 2 * ITEM_BYTES + (model.expert_bytes if config.router_replay else 0)
     return SegmentSettings(
         sampling=request.sampling,
         repetition_stop=request.repetition_stop,
-        stop_token_ids=worker.model.stop_token_ids,
-        chunk_tokens=worker.config.chunk_tokens,
+        stop_token_ids=model.stop_token_ids,
+        chunk_tokens=min(config.chunk_tokens, MAX_CHUNK_BYTES // token_bytes),
     )
 
 
@@ -191,6 +194,10 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     """
     config = app.config
     model = open_policy(await find_model(app), config.max_model_len)
+    if config.router_replay and not model.expert_bytes:
+        raise InvalidArgumentError.for_field(
+            "rollout.router_replay", f"{model.path} is no mixture of experts, so there is nothing to record: unset it"
+        )
     address = config.advertise_address or join_address(advertised_host(config.server), app.address.rpartition(":")[2])
     # The import takes seconds, and SIGTERM must be heard meanwhile.
     engine = await asyncio.to_thread(build_engine, config, model)

@@ -34,6 +34,7 @@ from services.rollout.engine import Engine, EngineDiedError, EngineOutput, Engin
 from services.rollout.fork_server import EngineContext, engine_environment
 from services.rollout.held_outputs import END_REQUESTS
 from services.rollout.model import PolicyModel
+from services.rollout.vllm_experts import pack_rows, take_rows
 from services.rollout.vllm_extension import BACKEND, WorkerExtension
 from services.weights.manifest import WeightImage
 
@@ -74,6 +75,11 @@ class VllmEngine(Engine):
             except asyncio.CancelledError:
                 await self._end_start(starting)
                 raise
+            except ValueError as error:
+                if not re.search("AuxOutput|routed.experts", str(error)):
+                    raise
+                reason = f"vLLM records no experts here: {' '.join(str(error).split())}"
+                raise InvalidArgumentError.for_field("rollout.router_replay", reason) from error
             await self._llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info={}))
         # Collections during generation need not walk what the imports left.
         gc.freeze()
@@ -282,14 +288,17 @@ def _read_output(output: Any, state: Any, offset: int) -> EngineOutput:
     completion = output.outputs[0]
     if output.finished and completion.finish_reason not in ("stop", "length", "abort"):
         raise EngineDiedError(f"the engine ended the request: {completion.finish_reason}")
+    tokens = len(completion.token_ids)
     starts = final_starts(completion) if output.finished else state.weight_version_starts
+    experts = completion.routed_experts if output.finished else take_rows(state.routed_experts_chunks, tokens)
     return EngineOutput(
         token_ids=completion.token_ids,
         logprobs=completion.logprobs.logprobs,
-        versions=version_spans(starts, offset, offset + len(completion.token_ids)),
+        versions=version_spans(starts, offset, offset + tokens),
         cached_tokens=output.num_cached_tokens or 0,
         finish=completion.finish_reason,
         prompt_scores=read_scores(output.prompt_logprobs) if output.prompt_logprobs else (),
+        experts=() if experts is None else pack_rows(experts, tokens),
     )
 
 
@@ -317,6 +326,8 @@ def sampling_params(request: EngineRequest) -> SamplingParams:
         output_kind=RequestOutputKind.FINAL_ONLY if final_only else RequestOutputKind.DELTA,
         stream_interval=None if final_only else request.stride_tokens,
         skip_clone=True,
+        # The choices of the last token of the prompt are those of the first one that is drawn.
+        routed_experts_prompt_start=len(request.token_ids) - 1,
     )
 
 
@@ -378,4 +389,5 @@ def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineAr
         max_num_batched_tokens=config.max_num_batched_tokens,
         kv_cache_memory_bytes=kv_cache_bytes,
         enable_sleep_mode=config.enable_sleep_mode and not current_platform.is_cpu(),
+        enable_return_routed_experts=config.router_replay,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import set_current_vllm_config
+from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -26,6 +26,7 @@ from vllm.v1.engine.core import EngineCoreProc
 
 from perigee.weights.v1 import weights_pb2 as pb
 from services.rollout.held_outputs import hold_outputs
+from services.rollout.vllm_experts import record_experts
 from services.rollout.vllm_slices import find_slices
 from services.weights.pieces import Rectangle, read_pieces
 from services.weights.safetensors import read_tensors
@@ -210,3 +211,4 @@ if BACKEND not in WeightTransferEngineFactory._registry:
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
         restore_seeds_of_split_prefills(CPUModelRunner)
+        record_experts(CPUModelRunner, VllmConfig)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from perigee.buffer.client import BufferClient, StoredTrajectory
-from perigee.errors import FailedPreconditionError
+from perigee.buffer.packing import choice_bytes
+from perigee.errors import DataLossError, FailedPreconditionError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.chat import encode_examples, open_encoder
 from services.kit.hf import ModelFolder
 from services.kit.storage import local_file
+from services.trainer.hf import ModelShape
 from services.trainer.packing import TokenSequence
 
 
@@ -25,6 +29,8 @@ class Trajectory:
     tokens_T: npt.NDArray[np.int64]
     rollout_logprobs_T: npt.NDArray[np.float32]
     versions_T: npt.NDArray[np.int64]
+    experts: bytes = b""
+    """Packed expert choices of the rollout, for each response token; empty where none are recorded."""
 
 
 async def read_trajectories(
@@ -34,7 +40,9 @@ async def read_trajectories(
 
     Raises FailedPreconditionError for one that has not ended, DataLossError for one whose pieces do not fit together.
     """
-    stored = buffer.read_trajectories(run_id, trajectory_ids, with_logprobs=True, timeout_s=timeout_s)
+    stored = buffer.read_trajectories(
+        run_id, trajectory_ids, with_logprobs=True, with_experts=True, timeout_s=timeout_s
+    )
     return {each.trajectory_id: unpack_trajectory(each) async for each in stored}
 
 
@@ -52,7 +60,23 @@ def unpack_trajectory(stored: StoredTrajectory) -> Trajectory:
             np.array([span.policy_version for span in stored.versions], dtype=np.int64),
             np.array([span.tokens for span in stored.versions], dtype=np.int64),
         ),
+        experts=stored.experts,
     )
+
+
+def unpack_experts(trajectory: Trajectory, shape: ModelShape) -> npt.NDArray[np.unsignedinteger[Any]]:
+    """Returns the experts that the rollout chose for each response token, [T, layers, experts per token].
+
+    Raises DataLossError when they are not those of a model of this shape.
+    """
+    wanted = (len(trajectory.tokens_T), shape.layers, shape.experts_per_token)
+    choices = np.frombuffer(trajectory.experts, f"<u{choice_bytes(shape.experts)}")
+    if choices.size != math.prod(wanted) or choices.max() >= shape.experts:
+        raise DataLossError(
+            f"the expert choices of a trajectory are not of {shape.layers} layers with {shape.experts} experts, of "
+            f"which a token passes {shape.experts_per_token}: rollout workers and trainer have other models"
+        )
+    return choices.reshape(wanted)
 
 
 def read_examples(name: str, model: ModelFolder, chat: pb.ChatSettings, max_tokens: int) -> list[TokenSequence]:

@@ -180,6 +180,8 @@ class TokenSequence:
 
     tokens: npt.NDArray[np.int64]
     trained_T: npt.NDArray[np.bool_]
+    experts_TLK: npt.NDArray[np.unsignedinteger[Any]] | None = None
+    """Experts that the rollout chose for the last T predictions, those of the response."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,8 @@ class MicroBatch:
     packed: PackLayout
     index: int
     is_filler: bool = False
+    experts_TLK: torch.Tensor | None = None
+    """Experts that routers are to take, -1 where they choose; None where no sequence has any."""
 
 
 def make_micro_batches(
@@ -219,4 +223,23 @@ def _make_batch(
         packed=pack_layout([len(s.tokens) - 1 for s in sequences], device),
         index=index,
         is_filler=is_filler,
+        experts_TLK=_join_experts(sequences, device),
     )
+
+
+def _join_experts(sequences: Sequence[TokenSequence], device: torch.device) -> torch.Tensor | None:
+    """Returns the rollout's experts for predictions that are trained.
+
+    Prompts and stale tokens route themselves: the engine read them anew under the weights that drew the tokens after.
+    """
+    given = [s.experts_TLK for s in sequences if s.experts_TLK is not None]
+    if not given:
+        return None
+    joined_TLK = np.full((sum(len(s.trained_T) for s in sequences), *given[0].shape[1:]), -1, np.int16)
+    stop = 0
+    for s in sequences:
+        stop += len(s.trained_T)
+        if s.experts_TLK is not None:
+            joined_TLK[stop - len(s.experts_TLK) : stop] = s.experts_TLK
+            joined_TLK[stop - len(s.trained_T) : stop][~s.trained_T] = -1
+    return torch.from_numpy(joined_TLK).to(device)

@@ -11,7 +11,7 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.tracing import span
 from services.trainer.algorithms import make_algorithm
 from services.trainer.algorithms.base import Algorithm, LossBatch
-from services.trainer.data import Trajectory
+from services.trainer.data import Trajectory, unpack_experts
 from services.trainer.megatron.model import Evaluated, Policy
 from services.trainer.megatron.optimizer import scheduled_rate
 from services.trainer.megatron.parallel import ObjectChannel
@@ -226,6 +226,8 @@ class _Iteration:
         self._packs: list[list[_Pack]] = []
         self._reference: list[list[torch.Tensor]] = [[]]
         self._norms: list[float] = []
+        # Whether any rank has trajectories with expert choices.
+        self._replays = False
         # Sums over this rank's tokens, and the largest difference between rollout and trainer.
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._largest_difference = 0.0
@@ -255,18 +257,23 @@ class _Iteration:
         if self._policy.dims.is_replica_leader:
             try:
                 found = read(self._request.run_id, [trajectory.trajectory_id for trajectory in planned])
-                self._check_counts(planned, found)
+                self._check_stored(planned, found)
             except PerigeeError as problem:
                 error = problem
         self._context.everyone.raise_first(error)
         found = self._context.replica.broadcast(found)
         self._packs = [[self._make_pack(pack, found) for pack in packs] for packs in own]
+        if self._policy.shape.experts:
+            replayed = [each.trained_tokens for each in planned if found[each.trajectory_id].experts]
+            self._replays = any(self._context.everyone.gather(bool(replayed)))
+            if self._policy.dims.is_replica_leader:
+                self._sums["replayed_tokens"] += sum(replayed)
 
-    def _check_counts(self, planned: Sequence[PlannedTrajectory], found: Mapping[str, Trajectory]) -> None:
-        """Raises DataLossError when the buffer holds other tokens than the request says."""
+    def _check_stored(self, planned: Sequence[PlannedTrajectory], found: Mapping[str, Trajectory]) -> None:
+        """Raises DataLossError when the buffer holds other tokens than the request says, or another model's experts."""
         for each in planned:
             trajectory = found[each.trajectory_id]
-            sequence = make_sequence(trajectory, self._request.base_version, self._update.max_staleness)
+            sequence = self._make_sequence(trajectory)
             stored = (len(trajectory.prompt_tokens), len(trajectory.tokens_T), int(sequence.trained_T.sum()))
             wanted = (each.prompt_tokens, each.response_tokens, each.trained_tokens)
             if stored != wanted:
@@ -275,11 +282,17 @@ class _Iteration:
                     f"the request says {wanted}"
                 )
 
+    def _make_sequence(self, trajectory: Trajectory) -> TokenSequence:
+        sequence = make_sequence(trajectory, self._request.base_version, self._update.max_staleness)
+        if not trajectory.experts or not self._policy.shape.experts:
+            return sequence
+        return replace(sequence, experts_TLK=unpack_experts(trajectory, self._policy.shape))
+
     def _make_pack(self, pack: Sequence[PlannedTrajectory], found: Mapping[str, Trajectory]) -> _Pack:
         base, sequences, logprobs, sampled_by_base = self._request.base_version, [], [], []
         for planned in pack:
             trajectory = found[planned.trajectory_id]
-            sequences.append(make_sequence(trajectory, base, self._update.max_staleness))
+            sequences.append(self._make_sequence(trajectory))
             prompt_T = np.zeros(planned.prompt_tokens - 1, np.bool_)
             logprobs.append(np.concatenate([prompt_T.astype(np.float32), trajectory.rollout_logprobs_T]))
             sampled_by_base.append(np.concatenate([prompt_T, trajectory.versions_T == base]))
@@ -300,6 +313,8 @@ class _Iteration:
 
         The first step is taken from these weights, and what it computes of its own tokens is their reference.
         """
+        if self._replays:
+            self._evaluate_unreplayed()
         for number in range(1, len(self._steps)):
             batches = self._make_batches(number)
             reference = []
@@ -310,6 +325,18 @@ class _Iteration:
                         reference.append(found.logprobs_T.cpu())
                         self._describe(number, found)
             self._reference.append(reference)
+
+    def _evaluate_unreplayed(self) -> None:
+        """Adds up the distance of the rollout's log-probabilities without replay, over one micro-batch that has it."""
+        packs = [pack for pack in self._packs[0] if any(each.experts_TLK is not None for each in pack.sequences)][:1]
+        [batch] = make_micro_batches([pack.sequences for pack in packs], self._policy.dims.device)
+        found = self._policy.evaluate([replace(batch, experts_TLK=None)], self._update.temperature)
+        for each, pack in zip(found, packs, strict=False):
+            ratios_B = (each.logprobs_T.cpu() - pack.rollout_logprobs_T)[pack.base_T].double()
+            self._sums["unreplayed_difference"] += float(ratios_B.abs().sum())
+            self._sums["unreplayed_tokens"] += len(ratios_B)
+        # Those of an earlier iteration's last steps.
+        self._policy.take_replay_counts()
 
     def _describe(self, step: int, found: Evaluated) -> None:
         """Adds up entropies, and for tokens of the base version the distance of the rollout's log-probabilities."""
@@ -338,9 +365,17 @@ class _Iteration:
                 entropies=number == 0,
             )
             self._norms.append(norm)
+            if number == 0:
+                self._count_replayed()
             for report in reports:
                 for name, value in report.items():
                     self._sums[name] += value
+
+    def _count_replayed(self) -> None:
+        """Adds up the choices replayed so far, all of them under the weights that open the iteration."""
+        replayed, differing = self._policy.take_replay_counts()
+        self._sums["replayed_choices"] += replayed
+        self._sums["differing_choices"] += differing
 
     def _loss(self, step: int, found: Evaluated) -> tuple[torch.Tensor, dict[str, float]]:
         """Returns the micro-batch's part of the minibatch's loss, and the sums to report of it."""
@@ -418,6 +453,13 @@ class _Iteration:
             "train/tokens_per_second": _ratio(self._sequence_tokens(), seconds["reference"] + seconds["update"]),
             "train/peak_memory_bytes": max(peak for _, _, peak in reports),
         }
+        if self._policy.shape.experts:
+            metrics["train/replay_share"] = _ratio(sums["replayed_tokens"], trained)
+        if self._replays:
+            metrics["train/replay_diff_share"] = sums["differing_choices"] / sums["replayed_choices"]
+            metrics["train/unreplayed_logprob_diff_mean"] = _ratio(
+                sums["unreplayed_difference"], sums["unreplayed_tokens"]
+            )
         metrics |= {f"time/{name}_seconds": value for name, value in seconds.items()}
         own = {name.removeprefix("algorithm/"): value for name, value in sums.items() if name.startswith("algorithm/")}
         return metrics | {f"train/{name}": _ratio(value, trained) for name, value in own.items()}

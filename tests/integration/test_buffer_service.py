@@ -97,6 +97,54 @@ async def list_groups(client: BufferClient, run_id: str) -> list[pb.GroupSummary
     return [item async for page in client.list_groups(pb.ListGroupsRequest(run_id=run_id)) for item in page.groups]
 
 
+async def read_experts(client: BufferClient, run_id: str, trajectory_id: str) -> bytes:
+    """The expert choices that the buffer holds, if it holds them for every token."""
+    [stored] = [each async for each in client.read_trajectories(run_id, [trajectory_id], with_experts=True)]
+    assert len(stored.experts) in (0, 3 * stored.tokens)
+    return stored.experts
+
+
+async def test_expert_choices_are_those_of_all_tokens_or_none(buffer_client: BufferClient, run_id: str) -> None:
+    def add(position: int, offset: int, tokens: str, width: int = 3) -> pb.Chunk:
+        added = chunk(f"g.{position}", 1, offset, list(tokens.encode()))
+        added.experts = b"".join(token.encode() * width for token in tokens)
+        return added
+
+    await buffer_client.create_groups(pb.CreateGroupsRequest(run_id=run_id, groups=[group("g", k=4)]))
+    await lease(buffer_client, run_id, *(f"g.{position}" for position in range(4)))
+    first = [add(0, 0, "abcd"), add(1, 0, "ab", width=0), add(2, 0, "ab"), add(3, 0, "ab")]
+    assert await append(buffer_client, run_id, *first) == [APPENDED] * 4
+    # One goes on, sent again and overlapping; the others lack choices at first, lose them, or change their size.
+    then = [add(0, 0, "abcd"), add(0, 2, "cdef"), add(1, 2, "c"), add(2, 2, "c", width=0), add(3, 2, "c", width=2)]
+    assert await append(buffer_client, run_id, *then) == [DUPLICATE, *[APPENDED] * 4]
+    assert await read_experts(buffer_client, run_id, "g.0") == b"aaabbbcccdddeeefff"
+    assert [await read_experts(buffer_client, run_id, f"g.{position}") for position in (1, 2, 3)] == [b""] * 3
+    # They do not come back with later chunks that have them, nor without being asked for.
+    assert await append(buffer_client, run_id, add(2, 3, "d"), add(3, 3, "d")) == [APPENDED] * 2
+    assert [await read_experts(buffer_client, run_id, f"g.{position}") for position in (2, 3)] == [b""] * 2
+    assert [piece.experts for piece in await read(buffer_client, run_id, "g.0")] == [b""]
+    broken = add(0, 6, "gh")
+    broken.experts = b"12345"
+    with pytest.raises(InvalidArgumentError, match="holds 5 bytes, not as many for each of 2 tokens"):
+        await append(buffer_client, run_id, broken)
+
+
+async def test_pieces_with_expert_choices_stay_small(buffer_client: BufferClient, run_id: str) -> None:
+    await buffer_client.create_groups(pb.CreateGroupsRequest(run_id=run_id, groups=[group("g", k=1)]))
+    await lease(buffer_client, run_id, "g.0")
+    for offset in (0, 2000):
+        large = chunk("g.0", 1, offset, range(offset, offset + 2000))
+        large.experts = b"".join(token.to_bytes(2, "little") * 600 for token in range(offset, offset + 2000))
+        assert await append(buffer_client, run_id, large) == [APPENDED]
+    request = pb.ReadTrajectoriesRequest(run_id=run_id, trajectory_ids=["g.0"], with_experts=True)
+    pieces = [piece async for piece in buffer_client.read_pieces(request)]
+    assert [piece.ByteSize() < 2 << 20 for piece in pieces] == [True] * 3
+    experts = b"".join(piece.experts for piece in pieces)
+    assert [experts[at : at + 2] for at in range(0, len(experts), 1200)] == [
+        token.to_bytes(2, "little") for token in range(4000)
+    ]
+
+
 async def test_run_is_created_once(buffer_client: BufferClient, run_id: str) -> None:
     request = pb.CreateRunRequest(run_id=run_id, config_digest="d", policy_version=9, coordinator_state=b"other")
     response = await buffer_client.create_run(request)

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Hugging Face in and out; log-probabilities and training over tensor, pipeline, expert and data ranks."""
+"""Qwen3-MoE: Hugging Face in and out, training and router replay over tensor, pipeline, expert and data ranks."""
 
 from __future__ import annotations
 
@@ -16,16 +16,19 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from perigee.cli.check import count_activations, count_by_config
-from perigee.errors import InvalidArgumentError
+from perigee.errors import DataLossError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.rollout.model import open_policy
 from services.trainer.config import TrainerConfig
+from services.trainer.data import unpack_experts
 from services.trainer.hf import read_model_shape
 from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request, write_model
-from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, make_batches, train
+from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, make_batches, to_trajectories, train
 
 if TYPE_CHECKING:
+    from services.trainer.data import Trajectory
     from services.trainer.engine import Engine
+    from services.trainer.packing import TokenSequence
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 LAYOUTS = [
@@ -169,6 +172,134 @@ def test_the_load_balancing_loss_is_the_mean_over_tokens(
         expected = model.get_parameter(name).grad
         if expected is not None:
             assert torch.allclose(gradient[name], expected, rtol=1e-3, atol=1e-6), name
+
+
+def force(model: torch.nn.Module, experts_TLK: torch.Tensor) -> list[torch.Tensor]:
+    """Has the routers of transformers take these experts, or their own where negative; returns their own, by layer."""
+    found: list[torch.Tensor] = []
+    for number, layer in enumerate(model.get_submodule("model.layers").children()):
+        gate = layer.get_submodule("mlp.gate")
+
+        def choose(
+            hidden_TD: torch.Tensor, gate: Any = gate, wanted_TK: torch.Tensor = experts_TLK[:, number].long()
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+            logits_TE = hidden_TD.flatten(0, -2) @ gate.weight.T
+            found.append(logits_TE.topk(2, -1).indices)
+            chosen_TK = torch.where(wanted_TK < 0, found[-1], wanted_TK)
+            return logits_TE, logits_TE.gather(1, chosen_TK).softmax(-1), chosen_TK
+
+        gate.forward = choose
+    return found
+
+
+def draw_experts(generator: np.random.Generator, tokens: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Two distinct experts of four for each token and layer."""
+    return generator.random((tokens, 2, 4)).argsort(-1)[:, :, :2].astype(np.uint8)
+
+
+def replay(
+    engine: Engine, replayed: list[TokenSequence]
+) -> tuple[list[torch.Tensor], tuple[int, int], dict[str, torch.Tensor]]:
+    """Log-probabilities of an evaluation and of a step, what the step replayed, and the gradient of their sum."""
+    from services.trainer.packing import make_micro_batches
+
+    policy = engine.policy
+    batches = make_micro_batches([[sequence] for sequence in replayed], engine.dims.device)
+    logprobs = [each.logprobs_T for each in policy.evaluate(batches, 1.0)]
+    policy.take_replay_counts()
+    policy.begin_job(pb.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0))
+    _, reports = policy.step(batches, 1.0, lambda found: (found.logprobs_T.sum(), found.logprobs_T.detach()), 0.0)
+    with torch.no_grad():
+        for parameter in policy.core.parameters():
+            parameter.copy_(parameter.main_grad)
+    return logprobs + reports, policy.take_replay_counts(), dict(policy.collect())
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(tensor=2, expert=2)], ids=str)
+def test_replayed_experts_are_used_and_trained(run_ranks: RunRanks, trainer_model: Path, sizes: Sizes) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from services.trainer.packing import TokenSequence
+
+    generator = np.random.default_rng(1)
+    model = AutoModelForCausalLM.from_pretrained(trainer_model, dtype=torch.float32)
+    replayed, expected, differing = [], [], 0
+    for tokens in sequences():
+        trained_T = np.arange(len(tokens) - 1) >= len(tokens) // 3
+        replayed.append(TokenSequence(tokens, trained_T, draw_experts(generator, len(trained_T))))
+        # Prompts route themselves.
+        wanted_TLK = torch.from_numpy(np.where(trained_T[:, None, None], replayed[-1].experts_TLK, np.int16(-1)))
+        own = force(model, wanted_TLK)
+        ids = torch.from_numpy(tokens)[None]
+        logprobs_TV = torch.log_softmax(model(ids[:, :-1]).logits[0], -1)
+        expected.append(logprobs_TV.gather(1, ids[0, 1:, None])[:, 0] * torch.from_numpy(trained_T))
+        own_TLK = torch.stack(own, 1)
+        chosen_TLK = torch.where(wanted_TLK < 0, own_TLK, wanted_TLK)
+        differing += int((chosen_TLK[..., None] != own_TLK[..., None, :]).all(-1).sum())
+    sum(each.sum() for each in expected).backward()
+    logprobs, counts, gradient = run_ranks(sizes, partial(replay, replayed=replayed))
+    for found_T, expected_T in zip(logprobs, expected * 2, strict=True):
+        assert (found_T - expected_T).abs().max() < 1e-5
+    assert counts == (4 * sum(int(each.trained_T.sum()) for each in replayed), differing)
+    compared = {name: value for name, value in model.named_parameters() if name in gradient and "lm_head" not in name}
+    assert sum(name.endswith("mlp.gate.weight") for name in compared) == 2
+    for name, value in compared.items():
+        assert torch.allclose(gradient[name], value.grad, rtol=1e-3, atol=1e-5), name
+
+
+def train_replayed(engine: Engine, trajectories: dict[str, Trajectory], request: pb.TrainRequest) -> Any:
+    """The metrics of an iteration over the trajectories, and the weights after it."""
+    from services.trainer.training import train_iteration
+
+    result = train_iteration(
+        engine.policy, engine.job_context(), request, 0, lambda _, ids: {name: trajectories[name] for name in ids}
+    )
+    return dict(result.metrics), dict(engine.policy.collect())
+
+
+def test_an_iteration_replays_the_rollout(run_ranks: RunRanks, trainer_model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    generator = np.random.default_rng(2)
+    model = AutoModelForCausalLM.from_pretrained(trainer_model, dtype=torch.float32)
+    # The first trajectory of each group has stale tokens, the last one no choices.
+    groups = make_groups("replay", 7, groups=3, k=3, spans=[[(0, 5), (1, 7)], [(1, 12)], [(1, 4)]])
+    trajectories = to_trajectories(groups)
+    for position, (name, trajectory) in enumerate(trajectories.items()):
+        prompt, tokens = len(trajectory.prompt_tokens), len(trajectory.tokens_T)
+        experts_TLK = draw_experts(generator, tokens)
+        wanted_TLK = np.full((prompt + tokens - 1, 2, 2), -1, np.int16)
+        if position % 3 < 2:
+            trajectory = replace(trajectory, experts=experts_TLK.tobytes())
+            wanted_TLK[prompt - 1 :][trajectory.versions_T == 1] = experts_TLK[trajectory.versions_T == 1]
+        force(model, torch.from_numpy(wanted_TLK))
+        ids = torch.from_numpy(np.concatenate([trajectory.prompt_tokens, trajectory.tokens_T]))[None]
+        with torch.no_grad():
+            logprobs_TV = torch.log_softmax(model(ids[:, :-1]).logits[0], -1)
+        logprobs_T = logprobs_TV.gather(1, ids[0, 1:, None])[prompt - 1 :, 0]
+        trajectories[name] = replace(trajectory, rollout_logprobs_T=logprobs_T.numpy())
+    optimizer = pb.Optimizer(learning_rate=2e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0)
+    request = train_request(
+        "r", groups, [1.0, 0.25, 0.0], base=1, optimizer=optimizer, minibatches=2, max_tokens_per_microbatch=24
+    )
+    job = partial(train_replayed, trajectories=trajectories, request=request)
+    expected, weights = run_ranks(Sizes(), job)
+    assert expected["train/replay_share"] == pytest.approx(19 / 23)
+    assert 0.2 < expected["train/replay_diff_share"] < 0.8
+    assert expected["train/train_infer_logprob_diff_max"] < 1e-5
+    assert expected["train/unreplayed_logprob_diff_mean"] > 0.01
+    names = ("loss", "grad_norm", "entropy", "kl_k3", "replay_share", "replay_diff_share")
+    for sizes in LAYOUTS:
+        metrics, trained = run_ranks(sizes, job)
+        for name in names:
+            assert metrics[f"train/{name}"] == pytest.approx(expected[f"train/{name}"], rel=1e-4, abs=1e-6), sizes
+        assert metrics["train/train_infer_logprob_diff_max"] < 1e-5
+        assert all((trained[name] - value).abs().max() < 2e-5 for name, value in weights.items()), sizes
+    name = next(iter(trajectories))
+    trajectories[name] = replace(trajectories[name], experts=trajectories[name].experts[:-1])
+    # The error would end the ranks of the module.
+    with pytest.raises(DataLossError, match="not of 2 layers with 4 experts, of which a token passes 2"):
+        unpack_experts(trajectories[name], read_model_shape(trainer_model))
 
 
 def measure(engine: Engine) -> float:

@@ -560,6 +560,7 @@ class Chunk(_message.Message):
     LOGPROBS_FIELD_NUMBER: _builtins.int
     VERSIONS_FIELD_NUMBER: _builtins.int
     END_REASON_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     epoch: _builtins.int
     offset: _builtins.int
@@ -570,6 +571,11 @@ class Chunk(_message.Message):
     """Packed log-probability of each token under the distribution that it was sampled from, nats."""
     end_reason: Global___EndReason.ValueType
     """Set on the chunk that ends a segment."""
+    experts: _builtins.bytes
+    """Packed expert choices: for each token those that the routers of a mixture of experts made as it was drawn, layer
+    after layer, as unsigned integers of one byte up to 256 experts and of two above. Empty where none are recorded.
+    A trajectory keeps them for all of its tokens or for none.
+    """
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
         """Spans over the chunk's tokens, in order."""
@@ -584,10 +590,11 @@ class Chunk(_message.Message):
         logprobs: _builtins.bytes = ...,
         versions: _abc.Iterable[Global___VersionSpan] | None = ...,
         end_reason: Global___EndReason.ValueType = ...,
+        experts: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_reason", b"end_reason", "epoch", b"epoch", "logprobs", b"logprobs", "offset", b"offset", "token_ids", b"token_ids", "trajectory_id", b"trajectory_id", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_reason", b"end_reason", "epoch", b"epoch", "experts", b"experts", "logprobs", b"logprobs", "offset", b"offset", "token_ids", b"token_ids", "trajectory_id", b"trajectory_id", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -645,8 +652,10 @@ class ReadTrajectoriesRequest(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     TRAJECTORY_IDS_FIELD_NUMBER: _builtins.int
     WITH_LOGPROBS_FIELD_NUMBER: _builtins.int
+    WITH_EXPERTS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     with_logprobs: _builtins.bool
+    with_experts: _builtins.bool
     @_builtins.property
     def trajectory_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -655,10 +664,11 @@ class ReadTrajectoriesRequest(_message.Message):
         run_id: _builtins.str = ...,
         trajectory_ids: _abc.Iterable[_builtins.str] | None = ...,
         with_logprobs: _builtins.bool = ...,
+        with_experts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "trajectory_ids", b"trajectory_ids", "with_logprobs", b"with_logprobs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "trajectory_ids", b"trajectory_ids", "with_experts", b"with_experts", "with_logprobs", b"with_logprobs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -681,6 +691,7 @@ class ReadTrajectoriesResponse(_message.Message):
     LAST_FIELD_NUMBER: _builtins.int
     END_REASON_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
+    EXPERTS_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     prompt_token_ids: _builtins.bytes
     """Packed token ids."""
@@ -694,6 +705,8 @@ class ReadTrajectoriesResponse(_message.Message):
     """True on the last piece of the trajectory."""
     end_reason: Global___EndReason.ValueType
     epoch: _builtins.int
+    experts: _builtins.bytes
+    """Packed expert choices of the piece's tokens; empty unless asked for and recorded."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
         """Spans over the piece's tokens, in order."""
@@ -710,10 +723,11 @@ class ReadTrajectoriesResponse(_message.Message):
         last: _builtins.bool = ...,
         end_reason: Global___EndReason.ValueType = ...,
         epoch: _builtins.int = ...,
+        experts: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_reason", b"end_reason", "epoch", b"epoch", "last", b"last", "logprobs", b"logprobs", "offset", b"offset", "prompt_token_ids", b"prompt_token_ids", "token_ids", b"token_ids", "trajectory_id", b"trajectory_id", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_reason", b"end_reason", "epoch", b"epoch", "experts", b"experts", "last", b"last", "logprobs", b"logprobs", "offset", b"offset", "prompt_token_ids", b"prompt_token_ids", "token_ids", b"token_ids", "trajectory_id", b"trajectory_id", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

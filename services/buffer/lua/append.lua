@@ -1,6 +1,7 @@
 #!lua
 -- Appends chunks, each fenced by its lease's epoch and its token offset.
--- KEYS: run. ARGV, per chunk: trajectory id, epoch, offset, packed tokens, packed logprobs, versions, end reason.
+-- KEYS: run. ARGV, per chunk: trajectory id, epoch, offset, packed tokens, packed logprobs, versions, end reason,
+--   packed expert choices.
 -- Versions are 'version:stop,...': the policy version of the tokens up to the response offset `stop`.
 -- Returns {'NO_RUN'} or {'OK', outcomes}, one digit of AppendOutcome per chunk.
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -37,9 +38,22 @@ local function differs(id, held_versions, offset, common, tokens, logprobs, vers
     or clip(held_versions, offset, offset + common) ~= clip(versions, offset, offset + common)
 end
 
-local function append(id, epoch, offset, tokens, logprobs, versions, ending)
+-- Keeps the expert choices of all tokens or of none: those after tokens without any, or of another size, are left out,
+-- and a chunk without any drops those that are there.
+local function append_experts(id, key, held_tokens, held_bytes, common, tokens, experts)
+  local bytes = #experts * 4 / #tokens
+  if bytes > 0 and (held_tokens == 0 or bytes == held_bytes) then
+    redis.call('APPEND', prefix .. 'experts:' .. id, string.sub(experts, common * bytes + 1))
+    redis.call('HSET', key, 'expert_bytes', string.format('%d', bytes))
+  elseif held_bytes > 0 then
+    redis.call('UNLINK', prefix .. 'experts:' .. id)
+    redis.call('HDEL', key, 'expert_bytes')
+  end
+end
+
+local function append(id, epoch, offset, tokens, logprobs, versions, ending, experts)
   local key = prefix .. 'trajectory:' .. id
-  local held = redis.call('HMGET', key, 'epoch', 'tokens', 'end', 'versions')
+  local held = redis.call('HMGET', key, 'epoch', 'tokens', 'end', 'versions', 'expert_bytes')
   if not held[1] then
     return UNKNOWN
   elseif held[1] ~= epoch then
@@ -60,6 +74,7 @@ local function append(id, epoch, offset, tokens, logprobs, versions, ending)
     if stop > held_tokens then
       redis.call('APPEND', prefix .. 'tokens:' .. id, string.sub(tokens, common * 4 + 1))
       redis.call('APPEND', prefix .. 'logprobs:' .. id, string.sub(logprobs, common * 4 + 1))
+      append_experts(id, key, held_tokens, tonumber(held[5] or 0), common, tokens, experts)
     end
     local added = clip(versions, held_tokens, stop)
     redis.call('HSET', key, 'tokens', string.format('%d', stop), 'end', ending,
@@ -74,8 +89,8 @@ local function append(id, epoch, offset, tokens, logprobs, versions, ending)
 end
 
 local outcomes = {}
-for i = 1, #ARGV, 7 do
+for i = 1, #ARGV, 8 do
   outcomes[#outcomes + 1] = append(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4],
-    ARGV[i + 5], ARGV[i + 6])
+    ARGV[i + 5], ARGV[i + 6], ARGV[i + 7])
 end
 return {'OK', table.concat(outcomes)}

@@ -41,7 +41,8 @@ end
 for i = 6, 5 + groups do
   local group = prefix .. 'group:' .. ARGV[i]
   for _, id in ipairs(cjson.decode(redis.call('HGET', group, 'trajectories'))) do
-    redis.call('UNLINK', prefix .. 'trajectory:' .. id, prefix .. 'tokens:' .. id, prefix .. 'logprobs:' .. id)
+    redis.call('UNLINK', prefix .. 'trajectory:' .. id, prefix .. 'tokens:' .. id, prefix .. 'logprobs:' .. id,
+      prefix .. 'experts:' .. id)
   end
   redis.call('UNLINK', group)
   redis.call('ZREM', prefix .. 'groups', ARGV[i])

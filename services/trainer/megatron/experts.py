@@ -1,14 +1,16 @@
-"""Mixture of experts on tensor-parallel ranks that all hold every token."""
+"""Mixture of experts on tensor-parallel ranks that all hold every token, and the replay of the rollout's choices."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from copy import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -57,6 +59,67 @@ class DividedMoELayer(MoELayer):  # type: ignore[misc]  # megatron.core is untyp
             values_T = F.pad(values_T, (0, 0) * (values_T.ndim - 1) + (0, missing))
         share: torch.Tensor = scatter_to_sequence_parallel_region(values_T, group=self.attn_tp_group)
         return share
+
+
+class ExpertReplay:
+    """Experts of one layer that the rollout chose, which its router takes instead of its own (arXiv 2510.11370).
+
+    Takes the place of Megatron's RouterReplay, which replays a micro-batch for all of its tokens or for none. The
+    weights of the experts stay the router's, and so does their gradient.
+    """
+
+    experts_TLK: torch.Tensor | None = None
+    """Choices for the micro-batch whose forward pass is under way, -1 where the router chooses."""
+
+    def __init__(self, layer: int) -> None:
+        self._layer = layer
+        self._recomputes = False
+        # Choices of the micro-batches whose backward passes, which compute the layer again, are still to come.
+        self._to_recompute: deque[torch.Tensor | None] = deque()
+        self._counts_2: torch.Tensor | int = 0
+
+    def begin(self, recomputes: bool) -> None:
+        """Begins a pass over micro-batches; with `recomputes` their backward passes compute the layer again."""
+        self._recomputes = recomputes
+        self._to_recompute.clear()
+
+    def take_counts(self) -> tuple[int, int]:
+        """Returns how many choices were replayed since the last call, and how many the router would not have made."""
+        counts_2, self._counts_2 = self._counts_2, 0
+        replayed, differing = (0, 0) if isinstance(counts_2, int) else counts_2.tolist()
+        return replayed, differing
+
+    def get_replay_topk(
+        self,
+        scores_TE: torch.Tensor,
+        topk: int,
+        num_groups: int | None,
+        group_topk: int | None,
+        compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns scores and numbers of each token's experts [T, K]; Megatron's router calls it."""
+        own_scores_TK, own_TK = compute_topk(scores_TE, topk, num_groups, group_topk)
+        again = self._recomputes and torch.is_grad_enabled()
+        experts_TLK = self._to_recompute.popleft() if again else self.experts_TLK
+        if self._recomputes and not again:
+            self._to_recompute.append(experts_TLK)
+        if experts_TLK is None:
+            return own_scores_TK, own_TK
+        wanted_TK = experts_TLK[:, self._layer].long()
+        chosen_TK = torch.where(wanted_TK < 0, own_TK, wanted_TK)
+        if not again:
+            differs_TK = (chosen_TK[:, :, None] != own_TK[:, None, :]).all(-1)
+            self._counts_2 = self._counts_2 + torch.stack([(wanted_TK >= 0).sum(), differs_TK.sum()])
+        return scores_TE.gather(1, chosen_TK), chosen_TK
+
+
+def install_replay(core: GPTModel) -> list[ExpertReplay]:
+    """Has the routers of this stage ask for the rollout's choices; returns what they ask."""
+    replays = []
+    for layer in core.decoder.layers:
+        replays.append(ExpertReplay(layer.layer_number - 1))
+        layer.mlp.router.router_replay = replays[-1]
+    return replays
 
 
 def reduce_apart(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:

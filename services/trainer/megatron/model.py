@@ -27,7 +27,7 @@ from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1.weights_pb2 import Fingerprint
 from services.trainer.hf import ModelShape, TensorReader
 from services.trainer.megatron.attention import PackedAttention, PackedRotary
-from services.trainer.megatron.experts import DividedMoELayer, reduce_apart
+from services.trainer.megatron.experts import DividedMoELayer, install_replay, reduce_apart
 from services.trainer.megatron.head import Head, HiddenOutput
 from services.trainer.megatron.memory import SavedTensors, count_copies
 from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
@@ -78,6 +78,8 @@ class Policy:
         self.optimizer = build_optimizer(self.model, bf16=dtype is torch.bfloat16)
         self._run_schedule = get_forward_backward_func()
         self._router_aux_loss_coef = router_aux_loss_coef
+        self._recompute = recompute
+        self._replays = install_replay(self.core) if shape.experts else []
 
     def load(self, folder: Path) -> None:
         """Loads the weights of a Hugging Face folder."""
@@ -153,6 +155,11 @@ class Policy:
             dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
             self.core.config.moe_aux_loss_coeff = self._router_aux_loss_coef * self.dims.tensor / tokens.item()
 
+    def take_replay_counts(self) -> tuple[int, int]:
+        """Returns expert choices that this rank's layers replayed since the last call, and those that differed."""
+        counts = [replay.take_counts() for replay in self._replays]
+        return sum(replayed for replayed, _ in counts), sum(differing for _, differing in counts)
+
     def measure_activations(self) -> float:
         """Returns the bytes that a micro-batch's forward pass keeps for its backward pass, for each of its tokens.
 
@@ -197,6 +204,8 @@ class Policy:
             source: Iterator[MicroBatch], model: Any
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
             batch = next(source)
+            for replay in self._replays:
+                replay.experts_TLK = batch.experts_TLK
             output = model(batch.inputs_T[None], None, None, packed_seq_params=batch.packed)
 
             def finish_batch(hidden_1TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -208,6 +217,8 @@ class Policy:
 
             return output, finish_batch
 
+        for replay in self._replays:
+            replay.begin(recomputes=self._recompute and not forward_only)
         reports: list[Any] = self._run_schedule(
             forward_step_func=forward_step,
             data_iterator=iter(batches),
