@@ -252,7 +252,7 @@ def describe_memory(estimate: Mapping[str, Mapping[str, int]], workers: int, run
     ]
     needed = count_peak(estimate, workers, run)
     if run.deployment == "hybrid":
-        lines.append(f"memory of trainer and {workers} workers in turn, estimated: {needed / GIB:.1f} GiB at most")
+        lines.append(f"memory of the trainer and its workers in turn, estimated: {needed / GIB:.1f} GiB at most")
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = CONTAINER_LIMIT.read_text(encoding="utf-8").strip() if CONTAINER_LIMIT.is_file() else "max"
     if limit != "max":

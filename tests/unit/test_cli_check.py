@@ -191,7 +191,7 @@ def test_what_keeps_a_hybrid_run_from_sharing_devices_is_told(
 ) -> None:
     overrides = [f"{section}={json.dumps(keys)}" for section, keys in values.items()]
     lines = check_inputs(load_recipe(folder / "recipe.yaml", ["deployment=hybrid", *overrides]), workers=2)
-    assert "memory of trainer and 2 workers in turn, estimated: " in lines[4]
+    assert "memory of the trainer and its workers in turn, estimated: " in lines[4]
     found = [line for line in lines[5:] if "GiB are needed" not in line]
     assert len(found) == len(faults)
     for line, fault in zip(found, faults, strict=True):
