@@ -179,6 +179,9 @@ class _ReloadedChannel:
     def unary_stream(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
         return lambda request, **call: self._open().unary_stream(*arguments, **options)(request, **call)
 
+    def stream_stream(self, *arguments: Any, **options: Any) -> Callable[..., Any]:
+        return lambda requests, **call: self._open().stream_stream(*arguments, **options)(requests, **call)
+
     async def close(self, grace: float | None = None) -> None:
         """Closes this channel and those before it."""
         ending = dict(self._ending)
@@ -263,7 +266,7 @@ class ServiceClient:
             raise await self._describe(error) from error
 
     async def _stream(
-        self, call: StreamCall[RequestT, ResponseT], request: RequestT, timeout_s: float
+        self, call: StreamCall[RequestT, ResponseT], request: RequestT, timeout_s: float | None
     ) -> AsyncIterator[ResponseT]:
         stream = call(request, timeout=timeout_s, metadata=self._metadata.value)
         try:

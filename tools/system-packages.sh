@@ -18,13 +18,14 @@ need g++ g++                              # C++
 need default-jdk-headless javac           # Java
 need nodejs node                          # JavaScript
 need perl perl
-# Where systemd runs, Debian's package would start a server.
+# Where systemd runs, Debian's packages would start servers.
 [ -d /run/systemd/system ] || need prometheus promtool # tests of alerts and dashboards
+[ -d /run/systemd/system ] || need etcd-server etcd     # tests of the directory in etcd
 need iproute2 ip                          # tests across network namespaces
 [ ${#missing[@]} -eq 0 ] && exit 0
 if [ "$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then
   apt-get update -qq
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
 else
-  echo "setup: not installed: ${missing[*]}; install them with your package manager (crun and gcc isolate sandboxed code, libibverbs1, libcurl4 and libnuma1 serve weight transfer and vLLM, prometheus tests alerts and dashboards, iproute2 networks, the others are languages of the sandbox)" >&2
+  echo "setup: not installed: ${missing[*]}; install them with your package manager (crun and gcc isolate sandboxed code, libibverbs1, libcurl4 and libnuma1 serve weight transfer and vLLM, prometheus tests alerts and dashboards, etcd-server the directory in etcd, iproute2 networks, the others are languages of the sandbox)" >&2
 fi

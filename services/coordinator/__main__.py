@@ -14,6 +14,7 @@ from perigee.trainer.client import TrainerClient
 from perigee.weights.client import WeightReceiverClient
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import Peers
+from services.coordinator.directory import Directory, MemoryDirectory
 from services.coordinator.runs import Runs
 from services.coordinator.service import CoordinatorService
 from services.coordinator.workers import WorkerRegistry
@@ -34,17 +35,25 @@ async def lifespan(app: App[CoordinatorConfig]) -> AsyncIterator[None]:
         connect_receiver=lambda address: WeightReceiverClient(address, channel_options(config)),
     )
     registry = WorkerRegistry(lambda address: app.connect(RolloutClient, address), config.lease_seconds)
-    runs = Runs(config, peers, registry)
+    background = [registry.sweep]
+    directory: Directory = MemoryDirectory(registry)
+    if config.directory.etcd is not None:
+        # Its stubs are for those alone who have etcd.
+        from services.coordinator.etcd import EtcdDirectory
+
+        directory = EtcdDirectory(registry, config.directory)
+        background.append(directory.run)
+    runs = Runs(config, peers, registry, directory)
     app.on_drain(runs.end_watches)
     app.add(FULL_NAME, add_CoordinatorServiceServicer_to_server, CoordinatorService(config, registry, runs))
-    sweeping = asyncio.create_task(registry.sweep())
+    tasks = [asyncio.create_task(each()) for each in background]
     try:
         await runs.resume()
         app.set_ready(FULL_NAME, True)
         yield
     finally:
         await runs.close()
-        await end_tasks(sweeping)
+        await end_tasks(*tasks)
 
 
 def main() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, SecretStr, model_validator
 
 from services.kit.config import Model, ServiceConfig
 
@@ -57,6 +57,40 @@ class WeightsConfig(Model):
     """Pause before a worker whose push failed is tried again."""
 
 
+class DirectoryConfig(Model):
+    """Where it stands which workers lend the weights that are pulled."""
+
+    etcd: str | None = None
+    """host:port of etcd, or a name that resolves to all of its members; without it the coordinator's memory has the
+    directory alone."""
+    prefix: str = Field("/perigee", min_length=1)
+    """Beginning of the keys in etcd."""
+    lease_seconds: int = Field(60, ge=2)
+    """Seconds that the entries in etcd outlive the coordinator, for one that starts again."""
+    user: str | None = None
+    """User of etcd; where it knows users by their certificates, `cert_file` is enough."""
+    password: SecretStr | None = None
+    """Password of `user`."""
+    ca_file: str | None = None
+    """PEM roots of etcd's certificate; without them etcd is reached in clear. Files are read anew when they change."""
+    cert_file: str | None = None
+    """PEM certificate chain to show to etcd."""
+    key_file: str | None = None
+    """PEM private key of `cert_file`."""
+    server_name: str | None = None
+    """Name in etcd's certificate, where it is not that of the address."""
+
+    @model_validator(mode="after")
+    def _check_credentials(self) -> Self:
+        if (self.user is None) != (self.password is None):
+            raise ValueError("user and password are given together or not at all")
+        if (self.cert_file is None) != (self.key_file is None):
+            raise ValueError("cert_file and key_file are given together or not at all")
+        if self.ca_file is None and (self.cert_file is not None or self.server_name is not None):
+            raise ValueError("cert_file and server_name need ca_file, since etcd is reached in clear without it")
+        return self
+
+
 class CoordinatorConfig(ServiceConfig):
     """Configuration of the coordinator's process."""
 
@@ -90,3 +124,5 @@ class CoordinatorConfig(ServiceConfig):
     """Scoring of finished responses by the reward service."""
     weights: WeightsConfig = WeightsConfig()
     """How policy versions reach the workers."""
+    directory: DirectoryConfig = DirectoryConfig()
+    """Where it stands which workers lend the weights that are pulled."""

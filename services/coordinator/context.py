@@ -13,6 +13,7 @@ from perigee.reward.client import RewardClient
 from perigee.trainer.client import TrainerClient
 from perigee.weights.client import WeightReceiverClient
 from services.coordinator.config import CoordinatorConfig
+from services.coordinator.directory import Directory
 from services.coordinator.prompts import Prompt
 from services.coordinator.run_config import RunConfig
 from services.coordinator.run_log import RunLog
@@ -46,12 +47,13 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class RunContext:
-    """Inputs, peers, status and log of a run."""
+    """Inputs, peers, workers, status and log of a run."""
 
     inputs: RunInputs
     settings: CoordinatorConfig
     peers: Peers
     registry: WorkerRegistry
+    directory: Directory
     status: RunStatus
     log: RunLog
 

@@ -2,40 +2,62 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.coordinator.workers import Worker, WorkerRegistry
 
 
-class Directory:
-    """Holders of the newest export of one run. What it knows is true as long as the processes live: nothing is kept."""
+class Directory(ABC):
+    """Newest export of a run and its holders. What it knows is true as long as the processes live: nothing is kept."""
+
+    @abstractmethod
+    def publish(self, run_id: str, version: int, published: pb.PublishWeightsResponse) -> None:
+        """Records the trainer's export of a version, in place of the one before; nobody holds it yet if it is new."""
+
+    @abstractmethod
+    def find(self, run_id: str, version: int) -> pb.PublishWeightsResponse | None:
+        """Returns the export of a version, None when it is not known."""
+
+    @abstractmethod
+    def add(self, image_id: str, worker: Worker) -> None:
+        """Records that a worker has the whole of an export and lends it, unless a newer one is published."""
+
+    @abstractmethod
+    def holders(self, image_id: str) -> list[str]:
+        """Returns the addresses of the workers that lend an export and have their leases, in order of arrival."""
+
+
+class MemoryDirectory(Directory):
+    """The directory in the coordinator's own memory."""
 
     def __init__(self, registry: WorkerRegistry) -> None:
+        self.run_id = ""
+        self.version: int | None = None
+        self.published = pb.PublishWeightsResponse()
         self._registry = registry
-        self._version: int | None = None
-        self._published = pb.PublishWeightsResponse()
         self._holders: list[Worker] = []
 
-    def publish(self, version: int, published: pb.PublishWeightsResponse) -> None:
-        """Records the trainer's export of a version; nobody holds it yet if it is a new one."""
-        if published.image_id != self._published.image_id:
+    def publish(self, run_id: str, version: int, published: pb.PublishWeightsResponse) -> None:
+        if published.image_id != self.published.image_id:
             self._holders = []
-        self._version, self._published = version, published
+        self.run_id, self.version, self.published = run_id, version, published
 
-    def find(self, version: int) -> pb.PublishWeightsResponse | None:
-        """Returns the export of a version, None when it is not known."""
-        return self._published if self._version == version else None
+    def find(self, run_id: str, version: int) -> pb.PublishWeightsResponse | None:
+        return self.published if (self.run_id, self.version) == (run_id, version) else None
 
     def add(self, image_id: str, worker: Worker) -> None:
-        """Records that a worker has the whole of an export and lends it."""
-        if image_id == self._published.image_id and worker not in self._holders:
+        if image_id == self.published.image_id and worker not in self._holders:
             self._holders.append(worker)
 
-    def holders(self) -> list[str]:
-        """Returns the addresses of the workers that lend the export and have their leases, in order of arrival."""
+    def holders(self, image_id: str) -> list[str]:
+        return [worker.address for worker in self.workers()] if image_id == self.published.image_id else []
+
+    def workers(self) -> list[Worker]:
+        """Returns the workers that lend the newest export and have their leases."""
         self._holders = [worker for worker in self._holders if self._registry.is_live(worker)]
-        return [worker.address for worker in self._holders]
+        return list(self._holders)
 
 
 def plan_sources(trainer: str, holders: Sequence[str], workers: Sequence[str]) -> dict[str, list[str]]:

@@ -25,6 +25,7 @@ from perigee.files import write_atomically
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import Peers, RunContext, RunInputs
+from services.coordinator.directory import Directory
 from services.coordinator.prompts import read_problems
 from services.coordinator.run import Run
 from services.coordinator.run_config import CHANGEABLE_KEYS, RunConfig, config_digest, parse_run_config
@@ -71,10 +72,13 @@ class ActiveRun:
 class Runs:
     """Starts, stops and finds runs."""
 
-    def __init__(self, settings: CoordinatorConfig, peers: Peers, registry: WorkerRegistry) -> None:
+    def __init__(
+        self, settings: CoordinatorConfig, peers: Peers, registry: WorkerRegistry, directory: Directory
+    ) -> None:
         self._settings = settings
         self._peers = peers
         self._registry = registry
+        self._directory = directory
         self._run: ActiveRun | None = None
         self._starting = asyncio.Lock()
         # By request.
@@ -208,7 +212,7 @@ class Runs:
         status = RunStatus(inputs.run_id, inputs.config.iterations, self._registry)
         self._registry.report = status.report
         run_log = RunLog(inputs.run_path, lambda: self._publish(inputs.run_path))
-        context = RunContext(inputs, self._settings, self._peers, self._registry, status, run_log)
+        context = RunContext(inputs, self._settings, self._peers, self._registry, self._directory, status, run_log)
         self._run = ActiveRun(file, status, run_log, asyncio.create_task(self._execute(file, context)))
 
     async def _find_model(self, config: RunConfig, folder: Path) -> str:

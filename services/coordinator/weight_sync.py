@@ -16,7 +16,7 @@ from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1 import weights_pb2
 from services.coordinator.context import RunContext
-from services.coordinator.directory import Directory, plan_sources
+from services.coordinator.directory import plan_sources
 from services.coordinator.hybrid import SharedDevices
 from services.coordinator.run_log import Timeline
 from services.coordinator.workers import AWAY, EMPTY, FAILURES, READY, PeerLostError, Worker
@@ -38,7 +38,7 @@ class WeightSync:
         self._config = context.settings
         self._status = context.status
         self._connect_receiver = context.peers.connect_receiver
-        self._directory = Directory(context.registry)
+        self._directory = context.directory
         self._devices = SharedDevices(
             context.run_id,
             context.config,
@@ -48,7 +48,8 @@ class WeightSync:
             context.status.report,
             self._convert,
         )
-        self._pushing = asyncio.Lock()
+        # Workers that a push or a pull is under way to.
+        self._underway: dict[Worker, None] = {}
         # When a worker whose push failed may be tried again.
         self._retry_at: dict[Worker, float] = {}
 
@@ -110,8 +111,9 @@ class WeightSync:
     async def push(self, version: int) -> int:
         """Pushes to every live worker that lacks the version and whose engine runs; returns how many workers have it.
 
-        The trainer leaves shared devices before, and workers that are away come back. A worker whose push fails gets no
-        work and is tried again later; errors of the trainer itself are raised.
+        The trainer leaves shared devices before, and workers that are away come back. One that a push is under way to
+        is left to it. A worker whose push fails gets no work and is tried again later; errors of the trainer itself are
+        raised.
         """
         if self._find_lacking(version):
             try:
@@ -126,24 +128,32 @@ class WeightSync:
         return [
             worker
             for worker in self._registry.all()
-            if worker.takes_weights and not worker.has_version(version) and self._may_try(worker)
+            if worker.takes_weights
+            and not worker.has_version(version)
+            and self._may_try(worker)
+            and worker not in self._underway
         ]
 
     async def _push_to_lacking(self, version: int) -> None:
         await self._devices.give_to_workers(version)
         with self._devices.timeline.phase("weights"):
-            lacking = self._find_lacking(version)
-            have = await asyncio.gather(*(self._reports_version(worker, version) for worker in lacking))
-            missing = [worker for worker, has_it in zip(lacking, have, strict=True) if not has_it]
-            if missing and self._config.weights.transfer == "pull":
-                await self._pull_to(missing, version)
-            elif missing:
-                await self._push_to(missing, version)
+            lacking, earlier = self._find_lacking(version), list(self._underway)
+            self._underway |= dict.fromkeys(lacking)
+            try:
+                have = await asyncio.gather(*(self._reports_version(worker, version) for worker in lacking))
+                missing = [worker for worker, has_it in zip(lacking, have, strict=True) if not has_it]
+                if missing and self._config.weights.transfer == "pull":
+                    await self._pull_to(missing, version, earlier)
+                elif missing:
+                    await self._push_to(missing, version)
+            finally:
+                for worker in lacking:
+                    del self._underway[worker]
 
     async def _convert(self, version: int) -> None:
         """Has the trainer make what workers are pushed, or pull, of the version that it has loaded."""
         if self._config.weights.transfer == "pull":
-            await self._publish(version)
+            self._directory.publish(self._run_id, version, await self._publish(version))
             return
         request = pb.PushWeightsRequest(run_id=self._run_id, policy_version=version)
         await self._trainer.push_weights(request, timeout_s=self._config.weights.push_timeout_s)
@@ -167,26 +177,38 @@ class WeightSync:
 
         On shared devices it is waited for: a worker ends it alone, and would come back after it was told to leave.
         """
-        pushing = asyncio.create_task(self._keep_pushing(version))
+        ending = asyncio.Event()
+        pushing = asyncio.create_task(self._keep_pushing(version, ending))
         try:
             yield
             if self._devices.are_shared:
-                async with self._pushing:
-                    pushing.cancel()
+                ending.set()
+                self._registry.notify()
+                await pushing
         finally:
             await end_tasks(pushing)
         # A push that had no image yet keeps the trainer until it has one; a trainer that is away has no push.
         with contextlib.suppress(UnavailableError):
             await self.wait_until_free()
 
-    async def _keep_pushing(self, version: int) -> None:
-        while True:
-            try:
-                async with self._pushing:
-                    await self.push(version)
-            except PerigeeError as error:
-                log.warning("weights could not be pushed", version=version, error=error.message)
-            await self._wait_for_change()
+    async def _keep_pushing(self, version: int, ending: asyncio.Event) -> None:
+        """Pushes at every change: a worker that joins does not wait for the end of another one's push.
+
+        On shared devices it does: these may change hands in a push.
+        """
+        async with asyncio.TaskGroup() as pushes:
+            while not ending.is_set():
+                push = pushes.create_task(self._try_push(version))
+                if self._devices.are_shared:
+                    await push
+                if not ending.is_set():
+                    await self._wait_for_change()
+
+    async def _try_push(self, version: int) -> None:
+        try:
+            await self.push(version)
+        except PerigeeError as error:
+            log.warning("weights could not be pushed", version=version, error=error.message)
 
     async def _wait_for_change(self) -> None:
         """Waits until a worker changes or a retry is due."""
@@ -245,10 +267,17 @@ class WeightSync:
                 FAILURES.labels("push").inc()
                 self._postpone(worker, outcome.reason)
 
-    async def _pull_to(self, workers: list[Worker], version: int) -> None:
-        """Has the version published and every worker pull it, from workers that have it or pull it, too."""
-        published = await self._publish(version)
-        sources = plan_sources(published.source, self._directory.holders(), [worker.address for worker in workers])
+    async def _pull_to(self, workers: list[Worker], version: int, earlier: list[Worker]) -> None:
+        """Has every worker pull the version, from workers that have it or pull it, too, `earlier` ones among them."""
+        published = self._find_held(version)
+        # A trainer that is away or busy is not waited for where others have the weights, unless these failed before.
+        if published is None or any(worker in self._retry_at for worker in workers):
+            published = await self._publish(version)
+        self._directory.publish(self._run_id, version, published)
+        holders = self._directory.holders(published.image_id)
+        # Those that a coordinator before this one knew as holders have nothing to pull.
+        addresses = sorted((worker.address for worker in workers), key=lambda address: address not in holders)
+        sources = plan_sources(published.source, [*holders, *(worker.address for worker in earlier)], addresses)
         await asyncio.gather(
             *(self._pull(worker, version, published.image_id, sources[worker.address]) for worker in workers)
         )
@@ -272,12 +301,15 @@ class WeightSync:
         try:
             published = await self._trainer.publish_weights(request, timeout_s=self._config.weights.push_timeout_s)
         except UnavailableError:
-            known = self._directory.find(version)
-            if known is None or not self._directory.holders():
+            if (known := self._find_held(version)) is None:
                 raise
             return known
-        self._directory.publish(version, published)
         return published
+
+    def _find_held(self, version: int) -> pb.PublishWeightsResponse | None:
+        """Returns the export of a version that workers hold."""
+        known = self._directory.find(self._run_id, version)
+        return known if known is not None and self._directory.holders(known.image_id) else None
 
     def _postpone(self, worker: Worker, reason: str) -> None:
         log.warning("worker did not take the weights", worker=worker.worker_id, reason=reason)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from contextlib import AsyncExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2
 from services.coordinator.config import CoordinatorConfig
+from services.coordinator.directory import MemoryDirectory
 from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import READY, WorkerRegistry
 from services.trainer import engine
@@ -79,30 +81,49 @@ async def test_each_version_reaches_the_receiver_bit_for_bit(
         await trainer.client.push_weights(pb.PushWeightsRequest(run_id=RUN, policy_version=0), timeout_s=60)
 
 
-async def test_the_coordinator_has_workers_pull_and_does_without_a_trainer_that_is_gone(trainer: TrainerAt) -> None:
+async def test_workers_pull_from_one_another_while_the_trainer_is_offloaded_or_gone(trainer: TrainerAt) -> None:
     await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=0))
     settings = CoordinatorConfig.model_validate({"weights": {"transfer": "pull"}, "run_path": "unused"})
     registry = WorkerRegistry(RolloutClient.connect, lease_seconds=60)
-    peers = SimpleNamespace(trainer=trainer.client, connect_receiver=WeightReceiverClient.connect)
+    sources: list[list[str]] = []
+
+    class Receiver(WeightReceiverClient):
+        """Keeps from where it pulled."""
+
+        async def pull(self, request: weights_pb2.PullRequest, *, timeout_s: float = 600.0) -> weights_pb2.PullResponse:
+            response = await super().pull(request, timeout_s=timeout_s)
+            sources.append(list(response.sources))
+            return response
+
     context = SimpleNamespace(
         run_id=RUN,
-        peers=peers,
+        peers=SimpleNamespace(trainer=trainer.client, connect_receiver=Receiver),
         registry=registry,
+        directory=MemoryDirectory(registry),
         settings=settings,
         config=SimpleNamespace(deployment="separate"),
         status=SimpleNamespace(set_waiting=print, report=print),
     )
     sync = WeightSync(context)  # type: ignore[arg-type]
-    async with local_receiver(WeightsConfig()) as first, local_receiver(WeightsConfig()) as late:
+    async with AsyncExitStack() as stack:
+        # Hosts of their own, none of them the trainer's.
+        first, second, third = [
+            await stack.enter_async_context(local_receiver(WeightsConfig(), host=f"127.0.0.{n}")) for n in (2, 3, 4)
+        ]
         registry.register("first", first.address, 1, 0, READY)
         assert await sync.push(0) == 1
         assert await sync.push(0) == 1
         assert first.versions == [0]
-        registry.register("late", late.address, 1, 0, READY)
-        async with TrainerClient.connect("127.0.0.1:1") as gone:
-            sync._trainer = gone
-            assert await sync.push(0) == 2
-        assert equal(late.loaded, first.loaded)
+        await trainer.client.offload(pb.OffloadRequest(run_id=RUN, iteration=1))
+        registry.register("second", second.address, 1, 0, READY)
+        assert await sync.push(0) == 2
+        await trainer.client.onload(pb.OnloadRequest(run_id=RUN, iteration=1))
+        sync._trainer = await stack.enter_async_context(TrainerClient.connect("127.0.0.1:1"))
+        registry.register("third", third.address, 1, 0, READY)
+        assert await sync.push(0) == 3
+        assert sources == [[trainer.address], [first.address], [second.address]]
+        assert equal(second.loaded, first.loaded)
+        assert equal(third.loaded, first.loaded)
     for worker in registry.all():
         await worker.client.close()
 

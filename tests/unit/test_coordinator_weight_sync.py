@@ -1,10 +1,14 @@
-"""What becomes of a push that is under way when nobody needs it any more, and of one whose trainer restarted."""
+"""Pushes: under way when nobody needs them, by a trainer that restarted, and to workers that join meanwhile."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import cast
 
 import pytest
 
@@ -12,26 +16,40 @@ from perigee.errors import FailedPreconditionError, InternalError, UnavailableEr
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2
+from perigee.weights.v1 import weights_pb2
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import RunContext
+from services.coordinator.directory import MemoryDirectory
 from services.coordinator.run_config import HybridConfig
 from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import AWAY, EMPTY, READY, WorkerRegistry
+
+
+def make_context(
+    trainer: object,
+    deployment: str = "separate",
+    registry: WorkerRegistry | None = None,
+    transfer: str = "push",
+    connect_receiver: object = None,
+) -> RunContext:
+    registry = registry or WorkerRegistry(RolloutClient.connect, lease_seconds=10.0)
+    context = SimpleNamespace(
+        run_id="run",
+        config=SimpleNamespace(deployment=deployment, hybrid=HybridConfig(workers=("a", "b"))),
+        settings=CoordinatorConfig.model_validate({"weights": {"transfer": transfer}}),
+        registry=registry,
+        directory=MemoryDirectory(registry),
+        status=SimpleNamespace(set_waiting=print, report=print),
+        peers=SimpleNamespace(trainer=trainer, connect_receiver=connect_receiver),
+    )
+    return cast(RunContext, context)
 
 
 class Sync(WeightSync):
     """Pushes that end when the test says so, by a trainer that is there or away."""
 
     def __init__(self, deployment: str, is_away: bool = False) -> None:
-        context: Any = SimpleNamespace(
-            run_id="run",
-            config=SimpleNamespace(deployment=deployment),
-            settings=CoordinatorConfig(),
-            registry=WorkerRegistry(RolloutClient.connect, lease_seconds=10.0),
-            status=SimpleNamespace(set_waiting=lambda _: None, report=print),
-            peers=SimpleNamespace(trainer=self, connect_receiver=None),
-        )
-        super().__init__(cast(RunContext, context))
+        super().__init__(make_context(self, deployment))
         self.is_away = is_away
         self.begun, self.arrived, self.ended = asyncio.Event(), asyncio.Event(), False
 
@@ -96,15 +114,7 @@ class Pod:
         for name, status in self.status.items():
             self.registry.register(name, f"{name}:1", 4, 0, status)
         self.registry.mark_pushed(self.registry.all()[0], 1)
-        context: Any = SimpleNamespace(
-            run_id="run",
-            config=SimpleNamespace(deployment="hybrid", hybrid=HybridConfig(workers=("a", "b"))),
-            settings=CoordinatorConfig(),
-            registry=self.registry,
-            status=SimpleNamespace(set_waiting=print, report=print),
-            peers=SimpleNamespace(trainer=self, connect_receiver=None),
-        )
-        self.sync = WeightSync(cast(RunContext, context))
+        self.sync = WeightSync(make_context(self, "hybrid", self.registry))
 
     async def get_state(self, *_: object, timeout_s: float) -> trainer_pb2.GetStateResponse:
         return trainer_pb2.GetStateResponse(policy_version=self.version, offloaded=self.offloaded)
@@ -171,3 +181,58 @@ async def test_a_worker_that_does_not_come_back_is_lost_and_not_the_run() -> Non
     assert await pod.sync.push(1) == 1
     assert pod.calls[-2:] == ["come back a", "push a b"]
     assert [worker.worker_id for worker in pod.registry.with_version(1)] == ["b"]
+
+
+class Pulls:
+    """Workers whose pulls end when the test says so, and a trainer that publishes as often as it is asked."""
+
+    def __init__(self) -> None:
+        self.sources: dict[str, list[str]] = {}
+        self.arrived: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self.published = 0
+
+    @asynccontextmanager
+    async def connect(self, address: str) -> AsyncIterator[SimpleNamespace]:
+        yield SimpleNamespace(pull=partial(self.pull, address))
+
+    async def pull(self, address: str, request: weights_pb2.PullRequest, timeout_s: float) -> None:
+        """As a receiver's client."""
+        self.sources[address] = list(request.sources)
+        await self.arrived[address].wait()
+
+    async def publish_weights(self, *_: object, timeout_s: float) -> trainer_pb2.PublishWeightsResponse:
+        """As the trainer's client."""
+        self.published += 1
+        return trainer_pb2.PublishWeightsResponse(image_id="image", source="trainer:1")
+
+    async def get_state(self, *_: object, timeout_s: float) -> trainer_pb2.GetStateResponse:
+        return trainer_pb2.GetStateResponse()
+
+
+async def test_a_worker_that_joins_waits_for_no_other_ones_pull_and_reads_from_it() -> None:
+    pulls = Pulls()
+    context = make_context(pulls, transfer="pull", connect_receiver=pulls.connect)
+    registry = context.registry
+
+    async def until_filled(count: int) -> None:
+        changed = asyncio.Event()
+        with registry.watch(changed.set):
+            while len(registry.with_version(1)) < count:
+                changed.clear()
+                await changed.wait()
+
+    async with asyncio.timeout(30), WeightSync(context).run(1):
+        for name in ("slow", "quick", "late"):
+            registry.register(name, f"{name}:1", 4, 0, EMPTY)
+            while f"{name}:1" not in pulls.sources:  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            if name != "slow":
+                pulls.arrived[f"{name}:1"].set()
+                await until_filled(1 if name == "quick" else 2)
+    assert pulls.sources == {
+        "slow:1": ["trainer:1"],
+        "quick:1": ["slow:1", "trainer:1"],
+        "late:1": ["slow:1", "quick:1", "trainer:1"],
+    }
+    # Once somebody has the weights, nobody waits for the trainer to say so.
+    assert pulls.published == 2
