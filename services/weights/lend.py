@@ -21,14 +21,15 @@ MAX_ENTRIES = 8192
 
 
 class LentImage:
-    """Pieces of one image as they become readable, and the number of those who read them."""
+    """Pieces of one image as they become readable, and the leases of those who read them."""
 
     def __init__(self, manifest: pb.Manifest, holdings: Sequence[pb.Holding] = ()) -> None:
         self.manifest = manifest
-        self.readers = 0
         self.is_withdrawn = False
         self._failed = False
         self._holdings = list(holdings)
+        # Call -> end of its lease (monotonic).
+        self._leases: dict[object, float] = {}
         self._changed = asyncio.Event()
 
     def announce(self, holding: pb.Holding) -> None:
@@ -41,7 +42,8 @@ class LentImage:
 
         Raises UnavailableError when the image is given up, and DeadlineExceededError at the deadline (monotonic).
         """
-        self.readers += 1
+        call = object()
+        self._leases[call] = deadline
         try:
             for part in _cut_manifest(self.manifest):
                 yield pb.LendResponse(manifest=part)
@@ -58,7 +60,7 @@ class LentImage:
                     await _wait(changed, HEARTBEAT_S)
             raise DeadlineExceededError("the pieces were lent for as long as weights.transfer_timeout_s allows")
         finally:
-            self.readers -= 1
+            del self._leases[call]
             self._wake()
 
     def give_up(self) -> None:
@@ -67,9 +69,9 @@ class LentImage:
         self._wake()
 
     async def wait_unread(self) -> None:
-        """Returns when everyone who reads has left."""
-        while self.readers:
-            await self._changed.wait()
+        """Returns when everyone who reads has left, or has lost the lease: a reader that stands still never leaves."""
+        while self._leases and (left_s := max(self._leases.values()) - time.monotonic()) > 0:
+            await _wait(self._changed, left_s)
 
     def _wake(self) -> None:
         self._changed.set()
@@ -91,7 +93,7 @@ class WeightSource(WeightSourceServiceServicer):
         self._appeared = asyncio.Event()
 
     async def withdraw(self, image_id: str) -> None:
-        """Lends an image no longer, and returns when nobody reads it any more; an unknown id is no error.
+        """Lends an image no longer, and returns when nobody with a lease reads it; an unknown id is no error.
 
         A call that is cancelled can be made again.
         """
