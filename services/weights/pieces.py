@@ -48,13 +48,18 @@ class TensorSlice:
 
 @dataclass(frozen=True)
 class Export:
-    """Pieces of one rank in registered memory; they name tensors by index into `tensors`."""
+    """Pieces of one rank in registered memory; they name tensors by index into `tensors`.
+
+    The memory is the file of that name in shared memory, and begins at address `base`.
+    """
 
     tensors: Sequence[pb.TensorSpec]
     pieces: Sequence[pb.Piece]
     addresses: Sequence[int]
     session: str
     holder_id: str
+    file: str
+    base: int
 
 
 def cut_slice(part: TensorSlice, block_bytes: int) -> Iterator[TensorSlice]:
@@ -127,7 +132,15 @@ class PieceStore:
                 addresses.append(self._buffer.address + offset)
                 offset += _padded(size)
             del memory
-        return Export(list(tensors.values()), pieces, addresses, self._transport.session, self._holder_id)
+        return Export(
+            list(tensors.values()),
+            pieces,
+            addresses,
+            self._transport.session,
+            self._holder_id,
+            self._buffer.path.name,
+            self._buffer.address,
+        )
 
     def close(self) -> None:
         """Gives the memory back."""
@@ -156,7 +169,9 @@ def join_exports(run_id: str, policy_version: int, exports: Sequence[Export]) ->
                 manifest.tensors.append(spec)
         for number, (exported, address) in enumerate(zip(export.pieces, export.addresses, strict=True)):
             if number % MAX_HOLDING == 0:
-                holdings.append(pb.Holding(session=export.session, holder_id=export.holder_id))
+                holdings.append(
+                    pb.Holding(session=export.session, holder_id=export.holder_id, file=export.file, base=export.base)
+                )
             holdings[-1].pieces.append(len(manifest.pieces))
             holdings[-1].addresses.append(address)
             piece = manifest.pieces.add()

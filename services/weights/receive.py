@@ -312,10 +312,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
             self._pulling = asyncio.create_task(self._pull_after(previous, request))
         assert self._pulling is not None
         try:
-            response = await asyncio.shield(self._pulling)
-            # It takes a second each, in which nothing else runs.
-            await asyncio.to_thread(self._endpoints.close_broken)
-            return response
+            return await asyncio.shield(self._pulling)
         except asyncio.CancelledError as error:
             if self._pulling_id == request.image_id:
                 raise
@@ -367,7 +364,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
                 return await pull.run(request.image_id, request.sources), pull.sources
         except BaseException as error:
             if pull.target is not None:
-                self._withdraw(request.image_id, pull.target)
+                self._withdraw(request.image_id, pull.target.lent, pull.target.image.buffer)
             if isinstance(error, TimeoutError):
                 raise DeadlineExceededError(
                     f"the image did not arrive within weights.transfer_timeout_s = {self._config.transfer_timeout_s:g}"
@@ -382,10 +379,15 @@ class WeightReceiver(WeightReceiverServiceServicer):
         if size > self._config.max_image_bytes:
             reason = f"{size} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}"
             raise InvalidArgumentError.for_field("manifest.total_bytes", reason)
-        image = WeightImage(placed, await pool.take(size))
-        target = Target(image, LentImage(manifest), session, self._receiver_id)
-        self.source.lend(image_id, target.lent)
-        return target
+        lent = LentImage(manifest)
+        # Before there is room for it: the next ones in a chain make theirs meanwhile.
+        self.source.lend(image_id, lent)
+        try:
+            buffer = await pool.take(size)
+        except BaseException:
+            self._withdraw(image_id, lent, None)
+            raise
+        return Target(WeightImage(placed, buffer), lent, session, self._receiver_id)
 
     async def _commit_pulled(self, image_id: str, target: Target) -> pb.CommitResponse:
         """Commits an image that was verified as it arrived."""
@@ -394,26 +396,27 @@ class WeightReceiver(WeightReceiverServiceServicer):
             report = await self._load(image, time.monotonic())
         except BaseException as error:
             log.error("weights not committed", policy_version=image.manifest.policy_version, reason=str(error))
-            self._withdraw(image_id, target)
+            self._withdraw(image_id, target.lent, image.buffer)
             raise
         self._current_id = image_id
         return report
 
-    def _withdraw(self, image_id: str, target: Target) -> None:
+    def _withdraw(self, image_id: str, lent: LentImage, buffer: SharedBuffer | None) -> None:
         """Ends the calls of those who read an image that was pulled in vain, and gives its buffer back."""
-        target.lent.give_up()
-        self._retire(image_id, target.image.buffer)
+        lent.give_up()
+        self._retire(image_id, buffer)
 
-    def _retire(self, image_id: str, buffer: SharedBuffer) -> None:
+    def _retire(self, image_id: str, buffer: SharedBuffer | None) -> None:
         """Gives a buffer back once nobody reads it any more; what was pushed is not lent and has no image id."""
         assert self._pool is not None
         if not image_id:
+            assert buffer is not None
             self._pool.give_back(buffer)
             return
 
         async def give_back() -> None:
             await self.source.withdraw(image_id)
-            if self._pool is not None:
+            if self._pool is not None and buffer is not None:
                 self._pool.give_back(buffer)
 
         task = asyncio.create_task(give_back())

@@ -131,7 +131,6 @@ class WeightSender:
                 await client.abort(pb.AbortRequest(transfer_id=transfer_id), timeout_s=self._config.prepare_timeout_s)
             except PerigeeError as error:  # the receiver takes the buffer back by itself after a while
                 log.info("transfer not aborted", worker_id=target.worker_id, reason=error.message)
-        await asyncio.to_thread(self._endpoints.close_broken)
 
 
 def start_write(
@@ -151,12 +150,9 @@ def _write(endpoints: EndpointPool, source: SharedBuffer, size: int, destination
     """Writes in this thread; returns the seconds of the transfer."""
     endpoint = endpoints.borrow(destination.session, destination.receiver_id)
     try:
-        seconds = _transfer(endpoint.transport, source, size, destination)
-    except BaseException:
-        endpoints.discard(endpoint)
-        raise
-    endpoints.give_back(endpoint)
-    return seconds
+        return _transfer(endpoint.transport, source, size, destination)
+    finally:
+        endpoints.give_back(endpoint)
 
 
 def _transfer(transport: Transport, source: SharedBuffer, size: int, destination: pb.PrepareResponse) -> float:

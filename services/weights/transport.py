@@ -194,15 +194,15 @@ class EndpointPool:
     """Lends endpoints to threads.
 
     Mooncake's engine dictates this. A silent peer blocks an engine for a minute, so one engine must not serve two
-    transfers at once; closing an engine stops the whole interpreter for a second, so they are kept; and an engine
-    remembers what a session stood for, so one that dialled a peer since restarted must not dial it again.
+    transfers at once; closing an engine stops the whole interpreter for a second, so they are kept, those of a failed
+    transfer, too; and an engine remembers what a session stood for, so one that dialled a peer since restarted must
+    not dial it again.
     """
 
     def __init__(self, open_transport: Callable[[], Transport]) -> None:
         self._open_transport = open_transport
         self._lock = threading.Lock()
         self._idle: list[Endpoint] = []
-        self._broken: list[Endpoint] = []
 
     def borrow(self, session: str, peer_id: str) -> Endpoint:
         """Borrows an endpoint that knows nothing outdated about the peer; opens one when none is idle."""
@@ -221,25 +221,12 @@ class EndpointPool:
         return endpoint
 
     def give_back(self, endpoint: Endpoint) -> None:
-        """Takes an endpoint back whose transfer has succeeded; discard any other."""
+        """Takes an endpoint back whose transfers have ended, one way or the other."""
         with self._lock:
             self._idle.append(endpoint)
 
-    def discard(self, endpoint: Endpoint) -> None:
-        """Takes an endpoint back whose transfer has failed, to be closed when the second that it takes does no harm."""
-        with self._lock:
-            self._broken.append(endpoint)
-
-    def close_broken(self) -> None:
-        """Closes the endpoints that were discarded."""
-        with self._lock:
-            broken, self._broken = self._broken, []
-        for endpoint in broken:
-            endpoint.transport.close()
-
     def close(self) -> None:
         """Closes the endpoints that are not borrowed."""
-        self.close_broken()
         with self._lock:
             idle, self._idle = self._idle, []
         for endpoint in idle:

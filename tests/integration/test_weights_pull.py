@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tempfile
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 
@@ -11,9 +13,16 @@ from perigee.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.weights.client import WeightReceiverClient, WeightSourceClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
+from services.weights.pull import ImagePull, Unit
 from tests.fixtures.weights import LocalReceiver, equal, local_receiver, local_source, make_tensors
 
 CONFIG = WeightsConfig(block_bytes=1 << 16, progress_timeout_s=2)
+
+
+@pytest.fixture
+def afar(tmp_path: Path) -> WeightsConfig:
+    """That of a machine from which nobody's shared memory is seen."""
+    return CONFIG.model_copy(update={"shared_memory_dir": str(tmp_path)})
 
 
 async def pull(receiver: LocalReceiver, image_id: str, *sources: str) -> pb.PullResponse:
@@ -22,8 +31,14 @@ async def pull(receiver: LocalReceiver, image_id: str, *sources: str) -> pb.Pull
         return await client.pull(pb.PullRequest(image_id=image_id, sources=sources), timeout_s=60)
 
 
-async def test_slices_of_several_ranks_arrive_bit_for_bit_and_versions_follow_one_another() -> None:
-    async with local_source(CONFIG, ranks=2) as source, local_receiver(CONFIG) as receiver:
+@pytest.mark.parametrize("is_afar", [True, False], ids=["sent", "copied"])
+async def test_slices_of_several_ranks_arrive_bit_for_bit_and_versions_follow_one_another(
+    afar: WeightsConfig, is_afar: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfers: list[Unit] = []
+    transfer = ImagePull._transfer
+    monkeypatch.setattr(ImagePull, "_transfer", lambda *args: (transfers.append(args[-1]), transfer(*args)))
+    async with local_source(CONFIG, ranks=2) as source, local_receiver(afar if is_afar else CONFIG) as receiver:
         for version in (1, 2, 3):
             tensors = make_tensors(version, 2)
             manifest = source.publish(f"image-{version}", tensors, version)
@@ -34,6 +49,8 @@ async def test_slices_of_several_ranks_arrive_bit_for_bit_and_versions_follow_on
             # The pull is over, so nothing keeps the source from filling its memory again.
             await asyncio.wait_for(source.source.withdraw(f"image-{version}"), 10)
         assert receiver.versions == [1, 2, 3]
+        # What lies in the memory of this machine is not sent.
+        assert bool(transfers) == is_afar
         again = await pull(receiver, "image-3", "127.0.0.1:1")
         assert again.policy_version == 3
         assert receiver.versions == [1, 2, 3]
@@ -49,10 +66,12 @@ async def test_slices_of_several_ranks_arrive_bit_for_bit_and_versions_follow_on
             assert (await anext(client.lend(pb.LendRequest(image_id="image-3")))).manifest.policy_version == 3
 
 
-async def test_a_chain_passes_pieces_on_and_a_late_worker_needs_no_trainer() -> None:
+async def test_a_chain_passes_pieces_on_and_a_late_worker_needs_no_trainer(tmp_path: Path) -> None:
     tensors = make_tensors(1, 2)
     async with AsyncExitStack() as stack, local_source(CONFIG) as source:
-        receivers = [await stack.enter_async_context(local_receiver(CONFIG)) for _ in range(3)]
+        folders = [await asyncio.to_thread(tempfile.mkdtemp, dir=tmp_path) for _ in range(3)]
+        configs = [CONFIG.model_copy(update={"shared_memory_dir": folder}) for folder in folders]
+        receivers = [await stack.enter_async_context(local_receiver(config)) for config in configs]
         source.publish("image", tensors, 1)
         first, second, late = receivers
         responses = await asyncio.gather(
@@ -64,9 +83,9 @@ async def test_a_chain_passes_pieces_on_and_a_late_worker_needs_no_trainer() -> 
         assert all(equal(receiver.loaded, tensors) for receiver in receivers)
 
 
-async def test_what_a_lost_source_has_not_given_comes_from_the_next() -> None:
+async def test_what_a_lost_source_has_not_given_comes_from_the_next(afar: WeightsConfig) -> None:
     tensors = make_tensors(1, 4)
-    async with local_source(CONFIG) as source, local_receiver(CONFIG) as receiver:
+    async with local_source(CONFIG) as source, local_receiver(afar) as receiver:
         source.publish("image", tensors, 1)
         async with local_source(CONFIG) as other:
             # The same pieces, of which the second half is announced and cannot be read.

@@ -458,10 +458,17 @@ class Holding(_message.Message):
     HOLDER_ID_FIELD_NUMBER: _builtins.int
     PIECES_FIELD_NUMBER: _builtins.int
     ADDRESSES_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    BASE_FIELD_NUMBER: _builtins.int
     session: _builtins.str
     """The Mooncake session to dial."""
     holder_id: _builtins.str
     """Names the process for as long as it runs, since another may come to listen at the same session."""
+    file: _builtins.str
+    """Name of the file in shared memory that this memory is, and the address of its first byte: a reader that sees the
+    file copies from it.
+    """
+    base: _builtins.int
     @_builtins.property
     def pieces(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Indices into the manifest's pieces, and the address of each."""
@@ -475,10 +482,12 @@ class Holding(_message.Message):
         holder_id: _builtins.str = ...,
         pieces: _abc.Iterable[_builtins.int] | None = ...,
         addresses: _abc.Iterable[_builtins.int] | None = ...,
+        file: _builtins.str = ...,
+        base: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "holder_id", b"holder_id", "pieces", b"pieces", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["addresses", b"addresses", "base", b"base", "file", b"file", "holder_id", b"holder_id", "pieces", b"pieces", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
