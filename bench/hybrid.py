@@ -102,8 +102,11 @@ MODELS = {
 def write_model(folder: Path, model: Model) -> None:
     """Writes the model's folder; in a process of its own, since it loads what the services load."""
     if model.shape:
+        from transformers.utils.logging import disable_progress_bar
+
         from tests.fixtures.trainer import write_model as write_random
 
+        disable_progress_bar()
         write_random(folder, **model.shape)
         return
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "arithmetic"))
@@ -323,6 +326,9 @@ async def take_turn(pair: Pair, engine: str, iteration: int, watch: Stopwatch) -
             await pair.trainer.onload(trainer_pb2.OnloadRequest(**moment))
     with watch.time("training"):
         await pair.train()
+    with watch.time("checkpoint"):
+        # A job that finds none makes a copy of the weights.
+        await pair.trainer.save_checkpoint(trainer_pb2.SaveCheckpointRequest(run_id=RUN, policy_version=pair.version))
     if engine != "keep":
         with watch.time("convert"):
             await pair.push(targets=False)

@@ -58,9 +58,11 @@ class WorkerExtension:
     def take_memory(self, tag: str) -> None:
         """Gives `weights` memory with arbitrary content, or the `kv_cache` memory that is zeroed."""
         for tensor, size in self._freed[tag]:
-            tensor.untyped_storage().resize_(size)
+            storage = tensor.untyped_storage()
+            storage.resize_(size)
             if tag == "kv_cache":
-                tensor.zero_()
+                # The tensor may be one layer's part of it.
+                storage.fill_(0)  # type: ignore[attr-defined]
 
     def find_slices(self, manifest: bytes) -> str:
         """Learns which parts of the manifest's tensors this worker takes; returns why it takes all, "" if it does not.

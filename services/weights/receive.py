@@ -110,6 +110,11 @@ class BufferPool:
             raise
         return buffer
 
+    async def drop_spares(self) -> None:
+        """Frees all buffers at hand but the last one that was given back."""
+        while len(self._free) > 1:
+            await self._drop(self._free.pop(0))
+
     def give_back(self, buffer: SharedBuffer) -> None:
         """Makes a buffer that no write can reach any more the spare."""
         self._free.append(buffer)
@@ -245,6 +250,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
             if self.current is not None and self._is_away():
                 self._retire(self._current_id, self.current.buffer)
                 self.current, self._current_id = None, ""
+                await self._pool.drop_spares()
             buffer = await self._pool.take(manifest.total_bytes)
             transfer_id = uuid.uuid4().hex
             self._pending = transfer_id, WeightImage(manifest, buffer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,22 +86,25 @@ def train_beside_the_shelf(engine: Engine, folder: Path, disk: Path) -> tuple[li
     """
     from services.trainer.hf import read_model_shape
     from services.trainer.megatron.model import Policy
+    from services.trainer.megatron.shelf import list_moments
 
     policy = Policy(read_model_shape(folder), engine.dims, torch.bfloat16, 128)
     batches = make_batches(engine, sequences())
     copies = policy.count_copies()
     sizes = [copies["weights"] + copies["main_weights"]]
 
-    def count_weights() -> None:
-        sizes.append(sum(parameter.untyped_storage().nbytes() for parameter in policy.core.parameters()))
+    def count_left() -> None:
+        left = sum(parameter.untyped_storage().nbytes() for parameter in policy.core.parameters())
+        sizes.append(left + sum(each.nbytes for moment in moments if (each := moment()) is not None))
 
     found = []
     for is_shelved in (False, True):
         policy.load(folder)
         for job in range(2):
             if job and is_shelved:
+                moments = [weakref.ref(each) for each in list_moments(policy.optimizer)]
                 with pytest.MonkeyPatch.context() as patch:
-                    patch.setattr(torch.cuda, "empty_cache", count_weights)
+                    patch.setattr(torch.cuda, "empty_cache", count_left)
                     shelf = policy.offload(disk)
                 sizes.append(shelf.shelved)
                 shelf.close()

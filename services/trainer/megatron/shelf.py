@@ -10,7 +10,7 @@ import ctypes
 import gc
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -22,6 +22,13 @@ from services.trainer.megatron.memory import count_copies
 from services.trainer.megatron.optimizer import list_parts
 
 _PIECE = 64 << 20
+
+
+def list_moments(optimizer: MegatronOptimizer) -> Iterator[torch.Tensor]:
+    """Yields the tensors of an optimizer's state. Whoever keeps them keeps their memory."""
+    for part in list_parts(optimizer):
+        for state in part.optimizer.state.values():
+            yield from (each for each in state.values() if isinstance(each, torch.Tensor))
 
 
 class Shelf:
@@ -37,8 +44,7 @@ class Shelf:
         self._gpu = next(model.parameters()).is_cuda
         copies = count_copies(model.parameters(), optimizer)
         parts = list_parts(optimizer)
-        moments = [each for part in parts for state in part.optimizer.state.values() for each in state.values()]
-        self.dropped = copies["gradients"] + sum(each.nbytes for each in moments if isinstance(each, torch.Tensor))
+        self.dropped = copies["gradients"] + sum(each.nbytes for each in list_moments(optimizer))
         updated = [weight for part in parts for group in part.optimizer.param_groups for weight in group["params"]]
         buffers = [each.param_data for each in model.buffers + model.expert_parallel_buffers]
         weights = [each for each in buffers if each is not None]
