@@ -101,7 +101,10 @@ def measure_replay(folder: Path, dtype: str) -> None:
     from services.trainer.engine import Engine
 
     responses = asyncio.run(generate_responses(folder, dtype, 16))
-    made = [MadeTrajectory(f"t{i}", list(PROMPT), *found[:2], [(0, 100)]) for i, found in enumerate(responses)]
+    made = [
+        MadeTrajectory(f"t{i}", list(PROMPT), tokens, logprobs, [(0, len(tokens))])
+        for i, (tokens, logprobs, _) in enumerate(responses)
+    ]
     trajectories = to_trajectories({"g": made})
     for each, (_, _, experts) in zip(made, responses, strict=True):
         trajectories[each.trajectory_id] = replace(trajectories[each.trajectory_id], experts=experts)
