@@ -154,8 +154,8 @@ async def generate_segment(
         yield buffer_pb2.Chunk(trajectory_id=segment.item_id, offset=offset, end_reason=segment.end_reason)
         return
     detector = _resume_detector(segment, settings.repetition_stop)
-    cutter = _ChunkCutter(segment.item_id, offset, settings.chunk_tokens)
     stride = min(settings.chunk_tokens, REPETITION_STRIDE_TOKENS) if detector else settings.chunk_tokens
+    cutter = _ChunkCutter(segment.item_id, offset, settings.chunk_tokens, stride)
     request = EngineRequest(
         request_id=segment.segment_id,
         token_ids=[*unpack_token_ids(segment.prompt_token_ids), *unpack_token_ids(segment.response_token_ids)],
@@ -202,12 +202,13 @@ def _find_end(output: EngineOutput, detector: RepetitionDetector | None, at_limi
 
 
 class _ChunkCutter:
-    """Gathers tokens of a segment and cuts them into chunks."""
+    """Gathers tokens of a segment, which come in outputs of `stride_tokens`, and cuts them into chunks."""
 
-    def __init__(self, item_id: str, offset: int, chunk_tokens: int) -> None:
+    def __init__(self, item_id: str, offset: int, chunk_tokens: int, stride_tokens: int) -> None:
         self._item_id = item_id
         self._offset = offset
         self._chunk_tokens = chunk_tokens
+        self._stride_tokens = stride_tokens
         self._token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._versions: list[VersionSpan] = []
@@ -217,15 +218,16 @@ class _ChunkCutter:
     def add(
         self, output: EngineOutput, kept: int, end_reason: EndReason, *, is_last: bool
     ) -> Iterator[buffer_pb2.Chunk]:
-        """Adds the first `kept` tokens of an output; yields what is more than a chunk, and all of it at the end.
+        """Adds the first `kept` tokens of an output; yields them once the next one could fill more than a chunk.
 
-        A full chunk is held back until the next token, since it may be the last one, which has the end reason.
+        So no more than a chunk's tokens gather here and in the engine. At the end all of them are yielded; an output
+        that ends a segment has a token, for the chunk that says why.
         """
         self._token_ids += output.token_ids[:kept]
         self._logprobs += output.logprobs[:kept]
         self._experts += output.experts[:kept]
         self._versions = slice_spans([*self._versions, *output.versions], 0, len(self._token_ids))
-        while len(self._token_ids) > self._chunk_tokens or (self._token_ids and is_last):
+        while self._token_ids and (is_last or len(self._token_ids) + self._stride_tokens > self._chunk_tokens):
             yield self._cut(min(len(self._token_ids), self._chunk_tokens), end_reason)
 
     def _cut(self, tokens: int, end_reason: EndReason) -> buffer_pb2.Chunk:

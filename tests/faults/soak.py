@@ -1,255 +1,336 @@
-"""SIGKILL and SIGSTOP at random over every process of a running stack, with a law that holds after each of them.
+"""SIGKILL and SIGSTOP at random over every process of a hybrid stack; the conservation law is checked after each.
 
-    python -m tests.faults.soak [--faults 200] [--minutes 40] [--recipe examples/arithmetic] [--seed 0] [--set A.B=C]
+    python -m tests.faults.soak [--faults 200] [--minutes 40] [--seed 0] [--recipe examples/arithmetic] [--set A.B=C]
 
-Trains the recipe with two workers, `perigee worker` beside them, and no supervised stage. The law is checked on what
-the buffer has committed:
+The stack is `perigee train` with a trainer of two ranks and two rollout workers on its devices, which leave and come
+back, and beside it a worker elsewhere, `perigee worker`. What dies is started again as in production: engine and fork
+server by their worker, Valkey by the buffer, services by `perigee train`, and `perigee train --resume` and
+`perigee worker` by this script, in the place of a service manager. Neither gives up here, however often.
 
-- each group that was issued was trained, was dropped with a reason, or is in flight, and none that is gone comes back;
-- each token that was counted was trained on, or is in flight, and no trajectory in flight has fewer than before;
-- iterations are 1, 2, 3 and so on, each once.
-
-Ends with exit status 1, and the first violation, when the law breaks, nothing is committed for STALL_S, or a process is
-left over. A run of 200 faults takes 40 minutes; `make test` does not run it.
+The seed decides kind, signal and length of each fault; when it strikes, the run is wherever the machine has got to.
+Ends with exit status 1 when the law (`tests/faults/law.py`) breaks, nothing is committed for STALL_S, `perigee train`
+ends by itself or a process is left over, and says how to do it again. `make test` does not run it.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
+import re
+import shlex
 import signal
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import asynccontextmanager, suppress
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from perigee.buffer.client import BufferClient
-from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.run_folder import find_stack
-from perigee.errors import PerigeeError
+from perigee.cli.stack import pick_ports
+from perigee.coordinator.client import CoordinatorClient
+from perigee.coordinator.v1 import coordinator_pb2
+from perigee.errors import PerigeeError, first_error
+from perigee.rollout.client import RolloutClient
+from perigee.rollout.v1 import rollout_pb2
 from services.kit.process import ChildProcess
+from services.kit.server import end_tasks
+from tests.faults.law import Law, LawBroken, Losses, demand, look
 
-# A supervisor that never gives up: here, processes die more often than anywhere.
-PERIGEE = "from perigee.cli import stack; stack.HEALTHY_S = 0.0; from perigee.cli.main import app; app()"
+# A supervisor that does not give up: here, processes die more often than anywhere.
+PERIGEE = (
+    "from perigee.cli import stack; stack.RESTART_DELAYS_S = (1.0,) * 100_000; from perigee.cli.main import app; app()"
+)
+LOCAL_WORKERS = 2
+WORKERS = LOCAL_WORKERS + 1
+SEQUENCES = 32
+CHUNK = 8
 SETTINGS = (
+    "run.deployment=hybrid",
+    "run.hybrid={engine: sleep, workers: [rollout-0, rollout-1]}",
     "run.sft=[]",
     "run.iterations=100000",
     "run.drop_uniform_groups=false",
-    "run.max_live_groups=48",
+    "run.max_live_groups=24",
+    "run.group_size=4",
     "run.evaluation={every: 0, samples: 1, problems: 8}",
     "coordinator.recoveries=100000",
-    "rollout.max_num_seqs=64",
-    "rollout.chunk_tokens=8",
+    "coordinator.dispatch.attempts=1000",
+    "coordinator.scoring.attempts=1000",
+    "trainer.data_parallel=2",
+    "trainer.threads=1",
+    f"rollout.max_num_seqs={SEQUENCES}",
+    f"rollout.chunk_tokens={CHUNK}",
+    "rollout.kv_cache_bytes=67108864",
 )
+# On ports of their own, so that they are found again after `perigee train` was killed.
+FIXED = ("coordinator", "buffer", "trainer")
+TOGETHER = "trainer, coordinator and buffer"
+PARTS = ("trainer", "trainer rank", "coordinator", "buffer")
+# Kinds of processes, each as likely as the others, and the workers whose sequences the loss of one may cut off.
+KINDS: Mapping[str, int] = {
+    "buffer": WORKERS,
+    "coordinator": WORKERS,
+    "engine": 1,
+    "fork server": 1,
+    "guard": WORKERS,
+    "perigee train": WORKERS,
+    "perigee worker": 1,
+    "resource tracker": 0,
+    "reward": 0,
+    "reward helper": 0,
+    "rollout": 1,
+    "sandbox": 0,
+    "sandbox helper": 0,
+    "trainer": 0,
+    "trainer rank": 0,
+    TOGETHER: WORKERS,
+    "valkey": WORKERS,
+}
+KILLS = 2 / 3
+STOPPED_S = (1.0, 20.0)
 START_S = 600.0
 STALL_S = 600.0
-STOPPED_S = (1.0, 20.0)
-# What dies together: all that a run's state is in, but the disk.
-TOGETHER = ("trainer", "coordinator", "buffer")
+PAUSE_S = 1.0
 
 
-class LawBroken(Exception):
-    """Raised with the first sentence that does not hold."""
+def classify(process: psutil.Process, parent: str, service: str) -> tuple[str, str]:
+    """Returns the kind of a process and its service, below a parent of this kind and service."""
+    words = process.cmdline() or [""]
+    line = " ".join(words)
+    if "guard.py" in line:
+        named = re.search(r"-m services\.(\w+)", line)
+        return "guard", named[1] if named else "prepare"
+    if words[0].startswith("VLLM::"):
+        return "engine", service
+    if "valkey-server" in words[0]:
+        return "valkey", service
+    if "resource_tracker" in line:
+        return "resource tracker", service
+    if parent == "guard" and f"services.{service}" in words:
+        return service, service
+    return {"trainer": "trainer rank", "rollout": "fork server"}.get(service, f"{service} helper"), service
 
 
-@dataclass
-class Law:
-    """What was seen of the run so far, and what must follow from it."""
-
-    run_path: Path
-    run_id: str
-    tokens: dict[str, int] = field(default_factory=dict)
-    gone: set[str] = field(default_factory=set)
-    commits: int = 0
-    committed_at: float = field(default_factory=time.monotonic)
-
-    async def check(self, buffer: BufferClient) -> None:
-        """Reads the buffer between two looks at its commit, and raises LawBroken; a run that moves on is read again."""
-        while True:
-            run = (await buffer.get_run(buffer_pb2.GetRunRequest(run_id=self.run_id), timeout_s=10)).run
-            live = {
-                member.trajectory_id: member.tokens
-                async for page in buffer.list_groups(buffer_pb2.ListGroupsRequest(run_id=self.run_id), timeout_s=10)
-                for group in page.groups
-                for member in group.trajectories
-            }
-            again = (await buffer.get_run(buffer_pb2.GetRunRequest(run_id=self.run_id), timeout_s=10)).run
-            if again.iteration == run.iteration:
-                break
-        self._check_trajectories(live)
-        if run.iteration > self.commits:
-            self.commits, self.committed_at = run.iteration, time.monotonic()
-        demand(time.monotonic() - self.committed_at < STALL_S, f"no commit for {STALL_S:g} s after {self.commits}")
-        if run.iteration:
-            self._check_commit(json.loads(run.coordinator_state), run.iteration)
-
-    def _check_trajectories(self, live: dict[str, int]) -> None:
-        demand(not self.gone & {*live}, f"consumed before, and back: {sorted(self.gone & {*live})[:3]}")
-        fewer = [key for key, tokens in live.items() if tokens < self.tokens.get(key, 0)]
-        demand(not fewer, f"durable tokens are lost: {fewer[:3]}")
-        self.gone |= {*self.tokens} - {*live}
-        self.tokens = live
-
-    def _check_commit(self, state: dict[str, Any], iteration: int) -> None:
-        path = self.run_path / "metrics.jsonl"
-        lines = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
-        by_iteration = {line["iteration"]: line for line in lines if line["iteration"] < iteration}
-        by_iteration[iteration] = state["last_line"]
-        demand(sorted(by_iteration) == list(range(1, iteration + 1)), f"iterations are {sorted(by_iteration)[-5:]}")
-        numbers = Counter(line["iteration"] for line in lines)
-        demand(max(numbers.values(), default=1) == 1, f"a line stands twice: {numbers.most_common(1)}")
-        consumed = sum(line["reward/groups"] for line in by_iteration.values())
-        accounted = sum(
-            line["train/groups"] + line["train/groups_uniform"] + line["train/groups_failed"]
-            for line in by_iteration.values()
-        )
-        in_flight = state["last_line"]["rollout/live_groups"]
-        demand(consumed == accounted, f"{consumed} groups consumed, {accounted} trained or dropped with a reason")
-        demand(
-            state["next_group"] == consumed + in_flight,
-            f"{state['next_group']} groups issued, {consumed} consumed, {in_flight} in flight",
-        )
-        if any(line["train/groups_failed"] for line in by_iteration.values()):
-            return  # the tokens of a group without verdicts are in no line
-        counted = sum(line["rollout/tokens"] for line in by_iteration.values())
-        trained = sum(
-            tokens
-            for line in by_iteration.values()
-            for key, tokens in line.items()
-            if key.startswith("train/tokens_by_version/")
-        )
-        held = sum(sum(tokens) for tokens in state["starts"].values())
-        demand(counted == trained + held, f"{counted} tokens counted, {trained} trained, {held} in flight")
-
-
-def demand(holds: bool, sentence: str) -> None:
-    """Raises LawBroken unless the condition holds."""
-    if not holds:
-        raise LawBroken(sentence)
-
-
-def find_targets(*roots: int) -> dict[str, psutil.Process]:
-    """Returns the processes below `roots` that do the work: services, engines, trainer ranks, Valkey."""
-    found: dict[str, psutil.Process] = {}
-    for process in descend(roots):
-        with suppress(psutil.Error):
-            line = process.cmdline()
-            if line[1:2] == ["-m"] and line[2].startswith("services."):
-                found[f"{line[2].removeprefix('services.')} {process.pid}"] = process
-            elif line and line[0].startswith("VLLM::"):
-                found[f"engine {process.pid}"] = process
-            elif line and "valkey-server" in line[0]:
-                found[f"valkey {process.pid}"] = process
+def find_processes(roots: Mapping[str, int]) -> dict[str, list[psutil.Process]]:
+    """Returns all living processes by kind, from the commands of `perigee` by name with their process ids."""
+    found: dict[str, list[psutil.Process]] = defaultdict(list)
+    for name, pid in roots.items():
+        known = {pid: (name, "")}
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(pid)
+            found[name].append(root)
+            for process in root.children(recursive=True):  # parents come first
+                with suppress(psutil.Error):
+                    if process.status() != psutil.STATUS_ZOMBIE:
+                        known[process.pid] = classify(process, *known[process.ppid()])
+                        found[known[process.pid][0]].append(process)
     return found
 
 
-def descend(roots: tuple[int, ...]) -> Iterator[psutil.Process]:
-    """Yields all processes below `roots`."""
-    for root in roots:
+@dataclass
+class Command:
+    """A command of `perigee` that is started again when it ends, as by a service manager."""
+
+    name: str
+    log: Path
+    arguments: Sequence[str]
+    # Of every start but the first.
+    again: Sequence[str]
+    may_end: bool
+    pid: int = 0
+
+    async def keep(self) -> None:
+        """Keeps it running until cancelled; raises LawBroken when it ends by itself and may not."""
+        arguments = self.arguments
+        while True:
+            command = [sys.executable, "-c", PERIGEE, *arguments]
+            process = await ChildProcess.start(self.name, command, log_path=self.log, grace_s=120.0)
+            self.pid = process.pid
+            try:
+                code = await process.wait()
+            finally:
+                await process.stop()
+            demand(self.may_end or code == 128 + signal.SIGKILL, process.describe_end(code))
+            arguments = self.again
+            await asyncio.sleep(PAUSE_S)
+
+
+@dataclass
+class Stack:
+    """The stack under test, the faults that it gets, and what is known of it."""
+
+    law: Law
+    run_id: str
+    buffer: BufferClient
+    coordinator: CoordinatorClient
+    commands: Sequence[Command]
+    tasks: asyncio.TaskGroup
+    losses: Losses = field(default_factory=lambda: Losses(WORKERS * SEQUENCES * CHUNK))
+    seen: set[psutil.Process] = field(default_factory=set)
+    commits: int = 0
+    committed_at: float = field(default_factory=time.monotonic)
+
+    def find_processes(self) -> dict[str, list[psutil.Process]]:
+        """Returns all living processes by kind."""
+        found = find_processes({command.name: command.pid for command in self.commands})
+        self.seen.update(process for some in found.values() for process in some)
+        return found
+
+    def hurt(self, chance: random.Random) -> str:
+        """Kills or stops a process, or kills several together; returns what it did."""
+        kind, is_kill = chance.choice([*KINDS]), chance.random() < KILLS
+        place, seconds = chance.random(), chance.uniform(*STOPPED_S)
+        found = self.find_processes()
+        if kind == TOGETHER:
+            is_kill, victims = True, [process for part in PARTS for process in found[part]]
+        else:
+            # The next kind where none of this one runs now.
+            first = [*KINDS].index(kind)
+            kind = next(each for each in ([*KINDS] * 2)[first:] if found.get(each))
+            victims = [found[kind][int(place * len(found[kind]))]]
+        self.losses.allowed += KINDS[kind] * SEQUENCES * CHUNK
+        for victim in victims:
+            with suppress(psutil.NoSuchProcess):
+                victim.send_signal(signal.SIGKILL if is_kill else signal.SIGSTOP)
+                if not is_kill:
+                    self.tasks.create_task(resume_later(victim, seconds))
+        return f"{'SIGKILL' if is_kill else 'SIGSTOP'} to {kind}"
+
+    async def count(self) -> str:
+        """Notes what the workers have generated; returns the run's phase, where the coordinator answers."""
+        try:
+            status = await self.coordinator.get_status(coordinator_pb2.GetStatusRequest(), timeout_s=2.0)
+        except PerigeeError:
+            return "-"
+        for worker in status.workers:
+            with suppress(PerigeeError):
+                async with RolloutClient.connect(worker.address) as client:
+                    state = await client.get_state(rollout_pb2.GetStateRequest(), timeout_s=1.0)
+                self.losses.note(worker.worker_id, state.generated_tokens)
+        return coordinator_pb2.RunPhase.Name(status.run.phase).removeprefix("RUN_PHASE_").lower()
+
+    async def check(self) -> int:
+        """Holds the run against the law as soon as the buffer answers; returns the tokens lost so far."""
+        deadline = time.monotonic() + STALL_S
+        while True:
+            try:
+                seen = await look(self.buffer, self.run_id)
+                break
+            except PerigeeError as error:
+                demand(time.monotonic() < deadline, f"the buffer gives no answer for {STALL_S:g} s: {error.message}")
+                await asyncio.sleep(0.5)
+        self.law.check(seen)
+        if self.law.iteration > self.commits:
+            self.commits, self.committed_at = self.law.iteration, time.monotonic()
+        demand(time.monotonic() - self.committed_at < STALL_S, f"no commit for {STALL_S:g} s after {self.commits}")
+        return self.losses.check(self.law.durable)
+
+    async def commit(self, iterations: int) -> None:
+        """Returns when so many more iterations are committed, under the law."""
+        target = self.law.iteration + iterations
+        while self.law.iteration < target:
+            await self.count()
+            await self.check()
+            await asyncio.sleep(PAUSE_S)
+
+
+async def resume_later(process: psutil.Process, seconds: float) -> None:
+    """Lets a stopped process go on after a while, and at once when cancelled."""
+    try:
+        await asyncio.sleep(seconds)
+    finally:
         with suppress(psutil.NoSuchProcess):
-            yield from psutil.Process(root).children(recursive=True)
-
-
-async def hurt(targets: dict[str, psutil.Process], chance: random.Random) -> str:
-    """Kills or stops one of the processes, or kills several together; returns what it did."""
-    kind = chance.choices(("SIGKILL", "SIGSTOP", "together"), (10, 5, 1))[0]
-    if kind == "together":
-        victims = [process for name, process in targets.items() if name.split()[0] in TOGETHER]
-        for process in victims:
-            process.kill()
-        return f"SIGKILL to {', '.join(TOGETHER)} at once"
-    services = sorted({name.split()[0] for name in targets})
-    service = chance.choice(services)  # each kind of process as often as the others
-    name = chance.choice(sorted(name for name in targets if name.split()[0] == service))
-    if kind == "SIGKILL":
-        targets[name].kill()
-        return f"SIGKILL to {name}"
-    seconds = chance.uniform(*STOPPED_S)
-    targets[name].suspend()
-    await asyncio.sleep(seconds)
-    targets[name].resume()
-    return f"SIGSTOP to {name} for {seconds:.0f} s"
+            process.resume()
 
 
 @asynccontextmanager
-async def command(name: str, log: Path, *arguments: str) -> Any:
-    """Runs a command of `perigee`, which is asked to end with the block."""
-    process = await ChildProcess.start(name, [sys.executable, "-c", PERIGEE, *arguments], log_path=log, grace_s=120.0)
-    try:
-        yield process
-    finally:
-        await process.stop()
-
-
-async def keep_worker(runs: Path, pids: set[int]) -> None:
-    """Keeps one `perigee worker` running, its process id among `pids`."""
-    while True:
-        async with command("worker", runs / "worker.log", "worker", "--runs-dir", str(runs)) as process:
-            pids.add(process.pid)
-            await process.wait()
-            pids.discard(process.pid)
-        await asyncio.sleep(1.0)
-
-
-async def soak(options: argparse.Namespace, runs: Path) -> Counter[str]:
-    """Runs the stack and hurts it; returns how often what was done."""
-    chance, done, pids = random.Random(options.seed), Counter[str](), set[int]()
-    sets = [word for value in (*SETTINGS, *options.sets) for word in ("--set", value)]
-    train = ("train", options.recipe, "--plain", "--workers", "2", "--runs-dir", str(runs), *sets)
-    async with command("train", runs / "train.log", *train) as training:
+async def running(options: argparse.Namespace, runs: Path) -> AsyncIterator[Stack]:
+    """Runs the stack; at the end all of it has ended, or LawBroken is raised."""
+    ports = [f"{name}.server.port={port}" for name, port in zip(FIXED, pick_ports(len(FIXED)), strict=True)]
+    sets = [word for value in (*SETTINGS, *ports, *options.sets) for word in ("--set", value)]
+    common = ("--plain", "--workers", str(LOCAL_WORKERS), "--runs-dir", str(runs))
+    train = Command(
+        "perigee train",
+        runs / "train.log",
+        ("train", options.recipe, *common, *sets),
+        ("train", "--resume", "latest", *common),
+        may_end=False,
+    )
+    joining = ("worker", "--runs-dir", str(runs))
+    worker = Command("perigee worker", runs / "worker.log", joining, joining, may_end=True)
+    async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+        training = tasks.create_task(train.keep())
         async with asyncio.timeout(START_S):
-            while (found := find_stack(runs)) is None:
-                demand(training.exit_code is None, f"perigee train did not start, see {runs}/train.log")
-                await asyncio.sleep(0.5)
-        run, stack = found
-        law = Law(run.path, run.run_id)
-        worker = asyncio.create_task(keep_worker(runs, pids))
-        interval_s = options.minutes * 60 / options.faults
+            while (found := find_stack(runs)) is None:  # noqa: ASYNC110, another process writes the file
+                await asyncio.sleep(PAUSE_S)
+        addresses = found[1].addresses
+        under_test = Stack(
+            Law(found[0].path / "metrics.jsonl"),
+            found[0].run_id,
+            await stack.enter_async_context(BufferClient.connect(addresses["buffer"])),
+            await stack.enter_async_context(CoordinatorClient.connect(addresses["coordinator"])),
+            (train, worker),
+            tasks,
+        )
+        working = tasks.create_task(worker.keep())
         try:
-            async with BufferClient.connect(stack.addresses["buffer"]) as buffer:
-                await commit_twice(law, buffer, training, runs)
-                began = time.monotonic()
-                while done.total() < options.faults and time.monotonic() - began < options.minutes * 60:
-                    due = began + (done.total() + chance.random()) * interval_s
-                    await asyncio.sleep(max(0.0, due - time.monotonic()))
-                    demand(training.exit_code is None, f"perigee train has ended, see {runs}/train.log")
-                    text = "lost its target"
-                    with suppress(psutil.NoSuchProcess):
-                        text = await hurt(find_targets(training.pid, *pids), chance)
-                    done[" ".join(word for word in text.split() if not word.isdigit())] += 1
-                    with suppress(PerigeeError):  # a buffer that was hurt answers the next check
-                        await law.check(buffer)
-                    print(
-                        f"{time.monotonic() - began:6.0f} s  {done.total():3}  {law.commits} commits  {text}",
-                        flush=True,
-                    )
-                await commit_twice(law, buffer, training, runs)
+            yield under_test
+            under_test.find_processes()
         finally:
-            worker.cancel()
-            await asyncio.gather(worker, return_exceptions=True)
-        mine = [*descend((training.pid, *pids))]
-    left = [process for process in mine if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+            await end_tasks(working)
+            await end_tasks(training)
+    left = [process for process in under_test.seen if is_left(process)]
     demand(not left, f"left over: {left[:3]}")
-    return done
 
 
-async def commit_twice(law: Law, buffer: BufferClient, training: ChildProcess, runs: Path) -> None:
-    """Returns when the run has committed two more iterations, under the law."""
-    commits = law.commits
-    while law.commits < commits + 2:
-        demand(training.exit_code is None, f"perigee train has ended, see {runs}/train.log")
-        with suppress(PerigeeError):
-            await law.check(buffer)
-        await asyncio.sleep(1.0)
+def is_left(process: psutil.Process) -> bool:
+    """Returns whether a process still runs."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+async def wait_for_workers(stack: Stack) -> None:
+    """Returns when every worker has registered."""
+    async with asyncio.timeout(START_S):
+        while True:
+            with suppress(PerigeeError):
+                status = await stack.coordinator.get_status(coordinator_pb2.GetStatusRequest(), timeout_s=2.0)
+                if len(status.workers) == WORKERS:
+                    return
+            await asyncio.sleep(PAUSE_S)
+
+
+async def soak(options: argparse.Namespace, runs: Path, done: Counter[str]) -> None:
+    """Runs the stack and hurts it, counting in `done` what was done."""
+    try:
+        async with running(options, runs) as stack:
+            await wait_for_workers(stack)
+            await stack.commit(2)
+            began = time.monotonic()
+            for number in range(1, options.faults + 1):
+                left_s = began + options.minutes * 60 - time.monotonic()
+                if left_s <= 0:
+                    break
+                chance = random.Random(f"{options.seed}/{number}")
+                await asyncio.sleep(left_s / (options.faults - number + 1) * chance.uniform(0.5, 1.5))
+                phase = await stack.count()
+                fault = stack.hurt(chance)
+                done[fault] += 1
+                lost = await stack.check()
+                place = f"{time.monotonic() - began:6.0f} s  {number:3}  {phase:11}"
+                print(f"{place}  {stack.commits:4} commits  {lost:5} tokens lost  {fault}", flush=True)
+            await stack.commit(2)
+    except BaseExceptionGroup as group:
+        raise first_error(group) from group
 
 
 def main() -> int:
@@ -262,12 +343,13 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], dest="sets", metavar="A.B=C")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    runs = Path(tempfile.mkdtemp(prefix="perigee-soak-"))
-    print(f"logs and records: {runs}")
+    runs, done = Path(tempfile.mkdtemp(prefix="perigee-soak-")), Counter[str]()
+    print(f"seed {options.seed}, logs and records: {runs}", flush=True)
     try:
-        done = asyncio.run(soak(options, runs))
+        asyncio.run(soak(options, runs, done))
     except LawBroken as broken:
-        print(f"the law is broken: {broken}")
+        print(f"the law is broken after {done.total()} faults: {broken}\nsee {runs}; again:")
+        print(shlex.join(["python", "-m", "tests.faults.soak", "--seed", str(options.seed), *sys.argv[1:]]))
         return 1
     for text, count in sorted(done.items()):
         print(f"{count:4}  {text}")

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import AsyncGenerator, Sequence
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,6 +54,26 @@ class ScriptedEngine(FragileEngine):
             )
 
 
+class UnevenEngine(ScriptedEngine):
+    """Hands out strides, some cut short as by a change of weights; knows what could have been lost meanwhile."""
+
+    durable = 0
+    most_gathered = 0
+
+    async def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
+        sizes = [request.stride_tokens, 1, request.stride_tokens // 2 + 1] * 9
+        for number, size in enumerate(sizes, start=1):
+            self.most_gathered = max(self.most_gathered, self.handed_out - self.durable + request.stride_tokens)
+            begin, self.handed_out = self.handed_out, self.handed_out + size
+            yield EngineOutput(
+                token_ids=[100 + token for token in range(begin, self.handed_out)],
+                logprobs=[-1.0] * size,
+                versions=[span(1, size)],
+                cached_tokens=0,
+                finish="stop" if number == len(sizes) else None,
+            )
+
+
 def segment(end_tokens: int, response: Sequence[int] = (), end_reason: EndReason = BUDGET) -> Segment:
     return Segment("s", "t", pack_token_ids((7, 8)), pack_token_ids(response), end_tokens, end_reason)
 
@@ -100,6 +121,16 @@ async def test_chunks_are_whole_and_the_last_one_says_why() -> None:
     ]
     assert list(engine.requests[0].token_ids) == [7, 8, 1, 2, 3]
     assert engine.requests[0].max_tokens == 10
+
+
+@pytest.mark.parametrize(("chunk_tokens", "min_repeats"), [(4, 0), (64, 0), (64, 3), (48, 3)])
+async def test_no_more_than_a_chunk_gathers(chunk_tokens: int, min_repeats: int) -> None:
+    engine = UnevenEngine((), stop=99)
+    async for chunk in generate_segment(engine, segment(1000), settings(chunk_tokens, 4, min_repeats)):
+        assert len(tokens_of(chunk)) <= chunk_tokens
+        engine.durable += len(tokens_of(chunk))
+    assert engine.durable == engine.handed_out
+    assert engine.most_gathered <= chunk_tokens
 
 
 async def test_a_stop_token_ends_the_response_and_belongs_to_it() -> None:
