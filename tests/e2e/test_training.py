@@ -16,8 +16,9 @@ from tests.fixtures.training import TrainedRun, processes_below
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_a_killed_coordinator_and_worker_do_not_end_the_run_and_ctrl_c_does(trained_run: TrainedRun) -> None:
-    assert "coordinator was ended by SIGKILL" in trained_run.output_until_ctrl_c
+def test_services_that_are_killed_do_not_end_the_run_and_ctrl_c_does(trained_run: TrainedRun) -> None:
+    for name in ("trainer", "coordinator", "buffer", "rollout-0"):
+        assert f"{name} was ended by SIGKILL" in trained_run.output_until_ctrl_c
     assert f"go on with: perigee train --resume {trained_run.path.name}" in trained_run.output_until_ctrl_c
 
 

@@ -102,7 +102,7 @@ PAUSE_S = 1.0
 
 def classify(process: psutil.Process, parent: str, service: str) -> tuple[str, str]:
     """Returns the kind of a process and its service, below a parent of this kind and service."""
-    words = process.cmdline() or [""]
+    words = process.cmdline() or [""]  # of one that has ended
     line = " ".join(words)
     if "guard.py" in line:
         named = re.search(r"-m services\.(\w+)", line)
@@ -118,25 +118,17 @@ def classify(process: psutil.Process, parent: str, service: str) -> tuple[str, s
     return {"trainer": "trainer rank", "rollout": "fork server"}.get(service, f"{service} helper"), service
 
 
-def find_processes(roots: Mapping[str, int]) -> dict[str, list[psutil.Process]]:
-    """Returns all living processes by kind, from the commands of `perigee` by name with their process ids."""
-    found: dict[str, list[psutil.Process]] = defaultdict(list)
-    for name, pid in roots.items():
-        known = {pid: (name, "")}
-        with suppress(psutil.NoSuchProcess):
-            root = psutil.Process(pid)
-            found[name].append(root)
-            for process in root.children(recursive=True):  # parents come first
-                with suppress(psutil.Error):
-                    if process.status() != psutil.STATUS_ZOMBIE:
-                        known[process.pid] = classify(process, *known[process.ppid()])
-                        found[known[process.pid][0]].append(process)
-    return found
+def is_left(process: psutil.Process) -> bool:
+    """Returns whether a process still runs."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 @dataclass
 class Command:
-    """A command of `perigee` that is started again when it ends, as by a service manager."""
+    """A command of `perigee` that is started again when all of it has ended, as by a service manager."""
 
     name: str
     log: Path
@@ -145,6 +137,22 @@ class Command:
     again: Sequence[str]
     may_end: bool
     pid: int = 0
+    tree: set[psutil.Process] = field(default_factory=set)
+    """All processes that were seen of it and may still run."""
+
+    def find_processes(self) -> dict[str, list[psutil.Process]]:
+        """Returns its living processes by kind."""
+        found: dict[str, list[psutil.Process]] = defaultdict(list)
+        known = {self.pid: (self.name, "")}
+        with suppress(psutil.NoSuchProcess):
+            root = psutil.Process(self.pid)
+            found[self.name].append(root)
+            for process in root.children(recursive=True):  # parents come first
+                with suppress(psutil.Error, KeyError):
+                    known[process.pid] = classify(process, *known[process.ppid()])
+                    found[known[process.pid][0]].append(process)
+        self.tree.update(process for some in found.values() for process in some)
+        return found
 
     async def keep(self) -> None:
         """Keeps it running until cancelled; raises LawBroken when it ends by itself and may not."""
@@ -160,6 +168,13 @@ class Command:
             demand(self.may_end or code == 128 + signal.SIGKILL, process.describe_end(code))
             arguments = self.again
             await asyncio.sleep(PAUSE_S)
+            while self.prune():  # noqa: ASYNC110, other processes end
+                await asyncio.sleep(PAUSE_S)
+
+    def prune(self) -> set[psutil.Process]:
+        """Forgets the processes that have ended; returns the others."""
+        self.tree = {process for process in self.tree if is_left(process)}
+        return self.tree
 
 
 @dataclass
@@ -173,27 +188,21 @@ class Stack:
     commands: Sequence[Command]
     tasks: asyncio.TaskGroup
     losses: Losses = field(default_factory=lambda: Losses(WORKERS * SEQUENCES * CHUNK))
-    seen: set[psutil.Process] = field(default_factory=set)
     commits: int = 0
     committed_at: float = field(default_factory=time.monotonic)
-
-    def find_processes(self) -> dict[str, list[psutil.Process]]:
-        """Returns all living processes by kind."""
-        found = find_processes({command.name: command.pid for command in self.commands})
-        self.seen.update(process for some in found.values() for process in some)
-        return found
 
     def hurt(self, chance: random.Random) -> str:
         """Kills or stops a process, or kills several together; returns what it did."""
         kind, is_kill = chance.choice([*KINDS]), chance.random() < KILLS
         place, seconds = chance.random(), chance.uniform(*STOPPED_S)
-        found = self.find_processes()
+        trees = [command.find_processes() for command in self.commands]
+        found = {each: [process for tree in trees for process in tree[each]] for each in (*KINDS, *PARTS)}
         if kind == TOGETHER:
             is_kill, victims = True, [process for part in PARTS for process in found[part]]
         else:
             # The next kind where none of this one runs now.
             first = [*KINDS].index(kind)
-            kind = next(each for each in ([*KINDS] * 2)[first:] if found.get(each))
+            kind = next(each for each in ([*KINDS] * 2)[first:] if found[each])
             victims = [found[kind][int(place * len(found[kind]))]]
         self.losses.allowed += KINDS[kind] * SEQUENCES * CHUNK
         for victim in victims:
@@ -282,20 +291,13 @@ async def running(options: argparse.Namespace, runs: Path) -> AsyncIterator[Stac
         working = tasks.create_task(worker.keep())
         try:
             yield under_test
-            under_test.find_processes()
+            for command in under_test.commands:
+                command.find_processes()
         finally:
             await end_tasks(working)
             await end_tasks(training)
-    left = [process for process in under_test.seen if is_left(process)]
+    left = [process for command in under_test.commands for process in command.prune()]
     demand(not left, f"left over: {left[:3]}")
-
-
-def is_left(process: psutil.Process) -> bool:
-    """Returns whether a process still runs."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 async def wait_for_workers(stack: Stack) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from perigee.buffer.packing import unpack_token_ids
 from perigee.cli.train import Cursor, watch_run
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
@@ -93,8 +94,10 @@ async def test_a_run_that_was_cut_trains_the_same_groups_in_the_same_order(tmp_p
         worker = outages.peers.add_worker("a", tokenizer)
         await stack.enter_async_context(worker_in_service(worker, client.target))
 
-        async def train(name: str, *outages_in_turn: Sequence[str]) -> dict[int, list[trainer_pb2.TrainingGroup]]:
-            """Returns what each committed iteration trained."""
+        async def train(
+            name: str, *outages_in_turn: Sequence[str]
+        ) -> tuple[dict[int, list[trainer_pb2.TrainingGroup]], list[str]]:
+            """Returns what each committed iteration trained, and the prompts in their order."""
             requests.clear()
             run_id = f"{name}-{uuid.uuid4().hex}"
             request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / run_id))
@@ -113,11 +116,14 @@ async def test_a_run_that_was_cut_trains_the_same_groups_in_the_same_order(tmp_p
             assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
             trained = {each.iteration: list(each.groups) for each in requests}
             assert sum(len(groups) for groups in trained.values()) == sum(line["train/groups"] for line in lines)
-            return trained
+            first = [group.trajectories[0].trajectory_id for groups in trained.values() for group in groups]
+            prompts = [outages.peers.trainer.prompts[trajectory_id] for trajectory_id in first]
+            return trained, [tokenizer.decode(list(unpack_token_ids(prompt))) for prompt in prompts]
 
-        whole = await train("whole")
+        whole, whole_prompts = await train("whole")
         worker.call_seconds = 0.05
-        cut = await train("cut", ["trainer"], ["coordinator", "trainer", "buffer"])
+        cut, cut_prompts = await train("cut", ["trainer"], ["coordinator", "trainer", "buffer"])
     assert len(whole) >= ITERATIONS
     # The same prompts in the same order, as many tokens of each version, the same rewards.
+    assert cut_prompts == whole_prompts
     assert cut == whole
