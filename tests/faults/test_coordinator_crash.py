@@ -1,4 +1,5 @@
-"""The coordinator killed in every phase of a run and started again: nothing trained twice, no group dropped."""
+"""The coordinator killed in every phase of a run on shared devices and started again: nothing trained twice, no group
+dropped."""
 
 from __future__ import annotations
 
@@ -114,6 +115,8 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
         sft=stages,
         rollout={"token_budget": BUDGET, "max_response_tokens": 24},
         drop_uniform_groups=False,
+        deployment="hybrid",
+        hybrid={"engine": "restart", "workers": ["a"]},
     )
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with fake_peers(buffer_address) as peers:
@@ -128,7 +131,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
         ):
             request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path))
             watch: asyncio.Task[Watched] | None = None
-            for stall_in in ("FineTune", "rollout", "Train", "SaveCheckpoint", "PushWeights"):
+            for stall_in in ("FineTune", "rollout", "Onload", "Train", "SaveCheckpoint", "Offload", "PushWeights"):
                 peers.trainer.stalled.clear()
                 if stall_in == "rollout":
                     worker.call_seconds, worker.calls = 0.2, []

@@ -17,6 +17,7 @@ def line(iteration: int) -> dict[str, Any]:
     return {
         "iteration": iteration,
         "reward/groups": 2,
+        "reward/failures": 0,
         "train/groups": 2,
         "train/groups_uniform": 0,
         "train/groups_failed": 0,
