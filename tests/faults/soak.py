@@ -57,8 +57,7 @@ SETTINGS = (
     "run.sft=[]",
     "run.iterations=100000",
     "run.drop_uniform_groups=false",
-    "run.max_live_groups=24",
-    "run.group_size=4",
+    "run.max_live_groups=48",
     "run.evaluation={every: 0, samples: 1, problems: 8}",
     "coordinator.recoveries=100000",
     "coordinator.dispatch.attempts=1000",
@@ -136,7 +135,10 @@ class Command:
     # Of every start but the first.
     again: Sequence[str]
     may_end: bool
+    """Whether it may end by itself. One that is hurt while it starts may: then it gives up."""
     pid: int = 0
+    was_hurt: bool = False
+    """While it was starting."""
     tree: set[psutil.Process] = field(default_factory=set)
     """All processes that were seen of it and may still run."""
 
@@ -160,12 +162,13 @@ class Command:
         while True:
             command = [sys.executable, "-c", PERIGEE, *arguments]
             process = await ChildProcess.start(self.name, command, log_path=self.log, grace_s=120.0)
-            self.pid = process.pid
+            self.pid, self.was_hurt = process.pid, False
             try:
                 code = await process.wait()
             finally:
                 await process.stop()
-            demand(self.may_end or code == 128 + signal.SIGKILL, process.describe_end(code))
+            is_due = self.may_end or self.was_hurt or code == 128 + signal.SIGKILL
+            demand(is_due, process.describe_end(code))
             arguments = self.again
             await asyncio.sleep(PAUSE_S)
             while self.prune():  # noqa: ASYNC110, other processes end
@@ -205,6 +208,8 @@ class Stack:
             kind = next(each for each in ([*KINDS] * 2)[first:] if found[each])
             victims = [found[kind][int(place * len(found[kind]))]]
         self.losses.allowed += KINDS[kind] * SEQUENCES * CHUNK
+        train = self.commands[0]
+        train.was_hurt |= find_stack(train.log.parent) is None
         for victim in victims:
             with suppress(psutil.NoSuchProcess):
                 victim.send_signal(signal.SIGKILL if is_kill else signal.SIGSTOP)

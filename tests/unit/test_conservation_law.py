@@ -95,5 +95,5 @@ def test_tokens_that_did_not_become_durable_are_counted_over_processes() -> None
     losses.note("a", 30)
     losses.note("b", 60)
     assert losses.check(durable=180) == 5
-    with pytest.raises(LawBroken, match="11 tokens are lost: more than 10"):
+    with pytest.raises(LawBroken, match="11 tokens are lost, more than 10"):
         losses.check(durable=174)
