@@ -132,13 +132,15 @@ def check_tokens(seen: Sight, lines: Iterable[Mapping[str, Any]]) -> int:
 
 @dataclass
 class Losses:
-    """Tokens that workers had from their engines and that did not become durable.
+    """Tokens that workers had from their engines and that did not become durable, counted while nothing is generated.
 
-    Counts of workers are read before faults, so what is found is at most what was lost.
+    What a process generated between its last count and its end is not known: what is found is at most what was lost.
     """
 
-    allowed: int
-    """Tokens of chunks on their way, and of those that faults may have cost."""
+    allowed: int = 0
+    """Tokens of the chunks that faults may have cost."""
+    found: int = 0
+    """As many are lost since fewest were missing."""
     _counts: dict[str, int] = field(default_factory=dict)
     _ended: int = 0
     _least: int = sys.maxsize
@@ -149,11 +151,9 @@ class Losses:
         self._ended += before if generated < before else 0
         self._counts[worker_id] = generated
 
-    def check(self, durable: int) -> int:
-        """Returns the tokens lost since the first check, as far as known; raises LawBroken when more than allowed."""
+    def check(self, durable: int) -> None:
+        """Compares counts of all workers; raises LawBroken when more tokens are lost than allowed."""
         missing = self._ended + sum(self._counts.values()) - durable
-        # Lower than ever: some that became durable were not counted.
         self._least = min(self._least, missing)
-        lost = missing - self._least
-        demand(lost <= self.allowed, f"{lost} tokens are lost, more than {self.allowed}")
-        return lost
+        self.found = missing - self._least
+        demand(self.found <= self.allowed, f"{self.found} tokens are lost, more than {self.allowed}")

@@ -190,12 +190,14 @@ class Stack:
     coordinator: CoordinatorClient
     commands: Sequence[Command]
     tasks: asyncio.TaskGroup
-    losses: Losses = field(default_factory=lambda: Losses(WORKERS * SEQUENCES * CHUNK))
+    losses: Losses = field(default_factory=Losses)
+    phase: str = "-"
+    """Of the run when it was last asked for."""
     commits: int = 0
     committed_at: float = field(default_factory=time.monotonic)
 
     def hurt(self, chance: random.Random) -> str:
-        """Kills or stops a process, or kills several together; returns what it did."""
+        """Kills or stops a process, or kills several together; returns what it did, nothing when none runs."""
         kind, is_kill = chance.choice([*KINDS]), chance.random() < KILLS
         place, seconds = chance.random(), chance.uniform(*STOPPED_S)
         trees = [command.find_processes() for command in self.commands]
@@ -205,8 +207,8 @@ class Stack:
         else:
             # The next kind where none of this one runs now.
             first = [*KINDS].index(kind)
-            kind = next(each for each in ([*KINDS] * 2)[first:] if found[each])
-            victims = [found[kind][int(place * len(found[kind]))]]
+            kind = next((each for each in ([*KINDS] * 2)[first:] if found[each]), kind)
+            victims = found[kind][int(place * len(found[kind])) :][:1]
         self.losses.allowed += KINDS[kind] * SEQUENCES * CHUNK
         train = self.commands[0]
         train.was_hurt |= find_stack(train.log.parent) is None
@@ -215,24 +217,27 @@ class Stack:
                 victim.send_signal(signal.SIGKILL if is_kill else signal.SIGSTOP)
                 if not is_kill:
                     self.tasks.create_task(resume_later(victim, seconds))
-        return f"{'SIGKILL' if is_kill else 'SIGSTOP'} to {kind}"
+        return f"{'SIGKILL' if is_kill else 'SIGSTOP'} to {kind}" if victims else ""
 
-    async def count(self) -> str:
-        """Notes what the workers have generated; returns the run's phase, where the coordinator answers."""
-        try:
+    async def count(self) -> dict[str, int]:
+        """Notes the run's phase and what the workers have generated; returns it, of those that answer."""
+        self.phase = "-"
+        counts = {}
+        with suppress(PerigeeError):
             status = await self.coordinator.get_status(coordinator_pb2.GetStatusRequest(), timeout_s=2.0)
-        except PerigeeError:
-            return "-"
-        for worker in status.workers:
-            with suppress(PerigeeError):
-                async with RolloutClient.connect(worker.address) as client:
-                    state = await client.get_state(rollout_pb2.GetStateRequest(), timeout_s=1.0)
-                self.losses.note(worker.worker_id, state.generated_tokens)
-        return coordinator_pb2.RunPhase.Name(status.run.phase).removeprefix("RUN_PHASE_").lower()
+            self.phase = coordinator_pb2.RunPhase.Name(status.run.phase).removeprefix("RUN_PHASE_").lower()
+            for worker in status.workers:
+                with suppress(PerigeeError):
+                    async with RolloutClient.connect(worker.address) as client:
+                        state = await client.get_state(rollout_pb2.GetStateRequest(), timeout_s=1.0)
+                    counts[worker.worker_id] = state.generated_tokens
+                    self.losses.note(worker.worker_id, state.generated_tokens)
+        return counts
 
-    async def check(self) -> int:
-        """Holds the run against the law as soon as the buffer answers; returns the tokens lost so far."""
+    async def check(self) -> None:
+        """Holds the run against the law as soon as the buffer answers."""
         deadline = time.monotonic() + STALL_S
+        before = await self.count()
         while True:
             try:
                 seen = await look(self.buffer, self.run_id)
@@ -244,13 +249,13 @@ class Stack:
         if self.law.iteration > self.commits:
             self.commits, self.committed_at = self.law.iteration, time.monotonic()
         demand(time.monotonic() - self.committed_at < STALL_S, f"no commit for {STALL_S:g} s after {self.commits}")
-        return self.losses.check(self.law.durable)
+        if len(before) == WORKERS and await self.count() == before:
+            self.losses.check(self.law.durable)
 
     async def commit(self, iterations: int) -> None:
         """Returns when so many more iterations are committed, under the law."""
         target = self.law.iteration + iterations
         while self.law.iteration < target:
-            await self.count()
             await self.check()
             await asyncio.sleep(PAUSE_S)
 
@@ -329,12 +334,12 @@ async def soak(options: argparse.Namespace, runs: Path, done: Counter[str]) -> N
                     break
                 chance = random.Random(f"{options.seed}/{number}")
                 await asyncio.sleep(left_s / (options.faults - number + 1) * chance.uniform(0.5, 1.5))
-                phase = await stack.count()
-                fault = stack.hurt(chance)
-                done[fault] += 1
-                lost = await stack.check()
-                place = f"{time.monotonic() - began:6.0f} s  {number:3}  {phase:11}"
-                print(f"{place}  {stack.commits:4} commits  {lost:5} tokens lost  {fault}", flush=True)
+                await stack.count()
+                place = f"{time.monotonic() - began:6.0f} s  {number:3}  {stack.phase:10}"
+                if fault := stack.hurt(chance):
+                    done[fault] += 1
+                await stack.check()
+                print(f"{place} {stack.commits:5} commits {stack.losses.found:5} tokens lost  {fault}", flush=True)
             await stack.commit(2)
     except BaseExceptionGroup as group:
         raise first_error(group) from group
