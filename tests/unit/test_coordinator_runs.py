@@ -15,6 +15,7 @@ from perigee.rollout.client import RolloutClient
 from services.coordinator import runs
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import Peers, RunInputs
+from services.coordinator.directory import MemoryDirectory
 from services.coordinator.run_config import RunConfig
 from services.coordinator.runs import RunFile, Runs
 from services.coordinator.workers import WorkerRegistry
@@ -27,7 +28,7 @@ class SlowRuns(Runs):
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         registry = WorkerRegistry(RolloutClient.connect, lease_seconds=10.0)
-        super().__init__(CoordinatorConfig(), Peers(None, None, None), registry)  # type: ignore[arg-type]
+        super().__init__(CoordinatorConfig(), Peers(None, None, None), registry, MemoryDirectory(registry))  # type: ignore[arg-type]
         self.launched: list[str] = []
         self.reads, self.error = 0, False
         self.reading, self.may_end = asyncio.Event(), threading.Event()
