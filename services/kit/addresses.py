@@ -56,6 +56,24 @@ def find_address(family: socket.AddressFamily) -> str | None:
     return None
 
 
+def address_towards(host: str) -> str:
+    """Returns the address of this machine from which it reaches another; raises OSError where there is no way."""
+    family, _, _, _, there = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(there)  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def is_own(host: str) -> bool:
+    """Returns whether a name or address is one of this machine's."""
+    try:
+        family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, 0), family=family).close()
+    except OSError:
+        return False
+    return True
+
+
 def join_address(host: str, port: str | int) -> str:
     """Returns host:port, with brackets around an address of IPv6."""
     return f"[{host}]:{port}" if ":" in host.strip("[]") and not host.startswith("[") else f"{host}:{port}"
@@ -66,6 +84,4 @@ def _address_of_name(family: socket.AddressFamily) -> str:
 
 
 def _address_of_route(family: socket.AddressFamily) -> str:
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        probe.connect((ELSEWHERE[family], 9))  # sends nothing
-        return str(probe.getsockname()[0])
+    return address_towards(ELSEWHERE[family])

@@ -80,12 +80,16 @@ class RolloutConfig(ServiceConfig):
     """Share of a GPU's memory that the engine takes when `kv_cache_bytes` is unset."""
     block_size: int = Field(32, ge=1)
     """Tokens of a KV-cache block, the grain of prefix reuse; on a CPU a multiple of 32."""
+    visible_devices: str | None = None
+    """GPUs that the engine may take, as CUDA_VISIBLE_DEVICES names them: "2,3". All when unset. A trainer on the same
+    machine wants others, unless it takes turns with this worker."""
     tensor_parallel_size: int = Field(1, ge=1)
     """GPUs that one engine spans."""
     enforce_eager: bool = True
     """Run without captured graphs; they make small models faster on GPUs and the start slower."""
     enable_sleep_mode: bool = False
-    """Let a GPU's engine sleep while a trainer uses the GPU; an engine on a CPU always can."""
+    """Lets a GPU's engine sleep while a trainer uses the GPU, which `run.hybrid.engine: sleep` asks for; an engine on a
+    CPU always can."""
     engine_threads: int = Field(1, ge=1)
     """Threads of one forward pass on a CPU."""
     router_replay: bool = False

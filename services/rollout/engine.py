@@ -69,6 +69,9 @@ class EngineOutput:
 class Engine(ABC):
     """Generation engine in a process of its own, started without weights."""
 
+    can_sleep: bool = True
+    """Whether `sleep` gives memory back."""
+
     @abstractmethod
     async def start(self) -> None:
         """Starts the engine with meaningless weights."""

@@ -56,7 +56,8 @@ class EngineContext(context.ForkServerContext):
 
 def engine_environment(config: RolloutConfig) -> dict[str, str]:
     """Returns the environment variables that vLLM and its libraries read, some when they are imported."""
-    return {
+    devices = {} if config.visible_devices is None else {"CUDA_VISIBLE_DEVICES": config.visible_devices}
+    return devices | {
         "OMP_NUM_THREADS": str(config.engine_threads),
         # Pinned threads of several workers would share a core while others idle.
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -53,6 +53,7 @@ class VllmEngine(Engine):
     """Engine with AsyncLLM in this process and EngineCore in one of its own."""
 
     def __init__(self, config: RolloutConfig, model: PolicyModel) -> None:
+        self.can_sleep = current_platform.is_cpu() or config.enable_sleep_mode
         self._config = config
         self._model = model
         self._llm: AsyncLLM | None = None

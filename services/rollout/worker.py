@@ -25,7 +25,7 @@ from services.kit.tracing import span
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError, EngineRequest
 from services.rollout.model import PolicyModel
-from services.rollout.residence import Residence, Restart
+from services.rollout.residence import Residence, Restart, Sleep
 from services.weights.manifest import WeightImage
 
 log = get_logger(__name__)
@@ -173,7 +173,8 @@ class Worker:
     async def leave(self, residence: Residence) -> int:
         """Becomes AWAY unless it is, and gives the engine's memory back; returns the bytes that were freed.
 
-        Raises UnavailableError when no engine runs, InternalError when the engine failed and is restarted.
+        Raises UnavailableError when no engine runs, FailedPreconditionError when it is to sleep and cannot,
+        InternalError when it failed and is restarted.
         """
         return await self._finish(self._leave_alone(residence))
 
@@ -184,6 +185,10 @@ class Worker:
                 return 0
             if self.status not in (EMPTY, READY):
                 raise UnavailableError("The engine died and is restarted.")
+            if isinstance(residence, Sleep) and not self.engine.can_sleep:
+                raise FailedPreconditionError(
+                    "The engine cannot sleep: set rollout.enable_sleep_mode, or run.hybrid.engine to restart."
+                )
             before = await asyncio.to_thread(self.engine.count_memory)
             self.set_status(AWAY, self.run_id, self.policy_version)
             self._residence = residence

@@ -26,6 +26,10 @@ def main() -> None:
     config = load_config(TrainerConfig)
     if config.network_interface is not None:
         os.environ |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), config.network_interface)
+    if config.visible_devices is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = config.visible_devices
+    # A GPU with several queues may begin the computation behind a collective before it.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     # Megatron warns of every accelerator library that is absent.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:

@@ -45,6 +45,12 @@ class TrainerConfig(ServiceConfig):
     network_interface: str | None = None
     """Interface of the collectives (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME), "eth0" for instance; unset takes loopback
     on one machine, and the one of the host name's address with several."""
+    node_timeout_s: float = Field(30.0, ge=4)
+    """Seconds without an answer after which another machine is taken for gone, and all processes end; whoever started
+    them is to start them again."""
+    visible_devices: str | None = None
+    """GPUs of each machine that the processes take, one each in this order, as CUDA_VISIBLE_DEVICES names them: "0,1".
+    All when unset. Rollout workers on the same machine want others, unless they take turns with the trainer."""
     threads: int | None = Field(None, ge=1)
     """CPU threads of each process; all cores divided by the processes when unset."""
     dtype: Literal["float32", "bfloat16"] = "float32"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,13 +20,13 @@ from perigee.buffer.client import BufferClient
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1.weights_pb2 import Fingerprint
-from services.kit.addresses import advertised_host
 from services.kit.server import channel_options
 from services.kit.telemetry import get_logger
 from services.trainer.checkpoints import Checkpoints, identify
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_trajectories
 from services.trainer.hf import DTYPES, read_model_shape
+from services.trainer.machines import MachineWatch, check_hosts, connect_machines, reached_host
 from services.trainer.megatron.memory import free_bytes
 from services.trainer.megatron.model import Policy
 from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
@@ -37,6 +39,8 @@ log = get_logger(__name__)
 
 RequestT = TypeVar("RequestT", pb.TrainRequest, pb.FineTuneRequest)
 
+# Seconds beyond `server.drain_seconds` that rank 0 has to end in order.
+_END_S = 5.0
 # Receives the gathered weights on rank 0; has to run the iterable to its end.
 Sink = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
 
@@ -108,6 +112,7 @@ class Engine:
 
     def __init__(self, config: TrainerConfig, read: Reader) -> None:
         self.broken = False
+        self._end_s = config.server.drain_seconds + _END_S
         self._snapshot_bytes = 0
         self._offload_path = Path(config.offload_path or tempfile.gettempdir())
         self._read = read
@@ -145,9 +150,13 @@ class Engine:
             self._load(lambda: folder)
             self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
             self._log_copies()
-            self._pieces = PieceStore(config.weights.reached_at(advertised_host(config.server)), self.dims.rank)
+            self._pieces = self._open_pieces(config, self.dims.rank // processes)
             stack.callback(self._pieces.close)
             self._max_tokens = self._bound_tokens(config.max_microbatch_bytes, processes)
+            # Ranks that fail before this do so together, each with the reason.
+            connections = connect_machines(self.everyone, self.dims.rank, self.dims.world, processes)
+            self._watch = MachineWatch(connections, config.node_timeout_s, self._end)
+            stack.callback(self._watch.close)
             self._stack = stack.pop_all()
 
     def job_context(self, **caller: Any) -> JobContext:
@@ -182,13 +191,13 @@ class Engine:
         """Carries out the commands of rank 0 until it says stop; for the other ranks."""
         while True:
             command = self.everyone.broadcast(None)
-            if isinstance(command, StopCommand):
-                return
             try:
                 self._execute(command, self.job_context(), None, None)
             except PerigeeError:
                 # Rank 0 raises the same error and answers the caller.
                 continue
+            if isinstance(command, StopCommand):
+                return
 
     def close(self) -> None:
         """Leaves the process group and the thread's mode."""
@@ -198,10 +207,13 @@ class Engine:
         self, command: Command, context: JobContext, examples: Sequence[TokenSequence] | None, sink: Sink | None
     ) -> Any:
         policy = self.policy
+        if isinstance(command, StopCommand):
+            # Nobody leaves before everybody takes that for no loss.
+            self._watch.end()
+            return self.everyone.gather(None)
         if isinstance(command, OffloadCommand):
             return self._offload()
-        if not isinstance(command, StopCommand):
-            self._onload()
+        self._onload()
         if isinstance(command, FineTuneCommand):
             tuning = self._bound(command.request)
             return self._or_restore(lambda: fine_tune(policy, context, tuning, command.counts, examples))
@@ -223,6 +235,28 @@ class Engine:
         if isinstance(command, ExportCommand):
             return self._export()
         return None
+
+    def _open_pieces(self, config: TrainerConfig, machine: int) -> PieceStore:
+        """Makes the store of what this rank lends; RDMA that is not there is found on every rank, and now."""
+        weights = config.weights.reached_at(reached_host(config.server, machine))
+        check_hosts(self.everyone, str(weights.host))
+        pieces, problem = PieceStore(weights, self.dims.rank), None
+        if weights.transport == "rdma":
+            try:
+                pieces.open()
+            except PerigeeError as error:
+                problem = error
+        self.everyone.raise_first(problem)
+        return pieces
+
+    def _end(self, reason: str) -> None:
+        """Ends this process without its main thread, which may wait for a machine that is gone; called in a thread."""
+        print(f"trainer: {reason}", file=sys.stderr, flush=True)
+        self.broken = True
+        if self.dims.rank == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(self._end_s)
+        os._exit(1)
 
     def _export(self) -> tuple[list[Export], Fingerprint]:
         """Exports on every rank or raises on every rank: one may lack memory. Returns what the weights compute, too."""

@@ -21,7 +21,7 @@ import torch
 from prometheus_client import Counter, Gauge
 
 from perigee.buffer.client import BufferClient
-from perigee.errors import CancelledError, FailedPreconditionError, InvalidArgumentError
+from perigee.errors import CancelledError, FailedPreconditionError, InvalidArgumentError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit import storage
 from services.kit.hf import open_model_folder
@@ -113,13 +113,17 @@ class Trainer:
         self.engine: Engine = await loop.run_in_executor(self._thread, Engine, self.config, read)
 
     async def close(self) -> None:
-        """Ends the other ranks and the engine's thread, and gives the image's memory back."""
+        """Ends the other ranks and the engine's thread, and gives the image's memory back.
+
+        Raises UnavailableError when the ranks are out of step: they answer no collective, and end with this process,
+        which has to fail for other machines to notice.
+        """
         loop = asyncio.get_running_loop()
         try:
-            # Ranks that are out of step answer no collective; the end of this process ends them.
-            if not self.engine.broken:
-                await loop.run_in_executor(self._thread, self.engine.run, StopCommand())
-                await loop.run_in_executor(self._thread, self.engine.close)
+            if self.engine.broken:
+                raise UnavailableError("the trainer cannot go on: start all of its processes again")
+            await loop.run_in_executor(self._thread, self.engine.run, StopCommand())
+            await loop.run_in_executor(self._thread, self.engine.close)
         finally:
             self._thread.shutdown(wait=False)
             if self._image is not None:

@@ -89,21 +89,26 @@ class PieceStore:
         self._transport: Transport | None = None
         self._buffer: SharedBuffer | None = None
 
+    def open(self) -> Transport:
+        """Returns the transport, which the first call opens; raises FailedPreconditionError when it cannot start."""
+        if self._transport is None:
+            self._transport = self._open_transport()
+        return self._transport
+
     def fill(self, slices: Callable[[], Iterable[TensorSlice]]) -> Export:
         """Copies the slices into the store, in place of what it held, which nobody may read any more; blocking.
 
         Raises ResourceExhaustedError when shared memory is full, InternalError when it cannot be registered, and
         FailedPreconditionError without a transport.
         """
-        if self._transport is None:
-            self._transport = self._open_transport()
+        transport = self.open()
         if self._buffer is None:
             # Those of a rank that was killed, on a machine where nobody receives.
             remove_leftovers(self._config.shared_memory_dir)
             size = sum(_padded(block.tensor.nbytes) for block in self._blocks(slices))
             buffer = SharedBuffer.allocate(self._config.shared_memory_dir, max(size, MIN_BUFFER_BYTES))
             try:
-                self._transport.register(buffer.address, buffer.size)
+                transport.register(buffer.address, buffer.size)
             except BaseException:
                 buffer.close()
                 raise
@@ -136,7 +141,7 @@ class PieceStore:
             list(tensors.values()),
             pieces,
             addresses,
-            self._transport.session,
+            transport.session,
             self._holder_id,
             self._buffer.path.name,
             self._buffer.address,

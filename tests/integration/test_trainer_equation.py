@@ -6,7 +6,8 @@ import asyncio
 import json
 import math
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
+import xxhash
 
 from perigee.buffer.client import BufferClient
 from perigee.cli.check import count_activations
 from perigee.errors import InternalError, InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from tests.fixtures.hosts import Network
 from tests.fixtures.trainer import MadeTrajectory, make_groups, store_groups, train_request
-from tests.fixtures.trainer_ranks import RunRanks, Sizes, to_trajectories, train
+from tests.fixtures.trainer_ranks import Ranks, RunRanks, Sizes, to_trajectories, train
 
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
@@ -238,6 +241,52 @@ def test_a_rank_reads_what_it_trains_and_nothing_else(run_ranks: RunRanks, sizes
         assert abs(shares[0] - shares[1]) < 0.3 * sum(shares)
     else:
         assert second == []
+
+
+def train_and_describe(
+    engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest
+) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
+    """The trajectories that each rank read for an iteration, and the weights after it."""
+    return read_ids(engine, groups, request), dict(engine.policy.collect())
+
+
+def lend_to_neighbours(engine: Engine) -> list[str]:
+    """The host at which each rank lends its pieces; each has read the first piece of the next one."""
+    from services.weights.transport import wait_for_transfers
+
+    exports = engine.everyone.gather(engine._pieces.fill(engine.policy.slices))
+    other = exports[(engine.dims.rank + 1) % len(exports)]
+    piece, transport = other.pieces[0], engine._pieces.open()
+    sizes = [high - low for low, high in zip(piece.lower, piece.upper, strict=True)]
+    found = torch.empty(sizes, dtype=torch.float32)
+    transport.register(found.data_ptr(), found.nbytes)
+    read = transport.submit_read(other.session, other.addresses[0], found.data_ptr(), found.nbytes)
+    assert wait_for_transfers(transport, [read])
+    assert xxhash.xxh3_128_digest(found.numpy()) == piece.checksum
+    engine.everyone.gather(None)
+    engine._pieces.close()
+    return [export.session.rpartition(":")[0] for export in exports]
+
+
+@pytest.mark.parametrize("sizes", [Sizes(data=2), Sizes(tensor=2)], ids=str)
+def test_two_machines_train_as_one_does_and_end_together(
+    run_ranks: RunRanks, make_network: Callable[..., Network], trainer_model: Path, tmp_path: Path, sizes: Sizes
+) -> None:
+    groups = make_groups("machines", 11, groups=5, k=4, spans=SPANS)
+    job = partial(train_and_describe, groups=groups, request=make_request(groups, minibatches=2))
+    network = make_network("machine-0", "machine-1")
+    ranks = Ranks(sizes, trainer_model, tmp_path, network)
+    try:
+        ids, weights = ranks.run(job)
+        expected_ids, expected = run_ranks(sizes, job)
+        assert ids == expected_ids
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        assert ranks.run(lend_to_neighbours) == [network.address(name) for name in network.names]
+        # No connection is closed, and nobody waits for the other.
+        network.connect("machine-1", up=False)
+        assert ranks.wait() == [-signal.SIGTERM, 1]
+    finally:
+        ranks.close()
 
 
 def scatter(engine: Engine, request: pb.FineTuneRequest) -> list[set[int]]:

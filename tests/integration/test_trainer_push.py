@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from perigee.buffer.client import BufferClient
-from perigee.errors import FailedPreconditionError
+from perigee.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
 from perigee.rollout.client import RolloutClient
 from perigee.trainer.client import TrainerClient
 from perigee.trainer.v1 import trainer_pb2 as pb
@@ -25,6 +25,7 @@ from services.coordinator.workers import READY, WorkerRegistry
 from services.trainer import engine
 from services.trainer.config import TrainerConfig
 from services.trainer.engine import Sink
+from services.trainer.megatron.parallel import join_group
 from services.trainer.trainer import Trainer
 from services.weights.config import WeightsConfig
 from services.weights.send import WeightSender
@@ -152,6 +153,26 @@ async def test_a_run_that_follows_one_that_never_trained_pushes_its_own_image(tm
         assert receiver.run_ids == ["first", "second", "second"]
         await sender.close()
         await trainer.close()
+
+
+async def test_a_trainer_whose_ranks_lost_each_other_ends_with_an_error(tmp_path: Path) -> None:
+    """A launcher that saw it end well would wait for the other machines."""
+    config = TrainerConfig(model=str(tmp_path), run_path=str(tmp_path))
+    async with BufferClient.connect("127.0.0.1:1") as buffer:
+        trainer = Trainer(config, buffer, WeightSender(config.weights))
+        trainer.engine = EngineOfOneTensor()  # type: ignore[assignment]
+        trainer.engine.broken = True
+        with pytest.raises(UnavailableError, match="start all of its processes again"):
+            await trainer.close()
+
+
+def test_ranks_without_a_gpu_of_their_own_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InvalidArgumentError, match=r"trainer\.nodes: this machine has 2 GPUs for more processes"):
+        join_group(2, 1, 2, 1, 0)
 
 
 def test_a_rank_that_follows_is_ended_by_rank_0_and_gives_its_memory_back(

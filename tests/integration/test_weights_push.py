@@ -17,6 +17,7 @@ from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
 from services.weights.manifest import WeightImage
+from services.weights.pieces import PieceStore
 from services.weights.send import EndpointPool, WeightSender, start_write
 from services.weights.transport import MooncakeTransport
 from tests.fixtures.weights import equal, local_receiver, make_tensors, push_target
@@ -173,9 +174,13 @@ async def test_an_image_closed_during_its_push_stays_until_the_write_has_ended(
         assert equal(local.loaded, tensors)
 
 
-def test_rdma_without_a_card_fails_instead_of_falling_back_to_tcp() -> None:
-    cards = Path("/sys/class/infiniband")
-    if cards.is_dir() and any(cards.iterdir()):
-        pytest.skip("needs a machine without an RDMA card")
-    with pytest.raises(FailedPreconditionError, match=r"weights\.transport: Mooncake cannot start rdma"):
-        MooncakeTransport(WeightsConfig(transport="rdma"))
+@pytest.mark.skipif([*Path("/sys/class/infiniband").glob("*")] != [], reason="needs a machine without an RDMA card")
+async def test_rdma_without_a_card_fails_instead_of_falling_back_to_tcp() -> None:
+    config = WeightsConfig(transport="rdma")
+    for start in (lambda: MooncakeTransport(config), PieceStore(config).open):
+        with pytest.raises(FailedPreconditionError, match=r"weights\.transport: Mooncake cannot start rdma"):
+            start()
+    # The receiver of pushes and pulls opens its own when the worker starts.
+    with pytest.raises(FailedPreconditionError, match="cannot start rdma"):
+        async with local_receiver(config):
+            pass

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import queue
+import socket
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from perigee.errors import InvalidArgumentError
+from services.kit.config import ServerConfig
 from services.trainer.__main__ import torchrun_arguments
 from services.trainer.config import TrainerConfig
+from services.trainer.machines import MachineWatch, check_hosts, connect_machines, reached_host
 
 
 def config(**fields: Any) -> TrainerConfig:
@@ -33,3 +40,73 @@ def test_each_machine_starts_its_share_of_the_processes() -> None:
 def test_nodes_that_cannot_be_are_refused(fields: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
         config(**fields)
+
+
+def test_a_machine_is_reached_at_its_own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    shared = ServerConfig(advertise_host="192.0.2.7")
+    assert reached_host(shared, 0) == "192.0.2.7"
+    # The address is another machine's, and so machine 1 takes the one from which it reaches machine 0.
+    assert reached_host(shared, 1) == "127.0.0.1"
+    assert reached_host(ServerConfig(), 1) == "127.0.0.1"
+    monkeypatch.setattr("services.trainer.machines.is_own", lambda _: True)
+    assert reached_host(shared, 1) == "192.0.2.7"
+
+
+class Channel:
+    """A channel between rank 0 and one other rank, in threads."""
+
+    def __init__(self, *others: Any) -> None:
+        self.others = others
+        self.sent: queue.Queue[Any] = queue.Queue()
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, *self.others]
+
+    def broadcast(self, value: Any) -> Any:
+        if value is None:
+            return self.sent.get(timeout=60)
+        # A stranger is first to come.
+        with socket.create_connection(("127.0.0.1", value[0])) as stranger:
+            stranger.sendall(bytes(16))
+        self.sent.put(value)
+        return value
+
+
+def test_two_machines_under_one_address_are_refused() -> None:
+    others: Any = Channel(("10.0.0.1", ("other", 1)), ("10.0.0.1", ("other", 1)))
+    check_hosts(others, "10.0.0.2")
+    with pytest.raises(InvalidArgumentError, match=r"weights\.host: 10\.0\.0\.1 stands for two machines"):
+        check_hosts(others, "10.0.0.1")
+
+
+@pytest.fixture
+def connection(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """A connection of machine 1 with machine 0, and the other end."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    channel: Any = Channel()
+    with ThreadPoolExecutor(1) as pool:
+        accepting = pool.submit(connect_machines, channel, 0, 4, 2)
+        [own] = connect_machines(channel, 2, 4, 2)
+        [other] = accepting.result()
+    with own, other:
+        yield own, other
+
+
+def test_the_end_of_a_machine_is_noticed(connection: tuple[socket.socket, socket.socket]) -> None:
+    lost: queue.Queue[str] = queue.Queue()
+    MachineWatch(connection[:1], 30, lost.put)
+    connection[1].close()
+    assert lost.get(timeout=60) == (
+        "machine 127.0.0.1 of the trainer is gone (its process has ended); start all machines again"
+    )
+
+
+def test_an_end_in_good_order_is_no_loss(connection: tuple[socket.socket, socket.socket]) -> None:
+    lost: queue.Queue[str] = queue.Queue()
+    watch = MachineWatch(connection[:1], 30, lost.put)
+    watch.end()
+    connection[1].close()
+    watch._thread.join(60)
+    assert lost.empty()
+    watch.close()

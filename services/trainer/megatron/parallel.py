@@ -104,7 +104,8 @@ def join_group(tensor: int, pipeline: int, data: int, expert: int, seed: int) ->
 
     Experts are divided over `expert` of the ranks of a pipeline stage, and are whole on each.
 
-    Raises InvalidArgumentError when the sizes do not multiply to WORLD_SIZE.
+    Raises InvalidArgumentError when the sizes do not multiply to WORLD_SIZE, or when there are GPUs and none of them is
+    left for this process.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if tensor * pipeline * data != world:
@@ -113,7 +114,14 @@ def join_group(tensor: int, pipeline: int, data: int, expert: int, seed: int) ->
         )
     device = _CPU
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise InvalidArgumentError.for_field(
+                "trainer.nodes",
+                f"this machine has {torch.cuda.device_count()} GPUs for more processes, and NCCL wants one for each: "
+                "use more machines or lower the parallel sizes",
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     backend = "gloo" if device.type == "cpu" else "nccl"
     if world == 1:
