@@ -512,6 +512,61 @@ class SilentLlm:
         self.aborted += request_ids
 
 
+class RecordingLlm(SilentLlm):
+    """vLLM's client of a process on a GPU; writes down what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, Any]] = []
+
+    async def pause_generation(self, **options: Any) -> None:
+        self.calls.append(("pause", options))
+
+    async def resume_generation(self) -> None:
+        self.calls.append(("resume", None))
+
+    async def sleep(self, **options: Any) -> None:
+        self.calls.append(("sleep", options))
+
+    async def wake_up(self, tags: list[str]) -> None:
+        self.calls.append(("wake_up", tags))
+
+
+async def test_on_a_gpu_vllm_sleeps_and_wakes_weights_before_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    from services.rollout import fork_server, vllm_engine
+    from services.rollout.config import RolloutConfig
+
+    monkeypatch.setattr(vllm_engine, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    nothing: Any = None
+    model: Any = SimpleNamespace(path="m", dtype="bfloat16", context_tokens=64)
+    config = RolloutConfig(enable_sleep_mode=True, gpu_memory_utilization=0.3, visible_devices="2,3")
+    arguments = vllm_engine.engine_arguments(config, model)
+    assert (arguments.enable_sleep_mode, arguments.gpu_memory_utilization) == (True, 0.3)
+    # What the share of the GPU leaves is the cache's.
+    assert arguments.kv_cache_memory_bytes is None
+    assert fork_server.engine_environment(config)["CUDA_VISIBLE_DEVICES"] == "2,3"
+    assert "CUDA_VISIBLE_DEVICES" not in fork_server.engine_environment(RolloutConfig())
+    assert not vllm_engine.VllmEngine(RolloutConfig(), nothing).can_sleep
+    engine, llm = vllm_engine.VllmEngine(config, nothing), RecordingLlm()
+    assert engine.can_sleep
+
+    async def load(*_: Any) -> None:
+        llm.calls.append(("load", None))
+
+    monkeypatch.setattr(engine, "_llm", llm)
+    monkeypatch.setattr(engine, "_load", load)
+    await engine.sleep()
+    await engine.wake_up(nothing)
+    assert llm.calls == [
+        ("pause", {"mode": "keep", "clear_cache": True}),
+        ("sleep", {"level": 2, "mode": "keep"}),
+        ("wake_up", ["weights"]),
+        ("load", None),
+        ("wake_up", ["kv_cache"]),
+        ("resume", None),
+    ]
+
+
 async def test_what_a_silent_engine_is_asked_comes_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     from services.rollout import vllm_engine
     from services.rollout.engine import EngineDiedError

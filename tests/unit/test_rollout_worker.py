@@ -110,6 +110,15 @@ async def test_a_worker_leaves_and_comes_back(bench: Bench, name: str) -> None:
         assert bench.engine.starts == (4 if name == "RESIDENCE_RESTART" else 1)
 
 
+async def test_an_engine_that_cannot_sleep_serves_on(bench: Bench) -> None:
+    bench.engine.can_sleep = False
+    async with bench.supervised():
+        await bench.commit(4)
+        with pytest.raises(FailedPreconditionError, match=r"rollout\.enable_sleep_mode"):
+            await bench.worker.leave(RESIDENCES[pb.RESIDENCE_SLEEP])
+        assert bench.worker.status == READY
+
+
 @pytest.mark.parametrize("is_killed", [False, True])
 async def test_an_engine_that_does_not_wake_up_is_replaced(bench: Bench, is_killed: bool) -> None:
     async with bench.supervised():
