@@ -92,17 +92,10 @@ class Cluster:
             meeting = {"MASTER_ADDR": TRAINERS[0], "MASTER_PORT": "29500", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
             self.start(host, None, "network_interface=eth0", RANK=str(rank), LOCAL_RANK="0", **meeting)
 
-    def replace(self, *hosts: str, start: Callable[[], None] | None = None) -> None:
-        """Stops services in good order and starts them anew, then waits until the run has gone on."""
-        for host in hosts:
-            self.network.processes[host].terminate()
-        for host in hosts:
-            self.network.wait(host)
-        if start is not None:
-            start()
-        else:
-            for host in hosts:
-                self.start(host)
+    def replace(self, host: str) -> None:
+        """Stops a service in good order and starts it anew, then waits until the run has gone on."""
+        self.network.stop(host)
+        self.start(host)
         self.wait_for_iterations(2)
 
     def lines(self) -> list[dict[str, Any]]:
@@ -309,13 +302,22 @@ def test_a_run_survives_scaling_a_partition_and_the_replacement_of_every_service
 
     for host in ("reward", "sandbox", "buffer", "coordinator", "rollout-1"):
         cluster.replace(host)
-    cluster.replace(*TRAINERS, start=cluster.start_trainer)
+    # A machine that is lost takes the other with it, and whoever started them starts them again.
+    network.processes["trainer-1"].kill()
+    assert network.wait("trainer-0") == 1
+    assert f"machine {network.address('trainer-1')} of the trainer is gone" in network.read_log("trainer-0")
+    network.wait("trainer-1")
+    cluster.start_trainer()
+    cluster.wait_for_iterations(2)
 
     # The reward service has found the second sandbox, which was not there when it started.
     cluster.wait(lambda: '"method"' in network.read_log("sandbox-1"))
 
     network.processes["client"].terminate()
     assert network.wait("client") == 128 + 15
+    for host in TRAINERS:
+        network.processes[host].terminate()
+    assert [network.wait(host) for host in TRAINERS] == [0, 0]
     lines = cluster.lines()
     assert [line["iteration"] for line in lines] == list(range(1, len(lines) + 1))
     trained = sum(line["train/groups"] for line in lines)
