@@ -519,7 +519,7 @@ class RecordingLlm(SilentLlm):
         super().__init__()
         self.calls: list[tuple[str, Any]] = []
 
-    async def pause_generation(self, **options: Any) -> None:
+    async def pause_scheduler_async(self, **options: Any) -> None:
         self.calls.append(("pause", options))
 
     async def resume_generation(self) -> None:
