@@ -45,6 +45,8 @@ class SharedDevices:
     # Named in each call: workers and trainer refuse calls of an iteration before the last one named.
     iteration: int = 1
     timeline: Timeline = field(default_factory=Timeline)
+    # Whether people know that no worker leaves.
+    _has_reported: bool = False
 
     @property
     def are_shared(self) -> bool:
@@ -60,7 +62,8 @@ class SharedDevices:
         if not self.are_shared:
             yield
             return
-        if self.registry.all() and not self._find_workers():
+        if self.registry.all() and not self._find_workers() and not self._has_reported:
+            self._has_reported = True
             self.report(
                 "no worker leaves the trainer's devices: none has its host in its address or is in run.hybrid.workers"
             )
