@@ -25,7 +25,7 @@ from typing import Any
 from bench.machine import describe_machine
 from bench.rollout_stack import start_service
 from perigee.buffer.packing import pack_token_ids
-from perigee.cli.stack import HOST, pick_ports, wait_ready
+from perigee.cli.stack import HOST, START_TIMEOUT_S, pick_ports, wait_ready
 from perigee.coordinator.v1.coordinator_pb2_grpc import add_CoordinatorServiceServicer_to_server
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2
@@ -113,12 +113,13 @@ class Stack:
         }
 
     async def _wait(self, find: Any) -> Worker:
-        """Returns the worker that is found at some change."""
+        """Returns the worker that is found at some change; raises TimeoutError."""
         changed = asyncio.Event()
-        with self.registry.watch(changed.set):
-            while (worker := find()) is None:
-                changed.clear()
-                await changed.wait()
+        async with asyncio.timeout(START_TIMEOUT_S):
+            with self.registry.watch(changed.set):
+                while (worker := find()) is None:
+                    changed.clear()
+                    await changed.wait()
         found: Worker = worker
         return found
 
@@ -162,7 +163,9 @@ async def running_stack(model: Path, dtype: str) -> AsyncIterator[Stack]:
         await trainer.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=0))
         config = CoordinatorConfig.model_validate({"weights": {"transfer": "pull"}})
         registry = WorkerRegistry(RolloutClient.connect, config.lease_seconds)
-        stack = Stack(folder, settings | {"kv_cache_bytes": 64 * MIB}, trainer, process, registry, exits)
+        stack = Stack(
+            folder, settings | {"kv_cache_bytes": 64 * MIB, "max_model_len": 512}, trainer, process, registry, exits
+        )
 
         @asynccontextmanager
         async def lifespan(app: App[CoordinatorConfig]) -> AsyncIterator[None]:
