@@ -172,9 +172,10 @@ class EtcdDirectory(Directory):
             self._store(event.kv, is_there=event.type == event.PUT)
 
     def _store(self, entry: Any, is_there: bool) -> None:
-        key = entry.key.decode().removeprefix(self._prefix)
+        # Others may write anything there.
+        key = entry.key.decode("utf-8", "replace").removeprefix(self._prefix)
         if is_there and entry.lease not in self._leases:
-            self._foreign[key] = entry.value.decode()
+            self._foreign[key] = entry.value.decode("utf-8", "replace")
         else:
             self._foreign.pop(key, None)
 

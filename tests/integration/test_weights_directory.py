@@ -139,6 +139,7 @@ async def test_etcd_with_tls_and_users_may_be_away(tmp_path: Path, certificates:
         server.start()
         config = server.config(ca_file=certificates.ca, user="root", password="secret")
         async with EtcdClient(config) as client:
+            await client._keys.Put(rpc.PutRequest(key=f"{config.prefix}/exports/run/9".encode(), value=b"\xff"))
             users = rpc.AuthStub(client.channel)
             await users.UserAdd(rpc.AuthUserAddRequest(name="root", password="secret"))
             await users.UserGrantRole(rpc.AuthUserGrantRoleRequest(user="root", role="root"))
@@ -146,6 +147,7 @@ async def test_etcd_with_tls_and_users_may_be_away(tmp_path: Path, certificates:
         async with in_etcd(Registry(), config) as first, in_etcd(Registry(), config) as second:
             first.publish("run", 1, FIRST)
             await until(lambda: second.find("run", 1) == FIRST)
+            assert second.find("run", 9) is None
             server.kill()
             first.publish("run", 2, SECOND)
             assert first.find("run", 2) == SECOND
