@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from perigee.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnavailableError
 from perigee.weights.client import WeightReceiverClient, WeightSourceClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
 from services.weights.pull import ImagePull, Unit
+from services.weights.receive import BufferPool
+from services.weights.shared_memory import SharedBuffer
 from tests.fixtures.weights import LocalReceiver, equal, local_receiver, local_source, make_tensors
 
 CONFIG = WeightsConfig(block_bytes=1 << 16, progress_timeout_s=2)
@@ -136,3 +138,31 @@ async def test_a_source_keeps_an_image_until_every_reader_has_left() -> None:
         assert not withdrawing.done()
         await reading.aclose()  # type: ignore[attr-defined]
         await asyncio.wait_for(withdrawing, 10)
+
+
+async def test_the_next_host_learns_of_an_image_before_there_is_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_take = asyncio.Event()
+    take = BufferPool.take
+
+    async def take_late(pool: BufferPool, size: int) -> SharedBuffer:
+        await may_take.wait()
+        if (refusals := pool.__dict__.setdefault("refusals", [1])) and refusals.pop():
+            raise ResourceExhaustedError("no memory")
+        return await take(pool, size)
+
+    monkeypatch.setattr(BufferPool, "take", take_late)
+    async with local_source(CONFIG) as source, local_receiver(CONFIG) as receiver:
+        source.publish("image", make_tensors(1, 0.1), 1)
+        pulling = asyncio.create_task(pull(receiver, "image", source.address))
+        async with WeightSourceClient.connect(receiver.address) as client:
+            responses = client.lend(pb.LendRequest(image_id="image"))
+            while not (await anext(responses)).HasField("manifest"):
+                pass
+            may_take.set()
+            # There is none, and none will come.
+            with pytest.raises(UnavailableError, match="not whole here"):
+                async for _ in responses:
+                    pass
+        with pytest.raises(ResourceExhaustedError):
+            await pulling
+        assert (await pull(receiver, "image", source.address)).policy_version == 1
