@@ -341,6 +341,9 @@ async def soak(options: argparse.Namespace, runs: Path, done: Counter[str]) -> N
                 await stack.check()
                 print(f"{place} {stack.commits:5} commits {stack.losses.found:5} tokens lost  {fault}", flush=True)
             await stack.commit(2)
+            print(
+                f"{stack.commits} iterations, {stack.law.durable} tokens, {stack.losses.found} tokens lost", flush=True
+            )
     except BaseExceptionGroup as group:
         raise first_error(group) from group
 
