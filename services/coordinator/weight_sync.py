@@ -52,6 +52,8 @@ class WeightSync:
         self._underway: dict[Worker, None] = {}
         # When a worker whose push failed may be tried again.
         self._retry_at: dict[Worker, float] = {}
+        # Why it last failed.
+        self._problems: dict[Worker, str] = {}
 
     def begin(self, iteration: int, timeline: Timeline) -> None:
         """Counts what follows to an iteration, and its seconds to that iteration's timeline."""
@@ -219,6 +221,7 @@ class WeightSync:
 
     def _may_try(self, worker: Worker) -> bool:
         self._retry_at = {w: at for w, at in self._retry_at.items() if self._registry.is_live(w)}
+        self._problems = {w: text for w, text in self._problems.items() if self._registry.is_live(w)}
         return self._retry_at.get(worker, 0.0) <= time.monotonic()
 
     async def _reports_version(self, worker: Worker, version: int) -> bool:
@@ -286,11 +289,13 @@ class WeightSync:
         request = weights_pb2.PullRequest(image_id=image_id, sources=sources)
         try:
             async with self._connect_receiver(worker.address) as receiver:
-                await receiver.pull(request, timeout_s=self._config.weights.push_timeout_s)
+                report = await receiver.pull(request, timeout_s=self._config.weights.push_timeout_s)
         except PerigeeError as error:
             FAILURES.labels("push").inc()
             self._postpone(worker, error.message)
             return
+        if report.warning:
+            self._registry.report(f"{worker.worker_id}: {report.warning}")
         if self._registry.is_live(worker):
             self._directory.add(image_id, worker)
             self._registry.mark_pushed(worker, version)
@@ -313,4 +318,8 @@ class WeightSync:
 
     def _postpone(self, worker: Worker, reason: str) -> None:
         log.warning("worker did not take the weights", worker=worker.worker_id, reason=reason)
+        # Once, however often it is tried again.
+        if self._problems.get(worker) != reason:
+            self._problems[worker] = reason
+            self._registry.report(f"{worker.worker_id} did not take the weights: {reason}")
         self._retry_at[worker] = time.monotonic() + self._config.weights.retry_s

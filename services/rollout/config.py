@@ -114,7 +114,7 @@ class RolloutConfig(ServiceConfig):
     """Seconds that an engine may take over new weights before it is restarted."""
     max_fingerprint_difference: float = Field(0.5, gt=0)
     """Mean absolute difference, in nats, of the engine's log-probabilities of a fixed prompt from the trainer's above
-    which pulled weights are refused and the engine is restarted."""
+    which pulled weights are refused, when another engine has it, too."""
     fingerprint_timeout_seconds: float = Field(20.0, gt=0)
     """Seconds that this comparison may wait for a place in the engine; it is left out then."""
 

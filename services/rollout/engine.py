@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
+from perigee.weights.v1.weights_pb2 import Manifest
 from services.weights.manifest import WeightImage
+from services.weights.pieces import Slices
 
 
 class EngineDiedError(Exception):
@@ -95,9 +97,18 @@ class Engine(ABC):
     async def interrupt(self, request_ids: Iterable[str]) -> None:
         """Ends requests with the tokens that they have: their last outputs say `abort`. Unknown ids are no error."""
 
+    async def find_slices(self, manifest: Manifest) -> Slices | None:
+        """Returns what the engine takes of a checkpoint's tensors, all of it when None.
+
+        Raises EngineDiedError when no engine runs that could tell.
+        """
+        return None
+
     @abstractmethod
-    async def update_weights(self, image: WeightImage) -> None:
+    async def update_weights(self, image: WeightImage) -> float:
         """Replaces all weights between two forward passes and forgets every cached prefix.
+
+        Returns the seconds in which nothing was generated.
 
         Requests in flight continue with the new weights. When it fails, the engine holds no usable weights and
         must be stopped. Raises EngineDiedError when the engine dies meanwhile.

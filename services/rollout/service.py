@@ -208,6 +208,7 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
         connect=lambda source: WeightSourceClient(source, channel_options(config)),
         is_loaded=lambda: worker.status == READY,
         is_away=lambda: worker.is_away,
+        find_slices=worker.find_slices,
     )
     fatal: list[InternalError] = []
 

@@ -8,7 +8,8 @@ import multiprocessing
 import os
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from services.rollout.model import PolicyModel
 from services.rollout.vllm_experts import pack_rows, take_rows
 from services.rollout.vllm_extension import BACKEND, WorkerExtension
 from services.weights.manifest import WeightImage
+from services.weights.pieces import Rectangle, Slices
 
 log = get_logger(__name__)
 
@@ -58,14 +60,17 @@ class VllmEngine(Engine):
         self._model = model
         self._llm: AsyncLLM | None = None
         self._running: dict[str, Any] = {}
-        # Whether the engine's processes know which slices of pulled tensors they take.
-        self._knows_slices = False
+        # Tensors of which the engine's processes said what they take, whether those that run now have said it, and what
+        # they take together.
+        self._known_tensors = b""
+        self._has_found = False
+        self._slices: Slices | None = None
         self._progress_time = time.monotonic()
         self._asleep = False
 
     async def start(self) -> None:
         """Forks EngineCore from the fork server, with dummy weights."""
-        self._knows_slices = False
+        self._has_found = False
         prepare_vllm(self._config)
         self._asleep = False
         arguments = engine_arguments(self._config, self._model)
@@ -155,7 +160,23 @@ class VllmEngine(Engine):
             # It loads weights or stands still: what the service has must reach the buffer before the drain's end.
             await llm.abort(internal_ids, internal=True)
 
-    async def update_weights(self, image: WeightImage) -> None:
+    async def find_slices(self, manifest: Manifest) -> Slices | None:
+        """Asks the engine's processes, which all run on this host, once for each engine."""
+        tensors = Manifest(tensors=manifest.tensors).SerializeToString(deterministic=True)
+        # What an engine that has ended took, the next one takes.
+        if tensors == self._known_tensors and (self._has_found or self._llm is None):
+            return self._slices
+        llm = self._alive()
+        async with _deaths(llm):
+            found = await llm.collective_rpc("find_slices", args=(tensors,))
+        reasons = [each for each in found if isinstance(each, str)]
+        for reason in reasons:
+            log.warning("engine process loads pulled tensors whole", reason=reason)
+        self._slices = None if reasons else join_slices(found)
+        self._known_tensors, self._has_found = tensors, True
+        return self._slices
+
+    async def update_weights(self, image: WeightImage) -> float:
         """Pauses, reloads from the shared-memory file, labels the version, resumes.
 
         `keep` freezes the sequences in flight between two forward passes; clearing the cache makes the engine
@@ -163,19 +184,19 @@ class VllmEngine(Engine):
         """
         llm = self._alive()
         async with _deaths(llm):
+            begin = time.monotonic()
             await _pause(llm)
             await self._load(llm, image)
             await llm.resume_generation()
         self._progress_time = time.monotonic()
+        return self._progress_time - begin
 
     async def _load(self, llm: AsyncLLM, image: WeightImage) -> None:
-        """Reloads a paused engine from an image."""
-        if image.manifest.pieces and not self._knows_slices:
-            tensors = Manifest(tensors=image.manifest.tensors)
-            for reason in filter(None, await llm.collective_rpc("find_slices", args=(tensors.SerializeToString(),))):
-                log.warning("engine process loads pulled tensors whole", reason=reason)
-            self._knows_slices = True
-        update = {"path": str(image.path), "manifest": image.manifest.SerializeToString()}
+        """Reloads a paused engine from an image; one that sleeps holds nothing that could stay."""
+        if image.manifest.pieces:
+            await self.find_slices(image.manifest)
+        manifest = image.manifest.SerializeToString()
+        update = {"path": str(image.path), "manifest": manifest, "everything": self._asleep}
         with _timed("load"):
             await llm.start_weight_update()
             await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
@@ -257,6 +278,15 @@ async def _deaths(llm: AsyncLLM) -> AsyncIterator[None]:
                 await end_tasks(waiting)
     except (EngineDeadError, TimeoutError) as error:
         raise EngineDiedError(str(error) or "the engine died meanwhile") from error
+
+
+def join_slices(processes: Iterable[Mapping[str, Iterable[Sequence[Sequence[int]]]]]) -> Slices:
+    """Returns what processes take together."""
+    joined: dict[str, list[Rectangle]] = defaultdict(list)
+    for slices in processes:
+        for name, rectangles in slices.items():
+            joined[name] += [(tuple(lower), tuple(upper)) for lower, upper in rectangles]
+    return joined
 
 
 def count_own_bytes(pid: int) -> int:

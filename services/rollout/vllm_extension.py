@@ -7,11 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Module
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -19,7 +25,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine.core import EngineCoreProc
@@ -27,8 +33,8 @@ from vllm.v1.engine.core import EngineCoreProc
 from perigee.weights.v1 import weights_pb2 as pb
 from services.rollout.held_outputs import hold_outputs
 from services.rollout.vllm_experts import record_experts
-from services.rollout.vllm_slices import find_slices
-from services.weights.pieces import Rectangle, read_pieces
+from services.rollout.vllm_slices import TakenSlices, find_slices, start_reload
+from services.weights.pieces import Slices, digest_tensors, read_pieces
 from services.weights.safetensors import read_tensors
 
 BACKEND = "perigee-shm"
@@ -51,7 +57,7 @@ class WorkerExtension:
             if hasattr(module, "cpu_linear"):
                 # The packed copy lives in this closure; the next reload makes another.
                 module.cpu_linear = None
-        forget_packed_experts(model)
+        forget_packed_experts(model.modules())
         self._freed = {"weights": _free(model.parameters()), "kv_cache": _free(_flatten(self.model_runner.kv_caches))}
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -64,20 +70,20 @@ class WorkerExtension:
                 # The tensor may be one layer's part of it.
                 storage.fill_(0)  # type: ignore[attr-defined]
 
-    def find_slices(self, manifest: bytes) -> str:
-        """Learns which parts of the manifest's tensors this worker takes; returns why it takes all, "" if it does not.
+    def find_slices(self, manifest: bytes) -> Slices | str:
+        """Learns and returns which parts of the manifest's tensors this worker takes; why it takes all where it does.
 
         Loaders that do arithmetic with a tensor get all of it.
         """
         worker: Any = self
         engine: ImageTransferEngine = worker.weight_transfer_engine
-        engine.wanted = None
+        engine.taken = None
         try:
             with set_current_vllm_config(worker.vllm_config):
-                engine.wanted = find_slices(engine.model, pb.Manifest.FromString(manifest).tensors)
+                engine.taken = find_slices(engine.model, pb.Manifest.FromString(manifest).tensors)
         except NotImplementedError as error:
             return str(error)
-        return ""
+        return engine.taken.rectangles
 
 
 def _free(tensors: Iterable[torch.Tensor]) -> list[tuple[torch.Tensor, int]]:
@@ -111,6 +117,8 @@ class ImageUpdate(WeightTransferUpdateInfo):
 
     path: str = ""
     manifest: bytes = b""
+    everything: bool = True
+    """Whether tensors are loaded, too, that the worker has loaded before and that are the same."""
 
 
 class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
@@ -118,43 +126,70 @@ class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
 
     init_info_cls = ImageInit
     update_info_cls = ImageUpdate
-    wanted: Mapping[str, Sequence[Rectangle]] | None = None
+    taken: TakenSlices | None = None
     """What this worker takes of each tensor; all of it when None."""
+    loaded: Mapping[str, bytes] = {}
+    """Checksums of the tensors that the layers hold, as far as they are known."""
 
     def init_transfer_engine(self, init_info: ImageInit) -> None:
-        """Nothing to set up."""
+        """Unlinks the memory that tensor-parallel processes on a CPU share, which is freed then however they end."""
+        if identity := os.environ.get("VLLM_DIST_IDENT"):
+            for path in Path("/dev/shm").glob(f"{identity}-*"):
+                path.unlink(missing_ok=True)
 
     def start_weight_update(self) -> None:
-        """Puts the layers into the state that takes checkpoint tensors."""
-        if current_platform.is_cpu():
-            forget_packed_experts(self.model)
-        initialize_layerwise_reload(self.model)
+        """Does nothing yet: the image says which layers are to be loaded."""
 
     def receive_weights(self, update_info: ImageUpdate) -> None:
-        """Loads every tensor of the image in one pass; parts of a fused weight must not come in two passes."""
+        """Loads the layers whose tensors have changed, in one pass: parts of a fused weight must not come in two."""
+        manifest = pb.Manifest.FromString(update_info.manifest)
+        checksums = digest_tensors(manifest)
+        roots, wanted = self._find_reload({} if update_info.everything else self.loaded, checksums)
+        layers = {layer for root in roots for layer in root.modules()}
+        # Until the end nobody knows what the layers hold.
+        self.loaded = {}
+        if current_platform.is_cpu():
+            forget_packed_experts(layers)
+        start_reload(self.model, roots)
         with open(update_info.path, "rb") as file:
             image = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         # The layers keep views of the image until they are processed, so it is unmapped with the last of them.
         model: Any = self.model
-        model.load_weights(_tensors(image, pb.Manifest.FromString(update_info.manifest), self.wanted))
+        model.load_weights(_tensors(image, manifest, wanted))
+        finalize_layerwise_reload(model, self.model_config)  # type: ignore[no-untyped-call]
+        if model.model.embed_tokens in layers:
+            repack_tied_head(model)
+        self.loaded = checksums
+
+    def _find_reload(
+        self, loaded: Mapping[str, bytes], checksums: Mapping[str, bytes]
+    ) -> tuple[AbstractSet[Module], Slices | None]:
+        """Returns the layers to load, the whole model where it is not known which, and what they take of tensors."""
+        if self.taken is None:
+            return {self.model}, None
+        changed = {name for name, checksum in checksums.items() if loaded.get(name) != checksum}
+        layers, wanted = self.taken.find_reload(changed)
+        known = {layer for layer in layers if layer is not None}
+        if not loaded or not checksums or len(known) < len(layers):
+            return {self.model}, self.taken.rectangles
+        return known, wanted
 
     def finish_weight_update(self) -> None:
-        """Brings the layers back to the form that the kernels use."""
-        finalize_layerwise_reload(self.model, self.model_config)  # type: ignore[no-untyped-call]
-        repack_tied_head(self.model)
+        """Has nothing left to do."""
 
     def shutdown(self) -> None:
         """Nothing to release."""
 
 
-def forget_packed_experts(model: Any) -> None:
+def forget_packed_experts(layers: Iterable[Module]) -> None:
     """Has the load that follows pack a mixture's experts, which vLLM on a CPU does with the first load alone.
 
     A reload would put unpacked weights in their place, without an error, with logprobs off by several nats.
     """
-    for layer in model.modules():
-        if getattr(getattr(layer, "quant_method", None), "moe_kernel", None) is not None:
-            layer.quant_method.moe_kernel = None
+    for layer in layers:
+        quant_method: Any = getattr(layer, "quant_method", None)
+        if getattr(quant_method, "moe_kernel", None) is not None:
+            quant_method.moe_kernel = None
 
 
 def repack_tied_head(model: Any) -> None:
@@ -198,9 +233,7 @@ def restore_seeds_of_split_prefills(runner: Any) -> None:
     runner._sample, runner._bookkeeping_sync = sample_and_restore, keep_books_without_generators
 
 
-def _tensors(
-    image: memoryview, manifest: pb.Manifest, wanted: Mapping[str, Sequence[Rectangle]] | None
-) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(image: memoryview, manifest: pb.Manifest, wanted: Slices | None) -> Iterator[tuple[str, torch.Tensor]]:
     for shard in manifest.shards:
         yield from read_tensors(image[shard.offset : shard.offset + shard.bytes])
     yield from read_pieces(image, manifest, wanted)
@@ -210,7 +243,10 @@ if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ImageTransferEngine)
     hold_outputs(EngineCoreProc, Scheduler)
     if current_platform.is_cpu():
+        from vllm.v1.executor import multiproc_executor
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
+        # Tensor-parallel processes of an engine that are not forked import vLLM once more, each.
+        multiproc_executor.get_mp_context = partial(multiprocessing.get_context, "fork")  # type: ignore[attr-defined]
         restore_seeds_of_split_prefills(CPUModelRunner)
         record_experts(CPUModelRunner, VllmConfig)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -19,6 +20,7 @@ from perigee.errors import (
     UnavailableError,
 )
 from perigee.rollout.v1 import rollout_pb2 as pb
+from perigee.weights.v1.weights_pb2 import CommitResponse, Manifest
 from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 from services.kit.tracing import span
@@ -27,6 +29,7 @@ from services.rollout.engine import Engine, EngineDiedError, EngineRequest
 from services.rollout.model import PolicyModel
 from services.rollout.residence import Residence, Restart, Sleep
 from services.weights.manifest import WeightImage
+from services.weights.pieces import Slices
 
 log = get_logger(__name__)
 
@@ -47,9 +50,17 @@ ENGINE_START_SECONDS = Histogram(
     "perigee_rollout_engine_start_seconds", "Seconds until an engine runs.", buckets=(5, 10, 20, 40, 80, 160, 320)
 )
 COMMIT_SECONDS = Histogram("perigee_rollout_commit_seconds", "Seconds of a weight commit in the engine.")
+STALL_SECONDS = Histogram("perigee_rollout_stall_seconds", "Seconds without a token in a weight commit.")
 FINGERPRINT_DIFFERENCE = Gauge(
     "perigee_rollout_fingerprint_difference", "Mean difference from the trainer's log-probabilities after a pull, nats."
 )
+# Mean difference of two programs that compute the same, nats: several times what was measured (5e-6 in float32, 0.04 in
+# bfloat16). The coarser of the trainer's type and the engine's counts.
+TOLERANCES = {"F32": 0.01, "float32": 0.01, "F16": 0.1, "float16": 0.1}
+COARSE_TOLERANCE = 0.3
+# A model whose own differences are larger may differ by this much more than the largest of the last ones.
+NOISE_FACTOR = 4
+NOISE_SAMPLES = 8
 
 
 class Worker:
@@ -77,6 +88,9 @@ class Worker:
         self.returns = 0
         """Times that the worker came back."""
         self._changed = asyncio.Event()
+        # Differences of the fingerprints that were served, and what is refused and why, by what its trainer computes.
+        self._noise: deque[float] = deque(maxlen=NOISE_SAMPLES)
+        self._refused: dict[bytes, str] = {}
 
     @property
     def status_name(self) -> str:
@@ -132,13 +146,26 @@ class Worker:
         finally:
             admission.leave(admission.running)
 
-    async def commit(self, image: WeightImage) -> None:
+    async def commit(self, image: WeightImage) -> CommitResponse:
         """Loads a whole checkpoint into the engine, between two forward passes.
 
         Raises InvalidArgumentError when the checkpoint is not this model's (the old version serves on),
-        UnavailableError when no engine runs, InternalError when the engine failed half-way and is restarted.
+        UnavailableError when no engine runs, InternalError when the engine failed half-way and is restarted, and
+        FailedPreconditionError when what it computes is not what the trainer does: the worker is EMPTY then.
         """
-        await self._finish(self._commit_alone(image))
+        return await self._finish(self._commit_alone(image))
+
+    async def find_slices(self, manifest: Manifest) -> Slices | None:
+        """Returns what the engine takes of a checkpoint that is to be pulled; None where nobody knows: all of it.
+
+        Raises FailedPreconditionError for one that was refused.
+        """
+        self._check_refused(manifest)
+        async with self._committing:
+            try:
+                return await self.engine.find_slices(manifest)
+            except EngineDiedError:
+                return None
 
     async def _finish(self, change: Coroutine[Any, Any, ResultT]) -> ResultT:
         """Runs a change of the engine to its end: a caller that goes away must not leave it half-loaded and paused."""
@@ -155,14 +182,15 @@ class Worker:
             await asyncio.wait(changes)
         await self.engine.stop()
 
-    async def _commit_alone(self, image: WeightImage) -> None:
+    async def _commit_alone(self, image: WeightImage) -> CommitResponse:
         """Commits when no other commit runs and the engine is up."""
         async with self._committing:
+            self._check_refused(image.manifest)
             await self._wait_started()
             await asyncio.to_thread(self.model.check_image, image)
             if self.status not in (EMPTY, READY, AWAY):
                 raise UnavailableError("The engine died before the commit and is restarted.")
-            await self._update(image)
+            return await self._update(image)
 
     def check_iteration(self, run_id: str, iteration: int) -> None:
         """Raises FailedPreconditionError when a call is of an iteration before the last one that was named."""
@@ -220,13 +248,15 @@ class Worker:
                 raise FailedPreconditionError(f"Worker {self.worker_id} holds no weights: push a policy version.")
             await self._update(image)
 
-    async def _load(self, image: WeightImage) -> None:
-        """Loads weights into the engine, or has it come back with them: another engine where this one does not."""
+    async def _load(self, image: WeightImage) -> float:
+        """Loads weights into the engine, or has it come back with them: another engine where this one does not.
+
+        Returns the seconds in which it generated nothing; 0 when it was away.
+        """
         limit_s = self.config.update_timeout_seconds
         if self.status != AWAY:
             async with asyncio.timeout(limit_s):
-                await self.engine.update_weights(image)
-            return
+                return await self.engine.update_weights(image)
         try:
             async with asyncio.timeout(limit_s):
                 await self._residence.come_back(self.engine, image)
@@ -236,6 +266,7 @@ class Worker:
             async with asyncio.timeout(limit_s):
                 await Restart().come_back(self.engine, image)
         self.returns += 1
+        return 0.0
 
     def _break(self) -> None:
         """Has the engine restarted: nobody knows what it holds."""
@@ -268,14 +299,18 @@ class Worker:
         if self.status == DRAINING:
             raise UnavailableError(f"Worker {self.worker_id} shuts down.")
 
-    async def _update(self, image: WeightImage) -> None:
-        """Loads the image and becomes READY; a failure restarts the engine."""
+    async def _update(self, image: WeightImage) -> CommitResponse:
+        """Loads the image and becomes READY, or EMPTY when it is refused; a failure restarts the engine."""
         start = time.monotonic()
         generation = self.engine_restarts
+        report = CommitResponse()
         try:
             with span("load weights", worker=self.worker_id, version=image.manifest.policy_version):
-                await self._load(image)
-                await self._compare(image)
+                report.stall_seconds = await self._load(image)
+                report.warning = await self._check_fingerprint(image)
+        except FailedPreconditionError:
+            self.set_status(EMPTY)
+            raise
         except Exception as error:
             # One that has died meanwhile is restarted already.
             if self.engine_restarts == generation:
@@ -289,35 +324,80 @@ class Worker:
         self.set_status(READY, manifest.run_id, manifest.policy_version)
         seconds = time.monotonic() - start
         COMMIT_SECONDS.observe(seconds)
+        if report.stall_seconds:
+            STALL_SECONDS.observe(report.stall_seconds)
         log.info(
             "weights in the engine",
             run=manifest.run_id,
             policy_version=manifest.policy_version,
             seconds=round(seconds, 4),
+            stall_seconds=round(report.stall_seconds, 4),
         )
+        return report
 
-    async def _compare(self, image: WeightImage) -> None:
+    async def _check_fingerprint(self, image: WeightImage) -> str:
         """Compares what the engine computes with what the trainer computes, where the image says it.
 
-        Raises InternalError when they are too far apart: some of the weights are not those of the image.
+        Beyond the tolerance one other engine is loaded with the same image. What that computes is served where it is
+        within `max_fingerprint_difference`, and refused for good where it is not: a third engine would compute the
+        same. Returns what is wrong, "" for nothing; raises FailedPreconditionError.
         """
         if not image.manifest.HasField("fingerprint"):
-            return
+            return ""
+        tolerance = self._tolerance(image.manifest)
+        first = found = await self._measure_difference(image)
+        warning = ""
+        if not found <= tolerance:
+            log.warning("fingerprint differs; the engine is replaced", difference=first, tolerance=tolerance)
+            # An engine that ends while the worker is away has not died.
+            self.set_status(AWAY, self.run_id, self.policy_version)
+            async with asyncio.timeout(self.config.update_timeout_seconds):
+                await Restart().come_back(self.engine, image)
+            self.returns += 1
+            found = await self._measure_difference(image)
+            warning = (
+                f"version {image.manifest.policy_version}: log-probabilities of the fingerprint were {first:.3g} nats "
+                f"from the trainer's on average, above {tolerance:.3g}; {found:.3g} in an engine that took its place"
+            )
+        limit = self.config.max_fingerprint_difference
+        if not found <= limit:
+            refused = f"{warning}, above rollout.max_fingerprint_difference {limit:g}: refused"
+            self._refused[_fingerprint_key(image.manifest)] = refused
+            raise FailedPreconditionError(refused)
+        self._noise.append(found)
+        return warning
+
+    def _tolerance(self, manifest: Manifest) -> float:
+        """Returns the difference up to which an engine need not be replaced, nats."""
+        own = self.config.dtype if self.config.dtype != "auto" else self.model.dtype
+        types = {own, *(tensor.dtype for tensor in manifest.tensors)}
+        floors = [TOLERANCES.get(each, COARSE_TOLERANCE) for each in types]
+        noise = [NOISE_FACTOR * each for each in self._noise]
+        return min(max(floors + noise), self.config.max_fingerprint_difference)
+
+    async def _measure_difference(self, image: WeightImage) -> float:
+        """Returns the mean difference of the engine's log-probabilities; 0 when the engine has no place for it."""
         expected = image.manifest.fingerprint
         try:
             async with asyncio.timeout(self.config.fingerprint_timeout_seconds):
                 found = await score_prompt(self.engine, expected.token_ids)
         except TimeoutError:
             log.warning("fingerprint not compared: the engine had no place for it")
-            return
+            return 0.0
         pairs = zip(expected.logprobs, found, strict=True)
         difference = sum(abs(trainer - engine) for trainer, engine in pairs) / len(found)
         FINGERPRINT_DIFFERENCE.set(difference)
-        if not difference <= self.config.max_fingerprint_difference:
-            raise InternalError(
-                f"the engine's log-probabilities are {difference:.3g} nats from the trainer's on average, above "
-                f"rollout.max_fingerprint_difference {self.config.max_fingerprint_difference:g}"
-            )
+        return difference
+
+    def _check_refused(self, manifest: Manifest) -> None:
+        """Raises FailedPreconditionError for weights whose fingerprint was refused."""
+        if manifest.HasField("fingerprint") and (reason := self._refused.get(_fingerprint_key(manifest))):
+            raise FailedPreconditionError(reason)
+
+
+def _fingerprint_key(manifest: Manifest) -> bytes:
+    """Returns what names weights by what they compute: every export of them has it."""
+    return manifest.run_id.encode() + manifest.fingerprint.SerializeToString(deterministic=True)
 
 
 async def score_prompt(engine: Engine, token_ids: Sequence[int]) -> list[float]:

@@ -23,9 +23,10 @@ MAX_ENTRIES = 8192
 class LentImage:
     """Pieces of one image as they become readable, and the leases of those who read them."""
 
-    def __init__(self, manifest: pb.Manifest, holdings: Sequence[pb.Holding] = ()) -> None:
+    def __init__(self, manifest: pb.Manifest, holdings: Sequence[pb.Holding] = (), is_complete: bool = True) -> None:
         self.manifest = manifest
         self.is_withdrawn = False
+        self._is_complete = is_complete
         self._failed = False
         self._holdings = list(holdings)
         # Call -> end of its lease (monotonic).
@@ -35,6 +36,11 @@ class LentImage:
     def announce(self, holding: pb.Holding) -> None:
         """Adds pieces that can be read from now on."""
         self._holdings.append(holding)
+        self._wake()
+
+    def complete(self) -> None:
+        """Says that everything has been announced that will be here."""
+        self._is_complete = True
         self._wake()
 
     async def follow(self, deadline: float) -> AsyncGenerator[pb.LendResponse, None]:
@@ -56,7 +62,7 @@ class LentImage:
                     yield pb.LendResponse(holding=holding)
                     sent += 1
                 if sent == len(self._holdings):
-                    yield pb.LendResponse()
+                    yield pb.LendResponse(complete=self._is_complete)
                     await _wait(changed, HEARTBEAT_S)
             raise DeadlineExceededError("the pieces were lent for as long as weights.transfer_timeout_s allows")
         finally:

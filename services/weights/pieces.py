@@ -25,6 +25,8 @@ from services.weights.transport import MooncakeTransport, Transport
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """First index in each dimension, and the one after the last."""
+Slices = Mapping[str, Sequence[Rectangle]]
+"""Parts of tensors, by name."""
 # Fewest bytes of the shared file of a rank that owns nothing.
 MIN_BUFFER_BYTES = ALIGNMENT
 # Pieces of one announcement, which has to fit into a message.
@@ -217,33 +219,45 @@ def check_pieces(manifest: pb.Manifest) -> None:
         raise InvalidArgumentError.for_fields(violations or [FieldViolation("manifest.pieces", "is empty")])
 
 
-def place_pieces(manifest: pb.Manifest) -> pb.Manifest:
-    """Returns the manifest of a receiver's image: each piece has an offset, and `total_bytes` is the image's.
+def place_pieces(manifest: pb.Manifest, wanted: Slices | None = None) -> pb.Manifest:
+    """Returns the manifest of a receiver's image: pieces have offsets, and `total_bytes` is the image's.
 
-    Pieces of a tensor lie one after another, so that blocks of whole rows make up the tensor without a copy.
+    Pieces that touch nothing wanted have no place. Those of a tensor lie one after another, so that blocks of whole
+    rows make up the tensor without a copy.
     """
     image = pb.Manifest()
     image.CopyFrom(manifest)
     end, tensor = 0, None
     for piece in sorted(image.pieces, key=lambda piece: (piece.tensor, list(piece.lower))):
+        if wanted is not None and not _touches(piece, wanted.get(image.tensors[piece.tensor].name, ())):
+            continue
         piece.offset = end if piece.tensor == tensor else _padded(end)
         end, tensor = piece.offset + piece_bytes(image, piece), piece.tensor
     image.total_bytes = end
     return image
 
 
-def read_pieces(
-    image: memoryview, manifest: pb.Manifest, wanted: Mapping[str, Sequence[Rectangle]] | None = None
-) -> Iterator[NamedTensor]:
-    """Yields the tensors of an image of pieces, in the manifest's order.
+def digest_tensors(manifest: pb.Manifest) -> dict[str, bytes]:
+    """Returns a checksum of each tensor that is in pieces, the same for the same bytes in the same pieces."""
+    hashers = {piece.tensor: xxhash.xxh3_128() for piece in manifest.pieces}
+    for piece in sorted(manifest.pieces, key=lambda piece: list(piece.lower)):
+        hashers[piece.tensor].update(repr((*piece.lower, *piece.upper)).encode() + piece.checksum)
+    return {manifest.tensors[index].name: hasher.digest() for index, hasher in hashers.items()}
+
+
+def read_pieces(image: memoryview, manifest: pb.Manifest, wanted: Slices | None = None) -> Iterator[NamedTensor]:
+    """Yields the tensors of an image of which anything is wanted, in the manifest's order.
 
     A tensor in blocks of whole rows is a view of the image. Any other is put together in memory of its own, where
-    elements of pieces that touch nothing wanted are undefined.
+    elements are undefined that lie in no piece of the image, or in one that touches nothing wanted.
     """
     by_tensor: dict[int, list[pb.Piece]] = defaultdict(list)
     for piece in manifest.pieces:
-        by_tensor[piece.tensor].append(piece)
+        if piece.HasField("offset"):
+            by_tensor[piece.tensor].append(piece)
     for index, spec in enumerate(manifest.tensors):
+        if wanted is not None and not wanted.get(spec.name):
+            continue
         pieces = sorted(by_tensor[index], key=lambda piece: piece.offset)
         shape, dtype = tuple(spec.shape), DTYPES[spec.dtype]
         if _is_whole(manifest, spec, pieces):
@@ -251,7 +265,7 @@ def read_pieces(
             continue
         tensor = torch.empty(shape, dtype=dtype)
         for piece in pieces:
-            if wanted is not None and not _touches(piece, wanted.get(spec.name, ())):
+            if wanted is not None and not _touches(piece, wanted[spec.name]):
                 continue
             part = tensor[tuple(slice(low, high) for low, high in zip(piece.lower, piece.upper, strict=True))]
             part.copy_(_view(image, piece.offset, _extent(piece), dtype))

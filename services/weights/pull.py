@@ -18,6 +18,7 @@ import xxhash
 from perigee.errors import (
     DataLossError,
     DeadlineExceededError,
+    FailedPreconditionError,
     InvalidArgumentError,
     PerigeeError,
     ResourceExhaustedError,
@@ -178,7 +179,7 @@ class ImagePull:
             for number, address in enumerate(sources):
                 try:
                     return await self._pull_from(image_id, address, number == len(sources) - 1)
-                except (InvalidArgumentError, ResourceExhaustedError):
+                except (FailedPreconditionError, InvalidArgumentError, ResourceExhaustedError):
                     raise
                 except PerigeeError as error:
                     problems.append(f"{address}: {error.message}")
@@ -208,14 +209,18 @@ class ImagePull:
         """Returns where the pieces go, which the first source's manifest says."""
         await asyncio.to_thread(check_pieces, manifest)
         self.target = target = await self._begin(manifest)
-        sizes = {index: piece_bytes(manifest, piece) for index, piece in enumerate(manifest.pieces)}
+        pieces = enumerate(target.image.manifest.pieces)
+        sizes = {index: piece_bytes(manifest, piece) for index, piece in pieces if piece.HasField("offset")}
         self._schedule = Schedule(sizes, self._config.block_bytes)
         return target
 
     async def _read_pieces(
         self, target: Target, response: pb.LendResponse, responses: AsyncIterator[pb.LendResponse]
     ) -> None:
-        """Reads pieces as they are announced; raises the error of the first read from this source that fails."""
+        """Reads pieces as they are announced; raises the error of the first read from this source that fails.
+
+        Raises UnavailableError when the source has given all that it has and something is missing.
+        """
         started: set[asyncio.Future[float]] = set()
         announced = asyncio.ensure_future(anext(responses))
         try:
@@ -223,8 +228,10 @@ class ImagePull:
                 if response.HasField("holding"):
                     self._open_file(response.holding)
                     self._schedule.offer(response.holding)
-                    response = pb.LendResponse()
+                    response.ClearField("holding")
                 started |= self._start_reads(target)
+                if response.complete and not self._reads:
+                    raise UnavailableError("the source does not have every piece")
                 events: list[asyncio.Future[Any]] = [announced, *self._reads]
                 await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
                 for read in [read for read in self._reads if read.done()]:

@@ -30,7 +30,7 @@ from services.kit.telemetry import get_logger
 from services.weights.config import WeightsConfig
 from services.weights.lend import LentImage, WeightSource
 from services.weights.manifest import WeightImage, check_manifest, verify_shards
-from services.weights.pieces import place_pieces
+from services.weights.pieces import Slices, place_pieces
 from services.weights.pull import Connect, ImagePull, Target
 from services.weights.shared_memory import SharedBuffer, remove_leftovers
 from services.weights.transport import BUCKETS, EndpointPool, MooncakeTransport, Transport
@@ -148,24 +148,27 @@ class BufferPool:
 class WeightReceiver(WeightReceiverServiceServicer):
     """Receives weights as perigee.weights.v1.WeightReceiverService, which the rollout service hosts.
 
-    `commit` is awaited with each verified image and loads it into the engine.
+    `commit` is awaited with each verified image and loads it into the engine; what it returns may say how long that
+    stopped the engine, and what is wrong. `find_slices` returns what the engine takes of a manifest's tensors, None for
+    all of it, and nothing else is pulled; it raises FailedPreconditionError for an image that is refused.
 
     What is pulled is lent through `source` to other receivers, piece by piece as it arrives.
 
     `current` is the last image that `commit` took without an error; it stays in shared memory so that a restarted
     engine can be filled from it. When `commit` raises, the image is dropped and `current` stays. `is_loaded` tells
     whether the engine still has it; one that has not gets it again when it is pulled again. `is_away` tells whether the
-    engine has left its memory: what is pushed then takes the place of `current`, so that there is one image.
+    engine has left its memory: what comes then takes the place of `current`, so that there is one image.
     """
 
     def __init__(
         self,
         config: WeightsConfig,
-        commit: Callable[[WeightImage], Awaitable[None]],
+        commit: Callable[[WeightImage], Awaitable[pb.CommitResponse | None]],
         open_transport: Callable[[], Transport] | None = None,
         connect: Connect = WeightSourceClient.connect,
         is_loaded: Callable[[], bool] = lambda: True,
         is_away: Callable[[], bool] = lambda: False,
+        find_slices: Callable[[pb.Manifest], Awaitable[Slices | None]] | None = None,
     ) -> None:
         self.current: WeightImage | None = None
         self.source = WeightSource(config.transfer_timeout_s)
@@ -174,6 +177,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
         self._commit = commit
         self._is_loaded = is_loaded
         self._is_away = is_away
+        self._find_slices = find_slices
         self._open_transport = open_transport or (lambda: MooncakeTransport(config))
         self._transport: Transport | None = None
         self._pool: BufferPool | None = None
@@ -247,10 +251,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
                 self._pending = None
                 self._pool.quarantine(transfer_id, image.buffer)
                 log.info("preparation voided by a newer one", transfer_id=transfer_id)
-            if self.current is not None and self._is_away():
-                self._retire(self._current_id, self.current.buffer)
-                self.current, self._current_id = None, ""
-                await self._pool.drop_spares()
+            await self._drop_if_away()
             buffer = await self._pool.take(manifest.total_bytes)
             transfer_id = uuid.uuid4().hex
             self._pending = transfer_id, WeightImage(manifest, buffer)
@@ -280,6 +281,13 @@ class WeightReceiver(WeightReceiverServiceServicer):
         self._abort(request.transfer_id)
         return pb.AbortResponse()
 
+    async def _drop_if_away(self) -> None:
+        """Drops the current image where no engine has any use for it: another one comes."""
+        if self.current is not None and self._pool is not None and self._is_away():
+            self._retire(self._current_id, self.current.buffer)
+            self.current, self._current_id = None, ""
+            await self._pool.drop_spares()
+
     def _abort(self, transfer_id: str) -> None:
         if self._pool is None:
             return
@@ -307,8 +315,8 @@ class WeightReceiver(WeightReceiverServiceServicer):
     async def Pull(self, request: pb.PullRequest, context: Any) -> pb.PullResponse:
         """Pulls an image and commits it, beside what the engine does; it runs to its end when the caller goes away.
 
-        Raises InvalidArgumentError for an image above `max_image_bytes`, UnavailableError when no source has the whole
-        image, AbortedError when another pull began meanwhile, and whatever the engine raises.
+        Raises InvalidArgumentError for an image above `max_image_bytes`, UnavailableError when no source has all that
+        the engine takes, AbortedError when another pull began meanwhile, and whatever the engine raises.
         """
         missing = [name for name in ("image_id", "sources") if not getattr(request, name)]
         if missing:
@@ -357,6 +365,8 @@ class WeightReceiver(WeightReceiverServiceServicer):
             transfer_seconds=transferred - begin,
             commit_seconds=report.commit_seconds,
             sources=sources,
+            stall_seconds=report.stall_seconds,
+            warning=report.warning,
         )
 
     async def _pull(self, request: pb.PullRequest) -> tuple[Target, list[str]]:
@@ -367,7 +377,9 @@ class WeightReceiver(WeightReceiverServiceServicer):
         pull = ImagePull(self._config, self._endpoints, self._connect, begin)
         try:
             async with asyncio.timeout(self._config.transfer_timeout_s):
-                return await pull.run(request.image_id, request.sources), pull.sources
+                target = await pull.run(request.image_id, request.sources)
+            target.lent.complete()
+            return target, pull.sources
         except BaseException as error:
             if pull.target is not None:
                 self._withdraw(request.image_id, pull.target.lent, pull.target.image.buffer)
@@ -378,14 +390,16 @@ class WeightReceiver(WeightReceiverServiceServicer):
             raise
 
     async def _begin_pull(self, image_id: str, pool: BufferPool, session: str, manifest: pb.Manifest) -> Target:
-        """Makes room for an image and lends what will be there of it."""
+        """Makes room for what the engine takes of an image, and lends what will be there of it."""
+        wanted = await self._find_slices(manifest) if self._find_slices is not None else None
         # Seconds of an image with many pieces, in which leases are to be renewed and pieces to be lent.
-        placed = await asyncio.to_thread(place_pieces, manifest)
+        placed = await asyncio.to_thread(place_pieces, manifest, wanted)
         size = placed.total_bytes
         if size > self._config.max_image_bytes:
             reason = f"{size} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}"
             raise InvalidArgumentError.for_field("manifest.total_bytes", reason)
-        lent = LentImage(manifest)
+        await self._drop_if_away()
+        lent = LentImage(manifest, is_complete=False)
         # Before there is room for it: the next ones in a chain make theirs meanwhile.
         self.source.lend(image_id, lent)
         try:
@@ -445,15 +459,13 @@ class WeightReceiver(WeightReceiverServiceServicer):
     async def _load(self, image: WeightImage, begin: float) -> pb.CommitResponse:
         """Loads a verified image into the engine and makes it the current one."""
         verified = time.monotonic()
-        await self._commit(image)
+        report = await self._commit(image) or pb.CommitResponse()
         previous, self.current = self.current, image
         if previous is not None and previous is not image:
             self._retire(self._current_id, previous.buffer)
-        report = pb.CommitResponse(
-            policy_version=image.manifest.policy_version,
-            verify_seconds=verified - begin,
-            commit_seconds=time.monotonic() - verified,
-        )
+        report.policy_version = image.manifest.policy_version
+        report.verify_seconds = verified - begin
+        report.commit_seconds = time.monotonic() - verified
         VERIFY_SECONDS.observe(report.verify_seconds)
         COMMIT_SECONDS.observe(report.commit_seconds)
         log.info(
@@ -463,6 +475,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
             bytes=image.manifest.total_bytes,
             verify_seconds=report.verify_seconds,
             commit_seconds=report.commit_seconds,
+            stall_seconds=report.stall_seconds,
         )
         return report
 

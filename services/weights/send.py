@@ -84,10 +84,11 @@ class WeightSender:
                 )
                 outcome.transfer_seconds = await self._write(image, target, prepared)
                 begin = time.monotonic()
-                await client.commit(
+                report = await client.commit(
                     pb.CommitRequest(transfer_id=prepared.transfer_id), timeout_s=self._config.commit_timeout_s
                 )
                 outcome.commit_seconds = time.monotonic() - begin
+                outcome.stall_seconds = report.stall_seconds
             except PerigeeError as error:
                 log.warning(
                     "weights not committed",

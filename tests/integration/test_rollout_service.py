@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
+from copy import deepcopy
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import pytest
@@ -23,7 +26,12 @@ from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1 import weights_pb2
+from services.rollout.model import open_policy
+from services.rollout.worker import score_prompt
 from services.weights.config import WeightsConfig
+from services.weights.manifest import WeightImage
+from services.weights.pieces import place_pieces
+from services.weights.receive import WeightReceiver
 from tests.fixtures.rollout import (
     CHARACTERS,
     CONTEXT,
@@ -36,15 +44,20 @@ from tests.fixtures.rollout import (
     make_policy,
     policy_logprobs,
     policy_tensors,
+    rollout_config,
     wait_for_state,
 )
 from tests.fixtures.weights import local_source
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
 
 POLICIES = [make_policy(seed) for seed in (11, 12)]
 # Logprobs of the engine against an fp32 forward pass of transformers on the same tokens.
 TOLERANCE = 1e-3
 PROMPT = [2 + (7 * i) % len(CHARACTERS) for i in range(12)]
 MANY_PROMPTS = [[2 + (seed + 7 * i * i) % len(CHARACTERS) for i in range(8)] for seed in range(12)]
+HALVED = tuple(f"{name}_proj.weight" for name in ("q", "o", "gate", "up", "down"))
 LONG_PROMPT = [2 + (5 * i * i) % len(CHARACTERS) for i in range(100)]
 _runs = itertools.count()
 
@@ -148,12 +161,13 @@ def test_slices_that_loaders_of_two_workers_copy_are_rectangles() -> None:
 
     from services.rollout.vllm_slices import SliceRecorder
 
-    recorder = SliceRecorder({"a": (8, 6), "b": (6,)})
+    target, layer = torch.empty(4, 6, device="meta"), torch.nn.Module()
+    layers = {target.untyped_storage()._cdata: layer}
+    recorder = SliceRecorder({"a": (8, 6), "b": (6,)}, layers)
 
     def fake(name: str, *shape: int) -> Any:
         return FakeRDTTensor(name, torch.Size(shape), torch.float32, torch.device("cpu"), sink=recorder)  # type: ignore[arg-type]
 
-    target = torch.empty(4, 6, device="meta")
     target.copy_(fake("a", 8, 6).narrow(0, 4, 4))
     target[:, :3].copy_(fake("a", 8, 6).narrow(1, 3, 3)[:4])
     torch.empty(6, device="meta").copy_(fake("b", 6))
@@ -161,6 +175,7 @@ def test_slices_that_loaders_of_two_workers_copy_are_rectangles() -> None:
     torch.empty(6, 8, device="meta").copy_(fake("a", 8, 6).t())
     assert ((0, 0), (8, 6)) in recorder.rectangles["a"]
     assert recorder.rectangles["b"] == {((0,), (6,))}
+    assert recorder.layers["a"] == {layer, None}
     with pytest.raises(NotImplementedError, match="unsupported op"):
         target.copy_(fake("a", 8, 6)[:4] * 2)
 
@@ -189,13 +204,83 @@ def test_a_process_whose_loader_computes_takes_whole_tensors_and_says_why() -> N
     class Process(WorkerExtension):
         """What the extension uses of vLLM's worker."""
 
-        weight_transfer_engine = SimpleNamespace(model=model, wanted={})
+        weight_transfer_engine = SimpleNamespace(model=model, taken={})
         vllm_config = VllmConfig()
 
     manifest = weights_pb2.Manifest(tensors=[weights_pb2.TensorSpec(name="weight", dtype="F32", shape=[2])])
     assert "unsupported op" in Process().find_slices(manifest.SerializeToString())
-    assert Process.weight_transfer_engine.wanted is None
+    assert Process.weight_transfer_engine.taken is None
     assert model.weight.tolist() == [1, 1]
+
+
+def shared_memory_names() -> list[str]:
+    """Names of what is in shared memory."""
+    return [path.name for path in Path("/dev/shm").iterdir()]
+
+
+async def test_two_processes_take_their_slices_and_load_what_has_changed(policy_folder: Path) -> None:
+    """An engine of tensor parallelism 2: its host pulls each piece once, and each process takes its share of them."""
+    from services.rollout.vllm_engine import VllmEngine, join_slices
+
+    engine = VllmEngine(
+        rollout_config(policy_folder, "", tensor_parallel_size=2), open_policy(str(policy_folder), None)
+    )
+    intact: set[str] = set(policy_tensors(POLICIES[0]))
+    changed_model = deepcopy(POLICIES[0])
+    changed_model.model.layers[1].mlp.gate_proj.weight.data *= 1.5
+
+    async def commit(image: WeightImage) -> None:
+        """Loads an image of which other tensors than those intact must not be read."""
+        with image.buffer.view() as view:
+            for piece in image.manifest.pieces:
+                if image.manifest.tensors[piece.tensor].name not in intact:
+                    view[piece.offset : piece.offset + 4] = b"\xff" * 4
+        assert await engine.update_weights(image) > 0
+
+    async def difference(policy: Qwen2ForCausalLM) -> float:
+        found = await score_prompt(engine, LONG_PROMPT)
+        expected = policy_logprobs(policy, LONG_PROMPT[:1], LONG_PROMPT[1:])
+        return max(abs(a - b) for a, b in zip(expected, found, strict=True))
+
+    config = WeightsConfig(block_bytes=1 << 12)
+    receiver = WeightReceiver(config, commit, find_slices=engine.find_slices)
+    async with AsyncExitStack() as stack:
+        stack.push_async_callback(engine.stop)
+        await engine.start()
+        # What the processes share has no name that would outlive them.
+        assert not any("cpushm" in name for name in shared_memory_names())
+        await receiver.start()
+        stack.push_async_callback(receiver.close)
+        source = await stack.enter_async_context(local_source(config, ranks=2))
+
+        async def pull(image_id: str, policy: Qwen2ForCausalLM) -> tuple[weights_pb2.Manifest, int]:
+            columns = ("down_proj.weight", "o_proj.weight")
+            manifest = source.publish(image_id, policy_tensors(policy), 1, columns)
+            request = weights_pb2.PullRequest(image_id=image_id, sources=[source.address])
+            response = await receiver.Pull(request, None)
+            await source.source.withdraw(image_id)
+            return manifest, response.bytes
+
+        manifest, pulled = await pull("first", POLICIES[0])
+        assert await difference(POLICIES[0]) < TOLERANCE
+        assert pulled == place_pieces(manifest).total_bytes
+        assert engine._llm is not None
+        tensors = weights_pb2.Manifest(tensors=manifest.tensors).SerializeToString()
+        shares = [join_slices([each]) for each in await engine._llm.collective_rpc("find_slices", args=(tensors,))]
+        for share, rows in zip(shares, (40, 24), strict=True):
+            # Of the vocabulary, filled up to 64 rows, the first has 32, in whole pieces of 16 and 8. Both have the only
+            # head of keys and values, and norms.
+            halved = [each for each in manifest.tensors if each.name.endswith(HALVED)]
+            left_out = sum(4 * math.prod(each.shape) // 2 for each in halved) + 4 * (VOCABULARY - rows) * 64
+            assert place_pieces(manifest, share).total_bytes == pulled - left_out
+        await engine.sleep()
+        assert receiver.current is not None
+        await engine.wake_up(receiver.current)
+        assert await difference(POLICIES[0]) < TOLERANCE
+        intact = {f"model.layers.1.mlp.{name}_proj.weight" for name in ("gate", "up")}
+        await pull("second", changed_model)
+        assert await difference(changed_model) < TOLERANCE
+        assert await difference(POLICIES[0]) > 20 * TOLERANCE
 
 
 async def test_a_continuation_is_the_uninterrupted_response(worker: str, rollout_client: RolloutClient) -> None:

@@ -18,12 +18,18 @@ from safetensors.torch import load_file
 from perigee.cli.check import count_activations, count_by_config
 from perigee.errors import DataLossError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from perigee.weights.client import WeightReceiverClient
+from perigee.weights.v1.weights_pb2 import PullRequest
 from services.rollout.model import open_policy
 from services.trainer.config import TrainerConfig
 from services.trainer.data import unpack_experts
 from services.trainer.hf import read_model_shape
+from services.weights.config import WeightsConfig
+from services.weights.lend import LentImage
+from services.weights.pieces import Export, join_exports
 from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request, write_model
 from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, make_batches, to_trajectories, train
+from tests.fixtures.weights import equal, local_receiver, local_source
 
 if TYPE_CHECKING:
     from services.trainer.data import Trajectory
@@ -128,6 +134,29 @@ def test_every_layout_trains_as_one_rank(run_ranks: RunRanks, trained: Any, size
     assert weights.keys() == trained[1].keys()
     for name, value in trained[1].items():
         assert (weights[name] - value).abs().max() < 2e-5, name
+
+
+def lend(engine: Engine) -> list[Export]:
+    """What each rank lends."""
+    return engine._export()[0]
+
+
+def end_lending(engine: Engine) -> None:
+    engine._pieces.close()
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS[1:], ids=str)
+async def test_pieces_that_ranks_lend_are_the_folder(run_ranks: RunRanks, trainer_model: Path, sizes: Sizes) -> None:
+    """Tensor, pipeline and expert ranks; those that hold the same share it out."""
+    exports = run_ranks(sizes, lend)
+    manifest, holdings = join_exports("run", 1, exports)
+    config = WeightsConfig()
+    async with local_source(config, ranks=0) as source, local_receiver(config) as receiver:
+        source.source.lend("image", LentImage(manifest, holdings))
+        async with WeightReceiverClient.connect(receiver.address) as client:
+            await client.pull(PullRequest(image_id="image", sources=[source.address]), timeout_s=60)
+    assert equal(receiver.loaded, load_file(trainer_model / "model.safetensors"))
+    run_ranks(sizes, end_lending)
 
 
 COEFFICIENT = 0.5

@@ -8,11 +8,13 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
+import torch
 
 from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnavailableError
 from perigee.weights.client import WeightReceiverClient, WeightSourceClient
 from perigee.weights.v1 import weights_pb2 as pb
 from services.weights.config import WeightsConfig
+from services.weights.pieces import Rectangle
 from services.weights.pull import ImagePull, Unit
 from services.weights.receive import BufferPool
 from services.weights.shared_memory import SharedBuffer
@@ -103,6 +105,35 @@ async def test_what_a_lost_source_has_not_given_comes_from_the_next(afar: Weight
             response = await pull(receiver, "image", "127.0.0.1:1", other.address, source.address)
         assert list(response.sources) == [other.address, source.address]
         assert equal(receiver.loaded, tensors)
+
+
+async def test_a_host_pulls_what_its_processes_take_and_two_make_up_the_whole() -> None:
+    """Two hosts of a tensor-parallel engine: half of what is divided, all of the rest. Other readers want it whole."""
+    tensors = make_tensors(1, 2)
+    embedding, layer = tensors["model.embed_tokens.weight"], tensors["model.layers.0.weight"]
+    rows, columns = len(embedding) // 2, layer.shape[1] // 2
+    shares: list[dict[str, list[Rectangle]]] = [
+        {name: [((0,) * tensor.ndim, tuple(tensor.shape))] for name, tensor in tensors.items()}
+        | {"model.embed_tokens.weight": [((host * rows, 0), ((host + 1) * rows, 1024))]}
+        | {"model.layers.0.weight": [((0, host * columns), (len(layer), (host + 1) * columns))]}
+        for host in range(2)
+    ]
+    async with AsyncExitStack() as stack, local_source(CONFIG, ranks=2) as source:
+        hosts = [await stack.enter_async_context(local_receiver(CONFIG, wanted=share)) for share in shares]
+        whole, lost = [await stack.enter_async_context(local_receiver(CONFIG)) for _ in range(2)]
+        source.publish("image", tensors, 1)
+        for host, receiver in enumerate(hosts):
+            response = await pull(receiver, "image", source.address)
+            half = (embedding.nbytes + layer.nbytes) // 2
+            assert half < response.bytes < half + 4 * 64
+            found = receiver.loaded
+            assert torch.equal(found["model.embed_tokens.weight"].chunk(2)[host], embedding.chunk(2)[host])
+            assert torch.equal(found["model.layers.0.weight"].chunk(2, 1)[host], layer.chunk(2, 1)[host])
+        addresses = [receiver.address for receiver in hosts]
+        assert list((await pull(whole, "image", *addresses)).sources) == addresses
+        assert equal(whole.loaded, tensors)
+        with pytest.raises(UnavailableError, match="does not have every piece"):
+            await pull(lost, "image", addresses[0])
 
 
 async def test_a_damaged_piece_is_not_committed() -> None:

@@ -195,10 +195,11 @@ class Pulls:
     async def connect(self, address: str) -> AsyncIterator[SimpleNamespace]:
         yield SimpleNamespace(pull=partial(self.pull, address))
 
-    async def pull(self, address: str, request: weights_pb2.PullRequest, timeout_s: float) -> None:
+    async def pull(self, address: str, request: weights_pb2.PullRequest, timeout_s: float) -> weights_pb2.PullResponse:
         """As a receiver's client."""
         self.sources[address] = list(request.sources)
         await self.arrived[address].wait()
+        return weights_pb2.PullResponse()
 
     async def publish_weights(self, *_: object, timeout_s: float) -> trainer_pb2.PublishWeightsResponse:
         """As the trainer's client."""
@@ -236,3 +237,30 @@ async def test_a_worker_that_joins_waits_for_no_other_ones_pull_and_reads_from_i
     }
     # Once somebody has the weights, nobody waits for the trainer to say so.
     assert pulls.published == 2
+
+
+async def test_what_is_wrong_with_pulled_weights_is_an_event_and_comes_once() -> None:
+    answers: list[FailedPreconditionError | weights_pb2.PullResponse] = [
+        *[FailedPreconditionError("2 nats off: refused")] * 2,
+        weights_pb2.PullResponse(warning="0.2 nats off"),
+        weights_pb2.PullResponse(),
+    ]
+
+    async def pull(*_: object, timeout_s: float) -> weights_pb2.PullResponse:
+        answer = answers.pop(0)
+        if isinstance(answer, FailedPreconditionError):
+            raise answer
+        return answer
+
+    @asynccontextmanager
+    async def connect(_: str) -> AsyncIterator[SimpleNamespace]:
+        yield SimpleNamespace(pull=pull)
+
+    context = make_context(Pulls(), transfer="pull", connect_receiver=connect)
+    sync, events = WeightSync(context), list[str]()
+    worker = context.registry.register("w", "w:1", 4, 0, READY)
+    context.registry.report = events.append
+    while answers:
+        await sync._pull(worker, 1, "image", ["trainer:1"])
+    assert events == ["w did not take the weights: 2 nats off: refused", "w: 0.2 nats off"]
+    assert worker.pushed_version == 1

@@ -21,6 +21,7 @@ from perigee.errors import (
     UnavailableError,
 )
 from perigee.rollout.v1 import rollout_pb2 as pb
+from perigee.weights.v1.weights_pb2 import CommitResponse, Fingerprint, Manifest
 from services.rollout.engine import EngineOutput, EngineRequest, PromptScore
 from services.rollout.extend import ChunkWriter, extend_trajectories
 from services.rollout.model import open_policy
@@ -51,12 +52,13 @@ class Bench:
         self.held: WeightImage | None = None
         self.fatal: asyncio.Queue[InternalError] = asyncio.Queue()
 
-    async def commit(self, version: int, fingerprint: Sequence[float] = ()) -> None:
+    async def commit(self, version: int, fingerprint: Sequence[float] = ()) -> CommitResponse:
         image = export_image("run", version, self.tensors.items(), 1 << 20, str(self.images))
         if fingerprint:
             image.manifest.fingerprint.logprobs.extend(fingerprint)
-        await self.worker.commit(image)
+        report = await self.worker.commit(image)
         self.held = image
+        return report
 
     async def wait(self, status: WorkerStatus, restarts: int = 0) -> None:
         async with asyncio.timeout(5):
@@ -209,23 +211,64 @@ async def test_a_failed_update_restarts_the_engine_with_the_old_weights(bench: B
         assert (bench.engine.versions, bench.worker.policy_version) == ([4, 4, 5], 5)
 
 
-async def test_an_engine_that_computes_something_else_than_the_trainer_is_restarted(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def computed(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> list[Sequence[float]]:
+    """Log-probabilities that the first engine computes, those that the second one does, and so on."""
+    by_engine: list[Sequence[float]] = []
+
     async def generate(request: EngineRequest) -> AsyncIterator[EngineOutput]:
-        scores = [PromptScore(logprob, 0, 0.0) for logprob in (-1.0, -2.0)]
+        found = by_engine[min(bench.engine.starts, len(by_engine)) - 1]
+        scores = [PromptScore(logprob, 0, 0.0) for logprob in found]
         yield EngineOutput([], [], [], cached_tokens=0, finish="length", prompt_scores=scores)
 
     monkeypatch.setattr(bench.engine, "generate", generate)
+    return by_engine
+
+
+async def test_an_engine_that_computes_something_else_than_the_trainer_is_replaced(
+    bench: Bench, computed: list[Sequence[float]]
+) -> None:
+    computed += [(-1.0, -2.0), (-3.0, -6.0)]
     async with bench.supervised():
-        await bench.wait(EMPTY)
-        await bench.commit(4, [-1.1, -2.3])
-        with pytest.raises(InternalError, match=r"3 nats from the trainer's .*max_fingerprint_difference 0\.5"):
-            await bench.commit(5, [-3.0, -6.0])
+        assert (await bench.commit(4, [-1.001, -2.0])).warning == ""
+        warning = (await bench.commit(5, [-3.0, -6.0])).warning
+        assert "version 5: log-probabilities of the fingerprint were 3 nats" in warning
+        assert "above 0.01; 0 in an engine that took its place" in warning
+        assert (bench.worker.status, bench.worker.policy_version) == (READY, 5)
+        assert (bench.engine.versions, bench.engine.starts, bench.worker.engine_restarts) == ([4, 5, 5], 2, 0)
+        bench.engine.dead.set()
         await bench.wait(READY, restarts=1)
-        assert bench.worker.policy_version == 4
-        with pytest.raises(InternalError, match="nan nats"):
-            await bench.commit(6, [float("nan"), -2.0])
+
+
+async def test_a_difference_that_another_engine_has_too_is_served_and_becomes_the_noise(
+    bench: Bench, computed: list[Sequence[float]]
+) -> None:
+    computed.append((-1.0, -2.0))
+    async with bench.supervised():
+        assert "0.2 in an engine that took its place" in (await bench.commit(4, [-1.1, -2.3])).warning
+        assert (bench.worker.status, bench.engine.starts) == (READY, 2)
+        assert (await bench.commit(5, [-1.2, -2.3])).warning == ""
+        assert (bench.worker.policy_version, bench.engine.starts) == (5, 2)
+
+
+@pytest.mark.parametrize("expected", [-6.0, float("nan")])
+async def test_weights_that_two_engines_compute_wrongly_are_refused_without_a_third(
+    bench: Bench, computed: list[Sequence[float]], expected: float
+) -> None:
+    computed.append((-1.0, -2.0))
+    async with bench.supervised():
+        await bench.commit(4, [-1.0, -2.0])
+        for _ in range(3):
+            with pytest.raises(
+                FailedPreconditionError, match=r"above rollout.max_fingerprint_difference 0\.5: refused"
+            ):
+                await bench.commit(5, [-3.0, expected])
+            assert (bench.worker.status, bench.engine.starts, bench.engine.versions) == (EMPTY, 2, [4, 5, 5])
+        refused = Manifest(run_id="run", fingerprint=Fingerprint(logprobs=[-3.0, expected]))
+        with pytest.raises(FailedPreconditionError, match="refused"):
+            await bench.worker.find_slices(refused)
+        await bench.commit(6, [-1.0, -2.0])
+        assert (bench.worker.status, bench.engine.starts, bench.worker.engine_restarts) == (READY, 2, 0)
 
 
 async def test_weights_that_break_the_engine_again_are_not_tried_for_ever(bench: Bench) -> None:

@@ -19,6 +19,7 @@ from services.weights.pieces import (
     TensorSlice,
     check_pieces,
     cut_slice,
+    digest_tensors,
     place_pieces,
     read_pieces,
 )
@@ -93,12 +94,31 @@ def test_blocks_of_whole_rows_are_read_without_a_copy() -> None:
     assert tensor[0, 0] == 1.0
 
 
-def test_only_pieces_that_touch_what_is_wanted_are_put_together() -> None:
-    """A process of the engine that uses one half of the columns."""
-    image = place_pieces(describe(slice_evenly("columns", torch.zeros(4, 8), 1, 4)))
-    memory = memoryview(bytearray(b"\x00\x00\x80\x3f" * (image.total_bytes // 4)))
-    [(_, tensor)] = read_pieces(memory, image, {"columns": [((0, 4), (4, 8))]})
-    assert bool((tensor[:, 4:] == 1).all())
+def test_only_pieces_that_touch_what_is_wanted_are_placed_and_put_together() -> None:
+    """A process of the engine that uses one half of the columns, alone on its host or beside the other one."""
+    manifest = describe(slice_evenly("columns", torch.zeros(4, 8), 1, 4) + slice_evenly("others", torch.zeros(3), 0, 1))
+    wanted = {"columns": [((0, 4), (4, 8))]}
+    for image in (place_pieces(manifest, wanted), place_pieces(manifest)):
+        memory = memoryview(bytearray(b"\x00\x00\x80\x3f" * (image.total_bytes // 4)))
+        [(_, tensor)] = read_pieces(memory, image, wanted)
+        assert bool((tensor[:, 4:] == 1).all())
+    placed = place_pieces(manifest, wanted)
+    assert [piece.HasField("offset") for piece in placed.pieces] == [False, False, True, True, False]
+    assert placed.total_bytes == 4 * 4 * 4
+    assert place_pieces(manifest, {}).total_bytes == 0
+
+
+def test_checksums_of_tensors_follow_their_pieces() -> None:
+    manifest = describe(slice_evenly("a", torch.zeros(4, 8), 0, 2) + slice_evenly("b", torch.zeros(3), 0, 1))
+    before = digest_tensors(manifest)
+    manifest.pieces.reverse()
+    assert digest_tensors(manifest) == before
+    manifest.pieces[-1].checksum = bytes(16)
+    changed = digest_tensors(manifest)
+    assert (changed["a"] != before["a"], changed["b"] == before["b"]) == (True, True)
+    other = describe(slice_evenly("a", torch.zeros(4, 8), 1, 2))
+    assert digest_tensors(other)["a"] != before["a"]
+    assert digest_tensors(pb.Manifest()) == {}
 
 
 @pytest.mark.parametrize(

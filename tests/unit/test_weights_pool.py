@@ -200,7 +200,7 @@ class SourceOfOneByte:
     async def lend(self, request: pb.LendRequest, timeout_s: float) -> AsyncIterator[pb.LendResponse]:
         """Announces its piece."""
         manifest = pb.Manifest(run_id="run", tensors=[pb.TensorSpec(name="a", dtype="U8", shape=[1])])
-        manifest.pieces.add(lower=[0], upper=[1])
+        manifest.pieces.add(lower=[0], upper=[1], offset=0)
         yield pb.LendResponse(manifest=manifest)
         yield pb.LendResponse(holding=pb.Holding(session="there", holder_id="it", pieces=[0], addresses=[1]))
         await asyncio.Event().wait()

@@ -740,12 +740,15 @@ class PushOutcome(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     TRANSFER_SECONDS_FIELD_NUMBER: _builtins.int
     COMMIT_SECONDS_FIELD_NUMBER: _builtins.int
+    STALL_SECONDS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     committed: _builtins.bool
     reason: _builtins.str
     """Why not, when it did not commit."""
     transfer_seconds: _builtins.float
     commit_seconds: _builtins.float
+    stall_seconds: _builtins.float
+    """Seconds in which the worker's engine generated nothing; 0 where it was away."""
     def __init__(
         self,
         *,
@@ -754,10 +757,11 @@ class PushOutcome(_message.Message):
         reason: _builtins.str = ...,
         transfer_seconds: _builtins.float = ...,
         commit_seconds: _builtins.float = ...,
+        stall_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_seconds", b"commit_seconds", "committed", b"committed", "reason", b"reason", "transfer_seconds", b"transfer_seconds", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_seconds", b"commit_seconds", "committed", b"committed", "reason", b"reason", "stall_seconds", b"stall_seconds", "transfer_seconds", b"transfer_seconds", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

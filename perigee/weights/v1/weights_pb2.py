@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n perigee/weights/v1/weights.proto\x12\x12perigee.weights.v1\"F\n\x05Shard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\t\"\x99\x02\n\x08Manifest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12)\n\x06shards\x18\x04 \x03(\x0b\x32\x19.perigee.weights.v1.Shard\x12/\n\x07tensors\x18\x05 \x03(\x0b\x32\x1e.perigee.weights.v1.TensorSpec\x12)\n\x06pieces\x18\x06 \x03(\x0b\x32\x19.perigee.weights.v1.Piece\x12\x39\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x1f.perigee.weights.v1.FingerprintH\x00\x88\x01\x01\x42\x0e\n\x0c_fingerprint\"2\n\x0b\x46ingerprint\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"8\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\"f\n\x05Piece\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\r\n\x05lower\x18\x02 \x03(\x04\x12\r\n\x05upper\x18\x03 \x03(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\r\n\x05owner\x18\x05 \x01(\r\x12\x0e\n\x06offset\x18\x06 \x01(\x04\"@\n\x0ePrepareRequest\x12.\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.perigee.weights.v1.Manifest\"]\n\x0fPrepareResponse\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_id\x18\x03 \x01(\t\x12\x13\n\x0breceiver_id\x18\x04 \x01(\t\"$\n\rCommitRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"X\n\x0e\x43ommitResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x16\n\x0everify_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x03 \x01(\x01\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"0\n\x0bPullRequest\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\x0f\n\x07sources\x18\x02 \x03(\t\"x\n\x0cPullResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x18\n\x10transfer_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07sources\x18\x05 \x03(\t\"\x1f\n\x0bLendRequest\x12\x10\n\x08image_id\x18\x01 \x01(\t\"\x8f\x01\n\x0cLendResponse\x12\x33\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.perigee.weights.v1.ManifestH\x00\x88\x01\x01\x12\x31\n\x07holding\x18\x02 \x01(\x0b\x32\x1b.perigee.weights.v1.HoldingH\x01\x88\x01\x01\x42\x0b\n\t_manifestB\n\n\x08_holding\"l\n\x07Holding\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x11\n\tholder_id\x18\x02 \x01(\t\x12\x0e\n\x06pieces\x18\x03 \x03(\r\x12\x11\n\taddresses\x18\x04 \x03(\x04\x12\x0c\n\x04\x66ile\x18\x05 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\x04\x32\xd5\x02\n\x15WeightReceiverService\x12R\n\x07Prepare\x12\".perigee.weights.v1.PrepareRequest\x1a#.perigee.weights.v1.PrepareResponse\x12O\n\x06\x43ommit\x12!.perigee.weights.v1.CommitRequest\x1a\".perigee.weights.v1.CommitResponse\x12L\n\x05\x41\x62ort\x12 .perigee.weights.v1.AbortRequest\x1a!.perigee.weights.v1.AbortResponse\x12I\n\x04Pull\x12\x1f.perigee.weights.v1.PullRequest\x1a .perigee.weights.v1.PullResponse2b\n\x13WeightSourceService\x12K\n\x04Lend\x12\x1f.perigee.weights.v1.LendRequest\x1a .perigee.weights.v1.LendResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n perigee/weights/v1/weights.proto\x12\x12perigee.weights.v1\"F\n\x05Shard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\r\n\x05\x62ytes\x18\x03 \x01(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\t\"\x99\x02\n\x08Manifest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12)\n\x06shards\x18\x04 \x03(\x0b\x32\x19.perigee.weights.v1.Shard\x12/\n\x07tensors\x18\x05 \x03(\x0b\x32\x1e.perigee.weights.v1.TensorSpec\x12)\n\x06pieces\x18\x06 \x03(\x0b\x32\x19.perigee.weights.v1.Piece\x12\x39\n\x0b\x66ingerprint\x18\x07 \x01(\x0b\x32\x1f.perigee.weights.v1.FingerprintH\x00\x88\x01\x01\x42\x0e\n\x0c_fingerprint\"2\n\x0b\x46ingerprint\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\"8\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\"v\n\x05Piece\x12\x0e\n\x06tensor\x18\x01 \x01(\r\x12\r\n\x05lower\x18\x02 \x03(\x04\x12\r\n\x05upper\x18\x03 \x03(\x04\x12\x10\n\x08\x63hecksum\x18\x04 \x01(\x0c\x12\r\n\x05owner\x18\x05 \x01(\r\x12\x13\n\x06offset\x18\x06 \x01(\x04H\x00\x88\x01\x01\x42\t\n\x07_offset\"@\n\x0ePrepareRequest\x12.\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.perigee.weights.v1.Manifest\"]\n\x0fPrepareResponse\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x13\n\x0btransfer_id\x18\x03 \x01(\t\x12\x13\n\x0breceiver_id\x18\x04 \x01(\t\"$\n\rCommitRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"\x80\x01\n\x0e\x43ommitResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\x16\n\x0everify_seconds\x18\x02 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x03 \x01(\x01\x12\x15\n\rstall_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07warning\x18\x05 \x01(\t\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\"\x0f\n\rAbortResponse\"0\n\x0bPullRequest\x12\x10\n\x08image_id\x18\x01 \x01(\t\x12\x0f\n\x07sources\x18\x02 \x03(\t\"\xa0\x01\n\x0cPullResponse\x12\x16\n\x0epolicy_version\x18\x01 \x01(\x04\x12\r\n\x05\x62ytes\x18\x02 \x01(\x04\x12\x18\n\x10transfer_seconds\x18\x03 \x01(\x01\x12\x16\n\x0e\x63ommit_seconds\x18\x04 \x01(\x01\x12\x0f\n\x07sources\x18\x05 \x03(\t\x12\x15\n\rstall_seconds\x18\x06 \x01(\x01\x12\x0f\n\x07warning\x18\x07 \x01(\t\"\x1f\n\x0bLendRequest\x12\x10\n\x08image_id\x18\x01 \x01(\t\"\xa1\x01\n\x0cLendResponse\x12\x33\n\x08manifest\x18\x01 \x01(\x0b\x32\x1c.perigee.weights.v1.ManifestH\x00\x88\x01\x01\x12\x31\n\x07holding\x18\x02 \x01(\x0b\x32\x1b.perigee.weights.v1.HoldingH\x01\x88\x01\x01\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\x42\x0b\n\t_manifestB\n\n\x08_holding\"l\n\x07Holding\x12\x0f\n\x07session\x18\x01 \x01(\t\x12\x11\n\tholder_id\x18\x02 \x01(\t\x12\x0e\n\x06pieces\x18\x03 \x03(\r\x12\x11\n\taddresses\x18\x04 \x03(\x04\x12\x0c\n\x04\x66ile\x18\x05 \x01(\t\x12\x0c\n\x04\x62\x61se\x18\x06 \x01(\x04\x32\xd5\x02\n\x15WeightReceiverService\x12R\n\x07Prepare\x12\".perigee.weights.v1.PrepareRequest\x1a#.perigee.weights.v1.PrepareResponse\x12O\n\x06\x43ommit\x12!.perigee.weights.v1.CommitRequest\x1a\".perigee.weights.v1.CommitResponse\x12L\n\x05\x41\x62ort\x12 .perigee.weights.v1.AbortRequest\x1a!.perigee.weights.v1.AbortResponse\x12I\n\x04Pull\x12\x1f.perigee.weights.v1.PullRequest\x1a .perigee.weights.v1.PullResponse2b\n\x13WeightSourceService\x12K\n\x04Lend\x12\x1f.perigee.weights.v1.LendRequest\x1a .perigee.weights.v1.LendResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,31 +40,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TENSORSPEC']._serialized_start=464
   _globals['_TENSORSPEC']._serialized_end=520
   _globals['_PIECE']._serialized_start=522
-  _globals['_PIECE']._serialized_end=624
-  _globals['_PREPAREREQUEST']._serialized_start=626
-  _globals['_PREPAREREQUEST']._serialized_end=690
-  _globals['_PREPARERESPONSE']._serialized_start=692
-  _globals['_PREPARERESPONSE']._serialized_end=785
-  _globals['_COMMITREQUEST']._serialized_start=787
-  _globals['_COMMITREQUEST']._serialized_end=823
-  _globals['_COMMITRESPONSE']._serialized_start=825
-  _globals['_COMMITRESPONSE']._serialized_end=913
-  _globals['_ABORTREQUEST']._serialized_start=915
-  _globals['_ABORTREQUEST']._serialized_end=950
-  _globals['_ABORTRESPONSE']._serialized_start=952
-  _globals['_ABORTRESPONSE']._serialized_end=967
-  _globals['_PULLREQUEST']._serialized_start=969
-  _globals['_PULLREQUEST']._serialized_end=1017
-  _globals['_PULLRESPONSE']._serialized_start=1019
-  _globals['_PULLRESPONSE']._serialized_end=1139
-  _globals['_LENDREQUEST']._serialized_start=1141
-  _globals['_LENDREQUEST']._serialized_end=1172
-  _globals['_LENDRESPONSE']._serialized_start=1175
-  _globals['_LENDRESPONSE']._serialized_end=1318
-  _globals['_HOLDING']._serialized_start=1320
-  _globals['_HOLDING']._serialized_end=1428
-  _globals['_WEIGHTRECEIVERSERVICE']._serialized_start=1431
-  _globals['_WEIGHTRECEIVERSERVICE']._serialized_end=1772
-  _globals['_WEIGHTSOURCESERVICE']._serialized_start=1774
-  _globals['_WEIGHTSOURCESERVICE']._serialized_end=1872
+  _globals['_PIECE']._serialized_end=640
+  _globals['_PREPAREREQUEST']._serialized_start=642
+  _globals['_PREPAREREQUEST']._serialized_end=706
+  _globals['_PREPARERESPONSE']._serialized_start=708
+  _globals['_PREPARERESPONSE']._serialized_end=801
+  _globals['_COMMITREQUEST']._serialized_start=803
+  _globals['_COMMITREQUEST']._serialized_end=839
+  _globals['_COMMITRESPONSE']._serialized_start=842
+  _globals['_COMMITRESPONSE']._serialized_end=970
+  _globals['_ABORTREQUEST']._serialized_start=972
+  _globals['_ABORTREQUEST']._serialized_end=1007
+  _globals['_ABORTRESPONSE']._serialized_start=1009
+  _globals['_ABORTRESPONSE']._serialized_end=1024
+  _globals['_PULLREQUEST']._serialized_start=1026
+  _globals['_PULLREQUEST']._serialized_end=1074
+  _globals['_PULLRESPONSE']._serialized_start=1077
+  _globals['_PULLRESPONSE']._serialized_end=1237
+  _globals['_LENDREQUEST']._serialized_start=1239
+  _globals['_LENDREQUEST']._serialized_end=1270
+  _globals['_LENDRESPONSE']._serialized_start=1273
+  _globals['_LENDRESPONSE']._serialized_end=1434
+  _globals['_HOLDING']._serialized_start=1436
+  _globals['_HOLDING']._serialized_end=1544
+  _globals['_WEIGHTRECEIVERSERVICE']._serialized_start=1547
+  _globals['_WEIGHTRECEIVERSERVICE']._serialized_end=1888
+  _globals['_WEIGHTSOURCESERVICE']._serialized_start=1890
+  _globals['_WEIGHTSOURCESERVICE']._serialized_end=1988
 # @@protoc_insertion_point(module_scope)

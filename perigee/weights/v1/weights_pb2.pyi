@@ -176,7 +176,7 @@ class Piece(_message.Message):
     owner: _builtins.int
     """The trainer's rank that converted it."""
     offset: _builtins.int
-    """Place in a receiver's image."""
+    """Place in a receiver's image; unset where no process of the receiver's engine takes anything of the piece."""
     @_builtins.property
     def lower(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """First index in each dimension, and the one after the last."""
@@ -191,13 +191,15 @@ class Piece(_message.Message):
         upper: _abc.Iterable[_builtins.int] | None = ...,
         checksum: _builtins.bytes = ...,
         owner: _builtins.int = ...,
-        offset: _builtins.int = ...,
+        offset: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_offset", b"_offset", "offset", b"offset"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checksum", b"checksum", "lower", b"lower", "offset", b"offset", "owner", b"owner", "tensor", b"tensor", "upper", b"upper"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_offset", b"_offset", "checksum", b"checksum", "lower", b"lower", "offset", b"offset", "owner", b"owner", "tensor", b"tensor", "upper", b"upper"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__offset: _TypeAlias = _typing.Literal["offset"]  # noqa: Y015
+    _WhichOneofArgType__offset: _TypeAlias = _typing.Literal["_offset", b"_offset"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__offset) -> _WhichOneofReturnType__offset | None: ...
 
 Global___Piece: _TypeAlias = Piece  # noqa: Y015
 
@@ -280,20 +282,28 @@ class CommitResponse(_message.Message):
     POLICY_VERSION_FIELD_NUMBER: _builtins.int
     VERIFY_SECONDS_FIELD_NUMBER: _builtins.int
     COMMIT_SECONDS_FIELD_NUMBER: _builtins.int
+    STALL_SECONDS_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     verify_seconds: _builtins.float
     """Seconds spent on checksums, and on the swap into the engine."""
     commit_seconds: _builtins.float
+    stall_seconds: _builtins.float
+    """Seconds in which the engine generated nothing; 0 where it was away."""
+    warning: _builtins.str
+    """What is wrong with a version that is served nevertheless, as a sentence; empty when nothing is."""
     def __init__(
         self,
         *,
         policy_version: _builtins.int = ...,
         verify_seconds: _builtins.float = ...,
         commit_seconds: _builtins.float = ...,
+        stall_seconds: _builtins.float = ...,
+        warning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_seconds", b"commit_seconds", "policy_version", b"policy_version", "verify_seconds", b"verify_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commit_seconds", b"commit_seconds", "policy_version", b"policy_version", "stall_seconds", b"stall_seconds", "verify_seconds", b"verify_seconds", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -368,11 +378,17 @@ class PullResponse(_message.Message):
     TRANSFER_SECONDS_FIELD_NUMBER: _builtins.int
     COMMIT_SECONDS_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
+    STALL_SECONDS_FIELD_NUMBER: _builtins.int
+    WARNING_FIELD_NUMBER: _builtins.int
     policy_version: _builtins.int
     bytes: _builtins.int
+    """Of the image, which has what the engine takes."""
     transfer_seconds: _builtins.float
     """Seconds until every piece was here and verified, and of the swap into the engine."""
     commit_seconds: _builtins.float
+    stall_seconds: _builtins.float
+    """As in CommitResponse."""
+    warning: _builtins.str
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The sources that pieces were read from, in the order of their use."""
@@ -385,10 +401,12 @@ class PullResponse(_message.Message):
         transfer_seconds: _builtins.float = ...,
         commit_seconds: _builtins.float = ...,
         sources: _abc.Iterable[_builtins.str] | None = ...,
+        stall_seconds: _builtins.float = ...,
+        warning: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "commit_seconds", b"commit_seconds", "policy_version", b"policy_version", "sources", b"sources", "transfer_seconds", b"transfer_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "commit_seconds", b"commit_seconds", "policy_version", b"policy_version", "sources", b"sources", "stall_seconds", b"stall_seconds", "transfer_seconds", b"transfer_seconds", "warning", b"warning"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -419,6 +437,9 @@ class LendResponse(_message.Message):
 
     MANIFEST_FIELD_NUMBER: _builtins.int
     HOLDING_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    complete: _builtins.bool
+    """Whether everything has been told that can be read here: a receiver that wants more asks its next source."""
     @_builtins.property
     def manifest(self) -> Global___Manifest:
         """The manifest in parts to be merged; they come before everything else."""
@@ -432,10 +453,11 @@ class LendResponse(_message.Message):
         *,
         manifest: Global___Manifest | None = ...,
         holding: Global___Holding | None = ...,
+        complete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_holding", b"_holding", "_manifest", b"_manifest", "holding", b"holding", "manifest", b"manifest"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holding", b"_holding", "_manifest", b"_manifest", "holding", b"holding", "manifest", b"manifest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_holding", b"_holding", "_manifest", b"_manifest", "complete", b"complete", "holding", b"holding", "manifest", b"manifest"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__holding: _TypeAlias = _typing.Literal["holding"]  # noqa: Y015
     _WhichOneofArgType__holding: _TypeAlias = _typing.Literal["_holding", b"_holding"]  # noqa: Y015
