@@ -12,11 +12,12 @@ from aetcd import rpc
 
 from perigee.rollout.client import RolloutClient
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.coordinator.config import DirectoryConfig
+from services.coordinator.__main__ import lifespan
+from services.coordinator.config import CoordinatorConfig, DirectoryConfig
 from services.coordinator.directory import Directory, MemoryDirectory
 from services.coordinator.etcd import EtcdClient, EtcdDirectory
 from services.coordinator.workers import AWAY, EMPTY, READY, Worker, WorkerRegistry
-from services.kit.server import end_tasks
+from services.kit.server import end_tasks, serving
 from tests.fixtures.certificates import Certificates
 from tests.fixtures.etcd import EtcdServer, require_etcd
 
@@ -130,6 +131,21 @@ async def test_a_coordinator_that_starts_again_knows_who_lends(etcd: EtcdServer)
             assert second.holders("first")[0] == "adopted:7"
         # Both have ended, and what they wrote ends with their leases.
         await until(lambda: other.find("run", 1) is None and not other.holders("first"))
+
+
+async def test_a_coordinator_has_its_directory_in_etcd_where_that_is_configured(etcd: EtcdServer) -> None:
+    config = etcd.config()
+    section = config.model_dump(exclude={"password"})
+    async with EtcdClient(config) as client:
+
+        async def list_leases() -> set[int]:
+            response = await rpc.LeaseStub(client.channel).LeaseLeases(rpc.LeaseLeasesRequest())
+            return {lease.ID for lease in response.leases}
+
+        before = await list_leases()
+        async with serving(CoordinatorConfig.model_validate({"directory": section}), lifespan), asyncio.timeout(60):
+            while not await list_leases() - before:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
 
 
 async def test_etcd_with_tls_and_users_may_be_away(tmp_path: Path, certificates: Certificates) -> None:
