@@ -391,18 +391,18 @@ class WeightReceiver(WeightReceiverServiceServicer):
 
     async def _begin_pull(self, image_id: str, pool: BufferPool, session: str, manifest: pb.Manifest) -> Target:
         """Makes room for what the engine takes of an image, and lends what will be there of it."""
-        wanted = await self._find_slices(manifest) if self._find_slices is not None else None
-        # Seconds of an image with many pieces, in which leases are to be renewed and pieces to be lent.
-        placed = await asyncio.to_thread(place_pieces, manifest, wanted)
-        size = placed.total_bytes
-        if size > self._config.max_image_bytes:
-            reason = f"{size} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}"
-            raise InvalidArgumentError.for_field("manifest.total_bytes", reason)
-        await self._drop_if_away()
         lent = LentImage(manifest, is_complete=False)
         # Before there is room for it: the next ones in a chain make theirs meanwhile.
         self.source.lend(image_id, lent)
         try:
+            wanted = await self._find_slices(manifest) if self._find_slices is not None else None
+            # Seconds of an image with many pieces, in which leases are to be renewed and pieces to be lent.
+            placed = await asyncio.to_thread(place_pieces, manifest, wanted)
+            size = placed.total_bytes
+            if size > self._config.max_image_bytes:
+                reason = f"{size} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}"
+                raise InvalidArgumentError.for_field("manifest.total_bytes", reason)
+            await self._drop_if_away()
             buffer = await pool.take(size)
         except BaseException:
             self._withdraw(image_id, lent, None)
