@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.model_loader import dummy_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.platforms import current_platform
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -38,6 +39,8 @@ from services.weights.pieces import Slices, digest_tensors, read_pieces
 from services.weights.safetensors import read_tensors
 
 BACKEND = "perigee-shm"
+# Of an engine that has got no weights yet.
+INITIAL_WEIGHT = 1e-3
 
 
 class WorkerExtension:
@@ -233,6 +236,20 @@ def restore_seeds_of_split_prefills(runner: Any) -> None:
     runner._sample, runner._bookkeeping_sync = sample_and_restore, keep_books_without_generators
 
 
+def begin_with_one_value(loader: Any) -> None:
+    """Has vLLM's loader of meaningless weights write one value instead of drawing billions, on the loader's module."""
+    draw = loader.initialize_single_dummy_weight
+
+    @torch.no_grad()
+    def fill(parameter: torch.Tensor) -> None:
+        if parameter.dtype in (torch.float32, torch.bfloat16, torch.float16):
+            parameter.fill_(getattr(parameter, "dummy_weight_value", INITIAL_WEIGHT))
+        else:
+            draw(parameter)
+
+    loader.initialize_single_dummy_weight = fill
+
+
 def _tensors(image: memoryview, manifest: pb.Manifest, wanted: Slices | None) -> Iterator[tuple[str, torch.Tensor]]:
     for shard in manifest.shards:
         yield from read_tensors(image[shard.offset : shard.offset + shard.bytes])
@@ -242,6 +259,7 @@ def _tensors(image: memoryview, manifest: pb.Manifest, wanted: Slices | None) ->
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ImageTransferEngine)
     hold_outputs(EngineCoreProc, Scheduler)
+    begin_with_one_value(dummy_loader)
     if current_platform.is_cpu():
         from vllm.v1.executor import multiproc_executor
         from vllm.v1.worker.cpu_model_runner import CPUModelRunner
