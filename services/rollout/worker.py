@@ -349,8 +349,10 @@ class Worker:
         warning = ""
         if not found <= tolerance:
             log.warning("fingerprint differs; the engine is replaced", difference=first, tolerance=tolerance)
-            # An engine that ends while the worker is away has not died.
-            self.set_status(AWAY, self.run_id, self.policy_version)
+            # An engine that ends while the worker is away has not died. One that is refilled nobody watches, and who is
+            # away would give the weights in memory up, which it reads.
+            if self.status != STARTING:
+                self.set_status(AWAY, self.run_id, self.policy_version)
             async with asyncio.timeout(self.config.update_timeout_seconds):
                 await Restart().come_back(self.engine, image)
             self.returns += 1

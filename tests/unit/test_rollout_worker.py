@@ -240,6 +240,25 @@ async def test_an_engine_that_computes_something_else_than_the_trainer_is_replac
         await bench.wait(READY, restarts=1)
 
 
+async def test_weights_that_a_replaced_engine_is_refilled_with_are_kept_meanwhile(
+    bench: Bench, computed: list[Sequence[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that is away would give them up for those that come, and take these beside them."""
+    computed += [(-1.0, -2.0), (-9.0, -9.0), (-1.0, -2.0)]
+    load, statuses = bench.engine.update_weights, list[WorkerStatus]()
+
+    async def look_and_load(image: WeightImage) -> float:
+        statuses.append(bench.worker.status)
+        return await load(image)
+
+    monkeypatch.setattr(bench.engine, "update_weights", look_and_load)
+    async with bench.supervised():
+        await bench.commit(4, [-1.0, -2.0])
+        bench.engine.dead.set()
+        await bench.wait(READY, restarts=1)
+    assert (statuses, bench.engine.starts) == ([EMPTY, STARTING, STARTING], 3)
+
+
 async def test_a_difference_that_another_engine_has_too_is_served_and_becomes_the_noise(
     bench: Bench, computed: list[Sequence[float]]
 ) -> None:
