@@ -11,9 +11,9 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 from typing import Any
 
+import psutil
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -290,13 +290,13 @@ def join_slices(processes: Iterable[Mapping[str, Iterable[Sequence[Sequence[int]
 
 
 def count_own_bytes(pid: int) -> int:
-    """Returns the memory of a process, shared pages in part (PSS); 0 for one that has ended."""
+    """Returns the memory of a process and all below it, shared pages in part (PSS); 0 for one that has ended."""
     try:
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
-    except (FileNotFoundError, ProcessLookupError):
+        process = psutil.Process(pid)
+        # Tensor-parallel processes are below the engine's.
+        return sum(each.memory_full_info().pss for each in (process, *process.children(recursive=True)))
+    except psutil.NoSuchProcess:
         return 0
-    found = re.search(r"^Pss:\s+(\d+) kB", rollup, re.MULTILINE)
-    return int(found[1]) * 1024 if found else 0
 
 
 async def _submit(llm: AsyncLLM, request: EngineRequest) -> Any:
