@@ -61,13 +61,13 @@ class BufferPool:
         # transfer id -> buffer and the monotonic time after which it may be used again
         self._quarantined: dict[str, tuple[SharedBuffer, float]] = {}
 
-    async def take(self, size: int) -> SharedBuffer:
-        """Takes a registered buffer of at least `size` bytes that nobody else writes to.
+    async def take(self, size: int, *, leaves_spares: bool = True) -> SharedBuffer:
+        """Takes a registered buffer of at least `size` bytes that nobody else writes to; may free the spares.
 
         A caller that is cancelled leaves it as the spare. Raises ResourceExhaustedError when all are taken, with the
         time to wait, or when memory is short.
         """
-        taking = asyncio.create_task(self._take(size))
+        taking = asyncio.create_task(self._take(size, leaves_spares))
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:
@@ -78,8 +78,10 @@ class BufferPool:
         if not taking.cancelled() and taking.exception() is None:
             self.give_back(taking.result())
 
-    async def _take(self, size: int) -> SharedBuffer:
+    async def _take(self, size: int, leaves_spares: bool) -> SharedBuffer:
         async with self._taking:
+            while not leaves_spares and len(self._free) > 1:
+                await self._drop(self._free.pop(0))
             return await self._take_alone(size)
 
     async def _take_alone(self, size: int) -> SharedBuffer:
@@ -109,11 +111,6 @@ class BufferPool:
             buffer.close()
             raise
         return buffer
-
-    async def drop_spares(self) -> None:
-        """Frees all buffers at hand but the last one that was given back."""
-        while len(self._free) > 1:
-            await self._drop(self._free.pop(0))
 
     def give_back(self, buffer: SharedBuffer) -> None:
         """Makes a buffer that no write can reach any more the spare."""
@@ -251,8 +248,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
                 self._pending = None
                 self._pool.quarantine(transfer_id, image.buffer)
                 log.info("preparation voided by a newer one", transfer_id=transfer_id)
-            await self._drop_if_away()
-            buffer = await self._pool.take(manifest.total_bytes)
+            buffer = await self._pool.take(manifest.total_bytes, leaves_spares=not self._drop_if_away())
             transfer_id = uuid.uuid4().hex
             self._pending = transfer_id, WeightImage(manifest, buffer)
             return pb.PrepareResponse(
@@ -281,12 +277,17 @@ class WeightReceiver(WeightReceiverServiceServicer):
         self._abort(request.transfer_id)
         return pb.AbortResponse()
 
-    async def _drop_if_away(self) -> None:
-        """Drops the current image where no engine has any use for it: another one comes."""
-        if self.current is not None and self._pool is not None and self._is_away():
+    def _drop_if_away(self) -> bool:
+        """Drops the current image where no engine has any use for it, as another one comes; returns whether it is so.
+
+        Without readers its buffer is given back before the next one is taken.
+        """
+        if not self._is_away():
+            return False
+        if self.current is not None:
             self._retire(self._current_id, self.current.buffer)
             self.current, self._current_id = None, ""
-            await self._pool.drop_spares()
+        return True
 
     def _abort(self, transfer_id: str) -> None:
         if self._pool is None:
@@ -402,8 +403,7 @@ class WeightReceiver(WeightReceiverServiceServicer):
             if size > self._config.max_image_bytes:
                 reason = f"{size} is above this worker's weights.max_image_bytes {self._config.max_image_bytes}"
                 raise InvalidArgumentError.for_field("manifest.total_bytes", reason)
-            await self._drop_if_away()
-            buffer = await pool.take(size)
+            buffer = await pool.take(size, leaves_spares=not self._drop_if_away())
         except BaseException:
             self._withdraw(image_id, lent, None)
             raise

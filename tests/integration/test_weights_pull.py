@@ -68,6 +68,12 @@ async def test_slices_of_several_ranks_arrive_bit_for_bit_and_versions_follow_on
         assert equal(receiver.loaded, tensors)
         async with WeightSourceClient.connect(receiver.address) as client:
             assert (await anext(client.lend(pb.LendRequest(image_id="image-3")))).manifest.policy_version == 3
+        # The weights of an engine that has left its memory need not stay, nor does the spare.
+        receiver.is_away = True
+        source.publish("image-4", tensors, 4)
+        assert (await pull(receiver, "image-4", source.address)).policy_version == 4
+        files = await asyncio.to_thread(lambda: [*Path(afar.shared_memory_dir).iterdir()])
+        assert len(files) == int(is_afar)
 
 
 async def test_a_chain_passes_pieces_on_and_a_late_worker_needs_no_trainer(tmp_path: Path) -> None:
@@ -175,11 +181,11 @@ async def test_the_next_host_learns_of_an_image_before_there_is_room_for_it(monk
     may_take = asyncio.Event()
     take = BufferPool.take
 
-    async def take_late(pool: BufferPool, size: int) -> SharedBuffer:
+    async def take_late(pool: BufferPool, size: int, **options: bool) -> SharedBuffer:
         await may_take.wait()
         if (refusals := pool.__dict__.setdefault("refusals", [1])) and refusals.pop():
             raise ResourceExhaustedError("no memory")
-        return await take(pool, size)
+        return await take(pool, size, **options)
 
     monkeypatch.setattr(BufferPool, "take", take_late)
     async with local_source(CONFIG) as source, local_receiver(CONFIG) as receiver:
