@@ -241,6 +241,11 @@ class ImagePull:
                 if announced.done():
                     response = announced.result()
                     announced = asyncio.ensure_future(anext(responses))
+        except asyncio.CancelledError:
+            # The source may unmap what is read once this call has ended.
+            if self._reads:
+                await asyncio.wait(self._reads)
+            raise
         finally:
             announced.cancel()
             await asyncio.gather(announced, return_exceptions=True)
@@ -288,7 +293,10 @@ class ImagePull:
 
     def _transfer(self, target: Target, unit: Unit) -> None:
         idle = self._idle[unit.session]
-        endpoint = idle.pop() if idle else self._open(target, unit)
+        try:
+            endpoint = idle.pop()
+        except IndexError:  # to look first would race with another thread
+            endpoint = self._open(target, unit)
         try:
             _read_runs(endpoint.transport, target, unit)
         finally:
@@ -307,7 +315,11 @@ class ImagePull:
 
     def _open(self, target: Target, unit: Unit) -> Endpoint:
         endpoint = self._endpoints.borrow(unit.session, unit.holder_id)
-        endpoint.transport.register(target.image.buffer.address, target.image.buffer.size)
+        try:
+            endpoint.transport.register(target.image.buffer.address, target.image.buffer.size)
+        except BaseException:
+            self._endpoints.give_back(endpoint)
+            raise
         return endpoint
 
     async def _end(self) -> None:

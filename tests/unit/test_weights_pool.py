@@ -197,35 +197,40 @@ class SlowTransport(CountingTransport):
 class SourceOfOneByte:
     """Lends an image of one byte, for ever."""
 
+    has_reader = True
+
     async def lend(self, request: pb.LendRequest, timeout_s: float) -> AsyncIterator[pb.LendResponse]:
         """Announces its piece."""
         manifest = pb.Manifest(run_id="run", tensors=[pb.TensorSpec(name="a", dtype="U8", shape=[1])])
         manifest.pieces.add(lower=[0], upper=[1], offset=0)
         yield pb.LendResponse(manifest=manifest)
         yield pb.LendResponse(holding=pb.Holding(session="there", holder_id="it", pieces=[0], addresses=[1]))
-        await asyncio.Event().wait()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.has_reader = False
 
 
 async def test_a_pull_that_is_cancelled_twice_still_waits_for_its_reads(tmp_path: Path) -> None:
-    """Its buffer is used for the next pull, into which they would write."""
+    """Its buffer is used for the next pull, into which they would write; the source keeps what a reader reads."""
     config = WeightsConfig(shared_memory_dir=str(tmp_path))
     buffer = SharedBuffer.allocate(str(tmp_path), 64)
     may_read = threading.Event()
-    transport = SlowTransport(may_read)
+    transport, source = SlowTransport(may_read), SourceOfOneByte()
 
     async def begin(manifest: pb.Manifest) -> Target:
         return Target(WeightImage(manifest, buffer), LentImage(manifest), "here", "me")
 
     @asynccontextmanager
     async def connect(address: str) -> AsyncIterator[Any]:
-        yield SourceOfOneByte()
+        yield source
 
     pulling = asyncio.create_task(ImagePull(config, EndpointPool(lambda: transport), connect, begin).run("i", ["s"]))
     await asyncio.to_thread(transport.reading.wait)
-    for _ in range(2):
+    for has_reader in (True, False):
         pulling.cancel()
         await asyncio.wait([pulling], timeout=0.05)
-        assert not pulling.done()
+        assert (pulling.done(), source.has_reader) == (False, has_reader)
     may_read.set()
     await asyncio.wait([pulling])
     assert pulling.cancelled()
