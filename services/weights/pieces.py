@@ -121,12 +121,11 @@ class PieceStore:
         addresses: list[int] = []
         offset = 0
         with self._buffer.view() as view:
-            memory = torch.frombuffer(view, dtype=torch.uint8)
             for block in self._blocks(slices):
                 dtype, size = block.tensor.dtype, block.tensor.nbytes
                 spec = pb.TensorSpec(name=block.name, dtype=DTYPE_NAMES[dtype], shape=block.shape)
                 tensors.setdefault(block.name, spec)
-                memory[offset : offset + size].view(dtype).view(block.tensor.shape).copy_(block.tensor)
+                _view(view, offset, block.tensor.shape, dtype).copy_(block.tensor)
                 pieces.append(
                     pb.Piece(
                         tensor=index_by_name.setdefault(block.name, len(index_by_name)),
@@ -138,7 +137,6 @@ class PieceStore:
                 )
                 addresses.append(self._buffer.address + offset)
                 offset += _padded(size)
-            del memory
         return Export(
             list(tensors.values()),
             pieces,
