@@ -115,7 +115,7 @@ async def watch_run(
             raise UnavailableError(f"no event of run {request.run_id} for {SILENCE_S:g} s: {error.message}") from error
         await asyncio.sleep(RECONNECT_S)
         try:
-            await client.start_run(request, timeout_s=START_S)
+            await start_run(client, request, note)
             note("watching the run again")
         except _COORDINATOR_AWAY as away:
             error = away
@@ -280,13 +280,7 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
         cursor = Cursor(*last_recorded(run.path))
         if local is None:
             request.config_yaml = dump_yaml(await send_files(client, request, recipe.values["run"]))
-        resumed = await start_run(client, request, view.note)
-        view.note(f"{'going on with' if resumed else 'training'} {run.run_id}")
-        # A coordinator that has this folder wrote its run.json here, and writes the records.
-        recorder = None if (run.path / "run.json").exists() else Recorder(run.path)
-        last = await _follow(
-            _show(client, request, cursor, view, recorder, trackers), client, request.run_id, local, view
-        )
+        last = await _follow(_show(client, request, cursor, view, trackers), client, request.run_id, local, view)
     check_end(last)
 
 
@@ -311,7 +305,7 @@ async def _follow(
             view.note("stopping the run")
             try:
                 await client.stop_run(pb.StopRunRequest(run_id=run_id))
-            except UnavailableError as error:
+            except (UnavailableError, NotFoundError) as error:
                 view.note(error.message)
         raise
     finally:
@@ -325,9 +319,13 @@ async def _show(
     request: pb.StartRunRequest,
     cursor: Cursor,
     view: View,
-    recorder: Recorder | None,
     trackers: Trackers,
 ) -> pb.RunSnapshot:
+    resumed = await start_run(client, request, view.note)
+    view.note(f"{'going on with' if resumed else 'training'} {request.run_id}")
+    # A coordinator that has this folder wrote its run.json here, and writes the records.
+    path = Path(request.run_path)
+    recorder = None if (path / "run.json").exists() else Recorder(path)
     last: pb.RunSnapshot | None = None
     async for response in watch_run(client, request, cursor, view.note):
         if recorder is not None:

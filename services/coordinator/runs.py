@@ -14,6 +14,7 @@ from pathlib import Path
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import (
     UNAVAILABLE,
+    AbortedError,
     DataLossError,
     FailedPreconditionError,
     FieldViolation,
@@ -91,13 +92,18 @@ class Runs:
 
         Large prompt files take longer to read than a caller may wait: the start goes on without it, and who asks again
         joins it. Raises InvalidArgumentError for a wrong configuration, model folder or prompt file,
-        FailedPreconditionError when another run is under way or the run was started with another configuration.
+        FailedPreconditionError when another run is under way or the run was started with another configuration,
+        AbortedError when the run is stopped meanwhile.
         """
         request = (run_id, config_yaml, run_path)
         if request not in self._starts:
             self._starts[request] = asyncio.create_task(self._start(*request))
             self._starts[request].add_done_callback(lambda _: self._starts.pop(request))
-        return await asyncio.shield(self._starts[request])
+        start = self._starts[request]
+        await asyncio.wait((start,))
+        if start.cancelled():
+            raise AbortedError(f"Run {run_id} was stopped while it started.")
+        return start.result()
 
     async def _start(self, run_id: str, config_yaml: str, run_path: str) -> bool:
         folder = self._find_folder(run_id, run_path, config_yaml)
@@ -154,7 +160,13 @@ class Runs:
                 return
 
     async def stop(self, run_id: str) -> None:
-        """Ends a run at once; the buffer keeps what is needed to resume it. Stopping an ended run changes nothing."""
+        """Ends a run or its start at once; the buffer keeps what is needed to resume it.
+
+        Stopping an ended run changes nothing. Raises NotFoundError for one that is not here.
+        """
+        was_starting = await self._end_starts(run_id)
+        if was_starting and (self._run is None or self._run.file.run_id != run_id):
+            return
         run = self._find(run_id)
         if run.task.done():
             return
@@ -170,13 +182,19 @@ class Runs:
 
     async def close(self) -> None:
         """Ends the run under way without calling it stopped, so that the next process resumes it."""
-        for start in self._starts.values():
-            start.cancel()
-        if self._starts:
-            await asyncio.wait(self._starts.values())
+        await self._end_starts()
         if self._run is not None:
             self._run.task.cancel()
             await asyncio.wait([self._run.task])
+
+    async def _end_starts(self, run_id: str | None = None) -> bool:
+        """Ends the starts under way, those of one run when it is named; returns whether there were any."""
+        starts = [start for (name, *_), start in self._starts.items() if run_id in (None, name)]
+        for start in starts:
+            start.cancel()
+        if starts:
+            await asyncio.wait(starts)
+        return bool(starts)
 
     def watch(self, run_id: str, cursor: Cursor, events: bool) -> AsyncGenerator[pb.WatchRunResponse, None]:
         """Streams the events of a run after the cursor; of the newest run when no id is given. Raises NotFoundError."""

@@ -6,12 +6,14 @@ import asyncio
 import io
 import re
 import socket
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import yaml
 
 from perigee.cli.ending import Interrupt
@@ -21,8 +23,10 @@ from perigee.cli.train import Cursor, Recorder, TrainOptions, open_run, send_fil
 from perigee.cli.view import PlainView
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
+from perigee.errors import NotFoundError
 from perigee.files import read_lines
 from perigee.report.records import read_records
+from services.coordinator import runs
 from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
 from services.kit.config import ServerConfig
@@ -116,6 +120,33 @@ async def test_what_ends_during_an_outage_is_shown_later(buffer_address: str, tm
             await training
     assert "watching the run again" in output.getvalue()
     assert results(output) == expected(0, ITERATIONS)
+
+
+async def test_a_run_that_is_interrupted_while_it_starts_is_stopped(
+    buffer_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, output = f"127.0.0.1:{free_port()}", io.StringIO()
+    options = TrainOptions(write_recipe(tmp_path, 3), None, [], tmp_path / "runs", coordinator=address)
+    run, recipe = open_run(options)
+    reading, may_end = threading.Event(), threading.Event()
+
+    def read(*_: object) -> None:
+        reading.set()
+        may_end.wait(60)
+
+    monkeypatch.setattr(runs, "read_inputs", read)
+    async with fake_peers(buffer_address) as peers, CoordinatorClient.connect(address) as client:
+        worker = peers.add_worker("a", open_tokenizer(tmp_path / "model", "run.model"))
+        async with coordinator(peers, worker, int(address.rpartition(":")[2])):
+            training = asyncio.create_task(follow(options, run, recipe, output))
+            assert await asyncio.to_thread(reading.wait, 60)
+            training.cancel()
+            await asyncio.wait([training])
+            may_end.set()
+            assert training.cancelled()
+            assert output.getvalue().endswith("stopping the run\n")
+            with pytest.raises(NotFoundError):
+                await client.stop_run(pb.StopRunRequest(run_id=run.run_id))
 
 
 async def test_a_resumed_run_is_shown_from_there(buffer_address: str, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from perigee.errors import InvalidArgumentError
+from perigee.errors import AbortedError, InvalidArgumentError, NotFoundError
 from perigee.rollout.client import RolloutClient
 from services.coordinator import runs
 from services.coordinator.config import CoordinatorConfig
@@ -82,6 +82,20 @@ async def test_a_start_ends_with_the_coordinator(tmp_path: Path, monkeypatch: py
     await slow.reading.wait()
     slow.may_end.set()
     await slow.close()
-    await asyncio.wait([start])
-    assert start.cancelled()
+    with pytest.raises(AbortedError):
+        await start
+    assert not slow.launched
+
+
+async def test_a_run_is_stopped_while_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowRuns(monkeypatch)
+    starts = [asyncio.create_task(slow.start("r", SECTION, str(tmp_path))) for _ in range(2)]
+    await slow.reading.wait()
+    await slow.stop("r")
+    slow.may_end.set()
+    for start in starts:
+        with pytest.raises(AbortedError, match="Run r was stopped while it started"):
+            await start
+    with pytest.raises(NotFoundError):
+        await slow.stop("r")
     assert not slow.launched

@@ -218,7 +218,7 @@ class StartRunRequest(_message.Message):
     config_yaml: _builtins.str
     """The "run" section of a recipe, as YAML."""
     run_path: _builtins.str
-    """Folder of the run on the coordinator's machine; a coordinator with `runs_path` makes its own."""
+    """Folder of the run on the coordinator's machine; a coordinator with `run_path` makes its own where it does not see that."""
     def __init__(
         self,
         *,

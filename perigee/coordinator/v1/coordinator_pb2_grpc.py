@@ -102,7 +102,8 @@ class CoordinatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StartRun(self, request, context):
-        """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe.
+        """Starts a run, or resumes it when the buffer knows it. The start goes on when the caller's deadline passes, and the
+        same call joins it. INVALID_ARGUMENT names every wrong field of the recipe. ABORTED when StopRun ends the start.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -117,7 +118,7 @@ class CoordinatorServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def StopRun(self, request, context):
-        """Ends the run at once; the buffer keeps what is needed to resume it.
+        """Ends the run, or its start, at once; the buffer keeps what is needed to resume it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -39,13 +39,15 @@ class CoordinatorServiceStub:
     """Renews a lease and reports the worker's state. NOT_FOUND when the lease is lost: register again."""
     DeregisterWorker: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.DeregisterWorkerRequest, _coordinator_pb2.DeregisterWorkerResponse]
     StartRun: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StartRunRequest, _coordinator_pb2.StartRunResponse]
-    """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe."""
+    """Starts a run, or resumes it when the buffer knows it. The start goes on when the caller's deadline passes, and the
+    same call joins it. INVALID_ARGUMENT names every wrong field of the recipe. ABORTED when StopRun ends the start.
+    """
     PutFile: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.PutFileRequest, _coordinator_pb2.PutFileResponse]
     """Takes a piece of a file of a run, prompts for example, and keeps the whole file in the run's folder under a path by
     its digest.
     """
     StopRun: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.StopRunRequest, _coordinator_pb2.StopRunResponse]
-    """Ends the run at once; the buffer keeps what is needed to resume it."""
+    """Ends the run, or its start, at once; the buffer keeps what is needed to resume it."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]
     WatchRun: _grpc.UnaryStreamMultiCallable[_coordinator_pb2.WatchRunRequest, _coordinator_pb2.WatchRunResponse]
     """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
@@ -63,13 +65,15 @@ class CoordinatorServiceAsyncStub(CoordinatorServiceStub):
     """Renews a lease and reports the worker's state. NOT_FOUND when the lease is lost: register again."""
     DeregisterWorker: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.DeregisterWorkerRequest, _coordinator_pb2.DeregisterWorkerResponse]  # type: ignore[assignment]
     StartRun: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StartRunRequest, _coordinator_pb2.StartRunResponse]  # type: ignore[assignment]
-    """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe."""
+    """Starts a run, or resumes it when the buffer knows it. The start goes on when the caller's deadline passes, and the
+    same call joins it. INVALID_ARGUMENT names every wrong field of the recipe. ABORTED when StopRun ends the start.
+    """
     PutFile: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.PutFileRequest, _coordinator_pb2.PutFileResponse]  # type: ignore[assignment]
     """Takes a piece of a file of a run, prompts for example, and keeps the whole file in the run's folder under a path by
     its digest.
     """
     StopRun: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.StopRunRequest, _coordinator_pb2.StopRunResponse]  # type: ignore[assignment]
-    """Ends the run at once; the buffer keeps what is needed to resume it."""
+    """Ends the run, or its start, at once; the buffer keeps what is needed to resume it."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_coordinator_pb2.GetStatusRequest, _coordinator_pb2.GetStatusResponse]  # type: ignore[assignment]
     WatchRun: _aio.UnaryStreamMultiCallable[_coordinator_pb2.WatchRunRequest, _coordinator_pb2.WatchRunResponse]  # type: ignore[assignment]
     """Streams snapshots of the run, at least one per change of phase, until it ends, and on request its iterations and
@@ -108,7 +112,9 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.StartRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.StartRunResponse, _abc.Awaitable[_coordinator_pb2.StartRunResponse]]:
-        """Starts a run, or resumes it when the buffer knows it. INVALID_ARGUMENT names every wrong field of the recipe."""
+        """Starts a run, or resumes it when the buffer knows it. The start goes on when the caller's deadline passes, and the
+        same call joins it. INVALID_ARGUMENT names every wrong field of the recipe. ABORTED when StopRun ends the start.
+        """
 
     @_abc_1.abstractmethod
     def PutFile(
@@ -126,7 +132,7 @@ class CoordinatorServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _coordinator_pb2.StopRunRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_coordinator_pb2.StopRunResponse, _abc.Awaitable[_coordinator_pb2.StopRunResponse]]:
-        """Ends the run at once; the buffer keeps what is needed to resume it."""
+        """Ends the run, or its start, at once; the buffer keeps what is needed to resume it."""
 
     @_abc_1.abstractmethod
     def GetStatus(
