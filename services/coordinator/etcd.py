@@ -117,7 +117,9 @@ class EtcdDirectory(Directory):
     def find(self, run_id: str, version: int) -> pb.PublishWeightsResponse | None:
         if (known := self._own.find(run_id, version)) is not None:
             return known
-        if (value := self._foreign.get(key := f"exports/{run_id}/{version}")) is None:
+        # Of use before the first of its own only: a version that is trained once more after a crash is another one.
+        key = f"exports/{run_id}/{version}"
+        if self._own.version is not None or (value := self._foreign.get(key)) is None:
             return None
         try:
             return Parse(value, pb.PublishWeightsResponse(), ignore_unknown_fields=True)

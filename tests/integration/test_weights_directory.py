@@ -129,6 +129,9 @@ async def test_a_coordinator_that_starts_again_knows_who_lends(etcd: EtcdServer)
             second.publish("run", 1, FIRST)
             second.add("first", successor.join("adopted"))
             assert second.holders("first")[0] == "adopted:7"
+            # After a version of its own, one that another had is of an iteration that was rolled back.
+            second.publish("run", 0, SECOND)
+            assert second.find("run", 1) is None
         # Both have ended, and what they wrote ends with their leases.
         await until(lambda: other.find("run", 1) is None and not other.holders("first"))
 
