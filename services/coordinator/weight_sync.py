@@ -239,7 +239,7 @@ class WeightSync:
             return await self._comes_back(worker, version)
         if state.status == READY and state.policy_version == version:
             if worker.suspect is None:
-                self._registry.mark_pushed(worker, version)
+                self._record(worker, version)
             return True
         return state.status not in (EMPTY, READY, AWAY)
 
@@ -250,8 +250,8 @@ class WeightSync:
         except PerigeeError as error:
             log.warning("worker did not come back", worker=worker.worker_id, error=error.message)
             return False
-        if is_back and self._registry.is_live(worker):
-            self._registry.mark_pushed(worker, version)
+        if is_back:
+            self._record(worker, version)
         return is_back
 
     async def _push_to(self, workers: list[Worker], version: int) -> None:
@@ -264,9 +264,9 @@ class WeightSync:
         by_id = {worker.worker_id: worker for worker in workers}
         for outcome in response.outcomes:
             worker = by_id[outcome.worker_id]
-            if outcome.committed and self._registry.is_live(worker):
-                self._registry.mark_pushed(worker, version)
-            elif not outcome.committed:
+            if outcome.committed:
+                self._record(worker, version)
+            else:
                 FAILURES.labels("push").inc()
                 self._postpone(worker, outcome.reason)
 
@@ -296,8 +296,14 @@ class WeightSync:
             return
         if report.warning:
             self._registry.report(f"{worker.worker_id}: {report.warning}")
+        self._directory.add(image_id, worker)
+        self._record(worker, version)
+
+    def _record(self, worker: Worker, version: int) -> None:
+        """Records that a worker has a version, unless its lease has ended; its failures are forgotten then."""
         if self._registry.is_live(worker):
-            self._directory.add(image_id, worker)
+            self._retry_at.pop(worker, None)
+            self._problems.pop(worker, None)
             self._registry.mark_pushed(worker, version)
 
     async def _publish(self, version: int) -> pb.PublishWeightsResponse:

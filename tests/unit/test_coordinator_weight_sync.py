@@ -239,10 +239,13 @@ async def test_a_worker_that_joins_waits_for_no_other_ones_pull_and_reads_from_i
     assert pulls.published == 2
 
 
-async def test_what_is_wrong_with_pulled_weights_is_an_event_and_comes_once() -> None:
+async def test_what_is_wrong_with_pulled_weights_is_an_event_and_comes_once_for_each_version() -> None:
+    refused = FailedPreconditionError("2 nats off: refused")
     answers: list[FailedPreconditionError | weights_pb2.PullResponse] = [
-        *[FailedPreconditionError("2 nats off: refused")] * 2,
+        *[refused] * 2,
         weights_pb2.PullResponse(warning="0.2 nats off"),
+        weights_pb2.PullResponse(),
+        refused,
         weights_pb2.PullResponse(),
     ]
 
@@ -262,5 +265,7 @@ async def test_what_is_wrong_with_pulled_weights_is_an_event_and_comes_once() ->
     context.registry.report = events.append
     while answers:
         await sync._pull(worker, 1, "image", ["trainer:1"])
-    assert events == ["w did not take the weights: 2 nats off: refused", "w: 0.2 nats off"]
+    told = "w did not take the weights: 2 nats off: refused"
+    assert events == [told, "w: 0.2 nats off", told]
     assert worker.pushed_version == 1
+    assert not sync._retry_at
