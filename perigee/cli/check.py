@@ -231,7 +231,7 @@ def find_hybrid_faults(configs: Mapping[str, Any], workers: Sequence[str]) -> It
     if named and not {*named} & {*workers}:
         yield f"run.hybrid.workers names none of {', '.join(workers)}: no worker leaves the trainer's devices"
     if not named and not is_loopback(host):
-        yield f"workers register as {host}, and the trainer is at {HOST}: name those that leave in run.hybrid.workers"
+        yield f"workers on {host} have another host than the trainer, {HOST}: name who leaves in run.hybrid.workers"
     if run.hybrid.engine == "sleep" and any(NVIDIA.glob("*")) and not rollout.enable_sleep_mode:
         yield "a GPU's engine cannot sleep: set rollout.enable_sleep_mode, or run.hybrid.engine to restart"
     if run.hybrid.engine == run.hybrid.trainer == "keep":

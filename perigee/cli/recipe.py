@@ -146,9 +146,9 @@ def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -
 
     Raises InvalidArgumentError whose one-line message names the file, the field and what to do.
     """
-    for override in ("", *overrides):
-        if override:
-            merge(values, parse_override(override))
+    move_deployment(values)
+    for override in overrides:
+        merge(values, parse_override(override))
         # After each, so that the last one holds, whichever of the two keys it names.
         move_deployment(values)
     if values.get("model") is not None:

@@ -135,7 +135,7 @@ class RunStatus:
             workers=worker_snapshots(self._registry),
             error=self.error,
             waiting_for=self._waiting_for if self.phase == pb.RUN_PHASE_WAITING else "",
-            phases=self.timeline.under_way,
+            phases=dict.fromkeys(self.timeline.under_way),
         )
 
     async def watch(self) -> AsyncGenerator[pb.RunSnapshot, None]:

@@ -209,7 +209,7 @@ class Stack:
             first = [*KINDS].index(kind)
             kind = next((each for each in ([*KINDS] * 2)[first:] if found[each]), kind)
             victims = found[kind][int(place * len(found[kind])) :][:1]
-        self.losses.allowed += KINDS[kind] * SEQUENCES * CHUNK
+        self.losses.allowed += KINDS[kind] * SEQUENCES * CHUNK if victims else 0
         train = self.commands[0]
         train.was_hurt |= find_stack(train.log.parent) is None
         for victim in victims:

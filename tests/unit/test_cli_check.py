@@ -177,8 +177,8 @@ def test_memory_in_turn_is_that_of_the_larger_side_and_what_the_other_keeps(
     [
         ({}, []),
         ({"run": {"hybrid": {"workers": ["gpu-7"]}}}, ["names none of rollout-0, rollout-1"]),
-        ({"rollout": {"advertise_address": "gpu-7:50053"}}, ["workers register as gpu-7"]),
-        ({"rollout": {"server": {"host": "0.0.0.0", "token": "t"}}}, ["workers register as 0.0.0.0"]),
+        ({"rollout": {"advertise_address": "gpu-7:50053"}}, ["workers on gpu-7 have another host"]),
+        ({"rollout": {"server": {"host": "0.0.0.0", "token": "t"}}}, ["workers on 0.0.0.0 have another host"]),
         ({"run": {"hybrid": {"engine": "keep", "trainer": "keep"}}}, ["both have to fit at once"]),
         (
             {"trainer": {"nodes": 2, "data_parallel": 2, "master_address": "gpu-0"}},

@@ -174,3 +174,9 @@ async def test_a_line_that_a_crash_lost_is_sent_when_it_is_restored(status: RunS
     assert await until_snapshot(responses) == ["i2", "WAITING"]
     assert [json.loads(line)["iteration"] for line in (run_log.path / "metrics.jsonl").open()] == [1, 2]
     await responses.aclose()
+
+
+def test_a_phase_that_is_under_way_twice_is_named_once(status: RunStatus) -> None:
+    with status.timeline.phase("rollout"), status.timeline.phase("weights"), status.timeline.phase("weights"):
+        assert status.snapshot().phases == ["rollout", "weights"]
+    assert not status.snapshot().phases
