@@ -265,7 +265,7 @@ async def test_what_is_wrong_with_pulled_weights_is_an_event_and_comes_once_for_
     context.registry.report = events.append
     while answers:
         await sync._pull(worker, 1, "image", ["trainer:1"])
-    told = "w did not take the weights: 2 nats off: refused"
-    assert events == [told, "w: 0.2 nats off", told]
+    refusal = "w did not take the weights: 2 nats off: refused"
+    assert events == [refusal, "w: 0.2 nats off", refusal]
     assert worker.pushed_version == 1
     assert not sync._retry_at
