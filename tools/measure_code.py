@@ -28,9 +28,9 @@ class Module:
     name: str
     path: Path
 
-    @cached_property
+    @property
     def tree(self) -> ast.Module:
-        """The parsed file."""
+        """The parsed file, which is not kept: all of them together keep the garbage collector busy."""
         return ast.parse(self.path.read_text())
 
     @cached_property
@@ -43,8 +43,12 @@ class Module:
         """Functions and methods, inner ones too."""
         return [node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
 
-    def imports(self) -> Iterator[str]:
+    @cached_property
+    def imports(self) -> tuple[str, ...]:
         """Dotted names that the file imports, `a.b.c` for `from a.b import c`."""
+        return tuple(self._find_imports())
+
+    def _find_imports(self) -> Iterator[str]:
         package = self.name.split(".")[: None if self.path.name == "__init__.py" else -1]
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import):
@@ -69,7 +73,7 @@ def import_graph(modules: Mapping[str, Module]) -> dict[str, set[str]]:
     """Which of the modules each one imports."""
 
     def targets(name: str) -> Iterator[str]:
-        for imported in modules[name].imports():
+        for imported in modules[name].imports:
             found = imported if imported in modules else imported.rpartition(".")[0]
             if found in modules and found != name:
                 yield found

@@ -24,7 +24,10 @@ DEEPEST_IMPORT = 9
 @cache
 def modules_of(folder: str) -> dict[str, Module]:
     """The hand-written modules below a folder, by name."""
-    return read_modules(ROOT, folder)
+    top, _, rest = folder.partition("/")
+    if not rest:
+        return read_modules(ROOT, top)
+    return {name: module for name, module in modules_of(top).items() if f"{name}.".startswith(f"{top}.{rest}.")}
 
 
 def describe_imports(modules: Iterable[Module], forbidden: str) -> list[str]:
@@ -32,7 +35,7 @@ def describe_imports(modules: Iterable[Module], forbidden: str) -> list[str]:
     return [
         f"{module.path.relative_to(ROOT)} imports {name}"
         for module in modules
-        for name in module.imports()
+        for name in module.imports
         if re.match(forbidden, name)
     ]
 
