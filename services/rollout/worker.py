@@ -13,6 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 from prometheus_client import Counter, Gauge, Histogram
 
 from perigee.errors import (
+    DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
     PerigeeError,
@@ -345,7 +346,11 @@ class Worker:
         if not image.manifest.HasField("fingerprint"):
             return ""
         tolerance = self._tolerance(image.manifest)
-        first = found = await self._measure_difference(image)
+        try:
+            first = found = await self._measure_difference(image)
+        except DeadlineExceededError as error:
+            log.warning("fingerprint not compared", reason=error.message)
+            return ""
         warning = ""
         if not found <= tolerance:
             log.warning("fingerprint differs; the engine is replaced", difference=first, tolerance=tolerance)
@@ -378,14 +383,18 @@ class Worker:
         return min(max(floors + noise), self.config.max_fingerprint_difference)
 
     async def _measure_difference(self, image: WeightImage) -> float:
-        """Returns the mean difference of the engine's log-probabilities; 0 when the engine has no place for it."""
+        """Returns the mean difference of the engine's log-probabilities.
+
+        Raises DeadlineExceededError when the engine has no place for the prompt.
+        """
         expected = image.manifest.fingerprint
+        limit_s = self.config.fingerprint_timeout_seconds
         try:
-            async with asyncio.timeout(self.config.fingerprint_timeout_seconds):
+            async with asyncio.timeout(limit_s):
                 found = await score_prompt(self.engine, expected.token_ids)
-        except TimeoutError:
-            log.warning("fingerprint not compared: the engine had no place for it")
-            return 0.0
+        except TimeoutError as error:
+            reason = f"the engine gave no fingerprint within rollout.fingerprint_timeout_seconds {limit_s:g}"
+            raise DeadlineExceededError(reason) from error
         pairs = zip(expected.logprobs, found, strict=True)
         difference = sum(abs(trainer - engine) for trainer, engine in pairs) / len(found)
         FINGERPRINT_DIFFERENCE.set(difference)

@@ -270,6 +270,29 @@ async def test_a_difference_that_another_engine_has_too_is_served_and_becomes_th
         assert (bench.worker.policy_version, bench.engine.starts) == (5, 2)
 
 
+async def test_an_engine_without_a_place_for_the_fingerprint_serves_and_one_that_took_its_place_does_not(
+    bench: Bench, computed: list[Sequence[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed.append((-9.0, -9.0))
+    answer = bench.engine.generate
+    hanging: list[int] = []
+
+    async def generate(request: EngineRequest) -> AsyncIterator[EngineOutput]:
+        if bench.engine.starts in hanging:
+            await asyncio.Event().wait()
+        async for output in answer(request):
+            yield output
+
+    monkeypatch.setattr(bench.engine, "generate", generate)
+    bench.worker.config = bench.worker.config.model_copy(update={"fingerprint_timeout_seconds": 0.01})
+    async with bench.supervised():
+        hanging.append(1)
+        assert (await bench.commit(4, [-1.0, -2.0])).warning == ""
+        hanging[:] = [2]
+        with pytest.raises(InternalError, match=r"within rollout\.fingerprint_timeout_seconds 0\.01"):
+            await bench.commit(5, [-1.0, -2.0])
+
+
 @pytest.mark.parametrize("expected", [-6.0, float("nan")])
 async def test_weights_that_two_engines_compute_wrongly_are_refused_without_a_third(
     bench: Bench, computed: list[Sequence[float]], expected: float
