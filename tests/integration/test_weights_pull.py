@@ -13,6 +13,7 @@ import torch
 from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError, UnavailableError
 from perigee.weights.client import WeightReceiverClient, WeightSourceClient
 from perigee.weights.v1 import weights_pb2 as pb
+from services.weights import lend
 from services.weights.config import WeightsConfig
 from services.weights.pieces import Rectangle
 from services.weights.pull import ImagePull, Unit
@@ -158,7 +159,8 @@ async def test_a_damaged_piece_is_not_committed() -> None:
             assert first.manifest.policy_version == 1
 
 
-async def test_a_source_keeps_an_image_until_every_reader_has_left() -> None:
+async def test_a_source_keeps_an_image_until_every_reader_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lend, "APPEARANCE_S", 0.1)
     async with local_source(CONFIG) as source, WeightSourceClient.connect(source.address) as client:
         source.publish("image", make_tensors(1, 0.1), 1)
         reading = client.lend(pb.LendRequest(image_id="image"))
