@@ -43,7 +43,7 @@ class CoordinatorClient(ServiceClient):
         return await self._unary(self._stub.DeregisterWorker, request, timeout_s)
 
     async def start_run(self, request: pb.StartRunRequest, *, timeout_s: float = 20.0) -> pb.StartRunResponse:
-        """Starts a run, or resumes it when the buffer knows it."""
+        """Starts a run, or resumes it when the buffer knows it; goes on past the deadline, and the same call joins."""
         return await self._unary(self._stub.StartRun, request, timeout_s)
 
     async def put_file(self, path: Path, run_id: str, run_path: str, *, timeout_s: float = 60.0) -> str:
@@ -56,7 +56,7 @@ class CoordinatorClient(ServiceClient):
         return await send_file(path, put)
 
     async def stop_run(self, request: pb.StopRunRequest, *, timeout_s: float = 20.0) -> pb.StopRunResponse:
-        """Ends the run at once; the buffer keeps what is needed to resume it."""
+        """Ends the run, or its start, at once; the buffer keeps what is needed to resume it."""
         return await self._unary(self._stub.StopRun, request, timeout_s)
 
     async def get_status(self, request: pb.GetStatusRequest, *, timeout_s: float = 20.0) -> pb.GetStatusResponse:

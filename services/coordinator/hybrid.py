@@ -109,7 +109,7 @@ class SharedDevices:
         return response.policy_version
 
     async def _keep_away(self, left: set[Worker]) -> None:
-        """Has workers that register leave, until cancelled."""
+        """Has workers that register leave, until cancelled; reports those that do not."""
         changed = asyncio.Event()
         with self.registry.watch(changed.set):
             while True:
@@ -118,6 +118,7 @@ class SharedDevices:
                     await self._take_from_workers(left)
                 except UnavailableError as error:
                     log.warning("a worker is beside the trainer", error=error.message)
+                    self.report(error.message)
                 await changed.wait()
 
     async def _take_from_workers(self, left: set[Worker]) -> None:

@@ -116,6 +116,16 @@ async def test_a_worker_that_registers_while_the_trainer_has_the_devices_leaves(
     assert not devices.client.called.is_set()
 
 
+async def test_a_worker_that_registers_beside_the_trainer_and_stays_is_reported() -> None:
+    devices = Devices()
+    async with devices.trainers_turn(), asyncio.timeout(10):
+        devices.client.errors = [FailedPreconditionError("the engine cannot sleep")]
+        devices.registry.register("w", "127.0.0.1:1", 4, 0, EMPTY)
+        while not devices.reports:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert devices.reports == ["Workers did not leave the shared devices: w: the engine cannot sleep"]
+
+
 async def test_a_worker_that_refuses_to_leave_keeps_the_trainer_off_the_devices() -> None:
     devices = Devices()
     devices.client.errors = [FailedPreconditionError("run run is in iteration 2, not 1")]
