@@ -343,7 +343,9 @@ class Worker:
         within `max_fingerprint_difference`, and refused for good where it is not: a third engine would compute the
         same. Returns what is wrong, "" for nothing; raises FailedPreconditionError.
         """
-        if not image.manifest.HasField("fingerprint"):
+        prompt = image.manifest.fingerprint.token_ids
+        # The engine refuses a prompt that fills its context.
+        if not image.manifest.HasField("fingerprint") or len(prompt) >= self.model.context_tokens:
             return ""
         tolerance = self._tolerance(image.manifest)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,15 @@ async def test_a_difference_that_another_engine_has_too_is_served_and_becomes_th
         assert (bench.worker.status, bench.engine.starts) == (READY, 2)
         assert (await bench.commit(5, [-1.2, -2.3])).warning == ""
         assert (bench.worker.policy_version, bench.engine.starts) == (5, 2)
+
+
+async def test_a_fingerprint_that_fills_the_context_is_not_compared(bench: Bench) -> None:
+    bench.worker.model = replace(bench.worker.model, context_tokens=24)
+    image = export_image("run", 4, bench.tensors.items(), 1 << 20, str(bench.images))
+    image.manifest.fingerprint.token_ids.extend(range(24))
+    async with bench.supervised():
+        assert (await bench.worker.commit(image)).warning == ""
+        assert bench.worker.status == READY
 
 
 async def test_an_engine_without_a_place_for_the_fingerprint_serves_and_one_that_took_its_place_does_not(
