@@ -70,8 +70,9 @@ def unpack_experts(trajectory: Trajectory, shape: ModelShape) -> npt.NDArray[np.
     Raises DataLossError when they are not those of a model of this shape.
     """
     wanted = (len(trajectory.tokens_T), shape.layers, shape.experts_per_token)
-    choices = np.frombuffer(trajectory.experts, f"<u{choice_bytes(shape.experts)}")
-    if choices.size != math.prod(wanted) or choices.max() >= shape.experts:
+    width, packed = choice_bytes(shape.experts), trajectory.experts
+    fits = len(packed) == width * math.prod(wanted)
+    if not fits or (choices := np.frombuffer(packed, f"<u{width}")).max() >= shape.experts:
         raise DataLossError(
             f"the expert choices of a trajectory are not of {shape.layers} layers with {shape.experts} experts, of "
             f"which a token passes {shape.experts_per_token}: rollout workers and trainer have other models"

@@ -6,12 +6,14 @@ from types import SimpleNamespace
 from typing import cast
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
+from perigee.errors import DataLossError
 from perigee.rollout.v1.rollout_pb2 import RepetitionStop, Sampling
 from services.rollout.engine import EngineOutput, EngineRequest
 from services.rollout.segment import Segment, SegmentSettings, generate_segment
@@ -94,6 +96,14 @@ def test_the_trainer_gets_the_choices_of_each_trained_token(
     assert np.array_equal(replayed_TLK[1 : len(trained_T)][trained_T[1:]], rows_TLK[trained_T[1:]])
     assert (replayed_TLK[: len(trained_T)][~trained_T] == -1).all()
     assert (replayed_TLK[len(trained_T) :] == -1).all()
+
+
+@pytest.mark.parametrize(("packed", "experts"), [(bytes(3), 300), (bytes(3), 4), (b"\x00\x04", 4)])
+def test_choices_of_another_model_are_refused(packed: bytes, experts: int) -> None:
+    """Also such as are no whole number of choices."""
+    trajectory = Trajectory(np.array([7]), np.array([5]), -np.ones(1, np.float32), np.ones(1, np.int64), packed)
+    with pytest.raises(DataLossError, match=f"not of 1 layers with {experts} experts, of which a token passes 2"):
+        unpack_experts(trajectory, model_shape(1, experts, 2))
 
 
 def test_a_token_without_choices_leaves_its_chunk_without() -> None:
