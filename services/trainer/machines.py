@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _CONNECT_S = 60.0
 _SECRET_BYTES = 16
+_SECRET_S = 5.0
 # Unanswered probes after which the kernel ends a connection.
 _PROBES = 3
 
@@ -86,11 +88,13 @@ def _accept(listener: socket.socket, secret: bytes, count: int) -> list[socket.s
     with listener:
         while len(accepted) < count:
             connection, _ = listener.accept()
-            connection.settimeout(_CONNECT_S)
-            if connection.recv(_SECRET_BYTES, socket.MSG_WAITALL) == secret:
-                accepted.append(connection)
-            else:
-                connection.close()
+            # Whoever knows the secret has sent it by now; a stranger may send nothing, or be gone.
+            connection.settimeout(_SECRET_S)
+            with suppress(OSError):
+                if connection.recv(_SECRET_BYTES) == secret:
+                    accepted.append(connection)
+                    continue
+            connection.close()
     return accepted
 
 
@@ -116,9 +120,12 @@ class MachineWatch:
         self._ended.set()
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Closes the connections and ends the thread."""
         self.end()
         for connection in self._hosts:
+            # A connection that a thread waits for is closed only when the wait ends.
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
             connection.close()
 
     def _wait(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import socket
+import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -66,9 +67,12 @@ class Channel:
     def broadcast(self, value: Any) -> Any:
         if value is None:
             return self.sent.get(timeout=60)
-        # A stranger is first to come.
+        # Strangers are first to come; one of them leaves by a reset.
         with socket.create_connection(("127.0.0.1", value[0])) as stranger:
             stranger.sendall(bytes(16))
+        stranger = socket.create_connection(("127.0.0.1", value[0]))
+        stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        stranger.close()
         self.sent.put(value)
         return value
 
@@ -105,8 +109,9 @@ def test_the_end_of_a_machine_is_noticed(connection: tuple[socket.socket, socket
 def test_an_end_in_good_order_is_no_loss(connection: tuple[socket.socket, socket.socket]) -> None:
     lost: queue.Queue[str] = queue.Queue()
     watch = MachineWatch(connection[:1], 30, lost.put)
-    watch.end()
-    connection[1].close()
-    watch._thread.join(60)
-    assert lost.empty()
     watch.close()
+    watch._thread.join(60)
+    assert not watch._thread.is_alive()
+    assert lost.empty()
+    connection[1].settimeout(60)
+    assert connection[1].recv(1) == b""
