@@ -228,6 +228,8 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
+        for replay in self._replays:
+            replay.experts_TLK = None
         return reports
 
 
