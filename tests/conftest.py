@@ -6,6 +6,7 @@ which is slow to start. No test measures time or has the machine to itself.
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -18,6 +19,8 @@ pytest_plugins = [
     if path.stem != "__init__"
 ]
 
+# Collections would walk the libraries that the tests import, again and again.
+gc.disable()
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
 # Files that share a slow service, by the group that they make. The groups start in this order, those that take longest
 # first, so that the last ones to start are short, and between those that compute one that waits; then come the other
@@ -77,6 +80,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if WORKER:
         order = {group: place for place, group in enumerate(GROUPS)}
         items.sort(key=lambda item: order.setdefault(group_of(item.nodeid), len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Collects garbage from here on, but for what has been imported."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

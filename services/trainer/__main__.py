@@ -9,6 +9,7 @@ import gc
 import os
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 from perigee.errors import PerigeeError
@@ -51,18 +52,21 @@ def become_rank(config: TrainerConfig) -> None:
     if config.world > 1:
         # The ranks die with torchrun, so that none is orphaned.
         die_with_parent(os.getppid())
+    # Collections would walk what is there already, again and again, and the one before an offload need not, either.
+    gc.disable()
     import_megatron()
-    # The collection before an offload need not walk what the imports left.
-    gc.freeze()
     if os.environ["RANK"] == "0":
         from services.kit.server import run
         from services.trainer.service import lifespan
 
-        run(config, lifespan)
+        serve = partial(run, config, lifespan)
     else:
         from services.trainer.engine import follow
 
-        follow(config)
+        serve = partial(follow, config)
+    gc.freeze()
+    gc.enable()
+    serve()
 
 
 def import_megatron() -> None:
