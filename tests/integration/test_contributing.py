@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md work as they stand there, each in a copy of the tree."""
+"""The worked examples of CONTRIBUTING.md work as they stand there, in one copy of the tree."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "CONTRIBUTING.md").read_text()
 SECTIONS = re.findall(r"^## (Adding .+)$", PAGE, flags=re.MULTILINE)
 COPIED = ("perigee", "services", "protos", "tools", "pyproject.toml")
+
+pytestmark = pytest.mark.timeout(300)  # the first test waits for all examples
 
 
 @dataclass(frozen=True)
@@ -54,27 +56,46 @@ def edits_of(section: str) -> Iterator[Edit]:
         yield Edit(path, language, block)
 
 
-def run(command: list[str], root: Path) -> None:
-    """Runs a command in the copy; fails with what it printed."""
+def run(command: list[str], root: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a command in the copy."""
     environment = os.environ | {"PYTHONPATH": str(root), "VENV": sys.prefix}
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=110, check=False)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=140, check=False)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """A copy of the tree with every example in it, and what pytest printed of their tests."""
+
+    tests: dict[str, str]
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
+    """The stubs are made and the tests are run once for all examples, which takes most of the time."""
+    root = tmp_path_factory.mktemp("tree")
+    for name in COPIED:
+        if (ROOT / name).is_dir():
+            # With the bytecode, but for what is being written.
+            shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("*.pyc.*"))
+        else:
+            shutil.copy(ROOT / name, root / name)
+    edits = [(section, edit) for section in SECTIONS for edit in edits_of(section)]
+    for _, edit in edits:
+        edit.apply(root)
+    done = run(["tools/protos.sh"], root)
     assert done.returncode == 0, done.stdout + done.stderr
+    tests = {section: edit.path for section, edit in edits if edit.path.startswith("tests/")}
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *tests.values()]
+    done = run(command, root)
+    return Tree(tests, done.stdout + done.stderr)
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_the_example_works(section: str, tmp_path: Path) -> None:
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, tmp_path / name)
-    edits = list(edits_of(section))
-    for edit in edits:
-        edit.apply(tmp_path)
-    if any(edit.path.endswith(".proto") for edit in edits):
-        run(["tools/protos.sh"], tmp_path)
-    [test] = [edit.path for edit in edits if edit.path.startswith("tests/")]
-    run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test], tmp_path)
+def test_the_example_works(tree: Tree, section: str) -> None:
+    path = re.escape(tree.tests[section])
+    results = re.findall(rf"^(PASSED|FAILED|ERROR|SKIPPED) .*{path}\b", tree.printed, re.MULTILINE)
+    assert set(results) == {"PASSED"}, tree.printed
 
 
 def test_there_are_four_examples() -> None:
