@@ -305,7 +305,7 @@ async def _follow(
             view.note("stopping the run")
             try:
                 await client.stop_run(pb.StopRunRequest(run_id=run_id))
-            except (UnavailableError, NotFoundError) as error:
+            except PerigeeError as error:
                 view.note(error.message)
         raise
     finally:
