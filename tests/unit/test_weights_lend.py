@@ -60,7 +60,8 @@ class Lending(RuleBasedStateMachine):
     def teardown(self) -> None:
         for reader in self.present():
             self.leave(reader)
-        self.run(asyncio.gather(*(task for _, task in self.withdrawals)))
+        for _, task in self.withdrawals:
+            self.run(task)
         self.patch.stop()
         self.loop.close()
 
