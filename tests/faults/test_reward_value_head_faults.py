@@ -10,18 +10,21 @@ import signal
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import pytest_asyncio
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from perigee.errors import DataLossError, InvalidArgumentError, UnavailableError
 from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import ValueHeadConfig
 from services.reward.value_head.training import train
+from services.reward.value_head.worker import BatchScorer
 from services.reward.verifiers.base import Item, Outcome, Verdict
 from services.reward.verifiers.value_head import ValueHeadVerifier
 from tests.fixtures.cli import invoke, start_perigee
@@ -96,32 +99,42 @@ async def test_a_process_that_hangs_is_replaced_at_the_deadline(value_head_folde
         assert (await verifier.judge(ITEM)).verdict is not Verdict.FAILED
 
 
-async def test_a_score_that_is_no_number_is_no_reward(value_head_folder: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(value_head_folder, folder)
-    save_file({"weight": torch.full((1, 64), torch.nan), "bias": torch.zeros(1)}, folder / "head.safetensors")
-    async with running(folder) as verifier:
-        assert_failed(await verifier.judge(ITEM), "is not a number", retryable=False)
-
-
-async def test_what_the_model_refuses_fails_alone_in_its_batch_and_costs_no_process(
-    value_head_folder: Path, tmp_path: Path
-) -> None:
-    folder = tmp_path / "model"
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def odd_verifier(
+    value_head_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[tuple[ValueHeadVerifier, Path]]:
+    """A verifier of a model that has no embedding of the token "snowman" and no number for "~", with its folder."""
+    folder = tmp_path_factory.mktemp("odd") / "model"
     shutil.copytree(value_head_folder, folder)
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    # A token that the embedding does not have.
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
     tokenizer["added_tokens"].append({"id": 10_000, "content": "snowman", **flags})
     tokenizer["model"]["vocab"]["snowman"] = 10_000
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    others = [Item("a", f"It is {n}", "", pb.ValueHeadVerifier(reference="47"), prompt="12+35") for n in range(40, 47)]
+    weights = load_file(folder / "model.safetensors")
+    weights["embed_tokens.weight"][tokenizer["model"]["vocab"]["~"]] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
     async with running(folder, max_batch_items=8, batch_wait_ms=1000) as verifier:
-        [pid] = worker_pids(folder)
-        bad = Item("b", "snowman", "", pb.ValueHeadVerifier(reference="47"), prompt="12+35")
-        outcomes = await asyncio.gather(*(verifier.judge(item) for item in (*others[:3], bad, *others[3:])))
-        alone = await asyncio.gather(*(verifier.judge(item) for item in others))
-        assert worker_pids(folder) == [pid]
+        yield verifier, folder
+
+
+async def test_a_score_that_is_no_number_is_no_reward(odd_verifier: tuple[ValueHeadVerifier, Path]) -> None:
+    verifier, _ = odd_verifier
+    none, some = await asyncio.gather(*(verifier.judge(replace(ITEM, response=text)) for text in ("~", "It is 47")))
+    assert_failed(none, "is not a number", retryable=False)
+    assert some.verdict is not Verdict.FAILED
+
+
+async def test_what_the_model_refuses_fails_alone_in_its_batch_and_costs_no_process(
+    odd_verifier: tuple[ValueHeadVerifier, Path],
+) -> None:
+    verifier, folder = odd_verifier
+    others = [Item("a", f"It is {n}", "", pb.ValueHeadVerifier(reference="47"), prompt="12+35") for n in range(40, 47)]
+    [pid] = worker_pids(folder)
+    bad = Item("b", "snowman", "", pb.ValueHeadVerifier(reference="47"), prompt="12+35")
+    outcomes = await asyncio.gather(*(verifier.judge(item) for item in (*others[:3], bad, *others[3:])))
+    alone = await asyncio.gather(*(verifier.judge(item) for item in others))
+    assert worker_pids(folder) == [pid]
     assert_failed(outcomes.pop(3), "the model failed", retryable=False)
     assert [outcome.verdict for outcome in outcomes] == [outcome.verdict for outcome in alone]
     assert all(outcome.verdict is not Verdict.FAILED for outcome in outcomes)
@@ -141,14 +154,24 @@ async def test_a_folder_without_a_value_head_ends_the_start(tmp_path: Path) -> N
             pass
 
 
+def damage(folder: Path, copy: Path, file: str) -> Path:
+    """A copy of the folder in which half of a file is missing."""
+    shutil.copytree(folder, copy)
+    data = (copy / file).read_bytes()
+    (copy / file).write_bytes(data[: len(data) // 2])
+    return copy
+
+
 @pytest.mark.parametrize("file", ["head.safetensors", "model.safetensors"])
+def test_damaged_weights_are_refused(value_head_folder: Path, tmp_path: Path, file: str) -> None:
+    with pytest.raises(InvalidArgumentError, match="cannot be loaded"):
+        BatchScorer(damage(value_head_folder, tmp_path / "model", file), torch.device("cpu"))
+
+
 async def test_damaged_weights_end_the_start(
-    value_head_folder: Path, tmp_path: Path, file: str, capfd: pytest.CaptureFixture[str]
+    value_head_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(value_head_folder, folder)
-    data = (folder / file).read_bytes()
-    (folder / file).write_bytes(data[: len(data) // 2])
+    folder = damage(value_head_folder, tmp_path / "model", "model.safetensors")
     with pytest.raises(UnavailableError, match=r"reward\.value_head\.path"):
         async with running(folder):
             pass
