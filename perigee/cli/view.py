@@ -50,6 +50,7 @@ _PHASE_COLORS = {
     "onload": "bright_magenta",
     "convert": "bright_red",
     "offload": "bright_yellow",
+    "ahead": "bright_blue",
 }
 _ITERATION_PHASES = (
     pb.RUN_PHASE_ROLLOUT,

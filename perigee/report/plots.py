@@ -26,6 +26,8 @@ PHASE_COLORS = {
     "commit": GREY,
     # Where trainer and workers share devices.
     "leave": "#1f4e8c", "onload": "#a8741a", "convert": "#6d3f86", "offload": "#8c2f39",
+    # Workers generate for the next iteration.
+    "ahead": "#7fb0ee",
 }  # fmt: skip
 # Tokens by how many versions old they are: fresh ones are pale.
 AGE_COLORS = ("#9ecae8", "#58a5d8", "#2f74b8", "#1d4c85", "#122c54")
@@ -176,8 +178,8 @@ def plot_timeline(records: RunRecords) -> go.Figure | None:
         figure.add_bar(
             orientation="h", y=[n for n, _, _ in own], base=[start for _, start, _ in own],
             x=[seconds for _, _, seconds in own], marker_color=PHASE_COLORS[phase], marker_line_width=0, name=phase,
-            # Scoring overlaps with generation: a thinner bar shows both.
-            width=0.32 if phase == "scoring" else 0.75,
+            # These overlap with others: a thinner bar shows both.
+            width=0.32 if phase in ("scoring", "ahead") else 0.75,
             hovertemplate=f"iteration %{{y}}: {phase} %{{x:.2f}} s from %{{base:.2f}} s<extra></extra>",
         )  # fmt: skip
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.0, "yanchor": "bottom", "x": 0})

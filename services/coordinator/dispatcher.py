@@ -59,6 +59,8 @@ class Dispatcher:
     """Queue of sequences that every live worker with the policy version takes from as fast as it can.
 
     `on_waiting` is called with True when work waits and no worker can take it, with False when one takes it.
+
+    With `only`, workers of which it is false get nothing, and the others are waited for, however long, until `go_on`.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Dispatcher:
         config: DispatchConfig,
         call: Call,
         on_waiting: Callable[[bool], None],
+        only: Callable[[Worker], bool] | None = None,
     ) -> None:
         self._registry = registry
+        self._only = only
         self._version = policy_version
         self._config = config
         self._call = call
@@ -104,9 +108,21 @@ class Dispatcher:
             self._set_waiting(False)
             self._queue.clear()
 
+    def go_on(self, policy_version: int, keys: Iterable[str]) -> None:
+        """Gives what follows, `keys` too, to every worker with a policy version; calls under way go on."""
+        self._version, self._only = policy_version, None
+        self._queue.extend(keys)
+        self._wake.set()
+
+    async def drain(self) -> None:
+        """Starts no more calls, until `go_on`, and waits for the ends of those under way."""
+        self._only = lambda worker: False
+        if self._calls:
+            await asyncio.wait(list(self._calls))
+
     def _start_calls(self, tasks: asyncio.TaskGroup) -> None:
         while self._queue:
-            workers = self._registry.with_version(self._version)
+            workers = [w for w in self._registry.with_version(self._version) if self._only is None or self._only(w)]
             worker = next((w for w in workers if self._room(w, len(workers)) > 0), None)
             if worker is None:
                 return
@@ -176,7 +192,7 @@ class Dispatcher:
         """Waits for a change; raises PeerLostError after too much time without a call or an end."""
         if self._wake.is_set() or not (self._queue or self._calls):
             return
-        if self._calls:
+        if self._calls or self._only is not None:
             self._set_waiting(False)
             await self._wake.wait()
             return

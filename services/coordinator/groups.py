@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class Trajectory:
     tokens: int = 0
     # Tokens with which it began the iteration under way, whatever attempt at it added the others.
     start: int = 0
+    # Tokens that it may have at the end of that iteration: those beyond are of the next one, which has begun.
+    limit: int = sys.maxsize
     finished: bool = False
     end_reason: EndReason = pb.END_REASON_UNSPECIFIED
     verdict: Verdict = pb.VERDICT_UNSPECIFIED
@@ -44,9 +47,19 @@ class Trajectory:
         return self.verdict != pb.VERDICT_UNSPECIFIED
 
     @property
+    def counted(self) -> int:
+        """Tokens without those of the next iteration."""
+        return min(self.tokens, self.limit)
+
+    @property
     def added(self) -> int:
         """Tokens that the iteration under way has added."""
-        return self.tokens - self.start
+        return self.counted - self.start
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has finished within its budget of the iteration under way."""
+        return self.finished and self.tokens <= self.limit
 
     @property
     def correct(self) -> bool:
@@ -76,8 +89,8 @@ class Group:
 
     @property
     def complete(self) -> bool:
-        """Whether every trajectory has finished and has a verdict."""
-        return all(trajectory.finished and trajectory.judged for trajectory in self.trajectories)
+        """Whether every trajectory has finished, not later than in the iteration under way, and has a verdict."""
+        return all(trajectory.ended and trajectory.judged for trajectory in self.trajectories)
 
 
 class LiveGroups:
@@ -160,8 +173,8 @@ class LiveGroups:
             await self._buffer.create_groups(request, timeout_s=self._timeout_s)
 
     def starts(self, consumed: Iterable[Group]) -> dict[str, list[int]]:
-        """Returns the tokens of each trajectory of the groups that go on without `consumed`, where one has any."""
-        tokens = {group.id: [trajectory.tokens for trajectory in group.trajectories] for group in self}
+        """Returns the tokens with which trajectories begin the next iteration, by group, where one has any."""
+        tokens = {group.id: [trajectory.counted for trajectory in group.trajectories] for group in self}
         gone = {group.id for group in consumed}
         return {group_id: some for group_id, some in tokens.items() if any(some) and group_id not in gone}
 
@@ -172,7 +185,7 @@ class LiveGroups:
             for trajectory in group.trajectories:
                 del self._trajectories[trajectory.id]
         for trajectory in self.trajectories():
-            trajectory.start = trajectory.tokens
+            trajectory.start = trajectory.counted
 
     def _add(self, group: Group, trajectory_ids: Iterable[str]) -> None:
         self._groups[group.id] = group

@@ -131,14 +131,15 @@ class SharedDevices:
             left.update(staying)
 
     def _find_workers(self) -> list[Worker]:
-        """Returns the workers on the shared devices."""
-        names = self.config.hybrid.workers
-        host = self.settings.trainer_address.rpartition(":")[0]
-        return [
-            worker
-            for worker in self.registry.all()
-            if (worker.worker_id in names if names else worker.address.rpartition(":")[0] == host)
-        ]
+        return [worker for worker in self.registry.all() if self.leaves(worker)]
+
+    def leaves(self, worker: Worker) -> bool:
+        """Returns whether a worker is on shared devices, which it leaves to the trainer."""
+        if not self.are_shared:
+            return False
+        if names := self.config.hybrid.workers:
+            return worker.worker_id in names
+        return worker.address.rpartition(":")[0] == self.settings.trainer_address.rpartition(":")[0]
 
     async def _take_from(self, worker: Worker, deadline: float) -> str | None:
         """Has one worker leave; returns why it did not.

@@ -10,6 +10,9 @@ names the metrics that it measures in the update; they are absent when the itera
   and overlong responses are over the responses of the groups that the iteration completed, however many iterations or
   processes these took: `reward/groups` groups with `reward/responses` judged responses. Short responses finish first,
   so a mean over whatever has finished would rise by itself. Rewards are those of the verifier, before shaping.
+- `rollout/tokens` are those of the iteration's budgets. `rollout/ahead_tokens` of them, the fraction
+  `rollout/ahead_share`, were sampled by an earlier version while the trainer trained (`run.rollout.during_training`),
+  which makes each one version older than it would be; `time/ahead` is that time, in the line of the iteration trained.
 - `train/uniform_rate` is the fraction of the complete groups with equal rewards.
 - `events` are what happened to the run since the line before: workers joined or left, engines started again.
 - `warnings` has a sentence for each metric outside of its range (`perigee/report/ranges.py`), by its key.
@@ -24,6 +27,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -156,21 +160,29 @@ class Iteration:
         groups: LiveGroups,
         sampler: Sampler,
         weight_sync: WeightSync,
+        rollout: RolloutPhase,
     ) -> None:
         self._context = context
         self._committed = committed
+        self._rollout = rollout
         self._groups = groups
         self._sampler = sampler
         self._weight_sync = weight_sync
         self._number = committed.iteration + 1
         self._next_group = committed.state.next_group
         self._timeline = Timeline()
+        # The time for which workers may generate ahead: until they have the new weights.
+        self._ahead = ExitStack()
         self._scoring_failures = 0
         inputs = context.inputs
         self._samples = SampleCollector(inputs.prompts, inputs.tokenizer, inputs.config, self._number)
 
     async def run(self) -> dict[str, Any]:
         """Runs the iteration and returns its line of metrics.jsonl."""
+        with self._ahead:
+            return await self._run()
+
+    async def _run(self) -> dict[str, Any]:
         context, config = self._context, self._context.config
         context.status.iteration = self._number
         self._weight_sync.begin(self._number, self._timeline)
@@ -184,6 +196,7 @@ class Iteration:
         result: trainer_pb2.TrainResult | None = None
         version = self._committed.policy_version
         if batch.groups:
+            self._begin_ahead()
             result = await self._train(batch, learning_rate)
             version = result.policy_version
             with self._timeline.phase("checkpoint"):
@@ -223,23 +236,31 @@ class Iteration:
     async def _roll_out(self) -> RolloutCounts:
         context, status = self._context, self._context.status
         version = self._committed.policy_version
-        unscored = [t for t in self._groups.trajectories() if t.finished and not t.judged]
-        moving = sum(not t.finished or t.added > 0 for t in self._groups.trajectories())
-        status.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, moving)
         async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
-            all_begin = all(group.iteration == self._number for group in self._groups)
-            phase = RolloutPhase(context, version, self._groups, scoring, self._samples, all_begin)
+            self._rollout.begin(version, self._number, scoring, self._samples)
+            unscored = [t for t in self._groups.trajectories() if t.finished and not t.judged]
+            moving = sum(not t.finished or t.added > 0 for t in self._groups.trajectories())
+            status.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, moving)
             with self._timeline.phase("rollout"):
                 async with self._weight_sync.run(version):
                     await self._score_again(unscored, scoring)
-                    counts = await phase.run()
+                    await self._rollout.run()
             status.enter(coordinator_pb2.RUN_PHASE_SCORING)
             with self._timeline.phase("scoring"):
                 await scoring.drain()
-        return counts
+        return await self._rollout.count()
+
+    def _begin_ahead(self) -> None:
+        """Has workers that stay go on with what is not trained, if they shall and this is not the last iteration."""
+        config, stays = self._context.config, self._weight_sync.stays
+        is_last = self._number - self._committed.uncounted(config.iterations) >= config.iterations
+        workers = self._context.registry.with_version(self._committed.policy_version)
+        if config.rolls_out_during_training and not is_last and any(map(stays, workers)):
+            self._ahead.enter_context(self._timeline.phase("ahead"))
+            self._rollout.begin_ahead(stays)
 
     async def _score_again(self, unscored: Sequence[Trajectory], scoring: ScoringPipeline) -> None:
-        """Submits the responses that had finished, but had no verdict, when a coordinator died."""
+        """Submits the responses without a verdict that had finished when a coordinator died, or ahead."""
         context = self._context
         for start in range(0, len(unscored), context.settings.scoring.batch):
             some = unscored[start : start + context.settings.scoring.batch]
@@ -317,7 +338,11 @@ class Iteration:
             starts=self._groups.starts(batch.consumed),
         )
         # Before the commit: a committed iteration has its samples.
-        await asyncio.to_thread(context.log.add_samples, self._samples.chosen())
+        samples = self._samples.chosen()
+        for sample in samples:
+            # A response may have taken tokens of new weights before the coordinator knew.
+            sample.policy_versions = sorted(+self._groups.trajectory(sample.id).tokens_by_version)
+        await asyncio.to_thread(context.log.add_samples, samples)
         status.enter(coordinator_pb2.RUN_PHASE_WEIGHTS)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -326,6 +351,7 @@ class Iteration:
                     tasks.create_task(self._weight_sync.push(version))
         except BaseExceptionGroup as group:
             raise first_error(group) from group
+        self._ahead.close()
         self._committed.iteration, self._committed.policy_version = self._number, version
         self._committed.state = state
         self._groups.close_iteration(batch.consumed)
@@ -405,6 +431,8 @@ def rollout_metrics(
     lengths = [trajectory.tokens for trajectory in batch.trajectories]
     return {
         "rollout/tokens": counts.tokens,
+        "rollout/ahead_tokens": counts.ahead_tokens,
+        "rollout/ahead_share": rate(counts.ahead_tokens, counts.tokens),
         "rollout/cached_tokens": counts.cached_tokens,
         "rollout/tokens_per_second": round(counts.timed_tokens / seconds, 1) if seconds else None,
         "rollout/finished": ended.total() - ended["budget"],

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import defaultdict
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -18,66 +19,124 @@ from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
 from services.coordinator.groups import EndReason, LiveGroups, Trajectory
 from services.coordinator.samples import SampleCollector
 from services.coordinator.workers import Worker
+from services.kit.server import end_tasks
 
 
 @dataclass
 class RolloutCounts:
     """Tokens, ends and failures of a rollout phase."""
 
-    # Of the iteration, those that an attempt that broke off had made durable included; `timed_tokens` without them.
+    # Of the iteration, those that an attempt that broke off had made durable included, and `ahead_tokens`, which an
+    # earlier version sampled while the trainer trained; `timed_tokens` without either.
     tokens: int = 0
     timed_tokens: int = 0
+    ahead_tokens: int = 0
     cached_tokens: int = 0
     failures: int = 0
     # End reason of each trajectory's segment.
     ended: dict[str, EndReason] = field(default_factory=dict)
 
 
-@dataclass
 class RolloutPhase:
-    """Extends every unfinished trajectory by one token budget at most, with one policy version.
+    """Extends every unfinished trajectory by one token budget at most in each iteration.
 
     An iteration that is done again, after a trainer or a coordinator died, goes on where its tokens in the buffer end.
+    While the trainer trains, a phase may begin ahead with the trajectories that it does not train. Whatever that adds,
+    the iteration under way does not see it (`Trajectory.limit`): the same groups are complete as without it.
     """
 
-    context: RunContext
-    policy_version: int
-    groups: LiveGroups
-    scoring: ScoringPipeline
-    samples: SampleCollector
-    # Whether every group begins in this iteration, as in a run's first, and when all ended together before.
-    all_begin: bool
-    counts: RolloutCounts = field(default_factory=RolloutCounts)
-    _targets: dict[str, int] = field(default_factory=dict)
+    def __init__(self, context: RunContext, groups: LiveGroups) -> None:
+        self.context = context
+        self.groups = groups
+        self._ahead: asyncio.Task[None] | None = None
+        self._begin_anew(0)
 
-    async def run(self) -> RolloutCounts:
+    def _begin_anew(self, policy_version: int, only: Callable[[Worker], bool] | None = None) -> None:
+        context = self.context
+        self.policy_version = policy_version
+        # None while a phase runs ahead: what finishes then is scored when the phase begins.
+        self.scoring: ScoringPipeline | None = None
+        self.samples: SampleCollector | None = None
+        # Whether every group begins in this iteration, as in a run's first, and when all ended together before.
+        self.all_begin = False
+        self.counts = RolloutCounts()
+        self._tokens_before = 0
+        self._targets: dict[str, int] = {}
+        self._dispatcher = Dispatcher(
+            context.registry,
+            policy_version,
+            context.settings.dispatch,
+            self._extend,
+            context.status.set_waiting,
+            only,
+        )
+
+    def begin_ahead(self, only: Callable[[Worker], bool]) -> None:
+        """Begins the next iteration's phase, with the same weights, on the workers of which `only` is true.
+
+        Calls under way go on while their worker takes the next weights. `begin` and `run` make it the phase of all.
+        """
+        self._begin_anew(self.policy_version, only)
+        for trajectory in self.groups.trajectories():
+            target = min(self._cap, trajectory.counted + self._budget)
+            if not trajectory.finished and trajectory.tokens < target:
+                self._targets[trajectory.id] = target
+        self._ahead = asyncio.create_task(self._dispatcher.run(list(self._targets)))
+
+    async def drain(self) -> None:
+        """Leaves the workers to others for a while: what they are extending ahead ends, and nothing more begins."""
+        if self._ahead is not None:
+            await self._dispatcher.drain()
+
+    async def aclose(self) -> None:
+        """Ends what has begun ahead."""
+        if self._ahead is not None:
+            await end_tasks(self._ahead)
+
+    def begin(self, policy_version: int, iteration: int, scoring: ScoringPipeline, samples: SampleCollector) -> None:
+        """Gives each trajectory its budget of the iteration; what ends from here on is scored."""
+        if self._ahead is None:
+            self._begin_anew(policy_version)
+        self.policy_version, self.scoring, self.samples = policy_version, scoring, samples
+        self.all_begin = all(group.iteration == iteration for group in self.groups)
+        for trajectory in self.groups.trajectories():
+            trajectory.limit = min(self._cap, trajectory.start + self._budget_of(trajectory))
+
+    async def run(self) -> None:
         """Extends the trajectories until the segment of each has ended."""
         due: list[Trajectory] = []
         for trajectory in self.groups.trajectories():
-            self._targets[trajectory.id] = min(self._cap, trajectory.start + self._budget_of(trajectory))
-            if trajectory.finished:
+            if trajectory.id in self._targets:
+                continue  # it has begun ahead
+            self._targets[trajectory.id] = trajectory.limit
+            if trajectory.ended:
                 if trajectory.added:
                     self.counts.ended[trajectory.id] = trajectory.end_reason
-            elif trajectory.tokens < self._targets[trajectory.id]:
+            elif trajectory.tokens < trajectory.limit:
                 due.append(trajectory)
             else:
                 self.counts.ended[trajectory.id] = buffer_pb2.END_REASON_BUDGET
         # A worker is called once for each budget, in turn: those of one length go together, long ones first. Of these,
         # partial trajectories come before those that have no token yet, oldest first.
         due.sort(key=lambda trajectory: (-self._budget_of(trajectory), trajectory.tokens == 0))
-        tokens_before = self._count_tokens()
-        context = self.context
-        dispatcher = Dispatcher(
-            context.registry,
-            self.policy_version,
-            context.settings.dispatch,
-            self._extend,
-            context.status.set_waiting,
-        )
-        await dispatcher.run(trajectory.id for trajectory in due)
-        self.counts.tokens = self._count_tokens()
-        self.counts.timed_tokens = self.counts.tokens - tokens_before
-        return self.counts
+        self._tokens_before = self._count_tokens()
+        self._dispatcher.go_on(self.policy_version, [trajectory.id for trajectory in due])
+        if self._ahead is not None:
+            await self._ahead
+        await self._dispatcher.run(())
+
+    async def count(self) -> RolloutCounts:
+        """Returns the counts of the phase, once nothing of it is under way."""
+        counts, trajectories = self.counts, list(self.groups.trajectories())
+        if self._ahead is not None:
+            # The ends of calls do not tell where the weights changed.
+            self._ahead = None
+            await self.groups.refresh(trajectories)
+        counts.tokens = self._count_tokens()
+        # All tokens of the version are of this iteration, unless the one before has trained nothing.
+        counts.ahead_tokens = sum(max(0, t.added - t.tokens_by_version[self.policy_version]) for t in trajectories)
+        counts.timed_tokens = counts.tokens - max(self._tokens_before, counts.ahead_tokens)
+        return counts
 
     def _count_tokens(self) -> int:
         return sum(trajectory.added for trajectory in self.groups.trajectories())
@@ -173,7 +232,8 @@ class RolloutPhase:
         ):
             for end in response.ended:
                 await self._record_end(end)
-            self.context.status.done = len(self.counts.ended)
+            if self.scoring is not None:
+                self.context.status.done = len(self.counts.ended)
             self.counts.failures += len(response.failed)
             yield Progress(
                 ended=[end.trajectory_id for end in response.ended],
@@ -201,9 +261,10 @@ class RolloutPhase:
     async def _finish(self, trajectory: Trajectory, end_reason: EndReason, text: str) -> None:
         if self.counts.ended.get(trajectory.id, buffer_pb2.END_REASON_BUDGET) != buffer_pb2.END_REASON_BUDGET:
             return
-        prompt, versions = trajectory.group.prompt, trajectory.tokens_by_version
-        self.samples.add(trajectory.id, prompt, text, trajectory.tokens, versions, end_reason)
-        await self.scoring.submit(ScoreJob(trajectory.id, text, prompt.line.item))
+        if self.scoring is not None and self.samples is not None:
+            prompt, versions = trajectory.group.prompt, trajectory.tokens_by_version
+            self.samples.add(trajectory.id, prompt, text, trajectory.tokens, versions, end_reason)
+            await self.scoring.submit(ScoreJob(trajectory.id, text, prompt.line.item))
         trajectory.finished = True
         trajectory.end_reason = end_reason
         self.counts.ended[trajectory.id] = end_reason

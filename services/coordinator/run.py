@@ -27,7 +27,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as package_version
@@ -53,6 +53,7 @@ from services.coordinator.context import RunContext
 from services.coordinator.evaluation import Evaluation, Kind, choose_problems
 from services.coordinator.groups import LiveGroups
 from services.coordinator.iteration import Committed, CoordinatorState, Iteration, decode_state
+from services.coordinator.rollout_phase import RolloutPhase
 from services.coordinator.run_config import SftStage, config_digest, to_message
 from services.coordinator.run_log import Timeline, numbers
 from services.coordinator.sampling import Sampler, make_sampler
@@ -107,15 +108,17 @@ class Run:
             await self._evaluate(committed, "baseline")
             committed.state.started_seconds = context.status.elapsed_seconds
         every = config.evaluation.every
-        while not self._is_over(committed):
-            if every and committed.iteration and committed.iteration % every == 0:
-                await self._evaluate(committed, "periodic")
-            number, version = committed.iteration + 1, committed.policy_version
-            with detached_span("iteration", run=self._run_id, iteration=number, version=version):
-                line = await Iteration(context, committed, groups, sampler, self._weight_sync).run()
-                self._committed_iteration = committed.iteration
-                context.status.metrics = numbers(line)
-                log.info("iteration", metrics=numbers(line))
+        async with aclosing(RolloutPhase(context, groups)) as rollout:
+            while not self._is_over(committed):
+                if every and committed.iteration and committed.iteration % every == 0:
+                    await rollout.drain()
+                    await self._evaluate(committed, "periodic")
+                number, version = committed.iteration + 1, committed.policy_version
+                with detached_span("iteration", run=self._run_id, iteration=number, version=version):
+                    line = await Iteration(context, committed, groups, sampler, self._weight_sync, rollout).run()
+                    self._committed_iteration = committed.iteration
+                    context.status.metrics = numbers(line)
+                    log.info("iteration", metrics=numbers(line))
         baseline = await self._evaluate(committed, "baseline")
         final = await self._evaluate(committed, "final")
         await self._finish(committed, baseline, final)

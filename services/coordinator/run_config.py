@@ -157,6 +157,10 @@ class RolloutSettings(Model):
     max_response_tokens: int = Field(1024, ge=1)
     """Response tokens that a trajectory may have over all iterations; more than most responses of the model need: those
     cut by it have no answer."""
+    during_training: bool | None = None
+    """Workers that do not share the trainer's devices go on with partial trajectories while it trains, by the budgets
+    of the next iteration. These tokens are one version older than they would be: below an `update.max_staleness` of 1
+    they are left out of the loss. Unset, it is on in a hybrid deployment with a `max_staleness` of 1 or more."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
     repetition_stop: RepetitionStopConfig = RepetitionStopConfig()
@@ -405,6 +409,13 @@ class RunConfig(Model):
     def optimizer_message(self, learning_rate: float) -> trainer_pb2.Optimizer:
         """Returns the optimizer's settings at a learning rate."""
         return to_message(self.optimizer, trainer_pb2.Optimizer(), learning_rate=learning_rate)
+
+    @property
+    def rolls_out_during_training(self) -> bool:
+        """Whether workers that do not share the trainer's devices generate while it trains."""
+        if self.rollout.during_training is not None:
+            return self.rollout.during_training
+        return self.deployment == "hybrid" and self.update.max_staleness > 0
 
     @property
     def overlong_cap(self) -> int:

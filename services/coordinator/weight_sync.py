@@ -60,6 +60,10 @@ class WeightSync:
         self._devices.iteration, self._devices.timeline = iteration, timeline
         self._status.timeline = timeline
 
+    def stays(self, worker: Worker) -> bool:
+        """Returns whether a worker may get work in the trainer's turn: it does not leave, nor is it pushed weights."""
+        return worker not in self._underway and not self._devices.leaves(worker)
+
     async def wait_until_free(self) -> pb.GetStateResponse:
         """Returns the trainer's state once it has no job: one of a coordinator that died may still be ending.
 

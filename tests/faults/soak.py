@@ -87,8 +87,9 @@ KINDS: Mapping[str, int] = {
     "rollout": 1,
     "sandbox": 0,
     "sandbox helper": 0,
-    "trainer": 0,
-    "trainer rank": 0,
+    # The worker beside the pods generates while the trainer trains.
+    "trainer": 1,
+    "trainer rank": 1,
     TOGETHER: WORKERS,
     "valkey": WORKERS,
 }

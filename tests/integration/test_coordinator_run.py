@@ -8,23 +8,27 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from prometheus_client import REGISTRY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from perigee.rollout.v1 import rollout_pb2
 from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
 from services.kit.hf import open_tokenizer
 from services.kit.server import serving
+from tests.faults.law import Law, look
 from tests.fixtures.coordinator import math_line, write_lines, write_run_section
-from tests.fixtures.coordinator_fakes import FakePeers, fake_peers, worker_in_service
+from tests.fixtures.coordinator_fakes import FakePeers, FakeWorker, fake_peers, worker_in_service
 
 PHASES = {"preparation", "rollout", "scoring", "training", "checkpoint", "commit", "weights"}
 
@@ -423,3 +427,145 @@ async def test_seconds_of_phases_count_once_in_an_iteration_that_trains_nothing(
     for phase in ("convert", "offload", "rollout"):
         of_lines = sum(line.get(f"time/{phase}/seconds", 0.0) for line in lines)
         assert seconds[phase] == pytest.approx(of_lines, abs=0.01), phase
+
+
+@dataclass
+class StayingWorker(FakeWorker):
+    """Answers one call while the trainer has its turn; others that come then wait for the next weights."""
+
+    coordinator: CoordinatorClient | None = None
+    # Calls while the trainer had its turn, and segments that ended then, by version.
+    ahead: Counter[int] = field(default_factory=Counter)
+    ended: Counter[int] = field(default_factory=Counter)
+
+    async def _read(self, request: rollout_pb2.ExtendTrajectoriesRequest) -> dict[str, tuple[str, list[int]]]:
+        assert self.coordinator is not None
+        version = request.policy_version
+        if "ahead" in (await self.coordinator.get_status(pb.GetStatusRequest())).run.phases:
+            self.ahead[version] += 1
+            while self.ahead[version] > 1 and self.version == version:  # noqa: ASYNC110, weights tell nobody
+                await asyncio.sleep(0.01)
+        return await super()._read(request)
+
+    async def _extend(
+        self,
+        request: rollout_pb2.ExtendTrajectoriesRequest,
+        leased: rollout_pb2.LeasedTrajectory,
+        held: tuple[str, list[int]],
+    ) -> rollout_pb2.SegmentEnd:
+        end = await super()._extend(request, leased, held)
+        self.ended[request.policy_version] += self.ahead[request.policy_version] > 0
+        return end
+
+
+@dataclass
+class Ended:
+    """A run that has ended, and what it trained in each iteration that it has committed."""
+
+    lines: list[dict[str, Any]]
+    trained: dict[int, list[str]]
+    prompts: list[bytes]
+    calls_ahead: Counter[int]
+    evaluations: list[int]
+
+
+async def run_on_shared_devices(buffer_address: str, folder: Path, ahead: bool, stall_in: str = "") -> Ended:
+    """Runs with a worker that leaves and one that stays; the coordinator is replaced where the trainer stalls."""
+    section = write_run_section(
+        folder,
+        iterations=4,
+        drop_uniform_groups=False,
+        evaluation={"every": 2, "samples": 1, "problems": 2, "end_problems": 2},
+        rollout={"token_budget": 4, "max_response_tokens": 24, "during_training": ahead},
+        update={"max_staleness": 1},
+        deployment="hybrid",
+        hybrid={"engine": "restart", "workers": ["pod"]},
+    )
+    tokenizer = open_tokenizer(folder / "model", "run.model")
+    run_id, run_path = f"run-{uuid.uuid4().hex}", folder / "run"
+    async with fake_peers(buffer_address) as peers:
+        trainer, pod = peers.trainer, peers.add_worker("pod", tokenizer)
+        stays = StayingWorker("stays", peers.buffer, tokenizer)
+        peers.workers["stays"], trainer.shares_with = stays, "pod"
+        # The last iteration has none after it.
+        trainer.is_done = lambda version: (
+            not ahead or version == 3 or (stays.ahead[version] > 1 and stays.ended[version] > 0)
+        )
+        request = pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path))
+        for stall in (stall_in, "") if stall_in else ("",):
+            trainer.stall_in = stall
+            async with AsyncExitStack() as stack:
+                stays.coordinator = client = await stack.enter_async_context(coordinator(peers, run_path=str(run_path)))
+                for worker in (pod, stays):
+                    await stack.enter_async_context(worker_in_service(worker, client.target))
+                while len((await client.get_status(pb.GetStatusRequest())).workers) < 2:  # noqa: ASYNC110 (others register)
+                    await asyncio.sleep(0.01)
+                await client.start_run(request)
+                if stall:
+                    await asyncio.wait_for(trainer.stalled.wait(), timeout=60)
+                else:
+                    assert (await finish(client, run_id))[-1].error == ""
+        Law(run_path / "metrics.jsonl").check(await look(peers.buffer, run_id))
+    committed = {request.iteration: request for request in trainer.trained}
+    trained = {
+        number: [member.trajectory_id for group in request.groups for member in group.trajectories]
+        for number, request in committed.items()
+    }
+    return Ended(
+        read_json_lines(run_path / "metrics.jsonl"),
+        trained,
+        [trainer.prompts[name] for names in trained.values() for name in names],
+        stays.ahead,
+        [line["iteration"] for line in read_json_lines(run_path / "evaluations.jsonl")],
+    )
+
+
+async def test_workers_that_stay_generate_while_the_trainer_trains(buffer_address: str, tmp_path: Path) -> None:
+    def worker_failures() -> float | None:
+        return REGISTRY.get_sample_value("perigee_coordinator_failures_total", {"kind": "worker_call"})
+
+    failures = worker_failures()
+    plain = await run_on_shared_devices(buffer_address, tmp_path / "plain", ahead=False)
+    ahead = await run_on_shared_devices(buffer_address, tmp_path / "ahead", ahead=True)
+    # Nobody was given work that had left, was about to, or had other weights.
+    assert worker_failures() == failures
+    cut = await run_on_shared_devices(buffer_address, tmp_path / "cut", ahead=True, stall_in="SaveCheckpoint")
+
+    assert not plain.calls_ahead
+    assert not any(line["rollout/ahead_tokens"] or "time/ahead/start" in line for line in plain.lines)
+    same = ("rollout/tokens", "rollout/finished", "rollout/ended/budget", "reward/groups", "rollout/live_groups")
+    for run in (ahead, cut):
+        # Each iteration trains the same responses of the same prompts in the same order: nobody had a second budget.
+        assert run.trained == plain.trained
+        assert run.prompts == plain.prompts
+        for key in same:
+            assert [line[key] for line in run.lines] == [line[key] for line in plain.lines], key
+        assert run.evaluations == [0, 2, 4]
+        assert all(line["rollout/ahead_tokens"] > 0 for line in run.lines[1:])
+        assert run.lines[0]["rollout/ahead_tokens"] == 0
+        for line in run.lines[:-1]:
+            ended = line["time/ahead/start"] + line["time/ahead/seconds"]
+            assert line["time/ahead/start"] <= line["time/leave/start"]
+            assert line["time/weights/start"] < ended
+        assert "time/ahead/start" not in run.lines[-1]
+    assert {*ahead.calls_ahead} == {0, 1, 2}
+
+
+async def test_a_run_on_separate_devices_generates_ahead_where_it_is_asked_to(
+    buffer_address: str, tmp_path: Path
+) -> None:
+    rollout = {"token_budget": 4, "max_response_tokens": 24, "during_training": True}
+    section = write_run_section(tmp_path, iterations=3, drop_uniform_groups=False, rollout=rollout)
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
+    run_id, run_path = f"run-{uuid.uuid4().hex}", tmp_path / "run"
+    async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
+        worker, trainer = peers.add_worker("a", tokenizer), peers.trainer
+        # Until the worker has extended something more often than iterations have begun; the last one has none after it.
+        trainer.is_done = lambda version: version == 2 or max(Counter(worker.extended).values()) > version + 1
+        async with worker_in_service(worker, client.target):
+            await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(run_path)))
+            assert (await finish(client, run_id))[-1].error == ""
+        Law(run_path / "metrics.jsonl").check(await look(peers.buffer, run_id))
+    first, *others = read_json_lines(run_path / "metrics.jsonl")
+    assert first["rollout/ahead_tokens"] == 0
+    assert all(line["rollout/ahead_tokens"] > 0 for line in others)

@@ -134,6 +134,14 @@ async def test_a_worker_that_refuses_to_leave_keeps_the_trainer_off_the_devices(
     assert not devices.onloads
 
 
+async def test_the_workers_of_the_trainers_host_or_those_named_leave() -> None:
+    for names, leaves in (((), True), (("w",), True), (("v",), False)):
+        devices = Devices(*names)
+        assert devices.leaves(devices.worker) is leaves
+        cast(Any, devices.config).deployment = "separate"
+        assert not devices.leaves(devices.worker)
+
+
 async def test_it_is_told_once_when_no_worker_is_on_the_devices() -> None:
     devices = Devices("v")
     for _ in range(2):

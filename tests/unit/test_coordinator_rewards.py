@@ -203,6 +203,29 @@ def test_groups_that_teach_nothing_are_consumed_and_not_trained() -> None:
     assert len(kept.groups) == 1
 
 
+def test_a_group_that_finished_ahead_is_of_the_next_iteration() -> None:
+    group = make_group([CORRECT, WRONG], [1.0, 0.0])
+    one, other = group.trajectories
+    other.start, other.limit = other.tokens - 8, other.tokens - 3
+    assert (one.ended, other.ended) == (True, False)
+    assert (other.added, other.counted) == (5, other.tokens - 3)
+    assert make_training_batch([group], ShapingWeights(0.0, 0.0), True).consumed == []
+    other.limit = other.tokens
+    assert make_training_batch([group], ShapingWeights(0.0, 0.0), True).consumed == [group]
+
+
+def test_workers_generate_while_the_trainer_trains_where_stale_tokens_count() -> None:
+    def generates(deployment: str, max_staleness: int, during_training: bool | None = None) -> bool:
+        changes = {"update": {"max_staleness": max_staleness}, "rollout": {"during_training": during_training}}
+        return RunConfig(**RUN, deployment=deployment, **changes).rolls_out_during_training
+
+    assert generates("hybrid", 1)
+    assert not generates("hybrid", 0)
+    assert not generates("separate", 1)
+    assert generates("separate", 0, during_training=True)
+    assert not generates("hybrid", 1, during_training=False)
+
+
 def test_learning_rate_falls_over_the_run() -> None:
     rates = [learning_rate_at(2e-4, 0.3, progress) for progress in (0.0, 0.5, 1.0)]
     assert rates == pytest.approx([2e-4, 1.3e-4, 0.6e-4])

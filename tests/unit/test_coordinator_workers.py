@@ -249,6 +249,38 @@ async def test_a_sequence_that_keeps_failing_is_named() -> None:
         await make_dispatcher(registry, call, attempts=3).run(["1"])
 
 
+async def test_only_some_workers_get_work_until_the_dispatch_goes_on() -> None:
+    registry = make_registry()
+    stays, leaves = add_worker(registry, "stays", capacity=1), add_worker(registry, "leaves", capacity=1)
+    calls: asyncio.Queue[tuple[str, list[str]]] = asyncio.Queue()
+    released = asyncio.Semaphore(0)
+
+    async def call(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        calls.put_nowait((worker.worker_id, keys))
+        await released.acquire()
+        yield Progress(ended=keys)
+
+    # Nobody is waited for too long, nor is that shown.
+    config = DispatchConfig(calls_per_worker=1, overcommit=1.0, worker_wait_s=0.001)
+    dispatcher = Dispatcher(registry, 1, config, call, lambda waiting: None, lambda worker: worker is stays)
+    async with asyncio.timeout(30), asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(dispatcher.run(["1", "2", "3"]))
+        assert await calls.get() == ("stays", ["1"])
+        draining = tasks.create_task(dispatcher.drain())
+        await asyncio.sleep(0)
+        assert not draining.done()
+        released.release()
+        await draining
+        await asyncio.sleep(0.01)
+        assert calls.empty()
+        registry.mark_pushed(leaves, 2)
+        dispatcher.go_on(2, ["4"])
+        for key in ("2", "3", "4"):
+            assert await calls.get() == ("leaves", [key])
+            released.release()
+        await running
+
+
 async def test_without_a_worker_the_wait_is_shown_and_bounded() -> None:
     shown: list[bool] = []
     dispatcher = Dispatcher(make_registry(), 1, DispatchConfig(worker_wait_s=0.05), lambda *_: None, shown.append)  # type: ignore[arg-type,return-value]
