@@ -122,7 +122,7 @@ class Dispatcher:
 
     def _start_calls(self, tasks: asyncio.TaskGroup) -> None:
         while self._queue:
-            workers = [w for w in self._registry.with_version(self._version) if self._only is None or self._only(w)]
+            workers = [w for w in self._registry.with_version(self._version) if self._is_served(w)]
             worker = next((w for w in workers if self._room(w, len(workers)) > 0), None)
             if worker is None:
                 return
@@ -132,6 +132,9 @@ class Dispatcher:
             self._calls[task] = worker
             task.add_done_callback(self._forget)
 
+    def _is_served(self, worker: Worker) -> bool:
+        return self._only is None or self._only(worker)
+
     def _room(self, worker: Worker, workers: int) -> int:
         """Returns the size of the next call: a share of the worker's limit or of the queue; 0 while it does not fit."""
         limit = math.ceil(worker.capacity * self._config.overcommit)
@@ -140,7 +143,7 @@ class Dispatcher:
         return size if worker.outstanding + size <= limit else 0
 
     async def _run_call(self, worker: Worker, batch: list[str]) -> None:
-        remaining = dict.fromkeys(batch)
+        remaining, version = dict.fromkeys(batch), self._version
         try:
             with detached_span("dispatch", worker=worker.worker_id, sequences=len(batch)):
                 async with aclosing(self._call(worker, batch)) as stream:
@@ -153,6 +156,10 @@ class Dispatcher:
         except FATAL:
             raise
         except PerigeeError as error:
+            if isinstance(error, FailedPreconditionError) and not (
+                worker.has_version(version) and self._is_served(worker)
+            ):
+                return  # other weights overtook the call
             FAILURES.labels("worker_call").inc()
             if isinstance(error, FailedPreconditionError):
                 # It restarted, or has other weights: no work until the weights are pushed again.

@@ -437,6 +437,24 @@ class StayingWorker(FakeWorker):
     # Calls while the trainer had its turn, and segments that ended then, by version.
     ahead: Counter[int] = field(default_factory=Counter)
     ended: Counter[int] = field(default_factory=Counter)
+    running: int = 0
+
+    async def Generate(
+        self, request: rollout_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[rollout_pb2.GenerateResponse]:
+        assert not self.running
+        async for response in super().Generate(request, context):
+            yield response
+
+    async def ExtendTrajectories(
+        self, request: rollout_pb2.ExtendTrajectoriesRequest, context: Any
+    ) -> AsyncIterator[rollout_pb2.ExtendTrajectoriesResponse]:
+        self.running += 1
+        try:
+            async for response in super().ExtendTrajectories(request, context):
+                yield response
+        finally:
+            self.running -= 1
 
     async def _read(self, request: rollout_pb2.ExtendTrajectoriesRequest) -> dict[str, tuple[str, list[int]]]:
         assert self.coordinator is not None
@@ -444,7 +462,7 @@ class StayingWorker(FakeWorker):
         if "ahead" in (await self.coordinator.get_status(pb.GetStatusRequest())).run.phases:
             self.ahead[version] += 1
             while self.ahead[version] > 1 and self.version == version:  # noqa: ASYNC110, weights tell nobody
-                await asyncio.sleep(0.01)
+                await asyncio.sleep(0.1)
         return await super()._read(request)
 
     async def _extend(
@@ -503,6 +521,10 @@ async def run_on_shared_devices(buffer_address: str, folder: Path, ahead: bool, 
                 await client.start_run(request)
                 if stall:
                     await asyncio.wait_for(trainer.stalled.wait(), timeout=60)
+                    # The push begins together with the commit.
+                    committed_by_then = 1 if stall == "PushWeights" else 0
+                    while (await peers_run_state(buffer_address, run_id)).run.iteration < committed_by_then:  # noqa: ASYNC110
+                        await asyncio.sleep(0.01)
                 else:
                     assert (await finish(client, run_id))[-1].error == ""
         Law(run_path / "metrics.jsonl").check(await look(peers.buffer, run_id))
@@ -527,14 +549,17 @@ async def test_workers_that_stay_generate_while_the_trainer_trains(buffer_addres
     failures = worker_failures()
     plain = await run_on_shared_devices(buffer_address, tmp_path / "plain", ahead=False)
     ahead = await run_on_shared_devices(buffer_address, tmp_path / "ahead", ahead=True)
-    # Nobody was given work that had left, was about to, or had other weights.
+    # Nobody was given work that had left, was about to, or had other weights, nor was an evaluation beside other work.
     assert worker_failures() == failures
-    cut = await run_on_shared_devices(buffer_address, tmp_path / "cut", ahead=True, stall_in="SaveCheckpoint")
+    cut, cut_later = [
+        await run_on_shared_devices(buffer_address, tmp_path / stall_in, ahead=True, stall_in=stall_in)
+        for stall_in in ("SaveCheckpoint", "PushWeights")
+    ]
 
     assert not plain.calls_ahead
     assert not any(line["rollout/ahead_tokens"] or "time/ahead/start" in line for line in plain.lines)
     same = ("rollout/tokens", "rollout/finished", "rollout/ended/budget", "reward/groups", "rollout/live_groups")
-    for run in (ahead, cut):
+    for run in (ahead, cut, cut_later):
         # Each iteration trains the same responses of the same prompts in the same order: nobody had a second budget.
         assert run.trained == plain.trained
         assert run.prompts == plain.prompts
@@ -543,7 +568,8 @@ async def test_workers_that_stay_generate_while_the_trainer_trains(buffer_addres
         assert run.evaluations == [0, 2, 4]
         assert all(line["rollout/ahead_tokens"] > 0 for line in run.lines[1:])
         assert run.lines[0]["rollout/ahead_tokens"] == 0
-        for line in run.lines[:-1]:
+        # What follows the commit of an iteration is in its line unless the coordinator died meanwhile.
+        for line in run.lines[run is cut_later : -1]:
             ended = line["time/ahead/start"] + line["time/ahead/seconds"]
             assert line["time/ahead/start"] <= line["time/leave/start"]
             assert line["time/weights/start"] < ended

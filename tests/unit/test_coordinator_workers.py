@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
-from perigee.errors import InternalError, InvalidArgumentError, NotFoundError, UnavailableError
+from perigee.errors import FailedPreconditionError, InternalError, InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.rollout.client import RolloutClient
 from services.coordinator.config import DispatchConfig
 from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
@@ -279,6 +279,24 @@ async def test_only_some_workers_get_work_until_the_dispatch_goes_on() -> None:
             assert await calls.get() == ("leaves", [key])
             released.release()
         await running
+
+
+async def test_a_call_that_other_weights_overtook_is_made_again() -> None:
+    registry = make_registry()
+    worker = add_worker(registry, "a")
+    calls: list[list[str]] = []
+
+    async def call(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
+        calls.append(keys)
+        if worker.pushed_version == 1:
+            registry.mark_pushed(worker, 2)
+            dispatcher.go_on(2, ["2"])
+            raise FailedPreconditionError("holds version 2")
+        yield Progress(ended=keys)
+
+    dispatcher = make_dispatcher(registry, call, calls_per_worker=1)
+    await dispatcher.run(["1"])
+    assert (calls, worker.suspect) == ([["1"], ["1", "2"]], None)
 
 
 async def test_without_a_worker_the_wait_is_shown_and_bounded() -> None:
