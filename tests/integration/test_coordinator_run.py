@@ -437,32 +437,16 @@ class StayingWorker(FakeWorker):
     # Calls while the trainer had its turn, and segments that ended then, by version.
     ahead: Counter[int] = field(default_factory=Counter)
     ended: Counter[int] = field(default_factory=Counter)
-    running: int = 0
-
-    async def Generate(
-        self, request: rollout_pb2.GenerateRequest, context: Any
-    ) -> AsyncIterator[rollout_pb2.GenerateResponse]:
-        assert not self.running
-        async for response in super().Generate(request, context):
-            yield response
-
-    async def ExtendTrajectories(
-        self, request: rollout_pb2.ExtendTrajectoriesRequest, context: Any
-    ) -> AsyncIterator[rollout_pb2.ExtendTrajectoriesResponse]:
-        self.running += 1
-        try:
-            async for response in super().ExtendTrajectories(request, context):
-                yield response
-        finally:
-            self.running -= 1
 
     async def _read(self, request: rollout_pb2.ExtendTrajectoriesRequest) -> dict[str, tuple[str, list[int]]]:
         assert self.coordinator is not None
-        version = request.policy_version
-        if "ahead" in (await self.coordinator.get_status(pb.GetStatusRequest())).run.phases:
+        version, ask = request.policy_version, pb.GetStatusRequest()
+        if "ahead" in (await self.coordinator.get_status(ask)).run.phases:
             self.ahead[version] += 1
             while self.ahead[version] > 1 and self.version == version:  # noqa: ASYNC110, weights tell nobody
                 await asyncio.sleep(0.1)
+            # Evaluations wait for its end.
+            assert (await self.coordinator.get_status(ask)).run.phase != pb.RUN_PHASE_EVALUATION
         return await super()._read(request)
 
     async def _extend(
