@@ -187,8 +187,9 @@ async def test_neither_a_dead_engine_nor_a_late_push_holds_up_an_iteration(buffe
         assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
         assert not any("dead" in targets for _, targets in s.peers.trainer.pushes[pushes:])
         events = [event["event"] for line in s.lines() for event in line["events"]]
-        assert events[0] == "dead: its engine died and starts again"
-        assert events[1].startswith("late joined, at 127.0.0.1:")
+        # A push that it refused may be told before.
+        assert "dead: its engine died and starts again" in events
+        assert any(event.startswith("late joined, at 127.0.0.1:") for event in events)
         # Its first push was still under way when the iteration went on.
         assert late.extended
         assert [line["iteration"] for line in s.lines()] == [1, 2, 3, 4, 5, 6]
