@@ -41,7 +41,7 @@ import psutil
 
 from bench.machine import describe_machine
 from bench.pair_memory import TreeMemory, read_trees, sampling
-from bench.rollout_stack import start_service
+from bench.rollout_stack import fine_tune, start_service
 from perigee.buffer.packing import pack_token_ids
 from perigee.cli.stack import HOST, pick_ports, wait_ready
 from perigee.errors import UnavailableError
@@ -149,17 +149,7 @@ class Pair:
 
     async def train(self) -> None:
         """Takes two supervised steps."""
-        request = trainer_pb2.FineTuneRequest(
-            run_id=RUN,
-            dataset_path=str(self.folder / "sft.jsonl"),
-            steps=2,
-            batch_size=4,
-            max_tokens_per_microbatch=64,
-            new_version=self.version + 1,
-            optimizer=trainer_pb2.Optimizer(learning_rate=1e-5, beta1=0.9, beta2=0.95, min_lr_ratio=1.0),
-        )
-        async for _ in self.trainer.fine_tune(request):
-            pass
+        await fine_tune(self.trainer, RUN, self.folder / "sft.jsonl", self.version + 1)
         self.version += 1
 
     async def wait_restarted(self, restarts: int) -> None:

@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from bench.machine import describe_machine
-from bench.rollout_stack import start_service
+from bench.rollout_stack import fine_tune, start_service
 from perigee.buffer.packing import pack_token_ids
 from perigee.cli.stack import HOST, START_TIMEOUT_S, pick_ports, wait_ready
 from perigee.coordinator.v1.coordinator_pb2_grpc import add_CoordinatorServiceServicer_to_server
@@ -127,17 +127,7 @@ class Stack:
         """Trains until it is cancelled."""
         dataset = self.folder / "sft.jsonl"
         dataset.write_text("".join(json.dumps({"prompt": f"{i}", "response": "1 2 3"}) + "\n" for i in range(16)))
-        request = pb.FineTuneRequest(
-            run_id=RUN,
-            dataset_path=str(dataset),
-            steps=TRAINING_STEPS,
-            batch_size=4,
-            max_tokens_per_microbatch=64,
-            new_version=1,
-            optimizer=pb.Optimizer(learning_rate=1e-5, beta1=0.9, beta2=0.95, min_lr_ratio=1.0),
-        )
-        async for _ in self.trainer.fine_tune(request):
-            pass
+        await fine_tune(self.trainer, RUN, dataset, 1, TRAINING_STEPS)
 
 
 async def generate_token(client: RolloutClient) -> None:

@@ -1,4 +1,4 @@
-"""Buffer and one rollout worker as processes, with a model folder's weights pushed."""
+"""Services as processes: buffer and one rollout worker with a model folder's weights, or any; steps of a trainer."""
 
 import asyncio
 import json
@@ -12,7 +12,8 @@ from perigee.buffer.client import BufferClient
 from perigee.cli.stack import HOST, pick_ports, start_guarded, wait_ready
 from perigee.errors import UnavailableError
 from perigee.rollout.client import RolloutClient
-from perigee.trainer.v1.trainer_pb2 import PushTarget
+from perigee.trainer.client import TrainerClient
+from perigee.trainer.v1.trainer_pb2 import FineTuneRequest, Optimizer, PushTarget
 from services.kit.process import ChildProcess
 from services.rollout.config import RolloutConfig
 from services.weights.config import WeightsConfig
@@ -58,6 +59,20 @@ async def start_service(folder: Path, name: str, port: int, settings: Mapping[st
     for field, value in settings.items():
         arguments += ["--set", f"{field}={json.dumps(value)}"]
     return await start_guarded(name, arguments, folder / f"{name}.log")
+
+
+async def fine_tune(trainer: TrainerClient, run_id: str, dataset: Path, version: int, steps: int = 2) -> float:
+    """Has a trainer take supervised steps, which make a version; returns the last loss."""
+    request = FineTuneRequest(
+        run_id=run_id,
+        dataset_path=str(dataset),
+        steps=steps,
+        batch_size=4,
+        max_tokens_per_microbatch=64,
+        new_version=version,
+        optimizer=Optimizer(learning_rate=1e-4, beta1=0.9, beta2=0.95, min_lr_ratio=1.0),
+    )
+    return [response async for response in trainer.fine_tune(request)][-1].loss
 
 
 async def _push_weights(model: Path, run_id: str, address: str) -> None:

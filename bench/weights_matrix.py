@@ -37,7 +37,7 @@ import torch
 from safetensors.torch import load_file
 
 from bench.machine import describe_machine
-from bench.rollout_stack import start_service
+from bench.rollout_stack import fine_tune, start_service
 from perigee.cli.stack import HOST, pick_ports, wait_ready
 from perigee.trainer.client import TrainerClient
 from perigee.trainer.v1 import trainer_pb2
@@ -89,17 +89,7 @@ class Trainer:
 
     async def train(self) -> None:
         """Takes two supervised steps."""
-        request = trainer_pb2.FineTuneRequest(
-            run_id=RUN,
-            dataset_path=str(self.dataset),
-            steps=2,
-            batch_size=4,
-            max_tokens_per_microbatch=64,
-            new_version=self.version + 1,
-            optimizer=trainer_pb2.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0),
-        )
-        async for _ in self.client.fine_tune(request):
-            pass
+        await fine_tune(self.client, RUN, self.dataset, self.version + 1)
         self.version += 1
 
 

@@ -45,6 +45,9 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
         for name in ("run", "rollout", "trainer", "coordinator", "reward", "sandbox")
     }
     model, parameters = check_model(configs["trainer"].model, "trainer.model")
+    if configs["rollout"].router_replay and not count_expert_parameters(model.config):
+        reason = f"{model.path} is no mixture of experts, so there is nothing to record: unset it"
+        raise InvalidArgumentError.for_field("rollout.router_replay", reason)
     inputs = read_inputs("", configs["run"], Path(), str(model.path), "", examples=None)
     problems = [*inputs.prompts.values(), *inputs.heldout.values()]
     longest = max(problems, key=lambda prompt: len(prompt.token_ids))

@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from perigee.errors import DeadlineExceededError, FailedPreconditionError, PerigeeError, UnavailableError
+from perigee.errors import TRANSIENT, DeadlineExceededError, FailedPreconditionError, PerigeeError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1 import weights_pb2
@@ -315,7 +315,7 @@ class WeightSync:
         request = pb.PublishWeightsRequest(run_id=self._run_id, policy_version=version)
         try:
             published = await self._trainer.publish_weights(request, timeout_s=self._config.weights.push_timeout_s)
-        except UnavailableError:
+        except TRANSIENT:
             if (known := self._find_held(version)) is None:
                 raise
             return known

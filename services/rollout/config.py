@@ -17,6 +17,8 @@ class SupervisionConfig(Model):
     """Starts in a row that may fail before the service ends with the error."""
     retry_seconds: float = Field(1.0, gt=0)
     """Pause before an engine that failed to start is started again."""
+    start_seconds: float = Field(1800.0, gt=0)
+    """Seconds that a start may take, captured graphs included."""
     stall_seconds: float = Field(300.0, gt=0)
     """Seconds without a token after which an engine with requests counts as dead and is restarted."""
 

@@ -477,7 +477,7 @@ async def _start_engine(worker: Worker) -> InternalError | None:
     while True:
         start = time.monotonic()
         try:
-            await worker.engine.start()
+            await _start_in_time(worker.engine, settings.start_seconds)
             break
         # Whatever keeps an engine from starting is logged; another attempt needs the same clean-up.
         except Exception as error:
@@ -492,6 +492,15 @@ async def _start_engine(worker: Worker) -> InternalError | None:
     log.info("engine started", seconds=round(seconds, 2), restarts=worker.engine_restarts)
     worker.broken.clear()
     return None
+
+
+async def _start_in_time(engine: Engine, seconds: float) -> None:
+    """Starts an engine; raises DeadlineExceededError after `seconds`."""
+    try:
+        async with asyncio.timeout(seconds):
+            await engine.start()
+    except TimeoutError as error:
+        raise DeadlineExceededError(f"not within {seconds:g} s (rollout.supervision.start_seconds)") from error
 
 
 async def _refill(worker: Worker, image: WeightImage | None) -> bool:

@@ -18,9 +18,12 @@ from typing import TYPE_CHECKING
 from perigee.errors import InvalidArgumentError, UnavailableError
 from services.kit.addresses import address_towards, advertised_host, is_loopback, is_own
 from services.kit.config import ServerConfig
+from services.kit.telemetry import get_logger
 
 if TYPE_CHECKING:
     from services.trainer.megatron.parallel import ObjectChannel
+
+log = get_logger(__name__)
 
 _CONNECT_S = 60.0
 _SECRET_BYTES = 16
@@ -63,11 +66,13 @@ def connect_machines(everyone: ObjectChannel, rank: int, world: int, processes: 
     if world == processes:
         return []
     master = os.environ["MASTER_ADDR"]
+    listener = _listen(master) if rank == 0 else None
+    own = listener and (listener.getsockname()[1], os.urandom(_SECRET_BYTES))
+    # None where rank 0 does not listen: the others do not wait for it.
+    if (found := everyone.broadcast(own)) is None:
+        raise UnavailableError(f"machine 0 of the trainer opens no port for the others at {master}: see its log")
+    port, secret = found
     try:
-        family = socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server(("", 0), family=family) if rank == 0 else None
-        own = None if listener is None else (listener.getsockname()[1], os.urandom(_SECRET_BYTES))
-        port, secret = everyone.broadcast(own)
         if listener is not None:
             return _accept(listener, secret, world // processes - 1)
         if rank % processes:
@@ -79,6 +84,16 @@ def connect_machines(everyone: ObjectChannel, rank: int, world: int, processes: 
         raise UnavailableError(
             f"the trainer's machines do not reach one another through {master}: {error}; open all ports between them"
         ) from error
+
+
+def _listen(master: str) -> socket.socket | None:
+    """Returns a listening socket of the family of machine 0's address; None, with the reason in the log, if none."""
+    try:
+        family = socket.getaddrinfo(master, None, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server(("", 0), family=family)
+    except OSError as error:
+        log.error("no port for the other machines", master=master, error=str(error))
+        return None
 
 
 def _accept(listener: socket.socket, secret: bytes, count: int) -> list[socket.socket]:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
@@ -17,7 +18,7 @@ import pytest_asyncio
 import torch
 from safetensors.torch import load_file
 
-from bench.rollout_stack import start_service
+from bench.rollout_stack import fine_tune, start_service
 from perigee.buffer.packing import pack_token_ids
 from perigee.cli.stack import HOST, pick_ports, wait_ready
 from perigee.rollout.client import RolloutClient
@@ -82,18 +83,10 @@ class Trainer:
 
     async def train(self) -> float:
         """Takes two supervised steps; the last loss."""
-        request = pb.FineTuneRequest(
-            run_id=RUN,
-            dataset_path=str(self.dataset),
-            steps=2,
-            batch_size=8,
-            max_tokens_per_microbatch=64,
-            new_version=self.version + 1,
-            optimizer=pb.Optimizer(learning_rate=1e-4, beta1=0.9, beta2=0.95, min_lr_ratio=1.0),
-        )
-        responses = [response async for response in self.client.fine_tune(request, timeout_s=120)]
+        async with asyncio.timeout(120):
+            loss = await fine_tune(self.client, RUN, self.dataset, self.version + 1)
         self.version += 1
-        return responses[-1].loss
+        return loss
 
     async def push(self, address: str) -> None:
         """Has a worker take the version that is pushed to it."""

@@ -102,9 +102,10 @@ def test_a_prompt_that_leaves_no_room_for_the_response_is_named(folder: Path) ->
     [
         ("rollout: {max_model_len: 44}", "rollout.max_model_len: 44 is less than the 45 tokens of prompt b and a res"),
         ("trainer: {max_sequence_length: 300}", "trainer.max_sequence_length: 300 is more than the model's 256"),
+        ("rollout: {router_replay: true}", "rollout.router_replay: model is no mixture of experts"),
     ],
 )
-def test_a_limit_that_does_not_fit_is_named(folder: Path, section: str, message: str) -> None:
+def test_a_key_that_does_not_fit_the_model_is_named(folder: Path, section: str, message: str) -> None:
     (folder / "recipe.yaml").write_text(RECIPE + section)
     assert message in message_of(folder)
 

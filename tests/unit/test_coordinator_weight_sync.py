@@ -12,7 +12,13 @@ from typing import cast
 
 import pytest
 
-from perigee.errors import FailedPreconditionError, InternalError, UnavailableError
+from perigee.errors import (
+    DeadlineExceededError,
+    FailedPreconditionError,
+    InternalError,
+    PerigeeError,
+    UnavailableError,
+)
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2
@@ -237,6 +243,25 @@ async def test_a_worker_that_joins_waits_for_no_other_ones_pull_and_reads_from_i
     }
     # Once somebody has the weights, nobody waits for the trainer to say so.
     assert pulls.published == 2
+
+
+@pytest.mark.parametrize("error", [UnavailableError("refused"), DeadlineExceededError("frozen")])
+async def test_a_trainer_that_is_gone_or_frozen_keeps_nobody_from_what_a_worker_lends(error: PerigeeError) -> None:
+    async def publish(*_: object, timeout_s: float) -> trainer_pb2.PublishWeightsResponse:
+        raise error
+
+    pulls = Pulls()
+    context = make_context(pulls, transfer="pull", connect_receiver=pulls.connect)
+    context.directory.publish("run", 1, await pulls.publish_weights(timeout_s=1.0))
+    context.directory.add("image", context.registry.register("old", "old:1", 4, 1, READY))
+    joining = context.registry.register("new", "new:1", 4, 0, EMPTY)
+    pulls.arrived["new:1"].set()
+    setattr(pulls, "publish_weights", publish)  # noqa: B010
+    sync = WeightSync(context)
+    # One that has failed before asks the trainer again.
+    sync._retry_at[joining] = 0.0
+    await sync._pull_to([joining], 1, [])
+    assert (joining.pushed_version, pulls.sources["new:1"]) == (1, ["old:1", "trainer:1"])
 
 
 async def test_what_is_wrong_with_pulled_weights_is_an_event_and_comes_once_for_each_version() -> None:

@@ -399,6 +399,15 @@ async def test_a_start_that_fails_is_tried_again(bench: Bench) -> None:
     assert (bench.engine.starts, bench.fatal.empty()) == (3, True)
 
 
+async def test_a_start_that_hangs_is_given_up(bench: Bench) -> None:
+    supervision = bench.worker.config.supervision.model_copy(update={"start_seconds": 0.01})
+    bench.worker.config = bench.worker.config.model_copy(update={"supervision": supervision})
+    bench.engine.may_start.clear()
+    async with bench.supervised(), asyncio.timeout(5):
+        error = await bench.fatal.get()
+    assert "did not start in 3 attempts: not within 0.01 s" in error.message
+
+
 async def test_an_engine_that_never_starts_ends_the_service(bench: Bench) -> None:
     bench.engine.failing_starts = 9
     async with bench.supervised(), asyncio.timeout(5):

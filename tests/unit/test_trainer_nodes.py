@@ -7,12 +7,13 @@ import socket
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
-from perigee.errors import InvalidArgumentError
+from perigee.errors import InvalidArgumentError, UnavailableError
 from services.kit.config import ServerConfig
 from services.trainer.__main__ import torchrun_arguments
 from services.trainer.config import TrainerConfig
@@ -82,6 +83,16 @@ def test_two_machines_under_one_address_are_refused() -> None:
     check_hosts(others, "10.0.0.2")
     with pytest.raises(InvalidArgumentError, match=r"weights\.host: 10\.0\.0\.1 stands for two machines"):
         check_hosts(others, "10.0.0.1")
+
+
+def test_a_machine_0_without_a_port_keeps_no_other_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    told: list[object] = []
+    channel: Any = SimpleNamespace(broadcast=lambda value: told.append(value))
+    for rank in (0, 2):
+        with pytest.raises(UnavailableError, match=r"opens no port for the others at no-such-host\.invalid"):
+            connect_machines(channel, rank, 4, 2)
+    assert told == [None, None]
 
 
 @pytest.fixture
