@@ -1,8 +1,10 @@
-"""Expert choices that a real engine records, against the routers of transformers."""
+"""Expert choices that a real engine records, against the routers of transformers, and what is replaced in vLLM."""
 
 from __future__ import annotations
 
 import asyncio
+import inspect
+import re
 from collections.abc import Sequence
 from contextlib import aclosing
 from pathlib import Path
@@ -106,3 +108,13 @@ async def test_a_dense_model_has_no_choices_to_record(policy_folder: Path, buffe
     with pytest.raises(InvalidArgumentError, match=r"rollout\.router_replay.* is no mixture of experts"):
         async with serving(config, lifespan):
             pass
+
+
+def test_vllm_calls_what_is_replaced_in_it() -> None:
+    from vllm.model_executor.models import registry
+    from vllm.v1.engine import utils
+    from vllm.v1.executor import multiproc_executor
+
+    replaced = [(registry, "_run_in_subprocess"), (utils, "get_mp_context"), (multiproc_executor, "get_mp_context")]
+    for module, name in replaced:
+        assert re.search(rf"(?<!def ){name}\(", inspect.getsource(module))

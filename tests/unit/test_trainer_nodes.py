@@ -87,12 +87,12 @@ def test_two_machines_under_one_address_are_refused() -> None:
 
 def test_a_machine_0_without_a_port_keeps_no_other_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
-    told: list[object] = []
-    channel: Any = SimpleNamespace(broadcast=lambda value: told.append(value))
+    offered: list[object] = []
+    channel: Any = SimpleNamespace(broadcast=lambda value: offered.append(value))
     for rank in (0, 2):
         with pytest.raises(UnavailableError, match=r"opens no port for the others at no-such-host\.invalid"):
             connect_machines(channel, rank, 4, 2)
-    assert told == [None, None]
+    assert offered == [None, None]
 
 
 @pytest.fixture
