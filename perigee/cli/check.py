@@ -18,6 +18,7 @@ from perigee.config import validate
 from perigee.errors import InvalidArgumentError
 from perigee.reward.v1 import reward_pb2
 from services.kit.addresses import is_loopback
+from services.kit.hf import count_experts
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_KV_BYTES = 1 << 30
@@ -45,7 +46,7 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
         for name in ("run", "rollout", "trainer", "coordinator", "reward", "sandbox")
     }
     model, parameters = check_model(configs["trainer"].model, "trainer.model")
-    if configs["rollout"].router_replay and not count_expert_parameters(model.config):
+    if configs["rollout"].router_replay and not count_experts(model.config):
         reason = f"{model.path} is no mixture of experts, so there is nothing to record: unset it"
         raise InvalidArgumentError.for_field("rollout.router_replay", reason)
     inputs = read_inputs("", configs["run"], Path(), str(model.path), "", examples=None)
@@ -115,7 +116,7 @@ def count_by_config(config: Mapping[str, Any]) -> int:
 
 def count_expert_parameters(config: Mapping[str, Any]) -> int:
     """Returns the number of parameters of all experts of a mixture of experts, 0 for another model."""
-    experts = int(config.get("num_experts") or config.get("num_local_experts") or 0)
+    experts = count_experts(config)
     if not experts:
         return 0
     sizes = (int(config[key]) for key in ("num_hidden_layers", "hidden_size", "moe_intermediate_size"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,6 +189,12 @@ def read_json_object(path: Path, field: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidArgumentError.for_field(field, f"{path} is not a JSON object")
     return values
+
+
+def count_experts(config: Mapping[str, Any]) -> int:
+    """Returns the number of experts in a layer by config.json, 0 without a mixture of experts."""
+    # transformers 4 writes num_experts, transformers 5 num_local_experts.
+    return int(config.get("num_experts") or config.get("num_local_experts") or 0)
 
 
 def _token_ids(value: object) -> list[int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from perigee.buffer.packing import choice_bytes
 from perigee.errors import InvalidArgumentError
 from services.kit.chat import PromptEncoder, open_encoder
-from services.kit.hf import ModelFolder, open_model_folder
+from services.kit.hf import ModelFolder, count_experts, open_model_folder
 from services.weights.manifest import WeightImage
 from services.weights.safetensors import FIELD as SHARDS_FIELD
 from services.weights.safetensors import read_header
@@ -117,8 +117,7 @@ def open_policy(path: str, max_model_len: int | None) -> PolicyModel:
 
 def count_expert_bytes(folder: ModelFolder) -> int:
     """Returns the bytes of a token's packed expert choices; 0 without a mixture of experts."""
-    # transformers 4 writes num_experts, transformers 5 num_local_experts.
-    experts = folder.config.get("num_experts") or folder.config.get("num_local_experts") or 0
+    experts = count_experts(folder.config)
     if not experts:
         return 0
     layers = folder.positive_integer("num_hidden_layers")
