@@ -28,6 +28,8 @@ class LimitsConfig(Model):
     """Space in the working folder, and again in /tmp; also the largest file."""
     output_bytes: int = Field(1 * MIB, ge=1)
     """Standard output, standard error and a call's result, each; past it the program is ended."""
+    files: int = Field(4096, ge=16)
+    """Files, folders and links in the working folder, and again in /tmp."""
 
 
 class SandboxServerConfig(ServerConfig):
@@ -71,6 +73,7 @@ class SandboxConfig(ServiceConfig):
         processes=512,
         file_bytes=512 * MIB,
         output_bytes=16 * MIB,
+        files=65536,
     )
     """Highest limits that a request may set."""
     compile_limits: LimitsConfig = LimitsConfig(

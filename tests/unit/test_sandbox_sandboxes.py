@@ -14,7 +14,7 @@ from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.sandboxes import Sandbox
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
-REQUEST = RunRequest("session", Limits(60_000, 60_000, 1 << 28, 64, 1 << 24, 1 << 20))
+REQUEST = RunRequest("session", Limits(60_000, 60_000, 1 << 28, 64, 1 << 24, 1 << 20, 1024))
 
 
 async def test_files_that_are_asked_for_are_not_waited_for_when_the_sandbox_breaks(tmp_path: Path) -> None:
@@ -31,7 +31,7 @@ async def test_files_that_are_asked_for_are_not_waited_for_when_the_sandbox_brea
         assert [protocol.receive(theirs).header["kind"] for _ in range(2)] == ["run", "collect"]
         theirs.close()
         async with asyncio.timeout(5):
-            with pytest.raises(SandboxFailedError, match="before its files were collected"):
+            with pytest.raises(SandboxFailedError, match="before its files were reached"):
                 await collecting
             with pytest.raises(SandboxFailedError, match="slot-0"):
                 await running

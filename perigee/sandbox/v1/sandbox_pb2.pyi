@@ -132,6 +132,7 @@ class Limits(_message.Message):
     PROCESSES_FIELD_NUMBER: _builtins.int
     FILE_BYTES_FIELD_NUMBER: _builtins.int
     OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
     wall_ms: _builtins.int
     cpu_ms: _builtins.int
     """Of the program and all its children."""
@@ -143,6 +144,8 @@ class Limits(_message.Message):
     """Space in the working folder, and again in /tmp; also the largest file."""
     output_bytes: _builtins.int
     """Standard output, standard error and a call's result, each."""
+    files: _builtins.int
+    """Files, folders and links in the working folder, and again in /tmp."""
     def __init__(
         self,
         *,
@@ -152,15 +155,18 @@ class Limits(_message.Message):
         processes: _builtins.int | None = ...,
         file_bytes: _builtins.int | None = ...,
         output_bytes: _builtins.int | None = ...,
+        files: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_ms", b"_cpu_ms", "_file_bytes", b"_file_bytes", "_memory_bytes", b"_memory_bytes", "_output_bytes", b"_output_bytes", "_processes", b"_processes", "_wall_ms", b"_wall_ms", "cpu_ms", b"cpu_ms", "file_bytes", b"file_bytes", "memory_bytes", b"memory_bytes", "output_bytes", b"output_bytes", "processes", b"processes", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_ms", b"_cpu_ms", "_file_bytes", b"_file_bytes", "_files", b"_files", "_memory_bytes", b"_memory_bytes", "_output_bytes", b"_output_bytes", "_processes", b"_processes", "_wall_ms", b"_wall_ms", "cpu_ms", b"cpu_ms", "file_bytes", b"file_bytes", "files", b"files", "memory_bytes", b"memory_bytes", "output_bytes", b"output_bytes", "processes", b"processes", "wall_ms", b"wall_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_ms", b"_cpu_ms", "_file_bytes", b"_file_bytes", "_memory_bytes", b"_memory_bytes", "_output_bytes", b"_output_bytes", "_processes", b"_processes", "_wall_ms", b"_wall_ms", "cpu_ms", b"cpu_ms", "file_bytes", b"file_bytes", "memory_bytes", b"memory_bytes", "output_bytes", b"output_bytes", "processes", b"processes", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_ms", b"_cpu_ms", "_file_bytes", b"_file_bytes", "_files", b"_files", "_memory_bytes", b"_memory_bytes", "_output_bytes", b"_output_bytes", "_processes", b"_processes", "_wall_ms", b"_wall_ms", "cpu_ms", b"cpu_ms", "file_bytes", b"file_bytes", "files", b"files", "memory_bytes", b"memory_bytes", "output_bytes", b"output_bytes", "processes", b"processes", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_ms: _TypeAlias = _typing.Literal["cpu_ms"]  # noqa: Y015
     _WhichOneofArgType__cpu_ms: _TypeAlias = _typing.Literal["_cpu_ms", b"_cpu_ms"]  # noqa: Y015
     _WhichOneofReturnType__file_bytes: _TypeAlias = _typing.Literal["file_bytes"]  # noqa: Y015
     _WhichOneofArgType__file_bytes: _TypeAlias = _typing.Literal["_file_bytes", b"_file_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__files: _TypeAlias = _typing.Literal["files"]  # noqa: Y015
+    _WhichOneofArgType__files: _TypeAlias = _typing.Literal["_files", b"_files"]  # noqa: Y015
     _WhichOneofReturnType__memory_bytes: _TypeAlias = _typing.Literal["memory_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_bytes: _TypeAlias = _typing.Literal["_memory_bytes", b"_memory_bytes"]  # noqa: Y015
     _WhichOneofReturnType__output_bytes: _TypeAlias = _typing.Literal["output_bytes"]  # noqa: Y015
@@ -173,6 +179,8 @@ class Limits(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_ms) -> _WhichOneofReturnType__cpu_ms | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__file_bytes) -> _WhichOneofReturnType__file_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__files) -> _WhichOneofReturnType__files | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_bytes) -> _WhichOneofReturnType__memory_bytes | None: ...
     @_typing.overload
@@ -193,24 +201,59 @@ class File(_message.Message):
     PATH_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     EXECUTABLE_FIELD_NUMBER: _builtins.int
+    APPEND_FIELD_NUMBER: _builtins.int
     path: _builtins.str
     """Relative to the working folder; may name folders, may not leave it."""
     content: _builtins.bytes
     executable: _builtins.bool
+    append: _builtins.bool
+    """In a cell of a session: added to the end of the file of that path, so that a large one can come in pieces."""
     def __init__(
         self,
         *,
         path: _builtins.str = ...,
         content: _builtins.bytes = ...,
         executable: _builtins.bool = ...,
+        append: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "executable", b"executable", "path", b"path"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["append", b"append", "content", b"content", "executable", b"executable", "path", b"path"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___File: _TypeAlias = File  # noqa: Y015
+
+@_typing.final
+class Archive(_message.Message):
+    """A tar, tar.gz or zip that is unpacked into the working folder before files are placed. It may hold files, folders and
+    links to what is below its folder; any other entry, a duplicate, and one that does not fit the limits refuses it.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENT_FIELD_NUMBER: _builtins.int
+    FOLDER_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    content: _builtins.bytes
+    folder: _builtins.str
+    """Folder to unpack into; the working folder itself unless set."""
+    file: _builtins.str
+    """In a cell of a session, instead of content: path of a file that earlier cells left in the working folder."""
+    def __init__(
+        self,
+        *,
+        content: _builtins.bytes = ...,
+        folder: _builtins.str = ...,
+        file: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "file", b"file", "folder", b"folder"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Archive: _TypeAlias = Archive  # noqa: Y015
 
 @_typing.final
 class OutputFile(_message.Message):
@@ -313,6 +356,10 @@ class ExecuteRequest(_message.Message):
     OUTPUT_FILES_FIELD_NUMBER: _builtins.int
     COMPILE_LIMITS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    ARCHIVES_FIELD_NUMBER: _builtins.int
+    LOOPBACK_FIELD_NUMBER: _builtins.int
+    OUTPUT_FOLDERS_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     """A runtime or an alias from ListRuntimes, "python" for one."""
     source: _builtins.bytes
@@ -320,6 +367,8 @@ class ExecuteRequest(_message.Message):
     stdin: _builtins.bytes
     idempotency_key: _builtins.str
     """The same key with the same request gives the first one's response; at most 128 characters."""
+    loopback: _builtins.bool
+    """Gives it a loopback device, the only one of its network, and lets it make sockets of TCP and UDP."""
     @_builtins.property
     def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
@@ -336,6 +385,18 @@ class ExecuteRequest(_message.Message):
 
     @_builtins.property
     def compile_limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def archives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Archive]:
+        """Unpacked before the files are placed; 4 at most."""
+
+    @_builtins.property
+    def output_folders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Folders to return after the run, each as a tar in `files`; "." is the working folder."""
+
+    @_builtins.property
+    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Run in the runtime instead of a program: `source` is empty then, and nothing is compiled."""
+
     def __init__(
         self,
         *,
@@ -349,10 +410,14 @@ class ExecuteRequest(_message.Message):
         output_files: _abc.Iterable[_builtins.str] | None = ...,
         compile_limits: Global___Limits | None = ...,
         idempotency_key: _builtins.str = ...,
+        archives: _abc.Iterable[Global___Archive] | None = ...,
+        loopback: _builtins.bool = ...,
+        output_folders: _abc.Iterable[_builtins.str] | None = ...,
+        command: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compile_limits", b"compile_limits", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "idempotency_key", b"idempotency_key", "language", b"language", "limits", b"limits", "output_files", b"output_files", "source", b"source", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "args", b"args", "command", b"command", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "idempotency_key", b"idempotency_key", "language", b"language", "limits", b"limits", "loopback", b"loopback", "output_files", b"output_files", "output_folders", b"output_folders", "source", b"source", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -855,6 +920,8 @@ class JudgeRequest(_message.Message):
     COMPILE_LIMITS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     ENV_FIELD_NUMBER: _builtins.int
+    ARCHIVES_FIELD_NUMBER: _builtins.int
+    LOOPBACK_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     source: _builtins.bytes
     """UTF-8."""
@@ -865,6 +932,7 @@ class JudgeRequest(_message.Message):
     """Python that runs before each code test, in the test's sandbox."""
     idempotency_key: _builtins.str
     """As in ExecuteRequest."""
+    loopback: _builtins.bool
     @_builtins.property
     def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestCase]:
         """All of one kind."""
@@ -885,6 +953,10 @@ class JudgeRequest(_message.Message):
     def compile_limits(self) -> Global___Limits: ...
     @_builtins.property
     def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def archives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Archive]:
+        """As in ExecuteRequest."""
+
     def __init__(
         self,
         *,
@@ -901,10 +973,12 @@ class JudgeRequest(_message.Message):
         compile_limits: Global___Limits | None = ...,
         idempotency_key: _builtins.str = ...,
         env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        archives: _abc.Iterable[Global___Archive] | None = ...,
+        loopback: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "compile_limits", b"compile_limits", "interactor", b"interactor", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "function_name", b"function_name", "idempotency_key", b"idempotency_key", "interactor", b"interactor", "language", b"language", "limits", b"limits", "setup_code", b"setup_code", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "checker", b"checker", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "function_name", b"function_name", "idempotency_key", b"idempotency_key", "interactor", b"interactor", "language", b"language", "limits", b"limits", "loopback", b"loopback", "setup_code", b"setup_code", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1094,10 +1168,13 @@ class CreateSessionRequest(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     ENV_FIELD_NUMBER: _builtins.int
     IDLE_SECONDS_FIELD_NUMBER: _builtins.int
+    ARCHIVES_FIELD_NUMBER: _builtins.int
+    LOOPBACK_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     """A runtime whose `sessions` is true."""
     idle_seconds: _builtins.int
     """Time without a cell after which the session ends; the service's default unless set."""
+    loopback: _builtins.bool
     @_builtins.property
     def limits(self) -> Global___Limits:
         """wall_ms and cpu_ms hold for each cell, the rest for the session."""
@@ -1106,6 +1183,10 @@ class CreateSessionRequest(_message.Message):
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
     @_builtins.property
     def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    @_builtins.property
+    def archives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Archive]:
+        """As in ExecuteRequest."""
+
     def __init__(
         self,
         *,
@@ -1114,10 +1195,12 @@ class CreateSessionRequest(_message.Message):
         files: _abc.Iterable[Global___File] | None = ...,
         env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         idle_seconds: _builtins.int | None = ...,
+        archives: _abc.Iterable[Global___Archive] | None = ...,
+        loopback: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_seconds", b"_idle_seconds", "idle_seconds", b"idle_seconds", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_seconds", b"_idle_seconds", "env", b"env", "files", b"files", "idle_seconds", b"idle_seconds", "language", b"language", "limits", b"limits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_seconds", b"_idle_seconds", "archives", b"archives", "env", b"env", "files", b"files", "idle_seconds", b"idle_seconds", "language", b"language", "limits", b"limits", "loopback", b"loopback"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__idle_seconds: _TypeAlias = _typing.Literal["idle_seconds"]  # noqa: Y015
     _WhichOneofArgType__idle_seconds: _TypeAlias = _typing.Literal["_idle_seconds", b"_idle_seconds"]  # noqa: Y015
@@ -1156,6 +1239,8 @@ class RunCellRequest(_message.Message):
     WALL_MS_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     OUTPUT_FILES_FIELD_NUMBER: _builtins.int
+    ARCHIVES_FIELD_NUMBER: _builtins.int
+    OUTPUT_FOLDERS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     code: _builtins.bytes
     """UTF-8."""
@@ -1169,6 +1254,14 @@ class RunCellRequest(_message.Message):
     def output_files(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Paths of files to return after the cell."""
 
+    @_builtins.property
+    def archives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Archive]:
+        """Unpacked before the files are placed; 4 at most."""
+
+    @_builtins.property
+    def output_folders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in ExecuteRequest."""
+
     def __init__(
         self,
         *,
@@ -1177,10 +1270,12 @@ class RunCellRequest(_message.Message):
         wall_ms: _builtins.int | None = ...,
         files: _abc.Iterable[Global___File] | None = ...,
         output_files: _abc.Iterable[_builtins.str] | None = ...,
+        archives: _abc.Iterable[Global___Archive] | None = ...,
+        output_folders: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "wall_ms", b"wall_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "code", b"code", "files", b"files", "output_files", b"output_files", "session_id", b"session_id", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "archives", b"archives", "code", b"code", "files", b"files", "output_files", b"output_files", "output_folders", b"output_folders", "session_id", b"session_id", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__wall_ms: _TypeAlias = _typing.Literal["wall_ms"]  # noqa: Y015
     _WhichOneofArgType__wall_ms: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms"]  # noqa: Y015

@@ -6,11 +6,11 @@ kind, payload`. All integers are big-endian; nothing is escaped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import struct
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 _ARCHIVE_PREFIX = struct.Struct(">I")
@@ -110,14 +110,36 @@ def own_files(home: str, uid: int) -> None:
             os.chown(f"{folder}/{name}", uid, uid, follow_symlinks=False)
 
 
-def write_files(home: str, files: Iterable[File]) -> None:
-    """Writes files below `home`; makes folders, follows no links."""
+FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+
+def make_folders(home: str, path: str, opened: int | None = None) -> int:
+    """Makes a folder below `home` and those above it, through no link; opens and returns it.
+
+    `opened` is a descriptor of `home`, used instead of its path.
+    """
+    folder = os.open(home, FOLDER_FLAGS) if opened is None else os.dup(opened)
+    for name in filter(None, path.split("/")):
+        above = folder
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(name, 0o777, dir_fd=above)
+            folder = os.open(name, FOLDER_FLAGS | os.O_NOFOLLOW, dir_fd=above)
+        finally:
+            os.close(above)
+    return folder
+
+
+def write_files(home: str, files: Iterable[File], appended: Collection[str] = ()) -> None:
+    """Writes files below `home`, or adds to those of the paths `appended`; makes folders, follows no links."""
     for path, content, executable in files:
-        target = f"{home}/{path}"
-        if "/" in path:
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-        descriptor = os.open(target, flags, 0o700 if executable else 0o600)
+        parent, _, name = path.rpartition("/")
+        folder = make_folders(home, parent)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | (os.O_APPEND if path in appended else os.O_TRUNC)
+        try:
+            descriptor = os.open(name, flags, 0o700 if executable else 0o600, dir_fd=folder)
+        finally:
+            os.close(folder)
         try:
             rest = memoryview(content)
             while rest:

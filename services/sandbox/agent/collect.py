@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from . import kernel
 from .archive import encode_archive, read_start
 from .protocol import memory_file
+from .unpack import pack_in_fork
 
 _ERRORS = {
     errno.ENOENT: "not found",
@@ -23,18 +24,33 @@ _ERRORS = {
 }
 
 
-def collect_files(folder: int, paths: Sequence[str], most_bytes: int) -> int:
-    """Returns a file in memory that holds an archive of the files below `folder`, a descriptor of the working folder.
+def collect_files(folder: int, paths: Sequence[str], packed: Sequence[str], most_bytes: int) -> int:
+    """Returns a file in memory that holds an archive of the files below `folder`, a descriptor of the working folder,
+    and of tars of the folders `packed`.
 
-    Contents are cut to `most_bytes` in all.
+    Contents are cut to `most_bytes` in all; a tar is there as a whole or not at all.
     """
     entries, blobs = [], []
+    for path in packed:
+        content, error = _pack_folder(folder, path, most_bytes)
+        most_bytes -= len(content)
+        entries.append({"path": path, "truncated": False, "error": error})
+        blobs.append(content)
     for path in paths:
         content, truncated, error = _read_file(folder, path, most_bytes)
         most_bytes -= len(content)
         entries.append({"path": path, "truncated": truncated, "error": error})
         blobs.append(content)
     return memory_file(encode_archive({"files": entries}, blobs))
+
+
+def _pack_folder(folder: int, path: str, most_bytes: int) -> tuple[bytes, str]:
+    output = memory_file(b"")
+    try:
+        error = pack_in_fork(folder, path, output, most_bytes)
+        return read_start(output, os.fstat(output).st_size), error
+    finally:
+        os.close(output)
 
 
 def _read_file(folder: int, path: str, most_bytes: int) -> tuple[bytes, bool, str]:

@@ -2,8 +2,8 @@
 
 The filter allows every call except those that reach for the kernel, the host or the network. Denied calls give EPERM;
 clone3 gives ENOSYS, so that libc falls back to clone, whose flags a filter can read; sockets other than AF_UNIX are
-refused; calls in the layout of another architecture kill the process. mknod stays allowed: mkfifo needs it, and device
-nodes need a capability that no program in a sandbox has.
+refused, but for TCP and UDP of a program that has a loopback device; calls in the layout of another architecture kill
+the process. mknod stays allowed: mkfifo needs it, and device nodes need a capability that no program in a sandbox has.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from dataclasses import dataclass
 from . import kernel
 from .protocol import Limits
 
-_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN, _AND = 0x20, 0x15, 0x35, 0x45, 0x06, 0x54
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _EPERM, _ENOSYS = 1, 38
-_OFFSET_NUMBER, _OFFSET_ARCHITECTURE, _OFFSET_ARGUMENT_0 = 0, 4, 16
+_OFFSET_NUMBER, _OFFSET_ARCHITECTURE, _OFFSET_ARGUMENT_0, _OFFSET_ARGUMENT_1, _OFFSET_ARGUMENT_2 = 0, 4, 16, 24, 32
 _X32_BIT = 0x40000000
-_AF_UNIX = 1
+_AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
+_SOCKET_TYPE, _STREAM, _DATAGRAM = 0xF, 1, 2
+_ANY, _TCP, _UDP = 0, 6, 17
 _CLONE_NAMESPACES = 0x7E020080  # CLONE_NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET, NEWTIME
 
 _AUDIT_ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -98,8 +100,10 @@ def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> 
     return struct.pack("=HBBI", code, if_true, if_false, value)
 
 
-def build_filter(machine: str | None = None) -> bytes:
+def build_filter(machine: str | None = None, loopback: bool = False) -> bytes:
     """Returns the filter for an architecture, this machine's unless given, as `struct sock_filter` records.
+
+    With `loopback` it lets TCP and UDP sockets be made.
 
     Raises KeyError for an architecture that it does not know.
     """
@@ -125,6 +129,8 @@ def build_filter(machine: str | None = None) -> bytes:
         refuse,
         _instruction(_RETURN, _ALLOW),
     ]
+    if loopback:
+        program += _allow_internet(_SOCKET[column])
     for numbers in (_SOCKET, _SOCKETPAIR):
         program += [
             _instruction(_JUMP_EQUAL, numbers[column], if_false=4),
@@ -136,6 +142,26 @@ def build_filter(machine: str | None = None) -> bytes:
     for position, number in enumerate(denied):
         program.append(_instruction(_JUMP_EQUAL, number, if_true=len(denied) - position))
     return b"".join([*program, _instruction(_RETURN, _ALLOW), refuse])
+
+
+def _allow_internet(number: int) -> list[bytes]:
+    """Returns instructions that allow a socket of TCP or UDP; other calls pass on, with their number loaded."""
+    choices = [
+        _instruction(_LOAD, _OFFSET_ARGUMENT_0),
+        _instruction(_JUMP_EQUAL, _AF_INET, if_true=1),
+        _instruction(_JUMP_EQUAL, _AF_INET6, if_false=9),
+        _instruction(_LOAD, _OFFSET_ARGUMENT_1),
+        _instruction(_AND, _SOCKET_TYPE),
+        _instruction(_JUMP_EQUAL, _STREAM, if_true=1),
+        _instruction(_JUMP_EQUAL, _DATAGRAM, if_false=5),
+        _instruction(_LOAD, _OFFSET_ARGUMENT_2),
+        _instruction(_JUMP_EQUAL, _ANY, if_true=2),
+        _instruction(_JUMP_EQUAL, _TCP, if_true=1),
+        _instruction(_JUMP_EQUAL, _UDP, if_false=1),
+        _instruction(_RETURN, _ALLOW),
+        _instruction(_LOAD, _OFFSET_NUMBER),
+    ]
+    return [_instruction(_JUMP_EQUAL, number, if_false=len(choices)), *choices]
 
 
 _HIGH_DESCRIPTOR = 100

@@ -8,6 +8,7 @@ closes it ends, and all that it started ends with it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import select
 import signal
@@ -16,15 +17,16 @@ import sys
 from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from . import OWN_FOLDER, kernel, protocol, root
 from .archive import own_files, read_files, write_files
 from .collect import collect_files
-from .confinement import Confinement, apply_limits, give_up_privileges, install_descriptors
+from .confinement import Confinement, apply_limits, build_filter, give_up_privileges, install_descriptors
 from .modes import rehearse, run_mode
 from .monitor import Process, ProcessMonitor
-from .protocol import Message, RunRequest, read_run_request
+from .protocol import Message, Preparation, RunRequest, RunResult, read_run_request
+from .unpack import unpack_all, unpack_in_session
 from .usage import UsageFiles
 
 _NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS | kernel.CLONE_NEWNET
@@ -62,7 +64,7 @@ class Program(Process):
                 header, descriptors = protocol.receive(self._channel)
                 if header["kind"] == "unfit":
                     self._unfit = header["reason"]
-                elif header["kind"] == "home":
+                elif header["kind"] == "ready":
                     [self._home] = descriptors
         if self._unfit:
             raise RuntimeError(f"cannot confine the program: {self._unfit}")
@@ -85,18 +87,15 @@ class Program(Process):
 class Isolated(Program):
     """Process in fresh namespaces, made before its request comes; an init in front of it reaps what it leaves."""
 
-    def __init__(self, pid: int, channel: socket.socket, init: int, space_bytes: int, held_bytes: int) -> None:
+    def __init__(self, pid: int, channel: socket.socket, init: int, preparation: Preparation, held_bytes: int) -> None:
         super().__init__(pid, channel)
         self._init = init
-        self.space_bytes = space_bytes
+        self.preparation = preparation
         self.baseline_bytes = held_bytes
 
     @classmethod
-    def prepare(cls, confinement: Confinement, space_bytes: int, usage: UsageFiles) -> Isolated:
-        """Forks a process that waits for its request, beside an init, PID 1 of their namespace.
-
-        Its working folder and its /tmp have `space_bytes` each.
-        """
+    def prepare(cls, confinement: Confinement, preparation: Preparation, usage: UsageFiles) -> Isolated:
+        """Forks a process that waits for its request, beside an init, PID 1 of their namespace."""
         held_bytes = usage.current_bytes()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
@@ -105,12 +104,12 @@ class Isolated(Program):
         pid = os.fork()
         if pid == 0:
             ours.close()
-            _await_request(confinement, space_bytes, theirs)
+            _await_request(confinement, preparation, theirs)
         kernel.enter_namespace(own, kernel.CLONE_NEWPID)  # so that the next program can have a namespace of its own
         os.close(own)
         theirs.close()
         ours.setblocking(False)
-        return cls(pid, ours, init, space_bytes, held_bytes)
+        return cls(pid, ours, init, preparation, held_bytes)
 
     def await_ready(self) -> None:
         """Waits until the process has made itself ready, which is not charged to the program.
@@ -155,7 +154,9 @@ class Plain(Program):
             _run_at_once(confinement, request, descriptors, theirs)
         theirs.close()
         ours.setblocking(False)
-        return cls(pid, ours)
+        program = cls(pid, ours)
+        program._home = os.open(confinement.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        return program
 
     def kill(self) -> None:
         """Ends the process and its group; an ended one is not reaped yet, so its id is its own."""
@@ -164,7 +165,7 @@ class Plain(Program):
                 os.kill(target, signal.SIGKILL)
 
 
-def _await_request(confinement: Confinement, space_bytes: int, channel: socket.socket) -> NoReturn:
+def _await_request(confinement: Confinement, preparation: Preparation, channel: socket.socket) -> NoReturn:
     """Gives up all privileges, waits for the request and runs it."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
@@ -172,10 +173,14 @@ def _await_request(confinement: Confinement, space_bytes: int, channel: socket.s
         kernel.mount("proc", "/proc", "proc", root.PROC_FLAGS)
         kernel.set_hostname("box")
         assert confinement.uid is not None
-        root.mount_writable(confinement.uid, space_bytes)
+        root.mount_writable(confinement.uid, preparation)
+        if preparation.loopback:
+            kernel.raise_loopback()
+            confinement = dataclasses.replace(confinement, seccomp=build_filter(loopback=True))
         give_up_privileges(confinement)
         rehearse()
-        protocol.send(channel, {"kind": "ready"}, [])
+        home = os.open(confinement.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        protocol.send(channel, {"kind": "ready"}, [home])
         header, descriptors = protocol.receive(channel)
         request = read_run_request(header)
     except (EOFError, ConnectionError):
@@ -199,9 +204,6 @@ def _run_at_once(
 def _run(confinement: Confinement, request: RunRequest, descriptors: list[int], channel: socket.socket) -> NoReturn:
     """Applies the request's limits, installs its descriptors and becomes the submission."""
     try:
-        if request.collect or request.mode == "session":
-            home = os.open(confinement.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            protocol.send(channel, {"kind": "home"}, [home])
         apply_limits(confinement, request.limits, request.answers)
         install_descriptors(descriptors)
     except Exception as error:
@@ -223,7 +225,6 @@ def _report_unfit(channel: socket.socket, error: Exception) -> NoReturn:
     os._exit(_UNFIT)
 
 
-_FIRST_SPACE_BYTES = 16 << 20
 _SMALL_BYTES = 4 << 20
 
 
@@ -240,7 +241,7 @@ class JobSupervisor:
         self._monitor = ProcessMonitor(channel, usage)
         self._prepared: Isolated | None = None
         self._program: Program | None = None
-        self._space_bytes = _FIRST_SPACE_BYTES
+        self._preparation = Preparation()
 
     def serve(self) -> NoReturn:
         """Serves until the service closes the socket."""
@@ -257,7 +258,7 @@ class JobSupervisor:
 
     def _prepare(self) -> Isolated:
         assert self._usage is not None
-        program = Isolated.prepare(self._confinement, self._space_bytes, self._usage)
+        program = Isolated.prepare(self._confinement, self._preparation, self._usage)
         program.await_ready()
         self._monitor.take_baseline()
         return program
@@ -266,6 +267,7 @@ class JobSupervisor:
         """Ends the program that waits for a request, so that nothing is left for others to reap."""
         if self._prepared is not None:
             self._prepared.discard()
+            self._prepared = None
 
     def _unpack(self, files: int) -> None:
         """Writes files into the folder that all runs of a job share, since nothing can be mounted."""
@@ -275,16 +277,19 @@ class JobSupervisor:
 
     def _run(self, message: Message) -> None:
         request = read_run_request(message.header)
-        descriptors = message.descriptors[:-1] if request.brings_files else message.descriptors
-        if request.brings_files:
-            self._unpack(message.descriptors[-1])
+        descriptors, brought, archives = request.split(message.descriptors)
+        for files in brought:
+            self._unpack(files)
+        if archives and (refused := self._unpack_archives(request, archives)) is not None:
+            protocol.send(self._channel, {"kind": "ended", **vars(refused)}, [])
+            return
         result = self._monitor.run(request, descriptors, lambda handed: self._start(request, handed), self._receive)
         assert self._program is not None
         found: list[int] = []
-        if request.collect:
+        if request.collect or request.pack:
             self._monitor.clear()  # nobody is left to change the files
             with self._program.opened_home() as home:
-                found.append(collect_files(home, request.collect, request.collect_bytes))
+                found.append(collect_files(home, request.collect, request.pack, request.collect_bytes))
         small = self._monitor.held_bytes() < _SMALL_BYTES
         if not small:  # before the end is reported, so that the next job is not charged with this one's memory
             self._release()
@@ -301,31 +306,55 @@ class JobSupervisor:
         self._program.close()
         self._program = None
 
+    def _unpack_archives(self, request: RunRequest, archives: list[int]) -> RunResult | None:
+        """Unpacks archives into the working folder of the request's process; returns a result when one is refused."""
+        if self._isolated:
+            program = self._fit(request)
+            with program.opened_home() as home:
+                refused = unpack_all(self._confinement.uid, home, archives, request)
+        else:
+            folder = os.open(self._confinement.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            refused = unpack_all(self._confinement.uid, folder, archives, request)
+            os.close(folder)
+        if refused is not None:
+            self.discard_prepared()
+        self._monitor.begin_anew()
+        return refused
+
+    def _fit(self, request: RunRequest) -> Isolated:
+        """Returns the process that waits, made anew where it does not fit the request."""
+        assert self._prepared is not None
+        if self._prepared.preparation != request.preparation:
+            self._preparation = request.preparation  # the next requests are likely to have the same
+            self._prepared.discard()
+            self._prepared = self._prepare()
+        return self._prepared
+
     def _start(self, request: RunRequest, descriptors: list[int]) -> Program:
         if self._isolated:
-            program, self._prepared = self._prepared, None
-            assert program is not None
-            if program.space_bytes != request.limits.file_bytes:  # the next requests are likely to have the same limits
-                self._space_bytes = request.limits.file_bytes
-                program.discard()
-                program = self._prepare()
+            program, self._prepared = self._fit(request), None
             program.begin(request, descriptors)
             self._program = program
         else:
             self._program = Plain.start(self._confinement, request, descriptors)
         return self._program
 
-    def _receive(self, header: dict[str, Any]) -> None:
-        """Handles a message of the service while a program runs: interrupts it, or collects its files."""
+    def _receive(self, message: Message) -> None:
+        """Handles a message of the service while a program runs: interrupts it, collects or unpacks files."""
         assert self._program is not None
+        header = message.header
         if header["kind"] == "interrupt":
             with contextlib.suppress(ProcessLookupError):
                 os.kill(-self._program.pid, signal.SIGINT)
         elif header["kind"] == "collect":
             with self._program.opened_home() as home:
-                found = collect_files(home, header["paths"], header["bytes"])
-            protocol.send(self._channel, {"kind": "collected"}, [found])
+                found = collect_files(home, header["paths"], header["pack"], header["bytes"])
+            protocol.send(self._channel, {"kind": "replied"}, [found])
             os.close(found)
+        elif header["kind"] == "unpack":
+            with self._program.opened_home() as home:
+                reply = unpack_in_session(self._confinement.uid, home, message)
+            protocol.send(self._channel, {"kind": "replied", **reply}, [])
 
 
 def run_job_supervisor(

@@ -6,8 +6,11 @@ Numbers and layouts are those of the kernel's headers, for x86_64 and aarch64.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import platform
+import socket
+import struct
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 0x1, 0x2, 0x4, 0x8, 0x20
 MS_BIND, MS_MOVE, MS_REC, MS_PRIVATE = 0x1000, 0x2000, 0x4000, 0x40000
@@ -22,6 +25,7 @@ _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SYS_CLOSE_RANGE, _SYS_OPENAT2 = 436, 437  # the same on every architecture
 _RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
 _EINVAL = 22
+_SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -74,6 +78,12 @@ def enter_namespace(descriptor: int, flag: int) -> None:
 def set_hostname(name: str) -> None:
     """Sets the host name of this UTS namespace."""
     _check(_libc.sethostname(name.encode(), len(name)), "sethostname")
+
+
+def raise_loopback() -> None:
+    """Brings up the loopback device of this network namespace."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as channel:
+        fcntl.ioctl(channel, _SIOCSIFFLAGS, struct.pack("16sH14x", b"lo", _IFF_UP))
 
 
 class _OpenHow(ctypes.Structure):

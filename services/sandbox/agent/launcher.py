@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +30,14 @@ from .archive import File, own_files, read_files, write_files
 from .collect import collect_files
 from .confinement import build_filter, install_descriptors, resource_limits
 from .monitor import Process, ProcessMonitor
-from .protocol import Message, RunRequest, memory_file, read_run_request
+from .protocol import Limits, Message, Preparation, RunRequest, RunResult, memory_file, read_run_request
 from .root import WRITABLE_FLAGS, sized
+from .unpack import unpack_all, unpack_in_session
 from .usage import open_usage
 
 _UNPACKED_BYTES = 8192
+_OVERLAY_FILES = 8
+"""Files of the overlay's own."""
 
 
 class Workspace:
@@ -52,6 +56,7 @@ class Workspace:
         self._nothing = f"{folder}/nothing"
         self._has_kept = False
         self._space_bytes = (0, 0)
+        self._files = 0
         for path in (self.home, self._tmp, self._top, self._kept, self._nothing):
             Path(path).mkdir(exist_ok=True)
 
@@ -60,25 +65,30 @@ class Workspace:
         """Host folders and their paths in a container."""
         return [(self.home, HOME), (self._tmp, "/tmp"), (self._tmp, "/dev/shm")]
 
-    def mount(self, space_bytes: int) -> None:
+    def mount(self, space_bytes: int, files: int) -> None:
         """Mounts the working folder and /tmp of one run."""
-        self._space_bytes = (space_bytes, space_bytes)
-        kernel.mount("tmpfs", self._top, "tmpfs", WRITABLE_FLAGS, sized(space_bytes))
+        self._space_bytes, self._files = (space_bytes, space_bytes), files
+        kernel.mount("tmpfs", self._top, "tmpfs", WRITABLE_FLAGS, sized(space_bytes, files + _OVERLAY_FILES))
         for name in ("upper", "work"):
             Path(f"{self._top}/{name}").mkdir(0o700)
         os.chown(f"{self._top}/upper", self._uid, self._uid)
         below = f"{self._kept}/upper" if self._has_kept else self._nothing
         options = f"lowerdir={below},upperdir={self._top}/upper,workdir={self._top}/work,volatile"
         kernel.mount("overlay", self.home, "overlay", WRITABLE_FLAGS, options)
-        kernel.mount("tmpfs", self._tmp, "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=1777")
+        kernel.mount("tmpfs", self._tmp, "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes, files)},mode=1777")
 
-    def fill(self, files: list[File], space_bytes: int) -> None:
-        """Writes the files of a run, and gives it its space beside them."""
+    def fit(self, files: list[File], limits: Limits) -> None:
+        """Gives a run its space beside its files."""
+        space_bytes = limits.file_bytes
         wanted = (space_bytes + sum(len(content) + _UNPACKED_BYTES for _, content, _ in files), space_bytes)
         for path, had, wants in zip((self._top, self._tmp), self._space_bytes, wanted, strict=True):
-            if had != wants:
-                kernel.mount("tmpfs", path, "tmpfs", WRITABLE_FLAGS | kernel.MS_REMOUNT, sized(wants))
-        self._space_bytes = wanted
+            if (had, self._files) != (wants, limits.files):
+                bounds = sized(wants, limits.files + (_OVERLAY_FILES if path == self._top else 0))
+                kernel.mount("tmpfs", path, "tmpfs", WRITABLE_FLAGS | kernel.MS_REMOUNT, bounds)
+        self._space_bytes, self._files = wanted, limits.files
+
+    def fill(self, files: list[File]) -> None:
+        """Writes the files of a run."""
         if files:
             write_files(self.home, files)
             own_files(self.home, self._uid)
@@ -203,12 +213,12 @@ class ContainerRuntime:
         self._log = Path(log)
         self._procs = procs
         self._config = Path(folder) / "config.json"
-        self._filter = memory_file(build_filter())
+        self._filters = [memory_file(build_filter(loopback=loopback)) for loopback in (False, True)]
         self._null = os.open("/dev/null", os.O_RDWR)
         self._written = ""
         self._count = 0
 
-    def start(self, root_path: str, mounts: list[tuple[str, str]]) -> Container:
+    def start(self, root_path: str, mounts: list[tuple[str, str]], loopback: bool) -> Container:
         """Starts a container whose init waits for its request."""
         self._write_config(root_path, mounts)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -221,7 +231,9 @@ class ContainerRuntime:
             return Container(pid, name, ours, self)
         try:
             kernel.die_with_parent(signal.SIGKILL)
-            install_descriptors([self._null, self._null, self._null, theirs.fileno(), self._filter, self._program])
+            install_descriptors(
+                [self._null, self._null, self._null, theirs.fileno(), self._filters[loopback], self._program]
+            )
             os.set_inheritable(_PROGRAM, False)
             arguments = [*self._command, "--preserve-fds", "2", name]
             os.execve(_PROGRAM, arguments, os.environ)
@@ -299,7 +311,6 @@ def _is_zombie(pid: int) -> bool:
         return True
 
 
-_FIRST_SPACE_BYTES = 16 << 20
 _SMALL_BYTES = 4 << 20
 
 
@@ -335,8 +346,8 @@ class Launcher:
         self._root = ""
         self._files: list[File] = []
         self._workspace = Workspace(options.folder, options.uid)
-        self._spare: tuple[str, Container] | None = None
-        self._space_bytes = _FIRST_SPACE_BYTES
+        self._spare: tuple[str, bool, Container] | None = None
+        self._preparation = Preparation()
 
     def prepare(self) -> None:
         """Does what all jobs of the slot have in common."""
@@ -398,33 +409,35 @@ class Launcher:
             self._discard_spare()
 
     def _make_spare(self) -> None:
-        self._workspace.mount(self._space_bytes)
-        self._spare = (self._root, self._runtime.start(self._root, self._workspace.mounts))
+        space_bytes, files, loopback = self._preparation
+        self._workspace.mount(space_bytes, files)
+        self._spare = (self._root, loopback, self._runtime.start(self._root, self._workspace.mounts, loopback))
 
     def _discard_spare(self) -> None:
         if self._spare is not None:
-            container = self._spare[1]
+            container = self._spare[2]
             self._spare = None
             container.kill()
             self._monitor.clear()
             container.close()
             self._workspace.unmount()
 
-    def _take_spare(self) -> Container:
-        if self._spare is not None and self._spare[0] != self._root:
+    def _take_spare(self, loopback: bool) -> Container:
+        if self._spare is not None and self._spare[:2] != (self._root, loopback):
             self._discard_spare()
         if self._spare is None:
+            self._preparation = self._preparation._replace(loopback=loopback)
             self._make_spare()
         assert self._spare is not None
-        container = self._spare[1]
+        container = self._spare[2]
         self._spare = None
         return container
 
     def _run(self, message: Message) -> None:
         request = read_run_request(message.header)
-        descriptors = message.descriptors[:-1] if request.brings_files else message.descriptors
-        brought = read_files(message.descriptors[-1]) if request.brings_files else []
-        container = self._take_spare()
+        descriptors, sent, archives = request.split(message.descriptors)
+        brought = [file for archive in sent for file in read_files(archive)]
+        container = self._take_spare(request.loopback)
         command = request.command if request.mode == "exec" else [*request.command, request.mode]
 
         def start(handed: list[int]) -> Container:
@@ -432,9 +445,18 @@ class Launcher:
             return container
 
         container.await_ready()
-        self._workspace.fill([*self._files, *brought], request.limits.file_bytes)
+        files = [*self._files, *brought]
+        self._workspace.fit(files, request.limits)
+        if archives and (refused := self._unpack(request, archives)) is not None:
+            container.kill()
+            self._clean_up(container, keep=False)
+            protocol.send(self._channel, {"kind": "ended", **vars(refused)}, [])
+            return
+        self._workspace.fill(files)
         result = self._monitor.run(request, descriptors, start, self._receive)
-        found = [self._collect(request.collect, request.collect_bytes)] if request.collect else []
+        found = []
+        if request.collect or request.pack:
+            found = [self._collect(request.collect, request.pack, request.collect_bytes)]
         small = self._monitor.held_bytes() < _SMALL_BYTES and not request.keep
         if not small:  # before the end is reported, so that the next job is not charged with this one's memory
             self._clean_up(container, request.keep)
@@ -443,7 +465,7 @@ class Launcher:
             os.close(file)
         if small:
             self._clean_up(container, keep=False)
-        self._space_bytes = request.limits.file_bytes
+        self._preparation = request.preparation
 
     def _clean_up(self, container: Container, keep: bool) -> None:
         """Waits until the container is gone, and unmounts its working folder or keeps it for later runs."""
@@ -455,21 +477,38 @@ class Launcher:
         else:
             self._workspace.unmount()
 
-    def _collect(self, paths: list[str], most_bytes: int) -> int:
+    def _unpack(self, request: RunRequest, archives: list[int]) -> RunResult | None:
+        """Unpacks archives into the working folder; returns a result when one is refused."""
+        with self._opened_home() as home:
+            refused = unpack_all(self._options.uid, home, archives, request)
+        self._monitor.begin_anew()
+        return refused
+
+    @contextlib.contextmanager
+    def _opened_home(self) -> Iterator[int]:
         folder = os.open(self._workspace.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            return collect_files(folder, paths, most_bytes)
+            yield folder
         finally:
             os.close(folder)
 
-    def _receive(self, header: dict[str, Any]) -> None:
-        """Handles a message of the service while a container runs: interrupts the job, or collects files."""
+    def _collect(self, paths: list[str], packed: list[str], most_bytes: int) -> int:
+        with self._opened_home() as home:
+            return collect_files(home, paths, packed, most_bytes)
+
+    def _receive(self, message: Message) -> None:
+        """Handles a message of the service while a container runs: interrupts the job, collects or unpacks files."""
+        header = message.header
         if header["kind"] == "interrupt":
             self._runtime.interrupt()
         elif header["kind"] == "collect":
-            found = self._collect(header["paths"], header["bytes"])
-            protocol.send(self._channel, {"kind": "collected"}, [found])
+            found = self._collect(header["paths"], header["pack"], header["bytes"])
+            protocol.send(self._channel, {"kind": "replied"}, [found])
             os.close(found)
+        elif header["kind"] == "unpack":
+            with self._opened_home() as home:
+                reply = unpack_in_session(self._options.uid, home, message)
+            protocol.send(self._channel, {"kind": "replied", **reply}, [])
 
 
 def main() -> None:

@@ -226,7 +226,7 @@ def _run_next(channel: socket.socket, module: types.ModuleType, home: str) -> No
     os.dup2(stderr, 2)
     archive = read_archive(archive_file)
     header = archive.header
-    write_files(home, zip(header["paths"], archive.blobs[1:], header["executable"], strict=True))
+    write_files(home, zip(header["paths"], archive.blobs[1:], header["executable"], strict=True), header["append"])
     reply = _run_cell(archive.blobs[0], header["number"], module)
     _flush_cell()
     rest = memoryview(json.dumps(reply).encode())

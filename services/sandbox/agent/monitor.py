@@ -14,10 +14,9 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from . import protocol
-from .protocol import ANSWERED, FINISHED, Limits, RunRequest, RunResult
+from .protocol import ANSWERED, FINISHED, Limits, Message, RunRequest, RunResult
 from .usage import MUCH_BYTES, UsageFiles
 
 TICK_S = 0.05
@@ -52,7 +51,7 @@ class Process(ABC):
 
 Start = Callable[[list[int]], Process]
 """Starts a process with the given descriptors."""
-OnCall = Callable[[dict[str, Any]], None]
+OnCall = Callable[[Message], None]
 """Handles a message that the service sends while a process runs."""
 
 
@@ -155,11 +154,13 @@ class ProcessMonitor:
     def _receive(self, on_call: OnCall) -> bool:
         """Handles a message of the service; returns true for a stop. Raises EOFError when the service is gone."""
         message = protocol.receive(self._channel)
-        message.close()
-        if message.header["kind"] == "stop":
-            return True
-        on_call(message.header)
-        return False
+        try:
+            if message.header["kind"] == "stop":
+                return True
+            on_call(message)
+            return False
+        finally:
+            message.close()
 
     def _end(self, process: Process) -> int:
         process.kill()
@@ -223,6 +224,11 @@ class ProcessMonitor:
         self._started = time.monotonic()
         if self._usage is not None:
             self._cpu_ns = self._usage.cpu_ns()
+
+    def begin_anew(self) -> None:
+        """Starts the clocks of the next run here: what was done for it since its baseline is not the program's."""
+        self._restart_meter()
+        self._begun_cpu_ns = self._cpu_ns
 
     def _begin(self) -> None:
         self._restart_meter()

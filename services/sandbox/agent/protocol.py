@@ -76,6 +76,15 @@ class Limits:
     processes: int
     file_bytes: int
     output_bytes: int
+    files: int
+
+
+class Preparation(NamedTuple):
+    """Sandbox that is made for a program before its request comes: space and files of its folders, its network."""
+
+    space_bytes: int = 16 << 20
+    files: int = 4096
+    loopback: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,8 @@ class RunRequest:
     request, from 0 on; for the modes of Python the last one is the job's archive. A process with `answers` reports each
     answer by a byte of progress and has its limits anew for the next one. What a run with `keep` leaves in the working
     folder is there for the later runs of the sandbox. With `brings_files` one more descriptor comes with the request:
-    an archive of files for this run alone.
+    an archive of files for this run alone. The last descriptors are tars or zips, one for each of `unpack`, the folders
+    into which they are unpacked before the process starts.
     """
 
     mode: str
@@ -98,6 +108,21 @@ class RunRequest:
     brings_files: bool = False
     collect: list[str] = field(default_factory=list)
     collect_bytes: int = 0
+    unpack: list[str] = field(default_factory=list)
+    pack: list[str] = field(default_factory=list)
+    """Folders to collect as tars."""
+    loopback: bool = False
+
+    @property
+    def preparation(self) -> Preparation:
+        """Sandbox that it needs."""
+        return Preparation(self.limits.file_bytes, self.limits.files, self.loopback)
+
+    def split(self, descriptors: list[int]) -> tuple[list[int], list[int], list[int]]:
+        """Splits a message's descriptors: the process's, those of files that it brings, those of archives."""
+        own = len(descriptors) - len(self.unpack)
+        first = own - self.brings_files
+        return descriptors[:first], descriptors[first:own], descriptors[own:]
 
     def to_header(self) -> dict[str, Any]:
         """Returns the header of a message."""
@@ -117,7 +142,7 @@ class RunResult:
     `stop` is None when it ended by itself, else wall, cpu, memory, output, stopped (by the service) or exited (before
     its last answer). `exit_code` is None when a signal ended it. Times are in microseconds; `answers_us` are those of
     the answers. `peak_bytes` is None when memory is not measured. `start_error` is an errno when the command could not
-    be executed.
+    be executed. `refused` says why the archive of an index was not unpacked, and nothing run.
     """
 
     stop: str | None = None
@@ -129,6 +154,8 @@ class RunResult:
     answers_us: list[int] = field(default_factory=list)
     finished: bool = False
     start_error: int = 0
+    refused_index: int = 0
+    refused: str = ""
 
     @property
     def wall_ms(self) -> int:

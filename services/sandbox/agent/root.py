@@ -15,14 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import HOME, OWN_FOLDER, kernel, start_code
+from .protocol import Preparation
 
 PROC_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 WRITABLE_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV
-MAX_INODES = 1024
 _DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
 _READ_ONLY = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
 _FOLDERS = ("proc", "box", "tmp", "dev", "etc", "run", OWN_FOLDER.strip("/"))
 _PASSWD = "root:x:0:0:root:/:/usr/sbin/nologin\n"
+_HOSTS = "127.0.0.1 localhost box\n::1 localhost\n"
 _BOX_USER = "box:x:{uid}:{uid}:box:/box:/usr/sbin/nologin\n"
 
 
@@ -81,6 +82,7 @@ def _make_skeleton(own: Path, options: RootOptions) -> list[tuple[str, str]]:
         mounted.append((source, inside))
     passwd = _PASSWD + "".join(_BOX_USER.format(uid=uid) for uid in options.uids)
     (own / "etc/passwd").write_text(passwd)
+    (own / "etc/hosts").write_text(_HOSTS)
     cache = Path("/etc/ld.so.cache")
     if not options.image and cache.exists():
         (own / "etc/ld.so.cache").write_bytes(cache.read_bytes())
@@ -107,15 +109,16 @@ def enter_root(options: RootOptions) -> None:
         kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID, "size=1m,mode=0755")
 
 
-def mount_writable(uid: int, space_bytes: int) -> None:
-    """Mounts an empty working folder and an empty /tmp of `space_bytes` each in this mount namespace."""
-    kernel.mount("tmpfs", HOME, "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=0700,uid={uid},gid={uid}")
-    kernel.mount("tmpfs", "/tmp", "tmpfs", WRITABLE_FLAGS, f"{sized(space_bytes)},mode=1777")
+def mount_writable(uid: int, preparation: Preparation) -> None:
+    """Mounts an empty working folder and an empty /tmp in this mount namespace."""
+    bounds = sized(preparation.space_bytes, preparation.files)
+    kernel.mount("tmpfs", HOME, "tmpfs", WRITABLE_FLAGS, f"{bounds},mode=0700,uid={uid},gid={uid}")
+    kernel.mount("tmpfs", "/tmp", "tmpfs", WRITABLE_FLAGS, f"{bounds},mode=1777")
 
 
-def sized(space_bytes: int) -> str:
+def sized(space_bytes: int, files: int) -> str:
     """Returns the options of a tmpfs that bound its space and its files."""
-    return f"size={space_bytes},nr_inodes={MAX_INODES}"
+    return f"size={space_bytes},nr_inodes={files + 1}"  # with the folder itself
 
 
 def main() -> None:

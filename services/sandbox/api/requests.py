@@ -15,14 +15,23 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.protocol import Limits
 from services.sandbox.config import LimitsConfig, SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime
-from services.sandbox.runtime.jobs import Comparator, Job, Program, Submission
+from services.sandbox.runtime.jobs import Comparator, Job, Program, Submission, make_tar
 
-LIMIT_FIELDS = ("wall_ms", "cpu_ms", "memory_bytes", "processes", "file_bytes", "output_bytes")
-_MINIMUM = {"wall_ms": 1, "cpu_ms": 1, "memory_bytes": 16 << 20, "processes": 1, "file_bytes": 65536, "output_bytes": 1}
+LIMIT_FIELDS = ("wall_ms", "cpu_ms", "memory_bytes", "processes", "file_bytes", "output_bytes", "files")
+_MINIMUM = {
+    "wall_ms": 1,
+    "cpu_ms": 1,
+    "memory_bytes": 16 << 20,
+    "processes": 1,
+    "file_bytes": 65536,
+    "output_bytes": 1,
+    "files": 16,
+}
 _PATH_BYTES, _NAME_BYTES = 1024, 255
 _MOST_VIOLATIONS = 20
 _KEY_CHARACTERS = 128
 _STRINGS_BYTES = 32768
+_MOST_ARCHIVES = 4
 
 
 class Reader:
@@ -103,6 +112,23 @@ class Reader:
             self.refuse(field, f"has {total} bytes in all, at most {self.config.max_file_bytes} are taken")
         return read
 
+    def check_archives(self, field: str, archives: Sequence[pb.Archive], in_cell: bool = False) -> None:
+        """Checks the folders and sizes of archives; their entries are checked as they are unpacked."""
+        if len(archives) > _MOST_ARCHIVES:
+            self.refuse(field, f"has {len(archives)} archives, at most {_MOST_ARCHIVES} are taken")
+        total = sum(len(archive.content) for archive in archives)
+        if total > self.config.max_file_bytes:
+            self.refuse(field, f"has {total} bytes in all, at most {self.config.max_file_bytes} are taken")
+        for index, archive in enumerate(archives):
+            if archive.folder and (problem := find_path_problem(archive.folder)) is not None:
+                self.refuse(f"{field}[{index}].folder", problem)
+            if archive.file and not in_cell:
+                self.refuse(f"{field}[{index}].file", "is for cells of a session; give content")
+            elif archive.file and (problem := find_path_problem(archive.file)) is not None:
+                self.refuse(f"{field}[{index}].file", problem)
+            elif bool(archive.file) == bool(archive.content):
+                self.refuse(f"{field}[{index}]", "must have content" + (" or name a file" if in_cell else ""))
+
     def check_paths(self, field: str, paths: Iterable[str]) -> None:
         """Checks the paths of output files, as those of input files."""
         listed = list(paths)
@@ -160,7 +186,12 @@ class Reader:
     ) -> Program | None:
         """Reads the program of a request, or of a checker in it; None when its language is wrong."""
         runtime = self.read_runtime(f"{prefix}language", request.language)
-        self.check_source(f"{prefix}source", request.source)
+        command = request.command if isinstance(request, pb.ExecuteRequest) else ()
+        if not command:
+            self.check_source(f"{prefix}source", request.source)
+        elif request.source:
+            self.refuse("source", "must be empty where a command is given")
+        self.check_arguments("command", command)
         self.check_environment(f"{prefix}env", environment)
         files = self.read_files(f"{prefix}files", request.files, runtime.config.source if runtime else None)
         defaults = runtime.limits if runtime else self.config.default_limits
@@ -169,7 +200,17 @@ class Reader:
         own_compile_limits = self.read_limits(f"{prefix}compile_limits", compile_limits, compiler)
         if runtime is None:
             return None
-        return Program(runtime, request.source, limits, own_compile_limits, files, dict(environment))
+        program = Program(runtime, request.source, limits, own_compile_limits, files, dict(environment))
+        if isinstance(request, pb.Program):
+            return program
+        self.check_archives("archives", request.archives)
+        program = dataclasses.replace(
+            program, archives=list(request.archives), loopback=request.loopback or runtime.config.loopback
+        )
+        if not command:
+            return program
+        placed = [pb.Archive(content=make_tar(files))] if files else []
+        return dataclasses.replace(program, command=tuple(command), files=(), archives=[*program.archives, *placed])
 
 
 def find_path_problem(path: str) -> str | None:
@@ -199,6 +240,7 @@ def read_job(request: pb.ExecuteRequest, config: SandboxConfig, catalog: Catalog
     reader.check_arguments("args", request.args)
     reader.check_size("stdin", request.stdin)
     reader.check_paths("output_files", request.output_files)
+    reader.check_paths("output_folders", [path for path in request.output_folders if path != "."])
     reader.check_key(request.idempotency_key)
     reader.finish()
     assert program is not None
@@ -347,6 +389,7 @@ def read_session(request: pb.CreateSessionRequest, config: SandboxConfig, catalo
     if runtime is not None and runtime.python is None:
         reader.refuse("language", f"{runtime.name} has no sessions")
     files = reader.read_files("files", request.files, None)
+    reader.check_archives("archives", request.archives)
     reader.check_environment("env", request.env)
     limits = reader.read_limits("limits", request.limits, runtime.limits if runtime else config.default_limits)
     idle_s = request.idle_seconds if request.HasField("idle_seconds") else config.session_idle_seconds
@@ -354,7 +397,9 @@ def read_session(request: pb.CreateSessionRequest, config: SandboxConfig, catalo
         reader.refuse("idle_seconds", f"is {idle_s}, must be from 1 to {config.session_maximum_idle_seconds}")
     reader.finish()
     assert runtime is not None
-    return Program(runtime, b"", limits, limits, files, dict(request.env)), idle_s
+    loopback = request.loopback or runtime.config.loopback
+    archives = list(request.archives)
+    return Program(runtime, b"", limits, limits, files, dict(request.env), archives, loopback), idle_s
 
 
 def check_cell(request: pb.RunCellRequest, config: SandboxConfig, catalog: Catalog) -> None:
@@ -362,9 +407,12 @@ def check_cell(request: pb.RunCellRequest, config: SandboxConfig, catalog: Catal
     reader = Reader(config, catalog)
     if not request.session_id:
         reader.refuse("session_id", "is required")
-    reader.check_source("code", request.code)
+    if request.code or not (request.files or request.archives):
+        reader.check_source("code", request.code)
     reader.read_files("files", request.files, None)
+    reader.check_archives("archives", request.archives, in_cell=True)
     reader.check_paths("output_files", request.output_files)
+    reader.check_paths("output_folders", [path for path in request.output_folders if path != "."])
     if request.HasField("wall_ms") and not 1 <= request.wall_ms <= config.maximum_limits.wall_ms:
         reader.refuse("wall_ms", f"is {request.wall_ms}, must be from 1 to {config.maximum_limits.wall_ms}")
     reader.finish()

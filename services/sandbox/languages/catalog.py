@@ -145,6 +145,8 @@ class RuntimeLimits(Model):
     """Space in the working folder."""
     output_bytes: int | None = Field(None, ge=1)
     """Output."""
+    files: int | None = Field(None, ge=16)
+    """Files in the working folder."""
 
 
 class RuntimeConfig(Model):
@@ -181,6 +183,8 @@ class RuntimeConfig(Model):
     """Packages to install when they are missing."""
     environment: dict[str, str] = {}
     """Environment variables."""
+    loopback: bool = False
+    """Whether programs have a loopback device and may make sockets, whatever their request says."""
     limits: RuntimeLimits = RuntimeLimits()
     """Default limits of programs."""
     compile_limits: RuntimeLimits = RuntimeLimits()

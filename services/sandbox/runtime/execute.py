@@ -51,7 +51,9 @@ async def _execute(
             if on_start is not None:
                 on_start(streams)
             most_bytes = pool.config.max_output_file_bytes
-            result, files = await loaded.run(streams, request.args, (), request.output_files, most_bytes)
+            result, files = await loaded.run(
+                streams, request.args, (), request.output_files, most_bytes, request.output_folders
+            )
             if loaded.compile_failed:
                 return _compile_failure(loaded)
             response = read_execution(result, streams, program.limits)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import io
+import tarfile
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from perigee.sandbox.compare import Comparison, Tolerance
@@ -23,6 +25,23 @@ class Program:
     compile_limits: Limits
     files: Sequence[pb.File] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    archives: Sequence[pb.Archive] = ()
+    """Unpacked into the working folder before the files are placed."""
+    loopback: bool = False
+    """Whether it has a loopback device, and may make sockets of TCP and UDP."""
+    command: tuple[str, ...] = ()
+    """Run instead of a source, with archives for files."""
+
+
+def make_tar(files: Iterable[pb.File]) -> bytes:
+    """Packs files into a tar."""
+    output = io.BytesIO()
+    with tarfile.open(fileobj=output, mode="w") as tar:
+        for file in files:
+            member = tarfile.TarInfo(file.path)
+            member.size, member.mode = len(file.content), 0o755 if file.executable else 0o644
+            tar.addfile(member, io.BytesIO(file.content))
+    return output.getvalue()
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ class LoadedProgram:
         runtime = self.program.runtime
         if self._in_container or runtime.python is None:
             await self.send_files()
-        if runtime.config.compile:
+        if runtime.config.compile and not self.program.command:
             self.compiled = await self._compile()
         return not self.compile_failed
 
@@ -80,7 +80,7 @@ class LoadedProgram:
         """Hands over the files without compiling."""
         program = self.program
         files: list[pb.File] = []
-        if program.runtime.python is None:  # modes of Python get the files with each run
+        if program.runtime.python is None and not program.command:  # modes of Python get the files with each run
             files = [*program.files, pb.File(path=program.runtime.config.source, content=program.source)]
         header = {
             "root_name": program.runtime.name,
@@ -95,7 +95,7 @@ class LoadedProgram:
         command = runtime.command(runtime.config.compile, limits.memory_bytes)
         request = RunRequest("exec", limits, command, self._environment(), keep=True)
         with memory_streams(b"") as streams:
-            result, _ = await self.sandbox.run(request, [streams.stdin, streams.stdout, streams.stderr])
+            result, _ = await self._run(request, [streams.stdin, streams.stdout, streams.stderr])
             check_started(result, command)
             stdout, stderr = (os.pread(file, COMPILER_BYTES, 0) for file in (streams.stdout, streams.stderr))
         ok = result.stop is None and result.exit_code == 0
@@ -111,6 +111,7 @@ class LoadedProgram:
         files: Sequence[pb.File] = (),
         collect: Sequence[str] = (),
         collect_bytes: int = 0,
+        pack: Sequence[str] = (),
     ) -> tuple[RunResult, list[pb.OutputFile]]:
         """Runs the program once, with `files` for this run alone.
 
@@ -118,19 +119,20 @@ class LoadedProgram:
         """
         runtime, limits = self.program.runtime, self.program.limits
         standard = [streams.stdin, streams.stdout, streams.stderr]
-        if runtime.python is None:
-            command = [*runtime.command(runtime.config.run, limits.memory_bytes), *arguments]
-            request = self._request(
-                "exec", command, collect=collect, collect_bytes=collect_bytes, brings_files=bool(files)
-            )
+        wanted: dict[str, Any] = {"collect": list(collect), "collect_bytes": collect_bytes, "pack": list(pack)}
+        if self.program.command or runtime.python is None:
+            own = self.program.command or runtime.command(runtime.config.run, limits.memory_bytes)
+            command = [*own, *arguments]
+            request = self._request("exec", command, brings_files=bool(files), **wanted)
             with opened(*([pack_files(files)] if files else [])) as brought:
-                result, left = await self.sandbox.run(request, [*standard, *brought])
-            check_started(result, command)
+                result, left = await self._run(request, [*standard, *brought])
+            if not self.program.command:
+                check_started(result, command)
             return result, unpack_files(left)
-        request = self._request("program", collect=collect, collect_bytes=collect_bytes)
+        request = self._request("program", **wanted)
         header = {"main": runtime.config.source, "arguments": list(arguments)}
         with opened(b"", self.archive(header, [self.program.source], files)) as (report, archive):
-            result, left = await self.sandbox.run(request, [*standard, report, archive])
+            result, left = await self._run(request, [*standard, report, archive])
             if os.fstat(report).st_size:
                 message = os.pread(report, COMPILER_BYTES, 0)
                 reason = "the source does not compile"
@@ -139,8 +141,15 @@ class LoadedProgram:
 
     async def run_mode(self, mode: str, descriptors: list[int], **fields: Any) -> RunResult:
         """Runs one of Python's modes; the last of `descriptors` is the archive."""
-        result, _ = await self.sandbox.run(self._request(mode, **fields), descriptors)
+        result, _ = await self._run(self._request(mode, **fields), descriptors)
         return result
+
+    async def _run(self, request: RunRequest, descriptors: list[int]) -> tuple[RunResult, Archive | None]:
+        """Runs a process, whose archives are unpacked first unless a compiler had them."""
+        archives = () if self.compiled else self.program.archives
+        request = dataclasses.replace(request, unpack=[archive.folder for archive in archives])
+        with opened(*(archive.content for archive in archives)) as files:
+            return await self.sandbox.run(request, [*descriptors, *files])
 
     def archive(self, header: dict[str, Any], blobs: Sequence[bytes], extra: Sequence[pb.File] = ()) -> bytes:
         """Returns the archive for one of Python's modes: its own blobs, then the files of the working folder."""
@@ -161,10 +170,9 @@ class LoadedProgram:
         if self._in_container and mode != "exec":
             command = runtime.python_command()
         limits = fields.pop("limits", self.program.limits)
-        collect = list(fields.pop("collect", ()))
         # the job supervisor, of which later programs are forks, sees requests: variables go into the archive
         environment = self._environment() if self._in_container or mode == "exec" else {}
-        return RunRequest(mode, limits, list(command), environment, collect=collect, **fields)
+        return RunRequest(mode, limits, list(command), environment, loopback=self.program.loopback, **fields)
 
     def _environment(self) -> dict[str, str]:
         return {**self.program.runtime.environment, **self.program.environment}

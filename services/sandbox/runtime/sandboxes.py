@@ -17,10 +17,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from perigee.errors import InvalidArgumentError
 from services.kit.telemetry import get_logger
 from services.sandbox.agent import ENVIRONMENT, OWN_FOLDER
 from services.sandbox.agent.archive import Archive, read_archive
-from services.sandbox.agent.protocol import RunRequest, RunResult, memory_file
+from services.sandbox.agent.protocol import Message, RunRequest, RunResult, memory_file
+from services.sandbox.agent.unpack import UNPACK_S
 from services.sandbox.languages.catalog import Runtime, find_python
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import CgroupHost
@@ -48,19 +50,19 @@ class Sandbox:
         self.broken = False
         """Whether the sandbox must not be used again."""
         self._running = False
-        self._collected: asyncio.Future[Archive] | None = None
+        self._reply: asyncio.Future[Message] | None = None
 
     async def run(self, request: RunRequest, descriptors: list[int]) -> tuple[RunResult, Archive | None]:
         """Runs a process to its end and returns its result and files; cancellation ends it.
 
-        Raises SandboxFailedError when the sandbox breaks.
+        Raises SandboxFailedError when the sandbox breaks, InvalidArgumentError when an archive is refused.
         """
         self.slot.limit(request.limits.memory_bytes, request.limits.processes)
         kills_before = self.slot.oom_kills()
-        runs_s = max(1, request.answers) * request.limits.wall_ms / 1000
+        runs_s = max(1, request.answers) * request.limits.wall_ms / 1000 + len(request.unpack) * UNPACK_S
         try:
             async with asyncio.timeout(runs_s + _GRACE_S):
-                return await self._run(request, descriptors)
+                result, files = await self._run(request, descriptors)
         except SandboxFailedError as error:
             self.broken = True
             if self.slot.oom_kills() == kills_before:
@@ -72,6 +74,9 @@ class Sandbox:
         except BaseException:
             self.broken = True
             raise
+        if result.refused:
+            raise InvalidArgumentError.for_field(f"archives[{result.refused_index}]", result.refused)
+        return result, files
 
     async def _run(self, request: RunRequest, descriptors: list[int]) -> tuple[RunResult, Archive | None]:
         header = request.to_header()
@@ -80,8 +85,11 @@ class Sandbox:
         try:
             while True:
                 message = await receive(self.channel)
-                if message.header["kind"] == "collected":
-                    self._set_collected(message.descriptors)
+                if message.header["kind"] == "replied":
+                    if self._reply is not None and not self._reply.done():
+                        self._reply.set_result(message)
+                    else:
+                        message.close()
                     continue
                 fields = {name: value for name, value in message.header.items() if name != "kind"}
                 try:
@@ -91,16 +99,8 @@ class Sandbox:
                 return RunResult(**fields), files
         finally:
             self._running = False
-            if self._collected is not None and not self._collected.done():
-                self._collected.set_exception(
-                    SandboxFailedError("the process has ended before its files were collected")
-                )
-
-    def _set_collected(self, descriptors: list[int]) -> None:
-        archive = read_archive(descriptors[0])
-        os.close(descriptors[0])
-        if self._collected is not None and not self._collected.done():
-            self._collected.set_result(archive)
+            if self._reply is not None and not self._reply.done():
+                self._reply.set_exception(SandboxFailedError("the process has ended before its files were reached"))
 
     def close(self) -> None:
         """Closes the sandbox and removes its folder."""
@@ -129,19 +129,31 @@ class Sandbox:
         """Sends SIGINT to the process that runs now."""
         send(self.channel, {"kind": "interrupt"}, [])
 
-    async def collect(self, paths: list[str], most_bytes: int) -> Archive:
-        """Returns files of the process that runs now; raises SandboxFailedError when it ends before they are read."""
-        if not self._running:
-            raise SandboxFailedError("no process runs whose files could be collected")
-        send(self.channel, {"kind": "collect", "paths": paths, "bytes": most_bytes}, [])
-        self._collected = asyncio.get_running_loop().create_future()
+    async def collect(self, paths: list[str], most_bytes: int, pack: Sequence[str] = ()) -> Archive:
+        """Returns files of the process that runs now, those of folders as tars; errors as for `ask`."""
+        header = {"kind": "collect", "paths": paths, "pack": list(pack), "bytes": most_bytes}
+        message = await self.ask(header, [], _ANSWER_S + len(pack) * UNPACK_S)
         try:
-            async with asyncio.timeout(_ANSWER_S):
-                return await self._collected
-        except TimeoutError as error:
-            raise SandboxFailedError(f"the files of {self.slot.name} are not read within {_ANSWER_S:g} s") from error
+            return read_archive(message.descriptors[0])
         finally:
-            self._collected = None
+            message.close()
+
+    async def ask(self, header: dict[str, Any], descriptors: list[int], timeout_s: float) -> Message:
+        """Returns the answer about the files of the process that runs now, whose descriptors the caller closes.
+
+        Raises SandboxFailedError when the process ends first, or no answer comes in time.
+        """
+        if not self._running:
+            raise SandboxFailedError("no process runs whose files could be reached")
+        send(self.channel, header, descriptors)
+        self._reply = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._reply
+        except TimeoutError as error:
+            raise SandboxFailedError(f"the files of {self.slot.name} are not reached in {timeout_s:g} s") from error
+        finally:
+            self._reply = None
 
     async def load(self, header: dict[str, Any], files: bytes) -> None:
         """Hands over an archive with the job's files, which a container has in each of its runs."""

@@ -23,6 +23,7 @@ from services.kit.telemetry import get_logger
 from services.sandbox.agent.archive import encode_archive
 from services.sandbox.agent.modes import REPLIED
 from services.sandbox.agent.protocol import Limits
+from services.sandbox.agent.unpack import UNPACK_S
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.failure import SandboxFailedError, finish
 from services.sandbox.runtime.helper_process import receive_packet, send
@@ -204,6 +205,7 @@ class Session:
             "number": self._count,
             "paths": [file.path for file in cell.files],
             "executable": [file.executable for file in cell.files],
+            "append": [file.path for file in cell.files if file.append],
         }
         archive = encode_archive(header, [cell.code, *(file.content for file in cell.files)])
         limits = self._program.limits
@@ -211,6 +213,9 @@ class Session:
             started, cpu_ns = time.monotonic(), self._cpu_ns()
             status, reason = pb.STATUS_OK, ""
             try:
+                for index, sent in enumerate(cell.archives):
+                    await self._unpack(loaded, f"archives[{index}]", sent)
+                started, cpu_ns = time.monotonic(), self._cpu_ns()
                 send(self._ours, {"kind": "cell"}, [job, stdout, stderr, reply])
                 wall_ms = cell.wall_ms or limits.wall_ms
                 status, reason = await self._await_reply(loaded, wall_ms, cpu_ns)
@@ -218,10 +223,11 @@ class Session:
                 status, reason = await self._explain_end(error)
             wall_ms = math.ceil((time.monotonic() - started) * 1000)
             files: Sequence[pb.OutputFile] = ()
-            if self.alive and cell.output_files:
+            if self.alive and (cell.output_files or cell.output_folders):
                 most = self._pool.config.max_output_file_bytes
+                wanted, folders = list(cell.output_files), list(cell.output_folders)
                 try:
-                    files = unpack_files(await loaded.sandbox.collect(list(cell.output_files), most))
+                    files = unpack_files(await loaded.sandbox.collect(wanted, most, folders))
                 except SandboxFailedError as error:
                     status, reason = await self._explain_end(error)
                     if self.alive:  # but does not answer
@@ -249,6 +255,20 @@ class Session:
             alive=self.alive,
             execution_count=self._count,
         )
+
+    async def _unpack(self, loaded: LoadedProgram, field: str, archive: pb.Archive) -> None:
+        """Unpacks an archive into the working folder; raises InvalidArgumentError when it is refused."""
+        header = {
+            "kind": "unpack",
+            "folder": archive.folder,
+            "file": archive.file,
+            "files": self._program.limits.files,
+        }
+        with opened(*([] if archive.file else [archive.content])) as content:
+            message = await loaded.sandbox.ask(header, content, 2 * UNPACK_S)
+        message.close()
+        if message.header["reason"]:
+            raise InvalidArgumentError.for_field(field, message.header["reason"])
 
     async def _await_reply(self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int) -> tuple[pb.Status.ValueType, str]:
         """Waits for the end of a cell; one that passes a limit is interrupted, and its session ended if that fails."""

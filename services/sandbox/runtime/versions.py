@@ -12,7 +12,7 @@ from services.sandbox.runtime.jobs import Program
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.programs import check_started, explain, memory_streams, open_program, read_output
 
-_LIMITS = Limits(20_000, 10_000, 512 << 20, 128, 1 << 20, 65536)
+_LIMITS = Limits(20_000, 10_000, 512 << 20, 128, 1 << 20, 65536, 1024)
 
 
 class Versions:
