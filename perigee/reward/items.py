@@ -37,6 +37,7 @@ SHORT_NAMES = {
     "answer": ("reference", "references"),
     "answers": ("references",),
     "function": ("function_name",),
+    "signature": ("function_signature",),
     "json_schema": ("schema_json",),
     "judged_by": ("verifier",),
 }

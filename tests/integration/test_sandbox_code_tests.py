@@ -59,6 +59,37 @@ async def test_values_that_pass(sandbox: SandboxClient) -> None:
     assert verdicts(await judge_code(sandbox, source, *codes)) == ["ACCEPTED"] * len(values)
 
 
+async def test_classes_objects_and_callbacks(sandbox: SandboxClient) -> None:
+    source = (
+        "class Box:\n  def __init__(s, v): s.v = v\n  def map(s, g): return Box(g(s.v))\n"
+        "  def __eq__(s, o): return True\n"
+        "def f(node):\n  node.v += 1\n  yield from (node, node.v)\n"
+    )
+    codes = [
+        "assert Box(2).map(lambda v: 3 * v).v == 6",
+        "class Node: v = 1\nn = Node()\nn.v = 1\nassert list(f(n)) == [n, 2] and n.v == 2",
+        "assert Box(2) == Box(3)",
+    ]
+    assert verdicts(await judge_code(sandbox, source, *codes)) == ["ACCEPTED", "ACCEPTED", "WRONG_ANSWER"]
+
+
+async def test_function_tests_in_the_forms_of_leetcode(sandbox: SandboxClient) -> None:
+    lru = "class LRU:\n  def __init__(self, n: int): self.d = OrderedDict()\n  def put(self, k, v): self.d[k] = v\n  def get(self, k): return self.d.get(k, -1)"  # noqa: E501
+    tail = "class Solution:\n  def tail(self, head):\n    return head.next"
+    by_name = {
+        "LRU": (lru, function_tests([([["LRU", "put", "get"], [[1], [1, 2], [1]]], [None, None, 2])]), ""),
+        "tail": (tail, function_tests([([[1, 2]], [2]), ([[1]], [])]), "(ListNode) -> ListNode"),
+        "Solution().tail": (tail, function_tests([([[1, 2]], [3])]), "(ListNode) -> ListNode"),
+    }
+    found = {}
+    for name, (source, tests, signature) in by_name.items():
+        request = pb.JudgeRequest(language="python", source=source.encode(), function_name=name, tests=tests)
+        request.function_signature = signature
+        found[name] = verdicts(await sandbox.judge(request))
+    accepted = ["ACCEPTED"]
+    assert found == {"LRU": accepted, "tail": accepted * 2, "Solution().tail": ["WRONG_ANSWER"]}
+
+
 async def test_exceptions_that_a_test_expects(sandbox: SandboxClient) -> None:
     expected = (
         "try:\n  f(-1)\n  assert False, 'no exception'\nexcept ValueError as error:\n  assert 'negative' in str(error)"

@@ -81,9 +81,13 @@ func main() {
         compiler_word="undefined: missing",
     ),
     "java": Example(
-        """import java.util.Scanner;
-public class Main {
+        """package some.words;
+import java.util.Scanner;
+public class Echo {
     public static void main(String[] arguments) {
+        boolean asserts = false;
+        assert asserts = true;
+        if (!asserts) System.exit(4);
         System.out.println(new Scanner(System.in).nextLine() + " " + arguments[0]);
         System.err.println("wrong");
         System.exit(3);

@@ -125,12 +125,15 @@ class CodeVerifier(_message.Message):
     INTERACTOR_FIELD_NUMBER: _builtins.int
     SETUP_CODE_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    FUNCTION_SIGNATURE_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     function_name: _builtins.str
     """The function that function and code tests call."""
     partial_credit: _builtins.bool
     """Reward the share of points instead of all or nothing."""
     setup_code: _builtins.str
+    function_signature: _builtins.str
+    """As in the sandbox's JudgeRequest."""
     @_builtins.property
     def tests(self) -> _containers.RepeatedCompositeFieldContainer[_sandbox_pb2.TestCase]: ...
     @_builtins.property
@@ -155,10 +158,11 @@ class CodeVerifier(_message.Message):
         interactor: _sandbox_pb2.Program | None = ...,
         setup_code: _builtins.str = ...,
         files: _abc.Iterable[_sandbox_pb2.File] | None = ...,
+        function_signature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "interactor", b"interactor", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "files", b"files", "function_name", b"function_name", "interactor", b"interactor", "language", b"language", "limits", b"limits", "partial_credit", b"partial_credit", "setup_code", b"setup_code", "tests", b"tests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "files", b"files", "function_name", b"function_name", "function_signature", b"function_signature", "interactor", b"interactor", "language", b"language", "limits", b"limits", "partial_credit", b"partial_credit", "setup_code", b"setup_code", "tests", b"tests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -674,7 +674,9 @@ Global___StdioTest: _TypeAlias = StdioTest  # noqa: Y015
 
 @_typing.final
 class FunctionTest(_message.Message):
-    """A call of a named function; arguments and result as JSON."""
+    """A call of a named function; arguments and result as JSON. Where the name is a class's, the arguments are a list of
+    operations (names, the class's first) and a list of the arguments of each, the result the list of their results.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -922,17 +924,25 @@ class JudgeRequest(_message.Message):
     ENV_FIELD_NUMBER: _builtins.int
     ARCHIVES_FIELD_NUMBER: _builtins.int
     LOOPBACK_FIELD_NUMBER: _builtins.int
+    FUNCTION_SIGNATURE_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     source: _builtins.bytes
     """UTF-8."""
     function_name: _builtins.str
-    """The function that function and code tests call."""
+    """The function that function and code tests call: `f`, `Solution.f` or a class. One that is not defined is looked for
+    in the class Solution.
+    """
     stop_at_first_failure: _builtins.bool
     setup_code: _builtins.str
     """Python that runs before each code test, in the test's sandbox."""
     idempotency_key: _builtins.str
     """As in ExecuteRequest."""
     loopback: _builtins.bool
+    function_signature: _builtins.str
+    """Of function tests, such as `(ListNode, integer[]) -> TreeNode`: which arguments and results are linked lists and
+    trees, written as LeetCode's JSON lists. The result `void` stands for the first argument after the call. Unless set,
+    the annotations of the function say it.
+    """
     @_builtins.property
     def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestCase]:
         """All of one kind."""
@@ -975,10 +985,11 @@ class JudgeRequest(_message.Message):
         env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         archives: _abc.Iterable[Global___Archive] | None = ...,
         loopback: _builtins.bool = ...,
+        function_signature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "compile_limits", b"compile_limits", "interactor", b"interactor", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "checker", b"checker", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "function_name", b"function_name", "idempotency_key", b"idempotency_key", "interactor", b"interactor", "language", b"language", "limits", b"limits", "loopback", b"loopback", "setup_code", b"setup_code", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "checker", b"checker", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "function_name", b"function_name", "function_signature", b"function_signature", "idempotency_key", b"idempotency_key", "interactor", b"interactor", "language", b"language", "limits", b"limits", "loopback", b"loopback", "setup_code", b"setup_code", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -144,6 +144,7 @@ def build_request(parameters: pb.CodeVerifier, source: str) -> sandbox_pb.JudgeR
         language=parameters.language,
         source=source.encode(),
         function_name=parameters.function_name,
+        function_signature=parameters.function_signature,
         tests=parameters.tests,
         limits=parameters.limits if parameters.HasField("limits") else None,
         stop_at_first_failure=not parameters.partial_credit,

@@ -39,8 +39,10 @@ from .archive import (
     read_archive,
     write_files,
 )
-from .code_tests import LoadError, describe_exception, load_function, serve_calls, serve_code_test
+from .code_tests import serve_calls, serve_code_test
+from .json_calls import JsonCall, make_json_call, to_json
 from .protocol import ANSWERED, FINISHED, memory_file
+from .submission import LoadError, describe_exception, find_function, load_module
 
 REPORT = 3
 """Descriptor of the file with the error of a source that does not compile."""
@@ -162,24 +164,26 @@ def serve_functions(archive: Archive, home: str) -> NoReturn:
 
     sys.path.insert(0, home)
     try:
-        function = load_function(archive.blobs[0], archive.header["function_name"], f"{home}/submission.py")
+        name = archive.header["function_name"]
+        names = load_module(archive.blobs[0], name, f"{home}/submission.py")
+        call = make_json_call(find_function(names, name), archive.header["signature"], names)
     except LoadError as error:
         _reply(COMPILE_ERROR if error.does_not_compile else EXCEPTION, str(error), output_bytes, FINISHED)
         os._exit(0)
     _reply(LOADED, "", output_bytes, ANSWERED)
     for arguments_json in archive.blobs[archive.header["first_input"] :]:
-        kind, answer = _call(function, arguments_json)
+        kind, answer = _call(call, arguments_json, output_bytes)
         _reply(kind, answer, output_bytes, ANSWERED)
     os._exit(0)
 
 
-def _call(function: Callable[..., Any], arguments_json: bytes) -> tuple[bytes, str]:
+def _call(call: JsonCall, arguments_json: bytes, output_bytes: int) -> tuple[bytes, str]:
     try:
-        result = function(*json.loads(arguments_json))
+        result = call(arguments_json)
     except BaseException as error:
         return EXCEPTION, describe_exception(error)
     try:
-        return VALUE, json.dumps(result)
+        return VALUE, to_json(result, output_bytes)
     except BaseException as error:
         return NOT_JSON, f"the result is a {type(result).__name__}: {describe_exception(error)}"
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Collection, Iterable, Mapping, Sequence, Sized
 from pathlib import PurePosixPath
 from typing import Any, cast
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.sandbox.compare import Comparison, Tolerance
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.agent.json_calls import read_signature
 from services.sandbox.agent.protocol import Limits
+from services.sandbox.agent.submission import FUNCTION_NAME, split_names
 from services.sandbox.config import LimitsConfig, SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime
 from services.sandbox.runtime.jobs import Comparator, Job, Program, Submission, make_tar
@@ -186,6 +188,8 @@ class Reader:
     ) -> Program | None:
         """Reads the program of a request, or of a checker in it; None when its language is wrong."""
         runtime = self.read_runtime(f"{prefix}language", request.language)
+        if runtime is not None:
+            runtime = runtime.for_source(request.source)
         command = request.command if isinstance(request, pb.ExecuteRequest) else ()
         if not command:
             self.check_source(f"{prefix}source", request.source)
@@ -318,13 +322,27 @@ def read_tests(reader: Reader, request: pb.JudgeRequest) -> list[object]:
         reader.refuse("tests", "each must have stdio, function, code or interactive set")
     elif len(kinds) > 1:
         reader.refuse("tests", f"must all be of one kind, got {' and '.join(sorted(map(str, kinds)))} tests")
-    elif kinds & {"function", "code"} and not request.function_name.isidentifier():
+    elif kinds & {"function", "code"} and not all(map(FUNCTION_NAME.fullmatch, split_names(request.function_name))):
         reader.refuse("function_name", f"must be the name of a function, got {request.function_name!r}")
     elif not kinds & {"function", "code"} and request.function_name:
         reader.refuse("function_name", f"must be empty for {next(iter(kinds))} tests")
+    elif kinds == {"function"} and "," in request.function_name:
+        reader.refuse("function_name", "must be one name for function tests")
+    if request.function_signature:
+        check_signature(reader, request, kinds)
     if len(kinds) != 1:
         return []
     return [check_test(reader, f"tests[{index}]", test) for index, test in enumerate(request.tests)]
+
+
+def check_signature(reader: Reader, request: pb.JudgeRequest, kinds: Collection[str | None]) -> None:
+    """Checks the signature of the function of function tests."""
+    if kinds != {"function"}:
+        reader.refuse("function_signature", "must be empty where no test is a function test")
+    try:
+        read_signature(request.function_signature)
+    except ValueError as error:
+        reader.refuse("function_signature", str(error))
 
 
 def check_test(reader: Reader, field: str, test: pb.TestCase) -> object:

@@ -13,7 +13,7 @@ from typing import Any
 
 from perigee.sandbox.compare import Tolerance, find_result_difference
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.agent import code_tests
+from services.sandbox.agent import calls
 from services.sandbox.agent.archive import (
     COMPILE_ERROR,
     EXCEPTION,
@@ -82,6 +82,7 @@ async def _run(loaded: LoadedProgram, submission: Submission, first: int) -> lis
     expected, limits = submission.expected[first:], submission.program.limits
     header = {
         "function_name": submission.request.function_name,
+        "signature": submission.request.function_signature,
         "output_bytes": limits.output_bytes,
         "first_input": 1 + first,
     }
@@ -176,8 +177,8 @@ _ENDINGS = {
     SUBMISSION_ERROR: pb.TEST_VERDICT_RUNTIME_ERROR,
 }
 _LOAD_VERDICTS = {
-    code_tests.COMPILE_ERROR: pb.TEST_VERDICT_COMPILE_ERROR,
-    code_tests.LOAD_ERROR: pb.TEST_VERDICT_RUNTIME_ERROR,
+    calls.COMPILE_ERROR: pb.TEST_VERDICT_COMPILE_ERROR,
+    calls.LOAD_ERROR: pb.TEST_VERDICT_RUNTIME_ERROR,
 }
 
 
@@ -257,10 +258,10 @@ async def run_code_test(
 def decide_code_test(known: pb.TestResult, run: RunResult, report: dict[str, Any]) -> None:
     """Sets the verdict that a test's report stands for."""
     loaded, crashed = report["loaded"], bool(run.signal or run.exit_code)
-    if loaded == code_tests.LOADED:
+    if loaded == calls.LOADED:
         known.verdict = _ENDINGS.get(report["ending"], pb.TEST_VERDICT_INFRA_ERROR)
         known.points = float(known.verdict == pb.TEST_VERDICT_ACCEPTED)
     else:
         known.verdict = _LOAD_VERDICTS.get(loaded, pb.TEST_VERDICT_RUNTIME_ERROR)
-    if not crashed or loaded == code_tests.LOADED or loaded in _LOAD_VERDICTS:
+    if not crashed or loaded == calls.LOADED or loaded in _LOAD_VERDICTS:
         known.reason = report["message"]

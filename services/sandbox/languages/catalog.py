@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent import ENVIRONMENT, OWN_FOLDER, start_code
 from services.sandbox.config import LimitsConfig, SandboxConfig
+from services.sandbox.languages.java_names import find_java_names
 
 _PROBE = "import platform, sys; print(platform.python_version()); print(sys.base_prefix)"
 _PROBE_S = 30
@@ -163,10 +165,12 @@ class RuntimeConfig(Model):
     what belongs to it, read-only."""
     source: str
     """Name that the source gets in the working folder."""
+    java_names: bool = False
+    """Name the source by its public class and package instead, and fill in its class with `main` for `{main}`."""
     compile: tuple[str, ...] = ()
     """Command that compiles; `{source}` and `{memory_mib}` stand for the source's name and the memory limit."""
     run: tuple[str, ...] = ()
-    """Command that runs the program; its arguments follow."""
+    """Command that runs the program; its arguments follow. `{main}` stands for the class to start."""
     python: bool = False
     """Run by a Python of the sandbox's own modes: warm, with sessions, function tests and code tests."""
     interpreter: str | None = None
@@ -195,10 +199,10 @@ class RuntimeConfig(Model):
     def _check_command(cls, command: tuple[str, ...]) -> tuple[str, ...]:
         for part in command:
             try:
-                part.format(source="", memory_mib="")
+                part.format(source="", memory_mib="", main="")
             except (LookupError, ValueError, AttributeError) as error:
                 raise ValueError(
-                    f"{part!r} may hold {{source}} and {{memory_mib}}; other braces are written twice"
+                    f"{part!r} may hold {{source}}, {{memory_mib}} and {{main}}; other braces are written twice"
                 ) from error
         return command
 
@@ -221,6 +225,8 @@ class Runtime:
     python: Python | None
     limits: LimitsConfig
     compile_limits: LimitsConfig
+    main: str = "Main"
+    """Class that a Java program begins in."""
 
     @property
     def name(self) -> str:
@@ -237,9 +243,17 @@ class Runtime:
         mounts = [list(pair) for pair in self.mounts]
         return {"image": self.image, "binds": list(self.binds), "mounts": mounts, "uids": list(uids), "folder": ""}
 
+    def for_source(self, source: bytes) -> Runtime:
+        """Returns the runtime with the names that a source asks for."""
+        if not self.config.java_names:
+            return self
+        names = find_java_names(source)
+        config = self.config.model_copy(update={"source": names.source})
+        return dataclasses.replace(self, config=config, main=names.main)
+
     def command(self, template: Iterable[str], memory_bytes: int) -> list[str]:
         """Returns a command of the description with its placeholders filled in."""
-        values = {"source": self.config.source, "memory_mib": str(memory_bytes >> 20)}
+        values = {"source": self.config.source, "memory_mib": str(memory_bytes >> 20), "main": self.main}
         return [part.format(**values) for part in template]
 
     def python_command(self) -> list[str]:

@@ -1,0 +1,32 @@
+"""Names of Java sources."""
+
+from __future__ import annotations
+
+import pytest
+
+from services.sandbox.languages.java_names import find_java_names
+
+MAIN = "public static void main(String[] args) { System.out.println(1); }"
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "main"),
+    [
+        (f"public class Main {{ {MAIN} }}", "Main.java", "Main"),
+        (f"import java.util.*;\npublic class Sum {{ {MAIN} }}", "Sum.java", "Sum"),
+        (f"class Helper {{ }}\nclass Solution {{ {MAIN} }}", "Solution.java", "Solution"),
+        (f"public class Api {{ }}\nclass Run {{ {MAIN} }}", "Api.java", "Run"),
+        (f"class A {{ {MAIN} }}\npublic final class B {{ {MAIN} }}", "B.java", "B"),
+        (f"package a.b;\npublic class C {{ {MAIN} }}", "a/b/C.java", "a.b.C"),
+        (f"/* package x; public class No {{}} */ // public class No\npublic class D {{ {MAIN} }}", "D.java", "D"),
+        (f"public class E {{ String s = \"public class No {{\"; char c = '{{'; {MAIN} }}", "E.java", "E"),
+        (f"public class F {{ static class Inner {{ }} public static class G {{ }} {MAIN} }}", "F.java", "F"),
+        ("public interface I { static void main(String... args) { } }", "I.java", "I"),
+        ("public record R(int x) { public static void main(String[] a) { } }", "R.java", "R"),
+        ("class Broken {", "Main.java", "Main"),
+        ("", "Main.java", "Main"),
+    ],
+)
+def test_the_source_says_its_names(source: str, path: str, main: str) -> None:
+    names = find_java_names(source.encode())
+    assert (names.source, names.main) == (path, main)
