@@ -27,8 +27,18 @@ class Model(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _accept_renamed_keys(cls, values: Any) -> Any:
-        return rename_keys(values, cls.renamed_keys) if cls.renamed_keys and isinstance(values, Mapping) else values
+    def _complete(cls, values: Any) -> Any:
+        """Accepts old keys; what is not given of a part has this section's default of it, not its class's."""
+        if not isinstance(values, Mapping):
+            return values
+        result = rename_keys(values, cls.renamed_keys) if cls.renamed_keys else dict(values)
+        for name, field in cls.model_fields.items():
+            default, given = field.default, result.get(name)
+            if isinstance(default, Model) and field.annotation is type(default) and isinstance(given, Mapping):
+                completed = default.model_dump(exclude_unset=True)
+                merge(completed, rename_keys(given, default.renamed_keys))
+                result[name] = completed
+        return result
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

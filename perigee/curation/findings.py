@@ -61,16 +61,20 @@ class Finding:
 TRIVIAL = "trivial"
 EASY_TO_HACK = "easy to hack"
 UNDETERMINED = "undetermined"
+UNJUDGEABLE = "tests that cannot be judged"
 
 
 @dataclass(frozen=True)
 class SampleCounts:
-    """Verdicts of a prompt's samples. `failed` ones could not be judged and say nothing about the prompt."""
+    """Verdicts of a prompt's samples. `failed` ones could not be judged and say nothing about the prompt, unless they
+    are `unjudgeable`, too: then its tests are at fault.
+    """
 
     correct: int = 0
     wrong: int = 0
     ungradable: int = 0
     failed: int = 0
+    unjudgeable: int = 0
 
     @property
     def judged(self) -> int:
@@ -84,9 +88,11 @@ def decide_difficulty(
     """Returns the finding of difficulty, 1 - pass rate over the judged samples.
 
     Undecided when fewer than `min_judged` were judged; dropped when the pass rate reaches `trivial_pass_rate`, unless
-    that is None.
+    that is None, and when the tests are at fault.
     """
     details: dict[str, Any] = asdict(counts)
+    if counts.unjudgeable:
+        return Finding(question_id, Decision.DROP, UNJUDGEABLE, details)
     if counts.judged < max(1, min_judged):
         return Finding(question_id, Decision.UNDECIDED, UNDETERMINED, details)
     pass_rate = counts.correct / counts.judged
@@ -97,8 +103,12 @@ def decide_difficulty(
 
 
 def decide_guessing(question_id: str, counts: SampleCounts, *, min_judged: int) -> Finding:
-    """Returns the finding of guesses: dropped when any was right; undecided below `min_judged` judged ones."""
+    """Returns the finding of guesses: dropped when any was right or the tests are at fault; undecided below
+    `min_judged` judged ones.
+    """
     details = asdict(counts)
+    if counts.unjudgeable:
+        return Finding(question_id, Decision.DROP, UNJUDGEABLE, details)
     if counts.correct:
         return Finding(question_id, Decision.DROP, EASY_TO_HACK, details)
     if counts.judged < max(1, min_judged):

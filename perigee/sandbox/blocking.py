@@ -11,7 +11,7 @@ import grpc
 from perigee.errors import UnavailableError, from_rpc_error
 from perigee.reload import Reloaded
 from perigee.rpc import ChannelOptions, may_be_tls, open_blocking_channel
-from perigee.sandbox.client import SandboxClient
+from perigee.sandbox.client import SandboxClient, wait_s
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceStub
 
@@ -46,15 +46,15 @@ class BlockingSandbox:
         request = pb.ExecuteRequest(language=language, source=source.encode(), stdin=stdin.encode())
         return self.execute(request, timeout_s=timeout_s)
 
-    def execute(self, request: pb.ExecuteRequest, *, timeout_s: float = 60.0) -> pb.ExecuteResponse:
+    def execute(self, request: pb.ExecuteRequest, *, timeout_s: float | None = None) -> pb.ExecuteResponse:
         """Compiles a program if its language needs it, and runs it once."""
         with self._raising():
-            return self._stub.Execute(request, timeout=timeout_s, metadata=self._metadata.value)
+            return self._stub.Execute(request, timeout=timeout_s or wait_s(request), metadata=self._metadata.value)
 
-    def judge(self, request: pb.JudgeRequest, *, timeout_s: float = 60.0) -> pb.JudgeResponse:
+    def judge(self, request: pb.JudgeRequest, *, timeout_s: float | None = None) -> pb.JudgeResponse:
         """Runs a submission against its tests."""
         with self._raising():
-            return self._stub.Judge(request, timeout=timeout_s, metadata=self._metadata.value)
+            return self._stub.Judge(request, timeout=timeout_s or wait_s(request), metadata=self._metadata.value)
 
     def judge_batch(
         self, request: pb.JudgeBatchRequest, *, timeout_s: float = 3600.0

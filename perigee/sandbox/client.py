@@ -14,6 +14,25 @@ if TYPE_CHECKING:
     from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceAsyncStub
 
 
+# What a request leaves unset: the service's defaults, of a checker's compiler, too. A runtime's may be longer.
+_WALL_MS, _COMPILE_MS = 10_000, 60_000
+_QUEUE_S = 60.0
+_INTERACTOR_MS = 5_000
+
+
+def wait_s(request: pb.ExecuteRequest | pb.JudgeRequest) -> float:
+    """Returns how long a call may take by the limits of its request: the queue, the compilers, the runs."""
+    wall_ms = request.limits.wall_ms or _WALL_MS
+    compile_ms = request.compile_limits.wall_ms or _COMPILE_MS
+    if isinstance(request, pb.ExecuteRequest):
+        job_ms = compile_ms + wall_ms
+    else:
+        checker_ms = request.checker.program.limits.wall_ms or _WALL_MS if request.checker.HasField("program") else 0
+        run_ms = max(wall_ms, request.interactor.limits.wall_ms) + _INTERACTOR_MS + 2 * checker_ms
+        job_ms = 2 * compile_ms + len(request.tests) * run_ms
+    return (1 + request.retry_starved) * (_QUEUE_S + job_ms / 1000)
+
+
 class SandboxClient(ServiceClient):
     """Client of the code sandbox (`perigee.sandbox.v1.SandboxService`)."""
 
@@ -32,9 +51,9 @@ class SandboxClient(ServiceClient):
         request = pb.ExecuteRequest(language=language, source=source.encode(), stdin=stdin.encode())
         return await self.execute(request, timeout_s=timeout_s)
 
-    async def execute(self, request: pb.ExecuteRequest, *, timeout_s: float = 60.0) -> pb.ExecuteResponse:
-        """Compiles a program if its language needs it, and runs it once."""
-        return await self._unary(self._stub.Execute, request, timeout_s)
+    async def execute(self, request: pb.ExecuteRequest, *, timeout_s: float | None = None) -> pb.ExecuteResponse:
+        """Compiles a program if its language needs it, and runs it once; the deadline follows the limits unless set."""
+        return await self._unary(self._stub.Execute, request, timeout_s or wait_s(request))
 
     def execute_stream(
         self, request: pb.ExecuteRequest, *, timeout_s: float = 180.0
@@ -48,9 +67,12 @@ class SandboxClient(ServiceClient):
         """Runs many programs; each response comes as soon as its program has ended."""
         return self._stream(self._stub.ExecuteBatch, request, timeout_s)
 
-    async def judge(self, request: pb.JudgeRequest, *, timeout_s: float = 60.0) -> pb.JudgeResponse:
-        """Runs a submission against its tests; expected outputs never enter the isolated program's reach."""
-        return await self._unary(self._stub.Judge, request, timeout_s)
+    async def judge(self, request: pb.JudgeRequest, *, timeout_s: float | None = None) -> pb.JudgeResponse:
+        """Runs a submission against its tests; expected outputs never enter the isolated program's reach.
+
+        The deadline follows the request's limits unless it is set.
+        """
+        return await self._unary(self._stub.Judge, request, timeout_s or wait_s(request))
 
     def judge_batch(
         self, request: pb.JudgeBatchRequest, *, timeout_s: float = 3600.0

@@ -191,7 +191,7 @@ class Iteration:
             await self._create_groups()
         counts = await self._roll_out()
         weights = ShapingWeights.at(config, self._number)
-        batch = make_training_batch(self._groups, weights, config.drop_uniform_groups)
+        batch = make_training_batch(self._groups, weights, config.drop_uniform_groups, self._sampler.left_out)
         learning_rate = learning_rate_at(config.optimizer.learning_rate, config.final_lr_ratio, self._progress())
         result: trainer_pb2.TrainResult | None = None
         version = self._committed.policy_version
@@ -294,8 +294,15 @@ class Iteration:
         for trajectory, outcome in zip(trajectories, outcomes, strict=True):
             trajectory.verdict, trajectory.reward = outcome.verdict, read_reward(outcome)
             self._scoring_failures += outcome.verdict == buffer_pb2.VERDICT_FAILED
+            if outcome.unjudgeable:
+                self._leave_out(trajectory.group.prompt.id, outcome.reason)
         if response.recorded < len(outcomes):
             await self._groups.refresh(trajectories)
+
+    def _leave_out(self, prompt_id: str, reason: str) -> None:
+        if prompt_id not in self._sampler.left_out:
+            self._sampler.left_out.add(prompt_id)
+            self._context.status.report(f"prompt {prompt_id} is left out: {reason}")
 
     async def _train(self, batch: TrainingBatch, learning_rate: float) -> trainer_pb2.TrainResult:
         context, config = self._context, self._context.config

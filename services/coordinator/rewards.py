@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Self
@@ -155,13 +155,20 @@ class TrainingBatch:
         return [trajectory for group in self.consumed for trajectory in group.trajectories]
 
 
-def make_training_batch(groups: Iterable[Group], weights: ShapingWeights, drop_uniform: bool) -> TrainingBatch:
-    """Shapes the rewards of the complete groups; members whose judging failed take no part."""
+def make_training_batch(
+    groups: Iterable[Group], weights: ShapingWeights, drop_uniform: bool, left_out: Collection[str] = ()
+) -> TrainingBatch:
+    """Shapes the rewards of the complete groups; members whose judging failed take no part, nor groups of prompts that
+    are left out.
+    """
     batch = TrainingBatch()
     for group in groups:
         if not group.complete:
             continue
         batch.consumed.append(group)
+        if group.prompt.id in left_out:
+            batch.failed += 1
+            continue
         judged = [trajectory for trajectory in group.trajectories if trajectory.reward is not None]
         if judged:
             correct = sum(trajectory.correct for trajectory in judged)

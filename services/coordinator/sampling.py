@@ -43,9 +43,11 @@ class Sampler:
         self._index = {prompt.id: index for index, prompt in enumerate(prompts)}
         self._difficulty_P = np.array([prompt.line.difficulty for prompt in prompts], dtype=np.float64)
         self._draws_P = np.zeros(len(prompts), dtype=np.uint32)
+        self.left_out: set[str] = set()
+        """Prompts whose tests cannot be judged; a process that continues the run finds them again."""
 
     def sample(self, count: int, iteration: int, exclude: Collection[str]) -> list[Prompt]:
-        """Returns at most `count` different prompts that are not in `exclude`."""
+        """Returns at most `count` different prompts that are neither in `exclude` nor left out."""
         return self._choose(count, iteration, exclude, self._draws_P.astype(np.float64))
 
     def _choose(
@@ -55,7 +57,8 @@ class Sampler:
         generator = self._next_generator()
         distance_P = self._distance_from_allowed(iteration)
         order_P = np.lexsort((generator.random(len(self._prompts)), cost_P, distance_P))
-        free = [int(index) for index in order_P if self._prompts[int(index)].id not in exclude]
+        refused = self.left_out.union(exclude)
+        free = [int(index) for index in order_P if self._prompts[int(index)].id not in refused]
         chosen = free[:count] if len(self._weights_S) == 1 else self._mix(free, count, distance_P)
         self._draws_P[chosen] += 1
         return [self._prompts[index] for index in chosen]
@@ -136,7 +139,7 @@ class PrioritizedSampler(Sampler):
         return np.asarray(np.maximum(self._floor, 1.0 - success_P), dtype=np.float64)
 
     def sample(self, count: int, iteration: int, exclude: Collection[str]) -> list[Prompt]:
-        """Returns at most `count` different prompts that are not in `exclude`, drawn without replacement."""
+        """Returns at most `count` different prompts as a plain sampler does, drawn without replacement."""
         # Exponential clocks: the first `count` to ring are a weighted draw without replacement.
         clock_P = self._next_generator().exponential(size=len(self._judged_P)) / self.weights()
         return self._choose(count, iteration, exclude, clock_P)

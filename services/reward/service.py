@@ -74,6 +74,7 @@ def build_response(scored: Scored) -> pb.ScoreResponse:
         verifier=scored.verifier.name,
         latency_ms=scored.seconds * 1000,
         retryable=outcome.retryable,
+        unjudgeable=outcome.is_unjudgeable,
         verifier_version=scored.verifier.version,
         parts=parts,
         retry_after_ms=None if outcome.retry_after_s is None else round(outcome.retry_after_s * 1000),

@@ -121,11 +121,35 @@ async def test_submissions_that_fail(sandbox: SandboxClient, source: str, verdic
     assert verdicts(await sandbox.judge(request)) == [verdict]
 
 
+async def test_a_submission_cannot_make_its_test_one_that_is_at_fault(sandbox: SandboxClient) -> None:
+    """Else an answer could have it that it is never counted as wrong."""
+    source = "def f(x): return ['missing', '/missing', 'import missing', range(10 ** 9)][x]"
+    response = await judge_code(
+        sandbox,
+        source,
+        "assert eval(f(0)) == 4",
+        "assert open(f(1)).read() == '4'",
+        "exec(f(2))",
+        "assert f(0) == 4, unknown_name",
+        "import sys\nsys.exit(f(0) != 4)",
+    )
+    assert verdicts(response) == ["WRONG_ANSWER"] * 4 + ["UNJUDGEABLE"]
+    early = "import os, threading\nthreading.Timer(0.5, os._exit, (0,)).start()\ndef f(x): return x"
+    request = pb.JudgeRequest(
+        language="python",
+        source=early.encode(),
+        function_name="f",
+        setup_code="import time\ntime.sleep(4)",
+        tests=code_tests("assert f(1) == 1"),
+    )
+    assert verdicts(await sandbox.judge(request)) == ["RUNTIME_ERROR"]
+
+
 async def test_a_test_that_fails_is_no_wrong_answer(sandbox: SandboxClient) -> None:
     response = await judge_code(
         sandbox, "def f(x): return 4", "assert f(2) == 4\nmissing", "assert (", "assert f(2) == 4"
     )
-    assert verdicts(response) == ["INFRA_ERROR", "INFRA_ERROR", "ACCEPTED"]
+    assert verdicts(response) == ["UNJUDGEABLE", "UNJUDGEABLE", "ACCEPTED"]
     assert "missing" in response.results[0].reason
 
 

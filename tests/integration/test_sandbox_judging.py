@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.runtime import metrics
 from tests.fixtures.sandbox import function_tests, stdio_tests
 from tests.fixtures.sandbox_fronts import Fronts
 
@@ -124,11 +125,11 @@ DECISIONS = [
     (b"0 well done", "ACCEPTED", 10.0, "well done"),
     (b"1 wrong", "WRONG_ANSWER", 0.0, "wrong"),
     (b"2 badly written", "WRONG_ANSWER", 0.0, "badly written"),
-    (b"3 my own mistake", "INFRA_ERROR", 0.0, "my own mistake"),
+    (b"3 my own mistake", "UNJUDGEABLE", 0.0, "my own mistake"),
     (b"7 points 0.25 some", "WRONG_ANSWER", 2.5, "some"),
     (b"7 0.5", "WRONG_ANSWER", 5.0, "0.5"),
     (b"7 points 1", "ACCEPTED", 10.0, "points 1"),
-    (b"7 no share", "INFRA_ERROR", 0.0, "no share"),
+    (b"7 no share", "UNJUDGEABLE", 0.0, "no share"),
 ]
 
 
@@ -150,7 +151,7 @@ async def test_a_checker_decides_by_its_exit_code(fronts: Fronts, language: str)
 @pytest.mark.parametrize(
     ("source", "limits", "words"),
     [
-        (b"while True: pass", pb.Limits(wall_ms=500), "wall-clock limit"),
+        (b"while True: pass", pb.Limits(cpu_ms=200), "CPU limit"),
         (b"1 / 0", pb.Limits(), "ZeroDivisionError"),
         (b"def f(:", pb.Limits(), "does not compile"),
         (b"import os; os.abort()", pb.Limits(), "signal 6"),
@@ -160,10 +161,54 @@ async def test_a_checker_that_fails_is_no_wrong_answer(
     fronts: Fronts, source: bytes, limits: pb.Limits, words: str
 ) -> None:
     checker = pb.Checker(program=pb.Program(language="python", source=source, limits=limits))
-    request = pb.JudgeRequest(language="python", source=ECHO, tests=stdio_tests([(b"", b"")]), checker=checker)
+    request = pb.JudgeRequest(language="python", source=ECHO, tests=stdio_tests([(b"1", b"1")]), checker=checker)
     response = await fronts.grpc.judge(request)
-    assert verdicts(response) == ["INFRA_ERROR"]
+    assert verdicts(response) == ["UNJUDGEABLE"]
     assert words in response.results[0].reason
+
+
+async def test_a_checker_that_is_kept_from_its_work_says_nothing(fronts: Fronts) -> None:
+    program = pb.Program(language="python", source=b"import time; time.sleep(9)", limits=pb.Limits(wall_ms=100))
+    checker = pb.Checker(program=program)
+    request = pb.JudgeRequest(language="python", source=ECHO, tests=stdio_tests([(b"1", b"1")]), checker=checker)
+    assert verdicts(await fronts.grpc.judge(request)) == ["INFRA_ERROR"]
+
+
+async def test_an_output_that_breaks_the_checker_is_wrong(fronts: Fronts) -> None:
+    """Else an answer could have it that it is never counted as wrong."""
+    source = b"import sys\na, b = (int(open(path).read()) for path in sys.argv[2:])\nsys.exit(a != b)"
+    checker = pb.Checker(program=pb.Program(language="python", source=source))
+    tests = stdio_tests([(b"1", b"1"), (b"x", b"1"), (b"", b"1"), (b"x", b"")])
+    request = pb.JudgeRequest(language="python", source=ECHO, tests=tests, checker=checker)
+    response = await fronts.grpc.judge(request)
+    assert verdicts(response) == ["ACCEPTED", "WRONG_ANSWER", "WRONG_ANSWER", "WRONG_ANSWER"]
+    assert "ValueError" in response.results[1].reason
+
+
+STARVED = b"""
+import time
+while True:
+    end = time.thread_time() + 0.02
+    while time.thread_time() < end: pass
+    time.sleep(0.06)
+"""
+
+
+@pytest.mark.parametrize(("source", "tries"), [(STARVED, 2), (b"import time; time.sleep(9)", 1)])
+async def test_a_program_that_the_clock_ends_is_told_apart_and_tried_once_more(
+    fronts: Fronts, source: bytes, tries: int
+) -> None:
+    limits = pb.Limits(wall_ms=400)
+    test = pb.TestCase(stdio=pb.StdioTest())
+    judging = pb.JudgeRequest(language="python", source=source, tests=[test], limits=limits, retry_starved=True)
+    before = metrics.JOBS.labels("judge", "TIME_LIMIT")._value.get()
+    [result] = (await fronts.grpc.judge(judging)).results
+    assert (result.verdict, result.wall_limited) == (pb.TEST_VERDICT_TIME_LIMIT, True)
+    assert metrics.JOBS.labels("judge", "TIME_LIMIT")._value.get() - before == tries
+    running = pb.ExecuteRequest(language="python", source=source, limits=limits, retry_starved=True)
+    before = metrics.JOBS.labels("execute", "TIME_LIMIT")._value.get()
+    assert (await fronts.grpc.execute(running)).wall_limited
+    assert metrics.JOBS.labels("execute", "TIME_LIMIT")._value.get() - before == tries
 
 
 IN_ANY_ORDER = b"""
@@ -273,6 +318,8 @@ async def test_a_dialogue_that_is_lost(fronts: Fronts) -> None:
         (b"print(1, flush=True)\n1 / 0", "RUNTIME_ERROR"),
         (b"while True: pass", "TIME_LIMIT"),
         (b"print(", "COMPILE_ERROR"),
+        (b"print('junk', flush=True)\ninput()", "WRONG_ANSWER"),
+        (b"while True: print(1)", "WRONG_ANSWER"),
     ):
         request = pb.JudgeRequest(
             language="python", source=source, tests=[test], interactor=interactor, limits=pb.Limits(wall_ms=1500)

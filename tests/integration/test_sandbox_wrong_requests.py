@@ -42,7 +42,6 @@ def file(path: str) -> list[pb.File]:
 WRONG_RUNS = {
     "unknown language": (execute(language="cobol"), {"language"}),
     "no language": (pb.ExecuteRequest(source=b"x"), {"language"}),
-    "no source": (pb.ExecuteRequest(language="python"), {"source"}),
     "source not UTF-8": (execute(source=b"# \xff"), {"source"}),
     "source too large": (execute(source=b"#" * (2 << 20)), {"source"}),
     "path that leaves": (execute(files=file("../x")), {"files[1].path"}),
@@ -50,6 +49,8 @@ WRONG_RUNS = {
     "absolute path": (execute(files=file("/x")), {"files[1].path"}),
     "NUL in a path": (execute(files=file("a\0b")), {"files[1].path"}),
     "empty path": (execute(files=file("")), {"files[1].path"}),
+    "path of the folder": (execute(files=file(".")), {"files[1].path"}),
+    "files that do not fit": (execute(files=[pb.File(path="a", content=bytes(20 << 20))]), {"files"}),
     "path with a dot": (execute(files=file("./x")), {"files[1].path"}),
     "path of too long a name": (execute(files=file("x" * 300)), {"files[1].path"}),
     "the same path twice": (execute(files=file("right")), {"files[1].path"}),
@@ -69,7 +70,7 @@ WRONG_RUNS = {
     "long key": (execute(idempotency_key="x" * 129), {"idempotency_key"}),
     "all at once": (
         pb.ExecuteRequest(language="?", limits=pb.Limits(wall_ms=10**9), files=file("/x"), args=["\0"]),
-        {"language", "source", "limits.wall_ms", "files[1].path", "args[0]"},
+        {"language", "limits.wall_ms", "files[1].path", "args[0]"},
     ),
 }  # fmt: skip
 WRONG_SUBMISSIONS = {

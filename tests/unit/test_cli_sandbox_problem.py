@@ -169,11 +169,12 @@ def response_of(*verdicts: pb.TestVerdict.ValueType) -> pb.JudgeResponse:
     )
 
 
-OK, WRONG, SLOW, INFRA = (
+OK, WRONG, SLOW, INFRA, UNJUDGEABLE = (
     pb.TEST_VERDICT_ACCEPTED,
     pb.TEST_VERDICT_WRONG_ANSWER,
     pb.TEST_VERDICT_TIME_LIMIT,
     pb.TEST_VERDICT_INFRA_ERROR,
+    pb.TEST_VERDICT_UNJUDGEABLE,
 )
 
 
@@ -192,6 +193,8 @@ def test_parts_make_a_whole() -> None:
         ("a.py", [OK, OK], 0),
         ("a.py", [OK, WRONG], 1),
         ("a.py", [OK, INFRA], 3),
+        ("a.py", [OK, UNJUDGEABLE], 1),
+        ("wrong_a.py", [UNJUDGEABLE, WRONG], 1),
         ("wrong_a.py", [OK, WRONG], 0),
         ("wrong_a.py", [SLOW, WRONG], 0),
         ("wrong_a.py", [OK, OK], 1),

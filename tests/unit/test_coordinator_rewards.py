@@ -203,6 +203,12 @@ def test_groups_that_teach_nothing_are_consumed_and_not_trained() -> None:
     assert len(kept.groups) == 1
 
 
+def test_a_group_of_a_prompt_that_cannot_be_judged_gives_no_reward() -> None:
+    group = make_group([CORRECT, WRONG], [1.0, 0.0])
+    batch = make_training_batch([group], ShapingWeights(0.0, 0.0), True, {group.prompt.id})
+    assert (batch.groups, batch.consumed, batch.failed, batch.increments) == ([], [group], 1, [])
+
+
 def test_a_group_that_finished_ahead_is_of_the_next_iteration() -> None:
     group = make_group([CORRECT, WRONG], [1.0, 0.0])
     one, other = group.trajectories

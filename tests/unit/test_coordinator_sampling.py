@@ -37,6 +37,12 @@ def test_every_prompt_is_drawn_once_before_any_is_drawn_twice() -> None:
     assert len(drawn) == 30
 
 
+def test_a_prompt_that_is_left_out_is_not_drawn() -> None:
+    sampler = Sampler(make_prompts([1.0] * 4), OFF, seed=1)
+    sampler.left_out.add("p2")
+    assert set(ids(sampler.sample(4, 1, {"p0"}))) == {"p1", "p3"}
+
+
 def test_a_ramp_allows_harder_prompts_as_iterations_pass() -> None:
     curriculum = CurriculumConfig(kind="ramp", start_difficulty=2, end_difficulty=6, iterations=4)
     assert [allowed_difficulty(curriculum, iteration)[1] for iteration in (1, 2, 3, 5, 9)] == [2, 3, 4, 6, 6]

@@ -15,6 +15,7 @@ from perigee.curation.findings import (
     OVER_THE_CAP,
     TRIVIAL,
     UNDETERMINED,
+    UNJUDGEABLE,
     Buckets,
     Cell,
     Decision,
@@ -69,9 +70,8 @@ def decide(counts: SampleCounts, trivial: float | None = 1.0) -> Finding:
 
 def test_difficulty_is_one_minus_the_pass_rate() -> None:
     finding = decide(SampleCounts(correct=3, wrong=6, ungradable=1))
-    assert finding == Finding(
-        "q", details={"correct": 3, "wrong": 6, "ungradable": 1, "failed": 0, "difficulty": 0.7}
-    )  # fmt: skip
+    counts = {"correct": 3, "wrong": 6, "ungradable": 1, "failed": 0, "unjudgeable": 0}
+    assert finding == Finding("q", details={**counts, "difficulty": 0.7})
 
 
 def test_what_could_not_be_judged_is_not_wrong() -> None:
@@ -80,6 +80,12 @@ def test_what_could_not_be_judged_is_not_wrong() -> None:
     assert (undecided.decision, undecided.reason) == (Decision.UNDECIDED, UNDETERMINED)
     assert "difficulty" not in undecided.details
     assert decide_difficulty("q", SampleCounts(failed=10), min_judged=0, trivial_pass_rate=1.0).reason == UNDETERMINED
+
+
+def test_a_prompt_whose_tests_are_at_fault_goes() -> None:
+    for counts in (SampleCounts(wrong=9, failed=1, unjudgeable=1), SampleCounts(failed=10, unjudgeable=10)):
+        for finding in (decide(counts), decide_guessing("q", counts, min_judged=8)):
+            assert (finding.decision, finding.reason) == (Decision.DROP, UNJUDGEABLE)
 
 
 def test_trivial_prompts_go_when_they_are_to() -> None:

@@ -16,6 +16,11 @@ class Nested(Model):
     depth: int = 1
 
 
+class Outer(Model):
+    nested: Nested = Nested(depth=5)
+    width: int = 2
+
+
 class Renamed(Model):
     renamed_keys: ClassVar[dict[str, str]] = {"width": "breadth", "old.size": "new.length", "old.count": "count"}
     breadth: int = 0
@@ -29,6 +34,7 @@ class ExampleConfig(ServiceConfig):
     url: str = "none"
     workers: int = 1
     nested: Nested = Nested()
+    outer: Outer = Outer(nested=Nested(depth=7), width=3)
 
 
 @pytest.fixture
@@ -41,6 +47,14 @@ def recipe(tmp_path: Path) -> Path:
 def test_a_section_is_read_from_the_recipe(recipe: Path) -> None:
     config = load_config(ExampleConfig, ["--config", str(recipe)])
     assert (config.url, config.workers, config.nested.depth) == ("from-file", 2, 2)
+
+
+def test_what_is_not_set_of_a_part_has_the_section_s_default_not_that_of_its_class() -> None:
+    config = load_config(ExampleConfig, ["--set", "outer.width=4"])
+    assert (config.outer.width, config.outer.nested.depth) == (4, 7)
+    config = load_config(ExampleConfig, ["--set", "outer.nested.depth=8"])
+    assert (config.outer.width, config.outer.nested.depth) == (3, 8)
+    assert Outer.model_validate({"nested": {}}).nested.depth == 5
 
 
 def test_environment_is_above_the_file_and_set_above_both(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,6 +112,29 @@ async def test_past_the_deadline_it_is_a_failure_with_a_hint(
     assert outcome.retry_after_s >= (30 if "queue" in reason else 0.1)
 
 
+@pytest.mark.parametrize("verdicts", [("UNJUDGEABLE", "SKIPPED"), ("ACCEPTED", "UNJUDGEABLE")])
+async def test_tests_that_cannot_be_judged_give_no_reward_and_are_told_once(
+    verdicts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    sandbox = FakeSandbox(otherwise=judged(*verdicts, reason="the checker is broken"))
+    verifier = CodeVerifier(CodeConfig(), sandbox)
+    parameters = reward_pb2.CodeVerifier(language="python", tests=TESTS)
+    for number in range(2):
+        outcome = await verifier.judge(Item(str(number), f"print({number})", "", parameters))
+        assert (outcome.verdict, outcome.reward, outcome.retryable) == (Verdict.FAILED, None, False)
+        assert outcome.is_unjudgeable
+        assert outcome.reason == "the prompt's tests cannot be judged: the checker is broken"
+    assert len(sandbox.timeouts_s) == 2
+    assert capsys.readouterr().out.count("tests cannot be judged") == 1
+
+
+async def test_a_program_that_the_clock_ended_is_told_apart() -> None:
+    late = judged("TIME_LIMIT", reason="wall-clock limit of 500 ms")
+    late.results[0].MergeFrom(pb.TestResult(wall_limited=True, cpu_ms=372))
+    outcome = await judge(FakeSandbox(otherwise=late))
+    assert outcome.reason == "time limit: wall-clock limit of 500 ms, 372 ms of CPU time used"
+
+
 async def test_a_share_needs_every_test_to_be_judged() -> None:
     half = judged("ACCEPTED", "WRONG_ANSWER", points=1, max_points=2)
     unknown = judged("WRONG_ANSWER", "INFRA_ERROR", points=0, max_points=2)

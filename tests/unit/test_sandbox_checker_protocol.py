@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.judge.stdio import Decision, read_decision
 
-ACCEPTED, WRONG, FAILED = pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_WRONG_ANSWER, pb.TEST_VERDICT_INFRA_ERROR
+ACCEPTED, WRONG, FAILED = pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_WRONG_ANSWER, pb.TEST_VERDICT_UNJUDGEABLE
 
 
 @pytest.mark.parametrize(

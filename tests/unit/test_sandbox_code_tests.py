@@ -144,6 +144,20 @@ def test_values_that_the_test_cannot_go_on_with_are_the_submission_s_fault(
     assert run.message.startswith("what was returned led to ")
 
 
+def test_a_function_that_nobody_defines_is_the_submission_s_to_define(code_test: RunCodeTest) -> None:
+    for code in ("assert undefined(f(1)) == 2", "undefined.name", "x = undefined ()"):
+        run = code_test(DOUBLE, code)
+        assert run.ending == SUBMISSION_ERROR
+        assert "NameError" in run.message
+
+
+def test_what_an_answer_leads_to_is_no_fault_of_the_test(code_test: RunCodeTest) -> None:
+    source = "def f(x): return ['missing', '/missing', 'import missing'][x]"
+    for code in ("eval(f(0))", "open(f(1))", "exec(f(2))", "assert f(0) == 4, unknown_name"):
+        run = code_test(source, code)
+        assert (run.ending, run.calls) == (FAILED, 1)
+
+
 @pytest.mark.parametrize(
     ("setup", "code", "message"),
     [
@@ -152,7 +166,6 @@ def test_values_that_the_test_cannot_go_on_with_are_the_submission_s_fault(
             "assert f(1) == undefined",
             "is not defined at `assert f(1) == undefined`, line 1",
         ),
-        ("", "assert undefined(f(1)) == 2", "NameError"),
         ("", "f(1)\nimport nothing_like_it", "ModuleNotFoundError"),
         ("", "f(1)\nopen('/nothing/like/it')", "FileNotFoundError"),
         ("", "f(1)\nraise SystemExit", "SystemExit"),

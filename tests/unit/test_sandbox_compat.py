@@ -82,7 +82,7 @@ def test_a_fusion_request_becomes_an_execution() -> None:
         run_timeout=0.0015,
         memory_limit_MB=64,
         files={"a/b.bin": encode(b"\xff"), "none": None},
-        fetch_files=["out.txt"],
+        fetch_files=["out.txt", "/etc/passwd"],
     )
     assert sandbox_fusion.to_execute_request(body, CPP) == pb.ExecuteRequest(
         language="cpp",
@@ -133,7 +133,7 @@ def test_a_fusion_response_tells_success() -> None:
             pb.OutputFile(path="c", error="not found"),
         ],
     )
-    assert sandbox_fusion.to_run_code_response(response, "pod").model_dump() == {
+    assert sandbox_fusion.to_run_code_response(response, True, "pod").model_dump() == {
         "status": "Success",
         "message": "b is too large to be returned",
         "compile_result": {
@@ -170,7 +170,7 @@ def test_a_fusion_response_tells_failures(
     response: pb.ExecuteResponse, status: str, run_status: str, return_code: int | None
 ) -> None:
     response.reason = "why"
-    reported = sandbox_fusion.to_run_code_response(response)
+    reported = sandbox_fusion.to_run_code_response(response, True)
     assert (reported.status, reported.message) == (status, "why")
     assert reported.run_result is not None
     assert (reported.run_result.status, reported.run_result.return_code) == (run_status, return_code)
@@ -178,11 +178,35 @@ def test_a_fusion_response_tells_failures(
 
 def test_a_fusion_response_to_what_does_not_compile_has_no_run() -> None:
     response = pb.ExecuteResponse(status="STATUS_COMPILE_ERROR", compile=pb.CompileResult(exit_code=1, stderr=b"no"))
-    reported = sandbox_fusion.to_run_code_response(response)
+    reported = sandbox_fusion.to_run_code_response(response, True)
     assert reported.status == "Failed"
     assert reported.run_result is None
     assert reported.compile_result is not None
     assert (reported.compile_result.return_code, reported.compile_result.stderr) == (1, "no")
+
+
+def test_a_source_that_an_interpreter_refuses_is_a_run_that_failed() -> None:
+    compiled = pb.CompileResult(exit_code=1, stderr=b"SyntaxError: invalid syntax", status="STATUS_COMPILE_ERROR")
+    response = pb.ExecuteResponse(status="STATUS_COMPILE_ERROR", compile=compiled)
+    reported = sandbox_fusion.to_run_code_response(response, False)
+    assert (reported.status, reported.compile_result) == ("Failed", None)
+    assert reported.run_result is not None
+    assert (reported.run_result.status, reported.run_result.return_code) == ("Finished", 1)
+    assert reported.run_result.stderr == "SyntaxError: invalid syntax"
+    whole = piston.to_piston_response(response, PYTHON)
+    assert (whole.compile, whole.run.code, whole.run.status) == (None, 1, "RE")
+
+
+def test_a_compiler_that_meets_a_limit() -> None:
+    compiled = pb.CompileResult(exit_code=-1, signal=9, status="STATUS_TIME_LIMIT", reason="wall-clock limit of 5 ms")
+    response = pb.ExecuteResponse(status="STATUS_COMPILE_ERROR", compile=compiled)
+    reported = sandbox_fusion.to_run_code_response(response, True)
+    assert (reported.status, reported.run_result) == ("Failed", None)
+    assert reported.compile_result is not None
+    assert (reported.compile_result.status, reported.compile_result.return_code) == ("TimeLimitExceeded", None)
+    stage = piston.to_piston_response(response, CPP).compile
+    assert stage is not None
+    assert (stage.code, stage.signal, stage.status) == (None, "SIGKILL", "TO")
 
 
 def test_fusion_errors_have_fastapi_s_form() -> None:
@@ -216,7 +240,7 @@ def test_a_piston_request_becomes_an_execution() -> None:
     assert piston.to_execute_request(body, CPP) == pb.ExecuteRequest(
         language="cpp",
         source=b"int main",
-        stdin=b"in",
+        stdin=b"in\n",
         args=["1"],
         limits=pb.Limits(wall_ms=3000, cpu_ms=1000, memory_bytes=2**25),
         compile_limits=pb.Limits(wall_ms=10_000, cpu_ms=10_000),
@@ -231,7 +255,7 @@ def test_a_piston_request_becomes_an_execution() -> None:
 def test_a_piston_request_leaves_open_what_it_does_not_say() -> None:
     body = piston.PistonRequest(language="py", version="3", files=[piston.PistonFile(content="x")])
     assert piston.to_execute_request(body, PYTHON) == pb.ExecuteRequest(
-        language="python", source=b"x", limits=pb.Limits()
+        language="python", source=b"x", stdin=b"\n", limits=pb.Limits()
     )
 
 

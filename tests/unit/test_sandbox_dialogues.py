@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import uvloop
 
 from services.sandbox.judge.interactive import JUDGE, PROGRAM, relayed_pipes
 from services.sandbox.judge.pairs import PairedRun
@@ -68,6 +70,25 @@ async def test_what_is_said_is_relayed_both_ways() -> None:
         assert dialogue.too_much == [JUDGE]
         for descriptor in (program_in, judge_in, judge_out):
             os.close(descriptor)
+
+
+def test_one_that_goes_on_after_the_other_has_left_breaks_nothing() -> None:
+    async def talk_on() -> list[str]:
+        async with relayed_pipes(1 << 30, 100) as (ends, dialogue):
+            program_out, judge_in = os.dup(ends.program_stdout), os.dup(ends.judge_stdin)
+            ends.close()
+            os.set_blocking(program_out, False)
+            for said in range(400):
+                with contextlib.suppress(BlockingIOError, BrokenPipeError):
+                    os.write(program_out, b"? 5\n" * 1000)
+                if said == 100:
+                    os.close(judge_in)
+                await asyncio.sleep(0)
+            os.close(program_out)
+            return dialogue.left
+
+    for _ in range(5):
+        assert uvloop.run(talk_on()) == [JUDGE, JUDGE]
 
 
 @pytest.mark.parametrize("steps", range(6))

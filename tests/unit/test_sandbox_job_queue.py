@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Coroutine
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from hypothesis import strategies as st
 from perigee.errors import ResourceExhaustedError, UnavailableError
 from services.sandbox.config import SandboxConfig
 from services.sandbox.runtime.job_queue import JobQueue
+from services.sandbox.runtime.pool import Pool
+from services.sandbox.runtime.worker_slots import SlotPair, WorkerSlot
 
 
 class Clock:
@@ -299,3 +303,25 @@ def test_the_old_key_of_the_priority_window_is_accepted_with_a_warning() -> None
     with pytest.warns(FutureWarning, match="priority_window_seconds"):
         config = SandboxConfig.model_validate({"overtaking_seconds": 7})
     assert config.priority_window_seconds == 7
+
+
+async def test_a_job_that_is_to_be_alone_has_all_slots_and_gives_them_back() -> None:
+    pairs = [SlotPair(*(WorkerSlot(f"{n}{side}", 60001 + n, Path(), None) for side in "ab")) for n in range(3)]
+    pool = Pool(SandboxConfig(), None, None, pairs, [])  # type: ignore[arg-type]
+    order = []
+
+    async def run(name: str, lease: AbstractAsyncContextManager[SlotPair]) -> None:
+        async with lease:
+            order.append(name)
+            await asyncio.sleep(0)
+            order.append(name)
+
+    async with asyncio.TaskGroup() as group, pool.lease(1):
+        alone = [group.create_task(run(name, pool.lease_alone(1))) for name in "ab"]
+        await let_tasks_run()
+        assert order == []
+        group.create_task(run("c", pool.lease(1)))
+        alone[0].cancel()
+        await let_tasks_run()
+        assert order == ["c", "c"]
+    assert order[2:] == ["b", "b"]

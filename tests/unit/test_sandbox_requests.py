@@ -92,6 +92,7 @@ def test_what_a_submission_becomes() -> None:
         ("../x", "leaves"),
         ("a/../../x", "leaves"),
         ("a/..", "leaves"),
+        (".", "is the working folder itself"),
         ("./a", "shortest form"),
         ("a//b", "shortest form"),
         ("a/", "shortest form"),
@@ -125,6 +126,39 @@ def test_inputs_have_a_size() -> None:
     with pytest.raises(InvalidArgumentError) as error:
         read_job(request, config, CATALOG)
     assert {violation.field for violation in error.value.violations} == {"stdin", "files[0].content", "files"}
+
+
+def test_files_fit_into_the_working_folder() -> None:
+    most = CONFIG.default_limits.file_bytes
+    large = [pb.File(path="a", content=bytes(most // 2)), pb.File(path="b", content=bytes(most // 2))]
+    request = pb.ExecuteRequest(language="python", source=b"x", files=large)
+    assert "raise limits.file_bytes" in violated(request)["files"]
+    request.limits.file_bytes = most + (1 << 16)
+    read_job(request, CONFIG, CATALOG)
+    nested = [pb.File(path=f"{n}/{n}/a") for n in range(40)]
+    request = pb.ExecuteRequest(language="python", files=nested, limits=pb.Limits(files=120))
+    assert "40 files in 80 folders" in violated(request)["files"]
+
+
+def test_a_checker_has_space_for_what_it_compares() -> None:
+    test = pb.TestCase(stdio=pb.StdioTest(stdin=bytes(20 << 20), expected_stdout=b"1"))
+    request = judge_request(test)
+    request.checker.program.CopyFrom(pb.Program(language="python", source=b"x"))
+    checker = read_submission(request, CONFIG, CATALOG).checker
+    assert checker is not None
+    assert checker.limits.file_bytes > 21 << 20
+    request.tests[0].stdio.stdin = b""
+    checker = read_submission(request, CONFIG, CATALOG).checker
+    assert checker is not None
+    assert checker.limits.file_bytes == CONFIG.default_limits.file_bytes
+
+
+def test_an_empty_program_is_one_but_nothing_judges_by_being_empty() -> None:
+    read_job(pb.ExecuteRequest(language="python"), CONFIG, CATALOG)
+    request = judge_request(STDIO, source=b"")
+    read_submission(request, CONFIG, CATALOG)
+    request.checker.program.language = "python"
+    assert set(violated(request)) == {"checker.program.source"}
 
 
 def test_sources_are_utf8() -> None:

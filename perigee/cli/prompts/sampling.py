@@ -326,6 +326,7 @@ async def _sample_chunk(
         for outcome in outcomes:
             verdict = buffer_pb2.Verdict.Name(outcome.verdict).removeprefix("VERDICT_").lower()
             counts[sampled[outcome.id].line.id][verdict] += 1
+            counts[sampled[outcome.id].line.id]["unjudgeable"] += outcome.unjudgeable
 
     async with scoring(model.reward, ScoringOptions(unavailable_s=model.unavailable_s), count) as pipeline:
         for item_id, prompt in sampled.items():

@@ -147,10 +147,10 @@ class OutcomeStore:
 
     @property
     def missing(self) -> list[pb.ScoreItem]:
-        """Items without a judgement, those that FAILED earlier among them."""
-        return [
-            item.item for item in self._items if self.outcomes.get(item.id, {"verdict": FAILED})["verdict"] == FAILED
-        ]
+        """Items without a judgement, those that FAILED earlier among them, unless their own tests are at fault."""
+        unknown = {"verdict": FAILED}
+        known = [(item.item, self.outcomes.get(item.id, unknown)) for item in self._items]
+        return [item for item, found in known if found["verdict"] == FAILED and not found.get("unjudgeable")]
 
     def add(self, response: pb.ScoreResponse) -> None:
         """Keeps a final outcome; it is on disk a second later."""

@@ -56,8 +56,15 @@ class JudgedSolution:
         return any(result.verdict in _FAILURES for result in self.response.results)
 
     @property
+    def unjudgeable(self) -> int:
+        """Number of tests that are at fault themselves."""
+        return sum(result.verdict == pb.TEST_VERDICT_UNJUDGEABLE for result in self.response.results)
+
+    @property
     def as_expected(self) -> bool:
-        """Whether it was accepted, or failed in the way that the file name announces."""
+        """Whether it was accepted, or failed in the way that the file name announces; not where a test is at fault."""
+        if self.unjudgeable:
+            return False
         if self.expected == pb.TEST_VERDICT_ACCEPTED:
             return self.response.verdict == pb.TEST_VERDICT_ACCEPTED
         return not self.sandbox_failed and any(result.verdict == self.expected for result in self.response.results)
@@ -228,6 +235,8 @@ def solution_line(judged: JudgedSolution) -> str:
         f"{response.passed} of {len(response.results)} tests, {response.points:g} of {response.max_points:g} points, "
         f"{format_seconds(response.wall_ms / 1000)}"
     )
+    if judged.unjudgeable:
+        return f"{line} [{_YELLOW}]({judged.unjudgeable} cannot be judged, whatever the solution)[/]"
     if judged.expected == pb.TEST_VERDICT_ACCEPTED or judged.sandbox_failed:
         return line
     expected = verdict_name(judged.expected)
@@ -265,7 +274,7 @@ def _colored(verdict: pb.TestVerdict.ValueType) -> str:
     name = verdict_name(verdict)
     if verdict == pb.TEST_VERDICT_ACCEPTED:
         return f"[{_GREEN}]{name}[/]"
-    is_grey = verdict in (pb.TEST_VERDICT_INFRA_ERROR, pb.TEST_VERDICT_SKIPPED, pb.TEST_VERDICT_UNSPECIFIED)
+    is_grey = verdict in (*_FAILURES, pb.TEST_VERDICT_UNJUDGEABLE, pb.TEST_VERDICT_SKIPPED)
     return f"[{_YELLOW if is_grey else _RED}]{name}[/]"
 
 

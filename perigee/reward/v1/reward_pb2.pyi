@@ -642,6 +642,7 @@ class ScoreResponse(_message.Message):
     VERIFIER_VERSION_FIELD_NUMBER: _builtins.int
     PARTS_FIELD_NUMBER: _builtins.int
     RETRY_AFTER_MS_FIELD_NUMBER: _builtins.int
+    UNJUDGEABLE_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     verdict: _buffer_pb2.Verdict.ValueType
     reward: _builtins.float
@@ -655,6 +656,8 @@ class ScoreResponse(_message.Message):
     verifier_version: _builtins.str
     retry_after_ms: _builtins.int
     """When asking again may help."""
+    unjudgeable: _builtins.bool
+    """The prompt's own tests are at fault, whatever the response, when the verdict is FAILED: leave the prompt out."""
     @_builtins.property
     def parts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartScore]: ...
     def __init__(
@@ -671,10 +674,11 @@ class ScoreResponse(_message.Message):
         verifier_version: _builtins.str = ...,
         parts: _abc.Iterable[Global___PartScore] | None = ...,
         retry_after_ms: _builtins.int | None = ...,
+        unjudgeable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms", "_reward", b"_reward", "retry_after_ms", b"retry_after_ms", "reward", b"reward"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms", "_reward", b"_reward", "extracted_answer", b"extracted_answer", "id", b"id", "latency_ms", b"latency_ms", "parts", b"parts", "reason", b"reason", "retry_after_ms", b"retry_after_ms", "retryable", b"retryable", "reward", b"reward", "verdict", b"verdict", "verifier", b"verifier", "verifier_version", b"verifier_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms", "_reward", b"_reward", "extracted_answer", b"extracted_answer", "id", b"id", "latency_ms", b"latency_ms", "parts", b"parts", "reason", b"reason", "retry_after_ms", b"retry_after_ms", "retryable", b"retryable", "reward", b"reward", "unjudgeable", b"unjudgeable", "verdict", b"verdict", "verifier", b"verifier", "verifier_version", b"verifier_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__retry_after_ms: _TypeAlias = _typing.Literal["retry_after_ms"]  # noqa: Y015
     _WhichOneofArgType__retry_after_ms: _TypeAlias = _typing.Literal["_retry_after_ms", b"_retry_after_ms"]  # noqa: Y015

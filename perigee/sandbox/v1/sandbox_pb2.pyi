@@ -67,9 +67,13 @@ class _TestVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TestVerdi
     TEST_VERDICT_RUNTIME_ERROR: _TestVerdict.ValueType  # 6
     TEST_VERDICT_COMPILE_ERROR: _TestVerdict.ValueType  # 7
     TEST_VERDICT_INFRA_ERROR: _TestVerdict.ValueType  # 8
-    """The sandbox, the checker or the interactor failed, not the submission: retryable, and never a wrong answer."""
+    """The sandbox failed, not the submission: retryable, and never a wrong answer."""
     TEST_VERDICT_SKIPPED: _TestVerdict.ValueType  # 9
     """Not run, because an earlier test failed."""
+    TEST_VERDICT_UNJUDGEABLE: _TestVerdict.ValueType  # 10
+    """The test itself, its checker or its interactor is at fault, whatever the submission: trying again does not help, and
+    it is never a wrong answer.
+    """
 
 class TestVerdict(_TestVerdict, metaclass=_TestVerdictEnumTypeWrapper): ...
 
@@ -82,9 +86,13 @@ TEST_VERDICT_OUTPUT_LIMIT: TestVerdict.ValueType  # 5
 TEST_VERDICT_RUNTIME_ERROR: TestVerdict.ValueType  # 6
 TEST_VERDICT_COMPILE_ERROR: TestVerdict.ValueType  # 7
 TEST_VERDICT_INFRA_ERROR: TestVerdict.ValueType  # 8
-"""The sandbox, the checker or the interactor failed, not the submission: retryable, and never a wrong answer."""
+"""The sandbox failed, not the submission: retryable, and never a wrong answer."""
 TEST_VERDICT_SKIPPED: TestVerdict.ValueType  # 9
 """Not run, because an earlier test failed."""
+TEST_VERDICT_UNJUDGEABLE: TestVerdict.ValueType  # 10
+"""The test itself, its checker or its interactor is at fault, whatever the submission: trying again does not help, and
+it is never a wrong answer.
+"""
 Global___TestVerdict: _TypeAlias = TestVerdict  # noqa: Y015
 
 class _Comparison:
@@ -298,6 +306,8 @@ class CompileResult(_message.Message):
     STDERR_FIELD_NUMBER: _builtins.int
     WALL_MS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    SIGNAL_FIELD_NUMBER: _builtins.int
     exit_code: _builtins.int
     stdout: _builtins.bytes
     """Standard output and standard error of the compiler, cut to 64 KiB each."""
@@ -305,6 +315,10 @@ class CompileResult(_message.Message):
     wall_ms: _builtins.int
     reason: _builtins.str
     """Why it failed: the limit that was passed, or how the compiler ended; empty when it compiled."""
+    status: Global___Status.ValueType
+    """OK, COMPILE_ERROR, or the limit that was passed."""
+    signal: _builtins.int
+    """The signal that ended the compiler, or 0."""
     def __init__(
         self,
         *,
@@ -313,10 +327,12 @@ class CompileResult(_message.Message):
         stderr: _builtins.bytes = ...,
         wall_ms: _builtins.int = ...,
         reason: _builtins.str = ...,
+        status: Global___Status.ValueType = ...,
+        signal: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_code", b"exit_code", "reason", b"reason", "stderr", b"stderr", "stdout", b"stdout", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_code", b"exit_code", "reason", b"reason", "signal", b"signal", "status", b"status", "stderr", b"stderr", "stdout", b"stdout", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -356,6 +372,7 @@ class ExecuteRequest(_message.Message):
     OUTPUT_FILES_FIELD_NUMBER: _builtins.int
     COMPILE_LIMITS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    RETRY_STARVED_FIELD_NUMBER: _builtins.int
     ARCHIVES_FIELD_NUMBER: _builtins.int
     LOOPBACK_FIELD_NUMBER: _builtins.int
     OUTPUT_FOLDERS_FIELD_NUMBER: _builtins.int
@@ -367,6 +384,10 @@ class ExecuteRequest(_message.Message):
     stdin: _builtins.bytes
     idempotency_key: _builtins.str
     """The same key with the same request gives the first one's response; at most 128 characters."""
+    retry_starved: _builtins.bool
+    """A program that computed but met the wall-clock limit with CPU time to spare is run once more, with no other job
+    beside it. Streams are not.
+    """
     loopback: _builtins.bool
     """Gives it a loopback device, the only one of its network, and lets it make sockets of TCP and UDP."""
     @_builtins.property
@@ -410,6 +431,7 @@ class ExecuteRequest(_message.Message):
         output_files: _abc.Iterable[_builtins.str] | None = ...,
         compile_limits: Global___Limits | None = ...,
         idempotency_key: _builtins.str = ...,
+        retry_starved: _builtins.bool = ...,
         archives: _abc.Iterable[Global___Archive] | None = ...,
         loopback: _builtins.bool = ...,
         output_folders: _abc.Iterable[_builtins.str] | None = ...,
@@ -417,7 +439,7 @@ class ExecuteRequest(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compile_limits", b"compile_limits", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "args", b"args", "command", b"command", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "idempotency_key", b"idempotency_key", "language", b"language", "limits", b"limits", "loopback", b"loopback", "output_files", b"output_files", "output_folders", b"output_folders", "source", b"source", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "args", b"args", "command", b"command", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "idempotency_key", b"idempotency_key", "language", b"language", "limits", b"limits", "loopback", b"loopback", "output_files", b"output_files", "output_folders", b"output_folders", "retry_starved", b"retry_starved", "source", b"source", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -440,6 +462,7 @@ class ExecuteResponse(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     COMPILE_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
+    WALL_LIMITED_FIELD_NUMBER: _builtins.int
     status: Global___Status.ValueType
     exit_code: _builtins.int
     """-1 when a signal ended the program."""
@@ -455,6 +478,8 @@ class ExecuteResponse(_message.Message):
     peak_memory_bytes: _builtins.int
     reason: _builtins.str
     """The limit that was passed, or what failed."""
+    wall_limited: _builtins.bool
+    """TIME_LIMIT by the wall clock with CPU time to spare: the program waited, or the machine was busy."""
     @_builtins.property
     def compile(self) -> Global___CompileResult:
         """Absent for languages that are not compiled."""
@@ -477,10 +502,11 @@ class ExecuteResponse(_message.Message):
         reason: _builtins.str = ...,
         compile: Global___CompileResult | None = ...,
         files: _abc.Iterable[Global___OutputFile] | None = ...,
+        wall_limited: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile", "cpu_ms", b"cpu_ms", "exit_code", b"exit_code", "files", b"files", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "signal", b"signal", "status", b"status", "stderr", b"stderr", "stderr_truncated", b"stderr_truncated", "stdout", b"stdout", "stdout_truncated", b"stdout_truncated", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile", "cpu_ms", b"cpu_ms", "exit_code", b"exit_code", "files", b"files", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "signal", b"signal", "status", b"status", "stderr", b"stderr", "stderr_truncated", b"stderr_truncated", "stdout", b"stdout", "stdout_truncated", b"stdout_truncated", "wall_limited", b"wall_limited", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -865,7 +891,8 @@ class Checker(_message.Message):
     def program(self) -> Global___Program:
         """Started as `checker input.txt output.txt answer.txt` in a sandbox of its own. Exit code 0 accepts, 1 and 2
         reject, 7 gives the fraction of points that is the first word of its message or follows a leading `points`
-        (testlib's convention), anything else is a failure of the checker; its message is standard error's.
+        (testlib's convention), 3 says that the test is wrong. A checker that ends otherwise makes the test UNJUDGEABLE if
+        it does so on the expected output, too, else the answer wrong. Its message is standard error's.
         """
 
     def __init__(
@@ -922,6 +949,7 @@ class JudgeRequest(_message.Message):
     COMPILE_LIMITS_FIELD_NUMBER: _builtins.int
     IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
     ENV_FIELD_NUMBER: _builtins.int
+    RETRY_STARVED_FIELD_NUMBER: _builtins.int
     ARCHIVES_FIELD_NUMBER: _builtins.int
     LOOPBACK_FIELD_NUMBER: _builtins.int
     FUNCTION_SIGNATURE_FIELD_NUMBER: _builtins.int
@@ -937,6 +965,8 @@ class JudgeRequest(_message.Message):
     """Python that runs before each code test, in the test's sandbox."""
     idempotency_key: _builtins.str
     """As in ExecuteRequest."""
+    retry_starved: _builtins.bool
+    """As in ExecuteRequest; the whole submission is judged once more."""
     loopback: _builtins.bool
     function_signature: _builtins.str
     """Of function tests, such as `(ListNode, integer[]) -> TreeNode`: which arguments and results are linked lists and
@@ -983,13 +1013,14 @@ class JudgeRequest(_message.Message):
         compile_limits: Global___Limits | None = ...,
         idempotency_key: _builtins.str = ...,
         env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        retry_starved: _builtins.bool = ...,
         archives: _abc.Iterable[Global___Archive] | None = ...,
         loopback: _builtins.bool = ...,
         function_signature: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "compile_limits", b"compile_limits", "interactor", b"interactor", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "checker", b"checker", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "function_name", b"function_name", "function_signature", b"function_signature", "idempotency_key", b"idempotency_key", "interactor", b"interactor", "language", b"language", "limits", b"limits", "loopback", b"loopback", "setup_code", b"setup_code", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "checker", b"checker", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "function_name", b"function_name", "function_signature", b"function_signature", "idempotency_key", b"idempotency_key", "interactor", b"interactor", "language", b"language", "limits", b"limits", "loopback", b"loopback", "retry_starved", b"retry_starved", "setup_code", b"setup_code", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1011,6 +1042,7 @@ class TestResult(_message.Message):
     SIGNAL_FIELD_NUMBER: _builtins.int
     STDERR_FIELD_NUMBER: _builtins.int
     OUTPUT_TRUNCATED_FIELD_NUMBER: _builtins.int
+    WALL_LIMITED_FIELD_NUMBER: _builtins.int
     verdict: Global___TestVerdict.ValueType
     wall_ms: _builtins.int
     output: _builtins.bytes
@@ -1030,6 +1062,8 @@ class TestResult(_message.Message):
     stderr: _builtins.bytes
     """Standard error, cut to 4 KiB."""
     output_truncated: _builtins.bool
+    wall_limited: _builtins.bool
+    """As in ExecuteResponse."""
     def __init__(
         self,
         *,
@@ -1045,10 +1079,11 @@ class TestResult(_message.Message):
         signal: _builtins.int = ...,
         stderr: _builtins.bytes = ...,
         output_truncated: _builtins.bool = ...,
+        wall_limited: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_ms", b"cpu_ms", "exit_code", b"exit_code", "name", b"name", "output", b"output", "output_truncated", b"output_truncated", "peak_memory_bytes", b"peak_memory_bytes", "points", b"points", "reason", b"reason", "signal", b"signal", "stderr", b"stderr", "verdict", b"verdict", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_ms", b"cpu_ms", "exit_code", b"exit_code", "name", b"name", "output", b"output", "output_truncated", b"output_truncated", "peak_memory_bytes", b"peak_memory_bytes", "points", b"points", "reason", b"reason", "signal", b"signal", "stderr", b"stderr", "verdict", b"verdict", "wall_limited", b"wall_limited", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

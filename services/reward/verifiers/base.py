@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, ClassVar, Generic, Self, TypeVar
 
@@ -53,8 +53,9 @@ class Verdict(Enum):
 class Outcome:
     """A verdict, its reward (absent exactly when FAILED), the beginning of the answer found, and why.
 
-    `retryable` says whether asking again may help when the verdict is FAILED, `retry_after_s` when. `parts` are the
-    outcomes of a composite's parts, or of a judge's votes, by name.
+    `retryable` says whether asking again may help when the verdict is FAILED, `retry_after_s` when, `is_unjudgeable`
+    whether the prompt is at fault, whatever the response. `parts` are the outcomes of a composite's parts, or of a
+    judge's votes, by name.
     """
 
     verdict: Verdict
@@ -64,6 +65,7 @@ class Outcome:
     retryable: bool = False
     parts: Mapping[str, Outcome] = field(default_factory=dict)
     retry_after_s: float | None = None
+    is_unjudgeable: bool = False
 
     def __post_init__(self) -> None:
         if (self.reward is None) != (self.verdict is Verdict.FAILED):
@@ -93,12 +95,18 @@ class Outcome:
         return cls(Verdict.FAILED, None, extracted, reason, retryable, retry_after_s=retry_after_s)
 
     @classmethod
+    def unjudgeable(cls, reason: str, extracted: str = "") -> Self:
+        """Returns a failure that the prompt is at fault for."""
+        return cls(Verdict.FAILED, None, extracted, reason, is_unjudgeable=True)
+
+    @classmethod
     def failed_for(cls, failures: Collection[Outcome], reason: str, extracted: str) -> Self:
         """Returns the failure that others cause; one that fails for good makes asking again useless."""
         retryable = all(failure.retryable for failure in failures)
         hints = [failure.retry_after_s for failure in failures if failure.retry_after_s is not None]
         hint_s = max(hints, default=None) if retryable else None
-        return cls.failed(reason, retryable=retryable, extracted=extracted, retry_after_s=hint_s)
+        whole = cls.failed(reason, retryable=retryable, extracted=extracted, retry_after_s=hint_s)
+        return replace(whole, is_unjudgeable=any(failure.is_unjudgeable for failure in failures))
 
 
 ParametersT = TypeVar("ParametersT", bound=Message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 import time
 from typing import ClassVar
@@ -28,6 +29,8 @@ log = get_logger(__name__)
 MAX_REASON_CHARACTERS = 500
 FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 5.0
+# Prompts whose tests are at fault are remembered, so that each is told once.
+MOST_LEFT_OUT = 100_000
 # The sandbox's fault or a full queue, not the program's: worth another try within the deadline.
 RETRIED = (*UNAVAILABLE, InternalError)
 # What a program can be found to be; anything else is no judgement.
@@ -59,6 +62,7 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
         self._config = config
         self._sandbox = sandbox
         self._slots = asyncio.Semaphore(config.concurrency)
+        self._left_out: set[bytes] = set()
 
     def find_violations(self, parameters: pb.CodeVerifier) -> list[FieldViolation]:
         violations = []
@@ -96,6 +100,7 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
     async def _judge_until_deadline(self, parameters: pb.CodeVerifier, source: str) -> Outcome:
         end = time.monotonic() + self._config.timeout_s
         request = build_request(parameters, source)
+        request.retry_starved = self._config.retry_starved
         backoff_s = FIRST_PAUSE_S
         reason = ""
         while True:
@@ -103,6 +108,8 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
             try:
                 response = await self._sandbox.judge(request, timeout_s=max(0.01, end - time.monotonic()))
                 self.unavailable = ""
+                if unjudgeable := find_unjudgeable(response):
+                    return self._leave_out(parameters, unjudgeable, source)
                 if is_judgement(response, parameters):
                     return read_judgement(response, parameters, source)
                 reason = f"the sandbox could not judge: {infrastructure_reason(response)}"
@@ -120,6 +127,14 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
                 return Outcome.failed(reason, retryable=True, extracted=source, retry_after_s=pause_s)
             await asyncio.sleep(pause_s)
             backoff_s *= 2
+
+    def _leave_out(self, parameters: pb.CodeVerifier, reason: str, source: str) -> Outcome:
+        """Returns the outcome of a prompt that cannot be judged, which is told once."""
+        digest = hashlib.blake2b(parameters.SerializeToString(deterministic=True), digest_size=8).digest()
+        if digest not in self._left_out and len(self._left_out) < MOST_LEFT_OUT:
+            self._left_out.add(digest)
+            log.warning("tests cannot be judged", reason=reason, test=str(parameters.tests[0])[:MAX_REASON_CHARACTERS])
+        return Outcome.unjudgeable(f"the prompt's tests cannot be judged: {reason}", source)
 
     def _set_unavailable(self, reason: str) -> None:
         if reason and not self.unavailable:
@@ -155,6 +170,12 @@ def build_request(parameters: pb.CodeVerifier, source: str) -> sandbox_pb.JudgeR
     )
 
 
+def find_unjudgeable(response: sandbox_pb.JudgeResponse) -> str:
+    """Returns why a test cannot be judged, whatever the program; empty when none says so."""
+    found = (r.reason or "no reason" for r in response.results if r.verdict == sandbox_pb.TEST_VERDICT_UNJUDGEABLE)
+    return next(found, "")[:MAX_REASON_CHARACTERS]
+
+
 def is_judgement(response: sandbox_pb.JudgeResponse, parameters: pb.CodeVerifier) -> bool:
     """Returns whether the response speaks of the program, not of the sandbox.
 
@@ -177,7 +198,9 @@ def read_judgement(response: sandbox_pb.JudgeResponse, parameters: pb.CodeVerifi
     if response.verdict == sandbox_pb.TEST_VERDICT_ACCEPTED:
         return Outcome.correct(extracted)
     share = response.points / response.max_points if parameters.partial_credit and response.max_points else 0.0
-    detail = next((r.reason for r in response.results if r.verdict == response.verdict and r.reason), "")
+    known = sandbox_pb.TestResult()
+    first = next((r for r in response.results if r.verdict == response.verdict and r.reason), known)
+    detail = f"{first.reason}, {first.cpu_ms} ms of CPU time used" if first.wall_limited else first.reason
     if is_compile_error(response):
         detail = detail or explain_compiler(response.compile)
     reason = WRONG_VERDICTS[response.verdict] + (f": {detail}" if detail else "")

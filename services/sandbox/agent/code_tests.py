@@ -7,15 +7,18 @@ between a wrong answer and a failure of the test, so exceptions are distinguishe
 
 from __future__ import annotations
 
+import ast
 import builtins
 import json
 import linecache
 import os
+import re
 import sys
 import types
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
+from .agreeable import AgreeingPeer
 from .archive import Archive
 from .calls import COMPILE_ERROR, LOAD_ERROR, LOADED, serve_submission
 from .peers import ChannelBrokenError, SubmissionError
@@ -34,7 +37,7 @@ class CodeTestReport:
 
     SUBMISSION_ERROR: an exception of the submission's reached the end of the test, or its process ended. FAILED: an
     assertion did not hold, or the test failed on what the function had returned. TEST_ERROR: the test is at
-    fault and says nothing of the submission, as one that never calls the function.
+    fault whatever the submission, as one that never calls the function.
     """
 
     ending: str
@@ -63,8 +66,35 @@ def run_code_test(
     """Runs `setup_code`, then `code`, in one namespace where the names in `function_name` are stand-ins, whatever the
     setup defines under them, and `candidate` is the first; then `check(candidate)` where `code` defines it.
 
-    What else the submission defines has its names there where neither the setup nor Python has them.
+    What else the submission defines has its names there where neither the setup nor Python has them. A fault of the
+    test's that an answer may have led to is the answer's, unless the test has it with answers that agree with
+    everything, too: a submission must not gain by what it returns that it is not judged.
     """
+    report = _run_test(setup_code, code, function_name, peer, names)
+    if report.ending == TEST_ERROR and peer.calls > (peer.fault is not None):
+        other = AgreeingPeer()
+        stand_ins = {name: other.make_function(name) for name in names}
+        agreed = _run_test(setup_code, code, function_name, other, stand_ins, without_asserts=True)
+        return report if agreed.ending == TEST_ERROR else replace(report, ending=FAILED)
+    return report
+
+
+class _WithoutAsserts(ast.NodeTransformer):
+    """Has what is asserted evaluated, whatever comes of it."""
+
+    def visit_Assert(self, node: ast.Assert) -> ast.AST:
+        return ast.copy_location(ast.Expr(node.test), node)
+
+
+def _run_test(
+    setup_code: str,
+    code: str,
+    function_name: str,
+    peer: CallerPeer,
+    names: dict[str, Any],
+    *,
+    without_asserts: bool = False,
+) -> CodeTestReport:
     module = types.ModuleType("code_test")
     module.__dict__["__builtins__"] = builtins
     sys.modules["code_test"] = module
@@ -82,33 +112,36 @@ def run_code_test(
     check_before = namespace.get("check")
     failure: BaseException | None = None
     try:
-        _execute(code, _TEST_PATH, namespace)
+        _execute(code, _TEST_PATH, namespace, without_asserts)
         check = namespace.get("check")
         if isinstance(check, types.FunctionType) and check is not check_before:
             check(candidate)
     except BaseException as error:
         failure = error
-    ending, message = _decide(failure, peer, function_name)
+    ending, message = _decide(failure, peer, function_name, code)
     return CodeTestReport(ending, _cut(message), peer.calls)
 
 
-def _execute(code: str, path: str, namespace: dict[str, Any]) -> None:
+def _execute(code: str, path: str, namespace: dict[str, Any], without_asserts: bool = False) -> None:
     linecache.cache[path] = (len(code), None, code.splitlines(keepends=True), path)
-    exec(compile(code, path, "exec", dont_inherit=True), namespace)
+    tree = ast.parse(code, path)
+    if without_asserts:
+        tree = ast.fix_missing_locations(_WithoutAsserts().visit(tree))
+    exec(compile(tree, path, "exec", dont_inherit=True), namespace)
 
 
-def _decide(failure: BaseException | None, peer: CallerPeer, function_name: str) -> tuple[str, str]:
+def _decide(failure: BaseException | None, peer: CallerPeer, function_name: str, code: str) -> tuple[str, str]:
     # these two count even if the test has caught them
     if peer.fault is not None:
-        # a value of an earlier call may be too deep to be passed back, but is of plain types
-        is_own = peer.calls == 1 or isinstance(peer.fault.__cause__, TypeError)
-        return TEST_ERROR if is_own else FAILED, str(peer.fault)
+        return TEST_ERROR, str(peer.fault)
     if peer.broken is not None:
         return SUBMISSION_ERROR, str(peer.broken)
     if failure is None:
         return (PASSED, "") if peer.calls else (TEST_ERROR, f"the test does not call {function_name}")
     if getattr(failure, MARK, False):
         return SUBMISSION_ERROR, str(failure) if isinstance(failure, SubmissionError) else _summarize(failure)
+    if isinstance(failure, NameError) and re.search(rf"\b{getattr(failure, 'name', None)}\s*[(.]", code):
+        return SUBMISSION_ERROR, f"{_summarize(failure)}{_location(failure)}"  # it is the submission's to define
     if isinstance(failure, _OWN_FAULTS) or not peer.calls:
         return TEST_ERROR, f"the test raised {_summarize(failure)}{_location(failure)}"
     if isinstance(failure, AssertionError):
@@ -172,8 +205,8 @@ def serve_code_test(archive: Archive, home: str) -> NoReturn:
         peer.on_first_call = lambda: os.write(REPORT, CALLED)
         try:
             loaded, message, names = wait_until_loaded(peer)
-        except ChannelBrokenError as error:
-            loaded, message, names = "broken", str(error), {}
+        except (ChannelBrokenError, Exception) as error:  # nothing of the test has run yet
+            loaded, message, names = "broken", str(error)[:MESSAGE_CHARACTERS], {}
         report = {"loaded": loaded, "message": message}
         if loaded == LOADED:
             setup, code = (blob.decode() for blob in archive.blobs[:2])

@@ -142,7 +142,10 @@ static void become_job(int channel, ssize_t size) {
         _exit(112);
     become_user(user);
     environ = variables; /* whose PATH is searched */
-    execvp(arguments[0], arguments);
+    if (strchr(arguments[0], '/'))
+        execv(arguments[0], arguments); /* a shell does not take what is no program for a script of its own */
+    else
+        execvp(arguments[0], arguments);
     report(channel, 'x', errno);
     _exit(127);
 }

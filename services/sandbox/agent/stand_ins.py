@@ -87,7 +87,7 @@ class CallerPeer(Peer):
         """Returns what the test sees of an object of the submission's."""
         _, kind, name, facts = introduction
         if kind == "function":
-            return self._make_function(name)
+            return self.make_function(name)
         if kind == "iterator":
             return self._iterate(introduction[0])
         if kind == "class":
@@ -105,7 +105,9 @@ class CallerPeer(Peer):
             self._classes[name] = cast("type[RemoteObject]", _RemoteType(name, (RemoteObject,), members))
         return self._classes[name]
 
-    def _make_function(self, name: str) -> Callable[..., Any]:
+    def make_function(self, name: str) -> Callable[..., Any]:
+        """Returns the stand-in of a function."""
+
         def stand_in(*arguments: Any, **keywords: Any) -> Any:
             return self.request("call", stand_in, *arguments, **keywords)
 

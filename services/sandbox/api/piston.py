@@ -199,7 +199,7 @@ def to_execute_request(body: PistonRequest, runtime: pb.Runtime) -> pb.ExecuteRe
     request = pb.ExecuteRequest(
         language=runtime.language,
         source=body.files[program].content.encode(),
-        stdin=body.stdin.encode(),
+        stdin=(body.stdin if body.stdin.endswith("\n") else f"{body.stdin}\n").encode(),
         args=body.args,
         limits=_limits(body.run_timeout, body.run_cpu_time, body.run_memory_limit),
         files=files,
@@ -213,11 +213,11 @@ def to_execute_request(body: PistonRequest, runtime: pb.Runtime) -> pb.ExecuteRe
 def to_piston_response(response: pb.ExecuteResponse, runtime: pb.Runtime) -> PistonResponse:
     """Converts a response."""
     compiled = _compile_stage(response.compile) if response.HasField("compile") else None
-    failed = response.status == pb.STATUS_COMPILE_ERROR and compiled is not None
     names = {"language": runtime.language, "version": runtime.version}
-    if compiled is None:
-        return PistonResponse(**names, run=_run_stage(response))
-    return PistonResponse(**names, run=compiled if failed else _run_stage(response), compile=compiled)
+    run = compiled if response.status == pb.STATUS_COMPILE_ERROR and compiled is not None else _run_stage(response)
+    if compiled is None or not runtime.compiled:  # an interpreter refuses its source when it runs
+        return PistonResponse(**names, run=run)
+    return PistonResponse(**names, run=run, compile=compiled)
 
 
 def to_piston_runtime(runtime: pb.Runtime) -> PistonRuntime:
@@ -274,20 +274,16 @@ def _ending(
 
 
 def _compile_stage(compiled: pb.CompileResult) -> PistonStage:
-    stdout = compiled.stdout.decode(errors="replace")
-    stderr = compiled.stderr.decode(errors="replace")
-    return PistonStage(
-        stdout=stdout,
-        stderr=stderr,
-        output=stdout + stderr,
-        code=compiled.exit_code,
-        signal=None,
-        message=f"Exited with error status {compiled.exit_code}" if compiled.exit_code else None,
-        status="RE" if compiled.exit_code else None,
-        cpu_time=None,
-        wall_time=compiled.wall_ms,
-        memory=None,
+    ended = pb.ExecuteResponse(
+        status=compiled.status or (pb.STATUS_COMPILE_ERROR if compiled.exit_code else pb.STATUS_OK),
+        exit_code=compiled.exit_code,
+        signal=compiled.signal,
+        stdout=compiled.stdout,
+        stderr=compiled.stderr,
+        wall_ms=compiled.wall_ms,
+        reason=compiled.reason,
     )
+    return _run_stage(ended).model_copy(update={"cpu_time": None, "memory": None})
 
 
 def _decode(file: PistonFile) -> bytes:

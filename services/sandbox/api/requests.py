@@ -34,6 +34,7 @@ _MOST_VIOLATIONS = 20
 _KEY_CHARACTERS = 128
 _STRINGS_BYTES = 32768
 _MOST_ARCHIVES = 4
+_PAGE_BYTES = 4096
 
 
 class Reader:
@@ -64,9 +65,7 @@ class Reader:
 
     def check_source(self, field: str, source: bytes) -> None:
         """Checks that a source is UTF-8 text of a bounded size."""
-        if not source:
-            self.refuse(field, "must not be empty")
-        elif len(source) > self.config.max_source_bytes:
+        if len(source) > self.config.max_source_bytes:
             self.refuse(field, f"has {len(source)} bytes, at most {self.config.max_source_bytes} are taken")
         else:
             self.check_utf8(field, source)
@@ -88,6 +87,23 @@ class Reader:
         if "\0" in text:
             self.refuse(field, "must not contain NUL")
 
+    def check_there(self, field: str, source: bytes) -> None:
+        """Checks that what judges a submission is there at all."""
+        if not source:
+            self.refuse(field, "must not be empty")
+
+    def check_space(self, prefix: str, source: bytes, files: Sequence[pb.File], limits: Limits) -> None:
+        """Checks that source and files fit into the working folder."""
+        sizes = [len(source), *(len(file.content) for file in files)]
+        needed = sum(-(-size // _PAGE_BYTES) * _PAGE_BYTES for size in sizes)
+        field = f"{prefix}files" if files else f"{prefix}source"
+        if needed > max(limits.file_bytes, _MINIMUM["file_bytes"]):
+            self.refuse(field, f"takes {needed} bytes: raise {prefix}limits.file_bytes, which is {limits.file_bytes}")
+        folders = {parent for file in files for parent in PurePosixPath(file.path).parents if parent.parts}
+        if 1 + len(files) + len(folders) > max(limits.files, _MINIMUM["files"]):
+            counted = f"has {len(files)} files in {len(folders)} folders"
+            self.refuse(field, f"{counted}: raise {prefix}limits.files, which is {limits.files}")
+
     def read_files(self, field: str, files: Iterable[pb.File], taken: str | None) -> list[pb.File]:
         """Reads files of the working folder; `taken` is the name of the source."""
         read = list(files)
@@ -104,7 +120,7 @@ class Reader:
             self.check_size(f"{field}[{index}].content", file.content)
         folders = {str(parent) for file in read for parent in PurePosixPath(file.path).parents}
         for index, entry in enumerate(read):
-            if entry.path in folders:
+            if entry.path in folders and entry.path != ".":
                 self.refuse(f"{field}[{index}].path", f"{entry.path!r} is the folder of another file")
         if taken in folders:
             self.refuse(field, f"{taken!r} is the name of the source, and cannot be a folder")
@@ -200,6 +216,7 @@ class Reader:
         files = self.read_files(f"{prefix}files", request.files, runtime.config.source if runtime else None)
         defaults = runtime.limits if runtime else self.config.default_limits
         limits = self.read_limits(f"{prefix}limits", request.limits, defaults)
+        self.check_space(prefix, request.source, files, limits)
         compiler = runtime.compile_limits if runtime else self.config.compile_limits
         own_compile_limits = self.read_limits(f"{prefix}compile_limits", compile_limits, compiler)
         if runtime is None:
@@ -228,6 +245,8 @@ def find_path_problem(path: str) -> str | None:
         return f"{path[:80]!r} is absolute; name it relative to the working folder"
     if ".." in pure.parts:
         return f"{path[:80]!r} leaves the working folder"
+    if not pure.parts:
+        return "is the working folder itself"
     if str(pure) != path:
         return f"{path[:80]!r} is not in its shortest form, {str(pure)[:80]!r}"
     if len(path.encode(errors="surrogateescape")) > _PATH_BYTES:
@@ -284,6 +303,7 @@ def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Ca
     interactor = None
     if request.HasField("interactor"):
         interactor = reader.read_program(request.interactor, pb.Limits(), {}, "interactor.")
+        reader.check_there("interactor.source", request.interactor.source)
     kind = find_kind(reader, request)
     if kind == "interactive" and not request.HasField("interactor"):
         reader.refuse("interactor", "is required by interactive tests")
@@ -299,8 +319,8 @@ def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Ca
         request=request,
         comparator=comparator,
         expected=expected,
-        checker=checker,
-        interactor=None if interactor is None else extend_wall_limit(interactor, program.limits.wall_ms),
+        checker=None if checker is None else extend_space(checker, request, program.limits.output_bytes),
+        interactor=None if interactor is None else extend_interactor(interactor, request, program.limits),
     )
 
 
@@ -355,6 +375,7 @@ def check_test(reader: Reader, field: str, test: pb.TestCase) -> object:
             return read_json(reader, test.function.expected_json, f"{field}.function.expected_json")
         case "code":
             reader.check_source(f"{field}.code.code", test.code.code.encode())
+            reader.check_there(f"{field}.code.code", test.code.code.encode())
         case "interactive":
             reader.check_size(f"{field}.interactive.input", test.interactive.input)
             reader.check_size(f"{field}.interactive.answer", test.interactive.answer)
@@ -380,14 +401,24 @@ def read_checker(reader: Reader, checker: pb.Checker) -> tuple[Comparator, Progr
             return Tolerance() if wrong else Tolerance(**values), None
         case "program":
             program = reader.read_program(checker.program, pb.Limits(), {}, "checker.program.")
+            reader.check_there("checker.program.source", checker.program.source)
             return Comparison.TOKENS, program
     return Comparison.TOKENS, None
 
 
-def extend_wall_limit(interactor: Program, wall_ms: int) -> Program:
-    """Raises the wall-clock limit of an interactor, which waits for its submission."""
-    longest = max(interactor.limits.wall_ms, wall_ms + _PATIENCE_MS)
-    return dataclasses.replace(interactor, limits=dataclasses.replace(interactor.limits, wall_ms=longest))
+def extend_space(judging: Program, request: pb.JudgeRequest, output_bytes: int) -> Program:
+    """Gives a checker or an interactor space for the files of the largest test, and for what a submission may print."""
+    own_bytes = sum(len(file.content) + _PAGE_BYTES for file in judging.files) + len(judging.source)
+    most = own_bytes + output_bytes + max(test.ByteSize() for test in request.tests) + 8 * _PAGE_BYTES
+    limits = dataclasses.replace(judging.limits, file_bytes=max(judging.limits.file_bytes, most))
+    return dataclasses.replace(judging, limits=limits)
+
+
+def extend_interactor(interactor: Program, request: pb.JudgeRequest, limits: Limits) -> Program:
+    """Raises the wall-clock limit of an interactor, which waits for its submission, and its space."""
+    extended = extend_space(interactor, request, limits.output_bytes)
+    longest = max(interactor.limits.wall_ms, limits.wall_ms + _PATIENCE_MS)
+    return dataclasses.replace(extended, limits=dataclasses.replace(extended.limits, wall_ms=longest))
 
 
 def check_batch(requests: Sized, config: SandboxConfig) -> None:
@@ -410,6 +441,7 @@ def read_session(request: pb.CreateSessionRequest, config: SandboxConfig, catalo
     reader.check_archives("archives", request.archives)
     reader.check_environment("env", request.env)
     limits = reader.read_limits("limits", request.limits, runtime.limits if runtime else config.default_limits)
+    reader.check_space("", b"", files, limits)
     idle_s = request.idle_seconds if request.HasField("idle_seconds") else config.session_idle_seconds
     if not 1 <= idle_s <= config.session_maximum_idle_seconds:
         reader.refuse("idle_seconds", f"is {idle_s}, must be from 1 to {config.session_maximum_idle_seconds}")

@@ -1,8 +1,8 @@
 """SandboxFusion's interface (https://bytedance.github.io/SandboxFusion): POST /run_code.
 
-A requested file that does not exist is missing from the response, as there; one that is too large is named in
-`message` and missing, not cut. A failure of the sandbox is a SandboxError with status 200, as there; a request that is
-refused (invalid, no free slot) has an HTTP status of its own.
+A requested file that does not exist is missing from the response, as there, and so is one outside of the working
+folder; one that is too large is named in `message` and missing, not cut. A failure of the sandbox is a SandboxError
+with status 200, as there; a request that is refused (invalid, no free slot) has an HTTP status of its own.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.kit.http import CompatRouter, call_context, write_error
 from services.sandbox.api.compat import Servicer, Text, find_runtime, rename_fields, whole
 
+_CANNOT_EXECUTE = 126
 _FIELDS = {
     "source": "code",
     "output_files": "fetch_files",
@@ -93,7 +94,7 @@ def sandbox_fusion_api(servicer: Servicer) -> CompatRouter:
             response = await servicer.Execute(to_execute_request(body, runtime), context)
         except InvalidArgumentError as error:
             raise rename_fields(error, _FIELDS) from error
-        return to_run_code_response(response, pod_name)
+        return to_run_code_response(response, runtime is not None and runtime.compiled, pod_name)
 
     return CompatRouter(router, write_fusion_error)
 
@@ -125,7 +126,7 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         stdin=(body.stdin or "").encode(),
         limits=limits,
         files=files,
-        output_files=body.fetch_files,
+        output_files=[path for path in body.fetch_files if not path.startswith("/")],
     )
     if runtime is not None and runtime.compiled:
         compile_ms = whole(body.compile_timeout * 1000)
@@ -133,9 +134,11 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
     return request
 
 
-def to_run_code_response(response: pb.ExecuteResponse, pod_name: str | None = None) -> RunCodeResponse:
-    """Converts a response."""
-    compiled = _compile_result(response.compile) if response.HasField("compile") else None
+def to_run_code_response(
+    response: pb.ExecuteResponse, is_compiled: bool, pod_name: str | None = None
+) -> RunCodeResponse:
+    """Converts a response; the source of a language that is not compiled is refused by its run."""
+    compiled = _compile_result(response.compile) if is_compiled and response.HasField("compile") else None
     if response.status == pb.STATUS_INFRA_ERROR:
         return RunCodeResponse(
             status="SandboxError",
@@ -152,7 +155,7 @@ def to_run_code_response(response: pb.ExecuteResponse, pod_name: str | None = No
         status="Success" if response.status == pb.STATUS_OK else "Failed",
         message="; ".join(messages),
         compile_result=compiled,
-        run_result=None if response.status == pb.STATUS_COMPILE_ERROR else _run_result(response),
+        run_result=_run_result(response, is_compiled),
         executor_pod_name=pod_name,
         files={
             file.path: base64.b64encode(file.content).decode()
@@ -173,7 +176,14 @@ def write_fusion_error(error: PerigeeError) -> tuple[int, Any]:
     return status, {"detail": error.message}
 
 
-def _run_result(response: pb.ExecuteResponse) -> CommandRunResult:
+def _run_result(response: pb.ExecuteResponse, is_compiled: bool) -> CommandRunResult | None:
+    if response.status == pb.STATUS_COMPILE_ERROR:
+        if is_compiled and response.compile.exit_code:
+            return None
+        # of an interpreter that refuses the source, or a shell that cannot execute what was compiled
+        code = response.compile.exit_code or _CANNOT_EXECUTE
+        said = response.compile.stderr.decode(errors="replace") if response.compile.exit_code else response.reason
+        return CommandRunResult(status="Finished", execution_time=0.0, return_code=code, stdout="", stderr=said)
     stdout = response.stdout.decode(errors="replace")
     stderr = response.stderr.decode(errors="replace")
     seconds = response.wall_ms / 1000
@@ -188,10 +198,11 @@ def _run_result(response: pb.ExecuteResponse) -> CommandRunResult:
 
 
 def _compile_result(compiled: pb.CompileResult) -> CommandRunResult:
+    was_late = compiled.status == pb.STATUS_TIME_LIMIT
     return CommandRunResult(
-        status="Finished",
+        status="TimeLimitExceeded" if was_late else "Finished",
         execution_time=compiled.wall_ms / 1000,
-        return_code=compiled.exit_code,
+        return_code=None if was_late else -compiled.signal if compiled.signal else compiled.exit_code,
         stdout=compiled.stdout.decode(errors="replace"),
         stderr=compiled.stderr.decode(errors="replace"),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import signal
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ from services.sandbox.agent.archive import (
     Reply,
     read_replies,
 )
-from services.sandbox.agent.code_tests import CALLED, FAILED, PASSED, SUBMISSION_ERROR
+from services.sandbox.agent.code_tests import CALLED, FAILED, PASSED, SUBMISSION_ERROR, TEST_ERROR
 from services.sandbox.agent.protocol import Limits, RunResult
 from services.sandbox.judge.pairs import PairedRun, pipes
 from services.sandbox.judge.stdio import (
@@ -43,6 +44,7 @@ from services.sandbox.runtime.programs import (
     describe_exit,
     exit_code_of,
     explain,
+    is_wall_limited,
     open_program,
     opened,
     read_execution,
@@ -164,6 +166,7 @@ def _end_result(run: RunResult, limits: Limits) -> pb.TestResult:
         peak_memory_bytes=run.peak_bytes or 0,
         exit_code=exit_code_of(run),
         signal=run.signal,
+        wall_limited=is_wall_limited(run, limits),
     )
 
 
@@ -175,6 +178,7 @@ _ENDINGS = {
     PASSED: pb.TEST_VERDICT_ACCEPTED,
     FAILED: pb.TEST_VERDICT_WRONG_ANSWER,
     SUBMISSION_ERROR: pb.TEST_VERDICT_RUNTIME_ERROR,
+    TEST_ERROR: pb.TEST_VERDICT_UNJUDGEABLE,
 }
 _LOAD_VERDICTS = {
     calls.COMPILE_ERROR: pb.TEST_VERDICT_COMPILE_ERROR,
@@ -240,26 +244,37 @@ async def run_code_test(
     known = unjudged_result(execution)
     if run.stop in ("wall", "cpu", "memory", "output"):
         return known
-    if reported == CALLED and judged.stop is not None:
-        # a value that is too large for the test, such as range(10**12), is the submission's fault
-        known.verdict = pb.TEST_VERDICT_WRONG_ANSWER
-        known.reason = f"what was returned led the test past its {explain(judged, judging.program.limits)}"
-        return known
     if not reported.strip() or cut:
-        why = (
-            explain(judged, judging.program.limits) or message.decode(errors="replace").strip() or describe_exit(judged)
-        )
-        known.verdict, known.reason = pb.TEST_VERDICT_INFRA_ERROR, f"the test did not end well: {why}"
+        has_called = reported == CALLED
+        limit = explain(judged, judging.program.limits)
+        why = limit or message.decode(errors="replace").strip() or describe_exit(judged)
+        known.verdict = decide_unreported(judged, has_called, judging.program.limits)
+        known.reason = f"{'what was returned led to the end of the test' if has_called else 'the test ended'}: {why}"
         return known
     decide_code_test(known, run, json.loads(reported))
     return known
+
+
+def decide_unreported(judged: RunResult, has_called: bool, limits: Limits) -> pb.TestVerdict.ValueType:
+    """Returns the verdict where the test's process ended without a report.
+
+    After a call an answer may have led there, as `range(10**12)` does. Before it the test sees nothing of the
+    submission but its end, which stops the test.
+    """
+    if has_called:
+        return pb.TEST_VERDICT_WRONG_ANSWER
+    if judged.stop == "stopped":
+        return pb.TEST_VERDICT_RUNTIME_ERROR
+    was_killed = judged.stop is None and judged.signal == signal.SIGKILL
+    infra = was_killed or is_wall_limited(judged, limits)
+    return pb.TEST_VERDICT_INFRA_ERROR if infra else pb.TEST_VERDICT_UNJUDGEABLE
 
 
 def decide_code_test(known: pb.TestResult, run: RunResult, report: dict[str, Any]) -> None:
     """Sets the verdict that a test's report stands for."""
     loaded, crashed = report["loaded"], bool(run.signal or run.exit_code)
     if loaded == calls.LOADED:
-        known.verdict = _ENDINGS.get(report["ending"], pb.TEST_VERDICT_INFRA_ERROR)
+        known.verdict = _ENDINGS.get(report["ending"], pb.TEST_VERDICT_UNJUDGEABLE)
         known.points = float(known.verdict == pb.TEST_VERDICT_ACCEPTED)
     else:
         known.verdict = _LOAD_VERDICTS.get(loaded, pb.TEST_VERDICT_RUNTIME_ERROR)

@@ -17,13 +17,12 @@ from services.sandbox.judge.stdio import (
     CHECKER_FILES,
     Decision,
     Results,
-    compiler_message,
+    check_compiled,
     decide,
     open_checker,
     read_decision,
     unjudged_result,
 )
-from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import Submission
 from services.sandbox.runtime.programs import (
     LoadedProgram,
@@ -44,9 +43,10 @@ _CHUNK_BYTES = 65536
 
 @dataclass
 class Dialogue:
-    """State of a dialogue: the sides that left it, in order, and those that said more than they may."""
+    """State of a dialogue: the sides that left it, in order, those that said something, and more than they may."""
 
     left: list[str] = field(default_factory=list)
+    spoken: set[str] = field(default_factory=set)
     too_much: list[str] = field(default_factory=list)
 
     @property
@@ -154,9 +154,12 @@ async def _pass_on(
     try:
         while chunk := await reader.read(_CHUNK_BYTES):
             said_bytes += len(chunk)
+            dialogue.spoken.add(direction.speaker)
             if said_bytes > direction.most_bytes:
                 dialogue.too_much.append(direction.speaker)
                 break
+            if writer.is_closing():  # uvloop refuses to write to a pipe that has lost its reader
+                raise BrokenPipeError
             writer.write(chunk)
             await writer.drain()
         dialogue.left.append(direction.speaker)
@@ -197,8 +200,7 @@ async def run_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: p
             await paired.begin()
             ends.close()
             (run, _), (decided, _), program_first = await paired.finish()
-        if interactor.compile_failed:
-            raise SandboxFailedError(f"the interactor does not compile: {compiler_message(interactor)}")
+        check_compiled(interactor)
         if PROGRAM in dialogue.too_much and run.stop in (None, "stopped"):
             run = replace(run, stop="output")
         execution = read_execution(run, Streams(nothing, nothing, errors), loaded.program.limits)
@@ -217,10 +219,12 @@ async def run_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: p
 def decide_dialogue(known: pb.TestResult, decision: Decision, dialogue: Dialogue) -> pb.TestResult:
     """Returns the interactor's decision on a submission that has neither passed a limit nor crashed.
 
-    An interactor that fails after the submission left has not failed: the submission has.
+    An interactor that fails after the submission left, or on what it said, has not failed: the submission has.
     """
-    if decision.verdict == pb.TEST_VERDICT_INFRA_ERROR and dialogue.program_left_first:
-        known.verdict = pb.TEST_VERDICT_WRONG_ANSWER
-        known.reason = f"the submission left before the dialogue was over; {decision.message}"
-        return known
+    if decision.verdict == pb.TEST_VERDICT_UNJUDGEABLE:
+        if dialogue.program_left_first:
+            message = f"the submission left before the dialogue was over; {decision.message}"
+            decision = replace(decision, verdict=pb.TEST_VERDICT_WRONG_ANSWER, message=message)
+        elif PROGRAM in dialogue.spoken and not decision.is_declared:
+            decision = replace(decision, verdict=pb.TEST_VERDICT_WRONG_ANSWER)
     return decide(known, decision)

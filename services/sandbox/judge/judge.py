@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import AbstractAsyncContextManager, suppress
 
+from perigee.errors import ResourceExhaustedError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.kit.telemetry import get_logger
 from services.sandbox.judge.functions import judge_code, judge_functions
 from services.sandbox.judge.interactive import judge_interactive
 from services.sandbox.judge.stdio import Results, judge_stdio
 from services.sandbox.runtime import metrics
-from services.sandbox.runtime.failure import SandboxFailedError
+from services.sandbox.runtime.execute import is_starved
+from services.sandbox.runtime.failure import SandboxFailedError, UnjudgeableError
 from services.sandbox.runtime.jobs import Submission
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.worker_slots import SlotPair
@@ -20,17 +23,35 @@ log = get_logger(__name__)
 
 
 async def judge(pool: Pool, submission: Submission, remaining_s: float | None = None) -> pb.JudgeResponse:
-    """Judges a submission in one pair of slots; failures of the sandbox come back as INFRA_ERROR.
+    """Judges a submission in one pair of slots; failures of the sandbox come back as INFRA_ERROR, of the problem as
+    UNJUDGEABLE.
 
-    Raises ResourceExhaustedError when no pair of slots is free in time.
+    One that was starved in a test is judged once more, alone, where its request says so. Raises ResourceExhaustedError
+    when no pair of slots is free in time.
     """
-    async with pool.lease(estimate_cost_s(submission), remaining_s) as pair:
+    cost_s = estimate_cost_s(submission)
+    begun = time.monotonic()
+    response = await _judge_once(pool, submission, pool.lease(cost_s, remaining_s))
+    if submission.request.retry_starved and any(map(is_starved, response.results)):
+        left_s = None if remaining_s is None else remaining_s - (time.monotonic() - begun)
+        with suppress(ResourceExhaustedError):  # the first response stands
+            return await _judge_once(pool, submission, pool.lease_alone(cost_s, left_s))
+    return response
+
+
+async def _judge_once(
+    pool: Pool, submission: Submission, lease: AbstractAsyncContextManager[SlotPair]
+) -> pb.JudgeResponse:
+    async with lease as pair:
         started = time.monotonic()
         try:
             results, compiled = await _judge(pool, submission, pair)
         except SandboxFailedError as error:
             log.warning("sandbox_failed", reason=error.message)
             failure = pb.TestResult(verdict=pb.TEST_VERDICT_INFRA_ERROR, reason=error.message)
+            results, compiled = [failure] * len(submission.request.tests), None
+        except UnjudgeableError as error:
+            failure = pb.TestResult(verdict=pb.TEST_VERDICT_UNJUDGEABLE, reason=error.message)
             results, compiled = [failure] * len(submission.request.tests), None
         wall_ms = math.ceil((time.monotonic() - started) * 1000)
     response = sum_up(submission, results, compiled)
@@ -63,7 +84,8 @@ def sum_up(submission: Submission, results: list[pb.TestResult], compiled: pb.Co
     """
     tests = submission.request.tests
     if compiled is not None and compiled.reason:
-        output = (compiled.stderr or compiled.stdout).decode(errors="replace").strip()
+        said = (compiled.stderr or compiled.stdout) if compiled.exit_code else b""
+        output = said.decode(errors="replace").strip()
         failure = pb.TestResult(verdict=pb.TEST_VERDICT_COMPILE_ERROR, reason=output or compiled.reason)
         results = [failure] * len(tests)
     verdicts = [result.verdict for result in results]

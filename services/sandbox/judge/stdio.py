@@ -10,11 +10,11 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from perigee.sandbox.compare import find_difference
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.runtime.failure import SandboxFailedError
+from services.sandbox.runtime.failure import SandboxFailedError, UnjudgeableError
 from services.sandbox.runtime.jobs import (
     Comparator,
     Program,
@@ -24,6 +24,7 @@ from services.sandbox.runtime.programs import (
     LoadedProgram,
     exit_code_of,
     explain,
+    is_wall_limited,
     memory_streams,
     open_program,
     read_execution,
@@ -34,7 +35,7 @@ from services.sandbox.runtime.worker_slots import SlotPair, WorkerSlot
 
 _MESSAGE_CHARACTERS = 1000
 _UTF8_BYTES = 4
-_ACCEPTED, _WRONG_ANSWER, _PRESENTATION_ERROR, _POINTS = 0, 1, 2, 7
+_ACCEPTED, _WRONG_ANSWER, _PRESENTATION_ERROR, _FAIL, _POINTS = 0, 1, 2, 3, 7
 _FRACTION = re.compile(r"\s*(?:points\s+)?([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?!\S)", re.ASCII)
 # uncaught exceptions of Python and of the JVM, a panic of Go: their exit codes are those of wrong answers
 _CRASH = re.compile(rb"\s*(?:Traceback \(most recent call last\):|Exception in thread \"|panic: )")
@@ -44,22 +45,24 @@ _CRASH = re.compile(rb"\s*(?:Traceback \(most recent call last\):|Exception in t
 class Decision:
     """Decision of a checker or an interactor.
 
-    `verdict` is ACCEPTED, WRONG_ANSWER or INFRA_ERROR, `fraction` the part of the test's points from 0 to 1, None for a
-    failure, `message` the program's own, or why it failed.
+    `verdict` is ACCEPTED, WRONG_ANSWER, UNJUDGEABLE or INFRA_ERROR, `fraction` the part of the test's points from 0 to
+    1, None for a failure, `message` the program's own, or why it failed. `is_declared` is set where the program itself
+    says that the test is wrong.
     """
 
     verdict: pb.TestVerdict.ValueType
     fraction: float | None
     message: str
+    is_declared: bool = False
 
 
 def read_decision(exit_code: int, signal: int, stderr: bytes, limit: str = "") -> Decision:
     """Reads the decision of a checker or an interactor from how its process ended.
 
     `signal` is 0 unless one ended the program, `limit` names the limit that it passed, empty for none. Whatever is no
-    decision is a failure of the program, INFRA_ERROR, and never a wrong answer: other exit codes, a signal, a
-    limit, an uncaught exception, or points without a fraction from 0 to 1 as the first word or right after a first
-    word `points`. Later words are not searched: messages quote what submissions wrote.
+    decision is a failure of the program, UNJUDGEABLE: other exit codes, a signal, a limit, an uncaught exception, or
+    points without a fraction from 0 to 1 as the first word or right after a first word `points`. Later words are not
+    searched: messages quote what submissions wrote.
     """
     message = stderr[: _UTF8_BYTES * _MESSAGE_CHARACTERS].decode(errors="replace").strip()[:_MESSAGE_CHARACTERS]
     if limit:
@@ -75,7 +78,7 @@ def read_decision(exit_code: int, signal: int, stderr: bytes, limit: str = "") -
         return Decision(pb.TEST_VERDICT_WRONG_ANSWER, 0.0, message)
     if exit_code == _POINTS:
         return _read_points(message)
-    return _failure(f"ended with exit code {exit_code}", message)
+    return replace(_failure(f"ended with exit code {exit_code}", message), is_declared=exit_code == _FAIL)
 
 
 def _read_points(message: str) -> Decision:
@@ -90,7 +93,7 @@ def _read_points(message: str) -> Decision:
 
 def _failure(reason: str, message: str) -> Decision:
     text = f"the checking program {reason}: {message}" if message else f"the checking program {reason}"
-    return Decision(pb.TEST_VERDICT_INFRA_ERROR, None, text[:_MESSAGE_CHARACTERS])
+    return Decision(pb.TEST_VERDICT_UNJUDGEABLE, None, text[:_MESSAGE_CHARACTERS])
 
 
 CUT_BYTES = 4096
@@ -170,6 +173,7 @@ def unjudged_result(execution: pb.ExecuteResponse) -> pb.TestResult:
         signal=execution.signal,
         stderr=execution.stderr[:CUT_BYTES],
         output_truncated=execution.stdout_truncated or len(execution.stdout) > CUT_BYTES,
+        wall_limited=execution.wall_limited,
     )
 
 
@@ -181,14 +185,21 @@ def decide(result: pb.TestResult, decision: Decision) -> pb.TestResult:
 
 @asynccontextmanager
 async def open_checker(factory: SandboxFactory, program: Program, slot: WorkerSlot) -> AsyncIterator[LoadedProgram]:
-    """Yields a checker or an interactor, compiled.
-
-    Raises SandboxFailedError when it does not compile: that is not the submission's fault.
-    """
+    """Yields a checker or an interactor, compiled; raises as `check_compiled`."""
     async with open_program(factory, program, slot) as loaded:
-        if not await loaded.load():
-            raise SandboxFailedError(f"the checking program does not compile: {compiler_message(loaded)}")
+        await loaded.load()
+        check_compiled(loaded)
         yield loaded
+
+
+def check_compiled(loaded: LoadedProgram) -> None:
+    """Raises UnjudgeableError for a checker or interactor that does not compile, SandboxFailedError when its
+    compiler was starved.
+    """
+    if not loaded.compile_failed:
+        return
+    error = SandboxFailedError if loaded.compiler_was_starved else UnjudgeableError
+    raise error(f"the checking program does not compile: {compiler_message(loaded)}")
 
 
 def compiler_message(loaded: LoadedProgram) -> str:
@@ -199,14 +210,31 @@ def compiler_message(loaded: LoadedProgram) -> str:
 
 
 async def run_checker(checker: LoadedProgram, stdin: bytes, output: bytes, expected: bytes) -> Decision:
-    """Runs a checker on one output."""
+    """Runs a checker on one output.
+
+    One that fails is at fault only where it says so itself, or fails on the expected output, too: a submission must not
+    gain by what it prints.
+    """
+    decision = await _run_checker(checker, stdin, output, expected)
+    if decision.verdict != pb.TEST_VERDICT_UNJUDGEABLE or decision.is_declared:
+        return decision
+    verdict = pb.TEST_VERDICT_WRONG_ANSWER
+    if expected:
+        right = await _run_checker(checker, stdin, expected, expected)
+        verdict = verdict if right.fraction is not None else right.verdict
+    return replace(decision, verdict=verdict)
+
+
+async def _run_checker(checker: LoadedProgram, stdin: bytes, output: bytes, expected: bytes) -> Decision:
     contents = (stdin, output, expected)
     files = [pb.File(path=name, content=content) for name, content in zip(CHECKER_FILES, contents, strict=True)]
     with memory_streams(b"") as streams:
         run, _ = await checker.run(streams, CHECKER_FILES, files)
-        if checker.compile_failed:
-            raise SandboxFailedError(f"the checking program does not compile: {compiler_message(checker)}")
+        check_compiled(checker)
         limits = checker.program.limits
         message, _ = read_output(streams.stderr, limits.output_bytes)
     limit = explain(run, limits)
+    if is_wall_limited(run, limits):
+        reason = f"the checker passed its {limit} after {run.cpu_ms} ms of CPU time"
+        return Decision(pb.TEST_VERDICT_INFRA_ERROR, None, reason)
     return read_decision(exit_code_of(run), run.signal, message, limit)

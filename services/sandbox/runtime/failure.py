@@ -7,13 +7,17 @@ import contextlib
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from perigee.errors import UnavailableError
+from perigee.errors import FailedPreconditionError, UnavailableError
 
 T = TypeVar("T")
 
 
 class SandboxFailedError(UnavailableError):
     """Failure of the sandbox and not of the program: the job may be tried again."""
+
+
+class UnjudgeableError(FailedPreconditionError):
+    """Fault of a problem's own tests, checker or interactor: trying again does not help."""
 
 
 async def finish(work: Coroutine[Any, Any, T]) -> T:

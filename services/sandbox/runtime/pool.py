@@ -42,6 +42,7 @@ class Pool:
         self.factory = factory
         self.session_slots = session_slots
         self.pairs = pairs
+        self._alone = asyncio.Lock()
         self._queue: JobQueue[SlotPair] = JobQueue(
             max_waiting=config.queue_limit,
             max_wait_s=config.queue_seconds,
@@ -68,6 +69,16 @@ class Pool:
         finally:
             self._queue.release(pair)
             metrics.BUSY.set(self._queue.busy)
+
+    @asynccontextmanager
+    async def lease_alone(self, cost_s: float, remaining_s: float | None = None) -> AsyncIterator[SlotPair]:
+        """Leases all slots and yields one pair, so that no other job runs beside it; raises as `lease`."""
+        until = None if remaining_s is None else time.monotonic() + remaining_s
+        async with self._alone, AsyncExitStack() as stack:
+            for _ in self.pairs:
+                left_s = None if until is None else until - time.monotonic()
+                pair = await stack.enter_async_context(self.lease(cost_s, left_s))
+            yield pair
 
     async def warm_up(self) -> None:
         """Starts the processes that the first job would wait for; raises FailedPreconditionError when they fail."""

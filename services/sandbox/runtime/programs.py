@@ -5,6 +5,7 @@ written.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -20,6 +21,10 @@ from services.sandbox.runtime.sandboxes import Sandbox, SandboxFactory
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
 COMPILER_BYTES = 65536
+# errors of execve that say nothing of the file
+_NOT_THE_PROGRAMS = (errno.EAGAIN, errno.EMFILE, errno.ENFILE)
+# of the CPU limit: a program that has less left met both limits
+_SPARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class LoadedProgram:
         self.sandbox = sandbox
         self.compiled: pb.CompileResult | None = None
         """Result of the compilation; its reason says whether it failed."""
+        self.compiler_was_starved = False
+        """Whether the wall clock ended the compiler, with CPU time to spare."""
         self._in_container = not forks
         self._is_loaded = False
 
@@ -98,10 +105,17 @@ class LoadedProgram:
             result, _ = await self._run(request, [streams.stdin, streams.stdout, streams.stderr])
             check_started(result, command)
             stdout, stderr = (os.pread(file, COMPILER_BYTES, 0) for file in (streams.stdout, streams.stderr))
-        ok = result.stop is None and result.exit_code == 0
-        reason = "" if ok else explain(result, limits) or f"the compiler ended with {describe_exit(result)}"
+        self.compiler_was_starved = is_wall_limited(result, limits)
+        status = status_of_run(result)
+        reason = explain(result, limits) or f"the compiler ended with {describe_exit(result)}"
         return pb.CompileResult(
-            exit_code=exit_code_of(result), stdout=stdout, stderr=stderr, wall_ms=result.wall_ms, reason=reason
+            exit_code=exit_code_of(result),
+            stdout=stdout,
+            stderr=stderr,
+            wall_ms=result.wall_ms,
+            reason="" if status == pb.STATUS_OK else reason,
+            status=pb.STATUS_COMPILE_ERROR if status == pb.STATUS_RUNTIME_ERROR else status,
+            signal=result.signal,
         )
 
     async def run(
@@ -127,7 +141,7 @@ class LoadedProgram:
             with opened(*([pack_files(files)] if files else [])) as brought:
                 result, left = await self._run(request, [*standard, *brought])
             if not self.program.command:
-                check_started(result, command)
+                self._check_started(result, command)
             return result, unpack_files(left)
         request = self._request("program", **wanted)
         header = {"main": runtime.config.source, "arguments": list(arguments)}
@@ -136,8 +150,25 @@ class LoadedProgram:
             if os.fstat(report).st_size:
                 message = os.pread(report, COMPILER_BYTES, 0)
                 reason = "the source does not compile"
-                self.compiled = pb.CompileResult(exit_code=1, stderr=message, wall_ms=result.wall_ms, reason=reason)
+                self.compiled = pb.CompileResult(
+                    exit_code=1,
+                    stderr=message,
+                    wall_ms=result.wall_ms,
+                    reason=reason,
+                    status=pb.STATUS_COMPILE_ERROR,
+                )
         return result, unpack_files(left)
+
+    def _check_started(self, result: RunResult, command: Sequence[str]) -> None:
+        """Takes a compiled program that cannot be executed, a library for one, for one that does not compile."""
+        is_own = self.compiled is not None and command[0].startswith("./")
+        if is_own and result.start_error and result.start_error not in _NOT_THE_PROGRAMS:
+            assert self.compiled is not None
+            why = os.strerror(result.start_error)
+            self.compiled.status = pb.STATUS_COMPILE_ERROR
+            self.compiled.reason = f"the compiler made nothing that can be executed: {command[0]}: {why}"
+            return
+        check_started(result, command)
 
     async def run_mode(self, mode: str, descriptors: list[int], **fields: Any) -> RunResult:
         """Runs one of Python's modes; the last of `descriptors` is the archive."""
@@ -272,7 +303,13 @@ def read_execution(result: RunResult, streams: Streams, limits: Limits) -> pb.Ex
         cpu_ms=result.cpu_ms,
         peak_memory_bytes=result.peak_bytes or 0,
         reason=explain(result, limits),
+        wall_limited=is_wall_limited(result, limits),
     )
+
+
+def is_wall_limited(result: RunResult, limits: Limits) -> bool:
+    """Returns whether the wall clock ended a run that had CPU time to spare."""
+    return result.stop == "wall" and result.cpu_ms < (1 - _SPARE) * min(limits.cpu_ms, limits.wall_ms)
 
 
 def status_of_run(result: RunResult) -> pb.Status.ValueType:

@@ -1,0 +1,65 @@
+"""Runs SandboxFusion's own tests against a sandbox that is served, with its runners replaced by calls of /run_code.
+
+    python bench/sandbox_fusion_tests.py path/to/SandboxFusion --http http://127.0.0.1:8056 [-k EXPRESSION] [TESTS ...]
+
+TESTS are paths below the clone, the runners' tests unless set; those of its data sets are sandbox/tests/datasets. Its
+own requirements must be there for the interpreter: databases, aiosqlite and aiofiles beside those of Perigee's tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+URL = "PERIGEE_FUSION_TESTS_URL"
+PATHS = {"/run_code": ("run_code", "RunCodeResponse"), "/run_jupyter": ("run_jupyter_handler", "RunJupyterResponse")}
+CALL_S = 300.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Has the tested application call the served sandbox, before its other modules import what is replaced here."""
+    from sandbox.server import sandbox_api  # type: ignore[import-not-found]
+
+    for route in sandbox_api.sandbox_router.routes:
+        if route.path in PATHS:
+            name, response = PATHS[route.path]
+            forward = _forward(route.path, getattr(sandbox_api, response))
+            route.dependant.call = forward
+            setattr(sandbox_api, name, forward)
+
+
+def _forward(path: str, response: Any) -> Any:
+    async def forward(request: Any) -> Any:
+        async with httpx.AsyncClient(timeout=CALL_S) as client:
+            answer = await client.post(f"{os.environ[URL]}{path}", json=request.model_dump())
+        answer.raise_for_status()
+        return response(**answer.json())
+
+    return forward
+
+
+def main() -> None:
+    """Runs the tests in a process of their own, and ends with its exit code."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("clone", type=Path, help="folder of a clone of SandboxFusion")
+    parser.add_argument("--http", required=True, help="address of the sandbox's HTTP, http://HOST:PORT")
+    parser.add_argument("-k", default="", help="tests by an expression of pytest's")
+    parser.add_argument("tests", nargs="*", default=["sandbox/tests/runners"])
+    arguments = parser.parse_args()
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    environment = {**os.environ, URL: arguments.http, "PYTHONPATH": path}
+    options = ["-o", "addopts=", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "-p", Path(__file__).stem, "-q"]
+    chosen = ["-k", arguments.k] if arguments.k else []
+    command = [sys.executable, "-m", "pytest", *options, *chosen, *arguments.tests]
+    sys.exit(subprocess.run(command, cwd=arguments.clone, env=environment, check=False).returncode)
+
+
+if __name__ == "__main__":
+    main()
