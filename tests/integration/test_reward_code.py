@@ -113,7 +113,8 @@ async def test_a_checker_decides_and_its_failure_is_no_wrong_answer(
     assert outcomes == {"even": VERDICT_CORRECT, "odd": VERDICT_WRONG}
     async with running_reward(sandbox_address=sandbox_address, code=CodeConfig(timeout_s=3)) as client:
         failed = await score_one(client, item("broken", broken, "#print(4)"))
-    assert (failed.verdict, failed.HasField("reward"), failed.retryable) == (VERDICT_FAILED, False, True)
+    assert (failed.verdict, failed.HasField("reward"), failed.retryable) == (VERDICT_FAILED, False, False)
+    assert failed.unjudgeable
     assert "the checking program ended" in failed.reason
 
 

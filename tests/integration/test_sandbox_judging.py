@@ -161,7 +161,7 @@ async def test_a_checker_that_fails_is_no_wrong_answer(
     fronts: Fronts, source: bytes, limits: pb.Limits, words: str
 ) -> None:
     checker = pb.Checker(program=pb.Program(language="python", source=source, limits=limits))
-    request = pb.JudgeRequest(language="python", source=ECHO, tests=stdio_tests([(b"1", b"1")]), checker=checker)
+    request = pb.JudgeRequest(language="python", source=ECHO, tests=stdio_tests([(b"", b"")]), checker=checker)
     response = await fronts.grpc.judge(request)
     assert verdicts(response) == ["UNJUDGEABLE"]
     assert words in response.results[0].reason
@@ -178,11 +178,16 @@ async def test_an_output_that_breaks_the_checker_is_wrong(fronts: Fronts) -> Non
     """Else an answer could have it that it is never counted as wrong."""
     source = b"import sys\na, b = (int(open(path).read()) for path in sys.argv[2:])\nsys.exit(a != b)"
     checker = pb.Checker(program=pb.Program(language="python", source=source))
-    tests = stdio_tests([(b"1", b"1"), (b"x", b"1"), (b"", b"1"), (b"x", b"")])
+    tests = stdio_tests([(b"1", b"1"), (b"x", b"1"), (b"", b"1"), (b"x", b"x")])
     request = pb.JudgeRequest(language="python", source=ECHO, tests=tests, checker=checker)
     response = await fronts.grpc.judge(request)
-    assert verdicts(response) == ["ACCEPTED", "WRONG_ANSWER", "WRONG_ANSWER", "WRONG_ANSWER"]
+    assert verdicts(response) == ["ACCEPTED", "WRONG_ANSWER", "WRONG_ANSWER", "UNJUDGEABLE"]
     assert "ValueError" in response.results[1].reason
+    source = b"import sys\nsys.exit(int(open(sys.argv[2]).read()) % 2)"
+    request.checker.program.source = source
+    del request.tests[:]
+    request.tests.extend(stdio_tests([(b"4", b""), (b"x", b""), (b"", b"")]))
+    assert verdicts(await fronts.grpc.judge(request)) == ["ACCEPTED", "WRONG_ANSWER", "WRONG_ANSWER"]
 
 
 STARVED = b"""

@@ -101,6 +101,7 @@ _LARGE_BYTES = 1 << 18
 CHECKER_FILES = ("input.txt", "output.txt", "answer.txt")
 
 
+_TRIAL_OUTPUTS = (b"", b"0\n", b"1 1\n", b"x\n")
 # Results of the tests that were run, with points from 0 to 1, and the compilation, if there was one.
 Results = tuple[list[pb.TestResult], pb.CompileResult | None]
 
@@ -212,17 +213,18 @@ def compiler_message(loaded: LoadedProgram) -> str:
 async def run_checker(checker: LoadedProgram, stdin: bytes, output: bytes, expected: bytes) -> Decision:
     """Runs a checker on one output.
 
-    One that fails is at fault only where it says so itself, or fails on the expected output, too: a submission must not
-    gain by what it prints.
+    One that fails is at fault only where it says so itself, or fails on the expected output, too, or on any where none
+    is expected: a submission must not gain by what it prints.
     """
     decision = await _run_checker(checker, stdin, output, expected)
     if decision.verdict != pb.TEST_VERDICT_UNJUDGEABLE or decision.is_declared:
         return decision
-    verdict = pb.TEST_VERDICT_WRONG_ANSWER
-    if expected:
-        right = await _run_checker(checker, stdin, expected, expected)
-        verdict = verdict if right.fraction is not None else right.verdict
-    return replace(decision, verdict=verdict)
+    for other in [expected] if expected else [stdin, *_TRIAL_OUTPUTS]:
+        tried = await _run_checker(checker, stdin, other, expected)
+        if tried.verdict != pb.TEST_VERDICT_UNJUDGEABLE:
+            verdict = tried.verdict if tried.fraction is None else pb.TEST_VERDICT_WRONG_ANSWER
+            return replace(decision, verdict=verdict)
+    return decision
 
 
 async def _run_checker(checker: LoadedProgram, stdin: bytes, output: bytes, expected: bytes) -> Decision:
