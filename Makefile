@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 EXTRAS := cli curation buffer coordinator sandbox reward weights rollout-cpu trainer s3
 
-.PHONY: help setup system run test test-deploy gpu-check unit lint format protos docs baseline lock clean
+.PHONY: help setup system run test test-deploy test-languages gpu-check unit lint format protos docs baseline lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: setup ## Run every check and test
 test-deploy: setup ## Build the images with podman and test them, the compose stack, the chart's pods and an upgrade; as root, half an hour
 	PERIGEE_TEST_IMAGES="$(IMAGES)" $(BIN)/python -m pytest -s -v tests/deploy/test_images.py tests/deploy/test_compose.py tests/deploy/test_helm_pods.py
 	PERIGEE_TEST_UPGRADE=1 $(BIN)/python -m pytest -s -v tests/deploy/test_upgrade.py
+
+test-languages: setup ## Test every language of the sandbox that is installed; as root, some minutes
+	PERIGEE_TEST_LANGUAGES=1 $(BIN)/python -m pytest tests/integration/test_sandbox_languages.py
 
 gpu-check: ## Check on a machine with a GPU what no other can show, with VENV=FOLDER of CUDA's builds: five minutes
 	@VENV=$(VENV) tools/gpu-check.sh

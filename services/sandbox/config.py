@@ -113,6 +113,8 @@ class SandboxConfig(ServiceConfig):
     """Memory for responses to idempotency keys; the oldest make room."""
     runtimes_path: str | None = None
     """Folder of further runtime descriptions, a YAML file each; they replace runtimes of the same name."""
+    images_path: str = "/var/lib/perigee/images"
+    """Folder of images that `perigee sandbox image build` has made; their runtimes are offered beside the host's."""
     python_path: str | None = None
     """Interpreter that runs Python programs; unset takes Debian's, else the one under the service's own."""
     init_path: str | None = None

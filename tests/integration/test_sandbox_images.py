@@ -85,6 +85,7 @@ async def images(
         {**shell, "name": "bundle-shell", "image": str(top / "bundle"), "environment": {"REPLACED": "yes"}},
         {**shell, "name": "absent-shell", "image": str(top / "absent")},
         {**shell, "name": "toolless-shell", "image": str(top / "folder"), "requires": ["ksh"], "install": "ksh"},
+        {**shell, "name": "bound-shell", "binds": ["/etc/hosts"], "files": {"beside": "here\n"}},
         {
             **{"name": "own-python", "title": "Python", "source": "main.py", "python": True, "preload": ["json"]},
             "image": str(top / "python"),
@@ -122,6 +123,12 @@ async def test_an_image_is_not_written_to(images: SandboxClient) -> None:
     for _ in range(2):
         response = await images.execute(pb.ExecuteRequest(language="folder-shell", source=source))
         assert response.stdout == b"folder\n"
+
+
+async def test_a_bound_path_is_read_and_not_written_to(images: SandboxClient) -> None:
+    source = b"cat beside; [ -s /etc/hosts ] && echo read; ls -d /etc/ho*; (echo changed >> /etc/hosts) || echo kept"
+    response = await images.execute(pb.ExecuteRequest(language="bound-shell", source=source))
+    assert response.stdout == b"here\nread\n/etc/hosts\nkept\n", response
 
 
 async def test_images_change_from_request_to_request(images: SandboxClient) -> None:

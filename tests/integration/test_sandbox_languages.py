@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 
 import pytest
@@ -31,9 +32,240 @@ class Example:
     compiler_word: str = ""
     main: str = ""
     files: dict[str, str] = field(default_factory=dict)
+    argument: str = "an argument"
 
 
+FURTHER = {
+    "ada": Example(
+        """with Ada.Text_IO; use Ada.Text_IO;
+with Ada.Command_Line; use Ada.Command_Line;
+procedure Main is
+begin
+   Put_Line (Get_Line & " " & Argument (1));
+   Put_Line (Standard_Error, "wrong");
+   Set_Exit_Status (3);
+end Main;""",
+        broken="procedure Main is begin Missing; end Main;",
+        compiler_word="undefined",
+        main="""with Ada.Text_IO; with More;
+procedure Main is begin Ada.Text_IO.Put_Line (Integer'Image (More.Answer) (2 .. 3)); end Main;""",
+        files={"more.ads": "package More is Answer : constant Integer := 42; end More;"},
+    ),
+    "clojure": Example(
+        """(println (read-line) (first *command-line-args*))
+(flush)
+(binding [*out* *err*] (println "wrong"))
+(System/exit 3)""",
+        main='(load-file "more.clj")\n(println answer)',
+        files={"more.clj": "(def answer 42)"},
+    ),
+    "common-lisp": Example(
+        """(format t "~a ~a~%" (read-line) (car (last *posix-argv*)))
+(finish-output)
+(format *error-output* "wrong~%")
+(exit :code 3)""",
+        main='(load "more.lisp")\n(format t "~a~%" *answer*)',
+        files={"more.lisp": "(defvar *answer* 42)"},
+    ),
+    "csharp": Example(
+        """using System;
+class Program {
+    static int Main(string[] arguments) {
+        Console.WriteLine(Console.ReadLine() + " " + arguments[0]);
+        Console.Error.WriteLine("wrong");
+        return 3;
+    }
+}""",
+        broken="class Program { static int Main() { return missing; } }",
+        compiler_word="does not exist",
+        main='class P { static void Main() { System.Console.WriteLine(System.IO.File.ReadAllText("more.txt")); } }',
+        files={"more.txt": "42"},
+    ),
+    "d": Example(
+        """import std.stdio, std.string;
+int main(string[] arguments) {
+    writeln(readln().chomp, " ", arguments[1]);
+    stderr.writeln("wrong");
+    return 3;
+}""",
+        broken="int main() { return missing; }",
+        compiler_word="undefined identifier",
+        main='import std.file, std.stdio;\nvoid main() { writeln(readText("more.txt")); }',
+        files={"more.txt": "42"},
+    ),
+    "elixir": Example(
+        """line = IO.gets("") |> String.trim()
+IO.puts("#{line} #{hd(System.argv())}")
+IO.puts(:stderr, "wrong")
+System.halt(3)""",
+        main='Code.require_file("more.exs")\nIO.puts(More.answer())',
+        files={"more.exs": "defmodule More do\n  def answer, do: 42\nend"},
+    ),
+    "go-test": Example(
+        """package main
+import ("bufio"; "fmt"; "os"; "testing")
+func TestMain(m *testing.M) {
+    line, _ := bufio.NewReader(os.Stdin).ReadString('\\n')
+    fmt.Println(line[:5], os.Args[1])
+    fmt.Fprintln(os.Stderr, "wrong")
+    os.Exit(3)
+}""",
+        broken='package main\nimport "testing"\nfunc TestIt(t *testing.T) { missing() }',
+        compiler_word="undefined: missing",
+    ),
+    "haskell": Example(
+        """import System.Environment
+import System.Exit
+import System.IO
+main :: IO ()
+main = do
+  line <- getLine
+  [argument] <- getArgs
+  putStrLn (line ++ " " ++ argument)
+  hPutStrLn stderr "wrong"
+  exitWith (ExitFailure 3)""",
+        broken="main :: IO ()\nmain = missing",
+        compiler_word="not in scope",
+        main="import More\nmain :: IO ()\nmain = print answer",
+        files={"More.hs": "module More where\nanswer :: Int\nanswer = 42"},
+    ),
+    "julia": Example(
+        """println(readline(), " ", ARGS[1])
+println(stderr, "wrong")
+exit(3)""",
+        main='include("more.jl")\nprintln(answer)',
+        files={"more.jl": "answer = 42"},
+    ),
+    "kotlin": Example(
+        """import kotlin.system.exitProcess
+fun main(arguments: Array<String>) {
+    println("${readLine()} ${arguments[0]}")
+    System.err.println("wrong")
+    exitProcess(3)
+}""",
+        broken="fun main() { missing() }",
+        compiler_word="unresolved reference",
+        main='fun main() { println(java.io.File("more.txt").readText()) }',
+        files={"more.txt": "42"},
+    ),
+    "kotlin-script": Example(
+        """println("${readLine()} ${args[0]}")
+System.err.println("wrong")
+kotlin.system.exitProcess(3)""",
+    ),
+    "lean4": Example(
+        """def main (arguments : List String) : IO UInt32 := do
+  let line ← (← IO.getStdin).getLine
+  IO.println s!"{line.trim} {arguments.head!}"
+  IO.eprintln "wrong"
+  return 3""",
+        broken="theorem wrong : 1 = 2 := by sorry",
+        compiler_word="sorry",
+        main='def main : IO Unit := do IO.println (← IO.FS.readFile "more.txt")',
+        files={"more.txt": "42"},
+    ),
+    "ocaml": Example(
+        """let () =
+  print_endline (read_line () ^ " " ^ Sys.argv.(1));
+  prerr_endline "wrong";
+  exit 3""",
+        broken="let () = missing ()",
+        compiler_word="Unbound value",
+        main='let () = print_endline (input_line (open_in "more.txt"))',
+        files={"more.txt": "42"},
+    ),
+    "pascal": Example(
+        """program Main;
+var line: string;
+begin
+  ReadLn(line);
+  WriteLn(line, ' ', ParamStr(1));
+  WriteLn(StdErr, 'wrong');
+  Halt(3);
+end.""",
+        broken="program Main; begin Missing; end.",
+        compiler_word="not found",
+        main="program Main;\nuses more;\nbegin WriteLn(Answer); end.",
+        files={"more.pas": "unit more;\ninterface\nconst Answer = 42;\nimplementation\nend."},
+    ),
+    "r": Example(
+        """line <- readLines(file("stdin"), n = 1)
+cat(line, commandArgs(trailingOnly = TRUE)[1], "\\n", sep = c(" ", ""))
+write("wrong", stderr())
+quit(status = 3)""",
+        main='source("more.R")\ncat(answer, "\\n", sep = "")',
+        files={"more.R": "answer <- 42"},
+    ),
+    "racket": Example(
+        """#lang racket
+(printf "~a ~a\\n" (read-line) (vector-ref (current-command-line-arguments) 0))
+(eprintf "wrong\\n")
+(exit 3)""",
+        main='#lang racket\n(require "more.rkt")\n(displayln answer)',
+        files={"more.rkt": "#lang racket\n(provide answer)\n(define answer 42)"},
+    ),
+    "scala": Example(
+        """object Program {
+  def main(arguments: Array[String]): Unit = {
+    println(scala.io.StdIn.readLine() + " " + arguments(0))
+    System.err.println("wrong")
+    sys.exit(3)
+  }
+}""",
+        broken="object Program extends App { missing() }",
+        compiler_word="not found: value missing",
+        main='object Program extends App { println(scala.io.Source.fromFile("more.txt").mkString) }',
+        files={"more.txt": "42"},
+    ),
+    "scheme": Example(
+        """(use-modules (ice-9 rdelim))
+(format #t "~a ~a\\n" (read-line) (cadr (command-line)))
+(display "wrong\\n" (current-error-port))
+(exit 3)""",
+        main='(load "more.scm")\n(display answer)\n(newline)',
+        files={"more.scm": "(define answer 42)"},
+    ),
+    "swift": Example(
+        """import Foundation
+print(readLine()!, CommandLine.arguments[1])
+FileHandle.standardError.write("wrong\\n".data(using: .utf8)!)
+exit(3)""",
+        broken="missing()",
+        compiler_word="cannot find 'missing'",
+        main='import Foundation\nprint(try! String(contentsOfFile: "more.txt", encoding: .utf8))',
+        files={"more.txt": "42"},
+    ),
+    "typescript": Example(
+        """const line: string = require('fs').readFileSync(0, 'utf8').split('\\n')[0];
+console.log(line, process.argv[2]);
+console.error('wrong');
+process.exit(3);""",
+        broken="const answer: number = 'a word';",
+        compiler_word="not assignable",
+        main="import { answer } from './more';\nconsole.log(answer);",
+        files={"more.ts": "export const answer: number = 42;"},
+    ),
+    "verilog": Example(
+        """module main;
+  string line, argument;
+  integer read;
+  initial begin
+    read = $fscanf(32'h8000_0000, "%s", line);
+    read = $value$plusargs("argument=%s", argument);
+    $display("%s %s", line, argument);
+    $fdisplay(32'h8000_0002, "wrong");
+    $finish_and_return(3);
+  end
+endmodule""",
+        broken="module main; initial missing(); endmodule",
+        compiler_word="missing",
+        main='module main;\n`include "more.vh"\ninitial $display("%0d", answer);\nendmodule',
+        files={"more.vh": "parameter answer = 42;"},
+        argument="+argument=an argument",
+    ),
+}
 EXAMPLES = {
+    **FURTHER,
     "bash": Example(
         'read -r line\necho "$line $1"\necho wrong >&2\nexit 3',
         main=". ./more.sh\necho $answer",
@@ -154,6 +386,8 @@ process.exit(3);""",
 
 async def find_runtime(fronts: Fronts, name: str) -> pb.Runtime:
     """The runtime; skips the test where it is missing."""
+    if name in FURTHER and "PERIGEE_TEST_LANGUAGES" not in os.environ:
+        pytest.skip("of `make test-languages`")
     listed = await fronts.grpc.list_runtimes(pb.ListRuntimesRequest())
     for missing in listed.missing:
         if missing.language == name:
@@ -166,7 +400,7 @@ async def find_runtime(fronts: Fronts, name: str) -> pb.Runtime:
 async def test_streams_arguments_and_exit_code(fronts: Fronts, name: str) -> None:
     runtime = await find_runtime(fronts, name)
     request = pb.ExecuteRequest(
-        language=name, source=EXAMPLES[name].program.encode(), stdin=b"input\nmore\n", args=["an argument"]
+        language=name, source=EXAMPLES[name].program.encode(), stdin=b"input\nmore\n", args=[EXAMPLES[name].argument]
     )
     response = await fronts.grpc.execute(request, timeout_s=CALL_S)
     assert (response.status, response.exit_code, response.signal) == (pb.STATUS_RUNTIME_ERROR, 3, 0), response

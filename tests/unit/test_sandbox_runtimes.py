@@ -8,7 +8,8 @@ import pytest
 
 from perigee.errors import InvalidArgumentError
 from services.sandbox.config import SandboxConfig
-from services.sandbox.languages.catalog import load_catalog
+from services.sandbox.languages.catalog import OWN_RUNTIMES, load_catalog
+from services.sandbox.languages.images import find_recipes, read_recipe
 
 RIGHT = 'name: mine\ntitle: Mine\nsource: main.sh\nrun: [sh, "{source}"]\nrequires: [sh]\n'
 
@@ -42,6 +43,13 @@ def test_a_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
         (RIGHT + 'compile: [cc, "}"]\n', "compile: '}' may hold"),
         (RIGHT.replace("run", "version"), "run is required where python is not true"),
         (RIGHT + "limits: {memory_bytes: 1}\n", "limits.memory_bytes: "),
+        (RIGHT + "binds: [etc/R]\n", "binds: etc/R must be an absolute path"),
+        (RIGHT + "binds: [/usr/../etc]\n", "/usr/../etc must be an absolute path without . and .."),
+        (RIGHT + "binds: [/]\n", "/ must not be bound"),
+        (RIGHT + "binds: [/etc]\n", "/etc must not be bound: no program may see /etc/passwd"),
+        (RIGHT + "binds: [/proc/sys]\n", "no program may see /proc"),
+        (RIGHT + "binds: [/sys]\n", "no program may see /sys"),
+        (RIGHT + "binds: [/run/perigee]\n", "no program may see /run"),
     ],
 )
 def test_a_wrong_description_is_reported_with_its_file(tmp_path: Path, text: str, words: str) -> None:
@@ -49,3 +57,55 @@ def test_a_wrong_description_is_reported_with_its_file(tmp_path: Path, text: str
         load_catalog(described(tmp_path, text))
     assert words in error.value.message
     assert "mine.yaml" in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("bind", "reason"),
+    [
+        ("/etc/hosts", ""),
+        ("/etc/nothing-called-so*", ""),
+        ("/etc/nothing-called-so", "/etc/nothing-called-so is not there: install it"),
+        ("/etc/mtab", "must not be bound: no program may see /proc"),  # a link
+        ("/srv", "/srv must not be bound: no program may see /srv/state"),
+    ],
+)
+def test_binds_are_looked_up_on_the_host(tmp_path: Path, bind: str, reason: str) -> None:
+    config = described(tmp_path, f'{RIGHT}binds: ["{bind}"]\n').model_copy(update={"state_path": "/srv/state"})
+    catalog = load_catalog(config)
+    if reason:
+        assert reason in catalog.explain("mine")
+    else:
+        runtime = catalog.find("mine")
+        assert runtime is not None
+        assert (bind in runtime.binds) == ("*" not in bind)
+
+
+def test_an_image_offers_its_runtimes_and_what_the_host_lacks(tmp_path: Path) -> None:
+    for folder in ("runtimes", "images/set/rootfs/bin"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "images/set/rootfs/bin/only-here").touch()
+    recipe = "title: Set\nruntimes:\n  mine: {environment: {PATH: /bin}}\n  bash: {requires: [only-here]}\n"
+    (tmp_path / "images/set/image.yaml").write_text(recipe)
+    config = described(tmp_path / "runtimes", RIGHT.replace("requires: [sh]", "requires: [only-here]\naliases: [my]"))
+    catalog = load_catalog(config.model_copy(update={"images_path": str(tmp_path / "images")}))
+    found = {name: catalog.find(name) for name in ("mine", "my", "set.mine", "set.bash", "bash")}
+    roots = {name: runtime.image for name, runtime in found.items() if runtime is not None}
+    assert roots == {
+        **dict.fromkeys(("mine", "my", "set.mine", "set.bash"), f"{tmp_path}/images/set/rootfs"),
+        "bash": "",
+    }
+
+
+def test_an_image_of_an_unknown_runtime_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "set/rootfs").mkdir(parents=True)
+    (tmp_path / "set/image.yaml").write_text("title: Set\nruntimes: {klingon: {}}\n")
+    with pytest.raises(InvalidArgumentError, match=r"set: runtimes\.klingon: is the name of no runtime"):
+        load_catalog(SandboxConfig(images_path=str(tmp_path)))
+
+
+def test_every_recipe_names_runtimes_and_packages() -> None:
+    known = {path.stem for path in OWN_RUNTIMES.glob("*.yaml")}
+    for name in find_recipes():
+        _, recipe = read_recipe(name)
+        assert set(recipe.runtimes) <= known
+        assert list(recipe.packages) == sorted(recipe.packages)

@@ -203,6 +203,45 @@ def make_tests(
         )
 
 
+image_app = typer.Typer(no_args_is_help=True)
+app.add_typer(image_app, name="image", help="Build images of runtimes, which requests choose by name.")
+FolderOption = Annotated[Path, typer.Option("--folder", metavar="DIR", help="The sandbox's images_path.")]
+IMAGES = Path("/var/lib/perigee/images")
+
+
+@image_app.command("build")
+def build_image(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A recipe of `image list`, or a YAML file of yours.")],
+    folder: FolderOption = IMAGES,
+    archive: Annotated[
+        Path | None,
+        typer.Option("--archive", metavar="FILE", help="A toolchain's archive, where the recipe asks for it."),
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option("--suite", metavar="NAME", help="Debian's release; the host's by default.")
+    ] = None,
+    debug: DebugOption = False,
+) -> None:
+    """Build an image from Debian's packages, as root, with mmdebstrap; a sandbox offers it when it starts next."""
+
+    with reporting_errors(debug):
+        from services.sandbox.languages import images
+
+        print(images.build_image(name, folder, archive, suite))
+
+
+@image_app.command("list")
+def list_images(folder: FolderOption = IMAGES, debug: DebugOption = False) -> None:
+    """List the recipes, and which of them are built."""
+
+    with reporting_errors(debug):
+        from services.sandbox.languages import images
+
+        built = {image.name for image in images.find_images(folder)}
+        for name in sorted({*images.find_recipes(), *built}):
+            print(f"{name:20}{'built' if name in built else ''}")
+
+
 @app.command()
 def serve(
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="gRPC; 0 takes a free one.")] = 50056,

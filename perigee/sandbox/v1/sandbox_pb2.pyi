@@ -1445,6 +1445,8 @@ class Runtime(_message.Message):
     COMPILED_FIELD_NUMBER: _builtins.int
     SESSIONS_FIELD_NUMBER: _builtins.int
     FUNCTIONS_FIELD_NUMBER: _builtins.int
+    IMPORTED_FIELD_NUMBER: _builtins.int
+    PACKAGES_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     """Name in requests."""
     version: _builtins.str
@@ -1461,6 +1463,12 @@ class Runtime(_message.Message):
     def maximum_limits(self) -> Global___Limits: ...
     @_builtins.property
     def aliases(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def imported(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Python: modules that are imported before a program comes, and the distributions that it can import ("numpy 2.4.1")."""
+
+    @_builtins.property
+    def packages(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
         self,
         *,
@@ -1474,10 +1482,12 @@ class Runtime(_message.Message):
         compiled: _builtins.bool = ...,
         sessions: _builtins.bool = ...,
         functions: _builtins.bool = ...,
+        imported: _abc.Iterable[_builtins.str] | None = ...,
+        packages: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["default_limits", b"default_limits", "maximum_limits", b"maximum_limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "compiled", b"compiled", "default_limits", b"default_limits", "functions", b"functions", "isolation", b"isolation", "language", b"language", "maximum_limits", b"maximum_limits", "sessions", b"sessions", "title", b"title", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "compiled", b"compiled", "default_limits", b"default_limits", "functions", b"functions", "imported", b"imported", "isolation", b"isolation", "language", b"language", "maximum_limits", b"maximum_limits", "packages", b"packages", "sessions", b"sessions", "title", b"title", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

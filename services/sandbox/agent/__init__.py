@@ -14,7 +14,16 @@ HOME = "/box"
 """Working folder of every program."""
 OWN_FOLDER = "/.perigee"
 """Folder with the init in front of the job and this package."""
-ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": HOME, "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "BLIS_NUM_THREADS")
+"""Variables by which numerical libraries learn how many threads they may start: one for each core of the host unless
+told, while no program has more than one core."""
+ENVIRONMENT = {
+    "PATH": "/usr/local/bin:/usr/bin:/bin",
+    "HOME": HOME,
+    "TMPDIR": "/tmp",
+    "LANG": "C.UTF-8",
+    **dict.fromkeys(THREADS, "1"),
+}
 """Variables of every program, unless its runtime or its request sets others."""
 
 

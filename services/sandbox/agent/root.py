@@ -29,7 +29,7 @@ _BOX_USER = "box:x:{uid}:{uid}:box:/box:/usr/sbin/nologin\n"
 
 @dataclass(frozen=True)
 class RootOptions:
-    """Parts of a root: `image` is an unpacked image or empty, `binds` are host folders that keep their paths, `mounts`
+    """Parts of a root: `image` is an unpacked image or empty, `binds` are host paths that keep their names, `mounts`
     are pairs of a host path and its path inside. `folder` is an empty folder to build in.
     """
 
@@ -67,10 +67,14 @@ def _make_skeleton(own: Path, options: RootOptions) -> list[tuple[str, str]]:
     mounted = []
     for path in map(Path, options.binds):
         target = own / path.relative_to("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_symlink():
             target.symlink_to(path.readlink())
         elif path.is_dir():
-            target.mkdir(parents=True, exist_ok=True)
+            target.mkdir(exist_ok=True)
+            mounted.append((str(path), str(path)))
+        elif path.is_file():
+            target.touch()
             mounted.append((str(path), str(path)))
     for source, inside in options.mounts:
         target = own / inside.strip("/")

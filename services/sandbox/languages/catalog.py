@@ -23,9 +23,15 @@ from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent import ENVIRONMENT, OWN_FOLDER, start_code
 from services.sandbox.config import LimitsConfig, SandboxConfig
+from services.sandbox.languages.images import Image, find_images
 from services.sandbox.languages.java_names import find_java_names
 
-_PROBE = "import platform, sys; print(platform.python_version()); print(sys.base_prefix)"
+_PROBE = """
+import platform, sys
+from importlib import metadata
+print(platform.python_version(), sys.base_prefix, sep="\\n")
+print(*sorted({f"{found.metadata['Name']} {found.version}" for found in metadata.distributions()}), sep="\\n")
+"""
 _PROBE_S = 30
 _PROBE_ENVIRONMENT = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin"}  # chroot is in sbin
 _OLDEST = (3, 9)
@@ -33,11 +39,14 @@ _OLDEST = (3, 9)
 
 @dataclass(frozen=True)
 class Python:
-    """Interpreter: its path inside the sandbox, its version, and the folder that it needs there."""
+    """Interpreter: its path inside the sandbox, its version, the folder that it needs there, and the distributions that
+    it can import, each with its version.
+    """
 
     path: str
     version: str
     prefix: str
+    packages: tuple[str, ...] = ()
 
     @property
     def minor_version(self) -> tuple[int, int]:
@@ -76,8 +85,8 @@ def probe_python(image: str, path: str) -> Python:
         raise FailedPreconditionError(
             f"sandbox.python_path: {path} does not run ({error}); name a Python 3.9 or later"
         ) from error
-    version, prefix = result.stdout.split("\n")[:2]
-    python = Python(path, version, prefix)
+    version, prefix, *packages = result.stdout.splitlines()
+    python = Python(path, version, prefix, tuple(filter(None, packages)))
     if python.minor_version < _OLDEST:
         raise FailedPreconditionError(f"sandbox.python_path: {path} is Python {version}; name a Python 3.9 or later")
     return python
@@ -86,26 +95,32 @@ def probe_python(image: str, path: str) -> Python:
 PACKAGES_FOLDER = "/opt/perigee/packages"
 
 
-def find_packages(names: Iterable[str]) -> tuple[tuple[str, str], ...] | str:
-    """Returns the mounts (path on the host, path inside) of distributions and all that they require.
+@dataclass(frozen=True)
+class Packages:
+    """Distributions of the service's environment: the paths of their files, and each name with its version."""
 
-    Returns a sentence instead when one is not installed.
-    """
-    mounts: dict[str, str] = {}
-    waiting, seen = list(names), set()
-    while waiting:
-        name = waiting.pop()
-        if name.lower() in seen:
-            continue
-        seen.add(name.lower())
-        try:
-            distribution = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            return f"the Python package {name} is not installed beside the service"
-        for path in _top_paths(distribution):
-            mounts[str(path)] = f"{PACKAGES_FOLDER}/{path.name}"
-        waiting += _requirements(distribution)
-    return tuple(sorted(mounts.items()))
+    paths: frozenset[Path] = frozenset()
+    versions: frozenset[str] = frozenset()
+
+    @property
+    def mounts(self) -> tuple[tuple[str, str], ...]:
+        """Paths on the host with those inside."""
+        return tuple((str(path), f"{PACKAGES_FOLDER}/{path.name}") for path in sorted(self.paths))
+
+    def __or__(self, other: Packages) -> Packages:
+        return Packages(self.paths | other.paths, self.versions | other.versions)
+
+
+def find_packages(name: str, seen: set[str]) -> Packages:
+    """Finds a distribution and all that it requires but for what was `seen`; raises metadata.PackageNotFoundError."""
+    if name.lower() in seen:
+        return Packages()
+    seen.add(name.lower())
+    distribution = metadata.distribution(name)
+    found = Packages(frozenset(_top_paths(distribution)), frozenset({f"{distribution.name} {distribution.version}"}))
+    for required in _requirements(distribution):
+        found |= find_packages(required, seen)
+    return found
 
 
 def _top_paths(distribution: metadata.Distribution) -> Iterator[Path]:
@@ -126,8 +141,12 @@ def _requirements(distribution: metadata.Distribution) -> Iterator[str]:
 
 
 HOST_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/etc/alternatives")
-# settings without which an interpreter of the host does not start
-_HOST_SETTINGS = ("etc/java-*-openjdk", "etc/php")
+# what no bind may be, hold or lie in: files of the sandbox's own, of the kernel, of users, and secrets
+_NEVER_BOUND = (
+    *("/box", "/dev", "/proc", "/run", "/sys", "/tmp", "/var/run", "/var/tmp", OWN_FOLDER, "/boot", "/home", "/root"),
+    *("/etc/passwd", "/etc/shadow", "/etc/gshadow", "/etc/ssh", "/etc/ssl/private", "/etc/kubernetes"),
+    *("/var/lib/docker", "/var/lib/containerd", "/var/lib/kubelet"),
+)
 _VERSION = re.compile(r"\d+(?:\.\d+)+[\w.+-]*|\d+")
 OWN_RUNTIMES = Path(__file__).parent
 
@@ -179,10 +198,17 @@ class RuntimeConfig(Model):
     """Modules that the warm interpreter imports before any job comes."""
     packages: tuple[str, ...] = ()
     """Distributions of the service's own environment that programs can import, with what they require."""
+    optional_packages: tuple[str, ...] = ()
+    """Further ones, of which those are taken that are installed."""
     version: tuple[str, ...] = ()
     """Command that prints the version."""
     requires: tuple[str, ...] = ()
-    """Executables without which the runtime cannot be used."""
+    """Executables by name, and files by path, without which the runtime cannot be used."""
+    binds: tuple[str, ...] = ()
+    """Further paths of the host that programs see, read-only and under the same names. `*` stands for any characters,
+    and such a path need not be there."""
+    files: dict[str, str] = {}
+    """Further files beside each source, as text; not for Python."""
     install: str = ""
     """Packages to install when they are missing."""
     environment: dict[str, str] = {}
@@ -193,6 +219,14 @@ class RuntimeConfig(Model):
     """Default limits of programs."""
     compile_limits: RuntimeLimits = RuntimeLimits()
     """Default limits of the compiler."""
+
+    @field_validator("binds")
+    @classmethod
+    def _check_binds(cls, binds: tuple[str, ...]) -> tuple[str, ...]:
+        for path in binds:
+            if reason := refuse_bind(path):
+                raise ValueError(reason)
+        return binds
 
     @field_validator("compile", "run")
     @classmethod
@@ -220,7 +254,7 @@ class Runtime:
     config: RuntimeConfig
     image: str
     binds: tuple[str, ...]
-    mounts: tuple[tuple[str, str], ...]
+    packages: Packages
     environment: dict[str, str]
     python: Python | None
     limits: LimitsConfig
@@ -238,9 +272,14 @@ class Runtime:
         """Folders of packages for a program's Python."""
         return [PACKAGES_FOLDER] if self.config.packages else []
 
+    @cached_property
+    def importable(self) -> list[str]:
+        """Distributions that programs in Python can import, each with its version."""
+        return sorted({*(self.python.packages if self.python else ()), *self.packages.versions}, key=str.lower)
+
     def root_options(self, uids: Iterable[int]) -> dict[str, Any]:
         """Returns the parts of the root; the agent adds the folder to build in."""
-        mounts = [list(pair) for pair in self.mounts]
+        mounts = [list(pair) for pair in self.packages.mounts]
         return {"image": self.image, "binds": list(self.binds), "mounts": mounts, "uids": list(uids), "folder": ""}
 
     def for_source(self, source: bytes) -> Runtime:
@@ -295,11 +334,28 @@ def load_catalog(config: SandboxConfig) -> Catalog:
         for path in sorted(folder.glob("*.yaml")):
             runtime = validate(RuntimeConfig, read_yaml(path), str(path), "")
             described[runtime.name] = runtime
-    resolved = [resolve(runtime, config) for runtime in described.values()]
+    resolved = {name: resolve(runtime, config) for name, runtime in described.items()}
+    for image in find_images(Path(config.images_path)):
+        for name in image.recipe.runtimes:
+            names = [image.runtime_name(name)]
+            if isinstance(resolved.get(name), pb.MissingRuntime):  # what the host lacks is the image's
+                names.append(name)
+            for called in names:
+                resolved[called] = resolve(runtime_in(image, name, described, called), config)
     return Catalog(
-        [entry for entry in resolved if isinstance(entry, Runtime)],
-        [entry for entry in resolved if isinstance(entry, pb.MissingRuntime)],
+        [entry for entry in resolved.values() if isinstance(entry, Runtime)],
+        [entry for entry in resolved.values() if isinstance(entry, pb.MissingRuntime)],
     )
+
+
+def runtime_in(image: Image, name: str, described: dict[str, RuntimeConfig], called: str) -> RuntimeConfig:
+    """Returns the description of a runtime that an image offers, under the name `called`."""
+    if name not in described:
+        raise InvalidArgumentError.for_field(f"{image.root.parent}: runtimes.{name}", "is the name of no runtime")
+    own = described[name].model_dump()
+    aliases = own["aliases"] if called == name else ()
+    values = {**own, "binds": (), **image.recipe.runtimes[name], "image": str(image.root)}
+    return validate(RuntimeConfig, {**values, "name": called, "aliases": aliases}, str(image.root.parent), name)
 
 
 def resolve(config: RuntimeConfig, service: SandboxConfig) -> Runtime | pb.MissingRuntime:
@@ -317,8 +373,15 @@ def resolve(config: RuntimeConfig, service: SandboxConfig) -> Runtime | pb.Missi
         if not has_executable(image, executable, environment["PATH"]):
             return _missing(config, f"{executable} is not there: {hint}")
     python: Python | None = None
-    settings = [str(path) for pattern in _HOST_SETTINGS for path in sorted(Path("/").glob(pattern))]
-    binds: tuple[str, ...] = () if image else (*HOST_FOLDERS, *settings)
+    binds: tuple[str, ...] = () if image else HOST_FOLDERS
+    for pattern in config.binds:
+        paths = tuple(map(str, sorted(Path("/").glob(pattern.lstrip("/")))))
+        if not paths and "*" not in pattern:
+            return _missing(config, f"{pattern} is not there: {hint}")
+        refused = [reason for path in paths if (reason := refuse_bind(os.path.realpath(path), service.state_path))]
+        if refused:
+            return _missing(config, refused[0])
+        binds += paths
     if config.python:
         try:
             python = find_python(image, config.interpreter or service.python_path)
@@ -326,26 +389,38 @@ def resolve(config: RuntimeConfig, service: SandboxConfig) -> Runtime | pb.Missi
             return _missing(config, error.message)
         if not image and not any(is_below(python.prefix, folder) for folder in HOST_FOLDERS):
             binds = (*binds, python.prefix)
-    mounts: tuple[tuple[str, str], ...] = ()
+    packages = Packages()
     if config.packages:
         if python is None or python.minor_version != sys.version_info[:2]:
             wanted = ".".join(map(str, sys.version_info[:2]))
             return _missing(config, f"its packages are those of Python {wanted}: set sandbox.python_path to one")
-        packages = find_packages(config.packages)
-        if isinstance(packages, str):
-            return _missing(config, packages)
-        mounts = packages
+        for name in (*config.packages, *config.optional_packages):
+            try:
+                packages |= find_packages(name, set())
+            except metadata.PackageNotFoundError as error:
+                if name in config.packages:
+                    return _missing(config, f"the Python package {error.name} is not installed beside the service")
         environment["PYTHONPATH"] = PACKAGES_FOLDER
     return Runtime(
         config=config,
         image=image,
         binds=binds,
-        mounts=mounts,
+        packages=packages,
         environment=environment,
         python=python,
         limits=overlay(service.default_limits, config.limits),
         compile_limits=overlay(service.compile_limits, config.compile_limits),
     )
+
+
+def refuse_bind(path: str, state_path: str = "/run") -> str | None:
+    """Returns why a path of the host may not be shown to programs; None when it may."""
+    if not path.startswith("/") or os.path.normpath(path) != path:
+        return f"{path} must be an absolute path without . and .."
+    for closed in (*_NEVER_BOUND, state_path):
+        if is_below(path, closed) or is_below(closed, path.rstrip("/")):
+            return f"{path} must not be bound: no program may see {closed}"
+    return None
 
 
 def _missing(config: RuntimeConfig, reason: str) -> pb.MissingRuntime:
@@ -364,8 +439,8 @@ def open_image(folder: Path) -> tuple[str, dict[str, str]] | None:
 
 
 def has_executable(image: str, executable: str, search_path: str) -> bool:
-    """Returns whether the root has an executable, given by name or by path."""
-    if not image:
+    """Returns whether the root has an executable, given by its name, or any file, given by its path."""
+    if not image and "/" not in executable:
         return shutil.which(executable, path=search_path) is not None
     candidates = [executable] if executable.startswith("/") else [f"{p}/{executable}" for p in search_path.split(":")]
     # a link in an image points to a path of that image

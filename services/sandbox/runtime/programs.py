@@ -88,7 +88,9 @@ class LoadedProgram:
         program = self.program
         files: list[pb.File] = []
         if program.runtime.python is None and not program.command:  # modes of Python get the files with each run
-            files = [*program.files, pb.File(path=program.runtime.config.source, content=program.source)]
+            config = program.runtime.config
+            own = [pb.File(path=path, content=text.encode()) for path, text in config.files.items()]
+            files = [*own, *program.files, pb.File(path=config.source, content=program.source)]
         header = {
             "root_name": program.runtime.name,
             "root": program.runtime.root_options([self.sandbox.slot.uid]),

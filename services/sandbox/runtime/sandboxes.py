@@ -256,7 +256,7 @@ class Zygotes:
     def _import_path(self, runtime: Runtime) -> list[str]:
         if self._isolated:
             return runtime.import_path
-        return sorted({str(Path(source).parent) for source, _ in runtime.mounts})
+        return sorted({str(path.parent) for path in runtime.packages.paths})
 
     async def close(self) -> None:
         """Ends all zygotes, and with them their job supervisors."""

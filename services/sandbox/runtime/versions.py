@@ -52,6 +52,8 @@ class Versions:
             compiled=bool(runtime.config.compile),
             sessions=runtime.python is not None,
             functions=runtime.python is not None,
+            imported=runtime.config.preload,
+            packages=runtime.importable,
         )
 
     async def _ask(self, runtime: Runtime) -> str:
