@@ -67,6 +67,16 @@ class BlockingSandbox:
         finally:
             call.cancel()
 
+    def judge_patch(self, request: pb.JudgePatchRequest, *, timeout_s: float = 600.0) -> pb.JudgePatchResponse:
+        """Applies a patch to a repository and judges it by the tests that must pass."""
+        with self._raising():
+            return self._stub.JudgePatch(request, timeout=timeout_s, metadata=self._metadata.value)
+
+    def assess(self, request: pb.AssessRequest, *, timeout_s: float = 600.0) -> pb.AssessResponse:
+        """Takes a repository through stages, each with a score."""
+        with self._raising():
+            return self._stub.Assess(request, timeout=timeout_s, metadata=self._metadata.value)
+
     def list_runtimes(self, *, timeout_s: float = 60.0) -> pb.ListRuntimesResponse:
         """Lists the languages with their versions and limits, and what is missing."""
         with self._raising():

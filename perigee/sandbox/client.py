@@ -37,7 +37,7 @@ class SandboxClient(ServiceClient):
     """Client of the code sandbox (`perigee.sandbox.v1.SandboxService`)."""
 
     service_name = "perigee.sandbox.v1.SandboxService"
-    idempotent = ("ListRuntimes", "Judge", "Execute", "CloseSession")
+    idempotent = ("ListRuntimes", "Judge", "Execute", "JudgePatch", "Assess", "CloseSession")
     message_bytes = 256 << 20
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
@@ -79,6 +79,14 @@ class SandboxClient(ServiceClient):
     ) -> AsyncIterator[pb.JudgeBatchResponse]:
         """Judges many submissions; each response comes as soon as its submission is judged."""
         return self._stream(self._stub.JudgeBatch, request, timeout_s)
+
+    async def judge_patch(self, request: pb.JudgePatchRequest, *, timeout_s: float = 600.0) -> pb.JudgePatchResponse:
+        """Applies a patch to a repository and judges it by the tests that must pass."""
+        return await self._unary(self._stub.JudgePatch, request, timeout_s)
+
+    async def assess(self, request: pb.AssessRequest, *, timeout_s: float = 600.0) -> pb.AssessResponse:
+        """Takes a repository through stages, each with a score."""
+        return await self._unary(self._stub.Assess, request, timeout_s)
 
     @asynccontextmanager
     async def session(

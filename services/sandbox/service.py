@@ -16,9 +16,11 @@ from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
 from services.kit.http import CompatRouter, HttpRoute
 from services.kit.single_flight import SingleFlightCache
 from services.sandbox.api.piston import piston_api
+from services.sandbox.api.repositories import read_assessment, read_patch_job
 from services.sandbox.api.requests import check_batch, check_cell, read_job, read_session, read_submission
 from services.sandbox.api.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.judge.judge import judge
+from services.sandbox.judge.repositories import Repositories
 from services.sandbox.runtime.execute import execute, execute_stream
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.sessions import Sessions
@@ -38,11 +40,14 @@ ROUTES = (
     HttpRoute("POST", "/v1/sessions", "CreateSession", pb.CreateSessionRequest, pb.CreateSessionResponse),
     HttpRoute("POST", "/v1/sessions/{session_id}/cells", "RunCell", pb.RunCellRequest, pb.RunCellResponse),
     HttpRoute("DELETE", "/v1/sessions/{session_id}", "CloseSession", pb.CloseSessionRequest, pb.CloseSessionResponse),
+    HttpRoute("POST", "/v1/patches/judge", "JudgePatch", pb.JudgePatchRequest, pb.JudgePatchResponse),
+    HttpRoute("POST", "/v1/assess", "Assess", pb.AssessRequest, pb.AssessResponse),
     HttpRoute("GET", "/v1/runtimes", "ListRuntimes", pb.ListRuntimesRequest, pb.ListRuntimesResponse),
 )
 
 
 T = TypeVar("T")
+Response = pb.ExecuteResponse | pb.JudgeResponse | pb.JudgePatchResponse | pb.AssessResponse
 _AT_ONCE = 32
 _PAUSE_S = 0.5
 
@@ -80,10 +85,12 @@ async def run_batch(
                 task.cancel()
 
 
-def is_final(response: pb.ExecuteResponse | pb.JudgeResponse) -> bool:
+def is_final(response: Response) -> bool:
     """Returns whether a response is about the program, and no failure of the sandbox, which may be temporary."""
     if isinstance(response, pb.ExecuteResponse):
         return response.status != pb.STATUS_INFRA_ERROR
+    if isinstance(response, pb.JudgePatchResponse | pb.AssessResponse):
+        return response.verdict != pb.TEST_VERDICT_INFRA_ERROR
     return all(result.verdict != pb.TEST_VERDICT_INFRA_ERROR for result in response.results)
 
 
@@ -100,7 +107,6 @@ def item_error(error: PerigeeError) -> pb.ItemError:
 FULL_NAME = "perigee.sandbox.v1.SandboxService"
 
 Context = grpc.aio.ServicerContext[Any, Any]
-Response = pb.ExecuteResponse | pb.JudgeResponse
 
 
 class SandboxService(SandboxServiceServicer):
@@ -113,6 +119,7 @@ class SandboxService(SandboxServiceServicer):
         self._sessions = sessions
         self._versions = versions
         self._results = results
+        self._repositories = Repositories(pool)
 
     async def Execute(self, request: pb.ExecuteRequest, context: Context) -> pb.ExecuteResponse:
         """Runs one program once."""
@@ -173,6 +180,20 @@ class SandboxService(SandboxServiceServicer):
                     index=index, response=response, error=None if error is None else item_error(error)
                 )
 
+    async def JudgePatch(self, request: pb.JudgePatchRequest, context: Context) -> pb.JudgePatchResponse:
+        """Judges a patch by a repository's tests."""
+        job = read_patch_job(request, self._pool.config, self._pool.catalog)
+        response = await self._run_once(request, lambda: self._repositories.judge_patch(job, context.time_remaining()))
+        assert isinstance(response, pb.JudgePatchResponse)
+        return response
+
+    async def Assess(self, request: pb.AssessRequest, context: Context) -> pb.AssessResponse:
+        """Takes a repository through stages."""
+        job = read_assessment(request, self._pool.config, self._pool.catalog)
+        response = await self._run_once(request, lambda: self._repositories.assess(job, context.time_remaining()))
+        assert isinstance(response, pb.AssessResponse)
+        return response
+
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         """Starts a stateful interpreter."""
         program, idle_seconds = read_session(request, self._pool.config, self._pool.catalog)
@@ -193,7 +214,9 @@ class SandboxService(SandboxServiceServicer):
         """Lists the languages with their versions, limits and isolation, and those that are missing."""
         return await self._versions.describe()
 
-    async def _run_once(self, request: pb.ExecuteRequest | pb.JudgeRequest, work: Any) -> Response:
+    async def _run_once(
+        self, request: pb.ExecuteRequest | pb.JudgeRequest | pb.JudgePatchRequest | pb.AssessRequest, work: Any
+    ) -> Response:
         if not request.idempotency_key:
             return await work()  # type: ignore[no-any-return]
         key = f"{request.DESCRIPTOR.name}:{request.idempotency_key}"

@@ -47,6 +47,8 @@ def expected(command: str) -> dict[str, object] | list[dict[str, object]]:
         "/run_code": {"status": "Success", "run_result": {"stdout": "2\n"}},
         "/api/v2/execute": {"language": "python", "run": {"stdout": "2\n", "code": 0}},
         "/v1/judge": {"verdict": "accepted", "passed": 2},
+        "/v1/patches/judge": {"verdict": "accepted", "fail_to_pass_passed": 1},
+        "/v1/assess": {"verdict": "accepted", "score": 1},
         "/v1/runtimes": {"runtimes": [{"language": "bash"}]},
         "std::cout": {"status": "ok", "stdout": "42"},
         "print(6 * 7)": {"status": "ok", "stdout": "42\n"},
@@ -112,6 +114,7 @@ async def test_a_session_by_curl(fronts: Fronts) -> None:
 PRINTED = {
     "print(6 * 7)": "42\n\n",
     "int(input()) * 7": "42\n \\d+ \\d+\n",
+    "packed.getvalue()": "\\d+\n\n",
     "pb.JudgeRequest": "TEST_VERDICT_ACCEPTED 4.0 4.0\n",
     "sandbox.session()": "area\n 12.566370614359172\n",
 }

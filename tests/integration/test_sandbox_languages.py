@@ -379,7 +379,7 @@ process.exit(3);""",
             main="from parts.more import answer\nprint(answer)",
             files={"parts/more.py": "answer = 42"},
         )
-        for name in ("python", "python-science", "python-generator")
+        for name in ("python", "python-science", "python-test", "python-generator")
     },
 }
 

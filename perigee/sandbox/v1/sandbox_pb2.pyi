@@ -128,6 +128,62 @@ COMPARISON_UNORDERED_TOKENS: Comparison.ValueType  # 5
 """The same words in any order."""
 Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
 
+class _TestFramework:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TestFrameworkEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TestFramework.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TEST_FRAMEWORK_UNSPECIFIED: _TestFramework.ValueType  # 0
+    TEST_FRAMEWORK_PYTEST: _TestFramework.ValueType  # 1
+    """Ids are pytest's node ids, tests/test_a.py::TestA::test_b[1]."""
+    TEST_FRAMEWORK_GO_TEST: _TestFramework.ValueType  # 2
+    """`package::test`."""
+    TEST_FRAMEWORK_JEST: _TestFramework.ValueType  # 3
+    """`path::full name`."""
+    TEST_FRAMEWORK_JUNIT: _TestFramework.ValueType  # 4
+    """`class::method`; any framework that writes JUnit's XML."""
+
+class TestFramework(_TestFramework, metaclass=_TestFrameworkEnumTypeWrapper): ...
+
+TEST_FRAMEWORK_UNSPECIFIED: TestFramework.ValueType  # 0
+TEST_FRAMEWORK_PYTEST: TestFramework.ValueType  # 1
+"""Ids are pytest's node ids, tests/test_a.py::TestA::test_b[1]."""
+TEST_FRAMEWORK_GO_TEST: TestFramework.ValueType  # 2
+"""`package::test`."""
+TEST_FRAMEWORK_JEST: TestFramework.ValueType  # 3
+"""`path::full name`."""
+TEST_FRAMEWORK_JUNIT: TestFramework.ValueType  # 4
+"""`class::method`; any framework that writes JUnit's XML."""
+Global___TestFramework: _TypeAlias = TestFramework  # noqa: Y015
+
+class _TestOutcome:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TestOutcomeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TestOutcome.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TEST_OUTCOME_UNSPECIFIED: _TestOutcome.ValueType  # 0
+    TEST_OUTCOME_PASSED: _TestOutcome.ValueType  # 1
+    TEST_OUTCOME_FAILED: _TestOutcome.ValueType  # 2
+    TEST_OUTCOME_ERROR: _TestOutcome.ValueType  # 3
+    """It broke outside of its own statements, or began and did not end."""
+    TEST_OUTCOME_SKIPPED: _TestOutcome.ValueType  # 4
+    TEST_OUTCOME_MISSING: _TestOutcome.ValueType  # 5
+    """It should have run, and the report does not have it."""
+
+class TestOutcome(_TestOutcome, metaclass=_TestOutcomeEnumTypeWrapper): ...
+
+TEST_OUTCOME_UNSPECIFIED: TestOutcome.ValueType  # 0
+TEST_OUTCOME_PASSED: TestOutcome.ValueType  # 1
+TEST_OUTCOME_FAILED: TestOutcome.ValueType  # 2
+TEST_OUTCOME_ERROR: TestOutcome.ValueType  # 3
+"""It broke outside of its own statements, or began and did not end."""
+TEST_OUTCOME_SKIPPED: TestOutcome.ValueType  # 4
+TEST_OUTCOME_MISSING: TestOutcome.ValueType  # 5
+"""It should have run, and the report does not have it."""
+Global___TestOutcome: _TypeAlias = TestOutcome  # noqa: Y015
+
 @_typing.final
 class Limits(_message.Message):
     """Limits of one program; unset fields take the runtime's default, values above its maximum are refused."""
@@ -1184,6 +1240,457 @@ class JudgeBatchResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_outcome) -> _WhichOneofReturnType_outcome | None: ...
 
 Global___JudgeBatchResponse: _TypeAlias = JudgeBatchResponse  # noqa: Y015
+
+@_typing.final
+class TestRun(_message.Message):
+    """Run of a repository's tests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FRAMEWORK_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    REPORT_FIELD_NUMBER: _builtins.int
+    framework: Global___TestFramework.ValueType
+    report: _builtins.str
+    """With `command`: path of the report that it leaves, for JUnit also that of a folder of reports; unset, its standard
+    output.
+    """
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Appended to the framework's command: paths or ids for pytest, packages for go test, paths for Jest."""
+
+    @_builtins.property
+    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Instead of the framework's own command; JUnit has none."""
+
+    def __init__(
+        self,
+        *,
+        framework: Global___TestFramework.ValueType = ...,
+        targets: _abc.Iterable[_builtins.str] | None = ...,
+        command: _abc.Iterable[_builtins.str] | None = ...,
+        report: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "framework", b"framework", "report", b"report", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TestRun: _TypeAlias = TestRun  # noqa: Y015
+
+@_typing.final
+class ReportedTest(_message.Message):
+    """Test as its framework reports it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ID_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    DURATION_MS_FIELD_NUMBER: _builtins.int
+    MESSAGE_FIELD_NUMBER: _builtins.int
+    id: _builtins.str
+    outcome: Global___TestOutcome.ValueType
+    duration_ms: _builtins.int
+    message: _builtins.str
+    """Text of a failure, cut to 4,096 characters."""
+    def __init__(
+        self,
+        *,
+        id: _builtins.str = ...,
+        outcome: Global___TestOutcome.ValueType = ...,
+        duration_ms: _builtins.int = ...,
+        message: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["duration_ms", b"duration_ms", "id", b"id", "message", b"message", "outcome", b"outcome"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReportedTest: _TypeAlias = ReportedTest  # noqa: Y015
+
+@_typing.final
+class JudgePatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    ARCHIVES_FIELD_NUMBER: _builtins.int
+    PATCH_FIELD_NUMBER: _builtins.int
+    TEST_FILES_FIELD_NUMBER: _builtins.int
+    TEST_PATCH_FIELD_NUMBER: _builtins.int
+    PROTECTED_PATHS_FIELD_NUMBER: _builtins.int
+    SETUP_FIELD_NUMBER: _builtins.int
+    TESTS_FIELD_NUMBER: _builtins.int
+    FAIL_TO_PASS_FIELD_NUMBER: _builtins.int
+    PASS_TO_PASS_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    LOOPBACK_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    language: _builtins.str
+    """Runtime of setup and tests."""
+    patch: _builtins.bytes
+    """Unified diff of the submission, as `git diff` writes it; paths begin with a/ and b/."""
+    test_patch: _builtins.bytes
+    """Diff of the tests, applied to the repository before the submission's patch is."""
+    loopback: _builtins.bool
+    idempotency_key: _builtins.str
+    """As in ExecuteRequest."""
+    @_builtins.property
+    def archives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Archive]:
+        """The repository, 4 archives at most."""
+
+    @_builtins.property
+    def test_files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]:
+        """Placed after the patch, whatever it did to files of these paths: tests that the repository does not have yet."""
+
+    @_builtins.property
+    def protected_paths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Patterns (as of fnmatch, for whole paths and for names) of files that the patch does not change: its changes to them,
+        and its new files of these names, are undone. To those given the files of `test_patch` and, for pytest, its
+        configuration are added.
+        """
+
+    @_builtins.property
+    def setup(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Run once between the patch and the tests, without network: what it leaves is there for the tests."""
+
+    @_builtins.property
+    def tests(self) -> Global___TestRun: ...
+    @_builtins.property
+    def fail_to_pass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Ids of tests that must pass: those that fail without the right patch, and those that pass with and without it."""
+
+    @_builtins.property
+    def pass_to_pass(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """Of setup and of the tests, each."""
+
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        language: _builtins.str = ...,
+        archives: _abc.Iterable[Global___Archive] | None = ...,
+        patch: _builtins.bytes = ...,
+        test_files: _abc.Iterable[Global___File] | None = ...,
+        test_patch: _builtins.bytes = ...,
+        protected_paths: _abc.Iterable[_builtins.str] | None = ...,
+        setup: _abc.Iterable[_builtins.str] | None = ...,
+        tests: Global___TestRun | None = ...,
+        fail_to_pass: _abc.Iterable[_builtins.str] | None = ...,
+        pass_to_pass: _abc.Iterable[_builtins.str] | None = ...,
+        limits: Global___Limits | None = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        loopback: _builtins.bool = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits", "tests", b"tests"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "env", b"env", "fail_to_pass", b"fail_to_pass", "idempotency_key", b"idempotency_key", "language", b"language", "limits", b"limits", "loopback", b"loopback", "pass_to_pass", b"pass_to_pass", "patch", b"patch", "protected_paths", b"protected_paths", "setup", b"setup", "test_files", b"test_files", "test_patch", b"test_patch", "tests", b"tests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JudgePatchRequest: _TypeAlias = JudgePatchRequest  # noqa: Y015
+
+@_typing.final
+class JudgePatchResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TESTS_FIELD_NUMBER: _builtins.int
+    FAIL_TO_PASS_PASSED_FIELD_NUMBER: _builtins.int
+    PASS_TO_PASS_PASSED_FIELD_NUMBER: _builtins.int
+    STDOUT_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
+    WALL_MS_FIELD_NUMBER: _builtins.int
+    CPU_MS_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    verdict: Global___TestVerdict.ValueType
+    """ACCEPTED when all tests that must pass do. WRONG_ANSWER also for a patch that does not apply; UNJUDGEABLE when tests
+    of pass_to_pass fail, or none is reported, without the patch, too.
+    """
+    reason: _builtins.str
+    fail_to_pass_passed: _builtins.int
+    pass_to_pass_passed: _builtins.int
+    stdout: _builtins.bytes
+    """Ends of the tests' output."""
+    stderr: _builtins.bytes
+    wall_ms: _builtins.int
+    cpu_ms: _builtins.int
+    peak_memory_bytes: _builtins.int
+    @_builtins.property
+    def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportedTest]:
+        """Tests that must pass, in the request's order, then the other ones of the report."""
+
+    def __init__(
+        self,
+        *,
+        verdict: Global___TestVerdict.ValueType = ...,
+        reason: _builtins.str = ...,
+        tests: _abc.Iterable[Global___ReportedTest] | None = ...,
+        fail_to_pass_passed: _builtins.int = ...,
+        pass_to_pass_passed: _builtins.int = ...,
+        stdout: _builtins.bytes = ...,
+        stderr: _builtins.bytes = ...,
+        wall_ms: _builtins.int = ...,
+        cpu_ms: _builtins.int = ...,
+        peak_memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_ms", b"cpu_ms", "fail_to_pass_passed", b"fail_to_pass_passed", "pass_to_pass_passed", b"pass_to_pass_passed", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "stderr", b"stderr", "stdout", b"stdout", "tests", b"tests", "verdict", b"verdict", "wall_ms", b"wall_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___JudgePatchResponse: _TypeAlias = JudgePatchResponse  # noqa: Y015
+
+@_typing.final
+class Stage(_message.Message):
+    """Stage of an assessment: a command, or a run of tests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    TESTS_FIELD_NUMBER: _builtins.int
+    EXPECTED_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    weight: _builtins.float
+    """1 unless set; 0 for a stage that only others need."""
+    keep: _builtins.bool
+    """What it leaves in the working folder is there for the stages after it; such a stage brings no files."""
+    @_builtins.property
+    def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Scored 1 when it exits with 0, else 0."""
+
+    @_builtins.property
+    def tests(self) -> Global___TestRun:
+        """Scored by the fraction of its tests that pass; of `expected` where ids are given there."""
+
+    @_builtins.property
+    def expected(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits:
+        """Unset fields are those of the request."""
+
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]:
+        """There for this stage alone, over what the submission has at these paths."""
+
+    @_builtins.property
+    def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Stages before it without whose full score it is not run."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        command: _abc.Iterable[_builtins.str] | None = ...,
+        tests: Global___TestRun | None = ...,
+        expected: _abc.Iterable[_builtins.str] | None = ...,
+        limits: Global___Limits | None = ...,
+        files: _abc.Iterable[Global___File] | None = ...,
+        weight: _builtins.float | None = ...,
+        needs: _abc.Iterable[_builtins.str] | None = ...,
+        keep: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "limits", b"limits", "tests", b"tests", "weight", b"weight"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_weight", b"_weight", "command", b"command", "expected", b"expected", "files", b"files", "keep", b"keep", "limits", b"limits", "name", b"name", "needs", b"needs", "tests", b"tests", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__weight: _TypeAlias = _typing.Literal["weight"]  # noqa: Y015
+    _WhichOneofArgType__weight: _TypeAlias = _typing.Literal["_weight", b"_weight"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__weight) -> _WhichOneofReturnType__weight | None: ...
+
+Global___Stage: _TypeAlias = Stage  # noqa: Y015
+
+@_typing.final
+class AssessRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    LANGUAGE_FIELD_NUMBER: _builtins.int
+    ARCHIVES_FIELD_NUMBER: _builtins.int
+    FILES_FIELD_NUMBER: _builtins.int
+    PATCH_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    LIMITS_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
+    LOOPBACK_FIELD_NUMBER: _builtins.int
+    IDEMPOTENCY_KEY_FIELD_NUMBER: _builtins.int
+    language: _builtins.str
+    """Runtime of the stages."""
+    patch: _builtins.bytes
+    """Applied to it before the first stage, as in JudgePatchRequest."""
+    loopback: _builtins.bool
+    idempotency_key: _builtins.str
+    """As in ExecuteRequest."""
+    @_builtins.property
+    def archives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Archive]:
+        """The submission."""
+
+    @_builtins.property
+    def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]: ...
+    @_builtins.property
+    def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        language: _builtins.str = ...,
+        archives: _abc.Iterable[Global___Archive] | None = ...,
+        files: _abc.Iterable[Global___File] | None = ...,
+        patch: _builtins.bytes = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
+        limits: Global___Limits | None = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        loopback: _builtins.bool = ...,
+        idempotency_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "env", b"env", "files", b"files", "idempotency_key", b"idempotency_key", "language", b"language", "limits", b"limits", "loopback", b"loopback", "patch", b"patch", "stages", b"stages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AssessRequest: _TypeAlias = AssessRequest  # noqa: Y015
+
+@_typing.final
+class StageResult(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    TESTS_FIELD_NUMBER: _builtins.int
+    EXIT_CODE_FIELD_NUMBER: _builtins.int
+    STDOUT_FIELD_NUMBER: _builtins.int
+    STDERR_FIELD_NUMBER: _builtins.int
+    WALL_MS_FIELD_NUMBER: _builtins.int
+    CPU_MS_FIELD_NUMBER: _builtins.int
+    PEAK_MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    verdict: Global___TestVerdict.ValueType
+    """SKIPPED when a stage that it needs has not its full score."""
+    score: _builtins.float
+    """From 0 to 1."""
+    reason: _builtins.str
+    exit_code: _builtins.int
+    stdout: _builtins.bytes
+    """Ends of its output."""
+    stderr: _builtins.bytes
+    wall_ms: _builtins.int
+    cpu_ms: _builtins.int
+    peak_memory_bytes: _builtins.int
+    @_builtins.property
+    def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportedTest]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        verdict: Global___TestVerdict.ValueType = ...,
+        score: _builtins.float = ...,
+        reason: _builtins.str = ...,
+        tests: _abc.Iterable[Global___ReportedTest] | None = ...,
+        exit_code: _builtins.int = ...,
+        stdout: _builtins.bytes = ...,
+        stderr: _builtins.bytes = ...,
+        wall_ms: _builtins.int = ...,
+        cpu_ms: _builtins.int = ...,
+        peak_memory_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_ms", b"cpu_ms", "exit_code", b"exit_code", "name", b"name", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "score", b"score", "stderr", b"stderr", "stdout", b"stdout", "tests", b"tests", "verdict", b"verdict", "wall_ms", b"wall_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageResult: _TypeAlias = StageResult  # noqa: Y015
+
+@_typing.final
+class AssessResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    VERDICT_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    verdict: Global___TestVerdict.ValueType
+    """ACCEPTED when every stage is, else the first other verdict but SKIPPED."""
+    score: _builtins.float
+    """Mean of the stages' scores by their weights."""
+    reason: _builtins.str
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageResult]: ...
+    def __init__(
+        self,
+        *,
+        verdict: Global___TestVerdict.ValueType = ...,
+        score: _builtins.float = ...,
+        stages: _abc.Iterable[Global___StageResult] | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "score", b"score", "stages", b"stages", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AssessResponse: _TypeAlias = AssessResponse  # noqa: Y015
 
 @_typing.final
 class CreateSessionRequest(_message.Message):

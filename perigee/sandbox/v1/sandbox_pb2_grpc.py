@@ -75,6 +75,16 @@ class SandboxServiceStub:
                 request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.SerializeToString,
                 response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionResponse.FromString,
                 _registered_method=True)
+        self.JudgePatch = channel.unary_unary(
+                '/perigee.sandbox.v1.SandboxService/JudgePatch',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgePatchRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgePatchResponse.FromString,
+                _registered_method=True)
+        self.Assess = channel.unary_unary(
+                '/perigee.sandbox.v1.SandboxService/Assess',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.AssessRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.AssessResponse.FromString,
+                _registered_method=True)
         self.ListRuntimes = channel.unary_unary(
                 '/perigee.sandbox.v1.SandboxService/ListRuntimes',
                 request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.ListRuntimesRequest.SerializeToString,
@@ -142,6 +152,20 @@ class SandboxServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def JudgePatch(self, request, context):
+        """Applies a patch to a repository and runs its tests; which of them must pass decides.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Assess(self, request, context):
+        """Takes a repository through stages (build, tests, hidden tests, style), each with a score.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListRuntimes(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -190,6 +214,16 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     servicer.CloseSession,
                     request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.FromString,
                     response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionResponse.SerializeToString,
+            ),
+            'JudgePatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.JudgePatch,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgePatchRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgePatchResponse.SerializeToString,
+            ),
+            'Assess': grpc.unary_unary_rpc_method_handler(
+                    servicer.Assess,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.AssessRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.AssessResponse.SerializeToString,
             ),
             'ListRuntimes': grpc.unary_unary_rpc_method_handler(
                     servicer.ListRuntimes,
@@ -414,6 +448,60 @@ class SandboxService:
             '/perigee.sandbox.v1.SandboxService/CloseSession',
             perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.SerializeToString,
             perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def JudgePatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/JudgePatch',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgePatchRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.JudgePatchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Assess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/Assess',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.AssessRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.AssessResponse.FromString,
             options,
             channel_credentials,
             insecure,

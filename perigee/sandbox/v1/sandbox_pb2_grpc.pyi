@@ -49,6 +49,10 @@ class SandboxServiceStub:
     """Runs one cell; the cells of a session run one after another."""
     CloseSession: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]
     """Ends a session; one that has ended already is no error."""
+    JudgePatch: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.JudgePatchRequest, _sandbox_pb2.JudgePatchResponse]
+    """Applies a patch to a repository and runs its tests; which of them must pass decides."""
+    Assess: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.AssessRequest, _sandbox_pb2.AssessResponse]
+    """Takes a repository through stages (build, tests, hidden tests, style), each with a score."""
     ListRuntimes: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.ListRuntimesRequest, _sandbox_pb2.ListRuntimesResponse]
 
 @_typing.type_check_only
@@ -72,6 +76,10 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     """Runs one cell; the cells of a session run one after another."""
     CloseSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]  # type: ignore[assignment]
     """Ends a session; one that has ended already is no error."""
+    JudgePatch: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.JudgePatchRequest, _sandbox_pb2.JudgePatchResponse]  # type: ignore[assignment]
+    """Applies a patch to a repository and runs its tests; which of them must pass decides."""
+    Assess: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.AssessRequest, _sandbox_pb2.AssessResponse]  # type: ignore[assignment]
+    """Takes a repository through stages (build, tests, hidden tests, style), each with a score."""
     ListRuntimes: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.ListRuntimesRequest, _sandbox_pb2.ListRuntimesResponse]  # type: ignore[assignment]
 
 class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -140,6 +148,22 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.CloseSessionResponse, _abc.Awaitable[_sandbox_pb2.CloseSessionResponse]]:
         """Ends a session; one that has ended already is no error."""
+
+    @_abc_1.abstractmethod
+    def JudgePatch(
+        self,
+        request: _sandbox_pb2.JudgePatchRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.JudgePatchResponse, _abc.Awaitable[_sandbox_pb2.JudgePatchResponse]]:
+        """Applies a patch to a repository and runs its tests; which of them must pass decides."""
+
+    @_abc_1.abstractmethod
+    def Assess(
+        self,
+        request: _sandbox_pb2.AssessRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.AssessResponse, _abc.Awaitable[_sandbox_pb2.AssessResponse]]:
+        """Takes a repository through stages (build, tests, hidden tests, style), each with a score."""
 
     @_abc_1.abstractmethod
     def ListRuntimes(

@@ -109,6 +109,7 @@ class RunRequest:
     collect: list[str] = field(default_factory=list)
     collect_bytes: int = 0
     unpack: list[str] = field(default_factory=list)
+    any_links: bool = False
     pack: list[str] = field(default_factory=list)
     """Folders to collect as tars."""
     loopback: bool = False

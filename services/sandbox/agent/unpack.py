@@ -45,7 +45,7 @@ class Entry(NamedTuple):
     modified_s: float | None = None
 
 
-def unpack_as(uid: int | None, home: int, archive: int, folder: str, most_files: int) -> str:
+def unpack_as(uid: int | None, home: int, archive: int, folder: str, most_files: int, any_links: bool = False) -> str:
     """Unpacks the archive in a file into a folder below `home`, an open working folder, by a process of the user.
 
     Returns why it is refused, empty when it is unpacked. What was written before an entry was refused stays.
@@ -57,7 +57,7 @@ def unpack_as(uid: int | None, home: int, archive: int, folder: str, most_files:
             _become(uid)
         os.umask(0o077)
         with os.fdopen(os.dup(archive), "rb") as file:
-            Unpacker(home, folder, most_files).unpack(file)
+            Unpacker(home, folder, most_files, any_links).unpack(file)
 
     return run_in_fork(work, "unpacking it")
 
@@ -65,7 +65,7 @@ def unpack_as(uid: int | None, home: int, archive: int, folder: str, most_files:
 def unpack_all(uid: int | None, home: int, archives: list[int], request: RunRequest) -> RunResult | None:
     """Unpacks the archives of a request; returns the result of a request whose archive is refused."""
     for index, (archive, folder) in enumerate(zip(archives, request.unpack, strict=True)):
-        if reason := unpack_as(uid, home, archive, folder, request.limits.files):
+        if reason := unpack_as(uid, home, archive, folder, request.limits.files, request.any_links):
             return RunResult(exit_code=None, refused_index=index, refused=reason)
     return None
 
@@ -147,10 +147,11 @@ def _report(work: Callable[[], None], writing: int) -> None:
 class Unpacker:
     """Writes entries below one folder."""
 
-    def __init__(self, home: int, folder: str, most_files: int) -> None:
+    def __init__(self, home: int, folder: str, most_files: int, any_links: bool = False) -> None:
         self._home = home
         self._folder = folder
         self._most_files = most_files
+        self._any_links = any_links
         self._seen: dict[str, bool] = {}
         """Paths of the entries, and whether each is a folder."""
         self._parent = ("", os.dup(home))
@@ -199,7 +200,8 @@ class Unpacker:
     def _link(self, entry: Entry, path: str, folder: int, name: str) -> None:
         assert entry.target is not None
         if not entry.hard:
-            check_link(entry, path)
+            if not self._any_links:
+                check_link(entry, path)
             os.symlink(entry.target, name, dir_fd=folder)
             return
         target = check_name(entry.target)

@@ -124,11 +124,11 @@ def find_packages(name: str, seen: set[str]) -> Packages:
 
 
 def _top_paths(distribution: metadata.Distribution) -> Iterator[Path]:
-    """Yields the files and folders that a distribution has directly below site-packages."""
+    """Yields the files and folders that a distribution has directly below site-packages, with its metadata."""
     names = {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}
     for name in sorted(names):
         path = Path(str(distribution.locate_file(name)))
-        if not name.endswith(".dist-info") and path.exists():
+        if path.exists():
             yield path
 
 

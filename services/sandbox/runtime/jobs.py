@@ -31,6 +31,8 @@ class Program:
     """Whether it has a loopback device, and may make sockets of TCP and UDP."""
     command: tuple[str, ...] = ()
     """Run instead of a source, with archives for files."""
+    any_links: bool = False
+    """Whether its archives may have links to what is not below their folder."""
 
 
 def make_tar(files: Iterable[pb.File]) -> bytes:

@@ -180,7 +180,8 @@ class LoadedProgram:
     async def _run(self, request: RunRequest, descriptors: list[int]) -> tuple[RunResult, Archive | None]:
         """Runs a process, whose archives are unpacked first unless a compiler had them."""
         archives = () if self.compiled else self.program.archives
-        request = dataclasses.replace(request, unpack=[archive.folder for archive in archives])
+        folders = [archive.folder for archive in archives]
+        request = dataclasses.replace(request, unpack=folders, any_links=self.program.any_links)
         with opened(*(archive.content for archive in archives)) as files:
             return await self.sandbox.run(request, [*descriptors, *files])
 
