@@ -110,6 +110,18 @@ class SandboxClient(ServiceClient):
         """Runs one cell; the cells of a session run one after another."""
         return await self._unary(self._stub.RunCell, request, timeout_s)
 
+    async def interrupt_session(
+        self, request: pb.InterruptSessionRequest, *, timeout_s: float = 20.0
+    ) -> pb.InterruptSessionResponse:
+        """Interrupts the running cell of a session."""
+        return await self._unary(self._stub.InterruptSession, request, timeout_s)
+
+    async def restart_session(
+        self, request: pb.RestartSessionRequest, *, timeout_s: float = 180.0
+    ) -> pb.RestartSessionResponse:
+        """Starts an interpreter of a session anew; files stay."""
+        return await self._unary(self._stub.RestartSession, request, timeout_s)
+
     async def close_session(
         self, request: pb.CloseSessionRequest, *, timeout_s: float = 20.0
     ) -> pb.CloseSessionResponse:
@@ -130,6 +142,15 @@ class Session:
         self.id = session_id
         self._client = client
 
-    async def run(self, code: str, *, wall_ms: int | None = None) -> pb.RunCellResponse:
+    async def run(self, code: str, *, wall_ms: int | None = None, context: str = "") -> pb.RunCellResponse:
         """Runs one cell."""
-        return await self._client.run_cell(pb.RunCellRequest(session_id=self.id, code=code.encode(), wall_ms=wall_ms))
+        request = pb.RunCellRequest(session_id=self.id, code=code.encode(), wall_ms=wall_ms, context=context)
+        return await self._client.run_cell(request)
+
+    async def interrupt(self) -> None:
+        """Interrupts the running cell."""
+        await self._client.interrupt_session(pb.InterruptSessionRequest(session_id=self.id))
+
+    async def restart(self, context: str = "") -> None:
+        """Starts an interpreter anew: its variables are forgotten, files stay."""
+        await self._client.restart_session(pb.RestartSessionRequest(session_id=self.id, context=context))

@@ -15,9 +15,11 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.sandbox.v1.sandbox_pb2_grpc import SandboxServiceServicer
 from services.kit.http import CompatRouter, HttpRoute
 from services.kit.single_flight import SingleFlightCache
+from services.sandbox.api.e2b import e2b_apis
 from services.sandbox.api.piston import piston_api
 from services.sandbox.api.repositories import read_assessment, read_patch_job
 from services.sandbox.api.requests import check_batch, check_cell, read_job, read_session, read_submission
+from services.sandbox.api.run_jupyter import run_jupyter_api
 from services.sandbox.api.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.judge.judge import judge
 from services.sandbox.judge.repositories import Repositories
@@ -39,6 +41,20 @@ ROUTES = (
     HttpRoute("POST", "/v1/judge/batch", "JudgeBatch", pb.JudgeBatchRequest, pb.JudgeBatchResponse, streaming=True),
     HttpRoute("POST", "/v1/sessions", "CreateSession", pb.CreateSessionRequest, pb.CreateSessionResponse),
     HttpRoute("POST", "/v1/sessions/{session_id}/cells", "RunCell", pb.RunCellRequest, pb.RunCellResponse),
+    HttpRoute(
+        "POST",
+        "/v1/sessions/{session_id}/interrupt",
+        "InterruptSession",
+        pb.InterruptSessionRequest,
+        pb.InterruptSessionResponse,
+    ),
+    HttpRoute(
+        "POST",
+        "/v1/sessions/{session_id}/restart",
+        "RestartSession",
+        pb.RestartSessionRequest,
+        pb.RestartSessionResponse,
+    ),
     HttpRoute("DELETE", "/v1/sessions/{session_id}", "CloseSession", pb.CloseSessionRequest, pb.CloseSessionResponse),
     HttpRoute("POST", "/v1/patches/judge", "JudgePatch", pb.JudgePatchRequest, pb.JudgePatchResponse),
     HttpRoute("POST", "/v1/assess", "Assess", pb.AssessRequest, pb.AssessResponse),
@@ -116,7 +132,7 @@ class SandboxService(SandboxServiceServicer):
         self, pool: Pool, sessions: Sessions, versions: Versions, results: SingleFlightCache[str, Response]
     ) -> None:
         self._pool = pool
-        self._sessions = sessions
+        self.sessions = sessions
         self._versions = versions
         self._results = results
         self._repositories = Repositories(pool)
@@ -197,17 +213,29 @@ class SandboxService(SandboxServiceServicer):
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Context) -> pb.CreateSessionResponse:
         """Starts a stateful interpreter."""
         program, idle_seconds = read_session(request, self._pool.config, self._pool.catalog)
-        session = await self._sessions.create(program, idle_seconds)
+        session = await self.sessions.create(program, idle_seconds)
         return pb.CreateSessionResponse(session_id=session.id, idle_seconds=idle_seconds)
 
     async def RunCell(self, request: pb.RunCellRequest, context: Context) -> pb.RunCellResponse:
         """Runs one cell of a session."""
         check_cell(request, self._pool.config, self._pool.catalog)
-        return await self._sessions.run(request)
+        return await self.sessions.run(request)
+
+    async def InterruptSession(
+        self, request: pb.InterruptSessionRequest, context: Context
+    ) -> pb.InterruptSessionResponse:
+        """Interrupts the running cell of a session."""
+        await self.sessions.find(request.session_id).interrupt()
+        return pb.InterruptSessionResponse()
+
+    async def RestartSession(self, request: pb.RestartSessionRequest, context: Context) -> pb.RestartSessionResponse:
+        """Starts an interpreter of a session anew."""
+        await self.sessions.find(request.session_id).restart(request.context)
+        return pb.RestartSessionResponse()
 
     async def CloseSession(self, request: pb.CloseSessionRequest, context: Context) -> pb.CloseSessionResponse:
         """Ends a session."""
-        await self._sessions.end(request.session_id)
+        await self.sessions.end(request.session_id)
         return pb.CloseSessionResponse()
 
     async def ListRuntimes(self, request: pb.ListRuntimesRequest, context: Context) -> pb.ListRuntimesResponse:
@@ -226,4 +254,4 @@ class SandboxService(SandboxServiceServicer):
 
 def compat_routers(servicer: Any) -> tuple[CompatRouter, ...]:
     """Returns the interfaces of other sandboxes, whose handlers call the servicer."""
-    return sandbox_fusion_api(servicer), piston_api(servicer)
+    return sandbox_fusion_api(servicer), run_jupyter_api(servicer), piston_api(servicer), *e2b_apis(servicer)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
+from tests.fixtures.sandbox import running_sandbox, skip_unless_possible, skip_without_kernel
 from tests.fixtures.sandbox_fronts import Fronts
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +45,10 @@ def expected(command: str) -> dict[str, object] | list[dict[str, object]]:
         "langage": json.loads(blocks("docs/http.md", "json")[0]),
         "X-Timeout-Seconds": {"error": {"code": "DEADLINE_EXCEEDED"}},
         "/run_code": {"status": "Success", "run_result": {"stdout": "2\n"}},
+        "/run_jupyter": {
+            "status": "Success",
+            "cells": [{}, {"display": [{"text/plain": "42"}]}, {"stdout": "shell\n"}],
+        },
         "/api/v2/execute": {"language": "python", "run": {"stdout": "2\n", "code": 0}},
         "/v1/judge": {"verdict": "accepted", "passed": 2},
         "/v1/patches/judge": {"verdict": "accepted", "fail_to_pass_passed": 1},
@@ -81,6 +85,8 @@ def skip_without_curl() -> None:
 @pytest.mark.parametrize("command", curls(), ids=lambda command: re.findall(r"\d(/\S+)$", command.strip())[0])
 async def test_calls_by_curl(fronts: Fronts, command: str) -> None:
     skip_without_curl()
+    if "/run_jupyter" in command:
+        await skip_without_kernel(fronts.grpc)
     base = str(fronts.http.base_url).rstrip("/")
     answer = expected(command)
     reported = await run_lines(command, base)
@@ -117,11 +123,14 @@ PRINTED = {
     "packed.getvalue()": "\\d+\n\n",
     "pb.JudgeRequest": "TEST_VERDICT_ACCEPTED 4.0 4.0\n",
     "sandbox.session()": "area\n 12.566370614359172\n",
+    'sandbox.session("jupyter")': r"drawn\n\n(\{'text/plain': \d+\}\n)?\{'text/plain': \d+, 'image/png': \d+\}\n",
 }
 
 
 @pytest.mark.parametrize("part", PRINTED)
 async def test_calls_by_the_client(fronts: Fronts, part: str) -> None:
+    if "jupyter" in part:
+        await skip_without_kernel(fronts.grpc)
     [source] = {block for document in DOCUMENTS for block in blocks(document, "python") if part in block}
     command = (sys.executable, "-c", source.replace("127.0.0.1:50056", fronts.grpc.target))
     process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, cwd=ROOT)

@@ -1787,6 +1787,26 @@ Global___CreateSessionResponse: _TypeAlias = CreateSessionResponse  # noqa: Y015
 class RunCellRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class EnvEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     SESSION_ID_FIELD_NUMBER: _builtins.int
     CODE_FIELD_NUMBER: _builtins.int
     WALL_MS_FIELD_NUMBER: _builtins.int
@@ -1794,11 +1814,15 @@ class RunCellRequest(_message.Message):
     OUTPUT_FILES_FIELD_NUMBER: _builtins.int
     ARCHIVES_FIELD_NUMBER: _builtins.int
     OUTPUT_FOLDERS_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    ENV_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     code: _builtins.bytes
     """UTF-8."""
     wall_ms: _builtins.int
     """Below the session's limit; that one unless set."""
+    context: _builtins.str
+    """Name of the interpreter that runs the cell. Those of a session share its files, and each has its own variables."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]:
         """Written to the working folder before the cell runs."""
@@ -1815,6 +1839,10 @@ class RunCellRequest(_message.Message):
     def output_folders(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """As in ExecuteRequest."""
 
+    @_builtins.property
+    def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Environment variables while the cell runs."""
+
     def __init__(
         self,
         *,
@@ -1825,16 +1853,69 @@ class RunCellRequest(_message.Message):
         output_files: _abc.Iterable[_builtins.str] | None = ...,
         archives: _abc.Iterable[Global___Archive] | None = ...,
         output_folders: _abc.Iterable[_builtins.str] | None = ...,
+        context: _builtins.str = ...,
+        env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "wall_ms", b"wall_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "archives", b"archives", "code", b"code", "files", b"files", "output_files", b"output_files", "output_folders", b"output_folders", "session_id", b"session_id", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "archives", b"archives", "code", b"code", "context", b"context", "env", b"env", "files", b"files", "output_files", b"output_files", "output_folders", b"output_folders", "session_id", b"session_id", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__wall_ms: _TypeAlias = _typing.Literal["wall_ms"]  # noqa: Y015
     _WhichOneofArgType__wall_ms: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__wall_ms) -> _WhichOneofReturnType__wall_ms | None: ...
 
 Global___RunCellRequest: _TypeAlias = RunCellRequest  # noqa: Y015
+
+@_typing.final
+class Display(_message.Message):
+    """Representations of one object that a cell displayed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CONTENTS_FIELD_NUMBER: _builtins.int
+    IS_RESULT_FIELD_NUMBER: _builtins.int
+    is_result: _builtins.bool
+    """Whether it is the value of the cell's last expression."""
+    @_builtins.property
+    def contents(self) -> _containers.RepeatedCompositeFieldContainer[Global___DisplayContent]:
+        """One for each MIME type."""
+
+    def __init__(
+        self,
+        *,
+        contents: _abc.Iterable[Global___DisplayContent] | None = ...,
+        is_result: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["contents", b"contents", "is_result", b"is_result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Display: _TypeAlias = Display  # noqa: Y015
+
+@_typing.final
+class DisplayContent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MIME_TYPE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    mime_type: _builtins.str
+    content: _builtins.bytes
+    """As a file of the type holds it: text as UTF-8, an image's own bytes, JSON as text."""
+    def __init__(
+        self,
+        *,
+        mime_type: _builtins.str = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "mime_type", b"mime_type"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DisplayContent: _TypeAlias = DisplayContent  # noqa: Y015
 
 @_typing.final
 class RunCellResponse(_message.Message):
@@ -1855,6 +1936,8 @@ class RunCellResponse(_message.Message):
     FILES_FIELD_NUMBER: _builtins.int
     ALIVE_FIELD_NUMBER: _builtins.int
     EXECUTION_COUNT_FIELD_NUMBER: _builtins.int
+    DISPLAYS_FIELD_NUMBER: _builtins.int
+    ERROR_TRACEBACK_FIELD_NUMBER: _builtins.int
     status: Global___Status.ValueType
     stdout: _builtins.bytes
     stderr: _builtins.bytes
@@ -1872,9 +1955,15 @@ class RunCellResponse(_message.Message):
     alive: _builtins.bool
     """Whether the session takes further cells; after a memory limit it does not."""
     execution_count: _builtins.int
-    """How many cells have run, this one included."""
+    """How many cells have run in the cell's context, this one included."""
+    error_traceback: _builtins.str
+    """Traceback with ANSI colors; of runtimes whose sessions are kernels, which leave it out of stderr."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___OutputFile]: ...
+    @_builtins.property
+    def displays(self) -> _containers.RepeatedCompositeFieldContainer[Global___Display]:
+        """What the cell displayed, the value of its last expression included; of runtimes whose sessions are kernels."""
+
     def __init__(
         self,
         *,
@@ -1893,16 +1982,90 @@ class RunCellResponse(_message.Message):
         files: _abc.Iterable[Global___OutputFile] | None = ...,
         alive: _builtins.bool = ...,
         execution_count: _builtins.int = ...,
+        displays: _abc.Iterable[Global___Display] | None = ...,
+        error_traceback: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "alive", b"alive", "cpu_ms", b"cpu_ms", "error_name", b"error_name", "error_value", b"error_value", "execution_count", b"execution_count", "files", b"files", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "result", b"result", "status", b"status", "stderr", b"stderr", "stderr_truncated", b"stderr_truncated", "stdout", b"stdout", "stdout_truncated", b"stdout_truncated", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "alive", b"alive", "cpu_ms", b"cpu_ms", "displays", b"displays", "error_name", b"error_name", "error_traceback", b"error_traceback", "error_value", b"error_value", "execution_count", b"execution_count", "files", b"files", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "result", b"result", "status", b"status", "stderr", b"stderr", "stderr_truncated", b"stderr_truncated", "stdout", b"stdout", "stdout_truncated", b"stdout_truncated", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
     _WhichOneofArgType__result: _TypeAlias = _typing.Literal["_result", b"_result"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__result) -> _WhichOneofReturnType__result | None: ...
 
 Global___RunCellResponse: _TypeAlias = RunCellResponse  # noqa: Y015
+
+@_typing.final
+class InterruptSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InterruptSessionRequest: _TypeAlias = InterruptSessionRequest  # noqa: Y015
+
+@_typing.final
+class InterruptSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___InterruptSessionResponse: _TypeAlias = InterruptSessionResponse  # noqa: Y015
+
+@_typing.final
+class RestartSessionRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    CONTEXT_FIELD_NUMBER: _builtins.int
+    session_id: _builtins.str
+    context: _builtins.str
+    """Name of the interpreter."""
+    def __init__(
+        self,
+        *,
+        session_id: _builtins.str = ...,
+        context: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context", b"context", "session_id", b"session_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartSessionRequest: _TypeAlias = RestartSessionRequest  # noqa: Y015
+
+@_typing.final
+class RestartSessionResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RestartSessionResponse: _TypeAlias = RestartSessionResponse  # noqa: Y015
 
 @_typing.final
 class CloseSessionRequest(_message.Message):

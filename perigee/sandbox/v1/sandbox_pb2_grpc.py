@@ -70,6 +70,16 @@ class SandboxServiceStub:
                 request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellRequest.SerializeToString,
                 response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellResponse.FromString,
                 _registered_method=True)
+        self.InterruptSession = channel.unary_unary(
+                '/perigee.sandbox.v1.SandboxService/InterruptSession',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.InterruptSessionRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.InterruptSessionResponse.FromString,
+                _registered_method=True)
+        self.RestartSession = channel.unary_unary(
+                '/perigee.sandbox.v1.SandboxService/RestartSession',
+                request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RestartSessionRequest.SerializeToString,
+                response_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RestartSessionResponse.FromString,
+                _registered_method=True)
         self.CloseSession = channel.unary_unary(
                 '/perigee.sandbox.v1.SandboxService/CloseSession',
                 request_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.CloseSessionRequest.SerializeToString,
@@ -145,6 +155,20 @@ class SandboxServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def InterruptSession(self, request, context):
+        """Interrupts the running cell of a session, as Ctrl-C does; without one it does nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestartSession(self, request, context):
+        """Starts an interpreter of a session anew, once its cells have ended: variables are forgotten, files stay.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CloseSession(self, request, context):
         """Ends a session; one that has ended already is no error.
         """
@@ -209,6 +233,16 @@ def add_SandboxServiceServicer_to_server(servicer, server):
                     servicer.RunCell,
                     request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellRequest.FromString,
                     response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellResponse.SerializeToString,
+            ),
+            'InterruptSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.InterruptSession,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.InterruptSessionRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.InterruptSessionResponse.SerializeToString,
+            ),
+            'RestartSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestartSession,
+                    request_deserializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RestartSessionRequest.FromString,
+                    response_serializer=perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RestartSessionResponse.SerializeToString,
             ),
             'CloseSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseSession,
@@ -421,6 +455,60 @@ class SandboxService:
             '/perigee.sandbox.v1.SandboxService/RunCell',
             perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellRequest.SerializeToString,
             perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RunCellResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def InterruptSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/InterruptSession',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.InterruptSessionRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.InterruptSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestartSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.sandbox.v1.SandboxService/RestartSession',
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RestartSessionRequest.SerializeToString,
+            perigee_dot_sandbox_dot_v1_dot_sandbox__pb2.RestartSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,10 @@ class SandboxServiceStub:
     """Starts an interpreter that keeps its variables from cell to cell."""
     RunCell: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.RunCellRequest, _sandbox_pb2.RunCellResponse]
     """Runs one cell; the cells of a session run one after another."""
+    InterruptSession: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.InterruptSessionRequest, _sandbox_pb2.InterruptSessionResponse]
+    """Interrupts the running cell of a session, as Ctrl-C does; without one it does nothing."""
+    RestartSession: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.RestartSessionRequest, _sandbox_pb2.RestartSessionResponse]
+    """Starts an interpreter of a session anew, once its cells have ended: variables are forgotten, files stay."""
     CloseSession: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]
     """Ends a session; one that has ended already is no error."""
     JudgePatch: _grpc.UnaryUnaryMultiCallable[_sandbox_pb2.JudgePatchRequest, _sandbox_pb2.JudgePatchResponse]
@@ -74,6 +78,10 @@ class SandboxServiceAsyncStub(SandboxServiceStub):
     """Starts an interpreter that keeps its variables from cell to cell."""
     RunCell: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.RunCellRequest, _sandbox_pb2.RunCellResponse]  # type: ignore[assignment]
     """Runs one cell; the cells of a session run one after another."""
+    InterruptSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.InterruptSessionRequest, _sandbox_pb2.InterruptSessionResponse]  # type: ignore[assignment]
+    """Interrupts the running cell of a session, as Ctrl-C does; without one it does nothing."""
+    RestartSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.RestartSessionRequest, _sandbox_pb2.RestartSessionResponse]  # type: ignore[assignment]
+    """Starts an interpreter of a session anew, once its cells have ended: variables are forgotten, files stay."""
     CloseSession: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.CloseSessionRequest, _sandbox_pb2.CloseSessionResponse]  # type: ignore[assignment]
     """Ends a session; one that has ended already is no error."""
     JudgePatch: _aio.UnaryUnaryMultiCallable[_sandbox_pb2.JudgePatchRequest, _sandbox_pb2.JudgePatchResponse]  # type: ignore[assignment]
@@ -140,6 +148,22 @@ class SandboxServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_sandbox_pb2.RunCellResponse, _abc.Awaitable[_sandbox_pb2.RunCellResponse]]:
         """Runs one cell; the cells of a session run one after another."""
+
+    @_abc_1.abstractmethod
+    def InterruptSession(
+        self,
+        request: _sandbox_pb2.InterruptSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.InterruptSessionResponse, _abc.Awaitable[_sandbox_pb2.InterruptSessionResponse]]:
+        """Interrupts the running cell of a session, as Ctrl-C does; without one it does nothing."""
+
+    @_abc_1.abstractmethod
+    def RestartSession(
+        self,
+        request: _sandbox_pb2.RestartSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_sandbox_pb2.RestartSessionResponse, _abc.Awaitable[_sandbox_pb2.RestartSessionResponse]]:
+        """Starts an interpreter of a session anew, once its cells have ended: variables are forgotten, files stay."""
 
     @_abc_1.abstractmethod
     def CloseSession(

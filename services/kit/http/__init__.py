@@ -57,10 +57,14 @@ _FLUSH_S = 2.0
 
 @dataclass(frozen=True)
 class CompatRouter:
-    """Interface of another tool: its routes, without path parameters, and the form of its errors."""
+    """Interface of another tool: its routes, and the form of its errors.
+
+    Bodies for `raw_paths` need not be JSON: their handlers ask for a header that no web page may send unasked.
+    """
 
     router: APIRouter
     write_error: WriteError
+    raw_paths: frozenset[str] = frozenset()
 
 
 @asynccontextmanager
@@ -96,6 +100,7 @@ async def http_serving(
         seconds=http_request_histogram(app.name),
         open_paths=OPEN_PATHS,
         write_errors={route.path: api.write_error for api in compat for route in api.router.routes},  # type: ignore[attr-defined]
+        raw_paths={path for api in compat for path in api.raw_paths},
     )
     server = HttpServer(gateway, calls, server_config, http.port)
     app.on_drain(server.stop)

@@ -32,6 +32,7 @@ from services.kit.tracing import describe, http_span, mark_failed
 log = get_logger(__name__)
 
 TIMEOUT_HEADER = "x-timeout-seconds"
+KEY_HEADERS = ("x-api-key", "x-access-token", "e2b-traffic-access-token")
 NDJSON, EVENTS = "application/x-ndjson", "text/event-stream"
 # A stream's last part, an error, by the stream's type.
 _LAST_PARTS = {NDJSON: b"%s\n", EVENTS: b"data: %s\n\n"}
@@ -91,7 +92,7 @@ class CallMiddleware:
     It cancels that task when the caller goes away, when the deadline passes, and when the service has drained long
     enough. `open_paths` are served without a token and past every limit; `rpc_paths` ask for a token that is for the
     service, the others for one that is for `audience`; `write_errors` has the paths whose errors have the form of
-    another tool.
+    another tool, `raw_paths` those whose bodies need not be JSON.
     """
 
     app: ASGIApp
@@ -104,6 +105,7 @@ class CallMiddleware:
     seconds: Histogram
     open_paths: Collection[str]
     write_errors: Mapping[str, WriteError]
+    raw_paths: Collection[str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         route, allowed = _find_route(scope)
@@ -119,7 +121,7 @@ class CallMiddleware:
         with http_span(label, headers) as span:
             try:
                 audience = None if route is not None and route.path in self.rpc_paths else self.audience
-                with self.access.admit(call, headers.get("authorization"), audience):
+                with self.access.admit(call, read_token(headers), audience):
                     await self._serve(route, allowed, scope, receive, reply)
                 code = "OK"
             except Exception as error:
@@ -144,19 +146,20 @@ class CallMiddleware:
             raise NotFoundError(f"{scope['method']} {scope['path']} is no route of this service; see /openapi.json.")
         deadline = read_deadline(headers, self.timeout_s)
         with self.calls.enter():
-            body = await self._read_body(headers, receive, deadline)
+            raw = route.path in self.raw_paths
+            body = await self._read_body(headers, receive, deadline, raw)
             scope["deadline"] = deadline
             handler = self.app(scope, replay(body), reply.send)
             late = "The call did not finish before its deadline."
             await self._supervise(_run(handler), deadline, late, _until_disconnect(receive, reply))
 
-    async def _read_body(self, headers: Headers, receive: Receive, deadline: float | None) -> bytes:
+    async def _read_body(self, headers: Headers, receive: Receive, deadline: float | None, raw: bool) -> bytes:
         """Returns the body; raises PerigeeError when it is late, too large or no JSON."""
         arrival = asyncio.get_running_loop().time() + _BODY_S
         late = "The body did not arrive in time."
         reading = read_body(headers, receive, self.max_body_bytes)
         body = await self._supervise(reading, arrival if deadline is None else min(arrival, deadline), late)
-        if body and not is_json(headers.get("content-type", "")):
+        if body and not raw and not is_json(headers.get("content-type", "")):
             # Web pages may send other types to any address without being asked for permission first.
             raise InvalidArgumentError.for_field("body", "must be sent with the header Content-Type: application/json")
         return body
@@ -226,6 +229,14 @@ class Reply:
         raw = [*((name.encode(), value.encode()) for name, value in headers.items()), self._request_id]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
         await self._send({"type": "http.response.body", "body": body})
+
+
+def read_token(headers: Headers) -> str | None:
+    """Returns the authorization header; without a bearer token, the key in one of the headers of other tools."""
+    authorization = headers.get("authorization")
+    if authorization is not None and authorization.lower().startswith("bearer "):
+        return authorization
+    return next((f"Bearer {headers[name]}" for name in KEY_HEADERS if name in headers), authorization)
 
 
 def read_deadline(headers: Headers, timeout_s: float | None) -> float | None:

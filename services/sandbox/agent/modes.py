@@ -7,17 +7,13 @@ compared with: expected outputs stay in the service, and a forged reply is a wro
 
 from __future__ import annotations
 
-import ast
 import atexit
 import builtins
 import contextlib
 import gc
 import io
-import json
-import linecache
 import os
 import signal
-import socket
 import sys
 import traceback
 import types
@@ -25,7 +21,7 @@ from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import Any, NoReturn
 
-from . import HOME, MODULES_AT_START, protocol
+from . import HOME, MODULES_AT_START
 from .archive import (
     COMPILE_ERROR,
     EXCEPTION,
@@ -39,6 +35,7 @@ from .archive import (
     read_archive,
     write_files,
 )
+from .cells import serve_session
 from .code_tests import serve_calls, serve_code_test
 from .json_calls import JsonCall, make_json_call, to_json
 from .protocol import ANSWERED, FINISHED, memory_file
@@ -195,87 +192,6 @@ def _reply(kind: bytes, text: str, output_bytes: int, progress: bytes) -> None:
     while rest:
         rest = rest[os.write(REPLIES, rest) :]
     os.write(PROGRESS, progress)
-
-
-CELLS = 3
-"""Descriptor of the socket."""
-REPLIED = b"replied %d"
-"""Message that a cell has ended."""
-
-
-def serve_session(archive: Archive, home: str) -> NoReturn:
-    """Runs cell after cell in one namespace until the service closes the socket.
-
-    Cells come over a socket; each brings an archive (code and files), a file for each of its outputs and one for the
-    reply.
-    """
-    channel = socket.socket(fileno=CELLS)
-    module = types.ModuleType("__main__")
-    module.__dict__.update(__builtins__=builtins)
-    sys.modules["__main__"] = module
-    sys.path.insert(0, home)
-    while True:
-        try:
-            _run_next(channel, module, home)
-        except EOFError:
-            os._exit(0)
-        except KeyboardInterrupt:  # an interrupt that came just after the end of its cell
-            continue
-
-
-def _run_next(channel: socket.socket, module: types.ModuleType, home: str) -> None:
-    message = protocol.receive(channel)
-    archive_file, stdout, stderr, reply_file = message.descriptors
-    os.dup2(stdout, 1)
-    os.dup2(stderr, 2)
-    archive = read_archive(archive_file)
-    header = archive.header
-    write_files(home, zip(header["paths"], archive.blobs[1:], header["executable"], strict=True), header["append"])
-    reply = _run_cell(archive.blobs[0], header["number"], module)
-    _flush_cell()
-    rest = memoryview(json.dumps(reply).encode())
-    while rest:
-        rest = rest[os.write(reply_file, rest) :]
-    message.close()
-    channel.send(REPLIED % header["number"])
-
-
-def _flush_cell() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except (OSError, ValueError, AttributeError):  # the cell closed or replaced it
-            continue
-
-
-def _run_cell(source: bytes, number: int, module: types.ModuleType) -> dict[str, Any]:
-    path = f"<cell {number}>"
-    text = source.decode()
-    linecache.cache[path] = (len(text), None, text.splitlines(keepends=True), path)
-    try:
-        tree = ast.parse(text, path)
-        last = tree.body[-1] if tree.body else None
-        if not isinstance(last, ast.Expr):
-            exec(compile(tree, path, "exec", dont_inherit=True), module.__dict__)
-            return {"ok": True, "result": None}
-        del tree.body[-1]
-        exec(compile(tree, path, "exec", dont_inherit=True), module.__dict__)
-        value = eval(compile(ast.Expression(last.value), path, "eval", dont_inherit=True), module.__dict__)
-        if value is not None:
-            module.__dict__["_"] = value
-        return {"ok": True, "result": None if value is None else repr(value)}
-    except BaseException as error:
-        return _report_error(error)
-
-
-def _report_error(error: BaseException) -> dict[str, Any]:
-    trace = error.__traceback__.tb_next if error.__traceback__ else None
-    try:
-        sys.stderr.write("".join(traceback.format_exception(type(error), error, trace)))
-        value = str(error)
-    except BaseException:  # exceptions of a cell may raise while they are described
-        value = describe_exception(error)
-    return {"ok": False, "error_name": type(error).__name__, "error_value": value}
 
 
 MODES: dict[str, tuple[Callable[[Archive, str], NoReturn], int]] = {

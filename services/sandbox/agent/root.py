@@ -84,6 +84,9 @@ def _make_skeleton(own: Path, options: RootOptions) -> list[tuple[str, str]]:
         else:
             target.touch()
         mounted.append((source, inside))
+    if not options.image and not (own / "home/user").exists():
+        (own / "home").mkdir(exist_ok=True)
+        (own / "home/user").symlink_to(HOME)  # where what was written for other sandboxes looks
     passwd = _PASSWD + "".join(_BOX_USER.format(uid=uid) for uid in options.uids)
     (own / "etc/passwd").write_text(passwd)
     (own / "etc/hosts").write_text(_HOSTS)

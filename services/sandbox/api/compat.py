@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import math
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Protocol
@@ -10,6 +12,7 @@ from pydantic import AfterValidator
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.agent.notebook import is_binary
 
 # Names of one language in different sandboxes.
 SYNONYMS = (
@@ -34,6 +37,14 @@ class Servicer(Protocol):
     """Methods of the sandbox's servicer that these interfaces call."""
 
     async def Execute(self, request: pb.ExecuteRequest, context: Any, /) -> pb.ExecuteResponse: ...
+
+    async def CreateSession(self, request: pb.CreateSessionRequest, context: Any, /) -> pb.CreateSessionResponse: ...
+
+    async def RunCell(self, request: pb.RunCellRequest, context: Any, /) -> pb.RunCellResponse: ...
+
+    async def RestartSession(self, request: pb.RestartSessionRequest, context: Any, /) -> pb.RestartSessionResponse: ...
+
+    async def CloseSession(self, request: pb.CloseSessionRequest, context: Any, /) -> pb.CloseSessionResponse: ...
 
     async def ListRuntimes(self, request: pb.ListRuntimesRequest, context: Any, /) -> pb.ListRuntimesResponse: ...
 
@@ -63,6 +74,23 @@ def find_runtime(runtimes: Iterable[pb.Runtime], name: str) -> pb.Runtime | None
             if wanted & {own.lower() for own in (runtime.language, *runtime.aliases)}:
                 return runtime
     return None
+
+
+def to_bundle(display: pb.Display) -> dict[str, Any]:
+    """Returns what a cell displayed by MIME type, as Jupyter writes it: JSON as values, images as base64."""
+    return {content.mime_type: _to_value(content) for content in display.contents}
+
+
+def _to_value(content: pb.DisplayContent) -> Any:
+    if is_binary(content.mime_type):
+        return base64.b64encode(content.content).decode()
+    text = content.content.decode(errors="replace")
+    if not content.mime_type.endswith("json"):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):  # the cell has forged it
+        return text
 
 
 def whole(value: float, maximum: int = 2**32 - 1) -> int:

@@ -35,6 +35,7 @@ _KEY_CHARACTERS = 128
 _STRINGS_BYTES = 32768
 _MOST_ARCHIVES = 4
 _PAGE_BYTES = 4096
+_LONGEST_CONTEXT = 100
 
 
 class Reader:
@@ -463,6 +464,9 @@ def check_cell(request: pb.RunCellRequest, config: SandboxConfig, catalog: Catal
     reader.check_archives("archives", request.archives, in_cell=True)
     reader.check_paths("output_files", request.output_files)
     reader.check_paths("output_folders", [path for path in request.output_folders if path != "."])
+    reader.check_environment("env", request.env)
+    if len(request.context) > _LONGEST_CONTEXT:
+        reader.refuse("context", f"may have {_LONGEST_CONTEXT} characters")
     if request.HasField("wall_ms") and not 1 <= request.wall_ms <= config.maximum_limits.wall_ms:
         reader.refuse("wall_ms", f"is {request.wall_ms}, must be from 1 to {config.maximum_limits.wall_ms}")
     reader.finish()

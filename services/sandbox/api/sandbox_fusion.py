@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import socket
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -104,17 +105,6 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
 
     Raises InvalidArgumentError for files that are not base64.
     """
-    violations: list[FieldViolation] = []
-    files: list[pb.File] = []
-    for path, content in body.files.items():
-        if content is None:
-            continue
-        try:
-            files.append(pb.File(path=path, content=base64.b64decode(content, validate=True)))
-        except ValueError:
-            violations.append(FieldViolation(f"files.{path}", "is not base64"))
-    if violations:
-        raise InvalidArgumentError.for_fields(violations)
     # SandboxFusion has no limit of CPU time: the timeout sets both
     run_ms = whole(body.run_timeout * 1000)
     limits = pb.Limits(wall_ms=run_ms, cpu_ms=run_ms)
@@ -125,13 +115,35 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         source=body.code.encode(),
         stdin=(body.stdin or "").encode(),
         limits=limits,
-        files=files,
+        files=read_files(body.files),
         output_files=[path for path in body.fetch_files if not path.startswith("/")],
     )
     if runtime is not None and runtime.compiled:
         compile_ms = whole(body.compile_timeout * 1000)
         request.compile_limits.CopyFrom(pb.Limits(wall_ms=compile_ms, cpu_ms=compile_ms))
     return request
+
+
+def read_files(files: Mapping[str, str | None]) -> list[pb.File]:
+    """Returns files by path that come as base64; raises InvalidArgumentError for those that do not."""
+    read: list[pb.File] = []
+    violations: list[FieldViolation] = []
+    for path, content in files.items():
+        try:
+            if content is not None:
+                read.append(pb.File(path=path, content=base64.b64decode(content, validate=True)))
+        except ValueError:
+            violations.append(FieldViolation(f"files.{path}", "is not base64"))
+    if violations:
+        raise InvalidArgumentError.for_fields(violations)
+    return read
+
+
+def write_files(files: Iterable[pb.OutputFile]) -> dict[str, str]:
+    """Returns the files that are there and whole by path, as base64."""
+    return {
+        file.path: base64.b64encode(file.content).decode() for file in files if not file.error and not file.truncated
+    }
 
 
 def to_run_code_response(
@@ -157,11 +169,7 @@ def to_run_code_response(
         compile_result=compiled,
         run_result=_run_result(response, is_compiled),
         executor_pod_name=pod_name,
-        files={
-            file.path: base64.b64encode(file.content).decode()
-            for file in response.files
-            if not file.error and not file.truncated
-        },
+        files=write_files(response.files),
     )
 
 

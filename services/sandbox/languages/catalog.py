@@ -192,6 +192,8 @@ class RuntimeConfig(Model):
     """Command that runs the program; its arguments follow. `{main}` stands for the class to start."""
     python: bool = False
     """Run by a Python of the sandbox's own modes: warm, with sessions, function tests and code tests."""
+    kernel: bool = False
+    """Sessions are IPython's, with magics and display data; IPython is among the packages or in the image."""
     interpreter: str | None = None
     """Path of Python in the image; unset takes the configured one on the host."""
     preload: tuple[str, ...] = ()

@@ -6,6 +6,7 @@ A session runs in a worker slot of its own, and ends when it is idle for too lon
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import dataclasses
 import json
@@ -14,6 +15,7 @@ import os
 import secrets
 import socket
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,7 +23,7 @@ from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhauste
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.kit.telemetry import get_logger
 from services.sandbox.agent.archive import encode_archive
-from services.sandbox.agent.modes import REPLIED
+from services.sandbox.agent.cells import REPLIED
 from services.sandbox.agent.protocol import Limits
 from services.sandbox.agent.unpack import UNPACK_S
 from services.sandbox.runtime import metrics
@@ -61,10 +63,23 @@ def read_reply(file: int, most_bytes: int) -> dict[str, Any]:
     if not isinstance(reply, dict):
         return {}
     read: dict[str, Any] = {"ok": reply.get("ok") is True}
-    for name in ("result", "error_name", "error_value"):
+    for name in ("result", "error_name", "error_value", "traceback"):
         if isinstance(text := reply.get(name), str):
             read[name] = text.encode(errors="replace").decode()
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError):
+        read["displays"] = [read_display(display) for display in reply.get("displays", ())]
     return read
+
+
+def read_display(display: dict[str, Any]) -> pb.Display:
+    """Reads what a cell displayed; raises AttributeError, KeyError, TypeError or ValueError for what a cell forged."""
+    contents = [
+        pb.DisplayContent(
+            mime_type=mime_type, content=base64.b64decode(text) if is_base64 else text.encode(errors="replace")
+        )
+        for mime_type, text, is_base64 in display["contents"]
+    ]
+    return pb.Display(contents=contents, is_result=display["is_result"])
 
 
 def cell_status(answer: dict[str, Any], output_cut: bool, output_bytes: int) -> tuple[pb.Status.ValueType, str]:
@@ -82,6 +97,7 @@ _INTERRUPT_S = 1.0
 """Time that an interrupted cell has before its session is ended."""
 _TICK_S = 0.1
 _END_S = 5.0
+_MOST_CONTEXTS = 16
 
 
 class Session:
@@ -90,7 +106,9 @@ class Session:
     def __init__(self, pool: Pool, program: Program, slot: WorkerSlot, idle_s: float) -> None:
         self.id = secrets.token_hex(16)
         self.idle_s = idle_s
-        self.used_at = self.opened_at = time.monotonic()
+        self.used_at = time.monotonic()
+        self.ends_at = self.used_at + pool.config.session_seconds
+        self.limits = program.limits
         self._pool = pool
         self._program = program
         self._slot = slot
@@ -100,7 +118,8 @@ class Session:
         self._ready: asyncio.Future[LoadedProgram] = asyncio.get_running_loop().create_future()
         self._ended = asyncio.Event()
         self._end_reason = ""
-        self._count = 0
+        self._number = 0
+        self._counts: Counter[str] = Counter()
         self._ours, self._theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._ours.setblocking(False)
         self._task = asyncio.create_task(self._run_interpreter())
@@ -131,7 +150,7 @@ class Session:
         try:
             async with open_program(self._pool.factory, program, self._slot) as loaded:
                 await loaded.load()
-                archive = loaded.archive({}, [])
+                archive = loaded.archive({"kernel": program.runtime.config.kernel}, [])
                 with opened(b"", b"", b"", archive) as (stdin, stdout, stderr, job):
                     running = asyncio.create_task(
                         loaded.run_mode(
@@ -161,7 +180,9 @@ class Session:
     def _session_limits(self) -> Limits:
         """Limits of the whole session; the times of a cell are watched here, cell by cell."""
         most_ms = self._pool.config.session_seconds * 1000
-        return dataclasses.replace(self._program.limits, wall_ms=most_ms, cpu_ms=most_ms)
+        limits = self._program.limits
+        # the session's own process is one more
+        return dataclasses.replace(limits, wall_ms=most_ms, cpu_ms=most_ms, processes=limits.processes + 1)
 
     async def run(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
         """Runs a cell after those before it; cancellation interrupts it and leaves the session open.
@@ -174,6 +195,10 @@ class Session:
             raise InvalidArgumentError.for_field(
                 "wall_ms", f"is {cell.wall_ms}, at most the session's {most_ms} is allowed"
             )
+        if cell.context not in self._counts and len(self._counts) >= _MOST_CONTEXTS:
+            raise InvalidArgumentError.for_field(
+                "context", f"is a further one, at most {_MOST_CONTEXTS} are kept in a session"
+            )
         task = asyncio.create_task(self._run_next(cell))
         self._cells.add(task)
         task.add_done_callback(self._cells.discard)
@@ -181,11 +206,28 @@ class Session:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             if task is self._running and self.alive:
-                with contextlib.suppress(SandboxFailedError):  # the session has ended, and with it the cell
-                    (await self._ready).sandbox.interrupt()  # the cell then ends by itself or by its limit
+                await self.interrupt()
             else:
                 task.cancel()
             raise
+
+    async def interrupt(self) -> None:
+        """Interrupts the running cell, which then ends by itself or by its limit."""
+        if self._running is not None:
+            with contextlib.suppress(SandboxFailedError):  # the session has ended, and with it the cell
+                (await self._ready).sandbox.interrupt()
+
+    async def restart(self, context: str) -> None:
+        """Starts an interpreter anew once the running cell, which is interrupted, and those that wait have ended.
+
+        Raises NotFoundError when the session ends before.
+        """
+        await self.interrupt()
+        async with self._lock:
+            if not self.alive:
+                raise NotFoundError(f"session {self.id!r} ended before its interpreter was started anew")
+            send(self._ours, {"kind": "restart", "context": context}, [])
+            del self._counts[context]
 
     async def _run_next(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
         async with self._lock:
@@ -200,9 +242,11 @@ class Session:
 
     async def _run(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
         loaded = await self._ready
-        self._count += 1
+        self._number += 1
+        self._counts[cell.context] += 1
         header = {
-            "number": self._count,
+            "number": self._number,
+            "environment": dict(cell.env),
             "paths": [file.path for file in cell.files],
             "executable": [file.executable for file in cell.files],
             "append": [file.path for file in cell.files if file.append],
@@ -216,7 +260,7 @@ class Session:
                 for index, sent in enumerate(cell.archives):
                     await self._unpack(loaded, f"archives[{index}]", sent)
                 started, cpu_ns = time.monotonic(), self._cpu_ns()
-                send(self._ours, {"kind": "cell"}, [job, stdout, stderr, reply])
+                send(self._ours, {"kind": "cell", "context": cell.context}, [job, stdout, stderr, reply])
                 wall_ms = cell.wall_ms or limits.wall_ms
                 status, reason = await self._await_reply(loaded, wall_ms, cpu_ns)
             except SandboxFailedError as error:
@@ -253,7 +297,9 @@ class Session:
             reason=reason,
             files=files,
             alive=self.alive,
-            execution_count=self._count,
+            execution_count=self._counts[cell.context],
+            displays=answer.get("displays"),
+            error_traceback=answer.get("traceback", ""),
         )
 
     async def _unpack(self, loaded: LoadedProgram, field: str, archive: pb.Archive) -> None:
@@ -273,7 +319,7 @@ class Session:
     async def _await_reply(self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int) -> tuple[pb.Status.ValueType, str]:
         """Waits for the end of a cell; one that passes a limit is interrupted, and its session ended if that fails."""
         limits = self._program.limits
-        receiving = asyncio.create_task(receive_reply(self._ours, self._count))
+        receiving = asyncio.create_task(receive_reply(self._ours, self._number))
         ending = asyncio.create_task(self._ended.wait())
         deadline = time.monotonic() + wall_ms / 1000
         try:
@@ -398,7 +444,7 @@ class Sessions:
             now = time.monotonic()
             for session, _ in list(self._sessions.values()):
                 idle = not session.busy and now - session.used_at > session.idle_s
-                if idle or not session.alive or now - session.opened_at > self._pool.config.session_seconds:
+                if idle or not session.alive or now > session.ends_at:
                     log.info("session_ends", session=session.id, idle=idle)
                     await self.end(session.id)
 

@@ -1,0 +1,488 @@
+"""E2B's interface (https://e2b.dev/docs): its SDK creates sandboxes, runs cells and commands, and moves files.
+
+A sandbox is a session; its contexts are the session's. Everything is below /e2b, and the sandbox of a call is in its
+header `E2b-Sandbox-Id`. The API key is the service's token. Cells and commands of a sandbox run one after another, and
+what they print comes when they have ended.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import posixpath
+import secrets
+import struct
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+from starlette.datastructures import UploadFile
+
+from perigee.errors import (
+    AlreadyExistsError,
+    InvalidArgumentError,
+    NotFoundError,
+    PerigeeError,
+    UnavailableError,
+    UnimplementedError,
+)
+from perigee.json_codec import dump_json
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.kit.http import CompatRouter, StreamResponse, call_context, write_error
+from services.sandbox.api.compat import Servicer, Text, find_runtime, to_bundle
+from services.sandbox.api.run_jupyter import KERNEL
+from services.sandbox.runtime.sessions import Session, Sessions
+
+PREFIX = "/e2b"
+_ENVD_VERSION = "0.6.4"
+"""Version of E2B's agent whose interface this is."""
+_HOME = "/home/user"
+_OWN_CONTEXT = "e2b"
+_INSIDE = Path(__file__).with_name("e2b_inside.py").read_text(encoding="utf-8")
+_KEYS = {
+    "text/plain": "text",
+    "text/html": "html",
+    "text/markdown": "markdown",
+    "image/svg+xml": "svg",
+    "image/png": "png",
+    "image/jpeg": "jpeg",
+    "application/pdf": "pdf",
+    "text/latex": "latex",
+    "application/json": "json",
+    "application/javascript": "javascript",
+    "e2b/data": "data",
+    "e2b/chart": "chart",
+}
+_METHODS = {
+    "Stat": ("stat_path", ("path",)),
+    "ListDir": ("list_dir", ("path", "depth")),
+    "MakeDir": ("make_dir", ("path",)),
+    "Move": ("move", ("source", "destination")),
+    "Remove": ("remove", ("path",)),
+}
+_ERRORS = {"FileNotFoundError": NotFoundError, "FileExistsError": AlreadyExistsError}
+
+
+class NewSandbox(BaseModel):
+    """Sandbox to create; the timeout is in seconds."""
+
+    templateID: Text = ""
+    timeout: float = Field(300, gt=0, allow_inf_nan=False)
+    metadata: dict[Text, Text] = {}
+    envVars: dict[Text, Text] = {}
+
+
+class Timeout(BaseModel):
+    """Seconds from now after which a sandbox ends."""
+
+    timeout: float | None = Field(None, ge=0, allow_inf_nan=False)
+
+
+class Execution(BaseModel):
+    """Cell to run."""
+
+    code: Text
+    context_id: Text | None = None
+    language: Text | None = None
+    env_vars: dict[Text, Text] | None = None
+
+
+class NewContext(BaseModel):
+    """Context to create."""
+
+    language: Text = "python"
+    cwd: Text = _HOME
+
+
+@dataclass
+class Sandbox:
+    """Session with what E2B's clients know of it."""
+
+    session: Session
+    new: NewSandbox
+    key_digest: str
+    started_at: datetime
+    ends_at: datetime
+    contexts: dict[str, NewContext] = field(default_factory=dict)
+
+    def set_timeout(self, seconds: float) -> None:
+        """Lets the sandbox end in some seconds."""
+        self.session.ends_at = time.monotonic() + seconds
+        self.ends_at = datetime.now(UTC) + timedelta(seconds=seconds)
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what a list of sandboxes says of it."""
+        return {
+            "sandboxID": self.session.id,
+            "templateID": self.new.templateID or KERNEL,
+            "clientID": "perigee",
+            "envdVersion": _ENVD_VERSION,
+            "startedAt": self.started_at.isoformat(),
+            "endAt": self.ends_at.isoformat(),
+            "cpuCount": 1,
+            "memoryMB": self.session.limits.memory_bytes >> 20,
+            "diskSizeMB": 0,
+            "state": "running",
+            "metadata": self.new.metadata,
+        }
+
+    def credentials(self, key: str) -> dict[str, Any]:
+        """Returns what a client needs to reach it; both of its tokens are the caller's own key."""
+        return {**self.describe(), "envdAccessToken": key, "trafficAccessToken": key}
+
+
+class E2bServicer(Servicer, Protocol):
+    """Servicer with its sessions, whose end E2B's clients choose."""
+
+    sessions: Sessions
+
+
+class Sandboxes:
+    """Sandboxes of all callers, for as long as their sessions live."""
+
+    def __init__(self, servicer: E2bServicer) -> None:
+        self.servicer = servicer
+        self._by_id: dict[str, Sandbox] = {}
+
+    async def create(self, new: NewSandbox, key: str, context: Any) -> Sandbox:
+        """Starts a session with the largest times that are allowed for a cell."""
+        listed = (await self.servicer.ListRuntimes(pb.ListRuntimesRequest(), context)).runtimes
+        sessions = [runtime for runtime in listed if runtime.sessions]
+        runtime = find_runtime(sessions, new.templateID) or find_runtime(sessions, KERNEL)
+        runtime = runtime or find_runtime(sessions, "python")
+        if runtime is None:
+            raise UnimplementedError("no runtime of this service has sessions")
+        most = runtime.maximum_limits
+        limits = pb.Limits(wall_ms=most.wall_ms, cpu_ms=most.cpu_ms)
+        request = pb.CreateSessionRequest(language=runtime.language, limits=limits, env=new.envVars)
+        session = self.servicer.sessions.find((await self.servicer.CreateSession(request, context)).session_id)
+        session.idle_s = math.inf
+        sandbox = Sandbox(session, new, _digest(key), datetime.now(UTC), datetime.now(UTC))
+        sandbox.set_timeout(new.timeout)
+        self._by_id = {name: each for name, each in self._by_id.items() if each.session.alive}
+        self._by_id[session.id] = sandbox
+        return sandbox
+
+    def find(self, sandbox_id: str) -> Sandbox:
+        """Returns a sandbox; raises NotFoundError when it has ended or never existed."""
+        sandbox = self._by_id.get(sandbox_id)
+        if sandbox is None or not sandbox.session.alive or time.monotonic() > sandbox.session.ends_at:
+            raise NotFoundError(f"sandbox {sandbox_id[:40]!r} does not exist")
+        return sandbox
+
+    def addressed(self, request: Request) -> Sandbox:
+        """Returns the sandbox that a request is for; raises UnavailableError, which clients read as its end."""
+        try:
+            return self.find(request.headers.get("e2b-sandbox-id", ""))
+        except NotFoundError as error:
+            raise UnavailableError("The sandbox was not found") from error
+
+    def of_key(self, key: str) -> list[Sandbox]:
+        """Returns the sandboxes that were created with a key."""
+        return [each for each in self._by_id.values() if each.session.alive and each.key_digest == _digest(key)]
+
+
+def e2b_apis(servicer: E2bServicer) -> tuple[CompatRouter, CompatRouter]:
+    """Returns the routers of E2B's API and of what its clients ask a sandbox for."""
+    sandboxes = Sandboxes(servicer)
+    return (
+        CompatRouter(control_router(sandboxes), write_api_error),
+        CompatRouter(sandbox_router(sandboxes), write_envd_error, frozenset({f"{PREFIX}/files"})),
+    )
+
+
+def write_api_error(error: PerigeeError) -> tuple[int, Any]:
+    """Returns status and body of an error of the API."""
+    status, _ = write_error(error)
+    return status, {"code": status, "message": error.message}
+
+
+def write_envd_error(error: PerigeeError) -> tuple[int, Any]:
+    """Returns status and body of an error of a sandbox, in Connect's form; 502 is a sandbox that is gone."""
+    status, _ = write_error(error)
+    return (502 if status == 503 else status), {"code": error.code.name.lower(), "message": error.message}
+
+
+def control_router(sandboxes: Sandboxes) -> APIRouter:
+    """Returns the routes that create, list and end sandboxes."""
+    router = APIRouter(prefix=PREFIX, tags=["E2B"])
+
+    @router.post("/v2/sandboxes", status_code=201)
+    @router.post("/sandboxes", status_code=201)
+    async def create(body: NewSandbox, request: Request) -> dict[str, Any]:
+        """Creates a sandbox."""
+        return (await sandboxes.create(body, _key(request), call_context(request))).credentials(_key(request))
+
+    @router.get("/v2/sandboxes")
+    @router.get("/sandboxes")
+    async def list_sandboxes(request: Request) -> list[dict[str, Any]]:
+        """Lists the sandboxes of the caller's key."""
+        return [each.describe() for each in sandboxes.of_key(_key(request))]
+
+    @router.get("/sandboxes/{sandbox_id}")
+    async def get_sandbox(sandbox_id: str) -> dict[str, Any]:
+        """Describes a sandbox."""
+        return sandboxes.find(sandbox_id).describe()
+
+    @router.post("/v2/sandboxes/{sandbox_id}/connect")
+    @router.post("/sandboxes/{sandbox_id}/connect")
+    async def connect(sandbox_id: str, body: Timeout, request: Request) -> dict[str, Any]:
+        """Returns what a client needs to reach a sandbox."""
+        sandbox = sandboxes.find(sandbox_id)
+        if body.timeout is not None and datetime.now(UTC) + timedelta(seconds=body.timeout) > sandbox.ends_at:
+            sandbox.set_timeout(body.timeout)
+        return sandbox.credentials(_key(request))
+
+    @router.post("/sandboxes/{sandbox_id}/timeout", status_code=204)
+    async def set_timeout(sandbox_id: str, body: Timeout) -> None:
+        """Lets a sandbox end some seconds from now."""
+        sandboxes.find(sandbox_id).set_timeout(body.timeout or 0)
+
+    @router.delete("/sandboxes/{sandbox_id}", status_code=204)
+    async def kill(sandbox_id: str, request: Request) -> None:
+        """Ends a sandbox."""
+        session_id = sandboxes.find(sandbox_id).session.id
+        await sandboxes.servicer.CloseSession(pb.CloseSessionRequest(session_id=session_id), call_context(request))
+
+    return router
+
+
+def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
+    """Returns the routes for cells, files and commands of the sandbox that a header names."""
+    router = APIRouter(prefix=PREFIX, tags=["E2B"])
+
+    async def run_cell(sandbox: Sandbox, code: str, request: Request, **fields: Any) -> pb.RunCellResponse:
+        if (timeout_ms := request.headers.get("connect-timeout-ms", "")).isdigit():
+            fields["wall_ms"] = min(int(timeout_ms) or 1, sandbox.session.limits.wall_ms)
+        cell = pb.RunCellRequest(session_id=sandbox.session.id, code=code.encode() or b"\n", **fields)
+        return await sandboxes.servicer.RunCell(cell, call_context(request))
+
+    @router.get("/health", status_code=204)
+    async def health(request: Request) -> None:
+        """Says whether a sandbox runs."""
+        sandboxes.addressed(request)
+
+    @router.post("/execute")
+    async def execute(body: Execution, request: Request) -> Response:
+        """Runs a cell; a line of JSON for each part of its output."""
+        sandbox = sandboxes.addressed(request)
+        if body.context_id and body.context_id not in sandbox.contexts and body.context_id != "default":
+            raise NotFoundError(f"Context {body.context_id} not found")
+        context = sandbox.contexts.get(body.context_id or "")
+        code = _in_language(body.code, body.language or (context.language if context else "python"))
+        fields = {"context": body.context_id if context else "", "env": body.env_vars or {}}
+        return StreamResponse(write_cell(await run_cell(sandbox, code, request, **fields)), "application/x-ndjson")
+
+    @router.post("/contexts")
+    async def create_context(body: NewContext, request: Request) -> dict[str, str]:
+        """Creates an interpreter with variables of its own."""
+        sandbox = sandboxes.addressed(request)
+        _in_language("", body.language)
+        context_id = secrets.token_hex(16)
+        folder = _below_home(body.cwd)
+        made = await run_cell(sandbox, f"__import__('os').chdir({folder!r})", request, context=context_id)
+        if made.status != pb.STATUS_OK:
+            raise InvalidArgumentError.for_field("cwd", f"{made.error_value or made.reason}")
+        sandbox.contexts[context_id] = body
+        return _context(context_id, body)
+
+    @router.get("/contexts")
+    async def list_contexts(request: Request) -> list[dict[str, str]]:
+        """Lists the interpreters."""
+        sandbox = sandboxes.addressed(request)
+        return [_context(context_id, context) for context_id, context in sandbox.contexts.items()]
+
+    @router.delete("/contexts/{context_id}", status_code=204)
+    async def remove_context(context_id: str, request: Request) -> None:
+        """Ends an interpreter."""
+        sandbox = sandboxes.addressed(request)
+        if sandbox.contexts.pop(context_id, None) is None:
+            raise NotFoundError(f"Context {context_id} not found")
+        await _restart(context_id, sandbox, request)
+
+    @router.post("/contexts/{context_id}/restart", status_code=204)
+    async def restart_context(context_id: str, request: Request) -> None:
+        """Starts an interpreter anew."""
+        sandbox = sandboxes.addressed(request)
+        if context_id not in sandbox.contexts:
+            raise NotFoundError(f"Context {context_id} not found")
+        await _restart(context_id, sandbox, request)
+
+    async def _restart(context_id: str, sandbox: Sandbox, request: Request) -> None:
+        restart = pb.RestartSessionRequest(session_id=sandbox.session.id, context=context_id)
+        await sandboxes.servicer.RestartSession(restart, call_context(request))
+
+    @router.get("/files")
+    async def read_file(path: str, request: Request) -> Response:
+        """Returns a file."""
+        sandbox = sandboxes.addressed(request)
+        [file] = (
+            await run_cell(sandbox, "", request, context=_OWN_CONTEXT, output_files=[_below_home(path)])
+        ).files or [pb.OutputFile(error="the sandbox has ended")]
+        if file.truncated:
+            raise InvalidArgumentError.for_field("path", f"{path} is too large to be returned")
+        if file.error:
+            raise NotFoundError(f"{path}: {file.error}")
+        return Response(file.content, media_type="application/octet-stream")
+
+    @router.post("/files")
+    async def write_file(request: Request, path: str = "") -> list[dict[str, str]]:
+        """Writes files."""
+        sandbox = sandboxes.addressed(request)
+        files = await _read_upload(request, path)
+        written = [pb.File(path=_below_home(name), content=content) for name, content in files]
+        await run_cell(sandbox, "", request, context=_OWN_CONTEXT, files=written)
+        return [
+            {"name": posixpath.basename(file.path), "type": "file", "path": f"{_HOME}/{file.path}"} for file in written
+        ]
+
+    @router.post("/filesystem.Filesystem/{method}")
+    async def call_filesystem(method: str, body: dict[str, Any], request: Request) -> Any:
+        """Calls a method of E2B's file system service."""
+        sandbox = sandboxes.addressed(request)
+        if method not in _METHODS:
+            raise UnimplementedError(f"{method} is not offered")
+        function, names = _METHODS[method]
+        arguments = {name: body[name] for name in names if name in body}
+        code = f"{_INSIDE}\nimport json\nprint(json.dumps({function}(**{arguments!r})))"
+        response = await run_cell(sandbox, code, request, context=_OWN_CONTEXT)
+        if response.status != pb.STATUS_OK:
+            message = response.error_value or response.reason
+            raise _ERRORS.get(response.error_name, InvalidArgumentError)(message)
+        return Response(response.stdout, media_type="application/json")
+
+    @router.post("/process.Process/Start")
+    async def start_process(request: Request) -> Response:
+        """Runs a command to its end."""
+        sandbox = sandboxes.addressed(request)
+        process = json.loads((await request.body())[5:])["process"]
+        command = [process["cmd"], *process.get("args", ())]
+        code = f"{_INSIDE}\nrun({command!r}, {process.get('envs', {})!r}, {process.get('cwd', '')!r})"
+
+        async def events() -> AsyncGenerator[bytes, None]:
+            yield _event("start", {"pid": 1})
+            try:
+                response = await run_cell(sandbox, code, request, context=_OWN_CONTEXT)
+            except PerigeeError as error:
+                yield _envelope({"error": write_envd_error(error)[1]}, last=True)
+                return
+            for part in write_process(response):
+                yield part
+
+        return StreamResponse(events(), "application/connect+json")
+
+    @router.post("/process.Process/SendSignal")
+    async def send_signal(request: Request) -> dict[str, str]:
+        """Interrupts the command that runs."""
+        sandbox = sandboxes.addressed(request)
+        await sandbox.session.interrupt()
+        return {}
+
+    return router
+
+
+def _key(request: Request) -> str:
+    return request.headers.get("x-api-key", "")
+
+
+def _digest(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _context(context_id: str, context: NewContext) -> dict[str, str]:
+    return {"id": context_id, "language": context.language, "cwd": context.cwd}
+
+
+def _in_language(code: str, language: str) -> str:
+    """Returns the cell that runs code of a language."""
+    if language.lower() in ("python", "python3"):
+        return code
+    if language.lower() in ("bash", "sh"):
+        return f"%%bash\n{code}"
+    raise InvalidArgumentError.for_field("language", f"{language!r} is not offered; python and bash are")
+
+
+def _below_home(path: str) -> str:
+    """Returns a path relative to the working folder; raises InvalidArgumentError for one that is not below it."""
+    relative = posixpath.relpath(posixpath.join(_HOME, path), _HOME)
+    if relative.split("/")[0] == "..":
+        raise InvalidArgumentError.for_field("path", f"{path} is not below {_HOME}")
+    return relative
+
+
+async def _read_upload(request: Request, path: str) -> list[tuple[str, bytes]]:
+    """Returns the files of an upload: a body, or a form with a file for each."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        return [(path, await request.body())]
+    async with request.form() as form:
+        uploads = [each for _, each in form.multi_items() if isinstance(each, UploadFile)]
+        read = [(each.filename or "", await each.read()) for each in uploads]
+    return [(path, read[0][1])] if path and len(read) == 1 else read
+
+
+async def write_cell(response: pb.RunCellResponse) -> AsyncGenerator[bytes, None]:
+    """Yields the parts of a cell's output as lines of JSON."""
+    now_ns = time.time_ns()
+    yield _line("number_of_executions", execution_count=response.execution_count)
+    for name, output in (("stdout", response.stdout), ("stderr", response.stderr)):
+        if output:
+            yield _line(name, text=output.decode(errors="replace"), timestamp=now_ns)
+    for display in response.displays:
+        yield _line("result", is_main_result=display.is_result, **_result(to_bundle(display)))
+    if not response.displays and response.HasField("result"):
+        yield _line("result", is_main_result=True, text=response.result)
+    if response.status != pb.STATUS_OK:
+        name = response.error_name or pb.Status.Name(response.status).removeprefix("STATUS_")
+        yield _line(
+            "error",
+            name=name,
+            value=response.error_value or response.reason,
+            traceback=response.error_traceback or response.stderr.decode(errors="replace"),
+        )
+    yield _line("end_of_execution")
+
+
+def _line(kind: str, **fields: Any) -> bytes:
+    return dump_json({"type": kind, **fields}) + b"\n"
+
+
+def _result(bundle: dict[str, Any]) -> dict[str, Any]:
+    """Returns a MIME bundle under E2B's names; a text that is the repr of a string goes without its quotes."""
+    result: dict[str, Any] = {_KEYS[name]: value for name, value in bundle.items() if name in _KEYS}
+    text = result.get("text")
+    if isinstance(text, str) and len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        result["text"] = text[1:-1]
+    return {**result, "extra": {name: value for name, value in bundle.items() if name not in _KEYS} or None}
+
+
+def write_process(response: pb.RunCellResponse) -> list[bytes]:
+    """Returns the events of a command that has ended, in Connect's envelopes."""
+    parts = [
+        _event("data", {name: base64.b64encode(output).decode()})
+        for name, output in (("stdout", response.stdout), ("stderr", response.stderr))
+        if output
+    ]
+    if response.status == pb.STATUS_OK:
+        code = int(response.result)
+        parts.append(_event("end", {"exitCode": code, "exited": True, "status": f"exit status {code}"}))
+        return [*parts, _envelope({}, last=True)]
+    late = response.status == pb.STATUS_TIME_LIMIT
+    error = {"code": "deadline_exceeded" if late else "internal", "message": response.error_value or response.reason}
+    return [*parts, _envelope({"error": error}, last=True)]
+
+
+def _event(kind: str, fields: dict[str, Any]) -> bytes:
+    return _envelope({"event": {kind: fields}})
+
+
+def _envelope(message: dict[str, Any], last: bool = False) -> bytes:
+    """Returns a message of a Connect stream: flags, length, JSON."""
+    body = dump_json(message)
+    return struct.pack(">BI", 2 if last else 0, len(body)) + body
