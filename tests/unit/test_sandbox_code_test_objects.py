@@ -151,6 +151,12 @@ def test_objects_forge_no_result(code_test: RunCodeTest, code: str) -> None:
     assert code_test(SLY, code).ending in (FAILED, SUBMISSION_ERROR)
 
 
+@pytest.mark.parametrize("body", ["import os; os._exit(0)", "raise SystemExit", "return 3", "return 'x' * (1 << 20)"])
+def test_an_object_that_cannot_be_printed_is_the_submission_s_fault(code_test: RunCodeTest, body: str) -> None:
+    source = f"class Trap:\n    def __str__(self): {body}\n    __repr__ = __str__\ndef f(): return Trap()"
+    assert code_test(source, "result = f()\nassert result == 4, result").ending == FAILED
+
+
 @pytest.mark.parametrize("code", ["assert enc(1) == 1", "assert dec(1) == 1"])
 def test_each_of_several_functions_must_be_there(code_test: RunCodeTest, code: str) -> None:
     run = code_test("def enc(x): return x", code, name="enc, dec")

@@ -153,7 +153,7 @@ def _summarize(error: BaseException) -> str:
     name = type(error).__name__
     try:
         text = str(error)
-    except ValueError:  # an integer with too many digits to print
+    except BaseException:  # an integer with too many digits to print, or an object of the submission's
         text = ""
     return f"{name}: {text}" if text else name
 

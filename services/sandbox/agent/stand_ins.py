@@ -165,8 +165,9 @@ class CallerPeer(Peer):
         if self.kinds[number] != "record":
             raise ValueError("attributes of an object that is not copied")
         target = self.own[number]
+        fixed = set(_names_of(type(target), _is_fixed)) - set(read_attributes(target))
         for name, value in attributes.items():
-            if type(name) is not str or name.startswith("__") or name in _names_of(type(target), _is_fixed):
+            if type(name) is not str or name.startswith("__") or name in fixed:
                 continue
             object.__setattr__(target, name, merge(getattr(target, name, None), value))
 
