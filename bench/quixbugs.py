@@ -58,6 +58,8 @@ public class Assert {
 """
 RUN = """public class Run {
     public static void main(String[] names) throws Exception {
+        java.io.PrintStream out = System.out;
+        System.setOut(new java.io.PrintStream(java.io.OutputStream.nullOutputStream()));
         Class<?> tests = @TESTS@.class;
         for (java.lang.reflect.Method test : tests.getMethods()) {
             if (!test.isAnnotationPresent(org.junit.Test.class) || test.isAnnotationPresent(org.junit.Ignore.class)) {
@@ -66,11 +68,11 @@ RUN = """public class Run {
             try {
                 test.invoke(tests.getDeclaredConstructor().newInstance());
             } catch (java.lang.reflect.InvocationTargetException failure) {
-                System.out.println(test.getName() + ": " + failure.getCause());
+                out.println(test.getName() + ": " + failure.getCause());
                 System.exit(1);
             }
         }
-        System.out.println("passed");
+        out.println("passed");
     }
 }
 """

@@ -68,6 +68,38 @@ def preview(
         raise typer.Exit(run_interruptible(work))
 
 
+@prompts_app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="JSON Lines, parquet, or a folder of datasets.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The prompt file to write.")],
+    format_name: Annotated[str | None, typer.Option("--format", help="Of all records; by columns if unset.")] = None,
+    split: SplitOption = None,
+    most_tests: Annotated[int, typer.Option("--max-tests", min=1, help="Tests of a problem; the first ones.")] = 1000,
+    debug: DebugOption = False,
+) -> None:
+    """Turn a published set of programming problems into prompts with tests.
+
+    Reads LeetCode, LiveCodeBench, APPS, TACO, HumanEval, MBPP, HumanEval+ and MBPP+.
+
+    Ends with 0 when every record became a prompt, 1 when some did not.
+    """
+    with reporting_errors(debug):
+        from perigee.cli.prompts.formats import import_set
+        from perigee.files import write_lines
+
+        found = import_set(source, format_name, split, most_tests)
+        write_lines(out, found.lines)
+        formats = ", ".join(f"{name} {count}" for name, count in found.formats.items())
+        typer.echo(f"{len(found.lines)} prompts in {out}" + (f" ({formats})" if formats else ""))
+        if found.tests_left_out:
+            typer.echo(f"{found.tests_left_out} tests left out: beyond the first {most_tests} of a problem")
+        for reason, places in sorted(found.places.items(), key=lambda pair: -len(pair[1])):
+            typer.echo(
+                f"{len(places)} records left out: {reason} ({', '.join(places[:3])}{', ...' * (len(places) > 3)})"
+            )
+        raise typer.Exit(1 if found.places else 0)
+
+
 @prompts_app.command()
 @connecting
 def curate(
