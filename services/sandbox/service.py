@@ -23,6 +23,7 @@ from services.sandbox.api.run_jupyter import run_jupyter_api
 from services.sandbox.api.sandbox_fusion import sandbox_fusion_api
 from services.sandbox.judge.judge import judge
 from services.sandbox.judge.repositories import Repositories
+from services.sandbox.judge.session_tests import run_tests_in_session
 from services.sandbox.runtime.execute import execute, execute_stream
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.sessions import Sessions
@@ -219,6 +220,8 @@ class SandboxService(SandboxServiceServicer):
     async def RunCell(self, request: pb.RunCellRequest, context: Context) -> pb.RunCellResponse:
         """Runs one cell of a session."""
         check_cell(request, self._pool.config, self._pool.catalog)
+        if request.HasField("tests"):
+            return await run_tests_in_session(self.sessions, request)
         return await self.sessions.run(request)
 
     async def InterruptSession(

@@ -137,3 +137,19 @@ async def test_stages_have_scores_and_hidden_files_of_their_own(client: SandboxC
     request = pb.AssessRequest(language="tests", stages=stages)
     with pytest.raises(InvalidArgumentError, match=r"stages\[0\].keep: is for.*stages\[1\].needs: names 'later'"):
         await client.assess(request)
+
+
+async def test_a_session_edits_patches_and_tests(client: SandboxClient) -> None:
+    files = [pb.File(path=path, content=text.encode()) for path, text in REPOSITORY.items()]
+    patch = pb.File(path="mend.patch", content=make_patch(MENDED))
+    async with client.session("tests") as session:
+        cell = pb.RunCellRequest(session_id=session.id, files=files, tests=PYTEST)
+        before = await client.run_cell(cell)
+        apply = "__import__('subprocess').run(['git', 'apply', 'mend.patch']).returncode"
+        applied = pb.RunCellRequest(session_id=session.id, files=[patch], code=apply.encode())
+        assert (await client.run_cell(applied)).result == "0"
+        after = await client.run_cell(pb.RunCellRequest(session_id=session.id, tests=PYTEST))
+    outcomes = [{test.id: pb.TestOutcome.Name(test.outcome)[13:] for test in cell.tests} for cell in (before, after)]
+    assert outcomes == [{FAIL: "FAILED", PASS: "PASSED"}, {FAIL: "PASSED", PASS: "PASSED"}], (before, after)
+    assert "assert -1 == 5" in before.tests[0].message
+    assert not after.files

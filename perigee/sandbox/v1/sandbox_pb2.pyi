@@ -1816,6 +1816,7 @@ class RunCellRequest(_message.Message):
     OUTPUT_FOLDERS_FIELD_NUMBER: _builtins.int
     CONTEXT_FIELD_NUMBER: _builtins.int
     ENV_FIELD_NUMBER: _builtins.int
+    TESTS_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
     code: _builtins.bytes
     """UTF-8."""
@@ -1843,6 +1844,10 @@ class RunCellRequest(_message.Message):
     def env(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Environment variables while the cell runs."""
 
+    @_builtins.property
+    def tests(self) -> Global___TestRun:
+        """Runs tests of the working folder instead of code, in a process beside the interpreter."""
+
     def __init__(
         self,
         *,
@@ -1855,10 +1860,11 @@ class RunCellRequest(_message.Message):
         output_folders: _abc.Iterable[_builtins.str] | None = ...,
         context: _builtins.str = ...,
         env: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        tests: Global___TestRun | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "tests", b"tests", "wall_ms", b"wall_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "archives", b"archives", "code", b"code", "context", b"context", "env", b"env", "files", b"files", "output_files", b"output_files", "output_folders", b"output_folders", "session_id", b"session_id", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms", "archives", b"archives", "code", b"code", "context", b"context", "env", b"env", "files", b"files", "output_files", b"output_files", "output_folders", b"output_folders", "session_id", b"session_id", "tests", b"tests", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__wall_ms: _TypeAlias = _typing.Literal["wall_ms"]  # noqa: Y015
     _WhichOneofArgType__wall_ms: _TypeAlias = _typing.Literal["_wall_ms", b"_wall_ms"]  # noqa: Y015
@@ -1938,6 +1944,7 @@ class RunCellResponse(_message.Message):
     EXECUTION_COUNT_FIELD_NUMBER: _builtins.int
     DISPLAYS_FIELD_NUMBER: _builtins.int
     ERROR_TRACEBACK_FIELD_NUMBER: _builtins.int
+    TESTS_FIELD_NUMBER: _builtins.int
     status: Global___Status.ValueType
     stdout: _builtins.bytes
     stderr: _builtins.bytes
@@ -1964,6 +1971,10 @@ class RunCellResponse(_message.Message):
     def displays(self) -> _containers.RepeatedCompositeFieldContainer[Global___Display]:
         """What the cell displayed, the value of its last expression included; of runtimes whose sessions are kernels."""
 
+    @_builtins.property
+    def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReportedTest]:
+        """Of a cell with tests, as they were reported; what ran in the session can forge them."""
+
     def __init__(
         self,
         *,
@@ -1984,10 +1995,11 @@ class RunCellResponse(_message.Message):
         execution_count: _builtins.int = ...,
         displays: _abc.Iterable[Global___Display] | None = ...,
         error_traceback: _builtins.str = ...,
+        tests: _abc.Iterable[Global___ReportedTest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "result", b"result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "alive", b"alive", "cpu_ms", b"cpu_ms", "displays", b"displays", "error_name", b"error_name", "error_traceback", b"error_traceback", "error_value", b"error_value", "execution_count", b"execution_count", "files", b"files", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "result", b"result", "status", b"status", "stderr", b"stderr", "stderr_truncated", b"stderr_truncated", "stdout", b"stdout", "stdout_truncated", b"stdout_truncated", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_result", b"_result", "alive", b"alive", "cpu_ms", b"cpu_ms", "displays", b"displays", "error_name", b"error_name", "error_traceback", b"error_traceback", "error_value", b"error_value", "execution_count", b"execution_count", "files", b"files", "peak_memory_bytes", b"peak_memory_bytes", "reason", b"reason", "result", b"result", "status", b"status", "stderr", b"stderr", "stderr_truncated", b"stderr_truncated", "stdout", b"stdout", "stdout_truncated", b"stdout_truncated", "tests", b"tests", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__result: _TypeAlias = _typing.Literal["result"]  # noqa: Y015
     _WhichOneofArgType__result: _TypeAlias = _typing.Literal["_result", b"_result"]  # noqa: Y015

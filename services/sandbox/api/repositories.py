@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.protocol import Limits
-from services.sandbox.api.requests import Reader, find_path_problem
+from services.sandbox.api.requests import Reader, check_test_run
 from services.sandbox.config import LimitsConfig, SandboxConfig
 from services.sandbox.judge.repositories import Assessment, PatchJob
 from services.sandbox.languages.catalog import Catalog, Runtime
@@ -23,7 +23,7 @@ def read_patch_job(request: pb.JudgePatchRequest, config: SandboxConfig, catalog
     reader.read_files("test_files", request.test_files, None)
     reader.check_arguments("setup", request.setup)
     reader.check_arguments("protected_paths", request.protected_paths)
-    _check_tests(reader, "tests", request.tests)
+    check_test_run(reader, "tests", request.tests)
     if not request.fail_to_pass and not request.pass_to_pass:
         reader.refuse("fail_to_pass", "must name a test, or pass_to_pass must")
     _check_ids(reader, "fail_to_pass", [*request.fail_to_pass, *request.pass_to_pass])
@@ -43,21 +43,6 @@ def _read_common(reader: Reader, request: pb.JudgePatchRequest | pb.AssessReques
 
 def _defaults(reader: Reader, runtime: Runtime | None) -> LimitsConfig:
     return runtime.limits if runtime else reader.config.default_limits
-
-
-def _check_tests(reader: Reader, field: str, tests: pb.TestRun) -> None:
-    if not tests.framework:
-        reader.refuse(f"{field}.framework", "is required")
-    if tests.framework == pb.TEST_FRAMEWORK_JUNIT and not tests.command:
-        reader.refuse(f"{field}.command", "is required, since JUnit has no command of its own")
-    if tests.report and not tests.command:
-        reader.refuse(f"{field}.report", "is for a command of the request's own")
-    if tests.report and (problem := find_path_problem(tests.report)) is not None:
-        reader.refuse(f"{field}.report", problem)
-    reader.check_arguments(f"{field}.command", [*tests.command, *tests.targets])
-    for index, target in enumerate(tests.targets):
-        if not tests.command and target.startswith("-"):
-            reader.refuse(f"{field}.targets[{index}]", "is an option; give a command of your own for these")
 
 
 def _check_ids(reader: Reader, field: str, ids: Sequence[str]) -> None:
@@ -98,7 +83,7 @@ def _check_stage(reader: Reader, field: str, stage: pb.Stage, before: set[str]) 
     if bool(stage.command) == stage.HasField("tests"):
         reader.refuse(field, "must have either command or tests")
     if stage.HasField("tests"):
-        _check_tests(reader, f"{field}.tests", stage.tests)
+        check_test_run(reader, f"{field}.tests", stage.tests)
     if stage.expected and not stage.HasField("tests"):
         reader.refuse(f"{field}.expected", "is for stages with tests")
     if stage.keep and (stage.files or stage.HasField("tests")):

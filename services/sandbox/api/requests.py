@@ -432,6 +432,22 @@ def check_batch(requests: Sized, config: SandboxConfig) -> None:
         )
 
 
+def check_test_run(reader: Reader, field: str, tests: pb.TestRun) -> None:
+    """Checks a run of a repository's tests."""
+    if tests.framework not in pb.TestFramework.values()[1:]:
+        reader.refuse(f"{field}.framework", "is required")
+    if tests.framework == pb.TEST_FRAMEWORK_JUNIT and not tests.command:
+        reader.refuse(f"{field}.command", "is required, since JUnit has no command of its own")
+    if tests.report and not tests.command:
+        reader.refuse(f"{field}.report", "is for a command of the request's own")
+    if tests.report and (problem := find_path_problem(tests.report)) is not None:
+        reader.refuse(f"{field}.report", problem)
+    reader.check_arguments(f"{field}.command", [*tests.command, *tests.targets])
+    for index, target in enumerate(tests.targets):
+        if not tests.command and target.startswith("-"):
+            reader.refuse(f"{field}.targets[{index}]", "is an option; give a command of your own for these")
+
+
 def read_session(request: pb.CreateSessionRequest, config: SandboxConfig, catalog: Catalog) -> tuple[Program, int]:
     """Reads the interpreter of a session and its idle time; raises InvalidArgumentError."""
     reader = Reader(config, catalog)
@@ -458,7 +474,11 @@ def check_cell(request: pb.RunCellRequest, config: SandboxConfig, catalog: Catal
     reader = Reader(config, catalog)
     if not request.session_id:
         reader.refuse("session_id", "is required")
-    if request.code or not (request.files or request.archives):
+    if request.HasField("tests"):
+        check_test_run(reader, "tests", request.tests)
+        if request.code:
+            reader.refuse("code", "must be empty in a cell with tests")
+    elif request.code or not (request.files or request.archives):
         reader.check_source("code", request.code)
     reader.read_files("files", request.files, None)
     reader.check_archives("archives", request.archives, in_cell=True)

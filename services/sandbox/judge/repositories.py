@@ -154,7 +154,7 @@ class Steps:
         step = await self.run(suite.command, limits, [*trees, make_tar(suite.files)], suite.report)
         if step.problem or step.limit_verdict is not None:
             return step, SuiteResult([], step.failure(limits))
-        return step, read_suite(suite, step.result, step.stdout, step.files)
+        return step, read_suite(suite, step.result.exit_code, step.stdout, step.files)
 
     async def apply(
         self,

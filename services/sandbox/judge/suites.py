@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.agent.protocol import RunResult
 from services.sandbox.judge.reports import ReportError, read_report
 
 # Imports pytest before the repository's folder is on the path.
@@ -19,6 +18,7 @@ _PYTEST = (
     "import sys; sys.path = [path for path in sys.path if path]; import pytest; sys.path.insert(0, ''); "
     "raise SystemExit(pytest.main())"
 )
+_GO = ["env", "GO111MODULE=auto", "GOFLAGS=", "GOPROXY=off", "GOTOOLCHAIN=local"]
 _JEST = 'PATH="$PWD/node_modules/.bin:$PATH"; exec jest "$@"'
 _PYTEST_PROBE = """def test_passes():
     pass
@@ -82,7 +82,7 @@ class Suite:
         return [target.replace("[", "[[]") for target in targets]
 
 
-def make_suite(run: pb.TestRun, python: str, targets: Sequence[str] = ()) -> Suite:
+def make_suite(run: pb.TestRun, python: str, targets: Sequence[str] = (), with_probe: bool = True) -> Suite:
     """Returns the command of a run, with `targets` where it has none of its own."""
     chosen = list(run.targets) or list(targets)
     if run.command:
@@ -92,14 +92,15 @@ def make_suite(run: pb.TestRun, python: str, targets: Sequence[str] = ()) -> Sui
         case pb.TEST_FRAMEWORK_PYTEST:
             probe, report = f"test_{token}.py", f".report-{token}.xml"
             options = ["-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
-            command = [python, "-c", _PYTEST, *options, *(chosen or ["."]), probe]
-            return Suite(run, command, report, probe, [pb.File(path=probe, content=_PYTEST_PROBE.encode())])
+            command = [python, "-B", "-c", _PYTEST, *options, *(chosen or ["."])]
+            files = [pb.File(path=probe, content=_PYTEST_PROBE.encode())]
         case pb.TEST_FRAMEWORK_JEST:
             probe, report = f"{token}.test.js", f".report-{token}.json"
-            command = ["sh", "-c", _JEST, "jest", "--json", f"--outputFile={report}", *chosen]
+            command = ["sh", "-c", _JEST, "jest", "--json", f"--outputFile={report}", *(chosen or ["."])]
             files = [pb.File(path=probe, content=_JEST_PROBE.encode())]
-            return Suite(run, [*command, *([probe] if chosen else [])], report, probe, files)
-    return Suite(run, ["go", "test", "-json", *(chosen or ["./..."])])
+        case _:
+            return Suite(run, [*_GO, "go", "test", "-json", *(chosen or ["./..."])])
+    return Suite(run, [*command, probe], report, probe, files) if with_probe else Suite(run, command, report)
 
 
 @dataclass
@@ -114,7 +115,7 @@ class SuiteResult:
         return {test.id: test for test in self.tests}
 
 
-def read_suite(suite: Suite, result: RunResult, stdout: bytes, files: Iterable[pb.OutputFile]) -> SuiteResult:
+def read_suite(suite: Suite, exit_code: int | None, stdout: bytes, files: Iterable[pb.OutputFile]) -> SuiteResult:
     """Reads the report of a run that has ended, and checks its probes."""
     content = stdout
     if suite.report:
@@ -132,7 +133,7 @@ def read_suite(suite: Suite, result: RunResult, stdout: bytes, files: Iterable[p
         return SuiteResult(tests, "" if tests else "the report has no tests")
     kept = [test for test in tests if not test.id.startswith(f"{suite.probe}::")]
     probes = {test.id.removeprefix(f"{suite.probe}::"): test.outcome for test in tests if test not in kept}
-    if probes != _PROBES or result.exit_code != 1:
+    if probes != _PROBES or exit_code != 1:
         return SuiteResult(kept, "a test that fails in every repository is not reported as such")
     return SuiteResult(kept, "" if kept else "the report has no tests")
 
