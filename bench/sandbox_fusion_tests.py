@@ -53,7 +53,9 @@ def main() -> None:
     parser.add_argument("-k", default="", help="tests by an expression of pytest's")
     parser.add_argument("tests", nargs="*", default=["sandbox/tests/runners"])
     arguments = parser.parse_args()
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
+    # the clone first: a module of this folder has the name of its package
+    folders = [str(arguments.clone.resolve()), str(Path(__file__).parent.resolve()), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, folders))
     environment = {**os.environ, URL: arguments.http, "PYTHONPATH": path}
     options = ["-o", "addopts=", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "-p", Path(__file__).stem, "-q"]
     chosen = ["-k", arguments.k] if arguments.k else []
