@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi.staticfiles import StaticFiles
 
 URL = "PERIGEE_FUSION_TESTS_URL"
 PATHS = {"/run_code": ("run_code", "RunCodeResponse"), "/run_jupyter": ("run_jupyter_handler", "RunJupyterResponse")}
@@ -27,6 +27,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Has the tested application call the served sandbox, before its other modules import what is replaced here."""
     from sandbox.server import sandbox_api  # type: ignore[import-not-found]
 
+    StaticFiles.__init__.__kwdefaults__["check_dir"] = False  # pages that are built are no part of a clone
     for route in sandbox_api.sandbox_router.routes:
         if route.path in PATHS:
             name, response = PATHS[route.path]
@@ -46,21 +47,19 @@ def _forward(path: str, response: Any) -> Any:
 
 
 def main() -> None:
-    """Runs the tests in a process of their own, and ends with its exit code."""
+    """Runs the tests and ends with pytest's exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("clone", type=Path, help="folder of a clone of SandboxFusion")
     parser.add_argument("--http", required=True, help="address of the sandbox's HTTP, http://HOST:PORT")
     parser.add_argument("-k", default="", help="tests by an expression of pytest's")
     parser.add_argument("tests", nargs="*", default=["sandbox/tests/runners"])
     arguments = parser.parse_args()
-    # the clone first: a module of this folder has the name of its package
-    folders = [str(arguments.clone.resolve()), str(Path(__file__).parent.resolve()), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, folders))
-    environment = {**os.environ, URL: arguments.http, "PYTHONPATH": path}
-    options = ["-o", "addopts=", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "-p", Path(__file__).stem, "-q"]
-    chosen = ["-k", arguments.k] if arguments.k else []
-    command = [sys.executable, "-m", "pytest", *options, *chosen, *arguments.tests]
-    sys.exit(subprocess.run(command, cwd=arguments.clone, env=environment, check=False).returncode)
+    os.environ[URL] = arguments.http
+    os.chdir(arguments.clone)
+    # in the place of this folder, a module of which has the name of the clone's package
+    sys.path[0] = str(Path.cwd())
+    options = ["-o", "addopts=", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "-q", "-k", arguments.k]
+    sys.exit(pytest.main([*options, *arguments.tests], plugins=[sys.modules[__name__]]))
 
 
 if __name__ == "__main__":
