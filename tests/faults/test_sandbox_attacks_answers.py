@@ -180,6 +180,25 @@ async def test_what_is_expected_cannot_be_found_in_another_language(
     assert_refused(await judge(every_language, program, tests, **fields))
 
 
+async def test_inputs_of_later_tests_cannot_be_found(sandbox: SandboxClient) -> None:
+    secret = f"sesame-{secrets.token_hex(8)}"
+    functions = function_tests([(["first"], "nothing"), ([secret], secret)])
+    codes = code_tests("assert f('first') == 'nothing'", f"assert f({secret!r}) == {secret!r}")
+    for program, tests in (("secrets/frames.py", functions), ("secrets/search.py", codes)):
+        response = await judge(sandbox, program, tests, function_name="f")
+        assert (response.verdict, response.passed) == (pb.TEST_VERDICT_ACCEPTED, 2), response
+
+
+@pytest.mark.parametrize("program", ["times/forged_progress.py", "times/placeholders.py"])
+async def test_no_test_has_the_time_of_another(sandbox: SandboxClient, program: str) -> None:
+    """The submission takes four times the limit for its first test, and no time for the others."""
+    tests = function_tests([([number], 2 * number) for number in range(8)])
+    limits = make_limits("python", wall_ms=500)
+    response = await judge(sandbox, program, tests, function_name="f", limits=limits)
+    assert response.verdict in REFUSED, response
+    assert response.results[0].verdict != pb.TEST_VERDICT_ACCEPTED, response
+
+
 Request = tuple[list[pb.TestCase], dict[str, Any]]
 
 

@@ -1,7 +1,7 @@
 """Archives of a job's files, which go into and out of a sandbox, and the replies of a function.
 
-An archive is `u32 header length, header (JSON), blobs`; the header lists the blobs' lengths. A reply is `u32 length,
-kind, payload`. All integers are big-endian; nothing is escaped.
+An archive is `u32 header length, header (JSON), blobs`; the header lists the blobs' lengths. An input of a function is
+`u32 length, payload`, a reply `u32 length, kind, payload`. All integers are big-endian; nothing is escaped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 _ARCHIVE_PREFIX = struct.Struct(">I")
-_REPLY_PREFIX = struct.Struct(">Ic")
+INPUT_PREFIX = struct.Struct(">I")
+REPLY_PREFIX = struct.Struct(">Ic")
 VALUE, NOT_JSON, EXCEPTION, LOADED, COMPILE_ERROR, TOO_LONG = b"v", b"n", b"e", b"l", b"c", b"o"
 
 
@@ -64,32 +65,24 @@ def read_start(descriptor: int, size: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
+def encode_inputs(inputs: Iterable[bytes]) -> bytes:
+    """Returns inputs as the contents of a file, from which they are handed out one at a time."""
+    return b"".join(part for payload in inputs for part in (INPUT_PREFIX.pack(len(payload)), payload))
+
+
 def encode_reply(kind: bytes, payload: bytes) -> bytes:
-    """Returns a reply as it is appended to the file of replies."""
-    return _REPLY_PREFIX.pack(len(payload), kind) + payload
+    """Returns a reply as it is sent."""
+    return REPLY_PREFIX.pack(len(payload), kind) + payload
 
 
-def read_replies(descriptor: int, count: int, limit: int) -> list[Reply]:
-    """Reads the first `count` replies of a file that the submission could have written to; fewer when one is malformed.
-
-    A payload longer than `limit` is not read: its reply is of kind TOO_LONG.
-    """
+def read_replies(descriptor: int, count: int) -> list[Reply]:
+    """Reads the first `count` replies of a file, which are complete."""
     replies: list[Reply] = []
     offset = 0
-    while len(replies) < count:
-        prefix = os.pread(descriptor, _REPLY_PREFIX.size, offset)
-        if len(prefix) < _REPLY_PREFIX.size:
-            break
-        length, kind = _REPLY_PREFIX.unpack(prefix)
-        offset += _REPLY_PREFIX.size
-        if length > limit:
-            replies.append(Reply(TOO_LONG, b""))
-        else:
-            payload = os.pread(descriptor, length, offset)
-            if len(payload) < length:
-                break
-            replies.append(Reply(kind, payload))
-        offset += length
+    for _ in range(count):
+        length, kind = REPLY_PREFIX.unpack(os.pread(descriptor, REPLY_PREFIX.size, offset))
+        replies.append(Reply(kind, os.pread(descriptor, length, offset + REPLY_PREFIX.size)))
+        offset += REPLY_PREFIX.size + length
     return replies
 
 

@@ -25,6 +25,7 @@ from . import HOME, MODULES_AT_START
 from .archive import (
     COMPILE_ERROR,
     EXCEPTION,
+    INPUT_PREFIX,
     LOADED,
     NOT_JSON,
     TOO_LONG,
@@ -38,7 +39,7 @@ from .archive import (
 from .cells import serve_session
 from .code_tests import serve_calls, serve_code_test
 from .json_calls import JsonCall, make_json_call, to_json
-from .protocol import ANSWERED, FINISHED, memory_file
+from .protocol import memory_file
 from .submission import LoadError, describe_exception, find_function, load_module
 
 REPORT = 3
@@ -148,15 +149,12 @@ def _flush_open_files() -> None:
             stream.flush()
 
 
-REPLIES, PROGRESS = 3, 4
-"""Descriptors of the file of replies and of the pipe for progress."""
+REPLIES, INPUTS = 3, 4
+"""Descriptors of the pipes for replies and for inputs."""
 
 
 def serve_functions(archive: Archive, home: str) -> NoReturn:
-    """Calls the function for each input from the archive's `first_input` on.
-
-    An answer is appended to the file of replies, then reported by a byte of progress.
-    """
+    """Calls the function for one input after another; the next one comes when the reply before it is complete."""
     output_bytes = archive.header["output_bytes"]
 
     sys.path.insert(0, home)
@@ -165,12 +163,13 @@ def serve_functions(archive: Archive, home: str) -> NoReturn:
         names = load_module(archive.blobs[0], name, f"{home}/submission.py")
         call = make_json_call(find_function(names, name), archive.header["signature"], names)
     except LoadError as error:
-        _reply(COMPILE_ERROR if error.does_not_compile else EXCEPTION, str(error), output_bytes, FINISHED)
+        _reply(COMPILE_ERROR if error.does_not_compile else EXCEPTION, str(error), output_bytes)
         os._exit(0)
-    _reply(LOADED, "", output_bytes, ANSWERED)
-    for arguments_json in archive.blobs[archive.header["first_input"] :]:
-        kind, answer = _call(call, arguments_json, output_bytes)
-        _reply(kind, answer, output_bytes, ANSWERED)
+    _reply(LOADED, "", output_bytes)
+    inputs = os.fdopen(INPUTS, "rb")
+    while prefix := inputs.read(INPUT_PREFIX.size):
+        kind, answer = _call(call, inputs.read(*INPUT_PREFIX.unpack(prefix)), output_bytes)
+        _reply(kind, answer, output_bytes)
     os._exit(0)
 
 
@@ -185,13 +184,12 @@ def _call(call: JsonCall, arguments_json: bytes, output_bytes: int) -> tuple[byt
         return NOT_JSON, f"the result is a {type(result).__name__}: {describe_exception(error)}"
 
 
-def _reply(kind: bytes, text: str, output_bytes: int, progress: bytes) -> None:
+def _reply(kind: bytes, text: str, output_bytes: int) -> None:
     payload = text.encode(errors="backslashreplace")
     reply = encode_reply(kind, payload) if len(payload) <= output_bytes else encode_reply(TOO_LONG, b"")
     rest = memoryview(reply)
     while rest:
         rest = rest[os.write(REPLIES, rest) :]
-    os.write(PROGRESS, progress)
 
 
 MODES: dict[str, tuple[Callable[[Archive, str], NoReturn], int]] = {

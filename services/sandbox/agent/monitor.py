@@ -16,11 +16,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from . import protocol
-from .protocol import ANSWERED, FINISHED, Limits, Message, RunRequest, RunResult
+from .exchange import Exchange, ReplyTooLongError
+from .protocol import Limits, Message, RunRequest, RunResult
 from .usage import MUCH_BYTES, UsageFiles
 
 TICK_S = 0.05
-_PROGRESS_BYTES = 4096
 
 
 class Process(ABC):
@@ -80,12 +80,11 @@ class ProcessMonitor:
     def run(self, request: RunRequest, descriptors: Sequence[int], start: Start, on_call: OnCall) -> RunResult:
         """Runs the process of a request to its end or to a limit; it is dead and reaped afterwards."""
         result = RunResult()
-        progress = -1
         handed = list(descriptors)
+        exchange = None
         if request.answers:
-            progress, reports = os.pipe()
-            os.set_blocking(progress, False)
-            handed.insert(len(handed) - 1, reports)
+            exchange = Exchange(handed[3], handed[4], request.limits.output_bytes)
+            handed[3:5] = exchange.process_ends
         self._rusage_cpu_us = self._rusage_peak = 0
         if not self._has_baseline or self._lost_memory():
             self.take_baseline()
@@ -94,26 +93,26 @@ class ProcessMonitor:
         process = start(handed)
         if process.baseline_bytes is not None:
             self._baseline = min(self._baseline, process.baseline_bytes)  # cached pages may have been dropped meanwhile
-        if progress >= 0:
-            os.close(reports)
+        if exchange is not None:
+            exchange.close_process_ends()
         try:
-            result.stop = self._watch(process, request, handed[1:3], progress, result, on_call)
+            result.stop = self._watch(process, request, handed[1:3], exchange, result, on_call)
             status = None if result.stop is None and process.read_events() else self._end(process)
             result.wall_us = self._elapsed_us()
-            if progress >= 0:
-                self._record_answers(progress, result)
+            if exchange is not None:
+                self._advance(exchange, result)
         except EOFError:  # the service has closed the sandbox
             process.kill()
             raise
         finally:
-            if progress >= 0:
-                os.close(progress)
+            if exchange is not None:
+                exchange.close()
         if self._oom_killed():
             result.stop = "memory"
         self._measure(result)
         self._read_status(process, status, result)
-        if request.answers:
-            self._close_answers(request, result)
+        if exchange is not None:
+            result.stop = None if exchange.ended else result.stop or "exited"
         return result
 
     def _watch(
@@ -121,25 +120,27 @@ class ProcessMonitor:
         process: Process,
         request: RunRequest,
         outputs: list[int],
-        progress: int,
+        exchange: Exchange | None,
         result: RunResult,
         on_call: OnCall,
     ) -> str | None:
         """Waits for the process; returns why it has to be stopped, or None when it has ended."""
         descriptor = os.pidfd_open(process.pid)
         poller = select.poll()
-        for readable in (self._channel.fileno(), descriptor, process.events, progress):
-            if readable is not None and readable >= 0:
+        for readable in (self._channel.fileno(), descriptor, process.events):
+            if readable is not None:
                 poller.register(readable, select.POLLIN)
         try:
             while True:
+                if exchange is not None:
+                    exchange.watch(poller)
                 left_s = self._started + request.limits.wall_ms / 1000 - time.monotonic()
                 ready = {number for number, _ in poller.poll(max(0.0, min(TICK_S, left_s)) * 1000)}
                 if self._channel.fileno() in ready and self._receive(on_call):
                     return "stopped"
                 has_reported_end = process.events in ready and process.read_events()
-                if progress in ready and not self._record_answers(progress, result):
-                    poller.unregister(progress)
+                if exchange is not None and exchange.is_ready(ready) and not self._advance(exchange, result):
+                    return "output"
                 if any(_size(output) > request.limits.output_bytes for output in outputs):
                     return "output"
                 if has_reported_end or descriptor in ready:
@@ -168,24 +169,17 @@ class ProcessMonitor:
             self._reap(block=True)
         return self._statuses.pop(process.pid)
 
-    def _record_answers(self, progress: int, result: RunResult) -> bool:
-        """Records new answers and restarts the clock for the next one; returns false at the end of the pipe."""
+    def _advance(self, exchange: Exchange, result: RunResult) -> bool:
+        """Records new answers and starts the clock anew for each next one; returns false when one is too long."""
         try:
-            answers = os.read(progress, _PROGRESS_BYTES)
-        except BlockingIOError:
-            return True
-        if answers:
-            result.answers_us += [self._elapsed_us() // len(answers)] * len(answers)
-            result.finished = result.finished or answers.endswith(FINISHED)
-            self._restart_meter()
-        return answers.strip(ANSWERED + FINISHED) == b"" and bool(answers)
-
-    def _close_answers(self, request: RunRequest, result: RunResult) -> None:
-        if len(result.answers_us) >= request.answers:
-            result.finished, result.stop = True, None
-        elif result.stop is None and not result.finished:
-            result.stop = "exited"
-        del result.answers_us[request.answers :]
+            exchange.send()
+            while exchange.receive():
+                result.answers_us.append(self._elapsed_us())
+                self._restart_meter()
+                exchange.send_next()
+        except ReplyTooLongError:
+            return False
+        return True
 
     def _measure(self, result: RunResult) -> None:
         if self._usage is None:

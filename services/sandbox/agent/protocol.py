@@ -14,8 +14,6 @@ from typing import Any, NamedTuple
 
 MAX_HEADER_BYTES = 128 * 1024
 MAX_DESCRIPTORS = 16
-ANSWERED, FINISHED = b"a", b"f"
-"""Bytes of progress: an answer of a function, and the end of the answers."""
 
 
 class Message(NamedTuple):
@@ -92,11 +90,12 @@ class RunRequest:
     """Request to run one process.
 
     `mode` is `exec` (a command) or one of Python's own in `modes`. Messages carry the process's descriptors beside the
-    request, from 0 on; for the modes of Python the last one is the job's archive. A process with `answers` reports each
-    answer by a byte of progress and has its limits anew for the next one. What a run with `keep` leaves in the working
-    folder is there for the later runs of the sandbox. With `brings_files` one more descriptor comes with the request:
-    an archive of files for this run alone. The last descriptors are tars or zips, one for each of `unpack`, the folders
-    into which they are unpacked before the process starts.
+    request, from 0 on; for the modes of Python the last one is the job's archive. For a process with `answers`
+    descriptors 3 and 4 are files of replies and of inputs, of which it gets pipes; it has its limits anew for each
+    answer. What a run with `keep` leaves in the working folder is there for the later runs of the sandbox. With
+    `brings_files` one more descriptor comes with the request: an archive of files for this run alone. The last
+    descriptors are tars or zips, one for each of `unpack`, the folders into which they are unpacked before the process
+    starts.
     """
 
     mode: str
@@ -153,7 +152,6 @@ class RunResult:
     cpu_us: int = 0
     peak_bytes: int | None = None
     answers_us: list[int] = field(default_factory=list)
-    finished: bool = False
     start_error: int = 0
     refused_index: int = 0
     refused: str = ""
