@@ -5,11 +5,12 @@ One `Access` serves gRPC and HTTP, so that a caller has one quota for both.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import get_args
@@ -31,6 +32,7 @@ STACK, ANYONE = "stack", "anyone"
 _REQUEST_ID_LENGTH = 128
 _NO_QUOTA = QuotaConfig()
 _RETRY_AFTER_S = 1.0
+_RECEIVED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ class Call:
 
 
 class Usage:
-    """Calls of one caller in flight, and those of the last second."""
+    """Calls of one caller in flight, and those of the last second; `receiving` bounds the requests that it sends."""
 
     def __init__(self) -> None:
+        self.receiving = asyncio.Semaphore(_RECEIVED_AT_ONCE)
         self._in_flight = 0
         # When the calls begun so far would all have begun, had they come at the quota's rate.
         self._paid_until = 0.0
@@ -91,12 +94,42 @@ class Usage:
         self._paid_until = paid_until
 
 
+class HeldBytes:
+    """Bytes of all requests that are being served, or wait to be."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[Callable[[int], None]]:
+        """Yields a function that adds bytes to those of one request, which ends with the block.
+
+        It raises ResourceExhaustedError where all requests together would have more than the limit.
+        """
+        own = 0
+
+        def grow(size: int) -> None:
+            nonlocal own
+            if self._held + size > self._limit:
+                message = f"The requests in flight have {self._held} bytes, and the server's limit is {self._limit}."
+                raise ResourceExhaustedError(message, retry_after_s=_RETRY_AFTER_S)
+            self._held += size
+            own += size
+
+        try:
+            yield grow
+        finally:
+            self._held -= own
+
+
 class Access:
-    """Tokens, quotas and log of a service."""
+    """Tokens, quotas and log of a service; `requests` bounds the memory that requests take."""
 
     def __init__(self, config: ServiceConfig) -> None:
         server = config.server
         self.needs_token = server.has_tokens
+        self.requests = HeldBytes(server.max_request_bytes_in_flight)
         self._service = config.section
         self._audience = config.audience
         self._audit = server.audit
@@ -109,7 +142,7 @@ class Access:
         return Call(method, peer, given[:_REQUEST_ID_LENGTH])
 
     @contextmanager
-    def admit(self, call: Call, header: str | bytes | None, audience: Audience | None = None) -> Iterator[None]:
+    def admit(self, call: Call, header: str | bytes | None, audience: Audience | None = None) -> Iterator[Usage]:
         """Admits a call with this authorization header for as long as the block lasts.
 
         `audience` stands for the service's own where it is given. Raises UnauthenticatedError, PermissionDeniedError
@@ -122,8 +155,9 @@ class Access:
             granted = " and ".join(sorted(caller.audiences))
             message = f"The token of {caller.name} is for {granted}; {self._service} asks for one for {audience}."
             raise PermissionDeniedError(message)
-        with self._usage[caller.name].enter(caller):
-            yield
+        usage = self._usage[caller.name]
+        with usage.enter(caller):
+            yield usage
 
     def identify(self, header: str | bytes | None) -> Caller:
         """Returns who holds the header's token; raises UnauthenticatedError."""

@@ -94,6 +94,9 @@ class ServerConfig(Model):
     """Name in the peers' certificates, where they are not for the peers' addresses."""
     max_concurrent_rpcs: int = Field(256, ge=1)
     """Calls served at once; more are refused with RESOURCE_EXHAUSTED."""
+    max_request_bytes_in_flight: int = Field(1 << 30, ge=1)
+    """Bytes of all requests that are served or wait, over gRPC and HTTP together; more are refused with
+    RESOURCE_EXHAUSTED. One that is larger than this alone is always refused."""
     drain_seconds: float = Field(10.0, ge=0)
     """Time that calls in flight have after SIGTERM."""
     metrics_port: int | None = Field(None, ge=0, le=65535)
@@ -133,7 +136,8 @@ class HttpConfig(Model):
     port: int | None = Field(None, ge=0, le=65535)
     """Port to bind; 0 takes a free one, unset leaves HTTP off."""
     max_body_bytes: int | None = Field(None, ge=1)
-    """Largest body of a request; twice the largest gRPC message unless set, since JSON takes more room."""
+    """Largest body of a request; half as much again as the largest gRPC message unless set, since JSON takes more
+    room."""
     timeout_seconds: float | None = Field(None, gt=0)
     """Deadline of a call that brings none; unset leaves it without one."""
 

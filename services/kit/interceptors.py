@@ -1,8 +1,13 @@
-"""Interceptor that every gRPC call passes: access, limit on calls at once, metrics, log, errors as statuses."""
+"""Interceptor that every gRPC call passes: access, limits on calls and on bytes at once, metrics, log, errors as
+statuses.
+
+A request is received by the handler, not before it: a call that is refused costs no more than its headers.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -14,13 +19,14 @@ from prometheus_client import Histogram
 
 from perigee.errors import (
     STATUS_DETAILS_KEY,
+    DeadlineExceededError,
     InternalError,
     InvalidArgumentError,
     PerigeeError,
     ResourceExhaustedError,
     to_status,
 )
-from services.kit.access import REQUEST_ID_HEADER, Access, Call
+from services.kit.access import REQUEST_ID_HEADER, Access, Call, Usage
 from services.kit.telemetry import get_logger
 from services.kit.tracing import carry_request
 
@@ -28,6 +34,9 @@ log = get_logger(__name__)
 
 # Orchestrators probe health without a token.
 OPEN_PREFIX = "/grpc.health.v1.Health/"
+_MESSAGE_S = 60.0
+_GZIP_MAGIC = b"\x1f\x8b"  # begins no message: wire type 7 does not exist
+_UNCOMPRESSED_BYTES = 4 << 20
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -64,51 +73,72 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return handler
         metadata = dict(handler_call_details.invocation_metadata or ())
         if handler.unary_unary:
-            return grpc.unary_unary_rpc_method_handler(
+            return grpc.stream_unary_rpc_method_handler(
                 self._wrap_unary(method, handler.unary_unary, metadata),  # type: ignore[arg-type]
                 request_deserializer=_read_request(handler.request_deserializer),
                 response_serializer=handler.response_serializer,
             )
         # Only reflection takes a stream of requests.
         behaviour = handler.unary_stream or handler.stream_stream
-        make = grpc.unary_stream_rpc_method_handler if handler.unary_stream else grpc.stream_stream_rpc_method_handler
-        return make(
-            self._wrap_stream(method, behaviour, metadata),  # type: ignore[arg-type]
+        return grpc.stream_stream_rpc_method_handler(
+            self._wrap_stream(method, behaviour, metadata, handler.stream_stream is not None),  # type: ignore[arg-type]
             request_deserializer=_read_request(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
     def _wrap_unary(
         self, method: str, behaviour: Callable[[Any, Context], Awaitable[Any]], metadata: CallMetadata
-    ) -> Callable[[Any, Context], Awaitable[Any]]:
-        """Returns the handler of a unary method with access, limit, metrics, log and statuses."""
+    ) -> Callable[[AsyncIterator[_Received], Context], Awaitable[Any]]:
+        """Returns the handler of a unary method with access, limits, metrics, log and statuses."""
 
-        async def call(request: Any, context: Context) -> Any:
-            async with self._serving(method, metadata, context):
-                return await behaviour(_require_message(request), context)
+        async def call(requests: AsyncIterator[_Received], context: Context) -> Any:
+            async with self._serving(method, metadata, context) as usage, self._receive(requests, usage) as request:
+                return await behaviour(request, context)
 
         return call
 
     def _wrap_stream(
-        self, method: str, behaviour: Callable[[Any, Context], AsyncIterator[Any]], metadata: CallMetadata
-    ) -> Callable[[Any, Context], AsyncIterator[Any]]:
-        """Returns the handler of a streaming method with access, limit, metrics, log and statuses."""
+        self,
+        method: str,
+        behaviour: Callable[[Any, Context], AsyncIterator[Any]],
+        metadata: CallMetadata,
+        takes_stream: bool,
+    ) -> Callable[[AsyncIterator[_Received], Context], AsyncIterator[Any]]:
+        """Returns the handler of a streaming method with access, limits, metrics, log and statuses."""
 
-        async def call(request: Any, context: Context) -> AsyncIterator[Any]:
-            async with self._serving(method, metadata, context):
-                async for response in behaviour(_require_message(request), context):
-                    yield response
+        async def call(requests: AsyncIterator[_Received], context: Context) -> AsyncIterator[Any]:
+            async with self._serving(method, metadata, context) as usage:
+                if takes_stream:
+                    async for response in behaviour((_require_message(each) async for each in requests), context):
+                        yield response
+                    return
+                async with self._receive(requests, usage) as request:
+                    async for response in behaviour(request, context):
+                        yield response
 
         return call
 
     @asynccontextmanager
-    async def _serving(self, method: str, metadata: CallMetadata, context: Context) -> AsyncIterator[None]:
+    async def _receive(self, requests: AsyncIterator[_Received], usage: Usage) -> AsyncIterator[Any]:
+        """Yields the call's one request, whose bytes are held until the block ends."""
+        with self._access.requests.hold() as grow:
+            async with usage.receiving:
+                try:
+                    async with asyncio.timeout(_MESSAGE_S):
+                        received = await anext(requests, _Received(None, 0, "it did not come"))
+                except TimeoutError as error:
+                    raise DeadlineExceededError(f"The request did not arrive within {_MESSAGE_S:g} s.") from error
+            grow(received.size)
+            yield _require_message(received)
+
+    @asynccontextmanager
+    async def _serving(self, method: str, metadata: CallMetadata, context: Context) -> AsyncIterator[Usage]:
         """Admits one call, counts it for as long as the block lasts, and ends it with the status of what it raises."""
         call = self._access.begin(method, context.peer(), metadata.get(REQUEST_ID_HEADER))
         context.set_trailing_metadata(((REQUEST_ID_HEADER, call.request_id),))
         try:
-            with self._access.admit(call, metadata.get("authorization")), self._count():
-                yield
+            with self._access.admit(call, metadata.get("authorization")) as usage, self._count():
+                yield usage
             self._end(call, "OK")
         except asyncio.CancelledError:
             self._end(call, "CANCELLED")
@@ -142,27 +172,39 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
 
 
 @dataclass(frozen=True)
-class _Unreadable:
-    """Placeholder of a request that is not of the method's message."""
+class _Received:
+    """A request with the bytes that it took, or why it cannot be read."""
 
-    reason: str
+    message: Any
+    size: int
+    fault: str = ""
 
 
-def _read_request(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+def _read_request(deserializer: Callable[[bytes], Any] | None) -> Callable[[bytes], _Received]:
     """Wraps a deserializer, whose error gRPC would answer with INTERNAL and without details."""
     assert deserializer is not None
 
-    def read(data: bytes) -> Any:
+    def read(data: bytes) -> _Received:
         try:
-            return deserializer(data)
-        except DecodeError as error:
-            return _Unreadable(str(error))
+            message = _decompress(data) if data.startswith(_GZIP_MAGIC) else data
+            return _Received(deserializer(message), len(message))
+        except (DecodeError, zlib.error) as error:
+            return _Received(None, 0, str(error))
 
     return read
 
 
-def _require_message(request: Any) -> Any:
-    if isinstance(request, _Unreadable):
-        raise InvalidArgumentError.for_field("request", f"is not of the method's message: {request.reason}")
-    carry_request(request)
-    return request
+def _decompress(data: bytes) -> bytes:
+    """Returns what gzip has made small; raises zlib.error for what is more than 4 MiB."""
+    stream = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    message = stream.decompress(data, _UNCOMPRESSED_BYTES)
+    if not stream.eof:
+        raise zlib.error(f"a compressed message may hold {_UNCOMPRESSED_BYTES} bytes: send it uncompressed")
+    return message
+
+
+def _require_message(received: _Received) -> Any:
+    if received.fault:
+        raise InvalidArgumentError.for_field("request", f"is not of the method's message: {received.fault}")
+    carry_request(received.message)
+    return received.message

@@ -28,6 +28,7 @@ from services.kit.tracing import client_interceptors, server_interceptors, start
 
 log = get_logger(__name__)
 
+_PENDING_CALLS = 1 << 20
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -238,6 +239,11 @@ def server_arguments(config: ServiceConfig) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", config.message_bytes),
         ("grpc.max_receive_message_length", config.message_bytes),
         ("grpc.so_reuseport", 0),
+        # Past these gRPC would end calls by chance, before the interceptor could refuse them with a reason.
+        ("grpc.server.max_pending_requests", _PENDING_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
+        # A message of some hundred KiB could take hundreds of MiB; the interceptor decompresses, and bounds it.
+        ("grpc.per_message_decompression", 0),
         # Without it a channel that is silent but for its probes is closed after a few of them.
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
         ("grpc.keepalive_permit_without_calls", 1),

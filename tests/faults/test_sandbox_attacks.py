@@ -75,6 +75,8 @@ ATTACKS = [
     Attack("breakouts/cgroup_files.py"),
     Attack("breakouts/executables.py"),
     Attack("breakouts/core_dump.py"),
+    Attack("breakouts/host_counters.py"),
+    Attack("breakouts/traces_of_the_host.py"),
 ]  # fmt: skip
 
 OTHER_LANGUAGES = [

@@ -188,7 +188,7 @@ async def read(messages: Sequence[dict[str, Any]], limit: int, **headers: str) -
         return left.pop(0)
 
     try:
-        body = await read_body(Headers(headers), receive, limit)
+        body = await read_body(Headers(headers), receive, limit, lambda size: None)
     except InvalidArgumentError:
         body = b"refused"
     return body, len(messages) - len(left)

@@ -23,7 +23,11 @@ from perigee.errors import (
 )
 from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
-from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer, add_RewardServiceServicer_to_server
+from perigee.reward.v1.reward_pb2_grpc import (
+    RewardServiceServicer,
+    RewardServiceStub,
+    add_RewardServiceServicer_to_server,
+)
 from services.kit.config import ServerConfig, ServiceConfig
 from services.kit.server import App, end_tasks, serving
 
@@ -174,6 +178,42 @@ async def test_calls_beyond_the_limit_are_refused_with_a_hint() -> None:
         probe.release.set()
         assert [response.id async for response in waiting] == ["done"]
         await client.list_verifiers(pb.ListVerifiersRequest())
+
+
+async def test_a_burst_is_served_or_refused_and_never_broken_off() -> None:
+    async with probe_server(max_concurrent_rpcs=2000) as (app, _), RewardClient.connect(app.address) as client:
+        calls = (client.list_verifiers(pb.ListVerifiersRequest()) for _ in range(1500))
+        results = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(result) for result in results} == {pb.ListVerifiersResponse}
+
+
+async def test_a_compressed_request_is_bounded() -> None:
+    async with (
+        probe_server() as (app, _),
+        grpc.aio.insecure_channel(app.address, compression=grpc.Compression.Gzip) as channel,
+    ):
+        stub = RewardServiceStub(channel)
+        item = pb.ScoreItem(id="x" * 1000)
+        assert [each.id async for each in stub.Score(pb.ScoreRequest(items=[item]), timeout=10)] == ["done"]
+        bomb = pb.ScoreItem(id="x" * (5 << 20))
+        with pytest.raises(grpc.aio.AioRpcError, match="a compressed message may hold 4194304 bytes"):
+            await stub.Score(pb.ScoreRequest(items=[bomb]), timeout=10).read()
+
+
+async def test_the_bytes_of_requests_in_flight_are_bounded() -> None:
+    async with (
+        probe_server(max_request_bytes_in_flight=5000) as (app, probe),
+        RewardClient.connect(app.address) as client,
+    ):
+        items = [pb.ScoreItem(id="wait"), pb.ScoreItem(id="x" * 3000)]
+        waiting = client.score(pb.ScoreRequest(items=items), timeout_s=10)
+        assert (await anext(waiting)).id == "started"
+        with pytest.raises(ResourceExhaustedError, match="have 3014 bytes, and the server's limit is 5000") as refused:
+            await anext(client.score(pb.ScoreRequest(items=items), timeout_s=10))
+        assert refused.value.retry_after_s == 1.0
+        probe.release.set()
+        assert [response.id async for response in waiting] == ["done"]
+        assert await score(client, "x" * 3000) == ["done"]
 
 
 async def test_calls_in_flight_finish_while_the_server_drains() -> None:

@@ -11,7 +11,7 @@ import grpc
 import pytest
 import pytest_asyncio
 
-from perigee.errors import InvalidArgumentError
+from perigee.errors import InvalidArgumentError, ResourceExhaustedError
 from perigee.json_codec import write_message
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from tests.fixtures.sandbox import stdio_tests
@@ -19,7 +19,6 @@ from tests.fixtures.sandbox_fronts import Fronts, running_fronts
 
 HELLO = pb.ExecuteRequest(language="python", source=b"print(1)")
 TESTS = stdio_tests([(b"", b"")])
-LARGE_BYTES = 200 << 20
 
 
 def execute(**fields: Any) -> pb.ExecuteRequest:
@@ -133,12 +132,22 @@ async def test_wrong_submissions(small: Fronts, what: str) -> None:
     assert sorted(await refused_by_http(small, "/v1/judge", write_message(request))) == sorted(fields)
 
 
-async def test_a_file_of_200_megabytes(small: Fronts) -> None:
-    request = execute(files=[pb.File(path="large", content=b"x" * LARGE_BYTES)])
+async def test_a_request_of_200_megabytes_is_not_read(small: Fronts) -> None:
+    request = execute(files=[pb.File(path="large", content=bytes(200 << 20))])
+    with pytest.raises(ResourceExhaustedError, match="larger than max"):
+        await small.grpc.execute(request)
+    response = await small.http.post(
+        "/v1/execute", content=bytes(103 << 20), headers={"content-type": "application/json"}
+    )
+    assert "is larger than 106954752 bytes" in response.text
+
+
+async def test_a_file_of_40_megabytes(small: Fronts) -> None:
+    request = execute(files=[pb.File(path="large", content=bytes(40 << 20))])
     with pytest.raises(InvalidArgumentError) as error:
         await small.grpc.execute(request)
     assert set(fields_of(error.value)) == {"files[0].content", "files"}
-    content = base64.b64encode(bytes(LARGE_BYTES // 5)).decode()  # still beyond the largest file
+    content = base64.b64encode(bytes(40 << 20)).decode()
     body = {"language": "python", "source": "x", "files": [{"path": "large", "content_base64": content}]}
     assert set(await refused_by_http(small, "/v1/execute", body)) == {"files[0].content", "files"}
 

@@ -17,6 +17,8 @@ from services.sandbox.runtime.cgroups import (
     find_groups,
     group_folders,
     remove_group,
+    weigh_instances,
+    weigh_jobs,
 )
 from services.sandbox.runtime.delegation import SERVICE_FOLDER, delegate_own_group
 from services.sandbox.runtime.isolation import Machine, find_problem
@@ -177,6 +179,26 @@ def test_v1_with_controllers_on_one_mount_is_entered_once(tmp_path: Path) -> Non
     joint = tmp_path / "cpu,cpuacct"
     host = CgroupHost(1, {"memory": tmp_path / "memory", "pids": tmp_path / "pids", "cpuacct": joint, "cpu": joint}, ())
     assert len(SlotCgroup(host, INSTANCE, "slot-0").procs_paths) == 3
+
+
+@pytest.mark.parametrize(
+    ("version", "mount", "name", "one", "most"),
+    [(1, "cpu", "cpu.shares", 1024, 1 << 18), (2, "unified", "cpu.weight", 100, 10_000)],
+)
+def test_jobs_weigh_as_much_as_the_slots(
+    version: int, mount: str, name: str, one: int, most: int, tmp_path: Path
+) -> None:
+    host = CgroupHost(version, {mount: tmp_path}, ())
+    top = tmp_path / "perigee-sandbox"
+    for folder in (top, top / INSTANCE, top / "3-4"):
+        fill(folder, {name: str(one)})
+    weigh_jobs(host, INSTANCE, 16)
+    assert [(top / path / name).read_text() for path in ("", INSTANCE)] == [str(17 * one), str(16 * one)]
+    weigh_jobs(host, INSTANCE, 1000)
+    assert [(top / path / name).read_text() for path in ("", INSTANCE)] == [str(most), str(most)]
+    (top / INSTANCE / name).unlink()
+    weigh_instances(host)
+    assert (top / name).read_text() == str(one)
 
 
 def test_groups_of_all_instances_are_found(v2: tuple[SlotCgroup, Path]) -> None:

@@ -72,9 +72,9 @@ def test_services_beside_each_other_have_users_of_their_own() -> None:
     assert choose_first_uid("         0     100000      65536\n") < 65536 - 4096
 
 
-def run_filter(program: bytes, architecture: int, number: int, argument: int) -> int:
+def run_filter(program: bytes, architecture: int, number: int, *arguments: int) -> int:
     """What a filter returns, by an interpreter of the few instructions that it uses."""
-    data = struct.pack("=IIQQ", number, architecture, 0, argument)
+    data = struct.pack("=IIQ6Q", number, architecture, 0, *arguments, *[0] * (6 - len(arguments)))
     instructions = [struct.unpack_from("=HBBI", program, offset) for offset in range(0, len(program), 8)]
     position, accumulator = 0, 0
     while True:
@@ -90,6 +90,7 @@ def run_filter(program: bytes, architecture: int, number: int, argument: int) ->
 
 
 ALLOW, EPERM, ENOSYS, KILL = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
+DONE, ENOMEM = 0x00050000, 0x0005000C
 X86_64 = 0xC000003E
 
 
@@ -118,8 +119,40 @@ def test_filter_decides_call_by_call(number: int, argument: int, action: int) ->
     assert run_filter(build_filter("x86_64"), X86_64, number, argument) == action
 
 
+HIGH_POINTER = 0x7F00_0000_0000
+
+
+@pytest.mark.parametrize(
+    ("number", "arguments", "action"),
+    [
+        (9, (0, 4096, 3, 0x22), ALLOW),  # mmap
+        (9, (0, 1 << 21, 3, 0x40022), ENOMEM),  # with MAP_HUGETLB
+        (29, (0, 4096, 0o1600), ALLOW),  # shmget
+        (29, (0, 1 << 21, 0o1600 | 0x800), ENOMEM),  # with SHM_HUGETLB
+        (319, (HIGH_POINTER, 1), ALLOW),  # memfd_create
+        (319, (HIGH_POINTER, 5), ENOMEM),  # with MFD_HUGETLB
+        (157, (38, 1), ALLOW),  # prctl PR_SET_NO_NEW_PRIVS
+        (157, (22, 2), EPERM),  # PR_SET_SECCOMP
+        (317, (1, 0), EPERM),  # seccomp
+        (54, (3, 1, 7), ALLOW),  # setsockopt SO_SNDBUF
+        *((54, (3, 1, name), EPERM) for name in (26, 50, 51, 52)),
+        (54, (3, 41, 26), ALLOW),  # IPV6_V6ONLY has the number of SO_ATTACH_FILTER
+        (160, (7, HIGH_POINTER), ALLOW),  # setrlimit RLIMIT_NOFILE
+        (160, (4, HIGH_POINTER), DONE),  # RLIMIT_CORE
+        (302, (0, 4, 0, HIGH_POINTER), ALLOW),  # prlimit64 reads RLIMIT_CORE
+        (302, (0, 4, HIGH_POINTER, 0), DONE),
+        (302, (0, 4, HIGH_POINTER | 8, 0), DONE),
+        (302, (0, 7, HIGH_POINTER, 0), ALLOW),
+        (162, (), DONE),  # sync
+        (306, (3,), DONE),  # syncfs
+    ],
+)
+def test_filter_decides_by_arguments(number: int, arguments: tuple[int, ...], action: int) -> None:
+    assert run_filter(build_filter("x86_64"), X86_64, number, *arguments) == action
+
+
 @given(st.integers(0, 600))
 def test_filter_ends_for_every_number_and_architecture(number: int) -> None:
     assert run_filter(build_filter("x86_64"), 0x40000003, number, 0) == KILL
-    assert run_filter(build_filter("x86_64"), X86_64, number, 1) in (ALLOW, EPERM, ENOSYS)
-    assert run_filter(build_filter("aarch64"), 0xC00000B7, number, 1) in (ALLOW, EPERM, ENOSYS)
+    assert run_filter(build_filter("x86_64"), X86_64, number, 1) in (ALLOW, EPERM, ENOSYS, DONE)
+    assert run_filter(build_filter("aarch64"), 0xC00000B7, number, 1) in (ALLOW, EPERM, ENOSYS, DONE)

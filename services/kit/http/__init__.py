@@ -95,7 +95,7 @@ async def http_serving(
         access=app.access,
         audience=http.audience,
         rpc_paths={route.path for route in routes},
-        max_body_bytes=http.max_body_bytes or 2 * app.config.message_bytes,
+        max_body_bytes=http.max_body_bytes or 3 * app.config.message_bytes // 2,
         timeout_s=http.timeout_seconds,
         seconds=http_request_histogram(app.name),
         open_paths=OPEN_PATHS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -145,19 +145,21 @@ class CallMiddleware:
         if route is None:
             raise NotFoundError(f"{scope['method']} {scope['path']} is no route of this service; see /openapi.json.")
         deadline = read_deadline(headers, self.timeout_s)
-        with self.calls.enter():
+        with self.calls.enter(), self.access.requests.hold() as grow:
             raw = route.path in self.raw_paths
-            body = await self._read_body(headers, receive, deadline, raw)
+            body = await self._read_body(headers, receive, deadline, raw, grow)
             scope["deadline"] = deadline
             handler = self.app(scope, replay(body), reply.send)
             late = "The call did not finish before its deadline."
             await self._supervise(_run(handler), deadline, late, _until_disconnect(receive, reply))
 
-    async def _read_body(self, headers: Headers, receive: Receive, deadline: float | None, raw: bool) -> bytes:
+    async def _read_body(
+        self, headers: Headers, receive: Receive, deadline: float | None, raw: bool, grow: Callable[[int], None]
+    ) -> bytes:
         """Returns the body; raises PerigeeError when it is late, too large or no JSON."""
         arrival = asyncio.get_running_loop().time() + _BODY_S
         late = "The body did not arrive in time."
-        reading = read_body(headers, receive, self.max_body_bytes)
+        reading = read_body(headers, receive, self.max_body_bytes, grow)
         body = await self._supervise(reading, arrival if deadline is None else min(arrival, deadline), late)
         if body and not raw and not is_json(headers.get("content-type", "")):
             # Web pages may send other types to any address without being asked for permission first.
@@ -294,8 +296,11 @@ async def _cancel(task: asyncio.Task[Any]) -> None:
         log.error("call failed while it was cancelled", exc_info=error)
 
 
-async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
-    """Returns the whole body; raises InvalidArgumentError as soon as it is known to be above the limit."""
+async def read_body(headers: Headers, receive: Receive, limit: int, grow: Callable[[int], None]) -> bytes:
+    """Returns the whole body, whose parts are counted by `grow`.
+
+    Raises InvalidArgumentError as soon as it is known to be above the limit, and what `grow` raises.
+    """
     length = headers.get("content-length", "")
     too_large = InvalidArgumentError.for_field("body", f"is larger than {limit} bytes, the largest that is taken")
     if length.isdigit() and int(length) > limit:
@@ -310,6 +315,7 @@ async def read_body(headers: Headers, receive: Receive, limit: int) -> bytes:
         size += len(chunk)
         if size > limit:
             raise too_large
+        grow(len(chunk))
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)

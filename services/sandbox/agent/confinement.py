@@ -1,9 +1,10 @@
 """Confinement of a process that is about to become a submission's: privileges, limits and the system-call filter.
 
-The filter allows every call except those that reach for the kernel, the host or the network. Denied calls give EPERM;
-clone3 gives ENOSYS, so that libc falls back to clone, whose flags a filter can read; sockets other than AF_UNIX are
-refused, but for TCP and UDP of a program that has a loopback device; calls in the layout of another architecture kill
-the process. mknod stays allowed: mkfifo needs it, and device nodes need a capability that no program in a sandbox has.
+The filter allows every call except those that reach for the kernel, the host or the network, or for what the kernel
+counts for the whole host. Denied calls give EPERM; clone3 gives ENOSYS, so that libc falls back to clone, whose flags a
+filter can read; sockets other than AF_UNIX are refused, but for TCP and UDP of a program that has a loopback device;
+calls in the layout of another architecture kill the process. mknod stays allowed: mkfifo needs it, and device nodes
+need a capability that no program in a sandbox has.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from .protocol import Limits
 
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN, _AND = 0x20, 0x15, 0x35, 0x45, 0x06, 0x54
 _ALLOW, _KILL_PROCESS, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_EPERM, _ENOSYS = 1, 38
+_EPERM, _ENOMEM, _ENOSYS = 1, 12, 38
+_DONE = 0  # as an error number: the call seems to succeed and has no effect
 _OFFSET_NUMBER, _OFFSET_ARCHITECTURE, _OFFSET_ARGUMENT_0, _OFFSET_ARGUMENT_1, _OFFSET_ARGUMENT_2 = 0, 4, 16, 24, 32
+_ANY_BIT = 0xFFFFFFFF
 _X32_BIT = 0x40000000
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 _SOCKET_TYPE, _STREAM, _DATAGRAM = 0xF, 1, 2
@@ -80,6 +83,7 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "quotactl_fd": (443, 443),
     "reboot": (169, 142),
     "request_key": (249, 218),
+    "seccomp": (317, 277),  # the memory of compiled filters is counted for the whole host
     "setdomainname": (171, 162),
     "sethostname": (170, 161),
     "setns": (308, 268),
@@ -92,12 +96,66 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "userfaultfd": (323, 282),
     "vhangup": (153, 58),
 }
+# without effect: they would write out the host's file systems
+_IGNORED = {"sync": (162, 81), "syncfs": (306, 267)}
+
+
+def _argument(index: int) -> int:
+    """Returns the offset of an argument's low half; the high half is 4 further."""
+    return _OFFSET_ARGUMENT_0 + 8 * index
+
+
+_Check = tuple[tuple[int, int, int], ...]
+"""Alternatives, each an offset, a jump and a value, of which one has to hold."""
+_RLIMIT_CORE, _PR_SET_SECCOMP, _SOL_SOCKET = 4, 22, 1
+_MAP_HUGETLB, _SHM_HUGETLB, _MFD_HUGETLB = 0x40000, 0x800, 0x4
+_SOCKET_FILTERS = (26, 50, 51, 52)  # SO_ATTACH_FILTER, SO_ATTACH_BPF, SO_ATTACH_REUSEPORT_CBPF, _EBPF
+
+# calls whose arguments decide: numbers, checks that all have to hold, error number
+_ARGUMENT_RULES: list[tuple[tuple[int, int], tuple[_Check, ...], int]] = [
+    # pages of the host's pool, which no limit of memory counts
+    ((9, 222), (((_argument(3), _JUMP_ANY_BIT, _MAP_HUGETLB),),), _ENOMEM),
+    ((29, 194), (((_argument(2), _JUMP_ANY_BIT, _SHM_HUGETLB),),), _ENOMEM),
+    ((319, 279), (((_argument(1), _JUMP_ANY_BIT, _MFD_HUGETLB),),), _ENOMEM),
+    # compiled filters, as for seccomp
+    ((157, 167), (((_argument(0), _JUMP_EQUAL, _PR_SET_SECCOMP),),), _EPERM),
+    (
+        (54, 208),
+        (
+            ((_argument(1), _JUMP_EQUAL, _SOL_SOCKET),),
+            tuple((_argument(2), _JUMP_EQUAL, name) for name in _SOCKET_FILTERS),
+        ),
+        _EPERM,
+    ),
+    # the limit of core dumps stays as it is
+    ((160, 164), (((_argument(0), _JUMP_EQUAL, _RLIMIT_CORE),),), _DONE),
+    (
+        (302, 261),
+        (
+            ((_argument(1), _JUMP_EQUAL, _RLIMIT_CORE),),
+            ((_argument(2), _JUMP_ANY_BIT, _ANY_BIT), (_argument(2) + 4, _JUMP_ANY_BIT, _ANY_BIT)),
+        ),
+        _DONE,
+    ),
+]
 _CLONE, _CLONE3 = (56, 220), (435, 435)
 _SOCKET, _SOCKETPAIR = (41, 198), (53, 199)
 
 
 def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, if_true, if_false, value)
+
+
+def _rule(number: int, checks: tuple[_Check, ...], error: int) -> list[bytes]:
+    """Returns the instructions for one call: an error where every check holds, else the call itself."""
+    body = [_instruction(_RETURN, _ERRNO | error), _instruction(_RETURN, _ALLOW)]
+    for alternatives in reversed(checks):
+        tests = []
+        for after, (offset, jump, value) in zip(reversed(range(len(alternatives))), alternatives, strict=True):
+            to_allow = 0 if after else len(body) - 1
+            tests += [_instruction(_LOAD, offset), _instruction(jump, value, if_true=2 * after, if_false=to_allow)]
+        body = tests + body
+    return [_instruction(_JUMP_EQUAL, number, if_false=len(body)), *body]
 
 
 def build_filter(machine: str | None = None, loopback: bool = False) -> bytes:
@@ -139,6 +197,10 @@ def build_filter(machine: str | None = None, loopback: bool = False) -> bytes:
             refuse,
             _instruction(_RETURN, _ALLOW),
         ]
+    for both, checks, error in _ARGUMENT_RULES:
+        program += _rule(both[column], checks, error)
+    for both in _IGNORED.values():
+        program += _rule(both[column], (), _DONE)
     for position, number in enumerate(denied):
         program.append(_instruction(_JUMP_EQUAL, number, if_true=len(denied) - position))
     return b"".join([*program, _instruction(_RETURN, _ALLOW), refuse])
@@ -167,6 +229,9 @@ def _allow_internet(number: int) -> list[bytes]:
 _HIGH_DESCRIPTOR = 100
 _GRACE_CPU_S = 1
 _OPEN_FILES = 256
+_PENDING_SIGNALS = 4096
+CORE_BYTES = 1
+"""Limit of core dumps: too little for one, and at 0 the kernel would start the host's handler of crashes."""
 
 
 @dataclass(frozen=True)
@@ -192,6 +257,7 @@ def give_up_privileges(confinement: Confinement) -> None:
         os.setresgid(confinement.uid, confinement.uid, confinement.uid)
         os.setresuid(confinement.uid, confinement.uid, confinement.uid)
     kernel.set_dumpable(True)
+    resource.setrlimit(resource.RLIMIT_CORE, (CORE_BYTES, CORE_BYTES))  # the filter lets nobody change it
     kernel.forbid_new_privileges()
     if confinement.seccomp:
         kernel.install_filter(confinement.seccomp)
@@ -216,12 +282,14 @@ def install_descriptors(descriptors: list[int]) -> None:
 
 
 def resource_limits(limits: Limits, runs: int) -> dict[str, int]:
-    """Returns the resource limits of a process by name, but for the number of processes."""
+    """Returns the resource limits of a process by name, but for the number of processes and core dumps."""
     return {
         "RLIMIT_CPU": -(-limits.cpu_ms // 1000) * max(1, runs) + _GRACE_CPU_S,
         "RLIMIT_NOFILE": _OPEN_FILES,
         "RLIMIT_FSIZE": max(limits.file_bytes, limits.output_bytes + 1),
-        "RLIMIT_CORE": 0,
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
+        "RLIMIT_SIGPENDING": _PENDING_SIGNALS,
+        "RLIMIT_NICE": 0,
+        "RLIMIT_RTPRIO": 0,
     }

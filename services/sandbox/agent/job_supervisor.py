@@ -170,7 +170,9 @@ def _await_request(confinement: Confinement, preparation: Preparation, channel: 
     try:
         kernel.die_with_parent(signal.SIGKILL)
         kernel.unshare(_NAMESPACES)
-        kernel.mount("proc", "/proc", "proc", root.PROC_FLAGS)
+        root.mount_proc()
+        sys.orig_argv = ["python3", "main.py"]
+        kernel.set_command_line(sys.orig_argv)
         kernel.set_hostname("box")
         assert confinement.uid is not None
         root.mount_writable(confinement.uid, preparation)

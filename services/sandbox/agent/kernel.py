@@ -26,8 +26,10 @@ _SYS_CLOSE_RANGE, _SYS_OPENAT2 = 436, 437  # the same on every architecture
 _RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
 _EINVAL = 22
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
+_SPLICE_F_NONBLOCK = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.splice.restype = ctypes.c_ssize_t
 
 
 class _FilterProgram(ctypes.Structure):
@@ -101,6 +103,31 @@ def open_beneath(folder: int, path: str, flags: int) -> int:
     )
     _check(result, f"open {path}")
     return result
+
+
+def splice(source: int, source_offset: int | None, target: int, target_offset: int | None, most_bytes: int) -> int:
+    """Moves bytes between a pipe and a file, at its offset, inside the kernel; returns how many, 0 at the end.
+
+    Raises BlockingIOError where it would have to wait.
+    """
+    offsets = [
+        None if offset is None else ctypes.byref(ctypes.c_int64(offset)) for offset in (source_offset, target_offset)
+    ]
+    moved: int = _libc.splice(
+        source, offsets[0], target, offsets[1], ctypes.c_size_t(most_bytes), ctypes.c_uint(_SPLICE_F_NONBLOCK)
+    )
+    _check(moved, "splice")
+    return moved
+
+
+def set_command_line(arguments: list[str]) -> None:
+    """Replaces the command line of this process as /proc shows it, cut to the length that it has."""
+    with open("/proc/self/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    start, end = (int(fields[number - 3]) for number in (48, 49))
+    text = "".join(f"{argument}\0" for argument in arguments).encode()[: end - start]
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, text, len(text))
 
 
 def adopt_orphans() -> None:

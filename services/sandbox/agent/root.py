@@ -19,6 +19,8 @@ from .protocol import Preparation
 
 PROC_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 WRITABLE_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV
+MASKED = ("/proc/cmdline", "/proc/sys/fs/aio-nr", "/proc/sys/kernel/random/boot_id")
+"""Files of /proc that tell of the host, or by which neighbours could talk; they read as empty."""
 _DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
 _READ_ONLY = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
 _FOLDERS = ("proc", "box", "tmp", "dev", "etc", "run", OWN_FOLDER.strip("/"))
@@ -114,6 +116,13 @@ def enter_root(options: RootOptions) -> None:
     if not options.image:
         Path("/old").rmdir()
         kernel.mount("none", "/", None, kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID, "size=1m,mode=0755")
+
+
+def mount_proc() -> None:
+    """Mounts /proc of this process's namespaces, without what tells of the host."""
+    kernel.mount("proc", "/proc", "proc", PROC_FLAGS)
+    for path in MASKED:
+        kernel.mount("/dev/null", path, None, kernel.MS_BIND)
 
 
 def mount_writable(uid: int, preparation: Preparation) -> None:

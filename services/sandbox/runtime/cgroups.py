@@ -20,6 +20,8 @@ _OWN_PROCESSES = 16
 _PERIOD_US = 100_000
 _UNLIMITED = 2**63
 CONTROLLERS = "+memory +pids +cpu"
+# The kernel's weight of one process, and the largest of a group, by version.
+_WEIGHTS = {1: ("cpu.shares", 1024, 1 << 18), 2: ("cpu.weight", 100, 10_000)}
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,38 @@ def _write_if_there(path: Path, text: str) -> None:
 def group_folders(host: CgroupHost, instance: str) -> list[Path]:
     """Returns the folders of an instance's groups, one for each mount."""
     return [mount / FOLDER / instance for mount in dict.fromkeys(host.mounts.values())]
+
+
+def weigh_jobs(host: CgroupHost, instance: str, slots: int) -> None:
+    """Has the jobs of an instance weigh as much beside other processes as one process for each slot.
+
+    Raises OSError when this process may not.
+    """
+    name, one, most = _WEIGHTS[host.version]
+    if (folder := _cpu_folder(host)) is not None:
+        _write_if_there(folder / instance / name, str(min(one * slots, most)))
+    weigh_instances(host)
+
+
+def weigh_instances(host: CgroupHost) -> None:
+    """Has the group of all instances weigh as much as they do; raises OSError when this process may not."""
+    name, one, most = _WEIGHTS[host.version]
+    if (folder := _cpu_folder(host)) is not None:
+        weights = [_read_number(path) for path in folder.glob(f"*-*/{name}")]
+        _write_if_there(folder / name, str(min(max(one, sum(weights)), most)))
+
+
+def _read_number(path: Path) -> int:
+    """Returns the number in a file of a group; 0 when the group has been removed meanwhile."""
+    try:
+        return int(path.read_text())
+    except FileNotFoundError:
+        return 0
+
+
+def _cpu_folder(host: CgroupHost) -> Path | None:
+    mount = host.mounts.get("cpu" if host.version == 1 else "unified")
+    return None if mount is None else mount / FOLDER
 
 
 def find_groups(host: CgroupHost) -> list[Path]:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from perigee.errors import InternalError
 from services.kit.telemetry import get_logger
-from services.sandbox.runtime.cgroups import find_groups, group_folders, remove_group
+from services.sandbox.runtime.cgroups import find_groups, group_folders, remove_group, weigh_instances
 from services.sandbox.runtime.isolation import Machine
 
 
@@ -99,6 +99,8 @@ async def own_folders(machine: Machine, state: Path, with_groups: bool) -> Async
         yield folder
     finally:
         await asyncio.to_thread(_remove, folder, groups)
+        if groups and machine.cgroups is not None:
+            weigh_instances(machine.cgroups)
         for descriptor in claims:
             os.close(descriptor)
 

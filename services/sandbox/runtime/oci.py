@@ -6,6 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from services.sandbox.agent.confinement import CORE_BYTES
+from services.sandbox.agent.root import MASKED
+
 # What the init needs to become the job's user; the job has none.
 _INIT_CAPABILITIES = ["CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
 _DEV_OPTIONS = ["nosuid", "noexec", "size=64k", "mode=755"]
@@ -54,6 +57,7 @@ class Crun:
                 "cwd": "/",
                 "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), _INIT_CAPABILITIES),
                 "noNewPrivileges": True,
+                "rlimits": [{"type": "RLIMIT_CORE", "soft": CORE_BYTES, "hard": CORE_BYTES}],
                 "oomScoreAdj": 1000,
             },
             "mounts": [
@@ -62,7 +66,7 @@ class Crun:
             ],
             "linux": {
                 "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network", "cgroup")],
-                "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/acpi"],
+                "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/acpi", *MASKED],
                 "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
             },
         }

@@ -14,7 +14,7 @@ from services.kit.tracing import span
 from services.sandbox.config import SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime, load_catalog
 from services.sandbox.runtime import metrics
-from services.sandbox.runtime.cgroups import SlotCgroup
+from services.sandbox.runtime.cgroups import SlotCgroup, weigh_jobs
 from services.sandbox.runtime.delegation import delegate_own_group
 from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.isolation import Isolation, Machine, choose_isolation, make_init, read_machine
@@ -123,6 +123,8 @@ async def open_pool(config: SandboxConfig) -> AsyncIterator[Pool]:
         for slot in slots:
             stack.callback(slot.close)
             slot.open()
+        if not isolation.unsafe and machine.cgroups is not None:
+            weigh_jobs(machine.cgroups, machine.instance, config.slots)
         uids = [slot.uid for slot in slots]
         init = None if isolation.unsafe else await asyncio.to_thread(make_init, config.init_path, folder)
         zygotes = Zygotes(folder, init, uids, isolated=not isolation.unsafe)

@@ -13,15 +13,17 @@ for name in dir(resource):
             continue
         try:
             resource.setrlimit(kind, (value, value))
-            print("raised", name)
+            if resource.getrlimit(kind)[1] != hard:
+                print("raised", name)
         except (ValueError, OSError):
             pass
     try:
-        resource.prlimit(1, kind, (0, 0))
-        print("changed the first process's", name)
+        if kind != resource.RLIMIT_CORE:  # which seems to succeed and has no effect
+            resource.prlimit(1, kind, (0, 0))
+            print("changed the first process's", name)
     except OSError:
         pass
-for name, most in {"RLIMIT_CORE": 0, "RLIMIT_MEMLOCK": 1 << 20, "RLIMIT_NOFILE": 65536, "RLIMIT_NPROC": 4096}.items():
+for name, most in {"RLIMIT_CORE": 1, "RLIMIT_MEMLOCK": 1 << 20, "RLIMIT_NOFILE": 65536, "RLIMIT_NPROC": 4096}.items():
     hard = resource.getrlimit(getattr(resource, name))[1]
     if hard == resource.RLIM_INFINITY or hard > most:
         print(name, "is", hard)
