@@ -26,6 +26,11 @@ ENVIRONMENT = {
 }
 """Variables of every program, unless its runtime or its request sets others."""
 
+MASKED = ("/proc/cmdline", "/proc/sys/fs/aio-nr", "/proc/sys/kernel/random/boot_id")
+"""Files of /proc that tell of the host, or by which neighbours could talk; they read as empty."""
+CORE_BYTES = 1
+"""Limit of core dumps: too little for one, and at 0 the kernel would start the host's handler of crashes."""
+
 
 def start_code(folder: str, module: str) -> str:
     """Returns Python code that runs the main function of a module of this package, found in `folder`, and leaves no

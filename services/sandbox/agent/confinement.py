@@ -17,7 +17,7 @@ import signal
 import struct
 from dataclasses import dataclass
 
-from . import kernel
+from . import CORE_BYTES, kernel
 from .protocol import Limits
 
 _LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_ANY_BIT, _RETURN, _AND = 0x20, 0x15, 0x35, 0x45, 0x06, 0x54
@@ -230,8 +230,6 @@ _HIGH_DESCRIPTOR = 100
 _GRACE_CPU_S = 1
 _OPEN_FILES = 256
 _PENDING_SIGNALS = 4096
-CORE_BYTES = 1
-"""Limit of core dumps: too little for one, and at 0 the kernel would start the host's handler of crashes."""
 
 
 @dataclass(frozen=True)

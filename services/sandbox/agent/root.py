@@ -14,13 +14,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import HOME, OWN_FOLDER, kernel, start_code
+from . import HOME, MASKED, OWN_FOLDER, kernel, start_code
 from .protocol import Preparation
 
 PROC_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 WRITABLE_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV
-MASKED = ("/proc/cmdline", "/proc/sys/fs/aio-nr", "/proc/sys/kernel/random/boot_id")
-"""Files of /proc that tell of the host, or by which neighbours could talk; they read as empty."""
 _DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
 _READ_ONLY = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
 _FOLDERS = ("proc", "box", "tmp", "dev", "etc", "run", OWN_FOLDER.strip("/"))

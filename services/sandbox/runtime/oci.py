@@ -6,8 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from services.sandbox.agent.confinement import CORE_BYTES
-from services.sandbox.agent.root import MASKED
+from services.sandbox.agent import CORE_BYTES, MASKED
 
 # What the init needs to become the job's user; the job has none.
 _INIT_CAPABILITIES = ["CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
