@@ -63,12 +63,12 @@ async def probed(service: Service, what: str) -> AsyncIterator[None]:
             peak = max(peak, process.memory_info().rss)
             await asyncio.sleep(0.02)
 
-    watching = asyncio.create_task(watch())
+    sampling = asyncio.create_task(watch())
     try:
         yield
     finally:
         await asyncio.sleep(0.5)
-        watching.cancel()
+        sampling.cancel()
         held, _ = await asyncio.to_thread(prober.communicate)
         print(f"{what}: held {held.decode().strip()} ms at most, memory {peak / MIB:.0f} MiB at most")
 

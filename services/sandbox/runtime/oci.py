@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from services.sandbox.agent import CORE_BYTES, MASKED
 
 # What the init needs to become the job's user; the job has none.
 _INIT_CAPABILITIES = ["CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
@@ -42,7 +41,7 @@ class Crun:
         """Returns the path of the executable; None when it is not installed."""
         return shutil.which(self.name)
 
-    def bundle(self, environment: dict[str, str]) -> dict[str, Any]:
+    def bundle(self, environment: dict[str, str], masked: Sequence[str], core_bytes: int) -> dict[str, Any]:
         """Returns the configuration that all containers of a slot share; root, arguments and the job's mounts are
         added.
         """
@@ -56,7 +55,7 @@ class Crun:
                 "cwd": "/",
                 "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), _INIT_CAPABILITIES),
                 "noNewPrivileges": True,
-                "rlimits": [{"type": "RLIMIT_CORE", "soft": CORE_BYTES, "hard": CORE_BYTES}],
+                "rlimits": [{"type": "RLIMIT_CORE", "soft": core_bytes, "hard": core_bytes}],
                 "oomScoreAdj": 1000,
             },
             "mounts": [
@@ -65,7 +64,7 @@ class Crun:
             ],
             "linux": {
                 "namespaces": [{"type": kind} for kind in ("pid", "ipc", "uts", "mount", "network", "cgroup")],
-                "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/acpi", *MASKED],
+                "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/acpi", *masked],
                 "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"],
             },
         }

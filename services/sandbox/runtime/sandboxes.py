@@ -19,7 +19,7 @@ from typing import Any
 
 from perigee.errors import InvalidArgumentError
 from services.kit.telemetry import get_logger
-from services.sandbox.agent import ENVIRONMENT, OWN_FOLDER
+from services.sandbox.agent import CORE_BYTES, ENVIRONMENT, MASKED, OWN_FOLDER
 from services.sandbox.agent.archive import Archive, read_archive
 from services.sandbox.agent.protocol import Message, RunRequest, RunResult, memory_file
 from services.sandbox.agent.unpack import UNPACK_S
@@ -309,7 +309,7 @@ class Launchers:
             "command": self._container.run_command(folder),
             "state": str(self._container.state_path(folder)),
             "log": str(self._container.log_path(folder)),
-            "bundle": self._container.bundle(ENVIRONMENT),
+            "bundle": self._container.bundle(ENVIRONMENT, MASKED, CORE_BYTES),
             "init": str(self._init),
             "agent": str(AGENT),
             "cgroup_procs": slot.cgroup.procs_paths,

@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-PLACE = b"\0\0\0\4v  -1"
+ROOM = b"\0\0\0\4v  -1"
 
 
 def arguments_of_all_tests():
@@ -23,7 +23,7 @@ def f(x):
     for descriptor in range(3, 50):
         for _ in range(8):
             try:
-                os.write(descriptor, PLACE)
+                os.write(descriptor, ROOM)
                 os.write(4, b"a")
             except OSError:
                 pass
