@@ -32,6 +32,15 @@ class LimitsConfig(Model):
     """Files, folders and links in the working folder, and again in /tmp."""
 
 
+class ExtraTimeConfig(Model):
+    """Time that submissions in one language have beyond their limits."""
+
+    factor: float = Field(1.0, ge=1)
+    """Factor of `wall_ms` and `cpu_ms`."""
+    added_ms: int = Field(0, ge=0)
+    """Added to both then."""
+
+
 class SandboxServerConfig(ServerConfig):
     """Address and bounds of the server."""
 
@@ -85,6 +94,13 @@ class SandboxConfig(ServiceConfig):
         output_bytes=65536,
     )
     """Limits of compilers, where a request or a runtime sets none."""
+    compile_cache_bytes: int = Field(256 * MIB, ge=0)
+    """Memory for what compilers made of programs, checkers and interactors, which need not be compiled again; the least
+    recently used make room."""
+    compile_cache_entries: int = Field(1000, ge=0)
+    """Most compiled programs in that memory."""
+    extra_time: dict[str, ExtraTimeConfig] = {}
+    """Extra time of submissions that are judged, by language; a request's own for the same language goes before it."""
     max_source_bytes: int = Field(1 * MIB, ge=1)
     """Largest source of a program."""
     max_file_bytes: int = Field(32 * MIB, ge=1)

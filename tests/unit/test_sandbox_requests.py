@@ -146,11 +146,11 @@ def test_a_checker_has_space_for_what_it_compares() -> None:
     request.checker.program.CopyFrom(pb.Program(language="python", source=b"x"))
     checker = read_submission(request, CONFIG, CATALOG).checker
     assert checker is not None
-    assert checker.limits.file_bytes > 21 << 20
+    assert checker.program.limits.file_bytes > 21 << 20
     request.tests[0].stdio.stdin = b""
     checker = read_submission(request, CONFIG, CATALOG).checker
     assert checker is not None
-    assert checker.limits.file_bytes == CONFIG.default_limits.file_bytes
+    assert checker.program.limits.file_bytes == CONFIG.default_limits.file_bytes
 
 
 def test_an_empty_program_is_one_but_nothing_judges_by_being_empty() -> None:

@@ -10,6 +10,7 @@ from services.sandbox.config import SandboxConfig
 from services.sandbox.languages.catalog import load_catalog
 from services.sandbox.runtime import worker_slots
 from services.sandbox.runtime.cgroups import CgroupHost, SlotCgroup
+from services.sandbox.runtime.compile_cache import CompileCache
 from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.isolation import Isolation
 from services.sandbox.runtime.sandboxes import SandboxFactory, Zygotes
@@ -26,7 +27,10 @@ async def test_no_job_comes_to_one_that_does_not_end(tmp_path: Path, monkeypatch
     (folder / "cgroup.procs").write_text(f"{NO_PROCESS}\n")
     slot = WorkerSlot("slot-0", 60001, tmp_path / "slot-0", cgroup)
     factory = SandboxFactory(
-        Isolation(warm=True, container=None), Zygotes(tmp_path, None, [60001], isolated=True), None
+        Isolation(warm=True, container=None),
+        Zygotes(tmp_path, None, [60001], isolated=True),
+        None,
+        CompileCache(0, 0),
     )
     python = load_catalog(SandboxConfig()).find("python")
     assert python is not None

@@ -52,6 +52,34 @@ STATUS_COMPILE_ERROR: Status.ValueType  # 7
 """The program did not compile and was not run."""
 Global___Status: _TypeAlias = Status  # noqa: Y015
 
+class _GroupPolicy:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _GroupPolicyEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_GroupPolicy.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    GROUP_POLICY_UNSPECIFIED: _GroupPolicy.ValueType  # 0
+    """As ALL."""
+    GROUP_POLICY_ALL: _GroupPolicy.ValueType  # 1
+    """All points when every test is accepted, else none."""
+    GROUP_POLICY_MINIMUM: _GroupPolicy.ValueType  # 2
+    """The smallest fraction that a test earned."""
+    GROUP_POLICY_SUM: _GroupPolicy.ValueType  # 3
+    """What the tests earned, added."""
+
+class GroupPolicy(_GroupPolicy, metaclass=_GroupPolicyEnumTypeWrapper):
+    """How the results of a group's tests make its points."""
+
+GROUP_POLICY_UNSPECIFIED: GroupPolicy.ValueType  # 0
+"""As ALL."""
+GROUP_POLICY_ALL: GroupPolicy.ValueType  # 1
+"""All points when every test is accepted, else none."""
+GROUP_POLICY_MINIMUM: GroupPolicy.ValueType  # 2
+"""The smallest fraction that a test earned."""
+GROUP_POLICY_SUM: GroupPolicy.ValueType  # 3
+"""What the tests earned, added."""
+Global___GroupPolicy: _TypeAlias = GroupPolicy  # noqa: Y015
+
 class _TestVerdict:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -69,7 +97,7 @@ class _TestVerdictEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_TestVerdi
     TEST_VERDICT_INFRA_ERROR: _TestVerdict.ValueType  # 8
     """The sandbox failed, not the submission: retryable, and never a wrong answer."""
     TEST_VERDICT_SKIPPED: _TestVerdict.ValueType  # 9
-    """Not run, because an earlier test failed."""
+    """Not run, because an earlier test or a group that is needed failed."""
     TEST_VERDICT_UNJUDGEABLE: _TestVerdict.ValueType  # 10
     """The test itself, its checker or its interactor is at fault, whatever the submission: trying again does not help, and
     it is never a wrong answer.
@@ -88,7 +116,7 @@ TEST_VERDICT_COMPILE_ERROR: TestVerdict.ValueType  # 7
 TEST_VERDICT_INFRA_ERROR: TestVerdict.ValueType  # 8
 """The sandbox failed, not the submission: retryable, and never a wrong answer."""
 TEST_VERDICT_SKIPPED: TestVerdict.ValueType  # 9
-"""Not run, because an earlier test failed."""
+"""Not run, because an earlier test or a group that is needed failed."""
 TEST_VERDICT_UNJUDGEABLE: TestVerdict.ValueType  # 10
 """The test itself, its checker or its interactor is at fault, whatever the submission: trying again does not help, and
 it is never a wrong answer.
@@ -127,6 +155,84 @@ COMPARISON_UNORDERED_LINES: Comparison.ValueType  # 4
 COMPARISON_UNORDERED_TOKENS: Comparison.ValueType  # 5
 """The same words in any order."""
 Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
+
+class _CheckerProtocol:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _CheckerProtocolEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_CheckerProtocol.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CHECKER_PROTOCOL_UNSPECIFIED: _CheckerProtocol.ValueType  # 0
+    """As TESTLIB."""
+    CHECKER_PROTOCOL_TESTLIB: _CheckerProtocol.ValueType  # 1
+    """`checker input.txt output.txt answer.txt`. 0 accepts; 1, 2, 4 and 8 reject; 7 gives points, the first word of its
+    message or the one after a leading `points`; n with a message that begins with `partially correct (n)` gives n
+    percent. Its message is standard error.
+    """
+    CHECKER_PROTOCOL_KATTIS: _CheckerProtocol.ValueType  # 2
+    """`checker input.txt answer.txt feedback/`, the output on standard input. 42 accepts, 43 rejects; feedback/score.txt
+    has the points, feedback/judgemessage.txt the message.
+    """
+    CHECKER_PROTOCOL_COCI: _CheckerProtocol.ValueType  # 3
+    """As TESTLIB, where 7 comes with a line `partial NUMERATOR/DENOMINATOR` on standard error."""
+    CHECKER_PROTOCOL_PEG: _CheckerProtocol.ValueType  # 4
+    """`checker answer.txt output.txt input.txt`. 0 accepts and 1 rejects, unless two lines of standard output are
+    numbers whose ratio is the fraction.
+    """
+    CHECKER_PROTOCOL_EXIT_CODE: _CheckerProtocol.ValueType  # 5
+    """`checker input.txt output.txt answer.txt`, `interactor input.txt answer.txt`. 0 accepts, 1 rejects; its message is
+    standard output.
+    """
+
+class CheckerProtocol(_CheckerProtocol, metaclass=_CheckerProtocolEnumTypeWrapper):
+    """How a checker or an interactor is started, and says what it decides."""
+
+CHECKER_PROTOCOL_UNSPECIFIED: CheckerProtocol.ValueType  # 0
+"""As TESTLIB."""
+CHECKER_PROTOCOL_TESTLIB: CheckerProtocol.ValueType  # 1
+"""`checker input.txt output.txt answer.txt`. 0 accepts; 1, 2, 4 and 8 reject; 7 gives points, the first word of its
+message or the one after a leading `points`; n with a message that begins with `partially correct (n)` gives n
+percent. Its message is standard error.
+"""
+CHECKER_PROTOCOL_KATTIS: CheckerProtocol.ValueType  # 2
+"""`checker input.txt answer.txt feedback/`, the output on standard input. 42 accepts, 43 rejects; feedback/score.txt
+has the points, feedback/judgemessage.txt the message.
+"""
+CHECKER_PROTOCOL_COCI: CheckerProtocol.ValueType  # 3
+"""As TESTLIB, where 7 comes with a line `partial NUMERATOR/DENOMINATOR` on standard error."""
+CHECKER_PROTOCOL_PEG: CheckerProtocol.ValueType  # 4
+"""`checker answer.txt output.txt input.txt`. 0 accepts and 1 rejects, unless two lines of standard output are
+numbers whose ratio is the fraction.
+"""
+CHECKER_PROTOCOL_EXIT_CODE: CheckerProtocol.ValueType  # 5
+"""`checker input.txt output.txt answer.txt`, `interactor input.txt answer.txt`. 0 accepts, 1 rejects; its message is
+standard output.
+"""
+Global___CheckerProtocol: _TypeAlias = CheckerProtocol  # noqa: Y015
+
+class _PointsScale:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _PointsScaleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_PointsScale.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    POINTS_SCALE_UNSPECIFIED: _PointsScale.ValueType  # 0
+    """A fraction up to 1, above it points of the test."""
+    POINTS_SCALE_FRACTION: _PointsScale.ValueType  # 1
+    """A fraction of the test's points."""
+    POINTS_SCALE_POINTS: _PointsScale.ValueType  # 2
+    """Points of the test."""
+
+class PointsScale(_PointsScale, metaclass=_PointsScaleEnumTypeWrapper):
+    """What points of a checker mean."""
+
+POINTS_SCALE_UNSPECIFIED: PointsScale.ValueType  # 0
+"""A fraction up to 1, above it points of the test."""
+POINTS_SCALE_FRACTION: PointsScale.ValueType  # 1
+"""A fraction of the test's points."""
+POINTS_SCALE_POINTS: PointsScale.ValueType  # 2
+"""Points of the test."""
+Global___PointsScale: _TypeAlias = PointsScale  # noqa: Y015
 
 class _TestFramework:
     ValueType = _typing.NewType("ValueType", _builtins.int)
@@ -364,6 +470,7 @@ class CompileResult(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     SIGNAL_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     exit_code: _builtins.int
     stdout: _builtins.bytes
     """Standard output and standard error of the compiler, cut to 64 KiB each."""
@@ -375,6 +482,8 @@ class CompileResult(_message.Message):
     """OK, COMPILE_ERROR, or the limit that was passed."""
     signal: _builtins.int
     """The signal that ended the compiler, or 0."""
+    cached: _builtins.bool
+    """The compiler did not run: what it made of the same source, files and limits before was taken, and wall_ms is 0."""
     def __init__(
         self,
         *,
@@ -385,10 +494,11 @@ class CompileResult(_message.Message):
         reason: _builtins.str = ...,
         status: Global___Status.ValueType = ...,
         signal: _builtins.int = ...,
+        cached: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["exit_code", b"exit_code", "reason", b"reason", "signal", b"signal", "status", b"status", "stderr", b"stderr", "stdout", b"stdout", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "exit_code", b"exit_code", "reason", b"reason", "signal", b"signal", "status", b"status", "stderr", b"stderr", "stdout", b"stdout", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,6 +543,7 @@ class ExecuteRequest(_message.Message):
     LOOPBACK_FIELD_NUMBER: _builtins.int
     OUTPUT_FOLDERS_FIELD_NUMBER: _builtins.int
     COMMAND_FIELD_NUMBER: _builtins.int
+    COMPILE_ARGS_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     """A runtime or an alias from ListRuntimes, "python" for one."""
     source: _builtins.bytes
@@ -474,6 +585,10 @@ class ExecuteRequest(_message.Message):
     def command(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Run in the runtime instead of a program: `source` is empty then, and nothing is compiled."""
 
+    @_builtins.property
+    def compile_args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Appended to the compiler's command."""
+
     def __init__(
         self,
         *,
@@ -492,10 +607,11 @@ class ExecuteRequest(_message.Message):
         loopback: _builtins.bool = ...,
         output_folders: _abc.Iterable[_builtins.str] | None = ...,
         command: _abc.Iterable[_builtins.str] | None = ...,
+        compile_args: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compile_limits", b"compile_limits", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "args", b"args", "command", b"command", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "idempotency_key", b"idempotency_key", "language", b"language", "limits", b"limits", "loopback", b"loopback", "output_files", b"output_files", "output_folders", b"output_folders", "retry_starved", b"retry_starved", "source", b"source", "stdin", b"stdin"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "args", b"args", "command", b"command", "compile_args", b"compile_args", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "idempotency_key", b"idempotency_key", "language", b"language", "limits", b"limits", "loopback", b"loopback", "output_files", b"output_files", "output_folders", b"output_folders", "retry_starved", b"retry_starved", "source", b"source", "stdin", b"stdin"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -837,9 +953,13 @@ class TestCase(_message.Message):
     INTERACTIVE_FIELD_NUMBER: _builtins.int
     POINTS_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
+    CHECKER_ARGS_FIELD_NUMBER: _builtins.int
     points: _builtins.float
     """Points for passing it; 1 unless set."""
     name: _builtins.str
+    group: _builtins.str
+    """The group of the request that it belongs to; none unless set."""
     @_builtins.property
     def stdio(self) -> Global___StdioTest: ...
     @_builtins.property
@@ -848,6 +968,10 @@ class TestCase(_message.Message):
     def code(self) -> Global___CodeTest: ...
     @_builtins.property
     def interactive(self) -> Global___InteractiveTest: ...
+    @_builtins.property
+    def checker_args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Appended to the arguments of the checker or the interactor."""
+
     def __init__(
         self,
         *,
@@ -857,10 +981,12 @@ class TestCase(_message.Message):
         interactive: Global___InteractiveTest | None = ...,
         points: _builtins.float | None = ...,
         name: _builtins.str = ...,
+        group: _builtins.str = ...,
+        checker_args: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_points", b"_points", "code", b"code", "function", b"function", "interactive", b"interactive", "kind", b"kind", "points", b"points", "stdio", b"stdio"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_points", b"_points", "code", b"code", "function", b"function", "interactive", b"interactive", "kind", b"kind", "name", b"name", "points", b"points", "stdio", b"stdio"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_points", b"_points", "checker_args", b"checker_args", "code", b"code", "function", b"function", "group", b"group", "interactive", b"interactive", "kind", b"kind", "name", b"name", "points", b"points", "stdio", b"stdio"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__points: _TypeAlias = _typing.Literal["points"]  # noqa: Y015
     _WhichOneofArgType__points: _TypeAlias = _typing.Literal["_points", b"_points"]  # noqa: Y015
@@ -872,6 +998,46 @@ class TestCase(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___TestCase: _TypeAlias = TestCase  # noqa: Y015
+
+@_typing.final
+class TestGroup(_message.Message):
+    """Tests that are scored together: a subtask or a batch."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    NEEDS_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    STOP_AT_FIRST_FAILURE_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    policy: Global___GroupPolicy.ValueType
+    points: _builtins.float
+    """Those of its tests added, unless set."""
+    stop_at_first_failure: _builtins.bool
+    """Skips the rest of the group after a test that failed."""
+    @_builtins.property
+    def needs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Groups without which it is not run: one of their tests failed. Their tests come before its own."""
+
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        needs: _abc.Iterable[_builtins.str] | None = ...,
+        policy: Global___GroupPolicy.ValueType = ...,
+        points: _builtins.float | None = ...,
+        stop_at_first_failure: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_points", b"_points", "points", b"points"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_points", b"_points", "name", b"name", "needs", b"needs", "points", b"points", "policy", b"policy", "stop_at_first_failure", b"stop_at_first_failure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__points: _TypeAlias = _typing.Literal["points"]  # noqa: Y015
+    _WhichOneofArgType__points: _TypeAlias = _typing.Literal["_points", b"_points"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__points) -> _WhichOneofReturnType__points | None: ...
+
+Global___TestGroup: _TypeAlias = TestGroup  # noqa: Y015
 
 @_typing.final
 class FloatTolerance(_message.Message):
@@ -899,7 +1065,9 @@ Global___FloatTolerance: _TypeAlias = FloatTolerance  # noqa: Y015
 
 @_typing.final
 class Program(_message.Message):
-    """Program of the caller: a checker or an interactor."""
+    """Program of the caller: a checker or an interactor. One that ends otherwise than its protocol says has failed, and
+    nothing is said of the submission.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -907,12 +1075,32 @@ class Program(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     FILES_FIELD_NUMBER: _builtins.int
     LIMITS_FIELD_NUMBER: _builtins.int
+    COMPILE_LIMITS_FIELD_NUMBER: _builtins.int
+    COMPILE_ARGS_FIELD_NUMBER: _builtins.int
+    PROTOCOL_FIELD_NUMBER: _builtins.int
+    POINTS_SCALE_FIELD_NUMBER: _builtins.int
+    ARGS_FIELD_NUMBER: _builtins.int
+    REPLACE_ARGS_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     source: _builtins.bytes
+    protocol: Global___CheckerProtocol.ValueType
+    points_scale: Global___PointsScale.ValueType
+    replace_args: _builtins.bool
+    """`args` are all of the arguments; {input}, {output}, {answer} and {feedback} stand for the names of the files."""
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
     @_builtins.property
     def limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def compile_limits(self) -> Global___Limits: ...
+    @_builtins.property
+    def compile_args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Appended to the compiler's command."""
+
+    @_builtins.property
+    def args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Appended to the protocol's arguments."""
+
     def __init__(
         self,
         *,
@@ -920,10 +1108,16 @@ class Program(_message.Message):
         source: _builtins.bytes = ...,
         files: _abc.Iterable[Global___File] | None = ...,
         limits: Global___Limits | None = ...,
+        compile_limits: Global___Limits | None = ...,
+        compile_args: _abc.Iterable[_builtins.str] | None = ...,
+        protocol: Global___CheckerProtocol.ValueType = ...,
+        points_scale: Global___PointsScale.ValueType = ...,
+        args: _abc.Iterable[_builtins.str] | None = ...,
+        replace_args: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["compile_limits", b"compile_limits", "limits", b"limits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["files", b"files", "language", b"language", "limits", b"limits", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["args", b"args", "compile_args", b"compile_args", "compile_limits", b"compile_limits", "files", b"files", "language", b"language", "limits", b"limits", "points_scale", b"points_scale", "protocol", b"protocol", "replace_args", b"replace_args", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -945,11 +1139,7 @@ class Checker(_message.Message):
     def floats(self) -> Global___FloatTolerance: ...
     @_builtins.property
     def program(self) -> Global___Program:
-        """Started as `checker input.txt output.txt answer.txt` in a sandbox of its own. Exit code 0 accepts, 1 and 2
-        reject, 7 gives the fraction of points that is the first word of its message or follows a leading `points`
-        (testlib's convention), 3 says that the test is wrong. A checker that ends otherwise makes the test UNJUDGEABLE if
-        it does so on the expected output, too, else the answer wrong. Its message is standard error's.
-        """
+        """Runs in a sandbox of its own."""
 
     def __init__(
         self,
@@ -967,6 +1157,35 @@ class Checker(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
 Global___Checker: _TypeAlias = Checker  # noqa: Y015
+
+@_typing.final
+class ExtraTime(_message.Message):
+    """Time that programs in one language have beyond the limits: wall_ms and cpu_ms are multiplied by the factor, then
+    `added_ms` are added.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FACTOR_FIELD_NUMBER: _builtins.int
+    ADDED_MS_FIELD_NUMBER: _builtins.int
+    factor: _builtins.float
+    """1 unless set."""
+    added_ms: _builtins.int
+    def __init__(
+        self,
+        *,
+        factor: _builtins.float | None = ...,
+        added_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "factor", b"factor"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_factor", b"_factor", "added_ms", b"added_ms", "factor", b"factor"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__factor: _TypeAlias = _typing.Literal["factor"]  # noqa: Y015
+    _WhichOneofArgType__factor: _TypeAlias = _typing.Literal["_factor", b"_factor"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__factor) -> _WhichOneofReturnType__factor | None: ...
+
+Global___ExtraTime: _TypeAlias = ExtraTime  # noqa: Y015
 
 @_typing.final
 class JudgeRequest(_message.Message):
@@ -992,6 +1211,27 @@ class JudgeRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ExtraTimeEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> Global___ExtraTime: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: Global___ExtraTime | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     LANGUAGE_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     FUNCTION_NAME_FIELD_NUMBER: _builtins.int
@@ -1009,6 +1249,10 @@ class JudgeRequest(_message.Message):
     ARCHIVES_FIELD_NUMBER: _builtins.int
     LOOPBACK_FIELD_NUMBER: _builtins.int
     FUNCTION_SIGNATURE_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    EXTRA_TIME_FIELD_NUMBER: _builtins.int
+    COMPILE_ARGS_FIELD_NUMBER: _builtins.int
+    PASSES_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     source: _builtins.bytes
     """UTF-8."""
@@ -1029,6 +1273,10 @@ class JudgeRequest(_message.Message):
     trees, written as LeetCode's JSON lists. The result `void` stands for the first argument after the call. Unless set,
     the annotations of the function say it.
     """
+    passes: _builtins.int
+    """Most runs of the submission for one test; 1 unless set. A checker or an interactor that accepts and leaves a file
+    nextpass.in (KATTIS: feedback/nextpass.in) starts another run with that as its input.
+    """
     @_builtins.property
     def tests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestCase]:
         """All of one kind."""
@@ -1041,8 +1289,8 @@ class JudgeRequest(_message.Message):
     def checker(self) -> Global___Checker: ...
     @_builtins.property
     def interactor(self) -> Global___Program:
-        """For interactive tests: started as `interactor input.txt output.txt answer.txt`, its standard input and output
-        connected with the submission's; exit codes as a checker's.
+        """For interactive tests: started and read as a checker, its standard input and output connected with the
+        submission's.
         """
 
     @_builtins.property
@@ -1052,6 +1300,18 @@ class JudgeRequest(_message.Message):
     @_builtins.property
     def archives(self) -> _containers.RepeatedCompositeFieldContainer[Global___Archive]:
         """As in ExecuteRequest."""
+
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestGroup]:
+        """The groups that tests name."""
+
+    @_builtins.property
+    def extra_time(self) -> _containers.MessageMap[_builtins.str, Global___ExtraTime]:
+        """Extra time of the submission by language, over the service's own."""
+
+    @_builtins.property
+    def compile_args(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Appended to the compiler's command."""
 
     def __init__(
         self,
@@ -1073,12 +1333,18 @@ class JudgeRequest(_message.Message):
         archives: _abc.Iterable[Global___Archive] | None = ...,
         loopback: _builtins.bool = ...,
         function_signature: _builtins.str = ...,
+        groups: _abc.Iterable[Global___TestGroup] | None = ...,
+        extra_time: _abc.Mapping[_builtins.str, Global___ExtraTime] | None = ...,
+        compile_args: _abc.Iterable[_builtins.str] | None = ...,
+        passes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["checker", b"checker", "compile_limits", b"compile_limits", "interactor", b"interactor", "limits", b"limits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_passes", b"_passes", "checker", b"checker", "compile_limits", b"compile_limits", "interactor", b"interactor", "limits", b"limits", "passes", b"passes"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["archives", b"archives", "checker", b"checker", "compile_limits", b"compile_limits", "env", b"env", "files", b"files", "function_name", b"function_name", "function_signature", b"function_signature", "idempotency_key", b"idempotency_key", "interactor", b"interactor", "language", b"language", "limits", b"limits", "loopback", b"loopback", "retry_starved", b"retry_starved", "setup_code", b"setup_code", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_passes", b"_passes", "archives", b"archives", "checker", b"checker", "compile_args", b"compile_args", "compile_limits", b"compile_limits", "env", b"env", "extra_time", b"extra_time", "files", b"files", "function_name", b"function_name", "function_signature", b"function_signature", "groups", b"groups", "idempotency_key", b"idempotency_key", "interactor", b"interactor", "language", b"language", "limits", b"limits", "loopback", b"loopback", "passes", b"passes", "retry_starved", b"retry_starved", "setup_code", b"setup_code", "source", b"source", "stop_at_first_failure", b"stop_at_first_failure", "tests", b"tests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__passes: _TypeAlias = _typing.Literal["passes"]  # noqa: Y015
+    _WhichOneofArgType__passes: _TypeAlias = _typing.Literal["_passes", b"_passes"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__passes) -> _WhichOneofReturnType__passes | None: ...
 
 Global___JudgeRequest: _TypeAlias = JudgeRequest  # noqa: Y015
 
@@ -1146,6 +1412,41 @@ class TestResult(_message.Message):
 Global___TestResult: _TypeAlias = TestResult  # noqa: Y015
 
 @_typing.final
+class GroupResult(_message.Message):
+    """Result of a group of tests."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    VERDICT_FIELD_NUMBER: _builtins.int
+    POINTS_FIELD_NUMBER: _builtins.int
+    MAX_POINTS_FIELD_NUMBER: _builtins.int
+    PASSED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    verdict: Global___TestVerdict.ValueType
+    """ACCEPTED when every test is, else the first other verdict."""
+    points: _builtins.float
+    max_points: _builtins.float
+    passed: _builtins.int
+    """How many tests were accepted."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        verdict: Global___TestVerdict.ValueType = ...,
+        points: _builtins.float = ...,
+        max_points: _builtins.float = ...,
+        passed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_points", b"max_points", "name", b"name", "passed", b"passed", "points", b"points", "verdict", b"verdict"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GroupResult: _TypeAlias = GroupResult  # noqa: Y015
+
+@_typing.final
 class JudgeResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1157,6 +1458,8 @@ class JudgeResponse(_message.Message):
     POINTS_FIELD_NUMBER: _builtins.int
     MAX_POINTS_FIELD_NUMBER: _builtins.int
     COMPILE_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     verdict: Global___TestVerdict.ValueType
     """ACCEPTED when every test is, else the first other verdict."""
     passed: _builtins.int
@@ -1165,11 +1468,17 @@ class JudgeResponse(_message.Message):
     peak_memory_bytes: _builtins.int
     points: _builtins.float
     max_points: _builtins.float
+    score: _builtins.float
+    """`points` of `max_points`, from 0 to 1; by the verdict where there are none to earn."""
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___TestResult]: ...
     @_builtins.property
     def compile(self) -> Global___CompileResult:
         """Absent for languages that are not compiled."""
+
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___GroupResult]:
+        """In the request's order; their points, and those of tests without a group, make `points`."""
 
     def __init__(
         self,
@@ -1182,10 +1491,12 @@ class JudgeResponse(_message.Message):
         points: _builtins.float = ...,
         max_points: _builtins.float = ...,
         compile: Global___CompileResult | None = ...,
+        score: _builtins.float = ...,
+        groups: _abc.Iterable[Global___GroupResult] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile", "max_points", b"max_points", "passed", b"passed", "peak_memory_bytes", b"peak_memory_bytes", "points", b"points", "results", b"results", "verdict", b"verdict", "wall_ms", b"wall_ms"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["compile", b"compile", "groups", b"groups", "max_points", b"max_points", "passed", b"passed", "peak_memory_bytes", b"peak_memory_bytes", "points", b"points", "results", b"results", "score", b"score", "verdict", b"verdict", "wall_ms", b"wall_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -53,6 +53,26 @@ def _pack_folder(folder: int, path: str, most_bytes: int) -> tuple[bytes, str]:
         os.close(output)
 
 
+def collect_tree(home: str, most_bytes: int) -> int | None:
+    """Returns a file in memory that holds an archive of all files below `home`, as programs are sent.
+
+    None when it holds a link, a pipe or a device, or more than `most_bytes`.
+    """
+    paths, executable, blobs = [], [], []
+    for path, folders, names, folder in os.fwalk(home):
+        if any(stat.S_ISLNK(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode) for name in folders):
+            return None
+        for name in sorted(names):
+            content, truncated, error = _read_file(folder, name, most_bytes)
+            most_bytes -= len(content)
+            if truncated or error:
+                return None
+            paths.append(os.path.relpath(f"{path}/{name}", home))
+            executable.append(bool(os.stat(name, dir_fd=folder).st_mode & stat.S_IXUSR))
+            blobs.append(content)
+    return memory_file(encode_archive({"paths": paths, "executable": executable}, blobs))
+
+
 def _read_file(folder: int, path: str, most_bytes: int) -> tuple[bytes, bool, str]:
     try:
         descriptor = kernel.open_beneath(folder, path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)

@@ -27,7 +27,7 @@ from typing import Any
 
 from . import HOME, OWN_FOLDER, kernel, protocol, root
 from .archive import File, own_files, read_files, write_files
-from .collect import collect_files
+from .collect import collect_files, collect_tree
 from .confinement import build_filter, install_descriptors, resource_limits
 from .monitor import Process, ProcessMonitor
 from .protocol import Limits, Message, Preparation, RunRequest, RunResult, memory_file, read_run_request
@@ -457,6 +457,8 @@ class Launcher:
         found = []
         if request.collect or request.pack:
             found = [self._collect(request.collect, request.pack, request.collect_bytes)]
+        if request.keep and (tree := collect_tree(self._workspace.home, request.collect_bytes)) is not None:
+            found = [tree]
         small = self._monitor.held_bytes() < _SMALL_BYTES and not request.keep
         if not small:  # before the end is reported, so that the next job is not charged with this one's memory
             self._clean_up(container, request.keep)

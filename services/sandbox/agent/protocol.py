@@ -92,10 +92,10 @@ class RunRequest:
     `mode` is `exec` (a command) or one of Python's own in `modes`. Messages carry the process's descriptors beside the
     request, from 0 on; for the modes of Python the last one is the job's archive. For a process with `answers`
     descriptors 3 and 4 are files of replies and of inputs, of which it gets pipes; it has its limits anew for each
-    answer. What a run with `keep` leaves in the working folder is there for the later runs of the sandbox. With
-    `brings_files` one more descriptor comes with the request: an archive of files for this run alone. The last
-    descriptors are tars or zips, one for each of `unpack`, the folders into which they are unpacked before the process
-    starts.
+    answer. What a run with `keep` leaves in the working folder is there for the later runs of the sandbox, and comes
+    with the result where `collect_bytes` hold it. With `brings_files` one more descriptor comes with the request: an
+    archive of files for this run alone. The last descriptors are tars or zips, one for each of `unpack`, the folders
+    into which they are unpacked before the process starts.
     """
 
     mode: str

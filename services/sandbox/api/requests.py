@@ -15,9 +15,9 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.json_calls import read_signature
 from services.sandbox.agent.protocol import Limits
 from services.sandbox.agent.submission import FUNCTION_NAME, split_names
-from services.sandbox.config import LimitsConfig, SandboxConfig
+from services.sandbox.config import ExtraTimeConfig, LimitsConfig, SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime
-from services.sandbox.runtime.jobs import Comparator, Job, Program, Submission, make_tar
+from services.sandbox.runtime.jobs import Checker, Comparator, Job, Program, Submission, make_tar
 
 LIMIT_FIELDS = ("wall_ms", "cpu_ms", "memory_bytes", "processes", "file_bytes", "output_bytes", "files")
 _MINIMUM = {
@@ -220,9 +220,15 @@ class Reader:
         self.check_space(prefix, request.source, files, limits)
         compiler = runtime.compile_limits if runtime else self.config.compile_limits
         own_compile_limits = self.read_limits(f"{prefix}compile_limits", compile_limits, compiler)
+        self.check_arguments(f"{prefix}compile_args", request.compile_args)
+        if request.compile_args and runtime is not None and not runtime.config.compile:
+            self.refuse(f"{prefix}compile_args", f"must be empty: {runtime.name} is not compiled")
         if runtime is None:
             return None
-        program = Program(runtime, request.source, limits, own_compile_limits, files, dict(environment))
+        arguments = tuple(request.compile_args)
+        program = Program(
+            runtime, request.source, limits, own_compile_limits, files, dict(environment), compile_arguments=arguments
+        )
         if isinstance(request, pb.Program):
             return program
         self.check_archives("archives", request.archives)
@@ -282,6 +288,7 @@ def read_json(reader: Reader, text: str, field: str) -> object:
 
 _PATIENCE_MS = 5000
 """Time that an interactor has beyond that of the submission."""
+_MOST_PASSES = 100
 _COMPARISONS = {
     pb.COMPARISON_UNSPECIFIED: Comparison.TOKENS,
     pb.COMPARISON_EXACT: Comparison.EXACT,
@@ -301,10 +308,14 @@ def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Ca
         if not 0 <= test.points < math.inf:
             reader.refuse(f"tests[{index}].points", f"must be a number of at least 0, got {test.points}")
     comparator, checker = read_checker(reader, request.checker)
+    check_groups(reader, request)
+    if request.HasField("passes") and not 1 <= request.passes <= _MOST_PASSES:
+        reader.refuse("passes", f"is {request.passes}, must be from 1 to {_MOST_PASSES}")
+    if program is not None:
+        program = dataclasses.replace(program, limits=read_extra_time(reader, request, program))
     interactor = None
     if request.HasField("interactor"):
-        interactor = reader.read_program(request.interactor, pb.Limits(), {}, "interactor.")
-        reader.check_there("interactor.source", request.interactor.source)
+        interactor = read_judging_program(reader, request.interactor, "interactor.")
     kind = find_kind(reader, request)
     if kind == "interactive" and not request.HasField("interactor"):
         reader.refuse("interactor", "is required by interactive tests")
@@ -387,7 +398,39 @@ def check_test(reader: Reader, field: str, test: pb.TestCase) -> object:
     return None
 
 
-def read_checker(reader: Reader, checker: pb.Checker) -> tuple[Comparator, Program | None]:
+def read_judging_program(reader: Reader, program: pb.Program, prefix: str) -> Checker | None:
+    """Reads a checker or an interactor; None when its language is wrong."""
+    read = reader.read_program(program, program.compile_limits, {}, prefix)
+    reader.check_there(f"{prefix}source", program.source)
+    reader.check_arguments(f"{prefix}args", program.args)
+    if read is None:
+        return None
+    return Checker(read, program.protocol, program.points_scale, tuple(program.args), program.replace_args)
+
+
+def check_groups(reader: Reader, request: pb.JudgeRequest) -> None:
+    """Checks the groups: their names, that tests name them, and that what they need comes before them."""
+    seen: set[str] = set()
+    for index, group in enumerate(request.groups):
+        if not group.name or group.name in seen:
+            reader.refuse(f"groups[{index}].name", "is there twice" if group.name else "must not be empty")
+        for needed in set(group.needs) - seen:
+            reader.refuse(f"groups[{index}].needs", f"{needed!r} is no group before this one")
+        if not 0 <= group.points < math.inf:
+            reader.refuse(f"groups[{index}].points", f"must be a number of at least 0, got {group.points}")
+        seen.add(group.name)
+    needs = {group.name: set(group.needs) for group in request.groups}
+    blocked: set[str] = set()
+    for index, test in enumerate(request.tests):
+        if test.group and test.group not in seen:
+            reader.refuse(f"tests[{index}].group", f"{test.group!r} is none of the groups")
+        elif test.group in blocked:
+            reader.refuse(f"tests[{index}].group", f"must come before the tests of a group that needs {test.group!r}")
+        reader.check_arguments(f"tests[{index}].checker_args", test.checker_args)
+        blocked |= needs.get(test.group, set())
+
+
+def read_checker(reader: Reader, checker: pb.Checker) -> tuple[Comparator, Checker | None]:
     """Reads the comparator of outputs, and the caller's own checker."""
     match checker.WhichOneof("kind"):
         case "comparison":
@@ -401,25 +444,50 @@ def read_checker(reader: Reader, checker: pb.Checker) -> tuple[Comparator, Progr
                 reader.refuse(f"checker.floats.{name}", f"must be a number of at least 0, got {value}")
             return Tolerance() if wrong else Tolerance(**values), None
         case "program":
-            program = reader.read_program(checker.program, pb.Limits(), {}, "checker.program.")
-            reader.check_there("checker.program.source", checker.program.source)
-            return Comparison.TOKENS, program
+            return Comparison.TOKENS, read_judging_program(reader, checker.program, "checker.program.")
     return Comparison.TOKENS, None
 
 
-def extend_space(judging: Program, request: pb.JudgeRequest, output_bytes: int) -> Program:
+def read_extra_time(reader: Reader, request: pb.JudgeRequest, program: Program) -> Limits:
+    """Returns the limits of a submission with the extra time of its language, the request's or else the service's."""
+    found: ExtraTimeConfig | None = None
+    for name, extra in request.extra_time.items():
+        factor = extra.factor if extra.HasField("factor") else 1.0
+        runtime = reader.catalog.find(name)
+        if runtime is None:
+            reader.refuse(f"extra_time[{name!r}]", reader.catalog.explain(name))
+        elif not 1 <= factor < math.inf:
+            reader.refuse(f"extra_time[{name!r}].factor", f"must be a number of at least 1, got {factor}")
+        elif runtime is program.runtime:
+            found = ExtraTimeConfig(factor=factor, added_ms=extra.added_ms)
+    names = {program.runtime.name, *program.runtime.config.aliases}
+    found = found or next((each for name, each in reader.config.extra_time.items() if name in names), None)
+    if found is None:
+        return program.limits
+    times = {}
+    for name in ("wall_ms", "cpu_ms"):
+        times[name] = math.ceil(getattr(program.limits, name) * found.factor) + found.added_ms
+        maximum = getattr(reader.config.maximum_limits, name)
+        if times[name] > maximum:
+            reader.refuse(f"limits.{name}", f"is {times[name]} with extra time, at most {maximum} is allowed")
+    return dataclasses.replace(program.limits, **times)
+
+
+def extend_space(judging: Checker, request: pb.JudgeRequest, output_bytes: int) -> Checker:
     """Gives a checker or an interactor space for the files of the largest test, and for what a submission may print."""
-    own_bytes = sum(len(file.content) + _PAGE_BYTES for file in judging.files) + len(judging.source)
+    program = judging.program
+    own_bytes = sum(len(file.content) + _PAGE_BYTES for file in program.files) + len(program.source)
     most = own_bytes + output_bytes + max(test.ByteSize() for test in request.tests) + 8 * _PAGE_BYTES
-    limits = dataclasses.replace(judging.limits, file_bytes=max(judging.limits.file_bytes, most))
-    return dataclasses.replace(judging, limits=limits)
+    limits = dataclasses.replace(program.limits, file_bytes=max(program.limits.file_bytes, most))
+    return dataclasses.replace(judging, program=dataclasses.replace(program, limits=limits))
 
 
-def extend_interactor(interactor: Program, request: pb.JudgeRequest, limits: Limits) -> Program:
+def extend_interactor(interactor: Checker, request: pb.JudgeRequest, limits: Limits) -> Checker:
     """Raises the wall-clock limit of an interactor, which waits for its submission, and its space."""
-    extended = extend_space(interactor, request, limits.output_bytes)
-    longest = max(interactor.limits.wall_ms, limits.wall_ms + _PATIENCE_MS)
-    return dataclasses.replace(extended, limits=dataclasses.replace(extended.limits, wall_ms=longest))
+    program = extend_space(interactor, request, limits.output_bytes).program
+    longest = max(program.limits.wall_ms, limits.wall_ms + _PATIENCE_MS)
+    program = dataclasses.replace(program, limits=dataclasses.replace(program.limits, wall_ms=longest))
+    return dataclasses.replace(interactor, program=program)
 
 
 def check_batch(requests: Sized, config: SandboxConfig) -> None:

@@ -28,13 +28,12 @@ from services.sandbox.agent.archive import (
 )
 from services.sandbox.agent.code_tests import CALLED, FAILED, PASSED, SUBMISSION_ERROR, TEST_ERROR
 from services.sandbox.agent.protocol import Limits, RunResult
+from services.sandbox.judge.checkers import open_checker, run_checker
 from services.sandbox.judge.pairs import PairedRun, pipes
-from services.sandbox.judge.stdio import (
+from services.sandbox.judge.results import (
     CUT_BYTES,
     Results,
     decide,
-    open_checker,
-    run_checker,
     unjudged_result,
     verdict_of,
 )
@@ -105,7 +104,7 @@ async def check_results(
         for result, test in zip(results, submission.request.tests, strict=False):
             if result.output and result.verdict in (pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_WRONG_ANSWER):
                 arguments, expected = test.function.arguments_json.encode(), test.function.expected_json.encode()
-                decide(result, await run_checker(checker, arguments, result.output, expected))
+                decide(result, await run_checker(checker, arguments, result.output, test, expected))
 
 
 def cut_output(result: pb.TestResult) -> None:

@@ -12,28 +12,13 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.judge.checkers import OpenChecker, open_checker
+from services.sandbox.judge.decisions import Decision
+from services.sandbox.judge.groups import Schedule, skipped_result
 from services.sandbox.judge.pairs import PairedRun
-from services.sandbox.judge.stdio import (
-    CHECKER_FILES,
-    Decision,
-    Results,
-    check_compiled,
-    decide,
-    open_checker,
-    read_decision,
-    unjudged_result,
-)
+from services.sandbox.judge.results import UNDECIDED, Results, decide, run_passes, unjudged_result
 from services.sandbox.runtime.jobs import Submission
-from services.sandbox.runtime.programs import (
-    LoadedProgram,
-    Streams,
-    exit_code_of,
-    explain,
-    open_program,
-    opened,
-    read_execution,
-    read_output,
-)
+from services.sandbox.runtime.programs import LoadedProgram, Streams, open_program, opened, read_execution
 from services.sandbox.runtime.sandboxes import SandboxFactory
 from services.sandbox.runtime.worker_slots import SlotPair
 
@@ -168,52 +153,59 @@ async def _pass_on(
 
 
 async def judge_interactive(factory: SandboxFactory, submission: Submission, pair: SlotPair) -> Results:
-    """Returns the result of each dialogue, up to the first failure when that is asked for."""
+    """Returns the result of each dialogue."""
     assert submission.interactor is not None
     results: list[pb.TestResult] = []
+    request, schedule = submission.request, Schedule(submission.request)
     async with open_program(factory, submission.program, pair.program) as loaded:
         if not await loaded.load():
             return [], loaded.compiled
-        async with open_checker(factory, submission.interactor, pair.judge) as interactor:
-            for test in submission.request.tests:
-                results.append(await run_dialogue(loaded, interactor, test.interactive))
-                if loaded.compile_failed:
-                    return [], loaded.compiled
-                if submission.request.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
-                    break
+        async with open_checker(factory, submission.interactor, pair.judge, request.passes) as interactor:
+
+            async def run_pass(content: bytes, test: pb.TestCase) -> tuple[pb.TestResult, Decision]:
+                return await run_dialogue(loaded, interactor, content, test)
+
+            for test in request.tests:
+                result = skipped_result()
+                if not schedule.skips(test):
+                    result = await run_passes(run_pass, test, test.interactive.input, request.passes)
+                    if loaded.compile_failed:
+                        return [], loaded.compiled
+                schedule.note(test, result)
+                results.append(result)
     return results, loaded.compiled
 
 
-async def run_dialogue(loaded: LoadedProgram, interactor: LoadedProgram, test: pb.InteractiveTest) -> pb.TestResult:
-    """Runs one dialogue."""
-    contents = (test.input, b"", test.answer)
-    files = [pb.File(path=name, content=content) for name, content in zip(CHECKER_FILES, contents, strict=True)]
-    most = (loaded.program.limits.output_bytes, interactor.program.limits.output_bytes)
+async def run_dialogue(
+    loaded: LoadedProgram, interactor: OpenChecker, content: bytes, test: pb.TestCase
+) -> tuple[pb.TestResult, Decision]:
+    """Runs one dialogue; returns its result and what the interactor decided."""
+    limits = interactor.loaded.program.limits
+    most = (loaded.program.limits.output_bytes, limits.output_bytes)
     with opened(b"", b"", b"") as (errors, notes, nothing):
         async with relayed_pipes(*most) as (ends, dialogue):
+            judging = interactor.run(
+                Streams(ends.judge_stdin, ends.judge_stdout, notes), (content, b"", test.interactive.answer), test, True
+            )
             paired = PairedRun(
                 loaded.sandbox,
                 loaded.run(Streams(ends.program_stdin, ends.program_stdout, errors)),
-                interactor.sandbox,
-                interactor.run(Streams(ends.judge_stdin, ends.judge_stdout, notes), CHECKER_FILES, files),
+                interactor.loaded.sandbox,
+                judging,
             )
             await paired.begin()
             ends.close()
-            (run, _), (decided, _), program_first = await paired.finish()
-        check_compiled(interactor)
+            (run, _), (decided, left), program_first = await paired.finish()
         if PROGRAM in dialogue.too_much and run.stop in (None, "stopped"):
             run = replace(run, stop="output")
         execution = read_execution(run, Streams(nothing, nothing, errors), loaded.program.limits)
-        message, _ = read_output(notes, interactor.program.limits.output_bytes)
-    limit = explain(decided, interactor.program.limits)
-    if JUDGE in dialogue.too_much:
-        limit = f"output limit of {interactor.program.limits.output_bytes} bytes"
-    decision = read_decision(exit_code_of(decided), decided.signal, message, limit)
+        limit = f"output limit of {limits.output_bytes} bytes" if JUDGE in dialogue.too_much else ""
+        decision = interactor.decide(decided, left, Streams(nothing, nothing, notes), test, limit)
     known = unjudged_result(execution)
     crashed = known.verdict == pb.TEST_VERDICT_RUNTIME_ERROR and program_first
     if crashed or run.stop in ("wall", "cpu", "memory", "output"):
-        return known
-    return decide_dialogue(known, decision, dialogue)
+        return known, UNDECIDED
+    return decide_dialogue(known, decision, dialogue), decision
 
 
 def decide_dialogue(known: pb.TestResult, decision: Decision, dialogue: Dialogue) -> pb.TestResult:

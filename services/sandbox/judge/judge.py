@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager, suppress
+from itertools import zip_longest
 
 from perigee.errors import ResourceExhaustedError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.kit.telemetry import get_logger
 from services.sandbox.judge.functions import judge_code, judge_functions
+from services.sandbox.judge.groups import Schedule, first_other, points_of, score_group, skipped_result
 from services.sandbox.judge.interactive import judge_interactive
-from services.sandbox.judge.stdio import Results, judge_stdio
+from services.sandbox.judge.results import Results
+from services.sandbox.judge.stdio import judge_stdio
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.execute import is_starved
 from services.sandbox.runtime.failure import SandboxFailedError, UnjudgeableError
@@ -64,7 +68,8 @@ def estimate_cost_s(submission: Submission) -> float:
     """Returns the time that a submission may take at most, by which the queue is ordered."""
     program = submission.program
     compile_ms = program.compile_limits.wall_ms if program.runtime.config.compile else 0
-    return (compile_ms + len(submission.request.tests) * program.limits.wall_ms) / 1000
+    runs = len(submission.request.tests) * max(1, submission.request.passes)
+    return (compile_ms + runs * program.limits.wall_ms) / 1000
 
 
 async def _judge(pool: Pool, submission: Submission, pair: SlotPair) -> Results:
@@ -79,27 +84,41 @@ async def _judge(pool: Pool, submission: Submission, pair: SlotPair) -> Results:
 
 
 def sum_up(submission: Submission, results: list[pb.TestResult], compiled: pb.CompileResult | None) -> pb.JudgeResponse:
-    """Adds names, points, and SKIPPED for tests that were not run; drops results after the first failure when that is
-    asked for.
-    """
-    tests = submission.request.tests
+    """Adds names, points and groups, and SKIPPED for tests that are not to be run, also where they were."""
+    request = submission.request
     if compiled is not None and compiled.reason:
         said = (compiled.stderr or compiled.stdout) if compiled.exit_code else b""
         output = said.decode(errors="replace").strip()
         failure = pb.TestResult(verdict=pb.TEST_VERDICT_COMPILE_ERROR, reason=output or compiled.reason)
-        results = [failure] * len(tests)
-    verdicts = [result.verdict for result in results]
-    failed = next((index for index, verdict in enumerate(verdicts) if verdict != pb.TEST_VERDICT_ACCEPTED), None)
-    verdict = pb.TEST_VERDICT_ACCEPTED if failed is None else verdicts[failed]
-    if failed is not None and submission.request.stop_at_first_failure and verdict != pb.TEST_VERDICT_COMPILE_ERROR:
-        results = results[: failed + 1]
-    skipped = [pb.TestResult(verdict=pb.TEST_VERDICT_SKIPPED)] * (len(tests) - len(results))
-    response = pb.JudgeResponse(verdict=verdict, results=[*results, *skipped], compile=compiled)
-    for result, test in zip(response.results, tests, strict=True):
-        most = test.points if test.HasField("points") else 1.0
-        result.name, result.points = test.name, result.points * most
-        response.max_points += most
-        response.points += result.points
+        results = [failure] * len(request.tests)
+    elif not all(result.verdict == pb.TEST_VERDICT_COMPILE_ERROR for result in results):
+        results = apply_schedule(request, results)
+    verdict = first_other([result.verdict for result in results])
+    response = pb.JudgeResponse(verdict=verdict, results=results, compile=compiled)
+    response.groups.extend(
+        score_group(group, *zip(*members, strict=True))
+        for group in request.groups
+        if (members := [pair for pair in zip(request.tests, results, strict=True) if pair[0].group == group.name])
+    )
+    response.points = sum(group.points for group in response.groups)
+    response.max_points = sum(group.max_points for group in response.groups)
+    for result, test in zip(response.results, request.tests, strict=True):
+        result.name, result.points = test.name, result.points * points_of(test)
         response.passed += result.verdict == pb.TEST_VERDICT_ACCEPTED
+        if not test.group:
+            response.max_points += points_of(test)
+            response.points += result.points
+    accepted = float(verdict == pb.TEST_VERDICT_ACCEPTED)
+    response.score = response.points / response.max_points if response.max_points else accepted
     response.peak_memory_bytes = max((result.peak_memory_bytes for result in results), default=0)
     return response
+
+
+def apply_schedule(request: pb.JudgeRequest, results: Sequence[pb.TestResult]) -> list[pb.TestResult]:
+    """Returns a result for each test: function tests are run in one process, also those that the schedule skips."""
+    schedule, scheduled = Schedule(request), []
+    for test, result in zip_longest(request.tests, results):
+        kept = skipped_result() if result is None or schedule.skips(test) else result
+        schedule.note(test, kept)
+        scheduled.append(kept)
+    return scheduled

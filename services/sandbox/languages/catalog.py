@@ -170,6 +170,15 @@ class RuntimeLimits(Model):
     """Files in the working folder."""
 
 
+class OutOfMemory(Model):
+    """How a language's own runtime ends a program whose heap is full, below the memory limit."""
+
+    exit_code: int
+    """Exit code."""
+    message: str
+    """Beginning of the last line of standard error."""
+
+
 class RuntimeConfig(Model):
     """One runtime's YAML file."""
 
@@ -217,6 +226,8 @@ class RuntimeConfig(Model):
     """Environment variables."""
     loopback: bool = False
     """Whether programs have a loopback device and may make sockets, whatever their request says."""
+    out_of_memory: OutOfMemory | None = None
+    """Ending that counts as the memory limit."""
     limits: RuntimeLimits = RuntimeLimits()
     """Default limits of programs."""
     compile_limits: RuntimeLimits = RuntimeLimits()

@@ -33,6 +33,7 @@ class Program:
     """Run instead of a source, with archives for files."""
     any_links: bool = False
     """Whether its archives may have links to what is not below their folder."""
+    compile_arguments: tuple[str, ...] = ()
 
 
 def make_tar(files: Iterable[pb.File]) -> bytes:
@@ -44,6 +45,17 @@ def make_tar(files: Iterable[pb.File]) -> bytes:
             member.size, member.mode = len(file.content), 0o755 if file.executable else 0o644
             tar.addfile(member, io.BytesIO(file.content))
     return output.getvalue()
+
+
+@dataclass(frozen=True)
+class Checker:
+    """Checker or interactor of the caller."""
+
+    program: Program
+    protocol: pb.CheckerProtocol.ValueType = pb.CHECKER_PROTOCOL_TESTLIB
+    points_scale: pb.PointsScale.ValueType = pb.POINTS_SCALE_UNSPECIFIED
+    arguments: tuple[str, ...] = ()
+    replace_arguments: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,5 +75,5 @@ class Submission:
     comparator: Comparator
     expected: Sequence[object] = ()
     """Values that function tests expect, read from their JSON."""
-    checker: Program | None = None
-    interactor: Program | None = None
+    checker: Checker | None = None
+    interactor: Checker | None = None

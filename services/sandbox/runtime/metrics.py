@@ -22,6 +22,7 @@ WAITING = Gauge("perigee_sandbox_waiting_jobs", "Jobs in the queue.")
 BUSY = Gauge("perigee_sandbox_busy_slots", "Pairs of slots that run a job.")
 REFUSED = Counter("perigee_sandbox_refused_jobs_total", "Jobs that the queue refused.")
 CLEARED = Counter("perigee_sandbox_cleared_slots_total", "Slots cleared after a failure or a cancelled job.")
+COMPILE_CACHE_HITS = Counter("perigee_sandbox_compile_cache_hits_total", "Programs that were not compiled again.")
 SESSIONS = Gauge("perigee_sandbox_sessions", "Sessions that are open.")
 
 

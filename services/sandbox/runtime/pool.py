@@ -15,6 +15,7 @@ from services.sandbox.config import SandboxConfig
 from services.sandbox.languages.catalog import Catalog, Runtime, load_catalog
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import SlotCgroup, weigh_jobs
+from services.sandbox.runtime.compile_cache import CompileCache
 from services.sandbox.runtime.delegation import delegate_own_group
 from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.isolation import Isolation, Machine, choose_isolation, make_init, read_machine
@@ -133,7 +134,8 @@ async def open_pool(config: SandboxConfig) -> AsyncIterator[Pool]:
         if isolation.container is not None and init is not None and machine.cgroups is not None:
             launchers = Launchers(isolation.container, init, machine.cgroups)
             stack.push_async_callback(launchers.close)
-        factory = SandboxFactory(isolation, zygotes, launchers)
+        cache = CompileCache(config.compile_cache_entries, config.compile_cache_bytes)
+        factory = SandboxFactory(isolation, zygotes, launchers, cache)
         job_slots, session_slots = slots[: 2 * config.slots], slots[2 * config.slots :]
         pairs = [SlotPair(*pair) for pair in zip(job_slots[::2], job_slots[1::2], strict=True)]
         pool = Pool(config, catalog, factory, pairs, session_slots)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import hashlib
 import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -15,6 +16,8 @@ from typing import Any
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.archive import Archive, encode_archive
 from services.sandbox.agent.protocol import Limits, RunRequest, RunResult, memory_file
+from services.sandbox.languages.catalog import OutOfMemory
+from services.sandbox.runtime.compile_cache import LARGEST_BYTES, CompileCache
 from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import Program
 from services.sandbox.runtime.sandboxes import Sandbox, SandboxFactory
@@ -59,9 +62,10 @@ def memory_streams(stdin: bytes) -> Iterator[Streams]:
 class LoadedProgram:
     """Program in a sandbox that keeps its files, and what its compiler made of them, from run to run."""
 
-    def __init__(self, program: Program, sandbox: Sandbox, forks: bool) -> None:
+    def __init__(self, program: Program, sandbox: Sandbox, forks: bool, cache: CompileCache) -> None:
         self.program = program
         self.sandbox = sandbox
+        self._cache = cache
         self.compiled: pb.CompileResult | None = None
         """Result of the compilation; its reason says whether it failed."""
         self.compiler_was_starved = False
@@ -72,11 +76,25 @@ class LoadedProgram:
     async def load(self) -> bool:
         """Unpacks the files and compiles; returns whether the program can run. Python is compiled in each run."""
         runtime = self.program.runtime
-        if self._in_container or runtime.python is None:
-            await self.send_files()
         if runtime.config.compile and not self.program.command:
-            self.compiled = await self._compile()
+            await self._load_compiled()
+        elif self._in_container or runtime.python is None:
+            await self.send_files()
         return not self.compile_failed
+
+    async def _load_compiled(self) -> None:
+        """Loads what the compiler made of the program before, or compiles it. What comes in archives is not kept."""
+        key = digest_of(self.program)
+        if not self.program.archives and (known := await self._cache.find(key)) is not None:
+            await self._send(encode_archive(known.folder.header, known.folder.blobs))
+            self.compiled = pb.CompileResult()
+            self.compiled.CopyFrom(known.result)  # a program that cannot be executed changes its own
+            return
+        with self._cache.compiling(key):
+            await self.send_files()
+            self.compiled, folder = await self._compile()
+            if folder is not None and not self.compile_failed and not self.program.archives:
+                self._cache.keep(key, self.compiled, folder)
 
     @property
     def compile_failed(self) -> bool:
@@ -91,26 +109,27 @@ class LoadedProgram:
             config = program.runtime.config
             own = [pb.File(path=path, content=text.encode()) for path, text in config.files.items()]
             files = [*own, *program.files, pb.File(path=config.source, content=program.source)]
-        header = {
-            "root_name": program.runtime.name,
-            "root": program.runtime.root_options([self.sandbox.slot.uid]),
-            "kept_bytes": program.compile_limits.file_bytes if program.runtime.config.compile else 0,
-        }
-        await self.sandbox.load(header, pack_files(files))
+        await self._send(pack_files(files))
+
+    async def _send(self, files: bytes) -> None:
+        program = self.program
+        root = program.runtime.root_options([self.sandbox.slot.uid])
+        header = {"root_name": program.runtime.name, "root": root}
+        await self.sandbox.load(header, files)
         self._is_loaded = True
 
-    async def _compile(self) -> pb.CompileResult:
+    async def _compile(self) -> tuple[pb.CompileResult, Archive | None]:
         runtime, limits = self.program.runtime, self.program.compile_limits
-        command = runtime.command(runtime.config.compile, limits.memory_bytes)
-        request = RunRequest("exec", limits, command, self._environment(), keep=True)
+        command = [*runtime.command(runtime.config.compile, limits.memory_bytes), *self.program.compile_arguments]
+        request = RunRequest("exec", limits, command, self._environment(), keep=True, collect_bytes=LARGEST_BYTES)
         with memory_streams(b"") as streams:
-            result, _ = await self._run(request, [streams.stdin, streams.stdout, streams.stderr])
+            result, folder = await self._run(request, [streams.stdin, streams.stdout, streams.stderr])
             check_started(result, command)
             stdout, stderr = (os.pread(file, COMPILER_BYTES, 0) for file in (streams.stdout, streams.stderr))
         self.compiler_was_starved = is_wall_limited(result, limits)
         status = status_of_run(result)
         reason = explain(result, limits) or f"the compiler ended with {describe_exit(result)}"
-        return pb.CompileResult(
+        compiled = pb.CompileResult(
             exit_code=exit_code_of(result),
             stdout=stdout,
             stderr=stderr,
@@ -119,6 +138,7 @@ class LoadedProgram:
             status=pb.STATUS_COMPILE_ERROR if status == pb.STATUS_RUNTIME_ERROR else status,
             signal=result.signal,
         )
+        return compiled, folder
 
     async def run(
         self,
@@ -144,6 +164,8 @@ class LoadedProgram:
                 result, left = await self._run(request, [*standard, *brought])
             if not self.program.command:
                 self._check_started(result, command)
+            if ran_out_of_memory(result, streams.stderr, runtime.config.out_of_memory):
+                result = dataclasses.replace(result, stop="memory")
             return result, unpack_files(left)
         request = self._request("program", **wanted)
         header = {"main": runtime.config.source, "arguments": list(arguments)}
@@ -221,7 +243,7 @@ class LoadedProgram:
 async def open_program(factory: SandboxFactory, program: Program, slot: WorkerSlot) -> AsyncIterator[LoadedProgram]:
     """Yields a program in a sandbox of its own, not loaded yet."""
     async with factory.open(program.runtime, slot) as sandbox:
-        loaded = LoadedProgram(program, sandbox, factory.forks(program.runtime))
+        loaded = LoadedProgram(program, sandbox, factory.forks(program.runtime), factory.compile_cache)
         try:
             await slot.reclaim_memory(program.limits.memory_bytes)
             yield loaded
@@ -232,6 +254,22 @@ async def open_program(factory: SandboxFactory, program: Program, slot: WorkerSl
             loaded.unload()
         except SandboxFailedError:  # the result is known already; the sandbox is thrown away
             sandbox.broken = True
+
+
+def digest_of(program: Program) -> bytes:
+    """Returns a digest of all that a program's compiler sees, and of the limits under which it runs."""
+    runtime = program.runtime
+    header = {
+        "runtime": runtime.config.model_dump(mode="json", exclude={"limits", "compile_limits"}),
+        "environment": {**runtime.environment, **program.environment},
+        "root": runtime.root_options(()),
+        "arguments": program.compile_arguments,
+        "loopback": program.loopback,
+        "limits": dataclasses.asdict(program.compile_limits),
+        "paths": [file.path for file in program.files],
+        "executable": [file.executable for file in program.files],
+    }
+    return hashlib.sha256(encode_archive(header, [program.source, *(file.content for file in program.files)])).digest()
 
 
 def pack_files(files: Sequence[pb.File]) -> bytes:
@@ -255,6 +293,16 @@ def check_started(result: RunResult, command: Sequence[str]) -> None:
     """Raises SandboxFailedError when a command of the runtime's description could not be executed."""
     if result.start_error:
         raise SandboxFailedError(f"{command[0]} cannot be executed: {os.strerror(result.start_error)}")
+
+
+def ran_out_of_memory(result: RunResult, stderr: int, sign: OutOfMemory | None) -> bool:
+    """Returns whether the language's own runtime ended a program whose heap is full: by its exit code and its words, of
+    which a program may print either.
+    """
+    if sign is None or result.stop is not None or result.exit_code != sign.exit_code:
+        return False
+    tail = os.pread(stderr, COMPILER_BYTES, max(0, os.fstat(stderr).st_size - COMPILER_BYTES))
+    return tail.rstrip().rpartition(b"\n")[2].startswith(sign.message.encode())
 
 
 def explain(result: RunResult, limits: Limits) -> str:

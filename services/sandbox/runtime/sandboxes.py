@@ -26,6 +26,7 @@ from services.sandbox.agent.unpack import UNPACK_S
 from services.sandbox.languages.catalog import Runtime, find_python
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import CgroupHost
+from services.sandbox.runtime.compile_cache import CompileCache
 from services.sandbox.runtime.failure import SandboxFailedError, finish
 from services.sandbox.runtime.helper_process import AGENT, HelperProcess, receive, send
 from services.sandbox.runtime.isolation import Isolation
@@ -337,8 +338,11 @@ class Launchers:
 class SandboxFactory:
     """Opens sandboxes in slots, by the slot's job supervisor or its launcher; both serve job after job."""
 
-    def __init__(self, isolation: Isolation, zygotes: Zygotes, launchers: Launchers | None) -> None:
+    def __init__(
+        self, isolation: Isolation, zygotes: Zygotes, launchers: Launchers | None, compile_cache: CompileCache
+    ) -> None:
         self.isolation = isolation
+        self.compile_cache = compile_cache
         self._zygotes = zygotes
         self._launchers = launchers
         self._supervised: dict[str, tuple[str, Sandbox]] = {}

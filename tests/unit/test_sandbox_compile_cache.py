@@ -1,0 +1,71 @@
+"""The cache of compiled programs."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.agent.archive import Archive
+from services.sandbox.agent.protocol import Limits
+from services.sandbox.config import SandboxConfig
+from services.sandbox.languages.catalog import load_catalog
+from services.sandbox.runtime.compile_cache import CompileCache
+from services.sandbox.runtime.jobs import Program
+from services.sandbox.runtime.programs import digest_of
+
+LIMITS = Limits(1000, 1000, 1 << 28, 64, 1 << 20, 1 << 16, 100)
+
+
+def folder(size: int) -> Archive:
+    return Archive({"paths": ["program"], "executable": [True]}, [b"x" * size])
+
+
+async def test_the_least_recently_used_make_room() -> None:
+    cache = CompileCache(entries=2, total_bytes=100)
+    for key in (b"a", b"b"):
+        cache.keep(key, pb.CompileResult(wall_ms=5), folder(30))
+    found = await cache.find(b"a")
+    assert found is not None
+    assert (found.result.cached, found.result.wall_ms, len(found.folder.blobs[0])) == (True, 0, 30)
+    cache.keep(b"c", pb.CompileResult(), folder(30))
+    assert await cache.find(b"b") is None
+    cache.keep(b"d", pb.CompileResult(), folder(80))
+    assert await cache.find(b"a") is None
+    assert await cache.find(b"d") is not None
+    cache.keep(b"e", pb.CompileResult(), folder(101))
+    assert await cache.find(b"e") is None
+    assert await cache.find(b"d") is not None
+
+
+async def test_who_comes_meanwhile_waits_for_the_compiler() -> None:
+    cache = CompileCache(entries=2, total_bytes=100)
+    with cache.compiling(b"a"):
+        waiting = asyncio.create_task(cache.find(b"a"))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        cache.keep(b"a", pb.CompileResult(), folder(1))
+    assert await waiting is not None
+    with cache.compiling(b"b"):
+        waiting = asyncio.create_task(cache.find(b"b"))
+        await asyncio.sleep(0)
+    assert await waiting is None  # that one failed: compile it yourself
+
+
+def test_the_key_is_all_that_a_compiler_sees() -> None:
+    runtime = load_catalog(SandboxConfig()).find("c")
+    assert runtime is not None
+    program = Program(runtime, b"int main;", LIMITS, LIMITS, [pb.File(path="a.h", content=b"1")])
+    others = [
+        dataclasses.replace(program, source=b"int main; "),
+        dataclasses.replace(program, files=[pb.File(path="b.h", content=b"1")]),
+        dataclasses.replace(program, files=[pb.File(path="a.h", content=b"2")]),
+        dataclasses.replace(program, files=[pb.File(path="a.h", content=b"1", executable=True)]),
+        dataclasses.replace(program, compile_limits=dataclasses.replace(LIMITS, cpu_ms=2000)),
+        dataclasses.replace(program, environment={"CPATH": "."}),
+        dataclasses.replace(program, compile_arguments=("-DX",)),
+        dataclasses.replace(program, runtime=dataclasses.replace(runtime, image="/srv/other")),
+        dataclasses.replace(program, source=b"int main;1", files=[pb.File(path="a.h")]),
+    ]
+    assert len({digest_of(each) for each in (program, *others)}) == len(others) + 1
+    assert digest_of(dataclasses.replace(program, limits=dataclasses.replace(LIMITS, wall_ms=5))) == digest_of(program)
