@@ -136,6 +136,33 @@ def judge(
 
 @app.command()
 @connecting
+def swe(
+    channel: ChannelOptions,
+    task: Annotated[Path, typer.Argument(metavar="TASK", help="A task's file, YAML or JSON.")],
+    patch: Annotated[
+        Path | None, typer.Option("--patch", metavar="FILE", help="The diff to judge; the task's own unless set.")
+    ] = None,
+    as_json: JsonOption = False,
+    address: AddressOption = ADDRESS,
+    debug: DebugOption = False,
+) -> None:
+    """Judge a patch by the tests of a repository.
+
+    TASK names the repository and the tests that must pass, as SWE-bench does.
+
+    Ends with 0 when the patch is accepted, 1 when not, 2 for wrong usage, 3 when
+    the sandbox failed or the tests judge no patch.
+    """
+
+    with reporting_errors(debug, SANDBOX_FAILED):
+        from perigee.cli.sandbox.swe import judge_patch, make_request
+
+        request = make_request(task, patch)
+        raise typer.Exit(run_interruptible(lambda _: judge_patch(address, channel, request, as_json)))
+
+
+@app.command()
+@connecting
 def runtimes(
     channel: ChannelOptions, as_json: JsonOption = False, address: AddressOption = ADDRESS, debug: DebugOption = False
 ) -> None:

@@ -45,7 +45,7 @@ def check_relative(option: str, name: str) -> str:
     return path.as_posix()
 
 
-def check_size(request: pb.ExecuteRequest | pb.JudgeRequest, what: str) -> None:
+def check_size(request: pb.ExecuteRequest | pb.JudgeRequest | pb.JudgePatchRequest, what: str) -> None:
     """Raises InvalidArgumentError when the request is larger than a message may be."""
     size = request.ByteSize()
     if size > MAX_MESSAGE_BYTES - ENVELOPE_BYTES:

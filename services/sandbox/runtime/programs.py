@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.archive import Archive, encode_archive
 from services.sandbox.agent.protocol import Limits, RunRequest, RunResult, memory_file
@@ -247,6 +248,9 @@ async def open_program(factory: SandboxFactory, program: Program, slot: WorkerSl
         try:
             await slot.reclaim_memory(program.limits.memory_bytes)
             yield loaded
+        except InvalidArgumentError:  # an archive was refused, and nothing has run
+            loaded.unload()
+            raise
         except BaseException:
             sandbox.broken = True
             raise
