@@ -177,8 +177,8 @@ def _cut(text: str) -> str:
 REQUESTS, REPLIES = 3, 4
 """Descriptors of the pipes between the two."""
 REPORT = 5
-"""Descriptor of the test's report, which only the test has. It begins with `CALLED` as soon as the test has called the
-function."""
+"""Descriptor of the test's report, which only the test has. It begins with `CALLED` while the submission loads, and as
+soon as the test has called it."""
 CALLED = b" "
 
 
@@ -203,10 +203,13 @@ def serve_code_test(archive: Archive, home: str) -> NoReturn:
     with os.fdopen(REQUESTS, "wb") as requests, os.fdopen(REPLIES, "rb") as replies:
         peer = CallerPeer(requests, replies, max_reply_bytes=header["reply_bytes"])
         peer.on_first_call = lambda: os.write(REPORT, CALLED)
+        os.write(REPORT, CALLED)  # a submission may send more than there is room for
         try:
             loaded, message, names = wait_until_loaded(peer)
         except (ChannelBrokenError, Exception) as error:  # nothing of the test has run yet
             loaded, message, names = "broken", str(error)[:MESSAGE_CHARACTERS], {}
+        os.ftruncate(REPORT, 0)
+        os.lseek(REPORT, 0, os.SEEK_SET)
         report = {"loaded": loaded, "message": message}
         if loaded == LOADED:
             setup, code = (blob.decode() for blob in archive.blobs[:2])

@@ -26,6 +26,7 @@ from .values import decode, encode
 _CONTROL_FLOW = (StopIteration, StopAsyncIteration, GeneratorExit)
 _NAME_CHARACTERS = 100
 _MAX_CLASSES = 20
+_MOST_OBJECTS = 200_000
 _CONTAINERS = (list, dict, set, tuple)
 METHOD = object()
 """Value of an attribute that is a method, which is called by name."""
@@ -190,8 +191,10 @@ class Peer(ABC):
         number, kind, name, _ = introduction
         if type(number) is not int or number * self.sign >= 0 or number in self.met:
             raise ValueError("an introduction under a wrong number")
-        if type(kind) is not str or type(name) is not str:
+        if type(kind) is not str or type(name) is not str or len(name) > _NAME_CHARACTERS:
             raise ValueError("an introduction without a name")
+        if len(self.met) == _MOST_OBJECTS:
+            raise ValueError(f"more than {_MOST_OBJECTS} objects")
         self.met[number] = self.make_stand_in(introduction)
         self._know(number, self.met[number])
 

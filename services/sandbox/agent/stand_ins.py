@@ -72,7 +72,7 @@ class CallerPeer(Peer):
     def describe(self, value: Any) -> tuple[str, str, Any]:
         """Describes what the test hands over: functions, iterators, and objects, which are copied."""
         kind = type(value)
-        name = str(getattr(value, "__name__", kind.__name__))
+        name = str(getattr(value, "__name__", kind.__name__))[:100]
         if isinstance(value, _FUNCTIONS):
             return "function", name, None
         if isinstance(value, (types.ModuleType, types.CodeType, types.CoroutineType, io.IOBase, BaseException)):
@@ -80,7 +80,7 @@ class CallerPeer(Peer):
         if hasattr(kind, "__next__"):
             return "iterator", name, None
         if kind.__module__ == "code_test" or hasattr(value, "__dict__"):
-            return "record", kind.__name__, (_names_of(kind, callable), _names_of(kind, _is_property))
+            return "record", kind.__name__[:100], (_names_of(kind, callable), _names_of(kind, _is_property))
         raise TypeError(f"{kind.__name__[:100]} is not a plain type")
 
     def make_stand_in(self, introduction: Introduction) -> Any:
