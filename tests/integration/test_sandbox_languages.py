@@ -113,6 +113,7 @@ func TestMain(m *testing.M) {
         broken='package main\nimport "testing"\nfunc TestIt(t *testing.T) { missing() }',
         compiler_word="undefined: missing",
     ),
+    "pytest": Example(""),
     "haskell": Example(
         """import System.Environment
 import System.Exit
@@ -379,7 +380,7 @@ process.exit(3);""",
             main="from parts.more import answer\nprint(answer)",
             files={"parts/more.py": "answer = 42"},
         )
-        for name in ("python", "python-science", "python-test", "python-generator")
+        for name in ("python", "python-science", "python-test", "python-generator", "jupyter")
     },
 }
 
@@ -396,7 +397,7 @@ async def find_runtime(fronts: Fronts, name: str) -> pb.Runtime:
     return runtime
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if EXAMPLES[name].program])
 async def test_streams_arguments_and_exit_code(fronts: Fronts, name: str) -> None:
     runtime = await find_runtime(fronts, name)
     request = pb.ExecuteRequest(

@@ -139,6 +139,14 @@ async def test_stages_have_scores_and_hidden_files_of_their_own(client: SandboxC
         await client.assess(request)
 
 
+async def test_the_tests_of_one_file_are_a_language(client: SandboxClient) -> None:
+    source = b"from more import answer\ndef test_one(): assert answer == 42\ndef test_two(): assert answer == 43"
+    files = [pb.File(path="more.py", content=b"answer = 42")]
+    response = await client.execute(pb.ExecuteRequest(language="pytest", source=source, files=files))
+    assert (response.status, response.exit_code) == (pb.STATUS_RUNTIME_ERROR, 1), response
+    assert b"1 failed, 1 passed" in response.stdout
+
+
 async def test_a_session_edits_patches_and_tests(client: SandboxClient) -> None:
     files = [pb.File(path=path, content=text.encode()) for path, text in REPOSITORY.items()]
     patch = pb.File(path="mend.patch", content=make_patch(MENDED))

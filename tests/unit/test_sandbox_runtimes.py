@@ -37,7 +37,10 @@ def test_a_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
     ("text", "words"),
     [
         (RIGHT + "titel: Mine\n", "titel: unknown key; did you mean title?"),
-        (RIGHT.replace('"{source}"', '"{print $1}"'), "run: '{print $1}' may hold {source}, {memory_mib} and {main}"),
+        (
+            RIGHT.replace('"{source}"', '"{print $1}"'),
+            "run: '{print $1}' may hold {source}, {memory_mib}, {main} and {python}",
+        ),
         (RIGHT.replace('"{source}"', '"{source.name}"'), "run: '{source.name}' may hold"),
         (RIGHT + 'compile: [cc, "{0}"]\n', "compile: '{0}' may hold"),
         (RIGHT + 'compile: [cc, "}"]\n', "compile: '}' may hold"),

@@ -207,7 +207,7 @@ class Reader:
         runtime = self.read_runtime(f"{prefix}language", request.language)
         if runtime is not None:
             runtime = runtime.for_source(request.source)
-        command = request.command if isinstance(request, pb.ExecuteRequest) else ()
+        command = list(request.command) if isinstance(request, pb.ExecuteRequest) else []
         if not command:
             self.check_source(f"{prefix}source", request.source)
         elif request.source:
@@ -235,6 +235,9 @@ class Reader:
         program = dataclasses.replace(
             program, archives=list(request.archives), loopback=request.loopback or runtime.config.loopback
         )
+        if not command and runtime.python is not None and runtime.config.run:
+            command = runtime.command(runtime.config.run, limits.memory_bytes)
+            files.append(pb.File(path=runtime.config.source, content=request.source))
         if not command:
             return program
         placed = [pb.Archive(content=make_tar(files))] if files else []

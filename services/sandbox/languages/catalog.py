@@ -246,10 +246,10 @@ class RuntimeConfig(Model):
     def _check_command(cls, command: tuple[str, ...]) -> tuple[str, ...]:
         for part in command:
             try:
-                part.format(source="", memory_mib="", main="")
+                part.format(source="", memory_mib="", main="", python="")
             except (LookupError, ValueError, AttributeError) as error:
                 raise ValueError(
-                    f"{part!r} may hold {{source}}, {{memory_mib}} and {{main}}; other braces are written twice"
+                    f"{part!r} may hold {{source}}, {{memory_mib}}, {{main}} and {{python}}; others are written twice"
                 ) from error
         return command
 
@@ -305,7 +305,13 @@ class Runtime:
 
     def command(self, template: Iterable[str], memory_bytes: int) -> list[str]:
         """Returns a command of the description with its placeholders filled in."""
-        values = {"source": self.config.source, "memory_mib": str(memory_bytes >> 20), "main": self.main}
+        python = "python3" if self.python is None else self.python.path
+        values = {
+            "source": self.config.source,
+            "memory_mib": str(memory_bytes >> 20),
+            "main": self.main,
+            "python": python,
+        }
         return [part.format(**values) for part in template]
 
     def python_command(self) -> list[str]:
