@@ -70,6 +70,9 @@ NODE = "class Node:\n    def __init__(self, v, next=None): self.v, self.next = v
         ("def f(x):\n    yield 1\n    raise ValueError('a')", "f", "g = f(1)\nnext(g)\ntry: next(g)\nexcept ValueError: pass\nelse: assert 0"),
         ("def f(x): return map(str, x)", "f", "assert [*f([1, 2])] == ['1', '2']"),
         ("def f(g, x): return [g(i) for i in x]", "f", "assert f(lambda i: i + 1, [1, 2]) == [2, 3] and f(str, [1]) == ['1']"),
+        ("def f(g, *x): return g(*x)", "f",
+         "import operator, functools\nfrom decimal import Decimal\nassert f(operator.add, 1, 2) == 3 == f(functools.reduce, max, [1, 3])\n"
+         "assert f(str.upper, 'a') == 'A' and f(Decimal, '0.5') == Decimal('0.5') and f([1].__len__) == 1"),
         ("def f(g): return lambda x: g(g(x))", "f", "assert f(lambda x: 2 * x)(3) == 12 and f(abs)(-1) == 1"),
         ("def f(g):\n    try: g()\n    except KeyError as e: return e.args", "f", "def g(): raise KeyError('k')\nassert f(g) == ('k',)"),
         ("def f(g, n): return n if n == 0 else g(n - 1)", "f", "def g(n): return f(g, n)\nassert f(g, 9) == 0"),
@@ -180,6 +183,11 @@ def test_each_of_several_functions_must_be_there(code_test: RunCodeTest, code: s
             SUBMISSION_ERROR,
         ),
         ("def f(n): return n._secret()", "class N:\n    def go(self): return 1\nassert f(N()) == 1", SUBMISSION_ERROR),
+        (
+            "def f(g):\n    g('globals().update(expected=5)')\n    return 5",
+            "expected = 4\nassert f(exec) == expected",
+            FAILED,
+        ),
         ("def f(x): return x", "import threading\nf(threading.Lock())", TEST_ERROR),
     ],
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, cast
@@ -73,12 +74,16 @@ class CallerPeer(Peer):
         """Describes what the test hands over: functions, iterators, and objects, which are copied."""
         kind = type(value)
         name = str(getattr(value, "__name__", kind.__name__))[:100]
+        if (imported := _find_import(value)) is not None:
+            return "import", *imported
         if isinstance(value, _FUNCTIONS):
             return "function", name, None
         if isinstance(value, (types.ModuleType, types.CodeType, types.CoroutineType, io.IOBase, BaseException)):
             raise TypeError(f"{kind.__name__[:100]} is not a plain type")
         if hasattr(kind, "__next__"):
             return "iterator", name, None
+        if callable(value) and kind.__module__ != "code_test":
+            return "function", name, None
         if kind.__module__ == "code_test" or hasattr(value, "__dict__"):
             return "record", kind.__name__[:100], (_names_of(kind, callable), _names_of(kind, _is_property))
         raise TypeError(f"{kind.__name__[:100]} is not a plain type")
@@ -170,6 +175,21 @@ class CallerPeer(Peer):
             if type(name) is not str or name.startswith("__") or name in fixed:
                 continue
             object.__setattr__(target, name, merge(getattr(target, name, None), value))
+
+
+def _find_import(value: Any) -> tuple[str, str] | None:
+    """Returns qualified name and module of a function or class that the submission can import; None for the test's own.
+
+    A call of `eval`, say, is not to be made in the test.
+    """
+    name = getattr(value, "__qualname__", None)
+    module = getattr(value, "__module__", None) or getattr(getattr(value, "__objclass__", None), "__module__", None)
+    if not callable(value) or not isinstance(name, str) or module == "code_test":
+        return None
+    found: Any = sys.modules.get(module) if isinstance(module, str) else None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return (name, str(module)) if found is value else None
 
 
 def _names_of(kind: type, has: Callable[[Any], bool]) -> list[str]:

@@ -24,8 +24,10 @@ def split_names(function_names: str) -> list[str]:
 
 
 _METHOD_CLASS = "Solution"
-_IMPORTED = ("typing", "collections", "itertools", "functools", "heapq", "bisect", "math")
-"""Modules whose names LeetCode's programs use without importing them."""
+_IMPORTED = ("typing", "collections", "itertools", "functools", "heapq", "bisect", "operator", "string", "math")
+"""Modules that LeetCode's programs use, and whose names, without importing them."""
+_IMPORTED_BY_NAME = ("copy", "datetime", "random", "re", "sys")
+"""Modules that they use by their own names."""
 
 
 class LoadError(Exception):
@@ -84,7 +86,7 @@ def _leetcode_names() -> dict[str, Any]:
         public = getattr(module, "__all__", None) or [name for name in vars(module) if not name.startswith("_")]
         names.update({name: getattr(module, name) for name in public if not hasattr(builtins, name)})
         names[module.__name__] = module
-    return names
+    return {**names, **{name: import_module(name) for name in _IMPORTED_BY_NAME}}
 
 
 def find_function(names: dict[str, Any], name: str) -> Callable[..., Any]:
