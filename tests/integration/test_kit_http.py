@@ -128,6 +128,15 @@ async def test_the_token_opens_everything_but_probes() -> None:
                     assert (response.status_code, response.headers["www-authenticate"]) == (401, "Bearer")
                 for path in ("/healthz", "/readyz", "/metrics"):
                     assert (await client.get(path)).status_code == 200
+        async with connect(app, None) as client:
+            for headers, status in (
+                ({"X-API-Key": "right"}, 200),
+                ({"X-API-Key": "wrong"}, 401),
+                ({"X-API-Key": "right", "Authorization": "Basic dTo="}, 200),
+                ({"X-API-Key": "right", "Authorization": "Bearer wrong"}, 401),
+                ({"X-Access-Token": "right"}, 200),
+            ):
+                assert (await client.get("/openapi.json", headers=headers)).status_code == status
         async with connect(app, "right") as client:
             assert (await execute(client, "ok")).status_code == 200
             assert (await client.get("/openapi.json")).json()["security"] == [{"token": []}]

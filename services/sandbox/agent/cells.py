@@ -120,7 +120,7 @@ def _start(channel: socket.socket, run_cell: RunCell, home: str) -> Interpreter:
         ours.close()
         _serve_context(theirs, channel, run_cell, home)
     theirs.close()
-    return Interpreter(pid, os.pidfd_open(pid), ours)
+    return Interpreter(pid, kernel.open_pidfd(pid), ours)
 
 
 def _discard(interpreter: Interpreter) -> None:

@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_CAPBSET_DROP = 1, 4, 2
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS = 36, 38
 _SECCOMP_MODE_FILTER = 2
 _SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
-_SYS_CLOSE_RANGE, _SYS_OPENAT2 = 436, 437  # the same on every architecture
+_SYS_PIDFD_OPEN, _SYS_CLOSE_RANGE, _SYS_OPENAT2 = 434, 436, 437  # the same on every architecture
 _RESOLVE_NO_XDEV, _RESOLVE_NO_MAGICLINKS, _RESOLVE_NO_SYMLINKS, _RESOLVE_BENEATH = 1, 2, 4, 8
 _EINVAL = 22
 _SIOCSIFFLAGS, _IFF_UP = 0x8914, 1
@@ -141,6 +141,13 @@ def close_from(first: int) -> None:
         ctypes.c_long(_SYS_CLOSE_RANGE), ctypes.c_uint(first), ctypes.c_uint(0xFFFFFFFF), ctypes.c_uint(0)
     )
     _check(result, f"close_range {first}")
+
+
+def open_pidfd(pid: int) -> int:
+    """Returns a descriptor that is readable once a process has ended; not every build of Python has os.pidfd_open."""
+    result: int = _libc.syscall(ctypes.c_long(_SYS_PIDFD_OPEN), ctypes.c_int(pid), ctypes.c_uint(0))
+    _check(result, f"pidfd_open {pid}")
+    return result
 
 
 def _prctl(option: int, argument: int, what: str) -> None:

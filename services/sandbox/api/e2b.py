@@ -44,7 +44,7 @@ PREFIX = "/e2b"
 _ENVD_VERSION = "0.6.4"
 """Version of E2B's agent whose interface this is."""
 _HOME = "/home/user"
-_OWN_CONTEXT = "e2b"
+_OWN_CONTEXT, _DEFAULT_CONTEXT = "e2b", "default"
 _INSIDE = Path(__file__).with_name("e2b_inside.py").read_text(encoding="utf-8")
 _KEYS = {
     "text/plain": "text",
@@ -110,7 +110,12 @@ class Sandbox:
     key_digest: str
     started_at: datetime
     ends_at: datetime
-    contexts: dict[str, NewContext] = field(default_factory=dict)
+    contexts: dict[str, NewContext] = field(default_factory=lambda: {_DEFAULT_CONTEXT: NewContext()})
+
+    @property
+    def gone(self) -> bool:
+        """Whether it has ended, as its time is over or otherwise."""
+        return not self.session.alive or time.monotonic() > self.session.ends_at
 
     def set_timeout(self, seconds: float) -> None:
         """Lets the sandbox end in some seconds."""
@@ -161,19 +166,20 @@ class Sandboxes:
             raise UnimplementedError("no runtime of this service has sessions")
         most = runtime.maximum_limits
         limits = pb.Limits(wall_ms=most.wall_ms, cpu_ms=most.cpu_ms)
-        request = pb.CreateSessionRequest(language=runtime.language, limits=limits, env=new.envVars)
+        variables = {"HOME": _HOME, "PWD": _HOME, **new.envVars}
+        request = pb.CreateSessionRequest(language=runtime.language, limits=limits, env=variables)
         session = self.servicer.sessions.find((await self.servicer.CreateSession(request, context)).session_id)
         session.idle_s = math.inf
         sandbox = Sandbox(session, new, _digest(key), datetime.now(UTC), datetime.now(UTC))
         sandbox.set_timeout(new.timeout)
-        self._by_id = {name: each for name, each in self._by_id.items() if each.session.alive}
+        self._by_id = {name: each for name, each in self._by_id.items() if not each.gone}
         self._by_id[session.id] = sandbox
         return sandbox
 
     def find(self, sandbox_id: str) -> Sandbox:
         """Returns a sandbox; raises NotFoundError when it has ended or never existed."""
         sandbox = self._by_id.get(sandbox_id)
-        if sandbox is None or not sandbox.session.alive or time.monotonic() > sandbox.session.ends_at:
+        if sandbox is None or sandbox.gone:
             raise NotFoundError(f"sandbox {sandbox_id[:40]!r} does not exist")
         return sandbox
 
@@ -186,7 +192,7 @@ class Sandboxes:
 
     def of_key(self, key: str) -> list[Sandbox]:
         """Returns the sandboxes that were created with a key."""
-        return [each for each in self._by_id.values() if each.session.alive and each.key_digest == _digest(key)]
+        return [each for each in self._by_id.values() if not each.gone and each.key_digest == _digest(key)]
 
 
 def e2b_apis(servicer: E2bServicer) -> tuple[CompatRouter, CompatRouter]:
@@ -248,8 +254,10 @@ def control_router(sandboxes: Sandboxes) -> APIRouter:
     @router.delete("/sandboxes/{sandbox_id}", status_code=204)
     async def kill(sandbox_id: str, request: Request) -> None:
         """Ends a sandbox."""
-        session_id = sandboxes.find(sandbox_id).session.id
-        await sandboxes.servicer.CloseSession(pb.CloseSessionRequest(session_id=session_id), call_context(request))
+        sandbox = sandboxes.find(sandbox_id)
+        sandbox.set_timeout(0)
+        close = pb.CloseSessionRequest(session_id=sandbox.session.id)
+        await sandboxes.servicer.CloseSession(close, call_context(request))
 
     return router
 
@@ -262,7 +270,10 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
         if (timeout_ms := request.headers.get("connect-timeout-ms", "")).isdigit():
             fields["wall_ms"] = min(int(timeout_ms) or 1, sandbox.session.limits.wall_ms)
         cell = pb.RunCellRequest(session_id=sandbox.session.id, code=code.encode() or b"\n", **fields)
-        return await sandboxes.servicer.RunCell(cell, call_context(request))
+        response = await sandboxes.servicer.RunCell(cell, call_context(request))
+        if time.monotonic() > sandbox.session.ends_at:  # it was ended meanwhile
+            sandboxes.addressed(request)
+        return response
 
     @router.get("/health", status_code=204)
     async def health(request: Request) -> None:
@@ -273,12 +284,10 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
     async def execute(body: Execution, request: Request) -> Response:
         """Runs a cell; a line of JSON for each part of its output."""
         sandbox = sandboxes.addressed(request)
-        if body.context_id and body.context_id not in sandbox.contexts and body.context_id != "default":
-            raise NotFoundError(f"Context {body.context_id} not found")
-        context = sandbox.contexts.get(body.context_id or "")
-        code = _in_language(body.code, body.language or (context.language if context else "python"))
-        fields = {"context": body.context_id if context else "", "env": body.env_vars or {}}
-        return StreamResponse(write_cell(await run_cell(sandbox, code, request, **fields)), "application/x-ndjson")
+        context_id = body.context_id or _DEFAULT_CONTEXT
+        code = _in_language(body.code, body.language or _find_context(sandbox, context_id).language)
+        response = await run_cell(sandbox, code, request, context=context_id, env=body.env_vars)
+        return StreamResponse(write_cell(response), "application/x-ndjson")
 
     @router.post("/contexts")
     async def create_context(body: NewContext, request: Request) -> dict[str, str]:
@@ -286,8 +295,7 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
         sandbox = sandboxes.addressed(request)
         _in_language("", body.language)
         context_id = secrets.token_hex(16)
-        folder = _below_home(body.cwd)
-        made = await run_cell(sandbox, f"__import__('os').chdir({folder!r})", request, context=context_id)
+        made = await run_cell(sandbox, f"__import__('os').chdir({body.cwd!r})", request, context=context_id)
         if made.status != pb.STATUS_OK:
             raise InvalidArgumentError.for_field("cwd", f"{made.error_value or made.reason}")
         sandbox.contexts[context_id] = body
@@ -303,16 +311,15 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
     async def remove_context(context_id: str, request: Request) -> None:
         """Ends an interpreter."""
         sandbox = sandboxes.addressed(request)
-        if sandbox.contexts.pop(context_id, None) is None:
-            raise NotFoundError(f"Context {context_id} not found")
+        _find_context(sandbox, context_id)
+        del sandbox.contexts[context_id]
         await _restart(context_id, sandbox, request)
 
     @router.post("/contexts/{context_id}/restart", status_code=204)
     async def restart_context(context_id: str, request: Request) -> None:
         """Starts an interpreter anew."""
         sandbox = sandboxes.addressed(request)
-        if context_id not in sandbox.contexts:
-            raise NotFoundError(f"Context {context_id} not found")
+        _find_context(sandbox, context_id)
         await _restart(context_id, sandbox, request)
 
     async def _restart(context_id: str, sandbox: Sandbox, request: Request) -> None:
@@ -398,6 +405,13 @@ def _digest(key: str) -> str:
 
 def _context(context_id: str, context: NewContext) -> dict[str, str]:
     return {"id": context_id, "language": context.language, "cwd": context.cwd}
+
+
+def _find_context(sandbox: Sandbox, context_id: str) -> NewContext:
+    context = sandbox.contexts.get(context_id)
+    if context is None:
+        raise NotFoundError(f"Context {context_id} not found")
+    return context
 
 
 def _in_language(code: str, language: str) -> str:
