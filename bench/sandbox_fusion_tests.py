@@ -9,6 +9,7 @@ own requirements must be there for the interpreter: databases, aiosqlite and aio
 from __future__ import annotations
 
 import argparse
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -32,7 +33,8 @@ def pytest_configure(config: pytest.Config) -> None:
         if route.path in PATHS:
             name, response = PATHS[route.path]
             forward = _forward(route.path, getattr(sandbox_api, response))
-            route.dependant.call = forward
+            forward.__signature__ = inspect.signature(route.endpoint)
+            route.endpoint = forward
             setattr(sandbox_api, name, forward)
 
 
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("--http", required=True, help="address of the sandbox's HTTP, http://HOST:PORT")
     parser.add_argument("-k", default="", help="tests by an expression of pytest's")
     parser.add_argument("tests", nargs="*", default=["sandbox/tests/runners"])
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     os.environ[URL] = arguments.http
     os.chdir(arguments.clone)
     # in the place of this folder, a module of which has the name of the clone's package

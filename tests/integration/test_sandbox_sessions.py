@@ -100,6 +100,15 @@ async def test_a_cell_may_not_ask_for_more_time_than_its_session_has(sandbox: Sa
         assert (await session.run("1", wall_ms=3000)).result == "1"
 
 
+async def test_files_of_a_cell_fit_into_its_session(sandbox: SandboxClient) -> None:
+    async with sandbox.session(limits=pb.Limits(file_bytes=1 << 16)) as session:
+        request = pb.RunCellRequest(session_id=session.id, code=b"", files=[pb.File(path="a", content=bytes(1 << 17))])
+        with pytest.raises(InvalidArgumentError, match="files"):
+            await sandbox.run_cell(request)
+        assert (await session.run("2")).result == "2"
+        assert (await session.run("")).status == pb.STATUS_OK
+
+
 async def test_the_cpu_limit_interrupts_the_cell_alone(sandbox: SandboxClient) -> None:
     async with sandbox.session(limits=pb.Limits(cpu_ms=300, wall_ms=30_000)) as session:
         await session.run("kept = 1")

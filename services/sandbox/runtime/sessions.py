@@ -242,6 +242,9 @@ class Session:
 
     async def _run(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
         loaded = await self._ready
+        if (needed := sum(len(file.content) for file in cell.files)) > self._program.limits.file_bytes:
+            most = self._program.limits.file_bytes
+            raise InvalidArgumentError.for_field("files", f"take {needed} bytes, the session has room for {most}")
         self._number += 1
         self._counts[cell.context] += 1
         header = {
