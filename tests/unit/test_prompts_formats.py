@@ -47,6 +47,8 @@ RECORDS: dict[str, tuple[dict[str, Any], str]] = {
                        "starter_code": "class Solution:\n    def add(self, nums: List[int], k: int) -> List[int]:\n        ",
                        "public_test_cases": json.dumps([{"input": "[1]\n1", "output": "[2]", "testtype": "functional"}]),
                        "private_test_cases": PRIVATE, "metadata": json.dumps({"func_name": "add"})}, ADD),
+    "livecodebench unpacked": ({"question_content": "Add k.", "question_id": "4", "starter_code": ADD, "metadata": {"func_name": "add"},
+                                "public_test_cases": [{"input": "[1]\n1", "output": "[2]", "testtype": "functional"}], "private_test_cases": []}, ADD),
     "humaneval": ({"task_id": "HumanEval/0", "prompt": "def twice(x):\n    '''Doubles.'''\n", "entry_point": "twice", "canonical_solution": "    return 2 * x\n",
                    "test": "METADATA = {}\ndef check(candidate):\n    assert candidate(1) == 2\n"}, TWICE),
     "evalplus": ({"task_id": "HumanEval/1", "prompt": "def twice(x):\n    '''Doubles.'''\n", "entry_point": "twice", "canonical_solution": "    return 2 * x\n",
@@ -60,7 +62,7 @@ RECORDS: dict[str, tuple[dict[str, Any], str]] = {
     "leetcode": ({"slug": "tail", "content": "Tail.", "metaData": json.dumps({"name": "tail", "params": [{"name": "head", "type": "ListNode"}], "return": {"type": "ListNode"}}),
                   "test_cases": [{"input": "[1,2]", "output": "[2]"}, {"input": "[1]", "output": "[]"}]}, "class Solution:\n    def tail(self, head): return head.next"),
     "leetcode in place": ({"slug": "sort", "content": "Sort.", "meta_data": {"name": "sort", "params": [{"name": "nums", "type": "integer[]"}], "return": {"type": "void"}},
-                           "test_cases": [{"input": [[2, 1]], "expected": [1, 2]}]}, "class Solution:\n    def sort(self, nums): nums.sort()"),
+                           "test_cases": [{"input": {"nums": [2, 1]}, "expected_output": [1, 2]}, {"input": [[3]], "expected": [3]}]}, "class Solution:\n    def sort(self, nums): nums.sort()"),
     "leetcode design": ({"slug": "box", "content": "Box.", "metaData": json.dumps({"classname": "Box", "systemdesign": True}),
                          "tests": [{"input": '["Box","get"]\n[[5],[]]', "output": "[null,5]"}]}, "class Box:\n    def __init__(self, v): self.v = v\n    def get(self): return self.v"),
 }  # fmt: skip
@@ -74,6 +76,7 @@ LEFT_OUT = [
     (RECORDS["livecodebench"][0] | {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(Sly()))).decode()}, "its test cases cannot be unpacked"),
     (RECORDS["mbpp"][0] | {"test_list": ["assert other(2) == 4"]}, "its tests call no function of its solution"),
     (RECORDS["leetcode"][0] | {"test_cases": [{"output": "[2]"}]}, "a test case has no input"),
+    (RECORDS["leetcode"][0] | {"test_cases": [{"input": "[2]"}]}, "a test case has no output"),
 ]  # fmt: skip
 
 

@@ -99,6 +99,12 @@ def test_a_list_with_a_cycle_has_no_form() -> None:
         call("def f(a):\n    a.next = a\n    return a", [[1]], signature="(ListNode) -> ListNode")
 
 
+def test_an_imported_function_is_not_taken_for_a_method() -> None:
+    source = "class Solution:\n    def add(self, a: int, b: int) -> int: return add(a, b) + sqrt(b)"
+    assert call(source, [1, 4], "add") == 7
+    assert call("add = lambda a: a\nclass Solution:\n    def add(self): return 1", [5], "add") == 5
+
+
 @pytest.mark.parametrize("name", ["f", "Solution.f", "Solution().f"])
 def test_methods_of_the_class_solution_are_functions(name: str) -> None:
     source = "class Solution:\n    n = 0\n    def f(self, x: int) -> int:\n        self.n += x\n        return self.n"

@@ -147,7 +147,8 @@ def read_apps(record: Record) -> Line:
     if len(inputs) != len(outputs):
         raise NotTurnedError("it has not as many outputs as inputs")
     question, starter = str(record["question"]), str(record.get("starter_code") or "").strip()
-    identity = first_of(record, "problem_id", "id", "task_id", "url") or digest(question)
+    identity = first_of(record, "problem_id", "id", "task_id")
+    identity = digest(question) if identity is None else identity
     pairs = list(zip(inputs, outputs, strict=True))
     if name := cases.get("fn_name"):
         form = CALL_FORM.format(starter) if starter else f"Answer with a Python function `{name}` in one code block."
@@ -187,7 +188,9 @@ def find_signature(starter: str, name: str) -> str:
 def read_livecodebench_line(record: Record) -> Line:
     """Reads LiveCodeBench: public and hidden tests, those in whichever form they are packed."""
     try:
-        read = read_livecodebench(dict(record))
+        columns = ("public_test_cases", "private_test_cases", "metadata")
+        packed = {name: json.dumps(record[name]) for name in columns if not isinstance(record.get(name), str)}
+        read = read_livecodebench({**record, **packed})
     except Exception as error:  # whatever base64, zlib, pickle and JSON make of what they are given
         raise NotTurnedError("its test cases cannot be unpacked") from error
     line: Line = {"id": record["question_id"], "prompt": f"{record['question_content']}\n\n{read['form']}"}
@@ -278,10 +281,14 @@ def read_case(case: Any) -> Line:
     """Returns a test of LeetCode's; raises NotTurnedError."""
     if not isinstance(case, Mapping) or "input" not in case:
         raise NotTurnedError("a test case has no input")
-    given, expected = case["input"], first_of(case, "output", "expected")
+    given, expected = case["input"], [case[name] for name in ("output", "expected", "expected_output") if name in case]
+    if not expected:
+        raise NotTurnedError("a test case has no output")
     if isinstance(given, str):
         given = [read_json(each, "test_cases") for each in given.splitlines() if each.strip()]
-    return {"arguments": given, "expected": read_json(expected, "test_cases")}
+    elif isinstance(given, Mapping):
+        given = list(given.values())
+    return {"arguments": given, "expected": read_json(expected[0], "test_cases")}
 
 
 def first_of(record: Record, *names: str) -> Any:

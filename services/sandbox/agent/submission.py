@@ -94,10 +94,12 @@ def find_function(names: dict[str, Any], name: str) -> Callable[..., Any]:
     time; raises LoadError.
     """
     holder, _, method = name.rpartition(".")
-    function = None if holder else names.get(name)
-    if not callable(function):
-        kind = names.get(holder.removesuffix("()") or _METHOD_CLASS)
-        function = _method_of(kind, method) if isinstance(kind, type) and hasattr(kind, method) else None
+    function: Callable[..., Any] | None = None if holder else names.get(name)
+    kind = names.get(holder.removesuffix("()") or _METHOD_CLASS)
+    # an imported function may have the name of a method
+    is_own = callable(function) and getattr(function, "__module__", None) == "submission"
+    if not is_own and isinstance(kind, type) and hasattr(kind, method):
+        function = _method_of(kind, method)
     if not callable(function):
         raise LoadError(f"the function {name} is not defined")
     return function
