@@ -16,6 +16,7 @@ from services.reward.verifiers.code import CodeVerifier
 from services.reward.verifiers.composite import CompositeVerifier
 from services.reward.verifiers.judge import JudgeVerifier
 from services.reward.verifiers.math import MathVerifier
+from services.reward.verifiers.patch import PatchVerifier
 from services.reward.verifiers.patterns import JsonVerifier, RegexVerifier
 from services.reward.verifiers.text import ExactVerifier, ShortAnswerVerifier
 from services.reward.verifiers.value_head import ValueHeadVerifier
@@ -29,6 +30,7 @@ async def open_scorer(config: RewardConfig, sandbox: SandboxClient) -> AsyncIter
     verifiers: list[Verifier[Any]] = [
         MathVerifier(math_checks),
         CodeVerifier(config.code, sandbox),
+        PatchVerifier(config.code, sandbox),
         ChoiceVerifier(),
         ShortAnswerVerifier(),
         ExactVerifier(),

@@ -182,3 +182,23 @@ async def test_fenced_programs_and_compile_errors(coding_reward: RewardClient) -
     assert (broken.verdict, broken.reward) == (VERDICT_WRONG, 0.0)
     assert broken.reason.startswith("compile error: ")
     assert len(broken.reason) > len("compile error: ")
+
+
+async def test_a_patch_is_judged_by_its_repository(coding_reward: RewardClient) -> None:
+    test = b"from sums import add\ndef test_add(): assert add(2, 3) == 5\n"
+    task = sandbox_pb.JudgePatchRequest(
+        language="python-test",
+        test_files=[sandbox_pb.File(path="test_sums.py", content=test)],
+        tests=sandbox_pb.TestRun(framework=sandbox_pb.TEST_FRAMEWORK_PYTEST),
+        fail_to_pass=["test_sums.py::test_add"],
+    )
+    patch = "--- /dev/null\n+++ b/sums.py\n@@ -0,0 +1,2 @@\n+def add(a, b):\n+    return a {} b\n"
+    responses = [f"So:\n```diff\n{patch.format(sign)}```" for sign in "+-"] + ["```diff\nno diff\n```"]
+    items = [
+        pb.ScoreItem(id=str(index), response=response, patch=pb.PatchVerifier(task=task))
+        for index, response in enumerate(responses)
+    ]
+    outcomes = {outcome.id: outcome for outcome in await score(coding_reward, items)}
+    assert [outcomes[str(index)].verdict for index in range(3)] == [VERDICT_CORRECT, VERDICT_WRONG, VERDICT_WRONG]
+    assert "the first is test_sums.py::test_add" in outcomes["1"].reason
+    assert "the patch does not apply" in outcomes["2"].reason

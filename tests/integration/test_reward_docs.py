@@ -116,4 +116,4 @@ def test_every_documented_line_is_a_prompt_and_with_a_response_an_item() -> None
     assert {read_prompt_line(line, "line").item.WhichOneof("verifier") for line in lines} == set(VERIFIERS)
     items = [read_item(line | {"response": "#4"}, "line") for line in lines]
     assert items[0].math == items[1].math
-    assert [item.id for item in items] == list("abcdefghijklm")
+    assert [item.id for item in items] == list("abcdefghijklmn")

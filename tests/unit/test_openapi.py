@@ -83,7 +83,10 @@ def test_comments_of_the_protos_are_descriptions(document: dict[str, Any]) -> No
         "The file is larger than what is returned of it."
     )
     assert schemas["ExecuteRequest"]["properties"]["source"]["description"] == "UTF-8. Bytes, as UTF-8."
-    assert "skipped: Not run, because an earlier test failed." in schemas["TestVerdict"]["description"]
+    assert (
+        "skipped: Not run, because an earlier test or a group that is needed failed."
+        in schemas["TestVerdict"]["description"]
+    )
     assert "At most one of stdio, function, code, interactive is set." in schemas["TestCase"]["description"]
     execute = document["paths"]["/v1/execute"]["post"]
     assert execute["summary"] == "Compiles a program if its language needs it, and runs it once."

@@ -169,6 +169,30 @@ class CodeVerifier(_message.Message):
 Global___CodeVerifier: _TypeAlias = CodeVerifier  # noqa: Y015
 
 @_typing.final
+class PatchVerifier(_message.Message):
+    """The response is a patch of a repository, whose tests judge it in the sandbox."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TASK_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def task(self) -> _sandbox_pb2.JudgePatchRequest:
+        """The repository and its tests; `patch` is empty."""
+
+    def __init__(
+        self,
+        *,
+        task: _sandbox_pb2.JudgePatchRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PatchVerifier: _TypeAlias = PatchVerifier  # noqa: Y015
+
+@_typing.final
 class ChoiceVerifier(_message.Message):
     """One or several letters of a multiple-choice question."""
 
@@ -375,6 +399,7 @@ class VerifierSpec(_message.Message):
     JSON_FIELD_NUMBER: _builtins.int
     JUDGE_FIELD_NUMBER: _builtins.int
     VALUE_HEAD_FIELD_NUMBER: _builtins.int
+    PATCH_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def math(self) -> Global___MathVerifier: ...
     @_builtins.property
@@ -393,6 +418,8 @@ class VerifierSpec(_message.Message):
     def judge(self) -> Global___JudgeVerifier: ...
     @_builtins.property
     def value_head(self) -> Global___ValueHeadVerifier: ...
+    @_builtins.property
+    def patch(self) -> Global___PatchVerifier: ...
     def __init__(
         self,
         *,
@@ -405,12 +432,13 @@ class VerifierSpec(_message.Message):
         json: Global___JsonVerifier | None = ...,
         judge: Global___JudgeVerifier | None = ...,
         value_head: Global___ValueHeadVerifier | None = ...,
+        patch: Global___PatchVerifier | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "code", b"code", "exact", b"exact", "json", b"json", "judge", b"judge", "kind", b"kind", "math", b"math", "regex", b"regex", "short_answer", b"short_answer", "value_head", b"value_head"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "code", b"code", "exact", b"exact", "json", b"json", "judge", b"judge", "kind", b"kind", "math", b"math", "patch", b"patch", "regex", b"regex", "short_answer", b"short_answer", "value_head", b"value_head"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "code", b"code", "exact", b"exact", "json", b"json", "judge", b"judge", "kind", b"kind", "math", b"math", "regex", b"regex", "short_answer", b"short_answer", "value_head", b"value_head"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "code", b"code", "exact", b"exact", "json", b"json", "judge", b"judge", "kind", b"kind", "math", b"math", "patch", b"patch", "regex", b"regex", "short_answer", b"short_answer", "value_head", b"value_head"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["math", "code", "choice", "short_answer", "exact", "regex", "json", "judge", "value_head"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["math", "code", "choice", "short_answer", "exact", "regex", "json", "judge", "value_head", "patch"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -515,6 +543,7 @@ class ScoreItem(_message.Message):
     JUDGE_FIELD_NUMBER: _builtins.int
     VALUE_HEAD_FIELD_NUMBER: _builtins.int
     COMPOSITE_FIELD_NUMBER: _builtins.int
+    PATCH_FIELD_NUMBER: _builtins.int
     IMAGES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     prompt: _builtins.str
@@ -542,6 +571,8 @@ class ScoreItem(_message.Message):
     @_builtins.property
     def composite(self) -> Global___CompositeVerifier: ...
     @_builtins.property
+    def patch(self) -> Global___PatchVerifier: ...
+    @_builtins.property
     def images(self) -> _containers.RepeatedCompositeFieldContainer[Global___Image]:
         """Images of the prompt, for verifiers that look at them."""
 
@@ -562,13 +593,14 @@ class ScoreItem(_message.Message):
         judge: Global___JudgeVerifier | None = ...,
         value_head: Global___ValueHeadVerifier | None = ...,
         composite: Global___CompositeVerifier | None = ...,
+        patch: Global___PatchVerifier | None = ...,
         images: _abc.Iterable[Global___Image] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "code", b"code", "composite", b"composite", "exact", b"exact", "json", b"json", "judge", b"judge", "math", b"math", "regex", b"regex", "short_answer", b"short_answer", "value_head", b"value_head", "verifier", b"verifier"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "code", b"code", "composite", b"composite", "exact", b"exact", "json", b"json", "judge", b"judge", "math", b"math", "patch", b"patch", "regex", b"regex", "short_answer", b"short_answer", "value_head", b"value_head", "verifier", b"verifier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_marker", b"answer_marker", "choice", b"choice", "code", b"code", "composite", b"composite", "exact", b"exact", "id", b"id", "images", b"images", "json", b"json", "judge", b"judge", "math", b"math", "prompt", b"prompt", "regex", b"regex", "response", b"response", "short_answer", b"short_answer", "value_head", b"value_head", "verifier", b"verifier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_marker", b"answer_marker", "choice", b"choice", "code", b"code", "composite", b"composite", "exact", b"exact", "id", b"id", "images", b"images", "json", b"json", "judge", b"judge", "math", b"math", "patch", b"patch", "prompt", b"prompt", "regex", b"regex", "response", b"response", "short_answer", b"short_answer", "value_head", b"value_head", "verifier", b"verifier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_verifier: _TypeAlias = _typing.Literal["math", "code", "choice", "short_answer", "exact", "regex", "json", "judge", "value_head", "composite"]  # noqa: Y015
+    _WhichOneofReturnType_verifier: _TypeAlias = _typing.Literal["math", "code", "choice", "short_answer", "exact", "regex", "json", "judge", "value_head", "composite", "patch"]  # noqa: Y015
     _WhichOneofArgType_verifier: _TypeAlias = _typing.Literal["verifier", b"verifier"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_verifier) -> _WhichOneofReturnType_verifier | None: ...
 

@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import re
 import time
-from typing import ClassVar
+from collections.abc import Awaitable, Callable
+from typing import ClassVar, TypeVar
 
 from perigee.errors import (
     UNAVAILABLE,
@@ -22,9 +23,11 @@ from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
 from services.kit.telemetry import get_logger
 from services.reward.config import CodeConfig
-from services.reward.verifiers.base import Item, Outcome, Verifier, extract_answer
+from services.reward.verifiers.base import Item, Outcome, ParametersT, Verifier, extract_answer
 
 log = get_logger(__name__)
+
+ResponseT = TypeVar("ResponseT")
 
 MAX_REASON_CHARACTERS = 500
 FIRST_PAUSE_S = 0.1
@@ -47,7 +50,74 @@ WRONG_VERDICTS = {
 FENCE = re.compile(r"^[ \t]*```[A-Za-z0-9_+#-]*[ \t]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 
 
-class CodeVerifier(Verifier[pb.CodeVerifier]):
+class SandboxVerifier(Verifier[ParametersT]):
+    """Verifier that asks the sandbox, and asks again until the deadline where the sandbox did not judge."""
+
+    def __init__(self, config: CodeConfig, sandbox: SandboxClient) -> None:
+        self.config = config
+        self.sandbox = sandbox
+        self._slots = asyncio.Semaphore(config.concurrency)
+        self._left_out: set[bytes] = set()
+
+    async def ask(
+        self,
+        call: Callable[[float], Awaitable[ResponseT]],
+        read: Callable[[ResponseT], Outcome | str],
+        refused: Callable[[InvalidArgumentError], Outcome],
+        extracted: str,
+    ) -> Outcome:
+        """Calls the sandbox with the time that is left; `read` returns an outcome, or why the sandbox did not judge."""
+        async with self._slots:
+            return await self._ask_until_deadline(call, read, refused, extracted)
+
+    async def _ask_until_deadline(
+        self,
+        call: Callable[[float], Awaitable[ResponseT]],
+        read: Callable[[ResponseT], Outcome | str],
+        refused: Callable[[InvalidArgumentError], Outcome],
+        extracted: str,
+    ) -> Outcome:
+        end = time.monotonic() + self.config.timeout_s
+        backoff_s = FIRST_PAUSE_S
+        reason = ""
+        while True:
+            hint_s: float | None = None
+            try:
+                outcome = read(await call(max(0.01, end - time.monotonic())))
+                self.unavailable = ""
+                if isinstance(outcome, Outcome):
+                    return outcome
+                reason = f"the sandbox could not judge: {outcome}"
+            except DeadlineExceededError:
+                reason = reason or f"the sandbox did not answer within {self.config.timeout_s:g} s"
+            except RETRIED as error:
+                reason, hint_s = error.message, error.retry_after_s
+                self._set_unavailable(error.message if isinstance(error, UnavailableError) else "")
+            except InvalidArgumentError as error:
+                return refused(error)
+            except PerigeeError as error:
+                return Outcome.failed(error.message, retryable=False, extracted=extracted)
+            pause_s = max(min(backoff_s, LAST_PAUSE_S), hint_s or 0.0)
+            if time.monotonic() + pause_s >= end:
+                return Outcome.failed(reason, retryable=True, extracted=extracted, retry_after_s=pause_s)
+            await asyncio.sleep(pause_s)
+            backoff_s *= 2
+
+    def leave_out(self, parameters: ParametersT, reason: str, extracted: str) -> Outcome:
+        """Returns the outcome of a prompt that cannot be judged, which is told once."""
+        digest = hashlib.blake2b(parameters.SerializeToString(deterministic=True), digest_size=8).digest()
+        if digest not in self._left_out and len(self._left_out) < MOST_LEFT_OUT:
+            self._left_out.add(digest)
+            log.warning("tests cannot be judged", reason=reason, prompt=str(parameters)[:MAX_REASON_CHARACTERS])
+        return Outcome.unjudgeable(f"the prompt's tests cannot be judged: {reason}", extracted)
+
+    def _set_unavailable(self, reason: str) -> None:
+        if reason and not self.unavailable:
+            log.warning("the sandbox is waited for", reason=reason)
+        self.unavailable = reason
+
+
+class CodeVerifier(SandboxVerifier[pb.CodeVerifier]):
     """Correct when every test passes; with partial credit a wrong program earns its share of the tests' points.
 
     A program that does not compile is wrong and says so; whatever the sandbox, a checker or an interactor does wrong is
@@ -57,12 +127,6 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
 
     name: ClassVar[str] = "code"
     version: ClassVar[str] = "2"
-
-    def __init__(self, config: CodeConfig, sandbox: SandboxClient) -> None:
-        self._config = config
-        self._sandbox = sandbox
-        self._slots = asyncio.Semaphore(config.concurrency)
-        self._left_out: set[bytes] = set()
 
     def find_violations(self, parameters: pb.CodeVerifier) -> list[FieldViolation]:
         violations = []
@@ -94,52 +158,23 @@ class CodeVerifier(Verifier[pb.CodeVerifier]):
         source = find_program(text)
         if not source:
             return Outcome.ungradable("the program is empty")
-        async with self._slots:
-            return await self._judge_until_deadline(item.parameters, source)
-
-    async def _judge_until_deadline(self, parameters: pb.CodeVerifier, source: str) -> Outcome:
-        end = time.monotonic() + self._config.timeout_s
+        parameters = item.parameters
         request = build_request(parameters, source)
-        request.retry_starved = self._config.retry_starved
-        backoff_s = FIRST_PAUSE_S
-        reason = ""
-        while True:
-            hint_s: float | None = None
-            try:
-                response = await self._sandbox.judge(request, timeout_s=max(0.01, end - time.monotonic()))
-                self.unavailable = ""
-                if unjudgeable := find_unjudgeable(response):
-                    return self._leave_out(parameters, unjudgeable, source)
-                if is_judgement(response, parameters):
-                    return read_judgement(response, parameters, source)
-                reason = f"the sandbox could not judge: {infrastructure_reason(response)}"
-            except DeadlineExceededError:
-                reason = reason or f"the sandbox did not answer within {self._config.timeout_s:g} s"
-            except RETRIED as error:
-                reason, hint_s = error.message, error.retry_after_s
-                self._set_unavailable(error.message if isinstance(error, UnavailableError) else "")
-            except InvalidArgumentError as error:
-                return read_refusal(error, source)
-            except PerigeeError as error:
-                return Outcome.failed(error.message, retryable=False, extracted=source)
-            pause_s = max(min(backoff_s, LAST_PAUSE_S), hint_s or 0.0)
-            if time.monotonic() + pause_s >= end:
-                return Outcome.failed(reason, retryable=True, extracted=source, retry_after_s=pause_s)
-            await asyncio.sleep(pause_s)
-            backoff_s *= 2
+        request.retry_starved = self.config.retry_starved
 
-    def _leave_out(self, parameters: pb.CodeVerifier, reason: str, source: str) -> Outcome:
-        """Returns the outcome of a prompt that cannot be judged, which is told once."""
-        digest = hashlib.blake2b(parameters.SerializeToString(deterministic=True), digest_size=8).digest()
-        if digest not in self._left_out and len(self._left_out) < MOST_LEFT_OUT:
-            self._left_out.add(digest)
-            log.warning("tests cannot be judged", reason=reason, test=str(parameters.tests[0])[:MAX_REASON_CHARACTERS])
-        return Outcome.unjudgeable(f"the prompt's tests cannot be judged: {reason}", source)
+        def read(response: sandbox_pb.JudgeResponse) -> Outcome | str:
+            if unjudgeable := find_unjudgeable(response):
+                return self.leave_out(parameters, unjudgeable, source)
+            if is_judgement(response, parameters):
+                return read_judgement(response, parameters, source)
+            return infrastructure_reason(response)
 
-    def _set_unavailable(self, reason: str) -> None:
-        if reason and not self.unavailable:
-            log.warning("the sandbox is waited for", reason=reason)
-        self.unavailable = reason
+        return await self.ask(
+            lambda timeout_s: self.sandbox.judge(request, timeout_s=timeout_s),
+            read,
+            lambda error: read_refusal(error, source),
+            source,
+        )
 
 
 def find_program(text: str) -> str:

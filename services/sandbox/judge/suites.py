@@ -91,7 +91,14 @@ def make_suite(run: pb.TestRun, python: str, targets: Sequence[str] = (), with_p
     match run.framework:
         case pb.TEST_FRAMEWORK_PYTEST:
             probe, report = f"test_{token}.py", f".report-{token}.xml"
-            options = ["-p", "no:cacheprovider", "-o", "junit_family=xunit1", f"--junitxml={report}"]
+            options = [
+                "-p",
+                "no:cacheprovider",
+                "--continue-on-collection-errors",
+                "-o",
+                "junit_family=xunit1",
+                f"--junitxml={report}",
+            ]
             command = [python, "-B", "-c", _PYTEST, *options, *(chosen or ["."])]
             files = [pb.File(path=probe, content=_PYTEST_PROBE.encode())]
         case pb.TEST_FRAMEWORK_JEST:

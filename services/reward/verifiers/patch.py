@@ -1,0 +1,64 @@
+"""Patches: the response's diff against the tests of a repository, in the sandbox service."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.reward.v1 import reward_pb2 as pb
+from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
+from services.reward.verifiers.base import Item, Outcome, extract_answer
+from services.reward.verifiers.code import MAX_REASON_CHARACTERS, WRONG_VERDICTS, SandboxVerifier, find_program
+
+
+class PatchVerifier(SandboxVerifier[pb.PatchVerifier]):
+    """Correct when the patch makes the tests pass that must; the patch is what follows the marker, of text with fenced
+    blocks the last block. A patch that does not apply is wrong.
+    """
+
+    name: ClassVar[str] = "patch"
+    version: ClassVar[str] = "1"
+
+    def find_violations(self, parameters: pb.PatchVerifier) -> list[FieldViolation]:
+        violations = []
+        task = parameters.task
+        if not task.language:
+            violations.append(FieldViolation("patch.task.language", 'is required: "python-test" for one'))
+        if task.patch:
+            violations.append(FieldViolation("patch.task.patch", "must be empty: the response brings it"))
+        if not task.fail_to_pass and not task.pass_to_pass:
+            violations.append(FieldViolation("patch.task.fail_to_pass", "or pass_to_pass must name a test"))
+        return violations
+
+    async def judge(self, item: Item[pb.PatchVerifier]) -> Outcome:
+        text = extract_answer(item.response, item.answer_marker)
+        if text is None:
+            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
+        patch = find_program(text).rstrip("\n") + "\n"
+        if not patch.strip():
+            return Outcome.ungradable("the patch is empty")
+        parameters = item.parameters
+        request = sandbox_pb.JudgePatchRequest()
+        request.CopyFrom(parameters.task)
+        request.patch = patch.encode(errors="replace")
+
+        def read(response: sandbox_pb.JudgePatchResponse) -> Outcome | str:
+            reason = response.reason[:MAX_REASON_CHARACTERS]
+            if response.verdict == sandbox_pb.TEST_VERDICT_ACCEPTED:
+                return Outcome.correct(patch)
+            if response.verdict == sandbox_pb.TEST_VERDICT_UNJUDGEABLE:
+                return self.leave_out(parameters, reason, patch)
+            if response.verdict in WRONG_VERDICTS:
+                return Outcome.wrong(patch, f"{WRONG_VERDICTS[response.verdict]}: {reason}")
+            return reason
+
+        def refused(error: InvalidArgumentError) -> Outcome:
+            if error.violations and all(violation.field == "patch" for violation in error.violations):
+                return Outcome.ungradable(f"the sandbox refuses the patch: {error.message}", patch)
+            return Outcome.failed(
+                f"the sandbox refuses the prompt's repository: {error.message}", retryable=False, extracted=patch
+            )
+
+        return await self.ask(
+            lambda timeout_s: self.sandbox.judge_patch(request, timeout_s=timeout_s), read, refused, patch
+        )
