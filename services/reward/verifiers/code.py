@@ -126,7 +126,7 @@ class CodeVerifier(SandboxVerifier[pb.CodeVerifier]):
     """
 
     name: ClassVar[str] = "code"
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
 
     def find_violations(self, parameters: pb.CodeVerifier) -> list[FieldViolation]:
         violations = []
