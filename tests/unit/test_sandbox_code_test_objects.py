@@ -73,6 +73,9 @@ NODE = "class Node:\n    def __init__(self, v, next=None): self.v, self.next = v
         ("def f(g, *x): return g(*x)", "f",
          "import operator, functools\nfrom decimal import Decimal\nassert f(operator.add, 1, 2) == 3 == f(functools.reduce, max, [1, 3])\n"
          "assert f(str.upper, 'a') == 'A' and f(Decimal, '0.5') == Decimal('0.5') and f([1].__len__) == 1"),
+        ("def f(a, b):\n    print(a.readline(), *a, file=b, sep='|')\n    return a", "f",
+         "from io import StringIO\na, b, c = StringIO('1\\n2\\n3'), StringIO(), object()\nassert f(a, b) is a and b.getvalue() == '1\\n|2\\n|3\\n'"),
+        ("def f(x): return {x: [x]}", "f", "x = object()\nassert f(x) == {x: [x]} and f(x) != {object(): [x]}"),
         ("def f(g): return lambda x: g(g(x))", "f", "assert f(lambda x: 2 * x)(3) == 12 and f(abs)(-1) == 1"),
         ("def f(g):\n    try: g()\n    except KeyError as e: return e.args", "f", "def g(): raise KeyError('k')\nassert f(g) == ('k',)"),
         ("def f(g, n): return n if n == 0 else g(n - 1)", "f", "def g(n): return f(g, n)\nassert f(g, 9) == 0"),

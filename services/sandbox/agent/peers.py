@@ -22,8 +22,6 @@ from typing import Any, BinaryIO
 from .submission import MESSAGE_CHARACTERS, describe_exception
 from .values import decode, encode
 
-# raised inside a generator or an iterator they would end a loop of the caller as if it had run through
-_CONTROL_FLOW = (StopIteration, StopAsyncIteration, GeneratorExit)
 _NAME_CHARACTERS = 100
 _MAX_CLASSES = 20
 _MOST_OBJECTS = 200_000
@@ -52,6 +50,8 @@ class Peer(ABC):
 
     sign: int
     """Sign of the numbers of its own objects."""
+    kept_back: tuple[type[BaseException], ...] = ()
+    """Exceptions of the other side that are not raised as such."""
 
     def __init__(
         self, reader: BinaryIO, writer: BinaryIO, *, max_line_bytes: int = -1, max_characters: int | None = None
@@ -236,7 +236,7 @@ class Peer(ABC):
             kind = find_exception(name, self.exceptions) if isinstance(name, str) else None
             if kind is None:
                 continue
-            if issubclass(kind, _CONTROL_FLOW) or (position and kind in (Exception, BaseException)):
+            if issubclass(kind, self.kept_back) or (position and kind in (Exception, BaseException)):
                 break
             for attempt in attempts:
                 try:

@@ -42,6 +42,8 @@ class CallerPeer(Peer):
     """The test's side."""
 
     sign = 1
+    # raised inside a generator or an iterator they would end a loop of the test as if it had run through
+    kept_back = (StopIteration, StopAsyncIteration, GeneratorExit)
 
     def __init__(self, requests: BinaryIO, replies: BinaryIO, *, max_reply_bytes: int) -> None:
         super().__init__(replies, requests, max_line_bytes=max_reply_bytes)
@@ -78,6 +80,8 @@ class CallerPeer(Peer):
             return "import", *imported
         if isinstance(value, _FUNCTIONS):
             return "function", name, None
+        if kind in (object, io.StringIO, io.BytesIO):
+            return "record", kind.__name__, (_names_of(kind, callable), [])
         if isinstance(value, (types.ModuleType, types.CodeType, types.CoroutineType, io.IOBase, BaseException)):
             raise TypeError(f"{kind.__name__[:100]} is not a plain type")
         if hasattr(kind, "__next__"):
