@@ -64,6 +64,8 @@ class SandboxConfig(ServiceConfig):
     """Isolation of programs: `zygote` (Python forked from a warm interpreter, other languages in
     containers), `crun` (a container for everything), `auto` (the first of these two that works here), or `process`
     (rlimits only: unsafe for untrusted programs)."""
+    oci_runtime: Literal["crun", "runc", "runsc"] = "crun"
+    """Command that runs containers; runsc (gVisor) has not been tried."""
     slots: int = Field(default_factory=lambda: len(os.sched_getaffinity(0)), ge=1, le=1000)
     """Jobs that run at once; the number of cores unless set."""
     queue_limit: int = Field(1024, ge=0)

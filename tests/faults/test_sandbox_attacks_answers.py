@@ -22,6 +22,7 @@ from tests.faults.attack_runs import (
 )
 from tests.fixtures.sandbox import function_tests, stdio_tests
 
+OUTCOMES = sorted(f"outcomes/{path.name}" for path in (PROGRAMS / "outcomes").glob("*.py"))
 ANSWERS = sorted(f"answers/{path.name}" for path in (PROGRAMS / "answers").glob("*.py"))
 OUTPUTS = sorted(f"outputs/{path.name}" for path in (PROGRAMS / "outputs").glob("*.py"))
 # An infrastructure error would be tried again, so a submission must not be able to cause one.
@@ -79,6 +80,18 @@ async def test_tricks_do_not_pass_for_answers(
         kinds = [kinds[ANSWERS.index(program) % len(kinds)]]
     for response in await asyncio.gather(
         *(judge(sandbox, program, tests, function_name="f", checker=checker, limits=limits) for tests, checker in kinds)
+    ):
+        assert_refused(response)
+    await assert_serves(sandbox)
+
+
+@pytest.mark.parametrize("program", OUTCOMES)
+async def test_no_program_brings_about_what_is_not_counted(sandbox: SandboxClient, program: str) -> None:
+    """Whatever it does to itself is its own failure: no INFRA_ERROR, no UNJUDGEABLE."""
+    limits = make_limits("python", wall_ms=1500)
+    kinds = [stdio_tests([(b"", b"42")]), FUNCTION_TESTS["values"][0], FUNCTION_TESTS["asserts"][0][:1]]
+    for response in await asyncio.gather(
+        *(judge(sandbox, program, tests, function_name="f" * (tests is not kinds[0]), limits=limits) for tests in kinds)
     ):
         assert_refused(response)
     await assert_serves(sandbox)
@@ -189,7 +202,10 @@ async def test_inputs_of_later_tests_cannot_be_found(sandbox: SandboxClient) -> 
         assert (response.verdict, response.passed) == (pb.TEST_VERDICT_ACCEPTED, 2), response
 
 
-@pytest.mark.parametrize("program", ["times/forged_progress.py", "times/placeholders.py"])
+TIMES = sorted(f"times/{path.name}" for path in (PROGRAMS / "times").glob("*.py"))
+
+
+@pytest.mark.parametrize("program", TIMES)
 async def test_no_test_has_the_time_of_another(sandbox: SandboxClient, program: str) -> None:
     """The submission takes four times the limit for its first test, and no time for the others."""
     tests = function_tests([([number], 2 * number) for number in range(8)])

@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -147,6 +148,7 @@ class Container(Process):
         answer = self._channel.recv(_ANSWER_BYTES) if poller.poll(_READY_S * 1000) else b""
         if answer[:1] != b"r":
             raise RuntimeError(f"the container did not start: {self._runtime.last_output() or 'no message'}")
+        self._runtime.take_out_of_groups()
 
     def begin(self, uid: int, request: RunRequest, command: list[str], descriptors: list[int]) -> None:
         """Hands the request over."""
@@ -202,9 +204,18 @@ class ContainerRuntime:
     """Starts the containers of one slot, one at a time."""
 
     def __init__(
-        self, command: list[str], state: str, log: str, procs: str, folder: str, bundle: dict[str, Any]
+        self,
+        command: list[str],
+        delete: list[str],
+        state: str,
+        log: str,
+        procs: list[str],
+        folder: str,
+        bundle: dict[str, Any],
     ) -> None:
-        self._command = command
+        self._command, self._delete = command, delete
+        # some runtimes make groups by the name of the container in hierarchies that are not the slot's
+        self._prefix = "-".join(Path(folder).parts[-2:])
         self._program = seal_program(command[0])
         self._bundle = bundle
         self._state = Path(state)
@@ -224,7 +235,7 @@ class ContainerRuntime:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         ours.setblocking(False)
         self._count += 1
-        name = f"job-{self._count}"
+        name = f"{self._prefix}-{self._count}"
         pid = os.fork()
         if pid:
             theirs.close()
@@ -235,8 +246,7 @@ class ContainerRuntime:
                 [self._null, self._null, self._null, theirs.fileno(), self._filters[loopback], self._program]
             )
             os.set_inheritable(_PROGRAM, False)
-            arguments = [*self._command, "--preserve-fds", "2", name]
-            os.execve(_PROGRAM, arguments, os.environ)
+            os.execve(_PROGRAM, [*self._command, name], os.environ)
         finally:
             os._exit(127)
 
@@ -268,7 +278,7 @@ class ContainerRuntime:
             time.sleep(0.001)  # a killed process leaves its group a moment later, without a signal
 
     def _others(self) -> list[int]:
-        with open(self._procs) as file:
+        with open(self._procs[0]) as file:
             own = os.getpid()
             return [pid for pid in map(int, file.read().split()) if pid != own and not _is_zombie(pid)]
 
@@ -279,10 +289,19 @@ class ContainerRuntime:
                 if Path(f"/proc/{pid}/exe").readlink().name not in ("init", Path(self._command[0]).name):
                     os.kill(pid, signal.SIGINT)
 
+    def take_out_of_groups(self) -> None:
+        """Moves what the runtime has put into control groups of its own into the slot's, which bounds and counts it."""
+        for procs in map(Path, self._procs):
+            for own in procs.parent.glob("*/cgroup.procs"):
+                for pid in own.read_text().split():
+                    procs.write_text(pid)
+
     def forget(self, name: str) -> None:
         """Removes what a container's command that was killed could not remove."""
         if (self._state / name).exists():
-            shutil.rmtree(self._state / name)
+            if self._delete:
+                subprocess.run([*self._delete, name], capture_output=True, timeout=_END_S, check=False)
+            shutil.rmtree(self._state / name, ignore_errors=True)
 
     def last_output(self) -> str:
         """Returns the end of the runtime's log."""
@@ -325,6 +344,7 @@ class Options:
     uid: int
     folder: str
     command: list[str]
+    delete: list[str]
     state: str
     log: str
     bundle: dict[str, Any]
@@ -358,9 +378,14 @@ class Launcher:
         for path in options.hidden_cgroup_mounts:  # crun refuses a host that has cgroup v1 and v2 side by side
             kernel.unmount_lazily(path)
         kernel.adopt_orphans()
-        procs = options.cgroup_procs[0]
         self._runtime = ContainerRuntime(
-            options.command, options.state, options.log, procs, options.folder, options.bundle
+            options.command,
+            options.delete,
+            options.state,
+            options.log,
+            options.cgroup_procs,
+            options.folder,
+            options.bundle,
         )
         # late, so that the interpreter's own memory is not charged to the jobs
         for path in options.cgroup_procs:

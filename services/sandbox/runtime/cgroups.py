@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import signal
@@ -214,7 +215,7 @@ def remove_group(top: Path) -> None:
     Raises InternalError when they cannot be removed within 5 s.
     """
     deadline = time.monotonic() + _REMOVAL_S
-    for folder in (*top.glob("*/"), top):
+    for folder in (*top.glob("*/*/"), *top.glob("*/"), top):  # a container runtime may have made groups in a slot's
         while folder.exists():
             for pid in processes_in(folder):
                 _kill(pid)
@@ -224,6 +225,17 @@ def remove_group(top: Path) -> None:
                 if time.monotonic() > deadline:
                     raise InternalError(f"{folder} cannot be removed: {error.strerror}") from error
                 time.sleep(0.005)  # a killed process leaves its group a moment later
+
+
+def remove_strays(instance: str) -> None:
+    """Removes groups that a container runtime has made for an instance in hierarchies that are not those of its slots,
+    below the group of this process.
+    """
+    top = Path("/sys/fs/cgroup")
+    for path in {line.split(":", 2)[2].lstrip("/") for line in Path("/proc/self/cgroup").read_text().splitlines()}:
+        for group in [each for mount in (top, *top.glob("*/")) for each in (mount / path).glob(f"{instance}-*/")]:
+            with contextlib.suppress(OSError):
+                group.rmdir()
 
 
 def _kill(pid: int) -> None:

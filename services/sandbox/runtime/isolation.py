@@ -13,7 +13,7 @@ from perigee.errors import FailedPreconditionError
 from services.kit.telemetry import get_logger
 from services.sandbox.config import SandboxConfig
 from services.sandbox.runtime.cgroups import CgroupHost, find_cgroups, instance_name
-from services.sandbox.runtime.oci import Crun
+from services.sandbox.runtime.oci import OciRuntime
 
 _SOURCE = Path(__file__).parents[1] / "agent" / "init.c"
 _COMPILERS = ("cc", "gcc", "clang")
@@ -54,6 +54,8 @@ def _find_compiler() -> str | None:
 log = get_logger(__name__)
 
 UNSAFE_LABEL = "process (unsafe)"
+_CONTAINERS = "crun"
+"""Name, in the configuration, of the isolation by containers, whatever runs them."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Isolation:
     """
 
     warm: bool
-    container: Crun | None
+    container: OciRuntime | None
     unsafe: bool = False
     reasons: tuple[str, ...] = ()
     """Reasons why a part of it does not work here."""
@@ -101,9 +103,13 @@ def find_problem(name: str, machine: Machine, config: SandboxConfig | None = Non
         return "mount cgroup controllers memory, pids and cpu (in a container: make /sys/fs/cgroup writable)"
     if machine.cgroups.foreign:
         return "leave the host's /sys/fs/cgroup out of the container, which has a control group namespace of its own"
-    if name == Crun.name and Crun().find() is None:
-        return "install crun (apt-get install crun)"
+    if name == _CONTAINERS and (runtime := _oci_runtime(config)).find() is None:
+        return f"install {runtime.name} (apt-get install crun), or set sandbox.oci_runtime to what is there"
     return find_init_problem(config.init_path if config else None)
+
+
+def _oci_runtime(config: SandboxConfig | None) -> OciRuntime:
+    return OciRuntime(config.oci_runtime if config else "crun")
 
 
 def choose_isolation(config: SandboxConfig, machine: Machine) -> Isolation:
@@ -116,10 +122,10 @@ def choose_isolation(config: SandboxConfig, machine: Machine) -> Isolation:
             "unsafe_isolation", reason="process isolation leaves the host's files and network open to every program"
         )
         return Isolation(warm=True, container=None, unsafe=True)
-    no_container = find_problem(Crun.name, machine, config)
+    no_container = find_problem(_CONTAINERS, machine, config)
     no_zygote = find_problem("zygote", machine, config)
-    container = None if no_container else Crun()
-    reasons = [f"{name}: {why}" for name, why in (("zygote", no_zygote), (Crun.name, no_container)) if why]
+    container = None if no_container else _oci_runtime(config)
+    reasons = [f"{name}: {why}" for name, why in (("zygote", no_zygote), (_CONTAINERS, no_container)) if why]
     warm = no_zygote is None and config.isolation in ("auto", "zygote")
     wanted = {"auto": warm or container, "zygote": warm}.get(config.isolation, container)
     if not wanted:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from perigee.errors import InternalError
 from services.kit.telemetry import get_logger
-from services.sandbox.runtime.cgroups import find_groups, group_folders, remove_group, weigh_instances
+from services.sandbox.runtime.cgroups import find_groups, group_folders, remove_group, remove_strays, weigh_instances
 from services.sandbox.runtime.isolation import Machine
 
 
@@ -73,7 +73,7 @@ def clear_leftovers(machine: Machine, state: Path) -> None:
     """Removes the processes, control groups and folders of services that were killed."""
     if machine.root and machine.cgroups is not None:
         _clear(find_groups(machine.cgroups), remove_group)
-    _clear(state.glob("*-*/") if state.exists() else [], shutil.rmtree)
+    _clear(state.glob("*-*/") if state.exists() else [], _remove_folder)
 
 
 def _clear(folders: Iterable[Path], remove: Callable[[Path], None]) -> None:
@@ -108,4 +108,9 @@ async def own_folders(machine: Machine, state: Path, with_groups: bool) -> Async
 def _remove(folder: Path, groups: Sequence[Path]) -> None:
     for group in groups:
         remove_group(group)
+    _remove_folder(folder)
+
+
+def _remove_folder(folder: Path) -> None:
     shutil.rmtree(folder)
+    remove_strays(folder.name)

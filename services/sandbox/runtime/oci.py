@@ -1,33 +1,49 @@
-"""crun: the command that runs a bundle, and the bundle itself (OCI runtime specification 1.0.2)."""
+"""OCI runtimes: the command that runs a bundle, and the bundle itself (OCI runtime specification 1.0.2)."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 # What the init needs to become the job's user; the job has none.
 _INIT_CAPABILITIES = ["CAP_SETGID", "CAP_SETPCAP", "CAP_SETUID"]
 _DEV_OPTIONS = ["nosuid", "noexec", "size=64k", "mode=755"]
+_OPTIONS = {"crun": ("--cgroup-manager", "disabled"), "runsc": ("--ignore-cgroups", "--network", "none")}
+_RUN_OPTIONS = {"runsc": ("--pass-fd", "3:3", "--pass-fd", "4:4")}
+"""By default the two descriptors after standard error are kept."""
 
 
-class Crun:
-    """crun, run in the foreground without control groups of its own.
+@dataclass(frozen=True)
+class OciRuntime:
+    """crun, runc or runsc, run in the foreground.
 
     The launcher of a slot, already in the slot's control group, starts it with the bundle's folder and the container's
     name. Limits are those of the group, the process and its mounts; the runtime makes namespaces and mounts and drops
-    all privileges.
+    all privileges. runc insists on control groups of its own, out of which the launcher takes the container.
     """
 
-    name = "crun"
+    name: str
 
     def run_command(self, folder: Path) -> list[str]:
         """Returns the command that runs the bundle in `folder`, but for the container's name."""
         path = self.find()
         assert path is not None
-        state, log = str(self.state_path(folder)), f"file:{self.log_path(folder)}"
-        return [path, "--root", state, "--cgroup-manager", "disabled", "--log", log, "run", "--bundle", str(folder)]
+        log = f"file:{self.log_path(folder)}" if self.name == "crun" else str(self.log_path(folder))
+        options = ["--root", str(self.state_path(folder)), "--log", log, *_OPTIONS.get(self.name, ())]
+        kept = _RUN_OPTIONS.get(self.name, ("--preserve-fds", "2"))
+        return [path, *options, "run", "--bundle", str(folder), *kept]
+
+    def delete_command(self, folder: Path) -> list[str]:
+        """Returns the command that removes what a killed container has left, but for the container's name.
+
+        Empty where a container leaves nothing but its state.
+        """
+        path = self.find()
+        assert path is not None
+        return [] if self.name == "crun" else [path, "--root", str(self.state_path(folder)), "delete", "--force"]
 
     def state_path(self, folder: Path) -> Path:
         """Returns the folder in which the runtime keeps its state of containers."""

@@ -30,7 +30,7 @@ from services.sandbox.runtime.compile_cache import CompileCache
 from services.sandbox.runtime.failure import SandboxFailedError, finish
 from services.sandbox.runtime.helper_process import AGENT, HelperProcess, receive, send
 from services.sandbox.runtime.isolation import Isolation
-from services.sandbox.runtime.oci import Crun
+from services.sandbox.runtime.oci import OciRuntime
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
 log = get_logger(__name__)
@@ -267,7 +267,7 @@ class Zygotes:
 class Launchers:
     """Launchers of containers by slot."""
 
-    def __init__(self, container: Crun, init: Path, host: CgroupHost) -> None:
+    def __init__(self, container: OciRuntime, init: Path, host: CgroupHost) -> None:
         self._container = container
         self._init = init
         self._host = host
@@ -308,6 +308,7 @@ class Launchers:
             "uid": slot.uid,
             "folder": str(folder),
             "command": self._container.run_command(folder),
+            "delete": self._container.delete_command(folder),
             "state": str(self._container.state_path(folder)),
             "log": str(self._container.log_path(folder)),
             "bundle": self._container.bundle(ENVIRONMENT, MASKED, CORE_BYTES),

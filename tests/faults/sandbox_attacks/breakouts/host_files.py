@@ -13,7 +13,7 @@ ways = ["", f"/{up}", "/proc/self/root", "/proc/1/root", f"/proc/1/cwd/{up}", f"
 ways += [f"/proc/self/fd/{descriptor}/{up}" for descriptor in range(64)]
 ways += [f"/proc/1/fd/{descriptor}/{up}" for descriptor in range(64)]
 outside = [
-    "/etc/shadow", "/etc/ssh", "/etc/hostname", "/root", "/home", "/var/lib", "/var/log", "/run/perigee", "/proc/kcore",
+    "/etc/shadow", "/etc/ssh", "/etc/hostname", "/root", "/var/lib", "/var/log", "/run/perigee", "/proc/kcore",
     "/proc/kmsg", "/proc/1/environ", "/proc/1/mem", "/proc/1/maps", "/proc/1/fd", "/proc/keys", "/dev/sda", "/dev/vda",
     "/dev/mem", "/dev/kmsg", "/dev/kvm", "/dev/fuse", "/dev/net/tun", "/dev/userfaultfd", "/sys/kernel", "/sys/fs/cgroup",
 ]  # fmt: skip
@@ -29,6 +29,8 @@ for path in [*outside, *(way + secret for way in ways)]:
         print("reached", path)
     except OSError:
         pass
+if os.path.isdir("/home") and os.listdir("/home") != ["user"]:  # a link to the working folder
+    print("reached", "/home")
 for path in "/ /usr /usr/bin /usr/lib /lib /etc /dev /run /var /proc /proc/sys/kernel /sys".split():
     try:
         with open(f"{path}/mine", "w"):
