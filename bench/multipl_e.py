@@ -101,7 +101,9 @@ def read_solution(row: dict[str, str]) -> str:
     lines = code.splitlines(keepends=True)
     flat = [re.sub(r"[\W_]", "", line).lower() for line in lines]
     begin = next(
-        i for i, line in enumerate(flat) if name in line and not lines[i].lstrip().startswith(("#", "/", "--", ";"))
+        number
+        for number, line in enumerate(flat)
+        if name in line and "(" in lines[number] and lines[number][0] not in "#/-;"
     )
     if row["language"] not in ("rkt", "rb", "lua"):
         begin_at = sum(map(len, lines[:begin]))
@@ -111,8 +113,13 @@ def read_solution(row: dict[str, str]) -> str:
     elif row["language"] in ("rb", "lua"):
         end = next(i for i, line in enumerate(lines) if i > begin and line.startswith("end"))
         code = "".join(lines[: end + 1])
+    if row["language"] == "go":
+        package, _, rest = code.partition("\n")
+        return package + ("\n" if '"fmt"' in rest else '\nimport "fmt"\n') + rest
     head = [line for line in row["prompt"].splitlines() if re.match(r"(#include|import|using|<\?php|#lang|#!)", line)]
-    return "\n".join([*(line for line in head if line not in code and "package" not in row["prompt"]), code])
+    if row["language"] == "d":
+        head += ["import std.algorithm, std.array;"]
+    return "\n".join([*(line for line in head if line not in code), code])
 
 
 def end_of_braces(code: str, begin: int) -> int:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from perigee.errors import InvalidArgumentError
+from perigee.errors import InvalidArgumentError, PerigeeError
 from services.sandbox.config import SandboxConfig
 from services.sandbox.languages.catalog import OWN_RUNTIMES, load_catalog
-from services.sandbox.languages.images import find_recipes, read_recipe
+from services.sandbox.languages.images import build_image, find_recipes, read_recipe
 
 RIGHT = 'name: mine\ntitle: Mine\nsource: main.sh\nrun: [sh, "{source}"]\nrequires: [sh]\n'
 
@@ -108,7 +108,24 @@ def test_an_image_of_an_unknown_runtime_is_reported(tmp_path: Path) -> None:
 
 def test_every_recipe_names_runtimes_and_packages() -> None:
     known = {path.stem for path in OWN_RUNTIMES.glob("*.yaml")}
-    for name in find_recipes():
-        _, recipe = read_recipe(name)
+    for path in find_recipes().values():
+        recipe = read_recipe(path)
         assert set(recipe.runtimes) <= known
         assert list(recipe.packages) == sorted(recipe.packages)
+
+
+@pytest.mark.parametrize(
+    ("name", "archive", "words"),
+    [
+        ("klingon", None, "there is no recipe klingon; name one of dmoj, julia"),
+        ("lean4", None, "--archive: of the image lean4: give the archive of a release"),
+        ("dmoj", "some.tar", "--archive: of the image dmoj: it takes none"),
+    ],
+)
+def test_what_an_image_cannot_be_built_from_is_told_first(
+    tmp_path: Path, name: str, archive: str | None, words: str
+) -> None:
+    with pytest.raises(PerigeeError) as error:
+        build_image(name, tmp_path / "images", Path(archive) if archive else None, None)
+    assert words in error.value.message
+    assert not (tmp_path / "images").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from perigee.errors import FailedPreconditionError, InvalidArgumentError, NotFou
 
 RECIPES = Path(__file__).parent.parent / "images"
 _RECIPE_FILE = "image.yaml"
+_NAME = re.compile(r"[a-z][a-z0-9_+.-]*")
 _LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*")
 
 
@@ -52,18 +54,23 @@ def find_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
 
 
-def read_recipe(name: str) -> tuple[str, ImageRecipe]:
-    """Reads a recipe by its name, or by the path of a file of one's own; raises NotFoundError."""
+def find_recipe(name: str) -> Path:
+    """Finds a recipe by its name, or by the path of a file of one's own; raises NotFoundError."""
     path = Path(name) if name.endswith(".yaml") else find_recipes().get(name)
     if path is None or not path.is_file():
         raise NotFoundError(f"there is no recipe {name}; name one of {', '.join(find_recipes())}, or a YAML file")
-    return path.stem, validate(ImageRecipe, read_yaml(path), str(path), "")
+    return path
+
+
+def read_recipe(path: Path) -> ImageRecipe:
+    """Reads a recipe; raises InvalidArgumentError naming its file and the key that is wrong."""
+    return validate(ImageRecipe, read_yaml(path), str(path), "")
 
 
 def find_images(folder: Path) -> Iterator[Image]:
     """Yields the images in a folder, none where it is not there."""
     for path in sorted(folder.glob(f"[!.]*/{_RECIPE_FILE}")):
-        yield Image(path.parent.name, path.parent / "rootfs", validate(ImageRecipe, read_yaml(path), str(path), ""))
+        yield Image(path.parent.name, path.parent / "rootfs", read_recipe(path))
 
 
 def build_image(name: str, folder: Path, archive: Path | None, suite: str | None) -> Path:
@@ -71,7 +78,10 @@ def build_image(name: str, folder: Path, archive: Path | None, suite: str | None
 
     Raises FailedPreconditionError when a tool is missing or fails, InvalidArgumentError when the archive does not fit.
     """
-    name, recipe = read_recipe(name)
+    path = find_recipe(name)
+    name, recipe = path.stem, read_recipe(path)
+    if not _NAME.fullmatch(name):
+        raise InvalidArgumentError.for_field("NAME", f"{name} must be of small letters, digits and _+.-")
     if (archive is None) != (recipe.archive_folder is None):
         expected = f"give {recipe.archive}" if recipe.archive_folder else "it takes none"
         raise InvalidArgumentError.for_field("--archive", f"of the image {name}: {expected}")
@@ -85,7 +95,7 @@ def build_image(name: str, folder: Path, archive: Path | None, suite: str | None
             target = root / recipe.archive_folder.strip("/")
             target.mkdir(parents=True)
             _run(["tar", "-xaf", str(archive), "--strip-components=1", "--no-same-owner", "-C", str(target)])
-        shutil.copyfile(find_recipes().get(name, Path(f"{name}.yaml")), staging / _RECIPE_FILE)
+        shutil.copyfile(path, staging / _RECIPE_FILE)
         shutil.rmtree(folder / name, ignore_errors=True)
         staging.rename(folder / name)
     finally:
