@@ -68,11 +68,13 @@ def patch_request(changes: dict[str, str], **fields: object) -> pb.JudgePatchReq
     ("changes", "verdict", "reason"),
     [
         (MENDED, ACCEPTED, ""),
-        ({"sums.py": MENDED["sums.py"].replace("a + b", "6")}, WRONG, FAIL),
         ({"sums.py": MENDED["sums.py"].replace("return a\n", "return 0\n")}, WRONG, PASS),
         ({"tests/test_sums.py": "def test_add(): pass\ndef test_same(): pass"}, WRONG, FAIL),
-        ({"conftest.py": FORGED}, WRONG, FAIL),
-        ({"pytest.py": "def console_main(): pass", "pytest.ini": "[pytest]\naddopts=-k same"}, WRONG, FAIL),
+        (
+            {"conftest.py": FORGED, "pytest.py": "def main(): pass", "pytest.ini": "[pytest]\naddopts=-k same"},
+            WRONG,
+            FAIL,
+        ),
         ({"sums.py": "import os\nos._exit(0)"}, WRONG, "left no report"),
         ({"sums.py": UNCHECKED}, WRONG, "a test that fails in every repository"),
         ({"sums.py": "while True: pass"}, pb.TEST_VERDICT_TIME_LIMIT, "limit of"),
