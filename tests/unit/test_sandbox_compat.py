@@ -85,6 +85,7 @@ def test_a_fusion_request_becomes_an_execution() -> None:
         fetch_files=["out.txt", "/etc/passwd"],
     )
     assert sandbox_fusion.to_execute_request(body, CPP) == pb.ExecuteRequest(
+        loopback=True,
         language="cpp",
         source="é".encode(),
         stdin=b"1",
@@ -99,7 +100,7 @@ def test_a_fusion_request_leaves_open_what_it_does_not_say() -> None:
     body = sandbox_fusion.RunCodeRequest(code="x", language="nodejs")
     limits = pb.Limits(wall_ms=10_000, cpu_ms=10_000)
     assert sandbox_fusion.to_execute_request(body, NODE) == pb.ExecuteRequest(
-        language="javascript", source=b"x", limits=limits
+        loopback=True, language="javascript", source=b"x", limits=limits
     )
     assert sandbox_fusion.to_execute_request(body, None).language == "nodejs"
     long = sandbox_fusion.RunCodeRequest(code="x", language="python", run_timeout=1e30)

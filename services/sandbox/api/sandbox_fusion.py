@@ -117,6 +117,7 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         limits=limits,
         files=read_files(body.files),
         output_files=[path for path in body.fetch_files if not path.startswith("/")],
+        loopback=True,  # SandboxFusion does not take the network away
     )
     if runtime is not None and runtime.compiled:
         compile_ms = whole(body.compile_timeout * 1000)

@@ -29,7 +29,7 @@ from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.jobs import Program, make_tar
 from services.sandbox.runtime.pool import Pool
 from services.sandbox.runtime.programs import describe_exit, explain, memory_streams, open_program
-from services.sandbox.runtime.worker_slots import WorkerSlot
+from services.sandbox.runtime.worker_slots import SlotPair, WorkerSlot
 
 _TAIL_BYTES = 16384
 _REASON_CHARACTERS = 2000
@@ -104,10 +104,10 @@ class Applied:
 
 @dataclass(frozen=True)
 class Steps:
-    """Slot and environment in which the steps of one repository run."""
+    """Slots and environment in which the steps of one repository run; patches are applied in the judge's slot."""
 
     pool: Pool
-    slot: WorkerSlot
+    slots: SlotPair
     runtime: Runtime
     environment: dict[str, str]
     loopback: bool
@@ -128,17 +128,17 @@ class Steps:
             any_links=True,
         )
         try:
-            return await self._run(program, b"", report, "." if keep else "")
+            return await self._run(program, self.slots.program, b"", report, "." if keep else "")
         except InvalidArgumentError as error:  # a file has no room, or lies below a link that the submission made
             return Step(RunResult(exit_code=None), problem=f"files cannot be placed: {error.message}")
 
-    async def _run(self, program: Program, stdin: bytes, report: str, kept: str) -> Step:
+    async def _run(self, program: Program, slot: WorkerSlot, stdin: bytes, report: str, kept: str) -> Step:
         limits = program.limits
         most_bytes = self.pool.config.max_output_file_bytes
         if kept:
             most_bytes = limits.file_bytes + limits.files * _TAR_BYTES
         collect, pack = ([report], [report]) if report else ([], [])
-        async with open_program(self.pool.factory, program, self.slot) as loaded:
+        async with open_program(self.pool.factory, program, slot) as loaded:
             await loaded.load()
             with memory_streams(stdin) as streams:
                 result, files = await loaded.run(streams, (), (), collect, most_bytes, [kept] if kept else pack)
@@ -189,7 +189,7 @@ class Steps:
             "protected": list(protected),
         }
         program = Program(python, _APPLY, bounds, bounds, archives=inside, any_links=bool(base))
-        step = await self._run(program, json.dumps(job).encode(), "", apply_patch.ROOT)
+        step = await self._run(program, self.slots.judge, json.dumps(job).encode(), "", apply_patch.ROOT)
         if failure := step.failure(bounds):
             error = step.stderr.decode(errors="replace").strip().rpartition("\n")[2]
             return Applied(failed=error or failure) if patches[1].strip() else Applied(broken=error or failure)
@@ -278,7 +278,7 @@ class Repositories:
         cost_s = (2 * job.limits.wall_ms + _PATCH_MS) / 1000
         async with self._pool.lease(cost_s, remaining_s) as pair:
             started = time.monotonic()
-            steps = Steps(self._pool, pair.program, job.runtime, dict(request.env), request.loopback)
+            steps = Steps(self._pool, pair, job.runtime, dict(request.env), request.loopback)
             try:
                 trial = await self._judge(steps, job)
             except SandboxFailedError as error:
@@ -313,7 +313,7 @@ class Repositories:
         cost_s = (_PATCH_MS + sum(limits.wall_ms for limits in job.stage_limits)) / 1000
         async with self._pool.lease(cost_s, remaining_s) as pair:
             started = time.monotonic()
-            steps = Steps(self._pool, pair.program, job.runtime, dict(request.env), request.loopback)
+            steps = Steps(self._pool, pair, job.runtime, dict(request.env), request.loopback)
             try:
                 response = await assess(steps, job)
             except SandboxFailedError as error:
