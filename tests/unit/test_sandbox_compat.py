@@ -107,6 +107,14 @@ def test_a_fusion_request_leaves_open_what_it_does_not_say() -> None:
     assert sandbox_fusion.to_execute_request(long, PYTHON).limits.wall_ms == 2**32 - 1
 
 
+def test_fusion_s_python_may_talk_to_itself_and_pytest_is_a_command() -> None:
+    python = pb.Runtime(language="python-test", sessions=True)
+    request = sandbox_fusion.to_execute_request(sandbox_fusion.RunCodeRequest(code="x", language="pytest"), python)
+    assert (request.language, request.source, request.loopback) == ("python-test", b"", True)
+    assert list(request.command) == ["python3", "-m", "pytest", "test_main.py"]
+    assert list(request.files) == [pb.File(path="test_main.py", content=b"x")]
+
+
 def test_fusion_files_that_are_no_base64_are_all_named() -> None:
     body = sandbox_fusion.RunCodeRequest(code="x", language="python", files={"a": "?", "b": "YQ==", "c": "YQ"})
     with pytest.raises(InvalidArgumentError) as caught:

@@ -21,6 +21,9 @@ from services.kit.http import CompatRouter, call_context, write_error
 from services.sandbox.api.compat import Servicer, Text, find_runtime, rename_fields, whole
 
 _CANNOT_EXECUTE = 126
+# what there are further libraries for, or another way to run
+_RUNTIMES = {"python": "python-science", "pytest": "python-test"}
+_PYTEST = ["python3", "-m", "pytest", "test_main.py"]
 _FIELDS = {
     "source": "code",
     "output_files": "fetch_files",
@@ -90,7 +93,8 @@ def sandbox_fusion_api(servicer: Servicer) -> CompatRouter:
         """Compiles a program if its language needs it, and runs it once."""
         context = call_context(request)
         listed = await servicer.ListRuntimes(pb.ListRuntimesRequest(), context)
-        runtime = find_runtime(listed.runtimes, body.language)
+        names = (_RUNTIMES.get(body.language.lower(), body.language), body.language)
+        runtime = next(filter(None, (find_runtime(listed.runtimes, name) for name in names)), None)
         try:
             response = await servicer.Execute(to_execute_request(body, runtime), context)
         except InvalidArgumentError as error:
@@ -119,6 +123,12 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         output_files=[path for path in body.fetch_files if not path.startswith("/")],
         loopback=True,  # SandboxFusion does not take the network away
     )
+    if runtime is not None and runtime.sessions:  # of Python: its programs may talk to themselves there
+        request.loopback = True
+    if body.language.lower() == "pytest":
+        request.files.add(path=_PYTEST[-1], content=request.source)
+        request.command.extend(_PYTEST)
+        request.ClearField("source")
     if runtime is not None and runtime.compiled:
         compile_ms = whole(body.compile_timeout * 1000)
         request.compile_limits.CopyFrom(pb.Limits(wall_ms=compile_ms, cpu_ms=compile_ms))
