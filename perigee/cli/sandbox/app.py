@@ -113,16 +113,22 @@ def judge(
     solutions: Annotated[
         list[Path] | None, typer.Option("--solution", metavar="FILE", help="Judge just this; repeat.")
     ] = None,
+    validate: Annotated[
+        bool, typer.Option("--validate", help="Have the problem's validators check each input.")
+    ] = False,
     as_json: JsonOption = False,
     address: AddressOption = ADDRESS,
     debug: DebugOption = False,
 ) -> None:
     """Judge the solutions of a problem against its tests.
 
-    DIR holds problem.yaml, tests/NAME.in with NAME.out, and solutions/.
+    DIR holds problem.yaml, tests/NAME.in with NAME.out, and solutions/, or is a
+    package of Kattis (problem.yaml, data/secret), Polygon (problem.xml) or DMOJ
+    (init.yml).
 
     Solutions should be accepted. One whose name begins with wrong_, slow_, crash_
-    or big_ should get that verdict (big_: memory limit) on one test at least.
+    or big_ should get that verdict (big_: memory limit) on one test at least; a
+    package says by its folders or tags what its solutions should get.
 
     Ends with 0 when all solutions got what they should, 1 when not, 2 for wrong
     usage, 3 when the sandbox failed.
@@ -131,7 +137,9 @@ def judge(
     with reporting_errors(debug, SANDBOX_FAILED):
         from perigee.cli.sandbox.judge import judge_folder
 
-        raise typer.Exit(run_interruptible(lambda _: judge_folder(address, channel, folder, solutions or [], as_json)))
+        raise typer.Exit(
+            run_interruptible(lambda _: judge_folder(address, channel, folder, solutions or [], as_json, validate))
+        )
 
 
 @app.command()

@@ -45,12 +45,14 @@ def check_relative(option: str, name: str) -> str:
     return path.as_posix()
 
 
-def check_size(request: pb.ExecuteRequest | pb.JudgeRequest | pb.JudgePatchRequest, what: str) -> None:
+def check_size(
+    request: pb.ExecuteRequest | pb.JudgeRequest | pb.JudgePatchRequest, what: str, most_bytes: int = MAX_MESSAGE_BYTES
+) -> None:
     """Raises InvalidArgumentError when the request is larger than a message may be."""
     size = request.ByteSize()
-    if size > MAX_MESSAGE_BYTES - ENVELOPE_BYTES:
+    if size > most_bytes - ENVELOPE_BYTES:
         raise InvalidArgumentError.for_field(
-            what, f"makes a request of {size:,} bytes; at most {MAX_MESSAGE_BYTES:,} can be sent"
+            what, f"makes a request of {size:,} bytes; at most {most_bytes:,} can be sent"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -13,10 +14,12 @@ from rich.table import Table
 
 from perigee.cli.metrics import format_seconds
 from perigee.cli.sandbox.connection import MIB, Sandbox, check_size, megabytes, open_console, open_sandbox, wall_seconds
-from perigee.cli.sandbox.problem import Problem, list_programs, load_problem
-from perigee.errors import InternalError
+from perigee.cli.sandbox.packages import open_problem, prepare_tests
+from perigee.cli.sandbox.problem import Problem, list_programs
+from perigee.errors import InternalError, InvalidArgumentError
 from perigee.json_codec import write_message
-from perigee.rpc import ChannelOptions
+from perigee.rpc import MAX_MESSAGE_BYTES, ChannelOptions
+from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
 
@@ -42,10 +45,14 @@ class JudgedSolution:
 
     solution: Program
     response: pb.JudgeResponse
+    tagged: pb.TestVerdict.ValueType | None = None
+    """Verdict that a package says it should get."""
 
     @property
     def expected(self) -> pb.TestVerdict.ValueType:
-        """Verdict that the solution's file name announces."""
+        """Verdict that the package or the solution's file name announces."""
+        if self.tagged is not None:
+            return self.tagged
         name = PurePosixPath(self.solution.name).name
         found = (verdict for prefix, verdict in EXPECTATIONS.items() if name.startswith(prefix))
         return next(found, pb.TEST_VERDICT_ACCEPTED)
@@ -78,6 +85,10 @@ def read_solutions(problem: Problem, chosen: Sequence[Path]) -> list[Program]:
 
     Raises InvalidArgumentError naming what cannot be read or has no language.
     """
+    if not chosen and problem.solutions is not None:
+        if not problem.solutions:
+            raise InvalidArgumentError.for_field(problem.label, "names no solution; name one by --solution")
+        return [problem.read_program(problem.folder / name) for name in problem.solutions]
     if not chosen:
         return [problem.read_program(path) for path in list_programs(problem.folder / SOLUTIONS_FOLDER, "solution")]
     return [
@@ -88,20 +99,13 @@ def read_solutions(problem: Problem, chosen: Sequence[Path]) -> list[Program]:
 
 def make_requests(problem: Problem, solution: Program, tests: Sequence[pb.TestCase]) -> list[pb.JudgeRequest]:
     """Returns the calls that judge a solution; raises InvalidArgumentError naming a test that is too large."""
-    common = pb.JudgeRequest(
-        language=solution.language,
-        source=solution.source,
-        function_name=problem.section.function,
-        limits=problem.section.limits.to_proto(),
-        checker=problem.checker(),
-    )
-    if problem.section.interactor:
-        common.interactor.CopyFrom(problem.read_helper("interactor", problem.section.interactor))
+    common = problem.request(solution)
     requests = []
-    for part in _split(tests):
+    for part in [list(tests)] if common.groups else _split(tests):  # groups need each other
         request = pb.JudgeRequest(tests=part)
         request.MergeFrom(common)
-        check_size(request, f"{problem.folder}: test {part[0].name} with {solution.name}")
+        most = SandboxClient.message_bytes if common.groups else MAX_MESSAGE_BYTES
+        check_size(request, f"{problem.folder}: test {part[0].name} with {solution.name}", most)
         requests.append(request)
     return requests
 
@@ -116,7 +120,10 @@ def merge(responses: Sequence[pb.JudgeResponse]) -> pb.JudgeResponse:
         peak_memory_bytes=max(response.peak_memory_bytes for response in responses),
         points=sum(response.points for response in responses),
         max_points=sum(response.max_points for response in responses),
+        groups=[group for response in responses for group in response.groups],
     )
+    accepted = float(whole.verdict == pb.TEST_VERDICT_ACCEPTED)
+    whole.score = whole.points / whole.max_points if whole.max_points else accepted
     if responses[0].HasField("compile"):
         whole.compile.CopyFrom(responses[0].compile)
     return whole
@@ -127,15 +134,23 @@ async def judge(
 ) -> AsyncIterator[JudgedSolution]:
     """Judges solutions one after another, so that they do not disturb each other's times."""
     runtimes = [sandbox.find_runtime(solution.language, solution.name) for solution in solutions]
+    tags = problem.solutions or {}
     calls = [make_requests(problem, solution, tests) for solution in solutions]
     for solution, runtime, requests in zip(solutions, runtimes, calls, strict=True):
         responses = []
         for request in requests:
-            tests_s = (2 * len(request.tests) + 1) * wall_seconds(runtime, request.limits)
+            runs = (2 * len(request.tests) + 1) * max(1, request.passes)
+            tests_s = runs * wall_seconds(runtime, request.limits) * _slowest(request)
             response = await sandbox.client.judge(request, timeout_s=QUEUE_S + COMPILE_S + tests_s)
             _check_complete(request, response)
             responses.append(response)
-        yield JudgedSolution(solution, merge(responses))
+        yield JudgedSolution(solution, merge(responses), tags.get(solution.name))
+
+
+def _slowest(request: pb.JudgeRequest) -> float:
+    """Returns the largest factor of the time limits that extra time makes."""
+    least_ms = max(1, min(request.limits.wall_ms or 1000, 1000))
+    return max((max(1.0, e.factor) + e.added_ms / least_ms for e in request.extra_time.values()), default=1.0)
 
 
 def exit_code(judged_solutions: Sequence[JudgedSolution]) -> int:
@@ -215,6 +230,9 @@ def test_table(judged: JudgedSolution, tests: Sequence[pb.TestCase]) -> Table:
             f"{result.points:g}",
             escape(" ".join(result.reason.split())[:REASON_CUT]),
         )
+    for group in judged.response.groups:
+        points = f"{group.points:g} of {group.max_points:g}"
+        table.add_row(escape(group.name), _colored(group.verdict), "", "", "", points, f"{group.passed} accepted")
     return table
 
 
@@ -290,14 +308,17 @@ async def list_runtimes(address: str, channel: ChannelOptions, as_json: bool) ->
 
 
 async def judge_folder(
-    address: str, channel: ChannelOptions, folder: Path, chosen: Sequence[Path], as_json: bool
+    address: str, channel: ChannelOptions, folder: Path, chosen: Sequence[Path], as_json: bool, validate: bool = False
 ) -> int:
     """Prints a table for each solution as it is judged, then a line for each; returns the exit code."""
-    problem = load_problem(folder)
-    solutions, tests = read_solutions(problem, chosen), problem.read_tests()
+    problem = open_problem(folder)
+    solutions = read_solutions(problem, chosen)
     console = open_console()
     judged_solutions = []
     async with open_sandbox(address, channel) as sandbox:
+        if problem.solutions is not None and not chosen:
+            solutions = known_to(sandbox, solutions)
+        tests = await prepare_tests(sandbox, problem, validate)
         async for judged in judge(sandbox, problem, solutions, tests):
             judged_solutions.append(judged)
             if not as_json:
@@ -308,3 +329,15 @@ async def judge_folder(
         for judged in judged_solutions:
             console.print(solution_line(judged))
     return exit_code(judged_solutions)
+
+
+def known_to(sandbox: Sandbox, solutions: Sequence[Program]) -> list[Program]:
+    """Returns a package's solutions in languages that the sandbox has, and names the others on standard error."""
+    known = []
+    for solution in solutions:
+        try:
+            sandbox.find_runtime(solution.language, solution.name)
+            known.append(solution)
+        except InvalidArgumentError as error:
+            print(f"perigee: left out: {error.message}", file=sys.stderr)
+    return known
