@@ -75,6 +75,7 @@ LEFT_OUT = [
     ({"unknown": 1}, "its columns are of no known format"),
     (RECORDS["livecodebench"][0] | {"private_test_cases": base64.b64encode(zlib.compress(pickle.dumps(Sly()))).decode()}, "its test cases cannot be unpacked"),
     (RECORDS["mbpp"][0] | {"test_list": ["assert other(2) == 4"]}, "its tests call no function of its solution"),
+    (RECORDS["leetcode in place"][0] | {"meta_data": {"name": "f", "output": {"paramindex": 1}}}, "its result is another argument than the first"),
     (RECORDS["leetcode"][0] | {"test_cases": [{"output": "[2]"}]}, "a test case has no input"),
     (RECORDS["leetcode"][0] | {"test_cases": [{"input": "[2]"}]}, "a test case has no output"),
 ]  # fmt: skip

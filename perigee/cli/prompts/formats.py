@@ -264,6 +264,8 @@ def read_leetcode(record: Record) -> Line:
     name = first_of(meta, "classname", "name")
     if not name:
         raise NotTurnedError("its meta data names no function")
+    if (meta.get("output") or {}).get("paramindex"):
+        raise NotTurnedError("its result is another argument than the first")
     question = first_of(record, "content", "question", "problem_description") or ""
     line: Line = {
         "id": first_of(record, "slug", "title_slug", "task_id", "id", "question_id") or digest(str(question)),
