@@ -118,6 +118,31 @@ for what in (
 """
 
 
+HOARD = """
+import socket
+held, pairs = 0, []
+with socket.create_server(("127.0.0.1", 0)) as server:
+    for _ in range(20):
+        pairs += [socket.create_connection(server.getsockname()), server.accept()[0]]
+        for end in pairs[-2:]:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 30)
+            end.setblocking(False)
+            try:
+                while True:
+                    held += end.send(bytes(65536))
+            except BlockingIOError:
+                pass
+print(held >> 20)
+"""
+
+
+async def test_sockets_hold_no_more_than_the_memory_limit(sandbox: SandboxClient) -> None:
+    limits = pb.Limits(memory_bytes=64 << 20)
+    request = pb.ExecuteRequest(language="python", source=HOARD.encode(), loopback=True, limits=limits)
+    response = await sandbox.execute(request)
+    assert int(response.stdout) <= 64, response
+
+
 async def test_loopback_sockets_reach_the_program_alone(sandbox: SandboxClient) -> None:
     request = pb.ExecuteRequest(language="python", source=LOOPBACK.encode(), loopback=True)
     response = await sandbox.execute(request)

@@ -19,6 +19,8 @@ _REMOVAL_S = 5.0
 # beside the job; the job's own number is bounded by its user's limit, too.
 _OWN_PROCESSES = 16
 _PERIOD_US = 100_000
+_SOCKET_BYTES = 16 << 20
+"""Memory of a slot's TCP and UDP sockets."""
 _UNLIMITED = 2**63
 CONTROLLERS = "+memory +pids +cpu"
 # The kernel's weight of one process, and the largest of a group, by version.
@@ -90,7 +92,10 @@ class SlotCgroup:
             path = self._paths["unified"]
             (path / "cpu.max").write_text(f"{_PERIOD_US} {_PERIOD_US}")
             _write_if_there(path / "memory.swap.max", "0")
-        elif "cpu" in self._paths:
+            return
+        # v2 charges what sockets hold to the group's memory; v1 counts it apart, and only under a limit
+        _write_if_there(self._paths["memory"] / "memory.kmem.tcp.limit_in_bytes", str(_SOCKET_BYTES))
+        if "cpu" in self._paths:
             _write_if_there(self._paths["cpu"] / "cpu.cfs_quota_us", str(_PERIOD_US))
 
     def limit(self, memory_bytes: int, processes: int) -> None:
