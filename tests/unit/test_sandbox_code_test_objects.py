@@ -76,6 +76,8 @@ NODE = "class Node:\n    def __init__(self, v, next=None): self.v, self.next = v
         ("def f(a, b):\n    print(a.readline(), *a, file=b, sep='|')\n    return a", "f",
          "from io import StringIO\na, b, c = StringIO('1\\n2\\n3'), StringIO(), object()\nassert f(a, b) is a and b.getvalue() == '1\\n|2\\n|3\\n'"),
         ("def f(x): return {x: [x]}", "f", "x = object()\nassert f(x) == {x: [x]} and f(x) != {object(): [x]}"),
+        ("import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x", "f",
+         "import asyncio\nasync def g(): return await asyncio.gather(f(1), f([2]))\nassert asyncio.run(g()) == [1, [2]] and asyncio.run(f(3)) == 3"),
         ("def f(g): return lambda x: g(g(x))", "f", "assert f(lambda x: 2 * x)(3) == 12 and f(abs)(-1) == 1"),
         ("def f(g):\n    try: g()\n    except KeyError as e: return e.args", "f", "def g(): raise KeyError('k')\nassert f(g) == ('k',)"),
         ("def f(g, n): return n if n == 0 else g(n - 1)", "f", "def g(n): return f(g, n)\nassert f(g, 9) == 0"),

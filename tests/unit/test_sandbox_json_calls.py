@@ -57,6 +57,10 @@ def test_some_results_have_none(body: str) -> None:
         call(f"def f(): return {body}", [])
 
 
+def test_a_coroutine_is_run() -> None:
+    assert call("import asyncio\nasync def f(x):\n    await asyncio.sleep(0)\n    return x + 1", [1]) == 2
+
+
 LRU = """
 class LRUCache:
     def __init__(self, capacity: int): self.capacity, self.d = capacity, OrderedDict()

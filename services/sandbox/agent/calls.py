@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, BinaryIO
 
 from .peers import METHOD, ChannelBrokenError, Introduction, Peer, merge, read_attributes
-from .submission import MESSAGE_CHARACTERS, LoadError, find_function, load_module, split_names
+from .submission import MESSAGE_CHARACTERS, LoadError, find_function, load_module, run_coroutine, split_names
 from .values import copy_as_plain
 
 LOADED, COMPILE_ERROR, LOAD_ERROR = "loaded", "compile_error", "load_error"
@@ -88,6 +88,8 @@ class SubmissionPeer(Peer):
             return "object", kind.__name__[:100], _has_equality(kind)
         if hasattr(kind, "__next__"):
             return "iterator", name, None
+        if isinstance(value, types.CoroutineType):
+            return "coroutine", name, None
         if callable(value):
             return "function", name, None
         raise TypeError(f"{kind.__name__[:100]} is not a plain type")
@@ -222,6 +224,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "setattr": setattr,
     "delattr": delattr,
     "state": _read_state,
+    "await": run_coroutine,
     "iter": iter,
     "len": len,
     "str": str,

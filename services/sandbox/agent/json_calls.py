@@ -23,7 +23,7 @@ from fractions import Fraction
 from itertools import islice
 from typing import Any
 
-from .submission import ListNode, TreeNode
+from .submission import ListNode, TreeNode, run_coroutine
 
 _SIGNATURE = re.compile(r"\((.*)\)\s*(?:->\s*(.+))?", re.DOTALL)
 
@@ -106,6 +106,8 @@ class JsonCall:
         types = [*self.parameters, *[""] * len(arguments)]
         given = [self._read(value, type_) for value, type_ in zip(arguments, types)]  # noqa: B905  # types go on
         returned = self.target(*given)
+        if inspect.iscoroutine(returned):
+            returned = run_coroutine(returned)
         if self.result == "void":
             return _fill_empty(given[0], types[0])
         return _fill_empty(returned, self.result)

@@ -99,6 +99,8 @@ class CallerPeer(Peer):
             return self.make_function(name)
         if kind == "iterator":
             return self._iterate(introduction[0])
+        if kind == "coroutine":
+            return self._await(introduction[0])
         if kind == "class":
             return self.class_of(name, facts is True)
         if kind == "exception":
@@ -129,6 +131,9 @@ class CallerPeer(Peer):
             items, ended = self.request("next", self.met[number], size)
             yield from list(items)
             size = min(2 * size, _MOST_ITEMS)
+
+    async def _await(self, number: int) -> Any:
+        return self.request("await", self.met[number])
 
     def _make_exception(self, name: str, ancestors: Any) -> type[BaseException]:
         found = [find_exception(each, self.exceptions) for each in ancestors if isinstance(each, str)]

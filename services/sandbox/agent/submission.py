@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from importlib import import_module
 from typing import Any
 
@@ -111,6 +111,13 @@ def _method_of(kind: type, name: str) -> Callable[..., Any]:
         return getattr(kind(), name)(*arguments, **keywords)
 
     return call
+
+
+def run_coroutine(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Returns what a coroutine returns."""
+    import asyncio  # takes long, and few submissions need it
+
+    return asyncio.run(coroutine)
 
 
 def describe_exception(error: BaseException) -> str:
