@@ -183,6 +183,8 @@ class ProblemSection(Model):
     """Program that the solution is linked with."""
     function: str = ""
     """Function that tests call; NAME.in is then a JSON list of arguments, NAME.out the result as JSON."""
+    signature: str = ""
+    """Types of the function's arguments and result, such as `(ListNode, integer) -> ListNode`."""
     files: list[str] = []
     """Files placed beside checker and interactor, testlib.h for one."""
     points: dict[str, float] = {}
@@ -287,6 +289,7 @@ class Problem:
             language=solution.language,
             source=solution.source,
             function_name=section.function,
+            function_signature=section.signature,
             limits=section.limits.to_proto(),
             checker=self.checker(),
             groups=[group.to_proto() for group in section.groups],
