@@ -53,7 +53,7 @@ def expected(command: str) -> dict[str, object] | list[dict[str, object]]:
         "/v1/judge": {"verdict": "accepted", "passed": 2},
         "/v1/patches/judge": {"verdict": "accepted", "fail_to_pass_passed": 1},
         "/v1/assess": {"verdict": "accepted", "score": 1},
-        "/v1/runtimes": {"runtimes": [{"language": "bash"}]},
+        "/v1/runtimes": {"runtimes": [{"language": "..."}]},
         "std::cout": {"status": "ok", "stdout": "42"},
         "print(6 * 7)": {"status": "ok", "stdout": "42\n"},
         "print(input())": {"status": "ok", "stdout": "hello\n"},

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -96,45 +97,52 @@ async def run_notebook(servicer: Servicer, body: RunJupyterRequest, context: Any
     session = await servicer.CreateSession(
         pb.CreateSessionRequest(language=KERNEL, limits=limits, files=files), context
     )
+    started = time.monotonic()
     try:
-        return await _run_cells(servicer, body, session.session_id, context)
+        responses = await _run_cells(servicer, body, session.session_id, context)
     finally:
         await servicer.CloseSession(pb.CloseSessionRequest(session_id=session.session_id), context)
+    return to_run_jupyter_response(responses, time.monotonic() - started, body.total_timeout)
 
 
-async def _run_cells(servicer: Servicer, body: RunJupyterRequest, session_id: str, context: Any) -> RunJupyterResponse:
-    started = time.monotonic()
-    cells: list[CellRunResult] = []
-    response = pb.RunCellResponse(alive=True)
+async def _run_cells(
+    servicer: Servicer, body: RunJupyterRequest, session_id: str, context: Any
+) -> list[pb.RunCellResponse]:
+    """Runs the cells until the time is over or the session ends."""
+    ends_at = time.monotonic() + body.total_timeout
+    responses: list[pb.RunCellResponse] = []
     for index, code in enumerate(body.cells):
-        left_s = body.total_timeout - (time.monotonic() - started)
-        cell_s = min(left_s, body.cell_timeout or left_s)
-        last = index == len(body.cells) - 1
-        if left_s > 0:
-            response = await servicer.RunCell(
-                pb.RunCellRequest(
-                    session_id=session_id,
-                    code=code.encode() or b"\n",
-                    wall_ms=whole(cell_s * 1000),
-                    output_files=body.fetch_files if last else (),
-                ),
-                context,
-            )
-        if left_s <= 0 or (response.status == pb.STATUS_TIME_LIMIT and cell_s == left_s):
-            elapsed = time.monotonic() - started
-            return RunJupyterResponse(
-                status="Failed", driver=CommandRunResult(status="TimeLimitExceeded", execution_time=elapsed)
-            )
-        cells.append(to_cell_result(response))
-        if not response.alive:
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0 or (responses and not responses[-1].alive):
             break
-    failed = CommandRunResult(status="Error", execution_time=time.monotonic() - started, stderr=response.reason)
-    if not response.alive:
-        sandbox_failed = response.status == pb.STATUS_INFRA_ERROR
-        status: Literal["Failed", "SandboxError"] = "SandboxError" if sandbox_failed else "Failed"
-        return RunJupyterResponse(status=status, message=response.reason, driver=failed, cells=cells)
-    driver = CommandRunResult(status="Finished", execution_time=failed.execution_time, return_code=0)
-    return RunJupyterResponse(status="Success", driver=driver, cells=cells, files=write_files(response.files))
+        cell = pb.RunCellRequest(
+            session_id=session_id,
+            code=code.encode() or b"\n",
+            wall_ms=whole(min(left_s, body.cell_timeout or left_s) * 1000),
+            output_files=body.fetch_files if index == len(body.cells) - 1 else (),
+        )
+        responses.append(await servicer.RunCell(cell, context))
+    return responses
+
+
+def to_run_jupyter_response(
+    responses: Sequence[pb.RunCellResponse], seconds: float, total_timeout: float
+) -> RunJupyterResponse:
+    """Converts the responses to the cells that ran, in so many seconds."""
+    if seconds >= total_timeout:
+        driver = CommandRunResult(status="TimeLimitExceeded", execution_time=seconds)
+        return RunJupyterResponse(status="Failed", driver=driver)
+    cells = [to_cell_result(response) for response in responses]
+    last = responses[-1] if responses else pb.RunCellResponse(alive=True)
+    if last.alive:
+        driver = CommandRunResult(status="Finished", execution_time=seconds, return_code=0)
+        return RunJupyterResponse(status="Success", driver=driver, cells=cells, files=write_files(last.files))
+    return RunJupyterResponse(
+        status="SandboxError" if last.status == pb.STATUS_INFRA_ERROR else "Failed",
+        message=last.reason,
+        driver=CommandRunResult(status="Error", execution_time=seconds, stderr=last.reason),
+        cells=cells,
+    )
 
 
 def to_cell_result(response: pb.RunCellResponse) -> CellRunResult:
