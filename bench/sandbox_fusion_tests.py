@@ -60,7 +60,18 @@ def main() -> None:
     os.chdir(arguments.clone)
     # in the place of this folder, a module of which has the name of the clone's package
     sys.path[0] = str(Path.cwd())
-    options = ["-o", "addopts=", "-o", "asyncio_mode=auto", "-p", "no:cacheprovider", "-q", "-k", arguments.k]
+    options = [
+        "-o",
+        "addopts=",
+        "-o",
+        "asyncio_mode=auto",
+        "-p",
+        "no:cacheprovider",
+        "-q",
+        "--tb=native",
+        "-k",
+        arguments.k,
+    ]
     sys.exit(pytest.main([*options, *arguments.tests], plugins=[sys.modules[__name__]]))
 
 

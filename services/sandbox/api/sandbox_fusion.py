@@ -123,8 +123,6 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         output_files=[path for path in body.fetch_files if not path.startswith("/")],
         loopback=True,  # SandboxFusion does not take the network away
     )
-    if runtime is not None and runtime.sessions:  # of Python: its programs may talk to themselves there
-        request.loopback = True
     if body.language.lower() == "pytest":
         request.files.add(path=_PYTEST[-1], content=request.source)
         request.command.extend(_PYTEST)
