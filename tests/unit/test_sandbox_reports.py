@@ -42,7 +42,7 @@ def test_pytest_ids_are_its_own() -> None:
 <testcase classname="t" name="x"><skipped type="pytest.xfail" message=""/></testcase>
 <testcase classname="tests.test_a" name="test_torn" file="tests/test_a.py" time="0.1"/>
 <testcase classname="tests.test_a" name="test_torn" file="tests/test_a.py"><error message="torn">x</error></testcase>
-<testcase classname="" name="tests.test_b"><error message="collection failure">ImportError</error></testcase>
+<testcase classname="" name="tests.test_b" file="tests/test_b.py"><error message="collection">Import</error></testcase>
 </testsuite></testsuites>"""
     tests = {test.id: test for test in read_report(PYTEST, report)}
     assert {name: test.outcome for name, test in tests.items()} == {
@@ -51,7 +51,7 @@ def test_pytest_ids_are_its_own() -> None:
         "tests/test_a.py::test_skip": SKIPPED,
         "t::x": PASSED,
         "tests/test_a.py::test_torn": ERROR,
-        "tests.test_b": ERROR,
+        "tests/test_b.py": ERROR,
     }
     failed = tests["tests/test_a.py::TestX::TestY::test_two[a.b-1]"]
     assert (failed.duration_ms, tests["tests/test_a.py::test_one"].duration_ms) == (2000, 2)

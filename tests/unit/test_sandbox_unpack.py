@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from services.sandbox.agent.archive import write_files
 from services.sandbox.agent.protocol import memory_file
-from services.sandbox.agent.unpack import Unpacker, pack, pack_in_fork, unpack_as
+from services.sandbox.agent.unpack import Placement, Unpacker, pack, pack_in_fork, unpack_as
 
 Add = Callable[[tarfile.TarFile], None]
 
@@ -32,10 +32,10 @@ def home(tmp_path: Path) -> Iterator[int]:
     os.close(descriptor)
 
 
-def unpack(home: int, content: bytes, folder: str = "", most_files: int = 100) -> str:
+def unpack(home: int, content: bytes, folder: str = "", strip: int = 0) -> str:
     file = memory_file(content)
     try:
-        return unpack_as(None, home, file, folder, most_files)
+        return unpack_as(None, home, file, Placement(folder, strip, 100))
     finally:
         os.close(file)
 
@@ -91,6 +91,13 @@ def test_a_zip_is_unpacked_over_what_is_there(tmp_path: Path, home: int) -> None
     assert (tmp_path / "home/l").read_text() == "1" * 100_000
 
 
+def test_leading_folders_are_taken_off(tmp_path: Path, home: int) -> None:
+    members = [("top/", None, {"type": tarfile.DIRTYPE}), ("top/a/x", b"1", {}), ("pax", b"", {})]
+    link = {"type": tarfile.LNKTYPE, "linkname": "top/a/x"}
+    assert unpack(home, make_tar(*members, ("top/same", None, link)), strip=1) == ""
+    assert {path.name: path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"x": "1", "same": "1"}
+
+
 SYMLINK = {"type": tarfile.SYMTYPE}
 
 
@@ -136,7 +143,7 @@ def test_what_is_packed_comes_out_again(files: dict[str, bytes]) -> None:
         write_files(first, [(path, content, False) for path, content in files.items()])
         source, target = (os.open(folder, os.O_RDONLY) for folder in (first, second))
         pack(source, packed.fileno(), 1 << 20)
-        Unpacker(target, "", 100).unpack(packed)
+        Unpacker(target, Placement("", 0, 100)).unpack(packed)
         found = {str(path.relative_to(second)): path.read_bytes() for path in Path(second).rglob("*.x")}
         os.close(source)
         os.close(target)

@@ -43,6 +43,8 @@ class TaskSection(Model):
     """Runtime of setup and tests."""
     repository: str
     """Folder, tar, tar.gz or zip beside the file."""
+    strip_folders: int = Field(0, ge=0)
+    """Leading folders that are taken off the names in an archive."""
     tests: TestsSection = TestsSection()
     """Run of the tests."""
     fail_to_pass: list[str] = []
@@ -100,7 +102,9 @@ def make_request(task: Path, patch: Path | None) -> pb.JudgePatchRequest:
     tests = section.tests
     request = pb.JudgePatchRequest(
         language=section.language,
-        archives=[pb.Archive(content=read_archive(task.parent / section.repository))],
+        archives=[
+            pb.Archive(content=read_archive(task.parent / section.repository), strip_folders=section.strip_folders)
+        ],
         patch=section.patch.encode() if patch is None else read_bytes(patch),
         test_patch=section.test_patch.encode(),
         protected_paths=section.protected_paths,

@@ -405,21 +405,27 @@ class Archive(_message.Message):
     CONTENT_FIELD_NUMBER: _builtins.int
     FOLDER_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
+    STRIP_FOLDERS_FIELD_NUMBER: _builtins.int
     content: _builtins.bytes
     folder: _builtins.str
     """Folder to unpack into; the working folder itself unless set."""
     file: _builtins.str
     """In a cell of a session, instead of content: path of a file that earlier cells left in the working folder."""
+    strip_folders: _builtins.int
+    """Leading folders that are taken off the names of entries, such as the one that holds all of a release; an entry that
+    has no more of a name is left out.
+    """
     def __init__(
         self,
         *,
         content: _builtins.bytes = ...,
         folder: _builtins.str = ...,
         file: _builtins.str = ...,
+        strip_folders: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "file", b"file", "folder", b"folder"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "file", b"file", "folder", b"folder", "strip_folders", b"strip_folders"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

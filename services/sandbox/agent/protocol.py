@@ -94,8 +94,8 @@ class RunRequest:
     descriptors 3 and 4 are files of replies and of inputs, of which it gets pipes; it has its limits anew for each
     answer. What a run with `keep` leaves in the working folder is there for the later runs of the sandbox, and comes
     with the result where `collect_bytes` hold it. With `brings_files` one more descriptor comes with the request: an
-    archive of files for this run alone. The last descriptors are tars or zips, one for each of `unpack`, the folders
-    into which they are unpacked before the process starts.
+    archive of files for this run alone. The last descriptors are tars or zips, one for each of `unpack`, which are
+    unpacked before the process starts.
     """
 
     mode: str
@@ -107,7 +107,8 @@ class RunRequest:
     brings_files: bool = False
     collect: list[str] = field(default_factory=list)
     collect_bytes: int = 0
-    unpack: list[str] = field(default_factory=list)
+    unpack: list[tuple[str, int]] = field(default_factory=list)
+    """Folder of each archive, and how many leading folders are taken off its names."""
     any_links: bool = False
     pack: list[str] = field(default_factory=list)
     """Folders to collect as tars."""

@@ -45,8 +45,19 @@ class Entry(NamedTuple):
     modified_s: float | None = None
 
 
-def unpack_as(uid: int | None, home: int, archive: int, folder: str, most_files: int, any_links: bool = False) -> str:
-    """Unpacks the archive in a file into a folder below `home`, an open working folder, by a process of the user.
+class Placement(NamedTuple):
+    """Folder that an archive is unpacked into, the number of leading folders that are taken off its names, how many
+    entries it may have, and whether its links may lead out of the folder.
+    """
+
+    folder: str
+    strip: int
+    most_files: int
+    any_links: bool = False
+
+
+def unpack_as(uid: int | None, home: int, archive: int, placement: Placement) -> str:
+    """Unpacks the archive in a file below `home`, an open working folder, by a process of the user.
 
     Returns why it is refused, empty when it is unpacked. What was written before an entry was refused stays.
     """
@@ -57,15 +68,16 @@ def unpack_as(uid: int | None, home: int, archive: int, folder: str, most_files:
             _become(uid)
         os.umask(0o077)
         with os.fdopen(os.dup(archive), "rb") as file:
-            Unpacker(home, folder, most_files, any_links).unpack(file)
+            Unpacker(home, placement).unpack(file)
 
     return run_in_fork(work, "unpacking it")
 
 
 def unpack_all(uid: int | None, home: int, archives: list[int], request: RunRequest) -> RunResult | None:
     """Unpacks the archives of a request; returns the result of a request whose archive is refused."""
-    for index, (archive, folder) in enumerate(zip(archives, request.unpack, strict=True)):
-        if reason := unpack_as(uid, home, archive, folder, request.limits.files, request.any_links):
+    for index, (archive, (folder, strip)) in enumerate(zip(archives, request.unpack, strict=True)):
+        placement = Placement(folder, strip, request.limits.files, request.any_links)
+        if reason := unpack_as(uid, home, archive, placement):
             return RunResult(exit_code=None, refused_index=index, refused=reason)
     return None
 
@@ -75,7 +87,9 @@ def unpack_in_session(uid: int | None, home: int, message: Message) -> dict[str,
     header = message.header
     try:
         opened = [] if message.descriptors else [open_file(home, header["file"])]
-        reason = unpack_as(uid, home, [*message.descriptors, *opened][0], header["folder"], header["files"])
+        reason = unpack_as(
+            uid, home, [*message.descriptors, *opened][0], Placement(header["folder"], header["strip"], header["files"])
+        )
         for descriptor in opened:
             os.close(descriptor)
     except OSError as error:
@@ -147,11 +161,9 @@ def _report(work: Callable[[], None], writing: int) -> None:
 class Unpacker:
     """Writes entries below one folder."""
 
-    def __init__(self, home: int, folder: str, most_files: int, any_links: bool = False) -> None:
+    def __init__(self, home: int, placement: Placement) -> None:
         self._home = home
-        self._folder = folder
-        self._most_files = most_files
-        self._any_links = any_links
+        self._placement = placement
         self._seen: dict[str, bool] = {}
         """Paths of the entries, and whether each is a folder."""
         self._parent = ("", os.dup(home))
@@ -172,15 +184,17 @@ class Unpacker:
             raise RefusedError(f"the entry {_shown(name)} cannot be written: {error.strerror or error}") from error
 
     def _add(self, entry: Entry) -> None:
-        path = check_name(entry.name)
-        if path == "":  # the folder itself, as `tar -C folder .` has it
+        path = self._strip(check_name(entry.name))
+        if path == "":  # the folder itself, as `tar -C folder .` has it, or one that is taken off
             return
         is_folder = entry.content is None and entry.target is None
         if path in self._seen and not (is_folder and self._seen[path]):
             raise RefusedError(f"the entry {_shown(entry.name)} is there twice")
         self._seen[path] = is_folder
-        if len(self._seen) > self._most_files:
-            raise RefusedError(f"the entry {_shown(entry.name)} is one more than limits.files, {self._most_files}")
+        if len(self._seen) > self._placement.most_files:
+            raise RefusedError(
+                f"the entry {_shown(entry.name)} is one more than limits.files, {self._placement.most_files}"
+            )
         if is_folder:
             os.close(self._open_folder(path, entry.name))
             return
@@ -197,14 +211,17 @@ class Unpacker:
         else:
             write_entry(folder, name, entry)
 
+    def _strip(self, path: str) -> str:
+        return "/".join(path.split("/")[self._placement.strip :])
+
     def _link(self, entry: Entry, path: str, folder: int, name: str) -> None:
         assert entry.target is not None
         if not entry.hard:
-            if not self._any_links:
+            if not self._placement.any_links:
                 check_link(entry, path)
             os.symlink(entry.target, name, dir_fd=folder)
             return
-        target = check_name(entry.target)
+        target = self._strip(check_name(entry.target))
         if self._seen.get(target, True) or target == path:
             raise RefusedError(
                 f"the entry {_shown(entry.name)} links to {_shown(entry.target)}, which is no earlier file"
@@ -225,7 +242,7 @@ class Unpacker:
 
     def _open_folder(self, path: str, entry: str) -> int:
         """Opens a folder, and makes it and those above it where they are not there."""
-        whole = "/".join(part for part in (self._folder, path) if part)
+        whole = "/".join(part for part in (self._placement.folder, path) if part)
         if not whole:
             return os.dup(self._home)
         try:

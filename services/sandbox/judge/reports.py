@@ -128,6 +128,8 @@ def junit_id(case: dict[str, str]) -> str:
         return f"{owner}::{name}" if owner else name
     module = file.removesuffix(".py").replace("/", ".")
     classes = owner.removeprefix(module).strip(".") if owner.startswith(module) else owner
+    if not owner and name == module:  # a file that cannot be imported
+        return file
     return "::".join([file, *filter(None, classes.split(".")), name])
 
 

@@ -172,7 +172,10 @@ class Steps:
         python = self.pool.catalog.find("python")
         if python is None:
             raise FailedPreconditionError("repositories need the runtime python")
-        inside = [pb.Archive(content=each.content, folder=_join(apply_patch.ROOT, each.folder)) for each in archives]
+        inside = [pb.Archive() for _ in archives]
+        for archive, each in zip(inside, archives, strict=True):
+            archive.CopyFrom(each)
+            archive.folder = f"{apply_patch.ROOT}/{each.folder}".rstrip("/")
         if base:
             inside.append(pb.Archive(content=base, folder=apply_patch.BASE))
         bounds = dataclasses.replace(
@@ -198,10 +201,6 @@ class Steps:
         if apply_patch.NO_COMMAND in (broken, failed):
             raise FailedPreconditionError(f"{apply_patch.NO_COMMAND}: install git")
         return Applied(step.tree, broken, failed, found.get("touched", []))
-
-
-def _join(folder: str, inner: str) -> str:
-    return f"{folder}/{inner}" if inner else folder
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from services.sandbox.runtime.sandboxes import Sandbox, SandboxFactory
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
 COMPILER_BYTES = 65536
+_IMPORT_PATH = "PYTHONPATH"
 # errors of execve that say nothing of the file
 _NOT_THE_PROGRAMS = (errno.EAGAIN, errno.EMFILE, errno.ENFILE)
 # of the CPU limit: a program that has less left met both limits
@@ -203,8 +204,8 @@ class LoadedProgram:
     async def _run(self, request: RunRequest, descriptors: list[int]) -> tuple[RunResult, Archive | None]:
         """Runs a process, whose archives are unpacked first unless a compiler had them."""
         archives = () if self.compiled else self.program.archives
-        folders = [archive.folder for archive in archives]
-        request = dataclasses.replace(request, unpack=folders, any_links=self.program.any_links)
+        unpack = [(archive.folder, archive.strip_folders) for archive in archives]
+        request = dataclasses.replace(request, unpack=unpack, any_links=self.program.any_links)
         with opened(*(archive.content for archive in archives)) as files:
             return await self.sandbox.run(request, [*descriptors, *files])
 
@@ -232,7 +233,10 @@ class LoadedProgram:
         return RunRequest(mode, limits, list(command), environment, loopback=self.program.loopback, **fields)
 
     def _environment(self) -> dict[str, str]:
-        return {**self.program.runtime.environment, **self.program.environment}
+        own, given = self.program.runtime.environment, self.program.environment
+        if _IMPORT_PATH in own and _IMPORT_PATH in given:  # the runtime's packages stay
+            given = {**given, _IMPORT_PATH: f"{own[_IMPORT_PATH]}:{given[_IMPORT_PATH]}"}
+        return {**own, **given}
 
     def unload(self) -> None:
         """Removes the files from a sandbox that keeps them."""

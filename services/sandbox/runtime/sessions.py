@@ -310,6 +310,7 @@ class Session:
         header = {
             "kind": "unpack",
             "folder": archive.folder,
+            "strip": archive.strip_folders,
             "file": archive.file,
             "files": self._program.limits.files,
         }
