@@ -37,6 +37,7 @@ OPEN_PREFIX = "/grpc.health.v1.Health/"
 _MESSAGE_S = 60.0
 _GZIP_MAGIC = b"\x1f\x8b"  # begins no message: wire type 7 does not exist
 _UNCOMPRESSED_BYTES = 4 << 20
+_LARGE_BYTES = 1 << 20
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -129,6 +130,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
                 except TimeoutError as error:
                     raise DeadlineExceededError(f"The request did not arrive within {_MESSAGE_S:g} s.") from error
             grow(received.size)
+            if received.size > _LARGE_BYTES:  # others are answered between the receipt and the checks
+                await asyncio.sleep(0)
             yield _require_message(received)
 
     @asynccontextmanager

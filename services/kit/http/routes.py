@@ -17,6 +17,8 @@ from perigee.errors import InvalidArgumentError
 from perigee.json_codec import dump_json, parse_json, read_message, write_message
 from services.kit.http.middleware import NDJSON
 
+_LARGE_BYTES = 1 << 20
+
 
 @dataclass(frozen=True)
 class HttpRoute:
@@ -61,7 +63,11 @@ def make_endpoint(route: HttpRoute, servicer: Any) -> Callable[[Request], Awaita
     method = getattr(servicer, route.rpc)
 
     async def call(request: Request) -> Response:
-        message = read_request(route, await request.body(), request.path_params)
+        body = await request.body()
+        value = parse_json(body) if route.takes_body else {}
+        if len(body) > _LARGE_BYTES:  # others are answered between the steps
+            await asyncio.sleep(0)
+        message = read_request(route, value, request.path_params)
         if route.streaming:
             return StreamResponse(write_lines(method(message, call_context(request))), NDJSON)
         response = await method(message, call_context(request))
@@ -70,9 +76,11 @@ def make_endpoint(route: HttpRoute, servicer: Any) -> Callable[[Request], Awaita
     return call
 
 
-def read_request(route: HttpRoute, body: bytes, path_params: dict[str, Any]) -> Message:
-    """Returns the request's message from body and path; raises InvalidArgumentError with every violation."""
-    value = parse_json(body) if route.takes_body else {}
+def read_request(route: HttpRoute, value: Any, path_params: dict[str, Any]) -> Message:
+    """Returns the request's message from the body's value and the path.
+
+    Raises InvalidArgumentError with every violation.
+    """
     if isinstance(value, dict):
         for name in path_params.keys() & value.keys():
             raise InvalidArgumentError.for_field(name, "is given by the path and must not be in the body")

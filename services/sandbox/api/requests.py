@@ -117,8 +117,9 @@ class Reader:
             if problem is not None:
                 self.refuse(f"{field}[{index}].path", problem)
             seen.add(file.path)
-            total += len(file.content)
-            self.check_size(f"{field}[{index}].content", file.content)
+            content = file.content  # a copy, each time that it is asked for
+            total += len(content)
+            self.check_size(f"{field}[{index}].content", content)
         folders = {str(parent) for file in read for parent in PurePosixPath(file.path).parents}
         for index, entry in enumerate(read):
             if entry.path in folders and entry.path != ".":
