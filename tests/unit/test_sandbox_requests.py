@@ -161,9 +161,9 @@ def test_an_empty_program_is_one_but_nothing_judges_by_being_empty() -> None:
     assert set(violated(request)) == {"checker.program.source"}
 
 
-def test_sources_are_utf8() -> None:
-    assert set(violated(pb.ExecuteRequest(language="python", source=b"x = '\xff'"))) == {"source"}
-    assert set(violated(judge_request(STDIO, source=b"\x80"))) == {"source"}
+def test_sources_have_any_encoding() -> None:
+    read_job(pb.ExecuteRequest(language="python", source=b"x = '\xff'"), CONFIG, CATALOG)
+    read_submission(judge_request(STDIO, source=b"\x80"), CONFIG, CATALOG)
 
 
 def test_arguments_and_variables_fit_into_an_order() -> None:
@@ -179,12 +179,11 @@ def test_variables_are_what_execve_takes() -> None:
 
 
 def test_checkers_and_interactors_are_read_like_programs() -> None:
-    checker = pb.Checker(program=pb.Program(language="nope", source=b"\xff", files=[pb.File(path="/x")]))
+    checker = pb.Checker(program=pb.Program(language="nope", source=b"x", files=[pb.File(path="/x")]))
     request = judge_request(STDIO)
     request.checker.CopyFrom(checker)
     assert set(violated(request)) == {
         "checker.program.language",
-        "checker.program.source",
         "checker.program.files[0].path",
     }
     interactive = pb.TestCase(interactive=pb.InteractiveTest(input=b"1"))

@@ -23,8 +23,10 @@ ENVIRONMENT = {
     "TMPDIR": "/tmp",
     "LANG": "C.UTF-8",
     **dict.fromkeys(THREADS, "1"),
+    "PYTHONHASHSEED": "0",
 }
-"""Variables of every program, unless its runtime or its request sets others."""
+"""Variables of every program, unless its runtime or its request sets others. With a seed the order of a set of strings,
+and a verdict that hangs on it, is the same in every run."""
 
 MASKED = ("/proc/cmdline", "/proc/sys/fs/aio-nr", "/proc/sys/kernel/random/boot_id")
 """Files of /proc that tell of the host, or by which neighbours could talk; they read as empty."""
@@ -33,7 +35,8 @@ CORE_BYTES = 1
 
 
 def start_code(folder: str, module: str) -> str:
-    """Returns Python code that runs the main function of a module of this package, found in `folder`, and leaves no
-    trace of it on the import path.
+    """Returns Python code that runs the main function of a module of this package, found in `folder`, then what that
+    returns, if anything; it leaves no trace on the import path.
     """
-    return f"import sys; sys.path.insert(0, {folder!r}); from agent.{module} import main; del sys.path[0]; main()"
+    path = f"import sys; sys.path = [{folder!r}, *filter(None, sys.path)]"
+    return f"{path}; from agent.{module} import main; del sys.path[0]; run = main(); run and run()"

@@ -23,8 +23,9 @@ from . import OWN_FOLDER, kernel, protocol, root
 from .archive import own_files, read_files, write_files
 from .collect import collect_files
 from .confinement import Confinement, apply_limits, build_filter, give_up_privileges, install_descriptors
-from .modes import rehearse, run_mode
+from .modes import rehearse, run_mode, seed_generators
 from .monitor import Process, ProcessMonitor
+from .program import Begin
 from .protocol import Message, Preparation, RunRequest, RunResult, read_run_request
 from .unpack import unpack_all, unpack_in_session
 from .usage import UsageFiles
@@ -181,6 +182,7 @@ def _await_request(confinement: Confinement, preparation: Preparation, channel: 
             confinement = dataclasses.replace(confinement, seccomp=build_filter(loopback=True))
         give_up_privileges(confinement)
         rehearse()
+        seed_generators()
         home = os.open(confinement.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         protocol.send(channel, {"kind": "ready"}, [home])
         header, descriptors = protocol.receive(channel)
@@ -198,6 +200,7 @@ def _run_at_once(
     """Gives up privileges and runs a request that has come already."""
     try:
         give_up_privileges(confinement)
+        seed_generators()
     except Exception as error:
         _report_unfit(channel, error)
     _run(confinement, request, descriptors, channel)
@@ -213,13 +216,16 @@ def _run(confinement: Confinement, request: RunRequest, descriptors: list[int], 
     try:
         os.environ.update(request.environment)
         if request.mode == "exec":
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which this interpreter ignores, unlike a shell
+                signal.signal(number, signal.SIG_DFL)
             os.execvpe(request.command[0], request.command, dict(os.environ))
         run_mode(request.mode, confinement.home)
+    except Begin:  # up to the main function: nothing on the way may clean up what is the job supervisor's
+        raise
     except BaseException as error:  # from here on a failure is the program's own
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         sys.stderr.flush()
-    finally:
-        os._exit(127)
+    os._exit(127)
 
 
 def _report_unfit(channel: socket.socket, error: Exception) -> NoReturn:

@@ -242,6 +242,8 @@ class ContainerRuntime:
             return Container(pid, name, ours, self)
         try:
             kernel.die_with_parent(signal.SIGKILL)
+            for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which this interpreter ignores, unlike a shell
+                signal.signal(number, signal.SIG_DFL)
             install_descriptors(
                 [self._null, self._null, self._null, theirs.fileno(), self._filters[loopback], self._program]
             )

@@ -7,19 +7,11 @@ compared with: expected outputs stay in the service, and a forged reply is a wro
 
 from __future__ import annotations
 
-import atexit
-import builtins
-import contextlib
 import gc
-import io
 import os
-import signal
 import sys
-import traceback
-import types
 from collections.abc import Callable, Iterable
-from itertools import islice
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from . import HOME, MODULES_AT_START
 from .archive import (
@@ -39,115 +31,9 @@ from .archive import (
 from .cells import serve_session
 from .code_tests import serve_calls, serve_code_test
 from .json_calls import JsonCall, make_json_call, to_json
+from .program import Begin, run_program
 from .protocol import memory_file
 from .submission import LoadError, describe_exception, find_function, load_module
-
-REPORT = 3
-"""Descriptor of the file with the error of a source that does not compile."""
-REASON_BYTES = 65536
-_NOT_FLUSHED = 120
-"""Exit code of an interpreter that could not flush its standard streams."""
-_WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
-
-
-def run_program(archive: Archive, home: str) -> NoReturn:
-    """Runs `main.py` of the working folder as `python main.py` would."""
-    path = f"{home}/{archive.header['main']}"
-    try:
-        code = compile(archive.blobs[0], path, "exec", dont_inherit=True)
-    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        text = "".join(traceback.format_exception_only(type(error), error))
-        os.write(REPORT, text.encode(errors="replace")[:REASON_BYTES] or b"error")
-        os._exit(1)
-    os.close(REPORT)
-    sys.argv = [path, *archive.header["arguments"]]
-    sys.path.insert(0, home)
-    loaded = len(sys.modules)
-    finish(_execute(code, path), home, loaded)
-
-
-def _execute(code: types.CodeType, path: str) -> int:
-    """Runs the program as `__main__`; returns its exit code, or minus the signal by which it ends itself.
-
-    Afterwards nothing but `sys.modules` refers to the module.
-    """
-    module = types.ModuleType("__main__")
-    module.__dict__.update(__file__=path, __builtins__=builtins)
-    sys.modules["__main__"] = module
-    try:
-        exec(code, module.__dict__)
-    except SystemExit as exit_:
-        return _exit_code(exit_)
-    except BaseException as error:
-        trace = error.__traceback__.tb_next if error.__traceback__ else None
-        sys.excepthook(type(error), error.with_traceback(trace), trace)
-        return -signal.SIGINT if type(error) is KeyboardInterrupt else 1
-    return 0
-
-
-def _exit_code(exit_: SystemExit) -> int:
-    if exit_.code is None:
-        return 0
-    if isinstance(exit_.code, int):
-        return exit_.code & 0xFF
-    sys.stderr.write(f"{exit_.code}\n")
-    return 1
-
-
-def finish(exit_code: int, home: str, loaded: int) -> NoReturn:
-    """Ends as the interpreter does: joins threads, runs exit functions, flushes streams and finalizes the program's
-    objects. Of the modules, the first `loaded` are the interpreter's, which is not taken apart.
-    """
-    threading = sys.modules.get("threading")
-    try:
-        if threading is not None:
-            threading._shutdown()
-        atexit._run_exitfuncs()
-        flushed = _flush(sys.stdout) & _flush(sys.stderr)
-        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-        if len(sys._current_frames()) == 1:  # a daemon thread would use what has been finalized
-            _drop_modules(home, loaded)
-        _flush_open_files()
-        flushed &= _flush(sys.stdout) & _flush(sys.stderr)
-        if not flushed and exit_code >= 0:
-            exit_code = _NOT_FLUSHED
-    finally:
-        if exit_code < 0:
-            signal.signal(-exit_code, signal.SIG_DFL)
-            os.kill(os.getpid(), -exit_code)
-        os._exit(exit_code)
-
-
-def _drop_modules(home: str, loaded: int) -> None:
-    """Finalizes what the program's own modules hold: destructors run, suspended generators end, files are closed."""
-    gc.collect()  # brings objects into the order in which they refer to each other: a stream before its descriptor
-    # from the end: a look at the interpreter's own modules would copy the memory pages that they are on
-    for name in ["__main__", *islice(reversed(sys.modules), max(0, len(sys.modules) - loaded))]:
-        if name == "__main__" or str(getattr(sys.modules[name], "__file__", None)).startswith(f"{home}/"):
-            sys.modules.pop(name, None)
-    gc.collect()
-
-
-def _flush(stream: Any) -> bool:
-    """Flushes a standard stream; returns whether that succeeded, and reports an error as the interpreter does."""
-    try:
-        if stream is not None and not getattr(stream, "closed", False):
-            stream.flush()
-    except Exception as error:
-        if stream is not sys.stderr:
-            trace = error.__traceback__.tb_next if error.__traceback__ else None
-            lines = traceback.format_exception(type(error), error, trace, chain=False)
-            sys.stderr.write(f"Exception ignored in: {stream!r}\n{''.join(lines)}")
-        return False
-    return True
-
-
-def _flush_open_files() -> None:
-    """Flushes files that are still referred to, as from another module."""
-    for stream in [each for each in gc.get_objects() if isinstance(each, _WRITERS)]:
-        with contextlib.suppress(OSError, ValueError):  # closed, or without a reader
-            stream.flush()
-
 
 REPLIES, INPUTS = 3, 4
 """Descriptors of the pipes for replies and for inputs."""
@@ -218,6 +104,25 @@ def rehearse() -> None:
         os.close(archive)
 
 
+_seeds: list[Callable[[], None]] = []
+
+
+def find_generators() -> None:
+    """Finds generators of random numbers that modules made while they were imported ahead."""
+    modules = sys.modules
+    if "random" in modules:
+        generator = modules["random"].Random
+        _seeds.extend(each.seed for each in gc.get_objects() if isinstance(each, generator))
+    if "numpy.random" in modules:
+        _seeds.append(modules["numpy.random"].seed)
+
+
+def seed_generators() -> None:
+    """Gives the generators that all programs share by birth states of their own."""
+    for seed in _seeds:
+        seed()
+
+
 def hide_shadowed_modules(paths: Iterable[str]) -> None:
     """Removes preloaded modules that have the name of a file of the job, so that the file is imported instead."""
     for path in paths:
@@ -229,7 +134,9 @@ def hide_shadowed_modules(paths: Iterable[str]) -> None:
 
 
 def run_mode(name: str, home: str) -> NoReturn:
-    """Reads the job's archive, writes its files and runs it; the process is confined already."""
+    """Reads the job's archive, writes its files and runs it; the process is confined already. Raises Begin when a whole
+    program is ready to run.
+    """
     run, archive_descriptor = MODES[name]
     archive = read_archive(archive_descriptor)
     os.close(archive_descriptor)
@@ -243,9 +150,12 @@ def run_mode(name: str, home: str) -> NoReturn:
     raise AssertionError(f"mode {name} returned")
 
 
-def main() -> None:
-    """Runs a mode in a container, in an interpreter of its own; the arguments are import folders and the mode."""
-    *path, mode = sys.argv[1:]
-    sys.path += path
+def main() -> Callable[[], NoReturn]:
+    """Runs the mode that the argument names, in a container and in an interpreter of its own; returns what runs a whole
+    program.
+    """
     hide_own_modules()
-    run_mode(mode, HOME)
+    try:
+        run_mode(sys.argv[1], HOME)
+    except Begin as program:
+        return program.run

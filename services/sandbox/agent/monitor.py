@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from . import protocol
 from .exchange import Exchange, ReplyTooLongError
 from .protocol import Limits, Message, RunRequest, RunResult
+from .streams import PAUSE_S, Streams
 from .usage import MUCH_BYTES, UsageFiles
 
 TICK_S = 0.05
@@ -89,15 +90,18 @@ class ProcessMonitor:
         if not self._has_baseline or self._lost_memory():
             self.take_baseline()
         self._has_baseline = False
+        streams = Streams(handed, request.limits.output_bytes)
         self._started = time.monotonic()
-        process = start(handed)
+        process = start(streams.handed)
+        streams.release()
         if process.baseline_bytes is not None:
             self._baseline = min(self._baseline, process.baseline_bytes)  # cached pages may have been dropped meanwhile
         if exchange is not None:
             exchange.close_process_ends()
         try:
-            result.stop = self._watch(process, request, handed[1:3], exchange, result, on_call)
+            result.stop = self._watch(process, request, handed[1:3], streams, exchange, result, on_call)
             status = None if result.stop is None and process.read_events() else self._end(process)
+            streams.move()
             result.wall_us = self._elapsed_us()
             if exchange is not None:
                 self._advance(exchange, result)
@@ -105,6 +109,7 @@ class ProcessMonitor:
             process.kill()
             raise
         finally:
+            streams.close()
             if exchange is not None:
                 exchange.close()
         if self._oom_killed():
@@ -120,22 +125,28 @@ class ProcessMonitor:
         process: Process,
         request: RunRequest,
         outputs: list[int],
+        streams: Streams,
         exchange: Exchange | None,
         result: RunResult,
         on_call: OnCall,
     ) -> str | None:
         """Waits for the process; returns why it has to be stopped, or None when it has ended."""
         descriptor = os.pidfd_open(process.pid)
-        poller = select.poll()
+        poller, patient = select.poll(), select.poll()
         for readable in (self._channel.fileno(), descriptor, process.events):
             if readable is not None:
                 poller.register(readable, select.POLLIN)
+                patient.register(readable, select.POLLIN)
+        streams.poll(poller)
+        pausing = False
         try:
             while True:
                 if exchange is not None:
                     exchange.watch(poller)
                 left_s = self._started + request.limits.wall_ms / 1000 - time.monotonic()
-                ready = {number for number, _ in poller.poll(max(0.0, min(TICK_S, left_s)) * 1000)}
+                awaited, most_s = (patient, PAUSE_S) if pausing else (poller, TICK_S)
+                ready = {number for number, _ in awaited.poll(max(0.0, min(most_s, left_s)) * 1000)}
+                pausing = streams.move(poller) and exchange is None
                 if self._channel.fileno() in ready and self._receive(on_call):
                     return "stopped"
                 has_reported_end = process.events in ready and process.read_events()

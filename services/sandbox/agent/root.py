@@ -19,7 +19,8 @@ from .protocol import Preparation
 
 PROC_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
 WRITABLE_FLAGS = kernel.MS_NOSUID | kernel.MS_NODEV
-_DEVICES = {"null": 3, "zero": 5, "full": 7, "random": 8, "urandom": 9}
+_DEVICES = {"null": (1, 3), "zero": (1, 5), "full": (1, 7), "random": (1, 8), "urandom": (1, 9), "tty": (5, 0)}
+_LINKS = {"fd": "fd", "stdin": "fd/0", "stdout": "fd/1", "stderr": "fd/2"}
 _READ_ONLY = kernel.MS_BIND | kernel.MS_REMOUNT | kernel.MS_RDONLY | kernel.MS_NOSUID | kernel.MS_NODEV
 _FOLDERS = ("proc", "box", "tmp", "dev", "etc", "run", OWN_FOLDER.strip("/"))
 _PASSWD = "root:x:0:0:root:/:/usr/sbin/nologin\n"
@@ -100,11 +101,12 @@ def enter_root(options: RootOptions) -> None:
     """Builds the root and makes it the root of this process."""
     root = build_root(options)
     own = Path(options.folder) / "own"
-    for name, minor in _DEVICES.items():
+    for name, numbers in _DEVICES.items():
         device = own / "dev" / name
-        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(1, minor))
+        os.mknod(device, 0o666 | stat.S_IFCHR, os.makedev(*numbers))
         device.chmod(0o666)
-    (own / "dev/fd").symlink_to("/proc/self/fd")
+    for name, target in _LINKS.items():
+        (own / "dev" / name).symlink_to(f"/proc/self/{target}")
     (own / "dev/shm").symlink_to("/tmp")
     (own / "old").mkdir()
     kernel.pivot_root(str(root), f"{root}/old")
@@ -146,6 +148,8 @@ def main() -> None:
         kernel.unshare(kernel.CLONE_NEWNS)
         enter_root(RootOptions(**fields.pop("root")))
         python = fields.pop("python")
-        os.execv(python, [python, "-I", "-c", start_code(OWN_FOLDER, "zygote"), json.dumps(fields)])
+        for number, end in enumerate(os.pipe()):  # what the interpreter takes its streams for, as it starts
+            os.dup2(end, number)
+        os.execve(python, [python, "-c", start_code(OWN_FOLDER, "zygote"), json.dumps(fields)], fields["environment"])
     except OSError as error:
         sys.exit(f"sandbox zygote: {error}")

@@ -17,12 +17,15 @@ import select
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 from . import HOME, kernel, protocol
 from .confinement import Confinement, build_filter
 from .job_supervisor import run_job_supervisor
-from .modes import hide_own_modules
+from .modes import find_generators, hide_own_modules
+from .program import Begin
 from .usage import UsageFiles
 
 _REAP_MS = 1000
@@ -58,6 +61,7 @@ class Zygote:
         sys.path += options.path
         for name in options.preload:
             importlib.import_module(name)
+        find_generators()
         hide_own_modules()
         gc.collect()
         gc.freeze()
@@ -124,8 +128,10 @@ def _reap() -> None:
         return
 
 
-def main() -> None:
-    """Runs the zygote; its options are a JSON object in the first argument."""
+def main() -> Callable[[], NoReturn] | None:
+    """Runs the zygote; its options are a JSON object in the first argument. In a process that has become a program's it
+    returns what runs that.
+    """
     options = Options(**json.loads(sys.argv[1]))
     kernel.die_with_parent(signal.SIGKILL)
     if os.getppid() != options.parent:
@@ -135,4 +141,8 @@ def main() -> None:
         zygote.prepare()
     except (OSError, ImportError) as error:
         sys.exit(f"sandbox zygote: {error}")
-    zygote.serve()
+    try:
+        zygote.serve()
+    except Begin as program:
+        return program.run
+    return None

@@ -65,11 +65,9 @@ class Reader:
         return runtime
 
     def check_source(self, field: str, source: bytes) -> None:
-        """Checks that a source is UTF-8 text of a bounded size."""
+        """Checks that a source has a bounded size; how it is encoded is between the program and its interpreter."""
         if len(source) > self.config.max_source_bytes:
             self.refuse(field, f"has {len(source)} bytes, at most {self.config.max_source_bytes} are taken")
-        else:
-            self.check_utf8(field, source)
 
     def check_utf8(self, field: str, text: bytes) -> None:
         """Checks that text is UTF-8."""
@@ -552,6 +550,7 @@ def check_cell(request: pb.RunCellRequest, config: SandboxConfig, catalog: Catal
             reader.refuse("code", "must be empty in a cell with tests")
     elif request.code or not (request.files or request.archives):
         reader.check_source("code", request.code)
+        reader.check_utf8("code", request.code)
     reader.read_files("files", request.files, None)
     reader.check_archives("archives", request.archives, in_cell=True)
     reader.check_paths("output_files", request.output_files)

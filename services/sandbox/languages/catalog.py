@@ -281,11 +281,6 @@ class Runtime:
         return self.config.name
 
     @cached_property
-    def import_path(self) -> list[str]:
-        """Folders of packages for a program's Python."""
-        return [PACKAGES_FOLDER] if self.config.packages else []
-
-    @cached_property
     def importable(self) -> list[str]:
         """Distributions that programs in Python can import, each with its version."""
         return sorted({*(self.python.packages if self.python else ()), *self.packages.versions}, key=str.lower)
@@ -317,7 +312,7 @@ class Runtime:
     def python_command(self) -> list[str]:
         """Returns the command that runs one of Python's modes in a container; the mode is appended."""
         assert self.python is not None
-        return [self.python.path, "-I", "-c", start_code(OWN_FOLDER, "modes"), *self.import_path]
+        return [self.python.path, "-c", start_code(OWN_FOLDER, "modes")]
 
 
 class Catalog:

@@ -170,7 +170,11 @@ class LoadedProgram:
                 result = dataclasses.replace(result, stop="memory")
             return result, unpack_files(left)
         request = self._request("program", **wanted)
-        header = {"main": runtime.config.source, "arguments": list(arguments)}
+        header = {
+            "main": runtime.config.source,
+            "arguments": list(arguments),
+            "own_interpreter": any(name.startswith("PYTHON") for name in self.program.environment),
+        }
         with opened(b"", self.archive(header, [self.program.source], files)) as (report, archive):
             result, left = await self._run(request, [*standard, report, archive])
             if os.fstat(report).st_size:
@@ -228,8 +232,11 @@ class LoadedProgram:
         if self._in_container and mode != "exec":
             command = runtime.python_command()
         limits = fields.pop("limits", self.program.limits)
-        # the job supervisor, of which later programs are forks, sees requests: variables go into the archive
-        environment = self._environment() if self._in_container or mode == "exec" else {}
+        # A mode of Python finds variables in the archive: the job supervisor, of which later programs are forks, sees
+        # requests, and the interpreter of a container would heed them itself.
+        environment = self.program.runtime.environment if self._in_container else {}
+        if mode == "exec":
+            environment = self._environment()
         return RunRequest(mode, limits, list(command), environment, loopback=self.program.loopback, **fields)
 
     def _environment(self) -> dict[str, str]:

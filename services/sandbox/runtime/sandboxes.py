@@ -255,8 +255,8 @@ class Zygotes:
         return HelperProcess(name, sys.executable, "root", {**options, "root": root, "python": python.path})
 
     def _import_path(self, runtime: Runtime) -> list[str]:
-        if self._isolated:
-            return runtime.import_path
+        if self._isolated:  # PYTHONPATH names it
+            return []
         return sorted({str(path.parent) for path in runtime.packages.paths})
 
     async def close(self) -> None:

@@ -1,0 +1,1 @@
+echo 5 | awk '{exit $1}'; echo $?

@@ -1,0 +1,2 @@
+# differential: {"stdin_repeat": ["line of text\n", 30000]}
+wc -lc; echo done

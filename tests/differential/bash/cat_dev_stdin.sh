@@ -1,0 +1,4 @@
+# differential: {"stdin": "x\ny\n"}
+read a
+echo "$a"
+cat /dev/stdin

@@ -1,0 +1,3 @@
+echo a
+x=5
+echo $x

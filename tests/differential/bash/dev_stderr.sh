@@ -1,0 +1,3 @@
+echo one >&2
+echo two > /dev/stderr
+echo three >&2

@@ -1,0 +1,1 @@
+echo one; exec > file; echo two; exec > /dev/stderr; echo three; cat file

@@ -1,0 +1,2 @@
+# differential: {"stdin": "x\ny\n"}
+mapfile -t lines; echo "${#lines[@]} ${lines[*]}"

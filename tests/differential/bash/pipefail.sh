@@ -1,0 +1,5 @@
+set -o pipefail
+yes | head -n 1
+echo $?
+false | true
+echo $?

@@ -1,0 +1,3 @@
+#include <stdlib.h>
+#include <stdio.h>
+int main(void) { puts("x"); fflush(stdout); abort(); }

@@ -1,0 +1,3 @@
+#include <stdexcept>
+#include <iostream>
+int main() { std::cout << "lost?\n"; throw std::runtime_error("bad"); }

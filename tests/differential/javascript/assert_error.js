@@ -1,0 +1,1 @@
+require("assert").deepStrictEqual([1, 2], [1, 3]);

@@ -1,0 +1,1 @@
+console.log([...Array(30000).keys()].join("\n"));

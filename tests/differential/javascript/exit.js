@@ -1,0 +1,2 @@
+console.log("told");
+process.exit(5);

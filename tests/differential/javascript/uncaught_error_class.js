@@ -1,0 +1,2 @@
+class Bad extends Error {}
+throw new Bad("own");

@@ -1,0 +1,1 @@
+print("before"); error({ code = 2 })

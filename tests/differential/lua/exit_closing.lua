@@ -1,0 +1,1 @@
+setmetatable({}, { __gc = function() print("collected") end }); os.exit(true, true)

@@ -1,0 +1,2 @@
+-- differential: {"stdin": "a\nb"}
+for line in io.lines() do print(#line, line) end

@@ -1,0 +1,1 @@
+print "before\n"; die "went wrong\n";

@@ -1,0 +1,1 @@
+sub f { die { code => 3 } } eval { f() }; print $@->{code}, "\n"; $x = undef; die "here";

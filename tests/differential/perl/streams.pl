@@ -1,0 +1,2 @@
+# differential: {"stdin": "x"}
+print -t STDIN ? "tty" : "no", " ", -p STDIN ? "pipe" : "no", " ", -p STDOUT ? "pipe" : "no", "\n";

@@ -1,0 +1,1 @@
+$| = 1; print "a\n"; warn "b"; print "c\n";

@@ -1,0 +1,2 @@
+<?php // differential: {"args": ["a b", "x"]}
+ echo $argc, " ", $argv[1], " ", basename(__FILE__), " ", PHP_SAPI, "\n";

@@ -1,0 +1,1 @@
+<?php function f() { throw new DomainException("bad"); } echo "before\n"; f();

@@ -1,0 +1,3 @@
+import asyncio
+async def f(): raise ValueError("inside")
+asyncio.run(f())

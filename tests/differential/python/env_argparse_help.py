@@ -1,0 +1,3 @@
+# differential: {"args": ["-h"]}
+import argparse
+argparse.ArgumentParser(description="Adds.").parse_args()

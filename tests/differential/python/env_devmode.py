@@ -1,0 +1,3 @@
+# differential: {"env": {"PYTHONDEVMODE": "1"}}
+import sys
+print(sys.flags.dev_mode)

@@ -1,0 +1,2 @@
+# differential: {"env": {"PYTHONHASHSEED": "42"}}
+print(hash("a"), hash(b"b"), list({"x", "y", "z", "w"}))

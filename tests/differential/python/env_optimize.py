@@ -1,0 +1,3 @@
+# differential: {"env": {"PYTHONOPTIMIZE": "1"}}
+assert False
+print(__debug__)

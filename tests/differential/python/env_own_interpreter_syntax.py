@@ -1,0 +1,2 @@
+# differential: {"env": {"PYTHONUNBUFFERED": "1"}}
+print(1

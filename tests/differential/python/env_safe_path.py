@@ -1,0 +1,3 @@
+# differential: {"env": {"PYTHONSAFEPATH": "1"}}
+import sys
+print("/box" in sys.path)

@@ -1,0 +1,2 @@
+import site
+print(site.ENABLE_USER_SITE, site.getuserbase())

@@ -1,0 +1,2 @@
+import sys
+print([p for p in sys.path])

@@ -1,0 +1,3 @@
+# differential: {"env": {"PYTHONIOENCODING": "latin-1"}}
+import sys
+print(sys.stdout.encoding, "\xe9")

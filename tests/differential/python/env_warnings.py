@@ -1,0 +1,3 @@
+# differential: {"env": {"PYTHONWARNINGS": "error"}}
+import warnings
+warnings.warn("fatal")

@@ -1,0 +1,3 @@
+import atexit, sys
+atexit.register(print, "ran")
+sys.exit(3)

@@ -1,0 +1,3 @@
+import atexit, sys
+atexit.register(lambda: sys.exit(5))
+print("body")

@@ -1,0 +1,3 @@
+import atexit
+atexit.register(print, "after")
+atexit.register(lambda: [][1])

@@ -1,0 +1,5 @@
+import atexit
+def f():
+    print("never")
+atexit.register(f)
+atexit.unregister(f)

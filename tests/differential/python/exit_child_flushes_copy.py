@@ -1,0 +1,5 @@
+import os
+print("buffered twice")
+if os.fork() == 0:
+    raise SystemExit
+os.wait()

@@ -1,0 +1,3 @@
+import sys
+print("still here")
+sys.modules.clear()

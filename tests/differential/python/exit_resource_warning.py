@@ -1,0 +1,4 @@
+import warnings
+warnings.simplefilter("always")
+def f(): open("x", "w")
+f()

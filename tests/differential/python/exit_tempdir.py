@@ -1,0 +1,3 @@
+import os, tempfile
+d = tempfile.TemporaryDirectory()
+print(os.path.isdir(d.name))

@@ -1,0 +1,5 @@
+import threading
+t = threading.Timer(60, print, ["never"])
+t.start()
+t.cancel()
+print("over")

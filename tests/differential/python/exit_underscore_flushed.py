@@ -1,0 +1,4 @@
+import os, sys
+print("told")
+sys.stdout.flush()
+os._exit(4)

@@ -1,0 +1,4 @@
+import sys
+buffer = sys.stdout.detach()
+buffer.write(b"detached\n")
+buffer.flush()

@@ -1,0 +1,1 @@
+print(open("/dev/null").read() == "", open("/dev/null", "w").write("gone"))

@@ -1,0 +1,3 @@
+# differential: {"stdin": "1\n"}
+input()
+input()

@@ -1,0 +1,4 @@
+# differential: {"stdin": "x\ny\n"}
+import fileinput
+for line in fileinput.input():
+    print(fileinput.lineno(), line.strip(), fileinput.filename())

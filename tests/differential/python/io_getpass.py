@@ -1,0 +1,5 @@
+import getpass
+try:
+    getpass.getpass()
+except EOFError as error:
+    print("EOF")

@@ -1,0 +1,3 @@
+import sys
+sys.stdout = open(sys.stdout.fileno(), "w", buffering=1)
+print("by lines")

@@ -1,0 +1,3 @@
+import sys
+sys.stdout.buffer.raw.write(b"raw first\n")
+print("then text")

@@ -1,0 +1,3 @@
+# differential: {"stdin": "a\r\nb\rc\n"}
+import sys
+print(sys.stdin.readlines())

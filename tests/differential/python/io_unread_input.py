@@ -1,0 +1,2 @@
+# differential: {"stdin_repeat": ["never read\n", 30000]}
+print("done")

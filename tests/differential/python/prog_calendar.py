@@ -1,0 +1,2 @@
+import calendar
+calendar.prmonth(2024, 2)

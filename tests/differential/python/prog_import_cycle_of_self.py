@@ -1,0 +1,2 @@
+import main
+print(__name__)

@@ -1,0 +1,4 @@
+try:
+    import surely_no_numpy
+except ImportError as error:
+    print(error.name, error)

@@ -1,0 +1,4 @@
+# differential: {"stdin": "p x\nc\n"}
+x = 5
+breakpoint()
+print("after")

@@ -1,0 +1,1 @@
+print({"banana", "apple", "cherry"}, set("hello world"))

@@ -1,0 +1,3 @@
+# differential: {"stdin": "b\na\n"}
+import subprocess
+print(subprocess.run(["sort"], capture_output=True, text=True))

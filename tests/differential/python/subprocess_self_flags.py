@@ -1,0 +1,2 @@
+import subprocess, sys
+print(subprocess._args_from_interpreter_flags())

@@ -1,0 +1,2 @@
+import subprocess
+print(subprocess.run("kill -9 $$", shell=True).returncode)

@@ -1,0 +1,3 @@
+import os
+print("printed first, seen last")
+os.system("echo second")

@@ -1,0 +1,3 @@
+class Bad(Exception):
+    pass
+raise Bad("a", 1)

@@ -1,0 +1,3 @@
+import inspect
+def f(): return [s.function for s in inspect.stack()]
+print(f())

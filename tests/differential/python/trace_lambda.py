@@ -1,0 +1,2 @@
+f = lambda x: (lambda y: x[y])(0)
+f([])

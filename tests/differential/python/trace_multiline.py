@@ -1,0 +1,4 @@
+value = max(
+    1,
+    int("x"),
+)

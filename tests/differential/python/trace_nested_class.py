@@ -1,0 +1,3 @@
+class A:
+    class Bad(Exception): ...
+raise A.Bad("x")

@@ -1,0 +1,3 @@
+error = ValueError("x")
+error.add_note("first note\nof two lines")
+raise error

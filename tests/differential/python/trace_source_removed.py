@@ -1,0 +1,3 @@
+import os
+os.remove("main.py")
+1 / 0

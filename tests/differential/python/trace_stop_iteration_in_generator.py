@@ -1,0 +1,3 @@
+def g():
+    yield next(iter([]))
+next(g())

@@ -1,0 +1,3 @@
+import threading
+t = threading.Thread(target=lambda: [][0], name="worker")
+t.start(); t.join()

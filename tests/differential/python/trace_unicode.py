@@ -1,0 +1,2 @@
+def größe(ß): return ß["✓"]
+größe({})

@@ -1,0 +1,4 @@
+# differential: {"stdin": "a\nb"}
+while (line = gets)
+  p line
+end

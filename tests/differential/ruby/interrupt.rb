@@ -1,0 +1,1 @@
+Process.kill(:INT, Process.pid); sleep 1

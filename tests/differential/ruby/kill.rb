@@ -1,0 +1,1 @@
+Process.kill(:KILL, Process.pid); sleep 1

@@ -1,0 +1,3 @@
+def f = raise(ArgumentError, "bad")
+puts "before"
+f

@@ -1,0 +1,1 @@
+puts `echo hi`, $?.exitstatus, system("exit 3").inspect, $?.exitstatus
