@@ -553,7 +553,7 @@ class ExecuteRequest(_message.Message):
     language: _builtins.str
     """A runtime or an alias from ListRuntimes, "python" for one."""
     source: _builtins.bytes
-    """UTF-8."""
+    """In any encoding that its interpreter or compiler takes."""
     stdin: _builtins.bytes
     idempotency_key: _builtins.str
     """The same key with the same request gives the first one's response; at most 128 characters."""
@@ -1261,7 +1261,7 @@ class JudgeRequest(_message.Message):
     PASSES_FIELD_NUMBER: _builtins.int
     language: _builtins.str
     source: _builtins.bytes
-    """UTF-8."""
+    """In any encoding that its interpreter or compiler takes."""
     function_name: _builtins.str
     """The function that function and code tests call: `f`, `Solution.f` or a class. One that is not defined is looked for
     in the class Solution.

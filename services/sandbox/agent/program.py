@@ -160,7 +160,7 @@ def finish(exit_code: int, home: str, loaded: int) -> NoReturn:
             _drop_modules(home, loaded)
         _flush_open_files()
         for name in ("stdout", "stderr"):  # to which destructors may have written
-            _flush(name, told=False)
+            _flush(name, reported=False)
         if "ctypes" in sys.modules:
             sys.modules["ctypes"].CDLL(None).fflush(None)
         if not flushed and exit_code >= 0:
@@ -190,14 +190,14 @@ def _drop_modules(home: str, loaded: int) -> None:
     collect()
 
 
-def _flush(name: str, told: bool = True) -> bool:
+def _flush(name: str, reported: bool = True) -> bool:
     """Flushes a standard stream; returns whether that succeeded, and reports an error as the interpreter does."""
     stream: Any = getattr(sys, name, None)
     try:
         if stream is not None and not getattr(stream, "closed", False):
             stream.flush()
     except Exception as error:
-        if told and name != "stderr":
+        if reported and name != "stderr":
             _ignore(repr(stream), error)
         return False
     return True
