@@ -1,0 +1,81 @@
+"""Patches are applied as a whole, and what they do to protected files is undone, whatever they put in their way."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from services.sandbox.agent import apply_patch
+from services.sandbox.agent.apply_patch import apply_all
+
+TESTS = b"--- /dev/null\n+++ b/tests/test_a.py\n@@ -0,0 +1 @@\n+assert a\n"
+CHANGE = b"--- a/a.py\n+++ b/a.py\n@@ -1 +1 @@\n-a = 0\n+a = 1\n"
+
+
+def git(name: str, mode: str, line: str, *more: str) -> bytes:
+    """A part of a diff by git that makes a file of one line; a link has no line's end."""
+    head = [f"diff --git a/{name} b/{name}", f"new file mode {mode}", "--- /dev/null", f"+++ b/{name}", "@@ -0,0 +1 @@"]
+    return "".join(f"{text}\n" for text in (*head, f"+{line}", *more)).encode()
+
+
+REMOVED = (
+    b"diff --git a/keep.cfg b/keep.cfg\ndeleted file mode 100644\n--- a/keep.cfg\n+++ /dev/null\n@@ -1 +0,0 @@\n-kept\n"
+)
+NEW = git("deep/conftest.py", "100644", "forged")
+LINK = git("conftest.py", "120000", "/etc/passwd", "\\ No newline at end of file")
+# `tests` becomes a link to a folder with tests of the patch's own.
+REPLACED = (
+    b"diff --git a/tests/test_a.py b/tests/test_a.py\ndeleted file mode 100644\n--- a/tests/test_a.py\n+++ /dev/null\n"
+    b"@@ -1 +0,0 @@\n-assert a\n"
+    + git("tests", "120000", "other", "\\ No newline at end of file")
+    + git("other/test_a.py", "100644", "pass")
+)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A repository, in the folder where the program looks for it."""
+    if shutil.which("git") is None:
+        pytest.skip("needs git")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository/a.py").write_text("a = 0\n")
+    (tmp_path / "repository/keep.cfg").write_text("kept\n")
+    return Path(apply_patch.ROOT)
+
+
+def test_what_a_patch_does_to_protected_files_is_undone(root: Path) -> None:
+    ended = apply_all(root, TESTS, CHANGE + REMOVED + NEW + LINK + REPLACED, ["conftest.py", "keep.*"])
+    assert ended == {"touched": ["tests/test_a.py"]}
+    assert (root / "a.py").read_text() == "a = 1\n"
+    assert (root / "keep.cfg").read_text() == "kept\n"
+    assert (root / "tests/test_a.py").read_text() == "assert a\n"
+    assert not (root / "tests").is_symlink()
+    assert list(root.rglob("conftest.py")) == []
+
+
+def test_a_patch_that_does_not_apply_changes_nothing(root: Path) -> None:
+    ended = apply_all(root, b"", NEW + CHANGE.replace(b"a = 0", b"a = 2"), [])
+    assert list(ended) == ["patch"]
+    assert "patch failed: a.py:1" in ended["patch"]
+    assert not (root / "deep").exists()
+    assert list(apply_all(root, CHANGE.replace(b"a = 0", b"a = 2"), b"", [])) == ["test_patch"]
+
+
+def test_outside_of_the_repository_nothing_is_written(root: Path) -> None:
+    assert list(apply_all(root, b"", git("../out.py", "100644", "out"), [])) == ["patch"]
+    assert list(apply_all(root, b"", git("out", "120000", "/tmp") + git("out/x", "100644", "out"), [])) == ["patch"]
+    assert [path.name for path in root.parent.absolute().iterdir()] == ["repository"]
+
+
+def test_files_of_a_base_replace_what_a_build_made_of_them(root: Path) -> None:
+    base = Path(apply_patch.BASE)
+    base.mkdir()
+    (base / "keep.cfg").write_text("kept\n")
+    (root / "keep.cfg").write_text("forged\n")
+    (root / "keep.new").write_text("forged\n")
+    apply_patch.restore(root, ["keep.*"], apply_patch.save(base, ["keep.*"]))
+    assert sorted(path.name for path in root.iterdir()) == ["a.py", "keep.cfg"]
+    assert (root / "keep.cfg").read_text() == "kept\n"
