@@ -33,7 +33,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
 
 CALL_S = 300.0
-CONFIGS = ("test.yml", "test.posix.yml", "test.linux.yml", "init.yml")
+CONFIGS = ("test.yml", "test.posix.yml", "test.linux.yml")
 MIB = 1 << 20
 LEAST_MEMORY, JAVA_MEMORY = 16 * MIB, 192 * MIB
 LANGUAGES = {
@@ -69,6 +69,12 @@ OWN = {
     "helloworld/java8_ce_with_package": "packages are right here",
     "helloworld/java_no_public_class": "a class that is not public is right here",
     "helloworld/sandbox_py3_bad_file": "DMOJ's sandbox hides /dev/full",
+    "generator_test_mle/cpp_ie": "memory that is reserved and not touched counts there",
+    "generator_test_sandbox/cpp_ie": "a generator that is told not to trace itself goes on here",
+    "helloworld/c_failinit": "memory that is reserved and not touched counts there",
+    "helloworld/cpp_badalloc": "memory that is reserved and not touched counts there",
+    "rust_generator/AC": "crates that DMOJ brings with its runtime of Rust",
+    "scroll/c_rte_protection_fault_linux": "a refused system call ends a program there",
     "check_memory_limit/cpp_too_much_memory": "a checker in Python that reads the submission's memory in DMOJ's judge",
     "shortest1/custom_grader_ac": "a grader in Python that handles the submission's process in DMOJ's judge",
 }
@@ -88,6 +94,8 @@ class Case:
         """Why it is not run; empty for one that is."""
         if self.config["language"] not in LANGUAGES:
             return f"the language {self.config['language']}"
+        if self.config.get("expect") == "MLE" and int(self.config["memory"]) * 1024 < LEAST_MEMORY:
+            return "a memory limit below 16 MiB, the least here"
         return OWN.get(self.name, "")
 
 
@@ -130,11 +138,11 @@ def limits_of(case: Case, language: str) -> pb.Limits:
 
 
 def codes_of(result: pb.TestResult) -> set[str]:
-    """Returns DMOJ's codes for a result; one with points is right there."""
+    """Returns DMOJ's codes for a result; a checker there says whether one with some points is right."""
     if result.verdict == pb.TEST_VERDICT_RUNTIME_ERROR:
         return {"RTE"} if result.signal else {"IR"}
     if result.verdict == pb.TEST_VERDICT_WRONG_ANSWER and (result.points or result.reason.startswith("partial ")):
-        return {"AC"}
+        return {"AC", "WA"}
     return CODES.get(result.verdict, set())
 
 

@@ -205,7 +205,9 @@ def test_names_of_cases_and_graders_of_dmoj(tmp_path: Path) -> None:
     assert {file.path: file.content for file in request.files}["solution.cpp"].startswith(
         b'#include "lib.h"\n#define main main_of_the_solution\nint main'
     )
-    custom = request_of(write_dmoj(tmp_path, "custom_judge: interact.py\ntest_cases: [{points: 1}]"))
+    text = "custom_judge: interact.py\nunbuffered: true\ntest_cases: [{points: 1}]"
+    custom = request_of(write_dmoj(tmp_path, text))
+    assert list(custom.compile_args) == ["-include", "unbuffered.h"]
     assert custom.interactor.args[:2] == ["grader", "interact.py"]
     wrong = "test_cases: [{points: 1}]\nchecker: {name: bridged, args: {files: gen.cpp, type: mine}}"
     with pytest.raises(InvalidArgumentError, match="mine is not known"):

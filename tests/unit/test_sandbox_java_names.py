@@ -30,3 +30,7 @@ MAIN = "public static void main(String[] args) { System.out.println(1); }"
 def test_the_source_says_its_names(source: str, path: str, main: str) -> None:
     names = find_java_names(source.encode())
     assert (names.source, names.main) == (path, main)
+
+
+def test_a_name_that_no_file_can_have_is_left_to_the_compiler() -> None:
+    assert find_java_names(f"public class {'a' * 300} {{}}".encode()).source == "Main.java"

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from perigee.cli.sandbox.connection import LANGUAGES, read_bytes
+from perigee.cli.sandbox.connection import LANGUAGES, MIB, read_bytes
 from perigee.cli.sandbox.problem import (
     CheckerSection,
     Generation,
@@ -34,6 +34,8 @@ INIT_FILE = "init.yml"
 _PROTOCOLS = {"default": "exit_code", "testlib": "testlib", "coci": "coci", "peg": "peg"}
 _LANGUAGES = {"C": "c", "CPP": "cpp", "PY": "python", "JAVA": "java", "GO": "go", "RUST": "rust", "PYPY": "python"}
 _KIB = 1024
+# Output of a solution, the most that a sandbox takes unless configured otherwise.
+_OUTPUT_BYTES = 16 * MIB
 _HELPER_WALL_MS = 20_000
 _COMPILE = LimitsSection(wall_ms=60_000, cpu_ms=60_000)
 # Names of cases in an archive, where test_cases does not list them.
@@ -83,6 +85,9 @@ class _Package:
             )
         validators = [self._helper("validator", each, "exit_code") for each in _list(values.get("validator"))]
         tests = list(self._tests())
+        fields["unbuffered"] = bool(values.get("unbuffered"))
+        output = int(values.get("output_limit_length", _OUTPUT_BYTES))
+        fields["limits"] = LimitsSection(output_mb=max(1, min(output, _OUTPUT_BYTES) // MIB))
         section = ProblemSection(validators=validators, groups=self._groups, **fields)
         return Problem(
             self._folder, section, INIT_FILE, self._archive, tests=tests, generated=self._generated, solutions={}
@@ -112,6 +117,7 @@ class _Package:
             limits=_limits(options),
             args=shlex.split(re.sub(r"{(input|output|answer)_file}", r"{\1}", template)) if template else [],
             replace_args=template is not None,
+            unbuffered=key == "interactive",
         )
 
     def _language(self, path: str, name: str) -> str:

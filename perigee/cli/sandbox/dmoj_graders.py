@@ -41,6 +41,8 @@ class CheckerResult:
 class Result:
     """Result of the submission's process, which is judged only when it ended well."""
 
+    max_memory = 0
+    execution_time = 0.0
     AC, WA, RTE, TLE, MLE, IR, SC, OLE, IE = 0, 1, 2, 4, 8, 16, 32, 64, 1 << 30
 
     def __init__(self, output: bytes) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from perigee.cli.sandbox.connection import Sandbox
+from perigee.cli.sandbox.connection import MIB, Sandbox
 from perigee.cli.sandbox.dmoj import is_dmoj, load_dmoj
 from perigee.cli.sandbox.kattis import is_kattis, load_kattis
 from perigee.cli.sandbox.polygon import is_polygon, load_polygon
@@ -19,6 +19,8 @@ from perigee.testgen.making import describe_end, run_program, status_name
 _KATTIS_VALID = 42
 # Wall-clock limit that a program's call waits for at most.
 _WALL_S = 120.0
+# Standard output of a generator, the input of a test.
+_OUTPUT_BYTES = 16 * MIB
 
 
 def open_problem(folder: Path) -> Problem:
@@ -46,11 +48,14 @@ async def prepare_tests(sandbox: Sandbox, problem: Problem, validate: bool) -> l
 async def _generate(sandbox: Sandbox, problem: Problem, test: pb.TestCase, generation: Generation) -> None:
     request = _request(problem, "generator", generation.program, generation.stdin)
     request.args[:] = [*generation.program.args, *generation.args]
+    if not request.limits.HasField("output_bytes"):
+        request.limits.output_bytes = _OUTPUT_BYTES
     response = await _run(sandbox, problem, request, f"the generator of test {test.name}")
     answer = response.stderr if generation.gives_answer else test.stdio.expected_stdout or test.interactive.answer
     if not answer and problem.main_solution is not None and not problem.section.interactor:
         main = problem.read_program(problem.main_solution)
         solving = pb.ExecuteRequest(language=main.language, source=main.source, stdin=response.stdout)
+        solving.limits.output_bytes = _OUTPUT_BYTES
         answer = (await _run(sandbox, problem, solving, f"{main.name} on test {test.name}")).stdout
     if test.WhichOneof("kind") == "interactive":
         test.interactive.input, test.interactive.answer = response.stdout, answer

@@ -27,6 +27,11 @@ PROBLEM_FILE = "problem.yaml"
 TESTS_FOLDER = "tests"
 # Languages of solutions that a grader's program can be linked with, and their suffixes.
 _LINKED = {"c": ".c", "cpp": ".cpp"}
+_UNBUFFERED_TEXT = b"""#include <stdio.h>
+__attribute__((constructor)) static void leave_output_unbuffered(void) { setvbuf(stdout, NULL, _IONBF, 0); }
+"""
+# File and arguments of a compiler by which C and C++ write their output at once.
+_UNBUFFERED = ([pb.File(path="unbuffered.h", content=_UNBUFFERED_TEXT)], ["-include", "unbuffered.h"])
 
 
 class LimitsSection(Model):
@@ -84,6 +89,8 @@ class ProgramSection(Model):
     """`args` are all arguments; {input}, {output}, {answer} and {feedback} stand for the files."""
     compile_args: list[str] = []
     """Arguments of the compiler."""
+    unbuffered: bool = False
+    """Standard output is not buffered, of C and C++ alone."""
     protocol: Literal["unspecified", "testlib", "kattis", "coci", "peg", "exit_code"] = "unspecified"
     """How it is started and what its end says; testlib's unless set."""
     points_scale: Literal["unspecified", "fraction", "points"] = "unspecified"
@@ -195,6 +202,8 @@ class ProblemSection(Model):
     """Most runs of a solution for one test, each on the nextpass.in that the judging program left."""
     compile_args: list[str] = []
     """Arguments of a solution's compiler."""
+    unbuffered: bool = False
+    """Standard output of solutions is not buffered, of C, C++ and Python alone."""
     extra_time: dict[str, ExtraTimeSection] = {}
     """Extra time by language."""
     validators: list[ProgramField] = []
@@ -269,13 +278,15 @@ class Problem:
         for name in dict.fromkeys([*self.section.files, *program.files]):
             content = self.read_file(check_relative(f"{self.label}: files", name), "files")
             files.append(pb.File(path=PurePath(name).name if name in program.files else name, content=content))
+        language = program.language or language_of(Path(program.path))
+        unbuffered = _UNBUFFERED if program.unbuffered and language in _LINKED else ([], [])
         return pb.Program(
-            language=program.language or language_of(Path(program.path)),
+            language=language,
             source=source,
-            files=files,
+            files=[*files, *unbuffered[0]],
             limits=program.limits.to_proto() if program.limits.model_fields_set else None,
             compile_limits=program.compile_limits.to_proto() if program.compile_limits.model_fields_set else None,
-            compile_args=program.compile_args,
+            compile_args=[*program.compile_args, *unbuffered[1]],
             protocol=pb.CheckerProtocol.Value(f"CHECKER_PROTOCOL_{program.protocol.upper()}"),
             points_scale=pb.PointsScale.Value(f"POINTS_SCALE_{program.points_scale.upper()}"),
             args=program.args,
@@ -300,6 +311,11 @@ class Problem:
             request.extra_time[language].CopyFrom(pb.ExtraTime(factor=extra.factor, added_ms=extra.added_ms))
         if section.interactor is not None:
             request.interactor.CopyFrom(self.read_helper("interactor", section.interactor))
+        if section.unbuffered and request.language in _LINKED:
+            request.files.extend(_UNBUFFERED[0])
+            request.compile_args.extend(_UNBUFFERED[1])
+        elif section.unbuffered:
+            request.env["PYTHONUNBUFFERED"] = "1"
         if section.grader is not None:
             self._link(request, section.grader)
         return request

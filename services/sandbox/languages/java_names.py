@@ -13,6 +13,9 @@ _TYPE = re.compile(
 )
 _MAIN = re.compile(r"\bstatic\b[^;{}()]*\bvoid\s+main\s*\(")
 
+# Bytes of a file's name.
+_LONGEST_NAME = 255
+
 
 @dataclass(frozen=True)
 class JavaNames:
@@ -37,7 +40,10 @@ def find_java_names(source: bytes) -> JavaNames:
     name = public or main or "Main"
     package = match[1] if (match := _PACKAGE.match(text)) else ""
     prefix = f"{package}." if package else ""
-    return JavaNames(f"{prefix}{name}".replace(".", "/") + ".java", f"{prefix}{main or name}")
+    path = f"{prefix}{name}".replace(".", "/") + ".java"
+    if any(len(part.encode()) > _LONGEST_NAME for part in path.split("/")):
+        path = "Main.java"  # the compiler says what is wrong
+    return JavaNames(path, f"{prefix}{main or name}")
 
 
 def _top_types(text: str) -> Iterator[tuple[bool, str, str]]:
