@@ -12,6 +12,7 @@ from perigee.errors import InvalidArgumentError
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.runtime.jobs import make_tar
+from tests.fixtures.sandbox import function_tests, stdio_tests
 
 MANY = make_tar(pb.File(path=f"repository/d{index % 50}/f{index}.txt", content=b"x") for index in range(3200))
 COUNT = "import os\nprint(sum(len(names) for _, _, names in os.walk('repository')))"
@@ -149,3 +150,24 @@ async def test_loopback_sockets_reach_the_program_alone(sandbox: SandboxClient) 
     assert response.stdout.decode().splitlines() == ["HELLO", "HELLO", "['lo']", "101", "1", "1", "1", "1"], response
     request.loopback = False
     assert b"PermissionError" in (await sandbox.execute(request)).stderr
+
+
+async def test_submissions_are_judged_among_the_files_of_an_archive(sandbox: SandboxClient) -> None:
+    files = [
+        pb.File(path="part/answer.h", content=b"#define ANSWER 42"),
+        pb.File(path="more.py", content=b"answer = 42"),
+    ]
+    archives = [pb.Archive(content=make_tar(files))]
+    compiled = b'#include <stdio.h>\n#include "part/answer.h"\nint main(void) { printf("%d", ANSWER); }'
+    printed = stdio_tests([(b"", b"42"), (b"", b"42")])
+    called = function_tests([([], 42)])
+    for request in (
+        pb.JudgeRequest(language="c", source=compiled, tests=printed),
+        pb.JudgeRequest(language="python", source=b"from more import answer\nprint(answer)", tests=printed),
+        pb.JudgeRequest(
+            language="python", source=b"import more\ndef f(): return more.answer", function_name="f", tests=called
+        ),
+    ):
+        request.archives.extend(archives)
+        response = await sandbox.judge(request)
+        assert response.verdict == pb.TEST_VERDICT_ACCEPTED, response

@@ -6,6 +6,7 @@ a tar, so that nothing of a step runs on, and hidden files are nowhere before th
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import dataclasses
 import hashlib
@@ -37,6 +38,8 @@ _PATCH_MS = 60_000
 _PATCH_BYTES = 256 << 20
 _TAR_BYTES = 2048
 """Of a file in a tar, beside its contents."""
+_TREES = 4
+"""Most bytes of a repository between steps, in `max_file_bytes`."""
 _MOST_BASES = 1000
 _MOST_OTHER_TESTS = 5000
 _APPLY = Path(apply_patch.__file__).read_bytes()
@@ -136,7 +139,7 @@ class Steps:
         limits = program.limits
         most_bytes = self.pool.config.max_output_file_bytes
         if kept:
-            most_bytes = limits.file_bytes + limits.files * _TAR_BYTES
+            most_bytes = min(limits.file_bytes + limits.files * _TAR_BYTES, _TREES * self.pool.config.max_file_bytes)
         collect, pack = ([report], [report]) if report else ([], [])
         async with open_program(self.pool.factory, program, slot) as loaded:
             await loaded.load()
@@ -154,7 +157,7 @@ class Steps:
         step = await self.run(suite.command, limits, [*trees, make_tar(suite.files)], suite.report)
         if step.problem or step.limit_verdict is not None:
             return step, SuiteResult([], step.failure(limits))
-        return step, read_suite(suite, step.result.exit_code, step.stdout, step.files)
+        return step, await asyncio.to_thread(read_suite, suite, step.result.exit_code, step.stdout, step.files)
 
     async def apply(
         self,

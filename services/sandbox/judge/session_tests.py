@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.judge.suites import make_suite, read_suite
 from services.sandbox.runtime.sessions import Sessions
@@ -26,7 +28,7 @@ async def run_tests_in_session(sessions: Sessions, cell: pb.RunCellRequest) -> p
     response.files.extend(kept)
     if response.status == pb.STATUS_OK:
         exit_code = int(response.result) if response.result.isdecimal() else None
-        result = read_suite(suite, exit_code, response.stdout, reports)
+        result = await asyncio.to_thread(read_suite, suite, exit_code, response.stdout, reports)
         response.tests.extend(result.tests)
         response.reason = result.problem
     return response
