@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import AsyncMock, Mock
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,7 @@ from perigee.reward.items import PromptLine
 from perigee.reward.v1 import reward_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.groups import Group, Trajectory
-from services.coordinator.iteration import learning_rate_at, overlong_rate, reward_metrics, rollout_metrics
+from services.coordinator.iteration import Iteration, learning_rate_at, overlong_rate, reward_metrics, rollout_metrics
 from services.coordinator.prompts import Prompt
 from services.coordinator.rewards import (
     ShapingWeights,
@@ -25,8 +27,16 @@ from services.coordinator.rewards import (
     shape_rewards,
 )
 from services.coordinator.rollout_phase import RolloutCounts
-from services.coordinator.run_config import LengthRewardConfig, RunConfig, SftStage, parse_run_config, to_message
+from services.coordinator.run_config import (
+    CurriculumConfig,
+    LengthRewardConfig,
+    RunConfig,
+    SftStage,
+    parse_run_config,
+    to_message,
+)
 from services.coordinator.run_log import PhaseTime, Timeline
+from services.coordinator.sampling import Sampler
 
 PROMPT = Prompt(PromptLine("p", "default", 0.0, reward_pb2.ScoreItem(prompt="1+1=")), (1, 2, 3))
 CORRECT, WRONG, FAILED = buffer_pb2.VERDICT_CORRECT, buffer_pb2.VERDICT_WRONG, buffer_pb2.VERDICT_FAILED
@@ -201,6 +211,27 @@ def test_groups_that_teach_nothing_are_consumed_and_not_trained() -> None:
     assert (batch.uniform, batch.failed) == (1, 1)
     kept = make_training_batch([uniform], ShapingWeights(0.0, 0.0), False)
     assert len(kept.groups) == 1
+
+
+async def test_a_prompt_that_cannot_be_judged_is_named_once_and_left_out() -> None:
+    group = make_group([0, 0], [None, None])
+    recorded = AsyncMock(return_value=buffer_pb2.RecordVerdictsResponse(recorded=2))
+    events: list[str] = []
+    iteration = object.__new__(Iteration)
+    iteration._samples = Mock()
+    iteration._groups = Mock(trajectory=lambda name: group.trajectories[int(name[1:])])
+    iteration._sampler = Sampler([PROMPT], CurriculumConfig(), seed=0)
+    iteration._scoring_failures = 0
+    iteration._context = Mock(run_id="r", status=Mock(report=events.append))
+    iteration._context.peers.buffer.record_verdicts = recorded
+    outcome = reward_pb2.ScoreResponse(verdict=FAILED, unjudgeable=True, reason="wrong")
+    outcomes = [reward_pb2.ScoreResponse(id=trajectory.id) for trajectory in group.trajectories]
+    for each in outcomes:
+        each.MergeFrom(outcome)
+    await iteration._record(outcomes)
+    assert events == ["prompt p is left out: wrong"]
+    assert iteration._sampler.sample(1, 1, ()) == []
+    assert [trajectory.reward for trajectory in group.trajectories] == [None, None]
 
 
 def test_a_group_of_a_prompt_that_cannot_be_judged_gives_no_reward() -> None:

@@ -115,6 +115,11 @@ def test_fusion_s_python_may_talk_to_itself_and_pytest_is_a_command() -> None:
     assert list(request.files) == [pb.File(path="test_main.py", content=b"x")]
 
 
+def test_fusion_s_files_have_room() -> None:
+    body = sandbox_fusion.RunCodeRequest(code="x", language="python", files={"a": encode(bytes(20 << 20))})
+    assert sandbox_fusion.to_execute_request(body, PYTHON).limits.file_bytes == 40 << 20
+
+
 def test_fusion_files_that_are_no_base64_are_all_named() -> None:
     body = sandbox_fusion.RunCodeRequest(code="x", language="python", files={"a": "?", "b": "YQ==", "c": "YQ"})
     with pytest.raises(InvalidArgumentError) as caught:

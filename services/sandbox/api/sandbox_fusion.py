@@ -21,6 +21,7 @@ from services.kit.http import CompatRouter, call_context, write_error
 from services.sandbox.api.compat import Servicer, Text, find_runtime, rename_fields, whole
 
 _CANNOT_EXECUTE = 126
+_MUCH_BYTES = 8 << 20
 # what there are further libraries for, or another way to run
 _RUNTIMES = {"python": "python-science", "pytest": "python-test"}
 _PYTEST = ["python3", "-m", "pytest", "test_main.py"]
@@ -123,6 +124,8 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         output_files=[path for path in body.fetch_files if not path.startswith("/")],
         loopback=True,  # SandboxFusion does not take the network away
     )
+    if (size := sum(len(file.content) for file in request.files)) > _MUCH_BYTES:  # there is no limit of space there
+        request.limits.file_bytes = 2 * size
     if body.language.lower() == "pytest":
         request.files.add(path=_PYTEST[-1], content=request.source)
         request.command.extend(_PYTEST)
