@@ -356,6 +356,8 @@ def pack_in_fork(home: int, path: str, output: int, most_bytes: int) -> str:
             pack(os.dup(home) if path == "." else kernel.open_beneath(home, path, FOLDER_FLAGS), output, most_bytes)
         except OSError as error:
             raise RefusedError(os.strerror(error.errno) if error.errno else str(error)) from error
+        except RecursionError as error:
+            raise RefusedError("its folders are too deep") from error
 
     reason = run_in_fork(work, "packing it")
     if reason:

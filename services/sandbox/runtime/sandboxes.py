@@ -60,7 +60,10 @@ class Sandbox:
         """
         self.slot.limit(request.limits.memory_bytes, request.limits.processes)
         kills_before = self.slot.oom_kills()
-        runs_s = max(1, request.answers) * request.limits.wall_ms / 1000 + len(request.unpack) * UNPACK_S
+        runs_s = (
+            max(1, request.answers) * request.limits.wall_ms / 1000
+            + (len(request.unpack) + len(request.pack)) * UNPACK_S
+        )
         try:
             async with asyncio.timeout(runs_s + _GRACE_S):
                 result, files = await self._run(request, descriptors)
