@@ -25,6 +25,7 @@ from tests.faults.attack_runs import (
 )
 
 AT_ONCE_S = 60.0
+FORGES = ("sessions/patches.py", "sessions/steals_cells.py")
 GONE = {grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION}
 
 
@@ -70,6 +71,8 @@ async def run_or_code(session: Session, code: bytes) -> tuple[Any, grpc.StatusCo
         ("sessions/patches.py", {OK, RUNTIME_ERROR}),
         ("sessions/forks.py", {OK, RUNTIME_ERROR}),
         ("sessions/daemon.py", {OK, RUNTIME_ERROR}),
+        ("sessions/kills_the_session.py", {RUNTIME_ERROR}),
+        ("sessions/steals_cells.py", {OK}),
         ("sessions/deaf.py", {TIME_LIMIT}),
         ("resources/busy.py", {TIME_LIMIT}),
         ("resources/asleep.py", {TIME_LIMIT}),
@@ -88,7 +91,7 @@ async def test_a_cell_hurts_its_own_session_alone(sandbox: SandboxClient, progra
         if again is None:
             assert (response.alive, code in GONE) == (False, True)
         else:
-            assert again.status != OK or again.stdout == b"42\n" or program == "sessions/patches.py"
+            assert again.status != OK or again.stdout == b"42\n" or program in FORGES
         assert (await neighbour.run(b"print(7 * kept)")).stdout == b"42\n"
     await assert_serves(sandbox)
 
