@@ -26,7 +26,7 @@ from services.sandbox.judge.repositories import Repositories
 from services.sandbox.judge.session_tests import run_tests_in_session
 from services.sandbox.runtime.execute import execute, execute_stream
 from services.sandbox.runtime.pool import Pool
-from services.sandbox.runtime.sessions import Sessions
+from services.sandbox.runtime.sessions import OnOutput, Sessions
 from services.sandbox.runtime.versions import Versions
 
 OPENAPI_FILE = Path(__file__).with_name("openapi.json")
@@ -217,12 +217,14 @@ class SandboxService(SandboxServiceServicer):
         session = await self.sessions.create(program, idle_seconds)
         return pb.CreateSessionResponse(session_id=session.id, idle_seconds=idle_seconds)
 
-    async def RunCell(self, request: pb.RunCellRequest, context: Context) -> pb.RunCellResponse:
+    async def RunCell(
+        self, request: pb.RunCellRequest, context: Context, on_output: OnOutput | None = None
+    ) -> pb.RunCellResponse:
         """Runs one cell of a session."""
         check_cell(request, self._pool.config, self._pool.catalog)
         if request.HasField("tests"):
             return await run_tests_in_session(self.sessions, request)
-        return await self.sessions.run(request)
+        return await self.sessions.run(request, on_output)
 
     async def InterruptSession(
         self, request: pb.InterruptSessionRequest, context: Context

@@ -114,6 +114,16 @@ async def test_bodies_of_other_types_need_the_header(guarded: httpx.AsyncClient)
     assert answered.status_code == 502
 
 
+class SeenError(Exception):
+    """What a callback raises, which ends its call."""
+
+
+def see(message: Any) -> None:
+    """Sees what a cell prints."""
+    assert str(message) == "first\n"
+    raise SeenError
+
+
 def use_sdk(sdk: Any, url: str) -> None:
     """Does with the SDK what its users do; `url` is that of the interface."""
     options = {"api_key": KEY, "api_url": url, "sandbox_url": url}
@@ -125,6 +135,10 @@ def use_sdk(sdk: Any, url: str) -> None:
         assert failed.logs.stderr[0].startswith("e\n")
         assert failed.error.name == "ZeroDivisionError"
         assert sandbox.run_code("os.environ['C']", envs={"C": "c"}).text == "c"
+        with pytest.raises(SeenError):  # what is printed comes before the cell has ended
+            sandbox.run_code("print('first', flush=True)\nimport time\ntime.sleep(90)", on_stdout=see, timeout=60)
+        assert sandbox.run_code("6 * 7").text == "42"
+
         context = sandbox.create_code_context(cwd="/home/user")
         assert sandbox.run_code("'x' in globals()", context=context).text == "False"
         sandbox.restart_code_context(context)

@@ -1,13 +1,14 @@
 """E2B's interface (https://e2b.dev/docs): its SDK creates sandboxes, runs cells and commands, and moves files.
 
 A sandbox is a session; its contexts are the session's. Everything is below /e2b, and the sandbox of a call is in its
-header `E2b-Sandbox-Id`. The API key is the service's token. Cells and commands of a sandbox run one after another, and
-what they print comes when they have ended.
+header `E2b-Sandbox-Id`. The API key is the service's token. Cells and commands of a sandbox run one after another.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
+import codecs
 import hashlib
 import json
 import math
@@ -15,7 +16,8 @@ import posixpath
 import secrets
 import struct
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -38,7 +40,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.kit.http import CompatRouter, StreamResponse, call_context, write_error
 from services.sandbox.api.compat import Servicer, Text, find_runtime, to_bundle
 from services.sandbox.api.run_jupyter import KERNEL
-from services.sandbox.runtime.sessions import Session, Sessions
+from services.sandbox.runtime.sessions import OnOutput, Session, Sessions
 
 PREFIX = "/e2b"
 _ENVD_VERSION = "0.6.4"
@@ -147,6 +149,10 @@ class E2bServicer(Servicer, Protocol):
     """Servicer with its sessions, whose end E2B's clients choose."""
 
     sessions: Sessions
+
+    async def RunCell(
+        self, request: pb.RunCellRequest, context: Any, /, on_output: OnOutput | None = None
+    ) -> pb.RunCellResponse: ...
 
 
 class Sandboxes:
@@ -266,14 +272,38 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
     """Returns the routes for cells, files and commands of the sandbox that a header names."""
     router = APIRouter(prefix=PREFIX, tags=["E2B"])
 
-    async def run_cell(sandbox: Sandbox, code: str, request: Request, **fields: Any) -> pb.RunCellResponse:
+    async def run_cell(
+        sandbox: Sandbox, code: str, request: Request, on_output: OnOutput | None = None, **fields: Any
+    ) -> pb.RunCellResponse:
         if (timeout_ms := request.headers.get("connect-timeout-ms", "")).isdigit():
             fields["wall_ms"] = min(int(timeout_ms) or 1, sandbox.session.limits.wall_ms)
         cell = pb.RunCellRequest(session_id=sandbox.session.id, code=code.encode() or b"\n", **fields)
-        response = await sandboxes.servicer.RunCell(cell, call_context(request))
+        response = await sandboxes.servicer.RunCell(cell, call_context(request), on_output=on_output)
         if time.monotonic() > sandbox.session.ends_at:  # it was ended meanwhile
             sandboxes.addressed(request)
         return response
+
+    async def stream_cell(
+        sandbox: Sandbox, code: str, request: Request, **fields: Any
+    ) -> AsyncGenerator[tuple[str, bytes] | pb.RunCellResponse, None]:
+        """Yields what a cell prints, by the name of the stream, then its response."""
+        pieces: asyncio.Queue[tuple[str, bytes] | None] = asyncio.Queue()  # the session bounds its output
+        sent = {"stdout": 0, "stderr": 0}
+        running = asyncio.create_task(
+            run_cell(sandbox, code, request, lambda name, piece: pieces.put_nowait((name, piece)), **fields)
+        )
+        running.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                sent[piece[0]] += len(piece[1])
+                yield piece
+            response = await running
+            yield "stdout", response.stdout[sent["stdout"] :]
+            yield "stderr", response.stderr[sent["stderr"] :]
+            yield response
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
 
     @router.get("/health", status_code=204)
     async def health(request: Request) -> None:
@@ -286,8 +316,8 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
         sandbox = sandboxes.addressed(request)
         context_id = body.context_id or _DEFAULT_CONTEXT
         code = _in_language(body.code, body.language or _find_context(sandbox, context_id).language)
-        response = await run_cell(sandbox, code, request, context=context_id, env=body.env_vars)
-        return StreamResponse(write_cell(response), "application/x-ndjson")
+        parts = stream_cell(sandbox, code, request, context=context_id, env=body.env_vars)
+        return StreamResponse(write_cell(parts), "application/x-ndjson")
 
     @router.post("/contexts")
     async def create_context(body: NewContext, request: Request) -> dict[str, str]:
@@ -376,12 +406,11 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
         async def events() -> AsyncGenerator[bytes, None]:
             yield _event("start", {"pid": 1})
             try:
-                response = await run_cell(sandbox, code, request, context=_OWN_CONTEXT)
+                async with aclosing(stream_cell(sandbox, code, request, context=_OWN_CONTEXT)) as parts:
+                    async for part in parts:
+                        yield write_process(part)
             except PerigeeError as error:
                 yield _envelope({"error": write_envd_error(error)[1]}, last=True)
-                return
-            for part in write_process(response):
-                yield part
 
         return StreamResponse(events(), "application/connect+json")
 
@@ -441,13 +470,30 @@ async def _read_upload(request: Request, path: str) -> list[tuple[str, bytes]]:
     return [(path, read[0][1])] if path and len(read) == 1 else read
 
 
-async def write_cell(response: pb.RunCellResponse) -> AsyncGenerator[bytes, None]:
-    """Yields the parts of a cell's output as lines of JSON."""
-    now_ns = time.time_ns()
+async def write_cell(
+    parts: AsyncGenerator[tuple[str, bytes] | pb.RunCellResponse, None],
+) -> AsyncGenerator[bytes, None]:
+    """Yields the parts of a cell's output as lines of JSON; an error after the first is a line, too."""
+    begun = False
+    decoders = {name: codecs.getincrementaldecoder("utf-8")("replace") for name in ("stdout", "stderr")}
+    try:
+        async with aclosing(parts):
+            async for part in parts:
+                if isinstance(part, pb.RunCellResponse):
+                    for line in write_results(part):
+                        yield line
+                elif text := decoders[part[0]].decode(part[1]):
+                    begun = True
+                    yield _line(part[0], text=text, timestamp=time.time_ns())
+    except PerigeeError as error:
+        if not begun:
+            raise
+        yield _line("error", name=error.code.name, value=error.message, traceback="")
+
+
+def write_results(response: pb.RunCellResponse) -> Iterator[bytes]:
+    """Yields lines for what a cell displayed and raised."""
     yield _line("number_of_executions", execution_count=response.execution_count)
-    for name, output in (("stdout", response.stdout), ("stderr", response.stderr)):
-        if output:
-            yield _line(name, text=output.decode(errors="replace"), timestamp=now_ns)
     for display in response.displays:
         yield _line("result", is_main_result=display.is_result, **_result(to_bundle(display)))
     if not response.displays and response.HasField("result"):
@@ -476,20 +522,18 @@ def _result(bundle: dict[str, Any]) -> dict[str, Any]:
     return {**result, "extra": {name: value for name, value in bundle.items() if name not in _KEYS} or None}
 
 
-def write_process(response: pb.RunCellResponse) -> list[bytes]:
-    """Returns the events of a command that has ended, in Connect's envelopes."""
-    parts = [
-        _event("data", {name: base64.b64encode(output).decode()})
-        for name, output in (("stdout", response.stdout), ("stderr", response.stderr))
-        if output
-    ]
+def write_process(part: tuple[str, bytes] | pb.RunCellResponse) -> bytes:
+    """Returns the events for what a command has printed, or for its end, in Connect's envelopes."""
+    if not isinstance(part, pb.RunCellResponse):
+        return _event("data", {part[0]: base64.b64encode(part[1]).decode()}) if part[1] else b""
+    response = part
     if response.status == pb.STATUS_OK:
         code = int(response.result)
-        parts.append(_event("end", {"exitCode": code, "exited": True, "status": f"exit status {code}"}))
-        return [*parts, _envelope({}, last=True)]
+        end = _event("end", {"exitCode": code, "exited": True, "status": f"exit status {code}"})
+        return end + _envelope({}, last=True)
     late = response.status == pb.STATUS_TIME_LIMIT
     error = {"code": "deadline_exceeded" if late else "internal", "message": response.error_value or response.reason}
-    return [*parts, _envelope({"error": error}, last=True)]
+    return _envelope({"error": error}, last=True)
 
 
 def _event(kind: str, fields: dict[str, Any]) -> bytes:

@@ -16,7 +16,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
@@ -35,6 +35,7 @@ from services.sandbox.runtime.programs import LoadedProgram, explain, open_progr
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
 _MOST_FORGED = 1000
+_PIECE_BYTES = 1 << 16
 
 
 async def receive_reply(channel: socket.socket, number: int) -> None:
@@ -80,6 +81,29 @@ def read_display(display: dict[str, Any]) -> pb.Display:
         for mime_type, text, is_base64 in display["contents"]
     ]
     return pb.Display(contents=contents, is_result=display["is_result"])
+
+
+OnOutput = Callable[[str, bytes], None]
+"""Takes the name of a stream and what a cell has printed to it."""
+
+
+class OutputReporter:
+    """Reports what the files of a cell's output hold and has not been reported, up to a limit."""
+
+    def __init__(self, on_output: OnOutput | None, files: Mapping[str, int], most_bytes: int) -> None:
+        self._on_output = on_output
+        self._files = files
+        self._left = dict.fromkeys(files, most_bytes)
+        self._most_bytes = most_bytes
+
+    def __call__(self) -> None:
+        """Reports."""
+        if self._on_output is None:
+            return
+        for name, file in self._files.items():
+            if piece := os.pread(file, min(self._left[name], _PIECE_BYTES), self._most_bytes - self._left[name]):
+                self._left[name] -= len(piece)
+                self._on_output(name, piece)
 
 
 def cell_status(answer: dict[str, Any], output_cut: bool, output_bytes: int) -> tuple[pb.Status.ValueType, str]:
@@ -184,9 +208,10 @@ class Session:
         # the session's own process is one more
         return dataclasses.replace(limits, wall_ms=most_ms, cpu_ms=most_ms, processes=limits.processes + 1)
 
-    async def run(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
+    async def run(self, cell: pb.RunCellRequest, on_output: OnOutput | None = None) -> pb.RunCellResponse:
         """Runs a cell after those before it; cancellation interrupts it and leaves the session open.
 
+        `on_output` gets pieces of what it prints, in time; the response has all of it.
         Raises InvalidArgumentError when the cell asks for more time than the session has, NotFoundError when the
         session ends before the cell begins.
         """
@@ -199,7 +224,7 @@ class Session:
             raise InvalidArgumentError.for_field(
                 "context", f"is a further one, at most {_MOST_CONTEXTS} are kept in a session"
             )
-        task = asyncio.create_task(self._run_next(cell))
+        task = asyncio.create_task(self._run_next(cell, on_output))
         self._cells.add(task)
         task.add_done_callback(self._cells.discard)
         try:
@@ -229,18 +254,18 @@ class Session:
             send(self._ours, {"kind": "restart", "context": context}, [])
             del self._counts[context]
 
-    async def _run_next(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
+    async def _run_next(self, cell: pb.RunCellRequest, on_output: OnOutput | None) -> pb.RunCellResponse:
         async with self._lock:
             if not self.alive:
                 raise NotFoundError(f"session {self.id!r} ended before the cell began")
             self._running = asyncio.current_task()
             try:
-                return await self._run(cell)
+                return await self._run(cell, on_output)
             finally:
                 self.used_at = time.monotonic()
                 self._running = None
 
-    async def _run(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
+    async def _run(self, cell: pb.RunCellRequest, on_output: OnOutput | None) -> pb.RunCellResponse:
         loaded = await self._ready
         if (needed := sum(len(file.content) for file in cell.files)) > self._program.limits.file_bytes:
             most = self._program.limits.file_bytes
@@ -259,13 +284,14 @@ class Session:
         with opened(archive, b"", b"", b"") as (job, stdout, stderr, reply):
             started, cpu_ns = time.monotonic(), self._cpu_ns()
             status, reason = pb.STATUS_OK, ""
+            report = OutputReporter(on_output, {"stdout": stdout, "stderr": stderr}, limits.output_bytes)
             try:
                 for index, sent in enumerate(cell.archives):
                     await self._unpack(loaded, f"archives[{index}]", sent)
                 started, cpu_ns = time.monotonic(), self._cpu_ns()
                 send(self._ours, {"kind": "cell", "context": cell.context}, [job, stdout, stderr, reply])
                 wall_ms = cell.wall_ms or limits.wall_ms
-                status, reason = await self._await_reply(loaded, wall_ms, cpu_ns)
+                status, reason = await self._await_reply(loaded, wall_ms, cpu_ns, report)
             except SandboxFailedError as error:
                 status, reason = await self._explain_end(error)
             wall_ms = math.ceil((time.monotonic() - started) * 1000)
@@ -320,7 +346,9 @@ class Session:
         if message.header["reason"]:
             raise InvalidArgumentError.for_field(field, message.header["reason"])
 
-    async def _await_reply(self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int) -> tuple[pb.Status.ValueType, str]:
+    async def _await_reply(
+        self, loaded: LoadedProgram, wall_ms: int, cpu_ns: int, report: Callable[[], None]
+    ) -> tuple[pb.Status.ValueType, str]:
         """Waits for the end of a cell; one that passes a limit is interrupted, and its session ended if that fails."""
         limits = self._program.limits
         receiving = asyncio.create_task(receive_reply(self._ours, self._number))
@@ -331,6 +359,7 @@ class Session:
                 left_s = deadline - time.monotonic()
                 timeout_s = max(0.0, min(left_s, _TICK_S))
                 await asyncio.wait([receiving, ending], timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+                report()
                 if receiving.done():
                     await receiving
                     return pb.STATUS_OK, ""
@@ -421,10 +450,10 @@ class Sessions:
             raise NotFoundError(f"session {session_id[:40]!r} is not open: it was closed, was idle too long, or ended")
         return entry[0]
 
-    async def run(self, cell: pb.RunCellRequest) -> pb.RunCellResponse:
+    async def run(self, cell: pb.RunCellRequest, on_output: OnOutput | None = None) -> pb.RunCellResponse:
         """Runs a cell; a session that ends in it is removed."""
         session = self.find(cell.session_id)
-        result = await session.run(cell)
+        result = await session.run(cell, on_output)
         if not result.alive:
             await self.end(cell.session_id)
         return result
