@@ -18,7 +18,8 @@ from perigee.errors import FailedPreconditionError, InvalidArgumentError, NotFou
 RECIPES = Path(__file__).parent.parent / "images"
 _RECIPE_FILE = "image.yaml"
 _NAME = re.compile(r"[a-z][a-z0-9_+.-]*")
-_LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*", "/usr/share/info/*", "/usr/share/locale/*")
+# the folders of manual pages stay: the JDK fails to install without them
+_LEFT_OUT = ("/usr/share/doc/*", "/usr/share/man/*/*", "/usr/share/info/*", "/usr/share/locale/*")
 
 
 class ImageRecipe(Model):
