@@ -385,6 +385,15 @@ process.exit(3);""",
 }
 
 
+FAILED_ASSERTIONS = {
+    "csharp": "class P { static void Main() { System.Diagnostics.Debug.Assert(1 > 2); } }",
+    "d": "unittest { assert(1 > 2); }\nvoid main() {}",
+    "go-test": 'package main\nimport "testing"\nfunc TestIt(t *testing.T) { t.Error("no") }',
+    "java": "class P { public static void main(String[] a) { assert 1 > 2; } }",
+    "racket": "#lang racket\n(require rackunit)\n(check-equal? 1 2)",
+}
+
+
 async def find_runtime(fronts: Fronts, name: str) -> pb.Runtime:
     """The runtime; skips the test where it is missing."""
     if name in FURTHER and "PERIGEE_TEST_LANGUAGES" not in os.environ:
@@ -447,6 +456,14 @@ async def test_a_program_of_several_files(fronts: Fronts, name: str) -> None:
     request = pb.ExecuteRequest(language=name, source=EXAMPLES[name].main.encode(), files=files)
     response = await fronts.grpc.execute(request, timeout_s=CALL_S)
     assert (response.status, response.stdout, response.stderr) == (pb.STATUS_OK, b"42\n", b""), response
+
+
+@pytest.mark.parametrize("name", FAILED_ASSERTIONS)
+async def test_a_failed_assertion_fails_the_program(fronts: Fronts, name: str) -> None:
+    await find_runtime(fronts, name)
+    request = pb.ExecuteRequest(language=name, source=FAILED_ASSERTIONS[name].encode(), compile_limits=PATIENT)
+    response = await fronts.grpc.execute(request, timeout_s=CALL_S)
+    assert (response.status, response.exit_code > 0) == (pb.STATUS_RUNTIME_ERROR, True), response
 
 
 def test_every_runtime_has_an_example() -> None:
