@@ -84,6 +84,8 @@ def read_invocations(checkout: Path) -> Iterator[Invocation]:
 async def find_difference(client: SandboxClient, library: pb.File, run: Invocation) -> str:
     """Runs a program of the suite; returns how it differs from what is expected."""
     names = {name for name in run.arguments if (run.folder / name).is_file()}
+    sources = (path for path in run.folder.rglob("*") if path.suffix in (".h", ".cpp") and path != run.source)
+    names |= {path.relative_to(run.folder).as_posix() for path in sources}
     files = [pb.File(path=name, content=(run.folder / name).read_bytes()) for name in names]
     request = pb.ExecuteRequest(
         language="cpp",
