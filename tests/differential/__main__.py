@@ -63,7 +63,9 @@ def main() -> None:
     different = {name: pair for name, pair in sorted(endings.items()) if pair[0] != pair[1]}
     for name, pair in different.items():
         print(f"--- {name}: {KNOWN[name]}" if name in KNOWN else describe(name, *pair))
-    ran, differ, known = (Counter(name.split("/")[0] for name in names) for names in (endings, different, KNOWN))
+    ran, differ, known = (
+        Counter(name.split("/")[0] for name in names) for names in (endings, different, different.keys() & KNOWN)
+    )
     for language in sorted(ran):
         print(f"{language}: {ran[language]} programs, {differ[language]} differ, {known[language]} of them explained")
     if arguments.record:

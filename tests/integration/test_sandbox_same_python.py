@@ -1,5 +1,5 @@
 # ruff: noqa: E501 -- a program a line
-"""A Python program behaves the same in every isolation, and as it does when an interpreter is started for it."""
+"""A Python program behaves the same in every isolation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ import pytest_asyncio
 
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.languages.catalog import PACKAGES_FOLDER
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
 ADDRESS = re.compile("at 0x[0-9a-f]+")
@@ -169,10 +168,6 @@ PROGRAMS = {
 }  # fmt: skip
 
 
-OF_PACKAGES = ("numpy", "sympy")
-"""Programs that need the packages, which a shell does not have."""
-
-
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def warm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[SandboxClient]:
     """A sandbox with warm interpreters."""
@@ -189,15 +184,6 @@ async def cold(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sandbo
         yield client
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def interpreter(cold: SandboxClient) -> str:
-    """Path of the Python that runs in containers; skips the test where a shell in one has another."""
-    response = await cold.run("import sys; print(sys.executable)")
-    if not response.stdout.startswith(b"/usr/bin/"):
-        pytest.skip("needs the Python of the boxes in /usr/bin: apt-get install python3")
-    return response.stdout.decode().strip()
-
-
 def read_ending(response: pb.ExecuteResponse) -> Ending:
     stdout, stderr = (text.decode(errors="backslashreplace") for text in (response.stdout, response.stderr))
     status = pb.Status.Name(response.status)
@@ -207,15 +193,6 @@ def read_ending(response: pb.ExecuteResponse) -> Ending:
 async def run_python(client: SandboxClient, example: Example) -> Ending:
     """The program in a sandbox."""
     request = make_request(example, "python", example.source, example.files)
-    return read_ending(await client.execute(request))
-
-
-async def run_interpreter(client: SandboxClient, interpreter: str, example: Example) -> Ending:
-    """The program as a shell in a container runs it."""
-    files = {**example.files, "main.py": example.source}
-    shell = f'rm main.sh; exec env -u SHLVL -u OLDPWD -u PWD -u _ {interpreter} /box/main.py "$@"'
-    request = make_request(example, "bash", shell, files)
-    request.env["PYTHONPATH"] = PACKAGES_FOLDER
     return read_ending(await client.execute(request))
 
 
@@ -235,14 +212,6 @@ def make_request(example: Example, language: str, source: str, files: dict[str, 
 async def test_warm_interpreters_and_containers_agree(warm: SandboxClient, cold: SandboxClient, name: str) -> None:
     example = PROGRAMS[name]
     assert await run_python(warm, example) == await run_python(cold, example)
-
-
-@pytest.mark.parametrize("name", [name for name in PROGRAMS if name not in OF_PACKAGES])
-async def test_a_program_ends_as_by_itself(
-    warm: SandboxClient, cold: SandboxClient, interpreter: str, name: str
-) -> None:
-    example = PROGRAMS[name]
-    assert await run_python(warm, example) == await run_interpreter(cold, interpreter, example)
 
 
 @pytest.mark.parametrize("isolation", ["zygote", "crun"])

@@ -1,4 +1,4 @@
 # differential: {"env": {"PYTHONPATH": "/box/lib"}}
-import sys
 import os
-print(os.environ["PYTHONPATH"] == sys.path[1])
+import sys
+print(os.environ["PYTHONPATH"].split(":")[0] == sys.path[1])
