@@ -10,7 +10,20 @@ from .stand_ins import CallerPeer
 
 
 class Agreeable:
-    """Answer that stands for any other: every operation on it succeeds, every comparison holds, and it is empty."""
+    """Answer that stands for any other: every operation on it succeeds, every comparison holds, and it is empty but as
+    a text.
+    """
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __bytes__(self) -> bytes:
+        return self._text.encode()
+
+    __repr__ = __str__
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -25,7 +38,7 @@ class Agreeable:
 
 
 _RETURNS = {
-    "bool": True, "hash": 0, "int": 0, "index": 0, "float": 0.0, "complex": 0j, "str": "", "repr": "", "bytes": b"",
+    "bool": True, "hash": 0, "int": 0, "index": 0, "float": 0.0, "complex": 0j,
     **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge", "contains"), True),
 }  # fmt: skip
 _BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow", "and", "or", "xor")
@@ -45,9 +58,10 @@ for _name in (*_OTHERS, *_BINARY, *(f"r{each}" for each in _BINARY)):
 class AgreeingPeer(CallerPeer):
     """The test's side without a submission: whatever can be asked for is answered agreeably."""
 
-    def __init__(self) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__(io.BytesIO(), io.BytesIO(), max_reply_bytes=1)
         self._asked = 0
+        self._answer = Agreeable(text)
 
     def send(self, fields: dict[str, Any]) -> None:
         """Checks that a request can be sent."""
@@ -56,4 +70,4 @@ class AgreeingPeer(CallerPeer):
 
     def receive(self) -> dict[str, Any]:
         """Answers the last request."""
-        return {"id": self._asked, "value": Agreeable()}
+        return {"id": self._asked, "value": self._answer}

@@ -15,6 +15,7 @@ import os
 import re
 import sys
 import types
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NoReturn
 
@@ -25,6 +26,7 @@ from .peers import ChannelBrokenError, SubmissionError
 from .stand_ins import MARK, CallerPeer
 from .submission import MESSAGE_CHARACTERS, split_names
 
+_MOST_NAMES = 2000
 PASSED, FAILED, SUBMISSION_ERROR, TEST_ERROR = "passed", "failed", "submission_error", "test_error"
 _SETUP_PATH, _TEST_PATH = "<setup code>", "<code test>"
 # exceptions that no plain value can cause
@@ -48,16 +50,20 @@ class CodeTestReport:
 def wait_until_loaded(peer: CallerPeer) -> tuple[str, str, dict[str, Any]]:
     """Returns LOADED, COMPILE_ERROR or LOAD_ERROR, the error's message, and stand-ins of what the submission defines.
 
-    Once before any call. Raises ChannelBrokenError.
+    Once before any call. Raises ChannelBrokenError, also for more than there is need of: what the test takes before it
+    calls the submission is its own fault.
     """
+    peer.most_objects, most = _MOST_NAMES, peer.most_objects
     reply = peer.receive()
+    peer.most_objects = most
     for kind in (COMPILE_ERROR, LOAD_ERROR):
         if kind in reply:
             return kind, str(reply[kind])[:MESSAGE_CHARACTERS], {}
     names = reply.get("names")
     if LOADED not in reply or not isinstance(names, dict):
         raise ChannelBrokenError("the submission's process did not report whether it has loaded")
-    return LOADED, "", {name: each for name, each in names.items() if isinstance(name, str) and callable(each)}
+    defined = {name: each for name, each in names.items() if isinstance(name, str) and callable(each)}
+    return LOADED, "", {name: each for name, each in defined.items() if not name.startswith("__")}
 
 
 def run_code_test(
@@ -67,16 +73,25 @@ def run_code_test(
     setup defines under them, and `candidate` is the first; then `check(candidate)` where `code` defines it.
 
     What else the submission defines has its names there where neither the setup nor Python has them. A fault of the
-    test's that an answer may have led to is the answer's, unless the test has it with answers that agree with
-    everything, too: a submission must not gain by what it returns that it is not judged.
+    test's that an answer may have led to is the answer's, unless the test has the same one with answers that agree
+    with everything, whatever text they are: a submission must not gain by what it returns that it is not judged.
     """
     report = _run_test(setup_code, code, function_name, peer, names)
     if report.ending == TEST_ERROR and peer.calls > (peer.fault is not None):
-        other = AgreeingPeer()
-        stand_ins = {name: other.make_function(name) for name in names}
-        agreed = _run_test(setup_code, code, function_name, other, stand_ins, without_asserts=True)
-        return report if agreed.ending == TEST_ERROR else replace(report, ending=FAILED)
+        agreed = [_run_agreed(setup_code, code, function_name, text, names) for text in _AGREED_TEXTS]
+        same = all((each.ending, each.message) == (TEST_ERROR, report.message) for each in agreed)
+        return report if same else replace(report, ending=FAILED)
     return report
+
+
+_AGREED_TEXTS = ("", "agreed")
+
+
+def _run_agreed(setup_code: str, code: str, function_name: str, text: str, names: Iterable[str]) -> CodeTestReport:
+    """Runs the test with answers that agree with everything, and are `text` where they are converted to one."""
+    peer = AgreeingPeer(text)
+    stand_ins = {name: peer.make_function(name) for name in names}
+    return _run_test(setup_code, code, function_name, peer, stand_ins, without_asserts=True)
 
 
 class _WithoutAsserts(ast.NodeTransformer):

@@ -24,7 +24,6 @@ from .values import decode, encode
 
 _NAME_CHARACTERS = 100
 _MAX_CLASSES = 20
-_MOST_OBJECTS = 200_000
 _CONTAINERS = (list, dict, set, tuple)
 METHOD = object()
 """Value of an attribute that is a method, which is called by name."""
@@ -48,6 +47,8 @@ class UnfitArgumentError(BaseException):
 class Peer(ABC):
     """One side; calls come one at a time, from any thread."""
 
+    most_objects = 200_000
+    """Objects of the other side that it may introduce."""
     sign: int
     """Sign of the numbers of its own objects."""
     kept_back: tuple[type[BaseException], ...] = ()
@@ -129,6 +130,7 @@ class Peer(ABC):
 
     def receive(self) -> dict[str, Any]:
         """Returns the next message that is no introduction; raises ChannelBrokenError at the end and for a bad one."""
+        introduced = False
         while True:
             line = self._reader.readline(self._max_line_bytes)
             if not line.endswith(b"\n"):
@@ -138,6 +140,9 @@ class Peer(ABC):
                 message = decode(line.decode("ascii"), self._resolve)
                 if not isinstance(message, dict):
                     raise ValueError("no dictionary")
+                if "new" in message and introduced:
+                    raise ValueError("introductions for no message")
+                introduced = "new" in message
                 for introduction in message.get("new", ()):
                     self._meet(introduction)
                 for number, attributes in dict(message.get("state", ())).items():
@@ -193,8 +198,8 @@ class Peer(ABC):
             raise ValueError("an introduction under a wrong number")
         if type(kind) is not str or type(name) is not str or len(name) > _NAME_CHARACTERS:
             raise ValueError("an introduction without a name")
-        if len(self.met) == _MOST_OBJECTS:
-            raise ValueError(f"more than {_MOST_OBJECTS} objects")
+        if len(self.met) >= self.most_objects:
+            raise ValueError(f"more than {self.most_objects} objects")
         self.met[number] = self.make_stand_in(introduction)
         self._know(number, self.met[number])
 

@@ -12,6 +12,7 @@ import io
 import sys
 import types
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any, BinaryIO, cast
 
 from .peers import (
@@ -31,7 +32,15 @@ MARK = "_raised_by_the_submission"
 """Attribute of exceptions that began in the submission."""
 _MOST_ITEMS = 64
 _FUNCTIONS = (type, types.FunctionType, types.MethodType, types.BuiltinFunctionType, functools.partial)
-_PLAIN_NAMES = frozenset(name for kind in (str, bytes, list, dict, set, int, float, complex) for name in dir(kind))
+_JUDGING_NAMES = frozenset(
+    [name for kind in (str, set) for name in dir(kind) if name.startswith(("is", "ends", "starts"))]
+    + [name for name in dir(Decimal) if name.startswith(("compare", "is_", "same_"))]
+    + ["equals", "equal", "eq", "ne"]
+)
+"""Methods that say what a test wants to know, given what it expects."""
+_PLAIN_NAMES = _JUDGING_NAMES.union(
+    name for kind in (str, bytes, list, dict, set, int, float, complex) for name in dir(kind)
+)
 _NOT_CALLED_BACK = {
     *("__init__", "__new__", "__setattr__", "__delattr__", "__getattribute__", "__getattr__", "__reduce__", "__del__"),
     *("__init_subclass__", "__class_getitem__", "__subclasshook__", "__post_init__", "__reduce_ex__"),
@@ -71,6 +80,12 @@ class CallerPeer(Peer):
         except BaseException as error:
             setattr(error, MARK, True)
             raise
+
+    def _resolve(self, number: int) -> Any:
+        value = super()._resolve(number)
+        if isinstance(value, RemoteObject) and value._remote_is_own:
+            object.__setattr__(value, "_remote_is_answer", True)
+        return value
 
     def describe(self, value: Any) -> tuple[str, str, Any]:
         """Describes what the test hands over: functions, iterators, and objects, which are copied."""
@@ -240,12 +255,20 @@ class RemoteObject(metaclass=_RemoteType):
     _remote_has_equality: bool
     _remote_is_own = False
     """Whether the test has constructed it."""
+    _remote_is_answer = False
+    """Whether the submission has answered with it since, or with what it was computed from."""
 
     def __getattr__(self, name: str) -> Any:
         value = _read(self, name)
-        if name in _PLAIN_NAMES and callable(value) and not self._remote_is_own:
+        refused = _JUDGING_NAMES if self._remote_is_own else _PLAIN_NAMES
+        if name in refused and callable(value) and not self._remote_decides:
             raise SubmissionError(f"{type(self).__name__} is not a plain type")
         return value
+
+    @property
+    def _remote_decides(self) -> bool:
+        """Whether what it says of plain values counts: one that has been an answer may stand for one of them."""
+        return self._remote_is_own and not self._remote_is_answer
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._remote_peer.request("setattr", self, name, value)
@@ -272,7 +295,7 @@ class RemoteObject(metaclass=_RemoteType):
         return bool(self._remote_peer.request("bool", self)) if self._remote_is_own else True
 
     def __contains__(self, item: Any) -> bool:
-        if self._remote_is_own:
+        if self._remote_decides:
             return bool(self._remote_peer.request("contains", self, item))
         return any(item == each for each in self)
 
@@ -306,6 +329,18 @@ def _own(value: Any) -> Any:
     return value
 
 
+_ORDERINGS = ("lt", "le", "gt", "ge")
+
+
+def _compute(operation: str, *operands: Any) -> Any:
+    """Returns the result of an operator; what is computed from an answer is one."""
+    objects = [operand for operand in operands if isinstance(operand, RemoteObject)]
+    value = _own(objects[0]._remote_peer.request(operation, *operands))
+    if isinstance(value, RemoteObject) and any(operand._remote_is_answer for operand in objects):
+        object.__setattr__(value, "_remote_is_answer", True)
+    return value
+
+
 def _state(value: RemoteObject) -> dict[str, Any]:
     state = value._remote_peer.request("state", value)
     return state if isinstance(state, dict) else {}
@@ -319,10 +354,11 @@ def _add_operators() -> None:
 
     def compute(operation: str, is_reflected: bool = False) -> Callable[..., Any]:
         def method(self: RemoteObject, *others: Any) -> Any:
-            if not self._remote_is_own:
+            is_compared = operation in _ORDERINGS and not all(isinstance(each, RemoteObject) for each in others)
+            if not (self._remote_decides if is_compared else self._remote_is_own):
                 return NotImplemented
             operands = (*others, self) if is_reflected else (self, *others)
-            return _own(self._remote_peer.request(operation, *operands))
+            return _compute(operation, *operands)
 
         return method
 
@@ -330,13 +366,13 @@ def _add_operators() -> None:
         def method(self: RemoteObject) -> Any:
             if not self._remote_is_own:
                 raise TypeError(f"{type(self).__name__} is not a plain type")
-            return _own(self._remote_peer.request(operation, self))
+            return _compute(operation, self)
 
         return method
 
     for name in ("len", "str", "repr", "int", "float", "index", "getitem", "setitem", "delitem"):
         setattr(RemoteObject, f"__{name}__", ask(name))
-    for name in ("lt", "le", "gt", "ge"):
+    for name in _ORDERINGS:
         setattr(RemoteObject, f"__{name}__", compute(name))
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
         setattr(RemoteObject, f"__{name}__", compute(name))

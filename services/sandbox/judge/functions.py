@@ -275,4 +275,4 @@ def decide_code_test(known: pb.TestResult, run: RunResult, report: dict[str, Any
     else:
         known.verdict = _LOAD_VERDICTS.get(loaded, pb.TEST_VERDICT_RUNTIME_ERROR)
     if not crashed or loaded == calls.LOADED or loaded in _LOAD_VERDICTS:
-        known.reason = report["message"]
+        known.reason = report["message"].encode(errors="replace").decode()
