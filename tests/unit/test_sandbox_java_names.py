@@ -34,3 +34,15 @@ def test_the_source_says_its_names(source: str, path: str, main: str) -> None:
 
 def test_a_name_that_no_file_can_have_is_left_to_the_compiler() -> None:
     assert find_java_names(f"public class {'a' * 300} {{}}".encode()).source == "Main.java"
+
+
+@pytest.mark.parametrize("part", ["static ", "final ", "/* ", '\\"', "class A{}", 'class A{"'])
+def test_sources_of_repeated_words_take_no_longer_than_others(part: str) -> None:
+    source = f'class B {{ "{part * 30_000}'
+    assert find_java_names(source.encode()).main
+    assert find_java_names(part.encode() * 30_000).main
+
+
+@pytest.mark.parametrize("name", [".tmp.x", "...", "a..b"])
+def test_a_package_without_a_name_leaves_the_source_in_its_folder(name: str) -> None:
+    assert find_java_names(f"package {name}; class A {{}}".encode()).source == "Main.java"

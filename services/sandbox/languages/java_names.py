@@ -1,4 +1,7 @@
-"""Names that a Java source must be compiled and started by."""
+"""Names that a Java source must be compiled and started by.
+
+Patterns match in linear time, whatever the source.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,20 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-_NOISE = re.compile(r"//[^\n]*|/\*.*?\*/|\"\"\".*?\"\"\"|\"(?:\\.|[^\"\\\n])*\"|'(?:\\.|[^'\\\n])*'", re.DOTALL)
-_PACKAGE = re.compile(r"\s*package\s+([\w.]+)\s*;")
-_TYPE = re.compile(
-    r"(?:\b(public)\s+)?(?:\b(?:abstract|final|sealed|strictfp|non-sealed)\s+)*\b(?:class|interface|enum|record)\s+(\w+)"
+# What is not closed goes to the end of its line, or of the source.
+_NOISE = re.compile(
+    r"//[^\n]*|/\*.*?(?:\*/|\Z)|\"\"\".*?(?:\"\"\"|\Z)|\"(?:\\.|[^\"\\\n])*\"?|'(?:\\.|[^'\\\n])*'?", re.DOTALL
 )
-_MAIN = re.compile(r"\bstatic\b[^;{}()]*\bvoid\s+main\s*\(")
+_PACKAGE = re.compile(r"\s*package\s+(\w+(?:\.\w+)*)\s*;")
+_TYPE = re.compile(r"\b(?:class|interface|enum|record)\s+(\w+)")
+_BRACE = re.compile(r"[{}]")
+# The text between two of these marks is one declaration or statement, or a part of one.
+_PART = re.compile(r"[^;{}()]*[;{}()]?")
+_MAIN = re.compile(r"\bvoid\s+main\s*\(")
+_STATIC = re.compile(r"\bstatic\b")
+_PUBLIC = re.compile(r"\bpublic\b[\s\w-]*\Z")
 
+_MODIFIERS_LENGTH = 200
 # Bytes of a file's name.
 _LONGEST_NAME = 255
 
@@ -31,8 +41,7 @@ def find_java_names(source: bytes) -> JavaNames:
     """
     text = _NOISE.sub(" ", source.decode(errors="replace"))
     public = main = ""
-    for is_public, name, body in _top_types(text):
-        has_main = _MAIN.search(body) is not None
+    for is_public, name, has_main in _top_types(text):
         if has_main and (not main or is_public):
             main = name
         if is_public:
@@ -46,19 +55,25 @@ def find_java_names(source: bytes) -> JavaNames:
     return JavaNames(path, f"{prefix}{main or name}")
 
 
-def _top_types(text: str) -> Iterator[tuple[bool, str, str]]:
-    """Yields the types of a source that lie in no other: whether each is public, its name and its text."""
+def _top_types(text: str) -> Iterator[tuple[bool, str, bool]]:
+    """Yields the types that lie in no other: whether each is public, its name, and whether it has `main`."""
     start = 0
     while (found := _TYPE.search(text, start)) is not None:
-        depth, end = 0, text.find("{", found.end())
-        if end < 0:
-            end = len(text)
-        for brace in re.finditer(r"[{}]", text[end:]):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                end += brace.end()
-                break
-        else:
-            end = len(text)
-        yield bool(found[1]), found[2], text[found.end() : end]
+        modifiers = text[max(start, found.start() - _MODIFIERS_LENGTH) : found.start()]
+        end = _end_of_body(text, found.end())
+        yield _PUBLIC.search(modifiers) is not None, found[1], _has_main(text, found.end(), end)
         start = end
+
+
+def _end_of_body(text: str, start: int) -> int:
+    depth = 0
+    for brace in _BRACE.finditer(text, start):
+        depth += 1 if brace[0] == "{" else -1
+        if depth <= 0:
+            return brace.end()
+    return len(text)
+
+
+def _has_main(text: str, start: int, end: int) -> bool:
+    parts = (part[0] for part in _PART.finditer(text, start, end))
+    return any(part.endswith("(") and _MAIN.search(part) and _STATIC.search(part) for part in parts)
