@@ -10,12 +10,14 @@ import struct
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from datetime import datetime, timedelta
 from typing import Any
 
 import httpx
 import pytest
 import pytest_asyncio
 
+from services.sandbox.config import SandboxConfig
 from tests.fixtures.sandbox_fronts import running_fronts
 from tests.integration.test_sandbox_docs import blocks
 
@@ -107,6 +109,40 @@ async def test_a_sandbox_is_listed_for_its_key_and_ends(guarded: httpx.AsyncClie
     assert (await guarded.post(f"{path}/timeout", json={"timeout": 0})).status_code == 204
     assert (await guarded.get("/e2b/health", headers=headers)).status_code == 502
     assert (await guarded.delete(path)).status_code == 404
+
+
+async def test_whoever_sends_a_token_otherwise_lists_its_own(guarded: httpx.AsyncClient) -> None:
+    one, two = {"authorization": "Bearer one"}, {"authorization": "Bearer two"}
+    created = (await guarded.post("/e2b/sandboxes", json={"timeout": 60}, headers=one)).json()
+    assert created["envdAccessToken"] == "one"
+    assert (await guarded.get("/e2b/sandboxes", headers=two)).json() == []
+    listed = (await guarded.get("/e2b/sandboxes", headers=one)).json()
+    assert [each["sandboxID"] for each in listed] == [created["sandboxID"]]
+    await guarded.delete(f"/e2b/sandboxes/{created['sandboxID']}")
+
+
+async def test_no_sandbox_outlives_a_session(guarded: httpx.AsyncClient, sandbox: dict[str, str]) -> None:
+    path = f"/e2b/sandboxes/{sandbox['e2b-sandbox-id']}"
+    described = (await guarded.get(path)).json()
+    for ending in ("timeout", "connect"):
+        assert (await guarded.post(f"{path}/{ending}", json={"timeout": 1e300})).status_code in (200, 204)
+    changed = (await guarded.get(path)).json()
+    begin, end = (datetime.fromisoformat(changed[name]) for name in ("startedAt", "endAt"))
+    assert end <= begin + timedelta(seconds=SandboxConfig().session_seconds)
+    assert end > datetime.fromisoformat(described["endAt"])
+
+
+async def test_wrong_messages_are_refused_by_field(guarded: httpx.AsyncClient, sandbox: dict[str, str]) -> None:
+    headers = {"content-type": "application/connect+json", **sandbox}
+    for body, field in ((b"", "body"), (b"0000 {}", "process"), (b'     {"process": {"cmd": 1}}', "process.cmd")):
+        refused = await guarded.post("/e2b/process.Process/Start", content=body, headers=headers)
+        assert (refused.status_code, field in refused.json()["message"]) == (400, True), refused.text
+
+
+async def test_a_file_that_cannot_be_written_is_an_error(guarded: httpx.AsyncClient, sandbox: dict[str, str]) -> None:
+    for path, status in (("taken", 200), ("taken/below", 400)):
+        files = {"file": (path, b"x")}
+        assert (await guarded.post("/e2b/files", files=files, headers=sandbox)).status_code == status
 
 
 async def test_bodies_of_other_types_need_the_header(guarded: httpx.AsyncClient) -> None:

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp
 from perigee.errors import FieldViolation, InvalidArgumentError, UnavailableError
 from services.kit.config import HttpConfig, ServerConfig
 from services.kit.http.errors import WriteError, write_error
-from services.kit.http.middleware import EVENTS, CallMiddleware, Calls
+from services.kit.http.middleware import EVENTS, CallMiddleware, Calls, read_token
 from services.kit.http.routes import CallContext, HttpRoute, StreamResponse, call_context, make_endpoint
 from services.kit.server import App
 from services.kit.telemetry import get_logger, http_request_histogram
@@ -44,6 +44,7 @@ __all__ = [
     "build_gateway",
     "call_context",
     "http_serving",
+    "read_token",
     "write_error",
 ]
 

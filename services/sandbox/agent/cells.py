@@ -156,9 +156,13 @@ def _run_next(inbox: socket.socket, channel: socket.socket, run_cell: RunCell, h
     os.dup2(stderr, 2)
     archive = read_archive(archive_file)
     header = archive.header
-    write_files(home, zip(header["paths"], archive.blobs[1:], header["executable"], strict=True), header["append"])
-    with _environment(header["environment"]):
-        reply = _interrupts.run(lambda: run_cell(archive.blobs[0].decode(), header["number"]))
+    try:
+        write_files(home, zip(header["paths"], archive.blobs[1:], header["executable"], strict=True), header["append"])
+    except OSError as error:
+        reply = {"ok": False, "error_name": type(error).__name__, "error_value": str(error)}
+    else:
+        with _environment(header["environment"]):
+            reply = _interrupts.run(lambda: run_cell(archive.blobs[0].decode(), header["number"]))
     _flush_cell()
     rest = memoryview(json.dumps(reply).encode())
     while rest:

@@ -10,7 +10,6 @@ import asyncio
 import base64
 import codecs
 import hashlib
-import json
 import math
 import posixpath
 import secrets
@@ -24,7 +23,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, Field, ValidationError
 from starlette.datastructures import UploadFile
 
 from perigee.errors import (
@@ -37,7 +37,7 @@ from perigee.errors import (
 )
 from perigee.json_codec import dump_json
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.kit.http import CompatRouter, StreamResponse, call_context, write_error
+from services.kit.http import CompatRouter, StreamResponse, call_context, read_token, write_error
 from services.sandbox.api.compat import Servicer, Text, find_runtime, to_bundle
 from services.sandbox.api.run_jupyter import KERNEL
 from services.sandbox.runtime.sessions import OnOutput, Session, Sessions
@@ -47,6 +47,8 @@ _ENVD_VERSION = "0.6.4"
 """Version of E2B's agent whose interface this is."""
 _HOME = "/home/user"
 _OWN_CONTEXT, _DEFAULT_CONTEXT = "e2b", "default"
+_PREFIX_BYTES = 5
+"""Flags and length before a message of a Connect stream."""
 _INSIDE = Path(__file__).with_name("e2b_inside.py").read_text(encoding="utf-8")
 _KEYS = {
     "text/plain": "text",
@@ -103,6 +105,21 @@ class NewContext(BaseModel):
     cwd: Text = _HOME
 
 
+class Process(BaseModel):
+    """Command to run."""
+
+    cmd: Text
+    args: list[Text] = []
+    envs: dict[Text, Text] = {}
+    cwd: Text = ""
+
+
+class Start(BaseModel):
+    """Message that starts a command."""
+
+    process: Process
+
+
 @dataclass
 class Sandbox:
     """Session with what E2B's clients know of it."""
@@ -112,6 +129,8 @@ class Sandbox:
     key_digest: str
     started_at: datetime
     ends_at: datetime
+    latest: float
+    """When the session ends in any case, in monotonic time."""
     contexts: dict[str, NewContext] = field(default_factory=lambda: {_DEFAULT_CONTEXT: NewContext()})
 
     @property
@@ -120,9 +139,10 @@ class Sandbox:
         return not self.session.alive or time.monotonic() > self.session.ends_at
 
     def set_timeout(self, seconds: float) -> None:
-        """Lets the sandbox end in some seconds."""
-        self.session.ends_at = time.monotonic() + seconds
-        self.ends_at = datetime.now(UTC) + timedelta(seconds=seconds)
+        """Lets the sandbox end in some seconds, and no later than any session."""
+        left_s = min(seconds, self.latest - time.monotonic())
+        self.session.ends_at = time.monotonic() + left_s
+        self.ends_at = datetime.now(UTC) + timedelta(seconds=left_s)
 
     def describe(self) -> dict[str, Any]:
         """Returns what a list of sandboxes says of it."""
@@ -176,7 +196,7 @@ class Sandboxes:
         request = pb.CreateSessionRequest(language=runtime.language, limits=limits, env=variables)
         session = self.servicer.sessions.find((await self.servicer.CreateSession(request, context)).session_id)
         session.idle_s = math.inf
-        sandbox = Sandbox(session, new, _digest(key), datetime.now(UTC), datetime.now(UTC))
+        sandbox = Sandbox(session, new, _digest(key), datetime.now(UTC), datetime.now(UTC), session.ends_at)
         sandbox.set_timeout(new.timeout)
         self._by_id = {name: each for name, each in self._by_id.items() if not each.gone}
         self._by_id[session.id] = sandbox
@@ -248,7 +268,7 @@ def control_router(sandboxes: Sandboxes) -> APIRouter:
     async def connect(sandbox_id: str, body: Timeout, request: Request) -> dict[str, Any]:
         """Returns what a client needs to reach a sandbox."""
         sandbox = sandboxes.find(sandbox_id)
-        if body.timeout is not None and datetime.now(UTC) + timedelta(seconds=body.timeout) > sandbox.ends_at:
+        if body.timeout is not None and body.timeout > (sandbox.ends_at - datetime.now(UTC)).total_seconds():
             sandbox.set_timeout(body.timeout)
         return sandbox.credentials(_key(request))
 
@@ -275,7 +295,7 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
     async def run_cell(
         sandbox: Sandbox, code: str, request: Request, on_output: OnOutput | None = None, **fields: Any
     ) -> pb.RunCellResponse:
-        if (timeout_ms := request.headers.get("connect-timeout-ms", "")).isdigit():
+        if (timeout_ms := request.headers.get("connect-timeout-ms", "")).isdecimal():
             fields["wall_ms"] = min(int(timeout_ms) or 1, sandbox.session.limits.wall_ms)
         cell = pb.RunCellRequest(session_id=sandbox.session.id, code=code.encode() or b"\n", **fields)
         response = await sandboxes.servicer.RunCell(cell, call_context(request), on_output=on_output)
@@ -375,7 +395,9 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
         sandbox = sandboxes.addressed(request)
         files = await _read_upload(request, path)
         written = [pb.File(path=_below_home(name), content=content) for name, content in files]
-        await run_cell(sandbox, "", request, context=_OWN_CONTEXT, files=written)
+        response = await run_cell(sandbox, "", request, context=_OWN_CONTEXT, files=written)
+        if response.status != pb.STATUS_OK:
+            raise InvalidArgumentError.for_field("path", response.error_value or response.reason)
         return [
             {"name": posixpath.basename(file.path), "type": "file", "path": f"{_HOME}/{file.path}"} for file in written
         ]
@@ -399,9 +421,8 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
     async def start_process(request: Request) -> Response:
         """Runs a command to its end."""
         sandbox = sandboxes.addressed(request)
-        process = json.loads((await request.body())[5:])["process"]
-        command = [process["cmd"], *process.get("args", ())]
-        code = f"{_INSIDE}\nrun({command!r}, {process.get('envs', {})!r}, {process.get('cwd', '')!r})"
+        process = read_start(await request.body()).process
+        code = f"{_INSIDE}\nrun({[process.cmd, *process.args]!r}, {process.envs!r}, {process.cwd!r})"
 
         async def events() -> AsyncGenerator[bytes, None]:
             yield _event("start", {"pid": 1})
@@ -425,7 +446,8 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
 
 
 def _key(request: Request) -> str:
-    return request.headers.get("x-api-key", "")
+    """Returns the token by which the caller was let in, whichever header has it."""
+    return (read_token(request.headers) or "").partition(" ")[2]
 
 
 def _digest(key: str) -> str:
@@ -458,6 +480,14 @@ def _below_home(path: str) -> str:
     if relative.split("/")[0] == "..":
         raise InvalidArgumentError.for_field("path", f"{path} is not below {_HOME}")
     return relative
+
+
+def read_start(body: bytes) -> Start:
+    """Returns the message of a Connect stream that starts a command; raises RequestValidationError."""
+    try:
+        return Start.model_validate_json(body[_PREFIX_BYTES:])
+    except ValidationError as error:
+        raise RequestValidationError([{**each, "loc": ("body", *each["loc"])} for each in error.errors()]) from error
 
 
 async def _read_upload(request: Request, path: str) -> list[tuple[str, bytes]]:
