@@ -23,6 +23,7 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.reward.config import CodeConfig
 from services.reward.verifiers.base import Item, Outcome, Verdict
 from services.reward.verifiers.code import CodeVerifier
+from services.reward.verifiers.patch import find_patch
 
 TESTS = tuple(pb.TestCase(stdio=pb.StdioTest(stdin=b"%d" % i)) for i in range(2))
 
@@ -196,3 +197,9 @@ async def test_a_verifier_says_that_its_sandbox_is_away_until_it_is_back() -> No
     sandbox.otherwise = ACCEPTED
     await verifier.judge(item)
     assert verifier.unavailable == ""
+
+
+def test_a_diff_of_a_page_with_fences_is_taken_whole() -> None:
+    diff = "--- a/README.md\n+++ b/README.md\n@@ -1,3 +1,3 @@\n ```\n-old\n+new\n ```\n"
+    assert find_patch(f"First:\n```python\nx\n```\nThen\n```diff\n{diff}```\nDone.") == diff
+    assert find_patch(diff) == diff

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
 from services.reward.verifiers.base import Item, Outcome, extract_answer
-from services.reward.verifiers.code import MAX_REASON_CHARACTERS, WRONG_VERDICTS, SandboxVerifier, find_program
+from services.reward.verifiers.code import MAX_REASON_CHARACTERS, WRONG_VERDICTS, SandboxVerifier
+
+# A fence within a diff is behind the sign of its line.
+FENCE = re.compile(r"^```[A-Za-z0-9_+#-]*[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | re.MULTILINE)
+
+
+def find_patch(text: str) -> str:
+    """Returns the last fenced block, also one that does not end; the text when it has none."""
+    return next(reversed(FENCE.findall(text)), text).strip("\n") + "\n"
 
 
 class PatchVerifier(SandboxVerifier[pb.PatchVerifier]):
@@ -34,7 +43,7 @@ class PatchVerifier(SandboxVerifier[pb.PatchVerifier]):
         text = extract_answer(item.response, item.answer_marker)
         if text is None:
             return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
-        patch = find_program(text).rstrip("\n") + "\n"
+        patch = find_patch(text)
         if not patch.strip():
             return Outcome.ungradable("the patch is empty")
         parameters = item.parameters
