@@ -25,11 +25,15 @@ def wait_s(request: pb.ExecuteRequest | pb.JudgeRequest) -> float:
     wall_ms = request.limits.wall_ms or _WALL_MS
     compile_ms = request.compile_limits.wall_ms or _COMPILE_MS
     if isinstance(request, pb.ExecuteRequest):
-        job_ms = compile_ms + wall_ms
+        job_ms: float = compile_ms + wall_ms
     else:
         checker_ms = request.checker.program.limits.wall_ms or _WALL_MS if request.checker.HasField("program") else 0
-        run_ms = max(wall_ms, request.interactor.limits.wall_ms) + _INTERACTOR_MS + 2 * checker_ms
-        job_ms = 2 * compile_ms + len(request.tests) * run_ms
+        extra_ms = max(
+            (wall_ms * (extra.factor or 1) + extra.added_ms for extra in request.extra_time.values()), default=0
+        )
+        longest_ms = max(wall_ms, extra_ms, request.interactor.limits.wall_ms)
+        run_ms = longest_ms + _INTERACTOR_MS + 2 * checker_ms
+        job_ms = 2 * compile_ms + len(request.tests) * (request.passes or 1) * run_ms
     return (1 + request.retry_starved) * (_QUEUE_S + job_ms / 1000)
 
 

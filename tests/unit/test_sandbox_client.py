@@ -17,3 +17,12 @@ def test_a_call_waits_for_all_that_its_limits_allow() -> None:
     assert wait_s(pb.ExecuteRequest(limits=pb.Limits(wall_ms=110_000))) > 110
     slow = pb.ExecuteRequest(compile_limits=pb.Limits(wall_ms=120_000))
     assert wait_s(slow) > 120
+
+
+def test_a_call_waits_for_extra_time_and_further_passes() -> None:
+    request = pb.JudgeRequest(tests=[pb.TestCase()] * 10, limits=pb.Limits(wall_ms=10_000))
+    without = wait_s(request)
+    request.extra_time["java"].factor = 5
+    assert wait_s(request) >= without + 10 * 40
+    request.passes = 2
+    assert wait_s(request) >= without + 2 * 10 * 40
