@@ -213,3 +213,9 @@ def test_only_python_has_function_tests(kind: str) -> None:
     test = FUNCTION if kind == "function" else pb.TestCase(code=pb.CodeTest(code="assert f(1)"))
     request = pb.JudgeRequest(language="bash", source=b"x", tests=[test], function_name="f")
     assert set(violated(request)) == {"language"}
+
+
+def test_extra_time_beyond_all_numbers_is_refused() -> None:
+    request = judge_request(STDIO)
+    request.extra_time["python"].factor = 1e307
+    assert set(violated(request)) == {"limits.wall_ms", "limits.cpu_ms"}

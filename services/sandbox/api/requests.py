@@ -468,10 +468,11 @@ def read_extra_time(reader: Reader, request: pb.JudgeRequest, program: Program) 
         return program.limits
     times = {}
     for name in ("wall_ms", "cpu_ms"):
-        times[name] = math.ceil(getattr(program.limits, name) * found.factor) + found.added_ms
+        extended = getattr(program.limits, name) * found.factor + found.added_ms
         maximum = getattr(reader.config.maximum_limits, name)
-        if times[name] > maximum:
-            reader.refuse(f"limits.{name}", f"is {times[name]} with extra time, at most {maximum} is allowed")
+        if extended > maximum:
+            reader.refuse(f"limits.{name}", f"is {extended:.0f} with extra time, at most {maximum} is allowed")
+        times[name] = math.ceil(min(extended, maximum))
     return dataclasses.replace(program.limits, **times)
 
 
