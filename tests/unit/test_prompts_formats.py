@@ -154,3 +154,20 @@ def test_signatures_of_starters() -> None:
     assert find_signature(starter, "f") == "(Optional[ListNode], int) -> void"
     assert find_signature("def f(a): return", "f") == "(Any) -> Any"
     assert find_signature("class {", "f") == ""
+
+
+@pytest.mark.parametrize(
+    ("format_name", "record", "reason"),
+    [
+        ("apps", {"input_output": '{"inputs": ["1"], "outputs": ["1"]}'}, "it has no question, which apps has"),
+        ("leetcode", {"metaData": "[1]"}, "a column is not as leetcode has it"),
+        ("humaneval", {"prompt": "p", "entry_point": "f"}, "it has no task_id, which humaneval has"),
+    ],
+)
+def test_a_record_of_another_form_is_left_out_by_name(
+    tmp_path: Path, format_name: str, record: dict[str, Any], reason: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text(json.dumps(record))
+    arguments = ["import", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl"), "--format", format_name]
+    result = CliRunner().invoke(prompts_app, arguments)
+    assert (result.exit_code, reason in result.output) == (1, True)

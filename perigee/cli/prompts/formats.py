@@ -86,7 +86,7 @@ def import_set(path: Path, name: str | None, split: str | None, most_tests: int)
         try:
             record = read_object(row, place) if isinstance(row, str) else row
             format_name = name or find_format(record)
-            line = FORMATS[format_name].read(record)
+            line = read_record(record, format_name)
             line = {"id": f"{format_name}-{line.pop('id')}", "domain": "code", "verifier": "code", **line}
             if line["id"] in seen:
                 raise NotTurnedError("its id is that of an earlier record")
@@ -100,6 +100,16 @@ def import_set(path: Path, name: str | None, split: str | None, most_tests: int)
         found.formats[format_name] += 1
         found.lines.append(line)
     return found
+
+
+def read_record(record: Record, format_name: str) -> Line:
+    """Reads a record of a format; raises NotTurnedError for one whose columns lack what the format has."""
+    try:
+        return FORMATS[format_name].read(record)
+    except KeyError as error:
+        raise NotTurnedError(f"it has no {error.args[0]}, which {format_name} has") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise NotTurnedError(f"a column is not as {format_name} has it: {error}") from error
 
 
 def _reason(error: Exception, place: str) -> str:
