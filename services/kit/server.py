@@ -29,6 +29,7 @@ from services.kit.tracing import client_interceptors, server_interceptors, start
 log = get_logger(__name__)
 
 _PENDING_CALLS = 1 << 20
+_GZIP_OR_NONE = 1 << grpc.Compression.NoCompression | 1 << grpc.Compression.Gzip
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -244,6 +245,7 @@ def server_arguments(config: ServiceConfig) -> list[tuple[str, int]]:
         ("grpc.server.max_pending_requests_hard_limit", _PENDING_CALLS),
         # A message of some hundred KiB could take hundreds of MiB; the interceptor decompresses, and bounds it.
         ("grpc.per_message_decompression", 0),
+        ("grpc.compression_enabled_algorithms_bitset", _GZIP_OR_NONE),
         # Without it a channel that is silent but for its probes is closed after a few of them.
         ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 3),
         ("grpc.keepalive_permit_without_calls", 1),

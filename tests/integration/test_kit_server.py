@@ -200,6 +200,17 @@ async def test_a_compressed_request_is_bounded() -> None:
             await stub.Score(pb.ScoreRequest(items=[bomb]), timeout=10).read()
 
 
+async def test_a_request_that_is_compressed_otherwise_is_refused_by_name() -> None:
+    async with (
+        probe_server() as (app, _),
+        grpc.aio.insecure_channel(app.address, compression=grpc.Compression.Deflate) as channel,
+    ):
+        item = pb.ScoreItem(id="x" * 1000)
+        with pytest.raises(grpc.aio.AioRpcError, match="deflate") as refused:
+            await RewardServiceStub(channel).Score(pb.ScoreRequest(items=[item]), timeout=10).read()
+        assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
 async def test_the_bytes_of_requests_in_flight_are_bounded() -> None:
     async with (
         probe_server(max_request_bytes_in_flight=5000) as (app, probe),
