@@ -24,6 +24,12 @@ _CANNOT_EXECUTE = 126
 _MUCH_BYTES = 8 << 20
 # what there are further libraries for, or another way to run
 _RUNTIMES = {"python": "python-science", "pytest": "python-test"}
+# what sources need not say there: .NET's implicit usings, and types that nobody checks
+_BEGINNINGS = {
+    "csharp": "using System; using System.Collections.Generic; using System.IO; using System.Linq; "
+    "using System.Threading; using System.Threading.Tasks; ",
+    "typescript": "// @ts-nocheck\n",
+}
 _PYTEST = ["python3", "-m", "pytest", "test_main.py"]
 _FIELDS = {
     "source": "code",
@@ -117,7 +123,7 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         limits.memory_bytes = whole(body.memory_limit_MB * 2**20, 2**64 - 1)
     request = pb.ExecuteRequest(
         language=runtime.language if runtime else body.language,
-        source=body.code.encode(),
+        source=((_BEGINNINGS.get(runtime.language, "") if runtime else "") + body.code).encode(),
         stdin=(body.stdin or "").encode(),
         limits=limits,
         files=read_files(body.files),
