@@ -438,8 +438,8 @@ def check_paths(template: Manifest, config: ServiceConfig) -> None:
     strings = [
         value
         for name, value in walk(text)
-        # A prefix of keys in etcd is no path.
-        if isinstance(value, str) and re.match(r"/(?!/)", value) and not name.endswith(".prefix")
+        # A prefix of keys in etcd is no path, and the folder of sandbox images need not be there.
+        if isinstance(value, str) and re.match(r"/(?!/)", value) and not name.endswith((".prefix", "images_path"))
     ]
     container = container_of(template)
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]

@@ -165,7 +165,7 @@ def _start(command: list[str], home: str, environment: dict[str, str]) -> subpro
         os.fchmod(reader, 0o666)
     (stdin, to_stdin), (from_stdout, stdout), (from_stderr, stderr) = pipes
     process = subprocess.Popen(
-        ["setpriv", f"--reuid={_UID}", f"--regid={_UID}", "--clear-groups", *command],
+        ["env", "--default-signal", "setpriv", f"--reuid={_UID}", f"--regid={_UID}", "--clear-groups", *command],
         stdin=stdin,
         stdout=stdout,
         stderr=stderr,

@@ -143,6 +143,7 @@ async def test_the_verifiers_are_listed(reward: RewardClient) -> None:
         for name in (
             "math",
             "code",
+            "patch",
             "choice",
             "short_answer",
             "exact",

@@ -220,4 +220,4 @@ async def test_a_verifier_that_the_service_does_not_know_is_refused_by_its_field
     item = pb.ScoreItem(id="a", response="r").SerializeToString() + b"\x9a\x06\x03\x0a\x01x"
     [violation] = await refuse_bytes(reward, item)
     assert violation.field == "items[0].verifier"
-    assert "one of math, code, choice" in violation.description
+    assert "one of math, code, patch, choice" in violation.description

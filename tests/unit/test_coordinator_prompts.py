@@ -53,7 +53,7 @@ def test_prompts_are_tokenized_and_found_by_id(tmp_path: Path) -> None:
         ("{", ":2: is not JSON"),
         ("[1]", ":2: must be a JSON object"),
         ({"id": "x", "prompt": "1+1="}, ":2: verifier: is required: one of math, code, choice, "),
-        ({"id": "x", "prompt": "1+1=", "verifier": "vibes"}, "value_head, composite, got 'vibes'"),
+        ({"id": "x", "prompt": "1+1=", "verifier": "vibes"}, "value_head, composite, patch, got 'vibes'"),
         ({"id": "x", "prompt": "1+1=", "verifier": "math"}, ":2: answer: is required"),
         (math_line("x", "1+1=", "2") | {"anwser": "2"}, ":2: anwser: unknown key; did you mean answer?"),
         (math_line("x", "1+1=", "2") | {"difficulty": "hard"}, ":2: difficulty: "),

@@ -126,13 +126,11 @@ def test_scalars_are_written_and_unset_parts_are_not() -> None:
         "signal": 0,
         "stderr": "",
         "output_truncated": False,
+        "wall_limited": False,
     }
-    assert write_message(pb.TestCase()) == {"name": ""}
-    assert write_message(pb.TestCase(points=0.0, code=pb.CodeTest())) == {
-        "name": "",
-        "points": 0.0,
-        "code": {"code": ""},
-    }
+    unset = {"name": "", "group": "", "checker_args": []}
+    assert write_message(pb.TestCase()) == unset
+    assert write_message(pb.TestCase(points=0.0, code=pb.CodeTest())) == unset | {"points": 0.0, "code": {"code": ""}}
     assert write_message(pb.RunCellRequest())["output_files"] == []
 
 

@@ -82,7 +82,9 @@ def test_comments_of_the_protos_are_descriptions(document: dict[str, Any]) -> No
     assert schemas["OutputFile"]["properties"]["truncated"]["description"] == (
         "The file is larger than what is returned of it."
     )
-    assert schemas["ExecuteRequest"]["properties"]["source"]["description"] == "UTF-8. Bytes, as UTF-8."
+    assert schemas["ExecuteRequest"]["properties"]["source"]["description"] == (
+        "In any encoding that its interpreter or compiler takes. Bytes, as UTF-8."
+    )
     assert (
         "skipped: Not run, because an earlier test or a group that is needed failed."
         in schemas["TestVerdict"]["description"]
