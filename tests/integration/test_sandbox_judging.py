@@ -330,3 +330,15 @@ async def test_a_dialogue_that_is_lost(fronts: Fronts) -> None:
             language="python", source=source, tests=[test], interactor=interactor, limits=pb.Limits(wall_ms=1500)
         )
         assert verdicts(await fronts.grpc.judge(request)) == [expected]
+
+
+async def test_an_interactor_that_does_not_compile_judges_nothing(fronts: Fronts) -> None:
+    request = pb.JudgeRequest(
+        language="python",
+        source=b"print(1)",
+        tests=[pb.TestCase(interactive=pb.InteractiveTest(input=b"7"))],
+        interactor=pb.Program(language="python", source=b"print("),
+    )
+    response = await fronts.grpc.judge(request)
+    assert verdicts(response) == ["UNJUDGEABLE"]
+    assert "does not compile" in response.results[0].reason

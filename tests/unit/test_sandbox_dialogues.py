@@ -15,6 +15,7 @@ import uvloop
 
 from services.sandbox.judge.interactive import JUDGE, PROGRAM, relayed_pipes
 from services.sandbox.judge.pairs import PairedRun
+from services.sandbox.runtime.failure import UnjudgeableError
 from services.sandbox.runtime.sandboxes import Sandbox
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
@@ -70,6 +71,12 @@ async def test_what_is_said_is_relayed_both_ways() -> None:
         assert dialogue.too_much == [JUDGE]
         for descriptor in (program_in, judge_in, judge_out):
             os.close(descriptor)
+
+
+async def test_what_fails_in_a_dialogue_is_raised_as_it_is() -> None:
+    with pytest.raises(UnjudgeableError, match="does not compile"):
+        async with relayed_pipes(100, 100):
+            raise UnjudgeableError("the checking program does not compile")
 
 
 def test_one_that_goes_on_after_the_other_has_left_breaks_nothing() -> None:

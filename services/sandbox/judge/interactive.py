@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 
+from perigee.errors import PerigeeError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.judge.checkers import OpenChecker, open_checker
 from services.sandbox.judge.decisions import Decision
@@ -102,6 +103,8 @@ async def relayed_pipes(program_bytes: int, judge_bytes: int) -> AsyncIterator[t
             finally:
                 for task in tasks:
                     task.cancel()
+    except* PerigeeError as errors:  # a failure of one side, which the group of tasks has wrapped
+        raise errors.exceptions[0] from None
     finally:
         pipes.close_all()
 
