@@ -133,10 +133,13 @@ def test_any_fraction_with_any_text(fraction: float, text: str) -> None:
         (KATTIS, Ending(0), None),
         (KATTIS, Ending(42, files={"feedback/score.txt": b"2.5\n"}), 0.25),
         (KATTIS, Ending(42, files={"feedback/score.txt": b"much"}), None),
+        (KATTIS, Ending(42, files={"feedback/score.txt": b""}), None),
+        (KATTIS, Ending(43, files={"feedback/score.txt": b"10"}), 0.0),
         (COCI, Ending(7, stderr=b"a word\npartial 1/5\n"), 0.2),
         (COCI, Ending(7, stderr=b"partial 6/5"), None),
         (COCI, Ending(7, stderr=b"partial 1/0"), None),
         (COCI, Ending(7, stderr=b"points 0.5"), None),
+        (COCI, Ending(7, stderr=b"partial 1/" + b"9" * 5000), None),
         (COCI, Ending(0), 1.0),
         (PEG, Ending(0, stdout=b"1\n10\n"), 0.1),
         (PEG, Ending(1, stdout=b"well\n1\n2\n"), 0.5),
@@ -168,6 +171,12 @@ def test_each_protocol(protocol: pb.CheckerProtocol.ValueType, ending: Ending, f
 def test_what_points_mean(scale: pb.PointsScale.ValueType, stderr: bytes, fraction: float | None) -> None:
     checker = Checker(NO_PROGRAM, points_scale=scale)
     assert decisions.read_decision(Ending(7, stderr=stderr), checker, 10.0).fraction == fraction
+
+
+def test_a_validator_that_accepts_a_test_without_points_has_accepted_it() -> None:
+    checker = Checker(NO_PROGRAM, KATTIS, points_scale=pb.POINTS_SCALE_POINTS)
+    ending = Ending(42, files={"feedback/score.txt": b"5"})
+    assert decisions.read_decision(ending, checker, 0.0).verdict == ACCEPTED
 
 
 def test_messages_and_the_next_pass_of_a_validator() -> None:

@@ -29,7 +29,7 @@ _NUMBER = r"([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)(?!\S)"
 _POINTS = re.compile(rf"\s*(?:points\s+)?{_NUMBER}", re.ASCII)
 _SCORE = re.compile(rf"\s*{_NUMBER}", re.ASCII)
 _PARTIALLY = re.compile(r"partially correct \((\d{1,3})\)", re.ASCII)
-_COCI = re.compile(r"^partial (\d+)/(\d*[1-9]\d*)$", re.ASCII | re.MULTILINE)
+_COCI = re.compile(r"^partial (\d{1,18})/(\d{0,17}[1-9]\d{0,17})$", re.ASCII | re.MULTILINE)
 # uncaught exceptions of Python and of the JVM, a panic of Go: their exit codes are those of wrong answers
 _CRASH = re.compile(rb"\s*(?:Traceback \(most recent call last\):|Exception in thread \"|panic: )")
 _ENDINGS_TESTLIB = {0: True, 1: False, 2: False, 4: False, 8: False}
@@ -128,7 +128,8 @@ def read_decision(ending: Ending, checker: Checker, most_points: float = 1.0) ->
     if not accepts and _CRASH.match(ending.stderr):
         end = ending.stderr[-MESSAGE_CHARACTERS:].decode(errors="replace").strip().rpartition("\n")[2]
         return failure("ended with an uncaught exception", end)
-    if score := ending.files.get(SCORE):
+    score = ending.files.get(SCORE)
+    if accepts and most_points and score is not None:  # where there are no points, no part of them can be given
         hint = "left a feedback/score.txt that is no number"
         return by_points(_SCORE.match(score.decode(errors="replace")), hint, message, checker, most_points)
     if accepts:
