@@ -69,6 +69,19 @@ def test_a_folder_of_junit_files_is_one_report() -> None:
     assert outcomes(JUNIT, file.getvalue()) == {"org.A::adds": PASSED, "org.B::adds": FAILED}
 
 
+def test_what_a_report_claims_takes_no_room() -> None:
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        member = tarfile.TarInfo("TEST-A.xml")
+        member.pax_headers = {"GNU.sparse.map": "0,4", "GNU.sparse.size": str(1 << 40)}
+        member.size = 4
+        tar.addfile(member, io.BytesIO(b"<a/>"))
+    assert outcomes(JUNIT, file.getvalue()) == {}
+    assert outcomes(JUNIT, "\ufeff<t><testcase name='a'/></t>".encode()) == {"a": PASSED}
+    report = '{"testResults": [{"assertionResults": [{"status": "passed", "duration": 1' + "0" * 400 + "}]}]}"
+    assert outcomes(JEST, report.encode()) == {"::": PASSED}
+
+
 def test_go_tests_that_do_not_end_are_errors() -> None:
     events = [
         {"Action": "run", "Package": "m/a", "Test": "TestOne"},

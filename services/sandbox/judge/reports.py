@@ -7,6 +7,7 @@ test the worst counts, and what cannot be read raises ReportError.
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import math
@@ -54,12 +55,14 @@ def read_report(framework: pb.TestFramework.ValueType, content: bytes) -> list[p
     return list(tests.values())
 
 
-def reported(name: str, outcome: pb.TestOutcome.ValueType, seconds: object = 0.0, message: str = "") -> pb.ReportedTest:
-    """Returns a test with its texts cut."""
+def reported(
+    name: str, outcome: pb.TestOutcome.ValueType, duration: object = 0.0, message: str = "", unit_ms: float = 1000.0
+) -> pb.ReportedTest:
+    """Returns a test with its texts cut, and its duration in units of `unit_ms` as milliseconds."""
     return pb.ReportedTest(
         id=_clean(name)[:_ID_CHARACTERS],
         outcome=outcome,
-        duration_ms=_milliseconds(seconds),
+        duration_ms=_milliseconds(duration, unit_ms),
         message=_clean(message)[:_MESSAGE_CHARACTERS],
     )
 
@@ -68,9 +71,9 @@ def _clean(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _milliseconds(seconds: object) -> int:
+def _milliseconds(duration: object, unit_ms: float) -> int:
     try:
-        value = float(seconds) * 1000  # type: ignore[arg-type]
+        value = float(duration) * unit_ms  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return 0
     return min(math.ceil(value), 2**32 - 1) if 0 <= value < math.inf else 0
@@ -154,15 +157,18 @@ def _refuse_doctype(*_: object) -> None:
 
 def read_junit_files(content: bytes) -> Iterator[pb.ReportedTest]:
     """Reads one file of JUnit's XML, or those in a tar."""
-    if content.lstrip()[:1] == b"<":
+    if content.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"<":
         yield from read_junit(content)
         return
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
             for member in tar:
-                if member.isreg() and member.name.endswith(".xml") and (file := tar.extractfile(member)):
+                # holes take no room in the tar, and as much memory as they claim
+                if member.isreg() and not member.issparse() and member.name.endswith(".xml"):
+                    file = tar.extractfile(member)
+                    assert file is not None
                     yield from read_junit(file.read())
-    except tarfile.TarError as error:
+    except (tarfile.TarError, ValueError, OverflowError) as error:
         raise ReportError(f"is neither XML nor a folder: {error}") from error
 
 
@@ -183,9 +189,7 @@ def read_jest(content: bytes) -> Iterator[pb.ReportedTest]:
             outcome = _JEST_OUTCOMES.get(str(test.get("status")), pb.TEST_OUTCOME_SKIPPED)
             messages = test.get("failureMessages")
             message = "\n".join(map(str, messages)) if isinstance(messages, list) else ""
-            duration = test.get("duration")
-            seconds = duration / 1000 if isinstance(duration, int | float) else 0.0
-            yield reported(f"{path}::{test.get('fullName', '')}", outcome, seconds, message)
+            yield reported(f"{path}::{test.get('fullName', '')}", outcome, test.get("duration"), message, unit_ms=1.0)
 
 
 def _read_json(content: bytes) -> object:
