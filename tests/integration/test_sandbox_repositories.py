@@ -118,6 +118,14 @@ async def test_tests_that_come_with_the_task_are_not_changed_by_setup_or_patch(c
     }
 
 
+async def test_what_setup_leaves_is_none_of_the_request_s(client: SandboxClient) -> None:
+    deep = "import os\nfor _ in range(6):\n    os.mkdir('a' * 200)\n    os.chdir('a' * 200)\nopen('x', 'w')\n"
+    setup = ["sh", "-c", "test ! -e deep.py || python3 deep.py"]
+    response = await client.judge_patch(patch_request({"deep.py": deep}, setup=setup))
+    assert response.verdict == pb.TEST_VERDICT_COMPILE_ERROR, response
+    assert "too long a path" in response.reason
+
+
 async def test_stages_have_scores_and_hidden_files_of_their_own(client: SandboxClient) -> None:
     hidden = pb.File(path="test_hidden.py", content=b"import os\ndef test_one(): pass\ndef test_two(): assert 0")
     look = ["sh", "-c", "test -e built && ! test -e test_hidden.py"]

@@ -47,13 +47,23 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_a_patch_does_to_protected_files_is_undone(root: Path) -> None:
-    ended = apply_all(root, TESTS, CHANGE + REMOVED + NEW + LINK + REPLACED, ["conftest.py", "keep.*"])
+    (root / "tests").mkdir()
+    (root / "tests/test_a.py").write_text("assert a\n")
+    tests = TESTS.replace(b"/dev/null", b"a/tests/test_a.py").replace(b"@@ -0,0 +1 @@", b"@@ -1 +1,2 @@\n assert a")
+    ended = apply_all(root, tests, CHANGE + REMOVED + NEW + LINK + REPLACED, ["conftest.py", "keep.*"])
     assert ended == {"touched": ["tests/test_a.py"]}
     assert (root / "a.py").read_text() == "a = 1\n"
     assert (root / "keep.cfg").read_text() == "kept\n"
-    assert (root / "tests/test_a.py").read_text() == "assert a\n"
+    assert (root / "tests/test_a.py").read_text() == "assert a\nassert a\n"
     assert not (root / "tests").is_symlink()
     assert list(root.rglob("conftest.py")) == []
+
+
+def test_a_patch_may_change_the_files_of_the_test_patch(root: Path) -> None:
+    other = git("tests/test_a.py", "100644", "assert not a")
+    assert apply_all(root, TESTS, CHANGE + other, []) == {"touched": ["tests/test_a.py"]}
+    assert (root / "a.py").read_text() == "a = 1\n"
+    assert (root / "tests/test_a.py").read_text() == "assert a\n"
 
 
 def test_a_patch_that_does_not_apply_changes_nothing(root: Path) -> None:

@@ -1671,7 +1671,9 @@ class JudgePatchRequest(_message.Message):
     patch: _builtins.bytes
     """Unified diff of the submission, as `git diff` writes it; paths begin with a/ and b/."""
     test_patch: _builtins.bytes
-    """Diff of the tests, applied to the repository before the submission's patch is."""
+    """Diff of the tests. The submission's patch is applied to the repository without it; what the two change alike is as
+    this one has it.
+    """
     loopback: _builtins.bool
     idempotency_key: _builtins.str
     """As in ExecuteRequest."""

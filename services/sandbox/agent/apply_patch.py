@@ -1,7 +1,8 @@
 """Program that applies patches to the folder `repository` beside it, in a sandbox where nothing of the repository runs.
 
-Standard input has patches (base64) and patterns of protected files, standard output what failed. What the submission's
-patch does to protected files, those that the test patch touches among them, is undone.
+Standard input has patches (base64) and patterns of protected files, standard output what failed. The submission's patch
+is applied to the repository as its author saw it, without the test patch. What it does to protected files, those that
+the test patch touches among them, is undone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT, BASE = "repository", "base"
+ROOT, BASE, TESTED = "repository", "base", "tested"
 _COMMANDS = (
     [["git", "apply", "--whitespace=nowarn", "-"]],
     [
@@ -104,13 +105,21 @@ def make_folder(path: Path) -> None:
 
 
 def apply_all(root: Path, test_patch: bytes, patch: bytes, protected: Sequence[str]) -> dict[str, Any]:
-    """Applies the test patch, then the submission's; returns why one does not apply, and what the first one touched."""
-    before = snapshot(root)
-    if reason := apply_patch(test_patch, root):
-        return {"test_patch": reason}
-    changed = [path for path, status in snapshot(root).items() if before.get(path) != status]
-    touched = [str(path.relative_to(root)).replace("[", "[[]") for path in changed]
-    saved = save(root, [*protected, *touched])
+    """Applies the submission's patch, and the test patch over it.
+
+    Returns why one does not apply, and what the test patch touched.
+    """
+    tested, touched = root, list[str]()
+    if test_patch.strip():
+        tested = root.with_name(TESTED)
+        shutil.copytree(root, tested, symlinks=True, copy_function=os.link)  # a patch writes files anew
+        before = snapshot(tested)
+        if reason := apply_patch(test_patch, tested):
+            return {"test_patch": reason}
+        after = snapshot(tested)
+        changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+        touched = [str(path.relative_to(tested)).replace("[", "[[]") for path in changed]
+    saved = save(tested, [*protected, *touched])
     if reason := apply_patch(patch, root):
         return {"patch": reason}
     restore(root, [*protected, *touched], saved)

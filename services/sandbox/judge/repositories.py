@@ -36,6 +36,8 @@ _TAIL_BYTES = 16384
 _REASON_CHARACTERS = 2000
 _PATCH_MS = 60_000
 _PATCH_BYTES = 256 << 20
+_ANSWER_BYTES = 4 << 20
+"""Of the program that applies patches: the files that one touches, or why it does not apply."""
 _TAR_BYTES = 2048
 """Of a file in a tar, beside its contents."""
 _TREES = 4
@@ -167,10 +169,11 @@ class Steps:
         protected: Sequence[str] = (),
         base: bytes = b"",
     ) -> Applied:
-        """Applies a test patch, then a patch.
+        """Applies a patch, and a test patch over it.
 
         With `base`, protected files become those of that tar. Raises FailedPreconditionError where the machine has
-        nothing that applies patches.
+        nothing that applies patches, InvalidArgumentError for an archive that is refused, unless there is a base: what
+        a step has left is none of the request's.
         """
         python = self.pool.catalog.find("python")
         if python is None:
@@ -187,7 +190,8 @@ class Steps:
             cpu_ms=_PATCH_MS,
             memory_bytes=limits.memory_bytes + _PATCH_BYTES,
             file_bytes=limits.file_bytes * 2,
-            files=limits.files * 2,
+            files=limits.files * 3,
+            output_bytes=max(limits.output_bytes, _ANSWER_BYTES),
         )
         job = {
             "test_patch": base64.b64encode(patches[0]).decode(),
@@ -195,7 +199,12 @@ class Steps:
             "protected": list(protected),
         }
         program = Program(python, _APPLY, bounds, bounds, archives=inside, any_links=bool(base))
-        step = await self._run(program, self.slots.judge, json.dumps(job).encode(), "", apply_patch.ROOT)
+        try:
+            step = await self._run(program, self.slots.judge, json.dumps(job).encode(), "", apply_patch.ROOT)
+        except InvalidArgumentError as refused:
+            if not base:
+                raise
+            return Applied(broken=f"its files cannot be placed: {refused.message}")
         if failure := step.failure(bounds):
             error = step.stderr.decode(errors="replace").strip().rpartition("\n")[2]
             return Applied(failed=error or failure) if patches[1].strip() else Applied(broken=error or failure)
@@ -298,11 +307,7 @@ class Repositories:
         return dataclasses.replace(trial, verdict=pb.TEST_VERDICT_UNJUDGEABLE, reason=problem) if problem else trial
 
     async def _find_base_problem(self, steps: Steps, job: PatchJob) -> str:
-        base = pb.JudgePatchRequest()
-        base.CopyFrom(job.request)
-        base.ClearField("patch")
-        base.ClearField("idempotency_key")
-        key = hashlib.sha256(base.SerializeToString(deterministic=True)).digest()
+        key = await asyncio.to_thread(digest_of_base, job.request)  # archives may be large
         if key not in self._base_problems:
             self._base_problems[key] = await find_base_problem(steps, job)
             if len(self._base_problems) > _MOST_BASES:
@@ -322,6 +327,15 @@ class Repositories:
                 response = pb.AssessResponse(verdict=pb.TEST_VERDICT_INFRA_ERROR, reason=error.message)
         metrics.count("assess", pb.TestVerdict.Name(response.verdict).removeprefix("TEST_VERDICT_"), started)
         return response
+
+
+def digest_of_base(request: pb.JudgePatchRequest) -> bytes:
+    """Returns a digest of all that decides what the tests of a repository do without a patch."""
+    base = pb.JudgePatchRequest()
+    base.CopyFrom(request)
+    base.ClearField("patch")
+    base.ClearField("idempotency_key")
+    return hashlib.sha256(base.SerializeToString(deterministic=True)).digest()
 
 
 def describe_trial(request: pb.JudgePatchRequest, trial: Trial) -> pb.JudgePatchResponse:
