@@ -86,6 +86,11 @@ class Reader:
         if "\0" in text:
             self.refuse(field, "must not contain NUL")
 
+    def check_enum(self, field: str, value: int, known: Collection[int]) -> None:
+        """Checks that a number is one of the contract's."""
+        if value not in known:
+            self.refuse(field, f"{value} is unknown")
+
     def check_there(self, field: str, source: bytes) -> None:
         """Checks that what judges a submission is there at all."""
         if not source:
@@ -321,6 +326,8 @@ def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Ca
     kind = find_kind(reader, request)
     if kind == "interactive" and not request.HasField("interactor"):
         reader.refuse("interactor", "is required by interactive tests")
+    if kind == "interactive" and checker is not None:
+        reader.refuse("checker.program", "must be empty where tests are interactive: the interactor decides")
     if kind != "interactive" and request.HasField("interactor"):
         reader.refuse("interactor", "must be empty where no test is interactive")
     if program is not None and kind in ("function", "code") and program.runtime.python is None:
@@ -405,6 +412,8 @@ def read_judging_program(reader: Reader, program: pb.Program, prefix: str) -> Ch
     read = reader.read_program(program, program.compile_limits, {}, prefix)
     reader.check_there(f"{prefix}source", program.source)
     reader.check_arguments(f"{prefix}args", program.args)
+    reader.check_enum(f"{prefix}protocol", program.protocol, pb.CheckerProtocol.values())
+    reader.check_enum(f"{prefix}points_scale", program.points_scale, pb.PointsScale.values())
     if read is None:
         return None
     return Checker(read, program.protocol, program.points_scale, tuple(program.args), program.replace_args)
@@ -413,11 +422,15 @@ def read_judging_program(reader: Reader, program: pb.Program, prefix: str) -> Ch
 def check_groups(reader: Reader, request: pb.JudgeRequest) -> None:
     """Checks the groups: their names, that tests name them, and that what they need comes before them."""
     seen: set[str] = set()
+    named = {test.group for test in request.tests}
     for index, group in enumerate(request.groups):
         if not group.name or group.name in seen:
             reader.refuse(f"groups[{index}].name", "is there twice" if group.name else "must not be empty")
         for needed in set(group.needs) - seen:
             reader.refuse(f"groups[{index}].needs", f"{needed!r} is no group before this one")
+        reader.check_enum(f"groups[{index}].policy", group.policy, pb.GroupPolicy.values())
+        if group.name not in named:
+            reader.refuse(f"groups[{index}]", f"no test names the group {group.name!r}")
         if not 0 <= group.points < math.inf:
             reader.refuse(f"groups[{index}].points", f"must be a number of at least 0, got {group.points}")
         seen.add(group.name)
