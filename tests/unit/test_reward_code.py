@@ -203,3 +203,4 @@ def test_a_diff_of_a_page_with_fences_is_taken_whole() -> None:
     diff = "--- a/README.md\n+++ b/README.md\n@@ -1,3 +1,3 @@\n ```\n-old\n+new\n ```\n"
     assert find_patch(f"First:\n```python\nx\n```\nThen\n```diff\n{diff}```\nDone.") == diff
     assert find_patch(diff) == diff
+    assert find_patch(f"```diff\n{diff}\n```") == f"{diff}\n"

@@ -17,7 +17,8 @@ FENCE = re.compile(r"^```[A-Za-z0-9_+#-]*[ \t]*\n(.*?)(?:^```|\Z)", re.DOTALL | 
 
 def find_patch(text: str) -> str:
     """Returns the last fenced block, also one that does not end; the text when it has none."""
-    return next(reversed(FENCE.findall(text)), text).strip("\n") + "\n"
+    patch = next(reversed(FENCE.findall(text)), text).lstrip("\n")
+    return patch if patch.endswith("\n") else f"{patch}\n"  # a blank line at its end may be one of the file
 
 
 class PatchVerifier(SandboxVerifier[pb.PatchVerifier]):
