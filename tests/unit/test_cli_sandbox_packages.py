@@ -13,6 +13,7 @@ import pytest
 from perigee.cli.sandbox import dmoj_graders, text_checker
 from perigee.cli.sandbox.judge import make_requests, read_solutions
 from perigee.cli.sandbox.packages import open_problem
+from perigee.cli.sandbox.swe import print_tests
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
@@ -104,6 +105,48 @@ def test_a_package_of_kattis(tmp_path: Path) -> None:
     assert [solution.language for solution in read_solutions(problem, [])] == ["python", "cpp"]
     [validator] = problem.section.validators
     assert [file.path for file in problem.read_helper("validators", validator).files] == ["check.h"]
+
+
+def kattis(folder: Path, problem: str, **files: str) -> Path:
+    tests = {f"data__secret__{group}__{name}_DOT_in": "" for group in "ab" for name in "12"}
+    return write(folder, problem_DOT_yaml=problem, **tests, **files)
+
+
+def test_groups_of_kattis_break_one_another(tmp_path: Path) -> None:
+    folder = kattis(tmp_path, "type: scoring", data__sample__1_DOT_in="", data__testdata_DOT_yaml="accept_score: 0")
+    write(folder, data__secret__testdata_DOT_yaml="accept_score: 3")
+    groups = {group.name: list(group.needs) for group in request_of(folder).groups}
+    assert groups == {"sample": [], "secret/a": [], "secret/b": ["secret/a"]}
+    write(folder, data__secret__testdata_DOT_yaml="on_reject: continue\noutput_validator_args: [case_sensitive]")
+    request = request_of(folder)
+    assert not any(group.needs for group in request.groups)
+    assert list(request.tests[-1].checker_args) == ["case_sensitive"]
+
+
+def test_scores_of_kattis_are_added(tmp_path: Path) -> None:
+    validator = {"output_validators__v_DOT_py": "", "data__testdata_DOT_yaml": "range: 0 10"}
+    request = request_of(kattis(tmp_path, "validation: custom score", **validator))
+    assert {test.points for test in request.tests} == {10}
+    assert [group.points for group in request.groups] == [20, 20]  # 5 and 5 are 10
+    write(tmp_path, data__testdata_DOT_yaml="range: -inf inf")
+    assert {test.points for test in request_of(tmp_path).tests} == {1}
+
+
+@pytest.mark.parametrize(
+    ("problem", "settings", "reason"),
+    [
+        ("type: scoring", "grader_flags: max", "grader flag max"),
+        ("type: scoring", "grading: custom", "grader of its own"),
+        ("type: scoring", "grader_flags: min", "minimum of groups"),
+        ("validation: custom", "", "is custom, and has no program"),
+        ("type: [submit-answer]", "", "submit-answer"),
+        ("limits: {memory: much}", "", "ValidationError: 1 validation error"),
+        ("limits: {time_limit: soon}", "", "could not convert string to float"),
+    ],
+)
+def test_what_is_not_read_of_kattis_is_refused(tmp_path: Path, problem: str, settings: str, reason: str) -> None:
+    with pytest.raises(InvalidArgumentError, match=reason):
+        open_problem(kattis(tmp_path, problem, data__testdata_DOT_yaml=settings))
 
 
 def test_an_interactive_package_of_kattis(tmp_path: Path) -> None:
@@ -222,6 +265,9 @@ def test_names_of_cases_and_graders_of_dmoj(tmp_path: Path) -> None:
         ("kattis", b"1.01", b"1", ["float_tolerance", "0.02"], 1.0),
         ("kattis", b"nan", b"1", ["float_tolerance", "0.02"], 0.0),
         ("kattis", b"a  b", b"a b", ["space_change_sensitive"], 0.0),
+        ("kattis", b"1_0", b"10", ["float_tolerance", "0.02"], 0.0),
+        ("standard", b" 1  2 \n\n3", b"1 2\n \n3\n", [], 1.0),
+        ("standard", b"1\n2\n3", b"1 2\n3", [], 0.0),
         ("floats", b"1.001 x\n\n2", b"1 x\n2", ["0.01", "default"], 1.0),
         ("floats", b"1.001 x 2", b"1 x\n2", ["0.01", "default"], 0.0),
         ("floats", b"100.5", b"100", ["0.01", "absolute"], 0.0),
@@ -270,3 +316,8 @@ def test_graders_in_python(
     command = [sys.executable, dmoj_graders.__file__, "input", "output", "answer", kind, "grader.py", options]
     ended = subprocess.run(command, cwd=tmp_path, input=said, capture_output=True)
     assert (ended.returncode, ended.stderr[: len(words)]) == (code, words)
+
+
+def test_names_of_parameters_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    print_tests(pb.JudgePatchRequest(fail_to_pass=["a"]), pb.JudgePatchResponse(tests=[pb.ReportedTest(id="t[a.b-1]")]))
+    assert "t[a.b-1]" in capsys.readouterr().out

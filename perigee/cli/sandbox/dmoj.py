@@ -241,8 +241,6 @@ class _Package:
 def _built_in(name: str, options: Values) -> CheckerSection | None:
     """Returns one of the checkers that are part of DMOJ's judge; None for an unknown name."""
     match name:
-        case "standard":
-            return CheckerSection(comparison="tokens")
         case "identical":
             return CheckerSection(comparison="exact")
         case "sorted" if options.get("split_on", "lines") == "whitespace":
@@ -260,7 +258,7 @@ def _built_in(name: str, options: Values) -> CheckerSection | None:
             return CheckerSection(program=text_checker("linematches", *points, *short))
         case "rstripped":
             return CheckerSection(program=text_checker(name, *(["filter"] if options.get("filter_new_line") else [])))
-        case "easy" | "linecount" | "sorted":
+        case "standard" | "easy" | "linecount" | "sorted":
             return CheckerSection(program=text_checker(name))
     return None
 

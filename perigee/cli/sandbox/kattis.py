@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -57,10 +58,16 @@ def load_kattis(folder: Path) -> Problem:
     has_own = own is not None and "default" not in kinds
     judging = _validator(folder, own, flags, limits, "scoring" in kinds) if own is not None and has_own else None
     interactive = "interactive" in kinds
-    if interactive and judging is None:
-        raise InvalidArgumentError.for_field(str(folder), "is interactive, and has no program in output_validators/")
+    if judging is None and (lacking := kinds & {"interactive", "custom"}):
+        raise InvalidArgumentError.for_field(
+            str(folder / "problem.yaml"), f"is {lacking.pop()}, and has no program in output_validators/"
+        )
+    if "submit-answer" in kinds:
+        raise InvalidArgumentError.for_field(
+            f"{folder / 'problem.yaml'}: type", "is submit-answer, which is not read: its submissions are no programs"
+        )
     custom = judging is not None and judging.points_scale == "points"
-    reader = _Reader(folder / DATA, "scoring" in kinds, interactive, custom)
+    reader = _Reader(folder / DATA, "scoring" in kinds, interactive, custom, "score" in kinds)
     tests = list(reader.read())
     section = ProblemSection(
         title=_title(values),
@@ -78,8 +85,8 @@ def _kinds(values: dict[str, Any]) -> set[str]:
     """Returns what kind of problem it is, in the words of either version of the format."""
     named = values.get("type") or []
     kinds = set(named.split() if isinstance(named, str) else named)
-    old = {"score": "scoring"}
-    return kinds | {old.get(word, word) for word in str(values.get("validation") or "").split()}
+    kinds |= set(str(values.get("validation") or "").split())
+    return kinds | {"scoring"} if "score" in kinds else kinds
 
 
 def _title(values: dict[str, Any]) -> str:
@@ -159,28 +166,36 @@ class _Settings:
 class _Reader:
     """Reads the tests of a package, and the groups that a scoring problem makes of them."""
 
-    def __init__(self, data: Path, is_scoring: bool, is_interactive: bool, has_scores: bool) -> None:
+    def __init__(
+        self, data: Path, is_scoring: bool, is_interactive: bool, has_scores: bool, needs_scores: bool
+    ) -> None:
         self._data = data
         self._is_scoring = is_scoring
         self._is_interactive = is_interactive
         self._has_scores = has_scores
+        self._needs_scores = needs_scores
         self.groups: list[GroupSection] = []
 
     def read(self) -> Iterator[pb.TestCase]:
         """Yields all tests, the samples first."""
         top = self._settings(self._data, _Settings())
         ignores_sample = "ignore_sample" in self._grader_flags(self._data) or not self._is_scoring
-        for name in (SAMPLE, SECRET):
-            if (self._data / name).is_dir():
-                earns = name == SECRET or not ignores_sample
-                yield from self._read_folder(self._data / name, top, earns)
+        folders = [self._data / name for name in (SAMPLE, SECRET) if (self._data / name).is_dir()]
+        for folder, needs in self._in_turn(folders, top, []):
+            yield from self._read_folder(folder, top, folder.name == SECRET or not ignores_sample, needs)
 
-    def _read_folder(self, folder: Path, outer: _Settings, earns: bool) -> Iterator[pb.TestCase]:
+    def _in_turn(self, folders: list[Path], outer: _Settings, needs: list[str]) -> Iterator[tuple[Path, list[str]]]:
+        """Yields folders and the groups that each needs: where a rejection breaks, those of the folders before it."""
+        first = len(self.groups)
+        for folder in folders:
+            yield folder, [*needs, *(group.name for group in self.groups[first:] if outer.stops and group.points)]
+
+    def _read_folder(self, folder: Path, outer: _Settings, earns: bool, needs: list[str]) -> Iterator[pb.TestCase]:
         settings = self._settings(folder, outer)
         name = folder.relative_to(self._data).as_posix()
         inputs = sorted(folder.glob("*.in"), key=lambda path: natural_order(path.stem))
         if inputs and self._is_scoring:
-            self.groups.append(self._group(name, settings, len(inputs), earns))
+            self.groups.append(self._group(name, settings, len(inputs), earns, needs))
         for path in inputs:
             answer = path.with_suffix(".ans")
             yield make_test(
@@ -192,8 +207,13 @@ class _Reader:
                 group=name if self._is_scoring else "",
                 checker_args=settings.flags,
             )
-        for inner in sorted((path for path in folder.iterdir() if path.is_dir()), key=lambda p: natural_order(p.name)):
-            yield from self._read_folder(inner, settings, earns)
+        folders = sorted(
+            (path for path in folder.iterdir() if path.is_dir()), key=lambda path: natural_order(path.name)
+        )
+        if self._is_scoring and folders and settings.minimum:
+            raise self._refuse(folder, "takes the minimum of groups, which is not read: that of tests alone is")
+        for inner, needed in self._in_turn(folders, settings, needs):
+            yield from self._read_folder(inner, settings, earns, needed)
 
     def _points(self, settings: _Settings, earns: bool) -> float | None:
         if not self._is_scoring:
@@ -202,35 +222,48 @@ class _Reader:
             return 0.0
         return settings.most if self._has_scores and settings.most is not None else settings.accept_score
 
-    def _group(self, name: str, settings: _Settings, count: int, earns: bool) -> GroupSection:
+    def _group(self, name: str, settings: _Settings, count: int, earns: bool, needs: list[str]) -> GroupSection:
         points = self._points(settings, earns) or 0.0
-        whole = points if settings.minimum else min(points * count, settings.most or points * count)
+        whole = points if settings.minimum else points * count
+        if not self._needs_scores and settings.most:  # tests that are accepted make the range together
+            whole = min(whole, settings.most)
         policy = "minimum" if settings.minimum else "sum"
-        return GroupSection(name=name, policy=policy, points=whole, stop_at_first_failure=settings.stops)
+        return GroupSection(name=name, needs=needs, policy=policy, points=whole, stop_at_first_failure=settings.stops)
 
     def _settings(self, folder: Path, outer: _Settings) -> _Settings:
         values = self._values(folder)
         flags = self._grader_flags(folder)
-        settings = replace(outer, most=None)
+        settings = replace(outer, most=outer.most if self._needs_scores else None)
+        if unread := {"max", "avg"}.intersection(flags):
+            raise self._refuse(folder, f"has the grader flag {unread.pop()}, which is not read: min and sum are")
+        if values.get("grading") == "custom":
+            raise self._refuse(folder, "has a grader of its own, which is not read")
         if "on_reject" in values:
             settings.stops = values["on_reject"] == "break"
         if "accept_score" in values:
             settings.accept_score = float(values["accept_score"])
-        if "min" in flags or values.get("score_aggregation") == "min":
+        if "min" in flags or values.get("score_aggregation") in ("min", "pass-fail"):
             settings.minimum = True
         elif "sum" in flags or values.get("score_aggregation") == "sum":
             settings.minimum = False
-        if "output_validator_flags" in values:
-            settings.flags = tuple(shlex.split(str(values["output_validator_flags"])))
+        for key in ("output_validator_flags", "output_validator_args"):
+            if key in values:
+                given = values[key]
+                settings.flags = tuple(map(str, given)) if isinstance(given, list) else tuple(shlex.split(str(given)))
         if "range" in values:
-            settings.most = float(str(values["range"]).split()[1])
+            most = float(str(values["range"]).split()[1])
+            settings.most = most if math.isfinite(most) else None
         return settings
 
     def _values(self, folder: Path) -> dict[str, Any]:
         found = (folder / name for name in _GROUP_FILES if (folder / name).is_file())
         path = next(found, None)
         values = {} if path is None or not read_bytes(path).strip() else read_yaml(path)
-        return {**values, **(values.get("grading") or {})}
+        grading = values.get("grading")
+        return {**values, **grading} if isinstance(grading, dict) else values
+
+    def _refuse(self, folder: Path, description: str) -> InvalidArgumentError:
+        return InvalidArgumentError.for_field(str(folder), description)
 
     def _grader_flags(self, folder: Path) -> list[str]:
         return str(self._values(folder).get("grader_flags") or "").split()

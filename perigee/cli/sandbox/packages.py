@@ -4,6 +4,7 @@ inputs checked by validators.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,7 +28,11 @@ def open_problem(folder: Path) -> Problem:
     """Loads a problem's folder or a package; raises InvalidArgumentError naming the file and what is wrong."""
     for fits, load in ((is_dmoj, load_dmoj), (is_polygon, load_polygon), (is_kattis, load_kattis)):
         if fits(folder):
-            return load(folder)
+            try:
+                return load(folder)
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+                reason = f"is no package that can be read: {type(error).__name__}: {' '.join(str(error).split())}"
+                raise InvalidArgumentError.for_field(str(folder), reason) from error
     return load_problem(folder)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from google.protobuf.json_format import MessageToDict
 from pydantic import Field, field_validator, model_validator
+from rich.markup import escape
 from rich.table import Table
 
 from perigee.cli.sandbox.connection import check_size, open_console, open_sandbox, read_bytes
@@ -142,7 +143,7 @@ def print_tests(request: pb.JudgePatchRequest, response: pb.JudgePatchResponse) 
     table = Table("test", "", "time")
     for test in response.tests[: len(request.fail_to_pass) + len(request.pass_to_pass)]:
         outcome = pb.TestOutcome.Name(test.outcome).removeprefix("TEST_OUTCOME_").lower()
-        table.add_row(test.id, outcome, f"{test.duration_ms} ms")
+        table.add_row(escape(test.id), outcome, f"{test.duration_ms} ms")
     console.print(table)
     verdict = pb.TestVerdict.Name(response.verdict).removeprefix("TEST_VERDICT_").lower().replace("_", " ")
     console.print(f"{verdict}: {response.reason}" if response.reason else verdict, markup=False)

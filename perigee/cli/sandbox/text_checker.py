@@ -23,7 +23,7 @@ def lines_of(text: bytes) -> list[bytes]:
 def number_of(word: bytes) -> float | None:
     """Returns the number that a word spells; None when it spells none."""
     try:
-        return float(word)
+        return None if b"_" in word else float(word)
     except ValueError:
         return None
 
@@ -74,6 +74,12 @@ def floats(output: bytes, answer: bytes, options: Sequence[str]) -> float:
     return 1.0
 
 
+def standard(output: bytes, answer: bytes, options: Sequence[str]) -> float:
+    """Compares word by word, where a line's end is not the same as a space."""
+    ours, theirs = ([words for line in lines_of(text) if (words := line.split())] for text in (output, answer))
+    return float(ours == theirs)
+
+
 def easy(output: bytes, answer: bytes, options: Sequence[str]) -> float:
     """Compares how often each character comes, in either case, without white space."""
     return float(Counter(b"".join(output.lower().split())) == Counter(b"".join(answer.lower().split())))
@@ -113,6 +119,7 @@ def ordered(output: bytes, answer: bytes, options: Sequence[str]) -> float:
 COMPARISONS = {
     "kattis": kattis,
     "floats": floats,
+    "standard": standard,
     "easy": easy,
     "linecount": linecount,
     "linematches": linematches,
