@@ -64,7 +64,12 @@ def snapshot(root: Path) -> dict[Path, tuple[int, int]]:
 
 
 def save(root: Path, patterns: Sequence[str]) -> dict[str, File]:
-    """Returns the protected files and links by path: those of which path or name match a pattern."""
+    """Returns the protected files and links by path: those of which path or name match a pattern, and what Python would
+    import in the place of one.
+    """
+    stems = [pattern.removesuffix(".py") for pattern in patterns if pattern.endswith(".py")]
+    stems += [f"*/{stem}" for stem in stems if "/" not in stem]
+    patterns = [*patterns, *(f"{stem}{end}" for stem in stems for end in ("/*", ".*.so", ".so"))]
     paths = {str(path.relative_to(root)): path for path in find_files(root)}
     return {
         name: _read(path)

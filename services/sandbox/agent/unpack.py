@@ -275,7 +275,9 @@ def check_link(entry: Entry, path: str) -> None:
     """Raises RefusedError for a link that does not lead to a path below the folder."""
     target = entry.target or ""
     reached = posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
-    if not target or "\0" in target or target.startswith("/") or reached.split("/")[0] == "..":
+    names = [part for part in target.split("/") if part not in ("", ".")]
+    climbs = ".." in names[names.count("..") :]  # from a name, which may be a link
+    if not target or "\0" in target or target.startswith("/") or climbs or reached.split("/")[0] == "..":
         raise RefusedError(f"the entry {_shown(entry.name)} links out of the folder, to {_shown(target)}")
 
 

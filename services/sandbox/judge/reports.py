@@ -46,12 +46,15 @@ def read_report(framework: pb.TestFramework.ValueType, content: bytes) -> list[p
         pb.TEST_FRAMEWORK_JEST: read_jest,
     }
     tests: dict[str, pb.ReportedTest] = {}
-    for test in readers[framework](content):
-        before = tests.get(test.id)
-        if before is None or _SEVERITY.index(before.outcome) < _SEVERITY.index(test.outcome):
-            tests[test.id] = test
-        if len(tests) > MOST_TESTS:
-            raise ReportError(f"has more than {MOST_TESTS} tests")
+    try:
+        for test in readers[framework](content):
+            before = tests.get(test.id)
+            if before is None or _SEVERITY.index(before.outcome) < _SEVERITY.index(test.outcome):
+                tests[test.id] = test
+            if len(tests) > MOST_TESTS:
+                raise ReportError(f"has more than {MOST_TESTS} tests")
+    except (RecursionError, LookupError) as error:  # headers of a tar after headers
+        raise ReportError(f"cannot be read: {error}") from error
     return list(tests.values())
 
 

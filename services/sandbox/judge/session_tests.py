@@ -8,6 +8,9 @@ from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.judge.suites import make_suite, read_suite
 from services.sandbox.runtime.sessions import Sessions
 
+_MOST_DIGITS = 10
+"""Of an exit code, which what runs in a session can forge."""
+
 
 async def run_tests_in_session(sessions: Sessions, cell: pb.RunCellRequest) -> pb.RunCellResponse:
     """Runs a cell that runs tests, and reads their report; raises what `Sessions.run` does.
@@ -27,7 +30,8 @@ async def run_tests_in_session(sessions: Sessions, cell: pb.RunCellRequest) -> p
     del response.files[:]
     response.files.extend(kept)
     if response.status == pb.STATUS_OK:
-        exit_code = int(response.result) if response.result.isdecimal() else None
+        is_code = response.result.isdecimal() and len(response.result) < _MOST_DIGITS
+        exit_code = int(response.result) if is_code else None
         result = await asyncio.to_thread(read_suite, suite, exit_code, response.stdout, reports)
         response.tests.extend(result.tests)
         response.reason = result.problem
