@@ -3,6 +3,8 @@
 # their summary is the last line. Fails when either fails.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+# Hundreds of processes import the same modules, so each is compiled once, whatever the caller's environment says.
+unset PYTHONDONTWRITEBYTECODE
 log=$(mktemp)
 HYPOTHESIS_PROFILE=${HYPOTHESIS_PROFILE:-ci} "${VENV:-.venv}"/bin/python -m pytest -n "${TEST_PROCESSES:-4}" "$@" >"$log" 2>&1 &
 tests=$!
