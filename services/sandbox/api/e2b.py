@@ -74,14 +74,11 @@ _METHODS = {
 _ERRORS = {"FileNotFoundError": NotFoundError, "FileExistsError": AlreadyExistsError}
 
 
-_MOST_S = 86_400.0
-
-
 class NewSandbox(BaseModel):
     """Sandbox to create; the timeout is in seconds."""
 
     templateID: Text = ""
-    timeout: float = Field(300, gt=0, le=_MOST_S, allow_inf_nan=False)
+    timeout: float = Field(300, gt=0, allow_inf_nan=False)
     metadata: dict[Text, Text] = {}
     envVars: dict[Text, Text] = {}
 
@@ -89,7 +86,7 @@ class NewSandbox(BaseModel):
 class Timeout(BaseModel):
     """Seconds from now after which a sandbox ends."""
 
-    timeout: float | None = Field(None, ge=0, le=_MOST_S, allow_inf_nan=False)
+    timeout: float | None = Field(None, ge=0, allow_inf_nan=False)
 
 
 class Execution(BaseModel):
