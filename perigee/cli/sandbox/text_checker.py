@@ -8,10 +8,11 @@ Exits with 0 or 1, or with 7 and a fraction of the points.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 
@@ -76,8 +77,9 @@ def floats(output: bytes, answer: bytes, options: Sequence[str]) -> float:
 
 def standard(output: bytes, answer: bytes, options: Sequence[str]) -> float:
     """Compares word by word, where a line's end is not the same as a space."""
-    ours, theirs = ([words for line in lines_of(text) if (words := line.split())] for text in (output, answer))
-    return float(ours == theirs)
+    found = (re.finditer(rb"[^\r\n]+", text) for text in (output, answer))
+    ours, theirs = (filter(None, (line[0].split() for line in lines)) for lines in found)  # one line's words at a time
+    return float(all(a == b for a, b in zip_longest(ours, theirs)))
 
 
 def easy(output: bytes, answer: bytes, options: Sequence[str]) -> float:
