@@ -297,6 +297,14 @@ int main() {
 }
 
 
+CHECK_SAME = b"""
+import sys
+output, answer = (open(name).read() for name in sys.argv[2:4])
+print(output, "and", answer, file=sys.stderr)
+sys.exit(output != answer)
+"""
+
+
 @pytest.mark.parametrize("language", GUESSERS)
 @pytest.mark.parametrize("interactor", INTERACTORS)
 async def test_a_dialogue(fronts: Fronts, language: str, interactor: str) -> None:
@@ -342,3 +350,17 @@ async def test_an_interactor_that_does_not_compile_judges_nothing(fronts: Fronts
     response = await fronts.grpc.judge(request)
     assert verdicts(response) == ["UNJUDGEABLE"]
     assert "does not compile" in response.results[0].reason
+
+
+async def test_a_checker_reads_what_the_interactor_wrote(fronts: Fronts) -> None:
+    interactor = b"import sys\nsaid = input()\nopen(sys.argv[2], 'w').write(said)\nsys.exit(said == 'no')"
+    request = pb.JudgeRequest(
+        language="python",
+        source=b"print(input())",
+        tests=[pb.TestCase(interactive=pb.InteractiveTest(input=name, answer=b"5")) for name in (b"5", b"4", b"no")],
+        interactor=pb.Program(language="python", source=b"print(open('input.txt').read(), flush=True)\n" + interactor),
+        checker=pb.Checker(program=pb.Program(language="python", source=CHECK_SAME)),
+    )
+    response = await fronts.grpc.judge(request)
+    assert verdicts(response) == ["ACCEPTED", "WRONG_ANSWER", "WRONG_ANSWER"]
+    assert [result.reason for result in response.results] == ["5 and 5", "4 and 5", ""]

@@ -196,6 +196,10 @@ def test_a_package_of_polygon(tmp_path: Path) -> None:
     assert {group.name: group.policy for group in request.groups} == {"1": pb.GROUP_POLICY_ALL, "2": SUM}
     assert [group.name for group in request.groups] == ["1", "2"]  # a group comes after those that it needs
     assert request.limits == pb.Limits(cpu_ms=1000, wall_ms=3000, memory_bytes=256 << 20)
+    talking = POLYGON.replace("<checker", '<interactor><source path="files/gen.cpp"/></interactor><checker')
+    request = request_of(write(tmp_path, problem_DOT_xml=talking.replace("{files}", "")))
+    assert request.HasField("checker")
+    assert request.HasField("interactor")
     write(tmp_path, problem_DOT_xml=POLYGON.replace("{files}", "in.txt"))
     with pytest.raises(InvalidArgumentError, match="standard input and output alone"):
         open_problem(tmp_path)

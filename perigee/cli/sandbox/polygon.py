@@ -62,11 +62,7 @@ def load_polygon(folder: Path) -> Problem:
     resources = [each.get("path", "") for each in root.findall("files/resources/file")]
     helpers = [name for name in resources if name.endswith(".h")]
     checker = root.find("assets/checker/source")
-    checking = (
-        {}
-        if interactor is not None or checker is None
-        else {"checker": CheckerSection(program=_program(checker, helpers))}
-    )
+    checking = {} if checker is None else {"checker": CheckerSection(program=_program(checker, helpers))}
     section = ProblemSection(
         title=next((name.get("value", "") for name in root.findall("names/name")), ""),
         limits=_limits(testset),

@@ -1292,7 +1292,9 @@ class JudgeRequest(_message.Message):
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___File]: ...
     @_builtins.property
-    def checker(self) -> Global___Checker: ...
+    def checker(self) -> Global___Checker:
+        """Where tests are interactive, its program decides on output.txt of each dialogue that the interactor accepted."""
+
     @_builtins.property
     def interactor(self) -> Global___Program:
         """For interactive tests: started and read as a checker, its standard input and output connected with the

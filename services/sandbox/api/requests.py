@@ -326,8 +326,6 @@ def read_submission(request: pb.JudgeRequest, config: SandboxConfig, catalog: Ca
     kind = find_kind(reader, request)
     if kind == "interactive" and not request.HasField("interactor"):
         reader.refuse("interactor", "is required by interactive tests")
-    if kind == "interactive" and checker is not None:
-        reader.refuse("checker.program", "must be empty where tests are interactive: the interactor decides")
     if kind != "interactive" and request.HasField("interactor"):
         reader.refuse("interactor", "must be empty where no test is interactive")
     if program is not None and kind in ("function", "code") and program.runtime.python is None:

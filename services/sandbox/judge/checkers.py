@@ -39,11 +39,14 @@ _TRIAL_OUTPUTS = (b"", b"0\n", b"1 1\n", b"x\n")
 
 @dataclass(frozen=True)
 class OpenChecker:
-    """Checker or interactor that is compiled; `passes` are those that it may ask for."""
+    """Checker or interactor that is compiled; `passes` are those that it may ask for. The output that it leaves is kept
+    for a checker where `keeps_output`.
+    """
 
     checker: Checker
     loaded: LoadedProgram
     passes: int = 1
+    keeps_output: bool = False
 
     async def run(
         self, streams: Streams, contents: Sequence[bytes], test: pb.TestCase, is_interactor: bool = False
@@ -54,7 +57,7 @@ class OpenChecker:
         if self.checker.protocol == pb.CHECKER_PROTOCOL_KATTIS:
             files.append(pb.File(path=JUDGE_MESSAGE))  # so that its folder is there
         arguments = arguments_of(self.checker, test.checker_args, is_interactor)
-        wanted = files_of(self.checker, self.passes)
+        wanted = [*files_of(self.checker, self.passes), *([FILES["output"]] if self.keeps_output else [])]
         result = await self.loaded.run(streams, arguments, files, wanted, self.loaded.program.limits.file_bytes)
         check_compiled(self.loaded)
         return result
@@ -74,13 +77,13 @@ class OpenChecker:
 
 @asynccontextmanager
 async def open_checker(
-    factory: SandboxFactory, checker: Checker, slot: WorkerSlot, passes: int = 1
+    factory: SandboxFactory, checker: Checker, slot: WorkerSlot, passes: int = 1, keeps_output: bool = False
 ) -> AsyncIterator[OpenChecker]:
     """Yields a checker or an interactor, compiled; raises as `check_compiled`."""
     async with open_program(factory, checker.program, slot) as loaded:
         await loaded.load()
         check_compiled(loaded)
-        yield OpenChecker(checker, loaded, passes)
+        yield OpenChecker(checker, loaded, passes, keeps_output)
 
 
 def check_compiled(loaded: LoadedProgram) -> None:

@@ -31,8 +31,8 @@ from services.sandbox.agent.protocol import Limits, RunResult
 from services.sandbox.judge.checkers import open_checker, run_checker
 from services.sandbox.judge.pairs import PairedRun, pipes
 from services.sandbox.judge.results import (
-    CUT_BYTES,
     Results,
+    cut_output,
     decide,
     unjudged_result,
     verdict_of,
@@ -105,12 +105,6 @@ async def check_results(
             if result.output and result.verdict in (pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_WRONG_ANSWER):
                 arguments, expected = test.function.arguments_json.encode(), test.function.expected_json.encode()
                 decide(result, await run_checker(checker, arguments, result.output, test, expected))
-
-
-def cut_output(result: pb.TestResult) -> None:
-    """Leaves as much of the output as a response holds."""
-    if len(result.output) > CUT_BYTES:
-        result.output, result.output_truncated = result.output[:CUT_BYTES], True
 
 
 def function_results(

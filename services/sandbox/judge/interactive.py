@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 
 from perigee.errors import PerigeeError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.judge.checkers import OpenChecker, open_checker
-from services.sandbox.judge.decisions import Decision
+from services.sandbox.judge.checkers import OpenChecker, open_checker, run_checker
+from services.sandbox.judge.decisions import FILES, Decision
 from services.sandbox.judge.groups import Schedule, skipped_result
 from services.sandbox.judge.pairs import PairedRun
-from services.sandbox.judge.results import UNDECIDED, Results, decide, run_passes, unjudged_result
+from services.sandbox.judge.results import UNDECIDED, Results, cut_output, decide, run_passes, unjudged_result
 from services.sandbox.runtime.jobs import Submission
 from services.sandbox.runtime.programs import LoadedProgram, Streams, open_program, opened, read_execution
 from services.sandbox.runtime.sandboxes import SandboxFactory
@@ -163,7 +163,8 @@ async def judge_interactive(factory: SandboxFactory, submission: Submission, pai
     async with open_program(factory, submission.program, pair.program) as loaded:
         if not await loaded.load():
             return [], loaded.compiled
-        async with open_checker(factory, submission.interactor, pair.judge, request.passes) as interactor:
+        is_checked = submission.checker is not None
+        async with open_checker(factory, submission.interactor, pair.judge, request.passes, is_checked) as interactor:
 
             async def run_pass(content: bytes, test: pb.TestCase) -> tuple[pb.TestResult, Decision]:
                 return await run_dialogue(loaded, interactor, content, test)
@@ -176,7 +177,22 @@ async def judge_interactive(factory: SandboxFactory, submission: Submission, pai
                         return [], loaded.compiled
                 schedule.note(test, result)
                 results.append(result)
+        if is_checked:
+            await check_outputs(factory, submission, pair, results)
     return results, loaded.compiled
+
+
+async def check_outputs(
+    factory: SandboxFactory, submission: Submission, pair: SlotPair, results: list[pb.TestResult]
+) -> None:
+    """Has the caller's checker decide on what the interactor wrote about each dialogue that it accepted."""
+    assert submission.checker is not None
+    async with open_checker(factory, submission.checker, pair.judge) as checker:
+        for result, test in zip(results, submission.request.tests, strict=True):
+            if result.verdict == pb.TEST_VERDICT_ACCEPTED:
+                dialogue = test.interactive
+                decide(result, await run_checker(checker, dialogue.input, result.output, test, dialogue.answer))
+            cut_output(result)
 
 
 async def run_dialogue(
@@ -208,6 +224,9 @@ async def run_dialogue(
     crashed = known.verdict == pb.TEST_VERDICT_RUNTIME_ERROR and program_first
     if crashed or run.stop in ("wall", "cpu", "memory", "output"):
         return known, UNDECIDED
+    if interactor.keeps_output:
+        written = next((file.content for file in left if file.path == FILES["output"]), b"")
+        known.output = written[: loaded.program.limits.output_bytes]  # the checker has space for as much
     return decide_dialogue(known, decision, dialogue), decision
 
 

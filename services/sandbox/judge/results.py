@@ -51,6 +51,12 @@ def decide(result: pb.TestResult, decision: Decision) -> pb.TestResult:
     return result
 
 
+def cut_output(result: pb.TestResult) -> None:
+    """Leaves as much of the output as a response holds."""
+    if len(result.output) > CUT_BYTES:
+        result.output, result.output_truncated = result.output[:CUT_BYTES], True
+
+
 Pass = Callable[[bytes, pb.TestCase], Awaitable[tuple[pb.TestResult, Decision]]]
 
 
