@@ -113,6 +113,11 @@ func TestMain(m *testing.M) {
         broken='package main\nimport "testing"\nfunc TestIt(t *testing.T) { missing() }',
         compiler_word="undefined: missing",
     ),
+    "junit": Example(
+        "",
+        broken="import org.junit.jupiter.api.Test;\nclass A { @Test void t() { missing(); } }",
+        compiler_word="cannot find symbol",
+    ),
     "pytest": Example(""),
     "haskell": Example(
         """import System.Environment
@@ -389,6 +394,7 @@ FAILED_ASSERTIONS = {
     "csharp": "class P { static void Main() { System.Diagnostics.Debug.Assert(1 > 2); } }",
     "d": "unittest { assert(1 > 2); }\nvoid main() {}",
     "go-test": 'package main\nimport "testing"\nfunc TestIt(t *testing.T) { t.Error("no") }',
+    "junit": "import org.junit.jupiter.api.*;\nclass A { @Test void t() { Assertions.assertEquals(1, 2); } }",
     "java": "class P { public static void main(String[] a) { assert 1 > 2; } }",
     "racket": "#lang racket\n(require rackunit)\n(check-equal? 1 2)",
 }
