@@ -18,26 +18,26 @@ import pytest
 import pytest_asyncio
 
 from services.sandbox.config import SandboxConfig
-from tests.fixtures.sandbox_fronts import running_fronts
+from tests.fixtures.sandbox_fronts import Fronts
 from tests.integration.test_sandbox_docs import blocks
 
 KEY = "a-key"
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def guarded(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[httpx.AsyncClient]:
-    """HTTP client of a sandbox, which sends an API key."""
-    async with running_fronts(tmp_path_factory.mktemp("e2b")) as fronts:
-        fronts.http.headers["x-api-key"] = KEY
-        yield fronts.http
+async def guarded(fronts: Fronts) -> AsyncIterator[httpx.AsyncClient]:
+    """HTTP client of the sandbox, which sends an API key."""
+    async with httpx.AsyncClient(base_url=fronts.http.base_url, timeout=110, headers={"x-api-key": KEY}) as client:
+        yield client
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
-async def sandbox(guarded: httpx.AsyncClient) -> dict[str, str]:
+async def sandbox(guarded: httpx.AsyncClient) -> AsyncIterator[dict[str, str]]:
     """Headers that name a sandbox."""
     created = await guarded.post("/e2b/v2/sandboxes", json={"templateID": "base", "metadata": {"of": "test"}})
     assert created.status_code == 201
-    return {"e2b-sandbox-id": created.json()["sandboxID"]}
+    yield {"e2b-sandbox-id": created.json()["sandboxID"]}
+    await guarded.delete(f"/e2b/sandboxes/{created.json()['sandboxID']}")
 
 
 async def execute(client: httpx.AsyncClient, sandbox: dict[str, str], code: str, **fields: Any) -> list[dict[str, Any]]:
