@@ -349,3 +349,20 @@ def test_piston_lists_a_language_under_all_its_names() -> None:
         "version": "g++ 12.2.0",
         "aliases": ["c++", "c++17", "g++"],
     }
+
+
+@pytest.mark.parametrize(
+    ("language", "code", "source"),
+    [
+        ("php", "echo 1;", "<?php\necho 1;"),
+        ("php", "\n<?php echo 1;", "<?php echo 1;"),
+        ("typescript", "1 === 2", "// @ts-nocheck\n1 === 2"),
+        ("python", " x", " x"),
+    ],
+)
+def test_sources_leave_out_what_they_may(language: str, code: str, source: str) -> None:
+    body = sandbox_fusion.RunCodeRequest(code=code, language=language)
+    request = sandbox_fusion.to_execute_request(body, pb.Runtime(language=language))
+    assert request.source.decode() == source
+    csharp = sandbox_fusion.RunCodeRequest(code="class P {}", language="csharp")
+    assert sandbox_fusion.to_execute_request(csharp, pb.Runtime(language="csharp")).source.startswith(b"using System; ")

@@ -123,7 +123,7 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         limits.memory_bytes = whole(body.memory_limit_MB * 2**20, 2**64 - 1)
     request = pb.ExecuteRequest(
         language=runtime.language if runtime else body.language,
-        source=((_BEGINNINGS.get(runtime.language, "") if runtime else "") + body.code).encode(),
+        source=complete_source(runtime.language if runtime else "", body.code).encode(),
         stdin=(body.stdin or "").encode(),
         limits=limits,
         files=read_files(body.files),
@@ -140,6 +140,14 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         compile_ms = whole(body.compile_timeout * 1000)
         request.compile_limits.CopyFrom(pb.Limits(wall_ms=compile_ms, cpu_ms=compile_ms))
     return request
+
+
+def complete_source(language: str, code: str) -> str:
+    """Returns a source with what it may leave out there."""
+    if language == "php":
+        code = code.lstrip()
+        return code if code.startswith("<?php") else f"<?php\n{code}"
+    return _BEGINNINGS.get(language, "") + code
 
 
 def read_files(files: Mapping[str, str | None]) -> list[pb.File]:
