@@ -62,7 +62,7 @@ def main() -> None:
     sys.path[0] = str(Path.cwd())
     options = [
         "-o",
-        "addopts=",
+        "addopts=--ignore=sandbox/tests/runners/samples",
         "-o",
         "asyncio_mode=auto",
         "-p",
