@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import Callable
+from itertools import cycle
 from typing import Any
 
 import pytest
@@ -24,6 +25,10 @@ from tests.fixtures.sandbox import function_tests, stdio_tests
 
 OUTCOMES = sorted(f"outcomes/{path.name}" for path in (PROGRAMS / "outcomes").glob("*.py"))
 ANSWERS = sorted(f"answers/{path.name}" for path in (PROGRAMS / "answers").glob("*.py"))
+TRICKS_ON_PROCESSES = [
+    *("answers_twice", "closes_descriptors", "exit_hooks", "exits_in_call", "floods_descriptors", "forges_replies"),
+    *("replaces_the_interpreter", "rewrites_replies"),
+]
 OUTPUTS = sorted(f"outputs/{path.name}" for path in (PROGRAMS / "outputs").glob("*.py"))
 # An infrastructure error would be tried again, so a submission must not be able to cause one.
 REFUSED = {
@@ -71,18 +76,26 @@ async def judge(client: SandboxClient, program: str, tests: list[pb.TestCase], *
 
 
 @pytest.mark.parametrize("program", ANSWERS)
-async def test_tricks_do_not_pass_for_answers(
-    sandbox: SandboxClient, program: str, request: pytest.FixtureRequest
-) -> None:
-    """Not in any kind of function tests; in a container, which is slow to start, each program meets one kind."""
-    limits, kinds = make_limits("python"), list(FUNCTION_TESTS.values())
-    if request.node.callspec.params["sandbox"] == "crun":
-        kinds = [kinds[ANSWERS.index(program) % len(kinds)]]
+async def test_tricks_do_not_pass_for_answers(every_language: SandboxClient, program: str) -> None:
+    """Not in any kind of function tests."""
+    await assert_no_trick(every_language, program, list(FUNCTION_TESTS))
+
+
+@pytest.mark.parametrize("sandbox", ["crun"], indirect=True)
+@pytest.mark.parametrize(("program", "kind"), zip(TRICKS_ON_PROCESSES, cycle(FUNCTION_TESTS), strict=False))
+async def test_tricks_on_processes_do_not_pass_in_containers(sandbox: SandboxClient, program: str, kind: str) -> None:
+    """What is done to the interpreter alone is the same there."""
+    await assert_no_trick(sandbox, f"answers/{program}.py", [kind])
+
+
+async def assert_no_trick(client: SandboxClient, program: str, kinds: list[str]) -> None:
+    """No test of the kinds passes, and the next jobs are served."""
+    limits, judged = make_limits("python"), [FUNCTION_TESTS[kind] for kind in kinds]
     for response in await asyncio.gather(
-        *(judge(sandbox, program, tests, function_name="f", checker=checker, limits=limits) for tests, checker in kinds)
+        *(judge(client, program, tests, function_name="f", checker=checker, limits=limits) for tests, checker in judged)
     ):
         assert_refused(response)
-    await assert_serves(sandbox)
+    await assert_serves(client)
 
 
 @pytest.mark.parametrize("program", OUTCOMES)
@@ -129,10 +142,10 @@ CHECKERS = {
 
 
 @pytest.mark.parametrize("program", OUTPUTS)
-async def test_other_outputs_do_not_pass_for_the_expected_one(sandbox: SandboxClient, program: str) -> None:
-    """Not with any checker."""
+async def test_other_outputs_do_not_pass_for_the_expected_one(every_language: SandboxClient, program: str) -> None:
+    """Not with any checker; what containers do with such programs, dialogues show."""
     tests = stdio_tests([(b"", b"1 2\n"), (b"in", b"1 2\n")])
-    judging = (judge(sandbox, program, tests, checker=checker) for checker in CHECKERS.values())
+    judging = (judge(every_language, program, tests, checker=checker) for checker in CHECKERS.values())
     for response in await asyncio.gather(*judging):
         assert_refused(response)
 
@@ -174,16 +187,22 @@ def holders(secret: str) -> dict[str, tuple[list[pb.TestCase], dict[str, Any]]]:
     }
 
 
-SEARCHES = ["secrets/search.py", "secrets/frames.py"]
+@pytest.mark.parametrize("holder", holders(""))
+async def test_what_is_expected_cannot_be_found(sandbox: SandboxClient, holder: str) -> None:
+    await assert_hidden(sandbox, "secrets/search.py", holder)
 
 
 @pytest.mark.parametrize("holder", holders(""))
-@pytest.mark.parametrize("program", SEARCHES)
-async def test_what_is_expected_cannot_be_found(sandbox: SandboxClient, program: str, holder: str) -> None:
-    secret = f"sesame-{secrets.token_hex(8)}"
-    tests, fields = holders(secret)[holder]
-    assert_refused(await judge(sandbox, program, tests, **fields))
-    later = await run_program(sandbox, program, {"cpu_ms": 10_000})
+async def test_what_is_expected_is_in_no_frame(every_language: SandboxClient, holder: str) -> None:
+    """Containers start an interpreter for each program, so that nothing is in its memory but its own."""
+    await assert_hidden(every_language, "secrets/frames.py", holder)
+
+
+async def assert_hidden(client: SandboxClient, program: str, holder: str) -> None:
+    """A submission that searches while its tests are judged, and a program after it, find nothing."""
+    tests, fields = holders(f"sesame-{secrets.token_hex(8)}")[holder]
+    assert_refused(await judge(client, program, tests, **fields))
+    later = await run_program(client, program, {"cpu_ms": 10_000})
     assert later.stdout == b"nothing\n"
 
 

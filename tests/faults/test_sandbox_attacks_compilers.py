@@ -24,7 +24,7 @@ from tests.faults.attack_runs import (
 )
 
 AT_ONCE_S = 90.0
-COMPILE_LIMITS = pb.Limits(wall_ms=20_000, cpu_ms=2000)
+COMPILE_LIMITS = pb.Limits(wall_ms=20_000, cpu_ms=1000)
 MESSAGE_BYTES = 64 << 10
 HELD = (COMPILE_ERROR, TIME_LIMIT, MEMORY_LIMIT, OUTPUT_LIMIT)
 

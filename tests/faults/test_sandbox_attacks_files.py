@@ -135,8 +135,8 @@ async def test_a_file_that_is_exchanged_with_a_link_is_own_or_an_error(
     sandbox: SandboxClient, host_secret: str, target: str
 ) -> None:
     path = host_secret if target == "host_secret" else target
-    paths = ["out", f"folder/{path.rpartition('/')[2]}"] * 8
-    for _ in range(10):
+    paths = ["out", f"folder/{path.rpartition('/')[2]}"] * 16
+    for _ in range(5):
         for file in await collect(sandbox, "files/race.py", paths, [path]):
             assert file.error or is_own(file.content)
 
@@ -163,6 +163,7 @@ async def test_paths_that_name_no_file_are_refused(sandbox: SandboxClient, path:
     await assert_serves(sandbox)
 
 
+@pytest.mark.parametrize("sandbox", ["zygote"], indirect=True)  # none reaches a box
 @pytest.mark.parametrize("path", ["", "/tmp/evil", "../evil", "a/../../evil", "..", "/", "a\0b", "a/./../../evil"])
 async def test_input_files_out_of_the_folder_are_refused(sandbox: SandboxClient, path: str) -> None:
     with pytest.raises(InvalidArgumentError) as error:

@@ -21,8 +21,6 @@ BROKEN = {
     "an exit": "raise SystemExit(0)",
     "an end of the process": "import os; os._exit(0)",
 }
-ALL_PROBLEMS = ("another value", "an object that equals everything")
-"""What is tried with every problem; the rest is tried with some of them, to save time."""
 WRAPPED = """
 {source}
 class AlwaysEqual:
@@ -42,12 +40,12 @@ def {name}(*arguments, **keywords):
 
 @pytest.fixture(scope="module")
 def problems() -> list[dict[str, str]]:
+    """Some of the problems; the integration tests judge all of them."""
     with gzip.open(find_data("HumanEval.jsonl.gz"), "rt") as file:
-        return [json.loads(line) for line in file]
+        return [json.loads(line) for line in file][::8]
 
 
-def test_all_reference_solutions_pass(code_test: RunCodeTest, problems: list[dict[str, str]]) -> None:
-    assert len(problems) == 164
+def test_reference_solutions_pass(code_test: RunCodeTest, problems: list[dict[str, str]]) -> None:
     for problem in problems:
         source = problem["prompt"] + problem["canonical_solution"]
         run = code_test(source, problem["test"], name=problem["entry_point"], setup=problem["prompt"])
@@ -60,8 +58,6 @@ def test_all_reference_solutions_pass(code_test: RunCodeTest, problems: list[dic
 @pytest.mark.parametrize("what", BROKEN)
 def test_no_solution_passes_that_returns(code_test: RunCodeTest, problems: list[dict[str, str]], what: str) -> None:
     """And none of them blames the test."""
-    if what not in ALL_PROBLEMS:
-        problems = problems[::8]
     endings: Counter[str] = Counter()
     for problem in problems:
         name = problem["entry_point"]
