@@ -290,6 +290,23 @@ def test_a_broken_channel_passes_no_test(code_test: RunCodeTest, source: str, me
         assert run.message.startswith(message)
 
 
+def test_what_a_submission_defines_is_no_fault_of_the_test(code_test: RunCodeTest) -> None:
+    """Else one could have it that it is never judged."""
+    check = "def check(candidate):\n    assert candidate(2) == 4"
+    assert code_test("class f(Exception): pass", check).ending == FAILED
+    nothing = encode({"loaded": True, "names": {}}).encode() + b"\n"
+    assert code_test(FORGE + f"write({nothing!r})\nos._exit(0)", check).ending == FAILED
+    new = encode({"new": [(-1, "function", "f", None)]}).encode() + b"\n"
+    names = b'{"dict":["loaded",true,"names",{"dict":["f",{"object":-1},"__annotations__",{"object":-1}]}]}\n'
+    run = code_test(FORGE + f"write({new + names!r})\nos._exit(0)", "y: int = 4\nassert f(2) == y")
+    assert run.ending == SUBMISSION_ERROR
+
+
+def test_a_test_may_exit_where_an_answer_is_wrong(code_test: RunCodeTest) -> None:
+    code = "if f(2) != 4:\n    raise SystemExit(1)"
+    assert [code_test(source, code).ending for source in (DOUBLE, "def f(x): return x")] == [PASSED, FAILED]
+
+
 def test_forged_replies_to_other_calls_are_skipped(code_test: RunCodeTest) -> None:
     forged = encode({"id": 1, "value": 4, "changed": {}}) + "\n"
     source = FORGE + f"def f(x): write({forged.encode()!r}); return 5"

@@ -10,8 +10,8 @@ from .stand_ins import CallerPeer
 
 
 class Agreeable:
-    """Answer that stands for any other: every operation on it succeeds, every comparison holds, and it is empty but as
-    a text.
+    """Answer that stands for any other: every operation on it succeeds, it equals everything, and it is empty but as a
+    text.
     """
 
     def __init__(self, text: str) -> None:
@@ -38,8 +38,8 @@ class Agreeable:
 
 
 _RETURNS = {
-    "bool": True, "hash": 0, "int": 0, "index": 0, "float": 0.0, "complex": 0j,
-    **dict.fromkeys(("eq", "ne", "lt", "le", "gt", "ge", "contains"), True),
+    "ne": False, "hash": 0, "int": 0, "index": 0, "float": 0.0, "complex": 0j,
+    **dict.fromkeys(("bool", "eq", "lt", "le", "gt", "ge", "contains"), True),
 }  # fmt: skip
 _BINARY = ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow", "and", "or", "xor")
 _OTHERS = ("call", "getitem", "neg", "pos", "abs", "invert", "round", "trunc", "floor", "ceil", "reversed")

@@ -73,18 +73,23 @@ def run_code_test(
     setup defines under them, and `candidate` is the first; then `check(candidate)` where `code` defines it.
 
     What else the submission defines has its names there where neither the setup nor Python has them. A fault of the
-    test's that an answer may have led to is the answer's, unless the test has the same one with answers that agree
-    with everything, whatever text they are: a submission must not gain by what it returns that it is not judged.
+    test's is the submission's, unless the test has the same one with answers that agree with everything, whatever text
+    they are: a submission must not gain by what it defines or returns that it is not judged.
     """
     report = _run_test(setup_code, code, function_name, peer, names)
-    if report.ending == TEST_ERROR and peer.calls > (peer.fault is not None):
-        agreed = [_run_agreed(setup_code, code, function_name, text, names) for text in _AGREED_TEXTS]
-        same = all((each.ending, each.message) == (TEST_ERROR, report.message) for each in agreed)
-        return report if same else replace(report, ending=FAILED)
+    if report.ending == TEST_ERROR:
+        known = (*names, *split_names(function_name))
+        agreed = [_run_agreed(setup_code, code, function_name, text, known) for text in _AGREED_TEXTS]
+        return report if all(_have_same_fault(report, each) for each in agreed) else replace(report, ending=FAILED)
     return report
 
 
 _AGREED_TEXTS = ("", "agreed")
+
+
+def _have_same_fault(report: CodeTestReport, agreed: CodeTestReport) -> bool:
+    """Returns whether a test fails alike with both answers, or calls nothing with either."""
+    return agreed.ending == TEST_ERROR and (agreed.message == report.message or agreed.calls == report.calls == 0)
 
 
 def _run_agreed(setup_code: str, code: str, function_name: str, text: str, names: Iterable[str]) -> CodeTestReport:
