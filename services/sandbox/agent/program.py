@@ -15,7 +15,7 @@ import traceback
 import types
 import warnings
 from atexit import _run_exitfuncs
-from builtins import getattr, isinstance, len, max, repr, reversed, str, type  # noqa: UP029
+from builtins import getattr, isinstance, issubclass, len, max, repr, reversed, str, type  # noqa: UP029
 from collections.abc import Callable
 from functools import partial
 from gc import collect, get_objects
@@ -212,6 +212,6 @@ def _ignore(source: str, error: Exception) -> None:
 
 def _flush_open_files() -> None:
     """Flushes files that are still referred to, as from another module."""
-    for stream in [each for each in get_objects() if isinstance(each, _WRITERS)]:
+    for stream in [each for each in get_objects() if issubclass(type(each), _WRITERS)]:  # a class may lie
         with contextlib.suppress(OSError, ValueError):  # closed, or without a reader
             stream.flush()
