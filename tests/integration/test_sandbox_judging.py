@@ -67,6 +67,12 @@ async def test_tolerances_of_numbers(fronts: Fronts) -> None:
     assert verdicts(await fronts.grpc.judge(function)) == ["ACCEPTED", "WRONG_ANSWER"]
 
 
+async def test_the_input_of_a_test_is_a_file(fronts: Fronts) -> None:
+    source = b"import io, os, sys\nread = io.BytesIO(os.read(0, os.fstat(0).st_size)).readline\nprint(read().decode(), open('/dev/stdin').read())"  # noqa: E501
+    request = pb.JudgeRequest(language="python", source=source, tests=stdio_tests([(b"1 2\n3", b"1 2 1 2 3")]))
+    assert verdicts(await fronts.grpc.judge(request)) == ["ACCEPTED"]
+
+
 async def test_points_names_and_arguments_of_tests(fronts: Fronts) -> None:
     source = b"import sys; print(sys.argv[1:], input())"
     first = pb.StdioTest(stdin=b"x", expected_stdout=b"['1', '2 3'] x", args=["1", "2 3"])

@@ -67,6 +67,13 @@ def test_streams_that_have_ended_leave_the_poller(files: list[int]) -> None:
     streams.close()
 
 
+def test_an_input_can_stay_a_file(files: list[int]) -> None:
+    streams = Streams(files, 100, input_is_file=True)
+    assert streams.handed[0] == files[0]
+    assert streams.handed[1] != files[1]
+    streams.close()
+
+
 def test_other_descriptors_are_handed_on(files: list[int]) -> None:
     reader, writer = os.pipe()
     streams = Streams([reader, writer, files[2]], 100)

@@ -90,7 +90,7 @@ class ProcessMonitor:
         if not self._has_baseline or self._lost_memory():
             self.take_baseline()
         self._has_baseline = False
-        streams = Streams(handed, request.limits.output_bytes)
+        streams = Streams(handed, request.limits.output_bytes, request.input_is_file)
         self._started = time.monotonic()
         process = start(streams.handed)
         streams.release()
@@ -152,6 +152,8 @@ class ProcessMonitor:
                 has_reported_end = process.events in ready and process.read_events()
                 if exchange is not None and exchange.is_ready(ready) and not self._advance(exchange, result):
                     return "output"
+                if exchange is not None and exchange.ended:  # a submission need not end by itself
+                    return "answered"
                 if any(_size(output) > request.limits.output_bytes for output in outputs):
                     return "output"
                 if has_reported_end or descriptor in ready:

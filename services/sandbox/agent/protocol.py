@@ -113,6 +113,8 @@ class RunRequest:
     pack: list[str] = field(default_factory=list)
     """Folders to collect as tars."""
     loopback: bool = False
+    input_is_file: bool = False
+    """Whether the standard input is a file, instead of a pipe."""
 
     @property
     def preparation(self) -> Preparation:

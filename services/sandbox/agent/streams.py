@@ -59,16 +59,17 @@ class Streams:
     """Pipes in place of those of the first three descriptors that are files: opening /dev/stdout empties a file, and
     writes from its start.
 
-    `handed` is what the program gets. Of an output no more than `output_bytes` and one byte are moved.
+    `handed` is what the program gets, with `input_is_file` the file of its input itself. Of an output no more than
+    `output_bytes` and one byte are moved.
     """
 
-    def __init__(self, descriptors: Sequence[int], output_bytes: int) -> None:
+    def __init__(self, descriptors: Sequence[int], output_bytes: int, input_is_file: bool = False) -> None:
         self.handed = list(descriptors)
         self._theirs: list[int] = []
         self._flows: dict[int, _Flow] = {}
         for number, file in enumerate(descriptors[:3]):
             status = os.fstat(file)
-            if not stat.S_ISREG(status.st_mode):
+            if not stat.S_ISREG(status.st_mode) or (number == 0 and input_is_file):
                 continue
             reader, writer = os.pipe()
             os.fchmod(reader, _ANYONES)  # so that the program's user can open /dev/stdin and its like

@@ -32,7 +32,7 @@ async def judge_stdio(factory: SandboxFactory, submission: Submission, pair: Slo
         async def run_pass(stdin: bytes, test: pb.TestCase) -> tuple[pb.TestResult, Decision]:
             nonlocal checker
             with memory_streams(stdin) as streams:
-                run, _ = await loaded.run(streams, test.stdio.args)
+                run, _ = await loaded.run(streams, test.stdio.args, input_is_file=True)
                 execution = read_execution(run, streams, submission.program.limits)
             if execution.status == pb.STATUS_OK and submission.checker is not None and checker is None:
                 opening = open_checker(factory, submission.checker, pair.judge, submission.request.passes)

@@ -150,6 +150,7 @@ class LoadedProgram:
         collect: Sequence[str] = (),
         collect_bytes: int = 0,
         pack: Sequence[str] = (),
+        input_is_file: bool = False,
     ) -> tuple[RunResult, list[pb.OutputFile]]:
         """Runs the program once, with `files` for this run alone.
 
@@ -158,6 +159,7 @@ class LoadedProgram:
         runtime, limits = self.program.runtime, self.program.limits
         standard = [streams.stdin, streams.stdout, streams.stderr]
         wanted: dict[str, Any] = {"collect": list(collect), "collect_bytes": collect_bytes, "pack": list(pack)}
+        wanted["input_is_file"] = input_is_file
         if self.program.command or runtime.python is None:
             own = self.program.command or runtime.command(runtime.config.run, limits.memory_bytes)
             command = [*own, *arguments]
