@@ -145,6 +145,14 @@ async def test_a_submission_cannot_make_its_test_one_that_is_at_fault(sandbox: S
     assert verdicts(await sandbox.judge(request)) == ["RUNTIME_ERROR"]
 
 
+async def test_a_submission_that_has_answered_is_not_waited_for(sandbox: SandboxClient) -> None:
+    """A process that goes on after its last answer could overrun what all its tests may take."""
+    source = b"import os, time\nos._exit = lambda code: time.sleep(50)\ndef f(x): return x"
+    request = pb.JudgeRequest(language="python", source=source, function_name="f", tests=function_tests([([1], 1)]))
+    request.limits.wall_ms = 50_000
+    assert verdicts(await sandbox.judge(request, timeout_s=20)) == ["ACCEPTED"]
+
+
 async def test_a_test_that_fails_is_no_wrong_answer(sandbox: SandboxClient) -> None:
     response = await judge_code(
         sandbox, "def f(x): return 4", "assert f(2) == 4\nmissing", "assert (", "assert f(2) == 4"

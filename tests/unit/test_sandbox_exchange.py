@@ -86,3 +86,11 @@ def test_a_reply_may_not_announce_more_than_the_limit(exchange: Exchange) -> Non
     answer(exchange, LOADED_REPLY)
     with pytest.raises(ReplyTooLongError):
         answer(exchange, encode_reply(VALUE, b"x" * 101)[:5])
+
+
+def test_all_replies_together_are_bounded(exchange: Exchange, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.sandbox.agent.exchange._MOST_BYTES", 100)
+    reply = encode_reply(VALUE, b"x" * 60)
+    assert answer(exchange, LOADED_REPLY + reply) == 2
+    with pytest.raises(ReplyTooLongError):
+        answer(exchange, reply)

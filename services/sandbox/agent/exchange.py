@@ -9,10 +9,12 @@ from . import kernel
 from .archive import INPUT_PREFIX, LOADED, REPLY_PREFIX
 
 _PART_BYTES = 1 << 16
+_MOST_BYTES = 64 << 20
+"""Bytes of all replies of a process, all of which the service reads."""
 
 
 class ReplyTooLongError(Exception):
-    """A reply announces more bytes than it may have."""
+    """A reply announces more bytes than it, or all replies together, may have."""
 
 
 class Exchange:
@@ -71,7 +73,7 @@ class Exchange:
         if self._written < self._start + REPLY_PREFIX.size:
             return None
         length, kind = REPLY_PREFIX.unpack(os.pread(self._replies_file, REPLY_PREFIX.size, self._start))
-        if length > self._most_bytes:
+        if length > min(self._most_bytes, _MOST_BYTES - self._start):
             raise ReplyTooLongError(f"a reply of {length} bytes")
         if self._start == 0:
             self._loaded = kind == LOADED

@@ -68,15 +68,16 @@ async def judge_functions(factory: SandboxFactory, submission: Submission, pair:
     results: list[pb.TestResult] = []
     async with open_program(factory, submission.program, pair.program) as loaded:
         await loaded.load()
-        while len(results) < len(submission.request.tests):
-            results += await _run(loaded, submission, len(results))
+        while (first := len(results)) < len(submission.request.tests):
+            found = await _run(loaded, submission, first)
+            if submission.checker is not None:
+                await check_results(factory, submission, pair, found, first)
+            for result in found:
+                cut_output(result)
+            results += found
             failed = any(result.verdict != pb.TEST_VERDICT_ACCEPTED for result in results)
             if submission.request.stop_at_first_failure and failed:
                 break
-    if submission.checker is not None:
-        await check_results(factory, submission, pair, results)
-    for result in results:
-        cut_output(result)
     return results, None
 
 
@@ -96,15 +97,21 @@ async def _run(loaded: LoadedProgram, submission: Submission, first: int) -> lis
 
 
 async def check_results(
-    factory: SandboxFactory, submission: Submission, pair: SlotPair, results: list[pb.TestResult]
+    factory: SandboxFactory, submission: Submission, pair: SlotPair, results: list[pb.TestResult], first: int
 ) -> None:
-    """Has the caller's checker decide on the results of functions."""
+    """Has the caller's checker decide on the results of functions for the tests from `first` on."""
     assert submission.checker is not None
+    checked = [
+        (result, test)
+        for result, test in zip(results, submission.request.tests[first:], strict=False)
+        if result.output and result.verdict in (pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_WRONG_ANSWER)
+    ]
+    if not checked:
+        return
     async with open_checker(factory, submission.checker, pair.judge) as checker:
-        for result, test in zip(results, submission.request.tests, strict=False):
-            if result.output and result.verdict in (pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_WRONG_ANSWER):
-                arguments, expected = test.function.arguments_json.encode(), test.function.expected_json.encode()
-                decide(result, await run_checker(checker, arguments, result.output, test, expected))
+        for result, test in checked:
+            arguments, expected = test.function.arguments_json.encode(), test.function.expected_json.encode()
+            decide(result, await run_checker(checker, arguments, result.output, test, expected))
 
 
 def function_results(
