@@ -89,14 +89,12 @@ async def test_a_batch_whose_process_is_killed_is_tried_once_more(value_head_fol
         assert await judge_three() == before
 
 
-async def test_a_process_that_hangs_is_replaced_at_the_deadline(value_head_folder: Path) -> None:
+async def test_a_process_that_hangs_is_ended_at_the_deadline(value_head_folder: Path) -> None:
     async with running(value_head_folder, timeout_s=0.5) as verifier:
         [pid] = worker_pids(value_head_folder)
         os.kill(pid, signal.SIGSTOP)
         assert_failed(await verifier.judge(ITEM), "did not answer within 0.5 s", retryable=True)
     assert not psutil.pid_exists(pid)
-    async with running(value_head_folder) as verifier:
-        assert (await verifier.judge(ITEM)).verdict is not Verdict.FAILED
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="session")

@@ -115,7 +115,7 @@ async def test_a_killed_engine_comes_back_filled_and_a_killed_service_leaves_non
         RolloutClient.connect(service.address) as client,
     ):
         trajectories = NewTrajectories(buffer_client, client, "rollout-faults")
-        ids = await trajectories.create([PROMPT], k=64)
+        ids = await trajectories.create([PROMPT], k=32)
         await wait_for_status(client, pb.WORKER_STATUS_EMPTY)
         assert not await is_serving(service.address)
         with pytest.raises(FailedPreconditionError, match="push a policy version"):

@@ -116,11 +116,18 @@ def find_packages(name: str, seen: set[str]) -> Packages:
     if name.lower() in seen:
         return Packages()
     seen.add(name.lower())
-    distribution = metadata.distribution(name)
-    found = Packages(frozenset(_top_paths(distribution)), frozenset({f"{distribution.name} {distribution.version}"}))
-    for required in _requirements(distribution):
-        found |= find_packages(required, seen)
+    found, required = _read_distribution(name)
+    for another in required:
+        found |= find_packages(another, seen)
     return found
+
+
+@lru_cache(maxsize=256)  # several runtimes have the same ones
+def _read_distribution(name: str) -> tuple[Packages, tuple[str, ...]]:
+    """Returns a distribution's own part, and the names of those that it requires."""
+    distribution = metadata.distribution(name)
+    own = Packages(frozenset(_top_paths(distribution)), frozenset({f"{distribution.name} {distribution.version}"}))
+    return own, tuple(_requirements(distribution))
 
 
 def _top_paths(distribution: metadata.Distribution) -> Iterator[Path]:
