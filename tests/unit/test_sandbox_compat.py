@@ -366,3 +366,9 @@ def test_sources_leave_out_what_they_may(language: str, code: str, source: str) 
     assert request.source.decode() == source
     csharp = sandbox_fusion.RunCodeRequest(code="class P {}", language="csharp")
     assert sandbox_fusion.to_execute_request(csharp, pb.Runtime(language="csharp")).source.startswith(b"using System; ")
+
+
+def test_files_outside_of_the_working_folder_are_left_out() -> None:
+    wanted = ["a", "/etc/passwd", "../b", "c/../../d"]
+    body = sandbox_fusion.RunCodeRequest(code="x", language="python", fetch_files=wanted)
+    assert list(sandbox_fusion.to_execute_request(body, PYTHON).output_files) == ["a"]

@@ -8,6 +8,7 @@ with status 200, as there; a request that is refused (invalid, no free slot) has
 from __future__ import annotations
 
 import base64
+import posixpath
 import socket
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
@@ -127,7 +128,7 @@ def to_execute_request(body: RunCodeRequest, runtime: pb.Runtime | None) -> pb.E
         stdin=(body.stdin or "").encode(),
         limits=limits,
         files=read_files(body.files),
-        output_files=[path for path in body.fetch_files if not path.startswith("/")],
+        output_files=[path for path in body.fetch_files if posixpath.normpath(path).split("/")[0] not in ("", "..")],
         loopback=True,  # SandboxFusion does not take the network away
     )
     if (size := sum(len(file.content) for file in request.files)) > _MUCH_BYTES:  # there is no limit of space there
