@@ -42,7 +42,8 @@ async def test_a_package_of_dmoj(sandbox_address: str, tmp_path: Path) -> None:
     assert right == (["ACCEPTED"] * 3, 10)
     wrong = await judged(sandbox_address, folder, "x = int(input())\nprint(x * 2 if x != 5 else 0)")
     assert wrong == (["ACCEPTED", "WRONG_ANSWER", "SKIPPED"], 4)
-    write(folder, valid_DOT_py="assert int(input()) != 5")
+    init = "generator: gen.py\nvalidator: valid.py\ntest_cases: [{batched: [{generator_args: [5]}], points: 6}]"
+    write(folder, init_DOT_yml=init, valid_DOT_py="assert int(input()) != 5")
     with pytest.raises(InvalidArgumentError, match=r"valid\.py on test batch 1, case 1 says that it is not valid"):
         await judged(sandbox_address, folder, "pass", validate=True)
 

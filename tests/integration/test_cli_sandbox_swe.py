@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from perigee.cli.sandbox.swe import judge_patch, make_request
+from perigee.rpc import ChannelOptions
 from tests.fixtures.command_line import run_perigee
 
 TASK = {
@@ -18,7 +20,9 @@ TASK = {
 }
 
 
-async def test_a_task_in_the_form_of_swe_bench(sandbox_address: str, tmp_path: Path) -> None:
+async def test_a_task_in_the_form_of_swe_bench(
+    sandbox_address: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if shutil.which("git") is None:
         pytest.skip("needs git")
     (tmp_path / "sums").mkdir()
@@ -28,11 +32,12 @@ async def test_a_task_in_the_form_of_swe_bench(sandbox_address: str, tmp_path: P
     (tmp_path / "nothing.patch").write_text("")
     right = await run_perigee("swe", "task.json", "--address", sandbox_address, folder=tmp_path)
     assert (right.code, right.stdout.decode().splitlines()[-1]) == (0, "accepted"), right.stderr
-    wrong = await run_perigee(
-        *("swe", "task.json", "--patch", "nothing.patch", "--json", "--address", sandbox_address), folder=tmp_path
-    )
-    assert wrong.code == 1, wrong.stderr
-    response = json.loads(wrong.stdout)
+    (tmp_path / "sums/report.xml").write_text("<t><testcase name='a'><failure/></testcase></t>")
+    tests = {"framework": "junit", "command": ["cat", "report.xml"]}
+    (tmp_path / "other.json").write_text(json.dumps({"repository": "sums", "tests": tests, "fail_to_pass": ["a"]}))
+    request = make_request(tmp_path / "other.json", tmp_path / "nothing.patch")
+    assert await judge_patch(sandbox_address, ChannelOptions(), request, as_json=True) == 1
+    response = json.loads(capsys.readouterr().out)
     assert (response["verdict"], response["tests"][0]["outcome"]) == (
         "TEST_VERDICT_WRONG_ANSWER",
         "TEST_OUTCOME_FAILED",

@@ -193,12 +193,11 @@ async def test_a_patch_is_judged_by_its_repository(coding_reward: RewardClient) 
         fail_to_pass=["test_sums.py::test_add"],
     )
     patch = "--- /dev/null\n+++ b/sums.py\n@@ -0,0 +1,2 @@\n+def add(a, b):\n+    return a {} b\n"
-    responses = [f"So:\n```diff\n{patch.format(sign)}```" for sign in "+-"] + ["```diff\nno diff\n```"]
+    responses = [f"So:\n```diff\n{patch.format(sign)}```" for sign in "+-"]
     items = [
         pb.ScoreItem(id=str(index), response=response, patch=pb.PatchVerifier(task=task))
         for index, response in enumerate(responses)
     ]
     outcomes = {outcome.id: outcome for outcome in await score(coding_reward, items)}
-    assert [outcomes[str(index)].verdict for index in range(3)] == [VERDICT_CORRECT, VERDICT_WRONG, VERDICT_WRONG]
+    assert [outcomes[str(index)].verdict for index in range(2)] == [VERDICT_CORRECT, VERDICT_WRONG]
     assert "the first is test_sums.py::test_add" in outcomes["1"].reason
-    assert "the patch does not apply" in outcomes["2"].reason

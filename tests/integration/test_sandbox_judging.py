@@ -157,7 +157,7 @@ async def test_a_checker_decides_by_its_exit_code(fronts: Fronts, language: str)
 @pytest.mark.parametrize(
     ("source", "limits", "words"),
     [
-        (b"while True: pass", pb.Limits(cpu_ms=200), "CPU limit"),
+        (b"while True: pass", pb.Limits(cpu_ms=50), "CPU limit"),
         (b"1 / 0", pb.Limits(), "ZeroDivisionError"),
         (b"def f(:", pb.Limits(), "does not compile"),
         (b"import os; os.abort()", pb.Limits(), "signal 6"),
@@ -341,7 +341,7 @@ async def test_a_dialogue_that_is_lost(fronts: Fronts) -> None:
         (b"while True: print(1)", "WRONG_ANSWER"),
     ):
         request = pb.JudgeRequest(
-            language="python", source=source, tests=[test], interactor=interactor, limits=pb.Limits(wall_ms=1500)
+            language="python", source=source, tests=[test], interactor=interactor, limits=pb.Limits(cpu_ms=300)
         )
         assert verdicts(await fronts.grpc.judge(request)) == [expected]
 

@@ -105,7 +105,7 @@ def test_messages_are_cut() -> None:
     assert read_decision(7, 0, b"points 0.5 " + b"x" * 10**6).fraction == 0.5
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.integers(-1, 255), st.integers(0, 64), st.binary(max_size=40), st.sampled_from(["", "CPU limit"]))
 def test_only_the_codes_for_it_decide(exit_code: int, signal: int, stderr: bytes, limit: str) -> None:
     decision = read_decision(exit_code, signal, stderr, limit)
@@ -119,7 +119,7 @@ def test_only_the_codes_for_it_decide(exit_code: int, signal: int, stderr: bytes
         assert (decision.verdict == ACCEPTED) == (decision.fraction == 1)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(st.floats(0, 1), st.text(max_size=20))
 def test_any_fraction_with_any_text(fraction: float, text: str) -> None:
     assert read_decision(7, 0, f"points {fraction!r} {text}".encode()).fraction == fraction

@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
+import pytest
+
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent.archive import Archive
-from services.sandbox.agent.protocol import Limits
+from services.sandbox.agent.protocol import Limits, RunResult
 from services.sandbox.config import SandboxConfig
-from services.sandbox.languages.catalog import load_catalog
+from services.sandbox.languages.catalog import OutOfMemory, load_catalog
 from services.sandbox.runtime.compile_cache import CompileCache
 from services.sandbox.runtime.jobs import Program
-from services.sandbox.runtime.programs import digest_of
+from services.sandbox.runtime.programs import digest_of, opened, ran_out_of_memory
 
 LIMITS = Limits(1000, 1000, 1 << 28, 64, 1 << 20, 1 << 16, 100)
 
@@ -69,3 +71,24 @@ def test_the_key_is_all_that_a_compiler_sees() -> None:
     ]
     assert len({digest_of(each) for each in (program, *others)}) == len(others) + 1
     assert digest_of(dataclasses.replace(program, limits=dataclasses.replace(LIMITS, wall_ms=5))) == digest_of(program)
+
+
+JAVA_WORDS = b"Terminating due to java.lang.OutOfMemoryError: Java heap space"
+
+
+@pytest.mark.parametrize(
+    ("sign", "exit_code", "stderr", "full"),
+    [
+        (OutOfMemory(exit_code=3, message="Terminating"), 3, b"Warning\n" + JAVA_WORDS + b"\n", True),
+        (OutOfMemory(exit_code=3, message="Terminating"), 1, JAVA_WORDS, False),
+        (OutOfMemory(exit_code=3, message="Terminating"), 3, JAVA_WORDS + b"\nor so", False),
+        (OutOfMemory(exit_code=3, message="Terminating"), 3, b"", False),
+        (OutOfMemory(exit_code=3, message="Terminating"), None, JAVA_WORDS, False),
+        (None, 3, JAVA_WORDS, False),
+    ],
+)
+def test_a_heap_is_full_by_exit_code_and_words(
+    sign: OutOfMemory | None, exit_code: int | None, stderr: bytes, full: bool
+) -> None:
+    with opened(stderr) as (file,):
+        assert ran_out_of_memory(RunResult(exit_code=exit_code), file, sign) == full

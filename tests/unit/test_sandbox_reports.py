@@ -8,7 +8,7 @@ import tarfile
 from xml.sax.saxutils import quoteattr
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
@@ -161,6 +161,7 @@ JSON = st.recursive(
 )
 
 
+@settings(max_examples=30)
 @given(
     st.sampled_from([GO, JEST]),
     st.dictionaries(st.sampled_from(["Action", "Package", "Test", "Elapsed", "testResults", "name"]), JSON),
