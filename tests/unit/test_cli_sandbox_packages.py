@@ -286,6 +286,11 @@ def test_comparisons(name: str, output: bytes, answer: bytes, options: list[str]
     assert text_checker.COMPARISONS[name](output, answer, options) == fraction
 
 
+def test_points_are_those_of_the_lines() -> None:
+    with pytest.raises(ValueError, match="points of 2 lines"):
+        text_checker.linematches(b"1\nx", b"1\n2", ["1"])
+
+
 GRADER = """
 from dmoj.graders.interactive import InteractiveGrader
 from dmoj.utils.unicode import utf8text

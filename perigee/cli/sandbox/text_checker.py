@@ -97,9 +97,13 @@ def linecount(output: bytes, answer: bytes, options: Sequence[str]) -> float:
 
 
 def linematches(output: bytes, answer: bytes, options: Sequence[str]) -> float:
-    """Returns the part of the points that the right lines have; OPTIONS are the lines' points."""
+    """Returns the part of the points that the right lines have; OPTIONS are the points of the answer's lines, for which
+    ValueError is raised when they are not.
+    """
     ours, theirs = lines_of(output), lines_of(answer)
     points = [float(option) for option in options if option != "short"]
+    if len(points) != len(theirs) or not sum(points):
+        raise ValueError(f"point_distribution must have the points of {len(theirs)} lines, one above 0, got {points}")
     if "short" not in options and len(ours) != len(theirs):
         return 0.0
     return sum(p for a, b, p in zip(ours, theirs, points, strict=False) if a == b) / sum(points)
