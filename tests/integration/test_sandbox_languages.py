@@ -472,6 +472,17 @@ async def test_a_failed_assertion_fails_the_program(fronts: Fronts, name: str) -
     assert (response.status, response.exit_code > 0) == (pb.STATUS_RUNTIME_ERROR, True), response
 
 
+async def test_junit_runs_the_tests_of_further_files(fronts: Fronts) -> None:
+    await find_runtime(fronts, "junit")
+    test = FAILED_ASSERTIONS["junit"].replace("class A", "class ATest").replace("(1, 2)", "(1, A.one())")
+    files = [
+        pb.File(path="A.java", content=b"class A { static int one() { return 1; } }"),
+        pb.File(path="ATest.java", content=test.encode()),
+    ]
+    response = await fronts.grpc.execute(pb.ExecuteRequest(language="junit", files=files), timeout_s=CALL_S)
+    assert (response.status, b"1 tests successful" in response.stdout) == (pb.STATUS_OK, True), response
+
+
 def test_every_runtime_has_an_example() -> None:
     assert set(EXAMPLES) == set(NAMES)
 
