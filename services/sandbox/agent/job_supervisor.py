@@ -20,13 +20,13 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from . import OWN_FOLDER, kernel, protocol, root
-from .archive import own_files, read_files, write_files
+from .archive import encode_archive, own_files, read_archive, read_files, write_files
 from .collect import collect_files
 from .confinement import Confinement, apply_limits, build_filter, give_up_privileges, install_descriptors
-from .modes import rehearse, run_mode, seed_generators
+from .modes import run_mode, seed_generators
 from .monitor import Process, ProcessMonitor
 from .program import Begin
-from .protocol import Message, Preparation, RunRequest, RunResult, read_run_request
+from .protocol import Message, Preparation, RunRequest, RunResult, memory_file, read_run_request
 from .unpack import unpack_all, unpack_in_session
 from .usage import UsageFiles
 
@@ -181,7 +181,7 @@ def _await_request(confinement: Confinement, preparation: Preparation, channel: 
             kernel.raise_loopback()
             confinement = dataclasses.replace(confinement, seccomp=build_filter(loopback=True))
         give_up_privileges(confinement)
-        rehearse()
+        _rehearse()
         seed_generators()
         home = os.open(confinement.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         protocol.send(channel, {"kind": "ready"}, [home])
@@ -192,6 +192,15 @@ def _await_request(confinement: Confinement, preparation: Preparation, channel: 
     except Exception as error:
         _report_unfit(channel, error)
     _run(confinement, request, descriptors, channel)
+
+
+def _rehearse() -> None:
+    """Executes what every run begins with, so that the memory pages that it writes to are copied before the run."""
+    archive = memory_file(encode_archive({"paths": [], "executable": []}, [b"pass"]))
+    try:
+        exec(compile(read_archive(archive).blobs[0], "<rehearsal>", "exec"), {})
+    finally:
+        os.close(archive)
 
 
 def _run_at_once(

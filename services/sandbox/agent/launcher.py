@@ -293,6 +293,8 @@ class ContainerRuntime:
 
     def take_out_of_groups(self) -> None:
         """Moves what the runtime has put into control groups of its own into the slot's, which bounds and counts it."""
+        if not self._delete:  # it makes none
+            return
         for procs in map(Path, self._procs):
             for own in procs.parent.glob("*/cgroup.procs"):
                 for pid in own.read_text().split():

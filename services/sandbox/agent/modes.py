@@ -11,81 +11,32 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterable
+from functools import cache
+from importlib import import_module
 from typing import NoReturn
 
 from . import HOME, MODULES_AT_START
-from .archive import (
-    COMPILE_ERROR,
-    EXCEPTION,
-    INPUT_PREFIX,
-    LOADED,
-    NOT_JSON,
-    TOO_LONG,
-    VALUE,
-    Archive,
-    encode_archive,
-    encode_reply,
-    read_archive,
-    write_files,
-)
-from .cells import serve_session
-from .code_tests import serve_calls, serve_code_test
-from .json_calls import JsonCall, make_json_call, to_json
-from .program import Begin, run_program
-from .protocol import memory_file
-from .submission import LoadError, describe_exception, find_function, load_module
+from .archive import Archive, read_archive, write_files
+from .program import Begin
 
-REPLIES, INPUTS = 3, 4
-"""Descriptors of the pipes for replies and for inputs."""
-
-
-def serve_functions(archive: Archive, home: str) -> NoReturn:
-    """Calls the function for one input after another; the next one comes when the reply before it is complete."""
-    output_bytes = archive.header["output_bytes"]
-
-    sys.path.insert(0, home)
-    try:
-        name = archive.header["function_name"]
-        names = load_module(archive.blobs[0], name, f"{home}/submission.py")
-        call = make_json_call(find_function(names, name), archive.header["signature"], names)
-    except LoadError as error:
-        _reply(COMPILE_ERROR if error.does_not_compile else EXCEPTION, str(error), output_bytes)
-        os._exit(0)
-    _reply(LOADED, "", output_bytes)
-    inputs = os.fdopen(INPUTS, "rb")
-    while prefix := inputs.read(INPUT_PREFIX.size):
-        kind, answer = _call(call, inputs.read(*INPUT_PREFIX.unpack(prefix)), output_bytes)
-        _reply(kind, answer, output_bytes)
-    os._exit(0)
-
-
-def _call(call: JsonCall, arguments_json: bytes, output_bytes: int) -> tuple[bytes, str]:
-    try:
-        result = call(arguments_json)
-    except BaseException as error:
-        return EXCEPTION, describe_exception(error)
-    try:
-        return VALUE, to_json(result, output_bytes)
-    except BaseException as error:
-        return NOT_JSON, f"the result is a {type(result).__name__}: {describe_exception(error)}"
-
-
-def _reply(kind: bytes, text: str, output_bytes: int) -> None:
-    payload = text.encode(errors="backslashreplace")
-    reply = encode_reply(kind, payload) if len(payload) <= output_bytes else encode_reply(TOO_LONG, b"")
-    rest = memoryview(reply)
-    while rest:
-        rest = rest[os.write(REPLIES, rest) :]
-
-
-MODES: dict[str, tuple[Callable[[Archive, str], NoReturn], int]] = {
-    "program": (run_program, 4),
-    "functions": (serve_functions, 5),
-    "calls": (serve_calls, 5),
-    "code_test": (serve_code_test, 6),
-    "session": (serve_session, 4),
+MODES = {
+    "program": ("program", "run_program", 4),
+    "functions": ("functions", "serve_functions", 5),
+    "calls": ("code_tests", "serve_calls", 5),
+    "code_test": ("code_tests", "serve_code_test", 6),
+    "session": ("cells", "serve_session", 4),
 }
-"""Mode by name: the function that runs it, and the descriptor of its archive."""
+"""Mode by name: the module and the function that run it, and the descriptor of its archive."""
+
+
+@cache
+def load_mode(name: str) -> Callable[[Archive, str], NoReturn]:
+    """Returns the function that runs a mode; imports what it needs, and that alone, as an interpreter that was started
+    for it waits for that.
+    """
+    module, function, _ = MODES[name]
+    run: Callable[[Archive, str], NoReturn] = getattr(import_module(f".{module}", __package__), function)
+    return run
 
 
 def hide_own_modules() -> None:
@@ -93,15 +44,6 @@ def hide_own_modules() -> None:
     package = __package__
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         del sys.modules[name]
-
-
-def rehearse() -> None:
-    """Executes what every run begins with, so that the memory pages that it writes to are copied before the run."""
-    archive = memory_file(encode_archive({"paths": [], "executable": []}, [b"pass"]))
-    try:
-        exec(compile(read_archive(archive).blobs[0], "<rehearsal>", "exec"), {})
-    finally:
-        os.close(archive)
 
 
 _seeds: list[Callable[[], None]] = []
@@ -137,7 +79,7 @@ def run_mode(name: str, home: str) -> NoReturn:
     """Reads the job's archive, writes its files and runs it; the process is confined already. Raises Begin when a whole
     program is ready to run.
     """
-    run, archive_descriptor = MODES[name]
+    archive_descriptor = MODES[name][2]
     archive = read_archive(archive_descriptor)
     os.close(archive_descriptor)
     header = archive.header
@@ -146,7 +88,7 @@ def run_mode(name: str, home: str) -> NoReturn:
     files = archive.blobs[first : first + len(header["paths"])]
     write_files(home, zip(header["paths"], files, header["executable"], strict=True))
     hide_shadowed_modules(header["paths"])
-    run(archive, home)
+    load_mode(name)(archive, home)
     raise AssertionError(f"mode {name} returned")
 
 
@@ -154,6 +96,7 @@ def main() -> Callable[[], NoReturn]:
     """Runs the mode that the argument names, in a container and in an interpreter of its own; returns what runs a whole
     program.
     """
+    load_mode(sys.argv[1])
     hide_own_modules()
     try:
         run_mode(sys.argv[1], HOME)

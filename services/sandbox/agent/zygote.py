@@ -24,7 +24,7 @@ from typing import NoReturn
 from . import HOME, kernel, protocol
 from .confinement import Confinement, build_filter
 from .job_supervisor import run_job_supervisor
-from .modes import find_generators, hide_own_modules
+from .modes import MODES, find_generators, hide_own_modules, load_mode
 from .program import Begin
 from .usage import UsageFiles
 
@@ -62,6 +62,8 @@ class Zygote:
         for name in options.preload:
             importlib.import_module(name)
         find_generators()
+        for mode in MODES:
+            load_mode(mode)
         hide_own_modules()
         gc.collect()
         gc.freeze()
