@@ -86,8 +86,12 @@ class LoadedProgram:
 
     async def _load_compiled(self) -> None:
         """Loads what the compiler made of the program before, or compiles it. What comes in archives is not kept."""
+        if self.program.archives:
+            await self.send_files()
+            self.compiled, _ = await self._compile()
+            return
         key = digest_of(self.program)
-        if not self.program.archives and (known := await self._cache.find(key)) is not None:
+        if (known := await self._cache.find(key)) is not None:
             await self._send(encode_archive(known.folder.header, known.folder.blobs))
             self.compiled = pb.CompileResult()
             self.compiled.CopyFrom(known.result)  # a program that cannot be executed changes its own
@@ -95,7 +99,7 @@ class LoadedProgram:
         with self._cache.compiling(key):
             await self.send_files()
             self.compiled, folder = await self._compile()
-            if folder is not None and not self.compile_failed and not self.program.archives:
+            if folder is not None and not self.compile_failed:
                 self._cache.keep(key, self.compiled, folder)
 
     @property
@@ -123,7 +127,8 @@ class LoadedProgram:
     async def _compile(self) -> tuple[pb.CompileResult, Archive | None]:
         runtime, limits = self.program.runtime, self.program.compile_limits
         command = [*runtime.command(runtime.config.compile, limits.memory_bytes), *self.program.compile_arguments]
-        request = RunRequest("exec", limits, command, self._environment(), keep=True, collect_bytes=LARGEST_BYTES)
+        kept_bytes = 0 if self.program.archives else LARGEST_BYTES
+        request = RunRequest("exec", limits, command, self._environment(), keep=True, collect_bytes=kept_bytes)
         with memory_streams(b"") as streams:
             result, folder = await self._run(request, [streams.stdin, streams.stdout, streams.stderr])
             check_started(result, command)
