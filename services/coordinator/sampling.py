@@ -6,7 +6,7 @@ import base64
 import zlib
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ class SamplerState:
 
     step: int = 0
     draws: str = ""
+    left_out: list[str] = field(default_factory=list)
 
 
 class Sampler:
@@ -44,7 +45,7 @@ class Sampler:
         self._difficulty_P = np.array([prompt.line.difficulty for prompt in prompts], dtype=np.float64)
         self._draws_P = np.zeros(len(prompts), dtype=np.uint32)
         self.left_out: set[str] = set()
-        """Prompts whose tests cannot be judged; a process that continues the run finds them again."""
+        """Prompts whose tests cannot be judged."""
 
     def sample(self, count: int, iteration: int, exclude: Collection[str]) -> list[Prompt]:
         """Returns at most `count` different prompts that are neither in `exclude` nor left out."""
@@ -100,9 +101,9 @@ class Sampler:
         self._draws_P[self._index[prompt_id]] += 1
 
     def state(self) -> SamplerState:
-        """Returns the step and how often each prompt was drawn, packed."""
+        """Returns the step, how often each prompt was drawn, packed, and what is left out."""
         packed = zlib.compress(self._draws_P.astype("<u4").tobytes())
-        return SamplerState(self._step, base64.b64encode(packed).decode())
+        return SamplerState(self._step, base64.b64encode(packed).decode(), sorted(self.left_out))
 
     def restore(self, state: SamplerState) -> None:
         """Sets the sampler to a saved state; raises DataLossError when it is of another prompt set."""
@@ -110,6 +111,7 @@ class Sampler:
         if len(draws_P) != len(self._prompts):
             raise DataLossError(f"The run's state counts {len(draws_P)} prompts, the file holds {len(self._prompts)}.")
         self._step = state.step
+        self.left_out = set(state.left_out)
         self._draws_P = draws_P.astype(np.uint32)
 
 

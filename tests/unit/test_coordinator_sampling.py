@@ -41,6 +41,9 @@ def test_a_prompt_that_is_left_out_is_not_drawn() -> None:
     sampler = Sampler(make_prompts([1.0] * 4), OFF, seed=1)
     sampler.left_out.add("p2")
     assert set(ids(sampler.sample(4, 1, {"p0"}))) == {"p1", "p3"}
+    continued = Sampler(make_prompts([1.0] * 4), OFF, seed=1)
+    continued.restore(sampler.state())
+    assert continued.left_out == {"p2"}
 
 
 def test_a_ramp_allows_harder_prompts_as_iterations_pass() -> None:
