@@ -25,7 +25,7 @@ from tests.faults.attack_runs import (
 )
 
 SPACE = str(1 << 20)
-SHORT = {"wall_ms": 700, "cpu_ms": 500}
+SHORT = {"wall_ms": 700, "cpu_ms": 300}
 PATIENT = {"memory_bytes": 128 << 20, "cpu_ms": 60_000, "wall_ms": 60_000}
 ROOMY = {"memory_bytes": 256 << 20}
 FOLDERS = ("/box", "/tmp", "/dev/shm")

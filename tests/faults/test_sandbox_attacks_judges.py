@@ -121,6 +121,7 @@ async def test_two_sides_that_wait_for_each_other_end(sandbox: SandboxClient) ->
     await assert_serves(sandbox)
 
 
+@pytest.mark.parametrize("sandbox", ["zygote"], indirect=True)  # containers have the same programs as checkers
 @pytest.mark.parametrize("program", HOSTILE_JUDGES)
 async def test_an_interactor_that_fails_is_no_wrong_answer(sandbox: SandboxClient, program: str) -> None:
     source = b"import sys\nwhile sys.stdin.buffer.read1(4096): pass"

@@ -137,8 +137,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 async def test_a_full_disk_is_named_and_leaves_nothing_half_written(
     start_trainer: Callable[..., Any], tmp_path: Path, small_disk: Path
 ) -> None:
+    """What a trainer that was killed had half-written is removed first."""
     model = write_model(tmp_path / "model", hidden_size=128)
+    staging = small_disk / "checkpoints" / "r" / ".v000003.deadbeef"
+    staging.mkdir(parents=True)
+    (staging / "shard-0").write_bytes(b"half")
     _, client = await start_trainer(model=model, run_path=small_disk)
+    assert not staging.exists()
     await client.load_checkpoint(pb.LoadCheckpointRequest(run_id="r"))
     with pytest.raises(PerigeeError, match=rf"{small_disk}.*No space left on device"):
         await client.save_checkpoint(pb.SaveCheckpointRequest(run_id="r", policy_version=0))
@@ -148,14 +153,3 @@ async def test_a_full_disk_is_named_and_leaves_nothing_half_written(
     assert await remount.wait() == 0
     await client.save_checkpoint(pb.SaveCheckpointRequest(run_id="r", policy_version=0))
     assert list((await client.get_state(pb.GetStateRequest(run_id="r"))).checkpoints) == [0]
-
-
-async def test_a_half_written_checkpoint_of_a_killed_trainer_is_removed(
-    start_trainer: Callable[..., Any], tmp_path: Path
-) -> None:
-    staging = tmp_path / "run" / "checkpoints" / "r" / ".v000003.deadbeef"
-    staging.mkdir(parents=True)
-    (staging / "shard-0").write_bytes(b"half")
-    _, client = await start_trainer()
-    assert not staging.exists()
-    assert list((await client.get_state(pb.GetStateRequest(run_id="r"))).checkpoints) == []

@@ -130,7 +130,7 @@ async def test_a_cell_that_ignores_interrupts_ends_the_session(sandbox: SandboxC
 async def test_cells_that_wait_for_a_deaf_one_end_with_the_session(sandbox: SandboxClient) -> None:
     async with opened_session(sandbox) as session_id:
         await run_cell(sandbox, session_id, "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)")
-        deaf = asyncio.create_task(run_cell(sandbox, session_id, BUSY, wall_ms=1000))
+        deaf = asyncio.create_task(run_cell(sandbox, session_id, SLEEP, wall_ms=1000))
         await asyncio.sleep(0.2)
         waiting = [asyncio.create_task(run_cell(sandbox, session_id, "1")) for _ in range(2)]
         async with asyncio.timeout(20):
