@@ -51,23 +51,26 @@ class Interrupts:
     def __init__(self) -> None:
         self.allowed = self.pending = False
 
-    def __call__(self, *_: object) -> None:
-        """Handles the signal."""
-        if self.allowed:
+    def __call__(self, _: int, frame: types.FrameType | None) -> None:
+        """Handles the signal; one that comes in `run` itself, before its cell or after, must not end the session."""
+        if self.allowed and (frame is None or frame.f_code is not Interrupts.run.__code__):
             raise KeyboardInterrupt
         self.pending = True
 
     def run(self, call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Returns the reply of a call that may be interrupted."""
-        self.allowed = True
-        try:
+
+        def begin() -> dict[str, Any]:
             if self.pending:
                 raise KeyboardInterrupt
-            reply = call()
-            self.allowed = False
+            return call()
+
+        self.allowed = True
+        try:
+            reply = begin()
         except KeyboardInterrupt:
-            self.allowed = False
             reply = {"ok": False, "error_name": "KeyboardInterrupt", "error_value": ""}
+        self.allowed = False
         return reply
 
 
