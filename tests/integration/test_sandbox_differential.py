@@ -12,7 +12,7 @@ import pytest_asyncio
 from perigee.sandbox.client import SandboxClient
 from services.sandbox.config import SandboxConfig
 from services.sandbox.languages.catalog import find_python, load_catalog
-from tests.differential.programs import KNOWN, RECORDED, find_programs, run_plainly, run_sandboxed
+from tests.differential.programs import KNOWN, RECORDED, Ending, find_programs, run_plainly, run_sandboxed
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
 SLOTS = 2
@@ -38,13 +38,13 @@ async def test_python_programs_run_as_recorded(either: SandboxClient) -> None:
     turn = asyncio.Semaphore(SLOTS)
     programs = [program for program in find_programs("python/") if program.name not in KNOWN]
 
-    async def digest(name: str) -> str:
+    async def run(name: str) -> Ending:
         async with turn:
-            return (await run_sandboxed(either, by_name[name])).digest()
+            return await run_sandboxed(either, by_name[name])
 
     by_name = {program.name: program for program in programs}
-    digests = await asyncio.gather(*map(digest, by_name))
-    different = [name for name, found in zip(by_name, digests, strict=True) if found != recorded["digests"][name]]
+    endings = dict(zip(by_name, await asyncio.gather(*map(run, by_name)), strict=True))
+    different = {name: end for name, end in endings.items() if end.digest() != recorded["digests"][name]}
     assert not different, "python -m tests.differential NAME shows what differs"
 
 

@@ -242,6 +242,7 @@ class ContainerRuntime:
             return Container(pid, name, ours, self)
         try:
             kernel.die_with_parent(signal.SIGKILL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, ())
             for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which this interpreter ignores, unlike a shell
                 signal.signal(number, signal.SIG_DFL)
             install_descriptors(
@@ -271,6 +272,7 @@ class ContainerRuntime:
     def kill_all(self) -> None:
         """Kills every process of the control group but this one, until none is left."""
         deadline = time.monotonic() + _END_S
+        self.take_out_of_groups()
         while others := self._others():
             for pid in others:
                 with contextlib.suppress(ProcessLookupError):
@@ -278,6 +280,7 @@ class ContainerRuntime:
             if time.monotonic() > deadline:
                 raise RuntimeError(f"{len(others)} processes of the slot do not end")
             time.sleep(0.001)  # a killed process leaves its group a moment later, without a signal
+            self.take_out_of_groups()  # what a runtime that was killed had begun
 
     def _others(self) -> list[int]:
         with open(self._procs[0]) as file:
@@ -298,7 +301,8 @@ class ContainerRuntime:
         for procs in map(Path, self._procs):
             for own in procs.parent.glob("*/cgroup.procs"):
                 for pid in own.read_text().split():
-                    procs.write_text(pid)
+                    with contextlib.suppress(ProcessLookupError):
+                        procs.write_text(pid)
 
     def forget(self, name: str) -> None:
         """Removes what a container's command that was killed could not remove."""

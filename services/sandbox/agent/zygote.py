@@ -116,7 +116,8 @@ class Zygote:
 
 
 def _restore_signals() -> None:
-    """Restores signals that the service was started to ignore (nohup), but for those that Python itself ignores."""
+    """Restores signals that the service was started to ignore (nohup) or block, but for those that Python ignores."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     for number in signal.valid_signals() - {signal.SIGPIPE, signal.SIGXFSZ}:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
