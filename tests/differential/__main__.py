@@ -69,7 +69,10 @@ def main() -> None:
     for language in sorted(ran):
         print(f"{language}: {ran[language]} programs, {differ[language]} differ, {known[language]} of them explained")
     if arguments.record:
-        digests = {name: plain.digest() for name, (plain, _) in sorted(endings.items()) if name.startswith("python/")}
+        digests = {name: plain.digest() for name, (plain, _) in endings.items() if name.startswith("python/")}
+        if arguments.prefix:
+            digests = json.loads(RECORDED.read_text())["digests"] | digests
+        digests = dict(sorted(digests.items()))
         RECORDED.write_text(json.dumps({"version": find_python("", None).version, "digests": digests}, indent=1) + "\n")
     sys.exit(bool(different.keys() - KNOWN))
 

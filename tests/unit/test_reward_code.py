@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from structlog.testing import CapturingLogger
 
 from perigee.errors import (
     DeadlineExceededError,
@@ -21,6 +22,7 @@ from perigee.reward.v1 import reward_pb2
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.reward.config import CodeConfig
+from services.reward.verifiers import code
 from services.reward.verifiers.base import Item, Outcome, Verdict
 from services.reward.verifiers.code import CodeVerifier
 from services.reward.verifiers.patch import find_patch
@@ -115,8 +117,10 @@ async def test_past_the_deadline_it_is_a_failure_with_a_hint(
 
 @pytest.mark.parametrize("verdicts", [("UNJUDGEABLE", "SKIPPED"), ("ACCEPTED", "UNJUDGEABLE")])
 async def test_tests_that_cannot_be_judged_give_no_reward_and_are_told_once(
-    verdicts: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+    verdicts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    log = CapturingLogger()
+    monkeypatch.setattr(code, "log", log)
     sandbox = FakeSandbox(otherwise=judged(*verdicts, reason="the checker is broken"))
     verifier = CodeVerifier(CodeConfig(), sandbox)
     parameters = reward_pb2.CodeVerifier(language="python", tests=TESTS)
@@ -126,7 +130,7 @@ async def test_tests_that_cannot_be_judged_give_no_reward_and_are_told_once(
         assert outcome.is_unjudgeable
         assert outcome.reason == "the prompt's tests cannot be judged: the checker is broken"
     assert len(sandbox.timeouts_s) == 2
-    assert capsys.readouterr().out.count("tests cannot be judged") == 1
+    assert [call.args for call in log.calls] == [("tests cannot be judged",)]
 
 
 async def test_a_program_that_the_clock_ended_is_told_apart() -> None:
