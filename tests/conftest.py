@@ -55,6 +55,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 
 
+def pytest_make_parametrize_id(config: pytest.Config, val: object, argname: str) -> str | None:
+    """Names bytes by their place: an archive holds the time at which a worker made it, and all have to agree on ids."""
+    return argname if isinstance(val, bytes) and len(val) > 32 else None
+
+
 def group_of(nodeid: str) -> str:
     """The group of a test by its id: a name of GROUPS or the test's file."""
     file = nodeid.partition("::")[0]
