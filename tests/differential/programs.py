@@ -23,6 +23,7 @@ from services.sandbox.languages.catalog import Runtime
 FOLDER = Path(__file__).parent
 RECORDED = FOLDER / "recorded.json"
 KNOWN = {
+    "python/env_limits": "the stack may take all of the memory limit",
     "python/env_recursion_depth": "three frames are below the program's own",
     "python/exit_del_raises": "the interpreter cannot read a source any more when it is taken apart",
     "python/prog_lru_cache_too_deep": "three frames are below the program's own",

@@ -390,6 +390,22 @@ process.exit(3);""",
 }
 
 
+# Calls that cannot be made a loop; those of C take 100 MB of stack.
+DEEP = {
+    "c": """
+#include <stdio.h>
+struct frame { struct frame *below; char space[2000]; };
+static int depth(struct frame *below, int left) {
+    struct frame own = {.below = below};
+    if (left) return depth(&own, left - 1);
+    int found = 0;
+    for (struct frame *each = below; each; each = each->below) found++;
+    return found;
+}
+int main(void) { printf("%d\\n", depth(NULL, 50000)); }
+""",
+    "javascript": "const depth = left => left ? 1 + depth(left - 1) : 0; console.log(depth(50000))",
+}
 FAILED_ASSERTIONS = {
     "csharp": "class P { static void Main() { System.Diagnostics.Debug.Assert(1 > 2); } }",
     "d": "unittest { assert(1 > 2); }\nvoid main() {}",
@@ -462,6 +478,15 @@ async def test_a_program_of_several_files(fronts: Fronts, name: str) -> None:
     request = pb.ExecuteRequest(language=name, source=EXAMPLES[name].main.encode(), files=files)
     response = await fronts.grpc.execute(request, timeout_s=CALL_S)
     assert (response.status, response.stdout, response.stderr) == (pb.STATUS_OK, b"42\n", b""), response
+
+
+@pytest.mark.parametrize("name", DEEP)
+async def test_recursion_is_as_deep_as_memory_allows(fronts: Fronts, name: str) -> None:
+    await find_runtime(fronts, name)
+    limits = pb.Limits(memory_bytes=256 << 20)
+    request = pb.ExecuteRequest(language=name, source=DEEP[name].encode(), limits=limits)
+    response = await fronts.grpc.execute(request, timeout_s=CALL_S)
+    assert (response.status, response.stdout) == (pb.STATUS_OK, b"50000\n"), response
 
 
 @pytest.mark.parametrize("name", FAILED_ASSERTIONS)

@@ -285,6 +285,8 @@ def resource_limits(limits: Limits, runs: int) -> dict[str, int]:
         "RLIMIT_CPU": -(-limits.cpu_ms // 1000) * max(1, runs) + _GRACE_CPU_S,
         "RLIMIT_NOFILE": _OPEN_FILES,
         "RLIMIT_FSIZE": max(limits.file_bytes, limits.output_bytes + 1),
+        # As judges have it: deep recursion is bounded by memory, whatever the service was started with.
+        "RLIMIT_STACK": limits.memory_bytes,
         "RLIMIT_MEMLOCK": 0,
         "RLIMIT_MSGQUEUE": 0,
         "RLIMIT_SIGPENDING": _PENDING_SIGNALS,
