@@ -13,22 +13,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-import tempfile
 import warnings
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
-from sandbox_service import sandbox_service
+from sandbox_service import sandbox_client
 
 from perigee.cli.sandbox.connection import Sandbox
 from perigee.cli.sandbox.judge import make_requests
 from perigee.cli.sandbox.packages import open_problem, prepare_tests
 from perigee.errors import InvalidArgumentError
-from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
 
@@ -120,11 +116,12 @@ def read_source(case: Case) -> bytes:
         return source
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from lib2to3.pgen2.parse import ParseError
         from lib2to3.refactor import RefactoringTool, get_fixers_from_package
     try:
         tool = RefactoringTool(get_fixers_from_package("lib2to3.fixes"))
         return str(tool.refactor_string(source.decode() + "\n", case.name)).encode()
-    except Exception:  # Python 3 already
+    except ParseError:  # Python 3 already
         return source
 
 
@@ -180,18 +177,6 @@ async def run_case(sandbox: Sandbox, case: Case) -> str:
     return find_difference(case, list(response.results))
 
 
-@asynccontextmanager
-async def connect(address: str) -> AsyncIterator[SandboxClient]:
-    """A client of the sandbox at an address, or of one that is started."""
-    if address:
-        async with SandboxClient.connect(address) as client:
-            yield client
-        return
-    with tempfile.TemporaryDirectory(prefix="dmoj-") as folder:
-        async with sandbox_service(Path(folder), "auto", slots=2) as service:
-            yield service.client
-
-
 async def main() -> int:
     """Prints the cases that differ and those that are left out, and the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -201,7 +186,7 @@ async def main() -> int:
     options = parser.parse_args()
     cases = [case for case in read_cases(options.suite) if options.only in case.name]
     agreeing = 0
-    async with connect(options.address) as client:
+    async with sandbox_client(options.address, slots=2) as client:
         sandbox = Sandbox(client, await client.list_runtimes(pb.ListRuntimesRequest()))
         for case in cases:
             difference = f"left out: {case.left_out}" if case.left_out else await run_case(sandbox, case)

@@ -15,13 +15,10 @@ import asyncio
 import json
 import re
 import sys
-import tempfile
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox_service import sandbox_service
+from sandbox_service import sandbox_client
 
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
@@ -173,18 +170,6 @@ async def judge_all(client: SandboxClient, cases: list[Case]) -> list[tuple[Case
     return await asyncio.gather(*map(judge, cases))
 
 
-@asynccontextmanager
-async def connect(address: str) -> AsyncIterator[SandboxClient]:
-    """Yields a client of a running sandbox, or of one that is started for it."""
-    if address:
-        async with SandboxClient.connect(address) as client:
-            yield client
-        return
-    with tempfile.TemporaryDirectory(prefix="quixbugs-") as folder:
-        async with sandbox_service(Path(folder), "auto", slots=2 * AT_ONCE) as service:
-            yield service.client
-
-
 async def main() -> int:
     """Prints the cases whose verdict is not the right one, and the figures; returns 1 when there is such a case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,7 +189,7 @@ async def main() -> int:
         for name in names
         if options.only in ("", name)
     ]
-    async with connect(options.address) as client:
+    async with sandbox_client(options.address, slots=2 * AT_ONCE) as client:
         judged = await judge_all(client, cases)
     figures: dict[tuple[str, bool], list[bool]] = {}
     for case, response in judged:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
@@ -101,6 +102,18 @@ async def sandbox_service(
             yield Service(isolation, client, served.pid, by_name, http_port if http else None)
     finally:
         await process.stop()
+
+
+@asynccontextmanager
+async def sandbox_client(address: str, slots: int) -> AsyncIterator[SandboxClient]:
+    """Yields a client of the sandbox at an address, or of one that is started where that is empty."""
+    if address:
+        async with SandboxClient.connect(address) as client:
+            yield client
+        return
+    with tempfile.TemporaryDirectory(prefix="sandbox-") as folder:
+        async with sandbox_service(Path(folder), "auto", slots=slots) as service:
+            yield service.client
 
 
 def open_http(port: int) -> http.client.HTTPConnection:

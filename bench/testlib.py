@@ -12,13 +12,11 @@ import asyncio
 import re
 import shlex
 import sys
-import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sandbox_service import sandbox_service
+from sandbox_service import sandbox_client
 
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
@@ -118,18 +116,6 @@ async def find_wrong_ending(client: SandboxClient, library: pb.File, ending: str
     return "" if found == ENDINGS[ending] else f"{found} instead of {ENDINGS[ending]}: {result.reason[:200]}"
 
 
-@asynccontextmanager
-async def connect(address: str) -> AsyncIterator[SandboxClient]:
-    """A client of the sandbox at an address, or of one that is started."""
-    if address:
-        async with SandboxClient.connect(address) as client:
-            yield client
-        return
-    with tempfile.TemporaryDirectory(prefix="testlib-") as folder:
-        async with sandbox_service(Path(folder), "auto", slots=2) as service:
-            yield service.client
-
-
 async def main() -> int:
     """Prints what differs, and the figures; returns 1 when something does."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,7 +125,7 @@ async def main() -> int:
     library = pb.File(path="testlib.h", content=(options.checkout / "testlib.h").read_bytes())
     runs = list(read_invocations(options.checkout))
     wrong = 0
-    async with connect(options.address) as client:
+    async with sandbox_client(options.address, slots=2) as client:
         for run in runs:
             if difference := await find_difference(client, library, run):
                 wrong += 1
