@@ -34,6 +34,7 @@ from services.sandbox.judge.results import (
     Results,
     cut_output,
     decide,
+    limit_verdict,
     unjudged_result,
     verdict_of,
 )
@@ -239,7 +240,7 @@ async def run_code_test(
         reported, cut = read_output(report, _REPORT_BYTES)
         message, _ = read_output(test_stderr, _REPORT_BYTES)
     known = unjudged_result(execution)
-    if run.stop in ("wall", "cpu", "memory", "output"):
+    if limit_verdict(run) is not None:
         return known
     if not reported.strip() or cut:
         has_called = reported == CALLED

@@ -17,7 +17,15 @@ from services.sandbox.judge.checkers import OpenChecker, open_checker, run_check
 from services.sandbox.judge.decisions import FILES, Decision
 from services.sandbox.judge.groups import Schedule, skipped_result
 from services.sandbox.judge.pairs import PairedRun
-from services.sandbox.judge.results import UNDECIDED, Results, cut_output, decide, run_passes, unjudged_result
+from services.sandbox.judge.results import (
+    UNDECIDED,
+    Results,
+    cut_output,
+    decide,
+    limit_verdict,
+    run_passes,
+    unjudged_result,
+)
 from services.sandbox.runtime.jobs import Submission
 from services.sandbox.runtime.programs import LoadedProgram, Streams, open_program, opened, read_execution
 from services.sandbox.runtime.sandboxes import SandboxFactory
@@ -222,7 +230,7 @@ async def run_dialogue(
         decision = interactor.decide(decided, left, Streams(nothing, nothing, notes), test, limit)
     known = unjudged_result(execution)
     crashed = known.verdict == pb.TEST_VERDICT_RUNTIME_ERROR and program_first
-    if crashed or run.stop in ("wall", "cpu", "memory", "output"):
+    if crashed or limit_verdict(run) is not None:
         return known, UNDECIDED
     if interactor.keeps_output:
         written = next((file.content for file in left if file.path == FILES["output"]), b"")

@@ -23,6 +23,7 @@ from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.agent import apply_patch
 from services.sandbox.agent.protocol import Limits, RunResult
+from services.sandbox.judge.results import limit_verdict
 from services.sandbox.judge.suites import PROTECTED, Suite, SuiteResult, make_suite, pick, read_suite
 from services.sandbox.languages.catalog import Runtime
 from services.sandbox.runtime import metrics
@@ -45,12 +46,6 @@ _TREES = 4
 _MOST_BASES = 1000
 _MOST_OTHER_TESTS = 5000
 _APPLY = Path(apply_patch.__file__).read_bytes()
-_LIMIT_VERDICTS = {
-    "wall": pb.TEST_VERDICT_TIME_LIMIT,
-    "cpu": pb.TEST_VERDICT_TIME_LIMIT,
-    "memory": pb.TEST_VERDICT_MEMORY_LIMIT,
-    "output": pb.TEST_VERDICT_OUTPUT_LIMIT,
-}
 
 
 @dataclass(frozen=True)
@@ -86,7 +81,7 @@ class Step:
     @property
     def limit_verdict(self) -> pb.TestVerdict.ValueType | None:
         """Verdict for the limit that it passed."""
-        return _LIMIT_VERDICTS.get(self.result.stop or "")
+        return limit_verdict(self.result)
 
     def failure(self, limits: Limits) -> str:
         """Returns why it did not end well; empty when it did."""
@@ -228,10 +223,9 @@ class Trial:
 async def try_patch(steps: Steps, job: PatchJob, patch: bytes) -> Trial:
     """Applies a patch, runs setup and the tests, and says whether those that must pass do."""
     request = job.request
-    python = job.runtime.python
     required = [*request.fail_to_pass, *request.pass_to_pass]
     targets = list(dict.fromkeys(each.split("::")[0] for each in required))
-    suite = make_suite(request.tests, "python3" if python is None else python.path, targets)
+    suite = make_suite(request.tests, job.runtime.python_path, targets)
     protected = [*request.protected_paths, *PROTECTED.get(request.tests.framework, ()), *suite.protected(targets)]
     applied = await steps.apply(request.archives, job.limits, (request.test_patch, patch), protected)
     if applied.broken:
@@ -386,7 +380,7 @@ async def run_stage(
     response = pb.StageResult(name=stage.name)
     trees = [tree, make_tar(stage.files)]
     if stage.HasField("tests"):
-        suite = make_suite(stage.tests, "python3" if runtime.python is None else runtime.python.path)
+        suite = make_suite(stage.tests, runtime.python_path)
         step, result = await steps.run_suite(suite, limits, trees)
         response.tests.extend(pick(result, stage.expected) if stage.expected else result.tests)
         counted = [test for test in response.tests if stage.expected or test.outcome != pb.TEST_OUTCOME_SKIPPED]

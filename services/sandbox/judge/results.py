@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.agent.protocol import RunResult
 from services.sandbox.judge.decisions import Decision, failure
+from services.sandbox.runtime.programs import status_of_run
 
 CUT_BYTES = 4096
 
@@ -21,6 +23,12 @@ def verdict_of(status: pb.Status.ValueType) -> pb.TestVerdict.ValueType:
     if status == pb.STATUS_OK:
         return pb.TEST_VERDICT_ACCEPTED
     return pb.TestVerdict.Value(f"TEST_VERDICT_{pb.Status.Name(status).removeprefix('STATUS_')}")
+
+
+def limit_verdict(run: RunResult) -> pb.TestVerdict.ValueType | None:
+    """Returns the verdict for the limit that a run has passed; None where it has passed none."""
+    verdict = verdict_of(status_of_run(run))
+    return None if run.stop is None or verdict == pb.TEST_VERDICT_RUNTIME_ERROR else verdict
 
 
 def unjudged_result(execution: pb.ExecuteResponse) -> pb.TestResult:

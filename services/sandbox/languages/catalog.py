@@ -287,6 +287,11 @@ class Runtime:
         """Name in requests."""
         return self.config.name
 
+    @property
+    def python_path(self) -> str:
+        """Path or name of Python inside, for commands."""
+        return "python3" if self.python is None else self.python.path
+
     @cached_property
     def importable(self) -> list[str]:
         """Distributions that programs in Python can import, each with its version."""
@@ -307,12 +312,11 @@ class Runtime:
 
     def command(self, template: Iterable[str], memory_bytes: int) -> list[str]:
         """Returns a command of the description with its placeholders filled in."""
-        python = "python3" if self.python is None else self.python.path
         values = {
             "source": self.config.source,
             "memory_mib": str(memory_bytes >> 20),
             "main": self.main,
-            "python": python,
+            "python": self.python_path,
         }
         return [part.format(**values) for part in template]
 
