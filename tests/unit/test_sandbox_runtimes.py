@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from perigee.cli.sandbox.connection import LANGUAGES
+from perigee.config import read_yaml
 from perigee.errors import InvalidArgumentError, PerigeeError
 from services.sandbox.config import SandboxConfig
-from services.sandbox.languages.catalog import OWN_RUNTIMES, load_catalog
+from services.sandbox.languages.catalog import OWN_RUNTIMES, OutOfMemory, RuntimeConfig, load_catalog
 from services.sandbox.languages.images import build_image, find_recipes, read_recipe
 
 RIGHT = 'name: mine\ntitle: Mine\nsource: main.sh\nrun: [sh, "{source}"]\nrequires: [sh]\n'
@@ -26,6 +28,19 @@ def test_braces_of_one_s_own_are_written_twice(tmp_path: Path) -> None:
     runtime = catalog.find("mine")
     assert runtime is not None
     assert runtime.command(runtime.config.run, 64 << 20) == ["awk", "{print $1}", "main.sh", "64"]
+
+
+def test_suffixes_stand_for_all_languages() -> None:
+    configs = [RuntimeConfig(**read_yaml(path)) for path in OWN_RUNTIMES.glob("*.yaml")]
+    assert set(LANGUAGES.values()) <= {config.name for config in configs}
+    assert {Path(config.source).suffix for config in configs} <= set(LANGUAGES)
+
+
+def test_a_full_heap_of_the_jvm_is_the_memory_limit_in_every_language() -> None:
+    configs = [RuntimeConfig(**read_yaml(path)) for path in OWN_RUNTIMES.glob("*.yaml")]
+    for config in (config for config in configs if config.run[:1] == ("java",)):
+        assert {"-XX:+ExitOnOutOfMemoryError", "-XX:+DisplayVMOutputToStderr"} <= {*config.run}, config.name
+        assert config.out_of_memory == OutOfMemory(exit_code=3, message="Terminating due to java.lang.OutOfMemoryError")
 
 
 def test_a_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
