@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 from perigee.cli.sandbox import dmoj_graders, text_checker
-from perigee.cli.sandbox.judge import make_requests, read_solutions
+from perigee.cli.sandbox.connection import Sandbox
+from perigee.cli.sandbox.judge import known_to, make_requests, read_solutions
 from perigee.cli.sandbox.packages import open_problem
 from perigee.cli.sandbox.swe import print_tests
 from perigee.errors import InvalidArgumentError
+from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
 
@@ -66,7 +68,7 @@ compile_args: [-DX]
     assert (request.passes, request.extra_time["python"].factor, list(request.compile_args)) == (2, 2.0, ["-DX"])
 
 
-def test_a_package_of_kattis(tmp_path: Path) -> None:
+def test_a_package_of_kattis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(
         tmp_path,
         problem_DOT_yaml="name: Odd\ntype: scoring\nlimits: {time_limit: 2, memory: 256}\n",
@@ -84,6 +86,7 @@ def test_a_package_of_kattis(tmp_path: Path) -> None:
         submissions__accepted__a_DOT_py="print(input())",
         submissions__wrong_answer__b_DOT_cc="int main() {}",
         submissions__accepted__notes_DOT_txt="",
+        submissions__accepted__old_DOT_py="#!/usr/bin/env python2\n",
         input_validators__check__check_DOT_cpp="int main() {}",
         input_validators__check__check_DOT_h="",
     )
@@ -99,10 +102,15 @@ def test_a_package_of_kattis(tmp_path: Path) -> None:
     assert list(request.checker.program.args) == ["kattis"]
     assert request.limits == pb.Limits(cpu_ms=2000, wall_ms=5000, memory_bytes=256 << 20)
     assert problem.solutions == {
-        "submissions/accepted/a.py": pb.TEST_VERDICT_ACCEPTED,
-        "submissions/wrong_answer/b.cc": pb.TEST_VERDICT_WRONG_ANSWER,
+        "submissions/accepted/a.py": (pb.TEST_VERDICT_ACCEPTED,),
+        "submissions/accepted/notes.txt": (pb.TEST_VERDICT_ACCEPTED,),
+        "submissions/accepted/old.py": (pb.TEST_VERDICT_ACCEPTED,),
+        "submissions/wrong_answer/b.cc": (pb.TEST_VERDICT_WRONG_ANSWER,),
     }
-    assert [solution.language for solution in read_solutions(problem, [])] == ["python", "cpp"]
+    assert [solution.language for solution in read_solutions(problem, [])] == ["python", "python2", "cpp"]
+    assert "left out: submissions/accepted/notes.txt: the suffix .txt" in capsys.readouterr().err
+    with pytest.raises(InvalidArgumentError, match="names no solution in a language of this sandbox"):
+        known_to(Sandbox(SandboxClient("127.0.0.1:1"), pb.ListRuntimesResponse()), problem, [SOLUTION])
     [validator] = problem.section.validators
     assert [file.path for file in problem.read_helper("validators", validator).files] == ["check.h"]
 
@@ -188,8 +196,8 @@ def test_a_package_of_polygon(tmp_path: Path) -> None:
     assert problem.generated["2"].args == ("5",)
     assert problem.main_solution == tmp_path / "solutions/a.py"
     assert problem.solutions == {
-        "solutions/a.py": pb.TEST_VERDICT_ACCEPTED,
-        "solutions/b.py": pb.TEST_VERDICT_WRONG_ANSWER,
+        "solutions/a.py": (pb.TEST_VERDICT_ACCEPTED,),
+        "solutions/b.py": (pb.TEST_VERDICT_WRONG_ANSWER,),
     }
     request = request_of(tmp_path)
     assert [file.path for file in request.checker.program.files] == ["testlib.h"]
@@ -259,6 +267,9 @@ def test_names_of_cases_and_graders_of_dmoj(tmp_path: Path) -> None:
     wrong = "test_cases: [{points: 1}]\nchecker: {name: bridged, args: {files: gen.cpp, type: mine}}"
     with pytest.raises(InvalidArgumentError, match="mine is not known"):
         open_problem(write_dmoj(tmp_path, wrong))
+    unknown = "test_cases: [{points: 1}]\nchecker: {name: bridged, args: {files: check.f90}}"
+    with pytest.raises(InvalidArgumentError, match=r"the suffix \.f90 stands for no known language"):
+        open_problem(write_dmoj(tmp_path, unknown))
 
 
 @pytest.mark.parametrize(

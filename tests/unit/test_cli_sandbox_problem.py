@@ -212,6 +212,14 @@ def test_names_say_what_solutions_should_get(name: str, verdicts: list[pb.TestVe
     assert exit_code([JudgedSolution(Program("b.py", "python", b""), response_of(OK)), judged]) == code
 
 
+@pytest.mark.parametrize(
+    ("verdict", "code"), [(OK, 0), (SLOW, 0), (WRONG, 1), (INFRA, 3), (pb.TEST_VERDICT_MEMORY_LIMIT, 1)]
+)
+def test_a_package_says_which_verdicts_a_solution_may_get(verdict: pb.TestVerdict.ValueType, code: int) -> None:
+    judged = JudgedSolution(Program("wrong_a.py", "python", b""), response_of(OK, verdict), (SLOW, OK))
+    assert exit_code([judged]) == code
+
+
 def test_a_problem_is_a_folder_with_its_file(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgumentError, match=r"has no problem.yaml; name a problem's folder"):
         load_problem(tmp_path)

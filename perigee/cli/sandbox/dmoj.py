@@ -10,10 +10,10 @@ import re
 import shlex
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
-from perigee.cli.sandbox.connection import LANGUAGES, MIB, read_bytes
+from perigee.cli.sandbox.connection import MIB, language_of, read_bytes
 from perigee.cli.sandbox.problem import (
     CheckerSection,
     Generation,
@@ -125,7 +125,7 @@ class _Package:
         kind = name.rstrip("0123456789").upper()
         if kind in _LANGUAGES:
             return _LANGUAGES[kind]
-        return LANGUAGES.get(Path(path).suffix.rstrip("23"), "cpp")
+        return language_of(PurePath(path.rstrip("23")))
 
     def _python_grader(self, path: str, what: str, options: Mapping[str, Any] | None = None) -> ProgramSection:
         """Returns the program that runs a grader or a checker written for DMOJ's own judge."""

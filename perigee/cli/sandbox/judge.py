@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from rich.console import Console
@@ -13,9 +13,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from perigee.cli.metrics import format_seconds
-from perigee.cli.sandbox.connection import MIB, Sandbox, check_size, megabytes, open_console, open_sandbox, wall_seconds
+from perigee.cli.sandbox.connection import (
+    MIB,
+    Sandbox,
+    check_size,
+    language_of,
+    megabytes,
+    open_console,
+    open_sandbox,
+    wall_seconds,
+)
 from perigee.cli.sandbox.packages import open_problem, prepare_tests
-from perigee.cli.sandbox.problem import Problem, list_programs
+from perigee.cli.sandbox.problem import Expected, Problem, list_programs
 from perigee.errors import InternalError, InvalidArgumentError
 from perigee.json_codec import write_message
 from perigee.rpc import MAX_MESSAGE_BYTES, ChannelOptions
@@ -45,17 +54,15 @@ class JudgedSolution:
 
     solution: Program
     response: pb.JudgeResponse
-    tagged: pb.TestVerdict.ValueType | None = None
-    """Verdict that a package says it should get."""
+    tagged: Expected = ()
+    """Verdicts of which a package says that it should get one."""
 
     @property
-    def expected(self) -> pb.TestVerdict.ValueType:
-        """Verdict that the package or the solution's file name announces."""
-        if self.tagged is not None:
-            return self.tagged
+    def expected(self) -> Expected:
+        """Verdicts of which the package or the solution's file name announces one."""
         name = PurePosixPath(self.solution.name).name
         found = (verdict for prefix, verdict in EXPECTATIONS.items() if name.startswith(prefix))
-        return next(found, pb.TEST_VERDICT_ACCEPTED)
+        return self.tagged or (next(found, pb.TEST_VERDICT_ACCEPTED),)
 
     @property
     def sandbox_failed(self) -> bool:
@@ -72,9 +79,10 @@ class JudgedSolution:
         """Whether it was accepted, or failed in the way that the file name announces; not where a test is at fault."""
         if self.unjudgeable:
             return False
-        if self.expected == pb.TEST_VERDICT_ACCEPTED:
-            return self.response.verdict == pb.TEST_VERDICT_ACCEPTED
-        return not self.sandbox_failed and any(result.verdict == self.expected for result in self.response.results)
+        if self.response.verdict == pb.TEST_VERDICT_ACCEPTED:
+            return pb.TEST_VERDICT_ACCEPTED in self.expected
+        failures = {*self.expected} - {pb.TEST_VERDICT_ACCEPTED}
+        return not self.sandbox_failed and any(result.verdict in failures for result in self.response.results)
 
 
 _FAILURES = (pb.TEST_VERDICT_INFRA_ERROR, pb.TEST_VERDICT_UNSPECIFIED)
@@ -88,13 +96,27 @@ def read_solutions(problem: Problem, chosen: Sequence[Path]) -> list[Program]:
     if not chosen and problem.solutions is not None:
         if not problem.solutions:
             raise InvalidArgumentError.for_field(problem.label, "names no solution; name one by --solution")
-        return [problem.read_program(problem.folder / name) for name in problem.solutions]
+        return list(_read_package(problem, problem.solutions))
     if not chosen:
         return [problem.read_program(path) for path in list_programs(problem.folder / SOLUTIONS_FOLDER, "solution")]
     return [
         problem.read_program(path if path.exists() or not (problem.folder / path).exists() else problem.folder / path)
         for path in chosen
     ]
+
+
+def _read_package(problem: Problem, names: Iterable[str]) -> Iterator[Program]:
+    for name in names:
+        try:
+            language_of(PurePath(name))
+        except InvalidArgumentError as error:
+            _leave_out(error)
+        else:
+            yield problem.read_program(problem.folder / name)
+
+
+def _leave_out(error: InvalidArgumentError) -> None:
+    print(f"perigee: left out: {error.message}", file=sys.stderr)
 
 
 def make_requests(problem: Problem, solution: Program, tests: Sequence[pb.TestCase]) -> list[pb.JudgeRequest]:
@@ -144,7 +166,7 @@ async def judge(
             response = await sandbox.client.judge(request, timeout_s=QUEUE_S + COMPILE_S + tests_s)
             _check_complete(request, response)
             responses.append(response)
-        yield JudgedSolution(solution, merge(responses), tags.get(solution.name))
+        yield JudgedSolution(solution, merge(responses), tags.get(solution.name, ()))
 
 
 def _slowest(request: pb.JudgeRequest) -> float:
@@ -174,6 +196,11 @@ def verdict_name(verdict: pb.TestVerdict.ValueType) -> str:
     return pb.TestVerdict.Name(verdict).removeprefix("TEST_VERDICT_")
 
 
+def expected_name(judged: JudgedSolution) -> str:
+    """Returns the verdicts of which it should get one."""
+    return " or ".join(map(verdict_name, judged.expected))
+
+
 def _solution_json(judged: JudgedSolution, tests: Sequence[pb.TestCase]) -> dict[str, Any]:
     response = write_message(judged.response)
     del response["results"]
@@ -181,7 +208,7 @@ def _solution_json(judged: JudgedSolution, tests: Sequence[pb.TestCase]) -> dict
         "solution": judged.solution.name,
         "language": judged.solution.language,
         "verdict": verdict_name(judged.response.verdict),
-        "expected": verdict_name(judged.expected),
+        "expected": expected_name(judged),
         "as_expected": judged.as_expected,
         "tests": [
             write_message(result) | {"name": test.name, "verdict": verdict_name(result.verdict)}
@@ -255,12 +282,11 @@ def solution_line(judged: JudgedSolution) -> str:
     )
     if judged.unjudgeable:
         return f"{line} [{_YELLOW}]({judged.unjudgeable} cannot be judged, whatever the solution)[/]"
-    if judged.expected == pb.TEST_VERDICT_ACCEPTED or judged.sandbox_failed:
+    if judged.expected == (pb.TEST_VERDICT_ACCEPTED,) or judged.sandbox_failed:
         return line
-    expected = verdict_name(judged.expected)
     if judged.as_expected:
         return f"{line} [{_GREEN}](as its name says)[/]"
-    return f"{line} [{_RED}](its name says {expected})[/]"
+    return f"{line} [{_RED}](its name says {expected_name(judged)})[/]"
 
 
 def runtime_table(response: pb.ListRuntimesResponse) -> Table:
@@ -317,7 +343,7 @@ async def judge_folder(
     judged_solutions = []
     async with open_sandbox(address, channel) as sandbox:
         if problem.solutions is not None and not chosen:
-            solutions = known_to(sandbox, solutions)
+            solutions = known_to(sandbox, problem, solutions)
         tests = await prepare_tests(sandbox, problem, validate)
         async for judged in judge(sandbox, problem, solutions, tests):
             judged_solutions.append(judged)
@@ -331,13 +357,18 @@ async def judge_folder(
     return exit_code(judged_solutions)
 
 
-def known_to(sandbox: Sandbox, solutions: Sequence[Program]) -> list[Program]:
-    """Returns a package's solutions in languages that the sandbox has, and names the others on standard error."""
+def known_to(sandbox: Sandbox, problem: Problem, solutions: Sequence[Program]) -> list[Program]:
+    """Returns a package's solutions in languages that the sandbox has, and names the others on standard error.
+
+    Raises InvalidArgumentError when none is left.
+    """
     known = []
     for solution in solutions:
         try:
             sandbox.find_runtime(solution.language, solution.name)
             known.append(solution)
         except InvalidArgumentError as error:
-            print(f"perigee: left out: {error.message}", file=sys.stderr)
+            _leave_out(error)
+    if not known:
+        raise InvalidArgumentError.for_field(problem.label, "names no solution in a language of this sandbox")
     return known

@@ -13,7 +13,9 @@ from typing import Any
 
 from perigee.cli.sandbox.connection import LANGUAGES, read_bytes
 from perigee.cli.sandbox.problem import (
+    CRASHES,
     CheckerSection,
+    Expected,
     GroupSection,
     LimitsSection,
     Problem,
@@ -22,6 +24,7 @@ from perigee.cli.sandbox.problem import (
     make_test,
     natural_order,
     text_checker,
+    wall_of,
 )
 from perigee.config import read_yaml
 from perigee.errors import InvalidArgumentError
@@ -31,15 +34,15 @@ DATA, SECRET, SAMPLE = "data", "secret", "sample"
 _GROUP_FILES = ("testdata.yaml", "test_group.yaml")
 _VALIDATOR_FOLDERS = ("output_validators", "output_validator")
 _DEFAULT_PASSES = 2
-# Wall-clock time of a run whose CPU time is limited.
-_WALL_FACTOR, _WALL_ADDED_MS = 2, 1000
-_EXPECTED = {
-    "accepted": pb.TEST_VERDICT_ACCEPTED,
-    "slow_accepted": pb.TEST_VERDICT_ACCEPTED,
-    "wrong_answer": pb.TEST_VERDICT_WRONG_ANSWER,
-    "partially_accepted": pb.TEST_VERDICT_WRONG_ANSWER,
-    "time_limit_exceeded": pb.TEST_VERDICT_TIME_LIMIT,
-    "run_time_error": pb.TEST_VERDICT_RUNTIME_ERROR,
+_EXPECTED: dict[str, Expected] = {
+    "accepted": (pb.TEST_VERDICT_ACCEPTED,),
+    "slow_accepted": (pb.TEST_VERDICT_ACCEPTED,),
+    "wrong_answer": (pb.TEST_VERDICT_WRONG_ANSWER,),
+    "partially_accepted": (pb.TEST_VERDICT_WRONG_ANSWER,),
+    "time_limit_exceeded": (pb.TEST_VERDICT_TIME_LIMIT,),
+    "run_time_error": CRASHES,
+    "brute_force": (pb.TEST_VERDICT_TIME_LIMIT, *CRASHES),
+    "rejected": (pb.TEST_VERDICT_WRONG_ANSWER, pb.TEST_VERDICT_TIME_LIMIT, *CRASHES),
 }
 
 
@@ -99,9 +102,8 @@ def _limits(folder: Path, limits: dict[str, Any]) -> LimitsSection:
     if seconds is None and (folder / ".timelimit").is_file():
         seconds = read_bytes(folder / ".timelimit").decode()
     cpu_ms = None if seconds is None else round(float(seconds) * 1000)
-    wall_ms = None if cpu_ms is None else cpu_ms * _WALL_FACTOR + _WALL_ADDED_MS
     memory, output = limits.get("memory"), limits.get("output")
-    return LimitsSection(cpu_ms=cpu_ms, wall_ms=wall_ms, memory_mb=memory, output_mb=output)
+    return LimitsSection(cpu_ms=cpu_ms, wall_ms=wall_of(cpu_ms), memory_mb=memory, output_mb=output)
 
 
 def _programs(folder: Path) -> list[Path]:
@@ -145,10 +147,10 @@ def _validator(folder: Path, own: Path, flags: list[str], limits: dict[str, Any]
     )
 
 
-def _solutions(folder: Path) -> Iterator[tuple[str, pb.TestVerdict.ValueType]]:
+def _solutions(folder: Path) -> Iterator[tuple[str, Expected]]:
     for kind in sorted((folder / "submissions").glob("*")):
         for path in sorted(kind.glob("*")):
-            if path.suffix in LANGUAGES and kind.name in _EXPECTED:
+            if kind.name in _EXPECTED and not path.name.startswith("."):
                 yield path.relative_to(folder).as_posix(), _EXPECTED[kind.name]
 
 

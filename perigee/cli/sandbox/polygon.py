@@ -11,7 +11,9 @@ from xml.etree import ElementTree
 
 from perigee.cli.sandbox.connection import MIB, read_bytes
 from perigee.cli.sandbox.problem import (
+    CRASHES,
     CheckerSection,
+    Expected,
     Generation,
     GroupSection,
     LimitsSection,
@@ -19,22 +21,25 @@ from perigee.cli.sandbox.problem import (
     ProblemSection,
     ProgramSection,
     make_test,
+    wall_of,
 )
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 
 PROBLEM_XML = "problem.xml"
-_WALL_FACTOR, _WALL_ADDED_MS = 2, 1000
 _LANGUAGES = {"c": "c", "cpp": "cpp", "python": "python", "java": "java", "java8": "java", "go": "go", "rust": "rust"}
-_EXPECTED = {
-    "main": pb.TEST_VERDICT_ACCEPTED,
-    "accepted": pb.TEST_VERDICT_ACCEPTED,
-    "wrong-answer": pb.TEST_VERDICT_WRONG_ANSWER,
-    "presentation-error": pb.TEST_VERDICT_WRONG_ANSWER,
-    "time-limit-exceeded": pb.TEST_VERDICT_TIME_LIMIT,
-    "memory-limit-exceeded": pb.TEST_VERDICT_MEMORY_LIMIT,
-    "runtime-error": pb.TEST_VERDICT_RUNTIME_ERROR,
-    "failed": pb.TEST_VERDICT_RUNTIME_ERROR,
+_EXPECTED: dict[str, Expected] = {
+    "main": (pb.TEST_VERDICT_ACCEPTED,),
+    "accepted": (pb.TEST_VERDICT_ACCEPTED,),
+    "wrong-answer": (pb.TEST_VERDICT_WRONG_ANSWER,),
+    "presentation-error": (pb.TEST_VERDICT_WRONG_ANSWER,),
+    "time-limit-exceeded": (pb.TEST_VERDICT_TIME_LIMIT,),
+    "time-limit-exceeded-or-accepted": (pb.TEST_VERDICT_TIME_LIMIT, pb.TEST_VERDICT_ACCEPTED),
+    "time-limit-exceeded-or-memory-limit-exceeded": (pb.TEST_VERDICT_TIME_LIMIT, pb.TEST_VERDICT_MEMORY_LIMIT),
+    "memory-limit-exceeded": (pb.TEST_VERDICT_MEMORY_LIMIT,),
+    "runtime-error": (pb.TEST_VERDICT_RUNTIME_ERROR,),
+    "failed": (pb.TEST_VERDICT_RUNTIME_ERROR,),
+    "rejected": (pb.TEST_VERDICT_WRONG_ANSWER, pb.TEST_VERDICT_TIME_LIMIT, *CRASHES),
 }
 Element = ElementTree.Element
 
@@ -95,7 +100,7 @@ def _limits(testset: Element) -> LimitsSection:
     cpu_ms = None if time_ms is None else int(time_ms)
     return LimitsSection(
         cpu_ms=cpu_ms,
-        wall_ms=None if cpu_ms is None else cpu_ms * _WALL_FACTOR + _WALL_ADDED_MS,
+        wall_ms=wall_of(cpu_ms),
         memory_mb=None if memory_bytes is None else max(1, int(memory_bytes) // MIB),
     )
 

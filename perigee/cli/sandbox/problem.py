@@ -23,8 +23,13 @@ from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from perigee.testgen.plan import Program
 
+# Verdicts of which a solution should get one.
+Expected = tuple[pb.TestVerdict.ValueType, ...]
+# Those that packages of other judges mean by a runtime error.
+CRASHES: Expected = (pb.TEST_VERDICT_RUNTIME_ERROR, pb.TEST_VERDICT_MEMORY_LIMIT, pb.TEST_VERDICT_OUTPUT_LIMIT)
 PROBLEM_FILE = "problem.yaml"
 TESTS_FOLDER = "tests"
+_PYTHON_2 = re.compile(rb"#!.*python2\b")
 # Languages of solutions that a grader's program can be linked with, and their suffixes.
 _LINKED = {"c": ".c", "cpp": ".cpp"}
 _UNBUFFERED_TEXT = b"""#include <stdio.h>
@@ -244,7 +249,7 @@ class Problem:
     """Tests of a package; those of tests/ unless set."""
     generated: Mapping[str, Generation] = field(default_factory=dict)
     """Tests, by name, whose input a program makes."""
-    solutions: Mapping[str, pb.TestVerdict.ValueType] | None = None
+    solutions: Mapping[str, Expected] | None = None
     """Solutions of a package with what they should get; those of solutions/ by their names unless set."""
     main_solution: Path | None = None
     """Solution whose outputs are the answers of tests that have none."""
@@ -267,9 +272,12 @@ class Problem:
 
     def read_program(self, path: Path) -> Program:
         """Reads a solution, named by its path below the folder if it is there."""
+        source = read_bytes(path)
         language = self.section.language or language_of(path)
+        if language == "python" and not self.section.language and _PYTHON_2.match(source):
+            language = "python2"
         name = path.relative_to(self.folder) if path.is_relative_to(self.folder) else path
-        return Program(name.as_posix(), language, read_bytes(path))
+        return Program(name.as_posix(), language, source)
 
     def read_helper(self, key: str, program: ProgramSection) -> pb.Program:
         """Reads a checker or an interactor with its files. Raises InvalidArgumentError naming the key."""
@@ -414,6 +422,11 @@ def make_test(
     else:
         test.stdio.CopyFrom(pb.StdioTest(stdin=content, expected_stdout=answer))
     return test
+
+
+def wall_of(cpu_ms: int | None) -> int | None:
+    """Returns the wall-clock limit of a run in ms, where a package limits its CPU time alone."""
+    return None if cpu_ms is None else 2 * cpu_ms + 1000
 
 
 def load_problem(folder: Path) -> Problem:
