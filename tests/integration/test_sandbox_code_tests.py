@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from perigee.sandbox.client import SandboxClient
@@ -43,6 +45,21 @@ async def test_a_definition_of_check(sandbox: SandboxClient) -> None:
     check = "METADATA = {}\n\n\ndef check(candidate):\n    assert candidate(2) == 4\n    assert candidate(x=3) == %d\n"
     response = await judge_code(sandbox, "def f(x): return 2 * x", check % 6, check % 7)
     assert verdicts(response) == ["ACCEPTED", "WRONG_ANSWER"]
+
+
+async def test_a_submission_that_compiles_for_some_tests(sandbox: SandboxClient) -> None:
+    """It forges that it does not compile, from a moment on for which the first test waits."""
+    until = time.time() + 1
+    source = f"""
+import sys, time
+frame = sys._getframe()
+while "peer" not in frame.f_locals: frame = frame.f_back
+if time.time() > {until}: frame.f_locals["peer"].send({{"compile_error": "no"}})
+def f(x): return x
+"""
+    wait = f"import time\ntime.sleep(max(0, {until} - time.time()))\nassert f(1) == 1"
+    found = verdicts(await judge_code(sandbox, source, wait, "assert f(1) == 1"))
+    assert found in (["ACCEPTED", "COMPILE_ERROR"], ["COMPILE_ERROR"] * 2)
 
 
 async def test_setup_code_runs_before_each_test(sandbox: SandboxClient) -> None:

@@ -29,6 +29,7 @@ from services.sandbox.agent.archive import (
 from services.sandbox.agent.code_tests import CALLED, FAILED, PASSED, SUBMISSION_ERROR, TEST_ERROR
 from services.sandbox.agent.protocol import Limits, RunResult
 from services.sandbox.judge.checkers import open_checker, run_checker
+from services.sandbox.judge.groups import Schedule, skipped_result
 from services.sandbox.judge.pairs import PairedRun, pipes
 from services.sandbox.judge.results import (
     Results,
@@ -185,8 +186,9 @@ _LOAD_VERDICTS = {
 
 
 async def judge_code(factory: SandboxFactory, submission: Submission, pair: SlotPair) -> Results:
-    """Returns the result of each test, up to the first failure when that is asked for; each has its own processes."""
+    """Returns the result of each test; each has its own processes."""
     results: list[pb.TestResult] = []
+    tests, schedule = submission.request.tests, Schedule(submission.request)
     tester = dataclasses.replace(
         submission.program, source=b"", files=(), limits=tester_limits(submission.program.limits), environment={}
     )
@@ -196,12 +198,14 @@ async def judge_code(factory: SandboxFactory, submission: Submission, pair: Slot
     ):
         await loaded.load()
         await judging.load()
-        for test in submission.request.tests:
-            results.append(await run_code_test(loaded, judging, submission, test.code.code.encode()))
-            if results[-1].verdict == pb.TEST_VERDICT_COMPILE_ERROR:
-                return results * len(submission.request.tests), None
-            if submission.request.stop_at_first_failure and results[-1].verdict != pb.TEST_VERDICT_ACCEPTED:
-                break
+        for test in tests:
+            result = skipped_result()
+            if not schedule.skips(test):
+                result = await run_code_test(loaded, judging, submission, test.code.code.encode())
+            if result.verdict == pb.TEST_VERDICT_COMPILE_ERROR:  # which a submission can forge in any test
+                return [*results, *[result] * (len(tests) - len(results))], None
+            schedule.note(test, result)
+            results.append(result)
     return results, None
 
 
