@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.judge.reports import ReportError, read_report
+from services.sandbox.judge.suites import make_suite, read_suite
 
 PYTEST, GO, JEST, JUNIT = (
     pb.TEST_FRAMEWORK_PYTEST,
@@ -30,6 +31,18 @@ PASSED, FAILED, ERROR, SKIPPED = (
 
 def outcomes(framework: pb.TestFramework.ValueType, content: bytes) -> dict[str, pb.TestOutcome.ValueType]:
     return {test.id: test.outcome for test in read_report(framework, content)}
+
+
+@pytest.mark.timeout(30)  # comparing each test with each takes minutes
+def test_a_report_of_many_tests_is_read() -> None:
+    suite = make_suite(pb.TestRun(framework=PYTEST), "python3")
+    cases = "".join(f'<testcase name="t{number}"/>' for number in range(50_000))
+    report = pb.OutputFile(path=suite.report, content=f"<testsuite>{cases}</testsuite>".encode())
+    result = read_suite(suite, 1, b"", [report])
+    assert (len(result.tests), result.problem) == (
+        50_000,
+        "a test that fails in every repository is not reported as such",
+    )
 
 
 def test_pytest_ids_are_its_own() -> None:

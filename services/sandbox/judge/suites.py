@@ -141,8 +141,9 @@ def read_suite(suite: Suite, exit_code: int | None, stdout: bytes, files: Iterab
         return SuiteResult([], f"the report of the tests {error}")
     if not suite.probe:
         return SuiteResult(tests, "" if tests else "the report has no tests")
-    kept = [test for test in tests if not test.id.startswith(f"{suite.probe}::")]
-    probes = {test.id.removeprefix(f"{suite.probe}::"): test.outcome for test in tests if test not in kept}
+    prefix = f"{suite.probe}::"
+    kept = [test for test in tests if not test.id.startswith(prefix)]
+    probes = {test.id.removeprefix(prefix): test.outcome for test in tests if test.id.startswith(prefix)}
     if probes != _PROBES or exit_code != 1:
         return SuiteResult(kept, "a test that fails in every repository is not reported as such")
     return SuiteResult(kept, "" if kept else "the report has no tests")
