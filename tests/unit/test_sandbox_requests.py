@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from perigee.errors import InvalidArgumentError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
 from services.sandbox.api.requests import find_path_problem, read_job, read_submission
-from services.sandbox.config import LimitsConfig, SandboxConfig
+from services.sandbox.config import ExtraTimeConfig, LimitsConfig, SandboxConfig
 from services.sandbox.languages.catalog import Catalog, load_catalog
 
 CONFIG = SandboxConfig(max_source_bytes=100, max_tests=3, default_limits=LimitsConfig(wall_ms=123))
@@ -226,6 +227,25 @@ def test_what_judges_is_known() -> None:
         "groups[0].policy",
         "groups[0]",
     }
+
+
+@pytest.mark.parametrize("name", ["mine", "My"])
+@pytest.mark.parametrize("of_request", [True, False])
+def test_extra_time_is_that_of_the_language_whatever_names_its_source_asks_for(
+    tmp_path: Path, name: str, of_request: bool
+) -> None:
+    text = 'name: mine\naliases: [my]\ntitle: Mine\nsource: Main.java\njava_names: true\nrun: [sh, "{source}"]\n'
+    (tmp_path / "mine.yaml").write_text(text)
+    config = SandboxConfig(
+        runtimes_path=str(tmp_path),
+        default_limits=LimitsConfig(wall_ms=100, cpu_ms=50),
+        extra_time={} if of_request else {name: ExtraTimeConfig(factor=2, added_ms=1)},
+    )
+    request = pb.JudgeRequest(language="mine", source=b"public class A {}", tests=[STDIO])
+    if of_request:
+        request.extra_time[name].CopyFrom(pb.ExtraTime(factor=2, added_ms=1))
+    limits = read_submission(request, config, load_catalog(config)).program.limits
+    assert (limits.wall_ms, limits.cpu_ms) == (201, 101)
 
 
 def test_extra_time_beyond_all_numbers_is_refused() -> None:

@@ -9,7 +9,7 @@ import pytest
 from perigee.cli.sandbox.connection import LANGUAGES
 from perigee.config import read_yaml
 from perigee.errors import InvalidArgumentError, PerigeeError
-from services.sandbox.config import SandboxConfig
+from services.sandbox.config import ExtraTimeConfig, SandboxConfig
 from services.sandbox.languages.catalog import OWN_RUNTIMES, OutOfMemory, RuntimeConfig, load_catalog
 from services.sandbox.languages.images import build_image, find_recipes, read_recipe
 
@@ -75,6 +75,16 @@ def test_a_wrong_description_is_reported_with_its_file(tmp_path: Path, text: str
         load_catalog(described(tmp_path, text))
     assert words in error.value.message
     assert "mine.yaml" in error.value.message
+
+
+def test_the_names_of_what_is_missing_say_why(tmp_path: Path) -> None:
+    text = RIGHT.replace("requires: [sh]", "requires: [nothing-called-so]\naliases: [my]\ninstall: it\n")
+    config = described(tmp_path, text).model_copy(update={"extra_time": {"MY": ExtraTimeConfig()}})
+    catalog = load_catalog(config)
+    for name in ("mine", "Mine", "my", "MY"):
+        assert catalog.explain(name) == f"{name} cannot be used here: nothing-called-so is not there: install it"
+    with pytest.raises(InvalidArgumentError, match=r"sandbox\.extra_time\.klingon: 'klingon' is unknown; known: "):
+        load_catalog(config.model_copy(update={"extra_time": {"klingon": ExtraTimeConfig()}}))
 
 
 @pytest.mark.parametrize(

@@ -471,10 +471,12 @@ def read_extra_time(reader: Reader, request: pb.JudgeRequest, program: Program) 
             reader.refuse(f"extra_time[{name!r}]", reader.catalog.explain(name))
         elif not 1 <= factor < math.inf:
             reader.refuse(f"extra_time[{name!r}].factor", f"must be a number of at least 1, got {factor}")
-        elif runtime is program.runtime:
+        elif runtime.name == program.runtime.name:
             found = ExtraTimeConfig(factor=factor, added_ms=extra.added_ms)
-    names = {program.runtime.name, *program.runtime.config.aliases}
-    found = found or next((each for name, each in reader.config.extra_time.items() if name in names), None)
+    for name, own in reader.config.extra_time.items():
+        runtime = reader.catalog.find(name)
+        if found is None and runtime is not None and runtime.name == program.runtime.name:
+            found = own
     if found is None:
         return program.limits
     times = {}

@@ -8,11 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Self
 
 from packaging.requirements import Requirement
@@ -327,11 +328,17 @@ class Runtime:
 
 
 class Catalog:
-    """All runtimes by name and alias."""
+    """All runtimes by name and alias; `missing_aliases` has the names of those that are missing by their aliases."""
 
-    def __init__(self, runtimes: Iterable[Runtime], missing: Iterable[pb.MissingRuntime]) -> None:
+    def __init__(
+        self,
+        runtimes: Iterable[Runtime],
+        missing: Iterable[pb.MissingRuntime],
+        missing_aliases: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.runtimes = sorted(runtimes, key=lambda runtime: runtime.name)
         self.missing = sorted(missing, key=lambda entry: entry.language)
+        self._missing_aliases = missing_aliases
         self._by_name = {name: runtime for runtime in self.runtimes for name in runtime.config.aliases}
         self._by_name.update({runtime.name: runtime for runtime in self.runtimes})
 
@@ -339,18 +346,22 @@ class Catalog:
         """Finds the runtime of a name or an alias, in upper or lower case."""
         return self._by_name.get(language) or self._by_name.get(language.lower())
 
+    def find_missing(self, language: str) -> pb.MissingRuntime | None:
+        """Finds the runtime of a name or an alias, in upper or lower case, among those that cannot be used here."""
+        name = self._missing_aliases.get(language.lower(), language.lower())
+        return next((entry for entry in self.missing if entry.language == name), None)
+
     def explain(self, language: str) -> str:
         """Returns why a language cannot be used."""
-        for entry in self.missing:
-            if entry.language == language:
-                return f"{language} cannot be used here: {entry.reason}"
+        if (entry := self.find_missing(language)) is not None:
+            return f"{language} cannot be used here: {entry.reason}"
         return f"{language!r} is unknown; known: {', '.join(runtime.name for runtime in self.runtimes)}"
 
 
 def load_catalog(config: SandboxConfig) -> Catalog:
     """Reads the descriptions that come with the service, then those of the configured folder, which may replace them.
 
-    Raises InvalidArgumentError for an invalid file and for a missing folder.
+    Raises InvalidArgumentError for an invalid file, a missing folder, and extra time of an unknown language.
     """
     if config.runtimes_path is not None and not Path(config.runtimes_path).is_dir():
         raise InvalidArgumentError.for_field("sandbox.runtimes_path", f"{config.runtimes_path} is no folder")
@@ -367,10 +378,16 @@ def load_catalog(config: SandboxConfig) -> Catalog:
                 names.append(name)
             for called in names:
                 resolved[called] = resolve(runtime_in(image, name, described, called), config)
-    return Catalog(
+    missing = {name: entry for name, entry in resolved.items() if isinstance(entry, pb.MissingRuntime)}
+    catalog = Catalog(
         [entry for entry in resolved.values() if isinstance(entry, Runtime)],
-        [entry for entry in resolved.values() if isinstance(entry, pb.MissingRuntime)],
+        missing.values(),
+        {alias: name for name in missing if name in described for alias in described[name].aliases},
     )
+    for name in config.extra_time:
+        if catalog.find(name) is None and catalog.find_missing(name) is None:
+            raise InvalidArgumentError.for_field(f"sandbox.extra_time.{name}", catalog.explain(name))
+    return catalog
 
 
 def runtime_in(image: Image, name: str, described: dict[str, RuntimeConfig], called: str) -> RuntimeConfig:
