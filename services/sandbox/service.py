@@ -144,11 +144,7 @@ class SandboxService(SandboxServiceServicer):
 
     async def _execute(self, request: pb.ExecuteRequest, remaining_s: float | None) -> pb.ExecuteResponse:
         job = read_job(request, self._pool.config, self._pool.catalog)
-
-        async def work() -> Response:
-            return await execute(self._pool, job, remaining_s)
-
-        response = await self._run_once(request, work)
+        response = await self._run_once(request, lambda: execute(self._pool, job, remaining_s))
         assert isinstance(response, pb.ExecuteResponse)
         return response
 
@@ -179,11 +175,7 @@ class SandboxService(SandboxServiceServicer):
 
     async def _judge(self, request: pb.JudgeRequest, remaining_s: float | None) -> pb.JudgeResponse:
         submission = read_submission(request, self._pool.config, self._pool.catalog)
-
-        async def work() -> Response:
-            return await judge(self._pool, submission, remaining_s)
-
-        response = await self._run_once(request, work)
+        response = await self._run_once(request, lambda: judge(self._pool, submission, remaining_s))
         assert isinstance(response, pb.JudgeResponse)
         return response
 
@@ -248,10 +240,12 @@ class SandboxService(SandboxServiceServicer):
         return await self._versions.describe()
 
     async def _run_once(
-        self, request: pb.ExecuteRequest | pb.JudgeRequest | pb.JudgePatchRequest | pb.AssessRequest, work: Any
+        self,
+        request: pb.ExecuteRequest | pb.JudgeRequest | pb.JudgePatchRequest | pb.AssessRequest,
+        work: Callable[[], Awaitable[Response]],
     ) -> Response:
         if not request.idempotency_key:
-            return await work()  # type: ignore[no-any-return]
+            return await work()
         key = f"{request.DESCRIPTOR.name}:{request.idempotency_key}"
         response, _ = await self._results.get(key, work, request.SerializeToString(deterministic=True))
         return response

@@ -101,7 +101,10 @@ async def test_commands_are_streams_of_envelopes(guarded: httpx.AsyncClient, san
 
 
 async def test_a_sandbox_is_listed_for_its_key_and_ends(guarded: httpx.AsyncClient) -> None:
-    created = (await guarded.post("/e2b/sandboxes", json={"timeout": 60})).json()
+    created = (await guarded.post("/e2b/sandboxes", json={"timeout": 60, "metadata": {"a b": "ü&"}})).json()
+    for metadata, found in (("a%2520b=%25C3%25BC%2526", [created["sandboxID"]]), ("a%2520b=u", []), ("c=", [])):
+        listed = (await guarded.get("/e2b/v2/sandboxes", params={"metadata": metadata})).json()
+        assert [each["sandboxID"] for each in listed] == found
     path, headers = f"/e2b/sandboxes/{created['sandboxID']}", {"e2b-sandbox-id": created["sandboxID"]}
     assert created["sandboxID"] in {each["sandboxID"] for each in (await guarded.get("/e2b/v2/sandboxes")).json()}
     assert (await guarded.get("/e2b/v2/sandboxes", headers={"x-api-key": "another"})).json() == []

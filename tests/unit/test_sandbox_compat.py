@@ -1,13 +1,18 @@
 """Other sandboxes' requests and responses in Perigee's terms, and back."""
 
 import base64
+import math
+from unittest.mock import AsyncMock, Mock
 
+import httpx
 import pytest
+from fastapi import FastAPI
 from pydantic import ValidationError
+from starlette.types import Receive, Scope, Send
 
-from perigee.errors import InvalidArgumentError, ResourceExhaustedError
+from perigee.errors import InternalError, InvalidArgumentError, ResourceExhaustedError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from services.sandbox.api import piston, sandbox_fusion
+from services.sandbox.api import e2b, piston, sandbox_fusion
 from services.sandbox.api.compat import find_runtime, rename_fields
 from services.sandbox.api.piston import selects
 
@@ -15,6 +20,21 @@ PYTHON = pb.Runtime(language="python", version="3.11.2", aliases=["py"])
 CPP = pb.Runtime(language="cpp", version="g++ 12.2.0", aliases=["c++17"], compiled=True)
 NODE = pb.Runtime(language="javascript", version="18.19.0")
 RUNTIMES = [PYTHON, CPP, NODE]
+
+
+async def test_a_failure_of_the_sandbox_is_no_fault_of_e2b_s_caller() -> None:
+    failed = AsyncMock(return_value=pb.RunCellResponse(status=pb.STATUS_INFRA_ERROR, reason="the box broke"))
+    sandboxes = Mock(**{"servicer.RunCell": failed, "addressed.return_value.session": Mock(id="s", ends_at=math.inf)})
+    app = FastAPI()
+    app.include_router(e2b.sandbox_router(sandboxes))
+
+    async def with_deadline(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "deadline": None}, receive, send)
+
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(with_deadline), base_url="http://e2b") as client:
+        for path, body in (("files", {"content": b"x"}), ("filesystem.Filesystem/Stat", {"json": {"path": "a"}})):
+            with pytest.raises(InternalError, match="the box broke"):
+                await client.post(f"/e2b/{path}", params={"path": "a"}, **body)
 
 
 def encode(data: bytes) -> str:

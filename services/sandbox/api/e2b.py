@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import parse_qsl, unquote
 
 from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -29,6 +30,7 @@ from starlette.datastructures import UploadFile
 
 from perigee.errors import (
     AlreadyExistsError,
+    InternalError,
     InvalidArgumentError,
     NotFoundError,
     PerigeeError,
@@ -254,9 +256,10 @@ def control_router(sandboxes: Sandboxes) -> APIRouter:
 
     @router.get("/v2/sandboxes")
     @router.get("/sandboxes")
-    async def list_sandboxes(request: Request) -> list[dict[str, Any]]:
-        """Lists the sandboxes of the caller's key."""
-        return [each.describe() for each in sandboxes.of_key(_key(request))]
+    async def list_sandboxes(request: Request, metadata: str = "") -> list[dict[str, Any]]:
+        """Lists the sandboxes of the caller's key that were created with the metadata."""
+        wanted = read_metadata(metadata)
+        return [each.describe() for each in sandboxes.of_key(_key(request)) if wanted <= each.new.metadata.items()]
 
     @router.get("/sandboxes/{sandbox_id}")
     async def get_sandbox(sandbox_id: str) -> dict[str, Any]:
@@ -301,6 +304,8 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
         response = await sandboxes.servicer.RunCell(cell, call_context(request), on_output=on_output)
         if time.monotonic() > sandbox.session.ends_at:  # it was ended meanwhile
             sandboxes.addressed(request)
+        if response.status == pb.STATUS_INFRA_ERROR:
+            raise InternalError(response.reason)
         return response
 
     async def stream_cell(
@@ -443,6 +448,11 @@ def sandbox_router(sandboxes: Sandboxes) -> APIRouter:
         return {}
 
     return router
+
+
+def read_metadata(text: str) -> set[tuple[str, str]]:
+    """Returns the pairs of a form, whose names and values clients quote once more."""
+    return {(unquote(name), unquote(value)) for name, value in parse_qsl(text, keep_blank_values=True)}
 
 
 def _key(request: Request) -> str:
