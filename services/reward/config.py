@@ -43,9 +43,9 @@ class CodeConfig(Model):
     """The code verifier."""
 
     concurrency: int = Field(16, ge=1)
-    """Programs at the sandbox at once; more wait here."""
+    """Programs and patches at the sandbox at once; more wait here."""
     timeout_s: float = Field(60.0, gt=0)
-    """Time of one program at the sandbox, retries included; past it the item is FAILED."""
+    """Time of one program or patch at the sandbox, retries included; past it the item is FAILED."""
     retry_starved: bool = False
     """Has a program that computed, and met the wall-clock limit with CPU time to spare, judged once more with no other
     job of the sandbox beside it: for machines whose cores others share."""

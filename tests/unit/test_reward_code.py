@@ -116,7 +116,7 @@ async def test_past_the_deadline_it_is_a_failure_with_a_hint(
 
 
 @pytest.mark.parametrize("verdicts", [("UNJUDGEABLE", "SKIPPED"), ("ACCEPTED", "UNJUDGEABLE")])
-async def test_tests_that_cannot_be_judged_give_no_reward_and_are_told_once(
+async def test_tests_that_cannot_be_judged_give_no_reward_and_are_logged_once_by_their_prompt(
     verdicts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = CapturingLogger()
@@ -125,12 +125,13 @@ async def test_tests_that_cannot_be_judged_give_no_reward_and_are_told_once(
     verifier = CodeVerifier(CodeConfig(), sandbox)
     parameters = reward_pb2.CodeVerifier(language="python", tests=TESTS)
     for number in range(2):
-        outcome = await verifier.judge(Item(str(number), f"print({number})", "", parameters))
+        outcome = await verifier.judge(Item(str(number), f"print({number})", "", parameters, "Print it."))
         assert (outcome.verdict, outcome.reward, outcome.retryable) == (Verdict.FAILED, None, False)
         assert outcome.is_unjudgeable
         assert outcome.reason == "the prompt's tests cannot be judged: the checker is broken"
     assert len(sandbox.timeouts_s) == 2
-    assert [call.args for call in log.calls] == [("tests cannot be judged",)]
+    [call] = log.calls
+    assert (call.args, call.kwargs["item"], call.kwargs["prompt"]) == (("tests cannot be judged",), "0", "Print it.")
 
 
 async def test_a_program_that_the_clock_ended_is_told_apart() -> None:

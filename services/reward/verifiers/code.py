@@ -23,7 +23,7 @@ from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
 from services.kit.telemetry import get_logger
 from services.reward.config import CodeConfig
-from services.reward.verifiers.base import Item, Outcome, ParametersT, Verifier, extract_answer
+from services.reward.verifiers.base import Item, Outcome, ParametersT, Verifier, read_answer
 
 log = get_logger(__name__)
 
@@ -32,7 +32,7 @@ ResponseT = TypeVar("ResponseT")
 MAX_REASON_CHARACTERS = 500
 FIRST_PAUSE_S = 0.1
 LAST_PAUSE_S = 5.0
-# Prompts whose tests are at fault are remembered, so that each is told once.
+# Prompts whose tests are at fault are remembered, so that each is logged once.
 MOST_LEFT_OUT = 100_000
 # The sandbox's fault or a full queue, not the program's: worth another try within the deadline.
 RETRIED = (*UNAVAILABLE, InternalError)
@@ -68,47 +68,39 @@ class SandboxVerifier(Verifier[ParametersT]):
     ) -> Outcome:
         """Calls the sandbox with the time that is left; `read` returns an outcome, or why the sandbox did not judge."""
         async with self._slots:
-            return await self._ask_until_deadline(call, read, refused, extracted)
+            end = time.monotonic() + self.config.timeout_s
+            backoff_s = FIRST_PAUSE_S
+            reason = ""
+            while True:
+                hint_s: float | None = None
+                try:
+                    outcome = read(await call(max(0.01, end - time.monotonic())))
+                    self.unavailable = ""
+                    if isinstance(outcome, Outcome):
+                        return outcome
+                    reason = f"the sandbox could not judge: {outcome}"
+                except DeadlineExceededError:
+                    reason = reason or f"the sandbox did not answer within {self.config.timeout_s:g} s"
+                except RETRIED as error:
+                    reason, hint_s = error.message, error.retry_after_s
+                    self._set_unavailable(error.message if isinstance(error, UnavailableError) else "")
+                except InvalidArgumentError as error:
+                    return refused(error)
+                except PerigeeError as error:
+                    return Outcome.failed(error.message, retryable=False, extracted=extracted)
+                pause_s = max(min(backoff_s, LAST_PAUSE_S), hint_s or 0.0)
+                if time.monotonic() + pause_s >= end:
+                    return Outcome.failed(reason, retryable=True, extracted=extracted, retry_after_s=pause_s)
+                await asyncio.sleep(pause_s)
+                backoff_s *= 2
 
-    async def _ask_until_deadline(
-        self,
-        call: Callable[[float], Awaitable[ResponseT]],
-        read: Callable[[ResponseT], Outcome | str],
-        refused: Callable[[InvalidArgumentError], Outcome],
-        extracted: str,
-    ) -> Outcome:
-        end = time.monotonic() + self.config.timeout_s
-        backoff_s = FIRST_PAUSE_S
-        reason = ""
-        while True:
-            hint_s: float | None = None
-            try:
-                outcome = read(await call(max(0.01, end - time.monotonic())))
-                self.unavailable = ""
-                if isinstance(outcome, Outcome):
-                    return outcome
-                reason = f"the sandbox could not judge: {outcome}"
-            except DeadlineExceededError:
-                reason = reason or f"the sandbox did not answer within {self.config.timeout_s:g} s"
-            except RETRIED as error:
-                reason, hint_s = error.message, error.retry_after_s
-                self._set_unavailable(error.message if isinstance(error, UnavailableError) else "")
-            except InvalidArgumentError as error:
-                return refused(error)
-            except PerigeeError as error:
-                return Outcome.failed(error.message, retryable=False, extracted=extracted)
-            pause_s = max(min(backoff_s, LAST_PAUSE_S), hint_s or 0.0)
-            if time.monotonic() + pause_s >= end:
-                return Outcome.failed(reason, retryable=True, extracted=extracted, retry_after_s=pause_s)
-            await asyncio.sleep(pause_s)
-            backoff_s *= 2
-
-    def leave_out(self, parameters: ParametersT, reason: str, extracted: str) -> Outcome:
-        """Returns the outcome of a prompt that cannot be judged, which is told once."""
-        digest = hashlib.blake2b(parameters.SerializeToString(deterministic=True), digest_size=8).digest()
+    def leave_out(self, item: Item[ParametersT], reason: str, extracted: str) -> Outcome:
+        """Returns the outcome of a prompt that cannot be judged, which is logged once."""
+        digest = hashlib.blake2b(item.parameters.SerializeToString(deterministic=True), digest_size=8).digest()
         if digest not in self._left_out and len(self._left_out) < MOST_LEFT_OUT:
             self._left_out.add(digest)
-            log.warning("tests cannot be judged", reason=reason, prompt=str(parameters)[:MAX_REASON_CHARACTERS])
+            prompt = item.prompt[:MAX_REASON_CHARACTERS]
+            log.warning("tests cannot be judged", reason=reason, item=item.id, prompt=prompt)
         return Outcome.unjudgeable(f"the prompt's tests cannot be judged: {reason}", extracted)
 
     def _set_unavailable(self, reason: str) -> None:
@@ -120,9 +112,9 @@ class SandboxVerifier(Verifier[ParametersT]):
 class CodeVerifier(SandboxVerifier[pb.CodeVerifier]):
     """Correct when every test passes; with partial credit a wrong program earns its share of the tests' points.
 
-    A program that does not compile is wrong and says so; whatever the sandbox, a checker or an interactor does wrong is
-    a failure, tried again until the deadline. The program is what follows the marker, of text with fenced blocks the
-    last block.
+    A program that does not compile is wrong and says so. A failure of the sandbox is tried again until the deadline;
+    tests, a checker or an interactor that are at fault themselves are not. The program is what follows the marker, of
+    text with fenced blocks the last block.
     """
 
     name: ClassVar[str] = "code"
@@ -152,9 +144,9 @@ class CodeVerifier(SandboxVerifier[pb.CodeVerifier]):
         return violations
 
     async def judge(self, item: Item[pb.CodeVerifier]) -> Outcome:
-        text = extract_answer(item.response, item.answer_marker)
-        if text is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
+        text = read_answer(item)
+        if isinstance(text, Outcome):
+            return text
         source = find_program(text)
         if not source:
             return Outcome.ungradable("the program is empty")
@@ -164,7 +156,7 @@ class CodeVerifier(SandboxVerifier[pb.CodeVerifier]):
 
         def read(response: sandbox_pb.JudgeResponse) -> Outcome | str:
             if unjudgeable := find_unjudgeable(response):
-                return self.leave_out(parameters, unjudgeable, source)
+                return self.leave_out(item, unjudgeable, source)
             if is_judgement(response, parameters):
                 return read_judgement(response, parameters, source)
             return infrastructure_reason(response)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.sandbox.v1 import sandbox_pb2 as sandbox_pb
-from services.reward.verifiers.base import Item, Outcome, extract_answer
+from services.reward.verifiers.base import Item, Outcome, read_answer
 from services.reward.verifiers.code import MAX_REASON_CHARACTERS, WRONG_VERDICTS, SandboxVerifier
 
 # A fence within a diff is behind the sign of its line.
@@ -41,15 +41,14 @@ class PatchVerifier(SandboxVerifier[pb.PatchVerifier]):
         return violations
 
     async def judge(self, item: Item[pb.PatchVerifier]) -> Outcome:
-        text = extract_answer(item.response, item.answer_marker)
-        if text is None:
-            return Outcome.ungradable(f"the response has no answer marker {item.answer_marker!r}")
+        text = read_answer(item)
+        if isinstance(text, Outcome):
+            return text
         patch = find_patch(text)
         if not patch.strip():
             return Outcome.ungradable("the patch is empty")
-        parameters = item.parameters
         request = sandbox_pb.JudgePatchRequest()
-        request.CopyFrom(parameters.task)
+        request.CopyFrom(item.parameters.task)
         request.patch = patch.encode(errors="replace")
 
         def read(response: sandbox_pb.JudgePatchResponse) -> Outcome | str:
@@ -57,7 +56,7 @@ class PatchVerifier(SandboxVerifier[pb.PatchVerifier]):
             if response.verdict == sandbox_pb.TEST_VERDICT_ACCEPTED:
                 return Outcome.correct(patch)
             if response.verdict == sandbox_pb.TEST_VERDICT_UNJUDGEABLE:
-                return self.leave_out(parameters, reason, patch)
+                return self.leave_out(item, reason, patch)
             if response.verdict in WRONG_VERDICTS:
                 return Outcome.wrong(patch, f"{WRONG_VERDICTS[response.verdict]}: {reason}")
             return reason
