@@ -36,7 +36,7 @@ _VALIDATOR_FOLDERS = ("output_validators", "output_validator")
 _DEFAULT_PASSES = 2
 _EXPECTED: dict[str, Expected] = {
     "accepted": (pb.TEST_VERDICT_ACCEPTED,),
-    "slow_accepted": (pb.TEST_VERDICT_ACCEPTED,),
+    "slow_accepted": (pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_TIME_LIMIT),
     "wrong_answer": (pb.TEST_VERDICT_WRONG_ANSWER,),
     "partially_accepted": (pb.TEST_VERDICT_WRONG_ANSWER,),
     "time_limit_exceeded": (pb.TEST_VERDICT_TIME_LIMIT,),
