@@ -62,6 +62,7 @@ class SharedDevices:
         if not self.are_shared:
             yield
             return
+        await self.registry.wait_known()
         if self.registry.all() and not self._find_workers() and not self._has_reported:
             self._has_reported = True
             self.report(

@@ -25,6 +25,8 @@ STARTING, EMPTY, READY = (
     rollout_pb2.WORKER_STATUS_READY,
 )
 AWAY = rollout_pb2.WORKER_STATUS_AWAY
+# Workers renew their leases so often, and learn by it of a coordinator that started again.
+RENEWALS_PER_LEASE = 3
 
 WORKERS = Gauge("perigee_coordinator_workers", "Rollout workers with a lease.")
 FAILURES = Counter("perigee_coordinator_failures", "Failures by kind.", ["kind"])
@@ -93,6 +95,7 @@ class WorkerRegistry:
     _epochs: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
 
     def __post_init__(self) -> None:
+        self._known_at = self.clock() + self.lease_seconds / RENEWALS_PER_LEASE
         WORKERS.set_function(lambda: len(self._workers))
         CAPACITY.set_function(lambda: sum(worker.capacity for worker in list(self._workers.values())))
         RUNNING.set_function(lambda: sum(worker.outstanding for worker in list(self._workers.values())))
@@ -153,6 +156,11 @@ class WorkerRegistry:
         if lost:
             self.notify()
         return lost
+
+    async def wait_known(self) -> None:
+        """Returns once workers that a coordinator before this one had have had the time to register again."""
+        if (left_s := self._known_at - self.clock()) > 0:
+            await asyncio.sleep(left_s)
 
     async def sweep(self) -> None:
         """Ends leases as they run out, until cancelled."""

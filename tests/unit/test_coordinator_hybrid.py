@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, cast
@@ -43,7 +44,9 @@ class Devices(SharedDevices):
 
     def __init__(self, *names: str) -> None:
         self.client = Client()
-        registry = WorkerRegistry(lambda _: cast(RolloutClient, self.client), lease_seconds=10.0)
+        # It has been there for longer than workers take to register.
+        clock = itertools.count(step=10).__next__
+        registry = WorkerRegistry(lambda _: cast(RolloutClient, self.client), lease_seconds=10.0, clock=clock)
         self.worker = registry.register("w", "127.0.0.1:1", 4, 0, READY)
         self.onloads = 0
         self.reports: list[str] = []
@@ -88,6 +91,17 @@ async def test_a_worker_that_died_is_waited_for_until_its_lease_ends() -> None:
     await devices.give_to_trainer()
     assert len(calls) == 3
     assert devices.onloads == 1
+
+
+async def test_workers_of_a_coordinator_that_starts_again_register_before_the_trainer_takes_the_devices() -> None:
+    devices = Devices()
+    client = cast(RolloutClient, devices.client)
+    devices.registry = WorkerRegistry(lambda _: client, lease_seconds=0.03, clock=lambda: 0.0)
+    giving = asyncio.create_task(devices.give_to_trainer())
+    await asyncio.sleep(0)
+    worker = devices.registry.register("w", "127.0.0.1:1", 4, 0, READY)
+    await giving
+    assert (worker.status, devices.onloads) == (AWAY, 1)
 
 
 async def test_nobody_waits_for_the_answer_of_a_worker_that_hangs_after_its_lease() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -115,7 +116,9 @@ class Pod:
         self.calls: list[str] = []
         self.broken = broken
         self.version, self.offloaded = 0, False
-        self.registry = WorkerRegistry(lambda name: cast(RolloutClient, PodWorker(self, name[0])), lease_seconds=60.0)
+        self.registry = WorkerRegistry(
+            lambda name: cast(RolloutClient, PodWorker(self, name[0])), 60.0, clock=itertools.count(step=60).__next__
+        )
         self.status = {"a": READY, "b": EMPTY}
         for name, status in self.status.items():
             self.registry.register(name, f"{name}:1", 4, 0, status)
