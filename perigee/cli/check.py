@@ -40,15 +40,15 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
     trained, a prompt that cannot be asked or judged or is too long, and a verifier or language that is not set up.
     """
     from services.coordinator.runs import read_inputs
+    from services.rollout.model import require_experts
 
     configs: dict[str, Any] = {
         name: validate(config_class(name), recipe.values.get(name) or {}, recipe.path.name, name)
         for name in ("run", "rollout", "trainer", "coordinator", "reward", "sandbox")
     }
     model, parameters = check_model(configs["trainer"].model, "trainer.model")
-    if configs["rollout"].router_replay and not count_experts(model.config):
-        reason = f"{model.path} is no mixture of experts, so there is nothing to record: unset it"
-        raise InvalidArgumentError.for_field("rollout.router_replay", reason)
+    if configs["rollout"].router_replay:
+        require_experts(model.path, count_experts(model.config))
     inputs = read_inputs("", configs["run"], Path(), str(model.path), "", examples=None)
     problems = [*inputs.prompts.values(), *inputs.heldout.values()]
     longest = max(problems, key=lambda prompt: len(prompt.token_ids))

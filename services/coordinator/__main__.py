@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -20,6 +19,7 @@ from services.coordinator.service import CoordinatorService
 from services.coordinator.workers import WorkerRegistry
 from services.kit.config import load_config
 from services.kit.server import App, channel_options, end_tasks, run
+from services.kit.tasks import start_tasks
 
 FULL_NAME = "perigee.coordinator.v1.CoordinatorService"
 
@@ -46,7 +46,7 @@ async def lifespan(app: App[CoordinatorConfig]) -> AsyncIterator[None]:
     runs = Runs(config, peers, registry, directory)
     app.on_drain(runs.end_watches)
     app.add(FULL_NAME, add_CoordinatorServiceServicer_to_server, CoordinatorService(config, registry, runs))
-    tasks = [asyncio.create_task(each()) for each in background]
+    tasks = start_tasks(*(each() for each in background))
     try:
         await runs.resume()
         app.set_ready(FULL_NAME, True)

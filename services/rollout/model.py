@@ -122,3 +122,10 @@ def count_expert_bytes(folder: ModelFolder) -> int:
         return 0
     layers = folder.positive_integer("num_hidden_layers")
     return layers * folder.positive_integer("num_experts_per_tok") * choice_bytes(experts)
+
+
+def require_experts(path: Path, experts: int) -> None:
+    """Raises InvalidArgumentError for a model without experts, whose choices router replay would record."""
+    if not experts:
+        reason = f"{path} is no mixture of experts, so there is nothing to record: unset it"
+        raise InvalidArgumentError.for_field("rollout.router_replay", reason)

@@ -8,7 +8,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from typing import Any
 
 from perigee.buffer.client import BufferClient
@@ -28,12 +28,13 @@ from services.kit.addresses import advertised_host, join_address
 from services.kit.hf import fetch_model, receive_model_files
 from services.kit.server import App, channel_options, end_tasks
 from services.kit.storage import cache_folder
+from services.kit.tasks import start_tasks
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine
 from services.rollout.extend import extend_trajectories
 from services.rollout.generate import generate
-from services.rollout.model import PolicyModel, open_policy
+from services.rollout.model import PolicyModel, open_policy, require_experts
 from services.rollout.registration import keep_registered
 from services.rollout.residence import RESIDENCES
 from services.rollout.segment import MAX_CHUNK_BYTES, SegmentSettings, check_repetition_stop, check_sampling
@@ -194,10 +195,8 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     """
     config = app.config
     model = open_policy(await find_model(app), config.max_model_len)
-    if config.router_replay and not model.expert_bytes:
-        raise InvalidArgumentError.for_field(
-            "rollout.router_replay", f"{model.path} is no mixture of experts, so there is nothing to record: unset it"
-        )
+    if config.router_replay:
+        require_experts(model.path, model.expert_bytes)
     address = config.advertise_address or join_address(advertised_host(config.server), app.address.rpartition(":")[2])
     # The import takes seconds, and SIGTERM must be heard meanwhile.
     engine = await asyncio.to_thread(build_engine, config, model)
@@ -234,38 +233,37 @@ async def lifespan(app: App[RolloutConfig]) -> AsyncIterator[None]:
     app.set_ready(WEIGHTS, True)
     app.add(WEIGHT_SOURCE, add_WeightSourceServiceServicer_to_server, receiver.source)
     app.set_ready(WEIGHT_SOURCE, True)
-    tasks = [
-        asyncio.create_task(supervise(worker, lambda: receiver.current, end_service)),
-        asyncio.create_task(_follow_worker(app, worker)),
-    ]
+    background = [supervise(worker, lambda: receiver.current, end_service), _follow_worker(app, worker)]
     if config.coordinator_address:
         coordinator = app.connect(CoordinatorClient, config.coordinator_address)
-        tasks.append(asyncio.create_task(keep_registered(worker, coordinator, address)))
+        background.append(keep_registered(worker, coordinator, address))
+    tasks = start_tasks(*background)
     try:
         async with serve_http(app, worker, service):
             yield
     finally:
         worker.set_status(DRAINING)
-        await end_tasks(*tasks)
-        await worker.close()
-        await receiver.close()
+        try:
+            await end_tasks(*tasks)
+        finally:
+            await worker.close()
+            await receiver.close()
     if fatal:
         raise fatal[0]
 
 
-@asynccontextmanager
-async def serve_http(app: App[RolloutConfig], worker: Worker, service: RolloutService) -> AsyncIterator[None]:
+def serve_http(
+    app: App[RolloutConfig], worker: Worker, service: RolloutService
+) -> AbstractAsyncContextManager[str | None]:
     """Answers operators and OpenAI's calls for as long as the block lasts, where `http.port` is set."""
     if app.config.http.port is None:
-        yield
-        return
+        return nullcontext()
     # Workers without it need not import the web framework.
     from services.kit.http import http_serving
     from services.rollout.http_routes import OPENAPI_FILE, ROUTES
     from services.rollout.openai_api import compat_routers
 
-    async with http_serving(app, app.config.http, ROUTES, service, OPENAPI_FILE, compat_routers(worker)):
-        yield
+    return http_serving(app, app.config.http, ROUTES, service, OPENAPI_FILE, compat_routers(worker))
 
 
 async def _follow_worker(app: App[RolloutConfig], worker: Worker) -> None:

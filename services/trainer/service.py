@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -184,15 +184,12 @@ async def lifespan(app: App[TrainerConfig]) -> AsyncIterator[None]:
         await trainer.close()
 
 
-@asynccontextmanager
-async def serve_http(app: App[TrainerConfig], service: TrainerService) -> AsyncIterator[None]:
+def serve_http(app: App[TrainerConfig], service: TrainerService) -> AbstractAsyncContextManager[str | None]:
     """Answers operators for as long as the block lasts, where `http.port` is set."""
     if app.config.http.port is None:
-        yield
-        return
+        return nullcontext()
     # Trainers without it need not import the web framework.
     from services.kit.http import http_serving
     from services.trainer.http_routes import OPENAPI_FILE, ROUTES
 
-    async with http_serving(app, app.config.http, ROUTES, service, OPENAPI_FILE):
-        yield
+    return http_serving(app, app.config.http, ROUTES, service, OPENAPI_FILE)

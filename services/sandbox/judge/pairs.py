@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from services.sandbox.runtime.failure import finish
+from services.kit.tasks import finish
 from services.sandbox.runtime.sandboxes import Sandbox
 
 _PATIENCE_S = 2.0

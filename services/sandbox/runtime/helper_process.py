@@ -13,10 +13,11 @@ from asyncio.subprocess import Process
 from pathlib import Path
 from typing import Any
 
+from services.kit.tasks import finish
 from services.kit.telemetry import get_logger
 from services.sandbox.agent import ENVIRONMENT, protocol, start_code
 from services.sandbox.agent.protocol import Message, Packet
-from services.sandbox.runtime.failure import SandboxFailedError, finish
+from services.sandbox.runtime.failure import SandboxFailedError
 
 log = get_logger(__name__)
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from perigee.errors import InvalidArgumentError
+from services.kit.tasks import finish
 from services.kit.telemetry import get_logger
 from services.sandbox.agent import CORE_BYTES, ENVIRONMENT, MASKED, OWN_FOLDER
 from services.sandbox.agent.archive import Archive, read_archive
@@ -27,7 +28,7 @@ from services.sandbox.languages.catalog import Runtime, find_python
 from services.sandbox.runtime import metrics
 from services.sandbox.runtime.cgroups import CgroupHost
 from services.sandbox.runtime.compile_cache import CompileCache
-from services.sandbox.runtime.failure import SandboxFailedError, finish
+from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.helper_process import AGENT, HelperProcess, receive, send
 from services.sandbox.runtime.isolation import Isolation
 from services.sandbox.runtime.oci import OciRuntime

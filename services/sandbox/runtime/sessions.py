@@ -21,13 +21,14 @@ from typing import Any
 
 from perigee.errors import InvalidArgumentError, NotFoundError, ResourceExhaustedError
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.kit.tasks import finish
 from services.kit.telemetry import get_logger
 from services.sandbox.agent.archive import encode_archive
 from services.sandbox.agent.cells import REPLIED
 from services.sandbox.agent.protocol import Limits
 from services.sandbox.agent.unpack import UNPACK_S
 from services.sandbox.runtime import metrics
-from services.sandbox.runtime.failure import SandboxFailedError, finish
+from services.sandbox.runtime.failure import SandboxFailedError
 from services.sandbox.runtime.helper_process import receive_packet, send
 from services.sandbox.runtime.jobs import Program
 from services.sandbox.runtime.pool import Pool

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from perigee.errors import FailedPreconditionError
+from services.kit.tasks import finish
 from services.kit.telemetry import get_logger
 from services.sandbox.agent.usage import MUCH_BYTES, UsageFiles, open_usage
 from services.sandbox.runtime.cgroups import SlotCgroup
-from services.sandbox.runtime.failure import SandboxFailedError, finish
+from services.sandbox.runtime.failure import SandboxFailedError
 
 _RANGE = 4096
 _FIRST, _END = 1 << 20, 1 << 31

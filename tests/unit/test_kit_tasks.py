@@ -1,12 +1,14 @@
-"""Work that gives something back is done to its end."""
+"""Work that gives something back is done to its end; work beside a service ends it when it fails."""
 
 from __future__ import annotations
 
 import asyncio
+import signal
 
 import pytest
 
-from services.sandbox.runtime.failure import finish
+from services.kit.server import end_tasks
+from services.kit.tasks import finish, start_tasks
 
 
 async def test_the_result_is_handed_on() -> None:
@@ -52,3 +54,21 @@ async def test_its_own_failure_is_reported_also_to_who_was_cancelled() -> None:
     gate.set()
     with pytest.raises(ValueError, match="no"):
         await task
+
+
+async def test_the_service_ends_with_the_error_of_work_that_fails_beside_it() -> None:
+    async def fail() -> None:
+        raise KeyError("a bug")
+
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, ended.set)
+    try:
+        tasks = start_tasks(fail(), asyncio.Event().wait())
+        async with asyncio.timeout(10):
+            await ended.wait()
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)
+    with pytest.raises(KeyError, match="a bug"):
+        await end_tasks(*tasks)
+    assert all(task.done() for task in tasks)
