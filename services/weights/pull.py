@@ -26,6 +26,7 @@ from perigee.errors import (
 )
 from perigee.weights.client import WeightSourceClient
 from perigee.weights.v1 import weights_pb2 as pb
+from services.kit.tasks import finish
 from services.kit.telemetry import get_logger
 from services.weights.config import WeightsConfig
 from services.weights.lend import HEARTBEAT_S, LentImage
@@ -186,12 +187,8 @@ class ImagePull:
                     log.warning("weights not pulled from source", source=address, reason=error.message)
             raise UnavailableError(f"no source has the whole image {image_id}: {'; '.join(problems)}")
         finally:
-            ending = asyncio.create_task(self._end())
-            # A second cancellation does not end it: a read under way would write into a buffer that is used again.
-            while not ending.done():
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait({ending})
-            ending.result()
+            # A read under way would write into a buffer that is used again.
+            await finish(self._end())
 
     async def _pull_from(self, image_id: str, address: str, is_last: bool) -> Target:
         """Reads what the source has, until nothing is missing."""
@@ -236,15 +233,14 @@ class ImagePull:
                 await asyncio.wait(events, return_when=asyncio.FIRST_COMPLETED)
                 for read in [read for read in self._reads if read.done()]:
                     self._finish_read(target, read)
-                    if read in started:
+                    if read in started and read.exception() is not None:
+                        await self._wait_for(started)
                         read.result()
                 if announced.done():
                     response = announced.result()
                     announced = asyncio.ensure_future(anext(responses))
         except asyncio.CancelledError:
-            # The source may unmap what is read once this call has ended.
-            if self._reads:
-                await asyncio.wait(self._reads)
+            await self._wait_for(started)
             raise
         finally:
             announced.cancel()
@@ -261,6 +257,11 @@ class ImagePull:
                 started.add(read)
                 running += 1
         return started
+
+    async def _wait_for(self, reads: Iterable[asyncio.Future[float]]) -> None:
+        """Waits for the ends of reads: a source may unmap what is read once its call has ended."""
+        if underway := self._reads.keys() & reads:
+            await asyncio.wait(underway)
 
     def _finish_read(self, target: Target, read: asyncio.Future[float]) -> None:
         unit = self._reads.pop(read)

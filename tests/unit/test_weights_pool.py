@@ -181,30 +181,61 @@ async def test_a_buffer_whose_taker_was_cancelled_becomes_the_spare(
 
 
 class SlowTransport(CountingTransport):
-    """Reads nothing until it may."""
+    """Reads nothing until it may; from `broken` it cannot."""
 
-    def __init__(self, may_read: threading.Event) -> None:
+    def __init__(self, pull: SlowPull) -> None:
         super().__init__()
-        self.reading = threading.Event()
-        self._may_read = may_read
+        self._pull = pull
 
     def submit_read(self, session: str, source: int, target: int, size: int) -> int:
-        self.reading.set()
-        self._may_read.wait()
+        if session == "broken":
+            self._pull.failed.set()
+            raise UnavailableError("it broke off")
+        self._pull.reading.set()
+        self._pull.may_read.wait()
         return 1
 
 
-class SourceOfOneByte:
-    """Lends an image of one byte, for ever."""
+class SlowPull:
+    """Pull of an image with a byte at each of some holders, from a source that lends it for ever."""
 
-    has_reader = True
+    def __init__(self, folder: Path, *holders: str) -> None:
+        self.reading, self.failed, self.may_read = threading.Event(), threading.Event(), threading.Event()
+        self.transports: list[CountingTransport] = []
+        self.has_reader = True
+        self._holders = holders
+        self._buffer = SharedBuffer.allocate(str(folder), 64)
+        pull = ImagePull(
+            WeightsConfig(shared_memory_dir=str(folder)), EndpointPool(self._open), self._connect, self._begin
+        )
+        self.task = asyncio.create_task(pull.run("i", ["s"]))
+
+    def _open(self) -> Transport:
+        self.transports.append(SlowTransport(self))
+        return self.transports[-1]
+
+    async def _begin(self, manifest: pb.Manifest) -> Target:
+        return Target(WeightImage(manifest, self._buffer), LentImage(manifest), "here", "me")
+
+    @asynccontextmanager
+    async def _connect(self, address: str) -> AsyncIterator[Any]:
+        yield self
+
+    def close(self) -> None:
+        """Ends its buffer."""
+        assert not any(transport.registered for transport in self.transports)
+        self._buffer.close()
 
     async def lend(self, request: pb.LendRequest, timeout_s: float) -> AsyncIterator[pb.LendResponse]:
-        """Announces its piece."""
-        manifest = pb.Manifest(run_id="run", tensors=[pb.TensorSpec(name="a", dtype="U8", shape=[1])])
-        manifest.pieces.add(lower=[0], upper=[1], offset=0)
+        """Announces the pieces, as a source."""
+        size = len(self._holders)
+        manifest = pb.Manifest(run_id="run", tensors=[pb.TensorSpec(name="a", dtype="U8", shape=[size])])
+        for number in range(size):
+            manifest.pieces.add(lower=[number], upper=[number + 1], offset=number)
         yield pb.LendResponse(manifest=manifest)
-        yield pb.LendResponse(holding=pb.Holding(session="there", holder_id="it", pieces=[0], addresses=[1]))
+        for number, session in enumerate(self._holders):
+            holding = pb.Holding(session=session, holder_id="it", pieces=[number], addresses=[1 + number])
+            yield pb.LendResponse(holding=holding)
         try:
             await asyncio.Event().wait()
         finally:
@@ -213,29 +244,29 @@ class SourceOfOneByte:
 
 async def test_a_pull_that_is_cancelled_twice_still_waits_for_its_reads(tmp_path: Path) -> None:
     """Its buffer is used for the next pull, into which they would write; the source keeps what a reader reads."""
-    config = WeightsConfig(shared_memory_dir=str(tmp_path))
-    buffer = SharedBuffer.allocate(str(tmp_path), 64)
-    may_read = threading.Event()
-    transport, source = SlowTransport(may_read), SourceOfOneByte()
-
-    async def begin(manifest: pb.Manifest) -> Target:
-        return Target(WeightImage(manifest, buffer), LentImage(manifest), "here", "me")
-
-    @asynccontextmanager
-    async def connect(address: str) -> AsyncIterator[Any]:
-        yield source
-
-    pulling = asyncio.create_task(ImagePull(config, EndpointPool(lambda: transport), connect, begin).run("i", ["s"]))
-    await asyncio.to_thread(transport.reading.wait)
+    pull = SlowPull(tmp_path, "there")
+    await asyncio.to_thread(pull.reading.wait)
     for has_reader in (True, False):
-        pulling.cancel()
-        await asyncio.wait([pulling], timeout=0.05)
-        assert (pulling.done(), source.has_reader) == (False, has_reader)
-    may_read.set()
-    await asyncio.wait([pulling])
-    assert pulling.cancelled()
-    assert transport.registered == {}
-    buffer.close()
+        pull.task.cancel()
+        await asyncio.wait([pull.task], timeout=0.05)
+        assert (pull.task.done(), pull.has_reader) == (False, has_reader)
+    pull.may_read.set()
+    await asyncio.wait([pull.task])
+    assert pull.task.cancelled()
+    pull.close()
+
+
+async def test_a_source_is_left_when_all_reads_from_it_have_ended_once_one_has_failed(tmp_path: Path) -> None:
+    """It may unmap what is read once its call has ended."""
+    pull = SlowPull(tmp_path, "there", "broken")
+    await asyncio.to_thread(pull.failed.wait)
+    await asyncio.wait([pull.task], timeout=0.05)
+    assert pull.has_reader
+    pull.may_read.set()
+    with pytest.raises(UnavailableError, match="it broke off"):
+        await pull.task
+    assert not pull.has_reader
+    pull.close()
 
 
 def test_a_store_whose_memory_cannot_be_registered_registers_it_when_filled_again(tmp_path: Path) -> None:
