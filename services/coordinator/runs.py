@@ -36,6 +36,7 @@ from services.coordinator.workers import WorkerRegistry
 from services.kit.chat import encode_examples, open_encoder
 from services.kit.hf import fetch_model, open_model_folder, receive_model_files
 from services.kit.storage import Mirror, is_url, join, receive_piece
+from services.kit.tasks import finish
 from services.kit.telemetry import get_logger
 from services.kit.tracing import detached_span
 
@@ -122,9 +123,13 @@ class Runs:
             inputs = await asyncio.to_thread(read_inputs, run_id, config, folder, model, self._export_path(folder))
             await self._check_algorithm(config)
             file = RunFile(run_id, config_yaml, config_digest(config), str(inputs.run_path), "running")
-            await asyncio.to_thread(self._save, file)
-            self._launch(file, inputs)
+            # Cut between the two, run.json would tell of a run that nobody runs, nor can stop.
+            await finish(self._begin(file, inputs))
         return known is not None
+
+    async def _begin(self, file: RunFile, inputs: RunInputs) -> None:
+        await asyncio.to_thread(self._save, file)
+        self._launch(file, inputs)
 
     async def put_file(self, run_id: str, run_path: str, piece: trainer_pb2.FilePiece) -> str:
         """Takes a piece of a file of a run; returns its path when the file is whole, empty before."""

@@ -14,10 +14,10 @@ from perigee.errors import AbortedError, InvalidArgumentError, NotFoundError
 from perigee.rollout.client import RolloutClient
 from services.coordinator import runs
 from services.coordinator.config import CoordinatorConfig
-from services.coordinator.context import Peers, RunInputs
+from services.coordinator.context import Peers, RunContext, RunInputs
 from services.coordinator.directory import MemoryDirectory
 from services.coordinator.run_config import RunConfig
-from services.coordinator.runs import RunFile, Runs
+from services.coordinator.runs import RUN_FILE, RunFile, Runs, read_run_file
 from services.coordinator.workers import WorkerRegistry
 
 SECTION = "{prompts: p, heldout: h, iterations: 1}"
@@ -40,7 +40,7 @@ class SlowRuns(Runs):
             assert self.may_end.wait(10)
             if self.error:
                 raise InvalidArgumentError.for_field("run.prompts", "is wrong")
-            return SimpleNamespace(run_id=run_id, run_path=run_path)
+            return SimpleNamespace(run_id=run_id, run_path=run_path, config=config)
 
         monkeypatch.setattr(runs, "read_inputs", read)
 
@@ -52,6 +52,10 @@ class SlowRuns(Runs):
 
     def _launch(self, file: RunFile, inputs: RunInputs) -> None:
         self.launched.append(file.run_id)
+        super()._launch(file, inputs)
+
+    async def _execute(self, file: RunFile, context: RunContext) -> None:
+        await asyncio.Event().wait()
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -99,3 +103,30 @@ async def test_a_run_is_stopped_while_it_starts(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(NotFoundError):
         await slow.stop("r")
     assert not slow.launched
+
+
+async def test_a_run_that_is_stopped_while_run_json_is_written_is_stopped_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, save = SlowRuns(monkeypatch), Runs._save
+    slow.may_end.set()
+    loop, writing, may_write = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def save_late(self: Runs, file: RunFile) -> None:
+        if file.status == "running":
+            loop.call_soon_threadsafe(writing.set)
+            assert may_write.wait(10)
+        save(self, file)
+
+    monkeypatch.setattr(Runs, "_save", save_late)
+    start = asyncio.create_task(slow.start("r", SECTION, str(tmp_path)))
+    await writing.wait()
+    stop = asyncio.create_task(slow.stop("r"))
+    await asyncio.sleep(0)
+    may_write.set()
+    await stop
+    with pytest.raises(AbortedError):
+        await start
+    file = read_run_file(tmp_path / RUN_FILE)
+    assert file is not None
+    assert file.status == "stopped"
