@@ -73,13 +73,23 @@ class Cursor:
     evaluation: int = 0
 
 
-async def start_run(client: CoordinatorClient, request: pb.StartRunRequest, note: Callable[[str], None]) -> bool:
-    """Starts the run, however long its files take to read; returns whether it is resumed."""
+async def start_run(
+    client: CoordinatorClient, request: pb.StartRunRequest, note: Callable[[str], None], away_s: float = 0.0
+) -> bool:
+    """Starts the run, however long its files take to read; returns whether it is resumed.
+
+    A coordinator that is away is asked again for `away_s`.
+    """
+    deadline = time.monotonic() + away_s
     while True:
         try:
             return (await client.start_run(request, timeout_s=START_S)).resumed
         except DeadlineExceededError:
             note("the coordinator still reads the run's model and prompts")
+        except (*UNAVAILABLE, CancelledError):
+            if time.monotonic() >= deadline:
+                raise
+            await asyncio.sleep(RECONNECT_S)
 
 
 async def watch_run(
@@ -280,7 +290,10 @@ async def train(options: TrainOptions, run: RunFolder, recipe: Recipe, view: Vie
         cursor = Cursor(*last_recorded(run.path))
         if local is None:
             request.config_yaml = dump_yaml(await send_files(client, request, recipe.values["run"]))
-        last = await _follow(_show(client, request, cursor, view, trackers), client, request.run_id, local, view)
+        # One of this stack is started again when it dies.
+        away_s = 0.0 if local is None else SILENCE_S
+        show = _show(client, request, cursor, view, trackers, away_s)
+        last = await _follow(show, client, request.run_id, local, view)
     check_end(last)
 
 
@@ -320,8 +333,9 @@ async def _show(
     cursor: Cursor,
     view: View,
     trackers: Trackers,
+    away_s: float,
 ) -> pb.RunSnapshot:
-    resumed = await start_run(client, request, view.note)
+    resumed = await start_run(client, request, view.note, away_s)
     view.note(f"{'going on with' if resumed else 'training'} {request.run_id}")
     # A coordinator that has this folder wrote its run.json here, and writes the records.
     path = Path(request.run_path)

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import yaml
@@ -19,11 +20,11 @@ import yaml
 from perigee.cli.ending import Interrupt
 from perigee.cli.recipe import Recipe
 from perigee.cli.run_folder import RunFolder
-from perigee.cli.train import Cursor, Recorder, TrainOptions, open_run, send_files, train, watch_run
+from perigee.cli.train import Cursor, Recorder, TrainOptions, open_run, send_files, start_run, train, watch_run
 from perigee.cli.view import PlainView
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
-from perigee.errors import NotFoundError
+from perigee.errors import CancelledError, NotFoundError, UnavailableError
 from perigee.files import read_lines
 from perigee.report.records import read_records
 from services.coordinator import runs
@@ -147,6 +148,30 @@ async def test_a_run_that_is_interrupted_while_it_starts_is_stopped(
             assert output.getvalue().endswith("stopping the run\n")
             with pytest.raises(NotFoundError):
                 await client.stop_run(pb.StopRunRequest(run_id=run.run_id))
+
+
+async def test_a_coordinator_that_is_started_again_before_it_took_the_run_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    answers: list[Exception | pb.StartRunResponse] = [
+        pb.StartRunResponse(resumed=True),
+        CancelledError("it ended"),
+        UnavailableError("nobody listens"),
+    ]
+
+    class Client:
+        async def start_run(self, request: pb.StartRunRequest, *, timeout_s: float) -> pb.StartRunResponse:
+            answer = answers.pop()
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr("perigee.cli.train.RECONNECT_S", 0.0)
+    client = cast(CoordinatorClient, Client())
+    assert await start_run(client, pb.StartRunRequest(), print, away_s=60)
+    answers.append(UnavailableError("nobody listens"))
+    with pytest.raises(UnavailableError):
+        await start_run(client, pb.StartRunRequest(), print)
 
 
 async def test_a_resumed_run_is_shown_from_there(buffer_address: str, tmp_path: Path) -> None:

@@ -447,13 +447,8 @@ class StayingWorker(FakeWorker):
                 await asyncio.sleep(0.01)
         return await super()._read(request)
 
-    async def _extend(
-        self,
-        request: rollout_pb2.ExtendTrajectoriesRequest,
-        leased: rollout_pb2.LeasedTrajectory,
-        held: tuple[str, list[int]],
-    ) -> rollout_pb2.SegmentEnd:
-        end = await super()._extend(request, leased, held)
+    async def _extend(self, request: rollout_pb2.ExtendTrajectoriesRequest, *rest: Any) -> rollout_pb2.SegmentEnd:
+        end = await super()._extend(request, *rest)
         self.ended[request.policy_version] += self.ahead[request.policy_version] > 0
         return end
 
