@@ -253,11 +253,10 @@ class ChunkWriter:
             try:
                 with APPEND_SECONDS.time():
                     response = await self._buffer.append_chunks(request, timeout_s=self._timeout_seconds)
+                _report_outcomes(batch, response.outcomes)
             except Exception as error:
                 for _, durable in batch:
                     _fail(durable, error)
-                continue
-            _report_outcomes(batch, response.outcomes)
 
     async def _gather(self) -> list[PendingChunk]:
         """Waits for a chunk, then for those of the other writers, until the flush is due or the batch is full."""

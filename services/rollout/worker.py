@@ -6,8 +6,8 @@ import asyncio
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 from prometheus_client import Counter, Gauge, Histogram
@@ -222,7 +222,7 @@ class Worker:
             self.set_status(AWAY, self.run_id, self.policy_version)
             self._residence = residence
             try:
-                async with asyncio.timeout(self.config.update_timeout_seconds):
+                async with self._update_in_time():
                     await residence.leave(self.engine)
             except Exception as error:
                 self._break()
@@ -254,20 +254,22 @@ class Worker:
 
         Returns the seconds in which it generated nothing; 0 when it was away.
         """
-        limit_s = self.config.update_timeout_seconds
         if self.status != AWAY:
-            async with asyncio.timeout(limit_s):
+            async with self._update_in_time():
                 return await self.engine.update_weights(image)
         try:
-            async with asyncio.timeout(limit_s):
+            async with self._update_in_time():
                 await self._residence.come_back(self.engine, image)
         # Whatever it is, another engine need not have it.
         except Exception as error:
             log.error("engine did not come back; another is started", exc_info=error)
-            async with asyncio.timeout(limit_s):
+            async with self._update_in_time():
                 await Restart().come_back(self.engine, image)
         self.returns += 1
         return 0.0
+
+    def _update_in_time(self) -> AbstractAsyncContextManager[None]:
+        return in_time(self.config.update_timeout_seconds, "update_timeout_seconds")
 
     def _break(self) -> None:
         """Has the engine restarted: nobody knows what it holds."""
@@ -360,7 +362,7 @@ class Worker:
             # away would give the weights in memory up, which it reads.
             if self.status != STARTING:
                 self.set_status(AWAY, self.run_id, self.policy_version)
-            async with asyncio.timeout(self.config.update_timeout_seconds):
+            async with self._update_in_time():
                 await Restart().come_back(self.engine, image)
             self.returns += 1
             found = await self._measure_difference(image)
@@ -390,13 +392,8 @@ class Worker:
         Raises DeadlineExceededError when the engine has no place for the prompt.
         """
         expected = image.manifest.fingerprint
-        limit_s = self.config.fingerprint_timeout_seconds
-        try:
-            async with asyncio.timeout(limit_s):
-                found = await score_prompt(self.engine, expected.token_ids)
-        except TimeoutError as error:
-            reason = f"the engine gave no fingerprint within rollout.fingerprint_timeout_seconds {limit_s:g}"
-            raise DeadlineExceededError(reason) from error
+        async with in_time(self.config.fingerprint_timeout_seconds, "fingerprint_timeout_seconds"):
+            found = await score_prompt(self.engine, expected.token_ids)
         pairs = zip(expected.logprobs, found, strict=True)
         difference = sum(abs(trainer - engine) for trainer, engine in pairs) / len(found)
         FINGERPRINT_DIFFERENCE.set(difference)
@@ -447,6 +444,16 @@ class Admission:
         RUNNING.set(self._worker.running)
 
 
+@asynccontextmanager
+async def in_time(seconds: float, key: str) -> AsyncIterator[None]:
+    """Ends the block after so many seconds, which the key sets, with DeadlineExceededError."""
+    try:
+        async with asyncio.timeout(seconds):
+            yield
+    except TimeoutError as error:
+        raise DeadlineExceededError(f"not within {seconds:g} s (rollout.{key})") from error
+
+
 async def supervise(
     worker: Worker, held_image: Callable[[], WeightImage | None], on_fatal: Callable[[InternalError], None]
 ) -> None:
@@ -477,7 +484,8 @@ async def _start_engine(worker: Worker) -> InternalError | None:
     while True:
         start = time.monotonic()
         try:
-            await _start_in_time(worker.engine, settings.start_seconds)
+            async with in_time(settings.start_seconds, "supervision.start_seconds"):
+                await worker.engine.start()
             break
         # Whatever keeps an engine from starting is logged; another attempt needs the same clean-up.
         except Exception as error:
@@ -492,15 +500,6 @@ async def _start_engine(worker: Worker) -> InternalError | None:
     log.info("engine started", seconds=round(seconds, 2), restarts=worker.engine_restarts)
     worker.broken.clear()
     return None
-
-
-async def _start_in_time(engine: Engine, seconds: float) -> None:
-    """Starts an engine; raises DeadlineExceededError after `seconds`."""
-    try:
-        async with asyncio.timeout(seconds):
-            await engine.start()
-    except TimeoutError as error:
-        raise DeadlineExceededError(f"not within {seconds:g} s (rollout.supervision.start_seconds)") from error
 
 
 async def _refill(worker: Worker, image: WeightImage | None) -> bool:

@@ -7,12 +7,14 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.packing import pack_token_ids
-from perigee.buffer.v1.buffer_pb2 import Chunk
+from perigee.buffer.v1.buffer_pb2 import AppendChunksRequest, AppendChunksResponse, Chunk
 from perigee.errors import (
     DeadlineExceededError,
     FailedPreconditionError,
@@ -144,6 +146,17 @@ async def test_an_engine_that_hangs_as_it_comes_back_is_replaced(bench: Bench) -
         bench.engine.hanging_wakes = 1
         await bench.commit(5)
         assert (bench.worker.status, bench.worker.policy_version, bench.engine.starts) == (READY, 5, 2)
+
+
+async def test_an_engine_that_hangs_as_it_leaves_is_restarted_with_a_reason(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.worker.config = bench.worker.config.model_copy(update={"update_timeout_seconds": 0.01})
+    monkeypatch.setattr(bench.engine, "sleep", asyncio.Event().wait)
+    async with bench.supervised():
+        await bench.wait(EMPTY)
+        with pytest.raises(InternalError, match=r"not within 0\.01 s \(rollout\.update_timeout_seconds\)"):
+            await bench.worker.leave(RESIDENCES[pb.RESIDENCE_SLEEP])
 
 
 async def test_a_worker_without_weights_does_not_say_that_it_came_back(bench: Bench) -> None:
@@ -299,7 +312,7 @@ async def test_an_engine_without_a_place_for_the_fingerprint_serves_and_one_that
         hanging.append(1)
         assert (await bench.commit(4, [-1.0, -2.0])).warning == ""
         hanging[:] = [2]
-        with pytest.raises(InternalError, match=r"within rollout\.fingerprint_timeout_seconds 0\.01"):
+        with pytest.raises(InternalError, match=r"within 0\.01 s \(rollout\.fingerprint_timeout_seconds\)"):
             await bench.commit(5, [-1.0, -2.0])
 
 
@@ -463,6 +476,19 @@ async def test_an_append_that_fails_tells_its_writer_and_the_next_one_is_tried()
             with pytest.raises((UnavailableError, DeadlineExceededError)):
                 await writer.append(chunk)
         writing.cancel()
+
+
+async def test_an_answer_that_lacks_outcomes_fails_the_writers() -> None:
+    async def append(request: AppendChunksRequest, timeout_s: float) -> AppendChunksResponse:
+        return AppendChunksResponse()
+
+    buffer: Any = SimpleNamespace(append_chunks=append)
+    writer = ChunkWriter(buffer, "run", flush_seconds=0.01, timeout_seconds=0.5)
+    writing = asyncio.create_task(writer.run())
+    async with asyncio.timeout(10):
+        with pytest.raises(ValueError, match="shorter"):
+            await writer.append(Chunk(trajectory_id="t"))
+    writing.cancel()
 
 
 @pytest.mark.parametrize("is_away", [False, True])
