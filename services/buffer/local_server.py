@@ -24,6 +24,7 @@ from perigee.errors import FailedPreconditionError, UnavailableError
 from services.buffer.config import LocalServerConfig
 from services.kit.process import ChildProcess, last_words, read_tail
 from services.kit.server import end_tasks
+from services.kit.tasks import start_tasks
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -55,7 +56,7 @@ async def local_server(folder: Path, config: LocalServerConfig) -> AsyncIterator
         server = _Server(folder, short / SOCKET_NAME, binary, config, lock)
         try:
             await server.start()
-            supervisor = asyncio.create_task(server.supervise())
+            [supervisor] = start_tasks(server.supervise())
             try:
                 yield f"unix://{server.socket}"
             finally:

@@ -17,6 +17,7 @@ from services.buffer.local_server import count_restarts, local_server
 from services.buffer.nodes import Nodes
 from services.buffer.scripts import ScriptRunner
 from services.kit.server import App, end_tasks
+from services.kit.tasks import start_tasks
 from services.kit.telemetry import get_logger
 
 log = get_logger(__name__)
@@ -123,7 +124,7 @@ async def lifespan(app: App[BufferConfig]) -> AsyncIterator[None]:
         except UnavailableError as error:
             log.warning("redis cannot be reached yet", reason=error.message)
         app.add(SERVICE_NAME, add_BufferServiceServicer_to_server, BufferService(scripts, config))
-        watcher = asyncio.create_task(_follow_redis(app, scripts))
+        [watcher] = start_tasks(_follow_redis(app, scripts))
         try:
             yield
         finally:
