@@ -68,7 +68,7 @@ compile_args: [-DX]
     assert (request.passes, request.extra_time["python"].factor, list(request.compile_args)) == (2, 2.0, ["-DX"])
 
 
-def test_a_package_of_kattis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+async def test_a_package_of_kattis(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(
         tmp_path,
         problem_DOT_yaml="name: Odd\ntype: scoring\nlimits: {time_limit: 2, memory: 256}\n",
