@@ -10,15 +10,21 @@ import hashlib
 import time
 import uuid
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import get_args
 
 from pydantic import SecretStr
 
 from perigee.config import Model, read_yaml, validate
-from perigee.errors import InvalidArgumentError, PermissionDeniedError, ResourceExhaustedError, UnauthenticatedError
+from perigee.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    PermissionDeniedError,
+    ResourceExhaustedError,
+    UnauthenticatedError,
+)
 from perigee.reload import Reloaded, read_tokens
 from services.kit.config import Audience, CallerConfig, QuotaConfig, ServerConfig, ServiceConfig
 from services.kit.telemetry import get_logger
@@ -33,6 +39,7 @@ _REQUEST_ID_LENGTH = 128
 _NO_QUOTA = QuotaConfig()
 _RETRY_AFTER_S = 1.0
 _RECEIVED_AT_ONCE = 8
+_MESSAGE_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,57 @@ class Call:
         return time.perf_counter() - self.begun_at
 
 
+class Receptions:
+    """Requests of one caller that are being received, so many at once; those that take long give way to others."""
+
+    def __init__(self, gives_way_s: float = 10.0) -> None:
+        self._gives_way_s = gives_way_s
+        self._places = asyncio.Semaphore(_RECEIVED_AT_ONCE)
+        self._waiting = 0
+        self._under_way: dict[asyncio.Timeout, float] = {}
+
+    @asynccontextmanager
+    async def enter(self) -> AsyncIterator[None]:
+        """Waits for a place and has it for the block.
+
+        Raises DeadlineExceededError after a minute, ResourceExhaustedError when it gives way.
+        """
+        await self._wait()
+        begun = asyncio.get_running_loop().time()
+        timeout = asyncio.timeout_at(begun + (self._gives_way_s if self._waiting else _MESSAGE_S))
+        self._under_way[timeout] = begun
+        try:
+            async with timeout:
+                yield
+        except TimeoutError as error:
+            if asyncio.get_running_loop().time() >= begun + _MESSAGE_S:
+                raise DeadlineExceededError(f"The request did not arrive within {_MESSAGE_S:g} s.") from error
+            message = f"The request did not arrive within {self._gives_way_s:g} s, and others of its caller waited."
+            raise ResourceExhaustedError(message, retry_after_s=_RETRY_AFTER_S) from error
+        finally:
+            del self._under_way[timeout]
+            self._places.release()
+
+    async def _wait(self) -> None:
+        """Waits for a place; where there is none, one more of the requests under way gets less time."""
+        self._waiting += 1
+        try:
+            if self._places.locked():
+                for timeout, begun in self._under_way.items():
+                    until = begun + self._gives_way_s
+                    if not timeout.expired() and (timeout.when() or 0.0) > until:
+                        timeout.reschedule(until)
+                        break
+            await self._places.acquire()
+        finally:
+            self._waiting -= 1
+
+
 class Usage:
     """Calls of one caller in flight, and those of the last second; `receiving` bounds the requests that it sends."""
 
     def __init__(self) -> None:
-        self.receiving = asyncio.Semaphore(_RECEIVED_AT_ONCE)
+        self.receiving = Receptions()
         self._in_flight = 0
         # When the calls begun so far would all have begun, had they come at the quota's rate.
         self._paid_until = 0.0

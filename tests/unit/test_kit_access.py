@@ -1,5 +1,6 @@
 """Tokens, audiences, quotas and the log of calls, without a server."""
 
+import asyncio
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from structlog.testing import capture_logs
 from perigee.errors import InvalidArgumentError, PermissionDeniedError, ResourceExhaustedError, UnauthenticatedError
 from services.buffer.config import BufferConfig
 from services.coordinator.config import CoordinatorConfig
-from services.kit.access import Access, Caller, Usage
+from services.kit.access import Access, Caller, Receptions, Usage
 from services.kit.config import Audience, QuotaConfig, ServerConfig, ServiceConfig
 from services.reward.config import RewardConfig
 from services.rollout.config import RolloutConfig
@@ -152,3 +153,26 @@ def test_the_log_has_a_line_for_each_call_of_another_team() -> None:
     shown = [{key: line[key] for key in ("event", "caller", "method", "code", "request_id", "peer")} for line in lines]
     team = {"event": "call", "method": "/probe/Call", "request_id": "id-1", "peer": "ipv4:10.0.0.1:1"}
     assert shown == [team | {"caller": "team", "code": "NOT_FOUND"}, team | {"caller": "anyone", "code": "OK"}]
+
+
+async def test_a_request_that_does_not_arrive_gives_way_to_one_that_waits() -> None:
+    receptions, never = Receptions(gives_way_s=0), asyncio.Event()
+
+    async def receive(arrived: asyncio.Event) -> str:
+        try:
+            async with receptions.enter():
+                await arrived.wait()
+        except ResourceExhaustedError as error:
+            return error.message
+        return "received"
+
+    stalled = [asyncio.create_task(receive(never)) for _ in range(8)]
+    await asyncio.sleep(0)
+    here = asyncio.Event()
+    here.set()
+    async with asyncio.timeout(30):
+        assert [await receive(here) for _ in range(2)] == ["received"] * 2
+    gone = [task for task in stalled if task.done()]
+    assert [await task for task in gone] == ["The request did not arrive within 0 s, and others of its caller waited."]
+    never.set()
+    assert (await asyncio.gather(*stalled)).count("received") == 7

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -71,6 +73,27 @@ def test_the_key_is_all_that_a_compiler_sees() -> None:
     ]
     assert len({digest_of(each) for each in (program, *others)}) == len(others) + 1
     assert digest_of(dataclasses.replace(program, limits=dataclasses.replace(LIMITS, wall_ms=5))) == digest_of(program)
+
+
+def test_the_key_changes_with_the_files_of_an_image(tmp_path: Path) -> None:
+    runtime = load_catalog(SandboxConfig()).find("c")
+    assert runtime is not None
+    image = tmp_path / "rootfs"
+    (image / "usr/bin").mkdir(parents=True)
+    compiler = image / "usr/bin/gcc"
+    compiler.write_text("one")
+    program = Program(dataclasses.replace(runtime, image=str(image)), b"int main;", LIMITS, LIMITS)
+    keys = [digest_of(program), digest_of(program)]
+    compiler.write_text("another")  # in its place
+    keys.append(digest_of(program))
+    (image / "var/lib/dpkg").mkdir(parents=True)
+    (image / "var/lib/dpkg/status").write_text("Package: binutils\n")
+    keys.append(digest_of(program))
+    image.rename(tmp_path / "old")
+    shutil.copytree(tmp_path / "old", image)  # built again
+    keys.append(digest_of(program))
+    assert len(set(keys)) == 4
+    assert keys[0] == keys[1]
 
 
 JAVA_WORDS = b"Terminating due to java.lang.OutOfMemoryError: Java heap space"

@@ -15,7 +15,7 @@ import math
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +44,8 @@ _TAR_BYTES = 2048
 _TREES = 4
 """Most bytes of a repository between steps, in `max_file_bytes`."""
 _MOST_BASES = 1000
+_PROBLEM_S = 600.0
+"""For which a repository is taken to judge nothing, before its tests run without a patch again."""
 _MOST_OTHER_TESTS = 5000
 _APPLY = Path(apply_patch.__file__).read_bytes()
 
@@ -267,12 +269,34 @@ async def find_base_problem(steps: Steps, job: PatchJob) -> str:
     return f"{len(failing)} tests of pass_to_pass do not pass without the patch, the first is {failing[0].id}"
 
 
+class BaseProblems:
+    """Problems of repositories without a patch, by digest; the oldest make room.
+
+    A problem is one that is found twice, since a test may fail now and then, and is looked for anew after a while.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._kept: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+
+    async def get(self, key: bytes, find: Callable[[], Awaitable[str]]) -> str:
+        """Returns the problem of a repository, empty when it has none."""
+        problem, until = self._kept.get(key, ("", 0.0))
+        if self._clock() < until:
+            return problem
+        problem = await find() and await find()
+        self._kept[key] = problem, self._clock() + _PROBLEM_S if problem else math.inf
+        if len(self._kept) > _MOST_BASES:
+            self._kept.popitem(last=False)
+        return problem
+
+
 class Repositories:
     """Judges patches and assesses repositories; what the tests of a repository do without a patch is kept."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
-        self._base_problems: OrderedDict[bytes, str] = OrderedDict()
+        self._base_problems = BaseProblems()
 
     async def judge_patch(self, job: PatchJob, remaining_s: float | None = None) -> pb.JudgePatchResponse:
         """Judges a patch; failures of the sandbox come back as INFRA_ERROR.
@@ -297,16 +321,9 @@ class Repositories:
         trial = await try_patch(steps, job, job.request.patch)
         if trial.verdict in (pb.TEST_VERDICT_ACCEPTED, pb.TEST_VERDICT_UNJUDGEABLE):
             return trial
-        problem = await self._find_base_problem(steps, job)
+        key = await asyncio.to_thread(digest_of_base, job)  # archives may be large
+        problem = await self._base_problems.get(key, lambda: find_base_problem(steps, job))
         return dataclasses.replace(trial, verdict=pb.TEST_VERDICT_UNJUDGEABLE, reason=problem) if problem else trial
-
-    async def _find_base_problem(self, steps: Steps, job: PatchJob) -> str:
-        key = await asyncio.to_thread(digest_of_base, job.request)  # archives may be large
-        if key not in self._base_problems:
-            self._base_problems[key] = await find_base_problem(steps, job)
-            if len(self._base_problems) > _MOST_BASES:
-                self._base_problems.popitem(last=False)
-        return self._base_problems[key]
 
     async def assess(self, job: Assessment, remaining_s: float | None = None) -> pb.AssessResponse:
         """Takes a repository through its stages; errors as for `judge_patch`."""
@@ -323,13 +340,14 @@ class Repositories:
         return response
 
 
-def digest_of_base(request: pb.JudgePatchRequest) -> bytes:
+def digest_of_base(job: PatchJob) -> bytes:
     """Returns a digest of all that decides what the tests of a repository do without a patch."""
     base = pb.JudgePatchRequest()
-    base.CopyFrom(request)
+    base.CopyFrom(job.request)
     base.ClearField("patch")
     base.ClearField("idempotency_key")
-    return hashlib.sha256(base.SerializeToString(deterministic=True)).digest()
+    state = json.dumps(job.runtime.root_state()).encode()
+    return hashlib.sha256(base.SerializeToString(deterministic=True) + state).digest()
 
 
 def describe_trial(request: pb.JudgePatchRequest, trial: Trial) -> pb.JudgePatchResponse:

@@ -94,6 +94,8 @@ def probe_python(image: str, path: str) -> Python:
 
 
 PACKAGES_FOLDER = "/opt/perigee/packages"
+# what changes in a root when something is installed there
+_SIGNS_OF_CHANGE = ("", "/usr", "/usr/bin", "/usr/lib", "/var/lib/dpkg/status", "/lib/apk/db/installed", "/var/lib/rpm")
 
 
 @dataclass(frozen=True)
@@ -303,6 +305,15 @@ class Runtime:
         mounts = [list(pair) for pair in self.packages.mounts]
         return {"image": self.image, "binds": list(self.binds), "mounts": mounts, "uids": list(uids), "folder": ""}
 
+    def root_state(self) -> list[list[int]]:
+        """Returns what tells the files of the root from others at its paths: device, inode, size and time of the last
+        change of the folders that packages are installed in, of the packages' records, and of the compiler.
+        """
+        compiler = self.config.compile[0] if self.config.compile else ""
+        programs = [f"{folder}/{compiler}" for folder in self.environment["PATH"].split(":")]
+        paths = [f"{self.image}{path}" for path in (*_SIGNS_OF_CHANGE, compiler, *programs)]
+        return [_read_state(path) for path in (*paths, *self.binds, *(source for source, _ in self.packages.mounts))]
+
     def for_source(self, source: bytes) -> Runtime:
         """Returns the runtime with the names that a source asks for."""
         if not self.config.java_names:
@@ -487,6 +498,15 @@ def has_executable(image: str, executable: str, search_path: str) -> bool:
     candidates = [executable] if executable.startswith("/") else [f"{p}/{executable}" for p in search_path.split(":")]
     # a link in an image points to a path of that image
     return any(os.path.lexists(f"{image}{candidate}") for candidate in candidates)
+
+
+def _read_state(path: str) -> list[int]:
+    """Returns device, inode, size and time of the last change of a file, through links; nothing where there is none."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return []
+    return [status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns]
 
 
 def is_below(path: str, folder: str) -> bool:

@@ -285,6 +285,7 @@ def digest_of(program: Program) -> bytes:
         "runtime": runtime.config.model_dump(mode="json", exclude={"limits", "compile_limits"}),
         "environment": {**runtime.environment, **program.environment},
         "root": runtime.root_options(()),
+        "root_state": runtime.root_state(),
         "arguments": program.compile_arguments,
         "loopback": program.loopback,
         "limits": dataclasses.asdict(program.compile_limits),
