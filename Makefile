@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 EXTRAS := cli curation buffer coordinator sandbox reward weights rollout-cpu trainer s3
 
-.PHONY: help setup system run test test-deploy test-languages gpu-check unit lint format protos docs baseline lock clean
+.PHONY: help setup system run reproduce test test-deploy test-languages gpu-check unit lint format protos docs baseline lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ $(VENV)/.installed: constraints.txt pyproject.toml services/pyproject.toml servi
 
 run: setup ## Train examples/arithmetic through all services and show that it got better; ARGS="--set deployment=hybrid"
 	$(BIN)/perigee train examples/arithmetic $(ARGS)
+
+reproduce: setup ## Train the arms of docs/reproduction.md and draw its figures; FIGURE=curriculum for one, DRAW=1 without a run
+	$(BIN)/python -m bench.reproduce $(FIGURE:%=--figure %) $(if $(DRAW),--draw)
 
 test: setup ## Run every check and test
 	@tools/run-tests.sh

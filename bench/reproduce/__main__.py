@@ -1,0 +1,44 @@
+"""Trains the arms of the figures on every seed, draws them, and writes docs/reproduction.md.
+
+    python -m bench.reproduce [--figure curriculum ...] [--seeds 0 1 2] [--draw]
+
+Run it again to go on where it was ended. `--draw` trains nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Sequence
+
+from bench.reproduce.arms import ARMS, SEEDS
+from bench.reproduce.figures import FIGURES
+from bench.reproduce.page import write_page
+from bench.reproduce.runs import read_curve, record, run_arm
+
+
+def train(names: Sequence[str], seeds: Sequence[int]) -> None:
+    """Trains the arms of figures, seed by seed, and writes the page after each seed."""
+    arms = dict.fromkeys(line.arm for name in names for line in FIGURES[name].lines)
+    for seed in seeds:
+        for arm in arms:
+            record(ARMS[arm], seed, read_curve(run_arm(ARMS[arm], seed)))
+        write_page()
+
+
+def main() -> None:
+    """Trains and draws what the command line names."""
+    parser = argparse.ArgumentParser(description="Reproduces the report's figures on small models.")
+    parser.add_argument("--figure", nargs="+", choices=FIGURES, default=list(FIGURES), help="figures; all by default")
+    parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS, help="seeds of weights and problems")
+    parser.add_argument("--draw", action="store_true", help="draw from the results that are there, without a run")
+    arguments = parser.parse_args()
+    try:
+        train(arguments.figure, () if arguments.draw else arguments.seeds)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"a run ended with code {error.returncode}: see train.log below runs/reproduce") from error
+    write_page()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""The figures of the page: the arms that each needs, what is drawn, and what the runs say about the claim."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+
+from bench.reproduce.curves import (
+    Curve,
+    Curves,
+    correlation,
+    differences,
+    geometric_interval,
+    interval_over,
+    sample_ratios,
+)
+from bench.reproduce.drawing import Line, Measure, draw_curves, draw_differences
+from perigee.report.plots import BLUE, GREEN, GREY, ORANGE
+from perigee.statistics import Interval
+
+# An accuracy this much lower counts as a loss.
+MARGIN = 0.05
+
+Results = Mapping[str, Curves]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the runs say about the claim, in a sentence, and a table whose first row is its heading."""
+
+    sentence: str
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure of the page: its arms, the first of which is the one compared against, and what is made of them."""
+
+    name: str
+    lines: Sequence[Line]
+    draw: Callable[[Results, Sequence[Line]], Figure]
+    find: Callable[[Results, Sequence[Line]], Finding]
+
+
+def accuracy(curve: Curve) -> list[float]:
+    """Returns the accuracy on all held-out problems at each evaluation."""
+    return curve.accuracies()
+
+
+def length(curve: Curve) -> list[float]:
+    """Returns the mean response tokens at each evaluation."""
+    return [point.response_tokens for point in curve.points]
+
+
+def draw_growth(results: Results, lines: Sequence[Line]) -> Figure:
+    """Draws accuracy and response length over the iterations, and one against the other."""
+    curves = results[lines[0].arm]
+    figure, (left, middle, right) = plt.subplots(1, 3)
+    draw_curves(left, curves, lines[0], accuracy)
+    left.set(xlabel="iteration", ylabel="held-out accuracy")
+    draw_curves(middle, curves, Line("", "", ORANGE), length)
+    middle.set(xlabel="iteration", ylabel="response tokens")
+    for seed, curve in curves.items():
+        right.plot(length(curve), accuracy(curve), "o-", markersize=3, linewidth=0.8, label=f"seed {seed}")
+    right.set(xlabel="response tokens", ylabel="held-out accuracy")
+    right.legend()
+    return figure
+
+
+def find_growth(results: Results, lines: Sequence[Line]) -> Finding:
+    """Finds whether accuracy and length grow, and their correlation over the evaluations of a run."""
+    curves = results[lines[0].arm].values()
+    gain = interval_over([accuracy(curve)[-1] - accuracy(curve)[0] for curve in curves])
+    growth = interval_over([length(curve)[-1] - length(curve)[0] for curve in curves])
+    together = interval_over([correlation(accuracy(curve), length(curve)) for curve in curves])
+    found = judge(min(gain, growth, key=lambda interval: interval.low), "both grow")
+    rows = [
+        ("", "first", "last", "change, 95%"),
+        ("held-out accuracy", *ends(curves, accuracy, 3), show(gain)),
+        ("response tokens", *ends(curves, length, 1), show(growth, 1)),
+        ("correlation of the two over a run's evaluations", "", "", show(together)),
+    ]
+    return Finding(f"{found} The correlation is {show(together)}.", rows)
+
+
+def draw_comparison(results: Results, lines: Sequence[Line]) -> Figure:
+    """Draws accuracy by responses sampled, and the differences from the first arm within seeds."""
+    figure, (left, right) = plt.subplots(1, 2)
+    for line in lines:
+        draw_curves(left, results[line.arm], line, accuracy, by_samples=True)
+    left.set(xlabel="responses sampled", ylabel="held-out accuracy")
+    left.legend(loc="lower right")
+    right.axhline(0, color=GREY, linewidth=1)
+    for line in lines[1:]:
+        draw_differences(right, results[lines[0].arm], results[line.arm], line, accuracy)
+    right.set(xlabel="iteration", ylabel=f"difference from {lines[0].label}")
+    return figure
+
+
+def draw_lengths(results: Results, lines: Sequence[Line]) -> Figure:
+    """Draws accuracy and response length over the iterations."""
+    figure, (left, right) = plt.subplots(1, 2)
+    for axes, measure, name in ((left, accuracy, "held-out accuracy"), (right, length, "response tokens")):
+        for line in lines:
+            draw_curves(axes, results[line.arm], line, measure)
+        axes.set(xlabel="iteration", ylabel=name)
+    left.legend(loc="lower right")
+    return figure
+
+
+def find_comparison(results: Results, lines: Sequence[Line]) -> Finding:
+    """Finds whether the last arm is ahead of the first on all problems."""
+    base, other = (results[line.arm] for line in (lines[0], lines[-1]))
+    gap = interval_over(differences(base, other, lambda curve: accuracy(curve)[-1]))
+    ratios = sample_ratios(other, base)
+    ratio = show(geometric_interval(ratios), 2) if ratios else "not measurable"
+    found = judge(gap, f"{lines[-1].label} ends above {lines[0].label}")
+    rows = [
+        ("arm", "accuracy before", "at the end", f"difference from {lines[0].label}, 95%"),
+        *(arm_row(results, lines[0], line) for line in lines),
+    ]
+    return Finding(
+        f"{found} To the accuracy that both reach, {lines[0].label} takes {ratio} times the responses of "
+        f"{lines[-1].label}.",
+        rows,
+    )
+
+
+def find_shortening(results: Results, lines: Sequence[Line]) -> Finding:
+    """Finds whether the last arm's responses are shorter than the first's at no loss of accuracy."""
+    base, other = (results[line.arm] for line in (lines[0], lines[-1]))
+    shorter = interval_over(differences(other, base, lambda curve: math.log(length(curve)[-1])))
+    gap = interval_over(differences(base, other, lambda curve: accuracy(curve)[-1]))
+    part = Interval(*(1 - math.exp(-value) for value in (shorter.mean, shorter.low, shorter.high)))
+    rows = [
+        ("arm", "accuracy at the end", "response tokens", f"accuracy less {lines[0].label}'s, 95%"),
+        *(length_row(results, lines[0], line) for line in lines),
+    ]
+    sentence = (
+        f"{judge(shorter, 'responses become shorter')} The length falls by {show(part, 2)} of itself, and accuracy "
+    )
+    return Finding(f"{sentence}changes by {show(gap)}.", rows)
+
+
+def find_no_loss(results: Results, lines: Sequence[Line]) -> Finding:
+    """Finds whether the first arm loses nothing against the others."""
+    gaps = [
+        interval_over(differences(results[line.arm], results[lines[0].arm], lambda curve: accuracy(curve)[-1]))
+        for line in lines[1:]
+    ]
+    least = min(gaps, key=lambda gap: gap.low)
+    shifted = Interval(least.mean + MARGIN, least.low + MARGIN, least.high + MARGIN)
+    rows = [
+        ("arm", "accuracy before", "at the end", f"difference from {lines[0].label}, 95%"),
+        *(arm_row(results, lines[0], line) for line in lines),
+    ]
+    return Finding(judge(shifted, f"{lines[0].label} loses at most {MARGIN} against each of the others"), rows)
+
+
+def judge(interval: Interval, claim: str) -> str:
+    """Returns in a sentence whether an interval is above 0, as the claim has it."""
+    if interval.low > 0:
+        return f"**Holds here**: {claim}."
+    if interval.high < 0:
+        return f"**Does not hold here** that {claim}: it is the other way round."
+    way = "the mean is on its side" if interval.mean > 0 else "the mean is against it"
+    return f"**Not decided** by these seeds whether {claim}; {way}."
+
+
+def arm_row(results: Results, base: Line, line: Line) -> Sequence[str]:
+    """Returns an arm's row: accuracy before and after, and the difference within seeds."""
+    curves = results[line.arm]
+    gap = differences(results[base.arm], curves, lambda curve: accuracy(curve)[-1])
+    return line.label, *ends(curves.values(), accuracy, 3), gap_text(line, base, gap)
+
+
+def length_row(results: Results, base: Line, line: Line) -> Sequence[str]:
+    """Returns an arm's row: accuracy and length at the end, and the difference of accuracy within seeds."""
+    curves = results[line.arm]
+    gap = differences(results[base.arm], curves, lambda curve: accuracy(curve)[-1])
+    return (
+        line.label,
+        ends(curves.values(), accuracy, 3)[1],
+        ends(curves.values(), length, 1)[1],
+        gap_text(line, base, gap),
+    )
+
+
+def gap_text(line: Line, base: Line, gap: Sequence[float]) -> str:
+    """Returns the difference of an arm from the base; nothing for the base itself."""
+    return "" if line == base else show(interval_over(gap))
+
+
+def ends(curves: Collection[Curve], measure: Measure, digits: int) -> tuple[str, str]:
+    """Returns the mean over seeds of the first and of the last evaluation."""
+    first, last = (interval_over([measure(curve)[index] for curve in curves]).mean for index in (0, -1))
+    return f"{first:.{digits}f}", f"{last:.{digits}f}"
+
+
+def show(interval: Interval, digits: int = 3) -> str:
+    """Returns a mean with its bounds; of one seed the figure alone."""
+    if math.isinf(interval.low):
+        return f"{interval.mean:.{digits}f} (one seed)"
+    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+FIGURES = {
+    plot.name: plot
+    for plot in (
+        Plot("growth", (Line("base", "base", BLUE),), draw_growth, find_growth),
+        Plot(
+            "curriculum",
+            (Line("base", "uniform", GREY), Line("curriculum", "curriculum", BLUE)),
+            draw_comparison,
+            find_comparison,
+        ),
+        Plot(
+            "rest",
+            (Line("rest", "ReST", ORANGE), Line("base", "mirror descent", BLUE)),
+            draw_comparison,
+            find_comparison,
+        ),
+        Plot(
+            "prioritized",
+            (Line("base", "uniform", GREY), Line("prioritized", "prioritized", GREEN)),
+            draw_comparison,
+            find_comparison,
+        ),
+        Plot(
+            "length",
+            (Line("base", "no length reward", GREY), Line("length_reward", "length reward", GREEN)),
+            draw_lengths,
+            find_shortening,
+        ),
+        Plot(
+            "partial",
+            (
+                Line("base", "partial, reused", BLUE),
+                Line("masked", "partial, masked", ORANGE),
+                Line("whole_rollouts", "whole", GREY),
+            ),
+            draw_comparison,
+            find_no_loss,
+        ),
+    )
+}

@@ -1,0 +1,118 @@
+"""What docs/reproduction.md derives from the runs of its arms."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from bench.reproduce import curves, page, runs
+from bench.reproduce.arms import ARMS
+from bench.reproduce.curves import Curve, Point, geometric_interval, interval_over, rising_fit, sample_ratios
+from bench.reproduce.figures import FIGURES, judge
+from perigee.statistics import Interval
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_curve(*accuracies: float, step: int = 1000) -> Curve:
+    """Returns a curve with an evaluation every `step` responses, whose length follows its accuracy."""
+    points = [
+        Point(number, number * step, 0, {"overall": accuracy}, 10 + 20 * accuracy)
+        for number, accuracy in enumerate(accuracies)
+    ]
+    return Curve(points, [], [])
+
+
+def test_intervals_are_students() -> None:
+    # Of 1, 2, 3: a standard error of 1 / sqrt(3), and 4.303 of them to either side.
+    interval = interval_over([1.0, 2.0, 3.0])
+    assert (interval.mean, interval.low, interval.high) == pytest.approx((2.0, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
+    assert math.isinf(interval_over([1.0]).high)
+    assert geometric_interval([0.5, 2.0, 1.0]).mean == pytest.approx(1.0)
+
+
+def test_a_rising_fit_pools_what_falls() -> None:
+    assert rising_fit([0.1, 0.4, 0.2, 0.5, 0.5]) == pytest.approx([0.1, 0.3, 0.3, 0.5, 0.5])
+    assert rising_fit([0.3, 0.2, 0.1]) == pytest.approx([0.2] * 3)
+
+
+def test_samples_to_an_accuracy_lie_between_evaluations() -> None:
+    curve = make_curve(0.2, 0.4, 0.6)
+    assert [curve.samples_to(accuracy) for accuracy in (0.1, 0.3, 0.6)] == pytest.approx([0, 500, 2000])
+    assert math.isinf(curve.samples_to(0.7))
+
+
+def test_ratios_are_taken_at_the_accuracy_that_both_reach() -> None:
+    fast, slow = make_curve(0.2, 0.6, 0.8), make_curve(0.2, 0.4, 0.6)
+    assert sample_ratios({0: fast, 1: fast}, {0: slow, 2: slow}) == pytest.approx([2.0])
+    assert sample_ratios({0: fast}, {0: make_curve(0.2, 0.1, 0.0)}) == []
+
+
+@pytest.mark.parametrize(
+    ("interval", "says"), [((0.1, 0.2), "Holds"), ((-0.2, -0.1), "Does not hold"), ((-0.1, 0.2), "Not decided")]
+)
+def test_a_claim_holds_by_its_interval(interval: tuple[float, float], says: str) -> None:
+    assert judge(Interval(sum(interval) / 2, *interval), "it does").startswith(f"**{says}")
+
+
+def test_responses_and_tokens_add_up_over_the_iterations_of_a_run(tmp_path: Path) -> None:
+    rows = [{"iteration": n, "rollout/finished": 10 * n, "rollout/tokens": 100, "reward/mean": 0.5} for n in (1, 2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    interval = {"mean": 0.25, "low": 0.2, "high": 0.3}
+    evaluations = [
+        {"iteration": n, "accuracy": {"overall": {"sampled": interval}}, "response_tokens": {"sampled": 12.5}}
+        for n in (0, 2, 3)
+    ]
+    (tmp_path / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluations))
+    curve = runs.read_curve(tmp_path)
+    assert [(point.samples, point.tokens) for point in curve.points] == [(0, 0), (30, 200), (60, 300)]
+    assert curve.points[1] == Point(2, 30, 200, {"overall": 0.25}, 12.5)
+    assert curve.reward == [0.5] * 3
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for results of its own, beside a page with one part."""
+    folder = tmp_path / "reproduction"
+    for module in (curves, page, runs):
+        monkeypatch.setattr(module, "RESULTS", folder)
+    monkeypatch.setattr(page, "PAGE", tmp_path / "reproduction.md")
+    (tmp_path / "reproduction.md").write_text("# Page\n<!-- growth -->\nold\n<!-- end -->\nrest\n")
+    return folder
+
+
+def test_the_page_says_what_was_not_run_and_draws_what_was(results: Path) -> None:
+    page.write_page()
+    assert page.PAGE.read_text() == (
+        "# Page\n<!-- growth -->\nNot run yet: `make reproduce FIGURE=growth`.\n<!-- end -->\nrest\n"
+    )
+    for seed in (2, 0):
+        runs.record(ARMS["base"], seed, make_curve(0.2, 0.4, 0.6 + seed / 10))
+    assert list(curves.read_results("base")) == [0, 2]
+    page.write_page()
+    text, image = page.PAGE.read_text(), (results / "growth.svg").read_bytes()
+    assert "Seeds: 2." in text
+    assert "| held-out accuracy | 0.200 | 0.700 | 0.500 [" in text
+    assert text.endswith("<!-- end -->\nrest\n")
+    page.write_page()
+    assert (page.PAGE.read_text(), (results / "growth.svg").read_bytes()) == (text, image)
+
+
+def test_results_of_other_settings_are_not_kept(results: Path) -> None:
+    runs.record(ARMS["masked"], 0, make_curve(0.1))
+    path = results / "masked.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"changes": ["run.iterations=1"]}))
+    runs.record(ARMS["masked"], 1, make_curve(0.1))
+    assert list(curves.read_results("masked")) == [1]
+
+
+def test_the_page_is_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    text = page.PAGE.read_text()
+    assert {match[1] for match in page.PART.finditer(text)} == set(FIGURES)
+    assert page.render_page(text) == text, "run make reproduce DRAW=1"
+    for path in curves.RESULTS.glob("*.json"):
+        assert json.loads(path.read_text())["changes"] == list(ARMS[path.stem].changes)
