@@ -191,7 +191,9 @@ class Iteration:
             await self._create_groups()
         counts = await self._roll_out()
         weights = ShapingWeights.at(config, self._number)
-        batch = make_training_batch(self._groups, weights, config.drop_uniform_groups, self._sampler.left_out)
+        batch = make_training_batch(
+            self._groups, weights, config.drop_uniform_groups, self._sampler.left_out, config.algorithm.name
+        )
         learning_rate = learning_rate_at(config.optimizer.learning_rate, config.final_lr_ratio, self._progress())
         result: trainer_pb2.TrainResult | None = None
         version = self._committed.policy_version

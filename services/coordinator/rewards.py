@@ -137,13 +137,20 @@ def is_uniform(rewards: Sequence[float]) -> bool:
     return max(rewards) - min(rewards) < 1e-9
 
 
+def teaches_nothing(algorithm: str, judged: Sequence[Trajectory], rewards: Sequence[float]) -> bool:
+    """Returns whether a group has equal rewards; for ReST, which compares none, whether it has no correct response."""
+    if algorithm == "rest":
+        return not any(trajectory.correct for trajectory in judged)
+    return is_uniform(rewards)
+
+
 @dataclass
 class TrainingBatch:
     """Complete groups of an iteration: those to train on, and all of them, which the commit consumes."""
 
     groups: list[pb.TrainingGroup] = field(default_factory=list)
     consumed: list[Group] = field(default_factory=list)
-    # Groups without a share in training: their rewards agree, or fewer than two members could be judged.
+    # Groups without a share in training: they teach nothing, or fewer than two members could be judged.
     uniform: int = 0
     failed: int = 0
     tokens_by_version: Counter[int] = field(default_factory=Counter)
@@ -156,7 +163,11 @@ class TrainingBatch:
 
 
 def make_training_batch(
-    groups: Iterable[Group], weights: ShapingWeights, drop_uniform: bool, left_out: Collection[str] = ()
+    groups: Iterable[Group],
+    weights: ShapingWeights,
+    drop_uniform: bool,
+    left_out: Collection[str] = (),
+    algorithm: str = "policy_mirror_descent",
 ) -> TrainingBatch:
     """Shapes the rewards of the complete groups; members whose judging failed take no part, nor groups of prompts that
     are left out.
@@ -179,7 +190,7 @@ def make_training_batch(
             batch.failed += 1
             continue
         rewards = shape_rewards(judged, weights)
-        if drop_uniform and is_uniform(rewards):
+        if drop_uniform and teaches_nothing(algorithm, judged, rewards):
             batch.uniform += 1
             continue
         training_group = pb.TrainingGroup(group_id=group.id)

@@ -339,7 +339,8 @@ class RunConfig(Model):
     overlong_penalty: OverlongPenaltyConfig = OverlongPenaltyConfig()
     """Reward that a response loses near a length."""
     drop_uniform_groups: bool = True
-    """Leave out groups whose members have equal rewards: their advantage is zero."""
+    """Leave out groups whose members have equal rewards: their advantage is zero. With the algorithm `rest`, which
+    learns from right responses alone, groups without one are left out instead."""
     algorithm: AlgorithmConfig = AlgorithmConfig()
     """Algorithm that trains the policy."""
     update: UpdateConfig = UpdateConfig()

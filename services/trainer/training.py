@@ -158,6 +158,8 @@ def _plan_group(
             for version, tokens in trajectory.tokens_by_version.items()
             if request.base_version - version <= request.update.max_staleness
         )
+        if algorithm.skips_zero_advantages and advantage == 0:
+            trained_tokens = 0
         if trained_tokens:
             yield PlannedTrajectory(
                 trajectory_id=trajectory.trajectory_id,

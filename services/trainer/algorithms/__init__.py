@@ -8,10 +8,14 @@ from perigee.config import validate
 from perigee.errors import InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.trainer.algorithms.base import Algorithm
+from services.trainer.algorithms.grpo import GRPO
 from services.trainer.algorithms.mirror_descent import PolicyMirrorDescent
+from services.trainer.algorithms.rest import ReST
 
 ALGORITHMS: dict[str, type[Algorithm]] = {
     "policy_mirror_descent": PolicyMirrorDescent,
+    "rest": ReST,
+    "grpo": GRPO,
 }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -50,9 +50,17 @@ class LossBatch:
         zeros_N = values_T.new_zeros(len(self.advantages_N))
         return zeros_N.index_add(0, self.sequence_T, values_T * self.trained_T)
 
+    @property
+    def tokens_N(self) -> torch.Tensor:
+        """Number of trained tokens of each trajectory, at least 1."""
+        return self.sum_by_trajectory(self.logprobs_T.new_ones(len(self.logprobs_T))).clamp(min=1)
+
 
 class Algorithm(ABC):
     """Base of the algorithms. A subclass nests its `Settings` and is registered in `algorithms/__init__.py`."""
+
+    skips_zero_advantages: ClassVar[bool] = False
+    """Whether trajectories whose advantage is 0 take no part: they are not read, and their tokens do not count."""
 
     class Settings(Model):
         """Settings of the algorithm, each field with a docstring; unknown ones are refused."""
