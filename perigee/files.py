@@ -58,9 +58,9 @@ def staging_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def remove_stale_staging(folder: Path) -> None:
-    """Removes the staging folders that killed writers left in `folder`."""
-    for path in folder.glob(".*.????????"):
+def remove_stale_staging(folder: Path, name: str = "*") -> None:
+    """Removes the staging folders that killed writers left in `folder`: all, or those of a target's name."""
+    for path in folder.glob(f".{name}.????????"):
         if path.is_dir():
             shutil.rmtree(path)
 

@@ -13,6 +13,7 @@ import typer
 from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, Interrupt, reporting_errors, run_interruptible
 from perigee.cli.eval.app import evaluate
+from perigee.cli.merge.app import merge
 from perigee.cli.prompts.app import prompts_app
 from perigee.cli.reward.app import reward_app
 from perigee.cli.sandbox.app import app as sandbox_app
@@ -30,6 +31,7 @@ app.add_typer(sandbox_app)
 app.add_typer(reward_app, name="reward", help="Score responses with the reward service, and train its value heads.")
 app.add_typer(prompts_app, name="prompts", help="Curate prompt sets.")
 app.command("eval")(evaluate)
+app.command()(merge)
 
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from perigee.cli.merge.folders import plan_merge, write_merged
+from perigee.cli.merge.methods import MergeSettings
 from perigee.trainer.v1 import trainer_pb2 as pb
 from tests.fixtures.trainer import VOCABULARY, write_model
 from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, make_batches
@@ -53,9 +55,12 @@ def load_and_evaluate(engine: Engine, folders: list[Path]) -> list[tuple[dict[st
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """One folder of each architecture, tied and untied."""
+    """One folder of each architecture, tied and untied, and a merged one."""
     kinds = [("Qwen2", True), ("Qwen2", False), ("Qwen3", True), ("Qwen3", False), ("Llama", True), ("Llama", False)]
-    return [write_model(tmp_path_factory.mktemp(kind), kind, tied, seed) for seed, (kind, tied) in enumerate(kinds)]
+    folders = [write_model(tmp_path_factory.mktemp(kind), kind, tied, seed) for seed, (kind, tied) in enumerate(kinds)]
+    other, merged = write_model(tmp_path_factory.mktemp("other"), seed=9), tmp_path_factory.mktemp("merged") / "model"
+    write_merged(plan_merge([str(folders[0]), str(other)], None, MergeSettings("slerp", (1.0, 1.0))), merged, print)
+    return [*folders, merged]
 
 
 @pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(pipeline=2)], ids=str)

@@ -1,0 +1,1 @@
+"""Merging model folders of one shape: `perigee merge`."""
