@@ -29,7 +29,13 @@ GROUPS = {
     "training": ("test_training", "test_observability"),
     "attacks": ("test_sandbox_attacks",),
     "network": ("test_namespaces",),
-    "rollout": ("test_rollout_service", "test_rollout_openai", "test_rollout_experts", "test_prompts_curate"),
+    "rollout": (
+        "test_rollout_service",
+        "test_rollout_openai",
+        "test_rollout_experts",
+        "test_prompts_curate",
+        "test_sample",
+    ),
     "attacks on judging": ("test_sandbox_attacks_answers",),
     "trainer": (
         "test_trainer_equation",

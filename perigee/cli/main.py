@@ -16,6 +16,7 @@ from perigee.cli.eval.app import evaluate
 from perigee.cli.merge.app import merge
 from perigee.cli.prompts.app import prompts_app
 from perigee.cli.reward.app import reward_app
+from perigee.cli.sample.app import sample
 from perigee.cli.sandbox.app import app as sandbox_app
 from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError
 from perigee.rpc import ChannelOptions
@@ -32,6 +33,7 @@ app.add_typer(reward_app, name="reward", help="Score responses with the reward s
 app.add_typer(prompts_app, name="prompts", help="Curate prompt sets.")
 app.command("eval")(evaluate)
 app.command()(merge)
+app.command()(sample)
 
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.eval import model
 from perigee.cli.eval.model import Completion, Endpoint, find_model, local_endpoint
+from perigee.cli.eval.responses import AnswerStore, Attempt, make_attempts, runs_code
 from perigee.cli.eval.results import Length, compare, read_answers, summarize
-from perigee.cli.eval.run import AnswerStore, Attempt, make_attempts, runs_code
 from perigee.cli.eval.suites import LoadedSuite, SamplingSettings, load_suite
 from perigee.errors import InvalidArgumentError, UnavailableError
 from perigee.reward.v1 import reward_pb2
@@ -79,21 +79,22 @@ def plan(suite: LoadedSuite, **sampling: Any) -> list[Attempt]:
 
 def test_an_evaluation_goes_on_and_keeps_what_is_the_same(tmp_path: Path, suite: LoadedSuite) -> None:
     outcomes = {"greedy": buffer_pb2.VERDICT_CORRECT, "sample-0": buffer_pb2.VERDICT_FAILED}
-    store = AnswerStore(tmp_path / "out", plan(suite, samples=2))
-    assert len(store.missing()) == 3
-    for name, verdict in outcomes.items():
-        store.hold(f"sums/a/{name}", Completion("2", 1, truncated=False))
-        store.add([reward_pb2.ScoreResponse(id=f"sums/a/{name}", verdict=verdict, extracted_answer="2")])
-    store.close()
-    again = AnswerStore(tmp_path / "out", plan(suite, samples=2))
-    assert [attempt.name for attempt in again.missing()] == ["sample-0", "sample-1"]
-    again.close()
+    with AnswerStore(tmp_path / "out", plan(suite, samples=2)) as store:
+        assert len(store.missing()) == 3
+        for name, verdict in outcomes.items():
+            store.hold(f"sums/a/{name}", Completion("2", 1, truncated=False))
+            store.add([reward_pb2.ScoreResponse(id=f"sums/a/{name}", verdict=verdict, extracted_answer="2")])
+        store.add([reward_pb2.ScoreResponse(id="sums/a/sample-1", verdict=buffer_pb2.VERDICT_FAILED)])
+    with AnswerStore(tmp_path / "out", plan(suite, samples=2)) as again:
+        assert [attempt.name for attempt in again.missing()] == ["sample-0", "sample-1"]
+        # A response that is there waits for its verdict only.
+        assert again.completion("sums/a/sample-0") == Completion("2", 1, truncated=False)
+        assert again.completion("sums/a/sample-1") is None
     # Another cap is another question.
-    other = AnswerStore(tmp_path / "out", plan(suite, samples=2, max_tokens=5))
-    assert len(other.missing()) == 3
-    other.close()
+    with AnswerStore(tmp_path / "out", plan(suite, samples=2, max_tokens=5)) as other:
+        assert len(other.missing()) == 3
     # A comparison takes the answers that the last figures are made of.
-    for attempts, verdicts in ((again, ["correct", "failed"]), (other, [])):
+    for attempts, verdicts in ((again, ["correct", "failed", "failed"]), (other, [])):
         digests = [attempt.digest for attempt in attempts.attempts.values()]
         (tmp_path / "out" / "results.json").write_text(json.dumps({"digests": {"sums": digests}}))
         assert [line["verdict"] for line in read_answers(tmp_path / "out")] == verdicts

@@ -13,6 +13,23 @@ from perigee.cli.eval.suites import DATA_VARIABLE, DEFAULT_DATA
 from perigee.errors import InvalidArgumentError
 from perigee.rpc import ChannelOptions
 
+# How a model is reached, and how it is asked.
+EndpointOption = Annotated[
+    str | None, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible endpoint, up to /v1.")
+]
+KeyOption = Annotated[str | None, typer.Option("--api-key", envvar="PERIGEE_EVAL_API_KEY", help="The endpoint's key.")]
+ChatOption = Annotated[
+    bool, typer.Option("--chat/--completions", help="Ask by chat, or have the model continue the question.")
+]
+TemperatureOption = Annotated[float | None, typer.Option("--temperature", min=0.01, help="Of the samples.")]
+MaxTokensOption = Annotated[int | None, typer.Option("--max-tokens", min=1, help="Response tokens at most.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the samples.")]
+ConcurrencyOption = Annotated[int, typer.Option("--concurrency", min=1, max=4096, help="Responses at once.")]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="Type of a local model's weights.")]
+RewardOption = Annotated[str | None, typer.Option("--reward", metavar="HOST:PORT", help="A running reward service.")]
+RunsOption = Annotated[Path, typer.Option("--runs-dir", envvar="PERIGEE_RUNS_DIR", help="Where runs are.")]
+PlainOption = Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")]
+
 
 @connecting
 def evaluate(
@@ -24,16 +41,10 @@ def evaluate(
             help="A model folder or a finished run, then suites; with --endpoint, suites only; or two results folders.",
         ),
     ],
-    endpoint: Annotated[
-        str | None, typer.Option("--endpoint", metavar="URL", help="OpenAI-compatible endpoint, up to /v1.")
-    ] = None,
+    endpoint: EndpointOption = None,
     model: Annotated[str | None, typer.Option("--model", metavar="NAME", help="The model's name there.")] = None,
-    api_key: Annotated[
-        str | None, typer.Option("--api-key", envvar="PERIGEE_EVAL_API_KEY", help="The endpoint's key.")
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat/--completions", help="Ask by chat, or have the model continue the question.")
-    ] = True,
+    api_key: KeyOption = None,
+    chat: ChatOption = True,
     data: Annotated[
         Path, typer.Option("--data", envvar=DATA_VARIABLE, metavar="DIR", help="Folder of the suites' data.")
     ] = DEFAULT_DATA,
@@ -43,19 +54,15 @@ def evaluate(
     limit: Annotated[int | None, typer.Option("--limit", min=1, help="First problems of each suite only.")] = None,
     greedy: Annotated[bool | None, typer.Option("--greedy/--no-greedy", help="Decode greedily, too.")] = None,
     samples: Annotated[int | None, typer.Option("--samples", min=0, help="Samples per problem.")] = None,
-    temperature: Annotated[float | None, typer.Option("--temperature", min=0.01, help="Of the samples.")] = None,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Response tokens at most.")] = None,
-    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Seed of the samples.")] = None,
-    concurrency: Annotated[int, typer.Option("--concurrency", min=1, max=4096, help="Responses at once.")] = 64,
-    dtype: Annotated[str, typer.Option("--dtype", help="Type of a local model's weights.")] = "auto",
-    reward: Annotated[
-        str | None, typer.Option("--reward", metavar="HOST:PORT", help="A running reward service.")
-    ] = None,
-    runs_dir: Annotated[Path, typer.Option("--runs-dir", envvar="PERIGEE_RUNS_DIR", help="Where runs are.")] = Path(
-        "runs"
-    ),
+    temperature: TemperatureOption = None,
+    max_tokens: MaxTokensOption = None,
+    seed: SeedOption = None,
+    concurrency: ConcurrencyOption = 64,
+    dtype: DtypeOption = "auto",
+    reward: RewardOption = None,
+    runs_dir: RunsOption = Path("runs"),
     json_out: Annotated[Path | None, typer.Option("--json", help="With compare: write the comparison here.")] = None,
-    plain: Annotated[bool, typer.Option("--plain", help="Plain lines even on a terminal.")] = False,
+    plain: PlainOption = False,
     debug: DebugOption = False,
 ) -> None:
     """Measure accuracy on suites of problems; the same command again goes on where it was cut short."""
@@ -75,25 +82,19 @@ def evaluate(
             raise InvalidArgumentError.for_field("SUITE", f"is required; those known are {', '.join(suite_names())}")
         from perigee.cli.eval import run as command
         from perigee.cli.eval.model import Endpoint
+        from perigee.cli.eval.responses import ModelOptions
 
         given: dict[str, Any] = {
             "greedy": greedy, "samples": samples, "temperature": temperature, "max_tokens": max_tokens, "seed": seed
         }  # fmt: skip
+        at = Endpoint(endpoint, model, chat, api_key=api_key) if endpoint and model else None
         options = command.EvalOptions(
-            target=target,
+            model=ModelOptions(target, at, chat, runs_dir, concurrency, dtype, reward, channel, plain),
             suites=suites,
-            endpoint=Endpoint(endpoint, model, chat, api_key=api_key) if endpoint and model else None,
-            chat=chat,
             data_path=data,
-            runs_path=runs_dir,
             out=out,
             limit=limit,
             sampling={key: value for key, value in given.items() if value is not None},
-            concurrency=concurrency,
-            dtype=dtype,
-            reward=reward,
-            channel=channel,
-            plain=plain,
         )
 
         async def work(interrupt: Interrupt) -> int:

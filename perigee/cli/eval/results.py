@@ -1,7 +1,7 @@
 """Results of an evaluation: figures by suite and domain, as a table and JSON, and the comparison of two of them.
 
 A line of answers.jsonl has suite, id, domain, attempt ("greedy" or "sample-0" and so on), digest, response, tokens,
-truncated, verdict, answer and reason. What was not answered or not judged is left out and counted as a failure.
+truncated, verdict, reward, answer and reason. What was not answered or not judged is left out and counted as a failure.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ ANSWERS_FILE = "answers.jsonl"
 RESULTS_FILE = "results.json"
 OVERALL = "overall"
 GREEDY = "greedy"
+FAILED = "failed"
 
 Answer = Mapping[str, Any]
 
@@ -77,7 +78,7 @@ def summarize(answers: Iterable[Answer]) -> dict[str, Figures]:
 
 
 def _figures(answers: Sequence[Answer]) -> Figures:
-    judged = [answer for answer in answers if answer["verdict"] != "failed"]
+    judged = [answer for answer in answers if answer["verdict"] != FAILED]
     greedy = [answer for answer in judged if answer["attempt"] == GREEDY]
     sampled = [answer for answer in judged if answer["attempt"] != GREEDY]
     groups = list(_by_problem(sampled).values())
@@ -196,7 +197,7 @@ def compare(first: Sequence[Answer], second: Sequence[Answer]) -> list[Compariso
 
 def _scores(answers: Iterable[Answer], is_greedy: bool) -> dict[str, float]:
     """Returns the mean correctness of each problem's responses."""
-    some = [each for each in answers if (each["attempt"] == GREEDY) == is_greedy and each["verdict"] != "failed"]
+    some = [each for each in answers if (each["attempt"] == GREEDY) == is_greedy and each["verdict"] != FAILED]
     return {key: fmean(map(is_correct, group)) for key, group in _by_problem(some).items()}
 
 

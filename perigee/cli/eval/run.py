@@ -1,187 +1,36 @@
-"""`perigee eval`: responses of a model to suites, judged by the reward service, kept as they come in and resumed."""
+"""`perigee eval`: figures of a model's responses to suites."""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, closing
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.ending import Interrupt
-from perigee.cli.eval.model import (
-    REQUEST_ERRORS,
-    Completion,
-    Endpoint,
-    find_model,
-    fix_version,
-    identify_weights,
-    local_endpoint,
-    serving_model,
-)
-from perigee.cli.eval.results import ANSWERS_FILE, GREEDY, RESULTS_FILE, Answer, by_suite, show, summarize, to_json
-from perigee.cli.eval.suites import LoadedSuite, Problem, SamplingSettings, load_suite
-from perigee.cli.run_folder import RunFolder
-from perigee.cli.stack import LocalStack, Report, plan_stack
-from perigee.cli.view import ProgressView
+from perigee.cli.eval.responses import ModelOptions, Target, collect, note, open_target
+from perigee.cli.eval.results import ANSWERS_FILE, FAILED, RESULTS_FILE, Answer, by_suite, show, summarize, to_json
+from perigee.cli.eval.suites import LoadedSuite, SamplingSettings, load_suite
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
-from perigee.files import Journal, write_atomically
-from perigee.reward.client import RewardClient
-from perigee.reward.scoring import ScoreJob, ScoringOptions, ScoringPipeline, failed, scoring
-from perigee.reward.v1 import reward_pb2
-from perigee.rpc import ChannelOptions
-
-# Of a request that the endpoint did not answer.
-NO_COMPLETION = Completion("", None, truncated=False)
+from perigee.files import write_atomically
 
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """Arguments of `perigee eval`; `target` is a model folder or a run, None with an endpoint."""
+    """Arguments of `perigee eval`."""
 
-    target: str | None
+    model: ModelOptions
     suites: Sequence[str]
-    endpoint: Endpoint | None
-    chat: bool
     data_path: Path
-    runs_path: Path
     out: Path | None
     limit: int | None
     sampling: dict[str, Any]
     """Sampling settings in place of the suites' own."""
-    concurrency: int
-    dtype: str
-    reward: str | None
-    channel: ChannelOptions = field(default_factory=ChannelOptions)
-    plain: bool = False
-
-
-@dataclass(frozen=True)
-class Target:
-    """Model that is evaluated; `identity` tells its weights from others, `folder` is None behind an endpoint.
-
-    `as_trained` asks prompt files as the run did that made the model.
-    """
-
-    name: str
-    endpoint: Endpoint
-    identity: str
-    folder: Path | None = None
-    as_trained: Endpoint | None = None
-
-    def plan(self, suite: LoadedSuite, sampling: SamplingSettings) -> list[Attempt]:
-        """Returns the responses that a suite asks for, greedy ones first."""
-        endpoint = (self.as_trained if suite.is_prompt_file else None) or self.endpoint
-        return make_attempts(suite, sampling, endpoint, self.identity)
-
-
-async def open_target(options: EvalOptions) -> Target:
-    """Returns the model; what is asked of a local one does not depend on where it will be served."""
-    if options.endpoint is not None:
-        endpoint = await fix_version(options.endpoint)
-        return Target(endpoint.model, endpoint, f"{endpoint.url} {endpoint.model}")
-    folder, run = find_model(str(options.target), options.runs_path)
-    identity = f"{identify_weights(folder)} {options.dtype}"
-    as_trained = None if run is None else local_endpoint(folder, options.chat, run)
-    return Target(str(options.target), local_endpoint(folder, options.chat), identity, folder, as_trained)
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """One response to generate; `digest` tells model, request and ground truth from others."""
-
-    problem: Problem
-    name: str
-    body: dict[str, Any]
-    digest: str
-
-    @property
-    def key(self) -> str:
-        """Id among all attempts."""
-        return f"{self.problem.suite}/{self.problem.line.id}/{self.name}"
-
-
-def make_attempts(suite: LoadedSuite, sampling: SamplingSettings, endpoint: Endpoint, identity: str) -> list[Attempt]:
-    """Returns the responses that a suite asks for, greedy ones first."""
-    settings: list[tuple[str, dict[str, Any]]] = [(GREEDY, {"temperature": 0.0})] if sampling.greedy else []
-    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-    settings += [(f"sample-{number}", drawn) for number in range(sampling.samples)]
-    places = [problem.line.place or problem.line.id for problem in suite.problems]
-    prompts = endpoint.write_prompts([problem.asked for problem in suite.problems], places)
-    attempts = []
-    for name, values in settings:
-        for problem, prompt in zip(suite.problems, prompts, strict=True):
-            asked = values | {"max_tokens": sampling.max_tokens}
-            if name != GREEDY:
-                asked["seed"] = _seed(sampling.seed, problem.line.id, name)
-            body = endpoint.make_request(prompt, asked)
-            truth = problem.line.item.SerializeToString(deterministic=True).hex()
-            digest = hashlib.blake2b(json.dumps([identity, body, truth]).encode(), digest_size=12).hexdigest()
-            attempts.append(Attempt(problem, name, body, digest))
-    return attempts
-
-
-def _seed(*parts: object) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()) >> 1
-
-
-class AnswerStore:
-    """The answers in a results folder; another process cannot write it meanwhile."""
-
-    def __init__(self, folder: Path, attempts: Sequence[Attempt]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.attempts = {attempt.key: attempt for attempt in attempts}
-        self._journal = Journal(folder / ANSWERS_FILE)
-        wanted = {(attempt.key, attempt.digest) for attempt in attempts}
-        kept = {
-            (f"{line['suite']}/{line['id']}/{line['attempt']}", line["digest"]): line for line in self._journal.lines
-        }
-        self.answers = {key: line for (key, digest), line in kept.items() if (key, digest) in wanted}
-        self._completions: dict[str, Completion] = {}
-
-    def missing(self) -> list[Attempt]:
-        """Returns the attempts without a verdict."""
-        answers = self.answers
-        return [a for key, a in self.attempts.items() if answers.get(key, {"verdict": "failed"})["verdict"] == "failed"]
-
-    def hold(self, key: str, completion: Completion) -> None:
-        """Keeps a response until its verdict is known."""
-        self._completions[key] = completion
-
-    def add(self, outcomes: Sequence[reward_pb2.ScoreResponse]) -> None:
-        """Writes answers; returns when they are on disk."""
-        lines = [self._line(outcome) for outcome in outcomes]
-        self._journal.append(lines)
-        self.answers.update(zip((outcome.id for outcome in outcomes), lines, strict=True))
-
-    def close(self) -> None:
-        """Closes the folder's file."""
-        self._journal.close()
-
-    def _line(self, outcome: reward_pb2.ScoreResponse) -> dict[str, Any]:
-        attempt, completion = self.attempts[outcome.id], self._completions.pop(outcome.id, NO_COMPLETION)
-        return {
-            "suite": attempt.problem.suite,
-            "id": attempt.problem.line.id,
-            "domain": attempt.problem.line.domain,
-            "attempt": attempt.name,
-            "digest": attempt.digest,
-            "response": completion.text,
-            "tokens": completion.tokens,
-            "truncated": completion.truncated,
-            "verdict": buffer_pb2.Verdict.Name(outcome.verdict).removeprefix("VERDICT_").lower(),
-            # Programs are not voted on.
-            "answer": "" if outcome.verifier == "code" else outcome.extracted_answer,
-            "reason": outcome.reason,
-        }
 
 
 def choose_sampling(suite: LoadedSuite, changes: dict[str, Any]) -> SamplingSettings:
@@ -201,103 +50,16 @@ async def evaluate(options: EvalOptions, console: Console, interrupt: Interrupt)
     samplings = {suite.name: choose_sampling(suite, options.sampling) for suite in suites}
     if len(samplings) < len(suites):
         raise InvalidArgumentError.for_field("SUITE", f"two suites have the same name: {', '.join(samplings)}")
-    target = await open_target(options)
+    target = await open_target(options.model)
     out = options.out or Path("evals") / re.sub(r"[^\w.-]+", "-", target.name).strip("-")
     attempts = [attempt for suite in suites for attempt in target.plan(suite, samplings[suite.name])]
-
-    def note(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    with closing(AnswerStore(out, attempts)) as store:
-        missing = store.missing()
-        if len(missing) < len(attempts):
-            note(f"{len(attempts) - len(missing):,} of {len(attempts):,} answers are in {out}")
-        if missing:
-            async with serving(options, target, missing, out / "services", note, interrupt) as (endpoint, client):
-                await answer_all(missing, endpoint, client, store, options, console)
-        write_results(list(store.answers.values()), target, samplings, out, console, note)
-
-
-@asynccontextmanager
-async def serving(
-    options: EvalOptions, target: Target, missing: Sequence[Attempt], path: Path, note: Report, interrupt: Interrupt
-) -> AsyncIterator[tuple[Endpoint, RewardClient]]:
-    """Starts what is not running yet: the reward service, the sandbox where code is judged, a server of the model."""
-    async with AsyncExitStack() as stack:
-        reward, channel, endpoint = options.reward, options.channel, target.endpoint
-        if reward is None:
-            local = plan_reward_stack(path, any(runs_code(each.problem.line.item) for each in missing), note)
-            interrupt.end_at_once = local.kill
-            await stack.enter_async_context(local)
-            [(reward, channel)] = [(each.address, each.channel) for each in local.specs if each.service == "reward"]
-        if target.folder is not None and endpoint.encoder is not None:
-            longest = max(len(each.body["prompt"]) + each.body["max_tokens"] for each in missing)
-            length = min(longest, endpoint.encoder.model.context_tokens)
-            log_path = path / "logs" / "vllm.log"
-            server = serving_model(target.folder, log_path, options.concurrency, length, options.dtype, note)
-            endpoint = replace(endpoint, url=await stack.enter_async_context(server))
-        yield endpoint, await stack.enter_async_context(RewardClient(reward, channel))
-
-
-def runs_code(item: reward_pb2.ScoreItem) -> bool:
-    """Returns whether the item, or a part of it, is judged in the sandbox."""
-    kinds = {item.WhichOneof("verifier"), *(part.verifier.WhichOneof("kind") for part in item.composite.parts)}
-    return "code" in kinds
-
-
-def plan_reward_stack(path: Path, needs_code: bool, note: Report) -> LocalStack:
-    """Returns a reward service, and a sandbox where code is judged, to be started."""
-    run = RunFolder(path.absolute())
-    run.create()
-    write_atomically(run.recipe_path, b"{}\n")
-    services = ("sandbox", "reward") if needs_code else ("reward",)
-    return LocalStack(run, plan_stack(run, {}, 0, services), note)
-
-
-async def answer_all(
-    attempts: Sequence[Attempt],
-    endpoint: Endpoint,
-    client: RewardClient,
-    store: AnswerStore,
-    options: EvalOptions,
-    console: Console,
-) -> None:
-    """Generates and scores the responses, `concurrency` at once; a request that fails is an answer that failed."""
-    with ProgressView(console, "answered", len(attempts), plain=options.plain) as progress:
-
-        async def keep(outcomes: list[reward_pb2.ScoreResponse]) -> None:
-            await asyncio.to_thread(store.add, outcomes)
-            progress.advance(len(outcomes))
-
-        async with (
-            endpoint.make_client(options.concurrency) as http,
-            scoring(client, ScoringOptions(), keep) as pipeline,
-            asyncio.TaskGroup() as group,
-        ):
-            queue = iter(attempts)
-
-            async def work(waiting: Iterator[Attempt], pipeline: ScoringPipeline) -> None:
-                for attempt in waiting:
-                    item = attempt.problem.line.item
-                    try:
-                        completion = await endpoint.complete(http, attempt.body)
-                    except REQUEST_ERRORS as error:
-                        await keep([failed(ScoreJob(attempt.key, "", item), error.message, retryable=True)])
-                    else:
-                        store.hold(attempt.key, completion)
-                        await pipeline.submit(ScoreJob(attempt.key, completion.text, item))
-
-            for _ in range(min(options.concurrency, len(attempts))):
-                group.create_task(work(queue, pipeline))
+    write_results(
+        await collect(attempts, target, options.model, out, console, interrupt), target, samplings, out, console
+    )
 
 
 def write_results(
-    answers: Sequence[Answer],
-    target: Target,
-    samplings: Mapping[str, SamplingSettings],
-    out: Path,
-    console: Console,
-    note: Report,
+    answers: Sequence[Answer], target: Target, samplings: Mapping[str, SamplingSettings], out: Path, console: Console
 ) -> None:
     """Writes results.json and prints the figures. Raises FailedPreconditionError when no response was judged."""
     figures = {suite: summarize(some) for suite, some in by_suite(answers).items()}
@@ -312,12 +74,12 @@ def write_results(
     kept = before if all(before.get(key) == value for key, value in head.items()) else {}
     results = head | {key: kept.get(key, {}) | values for key, values in found.items()}
     write_atomically(out / RESULTS_FILE, f"{json.dumps(results, indent=2)}\n".encode())
-    reasons = Counter(answer["reason"] for answer in answers if answer["verdict"] == "failed")
+    reasons = Counter(answer["reason"] for answer in answers if answer["verdict"] == FAILED)
     if reasons:
         [(reason, _)] = reasons.most_common(1)
         words = f"{reasons.total():,} of {len(answers):,} answers failed and are left out, most often because {reason}"
         if reasons.total() == len(answers):
             raise FailedPreconditionError(words)
-        note(f"{words}; the same command asks for them again")
+        note(console, f"{words}; the same command asks for them again")
     show(figures, console)
-    note(f"results: {out / RESULTS_FILE}, answers: {out / ANSWERS_FILE}")
+    note(console, f"results: {out / RESULTS_FILE}, answers: {out / ANSWERS_FILE}")
