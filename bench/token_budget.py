@@ -71,7 +71,7 @@ def write_long_model(folder: Path, mean_tokens: int, max_response_tokens: int) -
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     weights = load_file(folder / "model.safetensors")
     # Small logits: the next token is all but uniform.
-    embedding = np.random.default_rng(0).standard_normal((mean_tokens, tiny_model.HIDDEN)) * EMBEDDING_STD
+    embedding = np.random.default_rng(0).standard_normal((mean_tokens, tiny_model.Shape().hidden)) * EMBEDDING_STD
     weights["model.embed_tokens.weight"] = embedding.astype(np.float32)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 

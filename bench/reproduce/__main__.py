@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from bench.reproduce.arms import ARMS, SEEDS
 from bench.reproduce.figures import FIGURES
 from bench.reproduce.page import write_page
-from bench.reproduce.runs import read_curve, record, run_arm
+from bench.reproduce.runs import record, run_arms
 
 
 def train(names: Sequence[str], seeds: Sequence[int]) -> None:
     """Trains the arms of figures, seed by seed, and writes the page after each seed."""
     arms = dict.fromkeys(line.arm for name in names for line in FIGURES[name].lines)
     for seed in seeds:
-        for arm in arms:
-            record(ARMS[arm], seed, read_curve(run_arm(ARMS[arm], seed)))
+        for arm, curve in run_arms([ARMS[name] for name in arms], seed):
+            record(arm, seed, curve)
         write_page()
 
 

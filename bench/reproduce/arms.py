@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
+from perigee.config import read_yaml
+
+RECIPES = Path(__file__).parent
 SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train: a recipe of this folder with overrides.
+    """One way to train: a recipe of this folder with overrides of its `run`.
 
     It begins with the model and the problem sets of the `warmup` of its seed; an arm without one is such a warm-up.
     """
@@ -17,22 +23,42 @@ class Arm:
     name: str
     changes: tuple[str, ...] = ()
     recipe: str = "recipe.yaml"
-    warmup: str | None = "warmup"
+    warmup: str = "warmup"
+
+    @property
+    def settings(self) -> str:
+        """What tells its results from those of other settings, its warm-up's included."""
+        warmup = ARMS[self.warmup].settings if self.warmup else ""
+        return digest([read_yaml(RECIPES / self.recipe), self.changes, warmup])
+
+
+def digest(value: object) -> str:
+    """Returns a short name of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:8]
 
 
 # The base: every prompt alike, partial rollouts whose older segments stay in the loss, no length reward.
 BASE = Arm("base")
-CURRICULUM = Arm("curriculum", ("run.curriculum={kind: hard_after_warmup, iterations: 8, end_difficulty: 6}",))
+CURRICULUM = Arm("curriculum", ("run.curriculum={kind: hard_after_warmup, iterations: 6, end_difficulty: 6}",))
 REST = Arm("rest", ("run.algorithm={name: rest}",))
 PRIORITIZED = Arm("prioritized", ("run.prioritized.enabled=true",))
-LENGTH_REWARD = Arm("length_reward", ("run.length_reward={weight: 0.3, start_iteration: 9}",))
+LENGTH_REWARD = Arm("length_reward", ("run.length_reward={weight: 0.3, start_iteration: 7}",))
 WHOLE_ROLLOUTS = Arm("whole_rollouts", ("run.rollout.token_budget=0",))
 MASKED = Arm("masked", ("run.update.max_staleness=0",))
+LARGE = Arm("large", warmup="warmup_large")
+
+# Trained by `perigee reward train` on the judge's examples, as often and with the same rate.
+VALUE_HEAD = Arm(
+    "value_head", ("batch_size=32", "max_tokens=128", "learning_rate=0.001", "loss=pointwise"), "judges.yaml", "judge"
+)
 
 ARMS = {
     arm.name: arm
     for arm in (
-        Arm("warmup", recipe="warmup.yaml", warmup=None),
+        Arm("warmup", recipe="warmup.yaml", warmup=""),
+        Arm("warmup_large", ('model="{data}/model-large"',), "warmup.yaml", ""),
+        Arm("judge", recipe="judges.yaml", warmup=""),
+        VALUE_HEAD,
         BASE,
         CURRICULUM,
         REST,
@@ -40,5 +66,6 @@ ARMS = {
         LENGTH_REWARD,
         WHOLE_ROLLOUTS,
         MASKED,
+        LARGE,
     )
 }

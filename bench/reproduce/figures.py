@@ -87,6 +87,37 @@ def find_growth(results: Results, lines: Sequence[Line]) -> Finding:
     return Finding(f"{found} The correlation is {show(together)}.", rows)
 
 
+def draw_sizes(results: Results, lines: Sequence[Line]) -> Figure:
+    """Draws accuracy over iterations, and against response length."""
+    figure, (left, right) = plt.subplots(1, 2)
+    for line in lines:
+        draw_curves(left, results[line.arm], line, accuracy)
+        for curve in results[line.arm].values():
+            right.plot(length(curve), accuracy(curve), "o-", color=line.color, markersize=3, linewidth=0.8)
+    left.set(xlabel="iteration", ylabel="held-out accuracy")
+    left.legend(loc="lower right")
+    right.set(xlabel="response tokens", ylabel="held-out accuracy")
+    return figure
+
+
+def find_sizes(results: Results, lines: Sequence[Line]) -> Finding:
+    """Finds whether the small model at its end is above the large one before its training, which thinks less."""
+    small, large = (results[line.arm] for line in lines)
+    gap = interval_over([accuracy(small[seed])[-1] - accuracy(large[seed])[0] for seed in sorted(small)])
+    rows = [
+        ("model", "accuracy before", "tokens before", "accuracy at the end", "tokens at the end"),
+        *(
+            (line.label, first, first_tokens, last, last_tokens)
+            for line in lines
+            for curves in [results[line.arm].values()]
+            for first, last in [ends(curves, accuracy, 3)]
+            for first_tokens, last_tokens in [ends(curves, length, 1)]
+        ),
+    ]
+    claim = f"the {lines[0].label} model after training is above the {lines[1].label} one before it, which thinks less"
+    return Finding(f"{judge(gap, claim)} The difference is {show(gap)}.", rows)
+
+
 def draw_comparison(results: Results, lines: Sequence[Line]) -> Figure:
     """Draws accuracy by responses sampled, and the differences from the first arm within seeds."""
     figure, (left, right) = plt.subplots(1, 2)
@@ -98,6 +129,21 @@ def draw_comparison(results: Results, lines: Sequence[Line]) -> Figure:
     for line in lines[1:]:
         draw_differences(right, results[lines[0].arm], results[line.arm], line, accuracy)
     right.set(xlabel="iteration", ylabel=f"difference from {lines[0].label}")
+    return figure
+
+
+def draw_bars(results: Results, lines: Sequence[Line]) -> Figure:
+    """Draws the accuracy of each arm at the end, with its interval and its seeds."""
+    figure, axes = plt.subplots(figsize=(4.2, 2.9))
+    for place, line in enumerate(lines):
+        last = [accuracy(curve)[-1] for curve in results[line.arm].values()]
+        interval = interval_over(last)
+        axes.bar(place, interval.mean, 0.6, color=line.color, alpha=0.7)
+        axes.plot([place] * len(last), last, "o", color="black", markersize=3)
+        if math.isfinite(interval.low):
+            axes.vlines(place, interval.low, interval.high, color="black", linewidth=1)
+    axes.set_xticks(range(len(lines)), [line.label for line in lines])
+    axes.set(ylabel="accuracy of verdicts", ylim=(0, 1.05))
     return figure
 
 
@@ -144,6 +190,19 @@ def find_shortening(results: Results, lines: Sequence[Line]) -> Finding:
         f"{judge(shorter, 'responses become shorter')} The length falls by {show(part, 2)} of itself, and accuracy "
     )
     return Finding(f"{sentence}changes by {show(gap)}.", rows)
+
+
+def find_better_judge(results: Results, lines: Sequence[Line]) -> Finding:
+    """Finds whether the last judge is right more often than the first."""
+    last = {line.label: [accuracy(curve)[-1] for curve in results[line.arm].values()] for line in lines}
+    first, best = (results[line.arm] for line in (lines[0], lines[-1]))
+    gap = interval_over(differences(first, best, lambda curve: accuracy(curve)[-1]))
+    rows = [
+        ("judge", "accuracy, 95%"),
+        *((label, show(interval_over(values))) for label, values in last.items()),
+        ("difference", show(gap)),
+    ]
+    return Finding(judge(gap, f"the {lines[-1].label} is right more often than the {lines[0].label}"), rows)
 
 
 def find_no_loss(results: Results, lines: Sequence[Line]) -> Finding:
@@ -212,6 +271,7 @@ FIGURES = {
     plot.name: plot
     for plot in (
         Plot("growth", (Line("base", "base", BLUE),), draw_growth, find_growth),
+        Plot("sizes", (Line("base", "small", BLUE), Line("large", "large", ORANGE)), draw_sizes, find_sizes),
         Plot(
             "curriculum",
             (Line("base", "uniform", GREY), Line("curriculum", "curriculum", BLUE)),
@@ -245,6 +305,12 @@ FIGURES = {
             ),
             draw_comparison,
             find_no_loss,
+        ),
+        Plot(
+            "judges",
+            (Line("value_head", "value head", GREY), Line("judge", "chain-of-thought judge", BLUE)),
+            draw_bars,
+            find_better_judge,
         ),
     )
 }

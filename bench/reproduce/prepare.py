@@ -1,4 +1,4 @@
-"""Writes the untrained model and the problem sets of one seed: the math domain of examples/arithmetic alone.
+"""Writes the untrained models and the problem sets of one seed: the math domain of examples/arithmetic alone.
 
     python bench/reproduce/prepare.py --out DIR --seed N
 
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "arith
 from prepare import write_lines
 from tasks import expressions
 from tasks.problem import Problem, draw_share
-from tiny_model import write_model
+from tiny_model import Shape, write_model
 
 HELDOUT_SIZE, POOL_SIZE, SFT_SIZE = 256, 3000, 20_000
 # Share of each number of operations.
@@ -29,6 +29,8 @@ THINKING = (("verbose", 1.0),)
 EITHER = (("verbose", 0.5), ("direct", 0.5))
 # Operations of the hard problems, two fifths of all.
 HARD = 6
+# Of 3,258,432 parameters: deeper, so that it computes more before the first token.
+LARGE = Shape(hidden=192, layers=6, intermediate=768, heads=6)
 
 Shares = tuple[tuple[int, float], ...]
 
@@ -58,9 +60,10 @@ def draw_examples(
 
 
 def prepare(out: Path, seed: int) -> None:
-    """Writes the model and the four sets; held-out problems are in no other, and are `easy` or `hard` by domain."""
+    """Writes the models and the four sets; held-out problems are in no other, and are `easy` or `hard` by domain."""
     rng = random.Random(seed)
     write_model(out / "model", seed)
+    write_model(out / "model-large", seed, LARGE)
     heldout = draw_problems(rng, HELDOUT_SIZE, frozenset())
     held = frozenset(problem.prompt for problem in heldout)
     kinds = ("hard" if problem.difficulty >= HARD else "easy" for problem in heldout)
@@ -77,7 +80,7 @@ def prepare(out: Path, seed: int) -> None:
 
 def main() -> None:
     """Reads the command line and fills the folder."""
-    parser = argparse.ArgumentParser(description="Writes the model and the problem sets of one seed.")
+    parser = argparse.ArgumentParser(description="Writes the models and the problem sets of one seed.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--seed", type=int, required=True, help="seed of the weights and of every set")
     arguments = parser.parse_args()

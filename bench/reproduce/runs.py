@@ -2,67 +2,141 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from bench.reproduce.arms import ARMS, Arm
+from bench.reproduce.arms import ARMS, RECIPES, VALUE_HEAD, Arm, digest
 from bench.reproduce.curves import RESULTS, Curve, Point
+from perigee.cli.run_folder import find_stack
 from perigee.config import read_yaml
 from perigee.files import read_lines, write_atomically
 from perigee.report.records import Iteration, read_records
 
-HERE = Path(__file__).parent
 RUNS = Path("runs/reproduce")
+PERIGEE = str(Path(sys.executable).with_name("perigee"))
 
 
-def run_arm(arm: Arm, seed: int) -> Path:
-    """Trains an arm to its end, going on where an earlier call was ended; returns the run folder.
+def run_arms(arms: Iterable[Arm], seed: int) -> Iterator[tuple[Arm, Curve]]:
+    """Trains arms to their ends, one after another on one stack of services for each warm-up; yields their curves.
 
-    Raises CalledProcessError when `perigee train` fails; its run folder has the logs.
+    What an earlier call finished is kept, and what it began goes on. Raises CalledProcessError when a run fails.
     """
-    warmup = run_arm(ARMS[arm.warmup], seed) if arm.warmup else None
-    recipe, overrides = HERE / arm.recipe, [*place_overrides(arm, warmup), *arm.changes]
-    runs = RUNS / f"seed-{seed}" / f"{arm.name}-{digest(recipe, overrides)}"
-    latest = runs / "latest"
-    if (latest / "summary.json").is_file():
-        return latest.resolve()
-    begun = (latest / "recipe.yaml").is_file()
-    what = ["--resume", "latest"] if begun else [str(recipe), "--seed", str(seed)]
-    sets = [] if begun else [part for override in overrides for part in ("--set", override)]
-    print(f"{arm.name}, seed {seed}: {'going on' if begun else 'training'} in {runs}", flush=True)
-    command = [
-        str(Path(sys.executable).with_name("perigee")),
-        "train",
-        *what,
-        "--plain",
-        "--runs-dir",
-        str(runs),
-        *sets,
-    ]
-    runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / "train.log", "ab") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    by_warmup: dict[str, list[Arm]] = {}
+    for arm in arms:
+        if not arm.warmup:
+            yield arm, read_curve(train(Run(arm, seed)))
+        elif arm is VALUE_HEAD:
+            yield arm, train_value_head(arm, seed)
+        else:
+            by_warmup.setdefault(arm.warmup, []).append(arm)
+    for name, group in by_warmup.items():
+        warmup = train(Run(ARMS[name], seed))
+        runs = [Run(arm, seed, warmup) for arm in group]
+        with ExitStack() as stack:
+            finished = all(run.is_finished for run in runs)
+            coordinator = None if finished else stack.enter_context(standing_stack(runs[0]))
+            for run in runs:
+                yield run.arm, read_curve(train(run, coordinator))
+
+
+@dataclass(frozen=True)
+class Run:
+    """An arm on a seed, from the run folder of its warm-up; a warm-up itself has none."""
+
+    arm: Arm
+    seed: int
+    warmup: Path | None = None
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe that it changes."""
+        return RECIPES / self.arm.recipe
+
+    @property
+    def overrides(self) -> list[str]:
+        """What it changes: name, model, problem sets, and the arm's own changes."""
+        if self.warmup is None:
+            return [f"name={self.arm.name}", *self.arm.changes]
+        files = [f"run.{key}={json.dumps(f'{self.warmup}/data/{key}.jsonl')}" for key in ("prompts", "heldout")]
+        return [f"name={self.arm.name}", f"model={json.dumps(f'{self.warmup}/model')}", *files, *self.arm.changes]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of its runs, of which there is one: other settings have another folder."""
+        return RUNS / f"seed-{self.seed}" / f"{self.arm.name}-{digest([read_yaml(self.recipe), self.overrides])}"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was trained to its end."""
+        return (self.folder / "latest" / "summary.json").is_file()
+
+
+def train(run: Run, coordinator: str | None = None) -> Path:
+    """Trains a run to its end, unless it was; returns its run folder. Raises CalledProcessError when it fails."""
+    latest = run.folder / "latest"
+    if not run.is_finished:
+        begun = (latest / "recipe.yaml").is_file()
+        print(f"{run.arm.name}, seed {run.seed}: {'going on' if begun else 'training'} in {run.folder}", flush=True)
+        what = ["--resume", "latest"] if begun else [str(run.recipe), "--seed", str(run.seed), *sets(run.overrides)]
+        where = ["--coordinator", coordinator] if coordinator else []
+        run.folder.mkdir(parents=True, exist_ok=True)
+        command = [PERIGEE, "train", *what, *where, "--plain", "--runs-dir", str(run.folder)]
+        with open(run.folder / "train.log", "ab") as log:
+            subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     return latest.resolve()
 
 
-def place_overrides(arm: Arm, warmup: Path | None) -> list[str]:
-    """Returns the overrides that name an arm's run, its model and its problem sets."""
-    if warmup is None:
-        return [f"name={arm.name}"]
-    files = [f"run.{key}={json.dumps(str(warmup / 'data' / f'{key}.jsonl'))}" for key in ("prompts", "heldout")]
-    return [f"name={arm.name}", f"model={json.dumps(str(warmup / 'model'))}", *files]
+def train_value_head(arm: Arm, seed: int) -> Curve:
+    """Trains a value head on the examples of the chain-of-thought judge; returns a curve of its last evaluation.
+
+    Accuracy is that at a score of one half: the threshold that was fitted on the same responses is not used.
+    """
+    judge = train(Run(ARMS[arm.warmup], seed))
+    out = judge / arm.name
+    data = judge / "data"
+    sets_of_examples = ["--data", str(data / "labelled.jsonl"), "--eval-data", str(data / "labelled_heldout.jsonl")]
+    models = ["--backbone", str(data / "model"), "--out", str(out), "--seed", str(seed)]
+    begun = ["--resume"] if (out / "checkpoints").is_dir() else []
+    with open(judge / "value_head.log", "ab") as log:
+        command = [PERIGEE, "reward", "train", *sets_of_examples, *models, *begun, *sets(arm.changes)]
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    last = json.loads((out / "evaluations.json").read_text(encoding="utf-8"))[-1]
+    return Curve([Point(0, 0, 0, {"overall": round(last["accuracy_at_half"], 4)}, 0.0)], [], [])
 
 
-def digest(recipe: Path, overrides: list[str]) -> str:
-    """Returns what tells the runs of other settings apart."""
-    text = json.dumps([read_yaml(recipe), overrides], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
+@contextmanager
+def standing_stack(run: Run) -> Iterator[str]:
+    """Starts the services with the model of a run, for it and for others; yields the coordinator's address.
+
+    Checkpoints and buffer outlive the stack, so that a run that was interrupted goes on in the next one. Raises
+    CalledProcessError when the stack ends before it is up.
+    """
+    assert run.warmup is not None
+    place = RUNS.absolute() / f"seed-{run.seed}" / f"stack-{run.warmup.name}"
+    kept = [f"trainer.run_path={place}/trainer", f"buffer.data_path={place}/buffer", f"trainer.seed={run.seed}"]
+    command = [PERIGEE, "up", str(run.recipe), *sets([*run.overrides, *kept]), "--runs-dir", str(place)]
+    place.mkdir(parents=True, exist_ok=True)
+    with open(place / "up.log", "ab") as log, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT) as stack:
+        try:
+            while (found := find_stack(place)) is None or "coordinator" not in found[1].addresses:
+                if (code := stack.poll()) is not None:
+                    raise subprocess.CalledProcessError(code, command)
+                time.sleep(0.5)
+            yield found[1].addresses["coordinator"]
+        finally:
+            stack.terminate()
+
+
+def sets(overrides: Iterable[str]) -> list[str]:
+    """Returns overrides as arguments of `perigee`."""
+    return [part for override in overrides for part in ("--set", override)]
 
 
 def read_curve(run: Path) -> Curve:
@@ -96,7 +170,8 @@ def record(arm: Arm, seed: int, curve: Curve) -> None:
     """Writes the curve into the arm's results, beside those of the other seeds."""
     path = RESULTS / f"{arm.name}.json"
     results = json.loads(path.read_text()) if path.is_file() else {}
-    seeds = results.get("seeds", {}) if results.get("changes") == list(arm.changes) else {}
+    seeds = results["seeds"] if results.get("settings") == arm.settings else {}
     seeds = dict(sorted((seeds | {str(seed): asdict(curve)}).items()))
-    text = json.dumps({"arm": arm.name, "changes": arm.changes, "seeds": seeds}, separators=(",", ":"))
+    values = {"arm": arm.name, "changes": arm.changes, "settings": arm.settings, "seeds": seeds}
+    text = json.dumps(values, separators=(",", ":"))
     write_atomically(path, f"{text}\n".encode())

@@ -6,6 +6,7 @@ Nothing is downloaded. The folder is a Hugging Face one: `transformers`, vLLM an
 import json
 import math
 import string
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,19 @@ CHARACTERS = string.digits + "+-*/%()=;#:, " + string.ascii_lowercase
 # Longest prompt and response together, in tokens.
 CONTEXT = 256
 
-HIDDEN, LAYERS, INTERMEDIATE, HEADS, KV_HEADS = 128, 3, 512, 4, 2
 # Small models start slowly with the usual 0.02: the loss of step 600 is reached by step 400 with this.
 INITIAL_STD = 0.05
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of the model; the default has 745,600 parameters."""
+
+    hidden: int = 128
+    layers: int = 3
+    intermediate: int = 512
+    heads: int = 4
+    kv_heads: int = 2
 
 
 def make_tokenizer() -> Tokenizer:
@@ -38,7 +49,7 @@ def make_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def make_config(vocabulary_size: int) -> dict[str, Any]:
+def make_config(vocabulary_size: int, shape: Shape) -> dict[str, Any]:
     """Returns the model's config.json."""
     return {
         "architectures": ["Qwen2ForCausalLM"],
@@ -46,15 +57,15 @@ def make_config(vocabulary_size: int) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": EOS_ID,
         "hidden_act": "silu",
-        "hidden_size": HIDDEN,
+        "hidden_size": shape.hidden,
         "initializer_range": INITIAL_STD,
-        "intermediate_size": INTERMEDIATE,
+        "intermediate_size": shape.intermediate,
         "max_position_embeddings": CONTEXT,
-        "max_window_layers": LAYERS,
+        "max_window_layers": shape.layers,
         "model_type": "qwen2",
-        "num_attention_heads": HEADS,
-        "num_hidden_layers": LAYERS,
-        "num_key_value_heads": KV_HEADS,
+        "num_attention_heads": shape.heads,
+        "num_hidden_layers": shape.layers,
+        "num_key_value_heads": shape.kv_heads,
         "pad_token_id": PAD_ID,
         "rms_norm_eps": 1e-6,
         "rope_theta": 10000.0,
@@ -67,37 +78,39 @@ def make_config(vocabulary_size: int) -> dict[str, Any]:
     }
 
 
-def make_weights(rng: np.random.Generator, vocabulary_size: int) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
+def make_weights(
+    rng: np.random.Generator, vocabulary_size: int, shape: Shape
+) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """Draws the weights: normal with INITIAL_STD, residual outputs scaled down by depth, norms 1, biases 0."""
-    head = HIDDEN // HEADS
-    residual_std = INITIAL_STD / math.sqrt(2 * LAYERS)
+    hidden, head = shape.hidden, shape.hidden // shape.heads
+    residual_std = INITIAL_STD / math.sqrt(2 * shape.layers)
 
     def draw(rows: int, columns: int, std: float = INITIAL_STD) -> np.ndarray[Any, np.dtype[np.float32]]:
         return (rng.standard_normal((rows, columns)) * std).astype(np.float32)
 
     weights = {
-        "model.embed_tokens.weight": draw(vocabulary_size, HIDDEN),
-        "model.norm.weight": np.ones(HIDDEN, np.float32),
+        "model.embed_tokens.weight": draw(vocabulary_size, hidden),
+        "model.norm.weight": np.ones(hidden, np.float32),
     }
-    for layer in range(LAYERS):
+    for layer in range(shape.layers):
         prefix = f"model.layers.{layer}"
-        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
-            weights[f"{prefix}.self_attn.{name}_proj.weight"] = draw(heads * head, HIDDEN)
+        for name, heads in (("q", shape.heads), ("k", shape.kv_heads), ("v", shape.kv_heads)):
+            weights[f"{prefix}.self_attn.{name}_proj.weight"] = draw(heads * head, hidden)
             weights[f"{prefix}.self_attn.{name}_proj.bias"] = np.zeros(heads * head, np.float32)
-        weights[f"{prefix}.self_attn.o_proj.weight"] = draw(HIDDEN, HEADS * head, residual_std)
-        weights[f"{prefix}.mlp.gate_proj.weight"] = draw(INTERMEDIATE, HIDDEN)
-        weights[f"{prefix}.mlp.up_proj.weight"] = draw(INTERMEDIATE, HIDDEN)
-        weights[f"{prefix}.mlp.down_proj.weight"] = draw(HIDDEN, INTERMEDIATE, residual_std)
-        weights[f"{prefix}.input_layernorm.weight"] = np.ones(HIDDEN, np.float32)
-        weights[f"{prefix}.post_attention_layernorm.weight"] = np.ones(HIDDEN, np.float32)
+        weights[f"{prefix}.self_attn.o_proj.weight"] = draw(hidden, shape.heads * head, residual_std)
+        weights[f"{prefix}.mlp.gate_proj.weight"] = draw(shape.intermediate, hidden)
+        weights[f"{prefix}.mlp.up_proj.weight"] = draw(shape.intermediate, hidden)
+        weights[f"{prefix}.mlp.down_proj.weight"] = draw(hidden, shape.intermediate, residual_std)
+        weights[f"{prefix}.input_layernorm.weight"] = np.ones(hidden, np.float32)
+        weights[f"{prefix}.post_attention_layernorm.weight"] = np.ones(hidden, np.float32)
     return weights
 
 
-def write_model(folder: Path, seed: int) -> None:
+def write_model(folder: Path, seed: int, shape: Shape | None = None) -> None:
     """Writes the Hugging Face folder of an untrained model."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
-    size = tokenizer.get_vocab_size()
+    size, shape = tokenizer.get_vocab_size(), shape or Shape()
     tokenizer.save(str(folder / "tokenizer.json"))
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -108,9 +121,9 @@ def write_model(folder: Path, seed: int) -> None:
         "clean_up_tokenization_spaces": False,
     }
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
-    _write_json(folder / "config.json", make_config(size))
+    _write_json(folder / "config.json", make_config(size, shape))
     _write_json(folder / "generation_config.json", {"eos_token_id": EOS_ID, "pad_token_id": PAD_ID})
-    weights = make_weights(np.random.default_rng(seed), size)
+    weights = make_weights(np.random.default_rng(seed), size, shape)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
