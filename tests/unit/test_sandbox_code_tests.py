@@ -50,6 +50,35 @@ def test_endings(code_test: RunCodeTest, source: str, code: str, ending: str) ->
     assert (run.message == "") == (ending == PASSED)
 
 
+KEYWORDS = "self, cls, target, kind, name, operation, instance, method, arguments, keywords"
+NAMES = KEYWORDS.split(", ")
+GIVEN = ", ".join(f"{name}={number}" for number, name in enumerate(NAMES))
+TAKES_ALL = f"""
+def f(**given): return given
+class Box:
+    def __init__(box, {KEYWORDS}): box.sum = self + method
+    def add(box, {KEYWORDS}): return box.sum + keywords
+def run(caller): return caller.take({GIVEN})
+"""
+CALLER = """
+class Caller:
+    def take(caller, **given): return given
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        f"assert f({GIVEN}) == dict(zip({NAMES}, range({len(NAMES)})))",
+        f"assert Box({GIVEN}).add({GIVEN}) == {NAMES.index('method') + NAMES.index('keywords')}",
+        f"assert run(Caller()) == dict(zip({NAMES}, range({len(NAMES)})))",
+    ],
+)
+def test_keyword_arguments_may_have_any_name(code_test: RunCodeTest, code: str) -> None:
+    run = code_test(TAKES_ALL, code, name="f, Box, run", setup=CALLER)
+    assert (run.ending, run.message) == (PASSED, "")
+
+
 def test_a_failed_assertion_is_reported_with_its_line(code_test: RunCodeTest) -> None:
     run = code_test(DOUBLE, "x = 1\ndef check(c):\n    assert c(2) == 5, 'two\\nlines'")
     assert run.message == "AssertionError: two\nlines at `assert c(2) == 5, 'two\\nlines'`, line 3"

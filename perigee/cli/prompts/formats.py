@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -230,11 +231,14 @@ def read_evalplus(record: Record) -> Line:
 
 def read_humaneval(record: Record) -> Line:
     """Reads HumanEval and those made like it: a prompt, an entry point, and a test that defines `check(candidate)`."""
+    identity, prompt, name = record["task_id"], str(record["prompt"]), str(record["entry_point"])
+    if not re.search(rf"\b(def|class) +{re.escape(name)}\b", prompt):
+        raise NotTurnedError("its prompt does not begin the function that is its entry point")
     return {
-        "id": record["task_id"],
-        "prompt": FUNCTION_FORM.format(record["prompt"]),
-        "function": record["entry_point"],
-        "setup_code": str(record["prompt"]),
+        "id": identity,
+        "prompt": FUNCTION_FORM.format(prompt),
+        "function": name,
+        "setup_code": prompt,
         "tests": [{"code": str(record["test"])}],
     }
 
@@ -254,12 +258,17 @@ def read_mbpp_line(record: Record) -> Line:
 
 
 def read_leetcode_checks(record: Record) -> Line:
-    """Reads LeetCode problems whose test defines `check(candidate)` and whose entry point is `Solution().name`."""
+    """Reads LeetCode problems whose test defines `check(candidate)` and whose entry point is `Solution().name`.
+
+    A query is a whole prompt; its `prompt` is code that the test and the solution need.
+    """
     starter = str(record.get("starter_code") or "").strip()
-    question = first_of(record, "problem_description", "query", "content") or ""
+    question = first_of(record, "problem_description", "content")
+    if question is None:
+        question = record["query"]
     return {
         "id": first_of(record, "task_id", "question_id"),
-        "prompt": f"{question}\n\n{CALL_FORM.format(starter)}",
+        "prompt": f"{question}\n\n{CALL_FORM.format(starter)}" if starter else str(question),
         "function": record["entry_point"],
         "setup_code": str(record.get("prompt") or ""),
         "tests": [{"code": str(record["test"])}],
@@ -334,6 +343,7 @@ FORMATS: dict[str, Format] = {
     "livecodebench": Format(("question_id", "public_test_cases", "private_test_cases"), read_livecodebench_line),
     "evalplus": Format(("task_id", "entry_point", "base_input", "plus_input", "canonical_solution"), read_evalplus),
     "leetcode-checks": Format(("entry_point", "test", "starter_code"), read_leetcode_checks),
+    "leetcode-queries": Format(("entry_point", "test", "query"), read_leetcode_checks),
     "humaneval": Format(("task_id", "prompt", "entry_point", "test"), read_humaneval),
     "mbpp": Format(("task_id", "code", "test_list"), read_mbpp_line),
     "taco": Format(("question", "input_output", "time_limit"), read_apps),

@@ -52,7 +52,7 @@ def _return(value: Any) -> Callable[..., Any]:
 for _name, _value in _RETURNS.items():
     setattr(Agreeable, f"__{_name}__", _return(_value))
 for _name in (*_OTHERS, *_BINARY, *(f"r{each}" for each in _BINARY)):
-    setattr(Agreeable, f"__{_name}__", lambda self, *_, **__: self)
+    setattr(Agreeable, f"__{_name}__", lambda self, /, *_, **__: self)
 
 
 class AgreeingPeer(CallerPeer):

@@ -126,7 +126,7 @@ class SubmissionPeer(Peer):
 
     def _make_class(self, name: str, methods: list[str], properties: list[str]) -> type:
         def call(method: str) -> Callable[..., Any]:
-            return lambda instance, *arguments, **keywords: self.request(
+            return lambda instance, /, *arguments, **keywords: self.request(
                 "method", instance, method, *arguments, **keywords
             )
 
@@ -190,7 +190,7 @@ def _has_equality(kind: type) -> bool:
     return getattr(kind, "__eq__", None) is not object.__eq__
 
 
-def _construct(kind: Any, *arguments: Any, **keywords: Any) -> Any:
+def _construct(kind: Any, /, *arguments: Any, **keywords: Any) -> Any:
     value = kind(*arguments, **keywords)
     is_object = type(value).__module__ in _OWN_MODULES and not isinstance(value, tuple)  # a named tuple is plain
     return _Handed(value) if is_object else value
@@ -208,11 +208,11 @@ def _getattr(target: Any, name: str) -> Any:
     return METHOD if is_method else value
 
 
-def _call(target: Any, *arguments: Any, **keywords: Any) -> Any:
+def _call(target: Any, /, *arguments: Any, **keywords: Any) -> Any:
     return target(*arguments, **keywords)
 
 
-def _call_method(target: Any, name: str, *arguments: Any, **keywords: Any) -> Any:
+def _call_method(target: Any, name: str, /, *arguments: Any, **keywords: Any) -> Any:
     return getattr(target, name)(*arguments, **keywords)
 
 

@@ -94,7 +94,7 @@ class Peer(ABC):
     def apply_state(self, number: int, attributes: dict[Any, Any]) -> None:
         """Takes over the attributes of an object."""
 
-    def request(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
+    def request(self, operation: str, /, *arguments: Any, **keywords: Any) -> Any:
         """Asks the other side for an operation and returns its result; changes list, dictionary and set arguments as it
         did.
 

@@ -64,7 +64,7 @@ class CallerPeer(Peer):
         """The end of the channel, in the same way."""
         self._classes: dict[str, type[RemoteObject]] = {}
 
-    def request(self, operation: str, *arguments: Any, **keywords: Any) -> Any:
+    def request(self, operation: str, /, *arguments: Any, **keywords: Any) -> Any:
         """Asks the submission for an operation; marks what it raises."""
         self.calls += 1
         if self.calls == 1:
@@ -239,7 +239,7 @@ class _RemoteType(type):
 
     _remote_peer: CallerPeer
 
-    def __call__(cls, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(cls, /, *arguments: Any, **keywords: Any) -> Any:
         return _own(cls._remote_peer.request("construct", cls, *arguments, **keywords))
 
     def __getattr__(cls, name: str) -> Any:
@@ -299,7 +299,7 @@ class RemoteObject(metaclass=_RemoteType):
             return bool(self._remote_peer.request("contains", self, item))
         return any(item == each for each in self)
 
-    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+    def __call__(self, /, *arguments: Any, **keywords: Any) -> Any:
         return self._remote_peer.request("call", self, *arguments, **keywords)
 
     def __enter__(self) -> Any:
