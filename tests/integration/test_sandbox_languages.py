@@ -119,6 +119,7 @@ func TestMain(m *testing.M) {
         compiler_word="cannot find symbol",
     ),
     "pytest": Example(""),
+    "jest": Example(""),
     "haskell": Example(
         """import System.Environment
 import System.Exit
@@ -411,6 +412,7 @@ FAILED_ASSERTIONS = {
     "d": "unittest { assert(1 > 2); }\nvoid main() {}",
     "go-test": 'package main\nimport "testing"\nfunc TestIt(t *testing.T) { t.Error("no") }',
     "junit": "import org.junit.jupiter.api.*;\nclass A { @Test void t() { Assertions.assertEquals(1, 2); } }",
+    "jest": 'test("it", () => { const one: number = 1; expect(one).toBe(2); });',
     "java": "class P { public static void main(String[] a) { assert 1 > 2; } }",
     "racket": "#lang racket\n(require rackunit)\n(check-equal? 1 2)",
 }
@@ -506,6 +508,13 @@ async def test_junit_runs_the_tests_of_further_files(fronts: Fronts) -> None:
     ]
     response = await fronts.grpc.execute(pb.ExecuteRequest(language="junit", files=files), timeout_s=CALL_S)
     assert (response.status, b"1 tests successful" in response.stdout) == (pb.STATUS_OK, True), response
+
+
+async def test_jest_runs_typescript(fronts: Fronts) -> None:
+    await find_runtime(fronts, "jest")
+    test = 'import { expect, test } from "@jest/globals";\n' + FAILED_ASSERTIONS["jest"].replace("toBe(2)", "toBe(1)")
+    response = await fronts.grpc.execute(pb.ExecuteRequest(language="jest", source=test.encode()), timeout_s=CALL_S)
+    assert (response.status, b"1 passed" in response.stderr) == (pb.STATUS_OK, True), response
 
 
 def test_every_runtime_has_an_example() -> None:
