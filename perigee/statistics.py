@@ -63,6 +63,23 @@ def clustered_interval(correct_by_problem: Sequence[Sequence[bool]]) -> Interval
     return _wilson_at(mean, mean * (1 - mean) / variance)
 
 
+def ratio_interval(pairs: Sequence[tuple[float, float]]) -> Interval:
+    """Returns the sum of the first numbers by that of the second, such as tokens by right answers, a pair per problem.
+
+    The interval is normal at the variance of the ratio estimator, the problem being the unit. Raises ValueError when
+    the second numbers have no positive sum.
+    """
+    below = math.fsum(second for _, second in pairs)
+    if below <= 0:
+        raise ValueError("the second numbers have no positive sum")
+    ratio = math.fsum(first for first, _ in pairs) / below
+    if len(pairs) == 1:
+        return Interval(ratio, -math.inf, math.inf)
+    squares = math.fsum((first - ratio * second) ** 2 for first, second in pairs)
+    half = Z_95 * math.sqrt(squares * len(pairs) / (len(pairs) - 1)) / below
+    return Interval(ratio, ratio - half, ratio + half)
+
+
 def majority(answers: Sequence[tuple[str, bool]]) -> bool:
     """Returns whether the most frequent answer is right; of answers as frequent, the one that was given first counts.
 

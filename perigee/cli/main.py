@@ -13,6 +13,7 @@ import typer
 from perigee.cli.channel import connecting
 from perigee.cli.ending import DebugOption, Interrupt, reporting_errors, run_interruptible
 from perigee.cli.eval.app import evaluate
+from perigee.cli.long2short.app import long2short
 from perigee.cli.merge.app import merge
 from perigee.cli.prompts.app import prompts_app
 from perigee.cli.reward.app import reward_app
@@ -34,6 +35,7 @@ app.add_typer(prompts_app, name="prompts", help="Curate prompt sets.")
 app.command("eval")(evaluate)
 app.command()(merge)
 app.command()(sample)
+app.command()(long2short)
 
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]

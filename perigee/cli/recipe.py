@@ -15,6 +15,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field
 
+from perigee.cli.long2short.config import Long2ShortConfig
 from perigee.cli.run_folder import RunFolder, find_run, new_run
 from perigee.cli.trackers import TrackersConfig
 from perigee.config import Model, ModelT, key_paths, merge, parse_override, read_yaml, validate
@@ -82,6 +83,8 @@ class RecipeHead(Model):
     """How the local stack is made up."""
     trackers: TrackersConfig = TrackersConfig()
     """Experiment trackers that `perigee train` sends the run's records to."""
+    long2short: Long2ShortConfig | None = None
+    """Four ways from a long model to short responses, and their comparison: `perigee long2short`."""
 
 
 @dataclass(frozen=True)
@@ -102,17 +105,19 @@ class Recipe:
         """The script that makes the run's data, if any."""
         return None if self.head.prepare is None else self.path.parent / self.head.prepare
 
-    def expand(self, run: RunFolder) -> Recipe:
+    def expand(self, run: RunFolder, others: Mapping[str, str] | None = None) -> Recipe:
         """Returns the run's recipe: `{data}`, `{run}` and `{recipe}` are replaced by the folders they stand for.
 
-        Of sources `suite:NAME`, the suites are written into the run's folder. Raises what `write_prompt_file` raises.
+        `others` are further words with what they stand for, before those of the run. Of sources `suite:NAME`, the
+        suites are written into the run's folder. Raises what `write_prompt_file` raises.
         """
         folders = {
             "{data}": str(run.data_path),
             "{run}": str(run.path),
             "{recipe}": str(self.path.parent.absolute()),
+            **(others or {}),
         }
-        expanded = map_strings(self.values, lambda text: _replace_all(text, folders))
+        expanded = map_strings(self.values, lambda text: replace_all(text, folders))
         for key in expanded.get("run", {}).keys() & {"prompts", "heldout"}:
             expanded["run"][key] = map_strings(expanded["run"][key], lambda text: _place_suite(text, run.path))
         head = self.head
@@ -317,7 +322,8 @@ def _place_suite(text: str, folder: Path) -> str:
     return str(suites.write_prompt_file(text.removeprefix(SUITE_PREFIX), data_path, folder / "suites"))
 
 
-def _replace_all(text: str, replacements: Mapping[str, str]) -> str:
+def replace_all(text: str, replacements: Mapping[str, str]) -> str:
+    """Returns the text with each key of `replacements` replaced by its value."""
     for old, new in replacements.items():
         text = text.replace(old, new)
     return text

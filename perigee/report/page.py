@@ -168,8 +168,13 @@ def render_page(records: RunRecords) -> str:
             figures[section.id] = json.loads(figure.to_json())
             parts.append(f"<figure id='{section.id}'></figure>")
     parts += [_totals(records), _configuration(records.recipe)]
+    return fill_page(records.run_id, parts, figures)
+
+
+def fill_page(title: str, parts: Sequence[str], figures: Mapping[str, Any]) -> str:
+    """Returns a page as HTML; `parts` hold an empty element for each figure, whose id is its key."""
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=html.escape(f"{records.run_id} · Perigee"),
+        title=html.escape(f"{title} · Perigee"),
         body="\n".join(parts),
         plotly=get_plotlyjs(),
         # A closing tag inside a string would end the script.

@@ -49,13 +49,13 @@ def test_the_same_seed_prepares_the_same_bytes_and_another_seed_others(tmp_path:
     first, again, other = (digest_files(run_prepare(tmp_path / out, seeds[out], "-c", SMALL)) for out in seeds)
     assert again == first
     differing = {name for name, digest in other.items() if digest != first[name]}
-    sets = {f"{name}.jsonl" for name in ("heldout", "prompts", "sft_easy", "sft_full")}
+    sets = {f"{name}.jsonl" for name in ("heldout", "prompts", "sft_easy", "sft_full", "sft_long", "sft_short")}
     assert differing == sets | {"model/model.safetensors"}
 
 
 def test_heldout_problems_occur_in_no_training_set(prepared: Path) -> None:
     heldout = [line["prompt"] for line in read_lines(prepared / "heldout.jsonl")]
-    training_sets = ("prompts", "sft_easy", "sft_full")
+    training_sets = ("prompts", "sft_easy", "sft_full", "sft_long", "sft_short")
     trained = {line["prompt"] for name in training_sets for line in read_lines(prepared / f"{name}.jsonl")}
     assert len(set(heldout)) == len(heldout) >= 512
     assert not trained & set(heldout)

@@ -36,6 +36,13 @@ def test_verbose_thoughts_are_true_equations_in_order(seed: int, operations: int
 
 
 @given(seeds, st.integers(1, 8))
+def test_terse_thoughts_are_the_values_before_the_answer(seed: int, operations: int) -> None:
+    steps = expressions.draw_steps(random.Random(seed), operations)
+    values = expressions.render_response(steps, "terse").replace("#", ";").split(";")
+    assert [value for value in values if value] == [str(step.value) for step in steps]
+
+
+@given(seeds, st.integers(1, 8))
 def test_direct_answer_is_worth_the_expression(seed: int, operations: int) -> None:
     steps = expressions.draw_steps(random.Random(seed), operations)
     thoughts, answer = split_response(expressions.render_response(steps, "direct"))
@@ -78,7 +85,7 @@ def test_hidden_tests_catch_every_near_miss_that_any_candidate_input_shows(seed:
 
 def test_unknown_style_is_refused() -> None:
     steps = expressions.draw_steps(random.Random(0), 2)
-    with pytest.raises(ValueError, match="style must be one of verbose, direct"):
+    with pytest.raises(ValueError, match="style must be one of verbose, terse, direct"):
         expressions.render_response(steps, "rambling")
     with pytest.raises(ValueError, match="style must be one of growing, direct"):
         functions.render_response([functions.Step("inc")], "rambling")

@@ -1,9 +1,10 @@
 """The math domain: left-nested integer expressions, answered one operation at a time.
 
 A prompt is `((4+5)*3)-6=`. Every intermediate value lies in 0..49, so that a step is a fact the model
-can learn, and the number of operations is the difficulty. Supervised responses come in two styles:
+can learn, and the number of operations is the difficulty. Supervised responses come in three styles:
 
 - verbose: `4+5=9;9*3=27;27-6=21#21`
+- terse: `9;27#21`
 - direct: `#21`
 
 Written-out thoughts are the more reliable; that they pay is left to reinforcement learning to find out.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 
 from tasks.problem import ANSWER_MARKER, Problem
 
-STYLES = ("verbose", "direct")
+STYLES = ("verbose", "terse", "direct")
 LARGEST_VALUE = 49
 LARGEST_OPERAND = 9
 
@@ -60,9 +61,12 @@ def render_response(steps: Sequence[Step], style: str) -> str:
     """Returns the chain of thought of a style, the answer marker, and the answer."""
     if style not in STYLES:
         raise ValueError(f"style must be one of {', '.join(STYLES)}, not {style!r}")
-    equations = ";".join(f"{step.left}{step.symbol}{step.right}={step.value}" for step in steps)
-    thoughts = equations if style == "verbose" else ""
-    return f"{thoughts}{ANSWER_MARKER}{steps[-1].value}"
+    thoughts = {
+        "verbose": ";".join(f"{step.left}{step.symbol}{step.right}={step.value}" for step in steps),
+        "terse": ";".join(str(step.value) for step in steps[:-1]),
+        "direct": "",
+    }
+    return f"{thoughts[style]}{ANSWER_MARKER}{steps[-1].value}"
 
 
 def make_problem(steps: Sequence[Step]) -> Problem:
