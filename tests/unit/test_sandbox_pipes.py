@@ -56,14 +56,18 @@ def test_opening_an_output_anew_keeps_what_was_written(files: list[int]) -> None
     assert os.pread(files[1], 100, 0) == b"one\ntwo\nthree\n"
 
 
-def test_streams_that_have_ended_leave_the_poller(files: list[int]) -> None:
+def test_streams_that_have_ended_leave_the_pollers(files: list[int]) -> None:
     streams = Streams(files, 100)
-    poller = select.poll()
-    streams.poll(poller)
+    poller, patient = select.poll(), select.poll()
+    streams.poll(poller, patient)
+    os.write(streams.handed[1], b"x")
+    assert poller.poll(0)
+    assert not patient.poll(0)  # which waits for ends alone
     streams.release()  # as a program that closes all of them
-    while ready := poller.poll(0):
-        streams.move(poller)
-    assert not ready
+    assert patient.poll(0)
+    while poller.poll(0):
+        streams.move()
+    assert not patient.poll(0)
     streams.close()
 
 

@@ -36,7 +36,7 @@ CORE_BYTES = 1
 
 def start_code(folder: str, module: str) -> str:
     """Returns Python code that runs the main function of a module of this package, found in `folder`, then what that
-    returns, if anything; it leaves no trace on the import path.
+    returns, if anything, and so on; it leaves no trace on the import path.
     """
     path = f"import sys; sys.path = [{folder!r}, *filter(None, sys.path)]"
-    return f"{path}; from agent.{module} import main; del sys.path[0]; run = main(); run and run()"
+    return f"{path}; from agent.{module} import main as run; del sys.path[0]\nwhile run: run = run()"

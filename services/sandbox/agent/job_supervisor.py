@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import mmap
 import os
 import select
 import signal
 import socket
 import sys
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from functools import partial
+from typing import Any, NoReturn
 
 from . import OWN_FOLDER, kernel, protocol, root
 from .archive import encode_archive, own_files, read_archive, read_files, write_files
@@ -25,7 +27,7 @@ from .collect import collect_files
 from .confinement import Confinement, apply_limits, build_filter, give_up_privileges, install_descriptors
 from .modes import run_mode, seed_generators
 from .monitor import Process, ProcessMonitor
-from .program import Begin
+from .program import Begin, tell_end_in
 from .protocol import Message, Preparation, RunRequest, RunResult, memory_file, read_run_request
 from .unpack import unpack_all, unpack_in_session
 from .usage import UsageFiles
@@ -44,10 +46,16 @@ class Program(Process):
         self._channel = channel
         self._home = -1
         self._unfit = ""
+        self._killed = False
 
-    @abstractmethod
     def kill(self) -> None:
         """Ends everything that runs for it."""
+        if not self._killed:  # what has been reaped since may have left its number to another
+            self._killed = True
+            self._kill()
+
+    @abstractmethod
+    def _kill(self) -> None: ...
 
     def exit_status(self, status: int | None, stopped: bool) -> int:
         """Returns the status as it is; raises RuntimeError when the process could not be confined."""
@@ -88,29 +96,44 @@ class Program(Process):
 class Isolated(Program):
     """Process in fresh namespaces, made before its request comes; an init in front of it reaps what it leaves."""
 
-    def __init__(self, pid: int, channel: socket.socket, init: int, preparation: Preparation, held_bytes: int) -> None:
+    def __init__(
+        self,
+        pid: int,
+        channel: socket.socket,
+        init: int,
+        ending: mmap.mmap,
+        preparation: Preparation,
+        held_bytes: int,
+    ) -> None:
         super().__init__(pid, channel)
         self._init = init
+        self._ending = ending
         self.preparation = preparation
         self.baseline_bytes = held_bytes
 
     @classmethod
     def prepare(cls, confinement: Confinement, preparation: Preparation, usage: UsageFiles) -> Isolated:
-        """Forks a process that waits for its request, beside an init, PID 1 of their namespace."""
+        """Forks a process that waits for its request, beside an init, PID 1 of their namespace.
+
+        In that process it raises Begin.
+        """
         held_bytes = usage.current_bytes()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ending = mmap.mmap(-1, mmap.PAGESIZE)
         own = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         kernel.unshare(kernel.CLONE_NEWPID)  # of the children to come, not of this process
         init = os.posix_spawn(_INIT, [_INIT], {})
         pid = os.fork()
         if pid == 0:
             ours.close()
-            _await_request(confinement, preparation, theirs)
+            tell_end_in(ending)
+            # what the stack refers to is let go of now: later that would take the program's time
+            raise Begin(partial(_await_request, confinement, preparation, theirs))
         kernel.enter_namespace(own, kernel.CLONE_NEWPID)  # so that the next program can have a namespace of its own
         os.close(own)
         theirs.close()
         ours.setblocking(False)
-        return cls(pid, ours, init, preparation, held_bytes)
+        return cls(pid, ours, init, ending, preparation, held_bytes)
 
     def await_ready(self) -> None:
         """Waits until the process has made itself ready, which is not charged to the program.
@@ -130,7 +153,15 @@ class Isolated(Program):
         with contextlib.suppress(BrokenPipeError):  # it has ended, as the monitor is about to see
             protocol.send(self._channel, request.to_header(), descriptors)
 
-    def kill(self) -> None:
+    def read_events(self) -> bool:
+        """Returns whether the program says that it ends; it may say what is not so, as it may end at any time."""
+        return self._ending[0] != 0
+
+    def exit_status(self, status: int | None, stopped: bool) -> int:
+        """Returns the status, without one that of which the program has told; raises as its base."""
+        return super().exit_status(self._ending[1] << 8 if status is None else status, stopped)
+
+    def _kill(self) -> None:
         """Ends the init, and with it, by the kernel's rule for PID 1, everything in the namespace."""
         os.kill(self._init, signal.SIGKILL)
 
@@ -159,15 +190,15 @@ class Plain(Program):
         program._home = os.open(confinement.home, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         return program
 
-    def kill(self) -> None:
+    def _kill(self) -> None:
         """Ends the process and its group; an ended one is not reaped yet, so its id is its own."""
         for target in (-self.pid, self.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(target, signal.SIGKILL)
 
 
-def _await_request(confinement: Confinement, preparation: Preparation, channel: socket.socket) -> NoReturn:
-    """Gives up all privileges, waits for the request and runs it."""
+def _await_request(confinement: Confinement, preparation: Preparation, channel: socket.socket) -> Callable[[], Any]:
+    """Gives up all privileges, waits for the request and runs it; returns what runs a whole program."""
     try:
         kernel.die_with_parent(signal.SIGKILL)
         kernel.unshare(_NAMESPACES)
@@ -191,7 +222,10 @@ def _await_request(confinement: Confinement, preparation: Preparation, channel: 
         os._exit(0)
     except Exception as error:
         _report_unfit(channel, error)
-    _run(confinement, request, descriptors, channel)
+    try:
+        _run(confinement, request, descriptors, channel)
+    except Begin as begin:
+        return begin.run
 
 
 def _rehearse() -> None:
@@ -302,6 +336,7 @@ class JobSupervisor:
             return
         result = self._monitor.run(request, descriptors, lambda handed: self._start(request, handed), self._receive)
         assert self._program is not None
+        self._program.kill()  # what is left of one that has told of its end
         found: list[int] = []
         if request.collect or request.pack:
             self._monitor.clear()  # nobody is left to change the files

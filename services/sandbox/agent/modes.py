@@ -69,7 +69,7 @@ def hide_shadowed_modules(paths: Iterable[str]) -> None:
     """Removes preloaded modules that have the name of a file of the job, so that the file is imported instead."""
     for path in paths:
         shadowed = path.removesuffix("/__init__.py").removesuffix(".py")
-        if shadowed == path or shadowed in MODULES_AT_START:
+        if shadowed == path or shadowed in MODULES_AT_START or shadowed not in sys.modules:
             continue
         for name in [name for name in sys.modules if name == shadowed or name.startswith(f"{shadowed}.")]:
             del sys.modules[name]

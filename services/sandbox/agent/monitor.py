@@ -31,7 +31,7 @@ class Process(ABC):
     baseline_bytes: int | None = None
     """Memory of the control group before the process was made; None takes that at the beginning of the run."""
     events: int | None = None
-    """Descriptor that becomes readable when the process reports something."""
+    """Descriptor that becomes readable when the process reports something; None where it closes its outputs then."""
 
     def read_events(self) -> bool:
         """Reads reports of the process; returns whether the program has ended."""
@@ -137,7 +137,7 @@ class ProcessMonitor:
             if readable is not None:
                 poller.register(readable, select.POLLIN)
                 patient.register(readable, select.POLLIN)
-        streams.poll(poller)
+        streams.poll(poller, patient)
         pausing = False
         try:
             while True:
@@ -146,10 +146,10 @@ class ProcessMonitor:
                 left_s = self._started + request.limits.wall_ms / 1000 - time.monotonic()
                 awaited, most_s = (patient, PAUSE_S) if pausing else (poller, TICK_S)
                 ready = {number for number, _ in awaited.poll(max(0.0, min(most_s, left_s)) * 1000)}
-                pausing = streams.move(poller) and exchange is None
+                pausing = streams.move() and exchange is None
                 if self._channel.fileno() in ready and self._receive(on_call):
                     return "stopped"
-                has_reported_end = process.events in ready and process.read_events()
+                has_reported_end = (process.events is None or process.events in ready) and process.read_events()
                 if exchange is not None and exchange.is_ready(ready) and not self._advance(exchange, result):
                     return "output"
                 if exchange is not None and exchange.ended:  # a submission need not end by itself

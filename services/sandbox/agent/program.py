@@ -21,13 +21,16 @@ from functools import partial
 from gc import collect, get_objects
 from importlib.machinery import SourceFileLoader
 from itertools import islice
-from os import _exit, getpid, kill
+from os import _exit, close, getpid, kill
 from signal import SIG_DFL, SIGINT
 from signal import signal as set_signal
 from sys import _current_frames
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .archive import Archive
+
+if TYPE_CHECKING:
+    from mmap import mmap
 
 REPORT = 3
 """Descriptor of the file with the error of a source that does not compile."""
@@ -40,12 +43,21 @@ _WRITERS = (io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom)
 class Begin(BaseException):
     """Unwinds the stack before the program runs, which then has the whole of it and sees no other frames below its own.
 
-    `run` runs the program to its end.
+    `run` goes on from there.
     """
 
-    def __init__(self, run: Callable[[], NoReturn]) -> None:
+    def __init__(self, run: Callable[[], Any]) -> None:
         super().__init__()
         self.run = run
+
+
+_ending: mmap | None = None
+
+
+def tell_end_in(shared: mmap) -> None:
+    """Has the program say that it is about to end in memory shared with the job supervisor: 1 and the exit code."""
+    global _ending
+    _ending = shared
 
 
 def run_program(archive: Archive, home: str) -> NoReturn:
@@ -156,7 +168,8 @@ def finish(exit_code: int, home: str, loaded: int) -> NoReturn:
         _run_exitfuncs()
         flushed = _flush("stdout") & _flush("stderr")
         sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__
-        if len(_current_frames()) == 1:  # a daemon thread would use what has been finalized
+        is_alone = len(_current_frames()) == 1
+        if is_alone:  # a daemon thread would use what has been finalized
             _drop_modules(home, loaded)
         _flush_open_files()
         for name in ("stdout", "stderr"):  # to which destructors may have written
@@ -165,11 +178,23 @@ def finish(exit_code: int, home: str, loaded: int) -> NoReturn:
             sys.modules["ctypes"].CDLL(None).fflush(None)
         if not flushed and exit_code >= 0:
             exit_code = _NOT_FLUSHED
+        if is_alone and exit_code >= 0 and _ending is not None:
+            _announce_end(_ending, exit_code)
     finally:
         if exit_code < 0:
             set_signal(-exit_code, SIG_DFL)
             kill(getpid(), -exit_code)
         _exit(exit_code)
+
+
+def _announce_end(shared: mmap, exit_code: int) -> None:
+    """Tells the job supervisor how the program ends, and wakes it by closing the outputs: the kernel takes a
+    millisecond to take the process apart.
+    """
+    shared[:2] = bytes((1, exit_code))
+    for output in (1, 2):
+        with contextlib.suppress(OSError):  # the program has closed it
+            close(output)
 
 
 def _join_threads(threading: types.ModuleType) -> None:

@@ -67,6 +67,7 @@ class Streams:
         self.handed = list(descriptors)
         self._theirs: list[int] = []
         self._flows: dict[int, _Flow] = {}
+        self._pollers: Sequence[select.poll] = ()
         for number, file in enumerate(descriptors[:3]):
             status = os.fstat(file)
             if not stat.S_ISREG(status.st_mode) or (number == 0 and input_is_file):
@@ -85,18 +86,20 @@ class Streams:
         while self._theirs:
             os.close(self._theirs.pop())
 
-    def poll(self, poller: select.poll) -> None:
-        """Has a poller wait for what can be moved."""
+    def poll(self, poller: select.poll, patient: select.poll) -> None:
+        """Has a poller wait for what can be moved, and a patient one for the ends of streams."""
+        self._pollers = poller, patient
         for ours, flow in self._flows.items():
             poller.register(ours, select.POLLOUT if ours == flow.sink else select.POLLIN)
+            patient.register(ours, 0)
 
-    def move(self, poller: select.poll | None = None) -> bool:
-        """Moves what can be moved now; returns whether it was little. Streams that have ended leave the poller."""
+    def move(self) -> bool:
+        """Moves what can be moved now; returns whether it was little. Streams that have ended leave the pollers."""
         moved = 0
         for ours, flow in list(self._flows.items()):
             moved += flow.move()
             if flow.ended:
-                if poller is not None:
+                for poller in self._pollers:
                     poller.unregister(ours)
                 del self._flows[ours]
                 os.close(ours)

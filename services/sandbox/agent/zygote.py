@@ -19,7 +19,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any
 
 from . import HOME, kernel, protocol
 from .confinement import Confinement, build_filter
@@ -131,9 +131,9 @@ def _reap() -> None:
         return
 
 
-def main() -> Callable[[], NoReturn] | None:
-    """Runs the zygote; its options are a JSON object in the first argument. In a process that has become a program's it
-    returns what runs that.
+def main() -> Callable[[], Any] | None:
+    """Runs the zygote; its options are a JSON object in the first argument. In a process that is to become a program's
+    it returns what goes on from there.
     """
     options = Options(**json.loads(sys.argv[1]))
     kernel.die_with_parent(signal.SIGKILL)

@@ -503,7 +503,7 @@ def has_executable(image: str, executable: str, search_path: str) -> bool:
 def _read_state(path: str) -> list[int]:
     """Returns device, inode, size and time of the last change of a file, through links; nothing where there is none."""
     try:
-        status = os.stat(path)
+        status = Path(path).stat()
     except OSError:
         return []
     return [status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns]
