@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from perigee.sandbox.client import SandboxClient
@@ -60,9 +58,9 @@ async def converse(client: SandboxClient, source: bytes, interactor: bytes) -> p
     return await client.judge(request, timeout_s=CALL_S)
 
 
-async def check(client: SandboxClient, source: bytes, checker: bytes, **fields: Any) -> pb.JudgeResponse:
+async def check(client: SandboxClient, source: bytes, checker: bytes) -> pb.JudgeResponse:
     """Judges a submission by a checker of one's own."""
-    limits = make_limits("python", wall_ms=3000)
+    limits = make_limits("python", wall_ms=1500)
     program = pb.Program(language="python", source=checker, limits=limits)
     request = pb.JudgeRequest(language="python", source=source, limits=limits, checker=pb.Checker(program=program))
     request.tests.extend(stdio_tests([(b"21", b"42")]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,55 @@ def test_files_of_a_base_replace_what_a_build_made_of_them(root: Path) -> None:
     apply_patch.restore(root, ["keep.*"], apply_patch.save(base, ["keep.*"]))
     assert sorted(path.name for path in root.iterdir()) == ["a.py", "keep.cfg"]
     assert (root / "keep.cfg").read_text() == "kept\n"
+
+
+# configuration of a repository that has git run a program, and files that call for it
+CONFIGURED = {
+    "filter": ('[filter "x"]\n\tclean = touch ran\n\tsmudge = touch ran\n\trequired = true\n', "*.py filter=x\n"),
+    "filter process": ('[filter "x"]\n\tprocess = touch ran\n', "* filter=x\n"),
+    "fsmonitor": ("[core]\n\tfsmonitor = touch ran\n", ""),
+    "hooks": ("[core]\n\thooksPath = .\n", ""),
+    "diff driver": ('[diff "x"]\n\ttextconv = touch ran\n\tcommand = touch ran\n', "*.py diff=x\n"),
+    "merge driver": ('[merge "x"]\n\tdriver = touch ran\n', "*.py merge=x\n"),
+    "include": ("[include]\n\tpath = ../own\n", "*.py filter=x\n"),
+    "alias": ("[alias]\n\tapply = !touch ran\n", ""),
+}
+
+
+@pytest.mark.parametrize("attack", CONFIGURED)
+def test_a_repository_has_no_program_run(root: Path, attack: str) -> None:
+    config, attributes = CONFIGURED[attack]
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    with (root / ".git/config").open("a") as file:
+        file.write(config)
+    (root / ".gitattributes").write_text(attributes)
+    (root / "own").write_text(CONFIGURED["filter"][0])
+    (root / "post-index-change").write_text("#!/bin/sh\ntouch ran\n")
+    (root / "post-index-change").chmod(0o755)
+    assert apply_all(root, b"", CHANGE, []) == {"touched": []}
+    assert (root / "a.py").read_text() == "a = 1\n"
+    assert list(root.parent.rglob("ran")) == []
+
+
+# what a patch would have git read later, under names that `patch` would take
+OF_GIT = {
+    "hook": git(".git/hooks/pre-commit", "100755", "touch ran"),
+    "hook, plainly": b"--- /dev/null\n+++ b/.git/hooks/pre-commit\n@@ -0,0 +1 @@\n+touch ran\n",
+    "configuration": b"--- a/.git/config\n+++ b/.git/config\n@@ -0,0 +1 @@\n+[core]\n",
+    "quoted": b'--- /dev/null\n+++ "b/\\056git/hooks/pre-commit"\n@@ -0,0 +1 @@\n+touch ran\n',
+    "in capitals": b"--- /dev/null\n+++ b/.GIT/hooks/pre-commit\n@@ -0,0 +1 @@\n+touch ran\n",
+    "of a module": b"--- /dev/null\n+++ b/module/.git/hooks/pre-commit\n@@ -0,0 +1 @@\n+touch ran\n",
+    "a file that names a folder": b"--- /dev/null\n+++ b/module/.git\n@@ -0,0 +1 @@\n+gitdir: ../own\n",
+    "by a rename": b"diff --git a/a.py b/.git/hooks/pre-commit\nsimilarity index 100%\n"
+    b"rename from a.py\nrename to .git/hooks/pre-commit\n",
+}
+
+
+@pytest.mark.parametrize("attack", OF_GIT)
+def test_a_patch_writes_nothing_that_is_gits_own(root: Path, attack: str) -> None:
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
+    before = sorted(path.relative_to(root) for path in root.rglob("*"))
+    config = (root / ".git/config").read_text()
+    assert list(apply_all(root, b"", OF_GIT[attack], [])) == ["patch"]
+    assert sorted(path.relative_to(root) for path in root.rglob("*")) == before
+    assert (root / ".git/config").read_text() == config

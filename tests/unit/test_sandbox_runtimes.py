@@ -68,6 +68,11 @@ def test_a_folder_that_is_not_there_is_reported(tmp_path: Path) -> None:
         (RIGHT + "binds: [/proc/sys]\n", "no program may see /proc"),
         (RIGHT + "binds: [/sys]\n", "no program may see /sys"),
         (RIGHT + "binds: [/run/perigee]\n", "no program may see /run"),
+        (RIGHT + "binds: ['/proc/1/root*']\n", "no program may see /proc"),
+        (RIGHT + "binds: ['/dev/std*']\n", "no program may see /dev"),
+        (RIGHT + "binds: [/bin/../etc/shadow]\n", "must be an absolute path without . and .."),
+        (RIGHT + "binds: [/var/backups]\n", "no program may see /var/backups"),
+        (RIGHT + "binds: [/etc/sudoers.d/mine]\n", "no program may see /etc/sudoers.d"),
     ],
 )
 def test_a_wrong_description_is_reported_with_its_file(tmp_path: Path, text: str, words: str) -> None:
@@ -95,6 +100,12 @@ def test_the_names_of_what_is_missing_say_why(tmp_path: Path) -> None:
         ("/etc/nothing-called-so", "/etc/nothing-called-so is not there: install it"),
         ("/etc/mtab", "must not be bound: no program may see /proc"),  # a link
         ("/srv", "/srv must not be bound: no program may see /srv/state"),
+        ("//etc/shadow", "no program may see /etc/shadow"),
+        ("/etc/shado[w]*", "no program may see /etc/shadow"),
+        ("/etc/shadow*", "no program may see /etc/shadow"),
+        ("/etc/s*", "no program may see /etc/s"),
+        ("/etc/gshadow-*", "no program may see /etc/gshadow-"),
+        ("/e*", "no program may see /etc/"),
     ],
 )
 def test_binds_are_looked_up_on_the_host(tmp_path: Path, bind: str, reason: str) -> None:

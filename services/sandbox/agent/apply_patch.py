@@ -11,6 +11,7 @@ import base64
 import fnmatch
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,9 @@ _COMMANDS = (
         ["patch", "--batch", "--fuzz=5", "--strip=1", "--no-backup-if-mismatch"],
     ],
 )
-_ENVIRONMENT = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CEILING_DIRECTORIES": "/box"}
+# outside of any git repository: the configuration of one names programs that git would run (filters, fsmonitor)
+_ENVIRONMENT = {"GIT_CONFIG_NOSYSTEM": "1", "GIT_CONFIG_GLOBAL": "/dev/null", "GIT_DIR": "/dev/null"}
+_OWN_OF_GIT = re.compile(rb"(?:^|[\s/'\"])\.git(?:[\s/'\"]|$)", re.IGNORECASE)
 NO_COMMAND = "neither git nor patch is installed"
 File = tuple[bytes, int]
 """Content and mode, or the target of a link and -1."""
@@ -52,6 +55,8 @@ def apply_patch(patch: bytes, root: Path) -> str:
             ended = subprocess.run(command, cwd=root, input=patch, capture_output=True, env=environment, check=False)
             if ended.returncode:
                 reasons.append((ended.stderr or ended.stdout).decode(errors="replace").strip())
+                break
+            if "--dry-run" in command and _OWN_OF_GIT.search(ended.stdout):  # which git refuses, and `patch` does not
                 break
         else:
             return ""

@@ -27,7 +27,7 @@ from .collect import collect_files
 from .confinement import Confinement, apply_limits, build_filter, give_up_privileges, install_descriptors
 from .modes import run_mode, seed_generators
 from .monitor import Process, ProcessMonitor
-from .program import Begin, tell_end_in
+from .program import Begin, report_end_in
 from .protocol import Message, Preparation, RunRequest, RunResult, memory_file, read_run_request
 from .unpack import unpack_all, unpack_in_session
 from .usage import UsageFiles
@@ -126,7 +126,7 @@ class Isolated(Program):
         pid = os.fork()
         if pid == 0:
             ours.close()
-            tell_end_in(ending)
+            report_end_in(ending)
             # what the stack refers to is let go of now: later that would take the program's time
             raise Begin(partial(_await_request, confinement, preparation, theirs))
         kernel.enter_namespace(own, kernel.CLONE_NEWPID)  # so that the next program can have a namespace of its own
@@ -158,7 +158,7 @@ class Isolated(Program):
         return self._ending[0] != 0
 
     def exit_status(self, status: int | None, stopped: bool) -> int:
-        """Returns the status, without one that of which the program has told; raises as its base."""
+        """Returns the status, without one that which the program has reported; raises as its base."""
         return super().exit_status(self._ending[1] << 8 if status is None else status, stopped)
 
     def _kill(self) -> None:
@@ -336,7 +336,7 @@ class JobSupervisor:
             return
         result = self._monitor.run(request, descriptors, lambda handed: self._start(request, handed), self._receive)
         assert self._program is not None
-        self._program.kill()  # what is left of one that has told of its end
+        self._program.kill()  # what is left of one that has reported its end
         found: list[int] = []
         if request.collect or request.pack:
             self._monitor.clear()  # nobody is left to change the files

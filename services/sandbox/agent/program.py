@@ -54,7 +54,7 @@ class Begin(BaseException):
 _ending: mmap | None = None
 
 
-def tell_end_in(shared: mmap) -> None:
+def report_end_in(shared: mmap) -> None:
     """Has the program say that it is about to end in memory shared with the job supervisor: 1 and the exit code."""
     global _ending
     _ending = shared
@@ -179,7 +179,7 @@ def finish(exit_code: int, home: str, loaded: int) -> NoReturn:
         if not flushed and exit_code >= 0:
             exit_code = _NOT_FLUSHED
         if is_alone and exit_code >= 0 and _ending is not None:
-            _announce_end(_ending, exit_code)
+            _report_end(_ending, exit_code)
     finally:
         if exit_code < 0:
             set_signal(-exit_code, SIG_DFL)
@@ -187,8 +187,8 @@ def finish(exit_code: int, home: str, loaded: int) -> NoReturn:
         _exit(exit_code)
 
 
-def _announce_end(shared: mmap, exit_code: int) -> None:
-    """Tells the job supervisor how the program ends, and wakes it by closing the outputs: the kernel takes a
+def _report_end(shared: mmap, exit_code: int) -> None:
+    """Reports to the job supervisor how the program ends, and wakes it by closing the outputs: the kernel takes a
     millisecond to take the process apart.
     """
     shared[:2] = bytes((1, exit_code))

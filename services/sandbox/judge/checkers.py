@@ -34,6 +34,7 @@ from services.sandbox.runtime.sandboxes import SandboxFactory
 from services.sandbox.runtime.worker_slots import WorkerSlot
 
 _TAIL_CHARACTERS = 1000
+_MOST_OF = 0.8
 _TRIAL_OUTPUTS = (b"", b"0\n", b"1 1\n", b"x\n")
 
 
@@ -109,27 +110,34 @@ async def run_checker(
     """Runs a checker on one output.
 
     One that fails is at fault only where it says so itself, or fails on the expected output, too, or on any where none
-    is expected: a submission must not gain by what it prints.
+    is expected: a submission must not gain by what it prints. The same holds for one that passes its wall-clock limit
+    twice, unless it had less CPU time than the other output takes: then others had the cores.
     """
-    decision = await _run_checker(checker, stdin, output, test, expected)
-    if decision.verdict != pb.TEST_VERDICT_UNJUDGEABLE or decision.is_declared:
+    decision, cpu_ms = await _run_checker(checker, stdin, output, test, expected)
+    if decision.verdict == pb.TEST_VERDICT_INFRA_ERROR:
+        decision, again_ms = await _run_checker(checker, stdin, output, test, expected)
+        cpu_ms = max(cpu_ms, again_ms)
+    if decision.fraction is not None or decision.is_declared:
         return decision
     for other in [expected] if expected else [stdin, *_TRIAL_OUTPUTS]:
-        tried = await _run_checker(checker, stdin, other, test, expected)
-        if tried.verdict != pb.TEST_VERDICT_UNJUDGEABLE:
-            verdict = tried.verdict if tried.fraction is None else pb.TEST_VERDICT_WRONG_ANSWER
-            return replace(decision, verdict=verdict)
+        tried, tried_ms = await _run_checker(checker, stdin, other, test, expected)
+        if tried.verdict == pb.TEST_VERDICT_INFRA_ERROR:
+            return replace(decision, verdict=tried.verdict)
+        if tried.fraction is not None:
+            was_starved = decision.verdict == pb.TEST_VERDICT_INFRA_ERROR and cpu_ms < _MOST_OF * tried_ms
+            return decision if was_starved else replace(decision, verdict=pb.TEST_VERDICT_WRONG_ANSWER)
     return decision
 
 
 async def _run_checker(
     checker: OpenChecker, stdin: bytes, output: bytes, test: pb.TestCase, expected: bytes
-) -> Decision:
+) -> tuple[Decision, int]:
+    """Returns the decision, INFRA_ERROR where the wall clock ended the checker, and the CPU time that it took in ms."""
     reads_output = checker.checker.protocol == pb.CHECKER_PROTOCOL_KATTIS
     with memory_streams(output if reads_output else b"") as streams:
         run, left = await checker.run(streams, (stdin, output, expected), test)
         limits = checker.loaded.program.limits
         if is_wall_limited(run, limits):
             reason = f"the checker passed its {explain(run, limits)} after {run.cpu_ms} ms of CPU time"
-            return Decision(pb.TEST_VERDICT_INFRA_ERROR, None, reason)
-        return checker.decide(run, left, streams, test)
+            return Decision(pb.TEST_VERDICT_INFRA_ERROR, None, reason), run.cpu_ms
+        return checker.decide(run, left, streams, test), run.cpu_ms

@@ -155,7 +155,9 @@ HOST_FOLDERS = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32", "/etc/alter
 _NEVER_BOUND = (
     *("/box", "/dev", "/proc", "/run", "/sys", "/tmp", "/var/run", "/var/tmp", OWN_FOLDER, "/boot", "/home", "/root"),
     *("/etc/passwd", "/etc/shadow", "/etc/gshadow", "/etc/ssh", "/etc/ssl/private", "/etc/kubernetes"),
-    *("/var/lib/docker", "/var/lib/containerd", "/var/lib/kubelet"),
+    *("/etc/shadow-", "/etc/gshadow-", "/etc/sudoers", "/etc/sudoers.d", "/etc/security/opasswd", "/etc/krb5.keytab"),
+    *("/etc/docker", "/etc/rancher", "/etc/wireguard", "/var/backups", "/var/spool", "/var/log", "/var/lib/private"),
+    *("/var/lib/docker", "/var/lib/containerd", "/var/lib/containers", "/var/lib/kubelet", "/var/lib/rancher"),
 )
 _VERSION = re.compile(r"\d+(?:\.\d+)+[\w.+-]*|\d+")
 OWN_RUNTIMES = Path(__file__).parent
