@@ -341,6 +341,38 @@ def report(
 
 
 @app.command()
+def choose(
+    run: Annotated[str, typer.Argument(help="A run's id, its folder, or latest.")] = "latest",
+    max_loss: Annotated[
+        float, typer.Option("--max-loss", help="Sampled accuracy that a version may have less than the best one.")
+    ] = 0.02,
+    recipe: Annotated[
+        Path | None,
+        typer.Option("--recipe", metavar="FILE", help="Write the recipe of a phase for shorter answers from there."),
+    ] = None,
+    overrides: SetOption = None,
+    runs_dir: RunsOption = Path("runs"),
+    debug: DebugOption = False,
+) -> None:
+    """Choose the evaluated checkpoint with the shortest responses at nearly the best accuracy."""
+    with reporting_errors(debug):
+        from perigee.cli.choose import choose_checkpoint, write_short_recipe
+        from perigee.cli.run_folder import find_run
+
+        if overrides and recipe is None:
+            raise InvalidArgumentError.for_field("--set", "changes the recipe that --recipe FILE writes")
+        found = find_run(runs_dir, run)
+        choice, folder = choose_checkpoint(found, max_loss)
+        if recipe is not None:
+            write_short_recipe(found, folder, overrides or [], recipe)
+        for line in choice.lines():
+            print(line)
+        print(f"model: {folder}")
+        if recipe is not None:
+            print(f"train it with: perigee train {recipe}")
+
+
+@app.command()
 def samples(
     run: Annotated[str, typer.Argument(help="A run's id, its folder, or latest.")] = "latest",
     verdict: Annotated[

@@ -233,6 +233,9 @@ class Run:
             line = known | {"kind": kind, "iteration": iteration, "seconds": 0.0}
             await asyncio.to_thread(context.log.add_evaluation, line)
             return line
+        if version and context.config.evaluation.keep_checkpoints:
+            await self._weight_sync.ensure_version(version)
+            await self._weight_sync.save(version, pinned=True)
         with detached_span("evaluation", run=self._run_id, kind=kind, iteration=iteration, version=version):
             evaluation = Evaluation(context, version)
             line = await evaluation.run(kind, iteration, self._weight_sync)

@@ -270,6 +270,9 @@ class EvaluationConfig(Model):
     """Evaluate greedy decoding, too, in periodic evaluations."""
     max_response_tokens: int | None = Field(None, ge=1)
     """Response tokens at most; the rollout's max_response_tokens when unset."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoint of each evaluated version besides the newest `trainer.keep_checkpoints`, to choose from them
+    later (`perigee choose`)."""
 
 
 class HybridConfig(Model):

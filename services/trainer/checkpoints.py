@@ -16,7 +16,7 @@ from urllib.parse import quote
 import torch
 
 from perigee.errors import DataLossError, InvalidArgumentError, NotFoundError, PerigeeError
-from perigee.files import remove_stale_staging
+from perigee.files import remove_stale_staging, write_atomically
 from services.kit import storage
 from services.trainer.config import TrainerConfig
 from services.trainer.hf import write_folder
@@ -88,6 +88,13 @@ class Checkpoints:
                 shutil.rmtree(self.path_of(run_id, old))
         return size
 
+    def pin(self, run_id: str, version: int) -> int:
+        """Keeps a version that is on this machine however many newer ones there are; returns its bytes."""
+        path = self.path_of(run_id, version)
+        meta = {**(self._local_meta(run_id, version) or {}), "pinned": True}
+        write_atomically(path / META_FILE, f"{json.dumps(meta, indent=2)}\n".encode())
+        return sum(file.stat().st_size for file in path.iterdir())
+
     def publish(self, run_id: str, version: int) -> str:
         """Publishes a version, and what else this machine alone has of a run; removes the oldest beyond `keep`.
 
@@ -99,7 +106,10 @@ class Checkpoints:
             missing = {*self._local_versions(run_id)} - {*self._published_versions(run_id)}
             for each in sorted(missing | {version}):
                 path, name = self.path_of(run_id, each), self.name_of(run_id, each)
-                storage.publish_folder(path, name, FIELD, META_FILE)
+                if self._is_published(run_id, each):
+                    storage.publish_file(path / META_FILE, storage.join(name, META_FILE), FIELD)
+                else:
+                    storage.publish_folder(path, name, FIELD, META_FILE)
             for old in self._published_versions(run_id)[: -self.keep]:
                 if not (self._published_meta(run_id, old) or {}).get("pinned"):
                     storage.remove_folder(self.name_of(run_id, old), FIELD, META_FILE)
@@ -147,6 +157,11 @@ class Checkpoints:
             return []
         names = storage.list_files(storage.join(self.url, run_name(run_id)), FIELD)
         return sorted(int(match[1]) for name in names if (match := re.fullmatch(rf"v(\d+)/{META_FILE}", name)))
+
+    def _is_published(self, run_id: str, version: int) -> bool:
+        """Returns whether the weights that are published are those on this machine."""
+        published, here = self._published_meta(run_id, version), self._local_meta(run_id, version)
+        return published is not None and here is not None and published.get("id") == here.get("id")
 
     def _local_meta(self, run_id: str, version: int) -> Mapping[str, Any] | None:
         path = self.path_of(run_id, version) / META_FILE

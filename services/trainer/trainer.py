@@ -180,10 +180,13 @@ class Trainer:
                 yield response
 
     async def save_checkpoint(self, run_id: str, version: int, pinned: bool = False) -> pb.SaveCheckpointResponse:
-        """Writes the loaded version here, then where the run folder is."""
+        """Writes the loaded version here, then where the run folder is; one that is here already is only pinned."""
         with self._claim():
             self._check_loaded(run_id, version)
-            size = await self._collect(lambda tensors: self._write_checkpoint(run_id, version, tensors, pinned))
+            if pinned and self.engine.saved == self.checkpoints.path_of(run_id, version):
+                size = await asyncio.to_thread(self.checkpoints.pin, run_id, version)
+            else:
+                size = await self._collect(lambda tensors: self._write_checkpoint(run_id, version, tensors, pinned))
             problem = await asyncio.to_thread(self.checkpoints.publish, run_id, version)
         if problem:
             UPLOAD_FAILURES.inc()

@@ -65,7 +65,7 @@ async def test_a_run_from_sft_to_summary(buffer_address: str, tmp_path: Path) ->
     section = write_run_section(
         tmp_path,
         sft=[stage, stage],
-        evaluation={"every": 2, "samples": 2, "problems": 5},
+        evaluation={"every": 2, "samples": 2, "problems": 5, "keep_checkpoints": True},
         rollout={"token_budget": 10, "max_response_tokens": 24},
         optimizer={"learning_rate": 1e-4},
         final_lr_ratio=0.5,
@@ -97,6 +97,8 @@ async def test_a_run_from_sft_to_summary(buffer_address: str, tmp_path: Path) ->
         (3, 4),
         (4, 5),
     ]
+    # The supervised model twice, by its stage and by the baseline's evaluation; then what else was evaluated.
+    assert peers.trainer.pinned == [2, 2, 4, 5]
     rates = [request.optimizer.learning_rate for request in peers.trainer.trained]
     assert rates == pytest.approx([1e-4, 0.75e-4, 0.5e-4])
     assert set(trained_ids(peers).values()) == {1}

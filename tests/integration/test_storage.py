@@ -125,6 +125,15 @@ def test_an_upload_that_fails_is_told_and_made_good_later(
     first.write("r", 2, tensors(2))
     assert first.publish("r", 2) == ""
     assert machine("second").versions("r") == [1, 2]
+    # One that is pinned afterwards is not sent again, and is the same for others.
+    first.pin("r", 1)
+    with monkeypatch.context() as patched:
+        patched.delattr(storage, "publish_folder")
+        assert first.publish("r", 1) == ""
+    for version in (3, 4, 5):
+        first.write("r", version, tensors(version))
+        assert first.publish("r", version) == ""
+    assert machine("second").versions("r")[0] == 1
 
 
 async def test_a_trainer_resumes_from_s3_on_another_machine(

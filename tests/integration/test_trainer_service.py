@@ -50,6 +50,11 @@ async def reload_base(trainer: TrainerAt) -> None:
     await trainer.client.load_checkpoint(pb.LoadCheckpointRequest(run_id=RUN, policy_version=0))
 
 
+def inodes(folder: Path) -> dict[str, int]:
+    """A file that is written anew is another one."""
+    return {path.name: path.stat().st_ino for path in folder.iterdir()}
+
+
 async def train(trainer: TrainerAt, request: pb.TrainRequest) -> pb.TrainResult:
     responses = [response async for response in trainer.client.train(request, timeout_s=60)]
     return responses[-1].result
@@ -156,6 +161,10 @@ async def test_checkpoints_restore_every_bit_and_are_kept_n_deep(
         await train(trainer, train_request(RUN, groups, [1.0, 0.0], base=base, max_staleness=9))
         response = await trainer.client.save_checkpoint(pb.SaveCheckpointRequest(run_id=RUN, policy_version=base + 1))
         saved[base + 1] = load_file(Path(response.path) / "model.safetensors")
+    files = inodes(Path(response.path))
+    again = await trainer.client.save_checkpoint(pb.SaveCheckpointRequest(run_id=RUN, policy_version=3, pinned=True))
+    assert again.path == response.path
+    assert {name for name, inode in inodes(Path(again.path)).items() if inode != files[name]} == {"perigee.json"}
     state = await trainer.client.get_state(pb.GetStateRequest())
     assert list(state.checkpoints) == [2, 3]
     assert any(not torch.equal(saved[2][name], saved[3][name]) for name in saved[2])

@@ -129,9 +129,14 @@ def test_checkpoints_are_kept_n_deep_and_found_by_version(trainer_model: Path, t
     with pytest.raises(NotFoundError, match=r"no checkpoint of version 1, only \[2, 3\]"):
         checkpoints.find("r", 1)
     checkpoints.write("pinned", 1, tensors(1), pinned=True)
-    for version in (2, 3, 4):
+    for version in (2, 3, 4, 5):
         checkpoints.write("pinned", version, tensors(version))
-    assert checkpoints.versions("pinned") == [1, 3, 4]
+        if version == 3:
+            assert checkpoints.pin("pinned", version) > 0
+    assert checkpoints.versions("pinned") == [1, 3, 4, 5]
+    checkpoints.write("pinned", 6, tensors(6))
+    assert checkpoints.versions("pinned") == [1, 3, 5, 6]
+    assert checkpoints.fetch("pinned", 3) == checkpoints.path_of("pinned", 3)
     (checkpoints.path_of("r", 3) / "perigee.json").unlink()
     with pytest.raises(DataLossError, match=str(checkpoints.path_of("r", 3))):
         checkpoints.fetch("r", 3)

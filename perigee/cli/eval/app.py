@@ -38,7 +38,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="MODEL_OR_RUN SUITE... | compare A B",
-            help="A model folder or a finished run, then suites; with --endpoint, suites only; or two results folders.",
+            help="A model folder, a run or RUN@VERSION, then suites; with --endpoint suites only; or two results.",
         ),
     ],
     endpoint: EndpointOption = None,

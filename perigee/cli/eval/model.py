@@ -15,6 +15,7 @@ import httpx
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from perigee.chat import Asked, ChatMessage, read_question
+from perigee.cli.choose import find_checkpoint
 from perigee.cli.run_folder import find_run
 from perigee.cli.stack import HOST, START_TIMEOUT_S, pick_ports, start_guarded
 from perigee.config import read_yaml
@@ -148,7 +149,8 @@ def read_completion(response: httpx.Response, url: str) -> Completion:
 def find_model(name: str, runs_path: Path) -> tuple[Path, Mapping[str, Any] | None]:
     """Returns the model folder or URL that `name` is, or what the run of this name exported, with the run's settings.
 
-    Raises InvalidArgumentError when there is neither.
+    RUN@VERSION is the checkpoint of a policy version. Raises InvalidArgumentError when there is neither, NotFoundError
+    when the run has no such checkpoint.
     """
     if is_url(name):
         return Path(fetch_model(name, "MODEL", weights=True)), None
@@ -160,6 +162,10 @@ def find_model(name: str, runs_path: Path) -> tuple[Path, Mapping[str, Any] | No
         raise InvalidArgumentError.for_field(
             name, f"is neither a folder nor a run here; a model on the Hugging Face Hub is hf://{name}"
         )
+    of_run, _, version = name.rpartition("@")
+    if of_run and version.isdecimal():
+        run = find_run(runs_path, of_run)
+        return find_checkpoint(run, int(version)), read_yaml(run.recipe_path).get("run") or {}
     run = find_run(runs_path, name)
     summary = run.path / "summary.json"
     exported = Path(json.loads(summary.read_text())["model"]) if summary.is_file() else run.path / "model"

@@ -855,7 +855,7 @@ class SaveCheckpointRequest(_message.Message):
     run_id: _builtins.str
     policy_version: _builtins.int
     pinned: _builtins.bool
-    """The checkpoint stays however many newer ones there are."""
+    """The checkpoint stays however many newer ones there are. The weights are not written again where they are there."""
     def __init__(
         self,
         *,
