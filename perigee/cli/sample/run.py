@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,27 +64,33 @@ async def sample(options: SampleOptions, console: Console, interrupt: Interrupt)
     Raises PerigeeError, with what to do, when an input is wrong, a service does not start or nothing can be selected;
     no file is written then but the answers that there are.
     """
-    lines = read_source(options.prompts, options.columns, "PROMPTS")[: options.limit]
-    if options.samples is not None:
-        head: dict[str, Any] = {"samples": str(options.samples)}
-        answers = read_samples(options.samples, lines)
+    lines = read_source(options.prompts, options.columns, "PROMPTS")
+    wanted = lines[: options.limit]
+    if options.samples is None:
+        head, answers = await draw(options, wanted, console, interrupt)
     else:
-        target = await open_target(options.model)
-        suite = make_suite(options, lines)
-        attempts = target.plan(suite, options.sampling)
-        answers = await collect(attempts, target, options.model, options.out, console, interrupt)
-        head = {
-            "model": target.name,
-            "endpoint": None if target.folder else target.endpoint.url,
-            "sampling": options.sampling.model_dump(exclude={"greedy"}),
-            "cot": options.cot,
-        }
-    groups = group_samples(lines, answers)
+        head, answers = {"samples": str(options.samples)}, read_samples(options.samples, lines)
+    groups = group_samples(wanted, answers)
     selections = {kind: select(kind, groups, options.rules) for kind in options.select}
     report = head | describe_samples(groups) | {"selected": {kind: each.report for kind, each in selections.items()}}
     write_files(options.out, groups, selections, report)
     show(report, options.out, console)
     return report
+
+
+async def draw(
+    options: SampleOptions, lines: Sequence[PromptLine], console: Console, interrupt: Interrupt
+) -> tuple[dict[str, Any], list[Answer]]:
+    """Returns what the report says of the model, and its judged responses."""
+    target = await open_target(options.model)
+    attempts = target.plan(make_suite(options, lines), options.sampling)
+    head = {
+        "model": target.name,
+        "endpoint": None if target.folder else target.endpoint.url,
+        "sampling": options.sampling.model_dump(exclude={"greedy"}),
+        "cot": options.cot,
+    }
+    return head, await collect(attempts, target, options.model, options.out, console, interrupt)
 
 
 def make_suite(options: SampleOptions, lines: Sequence[PromptLine]) -> LoadedSuite:
@@ -155,7 +162,7 @@ def find_faults(values: Mapping[str, Any], ids: set[str]) -> list[FieldViolation
 
 def group_samples(lines: Sequence[PromptLine], answers: Sequence[Answer]) -> list[Group]:
     """Returns the samples by prompt, in the order of the prompts."""
-    by_id: dict[str, list[Answer]] = {line.id: [] for line in lines}
+    by_id: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_id[answer["id"]].append(answer)
     return [Group(line, by_id[line.id]) for line in lines]
@@ -164,7 +171,11 @@ def group_samples(lines: Sequence[PromptLine], answers: Sequence[Answer]) -> lis
 def write_files(
     out: Path, groups: Sequence[Group], selections: Mapping[str, Selection], report: Mapping[str, Any]
 ) -> None:
-    """Writes samples, selections and report; files of what is not selected are removed: they are of other samples."""
+    """Writes samples, selections and, last, the report; files of what is not selected are removed.
+
+    Those may be of other samples, and a report that is there is of the files beside it.
+    """
+    (out / REPORT_FILE).unlink(missing_ok=True)
     for kind, file in FILES.items():
         if kind not in selections:
             (out / file).unlink(missing_ok=True)
@@ -195,5 +206,5 @@ def show(report: Mapping[str, Any], out: Path, console: Console) -> None:
             dropped = selected[f"dropped_{name}"]
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in dropped.items())
             if dropped:
-                note(console, f"  {sum(dropped.values()):,} {name} dropped: {reasons}")
+                note(console, f"  {name} dropped: {sum(dropped.values()):,} ({reasons})")
     note(console, f"report: {out / REPORT_FILE}")
