@@ -87,6 +87,7 @@ async def test_sampling_that_is_cut_anywhere_gives_the_same_files(
         for path in out.glob("*.json*"):
             path.unlink()
         (out / "answers.jsonl").write_bytes(answers[:size])
+        (out / ".sft.jsonl.staging").write_bytes(answers[:size])
         again = await run_perigee(*asked, *selected)
         assert again.code == 0, again.stderr
         assert read_files(out) == whole

@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from perigee.chat import ChatMessage, read_example
 from perigee.cli.sample.app import check_selections, check_source
 from perigee.cli.sample.run import COT_PATH, group_samples, read_samples, read_template, wrap
-from perigee.cli.sample.selection import ALL, PAIRS, SHORTEST, Group, PairRules, describe_samples, select
+from perigee.cli.sample.selection import ALL, PAIRS, SHORTEST, PairRules, PromptSamples, describe_samples, select
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.reward.items import read_prompt_line
 
 RULES = PairRules()
 
 
-def group(*samples: dict[str, Any], **prompt: Any) -> Group:
+def group(*samples: dict[str, Any], **prompt: Any) -> PromptSamples:
     """The samples of one prompt."""
     values = {"id": "a", "verifier": "math", "answer": "2", **(prompt or {"prompt": "1+1="})}
-    return Group(read_prompt_line(values, "here"), samples)
+    return PromptSamples(read_prompt_line(values, "here"), samples)
 
 
 def sample(verdict: str, tokens: int | None = 1, response: str | None = None, **values: Any) -> dict[str, Any]:
@@ -44,7 +44,7 @@ SAMPLES = st.builds(
 SETS = st.lists(st.lists(SAMPLES, min_size=1, max_size=8), min_size=1, max_size=4)
 
 
-def number(samples: Sequence[Sequence[dict[str, Any]]]) -> list[Group]:
+def number(samples: Sequence[Sequence[dict[str, Any]]]) -> list[PromptSamples]:
     """Groups of several prompts."""
     return [group(*some, id=str(index), prompt="1+1=") for index, some in enumerate(samples)]
 

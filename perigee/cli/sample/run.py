@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,14 @@ from perigee.cli.sample.selection import (
     ALL,
     PAIRS,
     SHORTEST,
-    Group,
     PairRules,
+    PromptSamples,
     Selection,
     describe_samples,
     select,
 )
 from perigee.errors import FieldViolation, InvalidArgumentError
-from perigee.files import write_atomically, write_lines
+from perigee.files import dump_line, write_atomically
 from perigee.json_codec import name_type
 from perigee.reward.items import PromptLine, read_lines, read_object
 from perigee.reward.sources import Columns, read_source
@@ -160,16 +160,16 @@ def find_faults(values: Mapping[str, Any], ids: set[str]) -> list[FieldViolation
     return faults
 
 
-def group_samples(lines: Sequence[PromptLine], answers: Sequence[Answer]) -> list[Group]:
+def group_samples(lines: Sequence[PromptLine], answers: Sequence[Answer]) -> list[PromptSamples]:
     """Returns the samples by prompt, in the order of the prompts."""
     by_id: dict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         by_id[answer["id"]].append(answer)
-    return [Group(line, by_id[line.id]) for line in lines]
+    return [PromptSamples(line, by_id[line.id]) for line in lines]
 
 
 def write_files(
-    out: Path, groups: Sequence[Group], selections: Mapping[str, Selection], report: Mapping[str, Any]
+    out: Path, groups: Sequence[PromptSamples], selections: Mapping[str, Selection], report: Mapping[str, Any]
 ) -> None:
     """Writes samples, selections and, last, the report; files of what is not selected are removed.
 
@@ -179,10 +179,14 @@ def write_files(
     for kind, file in FILES.items():
         if kind not in selections:
             (out / file).unlink(missing_ok=True)
-    write_lines(out / SAMPLES_FILE, (sample for group in groups for sample in group.samples))
-    for kind, selection in selections.items():
-        write_lines(out / FILES[kind], selection.lines)
-    write_atomically(out / REPORT_FILE, f"{json.dumps(report, indent=2)}\n".encode())
+    files: dict[str, Iterable[bytes]] = {
+        SAMPLES_FILE: (dump_line(sample) for group in groups for sample in group.samples),
+        **{FILES[kind]: map(dump_line, selection.lines) for kind, selection in selections.items()},
+        REPORT_FILE: [f"{json.dumps(report, indent=2)}\n".encode()],
+    }
+    for file, content in files.items():
+        # Under one name each time, so that what a killed command left is written over.
+        write_atomically(out / file, content, staging=out / f".{file}.staging")
 
 
 def show(report: Mapping[str, Any], out: Path, console: Console) -> None:

@@ -38,7 +38,7 @@ Measure = Callable[[Answer], int]
 
 
 @dataclass(frozen=True)
-class Group:
+class PromptSamples:
     """Samples of one prompt, in the order of their attempts."""
 
     line: PromptLine
@@ -63,14 +63,14 @@ class Selection:
     report: Mapping[str, Any]
 
 
-def choose_measure(groups: Iterable[Group]) -> tuple[str, Measure]:
+def choose_measure(groups: Iterable[PromptSamples]) -> tuple[str, Measure]:
     """Returns the unit of lengths and how they are measured: tokens, or characters where some are not counted."""
     if any(sample["tokens"] is None for group in groups for sample in group.samples if sample["verdict"] != FAILED):
         return "characters", lambda sample: len(sample["response"])
     return "tokens", lambda sample: int(sample["tokens"])
 
 
-def select(kind: str, groups: Sequence[Group], rules: PairRules) -> Selection:
+def select(kind: str, groups: Sequence[PromptSamples], rules: PairRules) -> Selection:
     """Returns what is selected of the samples: `shortest`, `pairs` or `all`.
 
     Raises FailedPreconditionError when that is nothing.
@@ -81,9 +81,9 @@ def select(kind: str, groups: Sequence[Group], rules: PairRules) -> Selection:
     return select_correct(groups, measure, only_shortest=kind == SHORTEST)
 
 
-def select_correct(groups: Sequence[Group], measure: Measure, *, only_shortest: bool) -> Selection:
+def select_correct(groups: Sequence[PromptSamples], measure: Measure, *, only_shortest: bool) -> Selection:
     """Returns the correct responses of each prompt, or the shortest of them, as a supervised set."""
-    chosen: list[tuple[Group, Answer]] = []
+    chosen: list[tuple[PromptSamples, Answer]] = []
     dropped, prompts = Counter[str](), Counter[str]()
     for group in groups:
         usable = find_usable(group, dropped)
@@ -106,7 +106,7 @@ def select_correct(groups: Sequence[Group], measure: Measure, *, only_shortest: 
     return Selection([write_asked(group) | {"response": sample["response"]} for group, sample in chosen], report)
 
 
-def find_usable(group: Group, dropped: Counter[str]) -> list[Answer]:
+def find_usable(group: PromptSamples, dropped: Counter[str]) -> list[Answer]:
     """Returns the correct responses to learn from; each other one is counted under the reason why it is none."""
     found: dict[str, Answer] = {}
     for sample in group.samples:
@@ -127,9 +127,9 @@ def explain_unusable(sample: Answer, text: str) -> str:
     return CUT if sample["truncated"] else "" if text else EMPTY
 
 
-def select_pairs(groups: Sequence[Group], measure: Measure, rules: PairRules) -> Selection:
+def select_pairs(groups: Sequence[PromptSamples], measure: Measure, rules: PairRules) -> Selection:
     """Returns pairs of the shortest correct response to a prompt and one that the rules reject beside it."""
-    pairs: list[tuple[Group, Answer, Answer]] = []
+    pairs: list[tuple[PromptSamples, Answer, Answer]] = []
     outcomes, prompts = Counter[str](), Counter[str]()
     for group in groups:
         usable = find_usable(group, Counter())
@@ -167,7 +167,7 @@ def select_pairs(groups: Sequence[Group], measure: Measure, rules: PairRules) ->
 
 
 def find_rejected(
-    group: Group, chosen: Answer, measure: Measure, rules: PairRules, outcomes: Counter[str]
+    group: PromptSamples, chosen: Answer, measure: Measure, rules: PairRules, outcomes: Counter[str]
 ) -> list[Answer]:
     """Returns the responses to reject beside the chosen one; counts all others, too, by rule or reason."""
     found: dict[str, Answer] = {}
@@ -197,14 +197,14 @@ def compare(sample: Answer, chosen: Answer, measure: Measure, rules: PairRules) 
     return WRONG_LONGER if rules.wrong_longer and length > least else NOT_LONGER
 
 
-def explain_loss(group: Group) -> str:
+def explain_loss(group: PromptSamples) -> str:
     """Returns why no response to a prompt can be learned from."""
     if any(map(is_correct, group.samples)):
         return NO_WHOLE_CORRECT
     return NOTHING_JUDGED if all(sample["verdict"] == FAILED for sample in group.samples) else NO_CORRECT
 
 
-def no_correct(groups: Sequence[Group]) -> FailedPreconditionError:
+def no_correct(groups: Sequence[PromptSamples]) -> FailedPreconditionError:
     """Returns the error of samples of which none can be learned from."""
     reasons = Counter(map(explain_loss, groups))
     words = ", ".join(f"{count:,} have {reason}" for reason, count in reasons.items())
@@ -214,13 +214,13 @@ def no_correct(groups: Sequence[Group]) -> FailedPreconditionError:
     )
 
 
-def write_asked(group: Group) -> dict[str, Any]:
+def write_asked(group: PromptSamples) -> dict[str, Any]:
     """Returns the prompt of a line of training data, as the prompt file has it."""
     line = group.line
     return {"id": line.id, **({"messages": list(line.messages)} if line.messages else {"prompt": line.item.prompt})}
 
 
-def describe_samples(groups: Sequence[Group]) -> dict[str, Any]:
+def describe_samples(groups: Sequence[PromptSamples]) -> dict[str, Any]:
     """Returns counts by verdict, accuracy and lengths of all samples."""
     samples = [sample for group in groups for sample in group.samples]
     judged = [sample for sample in samples if sample["verdict"] != FAILED]
