@@ -36,6 +36,14 @@ def test_suffixes_stand_for_all_languages() -> None:
     assert {Path(config.source).suffix for config in configs} <= set(LANGUAGES)
 
 
+def test_tests_can_import_what_programs_can() -> None:
+    configs = {path.stem: RuntimeConfig(**read_yaml(path)) for path in OWN_RUNTIMES.glob("*.yaml")}
+    libraries = {name: {*config.packages, *config.optional_packages} for name, config in configs.items()}
+    assert libraries["python"] <= libraries["python-science"]
+    for name in ("python-test", "pytest"):
+        assert libraries["python-science"] <= libraries[name], name
+
+
 def test_a_full_heap_of_the_jvm_is_the_memory_limit_in_every_language() -> None:
     configs = [RuntimeConfig(**read_yaml(path)) for path in OWN_RUNTIMES.glob("*.yaml")]
     for config in (config for config in configs if config.run[:1] == ("java",)):
