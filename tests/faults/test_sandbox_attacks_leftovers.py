@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 import pytest
 
 from perigee.sandbox.client import SandboxClient
 from perigee.sandbox.v1 import sandbox_pb2 as pb
-from tests.faults.attack_runs import OK, assert_serves, make_limits, read_program, run_program
+from tests.faults.attack_runs import CALL_S, OK, assert_serves, make_limits, read_program, run_program
 from tests.fixtures.sandbox import stdio_tests
 
 EVERY_SLOT = 2 * len(os.sched_getaffinity(0))
+
+
+@asynccontextmanager
+async def running(client: SandboxClient, source: bytes, said: bytes, **fields: Any) -> AsyncIterator[None]:
+    """A program that has said this and runs for as long as the block lasts."""
+    limits = make_limits("python", wall_ms=100_000)
+    request = pb.ExecuteRequest(language="python", source=source, limits=limits, **fields)
+    async with aclosing(client.execute_stream(request, timeout_s=CALL_S)) as events:  # type: ignore[type-var]
+        assert (await anext(events)).stdout == said
+        yield
 
 
 @pytest.mark.parametrize(
@@ -35,24 +47,17 @@ async def test_nothing_is_left_for_the_next_job(sandbox: SandboxClient, leave: s
 
 async def test_jobs_do_not_see_each_other(sandbox: SandboxClient) -> None:
     key = b"sesame" * 3
-    holder = asyncio.create_task(run_program(sandbox, "leftovers/hold.py", stdin=key))
-    await asyncio.sleep(1)
-    for program, args in (("leftovers/look_at_neighbour.py", []), ("breakouts/abstract_socket.py", [key.decode()])):
-        response = await run_program(sandbox, program, args=args)
-        assert (response.status, response.stdout, response.stderr) == (OK, b"held\n", b"")
-    assert not holder.done()
-    assert (await holder).stdout == b"18\n"
+    async with running(sandbox, read_program("leftovers/hold.py"), b"18\n", stdin=key):
+        for program, args in (("leftovers/look_at_neighbour.py", []), ("breakouts/abstract_socket.py", [key.decode()])):
+            response = await run_program(sandbox, program, args=args)
+            assert (response.status, response.stdout, response.stderr) == (OK, b"held\n", b"")
 
 
 async def test_environment_of_a_job_is_its_own(sandbox: SandboxClient) -> None:
-    secret = secrets.token_hex(8)
-    source = b"import os, time\ntime.sleep(1)\nprint(os.environ['KEY'])"
-    holder = asyncio.create_task(
-        run_program(sandbox, "leftovers/hold.py", source=source, env={"KEY": f"sesame-{secret}"})
-    )
-    await asyncio.sleep(0.5)
-    during = await run_program(sandbox, "secrets/search.py", {"cpu_ms": 10_000})
-    assert (await holder).stdout == f"sesame-{secret}\n".encode()
+    key = f"sesame-{secrets.token_hex(8)}"
+    source = b"import os, time\nprint(os.environ['KEY'], flush=True)\ntime.sleep(90)"
+    async with running(sandbox, source, f"{key}\n".encode(), env={"KEY": key}):
+        during = await run_program(sandbox, "secrets/search.py", {"cpu_ms": 10_000})
     after = [await run_program(sandbox, "secrets/search.py", {"cpu_ms": 10_000}) for _ in range(EVERY_SLOT)]
     assert {response.stdout for response in (during, *after)} == {b"nothing\n"}
     bare = [await run_program(sandbox, "breakouts/environment.py", args=["KEY"]) for _ in range(EVERY_SLOT)]

@@ -184,7 +184,8 @@ async def test_a_fast_worker_takes_more_than_a_slow_one() -> None:
 
     async def call(worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
         for key in keys:
-            await asyncio.sleep(0.001 if worker.worker_id == "fast" else 0.02)
+            for _ in range(1 if worker.worker_id == "fast" else 20):
+                await asyncio.sleep(0)
             taken[worker.worker_id] += 1
             yield Progress(ended=[key])
 

@@ -12,5 +12,5 @@ os.environ["KEY"] = key
 listener = socket.socket(socket.AF_UNIX)
 listener.bind("\0" + key)
 listener.listen()
-time.sleep(3)
-print(len(key))
+print(len(key), flush=True)
+time.sleep(90)
