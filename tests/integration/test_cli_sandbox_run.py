@@ -118,5 +118,5 @@ async def test_a_reader_that_goes_away_ends_it(sandbox_address: str, folder: Pat
     os.close(writing)
     assert await asyncio.to_thread(os.read, reading, 1) == b"x"
     os.close(reading)
-    _, stderr = await asyncio.wait_for(process.communicate(), 20)
+    _, stderr = await asyncio.wait_for(process.communicate(), 60)
     assert (process.returncode, stderr) == (141, b"")

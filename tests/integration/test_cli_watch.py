@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import re
-import socket
 import threading
 import uuid
 from collections.abc import AsyncIterator, Callable
@@ -20,6 +19,7 @@ import yaml
 from perigee.cli.ending import Interrupt
 from perigee.cli.recipe import Recipe
 from perigee.cli.run_folder import RunFolder
+from perigee.cli.stack import pick_ports
 from perigee.cli.train import Cursor, Recorder, TrainOptions, open_run, send_files, start_run, train, watch_run
 from perigee.cli.view import PlainView
 from perigee.coordinator.client import CoordinatorClient
@@ -37,13 +37,6 @@ from tests.fixtures.coordinator import write_run_section
 from tests.fixtures.coordinator_fakes import FakePeers, FakeWorker, fake_peers, worker_in_service
 
 ITERATIONS = 9
-
-
-def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        port: int = bound.getsockname()[1]
-        return port
 
 
 @asynccontextmanager
@@ -103,7 +96,7 @@ def write_recipe(folder: Path, iterations: int) -> Path:
 
 
 async def test_what_ends_during_an_outage_is_shown_later(buffer_address: str, tmp_path: Path) -> None:
-    port, output = free_port(), io.StringIO()
+    port, output = pick_ports(1)[0], io.StringIO()
     options = TrainOptions(
         write_recipe(tmp_path, ITERATIONS), None, [], tmp_path / "runs", coordinator=f"127.0.0.1:{port}"
     )
@@ -126,7 +119,7 @@ async def test_what_ends_during_an_outage_is_shown_later(buffer_address: str, tm
 async def test_a_run_that_is_interrupted_while_it_starts_is_stopped(
     buffer_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    address, output = f"127.0.0.1:{free_port()}", io.StringIO()
+    address, output = f"127.0.0.1:{pick_ports(1)[0]}", io.StringIO()
     options = TrainOptions(write_recipe(tmp_path, 3), None, [], tmp_path / "runs", coordinator=address)
     run, recipe = open_run(options)
     reading, may_end = threading.Event(), threading.Event()
@@ -175,7 +168,7 @@ async def test_a_coordinator_that_is_started_again_before_it_took_the_run_is_ask
 
 
 async def test_a_resumed_run_is_shown_from_there(buffer_address: str, tmp_path: Path) -> None:
-    port = free_port()
+    port = pick_ports(1)[0]
     options = TrainOptions(write_recipe(tmp_path, 3), None, [], tmp_path / "runs", coordinator=f"127.0.0.1:{port}")
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     run, recipe = open_run(options)
@@ -199,7 +192,7 @@ async def test_a_run_without_a_shared_folder_is_recorded_here(buffer_address: st
     stage = {"dataset": str(tmp_path / "sft.jsonl"), "steps": 1}
     section = yaml.safe_load(write_run_section(tmp_path, iterations=2, sft=[stage]))
     request = pb.StartRunRequest(run_id=f"run-{uuid.uuid4().hex}")
-    port = free_port()
+    port = pick_ports(1)[0]
     async with fake_peers(buffer_address) as peers, CoordinatorClient.connect(f"127.0.0.1:{port}") as client:
         worker = peers.add_worker("a", open_tokenizer(tmp_path / "model", "run.model"))
         # The trainer has the model, under a path of its own.

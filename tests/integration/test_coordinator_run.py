@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
 from perigee.rollout.v1 import rollout_pb2
+from services.coordinator import run_status
 from services.coordinator.__main__ import lifespan
 from services.coordinator.config import CoordinatorConfig
 from services.kit.hf import open_tokenizer
@@ -292,8 +294,11 @@ async def test_stop_and_go_on(buffer_address: str, tmp_path: Path) -> None:
     async with (
         fake_peers(buffer_address) as peers,
         coordinator(peers) as client,
-        worker_in_service(peers.add_worker("a", tokenizer, call_seconds=0.02), client.target),
+        worker_in_service(peers.add_worker("a", tokenizer), client.target),
     ):
+        is_stopped = False
+        # The second training lasts until the run is stopped in it.
+        peers.trainer.is_done = lambda version: version == 0 or is_stopped
         await client.start_run(request)
         async for response in client.watch_run(pb.WatchRunRequest(run_id=run_id)):
             if response.run.metrics.get("iteration", 0) >= 1:
@@ -301,6 +306,7 @@ async def test_stop_and_go_on(buffer_address: str, tmp_path: Path) -> None:
         assert (await client.start_run(request)).resumed
         await client.stop_run(pb.StopRunRequest(run_id=run_id))
         assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_STOPPED
+        is_stopped = True
         other = pb.StartRunRequest(run_id="other", config_yaml=section, run_path=request.run_path)
         with pytest.raises(FailedPreconditionError, match="choose another run_path"):
             await client.start_run(other)
@@ -333,23 +339,24 @@ async def test_a_coordinator_that_is_back_goes_on_with_a_run_whose_folder_is_els
             assert not (await client.get_status(pb.GetStatusRequest())).HasField("run")
 
 
-async def test_the_time_limit_ends_a_run_after_an_iteration(buffer_address: str, tmp_path: Path) -> None:
+async def test_the_time_limit_ends_a_run_after_an_iteration(
+    buffer_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
     section = write_run_section(tmp_path, iterations=10_000, time_limit_s=1.5)
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with (
         fake_peers(buffer_address) as peers,
         coordinator(peers) as client,
-        worker_in_service(peers.add_worker("a", tokenizer, call_seconds=0.05), client.target),
+        worker_in_service(peers.add_worker("a", tokenizer), client.target),
     ):
-        started = asyncio.get_running_loop().time()
+        # Each iteration takes 0.8 s by the run's clock.
+        clock = SimpleNamespace(monotonic=lambda: 0.8 * len(peers.trainer.trained))
+        monkeypatch.setattr(run_status, "time", clock)
         await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run")))
         assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
-        assert asyncio.get_running_loop().time() - started >= 1.5
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
-    elapsed = [line["time/elapsed_seconds"] for line in lines]
-    assert elapsed == sorted(elapsed)
-    assert elapsed[-1] >= 1.5
+    assert [line["time/elapsed_seconds"] for line in lines] == [0.8, 1.6]
     assert lines[-1]["train/learning_rate"] <= lines[0]["train/learning_rate"]
 
 

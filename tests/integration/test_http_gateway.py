@@ -209,12 +209,15 @@ async def test_a_process_drains_http_on_sigterm(tmp_path: Path) -> None:
     process, address = await asyncio.to_thread(start_service, tmp_path)
     try:
         async with httpx.AsyncClient(base_url=f"http://{address}", timeout=60) as client:
-            source = "import time\ntime.sleep(1.5)\nprint('done')"
-            running = asyncio.create_task(client.post("/v1/execute", json={"language": "python", "source": source}))
-            await until_busy(client)
-            process.send_signal(signal.SIGTERM)
-            assert (await running).json()["stdout"] == "done\n"
-        assert await asyncio.to_thread(process.wait, 30) == 0
+            source = "import time\nprint('begun', flush=True)\ntime.sleep(0.5)\nprint('done')"
+            body = {"execute": {"language": "python", "source": source}}
+            async with client.stream("POST", "/v1/execute/stream", json=body) as response:
+                lines = response.aiter_lines()
+                assert json.loads(await anext(lines)) == {"stdout": "begun\n"}
+                process.send_signal(signal.SIGTERM)
+                said, finished = [json.loads(line) async for line in lines]
+            assert (said["stdout"], finished["finished"]["status"]) == ("done\n", "ok")
+        assert await asyncio.to_thread(process.wait, 60) == 0
     finally:
         process.kill()
         process.wait()

@@ -81,16 +81,16 @@ async def probe_server(**server: Any) -> AsyncIterator[tuple[App[ProbeConfig], P
 
 async def score(client: RewardClient, item_id: str) -> list[str]:
     request = pb.ScoreRequest(items=[pb.ScoreItem(id=item_id)])
-    return [response.id async for response in client.score(request, timeout_s=10)]
+    return [response.id async for response in client.score(request, timeout_s=60)]
 
 
 async def test_a_connection_of_age_takes_no_new_calls_and_breaks_no_stream_off() -> None:
     async with (
         probe_server(max_connection_age_seconds=0.1) as (app, probe),
         RewardClient.connect(app.address) as client,
-        asyncio.timeout(30),
+        asyncio.timeout(60),
     ):
-        stream = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=30)
+        stream = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=60)
         assert (await anext(stream)).id == "started"
         while len(set(probe.peers)) < 3:
             await client.list_verifiers(pb.ListVerifiersRequest())
@@ -119,8 +119,8 @@ async def test_domain_errors_arrive_as_the_classes_that_were_raised() -> None:
 async def test_a_request_that_is_no_message_is_an_invalid_argument(data: bytes, reason: str) -> None:
     async with probe_server() as (app, _), grpc.aio.insecure_channel(app.address) as channel:
         for call in (
-            channel.unary_stream(f"/{FULL_NAME}/Score")(data, timeout=10).read(),
-            channel.unary_unary(f"/{FULL_NAME}/ListVerifiers")(b"\xff", timeout=10),
+            channel.unary_stream(f"/{FULL_NAME}/Score")(data, timeout=60).read(),
+            channel.unary_unary(f"/{FULL_NAME}/ListVerifiers")(b"\xff", timeout=60),
         ):
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await call
@@ -130,13 +130,13 @@ async def test_a_request_that_is_no_message_is_an_invalid_argument(data: bytes, 
             assert violation.field == "request"
             assert violation.description.startswith("is not of the method's message: Error parsing message")
         with pytest.raises(grpc.aio.AioRpcError, match=reason):
-            await channel.unary_stream(f"/{FULL_NAME}/Score")(data, timeout=10).read()
+            await channel.unary_stream(f"/{FULL_NAME}/Score")(data, timeout=60).read()
 
 
 async def test_a_method_that_the_contract_lacks_is_unimplemented() -> None:
     async with probe_server() as (app, _), grpc.aio.insecure_channel(app.address) as channel:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await channel.unary_unary(f"/{FULL_NAME}/Guess")(b"", timeout=10)
+            await channel.unary_unary(f"/{FULL_NAME}/Guess")(b"", timeout=60)
     assert isinstance(from_rpc_error(caught.value, "probe"), UnimplementedError)
 
 
@@ -150,7 +150,7 @@ async def test_a_call_without_the_token_is_refused_but_health_answers() -> None:
             await client.list_verifiers(pb.ListVerifiersRequest())
         async with grpc.aio.insecure_channel(app.address) as channel:
             health = health_pb2_grpc.HealthStub(channel)
-            answer = await health.Check(health_pb2.HealthCheckRequest(service=FULL_NAME), timeout=5)
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=FULL_NAME), timeout=60)
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
@@ -170,7 +170,7 @@ async def test_a_port_in_use_is_named() -> None:
 
 async def test_calls_beyond_the_limit_are_refused_with_a_hint() -> None:
     async with probe_server(max_concurrent_rpcs=1) as (app, probe), RewardClient.connect(app.address) as client:
-        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=10)
+        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=60)
         assert (await anext(waiting)).id == "started"
         with pytest.raises(ResourceExhaustedError) as refused:
             await client.list_verifiers(pb.ListVerifiersRequest())
@@ -194,10 +194,10 @@ async def test_a_compressed_request_is_bounded() -> None:
     ):
         stub = RewardServiceStub(channel)
         item = pb.ScoreItem(id="x" * 1000)
-        assert [each.id async for each in stub.Score(pb.ScoreRequest(items=[item]), timeout=10)] == ["done"]
+        assert [each.id async for each in stub.Score(pb.ScoreRequest(items=[item]), timeout=60)] == ["done"]
         bomb = pb.ScoreItem(id="x" * (5 << 20))
         with pytest.raises(grpc.aio.AioRpcError, match="a compressed message may hold 4194304 bytes"):
-            await stub.Score(pb.ScoreRequest(items=[bomb]), timeout=10).read()
+            await stub.Score(pb.ScoreRequest(items=[bomb]), timeout=60).read()
 
 
 async def test_a_request_that_is_compressed_otherwise_is_refused_by_name() -> None:
@@ -207,7 +207,7 @@ async def test_a_request_that_is_compressed_otherwise_is_refused_by_name() -> No
     ):
         item = pb.ScoreItem(id="x" * 1000)
         with pytest.raises(grpc.aio.AioRpcError, match="deflate") as refused:
-            await RewardServiceStub(channel).Score(pb.ScoreRequest(items=[item]), timeout=10).read()
+            await RewardServiceStub(channel).Score(pb.ScoreRequest(items=[item]), timeout=60).read()
         assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
@@ -217,10 +217,10 @@ async def test_the_bytes_of_requests_in_flight_are_bounded() -> None:
         RewardClient.connect(app.address) as client,
     ):
         items = [pb.ScoreItem(id="wait"), pb.ScoreItem(id="x" * 3000)]
-        waiting = client.score(pb.ScoreRequest(items=items), timeout_s=10)
+        waiting = client.score(pb.ScoreRequest(items=items), timeout_s=60)
         assert (await anext(waiting)).id == "started"
         with pytest.raises(ResourceExhaustedError, match="have 3014 bytes, and the server's limit is 5000") as refused:
-            await anext(client.score(pb.ScoreRequest(items=items), timeout_s=10))
+            await anext(client.score(pb.ScoreRequest(items=items), timeout_s=60))
         assert refused.value.retry_after_s == 1.0
         probe.release.set()
         assert [response.id async for response in waiting] == ["done"]
@@ -228,8 +228,8 @@ async def test_the_bytes_of_requests_in_flight_are_bounded() -> None:
 
 
 async def test_calls_in_flight_finish_while_the_server_drains() -> None:
-    async with probe_server(drain_seconds=10) as (app, probe), RewardClient.connect(app.address) as client:
-        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=10)
+    async with probe_server(drain_seconds=60) as (app, probe), RewardClient.connect(app.address) as client:
+        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=60)
         assert (await anext(waiting)).id == "started"
         draining = asyncio.create_task(app.drain())
         await asyncio.sleep(0)
@@ -240,7 +240,7 @@ async def test_calls_in_flight_finish_while_the_server_drains() -> None:
 
 async def test_a_call_that_outlasts_the_drain_finds_the_service_unavailable() -> None:
     async with probe_server(drain_seconds=0) as (app, _), RewardClient.connect(app.address) as client:
-        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=10)
+        waiting = client.score(pb.ScoreRequest(items=[pb.ScoreItem(id="wait")]), timeout_s=60)
         assert (await anext(waiting)).id == "started"
         await app.drain()
         with pytest.raises(UnavailableError):

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import httpx
 import pytest
+import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from opentelemetry import trace
 
@@ -56,6 +57,20 @@ async def probe_client() -> AsyncIterator[BufferClient]:
         yield app.connect(BufferClient, app.address)
 
 
+@pytest.fixture
+def _loggers_for_now(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Loggers of other tests in this process stay as they were, though the test starts logging."""
+    configure, before = structlog.configure, structlog.get_config()
+
+    def configure_for_now(**options: Any) -> None:
+        configure(**options | {"cache_logger_on_first_use": False})
+
+    monkeypatch.setattr(structlog, "configure", configure_for_now)
+    yield
+    configure(**before)
+
+
+@pytest.mark.usefixtures("_loggers_for_now")
 async def test_a_detached_span_begins_a_trace_that_carries_its_run(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -140,6 +155,7 @@ def test_the_variables_of_opentelemetry_are_honoured(
             assert [each.service for each in collector.spans] == ["named"] * spans
 
 
+@pytest.mark.usefixtures("_loggers_for_now")
 def test_people_may_have_lines_that_are_not_json(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", log := io.StringIO())
     start_logging("probe", TelemetryConfig(log_format="console"))

@@ -103,8 +103,8 @@ async def test_a_spawned_worker_connects_for_itself(reward: RewardClient) -> Non
 async def test_a_deadline_ends_the_call() -> None:
     scripted = FakeReward(failing={"a": 10_000})
     async with fake_server(add_RewardServiceServicer_to_server, scripted) as address:
-        scorer = quick(address, deadline_s=0.3, options={"attempts": 10_000, "last_pause_s": 0.02})
-        with pytest.raises(DeadlineExceededError, match=r"not scored within 0\.3 s"):
+        scorer = quick(address, deadline_s=2.0, options={"attempts": 10_000, "last_pause_s": 0.05})
+        with pytest.raises(DeadlineExceededError, match="not scored within 2 s"):
             await asyncio.to_thread(scorer.score, [math_item("a", "4", "#4")])
         await asyncio.to_thread(scorer.close)
         asked = len(scripted.calls)
@@ -160,6 +160,7 @@ def write_model(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.timeout(300)  # imports TRL in a process of its own
 async def test_trl_trains_on_rewards_of_the_service(lame_reward: RewardClient, tmp_path: Path) -> None:
     policy, rng = make_policy(0), random.Random(2)
     rows = []

@@ -47,7 +47,7 @@ class Ledger(CoordinatorServiceServicer):
 
     async def next(self, kind: type[Any]) -> Any:
         """The next call of this kind; others before it are passed over."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while not isinstance(call := await self.calls.get(), kind):
                 pass
         return call
@@ -77,7 +77,7 @@ async def registered(worker: Worker, port: int) -> AsyncIterator[None]:
 
 
 def make_worker(folder: Path) -> Worker:
-    config = rollout_config(folder, "127.0.0.1:1", registration={"retry_seconds": 0.05, "timeout_seconds": 0.5})
+    config = rollout_config(folder, "127.0.0.1:1", registration={"retry_seconds": 0.05, "timeout_seconds": 60.0})
     return Worker(config, open_policy(str(folder), None), FragileEngine(), "w")
 
 

@@ -68,7 +68,8 @@ async def test_cached_files_give_no_room_and_take_none(isolation: str, tmp_path:
         assert read.status == pb.STATUS_OK, read.stderr
         making_room = await touch(200, 256)  # while it runs
         assert making_room.status == pb.STATUS_OK
-        assert 190 << 20 <= making_room.peak_memory_bytes <= 225 << 20
+        # At least half of its limit was full of files, so without what made room for it this would be 128 MiB at most.
+        assert 160 << 20 <= making_room.peak_memory_bytes <= 225 << 20
         assert (await touch(128, 64)).status == pb.STATUS_MEMORY_LIMIT
         fitting = await touch(40, 64)
         assert fitting.status == pb.STATUS_OK

@@ -260,7 +260,7 @@ async def test_a_second_job_is_refused_and_a_left_one_stops(trainer: TrainerAt, 
     with pytest.raises(FailedPreconditionError, match="runs another job"):
         await reload_base(trainer)
     await job.aclose()  # type: ignore[attr-defined]
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while (await trainer.client.get_state(pb.GetStateRequest())).busy:  # noqa: ASYNC110 # only polling tells
             await asyncio.sleep(0.05)
     assert (await trainer.client.get_state(pb.GetStateRequest())).policy_version == 0

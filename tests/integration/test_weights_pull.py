@@ -52,7 +52,7 @@ async def test_slices_of_several_ranks_arrive_bit_for_bit_and_versions_follow_on
             assert {piece.owner for piece in manifest.pieces} == {0, 1}
             assert equal(receiver.loaded, tensors)
             # The pull is over, so nothing keeps the source from filling its memory again.
-            await asyncio.wait_for(source.source.withdraw(f"image-{version}"), 10)
+            await asyncio.wait_for(source.source.withdraw(f"image-{version}"), 60)
         assert receiver.versions == [1, 2, 3]
         # What lies in the memory of this machine is not sent.
         assert bool(transfers) == is_afar
@@ -176,7 +176,7 @@ async def test_a_source_keeps_an_image_until_every_reader_has_left(monkeypatch: 
                 pass
         assert not withdrawing.done()
         await reading.aclose()  # type: ignore[attr-defined]
-        await asyncio.wait_for(withdrawing, 10)
+        await asyncio.wait_for(withdrawing, 60)
 
 
 async def test_the_next_host_learns_of_an_image_before_there_is_room_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,8 @@ class HangingTracker(Tracker):
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    # Its own process starts in seconds; on a machine under load in many.
+    monkeypatch.setattr(trackers, "CLOSE_S", 600.0)
     path = tmp_path / "run-1"
     path.mkdir()
     return path

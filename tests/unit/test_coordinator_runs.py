@@ -37,7 +37,7 @@ class SlowRuns(Runs):
         def read(run_id: str, config: RunConfig, run_path: Path, *_: object) -> Any:
             self.reads += 1
             loop.call_soon_threadsafe(self.reading.set)
-            assert self.may_end.wait(10)
+            assert self.may_end.wait(60)
             if self.error:
                 raise InvalidArgumentError.for_field("run.prompts", "is wrong")
             return SimpleNamespace(run_id=run_id, run_path=run_path, config=config)
@@ -115,7 +115,7 @@ async def test_a_run_that_is_stopped_while_run_json_is_written_is_stopped_there(
     def save_late(self: Runs, file: RunFile) -> None:
         if file.status == "running":
             loop.call_soon_threadsafe(writing.set)
-            assert may_write.wait(10)
+            assert may_write.wait(60)
         save(self, file)
 
     monkeypatch.setattr(Runs, "_save", save_late)

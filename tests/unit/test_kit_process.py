@@ -62,7 +62,7 @@ def python(code: str) -> list[str]:
 async def test_a_child_says_that_it_is_ready_and_answers() -> None:
     echo = python("print('ready', flush=True); print(input()[::-1], flush=True)")
     child = await ChildProcess.start("echo", echo, with_pipes=True)
-    assert await child.read_ready_line(20) == b"ready\n"
+    assert await child.read_ready_line(60) == b"ready\n"
     child.stdin.write(b"abc\n")
     assert await child.stdout.readline() == b"cba\n"
     assert await child.wait() == 0
@@ -73,7 +73,7 @@ async def test_a_child_that_ends_before_it_is_ready_is_an_error(tmp_path: Path) 
         "x", python("raise SystemExit('no model')"), with_pipes=True, log_path=tmp_path / "x"
     )
     with pytest.raises(UnavailableError, match="x ended with exit code 1: no model"):
-        await child.read_ready_line(20)
+        await child.read_ready_line(60)
 
 
 async def test_a_child_that_is_not_ready_in_time_is_ended() -> None:
@@ -90,9 +90,9 @@ async def test_a_child_that_ignores_sigterm_is_killed_with_its_group(tmp_path: P
         "time.sleep(600)"
     )
     child = await ChildProcess.start("x", python(code), with_pipes=True, grace_s=0.1)
-    grandchild = psutil.Process(int(await child.read_ready_line(20)))
+    grandchild = psutil.Process(int(await child.read_ready_line(60)))
     assert await child.stop() == 128 + signal.SIGKILL
-    assert psutil.wait_procs([grandchild], timeout=20)[1] == []
+    assert psutil.wait_procs([grandchild], timeout=60)[1] == []
 
 
 async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -116,4 +116,4 @@ asyncio.run(main())
         assert owner.stdout is not None
         child = psutil.Process(int(owner.stdout.readline()))
         os.kill(owner.pid, signal.SIGKILL)
-    assert psutil.wait_procs([child], timeout=20)[1] == []
+    assert psutil.wait_procs([child], timeout=60)[1] == []

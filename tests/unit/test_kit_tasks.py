@@ -65,7 +65,7 @@ async def test_the_service_ends_with_the_error_of_work_that_fails_beside_it() ->
     loop.add_signal_handler(signal.SIGTERM, ended.set)
     try:
         tasks = start_tasks(fail(), asyncio.Event().wait())
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await ended.wait()
     finally:
         loop.remove_signal_handler(signal.SIGTERM)

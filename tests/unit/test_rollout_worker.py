@@ -46,7 +46,7 @@ class Bench:
             folder,
             "127.0.0.1:1",
             max_queued_sequences=10,
-            commit_wait_seconds=5,
+            commit_wait_seconds=60,
             supervision={"start_attempts": 3, "retry_seconds": 0.01},
         )
         self.engine = FragileEngine()
@@ -65,7 +65,7 @@ class Bench:
         return report
 
     async def wait(self, status: WorkerStatus, restarts: int = 0) -> None:
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             while self.worker.status != status or self.worker.engine_restarts < restarts:
                 await self.worker.wait_change()
 
@@ -417,14 +417,14 @@ async def test_a_start_that_hangs_is_given_up(bench: Bench) -> None:
     supervision = bench.worker.config.supervision.model_copy(update={"start_seconds": 0.01})
     bench.worker.config = bench.worker.config.model_copy(update={"supervision": supervision})
     bench.engine.may_start.clear()
-    async with bench.supervised(), asyncio.timeout(5):
+    async with bench.supervised(), asyncio.timeout(60):
         error = await bench.fatal.get()
     assert "did not start in 3 attempts: not within 0.01 s" in error.message
 
 
 async def test_an_engine_that_never_starts_ends_the_service(bench: Bench) -> None:
     bench.engine.failing_starts = 9
-    async with bench.supervised(), asyncio.timeout(5):
+    async with bench.supervised(), asyncio.timeout(60):
         error = await bench.fatal.get()
     assert bench.engine.starts == 3
     assert "did not start in 3 attempts: no memory" in error.message
@@ -486,7 +486,7 @@ async def test_an_answer_that_lacks_outcomes_fails_the_writers() -> None:
     buffer: Any = SimpleNamespace(append_chunks=append)
     writer = ChunkWriter(buffer, "run", flush_seconds=0.01, timeout_seconds=0.5)
     writing = asyncio.create_task(writer.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         with pytest.raises(ValueError, match="shorter"):
             await writer.append(Chunk(trajectory_id="t"))
     writing.cancel()
