@@ -3,7 +3,7 @@
     python bench/reproduce/prepare_judges.py --out DIR --seed N
 
 The same examples for both judges: `labelled.jsonl` for a value head, and `sft.jsonl` for a model that works out the
-expression and its difference before its verdict, `18:((4+5)*3)-6=` -> `4+5=9;9*3=27;27-6=21;21-18=3#no`; held-out ones alike.
+expression and its difference before its verdict, `18:(9*3)-6=` -> `9*3=27;27-6=21;21-18=3#no`; held-out ones alike.
 """
 
 from __future__ import annotations
