@@ -12,14 +12,19 @@ import subprocess
 from collections.abc import Sequence
 
 from bench.reproduce.arms import ARMS, SEEDS
-from bench.reproduce.figures import FIGURES
+from bench.reproduce.figures import FIGURES, Plot
+from bench.reproduce.measured import SandboxStarts
 from bench.reproduce.page import write_page
 from bench.reproduce.runs import record, run_arms
 
 
 def train(names: Sequence[str], seeds: Sequence[int]) -> None:
-    """Trains the arms of figures, seed by seed, and writes the page after each seed."""
-    arms = dict.fromkeys(line.arm for name in names for line in FIGURES[name].lines)
+    """Measures and trains what figures need, seed by seed, and writes the page after each seed."""
+    plots = [FIGURES[name] for name in names]
+    arms = dict.fromkeys(line.arm for plot in plots if isinstance(plot, Plot) for line in plot.lines)
+    for plot in plots:
+        if isinstance(plot, SandboxStarts) and seeds:
+            plot.measure()
     for seed in seeds:
         for arm, curve in run_arms([ARMS[name] for name in arms], seed):
             record(arm, seed, curve)

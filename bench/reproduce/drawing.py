@@ -34,6 +34,14 @@ class Line:
     color: str
 
 
+@dataclass(frozen=True)
+class Finding:
+    """What the runs say about the claim, in a sentence, and a table whose first row is its heading."""
+
+    sentence: str
+    rows: Sequence[Sequence[str]]
+
+
 def draw_curves(axes: Axes, curves: Curves, line: Line, measure: Measure, by_samples: bool = False) -> None:
     """Draws the mean over seeds, and each seed thinly; over iterations, or over the responses sampled."""
     by_seed = [measure(curve) for curve in curves.values()]

@@ -16,9 +16,11 @@ from bench.reproduce.curves import (
     differences,
     geometric_interval,
     interval_over,
+    read_results,
     sample_ratios,
 )
-from bench.reproduce.drawing import Line, Measure, draw_curves, draw_differences
+from bench.reproduce.drawing import Finding, Line, Measure, draw_curves, draw_differences
+from bench.reproduce.measured import SandboxStarts
 from perigee.report.plots import BLUE, GREEN, GREY, ORANGE
 from perigee.statistics import Interval
 
@@ -29,21 +31,28 @@ Results = Mapping[str, Curves]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What the runs say about the claim, in a sentence, and a table whose first row is its heading."""
-
-    sentence: str
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
 class Plot:
     """A figure of the page: its arms, the first of which is the one compared against, and what is made of them."""
 
     name: str
     lines: Sequence[Line]
-    draw: Callable[[Results, Sequence[Line]], Figure]
-    find: Callable[[Results, Sequence[Line]], Finding]
+    draw_lines: Callable[[Results, Sequence[Line]], Figure]
+    find_lines: Callable[[Results, Sequence[Line]], Finding]
+
+    def read(self) -> Results | None:
+        """Returns the curves of the arms on the seeds that all of them have; None where there is no such seed."""
+        results = {line.arm: read_results(line.arm) for line in self.lines}
+        seeds = sorted(set.intersection(*(set(curves) for curves in results.values())))
+        return {arm: {seed: curves[seed] for seed in seeds} for arm, curves in results.items()} if seeds else None
+
+    def draw(self, results: Results) -> Figure:
+        """Draws the figure."""
+        return self.draw_lines(results, self.lines)
+
+    def find(self, results: Results) -> Finding:
+        """Returns what the runs say, and on how many seeds."""
+        found = self.find_lines(results, self.lines)
+        return Finding(f"{found.sentence} Seeds: {len(results[self.lines[0].arm])}.", found.rows)
 
 
 def accuracy(curve: Curve) -> list[float]:
@@ -267,7 +276,7 @@ def show(interval: Interval, digits: int = 3) -> str:
     return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
-FIGURES = {
+FIGURES: dict[str, Plot | SandboxStarts] = {
     plot.name: plot
     for plot in (
         Plot("growth", (Line("base", "base", BLUE),), draw_growth, find_growth),
@@ -312,5 +321,6 @@ FIGURES = {
             draw_bars,
             find_better_judge,
         ),
+        SandboxStarts(),
     )
 }

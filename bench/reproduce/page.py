@@ -8,8 +8,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from bench.reproduce.curves import RESULTS, read_results
-from bench.reproduce.figures import FIGURES, Plot, Results
+from bench.reproduce.curves import RESULTS
+from bench.reproduce.figures import FIGURES
 from perigee.files import write_atomically
 
 PAGE = Path("docs/reproduction.md")
@@ -17,11 +17,10 @@ PART = re.compile(r"(?<=<!-- )(?!end )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.D
 
 
 def write_page() -> None:
-    """Draws the figures whose arms were run, and writes each part of the page anew."""
+    """Draws the figures that were measured, and writes each part of the page anew."""
     for plot in FIGURES.values():
-        results = read_plot(plot)
-        if results is not None:
-            figure = plot.draw(results, plot.lines)
+        if (measured := plot.read()) is not None:
+            figure = plot.draw(measured)
             figure.savefig(RESULTS / f"{plot.name}.svg", metadata={"Date": None})
             plt.close(figure)
     write_atomically(PAGE, render_page(PAGE.read_text(encoding="utf-8")).encode())
@@ -29,25 +28,15 @@ def write_page() -> None:
 
 def render_page(page: str) -> str:
     """Returns the page with each part written anew from the results."""
-    return PART.sub(lambda match: match[1] + match[2] + render_part(FIGURES[match[1]]), page)
+    return PART.sub(lambda match: match[1] + match[2] + render_part(match[1]), page)
 
 
-def render_part(plot: Plot) -> str:
+def render_part(name: str) -> str:
     """Returns what the page says of a figure."""
-    results = read_plot(plot)
-    if results is None:
-        return f"Not run yet: `make reproduce FIGURE={plot.name}`.\n"
-    found = plot.find(results, plot.lines)
-    seeds = len(results[plot.lines[0].arm])
-    image = f"![{plot.name}]({RESULTS.name}/{plot.name}.svg)"
-    return f"{image}\n\n{found.sentence} Seeds: {seeds}.\n\n{render_table(found.rows)}"
-
-
-def read_plot(plot: Plot) -> Results | None:
-    """Returns the curves of a figure's arms on the seeds that all of them have; None where there is no such seed."""
-    results = {line.arm: read_results(line.arm) for line in plot.lines}
-    seeds = sorted(set.intersection(*(set(curves) for curves in results.values())))
-    return {arm: {seed: curves[seed] for seed in seeds} for arm, curves in results.items()} if seeds else None
+    if (measured := FIGURES[name].read()) is None:
+        return f"Not run yet: `make reproduce FIGURE={name}`.\n"
+    found = FIGURES[name].find(measured)
+    return f"![{name}]({RESULTS.name}/{name}.svg)\n\n{found.sentence}\n\n{render_table(found.rows)}"
 
 
 def render_table(rows: Sequence[Sequence[str]]) -> str:
