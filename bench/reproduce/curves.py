@@ -110,6 +110,15 @@ def geometric_interval(ratios: Sequence[float]) -> Interval:
     return Interval(math.exp(logs.mean), math.exp(logs.low), high)
 
 
+def correlation_interval(correlations: Sequence[float]) -> Interval:
+    """Returns the mean of correlations with Student's 95% interval, both of Fisher's transform; bounds in -1..1."""
+    # Of a correlation of one the transform is infinite.
+    interval = interval_over([math.atanh(0.999999 * value) for value in correlations])
+    if len(correlations) < 2:
+        return Interval(math.tanh(interval.mean), -math.inf, math.inf)
+    return Interval(*(math.tanh(value) for value in (interval.mean, interval.low, interval.high)))
+
+
 def rising_fit(values: Sequence[float]) -> list[float]:
     """Returns the nearest values, in squares, that never fall (pool adjacent violators)."""
     blocks: list[list[float]] = []

@@ -52,6 +52,8 @@ def draw_curves(axes: Axes, curves: Curves, line: Line, measure: Measure, by_sam
         axes.plot(x, y, color=line.color, linewidth=0.7, alpha=0.5)
     x_mean, y_mean = ([fmean(column) for column in zip(*rows, strict=True)] for rows in (x_by_seed, by_seed))
     axes.plot(x_mean, y_mean, "o-", color=line.color, markersize=3.5, label=line.label)
+    if not by_samples:
+        axes.set_xticks(x_mean)
 
 
 def draw_differences(axes: Axes, base: Curves, other: Curves, line: Line, measure: Measure) -> None:
@@ -68,6 +70,7 @@ def draw_differences(axes: Axes, base: Curves, other: Curves, line: Line, measur
     x = [point.iteration for point in base[seeds[0]].points]
     axes.plot(x, [gap.mean for gap in gaps], "o-", color=line.color, markersize=3.5, label=line.label)
     draw_band(axes, x, gaps, line.color)
+    axes.set_xticks(x)
 
 
 def draw_band(axes: Axes, x: Sequence[float], intervals: Sequence[Interval], color: str) -> None:

@@ -13,6 +13,7 @@ from bench.reproduce.curves import (
     Curve,
     Curves,
     correlation,
+    correlation_interval,
     differences,
     geometric_interval,
     interval_over,
@@ -85,7 +86,7 @@ def find_growth(results: Results, lines: Sequence[Line]) -> Finding:
     curves = results[lines[0].arm].values()
     gain = interval_over([accuracy(curve)[-1] - accuracy(curve)[0] for curve in curves])
     growth = interval_over([length(curve)[-1] - length(curve)[0] for curve in curves])
-    together = interval_over([correlation(accuracy(curve), length(curve)) for curve in curves])
+    together = correlation_interval([correlation(accuracy(curve), length(curve)) for curve in curves])
     found = judge(min(gain, growth, key=lambda interval: interval.low), "both grow")
     rows = [
         ("", "first", "last", "change, 95%"),
@@ -93,7 +94,7 @@ def find_growth(results: Results, lines: Sequence[Line]) -> Finding:
         ("response tokens", *ends(curves, length, 1), show(growth, 1)),
         ("correlation of the two over a run's evaluations", "", "", show(together)),
     ]
-    return Finding(f"{found} The correlation is {show(together)}.", rows)
+    return Finding(f"{found} Their correlation over a run's evaluations is {show(together)}.", rows)
 
 
 def draw_sizes(results: Results, lines: Sequence[Line]) -> Figure:
@@ -271,7 +272,7 @@ def ends(curves: Collection[Curve], measure: Measure, digits: int) -> tuple[str,
 
 def show(interval: Interval, digits: int = 3) -> str:
     """Returns a mean with its bounds; of one seed the figure alone."""
-    if math.isinf(interval.low):
+    if math.isinf(interval.high):
         return f"{interval.mean:.{digits}f} (one seed)"
     return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 

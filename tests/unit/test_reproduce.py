@@ -10,7 +10,15 @@ import pytest
 
 from bench.reproduce import curves, measured, page, runs
 from bench.reproduce.arms import ARMS
-from bench.reproduce.curves import Curve, Point, geometric_interval, interval_over, rising_fit, sample_ratios
+from bench.reproduce.curves import (
+    Curve,
+    Point,
+    correlation_interval,
+    geometric_interval,
+    interval_over,
+    rising_fit,
+    sample_ratios,
+)
 from bench.reproduce.figures import FIGURES, judge
 from perigee.statistics import Interval
 
@@ -32,6 +40,12 @@ def test_intervals_are_students() -> None:
     assert (interval.mean, interval.low, interval.high) == pytest.approx((2.0, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
     assert math.isinf(interval_over([1.0]).high)
     assert geometric_interval([0.5, 2.0, 1.0]).mean == pytest.approx(1.0)
+    assert geometric_interval([2.0]) == Interval(pytest.approx(2.0), 0.0, math.inf)
+
+
+def test_intervals_of_correlations_stay_within_one() -> None:
+    interval = correlation_interval([0.99, 0.95, 0.999])
+    assert 0 < interval.low < interval.mean < interval.high < 1
 
 
 def test_a_rising_fit_pools_what_falls() -> None:
