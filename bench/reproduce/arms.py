@@ -52,6 +52,13 @@ VALUE_HEAD = Arm(
     "value_head", ("batch_size=32", "max_tokens=128", "learning_rate=0.001", "loss=pointwise"), "judges.yaml", "judge"
 )
 
+# Figure 7: what `perigee long2short` compares, from the models of the recipes long and short.
+EXAMPLE = "../../examples/arithmetic"
+LONG_TO_SHORT = tuple(
+    Arm(f"long2short_{model}", recipe=f"{EXAMPLE}/long2short.yaml", warmup="long")
+    for model in ("long", "short", "merge", "rejection", "dpo", "rl")
+)
+
 ARMS = {
     arm.name: arm
     for arm in (
@@ -59,6 +66,9 @@ ARMS = {
         Arm("warmup_large", ('model="{data}/model-large"',), "warmup.yaml", ""),
         Arm("judge", recipe="judges.yaml", warmup=""),
         VALUE_HEAD,
+        Arm("long", recipe=f"{EXAMPLE}/long.yaml", warmup=""),
+        Arm("short", recipe=f"{EXAMPLE}/short.yaml", warmup=""),
+        *LONG_TO_SHORT,
         BASE,
         CURRICULUM,
         REST,

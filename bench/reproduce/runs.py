@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from bench.reproduce.arms import ARMS, RECIPES, VALUE_HEAD, Arm, digest
+from bench.reproduce.arms import ARMS, LONG_TO_SHORT, RECIPES, VALUE_HEAD, Arm, digest
 from bench.reproduce.curves import RESULTS, Curve, Point
 from perigee.cli.run_folder import find_stack
 from perigee.config import read_yaml
@@ -23,7 +23,7 @@ RUNS = Path("runs/reproduce")
 PERIGEE = str(Path(sys.executable).with_name("perigee"))
 
 
-def run_arms(arms: Iterable[Arm], seed: int) -> Iterator[tuple[Arm, Curve]]:
+def run_arms(arms: Sequence[Arm], seed: int) -> Iterator[tuple[Arm, Curve]]:
     """Trains arms to their ends, one after another on one stack of services for each warm-up; yields their curves.
 
     What an earlier call finished is kept, and what it began goes on. Raises CalledProcessError when a run fails.
@@ -34,8 +34,11 @@ def run_arms(arms: Iterable[Arm], seed: int) -> Iterator[tuple[Arm, Curve]]:
             yield arm, read_curve(train(Run(arm, seed)))
         elif arm is VALUE_HEAD:
             yield arm, train_value_head(arm, seed)
-        else:
+        elif arm not in LONG_TO_SHORT:
             by_warmup.setdefault(arm.warmup, []).append(arm)
+    if shortened := [arm for arm in arms if arm in LONG_TO_SHORT]:
+        curves = shorten(seed)
+        yield from ((arm, curves[arm.name]) for arm in shortened)
     for name, group in by_warmup.items():
         warmup = train(Run(ARMS[name], seed))
         runs = [Run(arm, seed, warmup) for arm in group]
@@ -109,6 +112,28 @@ def train_value_head(arm: Arm, seed: int) -> Curve:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
     last = json.loads((out / "evaluations.json").read_text(encoding="utf-8"))[-1]
     return Curve([Point(0, 0, 0, {"overall": round(last["accuracy_at_half"], 4)}, 0.0)], [], [])
+
+
+def shorten(seed: int) -> dict[str, Curve]:
+    """Trains a long and a short model and shortens the long one in four ways; returns each model's point by arm."""
+    long, short = (train(Run(ARMS[name], seed)) for name in ("long", "short"))
+    place = RUNS / f"seed-{seed}" / "long2short"
+    place.mkdir(parents=True, exist_ok=True)
+    models = sets([f"run.seed={seed}", f"long2short.long={long}", f"long2short.short={short}"])
+    command = [PERIGEE, "long2short", str(RECIPES / LONG_TO_SHORT[0].recipe), *models, "--out", str(place), "--plain"]
+    with open(place / "long2short.log", "ab") as log:
+        subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    return read_comparison(place / "comparison.json")
+
+
+def read_comparison(path: Path) -> dict[str, Curve]:
+    """Reads the models that `perigee long2short` compared, each a curve of one point, by arm."""
+    return {
+        f"long2short_{row['name']}": Curve(
+            [Point(0, 0, 0, {"overall": round(row["accuracy"]["mean"], 4)}, round(row["tokens"]["mean"], 2))], [], []
+        )
+        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+    }
 
 
 @contextmanager
