@@ -36,7 +36,9 @@ BUSY_MS = 6000
 
 
 def probe(port: int) -> None:
-    """Asks for /healthz until standard input ends; prints the longest time that an answer took, in milliseconds."""
+    """Asks for /healthz until standard input ends; prints a line once it has begun, then the longest time that an
+    answer took, in milliseconds.
+    """
     os.set_blocking(0, False)
     connection = http.client.HTTPConnection(HOST, port, timeout=120)
     longest = 0.0
@@ -44,6 +46,8 @@ def probe(port: int) -> None:
         begin = time.perf_counter()
         connection.request("GET", "/healthz")
         connection.getresponse().read()
+        if not longest:
+            print("begun", flush=True)
         longest = max(longest, time.perf_counter() - begin)
         time.sleep(0.002)
     print(round(1000 * longest, 1))
@@ -54,7 +58,8 @@ async def probed(service: Service, what: str) -> AsyncIterator[None]:
     """Prints how long the service was held at most, and its memory, during the block."""
     command = [sys.executable, __file__, "--probe", str(service.http_port)]
     prober = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: ASYNC220
-    await asyncio.sleep(1.0)
+    assert prober.stdout is not None
+    await asyncio.to_thread(prober.stdout.readline)
     process, peak = psutil.Process(service.pid), 0
 
     async def watch() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
 import signal
@@ -189,11 +190,20 @@ def weigh_jobs(host: CgroupHost, instance: str, slots: int) -> None:
 
 
 def weigh_instances(host: CgroupHost) -> None:
-    """Has the group of all instances weigh as much as they do; raises OSError when this process may not."""
+    """Has the group of all instances weigh as much as they do; raises OSError when this process may not.
+
+    Instances do so one after another: one that has read the weights before another came would write too little.
+    """
     name, one, most = _WEIGHTS[host.version]
-    if (folder := _cpu_folder(host)) is not None:
+    if (folder := _cpu_folder(host)) is None:
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         weights = [_read_number(path) for path in folder.glob(f"*-*/{name}")]
         _write_if_there(folder / name, str(min(max(one, sum(weights)), most)))
+    finally:
+        os.close(descriptor)
 
 
 def _read_number(path: Path) -> int:
