@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from perigee.cli.long2short.pipeline import Pipeline, PipelineOptions, find_mode
 from perigee.cli.long2short.steps import Step
 from perigee.cli.recipe import find_recipe, load_recipe
 from perigee.errors import InvalidArgumentError
+from perigee.files import append_lines
 from tests.fixtures.cli import Ended, run_perigee
 
 RECIPE = Path(__file__).parents[2] / "examples/arithmetic/long2short.yaml"
@@ -38,7 +41,7 @@ async def plan(models: Path, *changes: str) -> dict[str, Step]:
     options = PipelineOptions(recipe, models / "out", [], models, plain=True)
     task = asyncio.current_task()
     assert task is not None
-    pipeline = Pipeline(options, Console(), Interrupt(task), find_models(options))
+    pipeline = Pipeline(options, Console(), Interrupt(task), *find_models(options))
     return {step.name: step for step in pipeline.steps()}
 
 
@@ -53,7 +56,7 @@ async def test_methods_train_on_what_was_made_of_the_samples(models: Path) -> No
     assert list(steps)[:5] == ["samples", "pairs", "merge", "rejection", "dpo"]
     for name, source, file in (("rejection", "samples", "sft.jsonl"), ("dpo", "pairs", "pairs.jsonl")):
         [stage] = run_of(steps[name])["sft"]
-        assert (stage["dataset"], stage["steps"], run_of(steps[name])["iterations"]) == (f"{{{source}}}/{file}", 100, 0)
+        assert (stage["dataset"], stage["steps"], run_of(steps[name])["iterations"]) == (f"{{{source}}}/{file}", 40, 0)
         assert steps[name].needs == [source]
     assert steps["pairs"].needs == ["samples"]
 
@@ -64,6 +67,23 @@ async def test_the_second_phase_is_the_recipe_with_its_changes(models: Path) -> 
     assert phase["length_reward"] == {"weight": 0.5}
     assert phase["rollout"]["max_response_tokens"] == 72
     assert phase["rollout"]["token_budget"] == 24
+
+
+async def test_the_second_phase_starts_from_the_best_balanced_checkpoint_of_a_run(models: Path, tmp_path: Path) -> None:
+    run = tmp_path / "sums-1"
+    shutil.copytree(models / "long", run / "model")
+    section = {"prompts": "prompts.jsonl", "heldout": "heldout.jsonl", "iterations": 3}
+    trainer = {"model": str(models / "short"), "run_path": str(run)}
+    (run / "recipe.yaml").write_text(json.dumps({"run": section, "trainer": trainer}))
+    for version, accuracy, tokens in ((1, 0.5, 10.0), (2, 0.79, 20.0), (3, 0.8, 30.0)):
+        sampled = {"mean": accuracy, "low": accuracy, "high": accuracy}
+        line = {"iteration": version, "policy_version": version, "problems": 9, "response_tokens": {"sampled": tokens}}
+        append_lines(run / "evaluations.jsonl", [line | {"accuracy": {"overall": {"sampled": sampled}}}])
+        checkpoint = shutil.copytree(models / "short", run / f"checkpoints/sums-1/v{version:06d}")
+        (checkpoint / "perigee.json").write_text(json.dumps({"run_id": "sums-1", "policy_version": version}))
+    steps = await plan(models, f"long2short.long={run}")
+    assert steps["rl"].files[0] == run / "checkpoints/sums-1/v000002"
+    assert steps["rejection"].files == [run / "model"]
 
 
 async def test_every_model_is_asked_alike(models: Path) -> None:

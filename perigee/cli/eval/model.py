@@ -222,8 +222,10 @@ async def serving_model(
     command += [word for name, value in arguments.items() for word in (f"--{name}", value)]
     environment = ENVIRONMENT
     if not _has_gpu():
-        # vLLM's own default takes nine tenths of the memory, and compiling costs more than it gains here.
+        # vLLM's own default takes nine tenths of the memory, and compiling costs more than it gains here. A prompt that
+        # is read in parts has vLLM rewind the generator of its seed, which one on a CPU does not do: the engine ends.
         command += ["--kv-cache-memory-bytes", str(1 << 30), "--block-size", "32", "--enforce-eager"]
+        command += ["--no-enable-chunked-prefill"]
         environment = {**environment, "TORCHDYNAMO_DISABLE": "1"}
     note(f"starting vLLM with {folder} (log: {log_path})")
     server = await start_guarded("vllm", command, log_path, environment)

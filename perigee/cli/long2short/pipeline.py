@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from perigee.cli import train
+from perigee.cli.choose import choose_checkpoint
 from perigee.cli.ending import Interrupt
 from perigee.cli.eval.model import find_model
 from perigee.cli.eval.responses import ModelOptions, note
@@ -34,14 +35,24 @@ from perigee.cli.long2short.config import Long2ShortConfig
 from perigee.cli.long2short.steps import Step, StepLog, choose_steps
 from perigee.cli.merge.folders import plan_merge, write_merged
 from perigee.cli.merge.methods import MergeSettings
-from perigee.cli.recipe import MODEL_SECTIONS, SUITE_PREFIX, Recipe, build_recipe, check_script, dump_yaml, replace_all
-from perigee.cli.run_folder import RunFolder
+from perigee.cli.recipe import (
+    MODEL_SECTIONS,
+    RECIPE_FILE,
+    SUITE_PREFIX,
+    Recipe,
+    build_recipe,
+    check_script,
+    dump_yaml,
+    replace_all,
+)
+from perigee.cli.run_folder import RunFolder, find_run
 from perigee.cli.sample.run import FILES, REPORT_FILE, SAMPLES_FILE, SampleOptions, sample
 from perigee.cli.sample.selection import PAIRS, SHORTEST, PairRules
 from perigee.cli.view import open_view
 from perigee.config import merge, validate
 from perigee.errors import InvalidArgumentError
 from perigee.files import write_atomically
+from perigee.report.choice import Choice
 from perigee.report.page import write_report
 from perigee.reward.sources import Columns
 from services.coordinator.run_config import RunConfig, SftStage
@@ -51,7 +62,8 @@ DATA, SAMPLES = "data", "samples"
 LEAST_EVALUATION = {"every": 0, "samples": 1, "end_problems": 1, "greedy": False}
 # Keys of a recipe that change nothing of what a step makes.
 WITHOUT_EFFECT = ("name", "description", "local", "trackers")
-CONCURRENCY = 64
+# Responses at once where `rollout.max_num_seqs` does not say how many.
+CONCURRENCY = 256
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,8 @@ class Pipeline:
     interrupt: Interrupt
     folders: Mapping[str, Path]
     """Folders by the words that stand for them."""
+    choice: Choice | None = None
+    """How the start of the second phase was chosen among the checkpoints of the long model's run."""
 
     @property
     def config(self) -> Long2ShortConfig:
@@ -268,13 +282,14 @@ class Pipeline:
 
     def asked(self, folder: Path) -> ModelOptions:
         """Returns how a model is asked."""
+        rollout = self.options.recipe.values["rollout"]
         return ModelOptions(
             target=str(folder),
             endpoint=None,
             chat=True,
             runs_path=self.options.runs_path,
-            concurrency=CONCURRENCY,
-            dtype=self.options.recipe.values["rollout"].get("dtype") or "auto",
+            concurrency=rollout.get("max_num_seqs") or CONCURRENCY,
+            dtype=rollout.get("dtype") or "auto",
             reward=None,
             plain=self.options.plain,
             run=self.asking,
@@ -316,19 +331,29 @@ def data_step(options: PipelineOptions) -> Step:
     return Step(DATA, work, [run.data_path], {"seed": recipe.seed}, files=files)
 
 
-def find_models(options: PipelineOptions) -> dict[str, Path]:
-    """Returns the folders by the words that stand for them in the pipeline. Raises what `find_model` raises."""
+def find_models(options: PipelineOptions) -> tuple[dict[str, Path], Choice | None]:
+    """Returns the folders by the words that stand for them in the pipeline, and how `{start}` was chosen, if it was.
+
+    Raises what `find_model` and `choose_checkpoint` raise.
+    """
     config, out = options.config, options.out
     folders = {f"{{{name}}}": out / name for name in (DATA, SAMPLES, PAIRS)}
     folders["{recipe}"] = options.recipe.path.parent.absolute()
+    words = {word: str(folder) for word, folder in folders.items()}
+    for word, name in ((LONG, config.long), (SHORT, config.short), ("base", config.merge.base)):
+        if name is not None:
+            folders[f"{{{word}}}"] = find_model(replace_all(name, words), options.runs_path)[0]
+    choice, folders["{start}"] = choose_start(options, folders["{long}"])
+    return folders, choice
 
-    def find(name: str) -> Path:
-        words = {word: str(folder) for word, folder in folders.items()}
-        return find_model(replace_all(name, words), options.runs_path)[0]
 
-    models = {LONG: config.long, SHORT: config.short, "base": config.merge.base}
-    found = {f"{{{word}}}": find(name) for word, name in models.items() if name is not None}
-    return folders | found | {"{start}": found["{long}"]}
+def choose_start(options: PipelineOptions, long: Path) -> tuple[Choice | None, Path]:
+    """Returns the model that the second phase starts from: of a long model that is a run, the chosen checkpoint."""
+    name = str(options.config.long)
+    is_run = any((path / name / RECIPE_FILE).is_file() for path in (options.runs_path, Path()))
+    if not is_run or "rl" not in options.config.methods:
+        return None, long
+    return choose_checkpoint(find_run(options.runs_path, name), options.config.rl.max_accuracy_loss)
 
 
 async def run_pipeline(options: PipelineOptions, console: Console, interrupt: Interrupt) -> None:
@@ -342,7 +367,9 @@ async def run_pipeline(options: PipelineOptions, console: Console, interrupt: In
     report = partial(note, console)
     with closing(StepLog(options.out)) as log:
         await log.run([data_step(options)], report)
-        pipeline = Pipeline(options, console, interrupt, find_models(options))
+        pipeline = Pipeline(options, console, interrupt, *find_models(options))
+        for line in pipeline.choice.lines() if pipeline.choice else ():
+            report(line)
         steps = pipeline.steps()
         await log.run(choose_steps(steps, options.only), report)
         done = {step.name for step in steps if log.is_done(step)}
@@ -372,6 +399,13 @@ def list_facts(pipeline: Pipeline) -> list[str]:
             facts += list_sample_facts(json.loads(path.read_text()))
     if "rl" in config.methods:
         facts.append(f"rl: from {folders['{start}']}, with {json.dumps(config.rl.run)}")
+    if pipeline.choice:
+        chosen = pipeline.choice.chosen
+        facts.append(
+            f"rl starts from version {chosen.policy_version} of the long model's run, which had the shortest responses "
+            f"({chosen.response_tokens:.1f} tokens, accuracy {chosen.accuracy}) of those evaluated as at least "
+            f"{pipeline.choice.least_accuracy:.3f} accurate"
+        )
     return facts
 
 
