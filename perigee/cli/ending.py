@@ -84,8 +84,10 @@ async def _run(work: Callable[[Interrupt], Coroutine[Any, Any, int]]) -> int:
     assert task is not None
     interrupt = Interrupt(task)
     loop = asyncio.get_running_loop()
-    # Only the main thread receives signals.
-    signals = SIGNALS if threading.current_thread() is threading.main_thread() else ()
+    # Only the main thread receives signals. A hangup that `nohup` has ignored stays so.
+    signals = list(SIGNALS) if threading.current_thread() is threading.main_thread() else []
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        signals = [number for number in signals if number != signal.SIGHUP]
     for number in signals:
         loop.add_signal_handler(number, interrupt.receive, number)
     try:
