@@ -212,7 +212,7 @@ def find_comparison(results: Results, lines: Sequence[Line]) -> Finding:
     ratio = show(geometric_interval(ratios), 2) if ratios else "not measurable"
     found = judge(gap, f"{lines[-1].label} ends above {lines[0].label}")
     rows = [
-        ("arm", "accuracy before", "at the end", f"difference from {lines[0].label}, 95%"),
+        ("arm", "accuracy before", "at the end", "of hard problems", f"difference from {lines[0].label}, 95%"),
         *(arm_row(results, lines[0], line) for line in lines),
     ]
     return Finding(
@@ -260,7 +260,7 @@ def find_no_loss(results: Results, lines: Sequence[Line]) -> Finding:
     least = min(gaps, key=lambda gap: gap.low)
     shifted = Interval(least.mean + MARGIN, least.low + MARGIN, least.high + MARGIN)
     rows = [
-        ("arm", "accuracy before", "at the end", f"difference from {lines[0].label}, 95%"),
+        ("arm", "accuracy before", "at the end", "of hard problems", f"difference from {lines[0].label}, 95%"),
         *(arm_row(results, lines[0], line) for line in lines),
     ]
     return Finding(judge(shifted, f"{lines[0].label} loses at most {MARGIN} against each of the others"), rows)
@@ -277,10 +277,11 @@ def judge(interval: Interval, claim: str) -> str:
 
 
 def arm_row(results: Results, base: Line, line: Line) -> Sequence[str]:
-    """Returns an arm's row: accuracy before and after, and the difference within seeds."""
+    """Returns an arm's row: accuracy before and after, that on hard problems, and the difference within seeds."""
     curves = results[line.arm]
+    hard = fmean(curve.accuracies("hard")[-1] for curve in curves.values())
     gap = differences(results[base.arm], curves, lambda curve: accuracy(curve)[-1])
-    return line.label, *ends(curves.values(), accuracy, 3), gap_text(line, base, gap)
+    return line.label, *ends(curves.values(), accuracy, 3), f"{hard:.3f}", gap_text(line, base, gap)
 
 
 def length_row(results: Results, base: Line, line: Line) -> Sequence[str]:
@@ -308,7 +309,7 @@ def ends(curves: Collection[Curve], measure: Measure, digits: int) -> tuple[str,
 
 def show(interval: Interval, digits: int = 3) -> str:
     """Returns a mean with its bounds; of one seed the figure alone."""
-    if math.isinf(interval.high):
+    if math.isinf(interval.low) or math.isinf(interval.high):
         return f"{interval.mean:.{digits}f} (one seed)"
     return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
