@@ -16,6 +16,9 @@ class ChatMessage(TypedDict):
     content: str
 
 
+# Responses that a line of a supervised set has beside what is asked, by the algorithm that learns from them.
+RESPONSE_KEYS = {"sft": ("response",), "dpo": ("chosen", "rejected")}
+
 # What a model is asked: text that it continues, or a chat that it answers.
 Asked = str | tuple[ChatMessage, ...]
 
@@ -46,27 +49,39 @@ def read_question(messages: tuple[ChatMessage, ...]) -> str:
     return asked[-1]
 
 
-def read_example(values: Mapping[str, Any]) -> tuple[Asked, str]:
-    """Returns what a model is asked in a line of a supervised set, and the response to learn.
+def read_example(values: Mapping[str, Any], algorithm: str = "sft") -> tuple[Asked, tuple[str, ...]]:
+    """Returns what a model is asked in a line of a supervised set, and the responses to learn from.
 
-    The line has a "response" beside "prompt" or "messages", or messages that end with the assistant's. Raises
-    InvalidArgumentError naming the field.
+    The line has those of RESPONSE_KEYS beside "prompt" or "messages"; one response may be the assistant's, at the end
+    of the messages. Raises InvalidArgumentError naming the field.
     """
-    asked, response = values.get("prompt"), values.get("response")
+    keys = RESPONSE_KEYS[algorithm]
+    asked, responses = values.get("prompt"), [values.get(key) for key in keys]
     if values.get("messages") is not None:
         if asked is not None:
             raise InvalidArgumentError.for_field("prompt", "stands beside messages: give one of them")
         asked = read_messages(values["messages"])
-        if response is None and asked[-1]["role"] == "assistant":
+        if responses == [None] and asked[-1]["role"] == "assistant":
             *rest, last = asked
-            asked, response = tuple(rest), last["content"]
+            asked, responses = tuple(rest), [last["content"]]
         if not asked or asked[-1]["role"] == "assistant":
             raise InvalidArgumentError.for_field("messages", "must hold what the response answers")
     elif not isinstance(asked, str) or not asked:
         raise InvalidArgumentError.for_field("prompt", f"must be a text, got {name_type(asked)}: the prompt is empty")
-    if not isinstance(response, str) or not response:
-        raise InvalidArgumentError.for_field("response", "is empty: a model cannot learn to say nothing")
-    return asked, response
+    found = tuple(response for response in responses if isinstance(response, str) and response)
+    if len(found) < len(keys):
+        wrong = next(key for key, response in zip(keys, responses, strict=True) if response not in found)
+        raise InvalidArgumentError.for_field(wrong, _why_empty(wrong, values))
+    return asked, found
+
+
+def _why_empty(key: str, values: Mapping[str, Any]) -> str:
+    """Returns what is wrong with a response that is not there, empty or no text."""
+    if values.get(key) not in (None, ""):
+        return f"must be a text, got {name_type(values[key])}"
+    if key == "response":
+        return "is empty: a model cannot learn to say nothing"
+    return "is empty: a line of a pair has prompt or messages, chosen and rejected"
 
 
 def _read_message(value: object, place: str, violations: list[FieldViolation]) -> ChatMessage:

@@ -149,11 +149,14 @@ def render() -> str:
     """The whole page."""
     from perigee.cli.recipe import RecipeHead
     from services.coordinator.run_config import RunConfig
-    from services.trainer.algorithms import ALGORITHMS
+    from services.trainer.algorithms import ALGORITHMS, SUPERVISED
 
     lines = [HEAD, *section("Top level", RecipeHead, skip_shared=False), *section("run", RunConfig, skip_shared=False)]
     for name, algorithm in ALGORITHMS.items():
         lines += section(f"run.algorithm where its name is {name}", algorithm.Settings, skip_shared=False)
+    for name, supervised in SUPERVISED.items():
+        if supervised.Settings.model_fields:
+            lines += section(f"run.sft[].algorithm where its name is {name}", supervised.Settings, skip_shared=False)
     for service in SERVICES:
         lines += section(service, service_config(service), skip_shared=True)
     text = "\n".join([*lines, *shared_lines()]).rstrip() + "\n"

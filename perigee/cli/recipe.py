@@ -245,14 +245,20 @@ def _check_algorithm(run: Any, source: str) -> None:
     Without what the trainer's files need, the trainer alone checks them, when the run starts.
     """
     try:
-        algorithms = importlib.import_module("services.trainer.algorithms").ALGORITHMS
+        registry = importlib.import_module("services.trainer.algorithms")
     except ImportError:
         return
     name = run.algorithm.name
-    if name not in algorithms:
-        known = ", ".join(sorted(algorithms))
-        raise InvalidArgumentError.for_field(f"{source}: run.algorithm.name", f"{name!r} is unknown; known are {known}")
-    validate(algorithms[name].Settings, run.algorithm.settings, source, "run.algorithm")
+    if name not in registry.ALGORITHMS:
+        known = ", ".join(sorted(registry.ALGORITHMS))
+        why = f"{name!r} is unknown; known are {known}"
+        if name in registry.SUPERVISED:
+            why = f"{name} trains on a file: write it as the algorithm of a stage of run.sft"
+        raise InvalidArgumentError.for_field(f"{source}: run.algorithm.name", why)
+    validate(registry.ALGORITHMS[name].Settings, run.algorithm.settings, source, "run.algorithm")
+    for number, stage in enumerate(run.sft):
+        settings = registry.SUPERVISED[stage.algorithm.name].Settings
+        validate(settings, stage.algorithm.settings, source, f"run.sft.{number}.algorithm")
 
 
 def check_script(recipe: Recipe) -> None:

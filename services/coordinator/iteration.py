@@ -315,7 +315,7 @@ class Iteration:
             base_version=base,
             new_version=base + 1,
             groups=batch.groups,
-            algorithm=config.algorithm_message(),
+            algorithm=config.algorithm.message(),
             update=config.update_message(),
             optimizer=config.optimizer_message(learning_rate),
         )

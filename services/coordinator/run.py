@@ -319,14 +319,21 @@ async def fine_tune_base(context: RunContext, weight_sync: WeightSync) -> int:
                 await weight_sync.save(number, pinned=number == len(stages))
         line = {
             "stage": number,
+            "algorithm": stage.algorithm.name,
             "policy_version": number,
             "steps": last.steps,
             "tokens": last.tokens,
             "loss": last.loss,
             "seconds": round(time.monotonic() - started, 3),
+            **stage_metrics(last),
         }
         await asyncio.to_thread(context.log.add_sft_stage, line)
     return len(stages)
+
+
+def stage_metrics(response: trainer_pb2.FineTuneResponse) -> dict[str, float]:
+    """Returns what the stage's algorithm reports."""
+    return {f"sft/{name}": value for name, value in sorted(response.metrics.items())}
 
 
 async def run_sft_stage(context: RunContext, stage: SftStage, number: int) -> trainer_pb2.FineTuneResponse:
@@ -341,6 +348,7 @@ async def run_sft_stage(context: RunContext, stage: SftStage, number: int) -> tr
         seed=context.config.seed + number,
         new_version=number,
         dataset_path=dataset,
+        algorithm=stage.algorithm.fields,
     )
     request.chat.CopyFrom(context.config.chat_message())
     status = context.status
@@ -350,7 +358,7 @@ async def run_sft_stage(context: RunContext, stage: SftStage, number: int) -> tr
     # To the stream's end: until then the trainer is busy and refuses the checkpoint.
     async for response in context.peers.trainer.fine_tune(request, timeout_s=context.settings.train_timeout_s):
         status.done, status.total = response.step, response.steps
-        metrics = {"sft/loss": response.loss, "sft/grad_norm": response.grad_norm}
+        metrics = {"sft/loss": response.loss, "sft/grad_norm": response.grad_norm, **stage_metrics(response)}
         status.metrics = metrics | {"sft/stage": number}
         context.log.add_sft_step(steps_before + response.step, metrics)
         last = response

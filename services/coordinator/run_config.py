@@ -117,11 +117,44 @@ class HeldoutConfig(Model):
         return self
 
 
+class AlgorithmConfig(Model):
+    """Algorithm that trains the policy. All keys but `name` are its own settings, which the trainer checks."""
+
+    model_config = ConfigDict(extra="allow")
+
+    name: str = Field("policy_mirror_descent", min_length=1)
+    """An algorithm of the trainer."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings that the recipe gives; the trainer has defaults for the others."""
+        return dict(self.model_extra or {})
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Fields of its message."""
+        return {"name": self.name, "settings": self.settings}
+
+    def message(self) -> trainer_pb2.Algorithm:
+        """Returns the algorithm with its settings."""
+        return ParseDict(self.fields, trainer_pb2.Algorithm())
+
+
+class StageAlgorithmConfig(AlgorithmConfig):
+    """Algorithm of a supervised stage. All keys but `name` are its own settings, which the trainer checks."""
+
+    name: Literal["sft", "dpo"] = "sft"
+    """sft: the responses of the file. dpo: direct preference optimization on its pairs."""
+
+
 class SftStage(Model):
     """Supervised stage before the reinforcement learning."""
 
     dataset: str = Field(serialization_alias="dataset_path")
-    """JSON Lines of {"prompt" or "messages", "response"}: a path, which the trainer is sent, or a URL that it reads."""
+    """JSON Lines of {"prompt" or "messages", "response"}, for dpo of {..., "chosen", "rejected"}: a path, which the
+    trainer is sent, or a URL that it reads."""
+    algorithm: StageAlgorithmConfig = StageAlgorithmConfig()
+    """What is learned from it."""
     steps: int = Field(ge=1)
     """Optimizer steps."""
     batch_size: int = Field(32, ge=1)
@@ -209,20 +242,6 @@ class OverlongPenaltyConfig(Model):
     """Response tokens with the whole penalty; the rollout's max_response_tokens when unset."""
     buffer: int = Field(64, ge=1)
     """Tokens below the cap over which the penalty grows from 0; less than the cap."""
-
-
-class AlgorithmConfig(Model):
-    """Algorithm that trains the policy. All keys but `name` are its own settings, which the trainer checks."""
-
-    model_config = ConfigDict(extra="allow")
-
-    name: str = Field("policy_mirror_descent", min_length=1)
-    """An algorithm of the trainer."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Settings that the recipe gives; the trainer has defaults for the others."""
-        return dict(self.model_extra or {})
 
 
 class UpdateConfig(Model):
@@ -400,10 +419,6 @@ class RunConfig(Model):
     def chat_message(self) -> trainer_pb2.ChatSettings:
         """Returns how prompts become what the model is asked."""
         return trainer_pb2.ChatSettings(mode=self.chat, system_prompt=self.system_prompt, instruction=self.instruction)
-
-    def algorithm_message(self) -> trainer_pb2.Algorithm:
-        """Returns the algorithm with its settings."""
-        return ParseDict({"name": self.algorithm.name, "settings": self.algorithm.settings}, trainer_pb2.Algorithm())
 
     def update_message(self) -> trainer_pb2.UpdateSettings:
         """Returns the settings of the update, for the temperature of the rollout."""

@@ -29,7 +29,7 @@ from services.coordinator.context import Peers, RunContext, RunInputs
 from services.coordinator.directory import Directory
 from services.coordinator.prompts import read_problems
 from services.coordinator.run import Run
-from services.coordinator.run_config import CHANGEABLE_KEYS, RunConfig, config_digest, parse_run_config
+from services.coordinator.run_config import CHANGEABLE_KEYS, RunConfig, config_digest, parse_run_config, to_message
 from services.coordinator.run_log import RunLog
 from services.coordinator.run_status import Cursor, RunStatus, stream_events
 from services.coordinator.workers import WorkerRegistry
@@ -265,19 +265,30 @@ class Runs:
 
     async def _check_algorithm(self, config: RunConfig) -> None:
         """Has the trainer check the settings that only it knows; one that is away checks them with its first job."""
-        request = trainer_pb2.CheckAlgorithmRequest(
-            algorithm=config.algorithm_message(),
-            update=config.update_message(),
-            optimizer=config.optimizer_message(config.optimizer.learning_rate),
-        )
-        try:
-            response = await self._peers.trainer.check_algorithm(request, timeout_s=self._settings.control_timeout_s)
-            settings = dict(response.algorithm.settings)
-            log.info("algorithm", name=response.algorithm.name, settings=settings)
-        except UNAVAILABLE as error:
-            log.warning("the algorithm's settings were not checked", error=error.message)
-        except InvalidArgumentError as error:
-            raise InvalidArgumentError.for_fields([recipe_violation(each) for each in error.violations]) from error
+        requests = {
+            "run": trainer_pb2.CheckAlgorithmRequest(
+                algorithm=config.algorithm.message(),
+                update=config.update_message(),
+                optimizer=config.optimizer_message(config.optimizer.learning_rate),
+            )
+        }
+        for number, stage in enumerate(config.sft):
+            requests[f"run.sft.{number}"] = trainer_pb2.CheckAlgorithmRequest(
+                algorithm=stage.algorithm.message(),
+                optimizer=to_message(stage.optimizer, trainer_pb2.Optimizer()),
+                supervised=True,
+            )
+        timeout_s = self._settings.control_timeout_s
+        for section, request in requests.items():
+            try:
+                response = await self._peers.trainer.check_algorithm(request, timeout_s=timeout_s)
+                log.info("algorithm", name=response.algorithm.name, settings=dict(response.algorithm.settings))
+            except UNAVAILABLE as error:
+                log.warning("the algorithm's settings were not checked", error=error.message)
+                return
+            except InvalidArgumentError as error:
+                violations = [recipe_violation(section, each) for each in error.violations]
+                raise InvalidArgumentError.for_fields(violations) from error
 
     async def _execute(self, file: RunFile, context: RunContext) -> None:
         """Runs to the end. Errors do not leave this task: they are shown in the status and in run.json."""
@@ -322,10 +333,10 @@ def check_same_run(known: RunFile, run_id: str, config: RunConfig) -> None:
         )
 
 
-def recipe_violation(violation: FieldViolation) -> FieldViolation:
-    """Returns a violation of the trainer under the key that the field has in the recipe."""
+def recipe_violation(section: str, violation: FieldViolation) -> FieldViolation:
+    """Returns a violation of the trainer under the key that the field has in a section of the recipe."""
     key = violation.field.replace("algorithm.settings.", "algorithm.", 1)
-    return FieldViolation(f"run.{key}", violation.description)
+    return FieldViolation(f"{section}.{key}", violation.description)
 
 
 def is_in_reach(folder: str) -> bool:
@@ -346,7 +357,14 @@ def read_inputs(
     encoder = open_encoder(model, config.chat_message())
     for number, stage in enumerate(config.sft):
         if not is_url(stage.dataset):
-            encode_examples(Path(stage.dataset), f"run.sft.{number}.dataset", encoder, model.context_tokens, examples)
+            encode_examples(
+                Path(stage.dataset),
+                f"run.sft.{number}.dataset",
+                encoder,
+                model.context_tokens,
+                examples,
+                stage.algorithm.name,
+            )
     prompts, heldout = read_problems(config, encoder)
     return RunInputs(run_id, run_path, export_path, config, encoder.tokenizer, prompts, heldout)
 

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from perigee.chat import Asked, ChatMessage, read_example
+from perigee.chat import RESPONSE_KEYS, Asked, ChatMessage, read_example
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.reward.items import read_lines, read_object
 from perigee.trainer.v1 import trainer_pb2 as pb
@@ -196,33 +196,54 @@ def open_encoder(model: ModelFolder, settings: pb.ChatSettings | None = None) ->
 
 
 def encode_examples(
-    path: Path, field: str, encoder: PromptEncoder, max_tokens: int, limit: int | None = None
-) -> list[tuple[list[int], list[int]]]:
-    """Returns the token ids of prompt and response of each line of a supervised set, or of its first `limit` lines;
-    `field` is the key that named it.
+    path: Path,
+    field: str,
+    encoder: PromptEncoder,
+    max_tokens: int,
+    limit: int | None = None,
+    algorithm: str = "sft",
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Returns the token ids of the prompt and of the responses of each line of a supervised set, or of its first
+    `limit` lines; `field` is the key that named it, and `algorithm` says which responses a line has.
 
-    Raises InvalidArgumentError naming file, line and field of malformed examples, and of those that have more than
-    `max_tokens`.
+    Raises InvalidArgumentError naming file, line and field of malformed examples, of those that have more than
+    `max_tokens`, and of pairs whose responses are the same.
     """
-    places, asked, responses = zip(*_read_examples(path, field, limit), strict=True)
-    pairs = list(zip(encoder.encode(asked, places), encoder.encode_responses(asked, responses), strict=True))
-    for place, (prompt, response) in zip(places, pairs, strict=True):
-        if not prompt:
-            raise InvalidArgumentError.for_field(f"{place}: prompt", "has no tokens in the model's vocabulary")
+    places, asked, responses = zip(*_read_examples(path, field, limit, algorithm), strict=True)
+    keys = RESPONSE_KEYS[algorithm]
+    encoded = [encoder.encode_responses(asked, [each[number] for each in responses]) for number in range(len(keys))]
+    prompts = encoder.encode(asked, places)
+    examples = [(prompt, list(each)) for prompt, *each in zip(prompts, *encoded, strict=True)]
+    for place, (prompt, found) in zip(places, examples, strict=True):
+        _check_example(place, prompt, dict(zip(keys, found, strict=True)), max_tokens)
+    return examples
+
+
+def _check_example(place: str, prompt: list[int], responses: dict[str, list[int]], max_tokens: int) -> None:
+    """Raises InvalidArgumentError for an example without a prompt, that is too long, or of which nothing is learned."""
+    if not prompt:
+        raise InvalidArgumentError.for_field(f"{place}: prompt", "has no tokens in the model's vocabulary")
+    for key, response in responses.items():
         if (tokens := len(prompt) + len(response)) > max_tokens:
-            raise InvalidArgumentError.for_field(place, f"{tokens} tokens are more than the context of {max_tokens}")
-    return pairs
+            named = place if len(responses) == 1 else f"{place}: {key}"
+            raise InvalidArgumentError.for_field(named, f"{tokens} tokens are more than the context of {max_tokens}")
+    if len(responses) > 1 and len({tuple(response) for response in responses.values()}) == 1:
+        raise InvalidArgumentError.for_field(
+            f"{place}: rejected", "has the same tokens as chosen: there is nothing to prefer"
+        )
 
 
-def _read_examples(path: Path, field: str, limit: int | None) -> list[tuple[str, Asked, str]]:
-    """Returns where each line of a supervised set stands, what a model is asked there, and the response."""
-    examples: list[tuple[str, Asked, str]] = []
+def _read_examples(
+    path: Path, field: str, limit: int | None, algorithm: str
+) -> list[tuple[str, Asked, tuple[str, ...]]]:
+    """Returns where each line of a supervised set stands, what a model is asked there, and the responses."""
+    examples: list[tuple[str, Asked, tuple[str, ...]]] = []
     violations: list[FieldViolation] = []
     for line, text in itertools.islice(read_lines(path, field), limit):
         place = f"{field}: {line}"
         values = read_object(text, place)
         try:
-            examples.append((place, *read_example(values)))
+            examples.append((place, *read_example(values, algorithm)))
         except InvalidArgumentError as error:
             violations += [FieldViolation(f"{place}: {each.field}", each.description) for each in error.violations]
     if violations:

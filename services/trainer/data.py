@@ -80,16 +80,20 @@ def unpack_experts(trajectory: Trajectory, shape: ModelShape) -> npt.NDArray[np.
     return choices.reshape(wanted)
 
 
-def read_examples(name: str, model: ModelFolder, chat: pb.ChatSettings, max_tokens: int) -> list[TokenSequence]:
+def read_examples(
+    name: str, model: ModelFolder, chat: pb.ChatSettings, max_tokens: int, algorithm: str = "sft"
+) -> list[tuple[TokenSequence, ...]]:
     """Returns the examples of a JSON Lines file, by the tokenizer of `model`; `name` is a path or a URL.
 
-    A prompt has the tokens that it has in a rollout, and a stop token ends each response. Raises InvalidArgumentError
-    naming file and line for malformed or overlong examples.
+    An example is a sequence, or one for each of the responses that `algorithm` learns from. A prompt has the tokens
+    that it has in a rollout, and a stop token ends each response. Raises InvalidArgumentError naming file and line for
+    malformed or overlong examples.
     """
-    found = encode_examples(local_file(name, "dataset_path"), "dataset_path", open_encoder(model, chat), max_tokens)
-    return [
-        TokenSequence(
-            np.array([*prompt, *response], dtype=np.int64), np.arange(1, len(prompt) + len(response)) >= len(prompt)
-        )
-        for prompt, response in found
-    ]
+    path, encoder = local_file(name, "dataset_path"), open_encoder(model, chat)
+    found = encode_examples(path, "dataset_path", encoder, max_tokens, algorithm=algorithm)
+    return [tuple(_join_example(prompt, response) for response in responses) for prompt, responses in found]
+
+
+def _join_example(prompt: list[int], response: list[int]) -> TokenSequence:
+    tokens = np.array([*prompt, *response], dtype=np.int64)
+    return TokenSequence(tokens, np.arange(1, len(tokens)) >= len(prompt))

@@ -25,14 +25,14 @@ from services.kit.telemetry import get_logger
 from services.trainer.checkpoints import Checkpoints, identify
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_trajectories
+from services.trainer.fine_tuning import Example, fine_tune
 from services.trainer.hf import DTYPES, read_model_shape
 from services.trainer.machines import MachineWatch, check_hosts, connect_machines, reached_host
 from services.trainer.megatron.memory import free_bytes
 from services.trainer.megatron.model import Policy
 from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
 from services.trainer.megatron.shelf import Shelf
-from services.trainer.packing import TokenSequence
-from services.trainer.training import JobContext, Reader, fine_tune, train_iteration
+from services.trainer.training import JobContext, Reader, train_iteration
 from services.weights.pieces import Export, PieceStore
 
 log = get_logger(__name__)
@@ -47,7 +47,7 @@ Sink = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
 
 @dataclass(frozen=True)
 class FineTuneCommand:
-    """Fine-tune on examples with these counts of tokens and trained tokens; rank 0 has the examples."""
+    """Fine-tune on examples with the counts of `count_tokens`; rank 0 has the examples."""
 
     request: pb.FineTuneRequest
     counts: Sequence[tuple[int, int]]
@@ -167,7 +167,7 @@ class Engine:
         self,
         command: Command,
         context: JobContext | None = None,
-        examples: Sequence[TokenSequence] | None = None,
+        examples: Sequence[Example] | None = None,
         sink: Sink | None = None,
     ) -> Any:
         """Has all ranks carry out the command, and returns its result; for rank 0.
@@ -204,7 +204,7 @@ class Engine:
         self._stack.close()
 
     def _execute(
-        self, command: Command, context: JobContext, examples: Sequence[TokenSequence] | None, sink: Sink | None
+        self, command: Command, context: JobContext, examples: Sequence[Example] | None, sink: Sink | None
     ) -> Any:
         policy = self.policy
         if isinstance(command, StopCommand):

@@ -24,6 +24,7 @@ from services.kit.server import App, channel_options
 from services.kit.storage import cache_folder, receive_piece
 from services.kit.telemetry import get_logger
 from services.trainer.config import TrainerConfig
+from services.trainer.fine_tuning import check_supervised
 from services.trainer.trainer import Trainer
 from services.trainer.training import check_training
 from services.weights.send import WeightSender
@@ -61,7 +62,11 @@ class TrainerService(TrainerServiceServicer):
 
     async def CheckAlgorithm(self, request: pb.CheckAlgorithmRequest, context: Context) -> pb.CheckAlgorithmResponse:
         """See the contract."""
-        algorithm = check_training(request.algorithm, request.update, request.optimizer)
+        algorithm = (
+            check_supervised(request.algorithm, request.optimizer)
+            if request.supervised
+            else check_training(request.algorithm, request.update, request.optimizer)
+        )
         response = pb.CheckAlgorithmResponse(algorithm=pb.Algorithm(name=request.algorithm.name))
         json_format.ParseDict(algorithm.settings.model_dump(mode="json"), response.algorithm.settings)
         return response

@@ -41,9 +41,9 @@ from services.trainer.engine import (
     Sink,
     StopCommand,
 )
+from services.trainer.fine_tuning import Example, check_fine_tuning, count_tokens
 from services.trainer.hf import write_folder
-from services.trainer.packing import TokenSequence
-from services.trainer.training import check_fine_tuning, check_training
+from services.trainer.training import check_training
 from services.weights.lend import LentImage, WeightSource
 from services.weights.manifest import WeightImage, export_image
 from services.weights.pieces import join_exports
@@ -143,9 +143,10 @@ class Trainer:
                 open_model_folder(self.config.model, "trainer.model"),
                 request.chat,
                 self.engine.max_tokens,
+                request.algorithm.name or "sft",
             )
             log.info("fine-tuning", run_id=request.run_id, examples=len(examples), steps=request.steps)
-            counts = [(len(example.tokens), int(example.trained_T.sum())) for example in examples]
+            counts = count_tokens(examples)
             finish = partial(self._set_loaded, request.run_id, request.new_version, request)
             async for response in self._stream(FineTuneCommand(request, counts), finish, examples):
                 yield response
@@ -323,7 +324,7 @@ class Trainer:
             self._end_if_broken()
 
     async def _stream(
-        self, command: Command, finish: Callable[[Any], Any], examples: Sequence[TokenSequence] | None = None
+        self, command: Command, finish: Callable[[Any], Any], examples: Sequence[Example] | None = None
     ) -> AsyncIterator[Any]:
         """Runs a job, yielding its reports and then the result; a caller that leaves stops it within a step."""
         loop = asyncio.get_running_loop()

@@ -1,4 +1,4 @@
-"""Jobs that train the policy: an iteration of reinforcement learning, and supervised fine-tuning.
+"""An iteration of reinforcement learning, and what it has in common with fine-tuning: both are jobs.
 
 A job is a collective: every rank runs it with the same arguments. Who trains what is planned from token counts alone,
 so that each data-parallel replica reads the tokens of its own sequences and no others.
@@ -40,7 +40,7 @@ Reader = Callable[[str, Sequence[str]], Mapping[str, Trajectory]]
 
 _CONTINUE, _REPORT, _CANCEL = 0, 1, 2
 # Micro-batches evaluated between two looks at whether the caller is still there.
-_SLICE = 8
+SLICE = 8
 
 
 @dataclass
@@ -320,9 +320,9 @@ class _Iteration:
         for number in range(1, len(self._steps)):
             batches = self._make_batches(number)
             reference = []
-            for start in range(0, len(batches), _SLICE):
+            for start in range(0, len(batches), SLICE):
                 self._context.check()
-                for found in self._policy.evaluate(batches[start : start + _SLICE], self._update.temperature):
+                for found in self._policy.evaluate(batches[start : start + SLICE], self._update.temperature):
                     if not found.batch.is_filler:
                         reference.append(found.logprobs_T.cpu())
                         self._describe(number, found)
@@ -470,128 +470,6 @@ class _Iteration:
         """Returns the tokens, prompts included, of the trajectories in the loss."""
         planned = (t for step in self._steps for packs in step.packs_by_rank for pack in packs for t in pack)
         return sum(trajectory.prompt_tokens + trajectory.response_tokens for trajectory in planned)
-
-
-def fine_tune(
-    policy: Policy,
-    context: JobContext,
-    request: pb.FineTuneRequest,
-    counts: Sequence[tuple[int, int]],
-    examples: Sequence[TokenSequence] | None,
-) -> pb.FineTuneResponse:
-    """Trains the policy on examples, of which rank 0 has all and the others None; every rank returns the same.
-
-    `counts` holds the tokens and the trained tokens of each example. Reports FineTuneResponse messages through
-    `context`. Raises CancelledError or InternalError with the weights half-trained: the caller puts them back.
-    """
-    own = scatter_examples(policy, context, request, counts, examples)
-    return _FineTuning(policy, context, request, counts, own).run()
-
-
-@dataclass
-class _FineTuning:
-    """A job over this rank's examples. Loss and norms are those since the last report, tokens since the start."""
-
-    policy: Policy
-    context: JobContext
-    request: pb.FineTuneRequest
-    counts: Sequence[tuple[int, int]]
-    own: Mapping[int, TokenSequence]
-    start: float = field(default_factory=time.monotonic)
-    tokens: int = 0
-    loss: float = 0.0
-    loss_tokens: int = 0
-    norms: list[float] = field(default_factory=list)
-
-    def run(self) -> pb.FineTuneResponse:
-        """Takes all steps and returns the last report."""
-        self.policy.begin_job(self.request.optimizer)
-        for step, chosen in enumerate(_draw_batches(len(self.counts), self.request), start=1):
-            self._take_step(step, chosen)
-            if self.context.check() and step < self.request.steps:
-                self.context.report(self._summarize(step))
-        return self._summarize(self.request.steps)
-
-    def _take_step(self, step: int, chosen: Sequence[int]) -> None:
-        dims, request = self.policy.dims, self.request
-        packs_by_rank = _pack_examples(chosen, request, self.counts, dims.data)
-        own = [[self.own[i] for i in pack] for pack in packs_by_rank[dims.data_rank]]
-        batches = make_micro_batches(own, dims.device, max(len(packs) for packs in packs_by_rank))
-        trained = sum(self.counts[i][1] for i in chosen)
-
-        def loss(found: Evaluated) -> tuple[torch.Tensor, float]:
-            value = -found.logprobs_T.sum()
-            return value / trained, float(value.detach())
-
-        rate = scheduled_rate(request.optimizer, step - 1, request.steps)
-        norm, reports = self.policy.step(batches, 1.0, loss, rate)
-        self.norms.append(norm)
-        self.loss += sum(reports) if dims.tensor_rank == 0 else 0.0
-        self.loss_tokens += trained
-        self.tokens += sum(self.counts[i][0] for i in chosen)
-
-    def _summarize(self, step: int) -> pb.FineTuneResponse:
-        """Returns the report of all ranks, and begins the next."""
-        response = pb.FineTuneResponse(
-            step=step,
-            steps=self.request.steps,
-            loss=sum(self.context.everyone.gather(self.loss)) / self.loss_tokens,
-            grad_norm=float(np.mean(self.norms)),
-            tokens=self.tokens,
-            seconds=time.monotonic() - self.start,
-            done=step == self.request.steps,
-        )
-        self.loss, self.loss_tokens = 0.0, 0
-        self.norms.clear()
-        return response
-
-
-def check_fine_tuning(request: pb.FineTuneRequest) -> None:
-    """Raises InvalidArgumentError that names every field out of range."""
-    fields = ("steps", "batch_size", "max_tokens_per_microbatch")
-    violations = [FieldViolation(name, "has to be at least 1") for name in fields if getattr(request, name) < 1]
-    violations += find_optimizer_violations(request.optimizer)
-    if violations:
-        raise InvalidArgumentError.for_fields(violations)
-
-
-def scatter_examples(
-    policy: Policy,
-    context: JobContext,
-    request: pb.FineTuneRequest,
-    counts: Sequence[tuple[int, int]],
-    examples: Sequence[TokenSequence] | None,
-) -> Mapping[int, TokenSequence]:
-    """Returns the examples that this rank trains in any step, by index."""
-    wanted: list[set[int]] = [set() for _ in range(policy.dims.data)]
-    for chosen in _draw_batches(len(counts), request):
-        for indices, packs in zip(wanted, _pack_examples(chosen, request, counts, policy.dims.data), strict=True):
-            indices.update(i for pack in packs for i in pack)
-    data_ranks = context.everyone.gather(policy.dims.data_rank)
-    parts = (
-        None if examples is None else [{i: examples[i] for i in sorted(wanted[data_rank])} for data_rank in data_ranks]
-    )
-    found: Mapping[int, TokenSequence] = context.everyone.scatter(parts)
-    return found
-
-
-def _pack_examples(
-    chosen: Sequence[int], request: pb.FineTuneRequest, counts: Sequence[tuple[int, int]], ranks: int
-) -> list[list[list[int]]]:
-    """Returns the examples of each micro-batch of each rank."""
-    dealt = pack_sequences([counts[i][0] - 1 for i in chosen], request.max_tokens_per_microbatch, ranks)
-    return [[[chosen[i] for i in pack] for pack in packs] for packs in dealt]
-
-
-def _draw_batches(examples: int, request: pb.FineTuneRequest) -> Iterator[list[int]]:
-    """Yields the examples of each step: epochs over all of them, each shuffled anew."""
-    generator = np.random.default_rng(request.seed)
-    queue: list[int] = []
-    for _ in range(request.steps):
-        while len(queue) < request.batch_size:
-            queue += generator.permutation(examples).tolist()
-        yield queue[: request.batch_size]
-        queue = queue[request.batch_size :]
 
 
 def peak_memory_bytes() -> int:

@@ -52,7 +52,15 @@ def loss_and_gradient(
 
     The first step is its own reference; those of later ones are taken before the move.
     """
-    # The quadratic term is flat at the reference itself, so the gradient is taken a step away from it.
+    result, gradient = move_and_run(engine, lambda: train(engine, groups, request))
+    return result.metrics["train/loss"], gradient
+
+
+def move_and_run(engine: Engine, job: Callable[[], Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The result of a job whose weights move between reference and steps, and the last step's gradient.
+
+    A loss may be flat at the reference itself, so the gradient is taken a step away from it.
+    """
     begin_job = engine.policy.begin_job
 
     def move_then_begin(optimizer: pb.Optimizer) -> None:
@@ -63,11 +71,11 @@ def loss_and_gradient(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.policy, "begin_job", move_then_begin)
-        result = train(engine, groups, request)
+        result = job()
     with torch.no_grad():
         for parameter in engine.policy.core.parameters():
             parameter.copy_(parameter.main_grad)
-    return result.metrics["train/loss"], dict(engine.policy.collect())
+    return result, dict(engine.policy.collect())
 
 
 def equation_3(
@@ -151,6 +159,81 @@ def test_loss_and_gradient_are_equation_3(
         assert (gradient[name].double() - value).abs().max() < 1e-5 * largest, name
 
 
+# Prompt, chosen and rejected tokens of each pair.
+PAIRS = [(3, 4, 9), (5, 2, 2), (2, 11, 3), (4, 6, 8), (1, 5, 1)]
+
+
+def make_pairs() -> list[tuple[list[int], list[int], list[int]]]:
+    """The tokens of the prompt, of chosen and of rejected, for each of PAIRS."""
+    generator = np.random.default_rng(8)
+    return [tuple(generator.integers(2, 48, n).tolist() for n in lengths) for lengths in PAIRS]  # type: ignore[misc]
+
+
+def prefer(engine: Engine, request: pb.FineTuneRequest) -> tuple[pb.FineTuneResponse, dict[str, torch.Tensor]]:
+    """A DPO job's last report, and the gradient of its last step."""
+    from services.trainer.fine_tuning import count_tokens, fine_tune
+    from services.trainer.packing import TokenSequence
+
+    examples = [
+        tuple(
+            TokenSequence(np.array([*prompt, *response]), np.arange(1, len(prompt) + len(response)) >= len(prompt))
+            for response in responses
+        )
+        for prompt, *responses in make_pairs()
+    ]
+    context = engine.job_context()
+    context.interval_s = math.inf
+    own = examples if engine.dims.rank == 0 else None
+    return move_and_run(engine, lambda: fine_tune(engine.policy, context, request, count_tokens(examples), own))
+
+
+def dpo_in_float64(model_path: Path, beta: float) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Loss, metrics and gradient of one step on all pairs, on transformers."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(MOVE)
+
+    def logprob(policy: Any, prompt: list[int], response: list[int]) -> torch.Tensor:
+        table = torch.log_softmax(policy(torch.tensor([prompt + response])).logits[0], dim=-1)
+        picked = [table[len(prompt) + t - 1, token] for t, token in enumerate(response)]
+        return torch.stack(picked).sum()
+
+    losses, metrics = [], {"margin": 0.0, "accuracy": 0.0, "chosen_logprob": 0.0, "rejected_logprob": 0.0}
+    for prompt, chosen, rejected in make_pairs():
+        now = [logprob(model, prompt, response) for response in (chosen, rejected)]
+        with torch.no_grad():
+            before = [logprob(reference, prompt, response) for response in (chosen, rejected)]
+        margin = beta * (now[0] - before[0] - now[1] + before[1])
+        losses.append(torch.log(1 + torch.exp(-margin)))
+        for name, value in zip(metrics, (margin, margin > 0, *now), strict=True):
+            metrics[name] += float(value) / len(PAIRS)
+    loss = torch.stack(losses).mean()
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradient = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return metrics | {"loss": loss.item()}, gradient
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(pipeline=2), Sizes(data=2)], ids=str)
+def test_preferences_are_learned_by_the_equation_on_every_layout(
+    run_ranks: RunRanks, trainer_model: Path, sizes: Sizes
+) -> None:
+    optimizer = pb.Optimizer(learning_rate=1e-30, beta1=0.9, beta2=0.95, min_lr_ratio=1.0)
+    request = pb.FineTuneRequest(steps=1, batch_size=5, max_tokens_per_microbatch=30, optimizer=optimizer)
+    request.algorithm.name = "dpo"
+    request.algorithm.settings["beta"] = 0.7
+    response, gradient = run_ranks(sizes, partial(prefer, request=request))
+    metrics, expected = dpo_in_float64(trainer_model, 0.7)
+    assert {"loss": response.loss, **response.metrics} == pytest.approx(metrics, rel=1e-4)
+    largest = max(float(value.abs().max()) for value in expected.values())
+    assert gradient.keys() == expected.keys()
+    for name, value in expected.items():
+        assert (gradient[name].double() - value).abs().max() < 1e-4 * largest, name
+
+
 METRICS = (
     "loss",
     "grad_norm",
@@ -165,20 +248,21 @@ METRICS = (
 
 def train_twice(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest) -> Any:
     """A fine-tuning job and an iteration; their metrics and the weights after them."""
+    from services.trainer.fine_tuning import count_tokens, fine_tune
     from services.trainer.packing import TokenSequence
-    from services.trainer.training import fine_tune
 
     generator = np.random.default_rng(0)
     lengths = generator.integers(4, 30, 20)
-    examples = [TokenSequence(generator.integers(2, 48, n), np.arange(1, n) >= n // 2) for n in lengths]
+    examples = [(TokenSequence(generator.integers(2, 48, n), np.arange(1, n) >= n // 2),) for n in lengths]
     tuning = pb.FineTuneRequest(
         steps=4, batch_size=5, max_tokens_per_microbatch=40, seed=1, optimizer=request.optimizer
     )
     context = engine.job_context()
     # Progress covers the steps since the last report: with none in between, all of them.
     context.interval_s = math.inf
-    counts = [(len(example.tokens), int(example.trained_T.sum())) for example in examples]
-    first = fine_tune(engine.policy, context, tuning, counts, examples if engine.dims.rank == 0 else None)
+    first = fine_tune(
+        engine.policy, context, tuning, count_tokens(examples), examples if engine.dims.rank == 0 else None
+    )
     second = train(engine, groups, request)
     metrics = [first.loss, first.grad_norm, *(second.metrics[f"train/{name}"] for name in METRICS)]
     return metrics, second.trained_tokens, dict(engine.policy.collect())
@@ -291,15 +375,18 @@ def test_two_machines_train_as_one_does_and_end_together(
 
 def scatter(engine: Engine, request: pb.FineTuneRequest) -> list[set[int]]:
     """The examples that each rank received, of 12."""
+    from services.trainer.fine_tuning import count_tokens, scatter_examples
     from services.trainer.packing import TokenSequence
-    from services.trainer.training import scatter_examples
 
-    examples = [TokenSequence(np.arange(2, 6 + n), np.ones(3 + n, np.bool_)) for n in range(12)]
-    counts = [(len(example.tokens), len(example.trained_T)) for example in examples]
+    examples = [(TokenSequence(np.arange(2, 6 + n), np.ones(3 + n, np.bool_)),) for n in range(12)]
     own = scatter_examples(
-        engine.policy, engine.job_context(), request, counts, examples if engine.dims.rank == 0 else None
+        engine.policy,
+        engine.job_context(),
+        request,
+        count_tokens(examples),
+        examples if engine.dims.rank == 0 else None,
     )
-    assert all(own[i].tokens.tolist() == examples[i].tokens.tolist() for i in own)
+    assert all(own[i][0].tokens.tolist() == examples[i][0].tokens.tolist() for i in own)
     return engine.everyone.gather(set(own))
 
 

@@ -34,6 +34,7 @@ from tests.fixtures.weights import equal, local_receiver, local_source
 if TYPE_CHECKING:
     from services.trainer.data import Trajectory
     from services.trainer.engine import Engine
+    from services.trainer.fine_tuning import count_tokens, fine_tune
     from services.trainer.packing import TokenSequence
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -69,18 +70,18 @@ def evaluate(engine: Engine, folder: Path) -> tuple[dict[str, torch.Tensor], lis
 def train_twice(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest) -> Any:
     """The metrics of a fine-tuning job and of an iteration, and the weights after them."""
     from services.trainer.packing import TokenSequence
-    from services.trainer.training import fine_tune
 
     generator = np.random.default_rng(0)
     # Three micro-batches, so that of two replicas one has a micro-batch more than the other.
-    examples = [TokenSequence(generator.integers(2, 48, n), np.arange(1, n) >= n // 2) for n in (4, 27, 12)]
+    examples = [(TokenSequence(generator.integers(2, 48, n), np.arange(1, n) >= n // 2),) for n in (4, 27, 12)]
     tuning = pb.FineTuneRequest(
         steps=3, batch_size=3, max_tokens_per_microbatch=20, seed=1, optimizer=request.optimizer
     )
     context = engine.job_context()
     context.interval_s = math.inf
-    counts = [(len(example.tokens), int(example.trained_T.sum())) for example in examples]
-    first = fine_tune(engine.policy, context, tuning, counts, examples if engine.dims.rank == 0 else None)
+    first = fine_tune(
+        engine.policy, context, tuning, count_tokens(examples), examples if engine.dims.rank == 0 else None
+    )
     second = train(engine, groups, request)
     names = ("loss", "grad_norm", "entropy", "kl_k3")
     metrics = [first.loss, first.grad_norm, *(second.metrics[f"train/{name}"] for name in names)]

@@ -283,7 +283,7 @@ def test_settings_reach_the_trainer_under_their_own_names() -> None:
         optimizer={"beta2": 0.98, "max_grad_norm": 0.5},
         rollout={"temperature": 0.7},
     )
-    algorithm = config.algorithm_message()
+    algorithm = config.algorithm.message()
     assert (algorithm.name, dict(algorithm.settings)) == ("policy_mirror_descent", {"tau": 0.2, "baseline": "mean"})
     update = config.update_message()
     assert (update.minibatches, update.max_staleness, update.tis_cap, update.temperature) == (2, 3, 2.0, 0.7)

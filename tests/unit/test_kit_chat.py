@@ -179,7 +179,7 @@ def test_every_stop_token_ends_a_response(tmp_path: Path) -> None:
     )
     pairs = encode_examples(path, "dataset", encoder, 128)
     two = encoder.tokenizer.token_to_id("2")
-    assert [response for _, response in pairs] == [
+    assert [response for _, [response] in pairs] == [
         [two, EOS],
         [two, END],
         [two, END],
@@ -204,6 +204,40 @@ def test_a_bad_example_is_named(tmp_path: Path, line: Any, said: str) -> None:
     path = write_examples(tmp_path / "sft.jsonl", {"prompt": "1", "response": "2"}, line)
     with pytest.raises(InvalidArgumentError) as caught:
         encode_examples(path, "dataset", make_encoder(tmp_path / "model"), 128)
+    assert f"{path}{said}" in caught.value.message
+
+
+PAIR = {"prompt": "1", "chosen": "2", "rejected": "3"}
+
+
+def test_a_pair_has_two_responses_to_one_prompt(tmp_path: Path) -> None:
+    encoder = make_encoder(tmp_path / "model")
+    messages = {"messages": [{"role": "user", "content": "1"}], "chosen": "2", "rejected": "33"}
+    path = write_examples(tmp_path / "pairs.jsonl", PAIR, messages)
+    two, three = (encoder.tokenizer.token_to_id(digit) for digit in "23")
+    text, chat = encode_examples(path, "dataset", encoder, 128, algorithm="dpo")
+    assert text == (encoder.encode(["1"], [""])[0], [[two, EOS], [three, EOS]])
+    assert chat == (encoder.encode([read_messages(messages["messages"])], [""])[0], [[two, END], [three, three, END]])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"prompt": "1", "response": "2"}, ":2: chosen: is empty: a line of a pair has prompt or messages, chosen"),
+        (PAIR | {"chosen": ""}, ":2: chosen: is empty"),
+        ({"prompt": "1", "chosen": "2"}, ":2: rejected: is empty"),
+        (PAIR | {"rejected": ["3"]}, ":2: rejected: must be a text, got an array"),
+        (PAIR | {"rejected": "2"}, ":2: rejected: has the same tokens as chosen: there is nothing to prefer"),
+        (PAIR | {"rejected": "2<eos>3"}, ":2: rejected: has the same tokens as chosen"),
+        (PAIR | {"rejected": "3" * 200}, ":2: rejected: 203 tokens are more than the context of 128"),
+        (PAIR | {"prompt": ""}, ":2: prompt: must be a text"),
+        ({"messages": [{"role": "assistant", "content": "1"}]}, ":2: messages: must hold what the response answers"),
+    ],
+)
+def test_a_bad_pair_is_named(tmp_path: Path, line: Any, said: str) -> None:
+    path = write_examples(tmp_path / "pairs.jsonl", PAIR, line)
+    with pytest.raises(InvalidArgumentError) as caught:
+        encode_examples(path, "dataset", make_encoder(tmp_path / "model"), 128, algorithm="dpo")
     assert f"{path}{said}" in caught.value.message
 
 

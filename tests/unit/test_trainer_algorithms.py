@@ -1,4 +1,4 @@
-"""GRPO and ReST as functions: advantages, loss and gradient against the papers' equations in float64."""
+"""The algorithms beside policy mirror descent as functions: loss and gradient against the papers' equations."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from perigee.chat import RESPONSE_KEYS
 from perigee.errors import InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.trainer.algorithms import make_algorithm
-from services.trainer.algorithms.base import Algorithm, LossBatch
+from services.trainer.algorithms import SUPERVISED, make_algorithm, make_supervised
+from services.trainer.algorithms.base import Algorithm, ExampleBatch, LossBatch
+from services.trainer.fine_tuning import check_fine_tuning
 from services.trainer.training import plan_steps
 from tests.fixtures.trainer import make_groups, train_request
 
@@ -153,3 +155,100 @@ def test_an_iteration_without_a_response_to_keep_has_no_work() -> None:
     made = make_groups("rest", 0, groups=2, k=2, spans=[[(0, 4)], [(0, 3)]])
     [step] = plan_steps(train_request("r", made, [0.0, 0.0], base=0), algorithm("rest"), 1, 0)
     assert (step.packs_by_rank, step.trained_tokens) == ([[]], 0)
+
+
+# Tokens of the responses of three pairs: the chosen ones, then the rejected ones.
+PAIRS = [2, 1, 3, 4, 2, 1]
+REFERENCE = [[-2.0, -0.3, -4.0], [-1.0, -2.5, -0.2]]
+
+
+def make_pairs() -> ExampleBatch:
+    """A micro-batch of three pairs of a step of seven; each sequence begins with a token of its prompt."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.tensor(PAIRS) + 1
+    sequence_T = torch.arange(len(PAIRS)).repeat_interleave(lengths)
+    trained_T = torch.cat([torch.arange(int(n)) > 0 for n in lengths])
+    logprobs_T = -2 * torch.rand(len(sequence_T), generator=generator, dtype=torch.float64) * trained_T
+    return ExampleBatch(
+        logprobs_T=logprobs_T.requires_grad_(),
+        trained_T=trained_T,
+        sequence_T=sequence_T,
+        responses=2,
+        reference_KP=torch.tensor(REFERENCE, dtype=torch.float64),
+        examples=7,
+        trained_tokens=40,
+    )
+
+
+def dpo_by_hand(batch: ExampleBatch, options: dict[str, Any]) -> tuple[float, np.ndarray, dict[str, float]]:
+    """Loss, gradient and the sums reported, in numpy and pair by pair, with the derivative written out."""
+    log_pi, beta = batch.logprobs_T.detach().numpy(), options.get("beta", 0.1)
+    smoothing, coefficient = options.get("label_smoothing", 0.0), options.get("sft_coef", 0.0)
+    loss, gradient = 0.0, np.zeros(len(log_pi))
+    reported = dict.fromkeys(("margin", "accuracy", "chosen_logprob", "rejected_logprob"), 0.0)
+    for pair in range(3):
+        tokens = [np.flatnonzero((batch.sequence_T == k * 3 + pair) & batch.trained_T) for k in range(2)]
+        scales = [1 / len(found) if options.get("length_normalized") else 1.0 for found in tokens]
+        chosen, rejected = (scales[k] * (log_pi[tokens[k]].sum() - REFERENCE[k][pair]) for k in range(2))
+        margin = beta * (chosen - rejected)
+        right = 1 / (1 + np.exp(-margin))
+        loss -= (1 - smoothing) * np.log(right) + smoothing * np.log(1 - right)
+        slope = -(1 - smoothing) * (1 - right) + smoothing * right
+        gradient[tokens[0]] += slope * beta * scales[0] - coefficient / len(tokens[0])
+        gradient[tokens[1]] -= slope * beta * scales[1]
+        loss -= coefficient * log_pi[tokens[0]].mean()
+        reported["margin"] += margin
+        reported["accuracy"] += margin > 0
+        reported["chosen_logprob"] += log_pi[tokens[0]].sum()
+        reported["rejected_logprob"] += log_pi[tokens[1]].sum()
+    return loss / 7, gradient / 7, reported
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"beta": 0.7, "label_smoothing": 0.1},
+        {"beta": 5.0, "length_normalized": True},
+        {"beta": 0.3, "sft_coef": 0.5, "length_normalized": True},
+    ],
+    ids=str,
+)
+def test_loss_and_gradient_of_dpo(options: dict[str, Any]) -> None:
+    message = pb.Algorithm(name="dpo")
+    message.settings.update(options)
+    batch = make_pairs()
+    loss, sums = make_supervised(message).loss(batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    expected, gradient, reported = dpo_by_hand(batch, options)
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+    assert batch.logprobs_T.grad is not None
+    assert batch.logprobs_T.grad.numpy() == pytest.approx(gradient, rel=1e-12, abs=1e-15)
+    assert {name: float(value) for name, value in sums.items()} == pytest.approx(reported, rel=1e-12)
+
+
+def test_loss_and_gradient_of_sft() -> None:
+    batch = make_pairs()
+    loss, _ = make_supervised(pb.Algorithm()).loss(batch)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.item() == pytest.approx(-batch.logprobs_T.sum().item() / 40, rel=1e-12)
+    assert batch.logprobs_T.grad is not None
+    assert (batch.logprobs_T.grad[batch.trained_T] == -1 / 40).all()
+
+
+def test_every_setting_of_a_supervised_stage_out_of_range_is_named() -> None:
+    request = pb.FineTuneRequest(steps=1, batch_size=0, max_tokens_per_microbatch=9)
+    request.algorithm.name = "dpo"
+    request.algorithm.settings.update({"beta": 0.0, "label_smoothing": 0.5, "tau": 1.0})
+    with pytest.raises(InvalidArgumentError) as caught:
+        check_fine_tuning(request)
+    found = {violation.field for violation in caught.value.violations}
+    settings = {f"algorithm.settings.{name}" for name in ("beta", "label_smoothing", "tau")}
+    assert found == {*settings, "batch_size", "optimizer.learning_rate"}
+    request.algorithm.name = "grpo"
+    with pytest.raises(InvalidArgumentError, match=r"'grpo' is not one of \['dpo', 'sft'\]"):
+        check_fine_tuning(request)
+
+
+def test_the_responses_of_every_supervised_algorithm_are_known() -> None:
+    assert SUPERVISED.keys() == RESPONSE_KEYS.keys()

@@ -40,7 +40,7 @@ def test_a_prompt_has_bos_exactly_once_where_the_tokenizer_adds_it(tmp_path: Pat
             tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
             tokenizer.post_processor = TemplateProcessing(single="b $A", special_tokens=[("b", BOS)])
             tokenizer.save(str(tmp_path / "tokenizer.json"))
-        (example,) = read_examples(str(write_example(tmp_path, prompt)), model, ChatSettings(), 128)
+        [(example,)] = read_examples(str(write_example(tmp_path, prompt)), model, ChatSettings(), 128)
         prompt_tokens = [BOS, one] if add_bos else [one]
         assert example.tokens.tolist() == [*prompt_tokens, two, EOS]
         # The prediction of token i + 1 is at i: the response and EOS are trained.

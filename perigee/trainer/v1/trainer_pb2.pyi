@@ -233,10 +233,11 @@ class FineTuneRequest(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     NEW_VERSION_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
+    ALGORITHM_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     dataset_path: _builtins.str
-    """JSON Lines with "prompt" or "messages", and "response": a path that PutFile returned, or a URL such as
-    s3://bucket/file.
+    """JSON Lines with "prompt" or "messages", and "response" (dpo: "chosen" and "rejected"): a path that PutFile
+    returned, or a URL such as s3://bucket/file.
     """
     steps: _builtins.int
     batch_size: _builtins.int
@@ -252,6 +253,10 @@ class FineTuneRequest(_message.Message):
     def chat(self) -> Global___ChatSettings:
         """How the model is asked, as in the rollout."""
 
+    @_builtins.property
+    def algorithm(self) -> Global___Algorithm:
+        """What is learned from the examples; sft when its name is empty."""
+
     def __init__(
         self,
         *,
@@ -264,10 +269,11 @@ class FineTuneRequest(_message.Message):
         seed: _builtins.int = ...,
         new_version: _builtins.int = ...,
         chat: Global___ChatSettings | None = ...,
+        algorithm: Global___Algorithm | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "optimizer", b"optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "chat", b"chat", "optimizer", b"optimizer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "chat", b"chat", "dataset_path", b"dataset_path", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "new_version", b"new_version", "optimizer", b"optimizer", "run_id", b"run_id", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "batch_size", b"batch_size", "chat", b"chat", "dataset_path", b"dataset_path", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "new_version", b"new_version", "optimizer", b"optimizer", "run_id", b"run_id", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -309,6 +315,26 @@ Global___ChatSettings: _TypeAlias = ChatSettings  # noqa: Y015
 class FineTuneResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class MetricsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     STEP_FIELD_NUMBER: _builtins.int
     STEPS_FIELD_NUMBER: _builtins.int
     LOSS_FIELD_NUMBER: _builtins.int
@@ -316,15 +342,20 @@ class FineTuneResponse(_message.Message):
     TOKENS_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     DONE_FIELD_NUMBER: _builtins.int
+    METRICS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     steps: _builtins.int
     loss: _builtins.float
-    """Mean negative log-likelihood per response token since the last message."""
+    """Mean of the steps' losses since the last message; of sft the negative log-likelihood per response token."""
     grad_norm: _builtins.float
     tokens: _builtins.int
     seconds: _builtins.float
     done: _builtins.bool
     """True on the last message."""
+    @_builtins.property
+    def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
+        """What the algorithm reports, as means over the examples since the last message."""
+
     def __init__(
         self,
         *,
@@ -335,10 +366,11 @@ class FineTuneResponse(_message.Message):
         tokens: _builtins.int = ...,
         seconds: _builtins.float = ...,
         done: _builtins.bool = ...,
+        metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "grad_norm", b"grad_norm", "loss", b"loss", "seconds", b"seconds", "step", b"step", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "grad_norm", b"grad_norm", "loss", b"loss", "metrics", b"metrics", "seconds", b"seconds", "step", b"step", "steps", b"steps", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -346,14 +378,14 @@ Global___FineTuneResponse: _TypeAlias = FineTuneResponse  # noqa: Y015
 
 @_typing.final
 class Algorithm(_message.Message):
-    """A reinforcement learning algorithm and what only it knows."""
+    """An algorithm and what only it knows."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
     SETTINGS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """Registered name, "policy_mirror_descent" for example."""
+    """Registered name: "policy_mirror_descent" for example, or of a supervised stage "sft" or "dpo"."""
     @_builtins.property
     def settings(self) -> _struct_pb2.Struct:
         """The algorithm's settings by name. One that is absent has its default; an unknown one is refused."""
@@ -425,6 +457,9 @@ class CheckAlgorithmRequest(_message.Message):
     ALGORITHM_FIELD_NUMBER: _builtins.int
     UPDATE_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
+    SUPERVISED_FIELD_NUMBER: _builtins.int
+    supervised: _builtins.bool
+    """The algorithm is that of FineTune requests, which have no update."""
     @_builtins.property
     def algorithm(self) -> Global___Algorithm: ...
     @_builtins.property
@@ -437,10 +472,11 @@ class CheckAlgorithmRequest(_message.Message):
         algorithm: Global___Algorithm | None = ...,
         update: Global___UpdateSettings | None = ...,
         optimizer: Global___Optimizer | None = ...,
+        supervised: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "optimizer", b"optimizer", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "optimizer", b"optimizer", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "optimizer", b"optimizer", "supervised", b"supervised", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -117,14 +117,14 @@ class TrainerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CheckAlgorithm(self, request, context):
-        """Checks the settings of later Train requests, without training. INVALID_ARGUMENT names every field at fault.
+        """Checks the settings of later Train or FineTune requests, without training. INVALID_ARGUMENT names every field at fault.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FineTune(self, request, context):
-        """Supervised fine-tuning on packed sequences.
+        """Fine-tuning on the examples of a file, packed: supervised, or by preferences.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -38,9 +38,9 @@ class TrainerServiceStub:
     def __new__(cls, channel: _aio.Channel) -> TrainerServiceAsyncStub: ...
     GetState: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.GetStateRequest, _trainer_pb2.GetStateResponse]
     CheckAlgorithm: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.CheckAlgorithmRequest, _trainer_pb2.CheckAlgorithmResponse]
-    """Checks the settings of later Train requests, without training. INVALID_ARGUMENT names every field at fault."""
+    """Checks the settings of later Train or FineTune requests, without training. INVALID_ARGUMENT names every field at fault."""
     FineTune: _grpc.UnaryStreamMultiCallable[_trainer_pb2.FineTuneRequest, _trainer_pb2.FineTuneResponse]
-    """Supervised fine-tuning on packed sequences."""
+    """Fine-tuning on the examples of a file, packed: supervised, or by preferences."""
     Train: _grpc.UnaryStreamMultiCallable[_trainer_pb2.TrainRequest, _trainer_pb2.TrainResponse]
     """One iteration of policy optimization on complete groups, read from the buffer."""
     PushWeights: _grpc.UnaryUnaryMultiCallable[_trainer_pb2.PushWeightsRequest, _trainer_pb2.PushWeightsResponse]
@@ -73,9 +73,9 @@ class TrainerServiceAsyncStub(TrainerServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetState: _aio.UnaryUnaryMultiCallable[_trainer_pb2.GetStateRequest, _trainer_pb2.GetStateResponse]  # type: ignore[assignment]
     CheckAlgorithm: _aio.UnaryUnaryMultiCallable[_trainer_pb2.CheckAlgorithmRequest, _trainer_pb2.CheckAlgorithmResponse]  # type: ignore[assignment]
-    """Checks the settings of later Train requests, without training. INVALID_ARGUMENT names every field at fault."""
+    """Checks the settings of later Train or FineTune requests, without training. INVALID_ARGUMENT names every field at fault."""
     FineTune: _aio.UnaryStreamMultiCallable[_trainer_pb2.FineTuneRequest, _trainer_pb2.FineTuneResponse]  # type: ignore[assignment]
-    """Supervised fine-tuning on packed sequences."""
+    """Fine-tuning on the examples of a file, packed: supervised, or by preferences."""
     Train: _aio.UnaryStreamMultiCallable[_trainer_pb2.TrainRequest, _trainer_pb2.TrainResponse]  # type: ignore[assignment]
     """One iteration of policy optimization on complete groups, read from the buffer."""
     PushWeights: _aio.UnaryUnaryMultiCallable[_trainer_pb2.PushWeightsRequest, _trainer_pb2.PushWeightsResponse]  # type: ignore[assignment]
@@ -117,7 +117,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.CheckAlgorithmRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_trainer_pb2.CheckAlgorithmResponse, _abc.Awaitable[_trainer_pb2.CheckAlgorithmResponse]]:
-        """Checks the settings of later Train requests, without training. INVALID_ARGUMENT names every field at fault."""
+        """Checks the settings of later Train or FineTune requests, without training. INVALID_ARGUMENT names every field at fault."""
 
     @_abc_1.abstractmethod
     def FineTune(
@@ -125,7 +125,7 @@ class TrainerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _trainer_pb2.FineTuneRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_trainer_pb2.FineTuneResponse], _abc.AsyncIterator[_trainer_pb2.FineTuneResponse]]:
-        """Supervised fine-tuning on packed sequences."""
+        """Fine-tuning on the examples of a file, packed: supervised, or by preferences."""
 
     @_abc_1.abstractmethod
     def Train(
