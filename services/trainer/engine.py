@@ -27,12 +27,13 @@ from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_trajectories
 from services.trainer.fine_tuning import Example, fine_tune
 from services.trainer.hf import DTYPES, read_model_shape
+from services.trainer.job import JobContext
 from services.trainer.machines import MachineWatch, check_hosts, connect_machines, reached_host
 from services.trainer.megatron.memory import free_bytes
 from services.trainer.megatron.model import Policy
 from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
 from services.trainer.megatron.shelf import Shelf
-from services.trainer.training import JobContext, Reader, train_iteration
+from services.trainer.training import Reader, train_iteration
 from services.weights.pieces import Export, PieceStore
 
 log = get_logger(__name__)

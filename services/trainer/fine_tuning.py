@@ -20,10 +20,10 @@ from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.trainer.algorithms import make_supervised
 from services.trainer.algorithms.base import ExampleBatch, SupervisedAlgorithm
+from services.trainer.job import SLICE, JobContext, find_optimizer_violations
 from services.trainer.megatron.model import Evaluated, Policy
 from services.trainer.megatron.optimizer import scheduled_rate
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches, pack_sequences
-from services.trainer.training import SLICE, JobContext, find_optimizer_violations
 
 # The sequences of an example, one for each response.
 Example = tuple[TokenSequence, ...]

@@ -1,7 +1,7 @@
-"""An iteration of reinforcement learning, and what it has in common with fine-tuning: both are jobs.
+"""An iteration of reinforcement learning.
 
-A job is a collective: every rank runs it with the same arguments. Who trains what is planned from token counts alone,
-so that each data-parallel replica reads the tokens of its own sequences and no others.
+Who trains what is planned from token counts alone, so that each data-parallel replica reads the tokens of its own
+sequences and no others.
 """
 
 from __future__ import annotations
@@ -11,15 +11,13 @@ import resource
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
 from perigee.errors import (
-    CancelledError,
     DataLossError,
     FieldViolation,
     InvalidArgumentError,
@@ -30,42 +28,13 @@ from services.kit.tracing import span
 from services.trainer.algorithms import make_algorithm
 from services.trainer.algorithms.base import Algorithm, LossBatch
 from services.trainer.data import Trajectory, unpack_experts
+from services.trainer.job import SLICE, JobContext, find_optimizer_violations
 from services.trainer.megatron.model import Evaluated, Policy
 from services.trainer.megatron.optimizer import scheduled_rate
-from services.trainer.megatron.parallel import ObjectChannel
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches, pack_sequences
 
 # Reads trajectories of a run by id; raises a PerigeeError when one cannot be read.
 Reader = Callable[[str, Sequence[str]], Mapping[str, Trajectory]]
-
-_CONTINUE, _REPORT, _CANCEL = 0, 1, 2
-# Micro-batches evaluated between two looks at whether the caller is still there.
-SLICE = 8
-
-
-@dataclass
-class JobContext:
-    """Channels of a job to its other ranks and, on rank 0, to its caller."""
-
-    everyone: ObjectChannel
-    replica: ObjectChannel
-    report: Callable[[Any], None] = lambda _: None
-    is_cancelled: Callable[[], bool] = lambda: False
-    interval_s: float = 0.5
-    _last_report: float = field(default_factory=time.monotonic)
-
-    def check(self) -> bool:
-        """Returns whether a report is due, the same on every rank; raises CancelledError when the caller left."""
-        code = _CONTINUE
-        if self.is_cancelled():
-            code = _CANCEL
-        elif time.monotonic() - self._last_report >= self.interval_s:
-            code = _REPORT
-            self._last_report = time.monotonic()
-        code = self.everyone.agree(code)
-        if code == _CANCEL:
-            raise CancelledError("the caller left; the trainer has the version loaded that it had before")
-        return code == _REPORT
 
 
 def check_training(algorithm: pb.Algorithm, update: pb.UpdateSettings, optimizer: pb.Optimizer) -> Algorithm:
@@ -78,19 +47,6 @@ def check_training(algorithm: pb.Algorithm, update: pb.UpdateSettings, optimizer
     if violations:
         raise InvalidArgumentError.for_fields(violations)
     return made
-
-
-def find_optimizer_violations(optimizer: pb.Optimizer) -> Iterator[FieldViolation]:
-    """Yields the fields of an optimizer that are out of range."""
-    for name in ("learning_rate", "beta1", "beta2", "weight_decay", "max_grad_norm", "min_lr_ratio"):
-        value = getattr(optimizer, name)
-        if not math.isfinite(value) or value < 0:
-            yield FieldViolation(f"optimizer.{name}", f"{value} is not a number of at least 0")
-    for name in ("beta1", "beta2"):
-        if getattr(optimizer, name) >= 1:
-            yield FieldViolation(f"optimizer.{name}", f"{getattr(optimizer, name)} is not below 1")
-    if optimizer.learning_rate == 0:
-        yield FieldViolation("optimizer.learning_rate", "0 would train nothing")
 
 
 def _find_update_violations(update: pb.UpdateSettings) -> Iterator[FieldViolation]:
