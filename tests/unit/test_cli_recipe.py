@@ -122,7 +122,18 @@ def test_services_get_the_folder_of_the_run_unless_the_recipe_says_otherwise(tmp
         ),
         (
             RECIPE.replace("iterations: 2", "iterations: 2, algorithm: {name: policy_mirror_decent}"),
-            "recipe.yaml: run.algorithm.name: 'policy_mirror_decent' is unknown; known are policy_mirror_descent",
+            "recipe.yaml: run.algorithm.name: 'policy_mirror_decent' is unknown; known are grpo, "
+            "policy_mirror_descent, rest",
+        ),
+        (
+            RECIPE.replace("iterations: 2", "iterations: 2, algorithm: {name: dpo}"),
+            "recipe.yaml: run.algorithm.name: dpo trains on a file: write it as the algorithm of a stage of run.sft",
+        ),
+        (
+            RECIPE.replace(
+                "iterations: 2", "iterations: 2, sft: [{dataset: d, steps: 1, algorithm: {name: dpo, tau: 1}}]"
+            ),
+            "recipe.yaml: run.sft.0.algorithm.tau: unknown key",
         ),
         (
             RECIPE.replace("iterations: 2", "iterations: 2, algorithm: {tua: 0.1}"),
