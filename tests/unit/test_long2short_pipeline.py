@@ -59,6 +59,7 @@ async def test_methods_train_on_what_was_made_of_the_samples(models: Path) -> No
         assert (stage["dataset"], stage["steps"], run_of(steps[name])["iterations"]) == (f"{{{source}}}/{file}", 40, 0)
         assert steps[name].needs == [source]
     assert steps["pairs"].needs == ["samples"]
+    assert run_of(steps["dpo"])["sft"][0]["algorithm"] == {"name": "dpo", "beta": 0.1}
 
 
 async def test_the_second_phase_is_the_recipe_with_its_changes(models: Path) -> None:

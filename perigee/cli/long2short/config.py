@@ -79,7 +79,7 @@ class Long2ShortConfig(Model):
     """Responses of the long model, of which rejection sampling and DPO make their sets."""
     rejection: dict[str, Any] = {"steps": 100}
     """Supervised stage on the shortest correct responses: keys of `run.sft[]` but `dataset`."""
-    dpo: dict[str, Any] = {"steps": 100}
+    dpo: dict[str, Any] = {"algorithm": {"name": "dpo"}, "steps": 100}
     """Supervised stage on the pairs: keys of `run.sft[]` but `dataset`."""
     rl: SecondPhaseConfig = SecondPhaseConfig()
     """Second phase of reinforcement learning."""
