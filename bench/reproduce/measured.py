@@ -31,7 +31,8 @@ class SandboxStarts:
     def measure(self) -> None:
         """Measures with bench/sandbox.py, as root and with crun, and keeps the figures of each arm."""
         with tempfile.TemporaryDirectory(prefix="perigee-reproduce-") as folder:
-            subprocess.run([sys.executable, "bench/sandbox.py", "start", "--quick", "--out", folder], check=True)
+            command = [sys.executable, "bench/sandbox.py", "start", "--quick", "--lean", "c", "--out", folder]
+            subprocess.run(command, check=True)
             measured = json.loads((Path(folder) / "sandbox-start.json").read_text(encoding="utf-8"))
         arms = {name: {key: arm[key] for key in ("median_ms", "p95_ms")} for name, arm in measured["arms"].items()}
         text = json.dumps({"machine": measured["machine"], "lean": measured["lean"], "arms": arms}, indent=1)
@@ -64,7 +65,9 @@ class SandboxStarts:
                 for arm in ARMS
             ),
         ]
-        return Finding(f"{sentence} {measured['machine']['cores']} cores of {measured['machine']['processor']}.", rows)
+        machine = measured["machine"]
+        where = f"{machine['cores']} cores of {machine['processor']}, at a load of {machine['load'][0]:.1f}"
+        return Finding(f"{sentence} On {where}.", rows)
 
     @staticmethod
     def _label(measured: Mapping[str, Any], arm: str) -> str:

@@ -115,6 +115,25 @@ def test_the_page_says_what_was_not_run_and_draws_what_was(results: Path) -> Non
     assert (page.PAGE.read_text(), (results / "growth.svg").read_bytes()) == (text, image)
 
 
+@pytest.mark.parametrize(("slowest_ms", "says"), [(30.0, "**Holds here**"), (50.0, "**Does not hold here**")])
+def test_a_start_is_held_against_the_reports(results: Path, slowest_ms: float, says: str) -> None:
+    arms = {arm: {"median_ms": slowest_ms - place, "p95_ms": 60.0} for place, arm in enumerate(measured.ARMS)}
+    machine = {"cores": 2, "processor": "one", "load": [0.25, 1, 1]}
+    results.mkdir()
+    (results / "sandbox.json").write_text(json.dumps({"machine": machine, "lean": "c", "arms": arms}))
+    found = page.render_part("sandbox")
+    assert f"{says}: a job takes {slowest_ms} ms at most. On 2 cores of one, at a load of 0.2." in found
+    assert f"| c, crun | {slowest_ms - 2:.1f} | 60.0 |" in found
+
+
+def test_the_models_of_long2short_are_points(tmp_path: Path) -> None:
+    row = {"name": "rl", "accuracy": {"mean": 0.61234, "low": 0.6, "high": 0.7}, "tokens": {"mean": 12.345}}
+    (tmp_path / "comparison.json").write_text(json.dumps({"rows": [row], "facts": []}))
+    [(arm, curve)] = runs.read_comparison(tmp_path / "comparison.json").items()
+    assert arm in ARMS
+    assert curve.points == [Point(0, 0, 0, {"overall": 0.6123}, 12.35)]
+
+
 def test_results_of_other_settings_are_not_kept(results: Path) -> None:
     runs.record(ARMS["masked"], 0, make_curve(0.1))
     path = results / "masked.json"
