@@ -41,7 +41,9 @@ def main() -> None:
     try:
         train(arguments.figure, () if arguments.draw else arguments.seeds)
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"a run ended with code {error.returncode}: see train.log below runs/reproduce") from error
+        raise SystemExit(
+            f"a run ended with code {error.returncode}: see the newest *.log below runs/reproduce, and run this again"
+        ) from error
     write_page()
 
 

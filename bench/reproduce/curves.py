@@ -18,7 +18,7 @@ import numpy as np
 from perigee.statistics import Interval
 
 RESULTS = Path("docs/reproduction")
-# The two-sided 95% quantile of Student's t, by degrees of freedom.
+# The two-sided 95% quantile of Student's t, by degrees of freedom; for more than 9 that of 9, which is larger.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
@@ -78,7 +78,7 @@ def interval_over(values: Sequence[float]) -> Interval:
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, -math.inf, math.inf)
-    half = T_95[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
+    half = T_95[min(len(values), len(T_95) + 1) - 2] * statistics.stdev(values) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 

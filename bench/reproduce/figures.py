@@ -88,14 +88,15 @@ def find_growth(results: Results, lines: Sequence[Line]) -> Finding:
     gain = interval_over([accuracy(curve)[-1] - accuracy(curve)[0] for curve in curves])
     growth = interval_over([length(curve)[-1] - length(curve)[0] for curve in curves])
     together = correlation_interval([correlation(accuracy(curve), length(curve)) for curve in curves])
-    found = judge(min(gain, growth, key=lambda interval: interval.low), "both grow")
+    evaluations = min(len(curve.points) for curve in curves)
+    found = judge("both grow", gain, growth)
     rows = [
         ("", "first", "last", "change, 95%"),
         ("held-out accuracy", *ends(curves, accuracy, 3), show(gain)),
         ("response tokens", *ends(curves, length, 1), show(growth, 1)),
-        ("correlation of the two over a run's evaluations", "", "", show(together)),
+        (f"correlation of the two over the {evaluations} evaluations of a run", "", "", show(together)),
     ]
-    return Finding(f"{found} Their correlation over a run's evaluations is {show(together)}.", rows)
+    return Finding(f"{found} Their correlation over the {evaluations} evaluations of a run is {show(together)}.", rows)
 
 
 def draw_sizes(results: Results, lines: Sequence[Line]) -> Figure:
@@ -112,9 +113,12 @@ def draw_sizes(results: Results, lines: Sequence[Line]) -> Figure:
 
 
 def find_sizes(results: Results, lines: Sequence[Line]) -> Finding:
-    """Finds whether the small model at its end is above the large one before its training, which thinks less."""
+    """Finds whether the small model at its end is above the large one before its training, and thinks longer."""
     small, large = (results[line.arm] for line in lines)
-    gap = interval_over([accuracy(small[seed])[-1] - accuracy(large[seed])[0] for seed in sorted(small)])
+    gap, longer = (
+        interval_over([measure(small[seed])[-1] - measure(large[seed])[0] for seed in sorted(small)])
+        for measure in (accuracy, length)
+    )
     rows = [
         ("model", "accuracy before", "tokens before", "accuracy at the end", "tokens at the end"),
         *(
@@ -126,7 +130,9 @@ def find_sizes(results: Results, lines: Sequence[Line]) -> Finding:
         ),
     ]
     claim = f"the {lines[0].label} model after training is above the {lines[1].label} one before it, which thinks less"
-    return Finding(f"{judge(gap, claim)} The difference is {show(gap)}.", rows)
+    return Finding(
+        f"{judge(claim, gap, longer)} The difference is {show(gap)}, at {show(longer, 1)} tokens more.", rows
+    )
 
 
 def draw_comparison(results: Results, lines: Sequence[Line]) -> Figure:
@@ -162,12 +168,11 @@ def find_shortest(results: Results, lines: Sequence[Line]) -> Finding:
         interval_over(differences(results[line.arm], best, lambda curve: accuracy(curve)[-1] / length(curve)[-1]))
         for line in lines[2:-1]
     ]
-    least = min(leads, key=lambda lead: lead.low)
     rows = [
         ("model", "accuracy", "response tokens", "right per 100 tokens", f"accuracy less {lines[0].label}'s, 95%"),
         *(tradeoff_row(results, lines[0], line) for line in lines),
     ]
-    return Finding(judge(least, f"{lines[-1].label} is right most often by token of the four methods"), rows)
+    return Finding(judge(f"{lines[-1].label} is right most often by token of the four methods", *leads), rows)
 
 
 def tradeoff_row(results: Results, base: Line, line: Line) -> Sequence[str]:
@@ -209,15 +214,26 @@ def find_comparison(results: Results, lines: Sequence[Line]) -> Finding:
     base, other = (results[line.arm] for line in (lines[0], lines[-1]))
     gap = interval_over(differences(base, other, lambda curve: accuracy(curve)[-1]))
     ratios = sample_ratios(other, base)
-    ratio = show(geometric_interval(ratios), 2) if ratios else "not measurable"
-    found = judge(gap, f"{lines[-1].label} ends above {lines[0].label}")
+    found = judge(f"{lines[-1].label} ends above {lines[0].label}", gap)
     rows = [
-        ("arm", "accuracy before", "at the end", "of hard problems", f"difference from {lines[0].label}, 95%"),
+        (
+            "arm",
+            "accuracy before",
+            "at the end",
+            "of hard problems",
+            "responses sampled",
+            f"difference from {lines[0].label}, 95%",
+        ),
         *(arm_row(results, lines[0], line) for line in lines),
     ]
+    if not ratios:
+        return Finding(
+            f"{found} On no seed do both rise, so that their responses to an accuracy cannot be compared.", rows
+        )
+    left_out = f", on the {len(ratios)} of {len(base)} seeds on which both rise" if len(ratios) < len(base) else ""
     return Finding(
-        f"{found} To the accuracy that both reach, {lines[0].label} takes {ratio} times the responses of "
-        f"{lines[-1].label}.",
+        f"{found} To the accuracy that both reach, {lines[0].label} takes {show(geometric_interval(ratios), 2)} times "
+        f"the responses of {lines[-1].label}{left_out}.",
         rows,
     )
 
@@ -233,7 +249,7 @@ def find_shortening(results: Results, lines: Sequence[Line]) -> Finding:
         *(length_row(results, lines[0], line) for line in lines),
     ]
     sentence = (
-        f"{judge(shorter, 'responses become shorter')} The length falls by {show(part, 2)} of itself, and accuracy "
+        f"{judge('responses become shorter', shorter)} The length falls by {show(part, 2)} of itself, and accuracy "
     )
     return Finding(f"{sentence}changes by {show(gap)}.", rows)
 
@@ -248,7 +264,7 @@ def find_better_judge(results: Results, lines: Sequence[Line]) -> Finding:
         *((label, show(interval_over(values))) for label, values in last.items()),
         ("difference", show(gap)),
     ]
-    return Finding(judge(gap, f"the {lines[-1].label} is right more often than the {lines[0].label}"), rows)
+    return Finding(judge(f"the {lines[-1].label} is right more often than the {lines[0].label}", gap), rows)
 
 
 def find_no_loss(results: Results, lines: Sequence[Line]) -> Finding:
@@ -257,31 +273,40 @@ def find_no_loss(results: Results, lines: Sequence[Line]) -> Finding:
         interval_over(differences(results[line.arm], results[lines[0].arm], lambda curve: accuracy(curve)[-1]))
         for line in lines[1:]
     ]
-    least = min(gaps, key=lambda gap: gap.low)
-    shifted = Interval(least.mean + MARGIN, least.low + MARGIN, least.high + MARGIN)
+    shifted = [Interval(gap.mean + MARGIN, gap.low + MARGIN, gap.high + MARGIN) for gap in gaps]
     rows = [
-        ("arm", "accuracy before", "at the end", "of hard problems", f"difference from {lines[0].label}, 95%"),
+        (
+            "arm",
+            "accuracy before",
+            "at the end",
+            "of hard problems",
+            "responses sampled",
+            f"difference from {lines[0].label}, 95%",
+        ),
         *(arm_row(results, lines[0], line) for line in lines),
     ]
-    return Finding(judge(shifted, f"{lines[0].label} loses at most {MARGIN} against each of the others"), rows)
+    return Finding(judge(f"{lines[0].label} loses at most {MARGIN} against each of the others", *shifted), rows)
 
 
-def judge(interval: Interval, claim: str) -> str:
-    """Returns in a sentence whether an interval is above 0, as the claim has it."""
-    if interval.low > 0:
+def judge(claim: str, *intervals: Interval) -> str:
+    """Returns in a sentence whether intervals are all above 0, as the claim has it, or one of them below."""
+    if all(interval.low > 0 for interval in intervals):
         return f"**Holds here**: {claim}."
-    if interval.high < 0:
-        return f"**Does not hold here** that {claim}: it is the other way round."
-    way = "the mean is on its side" if interval.mean > 0 else "the mean is against it"
+    if any(interval.high < 0 for interval in intervals):
+        reverse = ": it is the other way round" if len(intervals) == 1 else ""
+        return f"**Does not hold here** that {claim}{reverse}."
+    support, against = ("the mean is", "the mean is") if len(intervals) == 1 else ("the means are", "a mean is")
+    way = f"{support} on its side" if all(interval.mean > 0 for interval in intervals) else f"{against} against it"
     return f"**Not decided** by these seeds whether {claim}; {way}."
 
 
 def arm_row(results: Results, base: Line, line: Line) -> Sequence[str]:
-    """Returns an arm's row: accuracy before and after, that on hard problems, and the difference within seeds."""
+    """Returns an arm's row: accuracy before, after and on hard problems, responses, and the difference within seeds."""
     curves = results[line.arm]
     hard = fmean(curve.accuracies("hard")[-1] for curve in curves.values())
     gap = differences(results[base.arm], curves, lambda curve: accuracy(curve)[-1])
-    return line.label, *ends(curves.values(), accuracy, 3), f"{hard:.3f}", gap_text(line, base, gap)
+    sampled = fmean(curve.points[-1].samples for curve in curves.values())
+    return line.label, *ends(curves.values(), accuracy, 3), f"{hard:.3f}", f"{sampled:.0f}", gap_text(line, base, gap)
 
 
 def length_row(results: Results, base: Line, line: Line) -> Sequence[str]:

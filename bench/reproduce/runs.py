@@ -186,8 +186,8 @@ def read_curve(run: Path) -> Curve:
 
 def spending(iterations: Sequence[Iteration]) -> list[tuple[int, int]]:
     """Returns the responses that finished and the tokens that were sampled before the end of each iteration, from 0."""
-    responses = accumulate((int(row.get("rollout/finished") or 0) for row in iterations), initial=0)
-    tokens = accumulate((int(row.get("rollout/tokens") or 0) for row in iterations), initial=0)
+    responses = accumulate((int(row.values["rollout/finished"]) for row in iterations), initial=0)
+    tokens = accumulate((int(row.values["rollout/tokens"]) for row in iterations), initial=0)
     return list(zip(responses, tokens, strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,16 +20,17 @@ from bench.reproduce.curves import (
     rising_fit,
     sample_ratios,
 )
-from bench.reproduce.figures import FIGURES, judge
+from bench.reproduce.drawing import Line
+from bench.reproduce.figures import FIGURES, find_comparison, find_sizes, judge
 from perigee.statistics import Interval
 
 ROOT = Path(__file__).parents[2]
 
 
-def make_curve(*accuracies: float, step: int = 1000) -> Curve:
+def make_curve(*accuracies: float, step: int = 1000, kinds: tuple[str, ...] = ("overall",)) -> Curve:
     """Returns a curve with an evaluation every `step` responses, whose length follows its accuracy."""
     points = [
-        Point(number, number * step, 0, {"overall": accuracy}, 10 + 20 * accuracy)
+        Point(number, number * step, 0, dict.fromkeys(kinds, accuracy), 10 + 20 * accuracy)
         for number, accuracy in enumerate(accuracies)
     ]
     return Curve(points, [], [])
@@ -39,6 +41,8 @@ def test_intervals_are_students() -> None:
     interval = interval_over([1.0, 2.0, 3.0])
     assert (interval.mean, interval.low, interval.high) == pytest.approx((2.0, 2 - 2.4843, 2 + 2.4843), abs=1e-3)
     assert math.isinf(interval_over([1.0]).high)
+    # The quantile of 9 degrees of freedom serves for more, too.
+    assert interval_over([-1.0, 1.0] * 6).high == pytest.approx(2.262 * math.sqrt(12 / 11) / math.sqrt(12))
     assert geometric_interval([0.5, 2.0, 1.0]).mean == pytest.approx(1.0)
     assert geometric_interval([2.0]) == Interval(pytest.approx(2.0), 0.0, math.inf)
 
@@ -69,7 +73,40 @@ def test_ratios_are_taken_at_the_accuracy_that_both_reach() -> None:
     ("interval", "says"), [((0.1, 0.2), "Holds"), ((-0.2, -0.1), "Does not hold"), ((-0.1, 0.2), "Not decided")]
 )
 def test_a_claim_holds_by_its_interval(interval: tuple[float, float], says: str) -> None:
-    assert judge(Interval(sum(interval) / 2, *interval), "it does").startswith(f"**{says}")
+    assert judge("it does", Interval(sum(interval) / 2, *interval)).startswith(f"**{says}")
+
+
+@pytest.mark.parametrize(
+    ("second", "says"), [((0.1, 9.0), "Holds"), ((-0.2, -0.1), "Does not hold"), ((-0.1, 0.2), "Not decided")]
+)
+def test_a_claim_of_two_figures_holds_by_both(second: tuple[float, float], says: str) -> None:
+    first = Interval(0.5, 0.2, 0.8)
+    assert judge("both do", first, Interval(sum(second) / 2, *second)).startswith(f"**{says}")
+    # Of a wide interval and one that is surely below, the second decides, in whatever units they are.
+    assert judge("both do", Interval(0.0, -50.0, 50.0), Interval(-0.2, -0.3, -0.1)).startswith("**Does not hold")
+
+
+def make_results(base: Curve, *others: Curve) -> dict[str, dict[int, Curve]]:
+    """Returns the base on every seed, and the other arm's curve of each."""
+    return {"a": dict.fromkeys(range(len(others)), base), "b": dict(enumerate(others))}
+
+
+def test_a_ratio_says_on_how_many_seeds_it_stands() -> None:
+    rising, falling = (make_curve(*values, kinds=("overall", "hard")) for values in ((0.2, 0.4), (0.4, 0.2)))
+    lines = [Line("a", "base", "black"), Line("b", "other", "black")]
+    found = find_comparison(make_results(rising, rising, falling), lines)
+    assert "1.00 (one seed) times the responses of other, on the 1 of 2 seeds on which both rise." in found.sentence
+    assert "On no seed do both rise" in find_comparison(make_results(rising, falling), lines).sentence
+    assert "seeds on which" not in find_comparison(make_results(rising, rising, rising), lines).sentence
+
+
+def test_a_small_model_that_thinks_no_longer_does_not_reach_a_large_one_by_thinking() -> None:
+    lines = [Line("a", "small", "black"), Line("b", "large", "black")]
+    # A curve's length follows its accuracy: the large model begins with 18 tokens, or with 26.
+    large = [make_curve(0.4, 0.5), make_curve(0.4, 0.5)]
+    assert find_sizes(make_results(make_curve(0.2, 0.6), *large), lines).sentence.startswith("**Holds here**")
+    longer = [Curve([replace(point, response_tokens=90.0) for point in curve.points], [], []) for curve in large]
+    assert find_sizes(make_results(make_curve(0.2, 0.6), *longer), lines).sentence.startswith("**Does not hold here**")
 
 
 def test_responses_and_tokens_add_up_over_the_iterations_of_a_run(tmp_path: Path) -> None:
@@ -122,7 +159,7 @@ def test_a_start_is_held_against_the_reports(results: Path, slowest_ms: float, s
     results.mkdir()
     (results / "sandbox.json").write_text(json.dumps({"machine": machine, "lean": "c", "arms": arms}))
     found = page.render_part("sandbox")
-    assert f"{says}: a job takes {slowest_ms} ms at most. On 2 cores of one, at a load of 0.2." in found
+    assert f"{says}: the median job takes {slowest_ms} ms at most. On 2 cores of one, at a load of 0.2." in found
     assert f"| c, crun | {slowest_ms - 2:.1f} | 60.0 |" in found
 
 
