@@ -1,12 +1,18 @@
-"""Files that a job was the first to read are charged to its place; later jobs get neither their room nor their size."""
+"""Memory of jobs: files that a job was the first to read are charged to its place, and later jobs get neither their
+room nor their size; where the kernel cannot reset the peak of a control group, it is that of the largest process.
+"""
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from perigee.sandbox.v1 import sandbox_pb2 as pb
+from services.sandbox.agent.usage import UsageFiles, open_usage
+from services.sandbox.runtime import worker_slots
 from services.sandbox.runtime.cgroups import find_cgroups
 from tests.fixtures.sandbox import running_sandbox, skip_unless_possible
 
@@ -74,3 +80,19 @@ async def test_cached_files_give_no_room_and_take_none(isolation: str, tmp_path:
         fitting = await touch(40, 64)
         assert fitting.status == pb.STATUS_OK
         assert 38 << 20 <= fitting.peak_memory_bytes <= 56 << 20
+
+
+async def test_memory_is_known_where_the_peak_cannot_be_reset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As in cgroup v2 before Linux 6.12, where the file is read-only."""
+    skip_unless_possible("zygote")
+
+    def open_read_only(version: int, paths: dict[str, str]) -> UsageFiles:
+        opened = open_usage(version, paths)
+        os.close(opened.peak)
+        return replace(opened, peak=os.open(paths["peak"], os.O_RDONLY | os.O_CLOEXEC))
+
+    monkeypatch.setattr(worker_slots, "open_usage", open_read_only)
+    async with running_sandbox(tmp_path, isolation="zygote", slots=1) as client:
+        response = await client.execute(pb.ExecuteRequest(language="python", source=TOUCH, args=["40"]))
+    assert response.status == pb.STATUS_OK, response
+    assert 40 << 20 <= response.peak_memory_bytes <= 80 << 20

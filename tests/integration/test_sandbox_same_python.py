@@ -109,6 +109,7 @@ PROGRAMS = {
     "processes": Example("import multiprocessing as m\ndef f(x): return x * x\nif __name__ == '__main__':\n  with m.get_context('fork').Pool(2) as p: print(p.map(f, [1, 2, 3]))"),
     "spawned processes": Example("import multiprocessing as m\ndef f(x): print('child', x)\nif __name__ == '__main__':\n  p = m.get_context('spawn').Process(target=f, args=(3,)); p.start(); p.join(); print(p.exitcode)"),
     "a fork": Example("import os\nif os.fork() == 0:\n  print('child')\nelse:\n  os.wait(); print('parent')"),
+    "a fork that ends first": Example("import os, time\nif os.fork() == 0:\n  raise SystemExit(3)\nos.wait(); time.sleep(.2); print('parent')"),
     "an interpreter of its own": Example("import subprocess, sys\nr = subprocess.run([sys.executable, '-c', 'import sys; print(6 * 7, sys.argv)'], capture_output=True, text=True)\nprint(r)"),
     "deep recursion": Example("def f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(900))\ntry:\n  f(10**6)\nexcept RecursionError as e: print(e)"),
     "deeper recursion": Example("import sys\nsys.setrecursionlimit(10**6)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(20_000))"),

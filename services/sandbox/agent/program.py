@@ -52,12 +52,13 @@ class Begin(BaseException):
 
 
 _ending: mmap | None = None
+_ending_of = 0
 
 
 def report_end_in(shared: mmap) -> None:
-    """Has the program say that it is about to end in memory shared with the job supervisor: 1 and the exit code."""
-    global _ending
-    _ending = shared
+    """Has this process say that it is about to end in memory shared with the job supervisor: 1 and the exit code."""
+    global _ending, _ending_of
+    _ending, _ending_of = shared, getpid()
 
 
 def run_program(archive: Archive, home: str) -> NoReturn:
@@ -178,7 +179,7 @@ def finish(exit_code: int, home: str, loaded: int) -> NoReturn:
             sys.modules["ctypes"].CDLL(None).fflush(None)
         if not flushed and exit_code >= 0:
             exit_code = _NOT_FLUSHED
-        if is_alone and exit_code >= 0 and _ending is not None:
+        if is_alone and exit_code >= 0 and _ending is not None and getpid() == _ending_of:  # no fork of the program
             _report_end(_ending, exit_code)
     finally:
         if exit_code < 0:
@@ -191,7 +192,8 @@ def _report_end(shared: mmap, exit_code: int) -> None:
     """Reports to the job supervisor how the program ends, and wakes it by closing the outputs: the kernel takes a
     millisecond to take the process apart.
     """
-    shared[:2] = bytes((1, exit_code))
+    shared[1] = exit_code
+    shared[0] = 1
     for output in (1, 2):
         with contextlib.suppress(OSError):  # the program has closed it
             close(output)
