@@ -32,10 +32,6 @@ app = typer.Typer(
 app.add_typer(sandbox_app)
 app.add_typer(reward_app, name="reward", help="Score responses with the reward service, and train its value heads.")
 app.add_typer(prompts_app, name="prompts", help="Curate prompt sets.")
-app.command("eval")(evaluate)
-app.command()(merge)
-app.command()(sample)
-app.command()(long2short)
 
 
 RecipeArgument = Annotated[Path | None, typer.Argument(help="A recipe file, or a folder that holds recipe.yaml.")]
@@ -411,6 +407,13 @@ def samples(
         for sample in found:
             lines = [json.dumps(to_line(sample), ensure_ascii=False)] if as_json else text_lines(sample)
             print("\n".join(lines))
+
+
+# After the commands around a run, which `perigee --help` lists first.
+app.command("eval")(evaluate)
+app.command()(sample)
+app.command()(merge)
+app.command()(long2short)
 
 
 if __name__ == "__main__":

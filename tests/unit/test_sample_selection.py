@@ -124,9 +124,9 @@ def test_a_prompt_stands_as_its_file_has_it() -> None:
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}]
     [line] = select(SHORTEST, [group(sample("correct"), messages=chat)], RULES).lines
     assert line == {"id": "a", "messages": chat, "response": "correct 1"}
-    assert read_example(line)[1] == "correct 1"
+    assert read_example(line)[1] == ("correct 1",)
     [line] = select(SHORTEST, [group(sample("correct"))], RULES).lines
-    assert read_example(line) == ("1+1=", "correct 1")
+    assert read_example(line) == ("1+1=", ("correct 1",))
 
 
 def test_characters_count_where_tokens_are_not_known() -> None:
@@ -151,7 +151,7 @@ def test_a_failure_counts_neither_as_wrong_nor_as_a_length() -> None:
     ("samples", "words"),
     [
         ([sample("wrong")], "1 have no correct response"),
-        ([sample("failed")], "1 have no response with a verdict"),
+        ([sample("failed")], "1 have no response with a verdict, most often because lost"),
         ([sample("correct", truncated=True)], "1 have no correct response that is whole"),
     ],
 )
@@ -174,6 +174,9 @@ def test_samples_of_a_file_have_verdicts(tmp_path: Path) -> None:
     for values, words in (
         ({"verdict": None}, "verdict: must be one of correct, wrong, ungradable, failed; got None"),
         ({"id": "b"}, "id: 'b' is the id of no prompt"),
+        ({"id": ["a"]}, "id: ['a'] is the id of no prompt"),
+        ({"tokens": -1}, "tokens: must be 0 or more, is -1"),
+        ({"reason": 1}, "reason: must be a text, got a number"),
         ({"response": 1}, "response: must be a text, got a number"),
         ({"tokens": "4"}, "tokens: must be a number of tokens, got a string"),
         ({"truncated": 1}, "truncated: must be true or false, got a number"),

@@ -145,16 +145,19 @@ def read_samples(path: Path, lines: Sequence[PromptLine]) -> list[Answer]:
 def find_faults(values: Mapping[str, Any], ids: set[str]) -> list[FieldViolation]:
     """Returns what keeps a sample from being selected."""
     faults = []
-    if values.get("id") not in ids:
+    if not isinstance(values.get("id"), str) or values["id"] not in ids:
         faults.append(FieldViolation("id", f"{values.get('id')!r} is the id of no prompt"))
-    if not isinstance(values.get("response"), str):
-        faults.append(FieldViolation("response", f"must be a text, got {name_type(values.get('response'))}"))
+    for key in ("response", "reason"):
+        if not isinstance(values.get(key), str):
+            faults.append(FieldViolation(key, f"must be a text, got {name_type(values.get(key))}"))
     if values.get("verdict") not in VERDICTS:
         given = f"got {values['verdict']!r}" if "verdict" in values else "perigee reward score judges responses"
         faults.append(FieldViolation("verdict", f"must be one of {', '.join(VERDICTS)}; {given}"))
     tokens = values["tokens"]
     if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int)):
         faults.append(FieldViolation("tokens", f"must be a number of tokens, got {name_type(tokens)}"))
+    elif tokens is not None and tokens < 0:
+        faults.append(FieldViolation("tokens", f"must be 0 or more, is {tokens}"))
     if not isinstance(values["truncated"], bool):
         faults.append(FieldViolation("truncated", f"must be true or false, got {name_type(values['truncated'])}"))
     return faults

@@ -208,10 +208,19 @@ def no_correct(groups: Sequence[PromptSamples]) -> FailedPreconditionError:
     """Returns the error of samples of which none can be learned from."""
     reasons = Counter(map(explain_loss, groups))
     words = ", ".join(f"{count:,} have {reason}" for reason, count in reasons.items())
+    advice = "draw more samples (-n), allow more tokens (--max-tokens), or take easier prompts or another model"
+    failures = count_failures(groups)
+    if {*reasons} == {NOTHING_JUDGED} and failures:
+        words += f", most often because {next(iter(failures))}"
+        advice = "mend that, and the same command goes on"
     return FailedPreconditionError(
-        f"nothing can be selected for any of the {len(groups):,} prompts ({words}): draw more samples (-n), allow more "
-        "tokens (--max-tokens), or take easier prompts or another model"
+        f"nothing can be selected for any of the {len(groups):,} prompts ({words}): {advice}"
     )
+
+
+def count_failures(groups: Sequence[PromptSamples]) -> dict[str, int]:
+    """Returns the reasons why samples have no verdict, the most frequent first."""
+    return dict(Counter(s["reason"] for group in groups for s in group.samples if s["verdict"] == FAILED).most_common())
 
 
 def write_asked(group: PromptSamples) -> dict[str, Any]:
@@ -231,7 +240,7 @@ def describe_samples(groups: Sequence[PromptSamples]) -> dict[str, Any]:
         "prompts": len(groups),
         "responses": len(samples),
         "verdicts": {verdict: verdicts[verdict] for verdict in ("correct", "wrong", "ungradable", FAILED)},
-        "failures": dict(Counter(sample["reason"] for sample in samples if sample["verdict"] == FAILED).most_common()),
+        "failures": count_failures(groups),
         "truncated": sum(sample["truncated"] for sample in judged),
         "accuracy": asdict(clustered_interval([each for each in rights if each])) if judged else None,
         "length_unit": unit,
