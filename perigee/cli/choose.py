@@ -49,9 +49,7 @@ def make_short_recipe(run: RunFolder, model: Path, changes: Mapping[str, Any]) -
     tokens; evaluations keep the cap that they had. `changes` are keys of its `run` section that are to differ.
     """
     values: dict[str, Any] = copy.deepcopy(dict(load_recipe(run.recipe_path).values))
-    section = values["run"]
-    config: Any = validate(config_class("run"), section, run.recipe_path.name, "run")
-    cap = config.rollout.max_response_tokens
+    begin_second_phase(values["run"], changes, run.recipe_path.name)
     values.pop("prepare", None)
     values |= {"name": f"{values.get('name', 'run')}-short", "model": str(model)}
     for part in MODEL_SECTIONS:
@@ -60,6 +58,16 @@ def make_short_recipe(run: RunFolder, model: Path, changes: Mapping[str, Any]) -
         for key, placed in keys.items():
             if values.get(part, {}).get(key) == placed.replace("{run}", str(run.path)):
                 del values[part][key]
+    return values
+
+
+def begin_second_phase(section: dict[str, Any], changes: Mapping[str, Any], source: str) -> None:
+    """Turns the section `run` of a recipe into that of long2short reinforcement learning (k1.5 section 2.4), in place.
+
+    Raises InvalidArgumentError when a key of it is wrong, naming `source`.
+    """
+    config: Any = validate(config_class("run"), section, source, "run")
+    cap = config.rollout.max_response_tokens
     for key in ("sft", "warmup", "curriculum"):
         section.pop(key, None)
     evaluation_cap = config.evaluation.max_response_tokens or cap
@@ -69,9 +77,8 @@ def make_short_recipe(run: RunFolder, model: Path, changes: Mapping[str, Any]) -
     section["length_reward"] = {"weight": weight}
     merge(section, changes)
     penalty = section.get("overlong_penalty", {})
-    if penalty.get("cap", 0) > section["rollout"]["max_response_tokens"]:
+    if (penalty.get("cap") or 0) > section["rollout"]["max_response_tokens"]:
         del penalty["cap"]
-    return values
 
 
 def write_short_recipe(run: RunFolder, model: Path, overrides: Sequence[str], target: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_model
+import yaml
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -34,10 +35,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-async def plan(models: Path, *changes: str) -> dict[str, Step]:
-    """The steps of the example's recipe with these models and changes, by name."""
+async def plan(models: Path, *changes: str, source: Path = RECIPE) -> dict[str, Step]:
+    """The steps of a recipe with these models and changes, by name."""
     sets = [f"long2short.{name}={models / name}" for name in ("long", "short")]
-    recipe = load_recipe(find_recipe(RECIPE), [*sets, *changes])
+    recipe = load_recipe(find_recipe(source), [*sets, *changes])
     options = PipelineOptions(recipe, models / "out", [], models, plain=True)
     task = asyncio.current_task()
     assert task is not None
@@ -53,7 +54,7 @@ def run_of(step: Step) -> dict[str, Any]:
 
 async def test_methods_train_on_what_was_made_of_the_samples(models: Path) -> None:
     steps = await plan(models)
-    assert list(steps)[:5] == ["samples", "pairs", "merge", "rejection", "dpo"]
+    assert list(steps)[:5] == ["merge", "samples", "pairs", "rejection", "dpo"]
     for name, source, file in (("rejection", "samples", "sft.jsonl"), ("dpo", "pairs", "pairs.jsonl")):
         [stage] = run_of(steps[name])["sft"]
         assert (stage["dataset"], stage["steps"], run_of(steps[name])["iterations"]) == (f"{{{source}}}/{file}", 40, 0)
@@ -64,10 +65,22 @@ async def test_methods_train_on_what_was_made_of_the_samples(models: Path) -> No
 
 async def test_the_second_phase_is_the_recipe_with_its_changes(models: Path) -> None:
     phase = run_of((await plan(models, "long2short.rl.run.iterations=3"))["rl"])
-    assert (phase["iterations"], phase["sft"]) == (3, [])
+    assert phase["iterations"] == 3
     assert phase["length_reward"] == {"weight": 0.5}
     assert phase["rollout"]["max_response_tokens"] == 72
     assert phase["rollout"]["token_budget"] == 24
+
+
+async def test_a_second_phase_without_settings_is_rewarded_for_length_and_cut(models: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(RECIPE.read_text())
+    del values["long2short"]["rl"], values["prepare"]
+    values["run"]["sft"] = [{"dataset": "sft.jsonl", "steps": 1}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    phase = run_of((await plan(models, source=tmp_path / "recipe.yaml"))["rl"])
+    assert phase["length_reward"] == {"weight": 0.5}
+    assert phase["rollout"]["max_response_tokens"] == 72
+    assert phase["evaluation"]["max_response_tokens"] == 144
+    assert "sft" not in phase
 
 
 async def test_the_second_phase_starts_from_the_best_balanced_checkpoint_of_a_run(models: Path, tmp_path: Path) -> None:
@@ -107,6 +120,7 @@ async def test_methods_that_are_left_out_make_nothing(models: Path) -> None:
         ("long2short.long=null", "long2short.long: is required"),
         ("long2short.long=nowhere", "nowhere: no such run"),
         ("long2short.short=null", "long2short.short: is required to merge"),
+        ("long2short.merge.method=ties", "long2short.merge.base: is required by ties"),
         ("long2short.rejection.stepz=3", "long2short.rejection.stepz: unknown key; did you mean steps?"),
         ("long2short.dpo.steps=0", "long2short.dpo.steps: input should be greater"),
         ("long2short.rl.run.rollout.max_response_token=3", "long2short.rl.rollout.max_response_token: unknown key"),
@@ -132,6 +146,13 @@ async def merge_alone(models: Path, out: Path, *changes: str) -> Ended:
     sets += ["prepare=null", f"run.prompts={prompts}", f"run.heldout={prompts}", *changes]
     words = [word for each in sets for word in ("--set", each)]
     return await run_perigee("long2short", str(RECIPE), "--only", "merge", "--out", str(out), *words)
+
+
+async def test_without_a_long_model_no_folder_is_made(tmp_path: Path) -> None:
+    ended = await run_perigee("long2short", str(RECIPE), "--out", str(tmp_path / "out"))
+    assert (ended.code, ended.stderr.count("\n")) == (2, 1)
+    assert "long2short.long: is required" in ended.stderr
+    assert not (tmp_path / "out").exists()
 
 
 async def test_a_step_alone_is_done_once_and_anew_for_another_setting(models: Path, tmp_path: Path) -> None:

@@ -249,6 +249,8 @@ def test_the_same_merge_again_is_done_and_another_one_is_refused(pair: tuple[Pat
     refused = merge(tmp_path / "out", *pair, "--weight", "1", "--weight", "2")
     assert "exists and was not merged from this" in refused
     assert len(refused.splitlines()) == 1
+    (tmp_path / "out" / "merge.json").write_text("{")
+    assert "exists and was not merged from this" in merge(tmp_path / "out", *pair)
 
 
 def test_a_killed_merge_leaves_a_hidden_folder_that_the_next_one_clears(
@@ -347,6 +349,8 @@ def test_a_tied_head_may_be_stored_or_not(pair: tuple[Path, Path], tmp_path: Pat
         (["--method", "ties"], "--base: is required by ties"),
         (["--base", "x"], "--base: is for ties and task_arithmetic only"),
         (["--weight", "1"], "--weight: is given 1 times for 2 models"),
+        (["--lambda", "0.5"], "--lambda: is for ties and task_arithmetic only"),
+        (["--density", "0.5", "--method", "task_arithmetic"], "--density: is for ties only"),
     ],
 )
 def test_what_a_method_needs_is_asked_for(

@@ -40,11 +40,12 @@ class SamplesConfig(Model):
 class SecondPhaseConfig(Model):
     """Second phase of reinforcement learning."""
 
-    max_accuracy_loss: float = Field(0.02, ge=0, le=1)
+    max_accuracy_loss: float = Field(0.02, ge=0, lt=1)
     """Where `long` is a run that kept its checkpoints, the phase starts from the one with the shortest responses whose
     accuracy is below the best by no more than this; from the long model otherwise."""
-    run: dict[str, Any] = {"length_reward": {"weight": 1.0}}
-    """Keys of `run` that differ in this phase: the length reward, a shorter `rollout.max_response_tokens`."""
+    run: dict[str, Any] = {}
+    """Keys of `run` that differ in this phase besides what `perigee choose --recipe` changes: the length reward is on
+    (0.5, unless `run` has a weight), `rollout.max_response_tokens` is halved, `sft` and `curriculum` are left out."""
 
 
 class ComparisonConfig(Model):

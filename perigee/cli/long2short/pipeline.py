@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from perigee.cli import train
-from perigee.cli.choose import choose_checkpoint
+from perigee.cli.choose import begin_second_phase, choose_checkpoint
 from perigee.cli.ending import Interrupt
 from perigee.cli.eval.model import find_model
 from perigee.cli.eval.responses import ModelOptions, note
@@ -34,7 +34,7 @@ from perigee.cli.long2short.comparison import (
 from perigee.cli.long2short.config import Long2ShortConfig
 from perigee.cli.long2short.steps import Step, StepLog, choose_steps
 from perigee.cli.merge.folders import plan_merge, write_merged
-from perigee.cli.merge.methods import MergeSettings
+from perigee.cli.merge.methods import BASED, MergeSettings
 from perigee.cli.recipe import (
     MODEL_SECTIONS,
     RECIPE_FILE,
@@ -113,10 +113,12 @@ class Pipeline:
 
     def steps(self) -> list[Step]:
         """Returns all steps in order. Raises InvalidArgumentError when a setting of one is wrong."""
-        methods = [self.method(name) for name in self.config.methods]
+        methods = {name: self.method(name) for name in self.config.methods}
+        merged = [methods.pop("merge")] if "merge" in methods else []
         samples = [self.sampling()] if {"rejection", "dpo"} & set(self.config.methods) else []
         pairs = [self.pairing()] if "dpo" in self.config.methods else []
-        return [*samples, *pairs, *methods, *(self.evaluation(name) for name in self.compared())]
+        # Merging comes first: models that do not fit are told before samples of one are drawn.
+        return [*merged, *samples, *pairs, *methods.values(), *(self.evaluation(name) for name in self.compared())]
 
     def compared(self) -> list[str]:
         """Returns the names of all models, the long one first."""
@@ -126,29 +128,31 @@ class Pipeline:
         """Returns the step that makes a method's model."""
         if name == "merge":
             return self.merging()
+        section = copy.deepcopy(dict(self.run))
         if name == "rl":
-            return self.training("rl", {"sft": [], **self.config.rl.run}, "{start}", files=self.sources())
+            begin_second_phase(section, self.config.rl.run, self.options.recipe.path.name)
+            return self.training("rl", section, "{start}", files=self.sources())
         source, kind = (SAMPLES, SHORTEST) if name == "rejection" else (PAIRS, PAIRS)
         stage = {**getattr(self.config, name), "dataset": f"{{{source}}}/{FILES[kind]}"}
         validate(SftStage, stage, self.options.recipe.path.name, f"long2short.{name}")
-        changes = {"iterations": 0, "sft": [stage], "evaluation": LEAST_EVALUATION}
-        return self.training(name, changes, "{long}", needs=[source])
+        merge(section, {"iterations": 0, "sft": [stage], "evaluation": LEAST_EVALUATION})
+        return self.training(name, section, "{long}", needs=[source])
 
     def training(
         self,
         name: str,
-        changes: Mapping[str, Any],
+        section: Mapping[str, Any],
         start: str,
         needs: Sequence[str] = (),
         files: Sequence[Path] = (),
     ) -> Step:
-        """Returns the step that trains a model by the recipe with changes of its section `run`."""
+        """Returns the step that trains a model by the recipe with another section `run`."""
         source = self.options.recipe.path
         values = copy.deepcopy(dict(self.options.recipe.values))
         for key in ("long2short", "prepare"):
             values.pop(key, None)
-        merge(values, {"model": start, **{section: {"model": start} for section in MODEL_SECTIONS}})
-        merge(values["run"], changes)
+        values["run"] = dict(section)
+        merge(values, {"model": start, **{part: {"model": start} for part in MODEL_SECTIONS}})
         validate(RunConfig, values["run"], source.name, f"long2short.{name}")
         recipe, run = build_recipe(source, values, ()), RunFolder(self.options.out / name)
         return Step(
@@ -179,6 +183,9 @@ class Pipeline:
                 "is required to merge: name it, or leave merge out",
             )
         config, out = self.config.merge, self.options.out / "merge" / "model"
+        if (config.base is None) == (config.method in BASED):
+            need = f"is required by {config.method}" if config.base is None else f"is for {' and '.join(BASED)} only"
+            raise InvalidArgumentError.for_field(f"{self.options.recipe.path.name}: long2short.merge.base", need)
         models = [str(self.folders[word]) for word in ("{long}", "{short}")]
         base = str(self.folders["{base}"]) if config.base else None
         settings = MergeSettings(config.method, (1 - config.short_weight, config.short_weight))
@@ -213,13 +220,15 @@ class Pipeline:
             outputs=[out / SAMPLES_FILE, out / FILES[SHORTEST]],
             settings={"sampling": sampling.model_dump(), "limit": limit, "asked": self.asking},
             files=[long, self.prompts],
-            command=f"perigee sample {self.prompts} --model {long} -n {sampling.samples} --out {out}",
+            command=f"perigee sample {self.prompts} --model {long} -n {sampling.samples} "
+            f"--max-tokens {sampling.max_tokens}{limited(limit)} --out {out}",
         )
 
     def pairing(self) -> Step:
         """Returns the step that selects pairs of the samples that are drawn."""
         config, out = self.config.samples, self.options.out / PAIRS
         samples = self.options.out / SAMPLES / SAMPLES_FILE
+        rules = f"--reject-longer {config.reject_longer or 0:g}" + ("" if config.reject_wrong else " --keep-wrong")
 
         async def work() -> None:
             unused = self.asked(self.folders["{long}"])
@@ -233,7 +242,8 @@ class Pipeline:
             settings=config.model_dump(include={"limit", "reject_wrong", "reject_longer"}),
             needs=[SAMPLES],
             files=[self.prompts],
-            command=f"perigee sample {self.prompts} --samples {samples} --select {PAIRS} --out {out}",
+            command=f"perigee sample {self.prompts} --samples {samples} --select {PAIRS} {rules}"
+            f"{limited(config.limit)} --out {out}",
         )
 
     def selecting(self, kind: str, out: Path, sampling: SamplingSettings, asked: ModelOptions) -> SampleOptions:
@@ -267,7 +277,8 @@ class Pipeline:
             settings={"limit": config.limit, "sampling": sampling, "asked": self.asking},
             needs=[name] if is_made else [],
             files=[*([] if is_made else [folder]), *([Path(problems)] if problems.endswith(".jsonl") else [])],
-            command=f"perigee eval {folder} {problems} --out {out}",
+            command=f"perigee eval {folder} {problems} --greedy --samples {config.samples} --temperature 1 "
+            f"--max-tokens {longest}{limited(config.limit)} --out {out}",
         )
 
     @property
@@ -318,6 +329,11 @@ class Pipeline:
         note(self.console, text)
 
 
+def limited(limit: int | None) -> str:
+    """Returns the option of a command that takes the first prompts only."""
+    return f" --limit {limit}" if limit else ""
+
+
 def data_step(options: PipelineOptions) -> Step:
     """Returns the step that makes the recipe's data."""
     recipe, run = options.recipe, RunFolder(options.out)
@@ -365,6 +381,7 @@ async def run_pipeline(options: PipelineOptions, console: Console, interrupt: In
         if section not in options.recipe.values:
             raise InvalidArgumentError.for_field(f"{options.recipe.path.name}: {section}", "is required for long2short")
     report = partial(note, console)
+    report(f"{', '.join(options.config.methods)}: in {options.out}")
     with closing(StepLog(options.out)) as log:
         await log.run([data_step(options)], report)
         pipeline = Pipeline(options, console, interrupt, *find_models(options))

@@ -26,8 +26,12 @@ def merge(
         str | None,
         typer.Option("--base", metavar="MODEL", help="What all were trained from; for ties, task_arithmetic."),
     ] = None,
-    scale: Annotated[float, typer.Option("--lambda", help="Factor of what is added to the base.")] = 1.0,
-    density: Annotated[float, typer.Option("--density", help="Fraction of each task vector that ties keeps.")] = 0.2,
+    scale: Annotated[
+        float | None, typer.Option("--lambda", help="Factor of what is added to the base; 1 by default.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option("--density", help="Fraction of each task vector that ties keeps; 0.2 by default.")
+    ] = None,
     allow_different_templates: Annotated[
         bool,
         typer.Option(
@@ -42,12 +46,17 @@ def merge(
     """Merge models of one shape into one, shard by shard; the same command again finds it done."""
     with reporting_errors(debug):
         from perigee.cli.merge.folders import plan_merge, write_merged
-        from perigee.cli.merge.methods import MergeSettings
+        from perigee.cli.merge.methods import BASED, MergeSettings
 
         given = weights or [1.0] * len(models)
         if len(given) != len(models):
             raise InvalidArgumentError.for_field("--weight", f"is given {len(given)} times for {len(models)} models")
-        settings = MergeSettings(method, tuple(given), scale, density)  # type: ignore[arg-type]  # checked there
+        if scale is not None and method not in BASED:
+            raise InvalidArgumentError.for_field("--lambda", f"is for {' and '.join(BASED)} only")
+        if density is not None and method != "ties":
+            raise InvalidArgumentError.for_field("--density", "is for ties only")
+        numbers = {key: value for key, value in (("scale", scale), ("density", density)) if value is not None}
+        settings = MergeSettings(method, tuple(given), **numbers)  # type: ignore[arg-type]  # checked there
         plan = plan_merge(models, base, settings, runs_dir, not allow_different_templates)
         write_merged(plan, out, print)
         print(out)

@@ -344,9 +344,13 @@ def _differ(first: SourceModel, other: SourceModel, what: str) -> InvalidArgumen
 
 
 def _read_description(folder: Path) -> dict[str, Any]:
-    """Returns merge.json; empty where there is none."""
+    """Returns merge.json; empty where there is none that a merge has written."""
     path = folder / MERGE_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        described = json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError:
+        return {}
+    return described if isinstance(described, dict) else {}
 
 
 def _without_names(described: Mapping[str, Any]) -> list[Any]:
