@@ -34,7 +34,6 @@ from tests.fixtures.weights import equal, local_receiver, local_source
 if TYPE_CHECKING:
     from services.trainer.data import Trajectory
     from services.trainer.engine import Engine
-    from services.trainer.fine_tuning import count_tokens, fine_tune
     from services.trainer.packing import TokenSequence
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -69,6 +68,7 @@ def evaluate(engine: Engine, folder: Path) -> tuple[dict[str, torch.Tensor], lis
 
 def train_twice(engine: Engine, groups: dict[str, list[MadeTrajectory]], request: pb.TrainRequest) -> Any:
     """The metrics of a fine-tuning job and of an iteration, and the weights after them."""
+    from services.trainer.fine_tuning import count_tokens, fine_tune
     from services.trainer.packing import TokenSequence
 
     generator = np.random.default_rng(0)
