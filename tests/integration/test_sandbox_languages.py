@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field
 
@@ -513,8 +514,25 @@ async def test_junit_runs_the_tests_of_further_files(fronts: Fronts) -> None:
 async def test_jest_runs_typescript(fronts: Fronts) -> None:
     await find_runtime(fronts, "jest")
     test = 'import { expect, test } from "@jest/globals";\n' + FAILED_ASSERTIONS["jest"].replace("toBe(2)", "toBe(1)")
-    response = await fronts.grpc.execute(pb.ExecuteRequest(language="jest", source=test.encode()), timeout_s=CALL_S)
+    request = pb.ExecuteRequest(language="jest", source=test.encode(), output_files=["jest-report.json"])
+    response = await fronts.grpc.execute(request, timeout_s=CALL_S)
     assert (response.status, b"1 passed" in response.stderr) == (pb.STATUS_OK, True), response
+    [report] = response.files
+    [suite] = json.loads(report.content)["testResults"]
+    assert suite["testFilePath"] == "/box/main.test.ts"
+    assert [(case["fullName"], case["status"]) for case in suite["testResults"]] == [("it", "passed")]
+
+
+async def test_jest_reports_values_that_json_has_not(fronts: Fronts) -> None:
+    await find_runtime(fronts, "jest")
+    source = b"""test("it", () => expect(1n).toBe(2n));
+test("self", () => { const a: any = {}; a.a = a; expect(a).toEqual({}); });
+"""
+    request = pb.ExecuteRequest(language="jest", source=source, output_files=["jest-report.json"])
+    response = await fronts.grpc.execute(request, timeout_s=CALL_S)
+    assert (response.status, response.exit_code) == (pb.STATUS_RUNTIME_ERROR, 1), response
+    [suite] = json.loads(response.files[0].content)["testResults"]
+    assert [case["status"] for case in suite["testResults"]] == ["failed", "failed"]
 
 
 def test_every_runtime_has_an_example() -> None:
