@@ -142,3 +142,13 @@ def test_a_patch_writes_nothing_that_is_gits_own(root: Path, attack: str) -> Non
     assert list(apply_all(root, b"", OF_GIT[attack], [])) == ["patch"]
     assert sorted(path.relative_to(root) for path in root.rglob("*")) == before
     assert (root / ".git/config").read_text() == config
+
+
+def test_a_patch_of_gits_own_files_does_not_apply_without_git(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as if there were no program to apply it, which is not the patch's fault."""
+    programs = Path.cwd() / "programs"
+    programs.mkdir()
+    (programs / "patch").symlink_to(shutil.which("patch") or pytest.skip("needs patch"))
+    monkeypatch.setenv("PATH", str(programs))
+    assert apply_all(root, b"", OF_GIT["hook"], []) == {"patch": "it changes .git, which is git's own"}
+    assert apply_all(root, b"", CHANGE, []) == {"touched": []}

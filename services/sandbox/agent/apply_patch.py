@@ -57,6 +57,7 @@ def apply_patch(patch: bytes, root: Path) -> str:
                 reasons.append((ended.stderr or ended.stdout).decode(errors="replace").strip())
                 break
             if "--dry-run" in command and _OWN_OF_GIT.search(ended.stdout):  # which git refuses, and `patch` does not
+                reasons.append("it changes .git, which is git's own")
                 break
         else:
             return ""
