@@ -69,7 +69,9 @@ def choose_version(
         raise InvalidArgumentError.for_field("--max-loss", f"must be at least 0 and below 1, is {max_loss:g}")
     candidates = [each for each in evaluated if kept is None or each.policy_version in kept]
     if not candidates:
-        reason = "have a checkpoint: set run.evaluation.keep_checkpoints" if evaluated else "are there"
+        reason = "are there: set run.evaluation.every, and train"
+        if evaluated:
+            reason = "have a checkpoint: set run.evaluation.keep_checkpoints"
         raise InvalidArgumentError.for_field("evaluations.jsonl", f"no evaluated versions {reason}")
     # Accuracies are multiples of 1 / responses: a difference of exactly `max_loss` counts.
     least = max(each.accuracy.mean for each in candidates) - max_loss - 1e-9
