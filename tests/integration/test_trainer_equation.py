@@ -222,7 +222,8 @@ def test_preferences_are_learned_by_the_equation_on_every_layout(
     run_ranks: RunRanks, trainer_model: Path, sizes: Sizes
 ) -> None:
     optimizer = pb.Optimizer(learning_rate=1e-30, beta1=0.9, beta2=0.95, min_lr_ratio=1.0)
-    request = pb.FineTuneRequest(steps=1, batch_size=5, max_tokens_per_microbatch=30, optimizer=optimizer)
+    # Two epochs to a step, shuffled and packed otherwise in each: every pair counts as often as the others.
+    request = pb.FineTuneRequest(steps=2, batch_size=10, max_tokens_per_microbatch=30, optimizer=optimizer)
     request.algorithm.name = "dpo"
     request.algorithm.settings["beta"] = 0.7
     response, gradient = run_ranks(sizes, partial(prefer, request=request))
