@@ -161,7 +161,7 @@ def test_every_recipe_names_runtimes_and_packages() -> None:
 @pytest.mark.parametrize(
     ("name", "archive", "words"),
     [
-        ("klingon", None, "there is no recipe klingon; name one of dmoj, julia"),
+        ("klingon", None, "there is no recipe klingon; name one of dmoj, jest, julia"),
         ("lean4", None, "--archive: of the image lean4: give the archive of a release"),
         ("dmoj", "some.tar", "--archive: of the image dmoj: it takes none"),
     ],
