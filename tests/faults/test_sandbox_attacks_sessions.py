@@ -89,7 +89,9 @@ async def test_a_cell_hurts_its_own_session_alone(sandbox: SandboxClient, progra
         assert response.status in statuses, response
         again, code = await run_or_code(session, b"print(7 * 6)")
         if again is None:
-            assert (response.alive, code in GONE) == (False, True)
+            assert code in GONE
+            # A bomb's forks live on in its session, and may have it ended after the cell was answered.
+            assert not response.alive or program == "resources/fork_bomb.py"
         else:
             assert again.status != OK or again.stdout == b"42\n" or program in FORGES
         assert (await neighbour.run(b"print(7 * kept)")).stdout == b"42\n"
