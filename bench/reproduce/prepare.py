@@ -7,7 +7,6 @@ Programs are left out, since judging them takes as long as all the rest.
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Set
@@ -15,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "arithmetic"))
 
-from prepare import write_lines
+from prepare import main, write_lines
 from tasks import expressions
 from tasks.problem import Problem, draw_share
 from tiny_model import Shape, write_model
@@ -78,14 +77,5 @@ def prepare(out: Path, seed: int) -> None:
     write_lines(out / "sft_full.jsonl", draw_examples(rng, SIZES, EITHER, held))
 
 
-def main() -> None:
-    """Reads the command line and fills the folder."""
-    parser = argparse.ArgumentParser(description="Writes the models and the problem sets of one seed.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--seed", type=int, required=True, help="seed of the weights and of every set")
-    arguments = parser.parse_args()
-    prepare(arguments.out, arguments.seed)
-
-
 if __name__ == "__main__":
-    main()
+    main(prepare)

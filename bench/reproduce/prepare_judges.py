@@ -8,7 +8,6 @@ expression and its difference before its verdict, `18:(9*3)-6=` -> `9*3=27;27-6=
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples" / "arithmetic"))
 
-from prepare import write_lines
+from prepare import main, write_lines
 from tasks import expressions
 from tasks.problem import draw_share
 from tiny_model import write_model
@@ -91,14 +90,5 @@ def prepare(out: Path, seed: int) -> None:
     )
 
 
-def main() -> None:
-    """Reads the command line and fills the folder."""
-    parser = argparse.ArgumentParser(description="Writes the model and the judgements of one seed.")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--seed", type=int, required=True, help="seed of the weights and of every set")
-    arguments = parser.parse_args()
-    prepare(arguments.out, arguments.seed)
-
-
 if __name__ == "__main__":
-    main()
+    main(prepare)

@@ -9,7 +9,7 @@
 import argparse
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,13 @@ def prepare(out: Path, seed: int) -> None:
     write_lines(out / "sft_short.jsonl", map(asdict, sets.sft_short))
 
 
-def main() -> None:
-    """Reads the command line and prepares the folder."""
-    parser = argparse.ArgumentParser(description="Writes the arithmetic recipe's model and problem sets.")
+def main(fill: Callable[[Path, int], None] = prepare) -> None:
+    """Reads the command line and has the folder filled."""
+    parser = argparse.ArgumentParser(description="Writes the model and the problem sets of one seed.")
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--seed", type=int, required=True, help="seed of the weights and of every set")
     arguments = parser.parse_args()
-    prepare(arguments.out, arguments.seed)
+    fill(arguments.out, arguments.seed)
 
 
 if __name__ == "__main__":

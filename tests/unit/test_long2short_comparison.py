@@ -72,6 +72,11 @@ def test_responses_without_a_verdict_are_left_out() -> None:
         make_rows({"long": failed}, BOUNDS)
 
 
+def test_one_problem_has_no_interval() -> None:
+    with pytest.raises(FailedPreconditionError, match="one problem of sums alone has verdicts for long"):
+        make_rows({"long": answers(20, [True], problems=1)}, BOUNDS)
+
+
 def test_a_model_without_a_right_response_has_no_tokens_per_right_one() -> None:
     [row] = make_rows({"long": answers(10, [False])}, BOUNDS)
     assert row.tokens_per_right is None

@@ -70,7 +70,7 @@ class Row:
 def make_rows(answers: Mapping[str, Sequence[Answer]], config: ComparisonConfig) -> list[Row]:
     """Returns a row for each model by its answers, the long one first.
 
-    Raises FailedPreconditionError when no sampled response of a model has a verdict.
+    Raises FailedPreconditionError when the sampled responses of a model have verdicts for fewer than two problems.
     """
     rows = [_describe(name, some) for name, some in answers.items()]
     return [rows[0], *(_relate(row, answers[row.name], answers[rows[0].name], config) for row in rows[1:])]
@@ -82,6 +82,10 @@ def _describe(name: str, answers: Sequence[Answer]) -> Row:
     groups = _sampled(answers)
     if figures.avg_at_k is None or figures.sample_length is None:
         raise FailedPreconditionError(f"no sampled response of {name} to {suite} has a verdict; see its answers.jsonl")
+    if len(groups) < 2:
+        raise FailedPreconditionError(
+            f"one problem of {suite} alone has verdicts for {name}, and intervals want two: hold out more problems"
+        )
     sizes = {key: len(group) for key, group in groups.items()}
     tokens = {key: mean * sizes[key] for key, mean in _mean_tokens(answers).items()}
     right = {key: sum(map(is_correct, group)) for key, group in groups.items()}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from perigee.config import Model
+from perigee.report.choice import MAX_LOSS
 
 Method = Literal["merge", "rejection", "dpo", "rl"]
 
@@ -40,7 +41,7 @@ class SamplesConfig(Model):
 class SecondPhaseConfig(Model):
     """Second phase of reinforcement learning."""
 
-    max_accuracy_loss: float = Field(0.02, ge=0, lt=1)
+    max_accuracy_loss: float = Field(MAX_LOSS, ge=0, lt=1)
     """Where `long` is a run that kept its checkpoints, the phase starts from the one with the shortest responses whose
     accuracy is below the best by no more than this; from the long model otherwise."""
     run: dict[str, Any] = {}
@@ -53,7 +54,7 @@ class ComparisonConfig(Model):
 
     problems: str | None = None
     """Prompt file, or a suite of `perigee eval`; `run.heldout` when that is one."""
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=2)
     """First problems only; all when unset."""
     samples: int = Field(4, ge=1)
     """Responses to each problem at temperature 1, beside a greedy one."""

@@ -258,7 +258,9 @@ class Session:
     async def _run_next(self, cell: pb.RunCellRequest, on_output: OnOutput | None) -> pb.RunCellResponse:
         async with self._lock:
             if not self.alive:
-                raise NotFoundError(f"session {self.id!r} ended before the cell began")
+                raise NotFoundError(
+                    f"session {self.id!r} ended before the cell began: {self._end_reason or 'it was closed'}"
+                )
             self._running = asyncio.current_task()
             try:
                 return await self._run(cell, on_output)
