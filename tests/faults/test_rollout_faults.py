@@ -175,8 +175,11 @@ async def test_sigterm_ends_requests_engine_and_service(
         return set(Path("/dev/shm").glob(f"perigee-weights-{service.process.pid}-*"))
 
     async with (
-        # Few at once, so that most responses have not begun when the signal comes, however late that is.
-        running_service(policy_folder, buffer_address, tmp_path / "log", max_num_seqs=8) as service,
+        # Few at once, so that most responses have not begun when the signal comes, however late that is. The drain
+        # ends when all have been handed back, and with them the call.
+        running_service(
+            policy_folder, buffer_address, tmp_path / "log", max_num_seqs=8, **{"server.drain_seconds": 60}
+        ) as service,
         RolloutClient.connect(service.address) as client,
     ):
         await wait_for_status(client, pb.WORKER_STATUS_EMPTY)
