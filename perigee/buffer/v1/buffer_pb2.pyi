@@ -294,15 +294,20 @@ class NewGroup(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TRAJECTORY_IDS_FIELD_NUMBER: _builtins.int
     ITERATION_FIELD_NUMBER: _builtins.int
+    IMAGE_DIGESTS_FIELD_NUMBER: _builtins.int
     group_id: _builtins.str
     prompt_id: _builtins.str
     prompt_token_ids: _builtins.bytes
-    """Packed token ids."""
+    """Packed token ids; an image is one token, its placeholder."""
     iteration: _builtins.int
     """The iteration that sampled the prompt."""
     @_builtins.property
     def trajectory_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """One id per trajectory, k in all."""
+
+    @_builtins.property
+    def image_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the prompt's images, in order: one for each image token among the prompt's."""
 
     def __init__(
         self,
@@ -312,14 +317,135 @@ class NewGroup(_message.Message):
         prompt_token_ids: _builtins.bytes = ...,
         trajectory_ids: _abc.Iterable[_builtins.str] | None = ...,
         iteration: _builtins.int = ...,
+        image_digests: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "iteration", b"iteration", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "trajectory_ids", b"trajectory_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["group_id", b"group_id", "image_digests", b"image_digests", "iteration", b"iteration", "prompt_id", b"prompt_id", "prompt_token_ids", b"prompt_token_ids", "trajectory_ids", b"trajectory_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NewGroup: _TypeAlias = NewGroup  # noqa: Y015
+
+@_typing.final
+class ImagePiece(_message.Message):
+    """Piece of an image's file on its way to another machine. The pieces of one image come in order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    IMAGE_BYTES_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """SHA-256 of the file, hexadecimal: what an image is named by."""
+    image_bytes: _builtins.int
+    """Bytes of the whole file."""
+    offset: _builtins.int
+    content: _builtins.bytes
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        image_bytes: _builtins.int = ...,
+        offset: _builtins.int = ...,
+        content: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "digest", b"digest", "image_bytes", b"image_bytes", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ImagePiece: _TypeAlias = ImagePiece  # noqa: Y015
+
+@_typing.final
+class PutImagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImagePiece]: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        pieces: _abc.Iterable[Global___ImagePiece] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pieces", b"pieces", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutImagesRequest: _TypeAlias = PutImagesRequest  # noqa: Y015
+
+@_typing.final
+class PutImagesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHOLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def whole(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of the request's images that are whole: further pieces of them are not needed."""
+
+    def __init__(
+        self,
+        *,
+        whole: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["whole", b"whole"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutImagesResponse: _TypeAlias = PutImagesResponse  # noqa: Y015
+
+@_typing.final
+class ReadImagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.str
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.str = ...,
+        digests: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadImagesRequest: _TypeAlias = ReadImagesRequest  # noqa: Y015
+
+@_typing.final
+class ReadImagesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedCompositeFieldContainer[Global___ImagePiece]: ...
+    def __init__(
+        self,
+        *,
+        pieces: _abc.Iterable[Global___ImagePiece] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pieces", b"pieces"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadImagesResponse: _TypeAlias = ReadImagesResponse  # noqa: Y015
 
 @_typing.final
 class CreateGroupsRequest(_message.Message):
@@ -692,6 +818,7 @@ class ReadTrajectoriesResponse(_message.Message):
     END_REASON_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     EXPERTS_FIELD_NUMBER: _builtins.int
+    IMAGE_DIGESTS_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     prompt_token_ids: _builtins.bytes
     """Packed token ids."""
@@ -711,6 +838,10 @@ class ReadTrajectoriesResponse(_message.Message):
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[Global___VersionSpan]:
         """Spans over the piece's tokens, in order."""
 
+    @_builtins.property
+    def image_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the prompt's images, in order, on the first piece."""
+
     def __init__(
         self,
         *,
@@ -724,10 +855,11 @@ class ReadTrajectoriesResponse(_message.Message):
         end_reason: Global___EndReason.ValueType = ...,
         epoch: _builtins.int = ...,
         experts: _builtins.bytes = ...,
+        image_digests: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_reason", b"end_reason", "epoch", b"epoch", "experts", b"experts", "last", b"last", "logprobs", b"logprobs", "offset", b"offset", "prompt_token_ids", b"prompt_token_ids", "token_ids", b"token_ids", "trajectory_id", b"trajectory_id", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_reason", b"end_reason", "epoch", b"epoch", "experts", b"experts", "image_digests", b"image_digests", "last", b"last", "logprobs", b"logprobs", "offset", b"offset", "prompt_token_ids", b"prompt_token_ids", "token_ids", b"token_ids", "trajectory_id", b"trajectory_id", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -116,6 +116,7 @@ class BufferServiceServicer:
 
     def CreateGroups(self, request, context):
         """Creates groups with their k empty trajectories; a group that exists is left as it is.
+        A group whose images are not all here is refused with FAILED_PRECONDITION.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,7 +43,9 @@ class BufferServiceStub:
     """Creates the run, or confirms that it exists with the same configuration digest."""
     GetRun: _grpc.UnaryUnaryMultiCallable[_buffer_pb2.GetRunRequest, _buffer_pb2.GetRunResponse]
     CreateGroups: _grpc.UnaryUnaryMultiCallable[_buffer_pb2.CreateGroupsRequest, _buffer_pb2.CreateGroupsResponse]
-    """Creates groups with their k empty trajectories; a group that exists is left as it is."""
+    """Creates groups with their k empty trajectories; a group that exists is left as it is.
+    A group whose images are not all here is refused with FAILED_PRECONDITION.
+    """
     ListGroups: _grpc.UnaryStreamMultiCallable[_buffer_pb2.ListGroupsRequest, _buffer_pb2.ListGroupsResponse]
     """Lists the groups not consumed yet, oldest first, with the state of every trajectory but no tokens."""
     LeaseTrajectories: _grpc.UnaryUnaryMultiCallable[_buffer_pb2.LeaseTrajectoriesRequest, _buffer_pb2.LeaseTrajectoriesResponse]
@@ -73,7 +75,9 @@ class BufferServiceAsyncStub(BufferServiceStub):
     """Creates the run, or confirms that it exists with the same configuration digest."""
     GetRun: _aio.UnaryUnaryMultiCallable[_buffer_pb2.GetRunRequest, _buffer_pb2.GetRunResponse]  # type: ignore[assignment]
     CreateGroups: _aio.UnaryUnaryMultiCallable[_buffer_pb2.CreateGroupsRequest, _buffer_pb2.CreateGroupsResponse]  # type: ignore[assignment]
-    """Creates groups with their k empty trajectories; a group that exists is left as it is."""
+    """Creates groups with their k empty trajectories; a group that exists is left as it is.
+    A group whose images are not all here is refused with FAILED_PRECONDITION.
+    """
     ListGroups: _aio.UnaryStreamMultiCallable[_buffer_pb2.ListGroupsRequest, _buffer_pb2.ListGroupsResponse]  # type: ignore[assignment]
     """Lists the groups not consumed yet, oldest first, with the state of every trajectory but no tokens."""
     LeaseTrajectories: _aio.UnaryUnaryMultiCallable[_buffer_pb2.LeaseTrajectoriesRequest, _buffer_pb2.LeaseTrajectoriesResponse]  # type: ignore[assignment]
@@ -118,7 +122,9 @@ class BufferServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _buffer_pb2.CreateGroupsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_buffer_pb2.CreateGroupsResponse, _abc.Awaitable[_buffer_pb2.CreateGroupsResponse]]:
-        """Creates groups with their k empty trajectories; a group that exists is left as it is."""
+        """Creates groups with their k empty trajectories; a group that exists is left as it is.
+        A group whose images are not all here is refused with FAILED_PRECONDITION.
+        """
 
     @_abc_1.abstractmethod
     def ListGroups(

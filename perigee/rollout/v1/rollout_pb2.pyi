@@ -183,24 +183,74 @@ class GenerateItem(_message.Message):
     ID_FIELD_NUMBER: _builtins.int
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    IMAGE_DIGESTS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     prompt_token_ids: _builtins.bytes
-    """Packed token ids."""
+    """Packed token ids; an image is one token, its placeholder."""
     max_tokens: _builtins.int
+    @_builtins.property
+    def image_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of the prompt's images, in order: one for each image token among the prompt's. Images that the worker does not have
+        are refused with FAILED_PRECONDITION that names their digests.
+        """
+
     def __init__(
         self,
         *,
         id: _builtins.str = ...,
         prompt_token_ids: _builtins.bytes = ...,
         max_tokens: _builtins.int = ...,
+        image_digests: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "max_tokens", b"max_tokens", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["id", b"id", "image_digests", b"image_digests", "max_tokens", b"max_tokens", "prompt_token_ids", b"prompt_token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GenerateItem: _TypeAlias = GenerateItem  # noqa: Y015
+
+@_typing.final
+class PutImagesRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIECES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pieces(self) -> _containers.RepeatedCompositeFieldContainer[_buffer_pb2.ImagePiece]: ...
+    def __init__(
+        self,
+        *,
+        pieces: _abc.Iterable[_buffer_pb2.ImagePiece] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["pieces", b"pieces"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutImagesRequest: _TypeAlias = PutImagesRequest  # noqa: Y015
+
+@_typing.final
+class PutImagesResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHOLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def whole(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Digests of the request's images that are whole: further pieces of them are not needed."""
+
+    def __init__(
+        self,
+        *,
+        whole: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["whole", b"whole"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PutImagesResponse: _TypeAlias = PutImagesResponse  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):

@@ -237,7 +237,7 @@ class FineTuneRequest(_message.Message):
     run_id: _builtins.str
     dataset_path: _builtins.str
     """JSON Lines with "prompt" or "messages", and "response" (dpo: "chosen" and "rejected"): a path that PutFile
-    returned, or a URL such as s3://bucket/file.
+    returned, or a URL such as s3://bucket/file. Images of messages are data URLs.
     """
     steps: _builtins.int
     batch_size: _builtins.int
@@ -537,6 +537,7 @@ class TrainingTrajectory(_message.Message):
     trajectory_id: _builtins.str
     reward: _builtins.float
     prompt_tokens: _builtins.int
+    """Those of its images included."""
     @_builtins.property
     def tokens_by_version(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
         """Response tokens by the policy version that sampled them."""
