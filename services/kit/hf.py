@@ -38,8 +38,11 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
+PREPROCESSOR_FILE = "preprocessor_config.json"
+# Of models that take images.
+PROCESSOR_FILES = (PREPROCESSOR_FILE, "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
 # All that a model folder may hold beside config.json and the weights.
-COMPANION_FILES = (GENERATION_FILE, *TOKENIZER_FILES, "chat_template.jinja")
+COMPANION_FILES = (GENERATION_FILE, *TOKENIZER_FILES, "chat_template.jinja", *PROCESSOR_FILES)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,12 @@ class ModelFolder:
     """Contents of generation_config.json, empty without one."""
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """Contents of config.json on the language model: a part of them where the model takes images, else all."""
+        nested = self.config.get("text_config")
+        return nested if isinstance(nested, dict) else self.config
+
+    @property
     def context_tokens(self) -> int:
         """Prompt and response tokens that a sequence may have."""
         return self.positive_integer("max_position_embeddings")
@@ -64,6 +73,11 @@ class ModelFolder:
         return self.positive_integer("vocab_size")
 
     @property
+    def is_tied(self) -> bool:
+        """Whether the output head is the embedding."""
+        return any(values.get("tie_word_embeddings") for values in (self.config, self.text_config))
+
+    @property
     def dtype(self) -> str:
         """Type of the weights by config.json; "auto" when it names none."""
         return str(self.config.get("dtype") or self.config.get("torch_dtype") or "auto")
@@ -71,7 +85,7 @@ class ModelFolder:
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a response, ascending; raises InvalidArgumentError when neither file names one."""
-        ids = {*_token_ids(self.config.get("eos_token_id")), *_token_ids(self.generation.get("eos_token_id"))}
+        ids = {*_token_ids(self._stop_ids), *_token_ids(self.generation.get("eos_token_id"))}
         if not ids:
             raise self.error(CONFIG_FILE, "has no eos_token_id, so no response can end")
         return tuple(sorted(ids))
@@ -79,14 +93,20 @@ class ModelFolder:
     @property
     def eos_token_id(self) -> int:
         """The one token to end a response with: the first of generation_config.json, else of config.json."""
-        for values in (self.generation, self.config):
-            if ids := _token_ids(values.get("eos_token_id")):
+        for value in (self.generation.get("eos_token_id"), self._stop_ids):
+            if ids := _token_ids(value):
                 return ids[0]
         raise self.error(CONFIG_FILE, "has no eos_token_id, so no response can end")
 
+    @property
+    def _stop_ids(self) -> object:
+        """The eos_token_id of config.json, that of its text_config where it has none itself."""
+        value = self.config.get("eos_token_id")
+        return self.text_config.get("eos_token_id") if value is None else value
+
     def positive_integer(self, key: str) -> int:
-        """Returns a field of config.json; raises InvalidArgumentError when it is no integer of at least 1."""
-        value = self.config.get(key)
+        """Returns a field of the text_config; raises InvalidArgumentError when it is no integer of at least 1."""
+        value = self.text_config.get(key)
         if not isinstance(value, int) or value < 1:
             raise self.error(CONFIG_FILE, f"has no {key}")
         return value

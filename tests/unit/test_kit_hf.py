@@ -27,6 +27,17 @@ def test_a_model_folder_is_read(tmp_path: Path) -> None:
     assert model.tensor_files() == {"w": tmp_path / "model-1.safetensors"}
 
 
+def test_a_model_that_takes_images_has_its_sizes_in_the_text_config(tmp_path: Path) -> None:
+    text = {"max_position_embeddings": 64, "vocab_size": 5, "eos_token_id": 2}
+    config = {"model_type": "idefics3", "vocab_size": 9, "text_config": text}
+    model = open_model_folder(write_model(tmp_path, config=config), "model")
+    assert (model.context_tokens, model.vocabulary_size, model.stop_token_ids) == (64, 5, (2,))
+    assert model.eos_token_id == 2
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": [3, 1]}))
+    model = open_model_folder(tmp_path, "model")
+    assert (model.stop_token_ids, model.eos_token_id) == ((1, 3), 3)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -102,7 +102,7 @@ class SourceModel:
     @property
     def is_tied(self) -> bool:
         """Whether the output head is the embedding."""
-        return bool(self.folder.config.get("tie_word_embeddings"))
+        return self.folder.is_tied
 
     @property
     def names(self) -> set[str]:
