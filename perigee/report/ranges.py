@@ -32,7 +32,7 @@ RANGES = (
     MetricRange(
         "train/kl_k3",
         "policy KL per token",
-        "lower run.optimizer.learning_rate, or raise run.algorithm.tau",
+        "lower run.optimizer.learning_rate, or raise run.algorithm.tau of policy_mirror_descent, kl_coef of grpo",
         high=0.05,
     ),
     MetricRange(

@@ -304,6 +304,7 @@ class _Iteration:
         ratios_B = (found.logprobs_T.detach().cpu() - pack.rollout_logprobs_T)[pack.base_T].double()
         if not len(ratios_B):
             return
+        self._sums["base_tokens"] += len(ratios_B)
         self._sums["difference"] += float(ratios_B.abs().sum())
         self._sums["infer_kl"] += float((ratios_B.exp() - 1 - ratios_B).sum())
         self._largest_difference = max(self._largest_difference, float(ratios_B.abs().max()))
@@ -382,11 +383,10 @@ class _Iteration:
             tokens=sum(sum(each.values()) for each in counts),
             trained_tokens=sum(step.trained_tokens for step in self._steps),
         )
-        base_tokens = sum(each.get(self._request.base_version, 0) for each in counts)
-        result.metrics.update(self._metrics(result, base_tokens, seconds))
+        result.metrics.update(self._metrics(result, seconds))
         return result
 
-    def _metrics(self, result: pb.TrainResult, base_tokens: int, seconds: Mapping[str, float]) -> dict[str, float]:
+    def _metrics(self, result: pb.TrainResult, seconds: Mapping[str, float]) -> dict[str, float]:
         reports = self._context.everyone.gather(
             (self._sums if self._policy.dims.tensor_rank == 0 else {}, self._largest_difference, peak_memory_bytes())
         )
@@ -398,14 +398,14 @@ class _Iteration:
         # Before the first step the policy is the reference: with no other step the KL is unknown.
         later = sum(step.trained_tokens for step in self._steps[1:])
         metrics = {
-            "train/loss": sums["loss"] / len(self._steps),
-            "train/grad_norm": float(np.mean(self._norms)),
+            "train/loss": sums["loss"] / len(self._steps) if trained else math.nan,
+            "train/grad_norm": float(np.mean(self._norms)) if trained else math.nan,
             "train/entropy": _ratio(sums["entropy"], trained),
-            "train/kl_k1": sums["kl_k1"] / later if later else math.nan,
-            "train/kl_k3": sums["kl_k3"] / later if later else math.nan,
-            "train/train_infer_logprob_diff_mean": _ratio(sums["difference"], base_tokens),
+            "train/kl_k1": _ratio(sums["kl_k1"], later),
+            "train/kl_k3": _ratio(sums["kl_k3"], later),
+            "train/train_infer_logprob_diff_mean": _ratio(sums["difference"], sums["base_tokens"]),
             "train/train_infer_logprob_diff_max": max(largest for _, largest, _ in reports),
-            "train/train_infer_kl": _ratio(sums["infer_kl"], base_tokens),
+            "train/train_infer_kl": _ratio(sums["infer_kl"], sums["base_tokens"]),
             "train/clip_share": _ratio(sums["clipped"], trained),
             "train/mask_share": 1 - _ratio(trained, result.tokens),
             "train/tokens_per_second": _ratio(self._sequence_tokens(), seconds["reference"] + seconds["update"]),
@@ -436,4 +436,5 @@ def peak_memory_bytes() -> int:
 
 
 def _ratio(value: float, count: float) -> float:
-    return value / count if count else 0.0
+    """Returns a mean; that of nothing is no number."""
+    return value / count if count else math.nan

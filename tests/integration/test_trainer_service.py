@@ -74,6 +74,18 @@ async def test_fine_tuning_lowers_the_loss_and_repeats_its_answer(trainer: Train
     assert (await trainer.client.get_state(pb.GetStateRequest())).policy_version == 2
 
 
+async def test_an_update_on_no_token_has_no_loss(trainer: TrainerAt, buffer_client: BufferClient) -> None:
+    await reload_base(trainer)
+    groups = make_groups("none-kept", 1, groups=2, k=2, spans=[[(0, 12)]])
+    await store_groups(buffer_client, RUN, groups)
+    request = train_request(RUN, groups, [0.0, 0.0], minibatches=2)
+    request.algorithm.CopyFrom(pb.Algorithm(name="rest"))
+    result = await train(trainer, request)
+    assert (result.tokens, result.trained_tokens, result.metrics["train/mask_share"]) == (48, 0, 1)
+    unknown = ("loss", "grad_norm", "entropy", "kl_k3", "train_infer_kl", "clip_share")
+    assert all(math.isnan(result.metrics[f"train/{name}"]) for name in unknown)
+
+
 @pytest.mark.parametrize(
     ("line", "place", "message"),
     [
