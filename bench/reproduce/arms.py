@@ -11,6 +11,10 @@ from perigee.config import read_yaml
 
 RECIPES = Path(__file__).parent
 SEEDS = (0, 1, 2)
+# Mirror descent against ReST, which lie near one another, on more.
+REST_SEEDS = (0, 1, 2, 3, 4)
+# The seed on which learning rates are chosen; no other figure shows it.
+RATE_SEED = 9
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,18 @@ WHOLE_ROLLOUTS = Arm("whole_rollouts", ("run.rollout.token_budget=0",))
 MASKED = Arm("masked", ("run.update.max_staleness=0",))
 LARGE = Arm("large", warmup="warmup_large")
 
+
+def at_rate(arm: Arm, name: str, rate: float) -> Arm:
+    """Returns an arm that differs from another in its learning rate."""
+    return Arm(name, (*arm.changes, f"run.optimizer.learning_rate={rate:.1e}"))
+
+
+# Each algorithm by learning rate, in rising order; the rate of the recipe is 1e-4.
+BY_RATE = {
+    label: {1e-4: arm} | {rate: at_rate(arm, f"{name}_{rate:.0e}", rate) for rate in (3e-4, 1e-3)}
+    for label, name, arm in (("ReST", "rest", REST), ("mirror descent", "mirror_descent", BASE))
+}
+
 # Trained by `perigee reward train` on the judge's examples, as often and with the same rate.
 VALUE_HEAD = Arm(
     "value_head", ("batch_size=32", "max_tokens=128", "learning_rate=0.001", "loss=pointwise"), "judges.yaml", "judge"
@@ -69,9 +85,8 @@ ARMS = {
         Arm("long", recipe=f"{EXAMPLE}/long.yaml", warmup=""),
         Arm("short", recipe=f"{EXAMPLE}/short.yaml", warmup=""),
         *LONG_TO_SHORT,
-        BASE,
+        *(arm for arms in BY_RATE.values() for arm in arms.values()),
         CURRICULUM,
-        REST,
         PRIORITIZED,
         LENGTH_REWARD,
         WHOLE_ROLLOUTS,

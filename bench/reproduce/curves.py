@@ -40,6 +40,8 @@ class Curve:
     points: Sequence[Point]
     reward: Sequence[float | None]
     response_tokens: Sequence[float | None]
+    # Of its own processes, without its warm-up's.
+    cpu_seconds: float | None = None
 
     def accuracies(self, kind: str = "overall") -> list[float]:
         """Returns the accuracy of each evaluation."""
@@ -68,7 +70,7 @@ def read_results(arm: str) -> Curves:
         return {}
     seeds = json.loads(path.read_text(encoding="utf-8"))["seeds"]
     return {
-        int(seed): Curve([Point(**point) for point in curve["points"]], curve["reward"], curve["response_tokens"])
+        int(seed): Curve(**curve | {"points": [Point(**point) for point in curve["points"]]})
         for seed, curve in seeds.items()
     }
 

@@ -11,9 +11,9 @@ import matplotlib as mpl
 mpl.use("svg")
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bench.reproduce.curves import Curve, Curves, interval_over
-from perigee.statistics import Interval
 
 # The same file for the same results; text stays text.
 mpl.rcParams.update({
@@ -21,6 +21,9 @@ mpl.rcParams.update({
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3,
     "figure.constrained_layout.use": True, "figure.figsize": (7.6, 2.9),
 })  # fmt: skip
+
+# Of the arms of a plot, in their order.
+STYLES = ("s--", "o-")
 
 Measure = Callable[[Curve], Sequence[float]]
 
@@ -32,6 +35,8 @@ class Line:
     arm: str
     label: str
     color: str
+    # Marker and dashes, as Matplotlib writes them; they tell lines apart where there is no color.
+    style: str = "o-"
 
 
 @dataclass(frozen=True)
@@ -49,15 +54,15 @@ def draw_curves(axes: Axes, curves: Curves, line: Line, measure: Measure, by_sam
         [point.samples if by_samples else point.iteration for point in curve.points] for curve in curves.values()
     ]
     for x, y in zip(x_by_seed, by_seed, strict=True):
-        axes.plot(x, y, color=line.color, linewidth=0.7, alpha=0.5)
+        axes.plot(x, y, line.style.lstrip("os^"), color=line.color, linewidth=0.7, alpha=0.5)
     x_mean, y_mean = ([fmean(column) for column in zip(*rows, strict=True)] for rows in (x_by_seed, by_seed))
-    axes.plot(x_mean, y_mean, "o-", color=line.color, markersize=3.5, label=line.label)
+    axes.plot(x_mean, y_mean, line.style, color=line.color, markersize=3.5, label=line.label)
     if not by_samples:
         axes.set_xticks(x_mean)
 
 
-def draw_differences(axes: Axes, base: Curves, other: Curves, line: Line, measure: Measure) -> None:
-    """Draws the difference from the base within seeds, with its interval as a band."""
+def draw_differences(axes: Axes, base: Curves, other: Curves, line: Line, measure: Measure, shift: float = 0.0) -> None:
+    """Draws the difference from the base within seeds, moved sideways; with its interval where there is one."""
     seeds = sorted(base.keys() & other.keys())
     gaps = [
         interval_over([y - x for x, y in zip(*pair, strict=True)])
@@ -67,14 +72,15 @@ def draw_differences(axes: Axes, base: Curves, other: Curves, line: Line, measur
             strict=True,
         )
     ]
-    x = [point.iteration for point in base[seeds[0]].points]
-    axes.plot(x, [gap.mean for gap in gaps], "o-", color=line.color, markersize=3.5, label=line.label)
-    draw_band(axes, x, gaps, line.color)
-    axes.set_xticks(x)
+    iterations = [point.iteration for point in base[seeds[0]].points]
+    halves = [gap.high - gap.mean if len(seeds) > 1 else 0.0 for gap in gaps]
+    axes.errorbar(
+        [iteration + shift for iteration in iterations], [gap.mean for gap in gaps], halves,
+        fmt=line.style, color=line.color, markersize=3.5, capsize=2.5, elinewidth=1,
+    )  # fmt: skip
+    axes.set_xticks(iterations)
 
 
-def draw_band(axes: Axes, x: Sequence[float], intervals: Sequence[Interval], color: str) -> None:
-    """Draws intervals as a band; none without bounds."""
-    if len(intervals) and all(abs(interval.low) < float("inf") for interval in intervals):
-        lows, highs = ([getattr(interval, end) for interval in intervals] for end in ("low", "high"))
-        axes.fill_between(x, lows, highs, color=color, alpha=0.15, linewidth=0)
+def add_legend(figure: Figure, axes: Axes) -> None:
+    """Names the lines of a plot above all plots of the figure, where no line can lie."""
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from statistics import fmean
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from bench.reproduce.arms import BY_RATE, RATE_SEED, REST_SEEDS, SEEDS
 from bench.reproduce.curves import (
     Curve,
     Curves,
@@ -21,7 +23,7 @@ from bench.reproduce.curves import (
     read_results,
     sample_ratios,
 )
-from bench.reproduce.drawing import Finding, Line, Measure, draw_curves, draw_differences
+from bench.reproduce.drawing import STYLES, Finding, Line, Measure, add_legend, draw_curves, draw_differences
 from bench.reproduce.measured import SandboxStarts
 from perigee.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
 from perigee.statistics import Interval
@@ -40,11 +42,12 @@ class Plot:
     lines: Sequence[Line]
     draw_lines: Callable[[Results, Sequence[Line]], Figure]
     find_lines: Callable[[Results, Sequence[Line]], Finding]
+    seeds: Sequence[int] = SEEDS
 
     def read(self) -> Results | None:
-        """Returns the curves of the arms on the seeds that all of them have; None where there is no such seed."""
+        """Returns the curves of the arms on those of its seeds that all of them have; None where there is none."""
         results = {line.arm: read_results(line.arm) for line in self.lines}
-        seeds = sorted(set.intersection(*(set(curves) for curves in results.values())))
+        seeds = sorted(set.intersection(set(self.seeds), *(set(curves) for curves in results.values())))
         return {arm: {seed: curves[seed] for seed in seeds} for arm, curves in results.items()} if seeds else None
 
     def draw(self, results: Results) -> Figure:
@@ -75,10 +78,18 @@ def draw_growth(results: Results, lines: Sequence[Line]) -> Figure:
     left.set(xlabel="iteration", ylabel="held-out accuracy")
     draw_curves(middle, curves, Line("", "", ORANGE), length)
     middle.set(xlabel="iteration", ylabel="response tokens")
-    for seed, curve in curves.items():
-        right.plot(length(curve), accuracy(curve), "o-", markersize=3, linewidth=0.8, label=f"seed {seed}")
+    for (seed, curve), marker in zip(curves.items(), cycle("os^Dv")):
+        right.plot(
+            length(curve),
+            accuracy(curve),
+            f"{marker}-",
+            color=GREY,
+            markersize=3.5,
+            linewidth=0.8,
+            label=f"seed {seed}",
+        )
     right.set(xlabel="response tokens", ylabel="held-out accuracy")
-    right.legend()
+    add_legend(figure, right)
     return figure
 
 
@@ -105,10 +116,10 @@ def draw_sizes(results: Results, lines: Sequence[Line]) -> Figure:
     for line in lines:
         draw_curves(left, results[line.arm], line, accuracy)
         for curve in results[line.arm].values():
-            right.plot(length(curve), accuracy(curve), "o-", color=line.color, markersize=3, linewidth=0.8)
+            right.plot(length(curve), accuracy(curve), line.style, color=line.color, markersize=3, linewidth=0.8)
     left.set(xlabel="iteration", ylabel="held-out accuracy")
-    left.legend(loc="lower right")
     right.set(xlabel="response tokens", ylabel="held-out accuracy")
+    add_legend(figure, left)
     return figure
 
 
@@ -141,11 +152,11 @@ def draw_comparison(results: Results, lines: Sequence[Line]) -> Figure:
     for line in lines:
         draw_curves(left, results[line.arm], line, accuracy, by_samples=True)
     left.set(xlabel="responses sampled", ylabel="held-out accuracy")
-    left.legend(loc="lower right")
     right.axhline(0, color=GREY, linewidth=1)
-    for line in lines[1:]:
-        draw_differences(right, results[lines[0].arm], results[line.arm], line, accuracy)
-    right.set(xlabel="iteration", ylabel=f"difference from {lines[0].label}")
+    for place, line in enumerate(lines[1:]):
+        draw_differences(right, results[lines[0].arm], results[line.arm], line, accuracy, 0.3 * place)
+    right.set(xlabel="iteration", ylabel=f"accuracy less {lines[0].label}'s")
+    add_legend(figure, left)
     return figure
 
 
@@ -198,6 +209,46 @@ def draw_bars(results: Results, lines: Sequence[Line]) -> Figure:
     return figure
 
 
+def settled(curve: Curve) -> float:
+    """Returns the mean accuracy of the last two evaluations, whose chance is less than that of one."""
+    return fmean(accuracy(curve)[-2:])
+
+
+def chosen_rate(results: Results, label: str) -> float:
+    """Returns the learning rate with the highest settled accuracy of an algorithm, the lower one of equals."""
+    return max(BY_RATE[label], key=lambda rate: fmean(map(settled, results[BY_RATE[label][rate].name].values())))
+
+
+def draw_rates(results: Results, lines: Sequence[Line]) -> Figure:
+    """Draws settled accuracy by learning rate, a line for each algorithm."""
+    figure, axes = plt.subplots(figsize=(4.6, 2.9))
+    for label, arms in BY_RATE.items():
+        line = next(line for line in lines if line.label == label)
+        right = [fmean(map(settled, results[arm.name].values())) for arm in arms.values()]
+        axes.plot(list(arms), right, line.style, color=line.color, label=label)
+    axes.set(xlabel="learning rate", ylabel="held-out accuracy", xscale="log")
+    axes.legend()
+    return figure
+
+
+def find_rates(results: Results, lines: Sequence[Line]) -> Finding:
+    """Finds the learning rate of each algorithm."""
+    labels = list(dict.fromkeys(line.label for line in lines))
+    chosen = {label: chosen_rate(results, label) for label in labels}
+    found = ", ".join(f"{rate:.0e} for {label}" for label, rate in chosen.items())
+    rows = [
+        ("learning rate", *labels),
+        *(
+            (
+                f"{rate:.0e}",
+                *(f"{fmean(map(settled, results[BY_RATE[label][rate].name].values())):.3f}" for label in labels),
+            )
+            for rate in BY_RATE[labels[0]]
+        ),
+    ]
+    return Finding(f"Chosen: {found}.", rows)
+
+
 def draw_lengths(results: Results, lines: Sequence[Line]) -> Figure:
     """Draws accuracy and response length over the iterations."""
     figure, (left, right) = plt.subplots(1, 2)
@@ -205,7 +256,7 @@ def draw_lengths(results: Results, lines: Sequence[Line]) -> Figure:
         for line in lines:
             draw_curves(axes, results[line.arm], line, measure)
         axes.set(xlabel="iteration", ylabel=name)
-    left.legend(loc="lower right")
+    add_legend(figure, left)
     return figure
 
 
@@ -343,7 +394,7 @@ FIGURES: dict[str, Plot | SandboxStarts] = {
     plot.name: plot
     for plot in (
         Plot("growth", (Line("base", "base", BLUE),), draw_growth, find_growth),
-        Plot("sizes", (Line("base", "small", BLUE), Line("large", "large", ORANGE)), draw_sizes, find_sizes),
+        Plot("sizes", (Line("base", "small", BLUE), Line("large", "large", ORANGE, "s--")), draw_sizes, find_sizes),
         Plot(
             "long2short",
             (
@@ -359,25 +410,37 @@ FIGURES: dict[str, Plot | SandboxStarts] = {
         ),
         Plot(
             "curriculum",
-            (Line("base", "uniform", GREY), Line("curriculum", "curriculum", BLUE)),
+            (Line("base", "uniform", GREY, "s--"), Line("curriculum", "curriculum", BLUE)),
             draw_comparison,
             find_comparison,
         ),
         Plot(
             "rest",
-            (Line("rest", "ReST", ORANGE), Line("base", "mirror descent", BLUE)),
+            (Line("rest", "ReST", ORANGE, "s--"), Line("base", "mirror descent", BLUE)),
             draw_comparison,
             find_comparison,
+            REST_SEEDS,
+        ),
+        Plot(
+            "rates",
+            tuple(
+                Line(arm.name, label, color, style)
+                for (label, arms), color, style in zip(BY_RATE.items(), (ORANGE, BLUE), STYLES, strict=True)
+                for arm in arms.values()
+            ),
+            draw_rates,
+            find_rates,
+            (RATE_SEED,),
         ),
         Plot(
             "prioritized",
-            (Line("base", "uniform", GREY), Line("prioritized", "prioritized", GREEN)),
+            (Line("base", "uniform", GREY, "s--"), Line("prioritized", "prioritized", GREEN)),
             draw_comparison,
             find_comparison,
         ),
         Plot(
             "length",
-            (Line("base", "no length reward", GREY), Line("length_reward", "length reward", GREEN)),
+            (Line("base", "no length reward", GREY, "s--"), Line("length_reward", "length reward", GREEN)),
             draw_lengths,
             find_shortening,
         ),
@@ -385,8 +448,8 @@ FIGURES: dict[str, Plot | SandboxStarts] = {
             "partial",
             (
                 Line("base", "partial, reused", BLUE),
-                Line("masked", "partial, masked", ORANGE),
-                Line("whole_rollouts", "whole", GREY),
+                Line("masked", "partial, masked", ORANGE, "s--"),
+                Line("whole_rollouts", "whole", GREY, "^:"),
             ),
             draw_comparison,
             find_no_loss,

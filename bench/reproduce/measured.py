@@ -44,12 +44,14 @@ class SandboxStarts:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
     def draw(self, measured: Mapping[str, Any]) -> Figure:
-        """Draws a bar for each way to start, on a logarithmic axis."""
+        """Draws a bar for each way to start."""
         bars = {**REPORTED_MS, **{self._label(measured, arm): measured["arms"][arm]["median_ms"] for arm in ARMS}}
         figure, axes = plt.subplots()
-        axes.barh(list(bars), list(bars.values()), color=[GREY] * len(REPORTED_MS) + [BLUE] * len(ARMS))
+        drawn = axes.barh(list(bars), list(bars.values()), color=[GREY] * len(REPORTED_MS) + [BLUE] * len(ARMS))
+        axes.bar_label(drawn, fmt="%.0f", padding=3)
         axes.invert_yaxis()
-        axes.set(xlabel="milliseconds", xscale="log")
+        axes.grid(False, axis="y")
+        axes.set(xlabel="milliseconds")
         return figure
 
     def find(self, measured: Mapping[str, Any]) -> Finding:
@@ -76,6 +78,6 @@ class SandboxStarts:
         names = {
             "zygote python": "Python, zygote",
             "crun python": "Python, crun",
-            "crun lean": f"{measured['lean']}, crun",
+            "crun lean": f"{measured['lean'].title()}, crun",
         }
         return names[arm]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from bench.reproduce.costs import cost_rows
 from bench.reproduce.curves import RESULTS
 from bench.reproduce.figures import FIGURES
 from perigee.files import write_atomically
@@ -32,7 +33,11 @@ def render_page(page: str) -> str:
 
 
 def render_part(name: str) -> str:
-    """Returns what the page says of a figure."""
+    """Returns what the page says of a figure, or the table of what figures cost."""
+    if name == "costs":
+        return render_table(cost_rows())
+    if name == "costs":
+        return f"{render_table(cost_rows())}"
     if (measured := FIGURES[name].read()) is None:
         return f"Not run yet: `make reproduce FIGURE={name}`.\n"
     found = FIGURES[name].find(measured)

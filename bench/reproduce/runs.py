@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from pathlib import Path
+
+import psutil
 
 from bench.reproduce.arms import ARMS, LONG_TO_SHORT, RECIPES, VALUE_HEAD, Arm, digest
 from bench.reproduce.curves import RESULTS, Curve, Point
@@ -31,7 +33,7 @@ def run_arms(arms: Sequence[Arm], seed: int) -> Iterator[tuple[Arm, Curve]]:
     by_warmup: dict[str, list[Arm]] = {}
     for arm in arms:
         if not arm.warmup:
-            yield arm, read_curve(train(Run(arm, seed)))
+            yield arm, read_curve(metered_train(Run(arm, seed)))
         elif arm is VALUE_HEAD:
             yield arm, train_value_head(arm, seed)
         elif arm not in LONG_TO_SHORT:
@@ -40,13 +42,39 @@ def run_arms(arms: Sequence[Arm], seed: int) -> Iterator[tuple[Arm, Curve]]:
         curves = shorten(seed)
         yield from ((arm, curves[arm.name]) for arm in shortened)
     for name, group in by_warmup.items():
-        warmup = train(Run(ARMS[name], seed))
-        runs = [Run(arm, seed, warmup) for arm in group]
+        warmup = metered_train(Run(ARMS[name], seed))
+        yield ARMS[name], read_curve(warmup)
         with ExitStack() as stack:
-            finished = all(run.is_finished for run in runs)
-            coordinator = None if finished else stack.enter_context(standing_stack(runs[0]))
-            for run in runs:
-                yield run.arm, read_curve(train(run, coordinator))
+            coordinator = None
+            for run in (Run(arm, seed, warmup) for arm in group):
+                with metering(run.folder):
+                    if coordinator is None and not run.is_finished:
+                        coordinator = stack.enter_context(standing_stack(run))
+                    folder = train(run, coordinator)
+                yield run.arm, read_curve(folder)
+
+
+@contextmanager
+def metering(folder: Path) -> Iterator[None]:
+    """Adds the CPU seconds that the processes below this one take in the block to `cpu.json` of a folder."""
+    before = cpu_seconds()
+    try:
+        yield
+    finally:
+        path = folder / "cpu.json"
+        earlier = json.loads(path.read_text()) if path.is_file() else 0.0
+        write_atomically(path, json.dumps(round(earlier + cpu_seconds() - before, 1)).encode())
+
+
+def cpu_seconds() -> float:
+    """Returns the CPU seconds of all processes below this one, those that ended and were waited for included."""
+    own = psutil.Process().cpu_times()
+    total = own.children_user + own.children_system
+    for process in psutil.Process().children(recursive=True):
+        # A process that ends meanwhile counts among the children of its parent.
+        with suppress(psutil.NoSuchProcess):
+            total += sum(process.cpu_times()[:4])
+    return total
 
 
 @dataclass(frozen=True)
@@ -96,27 +124,34 @@ def train(run: Run, coordinator: str | None = None) -> Path:
     return latest.resolve()
 
 
+def metered_train(run: Run) -> Path:
+    """Trains a run with services of its own; returns its run folder."""
+    with metering(run.folder):
+        return train(run)
+
+
 def train_value_head(arm: Arm, seed: int) -> Curve:
     """Trains a value head on the examples of the chain-of-thought judge; returns a curve of its last evaluation.
 
     Accuracy is that at a score of one half: the threshold that was fitted on the same responses is not used.
     """
-    judge = train(Run(ARMS[arm.warmup], seed))
+    judge = metered_train(Run(ARMS[arm.warmup], seed))
     out = judge / arm.name
     data = judge / "data"
     sets_of_examples = ["--data", str(data / "labelled.jsonl"), "--eval-data", str(data / "labelled_heldout.jsonl")]
     models = ["--backbone", str(data / "model"), "--out", str(out), "--seed", str(seed)]
     begun = ["--resume"] if (out / "checkpoints").is_dir() else []
-    with open(judge / "value_head.log", "ab") as log:
+    with metering(out), open(judge / "value_head.log", "ab") as log:
         command = [PERIGEE, "reward", "train", *sets_of_examples, *models, *begun, *sets(arm.changes)]
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
+    spent = json.loads((out / "cpu.json").read_text(encoding="utf-8"))
     last = json.loads((out / "evaluations.json").read_text(encoding="utf-8"))[-1]
-    return Curve([Point(0, 0, 0, {"overall": round(last["accuracy_at_half"], 4)}, 0.0)], [], [])
+    return Curve([Point(0, 0, 0, {"overall": round(last["accuracy_at_half"], 4)}, 0.0)], [], [], spent)
 
 
 def shorten(seed: int) -> dict[str, Curve]:
     """Trains a long and a short model and shortens the long one in four ways; returns each model's point by arm."""
-    long, short = (train(Run(ARMS[name], seed)) for name in ("long", "short"))
+    long, short = (metered_train(Run(ARMS[name], seed)) for name in ("long", "short"))
     place = RUNS / f"seed-{seed}" / "long2short"
     place.mkdir(parents=True, exist_ok=True)
     models = sets([f"run.seed={seed}", f"long2short.long={long}", f"long2short.short={short}"])
@@ -181,6 +216,7 @@ def read_curve(run: Path) -> Curve:
         ],
         [row.get("reward/mean") for row in records.iterations],
         [row.get("rollout/response_tokens/mean") for row in records.iterations],
+        json.loads((run.parent / "cpu.json").read_text(encoding="utf-8")),
     )
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from bench.reproduce import curves, measured, page, runs
-from bench.reproduce.arms import ARMS
+from bench.reproduce import costs, curves, measured, page, runs
+from bench.reproduce.arms import ARMS, BY_RATE
 from bench.reproduce.curves import (
     Curve,
     Point,
@@ -21,7 +23,7 @@ from bench.reproduce.curves import (
     sample_ratios,
 )
 from bench.reproduce.drawing import Line
-from bench.reproduce.figures import FIGURES, find_comparison, find_sizes, judge
+from bench.reproduce.figures import FIGURES, chosen_rate, find_comparison, find_sizes, judge
 from perigee.statistics import Interval
 
 ROOT = Path(__file__).parents[2]
@@ -110,6 +112,10 @@ def test_a_small_model_that_thinks_no_longer_does_not_reach_a_large_one_by_think
 
 
 def test_responses_and_tokens_add_up_over_the_iterations_of_a_run(tmp_path: Path) -> None:
+    with runs.metering(tmp_path):
+        pass
+    tmp_path = tmp_path / "run"
+    tmp_path.mkdir()
     rows = [{"iteration": n, "rollout/finished": 10 * n, "rollout/tokens": 100, "reward/mean": 0.5} for n in (1, 2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     interval = {"mean": 0.25, "low": 0.2, "high": 0.3}
@@ -122,6 +128,19 @@ def test_responses_and_tokens_add_up_over_the_iterations_of_a_run(tmp_path: Path
     assert [(point.samples, point.tokens) for point in curve.points] == [(0, 0), (30, 200), (60, 300)]
     assert curve.points[1] == Point(2, 30, 200, {"overall": 0.25}, 12.5)
     assert curve.reward == [0.5] * 3
+
+
+def test_cpu_time_adds_up_over_the_processes_that_ended(tmp_path: Path) -> None:
+    for _ in range(2):
+        with runs.metering(tmp_path):
+            subprocess.run([sys.executable, "-c", "import time\nwhile time.process_time() < 0.2: pass"], check=True)
+    assert json.loads((tmp_path / "cpu.json").read_text()) >= 0.4
+
+
+def test_the_rate_with_the_highest_last_two_evaluations_is_chosen() -> None:
+    ends = {1e-4: (0.1, 0.5), 3e-4: (0.4, 0.3), 1e-3: (0.0, 0.6)}
+    results = {BY_RATE["ReST"][rate].name: {9: make_curve(0.9, *last)} for rate, last in ends.items()}
+    assert chosen_rate(results, "ReST") == 3e-4
 
 
 @pytest.fixture
@@ -152,6 +171,16 @@ def test_the_page_says_what_was_not_run_and_draws_what_was(results: Path) -> Non
     assert (page.PAGE.read_text(), (results / "growth.svg").read_bytes()) == (text, image)
 
 
+def test_what_was_not_measured_costs_as_much_as_on_other_seeds(results: Path) -> None:
+    for arm, seed, seconds in (("base", 0, 1000.0), ("base", 1, 2600.0), ("base", 2, None), ("warmup", 2, 3600.0)):
+        runs.record(ARMS[arm], seed, replace(make_curve(0.1), cpu_seconds=seconds))
+    name, *shown = costs.cost_row("growth", costs.trained_for(FIGURES["growth"]))
+    # Three of the base, at a mean of 1,800 s, and three warm-ups.
+    assert (name, *shown) == ("growth", "4.50", "135", "")
+    missing = costs.cost_row("length", costs.trained_for(FIGURES["length"]))[-1]
+    assert missing == "length_reward"
+
+
 @pytest.mark.parametrize(("slowest_ms", "says"), [(30.0, "**Holds here**"), (50.0, "**Does not hold here**")])
 def test_a_start_is_held_against_the_reports(results: Path, slowest_ms: float, says: str) -> None:
     arms = {arm: {"median_ms": slowest_ms - place, "p95_ms": 60.0} for place, arm in enumerate(measured.ARMS)}
@@ -160,7 +189,7 @@ def test_a_start_is_held_against_the_reports(results: Path, slowest_ms: float, s
     (results / "sandbox.json").write_text(json.dumps({"machine": machine, "lean": "c", "arms": arms}))
     found = page.render_part("sandbox")
     assert f"{says}: the median job takes {slowest_ms} ms at most. On 2 cores of one, at a load of 0.2." in found
-    assert f"| c, crun | {slowest_ms - 2:.1f} | 60.0 |" in found
+    assert f"| C, crun | {slowest_ms - 2:.1f} | 60.0 |" in found
 
 
 def test_the_models_of_long2short_are_points(tmp_path: Path) -> None:
@@ -182,7 +211,7 @@ def test_results_of_other_settings_are_not_kept(results: Path) -> None:
 def test_the_page_is_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text = page.PAGE.read_text()
-    assert {match[1] for match in page.PART.finditer(text)} == set(FIGURES)
+    assert {match[1] for match in page.PART.finditer(text)} == {*FIGURES, "costs"}
     assert page.render_page(text) == text, "run make reproduce DRAW=1"
     for path in (curves.RESULTS / f"{arm}.json" for arm in ARMS):
         assert not path.is_file() or json.loads(path.read_text())["settings"] == ARMS[path.stem].settings, path

@@ -1,0 +1,52 @@
+"""CPU time of each figure alone, and of all together: they share arms and supervised models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import fmean
+
+from bench.reproduce.arms import ARMS
+from bench.reproduce.curves import read_results
+from bench.reproduce.figures import FIGURES, Plot
+
+CORES = 2
+
+# An arm and a seed.
+Trained = tuple[str, int]
+
+
+def trained_for(plot: Plot) -> Iterator[Trained]:
+    """Yields what a figure needs trained, the supervised models included."""
+    for seed in plot.seeds:
+        for line in plot.lines:
+            yield line.arm, seed
+            if ARMS[line.arm].warmup:
+                yield ARMS[line.arm].warmup, seed
+
+
+def cpu_seconds(trained: Trained) -> float | None:
+    """Returns the CPU seconds of an arm on a seed, or their mean over the measured seeds where this one was not."""
+    name, seed = trained
+    curves = read_results(name)
+    if seed in curves and curves[seed].cpu_seconds is not None:
+        return curves[seed].cpu_seconds
+    measured = [curve.cpu_seconds for curve in curves.values() if curve.cpu_seconds is not None]
+    return fmean(measured) if measured else None
+
+
+def cost_row(name: str, trained: Iterable[Trained]) -> Sequence[str]:
+    """Returns a row: CPU hours, and minutes on two cores; what was not measured is named, and left out of the sum."""
+    seconds = {each: cpu_seconds(each) for each in dict.fromkeys(trained)}
+    missing = dict.fromkeys(arm for (arm, _), value in seconds.items() if value is None)
+    total = sum(value for value in seconds.values() if value is not None)
+    return name, f"{total / 3600:.2f}", f"{total / CORES / 60:.0f}", ", ".join(missing)
+
+
+def cost_rows() -> Sequence[Sequence[str]]:
+    """Returns the table of the figures that train, its heading first and their sum last."""
+    trained = {name: list(trained_for(plot)) for name, plot in FIGURES.items() if isinstance(plot, Plot)}
+    return [
+        ("figure", "CPU hours", f"minutes on {CORES} cores", "not measured"),
+        *(cost_row(name, each) for name, each in trained.items()),
+        cost_row("all", (one for each in trained.values() for one in each)),
+    ]
