@@ -39,8 +39,9 @@ TOKENIZER_FILES = (
     "merges.txt",
 )
 PREPROCESSOR_FILE = "preprocessor_config.json"
+PROCESSOR_FILE = "processor_config.json"
 # Of models that take images.
-PROCESSOR_FILES = (PREPROCESSOR_FILE, "processor_config.json", "video_preprocessor_config.json", "chat_template.json")
+PROCESSOR_FILES = (PREPROCESSOR_FILE, PROCESSOR_FILE, "video_preprocessor_config.json", "chat_template.json")
 # All that a model folder may hold beside config.json and the weights.
 COMPANION_FILES = (GENERATION_FILE, *TOKENIZER_FILES, "chat_template.jinja", *PROCESSOR_FILES)
 
