@@ -23,11 +23,12 @@ PAD, EOS, UNKNOWN, IMAGE = "<pad>", "<eos>", "<unk>", "<image>"
 SPECIAL_TOKENS = [PAD, EOS, UNKNOWN, "<fake_token_around_image>", "<global-img>", IMAGE, "<end_of_utterance>"]
 PAD_ID, EOS_ID, IMAGE_ID = 0, 1, 5
 CHARACTERS = string.digits + "+-*/%()=;#:,.?! " + string.ascii_lowercase
-# What the user says, images where they stand, and "=", which asks for the answer.
+# What is said, images where they stand, and "=" before each answer.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.content is string %}{{ message.content }}{% else %}"
-    "{% for part in message.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}={% endif %}"
+    "{% for message in messages %}{% if message.role == 'assistant' %}={% endif %}"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}={% endif %}"
 )
 # Longest prompt and response together, in tokens.
 CONTEXT = 256
