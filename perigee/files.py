@@ -65,6 +65,28 @@ def remove_stale_staging(folder: Path, name: str = "*") -> None:
             shutil.rmtree(path)
 
 
+@contextmanager
+def exclusive(target: Path) -> Iterator[None]:
+    """Keeps other writers from `target` while the block runs, by a lock file beside it that is removed at the end.
+
+    Raises FailedPreconditionError when another one is at work; a lock that a killed writer left is none.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path = target.parent / f".{target.name}.lock"
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            taken = os.fstat(file.fileno()).st_nlink == 0  # removed by a writer that ended since it was opened
+        except BlockingIOError:
+            taken = True
+        if taken:
+            raise FailedPreconditionError(f"{target} is being written by another process: wait until it ends")
+        try:
+            yield
+        finally:
+            path.unlink()
+
+
 def sync(path: Path) -> None:
     """Syncs a file's contents, or what was renamed, made or removed in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -268,6 +270,40 @@ def test_a_killed_merge_leaves_a_hidden_folder_that_the_next_one_clears(
     monkeypatch.setattr(folders, "_write_shard", fill_up)
     assert "No space left" in merge(tmp_path / "second", *pair)
     assert {path.name for path in tmp_path.iterdir()} == {"out", ".other.0123abcd"}
+
+
+def test_a_second_merge_into_one_folder_is_refused(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard, refusals = folders._write_shard, []
+
+    def meet_another(*arguments: Any) -> None:
+        refusals.append(merge(tmp_path / "out", *pair))
+        write_shard(*arguments)
+
+    monkeypatch.setattr(folders, "_write_shard", meet_another)
+    assert merge(tmp_path / "out", *pair) == ""
+    assert refusals == [f"perigee: {tmp_path / 'out'} is being written by another process: wait until it ends\n"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_cancelled_merge_ends_before_the_next_shard(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = write_shards(copied(pair[0], tmp_path / "one"), torch.bfloat16)
+    write_shard, cancelled, written = folders._write_shard, Event(), []
+
+    def cancel(plan: folders.MergePlan, source: Path, target: Path) -> None:
+        write_shard(plan, source, target)
+        written.append(source.name)
+        cancelled.set()
+
+    monkeypatch.setattr(folders, "_write_shard", cancel)
+    plan = folders.plan_merge([str(one), str(pair[1])], None, MergeSettings("linear", (1, 1)))
+    with pytest.raises(CancelledError):
+        folders.write_merged(plan, tmp_path / "out", print, cancelled)
+    assert written == ["model-1.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 def other_token(folder: Path) -> None:

@@ -10,6 +10,7 @@ from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from rich.console import Console
@@ -192,7 +193,11 @@ class Pipeline:
 
         async def work() -> None:
             plan = await asyncio.to_thread(plan_merge, models, base, settings, self.options.runs_path, same_chat=False)
-            await asyncio.to_thread(write_merged, plan, out, self.note)
+            cancelled = Event()
+            try:
+                await asyncio.to_thread(write_merged, plan, out, self.note, cancelled)
+            finally:
+                cancelled.set()  # of a thread that a cancelled task leaves behind
 
         weights = " ".join(f"--weight {weight:g}" for weight in settings.weights)
         return Step(

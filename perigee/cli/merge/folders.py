@@ -12,9 +12,11 @@ import json
 import mmap
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from perigee import __version__
 from perigee.cli.eval.model import find_model
 from perigee.cli.merge.methods import BASED, MergeSettings, merge_tensor
 from perigee.errors import AlreadyExistsError, DataLossError, InvalidArgumentError
-from perigee.files import remove_stale_staging, staging_folder
+from perigee.files import exclusive, remove_stale_staging, staging_folder
 from services.kit.chat import open_chat_template
 from services.kit.hf import (
     COMPANION_FILES,
@@ -239,22 +241,31 @@ def check_asked_alike(first: SourceModel, other: SourceModel, same_chat: bool) -
         raise _differ(first, other, f"{GENERATION_FILE} ends responses at {stops[0]} and {stops[1]} {allow}")
 
 
-def write_merged(plan: MergePlan, out: Path, note: Callable[[str], None]) -> None:
+def write_merged(plan: MergePlan, out: Path, note: Callable[[str], None], cancelled: Event | None = None) -> None:
     """Writes the merged folder, which appears whole or not at all; nothing where it is there by the same plan.
 
-    Raises AlreadyExistsError when `out` is something else, DataLossError for numbers that are none.
+    Raises AlreadyExistsError when `out` is something else, FailedPreconditionError when another merge is writing it,
+    DataLossError for numbers that are none, and CancelledError before the shard that follows when `cancelled` is set.
     """
     described = plan.describe() | {"perigee": __version__}
+    with exclusive(out):
+        _write_once(plan, out, described, note, cancelled)
+
+
+def _write_once(
+    plan: MergePlan, out: Path, described: dict[str, Any], note: Callable[[str], None], cancelled: Event | None
+) -> None:
     if out.exists():
         if _without_names(_read_description(out)) == _without_names(described):
             note(f"{out} is merged already")
             return
         raise AlreadyExistsError(f"{out} exists and was not merged from this: remove it, or name another --out")
-    out.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_staging(out.parent, glob.escape(out.name))
     first = plan.models[0]
     with staging_folder(out) as staging:
         for path in sorted({tensor.path for tensor in first.tensors.values()}):
+            if cancelled is not None and cancelled.is_set():
+                raise CancelledError
             note(f"merging {path.name}")
             _write_shard(plan, path, staging / path.name)
         for name in (CONFIG_FILE, INDEX_FILE, *COPIED):
