@@ -24,8 +24,8 @@ HELDOUT_SIZE, POOL_SIZE, SFT_SIZE = 256, 3000, 20_000
 SIZES = ((3, 0.20), (4, 0.20), (5, 0.18), (6, 0.14), (7, 0.11), (8, 0.09), (9, 0.08))
 # Those of more are left to be learnt by reinforcement.
 EASY_SIZES = ((1, 0.1), (2, 0.3), (3, 0.3), (4, 0.2), (5, 0.1))
-THINKING = (("verbose", 1.0),)
-EITHER = (("verbose", 0.5), ("direct", 0.5))
+THINKING = (("written", 1.0),)
+EITHER = (("written", 0.5), ("direct", 0.5))
 # Operations of the hard problems, two fifths of all.
 HARD = 6
 # Of 3,258,432 parameters: deeper, so that it computes more before the first token.

@@ -65,7 +65,7 @@ def draw_judgements(seed: int) -> Iterator[Judgement]:
         slips = [near for near in range(value - LARGEST_SLIP, value + LARGEST_SLIP + 1) if near >= 0 and near != value]
         expression = expressions.render_prompt(steps).removesuffix("=")
         reference = value if is_right else rng.choice(slips)
-        worked_out = expressions.render_response(steps, "verbose").rpartition("#")[0]
+        worked_out = expressions.render_response(steps, "written").rpartition("#")[0]
         thought = f"{worked_out};{value}-{reference}={value - reference}"
         if expression not in seen:
             seen.add(expression)

@@ -2,8 +2,8 @@
 
     python prepare.py --out DIR --seed N
 
-`model/` (an untrained model and its tokenizer), `heldout.jsonl`, `prompts.jsonl`, `sft_easy.jsonl`,
-`sft_full.jsonl`, `sft_long.jsonl` and `sft_short.jsonl`. The same seed writes the same bytes.
+`model/` (an untrained model and its tokenizer), `heldout.jsonl`, `prompts.jsonl`, `sft_easy.jsonl` and
+`sft_full.jsonl`. The same seed writes the same bytes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:
 
 
 def prepare(out: Path, seed: int) -> None:
-    """Writes the model folder and the six sets into `out`, which is made when missing."""
+    """Writes the model folder and the four sets into `out`, which is made when missing."""
     out.mkdir(parents=True, exist_ok=True)
     write_model(out / "model", seed)
     sets = make_sets(random.Random(seed), HELDOUT_SIZE, POOL_SIZE, SFT_SIZE)
@@ -36,8 +36,6 @@ def prepare(out: Path, seed: int) -> None:
     write_lines(out / "prompts.jsonl", (p.to_line(f"pool-{i:04d}") for i, p in enumerate(sets.pool)))
     write_lines(out / "sft_easy.jsonl", map(asdict, sets.sft_easy))
     write_lines(out / "sft_full.jsonl", map(asdict, sets.sft_full))
-    write_lines(out / "sft_long.jsonl", map(asdict, sets.sft_long))
-    write_lines(out / "sft_short.jsonl", map(asdict, sets.sft_short))
 
 
 def main(fill: Callable[[Path, int], None] = prepare) -> None:

@@ -18,7 +18,7 @@ RECIPE = Path(__file__).parents[2] / "examples" / "arithmetic"
 
 
 # With smaller sets, which take a tenth of the time.
-SMALL = "import prepare; prepare.HELDOUT_SIZE, prepare.POOL_SIZE, prepare.SFT_SIZE = 64, 256, 1000; prepare.main()"
+SMALL = "import {0} as p; p.HELDOUT_SIZE, p.POOL_SIZE, p.SFT_SIZE = 64, 256, 1000; p.main(p.prepare)"
 
 
 def run_prepare(out: Path, seed: int, *program: str) -> Path:
@@ -44,18 +44,29 @@ def digest_files(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_the_same_seed_prepares_the_same_bytes_and_another_seed_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "trained"), [("prepare", ("sft_easy", "sft_full")), ("prepare_styles", ("sft_styles", "sft_short"))]
+)
+def test_the_same_seed_prepares_the_same_bytes_and_another_seed_others(
+    tmp_path: Path, script: str, trained: tuple[str, ...]
+) -> None:
     seeds = {"first": 7, "again": 7, "other": 8}
-    first, again, other = (digest_files(run_prepare(tmp_path / out, seeds[out], "-c", SMALL)) for out in seeds)
+    program = ("-c", SMALL.format(script))
+    first, again, other = (digest_files(run_prepare(tmp_path / out, seeds[out], *program)) for out in seeds)
     assert again == first
     differing = {name for name, digest in other.items() if digest != first[name]}
-    sets = {f"{name}.jsonl" for name in ("heldout", "prompts", "sft_easy", "sft_full", "sft_long", "sft_short")}
-    assert differing == sets | {"model/model.safetensors"}
+    assert differing == {f"{name}.jsonl" for name in ("heldout", "prompts", *trained)} | {"model/model.safetensors"}
+    heldout, *others = (
+        {line["prompt"] for line in read_lines(tmp_path / "first" / f"{name}.jsonl")}
+        for name in ("heldout", "prompts", *trained)
+    )
+    assert len(heldout) == 64
+    assert not any(heldout & prompts for prompts in others)
 
 
 def test_heldout_problems_occur_in_no_training_set(prepared: Path) -> None:
     heldout = [line["prompt"] for line in read_lines(prepared / "heldout.jsonl")]
-    training_sets = ("prompts", "sft_easy", "sft_full", "sft_long", "sft_short")
+    training_sets = ("prompts", "sft_easy", "sft_full")
     trained = {line["prompt"] for name in training_sets for line in read_lines(prepared / f"{name}.jsonl")}
     assert len(set(heldout)) == len(heldout) >= 512
     assert not trained & set(heldout)

@@ -26,9 +26,9 @@ def test_expression_is_worth_its_answer(seed: int, operations: int) -> None:
 
 
 @given(seeds, st.integers(1, 8))
-def test_verbose_thoughts_are_true_equations_in_order(seed: int, operations: int) -> None:
+def test_written_thoughts_are_true_equations_in_order(seed: int, operations: int) -> None:
     steps = expressions.draw_steps(random.Random(seed), operations)
-    thoughts, answer = split_response(expressions.render_response(steps, "verbose"))
+    thoughts, answer = split_response(expressions.render_response(steps, "written"))
     equations = [thought.split("=") for thought in thoughts.split(";")]
     assert len(equations) == operations
     assert all(eval(left) == int(value) and 0 <= int(value) <= expressions.LARGEST_VALUE for left, value in equations)
@@ -36,10 +36,15 @@ def test_verbose_thoughts_are_true_equations_in_order(seed: int, operations: int
 
 
 @given(seeds, st.integers(1, 8))
-def test_terse_thoughts_are_the_values_before_the_answer(seed: int, operations: int) -> None:
+def test_longer_thoughts_hold_the_written_ones(seed: int, operations: int) -> None:
     steps = expressions.draw_steps(random.Random(seed), operations)
-    values = expressions.render_response(steps, "terse").replace("#", ";").split(";")
-    assert [value for value in values if value] == [str(step.value) for step in steps]
+    written, checked, restated = (
+        split_response(expressions.render_response(steps, style)) for style in ("written", "checked", "restated")
+    )
+    assert checked == (f"{written[0]}:{written[0]}", written[1])
+    parts = [part.split(":") for part in restated[0].split(";")]
+    assert ";".join(part[0] for part in parts) == written[0]
+    assert all(eval(left) == int(restated[1]) for _, left in parts[:-1])
 
 
 @given(seeds, st.integers(1, 8))
@@ -85,7 +90,7 @@ def test_hidden_tests_catch_every_near_miss_that_any_candidate_input_shows(seed:
 
 def test_unknown_style_is_refused() -> None:
     steps = expressions.draw_steps(random.Random(0), 2)
-    with pytest.raises(ValueError, match="style must be one of verbose, terse, direct"):
+    with pytest.raises(ValueError, match="style must be one of checked, restated, written, direct"):
         expressions.render_response(steps, "rambling")
     with pytest.raises(ValueError, match="style must be one of growing, direct"):
         functions.render_response([functions.Step("inc")], "rambling")

@@ -33,7 +33,7 @@ class SftMix:
 EASY_MIX = SftMix(
     code_share=0.2,
     expression_sizes=((1, 0.1), (2, 0.25), (3, 0.25), (4, 0.2), (5, 0.1), (6, 0.1)),
-    expression_styles=(("verbose", 1.0),),
+    expression_styles=(("written", 1.0),),
     function_sizes=((1, 0.5), (2, 0.5)),
     function_styles=(("growing", 1.0),),
 )
@@ -41,25 +41,9 @@ EASY_MIX = SftMix(
 FULL_MIX = SftMix(
     code_share=0.4,
     expression_sizes=EXPRESSION_SIZES,
-    expression_styles=(("verbose", 0.3), ("direct", 0.7)),
+    expression_styles=(("written", 0.3), ("direct", 0.7)),
     function_sizes=FUNCTION_SIZES,
     function_styles=(("growing", 0.3), ("direct", 0.7)),
-)
-# What a model of long responses is shown, for which shorter ones would do as well.
-LONG_MIX = SftMix(
-    code_share=0.4,
-    expression_sizes=EXPRESSION_SIZES,
-    expression_styles=(("verbose", 0.7), ("terse", 0.3)),
-    function_sizes=FUNCTION_SIZES,
-    function_styles=(("growing", 0.7), ("direct", 0.3)),
-)
-# What a model of short responses is shown: values without their equations, and programs at once.
-SHORT_MIX = SftMix(
-    code_share=0.4,
-    expression_sizes=EXPRESSION_SIZES,
-    expression_styles=(("terse", 1.0),),
-    function_sizes=FUNCTION_SIZES,
-    function_styles=(("direct", 1.0),),
 )
 
 
@@ -71,8 +55,6 @@ class Sets:
     pool: list[Problem]
     sft_easy: list[Example]
     sft_full: list[Example]
-    sft_long: list[Example]
-    sft_short: list[Example]
 
 
 def make_sets(rng: random.Random, heldout_size: int, pool_size: int, sft_size: int) -> Sets:
@@ -84,8 +66,6 @@ def make_sets(rng: random.Random, heldout_size: int, pool_size: int, sft_size: i
         pool=_draw_problems(rng, pool_size, excluded=held_prompts),
         sft_easy=_draw_examples(rng, sft_size, EASY_MIX, held_prompts),
         sft_full=_draw_examples(rng, sft_size, FULL_MIX, held_prompts),
-        sft_long=_draw_examples(rng, sft_size // 3, LONG_MIX, held_prompts),
-        sft_short=_draw_examples(rng, sft_size // 3, SHORT_MIX, held_prompts),
     )
 
 
