@@ -90,9 +90,18 @@ def test_page_table_and_json_have_each_model(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "rl: &lt;12&gt; iterations" in page
     assert page.count("<tr>") == 3
-    console = Console(record=True, width=200)
-    show_table(rows, values["facts"], console)
-    assert "within the bounds" in console.export_text()
+
+
+@pytest.mark.parametrize("tokens", [10, 500, 20_000])
+def test_tables_fit_a_terminal_of_80_columns(tokens: int) -> None:
+    methods = {name: answers(tokens, [True, False]) for name in ("merge", "rejection", "dpo", "rl")}
+    rows = make_rows({"long": answers(2 * tokens, [True, False]), **methods}, BOUNDS)
+    console = Console(record=True, width=80)
+    show_table(rows, [], console)
+    lines = console.export_text().splitlines()
+    assert lines[-4:] == [f"{name}: within the bounds" for name in methods]
+    # A heading and a line for each model, twice.
+    assert [line.split()[0] for line in lines[:14] if line] == ["model", "long", *methods] * 2
 
 
 def test_a_ratio_has_the_interval_of_its_estimator() -> None:

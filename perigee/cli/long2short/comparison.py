@@ -33,6 +33,11 @@ HEAD = (
     "model", "accuracy", "greedy", "tokens", "tokens per right answer", "capped", "shorter by", "accuracy lost",
     "result",
 )  # fmt: skip
+# Two tables, so that neither is wider than a terminal of 80 columns.
+TERMINAL_TABLES = (
+    ("model", "accuracy", "greedy", "accuracy lost"),
+    ("model", "tokens", "tokens per right answer", "shorter by", "capped"),
+)
 
 
 @dataclass(frozen=True)
@@ -147,19 +152,24 @@ def cells_of(row: Row) -> list[str]:
             return "-"
         return f"{interval.mean:{form}} [{interval.low:{form}}, {interval.high:{form}}]"
 
-    lengths = (show(row.tokens, ".1f"), show(row.tokens_per_right, ".1f"), f"{row.capped:.1%}")
+    digits = ".1f" if row.tokens.mean < 100 else ".0f"
+    lengths = (show(row.tokens, digits), show(row.tokens_per_right, digits), f"{row.capped:.1%}")
     related = (show(row.shortening, ".0%"), show(row.accuracy_loss, "+.3f"))
     return [row.name, show(row.accuracy, ".3f"), show(row.greedy, ".3f"), *lengths, *related, row.result]
 
 
 def show_table(rows: Sequence[Row], facts: Sequence[str], console: Console) -> None:
-    """Prints the rows, and a line for each fact."""
-    table = Table(*HEAD, box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*cells_of(row))
-    console.print(table, highlight=False)
-    for fact in facts:
-        console.print(fact, highlight=False, markup=False, soft_wrap=True)
+    """Prints the rows, what came out of each method, and a line for each fact."""
+    for names in TERMINAL_TABLES:
+        table = Table(*names, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for row in rows:
+            cells = dict(zip(HEAD, cells_of(row), strict=True))
+            table.add_row(*(cells[name] for name in names))
+        console.print(table, highlight=False)
+        console.print()
+    results = [f"{row.name}: {row.result}" for row in rows if row.result]
+    for line in (*results, *facts):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def render_page(rows: Sequence[Row], facts: Sequence[str], title: str) -> str:
