@@ -28,12 +28,15 @@ class Arm:
     changes: tuple[str, ...] = ()
     recipe: str = "recipe.yaml"
     warmup: str = "warmup"
+    sources: tuple[str, ...] = ()
+    """Other arms whose models it is made of."""
 
     @property
     def settings(self) -> str:
-        """What tells its results from those of other settings, its warm-up's included."""
+        """What tells its results from those of other settings, those of its warm-up and its sources included."""
         warmup = ARMS[self.warmup].settings if self.warmup else ""
-        return digest([read_yaml(RECIPES / self.recipe), self.changes, warmup])
+        sources = [ARMS[name].settings for name in self.sources]
+        return digest([read_yaml(RECIPES / self.recipe), self.changes, warmup, *sources])
 
 
 def digest(value: object) -> str:
@@ -68,10 +71,10 @@ VALUE_HEAD = Arm(
     "value_head", ("batch_size=32", "max_tokens=128", "learning_rate=0.001", "loss=pointwise"), "judges.yaml", "judge"
 )
 
-# Figure 7: what `perigee long2short` compares, from the models of the recipes long and short.
+# Figure 7: what `perigee long2short` compares, from the models of the recipes long and short, both of one warm-up.
 EXAMPLE = "../../examples/arithmetic"
 LONG_TO_SHORT = tuple(
-    Arm(f"long2short_{model}", recipe=f"{EXAMPLE}/long2short.yaml", warmup="long")
+    Arm(f"long2short_{model}", recipe=f"{EXAMPLE}/long2short.yaml", warmup="long", sources=("short",))
     for model in ("long", "short", "merge", "rejection", "dpo", "rl")
 )
 
@@ -82,8 +85,9 @@ ARMS = {
         Arm("warmup_large", ('model="{data}/model-large"',), "warmup.yaml", ""),
         Arm("judge", recipe="judges.yaml", warmup=""),
         VALUE_HEAD,
-        Arm("long", recipe=f"{EXAMPLE}/long.yaml", warmup=""),
-        Arm("short", recipe=f"{EXAMPLE}/short.yaml", warmup=""),
+        Arm("warmup_styles", recipe=f"{EXAMPLE}/warmup.yaml", warmup=""),
+        Arm("long", recipe=f"{EXAMPLE}/long.yaml", warmup="warmup_styles"),
+        Arm("short", recipe=f"{EXAMPLE}/short.yaml", warmup="warmup_styles"),
         *LONG_TO_SHORT,
         *(arm for arms in BY_RATE.values() for arm in arms.values()),
         CURRICULUM,

@@ -16,12 +16,12 @@ Trained = tuple[str, int]
 
 
 def trained_for(plot: Plot) -> Iterator[Trained]:
-    """Yields what a figure needs trained, the supervised models included."""
+    """Yields what a figure needs trained, the models that others start from included."""
     for seed in plot.seeds:
-        for line in plot.lines:
-            yield line.arm, seed
-            if ARMS[line.arm].warmup:
-                yield ARMS[line.arm].warmup, seed
+        left = [line.arm for line in plot.lines]
+        while left:
+            yield (name := left.pop(0)), seed
+            left += [each for each in (ARMS[name].warmup, *ARMS[name].sources) if each]
 
 
 def cpu_seconds(trained: Trained) -> float | None:

@@ -25,6 +25,7 @@ from bench.reproduce.curves import (
 )
 from bench.reproduce.drawing import STYLES, Finding, Line, Measure, add_legend, draw_curves, draw_differences
 from bench.reproduce.measured import SandboxStarts
+from bench.reproduce.tradeoff import draw_tradeoff, find_shortest
 from perigee.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
 from perigee.statistics import Interval
 
@@ -158,40 +159,6 @@ def draw_comparison(results: Results, lines: Sequence[Line]) -> Figure:
     right.set(xlabel="iteration", ylabel=f"accuracy less {lines[0].label}'s")
     add_legend(figure, left)
     return figure
-
-
-def draw_tradeoff(results: Results, lines: Sequence[Line]) -> Figure:
-    """Draws accuracy against response length: a small point for each seed, a large one for their mean."""
-    figure, axes = plt.subplots(figsize=(5.2, 3.4))
-    for line in lines:
-        x, y = ([measure(curve)[-1] for curve in results[line.arm].values()] for measure in (length, accuracy))
-        axes.plot(x, y, "o", color=line.color, markersize=3, alpha=0.5)
-        axes.plot([fmean(x)], [fmean(y)], "o", color=line.color, label=line.label)
-    axes.set(xlabel="response tokens", ylabel="held-out accuracy")
-    axes.legend()
-    return figure
-
-
-def find_shortest(results: Results, lines: Sequence[Line]) -> Finding:
-    """Finds whether the last model is right more often by token than each of the others but the first two."""
-    best = results[lines[-1].arm]
-    leads = [
-        interval_over(differences(results[line.arm], best, lambda curve: accuracy(curve)[-1] / length(curve)[-1]))
-        for line in lines[2:-1]
-    ]
-    rows = [
-        ("model", "accuracy", "response tokens", "right per 100 tokens", f"accuracy less {lines[0].label}'s, 95%"),
-        *(tradeoff_row(results, lines[0], line) for line in lines),
-    ]
-    return Finding(judge(f"{lines[-1].label} is right most often by token of the four methods", *leads), rows)
-
-
-def tradeoff_row(results: Results, base: Line, line: Line) -> Sequence[str]:
-    """Returns a model's row: accuracy, length, right responses by token, and the difference of accuracy."""
-    curves = results[line.arm].values()
-    per_token = fmean(100 * accuracy(curve)[-1] / length(curve)[-1] for curve in curves)
-    name, right, tokens, gap = length_row(results, base, line)
-    return name, right, tokens, f"{per_token:.2f}", gap
 
 
 def draw_bars(results: Results, lines: Sequence[Line]) -> Figure:

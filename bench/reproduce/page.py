@@ -1,4 +1,7 @@
-"""docs/reproduction.md: each part between `<!-- NAME -->` and `<!-- end -->` is written from the results."""
+"""docs/reproduction.md, and pages that show parts of it.
+
+Each part between `<!-- NAME -->` and `<!-- end -->` is written from the results.
+"""
 
 from __future__ import annotations
 
@@ -13,18 +16,19 @@ from bench.reproduce.curves import RESULTS
 from bench.reproduce.figures import FIGURES
 from perigee.files import write_atomically
 
-PAGE = Path("docs/reproduction.md")
+PAGES = (Path("docs/reproduction.md"), Path("docs/long2short.md"))
 PART = re.compile(r"(?<=<!-- )(?!end )([\w-]+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 def write_page() -> None:
-    """Draws the figures that were measured, and writes each part of the page anew."""
+    """Draws the figures that were measured, and writes each part of the pages anew."""
     for plot in FIGURES.values():
         if (measured := plot.read()) is not None:
             figure = plot.draw(measured)
             figure.savefig(RESULTS / f"{plot.name}.svg", metadata={"Date": None})
             plt.close(figure)
-    write_atomically(PAGE, render_page(PAGE.read_text(encoding="utf-8")).encode())
+    for page in PAGES:
+        write_atomically(page, render_page(page.read_text(encoding="utf-8")).encode())
 
 
 def render_page(page: str) -> str:

@@ -38,9 +38,8 @@ def run_arms(arms: Sequence[Arm], seed: int) -> Iterator[tuple[Arm, Curve]]:
             yield arm, train_value_head(arm, seed)
         elif arm not in LONG_TO_SHORT:
             by_warmup.setdefault(arm.warmup, []).append(arm)
-    if shortened := [arm for arm in arms if arm in LONG_TO_SHORT]:
-        curves = shorten(seed)
-        yield from ((arm, curves[arm.name]) for arm in shortened)
+    if any(arm in LONG_TO_SHORT for arm in arms):
+        yield from ((ARMS[name], curve) for name, curve in shorten(seed).items())
     for name, group in by_warmup.items():
         warmup = metered_train(Run(ARMS[name], seed))
         yield ARMS[name], read_curve(warmup)
@@ -150,24 +149,34 @@ def train_value_head(arm: Arm, seed: int) -> Curve:
 
 
 def shorten(seed: int) -> dict[str, Curve]:
-    """Trains a long and a short model and shortens the long one in four ways; returns each model's point by arm."""
-    long, short = (metered_train(Run(ARMS[name], seed)) for name in ("long", "short"))
+    """Trains a long and a short model of one warm-up and shortens the long one in four ways; returns curves by arm."""
+    warmup = metered_train(Run(ARMS["warmup_styles"], seed))
+    long, short = (metered_train(Run(ARMS[name], seed, warmup)) for name in ("long", "short"))
     place = RUNS / f"seed-{seed}" / "long2short"
     place.mkdir(parents=True, exist_ok=True)
     models = sets([f"run.seed={seed}", f"long2short.long={long}", f"long2short.short={short}"])
     command = [PERIGEE, "long2short", str(RECIPES / LONG_TO_SHORT[0].recipe), *models, "--out", str(place), "--plain"]
-    with open(place / "long2short.log", "ab") as log:
+    with metering(place), open(place / "long2short.log", "ab") as log:
         subprocess.run(command, check=True, stdout=log, stderr=subprocess.STDOUT)
-    return read_comparison(place / "comparison.json")
+    trained = {name: read_curve(run) for name, run in (("warmup_styles", warmup), ("long", long), ("short", short))}
+    spent = json.loads((place / "cpu.json").read_text(encoding="utf-8"))
+    return trained | read_comparison(place / "comparison.json", spent)
 
 
-def read_comparison(path: Path) -> dict[str, Curve]:
-    """Reads the models that `perigee long2short` compared, each a curve of one point, by arm."""
+def read_comparison(path: Path, cpu_seconds: float) -> dict[str, Curve]:
+    """Reads the models that `perigee long2short` compared, each a curve of one point, by arm.
+
+    The CPU seconds of the whole pipeline are divided among them in equal parts.
+    """
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     return {
         f"long2short_{row['name']}": Curve(
-            [Point(0, 0, 0, {"overall": round(row["accuracy"]["mean"], 4)}, round(row["tokens"]["mean"], 2))], [], []
+            [Point(0, 0, 0, {"overall": round(row["accuracy"]["mean"], 4)}, round(row["tokens"]["mean"], 2))],
+            [],
+            [],
+            round(cpu_seconds / len(rows), 1),
         )
-        for row in json.loads(path.read_text(encoding="utf-8"))["rows"]
+        for row in rows
     }
 
 

@@ -24,6 +24,7 @@ from bench.reproduce.curves import (
 )
 from bench.reproduce.drawing import Line
 from bench.reproduce.figures import FIGURES, chosen_rate, find_comparison, find_sizes, judge
+from bench.reproduce.tradeoff import find_shortest
 from perigee.statistics import Interval
 
 ROOT = Path(__file__).parents[2]
@@ -143,32 +144,61 @@ def test_the_rate_with_the_highest_last_two_evaluations_is_chosen() -> None:
     assert chosen_rate(results, "ReST") == 3e-4
 
 
+def make_models(**models: tuple[float, float]) -> dict[str, dict[int, Curve]]:
+    """Returns models of an accuracy and a length, with a little more of both on the second seed."""
+    return {
+        name: {
+            seed: Curve([Point(0, 0, 0, {"overall": right + seed / 100}, tokens + seed / 10)], [], [])
+            for seed in range(2)
+        }
+        for name, (right, tokens) in models.items()
+    }
+
+
+def test_methods_are_held_against_the_bounds_and_one_another() -> None:
+    models = make_models(long=(0.8, 40.0), short=(0.5, 10.0), merge=(0.5, 20.0), rl=(0.78, 28.0))
+    lines = [Line(name, name.upper(), "black") for name in models]
+    found = find_shortest(models, lines)
+    assert "**Holds here**: RL takes the fewest tokens for a right answer" in found.sentence
+    assert "The fewest tokens for a right answer takes RL: 35.7." in found.sentence
+    assert "RL is at least 25% shorter at a loss of at most 0.05; MERGE loses 0.300." in found.sentence
+    assert found.rows[1] == ("LONG", "0.805", "40.0", "49.8", "", "")
+    assert found.rows[-1][-2:] == ("30% [29%, 30%]", "+0.020 [+0.020, +0.020]")
+    models |= make_models(merge=(0.9, 20.0))
+    assert "**Does not hold here**" in find_shortest(models, lines).sentence
+    one_seed = {name: {0: curves[0]} for name, curves in models.items()}
+    found = find_shortest(one_seed, lines)
+    assert "**Not decided** by these seeds" in found.sentence
+    assert "by the means MERGE takes fewer" in found.sentence
+    assert found.rows[-1][-2:] == ("30% (one seed)", "+0.020 (one seed)")
+
+
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for results of its own, beside a page with one part."""
     folder = tmp_path / "reproduction"
     for module in (curves, measured, page, runs):
         monkeypatch.setattr(module, "RESULTS", folder)
-    monkeypatch.setattr(page, "PAGE", tmp_path / "reproduction.md")
+    monkeypatch.setattr(page, "PAGES", [tmp_path / "reproduction.md"])
     (tmp_path / "reproduction.md").write_text("# Page\n<!-- growth -->\nold\n<!-- end -->\nrest\n")
     return folder
 
 
 def test_the_page_says_what_was_not_run_and_draws_what_was(results: Path) -> None:
     page.write_page()
-    assert page.PAGE.read_text() == (
+    assert page.PAGES[0].read_text() == (
         "# Page\n<!-- growth -->\nNot run yet: `make reproduce FIGURE=growth`.\n<!-- end -->\nrest\n"
     )
     for seed in (2, 0):
         runs.record(ARMS["base"], seed, make_curve(0.2, 0.4, 0.6 + seed / 10))
     assert list(curves.read_results("base")) == [0, 2]
     page.write_page()
-    text, image = page.PAGE.read_text(), (results / "growth.svg").read_bytes()
+    text, image = page.PAGES[0].read_text(), (results / "growth.svg").read_bytes()
     assert "Seeds: 2." in text
     assert "| held-out accuracy | 0.200 | 0.700 | 0.500 [" in text
     assert text.endswith("<!-- end -->\nrest\n")
     page.write_page()
-    assert (page.PAGE.read_text(), (results / "growth.svg").read_bytes()) == (text, image)
+    assert (page.PAGES[0].read_text(), (results / "growth.svg").read_bytes()) == (text, image)
 
 
 def test_what_was_not_measured_costs_as_much_as_on_other_seeds(results: Path) -> None:
@@ -195,9 +225,15 @@ def test_a_start_is_held_against_the_reports(results: Path, slowest_ms: float, s
 def test_the_models_of_long2short_are_points(tmp_path: Path) -> None:
     row = {"name": "rl", "accuracy": {"mean": 0.61234, "low": 0.6, "high": 0.7}, "tokens": {"mean": 12.345}}
     (tmp_path / "comparison.json").write_text(json.dumps({"rows": [row], "facts": []}))
-    [(arm, curve)] = runs.read_comparison(tmp_path / "comparison.json").items()
+    [(arm, curve)] = runs.read_comparison(tmp_path / "comparison.json", 60.0).items()
     assert arm in ARMS
     assert curve.points == [Point(0, 0, 0, {"overall": 0.6123}, 12.35)]
+    assert curve.cpu_seconds == 60.0
+
+
+def test_long2short_costs_what_its_models_come_from_as_well() -> None:
+    names = {name for name, _ in costs.trained_for(FIGURES["long2short"])}
+    assert {"warmup_styles", "long", "short", "long2short_rl"} < names
 
 
 def test_results_of_other_settings_are_not_kept(results: Path) -> None:
@@ -210,8 +246,9 @@ def test_results_of_other_settings_are_not_kept(results: Path) -> None:
 
 def test_the_page_is_what_the_results_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    text = page.PAGE.read_text()
-    assert {match[1] for match in page.PART.finditer(text)} == {*FIGURES, "costs"}
-    assert page.render_page(text) == text, "run make reproduce DRAW=1"
+    whole, *others = (path.read_text() for path in page.PAGES)
+    assert {match[1] for match in page.PART.finditer(whole)} == {*FIGURES, "costs"}
+    for text in (whole, *others):
+        assert page.render_page(text) == text, "run make reproduce DRAW=1"
     for path in (curves.RESULTS / f"{arm}.json" for arm in ARMS):
         assert not path.is_file() or json.loads(path.read_text())["settings"] == ARMS[path.stem].settings, path
