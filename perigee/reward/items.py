@@ -18,8 +18,10 @@ from typing import Any, Protocol, TypeVar
 
 from google.protobuf.message import Message
 
-from perigee.chat import Asked, ChatMessage, read_messages, read_question
+from perigee.chat import Asked, ChatMessage, ReadImage, find_images, read_images, read_messages, read_question
 from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.image_sources import ImageReader
+from perigee.images import Image, ImageInfo
 from perigee.json_codec import fill_message, keys_of, name_type, unknown_key
 from perigee.reward.v1 import reward_pb2 as pb
 
@@ -75,42 +77,63 @@ class PromptLine:
     difficulty: float
     """What the curriculum goes by."""
     item: pb.ScoreItem
-    """The item of any response to it, but for id and response; its prompt is the question as the user wrote it."""
+    """The item of any response to it, but for id, response and images; its prompt is the question as the user wrote
+    it."""
     messages: tuple[ChatMessage, ...] = ()
     """The chat that asks the question; none where it is asked as text."""
     place: str = ""
     """Where it stands, for messages of errors."""
+    images: tuple[ImageInfo, ...] = ()
+    """Images of the question, in order."""
 
     @property
     def asked(self) -> Asked:
         """What a model is asked."""
         return self.messages or self.item.prompt
 
+    @property
+    def question(self) -> tuple[str, ...]:
+        """What makes it another question: its text, and its images' digests."""
+        return (self.item.prompt, *(image.digest for image in self.images))
 
-def read_item(values: Mapping[str, Any], default_id: str, ignored: Collection[str] = ()) -> pb.ScoreItem:
-    """Returns the item of a JSON object; keys in `ignored` are the caller's own.
+
+def read_item(
+    values: Mapping[str, Any], default_id: str, ignored: Collection[str] = (), images: ImageReader | None = None
+) -> pb.ScoreItem:
+    """Returns the item of a JSON object; keys in `ignored` are the caller's own. `images` reads those of messages,
+    which are refused without it.
 
     Raises InvalidArgumentError with a violation for each field that is wrong.
     """
     item = pb.ScoreItem(id=default_id)
-    values, _, violations = _ask_as_text({key: value for key, value in values.items() if key not in ignored})
-    violations += _fill_item(item, values)
+    rest = {key: value for key, value in values.items() if key not in ignored}
+    rest, messages, violations = _ask_as_text(rest, images.load if images else None)
+    violations += _fill_item(item, rest)
+    item.images.extend(pb.Image(data=image.data) for image in find_images(messages) if isinstance(image, Image))
     if values.get("response") is None:
         violations.append(FieldViolation("response", "is required"))
     _raise_any(violations)
     return item
 
 
-def read_prompt_line(values: Mapping[str, Any], source: str) -> PromptLine:
-    """Returns the prompt of a JSON object; `source` tells where it stands, for messages.
+def read_prompt_line(values: Mapping[str, Any], source: str, read_image: ReadImage | None = None) -> PromptLine:
+    """Returns the prompt of a JSON object; `source` tells where it stands, for messages. Images are refused where
+    nothing reads them.
 
     Raises InvalidArgumentError with a violation for each field that is wrong, or missing from its ground truth.
     """
     domain, difficulty = values.get("domain", "default"), values.get("difficulty", 0.0)
     item = pb.ScoreItem()
     # A response is none of a prompt's fields.
-    rest = {key: value for key, value in values.items() if key not in ("domain", "difficulty", "response")}
-    rest, messages, violations = _ask_as_text(rest)
+    rest = {key: value for key, value in values.items() if key not in ("domain", "difficulty", "response", "images")}
+    images: tuple[ImageInfo, ...] = ()
+    violations: list[FieldViolation] = []
+    try:
+        images = read_images(values.get("images"), read_image)
+    except InvalidArgumentError as error:
+        violations += error.violations
+    rest, messages, wrong = _ask_as_text(rest, read_image, images)
+    violations += wrong
     if "response" in values:
         violations.append(FieldViolation("response", unknown_key("response", LINE_KEYS)))
     violations += _fill_item(item, rest)
@@ -125,7 +148,8 @@ def read_prompt_line(values: Mapping[str, Any], source: str) -> PromptLine:
         place = "" if isinstance(verifier, str) else f"verifier.{item.WhichOneof('verifier')}."
         violations = find_faults(getattr(item, str(item.WhichOneof("verifier"))), place)
     _raise_any([FieldViolation(f"{source}: {each.field}", each.description) for each in violations])
-    line = PromptLine(item.id, domain, float(difficulty), item, messages, source)
+    images = tuple(find_images(messages)) if messages else images
+    line = PromptLine(item.id, domain, float(difficulty), item, messages, source, images)
     item.ClearField("id")
     return line
 
@@ -182,12 +206,12 @@ def read_lines(path: Path, field: str) -> Iterator[tuple[str, str]]:
     Raises InvalidArgumentError naming `field`, which names the file.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line.removesuffix("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidArgumentError.for_field(field, f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", line
 
 
 def read_object(text: str, source: str) -> dict[str, Any]:
@@ -239,7 +263,7 @@ def _raise_any(violations: Sequence[FieldViolation]) -> None:
 
 
 def _ask_as_text(
-    values: Mapping[str, Any],
+    values: Mapping[str, Any], read_image: ReadImage | None, images: Sequence[ImageInfo] = ()
 ) -> tuple[dict[str, Any], tuple[ChatMessage, ...], list[FieldViolation]]:
     """Returns the values with the question of their messages as prompt, the messages, and what is wrong with them."""
     rest = dict(values)
@@ -248,7 +272,7 @@ def _ask_as_text(
     if values.get("prompt") is not None:
         return rest, (), [FieldViolation("prompt", "stands beside messages: give one of them")]
     try:
-        messages = read_messages(values["messages"])
+        messages = read_messages(values["messages"], read_image, images)
         return rest | {"prompt": read_question(messages)}, messages, []
     except InvalidArgumentError as error:
         return rest, (), list(error.violations)

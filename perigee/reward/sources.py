@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from perigee.chat import ReadImage
 from perigee.errors import InvalidArgumentError
+from perigee.image_sources import ImageReader
 from perigee.reward.items import PromptLine, prompt_keys, read_lines, read_object, read_prompt_line, read_rows
 
-# Columns of images are of many forms, which nothing here looks at.
-KNOWN_FIELDS = prompt_keys() - {"images"}
+KNOWN_FIELDS = prompt_keys()
+# Rows that are in memory together: those of images are large.
+ROWS_AT_ONCE = 64
 # OWNER/NAME; what has a suffix is a file.
 HUB_NAME = re.compile(r"\w[\w-]*/\w[\w-]*")
 PARQUET_MAGIC = b"PAR1"
@@ -40,12 +43,16 @@ class Columns:
     """The split of a saved DatasetDict, or the beginning of the names of a folder's files."""
 
 
-def read_source(path: Path, columns: Columns, field: str, name: str = "") -> list[PromptLine]:
+def read_source(
+    path: Path, columns: Columns, field: str, name: str = "", read_image: ReadImage | None = None
+) -> list[PromptLine]:
     """Returns the prompts of a file or folder; a line without an id is named after `name` and its number.
 
     In JSON Lines without renames an unknown key is an error; other columns are left out. `field` is the key that named
-    the source. Raises InvalidArgumentError with a violation for each wrong field of any line.
+    the source. Images are checked, and kept where `read_image` keeps them. Raises InvalidArgumentError with a violation
+    for each wrong field of any line.
     """
+    read_image = read_image or ImageReader(image_base(str(path)))
     left_out: Counter[str] = Counter()
     numbers = itertools.count(1)
 
@@ -53,9 +60,18 @@ def read_source(path: Path, columns: Columns, field: str, name: str = "") -> lis
         values = read_object(row, place) if isinstance(row, str) else row
         keep_unknown = isinstance(row, str) and not columns.renames
         default_id = f"{name or path.stem}-{next(numbers):06d}"
-        return read_prompt_line(read_fields(values, columns, place, default_id, left_out, keep_unknown), place)
+        fields = read_fields(values, columns, place, default_id, left_out, keep_unknown)
+        return read_prompt_line(fields, place, read_image)
 
     return read_rows(checked_rows(path, columns, field), read, field)
+
+
+def image_base(source: str) -> str:
+    """Returns the folder, a path or a URL, that the images of a source's lines are below: its own, or that it is."""
+    if "://" not in source:
+        return source if Path(source).is_dir() else str(Path(source).parent)
+    folder, _, name = source.rstrip("/").rpartition("/")
+    return folder if Path(name).suffix else source
 
 
 def checked_rows(path: Path, columns: Columns, field: str) -> Iterator[tuple[str, Row]]:
@@ -201,13 +217,14 @@ def _read_saved(path: Path, field: str) -> Iterator[tuple[str, Row]]:
 def _read_parquet(path: Path, field: str) -> Iterator[tuple[str, Row]]:
     try:
         with _open_arrow(path, field).parquet.ParquetFile(path) as file:
-            yield from _number_rows(path, file.iter_batches())
+            yield from _number_rows(path, file.iter_batches(batch_size=ROWS_AT_ONCE))
     except (OSError, ValueError) as error:  # pyarrow's class for a damaged file is a ValueError
         raise InvalidArgumentError.for_field(field, f"{path} cannot be read: {error}") from error
 
 
 def _number_rows(path: Path, batches: Iterable[Any]) -> Iterator[tuple[str, Row]]:
-    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    parts = (batch[start : start + ROWS_AT_ONCE] for batch in batches for start in range(0, len(batch), ROWS_AT_ONCE))
+    rows = itertools.chain.from_iterable(part.to_pylist() for part in parts)
     yield from ((f"{path}[{number}]", row) for number, row in enumerate(rows))
 
 

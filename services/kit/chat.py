@@ -13,23 +13,40 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from perigee.chat import RESPONSE_KEYS, Asked, ChatMessage, read_example
+from perigee.chat import (
+    RESPONSE_KEYS,
+    Asked,
+    ChatMessage,
+    Example,
+    ImagePart,
+    ReadImage,
+    TextPart,
+    change_text,
+    find_images,
+    read_example,
+)
 from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.images import ImageInfo
 from perigee.reward.items import read_lines, read_object
 from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit.hf import TOKENIZER_SETTINGS_FILE, ModelFolder, read_json_object
+from services.kit.vision import VisionModel, open_vision
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
+# What processors of transformers 4 write.
+_OLD_TEMPLATE_FILE = "chat_template.json"
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 # The date that templates of Llama 3 have where nobody tells them one.
 _DATE = datetime(2024, 7, 26)
 # A response that no template changes.
 _PROBE = "perigee-response"
+# Images that no line names: no other number of them is found in a prompt than is shown to the model.
+_NO_IMAGES: tuple[ImageInfo, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,16 +62,34 @@ class ChatTemplate:
         Raises InvalidArgumentError naming `field` when the template fails or refuses the messages.
         """
         try:
-            return str(
-                self._compiled.render(
-                    messages=[dict(message) for message in messages],
-                    add_generation_prompt=generation,
-                    **self.special_tokens,
-                )
-            )
+            return self._render([self._show(message) for message in messages], generation)
         except Exception as error:  # a template may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InvalidArgumentError.for_field(field, f"the model's chat template fails: {reason}") from error
+
+    def _render(self, messages: list[dict[str, Any]], generation: bool) -> str:
+        return str(self._compiled.render(messages=messages, add_generation_prompt=generation, **self.special_tokens))
+
+    def _show(self, message: ChatMessage) -> dict[str, Any]:
+        """Returns a message as the template reads it: an image is a part of which it needs the place alone."""
+        content: Any = message["content"]
+        if isinstance(content, str):
+            content = content if self._takes_text else [TextPart(type="text", text=content)]
+        else:
+            content = [{"type": "image"} if part["type"] == "image" else dict(part) for part in content]
+        return {**message, "content": content}
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether a content may be a text; templates of some models with images want a list of parts always."""
+
+        def shows(content: Any) -> bool:
+            try:
+                return _PROBE in self._render([{"role": "user", "content": content}], True)
+            except Exception:  # a template may raise anything
+                return False
+
+        return shows(_PROBE) or not shows([TextPart(type="text", text=_PROBE)])
 
     @cached_property
     def _compiled(self) -> Any:
@@ -84,6 +119,8 @@ def open_chat_template(folder: Path, field: str) -> ChatTemplate | None:
     file, settings_file = folder / CHAT_TEMPLATE_FILE, folder / TOKENIZER_SETTINGS_FILE
     settings = read_json_object(settings_file, field) if settings_file.exists() else {}
     source = file.read_text(encoding="utf-8") if file.exists() else settings.get("chat_template")
+    if source is None and (old := folder / _OLD_TEMPLATE_FILE).exists():
+        source = read_json_object(old, field).get("chat_template")
     if isinstance(source, list):
         source = next((each["template"] for each in source if each["name"] == "default"), None)
     if not isinstance(source, str):
@@ -101,14 +138,20 @@ class PromptEncoder:
     tokenizer: Tokenizer
     template: ChatTemplate | None
     settings: pb.ChatSettings = field(default_factory=pb.ChatSettings)
+    vision: VisionModel | None = None
+    """How the model takes images; None for one that takes none."""
 
     def uses_template(self, asked: Asked) -> bool:
         """Returns whether the chat template is applied: to messages, and to text by `chat` or a system prompt."""
         mode = self.settings.mode
         return not isinstance(asked, str) or mode == "always" or (bool(self.settings.system_prompt) and mode != "never")
 
-    def render(self, asked: Asked) -> str:
-        """Returns the text that the model continues; raises InvalidArgumentError naming the field."""
+    def render(self, asked: Asked, images: Sequence[ImageInfo] = _NO_IMAGES) -> str:
+        """Returns the text that the model continues, with a placeholder for each image; raises InvalidArgumentError
+        naming the field.
+
+        `images` are those of a text. They stand before it in a chat, unless it has their placeholders.
+        """
         instruction, field = self.settings.instruction, "prompt" if isinstance(asked, str) else "messages"
         if not self.uses_template(asked):
             return f"{asked}\n{instruction}" if instruction else str(asked)
@@ -120,34 +163,78 @@ class PromptEncoder:
                 raise InvalidArgumentError.for_field(
                     field, "begins with a special token, as a rendered chat does: chat: never takes it as it is"
                 )
-            asked = (ChatMessage(role="user", content=asked),)
+            asked = (_ask_with_images(asked, () if self._image_text in asked else images),)
         messages = list(asked)
         last = max((index for index, each in enumerate(messages) if each["role"] == "user"), default=None)
         if instruction and last is not None:
-            messages[last] = ChatMessage(role="user", content=f"{messages[last]['content']}\n{instruction}")
+            messages[last] = change_text(messages[last], lambda text: f"{text}\n{instruction}")
         if self.settings.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, ChatMessage(role="system", content=self.settings.system_prompt))
         return self.template.render(messages, field=field)
 
-    def encode(self, asked: Sequence[Asked], places: Sequence[str], begun: str = "") -> list[list[int]]:
-        """Returns the token ids of prompts, each followed by what is `begun` of the answer.
+    def encode(
+        self,
+        asked: Sequence[Asked],
+        places: Sequence[str],
+        begun: str = "",
+        images: Sequence[Sequence[ImageInfo]] | None = None,
+    ) -> list[list[int]]:
+        """Returns the token ids of prompts, each followed by what is `begun` of the answer; an image is one token.
 
-        `places` tells where each stands, empty where it is the call's own. Raises InvalidArgumentError naming the first
-        that cannot be asked.
+        `places` tells where each stands, empty where it is the call's own; `images` are those of texts. Raises
+        InvalidArgumentError naming the first that cannot be asked.
         """
+        shown = [
+            self._images_of(each, some)
+            for each, some in zip(asked, images or itertools.repeat(_NO_IMAGES), strict=False)
+        ]
         texts: list[str] = []
-        for each, place in zip(asked, places, strict=True):
+        for each, some, place in zip(asked, shown, places, strict=True):
             try:
-                texts.append(self.render(each) + begun)
+                if some and self.vision is None:
+                    raise InvalidArgumentError.for_field("images", f"the model of {self.model.path} takes no images")
+                texts.append(self.render(each, some) + begun)
             except InvalidArgumentError as error:
                 [violation] = error.violations
                 named = f"{place}: {violation.field}".removeprefix(": ")
                 raise InvalidArgumentError.for_field(named, violation.description) from error
         before = self._tokens_before_text
-        return [
+        encoded = [
             ids if self.uses_template(each) or ids[: len(before)] == before else [*before, *ids]
             for each, ids in zip(asked, self._encode_bare(texts), strict=True)
         ]
+        for ids, some, place in zip(encoded, shown, places, strict=True):
+            self._check_placeholders(ids, len(some), place)
+        return encoded
+
+    def expand(self, token_ids: Sequence[int], images: Sequence[ImageInfo], place: str) -> Sequence[int]:
+        """Returns a prompt with the tokens of its images for their placeholders, as the model reads it.
+
+        Raises InvalidArgumentError for an image that the model does not take.
+        """
+        if self.vision is None or not images:
+            return token_ids
+        return self.vision.expand(token_ids, [(each.width, each.height) for each in images], f"{place}: images")
+
+    def _images_of(self, asked: Asked, images: Sequence[ImageInfo]) -> Sequence[ImageInfo]:
+        return images if isinstance(asked, str) else tuple(find_images(asked))
+
+    def _check_placeholders(self, token_ids: Sequence[int], images: int, place: str) -> None:
+        """Raises InvalidArgumentError for a prompt that has not as many placeholders as images."""
+        if self.vision is None:
+            return
+        found = token_ids.count(self.vision.image_token_id)
+        if found != images:
+            raise InvalidArgumentError.for_field(
+                f"{place}: images".removeprefix(": "),
+                f"are {images}, and the prompt has {found} of {self._image_text}, which stands for an image",
+            )
+
+    @cached_property
+    def _image_text(self) -> str:
+        """Text of the placeholder of an image."""
+        token = None if self.vision is None else self.tokenizer.id_to_token(self.vision.image_token_id)
+        return token or "\0"
 
     def encode_responses(self, asked: Sequence[Asked], responses: Sequence[str]) -> list[list[int]]:
         """Returns the token ids of responses, each ended by a stop token: the first that it spells out.
@@ -192,7 +279,16 @@ class PromptEncoder:
 def open_encoder(model: ModelFolder, settings: pb.ChatSettings | None = None) -> PromptEncoder:
     """Returns the encoder of a model folder; raises InvalidArgumentError that names the folder's field and the file."""
     template = open_chat_template(model.path, model.field)
-    return PromptEncoder(model, model.open_tokenizer(), template, settings or pb.ChatSettings())
+    return PromptEncoder(model, model.open_tokenizer(), template, settings or pb.ChatSettings(), open_vision(model))
+
+
+class EncodedExample(NamedTuple):
+    """Line of a supervised set as token ids."""
+
+    prompt: list[int]
+    """An image is one token, its placeholder."""
+    responses: list[list[int]]
+    images: tuple[ImageInfo, ...] = ()
 
 
 def encode_examples(
@@ -202,24 +298,31 @@ def encode_examples(
     max_tokens: int,
     limit: int | None = None,
     algorithm: str = "sft",
-) -> list[tuple[list[int], list[list[int]]]]:
+    read_image: ReadImage | None = None,
+) -> list[EncodedExample]:
     """Returns the token ids of the prompt and of the responses of each line of a supervised set, or of its first
-    `limit` lines; `field` is the key that named it, and `algorithm` says which responses a line has.
+    `limit` lines; `field` is the key that named it, and `algorithm` says which responses a line has. `read_image` reads
+    the images of lines, which are refused without it.
 
     Raises InvalidArgumentError naming file, line and field of malformed examples, of those that have more than
-    `max_tokens`, and of pairs whose responses are the same.
+    `max_tokens`, images included, and of pairs whose responses are the same.
     """
-    places, asked, responses = zip(*_read_examples(path, field, limit, algorithm), strict=True)
-    keys = RESPONSE_KEYS[algorithm]
-    encoded = [encoder.encode_responses(asked, [each[number] for each in responses]) for number in range(len(keys))]
-    prompts = encoder.encode(asked, places)
-    examples = [(prompt, list(each)) for prompt, *each in zip(prompts, *encoded, strict=True)]
-    for place, (prompt, found) in zip(places, examples, strict=True):
-        _check_example(place, prompt, dict(zip(keys, found, strict=True)), max_tokens)
+    places, lines = zip(*_read_examples(path, field, limit, algorithm, read_image), strict=True)
+    asked, images, keys = [line.asked for line in lines], [line.images for line in lines], RESPONSE_KEYS[algorithm]
+    encoded = [
+        encoder.encode_responses(asked, [line.responses[number] for line in lines]) for number in range(len(keys))
+    ]
+    prompts = encoder.encode(asked, places, images=images)
+    examples = [
+        EncodedExample(prompt, list(each), some) for prompt, some, *each in zip(prompts, images, *encoded, strict=True)
+    ]
+    for place, example in zip(places, examples, strict=True):
+        prompt = encoder.expand(example.prompt, example.images, place)
+        _check_example(place, prompt, dict(zip(keys, example.responses, strict=True)), max_tokens)
     return examples
 
 
-def _check_example(place: str, prompt: list[int], responses: dict[str, list[int]], max_tokens: int) -> None:
+def _check_example(place: str, prompt: Sequence[int], responses: dict[str, list[int]], max_tokens: int) -> None:
     """Raises InvalidArgumentError for an example without a prompt, that is too long, or of which nothing is learned."""
     if not prompt:
         raise InvalidArgumentError.for_field(f"{place}: prompt", "has no tokens in the model's vocabulary")
@@ -234,16 +337,16 @@ def _check_example(place: str, prompt: list[int], responses: dict[str, list[int]
 
 
 def _read_examples(
-    path: Path, field: str, limit: int | None, algorithm: str
-) -> list[tuple[str, Asked, tuple[str, ...]]]:
-    """Returns where each line of a supervised set stands, what a model is asked there, and the responses."""
-    examples: list[tuple[str, Asked, tuple[str, ...]]] = []
+    path: Path, field: str, limit: int | None, algorithm: str, read_image: ReadImage | None
+) -> list[tuple[str, Example]]:
+    """Returns the lines of a supervised set, each after its place."""
+    examples: list[tuple[str, Example]] = []
     violations: list[FieldViolation] = []
     for line, text in itertools.islice(read_lines(path, field), limit):
         place = f"{field}: {line}"
         values = read_object(text, place)
         try:
-            examples.append((place, *read_example(values, algorithm)))
+            examples.append((place, read_example(values, algorithm, read_image)))
         except InvalidArgumentError as error:
             violations += [FieldViolation(f"{place}: {each.field}", each.description) for each in error.violations]
     if violations:
@@ -251,6 +354,14 @@ def _read_examples(
     if not examples:
         raise InvalidArgumentError.for_field(field, f"{path} holds no example")
     return examples
+
+
+def _ask_with_images(text: str, images: Sequence[ImageInfo]) -> ChatMessage:
+    """Returns a message of the user: the images, then the text."""
+    if not images:
+        return ChatMessage(role="user", content=text)
+    parts = [ImagePart(type="image", image=image) for image in images]
+    return ChatMessage(role="user", content=[*parts, TextPart(type="text", text=text)])
 
 
 def _refuse(reason: str) -> NoReturn:

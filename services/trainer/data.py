@@ -91,7 +91,7 @@ def read_examples(
     """
     path, encoder = local_file(name, "dataset_path"), open_encoder(model, chat)
     found = encode_examples(path, "dataset_path", encoder, max_tokens, algorithm=algorithm)
-    return [tuple(_join_example(prompt, response) for response in responses) for prompt, responses in found]
+    return [tuple(_join_example(each.prompt, response) for response in each.responses) for each in found]
 
 
 def _join_example(prompt: list[int], response: list[int]) -> TokenSequence:

@@ -104,7 +104,7 @@ def test_a_bad_source_is_named(tmp_path: Path, rows: list[dict[str, Any]], chang
     ("messages", "said"),
     [
         ([{"content": "1"}], ":1: messages[0].role: is required"),
-        ([{"role": "user", "content": [{"type": "image"}]}], ":1: messages[0].content[0]: is an image"),
+        ([{"role": "user", "content": [{"type": "image"}]}], ":1: messages[0].content[0]: names no image"),
         ([{"role": "assistant", "content": "1"}], ":1: messages: must end with what is to be answered"),
         ([{"role": "system", "content": "1"}], ":1: messages: holds no message of the role user"),
         (

@@ -126,7 +126,7 @@ def test_a_prompt_stands_as_its_file_has_it() -> None:
     assert line == {"id": "a", "messages": chat, "response": "correct 1"}
     assert read_example(line)[1] == ("correct 1",)
     [line] = select(SHORTEST, [group(sample("correct"))], RULES).lines
-    assert read_example(line) == ("1+1=", ("correct 1",))
+    assert read_example(line) == ("1+1=", ("correct 1",), ())
 
 
 def test_characters_count_where_tokens_are_not_known() -> None:

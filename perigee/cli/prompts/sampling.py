@@ -20,7 +20,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
-from perigee.chat import Asked, ChatMessage
+from perigee.chat import Asked, change_text
 from perigee.config import Model
 from perigee.curation.findings import (
     Decision,
@@ -199,7 +199,8 @@ class ModelStage:
         if not line.messages:
             return text
         last = max(index for index, message in enumerate(line.messages) if message["role"] == "user")
-        return (*line.messages[:last], ChatMessage(role="user", content=text.strip()), *line.messages[last + 1 :])
+        asked = change_text(line.messages[last], lambda _: text.strip())
+        return (*line.messages[:last], asked, *line.messages[last + 1 :])
 
     def given(self, item: reward_pb2.ScoreItem) -> str:
         """Returns what of the answer the text holds already: a marker at its end leaves the answer to the model."""

@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from perigee.buffer.v1 import buffer_pb2
-from perigee.chat import Asked, ChatMessage
+from perigee.chat import Asked, change_text
 from perigee.cli.ending import Interrupt
 from perigee.cli.eval.responses import ModelOptions, collect, note, open_target
 from perigee.cli.eval.results import FAILED, Answer
@@ -65,6 +65,8 @@ async def sample(options: SampleOptions, console: Console, interrupt: Interrupt)
     no file is written then but the answers that there are.
     """
     lines = read_source(options.prompts, options.columns, "PROMPTS")
+    if (shown := next((line for line in lines if line.images), None)) is not None:
+        raise InvalidArgumentError.for_field(shown.place, "has images, and sampling writes texts alone")
     wanted = lines[: options.limit]
     if options.samples is None:
         head, answers = await draw(options, wanted, console, interrupt)
@@ -118,8 +120,8 @@ def wrap(asked: Asked, template: str) -> Asked:
     if isinstance(asked, str):
         return template.replace(PROMPT_FIELD, asked)
     last = max(index for index, message in enumerate(asked) if message["role"] == "user")
-    content = template.replace(PROMPT_FIELD, asked[last]["content"])
-    return (*asked[:last], ChatMessage(role="user", content=content), *asked[last + 1 :])
+    wrapped = change_text(asked[last], lambda text: template.replace(PROMPT_FIELD, text))
+    return (*asked[:last], wrapped, *asked[last + 1 :])
 
 
 def read_samples(path: Path, lines: Sequence[PromptLine]) -> list[Answer]:

@@ -1,0 +1,179 @@
+"""Where images of prompts come from: paths, URLs, data URLs and bytes in a line, read once and kept by digest.
+
+{"type": "image", "image": "figures/a.png"}                        below the folder of the prompt file
+{"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}
+{"bytes": ..., "path": null}                                       a column of the feature Image of `datasets`
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from perigee.errors import DataLossError, InvalidArgumentError, UnavailableError
+from perigee.files import write_atomically
+from perigee.images import Image, ImageInfo, ImageLimits, decode_image, read_image
+from perigee.json_codec import name_type
+
+# Keys that say where an image is, in parts of messages and in columns; the first that has a value counts.
+SOURCE_KEYS = ("image", "image_url", "bytes", "data", "base64", "url", "path")
+_BASE64_KEYS = ("bytes", "data", "base64")
+_WEB = ("http://", "https://")
+_FETCH_S = 60.0
+_BLOCK_BYTES = 256 << 10
+_SHOWN_CHARACTERS = 200
+
+
+class ImageStore:
+    """Folder of images by digest, so that a prompt set's bytes are on disk and not in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, digest: str) -> Path:
+        """Returns where an image is, or would be."""
+        return self.folder / digest
+
+    def add(self, image: Image) -> None:
+        """Keeps an image; one that is there is left alone."""
+        if not self.has(image):
+            write_atomically(self.path(image.digest), image.data)
+
+    def has(self, info: ImageInfo) -> bool:
+        """Returns whether an image is there."""
+        path = self.path(info.digest)
+        return path.is_file() and path.stat().st_size == info.size_bytes
+
+    def read(self, info: ImageInfo) -> Image:
+        """Returns an image with its bytes; raises DataLossError when they are not what was kept."""
+        path = self.path(info.digest)
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataLossError(
+                f"{path} cannot be read: {error.strerror}: start the run again to restore it."
+            ) from error
+        if hashlib.sha256(data).hexdigest() != info.digest:
+            raise DataLossError(f"{path} is not what it was: remove it and start the run again.")
+        return Image(info.digest, info.media_type, info.width, info.height, info.size_bytes, data)
+
+
+@dataclass(frozen=True)
+class ImageReader:
+    """Reads the images that lines name, checks them to the last pixel, and keeps them."""
+
+    base: str = ""
+    """Path or URL of the folder that relative paths are below."""
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    allow_urls: bool = False
+    """Whether images may come from http:// and https:// addresses."""
+    store: ImageStore | None = None
+    """Where images are kept; without one they are only checked."""
+    read_storage: Callable[[str, str], bytes | None] | None = None
+    """Reads a URL such as s3://bucket/file for a field; None where there is no such file."""
+
+    def __call__(self, value: object, field: str) -> ImageInfo:
+        """Returns what is known of the image that a line names in `field`; its bytes are kept by the store.
+
+        Raises InvalidArgumentError naming the field.
+        """
+        image = self.load(value, field)
+        if self.store is None or not self.store.has(image):
+            decode_image(image, field)
+        if self.store is not None:
+            self.store.add(image)
+        return image.info
+
+    def load(self, value: object, field: str) -> Image:
+        """Returns the image with its bytes, whose pixels are not looked at; raises InvalidArgumentError."""
+        key, source = find_source(value)
+        if isinstance(source, bytes):
+            return read_image(source, self.limits, field)
+        if not isinstance(source, str) or not source:
+            raise InvalidArgumentError.for_field(field, f"must be a path, a data URL or bytes, got {name_type(source)}")
+        if source.startswith("data:"):
+            key, source = "base64", source.partition(",")[2]
+        if key in _BASE64_KEYS:
+            return read_image(self._decode(source, field), self.limits, field)
+        try:
+            return read_image(self._read(source, field), self.limits, field)
+        except InvalidArgumentError as error:
+            [violation] = error.violations
+            shown = source if len(source) <= _SHOWN_CHARACTERS else f"{source[:_SHOWN_CHARACTERS]}..."
+            raise InvalidArgumentError.for_field(field, f"{shown} {violation.description}") from error
+
+    def _decode(self, text: str, field: str) -> bytes:
+        """Returns the bytes of base64 text."""
+        if len(text) > self.limits.max_bytes * 4 // 3 + 4:
+            raise InvalidArgumentError.for_field(field, f"has more than {self.limits.max_bytes:,} bytes")
+        try:
+            return base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise InvalidArgumentError.for_field(field, f"is not base64: {error}") from error
+
+    def _read(self, name: str, field: str) -> bytes:
+        """Returns the bytes of a file at a path or a URL, at most one more than an image may have."""
+        if name.startswith(_WEB):
+            if not self.allow_urls:
+                raise InvalidArgumentError.for_field(
+                    field, "is an address of the web: set run.images.allow_urls to read those, or give a file"
+                )
+            return fetch_web(name, field, self.limits.max_bytes)
+        if "://" not in name and "://" in self.base:
+            name = f"{self.base.rstrip('/')}/{name}"
+        if "://" not in name:
+            return self._read_path(Path(self.base, name), field)
+        if self.read_storage is None:
+            raise InvalidArgumentError.for_field(field, "is a URL, and only files are read here")
+        content = self.read_storage(name, field)
+        if content is None:
+            raise InvalidArgumentError.for_field(field, "does not exist")
+        return content
+
+    def _read_path(self, path: Path, field: str) -> bytes:
+        try:
+            if not path.is_file():
+                missing = "is no file" if path.exists() else f"does not exist: {path}"
+                raise InvalidArgumentError.for_field(field, missing)
+            with path.open("rb") as file:
+                return file.read(self.limits.max_bytes + 1)
+        except (OSError, ValueError) as error:
+            raise InvalidArgumentError.for_field(field, f"cannot be read: {error}") from error
+
+
+def find_source(value: object) -> tuple[str, object]:
+    """Returns what names an image in a value, at whatever depth it is, and the key that it stands under."""
+    key = ""
+    while isinstance(value, Mapping):
+        key, value = next(((key, value[key]) for key in SOURCE_KEYS if value.get(key) is not None), ("", None))
+    return key, value
+
+
+def fetch_web(url: str, field: str, max_bytes: int) -> bytes:
+    """Returns what is at an address of the web, at most one byte more than `max_bytes`.
+
+    Raises InvalidArgumentError naming `field` when the server has no such file, UnavailableError when it is away.
+    """
+    deadline = time.monotonic() + _FETCH_S
+    request = urllib.request.Request(url, headers={"User-Agent": "perigee"})
+    content = bytearray()
+    try:
+        with urllib.request.urlopen(request, timeout=_FETCH_S / 2) as response:
+            while len(content) <= max_bytes and (block := response.read(_BLOCK_BYTES)):
+                content += block
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"more than {_FETCH_S:g} s")
+    except urllib.error.HTTPError as error:
+        if error.code < 500:
+            raise InvalidArgumentError.for_field(field, f"cannot be had: {error}") from error
+        raise UnavailableError(f"{field}: {url} cannot be had: {error}") from error
+    except (OSError, ValueError) as error:
+        raise UnavailableError(f"{field}: {url} cannot be had: {error}") from error
+    return bytes(content[: max_bytes + 1])
