@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from perigee.buffer.images import IMAGES_PER_CALL, join_images, send_images
 from perigee.buffer.packing import ITEM_BYTES, all_finite, count_tokens
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.buffer.v1.buffer_pb2_grpc import BufferServiceStub
@@ -26,7 +27,7 @@ class StoredTrajectory:
 
     `prompt_token_ids`, `token_ids` and `logprobs` are packed (`perigee.buffer.packing`). `logprobs` has one value for
     each response token, or none when they were not asked for; so has `experts`, where expert choices are recorded.
-    `versions` spans the response tokens in order.
+    `versions` spans the response tokens in order. `image_digests` names the prompt's images in order.
     """
 
     trajectory_id: str
@@ -37,6 +38,7 @@ class StoredTrajectory:
     end_reason: pb.EndReason.ValueType
     epoch: int
     experts: bytes = b""
+    image_digests: Sequence[str] = ()
 
     @property
     def tokens(self) -> int:
@@ -57,6 +59,7 @@ class BufferClient(ServiceClient):
         "CreateRun",
         "GetRun",
         "CreateGroups",
+        "PutImages",
         "LeaseTrajectories",
         "AppendChunks",
         "RecordVerdicts",
@@ -81,6 +84,34 @@ class BufferClient(ServiceClient):
     ) -> pb.CreateGroupsResponse:
         """Creates groups with their k empty trajectories; a group that exists is left as it is."""
         return await self._unary(self._stub.CreateGroups, request, timeout_s)
+
+    async def put_images(self, run_id: str, images: Mapping[str, bytes], *, timeout_s: float = 60.0) -> None:
+        """Stores those of the images, files by their digests, that the run does not have; keeps the others for a while.
+
+        `timeout_s` bounds each call. Raises InvalidArgumentError for a file of another digest, ResourceExhaustedError
+        when the run's images would take more memory than they may, DataLossError when one does not arrive whole.
+        """
+
+        async def put(pieces: Sequence[pb.ImagePiece]) -> Iterable[str]:
+            request = pb.PutImagesRequest(run_id=run_id, pieces=pieces)
+            return (await self._unary(self._stub.PutImages, request, timeout_s)).whole
+
+        await send_images(put, images)
+
+    async def read_images(
+        self, run_id: str, digests: Sequence[str], *, timeout_s: float = 60.0
+    ) -> AsyncIterator[tuple[str, bytes]]:
+        """Reads images in the order asked for, each with its digest and as soon as its last piece is there.
+
+        `timeout_s` bounds each call, of which there is one for every 1024 images. Raises NotFoundError for an image
+        that is not in the run, DataLossError for one that does not arrive as it was put.
+        """
+        for start in range(0, len(digests), IMAGES_PER_CALL):
+            asked = digests[start : start + IMAGES_PER_CALL]
+            request = pb.ReadImagesRequest(run_id=run_id, digests=asked)
+            pages = self._stream(self._stub.ReadImages, request, timeout_s)
+            async for image in join_images(asked, (piece async for page in pages for piece in page.pieces)):
+                yield image
 
     def list_groups(
         self, request: pb.ListGroupsRequest, *, timeout_s: float = 60.0
@@ -181,6 +212,7 @@ def join_pieces(
         end_reason=pieces[-1].end_reason,
         epoch=pieces[-1].epoch,
         experts=b"".join(piece.experts for piece in pieces),
+        image_digests=tuple(pieces[0].image_digests),
     )
     spanned = sum(span.tokens for span in trajectory.versions)
     logprobs = len(trajectory.logprobs) if with_logprobs else len(trajectory.token_ids)

@@ -32,8 +32,21 @@ class LimitsConfig(Model):
     """Groups of one CreateGroups call."""
     trajectories: int = Field(16384, ge=1)
     """Trajectories that one call may name."""
+    images: int = Field(4096, ge=1)
+    """Images, or pieces of them, that one call may name."""
     trajectory_tokens: int = Field(1 << 20, ge=1)
     """Response tokens of one trajectory."""
+
+
+class ImagesConfig(Model):
+    """Images of a run's prompts."""
+
+    max_bytes: int = Field(4 << 30, ge=1)
+    """Bytes that the images of one run may take in Redis; a call that would pass them fails as RESOURCE_EXHAUSTED."""
+    max_image_bytes: int = Field(64 << 20, ge=1)
+    """Bytes of one image's file."""
+    unreferenced_s: int = Field(600, ge=1)
+    """Seconds after it was put for which an image is kept that no group names."""
 
 
 class BufferConfig(ServiceConfig):
@@ -62,5 +75,7 @@ class BufferConfig(ServiceConfig):
     """Trajectories of one page that ListGroups streams; a larger group is a page of its own."""
     page_prompts: int = Field(1000, ge=1, le=10000)
     """Prompts of one page of ListPromptStatistics."""
+    images: ImagesConfig = ImagesConfig()
+    """Images of a run's prompts."""
     limits: LimitsConfig = LimitsConfig()
     """Bounds of one request."""

@@ -4,7 +4,8 @@ All keys of a run share the hash tag `{run}`, so one change of many keys is one 
 
     perigee:{R}:run             hash: configuration digest, iteration, policy version, coordinator state
     perigee:{R}:groups          sorted set: ids of the groups not consumed, by the order of their creation
-    perigee:{R}:group:G         hash: prompt id, iteration, packed prompt tokens, trajectory ids as JSON
+    perigee:{R}:group:G         hash: prompt id, iteration, packed prompt tokens, trajectory ids as JSON, digests of
+                                images
     perigee:{R}:trajectory:T    hash: group, epoch, worker, token count, end reason, versions, verdict, reward, bytes
                                 of a token's expert choices
     perigee:{R}:tokens:T        string: response tokens, packed
@@ -13,6 +14,11 @@ All keys of a run share the hash tag `{run}`, so one change of many keys is one 
     perigee:{R}:consumed        sorted set: ids of the groups that the last iterations consumed, by iteration
     perigee:{R}:prompts         sorted set: ids of the prompts that have statistics, in lexical order
     perigee:{R}:statistics      hash: prompt id -> `trajectories correct`
+    perigee:{R}:image:D         string: file of an image, or as much of it as is here
+    perigee:{R}:images          hash: digest of a whole, verified image -> its bytes
+    perigee:{R}:arriving        hash: digest of an image that is not whole -> `bytes serial`
+    perigee:{R}:references      hash: digest -> how often groups name the image
+    perigee:{R}:unreferenced    sorted set: digests by the time up to which they are kept without a group
 
 Versions are stored as text: `version:stop,version:stop` names the policy version of the tokens up to each response
 offset, so that spans are compared, cut and joined without counting.
@@ -32,7 +38,8 @@ from perigee.buffer.client import UNFINISHED
 from perigee.buffer.packing import ITEM_BYTES, count_tokens
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import AbortedError, AlreadyExistsError
-from services.buffer.scripts import Durability, ScriptRunner, load_script
+from services.buffer.images import sweep_images
+from services.buffer.scripts import Arguments, Durability, ScriptRunner, load_script
 
 CREATE_RUN = load_script("create_run")
 READ_RUN = load_script("read_run")
@@ -62,7 +69,6 @@ LEASES = Counter("perigee_buffer_leases_total", "Leases given.")
 VERDICTS = Counter("perigee_buffer_verdicts_total", "Verdicts recorded.")
 COMMITS = Counter("perigee_buffer_commits_total", "Iterations committed.")
 
-Arguments = list[str | bytes | int]
 # Part of a trajectory, and the bytes of its tokens and of its expert choices.
 Piece = tuple[pb.ReadTrajectoriesResponse, int, int]
 
@@ -112,7 +118,9 @@ async def commit_iteration(scripts: ScriptRunner, request: pb.CommitIterationReq
     ]
     for increment in request.prompt_increments:
         arguments += (increment.prompt_id, increment.trajectories, increment.correct)
-    word, *fields = await scripts.run(COMMIT_ITERATION, run_id, *arguments, durability=Durability.COMMIT)
+    word, *fields, unreferenced = await scripts.run(COMMIT_ITERATION, run_id, *arguments, durability=Durability.COMMIT)
+    if unreferenced:
+        await sweep_images(scripts, run_id)
     is_duplicate = word == b"DUPLICATE"
     COMMITS.inc(not is_duplicate)
     return pb.CommitIterationResponse(run=_read_run_state(run_id, fields), duplicate=is_duplicate)
@@ -141,12 +149,13 @@ async def list_statistics(
 async def create_groups(scripts: ScriptRunner, run_id: str, groups: Iterable[pb.NewGroup]) -> int:
     """Creates groups with empty trajectories; returns how many did not exist.
 
-    Raises AlreadyExistsError when a new group names a trajectory of another one; then no group is created.
+    Raises AlreadyExistsError when a new group names a trajectory of another one, FailedPreconditionError when it names
+    an image that is not whole; then no group is created.
     """
     arguments: Arguments = []
     for group in groups:
         arguments += (group.group_id, group.prompt_id, group.iteration, group.prompt_token_ids)
-        arguments += (len(group.trajectory_ids), *group.trajectory_ids)
+        arguments += (" ".join(group.image_digests), len(group.trajectory_ids), *group.trajectory_ids)
     _, value = await scripts.run(CREATE_GROUPS, run_id, *arguments, durability=Durability.SEGMENT)
     return int(value)
 
@@ -275,7 +284,7 @@ async def _plan_pieces(
 ) -> list[Piece]:
     """Returns the pieces of trajectories, one of each at least, before their tokens are read."""
     _, page_json, prompts = await scripts.run(READ_HEADS, run_id, *trajectory_ids)
-    rows, prompt_sizes = json.loads(page_json)
+    rows, prompt_sizes, images = json.loads(page_json)
     ends = list(accumulate(prompt_sizes))
     pieces = []
     for trajectory_id, (prompt, tokens_text, epoch, ending, versions, choices) in zip(
@@ -295,6 +304,7 @@ async def _plan_pieces(
             )
             if first == 0:
                 message.prompt_token_ids = prompts[ends[prompt] - prompt_sizes[prompt] : ends[prompt]]
+                message.image_digests.extend(images[prompt].split())
             pieces.append((message, (last - first) * ITEM_BYTES, (last - first) * expert_bytes))
     return pieces
 

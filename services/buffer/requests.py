@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 
 from perigee.buffer.packing import ITEM_BYTES, all_finite, count_tokens
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import FieldViolation, InvalidArgumentError
-from services.buffer.config import LimitsConfig
+from services.buffer.config import ImagesConfig, LimitsConfig
 
 # A caller that is wrong everywhere learns no more from the next hundred fields.
 MAX_VIOLATIONS = 20
 MAX_ID_BYTES = 256
 END_REASONS = frozenset(pb.EndReason.values())
+DIGEST = re.compile("[0-9a-f]{64}")
 VERDICTS = frozenset(pb.Verdict.values()) - {pb.VERDICT_UNSPECIFIED}
 
 
@@ -76,6 +78,11 @@ class Checks:
         if len(values) % ITEM_BYTES:
             self.refuse(field, f"holds {len(values)} bytes, not {ITEM_BYTES} for each token")
 
+    def digest(self, field: str, value: str) -> None:
+        """Refuses what cannot name an image."""
+        if not DIGEST.fullmatch(value):
+            self.refuse(field, "must be a SHA-256 of 64 hexadecimal digits, in lower case")
+
     def finish(self) -> None:
         """Raises InvalidArgumentError when something was refused."""
         if self._violations:
@@ -100,6 +107,41 @@ def check_groups(groups: Sequence[pb.NewGroup], limits: LimitsConfig) -> None:
         if not group.prompt_token_ids:
             checks.refuse(f"groups[{index}].prompt_token_ids", "must not be empty")
         checks.packed(f"groups[{index}].prompt_token_ids", group.prompt_token_ids)
+        if len(group.image_digests) > count_tokens(group.prompt_token_ids):
+            checks.refuse(f"groups[{index}].image_digests", "holds more images than the prompt has tokens")
+        for position, digest in enumerate(group.image_digests):
+            checks.digest(f"groups[{index}].image_digests[{position}]", digest)
+    checks.finish()
+
+
+def check_pieces(pieces: Sequence[pb.ImagePiece], limits: LimitsConfig, images: ImagesConfig) -> None:
+    """Raises InvalidArgumentError for pieces that no image can have."""
+    checks = Checks()
+    if not pieces:
+        checks.refuse("pieces", "must not be empty")
+    checks.count("pieces", pieces, limits.images)
+    for index, piece in enumerate(pieces):
+        checks.digest(f"pieces[{index}].digest", piece.digest)
+        if not 0 < piece.image_bytes <= images.max_image_bytes:
+            checks.refuse(
+                f"pieces[{index}].image_bytes",
+                f"is {piece.image_bytes}, not from 1 to buffer.images.max_image_bytes ({images.max_image_bytes})",
+            )
+        elif piece.offset + len(piece.content) > piece.image_bytes:
+            checks.refuse(f"pieces[{index}].content", f"passes the {piece.image_bytes} bytes of the image")
+        elif piece.offset and not piece.content:
+            checks.refuse(f"pieces[{index}].content", "must not be empty after the first piece")
+    checks.finish()
+
+
+def check_digests(digests: Sequence[str], limits: LimitsConfig) -> None:
+    """Raises InvalidArgumentError for digests that cannot name images."""
+    checks = Checks()
+    if not digests:
+        checks.refuse("digests", "must not be empty")
+    checks.count("digests", digests, limits.images)
+    for index, digest in enumerate(digests):
+        checks.digest(f"digests[{index}]", digest)
     checks.finish()
 
 

@@ -33,6 +33,8 @@ from services.kit.tracing import span
 
 log = get_logger(__name__)
 
+Arguments = list[str | bytes | int]
+
 RETRY_AFTER_S = 1.0
 # Once for a script that the server does not know, the others for a cluster that is moving the run.
 MAX_REDIRECTIONS = 4
@@ -74,6 +76,8 @@ REFUSALS: dict[bytes, tuple[type[PerigeeError], str]] = {
     b"FINISHED": (FailedPreconditionError, "trajectory {0!r} is finished: it cannot be leased"),
     b"UNFINISHED": (FailedPreconditionError, "trajectory {0!r} is not finished: it cannot have a verdict"),
     b"TRAJECTORY_TAKEN": (AlreadyExistsError, "trajectory {0!r} belongs to another group: take a new id"),
+    b"IMAGES_MISSING": (FailedPreconditionError, "image {1} of group {0!r} is not in run {run!r}: put it first"),
+    b"NO_IMAGE": (NotFoundError, "image {0} does not exist in run {run!r}"),
     b"UNKNOWN_GROUP": (FailedPreconditionError, "group {0!r} does not exist and cannot be consumed"),
     b"CONSUMED_BEFORE": (FailedPreconditionError, "group {0!r} was consumed by an earlier iteration"),
     b"NOT_NEXT": (FailedPreconditionError, "this iteration of run {run!r} cannot be committed: the next is {0}"),

@@ -11,7 +11,7 @@ import grpc
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.buffer.v1.buffer_pb2_grpc import BufferServiceServicer, add_BufferServiceServicer_to_server
 from perigee.errors import PerigeeError, UnavailableError
-from services.buffer import model, requests
+from services.buffer import images, model, requests
 from services.buffer.config import BufferConfig
 from services.buffer.local_server import count_restarts, local_server
 from services.buffer.nodes import Nodes
@@ -47,6 +47,20 @@ class BufferService(BufferServiceServicer):
         requests.check_groups(request.groups, self._config.limits)
         created = await model.create_groups(self._scripts, request.run_id, request.groups)
         return pb.CreateGroupsResponse(created=created)
+
+    async def PutImages(self, request: pb.PutImagesRequest, context: Context) -> pb.PutImagesResponse:
+        """Takes pieces of images."""
+        requests.check_pieces(request.pieces, self._config.limits, self._config.images)
+        whole = await images.put_images(self._scripts, request, self._config.images)
+        return pb.PutImagesResponse(whole=whole)
+
+    async def ReadImages(self, request: pb.ReadImagesRequest, context: Context) -> AsyncIterator[pb.ReadImagesResponse]:
+        """Streams images in pieces."""
+        requests.check_digests(request.digests, self._config.limits)
+        pages = images.read_images(self._scripts, request)
+        async with aclosing(pages):
+            async for page in pages:
+                yield page
 
     async def ListGroups(self, request: pb.ListGroupsRequest, context: Context) -> AsyncIterator[pb.ListGroupsResponse]:
         """Streams the groups not consumed."""

@@ -12,12 +12,12 @@ from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import InvalidArgumentError
 from services.buffer import requests, service
-from services.buffer.config import LimitsConfig
+from services.buffer.config import ImagesConfig, LimitsConfig
 from services.buffer.model import commit_digest
 from services.buffer.requests import describe_bad_id, describe_bad_run_id
 from services.buffer.scripts import run_key
 
-LIMITS = LimitsConfig(chunks=3, groups=3, trajectories=4, trajectory_tokens=10)
+LIMITS = LimitsConfig(chunks=3, groups=3, trajectories=4, trajectory_tokens=10, images=2)
 
 
 def fields_of(error: InvalidArgumentError) -> list[str]:
@@ -80,6 +80,42 @@ def test_tokens_that_are_cut_inside_of_one_are_refused() -> None:
     with pytest.raises(InvalidArgumentError) as caught:
         requests.check_groups([group], LIMITS)
     assert fields_of(caught.value) == ["groups[0].prompt_token_ids"]
+
+
+DIGEST = "0123456789abcdef" * 4
+
+
+@pytest.mark.parametrize(
+    ("piece", "field"),
+    [
+        (pb.ImagePiece(digest=DIGEST.upper(), image_bytes=5), "digest"),
+        (pb.ImagePiece(digest=DIGEST[:-1], image_bytes=5), "digest"),
+        (pb.ImagePiece(digest=DIGEST), "image_bytes"),
+        (pb.ImagePiece(digest=DIGEST, image_bytes=9), "image_bytes"),
+        (pb.ImagePiece(digest=DIGEST, image_bytes=8, offset=5, content=b"1234"), "content"),
+        (pb.ImagePiece(digest=DIGEST, image_bytes=8, offset=5), "content"),
+    ],
+)
+def test_pieces_that_no_image_can_have(piece: pb.ImagePiece, field: str) -> None:
+    images = ImagesConfig(max_image_bytes=8)
+    good = pb.ImagePiece(digest=DIGEST, image_bytes=8, offset=5, content=b"123")
+    requests.check_pieces([good, pb.ImagePiece(digest=DIGEST, image_bytes=8)], LIMITS, images)
+    with pytest.raises(InvalidArgumentError) as caught:
+        requests.check_pieces([good, piece], LIMITS, images)
+    assert fields_of(caught.value) == [f"pieces[1].{field}"]
+    with pytest.raises(InvalidArgumentError, match="pieces: holds 3 items, 2 at most"):
+        requests.check_pieces([good] * 3, LIMITS, images)
+
+
+def test_digests_that_name_no_image() -> None:
+    with pytest.raises(InvalidArgumentError) as caught:
+        requests.check_digests([DIGEST, DIGEST, "picture.png"], LIMITS)
+    assert fields_of(caught.value) == ["digests", "digests[2]"]
+    group = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=pack_token_ids([1]), trajectory_ids=["t"])
+    group.image_digests.extend([DIGEST, "x"])
+    with pytest.raises(InvalidArgumentError) as caught:
+        requests.check_groups([group], LIMITS)
+    assert fields_of(caught.value) == ["groups[0].image_digests", "groups[0].image_digests[1]"]
 
 
 def test_ids_that_are_there_twice_are_named() -> None:

@@ -329,7 +329,9 @@ Global___NewGroup: _TypeAlias = NewGroup  # noqa: Y015
 
 @_typing.final
 class ImagePiece(_message.Message):
-    """Piece of an image's file on its way to another machine. The pieces of one image come in order."""
+    """Piece of an image's file on its way to another machine. The pieces of one image come in order. One without content, at
+    offset 0, asks whether the image is whole.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -55,6 +55,16 @@ class BufferServiceStub:
                 request_serializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.CreateGroupsRequest.SerializeToString,
                 response_deserializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.CreateGroupsResponse.FromString,
                 _registered_method=True)
+        self.PutImages = channel.unary_unary(
+                '/perigee.buffer.v1.BufferService/PutImages',
+                request_serializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.PutImagesRequest.SerializeToString,
+                response_deserializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.PutImagesResponse.FromString,
+                _registered_method=True)
+        self.ReadImages = channel.unary_stream(
+                '/perigee.buffer.v1.BufferService/ReadImages',
+                request_serializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.ReadImagesRequest.SerializeToString,
+                response_deserializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.ReadImagesResponse.FromString,
+                _registered_method=True)
         self.ListGroups = channel.unary_stream(
                 '/perigee.buffer.v1.BufferService/ListGroups',
                 request_serializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.ListGroupsRequest.SerializeToString,
@@ -117,6 +127,23 @@ class BufferServiceServicer:
     def CreateGroups(self, request, context):
         """Creates groups with their k empty trajectories; a group that exists is left as it is.
         A group whose images are not all here is refused with FAILED_PRECONDITION.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutImages(self, request, context):
+        """Takes pieces of images that groups of the run will name; each image is stored once for the run. The same piece twice
+        is one piece. An image is kept as long as a group that names it, and for a while after it was put.
+        RESOURCE_EXHAUSTED when the images of the run would take more memory than they may, FAILED_PRECONDITION for a piece
+        before which others are missing, DATA_LOSS when the pieces are not the file of the digest; then they are dropped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadImages(self, request, context):
+        """Streams images in pieces, in the order asked for; NOT_FOUND for one that is not here.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -187,6 +214,16 @@ def add_BufferServiceServicer_to_server(servicer, server):
                     servicer.CreateGroups,
                     request_deserializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.CreateGroupsRequest.FromString,
                     response_serializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.CreateGroupsResponse.SerializeToString,
+            ),
+            'PutImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutImages,
+                    request_deserializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.PutImagesRequest.FromString,
+                    response_serializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.PutImagesResponse.SerializeToString,
+            ),
+            'ReadImages': grpc.unary_stream_rpc_method_handler(
+                    servicer.ReadImages,
+                    request_deserializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.ReadImagesRequest.FromString,
+                    response_serializer=perigee_dot_buffer_dot_v1_dot_buffer__pb2.ReadImagesResponse.SerializeToString,
             ),
             'ListGroups': grpc.unary_stream_rpc_method_handler(
                     servicer.ListGroups,
@@ -311,6 +348,60 @@ class BufferService:
             '/perigee.buffer.v1.BufferService/CreateGroups',
             perigee_dot_buffer_dot_v1_dot_buffer__pb2.CreateGroupsRequest.SerializeToString,
             perigee_dot_buffer_dot_v1_dot_buffer__pb2.CreateGroupsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.buffer.v1.BufferService/PutImages',
+            perigee_dot_buffer_dot_v1_dot_buffer__pb2.PutImagesRequest.SerializeToString,
+            perigee_dot_buffer_dot_v1_dot_buffer__pb2.PutImagesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/perigee.buffer.v1.BufferService/ReadImages',
+            perigee_dot_buffer_dot_v1_dot_buffer__pb2.ReadImagesRequest.SerializeToString,
+            perigee_dot_buffer_dot_v1_dot_buffer__pb2.ReadImagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,14 @@ class BufferServiceStub:
     """Creates groups with their k empty trajectories; a group that exists is left as it is.
     A group whose images are not all here is refused with FAILED_PRECONDITION.
     """
+    PutImages: _grpc.UnaryUnaryMultiCallable[_buffer_pb2.PutImagesRequest, _buffer_pb2.PutImagesResponse]
+    """Takes pieces of images that groups of the run will name; each image is stored once for the run. The same piece twice
+    is one piece. An image is kept as long as a group that names it, and for a while after it was put.
+    RESOURCE_EXHAUSTED when the images of the run would take more memory than they may, FAILED_PRECONDITION for a piece
+    before which others are missing, DATA_LOSS when the pieces are not the file of the digest; then they are dropped.
+    """
+    ReadImages: _grpc.UnaryStreamMultiCallable[_buffer_pb2.ReadImagesRequest, _buffer_pb2.ReadImagesResponse]
+    """Streams images in pieces, in the order asked for; NOT_FOUND for one that is not here."""
     ListGroups: _grpc.UnaryStreamMultiCallable[_buffer_pb2.ListGroupsRequest, _buffer_pb2.ListGroupsResponse]
     """Lists the groups not consumed yet, oldest first, with the state of every trajectory but no tokens."""
     LeaseTrajectories: _grpc.UnaryUnaryMultiCallable[_buffer_pb2.LeaseTrajectoriesRequest, _buffer_pb2.LeaseTrajectoriesResponse]
@@ -78,6 +86,14 @@ class BufferServiceAsyncStub(BufferServiceStub):
     """Creates groups with their k empty trajectories; a group that exists is left as it is.
     A group whose images are not all here is refused with FAILED_PRECONDITION.
     """
+    PutImages: _aio.UnaryUnaryMultiCallable[_buffer_pb2.PutImagesRequest, _buffer_pb2.PutImagesResponse]  # type: ignore[assignment]
+    """Takes pieces of images that groups of the run will name; each image is stored once for the run. The same piece twice
+    is one piece. An image is kept as long as a group that names it, and for a while after it was put.
+    RESOURCE_EXHAUSTED when the images of the run would take more memory than they may, FAILED_PRECONDITION for a piece
+    before which others are missing, DATA_LOSS when the pieces are not the file of the digest; then they are dropped.
+    """
+    ReadImages: _aio.UnaryStreamMultiCallable[_buffer_pb2.ReadImagesRequest, _buffer_pb2.ReadImagesResponse]  # type: ignore[assignment]
+    """Streams images in pieces, in the order asked for; NOT_FOUND for one that is not here."""
     ListGroups: _aio.UnaryStreamMultiCallable[_buffer_pb2.ListGroupsRequest, _buffer_pb2.ListGroupsResponse]  # type: ignore[assignment]
     """Lists the groups not consumed yet, oldest first, with the state of every trajectory but no tokens."""
     LeaseTrajectories: _aio.UnaryUnaryMultiCallable[_buffer_pb2.LeaseTrajectoriesRequest, _buffer_pb2.LeaseTrajectoriesResponse]  # type: ignore[assignment]
@@ -125,6 +141,26 @@ class BufferServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates groups with their k empty trajectories; a group that exists is left as it is.
         A group whose images are not all here is refused with FAILED_PRECONDITION.
         """
+
+    @_abc_1.abstractmethod
+    def PutImages(
+        self,
+        request: _buffer_pb2.PutImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_buffer_pb2.PutImagesResponse, _abc.Awaitable[_buffer_pb2.PutImagesResponse]]:
+        """Takes pieces of images that groups of the run will name; each image is stored once for the run. The same piece twice
+        is one piece. An image is kept as long as a group that names it, and for a while after it was put.
+        RESOURCE_EXHAUSTED when the images of the run would take more memory than they may, FAILED_PRECONDITION for a piece
+        before which others are missing, DATA_LOSS when the pieces are not the file of the digest; then they are dropped.
+        """
+
+    @_abc_1.abstractmethod
+    def ReadImages(
+        self,
+        request: _buffer_pb2.ReadImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_buffer_pb2.ReadImagesResponse], _abc.AsyncIterator[_buffer_pb2.ReadImagesResponse]]:
+        """Streams images in pieces, in the order asked for; NOT_FOUND for one that is not here."""
 
     @_abc_1.abstractmethod
     def ListGroups(

@@ -1,10 +1,11 @@
 #!lua
--- Closes an iteration: removes the consumed groups with their tokens, adds to the prompts' statistics, and moves
+-- Closes an iteration: removes the consumed groups with their tokens, gives back their images, adds to the prompts' statistics, and moves
 -- the run's iteration, policy version and coordinator state forward. One change, or none.
 -- KEYS: run. ARGV: iteration, policy version, request digest, coordinator state, number of groups, group ids, then per
 --   prompt: id, trajectories, correct.
 -- Returns {'NO_RUN'}, {'NOT_NEXT', next}, {'OTHER_CONTENTS', iteration}, {'UNKNOWN_GROUP', id},
---   {'CONSUMED_BEFORE', id} or {'OK' or 'DUPLICATE', digest, iteration, policy version, coordinator state}.
+--   {'CONSUMED_BEFORE', id} or {'OK' or 'DUPLICATE', digest, iteration, policy version, coordinator state, images that
+--   no group names}.
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return {'NO_RUN'}
 end
@@ -15,7 +16,7 @@ local iteration, policy_version, digest, state, groups = ARGV[1], ARGV[2], ARGV[
 
 local function reply(word)
   local run = redis.call('HMGET', KEYS[1], 'config_digest', 'iteration', 'policy_version', 'coordinator_state')
-  return {word, run[1], run[2], run[3], run[4]}
+  return {word, run[1], run[2], run[3], run[4], redis.call('ZCARD', prefix .. 'unreferenced')}
 end
 
 local held = redis.call('HMGET', KEYS[1], 'iteration', 'commit_digest')
@@ -43,6 +44,13 @@ for i = 6, 5 + groups do
   for _, id in ipairs(cjson.decode(redis.call('HGET', group, 'trajectories'))) do
     redis.call('UNLINK', prefix .. 'trajectory:' .. id, prefix .. 'tokens:' .. id, prefix .. 'logprobs:' .. id,
       prefix .. 'experts:' .. id)
+  end
+  for digest in string.gmatch(redis.call('HGET', group, 'images') or '', '%x+') do
+    if redis.call('HINCRBY', prefix .. 'references', digest, -1) == 0 then
+      redis.call('HDEL', prefix .. 'references', digest)
+      -- The sweep that follows deletes it, unless it was put for a group that is not there yet.
+      redis.call('ZADD', prefix .. 'unreferenced', 'NX', 0, digest)
+    end
   end
   redis.call('UNLINK', group)
   redis.call('ZREM', prefix .. 'groups', ARGV[i])

@@ -3,12 +3,12 @@
 -- KEYS: run. ARGV: trajectory ids.
 -- Returns {'NO_RUN'}, {'UNKNOWN', id} or {'OK', JSON, packed prompts end to end}, JSON:
 --   [[[prompt index, tokens, epoch, end reason, versions, bytes of a token's expert choices], ...],
---    [bytes of each prompt, ...]]
+--    [bytes of each prompt, ...], [digests of each prompt's images with a blank between, ...]]
 if redis.call('EXISTS', KEYS[1]) == 0 then
   return {'NO_RUN'}
 end
 local prefix = string.sub(KEYS[1], 1, -4)
-local heads, prompts, sizes, index_of = {}, {}, {}, {}
+local heads, prompts, sizes, images, index_of = {}, {}, {}, {}, {}
 for i = 1, #ARGV do
   local held = redis.call('HMGET', prefix .. 'trajectory:' .. ARGV[i], 'group', 'tokens', 'epoch', 'end', 'versions',
     'expert_bytes')
@@ -17,11 +17,12 @@ for i = 1, #ARGV do
     return {'UNKNOWN', ARGV[i]}
   end
   if not index_of[group_id] then
-    local prompt = redis.call('HGET', prefix .. 'group:' .. group_id, 'prompt')
-    prompts[#prompts + 1] = prompt
-    sizes[#sizes + 1] = #prompt
+    local group = redis.call('HMGET', prefix .. 'group:' .. group_id, 'prompt', 'images')
+    prompts[#prompts + 1] = group[1]
+    sizes[#sizes + 1] = #group[1]
+    images[#images + 1] = group[2] or ''
     index_of[group_id] = #prompts - 1
   end
   heads[i] = {index_of[group_id], held[2], held[3], held[4], held[5], held[6] or '0'}
 end
-return {'OK', cjson.encode({heads, sizes}), table.concat(prompts)}
+return {'OK', cjson.encode({heads, sizes, images}), table.concat(prompts)}
