@@ -11,7 +11,8 @@ import argparse
 import base64
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,24 @@ def prepare(out: Path, seed: int) -> None:
     noise = [replace(problem, image=_draw_noise(rng)) for problem in heldout if problem.image]
     for name, problems in (("heldout", heldout), ("noise", noise)):
         write_lines(out / f"{name}.jsonl", write_problems(out, name, problems))
-    write_lines(out / "prompts.jsonl", write_problems(out, "pool", draw_problems(rng, POOL_SIZE, held_out=False)))
+    pool = list(draw_problems(rng, POOL_SIZE, held_out=False))
+    write_lines(out / "prompts.jsonl", write_problems(out, "pool", pool))
+    print(
+        f"without a look, the likeliest answer to a question of noise.jsonl is right in {guess_rate(pool, noise):.3f}"
+    )
     for name, size, guess_share in (("sft_look", LOOK_SIZE, 0.0), ("sft_mixed", MIXED_SIZE, GUESS_SHARE)):
         problems = draw_problems(rng, size, held_out=False)
         lines = (to_example(problem, think=rng.random() >= guess_share) for problem in problems)
         write_lines(out / f"{name}.jsonl", lines)
+
+
+def guess_rate(pool: Iterable[Problem], problems: Sequence[Problem]) -> float:
+    """Returns the accuracy of always giving the answer that a question has most often in the pool."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for problem in pool:
+        answers[problem.question][problem.answer] += 1
+    guesses = {question: counts.most_common(1)[0][0] for question, counts in answers.items()}
+    return sum(guesses.get(problem.question) == problem.answer for problem in problems) / len(problems)
 
 
 def write_lines(path: Path, lines: Iterable[dict[str, Any]]) -> None:

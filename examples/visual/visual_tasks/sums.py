@@ -12,18 +12,18 @@ from PIL import Image, ImageDraw, ImageFont
 
 from visual_tasks.problem import PATCH, Colour, Problem, new_picture
 
-# Pillow's own font, and fonts that matplotlib brings along, with the size that fits two characters into a patch.
+# Pillow's own font, and fonts that matplotlib brings along, with the size that fits a character into a patch.
 FONTS = {
-    "": 12,
-    "DejaVuSans": 11,
-    "DejaVuSans-Bold": 10,
-    "DejaVuSans-Oblique": 11,
-    "DejaVuSansMono": 12,
-    "DejaVuSerif": 11,
-    "STIXGeneral": 13,
+    "": 16,
+    "DejaVuSans": 15,
+    "DejaVuSans-Bold": 14,
+    "DejaVuSans-Oblique": 15,
+    "DejaVuSansMono": 16,
+    "DejaVuSerif": 15,
+    "STIXGeneral": 18,
 }
-WIDTH = PATCH // 2
-OPERANDS = {2: 0.3, 3: 0.4, 4: 0.3}
+# Shares of sums by their number of digits.
+OPERANDS = {2: 0.4, 3: 0.4, 4: 0.2}
 
 
 def make_printed_problem(rng: random.Random) -> Problem:
@@ -71,18 +71,18 @@ def _load_font(name: str) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 def _print(rng: random.Random, written: str) -> Image.Image:
     ink, paper = _draw_colour(rng, 0, 110), _draw_colour(rng, 225, 255)
-    return draw_text(written, rng.choice(list(FONTS)), ink, paper, row=rng.randrange(4))
+    return draw_text(written, rng.choice(list(FONTS)), ink, paper)
 
 
 def _draw_colour(rng: random.Random, darkest: int, brightest: int) -> Colour:
     return rng.randint(darkest, brightest), rng.randint(darkest, brightest), rng.randint(darkest, brightest)
 
 
-def draw_text(text: str, font: str, ink: Colour, paper: Colour, row: int) -> Image.Image:
-    """Returns a picture of a text on one of its four rows of patches."""
+def draw_text(text: str, font: str, ink: Colour, paper: Colour) -> Image.Image:
+    """Returns a picture of a text of up to 16 characters, four in a line."""
     image = new_picture(paper)
     pen = ImageDraw.Draw(image)
     for index, character in enumerate(text):
-        middle = WIDTH * index + WIDTH / 2, PATCH * row + PATCH // 2
+        middle = PATCH * (index % 4) + PATCH // 2, PATCH * (index // 4) + PATCH // 2
         pen.text(middle, character, fill=ink, font=_load_font(font), anchor="mm")
     return image
