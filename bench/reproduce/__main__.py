@@ -13,7 +13,6 @@ from collections.abc import Collection, Sequence
 
 from bench.reproduce.arms import ARMS
 from bench.reproduce.figures import FIGURES, Plot
-from bench.reproduce.measured import SandboxStarts
 from bench.reproduce.page import write_page
 from bench.reproduce.runs import record, run_arms
 
@@ -25,7 +24,7 @@ def train(names: Sequence[str], seeds: Collection[int] | None) -> None:
     """
     plots = [FIGURES[name] for name in names]
     for plot in plots:
-        if isinstance(plot, SandboxStarts):
+        if not isinstance(plot, Plot):
             plot.measure()
     curves = [plot for plot in plots if isinstance(plot, Plot)]
     for seed in sorted({seed for plot in curves for seed in plot.seeds if seeds is None or seed in seeds}):

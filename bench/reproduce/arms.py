@@ -60,15 +60,26 @@ def at_rate(arm: Arm, name: str, rate: float) -> Arm:
     return Arm(name, (*arm.changes, f"run.optimizer.learning_rate={rate:.1e}"))
 
 
+# The report's equation, in which the sum over a response is not divided: the pull to the opening policy is 50 times
+# as strong against the rewards.
+UNSCALED = Arm("unscaled", ("run.update.token_scale=1.0",))
+
 # Each algorithm by learning rate, in rising order; the rate of the recipe is 1e-4.
 BY_RATE = {
-    label: {1e-4: arm} | {rate: at_rate(arm, f"{name}_{rate:.0e}", rate) for rate in (3e-4, 1e-3)}
-    for label, name, arm in (("ReST", "rest", REST), ("mirror descent", "mirror_descent", BASE))
+    label: {rate: arm if rate == 1e-4 else at_rate(arm, f"{name}_{rate:.0e}", rate) for rate in rates}
+    for label, name, arm, rates in (
+        ("ReST", "rest", REST, (3e-5, 1e-4, 3e-4, 1e-3)),
+        ("mirror descent", "mirror_descent", BASE, (3e-5, 1e-4, 3e-4, 1e-3)),
+        ("mirror descent, unscaled", "unscaled", UNSCALED, (1e-4, 3e-4)),
+    )
 }
 
 # Trained by `perigee reward train` on the judge's examples, as often and with the same rate.
 VALUE_HEAD = Arm(
-    "value_head", ("batch_size=32", "max_tokens=128", "learning_rate=0.001", "loss=pointwise"), "judges.yaml", "judge"
+    "value_head",
+    ("batch_size=32", "max_tokens=128", "learning_rate=0.001", "loss=pointwise", "threads=1"),
+    "judges.yaml",
+    "judge",
 )
 
 # Figure 7: what `perigee long2short` compares, from the models of the recipes long and short, both of one warm-up.

@@ -24,14 +24,30 @@ def trained_for(plot: Plot) -> Iterator[Trained]:
             left += [each for each in (ARMS[name].warmup, *ARMS[name].sources) if each]
 
 
+def measured_seconds(name: str) -> dict[int, float]:
+    """Returns the CPU seconds of an arm by seed, of the seeds on which they were measured."""
+    return {seed: curve.cpu_seconds for seed, curve in read_results(name).items() if curve.cpu_seconds is not None}
+
+
 def cpu_seconds(trained: Trained) -> float | None:
-    """Returns the CPU seconds of an arm on a seed, or their mean over the measured seeds where this one was not."""
+    """Returns the CPU seconds of an arm on a seed.
+
+    Where they were not measured, their mean over the arm's other seeds, or else over all arms that change the same
+    recipe from the same supervised model; None where there is none of these.
+    """
     name, seed = trained
-    curves = read_results(name)
-    if seed in curves and curves[seed].cpu_seconds is not None:
-        return curves[seed].cpu_seconds
-    measured = [curve.cpu_seconds for curve in curves.values() if curve.cpu_seconds is not None]
-    return fmean(measured) if measured else None
+    own = measured_seconds(name)
+    if seed in own:
+        return own[seed]
+    kind = ARMS[name].recipe, ARMS[name].warmup
+    peers = [
+        value
+        for arm in ARMS.values()
+        if arm.warmup and (arm.recipe, arm.warmup) == kind
+        for value in measured_seconds(arm.name).values()
+    ]
+    known = list(own.values()) or peers
+    return fmean(known) if known else None
 
 
 def cost_row(name: str, trained: Iterable[Trained]) -> Sequence[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bench.reproduce.curves import Curve, Curves, interval_over
+from perigee.statistics import Interval
 
 # The same file for the same results; text stays text.
 mpl.rcParams.update({
@@ -23,7 +25,7 @@ mpl.rcParams.update({
 })  # fmt: skip
 
 # Of the arms of a plot, in their order.
-STYLES = ("s--", "o-")
+STYLES = ("s--", "o-", "^:")
 
 Measure = Callable[[Curve], Sequence[float]]
 
@@ -84,3 +86,10 @@ def draw_differences(axes: Axes, base: Curves, other: Curves, line: Line, measur
 def add_legend(figure: Figure, axes: Axes) -> None:
     """Names the lines of a plot above all plots of the figure, where no line can lie."""
     figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+
+
+def show(interval: Interval, digits: int = 3) -> str:
+    """Returns a mean with its bounds; of one seed the figure alone."""
+    if math.isinf(interval.low) or math.isinf(interval.high):
+        return f"{interval.mean:.{digits}f} (one seed)"
+    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"

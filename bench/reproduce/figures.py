@@ -23,8 +23,8 @@ from bench.reproduce.curves import (
     read_results,
     sample_ratios,
 )
-from bench.reproduce.drawing import STYLES, Finding, Line, Measure, add_legend, draw_curves, draw_differences
-from bench.reproduce.measured import SandboxStarts
+from bench.reproduce.drawing import STYLES, Finding, Line, Measure, add_legend, draw_curves, draw_differences, show
+from bench.reproduce.measured import GradientNoise, SandboxStarts
 from bench.reproduce.tradeoff import draw_tradeoff, find_shortest
 from perigee.report.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
 from perigee.statistics import Interval
@@ -201,19 +201,19 @@ def draw_rates(results: Results, lines: Sequence[Line]) -> Figure:
 def find_rates(results: Results, lines: Sequence[Line]) -> Finding:
     """Finds the learning rate of each algorithm."""
     labels = list(dict.fromkeys(line.label for line in lines))
-    chosen = {label: chosen_rate(results, label) for label in labels}
-    found = ", ".join(f"{rate:.0e} for {label}" for label, rate in chosen.items())
+    found = ", ".join(f"{chosen_rate(results, label):.0e} for {label}" for label in labels)
+    rates = sorted({rate for arms in BY_RATE.values() for rate in arms})
     rows = [
         ("learning rate", *labels),
-        *(
-            (
-                f"{rate:.0e}",
-                *(f"{fmean(map(settled, results[BY_RATE[label][rate].name].values())):.3f}" for label in labels),
-            )
-            for rate in BY_RATE[labels[0]]
-        ),
+        *((f"{rate:.0e}", *(rate_text(results, label, rate) for label in labels)) for rate in rates),
     ]
-    return Finding(f"Chosen: {found}.", rows)
+    return Finding(f"The best rate is {found}.", rows)
+
+
+def rate_text(results: Results, label: str, rate: float) -> str:
+    """Returns the settled accuracy of an algorithm at a rate; nothing where it was not tried."""
+    arm = BY_RATE[label].get(rate)
+    return f"{fmean(map(settled, results[arm.name].values())):.3f}" if arm else ""
 
 
 def draw_lengths(results: Results, lines: Sequence[Line]) -> Figure:
@@ -350,14 +350,7 @@ def ends(curves: Collection[Curve], measure: Measure, digits: int) -> tuple[str,
     return f"{first:.{digits}f}", f"{last:.{digits}f}"
 
 
-def show(interval: Interval, digits: int = 3) -> str:
-    """Returns a mean with its bounds; of one seed the figure alone."""
-    if math.isinf(interval.low) or math.isinf(interval.high):
-        return f"{interval.mean:.{digits}f} (one seed)"
-    return f"{interval.mean:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
-
-
-FIGURES: dict[str, Plot | SandboxStarts] = {
+FIGURES: dict[str, Plot | GradientNoise | SandboxStarts] = {
     plot.name: plot
     for plot in (
         Plot("growth", (Line("base", "base", BLUE),), draw_growth, find_growth),
@@ -383,16 +376,22 @@ FIGURES: dict[str, Plot | SandboxStarts] = {
         ),
         Plot(
             "rest",
-            (Line("rest", "ReST", ORANGE, "s--"), Line("base", "mirror descent", BLUE)),
+            (Line("rest_3e-04", "ReST", ORANGE, "s--"), Line("base", "mirror descent", BLUE)),
             draw_comparison,
             find_comparison,
             REST_SEEDS,
         ),
         Plot(
+            "rest-at-one-rate",
+            (Line("rest", "ReST", ORANGE, "s--"), Line("base", "mirror descent", BLUE)),
+            draw_comparison,
+            find_comparison,
+        ),
+        Plot(
             "rates",
             tuple(
                 Line(arm.name, label, color, style)
-                for (label, arms), color, style in zip(BY_RATE.items(), (ORANGE, BLUE), STYLES, strict=True)
+                for (label, arms), color, style in zip(BY_RATE.items(), (ORANGE, BLUE, SKY), STYLES, strict=True)
                 for arm in arms.values()
             ),
             draw_rates,
@@ -427,6 +426,7 @@ FIGURES: dict[str, Plot | SandboxStarts] = {
             draw_bars,
             find_better_judge,
         ),
+        GradientNoise(),
         SandboxStarts(),
     )
 }

@@ -162,7 +162,8 @@ class SftStage(Model):
     max_tokens_per_microbatch: int = Field(4096, ge=1)
     """Tokens per packed sequence."""
     optimizer: OptimizerConfig = OptimizerConfig()
-    """The stage's optimizer."""
+    """The stage's optimizer. A stage that names no learning rate takes 1e-5, within the 2e-5 to 1e-6 of the k1.5
+    report's supervised stages (section 2.5.2), for dpo too, which wants a tenth of it or less: name it there."""
 
 
 class RepetitionStopConfig(Model):
