@@ -6,19 +6,25 @@ from typing import Any
 
 from services.kit.hf import CONFIG_FILE, ModelFolder
 
+IDEFICS3, QWEN2_VL, QWEN2_5_VL = (f"{name}ForConditionalGeneration" for name in ("Idefics3", "Qwen2VL", "Qwen2_5_VL"))
 ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "LlamaForCausalLM": "llama",
+    IDEFICS3: "llama",
+    QWEN2_VL: "qwen2",
+    QWEN2_5_VL: "qwen2",
 }
+# What the names of the language model's tensors begin with, of the architectures that take images.
+TEXT_PREFIXES = {IDEFICS3: "model.text_model.", QWEN2_VL: "model.", QWEN2_5_VL: "model."}
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def read_architecture(folder: ModelFolder) -> str:
-    """Returns the kind of architecture; raises InvalidArgumentError when it, or an option of it, is not supported."""
-    config = folder.config
-    name = next(iter(config.get("architectures") or ["none"]))
+    """Returns the kind of language model; raises InvalidArgumentError when it, or an option of it, is not supported."""
+    config = folder.text_config
+    name = next(iter(folder.config.get("architectures") or ["none"]))
     if name not in ARCHITECTURES:
         raise folder.error(CONFIG_FILE, f"has architecture {name}, which is not one of {sorted(ARCHITECTURES)}")
     kind = ARCHITECTURES[name]
@@ -32,15 +38,35 @@ def read_architecture(folder: ModelFolder) -> str:
     for field, value in wanted.items():
         if (config.get(field) or value) != value:
             raise folder.error(CONFIG_FILE, f"has {field} {config[field]}, of which only {value} is supported")
+    if folder.is_tied and not config.get("tie_word_embeddings"):
+        raise folder.error(
+            CONFIG_FILE,
+            "has tie_word_embeddings, and its text_config has not: transformers goes by the one and engines by the "
+            "other, so set both",
+        )
     read_rope(folder)
     return kind
+
+
+def takes_images(folder: ModelFolder) -> bool:
+    """Returns whether the model has a vision tower."""
+    return folder.config["architectures"][0] in TEXT_PREFIXES
+
+
+def text_prefix(folder: ModelFolder) -> str:
+    """Returns what the names of the language model's tensors begin with."""
+    return TEXT_PREFIXES.get(folder.config["architectures"][0], "model.")
 
 
 def read_rope(folder: ModelFolder) -> tuple[str, dict[str, Any]]:
     """Returns the type of the rotary embedding and its settings; raises InvalidArgumentError for another type."""
     # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-    rope = {**(folder.config.get("rope_scaling") or {}), **(folder.config.get("rope_parameters") or {})}
+    config = folder.text_config
+    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "mrope" and "mrope_section" in rope:
+        # What transformers 4 calls the plain embedding of positions on three axes.
+        kind = "default"
     if kind not in ROPE_TYPES:
         raise folder.error(CONFIG_FILE, f"has rope type {kind}, which is not one of {', '.join(ROPE_TYPES)}")
     return kind, rope

@@ -57,6 +57,10 @@ class TrainerConfig(ServiceConfig):
     """Type of the weights and activations; gradients and optimizer state are always float32."""
     recompute: bool = False
     """Keeps only each layer's input and computes the rest again in the backward pass, for long sequences."""
+    vision: Literal["trained", "projector", "frozen"] = "trained"
+    """What is trained of the vision tower of a model that takes images: all of it, only the projector that turns its
+    features into embeddings, or nothing. The language model is trained in any case, and checkpoints, exports and pushes
+    have all weights."""
     router_aux_loss_coef: float = Field(0.0, ge=0)
     """Factor of the load-balancing loss of a mixture of experts; 0 is none. The loss of a layer and micro-batch is the
     number of experts times the sum over experts of share of the choices times mean probability, 1 where all are used

@@ -20,8 +20,10 @@ from perigee.buffer.client import BufferClient
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1.weights_pb2 import Fingerprint
+from services.kit.hf import open_model_folder
 from services.kit.server import channel_options
 from services.kit.telemetry import get_logger
+from services.kit.vision import VisionModel, open_vision
 from services.trainer.checkpoints import Checkpoints, identify
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_trajectories
@@ -147,6 +149,7 @@ class Engine:
                 self.max_tokens,
                 config.recompute,
                 config.router_aux_loss_coef,
+                config.vision,
             )
             self._load(lambda: folder)
             self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
@@ -370,8 +373,9 @@ def follow(config: TrainerConfig) -> None:
     """Runs a rank other than 0 until rank 0 says stop, with a channel of its own to the buffer."""
 
     def read(run_id: str, ids: Sequence[str]) -> Mapping[str, Trajectory]:
-        return asyncio.run(read_over_own_channel(config, run_id, ids))
+        return asyncio.run(read_over_own_channel(config, run_id, ids, vision))
 
+    vision = open_vision(open_model_folder(config.model, "trainer.model"))
     engine = Engine(config, read)
     # torchrun sends it to every rank: rank 0 ends its jobs and then this loop, so that memory is given back.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -379,7 +383,9 @@ def follow(config: TrainerConfig) -> None:
     engine.close()
 
 
-async def read_over_own_channel(config: TrainerConfig, run_id: str, ids: Sequence[str]) -> Mapping[str, Trajectory]:
+async def read_over_own_channel(
+    config: TrainerConfig, run_id: str, ids: Sequence[str], vision: VisionModel | None = None
+) -> Mapping[str, Trajectory]:
     """Reads trajectories over a channel that lasts as long as the call."""
     async with BufferClient(config.buffer_address, channel_options(config)) as buffer:
-        return await read_trajectories(buffer, run_id, ids, config.buffer_timeout_s)
+        return await read_trajectories(buffer, run_id, ids, config.buffer_timeout_s, vision)

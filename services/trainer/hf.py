@@ -17,11 +17,30 @@ from safetensors.torch import save_file
 
 from perigee.errors import InvalidArgumentError, ResourceExhaustedError
 from services.kit import storage
-from services.kit.hf import COMPANION_FILES, CONFIG_FILE, INDEX_FILE, SINGLE_FILE, ModelFolder, open_model_folder
-from services.trainer.architecture import read_architecture, read_rope
+from services.kit.hf import (
+    COMPANION_FILES,
+    CONFIG_FILE,
+    INDEX_FILE,
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
+    SINGLE_FILE,
+    ModelFolder,
+    open_model_folder,
+)
+from services.trainer.architecture import read_architecture, read_rope, takes_images, text_prefix
 from services.weights.safetensors import cut_into_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Vision tower of a model that takes images; `folder` describes it and its image processor."""
+
+    architecture: str
+    """Hugging Face's name of the whole model."""
+    folder: Path
+    image_token_id: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +66,12 @@ class ModelShape:
     experts_per_token: int
     norm_topk_prob: bool
     inverse_frequencies_D: torch.Tensor
+    axes_D: torch.Tensor | None
+    """Axis of the positions (time, height, width) that each frequency turns by; None where positions count tokens."""
+    prefix: str
+    """What the names of the language model's tensors begin with."""
+    tower: TowerShape | None
+    """None of a model that takes text alone."""
 
 
 def read_model_shape(path: Path) -> ModelShape:
@@ -55,7 +80,7 @@ def read_model_shape(path: Path) -> ModelShape:
     Raises InvalidArgumentError naming the file when the folder is no model or one that is not supported.
     """
     folder = open_model_folder(path, "trainer.model")
-    config = folder.config
+    config = folder.text_config
     kind = read_architecture(folder)
     heads = folder.positive_integer("num_attention_heads")
     hidden = folder.positive_integer("hidden_size")
@@ -76,17 +101,41 @@ def read_model_shape(path: Path) -> ModelShape:
         norm_epsilon=float(config.get("rms_norm_eps", 1e-6)),
         qkv_bias=kind == "qwen2",
         qk_norm=kind in ("qwen3", "qwen3_moe"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=folder.is_tied,
         experts=folder.positive_integer(count) if is_moe else 0,
         experts_per_token=folder.positive_integer("num_experts_per_tok") if is_moe else 0,
         norm_topk_prob=bool(config.get("norm_topk_prob", False)),
         inverse_frequencies_D=_inverse_frequencies(folder, head_width),
+        axes_D=_rotary_axes(folder, head_width),
+        prefix=text_prefix(folder),
+        tower=_read_tower(folder),
     )
+
+
+def _read_tower(folder: ModelFolder) -> TowerShape | None:
+    if not takes_images(folder):
+        return None
+    for name in ("vision_config", "image_token_id"):
+        if name not in folder.config:
+            raise folder.error(CONFIG_FILE, f"has no {name}")
+    if not any((folder.path / name).is_file() for name in (PREPROCESSOR_FILE, PROCESSOR_FILE)):
+        raise folder.error(PREPROCESSOR_FILE, "is missing: it says how images are prepared")
+    return TowerShape(folder.config["architectures"][0], folder.path, int(folder.config["image_token_id"]))
+
+
+def _rotary_axes(folder: ModelFolder, head_width: int) -> torch.Tensor | None:
+    """Returns the axis of each frequency, [head_width / 2]; None where all positions are on one."""
+    sections = read_rope(folder)[1].get("mrope_section")
+    if sections is None:
+        return None
+    if len(sections) != 3 or sum(sections) != head_width // 2:
+        raise folder.error(CONFIG_FILE, f"has mrope_section {sections}, which is not three parts of {head_width // 2}")
+    return torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
 
 
 def _inverse_frequencies(folder: ModelFolder, head_width: int) -> torch.Tensor:
     """Returns the rotary embedding's frequencies, [head_width / 2]."""
-    config = folder.config
+    config = folder.text_config
     kind, rope = read_rope(folder)
     theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
     exponents_D = torch.arange(0, head_width, 2, dtype=torch.int64).float() / head_width

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
+
+if TYPE_CHECKING:
+    from perigee.images import Image
 
 # Shortest sequence of a padded batch by its longest: less padding against more calls.
 _NEAR = 0.7
@@ -98,6 +101,21 @@ class PackLayout(PackedSeqParams):  # type: ignore[misc]  # megatron.core is unt
     # Sequence of each token, [T].
     sequence_T: torch.Tensor = field(default_factory=lambda: torch.zeros(0))
     batches: list[PaddedBatch] = field(default_factory=list)
+    images: PackedImages | None = None
+
+
+@dataclass(frozen=True)
+class PackedImages:
+    """Images of a pack, each once, and the F tokens whose embeddings are features of them."""
+
+    images: list[Image]
+    tokens_F: torch.Tensor
+    """Packed token of each feature."""
+    features_F: torch.Tensor
+    """Feature of each, counted through all images; those of an image that several sequences have come again."""
+    features: int
+    positions_3T: torch.Tensor | None
+    """Position of each packed token on the axes of time, height and width; None where positions count tokens."""
 
 
 def pack_layout(lengths: list[int], device: torch.device) -> PackLayout:
@@ -175,6 +193,16 @@ def unpad(x_NL: torch.Tensor, batch: PaddedBatch) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
+class PlacedImage:
+    """Image of a prompt, and the positions of its F tokens in the sequence."""
+
+    image: Image
+    tokens_F: npt.NDArray[np.int64]
+    grid: tuple[int, int] | None = None
+    """Rows and columns of its tokens, for models whose positions have axes of height and width."""
+
+
+@dataclass(frozen=True)
 class TokenSequence:
     """Sequence of n tokens and, for each of its n - 1 predictions, whether it takes part in the loss."""
 
@@ -182,6 +210,8 @@ class TokenSequence:
     trained_T: npt.NDArray[np.bool_]
     experts_TLK: npt.NDArray[np.unsignedinteger[Any]] | None = None
     """Experts that the rollout chose for the last T predictions, those of the response."""
+    images: tuple[PlacedImage, ...] = ()
+    """Those of the prompt, in order."""
 
 
 @dataclass(frozen=True)
@@ -216,11 +246,13 @@ def make_micro_batches(
 def _make_batch(
     sequences: Sequence[TokenSequence], device: torch.device, index: int, is_filler: bool = False
 ) -> MicroBatch:
+    packed = pack_layout([len(s.tokens) - 1 for s in sequences], device)
+    packed.images = _pack_images(sequences, device)
     return MicroBatch(
         inputs_T=torch.from_numpy(np.concatenate([s.tokens[:-1] for s in sequences])).to(device),
         targets_T=torch.from_numpy(np.concatenate([s.tokens[1:] for s in sequences])).to(device),
         trained_T=torch.from_numpy(np.concatenate([s.trained_T for s in sequences])).to(device),
-        packed=pack_layout([len(s.tokens) - 1 for s in sequences], device),
+        packed=packed,
         index=index,
         is_filler=is_filler,
         experts_TLK=_join_experts(sequences, device),
@@ -243,3 +275,54 @@ def _join_experts(sequences: Sequence[TokenSequence], device: torch.device) -> t
             joined_TLK[stop - len(s.experts_TLK) : stop] = s.experts_TLK
             joined_TLK[stop - len(s.trained_T) : stop][~s.trained_T] = -1
     return torch.from_numpy(joined_TLK).to(device)
+
+
+def _pack_images(sequences: Sequence[TokenSequence], device: torch.device) -> PackedImages | None:
+    """Returns the images of sequences laid end to end, None without any."""
+    lengths_N = np.array([len(s.tokens) - 1 for s in sequences])
+    placed = [
+        (start, each) for start, s in zip(np.cumsum(lengths_N) - lengths_N, sequences, strict=True) for each in s.images
+    ]
+    if not placed:
+        return None
+    first_by_digest: dict[str, int] = {}
+    images: list[Image] = []
+    features = 0
+    for _, each in placed:
+        if each.image.digest not in first_by_digest:
+            first_by_digest[each.image.digest] = features
+            images.append(each.image)
+            features += len(each.tokens_F)
+    positions_3T = None
+    if any(each.grid is not None for _, each in placed):
+        positions_3T = torch.from_numpy(np.concatenate([place_on_axes(s) for s in sequences], axis=1)).to(device)
+    return PackedImages(
+        images=images,
+        tokens_F=torch.from_numpy(np.concatenate([start + each.tokens_F for start, each in placed])).to(device),
+        features_F=torch.from_numpy(
+            np.concatenate([first_by_digest[each.image.digest] + np.arange(len(each.tokens_F)) for _, each in placed])
+        ).to(device),
+        features=features,
+        positions_3T=positions_3T,
+    )
+
+
+def place_on_axes(sequence: TokenSequence) -> npt.NDArray[np.int64]:
+    """Returns the position of each token but the last on the axes of time, height and width, [3, T].
+
+    Text counts on all three. The tokens of an image lie on its grid, and what follows begins behind its longer side
+    (Qwen2-VL, arXiv 2409.12191, section 2.1).
+    """
+    positions_3T = np.empty((3, len(sequence.tokens) - 1), np.int64)
+    done = position = 0
+    for each in sequence.images:
+        assert each.grid is not None
+        begin, (rows, columns) = int(each.tokens_F[0]), each.grid
+        positions_3T[:, done:begin] = position + np.arange(begin - done)
+        position, done = position + begin - done, begin + rows * columns
+        positions_3T[:, begin:done] = position
+        positions_3T[1, begin:done] += np.repeat(np.arange(rows), columns)
+        positions_3T[2, begin:done] += np.tile(np.arange(columns), rows)
+        position += max(rows, columns)
+    positions_3T[:, done:] = position + np.arange(positions_3T.shape[1] - done)
+    return positions_3T

@@ -26,6 +26,7 @@ from perigee.trainer.v1 import trainer_pb2 as pb
 from services.kit import storage
 from services.kit.hf import open_model_folder
 from services.kit.telemetry import get_logger
+from services.kit.vision import open_vision
 from services.trainer.checkpoints import Checkpoints, run_name
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_examples, read_trajectories
@@ -109,6 +110,7 @@ class Trainer:
         """Builds the engine and loads the base model; raises InvalidArgumentError when the model cannot be used."""
         self.checkpoints.clean()
         loop = asyncio.get_running_loop()
+        self._vision = open_vision(open_model_folder(self.config.model, "trainer.model"))
         read = partial(self._read_trajectories, loop)
         self.engine: Engine = await loop.run_in_executor(self._thread, Engine, self.config, read)
 
@@ -302,7 +304,7 @@ class Trainer:
         self, loop: asyncio.AbstractEventLoop, run_id: str, ids: Sequence[str]
     ) -> Mapping[str, Trajectory]:
         """Reads from the buffer in the server's loop; called in the engine's thread."""
-        reading = read_trajectories(self._buffer, run_id, ids, self.config.buffer_timeout_s)
+        reading = read_trajectories(self._buffer, run_id, ids, self.config.buffer_timeout_s, self._vision)
         self._reading = asyncio.run_coroutine_threadsafe(reading, loop)
         try:
             return self._reading.result()

@@ -133,7 +133,7 @@ def make_sequence(trajectory: Trajectory, base_version: int, max_staleness: int)
     # The prediction of token i + 1 is at i, so the response begins one before its first token.
     prompt_T = np.zeros(len(trajectory.prompt_tokens) - 1, np.bool_)
     tokens = np.concatenate([trajectory.prompt_tokens, trajectory.tokens_T])
-    return TokenSequence(tokens, np.concatenate([prompt_T, fresh_T]))
+    return TokenSequence(tokens, np.concatenate([prompt_T, fresh_T]), images=trajectory.images)
 
 
 def truncate_importance(trainer_T: torch.Tensor, rollout_T: torch.Tensor, cap: float) -> torch.Tensor:

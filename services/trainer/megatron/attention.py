@@ -66,12 +66,14 @@ class PackedRotary(torch.nn.Module):
     """Rotary angles of each token's position in its own sequence, exact for any pack.
 
     Megatron's table runs over the pack as a whole; angles at large positions lose float32 precision, which would
-    set the trainer's log-probabilities apart from the engine's.
+    set the trainer's log-probabilities apart from the engine's. With `axes_D` each frequency turns by the position on
+    an axis of its own, which differ at the tokens of images.
     """
 
-    def __init__(self, inverse_frequencies_D: torch.Tensor) -> None:
+    def __init__(self, inverse_frequencies_D: torch.Tensor, axes_D: torch.Tensor | None = None) -> None:
         super().__init__()
         self.inverse_frequencies_D = inverse_frequencies_D
+        self.axes_D = axes_D
 
     def get_rotary_seq_len(
         self, inference_context: Any, transformer: Any, transformer_input: Any, config: Any, packed: PackLayout
@@ -82,5 +84,9 @@ class PackedRotary(torch.nn.Module):
     def forward(self, packed: PackLayout, packed_seq: bool = False, cp_group: Any = None) -> torch.Tensor:
         """Returns angles [T, 1, 1, d], the two halves alike."""
         frequencies_D = self.inverse_frequencies_D.to(packed.positions_T.device)
-        angles_TD = torch.outer(packed.positions_T.float(), frequencies_D)
+        positions_3T = packed.images.positions_3T if packed.images is not None else None
+        if self.axes_D is None or positions_3T is None:
+            angles_TD = torch.outer(packed.positions_T.float(), frequencies_D)
+        else:
+            angles_TD = positions_3T.float()[self.axes_D.to(positions_3T.device)].T * frequencies_D
         return torch.cat((angles_TD, angles_TD), dim=-1)[:, None, None, :]

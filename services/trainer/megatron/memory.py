@@ -28,7 +28,7 @@ def count_copies(parameters: Iterable[torch.nn.Parameter], optimizer: MegatronOp
     updated = [weight for group in groups for weight in group["params"]]
     return {
         "weights": _bytes(own),
-        "gradients": _bytes(parameter.main_grad for parameter in own),  # type: ignore[attr-defined]
+        "gradients": _bytes(parameter.main_grad for parameter in own if parameter.requires_grad),  # type: ignore[attr-defined]
         "moments": 2 * _bytes(updated),
         "main_weights": _bytes(weight for weight in updated if _storage(weight) not in storages),
     }

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from services.trainer.megatron.memory import SavedTensors, count_copies
 from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
 from services.trainer.megatron.parallel import ParallelDims
 from services.trainer.megatron.shelf import Shelf
+from services.trainer.megatron.vision import VisionGPT, build_tower, measure_tower
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches
 from services.weights.pieces import TensorSlice
 
@@ -70,10 +72,11 @@ class Policy:
         max_sequence_length: int,
         recompute: bool = False,
         router_aux_loss_coef: float = 0.0,
+        vision: str = "trained",
     ) -> None:
         self.shape = shape
         self.dims = dims
-        self.model = build_model(shape, dims, dtype, max_sequence_length, recompute)
+        self.model = build_model(shape, dims, dtype, max_sequence_length, recompute, vision)
         self.core = core_of(self.model)
         self.optimizer = build_optimizer(self.model, bf16=dtype is torch.bfloat16)
         self._run_schedule = get_forward_backward_func()
@@ -95,13 +98,13 @@ class Policy:
         return own_slices(self.core, self.shape, self.dims)
 
     def take_snapshot(self) -> list[torch.Tensor]:
-        """Copies this rank's weights, to go back to when a job fails."""
-        return [parameter.detach().clone() for parameter in self.core.parameters()]
+        """Copies this rank's trained weights, to go back to when a job fails."""
+        return [parameter.detach().clone() for parameter in trained_parameters(self.core)]
 
     @torch.no_grad()
     def restore_snapshot(self, snapshot: Sequence[torch.Tensor]) -> None:
         """Puts the weights of a snapshot back."""
-        for parameter, saved in zip(self.core.parameters(), snapshot, strict=True):
+        for parameter, saved in zip(trained_parameters(self.core), snapshot, strict=True):
             parameter.copy_(saved)
         self.optimizer.reload_model_params()
 
@@ -120,6 +123,8 @@ class Policy:
     def fingerprint(self) -> Fingerprint | None:
         """Returns the log-probabilities of a fixed prompt at temperature 1; None on ranks without the head."""
         tokens = np.arange(FINGERPRINT_TOKENS, dtype=np.int64) * FINGERPRINT_STRIDE % self.shape.vocabulary
+        if self.shape.tower is not None:
+            tokens[tokens == self.shape.tower.image_token_id] = 0
         prompt = TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_))
         found = self.evaluate(make_micro_batches([[prompt]], self.dims.device), 1.0)
         return Fingerprint(token_ids=tokens.tolist(), logprobs=found[0].logprobs_T.tolist()) if found else None
@@ -164,7 +169,7 @@ class Policy:
         """Returns the bytes that a micro-batch's forward pass keeps for its backward pass, for each of its tokens.
 
         As many micro-batches as there are pipeline stages may be in flight. Buffers of a fixed size, such as the
-        logits of a chunk, are not in it.
+        logits of a chunk, are not in it. With a vision tower each token counts as one of an image of its own.
         """
         probe = TokenSequence(np.zeros(_PROBE_TOKENS + 1, np.int64), np.ones(_PROBE_TOKENS, np.bool_))
         batches = make_micro_batches([[probe]], self.dims.device)
@@ -172,7 +177,9 @@ class Policy:
         with saved:
             self._run(batches, 1.0, lambda found: (found.logprobs_T.sum(), None))
         self.model.zero_grad_buffer()
-        return saved.peak / _PROBE_TOKENS * self.dims.pipeline
+        tower = getattr(self.core, "tower", None)
+        kept = saved.peak / _PROBE_TOKENS + (measure_tower(tower) if tower is not None else 0.0)
+        return kept * self.dims.pipeline
 
     def offload(self, folder: Path) -> Shelf:
         """Moves this rank's weights to a file and drops gradients and moments, until the shelf is closed."""
@@ -233,10 +240,20 @@ class Policy:
         return reports
 
 
+def trained_parameters(core: GPTModel) -> Iterator[torch.nn.Parameter]:
+    """Yields this stage's parameters without those of a vision tower that is frozen."""
+    return (parameter for parameter in core.parameters() if parameter.requires_grad)
+
+
 def build_model(
-    shape: ModelShape, dims: ParallelDims, dtype: torch.dtype, max_sequence_length: int, recompute: bool
+    shape: ModelShape,
+    dims: ParallelDims,
+    dtype: torch.dtype,
+    max_sequence_length: int,
+    recompute: bool,
+    vision: str = "trained",
 ) -> DistributedDataParallel:
-    """Builds this process's part of the model, with weights not loaded yet.
+    """Builds this process's part of the model, with weights not loaded yet; see TrainerConfig for `vision`.
 
     Gradients are plain sums over micro-batches and data-parallel ranks: the losses carry their own normalization.
     Raises InvalidArgumentError when the parallel sizes do not divide the model.
@@ -247,7 +264,11 @@ def build_model(
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     if shape.experts and dims.tensor > 1:
         spec.submodules.mlp.module = DividedMoELayer
-    core = GPTModel(
+    kind = GPTModel
+    if shape.tower is not None:
+        tower = build_tower(shape.tower, vision, recompute) if dims.pipeline_rank == 0 else None
+        kind = partial(VisionGPT, tower=tower)
+    core = kind(
         config,
         spec,
         vocab_size=shape.vocabulary,
@@ -259,7 +280,7 @@ def build_model(
     )
     if dims.is_last_stage:
         core.output_layer = HiddenOutput(core.output_layer.weight)
-    core.rotary_pos_emb = PackedRotary(shape.inverse_frequencies_D)
+    core.rotary_pos_emb = PackedRotary(shape.inverse_frequencies_D, shape.axes_D)
     core.to(dims.device)
     reduce_apart(core.named_parameters())
     module = Float16Module(config, core) if dtype is torch.bfloat16 else core
@@ -388,23 +409,25 @@ _EXPERT = {
 }
 
 
-def map_parameters(core: GPTModel, tied: bool) -> list[Mapping]:
+def map_parameters(core: GPTModel, shape: ModelShape) -> list[Mapping]:
     """Returns the parameters of this stage; with tied weights a last stage has a second copy of the embedding."""
-    mappings = []
+    mappings, embedding = [], f"{shape.prefix}embed_tokens.weight"
     names: tuple[str, ...]
     for name, parameter in core.named_parameters():
         expert = None
         if name == "embedding.word_embeddings.weight":
-            names, split = ("model.embed_tokens.weight",), Split.ROWS
+            names, split = (embedding,), Split.ROWS
         elif name == "output_layer.weight":
-            names, split = ("model.embed_tokens.weight" if tied else "lm_head.weight",), Split.ROWS
+            names, split = (embedding if shape.tied else "lm_head.weight",), Split.ROWS
         elif name == "decoder.final_layernorm.weight":
-            names, split = ("model.norm.weight",), Split.WHOLE
+            names, split = (f"{shape.prefix}norm.weight",), Split.WHOLE
+        elif name.startswith("tower."):
+            names, split = (core.tower.prefix + name.removeprefix("tower."),), Split.WHOLE
         else:
             match = re.fullmatch(r"decoder\.layers\.(\d+)\.(?:mlp\.experts\.local_experts\.(\d+)\.)?(.+)", name)
             assert match is not None, name
             layer = core.decoder.layers[int(match[1])]
-            prefix = f"model.layers.{layer.layer_number - 1}."
+            prefix = f"{shape.prefix}layers.{layer.layer_number - 1}."
             if match[2] is None:
                 suffixes, split = _LAYER[match[3]]
             else:
@@ -422,7 +445,7 @@ def load_weights(core: GPTModel, shape: ModelShape, dims: ParallelDims, read: Ca
 
     Raises InvalidArgumentError naming the tensor whose shape does not fit the configuration.
     """
-    for mapping in map_parameters(core, shape.tied):
+    for mapping in map_parameters(core, shape):
         ranks, rank = (dims.tensor, dims.tensor_rank) if mapping.expert is None else (1, 0)
         tensors = [read(name) for name in mapping.names]
         if mapping.split is Split.QKV:
@@ -465,7 +488,7 @@ def collect_weights(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> It
 def _stage_tensors(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterator[tuple[str, torch.Tensor]]:
     tensor_group = parallel_state.get_tensor_model_parallel_group()
     expert_group = parallel_state.get_expert_model_parallel_group()
-    for mapping in map_parameters(core, shape.tied):
+    for mapping in map_parameters(core, shape):
         if mapping.expert is None:
             yield from _join(mapping.names, mapping.split, _gather(mapping, tensor_group), shape)
             continue
@@ -511,7 +534,7 @@ def own_slices(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterato
     """
     heads_per_group = shape.heads // shape.query_groups
     widths = [heads_per_group * shape.head_width, shape.head_width, shape.head_width]
-    for mapping in map_parameters(core, shape.tied):
+    for mapping in map_parameters(core, shape):
         own, ranks, rank = mapping.parameter.detach(), dims.tensor, dims.tensor_rank
         copy, copies = dims.data_rank, dims.data
         if mapping.expert is not None:
@@ -525,7 +548,7 @@ def own_slices(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterato
             parts = [part.flatten(0, 1) for part in torch.split(grouped, widths, dim=1)]
         elif mapping.split is Split.GATED:
             parts = list(own.chunk(2))
-        elif mapping.names == ("model.embed_tokens.weight",) and dims.pipeline_rank > 0:
+        elif mapping.names == (f"{shape.prefix}embed_tokens.weight",) and dims.pipeline_rank > 0:
             parts = []
         else:
             parts = [own]
