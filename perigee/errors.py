@@ -16,6 +16,8 @@ from google.rpc import code_pb2, error_details_pb2, status_pb2
 
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 _SHOWN_VIOLATIONS = 5
+# What travels of them: gRPC breaks a call off whose trailing metadata have more than 8 KiB.
+_MAX_VIOLATIONS_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -155,12 +157,14 @@ def first_error(group: BaseException) -> BaseException:
 
 
 def to_status(error: PerigeeError) -> status_pb2.Status:
-    """Returns the error as google.rpc.Status: BadRequest for violations, RetryInfo for a retry hint."""
+    """Returns the error as google.rpc.Status: BadRequest for the first violations, RetryInfo for a retry hint."""
     status = status_pb2.Status(code=code_pb2.Code.Value(error.code.name), message=error.message)
     if isinstance(error, InvalidArgumentError) and error.violations:
         bad_request = error_details_pb2.BadRequest()
         for violation in error.violations:
             bad_request.field_violations.add(field=violation.field, description=violation.description)
+            if bad_request.ByteSize() > _MAX_VIOLATIONS_BYTES:
+                break
         status.details.add().Pack(bad_request)
     if error.retry_after_s is not None:
         delay = duration_pb2.Duration()

@@ -53,6 +53,8 @@ class Probe(RewardServiceServicer):
         match request.items[0].id:
             case "invalid":
                 raise InvalidArgumentError.for_field("items[0].id", "must be a number")
+            case "all invalid":
+                raise InvalidArgumentError.for_fields([FieldViolation(f"items[{n}]", "is wrong") for n in range(9999)])
             case "full":
                 raise ResourceExhaustedError("The queue is full.", retry_after_s=2.5)
             case "bug":
@@ -103,6 +105,9 @@ async def test_domain_errors_arrive_as_the_classes_that_were_raised() -> None:
         with pytest.raises(InvalidArgumentError) as invalid:
             await score(client, "invalid")
         assert invalid.value.violations == (FieldViolation("items[0].id", "must be a number"),)
+        with pytest.raises(InvalidArgumentError, match=r"items\[0\]: is wrong; items\[1\]: is wrong") as all_invalid:
+            await score(client, "all invalid")
+        assert 100 < len(all_invalid.value.violations) < 9999
         with pytest.raises(ResourceExhaustedError) as full:
             await score(client, "full")
         assert full.value.retry_after_s == 2.5
