@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from perigee.buffer.images import send_images
+from perigee.buffer.v1.buffer_pb2 import ImagePiece
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2_grpc import RolloutServiceStub
 from perigee.rpc import ChannelOptions, ServiceClient
@@ -17,7 +19,7 @@ class RolloutClient(ServiceClient):
     """Client of a rollout worker (`perigee.rollout.v1.RolloutService`)."""
 
     service_name = "perigee.rollout.v1.RolloutService"
-    idempotent = ("GetState", "Leave", "ComeBack")
+    idempotent = ("PutImages", "GetState", "Leave", "ComeBack")
 
     def __init__(self, target: str, options: ChannelOptions = ChannelOptions()) -> None:
         super().__init__(target, options)
@@ -26,6 +28,19 @@ class RolloutClient(ServiceClient):
     def generate(self, request: pb.GenerateRequest, *, timeout_s: float = 600.0) -> AsyncIterator[pb.GenerateResponse]:
         """Generates from prompts in the request and streams the tokens to the caller."""
         return self._stream(self._stub.Generate, request, timeout_s)
+
+    async def put_images(self, images: Mapping[str, bytes], *, timeout_s: float = 60.0) -> None:
+        """Gives the worker those of the images, files by their digests, that it does not have; Generate names them.
+
+        `timeout_s` bounds each call. Raises InvalidArgumentError for what is no image or has another digest, and for a
+        model that takes none; ResourceExhaustedError when images of calls under way leave no room.
+        """
+
+        async def put(pieces: Sequence[ImagePiece]) -> Iterable[str]:
+            request = pb.PutImagesRequest(pieces=pieces)
+            return (await self._unary(self._stub.PutImages, request, timeout_s)).whole
+
+        await send_images(put, images)
 
     def extend_trajectories(
         self, request: pb.ExtendTrajectoriesRequest, *, timeout_s: float = 600.0

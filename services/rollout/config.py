@@ -47,6 +47,23 @@ class EndpointConfig(HttpConfig):
     trajectories keep their room."""
 
 
+class ImagesConfig(Model):
+    """Images of prompts, for models that take them."""
+
+    max_per_prompt: int = Field(8, ge=1)
+    """Images that a prompt may have."""
+    max_bytes: int = Field(10 << 20, ge=1)
+    """Largest file of an image."""
+    max_pixels: int = Field(40_000_000, ge=1)
+    """Largest image, width times height."""
+    store_bytes: int = Field(1 << 30, ge=1)
+    """Files of images that callers of Generate and of the endpoint have put here. Those asked for least recently make
+    room for others; those of calls under way stay."""
+    cache_bytes: int = Field(1 << 30, ge=0)
+    """Pixels that are kept for the next sequence with the same image: so much of decoded images, and so much twice of
+    images that are scaled for the model, in this process and in the engine's."""
+
+
 class RolloutConfig(ServiceConfig):
     """Rollout worker: one engine that holds one policy version at a time."""
 
@@ -120,6 +137,8 @@ class RolloutConfig(ServiceConfig):
     fingerprint_timeout_seconds: float = Field(20.0, gt=0)
     """Seconds that this comparison may wait for a place in the engine; it is left out then."""
 
+    images: ImagesConfig = ImagesConfig()
+    """Images of prompts."""
     http: EndpointConfig = EndpointConfig()
     """The OpenAI-compatible endpoint, and calls of operators."""
     supervision: SupervisionConfig = SupervisionConfig()

@@ -5,12 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.weights.v1.weights_pb2 import Manifest
 from services.weights.manifest import WeightImage
 from services.weights.pieces import Slices
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
 
 
 class EngineDiedError(Exception):
@@ -19,6 +22,16 @@ class EngineDiedError(Exception):
 
 class RequestAbortedError(EngineDiedError):
     """Raised when a request ended early, after the tokens that it had."""
+
+
+@dataclass(frozen=True)
+class PromptImage:
+    """Image of a prompt."""
+
+    digest: str
+    """SHA-256 of its file, hexadecimal."""
+    picture: Picture
+    """In RGB."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,10 @@ class EngineRequest:
     """Tokens are handed over at least this often; larger strides cost less."""
     score_prompt: bool = False
     """Whether the last output has the log-probabilities of the prompt."""
+    images: Sequence[PromptImage] = ()
+    """Those of the prompt, in the order of their placeholders."""
+    expanded_ids: Sequence[int] = ()
+    """`token_ids` with the tokens of the images, which the engine must read them as; none without images."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +107,8 @@ class Engine(ABC):
     def generate(self, request: EngineRequest) -> AsyncGenerator[EngineOutput, None]:
         """Continues a sequence; closing the iterator aborts the request.
 
-        Raises EngineDiedError when the engine dies, and InvalidArgumentError for what it cannot take.
+        Raises EngineDiedError when the engine dies, InvalidArgumentError for what it cannot take, and InternalError
+        when it makes other tokens of the images than `expanded_ids`.
         """
 
     @abstractmethod

@@ -15,12 +15,13 @@ from prometheus_client import Histogram
 from perigee.buffer.client import BufferClient, StoredTrajectory
 from perigee.buffer.packing import ITEM_BYTES, count_tokens, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
-from perigee.errors import UnavailableError
+from perigee.errors import InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
 from services.kit.tracing import describe, span
 from services.rollout.engine import EngineDiedError, RequestAbortedError
+from services.rollout.images import PreparedPrompt
 from services.rollout.segment import (
     MAX_CHUNK_BYTES,
     Emit,
@@ -156,13 +157,27 @@ class _Call:
         self, segment_id: str, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory
     ) -> SegmentResult:
         """Generates a segment into the buffer; raises EngineDiedError and AppendRefusedError."""
-        worker = self.worker
-        room = worker.model.context_tokens - count_tokens(trajectory.prompt_token_ids)
-        if reason := refusal(lease, trajectory, room):
+        if reason := refusal(lease, trajectory):
+            return pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=reason)
+        images = self.worker.images.prepared(trajectory.prompt_token_ids, trajectory.image_digests, self._read_image)
+        try:
+            async with images as prompt:
+                return await self._generate_from(prompt, segment_id, lease, trajectory)
+        except InvalidArgumentError as error:
+            return pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=error.message)
+
+    async def _generate_from(
+        self, prompt: PreparedPrompt, segment_id: str, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory
+    ) -> SegmentResult:
+        """Generates a segment of a prompt that is ready into the buffer."""
+        worker, tokens = self.worker, len(prompt.expanded_ids)
+        if (room := worker.model.context_tokens - tokens) < 1:
+            reason = f"the prompt of {tokens} tokens leaves no room in the context"
             return pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=reason)
         if worker.status == DRAINING:
             raise RequestAbortedError("the worker shuts down")
         segment = self._plan_segment(segment_id, lease, trajectory, room)
+        segment.prompt = prompt
         end_reason = segment.end_reason
         token_ids = bytearray(trajectory.token_ids)
         async with aclosing(generate_segment(worker.engine, segment, self.settings)) as chunks:
@@ -185,6 +200,13 @@ class _Call:
             cached_tokens=segment.cached_tokens,
         )
 
+    async def _read_image(self, digest: str) -> bytes:
+        """Returns the file of an image in the buffer; raises NotFoundError when it is gone."""
+        timeout_s = self.worker.config.buffer_timeout_seconds
+        async for _, data in self.buffer.read_images(self.request.run_id, [digest], timeout_s=timeout_s):
+            return data
+        raise NotFoundError(f"the buffer sent no image {digest}")
+
     def _plan_segment(
         self, segment_id: str, lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int
     ) -> Segment:
@@ -206,8 +228,8 @@ class _Call:
         )
 
 
-def refusal(lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int) -> str | None:
-    """Returns why a trajectory cannot be continued, with `room` tokens beside its prompt; None when it can."""
+def refusal(lease: pb.LeasedTrajectory, trajectory: StoredTrajectory) -> str | None:
+    """Returns why a trajectory cannot be continued; None when it can."""
     if trajectory.epoch != lease.epoch:
         return f"the trajectory is leased again: epoch {trajectory.epoch}, not {lease.epoch}"
     if trajectory.finished:
@@ -216,8 +238,6 @@ def refusal(lease: pb.LeasedTrajectory, trajectory: StoredTrajectory, room: int)
         return f"the buffer holds {trajectory.tokens} of the {lease.tokens} tokens that were leased"
     if not trajectory.prompt_token_ids:
         return "the prompt is empty"
-    if room < 1:
-        return f"the prompt of {count_tokens(trajectory.prompt_token_ids)} tokens leaves no room in the context"
     return None
 
 

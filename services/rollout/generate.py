@@ -13,7 +13,6 @@ from perigee.errors import FieldViolation, InvalidArgumentError, UnavailableErro
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.tracing import describe, span
 from services.rollout.engine import EngineDiedError
-from services.rollout.model import PolicyModel
 from services.rollout.segment import (
     Emit,
     Segment,
@@ -28,12 +27,18 @@ from services.rollout.worker import SEGMENTS, Admission, Worker
 _calls = itertools.count()
 
 
-def check_items(items: Sequence[pb.GenerateItem], model: PolicyModel) -> None:
-    """Raises InvalidArgumentError with a violation for each item that cannot be generated."""
+def check_items(items: Sequence[pb.GenerateItem], worker: Worker) -> None:
+    """Raises InvalidArgumentError with a violation for each item that cannot be generated.
+
+    Raises FailedPreconditionError that names images which are not here.
+    """
+    model = worker.model
+    if model.vision is not None:
+        worker.images.find(digest for item in items for digest in item.image_digests)
     violations = [
         FieldViolation(f"items[{index}].{field}", description)
         for index, item in enumerate(items)
-        for field, description in _find_faults(item, model)
+        for field, description in _find_faults(item, worker)
     ]
     if len({item.id for item in items}) != len(items):
         violations.append(FieldViolation("items.id", "two items have the same id"))
@@ -49,10 +54,11 @@ async def generate(
     Raises InvalidArgumentError for items that cannot be generated, FailedPreconditionError when the worker holds no
     weights or other ones, ResourceExhaustedError when it has too much to do, UnavailableError when the engine dies.
     """
-    check_items(request.items, worker.model)
+    check_items(request.items, worker)
     worker.check_ready(request.run_id, request.policy_version if request.HasField("policy_version") else None)
     call = next(_calls)
-    with worker.admit(len(request.items)) as admission:
+    digests = [digest for item in request.items for digest in item.image_digests]
+    with worker.admit(len(request.items)) as admission, worker.images.hold(digests):
         producers = [
             partial(_generate_item, worker, settings, admission, f"generate-{call}-{i}", item, request.text_only)
             for i, item in enumerate(request.items)
@@ -76,35 +82,36 @@ async def _generate_item(
     emit: Emit[pb.GenerateResponse],
 ) -> None:
     """Generates the response to one item and emits its chunks."""
-    room = worker.model.context_tokens - count_tokens(item.prompt_token_ids)
-    end_tokens, _ = plan_end(stored=0, leased=0, budget=item.max_tokens, cap=item.max_tokens, room=room)
-    segment = Segment(
-        segment_id, item.id, item.prompt_token_ids, b"", end_tokens, buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS
-    )
     token_ids = bytearray()
-    with span("segment", item=item.id) as opened:
-        async with aclosing(generate_segment(worker.engine, segment, settings)) as chunks:
-            async for chunk in chunks:
-                token_ids += chunk.token_ids
-                worker.count_generated(count_tokens(chunk.token_ids))
-                response = pb.GenerateResponse(id=item.id)
-                if not text_only:
-                    response.offset = chunk.offset
-                    response.token_ids, response.logprobs = chunk.token_ids, chunk.logprobs
-                    response.versions.extend(chunk.versions)
-                if chunk.end_reason:
-                    response.end_reason = chunk.end_reason
-                    response.text = worker.model.decode(unpack_token_ids(bytes(token_ids)))
-                    response.tokens = len(token_ids) // ITEM_BYTES
-                    SEGMENTS.labels(end_reason_label(chunk.end_reason)).inc()
-                    describe(opened, tokens=response.tokens, end=end_reason_label(chunk.end_reason))
-                    admission.leave()
-                if chunk.end_reason or not text_only:
-                    await emit(response)
+    async with worker.images.prepared(item.prompt_token_ids, item.image_digests) as prompt:
+        room = worker.model.context_tokens - len(prompt.expanded_ids)
+        end_tokens, _ = plan_end(stored=0, leased=0, budget=item.max_tokens, cap=item.max_tokens, room=room)
+        end_reason = buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS
+        segment = Segment(segment_id, item.id, item.prompt_token_ids, b"", end_tokens, end_reason, prompt)
+        with span("segment", item=item.id) as opened:
+            async with aclosing(generate_segment(worker.engine, segment, settings)) as chunks:
+                async for chunk in chunks:
+                    token_ids += chunk.token_ids
+                    worker.count_generated(count_tokens(chunk.token_ids))
+                    response = pb.GenerateResponse(id=item.id)
+                    if not text_only:
+                        response.offset = chunk.offset
+                        response.token_ids, response.logprobs = chunk.token_ids, chunk.logprobs
+                        response.versions.extend(chunk.versions)
+                    if chunk.end_reason:
+                        response.end_reason = chunk.end_reason
+                        response.text = worker.model.decode(unpack_token_ids(bytes(token_ids)))
+                        response.tokens = len(token_ids) // ITEM_BYTES
+                        SEGMENTS.labels(end_reason_label(chunk.end_reason)).inc()
+                        describe(opened, tokens=response.tokens, end=end_reason_label(chunk.end_reason))
+                        admission.leave()
+                    if chunk.end_reason or not text_only:
+                        await emit(response)
 
 
-def _find_faults(item: pb.GenerateItem, model: PolicyModel) -> Iterator[tuple[str, str]]:
+def _find_faults(item: pb.GenerateItem, worker: Worker) -> Iterator[tuple[str, str]]:
     """Yields the fields of an item that are wrong, with descriptions."""
+    model = worker.model
     tokens = count_tokens(item.prompt_token_ids)
     if tokens == 0:
         yield "prompt_token_ids", "the prompt is empty"
@@ -114,5 +121,25 @@ def _find_faults(item: pb.GenerateItem, model: PolicyModel) -> Iterator[tuple[st
         yield "prompt_token_ids", f"{tokens} tokens leave no room in the model's context of {model.context_tokens}"
     elif (largest := max(unpack_token_ids(item.prompt_token_ids))) >= model.vocabulary_size:
         yield "prompt_token_ids", f"{largest} is not in the vocabulary of {model.vocabulary_size}"
+    else:
+        yield from _find_image_faults(item, worker)
     if item.max_tokens < 1:
         yield "max_tokens", "must be at least 1"
+
+
+def _find_image_faults(item: pb.GenerateItem, worker: Worker) -> Iterator[tuple[str, str]]:
+    """Yields what is wrong with the images of an item whose prompt is in order without them."""
+    model, images = worker.model, len(item.image_digests)
+    try:
+        if not images and model.vision is None:
+            return
+        vision = model.require_vision()
+        sizes = [(image.width, image.height) for image in worker.images.find(item.image_digests)]
+        tokens = len(vision.expand(unpack_token_ids(item.prompt_token_ids), sizes))
+    except InvalidArgumentError as error:
+        yield from ((each.field, each.description) for each in error.violations)
+        return
+    if images > worker.config.images.max_per_prompt:
+        yield "image_digests", f"{images} images are more than rollout.images.max_per_prompt allows"
+    if tokens >= model.context_tokens:
+        yield "image_digests", f"{tokens} tokens, those of the images included, leave no room in the model's context"

@@ -13,6 +13,7 @@ from perigee.buffer.packing import choice_bytes
 from perigee.errors import InvalidArgumentError
 from services.kit.chat import PromptEncoder, open_encoder
 from services.kit.hf import ModelFolder, count_experts, open_model_folder
+from services.kit.vision import VisionModel, open_vision
 from services.weights.manifest import WeightImage
 from services.weights.safetensors import FIELD as SHARDS_FIELD
 from services.weights.safetensors import read_header
@@ -39,6 +40,8 @@ class PolicyModel:
     """Chat template and tokenizer."""
     expert_bytes: int = 0
     """Bytes of a token's packed expert choices; 0 without a mixture of experts."""
+    vision: VisionModel | None = None
+    """How it takes images; None for one that takes none."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -56,18 +59,24 @@ class PolicyModel:
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors of a checkpoint, from config.json; no memory is taken for them."""
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
         from transformers.core_model_loading import revert_weight_conversion
 
         config = AutoConfig.from_pretrained(self.path)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = (AutoModelForImageTextToText if self.vision else AutoModelForCausalLM).from_config(config)
             # In memory the experts of a layer are one tensor.
             state = revert_weight_conversion(model, model.state_dict())
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if config.tie_word_embeddings:
             del shapes[OUTPUT_LAYER]
         return shapes
+
+    def require_vision(self) -> VisionModel:
+        """Returns how the model takes images; raises InvalidArgumentError for one that takes none."""
+        if self.vision is None:
+            raise InvalidArgumentError.for_field("image_digests", f"the model of {self.path} takes no images")
+        return self.vision
 
     def check_image(self, image: WeightImage) -> None:
         """Checks that an image is one whole checkpoint of this model; the tied output layer may come along.
@@ -112,6 +121,7 @@ def open_policy(path: str, max_model_len: int | None) -> PolicyModel:
         stop_token_ids=folder.stop_token_ids,
         encoder=open_encoder(folder),
         expert_bytes=count_expert_bytes(folder),
+        vision=open_vision(folder),
     )
 
 

@@ -373,7 +373,7 @@ class Endpoint:
             item = pb.GenerateItem(
                 id=str(index), prompt_token_ids=pack_token_ids(prompt), max_tokens=call.limit(model.context_tokens)
             )
-            check_items([item], model)
+            check_items([item], self._worker)
             request = pb.GenerateRequest(items=[item], sampling=sampling, policy_version=call.policy_version)
             choices.append(Choice(index, prompt, request, call.stop, model.tokenizer))
             if isinstance(call, CompletionCall) and call.echo:

@@ -20,6 +20,7 @@ from perigee.buffer.v1.buffer_pb2 import VersionSpan
 from perigee.errors import FieldViolation, InvalidArgumentError, first_error
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.rollout.engine import Engine, EngineOutput, EngineRequest, RequestAbortedError
+from services.rollout.images import PreparedPrompt
 from services.rollout.repetition import RepetitionDetector
 
 T = TypeVar("T")
@@ -64,6 +65,8 @@ class Segment:
     """Response tokens, earlier ones included, at which the segment ends."""
     end_reason: EndReason
     """Reason for the end there: BUDGET or MAX_RESPONSE_TOKENS."""
+    prompt: PreparedPrompt | None = None
+    """The prompt's images, where it has any."""
     cached_tokens: int = 0
     """Prompt and earlier tokens served from the prefix cache, once the engine has said so."""
 
@@ -156,14 +159,17 @@ async def generate_segment(
     detector = _resume_detector(segment, settings.repetition_stop)
     stride = min(settings.chunk_tokens, REPETITION_STRIDE_TOKENS) if detector else settings.chunk_tokens
     cutter = _ChunkCutter(segment.item_id, offset, settings.chunk_tokens, stride)
+    response = unpack_token_ids(segment.response_token_ids)
     request = EngineRequest(
         request_id=segment.segment_id,
-        token_ids=[*unpack_token_ids(segment.prompt_token_ids), *unpack_token_ids(segment.response_token_ids)],
+        token_ids=[*unpack_token_ids(segment.prompt_token_ids), *response],
         max_tokens=segment.end_tokens - offset,
         temperature=settings.sampling.temperature,
         seed=segment_seed(settings.sampling, segment.item_id, offset),
         stop_token_ids=settings.stop_token_ids,
         stride_tokens=stride,
+        images=segment.prompt.images if segment.prompt else (),
+        expanded_ids=[*segment.prompt.expanded_ids, *response] if segment.prompt else (),
     )
     async with aclosing(engine.generate(request)) as outputs:
         async for output in outputs:

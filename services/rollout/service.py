@@ -67,6 +67,11 @@ class RolloutService(RolloutServiceServicer):
             async for response in responses:
                 yield response
 
+    async def PutImages(self, request: pb.PutImagesRequest, context: Any) -> pb.PutImagesResponse:
+        """Takes pieces of images that Generate's prompts will name."""
+        self._worker.model.require_vision()
+        return pb.PutImagesResponse(whole=self._worker.images.put(request.pieces))
+
     async def ExtendTrajectories(
         self, request: pb.ExtendTrajectoriesRequest, context: Any
     ) -> AsyncIterator[pb.ExtendTrajectoriesResponse]:

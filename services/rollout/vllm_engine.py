@@ -26,7 +26,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
-from perigee.errors import InvalidArgumentError
+from perigee.errors import InternalError, InvalidArgumentError
 from perigee.weights.v1.weights_pb2 import Manifest
 from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
@@ -301,8 +301,10 @@ def count_own_bytes(pid: int) -> int:
 
 async def _submit(llm: AsyncLLM, request: EngineRequest) -> Any:
     """Gives the engine a request; returns the collector of its outputs."""
-    prompt = TokensPrompt(prompt_token_ids=list(request.token_ids))
+    prompt: Any = TokensPrompt(prompt_token_ids=list(request.token_ids))
     try:
+        if request.images:
+            prompt = await _render_images(llm, prompt, request)
         return await llm.add_request(request.request_id, prompt, sampling_params(request))
     except VLLMValidationError as error:
         raise InvalidArgumentError(f"The engine refuses sequence {request.request_id}: {error}") from error
@@ -312,6 +314,25 @@ async def _submit(llm: AsyncLLM, request: EngineRequest) -> Any:
         # It may have reached the engine.
         await llm.abort(request.request_id)
         raise
+
+
+async def _render_images(llm: AsyncLLM, prompt: TokensPrompt, request: EngineRequest) -> Any:
+    """Returns a prompt with its images scaled for the model; raises InternalError when it is not `expanded_ids`.
+
+    The images go along whether vLLM has sent them before or not: what it remembers of that, in this process and in the
+    engine's, would differ after a commit for the requests on their way. By its digest an image is known without its
+    pixels being hashed, to the cache of scaled images and to that of prefixes.
+    """
+    prompt["multi_modal_data"] = {"image": [image.picture for image in request.images]}
+    prompt["multi_modal_uuids"] = {"image": [image.digest for image in request.images]}
+    [rendered] = await llm.renderer.render_cmpl_async([prompt], skip_mm_cache=True)
+    if rendered["prompt_token_ids"] != list(request.expanded_ids):
+        found, expected = len(rendered["prompt_token_ids"]), len(request.expanded_ids)
+        raise InternalError(
+            f"vLLM makes {found} tokens of a prompt with images of which the model's folder says {expected}: its "
+            f"processor is another than preprocessor_config.json and processor_config.json describe."
+        )
+    return rendered
 
 
 def _read_output(output: Any, state: Any, offset: int) -> EngineOutput:
@@ -358,7 +379,9 @@ def sampling_params(request: EngineRequest) -> SamplingParams:
         stream_interval=None if final_only else request.stride_tokens,
         skip_clone=True,
         # The choices of the last token of the prompt are those of the first one that is drawn.
-        routed_experts_prompt_start=len(request.token_ids) - 1,
+        routed_experts_prompt_start=len(request.expanded_ids or request.token_ids) - 1,
+        # `stop_token_ids` has all that end a response; of a tokenizer vLLM would take one more.
+        ignore_eos=True,
     )
 
 
@@ -398,7 +421,7 @@ def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineAr
         kv_cache_bytes = DEFAULT_CPU_KV_CACHE_BYTES
     return AsyncEngineArgs(
         model=str(model.path),
-        skip_tokenizer_init=True,
+        skip_tokenizer_init=model.vision is None,
         load_format="dummy",
         # vLLM's own "auto" turns float32 models into half precision.
         dtype=model.dtype if config.dtype == "auto" else config.dtype,  # type: ignore[arg-type]
@@ -421,4 +444,15 @@ def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineAr
         kv_cache_memory_bytes=kv_cache_bytes,
         enable_sleep_mode=config.enable_sleep_mode and not current_platform.is_cpu(),
         enable_return_routed_experts=config.router_replay,
+        **(image_arguments(config) if model.vision is not None else {}),
     )
+
+
+def image_arguments(config: RolloutConfig) -> dict[str, Any]:
+    """Returns the arguments of a model that takes images."""
+    return {
+        "limit_mm_per_prompt": {"image": config.images.max_per_prompt, "video": 0, "audio": 0},
+        "mm_processor_cache_gb": config.images.cache_bytes / (1 << 30),
+        # vLLM would keep the constants in buffers, which dummy weights overwrite and no checkpoint restores.
+        "mm_device_do_normalize": False,
+    }

@@ -25,6 +25,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader import dummy_loader
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 from vllm.platforms import current_platform
@@ -160,8 +161,7 @@ class ImageTransferEngine(WeightTransferEngine[ImageInit, ImageUpdate]):
         model: Any = self.model
         model.load_weights(_tensors(image, manifest, wanted))
         finalize_layerwise_reload(model, self.model_config)  # type: ignore[no-untyped-call]
-        if model.model.embed_tokens in layers:
-            repack_tied_head(model)
+        repack_tied_heads(model.modules(), layers)
         self.loaded = checksums
 
     def _find_reload(
@@ -195,16 +195,20 @@ def forget_packed_experts(layers: Iterable[Module]) -> None:
             quant_method.moe_kernel = None
 
 
-def repack_tied_head(model: Any) -> None:
-    """Packs the output layer again when it shares its weight with the embedding.
+def repack_tied_heads(modules: Iterable[Module], loaded: AbstractSet[Module]) -> None:
+    """Packs an output layer again when it shares its weight with an embedding that was loaded.
 
     The CPU kernel keeps a packed copy of the output layer that the reload of a tied model does not refresh: the old
     head would stay in use without an error, with logprobs off by several nats.
     """
-    head, embedding = getattr(model, "lm_head", None), model.model.embed_tokens
-    if head is None or head is embedding or head.weight.data_ptr() != embedding.weight.data_ptr():
-        return
-    head.quant_method.process_weights_after_loading(head)
+    embeddings: list[Any] = [
+        each for each in loaded if isinstance(each, VocabParallelEmbedding) and not isinstance(each, ParallelLMHead)
+    ]
+    shared = {embedding.weight.data_ptr() for embedding in embeddings}
+    heads: list[Any] = [each for each in modules if isinstance(each, ParallelLMHead)]
+    for head in heads:
+        if head.weight.data_ptr() in shared:
+            head.quant_method.process_weights_after_loading(head)
 
 
 def restore_seeds_of_split_prefills(runner: Any) -> None:

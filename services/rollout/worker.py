@@ -27,6 +27,7 @@ from services.kit.telemetry import get_logger
 from services.kit.tracing import span
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError, EngineRequest
+from services.rollout.images import ImageStore
 from services.rollout.model import PolicyModel
 from services.rollout.residence import Residence, Restart, Sleep
 from services.weights.manifest import WeightImage
@@ -71,6 +72,7 @@ class Worker:
         self.config = config
         self.model = model
         self.engine = engine
+        self.images = ImageStore(config, model)
         self.worker_id = worker_id
         self.status: WorkerStatus = STARTING
         self.run_id = ""
@@ -181,6 +183,7 @@ class Worker:
             for change in changes:
                 change.cancel()
             await asyncio.wait(changes)
+        await self.images.close()
         await self.engine.stop()
 
     async def _commit_alone(self, image: WeightImage) -> CommitResponse:

@@ -42,6 +42,11 @@ class RolloutServiceStub:
                 request_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.GenerateRequest.SerializeToString,
                 response_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.GenerateResponse.FromString,
                 _registered_method=True)
+        self.PutImages = channel.unary_unary(
+                '/perigee.rollout.v1.RolloutService/PutImages',
+                request_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.PutImagesRequest.SerializeToString,
+                response_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.PutImagesResponse.FromString,
+                _registered_method=True)
         self.ExtendTrajectories = channel.unary_stream(
                 '/perigee.rollout.v1.RolloutService/ExtendTrajectories',
                 request_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.ExtendTrajectoriesRequest.SerializeToString,
@@ -72,6 +77,14 @@ class RolloutServiceServicer:
 
     def Generate(self, request, context):
         """Generates from prompts in the request and streams the tokens to the caller.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def PutImages(self, request, context):
+        """Takes pieces of images that Generate's prompts will name. The same piece twice is one piece, and one without content
+        asks whether the image is whole. The images asked for least recently make room for others.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -116,6 +129,11 @@ def add_RolloutServiceServicer_to_server(servicer, server):
                     servicer.Generate,
                     request_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.GenerateRequest.FromString,
                     response_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.GenerateResponse.SerializeToString,
+            ),
+            'PutImages': grpc.unary_unary_rpc_method_handler(
+                    servicer.PutImages,
+                    request_deserializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.PutImagesRequest.FromString,
+                    response_serializer=perigee_dot_rollout_dot_v1_dot_rollout__pb2.PutImagesResponse.SerializeToString,
             ),
             'ExtendTrajectories': grpc.unary_stream_rpc_method_handler(
                     servicer.ExtendTrajectories,
@@ -168,6 +186,33 @@ class RolloutService:
             '/perigee.rollout.v1.RolloutService/Generate',
             perigee_dot_rollout_dot_v1_dot_rollout__pb2.GenerateRequest.SerializeToString,
             perigee_dot_rollout_dot_v1_dot_rollout__pb2.GenerateResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def PutImages(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/perigee.rollout.v1.RolloutService/PutImages',
+            perigee_dot_rollout_dot_v1_dot_rollout__pb2.PutImagesRequest.SerializeToString,
+            perigee_dot_rollout_dot_v1_dot_rollout__pb2.PutImagesResponse.FromString,
             options,
             channel_credentials,
             insecure,

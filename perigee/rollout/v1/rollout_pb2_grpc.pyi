@@ -38,6 +38,10 @@ class RolloutServiceStub:
     def __new__(cls, channel: _aio.Channel) -> RolloutServiceAsyncStub: ...
     Generate: _grpc.UnaryStreamMultiCallable[_rollout_pb2.GenerateRequest, _rollout_pb2.GenerateResponse]
     """Generates from prompts in the request and streams the tokens to the caller."""
+    PutImages: _grpc.UnaryUnaryMultiCallable[_rollout_pb2.PutImagesRequest, _rollout_pb2.PutImagesResponse]
+    """Takes pieces of images that Generate's prompts will name. The same piece twice is one piece, and one without content
+    asks whether the image is whole. The images asked for least recently make room for others.
+    """
     ExtendTrajectories: _grpc.UnaryStreamMultiCallable[_rollout_pb2.ExtendTrajectoriesRequest, _rollout_pb2.ExtendTrajectoriesResponse]
     """Continues leased trajectories: tokens come from and go to the buffer directly; the caller gets
     progress and the text of responses that ended.
@@ -64,6 +68,10 @@ class RolloutServiceAsyncStub(RolloutServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_rollout_pb2.GenerateRequest, _rollout_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generates from prompts in the request and streams the tokens to the caller."""
+    PutImages: _aio.UnaryUnaryMultiCallable[_rollout_pb2.PutImagesRequest, _rollout_pb2.PutImagesResponse]  # type: ignore[assignment]
+    """Takes pieces of images that Generate's prompts will name. The same piece twice is one piece, and one without content
+    asks whether the image is whole. The images asked for least recently make room for others.
+    """
     ExtendTrajectories: _aio.UnaryStreamMultiCallable[_rollout_pb2.ExtendTrajectoriesRequest, _rollout_pb2.ExtendTrajectoriesResponse]  # type: ignore[assignment]
     """Continues leased trajectories: tokens come from and go to the buffer directly; the caller gets
     progress and the text of responses that ended.
@@ -93,6 +101,16 @@ class RolloutServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_rollout_pb2.GenerateResponse], _abc.AsyncIterator[_rollout_pb2.GenerateResponse]]:
         """Generates from prompts in the request and streams the tokens to the caller."""
+
+    @_abc_1.abstractmethod
+    def PutImages(
+        self,
+        request: _rollout_pb2.PutImagesRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_rollout_pb2.PutImagesResponse, _abc.Awaitable[_rollout_pb2.PutImagesResponse]]:
+        """Takes pieces of images that Generate's prompts will name. The same piece twice is one piece, and one without content
+        asks whether the image is whole. The images asked for least recently make room for others.
+        """
 
     @_abc_1.abstractmethod
     def ExtendTrajectories(
