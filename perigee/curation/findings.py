@@ -29,6 +29,8 @@ class Question:
     """Empty while it is unknown."""
     difficulty: float | None = None
     """Of the input, or 1 - pass rate once that is measured."""
+    images: tuple[str, ...] = ()
+    """Digests of its pictures, in order."""
 
 
 class Decision(Enum):

@@ -163,7 +163,7 @@ class PromptEncoder:
                 raise InvalidArgumentError.for_field(
                     field, "begins with a special token, as a rendered chat does: chat: never takes it as it is"
                 )
-            asked = (_ask_with_images(asked, () if self._image_text in asked else images),)
+            asked = (_ask_with_images(asked, () if self.image_text in asked else images),)
         messages = list(asked)
         last = max((index for index, each in enumerate(messages) if each["role"] == "user"), default=None)
         if instruction and last is not None:
@@ -227,11 +227,11 @@ class PromptEncoder:
         if found != images:
             raise InvalidArgumentError.for_field(
                 f"{place}: images".removeprefix(": "),
-                f"are {images}, and the prompt has {found} of {self._image_text}, which stands for an image",
+                f"are {images}, and the prompt has {found} of {self.image_text}, which stands for an image",
             )
 
     @cached_property
-    def _image_text(self) -> str:
+    def image_text(self) -> str:
         """Text of the placeholder of an image."""
         token = None if self.vision is None else self.tokenizer.id_to_token(self.vision.image_token_id)
         return token or "\0"

@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from perigee.chat import ChatMessage, ImagePart, ReadImage, TextPart, read_images
 from perigee.curation.domains import EMPTY_TAGS
 from perigee.curation.findings import Question
 from perigee.curation.question_kinds import KINDS
 from perigee.errors import InvalidArgumentError
+from perigee.images import ImageInfo
 from perigee.reward.items import VERIFIERS, read_object, read_prompt_line, read_rows
 from perigee.reward.sources import Columns, checked_rows, read_fields
+
+# Of a curation's folder: the images of its prompts, by digest.
+IMAGES_FOLDER = "images"
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class Candidate:
 
     question: Question
     line: Mapping[str, Any]
+    images: tuple[ImageInfo, ...] = ()
 
     @property
     def id(self) -> str:
@@ -59,8 +65,9 @@ def make_columns(renames: Sequence[str], defaults: Sequence[str], answer_after: 
     )
 
 
-def read_candidates(path: Path, columns: Columns) -> CandidateSet:
-    """Returns the prompts of a file or folder; one without an id is named after its place.
+def read_candidates(path: Path, columns: Columns, read_image: ReadImage | None = None) -> CandidateSet:
+    """Returns the prompts of a file or folder; one without an id is named after its place. Images are refused where
+    nothing reads them.
 
     Raises InvalidArgumentError with a violation per line that is no prompt.
     """
@@ -70,12 +77,12 @@ def read_candidates(path: Path, columns: Columns) -> CandidateSet:
     def read(row: str | Mapping[str, Any], place: str) -> Candidate:
         default_id = f"{path.stem}-{next(numbers):06d}"
         values = read_object(row, place) if isinstance(row, str) else row
-        return make_candidate(read_fields(values, columns, place, default_id, left_out), place)
+        return make_candidate(read_fields(values, columns, place, default_id, left_out), place, read_image)
 
     return CandidateSet(read_rows(checked_rows(path, columns, "IN"), read, "IN"), sorted(left_out))
 
 
-def make_candidate(values: dict[str, Any], place: str) -> Candidate:
+def make_candidate(values: dict[str, Any], place: str, read_image: ReadImage | None = None) -> Candidate:
     """Returns the candidate of a line's fields.
 
     A line of a kind that the recipe does not know is one only when the kind is one to drop.
@@ -84,9 +91,14 @@ def make_candidate(values: dict[str, Any], place: str) -> Candidate:
     kind = values.get("verifier")
     text = values.get("prompt")
     if kind in VERIFIERS or kind not in KINDS:
-        text = read_prompt_line(values, place).item.prompt
+        line = read_prompt_line(values, place, read_image)
+        text, images = line.item.prompt, line.images
+        values = keep_images(values, line.messages, images)
     elif not isinstance(values.get("prompt"), str):
         raise InvalidArgumentError.for_field(f"{place}: prompt", "is required")
+    else:
+        images = read_images(values.get("images"), read_image, f"{place}: images")
+        values = keep_images(values, (), images)
     domain, answers = str(values.get("domain", "")), values.get("answers", [])
     answer = answers[0] if len(answers) == 1 else values.get("answer", "")
     question = Question(
@@ -96,8 +108,31 @@ def make_candidate(values: dict[str, Any], place: str) -> Candidate:
         reference=answer if isinstance(answer, str) else json.dumps(answer),
         domain="" if domain in EMPTY_TAGS else domain,
         difficulty=values.get("difficulty"),
+        images=tuple(image.digest for image in images),
     )
-    return Candidate(question, values)
+    return Candidate(question, values, images)
+
+
+def keep_images(
+    values: Mapping[str, Any], messages: Sequence[ChatMessage], images: Sequence[ImageInfo]
+) -> dict[str, Any]:
+    """Returns a line that names its images as files of IMAGES_FOLDER, beside the prompt file."""
+    if not images:
+        return dict(values)
+    line = {key: value for key, value in values.items() if key not in ("messages", "images")}
+    if not messages:
+        return line | {"images": [f"{IMAGES_FOLDER}/{image.digest}" for image in images]}
+    return line | {"messages": [{**message, "content": _keep_content(message["content"])} for message in messages]}
+
+
+def _keep_content(content: str | list[TextPart | ImagePart]) -> str | list[dict[str, Any]]:
+    return content if isinstance(content, str) else [_keep_part(part) for part in content]
+
+
+def _keep_part(part: TextPart | ImagePart) -> dict[str, Any]:
+    if part["type"] == "text":
+        return dict(part)
+    return {"type": "image", "image": f"{IMAGES_FOLDER}/{part['image'].digest}"}
 
 
 def split_pair(option: str, pair: str) -> tuple[str, str]:

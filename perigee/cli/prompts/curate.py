@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from perigee.cli.ending import Interrupt, run_interruptible
-from perigee.cli.prompts.candidates import Candidate, CandidateSet, read_candidates
+from perigee.cli.prompts.candidates import IMAGES_FOLDER, Candidate, CandidateSet, read_candidates
 from perigee.cli.prompts.duplicates import find_duplicates
 from perigee.cli.prompts.sampling import (
     CurationSettings,
@@ -36,13 +36,16 @@ from perigee.cli.prompts.sampling import (
 from perigee.cli.view import ProgressView
 from perigee.curation.domains import find_domains
 from perigee.curation.findings import Buckets, Cell, Decision, Question, balance, count_cells, shares
+from perigee.curation.pictures import Look, look_at
 from perigee.curation.question_kinds import find_question_kinds
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.files import write_atomically, write_lines
+from perigee.image_sources import ImageReader, ImageStore
+from perigee.images import decode_image
 from perigee.json_codec import write_message
 from perigee.reward.client import RewardClient
 from perigee.reward.items import PromptLine, read_prompt_line
-from perigee.reward.sources import Columns
+from perigee.reward.sources import Columns, image_base
 from perigee.rollout.client import RolloutClient
 from perigee.rpc import ChannelOptions
 from perigee.trainer.v1.trainer_pb2 import ChatSettings
@@ -56,20 +59,27 @@ class CurationFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.images = ImageStore(path / IMAGES_FOLDER)
         self._head_path = path / "curation.json"
         self._head: dict[str, Any] = {}
+
+    def check(self, *, restart: bool) -> None:
+        """Raises InvalidArgumentError when the folder holds something else than a curation."""
+        if restart or self._head_path.exists() or not self.path.is_dir():
+            return
+        # Images alone are those of a curation that was cut short as it read its prompts.
+        if any(each.name != IMAGES_FOLDER for each in self.path.iterdir()):
+            raise InvalidArgumentError.for_field(str(self.path), "holds other files; name an empty folder")
 
     def open(self, head: Mapping[str, Any], *, restart: bool) -> bool:
         """Begins a curation, or resumes the one that is there; returns True when it resumes.
 
-        Raises InvalidArgumentError when the folder holds something else, or a curation with another head.
+        Raises InvalidArgumentError when the folder holds a curation with another head.
         """
         if restart and self._head_path.exists():
             shutil.rmtree(self.path / "stages", ignore_errors=True)
             self._head_path.unlink()
         if not self._head_path.exists():
-            if self.path.is_dir() and any(self.path.iterdir()) and not restart:
-                raise InvalidArgumentError.for_field(str(self.path), "holds other files; name an empty folder")
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_head(dict(head))
             return False
@@ -309,8 +319,10 @@ def run_curate(command: CurateCommand) -> int:
             "--model", "is required with --rollout: its tokenizer makes the prompts' tokens"
         )
     console = Console()
-    candidates = read_candidates(command.source, command.columns)
     folder = CurationFolder(command.out)
+    folder.check(restart=command.restart)
+    read_image = ImageReader(image_base(str(command.source)), store=folder.images)
+    candidates = read_candidates(command.source, command.columns, read_image)
     head = {"input": candidates.digest, "settings": json.loads(command.settings.model_dump_json())}
     if command.access.chat != ChatSettings():
         head["chat"] = write_message(command.access.chat)
@@ -343,13 +355,16 @@ class _Curation:
         self._folder = folder
         self._console = console
         self._stages: list[StageResult] = []
+        self._images = {image.digest: image for candidate in candidates.candidates for image in candidate.images}
 
     async def run(self) -> None:
         """Runs all stages and writes the results."""
         settings = self._command.settings
         questions = [candidate.question for candidate in self._candidates.candidates]
         threshold = settings.near_duplicates
-        questions = await self._find("duplicates", questions, lambda all_of: find_duplicates(all_of, threshold))
+        questions = await self._find(
+            "duplicates", questions, lambda all_of: find_duplicates(all_of, threshold, self._look)
+        )
         if settings.drop_question_kinds:
             questions = await self._find("question-kinds", questions, find_question_kinds)
         else:
@@ -362,6 +377,10 @@ class _Curation:
             "balance", questions, lambda all_of: balance(list(all_of), buckets, settings.cap, settings.seed)
         )
         self._write(before, questions, buckets)
+
+    def _look(self, digest: str) -> Look:
+        """Returns what one of the images looks like."""
+        return look_at(decode_image(self._folder.images.read(self._images[digest]), digest))
 
     async def _find(self, name: str, questions: Sequence[Question], find: Find) -> list[Question]:
         """Runs a stage that looks at all prompts at once."""
@@ -376,7 +395,8 @@ class _Curation:
             return questions
         wanted = {question.id for question in questions}
         kept = [each for each in self._candidates.candidates if each.id in wanted]
-        lines = {each.id: read_prompt_line(each.line, each.id) for each in kept}
+        read_image = ImageReader(os.fspath(self._folder.path), store=self._folder.images)
+        lines = {each.id: read_prompt_line(each.line, each.id, read_image) for each in kept}
         async with AsyncExitStack() as stack:
             workers = [
                 await stack.enter_async_context(RolloutClient(address, access.channel)) for address in access.rollout
@@ -392,7 +412,8 @@ class _Curation:
             encoder = open_encoder(folder, access.chat)
             temperature, seed = sampling.temperature, self._command.settings.seed
             model = SampledModel(
-                workers, reward, encoder, context_tokens, version, temperature, seed, access.unavailable_s
+                *(workers, reward, encoder, context_tokens, version, temperature, seed, access.unavailable_s),
+                self._folder.images,
             )
             questions = await self._ask_stage(difficulty_stage(sampling), model, lines, questions)
             if sampling.guesses:
@@ -447,6 +468,9 @@ class _Curation:
                     if (finding := stage.findings.get(question.id)) is not None and finding.decision is decision
                 ),
             )
+        wanted = {digest for question in kept for digest in question.images}
+        for digest in self._images.keys() - wanted:
+            self._folder.images.path(digest).unlink(missing_ok=True)
         report = build_report(self._stages, before, kept, buckets, self._candidates.left_out)
         report["settings"] = json.loads(self._command.settings.model_dump_json())
         write_atomically(out / "report.json", json.dumps(report, indent=2, ensure_ascii=False).encode() + b"\n")

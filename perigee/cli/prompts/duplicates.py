@@ -1,4 +1,6 @@
-"""Duplicates among prompts: the same after normalization, or nearly the same by the words they share.
+"""Duplicates among prompts: the same after normalization, or nearly the same by the words they share, and with the same
+pictures, or pictures that look the same. Another question about a picture, and the question about another picture, are
+no duplicates.
 
 Near duplicates are found by MinHash signatures of word n-grams (Broder 1997) in bands, and each candidate is settled by
 its true Jaccard similarity: banding can miss a pair and cannot make one up.
@@ -10,13 +12,14 @@ import hashlib
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from perigee.curation.findings import Decision, Finding, Question
+from perigee.curation.pictures import Look, find_same
 
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|[^\W\d_]+|[^\w\s]|_")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -54,6 +57,8 @@ MIN_RECALL = 0.999
 _SEED = 20250122
 
 Hashes = npt.NDArray[np.uint64]
+# Digests of a prompt's pictures, those that look the same as an earlier one by the earlier one's.
+Pictures = tuple[str, ...]
 
 
 @dataclass
@@ -65,26 +70,37 @@ class _Kept:
     numbers: list[str]
 
 
-def find_duplicates(questions: Iterable[Question], threshold: float) -> Iterator[Finding]:
+def find_duplicates(
+    questions: Sequence[Question], threshold: float, look: Callable[[str], Look] | None = None
+) -> Iterator[Finding]:
     """Yields a finding per prompt, in order; of duplicates the first stays. A threshold of 0 finds exact ones alone.
 
     Near duplicates have a Jaccard similarity of at least `threshold` and the same numbers: the same story about other
-    numbers has another answer.
+    numbers has another answer. `look` looks at a picture by its digest.
     """
-    exact: dict[str, str] = {}
+    exact: dict[tuple[str, Pictures], Question] = {}
     index = BandIndex(threshold) if threshold > 0 else None
+    same = group_pictures(questions, look) if threshold > 0 and look is not None else {}
     for question in questions:
-        text = normalize(question.text)
-        first = exact.setdefault(text, question.id)
-        if first != question.id:
-            yield Finding(question.id, Decision.DROP, "exact duplicate", {"duplicate_of": first})
+        text, pictures = normalize(question.text), tuple(same.get(digest, digest) for digest in question.images)
+        first = exact.setdefault((text, pictures), question)
+        if first is not question:
+            kind = "exact duplicate" if first.images == question.images else "near duplicate"
+            yield Finding(question.id, Decision.DROP, kind, {"duplicate_of": first.id})
             continue
-        near = index.add(question.id, text) if index is not None else None
+        near = index.add(question.id, text, pictures) if index is not None else None
         if near is None:
             yield Finding(question.id)
         else:
             details = {"duplicate_of": near[0], "jaccard": round(near[1], 4)}
             yield Finding(question.id, Decision.DROP, "near duplicate", details)
+
+
+def group_pictures(questions: Iterable[Question], look: Callable[[str], Look]) -> dict[str, str]:
+    """Returns for each picture the first one that looks the same, by their digests."""
+    digests = list(dict.fromkeys(digest for question in questions for digest in question.images))
+    places = find_same([look(digest) for digest in digests])
+    return {digest: digests[place] for digest, place in zip(digests, places, strict=True)}
 
 
 class BandIndex:
@@ -95,12 +111,17 @@ class BandIndex:
         self._rows = choose_rows(threshold)
         self._bands = PERMUTATIONS // self._rows
         self._kept: list[_Kept] = []
-        self._buckets: list[defaultdict[bytes, list[int]]] = [defaultdict(list) for _ in range(self._bands)]
+        self._buckets: list[defaultdict[tuple[bytes, Pictures], list[int]]] = [
+            defaultdict(list) for _ in range(self._bands)
+        ]
 
-    def add(self, question_id: str, text: str) -> tuple[str, float] | None:
-        """Returns the most similar prompt kept, if it is a near duplicate, and how similar; else keeps this prompt."""
+    def add(self, question_id: str, text: str, pictures: Pictures = ()) -> tuple[str, float] | None:
+        """Returns the most similar prompt kept with these pictures, if it is a near duplicate, and how similar; else
+        keeps this prompt.
+        """
         found = _Kept(question_id, hash_grams(text), numbers(text))
-        keys = [band.tobytes() for band in signature(found.grams)[: self._bands * self._rows].reshape(self._bands, -1)]
+        bands = signature(found.grams)[: self._bands * self._rows].reshape(self._bands, -1)
+        keys = [(band.tobytes(), pictures) for band in bands]
         candidates = {
             place for bucket, key in zip(self._buckets, keys, strict=True) for place in bucket.get(key, ())
         }  # fmt: skip

@@ -20,7 +20,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
-from perigee.chat import Asked, change_text
+from perigee.chat import Asked, ChatMessage, change_text, text_of
 from perigee.config import Model
 from perigee.curation.findings import (
     Decision,
@@ -33,6 +33,8 @@ from perigee.curation.findings import (
 )
 from perigee.errors import TRANSIENT, FailedPreconditionError, InvalidArgumentError, UnavailableError
 from perigee.files import Journal
+from perigee.image_sources import ImageStore
+from perigee.images import ImageInfo
 from perigee.reward.items import PromptLine
 from perigee.reward.scoring import ScoreClient, ScoreJob, ScoringOptions, scoring
 from perigee.reward.v1 import reward_pb2
@@ -176,6 +178,8 @@ class SampledModel:
     seed: int
     """With stage, prompt and the answer's number it decides an answer's seed."""
     unavailable_s: float
+    images: ImageStore
+    """Where the images of prompts are."""
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,8 @@ class ModelStage:
     decide: Callable[[str, SampleCounts], Finding]
     template: str = "{prompt}"
     """What the user says, with {prompt} and perhaps {answer_marker}; a marker at its end begins the answer."""
+    shows_images: bool = True
+    """Whether the model sees the images of prompts."""
 
     def ask(self, line: PromptLine) -> Asked:
         """Returns what the model is asked, the marker that begins the answer left out."""
@@ -200,19 +206,26 @@ class ModelStage:
             return text
         last = max(index for index, message in enumerate(line.messages) if message["role"] == "user")
         asked = change_text(line.messages[last], lambda _: text.strip())
-        return (*line.messages[:last], asked, *line.messages[last + 1 :])
+        messages = (*line.messages[:last], asked, *line.messages[last + 1 :])
+        return messages if self.shows_images else tuple(leave_images_out(each) for each in messages)
 
     def given(self, item: reward_pb2.ScoreItem) -> str:
         """Returns what of the answer the text holds already: a marker at its end leaves the answer to the model."""
         return item.answer_marker if self.template.endswith("{answer_marker}") else ""
 
 
+def leave_images_out(message: ChatMessage) -> ChatMessage:
+    """Returns a message with its text alone."""
+    return ChatMessage(role=message["role"], content=text_of(message).strip())
+
+
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """A prompt's line, and the tokens of the text that the model continues."""
+    """A prompt's line, the tokens of the text that the model continues, and the images that it sees."""
 
     line: PromptLine
     token_ids: Sequence[int]
+    images: Sequence[ImageInfo] = ()
 
 
 def difficulty_stage(settings: SamplingSettings) -> ModelStage:
@@ -223,10 +236,10 @@ def difficulty_stage(settings: SamplingSettings) -> ModelStage:
 
 
 def guessing_stage(settings: SamplingSettings) -> ModelStage:
-    """Returns the stage in which a right guess without reasoning drops the prompt."""
+    """Returns the stage in which a right guess without reasoning, and without the prompt's images, drops the prompt."""
     decide = partial(decide_guessing, min_judged=least_judged(settings.guesses, settings.min_judged))
     template = settings.guess_template.rstrip("\n")
-    return ModelStage("guessing", settings.guesses, settings.guess_tokens, decide, template)
+    return ModelStage("guessing", settings.guesses, settings.guess_tokens, decide, template, shows_images=False)
 
 
 def sample_model(stage: ModelStage, model: SampledModel, lines: Mapping[str, PromptLine]) -> Produce:
@@ -247,12 +260,17 @@ def encode_lines(
     """Returns the prompts as tokens, and findings of those that the model's context has no room for."""
     prompts: list[EncodedPrompt] = []
     too_long: list[Finding] = []
-    encodings = [model.encoder.encode([stage.ask(line)], [line.place], stage.given(line.item))[0] for line in lines]
-    for line, token_ids in zip(lines, encodings, strict=True):
-        if 0 < len(token_ids) <= model.context_tokens - stage.max_tokens:
-            prompts.append(EncodedPrompt(line, token_ids))
+    for line in lines:
+        images = line.images if stage.shows_images else ()
+        asked = stage.ask(line)
+        if isinstance(asked, str) and not stage.shows_images:
+            asked = asked.replace(model.encoder.image_text, "").strip() if line.images else asked
+        [token_ids] = model.encoder.encode([asked], [line.place], stage.given(line.item), [images])
+        tokens = len(model.encoder.expand(token_ids, images, line.place))
+        if 0 < tokens <= model.context_tokens - stage.max_tokens:
+            prompts.append(EncodedPrompt(line, token_ids, images))
         else:
-            too_long.append(Finding(line.id, Decision.UNDECIDED, TOO_LONG, {"prompt_tokens": len(token_ids)}))
+            too_long.append(Finding(line.id, Decision.UNDECIDED, TOO_LONG, {"prompt_tokens": tokens}))
     return prompts, too_long
 
 
@@ -353,8 +371,13 @@ async def _generate(
             call = rollout_pb2.GenerateRequest(sampling=sampling, text_only=True, policy_version=model.policy_version)
             for item_id, prompt in sampled.items():
                 if item_id not in texts:
-                    token_ids = pack_token_ids(prompt.token_ids)
-                    call.items.add(id=item_id, prompt_token_ids=token_ids, max_tokens=stage.max_tokens)
+                    digests = [image.digest for image in prompt.images]
+                    call.items.add(
+                        id=item_id,
+                        prompt_token_ids=pack_token_ids(prompt.token_ids),
+                        max_tokens=stage.max_tokens,
+                        image_digests=digests,
+                    )
             async for response in worker.generate(call, timeout_s=CALL_TIMEOUT_S):
                 if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
                     texts[response.id] = response.text
