@@ -378,6 +378,9 @@ async def _generate(
                         max_tokens=stage.max_tokens,
                         image_digests=digests,
                     )
+            shown = {image.digest: image for prompt in sampled.values() for image in prompt.images}
+            if shown:
+                await worker.put_images({digest: model.images.read(each).data for digest, each in shown.items()})
             async for response in worker.generate(call, timeout_s=CALL_TIMEOUT_S):
                 if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
                     texts[response.id] = response.text
