@@ -10,18 +10,23 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from perigee.errors import DataLossError, InvalidArgumentError, UnavailableError
 from perigee.files import write_atomically
 from perigee.images import Image, ImageInfo, ImageLimits, decode_image, read_image
 from perigee.json_codec import name_type
 
+# In the folder of a run: the images of its prompts, by digest.
+IMAGES_FOLDER = "images"
 # Keys that say where an image is, in parts of messages and in columns; the first that has a value counts.
 SOURCE_KEYS = ("image", "image_url", "bytes", "data", "base64", "url", "path")
 _BASE64_KEYS = ("bytes", "data", "base64")
@@ -63,6 +68,10 @@ class ImageStore:
         if hashlib.sha256(data).hexdigest() != info.digest:
             raise DataLossError(f"{path} is not what it was: remove it and start the run again.")
         return Image(info.digest, info.media_type, info.width, info.height, info.size_bytes, data)
+
+    def read_all(self, infos: Iterable[ImageInfo]) -> dict[str, bytes]:
+        """Returns the files of images by digest; raises what `read` raises."""
+        return {info.digest: self.read(info).data for info in infos}
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ class ImageReader:
     def _read_path(self, path: Path, field: str) -> bytes:
         try:
             if not path.is_file():
-                missing = "is no file" if path.exists() else f"does not exist: {path}"
+                missing = "is no file" if path.exists() else f"does not exist below {self.base or '.'}"
                 raise InvalidArgumentError.for_field(field, missing)
             with path.open("rb") as file:
                 return file.read(self.limits.max_bytes + 1)
@@ -154,6 +163,58 @@ def find_source(value: object) -> tuple[str, object]:
     while isinstance(value, Mapping):
         key, value = next(((key, value[key]) for key in SOURCE_KEYS if value.get(key) is not None), ("", None))
     return key, value
+
+
+def embed_images(
+    path: Path, read: ImageReader, field: str, target: Path, columns: Mapping[str, str] = MappingProxyType({})
+) -> Path:
+    """Returns a file of JSON Lines that needs no other file: `path`, or `target` with its images as data URLs.
+
+    `columns` has names by field where a line has others. Images at URLs are left where `read` does not allow them, and
+    so is a file that is no JSON Lines. Raises InvalidArgumentError naming line and field of an image that is none.
+    """
+    names = (columns.get("messages", "messages"), columns.get("images", "images"))
+    if not any(name in line for _, line in _read_text(path) for name in (b'"image', f'"{names[1]}"'.encode())):
+        return path
+
+    def embed(line: bytes, place: str) -> bytes:
+        values = json.loads(line)
+        for message in values.get(names[0]) or []:
+            for index, part in enumerate(parts if isinstance(parts := message.get("content"), list) else []):
+                if part.get("type") in ("image", "image_url"):
+                    parts[index] = _embed_part(part, read, f"{place}: {names[0]}")
+        if (images := values.get(names[1])) is not None:
+            listed = images if isinstance(images, list) else [images]
+            values[names[1]] = [_embed(image, read, f"{place}: {names[1]}") for image in listed]
+        return json.dumps(values, ensure_ascii=False).encode() + b"\n"
+
+    write_atomically(target, (embed(line, f"{field}: {path}:{number}") for number, line in _read_text(path)))
+    return target
+
+
+def _read_text(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yields the numbered lines of JSON Lines that are not empty; none of a file of another kind."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if number == 1 and not line.lstrip().startswith(b"{"):
+                return
+            if line.strip():
+                yield number, line
+
+
+def _embed_part(part: Mapping[str, Any], read: ImageReader, field: str) -> Mapping[str, Any]:
+    """Returns a part with its image as a data URL; as it is where it names none, or one that is left."""
+    image = _embed(part, read, field)
+    return part if image is part else {"type": "image", "image": image}
+
+
+def _embed(value: object, read: ImageReader, field: str) -> object:
+    key, source = find_source(value)
+    is_left = isinstance(source, str) and "://" in source and not read.allow_urls
+    if key in _BASE64_KEYS or not isinstance(source, str) or source.startswith("data:") or is_left:
+        return value
+    image = read.load(value, field)
+    return f"data:{image.media_type};base64,{base64.b64encode(image.data).decode()}"
 
 
 def fetch_web(url: str, field: str, max_bytes: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Images of prompts: what counts as one, the name by which it travels, its pixels, and its bytes in pieces.
+"""Images of prompts: what counts as one, the name by which it travels, and its pixels.
 
 An image is named by the SHA-256 of its file, which is kept byte for byte. The one way from bytes to pixels is
 `decode_image`, so that a rollout worker and the trainer see the same. Pillow is imported with the first image.
@@ -10,19 +10,16 @@ import hashlib
 import io
 import struct
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
-from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import InvalidArgumentError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
     from PIL.ImageFile import ImageFile
 
-# A message of pieces stays below the 4 MiB that a channel takes.
-MAX_MESSAGE_BYTES = 3 << 20
 MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 # Beginnings of files that are taken for images, for the messages of errors.
 _BEGINNINGS = {
@@ -162,25 +159,6 @@ def decode_image(image: Image, field: str = "image") -> Picture:
         picture = picture.transpose(turn)
     # Its EXIF is that of the file: who reads it would turn the picture once more.
     return frombytes("RGB", picture.size, picture.tobytes())
-
-
-def pack_images(images: Iterable[Image]) -> Iterator[list[pb.ImagePiece]]:
-    """Yields images in pieces, as many together as a message takes."""
-    pieces: list[pb.ImagePiece] = []
-    room = MAX_MESSAGE_BYTES
-    for image in images:
-        for offset in range(0, image.size_bytes, MAX_MESSAGE_BYTES):
-            content = image.data[offset : offset + MAX_MESSAGE_BYTES]
-            if len(content) > room:
-                yield pieces
-                pieces, room = [], MAX_MESSAGE_BYTES
-            pieces.append(
-                pb.ImagePiece(digest=image.digest, image_bytes=image.size_bytes, offset=offset, content=content)
-            )
-            # Digest and numbers take about a hundred bytes, of which many small images have many.
-            room -= len(content) + 128
-    if pieces:
-        yield pieces
 
 
 def find_format(data: bytes) -> str:

@@ -16,6 +16,7 @@ from perigee.cli.recipe import Recipe, config_class
 from perigee.cli.stack import HOST
 from perigee.config import validate
 from perigee.errors import InvalidArgumentError
+from perigee.reward.items import find_parts, looks_at_images
 from perigee.reward.v1 import reward_pb2
 from services.kit.addresses import is_loopback
 from services.kit.hf import count_experts
@@ -48,21 +49,28 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
     }
     model, parameters = check_model(configs["trainer"].model, "trainer.model")
     if configs["rollout"].router_replay:
-        require_experts(model.path, count_experts(model.config))
-    inputs = read_inputs("", configs["run"], Path(), str(model.path), "", examples=None)
+        require_experts(model.path, count_experts(model.text_config))
+    inputs = read_inputs("", configs["run"], Path(), str(model.path), "", examples=None, keep_images=False)
     problems = [*inputs.prompts.values(), *inputs.heldout.values()]
-    longest = max(problems, key=lambda prompt: len(prompt.token_ids))
+    longest = max(problems, key=lambda prompt: prompt.tokens)
     check_lengths(model, longest, configs)
+    check_images(problems, configs["rollout"].images, configs["reward"])
     check_verifiers([prompt.line.item for prompt in problems], configs["reward"], configs["sandbox"])
     count = workers or recipe.head.local.workers
     return [
         f"model: {parameters / 1e6:,.1f}M parameters, {model.config['architectures'][0]}, context of "
         f"{model.context_tokens} tokens",
         f"prompts: {len(inputs.prompts)} to train on, {len(inputs.heldout)} held out, the longest of "
-        f"{len(longest.token_ids)} tokens",
+        f"{longest.tokens} tokens{count_images(problems)}",
         *describe_memory(estimate_memory(model, parameters, configs), count, configs["run"]),
         *(f"warning: {text}" for text in find_hybrid_faults(configs, [f"rollout-{index}" for index in range(count)])),
     ]
+
+
+def count_images(problems: Sequence[Any]) -> str:
+    """Returns how many different images prompts have, for people; nothing where there are none."""
+    sizes = {image.digest: image.size_bytes for prompt in problems for image in prompt.line.images}
+    return f"; {len(sizes)} images of {sum(sizes.values()) / (1 << 20):,.1f} MiB" if sizes else ""
 
 
 def check_model(path: str, field: str) -> tuple[Any, int]:
@@ -71,17 +79,18 @@ def check_model(path: str, field: str) -> tuple[Any, int]:
     Raises InvalidArgumentError naming `field` and the file that is missing, broken, or not supported.
     """
     from services.kit.hf import fetch_model, open_model_folder
-    from services.trainer.architecture import read_architecture
+    from services.trainer.architecture import read_architecture, text_prefix
 
     model = open_model_folder(fetch_model(path, field), field)
     read_architecture(model)
     model.open_tokenizer()
     if not Path(path).is_dir():  # the trainer alone fetches the weights of a URL
-        return model, count_by_config(model.config)
+        return model, count_by_config(model.text_config)
     shapes = dict(read_shapes(model))
-    embedding = shapes.get("model.embed_tokens.weight")
+    name = f"{text_prefix(model)}embed_tokens.weight"
+    embedding = shapes.get(name)
     if embedding is None or embedding[0] != model.vocabulary_size:
-        found = "no model.embed_tokens.weight" if embedding is None else f"an embedding of {embedding[0]} rows"
+        found = f"no {name}" if embedding is None else f"an embedding of {embedding[0]} rows"
         raise model.error("config.json", f"has a vocabulary of {model.vocabulary_size}, and the weights have {found}")
     return model, sum(math.prod(shape) for shape in shapes.values())
 
@@ -130,7 +139,7 @@ def check_lengths(model: Any, longest: Any, configs: Mapping[str, Any]) -> None:
         "trainer.max_sequence_length": configs["trainer"].max_sequence_length,
     }
     response = configs["run"].rollout.max_response_tokens
-    needed = len(longest.token_ids) + response
+    needed = longest.tokens + response
     for key, limit in limits.items():
         if limit is not None and limit > model.context_tokens:
             raise InvalidArgumentError.for_field(key, f"{limit} is more than the model's {model.context_tokens}")
@@ -140,6 +149,26 @@ def check_lengths(model: Any, longest: Any, configs: Mapping[str, Any]) -> None:
                 f"{limit} is less than the {needed} tokens of prompt {longest.id} and a response of {response}: raise "
                 "it, or lower run.rollout.max_response_tokens",
             )
+
+
+def check_images(problems: Sequence[Any], rollout: Any, reward: Any) -> None:
+    """Raises InvalidArgumentError for a limit of workers or of the reward service that prompts of the run pass."""
+    for prompt in problems:
+        images = prompt.line.images
+        found = {
+            "max_per_prompt": len(images),
+            "max_bytes": max((image.size_bytes for image in images), default=0),
+            "max_pixels": max((image.width * image.height for image in images), default=0),
+        }
+        limits = {f"rollout.images.{key}": (getattr(rollout, key), value) for key, value in found.items()}
+        if looks_at_images(prompt.line.item):
+            names = zip(("max_images", "max_image_bytes", "max_image_pixels"), found.values(), strict=True)
+            limits |= {f"reward.{key}": (getattr(reward, key), value) for key, value in names}
+        for key, (limit, value) in limits.items():
+            if value > limit:
+                raise InvalidArgumentError.for_field(
+                    key, f"{limit} is less than the {value} of prompt {prompt.id}: raise it, or shrink its images"
+                )
 
 
 def check_verifiers(items: Sequence[Message], reward: Any, sandbox: Any) -> None:
@@ -156,15 +185,6 @@ def check_verifiers(items: Sequence[Message], reward: Any, sandbox: Any) -> None
         for language in languages:
             if catalog.find(language) is None:
                 raise InvalidArgumentError.for_field("run.prompts: language", catalog.explain(language))
-
-
-def find_parts(message: Message) -> Iterator[Any]:
-    """Yields a message and the messages in it, at every depth."""
-    yield message
-    for field, value in message.ListFields():
-        if field.message_type is not None and not field.message_type.GetOptions().map_entry:
-            for part in value if field.is_repeated else [value]:
-                yield from find_parts(part)
 
 
 def count_activations(config: Mapping[str, Any], recompute: bool) -> int:
@@ -187,12 +207,12 @@ def count_activations(config: Mapping[str, Any], recompute: bool) -> int:
 def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     """Returns estimated bytes by process and part; those of the trainer are of each of its ranks."""
     run, rollout, trainer = (configs[name] for name in ("run", "rollout", "trainer"))
-    experts = count_expert_parameters(model.config)
+    experts = count_expert_parameters(model.text_config)
     share = (parameters - experts) // trainer.tensor_parallel + experts // trainer.expert_parallel
     share //= trainer.pipeline_parallel
     size = BYTES[trainer.dtype]
     tokens = max([run.update.max_tokens_per_microbatch, *(stage.max_tokens_per_microbatch for stage in run.sft)])
-    activations = tokens * count_activations(model.config, trainer.recompute) * size // trainer.tensor_parallel
+    activations = tokens * count_activations(model.text_config, trainer.recompute) * size // trainer.tensor_parallel
     engine_size = BYTES.get(model.dtype if rollout.dtype == "auto" else rollout.dtype, 4)
     return {
         "trainer": {

@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -30,6 +31,7 @@ from perigee.cli.run_folder import RunFolder, point_latest
 from perigee.cli.stack import LocalStack, plan_stack, start_guarded
 from perigee.cli.trackers import Trackers
 from perigee.cli.view import View
+from perigee.config import validate
 from perigee.coordinator.client import CoordinatorClient
 from perigee.coordinator.v1 import coordinator_pb2 as pb
 from perigee.errors import (
@@ -44,9 +46,12 @@ from perigee.errors import (
     UnavailableError,
 )
 from perigee.files import append_lines, write_atomically
+from perigee.image_sources import ImageReader, embed_images
 from perigee.report.records import last_recorded
 from perigee.report.samples import SAMPLES_FILE
+from perigee.reward.sources import image_base
 from perigee.rpc import ChannelOptions
+from services.coordinator.run_config import ImagesConfig
 
 # What runs without a recipe: these need no model.
 MODEL_FREE = ("buffer", "sandbox", "reward")
@@ -136,20 +141,26 @@ async def send_files(
 ) -> dict[str, Any]:
     """Sends the files that a run section names to the coordinator; returns the section with their paths there.
 
-    Names that are no files of this machine stay: they are URLs, or the coordinator's. Raises InvalidArgumentError for a
-    folder, which is not sent.
+    Images that their lines name by paths are sent in them. Names that are no files of this machine stay: they are URLs,
+    or the coordinator's. Raises InvalidArgumentError for a folder, which is not sent.
     """
+    limits = validate(ImagesConfig, section.get("images") or {}, "run", "images").limits
 
-    async def send(value: Any) -> Any:
+    async def send(value: Any, columns: Mapping[str, str]) -> Any:
         """Returns a name, or what holds names, as the coordinator has it."""
         if isinstance(value, list):
-            return [await send(each) for each in value]
+            return [await send(each, columns) for each in value]
         if isinstance(value, Mapping):
-            return {key: await send(part) if key in FILE_KEYS else part for key, part in value.items()}
-        here = is_file_here(value)
-        return await client.put_file(Path(value), request.run_id, request.run_path) if here else value
+            columns = value.get("columns") or {}
+            return {key: await send(part, columns) if key in FILE_KEYS else part for key, part in value.items()}
+        if not is_file_here(value):
+            return value
+        with tempfile.TemporaryDirectory() as folder:
+            read = ImageReader(image_base(value), limits)
+            path = await asyncio.to_thread(embed_images, Path(value), read, "run", Path(folder, "lines"), columns)
+            return await client.put_file(path, request.run_id, request.run_path)
 
-    sent: dict[str, Any] = await send(section)
+    sent: dict[str, Any] = await send(section, {})
     return sent
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,13 +15,18 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from perigee.errors import InvalidArgumentError
 from perigee.files import write_atomically
+from perigee.image_sources import IMAGES_FOLDER, ImageStore
+from perigee.images import ImageLimits, decode_image, read_image
 from perigee.report import plots
 from perigee.report.records import OVERALL, Change, RunRecords, changes, flatten, headline_lines, read_records
 from perigee.report.samples import Sample, pick_each_kind, read_samples
 
 TEMPLATE = Path(__file__).with_name("page.html")
 REPORT_FILE = "report.html"
+# Longest side of an image in the page.
+THUMBNAIL_PIXELS = 224
 SECRET_KEYS = ("token", "password", "secret")
 
 
@@ -158,7 +165,7 @@ def render_page(records: RunRecords) -> str:
     figures: dict[str, Any] = {}
     parts = [_header(records), _cards(records), _accuracy_table(changes(records))]
     parts += [_warnings(records), _events(records)]
-    parts.append(_samples(read_samples(records.path)))
+    parts.append(_samples(read_samples(records.path), ImageStore(records.path / IMAGES_FOLDER)))
     for section in SECTIONS:
         figure = section.draw(records)
         parts.append(f"<h2>{section.title}</h2><p class='quiet'>{section.caption}</p>")
@@ -266,7 +273,7 @@ def _events(records: RunRecords) -> str:
     return f"<h2>Events</h2><table>{head}{''.join(rows)}</table>"
 
 
-def _samples(samples: list[Sample]) -> str:
+def _samples(samples: list[Sample], images: ImageStore) -> str:
     """The newest sample of each kind, whole."""
     parts = [
         "<h2>Samples</h2><p class='quiet'>The newest kept response of each kind; <code>perigee samples</code> shows "
@@ -281,11 +288,27 @@ def _samples(samples: list[Sample]) -> str:
         )
         parts.append(
             f"<details open><summary><b>{sample.kind}</b> <span class='quiet'>{html.escape(facts)}</span></summary>"
+            f"{''.join(_picture(images.path(digest)) for digest in sample.images)}"
             f"<pre>{html.escape(sample.prompt)}</pre><pre>{html.escape(sample.response)}</pre>"
             f"<p class='quiet'>{html.escape(sample.reason)}</p></details>"
         )
     missing = "<p class='missing'>This run kept no samples: run.samples.count was 0, or it is older.</p>"
     return "\n".join(parts if samples else [parts[0], missing])
+
+
+def _picture(path: Path) -> str:
+    """A small copy of an image in the page itself; its name where the run's folder or this machine cannot show it."""
+    if not path.is_file():
+        return f"<p class='quiet'>Image {html.escape(path.name)} is not in this folder.</p>"
+    try:
+        picture = decode_image(read_image(path.read_bytes(), ImageLimits(path.stat().st_size), path.name))
+    except InvalidArgumentError as error:
+        return f"<p class='quiet'>{html.escape(error.message)}</p>"
+    picture.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"<img class='picture' alt='{html.escape(path.name)}' src='data:image/png;base64,{data}'>"
 
 
 def _totals(records: RunRecords) -> str:

@@ -6,11 +6,12 @@ import hashlib
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from perigee.files import read_lines
+from perigee.image_sources import IMAGES_FOLDER
 
 SAMPLES_FILE = "samples.jsonl"
 # Kinds of responses, in the order in which they are chosen and shown.
@@ -38,6 +39,8 @@ class Sample:
     reward: float | None = None
     extracted_answer: str = ""
     reason: str = ""
+    # Digests of the prompt's images; their files are in the run's folder.
+    images: list[str] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -100,7 +103,7 @@ def to_line(sample: Sample) -> dict[str, Any]:
 
 def read_sample(line: dict[str, Any]) -> Sample:
     """Reads a line; keys of other versions are left out."""
-    names = {field.name for field in fields(Sample)}
+    names = {each.name for each in fields(Sample)}
     return Sample(**{name: value for name, value in line.items() if name in names})
 
 
@@ -121,6 +124,7 @@ def text_lines(sample: Sample) -> list[str]:
     return [
         f"--- {sample.kind} · {sample.verdict}, {reward} · {where}iteration {sample.iteration} · {sample.domain} · "
         f"{sample.id} · {sample.tokens:,} tokens, {sample.finish_reason} · policy version {versions}",
+        *(f"  {IMAGES_FOLDER}/{digest}" for digest in sample.images),
         *(f"  {printable(line)}" for line in sample.prompt.splitlines()),
         *(f"> {printable(line)}" for line in (sample.response.splitlines() or ["(an empty response)"])),
         *(f"answer: {printable(line)}" for line in sample.extracted_answer.splitlines()),

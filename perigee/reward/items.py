@@ -29,6 +29,7 @@ RowT = TypeVar("RowT")
 NamedT = TypeVar("NamedT", bound="Named")
 # Wrong fields that an error's message names.
 MAX_SHOWN = 20
+TEXT_ALONE = "value_head reads text alone, and the question has images: take a judge"
 VERIFIERS = tuple(field.name for field in pb.ScoreItem.DESCRIPTOR.oneofs_by_name["verifier"].fields)
 PLAIN_FIELDS = ("id", "prompt", "response", "answer_marker", "images")
 ITEM_KEYS = (*PLAIN_FIELDS, "verifier")
@@ -133,6 +134,7 @@ def read_prompt_line(values: Mapping[str, Any], source: str, read_image: ReadIma
     except InvalidArgumentError as error:
         violations += error.violations
     rest, messages, wrong = _ask_as_text(rest, read_image, images)
+    images = tuple(find_images(messages)) if messages else images
     violations += wrong
     if "response" in values:
         violations.append(FieldViolation("response", unknown_key("response", LINE_KEYS)))
@@ -147,8 +149,11 @@ def read_prompt_line(values: Mapping[str, Any], source: str, read_image: ReadIma
         verifier = values["verifier"]
         place = "" if isinstance(verifier, str) else f"verifier.{item.WhichOneof('verifier')}."
         violations = find_faults(getattr(item, str(item.WhichOneof("verifier"))), place)
+        if (images or any(find_images(messages))) and any(
+            isinstance(p, pb.ValueHeadVerifier) for p in find_parts(item)
+        ):
+            violations.append(FieldViolation("verifier", TEXT_ALONE))
     _raise_any([FieldViolation(f"{source}: {each.field}", each.description) for each in violations])
-    images = tuple(find_images(messages)) if messages else images
     line = PromptLine(item.id, domain, float(difficulty), item, messages, source, images)
     item.ClearField("id")
     return line
@@ -223,6 +228,20 @@ def read_object(text: str, source: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidArgumentError.for_field(source, "must be a JSON object")
     return values
+
+
+def find_parts(message: Message) -> Iterator[Any]:
+    """Yields a message and the messages in it, at every depth."""
+    yield message
+    for field, value in message.ListFields():
+        if field.message_type is not None and not field.message_type.GetOptions().map_entry:
+            for part in value if field.is_repeated else [value]:
+                yield from find_parts(part)
+
+
+def looks_at_images(item: pb.ScoreItem) -> bool:
+    """Returns whether a verifier of an item looks at the question's images."""
+    return any(isinstance(part, pb.JudgeVerifier) for part in find_parts(item))
 
 
 def find_faults(message: Message, place: str = "") -> list[FieldViolation]:

@@ -27,6 +27,8 @@ from perigee.errors import (
     UnimplementedError,
     first_error,
 )
+from perigee.image_sources import ImageStore
+from perigee.images import ImageInfo
 from perigee.reward.v1 import reward_pb2 as pb
 
 # A message stays below the 4 MiB that a channel takes.
@@ -80,11 +82,14 @@ class ScoringOptions:
 
 @dataclass(slots=True, eq=False)
 class ScoreJob:
-    """A response to score. `item` holds all but id and response, and may be shared by many jobs."""
+    """A response to score. `item` holds all but id, response and images, and may be shared by many jobs."""
 
     id: str
     response: str
     item: pb.ScoreItem
+    # Images beside those of the item; they are read for each call, and not held meanwhile.
+    images: Sequence[ImageInfo] = ()
+    store: ImageStore | None = None
     attempts: int = 0
     # Start of its first call since which nothing came back; None when it was not postponed.
     postponed_since: float | None = None
@@ -96,8 +101,22 @@ class ScoreJob:
         if not self._size:
             # The template may hold the response already.
             own = 0 if self.item.response else len(self.id) + len(self.response.encode(errors="replace"))
-            self._size = self.item.ByteSize() + own
+            self._size = self.item.ByteSize() + own + sum(image.size_bytes for image in self.images)
         return self._size
+
+    @property
+    def why_too_large(self) -> str:
+        """Why no message holds it."""
+        images = "".join(f", {image.size_bytes} of them of image {image.digest}" for image in self.images)
+        return f"the item has {self.size} bytes, more than {MAX_BATCH_BYTES}{images}"
+
+    def write(self, item: pb.ScoreItem) -> None:
+        """Fills an item of a request; raises DataLossError for an image that cannot be read."""
+        item.CopyFrom(self.item)
+        item.id, item.response = self.id, self.response
+        for image in self.images:
+            assert self.store is not None
+            item.images.add(data=self.store.read(image).data)
 
 
 def failed(job: ScoreJob, reason: str, *, retryable: bool) -> pb.ScoreResponse:
@@ -201,8 +220,7 @@ class ScoringPipeline:
         self._pending.add(job.id)
         self._idle.clear()
         if job.size > MAX_BATCH_BYTES:
-            reason = f"the item has {job.size} bytes, more than {MAX_BATCH_BYTES}"
-            self._tasks.create_task(self._report([failed(job, reason, retryable=False)]))
+            self._tasks.create_task(self._report([failed(job, job.why_too_large, retryable=False)]))
             return
         self._waiting.append(job)
         self._arrived.set()
@@ -334,9 +352,7 @@ class _Call:
         """Returns the call's message."""
         request = pb.ScoreRequest()
         for job in self._asked:
-            item = request.items.add()
-            item.CopyFrom(job.item)
-            item.id, item.response = job.id, job.response
+            job.write(request.items.add())
         return request
 
     def receive(self, response: pb.ScoreResponse) -> None:

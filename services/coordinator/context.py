@@ -9,7 +9,10 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from perigee.buffer.client import BufferClient
+from perigee.image_sources import ImageStore
 from perigee.reward.client import RewardClient
+from perigee.reward.items import looks_at_images
+from perigee.reward.scoring import ScoreJob
 from perigee.trainer.client import TrainerClient
 from perigee.weights.client import WeightReceiverClient
 from services.coordinator.config import CoordinatorConfig
@@ -43,6 +46,14 @@ class RunInputs:
     tokenizer: Tokenizer
     prompts: Mapping[str, Prompt]
     heldout: Mapping[str, Prompt]
+    # Images of all of them, in the run's folder.
+    images: ImageStore
+
+    def score_job(self, job_id: str, prompt: Prompt, response: str) -> ScoreJob:
+        """Returns the job of scoring a response, with the question's images where its verifier looks at them."""
+        item = prompt.line.item
+        images = prompt.line.images if looks_at_images(item) else ()
+        return ScoreJob(job_id, response, item, images, self.images)
 
 
 @dataclass(frozen=True)

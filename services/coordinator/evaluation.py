@@ -8,6 +8,7 @@ failed is left out and counted in `failures`.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -18,7 +19,6 @@ from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.v1 import coordinator_pb2
 from perigee.report.samples import Sample
-from perigee.reward.scoring import ScoreJob
 from perigee.reward.v1 import reward_pb2
 from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.statistics import Interval, clustered_interval, wilson_interval
@@ -32,8 +32,9 @@ from services.coordinator.samples import SampleCollector
 from services.coordinator.weight_sync import WeightSync
 from services.coordinator.workers import Worker
 
-# Prompt tokens per call: a message stays far below 4 MiB.
+# Prompt tokens per call: a message stays far below 4 MiB. Bytes of images, which are in memory while they are sent.
 MAX_PROMPT_TOKENS = 200_000
+MAX_IMAGE_BYTES = 32 << 20
 
 Kind = Literal["baseline", "periodic", "final"]
 
@@ -103,13 +104,21 @@ class Evaluation:
     async def _generate(self, worker: Worker, keys: list[str]) -> AsyncGenerator[Progress, None]:
         for greedy in (True, False):
             some = [key for key in keys if self.attempts[key].greedy is greedy]
-            for part in bounded_parts(some, [len(self.attempts[key].prompt.token_ids) for key in some]):
+            for part in bounded_parts(some, [self.attempts[key].prompt for key in some]):
+                await self._put_images(worker, [self.attempts[key].prompt for key in part])
                 async for response in worker.client.generate(
                     self._request(part, greedy), timeout_s=self.context.settings.dispatch.call_timeout_s
                 ):
                     if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
                         await self._submit(response)
                         yield Progress(ended=[response.id])
+
+    async def _put_images(self, worker: Worker, prompts: Iterable[Prompt]) -> None:
+        """Sends the worker those images of prompts that it does not have."""
+        images = {image.digest: image for prompt in prompts for image in prompt.line.images}
+        if images:
+            found = await asyncio.to_thread(self.context.inputs.images.read_all, images.values())
+            await worker.client.put_images(found, timeout_s=self.context.settings.control_timeout_s)
 
     def _request(self, keys: Sequence[str], greedy: bool) -> pb.GenerateRequest:
         config = self.context.config
@@ -123,7 +132,8 @@ class Evaluation:
         )
         for key in keys:
             token_ids = pack_token_ids(self.attempts[key].prompt.token_ids)
-            request.items.add(id=key, prompt_token_ids=token_ids, max_tokens=cap)
+            digests = [image.digest for image in self.attempts[key].prompt.line.images]
+            request.items.add(id=key, prompt_token_ids=token_ids, max_tokens=cap, image_digests=digests)
         return request
 
     async def _submit(self, response: pb.GenerateResponse) -> None:
@@ -131,7 +141,7 @@ class Evaluation:
         attempt.tokens = response.tokens
         versions = [self.policy_version]
         self._samples.add(response.id, attempt.prompt, response.text, attempt.tokens, versions, response.end_reason)
-        await self._scoring.submit(ScoreJob(response.id, response.text, attempt.prompt.line.item))
+        await self._scoring.submit(self.context.inputs.score_job(response.id, attempt.prompt, response.text))
 
     def samples(self) -> list[Sample]:
         """Returns the samples of the evaluation that has been made."""
@@ -165,16 +175,17 @@ def spread(problems: Sequence[Prompt], count: int) -> Sequence[Prompt]:
     return [problems[index * len(problems) // count] for index in range(count)]
 
 
-def bounded_parts(keys: Sequence[str], tokens: Sequence[int]) -> list[list[str]]:
-    """Splits the keys in order, so that no part has more than MAX_PROMPT_TOKENS prompt tokens."""
+def bounded_parts(keys: Sequence[str], prompts: Sequence[Prompt]) -> list[list[str]]:
+    """Splits the keys in order, so that no part has more than MAX_PROMPT_TOKENS or MAX_IMAGE_BYTES."""
     parts: list[list[str]] = []
-    size = MAX_PROMPT_TOKENS
-    for key, count in zip(keys, tokens, strict=True):
-        if size + count > MAX_PROMPT_TOKENS:
+    tokens, size = MAX_PROMPT_TOKENS, 0
+    for key, prompt in zip(keys, prompts, strict=True):
+        tokens += len(prompt.token_ids)
+        size += sum(image.size_bytes for image in prompt.line.images)
+        if tokens > MAX_PROMPT_TOKENS or size > MAX_IMAGE_BYTES:
             parts.append([])
-            size = 0
+            tokens, size = len(prompt.token_ids), sum(image.size_bytes for image in prompt.line.images)
         parts[-1].append(key)
-        size += count
     return parts
 
 

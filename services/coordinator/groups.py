@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
@@ -12,11 +13,14 @@ from perigee.buffer.client import BufferClient
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import FailedPreconditionError
+from perigee.image_sources import ImageStore
+from perigee.images import ImageInfo
 from services.coordinator.prompts import Prompt
 
 # A CreateGroups message stays far below the limit of 4 MiB.
 MAX_PROMPT_TOKENS_PER_CALL = 200_000
 MAX_TRAJECTORIES_PER_CALL = 10_000
+MAX_IMAGE_BYTES_AT_ONCE = 32 << 20
 
 # As values rather than the generated enums' wrapper types: they are compared for every trajectory.
 EndReason: TypeAlias = "pb.EndReason.ValueType"
@@ -96,10 +100,11 @@ class Group:
 class LiveGroups:
     """Groups that no iteration has consumed, oldest first."""
 
-    def __init__(self, run_id: str, buffer: BufferClient, timeout_s: float) -> None:
+    def __init__(self, run_id: str, buffer: BufferClient, timeout_s: float, images: ImageStore) -> None:
         self._run_id = run_id
         self._buffer = buffer
         self._timeout_s = timeout_s
+        self._images = images
         self._groups: dict[str, Group] = {}
         self._trajectories: dict[str, Trajectory] = {}
 
@@ -153,24 +158,48 @@ class LiveGroups:
 
     async def create(self, groups: Iterable[tuple[str, Prompt]], iteration: int, size: int) -> None:
         """Creates groups of `size` empty trajectories in the buffer, and here."""
-        request = pb.CreateGroupsRequest(run_id=self._run_id)
+        there = {image.digest for group in self for image in group.prompt.line.images}
+        created: list[Group] = []
         prompt_tokens = 0
         for group_id, prompt in groups:
-            trajectory_ids = [f"{group_id}-{number}" for number in range(size)]
-            request.groups.add(
-                group_id=group_id,
-                prompt_id=prompt.id,
-                prompt_token_ids=pack_token_ids(prompt.token_ids),
-                trajectory_ids=trajectory_ids,
-                iteration=iteration,
-            )
-            self._add(Group(group_id, prompt, iteration), trajectory_ids)
+            group = Group(group_id, prompt, iteration)
+            self._add(group, [f"{group_id}-{number}" for number in range(size)])
+            created.append(group)
             prompt_tokens += len(prompt.token_ids)
-            if prompt_tokens > MAX_PROMPT_TOKENS_PER_CALL or len(request.groups) * size > MAX_TRAJECTORIES_PER_CALL:
-                await self._buffer.create_groups(request, timeout_s=self._timeout_s)
-                request, prompt_tokens = pb.CreateGroupsRequest(run_id=self._run_id), 0
-        if request.groups:
+            if prompt_tokens > MAX_PROMPT_TOKENS_PER_CALL or len(created) * size > MAX_TRAJECTORIES_PER_CALL:
+                await self._create(created, there)
+                created, prompt_tokens = [], 0
+        if created:
+            await self._create(created, there)
+
+    async def _create(self, groups: Sequence[Group], there: set[str]) -> None:
+        """Creates groups in the buffer, after those of their images that are not `there`."""
+        images = {image.digest: image for group in groups for image in group.prompt.line.images}
+        request = pb.CreateGroupsRequest(run_id=self._run_id, groups=map(_to_message, groups))
+        await self._put_images([image for digest, image in images.items() if digest not in there])
+        try:
             await self._buffer.create_groups(request, timeout_s=self._timeout_s)
+        except FailedPreconditionError:
+            if not images:
+                raise
+            # The groups that kept an image were consumed meanwhile, or the buffer had no word of it for too long.
+            await self._put_images(list(images.values()))
+            await self._buffer.create_groups(request, timeout_s=self._timeout_s)
+        there.update(images)
+
+    async def _put_images(self, images: Sequence[ImageInfo]) -> None:
+        """Sends images to the buffer, a bounded number of bytes at a time in memory."""
+        parts: list[list[ImageInfo]] = []
+        room = 0
+        for image in images:
+            if image.size_bytes > room:
+                parts.append([])
+                room = MAX_IMAGE_BYTES_AT_ONCE
+            parts[-1].append(image)
+            room -= image.size_bytes
+        for part in parts:
+            found = await asyncio.to_thread(self._images.read_all, part)
+            await self._buffer.put_images(self._run_id, found, timeout_s=self._timeout_s)
 
     def starts(self, consumed: Iterable[Group]) -> dict[str, list[int]]:
         """Returns the tokens with which trajectories begin the next iteration, by group, where one has any."""
@@ -197,3 +226,15 @@ class LiveGroups:
         async for response in self._buffer.list_groups(request, timeout_s=self._timeout_s):
             for summary in response.groups:
                 yield summary
+
+
+def _to_message(group: Group) -> pb.NewGroup:
+    """Returns what creates a group."""
+    return pb.NewGroup(
+        group_id=group.id,
+        prompt_id=group.prompt.id,
+        prompt_token_ids=pack_token_ids(group.prompt.token_ids),
+        trajectory_ids=[trajectory.id for trajectory in group.trajectories],
+        iteration=group.iteration,
+        image_digests=[image.digest for image in group.prompt.line.images],
+    )

@@ -39,7 +39,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.coordinator.v1 import coordinator_pb2
 from perigee.errors import DataLossError, InternalError, first_error
 from perigee.report.ranges import find_warnings
-from perigee.reward.scoring import ScoreJob, ScoringPipeline, read_reward
+from perigee.reward.scoring import ScoringPipeline, read_reward
 from perigee.reward.v1 import reward_pb2
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.context import RunContext
@@ -276,7 +276,8 @@ class Iteration:
                     trajectory.tokens_by_version,
                     trajectory.end_reason,
                 )
-                await scoring.submit(ScoreJob(trajectory.id, texts[trajectory.id], trajectory.group.prompt.line.item))
+                job = context.inputs.score_job(trajectory.id, trajectory.group.prompt, texts[trajectory.id])
+                await scoring.submit(job)
 
     async def _record(self, outcomes: list[reward_pb2.ScoreResponse]) -> None:
         """Makes verdicts durable, then counts them. The first verdict recorded stands."""

@@ -10,28 +10,37 @@ from pathlib import Path
 import numpy as np
 
 from perigee.errors import InvalidArgumentError
-from perigee.reward.items import PromptLine
-from perigee.reward.sources import SPLITS_FILE, STATE_FILE, Columns, read_source
-from services.coordinator.run_config import PromptSource, RunConfig
+from perigee.image_sources import ImageReader, ImageStore
+from perigee.reward.items import PromptLine, looks_at_images
+from perigee.reward.scoring import MAX_BATCH_BYTES
+from perigee.reward.sources import SPLITS_FILE, STATE_FILE, Columns, image_base, read_source
+from services.coordinator.run_config import ImagesConfig, PromptSource, RunConfig
 from services.kit.chat import PromptEncoder
-from services.kit.storage import is_file, is_url, join, local_file, local_folder
+from services.kit.storage import is_file, is_url, join, local_file, local_folder, read_file
 
 DATA_SUFFIXES = (".parquet", ".jsonl")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Problem with its ground truth, and its token ids, special tokens included."""
+    """Problem with its ground truth, and its token ids, special tokens included; an image is one, its placeholder."""
 
     line: PromptLine
     token_ids: tuple[int, ...]
     source: int = 0
     """Number of the source that it came from."""
+    image_tokens: int = 0
+    """Tokens that its images add to their placeholders."""
 
     @property
     def id(self) -> str:
         """Id in the prompt file."""
         return self.line.id
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the model reads."""
+        return len(self.token_ids) + self.image_tokens
 
     @property
     def domain(self) -> str:
@@ -40,12 +49,17 @@ class Prompt:
 
 
 def read_prompts(
-    sources: Sequence[PromptSource], field: str, encoder: PromptEncoder, max_response_tokens: int
+    sources: Sequence[PromptSource],
+    field: str,
+    encoder: PromptEncoder,
+    max_response_tokens: int,
+    images: ImagesConfig = ImagesConfig(),
+    store: ImageStore | None = None,
 ) -> dict[str, Prompt]:
     """Returns the prompts of all sources by id, in their order, tokenized; `field` is the key that named them.
 
-    Raises InvalidArgumentError naming file, line and field of malformed lines, a repeated id, or a prompt that leaves
-    less than `max_response_tokens` of the model's context.
+    Images are checked, and kept by `store` where there is one. Raises InvalidArgumentError naming file, line and field
+    of malformed lines, a repeated id, or a prompt that leaves less than `max_response_tokens` of the model's context.
     """
     prompts: dict[str, Prompt] = {}
     names: Counter[str] = Counter()
@@ -57,30 +71,58 @@ def read_prompts(
             Columns(source.renames, source.defaults_with_verifier, source.answer_after, source.split),
             field,
             name if names[name] == 1 else f"{name}-{names[name]}",
+            make_image_reader(source.path, images, store),
         )
-        encodings = encoder.encode([line.asked for line in lines], [line.place for line in lines])
+        encodings = encoder.encode(
+            [line.asked for line in lines], [line.place for line in lines], images=[line.images for line in lines]
+        )
         for line, token_ids in zip(lines, encodings, strict=True):
             if (first := prompts.get(line.id)) is not None:
                 raise InvalidArgumentError.for_field(
                     f"{line.place}: id", f"{line.id!r} is that of {first.line.place}, too"
                 )
-            check_room(line, token_ids, encoder.model.context_tokens, max_response_tokens)
-            prompts[line.id] = Prompt(line, tuple(token_ids), number)
+            check_images(line, images)
+            added = len(encoder.expand(token_ids, line.images, line.place)) - len(token_ids)
+            prompts[line.id] = prompt = Prompt(line, tuple(token_ids), number, added)
+            check_room(prompt, encoder.model.context_tokens, max_response_tokens)
     return prompts
 
 
-def read_problems(config: RunConfig, encoder: PromptEncoder) -> tuple[dict[str, Prompt], dict[str, Prompt]]:
+def check_images(line: PromptLine, images: ImagesConfig) -> None:
+    """Raises InvalidArgumentError for more images than a prompt may have, and for more than a judge can be sent."""
+    size = sum(image.size_bytes for image in line.images)
+    if len(line.images) > images.max_per_prompt:
+        raise InvalidArgumentError.for_field(
+            f"{line.place}: images",
+            f"are {len(line.images)}, more than the {images.max_per_prompt} of run.images.max_per_prompt",
+        )
+    if size > MAX_BATCH_BYTES and looks_at_images(line.item):
+        raise InvalidArgumentError.for_field(
+            f"{line.place}: images",
+            f"have {size:,} bytes, and a judge is sent {MAX_BATCH_BYTES:,} at most: shrink them",
+        )
+
+
+def make_image_reader(path: str, images: ImagesConfig, store: ImageStore | None = None) -> ImageReader:
+    """Returns what reads the images that the lines of a file or folder name, a path or a URL."""
+    return ImageReader(image_base(path), images.limits, images.allow_urls, store, read_file)
+
+
+def read_problems(
+    config: RunConfig, encoder: PromptEncoder, store: ImageStore | None = None
+) -> tuple[dict[str, Prompt], dict[str, Prompt]]:
     """Returns a run's prompts and its held-out problems: those of their own sources, or a part of the prompts.
 
     Raises what `read_prompts` raises, and InvalidArgumentError for a part that leaves one side empty.
     """
     heldout, cap = config.heldout, config.rollout.max_response_tokens
     evaluation_cap = config.evaluation.max_response_tokens or cap
-    prompts = read_prompts(config.prompts, "run.prompts", encoder, cap)
+    prompts = read_prompts(config.prompts, "run.prompts", encoder, cap, config.images, store)
     if heldout.sources:
-        return prompts, read_prompts(heldout.sources, "run.heldout", encoder, evaluation_cap)
+        others = read_prompts(heldout.sources, "run.heldout", encoder, evaluation_cap, config.images, store)
+        return prompts, others
     # The same question twice is on one side.
-    questions = list(dict.fromkeys(prompt.line.item.prompt for prompt in prompts.values()))
+    questions = list(dict.fromkeys(prompt.line.question for prompt in prompts.values()))
     count = heldout.count or round(len(questions) * (heldout.fraction or 0))
     if not 0 < count < len(questions):
         raise InvalidArgumentError.for_field(
@@ -90,9 +132,9 @@ def read_problems(config: RunConfig, encoder: PromptEncoder) -> tuple[dict[str, 
     chosen = {questions[index] for index in order[:count]}
     sides: tuple[dict[str, Prompt], dict[str, Prompt]] = ({}, {})
     for prompt in prompts.values():
-        sides[prompt.line.item.prompt in chosen][prompt.id] = prompt
+        sides[prompt.line.question in chosen][prompt.id] = prompt
     for prompt in sides[True].values():
-        check_room(prompt.line, prompt.token_ids, encoder.model.context_tokens, evaluation_cap)
+        check_room(prompt, encoder.model.context_tokens, evaluation_cap)
     return sides
 
 
@@ -111,14 +153,16 @@ def fetch_source(source: PromptSource, field: str) -> Path:
     return local_folder(url, field, is_wanted)
 
 
-def check_room(line: PromptLine, token_ids: Sequence[int], context_tokens: int, max_response_tokens: int) -> None:
+def check_room(prompt: Prompt, context_tokens: int, max_response_tokens: int) -> None:
     """Raises InvalidArgumentError for a prompt without tokens, or one too long for the model's context."""
-    where = f"{line.place}: prompt {line.id}"
-    if not token_ids:
+    where = f"{prompt.line.place}: prompt {prompt.id}"
+    if not prompt.token_ids:
         raise InvalidArgumentError.for_field(where, "has no tokens in the model's vocabulary")
-    if len(token_ids) + max_response_tokens > context_tokens:
+    if prompt.tokens + max_response_tokens > context_tokens:
+        images = len(prompt.line.images)
+        added = f" ({prompt.image_tokens + images} of them of {images} images)" if images else ""
         raise InvalidArgumentError.for_field(
             where,
-            f"has {len(token_ids)} tokens, which with a response of {max_response_tokens} pass the model's context of "
-            f"{context_tokens}: shorten it or lower run.rollout.max_response_tokens",
+            f"has {prompt.tokens} tokens{added}, which with a response of {max_response_tokens} pass the model's "
+            f"context of {context_tokens}: shorten it or lower run.rollout.max_response_tokens",
         )

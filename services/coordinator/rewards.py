@@ -198,7 +198,7 @@ def make_training_batch(
             training_group.trajectories.add(
                 trajectory_id=trajectory.id,
                 reward=reward,
-                prompt_tokens=len(group.prompt.token_ids),
+                prompt_tokens=group.prompt.tokens,
                 tokens_by_version=trajectory.tokens_by_version,
             )
         batch.groups.append(training_group)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from perigee.buffer.packing import unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FailedPreconditionError, PerigeeError
-from perigee.reward.scoring import ScoreJob, ScoringPipeline
+from perigee.reward.scoring import ScoringPipeline
 from perigee.rollout.v1 import rollout_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
@@ -264,7 +264,7 @@ class RolloutPhase:
         if self.scoring is not None and self.samples is not None:
             prompt, versions = trajectory.group.prompt, trajectory.tokens_by_version
             self.samples.add(trajectory.id, prompt, text, trajectory.tokens, versions, end_reason)
-            await self.scoring.submit(ScoreJob(trajectory.id, text, prompt.line.item))
+            await self.scoring.submit(self.context.inputs.score_job(trajectory.id, prompt, text))
         trajectory.finished = True
         trajectory.end_reason = end_reason
         self.counts.ended[trajectory.id] = end_reason

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import asyncio
 import platform
+import tempfile
 import time
 from contextlib import aclosing, suppress
 from dataclasses import asdict
@@ -48,11 +49,13 @@ from perigee.errors import (
     PerigeeError,
     UnavailableError,
 )
+from perigee.image_sources import embed_images
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.context import RunContext
 from services.coordinator.evaluation import Evaluation, Kind, choose_problems
 from services.coordinator.groups import LiveGroups
 from services.coordinator.iteration import Committed, CoordinatorState, Iteration, decode_state
+from services.coordinator.prompts import make_image_reader
 from services.coordinator.rollout_phase import RolloutPhase
 from services.coordinator.run_config import SftStage, config_digest, to_message
 from services.coordinator.run_log import Timeline, numbers
@@ -143,7 +146,9 @@ class Run:
         self._weight_sync.begin(run.iteration + 1, Timeline())
         await self._weight_sync.ensure_version(run.policy_version)
         context.registry.invalidate()
-        groups = LiveGroups(self._run_id, context.peers.buffer, context.settings.control_timeout_s)
+        groups = LiveGroups(
+            self._run_id, context.peers.buffer, context.settings.control_timeout_s, context.inputs.images
+        )
         await groups.load(context.inputs.prompts, state.starts)
         sampler = await self._make_sampler(state)
         for group in groups:
@@ -336,11 +341,19 @@ def stage_metrics(response: trainer_pb2.FineTuneResponse) -> dict[str, float]:
     return {f"sft/{name}": value for name, value in sorted(response.metrics.items())}
 
 
+async def send_dataset(context: RunContext, name: str, field: str) -> str:
+    """Sends a supervised set to the trainer, with its images in it; returns its path there."""
+    read = make_image_reader(name, context.config.images)
+    with tempfile.TemporaryDirectory(prefix=".sft-", dir=context.inputs.run_path) as folder:
+        path = await asyncio.to_thread(embed_images, Path(name), read, field, Path(folder, "examples.jsonl"))
+        return await context.peers.trainer.put_file(path, timeout_s=context.settings.control_timeout_s)
+
+
 async def run_sft_stage(context: RunContext, stage: SftStage, number: int) -> trainer_pb2.FineTuneResponse:
     """Fine-tunes through one stage and returns the trainer's last message."""
     dataset = stage.dataset
     if not is_url(dataset):
-        dataset = await context.peers.trainer.put_file(Path(dataset), timeout_s=context.settings.control_timeout_s)
+        dataset = await send_dataset(context, dataset, f"run.sft.{number - 1}.dataset")
     request = to_message(
         stage,
         trainer_pb2.FineTuneRequest(),

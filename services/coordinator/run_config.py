@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model, field_serialize
 
 from perigee.config import Model, validate
 from perigee.errors import InvalidArgumentError
+from perigee.images import ImageLimits
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2
 
@@ -307,6 +308,24 @@ class HybridConfig(Model):
     """Ids of the workers on the trainer's devices; those with the trainer's host in their address when empty."""
 
 
+class ImagesConfig(Model):
+    """What images of prompts and supervised examples may be."""
+
+    max_bytes: int = Field(10 << 20, ge=1, le=256 << 20)
+    """Bytes of an image's file."""
+    max_pixels: int = Field(40_000_000, ge=1)
+    """Width times height of an image: what decoding it may take, whatever the size of its file."""
+    max_per_prompt: int = Field(8, ge=0)
+    """Images of a prompt; 0 refuses all."""
+    allow_urls: bool = False
+    """Lines may name images by http:// and https:// addresses, which the coordinator reads when the run starts."""
+
+    @property
+    def limits(self) -> ImageLimits:
+        """The limits of one image."""
+        return ImageLimits(self.max_bytes, self.max_pixels)
+
+
 class RunConfig(Model):
     """Configuration of a run."""
 
@@ -337,6 +356,8 @@ class RunConfig(Model):
     instruction: str = ""
     """Follows the last text of the user on a line of its own, such as how to state the answer; verifiers and judges do
     not see it."""
+    images: ImagesConfig = ImagesConfig()
+    """What images of prompts and supervised examples may be."""
     iterations: int = Field(ge=0)
     """Iterations of reinforcement learning."""
     time_limit_s: float | None = Field(None, gt=0)
@@ -444,7 +465,7 @@ class RunConfig(Model):
 
 
 # Keys that may change when a run is resumed.
-CHANGEABLE_KEYS = ("iterations", "time_limit_s", "evaluation", "samples", "deployment", "hybrid")
+CHANGEABLE_KEYS = ("iterations", "time_limit_s", "evaluation", "samples", "images", "deployment", "hybrid")
 
 
 def to_message(config: BaseModel, message: MessageT, **changes: Any) -> MessageT:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import re
+import shutil
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict, dataclass, replace
@@ -23,11 +24,12 @@ from perigee.errors import (
     PerigeeError,
 )
 from perigee.files import write_atomically
+from perigee.image_sources import IMAGES_FOLDER, ImageStore
 from perigee.trainer.v1 import trainer_pb2
 from services.coordinator.config import CoordinatorConfig
 from services.coordinator.context import Peers, RunContext, RunInputs
 from services.coordinator.directory import Directory
-from services.coordinator.prompts import read_problems
+from services.coordinator.prompts import make_image_reader, read_problems
 from services.coordinator.run import Run
 from services.coordinator.run_config import CHANGEABLE_KEYS, RunConfig, config_digest, parse_run_config, to_message
 from services.coordinator.run_log import RunLog
@@ -351,8 +353,11 @@ def read_inputs(
     model_path: str,
     export_path: str,
     examples: int | None = CHECKED_EXAMPLES,
+    keep_images: bool = True,
 ) -> RunInputs:
-    """Checks and reads the files of a run, before anything is started; of supervised sets the first `examples`."""
+    """Checks and reads the files of a run, before anything is started; of supervised sets the first `examples`. The
+    images of prompts are kept in the run's folder, or only checked.
+    """
     model = open_model_folder(model_path, "run.model")
     encoder = open_encoder(model, config.chat_message())
     for number, stage in enumerate(config.sft):
@@ -364,9 +369,20 @@ def read_inputs(
                 model.context_tokens,
                 examples,
                 stage.algorithm.name,
+                make_image_reader(stage.dataset, config.images),
             )
-    prompts, heldout = read_problems(config, encoder)
-    return RunInputs(run_id, run_path, export_path, config, encoder.tokenizer, prompts, heldout)
+    images = ImageStore(run_path / IMAGES_FOLDER)
+    was_there = images.folder.exists()
+    try:
+        prompts, heldout = read_problems(config, encoder, images if keep_images else None)
+    except BaseException:
+        if not was_there and images.folder.exists():
+            # A run that does not start leaves nothing.
+            shutil.rmtree(images.folder)
+            with contextlib.suppress(OSError):
+                run_path.rmdir()
+        raise
+    return RunInputs(run_id, run_path, export_path, config, encoder.tokenizer, prompts, heldout, images)
 
 
 def read_run_file(path: Path) -> RunFile | None:

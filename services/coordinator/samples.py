@@ -55,6 +55,7 @@ class SampleCollector:
             tokens=tokens,
             policy_versions=sorted(versions),
             finish_reason=reason_name(reason),
+            images=[image.digest for image in prompt.line.images],
         )
 
     def judge(self, outcomes: Iterable[reward_pb2.ScoreResponse]) -> None:

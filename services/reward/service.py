@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
-import struct
-import zlib
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 from urllib.parse import urlsplit
 
-from PIL import Image, UnidentifiedImageError
-
 from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FieldViolation, InvalidArgumentError
+from perigee.images import MEDIA_TYPES, ImageLimits, read_image
+from perigee.reward.items import TEXT_ALONE, find_parts
 from perigee.reward.v1 import reward_pb2 as pb
 from perigee.reward.v1.reward_pb2_grpc import RewardServiceServicer
 from services.reward.config import RewardConfig
@@ -29,12 +26,9 @@ from services.reward.verifiers.base import ImagePart, Item, Verdict, Verifier
 FULL_NAME = "perigee.reward.v1.RewardService"
 # More would not fit into an error's trailing metadata.
 MAX_VIOLATIONS = 20
-MEDIA_TYPES = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp", "GIF": "image/gif"}
 SCHEMES = ("http", "https", "data")
 DATA_URL = re.compile(r"data:(image/[a-z]+);base64,([A-Za-z0-9+/=]+)")
 MAX_URL_CHARACTERS = 8192
-# What Pillow raises on damaged files of the four formats.
-DAMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
 
 class RewardService(RewardServiceServicer):
@@ -101,6 +95,8 @@ def read_items(
         seen.add(message.id)
         images, wrong_images = read_images(message, config)
         found += wrong_images
+        if message.images and any(isinstance(part, pb.ValueHeadVerifier) for part in find_parts(message)):
+            found.append(FieldViolation("images", TEXT_ALONE))
         name = message.WhichOneof("verifier") or ""
         if name in verifiers:
             parameters = getattr(message, name)
@@ -136,92 +132,65 @@ def find_violations(message: pb.ScoreItem, seen: set[str], config: RewardConfig)
     return violations
 
 
-class NoImageError(ValueError):
-    """Bytes or an address that are not an image; its text says why."""
-
-
 def read_images(message: pb.ScoreItem, config: RewardConfig) -> tuple[tuple[ImagePart, ...], list[FieldViolation]]:
     """Returns the images of an item that are right, and what is wrong with the others."""
     if len(message.images) > config.max_images:
         text = f"has {len(message.images)} images, more than {config.max_images}"
         return (), [FieldViolation("images", text)]
-    images, violations = [], []
+    images: list[ImagePart] = []
+    violations: list[FieldViolation] = []
     for index, image in enumerate(message.images):
+        source = image.WhichOneof("source")
         try:
-            images.append(read_image(image, config))
-        except NoImageError as error:
-            field = image.WhichOneof("source")
-            name = f"images[{index}].{field}" if field else f"images[{index}]"
-            violations.append(FieldViolation(name, str(error)))
+            images.append(read_part(image, f"images[{index}].{source}" if source else f"images[{index}]", config))
+        except InvalidArgumentError as error:
+            violations += error.violations
     return tuple(images), violations
 
 
-def read_image(image: pb.Image, config: RewardConfig) -> ImagePart:
-    """One image.
-
-    Raises NoImageError.
-    """
+def read_part(image: pb.Image, field: str, config: RewardConfig) -> ImagePart:
+    """Returns an image; raises InvalidArgumentError naming `field`."""
     match image.WhichOneof("source"):
         case "data":
-            return ImagePart(image.data, find_media_type(image.data, config))
+            return ImagePart(image.data, find_media_type(image.data, field, config))
         case "url":
-            check_url(image.url, config)
+            check_url(image.url, field, config)
             return ImagePart(url=image.url)
-    raise NoImageError("data or url is required")
+    raise InvalidArgumentError.for_field(field, "data or url is required")
 
 
-def find_media_type(data: bytes, config: RewardConfig) -> str:
-    """Returns the media type that the bytes have; the picture itself is not decoded.
-
-    Raises NoImageError when they are none of the four formats, damaged or too large.
-    """
-    if len(data) > config.max_image_bytes:
-        raise NoImageError(f"has {len(data)} bytes, more than {config.max_image_bytes}")
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(MEDIA_TYPES)) as picture:
-            width, height = picture.size
-            media_type = MEDIA_TYPES[picture.format or ""]
-            picture.verify()
-    except UnidentifiedImageError as error:
-        raise NoImageError("is no PNG, JPEG, WebP or GIF image") from error
-    except DAMAGE as error:
-        raise NoImageError(f"is a damaged image: {error}") from error
-    if width * height > config.max_image_pixels:
-        raise NoImageError(f"has {width} x {height} pixels, more than {config.max_image_pixels}")
-    return media_type
+def find_media_type(data: bytes, field: str, config: RewardConfig) -> str:
+    """Returns the media type that the bytes have; the pixels are not decoded. Raises InvalidArgumentError."""
+    limits = ImageLimits(config.max_image_bytes, config.max_image_pixels, tuple(MEDIA_TYPES), animated=True)
+    return read_image(data, limits, field).media_type
 
 
-def check_url(url: str, config: RewardConfig) -> None:
-    """Refuses an address that a judge's endpoint cannot read.
-
-    Raises NoImageError.
-    """
+def check_url(url: str, field: str, config: RewardConfig) -> None:
+    """Raises InvalidArgumentError for an address that a judge's endpoint cannot read."""
     try:
         parts = urlsplit(url)
     except ValueError as error:
-        raise NoImageError(f"is no URL: {error}") from error
+        raise InvalidArgumentError.for_field(field, f"is no URL: {error}") from error
     if parts.scheme not in SCHEMES:
-        raise NoImageError(f"must begin with {', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}, got {parts.scheme!r}")
+        known = f"{', '.join(SCHEMES[:-1])} or {SCHEMES[-1]}"
+        raise InvalidArgumentError.for_field(field, f"must begin with {known}, got {parts.scheme!r}")
     if parts.scheme == "data":
-        check_data_url(url, config)
+        check_data_url(url, field, config)
     elif not parts.hostname:
-        raise NoImageError("names no host")
+        raise InvalidArgumentError.for_field(field, "names no host")
     elif len(url) > MAX_URL_CHARACTERS:
-        raise NoImageError(f"has {len(url)} characters, more than {MAX_URL_CHARACTERS}")
+        raise InvalidArgumentError.for_field(field, f"has {len(url)} characters, more than {MAX_URL_CHARACTERS}")
 
 
-def check_data_url(url: str, config: RewardConfig) -> None:
-    """Refuses a data URL whose content is not the image that it says.
-
-    Raises NoImageError.
-    """
+def check_data_url(url: str, field: str, config: RewardConfig) -> None:
+    """Raises InvalidArgumentError for a data URL whose content is not the image that it says."""
     match = DATA_URL.fullmatch(url)
     if match is None:
-        raise NoImageError("must be of the form data:image/png;base64,...")
+        raise InvalidArgumentError.for_field(field, "must be of the form data:image/png;base64,...")
     try:
         data = base64.b64decode(match[2], validate=True)
     except binascii.Error as error:
-        raise NoImageError(f"is not base64: {error}") from error
-    media_type = find_media_type(data, config)
+        raise InvalidArgumentError.for_field(field, f"is not base64: {error}") from error
+    media_type = find_media_type(data, field, config)
     if media_type != match[1]:
-        raise NoImageError(f"says {match[1]} but holds {media_type}")
+        raise InvalidArgumentError.for_field(field, f"says {match[1]} but holds {media_type}")

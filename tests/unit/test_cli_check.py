@@ -24,6 +24,7 @@ from services.coordinator.run_config import RunConfig
 from services.reward.config import RewardConfig
 from services.sandbox.config import SandboxConfig
 from tests.fixtures.coordinator import code_line, math_line, write_lines, write_model_folder
+from tests.fixtures.vision import make_picture
 
 RECIPE = """
 model: model
@@ -95,6 +96,29 @@ def test_a_prompt_that_leaves_no_room_for_the_response_is_named(folder: Path) ->
     assert "prompt long: has 240 tokens, which with a response of 40 pass the model's context of 256" in message_of(
         folder
     )
+
+
+def test_prompts_with_images_are_counted_and_compared_with_every_limit(folder: Path, vision_model: Path) -> None:
+    part = {"type": "image", "image": "a.png"}
+    line = math_line("seen", "", "2") | {"messages": [{"role": "user", "content": [part, part]}]}
+    del line["prompt"]
+    write_lines(folder / "prompts.jsonl", [line | {"messages": [{"role": "user", "content": [part]}]}])
+    assert "prompts.jsonl:1: messages[0].content[0]: a.png does not exist" in message_of(folder)
+    (folder / "a.png").write_bytes(make_picture(1))
+    write_lines(folder / "prompts.jsonl", [line, math_line("b", "1+1", "2")])
+    assert "prompts.jsonl:1: images: the model of model takes no images" in message_of(folder)
+    recipe = RECIPE.replace("model: model", f"model: {vision_model}")
+    (folder / "recipe.yaml").write_text(recipe)
+    _, prompts, *_ = check_inputs(load_recipe(folder / "recipe.yaml"))
+    assert prompts == "prompts: 2 to train on, 2 held out, the longest of 15 tokens; 1 images of 0.0 MiB"
+    for section, message in {
+        "rollout: {images: {max_per_prompt: 1}}": "rollout.images.max_per_prompt: 1 is less than the 2 of prompt seen",
+        "rollout: {images: {max_pixels: 783}}": "rollout.images.max_pixels: 783 is less than the 784 of prompt seen",
+        "rollout: {max_model_len: 54}": "rollout.max_model_len: 54 is less than the 55 tokens of prompt seen",
+    }.items():
+        (folder / "recipe.yaml").write_text(recipe + section)
+        assert message in message_of(folder)
+    assert not (folder / "images").exists()
 
 
 @pytest.mark.parametrize(

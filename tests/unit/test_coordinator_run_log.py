@@ -18,6 +18,7 @@ from perigee.buffer.client import BufferClient
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import DataLossError
 from perigee.files import append_lines, read_lines
+from perigee.image_sources import ImageStore
 from services.coordinator.groups import LiveGroups
 from services.coordinator.iteration import CoordinatorState, Totals, decode_state
 from services.coordinator.prompts import Prompt
@@ -69,7 +70,7 @@ def test_the_state_survives_its_encoding() -> None:
             decode_state(wrong)
 
 
-async def test_trajectories_of_a_state_without_starts_begin_as_they_are() -> None:
+async def test_trajectories_of_a_state_without_starts_begin_as_they_are(tmp_path: Path) -> None:
     class Buffer:
         """Has a group with a partial trajectory and one without tokens."""
 
@@ -80,7 +81,7 @@ async def test_trajectories_of_a_state_without_starts_begin_as_they_are() -> Non
 
     stored = json.loads(CoordinatorState(SamplerState(3, "abc")).encode())
     del stored["starts"]
-    groups = LiveGroups("run", cast(BufferClient, Buffer()), 1.0)
+    groups = LiveGroups("run", cast(BufferClient, Buffer()), 1.0, ImageStore(tmp_path))
     prompts = {"p": cast(Prompt, object())}
     for starts, added in (
         (decode_state(json.dumps(stored).encode()).starts, [0, 0]),

@@ -18,7 +18,7 @@ import pytest
 
 from perigee.chat import change_text, find_images, read_example, read_messages, text_of
 from perigee.errors import DataLossError, InvalidArgumentError
-from perigee.image_sources import ImageReader, ImageStore
+from perigee.image_sources import ImageReader, ImageStore, embed_images
 from perigee.images import ImageLimits
 from perigee.reward.items import read_item, read_prompt_line
 from perigee.reward.sources import Columns, image_base, read_source
@@ -292,3 +292,30 @@ def test_examples_to_learn_have_images(encoder: PromptEncoder, folder: Path) -> 
     with pytest.raises(InvalidArgumentError, match="is an image, and text alone is read here"):
         encode_examples(path, "d", encoder, 99)
     assert read_example(json.loads(path.read_text().splitlines()[3])).images == ()
+
+
+def test_a_file_that_is_sent_holds_its_images(folder: Path) -> None:
+    path = write_lines(
+        folder / "p.jsonl",
+        ask({"type": "image", "image": "pictures/a.png"}, text("?")),
+        ask({"type": "image"}, {"type": "image", "image": DATA_URL}, text("?"), images="pictures/b.jpg"),
+        ask({"type": "image_url", "image_url": {"url": "http://a/b.png"}}, figure={"bytes": BASE64}),
+        {"prompt": "1+1", "answer": "2"},
+    )
+    read = ImageReader(str(folder))
+    sent = embed_images(path, read, "run", folder / "sent", {"images": "figure"})
+    first, second, third, plain = (json.loads(line) for line in sent.read_text().splitlines())
+    assert first["messages"][0]["content"] == [{"type": "image", "image": DATA_URL}, text("?")]
+    # Under another name than the source has for images it is no image.
+    assert second["images"] == "pictures/b.jpg"
+    assert third["messages"][0]["content"][0] == {"type": "image_url", "image_url": {"url": "http://a/b.png"}}
+    assert (third["figure"], plain) == ([{"bytes": BASE64}], {"prompt": "1+1", "answer": "2"})
+    [named] = read_source(
+        embed_images(write_lines(path, second | {"id": "a"}), read, "run", folder / "s"), Columns(), "f"
+    )[:1]
+    assert [image.digest for image in named.images] == [OTHER_DIGEST, DIGEST]
+    text_alone = write_lines(folder / "text.jsonl", {"prompt": "1+1", "answer": "2"})
+    assert embed_images(text_alone, read, "run", folder / "none") == text_alone
+    assert not (folder / "none").exists()
+    with pytest.raises(InvalidArgumentError, match=r"run: .*p.jsonl:1: messages: gone.png does not exist"):
+        embed_images(write_lines(path, ask({"type": "image", "image": "gone.png"})), read, "run", folder / "sent")

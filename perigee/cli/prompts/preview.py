@@ -68,7 +68,7 @@ async def read_preview(
     if model is None:
         raise InvalidArgumentError.for_field("--model", "is required: its tokenizer and template make the prompts")
     encoder = open_encoder(open_model_folder(fetch_model(model, "--model"), "--model"), run.chat_message())
-    prompts = read_prompts(run.prompts, "run.prompts", encoder, run.rollout.max_response_tokens)
+    prompts = read_prompts(run.prompts, "run.prompts", encoder, run.rollout.max_response_tokens, run.images)
     return encoder, list(prompts.values())
 
 
@@ -77,7 +77,7 @@ async def show_preview(encoder: PromptEncoder, prompts: Sequence[Prompt], count:
     shown = prompts[:count]
     console = Console()
     stops = " ".join(_show_token(encoder, token) for token in encoder.model.stop_token_ids)
-    lengths = sorted(len(prompt.token_ids) for prompt in prompts)
+    lengths = sorted(prompt.tokens for prompt in prompts)
     console.print(
         f"{len(prompts):,} prompts, {lengths[0]:,} to {lengths[-1]:,} tokens; a response ends with {stops}",
         highlight=False,
@@ -89,10 +89,15 @@ async def show_preview(encoder: PromptEncoder, prompts: Sequence[Prompt], count:
     for prompt in shown:
         templated = "with" if encoder.uses_template(prompt.line.asked) else "without"
         console.print()
-        head = f"{prompt.id} ({prompt.domain}), {len(prompt.token_ids):,} tokens, {templated} the chat template"
-        console.print(Text(head, style="bold"))
+        head = f"{prompt.id} ({prompt.domain}), {prompt.tokens:,} tokens, {templated} the chat template"
+        console.print(Text(f"{head}{name_images(prompt)}", style="bold"))
         console.print(Text(" ".join(_show_token(encoder, token) for token in prompt.token_ids)), soft_wrap=True)
         console.print(Text(describe_verdict(prompt, response, verdicts.get(prompt.id))), soft_wrap=True)
+
+
+def name_images(prompt: Prompt) -> str:
+    """Returns size and digest of a prompt's images, for people."""
+    return "".join(f", image of {each.width} x {each.height} ({each.digest[:12]})" for each in prompt.line.images)
 
 
 def make_item(prompt: Prompt, response: str | None) -> reward_pb2.ScoreItem:

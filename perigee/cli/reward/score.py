@@ -26,6 +26,7 @@ from perigee.cli.ending import Interrupt, run_interruptible
 from perigee.cli.view import ProgressView
 from perigee.errors import FieldViolation, InvalidArgumentError, PerigeeError
 from perigee.files import Journal, write_lines
+from perigee.image_sources import ImageReader
 from perigee.json_codec import write_message
 from perigee.reward.client import RewardClient
 from perigee.reward.items import read_item, read_lines, read_object, read_rows
@@ -76,7 +77,8 @@ def _read_line(values: dict[str, Any], place: str, folder: Path) -> FileItem:
     violations += unreadable
     item = pb.ScoreItem()
     try:
-        item = read_item(values | {"images": images}, f"line-{place.rpartition(':')[2]}", OWN_KEYS)
+        default_id = f"line-{place.rpartition(':')[2]}"
+        item = read_item(values | {"images": images}, default_id, OWN_KEYS, ImageReader(str(folder)))
     except InvalidArgumentError as error:
         violations += error.violations
     if violations:
