@@ -152,9 +152,15 @@ class PromptEncoder:
 
         `images` are those of a text. They stand before it in a chat, unless it has their placeholders.
         """
-        instruction, field = self.settings.instruction, "prompt" if isinstance(asked, str) else "messages"
         if not self.uses_template(asked):
-            return f"{asked}\n{instruction}" if instruction else str(asked)
+            return f"{asked}\n{self.settings.instruction}" if self.settings.instruction else str(asked)
+        messages, field = self.compose(asked, images), "prompt" if isinstance(asked, str) else "messages"
+        assert self.template is not None
+        return self.template.render(messages, field=field)
+
+    def compose(self, asked: Asked, images: Sequence[ImageInfo] = _NO_IMAGES) -> list[ChatMessage]:
+        """Returns the messages that the chat template is applied to; raises InvalidArgumentError naming the field."""
+        instruction, field = self.settings.instruction, "prompt" if isinstance(asked, str) else "messages"
         if self.template is None or self.settings.mode == "never":
             why = "run.chat is never" if self.template else f"{self.model.path} has no chat template"
             raise InvalidArgumentError.for_field(field, f"cannot be asked as a chat: {why}")
@@ -163,14 +169,14 @@ class PromptEncoder:
                 raise InvalidArgumentError.for_field(
                     field, "begins with a special token, as a rendered chat does: chat: never takes it as it is"
                 )
-            asked = (_ask_with_images(asked, () if self.image_text in asked else images),)
+            asked = (ask_with_images(asked, () if self.image_text in asked else images),)
         messages = list(asked)
         last = max((index for index, each in enumerate(messages) if each["role"] == "user"), default=None)
         if instruction and last is not None:
             messages[last] = change_text(messages[last], lambda text: f"{text}\n{instruction}")
         if self.settings.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, ChatMessage(role="system", content=self.settings.system_prompt))
-        return self.template.render(messages, field=field)
+        return messages
 
     def encode(
         self,
@@ -356,7 +362,7 @@ def _read_examples(
     return examples
 
 
-def _ask_with_images(text: str, images: Sequence[ImageInfo]) -> ChatMessage:
+def ask_with_images(text: str, images: Sequence[ImageInfo]) -> ChatMessage:
     """Returns a message of the user: the images, then the text."""
     if not images:
         return ChatMessage(role="user", content=text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -20,8 +21,10 @@ from perigee.cli.run_folder import find_run
 from perigee.cli.stack import HOST, START_TIMEOUT_S, pick_ports, start_guarded
 from perigee.config import read_yaml
 from perigee.errors import FailedPreconditionError, InternalError, InvalidArgumentError, UnavailableError
+from perigee.image_sources import ImageStore
+from perigee.images import ImageInfo
 from perigee.trainer.v1 import trainer_pb2
-from services.kit.chat import PromptEncoder, open_encoder
+from services.kit.chat import PromptEncoder, ask_with_images, open_encoder
 from services.kit.hf import HUB_NAME, fetch_model, open_model_folder
 from services.kit.storage import is_url
 
@@ -32,6 +35,8 @@ ATTEMPTS = 6
 PASSING_STATUS, FATAL_STATUS = (408, 409, 429), (401, 403, 404, 412)
 # Errors of one request, beside which others are answered.
 REQUEST_ERRORS = (InternalError, InvalidArgumentError)
+# Begins the address of an image in a request that waits: its media type and digest follow.
+STORED = "stored:"
 # What a model's generation_config.json would change about a stated sampling, in vLLM's words.
 NEUTRAL = {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
 ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -47,10 +52,20 @@ class Completion:
 
 
 @dataclass(frozen=True)
+class WrittenPrompt:
+    """Part of a request that asks; images have addresses that begin with STORED."""
+
+    body: Mapping[str, Any]
+    tokens: int = 0
+    """Of the prompt, those of its images included; 0 where the endpoint alone knows."""
+
+
+@dataclass(frozen=True)
 class Endpoint:
     """OpenAI-compatible endpoint; without `chat` the model continues what the user said last.
 
-    With an `encoder` it is asked by token ids, into which that writes the chat. `extra` is added to every request.
+    With an `encoder` it is asked by token ids, into which that writes the chat; by messages where these have images.
+    `extra` is added to every request, `images` are where those of requests are.
     """
 
     url: str
@@ -60,6 +75,7 @@ class Endpoint:
     api_key: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
     timeout_s: float = 3600.0
+    images: ImageStore | None = None
 
     def make_client(self, concurrency: int) -> httpx.AsyncClient:
         """Returns a client for as many requests at once."""
@@ -67,22 +83,45 @@ class Endpoint:
         limits = httpx.Limits(max_connections=concurrency)
         return httpx.AsyncClient(headers=headers, limits=limits, timeout=self.timeout_s)
 
-    def write_prompts(self, asked: Sequence[Asked], places: Sequence[str]) -> list[dict[str, Any]]:
-        """Returns the part of a request that asks each; raises InvalidArgumentError when a chat template fails."""
-        if self.chat and self.encoder is None:
-            user = [(ChatMessage(role="user", content=each),) if isinstance(each, str) else each for each in asked]
-            return [{"messages": list(messages)} for messages in user]
-        if not self.chat:
-            asked = [each if isinstance(each, str) else read_question(each) for each in asked]
-        return [{"prompt": prompt} for prompt in (self.encoder.encode(asked, places) if self.encoder else asked)]
+    def write_prompts(
+        self, asked: Sequence[Asked], places: Sequence[str], images: Sequence[Sequence[ImageInfo]]
+    ) -> list[WrittenPrompt]:
+        """Returns the part of a request that asks each; `images` are those of the problems.
 
-    def make_request(self, prompt: Mapping[str, Any], sampling: Mapping[str, Any]) -> dict[str, Any]:
+        Raises InvalidArgumentError when a chat template fails, and for images that cannot be shown.
+        """
+        return [self._write(*each) for each in zip(asked, places, images, strict=True)]
+
+    def _write(self, asked: Asked, place: str, images: Sequence[ImageInfo]) -> WrittenPrompt:
+        if images and not (self.chat and (self.encoder is None or self.encoder.uses_template(asked))):
+            raise InvalidArgumentError.for_field(place, "has images, which only a chat shows: ask by a chat template")
+        if self.encoder is None and self.chat:
+            messages = [ask_with_images(asked, images)] if isinstance(asked, str) else list(asked)
+            return WrittenPrompt({"messages": [_write_message(message) for message in messages]})
+        if not self.chat and not isinstance(asked, str):
+            asked = read_question(asked)
+        if self.encoder is None:
+            return WrittenPrompt({"prompt": asked})
+        [token_ids] = self.encoder.encode([asked], [place], images=[images])
+        if not images:
+            return WrittenPrompt({"prompt": token_ids}, len(token_ids))
+        body = {"messages": [_write_message(message) for message in self.encoder.compose(asked, images)]}
+        return WrittenPrompt(body, len(self.encoder.expand(token_ids, images, place)))
+
+    def make_request(self, prompt: WrittenPrompt, sampling: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the body of a request for one response, which is no longer than a local model's context allows."""
-        body = {"model": self.model, **prompt, **sampling, **self.extra}
+        body = {"model": self.model, **prompt.body, **sampling, **self.extra}
         if self.encoder is not None:
-            room = self.encoder.model.context_tokens - len(body["prompt"])
+            room = self.encoder.model.context_tokens - prompt.tokens
             body["max_tokens"] = max(1, min(body["max_tokens"], room))
         return body
+
+    def _show(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Returns a request with its images as data URLs."""
+        if self.images is None or STORED not in json.dumps(body.get("messages")):
+            return body
+        shown = [{**message, "content": _show_content(message["content"], self.images)} for message in body["messages"]]
+        return {**body, "messages": shown}
 
     async def complete(self, client: httpx.AsyncClient, body: Mapping[str, Any]) -> Completion:
         """Returns the response to a request; what may pass is tried again.
@@ -97,7 +136,35 @@ class Endpoint:
             wait=wait_exponential_jitter(initial=1, max=30),
             reraise=True,
         )
-        return read_completion(await retrying(_post, client, url, body), url)
+        shown = await asyncio.to_thread(self._show, body)
+        return read_completion(await retrying(_post, client, url, shown), url)
+
+
+def _write_message(message: ChatMessage) -> dict[str, Any]:
+    """Returns a message of OpenAI's API, its images by media type and digest."""
+    if isinstance(message["content"], str):
+        return dict(message)
+    parts = [
+        {"type": "text", "text": part["text"]}
+        if part["type"] == "text"
+        else {"type": "image_url", "image_url": {"url": f"{STORED}{part['image'].media_type};{part['image'].digest}"}}
+        for part in message["content"]
+    ]
+    return {"role": message["role"], "content": parts}
+
+
+def _show_content(content: str | list[dict[str, Any]], images: ImageStore) -> str | list[dict[str, Any]]:
+    """Returns a message's content with its images as data URLs."""
+    if isinstance(content, str):
+        return content
+    shown = []
+    for part in content:
+        if part["type"] == "image_url":
+            media_type, _, digest = part["image_url"]["url"].removeprefix(STORED).partition(";")
+            data = base64.b64encode(images.path(digest).read_bytes()).decode()
+            part = {"type": "image_url", "image_url": {"url": f"data:{media_type};base64,{data}"}}
+        shown.append(part)
+    return shown
 
 
 async def fix_version(endpoint: Endpoint) -> Endpoint:

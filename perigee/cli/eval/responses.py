@@ -32,6 +32,7 @@ from perigee.cli.run_folder import RunFolder
 from perigee.cli.stack import LocalStack, Report, plan_stack
 from perigee.cli.view import ProgressView
 from perigee.files import Journal, write_atomically
+from perigee.image_sources import ImageStore
 from perigee.reward.client import RewardClient
 from perigee.reward.scoring import ScoreJob, ScoringOptions, ScoringPipeline, failed, read_reward, scoring
 from perigee.reward.v1 import reward_pb2
@@ -58,6 +59,8 @@ class ModelOptions:
     channel: ChannelOptions = field(default_factory=ChannelOptions)
     plain: bool = False
     run: Mapping[str, Any] | None = None
+    images: ImageStore | None = None
+    """Where the images of problems are."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,8 @@ class Attempt:
     name: str
     body: dict[str, Any]
     digest: str
+    prompt_tokens: int = 0
+    """0 where the endpoint alone knows."""
 
     @property
     def key(self) -> str:
@@ -112,7 +117,8 @@ def make_attempts(suite: LoadedSuite, sampling: SamplingSettings, endpoint: Endp
     drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     settings += [(f"sample-{number}", drawn) for number in range(sampling.samples)]
     places = [problem.line.place or problem.line.id for problem in suite.problems]
-    prompts = endpoint.write_prompts([problem.asked for problem in suite.problems], places)
+    images = [problem.line.images for problem in suite.problems]
+    prompts = endpoint.write_prompts([problem.asked for problem in suite.problems], places, images)
     attempts = []
     for name, values in settings:
         for problem, prompt in zip(suite.problems, prompts, strict=True):
@@ -122,7 +128,7 @@ def make_attempts(suite: LoadedSuite, sampling: SamplingSettings, endpoint: Endp
             body = endpoint.make_request(prompt, asked)
             truth = problem.line.item.SerializeToString(deterministic=True).hex()
             digest = hashlib.blake2b(json.dumps([identity, body, truth]).encode(), digest_size=12).hexdigest()
-            attempts.append(Attempt(problem, name, body, digest))
+            attempts.append(Attempt(problem, name, body, digest, prompt.tokens))
     return attempts
 
 
@@ -235,7 +241,8 @@ async def serving(
     """Starts what is not running yet: the reward service, the sandbox where code is judged, a server of the model."""
     missing = store.missing()
     async with AsyncExitStack() as stack:
-        reward, channel, endpoint = options.reward, options.channel, target.endpoint
+        reward, channel = options.reward, options.channel
+        endpoint = replace(target.endpoint, images=options.images)
         if reward is None:
             local = plan_reward_stack(path, any(runs_code(each.problem.line.item) for each in missing), report)
             interrupt.end_at_once = local.kill
@@ -243,7 +250,7 @@ async def serving(
             [(reward, channel)] = [(each.address, each.channel) for each in local.specs if each.service == "reward"]
         unanswered = [each for each in missing if store.completion(each.key) is None]
         if unanswered and target.folder is not None and endpoint.encoder is not None:
-            longest = max(len(each.body["prompt"]) + each.body["max_tokens"] for each in unanswered)
+            longest = max(each.prompt_tokens + each.body["max_tokens"] for each in unanswered)
             length = min(longest, endpoint.encoder.model.context_tokens)
             log_path = path / "logs" / "vllm.log"
             server = serving_model(target.folder, log_path, options.concurrency, length, options.dtype, report)

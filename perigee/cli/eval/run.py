@@ -6,7 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from perigee.cli.ending import Interrupt
 from perigee.cli.eval.responses import ModelOptions, Target, collect, note, open_target
 from perigee.cli.eval.results import ANSWERS_FILE, FAILED, RESULTS_FILE, Answer, by_suite, show, summarize, to_json
 from perigee.cli.eval.suites import LoadedSuite, SamplingSettings, load_suite
+from perigee.cli.prompts.candidates import IMAGES_FOLDER
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.files import write_atomically
+from perigee.image_sources import ImageStore
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,17 @@ async def evaluate(options: EvalOptions, console: Console, interrupt: Interrupt)
 
     Raises PerigeeError, with what to do, when data is absent, a service does not start or nothing could be judged.
     """
-    suites = [load_suite(name, options.data_path, options.limit) for name in options.suites]
+    asked = options.model.target or (options.model.endpoint.model if options.model.endpoint else "")
+    out = options.out or Path("evals") / re.sub(r"[^\w.-]+", "-", asked).strip("-")
+    images = ImageStore(out / IMAGES_FOLDER)
+    suites = [load_suite(name, options.data_path, options.limit, images) for name in options.suites]
     samplings = {suite.name: choose_sampling(suite, options.sampling) for suite in suites}
     if len(samplings) < len(suites):
         raise InvalidArgumentError.for_field("SUITE", f"two suites have the same name: {', '.join(samplings)}")
-    target = await open_target(options.model)
-    out = options.out or Path("evals") / re.sub(r"[^\w.-]+", "-", target.name).strip("-")
+    model = replace(options.model, images=images)
+    target = await open_target(model)
     attempts = [attempt for suite in suites for attempt in target.plan(suite, samplings[suite.name])]
-    write_results(
-        await collect(attempts, target, options.model, out, console, interrupt), target, samplings, out, console
-    )
+    write_results(await collect(attempts, target, model, out, console, interrupt), target, samplings, out, console)
 
 
 def write_results(

@@ -24,20 +24,22 @@ from typing import Any, NoReturn
 
 from pydantic import Field
 
-from perigee.chat import Asked, ChatMessage
+from perigee.chat import Asked, ChatMessage, ReadImage
 from perigee.cli.eval.ifeval import read_ifeval
+from perigee.cli.eval.vision import LETTERS, read_mathvision, read_mathvista, read_mmmu, show_images, write_choices
+from perigee.cli.prompts.candidates import IMAGES_FOLDER, keep_images
 from perigee.config import Model, read_yaml, validate
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.files import write_lines
+from perigee.image_sources import ImageReader, ImageStore
 from perigee.reward.items import PromptLine, read_object, read_prompt_line, read_rows
-from perigee.reward.sources import Columns, read_data, read_source
+from perigee.reward.sources import Columns, image_base, read_data, read_source
 
 DATA_VARIABLE = "PERIGEE_EVAL_DATA"
 DEFAULT_DATA = Path.home() / ".cache" / "perigee" / "eval"
 SUITES_PATH = Path(__file__).parent / "suites"
 # The first of them that a record has names its problem.
-ID_COLUMNS = ("task_id", "id", "key")
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+ID_COLUMNS = ("task_id", "id", "key", "pid")
 _COLUMN = re.compile(r"\{([A-Za-z_][\w -]*)\}")
 _CALL = re.compile(r"(\w+)\s*\(")
 
@@ -72,15 +74,17 @@ class Suite(Model):
     size: int | None = None
     """Problems of the whole data file."""
     data: list[str]
-    """Names of the data file, any of which serves: JSON Lines, also compressed by gzip, CSV or Parquet."""
-    waits_for: str | None = None
-    """What is missing before the suite can be used."""
+    """Names of the data file, any of which serves: JSON Lines, also compressed by gzip, CSV or Parquet, or a folder."""
+    split: str | None = None
+    """Of a folder, the files whose names begin with it."""
     reader: str | None = None
-    """Reader that adds columns: ifeval, livecodebench or mbpp."""
+    """Reader that adds columns: ifeval, livecodebench, mathvision, mathvista, mbpp or mmmu."""
     answer_after: dict[str, str] = {}
     """Columns of which only what follows the last marker counts, without the commas in its numbers."""
     options: str | list[str] | None = None
     """Column of a list of options, or columns of one option each, of which the first is right and all are shuffled."""
+    images: list[str] = []
+    """Columns of images. `<image 1>` in the prompt is where the first stands; before it stand those without a place."""
     system_prompt: str | None = None
     """System message."""
     prompt: str
@@ -120,25 +124,26 @@ def read_suite(path: Path) -> Suite:
     return validate(Suite, read_yaml(path), path.name, "")
 
 
-def load_suite(name: str, data_path: Path, limit: int | None = None) -> LoadedSuite:
+def load_suite(name: str, data_path: Path, limit: int | None = None, images: ImageStore | None = None) -> LoadedSuite:
     """Returns the suite of a name, of a YAML file or of a prompt file, its first `limit` problems only.
+
+    Images are kept in `images`.
 
     Raises what `open_suite` raises, and InvalidArgumentError when a record does not fit.
     """
     if name.endswith(".jsonl"):
         path = Path(name)
-        lines = read_source(path, Columns(), name)[:limit]
+        lines = read_source(path, Columns(), name, "", ImageReader(image_base(name), store=images))[:limit]
         problems = [Problem(path.stem, line, line.asked) for line in lines]
         return LoadedSuite(path.stem, SamplingSettings(), problems, is_prompt_file=True)
     name, suite, rows = open_suite(name, data_path, limit)
-    return LoadedSuite(name, suite.sampling, read_problems(name, suite, rows))
+    return LoadedSuite(name, suite.sampling, read_problems(name, suite, rows, ImageReader(store=images)))
 
 
 def open_suite(name: str, data_path: Path, limit: int | None = None) -> tuple[str, Suite, list[tuple[str, Record]]]:
     """Returns the name that a suite is reported by, the suite, and its first records, each after its place.
 
-    Raises InvalidArgumentError when there is none, FailedPreconditionError when its data is absent or it waits for
-    something.
+    Raises InvalidArgumentError when there is none, FailedPreconditionError when its data is absent.
     """
     path = Path(name) if name.endswith((".yaml", ".yml")) else SUITES_PATH / f"{name}.yaml"
     if not path.is_file():
@@ -146,24 +151,25 @@ def open_suite(name: str, data_path: Path, limit: int | None = None) -> tuple[st
             name, f"is no suite: give a YAML file, a prompt file (.jsonl) or one of {', '.join(suite_names())}"
         )
     suite = read_suite(path)
-    if suite.waits_for:
-        raise FailedPreconditionError(f"suite {path.stem} waits for {suite.waits_for}")
     file = find_data_file(path.stem, suite, [data_path, path.parent])
-    rows = [(f"{file}:{number}", record) for number, record in enumerate(read_records(file, limit), start=1)]
+    rows = [
+        (f"{file}:{number}", record) for number, record in enumerate(read_records(file, limit, suite.split), start=1)
+    ]
     return path.stem, suite, rows
 
 
 def write_prompt_file(name: str, data_path: Path, folder: Path) -> Path:
     """Writes a suite as a prompt file into a folder, for runs; returns its path. Raises what `load_suite` raises."""
     stem, suite, rows = open_suite(name, data_path)
-    read_problems(stem, suite, rows)
+    problems = read_problems(stem, suite, rows, ImageReader(store=ImageStore(folder / IMAGES_FOLDER)))
     lines = []
-    for place, record in rows:
+    for problem, (place, record) in zip(problems, rows, strict=True):
         line = make_line(suite, record, place)
+        line = keep_images(line, problem.line.messages, problem.line.images)
         line["id"] = f"{stem}-{line['id']}"
         if suite.system_prompt:
-            user = {"role": "user", "content": line.pop("prompt")}
-            line["messages"] = [{"role": "system", "content": suite.system_prompt}, user]
+            user = [{"role": "user", "content": line.pop("prompt")}] if "prompt" in line else line["messages"]
+            line["messages"] = [{"role": "system", "content": suite.system_prompt}, *user]
         lines.append(line)
     write_lines(folder / f"{stem}.jsonl", lines)
     return folder / f"{stem}.jsonl"
@@ -173,17 +179,20 @@ def find_data_file(name: str, suite: Suite, folders: Sequence[Path]) -> Path:
     """Returns the suite's data file. Raises FailedPreconditionError that says where to get it and where to put it."""
     for folder in folders:
         for file in suite.data:
-            if (folder / file).is_file():
+            if (folder / file).exists():
                 return folder / file
     raise FailedPreconditionError(
         f"the data of suite {name} is not here: get {suite.source} and put it at {folders[0] / suite.data[0]}"
     )
 
 
-def read_records(path: Path, limit: int | None = None) -> list[Record]:
-    """Returns the first records of a data file. Raises InvalidArgumentError when it cannot be read."""
+def read_records(path: Path, limit: int | None = None, split: str | None = None) -> list[Record]:
+    """Returns the first records of a data file, or of a folder's files of a split.
+
+    Raises InvalidArgumentError when it cannot be read.
+    """
     if path.suffix not in (".gz", ".csv"):
-        rows = itertools.islice(read_data(path, None, str(path)), limit)
+        rows = itertools.islice(read_data(path, split, str(path)), limit)
         return [read_object(row, place) if isinstance(row, str) else dict(row) for place, row in rows]
     try:
         if path.suffix == ".csv":
@@ -196,14 +205,15 @@ def read_records(path: Path, limit: int | None = None) -> list[Record]:
     return [read_object(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
 
 
-def read_problems(name: str, suite: Suite, rows: Sequence[tuple[str, Record]]) -> list[Problem]:
+def read_problems(name: str, suite: Suite, rows: Sequence[tuple[str, Record]], read_image: ReadImage) -> list[Problem]:
     """Returns the problems of records and their places. Raises InvalidArgumentError naming every one that is wrong."""
     by_id: dict[str, Problem] = {}
 
     def read(record: Record, place: str) -> PromptLine:
-        line = read_prompt_line(make_line(suite, record, place), place)
+        line = read_prompt_line(make_line(suite, record, place), place, read_image)
         system = (ChatMessage(role="system", content=suite.system_prompt),) if suite.system_prompt else ()
-        by_id[line.id] = Problem(name, line, (*system, ChatMessage(role="user", content=line.item.prompt)))
+        user = line.messages or (ChatMessage(role="user", content=line.item.prompt),)
+        by_id[line.id] = Problem(name, line, (*system, *user))
         return line
 
     return [by_id[line.id] for line in read_rows(rows, read, name, "problems")]
@@ -214,7 +224,9 @@ def make_line(suite: Suite, record: Record, place: str) -> dict[str, Any]:
     columns = add_columns(suite, record, place)
     default_id = str(next(filter(None, map(columns.get, ID_COLUMNS)), place.rpartition(":")[2]))
     prompt = fill(suite.prompt, columns, place)
-    return {"id": default_id, "prompt": prompt, **fill_line(suite.line, columns, place)}
+    content = show_images(prompt, [columns.get(column) for column in suite.images], place)
+    asked = {"messages": [{"role": "user", "content": content}]} if content else {"prompt": prompt}
+    return {"id": default_id, **asked, **fill_line(suite.line, columns, place)}
 
 
 def add_columns(suite: Suite, record: Record, place: str) -> Record:
@@ -234,9 +246,10 @@ def add_columns(suite: Suite, record: Record, place: str) -> Record:
             columns |= {"options": options, "letter": LETTERS[options.index(right)]}
     except KeyError as error:
         raise InvalidArgumentError.for_field(place, f"has no column {error}") from error
+    except ValueError as error:
+        raise InvalidArgumentError.for_field(place, str(error)) from error
     if suite.options:
-        lettered = zip(LETTERS, columns["options"], strict=False)
-        columns["choices"] = "\n".join(f"{letter}. {option}" for letter, option in lettered)
+        columns["choices"] = write_choices(columns["options"])
     return columns
 
 
@@ -317,5 +330,8 @@ def read_private_cases(text: str) -> list[dict[str, str]]:
 READERS: Mapping[str, Callable[[Record], Record]] = {
     "ifeval": read_ifeval,
     "livecodebench": read_livecodebench,
+    "mathvision": read_mathvision,
+    "mathvista": read_mathvista,
+    "mmmu": read_mmmu,
     "mbpp": read_mbpp,
 }

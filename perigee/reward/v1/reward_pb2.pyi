@@ -87,9 +87,12 @@ class MathVerifier(_message.Message):
     ALTERNATIVES_FIELD_NUMBER: _builtins.int
     EXTRACTION_FIELD_NUMBER: _builtins.int
     FORM_FIELD_NUMBER: _builtins.int
+    DECIMALS_FIELD_NUMBER: _builtins.int
     reference: _builtins.str
     extraction: Global___AnswerExtraction.ValueType
     form: Global___AnswerForm.ValueType
+    decimals: _builtins.int
+    """Of an answer that is a decimal number, those that count: it is rounded to so many, which the reference has."""
     @_builtins.property
     def alternatives(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Further answers that are as good."""
@@ -101,12 +104,15 @@ class MathVerifier(_message.Message):
         alternatives: _abc.Iterable[_builtins.str] | None = ...,
         extraction: Global___AnswerExtraction.ValueType = ...,
         form: Global___AnswerForm.ValueType = ...,
+        decimals: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_decimals", b"_decimals", "decimals", b"decimals"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["alternatives", b"alternatives", "extraction", b"extraction", "form", b"form", "reference", b"reference"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_decimals", b"_decimals", "alternatives", b"alternatives", "decimals", b"decimals", "extraction", b"extraction", "form", b"form", "reference", b"reference"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__decimals: _TypeAlias = _typing.Literal["decimals"]  # noqa: Y015
+    _WhichOneofArgType__decimals: _TypeAlias = _typing.Literal["_decimals", b"_decimals"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__decimals) -> _WhichOneofReturnType__decimals | None: ...
 
 Global___MathVerifier: _TypeAlias = MathVerifier  # noqa: Y015
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar
 
 from perigee.errors import FieldViolation
@@ -20,6 +21,9 @@ IN_PROCESS_CHARACTERS = 400
 # Nobody answers at such length; a longer reference allows a longer answer.
 MAX_ANSWER_CHARACTERS = 10_000
 LONGER_THAN_REFERENCE = 4
+DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)")
+# A double has no more.
+MAX_DECIMALS = 15
 # Levels that are not the default.
 EXTRACTIONS = {
     pb.ANSWER_EXTRACTION_BOXED: Extraction.BOXED,
@@ -61,7 +65,10 @@ class MathVerifier(Verifier[pb.MathVerifier]):
     def find_violations(self, parameters: pb.MathVerifier) -> list[FieldViolation]:
         fields = ["math.reference", *(f"math.alternatives[{index}]" for index in range(len(parameters.alternatives)))]
         faults = map(check_reference, references_of(parameters))
-        return [FieldViolation(field, fault) for field, fault in zip(fields, faults, strict=True) if fault]
+        found = [FieldViolation(field, fault) for field, fault in zip(fields, faults, strict=True) if fault]
+        if parameters.decimals > MAX_DECIMALS:
+            found.append(FieldViolation("math.decimals", f"must be at most {MAX_DECIMALS}, is {parameters.decimals}"))
+        return found
 
     def graded_text(self, item: Item[pb.MathVerifier]) -> str | None:
         found = extract(item)
@@ -80,6 +87,8 @@ class MathVerifier(Verifier[pb.MathVerifier]):
 
     async def _judge_answer(self, item: Item[pb.MathVerifier], answer: str) -> Outcome:
         references = references_of(item.parameters)
+        if item.parameters.HasField("decimals"):
+            answer = round_decimal(answer, item.parameters.decimals)
         most = max(MAX_ANSWER_CHARACTERS, LONGER_THAN_REFERENCE * max(map(len, references)))
         if len(answer) > most:
             return Outcome.ungradable(f"the answer has {len(answer)} characters, more than {most}", answer)
@@ -107,6 +116,12 @@ class MathVerifier(Verifier[pb.MathVerifier]):
 def references_of(parameters: pb.MathVerifier) -> tuple[str, ...]:
     """Returns all answers that are right."""
     return (parameters.reference, *parameters.alternatives)
+
+
+def round_decimal(answer: str, decimals: int) -> str:
+    """Returns a decimal number, perhaps between dollar signs, rounded to so many decimals; others as they are."""
+    number = answer.strip(" $").replace(",", "")
+    return f"{float(number):.{decimals}f}" if DECIMAL.fullmatch(number) else answer
 
 
 def extract(item: Item[pb.MathVerifier]) -> Found:
