@@ -56,6 +56,8 @@ class ImagesConfig(Model):
     """Largest file of an image."""
     max_pixels: int = Field(40_000_000, ge=1)
     """Largest image, width times height."""
+    allow_urls: bool = False
+    """Whether the endpoint fetches images from http:// and https:// addresses of its callers."""
     store_bytes: int = Field(1 << 30, ge=1)
     """Files of images that callers of Generate and of the endpoint have put here. Those asked for least recently make
     room for others; those of calls under way stay."""

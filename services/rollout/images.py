@@ -73,21 +73,28 @@ class ImageStore:
         digests = dict.fromkeys(piece.digest for piece in pieces)
         return [digest for digest in digests if isinstance(self._files.get(digest), Image)]
 
-    def add(self, image: Image) -> None:
-        """Takes a whole image; raises ResourceExhaustedError."""
-        if image.digest not in self._files:
-            self._make_room(image.size_bytes)
-        self._replace(image.digest, image)
+    def add(self, images: Iterable[Image]) -> None:
+        """Takes whole images; raises ResourceExhaustedError."""
+        for image in images:
+            if not isinstance(self._files.get(image.digest), Image):
+                self._make_room(image.size_bytes, keep=image.digest)
+                self._replace(image.digest, image)
 
     def find(self, digests: Iterable[str]) -> list[ImageInfo]:
-        """Returns images that are here; raises FailedPreconditionError that names the others."""
-        found = {digest: self._files.get(digest) for digest in digests}
-        missing = [digest for digest, file in found.items() if not isinstance(file, Image)]
+        """Returns images that are here, in order; raises FailedPreconditionError that names the others."""
+        found: list[ImageInfo] = []
+        missing: list[str] = []
+        for digest in digests:
+            file = self._files.get(digest)
+            if isinstance(file, Image):
+                found.append(file)
+                self._files.move_to_end(digest)
+            else:
+                missing.append(digest)
         if missing:
-            raise FailedPreconditionError(f"Images are not here: put {', '.join(missing)} by PutImages first.")
-        for digest in found:
-            self._files.move_to_end(digest)
-        return [file for file in found.values() if isinstance(file, Image)]
+            names = ", ".join(dict.fromkeys(missing))
+            raise FailedPreconditionError(f"Images are not here: put {names} by PutImages first.")
+        return found
 
     @contextmanager
     def hold(self, digests: Sequence[str]) -> Iterator[None]:

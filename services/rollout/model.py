@@ -13,7 +13,7 @@ from perigee.buffer.packing import choice_bytes
 from perigee.errors import InvalidArgumentError
 from services.kit.chat import PromptEncoder, open_encoder
 from services.kit.hf import ModelFolder, count_experts, open_model_folder
-from services.kit.vision import VisionModel, open_vision
+from services.kit.vision import VisionModel
 from services.weights.manifest import WeightImage
 from services.weights.safetensors import FIELD as SHARDS_FIELD
 from services.weights.safetensors import read_header
@@ -40,13 +40,16 @@ class PolicyModel:
     """Chat template and tokenizer."""
     expert_bytes: int = 0
     """Bytes of a token's packed expert choices; 0 without a mixture of experts."""
-    vision: VisionModel | None = None
-    """How it takes images; None for one that takes none."""
 
     @property
     def tokenizer(self) -> Tokenizer:
         """Returns the tokenizer."""
         return self.encoder.tokenizer
+
+    @property
+    def vision(self) -> VisionModel | None:
+        """Returns how it takes images; None for one that takes none."""
+        return self.encoder.vision
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Returns the text of a response without the stop token that ends it; special tokens inside it are shown."""
@@ -121,7 +124,6 @@ def open_policy(path: str, max_model_len: int | None) -> PolicyModel:
         stop_token_ids=folder.stop_token_ids,
         encoder=open_encoder(folder),
         expert_bytes=count_expert_bytes(folder),
-        vision=open_vision(folder),
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -23,8 +23,10 @@ from tokenizers.decoders import DecodeStream
 
 from perigee.buffer.packing import pack_token_ids, unpack_logprobs, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
-from perigee.chat import read_messages
+from perigee.chat import ReadImage, find_images, read_messages
 from perigee.errors import InvalidArgumentError, NotFoundError, PerigeeError, ResourceExhaustedError, UnavailableError
+from perigee.image_sources import ImageReader, find_source
+from perigee.images import Image, decode_image
 from perigee.json_codec import dump_json
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.chat import PromptEncoder
@@ -99,6 +101,9 @@ class Choice:
     request: pb.GenerateRequest
     stops: Sequence[str]
     tokenizer: Tokenizer
+    images: Sequence[Image] = ()
+    prompt_tokens: int = 0
+    """Those of the prompt's images included."""
     echo: list[Token] = field(default_factory=list)
     is_scored: bool = False
     """Whether the echoed tokens get their log-probabilities."""
@@ -171,6 +176,14 @@ class Choice:
         return whole.removeprefix(self.text) if whole.startswith(self.text) else ""
 
 
+class Prompt(NamedTuple):
+    """Token ids of a prompt, one for each of its images."""
+
+    token_ids: list[int]
+    images: tuple[Image, ...] = ()
+    echo: list[Token] = []
+
+
 class StreamOptions(BaseModel):
     """Options of a stream."""
 
@@ -226,19 +239,19 @@ class SampledCall(BaseModel, ABC):
             raise ValueError("a stop string is empty")
         return stop
 
-    def read_prompts(self, encoder: PromptEncoder) -> list[list[int]]:
-        """Returns the token ids of each prompt; raises InvalidArgumentError."""
+    def read_prompts(self, encoder: PromptEncoder, read_image: ReadImage | None) -> list[Prompt]:
+        """Returns each prompt; raises InvalidArgumentError."""
         given = getattr(self, self.prompt_key)
         if not given and not self.prompt_token_ids:
             raise InvalidArgumentError.for_field(self.prompt_key, "is empty; give it or prompt_token_ids")
         if given and self.prompt_token_ids:
             message = f"stands beside {self.prompt_key}: give one of them"
             raise InvalidArgumentError.for_field("prompt_token_ids", message)
-        return self.encode(encoder) if given else [self.prompt_token_ids]
+        return self.encode(encoder, read_image) if given else [Prompt(self.prompt_token_ids)]
 
     @abstractmethod
-    def encode(self, encoder: PromptEncoder) -> list[list[int]]:
-        """Returns the token ids of each prompt that is no list of ids yet; raises InvalidArgumentError."""
+    def encode(self, encoder: PromptEncoder, read_image: ReadImage | None) -> list[Prompt]:
+        """Returns each prompt that is no list of ids yet; raises InvalidArgumentError."""
 
     @abstractmethod
     def limit(self, context_tokens: int) -> int:
@@ -262,9 +275,11 @@ class ChatCall(SampledCall):
     top_logprobs: int = Field(0, ge=0, le=0)
     """The engine gives the log-probability of the sampled token only."""
 
-    def encode(self, encoder: PromptEncoder) -> list[list[int]]:
-        """Returns the token ids that the chat template makes of the messages."""
-        return encoder.encode([read_messages(self.messages)], [""])
+    def encode(self, encoder: PromptEncoder, read_image: ReadImage | None) -> list[Prompt]:
+        """Returns the token ids that the chat template makes of the messages, and the images in these."""
+        messages = read_messages(self.messages, read_image)
+        [token_ids] = encoder.encode([messages], [""])
+        return [Prompt(token_ids, tuple(each for each in find_images(messages) if isinstance(each, Image)))]
 
     def limit(self, context_tokens: int) -> int:
         """Returns the limit given, else the context."""
@@ -301,14 +316,14 @@ class CompletionCall(SampledCall):
             raise ValueError("n has to be 1 where echo and logprobs ask for the prompt's log-probabilities")
         return self
 
-    def encode(self, encoder: PromptEncoder) -> list[list[int]]:
+    def encode(self, encoder: PromptEncoder, read_image: ReadImage | None) -> list[Prompt]:
         """Returns the token ids of one text, several texts, one list of ids or several."""
         prompts = self.prompt if isinstance(self.prompt, list) else [self.prompt]
         if all(isinstance(each, str) for each in prompts):
-            return encoder.encode(prompts, [""] * len(prompts))
+            return [Prompt(ids) for ids in encoder.encode(prompts, [""] * len(prompts))]
         lists = [prompts] if all(isinstance(each, int) for each in prompts) else prompts
         if all(isinstance(ids, list) and all(type(each) is int for each in ids) for ids in lists):
-            return lists
+            return [Prompt(ids) for ids in lists]
         message = "must be a text, a list of texts, a list of token ids, or several"
         raise InvalidArgumentError.for_field("prompt", message)
 
@@ -340,7 +355,10 @@ class Endpoint:
     async def respond(self, call: SampledCall) -> Response:
         """Returns the response to a call, or the stream that becomes it."""
         self._check_room(call.n)  # before a long text takes a tokenizer seconds
-        choices = await asyncio.to_thread(self._plan, call)
+        sampling = self._read_sampling(call)
+        prompts = await asyncio.to_thread(self._read_prompts, call)
+        self._check_room(len(prompts) * call.n)
+        choices = self._plan(call, prompts, sampling)
         self._worker.check_ready("", call.policy_version)
         head = self._head(call)
         headers = {VERSION_HEADER: str(self._worker.policy_version), "cache-control": "no-store"}
@@ -354,9 +372,8 @@ class Endpoint:
         body = head | prompt | {"choices": described, "usage": count_usage(call, choices)}
         return Response(dump_json(body), headers=headers, media_type="application/json")
 
-    def _plan(self, call: SampledCall) -> list[Choice]:
-        """Returns a choice for each response; raises InvalidArgumentError, NotFoundError and ResourceExhaustedError."""
-        model = self._worker.model
+    def _read_sampling(self, call: SampledCall) -> pb.Sampling:
+        """Returns the settings of a call for the policy; raises NotFoundError and InvalidArgumentError."""
         if call.model != MODEL:
             raise NotFoundError(f"model: {call.model!r} is not served here; use {MODEL!r}.")
         sampling = pb.Sampling(temperature=call.temperature, seed=call.seed)
@@ -364,21 +381,56 @@ class Endpoint:
             if (value := getattr(call, name)) is not None:
                 setattr(sampling, name, value)
         check_sampling(sampling, trained_on=False)
-        check_vocabulary("stop_token_ids", call.stop_token_ids, model)
-        prompts = call.read_prompts(model.encoder)
-        self._check_room(len(prompts) * call.n)
+        check_vocabulary("stop_token_ids", call.stop_token_ids, self._worker.model)
+        return sampling
+
+    def _read_prompts(self, call: SampledCall) -> list[Prompt]:
+        """Returns the call's prompts, their images looked at to the last pixel; raises InvalidArgumentError."""
+        model = self._worker.model
+        prompts = call.read_prompts(model.encoder, self._read_image if model.vision else None)
+        for prompt in prompts:
+            check_vocabulary("prompt_token_ids", prompt.token_ids, model)
+        if not isinstance(call, CompletionCall) or not call.echo:
+            return prompts
+        # One that is too long is refused before its texts are needed.
+        shown = [prompt.token_ids[: model.context_tokens] for prompt in prompts]
+        return [
+            prompt._replace(echo=split_text(ids, model.tokenizer)) for prompt, ids in zip(prompts, shown, strict=True)
+        ]
+
+    def _read_image(self, value: object, field: str) -> Image:
+        """Returns the image of a message's part: a data URL, or an address where `images.allow_urls` is set."""
+        source = find_source(value)[1]
+        if not isinstance(source, str) or not source.startswith(("data:", "http://", "https://")):
+            raise InvalidArgumentError.for_field(field, "must be a data URL: data:image/png;base64,...")
+        config = self._worker.config.images
+        if not source.startswith("data:") and not config.allow_urls:
+            reason = "is an address of the web: give a data URL, or have rollout.images.allow_urls set"
+            raise InvalidArgumentError.for_field(field, reason)
+        reader = ImageReader(limits=self._worker.images.limits, allow_urls=config.allow_urls)
+        image = reader.load(value, field)
+        decode_image(image, field)
+        return image
+
+    def _plan(self, call: SampledCall, prompts: Sequence[Prompt], sampling: pb.Sampling) -> list[Choice]:
+        """Returns a choice for each response; raises InvalidArgumentError and ResourceExhaustedError."""
+        model, images = self._worker.model, self._worker.images
         choices = []
         for index, prompt in enumerate(each for each in prompts for _ in range(call.n)):
-            check_vocabulary("prompt_token_ids", prompt, model)
             item = pb.GenerateItem(
-                id=str(index), prompt_token_ids=pack_token_ids(prompt), max_tokens=call.limit(model.context_tokens)
+                id=str(index),
+                prompt_token_ids=pack_token_ids(prompt.token_ids),
+                max_tokens=call.limit(model.context_tokens),
+                image_digests=[image.digest for image in prompt.images],
             )
+            images.add(prompt.images)
             check_items([item], self._worker)
             request = pb.GenerateRequest(items=[item], sampling=sampling, policy_version=call.policy_version)
-            choices.append(Choice(index, prompt, request, call.stop, model.tokenizer))
+            choice = Choice(index, prompt.token_ids, request, call.stop, model.tokenizer, prompt.images)
+            choice.prompt_tokens = len(model.encoder.expand(prompt.token_ids, prompt.images, ""))
             if isinstance(call, CompletionCall) and call.echo:
-                choices[-1].echo = split_text(prompt, model.tokenizer)
-                choices[-1].is_scored = call.logprobs is not None
+                choice.echo, choice.is_scored = list(prompt.echo), call.logprobs is not None
+            choices.append(choice)
         return choices
 
     def _check_room(self, sequences: int) -> None:
@@ -419,6 +471,8 @@ class Endpoint:
             with self._worker.admit(1):
                 scores = await self._score(choice.prompt)
             choice.score_prompt(scores)
+        # Others may have made room for theirs meanwhile.
+        self._worker.images.add(choice.images)
         async with aclosing(generate(self._worker, choice.request, settings)) as chunks:
             async for chunk in chunks:
                 choice.add(chunk)
@@ -506,7 +560,7 @@ def describe(call: SampledCall, part: Part) -> dict[str, Any]:
 
 def count_usage(call: SampledCall, choices: Sequence[Choice]) -> dict[str, int]:
     """Returns the tokens of a call; a prompt counts once, not for each of its n responses."""
-    prompt = sum(len(choice.prompt) for choice in choices[:: call.n])
+    prompt = sum(choice.prompt_tokens for choice in choices[:: call.n])
     completion = sum(len(choice.tokens) for choice in choices)
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
