@@ -68,7 +68,7 @@ UNSCALED = Arm("unscaled", ("run.update.token_scale=1.0",))
 BY_RATE = {
     label: {rate: arm if rate == 1e-4 else at_rate(arm, f"{name}_{rate:.0e}", rate) for rate in rates}
     for label, name, arm, rates in (
-        ("ReST", "rest", REST, (3e-5, 1e-4, 3e-4, 1e-3)),
+        ("ReST", "rest", REST, (1e-4, 3e-4, 1e-3)),
         ("mirror descent", "mirror_descent", BASE, (3e-5, 1e-4, 3e-4, 1e-3)),
         ("mirror descent, unscaled", "unscaled", UNSCALED, (1e-4, 3e-4)),
     )

@@ -282,7 +282,10 @@ def find_better_judge(results: Results, lines: Sequence[Line]) -> Finding:
         *((label, show(interval_over(values))) for label, values in last.items()),
         ("difference", show(gap)),
     ]
-    return Finding(judge(f"the {lines[-1].label} is right more often than the {lines[0].label}", gap), rows)
+    found = judge(f"the {lines[-1].label} is right more often than the {lines[0].label}", gap)
+    own = interval_over(last[lines[0].label])
+    coin = f" The {lines[0].label} is not told from a coin." if own.low <= 0.5 <= own.high else ""
+    return Finding(f"{found}{coin}", rows)
 
 
 def find_no_loss(results: Results, lines: Sequence[Line]) -> Finding:

@@ -23,7 +23,7 @@ from bench.reproduce.curves import (
     sample_ratios,
 )
 from bench.reproduce.drawing import Line
-from bench.reproduce.figures import FIGURES, chosen_rate, find_comparison, find_sizes, judge
+from bench.reproduce.figures import FIGURES, chosen_rate, find_better_judge, find_comparison, find_sizes, judge
 from bench.reproduce.tradeoff import find_shortest
 from perigee.statistics import Interval
 
@@ -112,6 +112,14 @@ def test_a_small_model_that_thinks_no_longer_does_not_reach_a_large_one_by_think
     assert find_sizes(make_results(make_curve(0.2, 0.6), *longer), lines).sentence.startswith("**Does not hold here**")
 
 
+def test_a_judge_that_guesses_is_named() -> None:
+    lines = [Line("a", "value head", "black"), Line("b", "judge", "black")]
+    results = {"a": {0: make_curve(0.48), 1: make_curve(0.52)}, "b": {0: make_curve(0.85), 1: make_curve(0.87)}}
+    assert find_better_judge(results, lines).sentence.endswith("The value head is not told from a coin.")
+    results["a"] = {0: make_curve(0.7), 1: make_curve(0.71)}
+    assert "coin" not in find_better_judge(results, lines).sentence
+
+
 def test_responses_and_tokens_add_up_over_the_iterations_of_a_run(tmp_path: Path) -> None:
     with runs.metering(tmp_path):
         pass
@@ -139,7 +147,7 @@ def test_cpu_time_adds_up_over_the_processes_that_ended(tmp_path: Path) -> None:
 
 
 def test_the_rate_with_the_highest_last_two_evaluations_is_chosen() -> None:
-    ends = {3e-5: (0.0, 0.1), 1e-4: (0.1, 0.5), 3e-4: (0.4, 0.3), 1e-3: (0.0, 0.6)}
+    ends = {1e-4: (0.1, 0.5), 3e-4: (0.4, 0.3), 1e-3: (0.0, 0.6)}
     results = {BY_RATE["ReST"][rate].name: {9: make_curve(0.9, *last)} for rate, last in ends.items()}
     assert chosen_rate(results, "ReST") == 3e-4
 
