@@ -14,18 +14,19 @@ import json
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from perigee.chat import ChatMessage, ImagePart, TextPart
 from perigee.errors import DataLossError, InvalidArgumentError, UnavailableError
 from perigee.files import write_atomically
 from perigee.images import Image, ImageInfo, ImageLimits, decode_image, read_image
 from perigee.json_codec import name_type
 
-# In the folder of a run: the images of its prompts, by digest.
+# In the folder of a run, or beside a prompt file: the images of its prompts, by digest.
 IMAGES_FOLDER = "images"
 # Keys that say where an image is, in parts of messages and in columns; the first that has a value counts.
 SOURCE_KEYS = ("image", "image_url", "bytes", "data", "base64", "url", "path")
@@ -155,6 +156,28 @@ class ImageReader:
                 return file.read(self.limits.max_bytes + 1)
         except (OSError, ValueError) as error:
             raise InvalidArgumentError.for_field(field, f"cannot be read: {error}") from error
+
+
+def keep_images(
+    values: Mapping[str, Any], messages: Sequence[ChatMessage], images: Sequence[ImageInfo]
+) -> dict[str, Any]:
+    """Returns a line that names its images as files of IMAGES_FOLDER, beside the prompt file."""
+    if not images:
+        return dict(values)
+    line = {key: value for key, value in values.items() if key not in ("messages", "images")}
+    if not messages:
+        return line | {"images": [f"{IMAGES_FOLDER}/{image.digest}" for image in images]}
+    return line | {"messages": [{**message, "content": _keep_content(message["content"])} for message in messages]}
+
+
+def _keep_content(content: str | list[TextPart | ImagePart]) -> str | list[dict[str, Any]]:
+    return content if isinstance(content, str) else [_keep_part(part) for part in content]
+
+
+def _keep_part(part: TextPart | ImagePart) -> dict[str, Any]:
+    if part["type"] == "text":
+        return dict(part)
+    return {"type": "image", "image": f"{IMAGES_FOLDER}/{part['image'].digest}"}
 
 
 def find_source(value: object) -> tuple[str, object]:

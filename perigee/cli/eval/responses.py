@@ -297,14 +297,15 @@ async def answer_all(
 
             async def work(waiting: Iterator[Attempt], pipeline: ScoringPipeline) -> None:
                 for attempt in waiting:
-                    item = attempt.problem.line.item
+                    line = attempt.problem.line
                     try:
                         completion = store.completion(attempt.key) or await endpoint.complete(http, attempt.body)
                     except REQUEST_ERRORS as error:
-                        await keep([failed(ScoreJob(attempt.key, "", item), error.message, retryable=True)])
+                        await keep([failed(ScoreJob(attempt.key, "", line.item), error.message, retryable=True)])
                     else:
                         store.hold(attempt.key, completion)
-                        await pipeline.submit(ScoreJob(attempt.key, completion.text, item))
+                        job = ScoreJob(attempt.key, completion.text, line.item, line.images, options.images)
+                        await pipeline.submit(job)
 
             for _ in range(min(options.concurrency, len(attempts))):
                 group.create_task(work(queue, pipeline))

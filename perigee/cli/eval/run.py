@@ -16,10 +16,9 @@ from perigee.cli.ending import Interrupt
 from perigee.cli.eval.responses import ModelOptions, Target, collect, note, open_target
 from perigee.cli.eval.results import ANSWERS_FILE, FAILED, RESULTS_FILE, Answer, by_suite, show, summarize, to_json
 from perigee.cli.eval.suites import LoadedSuite, SamplingSettings, load_suite
-from perigee.cli.prompts.candidates import IMAGES_FOLDER
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.files import write_atomically
-from perigee.image_sources import ImageStore
+from perigee.image_sources import IMAGES_FOLDER, ImageStore
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,10 @@ from pydantic import Field
 from perigee.chat import Asked, ChatMessage, ReadImage
 from perigee.cli.eval.ifeval import read_ifeval
 from perigee.cli.eval.vision import LETTERS, read_mathvision, read_mathvista, read_mmmu, show_images, write_choices
-from perigee.cli.prompts.candidates import IMAGES_FOLDER, keep_images
 from perigee.config import Model, read_yaml, validate
 from perigee.errors import FailedPreconditionError, InvalidArgumentError
 from perigee.files import write_lines
-from perigee.image_sources import ImageReader, ImageStore
+from perigee.image_sources import IMAGES_FOLDER, ImageReader, ImageStore, keep_images
 from perigee.reward.items import PromptLine, read_object, read_prompt_line, read_rows
 from perigee.reward.sources import Columns, image_base, read_data, read_source
 

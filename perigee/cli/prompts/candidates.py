@@ -11,17 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from perigee.chat import ChatMessage, ImagePart, ReadImage, TextPart, read_images
+from perigee.chat import ReadImage, read_images
 from perigee.curation.domains import EMPTY_TAGS
 from perigee.curation.findings import Question
 from perigee.curation.question_kinds import KINDS
 from perigee.errors import InvalidArgumentError
+from perigee.image_sources import keep_images
 from perigee.images import ImageInfo
 from perigee.reward.items import VERIFIERS, read_object, read_prompt_line, read_rows
 from perigee.reward.sources import Columns, checked_rows, read_fields
-
-# Of a curation's folder: the images of its prompts, by digest.
-IMAGES_FOLDER = "images"
 
 
 @dataclass(frozen=True)
@@ -111,28 +109,6 @@ def make_candidate(values: dict[str, Any], place: str, read_image: ReadImage | N
         images=tuple(image.digest for image in images),
     )
     return Candidate(question, values, images)
-
-
-def keep_images(
-    values: Mapping[str, Any], messages: Sequence[ChatMessage], images: Sequence[ImageInfo]
-) -> dict[str, Any]:
-    """Returns a line that names its images as files of IMAGES_FOLDER, beside the prompt file."""
-    if not images:
-        return dict(values)
-    line = {key: value for key, value in values.items() if key not in ("messages", "images")}
-    if not messages:
-        return line | {"images": [f"{IMAGES_FOLDER}/{image.digest}" for image in images]}
-    return line | {"messages": [{**message, "content": _keep_content(message["content"])} for message in messages]}
-
-
-def _keep_content(content: str | list[TextPart | ImagePart]) -> str | list[dict[str, Any]]:
-    return content if isinstance(content, str) else [_keep_part(part) for part in content]
-
-
-def _keep_part(part: TextPart | ImagePart) -> dict[str, Any]:
-    if part["type"] == "text":
-        return dict(part)
-    return {"type": "image", "image": f"{IMAGES_FOLDER}/{part['image'].digest}"}
 
 
 def split_pair(option: str, pair: str) -> tuple[str, str]:

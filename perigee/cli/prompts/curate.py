@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from perigee.cli.ending import Interrupt, run_interruptible
-from perigee.cli.prompts.candidates import IMAGES_FOLDER, Candidate, CandidateSet, read_candidates
+from perigee.cli.prompts.candidates import Candidate, CandidateSet, read_candidates
 from perigee.cli.prompts.duplicates import find_duplicates
 from perigee.cli.prompts.sampling import (
     CurationSettings,
@@ -40,7 +40,7 @@ from perigee.curation.pictures import Look, look_at
 from perigee.curation.question_kinds import find_question_kinds
 from perigee.errors import InvalidArgumentError, PerigeeError, UnavailableError
 from perigee.files import write_atomically, write_lines
-from perigee.image_sources import ImageReader, ImageStore
+from perigee.image_sources import IMAGES_FOLDER, ImageReader, ImageStore
 from perigee.images import decode_image
 from perigee.json_codec import write_message
 from perigee.reward.client import RewardClient

@@ -349,8 +349,9 @@ async def _sample_chunk(
 
     async with scoring(model.reward, ScoringOptions(unavailable_s=model.unavailable_s), count) as pipeline:
         for item_id, prompt in sampled.items():
-            item = prompt.line.item
-            await pipeline.submit(ScoreJob(item_id, stage.given(item) + texts[item_id], item))
+            line = prompt.line
+            text = stage.given(line.item) + texts[item_id]
+            await pipeline.submit(ScoreJob(item_id, text, line.item, line.images, model.images))
     return {question_id: SampleCounts(**found) for question_id, found in counts.items()}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,10 @@ from perigee.cli.sample.selection import (
 )
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.files import dump_line, write_atomically
+from perigee.image_sources import IMAGES_FOLDER, ImageReader, ImageStore
 from perigee.json_codec import name_type
 from perigee.reward.items import PromptLine, read_lines, read_object
-from perigee.reward.sources import Columns, read_source
+from perigee.reward.sources import Columns, image_base, read_source
 
 SAMPLES_FILE, REPORT_FILE = "samples.jsonl", "report.json"
 FILES = {SHORTEST: "sft.jsonl", PAIRS: "pairs.jsonl", ALL: "all.jsonl"}
@@ -64,9 +65,10 @@ async def sample(options: SampleOptions, console: Console, interrupt: Interrupt)
     Raises PerigeeError, with what to do, when an input is wrong, a service does not start or nothing can be selected;
     no file is written then but the answers that there are.
     """
-    lines = read_source(options.prompts, options.columns, "PROMPTS")
-    if (shown := next((line for line in lines if line.images), None)) is not None:
-        raise InvalidArgumentError.for_field(shown.place, "has images, and sampling writes texts alone")
+    images = ImageStore(options.out / IMAGES_FOLDER)
+    read_image = ImageReader(image_base(str(options.prompts)), store=images)
+    lines = read_source(options.prompts, options.columns, "PROMPTS", "", read_image)
+    options = replace(options, model=replace(options.model, images=images))
     wanted = lines[: options.limit]
     if options.samples is None:
         head, answers = await draw(options, wanted, console, interrupt)

@@ -14,6 +14,7 @@ from typing import Any
 
 from perigee.cli.eval.results import FAILED, Answer, is_correct
 from perigee.errors import FailedPreconditionError
+from perigee.image_sources import keep_images
 from perigee.reward.items import PromptLine
 from perigee.statistics import clustered_interval
 
@@ -224,9 +225,10 @@ def count_failures(groups: Sequence[PromptSamples]) -> dict[str, int]:
 
 
 def write_asked(group: PromptSamples) -> dict[str, Any]:
-    """Returns the prompt of a line of training data, as the prompt file has it."""
+    """Returns the prompt of a line of training data, as the prompt file has it; its images are in a folder beside."""
     line = group.line
-    return {"id": line.id, **({"messages": list(line.messages)} if line.messages else {"prompt": line.item.prompt})}
+    asked = {"messages": list(line.messages)} if line.messages else {"prompt": line.item.prompt}
+    return keep_images({"id": line.id, **asked}, line.messages, line.images)
 
 
 def describe_samples(groups: Sequence[PromptSamples]) -> dict[str, Any]:
