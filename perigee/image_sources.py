@@ -86,8 +86,8 @@ class ImageReader:
     """Whether images may come from http:// and https:// addresses."""
     store: ImageStore | None = None
     """Where images are kept; without one they are only checked."""
-    read_storage: Callable[[str, str], bytes | None] | None = None
-    """Reads a URL such as s3://bucket/file for a field; None where there is no such file."""
+    read_storage: Callable[[str, str, int], bytes | None] | None = None
+    """Reads a URL such as s3://bucket/file for a field, up to so many bytes; None where there is no such file."""
 
     def __call__(self, value: object, field: str) -> ImageInfo:
         """Returns what is known of the image that a line names in `field`; its bytes are kept by the store.
@@ -142,7 +142,7 @@ class ImageReader:
             return self._read_path(Path(self.base, name), field)
         if self.read_storage is None:
             raise InvalidArgumentError.for_field(field, "is a URL, and only files are read here")
-        content = self.read_storage(name, field)
+        content = self.read_storage(name, field, self.limits.max_bytes)
         if content is None:
             raise InvalidArgumentError.for_field(field, "does not exist")
         return content

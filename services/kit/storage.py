@@ -83,11 +83,16 @@ def download_folder(url: str, field: str, target: Path) -> None:
         _download(url, _read_listing(url), target)
 
 
-def read_file(url: str, field: str) -> bytes | None:
-    """Returns the contents of a small file; None when there is none."""
+def read_file(url: str, field: str, max_bytes: int | None = None) -> bytes | None:
+    """Returns the contents of a small file; None when there is none.
+
+    Raises InvalidArgumentError naming `field` for one of more than `max_bytes`, of which nothing is read then.
+    """
     with _explained(url, field):
         fs, path = _open(url)
         try:
+            if max_bytes is not None and (size := int(fs.size(path) or 0)) > max_bytes:
+                raise InvalidArgumentError.for_field(field, f"has {size:,} bytes, more than {max_bytes:,}")
             return bytes(fs.cat_file(path))
         except FileNotFoundError:
             return None

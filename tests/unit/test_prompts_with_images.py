@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -23,6 +24,8 @@ from perigee.images import ImageLimits
 from perigee.reward.items import read_item, read_prompt_line
 from perigee.reward.sources import Columns, image_base, read_source
 from perigee.trainer.v1.trainer_pb2 import ChatSettings
+from services.coordinator.prompts import read_prompts
+from services.coordinator.run_config import ImagesConfig, PromptSource
 from services.kit.chat import PromptEncoder, encode_examples, open_chat_template, open_encoder
 from services.kit.hf import open_model_folder
 from tests.fixtures.chat import write_chat_model
@@ -319,3 +322,21 @@ def test_a_file_that_is_sent_holds_its_images(folder: Path) -> None:
     assert not (folder / "none").exists()
     with pytest.raises(InvalidArgumentError, match=r"run: .*p.jsonl:1: messages: gone.png does not exist"):
         embed_images(write_lines(path, ask({"type": "image", "image": "gone.png"})), read, "run", folder / "sent")
+
+
+def test_images_of_a_file_in_object_storage_are_beside_it(
+    folder: Path, vision_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PERIGEE_CACHE", str(folder / "cache"))
+    lines = write_lines(folder / "p.jsonl", ask({"type": "image", "image": "pictures/a.png"}, text("?")) | {"id": "a"})
+    storage = fsspec.filesystem("memory")
+    storage.pipe({"/images-test/p.jsonl": lines.read_bytes(), "/images-test/pictures/a.png": PNG})
+    encoder = open_encoder(open_model_folder(vision_model, "model"))
+    source = PromptSource(path="memory://images-test/p.jsonl")
+    [prompt] = read_prompts([source], "run.prompts", encoder, 16).values()
+    assert ([image.digest for image in prompt.line.images], prompt.tokens) == ([DIGEST], 9)
+    with pytest.raises(InvalidArgumentError, match=r"pictures/a.png has \d+ bytes, more than 50"):
+        read_prompts([source], "run.prompts", encoder, 16, ImagesConfig(max_bytes=50))
+    storage.rm("/images-test/pictures/a.png")
+    with pytest.raises(InvalidArgumentError, match=r"pictures/a.png does not exist"):
+        read_prompts([source], "run.prompts", encoder, 16)
