@@ -11,9 +11,11 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 import psutil
+from transformers import AutoImageProcessor
 from vllm import AsyncEngineArgs, SamplingParams, TokensPrompt
 from vllm.config import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -72,6 +74,8 @@ class VllmEngine(Engine):
         """Forks EngineCore from the fork server, with dummy weights."""
         self._has_found = False
         prepare_vllm(self._config)
+        if self._model.vision is not None:
+            scale_images_by_pillow()
         self._asleep = False
         arguments = engine_arguments(self._config, self._model)
         with _timed("start"):
@@ -325,7 +329,10 @@ async def _render_images(llm: AsyncLLM, prompt: TokensPrompt, request: EngineReq
     """
     prompt["multi_modal_data"] = {"image": [image.picture for image in request.images]}
     prompt["multi_modal_uuids"] = {"image": [image.digest for image in request.images]}
-    [rendered] = await llm.renderer.render_cmpl_async([prompt], skip_mm_cache=True)
+    try:
+        [rendered] = await llm.renderer.render_cmpl_async([prompt], skip_mm_cache=True)
+    except ValueError as error:
+        raise InvalidArgumentError(f"The model refuses the images of {request.request_id}: {error}") from error
     if rendered["prompt_token_ids"] != list(request.expanded_ids):
         found, expected = len(rendered["prompt_token_ids"]), len(request.expanded_ids)
         raise InternalError(
@@ -411,6 +418,15 @@ def prepare_vllm(config: RolloutConfig) -> None:
         # A process of its own would import vLLM once more, to keep from touching a GPU.
         registry._run_in_subprocess = lambda fn: fn()
     engine_utils.get_mp_context = EngineContext  # type: ignore[attr-defined]
+
+
+def scale_images_by_pillow() -> None:
+    """Has transformers load the image processors that the trainer has, too, where torchvision would bring others.
+
+    Pixels of the two differ by up to 2 of 255 when an image is resized.
+    """
+    if not isinstance(AutoImageProcessor.from_pretrained, partial):
+        AutoImageProcessor.from_pretrained = partial(AutoImageProcessor.from_pretrained, backend="pil")
 
 
 def engine_arguments(config: RolloutConfig, model: PolicyModel) -> AsyncEngineArgs:
