@@ -124,7 +124,8 @@ class ImageReader:
         if len(text) > self.limits.max_bytes * 4 // 3 + 4:
             raise InvalidArgumentError.for_field(field, f"has more than {self.limits.max_bytes:,} bytes")
         try:
-            return base64.b64decode(text, validate=True)
+            # Lines are broken by some writers.
+            return base64.b64decode("".join(text.split()), validate=True)
         except (binascii.Error, ValueError) as error:
             raise InvalidArgumentError.for_field(field, f"is not base64: {error}") from error
 
@@ -201,10 +202,14 @@ def embed_images(
         return path
 
     def embed(line: bytes, place: str) -> bytes:
-        values = json.loads(line)
-        for message in values.get(names[0]) or []:
-            for index, part in enumerate(parts if isinstance(parts := message.get("content"), list) else []):
-                if part.get("type") in ("image", "image_url"):
+        try:
+            values = json.loads(line)
+            parts_of_messages = [message["content"] for message in values.get(names[0]) or []]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return line  # who reads the lines says what is wrong with this one
+        for parts in parts_of_messages:
+            for index, part in enumerate(parts if isinstance(parts, list) else []):
+                if isinstance(part, dict) and part.get("type") in ("image", "image_url"):
                     parts[index] = _embed_part(part, read, f"{place}: {names[0]}")
         if (images := values.get(names[1])) is not None:
             listed = images if isinstance(images, list) else [images]

@@ -131,13 +131,13 @@ def decode_image(image: Image, field: str = "image") -> Picture:
     from PIL.Image import Transpose, frombytes, new
 
     turns = {
-        2: (Transpose.FLIP_LEFT_RIGHT,),
-        3: (Transpose.ROTATE_180,),
-        4: (Transpose.FLIP_TOP_BOTTOM,),
-        5: (Transpose.TRANSPOSE,),
-        6: (Transpose.ROTATE_270,),
-        7: (Transpose.TRANSVERSE,),
-        8: (Transpose.ROTATE_90,),
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
     }
     kind = find_format(image.data)
     try:
@@ -153,12 +153,11 @@ def decode_image(image: Image, field: str = "image") -> Picture:
             white.paste(picture, mask=picture.getchannel("A"))
             picture = white
         picture = picture.convert("RGB")
+        # Its EXIF is that of the file: who reads it would turn the picture once more.
+        picture.info.clear()
     except _DAMAGE as error:
         raise _damaged(field, kind, error) from error
-    for turn in turns.get(orientation, ()):
-        picture = picture.transpose(turn)
-    # Its EXIF is that of the file: who reads it would turn the picture once more.
-    return frombytes("RGB", picture.size, picture.tobytes())
+    return picture.transpose(turns[orientation]) if orientation in turns else picture
 
 
 def find_format(data: bytes) -> str:

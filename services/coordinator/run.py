@@ -344,7 +344,7 @@ def stage_metrics(response: trainer_pb2.FineTuneResponse) -> dict[str, float]:
 async def send_dataset(context: RunContext, name: str, field: str) -> str:
     """Sends a supervised set to the trainer, with its images in it; returns its path there."""
     read = make_image_reader(name, context.config.images)
-    with tempfile.TemporaryDirectory(prefix=".sft-", dir=context.inputs.run_path) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         path = await asyncio.to_thread(embed_images, Path(name), read, field, Path(folder, "examples.jsonl"))
         return await context.peers.trainer.put_file(path, timeout_s=context.settings.control_timeout_s)
 

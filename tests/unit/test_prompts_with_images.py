@@ -77,7 +77,7 @@ def text(value: str) -> dict[str, Any]:
         {"type": "image", "image": PNG, "text": None},
         {"type": "image", "path": "pictures/a.png"},
         {"type": "image", "url": DATA_URL},
-        {"type": "image", "base64": BASE64},
+        {"type": "image", "base64": f"{BASE64[:60]}\n{BASE64[60:]}\n"},
         {"type": "image_url", "image_url": {"url": DATA_URL, "detail": "low"}},
         {"type": "image_url", "image_url": "pictures/a.png"},
     ],
@@ -317,10 +317,17 @@ def test_a_file_that_is_sent_holds_its_images(folder: Path) -> None:
         embed_images(write_lines(path, second | {"id": "a"}), read, "run", folder / "s"), Columns(), "f"
     )[:1]
     assert [image.digest for image in named.images] == [OTHER_DIGEST, DIGEST]
+    # Lines that are wrong stay, for their reader to name.
+    wrong = [["image"], {"messages": 3}, {"messages": [{"role": "image"}]}, {"messages": [{"content": ["image"]}]}]
+    path = write_lines(folder / "wrong.jsonl", {"messages": []}, *wrong)
+    path.write_text(f'{path.read_text()}{{"image')
+    assert [*embed_images(path, read, "run", folder / "sent").open()][1:-1] == [
+        f"{json.dumps(each)}\n" for each in wrong
+    ]
     text_alone = write_lines(folder / "text.jsonl", {"prompt": "1+1", "answer": "2"})
     assert embed_images(text_alone, read, "run", folder / "none") == text_alone
     assert not (folder / "none").exists()
-    with pytest.raises(InvalidArgumentError, match=r"run: .*p.jsonl:1: messages: gone.png does not exist"):
+    with pytest.raises(InvalidArgumentError, match=r"run: .*wrong.jsonl:1: messages: gone.png does not exist"):
         embed_images(write_lines(path, ask({"type": "image", "image": "gone.png"})), read, "run", folder / "sent")
 
 
