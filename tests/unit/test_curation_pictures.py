@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,15 +17,26 @@ from PIL.Image import Image as Picture
 from perigee.cli.prompts.candidates import make_columns
 from perigee.cli.prompts.curate import CurateCommand, ModelAccess, run_curate
 from perigee.cli.prompts.duplicates import find_duplicates
-from perigee.cli.prompts.sampling import CurationSettings
+from perigee.cli.prompts.sampling import (
+    CurationSettings,
+    SampledModel,
+    SamplingSettings,
+    difficulty_stage,
+    encode_lines,
+    guessing_stage,
+)
 from perigee.curation.findings import Decision, Question
 from perigee.curation.pictures import find_same, look_at, looks_same
 from perigee.errors import InvalidArgumentError
-from perigee.image_sources import ImageReader
+from perigee.image_sources import ImageReader, ImageStore
 from perigee.images import decode_image
+from perigee.reward.items import read_prompt_line
+from perigee.reward.scoring import ScoreClient
 from perigee.reward.sources import Columns, read_source
 from perigee.rpc import ChannelOptions
 from perigee.trainer.v1.trainer_pb2 import ChatSettings
+from services.kit.chat import open_encoder
+from services.kit.hf import open_model_folder
 from tests.fixtures.vision import make_picture
 
 
@@ -148,3 +160,36 @@ def test_a_wrong_image_and_a_folder_of_other_files_are_named(tmp_path: Path) -> 
     with pytest.raises(InvalidArgumentError, match="holds other files; name an empty folder"):
         curate(source, tmp_path)
     assert not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize("template", ["{prompt}", "{prompt} at once:"])
+def test_guesses_leave_the_images_out_and_other_answers_do_not(
+    vision_model: Path, tmp_path: Path, template: str
+) -> None:
+    (tmp_path / "one.png").write_bytes(make_picture(0))
+    content = [{"type": "image", "image": "one.png"}, {"type": "text", "text": "how many?"}]
+    lines = [
+        {"id": "chat", "messages": [{"role": "user", "content": content}]},
+        {"id": "text", "prompt": "<image> how many?", "images": ["one.png"]},
+        {"id": "plain", "prompt": "how many?"},
+    ]
+    read_image = ImageReader(str(tmp_path), store=ImageStore(tmp_path / "images"))
+    read = [
+        read_prompt_line(line | {"answer": "7", "verifier": "exact"}, str(line["id"]), read_image) for line in lines
+    ]
+    encoder = open_encoder(open_model_folder(vision_model, "--model"), ChatSettings())
+    model = SampledModel([], cast(ScoreClient, None), encoder, 64, 0, 1.0, 0, 1.0, ImageStore(tmp_path / "images"))
+    settings = SamplingSettings(response_tokens=8, guess_tokens=8, guess_template=template)
+    prompts, too_long = encode_lines(difficulty_stage(settings), model, read)
+    image_token = encoder.vision.image_token_id if encoder.vision else -1
+    shown = {each.line.id: (list(each.token_ids).count(image_token), len(each.images)) for each in prompts}
+    assert (shown, too_long) == ({"chat": (1, 1), "text": (1, 1), "plain": (0, 0)}, [])
+    guesses, _ = encode_lines(guessing_stage(settings), model, read)
+    assert [(list(each.token_ids).count(image_token), len(each.images)) for each in guesses] == [(0, 0)] * 3
+    # The rest of the question is asked as it is.
+    texts = {each.line.id: encoder.tokenizer.decode(list(each.token_ids)) for each in guesses}
+    assert texts["text"] == texts["plain"]
+    # What counts against the context is what an image becomes.
+    room = max(len(each.token_ids) for each in prompts if each.images) + 8
+    _, too_long = encode_lines(difficulty_stage(settings), replace(model, context_tokens=room), read[:1])
+    assert [finding.id for finding in too_long] == ["chat"]

@@ -198,16 +198,20 @@ class ModelStage:
 
     def ask(self, line: PromptLine) -> Asked:
         """Returns what the model is asked, the marker that begins the answer left out."""
-        if self.template == "{prompt}":
-            return line.asked
+        asked = line.asked if self.template == "{prompt}" else self._fill(line)
+        if self.shows_images or isinstance(asked, str):
+            return asked
+        return tuple(leave_images_out(message) for message in asked)
+
+    def _fill(self, line: PromptLine) -> Asked:
+        """Returns what is asked in the template's words."""
         template, item = self.template.removesuffix("{answer_marker}"), line.item
         text = template.replace("{answer_marker}", item.answer_marker).replace("{prompt}", item.prompt)
         if not line.messages:
             return text
         last = max(index for index, message in enumerate(line.messages) if message["role"] == "user")
         asked = change_text(line.messages[last], lambda _: text.strip())
-        messages = (*line.messages[:last], asked, *line.messages[last + 1 :])
-        return messages if self.shows_images else tuple(leave_images_out(each) for each in messages)
+        return (*line.messages[:last], asked, *line.messages[last + 1 :])
 
     def given(self, item: reward_pb2.ScoreItem) -> str:
         """Returns what of the answer the text holds already: a marker at its end leaves the answer to the model."""
@@ -215,7 +219,9 @@ class ModelStage:
 
 
 def leave_images_out(message: ChatMessage) -> ChatMessage:
-    """Returns a message with its text alone."""
+    """Returns a message with its text alone, one without images as it is."""
+    if isinstance(message["content"], str):
+        return message
     return ChatMessage(role=message["role"], content=text_of(message).strip())
 
 
