@@ -47,6 +47,7 @@ GROUPS = {
         "test_rollout_openai",
         "test_rollout_experts",
         "test_rollout_vision",
+        "test_prompts_curate_images",
         "test_prompts_curate",
         "test_sample",
     ),
