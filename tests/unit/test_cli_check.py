@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from perigee.cli.check import check_inputs, check_verifiers, count_peak, describe_memory
+from perigee.cli.check import check_inputs, check_verifiers, count_peak, count_tower, describe_memory
 from perigee.cli.ending import Interrupt
 from perigee.cli.init import init
 from perigee.cli.recipe import SERVICES, load_recipe, open_new_run
@@ -228,6 +228,16 @@ def test_a_gpu_whose_engine_cannot_sleep_is_told(folder: Path, monkeypatch: pyte
     monkeypatch.setattr("perigee.cli.check.NVIDIA", folder / "gpus")
     recipe = load_recipe(folder / "recipe.yaml", ["deployment=hybrid"])
     assert "set rollout.enable_sleep_mode" in check_inputs(recipe)[-1]
+
+
+def test_a_vision_tower_is_counted_by_its_configuration(vision_model: Path) -> None:
+    weights = load_file(vision_model / "model.safetensors")
+    parts = ("model.vision_model.encoder.", "model.connector.")
+    matrices = sum(weights[name].size for name in weights if name.startswith(parts) and weights[name].ndim == 2)
+    # One layer of width 32 and inner width 128, and one patch to each token.
+    kept = 9 * 32 + 2 * 128
+    assert count_tower(json.loads((vision_model / "config.json").read_text())) == (matrices, kept)
+    assert count_tower(CONFIG) == (0, 0)
 
 
 def test_a_recipe_is_written_for_a_model_and_a_data_set(folder: Path) -> None:

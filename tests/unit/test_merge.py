@@ -243,6 +243,28 @@ def test_the_mean_keeps_types_and_loads_in_transformers(
     assert str(two) in card
 
 
+def test_models_with_images_merge_with_their_towers(vision_model: Path, tmp_path: Path) -> None:
+    tower, embedding = "model.connector.modality_projection.proj.weight", "model.text_model.embed_tokens.weight"
+    weights = load_file(vision_model / "model.safetensors")
+    other = copied(vision_model, tmp_path / "other")
+    save_file({name: 3 * tensor for name, tensor in weights.items()}, other / "model.safetensors", {"format": "pt"})
+    assert merge(tmp_path / "out", vision_model, other) == ""
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == weights.keys()
+    assert all(torch.allclose(merged[name], 2 * weights[name]) for name in (tower, embedding))
+    assert (tmp_path / "out" / "preprocessor_config.json").read_bytes() == (
+        vision_model / "preprocessor_config.json"
+    ).read_bytes()
+    (other / "preprocessor_config.json").write_text("{}")
+    assert "their preprocessor_config.json differ" in merge(tmp_path / "refused", vision_model, other)
+    config = json.loads((other / "config.json").read_text())
+    narrow = config | {"vision_config": config["vision_config"] | {"patch_size": 7}}
+    (other / "config.json").write_text(json.dumps(narrow))
+    assert "vision_config.patch_size is 14 in the one and 7 in the other" in merge(
+        tmp_path / "refused", vision_model, other
+    )
+
+
 def test_the_same_merge_again_is_done_and_another_one_is_refused(pair: tuple[Path, Path], tmp_path: Path) -> None:
     assert merge(tmp_path / "out", *pair) == ""
     before = (tmp_path / "out" / "model.safetensors").stat().st_mtime_ns

@@ -32,9 +32,12 @@ from services.kit.hf import (
     CONFIG_FILE,
     GENERATION_FILE,
     INDEX_FILE,
+    PREPROCESSOR_FILE,
+    PROCESSOR_FILE,
     SINGLE_FILE,
     ModelFolder,
     open_model_folder,
+    read_json_object,
 )
 from services.weights.safetensors import DTYPES, TensorEntry, read_header
 
@@ -60,7 +63,8 @@ FREE_KEYS = {
 }
 # Those that say how the model is asked and how a response ends.
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+# A head, and the end of an embedding's name.
+HEAD, EMBEDDING = "lm_head.weight", ".embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,7 @@ class SourceModel:
     def find(self, name: str) -> Tensor:
         """Returns the tensor of a name, of a tied head that is not stored the embedding."""
         if name == HEAD and name not in self.tensors:
-            return self.tensors[EMBEDDING]
+            return next(tensor for each, tensor in self.tensors.items() if each.endswith(EMBEDDING))
         return self.tensors[name]
 
 
@@ -220,7 +224,7 @@ def check_fit(first: SourceModel, other: SourceModel) -> None:
 def check_asked_alike(first: SourceModel, other: SourceModel, same_chat: bool) -> None:
     """Raises InvalidArgumentError, in one sentence, for models that read the same text as other tokens.
 
-    With `same_chat` chat template, special tokens and what ends a response have to be the same, too.
+    With `same_chat` chat template, image processor, special tokens and what ends a response have to be the same, too.
     """
     # As the library writes them, so that files of other versions of it are the same.
     one, two = (json.loads(model.folder.open_tokenizer().to_str()) for model in (first, other))
@@ -232,8 +236,13 @@ def check_asked_alike(first: SourceModel, other: SourceModel, same_chat: bool) -
     templates = [open_chat_template(model.folder.path, model.folder.field) for model in (first, other)]
     if templates[0] != templates[1]:
         raise _differ(first, other, f"their chat templates differ {allow}")
+    for name in (PREPROCESSOR_FILE, PROCESSOR_FILE):
+        files = [model.folder.path / name for model in (first, other)]
+        found = [read_json_object(file, "MODEL") if file.is_file() else None for file in files]
+        if found[0] != found[1]:
+            raise _differ(first, other, f"their {name} differ, by which images become other tokens {allow}")
     for key in TOKEN_KEYS:
-        ids = [model.folder.config.get(key) for model in (first, other)]
+        ids = [model.folder.config.get(key, model.folder.text_config.get(key)) for model in (first, other)]
         if ids[0] != ids[1]:
             raise _differ(first, other, f"{key} is {ids[0]} in the one and {ids[1]} in the other {allow}")
     stops = [model.folder.stop_token_ids for model in (first, other)]
@@ -321,10 +330,18 @@ def _merge_blocks(plan: MergePlan, tensor: Tensor) -> Iterator[bytearray | memor
 
 def _check_config(first: SourceModel, other: SourceModel) -> None:
     """Compares what both configurations have, since versions of transformers write more or fewer of the defaults."""
-    configs = [{**model.folder.config, "rope": _read_rope(model.folder.config)} for model in (first, other)]
+    configs = [_read_config(model.folder) for model in (first, other)]
     for key in sorted(configs[0].keys() & configs[1].keys() - FREE_KEYS - {*TOKEN_KEYS}):
         if configs[0][key] != configs[1][key]:
             raise _differ(first, other, f"{key} is {configs[0][key]} in the one and {configs[1][key]} in the other")
+
+
+def _read_config(folder: ModelFolder) -> dict[str, Any]:
+    """Returns what config.json says of the language model and of the vision tower, on one level."""
+    whole = {key: value for key, value in folder.config.items() if key not in ("text_config", "vision_config")}
+    tower = {key: value for key, value in folder.config.get("vision_config", {}).items() if key not in FREE_KEYS}
+    named = {f"vision_config.{key}": value for key, value in tower.items()}
+    return {**folder.text_config, **whole, **named, "rope": _read_rope(folder.text_config)}
 
 
 def _read_rope(config: Mapping[str, Any]) -> dict[str, Any]:
