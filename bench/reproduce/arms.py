@@ -70,7 +70,7 @@ BY_RATE = {
     for label, name, arm, rates in (
         ("ReST", "rest", REST, (1e-4, 3e-4, 1e-3)),
         ("mirror descent", "mirror_descent", BASE, (3e-5, 1e-4, 3e-4, 1e-3)),
-        ("mirror descent, unscaled", "unscaled", UNSCALED, (1e-4, 3e-4)),
+        ("mirror descent, unscaled", "unscaled", UNSCALED, (3e-4,)),
     )
 }
 

@@ -201,7 +201,9 @@ def draw_rates(results: Results, lines: Sequence[Line]) -> Figure:
 def find_rates(results: Results, lines: Sequence[Line]) -> Finding:
     """Finds the learning rate of each algorithm."""
     labels = list(dict.fromkeys(line.label for line in lines))
-    found = ", ".join(f"{chosen_rate(results, label):.0e} for {label}" for label in labels)
+    found = " and ".join(
+        f"{chosen_rate(results, label):.0e} for {label}" for label in labels if len(BY_RATE[label]) > 1
+    )
     rates = sorted({rate for arms in BY_RATE.values() for rate in arms})
     rows = [
         ("learning rate", *labels),
