@@ -1,6 +1,6 @@
 """Measures how sure the direction of an update is with and without negative gradients, on responses of a model.
 
-    python -m bench.reproduce.gradients MODEL PROMPTS [--problems 64] [--seed 0]
+    python -m bench.reproduce.gradients MODEL PROMPTS [--problems 24] [--seed 0]
 
 ReST and mirror descent estimate the same gradient from a group of K responses: (1/K) sum_j (r_j - b) grad log pi(y_j),
 with b = 0 and with b = the mean reward. Signal is the squared norm of an estimate's mean over groups, noise the mean
@@ -91,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compares the gradients of ReST and mirror descent on a model.")
     parser.add_argument("model", type=Path)
     parser.add_argument("prompts", type=Path)
-    parser.add_argument("--problems", type=int, default=64)
+    parser.add_argument("--problems", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)

@@ -183,9 +183,9 @@ def test_methods_are_held_against_the_bounds_and_one_another() -> None:
 
 def test_figure_10_compares_the_algorithms_at_the_rates_that_were_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    if (found := FIGURES["rates"].read()) is not None:
-        chosen = [BY_RATE[label][chosen_rate(found, label)].name for label in ("ReST", "mirror descent")]
-        assert [line.arm for line in FIGURES["rest"].lines] == chosen
+    results = FIGURES["rates"].read()
+    chosen = [BY_RATE[label][chosen_rate(results, label)].name for label in ("ReST", "mirror descent")]
+    assert [line.arm for line in FIGURES["rest"].lines] == chosen
 
 
 @pytest.fixture
