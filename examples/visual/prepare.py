@@ -23,7 +23,7 @@ from visual_tasks.sets import draw_problems
 
 HELDOUT_SIZE, POOL_SIZE = 512, 3000
 # Examples of the two supervised stages, and the share of the second that answers without a look.
-LOOK_SIZE, MIXED_SIZE, GUESS_SHARE = 24000, 6000, 0.75
+LOOK_SIZE, MIXED_SIZE, GUESS_SHARE = 24000, 6000, 0.8
 
 
 def prepare(out: Path, seed: int) -> None:

@@ -20,6 +20,8 @@ from visual_tasks import charts, scenes, sums
 from visual_tasks.problem import SIZE, Problem, to_png
 from visual_tasks.sets import draw_problems
 
+from perigee.cli.recipe import load_recipe
+from perigee.cli.run_folder import RunFolder
 from tests.fixtures.vision import make_picture
 
 RECIPE = Path(__file__).parents[2] / "examples" / "visual"
@@ -189,3 +191,11 @@ def test_texts_are_made_of_known_characters(prepared: Path) -> None:
         ids = tokenizer.encode(asked + line["response"]).ids
         assert tokenizer.token_to_id(visual_model.UNKNOWN) not in ids
         assert len(ids) + 19 < visual_model.CONTEXT
+
+
+def test_the_recipe_names_the_files_that_prepare_writes(prepared: Path, tmp_path: Path) -> None:
+    run = load_recipe(RECIPE / "recipe.yaml").expand(RunFolder(tmp_path)).values["run"]
+    for name in [run["model"], run["prompts"], run["heldout"], *(stage["dataset"] for stage in run["sft"])]:
+        assert (prepared / Path(name).relative_to(tmp_path / "data")).exists()
+    longest = max(len(line["response"]) for line in read_lines(prepared / "sft_look.jsonl"))
+    assert longest < run["rollout"]["max_response_tokens"]
