@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from perigee.config import validate
 from services.coordinator.prompts import read_problems
@@ -76,14 +77,19 @@ def test_the_report_and_the_files_are_there(trained_run: TrainedRun) -> None:
     assert (trained_run.path / "recipe.yaml").is_file()
 
 
-def test_the_final_model_loads_in_transformers(trained_run: TrainedRun) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_the_final_model_loads_in_transformers_and_its_tower_has_learned(trained_run: TrainedRun) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    tokenizer = AutoTokenizer.from_pretrained(trained_run.path / "model")
-    model = AutoModelForCausalLM.from_pretrained(trained_run.path / "model", dtype=torch.float32)
-    tokens = tokenizer("3+4=", return_tensors="pt", add_special_tokens=False).input_ids
-    answer = model.generate(tokens, max_new_tokens=8, do_sample=False)
-    assert answer.shape[1] > tokens.shape[1]
+    folders = [trained_run.path / "model", trained_run.path / "data/model"]
+    final, first = (AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32) for folder in folders)
+    processor = AutoProcessor.from_pretrained(folders[0])
+    image = Image.open(trained_run.path / "data/heldout-0.png")
+    inputs = processor(images=[image], text="user:<image>3+4=;assistant:", return_tensors="pt")
+    assert not torch.equal(final(**inputs).logits, first(**inputs).logits)
+    answer = final.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert answer.shape[1] > inputs["input_ids"].shape[1]
+    changed = {name for name, value in final.state_dict().items() if not torch.equal(value, first.state_dict()[name])}
+    assert any(name.startswith("model.vision_model.") for name in changed)
 
 
 def test_nothing_is_left_running(trained_run: TrainedRun) -> None:
