@@ -53,20 +53,23 @@ def run_of(step: Step) -> dict[str, Any]:
 
 
 async def test_methods_train_on_what_was_made_of_the_samples(models: Path) -> None:
-    steps = await plan(models)
+    stages = [f"long2short.{name}.steps=7" for name in ("rejection", "dpo")]
+    steps = await plan(models, *stages, "long2short.dpo.algorithm.beta=0.3")
     assert list(steps)[:5] == ["merge", "samples", "pairs", "rejection", "dpo"]
     for name, source, file in (("rejection", "samples", "sft.jsonl"), ("dpo", "pairs", "pairs.jsonl")):
         [stage] = run_of(steps[name])["sft"]
-        assert (stage["dataset"], stage["steps"], run_of(steps[name])["iterations"]) == (f"{{{source}}}/{file}", 40, 0)
+        assert (stage["dataset"], stage["steps"], run_of(steps[name])["iterations"]) == (f"{{{source}}}/{file}", 7, 0)
         assert steps[name].needs == [source]
     assert steps["pairs"].needs == ["samples"]
-    assert run_of(steps["dpo"])["sft"][0]["algorithm"] == {"name": "dpo", "beta": 0.1}
+    algorithm = run_of(steps["dpo"])["sft"][0]["algorithm"]
+    assert (algorithm["name"], algorithm["beta"]) == ("dpo", 0.3)
 
 
 async def test_the_second_phase_is_the_recipe_with_its_changes(models: Path) -> None:
-    phase = run_of((await plan(models, "long2short.rl.run.iterations=3"))["rl"])
+    changes = ("long2short.rl.run.iterations=3", "long2short.rl.run.length_reward.weight=0.7")
+    phase = run_of((await plan(models, *changes, "run.rollout.token_budget=24"))["rl"])
     assert phase["iterations"] == 3
-    assert phase["length_reward"] == {"weight": 0.5}
+    assert phase["length_reward"] == {"weight": 0.7}
     assert phase["rollout"]["max_response_tokens"] == 72
     assert phase["rollout"]["token_budget"] == 24
 
