@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import grpc
@@ -14,6 +15,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.cli.prompts.sampling import EncodedPrompt, ModelStage, SampledModel, read_policy_version, sample
 from perigee.curation.findings import Finding, SampleCounts
 from perigee.errors import FailedPreconditionError, UnavailableError
+from perigee.image_sources import ImageStore
 from perigee.reward.client import RewardClient
 from perigee.reward.items import PromptLine
 from perigee.reward.v1.reward_pb2_grpc import add_RewardServiceServicer_to_server
@@ -74,7 +76,7 @@ async def ask_all(
             clients.append(await stack.enter_async_context(RolloutClient.connect(address)))
         address = await stack.enter_async_context(fake_server(add_RewardServiceServicer_to_server, reward))
         client = await stack.enter_async_context(RewardClient.connect(address))
-        model = SampledModel(clients, client, cast(PromptEncoder, None), **options)
+        model = SampledModel(clients, client, cast(PromptEncoder, None), images=ImageStore(Path("unused")), **options)
         async for counts in sample(stage, model, asked):
             assert not found.keys() & counts.keys()
             found |= counts
