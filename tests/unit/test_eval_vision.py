@@ -150,6 +150,23 @@ def test_mmmu(data: Path) -> None:
     assert list(items[1].short_answer.references) == ["ROM", "read-only memory"]
 
 
+def test_options_that_are_letters_in_another_order(tmp_path: Path) -> None:
+    """MathVision and MMMU name the right option by its letter, MathVista by its text."""
+    write(tmp_path / "mathvision.parquet", vision("1", options=["B", "A", "C"], answer="A"))
+    write(tmp_path / "mmmu.parquet", mmmu("validation_Art_1", options="['B', 'A', 'C']", answer="A"))
+    choices = ["B", "A", "C"]
+    write(
+        tmp_path / "mathvista.parquet",
+        vista("1", question_type="multi_choice", answer_type="text", choices=choices, answer="A"),
+    )
+    references = {
+        name: problem.line.item.choice.reference
+        for name in ("mathvision", "mmmu", "mathvista")
+        for problem in load(name, tmp_path).values()
+    }
+    assert references == {"mathvision": "A", "mmmu": "A", "mathvista": "B"}
+
+
 def test_records_that_contradict_themselves_are_named(tmp_path: Path) -> None:
     wrong = vista("2", question_type="multi_choice", choices=["3", "4"], answer="5")
     write(tmp_path / "mathvista.parquet", vista("1"), wrong)

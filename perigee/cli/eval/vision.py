@@ -55,7 +55,7 @@ def read_mathvista(record: Record) -> Record:
     """
     answer, kind = str(record["answer"]), record["answer_type"]
     if record["question_type"] == "multi_choice":
-        verifier = _choose(list(record["choices"]), answer)
+        verifier = _choose(list(record["choices"]), answer, by_text=True)
     elif kind == "float" and record["precision"] is not None:
         verifier = {"math": {"reference": answer, "decimals": int(record["precision"])}}
     else:
@@ -102,12 +102,16 @@ def read_list(value: object) -> list[str]:
     return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
 
 
-def _choose(options: Sequence[str], answer: str) -> dict[str, Any]:
-    """Returns the verifier of an option, by its letter or its text; raises ValueError for an answer that is none."""
+def _choose(options: Sequence[str], answer: str, by_text: bool = False) -> dict[str, Any]:
+    """Returns the verifier of an option by its letter, or else by its text; `by_text` looks at texts first.
+
+    Options may be letters in another order. Raises ValueError for an answer that is none.
+    """
     letters = LETTERS[: len(options)]
-    if answer in options:
+    is_letter = answer in tuple(letters)
+    if answer in options and (by_text or not is_letter):
         letter = letters[list(options).index(answer)]
-    elif len(answer) == 1 and answer in letters:
+    elif is_letter:
         letter = answer
     else:
         raise ValueError(f"has the answer {answer!r}, which is none of its options")
