@@ -15,7 +15,7 @@ from prometheus_client import Histogram
 from perigee.buffer.client import BufferClient, StoredTrajectory
 from perigee.buffer.packing import ITEM_BYTES, count_tokens, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
-from perigee.errors import InvalidArgumentError, NotFoundError, UnavailableError
+from perigee.errors import AbortedError, DataLossError, InvalidArgumentError, NotFoundError, UnavailableError
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.server import end_tasks
 from services.kit.telemetry import get_logger
@@ -46,6 +46,10 @@ DURABLE = {buffer_pb2.APPEND_OUTCOME_APPENDED, buffer_pb2.APPEND_OUTCOME_DUPLICA
 SegmentResult = pb.SegmentEnd | pb.SegmentFailure
 # Chunk that waits for its append, and what its writer waits for.
 PendingChunk = tuple[buffer_pb2.Chunk, asyncio.Future[None]]
+
+
+# Of an image that is none, is not in the buffer, or is not what was put there: others of the call are not concerned.
+UNREADABLE = (InvalidArgumentError, NotFoundError, DataLossError, AbortedError)
 
 
 class AppendRefusedError(Exception):
@@ -163,7 +167,7 @@ class _Call:
         try:
             async with images as prompt:
                 return await self._generate_from(prompt, segment_id, lease, trajectory)
-        except InvalidArgumentError as error:
+        except UNREADABLE as error:
             return pb.SegmentFailure(trajectory_id=lease.trajectory_id, reason=error.message)
 
     async def _generate_from(

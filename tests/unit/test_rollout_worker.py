@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 
-from perigee.buffer.client import BufferClient
+from perigee.buffer.client import BufferClient, StoredTrajectory
 from perigee.buffer.packing import pack_token_ids
-from perigee.buffer.v1.buffer_pb2 import AppendChunksRequest, AppendChunksResponse, Chunk
+from perigee.buffer.v1.buffer_pb2 import END_REASON_UNSPECIFIED, AppendChunksRequest, AppendChunksResponse, Chunk
 from perigee.errors import (
+    AbortedError,
+    DataLossError,
     DeadlineExceededError,
     FailedPreconditionError,
     InternalError,
     InvalidArgumentError,
+    NotFoundError,
+    PerigeeError,
     ResourceExhaustedError,
     UnavailableError,
 )
@@ -465,6 +469,39 @@ async def test_a_buffer_that_cannot_be_reached_fails_the_call(bench: Bench) -> N
         assert bench.worker.running == 0
         left = [task.get_coro() for task in asyncio.all_tasks()]
         assert not [each for each in left if each is not None and each.cr_code.co_filename == extend.__file__]
+
+
+class Loses(BufferClient):
+    """A buffer that has trajectories and cannot give an image of theirs."""
+
+    error: PerigeeError
+
+    async def read_trajectories(self, run_id: str, trajectory_ids: Sequence[str], **_: Any) -> Any:
+        for name, digests in zip(trajectory_ids, (["0" * 64], []), strict=True):
+            prompt = pack_token_ids([5, 9] if digests else [9])
+            yield StoredTrajectory(name, prompt, b"", b"", (), END_REASON_UNSPECIFIED, 1, image_digests=digests)
+
+    async def read_images(self, *_: Any, **__: Any) -> AsyncIterator[tuple[str, bytes]]:
+        raise self.error
+        yield
+
+
+@pytest.mark.parametrize("error", [NotFoundError("gone"), DataLossError("cut"), AbortedError("deleted")])
+async def test_an_image_that_cannot_be_read_fails_its_trajectory_alone(vision_model: Path, error: PerigeeError) -> None:
+    config = rollout_config(vision_model, "127.0.0.1:1")
+    worker = Worker(config, open_policy(str(vision_model), None), FragileEngine(), "w")
+    worker.status, worker.run_id, worker.policy_version = READY, "run", 4
+    leases = [pb.LeasedTrajectory(trajectory_id="blind", epoch=1), pb.LeasedTrajectory(trajectory_id="old", epoch=2)]
+    request = pb.ExtendTrajectoriesRequest(
+        run_id="run", policy_version=4, token_budget=8, max_response_tokens=8, trajectories=leases
+    )
+    settings = SegmentSettings(pb.Sampling(temperature=1), pb.RepetitionStop(), (1,), 16)
+    async with Loses.connect("127.0.0.1:1") as buffer:
+        buffer.error = error
+        results = [each async for batch in extend_trajectories(worker, buffer, request, settings) for each in batch]
+    reasons = {each.trajectory_id: each.reason for each in results if isinstance(each, pb.SegmentFailure)}
+    assert reasons == {"blind": error.message, "old": "the trajectory is leased again: epoch 1, not 2"}
+    await worker.images.close()
 
 
 async def test_an_append_that_fails_tells_its_writer_and_the_next_one_is_tried() -> None:
