@@ -7,6 +7,7 @@ engine recomputes their keys and values, and `policy_versions` says which tokens
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -386,8 +387,16 @@ class Endpoint:
 
     def _read_prompts(self, call: SampledCall) -> list[Prompt]:
         """Returns the call's prompts, their images looked at to the last pixel; raises InvalidArgumentError."""
-        model = self._worker.model
-        prompts = call.read_prompts(model.encoder, self._read_image if model.vision else None)
+        model, numbers = self._worker.model, itertools.count(1)
+
+        def read_image(value: object, field: str) -> Image:
+            # Before they are decoded: a small body may hold hundreds of large ones.
+            if (number := next(numbers)) > self._worker.config.images.max_per_prompt:
+                reason = f"{number} images are more than rollout.images.max_per_prompt allows"
+                raise InvalidArgumentError.for_field(field, reason)
+            return self._read_image(value, field)
+
+        prompts = call.read_prompts(model.encoder, read_image if model.vision else None)
         for prompt in prompts:
             check_vocabulary("prompt_token_ids", prompt.token_ids, model)
         if not isinstance(call, CompletionCall) or not call.echo:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,8 +13,14 @@ from tokenizers.decoders import DecodeStream
 
 from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2
+from perigee.errors import InvalidArgumentError
 from perigee.rollout.v1 import rollout_pb2 as pb
-from services.rollout.openai_api import Choice, Part
+from services.rollout.model import open_policy
+from services.rollout.openai_api import ChatCall, Choice, Endpoint, Part
+from services.rollout.worker import Worker
+from tests.fixtures.rollout import rollout_config
+from tests.fixtures.rollout_engine import FragileEngine
+from tests.fixtures.vision import make_picture
 
 # A token for each byte, as byte-level tokenizers have at the least.
 BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -90,3 +99,20 @@ def test_bytes_after_which_the_library_fails_end_no_response() -> None:
     assert "".join(part.text for part in parts) == choice.text
     assert choice.text.endswith("aa")
     assert [token.id for token in choice.tokens] == token_ids
+
+
+def test_more_images_than_a_prompt_may_have_are_not_decoded(vision_model: Path) -> None:
+    config = rollout_config(vision_model, "", images={"max_per_prompt": 2})
+    endpoint = Endpoint(Worker(config, open_policy(str(vision_model), None), FragileEngine(), "w"))
+    url = f"data:image/png;base64,{base64.b64encode(make_picture(1)).decode()}"
+    damaged = f"data:image/png;base64,{base64.b64encode(make_picture(1)[:-20]).decode()}"
+
+    def ask(*urls: str) -> ChatCall:
+        parts = [{"type": "image_url", "image_url": {"url": each}} for each in urls]
+        return ChatCall(model="policy", messages=[{"role": "user", "content": parts}])
+
+    [prompt] = endpoint._read_prompts(ask(url, url))
+    assert len(prompt.images) == 2
+    with pytest.raises(InvalidArgumentError, match=r"content\[2\]: 3 images are more than rollout\.images") as caught:
+        endpoint._read_prompts(ask(url, url, damaged))
+    assert len(caught.value.violations) == 1
