@@ -52,7 +52,7 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
 
     configs: dict[str, Any] = {
         name: validate(config_class(name), recipe.values.get(name) or {}, recipe.path.name, name)
-        for name in ("run", "rollout", "trainer", "coordinator", "reward", "sandbox")
+        for name in ("run", "rollout", "trainer", "buffer", "coordinator", "reward", "sandbox")
     }
     model, parameters = check_model(configs["trainer"].model, "trainer.model")
     if configs["rollout"].router_replay:
@@ -61,7 +61,7 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
     problems = [*inputs.prompts.values(), *inputs.heldout.values()]
     longest = max(problems, key=lambda prompt: prompt.tokens)
     check_lengths(model, longest, configs)
-    check_images(problems, configs["rollout"].images, configs["reward"])
+    check_images(problems, configs)
     check_verifiers([prompt.line.item for prompt in problems], configs["reward"], configs["sandbox"])
     count = workers or recipe.head.local.workers
     return [
@@ -158,8 +158,9 @@ def check_lengths(model: Any, longest: Any, configs: Mapping[str, Any]) -> None:
             )
 
 
-def check_images(problems: Sequence[Any], rollout: Any, reward: Any) -> None:
-    """Raises InvalidArgumentError for a limit of workers or of the reward service that prompts of the run pass."""
+def check_images(problems: Sequence[Any], configs: Mapping[str, Any]) -> None:
+    """Raises InvalidArgumentError for a limit of buffer, workers or reward service that prompts of the run pass."""
+    buffer, rollout, reward = configs["buffer"].images, configs["rollout"].images, configs["reward"]
     for prompt in problems:
         images = prompt.line.images
         found = {
@@ -168,6 +169,7 @@ def check_images(problems: Sequence[Any], rollout: Any, reward: Any) -> None:
             "max_pixels": max((image.width * image.height for image in images), default=0),
         }
         limits = {f"rollout.images.{key}": (getattr(rollout, key), value) for key, value in found.items()}
+        limits["buffer.images.max_image_bytes"] = (buffer.max_image_bytes, found["max_bytes"])
         if looks_at_images(prompt.line.item):
             names = zip(("max_images", "max_image_bytes", "max_image_pixels"), found.values(), strict=True)
             limits |= {f"reward.{key}": (getattr(reward, key), value) for key, value in names}

@@ -114,6 +114,7 @@ def test_prompts_with_images_are_counted_and_compared_with_every_limit(folder: P
     for section, message in {
         "rollout: {images: {max_per_prompt: 1}}": "rollout.images.max_per_prompt: 1 is less than the 2 of prompt seen",
         "rollout: {images: {max_pixels: 783}}": "rollout.images.max_pixels: 783 is less than the 784 of prompt seen",
+        "buffer: {images: {max_image_bytes: 9}}": "buffer.images.max_image_bytes: 9 is less than the",
         "rollout: {max_model_len: 54}": "rollout.max_model_len: 54 is less than the 55 tokens of prompt seen",
     }.items():
         (folder / "recipe.yaml").write_text(recipe + section)
