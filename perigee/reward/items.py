@@ -97,6 +97,11 @@ class PromptLine:
         """What makes it another question: its text, and its images' digests."""
         return (self.item.prompt, *(image.digest for image in self.images))
 
+    @property
+    def judged_images(self) -> tuple[ImageInfo, ...]:
+        """Images that its verifier looks at: a message to the reward service has no room for others."""
+        return self.images if looks_at_images(self.item) else ()
+
 
 def read_item(
     values: Mapping[str, Any], default_id: str, ignored: Collection[str] = (), images: ImageReader | None = None

@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 from perigee.buffer.client import BufferClient
 from perigee.image_sources import ImageStore
 from perigee.reward.client import RewardClient
-from perigee.reward.items import looks_at_images
 from perigee.reward.scoring import ScoreJob
 from perigee.trainer.client import TrainerClient
 from perigee.weights.client import WeightReceiverClient
@@ -51,9 +50,8 @@ class RunInputs:
 
     def score_job(self, job_id: str, prompt: Prompt, response: str) -> ScoreJob:
         """Returns the job of scoring a response, with the question's images where its verifier looks at them."""
-        item = prompt.line.item
-        images = prompt.line.images if looks_at_images(item) else ()
-        return ScoreJob(job_id, response, item, images, self.images)
+        line = prompt.line
+        return ScoreJob(job_id, response, line.item, line.judged_images, self.images)
 
 
 @dataclass(frozen=True)

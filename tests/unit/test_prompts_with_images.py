@@ -94,6 +94,14 @@ def test_an_image_is_named_in_many_ways(folder: Path, part: dict[str, Any]) -> N
     assert line.question == ("What is it?", DIGEST)
 
 
+@pytest.mark.parametrize(("verifier", "digests"), [("exact", []), ("judge", [DIGEST])])
+def test_verifiers_that_look_at_no_image_are_sent_none(folder: Path, verifier: str, digests: list[str]) -> None:
+    values = ask(text("What?"), {"type": "image", "image": "pictures/a.png"}, id="a", verifier=verifier)
+    line = read_prompt_line(values, "p:1", ImageReader(str(folder)))
+    assert [image.digest for image in line.images] == [DIGEST]
+    assert [image.digest for image in line.judged_images] == digests
+
+
 def test_a_path_may_be_absolute_and_a_name_is_looked_up_beside_the_file(folder: Path) -> None:
     read = ImageReader("/nowhere")
     assert read(str(folder / "pictures/a.png"), "image").digest == DIGEST

@@ -304,7 +304,7 @@ async def answer_all(
                         await keep([failed(ScoreJob(attempt.key, "", line.item), error.message, retryable=True)])
                     else:
                         store.hold(attempt.key, completion)
-                        job = ScoreJob(attempt.key, completion.text, line.item, line.images, options.images)
+                        job = ScoreJob(attempt.key, completion.text, line.item, line.judged_images, options.images)
                         await pipeline.submit(job)
 
             for _ in range(min(options.concurrency, len(attempts))):

@@ -357,7 +357,7 @@ async def _sample_chunk(
         for item_id, prompt in sampled.items():
             line = prompt.line
             text = stage.given(line.item) + texts[item_id]
-            await pipeline.submit(ScoreJob(item_id, text, line.item, line.images, model.images))
+            await pipeline.submit(ScoreJob(item_id, text, line.item, line.judged_images, model.images))
     return {question_id: SampleCounts(**found) for question_id, found in counts.items()}
 
 
