@@ -28,6 +28,8 @@ from perigee.json_codec import name_type
 
 # In the folder of a run, or beside a prompt file: the images of its prompts, by digest.
 IMAGES_FOLDER = "images"
+# Bytes of images that are in memory while they are sent.
+MAX_BYTES_AT_ONCE = 32 << 20
 # Keys that say where an image is, in parts of messages and in columns; the first that has a value counts.
 SOURCE_KEYS = ("image", "image_url", "bytes", "data", "base64", "url", "path")
 _BASE64_KEYS = ("bytes", "data", "base64")
@@ -73,6 +75,19 @@ class ImageStore:
     def read_all(self, infos: Iterable[ImageInfo]) -> dict[str, bytes]:
         """Returns the files of images by digest; raises what `read` raises."""
         return {info.digest: self.read(info).data for info in infos}
+
+
+def split_images(images: Iterable[ImageInfo]) -> list[list[ImageInfo]]:
+    """Returns images in parts of at most MAX_BYTES_AT_ONCE; a larger one is a part of its own."""
+    parts: list[list[ImageInfo]] = []
+    room = 0
+    for image in images:
+        if image.size_bytes > room:
+            parts.append([])
+            room = MAX_BYTES_AT_ONCE
+        parts[-1].append(image)
+        room -= image.size_bytes
+    return parts
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,13 @@ from perigee.buffer.client import BufferClient
 from perigee.buffer.packing import pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.errors import FailedPreconditionError
-from perigee.image_sources import ImageStore
+from perigee.image_sources import ImageStore, split_images
 from perigee.images import ImageInfo
 from services.coordinator.prompts import Prompt
 
 # A CreateGroups message stays far below the limit of 4 MiB.
 MAX_PROMPT_TOKENS_PER_CALL = 200_000
 MAX_TRAJECTORIES_PER_CALL = 10_000
-MAX_IMAGE_BYTES_AT_ONCE = 32 << 20
 
 # As values rather than the generated enums' wrapper types: they are compared for every trajectory.
 EndReason: TypeAlias = "pb.EndReason.ValueType"
@@ -189,15 +188,7 @@ class LiveGroups:
 
     async def _put_images(self, images: Sequence[ImageInfo]) -> None:
         """Sends images to the buffer, a bounded number of bytes at a time in memory."""
-        parts: list[list[ImageInfo]] = []
-        room = 0
-        for image in images:
-            if image.size_bytes > room:
-                parts.append([])
-                room = MAX_IMAGE_BYTES_AT_ONCE
-            parts[-1].append(image)
-            room -= image.size_bytes
-        for part in parts:
+        for part in split_images(images):
             found = await asyncio.to_thread(self._images.read_all, part)
             await self._buffer.put_images(self._run_id, found, timeout_s=self._timeout_s)
 

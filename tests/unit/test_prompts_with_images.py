@@ -19,8 +19,8 @@ import pytest
 
 from perigee.chat import change_text, find_images, read_example, read_messages, text_of
 from perigee.errors import DataLossError, InvalidArgumentError
-from perigee.image_sources import ImageReader, ImageStore, embed_images
-from perigee.images import ImageLimits
+from perigee.image_sources import ImageReader, ImageStore, embed_images, split_images
+from perigee.images import ImageInfo, ImageLimits
 from perigee.reward.items import read_item, read_prompt_line
 from perigee.reward.sources import Columns, image_base, read_source
 from perigee.trainer.v1.trainer_pb2 import ChatSettings
@@ -100,6 +100,13 @@ def test_verifiers_that_look_at_no_image_are_sent_none(folder: Path, verifier: s
     line = read_prompt_line(values, "p:1", ImageReader(str(folder)))
     assert [image.digest for image in line.images] == [DIGEST]
     assert [image.digest for image in line.judged_images] == digests
+
+
+def test_images_are_sent_in_parts_that_fit_into_memory() -> None:
+    sizes = [20, 12, 1, 40, 31, 1]
+    images = [ImageInfo(str(size), "image/png", 1, 1, size << 20) for size in sizes]
+    assert [[int(each.digest) for each in part] for part in split_images(images)] == [[20, 12], [1], [40], [31, 1]]
+    assert split_images([]) == []
 
 
 def test_a_path_may_be_absolute_and_a_name_is_looked_up_beside_the_file(folder: Path) -> None:

@@ -33,7 +33,7 @@ from perigee.curation.findings import (
 )
 from perigee.errors import TRANSIENT, FailedPreconditionError, InvalidArgumentError, UnavailableError
 from perigee.files import Journal
-from perigee.image_sources import ImageStore
+from perigee.image_sources import ImageStore, split_images
 from perigee.images import ImageInfo
 from perigee.reward.items import PromptLine
 from perigee.reward.scoring import ScoreClient, ScoreJob, ScoringOptions, scoring
@@ -386,8 +386,8 @@ async def _generate(
                         image_digests=digests,
                     )
             shown = {image.digest: image for prompt in sampled.values() for image in prompt.images}
-            if shown:
-                await worker.put_images({digest: model.images.read(each).data for digest, each in shown.items()})
+            for part in split_images(shown.values()):
+                await worker.put_images(await asyncio.to_thread(model.images.read_all, part))
             async for response in worker.generate(call, timeout_s=CALL_TIMEOUT_S):
                 if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
                     texts[response.id] = response.text
