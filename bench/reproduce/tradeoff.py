@@ -91,10 +91,15 @@ def judge_last(results: Results, lines: Sequence[Line]) -> str:
     if all(interval.low > 0 for interval in saved.values()):
         return f"**Holds here**: {claim}."
     if less := [label for label, interval in saved.items() if interval.high < 0]:
-        return f"**Does not hold here** that {claim}: {', '.join(less)} takes fewer."
+        return f"**Does not hold here** that {claim}: {join_verb(less)} fewer."
     fewer = [label for label, interval in saved.items() if interval.mean < 0]
-    way = f"; by the means {', '.join(fewer)} takes fewer" if fewer else "; by the means it does"
+    way = f"; by the means {join_verb(fewer)} fewer" if fewer else "; by the means it does"
     return f"**Not decided** by these seeds whether {claim}{way}."
+
+
+def join_verb(methods: Sequence[str]) -> str:
+    """Returns methods as the subject of a sentence, with its verb."""
+    return f"{' and '.join(methods)} {'takes' if len(methods) == 1 else 'take'}"
 
 
 def shortfalls(results: Results, long: Line, line: Line) -> list[str]:

@@ -627,7 +627,7 @@ async def test_on_a_gpu_vllm_sleeps_and_wakes_weights_before_the_cache(monkeypat
 
     monkeypatch.setattr(vllm_engine, "current_platform", SimpleNamespace(is_cpu=lambda: False))
     nothing: Any = None
-    model: Any = SimpleNamespace(path="m", dtype="bfloat16", context_tokens=64)
+    model: Any = SimpleNamespace(path="m", dtype="bfloat16", context_tokens=64, vision=None)
     config = RolloutConfig(enable_sleep_mode=True, gpu_memory_utilization=0.3, visible_devices="2,3")
     arguments = vllm_engine.engine_arguments(config, model)
     assert (arguments.enable_sleep_mode, arguments.gpu_memory_utilization) == (True, 0.3)

@@ -190,6 +190,7 @@ def test_a_rank_that_follows_is_ended_by_rank_0_and_gives_its_memory_back(
             events.append("closed")
 
     monkeypatch.setattr(engine, "Engine", Follower)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
     before = signal.signal(signal.SIGTERM, lambda *_: events.append("ended"))
     try:
         engine.follow(TrainerConfig(model=str(tmp_path), run_path=str(tmp_path)))
