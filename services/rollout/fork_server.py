@@ -63,6 +63,8 @@ def engine_environment(config: RolloutConfig) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        # A CPU's kernels are compiled for every shape, and oneDNN would keep a thousand: hundreds of MiB in the end.
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32"),
         # Eager engines would still compile the logprob kernels on the first request, for 20 seconds.
         **({"TORCHDYNAMO_DISABLE": "1"} if config.enforce_eager else {}),
     }
