@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 EXTRAS := cli curation buffer coordinator sandbox reward weights rollout-cpu trainer s3
 
-.PHONY: help setup system run reproduce test test-deploy test-languages gpu-check unit lint format protos docs baseline lock clean
+.PHONY: help setup system run reproduce test test-deploy test-languages test-long gpu-check unit lint format protos docs baseline lock clean
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ test-deploy: setup ## Build the images with podman and test them, the compose st
 
 test-languages: setup ## Test every language of the sandbox that is installed; as root, some minutes
 	PERIGEE_TEST_LANGUAGES=1 $(BIN)/python -m pytest tests/integration/test_sandbox_languages.py
+
+test-long: setup ## Kill `perigee long2short` in each of its steps and compare its files: some minutes
+	PERIGEE_TEST_LONG=1 $(BIN)/python -m pytest tests/e2e/test_long2short_kills.py
 
 gpu-check: ## Check on a machine with a GPU what no other can show, with VENV=FOLDER of CUDA's builds: five minutes
 	@VENV=$(VENV) tools/gpu-check.sh
