@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import itertools
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import openai
 import pytest
 import pytest_asyncio
+import torch
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.images import digest_of
@@ -19,10 +21,11 @@ from perigee.errors import FailedPreconditionError, InternalError, InvalidArgume
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
 from services.kit.hf import open_model_folder
-from services.kit.server import App
+from services.kit.server import App, serving
 from services.kit.vision import Idefics3, VisionModel, open_vision
 from services.rollout.config import RolloutConfig
-from tests.fixtures.rollout import NewTrajectories, Pusher, Response
+from services.rollout.service import lifespan
+from tests.fixtures.rollout import NewTrajectories, Pusher, Response, rollout_config, wait_for_status
 from tests.fixtures.vision_rollout import VisionPolicy, named_pictures
 
 IMAGE = 5
@@ -131,16 +134,20 @@ async def test_a_commit_of_the_tower_alone_reaches_every_answer(
     assert again.token_ids == before.token_ids
 
 
+def sharpen(policy: VisionPolicy) -> dict[str, torch.Tensor]:
+    """The policy's tensors with logits 64 times as large, of which COLD takes the best."""
+    norm = "model.text_model.norm.weight"
+    return policy.tensors | {norm: 64 * policy.tensors[norm]}
+
+
 @pytest_asyncio.fixture(loop_scope="session")
 async def sharp(
     trajectories: NewTrajectories, pusher: Pusher, vision_app: App[RolloutConfig], policy: VisionPolicy
 ) -> Any:
-    """A function that pushes the policy with logits 64 times as large, of which COLD takes the best."""
-    norm = "model.text_model.norm.weight"
+    """A function that pushes the sharpened policy."""
 
     async def push() -> None:
-        tensors = policy.tensors | {norm: 64 * policy.tensors[norm]}
-        assert await pusher.push(tensors, next(_versions), vision_app.address, RUN) == ""
+        assert await pusher.push(sharpen(policy), next(_versions), vision_app.address, RUN) == ""
 
     await push()
     return push
@@ -154,6 +161,32 @@ async def test_a_trajectory_goes_on_as_if_nothing_had_come_between(trajectories:
     await extend(trajectories, [parted], token_budget=11)
     await sharp()
     [end] = await extend(trajectories, [parted], token_budget=21)
+    assert end.cached_tokens == 0
+    held, resumed = await trajectories.read(whole), await trajectories.read(parted)
+    assert resumed.token_ids == held.token_ids
+    assert resumed.logprobs == pytest.approx(held.logprobs, abs=TOLERANCE)
+
+
+@pytest.mark.skipif("PERIGEE_TEST_LONG" not in os.environ, reason="takes minutes: make test-long")
+async def test_another_worker_goes_on_token_for_token(
+    trajectories: NewTrajectories,
+    buffer_client: BufferClient,
+    buffer_address: str,
+    pusher: Pusher,
+    policy: VisionPolicy,
+    sharp: Any,
+) -> None:
+    """A second engine takes over a trajectory, and reads its image from the buffer."""
+    whole, parted = await trajectories.create([LONG_PROMPT], k=2, images=named_pictures(8))
+    await extend(trajectories, [whole], token_budget=32)
+    await extend(trajectories, [parted], token_budget=11)
+    async with (
+        serving(rollout_config(policy.folder, buffer_address), lifespan) as app,
+        RolloutClient.connect(app.address) as other,
+    ):
+        await wait_for_status(other, pb.WORKER_STATUS_EMPTY, pb.WORKER_STATUS_READY)
+        assert await pusher.push(sharpen(policy), next(_versions), app.address, RUN) == ""
+        [end] = await extend(NewTrajectories(buffer_client, other, RUN), [parted], token_budget=21)
     assert end.cached_tokens == 0
     held, resumed = await trajectories.read(whole), await trajectories.read(parted)
     assert resumed.token_ids == held.token_ids
