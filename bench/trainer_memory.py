@@ -85,7 +85,7 @@ def open_policy(vocabulary: int, layers: int) -> Iterator[Any]:
         config = CONFIG | {"vocab_size": vocabulary, "num_hidden_layers": layers}
         Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
         shape = read_model_shape(Path(folder))
-        policy = Policy(shape, join_group(1, 1, 1, 1, 0), torch.float32, shape.max_positions)
+        policy = Policy(shape, join_group(), torch.float32, shape.max_positions)
         policy.begin_job(pb.Optimizer(learning_rate=1e-5, beta1=0.9, beta2=0.95, max_grad_norm=1.0))
         yield policy
         leave_group()

@@ -161,7 +161,8 @@ class SftStage(Model):
     batch_size: int = Field(32, ge=1)
     """Examples per step."""
     max_tokens_per_microbatch: int = Field(4096, ge=1)
-    """Tokens per packed sequence."""
+    """Tokens of a forward and backward pass on each process; with `trainer.context_parallel` a micro-batch holds that
+    many times as many. Only a sequence that is longer is passed as it is, in a micro-batch of its own."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The stage's optimizer. A stage that names no learning rate takes 1e-5, within the 2e-5 to 1e-6 of the k1.5
     report's supervised stages (section 2.5.2), for dpo too, which wants a tenth of it or less: name it there."""
@@ -252,7 +253,8 @@ class UpdateConfig(Model):
     minibatches: int = Field(2, ge=1)
     """Optimizer steps per iteration."""
     max_tokens_per_microbatch: int = Field(4096, ge=1)
-    """Tokens per forward and backward pass."""
+    """Tokens of a forward and backward pass on each process; with `trainer.context_parallel` a micro-batch holds that
+    many times as many. Only a sequence that is longer is passed as it is, in a micro-batch of its own."""
     max_staleness: int = Field(0, ge=0)
     """Tokens of versions older than the iteration's by more than this are left out of the loss."""
     token_scale: float = Field(1.0, gt=0)

@@ -27,12 +27,15 @@ class TrainerConfig(ServiceConfig):
     """Processes that each layer's matrices are split over."""
     pipeline_parallel: int = Field(1, ge=1)
     """Processes that the layers are divided over."""
+    context_parallel: int = Field(1, ge=1)
+    """Processes that the tokens of each micro-batch are divided over, so that one long sequence fits: each computes its
+    share, and attention with a share of the heads (Ulysses). `tensor_parallel` times this divides the query heads."""
     data_parallel: int = Field(1, ge=1)
     """Copies of the model that share each step's sequences."""
     expert_parallel: int = Field(1, ge=1)
     """Processes that the experts of a mixture of experts (Qwen3-MoE) are divided over, out of those of
-    `tensor_parallel` and `data_parallel` together, whose product it divides. Each expert is whole on its process, so
-    that tensor parallelism alone does not divide experts."""
+    `tensor_parallel`, `context_parallel` and `data_parallel` together, whose product it divides. Each expert is whole
+    on its process, so that tensor parallelism alone does not divide experts."""
     nodes: int = Field(1, ge=1)
     """Machines that the processes are spread over, the same number on each; every one starts the trainer with its own
     `node_rank`, and has the model's and the run's folders under the same paths or URLs."""
@@ -91,14 +94,15 @@ class TrainerConfig(ServiceConfig):
     @property
     def world(self) -> int:
         """Number of processes."""
-        return self.tensor_parallel * self.pipeline_parallel * self.data_parallel
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel * self.data_parallel
 
     @model_validator(mode="after")
     def _check_processes(self) -> Self:
-        replicas = self.tensor_parallel * self.data_parallel
-        if replicas % self.expert_parallel:
+        stage = self.tensor_parallel * self.context_parallel * self.data_parallel
+        if stage % self.expert_parallel:
             raise ValueError(
-                f"expert_parallel must divide tensor_parallel x data_parallel, {replicas}, got {self.expert_parallel}"
+                f"expert_parallel must divide tensor_parallel x context_parallel x data_parallel, {stage}, got "
+                f"{self.expert_parallel}"
             )
         if self.world % self.nodes:
             raise ValueError(f"nodes must divide the {self.world} processes, got {self.nodes}")

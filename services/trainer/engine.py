@@ -134,11 +134,12 @@ class Engine:
                     f"{self.max_tokens} is more than the model's {self.shape.max_positions} positions",
                 )
             self.dims = join_group(
-                config.tensor_parallel,
-                config.pipeline_parallel,
-                config.data_parallel,
-                config.expert_parallel,
-                config.seed,
+                tensor=config.tensor_parallel,
+                pipeline=config.pipeline_parallel,
+                context=config.context_parallel,
+                data=config.data_parallel,
+                expert=config.expert_parallel,
+                seed=config.seed,
             )
             stack.callback(leave_group)
             self.everyone, self.replica = open_channels(self.dims)
@@ -350,11 +351,15 @@ class Engine:
         return tokens
 
     def _bound(self, request: RequestT) -> RequestT:
-        """Returns the request with micro-batches that fit in memory; the caller's stays as it is."""
+        """Returns the request with micro-batches that fit in memory, those of all context-parallel ranks together.
+
+        The caller's stays as it is.
+        """
         bounded = type(request)()
         bounded.CopyFrom(request)
         settings = bounded.update if isinstance(bounded, pb.TrainRequest) else bounded
-        settings.max_tokens_per_microbatch = min(settings.max_tokens_per_microbatch, self._max_tokens)
+        asked = settings.max_tokens_per_microbatch * self.dims.context
+        settings.max_tokens_per_microbatch = min(asked, self._max_tokens)
         return bounded
 
     def _load(self, find_folder: Callable[[], Path]) -> None:

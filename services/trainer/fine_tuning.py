@@ -133,7 +133,7 @@ class _FineTuning:
         rate = scheduled_rate(request.optimizer, step - 1, request.steps)
         norm, reports = self.policy.step(batches, 1.0, partial(self._loss, packs, chosen), rate)
         self.norms.append(norm)
-        for report in reports if dims.tensor_rank == 0 else ():
+        for report in reports if dims.reports else ():
             for name, value in report.items():
                 self.sums[name] += value
         self.examples += len(chosen)

@@ -8,7 +8,7 @@ mask, and scatters the results back.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -241,6 +241,41 @@ def make_micro_batches(
     return batches + [
         _make_batch([filler], device, index, is_filler=True) for index in range(len(packs), max(count, 1))
     ]
+
+
+def take_share(batch: MicroBatch, rank: int, ranks: int) -> MicroBatch:
+    """Returns the tokens of a micro-batch that one of the ranks of a context group computes, as many as each other.
+
+    Up to `ranks` - 1 tokens fill up the last shares: `batches` of the layout, which is of all ranks, has none of them.
+    """
+    if ranks == 1:
+        return batch
+    size = -(-len(batch.inputs_T) // ranks)
+
+    def take(values_T: torch.Tensor, fill: int = 0) -> torch.Tensor:
+        share_T = values_T[rank * size : (rank + 1) * size]
+        missing = share_T.new_full((size - len(share_T), *share_T.shape[1:]), fill)
+        return torch.cat([share_T, missing]) if len(missing) else share_T
+
+    packed, images = batch.packed, batch.packed.images
+    if images is not None:
+        own_F = (images.tokens_F >= rank * size) & (images.tokens_F < (rank + 1) * size)
+        images = replace(
+            images,
+            # A share without any of their tokens needs no features; one that has some computes all of the pack's.
+            images=images.images if own_F.any() else [],
+            tokens_F=images.tokens_F[own_F] - rank * size,
+            features_F=images.features_F[own_F],
+            positions_3T=None if images.positions_3T is None else take(images.positions_3T.T).T,
+        )
+    return replace(
+        batch,
+        inputs_T=take(batch.inputs_T),
+        targets_T=take(batch.targets_T),
+        trained_T=take(batch.trained_T),
+        packed=replace(packed, positions_T=take(packed.positions_T), sequence_T=take(packed.sequence_T), images=images),
+        experts_TLK=None if batch.experts_TLK is None else take(batch.experts_TLK, -1),
+    )
 
 
 def _make_batch(

@@ -55,6 +55,7 @@ class TrainerService(TrainerServiceServicer):
             world_size=trainer.config.world,
             tensor_parallel=trainer.config.tensor_parallel,
             pipeline_parallel=trainer.config.pipeline_parallel,
+            context_parallel=trainer.config.context_parallel,
             data_parallel=trainer.config.data_parallel,
             busy=trainer.busy,
             offloaded=trainer.offloaded,

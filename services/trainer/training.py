@@ -388,7 +388,7 @@ class _Iteration:
 
     def _metrics(self, result: pb.TrainResult, seconds: Mapping[str, float]) -> dict[str, float]:
         reports = self._context.everyone.gather(
-            (self._sums if self._policy.dims.tensor_rank == 0 else {}, self._largest_difference, peak_memory_bytes())
+            (self._sums if self._policy.dims.reports else {}, self._largest_difference, peak_memory_bytes())
         )
         sums: defaultdict[str, float] = defaultdict(float)
         for part, _, _ in reports:

@@ -24,7 +24,7 @@ from perigee.errors import InternalError, InvalidArgumentError, PerigeeError, Un
 from perigee.trainer.v1 import trainer_pb2 as pb
 from tests.fixtures.hosts import Network
 from tests.fixtures.trainer import MadeTrajectory, make_groups, store_groups, train_request
-from tests.fixtures.trainer_ranks import Ranks, RunRanks, Sizes, to_trajectories, train
+from tests.fixtures.trainer_ranks import Ranks, RunRanks, Sizes, gather_gradients, to_trajectories, train
 
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
@@ -72,6 +72,7 @@ def move_and_run(engine: Engine, job: Callable[[], Any]) -> tuple[Any, dict[str,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.policy, "begin_job", move_then_begin)
         result = job()
+    gather_gradients(engine)
     with torch.no_grad():
         for parameter in engine.policy.core.parameters():
             parameter.copy_(parameter.main_grad)
@@ -137,6 +138,7 @@ def equation_3(
         ("mean", 1.5, Sizes(), 1),
         ("mean", 0.0, Sizes(tensor=2), 2),
         ("mean", 0.0, Sizes(pipeline=2), 2),
+        ("mean", 1.5, Sizes(context=2), 2),
     ],
 )
 def test_loss_and_gradient_are_equation_3(
@@ -217,7 +219,9 @@ def dpo_in_float64(model_path: Path, beta: float) -> tuple[dict[str, float], dic
     return metrics | {"loss": loss.item()}, gradient
 
 
-@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(pipeline=2), Sizes(data=2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [Sizes(), Sizes(tensor=2), Sizes(pipeline=2), Sizes(context=2), Sizes(data=2)], ids=str
+)
 def test_preferences_are_learned_by_the_equation_on_every_layout(
     run_ranks: RunRanks, trainer_model: Path, sizes: Sizes
 ) -> None:
@@ -231,8 +235,7 @@ def test_preferences_are_learned_by_the_equation_on_every_layout(
     assert {"loss": response.loss, **response.metrics} == pytest.approx(metrics, rel=1e-4)
     assert response.grad_norm == pytest.approx(math.hypot(*map(torch.linalg.vector_norm, expected.values())), rel=1e-4)
     assert gradient.keys() == expected.keys()
-    # A replica has the sum over its own pairs alone.
-    largest = max(float(value.abs().max()) for value in expected.values()) if sizes.data == 1 else math.inf
+    largest = max(float(value.abs().max()) for value in expected.values())
     for name, value in expected.items():
         assert (gradient[name].double() - value).abs().max() < 1e-4 * largest, name
 
@@ -282,7 +285,11 @@ def _job() -> Any:
     return partial(train_twice, groups=made, request=make_request(made, minibatches=2))
 
 
-@pytest.mark.parametrize("sizes", [Sizes(tensor=2), Sizes(pipeline=2), Sizes(data=2), Sizes(recompute=True)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [Sizes(tensor=2), Sizes(pipeline=2), Sizes(context=2), Sizes(data=2), Sizes(recompute=True)],
+    ids=str,
+)
 def test_every_layout_trains_as_one_rank(run_ranks: RunRanks, alone: Any, sizes: Sizes) -> None:
     metrics, trained, weights = run_ranks(sizes, _job())
     assert trained == alone[1]

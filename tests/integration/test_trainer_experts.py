@@ -367,10 +367,12 @@ def test_processes_that_cannot_share_the_experts_are_refused(trainer_model: Path
     from services.trainer.megatron.model import check_divisible
     from services.trainer.megatron.parallel import ParallelDims
 
-    with pytest.raises(ValidationError, match="expert_parallel must divide tensor_parallel x data_parallel, 2, got 4"):
+    with pytest.raises(
+        ValidationError, match="expert_parallel must divide tensor_parallel x context_parallel x data_parallel, 2,"
+    ):
         TrainerConfig(model="m", run_path="r", data_parallel=2, expert_parallel=4)
     shape = read_model_shape(trainer_model)
-    dims = ParallelDims(*[1, 1, 3, 3, 0, 0, 0, 0, 0], torch.device("cpu"))
+    dims = ParallelDims(*[1, 1, 1, 3, 3, 0, 0, 0, 0, 0, 0], torch.device("cpu"))
     for experts in (4, 0):
         with pytest.raises(InvalidArgumentError, match=rf"expert_parallel 3 does not .* experts \({experts}\)"):
             check_divisible(replace(shape, experts=experts), dims)

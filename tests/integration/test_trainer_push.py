@@ -172,7 +172,7 @@ def test_ranks_without_a_gpu_of_their_own_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(InvalidArgumentError, match=r"trainer\.nodes: this machine has 2 GPUs for more processes"):
-        join_group(2, 1, 2, 1, 0)
+        join_group(tensor=2, data=2)
 
 
 def test_a_rank_that_follows_is_ended_by_rank_0_and_gives_its_memory_back(

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.trainer.packing import pack_layout, pack_sequences, pad, unpad
+from services.trainer.packing import (
+    TokenSequence,
+    make_micro_batches,
+    pack_layout,
+    pack_sequences,
+    pad,
+    take_share,
+    unpad,
+)
 
 LENGTHS = st.lists(st.integers(1, 300), max_size=120)
 
@@ -68,3 +77,31 @@ def test_positions_start_anew_in_each_sequence(lengths: list[int]) -> None:
     packed = pack_layout(lengths, torch.device("cpu"))
     assert packed.positions_T.tolist() == [i for length in lengths for i in range(length)]
     assert packed.sequence_T.tolist() == [s for s, length in enumerate(lengths) for _ in range(length)]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(1, 5))
+def test_shares_are_equally_long_and_make_up_the_pack(lengths: list[int], ranks: int) -> None:
+    generator = np.random.default_rng(0)
+    sequences = [
+        TokenSequence(
+            generator.integers(0, 99, length + 1),
+            generator.random(length) < 0.5,
+            generator.integers(0, 4, (length, 2, 1)).astype(np.uint8),
+        )
+        for length in lengths
+    ]
+    [batch] = make_micro_batches([sequences], torch.device("cpu"))
+    shares = [take_share(batch, rank, ranks) for rank in range(ranks)]
+    tokens = sum(lengths)
+    assert {len(share.inputs_T) for share in shares} == {-(-tokens // ranks)}
+    for read in (
+        lambda each: each.inputs_T,
+        lambda each: each.targets_T,
+        lambda each: each.trained_T,
+        lambda each: each.packed.positions_T,
+        lambda each: each.packed.sequence_T,
+        lambda each: each.experts_TLK,
+    ):
+        assert torch.equal(torch.cat([read(share) for share in shares])[:tokens], read(batch))
+    assert not torch.cat([share.trained_T for share in shares])[tokens:].any()
+    assert all(share.packed.batches is batch.packed.batches for share in shares)

@@ -142,6 +142,7 @@ class GetStateResponse(_message.Message):
     DATA_PARALLEL_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
     OFFLOADED_FIELD_NUMBER: _builtins.int
+    CONTEXT_PARALLEL_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     """The run of the loaded version; empty until a run has used the trainer."""
     policy_version: _builtins.int
@@ -153,6 +154,7 @@ class GetStateResponse(_message.Message):
     busy: _builtins.bool
     offloaded: _builtins.bool
     """The weights are not in memory."""
+    context_parallel: _builtins.int
     @_builtins.property
     def checkpoints(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Versions of the requested run that have a checkpoint, oldest first."""
@@ -170,10 +172,11 @@ class GetStateResponse(_message.Message):
         data_parallel: _builtins.int = ...,
         busy: _builtins.bool = ...,
         offloaded: _builtins.bool = ...,
+        context_parallel: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "checkpoints", b"checkpoints", "data_parallel", b"data_parallel", "offloaded", b"offloaded", "parameters", b"parameters", "pipeline_parallel", b"pipeline_parallel", "policy_version", b"policy_version", "run_id", b"run_id", "tensor_parallel", b"tensor_parallel", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "checkpoints", b"checkpoints", "context_parallel", b"context_parallel", "data_parallel", b"data_parallel", "offloaded", b"offloaded", "parameters", b"parameters", "pipeline_parallel", b"pipeline_parallel", "policy_version", b"policy_version", "run_id", b"run_id", "tensor_parallel", b"tensor_parallel", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -243,7 +246,7 @@ class FineTuneRequest(_message.Message):
     batch_size: _builtins.int
     """Examples per step."""
     max_tokens_per_microbatch: _builtins.int
-    """Tokens per packed sequence."""
+    """Tokens that each process passes at once; context-parallel ones together pass that many times as many."""
     seed: _builtins.int
     new_version: _builtins.int
     """The version number of the result."""
@@ -420,7 +423,9 @@ class UpdateSettings(_message.Message):
     minibatches: _builtins.int
     """Optimizer steps per iteration, over equal shares of the groups."""
     max_tokens_per_microbatch: _builtins.int
-    """Tokens per forward and backward pass; a longer sequence has a pass of its own."""
+    """Tokens per forward and backward pass; a longer sequence has a pass of its own.
+    Tokens that each process passes at once; context-parallel ones together pass that many times as many.
+    """
     max_staleness: _builtins.int
     """Tokens whose version is older than base_version by more than this are masked out of the loss."""
     token_scale: _builtins.float

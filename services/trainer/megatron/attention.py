@@ -6,15 +6,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from services.trainer.megatron.context import gather_heads, spread_heads
 from services.trainer.packing import PackLayout, PaddedBatch, pad, unpad
 
 
 class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is untyped
-    """Causal attention within each sequence of a pack, by torch's scaled dot product kernels."""
+    """Causal attention within each sequence of a pack, by torch's scaled dot product kernels.
+
+    With context parallelism each rank attends over all tokens of the pack with its share of the heads.
+    """
 
     def __init__(
         self,
@@ -29,6 +34,7 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is
         super().__init__(config=config)
         self.scale = softmax_scale
         self.grouped = config.num_attention_heads != config.num_query_groups
+        self.context = parallel_state.get_context_parallel_group() if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -40,13 +46,25 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: PackLayout | None = None,
     ) -> torch.Tensor:
-        """Attends from query [T, 1, heads, d] to key and value [T, 1, groups, d]; returns [T, 1, heads * d]."""
+        """Attends from query [T, 1, heads, d] to key and value [T, 1, groups, d]; returns [T, 1, heads * d].
+
+        Tokens behind those of the layout, which fill up the last rank's share, attend to nothing and get zeros.
+        """
         assert packed_seq_params is not None, "packed micro-batches only"
+        projections = [x.squeeze(1) for x in (query, key, value)]
+        if self.context is not None:
+            projections = [spread_heads(x, self.context) for x in projections]
         batches = packed_seq_params.batches
         sizes = [len(batch.rows_T) for batch in batches]
-        parts = zip(*(torch.split(x.squeeze(1), sizes) for x in (query, key, value)), batches, strict=True)
+        tokens, filled = sum(sizes), len(projections[0])
+        parts = zip(*(torch.split(x[:tokens], sizes) for x in projections), batches, strict=True)
         contexts = [self._attend(*part) for part in parts]
-        return (contexts[0] if len(contexts) == 1 else torch.cat(contexts)).unsqueeze(1)
+        if filled > tokens:
+            contexts.append(contexts[0].new_zeros(filled - tokens, contexts[0].shape[1]))
+        context_TD = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+        if self.context is not None:
+            context_TD = gather_heads(context_TD, self.context)
+        return context_TD.unsqueeze(1)
 
     def _attend(
         self, query_THD: torch.Tensor, key_TGD: torch.Tensor, value_TGD: torch.Tensor, batch: PaddedBatch

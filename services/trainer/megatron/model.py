@@ -28,6 +28,7 @@ from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1.weights_pb2 import Fingerprint
 from services.trainer.hf import ModelShape, TensorReader
 from services.trainer.megatron.attention import PackedAttention, PackedRotary
+from services.trainer.megatron.context import gather_tokens
 from services.trainer.megatron.experts import DividedMoELayer, install_replay, reduce_apart
 from services.trainer.megatron.head import Head, HiddenOutput
 from services.trainer.megatron.memory import SavedTensors, count_copies
@@ -35,7 +36,7 @@ from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer
 from services.trainer.megatron.parallel import ParallelDims
 from services.trainer.megatron.shelf import Shelf
 from services.trainer.megatron.vision import VisionGPT, build_tower, measure_tower
-from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches
+from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches, take_share
 from services.weights.pieces import TensorSlice
 
 # Tokens of the forward and backward pass that measures what a token takes.
@@ -82,6 +83,7 @@ class Policy:
         self._run_schedule = get_forward_backward_func()
         self._router_aux_loss_coef = router_aux_loss_coef
         self._recompute = recompute
+        self._context = parallel_state.get_context_parallel_group() if dims.context > 1 else None
         self._replays = install_replay(self.core) if shape.experts else []
 
     def load(self, folder: Path) -> None:
@@ -158,12 +160,18 @@ class Policy:
         if self.shape.experts and self._router_aux_loss_coef:
             tokens = torch.tensor(float(sum(len(batch.inputs_T) for batch in batches)), device=self.dims.device)
             dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
-            self.core.config.moe_aux_loss_coeff = self._router_aux_loss_coef * self.dims.tensor / tokens.item()
+            alike = self.dims.tensor * self.dims.context
+            self.core.config.moe_aux_loss_coeff = self._router_aux_loss_coef * alike / tokens.item()
 
     def take_replay_counts(self) -> tuple[int, int]:
-        """Returns expert choices that this rank's layers replayed since the last call, and those that differed."""
-        counts = [replay.take_counts() for replay in self._replays]
-        return sum(replayed for replayed, _ in counts), sum(differing for _, differing in counts)
+        """Returns expert choices that this stage's layers replayed since the last call, and those that differed."""
+        if not self._replays:
+            return 0, 0
+        counts_2 = torch.tensor([replay.take_counts() for replay in self._replays], device=self.dims.device).sum(0)
+        if self._context is not None:
+            dist.all_reduce(counts_2, group=self._context)
+        replayed, differing = counts_2.tolist()
+        return replayed, differing
 
     def measure_activations(self) -> float:
         """Returns the bytes that a micro-batch's forward pass keeps for its backward pass, for each of its tokens.
@@ -211,14 +219,19 @@ class Policy:
             source: Iterator[MicroBatch], model: Any
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
             batch = next(source)
+            share = take_share(batch, self.dims.context_rank, self.dims.context)
             for replay in self._replays:
-                replay.experts_TLK = batch.experts_TLK
-            output = model(batch.inputs_T[None], None, None, packed_seq_params=batch.packed)
+                replay.experts_TLK = share.experts_TLK
+            output = model(share.inputs_T[None], None, None, packed_seq_params=share.packed)
 
             def finish_batch(hidden_1TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
                 found = self._head(temperature).evaluate(
-                    hidden_1TD[0], batch.targets_T, batch.trained_T, with_entropies=entropies
+                    hidden_1TD[0], share.targets_T, share.trained_T, with_entropies=entropies
                 )
+                if self._context is not None:
+                    # A loss is not always a sum over tokens: every rank makes that of the whole micro-batch.
+                    logprobs_T, entropies_T = (gather_tokens(each, self._context) for each in found)
+                    found = logprobs_T[: len(batch.inputs_T)], entropies_T[: len(batch.inputs_T)]
                 value, report = loss(Evaluated(batch, *found))
                 return value, torch.zeros((), dtype=torch.int), report
 
@@ -284,7 +297,9 @@ def build_model(
     core.to(dims.device)
     reduce_apart(core.named_parameters())
     module = Float16Module(config, core) if dtype is torch.bfloat16 else core
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, use_distributed_optimizer=dims.data > 1)
+    ddp_config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=dims.context * dims.data > 1
+    )
     model = DistributedDataParallel(config, ddp_config, module)
     config.finalize_model_grads_func = _finalize_unscaled
     return model
@@ -309,6 +324,7 @@ def _make_config(shape: ModelShape, dims: ParallelDims, dtype: torch.dtype, reco
         attention_dropout=0.0,
         tensor_model_parallel_size=dims.tensor,
         pipeline_model_parallel_size=dims.pipeline,
+        context_parallel_size=dims.context,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
@@ -354,6 +370,11 @@ def check_divisible(shape: ModelShape, dims: ParallelDims) -> None:
             raise InvalidArgumentError(
                 f"trainer.tensor_parallel {dims.tensor} does not divide the model's {name} ({size})"
             )
+    if shape.heads % (dims.tensor * dims.context):
+        raise InvalidArgumentError(
+            f"trainer.tensor_parallel x trainer.context_parallel, {dims.tensor} x {dims.context}, does not divide the "
+            f"model's attention heads ({shape.heads})"
+        )
     if shape.experts % dims.expert or shape.experts < dims.expert > 1:
         raise InvalidArgumentError(
             f"trainer.expert_parallel {dims.expert} does not divide the model's experts ({shape.experts})"
@@ -536,7 +557,8 @@ def own_slices(core: GPTModel, shape: ModelShape, dims: ParallelDims) -> Iterato
     widths = [heads_per_group * shape.head_width, shape.head_width, shape.head_width]
     for mapping in map_parameters(core, shape):
         own, ranks, rank = mapping.parameter.detach(), dims.tensor, dims.tensor_rank
-        copy, copies = dims.data_rank, dims.data
+        copy = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+        copies = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
         if mapping.expert is not None:
             ranks, rank = 1, 0
             copy = parallel_state.get_expert_data_parallel_rank()

@@ -27,10 +27,12 @@ class ParallelDims:
 
     tensor: int
     pipeline: int
+    context: int
     data: int
     expert: int
     tensor_rank: int
     pipeline_rank: int
+    context_rank: int
     data_rank: int
     expert_rank: int
     rank: int
@@ -39,7 +41,7 @@ class ParallelDims:
     @property
     def world(self) -> int:
         """Number of processes."""
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.pipeline * self.context * self.data
 
     @property
     def is_last_stage(self) -> bool:
@@ -49,7 +51,12 @@ class ParallelDims:
     @property
     def is_replica_leader(self) -> bool:
         """Whether this process reads the tokens of its data-parallel replica."""
-        return self.tensor_rank == 0 and self.pipeline_rank == 0
+        return self.reports and self.pipeline_rank == 0
+
+    @property
+    def reports(self) -> bool:
+        """Whether what this process finds of a loss counts; the others of its tensor and context groups find the same."""
+        return self.tensor_rank == 0 and self.context_rank == 0
 
 
 class ObjectChannel:
@@ -99,7 +106,9 @@ class ObjectChannel:
                 raise found[0](found[1])
 
 
-def join_group(tensor: int, pipeline: int, data: int, expert: int, seed: int) -> ParallelDims:
+def join_group(
+    tensor: int = 1, pipeline: int = 1, context: int = 1, data: int = 1, expert: int = 1, seed: int = 0
+) -> ParallelDims:
     """Enters the process group described by RANK and WORLD_SIZE and builds Megatron's groups.
 
     Experts are divided over `expert` of the ranks of a pipeline stage, and are whole on each.
@@ -108,9 +117,10 @@ def join_group(tensor: int, pipeline: int, data: int, expert: int, seed: int) ->
     left for this process.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if tensor * pipeline * data != world:
+    if tensor * pipeline * context * data != world:
         raise InvalidArgumentError(
-            f"tensor_parallel {tensor} x pipeline_parallel {pipeline} x data_parallel {data} is not {world} processes"
+            f"tensor_parallel {tensor} x pipeline_parallel {pipeline} x context_parallel {context} x data_parallel "
+            f"{data} is not {world} processes"
         )
     device = _CPU
     if torch.cuda.is_available():
@@ -129,16 +139,22 @@ def join_group(tensor: int, pipeline: int, data: int, expert: int, seed: int) ->
     else:
         dist.init_process_group(backend)
     parallel_state.initialize_model_parallel(
-        tensor, pipeline, expert_model_parallel_size=expert, expert_tensor_parallel_size=1
+        tensor,
+        pipeline,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
+        expert_tensor_parallel_size=1,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return ParallelDims(
         tensor=tensor,
         pipeline=pipeline,
+        context=context,
         data=data,
         expert=expert,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        context_rank=parallel_state.get_context_parallel_rank(),
         data_rank=parallel_state.get_data_parallel_rank(),
         expert_rank=parallel_state.get_expert_model_parallel_rank(),
         rank=rank,

@@ -172,7 +172,7 @@ class VisionGPT(GPTModel):  # type: ignore[misc]  # megatron.core is untyped
     ) -> torch.Tensor:
         """Runs this stage; on the first one each image of the pack passes the tower once."""
         decoder_input, packed = None, packed_seq_params.images
-        if self.pre_process and packed is not None:
+        if self.pre_process and packed is not None and packed.images:
             from perigee.images import decode_image
 
             features_FD = self.tower([decode_image(image) for image in packed.images])
