@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ import torch.nn.functional as F
 
 from bench.machine import GIB, describe_machine
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.trainer.__main__ import import_megatron
 
 HIDDEN = 1024
 SMALL_VOCABULARY = 1000
@@ -117,7 +117,7 @@ def take_step(policy: Any, tokens: int, form: str, before: int) -> Step:
 
 def measure(vocabulary: int, forms: Sequence[str], rounds: int, tokens: int, layers: int) -> dict[str, list[Step]]:
     """Returns the steps of each form, one for each round."""
-    import_megatron()
+    import_module("services.trainer.preload")
     before = resident_bytes("VmRSS")
     found: dict[str, list[Step]] = {form: [] for form in forms}
     with open_policy(vocabulary, layers) as policy:

@@ -7,6 +7,7 @@ which is slow to start. No test measures time or has the machine to itself.
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,9 @@ pytest_plugins = [
 # Collections would walk the libraries that the tests import, again and again.
 gc.disable()
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if WORKER:
+    # Of all tests some need Megatron, which each process then loads as the trainer does.
+    importlib.import_module("services.trainer.preload")
 # Services that live in the tests' process log past what a test captures of `sys.stdout` and `sys.stderr`, and
 # tracebacks without a picture of each variable, which would take most of a test's time.
 structlog.configure(

@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from perigee.errors import PerigeeError
@@ -54,7 +55,7 @@ def become_rank(config: TrainerConfig) -> None:
         die_with_parent(os.getppid())
     # Collections would walk what is there already, again and again, and the one before an offload need not, either.
     gc.disable()
-    import_megatron()
+    import_module("services.trainer.preload")
     if os.environ["RANK"] == "0":
         from services.kit.server import run
         from services.trainer.service import lifespan
@@ -67,19 +68,6 @@ def become_rank(config: TrainerConfig) -> None:
     gc.freeze()
     gc.enable()
     serve()
-
-
-def import_megatron() -> None:
-    """Imports Megatron, without torch's compiler where no GPU would run what it compiles: loading it takes seconds."""
-    import torch
-
-    compile_function = torch.compile
-    if not torch.cuda.is_available():
-        torch.compile = lambda function=None, **_: function or (lambda decorated: decorated)  # type: ignore[assignment]
-    try:
-        import megatron.core  # noqa: F401  # its fusions are compiled when they are defined
-    finally:
-        torch.compile = compile_function
 
 
 def launch(config: TrainerConfig, arguments: list[str]) -> None:

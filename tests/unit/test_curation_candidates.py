@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Dataset, DatasetDict
 
 from perigee.cli.prompts.candidates import read_candidates
 from perigee.errors import InvalidArgumentError
@@ -52,6 +51,8 @@ def test_columns_become_fields(tmp_path: Path) -> None:
 
 
 def test_saved_datasets_parquet_and_folders_hold_the_same(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict  # not for every process of the tests: loading it takes a second
+
     saved = Dataset.from_list(GSM)
     saved.save_to_disk(str(tmp_path / "gsm"))
     DatasetDict({"train": saved, "test": saved.select([0])}).save_to_disk(str(tmp_path / "splits" / "gsm"))
