@@ -55,7 +55,7 @@ class ParallelDims:
 
     @property
     def reports(self) -> bool:
-        """Whether what this process finds of a loss counts; the others of its tensor and context groups find the same."""
+        """Whether what this process finds of a loss counts: others of its tensor and context groups find the same."""
         return self.tensor_rank == 0 and self.context_rank == 0
 
 
