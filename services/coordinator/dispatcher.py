@@ -1,4 +1,4 @@
-"""Dispatches sequences to rollout workers in bounded calls, to the least-loaded one first; failed ones to another."""
+"""Dispatches sequences to rollout workers in bounded calls, spread evenly by their work; failed ones to another."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
@@ -55,8 +55,43 @@ class PeerError(Exception):
 Call = Callable[[Worker, list[str]], AsyncGenerator[Progress, None]]
 
 
+# Returns the work of a sequence on a worker.
+Cost = Callable[[str, Worker], float]
+
+
+def deal(keys: Iterable[str], rooms: Mapping[Worker, int], cost: Cost) -> dict[Worker, dict[str, float]]:
+    """Deals keys in their order to workers, each to the one that is done with it first; returns their costs.
+
+    With the longest first, long ones are spread over the workers in proportion to their speeds (list scheduling, LPT).
+    Those beyond the workers' rooms, in sequences, are left out.
+    """
+    speeds = relative_speeds(list(rooms))
+    work = {worker: worker.work for worker in rooms}
+    dealt: dict[Worker, dict[str, float]] = {worker: {} for worker in rooms}
+    open_workers = [worker for worker, room in rooms.items() if room]
+    for key in keys:
+        if not open_workers:
+            break
+        costs = {worker: cost(key, worker) for worker in open_workers}
+        first = min(open_workers, key=lambda worker: (work[worker] + costs[worker]) / speeds[worker])
+        dealt[first][key] = costs[first]
+        work[first] += costs[first]
+        if len(dealt[first]) == rooms[first]:
+            open_workers.remove(first)
+    return dealt
+
+
+def relative_speeds(workers: Sequence[Worker]) -> dict[Worker, float]:
+    """Returns the speed of each worker; one that is not measured has that of the others, by its capacity."""
+    measured = {worker: speed for worker in workers if (speed := worker.speed)}
+    per_sequence = sum(measured.values()) / sum(worker.capacity for worker in measured) if measured else 1.0
+    return {worker: measured.get(worker, worker.capacity * per_sequence) for worker in workers}
+
+
 class Dispatcher:
     """Queue of sequences that every live worker with the policy version takes from as fast as it can.
+
+    The sequences should come with the longest first, as `cost` has them.
 
     `on_waiting` is called with True when work waits and no worker can take it, with False when one takes it.
 
@@ -71,12 +106,14 @@ class Dispatcher:
         call: Call,
         on_waiting: Callable[[bool], None],
         only: Callable[[Worker], bool] | None = None,
+        cost: Cost = lambda key, worker: 1.0,
     ) -> None:
         self._registry = registry
         self._only = only
         self._version = policy_version
         self._config = config
         self._call = call
+        self._cost = cost
         self._on_waiting = on_waiting
         self._queue: deque[str] = deque()
         self._failures: Counter[str] = Counter()
@@ -123,14 +160,20 @@ class Dispatcher:
     def _start_calls(self, tasks: asyncio.TaskGroup) -> None:
         while self._queue:
             workers = [w for w in self._registry.with_version(self._version) if self._is_served(w)]
-            worker = next((w for w in workers if self._room(w, len(workers)) > 0), None)
-            if worker is None:
+            rooms = {worker: room for worker in workers if (room := self._room(worker, len(workers)))}
+            if not rooms:
                 return
-            batch = [self._queue.popleft() for _ in range(self._room(worker, len(workers)))]
-            worker.outstanding += len(batch)
-            task = tasks.create_task(self._run_call(worker, batch))
-            self._calls[task] = worker
-            task.add_done_callback(self._forget)
+            keys = [self._queue.popleft() for _ in range(min(len(self._queue), sum(rooms.values())))]
+            for worker, batch in deal(keys, rooms, self._cost).items():
+                if batch:
+                    self._start_call(tasks, worker, batch)
+
+    def _start_call(self, tasks: asyncio.TaskGroup, worker: Worker, batch: dict[str, float]) -> None:
+        worker.outstanding += len(batch)
+        worker.work += sum(batch.values())
+        task = tasks.create_task(self._run_call(worker, batch))
+        self._calls[task] = worker
+        task.add_done_callback(self._forget)
 
     def _is_served(self, worker: Worker) -> bool:
         return self._only is None or self._only(worker)
@@ -142,11 +185,11 @@ class Dispatcher:
         size = min(share, self._config.max_batch, math.ceil(len(self._queue) / workers))
         return size if worker.outstanding + size <= limit else 0
 
-    async def _run_call(self, worker: Worker, batch: list[str]) -> None:
-        remaining, version = dict.fromkeys(batch), self._version
+    async def _run_call(self, worker: Worker, batch: dict[str, float]) -> None:
+        remaining, version = dict(batch), self._version
         try:
             with detached_span("dispatch", worker=worker.worker_id, sequences=len(batch)):
-                async with aclosing(self._call(worker, batch)) as stream:
+                async with aclosing(self._call(worker, list(batch))) as stream:
                     async for progress in stream:
                         self._apply(worker, remaining, progress)
             if remaining:
@@ -166,19 +209,18 @@ class Dispatcher:
                 worker.pushed_version = None
             self._registry.suspect(worker, error.message)
         finally:
-            worker.outstanding -= len(remaining)
             self._queue.extendleft(reversed(remaining))
+            for key in list(remaining):
+                self._take_back(worker, remaining, key)
 
-    def _apply(self, worker: Worker, remaining: dict[str, None], progress: Progress) -> None:
+    def _apply(self, worker: Worker, remaining: dict[str, float], progress: Progress) -> None:
         for key in progress.ended:
             if key in remaining:
-                del remaining[key]
-                worker.outstanding -= 1
+                self._take_back(worker, remaining, key)
         for key, reason in progress.failed:
             if key not in remaining:
                 continue
-            del remaining[key]
-            worker.outstanding -= 1
+            self._take_back(worker, remaining, key)
             self._queue.append(key)
             self._failures[key] += 1
             FAILURES.labels("segment").inc()
@@ -189,6 +231,12 @@ class Dispatcher:
         if progress.ended:
             self._idle_s = 0.0
         self._wake.set()
+
+    def _take_back(self, worker: Worker, remaining: dict[str, float], key: str) -> None:
+        worker.work -= remaining.pop(key)
+        worker.outstanding -= 1
+        if not worker.outstanding:
+            worker.work = 0.0  # no rest of rounding stays
 
     def _cancel_calls_of_lost_workers(self) -> None:
         for task, worker in self._calls.items():

@@ -13,6 +13,9 @@ names the metrics that it measures in the update; they are absent when the itera
 - `rollout/tokens` are those of the iteration's budgets. `rollout/ahead_tokens` of them, the fraction
   `rollout/ahead_share`, were sampled by an earlier version while the trainer trained (`run.rollout.during_training`),
   which makes each one version older than it would be; `time/ahead` is that time, in the line of the iteration trained.
+- `rollout/token_budget/base` is the token budget of short contexts, `mean` and `max` are of what trajectories might
+  add, their length limit included; `rollout/planned_prefill_share` is the share of prefill in that work, by
+  `run.rollout.costs`.
 - `train/uniform_rate` is the fraction of the complete groups with equal rewards.
 - `events` are what happened to the run since the line before: workers joined or left, engines started again.
 - `warnings` has a sentence for each metric outside of its range (`perigee/report/ranges.py`), by its key.
@@ -56,6 +59,7 @@ from services.kit.telemetry import get_logger
 ITERATION = Gauge("perigee_coordinator_iteration", "Iterations committed by the run.")
 POLICY_VERSION = Gauge("perigee_coordinator_policy_version_number", "Policy version that the run has committed.")
 REWARD = Gauge("perigee_coordinator_reward_mean", "Mean reward of the latest iteration.")
+TOKEN_BUDGET = Gauge("perigee_coordinator_token_budget_tokens", "Token budget of the latest iteration.")
 GENERATED = PrometheusCounter("perigee_coordinator_generated_tokens", "Tokens generated in training rollouts.")
 TRAINED = PrometheusCounter("perigee_coordinator_trained_trajectories", "Trajectories trained on.")
 
@@ -111,6 +115,8 @@ class CoordinatorState:
     # Tokens of the trajectories of each live group: what the next iteration adds counts from here, however often it is
     # cut and done again. None in a state that an earlier release has stored.
     starts: dict[str, list[int]] | None = None
+    # Work per second of the rollout phases, by which budgets are chosen.
+    rollout_speed: float | None = None
     # Entropy of the policy that the first training began with.
     first_entropy: float | None = None
     # The last committed iteration's line of metrics.jsonl: written again when a crash lost it.
@@ -239,7 +245,7 @@ class Iteration:
         context, status = self._context, self._context.status
         version = self._committed.policy_version
         async with score_responses(context.peers.reward, context.settings.scoring, self._record) as scoring:
-            self._rollout.begin(version, self._number, scoring, self._samples)
+            self._rollout.begin(version, self._number, self._committed.state.rollout_speed, scoring, self._samples)
             unscored = [t for t in self._groups.trajectories() if t.finished and not t.judged]
             moving = sum(not t.finished or t.added > 0 for t in self._groups.trajectories())
             status.enter(coordinator_pb2.RUN_PHASE_ROLLOUT, moving)
@@ -346,6 +352,7 @@ class Iteration:
             first_entropy=self._committed.state.first_entropy or line.get("train/entropy"),
             last_line=line,
             starts=self._groups.starts(batch.consumed),
+            rollout_speed=self._rollout.speed,
         )
         # Before the commit: a committed iteration has its samples.
         samples = self._samples.chosen()
@@ -445,6 +452,10 @@ def rollout_metrics(
         "rollout/ahead_share": rate(counts.ahead_tokens, counts.tokens),
         "rollout/cached_tokens": counts.cached_tokens,
         "rollout/tokens_per_second": round(counts.timed_tokens / seconds, 1) if seconds else None,
+        "rollout/token_budget/base": counts.base_budget,
+        "rollout/token_budget/mean": mean(counts.budgets),
+        "rollout/token_budget/max": max(counts.budgets, default=None),
+        "rollout/planned_prefill_share": counts.planned_prefill_share,
         "rollout/finished": ended.total() - ended["budget"],
         "rollout/response_tokens/mean": mean(lengths),
         "rollout/response_tokens/p95": float(np.percentile(lengths, 95)) if lengths else None,
@@ -515,6 +526,7 @@ def set_gauges(line: Mapping[str, Any]) -> None:
     """Sets the Prometheus metrics of a committed iteration."""
     GENERATED.inc(line["rollout/tokens"])
     TRAINED.inc(line["train/trajectories"])
+    TOKEN_BUDGET.set(line["rollout/token_budget/base"])
     ITERATION.set(line["iteration"])
     POLICY_VERSION.set(line["policy_version"])
     if line["reward/mean"] is not None:

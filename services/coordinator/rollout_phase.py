@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -14,6 +13,7 @@ from perigee.buffer.v1 import buffer_pb2
 from perigee.errors import FailedPreconditionError, PerigeeError
 from perigee.reward.scoring import ScoringPipeline
 from perigee.rollout.v1 import rollout_pb2
+from services.coordinator.budgets import Context, choose_budgets, update_speed
 from services.coordinator.context import RunContext
 from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
 from services.coordinator.groups import EndReason, LiveGroups, Trajectory
@@ -33,12 +33,21 @@ class RolloutCounts:
     ahead_tokens: int = 0
     cached_tokens: int = 0
     failures: int = 0
+    # Token budget of short contexts, those of the trajectories, and the share of prefill in the work that they make.
+    base_budget: int = 0
+    budgets: list[int] = field(default_factory=list)
+    planned_prefill_share: float | None = None
     # End reason of each trajectory's segment.
     ended: dict[str, EndReason] = field(default_factory=dict)
 
 
+def now() -> float:
+    """Returns the seconds of the event loop's clock."""
+    return asyncio.get_running_loop().time()
+
+
 class RolloutPhase:
-    """Extends every unfinished trajectory by one token budget at most in each iteration.
+    """Extends every unfinished trajectory by its token budget at most in each iteration.
 
     An iteration that is done again, after a trainer or a coordinator died, goes on where its tokens in the buffer end.
     While the trainer trains, a phase may begin ahead with the trajectories that it does not train. Whatever that adds,
@@ -48,7 +57,12 @@ class RolloutPhase:
     def __init__(self, context: RunContext, groups: LiveGroups) -> None:
         self.context = context
         self.groups = groups
+        # Work per second of the phases so far, for the budgets of the next one; None before a phase has told it.
+        self.speed: float | None = None
         self._ahead: asyncio.Task[None] | None = None
+        self._ahead_since = 0.0
+        # Seconds in which workers generated ahead before the latest phase.
+        self._ahead_seconds = 0.0
         self._begin_anew(0)
 
     def _begin_anew(self, policy_version: int, only: Callable[[Worker], bool] | None = None) -> None:
@@ -62,6 +76,8 @@ class RolloutPhase:
         self.counts = RolloutCounts()
         self._tokens_before = 0
         self._targets: dict[str, int] = {}
+        # Work that the budgets allow, and the seconds of the phase.
+        self._planned_work = self._seconds = 0.0
         self._dispatcher = Dispatcher(
             context.registry,
             policy_version,
@@ -69,6 +85,7 @@ class RolloutPhase:
             self._extend,
             context.status.set_waiting,
             only,
+            self._work,
         )
 
     def begin_ahead(self, only: Callable[[Worker], bool]) -> None:
@@ -77,11 +94,19 @@ class RolloutPhase:
         Calls under way go on while their worker takes the next weights. `begin` and `run` make it the phase of all.
         """
         self._begin_anew(self.policy_version, only)
-        for trajectory in self.groups.trajectories():
-            target = min(self._cap, trajectory.counted + self._budget)
-            if not trajectory.finished and trajectory.tokens < target:
+        self._ahead_since = now()
+        config = self.context.config
+        partial = [trajectory for trajectory in self.groups.trajectories() if not trajectory.finished]
+        # The groups that are trained make room for new ones.
+        fresh = sum(group.complete for group in self.groups) * config.group_size
+        contexts = [self._context_of(t, t.counted) for t in partial] + [(0, self._cap)] * fresh
+        budgets = choose_budgets(config.rollout, contexts, self.speed, self._ahead_seconds)
+        for trajectory in partial:
+            tokens, room = self._context_of(trajectory, trajectory.counted)
+            target = trajectory.counted + min(room, budgets.of(tokens))
+            if trajectory.tokens < target:
                 self._targets[trajectory.id] = target
-        self._ahead = asyncio.create_task(self._dispatcher.run(list(self._targets)))
+        self._ahead = asyncio.create_task(self._dispatcher.run(self._longest_first(partial)))
 
     async def drain(self) -> None:
         """Leaves the workers to others for a while: what they are extending ahead ends, and nothing more begins."""
@@ -93,14 +118,41 @@ class RolloutPhase:
         if self._ahead is not None:
             await end_tasks(self._ahead)
 
-    def begin(self, policy_version: int, iteration: int, scoring: ScoringPipeline, samples: SampleCollector) -> None:
-        """Gives each trajectory its budget of the iteration; what ends from here on is scored."""
+    def begin(
+        self,
+        policy_version: int,
+        iteration: int,
+        speed: float | None,
+        scoring: ScoringPipeline,
+        samples: SampleCollector,
+    ) -> None:
+        """Gives each trajectory its budget of the iteration; what ends from here on is scored.
+
+        `speed` is that of the iterations committed, so that an iteration that is done again has the same budgets.
+        """
         if self._ahead is None:
             self._begin_anew(policy_version)
-        self.policy_version, self.scoring, self.samples = policy_version, scoring, samples
+        self._ahead_seconds = now() - self._ahead_since if self._ahead else 0.0
+        self.policy_version, self.speed, self.scoring, self.samples = policy_version, speed, scoring, samples
         self.all_begin = all(group.iteration == iteration for group in self.groups)
-        for trajectory in self.groups.trajectories():
-            trajectory.limit = min(self._cap, trajectory.start + self._budget_of(trajectory))
+        self._plan()
+
+    def _plan(self) -> None:
+        """Sets the limits of the iteration; a trajectory that has begun ahead keeps its own."""
+        settings, counts = self.context.config.rollout, self.counts
+        # All that were not finished when the iteration began, whatever an attempt at it has added since.
+        moving = [t for t in self.groups.trajectories() if not t.finished or t.tokens > t.start]
+        contexts = [self._context_of(trajectory, trajectory.start) for trajectory in moving]
+        budgets = choose_budgets(settings, contexts, self.speed, self._ahead_seconds)
+        prefill = 0.0
+        for trajectory, (tokens, room) in zip(moving, contexts, strict=True):
+            budget = min(room, self._turns_of(trajectory, budgets.base) * budgets.of(tokens))
+            trajectory.limit = self._targets.get(trajectory.id, trajectory.start + budget)
+            counts.budgets.append(trajectory.limit - trajectory.start)
+            prefill += settings.costs.prefill_work(tokens)
+            self._planned_work += settings.costs.work(tokens, counts.budgets[-1])
+        counts.base_budget = budgets.base
+        counts.planned_prefill_share = prefill / self._planned_work if self._planned_work else None
 
     async def run(self) -> None:
         """Extends the trajectories until the segment of each has ended."""
@@ -116,18 +168,19 @@ class RolloutPhase:
                 due.append(trajectory)
             else:
                 self.counts.ended[trajectory.id] = buffer_pb2.END_REASON_BUDGET
-        # A worker is called once for each budget, in turn: those of one length go together, long ones first. Of these,
-        # partial trajectories come before those that have no token yet, oldest first.
-        due.sort(key=lambda trajectory: (-self._budget_of(trajectory), trajectory.tokens == 0))
         self._tokens_before = self._count_tokens()
-        self._dispatcher.go_on(self.policy_version, [trajectory.id for trajectory in due])
+        started = now()
+        self._dispatcher.go_on(self.policy_version, self._longest_first(due))
         if self._ahead is not None:
             await self._ahead
         await self._dispatcher.run(())
+        self._seconds = now() - started
 
     async def count(self) -> RolloutCounts:
         """Returns the counts of the phase, once nothing of it is under way."""
         counts, trajectories = self.counts, list(self.groups.trajectories())
+        # Some tokens of an iteration that is done again are from before this phase.
+        is_whole = self._ahead is not None or not self._tokens_before
         if self._ahead is not None:
             # The ends of calls do not tell where the weights changed.
             self._ahead = None
@@ -136,6 +189,10 @@ class RolloutPhase:
         # All tokens of the version are of this iteration, unless the one before has trained nothing.
         counts.ahead_tokens = sum(max(0, t.added - t.tokens_by_version[self.policy_version]) for t in trajectories)
         counts.timed_tokens = counts.tokens - max(self._tokens_before, counts.ahead_tokens)
+        # Where no budget ended a trajectory, other budgets would not have changed the phase.
+        if is_whole and not self.all_begin and buffer_pb2.END_REASON_BUDGET in counts.ended.values():
+            settings, seconds = self.context.config.rollout, self._seconds
+            self.speed = update_speed(settings, self.speed, self._planned_work, seconds, self._ahead_seconds)
         return counts
 
     def _count_tokens(self) -> int:
@@ -145,24 +202,36 @@ class RolloutPhase:
     def _cap(self) -> int:
         return self.context.config.rollout.max_response_tokens
 
-    @property
-    def _budget(self) -> int:
-        return self.context.config.rollout.token_budget or self._cap
+    def _context_of(self, trajectory: Trajectory, tokens: int) -> Context:
+        """Returns what a trajectory with so many response tokens holds, and the response tokens that are left to it."""
+        return len(trajectory.group.prompt.token_ids) + tokens, self._cap - tokens
 
-    def _budget_of(self, trajectory: Trajectory) -> int:
-        """Returns the trajectory's budget in this iteration: one token budget, unless every group begins in it.
+    def _turns_of(self, trajectory: Trajectory, base_budget: int) -> int:
+        """Returns how many budgets the trajectory gets in this iteration: one, unless every group begins in it.
 
         Groups that begin together would end together, budgets later, and the iterations between would train nothing:
         they get one to `cap / budget` budgets in turn.
         """
         if not self.all_begin:
-            return self._budget
-        turns = math.ceil(self._cap / self._budget)
-        return self._budget * (turns - int(trajectory.group.id.removeprefix("g")) % turns)
+            return 1
+        turns = math.ceil(self._cap / base_budget)
+        return turns - int(trajectory.group.id.removeprefix("g")) % turns
+
+    def _longest_first(self, trajectories: Sequence[Trajectory]) -> list[str]:
+        """Returns the ids of trajectories with a target: most work left first, of equals the oldest."""
+        work = {t.id: self._work(t.id) for t in trajectories if t.id in self._targets}
+        return sorted(work, key=lambda trajectory_id: -work[trajectory_id])
+
+    def _work(self, trajectory_id: str, worker: Worker | None = None) -> float:
+        """Returns the work that a trajectory has left, in sampled tokens; `worker` makes no difference to it."""
+        trajectory = self.groups.trajectory(trajectory_id)
+        tokens, _ = self._context_of(trajectory, trajectory.tokens)
+        left = max(0, self._targets[trajectory_id] - trajectory.tokens)
+        return self.context.config.rollout.costs.work(tokens, left)
 
     async def _extend(self, worker: Worker, trajectory_ids: list[str]) -> AsyncGenerator[Progress, None]:
         """Makes one call: leases the trajectories, extends them, records their ends."""
-        by_budget: dict[int, list[buffer_pb2.Lease]] = defaultdict(list)
+        due: dict[str, buffer_pb2.Lease] = {}
         ended: list[str] = []
         try:
             leases, done = await self._lease(worker, trajectory_ids)
@@ -172,19 +241,15 @@ class RolloutPhase:
         except PerigeeError as error:
             raise PeerError(error) from error
         for lease in leases:
-            left = self._targets[lease.trajectory_id] - lease.tokens
-            if left > 0:
-                # A call that broke off leaves a part of the budget; otherwise only the length limit shortens it.
-                budget = self._budget_of(self.groups.trajectory(lease.trajectory_id))
-                is_full = left == min(budget, self._cap - lease.tokens)
-                by_budget[budget if is_full else left].append(lease)
+            if lease.tokens < self._targets[lease.trajectory_id]:
+                due[lease.trajectory_id] = lease
             else:
                 self._record_tokens(lease.trajectory_id, lease.tokens)
                 ended.append(lease.trajectory_id)
         if ended:
             yield Progress(ended=ended)
-        for budget, some in by_budget.items():
-            async with aclosing(self._call(worker, some, budget)) as stream:
+        if due:
+            async with aclosing(self._call(worker, due)) as stream:
                 async for progress in stream:
                     yield progress
 
@@ -211,18 +276,24 @@ class RolloutPhase:
                     return [], done
         raise FailedPreconditionError("Trajectories cannot be leased: they end while nobody extends them.")
 
-    async def _call(
-        self, worker: Worker, leases: Sequence[buffer_pb2.Lease], budget: int
-    ) -> AsyncGenerator[Progress, None]:
+    async def _call(self, worker: Worker, leases: Mapping[str, buffer_pb2.Lease]) -> AsyncGenerator[Progress, None]:
         settings = self.context.config.rollout
+        budgets = {lease.trajectory_id: self._targets[lease.trajectory_id] - lease.tokens for lease in leases.values()}
+        started = now()
         request = rollout_pb2.ExtendTrajectoriesRequest(
             run_id=self.context.run_id,
             policy_version=self.policy_version,
             trajectories=[
-                rollout_pb2.LeasedTrajectory(trajectory_id=lease.trajectory_id, epoch=lease.epoch, tokens=lease.tokens)
-                for lease in leases
+                rollout_pb2.LeasedTrajectory(
+                    trajectory_id=trajectory_id,
+                    epoch=lease.epoch,
+                    tokens=lease.tokens,
+                    token_budget=budgets[trajectory_id],
+                )
+                for trajectory_id, lease in leases.items()
             ],
-            token_budget=budget,
+            # Of a worker that knows no budgets of single trajectories, none gets more than its own.
+            token_budget=min(budgets.values()),
             max_response_tokens=settings.max_response_tokens,
             sampling=rollout_pb2.Sampling(temperature=settings.temperature),
             repetition_stop=settings.repetition_stop.message(),
@@ -231,6 +302,8 @@ class RolloutPhase:
             request, timeout_s=self.context.settings.dispatch.call_timeout_s
         ):
             for end in response.ended:
+                tokens, _ = self._context_of(self.groups.trajectory(end.trajectory_id), end.tokens - end.new_tokens)
+                worker.record_end(settings.costs.work(tokens, end.new_tokens), now() - started)
                 await self._record_end(end)
             if self.scoring is not None:
                 self.context.status.done = len(self.counts.ended)

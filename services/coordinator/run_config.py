@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self, TypeVar
@@ -181,15 +182,62 @@ class RepetitionStopConfig(Model):
         return to_message(self, rollout_pb2.RepetitionStop())
 
 
+class TokenCosts(Model):
+    """Costs of tokens in full batches, relative to a sampled token of a short context."""
+
+    prefill: float = Field(0.25, gt=0)
+    """A prefilled token of a short context."""
+    prefill_doubles_at: float = Field(32_768.0, gt=0)
+    """Position at which a prefilled token costs twice that: its attention costs as much as the rest."""
+    sampling_doubles_at: float = Field(8_192.0, gt=0)
+    """Position at which a sampled token costs twice that of a short context: reading its keys and values costs as much
+    as the rest."""
+
+    def prefill_work(self, tokens: int) -> float:
+        """Returns the work of prefilling a context."""
+        return self.prefill * (tokens + tokens * tokens / (2 * self.prefill_doubles_at))
+
+    def sampling_work(self, tokens: int, new_tokens: float) -> float:
+        """Returns the work of sampling `new_tokens` after a context."""
+        return new_tokens * (1 + (tokens + new_tokens / 2) / self.sampling_doubles_at)
+
+    def work(self, tokens: int, new_tokens: float) -> float:
+        """Returns the work of prefilling a context and sampling after it."""
+        return self.prefill_work(tokens) + self.sampling_work(tokens, new_tokens)
+
+    def tokens_of(self, tokens: int, work: float) -> float:
+        """Returns how many tokens the work samples after a context: the inverse of `sampling_work`."""
+        first = 1 + tokens / self.sampling_doubles_at
+        return 2 * work / (first + math.sqrt(first * first + 2 * work / self.sampling_doubles_at))
+
+    def least_budget(self, tokens: int, max_prefill_share: float) -> int:
+        """Returns the fewest sampled tokens beside which prefilling a context is no more than this share of the work.
+
+        The share is above 0; 1 allows any budget.
+        """
+        sampling = self.prefill_work(tokens) * (1 - max_prefill_share) / max_prefill_share
+        return math.ceil(self.tokens_of(tokens, sampling))
+
+
 class RolloutSettings(Model):
     """Sampling of trajectories."""
 
     renamed_keys: ClassVar[Mapping[str, str]] = {"response_cap": "max_response_tokens"}
 
     token_budget: int = Field(0, ge=0)
-    """Output tokens that a trajectory may add in one iteration; 0 is no budget. In an iteration in which every group
-    begins, as in the first, they get one budget, two and so on up to `max_response_tokens` in turn, so that they do not
-    all end together later."""
+    """Output tokens that a trajectory may add in one iteration; 0 is no budget. `max_prefill_share` and
+    `target_seconds` raise it. In an iteration in which every group begins, as in the first, they get one budget, two
+    and so on up to `max_response_tokens` in turn, so that they do not all end together later."""
+    max_prefill_share: float = Field(0.5, gt=0, le=1)
+    """An update of the weights empties the prefix cache, so that every iteration prefills the context of a trajectory.
+    Its budget grows with the context until that is no more than this share of its work in an iteration, by `costs`; 1
+    is off."""
+    target_seconds: float | None = Field(None, gt=0)
+    """Seconds of a rollout phase that the budget of an iteration aims at, from `token_budget` up to
+    `max_response_tokens`, by the speed of the iterations before. Unset, it is `token_budget`."""
+    costs: TokenCosts = TokenCosts()
+    """What prefilled and sampled tokens cost, relative to each other. The defaults are what arithmetic says of a dense
+    model of 7B parameters on one GPU in batches of 64; `bench/token_costs.py` measures an engine."""
     max_response_tokens: int = Field(1024, ge=1)
     """Response tokens that a trajectory may have over all iterations; more than most responses of the model need: those
     cut by it have no answer."""
@@ -201,6 +249,12 @@ class RolloutSettings(Model):
     """Sampling temperature."""
     repetition_stop: RepetitionStopConfig = RepetitionStopConfig()
     """Early end of responses that repeat themselves."""
+
+    @model_validator(mode="after")
+    def _need_a_floor(self) -> Self:
+        if self.target_seconds is not None and not self.token_budget:
+            raise ValueError("target_seconds needs a token_budget above 0, the least that a trajectory gets")
+        return self
 
 
 class CurriculumConfig(Model):

@@ -27,6 +27,8 @@ STARTING, EMPTY, READY = (
 AWAY = rollout_pb2.WORKER_STATUS_AWAY
 # Workers renew their leases so often, and learn by it of a coordinator that started again.
 RENEWALS_PER_LEASE = 3
+# Weight of a worker's ended sequences in its speed, with each that ends after them.
+SPEED_DECAY = 0.99
 
 WORKERS = Gauge("perigee_coordinator_workers", "Rollout workers with a lease.")
 FAILURES = Counter("perigee_coordinator_failures", "Failures by kind.", ["kind"])
@@ -56,8 +58,12 @@ class Worker:
     # The version that this coordinator had pushed to it. The version that a worker reports is not trusted: its weights
     # may come from an iteration that was rolled back.
     pushed_version: int | None = None
-    # Sequences given to it that have not ended.
+    # Sequences given to it that have not ended, and their work (`budgets.TokenCosts`).
     outstanding: int = 0
+    work: float = 0.0
+    # Work of sequences that ended, and the seconds that each of them took, summed.
+    ended_work: float = 0.0
+    ended_seconds: float = 0.0
     # Why it gets no work until it renews its lease.
     suspect: str | None = None
 
@@ -79,6 +85,16 @@ class Worker:
     def load(self) -> float:
         """Sequences given to it per sequence that it decodes at once."""
         return self.outstanding / self.capacity
+
+    @property
+    def speed(self) -> float | None:
+        """Work per second while it is full; None before anything has ended."""
+        return self.capacity * self.ended_work / self.ended_seconds if self.ended_seconds else None
+
+    def record_end(self, work: float, seconds: float) -> None:
+        """Counts the end of a sequence for its speed, in which the last hundred ends weigh most."""
+        self.ended_work = self.ended_work * SPEED_DECAY + work
+        self.ended_seconds = self.ended_seconds * SPEED_DECAY + seconds
 
 
 @dataclass

@@ -218,7 +218,7 @@ class _Call:
         end_tokens, end_reason = plan_end(
             stored=trajectory.tokens,
             leased=lease.tokens,
-            budget=self.request.token_budget,
+            budget=lease.token_budget or self.request.token_budget,
             cap=self.request.max_response_tokens,
             room=room,
         )

@@ -106,7 +106,7 @@ async def test_killed_in_every_phase_it_goes_on(buffer_address: str, tmp_path: P
         tmp_path,
         iterations=ITERATIONS,
         sft=stages,
-        rollout={"token_budget": BUDGET, "max_response_tokens": 24},
+        rollout={"token_budget": BUDGET, "max_response_tokens": 24, "max_prefill_share": 1},
         drop_uniform_groups=False,
         deployment="hybrid",
         hybrid={"engine": "restart", "workers": ["a"]},

@@ -206,7 +206,8 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
     buffer_address: str, tmp_path: Path
 ) -> None:
     run_id = f"run-{uuid.uuid4().hex}"
-    section = write_run_section(tmp_path, iterations=5, rollout={"token_budget": 4, "max_response_tokens": 11})
+    rollout = {"token_budget": 4, "max_response_tokens": 11, "max_prefill_share": 1}
+    section = write_run_section(tmp_path, iterations=5, rollout=rollout)
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
     async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
         worker = peers.add_worker("a", tokenizer)
@@ -216,7 +217,8 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
             )
             assert (await finish(client, run_id))[-1].phase == pb.RUN_PHASE_FINISHED
     # In the first iteration groups get one, two or three budgets in turn.
-    assert {call.token_budget for call in worker.calls} == {4, 8, 12}
+    budgets = {leased.token_budget for call in worker.calls for leased in call.trajectories}
+    assert budgets == {3, 4, 8, 11}
     assert {call.max_response_tokens for call in worker.calls} == {11}
     # A response of 4 tokens an iteration takes three at most.
     assert max(Counter(worker.extended).values()) == 3

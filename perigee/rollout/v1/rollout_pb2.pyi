@@ -347,20 +347,24 @@ class LeasedTrajectory(_message.Message):
     TRAJECTORY_ID_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    TOKEN_BUDGET_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     epoch: _builtins.int
     tokens: _builtins.int
     """Response tokens held by the buffer."""
+    token_budget: _builtins.int
+    """Output tokens that it may add in this iteration; the request's token_budget when 0."""
     def __init__(
         self,
         *,
         trajectory_id: _builtins.str = ...,
         epoch: _builtins.int = ...,
         tokens: _builtins.int = ...,
+        token_budget: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "tokens", b"tokens", "trajectory_id", b"trajectory_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "token_budget", b"token_budget", "tokens", b"tokens", "trajectory_id", b"trajectory_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -380,7 +384,7 @@ class ExtendTrajectoriesRequest(_message.Message):
     run_id: _builtins.str
     policy_version: _builtins.int
     token_budget: _builtins.int
-    """Output tokens that a trajectory may add in this iteration."""
+    """Output tokens that a trajectory may add in this iteration, where it has no budget of its own."""
     max_response_tokens: _builtins.int
     """Response tokens that a trajectory may have in all, earlier segments included."""
     @_builtins.property
