@@ -105,7 +105,7 @@ class RepeatedBuffer:
 
     async def read(self, request: pb.ReadTrajectoriesRequest, context: Any) -> AsyncIterator[Any]:
         """Streams trajectories."""
-        pieces = model.read_trajectories(self._scripts, request, self._config.read_piece_tokens)
+        pieces = model.read_trajectories(self._scripts, request, self._config.read_piece_tokens, self._config.offload)
         async for piece in pieces:
             yield REPEATED["ReadTrajectoriesResponse"](
                 trajectory_id=piece.trajectory_id,

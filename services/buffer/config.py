@@ -49,6 +49,23 @@ class ImagesConfig(Model):
     """Seconds after it was put for which an image is kept that no group names."""
 
 
+class OffloadConfig(Model):
+    """Files in which finished trajectories wait for their training, instead of in Redis."""
+
+    location: str | None = None
+    """Folder or URL such as s3://bucket/folder that takes them; without it all tokens stay in Redis. It belongs to one
+    Redis, and every replica of the buffer sees it under this name."""
+    min_tokens: int = Field(32768, ge=1)
+    """Response tokens from which on a finished trajectory is moved; what is under way is in Redis."""
+    retired_s: int = Field(86_400, ge=0)
+    """Seconds that the file of a consumed trajectory is kept, so that a snapshot of Redis which names it can be
+    restored."""
+    abandoned_s: int = Field(600, ge=1)
+    """Seconds after which a move that has not ended is taken for abandoned, and begun again with another file."""
+    sweep_s: float = Field(300.0, gt=0)
+    """Seconds between two sweeps, which delete the files that nothing refers to."""
+
+
 class BufferConfig(ServiceConfig):
     """Buffer service."""
 
@@ -77,5 +94,7 @@ class BufferConfig(ServiceConfig):
     """Prompts of one page of ListPromptStatistics."""
     images: ImagesConfig = ImagesConfig()
     """Images of a run's prompts."""
+    offload: OffloadConfig = OffloadConfig()
+    """Files for finished trajectories."""
     limits: LimitsConfig = LimitsConfig()
     """Bounds of one request."""

@@ -7,7 +7,7 @@ All keys of a run share the hash tag `{run}`, so one change of many keys is one 
     perigee:{R}:group:G         hash: prompt id, iteration, packed prompt tokens, trajectory ids as JSON, digests of
                                 images
     perigee:{R}:trajectory:T    hash: group, epoch, worker, token count, end reason, versions, verdict, reward, bytes
-                                of a token's expert choices
+                                of a token's expert choices, name of the file where the tokens are in one
     perigee:{R}:tokens:T        string: response tokens, packed
     perigee:{R}:logprobs:T      string: log-probabilities, packed
     perigee:{R}:experts:T       string: expert choices of all tokens, packed; missing where none are recorded
@@ -19,6 +19,11 @@ All keys of a run share the hash tag `{run}`, so one change of many keys is one 
     perigee:{R}:arriving        hash: digest of an image that is not whole -> `bytes serial`
     perigee:{R}:references      hash: digest -> how often groups name the image
     perigee:{R}:unreferenced    sorted set: digests by the time up to which they are kept without a group
+    perigee:{R}:unmoved         sorted set: ids of trajectories that are to be moved to files, by the time up to which
+                                somebody is at it
+    perigee:{R}:files           hash: name of a file -> writing, held (by a trajectory), retired, unknown or deleted
+    perigee:{R}:unreferenced_files
+                                sorted set: names by the time up to which they are kept without a trajectory
 
 Versions are stored as text: `version:stop,version:stop` names the policy version of the tokens up to each response
 offset, so that spans are compared, cut and joined without counting.
@@ -26,9 +31,11 @@ offset, so that spans are compared, cut and joined without counting.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -37,7 +44,9 @@ from prometheus_client import Counter
 from perigee.buffer.client import UNFINISHED
 from perigee.buffer.packing import ITEM_BYTES, count_tokens
 from perigee.buffer.v1 import buffer_pb2 as pb
-from perigee.errors import AbortedError, AlreadyExistsError
+from perigee.errors import AbortedError, AlreadyExistsError, DataLossError, NotFoundError
+from services.buffer.config import OffloadConfig
+from services.buffer.files import READ_TOKENS, FileRange, read_file_ranges
 from services.buffer.images import sweep_images
 from services.buffer.scripts import Arguments, Durability, ScriptRunner, load_script
 
@@ -51,7 +60,6 @@ RECORD_VERDICTS = load_script("record_verdicts")
 LEASE = load_script("lease")
 APPEND = load_script("append")
 READ_HEADS = load_script("read_heads")
-READ_TOKENS = load_script("read_tokens")
 
 # Groups that one script call lists: bounds the time that it occupies the server.
 GROUPS_PER_CALL = 64
@@ -69,8 +77,23 @@ LEASES = Counter("perigee_buffer_leases_total", "Leases given.")
 VERDICTS = Counter("perigee_buffer_verdicts_total", "Verdicts recorded.")
 COMMITS = Counter("perigee_buffer_commits_total", "Iterations committed.")
 
-# Part of a trajectory, and the bytes of its tokens and of its expert choices.
-Piece = tuple[pb.ReadTrajectoriesResponse, int, int]
+
+@dataclass(slots=True)
+class Piece:
+    """Part of a trajectory: its message, before and after the tokens are read, and where these are."""
+
+    message: pb.ReadTrajectoriesResponse
+    tokens: int
+    # Bytes of a token's expert choices, 0 without them.
+    expert_bytes: int
+    # Name of the trajectory's file, empty while its tokens are in Redis, and what the file holds.
+    file: str
+    file_tokens: int
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its tokens and expert choices."""
+        return self.tokens * (ITEM_BYTES + self.expert_bytes)
 
 
 async def create_run(scripts: ScriptRunner, request: pb.CreateRunRequest) -> pb.CreateRunResponse:
@@ -101,8 +124,10 @@ async def get_run(scripts: ScriptRunner, run_id: str) -> pb.RunState:
     return _read_run_state(run_id, fields)
 
 
-async def commit_iteration(scripts: ScriptRunner, request: pb.CommitIterationRequest) -> pb.CommitIterationResponse:
-    """Closes an iteration, or confirms that this very commit closed it.
+async def commit_iteration(
+    scripts: ScriptRunner, request: pb.CommitIterationRequest, retired_s: int = 0
+) -> pb.CommitIterationResponse:
+    """Closes an iteration, or confirms that this very commit closed it; files of consumed groups last `retired_s`.
 
     Raises FailedPreconditionError when the iteration is not the next one or a group cannot be consumed, AbortedError
     when the iteration was committed with other contents. A refusal changes nothing.
@@ -113,6 +138,7 @@ async def commit_iteration(scripts: ScriptRunner, request: pb.CommitIterationReq
         request.policy_version,
         commit_digest(request),
         request.coordinator_state,
+        retired_s,
         len(request.consumed_group_ids),
         *request.consumed_group_ids,
     ]
@@ -215,10 +241,13 @@ async def lease_trajectories(
 
 
 async def append_chunks(
-    scripts: ScriptRunner, run_id: str, chunks: Sequence[pb.Chunk]
+    scripts: ScriptRunner, run_id: str, chunks: Sequence[pb.Chunk], moved_tokens: int = 0
 ) -> list[pb.AppendOutcome.ValueType]:
-    """Appends chunks; returns the outcome of each, in order."""
-    arguments: Arguments = []
+    """Appends chunks; returns the outcome of each, in order.
+
+    A trajectory that ends with at least `moved_tokens` tokens waits for its move to a file; none does at 0.
+    """
+    arguments: Arguments = [moved_tokens]
     for chunk in chunks:
         arguments += (
             chunk.trajectory_id,
@@ -241,20 +270,22 @@ async def append_chunks(
 
 
 async def read_trajectories(
-    scripts: ScriptRunner, request: pb.ReadTrajectoriesRequest, piece_tokens: int
+    scripts: ScriptRunner, request: pb.ReadTrajectoriesRequest, piece_tokens: int, offload: OffloadConfig
 ) -> AsyncGenerator[pb.ReadTrajectoriesResponse, None]:
     """Reads every trajectory in pieces of at most `piece_tokens` tokens and 2 MiB, in the order asked for.
 
-    Raises NotFoundError for an unknown trajectory, AbortedError when one is consumed while it is read.
+    Raises NotFoundError for an unknown trajectory, AbortedError when one is consumed while it is read, and
+    UnavailableError when the storage of its file cannot be reached.
     """
     for start in range(0, len(request.trajectory_ids), HEADS_PER_CALL):
         ids = request.trajectory_ids[start : start + HEADS_PER_CALL]
-        pieces = await _plan_pieces(scripts, request.run_id, ids, piece_tokens, request.with_experts)
-        for batch in _batch(pieces):
-            await _read_batch(scripts, request.run_id, batch, request.with_logprobs)
-            for message, size, _ in batch:
-                TOKENS_READ.inc(size // ITEM_BYTES)
-                yield message
+        heads = await _read_heads(scripts, request.run_id, ids)
+        # Pieces are made as they are needed, and let go of: those of many long trajectories are all of their tokens.
+        for batch in _batch(_make_pieces(ids, heads, piece_tokens, request.with_experts)):
+            await _read_batch(scripts, request.run_id, batch, request.with_logprobs, offload)
+            for piece in batch:
+                TOKENS_READ.inc(piece.tokens)
+                yield piece.message
 
 
 def pack_spans(spans: Iterable[pb.VersionSpan], offset: int) -> str:
@@ -279,16 +310,31 @@ def unpack_spans(versions: str, first: int, last: int) -> list[pb.VersionSpan]:
     return spans
 
 
-async def _plan_pieces(
-    scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str], piece_tokens: int, with_experts: bool
-) -> list[Piece]:
-    """Returns the pieces of trajectories, one of each at least, before their tokens are read."""
+@dataclass(frozen=True)
+class _Heads:
+    """What is known of trajectories before their tokens: a row each, and the prompts of their groups end to end."""
+
+    rows: Sequence[Any]
+    prompts: bytes
+    prompt_sizes: Sequence[int]
+    # Digests of each prompt's images, with blanks between them.
+    images: Sequence[str]
+
+
+async def _read_heads(scripts: ScriptRunner, run_id: str, trajectory_ids: Sequence[str]) -> _Heads:
+    """Reads the heads of trajectories; raises NotFoundError for an unknown one."""
     _, page_json, prompts = await scripts.run(READ_HEADS, run_id, *trajectory_ids)
     rows, prompt_sizes, images = json.loads(page_json)
-    ends = list(accumulate(prompt_sizes))
-    pieces = []
-    for trajectory_id, (prompt, tokens_text, epoch, ending, versions, choices) in zip(
-        trajectory_ids, rows, strict=True
+    return _Heads(rows, prompts, prompt_sizes, images)
+
+
+def _make_pieces(
+    trajectory_ids: Sequence[str], heads: _Heads, piece_tokens: int, with_experts: bool
+) -> Iterator[Piece]:
+    """Yields the pieces of trajectories, one of each at least, before their tokens are read."""
+    ends = list(accumulate(heads.prompt_sizes))
+    for trajectory_id, (prompt, tokens_text, epoch, ending, versions, choices, file) in zip(
+        trajectory_ids, heads.rows, strict=True
     ):
         tokens, expert_bytes = int(tokens_text), int(choices) if with_experts else 0
         step = min(piece_tokens, max(1, PIECE_BYTES // (2 * ITEM_BYTES + expert_bytes)))
@@ -303,42 +349,88 @@ async def _plan_pieces(
                 epoch=int(epoch),
             )
             if first == 0:
-                message.prompt_token_ids = prompts[ends[prompt] - prompt_sizes[prompt] : ends[prompt]]
-                message.image_digests.extend(images[prompt].split())
-            pieces.append((message, (last - first) * ITEM_BYTES, (last - first) * expert_bytes))
-    return pieces
+                message.prompt_token_ids = heads.prompts[ends[prompt] - heads.prompt_sizes[prompt] : ends[prompt]]
+                message.image_digests.extend(heads.images[prompt].split())
+            yield Piece(message, last - first, expert_bytes, file, tokens)
 
 
-def _batch(pieces: Sequence[Piece]) -> Iterator[list[Piece]]:
+def _batch(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
     """Yields pieces in batches that one script call reads."""
     batch: list[Piece] = []
     size = 0
     for piece in pieces:
-        _, token_bytes, expert_bytes = piece
-        if batch and size + token_bytes + expert_bytes > BYTES_PER_CALL:
+        if batch and size + piece.bytes > BYTES_PER_CALL:
             yield batch
             batch, size = [], 0
         batch.append(piece)
-        size += token_bytes + expert_bytes
+        size += piece.bytes
     if batch:
         yield batch
 
 
-async def _read_batch(scripts: ScriptRunner, run_id: str, batch: Sequence[Piece], with_logprobs: bool) -> None:
-    """Fills in the tokens of pieces, read in one script call."""
+async def _read_batch(
+    scripts: ScriptRunner, run_id: str, batch: Sequence[Piece], with_logprobs: bool, offload: OffloadConfig
+) -> None:
+    """Fills in the tokens of pieces, from Redis in one script call, from files one by one."""
+    stored = [piece for piece in batch if piece.tokens and not piece.file]
+    if stored and not await _read_stored(scripts, run_id, stored, with_logprobs):
+        # One was moved to its file meanwhile, or is gone with its group.
+        await _find_files(scripts, run_id, stored)
+        stored = [piece for piece in stored if not piece.file]
+        if stored and not await _read_stored(scripts, run_id, stored, with_logprobs):
+            raise AbortedError(f"a trajectory of run {run_id!r} was consumed while it was read")
+    for piece in batch:
+        if piece.tokens and piece.file:
+            await _read_from_file(scripts, run_id, piece, with_logprobs, offload)
+
+
+async def _read_stored(scripts: ScriptRunner, run_id: str, batch: Sequence[Piece], with_logprobs: bool) -> bool:
+    """Fills in the tokens of pieces that are in Redis; returns whether all of them were there."""
     arguments: Arguments = [int(with_logprobs)]
-    for message, size, expert_size in batch:
-        if size:
-            begin = message.offset * ITEM_BYTES
-            arguments += (message.trajectory_id, begin, begin + size - 1, expert_size * ITEM_BYTES // size)
+    for piece in batch:
+        begin = piece.message.offset * ITEM_BYTES
+        end = begin + piece.tokens * ITEM_BYTES - 1
+        arguments += (piece.message.trajectory_id, begin, end, piece.expert_bytes)
     _, token_ids, logprobs, experts = await scripts.run(READ_TOKENS, run_id, *arguments)
-    if (len(token_ids), len(experts)) != (sum(size for _, size, _ in batch), sum(size for _, _, size in batch)):
-        raise AbortedError(f"a trajectory of run {run_id!r} was consumed while it was read")
+    sizes = sum(piece.tokens for piece in batch) * ITEM_BYTES, sum(piece.tokens * piece.expert_bytes for piece in batch)
+    if (len(token_ids), len(experts)) != sizes:
+        return False
     start = expert_start = 0
-    for message, size, expert_size in batch:
-        message.token_ids, message.logprobs = token_ids[start : start + size], logprobs[start : start + size]
-        message.experts = experts[expert_start : expert_start + expert_size]
-        start, expert_start = start + size, expert_start + expert_size
+    for piece in batch:
+        end, expert_end = start + piece.tokens * ITEM_BYTES, expert_start + piece.tokens * piece.expert_bytes
+        piece.message.token_ids, piece.message.logprobs = token_ids[start:end], logprobs[start:end]
+        piece.message.experts = experts[expert_start:expert_end]
+        start, expert_start = end, expert_end
+    return True
+
+
+async def _find_files(scripts: ScriptRunner, run_id: str, batch: Sequence[Piece]) -> None:
+    """Looks up again in which files the tokens of pieces are; raises AbortedError when a trajectory is gone."""
+    ids = list(dict.fromkeys(piece.message.trajectory_id for piece in batch))
+    try:
+        heads = await _read_heads(scripts, run_id, ids)
+    except NotFoundError as error:
+        raise AbortedError(f"a trajectory of run {run_id!r} was consumed while it was read") from error
+    files = {trajectory_id: row[-1] for trajectory_id, row in zip(ids, heads.rows, strict=True)}
+    for piece in batch:
+        piece.file = files[piece.message.trajectory_id]
+
+
+async def _read_from_file(
+    scripts: ScriptRunner, run_id: str, piece: Piece, with_logprobs: bool, offload: OffloadConfig
+) -> None:
+    """Fills in the tokens of a piece that is in a file.
+
+    Raises AbortedError when its group was consumed, DataLossError when it was not.
+    """
+    message, tokens = piece.message, piece.tokens
+    whole = FileRange(piece.file_tokens, message.offset, tokens, with_logprobs, piece.expert_bytes)
+    try:
+        parts = await asyncio.to_thread(read_file_ranges, offload, run_id, piece.file, whole)
+    except DataLossError:
+        await _find_files(scripts, run_id, [piece])
+        raise
+    message.token_ids, message.logprobs, message.experts = parts
 
 
 def _read_run_state(run_id: str, fields: Sequence[Any]) -> pb.RunState:

@@ -70,6 +70,11 @@ class Nodes:
         for node in self._by_address.values():
             await node.aclose()
 
+    @property
+    def known(self) -> list[Redis]:
+        """Servers that were given or learned."""
+        return list(self._by_address.values())
+
     def holder_of(self, key: str) -> Redis:
         """Returns the server that holds the key, or one that knows which does."""
         return self._by_slot.get(key_slot(key.encode()), self.first)

@@ -38,6 +38,8 @@ Arguments = list[str | bytes | int]
 RETRY_AFTER_S = 1.0
 # Once for a script that the server does not know, the others for a cluster that is moving the run.
 MAX_REDIRECTIONS = 4
+# Keys that one step of a scan looks at.
+SCANNED = 1000
 DURABILITY_SECONDS = Histogram(
     "perigee_buffer_durability_seconds", "Seconds of durable changes, the sync to disk included."
 )
@@ -127,6 +129,13 @@ class ScriptRunner:
         if self._least_synced is not None and not has_waitaof and self._has_waitaof is None:
             log.warning("redis has no WAITAOF: set appendfsync to always there", redis_version=version)
         self._has_waitaof = has_waitaof
+
+    async def list_runs(self) -> set[str]:
+        """Returns the ids of the runs on the known servers; raises UnavailableError when one is out of reach."""
+        with translating_errors():
+            keys = [key for node in self._nodes.known async for key in node.scan_iter(run_key("*"), count=SCANNED)]
+        ids = {key.decode().removeprefix("perigee:{").removesuffix("}:run") for key in keys}
+        return {run_id for run_id in ids if describe_bad_run_id(run_id) is None}  # a trajectory's id may end like a run
 
     async def run(
         self, script: Script, run_id: str, *arguments: str | bytes | int, durability: Durability = Durability.NONE

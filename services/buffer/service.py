@@ -8,11 +8,14 @@ from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 
 import grpc
 
+from perigee.buffer.client import UNFINISHED
+from perigee.buffer.packing import count_tokens
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.buffer.v1.buffer_pb2_grpc import BufferServiceServicer, add_BufferServiceServicer_to_server
 from perigee.errors import PerigeeError, UnavailableError
 from services.buffer import images, model, requests
 from services.buffer.config import BufferConfig
+from services.buffer.files import Mover
 from services.buffer.local_server import count_restarts, local_server
 from services.buffer.nodes import Nodes
 from services.buffer.scripts import ScriptRunner
@@ -30,9 +33,10 @@ Context = grpc.aio.ServicerContext[object, object]
 class BufferService(BufferServiceServicer):
     """Serves the buffer's calls on one Redis."""
 
-    def __init__(self, scripts: ScriptRunner, config: BufferConfig) -> None:
+    def __init__(self, scripts: ScriptRunner, config: BufferConfig, mover: Mover | None) -> None:
         self._scripts = scripts
         self._config = config
+        self._mover = mover
 
     async def CreateRun(self, request: pb.CreateRunRequest, context: Context) -> pb.CreateRunResponse:
         """Creates the run or confirms it."""
@@ -81,7 +85,13 @@ class BufferService(BufferServiceServicer):
     async def AppendChunks(self, request: pb.AppendChunksRequest, context: Context) -> pb.AppendChunksResponse:
         """Appends chunks."""
         requests.check_chunks(request.chunks, self._config.limits)
-        outcomes = await model.append_chunks(self._scripts, request.run_id, request.chunks)
+        moved_tokens = self._config.offload.min_tokens if self._mover is not None else 0
+        outcomes = await model.append_chunks(self._scripts, request.run_id, request.chunks, moved_tokens)
+        if self._mover is not None and any(
+            chunk.end_reason not in UNFINISHED and chunk.offset + count_tokens(chunk.token_ids) >= moved_tokens
+            for chunk in request.chunks
+        ):
+            self._mover.note(request.run_id)
         return pb.AppendChunksResponse(outcomes=outcomes)
 
     async def ReadTrajectories(
@@ -89,7 +99,8 @@ class BufferService(BufferServiceServicer):
     ) -> AsyncIterator[pb.ReadTrajectoriesResponse]:
         """Streams trajectories with their tokens."""
         requests.check_ids("trajectory_ids", request.trajectory_ids, self._config.limits)
-        pieces = model.read_trajectories(self._scripts, request, self._config.read_piece_tokens)
+        config = self._config
+        pieces = model.read_trajectories(self._scripts, request, config.read_piece_tokens, config.offload)
         async with aclosing(pieces):
             async for piece in pieces:
                 yield piece
@@ -109,7 +120,9 @@ class BufferService(BufferServiceServicer):
     async def CommitIteration(self, request: pb.CommitIterationRequest, context: Context) -> pb.CommitIterationResponse:
         """Closes an iteration."""
         requests.check_commit(request, self._config.limits)
-        response = await model.commit_iteration(self._scripts, request)
+        response = await model.commit_iteration(self._scripts, request, self._config.offload.retired_s)
+        if self._mover is not None:
+            self._mover.note(request.run_id)
         response.store_restarts = count_restarts()
         return response
 
@@ -137,12 +150,13 @@ async def lifespan(app: App[BufferConfig]) -> AsyncIterator[None]:
             await scripts.check()
         except UnavailableError as error:
             log.warning("redis cannot be reached yet", reason=error.message)
-        app.add(SERVICE_NAME, add_BufferServiceServicer_to_server, BufferService(scripts, config))
-        [watcher] = start_tasks(_follow_redis(app, scripts))
+        mover = Mover(scripts, config.offload) if config.offload.location is not None else None
+        app.add(SERVICE_NAME, add_BufferServiceServicer_to_server, BufferService(scripts, config, mover))
+        tasks = start_tasks(_follow_redis(app, scripts), *([mover.run()] if mover is not None else []))
         try:
             yield
         finally:
-            await end_tasks(watcher)
+            await end_tasks(*tasks)
 
 
 async def _follow_redis(app: App[BufferConfig], scripts: ScriptRunner) -> None:

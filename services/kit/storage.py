@@ -11,14 +11,15 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from perigee.errors import DataLossError, InvalidArgumentError, PerigeeError, ResourceExhaustedError, UnavailableError
-from perigee.files import staging_folder, write_atomically
+from perigee.files import staging_folder, sync, write_atomically
 from perigee.trainer.v1.trainer_pb2 import FilePiece
 
 CACHE_VARIABLE = "PERIGEE_CACHE"
@@ -105,11 +106,39 @@ def is_file(url: str, field: str) -> bool:
         return bool(fs.isfile(path))
 
 
+def read_ranges(name: str, field: str, ranges: Sequence[tuple[int, int]]) -> list[bytes] | None:
+    """Returns the bytes of each (offset, size) of a path or URL, fewer where it ends; None where there is no file."""
+    with _explained(name, field):
+        try:
+            if not is_url(name):
+                with open(name, "rb") as file:
+                    return [os.pread(file.fileno(), size, offset) for offset, size in ranges]
+            fs, path = _open(name)
+            return [bytes(fs.cat_file(path, start=offset, end=offset + size)) for offset, size in ranges]
+        except FileNotFoundError:
+            return None
+
+
+def delete_file(name: str, field: str) -> None:
+    """Deletes a file, a path or a URL, and what a killed `StagedFile` left of it; nothing when there is none."""
+    with _explained(name, field):
+        if not is_url(name):
+            staging_path(Path(name)).unlink(missing_ok=True)
+            Path(name).unlink(missing_ok=True)
+            return
+        fs, path = _open(name)
+        with suppress(FileNotFoundError):
+            fs.rm_file(path)
+
+
 def list_files(url: str, field: str) -> list[str]:
-    """Returns the paths, from `url` on, of all files below it."""
+    """Returns the paths, from `url` on, of all files below it, a folder or a URL; none where there is no folder."""
     with _explained(url, field):
+        if not is_url(url):
+            return [str(path.relative_to(url)) for path in Path(url).rglob("*") if path.is_file()]
         fs, root = _open(url)
-        return [path.removeprefix(root).lstrip("/") for path in fs.find(root)]
+        # Some stores list a folder that has been emptied as a file without a name.
+        return [path.removeprefix(root).lstrip("/") for path in fs.find(root) if path != root]
 
 
 def receive_piece(folder: Path, piece: FilePiece) -> str:
@@ -137,6 +166,52 @@ def receive_piece(folder: Path, piece: FilePiece) -> str:
         raise DataLossError(f"a file came with digest {found} instead of {piece.digest}: send it again")
     staging.replace(target)
     return str(target)
+
+
+class StagedFile:
+    """File, a path or a URL, that is written piece by piece and then appears whole.
+
+    A file of a URL waits on this machine's disk without a name, so that a killed process leaves nothing; one of a path
+    is written beside it, under the name of `staging_path`.
+    """
+
+    def __init__(self, name: str, field: str) -> None:
+        self._name, self._field = name, field
+        with _explained(name, field):
+            if is_url(name):
+                cache_folder().mkdir(parents=True, exist_ok=True)
+                self._file: IO[bytes] = tempfile.TemporaryFile(dir=cache_folder())  # noqa: SIM115 (`discard` closes it)
+            else:
+                Path(name).parent.mkdir(parents=True, exist_ok=True)
+                self._file = staging_path(Path(name)).open("wb")
+
+    def write(self, content: bytes) -> None:
+        """Writes what comes next."""
+        with _explained(self._name, self._field):
+            self._file.write(content)
+
+    def publish(self) -> None:
+        """Makes the file appear, once all of it is synced or uploaded."""
+        with _explained(self._name, self._field):
+            self._file.flush()
+            if is_url(self._name):
+                fs, target = _open(self._name)
+                fs.put_file(f"/proc/self/fd/{self._file.fileno()}", target)
+            else:
+                os.fsync(self._file.fileno())
+                staging_path(Path(self._name)).replace(self._name)
+                sync(Path(self._name).parent)
+
+    def discard(self) -> None:
+        """Closes the file; what was not published is gone."""
+        self._file.close()
+        if not is_url(self._name):
+            staging_path(Path(self._name)).unlink(missing_ok=True)
+
+
+def staging_path(path: Path) -> Path:
+    """Returns where a file is written before it appears."""
+    return path.parent / f".{path.name}.part"
 
 
 def publish_folder(folder: Path, url: str, field: str, marker: str) -> None:

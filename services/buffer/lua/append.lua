@@ -1,7 +1,7 @@
 #!lua
 -- Appends chunks, each fenced by its lease's epoch and its token offset.
--- KEYS: run. ARGV, per chunk: trajectory id, epoch, offset, packed tokens, packed logprobs, versions, end reason,
---   packed expert choices.
+-- KEYS: run. ARGV: tokens from which on a finished trajectory is to be moved to a file, '0' for none; then per chunk:
+--   trajectory id, epoch, offset, packed tokens, packed logprobs, versions, end reason, packed expert choices.
 -- Versions are 'version:stop,...': the policy version of the tokens up to the response offset `stop`.
 -- Returns {'NO_RUN'} or {'OK', outcomes}, one digit of AppendOutcome per chunk.
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -9,7 +9,8 @@ if redis.call('EXISTS', KEYS[1]) == 0 then
 end
 local prefix = string.sub(KEYS[1], 1, -4)
 local APPENDED, DUPLICATE, FENCED, GAP, CONFLICT, UNKNOWN = 1, 2, 3, 4, 5, 6
-local OPEN = '0'
+local OPEN, BUDGET = '0', '4'
+local MOVED_TOKENS = tonumber(ARGV[1])
 
 -- The versions of tokens [first, last), neighbours of one version merged.
 local function clip(versions, first, last)
@@ -53,7 +54,7 @@ end
 
 local function append(id, epoch, offset, tokens, logprobs, versions, ending, experts)
   local key = prefix .. 'trajectory:' .. id
-  local held = redis.call('HMGET', key, 'epoch', 'tokens', 'end', 'versions', 'expert_bytes')
+  local held = redis.call('HMGET', key, 'epoch', 'tokens', 'end', 'versions', 'expert_bytes', 'file')
   if not held[1] then
     return UNKNOWN
   elseif held[1] ~= epoch then
@@ -63,7 +64,8 @@ local function append(id, epoch, offset, tokens, logprobs, versions, ending, exp
   local common = math.min(stop, held_tokens) - offset
   if common < 0 then
     return GAP
-  elseif common > 0 and differs(id, held[4], offset, common, tokens, logprobs, versions) then
+  elseif common > 0 and not held[6] and differs(id, held[4], offset, common, tokens, logprobs, versions) then
+    -- Tokens in a file are not read again: the epoch says that the chunk is of the lease that has written them.
     return CONFLICT
   end
   local ends_here = stop == held_tokens and ending ~= OPEN
@@ -79,6 +81,9 @@ local function append(id, epoch, offset, tokens, logprobs, versions, ending, exp
     local added = clip(versions, held_tokens, stop)
     redis.call('HSET', key, 'tokens', string.format('%d', stop), 'end', ending,
       'versions', clip(held[4] .. ',' .. added, 0, stop))
+    if ending ~= OPEN and ending ~= BUDGET and MOVED_TOKENS > 0 and stop >= MOVED_TOKENS then
+      redis.call('ZADD', prefix .. 'unmoved', 0, id)
+    end
     return APPENDED
   elseif ending == OPEN or (ends_here and ending == held[3]) then
     -- Writing the same value again gives WAITAOF something to wait for when this call is a retry.
@@ -89,7 +94,7 @@ local function append(id, epoch, offset, tokens, logprobs, versions, ending, exp
 end
 
 local outcomes = {}
-for i = 1, #ARGV, 8 do
+for i = 2, #ARGV, 8 do
   outcomes[#outcomes + 1] = append(ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), ARGV[i + 3], ARGV[i + 4],
     ARGV[i + 5], ARGV[i + 6], ARGV[i + 7])
 end

@@ -1,8 +1,8 @@
 #!lua
--- Closes an iteration: removes the consumed groups with their tokens, gives back their images, adds to the prompts' statistics, and moves
--- the run's iteration, policy version and coordinator state forward. One change, or none.
--- KEYS: run. ARGV: iteration, policy version, request digest, coordinator state, number of groups, group ids, then per
---   prompt: id, trajectories, correct.
+-- Closes an iteration: removes the consumed groups with their tokens, gives back their images and files, adds to the
+-- prompts' statistics, and moves the run's iteration, policy version and coordinator state forward. One change, or none.
+-- KEYS: run. ARGV: iteration, policy version, request digest, coordinator state, seconds to keep the files of consumed
+--   trajectories, number of groups, group ids, then per prompt: id, trajectories, correct.
 -- Returns {'NO_RUN'}, {'NOT_NEXT', next}, {'OTHER_CONTENTS', iteration}, {'UNKNOWN_GROUP', id},
 --   {'CONSUMED_BEFORE', id} or {'OK' or 'DUPLICATE', digest, iteration, policy version, coordinator state, images that
 --   no group names}.
@@ -12,7 +12,9 @@ end
 local prefix = string.sub(KEYS[1], 1, -4)
 -- A CreateGroups call delayed in the network by this many iterations would bring a consumed group back.
 local ITERATIONS_REMEMBERED = 8
-local iteration, policy_version, digest, state, groups = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[5])
+local iteration, policy_version, digest, state, groups = ARGV[1], ARGV[2], ARGV[3], ARGV[4], tonumber(ARGV[6])
+local FIRST_GROUP = 7
+local files_until_s = tonumber(redis.call('TIME')[1]) + tonumber(ARGV[5])
 
 local function reply(word)
   local run = redis.call('HMGET', KEYS[1], 'config_digest', 'iteration', 'policy_version', 'coordinator_state')
@@ -30,7 +32,7 @@ if held[1] == iteration then
 elseif tonumber(held[1]) + 1 ~= tonumber(iteration) then
   return {'NOT_NEXT', string.format('%d', held[1] + 1)}
 end
-for i = 6, 5 + groups do
+for i = FIRST_GROUP, FIRST_GROUP - 1 + groups do
   if redis.call('EXISTS', prefix .. 'group:' .. ARGV[i]) == 0 then
     if redis.call('ZSCORE', prefix .. 'consumed', ARGV[i]) then
       return {'CONSUMED_BEFORE', ARGV[i]}
@@ -39,9 +41,15 @@ for i = 6, 5 + groups do
   end
 end
 
-for i = 6, 5 + groups do
+for i = FIRST_GROUP, FIRST_GROUP - 1 + groups do
   local group = prefix .. 'group:' .. ARGV[i]
   for _, id in ipairs(cjson.decode(redis.call('HGET', group, 'trajectories'))) do
+    local file = redis.call('HGET', prefix .. 'trajectory:' .. id, 'file')
+    if file then
+      redis.call('HSET', prefix .. 'files', file, 'retired')
+      redis.call('ZADD', prefix .. 'unreferenced_files', files_until_s, file)
+    end
+    redis.call('ZREM', prefix .. 'unmoved', id)
     redis.call('UNLINK', prefix .. 'trajectory:' .. id, prefix .. 'tokens:' .. id, prefix .. 'logprobs:' .. id,
       prefix .. 'experts:' .. id)
   end
@@ -58,7 +66,7 @@ for i = 6, 5 + groups do
 end
 redis.call('ZREMRANGEBYSCORE', prefix .. 'consumed', '-inf', tonumber(iteration) - ITERATIONS_REMEMBERED)
 
-for i = 6 + groups, #ARGV, 3 do
+for i = FIRST_GROUP + groups, #ARGV, 3 do
   local before = redis.call('HGET', prefix .. 'statistics', ARGV[i]) or '0 0'
   local trajectories, correct = string.match(before, '(%d+) (%d+)')
   redis.call('HSET', prefix .. 'statistics', ARGV[i],

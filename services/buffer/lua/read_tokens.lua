@@ -3,7 +3,7 @@
 -- KEYS: run. ARGV: '1' with logprobs or '0' without, then per range: trajectory id, first byte, last byte, bytes of a
 --   token's expert choices or '0' without these.
 -- Returns {'OK', packed tokens, packed logprobs, packed expert choices}; shorter than asked for when a trajectory was
---   consumed meanwhile.
+--   consumed or moved to a file meanwhile.
 local prefix = string.sub(KEYS[1], 1, -4)
 local tokens, logprobs, experts = {}, {}, {}
 for i = 2, #ARGV, 4 do

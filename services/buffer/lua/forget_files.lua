@@ -1,0 +1,12 @@
+#!lua
+-- Forgets files that are deleted.
+-- KEYS: run. ARGV: names.
+-- Returns {'OK'}.
+local prefix = string.sub(KEYS[1], 1, -4)
+for i = 1, #ARGV do
+  if redis.call('HGET', prefix .. 'files', ARGV[i]) == 'deleted' then
+    redis.call('HDEL', prefix .. 'files', ARGV[i])
+    redis.call('ZREM', prefix .. 'unreferenced_files', ARGV[i])
+  end
+end
+return {'OK'}

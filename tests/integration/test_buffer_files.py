@@ -1,0 +1,274 @@
+"""Finished trajectories in files: moved, read, deleted, and what a front that was killed in between leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from pydantic import SecretStr
+from redis.asyncio import Redis
+
+from perigee.buffer.client import BufferClient, StoredTrajectory, join_pieces
+from perigee.buffer.packing import pack_logprobs, pack_token_ids
+from perigee.buffer.v1 import buffer_pb2 as pb
+from perigee.errors import AbortedError, DataLossError, FailedPreconditionError, NotFoundError
+from services.buffer import model
+from services.buffer.config import BufferConfig, LocalServerConfig, OffloadConfig
+from services.buffer.files import BEGIN_MOVE, FINISH_MOVE, Mover, folder_of
+from services.buffer.local_server import local_server
+from services.buffer.nodes import Nodes
+from services.buffer.scripts import ScriptRunner
+from services.buffer.service import lifespan
+from services.kit.server import serving
+from services.kit.storage import StagedFile, delete_file
+from tests.faults.buffer_writers import until
+
+MIN_TOKENS = 8
+EXPERT_BYTES = 3
+numbers = itertools.count()
+
+
+@dataclass
+class Store:
+    """A Redis, a buffer before it without a mover of its own, and what a mover needs."""
+
+    url: str
+    client: BufferClient
+    redis: Redis
+    scripts: ScriptRunner
+    offload: OffloadConfig
+
+    @property
+    def mover(self) -> Mover:
+        """A front's mover that begins anew."""
+        return Mover(self.scripts, self.offload)
+
+    def folder(self, run_id: str) -> Path:
+        """The run's folder."""
+        return Path(folder_of(str(self.offload.location), run_id))
+
+    def files(self, run_id: str) -> list[str]:
+        """Names in the run's folder."""
+        folder = self.folder(run_id)
+        return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="session")
+async def store(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Store]:
+    folder = tmp_path_factory.mktemp("files")
+    offload = OffloadConfig(
+        location=str(folder / "files"), min_tokens=MIN_TOKENS, retired_s=0, abandoned_s=1, sweep_s=1e6
+    )
+    async with local_server(folder / "data", LocalServerConfig()) as url:
+        nodes = Nodes(url, connections=8, timeout_s=30)
+        scripts = ScriptRunner(nodes, durability="segments", durability_timeout_s=10)
+        config = BufferConfig(redis_url=SecretStr(url), offload=offload, read_piece_tokens=5)
+        # Its own mover is busy with nothing: a test makes the moves.
+        async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
+            yield Store(url, client, nodes.first, scripts, offload)
+        await nodes.close()
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fronts whose movers wait, so that a test stops a move where it wants."""
+    monkeypatch.setattr(Mover, "note", lambda mover, run_id: None)
+
+
+async def begin_run(store: Store, ids: Sequence[str]) -> str:
+    """A run with a group of leased trajectories."""
+    run_id = f"files/{next(numbers)} ü"
+    await store.client.create_run(pb.CreateRunRequest(run_id=run_id, config_digest="d"))
+    group = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=pack_token_ids([1, 2]), trajectory_ids=ids)
+    await store.client.create_groups(pb.CreateGroupsRequest(run_id=run_id, groups=[group]))
+    await store.client.lease_trajectories(pb.LeaseTrajectoriesRequest(run_id=run_id, worker_id="w", trajectory_ids=ids))
+    return run_id
+
+
+def last_chunk(trajectory_id: str, tokens: int, end: pb.EndReason.ValueType = pb.END_REASON_STOP) -> pb.Chunk:
+    """All tokens of a trajectory in one chunk that ends it."""
+    return pb.Chunk(
+        trajectory_id=trajectory_id,
+        epoch=1,
+        token_ids=pack_token_ids(range(100, 100 + tokens)),
+        logprobs=pack_logprobs(-number / 64 for number in range(tokens)),
+        experts=bytes(number % 251 for number in range(EXPERT_BYTES * tokens)),
+        versions=[pb.VersionSpan(policy_version=3, tokens=2), pb.VersionSpan(policy_version=4, tokens=tokens - 2)],
+        end_reason=end,
+    )
+
+
+async def append(store: Store, run_id: str, *chunks: pb.Chunk) -> list[int]:
+    return list((await store.client.append_chunks(pb.AppendChunksRequest(run_id=run_id, chunks=chunks))).outcomes)
+
+
+async def read(store: Store, run_id: str, *ids: str) -> list[StoredTrajectory]:
+    found = store.client.read_trajectories(run_id, ids, with_logprobs=True, with_experts=True)
+    return [each async for each in found]
+
+
+async def keys_of(store: Store, run_id: str, trajectory_id: str) -> int:
+    """How many of the strings of a trajectory's tokens are in Redis."""
+    prefix = f"perigee:{{{run_id}}}"
+    return int(
+        await store.redis.exists(*(f"{prefix}:{kind}:{trajectory_id}" for kind in ("tokens", "logprobs", "experts")))
+    )
+
+
+async def commit(store: Store, run_id: str) -> None:
+    """Consumes the group."""
+    await store.client.commit_iteration(pb.CommitIterationRequest(run_id=run_id, iteration=1, consumed_group_ids=["g"]))
+
+
+async def test_long_finished_trajectories_move_and_are_read_as_before(store: Store, idle: None) -> None:
+    ids = ["long", "at limit", "short", "partial"]
+    run_id = await begin_run(store, ids)
+    chunks = [
+        last_chunk("long", 23),
+        last_chunk("at limit", MIN_TOKENS, pb.END_REASON_MAX_RESPONSE_TOKENS),
+        last_chunk("short", MIN_TOKENS - 1),
+        last_chunk("partial", 23, pb.END_REASON_BUDGET),
+    ]
+    assert await append(store, run_id, *chunks) == [pb.APPEND_OUTCOME_APPENDED] * 4
+    before = await read(store, run_id, *ids)
+    await store.mover.move_all(run_id)
+    assert [await keys_of(store, run_id, each) for each in ids] == [0, 0, 3, 3]
+    assert len(store.files(run_id)) == 2
+    assert await read(store, run_id, *ids) == before
+    assert before[0].tokens == 23
+    assert len(before[0].experts) == 23 * EXPERT_BYTES
+    # A front may send again what it got no answer for; other tokens of another lease are refused as ever.
+    assert await append(store, run_id, chunks[0]) == [pb.APPEND_OUTCOME_DUPLICATE]
+    later = last_chunk("long", 24)
+    assert await append(store, run_id, later) == [pb.APPEND_OUTCOME_CONFLICT]
+    await store.mover.sweep(run_id, with_unknown=True)
+    assert await read(store, run_id, *ids) == before
+    await commit(store, run_id)
+    await store.mover.sweep(run_id, with_unknown=True)
+    assert store.files(run_id) == []
+    with pytest.raises(NotFoundError):
+        await read(store, run_id, "long")
+
+
+async def test_a_front_moves_by_itself(tmp_path: Path) -> None:
+    offload = OffloadConfig(location=str(tmp_path / "files"), min_tokens=MIN_TOKENS, retired_s=0)
+    config = BufferConfig(data_path=tmp_path / "data", offload=offload)
+    async with (
+        serving(config, lifespan) as app,
+        BufferClient.connect(app.address) as client,
+        Redis(unix_socket_path=str(tmp_path / "data" / "valkey.sock")) as redis,
+    ):
+        store = Store("", client, redis, None, offload)  # type: ignore[arg-type]
+        run_id = await begin_run(store, ["t"])
+        await append(store, run_id, last_chunk("t", 23))
+        async with asyncio.timeout(60):
+            while await keys_of(store, run_id, "t"):  # noqa: ASYNC110 (what a service does sets no event here)
+                await asyncio.sleep(0.01)
+        [found] = await read(store, run_id, "t")
+        assert found.tokens == 23
+        await commit(store, run_id)
+        await until(lambda: not store.files(run_id), timeout_s=60)
+
+
+@pytest.mark.parametrize("stage", ["name", "half a file", "file", "reference"])
+async def test_a_front_killed_in_a_move_loses_nothing_and_leaves_nothing(store: Store, idle: None, stage: str) -> None:
+    run_id = await begin_run(store, ["t"])
+    await append(store, run_id, last_chunk("t", 23))
+    before = await read(store, run_id, "t")
+    # What it has done until then.
+    await store.scripts.run(BEGIN_MOVE, run_id, "killed", 1)
+    path = f"{folder_of(str(store.offload.location), run_id)}/killed"
+    if stage != "name":
+        file = StagedFile(path, "f")
+        [found] = before
+        file.write(found.token_ids + found.logprobs + found.experts)
+        file._file.flush()
+        if stage != "half a file":
+            file.publish()
+    if stage == "reference":
+        assert (await store.scripts.run(FINISH_MOVE, run_id, "killed", "t", 23))[1] == 1
+    assert len(store.files(run_id)) == (stage != "name")
+    assert await read(store, run_id, "t") == before
+    # Another front takes the move over when its time is over.
+    async with asyncio.timeout(60):
+        while await keys_of(store, run_id, "t"):
+            await store.mover.move_all(run_id)
+            assert await read(store, run_id, "t") == before
+    await store.mover.sweep(run_id, with_unknown=True)
+    assert await read(store, run_id, "t") == before
+    assert len(store.files(run_id)) == 1
+    # The one that was slow and not dead has no say any more.
+    assert (await store.scripts.run(FINISH_MOVE, run_id, "killed", "t", 23))[1] == 0
+    assert await read(store, run_id, "t") == before
+
+
+async def test_files_that_redis_does_not_know_go_after_a_while(store: Store, idle: None) -> None:
+    run_id = await begin_run(store, ["t"])
+    file = StagedFile(str(store.folder(run_id) / "made after the snapshot"), "f")
+    file.publish()
+    file.discard()
+    await store.mover.sweep(run_id, with_unknown=True)
+    assert store.files(run_id) == ["made after the snapshot"]
+    async with asyncio.timeout(60):
+        while store.files(run_id):
+            await store.mover.sweep(run_id)
+
+
+async def test_a_trajectory_moved_while_it_is_read_is_read_on(
+    store: Store, idle: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model, "BYTES_PER_CALL", 1)
+    run_id = await begin_run(store, ["t", "u"])
+    await append(store, run_id, last_chunk("t", 23), last_chunk("u", 23))
+    before = await read(store, run_id, "t", "u")
+    request = pb.ReadTrajectoriesRequest(
+        run_id=run_id, trajectory_ids=["t", "u"], with_logprobs=True, with_experts=True
+    )
+    pieces = model.read_trajectories(store.scripts, request, 5, store.offload)
+    found = [await anext(pieces)]
+    await store.mover.move_all(run_id)
+    found += [await anext(pieces) for _ in range(6)]
+    assert join_pieces("t", found[:5], with_logprobs=True) == before[0]
+    await commit(store, run_id)
+    await store.mover.sweep(run_id)
+    with pytest.raises(AbortedError, match="consumed while it was read"):
+        [_ async for _ in pieces]
+
+
+async def test_a_group_consumed_in_the_middle_of_a_move_ends_it(store: Store, idle: None) -> None:
+    run_id = await begin_run(store, ["t"])
+    await append(store, run_id, last_chunk("t", 23))
+    mover = store.mover
+    await store.scripts.run(BEGIN_MOVE, run_id, "late", 1)
+    await commit(store, run_id)
+    with pytest.raises(AbortedError, match="consumed while it was moved"):
+        await mover._move(run_id, "t", "late", 23, EXPERT_BYTES)
+    assert store.files(run_id) == []
+    assert (await store.scripts.run(FINISH_MOVE, run_id, "late", "t", 23))[1] == 0
+
+
+def cut(path: Path) -> None:
+    """Drops the last byte of a file."""
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+async def test_a_file_that_is_gone_is_named(store: Store, idle: None) -> None:
+    run_id = await begin_run(store, ["t"])
+    await append(store, run_id, last_chunk("t", 23))
+    await store.mover.move_all(run_id)
+    [name] = store.files(run_id)
+    cut(store.folder(run_id) / name)
+    with pytest.raises(DataLossError, match=f"{name} is too short"):
+        await read(store, run_id, "t")
+    delete_file(str(store.folder(run_id) / name), "f")
+    with pytest.raises(DataLossError, match=f"{name} does not exist"):
+        await read(store, run_id, "t")
+    without = BufferConfig(redis_url=SecretStr(store.url))
+    async with serving(without, lifespan) as app, BufferClient.connect(app.address) as client:
+        with pytest.raises(FailedPreconditionError, match=r"buffer\.offload\.location"):
+            [_ async for _ in client.read_trajectories(run_id, ["t"])]
