@@ -243,14 +243,15 @@ def make_micro_batches(
     ]
 
 
-def take_share(batch: MicroBatch, rank: int, ranks: int) -> MicroBatch:
+def take_share(batch: MicroBatch, rank: int, ranks: int, parts: int = 1) -> MicroBatch:
     """Returns the tokens of a micro-batch that one of the ranks of a context group computes, as many as each other.
 
-    Up to `ranks` - 1 tokens fill up the last shares: `batches` of the layout, which is of all ranks, has none of them.
+    They can be cut into so many equal parts, for tensor-parallel ranks. Tokens of no sequence fill up the last shares:
+    `batches` of the layout, which is of all ranks, has none of them.
     """
-    if ranks == 1:
+    size = -(-len(batch.inputs_T) // (ranks * parts)) * parts
+    if ranks == 1 and size == len(batch.inputs_T):
         return batch
-    size = -(-len(batch.inputs_T) // ranks)
 
     def take(values_T: torch.Tensor, fill: int = 0) -> torch.Tensor:
         share_T = values_T[rank * size : (rank + 1) * size]

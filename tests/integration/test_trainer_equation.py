@@ -72,7 +72,7 @@ def move_and_run(engine: Engine, job: Callable[[], Any]) -> tuple[Any, dict[str,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.policy, "begin_job", move_then_begin)
         result = job()
-    gather_gradients(engine)
+    gather_gradients(engine.policy.model)
     with torch.no_grad():
         for parameter in engine.policy.core.parameters():
             parameter.copy_(parameter.main_grad)

@@ -28,7 +28,15 @@ from services.weights.config import WeightsConfig
 from services.weights.lend import LentImage
 from services.weights.pieces import Export, join_exports
 from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request, write_model
-from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, make_batches, to_trajectories, train
+from tests.fixtures.trainer_ranks import (
+    RunRanks,
+    Sizes,
+    check_slices,
+    gather_gradients,
+    make_batches,
+    to_trajectories,
+    train,
+)
 from tests.fixtures.weights import equal, local_receiver, local_source
 
 if TYPE_CHECKING:
@@ -40,6 +48,7 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 LAYOUTS = [
     Sizes(tensor=2),
     Sizes(tensor=2, expert=2),
+    Sizes(context=2, expert=2),
     Sizes(pipeline=2, data=2, expert=2, recompute=True),
 ]
 
@@ -172,13 +181,14 @@ def balance(engine: Engine, folder: Path) -> dict[str, torch.Tensor]:
     policy.begin_job(pb.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0))
     batches = make_batches(engine, sequences())
     policy.step(batches, 1.0, lambda found: (found.logprobs_T.sum() * 0.0, None), 0.0)
+    gather_gradients(policy.model)
     with torch.no_grad():
         for parameter in policy.core.parameters():
             parameter.copy_(parameter.main_grad)
     return dict(policy.collect())
 
 
-@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2)], ids=str)
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(context=2, expert=2)], ids=str)
 def test_the_load_balancing_loss_is_the_mean_over_tokens(
     run_ranks: RunRanks, trainer_model: Path, sizes: Sizes
 ) -> None:
@@ -239,13 +249,14 @@ def replay(
     policy.take_replay_counts()
     policy.begin_job(pb.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0))
     _, reports = policy.step(batches, 1.0, lambda found: (found.logprobs_T.sum(), found.logprobs_T.detach()), 0.0)
+    gather_gradients(policy.model)
     with torch.no_grad():
         for parameter in policy.core.parameters():
             parameter.copy_(parameter.main_grad)
     return logprobs + reports, policy.take_replay_counts(), dict(policy.collect())
 
 
-@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(tensor=2, expert=2)], ids=str)
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2, expert=2), Sizes(context=2, expert=2)], ids=str)
 def test_replayed_experts_are_used_and_trained(run_ranks: RunRanks, trainer_model: Path, sizes: Sizes) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -1,4 +1,4 @@
-"""Core attention and rotary embedding of packed micro-batches, in place of those of Megatron's local spec."""
+"""Attention, normalization and rotary embedding of packed micro-batches, in place of those of Megatron's local spec."""
 
 from __future__ import annotations
 
@@ -78,6 +78,14 @@ class PackedAttention(MegatronModule):  # type: ignore[misc]  # megatron.core is
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> dict[str, Any]:
         """Returns nothing: attention has no weights."""
         return {}
+
+
+class SharedRMSNorm(torch.nn.RMSNorm):
+    """Normalization whose tokens tensor-parallel ranks share, so that its weight's gradient is summed over them."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps)
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
 
 class PackedRotary(torch.nn.Module):

@@ -1,81 +1,53 @@
-"""Mixture of experts on tensor-parallel ranks that all hold every token, and the replay of the rollout's choices."""
+"""Routers of a mixture of experts: the replay of the rollout's choices, and the load-balancing loss."""
 
 from __future__ import annotations
 
-import logging
 from collections import deque
 from collections.abc import Callable, Iterable
-from copy import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, scatter_to_sequence_parallel_region
 from megatron.core.transformer.moe import moe_utils
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 # megatron-core 0.16.1 reads this name in every router, and defines it only where Transformer Engine is installed.
 if not hasattr(moe_utils, "te_general_gemm"):
     moe_utils.te_general_gemm = None
-# It warns of each layer with a class that it does not know, such as the one below.
-logging.getLogger("megatron.core.transformer.transformer_layer").setLevel(logging.ERROR)
 
 
-class DividedMoELayer(MoELayer):  # type: ignore[misc]  # megatron.core is untyped
-    """Megatron's layer, whose experts are whole, with the tokens divided over the tensor-parallel ranks within it.
+@dataclass(frozen=True)
+class RoutedTokens:
+    """Tokens of a micro-batch that this rank routes."""
 
-    Each rank routes all tokens alike, so that the router's gradient is whole everywhere, and sends a share of them to
-    the experts. Megatron's own layer divides tokens by sequence parallelism alone.
-    """
-
-    config: TransformerConfig
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # `forward` asks for it; the parts of the layer keep the configuration of the model.
-        self.config = copy(self.config)
-        self.config.sequence_parallel = True
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        """Returns the experts' output for the tokens [T, 1, D], on every rank for all of them, and no bias."""
-        share, _ = super().forward(hidden_states, *args, **kwargs)
-        whole = gather_from_sequence_parallel_region(share, tensor_parallel_output_grad=False, group=self.attn_tp_group)
-        return whole[: len(hidden_states)], None
-
-    def preprocess(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Hands this rank's share of the tokens on; those that fill it up go to no expert."""
-        found: tuple[torch.Tensor, torch.Tensor] = super().preprocess(
-            *(self._take_share(each) for each in (hidden_states, probs, routing_map))
-        )
-        return found
-
-    def _take_share(self, values_T: torch.Tensor) -> torch.Tensor:
-        missing = -len(values_T) % self.attn_tp_group.size()
-        if missing:
-            values_T = F.pad(values_T, (0, 0) * (values_T.ndim - 1) + (0, missing))
-        share: torch.Tensor = scatter_to_sequence_parallel_region(values_T, group=self.attn_tp_group)
-        return share
+    experts_TLK: torch.Tensor | None
+    """Experts that routers are to take, -1 where they choose; None where they choose all."""
+    tokens: int
+    """Those at the beginning that count; the others fill this rank's share up."""
+    balance: float
+    """Factor of the load-balancing loss: of each expert's choices on all ranks times its probabilities here."""
 
 
-class ExpertReplay:
-    """Experts of one layer that the rollout chose, which its router takes instead of its own (arXiv 2510.11370).
+class RouterControl:
+    """What one layer's router chooses: the rollout's experts, where there are any, else its own (arXiv 2510.11370).
 
     Takes the place of Megatron's RouterReplay, which replays a micro-batch for all of its tokens or for none. The
-    weights of the experts stay the router's, and so does their gradient.
+    weights of the experts stay the router's, and so does their gradient. Adds the load-balancing loss, which goes by
+    the router's own choices: Megatron's counts the tokens that fill up a rank's share.
     """
 
-    experts_TLK: torch.Tensor | None = None
-    """Choices for the micro-batch whose forward pass is under way, -1 where the router chooses."""
+    routed: RoutedTokens
+    """Of the micro-batch whose forward pass is under way."""
 
-    def __init__(self, layer: int) -> None:
+    def __init__(self, layer: int, normalizes: bool, group: dist.ProcessGroup) -> None:
+        """Has the router's number from 0, whether it chooses by logits, and the ranks that share a micro-batch."""
         self._layer = layer
+        self._normalizes = normalizes
+        self._group = group
         self._recomputes = False
-        # Choices of the micro-batches whose backward passes, which compute the layer again, are still to come.
-        self._to_recompute: deque[torch.Tensor | None] = deque()
+        # Tokens of the micro-batches whose backward passes, which compute the layer again, are still to come.
+        self._to_recompute: deque[RoutedTokens] = deque()
         self._counts_2: torch.Tensor | int = 0
 
     def begin(self, recomputes: bool) -> None:
@@ -98,28 +70,52 @@ class ExpertReplay:
         compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns scores and numbers of each token's experts [T, K]; Megatron's router calls it."""
-        own_scores_TK, own_TK = compute_topk(scores_TE, topk, num_groups, group_topk)
+        chosen_scores_TK, own_TK = compute_topk(scores_TE, topk, num_groups, group_topk)
         again = self._recomputes and torch.is_grad_enabled()
-        experts_TLK = self._to_recompute.popleft() if again else self.experts_TLK
+        routed = self._to_recompute.popleft() if again else self.routed
         if self._recomputes and not again:
-            self._to_recompute.append(experts_TLK)
-        if experts_TLK is None:
-            return own_scores_TK, own_TK
-        wanted_TK = experts_TLK[:, self._layer].long()
-        chosen_TK = torch.where(wanted_TK < 0, own_TK, wanted_TK)
-        if not again:
-            differs_TK = (chosen_TK[:, :, None] != own_TK[:, None, :]).all(-1)
-            self._counts_2 = self._counts_2 + torch.stack([(wanted_TK >= 0).sum(), differs_TK.sum()])
-        return scores_TE.gather(1, chosen_TK), chosen_TK
+            self._to_recompute.append(routed)
+        chosen_TK = own_TK
+        if routed.experts_TLK is not None:
+            wanted_TK = routed.experts_TLK[:, self._layer].long()
+            chosen_TK = torch.where(wanted_TK < 0, own_TK, wanted_TK)
+            chosen_scores_TK = scores_TE.gather(1, chosen_TK)
+            if not again:
+                differs_TK = (chosen_TK[:, :, None] != own_TK[:, None, :]).all(-1)
+                self._counts_2 = self._counts_2 + torch.stack([(wanted_TK >= 0).sum(), differs_TK.sum()])
+        if routed.balance and torch.is_grad_enabled():
+            loss = self._balance(scores_TE[: routed.tokens], own_TK[: routed.tokens]) * routed.balance
+            chosen_scores_TK = _AddLoss.apply(chosen_scores_TK, loss)  # type: ignore[no-untyped-call]
+        return chosen_scores_TK, chosen_TK
+
+    def _balance(self, scores_TE: torch.Tensor, own_TK: torch.Tensor) -> torch.Tensor:
+        """Returns the sum over experts of the choices on all ranks times the probabilities here."""
+        probabilities_TE = scores_TE.softmax(-1, dtype=torch.float32) if self._normalizes else scores_TE.float()
+        chosen_E = torch.bincount(own_TK.flatten(), minlength=scores_TE.shape[1]).float()
+        dist.all_reduce(chosen_E, group=self._group)
+        return (chosen_E * probabilities_TE.sum(0)).sum()
 
 
-def install_replay(core: GPTModel) -> list[ExpertReplay]:
-    """Has the routers of this stage ask for the rollout's choices; returns what they ask."""
-    replays = []
+class _AddLoss(torch.autograd.Function):
+    """Hands values on, and adds a loss to that which gradients are of."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, loss: torch.Tensor) -> torch.Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return gradients[0], gradients[0].new_ones((), dtype=torch.float32)
+
+
+def control_routers(core: GPTModel, group: dist.ProcessGroup) -> list[RouterControl]:
+    """Has the routers of this stage ask for their choices; returns what they ask. `group` shares each micro-batch."""
+    controls = []
     for layer in core.decoder.layers:
-        replays.append(ExpertReplay(layer.layer_number - 1))
-        layer.mlp.router.router_replay = replays[-1]
-    return replays
+        normalizes = not layer.mlp.router.config.moe_router_pre_softmax
+        controls.append(RouterControl(layer.layer_number - 1, normalizes, group))
+        layer.mlp.router.router_replay = controls[-1]
+    return controls
 
 
 def reduce_apart(parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> None:

@@ -12,25 +12,33 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 
 # Large enough that reading the weight and its gradient once for each chunk costs little beside the products.
 _CHUNK_BYTES = 384 << 20
 
 
 class HiddenOutput(torch.nn.Module):
-    """Takes the place of GPTModel's output layer, whose weight it keeps: the model's output is its hidden states."""
+    """Takes the place of GPTModel's output layer, whose weight it keeps: the model's output is its hidden states.
+
+    Where tensor-parallel ranks share the tokens each gets all of them, as each has a share of the vocabulary.
+    """
 
     sequence_parallel = False
 
-    def __init__(self, weight_VD: torch.nn.Parameter | None) -> None:
+    def __init__(self, weight_VD: torch.nn.Parameter | None, gathers: bool) -> None:
         super().__init__()
         # None where the head is the embedding of the same stage.
         self.weight = weight_VD
+        self._gathers = gathers
 
     def forward(
         self, hidden_T1D: torch.Tensor, weight: Any = None, runtime_gather_output: Any = None
     ) -> tuple[torch.Tensor, None]:
         """Returns the hidden states, and no bias."""
+        if self._gathers:
+            # The gradient that the head returns is that of all ranks.
+            hidden_T1D = gather_from_sequence_parallel_region(hidden_T1D, tensor_parallel_output_grad=False)
         return hidden_T1D, None
 
 

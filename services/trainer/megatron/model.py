@@ -22,14 +22,15 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from perigee.errors import InternalError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1.weights_pb2 import Fingerprint
 from services.trainer.hf import ModelShape, TensorReader
-from services.trainer.megatron.attention import PackedAttention, PackedRotary
+from services.trainer.megatron.attention import PackedAttention, PackedRotary, SharedRMSNorm
 from services.trainer.megatron.context import gather_tokens
-from services.trainer.megatron.experts import DividedMoELayer, install_replay, reduce_apart
+from services.trainer.megatron.experts import RoutedTokens, control_routers, reduce_apart
 from services.trainer.megatron.head import Head, HiddenOutput
 from services.trainer.megatron.memory import SavedTensors, count_copies
 from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
@@ -84,7 +85,9 @@ class Policy:
         self._router_aux_loss_coef = router_aux_loss_coef
         self._recompute = recompute
         self._context = parallel_state.get_context_parallel_group() if dims.context > 1 else None
-        self._replays = install_replay(self.core) if shape.experts else []
+        # The ranks that share the tokens of a micro-batch outside of attention.
+        self._token_group = parallel_state.get_tensor_and_context_parallel_group()
+        self._routers = control_routers(self.core, self._token_group) if shape.experts else []
 
     def load(self, folder: Path) -> None:
         """Loads the weights of a Hugging Face folder."""
@@ -147,29 +150,37 @@ class Policy:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        self._scale_router_loss(batches)
-        reports = self._run(batches, temperature, loss, entropies=entropies)
+        reports = self._run(batches, temperature, loss, entropies=entropies, balance=self._scale_router_loss(batches))
         set_learning_rate(self.optimizer, learning_rate)
         _, norm, _ = self.optimizer.step()
         if not math.isfinite(norm):
             raise InternalError(f"the gradient norm is {norm}; the trainer went back to the version that it had before")
         return float(norm), reports
 
-    def _scale_router_loss(self, batches: Sequence[MicroBatch]) -> None:
-        """Makes a step's load-balancing loss the mean over its tokens; Megatron adds it up for each of them."""
-        if self.shape.experts and self._router_aux_loss_coef:
-            tokens = torch.tensor(float(sum(len(batch.inputs_T) for batch in batches)), device=self.dims.device)
-            dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
-            alike = self.dims.tensor * self.dims.context
-            self.core.config.moe_aux_loss_coeff = self._router_aux_loss_coef * alike / tokens.item()
+    def _scale_router_loss(self, batches: Sequence[MicroBatch]) -> float:
+        """Returns the factor by which a step's load-balancing loss is the mean over its tokens, 0 without one."""
+        if not self.shape.experts or not self._router_aux_loss_coef:
+            return 0.0
+        tokens = torch.tensor(float(sum(len(batch.inputs_T) for batch in batches)), device=self.dims.device)
+        dist.all_reduce(tokens, group=parallel_state.get_data_parallel_group())
+        return self._router_aux_loss_coef / tokens.item()
+
+    def _route(self, batch: MicroBatch, share: MicroBatch, balance: float) -> RoutedTokens:
+        """Returns the tokens of this rank's share of a micro-batch that pass its routers."""
+        dims, size = self.dims, len(share.inputs_T) // self.dims.tensor
+        start = dims.context_rank * len(share.inputs_T) + dims.tensor_rank * size
+        return RoutedTokens(
+            experts_TLK=None if share.experts_TLK is None else share.experts_TLK.split(size)[dims.tensor_rank],
+            tokens=min(max(len(batch.inputs_T) - start, 0), size),
+            balance=balance * self.shape.experts / (self.shape.experts_per_token * len(batch.inputs_T)),
+        )
 
     def take_replay_counts(self) -> tuple[int, int]:
         """Returns expert choices that this stage's layers replayed since the last call, and those that differed."""
-        if not self._replays:
+        if not self._routers:
             return 0, 0
-        counts_2 = torch.tensor([replay.take_counts() for replay in self._replays], device=self.dims.device).sum(0)
-        if self._context is not None:
-            dist.all_reduce(counts_2, group=self._context)
+        counts_2 = torch.tensor([router.take_counts() for router in self._routers], device=self.dims.device).sum(0)
+        dist.all_reduce(counts_2, group=self._token_group)
         replayed, differing = counts_2.tolist()
         return replayed, differing
 
@@ -212,6 +223,7 @@ class Policy:
         *,
         forward_only: bool = False,
         entropies: bool = False,
+        balance: float = 0.0,
     ) -> list[Any]:
         """Runs Megatron's schedule, which adds gradients to those that there are; returns the reports."""
 
@@ -219,9 +231,9 @@ class Policy:
             source: Iterator[MicroBatch], model: Any
         ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
             batch = next(source)
-            share = take_share(batch, self.dims.context_rank, self.dims.context)
-            for replay in self._replays:
-                replay.experts_TLK = share.experts_TLK
+            share = take_share(batch, self.dims.context_rank, self.dims.context, self.dims.tensor)
+            for router in self._routers:
+                router.routed = self._route(batch, share, balance)
             output = model(share.inputs_T[None], None, None, packed_seq_params=share.packed)
 
             def finish_batch(hidden_1TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
@@ -230,15 +242,15 @@ class Policy:
                 )
                 if self._context is not None:
                     # A loss is not always a sum over tokens: every rank makes that of the whole micro-batch.
-                    logprobs_T, entropies_T = (gather_tokens(each, self._context) for each in found)
-                    found = logprobs_T[: len(batch.inputs_T)], entropies_T[: len(batch.inputs_T)]
-                value, report = loss(Evaluated(batch, *found))
+                    found = gather_tokens(found[0], self._context), gather_tokens(found[1], self._context)
+                logprobs_T, entropies_T = (each[: len(batch.inputs_T)] for each in found)
+                value, report = loss(Evaluated(batch, logprobs_T, entropies_T))
                 return value, torch.zeros((), dtype=torch.int), report
 
             return output, finish_batch
 
-        for replay in self._replays:
-            replay.begin(recomputes=self._recompute and not forward_only)
+        for router in self._routers:
+            router.begin(recomputes=self._recompute and not forward_only)
         reports: list[Any] = self._run_schedule(
             forward_step_func=forward_step,
             data_iterator=iter(batches),
@@ -248,8 +260,6 @@ class Policy:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        for replay in self._replays:
-            replay.experts_TLK = None
         return reports
 
 
@@ -275,15 +285,18 @@ def build_model(
     config = _make_config(shape, dims, dtype, recompute)
     spec = get_gpt_layer_local_spec(shape.experts or None, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
-    if shape.experts and dims.tensor > 1:
-        spec.submodules.mlp.module = DividedMoELayer
+    for name in ("input_layernorm", "pre_mlp_layernorm"):
+        setattr(spec.submodules, name, SharedRMSNorm)
+    if shape.qk_norm:
+        attention = spec.submodules.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = SharedRMSNorm
     kind = GPTModel
     if shape.tower is not None:
         tower = build_tower(shape.tower, vision, recompute) if dims.pipeline_rank == 0 else None
         kind = partial(VisionGPT, tower=tower)
     core = kind(
         config,
-        spec,
+        TransformerBlockSubmodules([spec] * (shape.layers // dims.pipeline), SharedRMSNorm),
         vocab_size=shape.vocabulary,
         max_sequence_length=max_sequence_length,
         pre_process=dims.pipeline_rank == 0,
@@ -292,7 +305,7 @@ def build_model(
         position_embedding_type="rope",
     )
     if dims.is_last_stage:
-        core.output_layer = HiddenOutput(core.output_layer.weight)
+        core.output_layer = HiddenOutput(core.output_layer.weight, gathers=dims.tensor > 1)
     core.rotary_pos_emb = PackedRotary(shape.inverse_frequencies_D, shape.axes_D)
     core.to(dims.device)
     reduce_apart(core.named_parameters())
@@ -325,6 +338,8 @@ def _make_config(shape: ModelShape, dims: ParallelDims, dtype: torch.dtype, reco
         tensor_model_parallel_size=dims.tensor,
         pipeline_model_parallel_size=dims.pipeline,
         context_parallel_size=dims.context,
+        # Outside of attention and feed-forward parts tensor-parallel ranks share the tokens, and their activations.
+        sequence_parallel=dims.tensor > 1,
         params_dtype=dtype,
         bf16=dtype is torch.bfloat16,
         pipeline_dtype=dtype,
@@ -346,8 +361,8 @@ def _expert_options(shape: ModelShape, dims: ParallelDims) -> dict[str, Any]:
         "moe_router_topk": shape.experts_per_token,
         "moe_ffn_hidden_size": shape.ffn_hidden,
         "moe_router_pre_softmax": not shape.norm_topk_prob,
-        # Its factor is set for each step, 0 until then.
-        "moe_router_load_balancing_type": "aux_loss",
+        # Added by the routers' control.
+        "moe_router_load_balancing_type": "none",
         "expert_model_parallel_size": dims.expert,
         "expert_tensor_parallel_size": 1,
     }

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
 
 from perigee.errors import DataLossError
 from services.trainer.architecture import IDEFICS3, QWEN2_5_VL, QWEN2_VL
 from services.trainer.hf import TowerShape
 from services.trainer.megatron.memory import SavedTensors
-from services.trainer.packing import PackLayout
+from services.trainer.packing import PackedImages, PackLayout
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -163,7 +164,8 @@ class VisionGPT(GPTModel):  # type: ignore[misc]  # megatron.core is untyped
     """GPTModel whose embeddings at the tokens of images are the features of these."""
 
     def __init__(self, *args: Any, tower: Tower | None, **options: Any) -> None:
-        super().__init__(*args, **options)
+        # Tensor-parallel ranks share the embeddings once those of images are in place.
+        super().__init__(*args, scatter_embedding_sequence_parallel=False, **options)
         if tower is not None:
             self.tower = tower
 
@@ -171,20 +173,28 @@ class VisionGPT(GPTModel):  # type: ignore[misc]  # megatron.core is untyped
         self, input_ids: torch.Tensor, position_ids: None, attention_mask: None, packed_seq_params: PackLayout
     ) -> torch.Tensor:
         """Runs this stage; on the first one each image of the pack passes the tower once."""
-        decoder_input, packed = None, packed_seq_params.images
-        if self.pre_process and packed is not None and packed.images:
-            from perigee.images import decode_image
+        embeddings_T1D = None
+        if self.pre_process:
+            embeddings_T1D = self._embed(input_ids, packed_seq_params.images)
+        output: torch.Tensor = super().forward(
+            input_ids, position_ids, attention_mask, decoder_input=embeddings_T1D, packed_seq_params=packed_seq_params
+        )
+        return output
 
+    def _embed(self, input_ids: torch.Tensor, packed: PackedImages | None) -> torch.Tensor:
+        """Returns the embeddings of this rank's tokens [T, 1, D], those of images from the tower."""
+        from perigee.images import decode_image
+
+        embeddings_T1D: torch.Tensor = self.embedding(input_ids=input_ids, position_ids=None)
+        if packed is not None and packed.images:
             features_FD = self.tower([decode_image(image) for image in packed.images])
             if len(features_FD) != packed.features:
                 raise DataLossError(
                     f"images whose tokens are {packed.features} have {len(features_FD)} features: config.json and "
                     "preprocessor_config.json do not fit together"
                 )
-            embeddings_T1D = self.embedding(input_ids=input_ids, position_ids=None)
             chosen_F1D = features_FD[packed.features_F, None].to(embeddings_T1D.dtype)
-            decoder_input = embeddings_T1D.index_copy(0, packed.tokens_F, chosen_F1D)
-        output: torch.Tensor = super().forward(
-            input_ids, position_ids, attention_mask, decoder_input=decoder_input, packed_seq_params=packed_seq_params
-        )
-        return output
+            embeddings_T1D = embeddings_T1D.index_copy(0, packed.tokens_F, chosen_F1D)
+        if self.config.sequence_parallel:
+            embeddings_T1D = scatter_to_sequence_parallel_region(embeddings_T1D)
+        return embeddings_T1D
