@@ -157,7 +157,7 @@ def main() -> int:
     for processes, steps in ((1, [one]), (options.processes, shared)):
         for step in steps:
             print(
-                f"{processes} processes, {options.tokens} tokens: peak {step.peak_gib:.2f} GiB, {step.cpu_s:.1f} CPU s, "
+                f"{processes} processes, {options.tokens} tokens: {step.peak_gib:.2f} GiB, CPU {step.cpu_s:.1f} s, "
                 f"{step.wall_s:.1f} s, loss {step.loss:.7f}, gradient norm {step.grad_norm:.7f}"
             )
     for name, value in figures.items():
