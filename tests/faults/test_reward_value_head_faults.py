@@ -23,8 +23,8 @@ from safetensors.torch import load_file, save_file
 from perigee.errors import DataLossError, InvalidArgumentError, UnavailableError
 from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import ValueHeadConfig
+from services.reward.value_head.network import BatchScorer
 from services.reward.value_head.training import train
-from services.reward.value_head.worker import BatchScorer
 from services.reward.verifiers.base import Item, Outcome, Verdict
 from services.reward.verifiers.value_head import ValueHeadVerifier
 from tests.fixtures.cli import invoke, start_perigee

@@ -20,9 +20,8 @@ from perigee.reward.v1 import reward_pb2 as pb
 from services.reward.config import ValueHeadConfig
 from services.reward.value_head.data import Prepared, prepare
 from services.reward.value_head.folder import Encoder, load_tokenizer, read_description
-from services.reward.value_head.network import ValueHead, pad
+from services.reward.value_head.network import BatchScorer, ValueHead, pad
 from services.reward.value_head.training import Summary, Training, sigmoid, train
-from services.reward.value_head.worker import BatchScorer
 from services.reward.verifiers.base import Item, Outcome, Verdict
 from services.reward.verifiers.value_head import ValueHeadVerifier
 from tests.fixtures.value_head import (

@@ -25,6 +25,7 @@ from services.reward.value_head.folder import (
     HEAD_FILE,
     Description,
     copy_tokenizer,
+    read_description,
     write_description,
     writing_folder,
 )
@@ -119,6 +120,23 @@ def pad(
         ids_NT[row, : len(sequence)] = sequence
         mask_NT[row, : len(sequence)] = 1
     return torch.from_numpy(ids_NT).to(device), torch.from_numpy(mask_NT).to(device)
+
+
+class BatchScorer:
+    """A loaded value head."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self._pad_token_id = read_description(folder).pad_token_id
+        self._network: ValueHead = load_value_head(folder, device, dtype)
+        self._device = device
+
+    @torch.inference_mode()
+    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """Returns the scores of token sequences, in one forward pass."""
+        rows = [np.array(sequence, dtype=np.int32) for sequence in sequences]
+        scores: list[float] = self._network(*pad(rows, self._pad_token_id, self._device)).tolist()
+        return scores
 
 
 def pointwise_loss(scores_N: torch.Tensor, correct_N: torch.Tensor) -> torch.Tensor:

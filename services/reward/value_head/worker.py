@@ -7,37 +7,19 @@ once, then {"id", "status": "scored", "scores": [...]} with null for a score tha
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
+from typing import TYPE_CHECKING, Any
 
 from perigee.errors import PerigeeError
-from services.reward.value_head.folder import read_description
-from services.reward.value_head.network import ValueHead, choose_device, load_value_head, pad
 
-
-class BatchScorer:
-    """A loaded value head."""
-
-    def __init__(self, folder: Path, device: torch.device) -> None:
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self._pad_token_id = read_description(folder).pad_token_id
-        self._network: ValueHead = load_value_head(folder, device, dtype)
-        self._device = device
-
-    @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Returns the scores of token sequences, in one forward pass."""
-        rows = [np.array(sequence, dtype=np.int32) for sequence in sequences]
-        scores: list[float] = self._network(*pad(rows, self._pad_token_id, self._device)).tolist()
-        return scores
+if TYPE_CHECKING:
+    from services.reward.value_head.network import BatchScorer
 
 
 def main() -> None:
@@ -46,12 +28,20 @@ def main() -> None:
     # Whatever the libraries print must not reach the service's pipe.
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # Collections would walk what is there already, again and again, for a fifth of the time that loading takes.
+    gc.disable()
+    import torch
+
+    from services.reward.value_head.network import BatchScorer, choose_device
+
     torch.set_num_threads(threads)
     try:
         scorer = BatchScorer(folder, choose_device(device))
     except PerigeeError as error:
         print(f"value head: {error.message}", file=sys.stderr)
         raise SystemExit(1) from error
+    gc.freeze()
+    gc.enable()
     write_line(replies, {"status": "ready"})
     for line in sys.stdin:
         request = json.loads(line)
@@ -61,6 +51,8 @@ def main() -> None:
 
 def answer(scorer: BatchScorer, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
     """Returns the reply to one request."""
+    import torch
+
     try:
         scores = scorer.score(sequences)
     except torch.OutOfMemoryError as error:
