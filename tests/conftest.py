@@ -48,6 +48,7 @@ GROUPS = {
     "network": ("test_namespaces",),
     "rollout": (
         "test_rollout_service",
+        "test_rollout_prefixes",
         "test_rollout_openai",
         "test_rollout_experts",
         "test_rollout_vision",

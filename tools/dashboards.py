@@ -104,7 +104,14 @@ ROLLOUT = [
     ),
     Panel("Use of the workers", [("running of capacity", "perigee:rollout_use:ratio")], "percentunit"),
     Panel("Segments by end", [("{{end_reason}}", rate("perigee_rollout_segments_total", "end_reason"))], "ops"),
-    Panel("Prefix cache", [("cached tokens", "sum(rate(perigee_rollout_cached_tokens_total[" + RATE + "]))")], "ops"),
+    Panel(
+        "Prompt and earlier tokens",
+        [
+            ("from the prefix cache", "sum(rate(perigee_rollout_cached_tokens_total[" + RATE + "]))"),
+            ("prefilled", "sum(rate(perigee_rollout_prefilled_tokens_total[" + RATE + "]))"),
+        ],
+        "ops",
+    ),
     Panel(
         "Append to the buffer",
         [

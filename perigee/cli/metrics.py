@@ -37,6 +37,7 @@ _SHOWN_METRICS = (
     ("rollout/response_tokens/mean", "length", "{:.1f}"),
     ("rollout/response_tokens/p95", "length p95", "{:.0f}"),
     ("rollout/tokens_per_second", "tokens/s", "{:,.0f}"),
+    ("rollout/prefill_share", "prefilled", "{:.1%}"),
     ("rollout/partial_rate", "partial", "{:.1%}"),
     ("rollout/repetition_rate", "repeated", "{:.1%}"),
     ("rollout/finished", "finished", "{:,.0f}"),

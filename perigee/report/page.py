@@ -120,6 +120,12 @@ SECTIONS = (
         lines("tokens per second", ("rollout/tokens_per_second", "rollout"), ("train/tokens_per_second", "trainer")),
     ),
     Section(
+        "prefill",
+        "Prefill",
+        "Prompt and earlier tokens that workers computed, of these and the generated ones: what continuing costs.",
+        lines("fraction of tokens", ("rollout/prefill_share", "prefilled"), tickformat=".0%"),
+    ),
+    Section(
         "memory",
         "Memory of the trainer",
         "Largest of its processes.",

@@ -63,21 +63,36 @@ def deal(keys: Iterable[str], rooms: Mapping[Worker, int], cost: Cost) -> dict[W
     """Deals keys in their order to workers, each to the one that is done with it first; returns their costs.
 
     With the longest first, long ones are spread over the workers in proportion to their speeds (list scheduling, LPT).
-    Those beyond the workers' rooms, in sequences, are left out.
+    Before, a key that costs one worker less than others, as that one has its prefix, goes there while the worker has no
+    more than its part of all work. Those beyond the workers' rooms, in sequences, are left out.
     """
+    keys = list(keys)
     speeds = relative_speeds(list(rooms))
     work = {worker: worker.work for worker in rooms}
-    dealt: dict[Worker, dict[str, float]] = {worker: {} for worker in rooms}
-    open_workers = [worker for worker, room in rooms.items() if room]
+    costs = {key: {worker: cost(key, worker) for worker in rooms} for key in keys}
+    least = {key: min(by_worker, key=by_worker.__getitem__) for key, by_worker in costs.items()}
+    # Seconds, in the unit of the speeds, that all workers take together.
+    fair = (sum(work.values()) + sum(costs[key][least[key]] for key in keys)) / sum(speeds.values())
+    chosen: dict[str, Worker] = {}
+    rooms_left = dict(rooms)
+
+    def choose(key: str, worker: Worker) -> None:
+        chosen[key] = worker
+        work[worker] += costs[key][worker]
+        rooms_left[worker] -= 1
+
+    for key, worker in least.items():
+        saves = costs[key][worker] < max(costs[key].values())
+        if saves and rooms_left[worker] and work[worker] + costs[key][worker] <= fair * speeds[worker]:
+            choose(key, worker)
     for key in keys:
-        if not open_workers:
-            break
-        costs = {worker: cost(key, worker) for worker in open_workers}
-        first = min(open_workers, key=lambda worker: (work[worker] + costs[worker]) / speeds[worker])
-        dealt[first][key] = costs[first]
-        work[first] += costs[first]
-        if len(dealt[first]) == rooms[first]:
-            open_workers.remove(first)
+        open_workers = [worker for worker, room in rooms_left.items() if room]
+        if key not in chosen and open_workers:
+            choose(key, min(open_workers, key=lambda worker: (work[worker] + costs[key][worker]) / speeds[worker]))
+    dealt: dict[Worker, dict[str, float]] = {worker: {} for worker in rooms}
+    for key in keys:
+        if key in chosen:
+            dealt[chosen[key]][key] = costs[key][chosen[key]]
     return dealt
 
 

@@ -43,6 +43,9 @@ class Trajectory:
     # The verifier's reward; None before there is a verdict, and when judging failed.
     reward: float | None = None
     tokens_by_version: Counter[int] = field(default_factory=Counter)
+    # The worker whose prefix cache had it last, "" when none is known, and with the weights of which version.
+    holder: str = ""
+    held_version: int = 0
 
     @property
     def judged(self) -> bool:

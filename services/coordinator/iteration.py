@@ -10,6 +10,9 @@ names the metrics that it measures in the update; they are absent when the itera
   and overlong responses are over the responses of the groups that the iteration completed, however many iterations or
   processes these took: `reward/groups` groups with `reward/responses` judged responses. Short responses finish first,
   so a mean over whatever has finished would rise by itself. Rewards are those of the verifier, before shaping.
+- `rollout/prefilled_tokens` are the prompt and earlier tokens that the engines computed for segments that ended, and
+  `rollout/cached_tokens` those that they had in their prefix caches; `rollout/prefill_share` is the fraction of the
+  former in all tokens computed.
 - `rollout/tokens` are those of the iteration's budgets. `rollout/ahead_tokens` of them, the fraction
   `rollout/ahead_share`, were sampled by an earlier version while the trainer trained (`run.rollout.during_training`),
   which makes each one version older than it would be; `time/ahead` is that time, in the line of the iteration trained.
@@ -60,6 +63,9 @@ ITERATION = Gauge("perigee_coordinator_iteration", "Iterations committed by the 
 POLICY_VERSION = Gauge("perigee_coordinator_policy_version_number", "Policy version that the run has committed.")
 REWARD = Gauge("perigee_coordinator_reward_mean", "Mean reward of the latest iteration.")
 TOKEN_BUDGET = Gauge("perigee_coordinator_token_budget_tokens", "Token budget of the latest iteration.")
+PREFILLED = PrometheusCounter(
+    "perigee_coordinator_prefilled_tokens", "Prompt and earlier tokens computed in training rollouts."
+)
 GENERATED = PrometheusCounter("perigee_coordinator_generated_tokens", "Tokens generated in training rollouts.")
 TRAINED = PrometheusCounter("perigee_coordinator_trained_trajectories", "Trajectories trained on.")
 
@@ -451,6 +457,8 @@ def rollout_metrics(
         "rollout/ahead_tokens": counts.ahead_tokens,
         "rollout/ahead_share": rate(counts.ahead_tokens, counts.tokens),
         "rollout/cached_tokens": counts.cached_tokens,
+        "rollout/prefilled_tokens": counts.prefilled_tokens,
+        "rollout/prefill_share": rate(counts.prefilled_tokens, counts.prefilled_tokens + counts.tokens),
         "rollout/tokens_per_second": round(counts.timed_tokens / seconds, 1) if seconds else None,
         "rollout/token_budget/base": counts.base_budget,
         "rollout/token_budget/mean": mean(counts.budgets),
@@ -525,6 +533,7 @@ def mean(values: Sequence[float]) -> float | None:
 def set_gauges(line: Mapping[str, Any]) -> None:
     """Sets the Prometheus metrics of a committed iteration."""
     GENERATED.inc(line["rollout/tokens"])
+    PREFILLED.inc(line["rollout/prefilled_tokens"])
     TRAINED.inc(line["train/trajectories"])
     TOKEN_BUDGET.set(line["rollout/token_budget/base"])
     ITERATION.set(line["iteration"])

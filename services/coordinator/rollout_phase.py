@@ -31,7 +31,9 @@ class RolloutCounts:
     tokens: int = 0
     timed_tokens: int = 0
     ahead_tokens: int = 0
+    # Prompt and earlier tokens of segments: served from a prefix cache, and computed.
     cached_tokens: int = 0
+    prefilled_tokens: int = 0
     failures: int = 0
     # Token budget of short contexts, those of the trajectories, and the share of prefill in the work that they make.
     base_budget: int = 0
@@ -223,11 +225,15 @@ class RolloutPhase:
         return sorted(work, key=lambda trajectory_id: -work[trajectory_id])
 
     def _work(self, trajectory_id: str, worker: Worker | None = None) -> float:
-        """Returns the work that a trajectory has left, in sampled tokens; `worker` makes no difference to it."""
-        trajectory = self.groups.trajectory(trajectory_id)
+        """Returns the work that a trajectory has left, in sampled tokens; less where a worker can have its prefix."""
+        trajectory, settings = self.groups.trajectory(trajectory_id), self.context.config.rollout
         tokens, _ = self._context_of(trajectory, trajectory.tokens)
         left = max(0, self._targets[trajectory_id] - trajectory.tokens)
-        return self.context.config.rollout.costs.work(tokens, left)
+        work = settings.costs.work(tokens, left)
+        if worker is None or trajectory.holder != worker.worker_id:
+            return work
+        age = self.policy_version - trajectory.held_version
+        return work - settings.costs.prefill_work(tokens) if 0 <= age <= settings.max_kv_staleness else work
 
     async def _extend(self, worker: Worker, trajectory_ids: list[str]) -> AsyncGenerator[Progress, None]:
         """Makes one call: leases the trajectories, extends them, records their ends."""
@@ -297,6 +303,7 @@ class RolloutPhase:
             max_response_tokens=settings.max_response_tokens,
             sampling=rollout_pb2.Sampling(temperature=settings.temperature),
             repetition_stop=settings.repetition_stop.message(),
+            max_kv_staleness=settings.max_kv_staleness,
         )
         async for response in worker.client.extend_trajectories(
             request, timeout_s=self.context.settings.dispatch.call_timeout_s
@@ -304,7 +311,7 @@ class RolloutPhase:
             for end in response.ended:
                 tokens, _ = self._context_of(self.groups.trajectory(end.trajectory_id), end.tokens - end.new_tokens)
                 worker.record_end(settings.costs.work(tokens, end.new_tokens), now() - started)
-                await self._record_end(end)
+                await self._record_end(worker, end)
             if self.scoring is not None:
                 self.context.status.done = len(self.counts.ended)
             self.counts.failures += len(response.failed)
@@ -313,9 +320,11 @@ class RolloutPhase:
                 failed=[(failure.trajectory_id, failure.reason) for failure in response.failed],
             )
 
-    async def _record_end(self, end: rollout_pb2.SegmentEnd) -> None:
+    async def _record_end(self, worker: Worker, end: rollout_pb2.SegmentEnd) -> None:
         trajectory = self.groups.trajectory(end.trajectory_id)
+        trajectory.holder, trajectory.held_version = worker.worker_id, self.policy_version
         self.counts.cached_tokens += end.cached_tokens
+        self.counts.prefilled_tokens += end.prefilled_tokens
         self._record_tokens(end.trajectory_id, end.tokens)
         if end.end_reason != buffer_pb2.END_REASON_BUDGET:
             await self._finish(trajectory, end.end_reason, end.text)

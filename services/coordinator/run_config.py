@@ -245,6 +245,11 @@ class RolloutSettings(Model):
     """Workers that do not share the trainer's devices go on with partial trajectories while it trains, by the budgets
     of the next iteration. These tokens are one version older than they would be: below an `update.max_staleness` of 1
     they are left out of the loss. Unset, it is on in a hybrid deployment with a `max_staleness` of 1 or more."""
+    max_kv_staleness: int = Field(0, ge=0)
+    """Policy versions by which the keys and values that a worker keeps of prefixes may be older than its weights. At 0
+    every commit empties the prefix cache, and partial trajectories are prefilled again. Above it the rollout's
+    log-probabilities are those of mixed versions, which `train/train_infer_logprob_diff_mean` shows. A worker with a
+    model that takes images keeps nothing."""
     temperature: float = Field(1.0, gt=0)
     """Sampling temperature."""
     repetition_stop: RepetitionStopConfig = RepetitionStopConfig()

@@ -52,6 +52,8 @@ class EngineRequest:
     """Whether the last output has the log-probabilities of the prompt."""
     images: Sequence[PromptImage] = ()
     """Those of the prompt, in the order of their placeholders."""
+    cache_salt: str = ""
+    """What is cached of prefixes with another one is not taken."""
     expanded_ids: Sequence[int] = ()
     """`token_ids` with the tokens of the images, which the engine must read them as; none without images."""
 
@@ -123,13 +125,14 @@ class Engine(ABC):
         return None
 
     @abstractmethod
-    async def update_weights(self, image: WeightImage) -> float:
-        """Replaces all weights between two forward passes and forgets every cached prefix.
+    async def update_weights(self, image: WeightImage, *, keep_prefixes: bool = False) -> float:
+        """Replaces all weights between two forward passes and forgets every cached prefix, unless these are kept.
 
         Returns the seconds in which nothing was generated.
 
-        Requests in flight continue with the new weights. When it fails, the engine holds no usable weights and
-        must be stopped. Raises EngineDiedError when the engine dies meanwhile.
+        Requests in flight continue with the new weights, and with new keys and values unless prefixes are kept. When it
+        fails, the engine holds no usable weights and must be stopped. Raises EngineDiedError when the engine dies
+        meanwhile.
         """
 
     @abstractmethod

@@ -32,7 +32,7 @@ from services.rollout.segment import (
     merge,
     plan_end,
 )
-from services.rollout.worker import CACHED_TOKENS, DRAINING, SEGMENTS, Admission, Worker
+from services.rollout.worker import DRAINING, SEGMENTS, Admission, Worker
 
 log = get_logger(__name__)
 
@@ -66,6 +66,7 @@ async def extend_trajectories(
     the tokens that there were have reached the buffer.
     """
     worker.check_ready(request.run_id, request.policy_version)
+    worker.max_kv_staleness = request.max_kv_staleness
     writer = ChunkWriter(buffer, request.run_id, worker.config.flush_seconds, worker.config.buffer_timeout_seconds)
     with worker.admit(len(request.trajectories)) as admission:
         call = _Call(worker, buffer, writer, request, settings, admission)
@@ -193,7 +194,6 @@ class _Call:
                 if chunk.token_ids or end_reason != buffer_pb2.END_REASON_BUDGET:
                     chunk.epoch = lease.epoch
                     await self.writer.append(chunk)
-        CACHED_TOKENS.inc(segment.cached_tokens)
         is_partial = end_reason == buffer_pb2.END_REASON_BUDGET
         return pb.SegmentEnd(
             trajectory_id=lease.trajectory_id,
@@ -202,6 +202,7 @@ class _Call:
             new_tokens=(len(token_ids) - len(trajectory.token_ids)) // ITEM_BYTES,
             text="" if is_partial else worker.model.decode(unpack_token_ids(bytes(token_ids))),
             cached_tokens=segment.cached_tokens,
+            prefilled_tokens=segment.prefilled_tokens,
         )
 
     async def _read_image(self, digest: str) -> bytes:

@@ -466,6 +466,7 @@ class Endpoint:
             repetition_stop=pb.RepetitionStop(),
             stop_token_ids=(*self._worker.model.stop_token_ids, *call.stop_token_ids),
             chunk_tokens=STRIDE_TOKENS if call.stream or call.stop else self._worker.config.chunk_tokens,
+            cache_salt=self._worker.prefix_salt,
         )
         with self._admit(len(choices)):
             producers = [partial(self._sample_one, settings, choice) for choice in choices]

@@ -23,8 +23,8 @@ class Residence(ABC):
         """Gives memory back."""
 
     @abstractmethod
-    async def come_back(self, engine: Engine, image: WeightImage) -> None:
-        """Takes the memory again, with these weights."""
+    async def come_back(self, engine: Engine, image: WeightImage, *, keep_prefixes: bool = False) -> None:
+        """Takes the memory again, with these weights, and keeps cached prefixes where it shall and has any."""
 
 
 class Keep(Residence):
@@ -33,9 +33,9 @@ class Keep(Residence):
     async def leave(self, engine: Engine) -> None:
         """Does nothing: requests in flight go on."""
 
-    async def come_back(self, engine: Engine, image: WeightImage) -> None:
+    async def come_back(self, engine: Engine, image: WeightImage, *, keep_prefixes: bool = False) -> None:
         """Loads the weights as at any other time."""
-        await engine.update_weights(image)
+        await engine.update_weights(image, keep_prefixes=keep_prefixes)
 
 
 class Sleep(Residence):
@@ -45,7 +45,7 @@ class Sleep(Residence):
         """Freezes the requests in flight."""
         await engine.sleep()
 
-    async def come_back(self, engine: Engine, image: WeightImage) -> None:
+    async def come_back(self, engine: Engine, image: WeightImage, *, keep_prefixes: bool = False) -> None:
         """Goes on with the requests in flight."""
         await engine.wake_up(image)
 
@@ -57,7 +57,7 @@ class Restart(Residence):
         """Ends the process."""
         await engine.stop()
 
-    async def come_back(self, engine: Engine, image: WeightImage) -> None:
+    async def come_back(self, engine: Engine, image: WeightImage, *, keep_prefixes: bool = False) -> None:
         """Starts another one; ends the first where it is still there."""
         await engine.stop()
         await engine.start()

@@ -14,6 +14,8 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
+from prometheus_client import Counter
+
 from perigee.buffer.packing import count_tokens, pack_logprobs, pack_token_ids, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
@@ -22,6 +24,9 @@ from perigee.rollout.v1 import rollout_pb2 as pb
 from services.rollout.engine import Engine, EngineOutput, EngineRequest, RequestAbortedError
 from services.rollout.images import PreparedPrompt
 from services.rollout.repetition import RepetitionDetector
+
+CACHED_TOKENS = Counter("perigee_rollout_cached_tokens", "Prompt and earlier tokens served from the prefix cache.")
+PREFILLED_TOKENS = Counter("perigee_rollout_prefilled_tokens", "Prompt and earlier tokens that requests computed.")
 
 T = TypeVar("T")
 Emit = Callable[[T], Awaitable[None]]
@@ -69,6 +74,8 @@ class Segment:
     """The prompt's images, where it has any."""
     cached_tokens: int = 0
     """Prompt and earlier tokens served from the prefix cache, once the engine has said so."""
+    prefilled_tokens: int = 0
+    """The others of them, which the engine computed."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,8 @@ class SegmentSettings:
     repetition_stop: pb.RepetitionStop
     stop_token_ids: tuple[int, ...]
     chunk_tokens: int
+    cache_salt: str = ""
+    """What keeps them from prefixes that were cached with another one."""
 
 
 def end_reason_label(end_reason: EndReason) -> str:
@@ -169,11 +178,13 @@ async def generate_segment(
         stop_token_ids=settings.stop_token_ids,
         stride_tokens=stride,
         images=segment.prompt.images if segment.prompt else (),
+        cache_salt=settings.cache_salt,
         expanded_ids=[*segment.prompt.expanded_ids, *response] if segment.prompt else (),
     )
     async with aclosing(engine.generate(request)) as outputs:
         async for output in outputs:
-            segment.cached_tokens = output.cached_tokens
+            if not segment.prefilled_tokens:
+                _count_prefill(segment, request, output)
             kept, end_reason = _find_end(output, detector, segment.end_reason)
             aborted = output.finish == "abort" and not end_reason
             for chunk in cutter.add(output, kept, end_reason, is_last=bool(end_reason) or aborted):
@@ -182,6 +193,14 @@ async def generate_segment(
                 raise RequestAbortedError("the engine ended the request early")
             if end_reason:
                 return
+
+
+def _count_prefill(segment: Segment, request: EngineRequest, output: EngineOutput) -> None:
+    """Counts what the first output says of the prompt and the earlier tokens, of which at least one is computed."""
+    segment.cached_tokens = output.cached_tokens
+    segment.prefilled_tokens = len(request.expanded_ids or request.token_ids) - output.cached_tokens
+    CACHED_TOKENS.inc(segment.cached_tokens)
+    PREFILLED_TOKENS.inc(segment.prefilled_tokens)
 
 
 def _resume_detector(segment: Segment, stop: pb.RepetitionStop) -> RepetitionDetector | None:

@@ -142,6 +142,8 @@ def segment_settings(
         repetition_stop=request.repetition_stop,
         stop_token_ids=model.stop_token_ids,
         chunk_tokens=min(config.chunk_tokens, MAX_CHUNK_BYTES // token_bytes),
+        # Only what is trained on may be of mixed versions.
+        cache_salt="" if trained_on else worker.prefix_salt,
     )
 
 

@@ -180,16 +180,18 @@ class VllmEngine(Engine):
         self._known_tensors, self._has_found = tensors, True
         return self._slices
 
-    async def update_weights(self, image: WeightImage) -> float:
+    async def update_weights(self, image: WeightImage, *, keep_prefixes: bool = False) -> float:
         """Pauses, reloads from the shared-memory file, labels the version, resumes.
 
         `keep` freezes the sequences in flight between two forward passes; clearing the cache makes the engine
         recompute their keys and values under the new weights.
         """
+        if keep_prefixes and self._model.vision is not None:
+            raise ValueError("features of images are of the weights that computed them")
         llm = self._alive()
         async with _deaths(llm):
             begin = time.monotonic()
-            await _pause(llm)
+            await _pause(llm, clear_cache=not keep_prefixes)
             await self._load(llm, image)
             await llm.resume_generation()
         self._progress_time = time.monotonic()
@@ -256,12 +258,12 @@ def _timed(stage: str) -> Iterator[None]:
     log.info("engine stage", stage=stage, seconds=round(time.monotonic() - begin, 4))
 
 
-async def _pause(llm: AsyncLLM) -> None:
-    """Freezes the requests in flight and forgets what is cached of them.
+async def _pause(llm: AsyncLLM, clear_cache: bool = True) -> None:
+    """Freezes the requests in flight, and forgets what is cached of them and of others.
 
     AsyncLLM's own pause sleeps besides, for outputs that are on their way; here they may come during a load.
     """
-    await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+    await llm.engine_core.pause_scheduler_async(mode="keep", clear_cache=clear_cache)
 
 
 @asynccontextmanager
@@ -306,6 +308,8 @@ def count_own_bytes(pid: int) -> int:
 async def _submit(llm: AsyncLLM, request: EngineRequest) -> Any:
     """Gives the engine a request; returns the collector of its outputs."""
     prompt: Any = TokensPrompt(prompt_token_ids=list(request.token_ids))
+    if request.cache_salt:
+        prompt["cache_salt"] = request.cache_salt
     try:
         if request.images:
             prompt = await _render_images(llm, prompt, request)

@@ -29,7 +29,7 @@ from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine, EngineDiedError, EngineRequest
 from services.rollout.images import ImageStore
 from services.rollout.model import PolicyModel
-from services.rollout.residence import Residence, Restart, Sleep
+from services.rollout.residence import Keep, Residence, Restart, Sleep
 from services.weights.manifest import WeightImage
 from services.weights.pieces import Slices
 
@@ -42,7 +42,6 @@ READY, DRAINING = pb.WORKER_STATUS_READY, pb.WORKER_STATUS_DRAINING
 AWAY = pb.WORKER_STATUS_AWAY
 
 GENERATED_TOKENS = Counter("perigee_rollout_generated_tokens", "Response tokens generated.")
-CACHED_TOKENS = Counter("perigee_rollout_cached_tokens", "Prompt and earlier tokens served from the prefix cache.")
 SEGMENTS = Counter("perigee_rollout_segments", "Segments by the reason for their end; `failed` is one.", ["end_reason"])
 RUNNING = Gauge("perigee_rollout_running_sequences", "Sequences accepted and not ended.")
 IS_READY = Gauge("perigee_rollout_ready", "1 while the worker holds pushed weights and serves.")
@@ -87,6 +86,11 @@ class Worker:
         self._changes: set[asyncio.Task[Any]] = set()
         # Of the last leave, and the iteration of a run that the last call named.
         self._residence: Residence = Restart()
+        self.max_kv_staleness = 0
+        """Versions by which cached prefixes may be older than the weights, as the run's last call has it."""
+        # Of the weights that cached prefixes were computed with: the oldest version, and what the newest is.
+        self._oldest_prefix = 0
+        self._checksums: list[bytes] = []
         self._iteration = ("", 0)
         self.returns = 0
         """Times that the worker came back."""
@@ -126,6 +130,25 @@ class Worker:
             raise FailedPreconditionError(
                 f"Worker {self.worker_id} holds policy version {self.policy_version}, not {policy_version}."
             )
+
+    @property
+    def prefix_salt(self) -> str:
+        """Returns what keeps a request from cached prefixes of other weights than the worker's; "" without these."""
+        return "" if self._oldest_prefix == self.policy_version else str(self.policy_version)
+
+    def _keeps_prefixes(self, manifest: Manifest) -> bool:
+        """Returns whether cached prefixes stay valid with other weights.
+
+        With the same ones they do; with newer ones of the run by `max_kv_staleness`. An engine that is new or was
+        asleep has none, and features of images are always those of the newest weights.
+        """
+        has_cache = self.status == READY or (self.status == AWAY and isinstance(self._residence, Keep))
+        if not has_cache or self.model.vision is not None or manifest.run_id != self.run_id:
+            return False
+        if manifest.policy_version == self.policy_version:
+            return list_checksums(manifest) == self._checksums
+        age = manifest.policy_version - self._oldest_prefix
+        return manifest.policy_version > self.policy_version and age <= self.max_kv_staleness
 
     def count_generated(self, tokens: int) -> None:
         """Counts tokens that the engine has generated."""
@@ -252,17 +275,17 @@ class Worker:
                 raise FailedPreconditionError(f"Worker {self.worker_id} holds no weights: push a policy version.")
             await self._update(image)
 
-    async def _load(self, image: WeightImage) -> float:
+    async def _load(self, image: WeightImage, keep_prefixes: bool) -> float:
         """Loads weights into the engine, or has it come back with them: another engine where this one does not.
 
         Returns the seconds in which it generated nothing; 0 when it was away.
         """
         if self.status != AWAY:
             async with self._update_in_time():
-                return await self.engine.update_weights(image)
+                return await self.engine.update_weights(image, keep_prefixes=keep_prefixes)
         try:
             async with self._update_in_time():
-                await self._residence.come_back(self.engine, image)
+                await self._residence.come_back(self.engine, image, keep_prefixes=keep_prefixes)
         # Whatever it is, another engine need not have it.
         except Exception as error:
             log.error("engine did not come back; another is started", exc_info=error)
@@ -310,9 +333,10 @@ class Worker:
         start = time.monotonic()
         generation = self.engine_restarts
         report = CommitResponse()
+        keep_prefixes = self._keeps_prefixes(image.manifest)
         try:
             with span("load weights", worker=self.worker_id, version=image.manifest.policy_version):
-                report.stall_seconds = await self._load(image)
+                report.stall_seconds = await self._load(image, keep_prefixes)
                 report.warning = await self._check_fingerprint(image)
         except FailedPreconditionError:
             self.set_status(EMPTY)
@@ -327,6 +351,9 @@ class Worker:
         if self.engine_restarts != generation:
             raise UnavailableError("The engine died right after the commit and is restarted.")
         manifest = image.manifest
+        if not keep_prefixes:
+            self._oldest_prefix = manifest.policy_version
+        self._checksums = list_checksums(manifest)
         self.set_status(READY, manifest.run_id, manifest.policy_version)
         seconds = time.monotonic() - start
         COMMIT_SECONDS.observe(seconds)
@@ -338,6 +365,7 @@ class Worker:
             policy_version=manifest.policy_version,
             seconds=round(seconds, 4),
             stall_seconds=round(report.stall_seconds, 4),
+            oldest_prefix=self._oldest_prefix,
         )
         return report
 
@@ -406,6 +434,11 @@ class Worker:
         """Raises FailedPreconditionError for weights whose fingerprint was refused."""
         if manifest.HasField("fingerprint") and (reason := self._refused.get(_fingerprint_key(manifest))):
             raise FailedPreconditionError(reason)
+
+
+def list_checksums(manifest: Manifest) -> list[bytes]:
+    """Returns checksums of all weights, the same for the same bytes in the same shards or pieces."""
+    return [*(shard.checksum.encode() for shard in manifest.shards), *(piece.checksum for piece in manifest.pieces)]
 
 
 def _fingerprint_key(manifest: Manifest) -> bytes:

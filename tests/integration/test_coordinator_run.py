@@ -231,6 +231,34 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
     assert ended["rollout/ended/max_response_tokens"] > 0
 
 
+async def test_partial_trajectories_stay_with_their_worker_while_its_prefixes_are_valid(
+    buffer_address: str, tmp_path: Path
+) -> None:
+    run_id = f"run-{uuid.uuid4().hex}"
+    rollout = {"token_budget": 4, "max_response_tokens": 24, "max_kv_staleness": 1}
+    section = write_run_section(tmp_path, iterations=5, rollout=rollout)
+    tokenizer = open_tokenizer(tmp_path / "model", "run.model")
+    async with AsyncExitStack() as stack:
+        peers = await stack.enter_async_context(fake_peers(buffer_address))
+        client = await stack.enter_async_context(coordinator(peers))
+        for name in ("a", "b"):
+            worker = peers.add_worker(name, tokenizer, capacity=64)
+            await stack.enter_async_context(worker_in_service(worker, client.target))
+        await client.start_run(pb.StartRunRequest(run_id=run_id, config_yaml=section, run_path=str(tmp_path / "run")))
+        assert (await finish(client, run_id))[-1].error == ""
+    calls = [call for worker in peers.workers.values() for call in worker.calls]
+    assert {call.max_kv_staleness for call in calls} == {1}
+    lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
+    for line in lines:
+        computed = line["rollout/prefilled_tokens"]
+        assert line["rollout/prefill_share"] == computed / (computed + line["rollout/tokens"])
+    # At least nine tenths of the tokens that were continued, where two thirds are by chance.
+    segments = sum(line[key] for line in lines for key in line if key.startswith("rollout/ended/"))
+    cached, continued = (sum(line[f"rollout/{key}_tokens"] for line in lines) for key in ("cached", "prefilled"))
+    continued += cached - len("1+2=") * segments
+    assert 0 < continued * 0.9 <= cached
+
+
 async def test_groups_that_begin_together_do_not_end_together(buffer_address: str, tmp_path: Path) -> None:
     groups, run_id = 14, f"run-{uuid.uuid4().hex}"
     rollout = {"token_budget": 16, "max_response_tokens": 32}

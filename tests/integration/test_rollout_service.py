@@ -127,6 +127,7 @@ async def test_a_push_reaches_the_tied_head_and_forgets_cached_prefixes(
     [again] = await trajectories.create([LONG_PROMPT])
     ended, _ = await trajectories.extend([again], token_budget=4)
     assert ended[again].cached_tokens >= 64
+    assert ended[again].cached_tokens + ended[again].prefilled_tokens == len(LONG_PROMPT)
 
     assert await pusher.push(policy_tensors(POLICIES[1]), 1, rollout_address, trajectories.run_id) == ""
     [fresh] = await trajectories.create([LONG_PROMPT])

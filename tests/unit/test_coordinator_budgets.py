@@ -124,3 +124,27 @@ async def test_rooms_are_kept_and_the_longest_go_to_different_workers() -> None:
     # A sequence goes where it costs less, if that is not later.
     dealt = deal(["x", "y"], {first: 2, second: 2}, lambda key, worker: 1.0 if worker is second else 3.0)
     assert dealt == {first: {}, second: {"x": 1.0, "y": 1.0}}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 40)), min_size=1, max_size=4), st.integers(0, 40))
+async def test_prefixes_stay_with_their_workers_up_to_a_fair_part(counts: list[tuple[int, int]], free: int) -> None:
+    workers = [make_worker(f"w{n}", capacity, None) for n, (capacity, _) in enumerate(counts)]
+    holders = {
+        f"{worker.worker_id}/{n}": worker
+        for worker, (_, count) in zip(workers, counts, strict=True)
+        for n in range(count)
+    }
+    keys = [*holders, *(f"free/{n}" for n in range(free))]
+
+    def cost(key: str, worker: Worker) -> float:
+        return 8.0 if holders.get(key) is worker else 9.0
+
+    dealt = deal(keys, dict.fromkeys(workers, len(keys)), cost)
+    assert sorted(key for some in dealt.values() for key in some) == sorted(keys)
+    # As if all were as cheap as they can be.
+    fair = (8.0 * len(holders) + 9.0 * free) / sum(capacity for capacity, _ in counts) if keys else 0.0
+    for worker, (capacity, count) in zip(workers, counts, strict=True):
+        stayed = sum(holders.get(key) is worker for key in dealt[worker])
+        assert stayed >= min(count, int(fair * capacity / 8.0 + 1e-6))
+        assert list(dealt[worker]) == [key for key in keys if key in dealt[worker]]

@@ -55,6 +55,7 @@ def metrics_line(iteration: int) -> dict[str, Any]:
         "train/tokens_per_second": 900.0,
         "train/peak_memory_bytes": 5.4e9,
         "rollout/tokens_per_second": 400.0,
+        "rollout/prefill_share": 0.3,
         "warnings": find_warnings({"train/kl_k3": 0.001 if iteration < 8 else 0.3}),
         "time/iteration_seconds": 4.0,
         "time/rollout/start": 0.1,

@@ -49,7 +49,7 @@ class ScriptedEngine(FragileEngine):
                 token_ids=piece,
                 logprobs=[-float(token) for token in piece],
                 versions=slice_spans(versions, start, start + len(piece)),
-                cached_tokens=5,
+                cached_tokens=1,
                 finish=None if not last else "stop" if stopped else "length",
             )
 

@@ -120,6 +120,32 @@ async def test_a_worker_leaves_and_comes_back(bench: Bench, name: str) -> None:
         assert bench.engine.starts == (4 if name == "RESIDENCE_RESTART" else 1)
 
 
+async def test_prefixes_are_kept_for_as_many_versions_as_the_run_allows(bench: Bench) -> None:
+    worker, kept = bench.worker, bench.engine.kept
+    async with bench.supervised():
+        await bench.commit(4)
+        await bench.commit(4)
+        await bench.commit(5)
+        # Without a word of the run nothing is kept of other weights, and what is kept is exact.
+        assert (kept, worker.prefix_salt) == ([False, True, False], "")
+        worker.max_kv_staleness = 2
+        for version in (6, 7, 8, 9):
+            await bench.commit(version)
+        assert kept[3:] == [True, True, False, True]
+        # Prefixes of version 8, in an engine with version 9.
+        assert worker.prefix_salt == "9"
+        # An iteration that was rolled back, then other weights under a number that is known.
+        await bench.commit(8)
+        bench.tensors = {name: tensor + 1 for name, tensor in bench.tensors.items()}
+        await bench.commit(8)
+        assert kept[7:] == [False, False]
+        for name, is_kept in (("SLEEP", None), ("RESTART", False), ("KEEP", True)):
+            await worker.leave(RESIDENCES[pb.Residence.Value(f"RESIDENCE_{name}")])
+            kept.clear()
+            await worker.come_back(lambda: bench.held)
+            assert (kept, worker.prefix_salt) == ([] if is_kept is None else [is_kept], "")
+
+
 async def test_an_engine_that_cannot_sleep_serves_on(bench: Bench) -> None:
     bench.engine.can_sleep = False
     async with bench.supervised():
@@ -266,9 +292,9 @@ async def test_weights_that_a_replaced_engine_is_refilled_with_are_kept_meanwhil
     computed += [(-1.0, -2.0), (-9.0, -9.0), (-1.0, -2.0)]
     load, statuses = bench.engine.update_weights, list[WorkerStatus]()
 
-    async def look_and_load(image: WeightImage) -> float:
+    async def look_and_load(image: WeightImage, **options: bool) -> float:
         statuses.append(bench.worker.status)
-        return await load(image)
+        return await load(image, **options)
 
     monkeypatch.setattr(bench.engine, "update_weights", look_and_load)
     async with bench.supervised():

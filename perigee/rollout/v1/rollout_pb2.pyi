@@ -381,12 +381,17 @@ class ExtendTrajectoriesRequest(_message.Message):
     MAX_RESPONSE_TOKENS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     REPETITION_STOP_FIELD_NUMBER: _builtins.int
+    MAX_KV_STALENESS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     policy_version: _builtins.int
     token_budget: _builtins.int
     """Output tokens that a trajectory may add in this iteration, where it has no budget of its own."""
     max_response_tokens: _builtins.int
     """Response tokens that a trajectory may have in all, earlier segments included."""
+    max_kv_staleness: _builtins.int
+    """The next commits keep what the engine computed of prefixes until that is more than so many versions old; 0 keeps
+    nothing of other weights. It counts for the run until a call says something else.
+    """
     @_builtins.property
     def trajectories(self) -> _containers.RepeatedCompositeFieldContainer[Global___LeasedTrajectory]: ...
     @_builtins.property
@@ -403,10 +408,11 @@ class ExtendTrajectoriesRequest(_message.Message):
         max_response_tokens: _builtins.int = ...,
         sampling: Global___Sampling | None = ...,
         repetition_stop: Global___RepetitionStop | None = ...,
+        max_kv_staleness: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["repetition_stop", b"repetition_stop", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_response_tokens", b"max_response_tokens", "policy_version", b"policy_version", "repetition_stop", b"repetition_stop", "run_id", b"run_id", "sampling", b"sampling", "token_budget", b"token_budget", "trajectories", b"trajectories"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_kv_staleness", b"max_kv_staleness", "max_response_tokens", b"max_response_tokens", "policy_version", b"policy_version", "repetition_stop", b"repetition_stop", "run_id", b"run_id", "sampling", b"sampling", "token_budget", b"token_budget", "trajectories", b"trajectories"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -424,6 +430,7 @@ class SegmentEnd(_message.Message):
     NEW_TOKENS_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILLED_TOKENS_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     end_reason: _buffer_pb2.EndReason.ValueType
     tokens: _builtins.int
@@ -434,6 +441,8 @@ class SegmentEnd(_message.Message):
     """The text of the whole response, unless the trajectory is partial."""
     cached_tokens: _builtins.int
     """Prompt and earlier tokens served from the prefix cache."""
+    prefilled_tokens: _builtins.int
+    """Prompt and earlier tokens that the engine computed again, or for the first time."""
     def __init__(
         self,
         *,
@@ -443,10 +452,11 @@ class SegmentEnd(_message.Message):
         new_tokens: _builtins.int = ...,
         text: _builtins.str = ...,
         cached_tokens: _builtins.int = ...,
+        prefilled_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "end_reason", b"end_reason", "new_tokens", b"new_tokens", "text", b"text", "tokens", b"tokens", "trajectory_id", b"trajectory_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "end_reason", b"end_reason", "new_tokens", b"new_tokens", "prefilled_tokens", b"prefilled_tokens", "text", b"text", "tokens", b"tokens", "trajectory_id", b"trajectory_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
