@@ -20,6 +20,7 @@ from perigee.reward.items import find_parts, looks_at_images
 from perigee.reward.v1 import reward_pb2
 from services.kit.addresses import is_loopback
 from services.kit.hf import count_experts
+from services.kit.rope import RopeConfig
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CPU_KV_BYTES = 1 << 30
@@ -54,7 +55,7 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
         name: validate(config_class(name), recipe.values.get(name) or {}, recipe.path.name, name)
         for name in ("run", "rollout", "trainer", "buffer", "coordinator", "reward", "sandbox")
     }
-    model, parameters = check_model(configs["trainer"].model, "trainer.model")
+    model, parameters = check_model(configs["trainer"].model, "trainer.model", configs["trainer"].rope)
     if configs["rollout"].router_replay:
         require_experts(model.path, count_experts(model.text_config))
     inputs = read_inputs("", configs["run"], Path(), str(model.path), "", examples=None, keep_images=False)
@@ -80,15 +81,15 @@ def count_images(problems: Sequence[Any]) -> str:
     return f"; {len(sizes)} images of {sum(sizes.values()) / (1 << 20):,.1f} MiB" if sizes else ""
 
 
-def check_model(path: str, field: str) -> tuple[Any, int]:
-    """Returns the model folder and the number of its parameters.
+def check_model(path: str, field: str, rope: RopeConfig | None = None) -> tuple[Any, int]:
+    """Returns the model folder, with another rotary embedding where one is given, and the number of its parameters.
 
     Raises InvalidArgumentError naming `field` and the file that is missing, broken, or not supported.
     """
     from services.kit.hf import fetch_model, open_model_folder
     from services.trainer.architecture import read_architecture, text_prefix
 
-    model = open_model_folder(fetch_model(path, field), field)
+    model = open_model_folder(fetch_model(path, field, rope), field)
     read_architecture(model)
     model.open_tokenizer()
     if not Path(path).is_dir():  # the trainer alone fetches the weights of a URL

@@ -39,7 +39,8 @@ def find_checkpoint(run: RunFolder, version: int) -> Path:
     folder: Path = checkpoints.fetch(run.run_id, checkpoints.find(run.run_id, version))
     if folder != checkpoints.source:
         return folder
-    return Path(fetch_model(_trainer_config(run).model, "trainer.model", weights=True))
+    config = _trainer_config(run)
+    return Path(fetch_model(config.model, "trainer.model", config.rope, weights=True))
 
 
 def make_short_recipe(run: RunFolder, model: Path, changes: Mapping[str, Any]) -> dict[str, Any]:

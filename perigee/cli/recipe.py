@@ -21,6 +21,7 @@ from perigee.cli.trackers import TrackersConfig
 from perigee.config import Model, ModelT, key_paths, merge, parse_override, read_yaml, validate
 from perigee.errors import InvalidArgumentError
 from perigee.files import write_atomically
+from services.kit.rope import RopeConfig
 
 RECIPE_FILE = "recipe.yaml"
 # Begins the path of a source that is a suite of `perigee eval`.
@@ -40,7 +41,7 @@ RUN_FOLDER_VALUES: Mapping[str, Mapping[str, str]] = {
 }
 
 
-# What the top-level `model` is for, where a section names none.
+# What the top-level `model` and `rope` are for, where a section names none.
 MODEL_SECTIONS = ("run", "rollout", "trainer")
 # Keys of other trainers, each with the key here or a sentence.
 FOREIGN_KEYS: Mapping[str, str] = {
@@ -75,6 +76,8 @@ class RecipeHead(Model):
     """What the recipe is about, for readers and the report."""
     model: str | None = None
     """Hugging Face folder of the model, a path or a URL: `model` of run, rollout and trainer where these name none."""
+    rope: RopeConfig | None = None
+    """Rotary embedding in the place of the model's own: `rope` of run, rollout and trainer where these name none."""
     deployment: Literal["separate", "hybrid"] | None = None
     """Short for `run.deployment`, where it is kept."""
     prepare: str | None = None
@@ -156,11 +159,12 @@ def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -
         merge(values, parse_override(override))
         # After each, so that the last one holds, whichever of the two keys it names.
         move_deployment(values)
-    if values.get("model") is not None:
-        for section in MODEL_SECTIONS:
-            given = values.get(section) or {}
-            if isinstance(given, dict) and (given or section != "run"):
-                values[section] = {"model": values["model"], **given}
+    for key in ("model", "rope"):
+        if values.get(key) is not None:
+            for section in MODEL_SECTIONS:
+                given = values.get(section) or {}
+                if isinstance(given, dict) and (given or section != "run"):
+                    values[section] = {key: values[key], **given}
     for section, defaults in RUN_FOLDER_VALUES.items():
         # A trainer cannot do with these values alone: without a section of its own there is none.
         given = values.get(section, None if section == "trainer" else {})

@@ -19,6 +19,7 @@ from perigee.errors import InvalidArgumentError
 from perigee.images import ImageLimits
 from perigee.rollout.v1 import rollout_pb2
 from perigee.trainer.v1 import trainer_pb2
+from services.kit.rope import RopeConfig
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -164,6 +165,12 @@ class SftStage(Model):
     max_tokens_per_microbatch: int = Field(4096, ge=1)
     """Tokens of a forward and backward pass on each process; with `trainer.context_parallel` a micro-batch holds that
     many times as many. Only a sequence that is longer is passed as it is, in a micro-batch of its own."""
+    max_sequence_length: int | None = Field(None, ge=2)
+    """Longest prompt and response together, in tokens; the context by `rope` when unset. A longer example is refused
+    before the run."""
+    rope: RopeConfig | None = None
+    """Rotary embedding of this stage; what it leaves out is that of the recipe's `rope`, which the last stage, rollouts
+    and exports have. A stage of shorter examples may so come before the longest ones (k1.5 section 2.2)."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The stage's optimizer. A stage that names no learning rate takes 1e-5, within the 2e-5 to 1e-6 of the k1.5
     report's supervised stages (section 2.5.2), for dpo too, which wants a tenth of it or less: name it there."""
@@ -405,6 +412,9 @@ class RunConfig(Model):
     model: str | None = None
     """Hugging Face folder of the base model, a path or a URL, for its tokenizer and context length; the trainer is
     asked for them when it is unset or not on the coordinator's machine."""
+    rope: RopeConfig | None = None
+    """Rotary embedding in the place of that of `model`; the recipe's `rope` when unset. A trainer that is asked for the
+    files has changed them."""
     prompts: tuple[PromptSource, ...] = Field(min_length=1)
     """Training prompts: a path or URL of JSON Lines or other data, a source, or a list of sources that are mixed."""
     heldout: HeldoutConfig
@@ -480,6 +490,15 @@ class RunConfig(Model):
             return sources[0].path
         sections = value if isinstance(value, tuple) else (value,)
         return [section.model_dump(mode="json", exclude_defaults=True) for section in sections]
+
+    @model_validator(mode="after")
+    def _end_with_the_runs_rope(self) -> Self:
+        if self.sft and self.sft[-1].rope not in (None, self.rope):
+            raise ValueError(
+                "the last stage of sft has another rope than the run, and rollouts and exports have the run's: give it "
+                "none"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_chat(self) -> Self:

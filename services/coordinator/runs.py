@@ -31,12 +31,19 @@ from services.coordinator.context import Peers, RunContext, RunInputs
 from services.coordinator.directory import Directory
 from services.coordinator.prompts import make_image_reader, read_problems
 from services.coordinator.run import Run
-from services.coordinator.run_config import CHANGEABLE_KEYS, RunConfig, config_digest, parse_run_config, to_message
+from services.coordinator.run_config import (
+    CHANGEABLE_KEYS,
+    RunConfig,
+    SftStage,
+    config_digest,
+    parse_run_config,
+    to_message,
+)
 from services.coordinator.run_log import RunLog
 from services.coordinator.run_status import Cursor, RunStatus, stream_events
 from services.coordinator.workers import WorkerRegistry
 from services.kit.chat import encode_examples, open_encoder
-from services.kit.hf import fetch_model, open_model_folder, receive_model_files
+from services.kit.hf import ModelFolder, fetch_model, open_model_folder, receive_model_files
 from services.kit.storage import Mirror, is_url, join, receive_piece
 from services.kit.tasks import finish
 from services.kit.telemetry import get_logger
@@ -246,7 +253,7 @@ class Runs:
         It is the trainer's unless one is named that this machine has.
         """
         if config.model is not None and is_in_reach(config.model):
-            return await asyncio.to_thread(fetch_model, config.model, "run.model")
+            return await asyncio.to_thread(fetch_model, config.model, "run.model", config.rope)
         target = folder / "base_model"
         if not target.is_dir():
             await self._receive_model(target)
@@ -366,7 +373,7 @@ def read_inputs(
                 Path(stage.dataset),
                 f"run.sft.{number}.dataset",
                 encoder,
-                model.context_tokens,
+                stage_limit(stage, model, f"run.sft.{number}"),
                 examples,
                 stage.algorithm.name,
                 make_image_reader(stage.dataset, config.images),
@@ -383,6 +390,17 @@ def read_inputs(
                 run_path.rmdir()
         raise
     return RunInputs(run_id, run_path, export_path, config, encoder.tokenizer, prompts, heldout, images)
+
+
+def stage_limit(stage: SftStage, model: ModelFolder, field: str) -> int:
+    """Returns the tokens that an example of a supervised stage may have; raises InvalidArgumentError for too many."""
+    context = (model if stage.rope is None else model.with_rope(stage.rope, f"{field}.rope")).context_tokens
+    limit = stage.max_sequence_length or context
+    if limit > context:
+        raise InvalidArgumentError.for_field(
+            f"{field}.max_sequence_length", f"{limit} is more than the {context} positions of the stage's model"
+        )
+    return limit
 
 
 def read_run_file(path: Path) -> RunFile | None:

@@ -5,18 +5,20 @@ The tokenizer library is imported when a tokenizer is opened.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from perigee.errors import InvalidArgumentError
-from perigee.files import staging_folder
+from perigee.files import staging_folder, write_atomically
 from perigee.trainer.client import PIECE_BYTES
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.kit.storage import local_folder
+from services.kit.rope import Rope, RopeConfig, change_rope, read_rope
+from services.kit.storage import cache_folder, local_folder, only_process
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -69,6 +71,14 @@ class ModelFolder:
         return self.positive_integer("max_position_embeddings")
 
     @property
+    def rope(self) -> Rope:
+        """Rotary embedding; raises InvalidArgumentError for one that trainer and engine would not read alike."""
+        try:
+            return read_rope(self.text_config)
+        except ValueError as error:
+            raise self.error(CONFIG_FILE, str(error)) from error
+
+    @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding."""
         return self.positive_integer("vocab_size")
@@ -112,6 +122,14 @@ class ModelFolder:
             raise self.error(CONFIG_FILE, f"has no {key}")
         return value
 
+    def with_rope(self, rope: RopeConfig, field: str) -> ModelFolder:
+        """Returns the same with another rotary embedding; raises InvalidArgumentError naming `field` for a bad one."""
+        _ = self.rope
+        try:
+            return replace(self, config=change_rope(self.config, rope))
+        except ValueError as error:
+            raise InvalidArgumentError.for_field(field, f"is wrong for {self.path}, which then {error}") from error
+
     def open_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer; raises InvalidArgumentError when there is none or it cannot be read."""
         return open_tokenizer(self.path, self.field)
@@ -130,16 +148,34 @@ class ModelFolder:
         return InvalidArgumentError.for_field(self.field, f"{self.path / file} {description}")
 
 
-def fetch_model(name: str, field: str, *, weights: bool = False) -> str:
+def fetch_model(name: str, field: str, rope: RopeConfig | None = None, *, weights: bool = False) -> str:
     """Returns the folder of a model that is named by a path or a URL; of a URL a copy, without weights unless asked.
 
-    Raises what `storage.local_folder` raises.
+    With another rotary embedding it is a folder in the cache, of a config.json that says so and links to the other
+    files. Raises what `storage.local_folder` and `ModelFolder.with_rope` raise.
     """
 
     def is_wanted(file: str) -> bool:
         return file in (CONFIG_FILE, *COMPANION_FILES) or (weights and file.endswith(WEIGHTS_SUFFIXES))
 
-    return str(local_folder(name, field, is_wanted))
+    folder = local_folder(name, field, is_wanted)
+    return str(folder if rope is None else _change_folder(folder, field, rope))
+
+
+def _change_folder(folder: Path, field: str, rope: RopeConfig) -> Path:
+    """Returns a folder of the same model with another rotary embedding."""
+    model = open_model_folder(folder, field).with_rope(rope, f"{field.rpartition('.')[0]}.rope".lstrip("."))
+    content = f"{json.dumps(model.config, indent=2)}\n".encode()
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != CONFIG_FILE)
+    digest = hashlib.sha256(repr([str(folder.resolve()), names, content]).encode()).hexdigest()[:16]
+    changed = cache_folder() / f"{folder.resolve().name}-rope-{digest}"
+    with only_process(changed):
+        if not changed.is_dir():
+            with staging_folder(changed) as staging:
+                for name in names:
+                    (staging / name).symlink_to((folder / name).resolve())
+                write_atomically(staging / CONFIG_FILE, content)
+    return changed
 
 
 def read_model_files(folder: Path) -> Iterator[pb.ReadModelFilesResponse]:

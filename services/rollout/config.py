@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from services.kit.config import Audience, HttpConfig, Model, ServiceConfig
+from services.kit.rope import RopeConfig
 from services.weights.config import WeightsConfig
 
 
@@ -74,6 +75,9 @@ class RolloutConfig(ServiceConfig):
     model: str | None = None
     """Folder with config.json and tokenizer.json of the policy, a path or a URL; its weights are pushed later, not read
     from here. The trainer is asked for these files when unset."""
+    rope: RopeConfig | None = None
+    """Rotary embedding in the place of that of `model`; the recipe's `rope` when unset. A trainer that is asked for the
+    files has changed them."""
     trainer_address: str = "127.0.0.1:50054"
     """host:port of the trainer, which has the model's files."""
     worker_id: str | None = None

@@ -177,7 +177,7 @@ async def find_model(app: App[RolloutConfig]) -> str:
     """
     config = app.config
     if config.model is not None:
-        return await asyncio.to_thread(fetch_model, config.model, "rollout.model")
+        return await asyncio.to_thread(fetch_model, config.model, "rollout.model", config.rope)
     target = cache_folder() / f"model-of-{app.address}"
     trainer = app.connect(TrainerClient, config.trainer_address)
     deadline = time.monotonic() + MODEL_WAIT_S

@@ -36,7 +36,8 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
     try:
         # Before ranks are started, which find the copy of a URL; a rank that was started by others makes its own.
-        config = config.model_copy(update={"model": fetch_model(config.model, "trainer.model", weights=True)})
+        model = fetch_model(config.model, "trainer.model", config.rope, weights=True)
+        config = config.model_copy(update={"model": model})
         if "RANK" not in os.environ:
             from services.trainer.hf import read_model_shape
 

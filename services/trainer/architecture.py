@@ -18,7 +18,6 @@ ARCHITECTURES = {
 }
 # What the names of the language model's tensors begin with, of the architectures that take images.
 TEXT_PREFIXES = {IDEFICS3: "model.text_model.", QWEN2_VL: "model.", QWEN2_5_VL: "model."}
-ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def read_architecture(folder: ModelFolder) -> str:
@@ -44,7 +43,7 @@ def read_architecture(folder: ModelFolder) -> str:
             "has tie_word_embeddings, and its text_config has not: transformers goes by the one and engines by the "
             "other, so set both",
         )
-    read_rope(folder)
+    _ = folder.rope
     return kind
 
 
@@ -56,17 +55,3 @@ def takes_images(folder: ModelFolder) -> bool:
 def text_prefix(folder: ModelFolder) -> str:
     """Returns what the names of the language model's tensors begin with."""
     return TEXT_PREFIXES.get(folder.config["architectures"][0], "model.")
-
-
-def read_rope(folder: ModelFolder) -> tuple[str, dict[str, Any]]:
-    """Returns the type of the rotary embedding and its settings; raises InvalidArgumentError for another type."""
-    # transformers 5 writes rope_parameters, transformers 4 rope_theta and rope_scaling.
-    config = folder.text_config
-    rope = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "mrope" and "mrope_section" in rope:
-        # What transformers 4 calls the plain embedding of positions on three axes.
-        kind = "default"
-    if kind not in ROPE_TYPES:
-        raise folder.error(CONFIG_FILE, f"has rope type {kind}, which is not one of {', '.join(ROPE_TYPES)}")
-    return kind, rope

@@ -18,6 +18,7 @@ import torch
 from perigee.errors import DataLossError, InvalidArgumentError, NotFoundError, PerigeeError
 from perigee.files import remove_stale_staging, write_atomically
 from services.kit import storage
+from services.kit.rope import RopeConfig
 from services.trainer.config import TrainerConfig
 from services.trainer.hf import write_folder
 
@@ -74,15 +75,21 @@ class Checkpoints:
             remove_stale_staging(run_folder)
 
     def write(
-        self, run_id: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]], pinned: bool = False
+        self,
+        run_id: str,
+        version: int,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        pinned: bool = False,
+        rope: RopeConfig | None = None,
     ) -> int:
         """Writes a version on this machine and removes the run's oldest beyond `keep`; returns its bytes.
 
+        Its config.json says `rope` where the version was trained with another rotary embedding than that of `source`.
         Raises ResourceExhaustedError naming the folder when the disk refuses.
         """
         meta = {META_FILE: {"run_id": run_id, "policy_version": version, "id": uuid.uuid4().hex, "pinned": pinned}}
         target = str(self.path_of(run_id, version))
-        size = write_folder(target, self.source, tensors, meta, self.max_shard_bytes)
+        size = write_folder(target, self.source, tensors, meta, self.max_shard_bytes, rope)
         for old in self._local_versions(run_id)[: -self.keep]:
             if old != version and not (self._local_meta(run_id, old) or {}).get("pinned"):
                 shutil.rmtree(self.path_of(run_id, old))

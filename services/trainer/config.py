@@ -7,6 +7,7 @@ from typing import ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from services.kit.config import HttpConfig, ServiceConfig
+from services.kit.rope import RopeConfig
 from services.weights.config import WeightsConfig
 
 
@@ -18,6 +19,9 @@ class TrainerConfig(ServiceConfig):
     model: str
     """Hugging Face folder of the base model, policy version 0: config.json, tokenizer.json, safetensors weights. A
     path, or a URL: s3://bucket/folder, hf://owner/model."""
+    rope: RopeConfig | None = None
+    """Rotary embedding in the place of the model's own, in training, checkpoints and exports; the recipe's `rope` when
+    unset."""
     run_path: str
     """Folder for checkpoints; those of a run go to `checkpoints/<run id>` in it. A path, or a URL such as
     s3://bucket/folder: they are then written to this machine first."""

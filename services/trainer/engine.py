@@ -8,8 +8,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ from services.kit.vision import VisionModel, open_vision
 from services.trainer.checkpoints import Checkpoints, identify
 from services.trainer.config import TrainerConfig
 from services.trainer.data import Trajectory, read_trajectories
-from services.trainer.fine_tuning import Example, fine_tune
+from services.trainer.fine_tuning import Example, fine_tune, stage_rope
 from services.trainer.hf import DTYPES, read_model_shape
 from services.trainer.job import JobContext
 from services.trainer.machines import MachineWatch, check_hosts, connect_machines, reached_host
@@ -125,7 +125,7 @@ class Engine:
             processes = int(os.environ.get("LOCAL_WORLD_SIZE", config.world))
             torch.set_num_threads(config.threads or max(1, len(os.sched_getaffinity(0)) // processes))
             stack.enter_context(megatron_on_cpu())
-            folder = Path(config.model)
+            self._folder = folder = Path(config.model)
             self.shape = read_model_shape(folder)
             self.max_tokens = config.max_sequence_length or self.shape.max_positions
             if self.max_tokens > self.shape.max_positions:
@@ -221,7 +221,8 @@ class Engine:
         self._onload()
         if isinstance(command, FineTuneCommand):
             tuning = self._bound(command.request)
-            return self._or_restore(lambda: fine_tune(policy, context, tuning, command.counts, examples))
+            with self._rope_of(command.request):
+                return self._or_restore(lambda: fine_tune(policy, context, tuning, command.counts, examples))
         if isinstance(command, pb.TrainRequest):
             seed = self._seed + command.iteration
             training = self._bound(command)
@@ -361,6 +362,17 @@ class Engine:
         asked = settings.max_tokens_per_microbatch * self.dims.context
         settings.max_tokens_per_microbatch = min(asked, self._max_tokens)
         return bounded
+
+    @contextmanager
+    def _rope_of(self, request: pb.FineTuneRequest) -> Iterator[None]:
+        """Gives the policy the rotary embedding of a supervised stage for as long as the block lasts."""
+        rope = stage_rope(request)
+        if rope is not None:
+            self.policy.set_rope(read_model_shape(self._folder, rope))
+        try:
+            yield
+        finally:
+            self.policy.set_rope(self.shape)
 
     def _load(self, find_folder: Callable[[], Path]) -> None:
         """Loads on every rank or raises on every rank: each reads its own tensors, and one may be damaged."""

@@ -14,10 +14,13 @@ from functools import partial
 
 import numpy as np
 import torch
+from google.protobuf import json_format
 
 from perigee.chat import RESPONSE_KEYS
+from perigee.config import validate
 from perigee.errors import FieldViolation, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from services.kit.rope import RopeConfig
 from services.trainer.algorithms import make_supervised
 from services.trainer.algorithms.base import ExampleBatch, SupervisedAlgorithm
 from services.trainer.job import SLICE, JobContext, find_optimizer_violations
@@ -48,6 +51,13 @@ def check_supervised(
     if violations:
         raise InvalidArgumentError.for_fields(violations)
     return made
+
+
+def stage_rope(request: pb.FineTuneRequest) -> RopeConfig | None:
+    """Returns the rotary embedding of a stage, None where it is the model's; raises InvalidArgumentError."""
+    if not request.HasField("rope"):
+        return None
+    return validate(RopeConfig, json_format.MessageToDict(request.rope), "request", "rope")
 
 
 def count_tokens(examples: Sequence[Example]) -> list[tuple[int, int]]:

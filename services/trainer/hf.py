@@ -27,7 +27,8 @@ from services.kit.hf import (
     ModelFolder,
     open_model_folder,
 )
-from services.trainer.architecture import read_architecture, read_rope, takes_images, text_prefix
+from services.kit.rope import Rope, RopeConfig
+from services.trainer.architecture import read_architecture, takes_images, text_prefix
 from services.weights.safetensors import cut_into_shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -66,6 +67,8 @@ class ModelShape:
     experts_per_token: int
     norm_topk_prob: bool
     inverse_frequencies_D: torch.Tensor
+    attention_factor: float
+    """Factor of queries and of keys, by which YaRN sharpens attention; else 1."""
     axes_D: torch.Tensor | None
     """Axis of the positions (time, height, width) that each frequency turns by; None where positions count tokens."""
     prefix: str
@@ -74,12 +77,14 @@ class ModelShape:
     """None of a model that takes text alone."""
 
 
-def read_model_shape(path: Path) -> ModelShape:
-    """Returns the shape of the model in a folder.
+def read_model_shape(path: Path, rope: RopeConfig | None = None) -> ModelShape:
+    """Returns the shape of the model in a folder, with another rotary embedding where one is given.
 
     Raises InvalidArgumentError naming the file when the folder is no model or one that is not supported.
     """
     folder = open_model_folder(path, "trainer.model")
+    if rope is not None:
+        folder = folder.with_rope(rope, "rope")
     config = folder.text_config
     kind = read_architecture(folder)
     heads = folder.positive_integer("num_attention_heads")
@@ -105,7 +110,8 @@ def read_model_shape(path: Path) -> ModelShape:
         experts=folder.positive_integer(count) if is_moe else 0,
         experts_per_token=folder.positive_integer("num_experts_per_tok") if is_moe else 0,
         norm_topk_prob=bool(config.get("norm_topk_prob", False)),
-        inverse_frequencies_D=_inverse_frequencies(folder, head_width),
+        inverse_frequencies_D=inverse_frequencies(folder.rope, head_width),
+        attention_factor=attention_factor(folder.rope),
         axes_D=_rotary_axes(folder, head_width),
         prefix=text_prefix(folder),
         tower=_read_tower(folder),
@@ -125,7 +131,7 @@ def _read_tower(folder: ModelFolder) -> TowerShape | None:
 
 def _rotary_axes(folder: ModelFolder, head_width: int) -> torch.Tensor | None:
     """Returns the axis of each frequency, [head_width / 2]; None where all positions are on one."""
-    sections = read_rope(folder)[1].get("mrope_section")
+    sections = folder.rope.settings.get("mrope_section")
     if sections is None:
         return None
     if len(sections) != 3 or sum(sections) != head_width // 2:
@@ -133,22 +139,53 @@ def _rotary_axes(folder: ModelFolder, head_width: int) -> torch.Tensor | None:
     return torch.repeat_interleave(torch.arange(3), torch.tensor(sections))
 
 
-def _inverse_frequencies(folder: ModelFolder, head_width: int) -> torch.Tensor:
-    """Returns the rotary embedding's frequencies, [head_width / 2]."""
-    config = folder.text_config
-    kind, rope = read_rope(folder)
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
+def inverse_frequencies(rope: Rope, head_width: int) -> torch.Tensor:
+    """Returns the rotary embedding's frequencies, [head_width / 2], in radians per position."""
     exponents_D = torch.arange(0, head_width, 2, dtype=torch.int64).float() / head_width
-    frequencies_D = 1.0 / theta**exponents_D
-    if kind == "default":
+    frequencies_D = 1.0 / rope.theta**exponents_D
+    if rope.type == "default":
         return frequencies_D
-    if kind == "linear":
-        return frequencies_D / float(rope["factor"])
-    context = float(rope["original_max_position_embeddings"])
-    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    settings, factor = rope.settings, float(rope.settings["factor"])
+    if rope.type == "linear":
+        return frequencies_D / factor
+    context = float(settings["original_max_position_embeddings"])
+    if rope.type == "yarn":
+        kept_D = 1 - _yarn_ramp(rope, head_width)
+        return frequencies_D / factor * (1 - kept_D) + frequencies_D * kept_D
+    low, high = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
     wavelengths_D = 2 * math.pi / frequencies_D
     smooth_D = ((context / wavelengths_D - low) / (high - low)).clamp(0.0, 1.0)
-    return (1 - smooth_D) * frequencies_D / float(rope["factor"]) + smooth_D * frequencies_D
+    return (1 - smooth_D) * frequencies_D / factor + smooth_D * frequencies_D
+
+
+def _yarn_ramp(rope: Rope, head_width: int) -> torch.Tensor:
+    """Returns how far each frequency is divided, 0 to 1 (arXiv 2309.00071, section 3.2), [head_width / 2]."""
+    settings = rope.settings
+    context = settings["original_max_position_embeddings"]
+    low, high = (
+        head_width * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+        for turns in (settings.get("beta_fast") or 32, settings.get("beta_slow") or 1)
+    )
+    if settings.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_width - 1)
+    if low == high:
+        high += 0.001
+    return ((torch.arange(head_width // 2).float() - low) / (high - low)).clamp(0.0, 1.0)
+
+
+def attention_factor(rope: Rope) -> float:
+    """Returns the factor of queries and of keys: YaRN's, as transformers and vLLM compute it, else 1."""
+    if rope.type != "yarn":
+        return 1.0
+    settings = rope.settings
+    if (given := settings.get("attention_factor")) is not None:
+        return float(given)
+    upper, lower = settings.get("mscale"), settings.get("mscale_all_dim")
+    if not (upper and lower):
+        upper, lower = 1.0, 0.0
+    growth = 0.1 * math.log(max(settings["factor"], 1.0))
+    return float((upper * growth + 1) / (lower * growth + 1))
 
 
 class TensorReader:
@@ -185,10 +222,12 @@ def write_folder(
     tensors: Iterable[tuple[str, torch.Tensor]],
     extra: Mapping[str, Mapping[str, Any]],
     max_shard_bytes: int,
+    rope: RopeConfig | None = None,
 ) -> int:
     """Writes the tensors with the configuration and tokenizer of `source` as folder or URL `target`; returns its bytes.
 
-    The folder appears whole or not at all; one that was there is replaced. `extra` holds further JSON files by name.
+    The folder appears whole or not at all; one that was there is replaced. `extra` holds further JSON files by name,
+    and `rope` is a rotary embedding in the place of that of `source`.
     The iterable is always run to its end, as other ranks take part in it. Raises ResourceExhaustedError naming the
     folder when the disk refuses, and then leaves nothing behind.
     """
@@ -196,7 +235,9 @@ def write_folder(
     try:
         with storage.writing_folder(target, "path", CONFIG_FILE) as staging:
             dtype = _write_shards(staging, remaining, max_shard_bytes)
-            config = open_model_folder(source, "trainer.model").config | {"dtype": dtype, "torch_dtype": dtype}
+            model = open_model_folder(source, "trainer.model")
+            model = model if rope is None else model.with_rope(rope, "rope")
+            config = model.config | {"dtype": dtype, "torch_dtype": dtype}
             for name, content in {CONFIG_FILE: config, **extra}.items():
                 _write_json(staging / name, content)
             for name in COMPANION_FILES:

@@ -42,7 +42,7 @@ from services.trainer.engine import (
     Sink,
     StopCommand,
 )
-from services.trainer.fine_tuning import Example, check_fine_tuning, count_tokens
+from services.trainer.fine_tuning import Example, check_fine_tuning, count_tokens, stage_rope
 from services.trainer.hf import write_folder
 from services.trainer.training import check_training
 from services.weights.lend import LentImage, WeightSource
@@ -138,13 +138,15 @@ class Trainer:
             yield self.loaded.result
             return
         self._check_new_version(request.run_id, request.new_version)
+        model, rope = open_model_folder(self.config.model, "trainer.model"), stage_rope(request)
+        model = model if rope is None else model.with_rope(rope, "rope")
         with self._claim():
             examples = await asyncio.to_thread(
                 read_examples,
                 request.dataset_path,
-                open_model_folder(self.config.model, "trainer.model"),
+                model,
                 request.chat,
-                self.engine.max_tokens,
+                min(request.max_sequence_length or model.context_tokens, model.context_tokens, self.engine.max_tokens),
                 request.algorithm.name or "sft",
             )
             log.info("fine-tuning", run_id=request.run_id, examples=len(examples), steps=request.steps)
@@ -202,7 +204,9 @@ class Trainer:
         self, run_id: str, version: int, tensors: Iterable[tuple[str, torch.Tensor]], pinned: bool
     ) -> int:
         """Writes the loaded version here, where a failed job then finds the weights; called in the engine's thread."""
-        size = self.checkpoints.write(run_id, version, tensors, pinned)
+        request = self.loaded.request
+        rope = stage_rope(request) if isinstance(request, pb.FineTuneRequest) else None
+        size = self.checkpoints.write(run_id, version, tensors, pinned, rope)
         self.engine.saved = self.checkpoints.path_of(run_id, version)
         return size
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from perigee.errors import (
     DataLossError,
@@ -41,7 +40,7 @@ def change_config(source: Path, target: Path, **fields: Any) -> Path:
         ({"architectures": ["GPT2LMHeadModel"]}, "has architecture GPT2LMHeadModel, which is not one of"),
         ({"hidden_act": "gelu"}, "has hidden_act gelu, of which only silu is supported"),
         ({"use_sliding_window": True}, "has use_sliding_window True, of which only False"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "has rope type yarn, which is not one of"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "has rope type dynamic, which is not one of"),
     ],
 )
 def test_an_unsupported_model_is_refused_by_field(
@@ -51,25 +50,6 @@ def test_an_unsupported_model_is_refused_by_field(
     with pytest.raises(InvalidArgumentError, match=message) as caught:
         read_model_shape(folder)
     assert str(folder / "config.json") in caught.value.message
-
-
-def test_the_llama_3_rope_is_transformers_own(trainer_model: Path, tmp_path: Path) -> None:
-    from transformers import LlamaConfig
-
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
-    folder = change_config(
-        trainer_model, tmp_path / "model", architectures=["LlamaForCausalLM"], rope_parameters=rope, head_dim=16
-    )
-    config = LlamaConfig(hidden_size=64, num_attention_heads=4, head_dim=16, rope_parameters=rope)
-    expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    assert torch.allclose(read_model_shape(folder).inverse_frequencies_D, expected, rtol=1e-6, atol=0)
 
 
 def test_shards_are_bounded_and_read_back(trainer_model: Path, tmp_path: Path) -> None:

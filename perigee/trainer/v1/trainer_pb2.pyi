@@ -237,6 +237,8 @@ class FineTuneRequest(_message.Message):
     NEW_VERSION_FIELD_NUMBER: _builtins.int
     CHAT_FIELD_NUMBER: _builtins.int
     ALGORITHM_FIELD_NUMBER: _builtins.int
+    ROPE_FIELD_NUMBER: _builtins.int
+    MAX_SEQUENCE_LENGTH_FIELD_NUMBER: _builtins.int
     run_id: _builtins.str
     dataset_path: _builtins.str
     """JSON Lines with "prompt" or "messages", and "response" (dpo: "chosen" and "rejected"): a path that PutFile
@@ -250,6 +252,8 @@ class FineTuneRequest(_message.Message):
     seed: _builtins.int
     new_version: _builtins.int
     """The version number of the result."""
+    max_sequence_length: _builtins.int
+    """Longest prompt and response together, in tokens; 0 leaves it to the model and to the trainer's configuration."""
     @_builtins.property
     def optimizer(self) -> Global___Optimizer: ...
     @_builtins.property
@@ -259,6 +263,10 @@ class FineTuneRequest(_message.Message):
     @_builtins.property
     def algorithm(self) -> Global___Algorithm:
         """What is learned from the examples; sft when its name is empty."""
+
+    @_builtins.property
+    def rope(self) -> _struct_pb2.Struct:
+        """Rotary embedding of this stage, in the keys of a recipe's `rope`; what it leaves out is that of the model."""
 
     def __init__(
         self,
@@ -273,10 +281,12 @@ class FineTuneRequest(_message.Message):
         new_version: _builtins.int = ...,
         chat: Global___ChatSettings | None = ...,
         algorithm: Global___Algorithm | None = ...,
+        rope: _struct_pb2.Struct | None = ...,
+        max_sequence_length: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "chat", b"chat", "optimizer", b"optimizer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "chat", b"chat", "optimizer", b"optimizer", "rope", b"rope"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "batch_size", b"batch_size", "chat", b"chat", "dataset_path", b"dataset_path", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "new_version", b"new_version", "optimizer", b"optimizer", "run_id", b"run_id", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "batch_size", b"batch_size", "chat", b"chat", "dataset_path", b"dataset_path", "max_sequence_length", b"max_sequence_length", "max_tokens_per_microbatch", b"max_tokens_per_microbatch", "new_version", b"new_version", "optimizer", b"optimizer", "rope", b"rope", "run_id", b"run_id", "seed", b"seed", "steps", b"steps"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -80,6 +80,7 @@ class Policy:
         self.dims = dims
         self.model = build_model(shape, dims, dtype, max_sequence_length, recompute, vision)
         self.core = core_of(self.model)
+        self.set_rope(shape)
         self.optimizer = build_optimizer(self.model, bf16=dtype is torch.bfloat16)
         self._run_schedule = get_forward_backward_func()
         self._router_aux_loss_coef = router_aux_loss_coef
@@ -88,6 +89,12 @@ class Policy:
         # The ranks that share the tokens of a micro-batch outside of attention.
         self._token_group = parallel_state.get_tensor_and_context_parallel_group()
         self._routers = control_routers(self.core, self._token_group) if shape.experts else []
+
+    def set_rope(self, shape: ModelShape) -> None:
+        """Takes the rotary embedding of a shape, which is else the policy's own."""
+        self.core.rotary_pos_emb.inverse_frequencies_D = shape.inverse_frequencies_D
+        for layer in self.core.decoder.layers:
+            layer.self_attention.core_attention.scale = softmax_scale(shape)
 
     def load(self, folder: Path) -> None:
         """Loads the weights of a Hugging Face folder."""
@@ -261,6 +268,14 @@ class Policy:
             forward_only=forward_only,
         )
         return reports
+
+
+def softmax_scale(shape: ModelShape) -> float | None:
+    """Returns the factor of the products of queries and keys; None for the kernels' own, 1 / sqrt(head width).
+
+    YaRN has a factor of queries and of keys; here it acts once on their products, which are in float32.
+    """
+    return None if shape.attention_factor == 1.0 else shape.attention_factor**2 / math.sqrt(shape.head_width)
 
 
 def trained_parameters(core: GPTModel) -> Iterator[torch.nn.Parameter]:
