@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from perigee.buffer.client import BufferClient
 from perigee.errors import DataLossError, FailedPreconditionError, InvalidArgumentError, NotFoundError
 from perigee.trainer.v1 import trainer_pb2 as pb
+from services.kit.hf import open_model_folder
 from tests.fixtures.curl import call, control_calls
 from tests.fixtures.trainer import (
     EOS,
@@ -72,6 +76,50 @@ async def test_fine_tuning_lowers_the_loss_and_repeats_its_answer(trainer: Train
     second = [response async for response in trainer.client.fine_tune(longer, timeout_s=60)]
     assert second[-1].loss < first[-1].loss < 4.0
     assert (await trainer.client.get_state(pb.GetStateRequest())).policy_version == 2
+
+
+async def test_a_stage_has_a_rope_and_a_length_of_its_own(
+    trainer: TrainerAt, trainer_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    await reload_base(trainer)
+    yarn = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 16.0}
+    dataset = tmp_path / "two.jsonl"
+    lines = [{"prompt": "1+2=", "response": "3" * 90}, {"prompt": "7", "response": "#4"}]
+    dataset.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    request = fine_tune_request(dataset, steps=1, batch_size=2, max_tokens_per_microbatch=256)
+    plain = [response.loss async for response in trainer.client.fine_tune(request, timeout_s=60)]
+    await reload_base(trainer)
+    request.rope.update({"theta": 5e4, "scaling": yarn})
+    [changed] = [response.loss async for response in trainer.client.fine_tune(request, timeout_s=60)]
+    saved = await trainer.client.save_checkpoint(pb.SaveCheckpointRequest(run_id=RUN, policy_version=1))
+    # The checkpoint says what it was trained with, and by that the base model has the stage's loss in transformers.
+    config = json.loads((Path(saved.path) / "config.json").read_text())
+    assert config["rope_parameters"]["rope_type"] == "yarn"
+    folder = tmp_path / "model"
+    shutil.copytree(trainer_model, folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = open_model_folder(folder, "model").open_tokenizer()
+    losses = []
+    for line in lines:
+        ids = torch.tensor([[*tokenizer.encode(line["prompt"] + line["response"]).ids, EOS]])
+        with torch.no_grad():
+            logprobs_TV = torch.log_softmax(model(ids).logits[0, :-1], -1)
+        losses += (-logprobs_TV.gather(1, ids[0, 1:, None])[len(line["prompt"]) - 1 :, 0]).tolist()
+    assert changed == pytest.approx(np.mean(losses), rel=1e-5)
+    assert plain != pytest.approx([changed], rel=1e-3)
+    # The next stage has the model's own again.
+    await reload_base(trainer)
+    request.ClearField("rope")
+    assert [response.loss async for response in trainer.client.fine_tune(request, timeout_s=60)] == plain
+    request.new_version, request.max_sequence_length = 2, 94
+    with pytest.raises(InvalidArgumentError, match="95 tokens are more than the context of 94"):
+        [_ async for _ in trainer.client.fine_tune(request, timeout_s=60)]
+    request.rope.update({"scaling": {"type": "yarn"}})
+    with pytest.raises(InvalidArgumentError, match=r"rope\.scaling: factor is required"):
+        [_ async for _ in trainer.client.fine_tune(request, timeout_s=60)]
 
 
 async def test_an_update_on_no_token_has_no_loss(trainer: TrainerAt, buffer_client: BufferClient) -> None:

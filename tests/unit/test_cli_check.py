@@ -128,11 +128,35 @@ def test_prompts_with_images_are_counted_and_compared_with_every_limit(folder: P
         ("rollout: {max_model_len: 44}", "rollout.max_model_len: 44 is less than the 45 tokens of prompt b and a res"),
         ("trainer: {max_sequence_length: 300}", "trainer.max_sequence_length: 300 is more than the model's 256"),
         ("rollout: {router_replay: true}", "rollout.router_replay: model is no mixture of experts"),
+        ("rope: {scaling: {type: llama3}}", "rope.scaling: factor is required with type llama3"),
+        ("rope: {max_position_embeddings: 44}", "prompt b: has 5 tokens, which with a response of 40 pass the model's"),
     ],
 )
 def test_a_key_that_does_not_fit_the_model_is_named(folder: Path, section: str, message: str) -> None:
     (folder / "recipe.yaml").write_text(RECIPE + section)
     assert message in message_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("max_sequence_length: 3", "sft.jsonl:1: 4 tokens are more than the context of 3"),
+        ("max_sequence_length: 257", "run.sft.0.max_sequence_length: 257 is more than the 256 positions of the stage"),
+        ("rope: {max_position_embeddings: 2}", "sft.jsonl:1: 4 tokens are more than the context of 2"),
+        ("rope: {scaling: {type: linear}}", "run.sft.0.rope.scaling: factor is required with type linear"),
+    ],
+)
+def test_a_length_that_does_not_fit_a_supervised_stage_is_named(folder: Path, stage: str, message: str) -> None:
+    write_lines(folder / "sft.jsonl", [{"prompt": "1+", "response": "2"}])
+    stages = f"sft: [{{dataset: sft.jsonl, steps: 1, {stage}}}, {{dataset: sft.jsonl, steps: 1}}]"
+    (folder / "recipe.yaml").write_text(RECIPE.replace("iterations: 2", f"iterations: 2, {stages}"))
+    assert message in message_of(folder)
+
+
+def test_the_last_supervised_stage_has_the_rope_of_rollouts(folder: Path) -> None:
+    stages = "sft: [{dataset: sft.jsonl, steps: 1, rope: {theta: 5}}]"
+    (folder / "recipe.yaml").write_text(RECIPE.replace("iterations: 2", f"iterations: 2, {stages}"))
+    assert "the last stage of sft has another rope than the run" in message_of(folder)
 
 
 def test_a_chat_template_that_fails_is_named(folder: Path) -> None:
