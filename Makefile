@@ -42,8 +42,9 @@ test-deploy: setup ## Build the images with podman and test them, the compose st
 test-languages: setup ## Test every language of the sandbox that is installed; as root, some minutes
 	PERIGEE_TEST_LANGUAGES=1 $(BIN)/python -m pytest tests/integration/test_sandbox_languages.py
 
-test-long: setup ## Kill `perigee long2short` in each of its steps, and start a second engine: some minutes
-	PERIGEE_TEST_LONG=1 $(BIN)/python -m pytest tests/e2e/test_long2short_kills.py tests/integration/test_rollout_vision.py
+test-long: setup ## Kill `perigee long2short` in each of its steps, and start further engines: some minutes
+	PERIGEE_TEST_LONG=1 $(BIN)/python -m pytest tests/e2e/test_long2short_kills.py tests/integration/test_rollout_vision.py \
+		tests/integration/test_long_context.py
 
 gpu-check: ## Check on a machine with a GPU what no other can show, with VENV=FOLDER of CUDA's builds: five minutes
 	@VENV=$(VENV) tools/gpu-check.sh

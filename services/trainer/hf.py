@@ -142,7 +142,8 @@ def _rotary_axes(folder: ModelFolder, head_width: int) -> torch.Tensor | None:
 def inverse_frequencies(rope: Rope, head_width: int) -> torch.Tensor:
     """Returns the rotary embedding's frequencies, [head_width / 2], in radians per position."""
     exponents_D = torch.arange(0, head_width, 2, dtype=torch.int64).float() / head_width
-    frequencies_D = 1.0 / rope.theta**exponents_D
+    steps_D = rope.theta**exponents_D
+    frequencies_D = 1.0 / steps_D
     if rope.type == "default":
         return frequencies_D
     settings, factor = rope.settings, float(rope.settings["factor"])
@@ -151,7 +152,8 @@ def inverse_frequencies(rope: Rope, head_width: int) -> torch.Tensor:
     context = float(settings["original_max_position_embeddings"])
     if rope.type == "yarn":
         kept_D = 1 - _yarn_ramp(rope, head_width)
-        return frequencies_D / factor * (1 - kept_D) + frequencies_D * kept_D
+        # In the order of transformers: what a division rounds otherwise grows with the position.
+        return 1.0 / (factor * steps_D) * (1 - kept_D) + frequencies_D * kept_D
     low, high = float(settings["low_freq_factor"]), float(settings["high_freq_factor"])
     wavelengths_D = 2 * math.pi / frequencies_D
     smooth_D = ((context / wavelengths_D - low) / (high - low)).clamp(0.0, 1.0)
