@@ -197,7 +197,7 @@ def check_verifiers(items: Sequence[Message], reward: Any, sandbox: Any) -> None
                 raise InvalidArgumentError.for_field("run.prompts: language", catalog.explain(language))
 
 
-def count_activations(config: Mapping[str, Any], recompute: bool) -> int:
+def count_activations(config: Mapping[str, Any], recompute: bool, recompute_layers: int | None = None) -> int:
     """Returns the numbers that a token's backward pass needs, by what the trainer measures at its start.
 
     Within an eighth of that in float32 on six shapes of hidden 128 to 1,024, and on four of a mixture of experts of
@@ -211,7 +211,8 @@ def count_activations(config: Mapping[str, Any], recompute: bool) -> int:
     else:
         feed_forward = 5 * int(config["intermediate_size"])
     layer = 12 * max(hidden, width) + feed_forward
-    return layers * hidden + layer if recompute else layers * layer
+    again = min(recompute_layers or layers, layers) if recompute else 0
+    return again * hidden + max(layers - again, min(again, 1)) * layer
 
 
 def count_tower(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -245,7 +246,12 @@ def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> 
     trained = share if is_trained else share - tower
     size = BYTES[trainer.dtype]
     tokens = max([run.update.max_tokens_per_microbatch, *(stage.max_tokens_per_microbatch for stage in run.sft)])
-    activations = tokens * count_activations(model.text_config, trainer.recompute) * size // trainer.tensor_parallel
+    activations = (
+        tokens
+        * count_activations(model.text_config, trainer.recompute, trainer.recompute_layers)
+        * size
+        // trainer.tensor_parallel
+    )
     # As the trainer bounds them: as though every token were of an image.
     activations += tokens * tower_activations * size * is_trained
     engine_size = BYTES.get(model.dtype if rollout.dtype == "auto" else rollout.dtype, 4)

@@ -64,6 +64,12 @@ class TrainerConfig(ServiceConfig):
     """Type of the weights and activations; gradients and optimizer state are always float32."""
     recompute: bool = False
     """Keeps only each layer's input and computes the rest again in the backward pass, for long sequences."""
+    recompute_layers: int | None = Field(None, ge=1)
+    """With `recompute`, only the first so many layers of each pipeline stage are computed again, which costs less time
+    and more memory; all when unset."""
+    offload_activations: bool = False
+    """Keeps what layers save for the backward pass in the machine's memory instead of a GPU's, together with
+    `recompute` their inputs alone. Refused on a CPU, where both are the same memory."""
     vision: Literal["trained", "projector", "frozen"] = "trained"
     """What is trained of the vision tower of a model that takes images: all of it, only the projector that turns its
     features into embeddings, or nothing. The language model is trained in any case, and checkpoints, exports and pushes
@@ -73,9 +79,10 @@ class TrainerConfig(ServiceConfig):
     number of experts times the sum over experts of share of the choices times mean probability, 1 where all are used
     alike; that of a step is the sum over layers, weighted over micro-batches by their tokens."""
     max_microbatch_bytes: int | None = Field(None, ge=1 << 20)
-    """Most memory that activations take on a process, by what a token takes when measured at the start; half of what is
-    free then, when unset. Tokens of a micro-batch are bounded by it and by `max_tokens_per_microbatch`; a sequence that
-    is longer has a micro-batch of its own."""
+    """Most memory that activations take on a process, by what a token takes when measured at the start, of the machine
+    with `offload_activations`, else of the device. Tokens of a micro-batch are bounded by it and by
+    `max_tokens_per_microbatch`, and a sequence that takes more is refused. When unset, half of what is free at the
+    start, and a sequence that is longer has a micro-batch of its own."""
     max_sequence_length: int | None = Field(None, ge=2)
     """Longest prompt and response together, in tokens; the model's own limit when unset."""
     keep_checkpoints: int = Field(3, ge=2)
@@ -108,6 +115,8 @@ class TrainerConfig(ServiceConfig):
                 f"expert_parallel must divide tensor_parallel x context_parallel x data_parallel, {stage}, got "
                 f"{self.expert_parallel}"
             )
+        if self.recompute_layers is not None and not self.recompute:
+            raise ValueError("recompute_layers says how much recompute computes again: set recompute to true, too")
         if self.world % self.nodes:
             raise ValueError(f"nodes must divide the {self.world} processes, got {self.nodes}")
         if self.node_rank >= self.nodes:

@@ -142,22 +142,32 @@ class Engine:
                 seed=config.seed,
             )
             stack.callback(leave_group)
+            if config.offload_activations and self.dims.device.type == "cpu":
+                raise InvalidArgumentError.for_field(
+                    "trainer.offload_activations", "has nothing to free without a GPU: leave it out"
+                )
+            layers = self.shape.layers // self.dims.pipeline
             self.everyone, self.replica = open_channels(self.dims)
             self.policy = Policy(
                 self.shape,
                 self.dims,
                 DTYPES[config.dtype],
                 self.max_tokens,
-                config.recompute,
+                min(config.recompute_layers or layers, layers) if config.recompute else 0,
                 config.router_aux_loss_coef,
                 config.vision,
+                config.offload_activations,
             )
             self._load(lambda: folder)
             self.parameters = sum(tensor.numel() for _, tensor in self.policy.collect())
             self._log_copies()
             self._pieces = self._open_pieces(config, self.dims.rank // processes)
             stack.callback(self._pieces.close)
+            self._offloads = config.offload_activations
             self._max_tokens = self._bound_tokens(config.max_microbatch_bytes, processes)
+            if config.max_microbatch_bytes is not None:
+                self._check_longest(config)
+                self.max_tokens = min(self.max_tokens, self._max_tokens)
             # Ranks that fail before this do so together, each with the reason.
             connections = connect_machines(self.everyone, self.dims.rank, self.dims.world, processes)
             self._watch = MachineWatch(connections, config.node_timeout_s, self._end)
@@ -229,6 +239,8 @@ class Engine:
             result = self._or_restore(lambda: train_iteration(policy, context, training, seed, self._read))
             copies = self._count_copies()
             result.metrics.update({f"train/{name}_bytes": max(each[name] for each in copies) for name in copies[0]})
+            result.metrics["train/activation_bytes_per_token"] = self._token_bytes
+            result.metrics["train/max_microbatch_tokens"] = training.update.max_tokens_per_microbatch
             return result
         if isinstance(command, LoadCommand):
             return self._or_restore(lambda: self._load(lambda: self.checkpoints.fetch(command.run_id, command.version)))
@@ -338,18 +350,33 @@ class Engine:
 
     def _bound_tokens(self, limit: int | None, processes: int) -> int:
         """Returns the tokens of a micro-batch whose activations take at most `limit` bytes on every rank."""
+        if limit is None and self._offloads:
+            limit = free_bytes(torch.device("cpu"), processes) // 2
         if limit is None:
             moments = self.policy.count_copies()["moments"]
             limit = (free_bytes(self.dims.device, processes) - moments) // 2
-        tokens: int = min(self.everyone.gather(int(limit / self.policy.measure_activations())))
+        token_bytes = self.policy.measure_activations()
+        self._token_bytes: float = max(self.everyone.gather(token_bytes))
+        tokens: int = min(self.everyone.gather(int(limit / token_bytes)))
         if tokens < 1:
             raise InvalidArgumentError.for_field(
                 "trainer.max_microbatch_bytes",
                 "leaves no room for the activations of one token on some rank: free memory, use more ranks, or set it",
             )
         if self.dims.rank == 0:
-            log.info("micro-batches are bounded by memory", max_tokens=tokens)
+            log.info("micro-batches are bounded by memory", max_tokens=tokens, token_bytes=self._token_bytes)
         return tokens
+
+    def _check_longest(self, config: TrainerConfig) -> None:
+        """Raises InvalidArgumentError where the longest sequence that is asked for takes more memory than it may."""
+        longest = config.max_sequence_length or 0
+        if longest > self._max_tokens:
+            raise InvalidArgumentError.for_field(
+                "trainer.max_sequence_length",
+                f"{longest} tokens take {longest * self._token_bytes:,.0f} bytes of activations on a process, and "
+                "trainer.max_microbatch_bytes is less: raise it, lower the length, or use recompute or more "
+                "context-parallel processes",
+            )
 
     def _bound(self, request: RequestT) -> RequestT:
         """Returns the request with micro-batches that fit in memory, those of all context-parallel ranks together.

@@ -159,7 +159,10 @@ def _check_trajectory(field: str, trajectory: pb.TrainingTrajectory, max_tokens:
     elif not trajectory.prompt_tokens or not response_tokens:
         problem = f"{trajectory.trajectory_id} has no prompt or no response tokens"
     elif (tokens := trajectory.prompt_tokens + response_tokens) > max_tokens:
-        problem = f"{trajectory.trajectory_id} has {tokens} tokens; {max_tokens} fit"
+        problem = (
+            f"{trajectory.trajectory_id} has {tokens} tokens; {max_tokens} fit by the model, "
+            "trainer.max_sequence_length and trainer.max_microbatch_bytes"
+        )
     if problem:
         raise InvalidArgumentError.for_field(field, problem)
 

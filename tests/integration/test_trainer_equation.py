@@ -546,21 +546,42 @@ def test_a_trainer_whose_folder_is_gone_ends(run_ranks: RunRanks, trainer_model:
     assert run_ranks(Sizes(), partial(fail_a_job, saved=folder, remove=True)) == (False, 0, True)
 
 
-def bound_by_memory(engine: Engine) -> tuple[int, float, int, int]:
-    """The bound in 1 MiB, the measured bytes of a token, the bound in a copy of a request, and the bound by default."""
+def bound_by_memory(engine: Engine) -> tuple[int, float, int, int, int]:
+    """The bound in 1 MiB, the measured bytes of a token, the bound in a copy of a request, and the bound by default.
+
+    And the bytes that a micro-batch of the bound's size takes.
+    """
+    from services.trainer.config import TrainerConfig
+    from services.trainer.megatron.memory import SavedTensors
+    from services.trainer.packing import TokenSequence, make_micro_batches
+
     own, engine._max_tokens = engine._max_tokens, engine._bound_tokens(1 << 20, 1)
     token_bytes = max(engine.everyone.gather(engine.policy.measure_activations()))
     request = pb.TrainRequest(update=pb.UpdateSettings(max_tokens_per_microbatch=1 << 20))
     bounded = engine._bound(request).update.max_tokens_per_microbatch
+    config = TrainerConfig(model="m", run_path="r", max_sequence_length=engine._max_tokens)
+    engine._check_longest(config)
+    with pytest.raises(
+        InvalidArgumentError, match=r"trainer\.max_sequence_length: \d+ tokens take [\d,]+ bytes"
+    ):
+        engine._check_longest(config.model_copy(update={"max_sequence_length": engine._max_tokens + 1}))
     found, engine._max_tokens = engine._max_tokens, own
     assert request.update.max_tokens_per_microbatch == 1 << 20
-    return found, token_bytes, bounded, own
+    lengths = [*[30] * (found // 30), found % 30]
+    pack = [TokenSequence(np.zeros(n + 1, np.int64), np.ones(n, np.bool_)) for n in lengths if n]
+    saved = SavedTensors(engine.policy.core.parameters())
+    with saved:
+        engine.policy.begin_job(pb.Optimizer(learning_rate=1.0))
+        batches = make_micro_batches([pack], engine.dims.device)
+        engine.policy.step(batches, 1.0, lambda found: (found.logprobs_T.sum(), None), 0.0)
+    return found, token_bytes, bounded, own, max(engine.everyone.gather(saved.peak))
 
 
 def test_micro_batches_are_bounded_by_what_a_token_takes(run_ranks: RunRanks, trainer_model: Path) -> None:
     found = {sizes: run_ranks(sizes, bound_by_memory) for sizes in (Sizes(), Sizes(recompute=True), Sizes(tensor=2))}
-    for bound, token_bytes, bounded, own in found.values():
+    for bound, token_bytes, bounded, own, peak in found.values():
         assert bound == bounded == int((1 << 20) / token_bytes)
+        assert 0.5 * (1 << 20) < peak <= 1 << 20
         # Without a limit the machine's memory is one, and more than 1 MiB of it is free.
         assert bound < own
     assert found[Sizes(tensor=2)][1] < found[Sizes()][1]

@@ -31,6 +31,7 @@ METRICS = {
     *(f"train/{name}" for name in ("loss", "grad_norm", "entropy", "kl_k1", "kl_k3", "clip_share", "mask_share")),
     *(f"train/train_infer_{name}" for name in ("logprob_diff_mean", "logprob_diff_max", "kl")),
     *("train/tokens_per_second", "train/peak_memory_bytes"),
+    *("train/activation_bytes_per_token", "train/max_microbatch_tokens"),
     *(
         f"train/{copy}_bytes"
         for copy in ("weights", "gradients", "moments", "main_weights", "undo_snapshot", "push_image")

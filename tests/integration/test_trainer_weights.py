@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -92,6 +93,37 @@ def test_weights_round_trip_and_logits_agree(run_ranks: RunRanks, models: list[P
             logprobs_T, entropies_T = values[i]
             assert (logprobs_T - expected_TV.gather(1, ids[0, 1:, None])[:, 0]).abs().max() < 1e-5
             assert (entropies_T + (expected_TV.exp() * expected_TV).sum(-1)).abs().max() < 2e-5
+
+
+def save_less(engine: Engine, folder: Path) -> tuple[list[dict[str, torch.Tensor]], list[float], int]:
+    """The gradients of a step as it is, with its first layer computed again, and with what is saved moved away.
+
+    And the bytes of a token's activations of the first two and with all layers computed again, and the bytes moved.
+    """
+    from services.trainer.hf import read_model_shape
+    from services.trainer.megatron.memory import OffloadedTensors
+    from services.trainer.megatron.model import Policy
+
+    batches, gradients, sizes = make_batches(engine, sequences()), [], []
+    for layers in (0, 1, 2):
+        policy = Policy(read_model_shape(folder), engine.dims, torch.float32, 128, layers)
+        policy.load(folder)
+        sizes.append(policy.measure_activations())
+        moved = OffloadedTensors(policy.core.parameters(), 0)
+        with moved if layers == 2 else nullcontext():
+            policy.begin_job(pb.Optimizer(learning_rate=1.0, beta1=0.9, beta2=0.9))
+            policy.step(batches, 1.0, lambda found: (found.logprobs_T.sum(), None), 0.0)
+        gradients.append({name: each.main_grad.clone() for name, each in policy.core.named_parameters()})
+    return gradients, sizes, moved.moved_bytes
+
+
+def test_a_step_that_saves_less_has_the_same_gradient(run_ranks: RunRanks, trainer_model: Path) -> None:
+    gradients, sizes, moved = run_ranks(Sizes(), partial(save_less, folder=trainer_model))
+    plain = gradients[0]
+    for other in gradients[1:]:
+        assert all(torch.equal(plain[name], other[name]) for name in plain)
+    assert sizes[0] > sizes[1] > sizes[2]
+    assert moved > 0
 
 
 def train_beside_the_shelf(engine: Engine, folder: Path, disk: Path) -> tuple[list[dict[str, torch.Tensor]], list[int]]:

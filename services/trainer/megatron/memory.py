@@ -50,6 +50,31 @@ def free_bytes(device: torch.device, processes: int, limit: Path = _LIMIT) -> in
     return min(available, (int(bound) - used + cached) // processes)
 
 
+class OffloadedTensors(torch.autograd.graph.saved_tensors_hooks):
+    """Scope in which autograd saves tensors in the machine's memory; the parameters and small tensors stay.
+
+    A copy runs on the device's stream, behind what computes the tensor and before what takes its memory next.
+    """
+
+    def __init__(self, parameters: Iterable[torch.nn.Parameter], min_bytes: int = 1 << 20) -> None:
+        super().__init__(self._pack, self._unpack)
+        self.moved_bytes = 0
+        self._min_bytes = min_bytes
+        self._parameters = {_storage(parameter) for parameter in parameters}
+
+    def _pack(self, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.device | None]:
+        if tensor.nbytes < self._min_bytes or _storage(tensor) in self._parameters:
+            return tensor, None
+        copy = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        copy.copy_(tensor, non_blocking=True)
+        self.moved_bytes += copy.nbytes
+        return copy, tensor.device
+
+    def _unpack(self, saved: tuple[torch.Tensor, torch.device | None]) -> torch.Tensor:
+        tensor, device = saved
+        return tensor if device is None else tensor.to(device, non_blocking=True)
+
+
 class SavedTensors(torch.autograd.graph.saved_tensors_hooks):
     """Scope that counts what autograd holds for backward passes; `peak` is the most bytes at one time.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum
 from functools import partial
@@ -32,7 +33,7 @@ from services.trainer.megatron.attention import PackedAttention, PackedRotary, S
 from services.trainer.megatron.context import gather_tokens
 from services.trainer.megatron.experts import RoutedTokens, control_routers, reduce_apart
 from services.trainer.megatron.head import Head, HiddenOutput
-from services.trainer.megatron.memory import SavedTensors, count_copies
+from services.trainer.megatron.memory import OffloadedTensors, SavedTensors, count_copies
 from services.trainer.megatron.optimizer import build_optimizer, reset_optimizer, set_learning_rate
 from services.trainer.megatron.parallel import ParallelDims
 from services.trainer.megatron.shelf import Shelf
@@ -72,19 +73,21 @@ class Policy:
         dims: ParallelDims,
         dtype: torch.dtype,
         max_sequence_length: int,
-        recompute: bool = False,
+        recompute_layers: int = 0,
         router_aux_loss_coef: float = 0.0,
         vision: str = "trained",
+        offload_activations: bool = False,
     ) -> None:
         self.shape = shape
         self.dims = dims
-        self.model = build_model(shape, dims, dtype, max_sequence_length, recompute, vision)
+        self.model = build_model(shape, dims, dtype, max_sequence_length, recompute_layers, vision)
         self.core = core_of(self.model)
         self.set_rope(shape)
         self.optimizer = build_optimizer(self.model, bf16=dtype is torch.bfloat16)
         self._run_schedule = get_forward_backward_func()
         self._router_aux_loss_coef = router_aux_loss_coef
-        self._recompute = recompute
+        self._recompute_layers = recompute_layers
+        self._offload_activations = offload_activations
         self._context = parallel_state.get_context_parallel_group() if dims.context > 1 else None
         # The ranks that share the tokens of a micro-batch outside of attention.
         self._token_group = parallel_state.get_tensor_and_context_parallel_group()
@@ -93,8 +96,10 @@ class Policy:
     def set_rope(self, shape: ModelShape) -> None:
         """Takes the rotary embedding of a shape, which is else the policy's own."""
         self.core.rotary_pos_emb.inverse_frequencies_D = shape.inverse_frequencies_D
-        for layer in self.core.decoder.layers:
-            layer.self_attention.core_attention.scale = softmax_scale(shape)
+        # Megatron multiplies queries and keys by (0.1 m ln s + 1) / (0.1 n ln s + 1): with ln s = 10 by 1 + m.
+        config = self.core.config
+        config.yarn_rotary_scaling_factor, config.yarn_mscale_all_dim = math.exp(10), 0.0
+        config.yarn_mscale = shape.attention_factor - 1
 
     def load(self, folder: Path) -> None:
         """Loads the weights of a Hugging Face folder."""
@@ -157,7 +162,9 @@ class Policy:
         """
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        reports = self._run(batches, temperature, loss, entropies=entropies, balance=self._scale_router_loss(batches))
+        balance = self._scale_router_loss(batches)
+        with OffloadedTensors(self.core.parameters()) if self._offload_activations else nullcontext():
+            reports = self._run(batches, temperature, loss, entropies=entropies, balance=balance)
         set_learning_rate(self.optimizer, learning_rate)
         _, norm, _ = self.optimizer.step()
         if not math.isfinite(norm):
@@ -256,8 +263,8 @@ class Policy:
 
             return output, finish_batch
 
-        for router in self._routers:
-            router.begin(recomputes=self._recompute and not forward_only)
+        for number, router in enumerate(self._routers):
+            router.begin(recomputes=number < self._recompute_layers and not forward_only)
         reports: list[Any] = self._run_schedule(
             forward_step_func=forward_step,
             data_iterator=iter(batches),
@@ -270,14 +277,6 @@ class Policy:
         return reports
 
 
-def softmax_scale(shape: ModelShape) -> float | None:
-    """Returns the factor of the products of queries and keys; None for the kernels' own, 1 / sqrt(head width).
-
-    YaRN has a factor of queries and of keys; here it acts once on their products, which are in float32.
-    """
-    return None if shape.attention_factor == 1.0 else shape.attention_factor**2 / math.sqrt(shape.head_width)
-
-
 def trained_parameters(core: GPTModel) -> Iterator[torch.nn.Parameter]:
     """Yields this stage's parameters without those of a vision tower that is frozen."""
     return (parameter for parameter in core.parameters() if parameter.requires_grad)
@@ -288,7 +287,7 @@ def build_model(
     dims: ParallelDims,
     dtype: torch.dtype,
     max_sequence_length: int,
-    recompute: bool,
+    recompute_layers: int,
     vision: str = "trained",
 ) -> DistributedDataParallel:
     """Builds this process's part of the model, with weights not loaded yet; see TrainerConfig for `vision`.
@@ -297,7 +296,7 @@ def build_model(
     Raises InvalidArgumentError when the parallel sizes do not divide the model.
     """
     check_divisible(shape, dims)
-    config = _make_config(shape, dims, dtype, recompute)
+    config = _make_config(shape, dims, dtype, recompute_layers)
     spec = get_gpt_layer_local_spec(shape.experts or None, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
     for name in ("input_layernorm", "pre_mlp_layernorm"):
@@ -307,7 +306,7 @@ def build_model(
         attention.q_layernorm = attention.k_layernorm = SharedRMSNorm
     kind = GPTModel
     if shape.tower is not None:
-        tower = build_tower(shape.tower, vision, recompute) if dims.pipeline_rank == 0 else None
+        tower = build_tower(shape.tower, vision, recompute_layers > 0) if dims.pipeline_rank == 0 else None
         kind = partial(VisionGPT, tower=tower)
     core = kind(
         config,
@@ -333,7 +332,7 @@ def build_model(
     return model
 
 
-def _make_config(shape: ModelShape, dims: ParallelDims, dtype: torch.dtype, recompute: bool) -> TransformerConfig:
+def _make_config(shape: ModelShape, dims: ParallelDims, dtype: torch.dtype, recompute_layers: int) -> TransformerConfig:
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.hidden,
@@ -363,9 +362,9 @@ def _make_config(shape: ModelShape, dims: ParallelDims, dtype: torch.dtype, reco
         use_cpu_initialization=True,
         # Without this the schedules divide each loss by the number of micro-batches and ranks.
         calculate_per_token_loss=True,
-        recompute_granularity="full" if recompute else None,
-        recompute_method="uniform" if recompute else None,
-        recompute_num_layers=1 if recompute else None,
+        recompute_granularity="full" if recompute_layers else None,
+        recompute_method="block" if recompute_layers else None,
+        recompute_num_layers=recompute_layers or None,
         **(_expert_options(shape, dims) if shape.experts else {}),
     )
 
