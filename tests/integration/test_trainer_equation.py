@@ -561,9 +561,7 @@ def bound_by_memory(engine: Engine) -> tuple[int, float, int, int, int]:
     bounded = engine._bound(request).update.max_tokens_per_microbatch
     config = TrainerConfig(model="m", run_path="r", max_sequence_length=engine._max_tokens)
     engine._check_longest(config)
-    with pytest.raises(
-        InvalidArgumentError, match=r"trainer\.max_sequence_length: \d+ tokens take [\d,]+ bytes"
-    ):
+    with pytest.raises(InvalidArgumentError, match=r"trainer\.max_sequence_length: \d+ tokens take [\d,]+ bytes"):
         engine._check_longest(config.model_copy(update={"max_sequence_length": engine._max_tokens + 1}))
     found, engine._max_tokens = engine._max_tokens, own
     assert request.update.max_tokens_per_microbatch == 1 << 20

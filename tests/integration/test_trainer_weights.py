@@ -96,32 +96,35 @@ def test_weights_round_trip_and_logits_agree(run_ranks: RunRanks, models: list[P
 
 
 def save_less(engine: Engine, folder: Path) -> tuple[list[dict[str, torch.Tensor]], list[float], int]:
-    """The gradients of a step as it is, with its first layer computed again, and with what is saved moved away.
+    """The gradients of a step as it is, with what is saved moved away, and with one layer or both computed again.
 
-    And the bytes of a token's activations of the first two and with all layers computed again, and the bytes moved.
+    And the bytes of a token's activations in the last three, and the bytes moved.
     """
     from services.trainer.hf import read_model_shape
     from services.trainer.megatron.memory import OffloadedTensors
     from services.trainer.megatron.model import Policy
 
     batches, gradients, sizes = make_batches(engine, sequences()), [], []
-    for layers in (0, 1, 2):
-        policy = Policy(read_model_shape(folder), engine.dims, torch.float32, 128, layers)
+    moved = 0
+    for layers in (None, 0, 1, 2):
+        policy = Policy(read_model_shape(folder), engine.dims, torch.float32, 128, layers or 0)
         policy.load(folder)
         sizes.append(policy.measure_activations())
-        moved = OffloadedTensors(policy.core.parameters(), 0)
-        with moved if layers == 2 else nullcontext():
+        offload = OffloadedTensors(policy.core.parameters(), 0)
+        with nullcontext() if layers is None else offload:
             policy.begin_job(pb.Optimizer(learning_rate=1.0, beta1=0.9, beta2=0.9))
             policy.step(batches, 1.0, lambda found: (found.logprobs_T.sum(), None), 0.0)
         gradients.append({name: each.main_grad.clone() for name, each in policy.core.named_parameters()})
-    return gradients, sizes, moved.moved_bytes
+        moved = max(moved, offload.moved_bytes)
+    return gradients, sizes[1:], moved
 
 
 def test_a_step_that_saves_less_has_the_same_gradient(run_ranks: RunRanks, trainer_model: Path) -> None:
     gradients, sizes, moved = run_ranks(Sizes(), partial(save_less, folder=trainer_model))
     plain = gradients[0]
     for other in gradients[1:]:
-        assert all(torch.equal(plain[name], other[name]) for name in plain)
+        errors = {name: float((other[name] - plain[name]).norm() / plain[name].norm()) for name in plain}
+        assert max(errors.values()) < 1e-6, errors
     assert sizes[0] > sizes[1] > sizes[2]
     assert moved > 0
 
