@@ -553,7 +553,7 @@ def bound_by_memory(engine: Engine) -> tuple[int, float, int, int, int]:
     """
     from services.trainer.config import TrainerConfig
     from services.trainer.megatron.memory import SavedTensors
-    from services.trainer.packing import TokenSequence, make_micro_batches
+    from services.trainer.packing import TokenSequence, make_micro_batches, pack_sequences
 
     own, engine._max_tokens = engine._max_tokens, engine._bound_tokens(1 << 20, 1)
     token_bytes = max(engine.everyone.gather(engine.policy.measure_activations()))
@@ -565,8 +565,9 @@ def bound_by_memory(engine: Engine) -> tuple[int, float, int, int, int]:
         engine._check_longest(config.model_copy(update={"max_sequence_length": engine._max_tokens + 1}))
     found, engine._max_tokens = engine._max_tokens, own
     assert request.update.max_tokens_per_microbatch == 1 << 20
-    lengths = [*[30] * (found // 30), found % 30]
-    pack = [TokenSequence(np.zeros(n + 1, np.int64), np.ones(n, np.bool_)) for n in lengths if n]
+    # Sequences of unlike lengths, as they are packed: padded to their longest they are within the bound.
+    [[indices, *_]] = pack_sequences(lengths := [*range(20, 100, 3)] * 20, found)
+    pack = [TokenSequence(np.zeros(n + 1, np.int64), np.ones(n, np.bool_)) for n in (lengths[i] for i in indices)]
     saved = SavedTensors(engine.policy.core.parameters())
     with saved:
         engine.policy.begin_job(pb.Optimizer(learning_rate=1.0))

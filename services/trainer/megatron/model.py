@@ -41,8 +41,8 @@ from services.trainer.megatron.vision import VisionGPT, build_tower, measure_tow
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches, take_share
 from services.weights.pieces import TensorSlice
 
-# Tokens of the forward and backward pass that measures what a token takes.
-_PROBE_TOKENS = 32
+# Sequences of the forward and backward pass that measures what a token takes: two that attention pads and one apart.
+_PROBE = (14, 10, 8)
 # The prompt of the fingerprint takes tokens from all over the vocabulary; few, so that short contexts hold it.
 FINGERPRINT_TOKENS = 24
 FINGERPRINT_STRIDE = 7919
@@ -204,14 +204,14 @@ class Policy:
         As many micro-batches as there are pipeline stages may be in flight. Buffers of a fixed size, such as the
         logits of a chunk, are not in it. With a vision tower each token counts as one of an image of its own.
         """
-        probe = TokenSequence(np.zeros(_PROBE_TOKENS + 1, np.int64), np.ones(_PROBE_TOKENS, np.bool_))
-        batches = make_micro_batches([[probe]], self.dims.device)
+        probe = [TokenSequence(np.zeros(length + 1, np.int64), np.ones(length, np.bool_)) for length in _PROBE]
+        batches = make_micro_batches([probe], self.dims.device)
         saved = SavedTensors(self.core.parameters())
         with saved:
             self._run(batches, 1.0, lambda found: (found.logprobs_T.sum(), None))
         self.model.zero_grad_buffer()
         tower = getattr(self.core, "tower", None)
-        kept = saved.peak / _PROBE_TOKENS + (measure_tower(tower) if tower is not None else 0.0)
+        kept = saved.peak / sum(_PROBE) + (measure_tower(tower) if tower is not None else 0.0)
         return kept * self.dims.pipeline
 
     def offload(self, folder: Path) -> Shelf:
