@@ -413,8 +413,8 @@ class RunConfig(Model):
     """Hugging Face folder of the base model, a path or a URL, for its tokenizer and context length; the trainer is
     asked for them when it is unset or not on the coordinator's machine."""
     rope: RopeConfig | None = None
-    """Rotary embedding in the place of that of `model`; the recipe's `rope` when unset. A trainer that is asked for the
-    files has changed them."""
+    """Rotary embedding in the place of that of `model`; the recipe's `rope` when unset. Where the trainer is asked for
+    the files, it must be the trainer's."""
     prompts: tuple[PromptSource, ...] = Field(min_length=1)
     """Training prompts: a path or URL of JSON Lines or other data, a source, or a list of sources that are mixed."""
     heldout: HeldoutConfig

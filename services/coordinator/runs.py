@@ -257,6 +257,7 @@ class Runs:
         target = folder / "base_model"
         if not target.is_dir():
             await self._receive_model(target)
+        open_model_folder(target, "run.model").require_rope(config.rope, "run.rope")
         return str(target)
 
     async def _receive_model(self, target: Path) -> None:

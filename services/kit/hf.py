@@ -130,6 +130,13 @@ class ModelFolder:
         except ValueError as error:
             raise InvalidArgumentError.for_field(field, f"is wrong for {self.path}, which then {error}") from error
 
+    def require_rope(self, rope: RopeConfig | None, field: str) -> None:
+        """Raises InvalidArgumentError naming `field` where the files, which the trainer gave, say another."""
+        if rope is not None and self.with_rope(rope, field).config != self.config:
+            raise InvalidArgumentError.for_field(
+                field, "is not the trainer's: give trainer.rope the same, or leave it out"
+            )
+
     def open_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer; raises InvalidArgumentError when there is none or it cannot be read."""
         return open_tokenizer(self.path, self.field)

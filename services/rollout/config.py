@@ -76,8 +76,8 @@ class RolloutConfig(ServiceConfig):
     """Folder with config.json and tokenizer.json of the policy, a path or a URL; its weights are pushed later, not read
     from here. The trainer is asked for these files when unset."""
     rope: RopeConfig | None = None
-    """Rotary embedding in the place of that of `model`; the recipe's `rope` when unset. A trainer that is asked for the
-    files has changed them."""
+    """Rotary embedding in the place of that of `model`; the recipe's `rope` when unset. Where the trainer is asked for
+    the files, it must be the trainer's."""
     trainer_address: str = "127.0.0.1:50054"
     """host:port of the trainer, which has the model's files."""
     worker_id: str | None = None

@@ -25,7 +25,7 @@ from perigee.weights.v1.weights_pb2_grpc import (
     add_WeightSourceServiceServicer_to_server,
 )
 from services.kit.addresses import advertised_host, join_address
-from services.kit.hf import fetch_model, receive_model_files
+from services.kit.hf import fetch_model, open_model_folder, receive_model_files
 from services.kit.server import App, channel_options, end_tasks
 from services.kit.storage import cache_folder
 from services.kit.tasks import start_tasks
@@ -184,6 +184,7 @@ async def find_model(app: App[RolloutConfig]) -> str:
     while True:
         try:
             await receive_model_files(trainer.read_model_files(ReadModelFilesRequest()), target)
+            open_model_folder(target, "rollout.model").require_rope(config.rope, "rollout.rope")
             return str(target)
         except UnavailableError as error:
             if time.monotonic() > deadline:

@@ -155,6 +155,9 @@ def test_a_changed_model_is_a_folder_of_links(tmp_path: Path, monkeypatch: pytes
     assert json.loads((model / "config.json").read_text()) == PLAIN
     assert fetch_model(str(model), "run.model", rope) == str(changed)
     assert fetch_model(str(model), "run.model", RopeConfig(theta=2.0)) != str(changed)
+    open_model_folder(changed, "m").require_rope(rope, "rollout.rope")
+    with pytest.raises(InvalidArgumentError, match=r"rollout\.rope: is not the trainer's"):
+        open_model_folder(model, "m").require_rope(rope, "rollout.rope")
     beyond = RopeConfig(scaling=rope.scaling, max_position_embeddings=129)
     with pytest.raises(InvalidArgumentError, match=r"rollout\.rope: is wrong for .* more than the 128 of factor"):
         fetch_model(str(model), "rollout.model", beyond)
