@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
+import string
 from contextlib import aclosing
 from functools import partial
 from pathlib import Path
@@ -13,12 +16,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from services.kit.hf import fetch_model
+from perigee.trainer.client import TrainerClient
+from perigee.trainer.v1 import trainer_pb2 as pb
+from services.coordinator.run_config import OptimizerConfig, SftStage, to_message
+from services.kit.hf import fetch_model, open_model_folder
 from services.kit.rope import RopeConfig, RopeScaling
+from services.kit.server import serving
 from services.kit.storage import CACHE_VARIABLE
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import EngineRequest
 from services.rollout.model import open_policy
+from services.trainer.config import TrainerConfig
+from services.trainer.service import lifespan
 from services.weights.manifest import export_image
 from tests.fixtures.trainer import VOCABULARY, write_model
 from tests.fixtures.trainer_ranks import RunRanks, Sizes, make_batches
@@ -29,6 +38,8 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.skipif("PERIGEE_TEST_LONG" not in os.environ, reason="takes minutes: make test-long")
 
 CONTEXT, ORIGINAL = 1024, 128
+SHORT, LONG = 64, 1024
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, beta2=0.98, warmup_steps=20, min_lr_ratio=0.1)
 FOUR = {"factor": 4.0, "original_max_position_embeddings": ORIGINAL}
 ROPES = {
     "theta": RopeConfig(theta=1e6, max_position_embeddings=CONTEXT),
@@ -95,3 +106,84 @@ async def test_trainer_engine_and_transformers_agree_beyond_the_original_context
     differences = [float((each - expected_T).abs().max()) for each in (trained_T, engine_T)]
     print(name, differences)
     assert max(differences) <= 1e-5
+
+
+def needle(generator: random.Random, length: int) -> dict[str, str]:
+    """A text of letters and digits to which the right answer is the digit behind #, and that digit."""
+    text = generator.choices(string.ascii_lowercase, k=length)
+    for place in generator.sample(range(length), length // 16):
+        text[place] = generator.choice(string.digits)
+    place, answer = generator.randrange(length - 1), generator.choice(string.digits)
+    text[place : place + 2] = ["#", answer]
+    return {"prompt": "".join(text) + "=", "response": answer}
+
+
+def needles(path: Path, count: int, shortest: int, longest: int, seed: int) -> str:
+    """A supervised set of needles in texts of all lengths between two."""
+    generator = random.Random(seed)
+    lines = [needle(generator, generator.randint(shortest, longest)) for _ in range(count)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+def find_needles(folder: Path, length: int) -> float:
+    """The share of 64 needles in texts of a length that the model of a folder finds, by its likeliest token."""
+    from transformers import AutoModelForCausalLM
+
+    generator = random.Random(99)
+    lines = [needle(generator, length) for _ in range(64)]
+    tokenizer = open_model_folder(folder, "model").open_tokenizer()
+    ids = torch.tensor([tokenizer.encode(line["prompt"]).ids for line in lines])
+    answers_N = torch.tensor([tokenizer.encode(line["response"]).ids[0] for line in lines])
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        found_N = torch.cat([model(part).logits[:, -1].argmax(-1) for part in ids.split(8)])
+    return float((found_N == answers_N).float().mean())
+
+
+async def test_a_model_answers_beyond_its_length_after_activation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stages are those of a recipe: the base of 10,000 at the short length, then the recipe's at the long one."""
+    for name, value in {CACHE_VARIABLE: str(tmp_path / "cache"), "RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
+    base = write_model(tmp_path / "model", max_position_embeddings=SHORT + 8, **shape)
+    rope = RopeConfig(theta=1e6, max_position_embeddings=LONG + 8)
+    config = TrainerConfig(model=fetch_model(str(base), "model", rope, weights=True), run_path=str(tmp_path), threads=1)
+    stages = [
+        SftStage(
+            dataset=needles(tmp_path / "short.jsonl", 20_000, 8, SHORT, 1),
+            steps=500,
+            batch_size=64,
+            max_sequence_length=SHORT + 8,
+            optimizer=OPTIMIZER,
+            rope=RopeConfig(theta=1e4, max_position_embeddings=SHORT + 8),
+        ),
+        SftStage(
+            dataset=needles(tmp_path / "long.jsonl", 2_000, SHORT, LONG, 2),
+            steps=100,
+            batch_size=16,
+            max_tokens_per_microbatch=16_384,
+            optimizer=OPTIMIZER.model_copy(update={"learning_rate": 1e-3}),
+        ),
+    ]
+    folders = []
+    async with serving(config, lifespan) as app, TrainerClient.connect(app.address) as client:
+        for number, stage in enumerate(stages, start=1):
+            request = to_message(
+                stage,
+                pb.FineTuneRequest(),
+                run_id="r",
+                seed=number,
+                new_version=number,
+                algorithm=stage.algorithm.fields,
+            )
+            [_ async for _ in client.fine_tune(request, timeout_s=600)]
+            saved = await client.save_checkpoint(pb.SaveCheckpointRequest(run_id="r", policy_version=number))
+            folders.append(Path(saved.path))
+    found = [[find_needles(folder, length) for length in (SHORT, LONG)] for folder in folders]
+    print("needles found", found)
+    (short_before, long_before), (short_after, long_after) = found
+    assert min(short_before, short_after, long_after) > 0.85
+    assert long_before < 0.5
