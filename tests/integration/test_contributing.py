@@ -86,7 +86,9 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Tree:
     done = run(["tools/protos.sh"], root)
     assert done.returncode == 0, done.stdout + done.stderr
     tests = {section: edit.path for section, edit in edits if edit.path.startswith("tests/")}
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", *tests.values()]
+    # The example of a recipe key needs Megatron.
+    plugins = ("-p", "no:cacheprovider", "-p", "services.trainer.preload")
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", *plugins, *tests.values()]
     done = run(command, root)
     return Tree(tests, done.stdout + done.stderr)
 
