@@ -9,7 +9,7 @@ import shutil
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,6 +129,27 @@ def equation_3(
     return -objective.item(), gradient
 
 
+@cache
+def find_equation_3(
+    model_path: Path, baseline: str, cap: float, steps: int
+) -> list[tuple[float, dict[str, torch.Tensor]]]:
+    """The equation's loss and gradient of each step of a job, which are the same on every layout."""
+    from services.trainer.training import split_groups
+
+    made, request = make_job(baseline, cap, steps)
+    shares = [{key: made[key] for key in np.array(list(made))[share]} for share in split_groups(2, steps, 0)]
+    return [equation_3(model_path, share, request, 1.0 if step else MOVE) for step, share in enumerate(shares)]
+
+
+def make_job(baseline: str, cap: float, steps: int) -> tuple[dict[str, list[MadeTrajectory]], pb.TrainRequest]:
+    """Two groups, and a request to train on them whose steps have the same weights."""
+    made = make_groups("eq", 5, groups=2, k=4, spans=SPANS)
+    request = make_request(made, baseline, tis_cap=cap, minibatches=steps)
+    # So small that the second step has the weights of the first.
+    request.optimizer.learning_rate = 1e-30
+    return made, request
+
+
 @pytest.mark.parametrize(
     ("baseline", "cap", "sizes", "steps"),
     [
@@ -144,15 +165,9 @@ def equation_3(
 def test_loss_and_gradient_are_equation_3(
     run_ranks: RunRanks, trainer_model: Path, baseline: str, cap: float, sizes: Sizes, steps: int
 ) -> None:
-    from services.trainer.training import split_groups
-
-    made = make_groups("eq", 5, groups=2, k=4, spans=SPANS)
-    request = make_request(made, baseline, tis_cap=cap, minibatches=steps)
-    # So small that the second step has the weights of the first.
-    request.optimizer.learning_rate = 1e-30
+    made, request = make_job(baseline, cap, steps)
     loss, gradient = run_ranks(sizes, partial(loss_and_gradient, groups=made, request=request))
-    shares = [{key: made[key] for key in np.array(list(made))[share]} for share in split_groups(2, steps, 0)]
-    found = [equation_3(trainer_model, share, request, 1.0 if step else MOVE) for step, share in enumerate(shares)]
+    found = find_equation_3(trainer_model, baseline, cap, steps)
     assert loss == pytest.approx(np.mean([each for each, _ in found]), rel=1e-5)
     _, expected = found[-1]
     assert gradient.keys() == expected.keys()
@@ -189,6 +204,7 @@ def prefer(engine: Engine, request: pb.FineTuneRequest) -> tuple[pb.FineTuneResp
     return move_and_run(engine, lambda: fine_tune(engine.policy, context, request, count_tokens(examples), own))
 
 
+@cache
 def dpo_in_float64(model_path: Path, beta: float) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     """Loss, metrics and gradient of one step on all pairs, on transformers."""
     from transformers import AutoModelForCausalLM

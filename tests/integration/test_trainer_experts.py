@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,15 +126,18 @@ def test_weights_round_trip_and_logits_agree(
     shapes = open_policy(str(folder), None).tensor_shapes
     assert shapes == {name: tuple(tensor.shape) for name, tensor in original.items()}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = []
+    for tokens in sequences():
+        ids = torch.from_numpy(tokens)[None]
+        with torch.no_grad():
+            logprobs_TV = torch.log_softmax(model(ids).logits[0, :-1], -1)
+        expected.append(logprobs_TV.gather(1, ids[0, 1:, None])[:, 0])
     for sizes in (Sizes(), *LAYOUTS) if renormalized else (Sizes(),):
         weights, logprobs = run_ranks(sizes, partial(evaluate, folder=folder))
         assert weights.keys() == original.keys()
         assert all(torch.equal(weights[name], original[name]) for name in original), sizes
-        for tokens, logprobs_T in zip(sequences(), logprobs, strict=True):
-            ids = torch.from_numpy(tokens)[None]
-            with torch.no_grad():
-                expected_TV = torch.log_softmax(model(ids).logits[0, :-1], -1)
-            assert (logprobs_T - expected_TV.gather(1, ids[0, 1:, None])[:, 0]).abs().max() < 1e-5, sizes
+        for expected_T, logprobs_T in zip(expected, logprobs, strict=True):
+            assert (logprobs_T - expected_T).abs().max() < 1e-5, sizes
 
 
 @pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
@@ -256,8 +259,22 @@ def replay(
     return logprobs + reports, policy.take_replay_counts(), dict(policy.collect())
 
 
-@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2, expert=2), Sizes(context=2, expert=2)], ids=str)
-def test_replayed_experts_are_used_and_trained(run_ranks: RunRanks, trainer_model: Path, sizes: Sizes) -> None:
+@dataclass(frozen=True)
+class Replayed:
+    """Sequences with experts to replay; on transformers, their log-probabilities and the gradient of the sum of these.
+
+    `differing` are the replayed choices that the model would not have made.
+    """
+
+    sequences: list[TokenSequence]
+    logprobs: list[torch.Tensor]
+    gradient: dict[str, torch.Tensor]
+    differing: int
+
+
+@pytest.fixture(scope="module")
+def replayed(trainer_model: Path) -> Replayed:
+    """Sequences whose responses pass experts drawn at random."""
     from transformers import AutoModelForCausalLM
 
     from services.trainer.packing import TokenSequence
@@ -278,14 +295,20 @@ def test_replayed_experts_are_used_and_trained(run_ranks: RunRanks, trainer_mode
         chosen_TLK = torch.where(wanted_TLK < 0, own_TLK, wanted_TLK)
         differing += int((chosen_TLK[..., None] != own_TLK[..., None, :]).all(-1).sum())
     sum(each.sum() for each in expected).backward()
-    logprobs, counts, gradient = run_ranks(sizes, partial(replay, replayed=replayed))
-    for found_T, expected_T in zip(logprobs, expected * 2, strict=True):
+    gradient = {name: value.grad for name, value in model.named_parameters() if "lm_head" not in name}
+    return Replayed(replayed, [each.detach() for each in expected], gradient, differing)
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2, expert=2), Sizes(context=2, expert=2)], ids=str)
+def test_replayed_experts_are_used_and_trained(run_ranks: RunRanks, replayed: Replayed, sizes: Sizes) -> None:
+    logprobs, counts, gradient = run_ranks(sizes, partial(replay, replayed=replayed.sequences))
+    for found_T, expected_T in zip(logprobs, replayed.logprobs * 2, strict=True):
         assert (found_T - expected_T).abs().max() < 1e-5
-    assert counts == (4 * sum(int(each.trained_T.sum()) for each in replayed), differing)
-    compared = {name: value for name, value in model.named_parameters() if name in gradient and "lm_head" not in name}
+    assert counts == (4 * sum(int(each.trained_T.sum()) for each in replayed.sequences), replayed.differing)
+    compared = {name: value for name, value in replayed.gradient.items() if name in gradient}
     assert sum(name.endswith("mlp.gate.weight") for name in compared) == 2
     for name, value in compared.items():
-        assert torch.allclose(gradient[name], value.grad, rtol=1e-3, atol=1e-5), name
+        assert torch.allclose(gradient[name], value, rtol=1e-3, atol=1e-5), name
 
 
 def train_replayed(engine: Engine, trajectories: dict[str, Trajectory], request: pb.TrainRequest) -> Any:

@@ -75,24 +75,38 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [*folders, merged, *map(Path, longer)]
 
 
-@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(pipeline=2)], ids=str)
-def test_weights_round_trip_and_logits_agree(run_ranks: RunRanks, models: list[Path], sizes: Sizes) -> None:
+@pytest.fixture(scope="module")
+def expected(models: list[Path]) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Log-probabilities and entropies of each sequence on transformers, for each folder."""
     from transformers import AutoModelForCausalLM
 
-    for folder, (weights, values) in zip(
-        models, run_ranks(sizes, partial(load_and_evaluate, folders=models)), strict=True
-    ):
+    found = []
+    for folder in models:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        values = []
+        for tokens in sequences():
+            ids = torch.from_numpy(tokens)[None]
+            with torch.no_grad():
+                logprobs_TV = torch.log_softmax(model(ids).logits[0, :-1] / TEMPERATURE, -1)
+            values.append((logprobs_TV.gather(1, ids[0, 1:, None])[:, 0], -(logprobs_TV.exp() * logprobs_TV).sum(-1)))
+        found.append(values)
+    return found
+
+
+@pytest.mark.parametrize("sizes", [Sizes(), Sizes(tensor=2), Sizes(pipeline=2)], ids=str)
+def test_weights_round_trip_and_logits_agree(
+    run_ranks: RunRanks, models: list[Path], expected: list[list[tuple[torch.Tensor, torch.Tensor]]], sizes: Sizes
+) -> None:
+    found = run_ranks(sizes, partial(load_and_evaluate, folders=models))
+    for folder, (weights, values), wanted in zip(models, found, expected, strict=True):
         original = load_file(folder / "model.safetensors")
         assert weights.keys() == original.keys()
         assert all(torch.equal(weights[name], original[name]) for name in original)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        for i, tokens in enumerate(sequences()):
-            ids = torch.from_numpy(tokens)[None]
-            with torch.no_grad():
-                expected_TV = torch.log_softmax(model(ids).logits[0, :-1] / TEMPERATURE, -1)
+        assert values.keys() == set(range(len(wanted)))
+        for i, (wanted_logprobs_T, wanted_entropies_T) in enumerate(wanted):
             logprobs_T, entropies_T = values[i]
-            assert (logprobs_T - expected_TV.gather(1, ids[0, 1:, None])[:, 0]).abs().max() < 1e-5
-            assert (entropies_T + (expected_TV.exp() * expected_TV).sum(-1)).abs().max() < 2e-5
+            assert (logprobs_T - wanted_logprobs_T).abs().max() < 1e-5
+            assert (entropies_T - wanted_entropies_T).abs().max() < 2e-5
 
 
 def save_less(engine: Engine, folder: Path) -> tuple[list[dict[str, torch.Tensor]], list[float], int]:
