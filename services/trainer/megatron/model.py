@@ -184,7 +184,7 @@ class Policy:
         dims, size = self.dims, len(share.inputs_T) // self.dims.tensor
         start = dims.context_rank * len(share.inputs_T) + dims.tensor_rank * size
         return RoutedTokens(
-            experts_TLK=None if share.experts_TLK is None else share.experts_TLK.split(size)[dims.tensor_rank],
+            experts_TLK=None if share.experts_TLK is None else torch.split(share.experts_TLK, size)[dims.tensor_rank],
             tokens=min(max(len(batch.inputs_T) - start, 0), size),
             balance=balance * self.shape.experts / (self.shape.experts_per_token * len(batch.inputs_T)),
         )
