@@ -65,7 +65,9 @@ class ScoringOptions:
     attempts: int = 3
     """Times that a response is tried while it fails in a way that may pass."""
     call_timeout_s: float = 600.0
-    """Deadline of one call."""
+    """Deadline of one call, beside what its responses add."""
+    mib_timeout_s: float = 60.0
+    """Seconds that a MiB of items adds to the deadline of their call."""
     unavailable_s: float = 60.0
     """How long the service may be out of reach before that is an error."""
     first_pause_s: float = 0.5
@@ -74,6 +76,8 @@ class ScoringOptions:
     """Longest pause."""
     max_pending: int = 4096
     """Responses without an outcome; `submit` waits while there are more."""
+    max_pending_bytes: int = 64 << 20
+    """Bytes of the responses without an outcome, beyond which `submit` waits, too; one may be larger by itself."""
     report_s: float = 0.0
     """Least time between two reports of one call, but for its last."""
     around_call: Callable[[int], AbstractContextManager[object]] = nullcontext
@@ -90,19 +94,29 @@ class ScoreJob:
     # Images beside those of the item; they are read for each call, and not held meanwhile.
     images: Sequence[ImageInfo] = ()
     store: ImageStore | None = None
+    # Bytes of a response that is not here, since no message would hold it.
+    left_out_bytes: int = 0
     attempts: int = 0
     # Start of its first call since which nothing came back; None when it was not postponed.
     postponed_since: float | None = None
     _size: int = field(default=0, repr=False)
+    _response_bytes: int = field(default=-1, repr=False)
 
     @property
     def size(self) -> int:
         """Bytes of its item in a message."""
         if not self._size:
             # The template may hold the response already.
-            own = 0 if self.item.response else len(self.id) + len(self.response.encode(errors="replace"))
+            own = 0 if self.item.response else len(self.id) + self.response_bytes
             self._size = self.item.ByteSize() + own + sum(image.size_bytes for image in self.images)
         return self._size
+
+    @property
+    def response_bytes(self) -> int:
+        """Bytes of its response in UTF-8."""
+        if self._response_bytes < 0:
+            self._response_bytes = self.left_out_bytes + len(self.response.encode(errors="replace"))
+        return self._response_bytes
 
     @property
     def why_too_large(self) -> str:
@@ -199,8 +213,10 @@ class ScoringPipeline:
         self._sink = sink
         self._tasks = tasks
         self._calls = asyncio.Semaphore(options.concurrency)
-        self._room = asyncio.Semaphore(options.max_pending)
-        self._pending: set[str] = set()
+        # Bytes of the response of each job without an outcome, and of all of them.
+        self._pending: dict[str, int] = {}
+        self._pending_bytes = 0
+        self._room = asyncio.Condition()
         self._idle = asyncio.Event()
         self._idle.set()
         self._waiting: deque[ScoreJob] = deque()
@@ -209,21 +225,29 @@ class ScoringPipeline:
         self._unavailable_since: float | None = None
 
     async def submit(self, job: ScoreJob) -> None:
-        """Takes a job; waits while `max_pending` have no outcome yet.
+        """Takes a job; waits while `max_pending` of them, or of `max_pending_bytes` together, have no outcome yet.
 
         Raises InvalidArgumentError when a job with the same id has none yet: outcomes are told apart by it.
         """
-        await self._room.acquire()
-        if job.id in self._pending:
-            self._room.release()
-            raise InvalidArgumentError.for_field("id", f"{job.id!r} is being scored already")
-        self._pending.add(job.id)
+        # What is left out takes no room, nor does its size wait for any.
+        size = 0 if job.left_out_bytes else job.response_bytes
+        async with self._room:
+            await self._room.wait_for(lambda: self._has_room(size))
+            if job.id in self._pending:
+                raise InvalidArgumentError.for_field("id", f"{job.id!r} is being scored already")
+            self._pending[job.id] = size
+            self._pending_bytes += size
         self._idle.clear()
         if job.size > MAX_BATCH_BYTES:
             self._tasks.create_task(self._report([failed(job, job.why_too_large, retryable=False)]))
             return
         self._waiting.append(job)
         self._arrived.set()
+
+    def _has_room(self, size: int) -> bool:
+        options = self._options
+        fits = self._pending_bytes + size <= options.max_pending_bytes or not self._pending
+        return fits and len(self._pending) < options.max_pending
 
     async def drain(self) -> None:
         """Waits until every job has its outcome."""
@@ -265,7 +289,7 @@ class ScoringPipeline:
         try:
             if call.is_postponed:
                 call.pinged_at = await self._ping()
-            async for response in self._client.score(call.build_request(), timeout_s=self._options.call_timeout_s):
+            async for response in self._client.score(call.build_request(), timeout_s=call.timeout_s):
                 self._note_answer()
                 call.receive(response)
                 if call.finals and time.monotonic() - call.reported_at >= self._options.report_s:
@@ -325,8 +349,9 @@ class ScoringPipeline:
         except Exception as error:
             raise _SinkError from error
         for outcome in outcomes:
-            self._pending.remove(outcome.id)
-            self._room.release()
+            self._pending_bytes -= self._pending.pop(outcome.id)
+        async with self._room:
+            self._room.notify_all()
         if not self._pending:
             self._idle.set()
 
@@ -345,6 +370,7 @@ class _Call:
         self._again: list[ScoreJob] = []
         self._pause_s = 0.0
         self._options = options
+        self.timeout_s = options.call_timeout_s + options.mib_timeout_s * sum(job.size for job in jobs) / (1 << 20)
         self._asked = list(jobs)
         self._unanswered = {job.id: job for job in jobs}
 

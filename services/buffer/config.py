@@ -61,7 +61,8 @@ class OffloadConfig(Model):
     """Seconds that the file of a consumed trajectory is kept, so that a snapshot of Redis which names it can be
     restored."""
     abandoned_s: int = Field(600, ge=1)
-    """Seconds after which a move that has not ended is taken for abandoned, and begun again with another file."""
+    """Seconds after which a move that has not ended is taken for abandoned, and begun again with another file; the
+    file of an abandoned one is deleted then."""
     sweep_s: float = Field(300.0, gt=0)
     """Seconds between two sweeps, which delete the files that nothing refers to."""
 

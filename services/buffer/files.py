@@ -39,6 +39,8 @@ READ_TOKENS = load_script("read_tokens")
 FIELD = "buffer.offload.location"
 # Bytes that a move reads from Redis at once.
 BLOCK_BYTES = 1 << 20
+# Pause after storage or Redis failed.
+RETRY_S = 2.0
 # Files of which one script call takes care: bounds the time that it occupies the server.
 FILES_PER_CALL = 512
 
@@ -113,28 +115,37 @@ class Mover:
         self._wake.set()
 
     async def run(self) -> None:
-        """Moves and sweeps until cancelled; what fails is logged and tried again by the next sweep."""
+        """Moves and sweeps until cancelled; what fails is logged and tried again."""
+        task = asyncio.current_task()
+        assert task is not None
         swept_at = -float("inf")
-        while True:
+        # The client of Redis may lose a cancellation, see `services.buffer.service`.
+        while not task.cancelling():
             is_sweep = time.monotonic() - swept_at >= self._config.sweep_s
             if is_sweep:
                 swept_at = time.monotonic()
                 self._due |= await self._find_runs()
             due, self._due = self._due, set()
-            for run_id in due:
-                try:
-                    await self.move_all(run_id)
-                    await self.sweep(run_id, with_unknown=is_sweep)
-                except PerigeeError as error:
-                    FILES.labels("failed").inc()
-                    log.warning("files of trajectories", run=run_id, reason=error.message)
-            self._wake.clear()
-            if not self._due:
-                try:
+            failed = {run_id for run_id in due if not await self._try(run_id, with_unknown=is_sweep)}
+            self._due |= failed
+            if failed:
+                await asyncio.sleep(RETRY_S)
+            elif not self._due:
+                self._wake.clear()
+                with suppress(TimeoutError):
                     async with asyncio.timeout(swept_at + self._config.sweep_s - time.monotonic()):
                         await self._wake.wait()
-                except TimeoutError:
-                    pass
+
+    async def _try(self, run_id: str, *, with_unknown: bool) -> bool:
+        """Moves and sweeps the files of a run; returns whether that went well."""
+        try:
+            await self.move_all(run_id)
+            await self.sweep(run_id, with_unknown=with_unknown)
+        except PerigeeError as error:
+            FILES.labels("failed").inc()
+            log.warning("files of trajectories", run=run_id, reason=error.message)
+            return False
+        return True
 
     async def move_all(self, run_id: str) -> None:
         """Moves the trajectories of a run that wait for it, one after the other."""
@@ -147,8 +158,14 @@ class Mover:
             if not taken:
                 return
             trajectory_id, tokens, expert_bytes = taken[0].decode(), int(taken[1]), int(taken[2])
-            with suppress(AbortedError):  # its group was consumed meanwhile: the name is swept
+            try:
                 await self._move(run_id, trajectory_id, name, tokens, expert_bytes)
+            except AbortedError:
+                continue  # its group was consumed meanwhile: the name is swept
+            except PerigeeError:
+                with suppress(PerigeeError):  # then it waits until the move is taken for abandoned
+                    await self._scripts.run(FINISH_MOVE, run_id, name, trajectory_id, "")
+                raise
 
     async def sweep(self, run_id: str, *, with_unknown: bool = False) -> None:
         """Deletes the files of a run that nothing refers to and whose time is over.

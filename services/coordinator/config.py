@@ -21,9 +21,16 @@ class DispatchConfig(Model):
     attempts: int = Field(5, ge=1)
     """Failures of one sequence that end the run."""
     call_timeout_s: float = Field(1800.0, gt=0)
-    """Deadline of one call to a worker."""
+    """Deadline of one call to a worker, beside what its tokens add."""
+    token_timeout_s: float = Field(0.1, ge=0)
+    """Seconds that each token of a call's longest sequence adds to its deadline, those that it has and may get counted,
+    and once more for each time that the worker is overcommitted."""
     worker_wait_s: float = Field(300.0, gt=0)
     """Seconds that a run waits for a ready worker before it fails."""
+
+    def deadline_s(self, longest: int) -> float:
+        """Returns the deadline of a call whose longest sequence has so many tokens at its end."""
+        return self.call_timeout_s + self.token_timeout_s * longest * self.overcommit
 
 
 class ScoringConfig(Model):
@@ -35,12 +42,17 @@ class ScoringConfig(Model):
     """Calls in flight at once."""
     queue: int = Field(4096, ge=1)
     """Responses without a verdict at once; rollout streams pause while there are more."""
+    queue_bytes: int = Field(32 << 20, ge=1)
+    """Bytes of their texts together, beyond which rollout streams pause, too."""
     attempts: int = Field(6, ge=1)
     """Attempts to judge a response while the failure may pass; afterwards its verdict is FAILED."""
     retry_s: float = Field(0.5, gt=0)
     """Pause before the second attempt; doubles with each further one."""
     call_timeout_s: float = Field(240.0, gt=0)
-    """Deadline of one call, at most `unavailable_s`; responses without a verdict by then are called again."""
+    """Deadline of one call, at most `unavailable_s`, beside what its texts add; responses without a verdict by then are
+    called again."""
+    mib_timeout_s: float = Field(60.0, ge=0)
+    """Seconds that each MiB of a call's texts adds to its deadline; a call has 3 MiB at most."""
     unavailable_s: float = Field(300.0, gt=0)
     """Seconds that the reward service may be out of reach before the run fails."""
 
@@ -112,6 +124,8 @@ class CoordinatorConfig(ServiceConfig):
     """Deadline of a small call to a peer."""
     train_timeout_s: float = Field(86_400.0, gt=0)
     """Deadline of one training job, a supervised stage included."""
+    train_token_timeout_s: float = Field(0.05, ge=0)
+    """Seconds that each token of an iteration adds to the deadline of its training."""
     checkpoint_timeout_s: float = Field(1800.0, gt=0)
     """Deadline of writing or reading a checkpoint or an export."""
     recovery_wait_s: float = Field(300.0, gt=0)

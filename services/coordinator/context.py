@@ -48,10 +48,13 @@ class RunInputs:
     # Images of all of them, in the run's folder.
     images: ImageStore
 
-    def score_job(self, job_id: str, prompt: Prompt, response: str) -> ScoreJob:
-        """Returns the job of scoring a response, with the question's images where its verifier looks at them."""
+    def score_job(self, job_id: str, prompt: Prompt, response: str, left_out_bytes: int = 0) -> ScoreJob:
+        """Returns the job of scoring a response, with the question's images where its verifier looks at them.
+
+        One of which `left_out_bytes` are not here, since no message holds it, fails.
+        """
         line = prompt.line
-        return ScoreJob(job_id, response, line.item, line.judged_images, self.images)
+        return ScoreJob(job_id, response, line.item, line.judged_images, self.images, left_out_bytes)
 
 
 @dataclass(frozen=True)

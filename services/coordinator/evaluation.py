@@ -107,7 +107,7 @@ class Evaluation:
             for part in bounded_parts(some, [self.attempts[key].prompt for key in some]):
                 await self._put_images(worker, [self.attempts[key].prompt for key in part])
                 async for response in worker.client.generate(
-                    self._request(part, greedy), timeout_s=self.context.settings.dispatch.call_timeout_s
+                    self._request(part, greedy), timeout_s=self._deadline_s(part)
                 ):
                     if response.end_reason != buffer_pb2.END_REASON_UNSPECIFIED:
                         await self._submit(response)
@@ -120,9 +120,17 @@ class Evaluation:
             found = await asyncio.to_thread(self.context.inputs.images.read_all, images.values())
             await worker.client.put_images(found, timeout_s=self.context.settings.control_timeout_s)
 
+    @property
+    def _cap(self) -> int:
+        config = self.context.config
+        return config.evaluation.max_response_tokens or config.rollout.max_response_tokens
+
+    def _deadline_s(self, keys: Sequence[str]) -> float:
+        longest = max(self.attempts[key].prompt.tokens for key in keys) + self._cap
+        return self.context.settings.dispatch.deadline_s(longest)
+
     def _request(self, keys: Sequence[str], greedy: bool) -> pb.GenerateRequest:
         config = self.context.config
-        cap = config.evaluation.max_response_tokens or config.rollout.max_response_tokens
         request = pb.GenerateRequest(
             run_id=self.context.run_id,
             sampling=pb.Sampling(temperature=0.0 if greedy else 1.0),
@@ -133,7 +141,7 @@ class Evaluation:
         for key in keys:
             token_ids = pack_token_ids(self.attempts[key].prompt.token_ids)
             digests = [image.digest for image in self.attempts[key].prompt.line.images]
-            request.items.add(id=key, prompt_token_ids=token_ids, max_tokens=cap, image_digests=digests)
+            request.items.add(id=key, prompt_token_ids=token_ids, max_tokens=self._cap, image_digests=digests)
         return request
 
     async def _submit(self, response: pb.GenerateResponse) -> None:
@@ -141,7 +149,8 @@ class Evaluation:
         attempt.tokens = response.tokens
         versions = [self.policy_version]
         self._samples.add(response.id, attempt.prompt, response.text, attempt.tokens, versions, response.end_reason)
-        await self._scoring.submit(self.context.inputs.score_job(response.id, attempt.prompt, response.text))
+        job = self.context.inputs.score_job(response.id, attempt.prompt, response.text, response.left_out_bytes)
+        await self._scoring.submit(job)
 
     def samples(self) -> list[Sample]:
         """Returns the samples of the evaluation that has been made."""

@@ -276,20 +276,10 @@ class Iteration:
     async def _score_again(self, unscored: Sequence[Trajectory], scoring: ScoringPipeline) -> None:
         """Submits the responses without a verdict that had finished when a coordinator died, or ahead."""
         context = self._context
-        for start in range(0, len(unscored), context.settings.scoring.batch):
-            some = unscored[start : start + context.settings.scoring.batch]
-            texts = await read_response_texts(context, [trajectory.id for trajectory in some])
-            for trajectory in some:
-                self._samples.add(
-                    trajectory.id,
-                    trajectory.group.prompt,
-                    texts[trajectory.id],
-                    trajectory.tokens,
-                    trajectory.tokens_by_version,
-                    trajectory.end_reason,
-                )
-                job = context.inputs.score_job(trajectory.id, trajectory.group.prompt, texts[trajectory.id])
-                await scoring.submit(job)
+        async for trajectory, text in read_response_texts(context, unscored):
+            prompt, versions = trajectory.group.prompt, trajectory.tokens_by_version
+            self._samples.add(trajectory.id, prompt, text, trajectory.tokens, versions, trajectory.end_reason)
+            await scoring.submit(context.inputs.score_job(trajectory.id, prompt, text))
 
     async def _record(self, outcomes: list[reward_pb2.ScoreResponse]) -> None:
         """Makes verdicts durable, then counts them. The first verdict recorded stands."""
@@ -332,12 +322,18 @@ class Iteration:
             update=config.update_message(),
             optimizer=config.optimizer_message(learning_rate),
         )
+        tokens = sum(
+            trajectory.prompt_tokens + sum(trajectory.tokens_by_version.values())
+            for group in batch.groups
+            for trajectory in group.trajectories
+        )
+        timeout_s = context.settings.train_timeout_s + tokens * context.settings.train_token_timeout_s
         context.status.enter(coordinator_pb2.RUN_PHASE_TRAINING, config.update.minibatches)
         result: trainer_pb2.TrainResult | None = None
         async with self._weight_sync.trainers_turn(base):
             with self._timeline.phase("training"):
                 # To the stream's end: until then the trainer is busy and refuses the checkpoint.
-                async for response in context.peers.trainer.train(request, timeout_s=context.settings.train_timeout_s):
+                async for response in context.peers.trainer.train(request, timeout_s=timeout_s):
                     context.status.done, context.status.total = response.step, response.steps
                     if response.HasField("result"):
                         result = response.result

@@ -46,9 +46,11 @@ async def score_responses(client: RewardClient, config: ScoringConfig, sink: Sin
         attempts=config.attempts,
         # One late call must not look like an outage.
         call_timeout_s=min(config.call_timeout_s, config.unavailable_s),
+        mib_timeout_s=config.mib_timeout_s,
         unavailable_s=config.unavailable_s,
         first_pause_s=config.retry_s,
         max_pending=config.queue,
+        max_pending_bytes=config.queue_bytes,
         report_s=REPORT_SECONDS,
         around_call=lambda responses: detached_span("score", responses=responses),
     )

@@ -305,8 +305,9 @@ class RolloutPhase:
             repetition_stop=settings.repetition_stop.message(),
             max_kv_staleness=settings.max_kv_staleness,
         )
+        longest = max(self.groups.trajectory(key).group.prompt.tokens + self._targets[key] for key in leases)
         async for response in worker.client.extend_trajectories(
-            request, timeout_s=self.context.settings.dispatch.call_timeout_s
+            request, timeout_s=self.context.settings.dispatch.deadline_s(longest)
         ):
             for end in response.ended:
                 tokens, _ = self._context_of(self.groups.trajectory(end.trajectory_id), end.tokens - end.new_tokens)
@@ -327,7 +328,7 @@ class RolloutPhase:
         self.counts.prefilled_tokens += end.prefilled_tokens
         self._record_tokens(end.trajectory_id, end.tokens)
         if end.end_reason != buffer_pb2.END_REASON_BUDGET:
-            await self._finish(trajectory, end.end_reason, end.text)
+            await self._finish(trajectory, end.end_reason, end.text, end.left_out_bytes)
 
     def _record_tokens(self, trajectory_id: str, tokens: int) -> None:
         trajectory = self.groups.trajectory(trajectory_id)
@@ -337,27 +338,28 @@ class RolloutPhase:
 
     async def _recover_end(self, trajectory_id: str) -> None:
         trajectory = self.groups.trajectory(trajectory_id)
-        texts = await read_response_texts(self.context, [trajectory_id])
-        await self._finish(trajectory, trajectory.end_reason, texts[trajectory_id])
+        async for found, text in read_response_texts(self.context, [trajectory]):
+            await self._finish(found, found.end_reason, text)
 
-    async def _finish(self, trajectory: Trajectory, end_reason: EndReason, text: str) -> None:
+    async def _finish(self, trajectory: Trajectory, end_reason: EndReason, text: str, left_out_bytes: int = 0) -> None:
         if self.counts.ended.get(trajectory.id, buffer_pb2.END_REASON_BUDGET) != buffer_pb2.END_REASON_BUDGET:
             return
         if self.scoring is not None and self.samples is not None:
             prompt, versions = trajectory.group.prompt, trajectory.tokens_by_version
             self.samples.add(trajectory.id, prompt, text, trajectory.tokens, versions, end_reason)
-            await self.scoring.submit(self.context.inputs.score_job(trajectory.id, prompt, text))
+            await self.scoring.submit(self.context.inputs.score_job(trajectory.id, prompt, text, left_out_bytes))
         trajectory.finished = True
         trajectory.end_reason = end_reason
         self.counts.ended[trajectory.id] = end_reason
 
 
-async def read_response_texts(context: RunContext, trajectory_ids: Sequence[str]) -> Mapping[str, str]:
-    """Reads responses from the buffer and returns their texts by trajectory id, special tokens left out."""
+async def read_response_texts(
+    context: RunContext, trajectories: Sequence[Trajectory]
+) -> AsyncGenerator[tuple[Trajectory, str], None]:
+    """Reads responses from the buffer, one after the other, and yields their texts, special tokens left out."""
     tokenizer, timeout_s = context.inputs.tokenizer, context.settings.control_timeout_s
-    return {
-        trajectory.trajectory_id: tokenizer.decode(list(unpack_token_ids(trajectory.token_ids)))
-        async for trajectory in context.peers.buffer.read_trajectories(
-            context.run_id, list(trajectory_ids), timeout_s=timeout_s
-        )
-    }
+    for trajectory in trajectories:
+        async for stored in context.peers.buffer.read_trajectories(
+            context.run_id, [trajectory.id], timeout_s=timeout_s, tokens=trajectory.tokens
+        ):
+            yield trajectory, tokenizer.decode(list(unpack_token_ids(stored.token_ids)))

@@ -21,7 +21,10 @@ class SupervisionConfig(Model):
     start_seconds: float = Field(1800.0, gt=0)
     """Seconds that a start may take, captured graphs included."""
     stall_seconds: float = Field(300.0, gt=0)
-    """Seconds without a token after which an engine with requests counts as dead and is restarted."""
+    """Seconds without a token after which an engine with requests counts as dead and is restarted, beside what the
+    longest of them adds."""
+    stall_token_seconds: float = Field(0.01, ge=0)
+    """Seconds that each token of the longest sequence in the engine adds: its prefill gives no token."""
 
 
 class RegistrationConfig(Model):
@@ -132,7 +135,7 @@ class RolloutConfig(ServiceConfig):
     max_queued_sequences: int = Field(16384, ge=1)
     """Sequences accepted and not ended; calls that pass it are refused with RESOURCE_EXHAUSTED."""
     buffer_timeout_seconds: float = Field(60.0, gt=0)
-    """Deadline of one call to the buffer."""
+    """Deadline of one call to the buffer, beside 4 s for each 100,000 tokens that it reads."""
     commit_wait_seconds: float = Field(120.0, gt=0)
     """Seconds that a weight commit waits for an engine that is starting."""
     update_timeout_seconds: float = Field(300.0, gt=0)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -27,6 +27,7 @@ from services.rollout.segment import (
     Emit,
     Segment,
     SegmentSettings,
+    bound_text,
     end_reason_label,
     generate_segment,
     merge,
@@ -40,6 +41,8 @@ APPEND_SECONDS = Histogram("perigee_rollout_append_seconds", "Seconds of an appe
 
 # A chunk's other fields take a few hundred bytes.
 MAX_BATCH_CHUNKS = 2048
+# Size beyond which a message of results gets no further one.
+MAX_RESPONSE_BYTES = 1 << 20
 INTERRUPT_EVERY_S = 0.1
 DURABLE = {buffer_pb2.APPEND_OUTCOME_APPENDED, buffer_pb2.APPEND_OUTCOME_DUPLICATE}
 
@@ -116,7 +119,10 @@ class _Call:
         leases = {lease.trajectory_id: lease for lease in self.request.trajectories}
         self.writer.writers = len(leases)
         stored = self.buffer.read_trajectories(
-            self.request.run_id, list(leases), timeout_s=self.worker.config.buffer_timeout_seconds
+            self.request.run_id,
+            list(leases),
+            timeout_s=self.worker.config.buffer_timeout_seconds,
+            tokens=sum(lease.tokens for lease in leases.values()),
         )
         async with asyncio.TaskGroup() as group:
             async for trajectory in stored:
@@ -195,12 +201,15 @@ class _Call:
                     chunk.epoch = lease.epoch
                     await self.writer.append(chunk)
         is_partial = end_reason == buffer_pb2.END_REASON_BUDGET
+        text = "" if is_partial else worker.model.decode(unpack_token_ids(bytes(token_ids)))
+        bounded, left_out_bytes = bound_text(text)
         return pb.SegmentEnd(
             trajectory_id=lease.trajectory_id,
             end_reason=end_reason,
             tokens=len(token_ids) // ITEM_BYTES,
             new_tokens=(len(token_ids) - len(trajectory.token_ids)) // ITEM_BYTES,
-            text="" if is_partial else worker.model.decode(unpack_token_ids(bytes(token_ids))),
+            text=bounded,
+            left_out_bytes=left_out_bytes,
             cached_tokens=segment.cached_tokens,
             prefilled_tokens=segment.prefilled_tokens,
         )
@@ -231,6 +240,26 @@ class _Call:
             end_tokens=end_tokens,
             end_reason=end_reason,
         )
+
+
+def pack_results(results: Iterable[SegmentResult], generated: int) -> Iterator[pb.ExtendTrajectoriesResponse]:
+    """Yields messages with the results, in order; the texts of many long responses would not fit into one.
+
+    `generated` counts the tokens of the call before them.
+    """
+    response = pb.ExtendTrajectoriesResponse(generated_tokens=generated)
+    for result in results:
+        is_begun = response.ended or response.failed
+        if is_begun and response.ByteSize() + result.ByteSize() > MAX_RESPONSE_BYTES:
+            yield response
+            response = pb.ExtendTrajectoriesResponse(generated_tokens=response.generated_tokens)
+        if isinstance(result, pb.SegmentEnd):
+            response.generated_tokens += result.new_tokens
+            response.ended.append(result)
+        else:
+            response.failed.append(result)
+    if response.ended or response.failed:
+        yield response
 
 
 def refusal(lease: pb.LeasedTrajectory, trajectory: StoredTrajectory) -> str | None:

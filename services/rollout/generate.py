@@ -17,6 +17,7 @@ from services.rollout.segment import (
     Emit,
     Segment,
     SegmentSettings,
+    bound_text,
     end_reason_label,
     generate_segment,
     merge,
@@ -100,7 +101,8 @@ async def _generate_item(
                         response.versions.extend(chunk.versions)
                     if chunk.end_reason:
                         response.end_reason = chunk.end_reason
-                        response.text = worker.model.decode(unpack_token_ids(bytes(token_ids)))
+                        text = worker.model.decode(unpack_token_ids(bytes(token_ids)))
+                        response.text, response.left_out_bytes = bound_text(text)
                         response.tokens = len(token_ids) // ITEM_BYTES
                         SEGMENTS.labels(end_reason_label(chunk.end_reason)).inc()
                         describe(opened, tokens=response.tokens, end=end_reason_label(chunk.end_reason))

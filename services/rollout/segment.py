@@ -39,6 +39,8 @@ MAX_PERIOD = 4096
 # Tokens, log-probabilities and expert choices of a chunk, and of those that share an append: two of them stay below
 # half a message.
 MAX_CHUNK_BYTES = 1 << 20
+# Text of a response beyond which no message holds it, that to the reward service included.
+MAX_TEXT_BYTES = 3 << 20
 # Items that producers may be ahead of the caller.
 QUEUE_ITEMS = 1024
 MAX_TEMPERATURE = 10.0
@@ -140,6 +142,14 @@ def segment_seed(sampling: pb.Sampling, item_id: str, offset: int) -> int | None
     digest = hashlib.blake2b(f"{sampling.seed}/{item_id}/{offset}".encode(), digest_size=8).digest()
     # The engine takes signed 64-bit seeds.
     return int.from_bytes(digest) >> 1
+
+
+def bound_text(text: str) -> tuple[str, int]:
+    """Returns a text and 0, or an empty one and the bytes of a text that no message holds."""
+    # No character has more than 4 bytes: most texts need no count.
+    if len(text) * 4 <= MAX_TEXT_BYTES or (size := len(text.encode(errors="replace"))) <= MAX_TEXT_BYTES:
+        return text, 0
+    return "", size
 
 
 def plan_end(*, stored: int, leased: int, budget: int, cap: int, room: int) -> tuple[int, EndReason]:

@@ -32,7 +32,7 @@ from services.kit.tasks import start_tasks
 from services.kit.telemetry import get_logger
 from services.rollout.config import RolloutConfig
 from services.rollout.engine import Engine
-from services.rollout.extend import extend_trajectories
+from services.rollout.extend import extend_trajectories, pack_results
 from services.rollout.generate import generate
 from services.rollout.model import PolicyModel, open_policy, require_experts
 from services.rollout.registration import keep_registered
@@ -44,7 +44,6 @@ from services.weights.receive import WeightReceiver
 
 log = get_logger(__name__)
 
-MAX_RESPONSE_BYTES = 1 << 20
 # Seconds that a worker waits for the model's files of a trainer that is starting.
 MODEL_WAIT_S = 300.0
 ROLLOUT = "perigee.rollout.v1.RolloutService"
@@ -78,22 +77,12 @@ class RolloutService(RolloutServiceServicer):
         """Continues leased trajectories."""
         check_extend_request(request)
         settings = segment_settings(request, self._worker, trained_on=True)
-        response = pb.ExtendTrajectoriesResponse()
+        generated = 0
         async with aclosing(extend_trajectories(self._worker, self._buffer, request, settings)) as batches:
             async for batch in batches:
-                for result in batch:
-                    if isinstance(result, pb.SegmentEnd):
-                        response.generated_tokens += result.new_tokens
-                        response.ended.append(result)
-                    else:
-                        response.failed.append(result)
-                    # The texts of many long responses would not fit into one message.
-                    if response.ByteSize() > MAX_RESPONSE_BYTES:
-                        yield response
-                        response = pb.ExtendTrajectoriesResponse(generated_tokens=response.generated_tokens)
-                if response.ended or response.failed:
+                for response in pack_results(batch, generated):
+                    generated = response.generated_tokens
                     yield response
-                    response = pb.ExtendTrajectoriesResponse(generated_tokens=response.generated_tokens)
 
     async def GetState(self, request: pb.GetStateRequest, context: Any) -> pb.GetStateResponse:
         """Returns the worker's state."""

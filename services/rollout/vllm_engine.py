@@ -62,6 +62,8 @@ class VllmEngine(Engine):
         self._model = model
         self._llm: AsyncLLM | None = None
         self._running: dict[str, Any] = {}
+        # Tokens that each of them began with.
+        self._prefilled: dict[str, int] = {}
         # Tensors of which the engine's processes said what they take, whether those that run now have said it, and what
         # they take together.
         self._known_tensors = b""
@@ -117,7 +119,9 @@ class VllmEngine(Engine):
         """Watches the process, and that requests in flight make progress."""
         while self._llm is not None and not self._llm.errored:
             stalled = time.monotonic() - self._progress_time
-            if self._running and not self._asleep and stalled > self._config.supervision.stall_seconds:
+            supervision, longest = self._config.supervision, max(self._prefilled.values(), default=0)
+            limit = supervision.stall_seconds + supervision.stall_token_seconds * longest
+            if self._running and not self._asleep and stalled > limit:
                 log.error("engine stalled", seconds=round(stalled, 1), running=len(self._running))
                 return
             await asyncio.sleep(DEATH_POLL_SECONDS)
@@ -130,6 +134,7 @@ class VllmEngine(Engine):
         if not self._running:
             self._progress_time = time.monotonic()
         self._running[internal_id] = collector
+        self._prefilled[internal_id] = len(request.expanded_ids or request.token_ids)
         # Only the last output carries the version of each token; before it, this record of vLLM's has them.
         state: Any = llm.output_processor.request_states.get(internal_id)
         finished, offset = False, 0
@@ -145,7 +150,7 @@ class VllmEngine(Engine):
             finished = True
             raise EngineDiedError(str(error)) from error
         finally:
-            del self._running[internal_id]
+            del self._running[internal_id], self._prefilled[internal_id]
             if not finished and not llm.errored:
                 await llm.abort(internal_id, internal=True)
 

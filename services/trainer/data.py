@@ -46,9 +46,15 @@ class Trajectory:
 
 
 async def read_trajectories(
-    buffer: BufferClient, run_id: str, trajectory_ids: Sequence[str], timeout_s: float, vision: VisionModel | None
+    buffer: BufferClient,
+    run_id: str,
+    trajectory_ids: Sequence[str],
+    timeout_s: float,
+    vision: VisionModel | None,
+    tokens: int = 0,
 ) -> dict[str, Trajectory]:
-    """Reads whole trajectories and their images by id; `timeout_s` bounds each call of the buffer.
+    """Reads whole trajectories and their images by id, of so many tokens together; `timeout_s` bounds each call of the
+    buffer, together with what the tokens add.
 
     Raises FailedPreconditionError for one that has not ended, DataLossError for one whose pieces do not fit together,
     InvalidArgumentError for images of a model that takes none.
@@ -56,7 +62,7 @@ async def read_trajectories(
     stored = [
         each
         async for each in buffer.read_trajectories(
-            run_id, trajectory_ids, with_logprobs=True, with_experts=True, timeout_s=timeout_s
+            run_id, trajectory_ids, with_logprobs=True, with_experts=True, timeout_s=timeout_s, tokens=tokens
         )
     ]
     digests = list(dict.fromkeys(digest for each in stored for digest in each.image_digests))

@@ -416,8 +416,8 @@ class Engine:
 def follow(config: TrainerConfig) -> None:
     """Runs a rank other than 0 until rank 0 says stop, with a channel of its own to the buffer."""
 
-    def read(run_id: str, ids: Sequence[str]) -> Mapping[str, Trajectory]:
-        return asyncio.run(read_over_own_channel(config, run_id, ids, vision))
+    def read(run_id: str, ids: Sequence[str], tokens: int) -> Mapping[str, Trajectory]:
+        return asyncio.run(read_over_own_channel(config, run_id, ids, tokens, vision))
 
     vision = open_vision(open_model_folder(config.model, "trainer.model"))
     engine = Engine(config, read)
@@ -428,8 +428,8 @@ def follow(config: TrainerConfig) -> None:
 
 
 async def read_over_own_channel(
-    config: TrainerConfig, run_id: str, ids: Sequence[str], vision: VisionModel | None = None
+    config: TrainerConfig, run_id: str, ids: Sequence[str], tokens: int = 0, vision: VisionModel | None = None
 ) -> Mapping[str, Trajectory]:
     """Reads trajectories over a channel that lasts as long as the call."""
     async with BufferClient(config.buffer_address, channel_options(config)) as buffer:
-        return await read_trajectories(buffer, run_id, ids, config.buffer_timeout_s, vision)
+        return await read_trajectories(buffer, run_id, ids, config.buffer_timeout_s, vision, tokens)

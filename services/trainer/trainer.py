@@ -305,10 +305,10 @@ class Trainer:
         return image
 
     def _read_trajectories(
-        self, loop: asyncio.AbstractEventLoop, run_id: str, ids: Sequence[str]
+        self, loop: asyncio.AbstractEventLoop, run_id: str, ids: Sequence[str], tokens: int
     ) -> Mapping[str, Trajectory]:
         """Reads from the buffer in the server's loop; called in the engine's thread."""
-        reading = read_trajectories(self._buffer, run_id, ids, self.config.buffer_timeout_s, self._vision)
+        reading = read_trajectories(self._buffer, run_id, ids, self.config.buffer_timeout_s, self._vision, tokens)
         self._reading = asyncio.run_coroutine_threadsafe(reading, loop)
         try:
             return self._reading.result()

@@ -33,8 +33,9 @@ from services.trainer.megatron.model import Evaluated, Policy
 from services.trainer.megatron.optimizer import scheduled_rate
 from services.trainer.packing import MicroBatch, TokenSequence, make_micro_batches, pack_sequences
 
-# Reads trajectories of a run by id; raises a PerigeeError when one cannot be read.
-Reader = Callable[[str, Sequence[str]], Mapping[str, Trajectory]]
+# Reads trajectories of a run by id, given the tokens that they have together; raises a PerigeeError when one cannot be
+# read.
+Reader = Callable[[str, Sequence[str], int], Mapping[str, Trajectory]]
 
 
 def check_training(algorithm: pb.Algorithm, update: pb.UpdateSettings, optimizer: pb.Optimizer) -> Algorithm:
@@ -214,7 +215,8 @@ class _Iteration:
         error = None
         if self._policy.dims.is_replica_leader:
             try:
-                found = read(self._request.run_id, [trajectory.trajectory_id for trajectory in planned])
+                tokens = sum(trajectory.prompt_tokens + trajectory.response_tokens for trajectory in planned)
+                found = read(self._request.run_id, [trajectory.trajectory_id for trajectory in planned], tokens)
                 self._check_stored(planned, found)
             except PerigeeError as problem:
                 error = problem

@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 from perigee.buffer.client import BufferClient, StoredTrajectory, join_pieces
 from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
-from perigee.errors import AbortedError, DataLossError, FailedPreconditionError, NotFoundError
+from perigee.errors import AbortedError, DataLossError, FailedPreconditionError, NotFoundError, ResourceExhaustedError
 from services.buffer import model
 from services.buffer.config import BufferConfig, LocalServerConfig, OffloadConfig
 from services.buffer.files import BEGIN_MOVE, FINISH_MOVE, Mover, folder_of
@@ -205,6 +205,19 @@ async def test_a_front_killed_in_a_move_loses_nothing_and_leaves_nothing(store: 
     # The one that was slow and not dead has no say any more.
     assert (await store.scripts.run(FINISH_MOVE, run_id, "killed", "t", 23))[1] == 0
     assert await read(store, run_id, "t") == before
+
+
+async def test_a_location_that_cannot_be_written_is_named_and_the_tokens_stay(store: Store, idle: None) -> None:
+    run_id = await begin_run(store, ["t"])
+    await append(store, run_id, last_chunk("t", 23))
+    broken = Mover(store.scripts, OffloadConfig(location="/dev/null/files", min_tokens=MIN_TOKENS))
+    with pytest.raises(ResourceExhaustedError, match=r"buffer\.offload\.location: .*cannot be written"):
+        await broken.move_all(run_id)
+    [found] = await read(store, run_id, "t")
+    assert found.tokens == 23
+    # Nobody waits until that move is taken for abandoned.
+    await store.mover.move_all(run_id)
+    assert await keys_of(store, run_id, "t") == 0
 
 
 async def test_files_that_redis_does_not_know_go_after_a_while(store: Store, idle: None) -> None:

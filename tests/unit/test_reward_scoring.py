@@ -312,3 +312,47 @@ async def test_a_fault_of_the_sink_cancels_the_block_and_no_call_is_made_again(f
         await score()
     assert caught.value is fault
     assert scores.calls == [["0"]]
+
+
+async def test_texts_without_an_outcome_are_bounded_in_bytes() -> None:
+    held = most = 0
+
+    async def drop(found: list[pb.ScoreResponse]) -> None:
+        nonlocal held
+        held -= len(found)
+
+    options = replace(QUICK, max_pending_bytes=3000, batch=1)
+    item = pb.ScoreItem(math=pb.MathVerifier(reference="4"))
+    async with scoring(FakeScores(lambda ids, _: map(correct, ids)), options, drop) as pipeline:
+        for number in range(20):
+            # One that is larger than the bound goes alone.
+            await pipeline.submit(ScoreJob(str(number), "é" * (2000 if number == 7 else 500), item))
+            held += 1
+            most = max(most, held)
+            assert number != 7 or held == 1
+    assert held == 0
+    assert most == 3
+
+
+async def test_a_response_that_no_message_holds_fails_alone_and_the_others_get_time_by_their_size() -> None:
+    deadlines = []
+
+    class Scores(FakeScores):
+        def score(self, request: pb.ScoreRequest, *, timeout_s: float) -> AsyncIterator[pb.ScoreResponse]:
+            deadlines.append(timeout_s)
+            return super().score(request, timeout_s=timeout_s)
+
+    found: dict[str, pb.ScoreResponse] = {}
+
+    async def keep(some: list[pb.ScoreResponse]) -> None:
+        found.update((each.id, each) for each in some)
+
+    options = replace(QUICK, call_timeout_s=100, mib_timeout_s=10)
+    item = pb.ScoreItem(math=pb.MathVerifier(reference="4"))
+    async with scoring(Scores(lambda ids, _: map(correct, ids)), options, keep) as pipeline:
+        await pipeline.submit(ScoreJob("left out", "", item, left_out_bytes=MAX_BATCH_BYTES + 1))
+        await pipeline.submit(ScoreJob("long", "4" * (2 << 20), item))
+    assert found["long"].verdict == CORRECT
+    assert found["left out"].verdict == FAILED
+    assert "the item has 3145" in found["left out"].reason
+    assert deadlines == [pytest.approx(120, abs=0.01)]

@@ -10,9 +10,21 @@ from hypothesis import strategies as st
 from perigee.buffer.packing import pack_token_ids, unpack_logprobs, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.buffer.v1.buffer_pb2 import VersionSpan
+from perigee.rollout.v1 import rollout_pb2 as pb
 from perigee.rollout.v1.rollout_pb2 import RepetitionStop, Sampling
+from perigee.rpc import MAX_MESSAGE_BYTES
 from services.rollout.engine import Engine, EngineOutput, EngineRequest
-from services.rollout.segment import EndReason, Segment, SegmentSettings, generate_segment, plan_end, slice_spans
+from services.rollout.extend import pack_results
+from services.rollout.segment import (
+    MAX_TEXT_BYTES,
+    EndReason,
+    Segment,
+    SegmentSettings,
+    bound_text,
+    generate_segment,
+    plan_end,
+    slice_spans,
+)
 from tests.fixtures.rollout_engine import FragileEngine
 
 STOP = buffer_pb2.END_REASON_STOP
@@ -186,3 +198,25 @@ def test_taken_spans_name_the_version_of_each_token(spans: list[VersionSpan], be
     taken = slice_spans(spans, begin, end)
     assert [span.policy_version for span in taken for _ in range(span.tokens)] == versions[begin:end]
     assert all(a.policy_version != b.policy_version for a, b in itertools.pairwise(taken))
+
+
+@given(st.lists(st.tuples(st.integers(0, MAX_TEXT_BYTES + 9), st.booleans()), max_size=6), st.integers(0, 9))
+def test_results_of_any_length_fit_into_messages(sizes: list[tuple[int, bool]], before: int) -> None:
+    results: list[pb.SegmentEnd | pb.SegmentFailure] = []
+    for number, (size, fails) in enumerate(sizes):
+        text, left_out = bound_text("é" * (size // 2))
+        assert len(text.encode()) + left_out == size // 2 * 2
+        failure = pb.SegmentFailure(trajectory_id=str(number), reason="r")
+        end = pb.SegmentEnd(trajectory_id=str(number), text=text, left_out_bytes=left_out, new_tokens=number)
+        results.append(failure if fails else end)
+    messages = list(pack_results(results, before))
+    assert all(message.ByteSize() < MAX_MESSAGE_BYTES for message in messages)
+    assert [each for message in messages for each in message.ended] == [
+        r for r in results if isinstance(r, pb.SegmentEnd)
+    ]
+    assert [each for message in messages for each in message.failed] == [
+        r for r in results if isinstance(r, pb.SegmentFailure)
+    ]
+    counts = [before, *(message.generated_tokens for message in messages)]
+    assert counts == sorted(counts)
+    assert counts[-1] - before == sum(r.new_tokens for r in results if isinstance(r, pb.SegmentEnd))

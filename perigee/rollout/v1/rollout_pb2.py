@@ -25,17 +25,17 @@ _sym_db = _symbol_database.Default()
 from perigee.buffer.v1 import buffer_pb2 as perigee_dot_buffer_dot_v1_dot_buffer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n perigee/rollout/v1/rollout.proto\x12\x12perigee.rollout.v1\x1a\x1eperigee/buffer/v1/buffer.proto\"\xb7\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x06\x88\x01\x01\x42\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"9\n\x0eRepetitionStop\x12\x12\n\nmax_period\x18\x01 \x01(\r\x12\x13\n\x0bmin_repeats\x18\x02 \x01(\r\"_\n\x0cGenerateItem\x12\n\n\x02id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x15\n\rimage_digests\x18\x04 \x03(\t\"A\n\x10PutImagesRequest\x12-\n\x06pieces\x18\x01 \x03(\x0b\x32\x1d.perigee.buffer.v1.ImagePiece\"\"\n\x11PutImagesResponse\x12\r\n\x05whole\x18\x01 \x03(\t\"\x82\x02\n\x0fGenerateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12/\n\x05items\x18\x02 \x03(\x0b\x32 .perigee.rollout.v1.GenerateItem\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.perigee.rollout.v1.Sampling\x12;\n\x0frepetition_stop\x18\x04 \x01(\x0b\x32\".perigee.rollout.v1.RepetitionStop\x12\x11\n\ttext_only\x18\x05 \x01(\x08\x12\x1b\n\x0epolicy_version\x18\x06 \x01(\x04H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"\xd5\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x10\n\x08logprobs\x18\x04 \x01(\x0c\x12\x30\n\x08versions\x18\x05 \x03(\x0b\x32\x1e.perigee.buffer.v1.VersionSpan\x12\x30\n\nend_reason\x18\x06 \x01(\x0e\x32\x1c.perigee.buffer.v1.EndReason\x12\x0c\n\x04text\x18\x07 \x01(\t\x12\x0e\n\x06tokens\x18\x08 \x01(\r\"^\n\x10LeasedTrajectory\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x14\n\x0ctoken_budget\x18\x04 \x01(\r\"\xb9\x02\n\x19\x45xtendTrajectoriesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12:\n\x0ctrajectories\x18\x03 \x03(\x0b\x32$.perigee.rollout.v1.LeasedTrajectory\x12\x14\n\x0ctoken_budget\x18\x04 \x01(\r\x12\x1b\n\x13max_response_tokens\x18\x05 \x01(\r\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.perigee.rollout.v1.Sampling\x12;\n\x0frepetition_stop\x18\x07 \x01(\x0b\x32\".perigee.rollout.v1.RepetitionStop\x12\x18\n\x10max_kv_staleness\x18\x08 \x01(\r\"\xb8\x01\n\nSegmentEnd\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x30\n\nend_reason\x18\x02 \x01(\x0e\x32\x1c.perigee.buffer.v1.EndReason\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x12\n\nnew_tokens\x18\x04 \x01(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefilled_tokens\x18\x07 \x01(\r\"7\n\x0eSegmentFailure\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x99\x01\n\x1a\x45xtendTrajectoriesResponse\x12-\n\x05\x65nded\x18\x01 \x03(\x0b\x32\x1e.perigee.rollout.v1.SegmentEnd\x12\x32\n\x06\x66\x61iled\x18\x02 \x03(\x0b\x32\".perigee.rollout.v1.SegmentFailure\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x04\"c\n\x0cLeaveRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\titeration\x18\x02 \x01(\x04\x12\x30\n\tresidence\x18\x03 \x01(\x0e\x32\x1d.perigee.rollout.v1.Residence\"5\n\rLeaveResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"4\n\x0f\x43omeBackRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\titeration\x18\x02 \x01(\x04\";\n\x10\x43omeBackResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\"\x11\n\x0fGetStateRequest\"\xdc\x01\n\x10GetStateResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x30\n\x06status\x18\x02 \x01(\x0e\x32 .perigee.rollout.v1.WorkerStatus\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x18\n\x10generated_tokens\x18\x07 \x01(\x04\x12\x17\n\x0f\x65ngine_restarts\x18\x08 \x01(\r*\xaf\x01\n\x0cWorkerStatus\x12\x1d\n\x19WORKER_STATUS_UNSPECIFIED\x10\x00\x12\x1a\n\x16WORKER_STATUS_STARTING\x10\x01\x12\x17\n\x13WORKER_STATUS_EMPTY\x10\x02\x12\x17\n\x13WORKER_STATUS_READY\x10\x03\x12\x1a\n\x16WORKER_STATUS_DRAINING\x10\x04\x12\x16\n\x12WORKER_STATUS_AWAY\x10\x05*f\n\tResidence\x12\x19\n\x15RESIDENCE_UNSPECIFIED\x10\x00\x12\x12\n\x0eRESIDENCE_KEEP\x10\x01\x12\x13\n\x0fRESIDENCE_SLEEP\x10\x02\x12\x15\n\x11RESIDENCE_RESTART\x10\x03\x32\xb6\x04\n\x0eRolloutService\x12W\n\x08Generate\x12#.perigee.rollout.v1.GenerateRequest\x1a$.perigee.rollout.v1.GenerateResponse0\x01\x12X\n\tPutImages\x12$.perigee.rollout.v1.PutImagesRequest\x1a%.perigee.rollout.v1.PutImagesResponse\x12u\n\x12\x45xtendTrajectories\x12-.perigee.rollout.v1.ExtendTrajectoriesRequest\x1a..perigee.rollout.v1.ExtendTrajectoriesResponse0\x01\x12U\n\x08GetState\x12#.perigee.rollout.v1.GetStateRequest\x1a$.perigee.rollout.v1.GetStateResponse\x12L\n\x05Leave\x12 .perigee.rollout.v1.LeaveRequest\x1a!.perigee.rollout.v1.LeaveResponse\x12U\n\x08\x43omeBack\x12#.perigee.rollout.v1.ComeBackRequest\x1a$.perigee.rollout.v1.ComeBackResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n perigee/rollout/v1/rollout.proto\x12\x12perigee.rollout.v1\x1a\x1eperigee/buffer/v1/buffer.proto\"\xb7\x02\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x01H\x03\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x01H\x04\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x06\x88\x01\x01\x42\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"9\n\x0eRepetitionStop\x12\x12\n\nmax_period\x18\x01 \x01(\r\x12\x13\n\x0bmin_repeats\x18\x02 \x01(\r\"_\n\x0cGenerateItem\x12\n\n\x02id\x18\x01 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x02 \x01(\x0c\x12\x12\n\nmax_tokens\x18\x03 \x01(\r\x12\x15\n\rimage_digests\x18\x04 \x03(\t\"A\n\x10PutImagesRequest\x12-\n\x06pieces\x18\x01 \x03(\x0b\x32\x1d.perigee.buffer.v1.ImagePiece\"\"\n\x11PutImagesResponse\x12\r\n\x05whole\x18\x01 \x03(\t\"\x82\x02\n\x0fGenerateRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12/\n\x05items\x18\x02 \x03(\x0b\x32 .perigee.rollout.v1.GenerateItem\x12.\n\x08sampling\x18\x03 \x01(\x0b\x32\x1c.perigee.rollout.v1.Sampling\x12;\n\x0frepetition_stop\x18\x04 \x01(\x0b\x32\".perigee.rollout.v1.RepetitionStop\x12\x11\n\ttext_only\x18\x05 \x01(\x08\x12\x1b\n\x0epolicy_version\x18\x06 \x01(\x04H\x00\x88\x01\x01\x42\x11\n\x0f_policy_version\"\xed\x01\n\x10GenerateResponse\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\r\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12\x10\n\x08logprobs\x18\x04 \x01(\x0c\x12\x30\n\x08versions\x18\x05 \x03(\x0b\x32\x1e.perigee.buffer.v1.VersionSpan\x12\x30\n\nend_reason\x18\x06 \x01(\x0e\x32\x1c.perigee.buffer.v1.EndReason\x12\x0c\n\x04text\x18\x07 \x01(\t\x12\x0e\n\x06tokens\x18\x08 \x01(\r\x12\x16\n\x0eleft_out_bytes\x18\t \x01(\x04\"^\n\x10LeasedTrajectory\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x14\n\x0ctoken_budget\x18\x04 \x01(\r\"\xb9\x02\n\x19\x45xtendTrajectoriesRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\x12:\n\x0ctrajectories\x18\x03 \x03(\x0b\x32$.perigee.rollout.v1.LeasedTrajectory\x12\x14\n\x0ctoken_budget\x18\x04 \x01(\r\x12\x1b\n\x13max_response_tokens\x18\x05 \x01(\r\x12.\n\x08sampling\x18\x06 \x01(\x0b\x32\x1c.perigee.rollout.v1.Sampling\x12;\n\x0frepetition_stop\x18\x07 \x01(\x0b\x32\".perigee.rollout.v1.RepetitionStop\x12\x18\n\x10max_kv_staleness\x18\x08 \x01(\r\"\xd0\x01\n\nSegmentEnd\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x30\n\nend_reason\x18\x02 \x01(\x0e\x32\x1c.perigee.buffer.v1.EndReason\x12\x0e\n\x06tokens\x18\x03 \x01(\r\x12\x12\n\nnew_tokens\x18\x04 \x01(\r\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x15\n\rcached_tokens\x18\x06 \x01(\r\x12\x18\n\x10prefilled_tokens\x18\x07 \x01(\r\x12\x16\n\x0eleft_out_bytes\x18\x08 \x01(\x04\"7\n\x0eSegmentFailure\x12\x15\n\rtrajectory_id\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x99\x01\n\x1a\x45xtendTrajectoriesResponse\x12-\n\x05\x65nded\x18\x01 \x03(\x0b\x32\x1e.perigee.rollout.v1.SegmentEnd\x12\x32\n\x06\x66\x61iled\x18\x02 \x03(\x0b\x32\".perigee.rollout.v1.SegmentFailure\x12\x18\n\x10generated_tokens\x18\x03 \x01(\x04\"c\n\x0cLeaveRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\titeration\x18\x02 \x01(\x04\x12\x30\n\tresidence\x18\x03 \x01(\x0e\x32\x1d.perigee.rollout.v1.Residence\"5\n\rLeaveResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x13\n\x0b\x66reed_bytes\x18\x02 \x01(\x03\"4\n\x0f\x43omeBackRequest\x12\x0e\n\x06run_id\x18\x01 \x01(\t\x12\x11\n\titeration\x18\x02 \x01(\x04\";\n\x10\x43omeBackResponse\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x16\n\x0epolicy_version\x18\x02 \x01(\x04\"\x11\n\x0fGetStateRequest\"\xdc\x01\n\x10GetStateResponse\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x30\n\x06status\x18\x02 \x01(\x0e\x32 .perigee.rollout.v1.WorkerStatus\x12\x16\n\x0epolicy_version\x18\x03 \x01(\x04\x12\x0f\n\x07running\x18\x04 \x01(\r\x12\x10\n\x08\x63\x61pacity\x18\x05 \x01(\r\x12\x15\n\rmax_model_len\x18\x06 \x01(\r\x12\x18\n\x10generated_tokens\x18\x07 \x01(\x04\x12\x17\n\x0f\x65ngine_restarts\x18\x08 \x01(\r*\xaf\x01\n\x0cWorkerStatus\x12\x1d\n\x19WORKER_STATUS_UNSPECIFIED\x10\x00\x12\x1a\n\x16WORKER_STATUS_STARTING\x10\x01\x12\x17\n\x13WORKER_STATUS_EMPTY\x10\x02\x12\x17\n\x13WORKER_STATUS_READY\x10\x03\x12\x1a\n\x16WORKER_STATUS_DRAINING\x10\x04\x12\x16\n\x12WORKER_STATUS_AWAY\x10\x05*f\n\tResidence\x12\x19\n\x15RESIDENCE_UNSPECIFIED\x10\x00\x12\x12\n\x0eRESIDENCE_KEEP\x10\x01\x12\x13\n\x0fRESIDENCE_SLEEP\x10\x02\x12\x15\n\x11RESIDENCE_RESTART\x10\x03\x32\xb6\x04\n\x0eRolloutService\x12W\n\x08Generate\x12#.perigee.rollout.v1.GenerateRequest\x1a$.perigee.rollout.v1.GenerateResponse0\x01\x12X\n\tPutImages\x12$.perigee.rollout.v1.PutImagesRequest\x1a%.perigee.rollout.v1.PutImagesResponse\x12u\n\x12\x45xtendTrajectories\x12-.perigee.rollout.v1.ExtendTrajectoriesRequest\x1a..perigee.rollout.v1.ExtendTrajectoriesResponse0\x01\x12U\n\x08GetState\x12#.perigee.rollout.v1.GetStateRequest\x1a$.perigee.rollout.v1.GetStateResponse\x12L\n\x05Leave\x12 .perigee.rollout.v1.LeaveRequest\x1a!.perigee.rollout.v1.LeaveResponse\x12U\n\x08\x43omeBack\x12#.perigee.rollout.v1.ComeBackRequest\x1a$.perigee.rollout.v1.ComeBackResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'perigee.rollout.v1.rollout_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATUS']._serialized_start=2464
-  _globals['_WORKERSTATUS']._serialized_end=2639
-  _globals['_RESIDENCE']._serialized_start=2641
-  _globals['_RESIDENCE']._serialized_end=2743
+  _globals['_WORKERSTATUS']._serialized_start=2512
+  _globals['_WORKERSTATUS']._serialized_end=2687
+  _globals['_RESIDENCE']._serialized_start=2689
+  _globals['_RESIDENCE']._serialized_end=2791
   _globals['_SAMPLING']._serialized_start=89
   _globals['_SAMPLING']._serialized_end=400
   _globals['_REPETITIONSTOP']._serialized_start=402
@@ -49,29 +49,29 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=662
   _globals['_GENERATEREQUEST']._serialized_end=920
   _globals['_GENERATERESPONSE']._serialized_start=923
-  _globals['_GENERATERESPONSE']._serialized_end=1136
-  _globals['_LEASEDTRAJECTORY']._serialized_start=1138
-  _globals['_LEASEDTRAJECTORY']._serialized_end=1232
-  _globals['_EXTENDTRAJECTORIESREQUEST']._serialized_start=1235
-  _globals['_EXTENDTRAJECTORIESREQUEST']._serialized_end=1548
-  _globals['_SEGMENTEND']._serialized_start=1551
-  _globals['_SEGMENTEND']._serialized_end=1735
-  _globals['_SEGMENTFAILURE']._serialized_start=1737
-  _globals['_SEGMENTFAILURE']._serialized_end=1792
-  _globals['_EXTENDTRAJECTORIESRESPONSE']._serialized_start=1795
-  _globals['_EXTENDTRAJECTORIESRESPONSE']._serialized_end=1948
-  _globals['_LEAVEREQUEST']._serialized_start=1950
-  _globals['_LEAVEREQUEST']._serialized_end=2049
-  _globals['_LEAVERESPONSE']._serialized_start=2051
-  _globals['_LEAVERESPONSE']._serialized_end=2104
-  _globals['_COMEBACKREQUEST']._serialized_start=2106
-  _globals['_COMEBACKREQUEST']._serialized_end=2158
-  _globals['_COMEBACKRESPONSE']._serialized_start=2160
-  _globals['_COMEBACKRESPONSE']._serialized_end=2219
-  _globals['_GETSTATEREQUEST']._serialized_start=2221
-  _globals['_GETSTATEREQUEST']._serialized_end=2238
-  _globals['_GETSTATERESPONSE']._serialized_start=2241
-  _globals['_GETSTATERESPONSE']._serialized_end=2461
-  _globals['_ROLLOUTSERVICE']._serialized_start=2746
-  _globals['_ROLLOUTSERVICE']._serialized_end=3312
+  _globals['_GENERATERESPONSE']._serialized_end=1160
+  _globals['_LEASEDTRAJECTORY']._serialized_start=1162
+  _globals['_LEASEDTRAJECTORY']._serialized_end=1256
+  _globals['_EXTENDTRAJECTORIESREQUEST']._serialized_start=1259
+  _globals['_EXTENDTRAJECTORIESREQUEST']._serialized_end=1572
+  _globals['_SEGMENTEND']._serialized_start=1575
+  _globals['_SEGMENTEND']._serialized_end=1783
+  _globals['_SEGMENTFAILURE']._serialized_start=1785
+  _globals['_SEGMENTFAILURE']._serialized_end=1840
+  _globals['_EXTENDTRAJECTORIESRESPONSE']._serialized_start=1843
+  _globals['_EXTENDTRAJECTORIESRESPONSE']._serialized_end=1996
+  _globals['_LEAVEREQUEST']._serialized_start=1998
+  _globals['_LEAVEREQUEST']._serialized_end=2097
+  _globals['_LEAVERESPONSE']._serialized_start=2099
+  _globals['_LEAVERESPONSE']._serialized_end=2152
+  _globals['_COMEBACKREQUEST']._serialized_start=2154
+  _globals['_COMEBACKREQUEST']._serialized_end=2206
+  _globals['_COMEBACKRESPONSE']._serialized_start=2208
+  _globals['_COMEBACKRESPONSE']._serialized_end=2267
+  _globals['_GETSTATEREQUEST']._serialized_start=2269
+  _globals['_GETSTATEREQUEST']._serialized_end=2286
+  _globals['_GETSTATERESPONSE']._serialized_start=2289
+  _globals['_GETSTATERESPONSE']._serialized_end=2509
+  _globals['_ROLLOUTSERVICE']._serialized_start=2794
+  _globals['_ROLLOUTSERVICE']._serialized_end=3360
 # @@protoc_insertion_point(module_scope)

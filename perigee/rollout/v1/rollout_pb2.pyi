@@ -305,6 +305,7 @@ class GenerateResponse(_message.Message):
     END_REASON_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_BYTES_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     offset: _builtins.int
     """Response tokens before this chunk."""
@@ -318,6 +319,8 @@ class GenerateResponse(_message.Message):
     """The whole response, on the last chunk."""
     tokens: _builtins.int
     """Response tokens in all, on the last chunk."""
+    left_out_bytes: _builtins.int
+    """Bytes of a text that no message holds, more than 3 MiB: it is left out."""
     @_builtins.property
     def versions(self) -> _containers.RepeatedCompositeFieldContainer[_buffer_pb2.VersionSpan]: ...
     def __init__(
@@ -331,10 +334,11 @@ class GenerateResponse(_message.Message):
         end_reason: _buffer_pb2.EndReason.ValueType = ...,
         text: _builtins.str = ...,
         tokens: _builtins.int = ...,
+        left_out_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_reason", b"end_reason", "id", b"id", "logprobs", b"logprobs", "offset", b"offset", "text", b"text", "token_ids", b"token_ids", "tokens", b"tokens", "versions", b"versions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_reason", b"end_reason", "id", b"id", "left_out_bytes", b"left_out_bytes", "logprobs", b"logprobs", "offset", b"offset", "text", b"text", "token_ids", b"token_ids", "tokens", b"tokens", "versions", b"versions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -431,6 +435,7 @@ class SegmentEnd(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     PREFILLED_TOKENS_FIELD_NUMBER: _builtins.int
+    LEFT_OUT_BYTES_FIELD_NUMBER: _builtins.int
     trajectory_id: _builtins.str
     end_reason: _buffer_pb2.EndReason.ValueType
     tokens: _builtins.int
@@ -443,6 +448,8 @@ class SegmentEnd(_message.Message):
     """Prompt and earlier tokens served from the prefix cache."""
     prefilled_tokens: _builtins.int
     """Prompt and earlier tokens that the engine computed again, or for the first time."""
+    left_out_bytes: _builtins.int
+    """Bytes of a text that no message holds, more than 3 MiB: it is left out, and its tokens are in the buffer."""
     def __init__(
         self,
         *,
@@ -453,10 +460,11 @@ class SegmentEnd(_message.Message):
         text: _builtins.str = ...,
         cached_tokens: _builtins.int = ...,
         prefilled_tokens: _builtins.int = ...,
+        left_out_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "end_reason", b"end_reason", "new_tokens", b"new_tokens", "prefilled_tokens", b"prefilled_tokens", "text", b"text", "tokens", b"tokens", "trajectory_id", b"trajectory_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "end_reason", b"end_reason", "left_out_bytes", b"left_out_bytes", "new_tokens", b"new_tokens", "prefilled_tokens", b"prefilled_tokens", "text", b"text", "tokens", b"tokens", "trajectory_id", b"trajectory_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

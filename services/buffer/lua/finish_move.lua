@@ -1,6 +1,6 @@
 #!lua
 -- Puts a whole file in the place of a trajectory's tokens: one change, or none.
--- KEYS: run. ARGV: file name, trajectory id, tokens in the file.
+-- KEYS: run. ARGV: file name, trajectory id, tokens in the file; '' when it cannot be written, for the next one to try.
 -- Returns {'OK', 1}, or {'OK', 0} when the move was taken for abandoned, or the trajectory is consumed or moved already;
 --   then the file is swept.
 local prefix = string.sub(KEYS[1], 1, -4)
@@ -9,6 +9,9 @@ if redis.call('HGET', prefix .. 'files', ARGV[1]) ~= 'writing' then
 end
 local key = prefix .. 'trajectory:' .. ARGV[2]
 local held = redis.call('HMGET', key, 'tokens', 'file')
+if ARGV[3] == '' then
+  redis.call('ZADD', prefix .. 'unmoved', 'XX', 0, ARGV[2])
+end
 if held[1] ~= ARGV[3] or held[2] then
   redis.call('ZADD', prefix .. 'unreferenced_files', 0, ARGV[1])
   return {'OK', 0}
