@@ -1,9 +1,10 @@
 """What the services need for each 1,000 trajectories in flight: memory of Redis, buffer and coordinator, CPU time.
 
-    python -m bench.capacity [--trajectories 1000] [--tokens 1024 8192 32768] [--iterations 3]
+    python -m bench.capacity [--trajectories 1000] [--tokens 1024 8192 32768] [--iterations 3] [--files]
 
 Buffer, Valkey and coordinator are processes of their own, as in a stack. The buffer gets trajectories of so many tokens
-each, in chunks of 512, and reads them all back. The coordinator runs iterations with so many trajectories in flight,
+each, in chunks of 512, and reads them all back; with --files it moves them to files, and reads them again from there.
+The coordinator runs iterations with so many trajectories in flight,
 then with four times as many, around a worker, a trainer and a reward service that cost nothing; memory is the
 difference of the two.
 """
@@ -57,6 +58,18 @@ async def service(name: str, **settings: object) -> AsyncIterator[tuple[str, psu
         await process.wait()
 
 
+def reset_peak(process: psutil.Process) -> None:
+    """Begins to measure the largest resident memory of a process anew."""
+    Path(f"/proc/{process.pid}/clear_refs").write_text("5")
+
+
+def read_peak(process: psutil.Process) -> int:
+    """Largest resident bytes of a process since `reset_peak`."""
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith("VmHWM:")]
+    return int(line.split()[1]) << 10
+
+
 def cpu_seconds(process: psutil.Process) -> float:
     """CPU seconds of a process so far."""
     times = process.cpu_times()
@@ -96,34 +109,50 @@ async def fill(client: BufferClient, run_id: str, count: int, length: int) -> li
     return ids
 
 
-async def measure_buffer(count: int, lengths: Sequence[int]) -> None:
-    """Prints a line for each length."""
+async def wait_for_files(redis: Redis) -> None:
+    """Returns when no trajectory waits for its move."""
+    while await redis.zcard("perigee:{run}:unmoved"):  # noqa: ASYNC110 (what a service does sets no event here)
+        await asyncio.sleep(0.05)
+
+
+async def measure_buffer(count: int, lengths: Sequence[int], *, files: bool = False) -> None:
+    """Prints a line for each length, and with `files` one more."""
     for length in lengths:
         with tempfile.TemporaryDirectory(prefix="perigee-") as folder:
+            settings = {"offload.location": f"{folder}/files", "offload.min_tokens": 1} if files else {}
             async with (
-                service("buffer", data_path=folder) as (address, process),
+                service("buffer", data_path=f"{folder}/data", **settings) as (address, process),
                 BufferClient.connect(address) as client,
-                Redis(unix_socket_path=f"{folder}/valkey.sock") as redis,
+                Redis(unix_socket_path=f"{folder}/data/valkey.sock") as redis,
             ):
                 await wait_for_buffer(client)
                 (valkey,) = process.children()
                 empty = (await redis.info("memory"))["used_memory"]
                 begun = cpu_seconds(process), cpu_seconds(valkey)
+                reset_peak(process)
+                # Whatever their number, they are written and read group by group.
                 ids = await fill(client, "run", count, length)
                 used = (await redis.info("memory"))["used_memory"] - empty
+                if files:
+                    await wait_for_files(redis)
                 written = cpu_seconds(process), cpu_seconds(valkey)
-                async for _ in client.read_trajectories("run", ids, with_logprobs=True):
+                left = (await redis.info("memory"))["used_memory"] - empty
+                async for _ in client.read_trajectories("run", ids, with_logprobs=True, tokens=count * length):
                     pass
                 read = cpu_seconds(process), cpu_seconds(valkey)
-                disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())  # noqa: ASYNC240
-                resident = process.memory_info().rss
-                per_token = used / count / length
-        scale = 1000 / count
+                disk = sum(file.stat().st_size for file in Path(f"{folder}/data").rglob("*") if file.is_file())  # noqa: ASYNC240
+                peak = read_peak(process)
+        scale, millions = 1000 / count, count * length / 1e6
+        before = f"{used / millions / MIB:.1f} MiB before they were moved, " if files else ""
+        writing, reading = (
+            f"{(end[0] - start[0]) * scale:.2f} + {(end[1] - start[1]) * scale:.2f}"
+            for start, end in ((begun, written), (written, read))
+        )
         print(
-            f"1,000 trajectories of {length:>6,} tokens: Redis {used * scale / MIB:6.0f} MiB ({per_token:.1f} bytes a "
-            f"token), append-only file {disk * scale / MIB:6.0f} MiB, buffer {resident / MIB:.0f} MiB resident; CPU "
-            f"seconds writing {(written[0] - begun[0]) * scale:.2f} + {(written[1] - begun[1]) * scale:.2f} (buffer, "
-            f"Redis), reading {(read[0] - written[0]) * scale:.2f} + {(read[1] - written[1]) * scale:.2f}"
+            f"1,000 trajectories of {length:>6,} tokens: Redis {left * scale / MIB:6.0f} MiB (for a million tokens "
+            f"{before}{left / millions / MIB:.1f} MiB, {left / count / length:.1f} bytes a token), append-only file "
+            f"{disk * scale / MIB:6.0f} MiB, buffer {peak / MIB:.0f} MiB resident at most; CPU seconds writing "
+            f"{writing} (buffer, Redis), reading {reading}"
         )
 
 
@@ -175,11 +204,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the services need for 1,000 trajectories in flight.")
     parser.add_argument("--trajectories", type=int, default=1000)
     parser.add_argument("--tokens", type=int, nargs="*", default=[1024, 8192, 32768])
-    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--iterations", type=int, default=3, help="of the coordinator; 0 leaves it out")
+    parser.add_argument("--files", action="store_true", help="move what has finished to files")
     arguments = parser.parse_args()
     print(describe_machine())
-    asyncio.run(measure_buffer(arguments.trajectories, arguments.tokens))
-    asyncio.run(measure_coordinator(arguments.trajectories, arguments.iterations))
+    asyncio.run(measure_buffer(arguments.trajectories, arguments.tokens, files=arguments.files))
+    if arguments.iterations:
+        asyncio.run(measure_coordinator(arguments.trajectories, arguments.iterations))
 
 
 if __name__ == "__main__":
