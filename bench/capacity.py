@@ -121,9 +121,9 @@ async def measure_buffer(count: int, lengths: Sequence[int], *, files: bool = Fa
         with tempfile.TemporaryDirectory(prefix="perigee-") as folder:
             settings = {"offload.location": f"{folder}/files", "offload.min_tokens": 1} if files else {}
             async with (
-                service("buffer", data_path=f"{folder}/data", **settings) as (address, process),
+                service("buffer", data_path=f"{folder}/redis", **settings) as (address, process),
                 BufferClient.connect(address) as client,
-                Redis(unix_socket_path=f"{folder}/data/valkey.sock") as redis,
+                Redis(unix_socket_path=f"{folder}/redis/valkey.sock") as redis,
             ):
                 await wait_for_buffer(client)
                 (valkey,) = process.children()
@@ -140,7 +140,7 @@ async def measure_buffer(count: int, lengths: Sequence[int], *, files: bool = Fa
                 async for _ in client.read_trajectories("run", ids, with_logprobs=True, tokens=count * length):
                     pass
                 read = cpu_seconds(process), cpu_seconds(valkey)
-                disk = sum(file.stat().st_size for file in Path(f"{folder}/data").rglob("*") if file.is_file())  # noqa: ASYNC240
+                disk = sum(file.stat().st_size for file in Path(f"{folder}/redis").rglob("*") if file.is_file())  # noqa: ASYNC240
                 peak = read_peak(process)
         scale, millions = 1000 / count, count * length / 1e6
         before = f"{used / millions / MIB:.1f} MiB before they were moved, " if files else ""
