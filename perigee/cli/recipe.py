@@ -163,7 +163,7 @@ def build_recipe(path: Path, values: dict[str, Any], overrides: Sequence[str]) -
         if values.get(key) is not None:
             for section in MODEL_SECTIONS:
                 given = values.get(section) or {}
-                if isinstance(given, dict) and (given or section != "run"):
+                if isinstance(given, dict) and (given or (key == "model" and section != "run")):
                     values[section] = {key: values[key], **given}
     for section, defaults in RUN_FOLDER_VALUES.items():
         # A trainer cannot do with these values alone: without a section of its own there is none.

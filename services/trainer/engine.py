@@ -133,6 +133,10 @@ class Engine:
                     "trainer.max_sequence_length",
                     f"{self.max_tokens} is more than the model's {self.shape.max_positions} positions",
                 )
+            if config.offload_activations and not torch.cuda.is_available():
+                raise InvalidArgumentError.for_field(
+                    "trainer.offload_activations", "has nothing to free without a GPU: leave it out"
+                )
             self.dims = join_group(
                 tensor=config.tensor_parallel,
                 pipeline=config.pipeline_parallel,
@@ -142,10 +146,6 @@ class Engine:
                 seed=config.seed,
             )
             stack.callback(leave_group)
-            if config.offload_activations and self.dims.device.type == "cpu":
-                raise InvalidArgumentError.for_field(
-                    "trainer.offload_activations", "has nothing to free without a GPU: leave it out"
-                )
             layers = self.shape.layers // self.dims.pipeline
             self.everyone, self.replica = open_channels(self.dims)
             self.policy = Policy(
@@ -165,7 +165,8 @@ class Engine:
             stack.callback(self._pieces.close)
             self._offloads = config.offload_activations
             self._max_tokens = self._bound_tokens(config.max_microbatch_bytes, processes)
-            if config.max_microbatch_bytes is not None:
+            self._is_bounded = config.max_microbatch_bytes is not None
+            if self._is_bounded:
                 self._check_longest(config)
                 self.max_tokens = min(self.max_tokens, self._max_tokens)
             # Ranks that fail before this do so together, each with the reason.
@@ -366,6 +367,16 @@ class Engine:
         if self.dims.rank == 0:
             log.info("micro-batches are bounded by memory", max_tokens=tokens, token_bytes=self._token_bytes)
         return tokens
+
+    def check_examples(self, counts: Sequence[tuple[int, int]]) -> None:
+        """Raises InvalidArgumentError for an example, all its responses together, that takes more than it may."""
+        longest = max(tokens for tokens, _ in counts)
+        if self._is_bounded and longest > self._max_tokens:
+            raise InvalidArgumentError.for_field(
+                "trainer.max_microbatch_bytes",
+                f"holds the activations of {self._max_tokens} tokens, and an example has {longest}: raise it, "
+                "or use recompute or more context-parallel processes",
+            )
 
     def _check_longest(self, config: TrainerConfig) -> None:
         """Raises InvalidArgumentError where the longest sequence that is asked for takes more memory than it may."""

@@ -151,6 +151,7 @@ class Trainer:
             )
             log.info("fine-tuning", run_id=request.run_id, examples=len(examples), steps=request.steps)
             counts = count_tokens(examples)
+            self.engine.check_examples(counts)
             finish = partial(self._set_loaded, request.run_id, request.new_version, request)
             async for response in self._stream(FineTuneCommand(request, counts), finish, examples):
                 yield response

@@ -562,7 +562,7 @@ def test_a_trainer_whose_folder_is_gone_ends(run_ranks: RunRanks, trainer_model:
     assert run_ranks(Sizes(), partial(fail_a_job, saved=folder, remove=True)) == (False, 0, True)
 
 
-def bound_by_memory(engine: Engine) -> tuple[int, float, int, int, int]:
+def bound_by_memory(engine: Engine, model: str) -> tuple[int, float, int, int, int]:
     """The bound in 1 MiB, the measured bytes of a token, the bound in a copy of a request, and the bound by default.
 
     And the bytes that a micro-batch of the bound's size takes.
@@ -579,6 +579,13 @@ def bound_by_memory(engine: Engine) -> tuple[int, float, int, int, int]:
     engine._check_longest(config)
     with pytest.raises(InvalidArgumentError, match=r"trainer\.max_sequence_length: \d+ tokens take [\d,]+ bytes"):
         engine._check_longest(config.model_copy(update={"max_sequence_length": engine._max_tokens + 1}))
+    engine.check_examples([(engine._max_tokens + 1, 1)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "_is_bounded", True)
+        with pytest.raises(InvalidArgumentError, match="and an example has 5000"):
+            engine.check_examples([(20, 1), (5000, 1)])
+    with pytest.raises(InvalidArgumentError, match=r"trainer\.offload_activations: has nothing to free without a GPU"):
+        type(engine)(config.model_copy(update={"model": model, "offload_activations": True}), lambda *_: {})
     found, engine._max_tokens = engine._max_tokens, own
     assert request.update.max_tokens_per_microbatch == 1 << 20
     # Sequences of unlike lengths, as they are packed: padded to their longest they are within the bound.
@@ -593,7 +600,8 @@ def bound_by_memory(engine: Engine) -> tuple[int, float, int, int, int]:
 
 
 def test_micro_batches_are_bounded_by_what_a_token_takes(run_ranks: RunRanks, trainer_model: Path) -> None:
-    found = {sizes: run_ranks(sizes, bound_by_memory) for sizes in (Sizes(), Sizes(recompute=True), Sizes(tensor=2))}
+    job = partial(bound_by_memory, model=str(trainer_model))
+    found = {sizes: run_ranks(sizes, job) for sizes in (Sizes(), Sizes(recompute=True), Sizes(tensor=2))}
     for bound, token_bytes, bounded, own, peak in found.values():
         assert bound == bounded == int((1 << 20) / token_bytes)
         assert 0.5 * (1 << 20) < peak <= 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,17 @@ def test_a_recipes_rope_reaches_all_who_read_the_model(tmp_path: Path) -> None:
     values = load_recipe(tmp_path / "recipe.yaml").values
     found = [values[section]["rope"] for section in ("run", "rollout", "trainer")]
     assert found == [{"theta": 1e6}, {"theta": 1e6}, {"theta": 5}]
+
+
+def test_the_pages_recipes_are_recipes(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2] / "docs/long-context.md"
+    texts = re.findall(r"```yaml\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(texts) == 3
+    for text in texts:
+        recipe = text.replace("run:\n", "run:\n  prompts: p\n  heldout: p\n  iterations: 1\n")
+        recipe = recipe.replace("trainer: {", "trainer: {model: m, run_path: r, ")
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        assert load_recipe(tmp_path / "recipe.yaml").head.rope is not None
 
 
 def test_a_changed_model_is_a_folder_of_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
