@@ -70,7 +70,8 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
         f"{model.context_tokens} tokens",
         f"prompts: {len(inputs.prompts)} to train on, {len(inputs.heldout)} held out, the longest of "
         f"{longest.tokens} tokens{count_images(problems)}",
-        *describe_memory(estimate_memory(model, parameters, configs), count, configs["run"]),
+        *describe_memory(estimate_memory(model, parameters, longest.tokens, configs), count, configs["run"]),
+        *find_long_sequences(model, longest.tokens, configs),
         *(f"warning: {text}" for text in find_hybrid_faults(configs, [f"rollout-{index}" for index in range(count)])),
     ]
 
@@ -236,7 +237,9 @@ def count_tower(config: Mapping[str, Any]) -> tuple[int, int]:
     return layers * layer + projector, side**2 * layers * (kept_hidden * hidden + kept_inner * inner)
 
 
-def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+def estimate_memory(
+    model: Any, parameters: int, prompt_tokens: int, configs: Mapping[str, Any]
+) -> dict[str, dict[str, int]]:
     """Returns estimated bytes by process and part; those of the trainer are of each of its ranks."""
     run, rollout, trainer = (configs[name] for name in ("run", "rollout", "trainer"))
     experts = count_expert_parameters(model.text_config)
@@ -247,13 +250,15 @@ def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> 
     is_trained = trainer.vision == "trained"
     trained = share if is_trained else share - tower
     size = BYTES[trainer.dtype]
-    tokens = max([run.update.max_tokens_per_microbatch, *(stage.max_tokens_per_microbatch for stage in run.sft)])
-    activations = (
-        tokens
-        * count_activations(model.text_config, trainer.recompute, trainer.recompute_layers)
-        * size
-        // trainer.tensor_parallel
+    # A sequence that is longer than a micro-batch has one of its own.
+    lengths = [prompt_tokens + run.rollout.max_response_tokens, *(each.max_sequence_length or 0 for each in run.sft)]
+    tokens = max(
+        -(-max(lengths) // trainer.context_parallel),
+        run.update.max_tokens_per_microbatch,
+        *(stage.max_tokens_per_microbatch for stage in run.sft),
     )
+    numbers = count_activations(model.text_config, trainer.recompute, trainer.recompute_layers)
+    activations = tokens * numbers * size // trainer.tensor_parallel
     # As the trainer bounds them: as though every token were of an image.
     activations += tokens * tower_activations * size * is_trained
     engine_size = BYTES.get(model.dtype if rollout.dtype == "auto" else rollout.dtype, 4)
@@ -275,6 +280,21 @@ def estimate_memory(model: Any, parameters: int, configs: Mapping[str, Any]) -> 
             "KV cache": rollout.kv_cache_bytes or CPU_KV_BYTES,
         },
     }
+
+
+def find_long_sequences(model: Any, prompt_tokens: int, configs: Mapping[str, Any]) -> Iterator[str]:
+    """Yields a warning where the longest sequence takes more memory of the trainer than it may, by the estimate."""
+    run, trainer = configs["run"], configs["trainer"]
+    tokens = prompt_tokens + run.rollout.max_response_tokens
+    numbers = count_activations(model.text_config, trainer.recompute, trainer.recompute_layers)
+    shares = trainer.tensor_parallel * trainer.context_parallel
+    needed = tokens * numbers * BYTES[trainer.dtype] // shares
+    if trainer.max_microbatch_bytes is not None and needed > trainer.max_microbatch_bytes:
+        yield (
+            f"warning: a sequence of {tokens} tokens takes about {needed / (1 << 20):,.1f} MiB of activations on a "
+            "process, and trainer.max_microbatch_bytes is less: the trainer will refuse it, unless trainer.recompute, "
+            "trainer.context_parallel or run.rollout.max_response_tokens make it less"
+        )
 
 
 def count_peak(estimate: Mapping[str, Mapping[str, int]], workers: int, run: Any) -> int:

@@ -71,6 +71,18 @@ def test_a_recipe_without_fault_is_described(folder: Path) -> None:
     assert "KV cache 1.0" in rollout
 
 
+def test_a_sequence_that_takes_more_than_it_may_is_told(folder: Path) -> None:
+    recipe = RECIPE.replace("iterations: 2, rollout: {max_response_tokens: 40}", "iterations: 2").replace(
+        "heldout", "rollout: {max_response_tokens: 240}, heldout"
+    )
+    change_config(folder / "model", {"num_hidden_layers": 20})
+    (folder / "recipe.yaml").write_text(recipe + "trainer: {max_microbatch_bytes: 1048576}")
+    [warning] = [line for line in check_inputs(load_recipe(folder / "recipe.yaml")) if "trainer will refuse" in line]
+    assert "a sequence of 245 tokens takes about" in warning
+    (folder / "recipe.yaml").write_text(recipe + "trainer: {max_microbatch_bytes: 104857600}")
+    assert not any("trainer will refuse" in line for line in check_inputs(load_recipe(folder / "recipe.yaml")))
+
+
 def test_a_folder_that_is_no_model_is_named(folder: Path) -> None:
     (folder / "model/config.json").unlink()
     assert "trainer.model: model/config.json cannot be read" in message_of(folder)
