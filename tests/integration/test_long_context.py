@@ -35,7 +35,10 @@ from tests.fixtures.trainer_ranks import RunRanks, Sizes, make_batches
 if TYPE_CHECKING:
     from services.trainer.engine import Engine
 
-pytestmark = pytest.mark.skipif("PERIGEE_TEST_LONG" not in os.environ, reason="takes minutes: make test-long")
+pytestmark = [
+    pytest.mark.skipif("PERIGEE_TEST_LONG" not in os.environ, reason="takes minutes: make test-long"),
+    pytest.mark.timeout(900),
+]
 
 CONTEXT, ORIGINAL = 1024, 128
 SHORT, LONG = 64, 1024
