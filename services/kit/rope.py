@@ -135,7 +135,7 @@ def read_rope(config: Mapping[str, Any]) -> Rope:
     # vLLM takes a whole number for a list of factors.
     if kind == "linear" and not isinstance(settings["factor"], float):
         raise ValueError(f"has factor {settings['factor']} of rope type linear: write it as {settings['factor']}.0")
-    rotated = settings.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    rotated = settings.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1
     if rotated != 1:
         raise ValueError(f"has partial_rotary_factor {rotated}, of which only 1 is supported")
     _check_positions(kind, settings, config)
