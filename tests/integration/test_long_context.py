@@ -188,5 +188,5 @@ async def test_a_model_answers_beyond_its_length_after_activation(
     found = [[find_needles(folder, length) for length in (SHORT, LONG)] for folder in folders]
     print("needles found", found)
     (short_before, long_before), (short_after, long_after) = found
-    assert min(short_before, short_after, long_after) > 0.85
-    assert long_before < 0.5
+    assert min(short_before, short_after, long_after) > 0.7
+    assert long_before < 0.3

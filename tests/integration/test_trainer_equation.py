@@ -585,7 +585,7 @@ def bound_by_memory(engine: Engine, model: str) -> tuple[int, float, int, int, i
         with pytest.raises(InvalidArgumentError, match="and an example has 5000"):
             engine.check_examples([(20, 1), (5000, 1)])
     with pytest.raises(InvalidArgumentError, match=r"trainer\.offload_activations: has nothing to free without a GPU"):
-        type(engine)(config.model_copy(update={"model": model, "offload_activations": True}), lambda *_: {})
+        type(engine)(TrainerConfig(model=model, run_path="r", offload_activations=True), lambda *_: {})
     found, engine._max_tokens = engine._max_tokens, own
     assert request.update.max_tokens_per_microbatch == 1 << 20
     # Sequences of unlike lengths, as they are packed: padded to their longest they are within the bound.
