@@ -12,7 +12,8 @@ names the metrics that it measures in the update; they are absent when the itera
   so a mean over whatever has finished would rise by itself. Rewards are those of the verifier, before shaping.
 - `rollout/prefilled_tokens` are the prompt and earlier tokens that the engines computed for segments that ended, and
   `rollout/cached_tokens` those that they had in their prefix caches; `rollout/prefill_share` is the fraction of the
-  former in all tokens computed.
+  former in all tokens computed. `rollout/prefill_seconds` and `rollout/decode_seconds` are of the engines' steps, a
+  sum over the workers; `rollout/prefill_time_share` is the fraction of the former.
 - `rollout/tokens` are those of the iteration's budgets. `rollout/ahead_tokens` of them, the fraction
   `rollout/ahead_share`, were sampled by an earlier version while the trainer trained (`run.rollout.during_training`),
   which makes each one version older than it would be; `time/ahead` is that time, in the line of the iteration trained.
@@ -455,6 +456,9 @@ def rollout_metrics(
         "rollout/cached_tokens": counts.cached_tokens,
         "rollout/prefilled_tokens": counts.prefilled_tokens,
         "rollout/prefill_share": rate(counts.prefilled_tokens, counts.prefilled_tokens + counts.tokens),
+        "rollout/prefill_seconds": round(counts.prefill_seconds, 4),
+        "rollout/decode_seconds": round(counts.decode_seconds, 4),
+        "rollout/prefill_time_share": rate(counts.prefill_seconds, counts.prefill_seconds + counts.decode_seconds),
         "rollout/tokens_per_second": round(counts.timed_tokens / seconds, 1) if seconds else None,
         "rollout/token_budget/base": counts.base_budget,
         "rollout/token_budget/mean": mean(counts.budgets),
@@ -516,7 +520,7 @@ def overlong_rate(lengths: Sequence[int], weights: ShapingWeights) -> float | No
     return rate(sum(tokens > weights.overlong_cap - weights.overlong_buffer for tokens in lengths), len(lengths))
 
 
-def rate(count: int, total: int) -> float | None:
+def rate(count: float, total: float) -> float | None:
     """Returns a fraction; None of nothing."""
     return count / total if total else None
 

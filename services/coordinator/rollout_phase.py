@@ -34,6 +34,9 @@ class RolloutCounts:
     # Prompt and earlier tokens of segments: served from a prefix cache, and computed.
     cached_tokens: int = 0
     prefilled_tokens: int = 0
+    # Seconds of the engines' steps, in which they did both.
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
     failures: int = 0
     # Token budget of short contexts, those of the trajectories, and the share of prefill in the work that they make.
     base_budget: int = 0
@@ -316,6 +319,8 @@ class RolloutPhase:
             if self.scoring is not None:
                 self.context.status.done = len(self.counts.ended)
             self.counts.failures += len(response.failed)
+            self.counts.prefill_seconds += response.prefill_seconds
+            self.counts.decode_seconds += response.decode_seconds
             yield Progress(
                 ended=[end.trajectory_id for end in response.ended],
                 failed=[(failure.trajectory_id, failure.reason) for failure in response.failed],

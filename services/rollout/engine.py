@@ -117,6 +117,10 @@ class Engine(ABC):
     async def interrupt(self, request_ids: Iterable[str]) -> None:
         """Ends requests with the tokens that they have: their last outputs say `abort`. Unknown ids are no error."""
 
+    async def take_seconds(self) -> tuple[float, float]:
+        """Returns the seconds of prefill and of decoding since the last call; zeros where nobody knows."""
+        return 0.0, 0.0
+
     async def find_slices(self, manifest: Manifest) -> Slices | None:
         """Returns what the engine takes of a checkpoint's tensors, all of it when None.
 

@@ -71,6 +71,7 @@ async def generate(
                         yield response
         except EngineDiedError as error:
             raise UnavailableError(f"The engine died and is restarted: {error}", retry_after_s=10.0) from error
+        await worker.count_engine_seconds()
 
 
 async def _generate_item(

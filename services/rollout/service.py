@@ -78,11 +78,18 @@ class RolloutService(RolloutServiceServicer):
         check_extend_request(request)
         settings = segment_settings(request, self._worker, trained_on=True)
         generated = 0
-        async with aclosing(extend_trajectories(self._worker, self._buffer, request, settings)) as batches:
+        async with (
+            self._worker.extending(),
+            aclosing(extend_trajectories(self._worker, self._buffer, request, settings)) as batches,
+        ):
             async for batch in batches:
                 for response in pack_results(batch, generated):
                     generated = response.generated_tokens
                     yield response
+            prefill_s, decode_s = await self._worker.take_engine_seconds()
+            yield pb.ExtendTrajectoriesResponse(
+                generated_tokens=generated, prefill_seconds=prefill_s, decode_seconds=decode_s
+            )
 
     async def GetState(self, request: pb.GetStateRequest, context: Any) -> pb.GetStateResponse:
         """Returns the worker's state."""

@@ -37,6 +37,7 @@ from services.rollout.engine import Engine, EngineDiedError, EngineOutput, Engin
 from services.rollout.fork_server import EngineContext, engine_environment
 from services.rollout.held_outputs import END_REQUESTS
 from services.rollout.model import PolicyModel
+from services.rollout.step_seconds import READ_STEP_SECONDS
 from services.rollout.vllm_experts import pack_rows, take_rows
 from services.rollout.vllm_extension import BACKEND, WorkerExtension
 from services.weights.manifest import WeightImage
@@ -71,10 +72,12 @@ class VllmEngine(Engine):
         self._slices: Slices | None = None
         self._progress_time = time.monotonic()
         self._asleep = False
+        self._taken_seconds = (0.0, 0.0)
 
     async def start(self) -> None:
         """Forks EngineCore from the fork server, with dummy weights."""
         self._has_found = False
+        self._taken_seconds = (0.0, 0.0)
         prepare_vllm(self._config)
         if self._model.vision is not None:
             scale_images_by_pillow()
@@ -168,6 +171,20 @@ class VllmEngine(Engine):
         except TimeoutError:
             # It loads weights or stands still: what the service has must reach the buffer before the drain's end.
             await llm.abort(internal_ids, internal=True)
+
+    async def take_seconds(self) -> tuple[float, float]:
+        """Asks the engine's process; one that loads weights or stands still is not waited for, but says it later."""
+        llm = self._llm
+        if llm is None or llm.errored:
+            return 0.0, 0.0
+        try:
+            async with asyncio.timeout(INTERRUPT_SECONDS):
+                prefill_s, decode_s = await llm.engine_core.call_utility_async(READ_STEP_SECONDS)
+        except (TimeoutError, EngineDeadError):
+            return 0.0, 0.0
+        # Another call may have been answered meanwhile.
+        taken, self._taken_seconds = self._taken_seconds, (prefill_s, decode_s)
+        return max(0.0, prefill_s - taken[0]), max(0.0, decode_s - taken[1])
 
     async def find_slices(self, manifest: Manifest) -> Slices | None:
         """Asks the engine's processes, which all run on this host, once for each engine."""

@@ -34,6 +34,7 @@ from vllm.v1.engine.core import EngineCoreProc
 
 from perigee.weights.v1 import weights_pb2 as pb
 from services.rollout.held_outputs import hold_outputs
+from services.rollout.step_seconds import count_step_seconds
 from services.rollout.vllm_experts import record_experts
 from services.rollout.vllm_slices import TakenSlices, find_slices, start_reload
 from services.weights.pieces import Slices, digest_tensors, read_pieces
@@ -263,6 +264,7 @@ def _tensors(image: memoryview, manifest: pb.Manifest, wanted: Slices | None) ->
 if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, ImageTransferEngine)
     hold_outputs(EngineCoreProc, Scheduler)
+    count_step_seconds(EngineCoreProc, Scheduler)
     begin_with_one_value(dummy_loader)
     if current_platform.is_cpu():
         from vllm.v1.executor import multiproc_executor

@@ -42,6 +42,9 @@ READY, DRAINING = pb.WORKER_STATUS_READY, pb.WORKER_STATUS_DRAINING
 AWAY = pb.WORKER_STATUS_AWAY
 
 GENERATED_TOKENS = Counter("perigee_rollout_generated_tokens", "Response tokens generated.")
+ENGINE_SECONDS = Counter(
+    "perigee_rollout_engine_seconds", "Seconds of the engine's steps: `prefill` of tokens, or `decode`.", ["kind"]
+)
 SEGMENTS = Counter("perigee_rollout_segments", "Segments by the reason for their end; `failed` is one.", ["end_reason"])
 RUNNING = Gauge("perigee_rollout_running_sequences", "Sequences accepted and not ended.")
 IS_READY = Gauge("perigee_rollout_ready", "1 while the worker holds pushed weights and serves.")
@@ -86,6 +89,9 @@ class Worker:
         self._changes: set[asyncio.Task[Any]] = set()
         # Of the last leave, and the iteration of a run that the last call named.
         self._residence: Residence = Restart()
+        # Calls that extend trajectories, and seconds of prefill and decoding that none of them has reported.
+        self._extending = 0
+        self._engine_seconds = (0.0, 0.0)
         self.max_kv_staleness = 0
         """Versions by which cached prefixes may be older than the weights, as the run's last call has it."""
         # Of the weights that cached prefixes were computed with: the oldest version, and what the newest is.
@@ -154,6 +160,31 @@ class Worker:
         """Counts tokens that the engine has generated."""
         self.generated_tokens += tokens
         GENERATED_TOKENS.inc(tokens)
+
+    @asynccontextmanager
+    async def extending(self) -> AsyncIterator[None]:
+        """Counts a call that extends trajectories; what the engine did while there was none is nobody's to report."""
+        if not self._extending:
+            await self.count_engine_seconds()
+            self._engine_seconds = (0.0, 0.0)
+        self._extending += 1
+        try:
+            yield
+        finally:
+            self._extending -= 1
+
+    async def count_engine_seconds(self) -> None:
+        """Counts what the engine did since the last time."""
+        found = await self.engine.take_seconds()
+        for kind, seconds in zip(("prefill", "decode"), found, strict=True):
+            ENGINE_SECONDS.labels(kind).inc(seconds)
+        self._engine_seconds = (self._engine_seconds[0] + found[0], self._engine_seconds[1] + found[1])
+
+    async def take_engine_seconds(self) -> tuple[float, float]:
+        """Returns the seconds of prefill and of decoding, of all calls under way, that no call has reported."""
+        await self.count_engine_seconds()
+        found, self._engine_seconds = self._engine_seconds, (0.0, 0.0)
+        return found
 
     @contextmanager
     def admit(self, sequences: int) -> Iterator[Admission]:

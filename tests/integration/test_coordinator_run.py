@@ -252,6 +252,8 @@ async def test_partial_trajectories_stay_with_their_worker_while_its_prefixes_ar
     for line in lines:
         computed = line["rollout/prefilled_tokens"]
         assert line["rollout/prefill_share"] == computed / (computed + line["rollout/tokens"])
+        assert line["rollout/prefill_time_share"] == 0.25
+    assert sum(line["rollout/decode_seconds"] for line in lines) == 0.75 * len(calls)
     # At least nine tenths of the tokens that were continued, where two thirds are by chance.
     segments = sum(line[key] for line in lines for key in line if key.startswith("rollout/ended/"))
     cached, continued = (sum(line[f"rollout/{key}_tokens"] for line in lines) for key in ("cached", "prefilled"))

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import pytest_asyncio
+from prometheus_client import REGISTRY
 
 from perigee.buffer.client import BufferClient
 from perigee.buffer.packing import pack_token_ids, unpack_logprobs, unpack_token_ids
 from perigee.buffer.v1 import buffer_pb2
 from perigee.rollout.client import RolloutClient
 from perigee.rollout.v1 import rollout_pb2 as pb
-from tests.fixtures.rollout import CHARACTERS, NewTrajectories, Pusher, make_policy, policy_logprobs, policy_tensors
+from tests.fixtures.rollout import (
+    CHARACTERS,
+    NewTrajectories,
+    Pusher,
+    extend_request,
+    make_policy,
+    policy_logprobs,
+    policy_tensors,
+)
 
 POLICIES = [make_policy(seed) for seed in (13, 14)]
 # Logprobs of the engine against an fp32 forward pass of transformers on the same tokens.
@@ -84,3 +94,23 @@ async def test_prefixes_of_older_weights_are_taken_by_trajectories_alone_and_as_
     ]
     assert max(differences[0][:4] + differences[0][8:]) < TOLERANCE
     assert max(differences[1][4:8]) > 20 * TOLERANCE
+
+
+async def test_the_engine_says_how_long_it_prefilled_and_decoded(trajectories: NewTrajectories) -> None:
+    def counted(kind: str) -> float:
+        return REGISTRY.get_sample_value("perigee_rollout_engine_seconds_total", {"kind": kind}) or 0.0
+
+    await evaluate(trajectories.rollout, PROMPT)
+    before = {kind: counted(kind) for kind in ("prefill", "decode")}
+    names = await trajectories.create([PROMPT])
+    request = extend_request(trajectories.run_id, await trajectories.lease(names), token_budget=8)
+    begun = time.monotonic()
+    responses = [response async for response in trajectories.rollout.extend_trajectories(request, timeout_s=60)]
+    seconds = time.monotonic() - begun
+    [*others, last] = responses
+    assert not any(response.prefill_seconds or response.decode_seconds for response in others)
+    # What the evaluation took is in the counters alone.
+    assert counted("prefill") - before["prefill"] == pytest.approx(last.prefill_seconds)
+    assert counted("decode") - before["decode"] == pytest.approx(last.decode_seconds)
+    assert last.prefill_seconds > 0
+    assert 0 < last.prefill_seconds + last.decode_seconds < seconds

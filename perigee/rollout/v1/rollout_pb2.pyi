@@ -501,8 +501,13 @@ class ExtendTrajectoriesResponse(_message.Message):
     ENDED_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
+    PREFILL_SECONDS_FIELD_NUMBER: _builtins.int
+    DECODE_SECONDS_FIELD_NUMBER: _builtins.int
     generated_tokens: _builtins.int
     """Tokens that this call has generated so far."""
+    prefill_seconds: _builtins.float
+    """Seconds of the engine's steps, on the last message: of all calls under way, since the last one that ended."""
+    decode_seconds: _builtins.float
     @_builtins.property
     def ended(self) -> _containers.RepeatedCompositeFieldContainer[Global___SegmentEnd]:
         """Ends since the last message."""
@@ -515,10 +520,12 @@ class ExtendTrajectoriesResponse(_message.Message):
         ended: _abc.Iterable[Global___SegmentEnd] | None = ...,
         failed: _abc.Iterable[Global___SegmentFailure] | None = ...,
         generated_tokens: _builtins.int = ...,
+        prefill_seconds: _builtins.float = ...,
+        decode_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "failed", b"failed", "generated_tokens", b"generated_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decode_seconds", b"decode_seconds", "ended", b"ended", "failed", b"failed", "generated_tokens", b"generated_tokens", "prefill_seconds", b"prefill_seconds"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
