@@ -101,7 +101,8 @@ class RolloutConfig(ServiceConfig):
     max_num_seqs: int = Field(256, ge=1)
     """Sequences decoded at once."""
     max_num_batched_tokens: int | None = Field(None, ge=1)
-    """Prompt and decode tokens of one engine step; the engine's choice when unset."""
+    """Prompt and decode tokens of one engine step, over which longer prefills are split; at least `max_num_seqs`. More
+    make a prefill faster and what is decoded meanwhile slower. The engine's choice when unset, 2048 on a CPU."""
     kv_cache_bytes: int | None = Field(None, ge=1)
     """Memory of the KV cache; when unset 1 GiB on a CPU, and what `gpu_memory_utilization` leaves on a GPU."""
     gpu_memory_utilization: float = Field(0.9, gt=0, le=1)

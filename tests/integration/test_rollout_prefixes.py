@@ -114,3 +114,23 @@ async def test_the_engine_says_how_long_it_prefilled_and_decoded(trajectories: N
     assert counted("decode") - before["decode"] == pytest.approx(last.decode_seconds)
     assert last.prefill_seconds > 0
     assert 0 < last.prefill_seconds + last.decode_seconds < seconds
+
+
+async def test_a_seed_gives_the_same_tokens_where_the_prefill_is_split_over_steps(
+    trajectories: NewTrajectories,
+) -> None:
+    """On a CPU vLLM takes 2,048 tokens in a step."""
+    prompts = {str(n): [2 + (n * n + (n + 3) * i) % len(CHARACTERS) for i in range(90)] for n in range(30)}
+    items = [
+        pb.GenerateItem(id=name, prompt_token_ids=pack_token_ids(ids), max_tokens=6) for name, ids in prompts.items()
+    ]
+    found: list[dict[str, str]] = []
+    for batches in ([items], [[item] for item in items]):
+        answers: dict[str, str] = {}
+        for batch in batches:
+            request = pb.GenerateRequest(items=batch, sampling=pb.Sampling(temperature=1, seed=5), text_only=True)
+            async for response in trajectories.rollout.generate(request, timeout_s=60):
+                answers[response.id] = response.text
+        found.append(answers)
+    assert found[0] == found[1]
+    assert len(set(found[0].values())) > len(items) // 2
