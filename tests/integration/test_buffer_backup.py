@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from pathlib import Path
 
+import pytest
 from redis.asyncio import Redis
 
 from perigee.buffer.client import BufferClient, StoredTrajectory
 from perigee.buffer.packing import pack_logprobs, pack_token_ids
 from perigee.buffer.v1 import buffer_pb2 as pb
-from services.buffer.config import BufferConfig
+from services.buffer.config import BufferConfig, OffloadConfig
 from services.buffer.service import lifespan
 from services.kit.server import serving
 
@@ -44,23 +46,31 @@ async def read_run(client: BufferClient) -> tuple[pb.RunState, list[StoredTrajec
     return state, [stored async for stored in client.read_trajectories("r", IDS, with_logprobs=True)]
 
 
-async def test_a_snapshot_restores_the_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("moved", [False, True], ids=["in redis", "in a file"])
+async def test_a_snapshot_restores_the_run(tmp_path: Path, moved: bool) -> None:
     before, after = tmp_path / "before", tmp_path / "after"
+    offload = OffloadConfig(location=str(tmp_path / "files") if moved else None, min_tokens=3)
     async with (
-        serving(BufferConfig(data_path=before), lifespan) as app,
+        serving(BufferConfig(data_path=before, offload=offload), lifespan) as app,
         BufferClient.connect(app.address) as client,
         Redis(unix_socket_path=str(before / "valkey.sock")) as redis,
     ):
         await write_run(client)
+        async with asyncio.timeout(60):
+            while moved and await redis.exists("perigee:{r}:tokens:t0"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
         await redis.save()  # what `redis-cli --rdb` sends over the network
         saved = await read_run(client)
-        await client.commit_iteration(pb.CommitIterationRequest(run_id="r", iteration=4, policy_version=5))
+        # Its file outlives the group for as long as snapshots are restored.
+        await client.commit_iteration(
+            pb.CommitIterationRequest(run_id="r", iteration=4, policy_version=5, consumed_group_ids=["g"])
+        )
 
     base = after / "appendonlydir"
     base.mkdir(parents=True)
     shutil.copy(before / "dump.rdb", base / "appendonly.aof.1.base.rdb")
     (base / "appendonly.aof.manifest").write_text("file appendonly.aof.1.base.rdb seq 1 type b\n")
-    config = BufferConfig(data_path=after)
+    config = BufferConfig(data_path=after, offload=offload)
     async with serving(config, lifespan) as app, BufferClient.connect(app.address) as client:
         assert await read_run(client) == saved
         commit = pb.CommitIterationRequest(run_id="r", iteration=4, policy_version=6)

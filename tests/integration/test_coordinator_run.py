@@ -209,7 +209,13 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
     rollout = {"token_budget": 4, "max_response_tokens": 11, "max_prefill_share": 1}
     section = write_run_section(tmp_path, iterations=5, rollout=rollout)
     tokenizer = open_tokenizer(tmp_path / "model", "run.model")
-    async with fake_peers(buffer_address) as peers, coordinator(peers) as client:
+    # Each token adds more to a deadline than passes before the peer looks at it.
+    deadlines = {
+        "dispatch": {"worker_wait_s": 60, "call_timeout_s": 1000, "token_timeout_s": 100, "overcommit": 2},
+        "train_timeout_s": 1000,
+        "train_token_timeout_s": 100,
+    }
+    async with fake_peers(buffer_address) as peers, coordinator(peers, **deadlines) as client:
         worker = peers.add_worker("a", tokenizer)
         async with worker_in_service(worker, client.target):
             await client.start_run(
@@ -220,6 +226,14 @@ async def test_a_trajectory_gets_its_budget_once_an_iteration_and_never_passes_t
     budgets = {leased.token_budget for call in worker.calls for leased in call.trajectories}
     assert budgets == {3, 4, 8, 11}
     assert {call.max_response_tokens for call in worker.calls} == {11}
+    prompt = 4  # "3+4=" is as long as all of them
+    for call, seconds in zip(worker.calls, worker.seconds, strict=True):
+        longest = prompt + max(leased.tokens + leased.token_budget for leased in call.trajectories)
+        assert seconds == pytest.approx(1000 + 100 * 2 * longest, rel=0.02)  # gRPC rounds it
+    for request, seconds in zip(peers.trainer.trained, peers.trainer.seconds, strict=True):
+        trained = [member for group in request.groups for member in group.trajectories]
+        tokens = sum(member.prompt_tokens + sum(member.tokens_by_version.values()) for member in trained)
+        assert seconds == pytest.approx(1000 + 100 * tokens, rel=0.02)
     # A response of 4 tokens an iteration takes three at most.
     assert max(Counter(worker.extended).values()) == 3
     lines = read_json_lines(tmp_path / "run" / "metrics.jsonl")
