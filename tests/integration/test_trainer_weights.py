@@ -109,16 +109,23 @@ def test_weights_round_trip_and_logits_agree(
             assert (entropies_T - wanted_entropies_T).abs().max() < 2e-5
 
 
-def save_less(engine: Engine, folder: Path) -> tuple[list[dict[str, torch.Tensor]], list[float], int]:
+def save_less(engine: Engine, folder: Path, experts: int) -> tuple[list[dict[str, torch.Tensor]], list[float], int]:
     """The gradients of a step as it is, with what is saved moved away, and with one layer or both computed again.
 
-    And the bytes of a token's activations in the last three, and the bytes moved.
+    And the bytes of a token's activations in the last three, and the bytes moved. With experts the choices of a rollout
+    are replayed.
     """
     from services.trainer.hf import read_model_shape
     from services.trainer.megatron.memory import OffloadedTensors
     from services.trainer.megatron.model import Policy
+    from services.trainer.packing import TokenSequence, make_micro_batches
 
-    batches, gradients, sizes = make_batches(engine, sequences()), [], []
+    generator, packs, gradients, sizes = np.random.default_rng(1), [], [], []
+    for tokens in sequences():
+        first_TL1 = generator.integers(0, max(experts, 1), (len(tokens) - 1, 2, 1), np.uint8)
+        chosen_TLK = np.concatenate([first_TL1, (first_TL1 + 1) % max(experts, 1)], -1) if experts else None
+        packs.append([TokenSequence(tokens, np.ones(len(tokens) - 1, np.bool_), chosen_TLK)])
+    batches = make_micro_batches(packs, engine.dims.device)
     moved = 0
     for layers in (None, 0, 1, 2):
         policy = Policy(read_model_shape(folder), engine.dims, torch.float32, 128, layers or 0)
@@ -133,8 +140,15 @@ def save_less(engine: Engine, folder: Path) -> tuple[list[dict[str, torch.Tensor
     return gradients, sizes[1:], moved
 
 
-def test_a_step_that_saves_less_has_the_same_gradient(run_ranks: RunRanks, trainer_model: Path) -> None:
-    gradients, sizes, moved = run_ranks(Sizes(), partial(save_less, folder=trainer_model))
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_step_that_saves_less_has_the_same_gradient(
+    run_ranks: RunRanks, trainer_model: Path, tmp_path: Path, experts: int
+) -> None:
+    folder = trainer_model
+    if experts:
+        shape = {"num_experts": experts, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        folder = write_model(tmp_path, "Qwen3Moe", tied=False, **shape)
+    gradients, sizes, moved = run_ranks(Sizes(), partial(save_less, folder=folder, experts=experts))
     plain = gradients[0]
     for other in gradients[1:]:
         errors = {name: float((other[name] - plain[name]).norm() / plain[name].norm()) for name in plain}
