@@ -58,6 +58,7 @@ def check_inputs(recipe: Recipe, workers: int | None = None) -> list[str]:
     model, parameters = check_model(configs["trainer"].model, "trainer.model", configs["trainer"].rope)
     if configs["rollout"].router_replay:
         require_experts(model.path, count_experts(model.text_config))
+    check_layout(model, configs["trainer"])
     inputs = read_inputs("", configs["run"], Path(), str(model.path), "", examples=None, keep_images=False)
     problems = [*inputs.prompts.values(), *inputs.heldout.values()]
     longest = max(problems, key=lambda prompt: prompt.tokens)
@@ -102,6 +103,24 @@ def check_model(path: str, field: str, rope: RopeConfig | None = None) -> tuple[
         found = f"no {name}" if embedding is None else f"an embedding of {embedding[0]} rows"
         raise model.error("config.json", f"has a vocabulary of {model.vocabulary_size}, and the weights have {found}")
     return model, sum(math.prod(shape) for shape in shapes.values())
+
+
+def check_layout(model: Any, trainer: Any) -> None:
+    """Raises InvalidArgumentError naming the parallel size of the trainer that does not divide the model."""
+    from services.trainer.architecture import check_divisible
+
+    config, heads = model.text_config, model.positive_integer("num_attention_heads")
+    check_divisible(
+        heads=heads,
+        query_groups=int(config.get("num_key_value_heads") or heads),
+        vocabulary=model.vocabulary_size,
+        experts=count_experts(config),
+        layers=model.positive_integer("num_hidden_layers"),
+        tensor=trainer.tensor_parallel,
+        context=trainer.context_parallel,
+        pipeline=trainer.pipeline_parallel,
+        expert=trainer.expert_parallel,
+    )
 
 
 def read_shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:

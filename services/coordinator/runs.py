@@ -130,7 +130,7 @@ class Runs:
                 check_same_run(known, run_id, config)
             model = await self._find_model(config, folder)
             inputs = await asyncio.to_thread(read_inputs, run_id, config, folder, model, self._export_path(folder))
-            await self._check_algorithm(config)
+            await self._check_algorithm(inputs)
             file = RunFile(run_id, config_yaml, config_digest(config), str(inputs.run_path), "running")
             # Cut between the two, run.json would tell of a run that nobody runs, nor can stop.
             await finish(self._begin(file, inputs))
@@ -273,13 +273,16 @@ class Runs:
                 log.warning("waiting for the trainer, which has the model", error=error.message)
             await asyncio.sleep(TRAINER_POLL_SECONDS)
 
-    async def _check_algorithm(self, config: RunConfig) -> None:
+    async def _check_algorithm(self, inputs: RunInputs) -> None:
         """Has the trainer check the settings that only it knows; one that is away checks them with its first job."""
+        config = inputs.config
+        prompt_tokens = max(prompt.tokens for prompt in inputs.prompts.values())
         requests = {
             "run": trainer_pb2.CheckAlgorithmRequest(
                 algorithm=config.algorithm.message(),
                 update=config.update_message(),
                 optimizer=config.optimizer_message(config.optimizer.learning_rate),
+                longest_sequence=prompt_tokens + config.rollout.max_response_tokens,
             )
         }
         for number, stage in enumerate(config.sft):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from perigee.errors import InvalidArgumentError
 from services.kit.hf import CONFIG_FILE, ModelFolder
 
 IDEFICS3, QWEN2_VL, QWEN2_5_VL = (f"{name}ForConditionalGeneration" for name in ("Idefics3", "Qwen2VL", "Qwen2_5_VL"))
@@ -45,6 +46,33 @@ def read_architecture(folder: ModelFolder) -> str:
         )
     _ = folder.rope
     return kind
+
+
+def check_divisible(
+    *,
+    heads: int,
+    query_groups: int,
+    vocabulary: int,
+    experts: int,
+    layers: int,
+    tensor: int,
+    context: int,
+    pipeline: int,
+    expert: int,
+) -> None:
+    """Raises InvalidArgumentError naming the parallel size that does not divide the model."""
+    for name, size in {"attention heads": heads, "key-value heads": query_groups, "vocabulary": vocabulary}.items():
+        if size % tensor:
+            raise InvalidArgumentError(f"trainer.tensor_parallel {tensor} does not divide the model's {name} ({size})")
+    if heads % (tensor * context):
+        raise InvalidArgumentError(
+            f"trainer.tensor_parallel x trainer.context_parallel, {tensor} x {context}, does not divide the model's "
+            f"attention heads ({heads})"
+        )
+    if experts % expert or experts < expert > 1:
+        raise InvalidArgumentError(f"trainer.expert_parallel {expert} does not divide the model's experts ({experts})")
+    if layers % pipeline:
+        raise InvalidArgumentError(f"trainer.pipeline_parallel {pipeline} does not divide the model's {layers} layers")
 
 
 def takes_images(folder: ModelFolder) -> bool:

@@ -31,7 +31,7 @@ from services.trainer.fine_tuning import Example, fine_tune, stage_rope
 from services.trainer.hf import DTYPES, read_model_shape
 from services.trainer.job import JobContext
 from services.trainer.machines import MachineWatch, check_hosts, connect_machines, reached_host
-from services.trainer.megatron.memory import free_bytes
+from services.trainer.megatron.memory import free_bytes, whole_bytes
 from services.trainer.megatron.model import Policy
 from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu, open_channels
 from services.trainer.megatron.shelf import Shelf
@@ -169,6 +169,9 @@ class Engine:
             if self._is_bounded:
                 self._check_longest(config)
                 self.max_tokens = min(self.max_tokens, self._max_tokens)
+            held_by = torch.device("cpu") if self._offloads else self.dims.device
+            room = whole_bytes(held_by, processes) - sum(self.policy.count_copies().values())
+            self._longest = min(self.everyone.gather(int(room / self._token_bytes)))
             # Ranks that fail before this do so together, each with the reason.
             connections = connect_machines(self.everyone, self.dims.rank, self.dims.world, processes)
             self._watch = MachineWatch(connections, config.node_timeout_s, self._end)
@@ -387,6 +390,21 @@ class Engine:
                 f"{longest} tokens take {longest * self._token_bytes:,.0f} bytes of activations on a process, and "
                 "trainer.max_microbatch_bytes is less: raise it, lower the length, or use recompute or more "
                 "context-parallel processes",
+            )
+
+    def check_length(self, field: str, tokens: int) -> None:
+        """Raises InvalidArgumentError naming the field for a sequence that no job on these processes could train."""
+        if tokens > self.max_tokens:
+            raise InvalidArgumentError.for_field(
+                field,
+                f"{tokens} tokens of prompt and response are more than the {self.max_tokens} that the trainer takes",
+            )
+        # Of a model with images the measure counts every token as one of a picture.
+        if tokens > self._longest and self.shape.tower is None:
+            raise InvalidArgumentError.for_field(
+                field,
+                f"{tokens} tokens of prompt and response do not fit in the trainer's processes, whose memory takes the "
+                f"activations of {self._longest}: lower it, raise trainer.context_parallel, or set trainer.recompute",
             )
 
     def _bound(self, request: RequestT) -> RequestT:

@@ -63,6 +63,7 @@ class TrainerService(TrainerServiceServicer):
 
     async def CheckAlgorithm(self, request: pb.CheckAlgorithmRequest, context: Context) -> pb.CheckAlgorithmResponse:
         """See the contract."""
+        self._trainer.engine.check_length("rollout.max_response_tokens", request.longest_sequence)
         algorithm = (
             check_supervised(request.algorithm, request.optimizer)
             if request.supervised

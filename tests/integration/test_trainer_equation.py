@@ -562,6 +562,24 @@ def test_a_trainer_whose_folder_is_gone_ends(run_ranks: RunRanks, trainer_model:
     assert run_ranks(Sizes(), partial(fail_a_job, saved=folder, remove=True)) == (False, 0, True)
 
 
+def refuse_lengths(engine: Engine) -> list[str]:
+    """What is said of lengths that fit, that pass the model's limit, and that pass the memory."""
+    engine.check_length("field", 128)
+    found, own = [], engine._longest
+    for tokens, engine._longest in ((129, own), (100, 99)):
+        with pytest.raises(InvalidArgumentError) as caught:
+            engine.check_length("field", tokens)
+        found.append(caught.value.message)
+    engine._longest = own
+    return found
+
+
+def test_a_sequence_that_fits_no_process_is_refused_by_one_sentence(run_ranks: RunRanks) -> None:
+    context, memory = run_ranks(Sizes(), refuse_lengths)
+    assert "129 tokens of prompt and response are more than the 128 that the trainer takes" in context
+    assert "whose memory takes the activations of 99: lower it, raise trainer.context_parallel" in memory
+
+
 def bound_by_memory(engine: Engine, model: str) -> tuple[int, float, int, int, int]:
     """The bound in 1 MiB, the measured bytes of a token, the bound in a copy of a request, and the bound by default.
 

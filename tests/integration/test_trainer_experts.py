@@ -21,6 +21,7 @@ from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.client import WeightReceiverClient
 from perigee.weights.v1.weights_pb2 import PullRequest
 from services.rollout.model import open_policy
+from services.trainer.architecture import check_divisible
 from services.trainer.config import TrainerConfig
 from services.trainer.data import unpack_experts
 from services.trainer.hf import read_model_shape
@@ -397,16 +398,14 @@ def test_an_unsupported_mixture_is_refused_by_field(
         read_model_shape(tmp_path)
 
 
-def test_processes_that_cannot_share_the_experts_are_refused(trainer_model: Path) -> None:
-    from services.trainer.megatron.model import check_divisible
-    from services.trainer.megatron.parallel import ParallelDims
-
+def test_processes_that_cannot_share_experts_or_heads_are_refused() -> None:
     with pytest.raises(
         ValidationError, match="expert_parallel must divide tensor_parallel x context_parallel x data_parallel, 2,"
     ):
         TrainerConfig(model="m", run_path="r", data_parallel=2, expert_parallel=4)
-    shape = read_model_shape(trainer_model)
-    dims = ParallelDims(*[1, 1, 1, 3, 3, 0, 0, 0, 0, 0, 0], torch.device("cpu"))
+    model = {"heads": 4, "query_groups": 2, "vocabulary": 48, "layers": 2}
     for experts in (4, 0):
         with pytest.raises(InvalidArgumentError, match=rf"expert_parallel 3 does not .* experts \({experts}\)"):
-            check_divisible(replace(shape, experts=experts), dims)
+            check_divisible(**model, experts=experts, tensor=1, context=1, pipeline=1, expert=3)
+    with pytest.raises(InvalidArgumentError, match=r"2 x 4, does not divide the model's attention heads \(4\)"):
+        check_divisible(**model, experts=0, tensor=2, context=4, pipeline=1, expert=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,24 @@ async def test_services_that_stay_are_checked_before_they_start(folder: Path) ->
     assert task is not None
     with pytest.raises(InvalidArgumentError, match=r"44 is less than the 45 tokens of prompt b"):
         await up(run, recipe, SERVICES, 1, PlainView(), Interrupt(task))
+
+
+def test_processes_that_cannot_share_the_model_are_named(folder: Path) -> None:
+    change_config(folder / "model", {"num_attention_heads": 4})
+    check_inputs(load_recipe(folder / "recipe.yaml", ["trainer.context_parallel=4"]))
+    with pytest.raises(InvalidArgumentError, match=r"2 x 4, does not divide the model's attention heads \(4\)"):
+        check_inputs(load_recipe(folder / "recipe.yaml", ["trainer.tensor_parallel=2", "trainer.context_parallel=4"]))
+
+
+def test_a_long_response_is_counted_by_the_share_of_a_process(folder: Path) -> None:
+    change_config(folder / "model", {"max_position_embeddings": 1 << 20})
+    long = "run.rollout.max_response_tokens=1000000"
+
+    def activations(*overrides: str) -> float:
+        [line] = [each for each in check_inputs(load_recipe(folder / "recipe.yaml", overrides)) if "trainer" in each]
+        return float(re.search(r"activations (\S+)[,)]", line)[1])  # type: ignore[index]
+
+    assert activations(long, "trainer.context_parallel=2") == pytest.approx(activations(long) / 2, rel=0.1)
 
 
 def test_the_workers_of_the_command_are_counted(folder: Path) -> None:

@@ -47,7 +47,7 @@ class SlowRuns(Runs):
     async def _find_model(self, config: RunConfig, folder: Path) -> str:
         return ""
 
-    async def _check_algorithm(self, config: RunConfig) -> None:
+    async def _check_algorithm(self, inputs: RunInputs) -> None:
         """Nobody to ask."""
 
     def _launch(self, file: RunFile, inputs: RunInputs) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from services.trainer.megatron.head import Head
-from services.trainer.megatron.memory import SavedTensors, free_bytes
+from services.trainer.megatron.memory import SavedTensors, free_bytes, whole_bytes
 
 T, D, V = 53, 16, 96
 
@@ -99,3 +99,4 @@ def test_a_container_has_the_memory_of_its_limit(tmp_path: Path) -> None:
     (tmp_path / "memory.current").write_text(f"{3 << 20}\n", encoding="utf-8")
     (tmp_path / "memory.stat").write_text(f"active_file 7\ninactive_file {1 << 20}\n", encoding="utf-8")
     assert free_bytes(torch.device("cpu"), 2, limit) == 1 << 20
+    assert whole_bytes(torch.device("cpu"), 2, limit) == 2 << 20

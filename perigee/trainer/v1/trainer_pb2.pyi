@@ -473,8 +473,11 @@ class CheckAlgorithmRequest(_message.Message):
     UPDATE_FIELD_NUMBER: _builtins.int
     OPTIMIZER_FIELD_NUMBER: _builtins.int
     SUPERVISED_FIELD_NUMBER: _builtins.int
+    LONGEST_SEQUENCE_FIELD_NUMBER: _builtins.int
     supervised: _builtins.bool
     """The algorithm is that of FineTune requests, which have no update."""
+    longest_sequence: _builtins.int
+    """Tokens of the longest prompt and response of the run, which have to fit in the trainer's memory; 0 if unknown."""
     @_builtins.property
     def algorithm(self) -> Global___Algorithm: ...
     @_builtins.property
@@ -488,10 +491,11 @@ class CheckAlgorithmRequest(_message.Message):
         update: Global___UpdateSettings | None = ...,
         optimizer: Global___Optimizer | None = ...,
         supervised: _builtins.bool = ...,
+        longest_sequence: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "optimizer", b"optimizer", "update", b"update"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "optimizer", b"optimizer", "supervised", b"supervised", "update", b"update"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["algorithm", b"algorithm", "longest_sequence", b"longest_sequence", "optimizer", b"optimizer", "supervised", b"supervised", "update", b"update"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,15 @@ def free_bytes(device: torch.device, processes: int, limit: Path = _LIMIT) -> in
     return min(available, (int(bound) - used + cached) // processes)
 
 
+def whole_bytes(device: torch.device, processes: int, limit: Path = _LIMIT) -> int:
+    """Returns all memory that this process could ever have: of its GPU, or its share of this machine or container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    physical = int(_find(r"MemTotal:\s+(\d+) kB", "/proc/meminfo")) * 1024
+    bound = limit.read_text(encoding="utf-8").strip() if limit.is_file() else "max"
+    return (physical if bound == "max" else min(physical, int(bound))) // processes
+
+
 class OffloadedTensors(torch.autograd.graph.saved_tensors_hooks):
     """Scope in which autograd saves tensors in the machine's memory; the parameters and small tensors stay.
 

@@ -28,6 +28,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from perigee.errors import InternalError, InvalidArgumentError
 from perigee.trainer.v1 import trainer_pb2 as pb
 from perigee.weights.v1.weights_pb2 import Fingerprint
+from services.trainer.architecture import check_divisible
 from services.trainer.hf import ModelShape, TensorReader
 from services.trainer.megatron.attention import PackedAttention, PackedRotary, SharedRMSNorm
 from services.trainer.megatron.context import gather_tokens
@@ -295,7 +296,17 @@ def build_model(
     Gradients are plain sums over micro-batches and data-parallel ranks: the losses carry their own normalization.
     Raises InvalidArgumentError when the parallel sizes do not divide the model.
     """
-    check_divisible(shape, dims)
+    check_divisible(
+        heads=shape.heads,
+        query_groups=shape.query_groups,
+        vocabulary=shape.vocabulary,
+        experts=shape.experts,
+        layers=shape.layers,
+        tensor=dims.tensor,
+        context=dims.context,
+        pipeline=dims.pipeline,
+        expert=dims.expert,
+    )
     config = _make_config(shape, dims, dtype, recompute_layers)
     spec = get_gpt_layer_local_spec(shape.experts or None, normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     spec.submodules.self_attention.submodules.core_attention = PackedAttention
@@ -386,32 +397,6 @@ def core_of(model: DistributedDataParallel) -> GPTModel:
     """Returns the GPTModel inside the wrappers."""
     module = model.module
     return module.module if isinstance(module, Float16Module) else module
-
-
-def check_divisible(shape: ModelShape, dims: ParallelDims) -> None:
-    """Raises InvalidArgumentError naming the parallel size that does not divide the model."""
-    for name, size in {
-        "attention heads": shape.heads,
-        "key-value heads": shape.query_groups,
-        "vocabulary": shape.vocabulary,
-    }.items():
-        if size % dims.tensor:
-            raise InvalidArgumentError(
-                f"trainer.tensor_parallel {dims.tensor} does not divide the model's {name} ({size})"
-            )
-    if shape.heads % (dims.tensor * dims.context):
-        raise InvalidArgumentError(
-            f"trainer.tensor_parallel x trainer.context_parallel, {dims.tensor} x {dims.context}, does not divide the "
-            f"model's attention heads ({shape.heads})"
-        )
-    if shape.experts % dims.expert or shape.experts < dims.expert > 1:
-        raise InvalidArgumentError(
-            f"trainer.expert_parallel {dims.expert} does not divide the model's experts ({shape.experts})"
-        )
-    if shape.layers % dims.pipeline:
-        raise InvalidArgumentError(
-            f"trainer.pipeline_parallel {dims.pipeline} does not divide the model's {shape.layers} layers"
-        )
 
 
 def _finalize_unscaled(model: Any, _num_tokens: Any = None, **kwargs: Any) -> None:

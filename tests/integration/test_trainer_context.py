@@ -1,0 +1,195 @@
+"""Context parallelism alone and with tensor, pipeline and data ranks, against one rank, on ragged packs."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+import torch
+
+from perigee.trainer.v1 import trainer_pb2 as pb
+from tests.fixtures.trainer import MadeTrajectory, make_groups, train_request, write_model
+from tests.fixtures.trainer_ranks import RunRanks, Sizes, check_slices, gather_gradients, train
+
+if TYPE_CHECKING:
+    from services.trainer.engine import Engine
+
+pytestmark = pytest.mark.skipif("PERIGEE_TEST_LONG" not in os.environ, reason="takes minutes: make test-long")
+
+LAYOUTS = [
+    Sizes(context=2),
+    Sizes(context=4),
+    Sizes(context=8),
+    Sizes(tensor=2, context=2),
+    Sizes(pipeline=2, context=2),
+    Sizes(context=2, data=2),
+    Sizes(tensor=2, context=2, recompute=True),
+]
+LENGTHS = [[211, 96, 96, 40, 7, 1], [333], [1], [64, 64, 64]]
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "policy_mirror_descent": {"tau": 0.5},
+    "rest": {},
+    "grpo": {"kl_coef": 0.1, "ratio": "sequence", "aggregation": "sequence_mean"},
+}
+
+
+@pytest.fixture(scope="module")
+def trainer_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a Qwen3 of 8 heads and 2 of keys and values, so that 4 and 8 ranks repeat these."""
+    sizes = {"num_attention_heads": 8, "hidden_size": 64, "max_position_embeddings": 512}
+    return write_model(tmp_path_factory.mktemp("context"), "Qwen3", tied=False, **sizes)
+
+
+def differentiate(engine: Engine) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """The loss of each pack, which squares sums over sequences, and the gradient of all."""
+    from services.trainer.packing import TokenSequence, make_micro_batches
+
+    policy, generator = engine.policy, np.random.default_rng(0)
+    packs = [
+        [TokenSequence(generator.integers(0, 48, n + 1), np.arange(n) >= n // 3) for n in each] for each in LENGTHS
+    ]
+    if engine.dims.data > 1:
+        packs = packs[engine.dims.data_rank :: engine.dims.data]
+
+    def loss(found: Any) -> tuple[torch.Tensor, float]:
+        sequence_T = found.batch.packed.sequence_T
+        sums_N = found.logprobs_T.new_zeros(int(sequence_T[-1]) + 1).index_add(0, sequence_T, found.logprobs_T)
+        value = (sums_N + 0.05 * sums_N**2).sum() / 1000
+        return value, float(value.detach())
+
+    policy.begin_job(pb.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0))
+    _, reports = policy.step(make_micro_batches(packs, engine.dims.device), 0.8, loss, 0.0)
+    gather_gradients(policy.model)
+    with torch.no_grad():
+        for parameter in policy.core.parameters():
+            parameter.copy_(parameter.main_grad)
+    found = [each for each in engine.everyone.gather(reports if engine.dims.reports else []) if each]
+    return sorted(value for each in found for value in each), dict(policy.collect())
+
+
+@pytest.fixture(scope="module")
+def alone(run_ranks: RunRanks) -> Any:
+    """The loss and the gradient on one rank."""
+    return run_ranks(Sizes(), differentiate)
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+def test_loss_and_gradient_are_those_of_one_rank(run_ranks: RunRanks, alone: Any, sizes: Sizes) -> None:
+    losses, gradient = run_ranks(sizes, differentiate)
+    assert losses == pytest.approx(alone[0], rel=5e-5)
+    assert gradient.keys() == alone[1].keys()
+    for name, value in alone[1].items():
+        assert (gradient[name] - value).abs().max() <= 1e-5 * value.abs().max(), name
+
+
+def run_jobs(engine: Engine, groups: dict[str, list[MadeTrajectory]], requests: Sequence[pb.TrainRequest]) -> Any:
+    """The metrics of supervised jobs and of an iteration of each algorithm, and the weights after all."""
+    from services.trainer.fine_tuning import count_tokens, fine_tune
+    from services.trainer.packing import TokenSequence
+
+    found: list[dict[str, float]] = []
+    generator = np.random.default_rng(0)
+    for name, responses in (("sft", 1), ("dpo", 2)):
+        examples = [
+            tuple(
+                TokenSequence(generator.integers(2, 48, n), np.arange(1, n) >= n // 3)
+                for n in generator.integers(4, 90, responses)
+            )
+            for _ in range(12)
+        ]
+        tuning = pb.FineTuneRequest(steps=3, batch_size=4, max_tokens_per_microbatch=64, seed=1)
+        tuning.optimizer.CopyFrom(requests[0].optimizer)
+        tuning.algorithm.name = name
+        context = engine.job_context()
+        context.interval_s = math.inf
+        own = examples if engine.dims.rank == 0 else None
+        last = fine_tune(engine.policy, context, engine._bound(tuning), count_tokens(examples), own)
+        found.append({"loss": last.loss, "grad_norm": last.grad_norm, **last.metrics})
+    for request in requests:
+        result = train(engine, groups, engine._bound(request))
+        measured = ("seconds", "bytes", "per_second")
+        found.append({name: value for name, value in result.metrics.items() if not name.endswith(measured)})
+    check_slices(engine, engine.policy)
+    return found, dict(engine.policy.collect())
+
+
+@pytest.fixture(scope="module")
+def trained(run_ranks: RunRanks) -> Any:
+    """The jobs on one rank."""
+    return run_ranks(Sizes(), make_jobs())
+
+
+def make_jobs() -> Any:
+    groups = make_groups("context", 6, groups=4, k=3, spans=[[(0, 70)], [(0, 31), (1, 90)], [(1, 3)]])
+    optimizer = pb.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.95, max_grad_norm=1.0, min_lr_ratio=1.0)
+    options: dict[str, Any] = {"base": 1, "max_staleness": 0, "tis_cap": 1.5, "max_tokens_per_microbatch": 64}
+    requests = []
+    for name, settings in ALGORITHMS.items():
+        request = train_request("r", groups, [1.0, 0.25, 0.6], optimizer=optimizer, minibatches=2, **options)
+        request.algorithm.Clear()
+        request.algorithm.name = name
+        request.algorithm.settings.update(settings)
+        requests.append(request)
+    return partial(run_jobs, groups=groups, requests=requests)
+
+
+@pytest.mark.parametrize("sizes", [LAYOUTS[1], *LAYOUTS[3:6]], ids=str)
+def test_every_algorithm_learns_as_on_one_rank(run_ranks: RunRanks, trained: Any, sizes: Sizes) -> None:
+    metrics, weights = run_ranks(sizes, make_jobs())
+    for found, expected in zip(metrics, trained[0], strict=True):
+        assert found == pytest.approx(expected, rel=2e-4, abs=2e-6, nan_ok=True)
+    assert weights.keys() == trained[1].keys()
+    for name, value in trained[1].items():
+        assert (weights[name] - value).abs().max() < 5e-5, name
+
+
+def attend(engine: Engine) -> tuple[float, float]:
+    """The largest errors of attention over the ranks in float64, of its output and of the gradient of its input."""
+    from types import SimpleNamespace
+
+    from services.trainer.megatron.attention import PackedAttention
+    from services.trainer.packing import TokenSequence, make_micro_batches, take_share
+
+    generator = torch.Generator().manual_seed(0)
+    lengths = LENGTHS[0]
+    tokens, dims = sum(lengths), engine.dims
+    config = engine.policy.core.config
+    [batch] = make_micro_batches(
+        [[TokenSequence(np.zeros(n + 1, np.int64), np.ones(n, np.bool_)) for n in lengths]], dims.device
+    )
+    share = take_share(batch, dims.context_rank, dims.context)
+    size = len(share.inputs_T)
+    filled = size * dims.context
+    whole = [torch.randn(filled, 1, heads, 8, generator=generator, dtype=torch.float64) for heads in (8, 2, 2)]
+    upstream_T1D = torch.randn(filled, 1, 64, generator=generator, dtype=torch.float64)
+
+    def run(layout: Any, part: slice, ranks: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        inputs = [each[part].clone().requires_grad_() for each in whole]
+        options = vars(config) | {"context_parallel_size": ranks}
+        attention = PackedAttention(SimpleNamespace(**options), 1, None, "self")  # type: ignore[arg-type]
+        output_T1D = attention(*inputs, None, packed_seq_params=layout)
+        return output_T1D.detach(), list(torch.autograd.grad((output_T1D * upstream_T1D[part]).sum(), inputs))
+
+    expected_T1D, expected = run(batch.packed, slice(tokens), 1)
+    own = slice(dims.context_rank * size, (dims.context_rank + 1) * size)
+    found_T1D, found = run(share.packed, own, dims.context)
+    real = max(0, min(size, tokens - own.start))
+    errors = [
+        max([float((a[:real] - b[own][:real]).abs().max()) for a, b in pairs if real] or [0.0])
+        for pairs in ([(found_T1D, expected_T1D)], list(zip(found, expected, strict=True)))
+    ]
+    output, gradient = (max(each) for each in zip(*engine.everyone.gather(errors), strict=True))
+    return output, gradient
+
+
+@pytest.mark.parametrize("sizes", LAYOUTS[:3], ids=str)
+def test_attention_over_ranks_is_exact_in_float64(run_ranks: RunRanks, sizes: Sizes) -> None:
+    output, gradient = run_ranks(sizes, attend)
+    assert output <= 1e-12
+    assert gradient <= 1e-9
