@@ -42,10 +42,10 @@ test-deploy: setup ## Build the images with podman and test them, the compose st
 test-languages: setup ## Test every language of the sandbox that is installed; as root, some minutes
 	PERIGEE_TEST_LANGUAGES=1 $(BIN)/python -m pytest tests/integration/test_sandbox_languages.py
 
-test-long: setup ## Kill `perigee long2short` in each of its steps, start further engines, train on 131,072 tokens: an hour
+test-long: setup ## Kill `perigee long2short` in each of its steps, start further engines and layouts, train on 131,072 tokens: an hour
 	PERIGEE_TEST_LONG=1 $(BIN)/python -m pytest tests/e2e/test_long2short_kills.py tests/integration/test_rollout_vision.py \
 		tests/integration/test_long_context.py tests/integration/test_long_trajectories.py tests/faults/test_buffer_crashes.py \
-		tests/e2e/test_long_run.py
+		tests/e2e/test_long_run.py tests/integration/test_trainer_context.py tests/integration/test_trainer_vision.py
 
 gpu-check: ## Check on a machine with a GPU what no other can show, with VENV=FOLDER of CUDA's builds: five minutes
 	@VENV=$(VENV) tools/gpu-check.sh

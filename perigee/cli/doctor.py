@@ -224,6 +224,10 @@ def check_gpus(configs: Configs, folder: Path) -> Finding:
     if engine is not None and gpus and engine.tensor_parallel_size > gpus:
         wanted = f"rollout.tensor_parallel_size is {engine.tensor_parallel_size}"
         return Finding("problem", "gpu", f"{wanted} and there are {gpus} GPUs: lower it")
+    trainer: Any = configs.get("trainer")
+    if trainer is not None and gpus and (ranks := trainer.world // trainer.nodes) > gpus:
+        advice = "lower a parallel size of the trainer, or raise trainer.nodes"
+        return Finding("problem", "gpu", f"the trainer has {ranks} processes here and there are {gpus} GPUs: {advice}")
     return Finding("ok", "gpu", f"{gpus} GPUs" if gpus else "none: engine and trainer run on the CPU")
 
 

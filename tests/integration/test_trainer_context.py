@@ -28,6 +28,7 @@ LAYOUTS = [
     Sizes(context=8),
     Sizes(tensor=2, context=2),
     Sizes(pipeline=2, context=2),
+    Sizes(tensor=2, pipeline=2),
     Sizes(context=2, data=2),
     Sizes(tensor=2, context=2, recompute=True),
 ]
@@ -147,6 +148,33 @@ def test_every_algorithm_learns_as_on_one_rank(run_ranks: RunRanks, trained: Any
     assert weights.keys() == trained[1].keys()
     for name, value in trained[1].items():
         assert (weights[name] - value).abs().max() < 5e-5, name
+
+
+def round_off(engine: Engine, folder: Path) -> tuple[float, float]:
+    """The mean difference of a bfloat16 model's log-probabilities from those in float32, and a step's gradient norm."""
+    from services.trainer.hf import read_model_shape
+    from services.trainer.megatron.model import Policy
+    from services.trainer.packing import TokenSequence, make_micro_batches
+
+    policy = Policy(read_model_shape(folder), engine.dims, torch.bfloat16, 512)
+    policy.load(folder)
+    policy.begin_job(pb.Optimizer(learning_rate=1e-3, beta1=0.9, beta2=0.95, min_lr_ratio=1.0))
+    tokens = np.random.default_rng(0).integers(0, 48, 300)
+    batches = make_micro_batches([[TokenSequence(tokens, np.ones(299, np.bool_))]], engine.dims.device)
+    [exact] = engine.policy.evaluate(batches, 1.0)
+    norm, [logprobs_T] = policy.step(
+        batches, 1.0, lambda found: (-found.logprobs_T.mean(), found.logprobs_T.detach()), 0.0
+    )
+    return float((logprobs_T - exact.logprobs_T).abs().mean()), norm
+
+
+def test_bfloat16_rounds_as_on_one_rank(run_ranks: RunRanks, trainer_model: Path) -> None:
+    job = partial(round_off, folder=trainer_model)
+    difference, norm = run_ranks(Sizes(), job)
+    for sizes in (Sizes(context=2), Sizes(tensor=2, context=2)):
+        found = run_ranks(sizes, job)
+        assert found[0] < 2 * difference
+        assert found[1] == pytest.approx(norm, rel=0.05)
 
 
 def attend(engine: Engine) -> tuple[float, float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import shutil
 from base64 import b64encode
 from collections.abc import Callable
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from services.trainer.packing import TokenSequence
 
 LAYOUTS = [Sizes(tensor=2), Sizes(pipeline=2), Sizes(data=2)]
+LONG = pytest.mark.skipif("PERIGEE_TEST_LONG" not in os.environ, reason="takes minutes: make test-long")
 # Images by their seeds, the numbers of text tokens between them, and response tokens: some have several, one has none.
 PROMPTS: list[tuple[list[int | str], int]] = [
     (["1", 3, "2"], 21),
@@ -331,7 +333,7 @@ def alone(run_ranks: RunRanks, trainer_model: Path) -> tuple[list[float], dict[s
     return run_ranks(Sizes(), partial(learn, folder=trainer_model))
 
 
-@pytest.mark.parametrize("sizes", LAYOUTS, ids=str)
+@pytest.mark.parametrize("sizes", [*LAYOUTS, pytest.param(Sizes(context=2), marks=LONG)], ids=str)
 def test_every_layout_learns_as_one_rank(
     run_ranks: RunRanks, trainer_model: Path, alone: tuple[list[float], dict[str, torch.Tensor]], sizes: Sizes
 ) -> None:

