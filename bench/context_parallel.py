@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,6 @@ import torch
 from bench.machine import GIB, describe_machine
 from bench.trainer_memory import resident_bytes
 from perigee.trainer.v1 import trainer_pb2 as pb
-from services.trainer.__main__ import import_megatron
 
 VOCABULARY = 512
 FIRST_TOKENS = 256
@@ -82,7 +82,7 @@ def take_step(policy: Any, tokens: int) -> tuple[float, float]:
 
 def run_process(rank: int, processes: int, port: int, tokens: int, recompute: bool, pipe: Connection) -> None:
     """Sends the step of one context-parallel process."""
-    import_megatron()
+    import_module("services.trainer.preload")
     from services.trainer.hf import read_model_shape
     from services.trainer.megatron.model import Policy
     from services.trainer.megatron.parallel import join_group, leave_group, megatron_on_cpu
@@ -95,7 +95,8 @@ def run_process(rank: int, processes: int, port: int, tokens: int, recompute: bo
         Path(folder, "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
         shape = read_model_shape(Path(folder))
         torch.manual_seed(0)
-        policy = Policy(shape, join_group(context=processes), torch.float32, shape.max_positions, recompute)
+        layers = shape.layers if recompute else 0
+        policy = Policy(shape, join_group(context=processes), torch.float32, shape.max_positions, layers)
         policy.begin_job(pb.Optimizer(learning_rate=1e-5, beta1=0.9, beta2=0.95, max_grad_norm=1.0))
         take_step(policy, FIRST_TOKENS)
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
