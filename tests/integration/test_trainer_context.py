@@ -197,11 +197,11 @@ def attend(engine: Engine) -> tuple[float, float]:
     whole = [torch.randn(filled, 1, heads, 8, generator=generator, dtype=torch.float64) for heads in (8, 2, 2)]
     upstream_T1D = torch.randn(filled, 1, 64, generator=generator, dtype=torch.float64)
 
-    def run(layout: Any, part: slice, ranks: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    def run(packed: Any, part: slice, ranks: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
         inputs = [each[part].clone().requires_grad_() for each in whole]
         options = vars(config) | {"context_parallel_size": ranks}
         attention = PackedAttention(SimpleNamespace(**options), 1, None, "self")  # type: ignore[arg-type]
-        output_T1D = attention(*inputs, None, packed_seq_params=layout)
+        output_T1D = attention(*inputs, None, packed_seq_params=packed)
         return output_T1D.detach(), list(torch.autograd.grad((output_T1D * upstream_T1D[part]).sum(), inputs))
 
     expected_T1D, expected = run(batch.packed, slice(tokens), 1)
