@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequenc
 from contextlib import aclosing
 from dataclasses import dataclass
 
+import numpy as np
 from prometheus_client import Gauge
 
 from perigee.errors import (
@@ -55,44 +56,58 @@ class PeerError(Exception):
 Call = Callable[[Worker, list[str]], AsyncGenerator[Progress, None]]
 
 
-# Returns the work of a sequence on a worker.
-Cost = Callable[[str, Worker], float]
+@dataclass(frozen=True)
+class Work:
+    """Work of a sequence, and the worker, by its id, that is spared a part of it since it has the prefix."""
+
+    work: float
+    holder: str = ""
+    saved: float = 0.0
+
+    def on(self, worker: Worker) -> float:
+        """Returns the work on a worker."""
+        return self.work - self.saved if worker.worker_id == self.holder else self.work
 
 
-def deal(keys: Iterable[str], rooms: Mapping[Worker, int], cost: Cost) -> dict[Worker, dict[str, float]]:
-    """Deals keys in their order to workers, each to the one that is done with it first; returns their costs.
+def deal(work: Mapping[str, Work], rooms: Mapping[Worker, int]) -> dict[Worker, dict[str, float]]:
+    """Deals sequences in their order to workers, each to the one that is done with it first; returns their work there.
 
     With the longest first, long ones are spread over the workers in proportion to their speeds (list scheduling, LPT).
-    Before, a key that costs one worker less than others, as that one has its prefix, goes there while the worker has no
-    more than its part of all work. Those beyond the workers' rooms, in sequences, are left out.
+    Before, a sequence whose prefix a worker has goes there while the worker has no more than its part of all work.
+    Those beyond the workers' rooms, in sequences, are left out.
     """
-    keys = list(keys)
-    speeds = relative_speeds(list(rooms))
-    work = {worker: worker.work for worker in rooms}
-    costs = {key: {worker: cost(key, worker) for worker in rooms} for key in keys}
-    least = {key: min(by_worker, key=by_worker.__getitem__) for key, by_worker in costs.items()}
+    workers = list(rooms)
+    by_id = {worker.worker_id: number for number, worker in enumerate(workers)}
+    speed_N = np.array(list(relative_speeds(workers).values()))
+    work_N = np.array([worker.work for worker in workers])
+    room_N = np.array(list(rooms.values()))
+    chosen: dict[str, int] = {}
+
+    def choose(key: str, number: int) -> None:
+        chosen[key] = number
+        work_N[number] += work[key].on(workers[number])
+        room_N[number] -= 1
+
     # Seconds, in the unit of the speeds, that all workers take together.
-    fair = (sum(work.values()) + sum(costs[key][least[key]] for key in keys)) / sum(speeds.values())
-    chosen: dict[str, Worker] = {}
-    rooms_left = dict(rooms)
-
-    def choose(key: str, worker: Worker) -> None:
-        chosen[key] = worker
-        work[worker] += costs[key][worker]
-        rooms_left[worker] -= 1
-
-    for key, worker in least.items():
-        saves = costs[key][worker] < max(costs[key].values())
-        if saves and rooms_left[worker] and work[worker] + costs[key][worker] <= fair * speeds[worker]:
-            choose(key, worker)
-    for key in keys:
-        open_workers = [worker for worker, room in rooms_left.items() if room]
-        if key not in chosen and open_workers:
-            choose(key, min(open_workers, key=lambda worker: (work[worker] + costs[key][worker]) / speeds[worker]))
-    dealt: dict[Worker, dict[str, float]] = {worker: {} for worker in rooms}
-    for key in keys:
+    fair = (work_N.sum() + sum(each.work - each.saved for each in work.values())) / speed_N.sum()
+    for key, each in work.items():
+        number = by_id.get(each.holder)
+        if number is None or not each.saved or not room_N[number]:
+            continue
+        if work_N[number] + each.work - each.saved <= fair * speed_N[number]:
+            choose(key, number)
+    for key, each in work.items():
+        if key in chosen or not room_N.any():
+            continue
+        done_N = (work_N + each.work) / speed_N
+        if (number := by_id.get(each.holder)) is not None:
+            done_N[number] -= each.saved / speed_N[number]
+        choose(key, int(np.argmin(np.where(room_N > 0, done_N, np.inf))))
+    dealt: dict[Worker, dict[str, float]] = {worker: {} for worker in workers}
+    for key, each in work.items():
         if key in chosen:
-            dealt[chosen[key]][key] = costs[key][chosen[key]]
+            worker = workers[chosen[key]]
+            dealt[worker][key] = each.on(worker)
     return dealt
 
 
@@ -106,7 +121,7 @@ def relative_speeds(workers: Sequence[Worker]) -> dict[Worker, float]:
 class Dispatcher:
     """Queue of sequences that every live worker with the policy version takes from as fast as it can.
 
-    The sequences should come with the longest first, as `cost` has them.
+    The sequences should come with the longest first, as `work` has them.
 
     `on_waiting` is called with True when work waits and no worker can take it, with False when one takes it.
 
@@ -121,14 +136,14 @@ class Dispatcher:
         call: Call,
         on_waiting: Callable[[bool], None],
         only: Callable[[Worker], bool] | None = None,
-        cost: Cost = lambda key, worker: 1.0,
+        work: Callable[[str], Work] = lambda key: Work(1.0),
     ) -> None:
         self._registry = registry
         self._only = only
         self._version = policy_version
         self._config = config
         self._call = call
-        self._cost = cost
+        self._work = work
         self._on_waiting = on_waiting
         self._queue: deque[str] = deque()
         self._failures: Counter[str] = Counter()
@@ -179,7 +194,7 @@ class Dispatcher:
             if not rooms:
                 return
             keys = [self._queue.popleft() for _ in range(min(len(self._queue), sum(rooms.values())))]
-            for worker, batch in deal(keys, rooms, self._cost).items():
+            for worker, batch in deal({key: self._work(key) for key in keys}, rooms).items():
                 if batch:
                     self._start_call(tasks, worker, batch)
 

@@ -15,7 +15,7 @@ from perigee.reward.scoring import ScoringPipeline
 from perigee.rollout.v1 import rollout_pb2
 from services.coordinator.budgets import Context, choose_budgets, update_speed
 from services.coordinator.context import RunContext
-from services.coordinator.dispatcher import Dispatcher, PeerError, Progress
+from services.coordinator.dispatcher import Dispatcher, PeerError, Progress, Work
 from services.coordinator.groups import EndReason, LiveGroups, Trajectory
 from services.coordinator.samples import SampleCollector
 from services.coordinator.workers import Worker
@@ -209,7 +209,7 @@ class RolloutPhase:
 
     def _context_of(self, trajectory: Trajectory, tokens: int) -> Context:
         """Returns what a trajectory with so many response tokens holds, and the response tokens that are left to it."""
-        return len(trajectory.group.prompt.token_ids) + tokens, self._cap - tokens
+        return trajectory.group.prompt.tokens + tokens, self._cap - tokens
 
     def _turns_of(self, trajectory: Trajectory, base_budget: int) -> int:
         """Returns how many budgets the trajectory gets in this iteration: one, unless every group begins in it.
@@ -224,19 +224,18 @@ class RolloutPhase:
 
     def _longest_first(self, trajectories: Sequence[Trajectory]) -> list[str]:
         """Returns the ids of trajectories with a target: most work left first, of equals the oldest."""
-        work = {t.id: self._work(t.id) for t in trajectories if t.id in self._targets}
+        work = {t.id: self._work(t.id).work for t in trajectories if t.id in self._targets}
         return sorted(work, key=lambda trajectory_id: -work[trajectory_id])
 
-    def _work(self, trajectory_id: str, worker: Worker | None = None) -> float:
-        """Returns the work that a trajectory has left, in sampled tokens; less where a worker can have its prefix."""
+    def _work(self, trajectory_id: str) -> Work:
+        """Returns the work that a trajectory has left, in sampled tokens, without its prefill where its prefix is."""
         trajectory, settings = self.groups.trajectory(trajectory_id), self.context.config.rollout
         tokens, _ = self._context_of(trajectory, trajectory.tokens)
-        left = max(0, self._targets[trajectory_id] - trajectory.tokens)
-        work = settings.costs.work(tokens, left)
-        if worker is None or trajectory.holder != worker.worker_id:
-            return work
+        work = settings.costs.work(tokens, max(0, self._targets[trajectory_id] - trajectory.tokens))
         age = self.policy_version - trajectory.held_version
-        return work - settings.costs.prefill_work(tokens) if 0 <= age <= settings.max_kv_staleness else work
+        if not trajectory.holder or not 0 <= age <= settings.max_kv_staleness:
+            return Work(work)
+        return Work(work, trajectory.holder, settings.costs.prefill_work(tokens))
 
     async def _extend(self, worker: Worker, trajectory_ids: list[str]) -> AsyncGenerator[Progress, None]:
         """Makes one call: leases the trajectories, extends them, records their ends."""

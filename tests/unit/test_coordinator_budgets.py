@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from perigee.rollout.client import RolloutClient
 from services.coordinator.budgets import choose_budgets, update_speed
-from services.coordinator.dispatcher import deal
+from services.coordinator.dispatcher import Work, deal
 from services.coordinator.run_config import RolloutSettings, TokenCosts
 from services.coordinator.workers import READY, Worker
 
@@ -105,7 +105,7 @@ async def test_long_sequences_are_spread_over_workers_by_their_speed(
 ) -> None:
     workers = [make_worker(f"w{n}", capacity=4, speed=speed) for n, speed in enumerate(speeds)]
     by_key = {str(n): each for n, each in enumerate(sorted(work, reverse=True))}
-    dealt = deal(by_key, dict.fromkeys(workers, 100), lambda key, worker: by_key[key])
+    dealt = deal({key: Work(each) for key, each in by_key.items()}, dict.fromkeys(workers, 100))
     assert sorted(key for keys in dealt.values() for key in keys) == sorted(by_key)
     known = [speed for speed in speeds if speed is not None]
     assumed = sum(known) / len(known) if known else 4.0
@@ -119,10 +119,10 @@ async def test_long_sequences_are_spread_over_workers_by_their_speed(
 async def test_rooms_are_kept_and_the_longest_go_to_different_workers() -> None:
     first, second = make_worker("a", 4, None), make_worker("b", 4, None)
     by_key = {"long": 9.0, "also long": 8.0, "short": 1.0, "shorter": 0.5, "left": 0.1}
-    dealt = deal(by_key, {first: 1, second: 3}, lambda key, worker: by_key[key])
+    dealt = deal({key: Work(each) for key, each in by_key.items()}, {first: 1, second: 3})
     assert dealt == {first: {"long": 9.0}, second: {"also long": 8.0, "short": 1.0, "shorter": 0.5}}
     # A sequence goes where it costs less, if that is not later.
-    dealt = deal(["x", "y"], {first: 2, second: 2}, lambda key, worker: 1.0 if worker is second else 3.0)
+    dealt = deal(dict.fromkeys("xy", Work(3.0, "b", saved=2.0)), {first: 2, second: 2})
     assert dealt == {first: {}, second: {"x": 1.0, "y": 1.0}}
 
 
@@ -136,11 +136,8 @@ async def test_prefixes_stay_with_their_workers_up_to_a_fair_part(counts: list[t
         for n in range(count)
     }
     keys = [*holders, *(f"free/{n}" for n in range(free))]
-
-    def cost(key: str, worker: Worker) -> float:
-        return 8.0 if holders.get(key) is worker else 9.0
-
-    dealt = deal(keys, dict.fromkeys(workers, len(keys)), cost)
+    work = {key: Work(9.0, holders[key].worker_id, saved=1.0) if key in holders else Work(9.0) for key in keys}
+    dealt = deal(work, dict.fromkeys(workers, len(keys)))
     assert sorted(key for some in dealt.values() for key in some) == sorted(keys)
     # As if all were as cheap as they can be.
     fair = (8.0 * len(holders) + 9.0 * free) / sum(capacity for capacity, _ in counts) if keys else 0.0
