@@ -24,7 +24,7 @@ import selectors
 import statistics
 from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -421,10 +421,12 @@ class Comparison:
     prefilled_per_sampled: float
 
 
-def compare(costs: MeasuredCosts, load: Load, settings: RolloutSettings, seed: int, iterations: int) -> Comparison:
-    """Simulates both, the one with a budget from when the ages of trajectories are mixed on."""
+def compare(
+    costs: MeasuredCosts, load: Load, groups: int, settings: RolloutSettings, seed: int, iterations: int
+) -> Comparison:
+    """Simulates both; with a budget there are `groups` live, and ages are mixed before the iterations that count."""
     run_in = RUN_IN_ITERATIONS + round(RUN_IN_RESPONSES * load.median / settings.token_budget)
-    measured = simulate(costs, load, settings, seed, run_in + iterations)[run_in:]
+    measured = simulate(costs, replace(load, groups=groups), settings, seed, run_in + iterations)[run_in:]
     whole = settings.model_copy(update={"token_budget": 0, "target_seconds": None})
     without = simulate(costs, load, whole, seed, WHOLE_ITERATIONS)
     seconds, seconds_without = total(measured, "whole") / len(measured), total(without, "whole") / len(without)
@@ -467,6 +469,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--median", type=float, default=Load.median)
     parser.add_argument("--sigma", type=float, default=Load.sigma)
     parser.add_argument("--groups", type=int, default=Load.groups)
+    parser.add_argument("--groups-with-budget", type=int)
     parser.add_argument("--speeds", type=float, nargs="+", default=list(Load.speeds))
     parser.add_argument("--capacity", type=int, default=Load.capacity)
     parser.add_argument("--iterations", type=int, default=40)
@@ -496,7 +499,8 @@ def main() -> None:
             target_seconds=arguments.target_seconds,
             costs=costs.token_costs(load.capacity),
         )
-        found = [compare(costs, load, settings, seed, arguments.iterations) for seed in range(arguments.seeds)]
+        groups = arguments.groups_with_budget or load.groups
+        found = [compare(costs, load, groups, settings, seed, arguments.iterations) for seed in range(arguments.seeds)]
         figures[str(budget)] = [asdict(each) for each in found]
         names = [field.name for field in fields(Comparison) if field.name != "rollout_seconds"]
         print(f"budget {budget}:", *(f"{name} {show(found, name)}" for name in names), sep="\n  ")
