@@ -1,6 +1,6 @@
 """Seconds that tokens cost an engine and a trainer, by position: what `run.rollout.costs` and bench/long_tail.py want.
 
-    python -m bench.token_costs [--model FOLDER] [--lengths 1024 4096 16384] [--batches 1 8 32] [--out costs.json]
+    python -m bench.token_costs [--model FOLDER] [--lengths 1024 4096 16384] [--batches 1 4 16] [--out costs.json]
 
 Without a folder, the tiny model of examples/arithmetic with random weights. The engine is vLLM by itself with the
 arguments of the rollout service: it prefills single sequences of each length, then samples after contexts of those
@@ -32,7 +32,7 @@ from bench.long_tail import MeasuredCosts
 from bench.machine import describe_machine
 
 NEW_TOKENS = 64
-REFUSED_BELOW_TOKENS = 64
+FIRST_TOKENS = 64
 # What an iteration of the arithmetic recipe spends beside rollout and training (docs/performance.md).
 OTHER_S = 0.1
 Measured = tuple[list[float], float]
@@ -57,12 +57,12 @@ async def measure_engine(
     longest = max(lengths) + 2 * NEW_TOKENS
     config = RolloutConfig(model=str(model), max_model_len=longest, max_num_seqs=max(batches), kv_cache_bytes=1 << 30)
     # Ids from 5 on: neither special tokens nor beyond a small vocabulary.
-    prompt = (5 + np.random.default_rng(0).integers(30, size=max(lengths))).tolist()
+    prompts = (5 + np.random.default_rng(0).integers(30, size=(max(batches), max(lengths)))).tolist()
     numbers = iter(range(1 << 20))
 
     async with bare_engine(config) as engine:
 
-        async def generate(tokens: int, new_tokens: int) -> None:
+        async def generate(prompt: list[int], new_tokens: int) -> None:
             params = SamplingParams(
                 max_tokens=new_tokens,
                 ignore_eos=True,
@@ -71,22 +71,23 @@ async def measure_engine(
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
-            async for _ in engine.generate(TokensPrompt(prompt_token_ids=prompt[:tokens]), params, str(next(numbers))):
+            async for _ in engine.generate(TokensPrompt(prompt_token_ids=prompt), params, str(next(numbers))):
                 pass
 
         async def measure(tokens: int, new_tokens: int, batch: int = 1) -> float:
             begin = clock()
-            await asyncio.gather(*(generate(tokens, new_tokens) for _ in range(batch)))
+            await asyncio.gather(*(generate(prompt[:tokens], new_tokens) for prompt in prompts[:batch]))
             return clock() - begin
 
-        await measure(REFUSED_BELOW_TOKENS, NEW_TOKENS)
+        await measure(FIRST_TOKENS, NEW_TOKENS)
         prefills: list[Measured] = []
         samplings: list[Measured] = []
         for tokens in sorted(lengths):
             await engine.reset_prefix_cache()
             prefills.append(([tokens, tokens * tokens / 2], await measure(tokens, 1)))
             for batch in batches:
-                # Less what the request costs that samples one token.
+                # Each sequence has keys and values of its own; less what it costs to sample one token.
+                await measure(tokens, 1, batch)
                 seconds = await measure(tokens, 1 + NEW_TOKENS, batch) - await measure(tokens, 1, batch)
                 sampled = batch * NEW_TOKENS
                 samplings.append(([NEW_TOKENS, sampled, sampled * (tokens + NEW_TOKENS / 2)], seconds))
@@ -111,7 +112,7 @@ def measure_trainer(model: Path, lengths: Sequence[int]) -> list[Measured]:
         policy = Policy(shape, join_group(), torch.float32, shape.max_positions)
         policy.begin_job(pb.Optimizer(learning_rate=1e-5, beta1=0.9, beta2=0.95, max_grad_norm=1.0))
         # The first, which is not counted, makes the moments.
-        for tokens in (REFUSED_BELOW_TOKENS, *sorted(lengths)):
+        for tokens in (FIRST_TOKENS, *sorted(lengths)):
             drawn = 5 + np.random.default_rng(0).integers(30, size=tokens + 1)
             batches = make_micro_batches([[TokenSequence(drawn, np.ones(tokens, np.bool_))]], policy.dims.device)
             begin = time.process_time()
@@ -154,7 +155,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--clock", choices=["cpu", "wall"], default="cpu")
     parser.add_argument("--out", type=Path)

@@ -30,7 +30,10 @@ class Budgets:
 
     def of(self, tokens: int) -> int:
         """Returns the budget of a trajectory whose prompt and response have so many tokens."""
-        return max(self.base, self.settings.costs.least_budget(tokens, self.settings.max_prefill_share))
+        settings = self.settings
+        # A cache that stays over commits is emptied once it is older than that.
+        iterations = 1 + settings.max_kv_staleness
+        return max(self.base, settings.costs.least_budget(tokens, settings.max_prefill_share, iterations))
 
     def work(self, contexts: Iterable[Context]) -> float:
         """Returns the work of the iteration if every trajectory uses its budget."""

@@ -217,12 +217,12 @@ class TokenCosts(Model):
         first = 1 + tokens / self.sampling_doubles_at
         return 2 * work / (first + math.sqrt(first * first + 2 * work / self.sampling_doubles_at))
 
-    def least_budget(self, tokens: int, max_prefill_share: float) -> int:
+    def least_budget(self, tokens: int, max_prefill_share: float, iterations: int = 1) -> int:
         """Returns the fewest sampled tokens beside which prefilling a context is no more than this share of the work.
 
-        The share is above 0; 1 allows any budget.
+        The context is prefilled once in so many iterations. The share is above 0; 1 allows any budget.
         """
-        sampling = self.prefill_work(tokens) * (1 - max_prefill_share) / max_prefill_share
+        sampling = self.prefill_work(tokens) / iterations * (1 - max_prefill_share) / max_prefill_share
         return math.ceil(self.tokens_of(tokens, sampling))
 
 
