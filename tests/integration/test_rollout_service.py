@@ -323,17 +323,6 @@ async def test_a_resumed_trajectory_stays_within_its_cap(trajectories: NewTrajec
     assert any(end.end_reason == buffer_pb2.END_REASON_MAX_RESPONSE_TOKENS for end in ended.values())
 
 
-async def test_a_trajectory_may_have_a_budget_of_its_own(trajectories: NewTrajectories) -> None:
-    leases = await trajectories.lease(await trajectories.create([PROMPT], k=8))
-    for lease in leases[:4]:
-        lease.token_budget = 3
-    ended, _ = await trajectories.extend([], leases, token_budget=5)
-    partial = {name: end.tokens for name, end in ended.items() if end.end_reason == buffer_pb2.END_REASON_BUDGET}
-    assert {partial.get(lease.trajectory_id, 3) for lease in leases[:4]} == {3}
-    assert {partial.get(lease.trajectory_id, 5) for lease in leases[4:]} == {5}
-    assert {*partial.values()} == {3, 5}
-
-
 async def test_a_call_repeated_under_one_lease_has_one_budget(trajectories: NewTrajectories) -> None:
     [trajectory_id] = await trajectories.create([PROMPT])
     leases = await trajectories.lease([trajectory_id])
