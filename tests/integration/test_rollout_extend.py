@@ -116,3 +116,12 @@ async def test_a_worker_that_shuts_down_hands_trajectories_back_with_all_their_t
         assert len((await extension.trajectories.read(trajectory_id)).token_ids) == TOKENS - 1
     assert [lease.tokens for lease in await extension.trajectories.lease(ids)] == [TOKENS - 1] * 4
     assert extension.worker.running == 0
+
+
+async def test_a_trajectory_may_have_a_budget_of_its_own(extension: Extension) -> None:
+    leases = await extension.trajectories.lease(await extension.trajectories.create([[5, 6]], k=3))
+    leases[0].token_budget, leases[1].token_budget = 3, 9
+    extension.engine.go_on.set()
+    await extension._extend(extend_request(extension.trajectories.run_id, leases, token_budget=5))
+    tokens = {end.trajectory_id: end.tokens for end in extension.results if isinstance(end, pb.SegmentEnd)}
+    assert [tokens[lease.trajectory_id] for lease in leases] == [3, 9, 5]
